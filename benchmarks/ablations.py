@@ -38,7 +38,7 @@ from benchmarks.measuring.rows import Row
 from benchmarks.measuring.saturating import iterations_per_request, served
 from hetis.formats.documents import load_workload
 from hetis.planner.jobs.kernels import compile_kernels
-from hetis.planner.use_cases.simulate import seats_of
+from hetis.planner.use_cases.simulation.simulate import seats_of
 from hetis.simulator.metrics import prediction_of
 from hetis.simulator.steadiness import over_runs
 from hetis.simulator.values import Settings

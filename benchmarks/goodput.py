@@ -16,7 +16,6 @@ that keeps the limits, found by a sweep in runs as long as the longest that `pla
 from __future__ import annotations
 
 import random
-import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -24,13 +23,14 @@ from dataclasses import dataclass, replace
 from benchmarks.measuring import rows
 from benchmarks.measuring.instances import NODE_SIZES, fleet, problem
 from benchmarks.measuring.rows import Row
-from hetis.planner.use_cases.equal_stages import other_plan
-from hetis.planner.use_cases.simulate import Question, answer
-from hetis.planner.use_cases.tightening import EQUAL_STAGES_CHOSEN, tightening_of, verified_plan
-from hetis.planner.use_cases.verification import verification_of
-from hetis.planner.use_cases.verify import enough_of, longest_of, simulated_at, unheard
+from hetis.planner.use_cases.record.parts import Verified
+from hetis.planner.use_cases.simulation.simulate import Question, answer
+from hetis.planner.use_cases.verification.choosing import verified_plan
+from hetis.planner.use_cases.verification.equal_stages import other_plan
+from hetis.planner.use_cases.verification.outcome import settings_of
+from hetis.planner.use_cases.verification.rates import enough_of, longest_of, no_progress, simulated_at
 from hetis.simulator.arrivals import Arrivals, Load
-from hetis.simulator.running import silent
+from hetis.simulator.running import never, silent
 from hetis.simulator.values import Settings
 from hetis.solver.budget import Budget
 from hetis.solver.errors import InfeasibleError
@@ -100,17 +100,17 @@ def searched(posed: PlacementProblem) -> Plan:
 
 def judged(case: Case) -> Row:
     """Simulate a plan at its rate, plan again if it misses a limit, and search for the highest rate within them."""
-    never = threading.Event()
     plan = verified_plan(
         case.plan,
         case.problem,
         searched,
         seed=SEED,
-        cancelled=never,
-        report=unheard,
-        equal_stages=lambda: other_plan(case.plan, case.problem, SEED, never),
+        budget=Budget(),
+        report=no_progress,
+        equal_stages=lambda: other_plan(case.plan, case.problem, SEED, Budget()),
     )
-    found, tightening, objective = verification_of(plan), tightening_of(plan), plan.objective
+    verified, objective = Verified.of(plan), plan.objective
+    found, tightening = verified.verification, verified.tightened
     assert found is not None, "the plan has replicas and limits"
     assert objective.ttft_limit_s is not None, "drawn"
     assert objective.tpot_limit_s is not None, "drawn"
@@ -122,15 +122,15 @@ def judged(case: Case) -> Row:
             kept_rps,
             objective,
             seed=OTHER_SEED,
-            cancelled=never,
+            budget=Budget(),
             report=silent,
             lengths=(enough_of(plan), longest_of(plan)),
-            settings=found.settings,
+            settings=settings_of(found),
         )
         if kept_rps
         else None
     )
-    best_rps = best_rate(replace(case, plan=plan), found.settings)
+    best_rps = best_rate(replace(case, plan=plan), settings_of(found))
     roles = [replica.role for replica in plan.replicas]
     return {
         "name": case.name,
@@ -139,7 +139,7 @@ def judged(case: Case) -> Row:
         "decode": roles.count(Role.DECODE),
         "planned_rps": plan.result.value,
         "tightened": None if tightening is None else tightening.planned_s / tightening.asked_s,
-        "equal_stages": "yes" if plan.inputs.get(EQUAL_STAGES_CHOSEN) else "no",
+        "equal_stages": "yes" if verified.equal_stages_chosen else "no",
         "kept": "yes" if found.kept else "no",
         "ttft": found.ttft_p95_s / objective.ttft_limit_s,
         "tpot": found.tpot_mean_s / objective.tpot_limit_s,
@@ -163,7 +163,7 @@ def best_rate(case: Case, settings: Settings) -> float:
         load=load, num_requests=longest_of(case.plan), seeds=(OTHER_SEED,), settings=settings, sweeps=True,
         limits=case.plan.objective, tolerance=TOLERANCE,
     )  # fmt: skip
-    found = answer(case.plan, case.problem, question, processes=1, cancelled=threading.Event(), report=silent)
+    found = answer(case.plan, case.problem, question, processes=1, is_cancelled=never, report=silent)
     assert found.sweep is not None, "rates were swept"
     return found.sweep.goodput_rps
 

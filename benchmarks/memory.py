@@ -37,9 +37,10 @@ from hetis.engines.memory import (
     room_of,
 )
 from hetis.engines.versions import Engine
-from hetis.formats import catalogue, dtypes
+from hetis.formats import catalogue
 from hetis.formats.documents import load_model
 from hetis.formats.errors import DocumentError
+from hetis.formats.models import dtypes
 from hetis.solver.cluster import GpuType
 from hetis.solver.errors import HetisError
 from hetis.solver.model import DraftShape, ModelSpec

@@ -37,10 +37,11 @@ from benchmarks.measuring.mlperf_rows import (
 )
 from benchmarks.measuring.published_points import FOLDER, NotPosedError
 from benchmarks.measuring.rows import Cell, Row
-from hetis.formats import catalogue, dtypes
+from hetis.formats import catalogue
 from hetis.formats.documents import load_model
+from hetis.formats.models import dtypes
+from hetis.planner.use_cases.record.forms import Range
 from hetis.planner.use_cases.robustness import profile_errors
-from hetis.planner.use_cases.robustness.profile_errors import Range
 from hetis.planner.use_cases.sources import family_of
 from hetis.profiler.defaults import shipped_profile
 from hetis.profiler.engines import for_engine
@@ -191,8 +192,8 @@ def problem_of(system: System, tokens: float) -> PlacementProblem:
     # For MoE models, submitters distribute whole experts over ranks and combine that with attention data parallelism.
     profile = for_engine(
         shipped_profile(system.gpu) or modelled_profile(kind), kind, system.engine,
-        stream_interval=system.stream_interval(tokens), whole_experts=model.moe is not None,
-        default_backend=model.moe is None,
+        stream_interval=system.stream_interval(tokens), whole_experts=model.experts is not None,
+        default_backend=model.experts is None,
     )  # fmt: skip
     settings = EngineSettings(max_num_seqs=system.seats, chunk_tokens=CHUNKS)
     return PlacementProblem(

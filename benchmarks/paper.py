@@ -32,7 +32,7 @@ from benchmarks.measuring.instances import example, problem
 from benchmarks.measuring.rows import Row
 from benchmarks.measuring.saturating import served
 from hetis.formats.documents import load_workload
-from hetis.planner.use_cases.simulate import MIN_REQUESTS, TURNS
+from hetis.planner.use_cases.simulation.simulate import MIN_REQUESTS, TURNS
 from hetis.simulator.metrics import Summary, prediction_of
 from hetis.simulator.steadiness import over_runs
 from hetis.simulator.values import Settings

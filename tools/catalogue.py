@@ -18,13 +18,16 @@ from typing import Any
 
 import numpy as np
 
-from hetis.formats import catalogue, dtypes
-from hetis.formats.model import load_model
+from hetis.formats import catalogue
+from hetis.formats.layers import described_in_short, model_in_short
+from hetis.formats.models import dtypes
+from hetis.formats.models.document import load_model
 from hetis.formats.traces import length_bins
 from hetis.solver.cluster import GpuType
-from hetis.solver.model import AttentionKind, MlaShape, ModelSpec, MoeShape
+from hetis.solver.model import ModelSpec
 
 GIB = 2**30
+_ORDER = ("name", "num_layers", "hidden", "intermediate", "q_heads", "kv_heads", "head_dim", "vocab", "attention")
 _CONFIGS = Path(__file__).parents[1] / "tests" / "formats" / "huggingface"
 # Billions of all and of active parameters, as the model cards state.
 _PUBLISHED_B = {
@@ -146,22 +149,22 @@ def _model(row: dict[str, str]) -> dict[str, Any]:
 
     mla, moe = None, None
     if row["attention"] == "mla":
-        mla = MlaShape(
-            kv_lora_rank=whole("kv_lora_rank"),
-            qk_rope_head_dim=whole("qk_rope_head_dim"),
-            qk_nope_head_dim=whole("qk_nope_head_dim"),
-            v_head_dim=whole("v_head_dim"),
-            q_lora_rank=whole("q_lora_rank") if row["q_lora_rank"] else None,
-        )
+        mla = {
+            "kv_lora_rank": whole("kv_lora_rank"),
+            "qk_rope_head_dim": whole("qk_rope_head_dim"),
+            "qk_nope_head_dim": whole("qk_nope_head_dim"),
+            "v_head_dim": whole("v_head_dim"),
+            "q_lora_rank": whole("q_lora_rank") if row["q_lora_rank"] else None,
+        }
     if row["moe_experts"]:
-        moe = MoeShape(
-            num_experts=whole("moe_experts"),
-            active_experts=whole("moe_active"),
-            expert_intermediate=whole("moe_intermediate"),
-            shared_experts=whole("moe_shared_experts"),
-            first_dense_layers=whole("first_dense_layers"),
-        )
-    model = ModelSpec(
+        moe = {
+            "num_experts": whole("moe_experts"),
+            "active_experts": whole("moe_active"),
+            "expert_intermediate": whole("moe_intermediate"),
+            "shared_experts": whole("moe_shared_experts"),
+            "first_dense_layers": whole("first_dense_layers"),
+        }
+    model = model_in_short(
         name=row["model"],
         num_layers=whole("layers"),
         hidden=whole("hidden"),
@@ -170,7 +173,6 @@ def _model(row: dict[str, str]) -> dict[str, Any]:
         kv_heads=whole("kv_heads"),
         head_dim=whole("head_dim"),
         vocab=whole("vocab"),
-        attention=AttentionKind(row["attention"]),
         activation_bytes=dtypes.base_bytes(row["dtype"]),
         embedding_bytes=dtypes.base_bytes(row["dtype"]),
         gated_mlp=row["gated_mlp"] == "True",
@@ -185,7 +187,7 @@ def _model(row: dict[str, str]) -> dict[str, Any]:
     model = dataclasses.replace(model, weight_bytes=dtypes.layer_weight_bytes(row["dtype"], model))
     model = dataclasses.replace(model, weights=row["dtype"].partition("+")[2])
     return {
-        "model": _given(model),
+        "model": _row(model),
         "dtype": row["dtype"],
         "params_b": float(row["params_b"]),
         "active_params_b": float(row["active_params_b"]),
@@ -202,12 +204,30 @@ def _of_configs() -> Iterator[dict[str, Any]]:
         if not abs(model.params() / 1e9 - params_b) <= 0.01 * params_b:
             raise ValueError(f"{path}: {model.params() / 1e9:.1f} billion parameters, published are {params_b}")
         yield {
-            "model": _given(model),
+            "model": _row(model),
             "dtype": "+".join(filter(None, (config.get("torch_dtype", "bfloat16"), model.weights))),
             "params_b": params_b,
             "active_params_b": active_params_b,
             "source": "config.json and model card",
         }
+
+
+def _row(model: ModelSpec) -> dict[str, Any]:
+    """Return the fields of a model in short that differ from their defaults."""
+    short = described_in_short(model.layers)
+    assert short is not None, f"{model.name} has layers of unlike shape"
+    usual = {"gated_mlp": True, "shared_experts": 0, "first_dense_layers": 0, "every": 1, "gated_attention": False}
+
+    def unusual(shape: dict[str, Any]) -> dict[str, Any]:
+        return {
+            name: unusual(v) if isinstance(v, dict) else v
+            for name, v in shape.items()
+            if v not in (None, usual.get(name))
+        }
+
+    given = {name: value for name, value in _given(model).items() if name not in ("name", "layers", "_kinds")}
+    found = {"name": model.name, "attention": model.attention.name, **unusual(short), **given}
+    return {name: found[name] for name in (*_ORDER, *found) if name in found}
 
 
 def _given(shape: Any) -> dict[str, Any]:

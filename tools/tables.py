@@ -53,7 +53,11 @@ class Making:
 
     def __str__(self) -> str:
         machine = "" if self.machine is None else f" on {self.machine}"
-        return f"made {self.date} at {self.commit}{machine}"
+        return f"{self.when}{machine}"
+
+    @property
+    def when(self) -> str:
+        return f"made {self.date} at {self.commit}"
 
 
 def main() -> None:
@@ -167,7 +171,7 @@ def markdown(asked: Excerpt, table: Sequence[Mapping[str, str]], link: str, made
     text = "\n".join(f"| {' | '.join(cell.replace('|', '/') for cell in line)} |" for line in lines)
     whole = len(shown) == len(table) and len(columns) == len(table[0])
     says = f"[The table as a file]({link})" if whole else f"[All {len(table)} rows and {len(table[0])} columns]({link})"
-    return f"{text}\n\n{says}, {made}.\n"
+    return f"{text}\n\n{says}, {made.when}\n"
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ import numpy as np
 
 from benchmarks.measuring.instances import problem
 from hetis.formats.documents import from_data
-from hetis.planner.use_cases.simulate import seats_of
+from hetis.planner.use_cases.simulation.simulate import seats_of
 from hetis.simulator.arrivals import Arrivals, Load
 from hetis.simulator.metrics import Metrics, Summary, summarise
 from hetis.simulator.running import SimulationJob, SimulationRunner, runner

@@ -19,8 +19,9 @@ from typing import Any
 
 from benchmarks.measuring.published_points import NotPosedError
 from benchmarks.measuring.published_settings import Run, Settings, settings_elsewhere, settings_of, with_ranks
-from hetis.formats import catalogue, dtypes
-from hetis.formats.huggingface import model_from_config
+from hetis.formats import catalogue
+from hetis.formats.models import dtypes
+from hetis.formats.models.huggingface import model_from_config
 from hetis.formats.positions import parse_text
 from hetis.profiler.importers.reading import catalogue_name
 from hetis.solver.cost import rank_shape
@@ -91,7 +92,7 @@ class ServingPoint:
 
     @property
     def kind(self) -> str:
-        return "dense" if self.model.moe is None else "moe"
+        return "dense" if self.model.experts is None else "moe"
 
 
 def posed(rows: list[dict[str, str]]) -> list[ServingPoint | tuple[dict[str, str], str]]:
@@ -157,7 +158,7 @@ def pose(row: Mapping[str, str]) -> tuple[ServingPoint, ...]:
     if rank_shape(model, tp, copies) is None:
         raise NotPosedError("the model's heads cannot be shared by so many ranks")
     prompt_tokens, output_tokens = _whole(row, "isl"), _whole(row, "osl")
-    experts = 1 if model.moe is None else _whole(row, "moe_ep_size", 1)
+    experts = 1 if model.experts is None else _whole(row, "moe_ep_size", 1)
     inferencex = _INFERENCEX.search(row.get("silicon_data_source", "")) is not None
     choices: tuple[Settings, ...] = (settings_elsewhere(row["backend"], row.get("silicon_data_source", "")),)
     if inferencex:
@@ -174,7 +175,7 @@ def pose(row: Mapping[str, str]) -> tuple[ServingPoint, ...]:
         "row": row, "gpu": gpu, "engine": row["backend"], "label": label, "mode": row["mode"], "tp": tp,
         "requests": requests, "prompt_tokens": prompt_tokens, "output_tokens": output_tokens,
         "shortest": LENGTH_RATIO if inferencex else drift, "copies": copies,
-        "has_whole_experts": model.moe is not None and experts > 1,
+        "has_whole_experts": model.experts is not None and experts > 1,
         "ttft_s": _seconds(row, "silicon_ttft_ms"), "tpot_s": _seconds(row, "silicon_tpot_ms"),
     }  # fmt: skip
     return tuple(

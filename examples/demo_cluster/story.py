@@ -7,6 +7,7 @@ their times, and bars of KV use.
 from __future__ import annotations
 
 import json
+import sys
 import time
 import uuid
 from collections.abc import Callable
@@ -73,8 +74,8 @@ class Processes(DemoProcesses):
 
     def start_agent(self, node: str, *, server: str, devices: str, control: Path) -> None:
         command = [
-            *("hetis-agent", "--server", server, "--node", f"clusters/demo/nodes/{node}"),
-            *("--engine", "simulated", "--simulated-devices", devices, "--control", str(control)),
+            *(sys.executable, "-m", "examples.simulated_engine", "--server", server),
+            *("--node", f"clusters/demo/nodes/{node}", "--simulated-devices", devices, "--control", str(control)),
             *("--state-dir", str(self.folder / "agents" / node), "--seed", "1"),
         ]
         self._start(node, command)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -29,7 +30,7 @@ NOT_RUN = {
     r"pip install ": "it installs from a registry; tests/test_packaging.py installs what we build",
     r"make |\.ci/run|(python -m )?pytest |HETIS_\w+=\d+ .*pytest ": "it runs tests, or is run by them below",
     r"python -m tests\.faults\.run ": "50 kills take a quarter of an hour; tests/faults has one of each",
-    r"python -m benchmarks\.": "minutes to hours; tests/benchmarks runs the quick form of every one",
+    r"python -m benchmarks[. ]": "minutes to hours; tests/benchmarks runs the quick form of every one",
     r"python -m tools\.efficiency ": "its tables are not in the repository; tests/profiler/test_efficiency.py",
     r"grpcurl ": "a program of others; tests/planner/client calls the same method",
     r"kubectl |helm ": "a Kubernetes cluster; tests/deploy renders the chart",
@@ -45,7 +46,6 @@ RUN_ELSEWHERE = {
     r"hetis-launch (show|kubernetes) .*models/tiny": "tests/runtime/launch/test_command.py",
     r"hetis-launch processes .*--all-here": "tests/runtime/launch/test_command.py",
     r"hetis-profile (run --device cpu|fit|check) ": "tests/profiler/cli/test_end_to_end.py",
-    r"hetis-profile compare ": "tests/profiler/cli/test_cli.py",
     r"hetis-profile calibrate ": "tests/profiler/cli/test_calibrate.py",
     r"hetis-plan upstreams ": "tests/planner/cli_server/test_upstreams.py",
 }
@@ -234,11 +234,13 @@ def test_a_fleet_is_served_by_the_commands_of_the_pages(tmp_path: Path) -> None:
                 "HETIS_AGENT_STATE_DIR": str(tmp_path / node),
                 "HETIS_AGENT_SIMULATED_DEVICES": cards,
             }
-            start = f"hetis-agent --node clusters/paper/nodes/{node} --engine simulated"
+            start = f"{sys.executable} -m examples.simulated_engine --node clusters/paper/nodes/{node}"
+            start += f" --simulated-devices {cards}"
             if node == "a100":
-                engine = f"hetis-agent simulate --socket {tmp_path}/engine.sock --node clusters/paper/nodes/{node}"
-                nodes.enter_context(session.running(engine, "serv"))
+                nodes.enter_context(session.running(f"{start} --socket {tmp_path}/engine.sock", "other engines on"))
                 (start,) = lines_like("README.md", "hetis-agent ")
+            else:
+                start += f" --state-dir {tmp_path}/{node}"
             nodes.enter_context(session.running(start, "connected: epoch"))
         session.run(*lines_like("README.md", "hetis-plan apply ")).index("ACTIVE")
         for line in lines_like("cli.md", r"hetis-plan (apply|agents|get)\b"):
@@ -249,9 +251,9 @@ def test_a_fleet_is_served_by_the_commands_of_the_pages(tmp_path: Path) -> None:
             pass
         for line in lines_like("cli.md", r"hetis-plan rollback\b"):
             session.run(line)
-        for line in lines_like("planner.md", r"curl |hetis-plan audit "):
+        for line in lines_like("operations.md", r"curl |hetis-plan audit "):
             session.run(line)
-    for line in lines_like("planner.md", "hetis-planner audit "):
+    for line in lines_like("operations.md", "hetis-planner audit "):
         session.run(line)
 
 
@@ -261,7 +263,7 @@ def test_a_planner_with_certificates_is_run_by_the_commands_of_the_pages(tmp_pat
     for line in [*lines_like("operations.md", "openssl "), *lines_like("operations.md", "hetis-planner token ")]:
         session.run(line)
     (tmp_path / "tokens.yaml").unlink()  # readers of the next page start their own
-    tokens = [session.run(line) for line in lines_like("planner.md", "hetis-planner token ")]
+    tokens = [session.run(line) for line in lines_like("operations.md", "hetis-planner token ")]
     (tmp_path / "ci.token").write_text(tokens[0], encoding="utf-8")  # the orchestrator's token
     settings = {
         "apiVersion": "hetis/v1",
@@ -272,9 +274,9 @@ def test_a_planner_with_certificates_is_run_by_the_commands_of_the_pages(tmp_pat
         "tokens": "tokens.yaml",
     }
     (tmp_path / "planner.yaml").write_text(json.dumps(settings), encoding="utf-8")
-    check, serve = lines_like("planner.md", "hetis-planner --config ")
+    check, serve = lines_like("operations.md", "hetis-planner --config ")
     session.run(check)
-    (agent, devices) = lines_like("agent.md", "hetis-agent ")
+    (agent, devices) = lines_like("operations.md", "hetis-agent ")
     json.loads(session.run(devices))
     with serving(session, serve) as address:
         server = f"localhost:{address.rpartition(':')[2]}"  # as named in its certificate
@@ -283,11 +285,11 @@ def test_a_planner_with_certificates_is_run_by_the_commands_of_the_pages(tmp_pat
             " --token-file ci.token"
         )
         session.replaced["planner.example:8470"] = server
-        session.replaced["unix:///run/hetis/engine.sock"] = "simulated"
+        session.replaced["unix:///run/hetis/engine.sock"] = "none"
         session.environment["HETIS_AGENT_SIMULATED_DEVICES"] = NODES["a100"]
         with session.running(agent, "connected: epoch"):
-            session.run(*lines_like("planner.md", "hetis-planner backup "))
+            session.run(*lines_like("operations.md", "hetis-planner backup "))
     for file in tmp_path.glob("hetis.db*"):
         file.unlink()
-    session.run(*lines_like("planner.md", "hetis-planner restore "))
-    session.run(*lines_like("planner.md", "hetis-planner migrate "))
+    session.run(*lines_like("operations.md", "hetis-planner restore "))
+    session.run(*lines_like("operations.md", "hetis-planner migrate "))

@@ -65,7 +65,7 @@ def test_an_excerpt_follows_its_table() -> None:
     made = tables.Making(commit="1a2b3c4", date="2026-12-01", machine=None)
     rows = [{"name": "a 1", "value": "1", "note": "x|y"}, {"name": "b", "value": "22", "note": ""}]
     shown = tables.markdown(tables.parse("t; columns: name | note; rows: ^a"), rows, "data/t.csv", made)
-    says = "[All 2 rows and 3 columns](data/t.csv), made 2026-12-01 at 1a2b3c4."
+    says = "[All 2 rows and 3 columns](data/t.csv), made 2026-12-01 at 1a2b3c4"
     assert shown == f"| name | note |\n| --- | --- |\n| a 1 | x/y |\n\n{says}\n"
     assert "[The table as a file](data/t.csv)" in tables.markdown(tables.parse("t"), rows, "data/t.csv", made)
     with pytest.raises(ValueError, match="no row like '\\^c'"):

@@ -31,7 +31,7 @@ def test_the_pictures_of_the_report_are_of_the_plan_as_it_is_now() -> None:
     The other page has the output of the same command, which `test_commands_run` compares with the command's.
     """
     pictured = re.search(r"examples/h100-l4\.yaml.*promises ([\d.]+) requests/s", (ROOT / "docs/report.md").read_text())
-    planned = re.search(r"^Goodput +([\d.]+) requests/s", (ROOT / "docs/robustness.md").read_text(), re.MULTILINE)
+    planned = re.search(r"^Goodput +([\d.]+) requests/s", (ROOT / "docs/simulator.md").read_text(), re.MULTILINE)
     assert pictured is not None
     assert planned is not None
     assert pictured[1] == planned[1]

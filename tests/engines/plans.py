@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from hetis.formats.plan import plan_to_data
-from hetis.solver.model import AttentionKind, ModelSpec, MoeShape
 from hetis.solver.plan import (
     AttentionWorkerPool,
     Objective,
@@ -20,8 +18,9 @@ from hetis.solver.plan import (
     StagePlan,
     Status,
 )
+from tests.models import model_of, replace, shape_of
 
-MODEL = ModelSpec(
+MODEL = model_of(
     name="tiny",
     num_layers=4,
     hidden=128,
@@ -30,9 +29,8 @@ MODEL = ModelSpec(
     kv_heads=8,
     head_dim=8,
     vocab=512,
-    attention=AttentionKind.GQA,
 )
-WITH_EXPERTS = replace(MODEL, moe=MoeShape(num_experts=8, active_experts=2, expert_intermediate=64, shared_experts=1))
+WITH_EXPERTS = replace(MODEL, moe=shape_of(num_experts=8, active_experts=2, expert_intermediate=64, shared_experts=1))
 PAGES = 63  # pages of each KV head: 1,000 tokens
 LAYER_BYTES = PAGES * 2 * 16 * 8 * 2  # bytes of one KV head in one layer: K and V of 16 tokens of 8 numbers of 2 bytes
 

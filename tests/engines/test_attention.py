@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 
 from hetis.engines.attention import common_backend, image_tokens
 from hetis.engines.gpus import GpuKind, kind_of, kinds_in
 from hetis.formats import catalogue
-from hetis.formats.dtypes import with_precision
+from hetis.formats.models.dtypes import with_precision
 from hetis.solver.model import ModelSpec
+from tests.models import replace
 from tests.solver.instances import make_compressed
 
 LLAMA, DEEPSEEK, SPARSE, GPT_OSS = (

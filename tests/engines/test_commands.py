@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import json
 import subprocess
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +38,7 @@ from tests.engines.plans import (
     staged,
     write_config,
 )
+from tests.models import replace
 
 ONE = layout_of(plan_of(stage_of(), pools=(POOL,)), 0, MODEL)
 STAGED = layout_of(staged(), 0, MODEL)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import math
 import re
-from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -14,9 +13,10 @@ from hypothesis import strategies as st
 from hetis.engines.errors import LayoutError
 from hetis.engines.layout import PAGE_TOKENS, PROMPT_TOKENS, KvPartner, Layout, kv_partners, layout_of
 from hetis.engines.versions import Engine
-from hetis.solver.model import AttentionKind, DraftShape, IndexerShape, LinearShape, MlaShape, ModelSpec, MoeShape
+from hetis.solver.model import DraftShape, ModelSpec
 from hetis.solver.plan import AttentionWorkerPool, KvRoute, Plan, Role
 from tests.engines.plans import LAYER_BYTES, MODEL, PAGES, POOL, WITH_EXPERTS, plan_of, sharing, stage_of, staged
+from tests.models import replace, shape_of
 from tests.solver.instances import make_compressed
 
 
@@ -204,7 +204,7 @@ def test_kv_that_several_ranks_hold_goes_to_as_many(decodes_on: int, *, is_refus
 def test_states_go_to_ranks_with_blocks_of_as_many_tokens(
     sends_from: int, decodes_on: int, *, is_refused: bool
 ) -> None:
-    few = replace(MODEL, kv_heads=2, linear=LinearShape(layers=2, params=1, state_bytes=1000.0))
+    few = replace(MODEL, kv_heads=2, linear=shape_of(layers=2, params=1, state_bytes=1000.0))
 
     def on(node: str, tp: int, role: Role) -> Plan:
         devices = tuple(f"{node}/{i}" for i in range(tp))
@@ -317,12 +317,12 @@ def test_copies_that_share_experts_leave_kv_room_to_what_plans_do_not_count() ->
     of_tokens = -(-layout.kv_tokens // 16) * 4 * LAYER_BYTES // PAGES * 4
     assert layout.rank_kv_bytes == of_tokens - shared - workspace
     assert layout.context_tokens is None, "the model's full context fits"
-    four_shared = MoeShape(num_experts=8, active_experts=2, expert_intermediate=64, shared_experts=4, every=2)
+    four_shared = shape_of(num_experts=8, active_experts=2, expert_intermediate=64, shared_experts=4, every=2)
     other = replace(MODEL, moe=four_shared, draft=DraftShape(tokens=2, acceptance=0.5))
     wider = workspace + 2 * 4 * 2 * 2 * (128 + 64) * 2  # each request decodes two tokens more
     drafting = layout_of(plan, 0, other, engine=Engine.VLLM).rank_kv_bytes
     assert drafting == of_tokens * 5 // 4 - 2 * shared - wider, "four shared experts in every other layer"
-    linear = replace(WITH_EXPERTS, linear=LinearShape(layers=2, params=1, state_bytes=1000.0))
+    linear = replace(WITH_EXPERTS, linear=shape_of(layers=2, params=1, state_bytes=1000.0))
     requests = 4 + 1  # of a copy, one is being prefilled
     states = 2 * requests * 1000 // 2  # on each of two ranks
     assert layout_of(plan, 0, linear, engine=Engine.VLLM).rank_kv_bytes == of_tokens // 2 + states - shared - workspace
@@ -385,9 +385,9 @@ def test_a_plan_of_another_model_is_refused_with_the_differences() -> None:
 
 
 def test_latent_attention_has_no_heads_to_place_and_kv_of_a_byte_no_worker() -> None:
-    mla = MlaShape(kv_lora_rank=16, qk_nope_head_dim=8, qk_rope_head_dim=8, v_head_dim=8)
+    mla = shape_of(kv_lora_rank=16, qk_nope_head_dim=8, qk_rope_head_dim=8, v_head_dim=8)
     plan = plan_of(stage_of(), pools=(POOL,))
-    latent = replace(MODEL, attention=AttentionKind.MLA, mla=mla)
+    latent = replace(MODEL, mla=mla)
     why = "attention is latent (MLA), and its KV cannot be split into head groups"
     assert refused(plan, latent) == (f"it has attention workers, which tiny cannot have: {why}",)
     assert refused(plan, replace(MODEL, kv_bytes=1.0)) == (
@@ -453,7 +453,7 @@ def test_prefill_and_decode_apart_take_what_the_connectors_take() -> None:
     assert refused(plan_of(*SPLIT, role=Role.PREFILL), drafting, engine=Engine.VLLM) == (
         "it prefills in several stages: vLLM's NIXL connector does not support this with a layer that drafts",
     )
-    with_states = replace(MODEL, linear=LinearShape(layers=2, params=1, state_bytes=1000.0))
+    with_states = replace(MODEL, linear=shape_of(layers=2, params=1, state_bytes=1000.0))
     assert refused(plan_of(*SPLIT, role=Role.PREFILL), with_states, engine=Engine.VLLM) == (
         "it prefills in several stages: vLLM's NIXL connector does not support this with layers that keep states",
     )
@@ -474,12 +474,11 @@ def longest(pages: int) -> int:
 
 def test_a_context_fits_in_every_stage_whichever_layers_have_an_indexer() -> None:
     """vLLM does not start unless the longest request fits in each stage, and plans count the mean of all layers."""
-    indexer = IndexerShape(top_tokens=8, heads=1, head_dim=8, key_bytes=64.0, layers=1)
+    indexer = shape_of(top_tokens=8, heads=1, head_dim=8, key_bytes=64.0, layers=1)
     model = replace(
         MODEL,
         max_position=10**6,
-        attention=AttentionKind.MLA,
-        mla=MlaShape(kv_lora_rank=24, qk_nope_head_dim=8, qk_rope_head_dim=8, v_head_dim=8, q_lora_rank=8),
+        mla=shape_of(kv_lora_rank=24, qk_nope_head_dim=8, qk_rope_head_dim=8, v_head_dim=8, q_lora_rank=8),
         indexer=indexer,
     )
     drafting = replace(model, draft=DraftShape(tokens=1, acceptance=0.5))
@@ -499,7 +498,7 @@ def test_a_context_fits_in_every_stage_whichever_layers_have_an_indexer() -> Non
         (alone, drafting, Engine.VLLM, 64 + 64 / 4, 64 + 64 * 2 / 5),
         (halves, model, Engine.SGLANG, 64 + 64 / 4, 64 + 64 / 2),
         (uneven, model, Engine.SGLANG, 64 + 64 / 4, 64 + 64),
-        (uneven, replace(model, indexer=replace(indexer, layers=2)), Engine.SGLANG, 64 + 64 / 2, 64 + 64),
+        (uneven, replace(model, indexer=indexer | {"layers": 2}), Engine.SGLANG, 64 + 64 / 2, 64 + 64),
     ):
         layout = layout_of(plan, 0, of, engine=engine)
         pages = int(PAGES * mean / most)
@@ -508,7 +507,7 @@ def test_a_context_fits_in_every_stage_whichever_layers_have_an_indexer() -> Non
     assert refused(halves, model, engine=Engine.VLLM) == (
         "it has 2 stages, and layers share indexers: vLLM's stages do not pass on which tokens an indexer chose",
     )
-    everywhere = layout_of(halves, 0, replace(model, indexer=replace(indexer, layers=None)), engine=Engine.VLLM)
+    everywhere = layout_of(halves, 0, replace(model, indexer=indexer | {"layers": None}), engine=Engine.VLLM)
     assert everywhere.context_tokens == longest(PAGES), "all layers have an indexer, as the plan counts"
 
 
@@ -526,7 +525,7 @@ def test_sglang_does_not_draft_in_a_pipeline() -> None:
 
 def test_states_and_the_kv_of_a_drafting_layer_have_room() -> None:
     """vLLM 0.32 keeps ``1 + num_speculative_blocks`` states for a request (`MambaSpec.max_memory_usage_bytes`)."""
-    linear = replace(MODEL, linear=LinearShape(layers=2, params=1, state_bytes=1000.0))
+    linear = replace(MODEL, linear=shape_of(layers=2, params=1, state_bytes=1000.0))
     plain, with_states = layout_of(ALONE, 0, MODEL).rank_kv_bytes, layout_of(ALONE, 0, linear).rank_kv_bytes
     assert plain is not None
     requests = 4 + 1  # one is being prefilled
@@ -543,13 +542,13 @@ def test_a_prefill_replica_runs_as_many_prompts_as_fill_its_chunks() -> None:
     kept = replace(prefill, inputs={"engine_settings": {"max_num_seqs": 5}})
     assert layout_of(kept, 0, MODEL).seats == 5
     plenty = replace(prefill, inputs={"engine_settings": {"max_num_seqs": 500}})
-    small = replace(MODEL, linear=LinearShape(layers=2, params=1, state_bytes=100.0))
+    small = replace(MODEL, linear=shape_of(layers=2, params=1, state_bytes=100.0))
     assert layout_of(plenty, 0, MODEL).seats == layout_of(prefill, 0, small).seats == 64
     [one] = prefill.replicas
     pair = stage_of(copies=2, devices=("a/0", "a/1"), kv_head_groups_kept=8)
     copies = replace(prefill, replicas=(replace(one, stages=(pair,), expert_parallel=True, kv_tokens=100_000),))
     assert layout_of(copies, 0, WITH_EXPERTS, engine=Engine.VLLM).seats == 2048 / PROMPT_TOKENS
-    states = replace(MODEL, linear=LinearShape(layers=2, params=1, state_bytes=100_000.0))
+    states = replace(MODEL, linear=shape_of(layers=2, params=1, state_bytes=100_000.0))
     found = layout_of(prefill, 0, states)
     assert found.seats == found.rank_kv_bytes // 200_000 < 64, "vLLM does not start without a state for each"
 
@@ -583,7 +582,7 @@ def test_kv_of_a_byte_takes_half_and_latent_kv_is_one_group_on_every_rank() -> N
     nvfp4 = replace(MODEL, kv_bytes=0.5625)
     assert refused(ALONE, nvfp4) == ("the plan needs KV of 0.5625 bytes per element, vLLM supports 1 or 2",)
     assert layout_of(ALONE, 0, nvfp4, dtype="float16").rank_kv_bytes == full.rank_kv_bytes
-    mla = MlaShape(kv_lora_rank=24, qk_nope_head_dim=8, qk_rope_head_dim=8, v_head_dim=8)
-    model = replace(MODEL, attention=AttentionKind.MLA, mla=mla)
+    mla = shape_of(kv_lora_rank=24, qk_nope_head_dim=8, qk_rope_head_dim=8, v_head_dim=8)
+    model = replace(MODEL, mla=mla)
     latent = layout_of(plan_of(stage_of(kv_head_groups_kept=1)), 0, model)
     assert latent.rank_kv_bytes == 4 * PAGES * PAGE_TOKENS * (24 + 8) * 2

@@ -25,7 +25,7 @@ from hetis.engines.memory import (
 from hetis.engines.versions import Engine
 from hetis.formats import catalogue
 from hetis.formats.documents import load_model
-from hetis.formats.dtypes import with_precision
+from hetis.formats.models.dtypes import with_precision
 from hetis.solver.model import DraftShape, ModelSpec
 
 FOLDER = Path(__file__).parents[1] / "formats" / "huggingface"

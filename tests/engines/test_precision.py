@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 
 from hetis.engines.gpus import CAPABILITIES
 from hetis.engines.precision import SUPPORT, refusal_of, remarks
 from hetis.formats import catalogue
-from hetis.formats.dtypes import PRECISIONS, with_precision
+from hetis.formats.models.dtypes import PRECISIONS, with_precision
 from hetis.solver.cluster import GpuType
-from hetis.solver.model import AttentionKind, ModelSpec
+from hetis.solver.model import Kernel, ModelSpec
+from tests.models import replace
 from tests.solver.instances import make_compressed
 
 LLAMA, DEEPSEEK = catalogue.find_model("Llama-3.1-70B").model, catalogue.find_model("DeepSeek-V3").model
@@ -130,5 +129,5 @@ def test_every_row_has_a_source() -> None:
         rows = [support.engine, *support.weights.values(), *support.fp8_kv.values()]
         assert all(row.source and row.capability in CAPABILITIES.values() for row in rows)
         assert support.weights.keys() <= PRECISIONS.keys()
-        assert set(support.fp8_kv) <= set(AttentionKind)
+        assert set(support.fp8_kv) <= set(Kernel)
     assert {entry.gpu.architecture for entry in catalogue.gpus() if entry.gpu.vendor == "NVIDIA"} <= CAPABILITIES.keys()

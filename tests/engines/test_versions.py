@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -13,10 +12,11 @@ from hetis.engines.commands import Addresses, Command, commands_of
 from hetis.engines.layout import layout_of
 from hetis.engines.serving import Serving, program_of
 from hetis.engines.versions import VERSIONS, Engine
-from hetis.solver.model import LinearShape, ModelSpec
+from hetis.solver.model import ModelSpec
 from hetis.solver.plan import Plan, Role
 from tests.engines.plans import MODEL, POOL, WITH_EXPERTS, plan_of, sharing_experts, stage_of, staged
 from tests.engines.recorded import RECORDED
+from tests.models import replace, shape_of
 
 WHOLE = stage_of(kv_head_groups_kept=8)
 PAIR = stage_of(num_layers=3, tp=2, devices=("a/1", "a/0"), kv_head_groups_kept=4)
@@ -123,7 +123,7 @@ def test_prefill_and_decode_are_paired_by_nixl() -> None:
 
 def test_states_are_laid_out_as_nixl_transfers_them() -> None:
     """Its workers do not start otherwise (`is_conv_state_dim_first` in vLLM's nixl/base_worker.py)."""
-    with_states = replace(MODEL, linear=LinearShape(layers=2, params=1, state_bytes=1000.0))
+    with_states = replace(MODEL, linear=shape_of(layers=2, params=1, state_bytes=1000.0))
     prefill = plan_of(WHOLE, role=Role.PREFILL, micro_batch=0)
 
     def variables(plan: Plan, model: ModelSpec, engine: Engine) -> Mapping[str, str]:

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 
 from hetis.engines.errors import LayoutError
 from hetis.engines.layout import layout_of
 from hetis.engines.workers import CHUNKS, SINKS, why_no_workers
 from hetis.formats import catalogue
-from hetis.solver.model import DraftShape, ModelSpec, MoeShape
+from hetis.solver.model import DraftShape, ModelSpec
 from tests.engines.plans import MODEL, POOL, plan_of, stage_of
+from tests.models import replace, shape_of
 
 KEPT_WINDOWS = replace(MODEL, sliding_window=64, sliding_layers=3, windows_free_kv=False)
-LLAMA_4 = replace(KEPT_WINDOWS, moe=MoeShape(num_experts=4, active_experts=1, expert_intermediate=64, shared_experts=1))
+LLAMA_4 = replace(KEPT_WINDOWS, moe=shape_of(num_experts=4, active_experts=1, expert_intermediate=64, shared_experts=1))
 
 
 def test_of_the_catalogue_only_llama_4_attends_to_chunks_and_only_gpt_oss_has_sinks() -> None:

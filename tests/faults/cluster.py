@@ -153,8 +153,8 @@ class Agent:
         self._file = self._log.open("wb")
         self._process = subprocess.Popen(
             [
-                *(sys.executable, "-m", "hetis.runtime.agent", "--server", servers),
-                *("--node", f"{SERVED}/nodes/{node}", "--simulated-devices", "L4:2", "--engine", "simulated"),
+                *(sys.executable, "-m", "examples.simulated_engine", "--server", servers),
+                *("--node", f"{SERVED}/nodes/{node}", "--simulated-devices", "L4:2"),
                 *("--state-dir", str(folder / f"state-{node}")),
             ],
             stdout=self._file,

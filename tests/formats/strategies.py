@@ -3,26 +3,31 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 from hypothesis import strategies as st
 
 from hetis.formats import catalogue
 from hetis.formats.dispatch_state import NewRequestPart, NewRequests
-from hetis.formats.dtypes import PRECISIONS
+from hetis.formats.models.dtypes import PRECISIONS
 from hetis.formats.saved_state import AttentionPiece, HeadsPart, RunningPart, SavedDevice, SavedState
 from hetis.formats.tenants import FleetTenantPart, FleetTenants
 from hetis.solver.cluster import Cluster, GpuSlots, GpuType, Link, Network, NodeGroup
 from hetis.solver.dispatch.snapshot import DeviceStatus, PreparedMove
 from hetis.solver.model import (
-    AttentionKind,
-    CompressedShape,
+    Compressed,
+    Dense,
     DraftShape,
+    Experts,
     GpuPrecision,
-    IndexerShape,
-    LinearShape,
-    MlaShape,
+    Grouped,
+    Indexer,
+    Latent,
+    Layer,
+    Mixer,
+    Mlp,
     ModelSpec,
-    MoeShape,
+    Recurrent,
 )
 from hetis.solver.plan import (
     LEAST_DEMAND_RPS,
@@ -41,6 +46,7 @@ from hetis.solver.plan import (
 )
 from hetis.solver.profile import Fit, FitScope, Mixed, Op, Piece, Profile, Provenance, Source
 from hetis.solver.workload import LengthBin, Workload
+from tests.models import model_of, shape_of
 
 POSITIVE = st.floats(min_value=1e-12, max_value=1e15)
 NOT_NEGATIVE = st.just(0.0) | POSITIVE
@@ -131,9 +137,9 @@ def precisions(draw: st.DrawFn) -> tuple[GpuPrecision, ...]:
     )
 
 
-def indexers(with_kv: int) -> st.SearchStrategy[IndexerShape]:
+def indexers(with_kv: int) -> st.SearchStrategy[dict[str, Any]]:
     return st.builds(
-        IndexerShape,
+        shape_of,
         top_tokens=SMALL,
         heads=SMALL,
         head_dim=SMALL,
@@ -142,9 +148,9 @@ def indexers(with_kv: int) -> st.SearchStrategy[IndexerShape]:
     )
 
 
-def compressed_layers(layers: int, head_dim: int, groups: int) -> st.SearchStrategy[CompressedShape]:
+def compressed_layers(layers: int, head_dim: int, groups: int) -> st.SearchStrategy[dict[str, Any]]:
     return st.builds(
-        CompressedShape,
+        shape_of,
         window=SMALL,
         sparse_layers=st.integers(1, layers // 2),
         sparse_ratio=SMALL,
@@ -161,9 +167,9 @@ def compressed_layers(layers: int, head_dim: int, groups: int) -> st.SearchStrat
     )
 
 
-def linear_layers(layers: int) -> st.SearchStrategy[LinearShape]:
+def linear_layers(layers: int) -> st.SearchStrategy[dict[str, Any]]:
     return st.builds(
-        LinearShape,
+        shape_of,
         layers=st.integers(1, layers - 1),
         params=SMALL,
         state_bytes=st.floats(min_value=1, max_value=1e9),
@@ -176,14 +182,14 @@ def models(draw: st.DrawFn) -> ModelSpec:
     kv_heads, group, layers = draw(SMALL), draw(SMALL), draw(st.integers(2, 100))
     latent = draw(st.booleans())
     element = st.floats(min_value=0.1, max_value=4.0)
-    mla = MlaShape(
+    mla = shape_of(
         kv_lora_rank=draw(SMALL),
         qk_rope_head_dim=draw(SMALL),
         qk_nope_head_dim=draw(SMALL),
         v_head_dim=draw(SMALL),
         q_lora_rank=draw(st.none() | SMALL),
     )
-    moe = MoeShape(
+    moe = shape_of(
         num_experts=draw(st.integers(8, 64)),
         active_experts=draw(st.integers(1, 8)),
         expert_intermediate=draw(SMALL),
@@ -192,13 +198,12 @@ def models(draw: st.DrawFn) -> ModelSpec:
         every=draw(st.integers(1, min(4, layers - dense))),
     )
     linear = draw(st.none() | linear_layers(layers))
-    with_kv = layers - (0 if linear is None else linear.layers)
-    plain = AttentionKind.MHA if group == 1 else AttentionKind.GQA
+    with_kv = layers - (0 if linear is None else linear["layers"])
     window, head_dim = draw(st.none() | st.integers(1, 10_000)), draw(SMALL)
     compressed = None
     if not latent and linear is None and window is None and draw(st.booleans()):
         kv_heads, compressed = 1, draw(compressed_layers(layers, head_dim, group))
-    return ModelSpec(
+    return model_of(
         name=draw(TITLES),
         num_layers=layers,
         hidden=draw(SMALL),
@@ -207,7 +212,6 @@ def models(draw: st.DrawFn) -> ModelSpec:
         kv_heads=kv_heads,
         head_dim=head_dim,
         vocab=draw(SMALL),
-        attention=AttentionKind.MLA if latent else plain,
         weight_bytes=draw(element),
         kv_bytes=draw(element),
         activation_bytes=draw(element),
@@ -223,13 +227,88 @@ def models(draw: st.DrawFn) -> ModelSpec:
         vision_params=draw(st.integers(0, 10**9)),
         linear=linear,
         draft=draw(st.none() | st.builds(DraftShape, tokens=st.integers(1, 16), acceptance=st.floats(0, 1))),
-        indexer=draw(st.none() | indexers(with_kv)) if latent and mla.q_lora_rank and window is None else None,
+        indexer=draw(st.none() | indexers(with_kv)) if latent and mla["q_lora_rank"] and window is None else None,
         compressed=compressed,
         float16=draw(st.booleans()),
         mla=mla if latent else None,
         moe=moe if draw(st.booleans()) else None,
         forbidden_cuts=frozenset(draw(st.sets(st.integers(0, layers - 1), max_size=3))),
         precisions=draw(precisions()),
+    )
+
+
+INDEXERS = st.builds(
+    Indexer, top_tokens=SMALL, heads=SMALL, head_dim=SMALL, key_bytes=st.floats(min_value=0.5, max_value=1e4)
+)
+
+
+@st.composite
+def mixers(draw: st.DrawFn) -> Mixer:
+    """A kind of attention, with everything that a model in short cannot have."""
+    heads = draw(SMALL)
+    kind = draw(st.sampled_from((Grouped, Latent, Compressed, Recurrent)))
+    if kind is Grouped:
+        return Grouped(
+            query_heads=heads * draw(SMALL),
+            kv_heads=heads,
+            head_dim=draw(SMALL),
+            value_dim=draw(st.none() | SMALL),
+            window=draw(st.none() | SMALL),
+            gated=draw(st.booleans()),
+            key_is_value=draw(st.booleans()),
+            has_own_kv=draw(st.booleans()),
+            indexer=draw(st.none() | INDEXERS),
+        )
+    if kind is Latent:
+        ranks = ("kv_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim", "q_lora_rank")
+        return Latent(
+            query_heads=heads,
+            **{name: draw(SMALL) for name in ranks},
+            gated=draw(st.booleans()),
+            indexer=draw(st.none() | INDEXERS),
+            has_own_indexer=draw(st.booleans()),
+        )
+    if kind is Compressed:
+        sizes = ("head_dim", "window", "q_lora_rank", "o_lora_rank")
+        return Compressed(
+            query_heads=heads,
+            **{name: draw(SMALL) for name in sizes},
+            ratio=draw(st.none() | SMALL),
+            indexer=draw(st.none() | INDEXERS),
+            rope_head_dim=0,
+            o_groups=heads,
+        )
+    state = {
+        "request_bytes": draw(st.floats(min_value=1, max_value=1e9)),
+        "flops": draw(NOT_NEGATIVE.filter(_is_small)),
+    }
+    return Recurrent(weights=draw(SMALL), heads=draw(st.none() | SMALL), **state)
+
+
+def _is_small(value: float) -> bool:
+    return value <= 1e15
+
+
+MLPS: st.SearchStrategy[Mlp] = st.builds(Dense, width=SMALL, gated=st.booleans()) | st.builds(
+    Experts,
+    count=st.integers(8, 64),
+    active=st.integers(1, 8),
+    width=SMALL,
+    shared_width=st.integers(0, 64),
+    latent=st.none() | SMALL,
+    gated=st.booleans(),
+)
+LAYERS = st.builds(Layer, mixers=st.lists(mixers(), max_size=2).map(tuple), mlps=st.lists(MLPS, max_size=2).map(tuple))
+
+
+@st.composite
+def listed_models(draw: st.DrawFn) -> ModelSpec:
+    """A model whose layers are listed in its file."""
+    plain = Layer(mixers=(Grouped(query_heads=2, kv_heads=1, head_dim=8),), mlps=(draw(MLPS),))
+    kinds = [plain, *draw(st.lists(LAYERS, max_size=3))]
+    layers = [plain, *draw(st.lists(st.sampled_from(kinds), max_size=12))]
+    return ModelSpec(
+        name=draw(TITLES), layers=tuple(draw(st.permutations(layers))), hidden=draw(SMALL), vocab=draw(SMALL)
     )
 
 

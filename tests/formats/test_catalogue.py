@@ -11,6 +11,7 @@ import pytest
 from hetis.formats import catalogue
 from hetis.formats.catalogue import UnknownNameError
 from hetis.solver.workload import LengthBin, moments_of
+from tests.models import InShort
 from tools.catalogue import build
 
 DATA = Path(__file__).parents[3] / "shared" / "data"
@@ -78,7 +79,7 @@ def test_quantised_models_have_small_weights() -> None:
 
 
 def test_windows_slide_in_the_layers_they_should() -> None:
-    windows = {e.model.name: (e.model.sliding_window, e.model.sliding_layers) for e in catalogue.models()}
+    windows = {e.model.name: (e.model.sliding_window, InShort(e.model).sliding_layers) for e in catalogue.models()}
     assert windows["google/gemma-2-9b"] == (4096, 21)
     assert windows["openai/gpt-oss-20b"] == (128, 12)
     assert windows["mistralai/Mistral-7B-v0.1"] == (4096, None)
@@ -229,3 +230,36 @@ def test_workload_names_may_be_short() -> None:
     assert catalogue.find_workload("Azure-Conv-2023").workload.name == "azure_conv_2023"
     with pytest.raises(UnknownNameError, match="did you mean azure_conv_2023"):
         catalogue.find_workload("azure_conv_2024")
+
+
+@pytest.mark.parametrize("entry", catalogue.models(), ids=lambda entry: entry.model.name)
+def test_the_checkpoint_that_is_named_is_the_one_that_is_meant(entry: catalogue.ModelEntry) -> None:
+    """Of every model by its name, without its organisation, and of tunings that have its shape."""
+    name = entry.model.name
+    owner, _, short = name.rpartition("/")
+    assert catalogue.checkpoint_of(name) == name
+    if catalogue.known_model(short) == entry.model:
+        assert catalogue.checkpoint_of(short) in (name, f"{owner}/{short}")
+    for tuning in (f"{owner}/{short}-Instruct", f"{owner}/{short}-chat"):
+        if catalogue.known_model(tuning) == entry.model:
+            assert catalogue.checkpoint_of(tuning) == tuning
+
+
+@pytest.mark.parametrize(
+    ("named", "checkpoint"),
+    [
+        ("DeepSeek-R1", "deepseek-ai/DeepSeek-R1"),
+        ("deepseek-ai/DeepSeek-R1-0528", "deepseek-ai/DeepSeek-R1-0528"),
+        ("deepseek-v3.1", "deepseek-ai/DeepSeek-V3.1"),
+        ("DeepSeek-V3", "deepseek-ai/DeepSeek-V3"),
+        ("Llama-3-8B-Instruct", "meta-llama/Meta-Llama-3-8B-Instruct"),
+        ("Llama-2-70B", "meta-llama/Llama-2-70b-hf"),
+        ("Llama-2-70b-chat-hf", "meta-llama/Llama-2-70b-chat-hf"),
+        ("Mixtral-8x7B-Instruct-v0.1", "mistralai/Mixtral-8x7B-Instruct-v0.1"),
+        ("Mixtral-8x7B", "mistralai/Mixtral-8x7B-v0.1"),
+        ("bloom-176b", "bigscience/bloom"),
+        ("no-such-model", None),
+    ],
+)
+def test_a_tuning_is_not_launched_as_the_model_whose_shape_it_has(named: str, checkpoint: str | None) -> None:
+    assert catalogue.checkpoint_of(named) == checkpoint

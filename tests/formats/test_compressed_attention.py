@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +10,10 @@ import pytest
 
 from hetis.formats.documents import dump
 from hetis.formats.errors import DocumentError
-from hetis.formats.model import load_model
-from hetis.solver.model import AttentionKind, CompressedShape, ModelSpec, MoeShape
+from hetis.formats.models.document import load_model
+from hetis.solver.model import Experts, ModelSpec
 from tests.formats.test_huggingface import FOLDER, config_of, load
+from tests.models import InShort, replace, shape_of
 
 PRO, FLASH = "deepseek-ai__DeepSeek-V4-Pro", "deepseek-ai__DeepSeek-V4-Flash"
 GIB = 2**30
@@ -32,16 +32,16 @@ HEAVY = 2 * 3_670_016
 
 def in_16_bits(model: ModelSpec) -> ModelSpec:
     """Return the model with KV and keys of the indexer in 16 bits, as vLLM's post on DeepSeek-V4 counts them."""
-    assert model.compressed is not None
-    keys = 2.0 * model.compressed.index_head_dim
-    return replace(model, kv_bytes=2.0, compressed=replace(model.compressed, index_key_bytes=keys))
+    shape = vars(InShort(model).compressed)
+    keys = 2.0 * shape["index_head_dim"]
+    return replace(model, kv_bytes=2.0, compressed=shape | {"index_key_bytes": keys})
 
 
 def test_pro_compresses_four_tokens_in_thirty_layers_and_128_in_the_others() -> None:
     model = load_model(FOLDER / f"{PRO}.json")
-    assert (model.attention, model.head_groups, model.queries_per_group) == (AttentionKind.GQA, 1, 128)
-    assert model.moe == MoeShape(num_experts=384, active_experts=6, expert_intermediate=3072, shared_experts=1)
-    assert model.compressed == CompressedShape(
+    assert (model.attention.name, model.head_groups, model.queries_per_group) == ("gqa", 1, 128)
+    assert model.experts == Experts(count=384, active=6, width=3072, shared_width=3072)
+    assert vars(InShort(model).compressed) == shape_of(
         window=128,
         sparse_layers=30,
         sparse_ratio=4,
@@ -59,8 +59,7 @@ def test_pro_compresses_four_tokens_in_thirty_layers_and_128_in_the_others() -> 
     assert (model.residual_streams, model.kv_bytes, model.weights) == (4, 1.0, "mxfp4")
     assert model.attention_params() * 61 == pytest.approx(61 * EVERY + 30 * SPARSE + 31 * HEAVY, rel=1e-12)
     assert not model.heads_can_move
-    flash = load_model(FOLDER / f"{FLASH}.json").compressed
-    assert flash is not None
+    flash = InShort(load_model(FOLDER / f"{FLASH}.json")).compressed
     assert (flash.sparse_layers, flash.heavy_layers, flash.top_entries) == (21, 20, 512), "two layers have windows only"
 
 
@@ -89,7 +88,8 @@ def test_kv_of_a_million_tokens_takes_the_published_gib_and_an_eighth_of_before(
     """vLLM's post: 9.62 GiB per sequence in bfloat16, of which windows have 0.01, 8.7 times less than V3.2's."""
     pro, before = (load_model(FOLDER / f"{name}.json") for name in (PRO, "deepseek-ai__DeepSeek-V3.2"))
     assert before.indexer is not None
-    before = replace(before, kv_bytes=2.0, indexer=replace(before.indexer, key_bytes=256.0))
+    indexer = vars(InShort(before).indexer) | {"key_bytes": 256.0}
+    before = replace(before, kv_bytes=2.0, indexer=indexer)
     windows = 61 * 128 * 512 * 2
     of_pro, of_before = 2**20 * in_16_bits(pro).kv_bytes_per_token() + windows, 2**20 * before.kv_bytes_per_token()
     assert of_pro / GIB == pytest.approx(9.62, abs=0.005)

@@ -80,7 +80,7 @@ def test_a_head_is_the_model_with_the_sizes_of_its_tensors(tmp_path: Path) -> No
     model = load_model(tmp_path / "model.gguf")
     known = find_model("Llama-2-7B").model
     assert model.name == "Llama 2 7B"
-    for field in ("num_layers", "hidden", "intermediate", "q_heads", "kv_heads", "head_dim", "vocab", "max_position"):
+    for field in ("num_layers", "hidden", "inner", "q_heads", "kv_heads", "head_dim", "vocab", "max_position"):
         assert getattr(model, field) == getattr(known, field), field
     assert model.layer_params() == known.layer_params()
     assert not model.tie_embeddings
@@ -108,9 +108,9 @@ def test_experts_are_experts(tmp_path: Path) -> None:
     }
     for metadata in (qwen, LLAMA | {"llama.expert_count": 8, "llama.expert_used_count": 2}):
         (tmp_path / "model.gguf").write_bytes(gguf(metadata, {}))
-        moe = load_model(tmp_path / "model.gguf").moe
+        moe = load_model(tmp_path / "model.gguf").experts
         assert moe is not None
-        assert (moe.num_experts, moe.active_experts) in ((128, 8), (8, 2))
+        assert (moe.count, moe.active) in ((128, 8), (8, 2))
 
 
 @pytest.mark.parametrize(

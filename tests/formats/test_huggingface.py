@@ -11,12 +11,15 @@ from typing import Any
 
 import pytest
 
-from hetis.formats import catalogue, quantised_modules
+from hetis.formats import catalogue
 from hetis.formats.documents import dump
 from hetis.formats.errors import DocumentError
-from hetis.formats.huggingface import FAMILIES, NOT_MODELLED
-from hetis.formats.model import load_model
-from hetis.solver.model import ModelSpec
+from hetis.formats.models import checkpoint_names, families, unlike
+from hetis.formats.models.config_json import NO_LINEAR_LAYERS
+from hetis.formats.models.document import load_model
+from hetis.formats.models.families import FAMILIES, NOT_MODELLED
+from hetis.solver.model import Kernel, ModelSpec
+from tests.models import InShort
 
 FOLDER = Path(__file__).parent / "huggingface"
 CONFIGS = sorted(FOLDER.glob("*.json"))
@@ -73,17 +76,22 @@ def test_a_config_outside_the_catalogue_has_the_published_parameters(path: Path)
     assert active is None or model.active_params() / 1e9 == pytest.approx(active, rel=0.015)
 
 
-def test_every_supported_architecture_but_renamed_ones_has_a_fixture() -> None:
+def test_every_family_with_a_reader_of_its_own_has_a_fixture_unless_renamed() -> None:
+    """Families that only map names are counted against transformers in test_layered.py."""
     seen = {json.loads(path.read_text())["architectures"][0] for path in CONFIGS}
     renamed = {"KimiK2ForCausalLM", "MistralLarge3ForCausalLM", "Qwen3VLForConditionalGeneration"}
-    assert FAMILIES.keys() - seen == renamed | {"Qwen3NextForCausalLM", "MiniMaxForCausalLM"}
+    renamed |= {"Qwen3NextForCausalLM", "MiniMaxForCausalLM", "Qwen3_5ForCausalLM", "Qwen3_5MoeForCausalLM"}
+    renamed |= {"Glm4MoeLiteForCausalLM", "Qwen3OmniMoeForConditionalGeneration"}
+    by_layers = (unlike.by_layers, families._of_inner_model, unlike.deci)
+    own = {name for name, read in FAMILIES.items() if getattr(read, "func", read) not in by_layers}
+    assert own - seen == renamed
 
 
 def test_a_language_model_inside_of_another_is_read_where_it_stands(tmp_path: Path) -> None:
     """Kimi K2.5 is Kimi K2 with experts of 4 bits; problems name the path of the text model's fields."""
     kimi, before = load_model(FOLDER / "moonshotai__Kimi-K2.5.json"), catalogue.find_model("Kimi-K2-Instruct").model
     assert (kimi.weights, kimi.kv_bytes) == ("int4", 2.0)
-    assert (kimi.moe, kimi.mla, kimi.num_layers) == (before.moe, before.mla, before.num_layers)
+    assert kimi.layers == before.layers
     # Routed experts in 4 bits, all else in 16: 594 GB with embeddings, in groups of 32.
     layers = (kimi.num_layers - kimi.prefix_layers) * kimi.layer_params() * kimi.weight_bytes
     assert layers / 1e9 == pytest.approx(1015 * 0.5625 + 9.4 * 2, rel=0.01)
@@ -534,20 +542,14 @@ LINEAR, FULL = 5120 * (10240 + 6144 + 96) + 6144 * 5120, 5120 * (2 * 6144 + 2 * 
 def test_matrices_add_up_to_what_the_model_has(path: Path) -> None:
     """Attention that stays in 16 bits has all of attention's parameters except the indexer's and the convolution's."""
     model = load_model(path)
-    if model.compressed is not None:
-        every = range(model.num_layers)
-        found = quantised_modules._compressed_modules(model, model.compressed, every)
-        mean = sum(one.params * one.num_layers for one in found) / model.num_layers
-        assert mean == pytest.approx(model.attention_params(), rel=1e-12)
-        return
-    matrices = sum(params for _, params in quantised_modules._attention_modules(model))
-    indexer = 0.0
-    if model.indexer is not None and model.mla is not None:
-        one = model.indexer
-        assert model.mla.q_lora_rank is not None
-        each = model.mla.q_lora_rank * one.heads * one.head_dim + model.hidden * (one.head_dim + one.heads)
-        indexer = (one.layers or model.num_layers) / model.num_layers * each
-    assert matrices + indexer == pytest.approx(model._full_attention_params(), rel=1e-12)
+    found = [one for one in checkpoint_names.modules(model, NO_LINEAR_LAYERS) if one.repeated is None]
+    matrices = sum(one.params * one.num_layers for one in found)
+    states = sum(n * kind.params(model.hidden) for kind, n in model.mixers if kind.kernel is Kernel.RECURRENT)
+    indexers = 0
+    if model.indexer is not None:
+        rank, one = InShort(model).mla.q_lora_rank, model.indexer
+        indexers = model.indexer_layers * (rank * one.heads * one.head_dim + model.hidden * (one.head_dim + one.heads))
+    assert matrices + states + indexers == pytest.approx(model.num_layers * model.attention_params(), rel=1e-12)
 
 
 @pytest.mark.parametrize(
@@ -950,7 +952,7 @@ def test_an_unsupported_architecture_lists_the_supported_ones(tmp_path: Path) ->
     assert str(caught.value).endswith("can be described in a file of its own: hetis-plan schema ModelSpec")
 
 
-@pytest.mark.parametrize("name", ["Phi5ForCausalLM", "MiMoForCausalLM", "Step3p7FlashForCausalLM"])
+@pytest.mark.parametrize("name", ["Phi5ForCausalLM", "MiMo9ForCausalLM", "Step9ForCausalLM"])
 def test_another_library_s_model_is_not_taken_for_one_of_a_like_name(tmp_path: Path, name: str) -> None:
     """Phi-3 has three matrices in its MLP, Phi two: a hint like that would have led to a quarter fewer weights."""
     config = {"architectures": [name], "model_type": name.removesuffix("ForCausalLM").lower()}
@@ -980,7 +982,7 @@ def test_layers_that_are_all_alike_after_all_can_be_saved(tmp_path: Path, config
     data["text_config"] |= changes
     (tmp_path / "config.json").write_text(json.dumps(data))
     model = load_model(tmp_path)
-    assert (model.sliding_window, model.linear) == (None, None)
+    assert (model.sliding_window, model.state_bytes()) == (None, 0)
     (tmp_path / "model.yaml").write_text(dump(model))
     assert load_model(tmp_path / "model.yaml") == model
 
@@ -1008,7 +1010,8 @@ def test_layers_of_qwen_slide_from_the_stated_one_on(
     data |= {"architectures": [architecture], "use_sliding_window": True, "sliding_window": 4096} | fields
     (tmp_path / "config.json").write_text(json.dumps(data))
     model = load_model(tmp_path)
-    assert (model.sliding_window, model.sliding_layers) == (window, layers)
+    short = InShort(model)
+    assert (model.sliding_window, short.sliding_layers) == (window, layers)
 
 
 @pytest.mark.parametrize(("fields", "full"), [({"no_rope_layers": []}, 12), ({"no_rope_layer_interval": 8}, 6)])
@@ -1018,7 +1021,7 @@ def test_llama_4_attends_to_everything_in_every_fourth_layer_or_as_it_says(
     data = json.loads((FOLDER / "meta-llama__Llama-4-Scout-17B-16E-Instruct.json").read_text())
     data["text_config"] |= fields
     (tmp_path / "config.json").write_text(json.dumps(data))
-    assert load_model(tmp_path).sliding_layers == 48 - full
+    assert load_model(tmp_path).sliding_share == (48 - full) / 48
     data["text_config"]["moe_layers"] = [1, 2]
     (tmp_path / "config.json").write_text(json.dumps(data))
     with pytest.raises(DocumentError, match="moe_layers: only models with experts in every layer number 1 are"):
@@ -1032,9 +1035,7 @@ def test_dense_layers_are_read_from_either_field(tmp_path: Path, config: str) ->
     del data["first_k_dense_replace"]
     data["mlp_layer_types"] = ["dense"] * 5 + ["sparse"] * (layers - 5)
     (tmp_path / "config.json").write_text(json.dumps(data))
-    moe = load_model(tmp_path).moe
-    assert moe is not None
-    assert moe.first_dense_layers == 5
+    assert load_model(tmp_path).prefix_layers == 5
     data["mlp_layer_types"][7] = "dense"
     (tmp_path / "config.json").write_text(json.dumps(data))
     with pytest.raises(DocumentError, match="must have 'dense' for the first layers only"):
@@ -1074,14 +1075,14 @@ def test_layers_that_share_an_indexer_have_no_keys_and_parameters_of_it() -> Non
     """Only 21 layers of GLM-5.2 cache 132 bytes beside the latent; GLM-5 is equal except for its 78 indexers."""
     glm, before = (load_model(FOLDER / f"zai-org__{name}.json") for name in ("GLM-5.2", "GLM-5"))
     assert before.indexer is not None
-    assert before.indexer.layers is None
+    assert before.indexer_layers == 78
     assert before.kv_bytes_per_token() == 78 * (2 * 576 + 132)
     assert glm.kv_bytes_per_token() == pytest.approx(78 * 2 * 576 + 21 * 132, rel=1e-12)
     indexer = 2048 * 32 * 128 + 6144 * (128 + 32)
     assert before.params() - glm.params() == (78 - 21) * indexer
     # A query reads the latents of 2,048 tokens in all layers, and all keys of the indexers.
     read = 78 * 2 * 576 * 2048 + 21 * 132 * 100_000
-    assert glm.attended_tokens(100_000) * glm.kv_bytes_per_token() == pytest.approx(read, rel=1e-12)
+    assert glm.read_tokens(100_000) * glm.kv_bytes_per_token() == pytest.approx(read, rel=1e-12)
 
 
 @pytest.mark.parametrize(
@@ -1103,9 +1104,7 @@ def test_layers_that_share_an_indexer_have_no_keys_and_parameters_of_it() -> Non
 def test_layers_share_indexers_as_transformers_and_vllm_read_it(
     tmp_path: Path, fields: dict[str, object], layers: int | None
 ) -> None:
-    indexer = load_glm(tmp_path, **fields).indexer
-    assert indexer is not None
-    assert indexer.layers == layers
+    assert load_glm(tmp_path, **fields).indexer_layers == (layers or 78)
 
 
 @pytest.mark.parametrize(

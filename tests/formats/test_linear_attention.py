@@ -9,14 +9,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hetis.formats.config_json import Config
 from hetis.formats.documents import dump
 from hetis.formats.errors import DocumentError
-from hetis.formats.linear_attention import lightning_attention
-from hetis.formats.model import load_model
+from hetis.formats.layers import described_in_short
+from hetis.formats.models.config_json import Config
+from hetis.formats.models.document import load_model
+from hetis.formats.models.linear_attention import lightning_attention
 from hetis.formats.positions import Text
-from hetis.solver.model import AttentionKind, LinearShape, MlaShape, MoeShape
+from hetis.solver.model import Experts
 from tests.formats.test_huggingface import FOLDER, MODELOPT, config_of, load
+from tests.models import shape_of
 
 KIMI, MINIMAX = "moonshotai__Kimi-Linear-48B-A3B-Instruct", "MiniMaxAI__MiniMax-Text-01"
 QWEN = "Qwen__Qwen3.5-27B"
@@ -29,19 +31,21 @@ LIGHTNING_LAYER = 150_994_944 + 50_331_648 + 50_331_648  # q, k, v; output; gate
 
 def test_kimi_linear_has_latent_attention_in_seven_layers_and_keeps_a_state_in_the_others() -> None:
     model = load_model(FOLDER / f"{KIMI}.json")
-    assert model.attention is AttentionKind.MLA
-    assert model.mla == MlaShape(
+    assert model.attention.name == "mla"
+    assert described_in_short(model.layers)["mla"] == shape_of(
         kv_lora_rank=512, qk_rope_head_dim=64, qk_nope_head_dim=128, v_head_dim=128, q_lora_rank=None
     )
-    assert model.moe == MoeShape(
-        num_experts=256, active_experts=8, expert_intermediate=1024, shared_experts=1, first_dense_layers=1
+    assert described_in_short(model.layers)["moe"] == shape_of(
+        num_experts=256, active_experts=8, expert_intermediate=1024, shared_experts=1, first_dense_layers=1, every=1
     )
     # A head's state has 128 x 128 numbers of 32 bits; three inputs of 16 bits stay in each of the 3 x 4,096 channels.
     # A head and token: q, k and v with the state; k k, (k k)^-1 k, (k k)^-1 v, q k and its product with v of 64 tokens.
     flops = 3 * 2 * 128 * 128 + 5 * 2 * 64 * 128
     state = 32 * 128 * 128 * 4 + 3 * 4096 * 3 * 2
-    assert model.linear == LinearShape(layers=20, params=DELTA_LAYER, state_bytes=state, token_flops=32 * flops)
-    assert model._full_attention_params() == LATENT_LAYER
+    assert described_in_short(model.layers)["linear"] == shape_of(
+        layers=20, params=DELTA_LAYER, state_bytes=state, token_flops=32 * flops
+    )
+    assert model.attention.params(model.hidden) == LATENT_LAYER
     assert model.kv_bytes_per_token() == pytest.approx(7 * (512 + 64) * 2, rel=1e-12)
     assert model.state_bytes() * 27 == pytest.approx(20 * state, rel=1e-12)
     assert model.max_position == 1_048_576
@@ -51,12 +55,15 @@ def test_kimi_linear_has_latent_attention_in_seven_layers_and_keeps_a_state_in_t
 @pytest.mark.parametrize("name", [MINIMAX, "MiniMaxAI__MiniMax-M1-80k"])
 def test_minimax_has_softmax_in_ten_layers_and_keeps_a_state_in_the_others(name: str) -> None:
     model = load_model(FOLDER / f"{name}.json")
-    assert (model.attention, model.kv_heads, model.sliding_window) == (AttentionKind.GQA, 8, None)
-    assert model.moe == MoeShape(num_experts=32, active_experts=2, expert_intermediate=9216)
+    assert (model.attention.name, model.kv_heads, model.sliding_window) == ("gqa", 8, None)
+    experts = model.experts
+    assert experts == Experts(count=32, active=2, width=9216)
     # A head's state has 128 x 128 numbers of 16 bits. A head and token: k v into the state and q with it; q k and its
     # product with v over the parts of 32 tokens up to its own in a block of 256, 32 x (1 + 2 + ... + 8) / 8 tokens.
     state, flops = 64 * 128 * 128 * 2, 2 * 2 * 128 * 128 + 2 * 2 * 144 * 128
-    assert model.linear == LinearShape(layers=70, params=LIGHTNING_LAYER, state_bytes=state, token_flops=64 * flops)
+    assert described_in_short(model.layers)["linear"] == shape_of(
+        layers=70, params=LIGHTNING_LAYER, state_bytes=state, token_flops=64 * flops
+    )
     assert model.kv_bytes_per_token() == pytest.approx(10 * 2 * 8 * 128 * 2, rel=1e-12)
     assert model.state_bytes() * 80 == pytest.approx(70 * state, rel=1e-12)
 
@@ -172,7 +179,7 @@ def test_what_is_wrong_in_a_config_of_minimax_is_refused(tmp_path: Path, changes
 
 
 def test_softmax_in_every_layer_leaves_an_ordinary_model(tmp_path: Path) -> None:
-    assert load(tmp_path, config_of(MINIMAX) | {"attn_type_list": [1] * 80}).linear is None
+    assert load(tmp_path, config_of(MINIMAX) | {"attn_type_list": [1] * 80}).state_bytes() == 0
 
 
 def test_layers_of_one_kind_that_are_not_spread_evenly_are_refused(tmp_path: Path) -> None:
@@ -191,7 +198,7 @@ def test_layers_of_one_kind_that_are_not_spread_evenly_are_refused(tmp_path: Pat
         load(tmp_path, config_of(MINIMAX) | {"attn_type_list": [1] * 40 + [0] * 40})
     # The default of transformers, where the first full layer is the fifth, is even enough.
     default = {**WITHOUT_LISTS, "layer_types": kinds([4, 8, 12, 16, 20, 24], 27)}
-    assert load(tmp_path, config_of(KIMI) | default).linear is not None
+    assert load(tmp_path, config_of(KIMI) | default).state_bytes() > 0
 
 
 @given(st.lists(st.integers(0, 1), min_size=1, max_size=12))

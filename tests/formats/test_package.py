@@ -19,7 +19,7 @@ def test_importing_the_package_or_units_imports_nothing_heavy() -> None:
 
 
 def test_importing_everything_needs_the_base_install_only() -> None:
-    loaded = modules_after("import hetis.formats.documents, hetis.formats.huggingface, hetis.formats.catalogue")
+    loaded = modules_after("import hetis.formats.documents, hetis.formats.models.huggingface, hetis.formats.catalogue")
     assert not {"highspy", "numba", "cvxpy", "typer", "rich", "torch"} & loaded
 
 

@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 
 from hetis.formats.documents import dump
 from hetis.planner.cli.app import run
-from hetis.planner.use_cases.sources import engine_of_plan, load_inputs
+from hetis.planner.use_cases.record.parts import Requested
+from hetis.planner.use_cases.sources import load_inputs
 from hetis.solver.problem import EngineRules
 from tests.planner import plans
 from tests.planner.command_line import EXAMPLES
@@ -137,7 +138,7 @@ def test_an_unknown_strategy_is_refused(tmp_path: Path) -> None:
 )
 def test_a_limit_of_an_engine_is_a_number(name: str, value: Any, words: str, tmp_path: Path) -> None:
     engine = {"name": "vllm-hetis", "max_gpus": None, "max_nodes": None}
-    assert engine_of_plan(replace(GOOD, inputs={"engine": engine})) == EngineRules(name="vllm-hetis")
+    assert Requested.of(replace(GOOD, inputs={"engine": engine})).engine == EngineRules(name="vllm-hetis")
     inputs = {**GOOD.inputs, "engine": {**engine, name: value}}
     (tmp_path / "plan.json").write_text(dump(replace(GOOD, inputs=inputs), "json"))
     for verb in ("check", "explain"):

@@ -18,10 +18,11 @@ from hetis.planner.cli.exit_codes import ExitCode
 from hetis.planner.report.comparison import model_words
 from hetis.planner.use_cases import compare as comparing
 from hetis.planner.use_cases.compare import Searches, best_of, compare_strategies, figures_of, kept_of, why_outside
-from hetis.planner.use_cases.place import STOPPED_EARLY, PlacementSettings
+from hetis.planner.use_cases.place import PlacementSettings
+from hetis.planner.use_cases.record.parts import Requested
 from hetis.planner.use_cases.service_level import ServiceLevel
-from hetis.planner.use_cases.sources import Inputs, engine_rules, load_inputs, with_asked
-from hetis.planner.use_cases.verification import VERIFICATION
+from hetis.planner.use_cases.sources import Inputs, engine_rules, load_inputs
+from hetis.planner.use_cases.verification.choosing import STOPPED_EARLY
 from hetis.solver.budget import Budget, silent
 from hetis.solver.errors import BrokenProofError, InfeasibleError, NoPlanFoundError, UncheckedPlanError
 from hetis.solver.placement.families import STRATEGIES
@@ -193,7 +194,7 @@ def test_tokens_of_a_plan_of_least_cost_cost_what_they_do_at_the_demanded_rate()
     inputs = at_two_dollars()
     plan = plans.plan(plans.paper_replica(), kind=ObjectiveKind.COST)
     plan = replace(plan, objective=replace(plan.objective, demand_rps=0.9))
-    surviving = with_asked(plan, replace(plan.objective, demand_rps=0.6))
+    surviving = Requested(of_objective={"demand_rps": 0.6}).on(plan)
     for one, rate_rps in ((plan, 0.9), (surviving, 0.6)):
         figures = figures_of(one, inputs)
         assert figures.rate_rps == pytest.approx(0.9 * 1.5)
@@ -452,7 +453,7 @@ def simulator(monkeypatch: pytest.MonkeyPatch) -> Callable[[Mapping[str, dict[st
             if isinstance(outcome, Exception):
                 raise outcome
             result = replace(plan.result, solve_s=plan.result.solve_s + 2.0)  # a second search took place
-            return replace(plan, result=result, inputs={**plan.inputs, VERIFICATION: outcome})
+            return replace(plan, result=result, inputs={**plan.inputs, "verification": outcome})
 
         monkeypatch.setattr(comparing, "simulated_plan", simulated_plan)
         return asked
@@ -568,7 +569,7 @@ def test_throughput_is_not_set_beside_the_rate_that_is_simulated(
 def test_the_best_plan_is_the_one_that_keeps_most_or_costs_least() -> None:
     def simulated(objective: Objective, value: float, *, kept: bool, kept_rps: float | None) -> Plan:
         plan = plan_of("hetis", value, value, objective)
-        return replace(plan, inputs={**plan.inputs, VERIFICATION: verification(kept=kept, kept_rps=kept_rps)})
+        return replace(plan, inputs={**plan.inputs, "verification": verification(kept=kept, kept_rps=kept_rps)})
 
     most, least = Objective(), Objective(kind=ObjectiveKind.COST, demand_rps=1.0)
     assert best_of([plan_of("hetis", 1.0, 2.0, most), plan_of("uniform", 1.5, 2.0, most)]) == 1
@@ -585,7 +586,7 @@ def test_the_best_plan_is_the_one_that_keeps_most_or_costs_least() -> None:
 def test_a_market_beside_a_simulated_plan_gives_both_of_its_values() -> None:
     """Its rate by the model alone would contradict the one that the plan itself shows first."""
     plan = plan_of("hetis", 3.927, 3.927, Objective())
-    simulated = replace(plan, inputs={VERIFICATION: verification(kept=False, kept_rps=3.387)})
+    simulated = replace(plan, inputs={"verification": verification(kept=False, kept_rps=3.387)})
     assert model_words(plan.objective, simulated).endswith(
         "The present plan has 3.927 requests/s by the model and keeps its limits up to 3.387 in simulation."
     )
@@ -609,7 +610,7 @@ def test_what_is_kept_is_of_the_planned_rate_whatever_is_demanded(
 ) -> None:
     plan = plan_of("hetis", value, value, Objective(demand_rps=rate_rps))
     said = verification(kept=kept, kept_rps=kept_rps) | {"rate_rps": rate_rps}
-    simulated = replace(plan, inputs={**plan.inputs, VERIFICATION: said})
+    simulated = replace(plan, inputs={**plan.inputs, "verification": said})
     assert kept_of(simulated) == expected
     if kept:
         other = replace(simulated, result=replace(plan.result, value=value + 1.0))

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from hetis.formats import catalogue
-from hetis.planner.use_cases.place import objective
+from hetis.planner.use_cases.request import objective
 from hetis.planner.use_cases.sources import LoadedInputs, engine_rules, load_inputs
 from hetis.profiler.cli.app import run as profile_run
 from hetis.profiler.defaults import FITTED, MODELLED, default_profile, profile_text

@@ -15,9 +15,12 @@ import pytest
 import hetis.solver.planning as planning
 from hetis.planner.jobs.kernels import load_kernels
 from hetis.planner.use_cases import engine_values
-from hetis.planner.use_cases.engine_values import EngineValue, engine_values_of, with_engine_values
-from hetis.planner.use_cases.place import PlacementSettings, objective, search
+from hetis.planner.use_cases.engine_values import with_engine_values
+from hetis.planner.use_cases.place import PlacementSettings, search
 from hetis.planner.use_cases.precision import for_engine
+from hetis.planner.use_cases.record.forms import EngineValue
+from hetis.planner.use_cases.record.parts import OtherEngines
+from hetis.planner.use_cases.request import objective
 from hetis.planner.use_cases.sources import LoadedInputs, engine_rules, load_inputs
 from hetis.solver.budget import Budget, silent
 from hetis.solver.errors import NoPlanFoundError
@@ -55,7 +58,7 @@ def placed(
     problem = for_engine(loaded, settings.engine).inputs.problem(goal, "hetis", engine=settings.engine)
     plan = search(problem, settings, budget=Budget(clock=time.monotonic), report=silent)
     asked = {"seed": 0, "time_limit_s": 600.0, "cancelled": threading.Event(), "report": silent}
-    return plan, engine_values_of(with_engine_values(plan, problem, **asked))  # type: ignore[arg-type]
+    return plan, OtherEngines.of(with_engine_values(plan, problem, **asked)).values  # type: ignore[arg-type]
 
 
 def test_every_engine_s_plan_says_what_the_others_own_plans_reach(
@@ -122,7 +125,7 @@ def test_what_no_engine_runs_is_named(tmp_path: Path) -> None:
     ):  # fmt: skip
         asked = {"seed": 0, "time_limit_s": 0.0, "cancelled": threading.Event(), "report": silent}
         told = with_engine_values(replace(plan, **changed), problem, **asked)  # type: ignore[arg-type]
-        (hetis,) = (other for other in engine_values_of(told) if other.engine == "vllm-hetis")
+        (hetis,) = (other for other in OtherEngines.of(told).values if other.engine == "vllm-hetis")
         assert hetis.lacks == (lacks,)
 
 
@@ -168,7 +171,7 @@ def test_without_time_a_plan_says_that_nothing_was_looked_for(loaded: LoadedInpu
     told = with_engine_values(
         plan, problem, seed=0, time_limit_s=0.0, cancelled=threading.Event(), report=silent
     )  # fmt: skip
-    plain, _, anything = engine_values_of(told)
+    plain, _, anything = OtherEngines.of(told).values
     assert (plain.lacks, plain.why_not) == (("attention workers",), "no time was left")
     assert plain.equal_stages
     assert plain.value == pytest.approx(placed(loaded, "vllm")[0].result.value, rel=RELATIVE), "one card, one stage"

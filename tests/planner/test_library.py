@@ -26,6 +26,7 @@ from hetis.planner.cli.export import ExportOptions
 from hetis.planner.client import CallError
 from hetis.planner.export.replicas import ExportSettings, NotExportableError
 from hetis.planner.use_cases import place as placing
+from hetis.planner.use_cases.request import PlacementRequest
 from hetis.solver.plan import ObjectiveKind
 from tests.planner.command_line import EXAMPLES, hetis_plan_here
 from tests.planner.html_pages import ReadPage
@@ -113,9 +114,9 @@ def test_a_plan_is_that_of_the_command_line(plan: hetis.Plan, folder: Path) -> N
 def test_a_time_limit_that_is_given_limits_the_simulation_too(
     folder: Path, monkeypatch: pytest.MonkeyPatch, given: dict[str, Any], search_s: float, simulation_s: float
 ) -> None:
-    asked = list[placing.PlacementRequest]()
+    asked = list[PlacementRequest]()
 
-    def placed(request: placing.PlacementRequest, *_: object, **__: object) -> None:
+    def placed(request: PlacementRequest, *_: object, **__: object) -> None:
         asked.append(request)
         raise hetis.NoPlanFoundError("not searched")
 
@@ -123,7 +124,7 @@ def test_a_time_limit_that_is_given_limits_the_simulation_too(
     with pytest.raises(hetis.NoPlanFoundError):
         hetis.place(folder / "cluster.yaml", "Llama-2-7B", "500/100", **given)
     [request] = asked
-    assert (request.settings.time_limit_s, request.simulation_limit_s) == (search_s, simulation_s)
+    assert (request.time_limit_s, request.simulation_limit_s) == (search_s, simulation_s)
 
 
 @pytest.mark.parametrize("rate", [0.5, "50%"])
@@ -390,10 +391,14 @@ def value_of(source: str, names: dict[str, Any]) -> Any:
 
 def test_replicas_without_routes_are_left_out_and_other_checkpoints_are_told() -> None:
     plan = hetis.place(
-        EXAMPLES / "h100-l4.yaml", "Llama-3.1-70B", "8000/300", weights="fp8", ttft=None, tpot="50ms", verify=False,
-        other_engines=False, time_limit="10s",
+        EXAMPLES / "h100-l4.yaml", "Llama-3.1-70B-Instruct", "8000/300", weights="fp8", ttft=None, tpot="50ms",
+        verify=False, other_engines=False, time_limit="10s",
     )  # fmt: skip
     assert [replica.role.value for replica in plan.replicas] == ["unified"], "L4s would prefill for nobody"
     [told] = plan.export("vllm").lost
-    assert told.startswith("meta-llama/Meta-Llama-3.1-70B is stored in bf16, but the plan needs weights in fp8")
+    named = "meta-llama/Meta-Llama-3.1-70B-Instruct"
+    assert told.startswith(f"{named} is stored in bf16, but the plan needs weights in fp8")
+    served = [text for text in plan.export("vllm").files.values() if "vllm serve" in text]
+    assert served
+    assert all(named in text for text in served), "what was named is launched"
     assert plan.export("vllm", model="/models/llama-fp8").lost == ()

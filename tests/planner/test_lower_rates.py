@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from hetis.planner.use_cases.lower_rates import CancelledError, LowerRates
+from hetis.planner.use_cases.verification.lower_rates import LowerRates, StoppedError
 
 
 @pytest.mark.parametrize(
@@ -92,13 +92,13 @@ def test_a_rate_that_was_found_is_kept_when_the_search_for_a_higher_one_is_cance
 
     def is_sure(rate_rps: float) -> bool:
         if len(tried) == runs:
-            raise CancelledError
+            raise StoppedError
         tried.append(rate_rps)
         return rate_rps <= long_rps
 
     search = LowerRates(lambda rate_rps: rate_rps <= 70.0, is_sure)
     if found is None:
-        with pytest.raises(CancelledError):
+        with pytest.raises(StoppedError):
             search.highest(100.0, 0.0)
     else:
         assert search.highest(100.0, 0.0) == pytest.approx(found, rel=1e-3)
@@ -123,7 +123,7 @@ def test_a_search_that_is_cancelled_tells_which_rate_short_runs_keep_and_long_on
 
     def tried(rates: list[float], most: int, rate_rps: float, highest_rps: float) -> bool:
         if len(rates) == most:
-            raise CancelledError
+            raise StoppedError
         rates.append(rate_rps)
         return rate_rps <= highest_rps
 
@@ -131,6 +131,6 @@ def test_a_search_that_is_cancelled_tells_which_rate_short_runs_keep_and_long_on
         lambda rate_rps: tried(short, short_runs, rate_rps, 70.0),
         lambda rate_rps: tried(long, long_runs, rate_rps, long_rps),
     )
-    with pytest.raises(CancelledError):
+    with pytest.raises(StoppedError):
         search.highest(100.0, 0.0)
     assert search.likely_rps == (None if likely is None else pytest.approx(likely, rel=1e-3))

@@ -18,7 +18,7 @@ from hetis.planner.cli import outputs
 from hetis.planner.cli.app import run
 from hetis.planner.cli.exit_codes import ExitCode
 from hetis.planner.use_cases import place as placing
-from hetis.planner.use_cases.place import PlacementRequest, objective
+from hetis.planner.use_cases.request import PlacementRequest, objective
 from hetis.planner.use_cases.sources import load_inputs
 from hetis.solver.errors import InfeasibleError, NoPlanFoundError, UncheckedPlanError
 from hetis.solver.plan import Objective, ObjectiveKind, Plan
@@ -62,9 +62,7 @@ def test_a_plan_is_printed_and_saved(solver: Solver, tmp_path: Path, capsys: pyt
 
 
 def test_the_problem_has_the_hit_rate_that_was_given() -> None:
-    request = PlacementRequest(
-        cluster=INPUTS[3], model=INPUTS[5], workload=INPUTS[7], prefix_hit_rate=0.4, objective=Objective()
-    )
+    request = PlacementRequest(cluster=INPUTS[3], model=INPUTS[5], workload=INPUTS[7], prefix_hit_rate=0.4)
     loaded = placing.load(request)
     assert loaded.inputs.workload.prefix_hit_rate == 0.4
     assert placing.pose(request, loaded).workload.prefix_hit_rate == 0.4

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import re
-import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from types import MappingProxyType
@@ -16,7 +15,9 @@ from hypothesis import strategies as st
 
 from hetis.planner.report.explanation import render_explanation
 from hetis.planner.report.figures import seconds
-from hetis.planner.use_cases.queueing import (
+from hetis.planner.use_cases.simulation.engine_settings import with_more_seats
+from hetis.planner.use_cases.simulation.simulate import Question, answer, default_rate
+from hetis.planner.use_cases.verification.queueing import (
     EqualPrefills,
     EqualReplicas,
     Queueing,
@@ -26,9 +27,8 @@ from hetis.planner.use_cases.queueing import (
     request_queue,
     with_queueing,
 )
-from hetis.planner.use_cases.simulate import Question, answer, default_rate, with_more_seats
 from hetis.simulator.arrivals import Arrivals, Load
-from hetis.simulator.running import silent
+from hetis.simulator.running import never, silent
 from hetis.simulator.values import Settings
 from hetis.solver.check.fleet import Fleet, replica_shape
 from hetis.solver.check.rederive import Rederivation
@@ -230,7 +230,7 @@ def simulated_p95_s(plan: Plan, problem: PlacementProblem, rate_rps: float) -> f
     )
     settings = Settings(dispatch=False, redispatch=False)
     question = Question(load=load, num_requests=6000, seeds=(0,), settings=settings, limits=NO_LIMITS)
-    run = answer(plan, problem, question, processes=1, cancelled=threading.Event(), report=silent).runs[0]
+    run = answer(plan, problem, question, processes=1, is_cancelled=never, report=silent).runs[0]
     return run.ttft_s.p95
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from hetis.formats.catalogue import find_gpu
 from hetis.formats.documents import dump, load_model, to_data
-from hetis.formats.dtypes import with_precision
+from hetis.formats.models.dtypes import with_precision
 from hetis.planner.cli.app import run
 from hetis.planner.cli.exit_codes import ExitCode
 from hetis.profiler.roofline import modelled_profile

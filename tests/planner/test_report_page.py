@@ -22,10 +22,7 @@ from hetis.planner.report.page.plan_section import plan_blocks, reason_words, sh
 from hetis.planner.report.plan import simple_setups
 from hetis.planner.report.simulation_pictures import _COLORS, Line, Panel, _dash
 from hetis.planner.use_cases.compare import figures_of
-from hetis.planner.use_cases.equal_stages import EQUAL_STAGES, SIMPLE_SETUPS
-from hetis.planner.use_cases.robustness.profile_errors import PROFILE_ERRORS
 from hetis.planner.use_cases.sources import inputs_from_documents, load_plan_and_problem
-from hetis.planner.use_cases.verification import VERIFICATION
 from hetis.solver.budget import Report
 from hetis.solver.cluster import Link
 from hetis.solver.constraints import Exclude, Selection, Unit
@@ -75,7 +72,7 @@ def test_a_page_says_what_the_plan_says(folder: Path) -> None:
     assert figures.usd_per_million_output_tokens is not None
     for figure in (
         figures.rate_rps, figures.output_tokens_per_s, figures.usd_per_hour, figures.usd_per_million_output_tokens,
-        plan.inputs[EQUAL_STAGES],
+        plan.inputs["equal_stages_value"],
     ):  # fmt: skip
         assert digits(figure) in text, figure
     assert f"{digits(plan.result.bound, 4)} requests/s" in text
@@ -88,10 +85,10 @@ def test_a_page_says_what_the_plan_says(folder: Path) -> None:
 
 def test_simpler_setups_are_no_better_than_the_best_of_them(folder: Path) -> None:
     plan = load_plan(str(folder / "plan.json"))
-    simple = plan.inputs[SIMPLE_SETUPS]
+    simple = plan.inputs["simple_setups"]
     assert list(simple) == ["1", "2"], "no node has more GPUs of a type"
-    assert all(value is None or value <= plan.inputs[EQUAL_STAGES] for value in simple.values())
-    said = simple_setups(replace(plan, inputs={SIMPLE_SETUPS: {"2": 0.85 * plan.result.value, "8": None}}))
+    assert all(value is None or value <= plan.inputs["equal_stages_value"] for value in simple.values())
+    said = simple_setups(replace(plan, inputs={"simple_setups": {"2": 0.85 * plan.result.value, "8": None}}))
     assert said[0].startswith("TP2 in every replica: ")
     assert said[0].endswith(", 15% less")
     assert said[1] == "TP8 in every replica: none that keeps the limits"
@@ -218,18 +215,18 @@ def test_names_of_documents_cannot_write_html(folder: Path) -> None:
 
 def test_errors_of_profiles_in_no_form_of_ours_are_not_shown(folder: Path) -> None:
     found = load_plan_and_problem(str(folder / "plan.json"))
-    known = found.plan.inputs[PROFILE_ERRORS]["predicted"]
+    known = found.plan.inputs["profile_errors"]["predicted"]
     words = {gpu: dict.fromkeys(errors, "x") for gpu, errors in known["errors"].items()}
     for changes in ({"errors": words}, {"assumed": None}):
-        inputs = {**found.plan.inputs, PROFILE_ERRORS: {"predicted": {**known, **changes}}}
+        inputs = {**found.plan.inputs, "profile_errors": {"predicted": {**known, **changes}}}
         plan = replace(found.plan, inputs=inputs)
         assert "Profiles and their errors" in plans_page([ShownPlan(name="The plan", plan=plan, problem=found.problem)])
 
 
 def test_a_missed_limit_is_said_first(folder: Path) -> None:
     found = load_plan_and_problem(str(folder / "plan.json"))
-    missed = {**found.plan.inputs[VERIFICATION], "kept": False, "ttft_p95_s": 9.5, "kept_rps": None}
-    plan = replace(found.plan, inputs={**found.plan.inputs, VERIFICATION: missed})
+    missed = {**found.plan.inputs["verification"], "kept": False, "ttft_p95_s": 9.5, "kept_rps": None}
+    plan = replace(found.plan, inputs={**found.plan.inputs, "verification": missed})
     page = plans_page([ShownPlan(name="The plan", plan=plan, problem=found.problem)])
     text = whole(page).text
     assert "MISSED" in text[: text.index("How good it is")]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 from rich.console import Console, RenderableType
@@ -21,13 +21,12 @@ from hetis.planner.report.plan import (
     simple_setups,
     verdict,
 )
-from hetis.planner.use_cases.engine_values import ENGINE_VALUES, NOT_COMPILED
-from hetis.planner.use_cases.equal_stages import EQUAL_STAGES, SIMPLE_SETUPS
 from hetis.planner.use_cases.grouping import group_replicas
-from hetis.planner.use_cases.place import MODEL_VALUE, held_to
-from hetis.planner.use_cases.service_level import SERVICE_LEVEL, ServiceLevel, Statistic
+from hetis.planner.use_cases.place import with_service_level
+from hetis.planner.use_cases.record.forms import NOT_COMPILED
+from hetis.planner.use_cases.service_level import ServiceLevel, Statistic
 from hetis.planner.use_cases.sources import load_inputs
-from hetis.planner.use_cases.tightening import EQUAL_STAGES_CHOSEN, TIGHTENED, TTFT
+from hetis.planner.use_cases.verification.choosing import TTFT
 from hetis.solver.plan import OTHER_TENANTS, Objective, ObjectiveKind, Plan, Role, Status
 from tests.planner import plans
 from tests.planner.command_line import EXAMPLES
@@ -63,20 +62,20 @@ def test_a_plan_for_a_tighter_limit_is_compared_with_what_the_model_alone_promis
     """The plan's value is 1.35; the other setups were not simulated, so they may miss the limits as its first plan."""
     plan = plans.plan(plans.paper_replica())
     row = {"engine": "vllm", "value": 1.62, "bound": 1.62, "lacks": [], "why_not": ""}
-    inputs = {EQUAL_STAGES: 1.62, SIMPLE_SETUPS: {"2": 1.62}, ENGINE_VALUES: [row]}
-    tighter = {TIGHTENED: {"name": TTFT, "asked_s": 2.0, "planned_s": 1.6}, MODEL_VALUE: 1.8}
+    inputs = {"equal_stages_value": 1.62, "simple_setups": {"2": 1.62}, "engine_values": [row]}
+    tighter = {"tightened": {"name": TTFT, "asked_s": 2.0, "planned_s": 1.6}, "model_value": 1.8}
     first, then = replace(plan, inputs=inputs), replace(plan, inputs={**inputs, **tighter})
     assert beside_equal_stages(first) == "1.620 requests/s by replicas of equal stages; this plan 17% less"
     assert beside_equal_stages(then) == (
         "1.620 requests/s by the model, by replicas of equal stages (not simulated, may keep more than this plan: "
         "--strategy uniform); the best plan by the model 11% more"
     )
-    lost = replace(then, inputs={**then.inputs, EQUAL_STAGES_CHOSEN: False})
+    lost = replace(then, inputs={**then.inputs, "equal_stages_chosen": False})
     assert beside_equal_stages(lost) == (
         "1.620 requests/s by the model, by replicas of equal stages (in simulation they keep less than this plan); "
         "the best plan by the model 11% more"
     )
-    worse = replace(then, inputs={**then.inputs, EQUAL_STAGES: 1.3})
+    worse = replace(then, inputs={**then.inputs, "equal_stages_value": 1.3})
     assert beside_equal_stages(worse) == (
         "1.300 requests/s by the model, by replicas of equal stages (not simulated); "
         "the best plan by the model 38% more"
@@ -121,7 +120,7 @@ def test_parts_of_a_chart_have_different_signs_in_ascii_too() -> None:
 
 def test_equal_stages_beside_a_plan_without_unified_replicas_are_said_to_be_excluded() -> None:
     plan = plans.split_plan()
-    split = {"roles": ["prefill", "decode"], EQUAL_STAGES: 1.62, SIMPLE_SETUPS: {"2": 1.62}}
+    split = {"roles": ["prefill", "decode"], "equal_stages_value": 1.62, "simple_setups": {"2": 1.62}}
     for roles, excluded in ((split["roles"], True), (["unified", "prefill", "decode"], False)):
         text = text_of(render_plan(replace(plan, inputs={**split, "roles": roles})), width=120)
         assert (
@@ -141,7 +140,7 @@ def test_what_other_engines_reach_is_said_with_what_keeps_them_apart() -> None:
     for kind, more in ((ObjectiveKind.GOODPUT, "with"), (ObjectiveKind.COST, "without")):
         plan = plans.plan(plans.paper_replica(), kind=kind)
         less = "without" if more == "with" else "with"
-        assert beside_engines(replace(plan, inputs={**plan.inputs, ENGINE_VALUES: rows})) == [
+        assert beside_engines(replace(plan, inputs={**plan.inputs, "engine_values": rows})) == [
             f"vllm, sglang: 20% less, {less} attention workers",
             f"any: 10% more found, 20% more at best, {more} stage copies and several TP sizes",
         ]
@@ -157,8 +156,8 @@ def test_what_other_engines_reach_is_said_with_what_keeps_them_apart() -> None:
          "any: at least 1.080 requests/s by equal stages, 20% less, without stage copies"),
         (unknown, "any: does not run this plan (stage copies); no time was left"),
     ):  # fmt: skip
-        assert beside_engines(replace(plan, inputs={**plan.inputs, ENGINE_VALUES: [row]})) == [words]
-    unsearched = replace(plan, inputs={**plan.inputs, ENGINE_VALUES: [{**unknown, "why_not": NOT_COMPILED}]})
+        assert beside_engines(replace(plan, inputs={**plan.inputs, "engine_values": [row]})) == [words]
+    unsearched = replace(plan, inputs={**plan.inputs, "engine_values": [{**unknown, "why_not": NOT_COMPILED}]})
     assert (len(beside_engines(unsearched)), beside_engines(unsearched, hints=False)) == (1, [])
     plan_again = "plan with --engine any (the first time takes up to a minute longer)"
     for why_not in (NOT_COMPILED, "its search is not compiled yet, --engine any does that"):  # as in older plan files
@@ -170,8 +169,8 @@ def test_what_other_engines_reach_is_said_with_what_keeps_them_apart() -> None:
             (unknown, f"any: does not run this plan (stage copies); to search for a plan, {plan_again}"),
         ):
             rows = [{**row, "why_not": why_not}]
-            assert beside_engines(replace(plan, inputs={**plan.inputs, ENGINE_VALUES: rows})) == [words]
-    assert beside_engines(replace(plan, inputs={**plan.inputs, ENGINE_VALUES: [{"of": "another version"}]})) == []
+            assert beside_engines(replace(plan, inputs={**plan.inputs, "engine_values": rows})) == [words]
+    assert beside_engines(replace(plan, inputs={**plan.inputs, "engine_values": [{"of": "another version"}]})) == []
 
 
 @pytest.mark.parametrize(
@@ -186,8 +185,10 @@ def test_an_entry_of_another_engine_in_no_form_of_ours_is_none(changes: dict[str
     plan = plans.plan(plans.paper_replica())
     row = {"engine": "vllm", "value": 1.08, "bound": 1.08, "lacks": ["attention workers"], "why_not": ""}
     rows = [{**row, **changes}, row, 5]
-    assert beside_engines(replace(plan, inputs={ENGINE_VALUES: rows})) == ["vllm: 20% less, without attention workers"]
-    assert beside_engines(replace(plan, inputs={ENGINE_VALUES: 5})) == []
+    assert beside_engines(replace(plan, inputs={"engine_values": rows})) == [
+        "vllm: 20% less, without attention workers"
+    ]
+    assert beside_engines(replace(plan, inputs={"engine_values": 5})) == []
 
 
 def test_explain_names_the_devices_of_every_stage_and_its_workers() -> None:
@@ -278,7 +279,7 @@ def test_a_latency_of_one_slow_replica_is_said_to_be_that() -> None:
 )
 def test_a_bar_says_if_its_limit_is_for_another_statistic(level: ServiceLevel, limit_of: tuple[str, str]) -> None:
     plan = replace(PLANS["paper"], objective=Objective(ttft_limit_s=20.0, tpot_limit_s=2.0))
-    lines = text_of(render_plan(held_to(level, plan)), width=120).splitlines()
+    lines = text_of(render_plan(with_service_level(plan, level)), width=120).splitlines()
     for name, words in zip(("TTFT p95", "TPOT mean"), limit_of, strict=True):
         [line] = (line.rstrip() for line in lines if line.startswith(name))
         assert line.partition("%")[2] == words
@@ -340,7 +341,7 @@ def test_the_verdict_names_the_statistics_of_the_bound_if_others_are_asked_for()
         ("optimal", "proven optimal for p95 TTFT and mean TPOT: no plan of the family is better"),
         ("paper", "proven for p95 TTFT and mean TPOT: no plan of the family is over 0.52% better"),
     ):
-        plan = replace(PLANS[name], inputs={**PLANS[name].inputs, SERVICE_LEVEL: level.data()})
+        plan = replace(PLANS[name], inputs={**PLANS[name].inputs, "service_level": asdict(level)})
         assert verdict(plan) == words
 
 

@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hetis.planner.use_cases.representative import BALANCED, MIXED, representative_part
-from hetis.planner.use_cases.simulate import seats_of
+from hetis.planner.use_cases.simulation.representative import BALANCED, MIXED, representative_part
+from hetis.planner.use_cases.simulation.simulate import seats_of
 from hetis.solver.cluster import Link, Network
 from hetis.solver.plan import KvRoute, Plan, ReplicaPlan, Role, StagePlan
 from hetis.solver.problem import PlacementProblem

@@ -6,7 +6,6 @@ import itertools
 import json
 import math
 import threading
-from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -16,16 +15,16 @@ import pytest
 from hetis.formats.documents import load_cluster, load_model, load_plan, load_workload, to_data
 from hetis.planner.cli.app import run
 from hetis.planner.cli.exit_codes import ExitCode
-from hetis.planner.use_cases.place import PlacementSettings, make_plan, objective
+from hetis.planner.use_cases.place import PlacementSettings, make_plan
+from hetis.planner.use_cases.record.parts import ProfileErrors
+from hetis.planner.use_cases.request import objective
 from hetis.planner.use_cases.robustness import study as robustness
 from hetis.planner.use_cases.robustness.fixed_plan import FixedPlan, Performance, Profiles, structure_of
 from hetis.planner.use_cases.robustness.profile_errors import (
-    PROFILE_ERRORS,
     corners,
     outside_regions,
     perturbed,
     predicted,
-    predicted_of,
     profile_notes,
     scaled,
     tp_sizes,
@@ -55,6 +54,7 @@ from hetis.solver.plan import Objective, ObjectiveKind, Plan, Role
 from hetis.solver.planning import solve_placement
 from hetis.solver.problem import MICRO_BATCHES, Family, PlacementProblem
 from hetis.solver.profile import Fit, FitRegion, FitScope, Op, Profile, Source
+from tests.models import replace
 from tests.planner.command_line import EXAMPLES
 from tests.solver import test_check_roles
 
@@ -434,15 +434,15 @@ def test_operators_that_state_no_error_get_the_one_of_what_nobody_measured() -> 
 def test_profiles_without_errors_give_no_range() -> None:
     assert predicted(planned("paper"), with_errors(posed("paper"), None)) is None
     plan = with_profile_errors(planned("paper"), with_errors(posed("paper"), None))
-    assert PROFILE_ERRORS not in plan.inputs
-    assert predicted_of(plan) is None
+    assert "profile_errors" not in plan.inputs
+    assert ProfileErrors.of(plan).errors.predicted is None
 
 
 def test_what_is_written_into_a_plan_is_read_again() -> None:
     plan = with_profile_errors(planned("paper"), posed("paper"))
-    assert predicted_of(plan) == predicted(planned("paper"), posed("paper"))
+    assert ProfileErrors.of(plan).errors.predicted == predicted(planned("paper"), posed("paper"))
     for strange in ({}, {"predicted": 3}, {"predicted": {"rate": {"low": "a"}}}, 7):
-        assert predicted_of(replace(plan, inputs={PROFILE_ERRORS: strange})) is None
+        assert ProfileErrors.of(replace(plan, inputs={"profile_errors": strange})).errors.predicted is None
 
 
 # --- regions and origins
@@ -563,7 +563,7 @@ def test_a_plan_carries_its_range_and_still_passes_its_checks() -> None:
     goal = objective(ObjectiveKind.GOODPUT, ttft_s=None, tpot_s=None, demand_rps=None)
     problem = loaded.inputs.problem(goal, "hetis")
     plan = make_plan(loaded, problem, PlacementSettings(), budget=Budget(), report=silent)
-    assert predicted_of(plan) is not None
+    assert ProfileErrors.of(plan).errors.predicted is not None
     assert not check_plan(plan, problem)
     assert json.loads(json.dumps(to_data(plan), allow_nan=False)) == to_data(plan)
 
@@ -583,7 +583,7 @@ def test_place_prints_and_saves_the_study(
     for part in ("by the profiles' errors", "off by up to 20%", "within limits", "Runner-up", "Regret", "slower"):
         assert part in " ".join(printed.split())
     assert max(map(len, printed.splitlines())) <= 80
-    saved = load_plan(path).inputs[PROFILE_ERRORS]["robustness"]
+    saved = load_plan(path).inputs["profile_errors"]["robustness"]
     assert saved["samples"] == 5
     assert saved["error"] == 0.2
 

@@ -13,7 +13,7 @@ from hetis.formats.documents import load_cluster, load_plan
 from hetis.planner.cli.sharing import ShareRule
 from hetis.planner.report.sharing import holds
 from hetis.planner.use_cases.place import ONE_TOKEN
-from hetis.planner.use_cases.sources import ASKED, asked_objective
+from hetis.planner.use_cases.record.parts import Requested
 from hetis.solver.budget import Report
 from hetis.solver.tenants.problem import TenantRule
 from tests.planner.command_line import EXAMPLES, hetis_plan_here, invoke
@@ -123,10 +123,10 @@ def test_plans_of_tenants_keep_what_was_asked_of_them(tmp_path: Path) -> None:
     asked = ["--no-others", "--no-envy", "-q", "--out", str(tmp_path / "new")]
     assert invoke("share", written(tmp_path, text), "-c", FLEET, *asked).exit_code == 0
     chat, drafts = (load_plan(str(tmp_path / "new" / f"{name}.json")) for name in ("chat", "drafts"))
-    assert ASKED not in chat.inputs
+    assert "asked" not in chat.inputs
     assert drafts.objective.tpot_limit_s is None
-    assert drafts.inputs[ASKED] == {"tpot_limit_s": 0.05}
-    assert asked_objective(drafts).tpot_limit_s == 0.05
+    assert drafts.inputs["asked"] == {"tpot_limit_s": 0.05}
+    assert Requested.of(drafts).objective(drafts.objective).tpot_limit_s == 0.05
     assert ONE_TOKEN in drafts.notes
     assert invoke("check", str(tmp_path / "new" / "drafts.json")).exit_code == 0
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import threading
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +15,11 @@ from hetis.planner.convert.plans import complete, result_to_proto
 from hetis.planner.convert.stages import stages_of_replica
 from hetis.planner.resources.plans import compare, load_bytes_of
 from hetis.planner.use_cases.place import KV_IS_FOR_ENGINES
-from hetis.planner.use_cases.simulate import default_rate
+from hetis.planner.use_cases.simulation.simulate import default_rate
 from hetis.planner.use_cases.sources import load_plan_and_problem
-from hetis.planner.use_cases.verify import simulated_at
+from hetis.planner.use_cases.verification.rates import simulated_at
 from hetis.simulator.running import silent
+from hetis.solver.budget import Budget
 from hetis.solver.plan import Role
 from hetis.v1 import plan_pb2, replica_pb2
 from tests.planner.command_line import EXAMPLES, invoke
@@ -55,7 +55,7 @@ def test_it_can_be_simulated_before_it_is_shown(split: str) -> None:
     found = load_plan_and_problem(split)
     rate_rps = default_rate(found.plan, found.problem)
     tried = simulated_at(
-        found.plan, found.problem, rate_rps, found.plan.objective, seed=0, cancelled=threading.Event(), report=silent,
+        found.plan, found.problem, rate_rps, found.plan.objective, seed=0, budget=Budget(), report=silent,
         lengths=(400,),
     )  # fmt: skip
     assert tried is not None

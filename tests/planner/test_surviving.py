@@ -14,13 +14,15 @@ import pytest
 from hetis.planner.cli.app import run
 from hetis.planner.cli.exit_codes import ExitCode
 from hetis.planner.use_cases import place as placing
-from hetis.planner.use_cases.place import PlacementRequest, PlacementSettings
-from hetis.planner.use_cases.surviving import LOSSES, _equal_nodes, losses_of
+from hetis.planner.use_cases.place import PlacementSettings
+from hetis.planner.use_cases.record.parts import Losses
+from hetis.planner.use_cases.request import PlacementRequest
+from hetis.planner.use_cases.surviving import _equal_nodes
 from hetis.solver.budget import Budget, silent
 from hetis.solver.cluster import GpuSlots, NodeGroup
 from hetis.solver.constraints import Exclude, Selection, Unit
 from hetis.solver.errors import NoPlanFoundError
-from hetis.solver.plan import Objective, ObjectiveKind, Plan
+from hetis.solver.plan import Plan
 from hetis.solver.problem import PlacementProblem
 from tests.engines.plans import plan_of, stage_of
 from tests.solver.instances import make_problem, make_profile
@@ -253,18 +255,18 @@ def test_all_searches_together_keep_the_time_limit(
         return solve(problem, settings, budget=Budget(), **more)
 
     monkeypatch.setattr(placing, "search", slow)
-    goal = Objective(kind=ObjectiveKind.GPUS, demand_rps=0.5, ttft_limit_s=None, tpot_limit_s=None)
     request = PlacementRequest(
-        cluster="fleet.yaml", model="Llama-2-7B", workload="1024/256", objective=goal,
-        settings=PlacementSettings(survive="node", time_limit_s=60.0),
+        cluster="fleet.yaml", model="Llama-2-7B", workload="1024/256", objective="gpus", rate=0.5, ttft=None, tpot=None,
+        survive="node", engine="any",
     )  # fmt: skip
+    settings = placing.settings_of(request)
     loaded = placing.load(request)
     problem, budget = placing.pose(request, loaded), Budget(time_limit_s=60.0, clock=lambda: now_s)
     if is_found:
-        placing.make_plan(loaded, problem, request.settings, budget=budget, report=silent)
+        placing.make_plan(loaded, problem, settings, budget=budget, report=silent)
     else:
         with pytest.raises(NoPlanFoundError, match=r"all searches for --survive share 60 s$"):
-            placing.make_plan(loaded, problem, request.settings, budget=budget, report=silent)
+            placing.make_plan(loaded, problem, settings, budget=budget, report=silent)
     assert len(limits_s) > 2
     assert limits_s[:3] == [30.0, 15.0, 7.5]
     assert now_s < 60.0
@@ -274,9 +276,9 @@ def test_all_searches_together_keep_the_time_limit(
 def test_losses_in_another_form_are_left_out(row: object) -> None:
     named = {"name": "zz", **row} if isinstance(row, dict) else row
     plan = replace(
-        plan_of(stage_of()), inputs={LOSSES: {"node": named, "zone": {"name": "z", "rate": 1, "whole": 2.0}}}
+        plan_of(stage_of()), inputs={"losses": {"node": named, "zone": {"name": "z", "rate": 1, "whole": 2.0}}}
     )
-    assert {kind: loss.share for kind, loss in losses_of(plan).items()} == {"zone": 0.5}
+    assert {kind: loss.share for kind, loss in Losses.of(plan).by_place.items()} == {"zone": 0.5}
 
 
 def test_nodes_with_other_names_are_searched_once() -> None:

@@ -2,25 +2,18 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Mapping
 from dataclasses import replace
 
 import pytest
 
 from benchmarks.measuring.instances import fleet, problem
-from hetis.planner.use_cases import tightening, verify
-from hetis.planner.use_cases.lower_rates import CancelledError, KeptRate
-from hetis.planner.use_cases.tightening import (
-    EQUAL_STAGES_CHOSEN,
-    TTFT,
-    Tightening,
-    is_other_than_best,
-    tightening_of,
-    verified_plan,
-)
-from hetis.planner.use_cases.verification import Verification, verification_of
-from hetis.planner.use_cases.verify import unheard
+from hetis.planner.use_cases.record.forms import Tightening, Verification
+from hetis.planner.use_cases.record.parts import Verified
+from hetis.planner.use_cases.verification import choosing, rates
+from hetis.planner.use_cases.verification.choosing import TTFT, verified_plan
+from hetis.planner.use_cases.verification.lower_rates import KeptRate, StoppedError
+from hetis.planner.use_cases.verification.rates import no_progress
 from hetis.solver.budget import Budget
 from hetis.solver.errors import InfeasibleError
 from hetis.solver.plan import Objective, ObjectiveKind, Plan, ReplicaPlan, SolveResult, StagePlan, Status
@@ -57,8 +50,8 @@ class Fleet:
     def __init__(self, monkeypatch: pytest.MonkeyPatch, values: Mapping[float, float], kept: Mapping[float, float]):
         self.limits_s, self._values, self._kept = list[float](), values, kept
         self.searched_from_rps = dict[float, float]()  # by the planned rate of plans whose lower rates were searched
-        monkeypatch.setattr(tightening, "at_planned_rate", self.at_planned_rate)
-        monkeypatch.setattr(tightening, "with_more_seats", lambda plan, *_: plan)  # KV has no room for more
+        monkeypatch.setattr(choosing, "simulate_at_planned_rate", self.at_planned_rate)
+        monkeypatch.setattr(choosing, "with_more_seats", lambda plan, *_: plan)  # KV has no room for more
 
     def find(self, searched: PlacementProblem) -> Plan:
         limit_s = searched.objective.ttft_limit_s or 0.0
@@ -68,7 +61,7 @@ class Fleet:
                 return plan_of(value, ttft_s=limit_s, objective=searched.objective)
         raise InfeasibleError(("none",))
 
-    def at_planned_rate(self, plan: Plan, *, problem: PlacementProblem, **_: object) -> verify.AtPlannedRate:
+    def at_planned_rate(self, plan: Plan, *, problem: PlacementProblem, **_: object) -> rates.AtPlannedRate:
         assert plan.objective == problem.objective, "simulated against the limits that were asked for"
         rate_rps = plan.result.value
         is_kept = self._kept[rate_rps] == rate_rps
@@ -82,7 +75,7 @@ class Fleet:
             kept_rps = self._kept[rate_rps]
             return KeptRate(kept_rps, 4_000, is_confirmed=True) if kept_rps >= at_least_rps else None
 
-        return verify.AtPlannedRate(plan, found, kept_below)
+        return rates.AtPlannedRate(plan, found, kept_below)
 
     def settled(
         self, objective: Objective | None = None, *, equal_rps: float | None = None, is_short: bool = False
@@ -93,7 +86,7 @@ class Fleet:
         first = replace(first, inputs={"seed": 0})
         equal = None if equal_rps is None else plan_of(equal_rps, ttft_s=0.3, objective=given.objective)
         return verified_plan(
-            first, given, self.find, seed=0, cancelled=threading.Event(), report=unheard,
+            first, given, self.find, seed=0, budget=Budget(), report=no_progress,
             is_short=lambda: is_short, equal_stages=lambda: equal and replace(equal, strategy="uniform"),
         )  # fmt: skip
 
@@ -102,7 +95,7 @@ def test_a_plan_that_keeps_its_limits_is_not_planned_again(monkeypatch: pytest.M
     fake = Fleet(monkeypatch, {}, {FIRST_RPS: FIRST_RPS})
     found = fake.settled()
     assert fake.limits_s == []
-    assert tightening_of(found) is None
+    assert Verified.of(found).tightened is None
     assert found.notes == ()
 
 
@@ -114,7 +107,7 @@ def test_a_missed_limit_is_tightened_by_planned_over_simulated_then_half_as_much
     found = fake.settled()
     assert fake.limits_s == pytest.approx([0.48 * share, 0.48 * share**0.5])
     assert found.result.value == 9.0
-    assert tightening_of(found) == Tightening(name=TTFT, asked_s=ASKED_S, planned_s=fake.limits_s[1])
+    assert Verified.of(found).tightened == Tightening(name=TTFT, asked_s=ASKED_S, planned_s=fake.limits_s[1])
 
 
 def test_a_limit_that_is_still_missed_is_tightened_as_much_again(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -139,13 +132,13 @@ def test_a_plan_below_whose_rate_nothing_is_known_is_said_to_miss(monkeypatch: p
     """Cancelled, while lower rates of the first plan are simulated."""
     fake = Fleet(monkeypatch, {0.3: 8.0}, {FIRST_RPS: 5.0, 8.0: 8.0})
 
-    def cancelled(plan: Plan, *, problem: PlacementProblem, **_: object) -> verify.AtPlannedRate:
+    def cancelled(plan: Plan, *, problem: PlacementProblem, **_: object) -> rates.AtPlannedRate:
         def kept_below(_: float) -> KeptRate | None:
-            raise CancelledError
+            raise StoppedError
 
         return fake.at_planned_rate(plan, problem=problem)._replace(kept_below=kept_below)
 
-    monkeypatch.setattr(tightening, "at_planned_rate", cancelled)
+    monkeypatch.setattr(choosing, "simulate_at_planned_rate", cancelled)
     found = fake.settled()
     assert found.result.value == 8.0
     assert "(10 requests/s) misses the limits; the bound" in found.notes[0]
@@ -166,8 +159,8 @@ def test_the_other_plan_answers_the_first_problem_and_says_why(monkeypatch: pyte
 def test_the_first_plan_stays_if_it_serves_most_within_the_limits(monkeypatch: pytest.MonkeyPatch) -> None:
     found = Fleet(monkeypatch, {0.3: 8.0}, {FIRST_RPS: 9.5, 8.0: 8.0}).settled()
     assert found.result.value == FIRST_RPS
-    assert tightening_of(found) is None
-    verification = verification_of(found)
+    assert Verified.of(found).tightened is None
+    verification = Verified.of(found).verification
     assert verification is not None
     assert verification.kept_rps == 9.5
 
@@ -194,12 +187,12 @@ def test_at_a_demanded_rate_the_cheapest_plan_that_keeps_the_limits_is_shown(mon
 
 def test_equal_stages_that_keep_more_are_the_answer(monkeypatch: pytest.MonkeyPatch) -> None:
     found = Fleet(monkeypatch, {0.3: 8.0}, {FIRST_RPS: 5.0, 8.0: 6.0, 9.5: 9.0}).settled(equal_rps=9.5)
-    verification = verification_of(found)
+    verification = Verified.of(found).verification
     assert verification is not None
     assert (found.result.value, verification.kept_rps) == (9.5, 9.0)
     assert (found.strategy, found.result.bound, found.inputs["seed"]) == ("hetis", BOUND_RPS, 0)
-    assert found.inputs[EQUAL_STAGES_CHOSEN] is True
-    assert is_other_than_best(found)
+    assert found.inputs["equal_stages_chosen"] is True
+    assert Verified.of(found).is_other_than_best
     assert found.notes == (
         "of equal stages: simulated, the best plan by the model (10 requests/s) keeps the limits at less than 9 "
         "requests/s; the bound is that of all plans",
@@ -208,16 +201,16 @@ def test_equal_stages_that_keep_more_are_the_answer(monkeypatch: pytest.MonkeyPa
 
 def test_equal_stages_that_keep_less_are_known_to(monkeypatch: pytest.MonkeyPatch) -> None:
     found = Fleet(monkeypatch, {0.3: 8.0}, {FIRST_RPS: 5.0, 8.0: 8.0, 9.5: 7.0}).settled(equal_rps=9.5)
-    assert (found.result.value, found.inputs[EQUAL_STAGES_CHOSEN]) == (8.0, False)
+    assert (found.result.value, found.inputs["equal_stages_chosen"]) == (8.0, False)
     first = Fleet(monkeypatch, {}, {FIRST_RPS: 9.6, 9.5: 9.0}).settled(equal_rps=9.5)
-    assert (first.result.value, first.inputs[EQUAL_STAGES_CHOSEN]) == (FIRST_RPS, False)
-    assert not is_other_than_best(first)
-    assert EQUAL_STAGES_CHOSEN not in Fleet(monkeypatch, {0.3: 8.0}, {FIRST_RPS: 5.0, 8.0: 8.0}).settled().inputs
+    assert (first.result.value, first.inputs["equal_stages_chosen"]) == (FIRST_RPS, False)
+    assert not Verified.of(first).is_other_than_best
+    assert "equal_stages_chosen" not in Fleet(monkeypatch, {0.3: 8.0}, {FIRST_RPS: 5.0, 8.0: 8.0}).settled().inputs
 
 
 def test_equal_stages_are_not_looked_for_if_the_plan_keeps_its_limits(monkeypatch: pytest.MonkeyPatch) -> None:
     fake = Fleet(monkeypatch, {}, {FIRST_RPS: FIRST_RPS})
-    assert EQUAL_STAGES_CHOSEN not in fake.settled(equal_rps=9.5).inputs, "9.5 is no rate of the fake: not simulated"
+    assert "equal_stages_chosen" not in fake.settled(equal_rps=9.5).inputs, "9.5 is no rate of the fake: not simulated"
 
 
 def test_lower_rates_come_before_another_search_that_may_use_up_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -248,7 +241,7 @@ def test_lower_rates_that_are_known_are_told_from_any_rate_on(monkeypatch: pytes
 @pytest.mark.parametrize("written", [None, 3, {"name": TTFT}])
 def test_what_is_not_readable_is_no_tightening(written: object) -> None:
     plan = plan_of(1.0, ttft_s=0.4, objective=Objective())
-    assert tightening_of(replace(plan, inputs={"tightened": written})) is None
+    assert Verified.of(replace(plan, inputs={"tightened": written})).tightened is None
 
 
 def test_a_search_again_looks_for_no_reasons() -> None:

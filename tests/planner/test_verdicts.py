@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
-from dataclasses import replace
+from dataclasses import asdict, replace
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
@@ -16,26 +16,27 @@ import hetis
 from hetis.planner.report.figures import digits, seconds
 from hetis.planner.report.simulation import _goodput
 from hetis.planner.report.simulation_pictures import panels_of
-from hetis.planner.use_cases import simulate as simulating
-from hetis.planner.use_cases.service_level import (
-    DEFAULT,
-    SERVICE_LEVEL,
-    Held,
-    Latency,
-    ServiceLevel,
-    Statistic,
-    held,
+from hetis.planner.use_cases.service_level import DEFAULT, Latency, ServiceLevel, Statistic
+from hetis.planner.use_cases.simulation import simulate as simulating
+from hetis.planner.use_cases.simulation.judging import (
+    LevelVerdict,
+    LimitVerdict,
+    Measured,
+    latencies_of,
+    level_to_hold,
+    measured,
+    verdict_of,
 )
-from hetis.planner.use_cases.simulate import Question, Simulated, answer, default_requests
+from hetis.planner.use_cases.simulation.simulate import Question, Simulated, answer, default_requests
 from hetis.planner.use_cases.sources import load_plan_and_problem
-from hetis.planner.use_cases.verdicts import LevelVerdict, LimitVerdict, latencies_of, level_to_hold, verdict_of
-from hetis.planner.use_cases.verification import AS_PLANNED
-from hetis.planner.use_cases.verify import simulated_at
+from hetis.planner.use_cases.verification.outcome import AS_PLANNED
+from hetis.planner.use_cases.verification.rates import simulated_at
 from hetis.simulator.arrivals import Arrivals, Load
 from hetis.simulator.metrics import measure, summarise
 from hetis.simulator.running import silent
 from hetis.simulator.steadiness import Estimate
 from hetis.simulator.values import FloatArray, RequestLog, Run
+from hetis.solver.budget import Budget
 from hetis.solver.errors import InvalidProblemError
 from hetis.solver.plan import Objective, Plan
 from hetis.solver.problem import PlacementProblem
@@ -61,7 +62,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     placed = invoke("place", *inputs, "--no-verify", "--out", str(out))
     assert placed.exit_code == 0, placed.output
     document = json.loads(out.read_text())
-    document["inputs"][SERVICE_LEVEL] = SHARE.data()
+    document["inputs"]["service_level"] = asdict(SHARE)
     document["objective"] |= {"ttft_limit_s": 0.2, "tpot_limit_s": 0.05}
     out.write_text(json.dumps(document))
     return out
@@ -90,7 +91,7 @@ def asked(
 
 def answered(pair: Placed, question: Question, *, begins: Any = lambda _part: None) -> Simulated:
     stop = threading.Event()
-    return answer(*pair, question, processes=1, cancelled=stop, report=silent, begins=begins)
+    return answer(*pair, question, processes=1, is_cancelled=stop.is_set, report=silent, begins=begins)
 
 
 def table(saved: Path, *arguments: str) -> str:
@@ -126,14 +127,14 @@ P50, P95, P99, MEAN = Statistic.P50, Statistic.P95, Statistic.P99, Statistic.MEA
 def test_what_is_given_replaces_only_its_part_of_the_plans_level(
     pair: Placed, own: ServiceLevel, given: dict[str, Any], level: ServiceLevel
 ) -> None:
-    plan = replace(pair[0], inputs={**pair[0].inputs, SERVICE_LEVEL: own.data()})
+    plan = replace(pair[0], inputs={**pair[0].inputs, "service_level": asdict(own)})
     nothing = {"ttft": None, "tpot": None, "attainment": None}
     assert level_to_hold(plan, LIMITS, **nothing | given) == level
 
 
 def test_a_level_does_not_depend_on_a_latency_without_a_limit(pair: Placed) -> None:
     def level(own: ServiceLevel, limits: Objective) -> ServiceLevel:
-        plan = replace(pair[0], inputs={**pair[0].inputs, SERVICE_LEVEL: own.data()})
+        plan = replace(pair[0], inputs={**pair[0].inputs, "service_level": asdict(own)})
         return level_to_hold(plan, limits, ttft=None, tpot=None, attainment=None)
 
     assert level(TAILS, replace(LIMITS, tpot_limit_s=None)) == ServiceLevel(ttft=P99)
@@ -172,13 +173,12 @@ def test_one_run_is_compared_in_the_statistics_of_its_level(pair: Placed) -> Non
 
 
 def test_the_verdict_is_that_of_place_on_the_same_traffic(pair: Placed) -> None:
-    plan, problem = replace(pair[0], inputs={**pair[0].inputs, SERVICE_LEVEL: TAILS.data()}), pair[1]
-    stop = threading.Event()
-    placed = simulated_at(plan, problem, 25.0, LIMITS, seed=0, cancelled=stop, report=silent, lengths=(600,))
+    plan, problem = replace(pair[0], inputs={**pair[0].inputs, "service_level": asdict(TAILS)}), pair[1]
+    placed = simulated_at(plan, problem, 25.0, LIMITS, seed=0, budget=Budget(), report=silent, lengths=(600,))
     found = answered(pair, asked(pair, TAILS))
     assert placed is not None
     assert found.verdict is not None
-    for one, limited in zip(found.verdict.limits, placed.held.limited, strict=True):
+    for one, limited in zip(found.verdict.limits, placed.measured.limited, strict=True):
         assert one.estimate.value == limited.value
         assert one.estimate.half_width == pytest.approx(limited.high - limited.value)
     assert found.kept is placed.within
@@ -264,10 +264,10 @@ def test_every_request_may_have_to_keep_the_limits() -> None:
     assert (found.kept, found.sure) == (False, True)
 
 
-def held_over(run: Run, level: ServiceLevel) -> Held:
+def held_over(run: Run, level: ServiceLevel) -> Measured:
     """Compare a run with the limits without its warm-up, which some of these runs are too odd for."""
     summary = summarise([measure(run_of(np.full(len(run.arrival_s), 0.1)), LIMITS, saturated=False)])
-    return held(level, replace(summary, warm_up_s=0.0), run, LIMITS)
+    return measured(level, replace(summary, warm_up_s=0.0), run, LIMITS)
 
 
 def test_requests_that_never_finish_are_the_slowest() -> None:
@@ -294,8 +294,8 @@ def test_a_single_token_has_no_time_per_token() -> None:
 
 def test_no_request_gives_no_share_and_no_warning() -> None:
     run = run_of(np.zeros(0))
-    found = held(ServiceLevel(attainment=0.9), summarise([measure(run_of(np.full(10, 0.1)), LIMITS, saturated=False)]),
-                 run, LIMITS)  # fmt: skip
+    summary = summarise([measure(run_of(np.full(10, 0.1)), LIMITS, saturated=False)])
+    found = measured(ServiceLevel(attainment=0.9), summary, run, LIMITS)
     assert np.isnan(found.missed[Latency.TTFT])
 
 
@@ -443,7 +443,7 @@ def test_a_saturated_fleet_has_no_verdict(saved: Path) -> None:
 
 def test_a_saturated_fleet_gets_no_requests_to_measure_a_share(saved: Path, tmp_path: Path) -> None:
     document = json.loads(saved.read_text())
-    document["inputs"][SERVICE_LEVEL] = ServiceLevel(attainment=1.0).data()
+    document["inputs"]["service_level"] = asdict(ServiceLevel(attainment=1.0))
     strict = tmp_path / "plan.json"
     strict.write_text(json.dumps(document))
     result = invoke("simulate", str(strict), "--threads", "1", "--saturate", "-o", "json")

@@ -26,49 +26,43 @@ from hetis.planner.report.figures import digits, seconds
 from hetis.planner.report.page import plan_section
 from hetis.planner.report.page.pages import ShownPlan, plans_page
 from hetis.planner.report.plan import beside_equal_stages, headline, render_plan, simple_setups
-from hetis.planner.use_cases import equal_stages, latency_curve, tightening, verify
 from hetis.planner.use_cases import place as placing_steps
-from hetis.planner.use_cases.equal_stages import EQUAL_STAGES, EQUAL_STAGES_KEPT, SIMPLE_SETUPS
 from hetis.planner.use_cases.grouping import group_replicas
-from hetis.planner.use_cases.lower_rates import CancelledError, KeptRate
-from hetis.planner.use_cases.place import (
-    OUT_OF_TIME,
-    SEARCH_OUT_OF_TIME,
-    STOPPED_EARLY,
-    PlacementRequest,
-    PlacementSettings,
-    missed,
-    noted_if_stopped,
-    simulated_plan,
-)
+from hetis.planner.use_cases.place import PlacementSettings, missed, simulated_plan
+from hetis.planner.use_cases.record.parts import Requested, Verified
+from hetis.planner.use_cases.request import PlacementRequest
 from hetis.planner.use_cases.service_level import (
     DEFAULT,
-    SERVICE_LEVEL,
     Latency,
     ServiceLevel,
     Statistic,
-    _attained,
-    asked_level,
-    held,
-    service_level_of,
+    requested_level,
     share_within,
 )
-from hetis.planner.use_cases.simulate import (
-    Question,
-    Simulated,
-    answer,
-    at_settings,
-    default_rate,
-    seats_of,
-    with_all_seats,
-    with_more_seats,
-)
+from hetis.planner.use_cases.simulation.engine_settings import at_settings, with_all_seats, with_more_seats
+from hetis.planner.use_cases.simulation.judging import _attained, measured
+from hetis.planner.use_cases.simulation.simulate import Question, Simulated, answer, default_rate, seats_of
 from hetis.planner.use_cases.sources import load_inputs, load_plan_and_problem
-from hetis.planner.use_cases.verification import AS_PLANNED, VERIFICATION, misses, rate_to_simulate, verification_of
-from hetis.planner.use_cases.verify import LONGER, TriedRate, num_requests_of, simulated_at, unheard, verified
+from hetis.planner.use_cases.verification import choosing, latency_curve, rates
+from hetis.planner.use_cases.verification.choosing import (
+    OUT_OF_TIME,
+    SEARCH_OUT_OF_TIME,
+    STOPPED_EARLY,
+    noted_if_stopped,
+)
+from hetis.planner.use_cases.verification.lower_rates import KeptRate, StoppedError
+from hetis.planner.use_cases.verification.outcome import AS_PLANNED, misses, rate_to_simulate, settings_of
+from hetis.planner.use_cases.verification.rates import (
+    LONGER,
+    TriedRate,
+    no_progress,
+    num_requests_of,
+    simulated_at,
+    verified,
+)
 from hetis.simulator.arrivals import Arrivals, Load
 from hetis.simulator.metrics import Summary
-from hetis.simulator.running import silent
+from hetis.simulator.running import never, silent
 from hetis.simulator.steadiness import Estimate
 from hetis.simulator.values import Settings
 from hetis.solver.budget import Budget
@@ -109,7 +103,7 @@ def pair(placed: Path) -> Placed:
 def run(pair: Placed) -> TriedRate:
     """The plan at its rate."""
     limits = pair[0].objective
-    found = simulated_at(*pair, default_rate(*pair), limits, seed=0, cancelled=threading.Event(), report=silent)
+    found = simulated_at(*pair, default_rate(*pair), limits, seed=0, budget=Budget(), report=silent)
     assert found is not None
     return found
 
@@ -117,7 +111,7 @@ def run(pair: Placed) -> TriedRate:
 @pytest.fixture(scope="module")
 def one_run(pair: Placed) -> Summary:
     limits = Objective(ttft_limit_s=None, tpot_limit_s=None)
-    found = simulated_at(*pair, 1.0, limits, seed=0, cancelled=threading.Event(), report=silent)
+    found = simulated_at(*pair, 1.0, limits, seed=0, budget=Budget(), report=silent)
     assert found is not None
     return found.summary
 
@@ -128,14 +122,14 @@ def drawn(plan: Plan) -> str:
 
 
 def again(plan: Plan, problem: PlacementProblem) -> Plan:
-    return verified(plan, problem, seed=0, cancelled=threading.Event(), report=unheard)
+    return verified(plan, problem, seed=0, budget=Budget(), report=no_progress)
 
 
 def test_the_saved_plan_says_what_a_second_simulation_says(placed: Path, pair: Placed) -> None:
     plan, problem = pair
-    saved = verification_of(load_plan(placed))
+    saved = Verified.of(load_plan(placed)).verification
     assert saved is not None
-    assert saved == verification_of(again(plan, problem))
+    assert saved == Verified.of(again(plan, problem)).verification
     assert saved.rate_rps == pytest.approx(default_rate(plan, problem))
     assert saved.kept == (not misses(saved, plan))
 
@@ -144,7 +138,7 @@ def test_a_limit_that_no_rate_keeps_is_missed_by_name(pair: Placed) -> None:
     plan, problem = pair
     hasty = replace(plan, objective=replace(plan.objective, ttft_limit_s=1e-4))
     simulated = again(hasty, problem)
-    found = verification_of(simulated)
+    found = Verified.of(simulated).verification
     assert found is not None
     assert not found.kept
     assert found.kept_rps is None
@@ -156,28 +150,28 @@ def test_too_high_a_rate_is_missed_and_a_lower_one_kept(pair: Placed) -> None:
     plan, problem = pair
     rate_rps = 1.5 * default_rate(plan, problem)
     crowded = replace(plan, objective=replace(plan.objective, demand_rps=rate_rps))
-    found = verification_of(again(crowded, problem))
+    found = Verified.of(again(crowded, problem)).verification
     assert found is not None
     assert not found.kept
     assert found.rate_rps == rate_rps
     assert found.kept_rps is not None
     assert 0.25 * rate_rps <= found.kept_rps < rate_rps
     at_kept = replace(plan, objective=replace(plan.objective, demand_rps=found.kept_rps))
-    kept = verification_of(again(at_kept, problem))
+    kept = Verified.of(again(at_kept, problem)).verification
     assert kept is not None
     assert kept.kept
 
 
 def test_a_plan_that_keeps_its_limits_says_up_to_which_rate(pair: Placed) -> None:
     plan, problem = pair
-    found = verification_of(again(plan, problem))
+    found = Verified.of(again(plan, problem)).verification
     assert found is not None
     assert found.kept_rps is not None
     assert found.kept_rps == pytest.approx(1.1 * found.rate_rps)
-    shown = replace(plan, inputs={**plan.inputs, VERIFICATION: asdict(found)})
+    shown = replace(plan, inputs={**plan.inputs, "verification": asdict(found)})
     assert f"kept up to {digits(found.kept_rps, 4)}" in drawn(shown)
     demanded = replace(plan, objective=replace(plan.objective, demand_rps=0.5 * found.rate_rps))
-    at_demand = verification_of(again(demanded, problem))
+    at_demand = Verified.of(again(demanded, problem)).verification
     assert at_demand is not None
     assert at_demand.kept_rps == at_demand.rate_rps == 0.5 * found.rate_rps
 
@@ -207,8 +201,8 @@ def test_a_longer_run_decides_where_the_limit_is_close(
         summary = replace(one_run, steady=True, ttft_p95_s=Estimate(value=value, half_width=half_width))
         return SimpleNamespace(complete=True, summary=summary, run=None)
 
-    monkeypatch.setattr(verify, "answer", answer)
-    found = simulated_at(plan, problem, 1.0, limits, seed=0, cancelled=threading.Event(), report=silent)
+    monkeypatch.setattr(rates, "answer", answer)
+    found = simulated_at(plan, problem, 1.0, limits, seed=0, budget=Budget(), report=silent)
     assert found is not None
     assert (found.kept, found.sure) == (kept, sure)
     assert numbers == [num_requests_of(plan) * times for times in (1, LONGER)][:asked]
@@ -230,9 +224,9 @@ def test_other_traffic_has_to_keep_a_limit_that_is_close(
         summary = replace(one_run, steady=True, ttft_p95_s=p95_s, attainment=0.95)
         return SimpleNamespace(complete=True, summary=summary, run=None)
 
-    monkeypatch.setattr(verify, "answer", answer)
+    monkeypatch.setattr(rates, "answer", answer)
     limits = replace(plan.objective, ttft_limit_s=1.0, tpot_limit_s=None)
-    found = verification_of(again(replace(plan, objective=limits), problem))
+    found = Verified.of(again(replace(plan, objective=limits), problem)).verification
     assert found is not None
     assert seeds[:3] == [0, 0, 1]  # a longer run, then other traffic
     assert (found.kept, found.ttft_p95_s) == (kept, 0.97 if kept else other_s)
@@ -250,14 +244,14 @@ def test_heads_are_dispatched_where_the_planned_split_is_not_clearly_enough(
         summary = replace(one_run, steady=True, ttft_p95_s=p95_s, attainment=0.95)
         return SimpleNamespace(complete=True, summary=summary, run=None)
 
-    monkeypatch.setattr(verify, "answer", answer)
-    monkeypatch.setattr(verify, "_has_workers", lambda _plan: True)
+    monkeypatch.setattr(rates, "answer", answer)
+    monkeypatch.setattr(rates, "_has_workers", lambda _plan: True)
     limits = replace(plan.objective, ttft_limit_s=1.0, tpot_limit_s=None)
-    found = verification_of(again(replace(plan, objective=limits), problem))
+    found = Verified.of(again(replace(plan, objective=limits), problem)).verification
     assert found is not None
     assert found.kept
     assert (found.dispatched, found.ttft_p95_s) == (dispatched, 0.4 if dispatched else split_s)
-    assert found.settings.dispatch == bool(dispatched)
+    assert settings_of(found).dispatch == bool(dispatched)
 
 
 @pytest.fixture(scope="module")
@@ -271,13 +265,13 @@ def whole_run(pair: Placed) -> Simulated:
     question = Question(
         load=load, num_requests=2000, seeds=(0,), settings=AS_PLANNED, limits=plan.objective, keep_run=True
     )
-    return answer(plan, problem, question, processes=1, cancelled=threading.Event(), report=silent)
+    return answer(plan, problem, question, processes=1, is_cancelled=never, report=silent)
 
 
 def test_a_run_is_judged_by_the_statistics_that_are_asked_for(whole_run: Simulated) -> None:
     summary, run = whole_run.summary, whole_run.run
     limits = Objective(ttft_limit_s=1.0, tpot_limit_s=0.1)
-    usual = held(ServiceLevel(), summary, None, limits)
+    usual = measured(ServiceLevel(), summary, None, limits)
     p95, mean = summary.ttft_p95_s, summary.mean_tpot_s
     assert [one[:4] for one in usual.limited] == [
         (p95.value - p95.half_width, p95.value, p95.value + p95.half_width, 1.0),
@@ -285,13 +279,13 @@ def test_a_run_is_judged_by_the_statistics_that_are_asked_for(whole_run: Simulat
     ]
     assert [one.close for one in usual.limited] == [0.9, 1.0]
     assert not usual.seconds
-    others = held(ServiceLevel(ttft=Statistic.P99, tpot=Statistic.P50), summary, run, limits)
+    others = measured(ServiceLevel(ttft=Statistic.P99, tpot=Statistic.P50), summary, run, limits)
     assert others.seconds == pytest.approx({"TTFT": summary.ttft_s.p99, "TPOT": summary.tpot_s.p50})
     assert [one.value for one in others.limited] == list(others.seconds.values())
     assert all(one.low < one.value < one.high for one in others.limited)
     assert others.limited[0].high - others.limited[0].value > p95.half_width  # a tail further out is less certain
     unlimited = Objective(ttft_limit_s=None, tpot_limit_s=None)
-    assert held(ServiceLevel(ttft=Statistic.P99), summary, run, unlimited).limited == ()
+    assert measured(ServiceLevel(ttft=Statistic.P99), summary, run, unlimited).limited == ()
 
 
 def test_a_run_is_judged_by_the_share_of_requests_that_keep_all_limits(whole_run: Simulated) -> None:
@@ -300,18 +294,18 @@ def test_a_run_is_judged_by_the_share_of_requests_that_keep_all_limits(whole_run
     inside = run.arrival_s >= summary.warm_up_s
     ttft = (run.first_token_s - run.arrival_s)[inside]
     limit_s = float(np.percentile(ttft, 80))
-    found = held(share, summary, run, Objective(ttft_limit_s=limit_s, tpot_limit_s=None))
+    found = measured(share, summary, run, Objective(ttft_limit_s=limit_s, tpot_limit_s=None))
     (missing,) = found.limited
     assert missing.value == found.missed["TTFT"] == pytest.approx(0.2, abs=1 / len(ttft))
     assert missing.limit == pytest.approx(0.1)
     assert missing.low > 0.15
-    both = held(share, summary, run, Objective(ttft_limit_s=limit_s, tpot_limit_s=1e-6))
+    both = measured(share, summary, run, Objective(ttft_limit_s=limit_s, tpot_limit_s=1e-6))
     assert (both.limited[0].value, both.missed["TPOT"]) == (1.0, 1.0)
-    never = held(share, summary, run, Objective(ttft_limit_s=1e6, tpot_limit_s=None)).limited[0]
+    never = measured(share, summary, run, Objective(ttft_limit_s=1e6, tpot_limit_s=None)).limited[0]
     assert never.value == 0.0
     assert never.high == pytest.approx(3 / len(ttft))  # a run without a miss does not prove that there are none
     lost = replace(run, finished_s=np.full_like(run.finished_s, np.nan))
-    assert held(share, summary, lost, Objective(ttft_limit_s=1e6, tpot_limit_s=None)).limited[0].value == 1.0
+    assert measured(share, summary, lost, Objective(ttft_limit_s=1e6, tpot_limit_s=None)).limited[0].value == 1.0
 
 
 @pytest.mark.parametrize(
@@ -325,7 +319,7 @@ def test_a_share_is_not_rounded_to_the_one_asked_for(share: float, asked: float,
 def test_runs_are_long_enough_for_the_share_that_may_miss(pair: Placed) -> None:
     plan, _ = pair
     lengths = [
-        num_requests_of(replace(plan, inputs={SERVICE_LEVEL: ServiceLevel(attainment=share).data()}))
+        num_requests_of(replace(plan, inputs={"service_level": asdict(ServiceLevel(attainment=share))}))
         for share in (0.5, 0.99, 0.999, 1.0)
     ]
     assert lengths == [num_requests_of(plan), 5000, 40_000, 40_000]
@@ -335,11 +329,11 @@ def test_runs_are_long_enough_for_the_share_that_may_miss(pair: Placed) -> None:
 def test_the_limit_that_most_requests_miss_is_tightened(pair: Placed, ttft: float, tpot: float, name: str) -> None:
     plan = pair[0]
     said = {"kept": False, "attainment": 0.6, "ttft_missed": ttft, "tpot_missed": tpot}
-    level = ServiceLevel(attainment=0.9).data()
-    held = replace(plan, inputs={VERIFICATION: {**plan.inputs[VERIFICATION], **said}, SERVICE_LEVEL: level})
-    found = verification_of(held)
+    level = asdict(ServiceLevel(attainment=0.9))
+    held = replace(plan, inputs={"verification": {**plan.inputs["verification"], **said}, "service_level": level})
+    found = Verified.of(held).verification
     assert found is not None
-    missed_limit = tightening._missed(found, held)
+    missed_limit = choosing._missed(found, held)
     assert missed_limit is not None
     assert missed_limit.name == name
     assert missed_limit.planned_s == pytest.approx(0.8 * missed_limit.asked_s)
@@ -348,12 +342,12 @@ def test_the_limit_that_most_requests_miss_is_tightened(pair: Placed, ttft: floa
 @pytest.mark.parametrize("level", [ServiceLevel(attainment=1.0), ServiceLevel(ttft=Statistic.P99, tpot=Statistic.P50)])
 def test_the_rate_that_is_kept_follows_what_is_asked_for(pair: Placed, level: ServiceLevel) -> None:
     plan, problem = pair
-    usual = verification_of(plan)
+    usual = Verified.of(plan).verification
     assert usual is not None
-    asked = replace(plan, inputs={**plan.inputs, SERVICE_LEVEL: json.loads(json.dumps(level.data()))})
-    assert service_level_of(asked) == level
+    asked = replace(plan, inputs={**plan.inputs, "service_level": json.loads(json.dumps(asdict(level)))})
+    assert Requested.of(asked).service_level == level
     found = again(asked, problem)
-    verification = verification_of(found)
+    verification = Verified.of(found).verification
     assert verification is not None
     if level.attainment is None:
         assert (verification.ttft_p95_s, verification.tpot_mean_s) == (usual.ttft_p95_s, usual.tpot_mean_s)
@@ -368,7 +362,7 @@ def test_the_rate_that_is_kept_follows_what_is_asked_for(pair: Placed, level: Se
 
 @pytest.mark.parametrize("written", [None, 3, {"ttft": "p95"}, {"ttft": "p1", "tpot": "mean", "attainment": None}])
 def test_what_is_not_readable_is_the_usual_level(pair: Placed, written: object) -> None:
-    assert service_level_of(replace(pair[0], inputs={SERVICE_LEVEL: written})) == ServiceLevel()
+    assert Requested.of(replace(pair[0], inputs={"service_level": written})).service_level == ServiceLevel()
 
 
 @pytest.mark.parametrize(
@@ -404,31 +398,31 @@ def test_levels_that_mean_nothing_are_refused(placed: Path, options: list[str], 
 )
 def test_levels_that_contradict_themselves_are_refused(asked: dict[str, Any], said: str) -> None:
     usual = {"ttft": None, "tpot": None, "attainment": None, "objective": Objective(), "verify": True}
-    assert asked_level(**usual) == ServiceLevel()  # type: ignore[arg-type]
+    assert requested_level(**usual) == ServiceLevel()  # type: ignore[arg-type]
     with pytest.raises(InvalidProblemError, match=said):
-        asked_level(**{**usual, **asked})  # type: ignore[arg-type]
+        requested_level(**{**usual, **asked})  # type: ignore[arg-type]
 
 
 def test_a_saved_plan_says_what_it_is_held_to(placed: Path, tmp_path: Path) -> None:
     out, cluster = tmp_path / "plan.json", str(placed.with_name("cluster.yaml"))
     asked = ["place", "-c", cluster, "-m", "Llama-2-7B", "-w", "500/100", "--ttft-statistic", "p99", "--out", str(out)]
     assert "TTFT p99" in invoke(*asked).stdout
-    assert json.loads(out.read_text())["inputs"][SERVICE_LEVEL] == {"ttft": "p99", "tpot": "mean", "attainment": None}
+    assert json.loads(out.read_text())["inputs"]["service_level"] == {"ttft": "p99", "tpot": "mean", "attainment": None}
     assert "TTFT p99" in invoke("explain", str(out)).stdout
 
 
 def test_a_plan_that_misses_is_headed_and_simulated_by_the_rate_that_it_keeps(pair: Placed) -> None:
     plan, problem = pair
     said = {"kept": False, "ttft_p95_s": 9.5, "kept_rps": 0.7 * plan.result.value}
-    missing = replace(plan, inputs={**plan.inputs, VERIFICATION: {**plan.inputs[VERIFICATION], **said}})
+    missing = replace(plan, inputs={**plan.inputs, "verification": {**plan.inputs["verification"], **said}})
     kept, planned = (f"{digits(rate, 4)} requests/s" for rate in (said["kept_rps"], plan.result.value))
     assert f"Goodput {kept} within the limits in simulation; by the model {planned}" in drawn(missing)
     assert f"Goodput {planned} proven" in drawn(plan)
     dear, cheap = (float(re.findall(r"([\d.]+) USD per million", drawn(one))[0]) for one in (missing, plan))
     assert dear / cheap == pytest.approx(1 / 0.7, rel=0.01)
-    beside = {EQUAL_STAGES: 0.5 * plan.result.value}
-    none = {**missing.inputs[VERIFICATION], "kept_rps": None}
-    never = replace(plan, inputs={**plan.inputs, VERIFICATION: none})
+    beside = {"equal_stages_value": 0.5 * plan.result.value}
+    none = {**missing.inputs["verification"], "kept_rps": None}
+    never = replace(plan, inputs={**plan.inputs, "verification": none})
     assert "Goodput none of the rates tried keeps the limits in simulation; by the model" in drawn(never)
     for one, more in (
         (missing, "by the model, by replicas of equal stages (not simulated); this plan by the model 100% more"),
@@ -440,7 +434,9 @@ def test_a_plan_that_misses_is_headed_and_simulated_by_the_rate_that_it_keeps(pa
         page = plans_page([ShownPlan(name="one", plan=shown, problem=problem)])
         assert "+100%" in page
         assert ("by the model; equal stages, not simulated" in page) is (one is not plan)
-    [simple] = simple_setups(replace(missing, inputs={**missing.inputs, SIMPLE_SETUPS: {"2": 0.5 * plan.result.value}}))
+    [simple] = simple_setups(
+        replace(missing, inputs={**missing.inputs, "simple_setups": {"2": 0.5 * plan.result.value}})
+    )
     assert simple.endswith("50% less by the model")
     assert rate_to_simulate(missing, problem) == said["kept_rps"]
     assert rate_to_simulate(plan, problem) == default_rate(plan, problem)
@@ -449,7 +445,7 @@ def test_a_plan_that_misses_is_headed_and_simulated_by_the_rate_that_it_keeps(pa
         assert rate_to_simulate(demanded, problem) == rate_to_simulate(one, problem), "a plan promises its own rate"
         dearest = replace(demanded, objective=replace(demanded.objective, kind=ObjectiveKind.COST))
         assert rate_to_simulate(dearest, problem) == 0.01
-    [clause] = misses(replace(verification_of(missing), ttft_p95_s=3451.0, steady=None), missing)
+    [clause] = misses(replace(Verified.of(missing).verification, ttft_p95_s=3451.0, steady=None), missing)
     assert clause == "TTFT p95 3,451 s of 2 s"
 
 
@@ -461,23 +457,23 @@ def test_a_plan_that_promises_less_than_the_model_is_compared_with_what_equal_st
     keeps = plan.result.value
 
     def with_kept_rate(plan: Plan, *, cancelled: bool = False) -> Plan:
-        ends = threading.Event()
+        ends = Budget()
         if cancelled:
-            ends.set()
-        return equal_stages.with_kept_rate(plan, problem, seed=0, cancelled=ends, report=unheard)
+            ends.cancelled.set()
+        return choosing.with_rate_of_equal_stages(plan, problem, seed=0, budget=ends, report=no_progress)
 
     assert with_kept_rate(plan) is plan, "it keeps what the model promises"
-    said = {**plan.inputs[VERIFICATION], "kept": False, "ttft_p95_s": 9.5, "kept_rps": 0.7 * keeps}
-    missing = replace(plan, inputs={**plan.inputs, EQUAL_STAGES: keeps, VERIFICATION: said})
-    assert with_kept_rate(missing).inputs[EQUAL_STAGES_KEPT] == 0.7 * keeps, "the same replicas keep the same"
+    said = {**plan.inputs["verification"], "kept": False, "ttft_p95_s": 9.5, "kept_rps": 0.7 * keeps}
+    missing = replace(plan, inputs={**plan.inputs, "equal_stages_value": keeps, "verification": said})
+    assert with_kept_rate(missing).inputs["equal_stages_kept_rps"] == 0.7 * keeps, "the same replicas keep the same"
     wide = replace(missing, replicas=tuple(replace(one, max_num_seqs=512) for one in plan.replicas))
-    assert with_kept_rate(wide).inputs[EQUAL_STAGES_KEPT] == 0.7 * keeps
+    assert with_kept_rate(wide).inputs["equal_stages_kept_rps"] == 0.7 * keeps
     other = replace(missing, replicas=plan.replicas[:1])
     assert with_kept_rate(other, cancelled=True) is other
     cheapest = replace(other, objective=replace(plan.objective, kind=ObjectiveKind.COST, demand_rps=1.0))
     assert with_kept_rate(cheapest) is cheapest
     found = with_kept_rate(other)
-    assert found.inputs[EQUAL_STAGES_KEPT] == pytest.approx(keeps), "what the same replicas keep, simulated again"
+    assert found.inputs["equal_stages_kept_rps"] == pytest.approx(keeps), "what the same replicas keep, simulated again"
     assert beside_equal_stages(found) == (
         f"{digits(keeps, 4)} requests/s within the limits in simulation, by replicas of equal stages; "
         "this plan 30% less"
@@ -486,15 +482,15 @@ def test_a_plan_that_promises_less_than_the_model_is_compared_with_what_equal_st
     for words in ("−30%", "in simulation; equal stages: ", "Equal stages, simulated"):
         assert words in page
 
-    def ends_early(equal: Plan, *_: Any, cancelled: threading.Event, **__: Any) -> Plan:
-        cancelled.set()
+    def ends_early(equal: Plan, *_: Any, budget: Budget, **__: Any) -> Plan:
+        budget.cancelled.set()
         return replace(equal, inputs=plan.inputs)
 
     with monkeypatch.context() as patch:
         for unfinished in (ends_early, lambda equal, *_, **__: equal):
-            patch.setattr(equal_stages, "verified_plan", unfinished)
+            patch.setattr(choosing, "verified_plan", unfinished)
             assert with_kept_rate(other) is other, "of equal stages nothing is known"
-    none = replace(found, inputs={**found.inputs, EQUAL_STAGES_KEPT: 0.0})
+    none = replace(found, inputs={**found.inputs, "equal_stages_kept_rps": 0.0})
     assert beside_equal_stages(none) == (
         "replicas of equal stages: none of the rates tried keeps the limits in simulation; "
         f"by the model {digits(keeps, 4)} requests/s"
@@ -504,7 +500,7 @@ def test_a_plan_that_promises_less_than_the_model_is_compared_with_what_equal_st
 
 def test_a_single_limit_is_not_called_both(pair: Placed) -> None:
     plan, _ = pair
-    kept = replace(plan, inputs={**plan.inputs, VERIFICATION: {**plan.inputs[VERIFICATION], "kept": True}})
+    kept = replace(plan, inputs={**plan.inputs, "verification": {**plan.inputs["verification"], "kept": True}})
     alone = replace(kept, objective=replace(plan.objective, ttft_limit_s=None))
     for output in (drawn, page_of):
         assert "% within both" in output(kept)
@@ -516,11 +512,11 @@ def test_a_limit_that_is_kept_up_to_chance_is_said_to_be_exceeded(pair: Placed) 
     plan, _ = pair
     limit_s = plan.objective.tpot_limit_s
     assert limit_s is not None
-    over = {**plan.inputs[VERIFICATION], "kept": True, "tpot_mean_s": 1.01 * limit_s}
+    over = {**plan.inputs["verification"], "kept": True, "tpot_mean_s": 1.01 * limit_s}
     shown = f"TPOT mean {seconds(1.01 * limit_s)}"
-    kept = replace(plan, inputs={**plan.inputs, VERIFICATION: over})
+    kept = replace(plan, inputs={**plan.inputs, "verification": over})
     assert f"{shown} (over {seconds(limit_s)} by chance)" in drawn(kept)
-    within = replace(plan, inputs={**plan.inputs, VERIFICATION: {**over, "tpot_mean_s": limit_s}})
+    within = replace(plan, inputs={**plan.inputs, "verification": {**over, "tpot_mean_s": limit_s}})
     assert "by chance" not in drawn(within)
 
 
@@ -528,23 +524,23 @@ def test_without_limits_or_when_nobody_waits_nothing_is_simulated(pair: Placed) 
     plan, problem = pair
     bare = replace(plan, inputs={})
     unlimited = replace(bare, objective=replace(plan.objective, ttft_limit_s=None, tpot_limit_s=None))
-    assert VERIFICATION not in again(unlimited, problem).inputs
+    assert "verification" not in again(unlimited, problem).inputs
     cancelled = threading.Event()
     cancelled.set()
-    left = verified(bare, problem, seed=0, cancelled=cancelled, report=unheard)
+    left = verified(bare, problem, seed=0, budget=Budget(cancelled=cancelled), report=no_progress)
     assert left is bare
-    assert noted_if_stopped(unlimited, cancelled) is unlimited, "there was nothing to simulate"
+    assert noted_if_stopped(unlimited, Budget(cancelled=cancelled)) is unlimited, "there was nothing to simulate"
 
 
 def test_a_plan_that_was_to_be_simulated_and_was_not_says_so(pair: Placed) -> None:
     """Ctrl-C during the search returns the best plan so far, whose figures are the model's alone."""
     plan, problem = pair
-    cancelled = threading.Event()
-    assert noted_if_stopped(replace(plan, inputs={}), cancelled).notes == plan.notes, "--no-verify"
-    cancelled.set()
-    assert noted_if_stopped(plan, cancelled) is plan, "Ctrl-C came after the simulation"
+    budget = Budget()
+    assert noted_if_stopped(replace(plan, inputs={}), budget).notes == plan.notes, "--no-verify"
+    budget.cancelled.set()
+    assert noted_if_stopped(plan, budget) is plan, "Ctrl-C came after the simulation"
     stopped = noted_if_stopped(
-        replace(plan, inputs={k: v for k, v in plan.inputs.items() if k != VERIFICATION}), cancelled
+        replace(plan, inputs={k: v for k, v in plan.inputs.items() if k != "verification"}), budget
     )
     assert "Simulated no: stopped before that; all values are the model's" in drawn(stopped)
     assert STOPPED_EARLY in " ".join(text_of(render_plan(stopped), width=160).split())
@@ -559,18 +555,18 @@ def test_a_simulation_that_exceeds_its_time_limit_is_ended_and_decides_nothing(p
 
     def simulated(limit_s: float, plan: Plan = bare) -> Plan:
         return simulated_plan(
-            plan, loaded, problem, PlacementSettings(), level=DEFAULT, cancelled=threading.Event(), report=unreported,
-            budget=lambda: Budget(time_limit_s=1.0, clock=lambda: float(next(looks))), limit_s=limit_s,
+            plan, loaded, problem, PlacementSettings(), level=DEFAULT, report=unreported,
+            budget=Budget(time_limit_s=limit_s, clock=lambda: float(next(looks))),
         )  # fmt: skip
 
-    assert simulated(math.inf).inputs[VERIFICATION] == plan.inputs[VERIFICATION], "as ever, however long it takes"
+    assert simulated(math.inf).inputs["verification"] == plan.inputs["verification"], "as ever, however long it takes"
     demanded = replace(bare, objective=replace(bare.objective, demand_rps=0.01))
-    assert simulated(math.inf, demanded).inputs[VERIFICATION] == plan.inputs[VERIFICATION], "at the planned rate"
+    assert simulated(math.inf, demanded).inputs["verification"] == plan.inputs["verification"], "at the planned rate"
     assert simulated(math.inf, demanded).objective == demanded.objective
     began = next(looks)
     stopped = simulated(500.0)
     assert next(looks) - began < 600, "within a run of 4,000 requests, before each of which the time is read"
-    assert VERIFICATION not in stopped.inputs
+    assert "verification" not in stopped.inputs
     assert stopped.notes == (*bare.notes, OUT_OF_TIME)
     assert missed(stopped, PlacementSettings(gap_target=1.0)) == [OUT_OF_TIME], "--strict promises nothing undecided"
     assert "Simulated not decided in the time limit; all values are the model's" in drawn(stopped)
@@ -583,24 +579,24 @@ def test_a_verdict_needs_only_the_runs_at_the_planned_rate(
 ) -> None:
     """A plan that keeps its limits does so whatever higher rates show; below a missed rate, one must be found."""
     plan, problem = pair
-    planned_rps, rates = default_rate(plan, problem), list[float]()
+    planned_rps, tried_rps = default_rate(plan, problem), list[float]()
 
     def ended_after_the_first(*args: Any, **options: Any) -> TriedRate | None:
-        rates.append(args[2])
-        found = simulated_at(*args, **options) if len(rates) == 1 else None
+        tried_rps.append(args[2])
+        found = simulated_at(*args, **options) if len(tried_rps) == 1 else None
         return None if found is None else replace(found, kept=kept, close=False)
 
-    monkeypatch.setattr(verify, "simulated_at", ended_after_the_first)
+    monkeypatch.setattr(rates, "simulated_at", ended_after_the_first)
     simulated = again(replace(plan, inputs={}, notes=()), problem)
-    found = verification_of(simulated)
-    assert len(rates) == 2
-    assert (rates[1] > planned_rps) == kept
+    found = Verified.of(simulated).verification
+    assert len(tried_rps) == 2
+    assert (tried_rps[1] > planned_rps) == kept
     assert (found is not None) == kept
     if found is not None:
         assert (found.kept, found.kept_rps, simulated.notes) == (True, planned_rps, ())
         return
     late = replace(simulated, notes=(*simulated.notes, OUT_OF_TIME))
-    assert simulated.notes[0].startswith(f"{verify.MISSES_AT} {planned_rps:.4g} requests/s")
+    assert simulated.notes[0].startswith(f"{rates.MISSES_AT} {planned_rps:.4g} requests/s")
     assert missed(late, PlacementSettings(gap_target=1.0)) == list(late.notes)
     assert f"Simulated MISSED at {planned_rps:.4g} requests/s" in drawn(late)
     assert "lower rates not decided in the time limit" in drawn(late)
@@ -624,9 +620,11 @@ def test_a_rate_that_only_short_runs_kept_in_time_is_shown_with_a_note(
         kept = rate_rps < 0.8 * planned_rps
         return None if cancelled.is_set() else replace(run, kept=kept, sure=kept, close=False)
 
-    monkeypatch.setattr(verify, "simulated_at", tried)
-    found = verified(replace(plan, inputs={}, notes=()), problem, seed=0, cancelled=cancelled, report=unheard)
-    verification = verification_of(found)
+    monkeypatch.setattr(rates, "simulated_at", tried)
+    found = verified(
+        replace(plan, inputs={}, notes=()), problem, seed=0, budget=Budget(cancelled=cancelled), report=no_progress
+    )
+    verification = Verified.of(found).verification
     assert verification is not None
     assert not verification.kept
     assert verification.kept_rps == pytest.approx(0.79 * planned_rps, rel=0.02)
@@ -660,8 +658,8 @@ def test_below_a_missed_rate_one_is_kept_that_long_runs_of_two_kinds_of_traffic_
         kept = args[2] < planned_rps and not missed(args[2] / planned_rps, options["seed"], short)
         return replace(run, within=kept, kept=kept, sure=kept, close=False)
 
-    monkeypatch.setattr(verify, "simulated_at", tried)
-    found = verification_of(again(replace(plan, inputs={}, notes=()), problem))
+    monkeypatch.setattr(rates, "simulated_at", tried)
+    found = Verified.of(again(replace(plan, inputs={}, notes=()), problem)).verification
     assert found is not None
     assert found.kept_rps is not None
     assert 0.93 * kept_share <= found.kept_rps / planned_rps < kept_share
@@ -670,9 +668,9 @@ def test_below_a_missed_rate_one_is_kept_that_long_runs_of_two_kinds_of_traffic_
 @pytest.mark.parametrize(
     ("sure", "growth", "factor"),
     [
-        (lambda seed, length: True, 0.0, verify.MORE[0]),
+        (lambda seed, length: True, 0.0, rates.HIGHER[0]),
         (lambda seed, length: seed == 0, 0.0, 1.0),
-        (lambda seed, length: True, 2 * verify.CALM, 1.0),
+        (lambda seed, length: True, 2 * rates.MOST_GROWTH, 1.0),
     ],
 )
 def test_a_higher_rate_is_kept_if_two_kinds_of_traffic_keep_it_and_the_wait_hardly_grows(
@@ -692,8 +690,8 @@ def test_a_higher_rate_is_kept_if_two_kinds_of_traffic_keep_it_and_the_wait_hard
         is_sure = not is_higher or sure(options["seed"], options["lengths"])
         return replace(run, summary=summary, within=is_sure, kept=is_sure, sure=is_sure, close=False)
 
-    monkeypatch.setattr(verify, "simulated_at", tried)
-    found = verification_of(again(replace(plan, inputs={}, notes=()), problem))
+    monkeypatch.setattr(rates, "simulated_at", tried)
+    found = Verified.of(again(replace(plan, inputs={}, notes=()), problem)).verification
     assert found is not None
     assert found.kept_rps == pytest.approx(factor * planned_rps)
 
@@ -706,35 +704,35 @@ def test_in_a_short_time_lower_rates_come_before_another_search(
     cluster, (plan, problem) = str(placed.with_name("cluster.yaml")), pair
     loaded = load_inputs(cluster=cluster, model="Llama-2-7B", workload="500/100", profiles=())
     now, steps = [0.0], list[str]()
-    known = verification_of(plan)
+    known = Verified.of(plan).verification
     assert known is not None
 
     def lower(least_rps: float) -> KeptRate | None:
         steps.append("lower rates")
         now[0] += first_s
         if now[0] > 90.0:
-            raise CancelledError
+            raise StoppedError
         return KeptRate(max(least_rps, 0.7 * known.rate_rps), 4_000, is_confirmed=True)
 
-    def simulated(of: Plan, *, cancelled: threading.Event, **_: object) -> verify.AtPlannedRate | None:
+    def simulated(of: Plan, *, budget: Budget, **_: object) -> rates.AtPlannedRate | None:
         steps.append("simulation")
         now[0] += first_s if len(steps) == 1 else 8 * first_s
         found = replace(known, kept=False, kept_rps=None)
-        return None if cancelled.is_set() else verify.AtPlannedRate(of, found, kept_below=lower)
+        return None if budget.is_spent() else rates.AtPlannedRate(of, found, kept_below=lower)
 
     def searched(*_: object, **__: object) -> Plan:
         steps.append("search")
         return replace(plan, inputs={})
 
-    monkeypatch.setattr(tightening, "at_planned_rate", simulated)
+    monkeypatch.setattr(choosing, "simulate_at_planned_rate", simulated)
     monkeypatch.setattr(placing_steps, "search", searched)
     monkeypatch.setattr(placing_steps, "_checked", lambda found, *_, **__: found)
-    found = verification_of(
+    found = Verified.of(
         simulated_plan(
             replace(plan, inputs={}), loaded, problem, PlacementSettings(), level=DEFAULT, report=unreported,
-            cancelled=threading.Event(), budget=lambda: Budget(time_limit_s=60.0, clock=lambda: now[0]), limit_s=90.0,
+            budget=Budget(time_limit_s=90.0, clock=lambda: now[0]),
         )
-    )  # fmt: skip
+    ).verification  # fmt: skip
     assert found is not None, "a rate is known to keep the limits"
     assert found.kept_rps == pytest.approx(0.7 * known.rate_rps)
     assert steps[1] == ("lower rates" if first_s == 10.0 else "search")
@@ -779,7 +777,7 @@ def test_engines_with_more_seats_are_simulated_with_them(pair: Placed) -> None:
     question = Question(load=load, num_requests=400, seeds=(0,), settings=Settings(), limits=plan.objective)
 
     def waited(of: Plan, asked: Question) -> float:
-        found = answer(of, problem, asked, processes=1, cancelled=threading.Event(), report=silent)
+        found = answer(of, problem, asked, processes=1, is_cancelled=never, report=silent)
         return found.summary.ttft_p95_s.value
 
     assert waited(few, question) > 10 * waited(more, question)
@@ -802,20 +800,20 @@ def test_more_seats_are_tried_where_requests_wait_for_them(
 ) -> None:
     plan, problem = with_seats(pair[0], 16), pair[1]
     plan = replace(plan, objective=Objective(ttft_limit_s=2.0, tpot_limit_s=0.1))
-    known = verification_of(plan)
+    known = Verified.of(plan).verification
     assert known is not None
 
-    def simulated(of: Plan, **_: object) -> verify.AtPlannedRate:
+    def simulated(of: Plan, **_: object) -> rates.AtPlannedRate:
         seconds = ttft_s[seats_of(of) / seats_of(plan)]
         found = replace(
             known, kept=seconds <= 2.0 and tpot_s <= 0.1, kept_rps=1.0, ttft_p95_s=seconds, tpot_mean_s=tpot_s
         )
-        return verify.AtPlannedRate(of, found, kept_below=lambda _least: KeptRate(1.0, 4_000, is_confirmed=True))
+        return rates.AtPlannedRate(of, found, kept_below=lambda _least: KeptRate(1.0, 4_000, is_confirmed=True))
 
-    monkeypatch.setattr(tightening, "at_planned_rate", simulated)
-    found = tightening.verified_plan(plan, problem, None, seed=0, cancelled=threading.Event(), report=unheard)
+    monkeypatch.setattr(choosing, "simulate_at_planned_rate", simulated)
+    found = choosing.verified_plan(plan, problem, None, seed=0, budget=Budget(), report=no_progress)
     assert seats_of(found) == factor * seats_of(plan)
-    result = verification_of(found)
+    result = Verified.of(found).verification
     assert result is not None
     assert result.kept == kept
     assert any("--max-num-seqs" in note for note in found.notes) == (factor > 1.0)
@@ -829,17 +827,17 @@ def test_a_single_seat_becomes_all_that_kv_has_room_for(pair: Placed, monkeypatc
     """1.5 and 2 times a seat are the same two seats, and not the last that are tried."""
     plan, problem = with_seats(pair[0], 1), pair[1]
     plan = replace(plan, objective=Objective(ttft_limit_s=1e-3, tpot_limit_s=0.1))
-    known = verification_of(plan)
+    known = Verified.of(plan).verification
     assert known is not None
     tried = []
 
-    def simulated(of: Plan, **_: object) -> verify.AtPlannedRate:
+    def simulated(of: Plan, **_: object) -> rates.AtPlannedRate:
         tried.append(seats_of(of) // seats_of(plan))
         found = replace(known, kept=False, kept_rps=1.0, ttft_p95_s=1.0 / seats_of(of), tpot_mean_s=0.05)
-        return verify.AtPlannedRate(of, found, kept_below=lambda _least: KeptRate(1.0, 4_000, is_confirmed=True))
+        return rates.AtPlannedRate(of, found, kept_below=lambda _least: KeptRate(1.0, 4_000, is_confirmed=True))
 
-    monkeypatch.setattr(tightening, "at_planned_rate", simulated)
-    found = tightening.verified_plan(plan, problem, None, seed=0, cancelled=threading.Event(), report=unheard)
+    monkeypatch.setattr(choosing, "simulate_at_planned_rate", simulated)
+    found = choosing.verified_plan(plan, problem, None, seed=0, budget=Budget(), report=no_progress)
     assert seats_of(found) == seats_of(with_more_seats(plan, problem, math.inf)) > 3 * seats_of(plan)
     assert tried == [1, 2, 3, seats_of(found) // seats_of(plan)]
 
@@ -847,17 +845,17 @@ def test_a_single_seat_becomes_all_that_kv_has_room_for(pair: Placed, monkeypatc
 def test_a_part_that_misses_is_called_a_part(pair: Placed, monkeypatch: pytest.MonkeyPatch) -> None:
     """Large fleets, of which a part is simulated, are those that run out of time."""
     plan, problem = pair
-    known = verification_of(plan)
+    known = Verified.of(plan).verification
     assert known is not None
 
     def cancelled(_: float) -> KeptRate | None:
-        raise CancelledError
+        raise StoppedError
 
-    def ended(of: Plan, *_: Any, **__: Any) -> verify.AtPlannedRate:
+    def ended(of: Plan, *_: Any, **__: Any) -> rates.AtPlannedRate:
         found = replace(known, kept=False, ttft_p95_s=9.5, share=0.125)
-        return verify.AtPlannedRate(of, found, kept_below=cancelled)
+        return rates.AtPlannedRate(of, found, kept_below=cancelled)
 
-    monkeypatch.setattr(verify, "at_planned_rate", ended)
+    monkeypatch.setattr(rates, "simulate_at_planned_rate", ended)
     [note] = again(replace(plan, notes=()), problem).notes
     assert note.endswith("TTFT p95 9.5 s of 2 s (a part of its replicas at 0.125 of the rate)")
 
@@ -870,25 +868,25 @@ def test_another_search_leaves_time_to_simulate_its_plan_and_a_note_says_if_time
     cluster, (plan, problem) = str(placed.with_name("cluster.yaml")), pair
     loaded = load_inputs(cluster=cluster, model="Llama-2-7B", workload="500/100", profiles=())
     now, given, simulations = [0.0], list[float](), itertools.count()
-    known = verification_of(plan)
+    known = Verified.of(plan).verification
     assert known is not None
 
-    def simulated(of: Plan, *, cancelled: threading.Event, **_: object) -> verify.AtPlannedRate | None:
+    def simulated(of: Plan, *, budget: Budget, **_: object) -> rates.AtPlannedRate | None:
         now[0] += 10.0 if next(simulations) == 0 else 20.0
         found = replace(known, kept=False, kept_rps=None)
-        return None if cancelled.is_set() else verify.AtPlannedRate(of, found, kept_below=lambda _: None)
+        return None if budget.is_spent() else rates.AtPlannedRate(of, found, kept_below=lambda _: None)
 
     def searched(*_: object, budget: Budget, **__: object) -> Plan:
         given.append(budget.time_limit_s)
         now[0] += min(budget.time_limit_s, 10.0)
         return replace(plan, inputs={})
 
-    monkeypatch.setattr(tightening, "at_planned_rate", simulated)
+    monkeypatch.setattr(choosing, "simulate_at_planned_rate", simulated)
     monkeypatch.setattr(placing_steps, "search", searched)
     monkeypatch.setattr(placing_steps, "_checked", lambda found, *_, **__: found)
     found = simulated_plan(
-        plan, loaded, problem, PlacementSettings(), level=DEFAULT, cancelled=threading.Event(), report=unreported,
-        budget=lambda: Budget(time_limit_s=60.0, clock=lambda: now[0]), limit_s=limit_s,
+        plan, loaded, problem, PlacementSettings(), level=DEFAULT, report=unreported,
+        budget=Budget(time_limit_s=limit_s, clock=lambda: now[0]),
     )  # fmt: skip
     assert given[0] == search_s
     assert (len(given) == 1) == noted
@@ -912,37 +910,39 @@ def test_a_time_limit_that_is_given_limits_the_simulation_too(
     cluster = str(placed.with_name("cluster.yaml"))
     assert invoke("place", "-c", cluster, "-m", "Llama-2-7B", "-w", "500/100", *options).exit_code == ExitCode.OK
     [request] = asked
-    assert request.settings.time_limit_s == search_s
+    assert request.time_limit_s == search_s
     assert request.simulation_limit_s == simulation_s
 
 
 @pytest.mark.parametrize("written", [None, 3, [], {"kept": True}, {"rate_rps": "x"}])
 def test_what_is_not_readable_is_no_verification(pair: Placed, written: object) -> None:
-    assert verification_of(replace(pair[0], inputs={VERIFICATION: written})) is None
+    assert Verified.of(replace(pair[0], inputs={"verification": written})).verification is None
 
 
 @pytest.mark.parametrize("written", [{"kept_rps": "x"}, {"attainment": 1e308}, {"attainment": math.nan}])
 def test_a_verification_with_one_impossible_value_is_none(pair: Placed, written: dict[str, object]) -> None:
-    whole = pair[0].inputs[VERIFICATION]
-    assert verification_of(replace(pair[0], inputs={VERIFICATION: {**whole, **written}})) is None
+    whole = pair[0].inputs["verification"]
+    assert Verified.of(replace(pair[0], inputs={"verification": {**whole, **written}})).verification is None
 
 
 @pytest.mark.parametrize("attainment", [0.0, 1.01, 1e308, math.nan, math.inf, 10**400, "x", [0.9]])
 def test_an_impossible_attainment_is_no_service_level(pair: Placed, attainment: object) -> None:
-    written = {**ServiceLevel(attainment=0.9).data(), "attainment": attainment}
-    assert service_level_of(replace(pair[0], inputs={SERVICE_LEVEL: written})) == DEFAULT
+    written = {**asdict(ServiceLevel(attainment=0.9)), "attainment": attainment}
+    assert Requested.of(replace(pair[0], inputs={"service_level": written})).service_level == DEFAULT
 
 
 def test_cancelled_before_the_first_request_nothing_is_said_of_a_plan(pair: Placed) -> None:
     cancelled = threading.Event()
     cancelled.set()
-    assert simulated_at(*pair, 1.0, pair[0].objective, seed=0, cancelled=cancelled, report=silent) is None
+    assert (
+        simulated_at(*pair, 1.0, pair[0].objective, seed=0, budget=Budget(cancelled=cancelled), report=silent) is None
+    )
 
 
 def test_no_verify_leaves_it_out(placed: Path) -> None:
     cluster = str(placed.with_name("cluster.yaml"))
     asked = ["place", "-c", cluster, "-m", "Llama-2-7B", "-w", "500/100", "-o", "json", "-q"]
-    assert VERIFICATION not in json.loads(invoke(*asked, "--no-verify").stdout)["inputs"]
+    assert "verification" not in json.loads(invoke(*asked, "--no-verify").stdout)["inputs"]
 
 
 @pytest.mark.parametrize(
@@ -961,7 +961,7 @@ def test_a_wait_that_grows_by_chance_at_most_is_calm(
 ) -> None:
     value, half_width = growth_s
     summary = replace(one_run, steady=steady, growth=Estimate(value=value, half_width=half_width))
-    assert verify._is_calm(summary) is calm
+    assert rates.hardly_grows(summary) is calm
 
 
 # --- plans with more seats than runs can fill
@@ -992,8 +992,8 @@ def fleet_of(plan: Plan, problem: PlacementProblem, nodes: int) -> Placed:
 
 def runs_of_at_most(monkeypatch: pytest.MonkeyPatch, ordinary: int, to_fill: int) -> None:
     """Let runs be shorter than in `place`, so that small plans have too many seats for them."""
-    monkeypatch.setattr(verify, "FEWEST", 10)
-    monkeypatch.setattr(verify, "WITHOUT_WORKERS", verify._Most(ordinary, ordinary, to_fill))
+    monkeypatch.setattr(rates, "FEWEST", 10)
+    monkeypatch.setattr(rates, "WITHOUT_WORKERS", rates._Most(ordinary, ordinary, to_fill))
 
 
 @pytest.fixture
@@ -1008,7 +1008,7 @@ def asked(one_run: Summary, monkeypatch: pytest.MonkeyPatch) -> list[tuple[Plan,
         questions.append((plan, question))
         return SimpleNamespace(complete=True, summary=summary, run=None)
 
-    monkeypatch.setattr(verify, "answer", answer)
+    monkeypatch.setattr(rates, "answer", answer)
     return questions
 
 
@@ -1017,7 +1017,7 @@ def test_a_plan_that_its_runs_fill_is_simulated_whole_and_as_ever(
 ) -> None:
     plan, problem = fleet
     runs_of_at_most(monkeypatch, ordinary=400, to_fill=2 * 24 * 16)  # just enough to fill the seats twice
-    found = verification_of(again(plan, problem))
+    found = Verified.of(again(plan, problem)).verification
     assert found is not None
     assert (found.share, found.too_short) == (None, None)
     rate_rps = default_rate(plan, problem)
@@ -1033,14 +1033,14 @@ def test_of_a_plan_with_more_seats_a_part_gets_its_share_of_every_rate(
 ) -> None:
     plan, problem = fleet
     runs_of_at_most(monkeypatch, ordinary=8 * 6 * 16, to_fill=2 * 24 * 16 - 1)
-    found = verification_of(again(plan, problem))
+    found = Verified.of(again(plan, problem)).verification
     assert found is not None
     rate_rps = default_rate(plan, problem)
     assert (found.rate_rps, found.kept_rps) == (rate_rps, 1.1 * rate_rps), "those of the whole plan"
     assert (found.share, found.too_short, found.num_requests) == (pytest.approx(6 / 24), None, 8 * 6 * 16)
     assert {len(part.replicas) for part, _ in asked} == {6}
-    rates = [question.load.rate_rps or 0.0 for _, question in asked]
-    assert rates == pytest.approx([found.share * rate for rate in (rate_rps, 1.1 * rate_rps, 1.1 * rate_rps)])
+    rates_rps = [question.load.rate_rps or 0.0 for _, question in asked]
+    assert rates_rps == pytest.approx([found.share * rate for rate in (rate_rps, 1.1 * rate_rps, 1.1 * rate_rps)])
     demanded = replace(plan, objective=replace(plan.objective, demand_rps=0.5 * rate_rps))
     asked.clear()
     again(demanded, problem)
@@ -1052,11 +1052,11 @@ def test_the_part_of_a_large_fleet_behaves_as_the_whole_and_as_a_small_one(
 ) -> None:
     plan, problem = fleet
     runs_of_at_most(monkeypatch, ordinary=8 * 6 * 16, to_fill=2 * 24 * 16 - 1)  # 6 of 24 replicas
-    of_part = verification_of(again(plan, problem))
+    of_part = Verified.of(again(plan, problem)).verification
     small = fleet_of(plan, problem, 6)
-    of_small = verification_of(again(*small))
+    of_small = Verified.of(again(*small)).verification
     whole = simulated_at(
-        plan, problem, default_rate(plan, problem), plan.objective, seed=3, cancelled=threading.Event(), report=silent,
+        plan, problem, default_rate(plan, problem), plan.objective, seed=3, budget=Budget(), report=silent,
         lengths=(8 * 24 * 16,),
     )  # fmt: skip
     assert of_part is not None
@@ -1068,7 +1068,7 @@ def test_the_part_of_a_large_fleet_behaves_as_the_whole_and_as_a_small_one(
     assert of_part.tpot_mean_s == pytest.approx(whole.summary.mean_tpot_s.value, rel=0.05)
     assert of_part.kept == of_small.kept == whole.kept
     empty = simulated_at(
-        plan, problem, default_rate(plan, problem), plan.objective, seed=3, cancelled=threading.Event(), report=silent,
+        plan, problem, default_rate(plan, problem), plan.objective, seed=3, budget=Budget(), report=silent,
         lengths=(24 * 16 // 2,),
     )  # fmt: skip
     assert empty is not None
@@ -1081,7 +1081,7 @@ def test_a_run_that_fills_not_even_one_replica_claims_no_more_than_it_saw(
     plan, problem = fleet
     runs_of_at_most(monkeypatch, ordinary=31, to_fill=31)
     simulated = again(plan, problem)
-    found = verification_of(simulated)
+    found = Verified.of(simulated).verification
     assert found is not None
     assert (found.share, found.too_short) == (pytest.approx(1 / 24), True)
     assert {len(part.replicas) for part, _ in asked} == {1}
@@ -1103,10 +1103,10 @@ def test_a_run_that_fills_not_even_one_replica_claims_no_more_than_it_saw(
 )
 def test_every_output_says_which_part_was_simulated(pair: Placed, share: float, said: str) -> None:
     plan, _ = pair
-    plain = {**plan.inputs[VERIFICATION], "kept": True, "share": None, "too_short": None, "dispatched": None}
+    plain = {**plan.inputs["verification"], "kept": True, "share": None, "too_short": None, "dispatched": None}
 
     def shown(**others: object) -> Plan:
-        return replace(plan, inputs={**plan.inputs, VERIFICATION: {**plain, **others}})
+        return replace(plan, inputs={**plan.inputs, "verification": {**plain, **others}})
 
     part, missing = shown(share=share), shown(share=share, kept=False)
     lines = text_of(headline(part), width=80).splitlines()
@@ -1146,8 +1146,8 @@ def test_every_view_of_a_plan_that_misses_its_limits_shows_the_rate_it_keeps(
     objective = replace(plan.objective, kind=kind, demand_rps=demand_rps)
     result = replace(plan.result, objective=kind, value=2.0, unit=objective.unit)
     rate_rps = 2.0 if kind is not ObjectiveKind.THROUGHPUT else 1.8
-    found = {**plan.inputs[VERIFICATION], "kept": False, "rate_rps": rate_rps, "kept_rps": kept_rps}
-    missing = replace(plan, objective=objective, result=result, inputs={**plan.inputs, VERIFICATION: found})
+    found = {**plan.inputs["verification"], "kept": False, "rate_rps": rate_rps, "kept_rps": kept_rps}
+    missing = replace(plan, objective=objective, result=result, inputs={**plan.inputs, "verification": found})
     spec = plan_pb2.PlanSpec(objective=plan_pb2.Objective(kind=OBJECTIVE_KINDS[kind]))
     answer, value = result_to_proto(missing, b"{}"), f"2.000 {objective.unit}"
     is_goodput, python = kind is ObjectiveKind.GOODPUT, repr(hetis.Plan(value=missing, problem=problem))
@@ -1174,10 +1174,10 @@ def test_every_view_of_a_plan_that_misses_its_limits_shows_the_rate_it_keeps(
 
 @pytest.mark.parametrize("share", [0.0, -0.5, 1.5, math.nan, "1/8"])
 def test_a_verification_of_no_part_is_none(pair: Placed, share: object) -> None:
-    whole = pair[0].inputs[VERIFICATION]
-    assert verification_of(replace(pair[0], inputs={VERIFICATION: {**whole, "share": share}})) is None
+    whole = pair[0].inputs["verification"]
+    assert Verified.of(replace(pair[0], inputs={"verification": {**whole, "share": share}})).verification is None
     earlier = {name: value for name, value in whole.items() if name not in {"share", "too_short"}}
-    assert verification_of(replace(pair[0], inputs={VERIFICATION: earlier})) is not None
+    assert Verified.of(replace(pair[0], inputs={"verification": earlier})).verification is not None
 
 
 def test_curves_are_of_the_part_whose_seats_their_runs_fill(
@@ -1185,7 +1185,7 @@ def test_curves_are_of_the_part_whose_seats_their_runs_fill(
 ) -> None:
     plan, problem = fleet
     runs_of_at_most(monkeypatch, ordinary=8 * 6 * 16, to_fill=24 * 16)
-    curve = latency_curve.latency_curve(plan, problem, cancelled=threading.Event(), report=silent)
+    curve = latency_curve.latency_curve(plan, problem, budget=Budget(), report=silent)
     assert curve is not None
     rates_rps = [share * default_rate(plan, problem) for share in latency_curve.SHARES]
     assert [point.rate_rps for point in curve.sweep.points] == pytest.approx(rates_rps)
@@ -1197,7 +1197,7 @@ def test_curves_are_of_the_part_whose_seats_their_runs_fill(
     assert "1/4 of its replicas at 1/4 of the rate" in page
     asked.clear()
     runs_of_at_most(monkeypatch, ordinary=8 * 6 * 16, to_fill=2 * 24 * 16)
-    whole = latency_curve.latency_curve(plan, problem, cancelled=threading.Event(), report=silent)
+    whole = latency_curve.latency_curve(plan, problem, budget=Budget(), report=silent)
     assert whole is not None
     assert whole.share is None
     assert all(simulated is plan for simulated, _ in asked)

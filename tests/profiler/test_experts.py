@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from hetis.formats import catalogue
-from hetis.formats.dtypes import with_weight_bytes
+from hetis.formats.models.dtypes import with_weight_bytes
 from hetis.profiler import experts
 from hetis.profiler.engines import ENGINES, for_engine
 from hetis.profiler.possible import implausible_fits
@@ -20,6 +19,7 @@ from hetis.solver.cost import DeviceCost, intra_link, rank_shape
 from hetis.solver.model import ModelSpec
 from hetis.solver.profile import Op, Piece, Profile
 from hetis.solver.workload import LengthBin, moments_of
+from tests.models import InShort, replace
 
 B200 = catalogue.find_gpu("B200-SXM-180GB").gpu
 GPT_OSS = catalogue.find_model("openai/gpt-oss-120b").model
@@ -72,24 +72,24 @@ def test_whole_experts_begin_sooner_and_wait_for_the_rank_with_the_most_tokens()
 @pytest.mark.parametrize("engine", list(ENGINES))
 def test_experts_are_taken_out_of_the_dense_products(engine: str) -> None:
     bare, hosted = modelled_profile(B200), for_engine(modelled_profile(B200), B200, engine)
-    moe, tokens = MIXTURE.moe, 16
+    moe, tokens = MIXTURE.experts, 16
     assert moe is not None
     expert = MIXTURE.expert_params()
-    read = moe.num_experts * (1 - (1 - moe.active_experts / moe.num_experts) ** tokens)
+    read = moe.count * (1 - (1 - moe.active / moe.count) ** tokens)
     of_experts, of_rest = hosted.fit(Op.EXPERTS, MIXTURE, 4), bare.fit(Op.DENSE, MIXTURE, 4)
     assert of_experts is not None
     assert of_rest is not None
-    moved = 4 * 2 * tokens * moe.active_experts * (MIXTURE.hidden + moe.expert_intermediate / 4)
-    flops = 2 * tokens * moe.active_experts * expert / 4
+    moved = 4 * 2 * tokens * moe.active * (MIXTURE.hidden + moe.width / 4)
+    flops = 2 * tokens * moe.active * expert / 4
     routed_s = of_experts.seconds(flops=flops, num_bytes=read * expert / 4 + moved)
-    active = MIXTURE.active_layer_params() - moe.active_experts * expert
+    active = MIXTURE.active_layer_params() - moe.active * expert
     touched = MIXTURE.touched_layer_params(tokens) - read * expert
     rest_s = of_rest.seconds(flops=2 * tokens * active / 4, num_bytes=touched / 4 + 16 * MIXTURE.hidden * tokens)
     # Of the four products that the dense fit launches two remain, because the model has no shared experts.
     two_s = min(piece.fixed_s for piece in of_rest.pieces) / 2
     assert cost(hosted, MIXTURE).dense_s(tokens) == pytest.approx(routed_s + rest_s - two_s, rel=1e-9)
-    shared = replace(MIXTURE, moe=replace(moe, shared_experts=1))
-    added = 3 * MIXTURE.hidden * moe.expert_intermediate
+    shared = replace(MIXTURE, moe=vars(InShort(MIXTURE).moe) | {"shared_experts": 1})
+    added = 3 * MIXTURE.hidden * moe.width
     more_s = of_rest.seconds(
         flops=2 * tokens * (active + added) / 4, num_bytes=(touched + added) / 4 + 16 * MIXTURE.hidden * tokens
     )

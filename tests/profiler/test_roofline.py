@@ -16,8 +16,9 @@ from hetis.formats.catalogue import gpus, models
 from hetis.profiler.roofline import from_json, matrix_flops, modelled_profile, shipped_efficiencies, to_json
 from hetis.solver.cluster import GpuType
 from hetis.solver.errors import InvalidProblemError
-from hetis.solver.model import AttentionKind, ModelSpec
+from hetis.solver.model import ModelSpec
 from hetis.solver.profile import Op, Piece, Source
+from tests.models import model_of
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"
 A100 = GpuType(
@@ -53,7 +54,7 @@ P100 = GpuType(
     fp16_flops=18.7e12,
     pcie_bytes_per_s=16e9,
 )
-LLAMA = ModelSpec(
+LLAMA = model_of(
     name="Llama-2-70B",
     num_layers=80,
     hidden=8192,
@@ -62,7 +63,6 @@ LLAMA = ModelSpec(
     kv_heads=8,
     head_dim=128,
     vocab=32000,
-    attention=AttentionKind.GQA,
 )
 ARCHITECTURES = (
     "Ada", "Ada GeForce", "Ampere", "Battlemage", "Blackwell", "CDNA", "CDNA2", "CDNA3", "CDNA4", "Gaudi2", "Gaudi3",

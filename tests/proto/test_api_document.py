@@ -1,19 +1,13 @@
-"""docs/api.md mentions everything that callers need."""
+"""docs/api.md has the status code of every reason, and names fields that exist."""
 
 from __future__ import annotations
 
 import re
 
-import pytest
-
-from tests.proto.descriptors import ROOT, enums, messages, services, things
+from tests.proto.descriptors import ROOT, enums, messages, things
 
 TEXT = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
 ENUMS = dict(enums())
-STATES = (
-    "PlanState", "ActivationState", "NodeState", "ChangePhase", "ChangePart", "RedispatchState", "AssignmentGoal",
-)  # fmt: skip
-MENTIONED = {"ListProfiles", "GetProfile", "CreateProfile", "UpdateProfile", "DeleteProfile"}  # as standard methods
 
 
 def values(enum: str) -> list[str]:
@@ -21,19 +15,6 @@ def values(enum: str) -> list[str]:
     descriptor = ENUMS[f"hetis.v1.{enum}"]
     prefix = descriptor.value[0].name.removesuffix("UNSPECIFIED")
     return [value.name.removeprefix(prefix) for value in descriptor.value[1:]]
-
-
-@pytest.mark.parametrize("service", [service.name for _, service in services()])
-def test_every_service_and_method_is_named(service: str) -> None:
-    assert f"`{service}`" in TEXT
-    (descriptor,) = [found for _, found in services() if found.name == service]
-    for method in descriptor.method:
-        assert method.name in MENTIONED or method.name in TEXT, method.name
-
-
-@pytest.mark.parametrize("enum", STATES)
-def test_every_state_is_named(enum: str) -> None:
-    assert [value for value in values(enum) if not re.search(rf"\b{value}\b", TEXT)] == []
 
 
 def test_every_reason_is_in_the_table_under_its_status_code() -> None:

@@ -7,9 +7,9 @@ import itertools
 from collections.abc import AsyncIterator, Callable
 from typing import TypeVar
 
+from examples.simulated_engine.engine import SimulatedEngine
+from examples.simulated_engine.replica import Control
 from hetis.runtime.agent.outbox import EngineRequest, EngineResponse
-from hetis.runtime.agent.simulated.engine import SimulatedEngine
-from hetis.runtime.agent.simulated.replica import Control
 from hetis.runtime.moves.refusals import RefusedError, failure_of, unreachable
 from hetis.v1 import executor_service_pb2 as messages
 from hetis.v1.change_pb2 import ChangePhase, ChangeStatus

@@ -81,15 +81,16 @@ class MortalStore(Store):
 
     def lose_lock(self) -> None:
         """Always hold the lease: another planner may lead without this one knowing."""
-        if self._lock is not None:
-            self._lock.release()
-            self._lock = None  # otherwise it would be taken again
+        leadership = self.leadership
+        if leadership._lock is not None:
+            leadership._lock.release()
+            leadership._lock = None  # otherwise it would be taken again
 
     def kill(self) -> None:
         self.is_dead = True
-        self._engine.dispose()
+        self._connection.engine.dispose()
         self.lose_lock()
-        self._thread.shutdown(wait=False)
+        self._connection.end_thread()
 
 
 class PlannerHost:

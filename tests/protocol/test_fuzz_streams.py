@@ -19,10 +19,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from examples.simulated_engine.engine import SimulatedEngine
 from hetis.planner import callers
 from hetis.planner.client import Client
 from hetis.planner.failures import ServiceError
-from hetis.runtime.agent.simulated.engine import SimulatedEngine
 from hetis.runtime.moves.refusals import RefusedError
 from hetis.v1 import agent_service_pb2 as pb
 from hetis.v1 import cluster_pb2, cluster_service_pb2

@@ -30,6 +30,7 @@ from tests.protocol.planner_host import NODES, PRIMARY, new_store
 
 State = redispatch_pb2.RedispatchState
 AGENT = command_of("hetis.runtime.agent")
+ENGINE = [sys.executable, "-m", "examples.simulated_engine"]
 LOAD = {"rate_rps": 4, "prompt_tokens": 60, "output_tokens": 100, "load_s": 1.0, "dense_step_s": 0.05}
 FINAL = (State.REDISPATCH_STATE_DONE, State.REDISPATCH_STATE_ABORTED)
 OPEN = (ChangePhase.CHANGE_PHASE_PREPARING, ChangePhase.CHANGE_PHASE_READY)
@@ -61,7 +62,7 @@ class Fleet:
         self._start(
             f"engine {node}",
             [
-                *(*AGENT, "simulate", "--socket", self.socket(node), "--node", f"{CLUSTER}/nodes/{node}"),
+                *(*ENGINE, "--socket", self.socket(node), "--node", f"{CLUSTER}/nodes/{node}"),
                 *("--simulated-devices", "L4:1", "--control", str(self.folder / "control.json")),
                 *("--peer-address", f"127.0.0.1:{self.peer_port(node)}"),
             ],

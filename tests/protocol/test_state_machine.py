@@ -1,7 +1,7 @@
 """The five invariants of DESIGN section 7 hold whatever is lost, repeated, reordered or late, and whatever dies when.
 
 1, 2 and 3 are checked by `Ledger` after every delivery, call and engine step; 4 and 5 by the outcome in the end, when
-faults stop. ``HETIS_EXAMPLES`` and ``HETIS_STEPS`` make runs longer; see docs/protocol-tests.md.
+faults stop. ``HETIS_EXAMPLES`` and ``HETIS_STEPS`` make runs longer; see docs/reliability.md.
 """
 
 from __future__ import annotations

@@ -15,12 +15,12 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
+from examples.simulated_engine.replica import Control
 from hetis.planner.convert.names import duration
 from hetis.planner.failures import ServiceError
-from hetis.planner.fleet.link import HeadMaps
+from hetis.planner.fleet.head_maps import HeadMaps
 from hetis.planner.store import Transaction
 from hetis.runtime.agent.replica_state import ReplicaState
-from hetis.runtime.agent.simulated.replica import Control
 from hetis.v1 import change_pb2, redispatch_pb2, replica_pb2
 from hetis.v1.agent_service_pb2 import ConnectNodeRequest
 from hetis.v1.change_pb2 import ChangePhase

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -16,15 +15,16 @@ from hetis.solver.check.setting import Setting
 from hetis.solver.check.timing import stage_seconds
 from hetis.solver.cluster import Link
 from hetis.solver.errors import InvalidProblemError
-from hetis.solver.model import ModelSpec, MoeShape
+from hetis.solver.model import ModelSpec
 from hetis.solver.plan import ReplicaPlan, Role, StagePlan
 from hetis.solver.planning import solve_placement
 from hetis.solver.problem import PlacementProblem
+from tests.models import replace, shape_of
 from tests.simulator.small_plans import equal_requests, plan_of
 from tests.solver.instances import SMALL_FAMILY, make_model, make_node, make_problem, make_profile, make_workload
 from tests.solver.oracle import setting_of
 
-EXPERTS = MoeShape(num_experts=8, active_experts=2, expert_intermediate=256, first_dense_layers=1)
+EXPERTS = shape_of(num_experts=8, active_experts=2, expert_intermediate=256, first_dense_layers=1)
 APART = Settings(dispatch=False, redispatch=False)
 
 

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from hetis.simulator.kv_memory import KvGrowth, group_blocks
 from hetis.simulator.micro_batch import MicroBatch
-from hetis.solver.model import AttentionKind, IndexerShape, MlaShape
+from tests.models import InShort, replace, shape_of
 from tests.solver.instances import make_compressed, make_model
 
 BLOCK = 4
@@ -35,9 +33,8 @@ def test_contexts_grow_beyond_the_chosen_tokens_by_the_keys_of_the_layers_with_a
     """One of two layers has an indexer of 4 bytes per token, and both have a latent of 8 (4 elements of 16 bits)."""
     model = replace(
         make_model(num_layers=2, q_heads=4, kv_heads=4),
-        attention=AttentionKind.MLA,
-        mla=MlaShape(kv_lora_rank=3, qk_rope_head_dim=1, qk_nope_head_dim=4, v_head_dim=4, q_lora_rank=8),
-        indexer=IndexerShape(top_tokens=6, heads=1, head_dim=4, key_bytes=4.0, layers=1),
+        mla=shape_of(kv_lora_rank=3, qk_rope_head_dim=1, qk_nope_head_dim=4, v_head_dim=4, q_lora_rank=8),
+        indexer=shape_of(top_tokens=6, heads=1, head_dim=4, key_bytes=4.0, layers=1),
     )
     growth = KvGrowth(model, BLOCK)
     assert growth.attended(10) == pytest.approx((2 * 8 * 6 + 4 * 10) / (2 * 8 + 4))
@@ -47,7 +44,7 @@ def test_contexts_grow_beyond_the_chosen_tokens_by_the_keys_of_the_layers_with_a
 
 def test_contexts_of_compressed_attention_read_a_window_the_chosen_entries_and_keys_of_all() -> None:
     model = make_compressed()
-    shape, growth = model.compressed, KvGrowth(model, BLOCK)
+    shape, growth = InShort(model).compressed, KvGrowth(model, BLOCK)
     assert shape is not None
     kept = model.kv_bytes_per_token_group()
     for context in (24, 50, 80, 81, 300):  # from the window to beyond 20 entries of 4 tokens

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Literal
 
 import numpy as np
@@ -16,6 +15,7 @@ from hetis.simulator.simulate import Builder, simulate
 from hetis.simulator.values import Fault, Request, RequestLog, Settings
 from hetis.solver.plan import Plan
 from hetis.solver.problem import PlacementProblem
+from tests.models import replace
 from tests.simulator.small_plans import equal_requests, pipeline, plan_of, small_problem
 from tests.simulator.test_kv_transfers import split_plan
 from tests.solver.instances import make_model

@@ -65,7 +65,7 @@ def test_a_run_that_is_stopped_serves_what_has_arrived(arrivals: Arrivals) -> No
         if given >= 128:
             cancelled.set()
 
-    with runner(None, None, cancelled=cancelled, report=stop_soon) as runs:  # type: ignore[arg-type]
+    with runner(None, None, is_cancelled=cancelled.is_set, report=stop_soon) as runs:  # type: ignore[arg-type]
         answers = runs.run([job(1, arrivals), job(2, arrivals)])
     (first,) = answers  # the second never started
     assert first.metrics.counts.arrived == first.metrics.counts.finished == 128

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from dataclasses import fields, replace
+from dataclasses import fields
 
 import numpy as np
 import pytest
@@ -18,6 +18,7 @@ from hetis.solver.check.fleet import Fleet, replica_shape
 from hetis.solver.errors import InvalidProblemError
 from hetis.solver.plan import Plan
 from hetis.solver.problem import PlacementProblem
+from tests.models import replace
 from tests.simulator.small_plans import equal_requests, pipeline, plan_of, small_problem
 from tests.solver.instances import make_model, make_profile, make_workload
 

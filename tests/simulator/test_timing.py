@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,13 +17,14 @@ from hetis.solver.check.setting import Setting
 from hetis.solver.check.timing import stage_seconds
 from hetis.solver.cluster import Link
 from hetis.solver.dispatch.tables import costs_of, running_load
-from hetis.solver.model import DraftShape, MoeShape
+from hetis.solver.model import DraftShape
 from hetis.solver.plan import ReplicaPlan
 from hetis.solver.problem import PlacementProblem
+from tests.models import shape_of
 from tests.simulator.small_plans import pipeline, small_problem
 from tests.solver.instances import make_compressed, make_model, make_node, make_problem, make_workload
 
-MOE = MoeShape(num_experts=4, active_experts=2, expert_intermediate=256, shared_experts=1, first_dense_layers=1)
+MOE = shape_of(num_experts=4, active_experts=2, expert_intermediate=256, shared_experts=1, first_dense_layers=1)
 
 
 def setting_of(problem: PlacementProblem, one: ReplicaPlan) -> Setting:
@@ -39,7 +41,7 @@ def setting_of(problem: PlacementProblem, one: ReplicaPlan) -> Setting:
 @pytest.mark.parametrize("pool", [None, (1, 1), (2, 1)])
 @pytest.mark.parametrize("mixed_factor", [None, 3.0])
 def test_average_contents_take_the_seconds_of_the_cost_model(
-    moe: MoeShape | None, pool: tuple[int, int] | None, mixed_factor: float | None
+    moe: dict[str, Any] | None, pool: tuple[int, int] | None, mixed_factor: float | None
 ) -> None:
     # The oracle is the checker's derivation of u: nc iterations with a full chunk, nd without, all at the mean context.
     problem = small_problem(model=make_model(moe=moe), workload=make_workload((300, 60)), mixed_factor=mixed_factor)

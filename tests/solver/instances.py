@@ -7,16 +7,17 @@ to 60 MB, links of 0.1 to 1 GB/s, steps of about a millisecond.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from typing import Any
 
 from hypothesis import strategies as st
 
 from hetis.solver.cluster import Cluster, GpuSlots, GpuType, Link, Network, NodeGroup
-from hetis.solver.model import AttentionKind, CompressedShape, ModelSpec, MoeShape
+from hetis.solver.model import ModelSpec
 from hetis.solver.plan import Objective, ObjectiveKind
 from hetis.solver.problem import Assumptions, Family, PlacementProblem
 from hetis.solver.profile import Fit, Mixed, Op, Piece, Profile, Provenance, Source
 from hetis.solver.workload import LengthBin, Workload
+from tests.models import model_of, replace, shape_of
 
 MADE_UP = Provenance(source=Source.MODELLED, origin="made up for tests")
 SMALL_FAMILY = Family(
@@ -70,9 +71,9 @@ def make_model(
     kv_heads: int = 2,
     forbidden_cuts: frozenset[int] = frozenset(),
     tie_embeddings: bool = False,
-    moe: MoeShape | None = None,
+    moe: dict[str, Any] | None = None,
 ) -> ModelSpec:
-    return ModelSpec(
+    return model_of(
         name="tiny",
         num_layers=num_layers,
         hidden=256,
@@ -81,7 +82,6 @@ def make_model(
         kv_heads=kv_heads,
         head_dim=256 // q_heads,
         vocab=1000,
-        attention=AttentionKind.MHA if kv_heads == q_heads else AttentionKind.GQA,
         forbidden_cuts=forbidden_cuts,
         tie_embeddings=tie_embeddings,
         moe=moe,
@@ -90,7 +90,7 @@ def make_model(
 
 def make_compressed(*, q_heads: int = 4) -> ModelSpec:
     """Return a model with compressed attention: three sparse layers, two heavy ones, and one with a window alone."""
-    shape = CompressedShape(
+    shape = shape_of(
         window=24,
         sparse_layers=3,
         sparse_ratio=4,
@@ -161,7 +161,7 @@ _MODELS = (
     make_model(num_layers=6, kv_heads=2, forbidden_cuts=frozenset({2, 3}), tie_embeddings=True),
     make_model(
         num_layers=5,
-        moe=MoeShape(num_experts=4, active_experts=2, expert_intermediate=256, shared_experts=1, first_dense_layers=1),
+        moe=shape_of(num_experts=4, active_experts=2, expert_intermediate=256, shared_experts=1, first_dense_layers=1),
     ),
 )
 _HEAVY_TAIL = make_workload(*[(40, 20)] * 19, (1500, 20))

@@ -392,8 +392,8 @@ def stage_options(problem: PlacementProblem, nodes: Mapping[DeviceClass, int]) -
                 if (
                     n * d in family.tp_sizes
                     and n * d <= own.per_node
-                    and model.moe
-                    and model.moe.num_experts % (n * d) == 0
+                    and model.experts
+                    and model.experts.count % (n * d) == 0
                 ):
                     shared = ((own, n * d),)
                     yield StageOption(

@@ -6,7 +6,7 @@ import ast
 import itertools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +21,7 @@ from hetis.solver.check import memory, timing
 from hetis.solver.check.fleet import PoolShape, StageShape, slowest
 from hetis.solver.check.setting import Setting, divides, head_groups_per_rank
 from hetis.solver.cluster import Link, Network
-from hetis.solver.model import AttentionKind, DraftShape, IndexerShape, LinearShape, MlaShape, ModelSpec, MoeShape
+from hetis.solver.model import DraftShape, ModelSpec
 from hetis.solver.placement import template as of_search
 from hetis.solver.placement.stage_cost import kept_bytes
 from hetis.solver.placement.tables import CostTables
@@ -31,6 +31,7 @@ from hetis.solver.plan import Role
 from hetis.solver.problem import Assumptions, Family, PlacementProblem
 from hetis.solver.profile import Fit, Op, Piece, Profile
 from hetis.solver.workload import Workload
+from tests.models import replace, shape_of
 from tests.solver.instances import (
     MADE_UP,
     make_compressed,
@@ -52,38 +53,36 @@ MODELS = (
     make_model(
         q_heads=8,
         kv_heads=4,
-        moe=MoeShape(num_experts=8, active_experts=2, expert_intermediate=256, shared_experts=1, first_dense_layers=2),
+        moe=shape_of(num_experts=8, active_experts=2, expert_intermediate=256, shared_experts=1, first_dense_layers=2),
     ),
     replace(make_model(q_heads=8, kv_heads=4), sliding_window=60, sliding_layers=5, windows_free_kv=False),
     replace(
         make_model(
-            q_heads=8, kv_heads=2, moe=MoeShape(num_experts=8, active_experts=2, expert_intermediate=256, every=2)
+            q_heads=8, kv_heads=2, moe=shape_of(num_experts=8, active_experts=2, expert_intermediate=256, every=2)
         ),
-        linear=LinearShape(layers=5, params=30_000, state_bytes=9_000.0, token_flops=70_000.0),
+        linear=shape_of(layers=5, params=30_000, state_bytes=9_000.0, token_flops=70_000.0),
         gated_attention=True,
         vision_params=50_000,
     ),
     replace(
         make_model(q_heads=8, kv_heads=8),
-        attention=AttentionKind.MLA,
-        mla=MlaShape(kv_lora_rank=24, qk_rope_head_dim=8, qk_nope_head_dim=16, v_head_dim=16, q_lora_rank=32),
-        indexer=IndexerShape(top_tokens=64, heads=4, head_dim=8, key_bytes=12.0),
+        mla=shape_of(kv_lora_rank=24, qk_rope_head_dim=8, qk_nope_head_dim=16, v_head_dim=16, q_lora_rank=32),
+        indexer=shape_of(top_tokens=64, heads=4, head_dim=8, key_bytes=12.0),
     ),
     replace(
         make_model(q_heads=8, kv_heads=8),
-        attention=AttentionKind.MLA,
-        mla=MlaShape(kv_lora_rank=24, qk_rope_head_dim=8, qk_nope_head_dim=16, v_head_dim=16, q_lora_rank=32),
-        indexer=IndexerShape(top_tokens=32, heads=4, head_dim=64, key_bytes=68.0, layers=3),
+        mla=shape_of(kv_lora_rank=24, qk_rope_head_dim=8, qk_nope_head_dim=16, v_head_dim=16, q_lora_rank=32),
+        indexer=shape_of(top_tokens=32, heads=4, head_dim=64, key_bytes=68.0, layers=3),
     ),
     replace(
-        make_model(q_heads=8, kv_heads=2, moe=MoeShape(num_experts=8, active_experts=2, expert_intermediate=256)),
+        make_model(q_heads=8, kv_heads=2, moe=shape_of(num_experts=8, active_experts=2, expert_intermediate=256)),
         draft=DraftShape(tokens=2, acceptance=0.5),
     ),
     replace(
         make_model(
-            q_heads=8, kv_heads=2, moe=MoeShape(num_experts=8, active_experts=2, expert_intermediate=16, every=2)
+            q_heads=8, kv_heads=2, moe=shape_of(num_experts=8, active_experts=2, expert_intermediate=16, every=2)
         ),
-        linear=LinearShape(layers=3, params=30_000, state_bytes=90_000.0, token_flops=70_000.0),
+        linear=shape_of(layers=3, params=30_000, state_bytes=90_000.0, token_flops=70_000.0),
         sliding_window=50,
         sliding_layers=2,
         draft=DraftShape(tokens=2, acceptance=0.5),
@@ -93,7 +92,7 @@ COMPRESSED = (
     make_compressed(q_heads=8),
     replace(make_compressed(q_heads=8), kv_bytes=1.0, draft=DraftShape(tokens=2, acceptance=0.5)),
     replace(
-        make_compressed(q_heads=8), moe=MoeShape(num_experts=8, active_experts=2, expert_intermediate=256), kv_bytes=1.0
+        make_compressed(q_heads=8), moe=shape_of(num_experts=8, active_experts=2, expert_intermediate=256), kv_bytes=1.0
     ),
 )
 WORKLOADS = (
@@ -210,7 +209,7 @@ def drawn(draw: st.DrawFn, models: Sequence[ModelSpec] = MODELS) -> Drawn:
         gpu="A", tp=tp, copies=draw(st.integers(1, 3)), layers=draw(st.integers(1, 3)), intra_link=draw(links),
         hop_link=draw(links), pool=pool, kv_link=draw(links) if role is Role.PREFILL else None,
     )  # fmt: skip
-    shared = [d for d in (2, 4, 8) if model.moe is not None and d * tp <= 8 and pool is None]
+    shared = [d for d in (2, 4, 8) if model.experts is not None and d * tp <= 8 and pool is None]
     d = draw(st.sampled_from([1, *shared]))
     return Drawn(
         problem,

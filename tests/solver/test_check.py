@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 
 from hetis.solver.check import Rule, check_plan
 from hetis.solver.cluster import Link, Network, NodeGroup
-from hetis.solver.model import MoeShape
 from hetis.solver.plan import (
     AttentionWorkerPool,
     ClassPrice,
@@ -24,6 +23,7 @@ from hetis.solver.plan import (
 )
 from hetis.solver.problem import EXPLICIT_LINKS, LINKS_TO_ANY, OWN_LINKS, PlacementProblem
 from hetis.solver.profile import Fit, Op, Piece, Profile
+from tests.models import shape_of
 from tests.solver.claimed_plans import claimed, counted, derived_of, plan_of, rules, unclaimed
 from tests.solver.instances import (
     MADE_UP,
@@ -587,7 +587,7 @@ def test_rank_holds_the_bytes_worked_by_hand() -> None:
 
 
 def test_prefix_layers_stay_on_the_first_stage_with_the_weights_of_dense_layers() -> None:
-    moe = MoeShape(num_experts=4, active_experts=2, expert_intermediate=256, first_dense_layers=1)
+    moe = shape_of(num_experts=4, active_experts=2, expert_intermediate=256, first_dense_layers=1)
     problem = make_problem([make_node("a", "A", nodes=2)], model=make_model(moe=moe))
     first = replace(WHOLE, num_layers=1)
     last = replace(WHOLE, first_layer=1, num_layers=5, devices=("a-1/0",))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,10 +9,11 @@ import pytest
 from hetis.solver.check.fleet import Fleet
 from hetis.solver.check.structure import check_engine
 from hetis.solver.check.violation import Rule, at
-from hetis.solver.model import AttentionKind, DraftShape, GpuPrecision, IndexerShape, MlaShape
+from hetis.solver.model import DraftShape, GpuPrecision
 from hetis.solver.placement.families import run_by
 from hetis.solver.plan import AttentionWorkerPool, ReplicaPlan, Role, StagePlan
 from hetis.solver.problem import EngineRules, Family, PlacementProblem
+from tests.models import replace, shape_of
 from tests.solver.claimed_plans import unclaimed
 from tests.solver.instances import make_compressed, make_model, make_node, make_problem
 
@@ -139,15 +139,15 @@ def test_vllm_hands_over_windows_and_compressors_from_one_stage() -> None:
 def test_vllm_runs_layers_that_share_indexers_in_one_stage() -> None:
     problem = the_problem()
     assert problem.family.engine is not None
-    mla = MlaShape(kv_lora_rank=24, qk_rope_head_dim=8, qk_nope_head_dim=16, v_head_dim=16, q_lora_rank=32)
+    mla = shape_of(kv_lora_rank=24, qk_rope_head_dim=8, qk_nope_head_dim=16, v_head_dim=16, q_lora_rank=32)
     for layers, name, said in (
         (1, "vllm", ["has 2 stages and layers that share indexers, may have 1 then (vllm)"]),
         (1, "sglang", []),
         (None, "vllm", []),
     ):
-        indexer = IndexerShape(top_tokens=32, heads=2, head_dim=64, key_bytes=68.0, layers=layers)
+        indexer = shape_of(top_tokens=32, heads=2, head_dim=64, key_bytes=68.0, layers=layers)
         draft = DraftShape(tokens=1, acceptance=0.5)  # for which SGLang has another reason
-        model = replace(problem.model, attention=AttentionKind.MLA, kv_heads=1, mla=mla, indexer=indexer, draft=draft)
+        model = replace(problem.model, kv_heads=1, mla=mla, indexer=indexer, draft=draft)
         rules = replace(problem.family.engine, name=name)
         sparse = replace(problem, model=model, family=replace(problem.family, engine=rules))
         found = at("replica 0", check_engine(PIPELINE, sparse, Fleet.of(sparse.cluster)))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import replace
 
 import pytest
 
@@ -17,11 +16,11 @@ from hetis.solver.check.timing import least_slack
 from hetis.solver.cluster import Link, Network
 from hetis.solver.constraints import Duty, RestrictRole, Selection, Unit
 from hetis.solver.cost import chunk_spread, regime_of, regimes
-from hetis.solver.model import MoeShape
 from hetis.solver.placement.families import run_by
 from hetis.solver.plan import AttentionWorkerPool, KvRoute, Objective, ObjectiveKind, Plan, Role, StagePlan
 from hetis.solver.problem import EngineRules, Family, PlacementProblem
 from hetis.solver.profile import Fit, Op, Piece, Profile
+from tests.models import replace, shape_of
 from tests.solver.claimed_plans import claimed, counted, derived_of, plan_of, rules, unclaimed
 from tests.solver.instances import (
     MADE_UP,
@@ -465,7 +464,7 @@ def test_groups_held_by_several_ranks_travel_once() -> None:
 
 
 def test_prefix_layers_send_their_kv_too() -> None:
-    moe = MoeShape(num_experts=4, active_experts=2, expert_intermediate=256, first_dense_layers=1)
+    moe = shape_of(num_experts=4, active_experts=2, expert_intermediate=256, first_dense_layers=1)
     problem = token_problem(link=Link(bytes_per_s=1e5, latency_s=0.0), moe=moe)
     assert derived_of(PREFILL, problem).t_s == pytest.approx(6 * 2 * (0.032768 + 0.32768) + 0.002)
 

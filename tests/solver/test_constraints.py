@@ -33,12 +33,12 @@ from hetis.solver.constraints import (
     WithoutWorkers,
 )
 from hetis.solver.errors import BrokenProofError, InfeasibleError, InvalidProblemError, NoPlanFoundError
-from hetis.solver.model import MoeShape
 from hetis.solver.placement import search
 from hetis.solver.placement.families import run_by
 from hetis.solver.plan import Objective, ObjectiveKind, Plan, Role
 from hetis.solver.planning import price_constraints, solve_placement
 from hetis.solver.problem import EngineRules, Family, PlacementProblem
+from tests.models import shape_of
 from tests.solver.instances import (
     NO_LIMITS,
     SMALL_FAMILY,
@@ -469,7 +469,7 @@ def test_a_model_with_cuts_that_are_forbidden_still_keeps_constraints() -> None:
 
 
 def test_copies_share_experts_unless_that_is_forbidden() -> None:
-    experts = MoeShape(num_experts=8, active_experts=1, expert_intermediate=512)
+    experts = shape_of(num_experts=8, active_experts=1, expert_intermediate=512)
     problem = make_problem(
         [make_node("a", "A", gpus=2)],
         profiles={"A": make_profile("A", usable_bytes=25_000_000)},

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -18,7 +18,7 @@ from hetis.solver.check.setting import Setting
 from hetis.solver.check.timing import stage_seconds, wire_seconds
 from hetis.solver.cluster import Cluster, Link
 from hetis.solver.errors import InvalidProblemError
-from hetis.solver.model import DraftShape, MoeShape
+from hetis.solver.model import DraftShape
 from hetis.solver.placement.explanation import explain_plan
 from hetis.solver.placement.explanation.replica_view import replica_views
 from hetis.solver.placement.families import run_by
@@ -35,6 +35,7 @@ from hetis.solver.plan import (
 )
 from hetis.solver.planning import solve_placement
 from hetis.solver.problem import EngineRules, PlacementProblem
+from tests.models import replace, shape_of
 from tests.solver import test_check_roles
 from tests.solver.claimed_plans import claimed, plan_of, unclaimed
 from tests.solver.instances import NO_LIMITS, SMALL_FAMILY, make_model, make_node, make_problem, make_profile, problems
@@ -154,7 +155,7 @@ def test_idle_gpus_of_another_vendor_cannot_join() -> None:
 
 
 def test_idle_gpus_hold_few_of_the_layers_after_leading_ones() -> None:
-    moe = MoeShape(num_experts=4, active_experts=2, expert_intermediate=256, first_dense_layers=1)
+    moe = shape_of(num_experts=4, active_experts=2, expert_intermediate=256, first_dense_layers=1)
     nodes = [make_node("a", "A"), make_node("b", "B")]
     for model, layers in ((make_model(moe=moe), "the 5 layers after the first 1"), (make_model(), "6 layers")):
         size = int(model.params() * model.weight_bytes)

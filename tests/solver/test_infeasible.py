@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import replace
 from itertools import combinations
 from unittest.mock import patch
 
@@ -15,7 +14,6 @@ from hypothesis import strategies as st
 from hetis.solver.budget import Budget, SearchSettings
 from hetis.solver.cluster import Link, Network
 from hetis.solver.errors import InfeasibleError
-from hetis.solver.model import LinearShape
 from hetis.solver.placement import search, solve
 from hetis.solver.placement.families import STRATEGIES, run_by
 from hetis.solver.placement.infeasible import trials, why_infeasible
@@ -25,6 +23,7 @@ from hetis.solver.placement.wording import in_bytes
 from hetis.solver.plan import Objective, ObjectiveKind, Role
 from hetis.solver.planning import solve_placement
 from hetis.solver.problem import EngineRules, PlacementProblem
+from tests.models import replace, shape_of
 from tests.solver.instances import NO_LIMITS, SMALL_FAMILY, make_model, make_node, make_problem, make_profile, problems
 from tests.solver.oracle import best_plan_value
 
@@ -229,7 +228,7 @@ def test_replicas_that_prefill_and_that_decode_each_need_the_weights() -> None:
 
 
 def test_states_are_among_what_requests_keep() -> None:
-    linear = LinearShape(layers=1, params=1, state_bytes=3e8)
+    linear = shape_of(layers=1, params=1, state_bytes=3e8)
     model = replace(make_model(), linear=linear)
     weights = int(model.params() * model.weight_bytes)
     profile = make_profile("A", usable_bytes=1_000_000 + weights + 200_000_000)

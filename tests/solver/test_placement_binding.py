@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import random
-from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
@@ -19,6 +18,7 @@ from hetis.solver.placement.tabulation import build_cost_tables
 from hetis.solver.placement.template import Template, TemplateStage, use_of
 from hetis.solver.plan import Plan
 from hetis.solver.planning import solve_placement
+from tests.models import replace
 from tests.solver.instances import SMALL_FAMILY, make_node, make_problem, make_profile
 
 EXAMPLES = settings().max_examples

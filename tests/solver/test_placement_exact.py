@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 from unittest.mock import patch
 
@@ -19,7 +18,7 @@ from hetis.solver.check import check_plan
 from hetis.solver.check.fleet import Fleet, replica_shape
 from hetis.solver.check.rederive import Rederivation
 from hetis.solver.cluster import Link, Network
-from hetis.solver.model import AttentionKind, DraftShape, IndexerShape, LinearShape, MlaShape, MoeShape
+from hetis.solver.model import DraftShape
 from hetis.solver.placement import search
 from hetis.solver.placement.exact import solve_exactly
 from hetis.solver.placement.explanation.alternatives import runners_up_of
@@ -30,6 +29,7 @@ from hetis.solver.plan import Objective, ObjectiveKind, Plan, Status
 from hetis.solver.planning import solve_placement
 from hetis.solver.problem import PlacementProblem
 from hetis.solver.profile import Fit, Profile
+from tests.models import replace, shape_of
 from tests.solver.instances import (
     NO_LIMITS,
     SMALL_FAMILY,
@@ -107,8 +107,8 @@ def test_forbidden_cuts_are_obeyed_at_no_loss(cuts: set[int], problem: Placement
 
 KINDS_OF_LAYERS = {
     "states": replace(
-        make_model(moe=MoeShape(num_experts=4, active_experts=1, expert_intermediate=256, every=2)),
-        linear=LinearShape(layers=4, params=200_000, state_bytes=400_000.0, token_flops=100_000.0),
+        make_model(moe=shape_of(num_experts=4, active_experts=1, expert_intermediate=256, every=2)),
+        linear=shape_of(layers=4, params=200_000, state_bytes=400_000.0, token_flops=100_000.0),
         vision_params=300_000,
     ),
     "windows": replace(make_model(), sliding_window=64, sliding_layers=4),
@@ -116,22 +116,20 @@ KINDS_OF_LAYERS = {
     "drafts": replace(make_model(), draft=DraftShape(tokens=2, acceptance=0.8)),
     "indexer": replace(
         make_model(kv_heads=4),
-        attention=AttentionKind.MLA,
-        mla=MlaShape(kv_lora_rank=48, qk_rope_head_dim=16, qk_nope_head_dim=32, v_head_dim=32, q_lora_rank=64),
-        indexer=IndexerShape(top_tokens=64, heads=2, head_dim=16, key_bytes=20.0),
+        mla=shape_of(kv_lora_rank=48, qk_rope_head_dim=16, qk_nope_head_dim=32, v_head_dim=32, q_lora_rank=64),
+        indexer=shape_of(top_tokens=64, heads=2, head_dim=16, key_bytes=20.0),
     ),
     "shared indexer": replace(
         make_model(kv_heads=4),
-        attention=AttentionKind.MLA,
-        mla=MlaShape(kv_lora_rank=48, qk_rope_head_dim=16, qk_nope_head_dim=32, v_head_dim=32, q_lora_rank=64),
-        indexer=IndexerShape(top_tokens=32, heads=2, head_dim=64, key_bytes=68.0, layers=2),
+        mla=shape_of(kv_lora_rank=48, qk_rope_head_dim=16, qk_nope_head_dim=32, v_head_dim=32, q_lora_rank=64),
+        indexer=shape_of(top_tokens=32, heads=2, head_dim=64, key_bytes=68.0, layers=2),
     ),
     "compressed": make_compressed(),
     "shared experts": make_model(
-        kv_heads=1, moe=MoeShape(num_experts=8, active_experts=1, expert_intermediate=512, first_dense_layers=1)
+        kv_heads=1, moe=shape_of(num_experts=8, active_experts=1, expert_intermediate=512, first_dense_layers=1)
     ),
     "shared experts in some": make_model(
-        num_layers=4, moe=MoeShape(num_experts=4, active_experts=2, expert_intermediate=768, shared_experts=1, every=2)
+        num_layers=4, moe=shape_of(num_experts=4, active_experts=2, expert_intermediate=768, shared_experts=1, every=2)
     ),
 }
 
@@ -422,7 +420,7 @@ def test_a_search_that_is_cut_short_is_no_worse_than_equal_stages(kind: Objectiv
 
 
 def test_runners_up_have_all_layers_of_the_model() -> None:
-    moe = MoeShape(num_experts=4, active_experts=2, expert_intermediate=256, first_dense_layers=2)
+    moe = shape_of(num_experts=4, active_experts=2, expert_intermediate=256, first_dense_layers=2)
     family = replace(SMALL_FAMILY, micro_batches=(1, 4), in_flight=(1, 2), max_pool=0)
     problem = make_problem([make_node("a", "A", gpus=2)], model=make_model(moe=moe), family=family)
     shapes = [one.shape for one in solve_placement(problem, strategy="hetis").runners_up]

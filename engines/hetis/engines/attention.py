@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from hetis.engines.gpus import GpuKind
-from hetis.solver.model import ModelSpec
+from hetis.solver.model import Kernel, ModelSpec
 
 TRITON_FP8 = 8.9  # lowest compute capability with Triton's FP8
 _DATACENTER_BLACKWELL = 10  # major compute capability of B200 and B300
@@ -32,14 +32,14 @@ def common_backend(model: ModelSpec, kinds: Iterable[GpuKind], engine: str) -> s
     if engine == "sglang":
         return _of_sglang(model, capabilities)
     majors = set(map(int, capabilities))
-    if model.compressed is not None:  # FlashInfer on RTX Blackwell, FlashMLA elsewhere (`_select_dsv4_attn_cls`)
+    if model.kernel is Kernel.COMPRESSED:  # FlashInfer on RTX Blackwell, FlashMLA elsewhere (`_select_dsv4_attn_cls`)
         return "" if len({major == 12 for major in majors}) < 2 else None
-    if model.indexer is not None:
+    if model.kernel is Kernel.SPARSE:
         # On Hopper and B200 vLLM's choice also depends on the heads per rank, so it can differ between identical GPUs.
         return "" if majors == {12} else "FLASHMLA_SPARSE" if majors <= {9, _DATACENTER_BLACKWELL} else None
     if len(capabilities) < 2:
         return ""
-    if model.mla is not None:
+    if model.kernel is Kernel.LATENT:
         # TRITON_MLA is the default everywhere except on Hopper and B200, whose own defaults run only there.
         return "TRITON_MLA" if majors & {9, _DATACENTER_BLACKWELL} else ""
     if min(capabilities) < 8 or _only_triton(model):
@@ -73,12 +73,13 @@ def _of_sglang(model: ModelSpec, capabilities: set[float]) -> str:
 
     As in SGLang 0.5.23: `get_default_attn_backend` in srt/arg_groups/model_override_base.py.
     """
-    is_sparse = model.indexer is not None or model.compressed is not None  # each has kernels of its own
+    is_sparse = model.kernel in (Kernel.SPARSE, Kernel.COMPRESSED)  # each has kernels of its own
     if is_sparse or len({int(one) == _DATACENTER_BLACKWELL for one in capabilities}) < 2:
         return ""
     # gpt-oss, Llama-4 and Qwen3.5 do not support flashinfer, nor does latent attention below Hopper.
-    no_flashinfer = model.sliding_window is not None or model.linear is not None
-    return "triton" if no_flashinfer or (model.mla is not None and min(capabilities) < 9) else "flashinfer"
+    no_flashinfer = model.sliding_window is not None or Kernel.RECURRENT in model.kernels
+    no_flashinfer |= model.kernel is Kernel.LATENT and min(capabilities) < 9
+    return "triton" if no_flashinfer else "flashinfer"
 
 
 def has_sinks(model: ModelSpec) -> bool:
@@ -102,8 +103,8 @@ def attends_to_chunks(model: ModelSpec) -> bool:
     a token activates a single expert beside a shared one.
     """
     keeps_all = not model.windows_free_kv and 0.0 < model.sliding_share < 1.0
-    experts = None if model.moe is None else (model.moe.active_experts, model.moe.shared_experts)
-    return keeps_all and experts == (1, 1)
+    one = model.experts
+    return keeps_all and one is not None and one.active == 1 and one.shared_width == one.width
 
 
 def _sees_images_at_once(model: ModelSpec) -> bool:

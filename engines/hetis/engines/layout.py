@@ -25,7 +25,7 @@ from hetis.engines.versions import Engine
 from hetis.engines.workers import why_no_workers
 from hetis.formats.errors import did_you_mean
 from hetis.solver.cluster import node_of
-from hetis.solver.model import ModelSpec
+from hetis.solver.model import Kernel, ModelSpec
 from hetis.solver.plan import AttentionWorkerPool, Plan, ReplicaPlan, Role, StagePlan
 from hetis.solver.problem import shares_indexers
 
@@ -172,7 +172,7 @@ class _Room:
             page_bytes=page_bytes,
             state_bytes=requests * model.kept_states * model.state_bytes()
             + replica.in_flight // replica.attention_dp * replica.chunk_tokens * model.chunk_state_bytes(),
-            divides_states=model.compressed is None,
+            divides_states=model.divides_states,
             num_layers=model.num_layers,
             draft_layers=model.draft_layers,
             taken_bytes=taken_bytes,
@@ -208,14 +208,14 @@ def _fitting_pages(pages: int, replica: ReplicaPlan, model: ModelSpec) -> int:
 
     Plans count the mean of all layers. vLLM's drafting layer always has an indexer (models/deepseek_v32/attention.py).
     """
-    indexer = model.indexer
-    if indexer is None or indexer.layers is None:
+    indexer, layers = model.indexer, model.indexer_layers
+    if indexer is None or layers == model.num_layers:
         return pages
-    mean, share = model.kv_bytes_per_token_group(), indexer.layers / model.num_layers
+    mean, share = model.kv_bytes_per_token_group(), layers / model.num_layers
     most = 0.0
     for number, stage in enumerate(replica.stages, 1):
         drafting = model.draft_layers if number == len(replica.stages) else 0
-        own = (min(stage.num_layers, indexer.layers) + drafting) / (stage.num_layers + drafting)
+        own = (min(stage.num_layers, layers) + drafting) / (stage.num_layers + drafting)
         most = max(most, mean + (own - share) * indexer.key_bytes)
     return int(pages * (mean / most))
 
@@ -229,13 +229,13 @@ def _beside_shared_experts(replica: ReplicaPlan, model: ModelSpec) -> int:
     With several ranks per copy, vLLM keeps all shared experts on each rank (``use_sequence_parallel_moe``), and its
     fused experts need a workspace for the tokens of all copies times the number of experts that each token activates.
     """
-    moe = model.moe
-    if not replica.expert_parallel or moe is None:
+    experts = model.experts
+    if not replica.expert_parallel or experts is None:
         return 0
-    layers, (stage, *_) = (model.num_layers - model.prefix_layers) / moe.every, replica.stages
-    whole = layers * moe.shared_experts * model.expert_params() * model.weight_bytes
+    layers, (stage, *_) = (model.num_layers - model.prefix_layers) * model.expert_share, replica.stages
+    whole = layers * experts.shared_params(model.hidden) * model.weight_bytes
     tokens = replica.attention_dp * (replica.micro_batch * model.step_tokens + replica.chunk_tokens)
-    wide = moe.active_experts * (model.hidden + moe.expert_intermediate) * model.activation_bytes
+    wide = experts.active * (experts.size(model.hidden) + experts.width) * model.activation_bytes
     return round(whole * (1 - 1 / stage.tp) + min(tokens, _MOE_TOKENS) * wide)
 
 
@@ -473,7 +473,7 @@ def layout_of_replica(
         kv_tokens=kv_tokens,
         kv_is_fp8=_is_fp8(model, dtype),
         draft_tokens=model.step_tokens - 1,
-        has_states=model.linear is not None,
+        has_states=Kernel.RECURRENT in model.kernels,
         has_windows_in_some=0.0 < model.sliding_share < 1.0,
         context_tokens=_longest(room.context_tokens, model, fixes_kv=fixes_kv),
         dtype=common_dtype(gpus.values()),
@@ -504,7 +504,7 @@ def _prompts(replica: ReplicaPlan, model: ModelSpec, room: _Room, most: int | No
     if replica.role is not Role.PREFILL:
         return 0
     prompts = _prompts_of(replica)
-    if model.linear is not None:
+    if Kernel.RECURRENT in model.kernels:
         for stage in replica.stages:
             of_prompt = stage.num_layers * model.kept_states * model.state_bytes() / stage.tp
             prompts = min(prompts, int(room.of_ranks(stage) / of_prompt))
@@ -522,12 +522,13 @@ def _block_tokens(model: ModelSpec, tp: int, number_bytes: int) -> int:
     See `_align_hybrid_block_size` in vllm/platforms/interface.py. Drafts lengthen a state by less than a page of KV
     each. ``number_bytes``: bytes of a number of KV.
     """
-    if model.linear is None:
+    if Kernel.RECURRENT not in model.kernels:
         return 0
-    heads = 1 if model.mla is not None else max(1, model.kv_heads / tp)
+    is_latent = model.kernel is Kernel.LATENT
+    heads = 1 if is_latent else max(1, model.kv_heads / tp)
     token_bytes = model.kv_bytes_per_token_group() / model.kv_share / model.kv_bytes * number_bytes * heads
-    step = _MLA_BLOCK_TOKENS if model.mla is not None else PAGE_TOKENS
-    blocks = math.ceil(model.linear.state_bytes / tp / (step * token_bytes) * (1 - 1e-12))
+    step = _MLA_BLOCK_TOKENS if is_latent else PAGE_TOKENS
+    blocks = math.ceil(model.recurrent_state_bytes / tp / (step * token_bytes) * (1 - 1e-12))
     return step * (blocks + model.step_tokens - 1)
 
 
@@ -680,10 +681,10 @@ def _unshared(replica: ReplicaPlan, model: ModelSpec) -> Iterator[str]:
         return
     (stage,) = replica.stages
     ranks = stage.tp * stage.copies
-    if model.moe is None:
+    if model.experts is None:
         yield f"its copies share experts, but {model.name} has none"
-    elif model.moe.num_experts % ranks:
-        yield f"its {ranks} ranks share {model.moe.num_experts} experts, a number that they must divide"
+    elif model.experts.count % ranks:
+        yield f"its {ranks} ranks share {model.experts.count} experts, a number that they must divide"
     if stage.copies < 2 or replica.in_flight != stage.copies:
         counts = f"copies is {stage.copies}, in_flight {replica.in_flight}"
         yield f"its copies share experts: {counts}, must be equal and at least 2"
@@ -720,7 +721,7 @@ def _handed_over(
     unsupported = {
         "a layer that drafts": model.draft is not None,
         "sliding-window layers": model.sliding_window is not None,
-        "layers that keep states": model.linear is not None or model.compressed is not None,
+        "layers that keep states": model.state_bytes() > 0.0,
     }
     for what, is_there in unsupported.items() if replica.role is Role.PREFILL else ():
         if is_there:
@@ -733,7 +734,7 @@ def _held_twice(ranks: int, senders: Sequence[int], model: ModelSpec, *, pushes:
     Nor can it be written to more (`_pushes_kv`). See `_validate_remote_agent_handshake` in vLLM's nixl/base_worker.py.
     Latent attention and states allow it. ``senders``: the numbers of ranks in prefill replicas.
     """
-    if model.mla is not None or model.compressed is not None or model.linear is not None:
+    if model.kernel is not Kernel.GROUPED or model.state_bytes() > 0.0:
         return
     if wider := [str(tp) for tp in senders if tp > max(ranks, model.kv_heads)]:
         yield (
@@ -757,11 +758,12 @@ def _unlike_blocks(ranks: int, senders: Sequence[int], model: ModelSpec) -> Iter
     those sent (`block_size_ratio` in kv_connector/utils.py) or, with prefix caching, have another number of the
     kernel's (`_validate_remote_agent_handshake` in nixl/base_worker.py); its documents support no others with states.
     """
-    if model.linear is None:
+    if Kernel.RECURRENT not in model.kernels:
         return
-    heads = 1 if model.mla is not None else model.kv_heads
+    is_latent = model.kernel is Kernel.LATENT
+    heads = 1 if is_latent else model.kv_heads
     if unlike := [f"TP{tp}" for tp in senders if max(tp, heads) != max(ranks, heads)]:
-        kv = "latent KV" if model.mla is not None else f"{heads} KV heads"
+        kv = "latent KV" if is_latent else f"{heads} KV heads"
         yield (
             f"it decodes in TP{ranks}, and prompts come from {' and '.join(unlike)}, where ranks share {kv} but divide "
             "states: vLLM's blocks then differ, which its NIXL connector does not support"
@@ -788,12 +790,12 @@ def _impossible_stage(
     if model.q_heads % stage.tp or (model.kv_heads % stage.tp and stage.tp % model.kv_heads):
         yield f"{stage.tp} ranks do not divide {model.q_heads} query heads and {model.kv_heads} KV heads"
         return
-    if model.compressed is not None and not model.divides(stage.tp):
-        yield f"{stage.tp} ranks do not divide the {model.compressed.o_groups} groups of heads in its output projection"
+    if not model.divides(stage.tp):
+        yield f"{stage.tp} ranks do not divide {model.attention.what_ranks_divide}"
         return
     placed = (stage.kv_head_groups_kept + sum(pool.kv_head_groups for pool in pools)) * stage.tp
     heads = max(model.kv_heads, stage.tp)
-    if placed != heads and model.mla is None:
+    if placed != heads and Kernel.LATENT not in model.kernels:
         yield f"the plan places {placed} KV heads, the model has {heads}"
 
 

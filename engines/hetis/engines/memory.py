@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from hetis.engines.gpus import kind_of_type
 from hetis.engines.versions import VERSIONS, Engine
 from hetis.solver.cluster import GpuType
-from hetis.solver.model import CompressedShape, ModelSpec
+from hetis.solver.model import Compressed, Dense, Kernel, ModelSpec
 from hetis.solver.rank_memory import RankKind, RankMemory, captured_graphs
 
 GIB, MIB = 2**30, 2**20
@@ -231,16 +231,15 @@ def _token_bytes(model: ModelSpec, tp: int, attention_dp: int) -> tuple[float, f
     (`workspace_shapes` in fused_moe/experts/triton_moe.py).
     """
     size, streams = model.activation_bytes, 2.0 * (model.hidden + model.residual_width)
-    inner = (3.0 if model.gated_mlp else 2.0) * model.intermediate / tp
-    if model.moe is None:
+    mlps = {mlp for layer in model.layers for mlp in layer.mlps}
+    inner = max((mlp.matrices * mlp.width / tp for mlp in mlps if isinstance(mlp, Dense)), default=0.0)
+    if model.experts is None:
         return size * (streams + inner), 0.0
-    moe, split = model.moe, tp if attention_dp == 1 else 1
-    each = moe.expert_intermediate / split
-    workspace = size * moe.active_experts * (max(each, model.hidden) + max(2.0 * each, model.hidden))
+    experts, split = model.experts, tp if attention_dp == 1 else 1
+    each = experts.width / split
+    workspace = size * experts.active * (max(each, model.hidden) + max(2.0 * each, model.hidden))
     workspace *= attention_dp  # tokens of all copies
-    beside = 3.0 * moe.shared_experts * moe.expert_intermediate / tp
-    if moe.first_dense_layers or moe.every > 1:
-        beside = max(beside, inner)
+    beside = max(3.0 * experts.shared_width / tp, inner)
     return size * (streams + model.hidden + beside) + workspace, workspace
 
 
@@ -251,13 +250,13 @@ def _padding_bytes(model: ModelSpec, gpu: GpuType, ranks: int) -> float:
     and 128, AMD's both to 256 (vLLM 0.32, `mxfp4_round_up_hidden_size_and_intermediate_size` in
     fused_moe/oracle/mxfp4.py).
     """
-    if model.weights != "mxfp4" or model.moe is None:
+    if model.weights != "mxfp4" or model.experts is None:
         return 0.0
-    moe, hidden = model.moe, 256 * math.ceil(model.hidden / 256)
-    inner = moe.expert_intermediate / ranks
+    experts, hidden = model.experts, 256 * math.ceil(model.hidden / 256)
+    inner = experts.width / ranks
     multiple = 256 if gpu.vendor == "AMD" else 128
     padded = hidden * multiple * math.ceil(inner / multiple) / (model.hidden * inner)
-    stored = model.expert_share * moe.num_experts * model.expert_params() * 0.53125 / ranks
+    stored = model.expert_share * experts.count * model.expert_params() * 0.53125 / ranks
     return stored * (padded - 1.0)
 
 
@@ -266,12 +265,13 @@ def block_tokens(model: ModelSpec, tp: int = 1, *, default: int = 16) -> int:
 
     See `_align_hybrid_block_size` in vllm/platforms/interface.py; with latent attention multiples of 128.
     """
-    if model.linear is None:
+    if not model.recurrent_layers:
         return default
-    groups = 1.0 if model.mla is not None else max(1.0, model.kv_heads / tp)
+    is_latent = model.kernel is Kernel.LATENT
+    groups = 1.0 if is_latent else max(1.0, model.kv_heads / tp)
     token_bytes = model.kv_bytes_per_token_group() / model.kv_share * groups
-    step = 128 if model.mla is not None else 16
-    return step * math.ceil(model.linear.state_bytes / tp / (step * token_bytes) * (1 - 1e-12))
+    step = 128 if is_latent else 16
+    return step * math.ceil(model.recurrent_state_bytes / tp / (step * token_bytes) * (1 - 1e-12))
 
 
 def kv_bytes_of_request(
@@ -282,10 +282,10 @@ def kv_bytes_of_request(
     in_flight = rules.batches_in_flight * batched_tokens
     layers = model.num_layers + model.draft_layers
     groups = max(1.0, model.head_groups / tp)
-    if model.compressed is not None and not rules.is_sglang:
+    if model.kernel is Kernel.COMPRESSED and not rules.is_sglang:
         is_fp8 = model.kv_bytes < 2.0 and vendor != "AMD"  # its kernels have no packed FP8 (models/deepseek_v4/amd)
-        return _compressed_bytes(model, model.compressed, context_tokens, in_flight, is_fp8=is_fp8)
-    if model.linear is not None and not rules.is_sglang:
+        return _compressed_bytes(model, context_tokens, in_flight, is_fp8=is_fp8)
+    if model.recurrent_layers and not rules.is_sglang:
         return _hybrid_bytes(model, context_tokens, rules, tp)
     tokens = model.cached_tokens(float(context_tokens))
     if tokens < context_tokens:  # windows are freed after the batch that passed them
@@ -302,19 +302,16 @@ def _hybrid_bytes(model: ModelSpec, context_tokens: int, rules: EngineMemory, tp
     A block holds one page of as many layers as have KV; layers with states are divided into groups of as many, of which
     each takes a block for every state (`_get_kv_cache_groups_uniform_page_size` in v1/core/kv_cache_utils.py).
     """
-    assert model.linear is not None, "layers keep states"
     block = block_tokens(model, tp)
-    with_kv = model.num_layers - model.linear.layers + model.draft_layers
+    with_kv = round(model.num_layers * model.kv_share) + model.draft_layers
     groups = max(1.0, model.head_groups / tp)
     token_bytes = with_kv * groups * model.kv_bytes_per_token_group() / model.kv_share
-    state_groups = math.ceil(model.linear.layers / with_kv)
+    state_groups = math.ceil(model.recurrent_layers / with_kv)
     blocks = math.ceil(context_tokens / block) + state_groups * (model.kept_states + rules.spare_states)
     return blocks * block * token_bytes
 
 
-def _compressed_bytes(
-    model: ModelSpec, shape: CompressedShape, context_tokens: int, in_flight: int, *, is_fp8: bool
-) -> float:
+def _compressed_bytes(model: ModelSpec, context_tokens: int, in_flight: int, *, is_fp8: bool) -> float:
     """Return the bytes of a request with compressed attention, all in blocks as large as the widest group of layers.
 
     Entries of all layers are one group, of 256 tokens per block; windows have 64, inputs of compressors 4 and 8, for
@@ -326,14 +323,20 @@ def _compressed_bytes(
     def page(num_bytes: float) -> float:
         return unit * math.ceil(num_bytes / unit)
 
-    sparse, heavy = shape.sparse_layers, shape.heavy_layers
-    keys = page(256 / shape.sparse_ratio * shape.index_key_bytes)
-    entries = sparse * (page(256 / shape.sparse_ratio * entry) + keys) + heavy * page(256 / shape.heavy_ratio * entry)
-    inputs = sparse * (page(4 * 16.0 * model.head_dim) + page(4 * 16.0 * shape.index_head_dim))
     in_flight = min(in_flight, context_tokens)
-    blocks = math.ceil(context_tokens / 256) + math.ceil((shape.window - 1 + in_flight) / 64) + 1
-    blocks += math.ceil((2 * shape.sparse_ratio - 1 + in_flight) / 4) + 1
-    blocks += math.ceil((shape.heavy_ratio - 1 + in_flight) / 8) + 1
+    entries = inputs = blocks = 0.0
+    windows = max(mixer.window for mixer, _ in model.mixers if isinstance(mixer, Compressed))
+    for mixer, layers in model.mixers:
+        if not isinstance(mixer, Compressed) or mixer.ratio is None:
+            continue
+        entries += layers * page(256 / mixer.ratio * entry)
+        if mixer.indexer is not None:
+            entries += layers * page(256 / mixer.ratio * mixer.indexer.key_bytes)
+            inputs += layers * (page(4 * 16.0 * model.head_dim) + page(4 * 16.0 * mixer.indexer.head_dim))
+            blocks += math.ceil((2 * mixer.ratio - 1 + in_flight) / 4) + 1
+        else:
+            blocks += math.ceil((mixer.ratio - 1 + in_flight) / 8) + 1
+    blocks += math.ceil(context_tokens / 256) + math.ceil((windows - 1 + in_flight) / 64) + 1
     return blocks * max(entries, inputs)
 
 

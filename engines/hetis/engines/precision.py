@@ -11,9 +11,9 @@ from typing import NamedTuple
 
 from hetis.engines.attention import TRITON_FP8, reads_fp8_by_triton
 from hetis.engines.gpus import BFLOAT16, CAPABILITIES
-from hetis.formats.dtypes import kv_of, weights_of
+from hetis.formats.models.dtypes import kv_of, weights_of
 from hetis.solver.cluster import GpuType
-from hetis.solver.model import AttentionKind, ModelSpec
+from hetis.solver.model import Kernel, ModelSpec
 
 # Architectures that multiply MXFP4 in all layers, not in experts alone, as checkpoints of AMD's Quark have it.
 # Elsewhere vLLM expands weights in every step and multiplies in 16 bits (quark/schemes/quark_ocp_mx.py: emulate).
@@ -36,8 +36,9 @@ class Support:
     version: str
     project: str  # the project whose repository has the sources
     engine: Least  # minimum at any precision
-    weights: Mapping[str, Least]  # by precision, a name in `hetis.formats.dtypes.PRECISIONS`
-    fp8_kv: Mapping[AttentionKind, Least]  # by kind of attention
+    weights: Mapping[str, Least]  # by precision, a name in `hetis.formats.models.dtypes.PRECISIONS`
+    fp8_kv: Mapping[Kernel, Least]  # by kernels of attention
+    attention: Mapping[Kernel, Least]  # likewise, in any precision
 
 
 _QUANTISATION = "vllm/model_executor/layers/quantization"
@@ -65,11 +66,22 @@ _VLLM = Support(
         ),
     },
     fp8_kv={
-        AttentionKind.MHA: (_FP8_KV := Least(capability=8.0, source="vllm/v1/attention/backends/flashinfer.py")),
-        AttentionKind.GQA: _FP8_KV,
-        AttentionKind.MLA: Least(
-            capability=TRITON_FP8, source="vllm/v1/attention/backends/mla/triton_mla.py: Triton's fp8"
+        Kernel.GROUPED: (_FP8_KV := Least(capability=8.0, source="vllm/v1/attention/backends/flashinfer.py")),
+        Kernel.COMPRESSED: _FP8_KV,
+        Kernel.LATENT: (
+            _FP8_LATENT := Least(
+                capability=TRITON_FP8, source="vllm/v1/attention/backends/mla/triton_mla.py: Triton's fp8"
+            )
         ),
+        Kernel.SPARSE: _FP8_LATENT,
+    },
+    attention={
+        # FlashMLA is for Hopper and Blackwell, FlashInfer's kernels for RTX Blackwell.
+        Kernel.COMPRESSED: Least(
+            capability=9.0, source="vllm/models/deepseek_v4/nvidia/model.py, _select_dsv4_attn_cls"
+        ),
+        # FlashMLA is for Hopper and Blackwell, FlashAttention for Hopper, FlashInfer's kernels for Hopper and later.
+        Kernel.SPARSE: Least(capability=9.0, source="vllm/platforms/cuda.py, _get_backend_priorities"),
     },
 )  # fmt: skip
 _FP8_KV_BY_TRITON = Least(capability=TRITON_FP8, source="vllm/v1/attention/backends/triton_attn.py: Triton's fp8")
@@ -85,11 +97,8 @@ _SGLANG = Support(
         "fbgemm-fp8": Least(capability=8.0, source="python/sglang/srt/layers/quantization/fpgemm_fp8.py"),
     },
     fp8_kv={},
+    attention={},
 )
-# FlashMLA is for Hopper and Blackwell, FlashInfer's kernels for RTX Blackwell.
-_COMPRESSED = Least(capability=9.0, source="vllm/models/deepseek_v4/nvidia/model.py, _select_dsv4_attn_cls")
-# FlashMLA is for Hopper and Blackwell, FlashAttention for Hopper, FlashInfer's kernels for Hopper and later.
-_SPARSE = Least(capability=9.0, source="vllm/platforms/cuda.py, _get_backend_priorities")
 SUPPORT: Mapping[str, Support] = {"vllm-hetis": _VLLM, "vllm": _VLLM, "sglang": _SGLANG}
 
 _BITSANDBYTES = ("bnb-int4", "bnb-int8")
@@ -140,7 +149,7 @@ def _reasons(model: ModelSpec, gpu: GpuType, engine: str) -> Iterator[Refusal]:
     has, support = CAPABILITIES.get(gpu.architecture), SUPPORT[engine]
     if reason := why_not_loaded(model, engine):
         yield Refusal(reason)
-    if model.weights == "mxfp4" and model.moe is None and gpu.architecture not in DENSE_MXFP4:
+    if model.weights == "mxfp4" and model.experts is None and gpu.architecture not in DENSE_MXFP4:
         source = f"{support.project}'s repository, {support.weights['mxfp4'].source}"
         yield Refusal(f"mxfp4 is a format of experts, which {model.name} has not", source=source)
     if model.kv_bytes < 1:
@@ -154,7 +163,7 @@ def _reasons(model: ModelSpec, gpu: GpuType, engine: str) -> Iterator[Refusal]:
         yield Refusal(
             f"{model.name} needs bfloat16 ({_NO_FLOAT16}): compute capability {BFLOAT16:g} or higher", what_it_has
         )
-    fp8_kv = support.fp8_kv.get(model.attention) if model.kv_bytes == 1 else None
+    fp8_kv = support.fp8_kv.get(model.kernel) if model.kv_bytes == 1 else None
     if fp8_kv is _FP8_KV and reads_fp8_by_triton(model):
         fp8_kv = _FP8_KV_BY_TRITON
     wanted = [
@@ -162,12 +171,9 @@ def _reasons(model: ModelSpec, gpu: GpuType, engine: str) -> Iterator[Refusal]:
         ("fp8 KV (in 16 bits: --kv bf16)", fp8_kv),
         ("any model", support.engine),
     ]
-    if model.compressed is not None and support is _VLLM:
-        wanted.append(("compressed attention", _COMPRESSED))
-        if model.kv_bytes != 1:
-            yield Refusal(f"the kernels that {engine} chooses for compressed attention keep KV in 8 bits: --kv fp8")
-    if model.indexer is not None and support is _VLLM:
-        wanted.append(("sparse attention", _SPARSE))
+    wanted.append((f"{model.kernel} attention", support.attention.get(model.kernel)))
+    if model.kernel is Kernel.COMPRESSED and support is _VLLM and model.kv_bytes != 1:
+        yield Refusal(f"the kernels that {engine} chooses for compressed attention keep KV in 8 bits: --kv fp8")
     for what, least in wanted:
         if least is not None and has < least.capability:
             yield Refusal(

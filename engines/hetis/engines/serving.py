@@ -12,8 +12,8 @@ from pathlib import Path
 from hetis.commands.endpoints import joined
 from hetis.engines.layout import Layout
 from hetis.engines.versions import Engine
-from hetis.formats.dtypes import kv_of
-from hetis.formats.model import load_model
+from hetis.formats.models.document import load_model
+from hetis.formats.models.dtypes import kv_of
 from hetis.solver.model import ModelSpec
 from hetis.solver.plan import Role
 

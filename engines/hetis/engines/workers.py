@@ -7,7 +7,7 @@ Plans, exports and launches ask here, so that none of them has workers that the 
 from __future__ import annotations
 
 from hetis.engines.attention import attends_to_chunks, has_sinks
-from hetis.solver.model import ModelSpec
+from hetis.solver.model import Kernel, ModelSpec
 
 # As in the plugin's own messages, which a test compares.
 CHUNKS, SINKS = "attends to chunks of its context", "attention sinks"
@@ -19,10 +19,9 @@ def why_no_workers(model: ModelSpec) -> str | None:
     Windows are not a reason, because exports tell vLLM to keep all KV; plans for engines that free it have no workers.
     """
     reasons = {
-        "layers keep states, which cannot be divided among workers": model.linear is not None,
-        "attention is sparse, and all heads share its choice of tokens": model.indexer is not None,
-        "attention is compressed, and all heads share its entries and windows": model.compressed is not None,
-        "attention is latent (MLA), and its KV cannot be split into head groups": model.mla is not None,
+        **{mixer.immovable: True for mixer, _ in model.mixers if mixer.immovable},
+        "attention is latent (MLA), and its KV cannot be split into head groups": Kernel.LATENT in model.kernels,
+        "layers have heads of unlike shape": not model.has_like_heads,
         "the plugin does not support draft tokens": model.draft is not None,
         f"the model {CHUNKS}, which the plugin does not support": attends_to_chunks(model),
         f"the model has {SINKS}, which the plugin does not support": has_sinks(model),

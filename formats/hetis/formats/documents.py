@@ -16,7 +16,7 @@ from hetis.formats.dispatch_state import DISPATCH_REQUESTS, DISPATCH_STATE, NewR
 from hetis.formats.errors import DocumentError, did_you_mean, shown, single_problem
 from hetis.formats.fields import Kind, read_data, refuse_other_than_mapping
 from hetis.formats.files import canonical_json, content_digest, write_atomically
-from hetis.formats.model import MODEL_SPEC, load_model
+from hetis.formats.models.document import MODEL_SPEC, load_model
 from hetis.formats.plan import PLAN, load_plan
 from hetis.formats.positions import FLOAT, Text
 from hetis.formats.profile import PROFILE, load_profile

@@ -13,8 +13,9 @@ from typing import Annotated, Any, Literal
 import numpy as np
 from pydantic import Field
 
-from hetis.formats import catalogue, dtypes
+from hetis.formats import catalogue
 from hetis.formats.fields import DocumentPart, Title
+from hetis.formats.models import dtypes
 from hetis.solver.dispatch.problem import FloatArray, HeadShape, Primary, Stage
 from hetis.solver.dispatch.snapshot import DeviceSnapshot, DeviceStatus, PreparedMove, StateSnapshot
 from hetis.solver.errors import InvalidProblemError
@@ -54,8 +55,7 @@ def heads_of(model: str | None, inline: HeadsPart | None, kv_dtype: str | None, 
         raise InvalidProblemError("a stage has the heads of a model, or heads of its own")
     if model is not None:
         spec = catalogue.find_model(model).model
-        if spec.linear is not None or spec.indexer is not None or spec.compressed is not None:
-            what = "states" if spec.linear is not None else "a choice of tokens" if spec.indexer else "compressors"
+        if what := spec.all_heads_share:
             raise InvalidProblemError(f"heads of {spec.name} cannot move: its layers have {what} that all heads share")
         if kv_dtype is not None:
             spec = replace(spec, kv_bytes=kv_element_bytes(kv_dtype))

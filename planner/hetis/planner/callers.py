@@ -28,11 +28,17 @@ class CallerRole(StrEnum):
 class Identity:
     """A caller."""
 
-    name: str  # name of the token or certificate; quotas are counted per name
+    name: str  # name of the token or certificate
     roles: frozenset[CallerRole]  # the granted roles and the roles that they imply
     # For agents: the node (``clusters/c/nodes/n``) or the cluster (``clusters/c``, any of its nodes) that the
     # credentials are valid for. None is any node, which only a planner without credentials grants.
     scope: str | None = None
+    connection: str = ""  # of a caller without credentials, who is told apart from others by nothing else
+
+    @property
+    def account(self) -> str:
+        """The name by which quotas are counted."""
+        return f"{self.name} {self.connection}" if self.connection else self.name
 
     @property
     def role(self) -> str:

@@ -2,7 +2,7 @@
 
 `run_in_thread_gc_paused` is for large documents and plans. Such work creates a million objects or more and hardly
 any cycles, and collections would traverse them again and again, each time stopping the loop until it is done
-(docs/planner.md, "Large documents"). `run_in_daemon_thread` is for work that need not be finished when the process
+(docs/operations.md, "Large documents"). `run_in_daemon_thread` is for work that need not be finished when the process
 ends, such as compiling, which takes up to a minute: the threads of executors are joined when the event loop and the
 interpreter end, so that SIGTERM would wait for the compiler.
 """

@@ -15,7 +15,7 @@ from hetis.profiler.latent import LATENT_HEADS, latent_fits
 from hetis.profiler.linear import linear_fits
 from hetis.solver.cluster import GpuType
 from hetis.solver.errors import InvalidProblemError
-from hetis.solver.model import ModelSpec
+from hetis.solver.model import Kernel, ModelSpec
 from hetis.solver.profile import Fit, Mixed, Op, Piece, Profile, Provenance, Source
 
 
@@ -57,7 +57,7 @@ _MIXED = Mixed(
 )
 # Calls of PyTorch in one layer, about two for each kernel that it starts (an output is allocated, a view is made):
 # attention and its projections, and the MLP or the experts with their routing.
-_GROUPED_CALLS, _LATENT_CALLS, _LINEAR_CALLS = 14, 36, 52
+_CALLS = {Kernel.GROUPED: 14, Kernel.LATENT: 36, Kernel.COMPRESSED: 36, Kernel.RECURRENT: 52}
 _MLP_CALLS, _EXPERT_CALLS = 14, 20
 # TensorRT-LLM computes latent attention of decoding requests beside that of prompts, with absorbed projections: two
 # products, the rotation of queries and attention itself (`forward_absorption_generation` of its attention module).
@@ -75,12 +75,12 @@ def eager_layer_s(engine: str, model: ModelSpec, *, mixes: bool = False, attenti
         attention_only: all but attention is in piecewise CUDA graphs. TensorRT-LLM splits them at its operator
             ``mla_custom_op_inplace``, which includes the projections around the latents.
     """
-    is_latent = model.mla is not None or model.compressed is not None
-    calls = _LINEAR_CALLS if model.linear else _LATENT_CALLS if is_latent else _GROUPED_CALLS
-    if model.mla and mixes:
+    kernel = Kernel.RECURRENT if Kernel.RECURRENT in model.kernels else model.attention.kernel
+    calls = _CALLS[kernel]
+    if model.attention.kernel is Kernel.LATENT and mixes:
         calls += _ABSORBED_CALLS
     if not attention_only:
-        calls += _EXPERT_CALLS if model.moe else _MLP_CALLS
+        calls += _EXPERT_CALLS if model.experts else _MLP_CALLS
     return ENGINES[engine].call_s * calls
 
 

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from hetis.formats import catalogue
-from hetis.formats.dtypes import BYTES_PER_PARAMETER
+from hetis.formats.models.dtypes import BYTES_PER_PARAMETER
 from hetis.profiler.engine_tables import (
     NEAREST,
     PUBLISHER,

@@ -27,7 +27,7 @@ from hetis.formats import catalogue
 from hetis.profiler.engine_tables import NEAREST, PUBLISHER, SYSTEMS, kernels_in, make_file, provenance_of, rows_in
 from hetis.profiler.fitting import fit_pieces, rounded
 from hetis.solver.cluster import GpuType
-from hetis.solver.model import ModelSpec
+from hetis.solver.model import Kernel, ModelSpec
 from hetis.solver.profile import Fit, Op, Profile
 
 FILE = "linear.json"
@@ -109,13 +109,12 @@ def _model() -> ModelSpec:
 
 def derived(tables: Path) -> Iterator[DeltaRuleKernel]:
     """Yield the kernel of every system and engine."""
-    linear = _model().linear
-    assert linear is not None, "the model has the rule"
+    rule = next(mixer for mixer, _ in _model().mixers if mixer.kernel is Kernel.RECURRENT)
     for system, (engine, version) in itertools.product(_SYSTEMS, _VERSIONS.items()):
         gpu = catalogue.find_gpu(SYSTEMS[system]).gpu
         rows = rows_in(tables / system / "linear_attention" / engine / version / "gdn_perf.parquet")
         prompts = list(_prompts(rows))
-        head_s = linear.token_flops / _VALUE_HEADS / gpu.fp16_flops
+        head_s = rule.token_flops() / _VALUE_HEADS / gpu.fp16_flops
         features = np.array([(1.0, tokens * 1e-9, tokens * heads * head_s) for tokens, heads, _ in prompts])
         found = fit_pieces(features, np.array([seconds for *_, seconds in prompts]), num_pieces=1)
         fixed_s, token_ns, flop = found.pieces[0]

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from importlib import resources
 from typing import Any
 
-from hetis.formats.dtypes import BYTES_PER_PARAMETER
+from hetis.formats.models.dtypes import BYTES_PER_PARAMETER
 from hetis.solver.cluster import GpuType
 from hetis.solver.errors import InvalidProblemError
 from hetis.solver.profile import Fit, FitScope, Op, Piece, Profile, Provenance, Source

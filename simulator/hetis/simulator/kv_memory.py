@@ -29,12 +29,8 @@ class KvGrowth:
 
     def __init__(self, model: ModelSpec, block_tokens: int) -> None:
         self.block_tokens = self.late_block_tokens = block_tokens
-        limits = [model.sliding_window, model.indexer.top_tokens if model.indexer is not None else None]
-        self.least = 0.0
-        if (shape := model.compressed) is not None:
-            limits.append(max(shape.window, shape.top_entries * shape.sparse_ratio))
-            self.least = model.window_read_tokens()
-        self.window = min((limit for limit in limits if limit is not None), default=1 << 60)
+        self.least = model.window_read_tokens()
+        self.window = 1 << 60 if model.attention_limit is None else model.attention_limit
         self.first_slope = self.slope = 1.0
         if self.window < 1 << 60:
             at_window = model.read_tokens(float(self.window))

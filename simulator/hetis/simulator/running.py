@@ -8,7 +8,6 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
-import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from contextlib import contextmanager
@@ -74,17 +73,22 @@ def run_job(plan: Plan, problem: PlacementProblem, job: SimulationJob, keep_goin
     return RunAnswer(metrics=metrics, num_clipped=traffic.num_clipped, run=run if job.keep_run else None)
 
 
+def never() -> bool:
+    """Return that a simulation is not cancelled."""
+    return False
+
+
 @dataclass(slots=True, kw_only=True)
 class SimulationRunner:
     """Runs jobs of one plan. Created by `runner`, which also ends its processes.
 
-    ``cancelled`` stops all traffic once it is set: jobs already started return their results so far, others nothing.
+    All traffic stops once ``is_cancelled``: jobs already started return their results so far, others nothing.
     """
 
     plan: Plan
     problem: PlacementProblem
     processes: int
-    cancelled: threading.Event
+    is_cancelled: Callable[[], bool]
     report: Report
     _pool: ProcessPoolExecutor | None = None
     _given: Synchronized[int] | None = None
@@ -93,7 +97,7 @@ class SimulationRunner:
     _done_before: int = field(default=0)
 
     def run(self, jobs: Sequence[SimulationJob]) -> list[RunAnswer]:
-        """Return answers in the order of the jobs; fewer of them once ``cancelled`` is set."""
+        """Return answers in the order of the jobs; fewer of them once ``is_cancelled``."""
         self._total += sum(job.num_requests for job in jobs)
         if self._pool is None and (len(jobs) == 1 or self.processes == 1):
             return list(self._here(jobs))
@@ -106,13 +110,13 @@ class SimulationRunner:
 
     def _here(self, jobs: Sequence[SimulationJob]) -> Iterator[RunAnswer]:
         for job in jobs:
-            if self.cancelled.is_set():
+            if self.is_cancelled():
                 return
 
             def keep_going(given: int) -> bool:
                 if given % _LOOK_EVERY == 0:
                     self.report(self._done_before + given, self._total)
-                return not self.cancelled.is_set()
+                return not self.is_cancelled()
 
             yield run_job(self.plan, self.problem, job, keep_going)
             self._done_before += job.num_requests
@@ -123,7 +127,7 @@ class SimulationRunner:
         waiting: set[Future[RunAnswer]] = set(futures)
         while waiting:
             _, waiting = wait(waiting, timeout=_POLL_S, return_when=FIRST_COMPLETED)
-            if self.cancelled.is_set() and self._stop is not None and not self._stop.is_set():
+            if self.is_cancelled() and self._stop is not None and not self._stop.is_set():
                 self._stop.set()
                 for future in futures:
                     future.cancel()
@@ -132,7 +136,7 @@ class SimulationRunner:
         answers = [future.result() for future in futures if not future.cancelled()]
         # The pool submits a job before a process is free for it: such a job has had no traffic when everything is
         # stopped.
-        return [one for one in answers if one.metrics.counts.arrived or not self.cancelled.is_set()]
+        return [one for one in answers if one.metrics.counts.arrived or not self.is_cancelled()]
 
     def _started(self) -> ProcessPoolExecutor:
         if self._pool is None:
@@ -149,7 +153,7 @@ class SimulationRunner:
 
 @contextmanager
 def runner(
-    plan: Plan, problem: PlacementProblem, *, processes: int = 1, cancelled: threading.Event | None = None,
+    plan: Plan, problem: PlacementProblem, *, processes: int = 1, is_cancelled: Callable[[], bool] = never,
     report: Report = silent,
 ) -> Iterator[SimulationRunner]:  # fmt: skip
     """Yield a `SimulationRunner` for jobs of a plan.
@@ -157,14 +161,14 @@ def runner(
     Args:
         processes: number of parallel processes; 0: one per core. A single job runs in this process. More than one
             process needs a main module that can be imported again (``if __name__ == "__main__"``).
-        cancelled: may be set from a signal handler or another thread.
+        is_cancelled: called often; whether to stop all traffic.
         report: called a few times a second, from the thread that runs jobs.
     """
     made = SimulationRunner(
         plan=plan,
         problem=problem,
         processes=processes or os.cpu_count() or 1,
-        cancelled=cancelled or threading.Event(),
+        is_cancelled=is_cancelled,
         report=report,
     )
     try:

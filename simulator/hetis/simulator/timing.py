@@ -28,15 +28,13 @@ def pair_pieces(
 ) -> list[AttentionPiece]:
     """Return the decode attention time of one layer per (request, head group) pair on one card, and per token.
 
-    With compressed attention the FLOPs for each token of KV that is read depend on the context: those at
-    ``context_tokens`` count for all.
+    Where layers attend to other tokens than they read, as with compressed attention, the FLOPs for each token of KV
+    depend on the context: those at ``context_tokens`` count for all.
     """
     queries = float(queries_per_group * model.step_tokens)
-    flops = model.decode_attention_flops(1.0, queries)
-    if model.compressed is not None:
-        attended, read = model.attended_tokens(context_tokens), model.read_tokens(context_tokens)
-        scan = model.step_tokens * model.scan_flops(context_tokens)
-        flops = (model.decode_attention_flops(attended, queries) + scan) / read
+    attended, read = model.attended_tokens(context_tokens), model.read_tokens(context_tokens)
+    scan = model.step_tokens * model.scan_flops(context_tokens)
+    flops = (model.decode_attention_flops(attended, queries) + scan) / read
     return [
         (p.fixed_s, p.head_s * queries_per_group, p.flop_s * flops + p.byte_s * model.kv_bytes_per_token_group())
         for p in _decode_pieces(profile, model, tp)
@@ -91,11 +89,9 @@ class StageTiming:
                 for (c, h, t), state in zip(pieces, states, strict=True)
             )
         heads, state_flops = model.q_heads / shape.tp, model.state_flops() / shape.tp
-        pair_flops = model.attention_flops(1.0, heads)
-        if model.compressed is not None:  # as in `pair_pieces`
-            context = moments.prefill_pairs / moments.mean_computed
-            pair_flops = model.attention_flops(model.attended_tokens(context), heads) + model.scan_flops(context)
-            pair_flops /= model.read_tokens(context)
+        context = moments.prefill_pairs / moments.mean_computed  # as in `pair_pieces`
+        pair_flops = model.attention_flops(model.attended_tokens(context), heads) + model.scan_flops(context)
+        pair_flops /= model.read_tokens(context)
         self._chunk: tuple[ChunkPiece, ...] = tuple(
             (
                 n * p.fixed_s,

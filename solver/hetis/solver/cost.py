@@ -135,10 +135,10 @@ def rank_shape(model: ModelSpec, tp: int, attention_dp: int = 1) -> RankShape | 
     With an ``attention_dp`` over 1 the ranks of all d copies share the routed experts; only models with experts can.
     """
     groups = model.head_groups
-    if model.q_heads % tp or (groups % tp and tp % groups) or not model.divides(tp):
+    if not model.divides(tp):
         return None
     on_rank, is_alone = max(1, groups // tp), attention_dp == 1
-    if not is_alone and (model.moe is None or model.moe.num_experts % (tp * attention_dp)):
+    if not is_alone and (model.experts is None or model.experts.count % (tp * attention_dp)):
         return None
     splits = is_alone and tp <= groups and model.heads_can_move
     return RankShape(tp, on_rank, model.q_heads // tp // on_rank, splits, attention_dp)
@@ -197,8 +197,8 @@ class DeviceCost:
         activations = 4 * (m.hidden + m.residual_width) * m.activation_bytes * tokens
         experts = self._fits.get(Op.EXPERTS)
         experts_s: Scalars = 0.0
-        if experts is not None and m.moe is not None and not prefix_layer:
-            routed, read = m.moe.active_experts * m.expert_params(), m.touched_experts(tokens) * m.expert_params()
+        if experts is not None and m.experts is not None and not prefix_layer:
+            routed, read = m.experts.active * m.expert_params(), m.touched_experts(tokens) * m.expert_params()
             share = m.expert_share
             active, touched = active - share * routed, touched - share * read
             num_bytes = read * m.weight_bytes / n + m.expert_activation_bytes(tokens, n)
@@ -216,8 +216,8 @@ class DeviceCost:
         """
         m, n = self.model, self.shape.tp
         ranks, share = n * self.shape.attention_dp, m.expert_share
-        assert m.moe is not None, "rank_shape lets only models with experts share them"
-        routed = share * m.moe.active_experts * m.expert_params()
+        assert m.experts is not None, "rank_shape lets only models with experts share them"
+        routed = share * m.experts.active * m.expert_params()
         read = share * m.touched_experts(all_tokens) * m.expert_params()
         fixed = float(m.active_layer_params()) - routed
         busiest = all_tokens / ranks * ranks**EXPERT_IMBALANCE  # tokens of the rank that has the most
@@ -238,8 +238,8 @@ class DeviceCost:
         The fit covers the start of four products and the work between them. Two of the products are those of an MLP,
         which shared experts are as well.
         """
-        assert self.model.moe is not None, "asked for layers with experts"
-        return 0.0 if self.model.moe.shared_experts else self._fits[Op.DENSE].start_s / 2.0
+        assert self.model.experts is not None, "only layers with experts lack it"
+        return 0.0 if self.model.experts.shared_width else self._fits[Op.DENSE].start_s / 2.0
 
     def exchange_s(self, all_tokens: Scalars) -> Scalars:
         """Return seconds for all ranks to gather the tokens of all copies, and to sum the outputs of the experts.
@@ -369,9 +369,9 @@ class DeviceCost:
 
     def layer_bytes(self) -> float:
         m, copies = self.model, self.shape.attention_dp
-        if copies == 1 or m.moe is None:
+        if copies == 1 or m.experts is None:
             return m.layer_params() * m.weight_bytes / self.shape.tp + self._taken.layer_bytes
-        routed = m.expert_share * m.moe.num_experts * m.expert_params()
+        routed = m.expert_share * m.experts.count * m.expert_params()
         params = m.layer_params() - routed + routed / copies
         return params * m.weight_bytes / self.shape.tp + self._taken.layer_bytes
 
@@ -415,13 +415,9 @@ class DeviceCost:
 
 def plain_memory(profile: Profile, model: ModelSpec, shape: RankShape) -> RankMemory:
     """Return what any engine takes: the profile's reserve, the activations of a layer, and the logits of a batch."""
-    inner = model.intermediate
-    if model.moe is not None:
-        inner = (model.moe.active_experts + model.moe.shared_experts) * model.moe.expert_intermediate
-        inner = max(inner, model.intermediate) if model.moe.every > 1 else inner
     gathered = 2 * shape.attention_dp * model.hidden if shape.attention_dp > 1 else 0
     streams = 2 * (model.hidden + model.residual_width)
-    token_bytes = model.activation_bytes * (streams + 2 * inner / shape.tp + gathered)
+    token_bytes = model.activation_bytes * (streams + 2 * model.inner / shape.tp + gathered)
     return RankMemory(
         usable_bytes=profile.usable_bytes,
         fixed_bytes=profile.reserve_bytes,

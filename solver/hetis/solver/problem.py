@@ -73,7 +73,7 @@ MOST_STAGES = 64  # maximum stages per replica
 
 def shares_indexers(model: ModelSpec) -> bool:
     """Return whether some layers attend to the tokens that the indexer of an earlier layer chose (GLM-5.2)."""
-    return model.indexer is not None and model.indexer.layers not in (None, model.num_layers)
+    return any(mixer.token_indexer is not None and not mixer.owns_indexer for mixer, _ in model.mixers)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -128,7 +128,7 @@ class EngineRules:
             return 1
         if self.keeps_indexers_together(model):
             return 1
-        keeps = model.sliding_window is not None or model.linear is not None or model.compressed is not None
+        keeps = model.sliding_window is not None or model.state_bytes() > 0.0
         is_mixed = (keeps or model.draft is not None) and self.name != "sglang"
         return 1 if role is Role.DECODE or (role is Role.PREFILL and is_mixed) else self.max_stages
 
@@ -289,7 +289,7 @@ class Family:
 
     def attention_dp_of(self, model: ModelSpec) -> tuple[int, ...]:
         """Return the numbers of copies that may share the experts of a model."""
-        return () if model.moe is None else tuple(d for d in self.attention_dp if d <= max(self.tp_sizes))
+        return () if model.experts is None else tuple(d for d in self.attention_dp if d <= max(self.tp_sizes))
 
     def pool_sizes(self, copies: int) -> tuple[int, ...]:
         """Return the numbers of attention workers that each of a stage's copies may have."""

@@ -13,7 +13,8 @@ from google.rpc import code_pb2
 from examples.processes import free_ports
 from hetis.commands.endpoints import STANDBY_ANSWER, Endpoint, LeaderSearch, resolve_endpoints, split_endpoints
 from hetis.planner.client import AsyncClient, CallError, Client, Connection
-from hetis.planner.client.channels import Attempts, search_for
+from hetis.planner.client.attempts import Attempts
+from hetis.planner.client.channels import search_for
 from hetis.v1 import cluster_pb2, cluster_service_pb2, plan_pb2, plan_service_pb2
 from tests.planner.client.fake_planner import FakePlanner, refuse, serving
 

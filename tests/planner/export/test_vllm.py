@@ -16,7 +16,7 @@ from hetis.engines.precision import DEPRECATED, SUPPORT, Least, why_not_loaded
 from hetis.engines.serving import DECIDED, decided_in
 from hetis.engines.versions import VERSIONS, Engine
 from hetis.formats import catalogue
-from hetis.formats.dtypes import with_precision
+from hetis.formats.models.dtypes import with_precision
 from hetis.planner.export.replicas import LaunchableReplica, launchable
 from hetis.solver.plan import Role
 from tests.engines.installed_vllm import said_by_vllm
@@ -117,7 +117,7 @@ def assert_backends(order: list[list[list[str]]], runs: dict[str, list[bool]]) -
     assert {"FLASH_ATTN", "TRITON_ATTN", "TRITON_MLA", "FLASHMLA_SPARSE"} <= runs.keys()
     sparse = {name for name in runs if "SPARSE" in name}
     for model, kv in itertools.product((entry.model for entry in catalogue.models()), ("bf16", "fp8")):
-        posed, names = with_precision(model, kv=kv), order[model.mla is not None]
+        posed, names = with_precision(model, kv=kv), order[model.attention.name == "mla"]
         for some in itertools.chain.from_iterable(itertools.combinations(range(len(AT)), n) for n in (1, 2, 3)):
             case = (model.name, kv, [AT[i] for i in some])
             told = common_backend(posed, [GpuKind("NVIDIA", AT[i]) for i in some], "vllm")

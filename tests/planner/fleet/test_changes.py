@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from hetis.planner.failures import Reason, ServiceError
-from hetis.planner.fleet.changes import ChangeCoordinator, Phase, State, gpus_of_copy, parts_of
+from hetis.planner.fleet.change_parts import gpus_of_copy, parts_of
+from hetis.planner.fleet.changes import ChangeCoordinator, Phase, State
 from hetis.planner.fleet.hubs import Hubs
 from hetis.planner.fleet.views import publish
 from hetis.v1 import change_pb2, redispatch_pb2, replica_pb2, report_pb2
@@ -25,7 +26,7 @@ def keep(one: ChangeCoordinator) -> None:
 
 
 def say(one: ChangeCoordinator, node: str, phase: Phase.ValueType) -> None:
-    one.hear(node, change_pb2.ChangeStatus(change_id=one.change_id, phase=phase, generation=3))
+    one.report(node, change_pb2.ChangeStatus(change_id=one.change_id, phase=phase, generation=3))
 
 
 def told(one: ChangeCoordinator) -> dict[str, str]:
@@ -280,7 +281,7 @@ def test_a_look_at_nodes_that_never_connected_makes_no_links() -> None:
     with pytest.raises(ServiceError, match="is at 0"):
         cluster.changes.propose(change(1), now_s=0.0)
     with pytest.raises(ServiceError, match="node a is not connected"):
-        cluster.ask_head_maps(REPLICA)
+        cluster.request_head_maps(REPLICA)
     world.settle()
     assert not cluster.links
 
@@ -290,7 +291,7 @@ async def test_a_change_is_published_after_the_replica_that_names_it(monkeypatch
     world.serve()
     cluster = world.planner.cluster
     redispatch = ("redispatch", cluster.changes.under_way[world.propose()].body.name)
-    monkeypatch.setattr(cluster, "take_shown", lambda: [redispatch, ("replica", REPLICA)])
+    monkeypatch.setattr(cluster.news, "take_views", lambda: [redispatch, ("replica", REPLICA)])
     publish(cluster, hubs, now_s=0.0)
     events = await anext(hubs.cluster(cluster.name).watch())
     assert [event.key for event in events] == [("replica", REPLICA), redispatch]

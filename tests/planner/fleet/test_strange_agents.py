@@ -13,12 +13,13 @@ import pytest
 from hetis.planner.convert.names import last_part
 from hetis.planner.failures import Reason, ServiceError
 from hetis.planner.fleet import deciding
-from hetis.planner.fleet import fleet as fleets
-from hetis.planner.fleet.changes import MOST_OF_NODE
-from hetis.planner.fleet.cluster import MOST_UNDECLARED
+from hetis.planner.fleet.admission import MOST_UNDECLARED
+from hetis.planner.fleet.agent_messages import check_hello
 from hetis.planner.fleet.deltas import ROOM
-from hetis.planner.fleet.fleet import Stream
-from hetis.planner.fleet.link import _MOST_FOREIGN, _MOST_REMOVALS, HeadMapPieces, check_hello
+from hetis.planner.fleet.head_maps import HeadMapPieces
+from hetis.planner.fleet.late_changes import MOST_OF_NODE
+from hetis.planner.fleet.link import _MOST_FOREIGN, _MOST_REMOVALS
+from hetis.planner.fleet.stream import MOST_BYTES, MOST_MESSAGES, Stream
 from hetis.planner.fleet.writes import apply
 from hetis.planner.store import NodeRecord
 from hetis.v1 import agent_service_pb2 as pb
@@ -186,7 +187,7 @@ def test_a_node_that_is_not_declared_is_not_stored_and_forgotten_with_its_stream
         session = connect(world, node, inventory=INVENTORY)
         assert cluster.links[node].inventory == INVENTORY
         status = change_pb2.ChangeStatus(change_id="x", replica=REPLICA, phase=change_pb2.CHANGE_PHASE_PREPARING)
-        cluster.changes.hear(node, status)  # looked up when the node is gone
+        cluster.changes.report(node, status)  # looked up when the node is gone
         cluster.close(node, session)
         world.planner.settle(world.now_s)
     cluster.pass_time(world.now_s)
@@ -313,13 +314,13 @@ def test_a_hello_with_texts_that_are_too_long_is_refused() -> None:
 
 def test_an_agent_that_takes_nothing_is_not_kept_in_memory_for_ever() -> None:
     stream = Stream("s")
-    assert stream.send([pb.ConnectNodeResponse()] * fleets.MOST_MESSAGES)
+    assert stream.send([pb.ConnectNodeResponse()] * MOST_MESSAGES)
     assert not stream.send([pb.ConnectNodeResponse()])
     assert not stream._queue
     heavy = Stream("s")
     text = "x" * 2**20
     heavy_message = pb.ConnectNodeResponse(goodbye=pb.Goodbye(reason=text))
-    assert not heavy.send([heavy_message] * (fleets.MOST_BYTES // len(text) + 1))
+    assert not heavy.send([heavy_message] * (MOST_BYTES // len(text) + 1))
 
 
 async def test_streams_that_end_with_one_error_do_not_gather_each_others_frames() -> None:
@@ -371,7 +372,7 @@ def test_changes_that_a_node_made_up_are_listened_to_up_to_a_limit(world: World)
         status = change_pb2.ChangeStatus(
             change_id=f"d-{number}", replica=REPLICA, phase=change_pb2.CHANGE_PHASE_PREPARING, generation=3
         )
-        cluster.changes.hear("b", status)
+        cluster.changes.report("b", status)
     assert len(cluster.changes.late.unknown) <= MOST_OF_NODE
     world.planner.settle(world.now_s)
     assert cluster.links["b"].slots[REPLICA].num_directives <= MOST_OF_NODE

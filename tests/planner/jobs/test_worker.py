@@ -16,9 +16,9 @@ from hetis.planner.jobs.messages import FoundPlan, PosedProblem, posed_from_json
 from hetis.planner.jobs.pool import Begun, News, PoolSettings, SolverPool, SolverProcess
 from hetis.planner.jobs.searching import solve
 from hetis.planner.use_cases.place import PlacementSettings
+from hetis.planner.use_cases.record.parts import Verified
 from hetis.planner.use_cases.service_level import ServiceLevel, Statistic
 from hetis.planner.use_cases.sources import load_inputs, problem_of_plan
-from hetis.planner.use_cases.verification import verification_of
 from hetis.solver.budget import Progress
 from hetis.solver.check import check_plan
 from hetis.solver.errors import InfeasibleError
@@ -92,7 +92,7 @@ def test_a_search_reports_what_it_does_and_finds_a_plan_that_holds(capfd: pytest
     assert isinstance(plan, Plan)
     assert check_plan(plan, problem_of_plan(plan, "plan").problem) == ()
     assert any(isinstance(news, Progress) and news.phase.startswith("simulating ") for news in progress)
-    simulated = verification_of(plan)
+    simulated = Verified.of(plan).verification
     assert simulated is not None
     said = plan_pb2.PlanResult.FromString(found.result).verification
     assert (said.rate_rps, said.kept, said.ttft_p95_s) == (simulated.rate_rps, simulated.kept, simulated.ttft_p95_s)

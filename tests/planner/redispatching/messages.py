@@ -4,10 +4,30 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from hetis.planner.convert.stages import owners_of, status_to_proto
-from hetis.solver.dispatch.snapshot import StateSnapshot
+from hetis.planner.convert.stages import card_of, evenly
+from hetis.solver.dispatch.problem import IntArray, Stage
+from hetis.solver.dispatch.snapshot import DeviceSnapshot, StateSnapshot
 from hetis.solver.redispatch.problem import RedispatchProblem
 from hetis.v1 import head_map_pb2, report_pb2, stage_pb2
+
+
+def owners_of(stage: Stage, groups: IntArray) -> list[int]:
+    """Return the owner of every head group of a request with ``groups`` [D] of them on the devices.
+
+    A tensor-parallel primary of n cards takes equally many from each card; all other devices take any.
+    """
+    counts = groups.tolist()
+    owners = [-1] * stage.heads.head_groups
+    primary = None if stage.primary is None else stage.primary.device
+    if primary is not None:
+        for group in evenly(range(len(owners)), counts[primary], card_of(stage), {}):
+            owners[group] = primary
+    rest = iter([i for i, count in enumerate(counts) if i != primary for _ in range(count)])
+    return [owner if owner >= 0 else next(rest) for owner in owners]
+
+
+def _status(device: DeviceSnapshot) -> report_pb2.DeviceStatus.ValueType:
+    return report_pb2.DeviceStatus.Value(f"DEVICE_STATUS_{device.status.name}")
 
 
 def stage_message(problem: RedispatchProblem) -> stage_pb2.StageModel:
@@ -47,7 +67,7 @@ def stage_message(problem: RedispatchProblem) -> stage_pb2.StageModel:
 def head_map_message(snapshot: StateSnapshot) -> head_map_pb2.HeadMap:
     return head_map_pb2.HeadMap(
         devices=[
-            head_map_pb2.HeadMapDevice(name=one.name, total_blocks=one.total_blocks, status=status_to_proto(one.status))
+            head_map_pb2.HeadMapDevice(name=one.name, total_blocks=one.total_blocks, status=_status(one))
             for one in snapshot.devices
         ],
         requests=[

@@ -6,8 +6,9 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hetis.planner.convert.stages import card_of, leaving, owners_of, stage_from_proto
+from hetis.planner.convert.stages import card_of, leaving, stage_from_proto
 from hetis.solver.dispatch.problem import Stage
+from tests.planner.redispatching.messages import owners_of
 from tests.planner.redispatching.stages import stage_model
 
 
@@ -19,18 +20,6 @@ def on_cards(one: Stage, owners: list[int]) -> list[int]:
     """Head groups of each card of the primary."""
     cards = card_of(one)
     return [sum(cards[g] == c and owner == 0 for g, owner in enumerate(owners)) for c in range(one.primary_groups)]
-
-
-@given(data=st.data(), tp=st.sampled_from([1, 2, 4, 8, 16]))
-def test_owners_are_as_many_as_the_solver_says_and_even_on_the_primarys_cards(data: st.DataObject, tp: int) -> None:
-    one = stage(tp)
-    unit = one.primary_groups
-    primary = unit * data.draw(st.integers(0, 8 // unit))
-    first = data.draw(st.integers(0, 8 - primary))
-    groups = np.array([primary, first, 8 - primary - first])
-    owners = owners_of(one, groups)
-    assert [owners.count(i) for i in range(3)] == groups.tolist()
-    assert len(set(on_cards(one, owners))) == 1
 
 
 @given(data=st.data(), tp=st.sampled_from([1, 2, 4, 8]))

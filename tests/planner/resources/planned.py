@@ -21,7 +21,7 @@ from hetis.planner.resources.plan_creation import PlanCreation, PlanSearches
 from hetis.planner.resources.plan_documents import PlanDocuments
 from hetis.planner.resources.plans import Plans
 from hetis.planner.service.calls import Calls
-from hetis.planner.service.credentials import NoCredentials
+from hetis.planner.service.credentials import Authenticator, NoCredentials
 from hetis.planner.service.metrics import ServiceMetrics
 from hetis.planner.service.server import PlannerServer
 from hetis.planner.service.servicers import plan_methods, servicing
@@ -43,6 +43,7 @@ class Planner:
     """A planner whose only cluster, at first, is ``clusters/paper``."""
 
     stub: Any
+    address: str
     store: Store
     hubs: Hubs
     fleet: FakeFleet
@@ -93,6 +94,7 @@ async def planner_in(
     *,
     scripted: bool = False,
     settings: PoolSettings = PoolSettings(),  # noqa: B008  # frozen
+    authenticator: Authenticator = NoCredentials(),  # noqa: B008  # without state
 ) -> AsyncIterator[Planner]:
     start_process: Callable[[], Awaitable[SolverProcess]] = SolverProcess.start
     if scripted:
@@ -106,7 +108,7 @@ async def planner_in(
     clusters = Clusters(store, hubs, fleet, fleets)
     plans = Plans(store, hubs, fleet, searches, documents)
     methods = plan_methods(creation, plans, PlanActivation(store, hubs, fleet, fleets, documents))
-    server = PlannerServer([servicing("PlanService", methods)], Calls(NoCredentials(), Telemetry(ServiceMetrics("0"))))
+    server = PlannerServer([servicing("PlanService", methods)], Calls(authenticator, Telemetry(ServiceMetrics("0"))))
     address = server.listen("127.0.0.1:0")
     pool.start()
     await searches.resume()
@@ -117,6 +119,7 @@ async def planner_in(
         async with grpc.aio.insecure_channel(address, options=[("grpc.use_local_subchannel_pool", 1)]) as channel:
             yield Planner(
                 stub=plan_service_pb2_grpc.PlanServiceStub(channel),
+                address=address,
                 store=store,
                 hubs=hubs,
                 fleet=fleet,

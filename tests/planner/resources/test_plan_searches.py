@@ -8,6 +8,7 @@ import signal
 import uuid
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import grpc
 import sqlalchemy
@@ -15,9 +16,11 @@ import sqlalchemy
 from hetis.planner import callers
 from hetis.planner.jobs.pool import PoolSettings
 from hetis.planner.resources.pages import MOST_PAGE_BYTES
+from hetis.planner.service.credentials import NoCredentials
 from hetis.planner.store import Transaction, records
 from hetis.v1 import cluster_service_pb2, document_pb2, failure_pb2, plan_pb2, view_pb2
 from hetis.v1 import plan_service_pb2 as pb2
+from hetis.v1.plan_service_pb2_grpc import PlanServiceStub
 from tests.planner.resources.planned import (
     CRASH,
     FIND_NOTHING,
@@ -198,18 +201,41 @@ async def test_what_was_not_ended_is_queued_again_by_the_next_planner_but_for_wh
         assert after[-1].sequence > before.sequence
 
 
-async def test_searches_still_count_as_their_callers_after_a_restart(tmp_path: Path) -> None:
+async def test_without_credentials_each_connection_has_its_own_share_of_the_queue(tmp_path: Path) -> None:
+    """In the past one caller filled the queue with plans of an hour, and the next one got SOLVER_QUEUE_FULL."""
     settings = PoolSettings(num_processes=1, queued_per_caller=1)
     async with planner_in(tmp_path, scripted=True, settings=settings) as planner:
         for name in ("first", "second"):
             await planner.create(name, seed=WAIT)
-    async with planner_in(tmp_path, scripted=True, settings=settings) as planner:
+        greedy = await refused(planner.call("CreatePlan", create_request("third", seed=WAIT)))
+        assert greedy.reason == "QUOTA_EXCEEDED"
+        options = [("grpc.use_local_subchannel_pool", 1)]
+        async with grpc.aio.insecure_channel(planner.address, options=options) as other:
+            await PlanServiceStub(other).CreatePlan(create_request("third", seed=WAIT), timeout=30)
+
+
+class OneCaller(NoCredentials):
+    """Takes the callers of all connections for the same one."""
+
+    def identify(self, *_: object) -> callers.Identity:
+        return callers.ANYBODY
+
+
+async def test_searches_still_count_as_their_callers_after_a_restart(tmp_path: Path) -> None:
+    settings: dict[str, Any] = {
+        "settings": PoolSettings(num_processes=1, queued_per_caller=1),
+        "authenticator": OneCaller(),
+    }
+    async with planner_in(tmp_path, scripted=True, **settings) as planner:
+        for name in ("first", "second"):
+            await planner.create(name, seed=WAIT)
+    async with planner_in(tmp_path, scripted=True, **settings) as planner:
         assert planner.pool.searches_of().keys() == {callers.ANYBODY.name}
         another = await refused(planner.call("CreatePlan", create_request("third", seed=WAIT)))
         assert another.reason == "QUOTA_EXCEEDED"
         # An earlier version stored no callers.
         await planner.store.write(lambda tx: tx.plan_documents.delete("plans/second/caller"))
-    async with planner_in(tmp_path, scripted=True, settings=settings) as planner:
+    async with planner_in(tmp_path, scripted=True, **settings) as planner:
         assert planner.pool.searches_of().keys() == {callers.ANYBODY.name, callers.PLANNER.name}
         await planner.create("third", seed=WAIT)
 

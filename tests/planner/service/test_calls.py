@@ -6,7 +6,7 @@ import asyncio
 import json
 import logging
 import traceback
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from typing import Any
 
 import grpc
@@ -17,10 +17,10 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from hetis.commands.endpoints import STREAM_OPEN
 from hetis.planner.callers import CallerRole, Identity
 from hetis.planner.failures import Reason, ServiceError, not_found, wrong_node
-from hetis.planner.service import statuses
+from hetis.planner.service import calls, limits, statuses
 from hetis.planner.service.access import NEEDED
 from hetis.planner.service.credentials import Credentials, Grant, Tokens, digest
-from hetis.planner.service.limits import MOST_OF_A_CALLER, MOST_OF_A_HOST
+from hetis.planner.service.limits import MOST_AT_ONCE, MOST_OF_A_CALLER, MOST_OF_A_HOST, CallLimits
 from hetis.planner.service.metrics import ServiceMetrics
 from hetis.planner.service.telemetry import JsonLines, Telemetry, TextLines
 from hetis.v1 import agent_service_pb2 as agents
@@ -28,7 +28,7 @@ from hetis.v1 import plan_service_pb2 as plans
 from hetis.v1.agent_service_pb2_grpc import AgentServiceStub
 from hetis.v1.plan_service_pb2_grpc import PlanServiceStub
 from hetis.v1.statuses import CODE_OF_REASON
-from tests.planner.service.serving import Served, details_of, failure_of, reason_of, served
+from tests.planner.service.serving import Served, channel_to, details_of, failure_of, reason_of, served
 
 
 def get(served: Served, name: str, timeout: float | None = 20, **more: Any) -> Any:
@@ -335,6 +335,83 @@ async def test_strangers_may_have_a_hundred_streams_open() -> None:
         await stub.Check(health_pb2.HealthCheckRequest(), timeout=5)
         for each in watches:
             each.cancel()
+
+
+def silent_calls(channel: grpc.aio.Channel, method: str, num: int) -> list[Any]:
+    """Begin calls that never send their message."""
+    return [channel.stream_stream(method)() for _ in range(num)]
+
+
+async def until_open(planner: Served, num: int) -> None:
+    async with asyncio.timeout(30):
+        while sum(planner.calls._limits._open.values()) < num:
+            await asyncio.sleep(0.01)
+
+
+async def test_strangers_whose_messages_never_come_take_no_room_of_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the past 31,000 such calls to Health/Check from one host kept out everybody, until their connections ended."""
+    monkeypatch.setattr(calls, "_OPEN_MESSAGE_S", 0.3)
+    async with served() as planner, channel_to(planner.address) as stranger:
+        method = "/grpc.health.v1.Health/Check"
+        silent = silent_calls(stranger, method, MOST_OF_A_HOST)
+        await until_open(planner, 2 * MOST_OF_A_HOST)  # counted by host, and with those of all hosts
+        check = health_pb2_grpc.HealthStub(planner.channel).Check
+        refused = await failure_of(check(health_pb2.HealthCheckRequest(), timeout=5))
+        assert (refused.code(), reason_of(refused)) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "QUOTA_EXCEEDED")
+        assert (await get(planner, "plans/p")).plan.name == "plans/p"  # of a caller who is identified
+        ended = await asyncio.gather(*(failure_of(call) for call in silent))
+        assert {error.details() for error in ended} == {"no message was received within 0.3 s"}
+        await check(health_pb2.HealthCheckRequest(), timeout=5)
+        assert 'hetis_planner_failures_total{reason="QUOTA_EXCEEDED"} 1.0' in planner.metrics.text().decode()
+
+
+async def test_a_call_without_credentials_is_refused_before_its_message_comes() -> None:
+    method = "/hetis.v1.PlanService/GetPlan"
+    for reads_certificates in (False, True):
+        domain = "hetis" if reads_certificates else None
+        credentials = Credentials(tokens=lambda: Tokens({}), trust_domain=domain, clock=lambda: 0.0)
+        async with served(authenticator=credentials) as planner:
+            [call] = silent_calls(planner.channel, method, 1)
+            assert reason_of(await failure_of(call)) == "CREDENTIALS"
+            assert not planner.calls._limits._open
+            assert 'hetis_planner_failures_total{reason="CREDENTIALS"} 1.0' in planner.metrics.text().decode()
+
+
+async def test_without_credentials_a_caller_with_too_many_calls_takes_no_room_of_another_connection() -> None:
+    async with served() as planner, channel_to(planner.address) as greedy:
+        method = "/hetis.v1.PlanService/GetPlan"
+        silent = [greedy.stream_stream(method)(timeout=30) for _ in range(MOST_AT_ONCE)]
+        await until_open(planner, 2 * MOST_AT_ONCE)
+        refused = await failure_of(PlanServiceStub(greedy).GetPlan(plans.GetPlanRequest(name="plans/p"), timeout=20))
+        assert reason_of(refused) == "QUOTA_EXCEEDED"
+        assert (await get(planner, "plans/p")).plan.name == "plans/p"
+        for call in silent:
+            call.cancel()
+
+
+def test_agents_admins_and_callers_with_few_calls_have_room_when_others_have_taken_theirs(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(limits, "MOST_OF_OTHERS", 4)
+    monkeypatch.setattr(limits, "FEW", 1)
+    counted, method = CallLimits(), "/hetis.v1.PlanService/GetPlan"
+    viewers = [Identity(name=name, roles=CallerRole.VIEWER.includes) for name in ("many", "few", "fewer", "late")]
+
+    def call(caller: Identity) -> None:
+        stack.enter_context(counted.opened(method, caller, peer="ipv4:127.0.0.1:1", is_stream=False))
+
+    with ExitStack() as stack:
+        for _ in range(4):
+            call(viewers[0])
+        with pytest.raises(ServiceError, match="4 calls are being answered already"):
+            call(viewers[0])
+        for viewer in viewers[1:3]:
+            call(viewer)
+        with pytest.raises(ServiceError, match="6 calls are being answered already"):
+            call(viewers[3])
+        for role in (CallerRole.ADMIN, CallerRole.AGENT):
+            call(Identity(name=role, roles=role.includes))
+    assert not counted._open
 
 
 async def test_streams_that_end_with_one_error_do_not_gather_each_others_frames() -> None:

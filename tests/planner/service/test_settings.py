@@ -249,7 +249,7 @@ def test_the_example_is_valid_and_names_every_setting() -> None:
 def test_the_manual_names_every_setting_and_exit_code() -> None:
     from hetis.planner.service.exit_codes import ServiceExitCode
 
-    text = (EXAMPLE.parents[2] / "docs" / "planner.md").read_text(encoding="utf-8")
+    text = (EXAMPLE.parents[2] / "docs" / "operations.md").read_text(encoding="utf-8")
     for name in variables().values():
         assert f"`{name}`" in text, name
     for code in ServiceExitCode:

@@ -144,15 +144,15 @@ async def test_without_a_certificate_there_is_no_connection_where_one_is_asked_f
 def test_a_token_goes_before_the_certificate() -> None:
     credentials = Credentials(tokens=lambda: Tokens({}), trust_domain="hetis", clock=time.time)
     connection = {"peer_uri": [b"spiffe://hetis/admin/a"]}
-    assert credentials.identify((), connection).name == "spiffe://hetis/admin/a"
+    assert credentials.identify((), connection, "").name == "spiffe://hetis/admin/a"
     with pytest.raises(Exception, match="unknown"):
-        credentials.identify((("authorization", "Bearer hetis_" + "a" * 43),), connection)
+        credentials.identify((("authorization", "Bearer hetis_" + "a" * 43),), connection, "")
 
 
 def test_a_name_in_another_field_of_the_certificate_is_not_looked_at() -> None:
     connection = {"x509_subject_alternative_name": [b"spiffe://hetis/admin/a"], "x509_common_name": [b"admin"]}
     with pytest.raises(Exception, match="has no URI"):
-        by_certificate().identify((), connection)
+        by_certificate().identify((), connection, "")
 
 
 async def test_new_connections_get_the_new_certificate_and_a_bad_one_is_not_taken(

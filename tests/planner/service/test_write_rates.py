@@ -8,7 +8,7 @@ from pathlib import Path
 import grpc
 import pytest
 
-from hetis.planner.callers import CallerRole
+from hetis.planner.callers import CallerRole, Identity
 from hetis.planner.failures import ServiceError
 from hetis.planner.service.access import NEEDED
 from hetis.planner.service.credentials import create_token
@@ -61,12 +61,12 @@ async def test_a_caller_that_changes_too_often_is_told_when_to_go_on(tmp_path: P
 
 @pytest.mark.parametrize("idle_s", [0.0, 1.0, 1e9])
 def test_a_bucket_never_holds_more_than_a_burst(idle_s: float) -> None:
-    now_s = [0.0]
+    now_s, caller = [0.0], Identity(name="a", roles=frozenset())
     rates, method = WriteRates(per_s=10, burst=4, clock=lambda: now_s[0]), next(iter(WRITES))
     for _ in range(4):
-        rates.take(method, "a")
+        rates.take(method, caller)
     now_s[0] += idle_s
     for _ in range(int(min(4, 10 * idle_s))):
-        rates.take(method, "a")
+        rates.take(method, caller)
     with pytest.raises(ServiceError, match="exceeded 10 writes per second"):
-        rates.take(method, "a")
+        rates.take(method, caller)

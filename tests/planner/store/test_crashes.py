@@ -202,7 +202,7 @@ def test_urls_of_other_databases_are_refused_without_their_password() -> None:
 
 
 async def test_a_backup_of_a_running_store_is_whole(tmp_path: Path, sqlite_url: str) -> None:
-    """The procedure of docs/store.md."""
+    """The procedure of docs/operations.md."""
     copy = tmp_path / "backup.db"
     store = await Store.open(sqlite_url)
     await store.leadership.grant("test")

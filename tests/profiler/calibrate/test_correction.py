@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hetis.formats.catalogue import find_gpu
-from hetis.formats.model import load_model
+from hetis.formats.models.document import load_model
 from hetis.profiler.calibrate.correction import STOOD_STILL, CalibrationResult, calibrate
 from hetis.profiler.calibrate.observed import Observation, ObservedKind, ObservedWork
 from hetis.profiler.calibrate.replica import CalibratedReplica

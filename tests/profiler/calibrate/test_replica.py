@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from benchmarks.measuring.instances import NO_LIMITS, fleet
 from hetis.formats.catalogue import find_gpu
-from hetis.formats.model import load_model
+from hetis.formats.models.document import load_model
 from hetis.profiler.calibrate.observed import Observation, ObservedWork
 from hetis.profiler.calibrate.replica import CalibratedReplica
 from hetis.profiler.defaults import shipped_profile

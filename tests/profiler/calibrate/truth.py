@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 
-from hetis.formats.model import load_model
+from hetis.formats.models.document import load_model
 from hetis.profiler.calibrate.observed import Observation, Observed, ObservedWork
 from hetis.profiler.calibrate.replica import CalibratedReplica
 from hetis.profiler.defaults import shipped_profile

@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -41,6 +41,8 @@ from tests.runtime.agent.builders import (
 from tests.runtime.agent.planner_double import WAIT_S, PlannerDouble
 
 COMMAND = command_of("hetis.runtime.agent")
+ENGINE = command_of("examples.simulated_engine")
+ROOT = Path(__file__).parents[3]
 BUSY = {"rate_rps": 20, "prompt_tokens": 50, "output_tokens": 2000, "load_s": 0, "dense_step_s": 0.05}
 Step = ChangePhase.ValueType
 
@@ -52,10 +54,10 @@ class Processes:
         self.folder = folder
         self._running: list[subprocess.Popen[bytes]] = []
 
-    def start(self, *arguments: str, **environment: str) -> subprocess.Popen[bytes]:
+    def start(self, *arguments: str, command: Sequence[str] = COMMAND, **environment: str) -> subprocess.Popen[bytes]:
         with open(self.folder / "log.txt", "ab") as log:
             process = subprocess.Popen(
-                [*COMMAND, *arguments], stdout=log, stderr=log, env={**os.environ, **environment}, cwd=self.folder
+                [*command, *arguments], stdout=log, stderr=log, env={**os.environ, **environment}, cwd=self.folder
             )
         self._running.append(process)
         return process
@@ -68,8 +70,21 @@ class Processes:
         control = self.folder / "control.json"
         control.write_text(json.dumps(BUSY), encoding="utf-8")
         return self.start(
-            *("simulate", "--socket", str(self.folder / "e.sock"), "--node", NODE + "p"),
+            *("--socket", str(self.folder / "e.sock"), "--node", NODE + "p"),
             *("--simulated-devices", "L4:1", "--control", str(control)),
+            command=ENGINE,
+            PYTHONPATH=str(ROOT),
+        )
+
+    def agent_with_engine(self, server: str) -> subprocess.Popen[bytes]:
+        """Start a node whose engine ends with its agent."""
+        control = self.folder / "control.json"
+        control.write_text(json.dumps(BUSY), encoding="utf-8")
+        return self.start(
+            *("--server", server, "--node", NODE + "p", "--state-dir", str(self.folder / "state")),
+            *("--simulated-devices", "L4:1", "--control", str(control)),
+            command=ENGINE,
+            PYTHONPATH=str(ROOT),
         )
 
     def log(self) -> str:
@@ -205,10 +220,9 @@ async def test_an_engine_that_hangs_or_is_gone_is_reported_as_failed(processes: 
 
 async def test_an_agent_whose_planner_is_gone_aborts_at_the_deadline(processes: Processes) -> None:
     executor = SocketExecutor(processes.folder / "state" / "engine.sock")
-    (processes.folder / "c.json").write_text(json.dumps(BUSY), encoding="utf-8")
     say = Planner()
     async with PlannerDouble() as planner:
-        processes.agent(planner.address, "--engine", "simulated", "--control", str(processes.folder / "c.json"))
+        processes.agent_with_engine(planner.address)
         await planner.connected(1)
         planner.send(say.assign(assignment(model=stage_model(blocks=4000))))
         await planner.until(serving)
@@ -318,7 +332,6 @@ def test_every_node_that_a_cluster_may_have_can_have_an_agent(name: str, is_know
         (["--node", "paper"], "--node is 'paper', must be clusters/CLUSTER/nodes/NODE"),
         (["--node", NODE + "p", "--engine", "ollama"], "--engine is 'ollama', must be"),
         (["--node", NODE + "p", "--server", "nowhere"], "--server is 'nowhere', must be host:port"),
-        (["--node", NODE + "p", "--engine", "simulated"], "needs --simulated-devices"),
         (["--node", NODE + "p", "--engine", "vllm:http://here:http"], "--engine has the address 'http://here:http'"),
         (["--node", NODE + "p", "--engine", "vllm:http://me:secret@here:1"], "--engine has a user or password in its"),
         (["--node", NODE + "p", "--tls-cert", "/dev/null"], "--tls-cert and --tls-key must be given together"),
@@ -335,8 +348,6 @@ def test_an_agent_with_too_few_descriptors_says_how_many_it_needs(tmp_path: Path
     options = [
         "--node",
         NODE + "p",
-        "--engine",
-        "simulated",
         "--simulated-devices",
         "L4:1",
         "--state-dir",
@@ -421,7 +432,5 @@ for name in {blocked}:
 import pkgutil, importlib, hetis.runtime.agent as agent
 for module in pkgutil.walk_packages(agent.__path__, "hetis.runtime.agent."):
     importlib.import_module(module.name)
-from hetis.runtime.agent.simulated.replica import ProportionalAdmission, best_admission
-assert isinstance(best_admission(), ProportionalAdmission)
 """
     subprocess.run([sys.executable, "-W", "error", "-c", program], check=True, timeout=60)

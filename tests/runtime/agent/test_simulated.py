@@ -9,8 +9,8 @@ import hypothesis.strategies as st
 import pytest
 from hypothesis import given, settings
 
-from hetis.runtime.agent.simulated.engine import SimulatedEngine
-from hetis.runtime.agent.simulated.replica import (
+from examples.simulated_engine.engine import SimulatedEngine
+from examples.simulated_engine.replica import (
     AdmissionRule,
     Control,
     ControlFile,
@@ -395,7 +395,7 @@ def test_copying_takes_as_long_as_the_link_says() -> None:
     assert answer.copy_bytes == 20_000_000_000
     found = engine.copy_moves(CopyMovesRequest(epoch=1, change_id=what.change_id), 5.0)
     engine.step(6.0)  # 2e10 bytes at 1e-10 s each: 2 s
-    assert found.copied_bytes == 10_000_000_000
+    assert found.status.copied_bytes == 10_000_000_000
     with pytest.raises(RefusedError, match="are not complete yet"):
         flip(engine, what, 6.0)
     engine.step(7.01)

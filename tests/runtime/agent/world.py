@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import random
 
+from examples.simulated_engine.engine import SimulatedEngine
+from examples.simulated_engine.replica import Control
 from hetis.runtime.agent.outbox import EngineRequest, EngineResponse
 from hetis.runtime.agent.replica_state import ReplicaState
-from hetis.runtime.agent.simulated.engine import SimulatedEngine
-from hetis.runtime.agent.simulated.replica import Control
 from hetis.runtime.moves.refusals import RefusedError, unreachable
 from hetis.v1.agent_service_pb2 import ConnectNodeRequest, ConnectNodeResponse
 from hetis.v1.change_pb2 import Change, ChangePart, ChangePhase, ChangeStatus
@@ -270,7 +270,7 @@ class World:
                     found = engine.copy_moves(request, now_s)
                     if found.phase == ChangePhase.CHANGE_PHASE_PREPARING:
                         return None
-                    return CopyMovesResponse(copied_bytes=found.copied_bytes, total_bytes=found.copy_bytes)
+                    return CopyMovesResponse(copied_bytes=found.status.copied_bytes, total_bytes=found.copy_bytes)
                 case FlipMovesRequest():
                     engine.flip_moves(request, now_s)
                     return engine.flip_answer(request.change_id)

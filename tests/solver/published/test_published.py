@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-from dataclasses import replace
 from unittest.mock import patch
 
 import pytest
@@ -22,6 +21,7 @@ from hetis.solver.problem import PlacementProblem
 from hetis.solver.published import PUBLISHED, hetis_paper, heuristic
 from hetis.solver.published.hetis_paper import dense_path
 from hetis.solver.published.replicas import duty_of
+from tests.models import replace
 from tests.solver.instances import (
     NO_LIMITS,
     SMALL_FAMILY,

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 
 from hetis.solver.errors import InvalidProblemError
-from hetis.solver.model import DraftShape, LinearShape, MoeShape
+from hetis.solver.model import DraftShape
 from hetis.solver.plan import AttentionWorkerPool, Role
 from hetis.solver.planning import solve_placement
 from hetis.solver.replanning.change import ChangeCosts, Fate, Holding, holdings, plan_change
+from tests.models import replace, shape_of
 from tests.solver.instances import SMALL_FAMILY, make_model, make_node, make_problem
 
 MODEL = make_model(num_layers=6)
@@ -44,7 +43,7 @@ def test_a_gpu_loads_what_it_does_not_have(before: Holding | None, after: Holdin
 
 
 def test_copies_that_share_experts_load_their_part_of_them_and_leading_layers_are_dense() -> None:
-    moe = MoeShape(num_experts=8, active_experts=2, expert_intermediate=64, shared_experts=1, first_dense_layers=2)
+    moe = shape_of(num_experts=8, active_experts=2, expert_intermediate=64, shared_experts=1, first_dense_layers=2)
     model = make_model(num_layers=6, moe=moe)
     assert model.prefix_layers == 2
     dense = model.dense_layer_params() * model.weight_bytes
@@ -81,7 +80,7 @@ def test_a_vision_tower_and_a_drafting_layer_are_loaded_with_the_first_and_the_l
 def test_dropped_requests_lose_their_states_and_the_kv_that_windows_have_left() -> None:
     model = replace(
         MODEL,
-        linear=LinearShape(layers=2, params=1, state_bytes=1000.0),
+        linear=shape_of(layers=2, params=1, state_bytes=1000.0),
         sliding_window=2,
         sliding_layers=2,
     )

@@ -15,9 +15,10 @@ from importlib import resources
 from typing import Any
 
 from hetis.formats.errors import all_nearest, did_you_mean_one_of
+from hetis.formats.layers import model_in_short
 from hetis.solver.cluster import GpuType
 from hetis.solver.errors import HetisError
-from hetis.solver.model import AttentionKind, IndexerShape, LinearShape, MlaShape, ModelSpec, MoeShape
+from hetis.solver.model import ModelSpec
 from hetis.solver.workload import LengthBin, Workload
 
 __all__ = ["GpuEntry", "ModelEntry", "UnknownNameError", "WorkloadEntry", "find_gpu", "find_model", "find_workload"]
@@ -176,6 +177,26 @@ def known_model(name: str) -> ModelSpec | None:
         return None
 
 
+def checkpoint_of(name: str) -> str | None:
+    """Return the checkpoint at Hugging Face that ``name`` means; None if it means no model of the catalogue.
+
+    Tunings have the shape of a model in the catalogue and a name of their own: that of a tuning is launched, in the
+    spelling in which it was given. Names without an organisation, and without the ending of the catalogue's, are short
+    for the catalogue's.
+    """
+    model = known_model(name)
+    if model is None or re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        return None if model is None else name
+    tuning = next((one for one in _TUNINGS if _model_key(one) == _model_key(name)), None)
+    if tuning is not None:
+        return tuning
+    owner, _, short = model.name.rpartition("/")
+    if _tunings_in(name) <= _tunings_in(short):
+        return model.name
+    prefix = "Meta-" if short.startswith("Meta-") and not name.lower().startswith("meta") else ""
+    return f"{owner}/{prefix}{name}"
+
+
 def find_workload(name: str) -> WorkloadEntry:
     """Return the workload called ``name``. Case and ``-`` for ``_`` do not matter; the suffix ``_lengths`` is optional.
     Raises UnknownNameError, with the nearest name, if there is none.
@@ -191,15 +212,9 @@ def _read(file: str) -> Any:
     return json.loads((resources.files("hetis.formats.catalogue") / "data" / file).read_text(encoding="utf-8"))
 
 
-_SHAPES = {"mla": MlaShape, "moe": MoeShape, "linear": LinearShape, "indexer": IndexerShape}
-
-
 def _model(row: dict[str, Any]) -> ModelSpec:
-    row["attention"] = AttentionKind(row["attention"])
-    for name, shape in _SHAPES.items():
-        if name in row:
-            row[name] = shape(**row[name])
-    return ModelSpec(**row)
+    row.pop("attention")  # for readers
+    return model_in_short(**row)
 
 
 @functools.cache
@@ -240,14 +255,19 @@ _GPU_ALIASES = {
     "gaudi-3": "Gaudi3-128GB",
 }
 
+# Checkpoints by the model of the same shape from which they were trained further.
+_TUNINGS = {
+    "deepseek-ai/DeepSeek-R1": "deepseek-ai/DeepSeek-V3",
+    "deepseek-ai/DeepSeek-R1-0528": "deepseek-ai/DeepSeek-V3",
+    "deepseek-ai/DeepSeek-V3-0324": "deepseek-ai/DeepSeek-V3",
+    "deepseek-ai/DeepSeek-V3.1": "deepseek-ai/DeepSeek-V3",
+    "zai-org/GLM-5.1": "zai-org/GLM-5",
+}
 _MODEL_ALIASES = {
     "bloom-176b": "bigscience/bloom",
-    **dict.fromkeys(  # same shape, trained further
-        ("deepseek-r1", "deepseek-r1-0528", "deepseek-v3-0324", "deepseek-v3.1"), "deepseek-ai/DeepSeek-V3"
-    ),
-    "glm-5.1": "zai-org/GLM-5",
     "kimi-k2": "moonshotai/Kimi-K2-Instruct",
     "llama-33b": "huggyllama/llama-30b",
+    **_TUNINGS,
 }
 # Suffixes that change the weights but not the shape.
 _MODEL_ENDINGS = re.compile(r"[-_](hf|instruct|chat|it|base|v0\.1|2501)$")
@@ -338,6 +358,15 @@ def _model_key(name: str) -> str:
     while (cut := _MODEL_ENDINGS.sub("", short)) != short:
         short = cut
     return re.sub(r"[^a-z0-9]+", "", short)
+
+
+def _tunings_in(name: str) -> frozenset[str]:
+    """Return the endings of a model's name that tell tunings apart."""
+    found, short = set[str](), name.lower()
+    while (ending := _MODEL_ENDINGS.search(short)) is not None:
+        found.add(ending[1])
+        short = short[: ending.start()]
+    return frozenset(found & {"instruct", "chat", "it", "base"})
 
 
 def _words(name: str) -> list[str]:

@@ -12,7 +12,7 @@ import grpc
 import typer
 
 from hetis.commands.terminal import Terminal
-from hetis.formats.catalogue import UnknownNameError, find_model, find_workload
+from hetis.formats.catalogue import UnknownNameError, checkpoint_of, find_workload
 from hetis.formats.documents import Value, dump, load, load_cluster, load_model, load_plan, load_profile, load_workload
 from hetis.formats.errors import DocumentError
 from hetis.formats.files import write_atomically
@@ -20,16 +20,16 @@ from hetis.formats.positions import parse_text
 from hetis.planner.cli import options
 from hetis.planner.cli.exit_codes import ExitCode
 from hetis.planner.cli.outputs import STDOUT, refuse_unwritable
+from hetis.planner.cli.requests import options_given
 from hetis.planner.cli.resource_views import list_data, outcome, plan_summary, resource_data, wait_for_plan
 from hetis.planner.cli.server_verb import called, fetched, full_name, id_of
-from hetis.planner.cli.values import NO_LIMIT
 from hetis.planner.client import CallError, Client, document_of_file
-from hetis.planner.convert.names import duration
-from hetis.planner.convert.plans import OBJECTIVE_KINDS, TO_PROTO
-from hetis.planner.use_cases.json_values import fields_of
+from hetis.planner.convert.plan_specs import spec_from_request
+from hetis.planner.use_cases.record.parts import MadeFrom
+from hetis.planner.use_cases.request import PlacementRequest
 from hetis.planner.use_cases.sources import impossible_profiles
 from hetis.solver.cluster import Cluster, GpuType
-from hetis.solver.plan import Plan, Role
+from hetis.solver.plan import Plan
 from hetis.solver.profile import Profile
 from hetis.v1 import cluster_pb2, document_pb2, plan_pb2, plan_service_pb2, profile_pb2
 
@@ -98,21 +98,19 @@ def _name_in(stored: document_pb2.Document) -> str:
 # --- the problem of a plan
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class FileProblem:
-    """The options of ``apply`` that define a placement problem."""
+@dataclass(frozen=True, slots=True)
+class PlacementOptions:
+    """The options of ``apply`` that define a placement problem: its cluster and profiles may be names or files."""
 
-    inputs: options.OptionalInputOptions
-    goal: options.GoalOptions
-    held_to: options.ServiceLevelOptions
-    promise: options.VerificationOptions
-    family: options.FamilyOptions
-    replicas: options.ReplicaOptions
-    search: options.SearchOptions
+    request: PlacementRequest
 
     @property
     def is_given(self) -> bool:
-        return self.inputs.model is not None or self.inputs.workload is not None
+        return bool(self.request.model or self.request.workload)
+
+    @property
+    def _cluster(self) -> str:
+        return str(self.request.cluster)
 
     def refuse_contradictions(self, plan_file: str | None) -> None:
         """Refuse missing and contradictory options before any call."""
@@ -121,16 +119,16 @@ class FileProblem:
             return
         if plan_file is not None:
             raise typer.BadParameter("--plan imports a finished plan: leave out --model and --workload")
-        if missing := [f"--{name}" for name in ("cluster", "model", "workload") if getattr(self.inputs, name) is None]:
+        if missing := [f"--{name}" for name in ("cluster", "model", "workload") if not getattr(self.request, name)]:
             raise typer.BadParameter(f"to solve, {' and '.join(missing)} must be given too")
-        if self.goal.objective.goal.needs_demand and self.goal.rate is None:
-            raise typer.BadParameter(f"--objective {self.goal.objective.value} needs --rate")
+        goal = self.request.goal
+        if not goal.maximises and goal.demand_rps is None:
+            raise typer.BadParameter(f"--objective {goal.kind.value} needs --rate")
 
     def _refuse_what_needs_a_search(self) -> None:
         """Refuse options of a search if there is none: they would be ignored."""
-        groups = (self.goal, self.held_to, self.promise, self.family, self.replicas, self.search)
-        applied = ("cluster", "profile")  # files to apply, or the cluster of an imported plan
-        ignored = [option for name, option in options.given_in(self.inputs, *groups).items() if name not in applied]
+        applied = ("cluster", "profiles")  # files to apply, or the cluster of an imported plan
+        ignored = [option for name, option in options_given().items() if name not in applied]
         if ignored:
             need = "need" if ignored[1:] else "needs"
             what = " and ".join(filter(None, (", ".join(ignored[:-1]), ignored[-1])))
@@ -142,11 +140,11 @@ class FileProblem:
         The planner checks a profile against a cluster that is not in a file, once it plans with both.
         """
         types: Mapping[str, GpuType] = {}
-        if self.inputs.cluster is not None and _is_file(self.inputs.cluster):
-            cluster = load_cluster(self.inputs.cluster)
+        if _is_file(self._cluster):
+            cluster = load_cluster(self._cluster)
             types = cluster.gpu_types
-            yield self.inputs.cluster, cluster
-        for path in self.inputs.profile or ():
+            yield self._cluster, cluster
+        for path in map(str, self.request.profiles):
             if _is_file(path):
                 profile = load_profile(path)
                 if problems := impossible_profiles({profile.gpu: (path, profile)}, types):
@@ -154,63 +152,34 @@ class FileProblem:
                 yield path, profile
 
     def plan(self) -> plan_pb2.Plan:
-        assert self.inputs.cluster is not None
-        return plan_pb2.Plan(cluster=_cluster_name(self.inputs.cluster), spec=self._spec())
+        return plan_pb2.Plan(cluster=_cluster_name(self._cluster), spec=self._spec())
 
     def cluster_of_plan(self, plan: Plan) -> str:
         """Return the cluster of an imported plan: the specified one, or the one that the plan was made from."""
-        if self.inputs.cluster is not None:
-            return _cluster_name(self.inputs.cluster)
-        made_from = plan.inputs.get("documents", {}).get("cluster", {}).get("name", "")
+        if self._cluster:
+            return _cluster_name(self._cluster)
+        made_from = MadeFrom.of(plan).document("cluster").get("name", "")
         if not made_from:
             raise typer.BadParameter("the plan does not name its cluster: give --cluster")
         return full_name("clusters", id_of(str(made_from)))
 
     def _spec(self) -> plan_pb2.PlanSpec:
-        inputs, family, replicas, search = self.inputs, self.family, self.replicas, self.search
-        profiles = (id_of(load_profile(name).gpu) if _is_file(name) else name for name in inputs.profile or ())
-        same: dict[str, Any] = {  # fields with the names of their options; None leaves a field unset
-            **fields_of(inputs, "weights", "kv", "mtp"),
-            **fields_of(family, "strategy", "engine"),
-            **fields_of(replicas, "max_stages", "max_gpus", "min_layers", "max_nodes", "max_num_seqs", "kv_blocks"),
-            **fields_of(self.held_to, "ttft_statistic", "tpot_statistic", "attainment"),
-            **fields_of(self.promise, "survive"),
-        }
-        spec = plan_pb2.PlanSpec(
-            profiles=[full_name("profiles", name) for name in profiles],
-            objective=self._objective(),
-            roles=[TO_PROTO[role] for role in Role if role in (family.roles or ())],
-            chunk_tokens=sorted(replicas.chunk_tokens or ()),
-            skip_verification=not self.promise.verify,
-            gap_target=search.gap,
-            time_limit=duration(search.time_limit_s),
-            seed=search.seed,
-            num_threads=search.threads,
-            **same,
-        )
-        assert inputs.model is not None
-        assert inputs.workload is not None
-        try:
-            spec.model_name = find_model(inputs.model).model.name
-        except UnknownNameError:  # a file; if there is none, `load_model` raises with the nearest name
-            found = load_model(inputs.model)
-            spec.model_document.CopyFrom(_content(inputs.model, found, document_pb2.DOCUMENT_KIND_MODEL_SPEC))
-        if inputs.prefix_hit_rate is None and (name := _workload_name(inputs.workload)) is not None:
+        request, model, workload = self.request, str(self.request.model), str(self.request.workload)
+        paths = map(str, request.profiles)
+        profiles = (id_of(load_profile(name).gpu) if _is_file(name) else name for name in paths)
+        spec = spec_from_request(request)
+        spec.profiles.extend(full_name("profiles", name) for name in profiles)
+        if (named := checkpoint_of(model)) is not None:
+            spec.model_name = named
+        else:  # a file; if there is none, `load_model` raises with the nearest name
+            found = load_model(model)
+            spec.model_document.CopyFrom(_content(model, found, document_pb2.DOCUMENT_KIND_MODEL_SPEC))
+        if request.prefix_hit_rate is None and (name := _workload_name(workload)) is not None:
             spec.workload_name = name
         else:
-            traffic = load_workload(inputs.workload, prefix_hit_rate=inputs.prefix_hit_rate)
-            spec.workload_document.CopyFrom(_content(inputs.workload, traffic, document_pb2.DOCUMENT_KIND_WORKLOAD))
+            traffic = load_workload(workload, prefix_hit_rate=request.hit_rate)
+            spec.workload_document.CopyFrom(_content(workload, traffic, document_pb2.DOCUMENT_KIND_WORKLOAD))
         return spec
-
-    def _objective(self) -> plan_pb2.Objective:
-        given = self.goal
-        goal = plan_pb2.Objective(kind=OBJECTIVE_KINDS[given.objective], demand_rps=given.rate or 0.0)
-        for name, limit in (("ttft", given.ttft), ("tpot", given.tpot)):
-            if limit == NO_LIMIT:
-                setattr(goal, f"{name}_unlimited", True)
-            elif limit is not None:
-                setattr(goal, f"{name}_limit_s", limit)
-        return goal
 
 
 def _cluster_name(given: str) -> str:
@@ -229,7 +198,7 @@ def _workload_name(text: str) -> str | None:
 
 def _is_file(text: str) -> bool:
     """Return whether a text is a path rather than a name: it looks like one, or such a file exists."""
-    return text.endswith((".yaml", ".yml", ".json")) or Path(text).exists()
+    return bool(text) and (text.endswith((".yaml", ".yml", ".json")) or Path(text).exists())
 
 
 def _content(path: str, value: Value, kind: document_pb2.DocumentKind.ValueType) -> document_pb2.Document:
@@ -246,7 +215,7 @@ class Applying:
     asked: options.ApplyOptions
     _done: list[tuple[Any, str]] = field(default_factory=list)  # resources and what was done to each
 
-    def run(self, *, files: Sequence[str], problem: FileProblem) -> ExitCode:
+    def run(self, files: Sequence[str], problem: PlacementOptions) -> ExitCode:
         """Do everything, in the order of dependencies.
 
         Raises:

@@ -10,10 +10,11 @@ from typing import Annotated, Any
 import typer
 
 from hetis.commands.terminal import Terminal
-from hetis.planner.cli import options, outputs, values
+from hetis.planner.cli import options, outputs, requests, values
 from hetis.planner.cli.exit_codes import ExitCode
 from hetis.planner.cli.options import group, panel, verb
 from hetis.planner.cli.place import judge
+from hetis.planner.cli.requests import requested
 from hetis.planner.cli.searching import search_interruptibly
 from hetis.solver.budget import Budget, Report
 from hetis.solver.search_clock import search_seconds
@@ -90,12 +91,8 @@ class AnswerOptions:
 def what_if(
     terminal: Terminal,
     *,
-    inputs: options.InputOptions,
+    request: requests.WhatIfOptions,
     fleet: FleetOptions,
-    goal: options.GoalOptions,
-    family: options.FamilyOptions,
-    replicas: options.ReplicaOptions,
-    search: options.SearchOptions,
     answer: AnswerOptions,
 ) -> ExitCode:
     """Solve before and after a change of the fleet, and show what the two proofs imply about the difference.
@@ -108,13 +105,13 @@ def what_if(
     from hetis.planner.report.page.pages import buy_next_page, what_if_page
     from hetis.planner.use_cases import what_if as asking
     from hetis.planner.use_cases.compare import Searches
-    from hetis.planner.use_cases.place import load
+    from hetis.planner.use_cases.place import read_inputs, settings_of
     from hetis.solver.cluster import Link
 
     fleet.refuse_half_a_question()
     outputs.refuse_page(answer.html)
-    request, settings = inputs.request(goal, replicas), search.settings(family, replicas)
-    loaded, objective = load(request), request.objective
+    requests.engine_of(request)
+    settings, loaded, objective = settings_of(request), read_inputs(request), request.goal
     outputs.warn_of_cut_requests(terminal, loaded.inputs)
     cluster, nic = loaded.inputs.cluster, None
     if fleet.nic is not None:
@@ -127,12 +124,12 @@ def what_if(
     changed = asking.changed_inputs(loaded, change)
     if answer.dry_run:
         return outputs.say_what_would_be_solved(
-            terminal, [(loaded.inputs, objective)], strategies=[family.strategy],
-            solves=1 + (len(market) if fleet.buy_next else 1), time_limit_s=search.time_limit_s,
+            terminal, [(loaded.inputs, objective)], strategies=[request.strategy],
+            solves=1 + (len(market) if fleet.buy_next else 1), time_limit_s=request.time_limit_s,
             engine=settings.engine,
         )  # fmt: skip
     cancelled = threading.Event()
-    budget = partial(Budget, time_limit_s=search.time_limit_s, clock=search_seconds, cancelled=cancelled)
+    budget = partial(Budget, time_limit_s=request.time_limit_s, clock=search_seconds, cancelled=cancelled)
     searches = partial(Searches, loaded=loaded, objective=objective, settings=settings, budget=budget)
     searching = partial(search_interruptibly, terminal, unit=objective.unit, cancelled=cancelled, so_far="the plans")
 
@@ -171,19 +168,19 @@ class ReplanOptions:
     """The running plan, the fleet to plan for, and the cost of a change."""
 
     running: str = _input("--from PLAN: The running plan: a plan file, or -.", ...)
-    cluster: str = options.cluster_option()
+    cluster: str = requested("cluster")
     workload: str | None = _input(
         "--workload -w NAME|FILE|P/O: Current traffic.",
         autocompletion=values.workload_names,
         shown="the plan's",
     )
-    prefix_hit_rate: Any = options.prefix_hit_rate_option()
+    prefix_hit_rate: Any = requested("prefix_hit_rate")
     model: str | None = _input(
         "--model -m NAME|FILE: Reject a plan for any other model; the plan's own model is always used.",
         autocompletion=values.model_names,
     )
-    profile: list[str] | None = options.profile_option()
-    rate: float | None = options.rate_option()
+    profile: list[str] | None = requested("profiles")
+    rate: float | None = requested("rate")
     max_moves: int | None = _change(
         "--max-moves N: Maximum number of GPUs whose work may change.", min=0, shown="any number"
     )
@@ -198,13 +195,13 @@ class ReplanOptions:
 class NextPlanOptions:
     out: Path | None = options.out_option()
     html: Path | None = options.html_option()
-    verify: bool = options.verify_option()
+    verify: bool = requested("verify")
     dry_run: bool = options.dry_run_option()
 
 
 @verb()
 def replan(
-    terminal: Terminal, *, asked: ReplanOptions, search: options.SearchOptions, answer: NextPlanOptions
+    terminal: Terminal, *, asked: ReplanOptions, search: requests.SearchOptions, answer: NextPlanOptions
 ) -> ExitCode:
     """Re-plan from a running plan: keep what is worth keeping, include the cost of the change, and order its steps.
 
@@ -216,6 +213,7 @@ def replan(
     from hetis.planner.report.changes import render_replan, replan_document
     from hetis.planner.report.page.pages import replan_page
     from hetis.planner.use_cases import replan as replanning
+    from hetis.planner.use_cases.place import settings_of
     from hetis.solver.replanning.change import ChangeCosts
     from hetis.solver.replanning.solve import Replanning
 
@@ -223,7 +221,7 @@ def replan(
     outputs.refuse_page(answer.html, beside=answer.out)
     posed = replanning.load_replanning(
         running=asked.running, cluster=asked.cluster, workload=asked.workload, model=asked.model,
-        profiles=asked.profile or (), rate_rps=asked.rate, settings=search.settings_of(),
+        profiles=asked.profile or (), rate_rps=asked.rate, settings=settings_of(search),
         prefix_hit_rate=asked.prefix_hit_rate,
     )  # fmt: skip
     for warning in posed.warnings:

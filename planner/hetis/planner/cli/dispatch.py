@@ -11,6 +11,7 @@ from hetis.commands.terminal import Terminal
 from hetis.planner.cli import options, values
 from hetis.planner.cli.exit_codes import ExitCode
 from hetis.planner.cli.options import group, panel, verb
+from hetis.planner.cli.requests import requested
 from hetis.planner.cli.searching import work_interruptibly
 from hetis.solver.budget import Budget
 from hetis.solver.search_clock import search_seconds
@@ -42,10 +43,10 @@ class RequestOptions:
     request: list[str] | None = _input(
         "--request CONTEXT/OUTPUT: A new request by its token counts, such as 8000/300; repeatable."
     )
-    profile: list[str] | None = options.profile_option()
+    profile: list[str] | None = requested("profiles")
     exact: bool = _search("--exact: Solve for the best whole head groups (MILP).", False)
     time_limit: float = _search("--time-limit TIME: Time limit of --exact.", "10s")
-    seed: int = options.seed_option()
+    seed: int = requested("seed")
 
     def load(self) -> CostedStage:
         """Load the stage from the state file or the plan, whichever was specified.
@@ -108,7 +109,7 @@ def announce_compilation(terminal: Terminal) -> None:
 @group
 class RedispatchOptions:
     state: str = _input("--state FILE: A DispatchState file; - is stdin.", ...)
-    profile: list[str] | None = options.profile_option()
+    profile: list[str] | None = requested("profiles")
     theta: float = _search(
         "--theta SHARE: Deviation from the ideal makespan that triggers a re-dispatch.", "50%", parser=values.ratio
     )

@@ -100,6 +100,7 @@ def export(
     from hetis.planner.cli.plans import warn_if_wrong
     from hetis.planner.export.replicas import ExportSettings
     from hetis.planner.export.targets import export_wanted, folder_refusals, write_export
+    from hetis.planner.use_cases.record.parts import MadeFrom
     from hetis.planner.use_cases.sources import problem_of_plan
 
     hosts, wrong = _hosts(asked.node_address or ())
@@ -111,7 +112,7 @@ def export(
     settings = ExportSettings(hosts=hosts, engine_options=tuple(engine_options or ()), **given)
     found = load_plan(plan)
     made = export_wanted(found, asked.to, settings, file=plan, spelled=spelled, more_wrong=wrong)
-    if found.inputs.get("documents", {}).keys() >= CHECKED_AGAINST:
+    if MadeFrom.of(found).documents.keys() >= CHECKED_AGAINST:
         warn_if_wrong(terminal, plan, problem_of_plan(found, plan))
     if asked.strict and made.lost:
         lost = [f"- {line}" for line in made.lost]

@@ -107,8 +107,8 @@ def fits(
 
 
 def _in_precision(model: ModelSpec, options: FitOptions) -> ModelSpec:
-    from hetis.formats.dtypes import with_precision
-    from hetis.formats.model import drafts
+    from hetis.formats.models.document import drafts
+    from hetis.formats.models.dtypes import with_precision
 
     model = with_precision(model, weights=options.weights, kv=options.kv)
     return model if options.mtp is None else replace(model, draft=drafts(options.mtp))

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hetis.commands.terminal import OutputFormat, Terminal
-from hetis.planner.cli import options, outputs, values
+from hetis.planner.cli import options, outputs, requests, values
 from hetis.planner.cli.exit_codes import ExitCode
 from hetis.planner.cli.failures import report_no_plan, say_failure
 from hetis.planner.cli.options import group, panel, verb
@@ -22,62 +22,31 @@ from hetis.solver.search_clock import search_seconds
 
 if TYPE_CHECKING:
     from hetis.planner.use_cases.compare import Compared
-    from hetis.planner.use_cases.place import PlacedPlan, PlacementRequest
+    from hetis.planner.use_cases.place import PlacedPlan
+    from hetis.planner.use_cases.request import PlacementRequest
     from hetis.planner.use_cases.sources import LoadedInputs
     from hetis.solver.plan import Objective
     from hetis.solver.problem import PlacementProblem
 
-_goal, _search, _result = panel("Goal"), panel("Search"), panel("Result")
-
-
-@group
-class PreferenceOptions:
-    price_pins: bool = _goal(
-        "--price-pins: Solve again without each --pin and --forbid to show what the objective would gain.", False
-    )
-    survive: options.Survived | None = options.survive_option()
-    simplest_within: float = _search(
-        "--simplest-within SHARE: "
-        "Loss against the best plan, such as 2%, to accept for replicas on fewer nodes, then for fewer shapes.",
-        "0",
-        parser=values.below_one,
-    )
+_search, _result = panel("Search"), panel("Result")
 
 
 @group
 class ResultOptions:
-    profile_error: float | None = _search(
-        "--profile-error ERROR: Also show how the plan fares when every profile coefficient is off by up to "
-        "this: 20% or 0.2.",
-        parser=values.below_one,
-    )
     out: Path | None = options.out_option()
     html: Path | None = options.html_option()
     strict: bool = _result(
         "--strict: Exit 5 if the gap, the demanded rate or (in simulation) a latency limit is missed or not decided.",
         False,
     )
-    verify: bool = options.verify_option()
     dry_run: bool = options.dry_run_option()
-    other_engines: bool = _result(
-        "--other-engines/--no-other-engines: "
-        "Show what plans for other engines reach, found in a tenth of the time limit.",
-        True,
-    )
 
 
 @verb()
 def place(
     terminal: Terminal,
     *,
-    inputs: options.InputOptions,
-    goal: options.GoalOptions,
-    held_to: options.ServiceLevelOptions,
-    constraints: options.ConstraintOptions,
-    family: options.FamilyOptions,
-    replicas: options.ReplicaOptions,
-    preferences: PreferenceOptions,
-    search: options.SearchOptions,
+    request: requests.PlaceOptions,
     results: ResultOptions,
 ) -> ExitCode:
     """Decide which GPUs form which replicas, with a proven bound on the optimum.
@@ -87,32 +56,19 @@ def place(
 
     Ctrl-C once prints and saves the best plan so far; Ctrl-C twice exits at once.
     """
-    from hetis.planner.use_cases.place import load, pose, time_to_simulate_s
-    from hetis.planner.use_cases.tightening import SEARCHES
+    from hetis.planner.use_cases.place import load, pose
+    from hetis.planner.use_cases.verification.choosing import SEARCHES
 
     outputs.refuse_unwritable(results.out)
     outputs.refuse_page(results.html, beside=results.out)
-    request = inputs.request(
-        goal,
-        replicas,
-        constraints,
-        settings=search.settings(
-            family, replicas, simplest_within=preferences.simplest_within, survive=preferences.survive or ""
-        ),
-        verify=results.verify,
-        simulation_limit_s=time_to_simulate_s(search.time_limit),
-        other_engines=results.other_engines,
-        price_pins=preferences.price_pins,
-        profile_error=results.profile_error,
-    )
-    request = replace(request, service_level=held_to.level(request.objective, verify=request.verify))
+    requests.engine_of(request)
     loaded = load(request)
     problem = pose(request, loaded)
     outputs.warn_of_cut_requests(terminal, loaded.inputs)
     if results.dry_run:
         return outputs.say_what_would_be_solved(
-            terminal, [(loaded.inputs, problem.objective)], strategies=[family.strategy],
-            time_limit_s=search.time_limit_s, again=SEARCHES if results.verify and not preferences.survive else 0,
+            terminal, [(loaded.inputs, problem.objective)], strategies=[request.strategy],
+            time_limit_s=request.time_limit_s, again=SEARCHES if request.verify and not request.survive else 0,
             engine=problem.family.engine,
         )  # fmt: skip
     return finish(terminal, request, loaded, problem, results)
@@ -128,10 +84,10 @@ def finish(
     """Solve with progress and Ctrl-C, save, print, and return the exit code, whatever the outcome."""
     from hetis.planner.jobs.kernels import compile_kernels
     from hetis.planner.report.page.pages import ShownPlan, plans_page
-    from hetis.planner.use_cases.place import missed
+    from hetis.planner.use_cases.place import missed, settings_of
     from hetis.planner.use_cases.place import place as placed
 
-    cancelled, settings = threading.Event(), request.settings
+    cancelled, settings = threading.Event(), settings_of(request)
 
     def work(report: Report) -> PlacedPlan:
         num_gpus, for_engine = problem.cluster.num_gpus(), settings.engine is not None
@@ -198,7 +154,7 @@ def _infeasible_document(error: InfeasibleError, strategy: str, objective: Objec
 
 
 @group
-class CompareOptions:
+class ComparedOptions:
     strategies: values.Names | None = _search(
         "--strategies NAME,...: Families of plans to search, names of `catalog strategies`, or all.",
         parser=values.strategies,
@@ -217,7 +173,6 @@ class CompareOptions:
 class ComparisonOutputOptions:
     out: Path | None = _result("--out FOLDER: Also save every plan there, as STRATEGY.json; created if missing.")
     html: Path | None = options.html_option()
-    verify: bool = options.verify_option()
     dry_run: bool = options.dry_run_option()
 
 
@@ -225,13 +180,8 @@ class ComparisonOutputOptions:
 def compare(
     terminal: Terminal,
     *,
-    inputs: options.InputOptions,
-    goal: options.GoalOptions,
-    held_to: options.ServiceLevelOptions,
-    constraints: options.ConstraintOptions,
-    asked: CompareOptions,
-    replicas: options.ReplicaOptions,
-    search: options.SearchOptions,
+    request: requests.CompareOptions,
+    asked: ComparedOptions,
     results: ComparisonOutputOptions,
 ) -> ExitCode:
     """Plan by several strategies, or for several engines, and show the plans side by side, checked and simulated alike.
@@ -245,48 +195,44 @@ def compare(
     from hetis.planner.report.comparison import comparison_document, render_comparison
     from hetis.planner.report.page.pages import comparison_page
     from hetis.planner.use_cases.compare import Searches, compare_engines, simulate_plans
-    from hetis.planner.use_cases.place import load
-    from hetis.planner.use_cases.tightening import SEARCHES
+    from hetis.planner.use_cases.place import read_inputs, settings_of
+    from hetis.planner.use_cases.verification.choosing import SEARCHES
     from hetis.solver.placement.families import ANY_ENGINE, STRATEGIES
 
     engines = (ANY_ENGINE,) if asked.engine is None else asked.engine.names
     unless = DEFAULT_STRATEGY if len(engines) > 1 else values.ALL
     names = (asked.strategies or values.strategies(unless)).names
     rules = {  # limits apply to engines, unless "any" is the only one
-        name: options.engine_rules(
+        name: requests.engine_rules(
             name,
             DEFAULT_STRATEGY,
-            replicas.limits if name != ANY_ENGINE or len(engines) == 1 else {},
+            request.limits if name != ANY_ENGINE or len(engines) == 1 else {},
         )
         for name in engines
     }
-    if ANY_ENGINE in rules and len(rules) > 1 and any(replicas.limits.values()):
+    if ANY_ENGINE in rules and len(rules) > 1 and any(request.limits.values()):
         terminal.warn(f"limits on replicas are not for engine {ANY_ENGINE}, whose replicas have none")
     plans = names if asked.engine is None else [f"{name}-{engine}" for name in names for engine in rules]
     outputs.refuse_unwritable_plans(results.out, plans)
     outputs.refuse_page(results.html)
-    request, settings = (
-        inputs.request(goal, replicas, constraints),
-        search.settings_of(keep_stages=replicas.max_stages is not None),
-    )
-    level = held_to.level(request.objective, verify=results.verify)
-    loaded, objective = load(request), request.objective
+    level, loaded, objective = request.service_level, read_inputs(request), request.goal
+    settings = replace(settings_of(request), engine=None)
     outputs.warn_of_cut_requests(terminal, loaded.inputs)
-    is_repeated = results.verify and not all(STRATEGIES[name].is_published for name in names)
+    is_repeated = request.verify and not all(STRATEGIES[name].is_published for name in names)
     if results.dry_run:
         return outputs.say_what_would_be_solved(
             terminal, [(loaded.inputs, objective)], strategies=names, solves=len(names) * len(rules),
-            again=SEARCHES if is_repeated else 0, time_limit_s=search.time_limit_s,
+            again=SEARCHES if is_repeated else 0, time_limit_s=request.time_limit_s,
         )  # fmt: skip
     cancelled = threading.Event()
-    budget = partial(Budget, time_limit_s=search.time_limit_s, clock=search_seconds, cancelled=cancelled)
+    budget = partial(Budget, time_limit_s=request.time_limit_s, clock=search_seconds, cancelled=cancelled)
 
     def work(report: Report) -> tuple[Compared, ...]:
         for for_engine in {one is not None for one in rules.values()}:
             compile_kernels(loaded.inputs.cluster.num_gpus(), names, for_engine=for_engine, report=report)
         searches = Searches(loaded=loaded, objective=objective, settings=settings, budget=budget, report=report)
         found = compare_engines(searches, names, rules)
-        if results.verify:
+        if request.verify:
             found = simulate_plans(found, searches, rules, level)
         return found if asked.engine is not None else tuple(replace(outcome, engine=None) for outcome in found)
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from hetis.commands.terminal import WIDE, OutputFormat, Terminal, in_use
-from hetis.planner.cli import options
+from hetis.planner.cli import options, requests
 from hetis.planner.cli.exit_codes import ExitCode
 from hetis.planner.cli.failures import refuse
 from hetis.planner.cli.options import group, option, panel
@@ -326,13 +326,7 @@ def apply(
         typer.Argument(metavar="FILE|PLAN", help="Cluster and Profile files to apply, or a plan to activate."),
     ] = None,
     *,
-    inputs: options.OptionalInputOptions,
-    goal: options.GoalOptions,
-    held_to: options.ServiceLevelOptions,
-    promise: options.VerificationOptions,
-    family: options.FamilyOptions,
-    replicas: options.ReplicaOptions,
-    search: options.SearchOptions,
+    request: requests.ApplyOptions,
     asked: options.ApplyOptions,
 ) -> ExitCode:
     """Create or update clusters and profiles, solve on the planner, import plans, activate plans.
@@ -340,13 +334,10 @@ def apply(
     Ctrl-C while waiting stops no search and no activation, and prints how to follow the plan. A plan that is still
     being solved is then neither activated nor saved; how to do that once it is solved is printed, too.
     """
-    from hetis.planner.cli.applying import Applying, FileProblem
+    from hetis.planner.cli.applying import Applying, PlacementOptions
 
-    options.engine_rules(family.engine, family.strategy, replicas.limits)
-    problem = FileProblem(
-        inputs=inputs, goal=goal, held_to=held_to, promise=promise, family=family, replicas=replicas, search=search
-    )
-    return Applying(terminal=terminal, client=client, asked=asked).run(files=what or [], problem=problem)
+    requests.engine_of(request)
+    return Applying(terminal=terminal, client=client, asked=asked).run(what or [], PlacementOptions(request))
 
 
 @group

@@ -14,6 +14,7 @@ from hetis.planner.cli.changes import DEFAULT_COUNT, count_option
 from hetis.planner.cli.exit_codes import ExitCode
 from hetis.planner.cli.options import PlanArgument, group, option, verb
 from hetis.planner.cli.outputs import refuse_unwritable_page, save_page
+from hetis.planner.cli.requests import requested
 from hetis.planner.cli.searching import search_interruptibly, simulate_interruptibly
 from hetis.planner.report.figures import plural
 from hetis.solver.budget import Budget, Report
@@ -22,8 +23,8 @@ from hetis.solver.search_clock import search_seconds
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from hetis.planner.use_cases.latency_curve import Curve
     from hetis.planner.use_cases.sources import PlanAndProblem
+    from hetis.planner.use_cases.verification.latency_curve import Curve
     from hetis.planner.use_cases.what_if import BuyNext
 
 REPORT_EXAMPLES = """Examples:\n
@@ -43,7 +44,7 @@ def explain(terminal: Terminal, plan: PlanArgument) -> ExitCode:
     """Show where memory and time go, what limits each replica, what GPUs are worth, and why some are idle."""
     from hetis.planner.report.explanation import render_explanation
     from hetis.planner.use_cases.json_values import document, fields_of, json_value
-    from hetis.planner.use_cases.queueing import queueing
+    from hetis.planner.use_cases.verification.queueing import queueing
     from hetis.solver.placement.explanation import explain_plan
 
     (found,) = _load_and_check(terminal, [plan])
@@ -126,7 +127,7 @@ class ReportOptions:
         "--buy-next: Show what to buy next: solve again with --count more GPUs of each type on the market.", False
     )
     count: int | None = count_option()
-    time_limit: float | None = options.time_limit_option(shown=f"{BUY_NEXT_S:g}s")
+    time_limit: float | None = requested("time_limit", shown=f"{BUY_NEXT_S:g}s")
     out: Path = option("--out FILE: HTML file to write; - writes to standard output.", Path("report.html"))
 
 
@@ -159,11 +160,11 @@ def report(
 
 
 def _curve(terminal: Terminal, found: PlanAndProblem, cancelled: threading.Event) -> Curve | None:
-    from hetis.planner.use_cases.latency_curve import latency_curve
+    from hetis.planner.use_cases.verification.latency_curve import latency_curve
 
     return simulate_interruptibly(
         terminal,
-        lambda news: latency_curve(found.plan, found.problem, cancelled=cancelled, report=news),
+        lambda news: latency_curve(found.plan, found.problem, budget=Budget(cancelled=cancelled), report=news),
         cancelled=cancelled,
     )
 

@@ -13,6 +13,7 @@ from hetis.planner.cli import options, outputs
 from hetis.planner.cli.exit_codes import ExitCode
 from hetis.planner.cli.failures import refuse, report_no_plan
 from hetis.planner.cli.options import group, option, verb
+from hetis.planner.cli.requests import requested
 from hetis.planner.cli.searching import search_interruptibly, work_interruptibly
 from hetis.solver.budget import Budget, Report
 from hetis.solver.errors import NoPlanFoundError
@@ -34,16 +35,16 @@ FairRule = Literal["cooperative", "non-cooperative", "gavel", "gandiva-fair", "e
 
 @group
 class ShareOptions:
-    cluster: str = options.cluster_option()
-    profile: list[str] | None = options.profile_option()
+    cluster: str = requested("cluster")
+    profile: list[str] | None = requested("profiles")
     rule: ShareRule = option("--rule: Fairness rule.", "max-min")
     others: bool = option("--others/--no-others: Also share by the other rules for comparison.", True)
     envy: bool = option("--envy/--no-envy: Also place each tenant on every other tenant's GPUs, to measure envy.", True)
-    strategy: str = options.strategy_option()
-    time_limit: float = options.time_limit_option("5min")
-    gap: float = options.gap_option("0.5%")
-    seed: int = options.seed_option()
-    threads: int = options.threads_option()
+    strategy: str = requested("strategy")
+    time_limit: float = requested("time_limit", default="5min", shown=True)
+    gap: float = requested("gap", default="0.5%")
+    seed: int = requested("seed")
+    threads: int = requested("threads")
     out: Path | None = option(
         "--out FOLDER: Also save every tenant's plan there, as TENANT.json; created if missing.", panel="Result"
     )

@@ -18,12 +18,13 @@ from hetis.planner.cli.dispatch import announce_compilation
 from hetis.planner.cli.exit_codes import ExitCode
 from hetis.planner.cli.failures import refuse
 from hetis.planner.cli.options import PlanArgument, group, panel, verb
+from hetis.planner.cli.requests import requested
 from hetis.planner.cli.searching import simulate_interruptibly
 from hetis.planner.use_cases.service_level import Statistic
 
 if TYPE_CHECKING:
     from hetis.formats.traces import Trace
-    from hetis.planner.use_cases.simulate import Question, Simulated
+    from hetis.planner.use_cases.simulation.simulate import Question, Simulated
     from hetis.planner.use_cases.sources import PlanAndProblem
     from hetis.simulator.values import Fault
     from hetis.solver.plan import Objective, Plan
@@ -81,11 +82,11 @@ class SimulateOptions:
     tolerance: float | None = _goal(
         "--tolerance SHARE: Relative width to which --sweep brackets that rate.", shown=f"{DEFAULT_TOLERANCE:.0%}"
     )
-    ttft: float | None = options.ttft_option(shown="the plan's")
-    tpot: float | None = options.tpot_option(shown="the plan's")
-    ttft_statistic: Statistic | None = options.ttft_statistic_option(shown="the plan's")
-    tpot_statistic: Statistic | None = options.tpot_statistic_option(shown="the plan's")
-    attainment: float | None = options.attainment_option(shown="the plan's")
+    ttft: float | None = requested("ttft", shown="the plan's")
+    tpot: float | None = requested("tpot", shown="the plan's")
+    ttft_statistic: Statistic | None = requested("ttft_statistic", shown="the plan's")
+    tpot_statistic: Statistic | None = requested("tpot_statistic", shown="the plan's")
+    attainment: float | None = requested("attainment", shown="the plan's")
     requests: int | None = _runs(
         "--requests N: Requests per run.",
         min=1,
@@ -180,12 +181,12 @@ def simulate(terminal: Terminal, plan: PlanArgument, *, asked: SimulateOptions) 
 
     Ctrl-C once shows the figures of what was simulated so far; Ctrl-C twice exits at once.
     """
-    from hetis.planner.use_cases import simulate as simulating
     from hetis.planner.use_cases.service_level import DEFAULT
-    from hetis.planner.use_cases.simulate import at_settings
+    from hetis.planner.use_cases.simulation import simulate as simulating
+    from hetis.planner.use_cases.simulation.engine_settings import at_settings
+    from hetis.planner.use_cases.simulation.judging import level_to_hold
     from hetis.planner.use_cases.sources import engine_settings, load_plan_and_problem
-    from hetis.planner.use_cases.verdicts import level_to_hold
-    from hetis.planner.use_cases.verification import rate_to_simulate
+    from hetis.planner.use_cases.verification.outcome import rate_to_simulate
     from hetis.simulator.arrivals import Arrivals, Load
     from hetis.simulator.values import Settings
 
@@ -253,7 +254,7 @@ def simulate(terminal: Terminal, plan: PlanArgument, *, asked: SimulateOptions) 
 def _lengths(terminal: Terminal, found: PlanAndProblem, asked: SimulateOptions) -> Trace | Workload:
     """Return the requests of a trace if one is specified, or else those that the plan was made for."""
     from hetis.formats.workload import with_prefix_hits
-    from hetis.planner.use_cases.simulate import load_lengths
+    from hetis.planner.use_cases.simulation.simulate import load_lengths
 
     if asked.trace is None:
         return with_prefix_hits(found.inputs.workload, asked.prefix_hit_rate)  # not clipped
@@ -276,7 +277,7 @@ def _limits(objective: Objective, asked: SimulateOptions) -> Objective:
 
 
 def _faults(asked: SimulateOptions, plan: Plan, problem: PlacementProblem) -> tuple[Fault, ...]:
-    from hetis.planner.use_cases.simulate import faults_of
+    from hetis.planner.use_cases.simulation.simulate import faults_of
     from hetis.simulator.records import load_faults
     from hetis.simulator.values import Fault
 
@@ -293,14 +294,14 @@ def _faults(asked: SimulateOptions, plan: Plan, problem: PlacementProblem) -> tu
 def _finish(terminal: Terminal, found: PlanAndProblem, question: Question, asked: SimulateOptions) -> ExitCode:
     """Simulate with progress and Ctrl-C, save, print, and return the exit code, whatever the outcome."""
     from hetis.planner.report.simulation import render_simulation, simulation_document
-    from hetis.planner.use_cases.simulate import NothingSimulatedError, answer
+    from hetis.planner.use_cases.simulation.simulate import NothingSimulatedError, answer
 
     plan, cancelled = found.plan, threading.Event()
     try:
         simulated = simulate_interruptibly(
             terminal,
             lambda news: answer(
-                plan, found.problem, question, processes=asked.threads, cancelled=cancelled, report=news,
+                plan, found.problem, question, processes=asked.threads, is_cancelled=cancelled.is_set, report=news,
                 begins=news.begins,
             ),
             cancelled=cancelled,

@@ -12,7 +12,7 @@ from typing import Literal, TypeVar
 import typer
 
 from hetis.commands.verb import one_of
-from hetis.formats.dtypes import KV_PRECISIONS, PRECISIONS, chosen_precision
+from hetis.formats.models.dtypes import KV_PRECISIONS, PRECISIONS, chosen_precision
 from hetis.formats.units import parse_bytes, parse_duration, parse_limit, parse_link_bandwidth, parse_ratio
 from hetis.solver.plan import LEAST_DEMAND_RPS, Role
 
@@ -65,9 +65,11 @@ def ratio(text: str) -> float:
 def gap(text: str) -> float:
     """Parse a gap: ``0.5%`` or ``0.005``."""
     value = ratio(text)
-    if value >= 1 and not text.rstrip().endswith("%"):
-        raise typer.BadParameter(f"{text!r} means {value:.0%} of the best, did you mean {text.strip()}%?")
-    return value
+    if value < 1:
+        return value
+    if text.rstrip().endswith("%"):
+        raise typer.BadParameter(f"{text!r} is out of range, must be below 100%")
+    raise typer.BadParameter(f"{text!r} means {value:.0%} of the best, did you mean {text.strip()}%?")
 
 
 def share(text: str) -> float:
@@ -230,7 +232,7 @@ def kv(text: str) -> str:
 
 
 def mtp(text: str) -> str:
-    from hetis.formats.model import drafts
+    from hetis.formats.models.document import drafts
 
     return _checked(text, drafts)
 

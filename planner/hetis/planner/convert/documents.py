@@ -12,7 +12,7 @@ from hetis.formats.cluster import CLUSTER
 from hetis.formats.dispatch_state import DISPATCH_REQUESTS, DISPATCH_STATE, NewRequests
 from hetis.formats.errors import DocumentError, single_problem
 from hetis.formats.files import canonical_json, content_digest
-from hetis.formats.model import MODEL_SPEC
+from hetis.formats.models.document import MODEL_SPEC
 from hetis.formats.plan import PLAN
 from hetis.formats.positions import Bounds, parse_text
 from hetis.formats.profile import PROFILE

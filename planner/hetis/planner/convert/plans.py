@@ -13,8 +13,9 @@ from google.protobuf.message import Message
 from hetis.engines.gpus import kind_of_type
 from hetis.engines.layout import kv_partners, seats_limit_of
 from hetis.formats.files import content_digest
-from hetis.planner.use_cases import place as placing
-from hetis.planner.use_cases.verification import misses, verification_of
+from hetis.planner.use_cases.record.parts import Verified
+from hetis.planner.use_cases.request import objective
+from hetis.planner.use_cases.verification.outcome import misses
 from hetis.solver.budget import Progress
 from hetis.solver.cluster import GpuType
 from hetis.solver.plan import (
@@ -157,7 +158,7 @@ def result_to_proto(plan: Plan, document: bytes) -> plan_pb2.PlanResult:
 
 
 def _verification(plan: Plan) -> plan_pb2.Verification | None:
-    found = verification_of(plan)
+    found = Verified.of(plan).verification
     try:
         return None if found is None else message_of(plan_pb2.Verification, found, misses=misses(found, plan))
     except (TypeError, ValueError, ArithmeticError):  # an imported plan may contain any values
@@ -216,7 +217,7 @@ def objective_from_proto(message: plan_pb2.Objective, field: str, wrong: Wrong) 
         demand_rps = None
     elif kind.goal.needs_demand and demand_rps is None:
         wrong(f"{field}.demand_rps", f"is missing: the objective {kind.name} needs a demanded rate")
-    return placing.objective(
+    return objective(
         kind,
         ttft_s=_limit_s(message, "ttft", field, wrong),
         tpot_s=_limit_s(message, "tpot", field, wrong),

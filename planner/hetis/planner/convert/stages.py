@@ -142,23 +142,6 @@ def _stage(
     return message
 
 
-def owners_of(stage: Stage, groups: IntArray) -> list[int]:
-    """Return the owner of every head group of a request that has ``groups`` [D] of them on the devices.
-
-    The solver decides only their number. A tensor-parallel primary of n cards computes G / n head groups on each card,
-    and takes equally many from each, so that its cards stay balanced. All other devices take any.
-    """
-    counts = groups.tolist()
-    num = stage.heads.head_groups
-    primary = None if stage.primary is None else stage.primary.device
-    owners = [-1] * num
-    if primary is not None:
-        for group in _evenly(range(num), counts[primary], card_of(stage), {}):
-            owners[group] = primary
-    rest = iter([i for i, count in enumerate(counts) if i != primary for _ in range(count)])
-    return [owner if owner >= 0 else next(rest) for owner in owners]
-
-
 def leaving(stage: Stage, owners: Sequence[int], after: Sequence[int], source: int, target: int, num: int) -> list[int]:
     """Return ``num`` head groups that move from ``source`` to ``target``, in increasing order.
 
@@ -171,7 +154,7 @@ def leaving(stage: Stage, owners: Sequence[int], after: Sequence[int], source: i
         primary, sign = stage.primary.device, -1 if source == stage.primary.device else 1
         for group, owner in enumerate(after):
             there[cards[group]] = there.get(cards[group], 0) + sign * (owner == primary)
-    return sorted(_evenly(held, num, cards, there))
+    return sorted(evenly(held, num, cards, there))
 
 
 def card_of(stage: Stage) -> list[int]:
@@ -181,7 +164,7 @@ def card_of(stage: Stage) -> list[int]:
     return [group // share for group in range(num)]
 
 
-def _evenly(groups: Iterable[int], num: int, cards: Sequence[int], there: Mapping[int, int]) -> list[int]:
+def evenly(groups: Iterable[int], num: int, cards: Sequence[int], there: Mapping[int, int]) -> list[int]:
     """Return up to ``num`` groups, each from the card with the fewest so far, counting those already ``there``."""
     by_card: dict[int, list[int]] = {}
     for group in groups:
@@ -196,18 +179,13 @@ def _evenly(groups: Iterable[int], num: int, cards: Sequence[int], there: Mappin
     return found
 
 
-_TO_STATUS = {status: report_pb2.DeviceStatus.Value(f"DEVICE_STATUS_{status.name}") for status in DeviceStatus}
-_FROM_STATUS = {number: status for status, number in _TO_STATUS.items()}
+_FROM_STATUS = {report_pb2.DeviceStatus.Value(f"DEVICE_STATUS_{status.name}"): status for status in DeviceStatus}
 _FROM_BEST = (DeviceStatus.OK, DeviceStatus.DRAINING, DeviceStatus.LOST)
 
 
 def status_from_proto(status: report_pb2.DeviceStatus.ValueType) -> DeviceStatus:
     """Return the status; unknown and unspecified ones count as OK."""
     return _FROM_STATUS.get(status, DeviceStatus.OK)
-
-
-def status_to_proto(status: DeviceStatus) -> report_pb2.DeviceStatus.ValueType:
-    return _TO_STATUS[status]
 
 
 def snapshot_from_proto(

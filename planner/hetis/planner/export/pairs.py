@@ -14,6 +14,7 @@ from itertools import product
 from hetis.formats.documents import from_data
 from hetis.formats.errors import DocumentError
 from hetis.planner.export.replicas import Launchable, LaunchableReplica
+from hetis.planner.use_cases.record.parts import MadeFrom
 from hetis.solver.check.fleet import Fleet, slowest
 from hetis.solver.cluster import Cluster, Link
 from hetis.solver.plan import Plan, Role
@@ -77,10 +78,9 @@ def _planned_link(plan: Plan, fleet: Fleet, number: int) -> Link | None:
 
 def _fleet_of(plan: Plan) -> Fleet | None:
     """Return the fleet in a plan's inputs; None if they have none that can be read."""
-    documents = plan.inputs.get("documents")
     try:
-        cluster = from_data(documents["cluster"], name="cluster") if isinstance(documents, dict) else None
-    except (DocumentError, KeyError):
+        cluster = from_data(MadeFrom.of(plan).document("cluster"), name="cluster")
+    except DocumentError:
         return None
     return Fleet.of(cluster) if isinstance(cluster, Cluster) else None
 

@@ -27,9 +27,10 @@ from hetis.engines.serving import (
 )
 from hetis.engines.versions import VERSIONS, Engine
 from hetis.formats import catalogue
-from hetis.formats.dtypes import weights_of
+from hetis.formats.models.dtypes import weights_of
 from hetis.planner.export import ExportDevice
 from hetis.planner.use_cases.grouping import number_ranges
+from hetis.planner.use_cases.record.parts import MadeFrom
 from hetis.solver.cluster import node_of
 from hetis.solver.errors import HetisError
 from hetis.solver.model import ModelSpec
@@ -215,7 +216,7 @@ def launchable(plan: Plan, model: ModelSpec, settings: ExportSettings) -> Launch
     engine = settings.engine or (Engine.VLLM_HETIS if has_workers else Engine.VLLM)
     if len(used := weights_used(plan, model)) > 1 and WEIGHTS not in settings.model:
         raise NotExportableError((f"the plan has weights in {' and '.join(used)}: --model must contain {WEIGHTS}",))
-    asked = str((plan.inputs.get("origins") or {}).get("model", ""))
+    asked = MadeFrom.of(plan).model
     changes += _other_checkpoint(used, asked, model.name, settings)
     replicas, left_out = dict[int, LaunchableReplica](), dict[int, tuple[str, ...]]()
     fronts, meetings, kv_ports, workers = Counter[str](), Counter[str](), Counter[str](), 0

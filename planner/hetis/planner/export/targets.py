@@ -25,6 +25,7 @@ from hetis.planner.export.ray_serve import HEAD, write_ray
 from hetis.planner.export.replicas import ExportSettings, Launchable, Written, images_in, launchable, weights_used
 from hetis.planner.export.routing import routing_files, shares_of
 from hetis.planner.export.stacks import write_dynamo, write_kserve, write_llm_d
+from hetis.planner.use_cases.record.parts import MadeFrom
 from hetis.solver.model import ModelSpec
 from hetis.solver.plan import Plan, Role
 
@@ -83,7 +84,6 @@ def export_plan(plan: Plan, model: ModelSpec, target: ExportTarget, settings: Ex
     )
 
 
-_HF_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _NAME = re.compile(r"[a-z]([-a-z0-9]{0,28}[a-z0-9])?")
 _MAX_PORT = 60_000  # below the ephemeral ports of operating systems
 
@@ -236,10 +236,11 @@ def _unknown_nodes(
 
 
 def _checkpoint(plan: Plan, shape: ModelSpec) -> str:
-    """Return the checkpoint that engines load: the Hugging Face id that the plan was made for, or the model's name."""
-    asked = str((plan.inputs.get("origins") or {}).get("model", ""))
-    known = catalogue.known_model(asked)
-    return asked if known is not None and _HF_ID.fullmatch(asked) and known.name == shape.name else shape.name
+    """Return the checkpoint that engines load: the one that the plan was made for, or the model's name."""
+    requested = MadeFrom.of(plan).model
+    known = catalogue.known_model(requested)
+    named = catalogue.checkpoint_of(requested) if known is not None and known.name == shape.name else None
+    return named or shape.name
 
 
 def _rate(rate_rps: float) -> str:

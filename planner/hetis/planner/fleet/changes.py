@@ -12,74 +12,21 @@ which forgets a change once it knows the outcome, is sent the outcome last.
 
 from __future__ import annotations
 
-from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable
 from copy import deepcopy
 from dataclasses import dataclass
 
 from hetis.planner.convert.names import seconds_of
-from hetis.planner.failures import Reason, ServiceError, invalid_field
+from hetis.planner.failures import Reason, ServiceError
+from hetis.planner.fleet.change_parts import ChangePart, Parts
 from hetis.planner.fleet.deltas import Directive, Step
 from hetis.planner.store.records import FINAL_REDISPATCHES
-from hetis.solver.cluster import node_of
-from hetis.v1 import agent_service_pb2, change_pb2, failure_pb2, redispatch_pb2, replica_pb2, report_pb2
-
-ChangePart = change_pb2.ChangePart
-Parts = Mapping[str, tuple[ChangePart.ValueType, ...]]
-
-
-def parts_of(
-    change: change_pb2.Change,
-    shape: replica_pb2.ReplicaPlan,
-    *,
-    primary_node: str,
-    moves_heads: Callable[[str], bool] = lambda node: True,
-) -> Parts:
-    """Return the parts of each node by node id, the authority's first.
-
-    A node that does not move heads has no part itself: its attention workers belong to the primary's engine, which
-    reserves, copies and frees there, so the primary's node has the part. Raises INVALID_FIELD if a move names a device
-    that is not in the stage's copy.
-    """
-    gpus = gpus_of_copy(shape, change.stage, change.copy)
-    found: dict[str, set[ChangePart.ValueType]] = {primary_node: {ChangePart.CHANGE_PART_AUTHORITY}}
-    for move in change.moves:
-        for device, part in (
-            (move.source, ChangePart.CHANGE_PART_SOURCE),
-            (move.target, ChangePart.CHANGE_PART_TARGET),
-        ):
-            if device not in gpus:
-                raise invalid_field(f"change.moves[{move.number}]", f"{device} is not a device of the stage's copy")
-            for node in map(node_of, gpus[device]):
-                found.setdefault(node if moves_heads(node) else primary_node, set()).add(part)
-    return {node: tuple(sorted(parts)) for node, parts in found.items()}
-
-
-def gpus_of_copy(shape: replica_pb2.ReplicaPlan, stage: int, copy: int) -> dict[str, list[str]]:
-    """Return the GPUs of every device of one copy of a stage, by the device's first GPU, the primary first."""
-    if stage >= len(shape.stages) or copy >= shape.stages[stage].copies:
-        raise invalid_field("change.stage", f"the replica has no copy {copy} of stage {stage}")
-    one = shape.stages[stage]
-    primary = list(one.devices[copy * one.tp : (copy + 1) * one.tp])
-    gpus = {primary[0]: primary}
-    for pool in shape.attention_workers:
-        if pool.stage == stage:
-            each = len(pool.devices) // one.copies
-            gpus |= {device: [device] for device in pool.devices[copy * each : (copy + 1) * each]}
-    return gpus
-
+from hetis.v1 import agent_service_pb2, change_pb2, failure_pb2, redispatch_pb2, report_pb2
+from hetis.v1.changes import FLIPPED, NodeChange
 
 State = redispatch_pb2.RedispatchState
 Phase = change_pb2.ChangePhase
 Outcome = change_pb2.ChangeOutcome
-_RANK = {
-    Phase.CHANGE_PHASE_PREPARING: 1,
-    Phase.CHANGE_PHASE_READY: 2,
-    Phase.CHANGE_PHASE_FLIPPED: 3,
-    Phase.CHANGE_PHASE_ABORTED: 3,
-    Phase.CHANGE_PHASE_RELEASED: 4,
-}
-_FLIPPED = frozenset({Phase.CHANGE_PHASE_FLIPPED, Phase.CHANGE_PHASE_RELEASED})
 # States that the agent reports only once it has received a report from its engine.
 _HEARD = (report_pb2.ASSIGNMENT_STATE_LOADED, report_pb2.ASSIGNMENT_STATE_SERVING, report_pb2.ASSIGNMENT_STATE_DRAINING)
 _ENOUGH_ANSWERS = 3  # acks of `resolved` without a RELEASED: the report was lost, and the node has forgotten the change
@@ -110,7 +57,6 @@ class ChangeCoordinator:
         # Id of the node whose engine decides the outcome
         self.authority = next(node for node, its in parts.items() if ChangePart.CHANGE_PART_AUTHORITY in its)
         self.num_contradictions = 0  # reports of an authority that contradict its first one, which should never happen
-        self._parts = parts
         self._again_s = again_s
         self._deadline_s = now_s + seconds_of(body.change.prepare_timeout)  # time by which all nodes must be READY
         self._outcome = Outcome.CHANGE_OUTCOME_UNSPECIFIED  # the authority's decision, as far as it is known
@@ -118,7 +64,6 @@ class ChangeCoordinator:
         self._forgotten: failure_pb2.Failure | None = None  # answer of an agent that forgot it may flip
         self._engine: report_pb2.ReplicaReport | None = None  # the last report of the authority's engine
         self._engine_is_new = False  # whether the engine was restarted since it prepared
-        self._status: dict[str, change_pb2.ChangeStatus] = {}  # the last report of each node
         self._finished: set[str] = set()  # nodes that need no further messages
         self._lost: set[str] = set()  # nodes whose leases expired
         self._answers: dict[str, int] = {}  # number of answers to the last directive, by node
@@ -130,6 +75,10 @@ class ChangeCoordinator:
         body.state = State.REDISPATCH_STATE_PREPARING
         if not body.nodes:
             body.nodes.extend(redispatch_pb2.NodeChangeStatus(node=node, parts=its) for node, its in parts.items())
+        # The change on each node, as last reported; UNSPECIFIED before the first report
+        self._nodes = {
+            one.node: NodeChange(change=body.change, parts=tuple(one.parts), status=one.status) for one in body.nodes
+        }
 
     @classmethod
     def resumed(cls, body: redispatch_pb2.Redispatch, *, now_s: float, again_s: float) -> ChangeCoordinator:
@@ -140,15 +89,12 @@ class ChangeCoordinator:
         state = body.state
         found = cls(body, {one.node: tuple(one.parts) for one in body.nodes}, now_s=now_s, again_s=again_s)
         body.state = found._durable = state
-        for one in body.nodes:
-            if one.HasField("status"):
-                found._status[one.node] = one.status
-        authority = found._status.get(found.authority)
+        authority = found._nodes[found.authority]
         if state == State.REDISPATCH_STATE_RELEASING:
             found._outcome = Outcome.CHANGE_OUTCOME_FLIPPED
-        elif state == State.REDISPATCH_STATE_ABORTING and authority and authority.phase == Phase.CHANGE_PHASE_ABORTED:
+        elif state == State.REDISPATCH_STATE_ABORTING and authority.phase == Phase.CHANGE_PHASE_ABORTED:
             found._outcome = Outcome.CHANGE_OUTCOME_ABORTED
-            found._is_presumed = authority.failure.reason == Reason.ERROR_REASON_CHANGE_UNKNOWN
+            found._is_presumed = authority.status.failure.reason == Reason.ERROR_REASON_CHANGE_UNKNOWN
         found._durable_outcome, found._saved = found._outcome, found._revision
         if state == State.REDISPATCH_STATE_PREPARING:
             why = "the planner restarted before all nodes were ready"
@@ -182,7 +128,7 @@ class ChangeCoordinator:
     @property
     def nodes(self) -> Iterable[str]:
         """Ids of the nodes that take part."""
-        return self._parts.keys()
+        return self._nodes.keys()
 
     def to_save(self) -> Saving:
         """Return a snapshot for the store."""
@@ -201,15 +147,15 @@ class ChangeCoordinator:
             case State.REDISPATCH_STATE_PREPARING if self.body.state != State.REDISPATCH_STATE_ABORTING:
                 change = self.body.change
                 return {
-                    node: self._directive(agent_service_pb2.PrepareChange(change=change, parts=parts))
-                    for node, parts in self._parts.items()
+                    node: self._directive(agent_service_pb2.PrepareChange(change=change, parts=one.parts))
+                    for node, one in self._nodes.items()
                 }
             case State.REDISPATCH_STATE_COMMITTING:
                 commit = agent_service_pb2.CommitChange(change_id=self.change_id)
                 return {self.authority: self._directive(commit)}
             case State.REDISPATCH_STATE_PREPARING | State.REDISPATCH_STATE_ABORTING if not knows_end:
                 abort = agent_service_pb2.AbortChange(change_id=self.change_id, failure=self.body.failure)
-                return {node: self._directive(abort) for node in self._parts}
+                return {node: self._directive(abort) for node in self._nodes}
             case State.REDISPATCH_STATE_RELEASING | State.REDISPATCH_STATE_ABORTING if (
                 self._outcome == self._durable_outcome
             ):
@@ -219,32 +165,35 @@ class ChangeCoordinator:
 
     # --- Inputs
 
-    def hear(self, node: str, status: change_pb2.ChangeStatus) -> None:
+    def report(self, node: str, status: change_pb2.ChangeStatus) -> None:
         """Handle a node's report of its phase; a report of an earlier phase than its last one is stale."""
-        before = self._status.get(node)
-        if node not in self._parts or status.phase not in _RANK:
+        if (one := self._nodes.get(node)) is None:
             return
         if (
             self._is_presumed
-            and node == self.authority
-            and status.phase in _FLIPPED
+            and one.is_authority
+            and status.phase in FLIPPED
             and self.body.state not in FINAL_REDISPATCHES
         ):
             self._correct()
-            before = None
-        if before is not None and _RANK[status.phase] <= _RANK[before.phase]:
-            self._note_contradiction(node, before, status)
+            one.status.Clear()
+        if not one.may_become(status.phase):
+            if one.is_authority and one.contradicts(status):
+                self.num_contradictions += 1
+            if status.phase == Phase.CHANGE_PHASE_RELEASED:  # it holds nothing of the change
+                self._finished.add(node)
+                self._advance()
             return
-        self._take(node, status)
-        if node == self.authority and status.phase in _FLIPPED:
+        one.status.CopyFrom(status)
+        if one.is_authority and status.phase in FLIPPED:
             self._end(Outcome.CHANGE_OUTCOME_FLIPPED)
-        elif node == self.authority and status.phase == Phase.CHANGE_PHASE_ABORTED:
+        elif one.is_authority and status.phase == Phase.CHANGE_PHASE_ABORTED:
             self._end(Outcome.CHANGE_OUTCOME_ABORTED, status.failure)
         elif status.phase == Phase.CHANGE_PHASE_ABORTED:
             self.call_off(status.failure)
         if status.phase == Phase.CHANGE_PHASE_RELEASED:
             self._finished.add(node)
-        elif status.phase == Phase.CHANGE_PHASE_READY and node == self.authority:
+        elif status.phase == Phase.CHANGE_PHASE_READY and one.is_authority:
             self._engine_is_new = False  # even if the engine was restarted: this run has the change
         self._advance()
 
@@ -287,13 +236,13 @@ class ChangeCoordinator:
         """Record that a new stream of the node began, and whether its Hello lists the change."""
         self._answers.pop(node, None)
         self._answered_s.pop(node, None)
-        if not lists_change and self._knows_outcome and node in self._parts:
+        if not lists_change and self._knows_outcome and node in self._nodes:
             self._finished.add(node)
         self._advance()
 
     def lose(self, node: str) -> None:
         """Record that the node's lease expired."""
-        if node not in self._parts or node in self._lost:
+        if node not in self._nodes or node in self._lost:
             return
         self._lost.add(node)
         self.call_off(_failure(Reason.ERROR_REASON_DEVICE_UNAVAILABLE, f"node {node} was lost", device=node))
@@ -318,7 +267,7 @@ class ChangeCoordinator:
     def pass_time(self, now_s: float) -> list[str]:
         """Cancel the change if it is late; return the nodes to which the last directive should be sent again."""
         if self.body.state == State.REDISPATCH_STATE_PREPARING and now_s >= self._deadline_s:
-            late = sorted(node for node in self._parts if not self._is_ready(node))
+            late = sorted(node for node in self._nodes if not self._is_ready(node))
             message = f"not ready in time: {', '.join(late)}" if late else "ready only after the deadline"
             self.call_off(_failure(Reason.ERROR_REASON_PREPARE_EXPIRED, message))
         if self._durable == State.REDISPATCH_STATE_PREPARING == self.body.state:
@@ -339,20 +288,7 @@ class ChangeCoordinator:
         return self._outcome != Outcome.CHANGE_OUTCOME_UNSPECIFIED
 
     def _is_ready(self, node: str) -> bool:
-        status = self._status.get(node)
-        return status is not None and status.phase == Phase.CHANGE_PHASE_READY
-
-    def _take(self, node: str, status: change_pb2.ChangeStatus) -> None:
-        self._status[node] = status
-        for one in self.body.nodes:
-            if one.node == node:
-                one.status.CopyFrom(status)
-
-    def _note_contradiction(self, node: str, before: change_pb2.ChangeStatus, status: change_pb2.ChangeStatus) -> None:
-        ends = {Phase.CHANGE_PHASE_FLIPPED, Phase.CHANGE_PHASE_RELEASED, Phase.CHANGE_PHASE_ABORTED}
-        both = {before.phase, status.phase}
-        if node == self.authority and both <= ends and Phase.CHANGE_PHASE_ABORTED in both and len(both) > 1:
-            self.num_contradictions += 1
+        return self._nodes[node].phase == Phase.CHANGE_PHASE_READY
 
     def _end(self, outcome: Outcome.ValueType, failure: failure_pb2.Failure | None = None) -> None:
         """Accept the authority's decision; its first one is final."""
@@ -366,12 +302,14 @@ class ChangeCoordinator:
         self._enter(State.REDISPATCH_STATE_ABORTING)
         if not self.body.HasField("failure") and failure is not None:
             self.body.failure.CopyFrom(failure)
-        if (said := self._status.get(self.authority)) is None or said.phase != Phase.CHANGE_PHASE_ABORTED:
+        authority = self._nodes[self.authority]
+        if authority.phase != Phase.CHANGE_PHASE_ABORTED:
             self._is_presumed = True
-            status = change_pb2.ChangeStatus(
-                change_id=self.change_id, replica=self.body.replica, phase=Phase.CHANGE_PHASE_ABORTED, failure=failure
-            )
-            self._take(self.authority, status)
+            presumed = NodeChange.first_status(self.body.change)
+            presumed.phase = Phase.CHANGE_PHASE_ABORTED
+            if failure is not None:
+                presumed.failure.CopyFrom(failure)
+            authority.status.CopyFrom(presumed)
 
     def _enter(self, state: State.ValueType) -> None:
         self.body.state = state
@@ -393,22 +331,21 @@ class ChangeCoordinator:
 
     def _advance(self) -> None:
         state = self.body.state
-        if state == State.REDISPATCH_STATE_PREPARING and all(map(self._is_ready, self._parts)):
+        if state == State.REDISPATCH_STATE_PREPARING and all(map(self._is_ready, self._nodes)):
             self._enter(State.REDISPATCH_STATE_COMMITTING)
         elif state == State.REDISPATCH_STATE_ABORTING and not self._knows_outcome and self.authority in self._lost:
             # No node was permitted to flip, so none did.
             self._end(Outcome.CHANGE_OUTCOME_ABORTED, self.body.failure)
         if state in FINAL_REDISPATCHES or not self._knows_outcome or self.is_unsaved:
             return
-        if all(node in self._finished or node in self._lost for node in self._parts):
+        if all(node in self._finished or node in self._lost for node in self._nodes):
             self._enter(State.REDISPATCH_STATE_DONE if self.was_flipped else State.REDISPATCH_STATE_ABORTED)
 
     def _resolved(self) -> dict[str, Directive]:
-        said = self._status.get(self.authority)
         resolved = agent_service_pb2.ChangeResolved(
-            change_id=self.change_id, outcome=self._outcome, moves=() if said is None else said.moves
+            change_id=self.change_id, outcome=self._outcome, moves=self._nodes[self.authority].status.moves
         )
-        others = [node for node in self._parts if node != self.authority]
+        others = [node for node in self._nodes if node != self.authority]
         are_done = all(node in self._finished or node in self._lost for node in others)
         told = [*others, self.authority] if are_done else others
         return {node: self._directive(resolved) for node in told if node not in self._finished}
@@ -425,76 +362,3 @@ def _is_another_run(before: report_pb2.ReplicaReport, now: report_pb2.ReplicaRep
     if before.engine_id and now.engine_id:
         return before.engine_id != now.engine_id
     return now.num_steps < before.num_steps
-
-
-_MOST = 10_000
-_ENDED_KEPT = 1000
-MOST_OF_NODE = 100  # a node has one change under way per replica, and few replicas
-
-
-class LateChanges:
-    """Changes without a coordinator that nodes mention: known outcomes, and reports that await a read of the store."""
-
-    def __init__(self) -> None:
-        self._ends: OrderedDict[str, agent_service_pb2.ChangeResolved] = OrderedDict()  # by change id, oldest first
-        self._waiting: dict[str, dict[str, change_pb2.ChangeStatus]] = {}  # reports by change id and node
-        self._num_of_node = Counter[str]()
-
-    def remember(self, body: redispatch_pb2.Redispatch) -> None:
-        """Remember the outcome of a re-dispatch that has ended."""
-        if body.state not in FINAL_REDISPATCHES:
-            return
-        is_done = body.state == State.REDISPATCH_STATE_DONE
-        moves = [one.status.moves for one in body.nodes if ChangePart.CHANGE_PART_AUTHORITY in one.parts]
-        self._ends[body.change.change_id] = agent_service_pb2.ChangeResolved(
-            change_id=body.change.change_id,
-            outcome=Outcome.CHANGE_OUTCOME_FLIPPED if is_done else Outcome.CHANGE_OUTCOME_ABORTED,
-            moves=moves[0] if moves else (),
-        )
-        if len(self._ends) > _ENDED_KEPT:
-            self._ends.popitem(last=False)
-
-    def knows_end(self, change_id: str) -> bool:
-        return change_id in self._ends
-
-    def add(self, node: str, status: change_pb2.ChangeStatus) -> None:
-        """Add a report. Beyond the limits it is dropped, since the node will send it again."""
-        if node not in self._waiting.get(status.change_id, {}):
-            if self._num_of_node[node] >= MOST_OF_NODE or len(self._waiting) >= _MOST:
-                return
-            self._num_of_node[node] += 1
-        self._waiting.setdefault(status.change_id, {})[node] = status
-
-    @property
-    def unknown(self) -> list[str]:
-        """Ids of the changes to be read from the store."""
-        return list(self._waiting)
-
-    def take(self, change_id: str) -> Iterable[tuple[str, change_pb2.ChangeStatus]]:
-        """Remove the reports of a change, and return them with the nodes that sent them."""
-        taken = self._waiting.pop(change_id, {})
-        for node in taken:
-            self._num_of_node[node] -= 1
-            if not self._num_of_node[node]:
-                del self._num_of_node[node]
-        return tuple(taken.items())
-
-    def directive(self, status: change_pb2.ChangeStatus) -> Directive:
-        """Return the directive that answers a node's report.
-
-        A change without a record was never permitted to flip, so only the node's own report can determine its outcome.
-        """
-        step: Step | None = self._ends.get(status.change_id)
-        if step is None and status.phase in (Phase.CHANGE_PHASE_FLIPPED, Phase.CHANGE_PHASE_ABORTED):
-            flipped = status.phase == Phase.CHANGE_PHASE_FLIPPED
-            step = agent_service_pb2.ChangeResolved(
-                change_id=status.change_id,
-                outcome=Outcome.CHANGE_OUTCOME_FLIPPED if flipped else Outcome.CHANGE_OUTCOME_ABORTED,
-                moves=status.moves if flipped else (),
-            )
-        if step is None:
-            message = f"the planner has no record of change {status.change_id}"
-            failure = _failure(Reason.ERROR_REASON_CHANGE_UNKNOWN, message, change_id=status.change_id)
-            step = agent_service_pb2.AbortChange(change_id=status.change_id, failure=failure)
-        # An abort of an unknown change leads to no generation, but every delta must name one.
-        return Directive(change_id=status.change_id, generation=status.generation + 1, step=step)

@@ -12,18 +12,18 @@ from functools import partial
 from hetis.planner.convert.names import last_part, name_of, node_name
 from hetis.planner.failures import Reason, ServiceError, not_found
 from hetis.planner.fleet.activation import NodeState
+from hetis.planner.fleet.admission import require_room, require_same_agent, taken_over
 from hetis.planner.fleet.cluster_changes import ClusterChanges
 from hetis.planner.fleet.deltas import ROOM, DeltaAnswer, ReplicaSlot, WantedAssignment, WantedRemoval
 from hetis.planner.fleet.leases import Leases
-from hetis.planner.fleet.link import HeadMapsRead, NodeLink, Reported, Response
+from hetis.planner.fleet.link import HeadMapsRead, NodeLink, Reported, Response, not_connected
+from hetis.planner.fleet.news import ClusterNews
+from hetis.planner.fleet.node_records import NodeRecords
 from hetis.planner.fleet.replica import Contents, Replica
 from hetis.planner.fleet.settings import FleetCounters, FleetSettings
-from hetis.planner.fleet.writes import NodeWrite, ReplicaWrite, StoredCluster, WriteResult, Writes
+from hetis.planner.fleet.writes import ReplicaWrite, StoredCluster, WriteResult, Writes
 from hetis.planner.store import ClusterRecord, NodeRecord, PlanRecord, ReplicaRecord
-from hetis.v1 import agent_service_pb2, change_pb2, inventory_pb2, plan_pb2, report_pb2
-
-MOST_UNDECLARED = 64  # connected nodes of a cluster that its document does not name
-_DELETED_AT_ONCE = 100  # node records per transaction
+from hetis.v1 import agent_service_pb2, change_pb2, inventory_pb2, plan_pb2
 
 
 class ClusterFleet:
@@ -40,25 +40,18 @@ class ClusterFleet:
         self.links: dict[str, NodeLink] = {}
         self.leases = Leases(suspect_s=settings.suspect_s, lease_s=settings.lease_s)
         self.replicas: dict[str, Replica] = {}  # replicas by name
-        self.node_records: dict[str, NodeRecord] = {}  # by node id
-        # What agents reported of their nodes since the last write, by node id
-        self.node_writes: dict[str, NodeWrite] = {}
-        self.unneeded_nodes: dict[str, None] = {}  # ids of nodes whose records may have to be deleted
+        self.node_records = NodeRecords(name)
+        self.news = ClusterNews()
         self.unprepared: dict[str, None] = {}  # replicas whose plans have to be read, in order
         self.dirty: set[str] = set()  # replicas for which the rule must be evaluated
         self.decide_all = True  # whether the rule must be evaluated for all replicas
-        # Views that changed: ("node" or "replica" or "redispatch", name) and ("plan", name)
-        self.shown: set[tuple[str, str]] = set()
-        # Reports not taken yet, the newest of each replica and node
-        self.reported: dict[tuple[str, str], report_pb2.ReplicaReport] = {}
-        self.capacity_changed = False  # whether the capacity changed since this was last read
         self.progress = plan_pb2.ActivationProgress()  # progress of the active plan, as of the last decision
         self.connect_time_s: dict[str, float] = {}  # Unix time at which the last stream of each node began
         self.settings = settings
         self.counters = counters
         self._epoch = epoch
         self._replicas_on: dict[str, set[str]] = {}  # names of replicas by node id
-        self._talking: set[str] = set()  # nodes with messages to send now
+        self._sendable: set[str] = set()  # nodes with messages to send now
         self._waiting: set[str] = set()  # nodes with messages to send later
         self.changes = ClusterChanges(self)
 
@@ -89,7 +82,7 @@ class ClusterFleet:
         if is_first:
             for redispatch in kept.redispatches:
                 self.changes.resume(redispatch.body, now_s=now_s)
-        for node in {*changed, *self.node_records}:
+        for node in {*changed, *self.node_records.nodes}:
             self.forget_if_unneeded(node)
 
     def prepare(self, name: str, contents: Contents | None) -> None:
@@ -104,13 +97,10 @@ class ClusterFleet:
             self.assign(replica, is_new=False)
 
     def take_node(self, record: NodeRecord) -> None:
-        node = last_part(record.name)
-        before = self.node_records.get(node)
-        self.node_records[node] = record
         self.show("node", record.name)
-        if (before is not None and before.draining) != record.draining:
-            self.capacity_changed = True
-            self.dirty |= self._replicas_on.get(node, set())
+        if self.node_records.take(record):
+            self.news.mark_capacity()
+            self.dirty |= self._replicas_on.get(last_part(record.name), set())
 
     # --- Input from nodes
 
@@ -135,9 +125,14 @@ class ClusterFleet:
 
     def open(self, node: str, request: agent_service_pb2.ConnectNodeRequest, *, now_s: float, time_s: float) -> str:
         """Open a stream and return its session. Raises ServiceError if the stream is refused."""
-        self._require_room(node)
+        require_room(self.name, node, self.leases, has_replicas=bool(self._replicas_on.get(node)))
         link = self.ensure_link(node)
-        self._admit(node, link, request.hello.boot_id, now_s=now_s)
+        heard_s, suspect_s = self.leases.heard_s(node), self.settings.suspect_s
+        try:
+            require_same_agent(node, link, request.hello.boot_id, heard_s=heard_s, now_s=now_s, suspect_s=suspect_s)
+        except ServiceError:
+            self.counters.refusals += 1
+            raise
         was_connected, address = bool(link.session), link.engine_address
         link.open(request)
         self.counters.streams += 1
@@ -154,31 +149,9 @@ class ClusterFleet:
             self._check_held(node, name)
         if link.engine_address != address:
             self._note_address(node, link.engine_address, before=address)
-        self._talking.add(node)
+        self._sendable.add(node)
         self.dirty |= self._replicas_on.get(node, set())
         return link.session
-
-    def _require_room(self, node: str) -> None:
-        """Raise TOO_MANY_STREAMS if the cluster does not need the node, and too many such nodes are connected.
-
-        The credentials of a cluster are valid for any of its nodes, even for made-up names.
-        """
-        if node in self.leases or self._replicas_on.get(node) or self.leases.num_undeclared < MOST_UNDECLARED:
-            return
-        message = (
-            f"{self.name} does not declare node {node}, and {MOST_UNDECLARED} undeclared nodes are connected"
-            " already: declare it, or disconnect others"
-        )
-        raise ServiceError(Reason.ERROR_REASON_TOO_MANY_STREAMS, message, metadata={"max_streams": MOST_UNDECLARED})
-
-    def _admit(self, node: str, link: NodeLink, boot_id: str, *, now_s: float) -> None:
-        """Raise NODE_IN_USE while another agent is connected: the node's credentials must not suffice to replace it."""
-        heard_s = self.leases.heard_s(node)
-        is_gone = not link.session or heard_s is None or now_s - heard_s >= self.settings.suspect_s
-        if not is_gone and boot_id != link.boot_id:
-            self.counters.refusals += 1
-            message = f"another agent is connected as node {node}, and sent a message recently"
-            raise ServiceError(Reason.ERROR_REASON_NODE_IN_USE, message, metadata={"node": node_name(self.name, node)})
 
     def close(self, node: str, session: str) -> None:
         link = self.links.get(node)
@@ -192,10 +165,7 @@ class ClusterFleet:
         """Handle a message; return the head maps that callers wait for. Raises ServiceError if the stream must end."""
         link = self.links.get(node)
         if link is None or link.session != session:
-            message = f"another stream of node {node} was opened"
-            raise ServiceError(
-                Reason.ERROR_REASON_NODE_TAKEN_OVER, message, metadata={"node": node_name(self.name, node)}
-            )
+            raise taken_over(f"another stream of node {node} was opened", node_name(self.name, node))
         self.counters.messages[request.WhichOneof("message") or "unknown"] += 1
         if self.leases.hear(node, now_s=now_s):
             self.note_presence([node])
@@ -212,19 +182,19 @@ class ClusterFleet:
                 case DeltaAnswer():
                     self._note_answer(node, event, now_s)
                 case change_pb2.ChangeStatus():
-                    self.changes.hear(node, event)
+                    self.changes.report(node, event)
                 case HeadMapsRead():
                     read.append(event)
                 case ServiceError():
                     raise event
         if link.has_more:
-            self._talking.add(node)
+            self._sendable.add(node)
         return read
 
     def pass_time(self, now_s: float) -> None:
         """Expire leases and deadlines, and schedule retransmissions."""
         self.note_presence(self.leases.expire(now_s))
-        self._talking |= self._waiting
+        self._sendable |= self._waiting
         self._waiting.clear()
         self.changes.pass_time(now_s)
         self.dirty |= {name for name, replica in self.replicas.items() if replica.is_passing}
@@ -237,27 +207,27 @@ class ClusterFleet:
             self.dirty |= self._replicas_on.get(node, set())
             state = self.leases.state(node)
             if state in (NodeState.NODE_STATE_LOST, NodeState.NODE_STATE_READY) or node not in self.leases:
-                self.capacity_changed = True
+                self.news.mark_capacity()
             self.changes.note_presence(node, state)
 
-    def look_at(self, replica: str) -> None:
+    def mark_dirty(self, replica: str) -> None:
         """Mark the replica for the next decision."""
         self.dirty.add(replica)
 
     def show(self, kind: str, name: str) -> None:
         """Record that the view of a node, replica, re-dispatch or plan changed."""
-        self.shown.add((kind, name))
+        self.news.mark_view(kind, name)
 
     # --- Output and requests to nodes
 
-    def talk(self, node: str) -> None:
+    def mark_sendable(self, node: str) -> None:
         """Record that there are messages for the node."""
-        self._talking.add(node)
+        self._sendable.add(node)
 
     def messages(self, now_s: float) -> dict[str, list[Response]]:
         """Return the messages to be sent now, by node id."""
         found = {}
-        talking, self._talking = self._talking, set()
+        talking, self._sendable = self._sendable, set()
         for node in talking:
             link = self.links[node]
             if messages := link.messages(now_s):
@@ -269,26 +239,22 @@ class ClusterFleet:
                 self._waiting.add(node)
         return found
 
-    def ask_head_maps(self, replica: str) -> tuple[str, str]:
+    def request_head_maps(self, replica: str) -> tuple[str, str]:
         """Request head maps; return node and request id. Raises NOT_FOUND, ENGINE_CANNOT or DEVICE_UNAVAILABLE."""
-        found = self.replicas.get(replica)
-        if found is None:
+        if (found := self.replicas.get(replica)) is None:
             raise not_found(replica)
-        link = self.links.get(found.primary_node)
-        if link is None or not link.session:
-            message = f"node {found.primary_node} is not connected"
-            raise ServiceError(Reason.ERROR_REASON_DEVICE_UNAVAILABLE, message, metadata={"device": found.primary_node})
-        if agent_service_pb2.AGENT_CAPABILITY_HEAD_MAP not in link.capabilities:
-            message = f"the agent of node {found.primary_node} cannot report the head map"
-            raise ServiceError(Reason.ERROR_REASON_ENGINE_CANNOT, message)
-        self._talking.add(found.primary_node)
-        return found.primary_node, link.ask_head_maps(replica)
+        node = found.primary_node
+        if node not in self.links:
+            raise not_connected(node)
+        request_id = self.links[node].request_head_maps(replica)
+        self._sendable.add(node)
+        return node, request_id
 
     def say_goodbye(self, reason: str) -> None:
         for node, link in self.links.items():
             if link.session:
                 link.say_goodbye(reason)
-                self._talking.add(node)
+                self._sendable.add(node)
 
     # --- Consequences of stored writes
 
@@ -298,7 +264,7 @@ class ClusterFleet:
             self.take_node(record)
             self.forget_if_unneeded(last_part(record.name))  # the stream may have ended in the meantime
         for name in kept.unneeded_nodes:
-            self.node_records.pop(last_part(name), None)
+            self.node_records.drop(name)
         for write in (one for one in writes.replicas if one.name not in kept.moved):
             self._take_replica(write, kept.replicas.get(write.name))
         for saving in writes.redispatches:
@@ -331,13 +297,13 @@ class ClusterFleet:
         plan = self.record.active_plan if self.record else ""
         for node, wanted in replica.assignments(peers, plan, is_new=is_new).items():
             self.links[node].slot(replica.name).want(wanted)
-            self._talking.add(node)
+            self._sendable.add(node)
 
     def remove(self, replica: Replica) -> None:
         removal = WantedRemoval(reason="no plan contains the replica any more")
         for node in replica.nodes:
             self.ensure_link(node).slot(replica.name).want(removal)
-            self._talking.add(node)
+            self._sendable.add(node)
 
     def drop_replica(self, name: str) -> None:
         """Drop a replica whose record was deleted."""
@@ -359,35 +325,24 @@ class ClusterFleet:
             self.forget_if_unneeded(node)
 
     def forget_if_unneeded(self, node: str) -> None:
-        """Forget a node that is neither declared nor connected, and on which no replica or change depends.
-
-        Otherwise agents could fill the memory and the store with made-up nodes, one after another.
-        """
-        if self._is_needed(node):
+        """Forget a node unless it is needed: agents could fill memory and store with made-up nodes."""
+        if self.is_needed(node):
             return
         self.links.pop(node, None)
         self.connect_time_s.pop(node, None)
-        self.node_writes.pop(node, None)
         self._replicas_on.pop(node, None)
-        self._talking.discard(node)
+        self._sendable.discard(node)
         self._waiting.discard(node)
         self.leases.forget(node)
-        if node in self.node_records and not self.is_draining(node):
-            self.unneeded_nodes[node] = None
+        self.node_records.forget(node)
 
-    def _is_needed(self, node: str) -> bool:
+    def is_needed(self, node: str) -> bool:
+        """Whether the node is declared or connected, or a replica or a change depends on it."""
         return (
             node in self.leases
             or bool(self._replicas_on.get(node))
             or any(node in change.nodes for change in self.changes.under_way.values())
         )
-
-    def take_unneeded_nodes(self) -> list[str]:
-        """Return the names of some nodes whose records are to be deleted; the caller's write deletes them."""
-        taken = list(self.unneeded_nodes)[:_DELETED_AT_ONCE]
-        for node in taken:
-            del self.unneeded_nodes[node]
-        return [node_name(self.name, node) for node in taken if not self._is_needed(node)]
 
     def note_progress(self, progress: plan_pb2.ActivationProgress) -> None:
         if self.plan is not None and progress != self.progress:
@@ -398,37 +353,17 @@ class ClusterFleet:
         """Record that all changes so far are decided and about to be written."""
         self.dirty.clear()
         self.decide_all = False
-        self.node_writes.clear()
+        self.node_records.writes.clear()
 
     def take_back(self, writes: Writes) -> None:
         """Undo the effects of a write that failed, so that the next round decides everything again."""
         self.decide_all = True
-        for node in writes.nodes:
-            self.node_writes.setdefault(last_part(node.name), node)
-        self.unneeded_nodes.update(dict.fromkeys(map(last_part, writes.unneeded_nodes)))
+        self.node_records.take_back(writes)
         self.changes.take_back(writes.redispatches)
 
     def end(self) -> None:
         """Record that the cluster is gone."""
         self.record = None
-
-    # --- News, returned once each
-
-    def take_shown(self) -> set[tuple[str, str]]:
-        shown, self.shown = self.shown, set()
-        return shown
-
-    def take_reported(self) -> dict[tuple[str, str], report_pb2.ReplicaReport]:
-        reported, self.reported = self.reported, {}
-        return reported
-
-    def take_capacity_changed(self) -> bool:
-        changed, self.capacity_changed = self.capacity_changed, False
-        return changed
-
-    def is_draining(self, node: str) -> bool:
-        record = self.node_records.get(node)
-        return record is not None and record.draining
 
     # --- Internals
 
@@ -450,7 +385,7 @@ class ClusterFleet:
             if replica is None or node not in replica.nodes:
                 self._check_held(node, report.replica)
                 continue
-            self.reported[report.replica, node] = report
+            self.news.report(node, report)
             self.changes.see_report(node, replica, report)
             if node == replica.primary_node:
                 replica.hear(report, time_s=time_s)
@@ -477,10 +412,10 @@ class ClusterFleet:
     def _check_held(self, node: str, name: str) -> None:
         """Correct a node that holds another node's replica, or a later generation than it was ever sent."""
         replica = self.replicas.get(name)
-        slot = self.links[node].heard_slot(name)
+        slot = self.links[node].reported_slot(name)
         if slot is None:
             return
-        self._talking.add(node)
+        self._sendable.add(node)
         if slot.is_believed:
             slot.hold(slot.held)  # the replica may have been assigned to the node only now
         if replica is None or node not in replica.nodes:
@@ -493,42 +428,23 @@ class ClusterFleet:
         return None if replica is None or node not in replica.nodes else replica.generation + ROOM
 
     def _must_reassign(self, name: str) -> None:
-        replica = self.replicas.get(name)
-        if replica is not None:
+        if (replica := self.replicas.get(name)) is not None:
             replica.require_assignment()
             self.dirty.add(name)
 
     def _note_address(self, node: str, address: str, *, before: str) -> None:
-        """Reassign replicas after a change of a node's address.
-
-        ``before``: the last known address, perhaps stored by an earlier planner; empty if unknown.
-        """
+        """Reassign replicas after a change of a node's address. ``before``: as in `Replica.has_old_address`."""
         for name in self._replicas_on.get(node, ()):
-            replica = self.replicas[name]
-            if replica.peers is not None:
-                if replica.peers.get(node, "") != address:
-                    self._must_reassign(name)
-            elif before and replica.assigned_generation:
-                self._must_reassign(name)  # an earlier planner sent the old address to the other nodes
-            elif (
-                replica.contents is not None
-                and not replica.has_failed
-                and (slot := self.slot(node, name)) is not None
-                and isinstance(slot.wanted, WantedAssignment)
-            ):
+            replica, slot = self.replicas[name], self.slot(node, name)
+            if replica.has_old_address(node, address, before=before):
+                self._must_reassign(name)
+            elif replica.can_be_sent_again and slot is not None and isinstance(slot.wanted, WantedAssignment):
                 self.assign(replica, is_new=False)  # nodes that do not hold it yet receive it with the address
 
     def _write_node(self, node: str, found: inventory_pb2.NodeInventory | None) -> None:
         """Schedule a write of what the agent reported of its node; reports of undeclared nodes stay in memory only."""
-        self.capacity_changed = self.capacity_changed or found is not None
+        if found is not None:
+            self.news.mark_capacity()
         if not self.leases.is_declared(node) and not self._replicas_on.get(node):
             return
-        link = self.links[node]
-        before = self.node_writes.get(node)
-        self.node_writes[node] = NodeWrite(
-            name=link.node,
-            inventory=found if found is not None else before.inventory if before is not None else None,
-            agent_version=link.agent_version,
-            engine_address=link.engine_address,
-            connect_time_s=self.connect_time_s[node],
-        )
+        self.node_records.report(node, self.links[node], found, connect_time_s=self.connect_time_s[node])

@@ -14,8 +14,10 @@ from typing import Protocol
 from hetis.planner.convert.names import last_part
 from hetis.planner.failures import Reason, ServiceError, not_found
 from hetis.planner.fleet.activation import NodeState
-from hetis.planner.fleet.changes import MOST_OF_NODE, ChangeCoordinator, LateChanges, Outcome, Saving, State, parts_of
+from hetis.planner.fleet.change_parts import parts_of
+from hetis.planner.fleet.changes import ChangeCoordinator, Outcome, Saving, State
 from hetis.planner.fleet.deltas import DeltaAnswer, ReplicaSlot
+from hetis.planner.fleet.late_changes import MOST_OF_NODE, LateChanges
 from hetis.planner.fleet.leases import Leases
 from hetis.planner.fleet.link import NodeLink
 from hetis.planner.fleet.replica import Replica
@@ -40,10 +42,10 @@ class RunningCluster(Protocol):
     def ensure_link(self, node: str) -> NodeLink:
         """Return the node's link, a new one if it has none."""
 
-    def talk(self, node: str) -> None:
+    def mark_sendable(self, node: str) -> None:
         """Record that there are messages for the node."""
 
-    def look_at(self, replica: str) -> None:
+    def mark_dirty(self, replica: str) -> None:
         """Mark the replica for the next decision."""
 
     def show(self, kind: str, name: str) -> None:
@@ -109,7 +111,7 @@ class ClusterChanges:
         if primary.report is not None:
             change.see_report(replica.primary_node, primary.report)
         self.under_way[change.change_id] = self._of_replica[replica.name] = change
-        self._cluster.look_at(replica.name)
+        self._cluster.mark_dirty(replica.name)
 
     def _moves_heads(self, node: str) -> bool:
         link = self._cluster.links.get(node)
@@ -132,7 +134,7 @@ class ClusterChanges:
         for node in change.nodes:
             if node in directives:
                 self._cluster.ensure_link(node).slot(change.body.replica).tell(directives[node])
-                self._cluster.talk(node)
+                self._cluster.mark_sendable(node)
             elif (slot := self._cluster.slot(node, change.body.replica)) is not None:
                 slot.forget_change(change.change_id)
         self._cluster.show("redispatch", change.body.name)
@@ -201,13 +203,13 @@ class ClusterChanges:
             if node in change.nodes:
                 change.reconnected(node, lists_change=change.change_id in listed)
         for status in listed.values():
-            self.hear(node, status)
+            self.report(node, status)
 
-    def hear(self, node: str, status: change_pb2.ChangeStatus) -> None:
+    def report(self, node: str, status: change_pb2.ChangeStatus) -> None:
         """Handle a node's report of a change's phase."""
         change = self.under_way.get(status.change_id)
         if change is not None:
-            change.hear(node, status)
+            change.report(node, status)
             self.tell(change)
         elif status.phase != change_pb2.CHANGE_PHASE_RELEASED and not self._is_closed(node, status):
             if self.late.knows_end(status.change_id):
@@ -247,7 +249,7 @@ class ClusterChanges:
             was = change.state
             for node in change.pass_time(now_s):
                 self._cluster.links[node].slot(change.body.replica).tell_again(change.change_id)
-                self._cluster.talk(node)
+                self._cluster.mark_sendable(node)
             if change.state != was:
                 self.tell(change)
 
@@ -269,10 +271,10 @@ class ClusterChanges:
         return slot is not None and status.change_id in slot.closed
 
     def _answer_late(self, node: str, status: change_pb2.ChangeStatus) -> None:
-        slot = self._cluster.links[node].heard_slot(status.replica)
+        slot = self._cluster.links[node].reported_slot(status.replica)
         if slot is not None and slot.num_directives < MOST_OF_NODE:  # beyond that, nodes mention changes again later
             slot.tell(self.late.directive(status))
-            self._cluster.talk(node)
+            self._cluster.mark_sendable(node)
 
 
 def _gone(replica: str) -> failure_pb2.Failure:

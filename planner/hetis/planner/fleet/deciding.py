@@ -32,8 +32,8 @@ def needs_decision(cluster: ClusterFleet) -> bool:
     return bool(
         cluster.dirty
         or cluster.decide_all
-        or cluster.node_writes
-        or cluster.unneeded_nodes
+        or cluster.node_records.writes
+        or cluster.node_records.unneeded
         or cluster.changes.have_news
     )
 
@@ -59,8 +59,8 @@ def decide(cluster: ClusterFleet, *, now_s: float) -> Writes:
     writes = Writes(
         cluster=cluster.name,
         replicas=replicas,
-        nodes=list(cluster.node_writes.values()),
-        unneeded_nodes=cluster.take_unneeded_nodes(),
+        nodes=list(cluster.node_records.writes.values()),
+        unneeded_nodes=cluster.node_records.take_unneeded(cluster.is_needed),
         plan=plan,
         redispatches=cluster.changes.to_save(),
     )
@@ -185,7 +185,7 @@ def _decide_replica(cluster: ClusterFleet, view: _ClusterView, replica: Replica,
 
 
 def _part(cluster: ClusterFleet, replica: Replica, node: str) -> ReplicaOnNode:
-    state, is_draining = cluster.leases.state(node), cluster.is_draining(node)
+    state, is_draining = cluster.leases.state(node), cluster.node_records.is_draining(node)
     slot = cluster.slot(node, replica.name)
     if slot is None:
         return ReplicaOnNode(presence=state, is_draining=is_draining)

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections import Counter, deque
-from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Iterator, Mapping
+import time
+from collections import Counter
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping
 from contextlib import suppress
 from functools import partial
 
@@ -18,72 +19,21 @@ from hetis.planner.convert.documents import DeclaredFleets
 from hetis.planner.convert.names import NODE, cluster_of, last_part, node_name
 from hetis.planner.failures import Reason, ServiceError, invalid_field, not_found, wrong_node
 from hetis.planner.fleet import views
+from hetis.planner.fleet.admission import taken_over
+from hetis.planner.fleet.agent_messages import check_hello
 from hetis.planner.fleet.cluster import ClusterFleet
 from hetis.planner.fleet.deltas import protocol_violation
+from hetis.planner.fleet.head_maps import HeadMaps
 from hetis.planner.fleet.hubs import Hubs
-from hetis.planner.fleet.link import HeadMaps, HeadMapsRead, check_hello
+from hetis.planner.fleet.link import HeadMapsRead
+from hetis.planner.fleet.message_budget import MessageBudget
 from hetis.planner.fleet.reconciler import PlanContents, Reconciler
 from hetis.planner.fleet.settings import FleetCounters, FleetSettings
+from hetis.planner.fleet.stream import Response, Stream
 from hetis.planner.fleet.views import Clock, FleetObserver, LiveNode, LiveReplica, kv_in_use
 from hetis.planner.fleet.writes import StoredCluster, read_clusters
 from hetis.planner.store import Store
 from hetis.v1 import agent_service_pb2, cluster_pb2, redispatch_pb2
-
-Response = agent_service_pb2.ConnectNodeResponse
-MOST_MESSAGES = 1000  # messages that the agent has not taken yet
-MOST_BYTES = 64 * 2**20
-
-
-class Stream:
-    """The messages for one agent, in order. Belongs to one event loop."""
-
-    def __init__(self, session: str) -> None:
-        self.session = session
-        self.closed = asyncio.Event()  # set by the writer, once all messages are written or the agent is gone
-        self._queue: deque[Response] = deque()
-        self._num_bytes = 0
-        self._has_news = asyncio.Event()
-        self._has_ended = False
-        self._error: ServiceError | None = None  # why the stream ended; None: in an orderly way
-
-    def send(self, messages: Iterable[Response]) -> bool:
-        """Queue messages; return False if the agent is too slow, in which case they are dropped and the stream ends."""
-        if self._has_ended:
-            return True
-        for message in messages:
-            self._queue.append(message)
-            self._num_bytes += message.ByteSize()
-        if len(self._queue) > MOST_MESSAGES or self._num_bytes > MOST_BYTES:
-            self._queue.clear()
-            self.end(protocol_violation("the agent does not read its messages fast enough"))
-            return False
-        self._has_news.set()
-        return True
-
-    def end(self, error: ServiceError | None = None) -> None:
-        """End the stream after the queued messages, with OK if there is no error."""
-        if not self._has_ended:
-            self._has_ended, self._error = True, error
-            self._has_news.set()
-
-    async def messages(self) -> AsyncIterator[Response]:
-        """Yield messages until the stream ends.
-
-        Raises:
-            ServiceError: the error that was passed to `end`.
-        """
-        while True:
-            while self._queue:
-                message = self._queue.popleft()
-                self._num_bytes -= message.ByteSize()
-                yield message
-            if self._has_ended:
-                break
-            self._has_news.clear()
-            await self._has_news.wait()
-        if self._error is not None:
-            raise self._error.with_traceback(None)  # which would grow with every stream of a lost term
-
 
 _log = logging.getLogger("hetis.planner.fleet")
 _HELLO_S = 10.0  # limit for the first message of a stream
@@ -125,6 +75,7 @@ class LiveFleet:
         self._streams: dict[str, Stream] = {}  # by node name
         self._readings: dict[str, tuple[str, asyncio.Future[HeadMaps]]] = {}  # by request id, with the name of the node
         self._ticks: asyncio.Task[None] | None = None
+        self._budget = MessageBudget()
         self._published_s = 0.0  # when the last states were published
         self._ticked_s = clock.monotonic()  # time of the last tick
         self._ending: ServiceError | None = None  # why streams are refused from now on; None: they are accepted
@@ -178,7 +129,7 @@ class LiveFleet:
             self._note_refused(error)
             raise
         if (before := self._streams.get(name)) is not None:
-            gone = _taken_over(f"another stream of {name} was opened", name)
+            gone = taken_over(f"another stream of {name} was opened", name)
             before.end(gone)
             self._fail_readings(name, gone)
         self._streams[name] = stream
@@ -284,7 +235,7 @@ class LiveFleet:
         Raises ServiceError if there is no such replica, no agent to ask, no answer in time, or no consistent one.
         """
         cluster = self._cluster(cluster_of(replica))
-        node, request_id = cluster.ask_head_maps(replica)
+        node, request_id = cluster.request_head_maps(replica)
         answer = asyncio.get_running_loop().create_future()
         self._readings[request_id] = (node_name(cluster.name, node), answer)
         self._send(cluster)
@@ -326,7 +277,7 @@ class LiveFleet:
         _log.warning("an admin ended the stream of an agent", extra={"node": name})
         if (cluster := self._clusters.get(cluster_of(name))) is not None:
             self._close(cluster, last_part(name), name, stream)
-        stream.end(_taken_over(f"an admin ended the stream of {name}", name))
+        stream.end(taken_over(f"an admin ended the stream of {name}", name))
 
     # --- Streams
 
@@ -348,7 +299,8 @@ class LiveFleet:
             # Without the node's name: one line, and not one per agent.
             _log.error(
                 "agents have followed a later planner than this one, which they refuse until its epoch is higher."
-                " Either another planner leads, or the store was replaced by a new or an older one: see docs/store.md",
+                " Either another planner leads, or the store was replaced by a new or an older one:"
+                " see docs/operations.md",
                 extra=dict(error.metadata),
             )
 
@@ -357,9 +309,12 @@ class LiveFleet:
             async for request in requests:
                 _check_size(request)
                 now_s, time_s = self._clock.monotonic(), self._clock.time()
+                began_s = time.perf_counter()
                 for event in cluster.handle(node, stream.session, request, now_s=now_s, time_s=time_s):
                     self._answer_reading(event)
                 self._after(cluster)
+                self._budget.took(time.perf_counter() - began_s)
+                await self._budget.turn()
             stream.end()
         except ServiceError as error:
             stream.end(error)
@@ -402,10 +357,10 @@ class LiveFleet:
     def _after(self, cluster: ClusterFleet) -> None:
         """Send pending messages at once, call observers, and start a reconciliation if the cluster changed."""
         self._send(cluster)
-        for (replica, _), report in cluster.take_reported().items():
+        for (replica, _), report in cluster.news.take_reports().items():
             for observer in self._observers:
                 observer.replica_reported(replica, report)
-        if cluster.take_capacity_changed():
+        if cluster.news.take_capacity():
             for observer in self._observers:
                 observer.capacity_changed(cluster.name)
         reconciler = self._reconcilers.get(cluster.name)
@@ -485,7 +440,3 @@ def _check_size(request: Request) -> None:
     if (size := request.ByteSize()) > _MOST_REQUEST_BYTES:
         message = f"a message from an agent has {size} bytes, at most {_MOST_REQUEST_BYTES} are allowed"
         raise ServiceError(Reason.ERROR_REASON_MESSAGE_TOO_LARGE, message, metadata={"max_bytes": _MOST_REQUEST_BYTES})
-
-
-def _taken_over(message: str, node: str) -> ServiceError:
-    return ServiceError(Reason.ERROR_REASON_NODE_TAKEN_OVER, message, metadata={"node": node})

@@ -4,89 +4,23 @@ from __future__ import annotations
 
 import heapq
 import uuid
-from collections.abc import Callable, Iterable, Sequence, Sized
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
-from google.protobuf.message import Message
-
-from hetis.formats.cluster import MAX_GPUS_PER_NODE
-from hetis.planner.convert.names import duration
-from hetis.planner.failures import Reason, ServiceError, invalid_field
+from hetis.planner.convert.names import duration, last_part
+from hetis.planner.failures import Reason, ServiceError
+from hetis.planner.fleet.agent_messages import (
+    PROTOCOL_VERSION,
+    check_device_reports,
+    check_hello,
+    check_inventory,
+    check_replicas,
+    stale_epoch,
+)
 from hetis.planner.fleet.deltas import MOST_GENERATION, DeltaAnswer, ReplicaSlot, WantedRemoval, protocol_violation
+from hetis.planner.fleet.head_maps import HeadMapPieces, HeadMaps
 from hetis.planner.fleet.settings import FleetCounters, FleetSettings
-from hetis.v1 import agent_service_pb2, change_pb2, cluster_pb2, failure_pb2, head_map_pb2, inventory_pb2, report_pb2
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class HeadMaps:
-    """The owners of all head groups of a replica: one map per copy of each stage."""
-
-    replica: str
-    generation: int  # generation of the replica's state at its authority
-    step: int  # decode step at which all maps were read
-    maps: tuple[head_map_pb2.HeadMap, ...]
-
-
-class HeadMapPieces:
-    """The pieces received so far for one request, which may arrive in any order and repeatedly."""
-
-    def __init__(self, replica: str, *, most_bytes: int) -> None:
-        self._replica = replica
-        self._most_bytes = most_bytes
-        self._num_bytes = 0
-        self._pieces: dict[int, agent_service_pb2.HeadMapPiece] = {}
-        self._last: int | None = None  # index of the last piece; None if it has not arrived
-
-    def add(self, piece: agent_service_pb2.HeadMapPiece) -> HeadMaps | None:
-        """Add a piece; return the maps once all pieces have arrived, else None.
-
-        Raises ServiceError if the agent has no map, or its pieces are inconsistent.
-        """
-        if piece.HasField("failure"):
-            raise _failed(piece.failure)
-        if piece.replica != self._replica:
-            raise self._nonsense(f"piece {piece.index} belongs to {piece.replica}")
-        if piece.index in self._pieces:
-            return None
-        self._num_bytes += piece.ByteSize()
-        if self._num_bytes > self._most_bytes:
-            message = f"the head maps of {self._replica} are larger than {self._most_bytes} bytes"
-            raise ServiceError(Reason.ERROR_REASON_MESSAGE_TOO_LARGE, message, metadata={"max_bytes": self._most_bytes})
-        self._pieces[piece.index] = piece
-        if piece.is_last:
-            self._last = piece.index
-        if self._last is None or len(self._pieces) <= self._last:
-            return None
-        return self._joined()
-
-    def _joined(self) -> HeadMaps:
-        pieces = [piece for _, piece in sorted(self._pieces.items())]
-        first = pieces[0]
-        maps: dict[tuple[int, int], head_map_pb2.HeadMap] = {}
-        for piece in pieces:
-            if (piece.generation, piece.step) != (first.generation, first.step):
-                raise self._nonsense(f"pieces belong to steps {first.step} and {piece.step}")
-            for one in piece.head_maps:
-                known = maps.get((one.stage, one.copy))
-                if known is None:
-                    maps[one.stage, one.copy] = one
-                    continue
-                if list(known.devices) != list(one.devices):
-                    raise self._nonsense(f"stage {one.stage}, copy {one.copy} has two different lists of devices")
-                known.requests.extend(one.requests)
-        return HeadMaps(replica=self._replica, generation=first.generation, step=first.step, maps=tuple(maps.values()))
-
-    def _nonsense(self, what: str) -> ServiceError:
-        return ServiceError(Reason.ERROR_REASON_INTERNAL, f"the head maps of {self._replica} are inconsistent: {what}")
-
-
-def _failed(failure: failure_pb2.Failure) -> ServiceError:
-    """Return the agent's failure as an error; reasons that only newer versions know become ENGINE_CANNOT."""
-    if failure.reason in Reason.values() and failure.reason:
-        return ServiceError(failure.reason, failure.message, metadata=failure.metadata)
-    message = f"the agent cannot report the head maps, for reason {failure.reason}: {failure.message}"
-    return ServiceError(Reason.ERROR_REASON_ENGINE_CANNOT, message)
+from hetis.v1 import agent_service_pb2, change_pb2, cluster_pb2, inventory_pb2, report_pb2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,103 +44,17 @@ class HeadMapsRead:
 LinkEvent = Reported | inventory_pb2.NodeInventory | DeltaAnswer | change_pb2.ChangeStatus | HeadMapsRead | ServiceError
 
 
-PROTOCOL_VERSION = 1
 _MOST_FOREIGN = 1000  # replicas of other nodes, or unknown ones, that are kept from a node's reports
 _MOST_REMOVALS = 16  # removals in flight per node
-
-MOST_CHARACTERS = 255  # limit on any text that is kept: names, versions, digests
-MOST_BYTES = 128 * 2**10  # limit on an inventory, and on the reports of all devices: enough for the largest node
 
 Request = agent_service_pb2.ConnectNodeRequest
 Response = agent_service_pb2.ConnectNodeResponse
 Capability = agent_service_pb2.AgentCapability
 
 
-def check_hello(request: Request, *, epoch: int) -> agent_service_pb2.Hello:
-    """Return the Hello in a stream's first message.
-
-    Raises PROTOCOL_VIOLATION, PROTOCOL_VERSION, STALE_EPOCH or INVALID_FIELD.
-    """
-    if request.WhichOneof("message") != "hello":
-        kind = request.WhichOneof("message") or "none"
-        raise protocol_violation(f"the first message of a stream must be a hello, this is {kind}")
-    hello = request.hello
-    if not hello.min_protocol_version <= PROTOCOL_VERSION <= hello.protocol_version:
-        raise ServiceError(
-            Reason.ERROR_REASON_PROTOCOL_VERSION,
-            f"this planner supports protocol version {PROTOCOL_VERSION}, the agent {hello.min_protocol_version} to"
-            f" {hello.protocol_version}",
-            metadata={
-                "protocol_version": hello.protocol_version,
-                "min_version": PROTOCOL_VERSION,
-                "max_version": PROTOCOL_VERSION,
-            },
-        )
-    newest = max((hello.newest_epoch, *(held.epoch for held in hello.replicas)))
-    if newest > epoch:
-        raise _stale("has followed", newest, epoch)
-    _check_replicas([*hello.replicas, *hello.changes])
-    for field in ("agent_version", "boot_id", "inventory_digest"):
-        if not getattr(hello, field):
-            raise invalid_field(f"hello.{field}", "is required")
-    _check_texts(hello, "hello")
-    return hello
-
-
-def _stale(obeys: str, newest: int, epoch: int) -> ServiceError:
-    message = f"the agent {obeys} epoch {newest}, but this planner's epoch is {epoch}"
-    return ServiceError(Reason.ERROR_REASON_STALE_EPOCH, message, metadata={"epoch": epoch, "newest_epoch": newest})
-
-
-def _check_replicas(said: Iterable[Any]) -> None:
-    """Check the names and generations in an agent's list of replicas or changes. Raises PROTOCOL_VIOLATION.
-
-    The names become parameters of queries, and PostgreSQL has no texts with NUL.
-    """
-    for one in said:
-        if one.generation > MOST_GENERATION:
-            raise protocol_violation(f"a generation is above {MOST_GENERATION}, the maximum")
-        for name in (one.replica, getattr(one, "change_id", "")):
-            if len(name) > MOST_CHARACTERS:
-                message = f"the name of a replica or change has more than {MOST_CHARACTERS} characters, the maximum"
-                raise protocol_violation(message)
-            if not name.isprintable():
-                raise protocol_violation(f"the name of a replica or change is {name[:80]!r}, must be printable")
-
-
-def _check_inventory(inventory: inventory_pb2.NodeInventory) -> None:
-    """Check the sizes of an inventory, which stays in memory and in the store. Raises INVALID_FIELD."""
-    _check_number(inventory.devices, "inventory.devices")
-    _check_texts(inventory, "inventory")
-    for position, device in enumerate(inventory.devices):
-        field = f"inventory.devices[{position}]"
-        _check_number(device.linked_devices, f"{field}.linked_devices")
-        _check_texts(device, field)
-    _check_bytes(inventory.ByteSize(), "inventory")  # it may have fields that only newer versions know
-
-
-def _check_device_reports(devices: Sequence[report_pb2.DeviceReport]) -> None:
-    """Check the sizes of the reports of a node's devices, which stay in memory. Raises INVALID_FIELD."""
-    _check_number(devices, "report.devices")
-    _check_bytes(sum(device.ByteSize() for device in devices), "report.devices")
-
-
-def _check_texts(message: Message, field: str) -> None:
-    for part, value in message.ListFields():
-        if isinstance(value, str) and len(value) > MOST_CHARACTERS:
-            raise invalid_field(
-                f"{field}.{part.name}", f"has {len(value)} characters, at most {MOST_CHARACTERS} are allowed"
-            )
-
-
-def _check_number(entries: Sized, field: str) -> None:
-    if len(entries) > MAX_GPUS_PER_NODE:
-        raise invalid_field(field, f"has {len(entries)} entries, at most {MAX_GPUS_PER_NODE} are allowed")
-
-
-def _check_bytes(num_bytes: int, field: str) -> None:
-    if num_bytes > MOST_BYTES:
-        raise invalid_field(field, f"has {num_bytes} bytes, at most {MOST_BYTES} are allowed")
+def not_connected(node: str) -> ServiceError:
+    message = f"node {node} is not connected"
+    return ServiceError(Reason.ERROR_REASON_DEVICE_UNAVAILABLE, message, metadata={"device": node})
 
 
 class NodeLink:
@@ -241,7 +89,7 @@ class NodeLink:
         self._settings = settings
         self.session = ""  # id of the current stream, the only one whose messages are accepted; empty: none
         self.boot_id = ""  # id of the last connected agent's run; empty: there was none
-        self.slots: dict[str, ReplicaSlot] = {}  # by replica; modified through `slot` and `heard_slot`
+        self.slots: dict[str, ReplicaSlot] = {}  # by replica; modified through `slot` and `reported_slot`
         self._foreign: set[str] = set()  # replicas with a slot that are or were another node's
         self._active: set[str] = set()  # replicas for which there may be something to send now
         self._due: list[tuple[float, str]] = []  # heap of the times from which there may be something to send
@@ -277,7 +125,7 @@ class NodeLink:
             self.slots[replica] = ReplicaSlot(replica, lambda: self._bound(replica))
         return self.slots[replica]
 
-    def heard_slot(self, replica: str) -> ReplicaSlot | None:
+    def reported_slot(self, replica: str) -> ReplicaSlot | None:
         """Return the slot of a replica that the node mentions, or None beyond the limit for other nodes' replicas."""
         if replica not in self.slots and self._most_held(replica) is None:
             if len(self._foreign) >= _MOST_FOREIGN:
@@ -319,7 +167,7 @@ class NodeLink:
         self._foreign = {one for one in self._foreign if self._most_held(one) is None}
         for replica in dict.fromkeys((*self.slots, *held)):
             one = held.get(replica, agent_service_pb2.HeldReplica())
-            if (slot := self.heard_slot(replica)) is not None:
+            if (slot := self.reported_slot(replica)) is not None:
                 slot.restart(one.generation, one.assignment_state)
         known = self.inventory is not None and self.inventory.digest == hello.inventory_digest
         welcome = agent_service_pb2.Welcome(
@@ -346,10 +194,10 @@ class NodeLink:
         if request.WhichOneof("message") == "hello":
             raise protocol_violation("a hello was received in the middle of a stream")
         if request.epoch > self._epoch:
-            raise _stale("follows", request.epoch, self._epoch)
+            raise stale_epoch("follows", request.epoch, self._epoch)
         if request.epoch < self._epoch:
             return []  # sent on an earlier stream: all messages of this one have the epoch of its Welcome
-        _check_replicas([*request.report.replicas, request.ack, request.nack, request.change_status])
+        check_replicas([*request.report.replicas, request.ack, request.nack, request.change_status])
         match request.WhichOneof("message"):
             case "report":
                 return self._take_report(request.sequence, request.report)
@@ -411,12 +259,22 @@ class NodeLink:
             self._due_s[replica] = due_s
             heapq.heappush(self._due, (due_s, replica))
 
-    def ask_head_maps(self, replica: str) -> str:
-        """Add a request for head maps to the next `messages`; return the id of the request."""
+    def request_head_maps(self, replica: str) -> str:
+        """Add a request for head maps to the next `messages`; return the id of the request.
+
+        Raises DEVICE_UNAVAILABLE or ENGINE_CANNOT.
+        """
+        node = last_part(self.node)
+        if not self.session:
+            raise not_connected(node)
+        if Capability.AGENT_CAPABILITY_HEAD_MAP not in self.capabilities:
+            raise ServiceError(
+                Reason.ERROR_REASON_ENGINE_CANNOT, f"the agent of node {node} cannot report the head map"
+            )
         request_id = str(uuid.uuid4())
         self._head_maps[request_id] = HeadMapPieces(replica, most_bytes=self._settings.piece_bytes)
-        asked = agent_service_pb2.StateRequest(request_id=request_id, head_map_of=replica)
-        self._outbox.append(Response(epoch=self._epoch, state_request=asked))
+        request = agent_service_pb2.StateRequest(request_id=request_id, head_map_of=replica)
+        self._outbox.append(Response(epoch=self._epoch, state_request=request))
         return request_id
 
     def drop_head_maps(self, request_id: str) -> None:
@@ -432,12 +290,12 @@ class NodeLink:
     def _take_report(self, sequence: int, report: agent_service_pb2.NodeReport) -> list[LinkEvent]:
         if sequence <= self._report_sequence:
             return []
-        _check_device_reports(report.devices)
+        check_device_reports(report.devices)
         self._report_sequence = sequence
         self.devices = tuple(report.devices)
         changed, taken = [], []
         for one in report.replicas:
-            slot = self.slots.get(one.replica) or self.heard_slot(one.replica)
+            slot = self.slots.get(one.replica) or self.reported_slot(one.replica)
             if slot is None:
                 continue
             if self._most_held(one.replica) is None:  # to be removed: its numbers would only fill memory
@@ -454,7 +312,7 @@ class NodeLink:
     def _take_inventory(self, sequence: int, inventory: inventory_pb2.NodeInventory) -> list[LinkEvent]:
         if sequence <= self._inventory_sequence:
             return []
-        _check_inventory(inventory)
+        check_inventory(inventory)
         self._inventory_sequence = sequence
         if self.inventory == inventory:
             return []
@@ -478,7 +336,7 @@ class NodeLink:
         if nack.failure.reason != Reason.ERROR_REASON_STALE_EPOCH:
             return [answer]
         newest = nack.failure.metadata.get("newest_epoch", "")
-        return [answer, _stale("has followed", int(newest) if newest.isdecimal() else 0, self._epoch)]
+        return [answer, stale_epoch("has followed", int(newest) if newest.isdecimal() else 0, self._epoch)]
 
     def _note_answered(self, replica: str) -> None:
         if not self.slots[replica].in_flight:

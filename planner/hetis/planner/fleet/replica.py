@@ -134,6 +134,20 @@ class Replica:
         """Request a new assignment for all its nodes."""
         self.must_reassign = True
 
+    def has_old_address(self, node: str, address: str, *, before: str) -> bool:
+        """Return whether other nodes were sent another address of a node than its present one.
+
+        ``before``: the last known address, perhaps stored by an earlier planner; empty if unknown.
+        """
+        if self.peers is not None:
+            return self.peers.get(node, "") != address
+        return bool(before and self.assigned_generation)
+
+    @property
+    def can_be_sent_again(self) -> bool:
+        """Whether the assignment of an earlier planner can be sent to nodes that lack it."""
+        return self.peers is None and self.contents is not None and not self.has_failed
+
     def passing_s(self, now_s: float, *, is_blocked: bool) -> float | None:
         """Return for how long it has been starting (since its GPUs became free) or draining, or None if it is not."""
         if self.state not in (State.REPLICA_STATE_STARTING, State.REPLICA_STATE_DRAINING) or is_blocked:

@@ -6,7 +6,6 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
-from typing import Protocol
 
 from hetis.planner.convert.clusters import basic_redispatch, basic_view
 from hetis.planner.convert.names import last_part, timestamp
@@ -48,10 +47,6 @@ class LiveReplica:
     redispatch: str  # name of the re-dispatch under way; empty: none
 
 
-class RunningReplicas(Protocol):
-    def replica_view(self, name: str) -> LiveReplica | None: ...
-
-
 class FleetObserver:
     """A receiver of the fleet's events, called in its event loop. Methods must return at once, and do nothing here."""
 
@@ -80,7 +75,7 @@ class Clock:
 
 def publish(cluster: ClusterFleet, hubs: Hubs, *, now_s: float) -> None:
     """Publish everything that has changed since the last call. ``now_s``: Unix time."""
-    shown = cluster.take_shown()
+    shown = cluster.news.take_views()
     if not shown:
         return
     hub = hubs.cluster(cluster.name)
@@ -160,7 +155,7 @@ def live_node(cluster: ClusterFleet, node: str, *, unix_s: float, now_s: float) 
     connect_time_s = cluster.connect_time_s.get(node)
     return LiveNode(
         state=cluster.leases.state(node),
-        is_draining=cluster.is_draining(node),
+        is_draining=cluster.node_records.is_draining(node),
         devices=() if link is None else link.devices,
         inventory=None if link is None else link.inventory,
         agent_version="" if link is None else link.agent_version,

@@ -13,14 +13,13 @@ from hetis.formats.files import canonical_json
 from hetis.planner.jobs.frames import JobFrame
 from hetis.planner.use_cases.place import PlacementSettings
 from hetis.planner.use_cases.precision import for_engine
-from hetis.planner.use_cases.service_level import DEFAULT, SERVICE_LEVEL, ServiceLevel, service_level_from_data
-from hetis.planner.use_cases.sources import (
-    ENGINE_SETTINGS,
-    LoadedInputs,
+from hetis.planner.use_cases.record.forms import (
     engine_settings_data,
     engine_settings_from_data,
-    inputs_from_documents,
+    service_level_from_data,
 )
+from hetis.planner.use_cases.service_level import DEFAULT, ServiceLevel
+from hetis.planner.use_cases.sources import LoadedInputs, inputs_from_documents
 from hetis.solver.budget import Progress
 from hetis.solver.errors import InfeasibleError, InvalidProblemError, NoPlanFoundError, UncheckedPlanError
 from hetis.solver.plan import Objective, ObjectiveKind, Role
@@ -139,10 +138,10 @@ class PosedProblem:
             "objective": asdict(self.objective),
             "settings": asdict(self.settings),
             "verify": self.verify,
-            SERVICE_LEVEL: self.service_level.data(),
+            "service_level": asdict(self.service_level),
         }
         if at := self.loaded.inputs.engine_settings:
-            data[ENGINE_SETTINGS] = engine_settings_data(at)
+            data["engine_settings"] = engine_settings_data(at)
         return canonical_json(data)
 
 
@@ -158,9 +157,9 @@ def posed_from_json(text: bytes) -> PosedProblem:
     return PosedProblem(
         loaded=LoadedInputs(
             inputs=inputs_from_documents(data["documents"], "the posed problem"), origins=data["origins"]
-        ).at(engine_settings_from_data(data.get(ENGINE_SETTINGS, {}))),
+        ).at(engine_settings_from_data(data.get("engine_settings", {}))),
         objective=Objective(**(objective | {"kind": ObjectiveKind(objective["kind"])})),
         settings=PlacementSettings(**(settings | {"roles": roles, "engine": engine and EngineRules(**engine)})),
         verify=data.get("verify", True),
-        service_level=service_level_from_data(data.get(SERVICE_LEVEL)),
+        service_level=service_level_from_data(data["service_level"]) if "service_level" in data else DEFAULT,
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import threading
 import time
 from collections.abc import Callable
@@ -22,7 +23,7 @@ from hetis.planner.jobs.messages import (
     posed_from_json,
 )
 from hetis.planner.use_cases.place import make_plan, simulated_plan
-from hetis.planner.use_cases.queueing import with_queueing
+from hetis.planner.use_cases.verification.queueing import with_queueing
 from hetis.solver.budget import Budget, Progress, Report
 from hetis.solver.errors import InfeasibleError, InvalidProblemError, NoPlanFoundError, UncheckedPlanError
 from hetis.solver.search_clock import SearchClock, compilations_told_to
@@ -108,7 +109,7 @@ def solve(
     try:
         loaded, problem = posed.inputs_for_engine(), posed.problem()
         plan = make_plan(
-            loaded, problem, settings, budget=budget(), report=report, asked=posed.objective,
+            loaded, problem, settings, budget=budget(), report=report, requested=posed.objective,
             on_search=lambda: begin("searching"),
         )  # fmt: skip
     except (InfeasibleError, NoPlanFoundError, UncheckedPlanError, InvalidProblemError) as error:
@@ -117,8 +118,8 @@ def solve(
         begin("verifying")
         try:
             plan = simulated_plan(
-                plan, loaded, problem, settings, level=posed.service_level, budget=budget, cancelled=cancelled,
-                report=report, losses=False,
+                plan, loaded, problem, settings, level=posed.service_level, report=report, losses=False,
+                budget=replace(budget(), time_limit_s=math.inf),
             )  # fmt: skip
         except (InvalidProblemError, UncheckedPlanError) as error:  # the plan that was found is checked nevertheless
             plan = with_queueing(replace(plan, notes=(*plan.notes, f"could not be simulated: {error}")), problem)

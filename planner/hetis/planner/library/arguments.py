@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import wraps
 from inspect import signature
@@ -19,12 +19,16 @@ from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, PlainVa
 from pydantic_core import ErrorDetails
 
 from hetis.formats.errors import DocumentError, Problem
+from hetis.formats.models.document import drafts
 from hetis.formats.units import parse_duration, parse_limit, parse_ratio
+from hetis.planner.use_cases.record.forms import PLACES
+from hetis.planner.use_cases.request import LIMITS
 from hetis.planner.use_cases.service_level import Statistic
+from hetis.solver.budget import Progress
 from hetis.solver.cluster import Cluster
 from hetis.solver.errors import HetisError, InfeasibleError
 from hetis.solver.model import ModelSpec
-from hetis.solver.plan import LEAST_DEMAND_RPS
+from hetis.solver.plan import LEAST_DEMAND_RPS, ObjectiveKind, Role
 from hetis.solver.workload import Workload
 
 Path = str | os.PathLike[str]
@@ -34,13 +38,16 @@ T = TypeVar("T")
 Check = Callable[[Any], Any]  # returns the value, or raises ValueError
 
 
-def checked(function: Callable[P, T]) -> Callable[P, T]:
+def checked(function: Callable[P, T], checks: Mapping[str, Any] | None = None) -> Callable[P, T]:
     """Return the function with its arguments checked against their annotations, strictly: text is not a number.
+
+    ``checks`` are annotations by name that say more than the function's own.
 
     Raises:
         DocumentError: raised by the returned function, with every wrong argument.
     """
-    parameters, hints = signature(function), get_type_hints(function, include_extras=True)
+    parameters = signature(function)
+    hints = get_type_hints(function, include_extras=True) if checks is None else checks
     names = [name for name in parameters.parameters if name in hints]  # without ``self``
     fields: dict[str, Any] = {name: (hints[name], ...) for name in names}
     form = create_model(
@@ -239,3 +246,48 @@ BelowOne = Annotated[Quantity, PlainValidator(_below_one)]
 HitRate = Annotated[Quantity, PlainValidator(_word_or(("trace",), _below_one))]
 Share = Annotated[Quantity, PlainValidator(_share)]
 StatisticName = Annotated[str, one_of(lambda: Statistic, "statistic")]
+
+
+def _strategies() -> Iterable[str]:
+    from hetis.solver.placement.families import STRATEGIES
+
+    return STRATEGIES
+
+
+# What the fields of a `PlacementRequest` are checked against.
+CHECKS: Mapping[str, Any] = {
+    "cluster": ClusterOrFile,
+    "model": ModelOrName,
+    "workload": WorkloadOrName,
+    "prefix_hit_rate": HitRate | None,
+    "weights": str | None,
+    "kv": str | None,
+    "mtp": Annotated[str, read_by(drafts)] | None,
+    "profiles": Files,
+    "objective": Annotated[str, one_of(lambda: ObjectiveKind, "objective")],
+    "rate": Demand | None,
+    "ttft": TtftLimit | None,
+    "tpot": TpotLimit | None,
+    "ttft_statistic": StatisticName | None,
+    "tpot_statistic": StatisticName | None,
+    "attainment": Share | None,
+    "pin": Texts,
+    "forbid": Texts,
+    "price_pins": bool,
+    "survive": Annotated[str, one_of(lambda: ("", *PLACES), "loss")],
+    "strategy": Annotated[str, one_of(_strategies, "strategy")],
+    "roles": Annotated[Sequence[Annotated[str, one_of(lambda: Role, "role")]], LISTED],
+    "engine": str | None,
+    **dict.fromkeys((*LIMITS, "max_num_seqs", "kv_blocks", "min_context"), Count | None),
+    "gpu_memory_utilization": Share | None,
+    "chunk_tokens": Sequence[Count],
+    "simplest_within": BelowOne,
+    "time_limit": Duration | None,
+    "gap": BelowOne,
+    "seed": CountOrZero,
+    "threads": CountOrZero,
+    "profile_error": BelowOne | None,
+    "verify": bool,
+    "other_engines": bool,
+    "progress": Callable[[Progress], None],
+}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import html
-import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,17 +19,20 @@ from hetis.planner.library.arguments import checked, one_of, spelled_as_argument
 from hetis.planner.report.figures import digits, percent, plural, seconds, with_unit
 from hetis.planner.report.plan import less_than_planned, misses_as_planned
 from hetis.planner.report.simulation import level_words, simulation_document
-from hetis.planner.use_cases import simulate as simulating
 from hetis.planner.use_cases.compare import Figures, figures_of
+from hetis.planner.use_cases.record.parts import MadeFrom, Verified
 from hetis.planner.use_cases.service_level import DEFAULT, Statistic, share_within
+from hetis.planner.use_cases.simulation import simulate as simulating
+from hetis.planner.use_cases.simulation.engine_settings import at_settings
+from hetis.planner.use_cases.simulation.judging import level_to_hold, simulated_latencies
 from hetis.planner.use_cases.sources import engine_settings, inputs_from_documents
-from hetis.planner.use_cases.verdicts import level_to_hold, simulated_latencies
-from hetis.planner.use_cases.verification import rate_to_simulate, verification_of
+from hetis.planner.use_cases.verification.outcome import rate_to_simulate
 from hetis.simulator.arrivals import Arrivals, Load
 from hetis.simulator.metrics import Summary
-from hetis.simulator.running import silent
+from hetis.simulator.running import never, silent
 from hetis.simulator.values import Settings
 from hetis.solver import plan as solved
+from hetis.solver.budget import Budget
 from hetis.solver.errors import InvalidProblemError
 from hetis.solver.plan import Explanation, ObjectiveKind
 from hetis.solver.problem import PlacementProblem
@@ -152,11 +154,11 @@ class Plan:
         ``simulate`` adds its simulated latencies at rates up to and above the planned one.
         """
         from hetis.planner.report.page.pages import ShownPlan, plans_page
-        from hetis.planner.use_cases.latency_curve import latency_curve
+        from hetis.planner.use_cases.verification.latency_curve import latency_curve
 
         curve = None
         if simulate:
-            curve = latency_curve(self.value, self.problem, cancelled=threading.Event(), report=silent)
+            curve = latency_curve(self.value, self.problem, budget=Budget(), report=silent)
         page = plans_page([ShownPlan(name="The plan", plan=self.value, problem=self.problem, curve=curve)])
         if path is not None:
             write_atomically(Path(path), page)
@@ -206,13 +208,13 @@ class Plan:
             attainment=None if attainment is None else float(attainment),
         )
         load = Load(
-            lengths=inputs_from_documents(self.value.inputs.get("documents"), "the plan").workload,  # not clipped
+            lengths=inputs_from_documents(MadeFrom.of(self.value).documents, "the plan").workload,  # not clipped
             max_position=self.problem.model.max_position,
             arrivals=Arrivals.DRAWN,
             rate_rps=rate_to_simulate(self.value, self.problem) if rate is None else rate,
         )
         given = engine_settings(max_num_seqs=max_num_seqs, chunk_tokens=(chunk_tokens,), kv_blocks=kv_blocks)
-        started = simulating.at_settings(self.value, self.problem, given)
+        started = at_settings(self.value, self.problem, given)
         plan, num_requests = started.plan, requests or simulating.default_requests(started.plan, load, level)
         question = simulating.Question(
             load=load,
@@ -226,9 +228,7 @@ class Plan:
             engine_settings=given,
             changes=started.changes,
         )
-        found = simulating.answer(
-            plan, started.problem, question, processes=1, cancelled=threading.Event(), report=silent
-        )
+        found = simulating.answer(plan, started.problem, question, processes=1, is_cancelled=never, report=silent)
         return Simulation(simulated=found, plan=plan)
 
     @checked
@@ -325,7 +325,7 @@ class Plan:
 
     def _worth(self) -> str:
         """Return the promised value, which is the rate that simulated traffic kept if that is below the model's."""
-        result, kept, found = self.result, less_than_planned(self.value), verification_of(self.value)
+        result, kept, found = self.result, less_than_planned(self.value), Verified.of(self.value).verification
         value, proof = with_unit(result.value, result.unit), f"{result.status}, gap {percent(result.gap)}"
         if kept is not None:
             rate = with_unit(kept.rate_rps, result.unit) if kept.rate_rps else "no rate tried"

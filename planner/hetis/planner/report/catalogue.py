@@ -48,10 +48,10 @@ def model_table(entries: Sequence[ModelEntry]) -> Narrowing:
         entries,
         ("'name", lambda one: one.model.name),
         ("params", lambda one: f"{digits(one.params_b)}B"),
-        ("active", lambda one: f"{digits(one.active_params_b)}B" if one.model.moe is not None else ""),
+        ("active", lambda one: f"{digits(one.active_params_b)}B" if one.model.experts is not None else ""),
         ("layers", lambda one: str(one.model.num_layers)),
         ("q/kv", lambda one: f"{one.model.q_heads}/{one.model.kv_heads}"),
-        ("'att.", lambda one: one.model.attention.value + (" MoE" if one.model.moe is not None else "")),
+        ("'att.", lambda one: one.model.attention.name + (" MoE" if one.model.experts is not None else "")),
         ("context", lambda one: tokens(one.model.max_position)),
         least=("q/kv", "layers", "active"),
     )

@@ -19,9 +19,9 @@ from hetis.planner.report.tables import Narrowing, as_group, bullets, facts, gri
 from hetis.planner.use_cases.compare import Compared, Figures, best_of, figures_of, kept_of, why_outside
 from hetis.planner.use_cases.grouping import gpu_counts, used_counts
 from hetis.planner.use_cases.json_values import document, fields_of, json_value
-from hetis.planner.use_cases.service_level import DEFAULT, service_level_of
+from hetis.planner.use_cases.record.parts import Requested, Verified
+from hetis.planner.use_cases.service_level import DEFAULT
 from hetis.planner.use_cases.sources import Inputs
-from hetis.planner.use_cases.verification import verification_of
 from hetis.planner.use_cases.what_if import BuyNext, FleetChange, ListedOffer, Side, WhatIf
 from hetis.solver.advice import ChangeVerdict, Difference, NodeShape
 from hetis.solver.cluster import Link
@@ -39,18 +39,18 @@ _WIDEST_GAP = 9.99  # larger gaps are shown as above it
 
 def simulated_means(plans: Iterable[Plan]) -> str:
     """Return what the column of kept rates means, with the service levels of plans that are not held to the default."""
-    levels = {str(level): None for level in map(service_level_of, plans) if level != DEFAULT}
-    held_to = f", {'; or '.join(levels)}" if levels else ""
+    levels = {str(level): None for level in (Requested.of(plan).service_level for plan in plans) if level != DEFAULT}
+    for_level = f", {'; or '.join(levels)}" if levels else ""
     return (
-        f"kept: the highest rate tried, up to the plan's, at which simulated traffic kept the limits{held_to}; `place` "
-        "puts this rate first. All other values are from the model."
+        f"kept: the highest rate tried, up to the plan's, at which simulated traffic kept the limits{for_level}; "
+        "`place` puts this rate first. All other values are from the model."
     )
 
 
 @as_group
 def render_comparison(compared: Sequence[Compared], inputs: Inputs, objective: Objective) -> Iterator[RenderableType]:
     yield problem_title(inputs)
-    yield goal_line(inputs.held_to(objective))
+    yield goal_line(inputs.applicable_limits(objective))
     if words := engine_words(compared):
         yield Text(words, style="dim")
     yield Text()
@@ -58,7 +58,7 @@ def render_comparison(compared: Sequence[Compared], inputs: Inputs, objective: O
     plans = [outcome.plan for outcome in compared if outcome.plan is not None]
     if _are_simulated(compared):
         yield Text(f"\n{simulated_means(plans)} Red: less than the plan's; none: no rate tried.", style="dim")
-    elif plans and not any(map(verification_of, plans)):
+    elif plans and not any(Verified.of(plan).verification for plan in plans):
         yield Text(f"\n{model_words(objective)}", style="dim")
     published = dict.fromkeys(o.strategy for o in compared if STRATEGIES[o.strategy].is_published)
     if published:
@@ -101,7 +101,7 @@ def _entry(outcome: Compared, inputs: Inputs) -> dict[str, Any]:
         **fields_of(outcome, "strategy", "engine", "status"),
         "result": plan and plan.result,
         "figures": plan and figures_of(plan, inputs),
-        "simulated": plan and verification_of(plan),
+        "simulated": plan and Verified.of(plan).verification,
         **fields_of(outcome, "solve_s", "reasons"),
         "plan": plan and to_data(plan),
     }
@@ -218,7 +218,7 @@ _NOTE = (
 @as_group
 def render_what_if(found: WhatIf) -> Iterator[RenderableType]:
     yield problem_title(found.before.loaded.inputs)
-    yield goal_line(found.before.loaded.inputs.held_to(found.objective))
+    yield goal_line(found.before.loaded.inputs.applicable_limits(found.objective))
     yield facts(change_lines(found.change, found.before))
     yield Text()
     yield _sides(found)
@@ -382,7 +382,7 @@ def render_buy_next(found: BuyNext) -> Iterator[RenderableType]:
     """Return the market as a table, the best purchase per dollar first."""
     result, unit = found.before.outcome.plan, found.objective.unit
     yield problem_title(found.before.loaded.inputs)
-    yield goal_line(found.before.loaded.inputs.held_to(found.objective))
+    yield goal_line(found.before.loaded.inputs.applicable_limits(found.objective))
     now = "no plan" if result is None else f"{with_unit(result.result.value, unit)} by the model"
     now += "" if result is None else f", gap {percent(result.result.gap)}"
     added = f"{plural(found.count, 'GPU')} of one type, {shape_words(found.shape, found.before)}"

@@ -19,7 +19,7 @@ from hetis.planner.report.plan import headline, price_table
 from hetis.planner.report.replica import device_table
 from hetis.planner.report.tables import Narrowing, Unbroken, as_group, bullets, grid, narrowing, section
 from hetis.planner.use_cases.grouping import ReplicaGroup, abbreviate, group_replicas
-from hetis.planner.use_cases.queueing import Queueing
+from hetis.planner.use_cases.verification.queueing import Queueing
 from hetis.solver.plan import Explanation, IdleGpus, MemoryBar, Plan, ReplicaPlan, Role, StageTime, parallel_sizes
 
 MAX_SHAPES = 6

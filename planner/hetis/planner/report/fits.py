@@ -8,7 +8,7 @@ from rich.console import RenderableType
 from rich.text import Text
 
 from hetis.engines.memory import GIB
-from hetis.formats.dtypes import precision_of
+from hetis.formats.models.dtypes import precision_of
 from hetis.planner.report.figures import plural, tokens
 from hetis.planner.report.tables import Column, as_group, bullets, facts, section, table, table_of
 from hetis.planner.use_cases.fits import EngineChoice, Fit, version_of

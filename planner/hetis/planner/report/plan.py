@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from typing import NamedTuple
 
@@ -14,8 +14,8 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from hetis.formats.dtypes import precision_of
 from hetis.formats.errors import DocumentError
+from hetis.formats.models.dtypes import precision_of
 from hetis.planner.report.figures import (
     bar,
     digits,
@@ -50,23 +50,21 @@ from hetis.planner.report.tables import (
     table_of,
 )
 from hetis.planner.use_cases.compare import Figures, KeptPromise, cost_rate, figures_of, kept_of
-from hetis.planner.use_cases.engine_values import NOT_COMPILED, EngineValue, engine_values_of
-from hetis.planner.use_cases.equal_stages import EQUAL_STAGES, SIMPLE_SETUPS, kept_by_equal_stages
 from hetis.planner.use_cases.grouping import ReplicaGroup, group_replicas, number_ranges
-from hetis.planner.use_cases.place import MODEL_VALUE, OUT_OF_TIME, stopped_simulation_of
-from hetis.planner.use_cases.robustness.profile_errors import Predicted, predicted_of
-from hetis.planner.use_cases.service_level import DEFAULT, Latency, limits_of, service_level_of
-from hetis.planner.use_cases.sources import (
-    CONSTRAINTS,
-    ENGINE_SETTINGS,
-    Inputs,
-    engine_settings_of_plan,
-    inputs_from_documents,
+from hetis.planner.use_cases.record.forms import NOT_COMPILED, EngineValue, Predicted
+from hetis.planner.use_cases.record.parts import (
+    EqualStages,
+    Losses,
+    MadeFrom,
+    OtherEngines,
+    ProfileErrors,
+    Requested,
+    Verified,
 )
-from hetis.planner.use_cases.surviving import losses_of
-from hetis.planner.use_cases.tightening import EQUAL_STAGES_CHOSEN, is_other_than_best
-from hetis.planner.use_cases.verification import attained, misses, verification_of
-from hetis.planner.use_cases.verify import MISSES_AT
+from hetis.planner.use_cases.service_level import DEFAULT, Latency, limits_of
+from hetis.planner.use_cases.sources import Inputs, inputs_from_documents
+from hetis.planner.use_cases.verification.choosing import OUT_OF_TIME, stopped_simulation_of
+from hetis.planner.use_cases.verification.outcome import MISSES_AT, attained, misses
 from hetis.solver.constraints import Constraint, described
 from hetis.solver.errors import InvalidProblemError
 from hetis.solver.placement.families import STRATEGIES
@@ -113,16 +111,14 @@ def searched(plan: Plan) -> Iterator[str]:
     if known is None:  # of another version
         yield plan.family
         return
-    roles = plan.inputs.get("roles")
-    is_part = bool(roles) and isinstance(roles, list) and bool(set(known.restrict(Family()).roles).difference(roles))
-    only = f"; only {', '.join(map(str, roles or ()))} replicas" if is_part else ""
+    requested = Requested.of(plan)
+    is_part = bool(requested.roles) and bool(set(known.restrict(Family()).roles).difference(requested.roles))
+    only = f"; only {', '.join(requested.roles)} replicas" if is_part else ""
     yield f"Strategy {plan.strategy}: {known.summary}{only}."
-    engine = plan.inputs.get("engine")
-    if isinstance(engine, Mapping) and {"name", "max_stages"} <= engine.keys():
-        yield f"Of these, what {engine['name']} runs: replicas of up to {engine['max_stages']} stages in one zone."
-    constraints = plan.inputs.get(CONSTRAINTS)
-    if isinstance(constraints, list) and constraints:  # the family ends with them, in words
-        yield f"Constraints: {'; '.join(plan.family.split('; ')[-len(constraints) :])}."
+    if (engine := requested.engine) is not None:
+        yield f"Of these, what {engine.name} runs: replicas of up to {engine.max_stages} stages in one zone."
+    if requested.constraints:  # the family ends with them, in words
+        yield f"Constraints: {'; '.join(plan.family.split('; ')[-len(requested.constraints) :])}."
     if EXPLICIT_LINKS in plan.family:
         yield f"All are {EXPLICIT_LINKS}."
     if LINKS_TO_ANY in plan.family:
@@ -157,14 +153,13 @@ def price_table(plan: Plan) -> Narrowing:
 
 
 def _title(plan: Plan) -> Text:
-    documents = plan.inputs.get("documents", {})
-    names = [str(documents[kind].get("name", kind)) for kind in ("model", "cluster", "workload") if kind in documents]
-    if len(names) != 3:
+    documents = [MadeFrom.of(plan).document(kind) for kind in ("model", "cluster", "workload")]
+    if not all(documents):
         return Text(f"Plan by strategy {plan.strategy}", style="bold")
-    model, cluster, workload = names
+    model, cluster, workload = (str(one.get("name", "unnamed")) for one in documents)
     gpus = sum(price.available for price in plan.prices)
     title = _named_problem(model, f"{cluster} ({plural(gpus, 'GPU')})" if gpus else cluster, workload)
-    hits = documents["workload"].get("prefix_hit_rate", 0.0)
+    hits = documents[2].get("prefix_hit_rate", 0.0)
     return title.append(f" with {percent(hits)} prefix cache hits") if hits else title
 
 
@@ -224,11 +219,11 @@ def _facts(plan: Plan) -> Iterator[tuple[str, RenderableType]]:
         yield "Range", _range(expected, plan)
     alone = " with the whole fleet to itself" if plan.other_tenants() else ""
     yield "Bound", f"{with_unit(result.bound, result.unit)}{alone}  gap {percent(result.gap)}"
-    engine = plan.inputs.get("engine")
-    runs_on = f" for {engine['name']}" if isinstance(engine, Mapping) and "name" in engine else ""
+    requested = Requested.of(plan)
+    runs_on = f" for {requested.engine.name}" if requested.engine is not None else ""
     yield "Solved", f"{result.status} in {seconds(result.solve_s)}, strategy {plan.strategy}{runs_on}"
-    if ENGINE_SETTINGS in plan.inputs:
-        yield "Settings", f"engines started with {engine_settings_of_plan(plan).describe()}"
+    if requested.engine_settings:
+        yield "Settings", f"engines started with {requested.engine_settings.describe()}"
 
 
 def less_than_planned(plan: Plan) -> KeptPromise | None:
@@ -249,13 +244,13 @@ def is_below_model(plan: Plan) -> bool:
     It then serves less at the same limits, or was chosen instead of the best one. Setups that were not simulated may
     have to promise less, too, so their values are shown as the model's.
     """
-    return less_than_planned(plan) is not None or is_other_than_best(plan)
+    return less_than_planned(plan) is not None or Verified.of(plan).is_other_than_best
 
 
 def value_by_model(plan: Plan) -> float:
     """Return the value of the best plan by the model: the plan's own, unless simulation preferred another one."""
-    found = plan.inputs.get(MODEL_VALUE)
-    return float(found) if isinstance(found, int | float) else plan.result.value
+    found = Verified.of(plan).model_value
+    return plan.result.value if found is None else found
 
 
 def promised_value(plan: Plan) -> float:
@@ -316,8 +311,8 @@ def demand_words(plan: Plan, demand_rps: float) -> Text:
 
 def _cost(plan: Plan) -> str | None:
     """Return the cost of the used GPUs, per hour and per token, or None if the plan does not contain its inputs."""
-    documents = plan.inputs.get("documents")
-    if not plan.replicas or not isinstance(documents, Mapping):
+    documents = MadeFrom.of(plan).documents
+    if not plan.replicas or not documents:
         return None
     try:
         inputs = inputs_from_documents(documents, "plan")
@@ -342,7 +337,7 @@ def losses(plan: Plan) -> str:
         f"after losing any one {kind}: at least {percent_at_least(loss.share)} still served (worst: {loss.name})"
         if loss.rate
         else f"after losing any one {kind}: nothing still served (worst: {loss.name})"
-        for kind, loss in losses_of(plan).items()
+        for kind, loss in Losses.of(plan).by_place.items()
     )
 
 
@@ -362,11 +357,10 @@ class BesideEqualStages(NamedTuple):
 
 def beside_by_rates(plan: Plan) -> BesideEqualStages:
     """Return the values of a plan and of equal stages: both as simulated, if that is known, or else by the model."""
-    if (kept_rps := kept_by_equal_stages(plan)) is not None:
+    if (kept_rps := Verified.of(plan).equal_stages_kept_rps) is not None:
         return BesideEqualStages(promised_value(plan), kept_rps, are_simulated=True)
-    alone = plan.inputs.get(EQUAL_STAGES)
-    theirs = float(alone) if isinstance(alone, int | float) else None
-    return BesideEqualStages(value_by_model(plan), theirs, are_simulated=False)
+    best = EqualStages.of(plan).best
+    return BesideEqualStages(value_by_model(plan), None if best is None else best.value, are_simulated=False)
 
 
 def beside_equal_stages(plan: Plan) -> str | None:
@@ -375,14 +369,16 @@ def beside_equal_stages(plan: Plan) -> str | None:
     If simulated traffic made the plan promise less than the best by the model, both are compared by the rates that they
     keep in simulation, or by the model if the simulation was stopped before that of equal stages was known.
     """
-    if EQUAL_STAGES not in plan.inputs:
+    best, simulation, unit = EqualStages.of(plan).best, Verified.of(plan), plan.result.unit
+    if best is None:
         return None
-    alone, unit = plan.inputs[EQUAL_STAGES], plan.result.unit
     equal = "replicas of equal stages"
     if excludes_unified(plan):
         equal = f"unified {equal}, which --roles excludes"
-    if not isinstance(alone, int | float) or alone <= 0:
-        return f"{equal}: none keep the limits" if alone is None else None
+    if (alone := best.value) is None:
+        return f"{equal}: none keep the limits"
+    if alone <= 0:
+        return None
     by_model, (ours, theirs, are_simulated) = with_unit(alone, unit), beside_by_rates(plan)
     if not theirs:
         return f"{equal}: none of the rates tried keeps the limits in simulation; by the model {by_model}"
@@ -391,9 +387,9 @@ def beside_equal_stages(plan: Plan) -> str | None:
         return f"{with_unit(theirs, unit)} within the limits in simulation, by {equal}; this plan {beside}"
     if not is_below_model(plan):
         return f"{by_model} by {equal}; this plan {beside}"
-    this = "the best plan" if is_other_than_best(plan) else "this plan"
+    this = "the best plan" if simulation.is_other_than_best else "this plan"
     simulated = "not simulated"
-    if plan.inputs.get(EQUAL_STAGES_CHOSEN) is False:
+    if simulation.equal_stages_chosen is False:
         simulated = "in simulation they keep less than this plan"
     elif plan.objective.maximises and promised_value(plan) < alone and not excludes_unified(plan):
         simulated += ", may keep more than this plan: --strategy uniform"
@@ -402,8 +398,8 @@ def beside_equal_stages(plan: Plan) -> str | None:
 
 def excludes_unified(plan: Plan) -> bool:
     """Return whether equal stages, whose replicas are always unified, are no plans of the family that was searched."""
-    roles = plan.inputs.get("roles")
-    return isinstance(roles, list) and bool(roles) and Role.UNIFIED.value not in roles
+    roles = Requested.of(plan).roles
+    return bool(roles) and Role.UNIFIED not in roles
 
 
 def by_unified(plan: Plan) -> str:
@@ -417,7 +413,7 @@ def beside_engines(plan: Plan, *, hints: bool = True) -> list[str]:
     Without ``hints``, engines are omitted if nothing is known but how to find out more.
     """
     said = dict[str, list[str]]()
-    for other in engine_values_of(plan):
+    for other in OtherEngines.of(plan).values:
         if not hints and other.why_not == NOT_COMPILED and not other.equal_stages:
             continue
         said.setdefault(_engine_words(other, plan), []).append(other.engine)
@@ -453,12 +449,11 @@ def _engine_words(other: EngineValue, plan: Plan) -> str:
 
 def simple_setups(plan: Plan) -> list[str]:
     """Return the setups that users try first, equal stages with one TP size everywhere, and their relative values."""
-    found = plan.inputs.get(SIMPLE_SETUPS)
     by_model = " by the model" if is_below_model(plan) else ""
     lines = []
-    for tp, value in found.items() if isinstance(found, Mapping) else ():
+    for tp, value in EqualStages.of(plan).by_size.items():
         name = "one GPU per stage" if tp == "1" else f"TP{tp} in every replica"
-        if isinstance(value, int | float) and value > 0:
+        if value is not None and value > 0:
             lines.append(
                 f"{name}: {with_unit(value, plan.result.unit)}, {_beside(value, value_by_model(plan))}{by_model}"
             )
@@ -474,14 +469,8 @@ def _beside(value: float, other: float) -> str:
 
 
 def range_of(plan: Plan) -> Predicted | None:
-    """Return the ranges that the errors of the profiles leave.
-
-    None if the plan has none, or if they are in another version's form.
-    """
-    try:
-        return predicted_of(plan)
-    except TypeError:  # in another version's form, with values that are not lists
-        return None
+    """Return the ranges that the errors of the profiles leave, or None if the plan has none."""
+    return ProfileErrors.of(plan).errors.predicted
 
 
 def _range(expected: Predicted, plan: Plan) -> Text:
@@ -491,7 +480,7 @@ def _range(expected: Predicted, plan: Plan) -> Text:
     latencies = (
         f"{name} {seconds(span.low)} to {seconds(span.high)}"
         for name, span in (("TTFT", expected.ttft_s), ("TPOT", expected.tpot_s))
-        if name == "TTFT" or _has_tpot(plan)
+        if name == "TTFT" or MadeFrom.of(plan).has_tpot()
     )
     return Text(f"{rate} {unit}, {', '.join(latencies)} by the profiles' errors")
 
@@ -500,7 +489,7 @@ def verdict(plan: Plan) -> str:
     """Return what is proven of a plan; the bound of a tenant's plan is that of the whole fleet to itself."""
     result = plan.result
     # Other statistics or a share are only simulated, and another plan may keep them at a higher rate.
-    of = "" if service_level_of(plan) == DEFAULT else f" for {DEFAULT.ttft} TTFT and {DEFAULT.tpot} TPOT"
+    of = "" if Requested.of(plan).service_level == DEFAULT else f" for {DEFAULT.ttft} TTFT and {DEFAULT.tpot} TPOT"
     if result.status is Status.OPTIMAL:
         return f"proven optimal{of}: no plan of the family is better"
     better = result.objective.goal.better
@@ -538,24 +527,18 @@ def limits(plan: Plan) -> Iterator[Reached]:
     if plan.replicas:
         ttfts = [one.ttft_s for one in plan.replicas if one.role is not Role.DECODE]
         yield _reached(Latency.TTFT, ttfts, plan.objective.ttft_limit_s, plan)
-        if _has_tpot(plan):
+        if MadeFrom.of(plan).has_tpot():
             tpots = [one.tpot_s for one in plan.replicas if one.role is not Role.PREFILL]
             yield _reached(Latency.TPOT, tpots, plan.objective.tpot_limit_s, plan)
 
 
 def _reached(latency: Latency, values_s: Sequence[float], limit_s: float | None, plan: Plan) -> Reached:
-    value_s, level, planned = max(values_s, default=0.0), service_level_of(plan), DEFAULT.statistic(latency)
+    value_s, level, planned = max(values_s, default=0.0), Requested.of(plan).service_level, DEFAULT.statistic(latency)
     limit_of = "" if level.statistic(latency) is planned else str(level.statistic(latency))
     if level.attainment is not None:
         limit_of = f"{100 * level.attainment:g}% of the requests"
     is_slowest = any(one < NEARLY * value_s for one in values_s)
     return Reached(f"{latency} {planned}", value_s, limit_s, is_slowest, limit_of)
-
-
-def _has_tpot(plan: Plan) -> bool:
-    """Return whether any request has a second output token; otherwise there is no time between tokens."""
-    lengths = plan.inputs.get("documents", {}).get("workload", {}).get("histogram", ())
-    return not lengths or any(one["output_tokens"] > 1.0 for one in lengths)
 
 
 def _limit(reached: Reached) -> Text:
@@ -571,7 +554,7 @@ def _limit(reached: Reached) -> Text:
 
 def simulated_words(plan: Plan) -> Text | None:
     """Return the simulated outcome for the limits, shown after the model's values; None: no simulation was wanted."""
-    found = verification_of(plan)
+    found = Verified.of(plan).verification
     if found is None:
         stopped = stopped_simulation_of(plan)
         if stopped is None:
@@ -582,10 +565,10 @@ def simulated_words(plan: Plan) -> Text | None:
             return Text.assemble(("MISSED", "bold red"), words)
         words = f"not decided{in_time}" if in_time else "no: stopped before that"
         return Text(f"{words}; all values are the model's", "yellow")
-    level = service_level_of(plan)
+    level = Requested.of(plan).service_level
     remarks = SimulationRemarks.of(found)
     if found.kept:
-        shown = [one for one in Latency if one is Latency.TTFT or _has_tpot(plan)]
+        shown = [one for one in Latency if one is Latency.TTFT or MadeFrom.of(plan).has_tpot()]
         limits_s = {} if level.attainment is not None else limits_of(plan.objective)
 
         def words_of(latency: Latency) -> str:
@@ -646,7 +629,7 @@ def _held_by_others(plan: Plan) -> list[int]:
         from hetis.solver.placement.explanation import held_by_class
 
         with suppress(DocumentError, InvalidProblemError):
-            return held_by_class(plan, inputs_from_documents(plan.inputs.get("documents"), "plan").cluster)
+            return held_by_class(plan, inputs_from_documents(MadeFrom.of(plan).documents, "plan").cluster)
     return [0] * len(plan.prices)
 
 

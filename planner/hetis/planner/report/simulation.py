@@ -15,10 +15,11 @@ from hetis.planner.report.simulation_pictures import model_and_cluster
 from hetis.planner.report.tables import as_group, facts, section, table
 from hetis.planner.use_cases.grouping import grouped_use
 from hetis.planner.use_cases.json_values import document, fields_of, json_value
+from hetis.planner.use_cases.record.forms import engine_settings_data
+from hetis.planner.use_cases.record.parts import MadeFrom
 from hetis.planner.use_cases.service_level import ServiceLevel, limits_of, share_within
-from hetis.planner.use_cases.simulate import AGREES, Simulated
-from hetis.planner.use_cases.sources import engine_settings_data
-from hetis.planner.use_cases.verdicts import LevelVerdict, LimitVerdict, simulated_latencies
+from hetis.planner.use_cases.simulation.judging import LevelVerdict, LimitVerdict, simulated_latencies
+from hetis.planner.use_cases.simulation.simulate import AGREES, Simulated
 from hetis.simulator.arrivals import Arrivals
 from hetis.simulator.metrics import Distribution
 from hetis.simulator.running import Point, RateSweep
@@ -344,9 +345,9 @@ def _comparison(simulated: Simulated, plan: Plan) -> RenderableType:
         note += "The expected TPOT is that of the saturated fleet, the expected TTFT that at the planned utilisation."
     else:
         note += "The expected TTFT is that at the planned utilisation."
-    planned_for, lengths = plan.inputs.get("documents", {}).get("workload", {}), simulated.question.load.lengths
-    if (name := planned_for.get("name")) is not None:
-        made_for = _traffic(name, planned_for.get("prefix_hit_rate") or 0.0)
+    planned_for, lengths = MadeFrom.of(plan).document("workload"), simulated.question.load.lengths
+    if "name" in planned_for:
+        made_for = _traffic(str(planned_for["name"]), planned_for.get("prefix_hit_rate") or 0.0)
         if made_for != (simulated_for := _traffic(lengths.name, lengths.prefix_hit_rate)):
             note += f" They are those for {made_for}, for which the plan was made, not for {simulated_for}."
     if simulated.question.engine_settings:

@@ -9,9 +9,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from hetis.planner.use_cases.grouping import device_groups
+from hetis.planner.use_cases.record.parts import MadeFrom
 from hetis.planner.use_cases.service_level import limits_of
-from hetis.planner.use_cases.simulate import Simulated
-from hetis.planner.use_cases.verdicts import LevelVerdict, simulated_latencies
+from hetis.planner.use_cases.simulation.judging import LevelVerdict, simulated_latencies
+from hetis.planner.use_cases.simulation.simulate import Simulated
 from hetis.simulator.running import RateSweep
 from hetis.simulator.steadiness import Estimate
 from hetis.simulator.values import FloatArray, Run
@@ -59,9 +60,9 @@ def picture(simulated: Simulated, plan: Plan, *, form: str) -> str | bytes:
 
 def model_and_cluster(plan: Plan) -> tuple[str, str]:
     """Return the names of a plan's model and cluster, or what they are if the plan does not contain them."""
-    documents = plan.inputs.get("documents", {})
-    return str(documents.get("model", {}).get("name", "model")), str(
-        documents.get("cluster", {}).get("name", "cluster")
+    made_from = MadeFrom.of(plan)
+    return str(made_from.document("model").get("name", "model")), str(
+        made_from.document("cluster").get("name", "cluster")
     )
 
 

@@ -15,7 +15,7 @@ from rich.text import Text
 from hetis.planner.report.figures import digits, percent
 
 if TYPE_CHECKING:
-    from hetis.planner.use_cases.verification import Verification
+    from hetis.planner.use_cases.record.forms import Verification
 
 P = ParamSpec("P")
 T = TypeVar("T")

@@ -410,7 +410,7 @@ class PlanCreation:
         if isinstance(answer, ImportedPlan):
             return None
         try:
-            return self._pool.reserve(present_caller().name)
+            return self._pool.reserve(present_caller().account)
         except ServiceError as error:
             return error
 

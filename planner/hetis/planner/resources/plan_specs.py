@@ -10,9 +10,9 @@ from functools import partial
 from typing import Any, Literal, TypeVar
 
 from hetis.formats import catalogue
-from hetis.formats.dtypes import KV_PRECISIONS, PRECISIONS, chosen_precision
 from hetis.formats.errors import DocumentError, did_you_mean
-from hetis.formats.model import drafts
+from hetis.formats.models.document import drafts
+from hetis.formats.models.dtypes import KV_PRECISIONS, PRECISIONS, chosen_precision
 from hetis.formats.workload import named_workload
 from hetis.planner.convert import documents, names
 from hetis.planner.convert.plans import FROM_PROTO, objective_from_proto
@@ -21,11 +21,12 @@ from hetis.planner.jobs.messages import PosedProblem
 from hetis.planner.resources.checks import Checks
 from hetis.planner.store import ClusterRecord, ProfileRecord, etag_of
 from hetis.planner.use_cases import service_level
-from hetis.planner.use_cases.place import PLACES, PlacementSettings
+from hetis.planner.use_cases.place import PlacementSettings
 from hetis.planner.use_cases.precision import gpu_types_of, in_precision
+from hetis.planner.use_cases.record.forms import PLACES
+from hetis.planner.use_cases.request import LIMITS
 from hetis.planner.use_cases.service_level import ServiceLevel, Statistic
 from hetis.planner.use_cases.sources import (
-    LIMITS,
     Inputs,
     LoadedInputs,
     engine_rules,
@@ -322,7 +323,7 @@ class _SpecReader:
             ("attainment", ttft, tpot, spec.attainment or None),
         ):
             try:
-                level = service_level.asked_level(
+                level = service_level.requested_level(
                     ttft=own_ttft, tpot=own_tpot, attainment=attainment, objective=objective, verify=verify
                 )
             except InvalidProblemError as error:

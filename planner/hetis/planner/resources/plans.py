@@ -30,8 +30,8 @@ from hetis.planner.resources.plan_documents import (
 from hetis.planner.resources.withdrawal import how_to_withdraw, is_withdrawable, withdraw
 from hetis.planner.store import ClusterRecord, PlanRecord, Reader, Store, Transaction
 from hetis.planner.threads import run_in_thread_gc_paused
-from hetis.planner.use_cases.service_level import SERVICE_LEVEL
-from hetis.planner.use_cases.sources import CONSTRAINTS, ENGINE_SETTINGS, PlanAndProblem, constraint_options
+from hetis.planner.use_cases.record.parts import MadeFrom, Requested
+from hetis.planner.use_cases.sources import PlanAndProblem
 from hetis.planner.watching import LeftBehindError
 from hetis.solver.plan import Plan, ReplicaPlan
 from hetis.v1 import plan_pb2, view_pb2
@@ -213,7 +213,9 @@ def _require_deletable(reader: Reader, request: pb2.DeletePlanRequest) -> PlanRe
 
 MOST_BYTES = (4 << 20) - (16 << 10)  # in an answer
 _Kind = pb2.ReplicaDifferenceKind
-_SETTINGS = ("roles", "engine", ENGINE_SETTINGS, SERVICE_LEVEL, "seed", "threads", "gap_target", "time_limit_s")
+_SETTINGS = (
+    "roles", "engine", "engine_settings", "service_level", "seed", "threads", "gap_target", "time_limit_s"
+)  # fmt: skip
 _LIMITS = ("role", "micro_batch", "in_flight", "chunk_tokens", "kv_tokens")
 
 
@@ -314,18 +316,19 @@ def _changed_inputs(one: Plan, other: Plan) -> Iterator[str]:
         yield "strategy"
     limits, other_limits = asdict(one.objective), asdict(other.objective)
     yield from (f"objective.{name}" for name in limits if limits[name] != other_limits[name])
-    if constraint_options(one) != constraint_options(other):
-        yield CONSTRAINTS
-    yield from (name for name in _SETTINGS if one.inputs.get(name) != other.inputs.get(name))
-    digests, other_digests = _digests(one.inputs), _digests(other.inputs)
+    if Requested.of(one).constraints != Requested.of(other).constraints:
+        yield "constraints"
+    requested, other_requested = Requested.of(one), Requested.of(other)
+    yield from (name for name in _SETTINGS if getattr(requested, name) != getattr(other_requested, name))
+    digests, other_digests = (_digests(MadeFrom.of(each).digests) for each in (one, other))
     for path in digests.keys() | other_digests.keys():
         if digests.get(path) != other_digests.get(path):
             yield f"documents.{path}"
 
 
-def _digests(inputs: Mapping[str, Any]) -> dict[str, str]:
+def _digests(digests: Mapping[str, Any]) -> dict[str, str]:
     found: dict[str, str] = {}
-    for name, value in dict(inputs.get("digests") or {}).items():
+    for name, value in digests.items():
         if isinstance(value, dict):
             found |= {f"{name}.{inner}": str(digest) for inner, digest in value.items()}
         else:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 from hetis.planner.callers import CallerRole, Identity
 from hetis.planner.failures import Reason, ServiceError
 
@@ -79,17 +77,22 @@ def needs_leader(method: str, *, reads_too: bool) -> bool:
     return reads_too or (CallerRole.VIEWER not in NEEDED.get(method, ()) and method != CONNECT)
 
 
-def require_role(identity: Identity, method: str, resource: Callable[[], str] = str) -> None:
+def has_role(identity: Identity, method: str) -> bool:
+    """Return whether the caller has one of the roles that the method requires."""
+    return not identity.roles.isdisjoint(NEEDED.get(method, ()))
+
+
+def require_role(identity: Identity, method: str, resource: str = "") -> None:
     """Check that the caller has a role that the method requires. Raises ROLE if not.
 
-    ``resource`` returns the name of the resource in the request, or "" if it has none; it is called only for the error.
+    ``resource`` is the name of the resource in the request, or "" if it has none.
     """
-    needed = NEEDED.get(method, ())
-    if not identity.roles.isdisjoint(needed):
+    if has_role(identity, method):
         return
+    needed = NEEDED.get(method, ())
     has = identity.role or "no role"
     wants = " or ".join(needed) or "a role that does not exist"
     message = f"{method} needs role {wants}; {identity.name} has {has}"
-    if name := resource():
-        message += f"; the request is for {name}"
+    if resource:
+        message += f"; the request is for {resource}"
     raise ServiceError(Reason.ERROR_REASON_ROLE, message, metadata={"role": has, "needed": wants})

@@ -158,14 +158,13 @@ class Term:
 
 
 def pool_settings(config: PlannerConfig) -> PoolSettings:
-    """Return the pool's settings. If callers are identified, capacity is reserved for others than the busiest one."""
+    """Return the pool's settings, which reserve capacity for others than the busiest caller."""
     solver = config.solver
-    shared = config.asks_for_credentials
     return PoolSettings(
         num_processes=solver.processes,
         queue_size=solver.queue,
-        running_per_caller=solver.running_per_caller or (max(1, solver.processes - 1) if shared else None),
-        queued_per_caller=solver.queued_per_caller or (max(1, solver.queue // 4) if shared else None),
+        running_per_caller=solver.running_per_caller or max(1, solver.processes - 1),
+        queued_per_caller=solver.queued_per_caller or max(1, solver.queue // 4),
     )
 
 

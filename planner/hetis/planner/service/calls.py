@@ -7,6 +7,7 @@ import logging
 import secrets
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
+from functools import partial
 from typing import Any
 
 import grpc
@@ -16,14 +17,15 @@ from hetis.commands.endpoints import STREAM_OPEN
 from hetis.planner.callers import ANYBODY, Identity, present_caller, set_present_caller
 from hetis.planner.failures import Reason, ServiceError
 from hetis.planner.service import statuses
-from hetis.planner.service.access import is_open, require_role
+from hetis.planner.service.access import CONNECT, has_role, is_open, require_role
 from hetis.planner.service.audit_refusals import NOT_KEPT
 from hetis.planner.service.credentials import Authenticator
-from hetis.planner.service.limits import WRITES, StreamLimits, WriteRates
+from hetis.planner.service.limits import WRITES, CallLimits, WriteRates
 from hetis.planner.service.telemetry import CallRecord, Telemetry
 from hetis.planner.store import AuditedChange
 
 _log = logging.getLogger("hetis.planner.calls")
+_MESSAGE_S, _OPEN_MESSAGE_S = 30.0, 5.0  # how long a call may be without its message; the latter without credentials
 DEADLINE_SLACK_S = 0.05
 """A call cancelled this close to its deadline was ended by it, since the caller's clock may be slightly ahead."""
 Handler = Any  # grpc.RpcMethodHandler and ServicerContext, whose types in gRPC both amount to Any here
@@ -39,7 +41,7 @@ class Calls(grpc.aio.ServerInterceptor):
         self._writes = writes or WriteRates()
         self._telemetry = telemetry
         self._wrapped: dict[str, Handler] = {}
-        self._limits = StreamLimits()
+        self._limits = CallLimits()
         # The method of each stream, its context, and its caller when it began.
         self._streams: dict[asyncio.Task[None], tuple[str, Context, Identity]] = {}
         self._num_unary = 0
@@ -69,23 +71,7 @@ class Calls(grpc.aio.ServerInterceptor):
             if handler is None:
                 return None  # gRPC then answers UNIMPLEMENTED
             wrapped = self._wrapped[method] = self._wrap(method, handler)
-        if not is_open(method) and not self._authenticator.reads_certificates:
-            try:
-                self._authenticator.identify(handler_call_details.invocation_metadata or (), {})
-            except ServiceError as error:
-                return self._refusing(method, error, is_stream=wrapped.response_streaming)
         return wrapped
-
-    def _refusing(self, method: str, error: ServiceError, *, is_stream: bool) -> Handler:
-        """Return a handler that fails before a message has arrived: gRPC reads a stream of requests only on demand."""
-
-        async def answer(requests: Any, context: Context) -> None:
-            async def refuse(_requests: Any) -> None:
-                raise error
-
-            await self._watched(method, context, requests, refuse, decode=None, is_stream=is_stream)
-
-        return grpc.stream_stream_rpc_method_handler(answer)
 
     def refuse_new(self) -> None:
         """Make every call from now on fail with DRAINING, except health and reflection."""
@@ -109,7 +95,7 @@ class Calls(grpc.aio.ServerInterceptor):
         """
         for stream, (method, context, began_as) in list(self._streams.items()):
             try:
-                identity = self._authenticator.identify(context.invocation_metadata() or (), context.auth_context())
+                identity = self._identify(context)
                 require_role(identity, method)
                 if not identity.covers(began_as):
                     message = f"the credentials {identity.name} now allow less than when this stream began: reconnect"
@@ -127,52 +113,54 @@ class Calls(grpc.aio.ServerInterceptor):
             return False
         return True
 
-    def _wrap(self, method: str, handler: Handler) -> Handler:
-        if not handler.request_streaming and not handler.response_streaming:
-            return grpc.unary_unary_rpc_method_handler(
-                self._unary(method, handler.unary_unary, handler.request_deserializer),
-                response_serializer=handler.response_serializer,
-            )
-        if not handler.request_streaming:
-            return grpc.unary_stream_rpc_method_handler(
-                self._stream(method, handler.unary_stream, handler.request_deserializer),
-                response_serializer=handler.response_serializer,
-            )
-        if handler.response_streaming:
-            return grpc.stream_stream_rpc_method_handler(
-                self._stream(method, handler.stream_stream),
-                request_deserializer=lambda raw: decoded(handler.request_deserializer, raw),
-                response_serializer=handler.response_serializer,
-            )
-        raise NotImplementedError(f"{method}: client-streaming methods are not part of the contract")
+    def _identify(self, context: Context) -> Identity:
+        metadata = context.invocation_metadata() or ()
+        return self._authenticator.identify(metadata, context.auth_context(), context.peer())
 
-    def _unary(self, method: str, behaviour: Any, decode: Decode) -> Any:
-        async def answer(raw: bytes, context: Context) -> Any:
+    def _wrap(self, method: str, handler: Handler) -> Handler:
+        """Return a handler of a method of any kind.
+
+        To gRPC it has streams in both directions, of which nothing is read before it is asked for: a caller is
+        identified, and its calls are counted, before it has sent a message.
+        """
+        behaviour = handler.unary_unary or handler.unary_stream or handler.stream_stream
+        if behaviour is None:
+            raise NotImplementedError(f"{method}: client-streaming methods are not part of the contract")
+        decode: Decode = handler.request_deserializer
+
+        async def unary(context: Context, read: Callable[[], Awaitable[Any]]) -> None:
+            request = await read()
             self._num_unary += 1
             self._unary_done.clear()
             context.add_done_callback(self._unary_ended)
-            return await self._watched(
-                method, context, raw, lambda request: behaviour(request, context), decode=decode, is_stream=False
+            await context.write(await behaviour(request, context))
+
+        async def stream(context: Context, read: Callable[[], Awaitable[Any]]) -> None:
+            is_watch = not handler.request_streaming
+            await self._streamed(method, behaviour(await read(), context), context, is_watch=is_watch)
+
+        answer = stream if handler.response_streaming else unary
+
+        async def handle(requests: Any, context: Context) -> None:
+            record = self._telemetry.begin(
+                method, context.peer(), context.invocation_metadata() or (), is_stream=handler.response_streaming
             )
 
-        return answer
+            async def read() -> Any:
+                return requests if handler.request_streaming else await _first_message(context, decode, record)
+
+            await self._watched(context, record, read, answer)
+
+        raw = partial(decoded, decode) if handler.request_streaming else None
+        return grpc.stream_stream_rpc_method_handler(
+            handle, request_deserializer=raw, response_serializer=handler.response_serializer
+        )
 
     def _unary_ended(self, _context: Context) -> None:
         """Count a call as ended once its answer was sent: a shutdown would cut off an answer on its way."""
         self._num_unary -= 1
         if self._num_unary == 0:
             self._unary_done.set()
-
-    def _stream(self, method: str, behaviour: Any, decode: Decode | None = None) -> Any:
-        """Return a handler that answers with a stream; without ``decode`` its requests are a stream, too."""
-
-        async def answer(given: Any, context: Context) -> None:
-            async def stream(request: Any) -> None:
-                await self._streamed(method, behaviour(request, context), context, is_watch=decode is not None)
-
-            await self._watched(method, context, given, stream, decode=decode, is_stream=True)
-
-        return answer
 
     async def _streamed(self, method: str, responses: Any, context: Context, *, is_watch: bool) -> None:
         """Write a servicer's responses, or let it write them, in a task that a drain can end.
@@ -216,35 +204,21 @@ class Calls(grpc.aio.ServerInterceptor):
 
     async def _watched(
         self,
-        method: str,
         context: Context,
-        given: Any,
-        behaviour: Callable[[Any], Awaitable[Any]],
-        *,
-        decode: Decode | None,
-        is_stream: bool,
-    ) -> Any:
-        """Answer a call with ``behaviour``, which gets the decoded request; without ``decode``, ``given`` as it is."""
-        metadata = context.invocation_metadata() or ()
-        record = self._telemetry.begin(method, context.peer(), metadata, is_stream=is_stream)
-        code = grpc.StatusCode.UNKNOWN
-
-        def read() -> Any:
-            if decode is None:
-                return given
-            request = decoded(decode, given)
-            record.asks(request)
-            return request
-
+        record: CallRecord,
+        read: Callable[[], Awaitable[Any]],
+        answer: Callable[[Context, Callable[[], Awaitable[Any]]], Awaitable[None]],
+    ) -> None:
+        """Let ``answer`` answer a call, with what ``read`` returns, and turn errors into statuses."""
+        method, code = record.method, grpc.StatusCode.UNKNOWN
         try:
-            self._admit(context, metadata, record, read)
-            if is_stream:
-                with self._limits.opened(method, caller=record.caller, peer=context.peer()):
-                    answer = await behaviour(read())
-            else:
-                answer = await behaviour(read())
+            caller = ANYBODY if is_open(method) else self._identify(context)
+            with self._limits.opened(method, caller, peer=context.peer(), is_stream=record.is_stream):
+                if not is_open(method):
+                    await self._admit(context, caller, record, read)
+                set_present_caller(caller)
+                await answer(context, read)
             code = _code_set(context) or grpc.StatusCode.OK
-            return answer
         except grpc.aio.AbortError:  # from gRPC's own servicers, such as health
             code = _code_set(context) or code
             raise
@@ -265,36 +239,47 @@ class Calls(grpc.aio.ServerInterceptor):
         finally:
             record.end(code, self._telemetry.metrics)
 
-    def _admit(self, context: Context, metadata: Any, record: CallRecord, read: Callable[[], Any]) -> None:
-        """Check the caller, and set it as the present caller of this task. Only a refused role has its request read.
+    async def _admit(
+        self, context: Context, identity: Identity, record: CallRecord, read: Callable[[], Awaitable[Any]]
+    ) -> None:
+        """Check what the caller may do. Only a refused role has its request read.
 
         Raises:
-            ServiceError: CREDENTIALS, QUOTA_EXCEEDED, ROLE, DRAINING, NOT_LEADER, DEADLINE_REQUIRED or
-                DEADLINE_TOO_LONG, checked in this order. Of changes NOT_LEADER is checked before ROLE: only a leader
-                can write a refusal into the audit log.
+            ServiceError: QUOTA_EXCEEDED, ROLE, DRAINING, NOT_LEADER, DEADLINE_REQUIRED or DEADLINE_TOO_LONG, checked
+                in this order. Of changes NOT_LEADER is checked before ROLE: only a leader can write a refusal into the
+                audit log.
         """
         method = record.method
-        if is_open(method):
-            set_present_caller(ANYBODY)
-            return
-        identity = self._authenticator.identify(metadata, context.auth_context())
         record.comes_from(identity)
-        self._writes.take(method, identity.name)
+        self._writes.take(method, identity)
         if method in WRITES:
             self._require_leader(method)
-
-        def resource() -> str:
+        if not has_role(identity, method):
             with suppress(ServiceError):  # no message: the role is what the caller has to mend first
-                read()
-            return record.resource
-
-        require_role(identity, method, resource)
+                if method != CONNECT:
+                    await read()
+            require_role(identity, method, record.resource)
         if self.is_draining:
             raise statuses.draining()
         self._require_leader(method)
         if not record.is_stream:
             require_deadline(method, context.time_remaining())
-        set_present_caller(identity)
+
+
+async def _first_message(context: Context, decode: Decode, record: CallRecord) -> Message:
+    """Return the only message of a call. Raises INVALID_FIELD if none comes in time, or another kind of message."""
+    limit_s = _OPEN_MESSAGE_S if is_open(record.method) else _MESSAGE_S
+    try:
+        async with asyncio.timeout(limit_s):
+            raw = await context.read()
+    except TimeoutError:
+        message = f"no message was received within {limit_s:g} s"
+        raise ServiceError(Reason.ERROR_REASON_INVALID_FIELD, message) from None
+    if not isinstance(raw, bytes):
+        raise ServiceError(Reason.ERROR_REASON_INVALID_FIELD, "the call has no message")
+    request = decoded(decode, raw)
+    record.asks(request)
+    return request
 
 
 def decoded(decode: Decode, raw: bytes) -> Message:

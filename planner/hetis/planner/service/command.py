@@ -15,7 +15,7 @@ from hetis.planner.service.exit_codes import ServiceExitCode
 _HELP = (
     "Serve the planning service: plans, clusters, dispatch, and the agents of GPU nodes.\n\n"
     "Settings come from flags, HETIS_* variables (HETIS_TLS__CERTIFICATE sets tls.certificate) and the --config file,"
-    " in this order of precedence; all have defaults. docs/planner.md lists them."
+    " in this order of precedence; all have defaults. docs/operations.md lists them."
 )
 _EXAMPLES = """Examples:
 

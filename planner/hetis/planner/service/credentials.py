@@ -10,7 +10,7 @@ import re
 import secrets
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import lru_cache
 from io import FileIO
@@ -230,12 +230,10 @@ _PERSON = re.compile(r"(viewer|orchestrator|admin)/([A-Za-z0-9][A-Za-z0-9._-]{0,
 
 
 class NoCredentials:
-    """Grants everything to every caller; for loopback only."""
+    """Grants everything to every caller, and tells callers apart by their connections; for loopback only."""
 
-    reads_certificates = False
-
-    def identify(self, metadata: Metadata, connection: AuthContext) -> Identity:
-        return ANYBODY
+    def identify(self, metadata: Metadata, connection: AuthContext, peer: str) -> Identity:
+        return replace(ANYBODY, connection=peer)
 
 
 class Credentials:
@@ -252,11 +250,10 @@ class Credentials:
     ) -> None:
         self._tokens = tokens
         self._trust_domain = trust_domain
-        self.reads_certificates = trust_domain is not None
         self._clock = clock
 
-    def identify(self, metadata: Metadata, connection: AuthContext) -> Identity:
-        """Return the caller's identity. Raises CREDENTIALS."""
+    def identify(self, metadata: Metadata, connection: AuthContext, peer: str) -> Identity:
+        """Return the caller's identity, whatever its address. Raises CREDENTIALS."""
         given = [value for key, value in metadata if key == "authorization"]
         if len(given) > 1:
             raise refused("the call has more than one `authorization` in its metadata")

@@ -14,32 +14,49 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 from hetis.formats.descriptors import raise_descriptor_limit
-from hetis.planner.callers import CallerRole
+from hetis.planner.callers import CallerRole, Identity
 from hetis.planner.failures import Reason, ServiceError, quota_exceeded
 from hetis.planner.service.access import CONNECT, NEEDED, STANDBY_READS, is_open
 from hetis.planner.service.settings import is_socket_path, split_address
 
 MOST_OF_A_CALLER = 100
-"""Limit on the watches and downloads of one caller, as identified by its credentials."""
+"""Limit on the watches and downloads of one caller."""
 MOST_OF_A_HOST = 100
-"""Limit on the streams of one host to the services open to all callers: health and reflection."""
+"""Limit on the calls and streams of one host to the services open to all callers: health and reflection."""
 MOST_OF_ALL_HOSTS = 1_000
+MAX_CALLS = 30_000
+"""Limit of gRPC on all calls at once, even without a message yet: 10,000 agents, twice as many other calls."""
+MOST_AT_ONCE = 500
+"""Limit on the unary calls at once of one caller."""
+FEW = 8  # calls at once, for which each caller has room although others have taken theirs
+MOST_OF_OTHERS = 15_000  # unary calls at once of all callers but agents and admins; half as many more by those with few
 
 
-class StreamLimits:
-    """Counts open streams."""
+class CallLimits:
+    """Counts calls from before their message is read, so that callers who send none, or too many, keep nobody out."""
 
     def __init__(self) -> None:
         self._open: Counter[str] = Counter()
 
     @contextmanager
-    def opened(self, method: str, *, caller: str, peer: str) -> Iterator[None]:
-        """Count a stream as open, or raise TOO_MANY_STREAMS. ``peer`` is in gRPC's form and includes the port."""
-        limits = _limits(method, caller, peer)
+    def opened(self, method: str, caller: Identity, *, peer: str, is_stream: bool) -> Iterator[None]:
+        """Count a call as open, or raise TOO_MANY_STREAMS or QUOTA_EXCEEDED.
+
+        Args:
+            caller: who was identified; for open services anybody.
+            peer: the address in gRPC's form, which includes the port.
+        """
+        limits = _limits(method, caller, peer, is_stream=is_stream)
         for key, most in limits.items():
-            if self._open[key] >= most:
+            if key == _OTHERS and self._open[f"caller {caller.account}"] < FEW:
+                most += most // 2
+            if self._open[key] < most:
+                continue
+            if is_stream:
                 message = f"{key}: {most} streams are open already, the maximum; end one first"
                 raise ServiceError(Reason.ERROR_REASON_TOO_MANY_STREAMS, message, metadata={"max_streams": most})
+            message = f"{key}: {most} calls are being answered already, the maximum"
+            raise quota_exceeded(caller.name, "calls_at_once", message, limit=most, retry_after_s=1.0)
         self._open.update(limits.keys())
         try:
             yield
@@ -50,11 +67,22 @@ class StreamLimits:
                     del self._open[key]
 
 
-def _limits(method: str, caller: str, peer: str) -> dict[str, int]:
+_OTHERS = "all callers together but agents and admins"
+_RESERVED = CallerRole.AGENT, CallerRole.ADMIN
+
+
+def _limits(method: str, caller: Identity, peer: str, *, is_stream: bool) -> dict[str, int]:
     if is_open(method):
-        return {f"host {peer.rpartition(':')[0]}": MOST_OF_A_HOST, "all hosts together": MOST_OF_ALL_HOSTS}
-    # A node has one agent stream, and agents may share credentials.
-    return {} if method == CONNECT else {f"caller {caller}": MOST_OF_A_CALLER}
+        of = "" if is_stream else "calls of "  # a host with many watches may still probe
+        return {f"{of}host {peer.rpartition(':')[0]}": MOST_OF_A_HOST, f"{of}all hosts together": MOST_OF_ALL_HOSTS}
+    if method == CONNECT:  # a node has one agent stream, and agents may share credentials
+        return {}
+    if is_stream:
+        return {f"caller {caller.account}": MOST_OF_A_CALLER}
+    # Without credentials every caller has every role.
+    is_reserved = not caller.connection and not caller.roles.isdisjoint(_RESERVED)
+    of_caller = {f"caller {caller.account}": MOST_AT_ONCE}
+    return of_caller if is_reserved else of_caller | {_OTHERS: MOST_OF_OTHERS}
 
 
 WRITES = frozenset(
@@ -85,22 +113,22 @@ class WriteRates:
         self._per_s, self._burst, self._clock = per_s, burst, clock
         self._buckets: dict[str, _Bucket] = {}
 
-    def take(self, method: str, caller: str) -> None:
+    def take(self, method: str, caller: Identity) -> None:
         """Take a token if the method is a write. Raises QUOTA_EXCEEDED, with the time until the next one."""
         if method not in WRITES:
             return
         now_s = self._clock()
-        bucket = self._buckets.get(caller)
+        bucket = self._buckets.get(caller.account)
         if bucket is None:
             self._forget_full(now_s)
-            bucket = self._buckets[caller] = _Bucket(float(self._burst), now_s)
+            bucket = self._buckets[caller.account] = _Bucket(float(self._burst), now_s)
         bucket.tokens = min(self._burst, bucket.tokens + self._per_s * (now_s - bucket.filled_s))
         bucket.filled_s = now_s
         if bucket.tokens < 1:
             raise quota_exceeded(
-                caller,
+                caller.name,
                 "writes_per_second",
-                f"{caller} has exceeded {self._per_s:g} writes per second",
+                f"{caller.name} has exceeded {self._per_s:g} writes per second",
                 limit=self._per_s,
                 retry_after_s=(1 - bucket.tokens) / self._per_s,
             )

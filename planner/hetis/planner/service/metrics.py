@@ -1,4 +1,4 @@
-"""Prometheus metrics of the service; docs/planner.md lists them."""
+"""Prometheus metrics of the service; docs/operations.md lists them."""
 
 from __future__ import annotations
 
@@ -51,6 +51,7 @@ class ServiceMetrics:
             "Calls refused because their caller had used up a quota.",
             ["caller", "quota"],
         )
+        self._failures = counter("hetis_planner_failures", "Calls and streams that failed, by reason.", ["reason"])
         self._searches = gauge("hetis_planner_caller_searches", "Searches by caller.", ["caller", "state"])
         self._running = gauge("hetis_planner_rpcs_running", "Calls and streams in progress.", ["method"])
         self._epoch = gauge("hetis_planner_epoch", "Leadership term.")
@@ -97,6 +98,10 @@ class ServiceMetrics:
         # Series with labels begin at 1, which rate() and increase() take for no change; this counter begins at 0.
         if code == "INTERNAL":
             self._internal_errors.inc()
+
+    def call_failed(self, reason: str) -> None:
+        """Count a failed call. ``reason`` is a name of the API's enumeration."""
+        self._failures.labels(reason).inc()
 
     def quota_exceeded(self, caller: str, quota: str) -> None:
         """Count a refused call. ``caller`` is a name of verified credentials."""

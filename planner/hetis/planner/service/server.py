@@ -17,6 +17,7 @@ from grpc_reflection.v1alpha import reflection, reflection_pb2
 from hetis.commands.endpoints import joined
 from hetis.planner.service.access import HEALTH_SERVICE, OPEN_SERVICES, REFLECTION_SERVICES
 from hetis.planner.service.calls import Calls
+from hetis.planner.service.limits import MAX_CALLS
 from hetis.planner.service.settings import is_socket_path, split_address
 
 Status = Any  # health_pb2 has no type stubs
@@ -66,7 +67,6 @@ class ServiceHealth(health_pb2_grpc.HealthServicer):  # type: ignore[misc]
 
 
 MAX_MESSAGE_BYTES = 4 * 2**20
-MAX_CALLS = 30_000  # concurrent, even without a message yet: 10,000 agents, twice as many other calls
 _log = logging.getLogger("hetis.planner.server")
 _STREAMS_S = 2.0  # time for streams to end by themselves, before a drain ends them
 

@@ -276,6 +276,8 @@ class CallRecord:
     def end(self, code: grpc.StatusCode, metrics: ServiceMetrics) -> None:
         seconds = time.perf_counter() - self._began
         metrics.call_ended(self.method, code.name, seconds, is_stream=self.is_stream)
+        if self.reason:
+            metrics.call_failed(self.reason)
         if self._quota:
             metrics.quota_exceeded(self.caller, self._quota)
         if self._span is not None:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -13,16 +14,15 @@ from typing import NamedTuple
 from hetis.formats.errors import internal_error
 from hetis.planner.use_cases.place import PlacementSettings, make_plan, simulated_plan
 from hetis.planner.use_cases.precision import for_engine
+from hetis.planner.use_cases.record.parts import Requested, Verified
 from hetis.planner.use_cases.service_level import ServiceLevel
 from hetis.planner.use_cases.sources import (
     Inputs,
     LoadedInputs,
     PlanAndProblem,
-    asked_objective,
     differing_fields,
     load_plan_and_problem,
 )
-from hetis.planner.use_cases.verification import verification_of
 from hetis.solver.budget import Budget, Report, one_of_several
 from hetis.solver.check import check_plan
 from hetis.solver.cluster import Cluster
@@ -203,7 +203,7 @@ def _simulated(outcome: Compared, plan: Plan, asked: Searches, level: ServiceLev
     problem = settings.problem(asked.loaded.inputs, asked.objective)
     try:
         simulated = simulated_plan(
-            plan, asked.loaded, problem, settings, level=level, budget=asked.budget, cancelled=whole.cancelled,
+            plan, asked.loaded, problem, settings, level=level, budget=replace(whole, time_limit_s=math.inf),
             report=asked.report, losses=False, again=not STRATEGIES[settings.strategy].is_published,
         )  # fmt: skip
     except HetisError as error:
@@ -234,7 +234,7 @@ def kept_of(plan: Plan) -> KeptPromise | None:
 
     Rates above the planned one are ignored, since they are simulated for some plans only.
     """
-    found = verification_of(plan)
+    found = Verified.of(plan).verification
     if found is None or plan.objective.kind is ObjectiveKind.THROUGHPUT:  # throughput is not the rate that is simulated
         return None
     planned_rps = plan.result.value if plan.objective.maximises else found.rate_rps
@@ -299,7 +299,7 @@ def planned(asked: Searches) -> Compared:
         return Compared(strategy=name, status=NO_PLAN, reasons=reasons, solve_s=0.0)
 
     try:
-        plan = make_plan(loaded, problem, settings, budget=budget, report=asked.report, asked=asked.objective)
+        plan = make_plan(loaded, problem, settings, budget=budget, report=asked.report, requested=asked.objective)
     except InfeasibleError as error:
         status, reasons = Status.INFEASIBLE.value, error.reasons
     except NoPlanFoundError as error:
@@ -445,7 +445,7 @@ def cost_rate(plan: Plan) -> float | None:
     Raises:
         DocumentError: the objective that was requested is not usable.
     """
-    return None if plan.objective.maximises else asked_objective(plan).demand_rps
+    return None if plan.objective.maximises else Requested.of(plan).objective(plan.objective).demand_rps
 
 
 def _usd_per_hour(plan: Plan, cluster: Cluster) -> float | None:

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import math
-import sys
 import threading
 from collections.abc import Callable, Hashable, Iterable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from functools import partial
-from typing import Any
 
-from hetis.planner.use_cases.equal_stages import EQUAL_STAGES, budget_of_one, value_within
 from hetis.planner.use_cases.listing import run_by_engine
 from hetis.planner.use_cases.precision import constraints_of, refused_by
+from hetis.planner.use_cases.record.forms import NOT_COMPILED, EngineValue
+from hetis.planner.use_cases.record.parts import EqualStages, OtherEngines, Requested
 from hetis.planner.use_cases.sources import family_of
+from hetis.planner.use_cases.verification.equal_stages import budget_of_one, value_within
 from hetis.solver.budget import Budget, Progress, Report
 from hetis.solver.cluster import Cluster
 from hetis.solver.constraints import Constraints, WithoutWorkers
@@ -23,27 +23,8 @@ from hetis.solver.plan import Plan, Role
 from hetis.solver.problem import EngineRules, Family, PlacementProblem
 from hetis.solver.search_clock import search_seconds
 
-ENGINE_VALUES = "engine_values"  # entry of `Plan.inputs`: an `EngineValue` for every other engine
 SHARE = 0.1  # share of the time limit that all these searches may take
 ANY_ENGINE_S = 2.0  # time limit of the search for any engine, if the plan's own search did not take longer
-NOT_COMPILED = "its search is not compiled on this machine yet"
-_ONCE_NOT_COMPILED = "its search is not compiled yet, --engine any does that"  # what earlier versions wrote
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EngineValue:
-    """The value of the best plan for another engine."""
-
-    engine: str  # name of the engine, or ``any``
-    value: float | None  # in the objective's unit; None: no plan was found
-    bound: float | None  # bound on the value of all its plans; None: nothing was proved
-    # The missing features: for a richer engine, those that its plan needs and the plan's own engine lacks; for a poorer
-    # one, those that the plan needs and the engine lacks
-    lacks: tuple[str, ...] = ()
-    why_not: str = ""  # why there is no value, or no better value
-    # Whether the value is that of the best replicas of equal stages, which the engine runs, since no search found a
-    # better plan
-    equal_stages: bool = False
 
 
 def with_engine_values(
@@ -61,37 +42,7 @@ def with_engine_values(
         spent_s = plan.result.solve_s + budget.elapsed_s()
         report(Progress(phase=f"plans for {engine}", elapsed_s=spent_s, incumbent=plan.result.value))
 
-    values = list(_values(plan, problem, seed, budget, told))
-    return replace(plan, inputs={**plan.inputs, ENGINE_VALUES: [_row(value) for value in values]})
-
-
-def engine_values_of(plan: Plan) -> list[EngineValue]:
-    """Return a plan's values for other engines; none if they were not requested.
-
-    Entries in another version's form, or with unexpected contents, are ignored.
-    """
-    rows = plan.inputs.get(ENGINE_VALUES)
-    return [value for value in map(_from_row, rows) if value is not None] if isinstance(rows, list) else []
-
-
-def _from_row(row: Any) -> EngineValue | None:
-    """Return the value from which `_row` made a row; None if `_row` did not make this one.
-
-    The types are checked since reports calculate with the numbers and join the texts.
-    """
-    try:
-        found = EngineValue(**{**row, "lacks": tuple(row["lacks"])})
-    except (TypeError, KeyError):
-        return None
-    numbers = (one for one in (found.value, found.bound) if one is not None)
-    is_ours = (
-        all(isinstance(text, str) for text in (found.engine, found.why_not, *found.lacks))
-        and all(isinstance(one, int | float) and abs(one) <= sys.float_info.max for one in numbers)
-        and isinstance(row["lacks"], list)
-    )
-    if not is_ours:
-        return None
-    return replace(found, why_not=NOT_COMPILED) if found.why_not == _ONCE_NOT_COMPILED else found
+    return OtherEngines(values=tuple(_values(plan, problem, seed, budget, told))).on(plan)
 
 
 def _values(
@@ -216,7 +167,7 @@ def _searched(
     if budget.is_spent():
         return replace(known, why_not="no time was left")
     # As simple as the plan, or an engine would seem to reach what was given up for that; not searched for any engine.
-    simplest_within = plan.inputs.get("simplest_within", 0.0) if problem.family.engine is not None else 0.0
+    simplest_within = Requested.of(plan).simplest_within if problem.family.engine is not None else 0.0
     try:
         other = solve_placement(
             problem, strategy=plan.strategy, budget=budget, seed=seed, simplest_within=simplest_within
@@ -246,21 +197,17 @@ def _by_equal_stages(
     other = problem.family.engine
     if Role.UNIFIED not in problem.family.roles:
         return known
-    if own is not None and EQUAL_STAGES in plan.inputs and (other is None or _as_deep(other, own, problem.model)):
-        value = plan.inputs[EQUAL_STAGES]  # equal stages have no attention workers, and the other limits are the same
+    ours = EqualStages.of(plan).best
+    if own is not None and ours is not None and (other is None or _as_deep(other, own, problem.model)):
+        value = ours.value  # equal stages have no attention workers, and the other limits are the same
     elif known.value is not None:
         return known  # a separate search is made only for engines without any plan
     else:
         found = value_within(budget_of_one(cancelled), problem, seed)
-        value = None if found is None else found[0]
+        value = None if found is None else found.value
     better = value is not None and _is_better(value, known.value, plan)
     return replace(known, value=value, equal_stages=True) if better else known
 
 
 def _is_better(value: float, known: float | None, plan: Plan) -> bool:
     return known is None or (value > known if plan.objective.maximises else value < known)
-
-
-def _row(value: EngineValue) -> dict[str, Any]:
-    bound = value.bound if value.bound is not None and math.isfinite(value.bound) else None
-    return {**asdict(value), "bound": bound, "lacks": list(value.lacks)}

@@ -14,7 +14,7 @@ from hetis.formats.dispatch_state import NewRequests
 from hetis.formats.documents import Value, kind_of, load, load_model, load_workload
 from hetis.formats.errors import DocumentError, Problem, single_problem
 from hetis.formats.fields import read_data
-from hetis.formats.model import is_config
+from hetis.formats.models.document import is_config
 from hetis.formats.saved_state import SavedState
 from hetis.formats.tenants import FleetTenants, ShareInputs
 from hetis.formats.trace_forms import CSV_ENDINGS, JSONL_ENDINGS, CountTokens, characters_counter

@@ -7,67 +7,47 @@ which `compare` and the service's solver jobs share. `hetis.planner.report.plan`
 from __future__ import annotations
 
 import math
+import os
 import threading
-import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING
 
-from hetis.formats import catalogue
-from hetis.formats.traces import PrefixHitRate
-from hetis.planner.use_cases import equal_stages, service_level
+from hetis.planner.use_cases import service_level
 from hetis.planner.use_cases.any_engine import search_again
 from hetis.planner.use_cases.engine_values import with_engine_values
 from hetis.planner.use_cases.listing import kinds_in_a_zone, refuse_unlisted, stages_to_list
 from hetis.planner.use_cases.precision import for_engine, in_precision, notes_on_exchange
-from hetis.planner.use_cases.queueing import with_queueing
+from hetis.planner.use_cases.prices import catalogue_market, constraint_prices, with_prices
+from hetis.planner.use_cases.record.forms import MAY_DIFFER
+from hetis.planner.use_cases.record.parts import MadeFrom, Requested, Verified
+from hetis.planner.use_cases.request import PlacementRequest, path_or_value, ratio_of
 from hetis.planner.use_cases.robustness.profile_errors import profile_notes, with_profile_errors
 from hetis.planner.use_cases.robustness.study import Robustness, study, with_robustness
 from hetis.planner.use_cases.service_level import ServiceLevel
-from hetis.planner.use_cases.sources import (
-    CONSTRAINTS,
-    ENGINE_SETTINGS,
-    Inputs,
-    LoadedInputs,
-    engine_settings_data,
-    load_inputs,
-    with_asked,
-)
+from hetis.planner.use_cases.sources import Inputs, LoadedInputs, engine_rules, engine_settings, load_inputs
 from hetis.planner.use_cases.surviving import check_survival, surviving_plan, with_losses
-from hetis.planner.use_cases.tightening import is_other_than_best, verified_plan
-from hetis.planner.use_cases.verification import misses, promising, verification_of
-from hetis.planner.use_cases.verify import MISSES_AT, RunReport, needs_verifying
+from hetis.planner.use_cases.verification import equal_stages
+from hetis.planner.use_cases.verification.choosing import OUT_OF_TIME, Again, kept_plan, with_rate_of_equal_stages
+from hetis.planner.use_cases.verification.outcome import MISSES_AT, misses
+from hetis.planner.use_cases.verification.queueing import with_queueing
+from hetis.planner.use_cases.verification.rates import simulation_report
 from hetis.planner.use_cases.versions import installed_versions
-from hetis.profiler.defaults import default_profile
-from hetis.solver.budget import Budget, Progress, Report, SearchSettings
-from hetis.solver.cluster import Cluster
+from hetis.solver.budget import Budget, Report, SearchSettings
 from hetis.solver.errors import InvalidProblemError, NoPlanFoundError, UncheckedPlanError
-from hetis.solver.model import ModelSpec
-from hetis.solver.plan import DEFAULT_STRATEGY, DEFAULT_TIME_LIMIT_S, Objective, ObjectiveKind, Plan, Role
-from hetis.solver.problem import NOTHING_SET, EngineRules, EngineSettings, PlacementProblem
+from hetis.solver.plan import DEFAULT_STRATEGY, DEFAULT_TIME_LIMIT_S, Objective, Plan, Role
+from hetis.solver.problem import EngineRules, PlacementProblem
 from hetis.solver.search_clock import search_seconds
 from hetis.solver.workload import Workload
 
 if TYPE_CHECKING:
-    from hetis.solver.placement.infeasible import Market, Offer
+    from hetis.solver.placement.infeasible import Market
     from hetis.solver.planning import ConstraintPrice
 
-DEFAULT_TTFT_S = 2.0
-DEFAULT_TPOT_S = 0.1
-LEAST_TO_SIMULATE_S = 30.0  # however short the time limit; most plans of small fleets need seconds
-TO_SIMULATE_S = 120.0  # if no time limit was requested: a plan with attention workers that misses a limit needs minutes
-TO_SEARCH = 0.5  # share of the time left for another search: the rest is for the simulation of its plan
 TO_SURVIVE = 0.5  # share of the time left for each search for a plan that survives a loss: others may follow
 CUT_SHORT = 0.5  # share of the time limit of a search that its gap shows to have been cut short
-SHORT_TIME = 20.0  # times what the first plan's simulation took, about as long as a search for a lower rate may take
-PLACES = ("node", "zone")  # kinds of places whose loss a plan may have to survive
-MODEL_VALUE = "model_value"  # entry of `Plan.inputs`: the best plan's by the model, if this is another
-CONSTRAINT_PRICES = "constraint_prices"  # entry of `Plan.inputs`: the cost of every constraint, if requested
 ONE_TOKEN = "requests have one output token, so that a limit on TPOT does not apply"
-STOPPED_EARLY = "stopped before its simulation ended: it is not known at which rate traffic keeps the limits"
-OUT_OF_TIME = "the time limit ended its simulation: it is not known at which rate traffic keeps the limits"
-SEARCH_OUT_OF_TIME = "the time limit ended the search for a plan that keeps its limits at its planned rate"
 KV_IS_FOR_ENGINES = "engines must be configured to transfer KV along the routes"
 
 
@@ -115,32 +95,6 @@ class PlacementSettings:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class PlacementRequest:
-    """A request for ``place``: files, names or values, and options."""
-
-    cluster: str | Cluster
-    model: str | ModelSpec
-    workload: str | Workload
-    prefix_hit_rate: PrefixHitRate | None = None  # replaces the workload's own; None: keep that
-    profiles: Sequence[str] = ()
-    pins: Sequence[str] = ()  # texts of the ``--pin`` options
-    forbids: Sequence[str] = ()  # texts of the ``--forbid`` options
-    weights: str | None = None  # precision by names of `hetis.formats.dtypes`; None: the checkpoint's
-    kv: str | None = None  # precision by names of `hetis.formats.dtypes`; None: the checkpoint's
-    # Drafted tokens and their acceptance, such as ``1:0.85``; None: no drafts unless the model's file specifies some
-    mtp: str | None = None
-    objective: Objective
-    settings: PlacementSettings = PlacementSettings()
-    engine_settings: EngineSettings = NOTHING_SET  # settings with which engines are started, whatever is planned
-    verify: bool = True  # whether to simulate the plan before it is shown
-    simulation_limit_s: float = math.inf  # seconds that simulations may take, with the searches that follow them
-    service_level: ServiceLevel = service_level.DEFAULT  # the level that the plan must keep in the simulation
-    other_engines: bool = True  # whether to report the values of plans for other engines
-    price_pins: bool = False  # whether to report the cost of every constraint
-    profile_error: float | None = None  # study the plan under profiles that are off by up to this share; None: no study
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class PlacedPlan:
     """A plan that passed the checker, with its studies."""
 
@@ -150,20 +104,56 @@ class PlacedPlan:
 
 
 def load(request: PlacementRequest) -> LoadedInputs:
-    """Read the files and names of a request.
+    """Read the files and names of a request, for its engine, as `read_inputs`."""
+    return for_engine(read_inputs(request), engine_rules(request.engine, request.strategy, **request.limits))
+
+
+def read_inputs(request: PlacementRequest) -> LoadedInputs:
+    """Read the files and names of a request, for any engine.
 
     Raises:
         DocumentError: contains the problems of all inputs.
         InvalidProblemError: the objective needs a demanded rate and has none, or a GPU type has no profile.
     """
+    request.check()
     loaded = load_inputs(
-        cluster=request.cluster, model=request.model, workload=request.workload, profiles=request.profiles,
-        prefix_hit_rate=request.prefix_hit_rate,
-    ).with_constraints(pins=request.pins, forbids=request.forbids)  # fmt: skip
-    loaded = loaded.at(request.engine_settings)
-    _require_demand(request.objective, loaded.inputs.workload)
-    loaded = in_precision(loaded, weights=request.weights, kv=request.kv, mtp=request.mtp)
-    return for_engine(loaded, request.settings.engine)
+        cluster=path_or_value(request.cluster),
+        model=path_or_value(request.model),
+        workload=path_or_value(request.workload),
+        profiles=[str(os.fspath(path)) for path in request.profiles],
+        prefix_hit_rate=request.hit_rate,
+    ).with_constraints(pins=request.pin, forbids=request.forbid)  # fmt: skip
+    share = request.gpu_memory_utilization
+    settings = engine_settings(
+        max_num_seqs=request.max_num_seqs,
+        chunk_tokens=request.chunk_tokens,
+        kv_blocks=request.kv_blocks,
+        min_context=request.min_context,
+        gpu_memory_utilization=None if share is None else ratio_of(share),
+    )
+    loaded = loaded.at(settings)
+    _require_demand(request.goal, loaded.inputs.workload)
+    return in_precision(loaded, weights=request.weights, kv=request.kv, mtp=request.mtp)
+
+
+def settings_of(request: PlacementRequest) -> PlacementSettings:
+    """Return the settings of a request's search.
+
+    Raises:
+        InvalidProblemError: there is no such engine, or limits are specified for any engine.
+    """
+    return PlacementSettings(
+        strategy=request.strategy,
+        roles=request.all_roles,
+        engine=engine_rules(request.engine, request.strategy, **request.limits),
+        keep_stages=request.max_stages is not None,
+        time_limit_s=request.time_limit_s,
+        gap_target=ratio_of(request.gap),
+        seed=request.seed,
+        threads=request.threads,
+        simplest_within=ratio_of(request.simplest_within),
+        survive=request.survive,
+    )
 
 
 def pose(request: PlacementRequest, loaded: LoadedInputs) -> PlacementProblem:
@@ -173,8 +163,8 @@ def pose(request: PlacementRequest, loaded: LoadedInputs) -> PlacementProblem:
         InvalidProblemError: the inputs contradict each other, the strategy lacks one of the roles, or there is no
             demand that could survive a loss.
     """
-    settings = request.settings
-    problem = settings.problem(loaded.inputs, request.objective)
+    settings = settings_of(request)
+    problem = settings.problem(loaded.inputs, request.goal)
     if settings.survive:
         check_survival(problem, settings.survive)
     return problem
@@ -198,10 +188,10 @@ def place(
         NoPlanFoundError: the search stopped before a plan was found.
         UncheckedPlanError: the plan fails the independent checker.
     """
-    settings = request.settings
+    settings = settings_of(request)
 
-    def budget() -> Budget:
-        return Budget(time_limit_s=settings.time_limit_s, clock=search_seconds, cancelled=cancelled)
+    def budget(time_limit_s: float = settings.time_limit_s) -> Budget:
+        return Budget(time_limit_s=time_limit_s, clock=search_seconds, cancelled=cancelled)
 
     plan = make_plan(
         loaded,
@@ -212,30 +202,36 @@ def place(
         market=catalogue_market,
         beside_equal_stages=True,
         beside_engines=request.other_engines,
-        asked=request.objective,
+        requested=request.goal,
     )
     problem = replace(problem, objective=plan.objective)  # its demand is larger if a loss must be survived
-    if request.verify:
-        whole = replace(budget(), time_limit_s=request.simulation_limit_s)
-        plan = simulated_plan(
-            plan, loaded, problem, settings, level=request.service_level, budget=budget, cancelled=cancelled,
-            report=report, limit_s=request.simulation_limit_s,
-        )  # fmt: skip
-        plan = equal_stages.with_kept_rate(
-            plan, problem, seed=settings.seed, cancelled=_Spent(whole), report=simulation_report(plan, report)
-        )
-    else:
-        plan = with_queueing(plan, problem)
-    prices = _constraint_prices(plan, problem, settings, budget(), report) if request.price_pins else ()
-    if prices:
-        plan = replace(plan, inputs={**plan.inputs, CONSTRAINT_PRICES: _price_rows(prices)})
+    plan = _verified(plan, request, loaded, problem, budget(request.simulation_limit_s), report)
+    again = SearchSettings(
+        budget=budget(), gap_target=settings.gap_target, seed=settings.seed, threads=settings.threads, report=report
+    )
+    prices = constraint_prices(plan, problem, again) if request.price_pins else ()
+    plan = with_prices(plan, prices)
     if request.profile_error is None or not plan.replicas:
         return PlacedPlan(plan=plan, prices=prices)
     found = study(
-        plan, problem, error=request.profile_error, seed=settings.seed, budget=budget(), threads=settings.threads,
-        report=report,
+        plan, problem, error=ratio_of(request.profile_error), seed=settings.seed, budget=budget(),
+        threads=settings.threads, report=report,
     )  # fmt: skip
     return PlacedPlan(plan=with_robustness(plan, found), robustness=found, prices=prices)
+
+
+def _verified(
+    plan: Plan, request: PlacementRequest, loaded: LoadedInputs, problem: PlacementProblem, budget: Budget,
+    report: Report,
+) -> Plan:  # fmt: skip
+    """Return the plan that keeps most in simulated traffic, beside equal stages; only a queue model's note without."""
+    if not request.verify:
+        return with_queueing(plan, problem)
+    settings = settings_of(request)
+    plan = simulated_plan(plan, loaded, problem, settings, level=request.service_level, budget=budget, report=report)
+    return with_rate_of_equal_stages(
+        plan, problem, seed=settings.seed, budget=budget, report=simulation_report(plan, report)
+    )
 
 
 def make_plan(
@@ -248,7 +244,7 @@ def make_plan(
     market: Market | None = None,
     beside_equal_stages: bool = False,
     beside_engines: bool = False,
-    asked: Objective | None = None,
+    requested: Objective | None = None,
     on_search: Callable[[], None] = lambda: None,
 ) -> Plan:
     """Search for a plan, complete it with its inputs and notes, check it, and add the effects of its profiles' errors.
@@ -256,7 +252,7 @@ def make_plan(
     If no plan exists, ``market`` contains the GPUs that could be added (None: do not look). ``beside_equal_stages``
     adds the value of equal stages, and ``beside_engines`` those of plans for other engines, which takes additional
     time. If a loss must be survived, several searches share the budget: each may take half of what is left of it.
-    ``asked`` is the objective as requested, with limits that do not apply to the problem's requests; None: the
+    ``requested`` is the objective as requested, with limits that do not apply to the problem's requests; None: the
     problem's. ``on_search`` is called before each search.
 
     Raises:
@@ -278,8 +274,8 @@ def make_plan(
         if not survive or budget.cancelled.is_set() or math.isinf(budget.time_limit_s):
             raise
         raise NoPlanFoundError(f"{error}; all searches for --survive share {budget.time_limit_s:.4g} s") from None
-    asked, problem = asked or problem.objective, replace(problem, objective=plan.objective)
-    plan = with_asked(describe(plan, loaded, problem, settings), asked)
+    requested, problem = requested or problem.objective, replace(problem, objective=plan.objective)
+    plan = describe(plan, loaded, problem, settings, requested)
     is_compared = settings.strategy == DEFAULT_STRATEGY and plan.replicas and not survive  # they do not survive
     if beside_equal_stages and is_compared:
         plan = equal_stages.with_values(plan, problem, settings.seed, budget.cancelled)
@@ -305,118 +301,44 @@ def _part_of(budget: Budget, *, explains: bool) -> Budget:
 
 def simulated_plan(
     plan: Plan, loaded: LoadedInputs, problem: PlacementProblem, settings: PlacementSettings, *, level: ServiceLevel,
-    budget: Callable[[], Budget], cancelled: threading.Event, report: Report, losses: bool = True, again: bool = True,
-    limit_s: float = math.inf,
+    budget: Budget, report: Report, losses: bool = True, again: bool = True,
 ) -> Plan:  # fmt: skip
-    """Simulate a plan of `make_plan`; if it misses a limit, search again with a tighter one (`verified_plan`).
+    """Simulate a plan of `make_plan`; if it misses a limit, search again with a tighter one (`kept_plan`).
 
-    A plan that maximises its rate is simulated at that rate, whatever rate is demanded of it.
-
-    There is no other search for a plan that survives a loss, or without ``again``. ``budget`` returns the budget of one
-    search; all further ones together have the same time. ``losses``: add the effects of losses to another plan. Once
-    cancelled, or after ``limit_s`` of simulations and further searches, the plan is returned as far as it was verified,
-    with a note if that is not at all, or if time ended the other search.
+    There is no other search for a plan that survives a loss, or without ``again``. ``budget`` is that of simulations
+    and further searches; the latter together have the time limit of one search. ``losses``: add the effects of losses
+    to another plan.
 
     Raises:
         UncheckedPlanError: the other plan fails the independent checker.
     """
 
-    spent_s, whole = 0.0, replace(budget(), time_limit_s=limit_s)
-
     def searched(posed: PlacementProblem, within: Budget) -> Plan:
         return search(posed, settings, budget=within, report=report)
 
-    def find(posed: PlacementProblem) -> Plan:
-        nonlocal spent_s
-        rest = budget()
-        left_s = min(rest.time_limit_s - spent_s, TO_SEARCH * whole.remaining_s())
-        rest = replace(rest, time_limit_s=left_s, explains=False)
-        try:
-            other = search_again(posed, settings.strategy, searched, rest)
-        finally:
-            spent_s += rest.elapsed_s()
-        return describe(other, loaded, problem, settings)
-
-    def of_equal_stages() -> Plan | None:
-        if settings.strategy != DEFAULT_STRATEGY:
-            return None
-        equal = equal_stages.other_plan(plan, problem, settings.seed, _Spent(whole))
-        return None if equal is None else describe(equal, loaded, problem, settings)
-
-    def is_short() -> bool:
-        """Return whether another search may use up the time that is left, as this one has used up its own."""
-        was_cut_short = (
+    searches = Again(
+        search=lambda posed, within: search_again(posed, settings.strategy, searched, within),
+        describe=lambda found: describe(found, loaded, problem, settings),
+        time_limit_s=settings.time_limit_s,
+        is_cut_short=(
             plan.result.gap > settings.gap_target and plan.result.solve_s > CUT_SHORT * settings.time_limit_s
-        )
-        return was_cut_short or whole.remaining_s() < SHORT_TIME * whole.elapsed_s()
-
-    plan, again, asked = held_to(level, plan), again and not settings.survive, plan.objective
-    plan = promising(plan)
-    problem = replace(problem, objective=plan.objective)  # its demand is larger if a loss must be survived
-    found = verified_plan(
-        plan, problem, find if again else None, seed=settings.seed, cancelled=_Spent(whole),
-        report=simulation_report(plan, report), is_short=is_short, equal_stages=of_equal_stages,
+        ),
+        equal_stages=settings.strategy == DEFAULT_STRATEGY,
+    )
+    found = kept_plan(
+        with_service_level(plan, level), problem, searches if again and not settings.survive else None,
+        seed=settings.seed, budget=budget, report=simulation_report(plan, report),
     )  # fmt: skip
-    found, problem = replace(found, objective=asked), replace(problem, objective=asked)
-    found = noted_if_stopped(found, cancelled, whole)
-    simulated = verification_of(found)
-    if again and simulated is not None and not simulated.kept and whole.is_spent() and not cancelled.is_set():
-        found = replace(found, notes=(*found.notes, SEARCH_OUT_OF_TIME))
-    if not is_other_than_best(found):
-        return found
-    found = replace(found, inputs={**found.inputs, MODEL_VALUE: plan.result.value})
-    return _checked(found, problem, losses=losses)
+    return _checked(found, problem, losses=losses) if Verified.of(found).is_other_than_best else found
 
 
-class _Spent(threading.Event):
-    """An event that is set once a budget is spent: what only looks whether it is cancelled then ends in time, too."""
-
-    def __init__(self, budget: Budget) -> None:
-        super().__init__()
-        self._budget = budget
-
-    def is_set(self) -> bool:
-        return self._budget.is_spent()
-
-
-def time_to_simulate_s(time_limit_s: float | None) -> float:
-    """Return the seconds for simulations, with the searches that follow them, after a search of this time limit.
-
-    None means that no limit was requested.
-    """
-    return TO_SIMULATE_S if time_limit_s is None else max(LEAST_TO_SIMULATE_S, time_limit_s)
-
-
-def noted_if_stopped(plan: Plan, cancelled: threading.Event, budget: Budget | None = None) -> Plan:
-    """Return the plan with a note if it was to be simulated and was not, since that was cancelled or time ran out."""
-    is_spent = budget is not None and budget.is_spent()
-    if not (cancelled.is_set() or is_spent) or not needs_verifying(plan) or verification_of(plan) is not None:
-        return plan
-    return replace(plan, notes=(*plan.notes, STOPPED_EARLY if cancelled.is_set() else OUT_OF_TIME))
-
-
-class StoppedSimulation(NamedTuple):
-    """A simulation that ended before it decided: why, and the note about the rate that misses limits; empty: none."""
-
-    why: str
-    missed: str
-
-
-def stopped_simulation_of(plan: Plan) -> StoppedSimulation | None:
-    """Return what is known of a plan's stopped simulation; None: there is none, or it was not stopped."""
-    why = next((note for note in (STOPPED_EARLY, OUT_OF_TIME) if note in plan.notes), None)
-    if why is None or verification_of(plan) is not None:
-        return None
-    return StoppedSimulation(why, next((note for note in plan.notes if note.startswith(MISSES_AT)), ""))
-
-
-def held_to(level: ServiceLevel, plan: Plan) -> Plan:
+def with_service_level(plan: Plan, level: ServiceLevel) -> Plan:
     """Return the plan with the service level that simulated traffic must keep."""
     if level == service_level.DEFAULT:
         return plan
     note = f"search and bound use p95 TTFT and mean TPOT; simulated traffic must keep {level}, without a bound"
-    inputs = {**plan.inputs, service_level.SERVICE_LEVEL: level.data()}
-    return replace(plan, inputs=inputs, notes=(*plan.notes, note))
+    requested = replace(Requested.of(plan), service_level=level)
+    return requested.on(replace(plan, notes=(*plan.notes, note)))
 
 
 def _checked(plan: Plan, problem: PlacementProblem, *, losses: bool) -> Plan:
@@ -450,8 +372,11 @@ def search(
     )
 
 
-def describe(plan: Plan, loaded: LoadedInputs, problem: PlacementProblem, settings: PlacementSettings) -> Plan:
-    """Add its inputs to a plan, and notes about its links and profiles."""
+def describe(
+    plan: Plan, loaded: LoadedInputs, problem: PlacementProblem, settings: PlacementSettings,
+    requested: Objective | None = None,
+) -> Plan:  # fmt: skip
+    """Add its inputs to a plan, and notes about its links and profiles; ``requested`` as in `make_plan`."""
     from hetis.solver.placement.explanation import link_sentences
 
     routed = (KV_IS_FOR_ENGINES, *link_sentences(plan, problem)) if plan.kv_routes else ()
@@ -460,7 +385,7 @@ def describe(plan: Plan, loaded: LoadedInputs, problem: PlacementProblem, settin
         *plan.notes, *notes_on_stages(problem, settings), *loaded.notes, *lengths, *routed, *profile_notes(problem),
         *notes_on_exchange(plan, problem),
     )  # fmt: skip
-    return replace(plan, inputs=inputs_of_plan(loaded, settings, problem), notes=notes)
+    return with_inputs(replace(plan, notes=notes), loaded, settings, problem, requested or plan.objective)
 
 
 def notes_on_stages(problem: PlacementProblem, settings: PlacementSettings) -> tuple[str, ...]:
@@ -486,21 +411,6 @@ def check(plan: Plan, problem: PlacementProblem) -> None:
         raise UncheckedPlanError(tuple(str(violation) for violation in violations))
 
 
-def objective(
-    kind: ObjectiveKind, *, ttft_s: float | None, tpot_s: float | None, demand_rps: float | None
-) -> Objective:
-    """Return the objective with its default limits. A limit of None is the default, infinity means no limit."""
-    throughput = kind is ObjectiveKind.THROUGHPUT
-    ttft_s = (float("inf") if throughput else DEFAULT_TTFT_S) if ttft_s is None else ttft_s
-    tpot_s = (float("inf") if throughput else DEFAULT_TPOT_S) if tpot_s is None else tpot_s
-    return Objective(
-        kind=kind,
-        ttft_limit_s=None if ttft_s == float("inf") else ttft_s,
-        tpot_limit_s=None if tpot_s == float("inf") else tpot_s,
-        demand_rps=demand_rps,
-    )
-
-
 def _require_demand(goal: Objective, workload: Workload) -> None:
     """Check that a rate is demanded: the traffic for the least cost or the fewest GPUs is not guessed.
 
@@ -522,7 +432,7 @@ def missed(plan: Plan, settings: PlacementSettings) -> list[str]:
     demand = plan.objective.demand_rps
     if plan.objective.maximises and demand is not None and result.value < demand * (1 - 1e-9):
         found.append(f"the plan serves {result.value:.4g} requests/s, {demand:.4g} are demanded")
-    simulated = verification_of(plan)
+    simulated = Verified.of(plan).verification
     if simulated is None and OUT_OF_TIME in plan.notes:
         found += [note for note in plan.notes if note == OUT_OF_TIME or note.startswith(MISSES_AT)]
     if simulated is not None and not simulated.kept:
@@ -530,79 +440,29 @@ def missed(plan: Plan, settings: PlacementSettings) -> list[str]:
     return found
 
 
-def inputs_of_plan(loaded: LoadedInputs, settings: PlacementSettings, problem: PlacementProblem) -> dict[str, Any]:
-    """Return ``plan.inputs`` for a plan made by `make_plan`."""
-    return {
-        "versions": installed_versions(),
-        "roles": [role.value for role in problem.family.roles],
-        **({"engine": asdict(rules)} if (rules := problem.family.engine) is not None else {}),
-        **({ENGINE_SETTINGS: engine_settings_data(kept)} if (kept := problem.family.engine_settings) else {}),
-        **({CONSTRAINTS: [str(each) for each in problem.constraints]} if problem.constraints else {}),
-        "seed": settings.seed,
-        "threads": settings.threads,
-        "gap_target": settings.gap_target,
-        "time_limit_s": settings.time_limit_s,
-        **({"simplest_within": settings.simplest_within} if settings.simplest_within else {}),
-        **({"survive": settings.survive} if settings.survive else {}),
-        "origins": dict(loaded.origins),
-        "digests": loaded.inputs.digests(),
-        "documents": loaded.inputs.documents(),
-    }
-
-
-def simulation_report(plan: Plan, report: Report) -> RunReport:
-    """Return a callback that reports simulations as progress of the search, for each quarter of a run's requests."""
-    started_s, told = time.monotonic() - plan.result.solve_s, (0.0, 0, 0)
-
-    def run(rate_rps: float, given: int, total: int) -> None:
-        nonlocal told
-        if told == (told := (rate_rps, given * 4 // max(total, 1), total)):
-            return
-        phase = f"simulating {rate_rps:.4g} requests/s, {given:,} of {total:,}"
-        if not total:
-            phase = "compiling the dispatcher (only once; takes a minute or two)"
-        report(Progress(phase=phase, elapsed_s=time.monotonic() - started_s, incumbent=plan.result.value))
-
-    return run
-
-
-def _constraint_prices(
-    plan: Plan, problem: PlacementProblem, settings: PlacementSettings, budget: Budget, report: Report
-) -> tuple[ConstraintPrice, ...]:
-    """Return the cost of every constraint; empty if the problem has none."""
-    if not problem.constraints:
-        return ()
-    from hetis.solver.planning import price_constraints
-
-    search = SearchSettings(
-        budget=budget, gap_target=settings.gap_target, seed=settings.seed, threads=settings.threads, report=report
+def with_inputs(
+    plan: Plan, loaded: LoadedInputs, settings: PlacementSettings, problem: PlacementProblem, requested: Objective
+) -> Plan:
+    """Return a plan for the problem with a record of what it was made from, and of what was requested."""
+    planned = plan.objective
+    own = {name: (getattr(requested, name), getattr(planned, name)) for name in MAY_DIFFER}
+    request = Requested(
+        roles=problem.family.roles,
+        engine=problem.family.engine,
+        engine_settings=problem.family.engine_settings,
+        constraints=tuple(map(str, problem.constraints)),
+        seed=settings.seed,
+        threads=settings.threads,
+        gap_target=settings.gap_target,
+        time_limit_s=settings.time_limit_s,
+        simplest_within=settings.simplest_within,
+        survive=settings.survive,
+        of_objective={name: given for name, (given, value) in own.items() if given != value},
     )
-    return price_constraints(problem, plan, search)
-
-
-def _price_rows(prices: Sequence[ConstraintPrice]) -> list[dict[str, Any]]:
-    """Return prices in the form in which they are stored in `Plan.inputs`."""
-    return [
-        {
-            "constraints": [str(each) for each in price.constraints],
-            "least": price.least,
-            "most": price.most,
-            "solved": price.is_solved,
-        }
-        for price in prices
-    ]
-
-
-def catalogue_market() -> Sequence[Offer]:
-    """Return what could be added to any fleet: the catalogue's GPU types with a price, with their default profiles."""
-    from hetis.solver.placement.infeasible import Offer
-
-    offers = []
-    for entry in catalogue.gpus():
-        if entry.gpu.usd_per_hour is not None:
-            try:
-                _, profile = default_profile(entry.gpu)
-            except InvalidProblemError:
-                continue
-            offers.append(Offer(gpu=entry.gpu, profile=profile))
-    return offers
+    made_from = MadeFrom(
+        versions=installed_versions(),
+        origins=loaded.origins,
+        digests=loaded.inputs.digests(),
+        documents=loaded.inputs.documents(),
+    )
+    return made_from.on(request.on(plan))

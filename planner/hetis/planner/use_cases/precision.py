@@ -10,9 +10,9 @@ from hetis.engines.gpus import VENDORS, kind_of_type
 from hetis.engines.precision import SUPPORT, Refusal, refusal_of, remarks
 from hetis.engines.serving import TELL_KV
 from hetis.engines.workers import why_no_workers
-from hetis.formats import dtypes
 from hetis.formats.catalogue import UnknownNameError, resolve_gpu
-from hetis.formats.model import drafts
+from hetis.formats.models import dtypes
+from hetis.formats.models.document import drafts
 from hetis.planner.use_cases.sources import Inputs, LoadedInputs
 from hetis.solver.cluster import Cluster, GpuType
 from hetis.solver.constraints import Constraint, Duty, Exclude, RestrictRole, Selection, Unit, WithoutWorkers
@@ -32,7 +32,7 @@ def in_precision(loaded: LoadedInputs, *, weights: str | None, kv: str | None, m
     Args:
         loaded: the inputs.
         weights, kv: precisions such as ``fp8`` or ``fp8,V100=bf16`` (`dtypes.chosen_precision`).
-        mtp: drafted tokens and their acceptance (`hetis.formats.model.drafts`).
+        mtp: drafted tokens and their acceptance (`hetis.formats.models.document.drafts`).
 
     Raises:
         InvalidProblemError: a precision or a GPU type is unknown.

@@ -11,29 +11,25 @@ from hetis.formats.traces import PrefixHitRate
 from hetis.formats.workload import with_prefix_hits
 from hetis.planner.use_cases.place import (
     KV_IS_FOR_ENGINES,
-    PLACES,
     PlacementSettings,
-    held_to,
-    inputs_of_plan,
-    noted_if_stopped,
-    simulation_report,
+    with_inputs,
+    with_service_level,
 )
 from hetis.planner.use_cases.precision import for_engine
+from hetis.planner.use_cases.record.parts import MadeFrom, Requested
 from hetis.planner.use_cases.robustness.profile_errors import profile_notes, with_profile_errors
-from hetis.planner.use_cases.service_level import service_level_of
 from hetis.planner.use_cases.sources import (
     LoadedInputs,
-    asked_objective,
     differing_fields,
     impossible_profiles,
     load_plan_and_problem,
     load_profiles,
     unconfirmed,
     unused_profiles,
-    with_asked,
 )
 from hetis.planner.use_cases.surviving import ENOUGH, left_without, with_losses
-from hetis.planner.use_cases.verify import verified
+from hetis.planner.use_cases.verification.choosing import noted_if_stopped
+from hetis.planner.use_cases.verification.rates import simulation_report, verified
 from hetis.planner.use_cases.what_if import with_cluster
 from hetis.solver.budget import Budget, Report
 from hetis.solver.check import check_plan
@@ -105,7 +101,7 @@ def load_replanning(
     inputs = found.inputs
     if spec is not None and spec != inputs.model:
         raise single_problem(running, _of_another_model(inputs.model, spec))
-    origins = dict(found.plan.inputs.get("origins") or {})
+    origins = dict(MadeFrom.of(found.plan).origins)
     loaded = with_cluster(
         LoadedInputs(
             inputs=replace(
@@ -122,7 +118,7 @@ def load_replanning(
     engine = None if family.engine is None else replace(family.engine, max_nodes=None)
     settings = replace(settings, strategy=found.plan.strategy, roles=family.roles, engine=engine)
     loaded = for_engine(loaded, engine)
-    objective = asked_objective(found.plan, running)
+    objective = Requested.of(found.plan).objective(found.plan.objective, running)
     if rate_rps is not None:
         objective = replace(objective, demand_rps=rate_rps)
     warnings = [*found.warnings, *unconfirmed(found, running), *_nothing_in_common(found.plan, fleet)]
@@ -130,7 +126,7 @@ def load_replanning(
     kept, ignored, absent = _constraints(posed)
     dropped = [f"re-planning does not support {each}" for each in ignored]
     dropped += [f"{each} refers to something that the fleet lacks, and is not kept for later" for each in absent]
-    survived = next((place for place in PLACES if found.plan.inputs.get("survive") == place), "")
+    survived = Requested.of(found.plan).survive
     if survived:
         dropped.append(
             f"re-planning does not support --survive {survived}: the next plan serves {objective.demand_rps:.4g} "
@@ -242,9 +238,9 @@ def replan(
     split = any(replica.role is not Role.UNIFIED for replica in found.plan.replicas)
     notes = (*found.plan.notes, *posed.loaded.notes, NOTE, *((KV_IS_FOR_ENGINES,) if split else ()))
     notes += profile_notes(posed.problem)
-    plan = replace(found.plan, inputs=inputs_of_plan(posed.loaded, settings, posed.problem), notes=notes)
-    plan = _with_kept_settings(plan, found, posed.running)
-    plan = held_to(service_level_of(posed.running), with_asked(plan, posed.asked))
+    plan = _with_kept_settings(replace(found.plan, notes=notes), found, posed.running)
+    plan = with_inputs(plan, posed.loaded, settings, posed.problem, posed.asked)
+    plan = with_service_level(plan, Requested.of(posed.running).service_level)
     if (survival := survival_of(plan, posed)) is not None:
         plan = replace(with_losses(plan, posed.problem), notes=(*plan.notes, str(survival)))
     found = replace(found, plan=plan)
@@ -255,6 +251,7 @@ def replan(
     plan = with_profile_errors(plan, posed.problem)
     if verify:
         told = simulation_report(plan, report)
-        plan = verified(plan, posed.problem, seed=settings.seed, cancelled=budget.cancelled, report=told)
-        plan = noted_if_stopped(plan, budget.cancelled)
+        unlimited = Budget(cancelled=budget.cancelled)
+        plan = verified(plan, posed.problem, seed=settings.seed, budget=unlimited, report=told)
+        plan = noted_if_stopped(plan, unlimited)
     return replace(found, plan=plan)

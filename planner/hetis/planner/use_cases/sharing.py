@@ -14,15 +14,10 @@ from hetis.formats.errors import DocumentError, Problem, attempt, single_problem
 from hetis.formats.fields import read_data
 from hetis.formats.positions import Text
 from hetis.formats.tenants import FleetTenantPart, ShareInputs, parse_tenants
-from hetis.planner.use_cases.place import (
-    KV_IS_FOR_ENGINES,
-    ONE_TOKEN,
-    PlacementSettings,
-    inputs_of_plan,
-    objective,
-)
+from hetis.planner.use_cases.place import KV_IS_FOR_ENGINES, ONE_TOKEN, PlacementSettings, with_inputs
+from hetis.planner.use_cases.request import objective
 from hetis.planner.use_cases.robustness.profile_errors import profile_notes
-from hetis.planner.use_cases.sources import LoadedInputs, load_inputs, with_asked
+from hetis.planner.use_cases.sources import LoadedInputs, load_inputs
 from hetis.profiler.defaults import default_profile
 from hetis.solver.budget import Budget, Progress, Report, one_of_several
 from hetis.solver.cluster import Cluster, GpuSlots, Link, Network, NodeGroup
@@ -160,9 +155,8 @@ def _finished(
             lengths = () if inputs.inputs.has_tpot else (ONE_TOKEN,)
             notes = tuple(chain(plan.notes, shared, lengths, routed, profile_notes(tenant.problem)))
             of_others = {name: own for name, own in held.items() if name != tenant.name}
-            own_inputs = inputs_of_plan(inputs, settings, tenant.problem)
-            plan = replace(plan, inputs=own_inputs | ({OTHER_TENANTS: of_others} if of_others else {}), notes=notes)
-            plan = with_asked(plan, asked)
+            plan = replace(plan, inputs={OTHER_TENANTS: of_others} if of_others else {}, notes=notes)
+            plan = with_inputs(plan, inputs, settings, tenant.problem, asked)
         shares.append(replace(share, plan=plan))
     answer = replace(answer, shares=tuple(shares))
     if wrong := check_fleet_shares(search.tenancy, answer):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from typing import Any, TypeVar
 
@@ -23,12 +23,12 @@ from hetis.formats.documents import (
     load_workload,
     to_data,
 )
-from hetis.formats.errors import DocumentError, Problem, attempt, did_you_mean, shown, single_problem
+from hetis.formats.errors import DocumentError, Problem, attempt, did_you_mean, single_problem
 from hetis.formats.files import read_text
 from hetis.formats.positions import parse_text
 from hetis.formats.traces import PrefixHitRate
 from hetis.formats.workload import with_prefix_hits
-from hetis.planner.use_cases.service_level import SERVICE_LEVEL, ServiceLevel, Statistic
+from hetis.planner.use_cases.record.parts import MadeFrom, Requested
 from hetis.profiler.defaults import default_profile
 from hetis.profiler.possible import impossible
 from hetis.profiler.roofline import shipped_efficiencies
@@ -46,13 +46,6 @@ T = TypeVar("T")
 
 # Origins of profiles and inputs that do not come from a file.
 VALUE = "value"  # an input that was passed by a program
-CONSTRAINTS = "constraints"  # entry of `Plan.inputs`: the plan's constraints as options, if there are any
-OLD_CONSTRAINTS = "will"  # the earlier name of that entry, which is still read
-ASKED = "asked"  # entry of `Plan.inputs`: TPOT limit and demand as requested, where the plan's objective has others
-LIMITS = ("max_stages", "max_gpus", "min_layers", "max_nodes")  # the fields of `EngineRules` that users may set
-MAY_DIFFER = ("tpot_limit_s", "demand_rps")  # the names in that entry
-SHARE = "gpu_memory_utilization"
-ENGINE_SETTINGS = "engine_settings"  # entry of `Plan.inputs`: the engine settings that the plan obeys, if there are any
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,7 +81,7 @@ class Inputs:
             model=self.model,
             workload=self.workload.clipped_to(self.model.max_position),
             profiles=self.profiles,
-            objective=self.held_to(objective),
+            objective=self.applicable_limits(objective),
             family=family,
             constraints=self.constraints,
             memories=self._memories(family),
@@ -117,7 +110,7 @@ class Inputs:
             ).items()
         }  # fmt: skip
 
-    def held_to(self, objective: Objective) -> Objective:
+    def applicable_limits(self, objective: Objective) -> Objective:
         """Return the objective with only the limits that apply to the workload's requests."""
         return objective if self.has_tpot else replace(objective, tpot_limit_s=None)
 
@@ -176,7 +169,7 @@ def family_of(
 def engine_rules(name: str | None, strategy: str, **limits: int | None) -> EngineRules | None:
     """Return the rules of the requested engine. None means any engine, the default for strategies that no engine runs.
 
-    ``limits`` on every replica are in addition to the engine's rules, by the names in `LIMITS`; None: the engine's own.
+    ``limits`` on every replica are in addition to the engine's rules, by its fields' names; None: the engine's own.
 
     Raises:
         InvalidProblemError: there is no such engine, or limits are specified for any engine.
@@ -251,7 +244,8 @@ def load_inputs(
     """
     problems: list[Problem] = []
     fleet = attempt(lambda: load_cluster(cluster) if isinstance(cluster, str) else cluster, problems)
-    spec = attempt(lambda: load_model(model) if isinstance(model, str) else model, problems)
+    notes: list[str] = []
+    spec = attempt(lambda: load_model(model, notes=notes) if isinstance(model, str) else model, problems)
     traffic = attempt(lambda: _traffic(workload, prefix_hit_rate), problems)
     measured = load_profiles(profiles, problems)
     if fleet is not None:
@@ -266,6 +260,7 @@ def load_inputs(
         notes=(
             *([f"profiles from files are used unchanged: {', '.join(hostless)} has no host time of an engine"] * mixes),
             *notes_on_vendors(fleet),
+            *notes,
         ),
         inputs=Inputs(
             cluster=fleet, model=spec, workload=traffic, profiles={gpu: profile for gpu, (_, profile) in by_gpu.items()}
@@ -351,17 +346,16 @@ def problem_of_plan(plan: Plan, name: str) -> PlanAndProblem:
     Raises:
         DocumentError: the plan, or a document in it, is not usable.
     """
-    inputs = inputs_from_documents(plan.inputs.get("documents"), name)
-    _known_strategy(plan, name)
-    _check_service_level(plan, name)
+    made_from, requested = MadeFrom.of(plan), Requested.checked(plan, name)
+    inputs = inputs_from_documents(made_from.documents, name)
+    _check_family(plan, requested, name)
     warnings = []
-    if plan.inputs.get("digests") != inputs.digests():
+    if made_from.digests != inputs.digests():
         warnings.append("the inputs saved in the plan differ from those it was made from: their digests do not match")
-    constraints, settings = _constraints_of(plan, inputs.cluster, name), engine_settings_of_plan(plan, name)
-    inputs = replace(inputs, constraints=constraints, engine_settings=settings)
-    roles, engine = _roles_of(plan, name), engine_of_plan(plan, name)
+    constraints = _constraints_of(plan, requested, inputs.cluster, name)
+    inputs = replace(inputs, constraints=constraints, engine_settings=requested.engine_settings)
     try:
-        problem = inputs.problem(plan.objective, plan.strategy, roles, engine)
+        problem = inputs.problem(plan.objective, plan.strategy, requested.roles or (Role.UNIFIED,), requested.engine)
     except InvalidProblemError as error:
         raise single_problem(name, str(error)) from None
     return PlanAndProblem(plan=plan, inputs=inputs, problem=problem, warnings=tuple(warnings))
@@ -410,153 +404,42 @@ def differing_fields(one: ModelSpec, other: ModelSpec) -> list[str]:
     return [field.name for field in fields(ModelSpec) if getattr(one, field.name) != getattr(other, field.name)]
 
 
-def _known_strategy(plan: Plan, path: str) -> None:
-    from hetis.solver.placement.families import STRATEGIES
-
-    if plan.strategy not in STRATEGIES:
-        message = f"unknown strategy {plan.strategy}, expected one of {', '.join(STRATEGIES)}"
-        raise single_problem(path, message + did_you_mean(plan.strategy, STRATEGIES))
-
-
-def _check_service_level(plan: Plan, path: str) -> None:
-    """Raise DocumentError for an unreadable service level, which would be taken for the default."""
-    if SERVICE_LEVEL in plan.inputs and (wrong := list(_wrong_in_service_level(plan.inputs[SERVICE_LEVEL]))):
-        raise DocumentError(Problem(file=path, path=f"inputs.{SERVICE_LEVEL}", message=one) for one in wrong)
-
-
-def _wrong_in_service_level(found: object) -> Iterator[str]:
-    names, known = [field.name for field in fields(ServiceLevel)], [one.value for one in Statistic]
-    if not isinstance(found, Mapping) or set(found) != set(names):
-        yield f"must have {', '.join(names)}, and nothing else"
-        return
-    for name in ("ttft", "tpot"):
-        if found[name] not in known:
-            yield f"{name} is {shown(found[name])}, must be one of {', '.join(known)}"
-    share = found["attainment"]
-    if share is not None and not (type(share) in (int, float) and 0.0 < share <= 1.0):
-        yield f"attainment is {shown(share)}, must be null, or above 0 and at most 1"
-
-
-def constraint_options(plan: Plan) -> Any:
-    """Return the constraints in a plan's inputs, unchecked: normally a list of options."""
-    return plan.inputs.get(CONSTRAINTS, plan.inputs.get(OLD_CONSTRAINTS, []))
-
-
-def _constraints_of(plan: Plan, cluster: Cluster, path: str) -> Constraints:
+def _constraints_of(plan: Plan, requested: Requested, cluster: Cluster, path: str) -> Constraints:
     """Return the constraints that a plan claims to obey, if there are any."""
-    texts = constraint_options(plan)
-    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
-        raise single_problem(
-            path, f"inputs.{CONSTRAINTS} must be a list of --pin and --forbid options: the plan is checked against them"
-        )
     try:
-        return tuple(_as_described(each, plan) for each in constraints_from_texts(texts, cluster))
+        found = constraints_from_texts(requested.constraints, cluster)
     except DocumentError as error:
         raise DocumentError(
-            replace(problem, path=f"inputs.{CONSTRAINTS}", file=path, message=str(problem))
-            for problem in error.problems
+            replace(problem, path="inputs.constraints", file=path, message=str(problem)) for problem in error.problems
         ) from None
+    name = None if requested.engine is None else requested.engine.name
+    return tuple(_as_described(each, plan, name) for each in found)
 
 
-def _as_described(constraint: Constraint, plan: Plan) -> Constraint:
+def _as_described(constraint: Constraint, plan: Plan, name: str | None) -> Constraint:
     """Return a constraint of a plan as one of its engine if the plan's family says that it is; options do not."""
-    engine = plan.inputs.get("engine")
-    name = engine.get("name") if isinstance(engine, Mapping) else None
-    if not isinstance(name, str) or not isinstance(constraint, Exclude | RestrictRole | WithoutWorkers):
+    if name is None or not isinstance(constraint, Exclude | RestrictRole | WithoutWorkers):
         return constraint
     words = in_words(constraint, name)
     is_its = words != str(constraint) and words in plan.family.split("; ")
     return replace(constraint, by=name) if is_its else constraint
 
 
-def _roles_of(plan: Plan, path: str) -> tuple[Role, ...]:
-    """Return the roles of the searched family.
+def _check_family(plan: Plan, requested: Requested, path: str) -> None:
+    """Raise DocumentError if the plan's strategy is unknown, or lacks its roles or its engine."""
+    from hetis.solver.placement.families import STRATEGIES
 
-    Plans made before there were roles name none: their replicas are unified.
-    """
-    names, known = plan.inputs.get("roles", [Role.UNIFIED.value]), [role.value for role in Role]
-    if not isinstance(names, list) or not names or not all(name in known for name in names):
-        raise single_problem(
-            path, f"inputs.roles must be a list of {', '.join(known)}: the plan is checked against them"
-        )
+    if plan.strategy not in STRATEGIES:
+        message = f"unknown strategy {plan.strategy}, expected one of {', '.join(STRATEGIES)}"
+        raise single_problem(path, message + did_you_mean(plan.strategy, STRATEGIES))
     try:
-        family_of(plan.strategy, [Role(name) for name in names])
+        family_of(plan.strategy, requested.roles or (Role.UNIFIED,))
     except InvalidProblemError as error:
         raise single_problem(path, f"inputs.roles: {error}") from None
-    return ordered(Role(name) for name in names)
-
-
-def engine_of_plan(plan: Plan, path: str = "the plan") -> EngineRules | None:
-    """Return the engine for which a plan was made; None for any, as in plans made before there were engines.
-
-    Raises:
-        DocumentError: the engine is unknown; ``path`` is the plan's name in messages.
-    """
-    data = plan.inputs.get("engine")
-    if data is None:
-        return None
-    if isinstance(data, dict):
-        _check_engine_limits(data, path)
     try:
-        engine = EngineRules(**data)
-        family_of(plan.strategy, engine=engine)
-    except (TypeError, InvalidProblemError) as error:
-        raise single_problem(path, f"inputs.engine must be an engine and its limits: {error}") from None
-    return engine
-
-
-def _check_engine_limits(data: dict[str, Any], path: str) -> None:
-    """Raise DocumentError for limits that are not whole numbers, on which `EngineRules` and the rules of plans rely."""
-    for name in ("max_stages", "max_pooled_stages", "max_gpus", "min_layers", "max_nodes"):
-        value, may_be_null = data.get(name, 0), name in ("max_gpus", "max_nodes")  # null: no limit
-        if type(value) is not int and not (value is None and may_be_null):
-            must = "a whole number or null" if may_be_null else "a whole number"
-            raise single_problem(path, f"inputs.engine.{name} is {shown(value)}, must be {must}")
-
-
-def with_asked(plan: Plan, asked: Objective) -> Plan:
-    """Return the plan with what was requested of it and is not in its objective.
-
-    That is a limit on TPOT where requests have one output token, and the demand where a larger one was planned for, so
-    that it survives a loss.
-    """
-    own, wanted = ({name: getattr(one, name) for name in MAY_DIFFER} for one in (plan.objective, asked))
-    differing = {name: value for name, value in wanted.items() if value != own[name]}
-    return replace(plan, inputs={**plan.inputs, ASKED: differing}) if differing else plan
-
-
-def asked_objective(plan: Plan, path: str = "the plan") -> Objective:
-    """Return the objective that was requested, which `with_asked` stored.
-
-    Raises:
-        DocumentError: it is not usable; ``path`` is the plan's name in messages.
-    """
-    data = plan.inputs.get(ASKED, {})
-    if not isinstance(data, Mapping) or not data.keys() <= set(MAY_DIFFER) or not all(map(_is_number, data.values())):
-        must = f"must have numbers by {' or '.join(MAY_DIFFER)}"
-        raise single_problem(path, f"inputs.{ASKED} is {shown(data)}, {must}")
-    try:
-        return replace(plan.objective, **data)
+        family_of(plan.strategy, engine=requested.engine)
     except InvalidProblemError as error:
-        raise single_problem(path, f"inputs.{ASKED}: {error}") from None
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def engine_settings_of_plan(plan: Plan, path: str = "the plan") -> EngineSettings:
-    """Return the engine settings that a plan obeys; none if the plan names none.
-
-    Raises:
-        DocumentError: the settings are not usable; ``path`` is the plan's name in messages.
-    """
-    data = plan.inputs.get(ENGINE_SETTINGS)
-    try:
-        return NOTHING_SET if data is None else engine_settings_from_data(data)
-    except (TypeError, InvalidProblemError) as error:
-        message = f"inputs.{ENGINE_SETTINGS} must be engine settings: {error}"
-        raise single_problem(path, message) from None
+        raise single_problem(path, f"inputs.engine must be an engine and its limits: {error}") from None
 
 
 def engine_settings(
@@ -569,30 +452,6 @@ def engine_settings(
         max_num_seqs=max_num_seqs, chunk_tokens=tuple(chunks), kv_blocks=kv_blocks, min_context=min_context,
         gpu_memory_utilization=gpu_memory_utilization,
     )  # fmt: skip
-
-
-def engine_settings_from_data(data: Any) -> EngineSettings:
-    """Return the settings from which `engine_settings_data` made data.
-
-    Raises:
-        TypeError: the data has a different form.
-        InvalidProblemError: a number is out of its range.
-    """
-    if not isinstance(data, Mapping):
-        raise TypeError(f"is a {type(data).__name__}, must have names and numbers")
-    chunks, share = data.get("chunk_tokens", []), data.get(SHARE)
-    if share is not None and not isinstance(share, float | int):
-        raise TypeError(f"has a {SHARE} that is no number")
-    numbers = {name: value for name, value in data.items() if name not in ("chunk_tokens", SHARE)}
-    if not isinstance(chunks, list | tuple) or not all(type(number) is int for number in (*chunks, *numbers.values())):
-        raise TypeError("has a value that is not a whole number")
-    return EngineSettings(chunk_tokens=tuple(chunks), gpu_memory_utilization=share, **numbers)
-
-
-def engine_settings_data(settings: EngineSettings) -> dict[str, Any]:
-    """Return the specified settings by name."""
-    found = {name: value for name, value in asdict(settings).items() if value}
-    return {name: list(value) if isinstance(value, tuple) else value for name, value in found.items()}
 
 
 def load_profiles(paths: Iterable[str], problems: list[Problem]) -> dict[str, tuple[str, Profile]]:

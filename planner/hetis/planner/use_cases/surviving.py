@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import cache
 
-from hetis.solver.advice import Loss, without_nodes, worst_node, worst_zone
+from hetis.planner.use_cases.record.parts import Losses
+from hetis.solver.advice import without_nodes, worst_node, worst_zone
 from hetis.solver.cluster import NodeGroup
 from hetis.solver.constraints import AtMost, Exclude, Replicas, RestrictRole, Selection, Unit, Use, misfits
 from hetis.solver.errors import InfeasibleError, InvalidProblemError, NoPlanFoundError
 from hetis.solver.plan import KvRoute, ObjectiveKind, Plan, ReplicaPlan, SolveResult, Status
 from hetis.solver.problem import PlacementProblem
 
-LOSSES = "losses"  # entry of `Plan.inputs`: by ``node`` and ``zone``, the `Loss` of the worst one
 MOST_TRIES = 6  # demands that are tried
 ENOUGH = 1.0 - 1e-9
 FEW_NODES = (2, 3, 4, 6, 8)  # numbers of nodes that are tried, each node with a plan of its own
@@ -28,19 +28,7 @@ Find = Callable[[PlacementProblem], Plan]  # raises InfeasibleError, NoPlanFound
 def with_losses(plan: Plan, problem: PlacementProblem) -> Plan:
     """Return the plan with its worst loss of any one node, and of any one zone."""
     found = {"node": worst_node(plan, problem), "zone": worst_zone(plan, problem)}
-    rows = {kind: asdict(loss) for kind, loss in found.items() if loss is not None}
-    return replace(plan, inputs={**plan.inputs, LOSSES: rows}) if rows else plan
-
-
-def losses_of(plan: Plan) -> dict[str, Loss]:
-    """Return a plan's losses by kind of place, without those in another form than `with_losses` writes."""
-    rows = plan.inputs.get(LOSSES)
-    found = dict[str, Loss]()
-    for kind, row in rows.items() if isinstance(rows, Mapping) else ():
-        match row:
-            case {"name": str(name), "rate": float() | int() as rate, "whole": float() | int() as whole} if whole > 0:
-                found[str(kind)] = Loss(name=name, rate=rate, whole=whole)
-    return found
+    return Losses(by_place={kind: loss for kind, loss in found.items() if loss is not None}).on(plan)
 
 
 def left_without(plan: Plan, problem: PlacementProblem, place: str) -> float:

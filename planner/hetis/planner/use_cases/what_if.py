@@ -21,6 +21,7 @@ from hetis.formats.files import read_text
 from hetis.planner.use_cases.compare import FAILED, NO_PLAN, Compared, Searches, planned
 from hetis.planner.use_cases.place import PlacementSettings
 from hetis.planner.use_cases.precision import for_engine
+from hetis.planner.use_cases.record.parts import MadeFrom
 from hetis.planner.use_cases.sources import LoadedInputs, PlanAndProblem
 from hetis.profiler.defaults import default_profile, profile_origin
 from hetis.solver.advice import (
@@ -180,8 +181,8 @@ def buy_next_to_plan(
     Raises:
         InvalidProblemError, UncheckedPlanError: as raised by `buy_next`.
     """
-    plan, family, origins = found.plan, found.problem.family, found.plan.inputs.get("origins")
-    loaded = LoadedInputs(inputs=found.inputs, origins=origins if isinstance(origins, Mapping) else {})
+    plan, family, origins = found.plan, found.problem.family, MadeFrom.of(found.plan).origins
+    loaded = LoadedInputs(inputs=found.inputs, origins=origins)
     settings = PlacementSettings(
         strategy=plan.strategy, roles=family.roles, engine=family.engine, time_limit_s=time_limit_s
     )

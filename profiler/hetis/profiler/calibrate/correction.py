@@ -147,7 +147,7 @@ def corrected(
     kinds = {work.kind for one in observed.observations for _, work in one.parts}
     decodes, prefills = any(kind != "prefill" for kind in kinds), any(kind != "decode" for kind in kinds)
     took_part = {Op.DENSE}
-    took_part |= {Op.EXPERTS} if replica.model.moe is not None else set()
+    took_part |= {Op.EXPERTS} if replica.model.experts is not None else set()
     took_part |= {Op.DECODE_ATTENTION} if decodes else set()
     took_part |= {Op.PREFILL_ATTENTION} if prefills else set()
     took_part |= {Op.ALL_REDUCE} if replica.tp > 1 else set()

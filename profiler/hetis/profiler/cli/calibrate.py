@@ -131,9 +131,9 @@ def calibrate(
     A log with --enable-logging-iteration-details says most. Of a URL, /metrics is read
     every few seconds, which tells one parameter.
     """
-    from hetis.formats.dtypes import KV_PRECISIONS, PRECISIONS, with_precision
     from hetis.formats.errors import DocumentError, Problem, attempt
-    from hetis.formats.model import load_model
+    from hetis.formats.models.document import load_model
+    from hetis.formats.models.dtypes import KV_PRECISIONS, PRECISIONS, with_precision
     from hetis.formats.vllm_logs import load_iteration_log
     from hetis.profiler.calibrate.correction import calibrate as corrected
     from hetis.solver.errors import InvalidProblemError
@@ -191,8 +191,8 @@ def _profile(gpu: str, path: Path | None, cluster: Path | None) -> Profile:
 
 def _precision(option: str, given: str | None, known: Collection[str]) -> None:
     """Refuse a choice of precisions that are not known."""
-    from hetis.formats.dtypes import chosen_precision
     from hetis.formats.errors import single_problem
+    from hetis.formats.models.dtypes import chosen_precision
 
     try:
         chosen_precision(given, known) if given is not None else None

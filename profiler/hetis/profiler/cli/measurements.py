@@ -86,7 +86,7 @@ def run(
     """
     from hetis.formats.errors import single_problem
     from hetis.formats.measurements import save_measurements
-    from hetis.formats.model import load_model
+    from hetis.formats.models.document import load_model
     from hetis.profiler.measure.adaptive import RunRequest
     from hetis.profiler.measure.journal import journal_of, points_in
     from hetis.profiler.measure.session import measure

@@ -134,7 +134,7 @@ def compare(
     from rich.console import Group
     from rich.text import Text
 
-    from hetis.formats.model import load_model
+    from hetis.formats.models.document import load_model
     from hetis.profiler.pictures import typical_times
 
     spec, first, second = load_model(model), profile_of(a), profile_of(b)

@@ -10,11 +10,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from hetis.formats import catalogue
-from hetis.formats.dtypes import BYTES_PER_PARAMETER
 from hetis.formats.measurements import MeasuredOp, Measurements, Table
+from hetis.formats.models.dtypes import BYTES_PER_PARAMETER
 from hetis.profiler.fit.points import CACHE_BYTES, Cells, FitPoints, Points, tables_of, unknown_cache
 from hetis.solver.cluster import GpuType
-from hetis.solver.model import AttentionKind, ModelSpec
+from hetis.solver.model import ModelSpec
 from hetis.solver.profile import FitScope, Op
 
 # Evenly spaced logarithms: the tables contain many more large token counts than served batches have.
@@ -145,12 +145,13 @@ def _composed_layers(table: Table, weight_bits: int, gpu: GpuType) -> Iterator[_
 
 
 def _layer(model: ModelSpec, tp: int, grid: _Grid) -> Iterator[_Row]:
-    if model.moe is not None or model.attention is AttentionKind.MLA or model.q_heads % tp or model.intermediate % tp:
+    if model.plain_layer is None:
         return
-    if model.linear is not None or model.gated_attention or model.compressed is not None:
+    heads, mlp = model.plain_layer
+    if heads.query_heads % tp or mlp.width % tp:
         return
-    query, kv = model.q_heads * model.head_dim / tp, max(1.0, model.kv_heads / tp) * model.head_dim
-    inner, gates = model.intermediate / tp, 2 if model.gated_mlp else 1
+    query, kv = heads.query_heads * heads.head_dim / tp, max(1.0, heads.kv_heads / tp) * heads.head_dim
+    inner, gates = mlp.width / tp, mlp.matrices - 1
     products = [
         (query + 2 * kv, float(model.hidden)),
         (float(model.hidden), query),

@@ -16,7 +16,7 @@ from hetis.formats.files import read_text
 from hetis.formats.measurements import MeasuredBy, MeasuredOp
 from hetis.profiler.fit.errors import SERVING
 from hetis.profiler.importers.reading import Collection, Sheet, SheetRow, catalogue_name
-from hetis.solver.model import AttentionKind, ModelSpec
+from hetis.solver.model import Kernel, ModelSpec
 from hetis.solver.profile import Op
 
 _VIDUR = MeasuredBy(tool="microsoft/vidur", engine="Sarathi-Serve", source="data/profiles", licence="MIT")
@@ -262,7 +262,7 @@ def _run_of(file: str) -> _Run:
 
 def _unread(model: ModelSpec, tp: int) -> str:
     """Return why attention of a rank cannot be told from the model, or nothing."""
-    if model.attention is AttentionKind.MLA:
+    if Kernel.LATENT in model.kernels:
         return "whose attention is latent: its tables are not read"
     return f"whose {model.q_heads} heads TP {tp} does not divide" if model.q_heads % tp else ""
 
@@ -330,7 +330,7 @@ def _catalogued_layer(row: SheetRow, gpu: str, into: Collection) -> None:
 def _operator(row: SheetRow, run: _Run, op: str, seconds: float | None, time: str, into: Collection) -> None:
     """Add an operator of a layer, unless hetis has none like it, or it has other sizes than in a plain layer."""
     model, tokens, params = run.model, row.count("tokens"), _params(run.model, op)
-    if params is None or model.moe is not None or model.linear is not None or model.gated_attention:
+    if params is None or model.plain_layer is None:
         note = "experts, embeddings, LM head and the attention among the layers are left out"
         into.note(run.gpu, run.by, note)
         return
@@ -344,6 +344,8 @@ def _operator(row: SheetRow, run: _Run, op: str, seconds: float | None, time: st
 def _params(model: ModelSpec, op: str) -> int | None:
     if op in _SERVING_SIM_ELEMENTWISE:
         return 0
+    if model.plain_layer is None:
+        return None
     heads = {
         "q_proj": model.q_heads,
         "k_proj": model.kv_heads,
@@ -354,4 +356,4 @@ def _params(model: ModelSpec, op: str) -> int | None:
     if op in heads:
         return heads[op] * model.head_dim * model.hidden
     matrices = {"gate_proj": 1, "up_proj": 1, "down_proj": 1, "gate_up_proj": 2}
-    return matrices[op] * model.intermediate * model.hidden if op in matrices else None
+    return matrices[op] * model.plain_layer[1].width * model.hidden if op in matrices else None

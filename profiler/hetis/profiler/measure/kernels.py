@@ -64,7 +64,7 @@ class Kernels:
             heads = functional.linear(functional.rms_norm(x, (model.hidden,), scale), qkv)[:, :width]
             middle = x + functional.linear(heads, output)
             inner = functional.linear(functional.rms_norm(middle, (model.hidden,), scale), up)
-            if model.gated_mlp:
+            if model.mlps[0][0].gated:
                 gate, inner = inner.chunk(2, dim=1)
                 inner = functional.silu(gate) * inner
             else:

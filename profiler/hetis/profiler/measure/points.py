@@ -135,14 +135,8 @@ def series_of(
         peer_kernel: backend for messages between two processes (gloo, nccl); empty for none.
         peer_path: ``loopback`` or ``peer``.
     """
-    kinds = {
-        "latent attention": model.mla is not None,
-        "compressed attention": model.compressed is not None,
-        "experts": model.moe is not None,
-        "linear attention": model.linear is not None,
-        "gated attention": model.gated_attention,
-    }
-    if what := next((kind for kind, has in kinds.items() if has), None):
+    if model.unusual_parts:
+        what = model.unusual_parts[0]
         raise InvalidProblemError(f"{model.name} has {what}, which `run` cannot measure: choose a dense model")
     tps = [tp for tp in extent.tps if model.q_heads % tp == 0 and model.kv_heads % tp == 0]
     blocks = (size for size in extent.messages if size >= KV_BLOCK_BYTES)  # no less than a block is ever copied
@@ -187,12 +181,13 @@ def _products(model: ModelSpec, extent: Extent, tps: Sequence[int]) -> PointSeri
 def matrices(model: ModelSpec, tp: int) -> dict[str, tuple[int, int]]:
     """Return (n, k) of each matrix that one rank multiplies tokens by."""
     heads, groups = model.q_heads // tp, model.kv_heads // tp
-    up = (2 if model.gated_mlp else 1) * model.intermediate // tp
+    mlp, _ = model.mlps[0]
+    up = (mlp.matrices - 1) * mlp.inner // tp
     return {
         "qkv": ((heads + 2 * groups) * model.head_dim, model.hidden),
         "output": (model.hidden, heads * model.head_dim),
         "up": (up, model.hidden),
-        "down": (model.hidden, model.intermediate // tp),
+        "down": (model.hidden, mlp.inner // tp),
         "lm_head": (model.vocab // tp, model.hidden),
     }
 

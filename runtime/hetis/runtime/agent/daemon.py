@@ -11,11 +11,11 @@ import uuid
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
 from hetis.runtime.agent.core import AgentCore, AgentIdentity
 from hetis.runtime.agent.device_reader import DeviceReader
-from hetis.runtime.agent.devices import discover, open_devices
+from hetis.runtime.agent.devices import open_devices
 from hetis.runtime.agent.disk import StateDirectory, StateError, machine_boot_id
 from hetis.runtime.agent.executor import Executor, SocketExecutor
 from hetis.runtime.agent.metrics import AgentMetrics
@@ -30,9 +30,6 @@ from hetis.v1.change_pb2 import ChangePhase
 from hetis.v1.executor_service_pb2 import WatchReportsResponse
 from hetis.v1.failure_pb2 import ErrorReason, Failure
 from hetis.v1.report_pb2 import DeviceReport
-
-if TYPE_CHECKING:
-    from hetis.runtime.agent.simulated.server import SimulatedServer
 
 LEAST_REPORT_S = 0.2  # minimum time between two reports from an engine with `ExecutorService`
 SCRAPE_S = 2.0
@@ -306,9 +303,6 @@ class Parts:
     engine_address: str
     state_dir: Path
     devices: str
-    control: Path | None
-    seed: int
-    peer_address: str
     metrics: tuple[str, int] | None
     agent_version: str
 
@@ -328,7 +322,7 @@ async def run_agent(parts: Parts) -> None:
             host, port = parts.metrics
             _log.info("metrics on http://%s:%d/metrics", host, metrics.serve(port, host=host))
             stack.callback(metrics.close)
-        executor, engine_address = await _engine(parts, len(inventory.devices), stack)
+        executor, engine_address = await _engine(parts, stack)
         steers = _STEERED if executor is not None else frozenset()
         core = AgentCore(
             AgentIdentity(
@@ -351,44 +345,13 @@ async def run_agent(parts: Parts) -> None:
         await daemon.run(PlannerStream(parts.address, daemon, ReconnectBackoff(random.Random())))
 
 
-async def run_engine(node: str, devices: str, socket: Path, control: Path | None, seed: int, peer_address: str) -> None:
-    """Run a simulated engine until it is cancelled."""
-    server = _simulated(node, len(discover(devices).devices), socket, control, seed, peer_address)
-    try:
-        await server.start()
-        _log.info("simulated engine of %s on %s, other engines on %s", node, socket, server.address)
-        await server.wait()
-    finally:
-        await server.close()
-
-
-def _simulated(
-    node: str, num_devices: int, socket: Path, control: Path | None, seed: int, peer_address: str
-) -> SimulatedServer:
-    from hetis.runtime.agent.simulated.engine import SimulatedEngine
-    from hetis.runtime.agent.simulated.replica import ControlFile, best_admission
-    from hetis.runtime.agent.simulated.server import SimulatedServer
-
-    admission = best_admission()
-    _log.info("simulated engine: admission by %s", type(admission).__name__)
-    engine = SimulatedEngine(node.rpartition("/")[2], num_devices, seed=seed, admission=admission)
-    file = ControlFile(control) if control is not None else None
-    return SimulatedServer(engine, socket, peer_address=peer_address, control=file)
-
-
-async def _engine(parts: Parts, num_devices: int, stack: contextlib.AsyncExitStack) -> tuple[Executor | None, str]:
+async def _engine(parts: Parts, stack: contextlib.AsyncExitStack) -> tuple[Executor | None, str]:
     """Return the engine that the agent steers (None if it steers none) and the address where it listens for others."""
     executor: Executor
     address = ""
     match parts.choice.kind:
         case EngineKind.SOCKET:
             executor = SocketExecutor(Path(parts.choice.where))
-        case EngineKind.SIMULATED:
-            socket = parts.state_dir / "engine.sock"
-            server = _simulated(parts.node, num_devices, socket, parts.control, parts.seed, parts.peer_address)
-            await server.start()
-            stack.push_async_callback(server.close)
-            executor, address = SocketExecutor(socket), server.address
         case EngineKind.LAUNCH:
             from hetis.commands.endpoints import joined
             from hetis.runtime.agent.launched.executor import LaunchExecutor

@@ -46,9 +46,6 @@ HETIS_AGENT_TOKEN=... hetis-agent --server planner.example:8470 --tls-ca ca.pem 
 hetis-agent --server planner.example:8470 --tls-ca ca.pem --token-file token --node clusters/paper/nodes/l4-3
 --engine launch:/etc/hetis/engine.yaml
 
-hetis-agent --server 127.0.0.1:8470 --node clusters/demo/nodes/a100-0 --engine simulated --simulated-devices
-A100-SXM-80GB:4
-
 hetis-agent devices
 
 Exit codes: 0 stopped by SIGTERM or SIGINT · 1 failed · 2 invalid options · 4 the state directory cannot be used \
@@ -77,14 +74,6 @@ SimulatedDevices = Annotated[
     str,
     _option("SIMULATED_DEVICES", "TYPE:COUNT,...; short for --devices simulated:TYPE:COUNT,..."),
 ]
-Control = Annotated[
-    Path | None, _option("CONTROL", "YAML or JSON file that controls a simulated engine; read again after each change.")
-]
-Seed = Annotated[int, _option("SEED", "Random seed of the load of a simulated engine.")]
-Peer = Annotated[
-    str,
-    _option("PEER_ADDRESS", "Address where other engines read from a simulated engine; port 0 selects a free port."),
-]
 
 
 @app.callback(invoke_without_command=True)
@@ -101,7 +90,7 @@ def run(
         str,
         _option(
             "ENGINE",
-            "Engine: unix:///PATH, vllm:http://HOST:PORT, sglang:http://HOST:PORT, launch:FILE, simulated or none.",
+            "Engine: unix:///PATH, vllm:http://HOST:PORT, sglang:http://HOST:PORT, launch:FILE or none.",
         ),
     ] = "none",
     engine_address: Annotated[
@@ -120,9 +109,6 @@ def run(
     metrics: Annotated[str, _option("METRICS", "Serve the agent's Prometheus metrics on HOST:PORT.")] = "",
     devices: Devices = "auto",
     simulated_devices: SimulatedDevices = "",
-    control: Control = None,
-    seed: Seed = 0,
-    peer_address: Peer = "127.0.0.1:0",
     log_level: Annotated[str, _option("LOG_LEVEL", "Log level: debug, info, warning or error.")] = "info",
     _version: Annotated[bool, version_option("hetis-agent")] = False,
 ) -> None:
@@ -132,7 +118,7 @@ def run(
     uses_tls = tls_ca is not None or tls_cert is not None
     source = f"simulated:{simulated_devices}" if simulated_devices else devices
     with checking() as check:
-        check(lambda: _set_up_logs(log_level))
+        check(lambda: set_up_logs(log_level))
         check(lambda: checked_node(node))
         address = check(
             lambda: PlannerAddress(
@@ -145,9 +131,8 @@ def run(
             )
         )
         choice = check(lambda: EngineChoice.parse(engine))
-        check(lambda: checked_devices(source, engine=choice))
+        check(lambda: checked_devices(source))
         listen = check(lambda: checked_address("--metrics", metrics)) if metrics else None
-        check(lambda: checked_address("--peer-address", peer_address))
     assert address is not None
     assert choice is not None
     raise_descriptor_limit("hetis-agent", least=_LEAST_FILES, enough=_ENOUGH_FILES)
@@ -160,13 +145,10 @@ def run(
         engine_address=engine_address,
         state_dir=state_dir or default_state_dir(os.environ.get("XDG_STATE_HOME"), node),
         devices=source,
-        control=control,
-        seed=seed,
-        peer_address=peer_address,
         metrics=listen,
         agent_version=version("hetis"),
     )
-    _run_until_told(run_agent(parts))
+    run_until_signal(run_agent(parts))
 
 
 @app.command()
@@ -178,28 +160,6 @@ def devices(devices: Devices = "auto", simulated_devices: SimulatedDevices = "")
 
     found = discover(f"simulated:{simulated_devices}" if simulated_devices else devices)
     print(json.dumps(json_format.MessageToDict(found, preserving_proto_field_name=True), indent=2))
-
-
-@app.command()
-def simulate(
-    socket: Annotated[Path, typer.Option(help="Unix socket to serve the agent on.")],
-    node: Annotated[str, _option("NODE", "clusters/NAME/nodes/NODE.")],
-    simulated_devices: SimulatedDevices,
-    control: Control = None,
-    seed: Seed = 0,
-    peer_address: Peer = "127.0.0.1:0",
-) -> None:
-    """Run a simulated engine alone, for an agent that is started with --engine unix://SOCKET."""
-    source = f"simulated:{simulated_devices}"
-    with checking() as check:
-        check(lambda: _set_up_logs("info"))
-        check(lambda: checked_node(node))
-        check(lambda: checked_devices(source, engine=None))
-        check(lambda: checked_address("--peer-address", peer_address))
-    raise_descriptor_limit("hetis-agent", least=_LEAST_FILES, enough=_ENOUGH_FILES)
-    from hetis.runtime.agent.daemon import run_engine
-
-    _run_until_told(run_engine(node, source, socket, control, seed, peer_address))
 
 
 def main() -> int:
@@ -241,7 +201,7 @@ def checking() -> Iterator[Checking]:
         raise OptionError(*check.wrong)
 
 
-def _run_until_told(work: Coroutine[Any, Any, None]) -> None:
+def run_until_signal(work: Coroutine[Any, Any, None]) -> None:
     """Run ``work`` until it ends or a signal arrives."""
 
     async def until_told() -> None:
@@ -267,7 +227,7 @@ def _run_until_told(work: Coroutine[Any, Any, None]) -> None:
     logging.getLogger(__name__).info("stopped after %.0f s", time.monotonic() - begun_s)
 
 
-def _set_up_logs(level: str) -> None:
+def set_up_logs(level: str) -> None:
     known = logging.getLevelNamesMapping()
     if level.upper() not in known:
         raise OptionError(f"--log-level is {level!r}, must be debug, info, warning or error")

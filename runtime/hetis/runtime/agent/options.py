@@ -73,7 +73,6 @@ class EngineKind(StrEnum):
     VLLM = "vllm"
     SGLANG = "sglang"
     LAUNCH = "launch"
-    SIMULATED = "simulated"
     NONE = "none"
 
 
@@ -87,14 +86,14 @@ class EngineChoice:
 
     @classmethod
     def parse(cls, text: str) -> EngineChoice:
-        """Parse ``unix:///path``, ``vllm:http://host:port``, ``sglang:http://host:port``, ``launch:/path``,
-        ``simulated`` or ``none``. Raises OptionError if the text is none of these, or with all problems of the
-        settings file.
+        """Parse ``unix:///path``, ``vllm:http://host:port``, ``sglang:http://host:port``, ``launch:/path`` or ``none``.
+
+        Raises OptionError if the text is none of these, or with all problems of the settings file.
         """
         head, _, rest = re.sub(r"^(vllm|sglang)\s+", r"\1:", text.strip()).partition(":")
         expected = (
             "unix:///path/engine.sock, vllm:http://127.0.0.1:8000, sglang:http://127.0.0.1:30000, "
-            "launch:/path/engine.yaml, simulated or none"
+            "launch:/path/engine.yaml or none"
         )
         match head:
             case "unix" if rest.startswith("/") and rest.strip("/"):
@@ -103,7 +102,7 @@ class EngineChoice:
                 return cls(EngineKind(head), _metrics_url(rest))
             case "launch" if rest:
                 return cls(EngineKind.LAUNCH, rest, _engine_settings(rest))
-            case "simulated" | "none" if not rest:
+            case "none" if not rest:
                 return cls(EngineKind(head))
         raise OptionError(f"--engine is {text!r}, must be {expected}")
 
@@ -145,10 +144,8 @@ def checked_address(option: str, text: str) -> tuple[str, int]:
         raise OptionError(f"{option} is {text!r}, must be host:port such as 127.0.0.1:9470") from None
 
 
-def checked_devices(source: str, *, engine: EngineChoice | None) -> str:
-    """Check the source of devices. ``engine`` is the engine next to them, or None if it is unknown. Raises
-    OptionError if there is no such source, or a simulated engine has no simulated devices.
-    """
+def checked_devices(source: str) -> str:
+    """Check the source of devices. Raises OptionError if there is no such source."""
     from hetis.runtime.agent.devices import SOURCES, DevicesUnavailableError, SimulatedDevices
 
     kind, _, rest = source.partition(":")
@@ -159,8 +156,6 @@ def checked_devices(source: str, *, engine: EngineChoice | None) -> str:
             raise OptionError(str(error)) from None
     elif kind not in ("auto", "nvml", "none") or rest:
         raise OptionError(f"--devices is {source!r}, must be {SOURCES.replace('`', '')}")
-    elif engine is not None and engine.kind is EngineKind.SIMULATED:
-        raise OptionError("--engine simulated needs --simulated-devices, such as A100-SXM-80GB:4")
     return source
 
 

@@ -20,11 +20,12 @@ from hetis.runtime.agent.replica_state import (
     refusal_of,
     wrong_fields,
 )
-from hetis.runtime.moves.changes import ENDED, REMEMBERED_S, expired
+from hetis.runtime.moves.changes import REMEMBERED_S, expired
 from hetis.runtime.moves.refusals import failure_of, unreachable
 from hetis.v1 import executor_service_pb2 as messages
 from hetis.v1.agent_service_pb2 import AgentCapability, ConnectNodeRequest, Delta, DeltaAck, DeltaNack
 from hetis.v1.change_pb2 import Change, ChangeOutcome, ChangePhase, ChangeStatus
+from hetis.v1.changes import DECIDED, PHASE_OF_OUTCOME
 from hetis.v1.failure_pb2 import ErrorReason, Failure
 from hetis.v1.report_pb2 import AssignmentState, ReplicaReport
 
@@ -32,10 +33,6 @@ LEAST_WAIT_S, MOST_WAIT_S = 0.2, 5.0  # shortest and longest wait before a faile
 CALL_S = 10.0  # an engine that does not answer within this time counts as unreachable
 PROGRESS_S = 1.0  # interval between statuses that only report copied bytes
 _UNREACHABLE = (ErrorReason.ERROR_REASON_ENGINE_UNREACHABLE, ErrorReason.ERROR_REASON_INTERNAL)
-_OUTCOME = {
-    ChangeOutcome.CHANGE_OUTCOME_FLIPPED: ChangePhase.CHANGE_PHASE_FLIPPED,
-    ChangeOutcome.CHANGE_OUTCOME_ABORTED: ChangePhase.CHANGE_PHASE_ABORTED,
-}
 # State of a replica whose engine cannot be reached, by the last one that it reported. Any other state stays.
 _WITHOUT_ENGINE = {
     AssignmentState.ASSIGNMENT_STATE_LOADED: AssignmentState.ASSIGNMENT_STATE_LOADING,
@@ -115,7 +112,7 @@ class ReplicaAgent:
             parts=tuple(dict.fromkeys(delta.prepare.parts)),
             epoch=epoch,
             deadline_s=now_s + change.prepare_timeout.ToNanoseconds() / 1e9,
-            status=self._status(change),
+            status=ChangeState.first_status(change, generation=self.held.held_generation),
         )
         self.held.changes[taken.id] = taken
         return taken
@@ -299,10 +296,10 @@ class ReplicaAgent:
             if isinstance(answer, messages.FlipMovesResponse):
                 change.learn(answer)
             else:
-                change.add_moves(answer.moves)
+                change.leave_out(answer.moves)
             if answer.outcome == ChangeOutcome.CHANGE_OUTCOME_FLIPPED:
                 change.learn_generation(answer.generation)
-            self._enter(change, _OUTCOME[answer.outcome], now_s=now_s)
+            self._enter(change, PHASE_OF_OUTCOME[answer.outcome], now_s=now_s)
         else:
             self._enter(change, ChangePhase.CHANGE_PHASE_RELEASED, now_s=now_s)
         if ready and change.desired is DesiredPhase.PREPARED:
@@ -317,7 +314,7 @@ class ReplicaAgent:
             if said.phase not in (ChangePhase.CHANGE_PHASE_ABORTED, ChangePhase.CHANGE_PHASE_RELEASED):
                 self._adopt(said, now_s)
             return
-        if said.phase not in ENDED or not change.may_become(said.phase):
+        if said.phase not in DECIDED or not change.may_become(said.phase):
             return
         change.learn(said)
         self._enter(change, said.phase, now_s=now_s)
@@ -407,16 +404,12 @@ class ReplicaAgent:
         can = AgentCapability.AGENT_CAPABILITY_ASSIGN in self._can
         return AssignmentState.ASSIGNMENT_STATE_LOADING if can else AssignmentState.ASSIGNMENT_STATE_UNMANAGED
 
-    def _status(self, change: Change) -> ChangeStatus:
-        held, number, phase = self.held, change.change_id, ChangePhase.CHANGE_PHASE_PREPARING
-        return ChangeStatus(change_id=number, replica=held.replica, phase=phase, generation=held.held_generation)
-
     def _unheard(self, change_id: str, *, epoch: int, now_s: float) -> ChangeState:
         """Record a change of which the agent first learns now that it is to end: only the engine may know it."""
         change = Change(change_id=change_id, replica=self.held.replica)
-        heard = ChangeState(change=change, parts=(), epoch=epoch, deadline_s=now_s, status=self._status(change))
-        self.held.changes[change_id] = heard
-        return heard
+        status = ChangeState.first_status(change, generation=self.held.held_generation)
+        state = self.held.changes[change_id] = ChangeState(change=change, epoch=epoch, deadline_s=now_s, status=status)
+        return state
 
     def _give_up_open(self, reason: ErrorReason.ValueType, message: str) -> None:
         """Mark every open change to be aborted."""

@@ -20,6 +20,7 @@ from hetis.runtime.agent.outbox import Outbox
 from hetis.runtime.moves.refusals import failure_of, generation_mismatch, phase_name
 from hetis.v1.agent_service_pb2 import AgentCapability, ConnectNodeRequest, Delta
 from hetis.v1.change_pb2 import Change, ChangeOutcome, ChangePart, ChangePhase, ChangeStatus, MoveResult
+from hetis.v1.changes import FLIPPED, NodeChange
 from hetis.v1.executor_service_pb2 import CopyMovesResponse, FlipMovesResponse
 from hetis.v1.failure_pb2 import ErrorReason, Failure, FieldViolation
 from hetis.v1.replica_pb2 import Assignment
@@ -27,15 +28,6 @@ from hetis.v1.report_pb2 import AssignmentState
 
 MessageT = TypeVar("MessageT", bound=Message)
 NODE_PART = "node"  # part on disk for what concerns no single replica; names of replicas contain slashes
-_RANK = {
-    ChangePhase.CHANGE_PHASE_UNSPECIFIED: 0,
-    ChangePhase.CHANGE_PHASE_PREPARING: 1,
-    ChangePhase.CHANGE_PHASE_READY: 2,
-    ChangePhase.CHANGE_PHASE_FLIPPED: 3,
-    ChangePhase.CHANGE_PHASE_ABORTED: 4,
-    ChangePhase.CHANGE_PHASE_RELEASED: 4,
-}
-FLIPPED = (ChangePhase.CHANGE_PHASE_FLIPPED, ChangePhase.CHANGE_PHASE_RELEASED)
 MOST_MOVES = 4096
 LONGEST_PREPARE_S = 600
 MOST_ENDED = 64  # ended changes that are remembered
@@ -61,15 +53,10 @@ class DesiredPhase(StrEnum):
 
 
 @dataclass(slots=True, kw_only=True)
-class ChangeState:
+class ChangeState(NodeChange):
     """A change on this node: what the planner wants of it, and the last known progress of its `EngineChange`."""
 
-    # The change as prepared. Only its id and replica are set if an abort or the engine was the first to mention it.
-    change: Change
-    parts: tuple[ChangePart.ValueType, ...]  # this node's parts in it
     epoch: int  # epoch of the planner that gave the last directive
-    deadline_s: float  # until when the change may be prepared, on the clock that is passed in
-    status: ChangeStatus  # progress of the change as reported to the planner
     desired: DesiredPhase = DesiredPhase.PREPARED
     why: Failure | None = None  # reason for the desired abort
     is_resolved: bool = False  # whether a ``resolved`` delta has arrived
@@ -79,42 +66,14 @@ class ChangeState:
     is_abort_tried: bool = False
 
     @property
-    def id(self) -> str:
-        return self.change.change_id
-
-    @property
-    def phase(self) -> ChangePhase.ValueType:
-        return self.status.phase
-
-    @property
-    def is_open(self) -> bool:
-        """Whether the change can still flip or be aborted."""
-        return self.phase in (ChangePhase.CHANGE_PHASE_PREPARING, ChangePhase.CHANGE_PHASE_READY)
-
-    @property
     def is_being_prepared(self) -> bool:
         """Whether the change is open and may stay so until its deadline."""
         return self.is_open and self.desired is DesiredPhase.PREPARED
 
     @property
-    def has_ended(self) -> bool:
-        """Whether the change is in its last phase."""
-        return self.phase in (ChangePhase.CHANGE_PHASE_ABORTED, ChangePhase.CHANGE_PHASE_RELEASED)
-
-    @property
-    def is_authority(self) -> bool:
-        return ChangePart.CHANGE_PART_AUTHORITY in self.parts
-
-    @property
     def copies(self) -> bool:
         """Whether this node sends or receives KV in the change."""
         return any(part != ChangePart.CHANGE_PART_AUTHORITY for part in self.parts)
-
-    def may_become(self, phase: ChangePhase.ValueType) -> bool:
-        """Return whether the change may enter a phase: they only go forward, and FLIPPED never becomes ABORTED."""
-        if self.phase == ChangePhase.CHANGE_PHASE_FLIPPED:
-            return phase == ChangePhase.CHANGE_PHASE_RELEASED
-        return _RANK[phase] > _RANK[self.phase]
 
     # --- the planner's directives
 
@@ -156,7 +115,7 @@ class ChangeState:
     def reserved(self, moves: Iterable[MoveResult]) -> None:
         """Record that the engine has room for all moves except those in ``moves``."""
         self.is_reserved = True
-        self.add_moves(moves)
+        self.leave_out(moves)
 
     def lost_reservation(self) -> None:
         """Reserve again with the next call: another engine may answer it."""
@@ -168,11 +127,11 @@ class ChangeState:
     def copied(self, response: CopyMovesResponse) -> None:
         """Record the progress of a copy."""
         self.status.copied_bytes = max(self.status.copied_bytes, response.copied_bytes)
-        self.add_moves(response.moves)
+        self.leave_out(response.moves)
 
     def learn(self, said: ChangeStatus | FlipMovesResponse) -> None:
         """Record the details of the change's end. `enter` records the end itself."""
-        self.add_moves(said.moves)
+        self.leave_out(said.moves)
         self.status.step = self.status.step or said.step
         if said.HasField("failure"):
             self.why = said.failure
@@ -181,20 +140,13 @@ class ChangeState:
         """Take the generation of the flipped replica from the engine, unless it is known already."""
         self.change.generation = self.change.generation or generation
 
-    def add_moves(self, moves: Iterable[MoveResult]) -> None:
-        """Add the results of moves that are not known yet."""
-        known = {move.number for move in self.status.moves}
-        self.status.moves.extend(move for move in moves if move.number not in known)
-
     # --- phases
 
-    def enter(self, phase: ChangePhase.ValueType, *, generation: int, now_s: float) -> None:
+    def reach(self, phase: ChangePhase.ValueType, *, generation: int, now_s: float) -> None:
         """Enter the next phase, with ``generation`` of what is held after it."""
         if self.desired is DesiredPhase.FLIPPED or (self.desired is DesiredPhase.ABORTED and phase in FLIPPED):
             self.desired = DesiredPhase.RELEASED if self.is_resolved else DesiredPhase.PREPARED
-        self.status.phase, self.status.generation = phase, generation
-        if phase == ChangePhase.CHANGE_PHASE_ABORTED and self.why is not None:
-            self.status.failure.CopyFrom(self.why)
+        self.enter(phase, generation=generation, failure=self.why)
         self.note_end(now_s)
 
     def note_end(self, now_s: float) -> None:
@@ -269,7 +221,7 @@ class ReplicaState:
         """Let a change enter its next phase, and forget the oldest of too many that have ended."""
         if phase in FLIPPED and self.assignment is not None:
             self.generation = max(self.generation, change.change.generation)
-        change.enter(phase, generation=self.held_generation, now_s=now_s)
+        change.reach(phase, generation=self.held_generation, now_s=now_s)
         ended = [known.id for known in self.changes.values() if known.has_ended]
         for change_id in ended[: max(len(ended) - MOST_ENDED, 0)]:
             del self.changes[change_id]

@@ -8,68 +8,39 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Protocol
 
 from hetis.runtime.moves.refusals import RefusedError, failure_of, generation_mismatch, phase_name, refusal, unreachable
-from hetis.v1.change_pb2 import Change, ChangeOutcome, ChangePart, ChangePhase, ChangeStatus, MoveResult
+from hetis.v1.change_pb2 import Change, ChangePart, ChangePhase, ChangeStatus, MoveResult
+from hetis.v1.changes import FLIPPED, NodeChange
 from hetis.v1.executor_service_pb2 import FlipMovesResponse
 from hetis.v1.failure_pb2 import ErrorReason, Failure
 from hetis.v1.head_map_pb2 import Move
 
 REMEMBERED_S = 600.0
 MOST_ABORTED = 64  # aborted changes of a replica in a report, whose size is limited
-ENDED = (ChangePhase.CHANGE_PHASE_FLIPPED, ChangePhase.CHANGE_PHASE_ABORTED, ChangePhase.CHANGE_PHASE_RELEASED)
 
 
 @dataclass(slots=True, kw_only=True)
-class EngineChange:
+class EngineChange(NodeChange):
     """A change in this engine.
 
     The agent has its own record, `ChangeState`: it is kept on disk, and either of them may end without the other.
     """
 
-    change: Change  # the change as reserved; empty but for its id if the engine was only asked to abort it
-    parts: tuple[ChangePart.ValueType, ...] = ()  # this node's parts
-    phase: ChangePhase.ValueType = ChangePhase.CHANGE_PHASE_PREPARING
-    deadline_s: float = 0.0  # until when the change may be prepared, on the engine's clock
-    left_out: dict[int, Failure] = field(default_factory=dict)  # moves that are not made, by number, with the reason
     copy_bytes: int = 0  # bytes that this node copies, as far as known now
-    copied_bytes: int = 0  # bytes copied so far
     copy_begun_s: float | None = None  # when CopyMoves was first called. None: not yet.
     # FlipMoves was called, and the flip happens before this time or not at all. None: not called yet.
     flip_by_s: float | None = None
-    step: int = 0  # decode step before which it was flipped
-    generation: int = 0  # generation of the replica after the change ended
-    why: Failure | None = None  # reason for the abort
     forget_s: float | None = None  # when the change may be forgotten. None: it is open, or flipped but not released.
 
-    @property
-    def is_authority(self) -> bool:
-        return ChangePart.CHANGE_PART_AUTHORITY in self.parts
-
-    @property
-    def is_open(self) -> bool:
-        return self.phase not in ENDED
-
-    def results(self) -> list[MoveResult]:
-        return [MoveResult(number=number, failure=why) for number, why in sorted(self.left_out.items())]
-
-    def outcome(self) -> ChangeOutcome.ValueType:
-        aborted = self.phase == ChangePhase.CHANGE_PHASE_ABORTED
-        return ChangeOutcome.CHANGE_OUTCOME_ABORTED if aborted else ChangeOutcome.CHANGE_OUTCOME_FLIPPED
-
-    def status(self, replica: str, generation: int) -> ChangeStatus:
-        return ChangeStatus(
-            change_id=self.change.change_id,
-            replica=replica,
-            phase=self.phase,
-            generation=generation,
-            moves=self.results(),
-            copied_bytes=self.copied_bytes,
-            failure=self.why if self.phase == ChangePhase.CHANGE_PHASE_ABORTED else None,
-            step=self.step,
-        )
+    def report(self, replica: str, generation: int) -> ChangeStatus:
+        """Return the status to report, with the ``generation`` of the replica's state here."""
+        reported = ChangeStatus()
+        reported.CopyFrom(self.status)
+        reported.replica, reported.generation = replica, generation
+        return reported
 
 
 def unknown(change_id: str) -> RefusedError:
@@ -77,9 +48,8 @@ def unknown(change_id: str) -> RefusedError:
 
 
 def has_ended(change: EngineChange, how: str = "has ended here") -> RefusedError:
-    change_id, phase = change.change.change_id, phase_name(change.phase)
-    why = f"change {change_id} {how}"
-    return refusal(ErrorReason.ERROR_REASON_CHANGE_PHASE, why, change_id=change_id, phase=phase)
+    why, phase = f"change {change.id} {how}", phase_name(change.phase)
+    return refusal(ErrorReason.ERROR_REASON_CHANGE_PHASE, why, change_id=change.id, phase=phase)
 
 
 def expired(change_id: str) -> Failure:
@@ -155,34 +125,37 @@ class MoveAuthority(ABC):
 
     def reserve(self, taken: EngineChange, generation: int) -> None:
         """Check every move against the head map, which has ``generation``, and reserve blocks for the moves that fit.
-        The others are entered into ``taken.left_out``. Raises RefusedError if the change cannot be accepted, or no move
-        is left. No blocks are held then.
+
+        The others are left out of ``taken``. Raises RefusedError if the change cannot be accepted, or no move is left.
+        No blocks are held then.
         """
         change = taken.change
         if change.base_generation != generation:
             raise RefusedError(generation_mismatch(change.base_generation, generation))
         self.check(change)
-        moves = self._open[change.change_id] = []
+        moves, refused = list[Move](), list[MoveResult]()
+        self._open[change.change_id] = moves
         for move in change.moves:
             why = self.refusal_of(change, move) or self.begin(change, move)
             if why is None:
                 moves.append(move)
             else:
-                taken.left_out[move.number] = why
+                refused.append(MoveResult(number=move.number, failure=why))
+        taken.leave_out(refused)
         self._keep_together(taken, moves)
         if not moves:
             del self._open[change.change_id]
-            raise RefusedError(taken.left_out[min(taken.left_out)])
+            raise RefusedError(taken.status.moves[0].failure)
 
     def flip(self, change: EngineChange) -> Failure | None:
         """Flip all moves that still fit at once, between two steps. If none fits, change nothing and return why."""
-        moves = self._open[change.change.change_id]
-        self.leave_out_void({change.change.change_id: change})
+        moves = self._open[change.id]
+        self.leave_out_void({change.id: change})
         if not moves:
-            return change.left_out[min(change.left_out)]
-        change.step = self.commit(change, moves)
-        change.phase, change.generation = ChangePhase.CHANGE_PHASE_FLIPPED, change.change.generation
-        del self._open[change.change.change_id]
+            return change.status.moves[0].failure
+        change.status.step = self.commit(change, moves)
+        change.enter(ChangePhase.CHANGE_PHASE_FLIPPED, generation=change.change.generation)
+        del self._open[change.id]
         return None
 
     def leave_out_void(self, changes: Mapping[str, EngineChange]) -> None:
@@ -196,14 +169,16 @@ class MoveAuthority(ABC):
 
     def give_blocks_back(self, change: EngineChange) -> None:
         """Free what was reserved for the change, which is aborted."""
-        for move in self._open.pop(change.change.change_id, []):
+        for move in self._open.pop(change.id, []):
             self.abort(change.change, move)
 
     def _keep_together(self, change: EngineChange, moves: list[Move]) -> None:
         """Leave out moves that must flip together with one left out, for the reason of the first."""
         while True:
-            gone = [move for move in change.change.moves if move.number in change.left_out]
-            out = {(move.request, move.together): change.left_out[move.number] for move in gone}
+            why = change.left_out
+            out = {
+                (move.request, move.together): why[move.number] for move in change.change.moves if move.number in why
+            }
             keys = [(move, (move.request, move.together)) for move in moves]
             leaving = [(move, out[key]) for move, key in keys if key in out] or self.stranded(change.change, moves)
             if not leaving:
@@ -211,9 +186,9 @@ class MoveAuthority(ABC):
             self._leave_out(change, moves, leaving)
 
     def _leave_out(self, change: EngineChange, moves: list[Move], leaving: Sequence[tuple[Move, Failure]]) -> None:
-        for move, why in leaving:
+        change.leave_out(MoveResult(number=move.number, failure=why) for move, why in leaving)
+        for move, _ in leaving:
             moves.remove(move)
-            change.left_out.setdefault(move.number, why)
             self.abort(change.change, move)
 
 
@@ -224,7 +199,7 @@ class Copies(Protocol):
         """Set ``change.copy_bytes`` for ``moves`` of a change being reserved that copy from or to this node."""
 
     def look(self, change: EngineChange, now_s: float) -> bool:
-        """Update the change's bytes, and return whether everything to be copied before the flip has arrived."""
+        """Update the bytes of the change, and return whether everything to be copied before the flip has arrived."""
 
 
 class EngineChanges:
@@ -268,17 +243,22 @@ class EngineChanges:
             return known
         other = next((found for found in self.known.values() if found.is_open), None)
         if other is not None:
-            change_id = other.change.change_id
-            why = f"change {change_id} is under way"
-            raise refusal(ErrorReason.ERROR_REASON_CHANGE_IN_FLIGHT, why, change_id=change_id)
+            why = f"change {other.id} is under way"
+            raise refusal(ErrorReason.ERROR_REASON_CHANGE_IN_FLIGHT, why, change_id=other.id)
         timeout_s = change.prepare_timeout.ToNanoseconds() / 1e9
-        taken = EngineChange(change=change, parts=tuple(parts), deadline_s=now_s + timeout_s)
+        taken = EngineChange(
+            change=change,
+            parts=tuple(parts),
+            status=EngineChange.first_status(change),
+            deadline_s=now_s + timeout_s,
+        )
         if taken.is_authority:
             if self._authority is None:
                 why = f"the primary of {self.replica} is not on this node"
                 raise refusal(ErrorReason.ERROR_REASON_NOT_FOUND, why, name=self.replica)
             self._authority.reserve(taken, self.generation)
-        moves = [m for m in change.moves if m.number not in taken.left_out and self._touches(m, taken)]
+        left_out = taken.left_out
+        moves = [m for m in change.moves if m.number not in left_out and self._touches(m, taken)]
         assert self._copies is not None
         self._copies.plan(taken, moves)
         self.known[change.change_id] = taken
@@ -312,10 +292,8 @@ class EngineChanges:
         change = self._known(change_id)
         if change.phase == ChangePhase.CHANGE_PHASE_ABORTED or (change.is_authority and change.is_open):
             raise has_ended(change, "was not flipped")
-        for result in moves:
-            change.left_out.setdefault(result.number, result.failure)
-        self._learn_flipped(change, generation)
-        change.phase = ChangePhase.CHANGE_PHASE_RELEASED
+        change.leave_out(moves)
+        self._released(change, generation)
         change.forget_s = now_s + REMEMBERED_S
 
     def abort(
@@ -330,13 +308,14 @@ class EngineChanges:
         """
         change = self.known.get(change_id)
         if change is None:
-            change = EngineChange(change=Change(change_id=change_id, replica=self.replica))
+            unheard = Change(change_id=change_id, replica=self.replica)
+            change = EngineChange(change=unheard, status=EngineChange.first_status(unheard))
             self.known[change_id] = change
             self._end_aborted(change, why)
         elif change.is_open and (change.is_authority or change.phase == ChangePhase.CHANGE_PHASE_PREPARING):
             self._end_aborted(change, why)
         elif change.is_open:
-            self._go_by(change, why, authority)
+            self._resolve_from_authority(change, why, authority)
         change.forget_s = now_s + REMEMBERED_S
         return change
 
@@ -348,14 +327,14 @@ class EngineChanges:
             self._authority.leave_out_void(self.known)
         for change in list(self.known.values()):
             is_copied = change.is_open and self._copies is not None and self._copies.look(change, now_s)
-            if is_copied and change.copy_begun_s is not None:
-                change.phase = ChangePhase.CHANGE_PHASE_READY
+            if is_copied and change.copy_begun_s is not None and change.phase == ChangePhase.CHANGE_PHASE_PREPARING:
+                change.enter(ChangePhase.CHANGE_PHASE_READY, generation=self.generation)
             if change.is_open and change.is_authority and now_s >= change.deadline_s and change.flip_by_s is None:
-                self._end_aborted(change, expired(change.change.change_id))
+                self._end_aborted(change, expired(change.id))
             if change.forget_s is None and not change.is_open and change.phase != ChangePhase.CHANGE_PHASE_FLIPPED:
                 change.forget_s = now_s + REMEMBERED_S  # it ended here, so nobody may ever ask for its end
             if change.forget_s is not None and now_s >= change.forget_s:
-                del self.known[change.change.change_id]
+                del self.known[change.id]
 
     def flip_due(self, now_s: float) -> None:
         """Make the requested flips, between two steps, each with all its moves at once."""
@@ -365,9 +344,9 @@ class EngineChanges:
                 late = now_s >= change.flip_by_s
                 if not late and not self._authority.is_ready(change):
                     continue
-                why = expired(change.change.change_id) if late else self._authority.flip(change)
+                why = expired(change.id) if late else self._authority.flip(change)
                 if why is None:
-                    self.generation = change.generation
+                    self.generation = change.change.generation
                 else:
                     self._end_aborted(change, why)
 
@@ -377,48 +356,51 @@ class EngineChanges:
             if change.is_open and (change.is_authority or change.phase == ChangePhase.CHANGE_PHASE_PREPARING):
                 self._end_aborted(change, why)
 
-    def hear(self, said: Iterable[ChangeStatus], generation: int) -> None:
+    def resolve(self, reported: Iterable[ChangeStatus], generation: int) -> None:
         """Take the outcomes that the authority's engine reports. They are final."""
-        for status in said:
+        for status in reported:
             change = self.known.get(status.change_id)
             if change is None or not change.is_open or change.is_authority:
                 continue
-            if status.phase in (ChangePhase.CHANGE_PHASE_FLIPPED, ChangePhase.CHANGE_PHASE_RELEASED):
-                for result in status.moves:
-                    change.left_out.setdefault(result.number, result.failure)
-                change.step = status.step
-                self._learn_flipped(change, change.change.generation or generation)
-                change.phase = ChangePhase.CHANGE_PHASE_RELEASED
+            if status.phase in FLIPPED:
+                change.leave_out(status.moves)
+                change.status.step = status.step
+                self._released(change, change.change.generation or generation)
             elif status.phase == ChangePhase.CHANGE_PHASE_ABORTED:
                 self._end_aborted(change, status.failure)
 
     def flip_answer(self, change: EngineChange) -> FlipMovesResponse:
+        status = change.status
         return FlipMovesResponse(
-            outcome=change.outcome(),
+            outcome=change.outcome,
             generation=self.generation,
-            step=change.step,
-            moves=change.results(),
-            failure=change.why if change.phase == ChangePhase.CHANGE_PHASE_ABORTED else None,
+            step=status.step,
+            moves=status.moves,
+            failure=status.failure if status.HasField("failure") else None,
         )
 
     def _end_aborted(self, change: EngineChange, why: Failure) -> None:
         assert change.is_open, "a flipped change cannot be aborted"
-        change.phase, change.why = ChangePhase.CHANGE_PHASE_ABORTED, why
+        change.enter(ChangePhase.CHANGE_PHASE_ABORTED, generation=self.generation, failure=why)
         if self._authority is not None:
             self._authority.give_blocks_back(change)
 
-    def _learn_flipped(self, change: EngineChange, generation: int) -> None:
+    def _released(self, change: EngineChange, generation: int) -> None:
+        """Record that the change was flipped, at a ``generation``, and that nothing of it is held here."""
         self.raise_to(generation)
-        change.generation = self.generation
+        if not change.has_ended:
+            change.enter(ChangePhase.CHANGE_PHASE_RELEASED, generation=self.generation)
 
-    def _go_by(self, change: EngineChange, why: Failure, authority: Iterable[ChangeStatus] | None) -> None:
+    def _resolve_from_authority(
+        self, change: EngineChange, why: Failure, authority: Iterable[ChangeStatus] | None
+    ) -> None:
         if authority is None:
             raise RefusedError(unreachable("the authority's engine, which knows how the change ended, is unreachable"))
-        said = list(authority)
-        self.hear(said, self.generation)
+        reported = list(authority)
+        self.resolve(reported, self.generation)
         if not change.is_open:
             return
-        if any(status.change_id == change.change.change_id for status in said):
+        if any(status.change_id == change.id for status in reported):
             raise RefusedError(unreachable("the authority's engine has not decided yet"))
         if why.reason == ErrorReason.ERROR_REASON_PREPARE_EXPIRED:
             why_not = "the authority's engine does not know of the change yet"

@@ -160,7 +160,7 @@ class SteeredEngine(ABC, Generic[TakenT]):
             raise RefusedError(generation_mismatch(request.change.base_generation, 0))
         changes = self._given_up if request.change.change_id in self._given_up.known else held.changes
         change = changes.reserve(request.change, request.parts, now_s)
-        return messages.ReserveMovesResponse(moves=change.results(), copy_bytes=change.copy_bytes)
+        return messages.ReserveMovesResponse(moves=change.status.moves, copy_bytes=change.copy_bytes)
 
     def copy_moves(self, request: messages.CopyMovesRequest, now_s: float) -> EngineChange:
         """Begin to copy. `step` continues, and the change's phase shows when the copy is complete."""
@@ -171,8 +171,9 @@ class SteeredEngine(ABC, Generic[TakenT]):
 
     def copy_answer(self, change: EngineChange) -> messages.CopyMovesResponse:
         """Return the progress of a copy."""
-        copied, total = change.copied_bytes, change.copy_bytes
-        return messages.CopyMovesResponse(copied_bytes=copied, total_bytes=total, moves=change.results())
+        return messages.CopyMovesResponse(
+            copied_bytes=change.status.copied_bytes, total_bytes=change.copy_bytes, moves=change.status.moves
+        )
 
     def flip_moves(self, request: messages.FlipMovesRequest, now_s: float) -> EngineChange:
         """Request the flip, which `step` makes at the next boundary. `flip_answer` returns its outcome."""
@@ -203,7 +204,9 @@ class SteeredEngine(ABC, Generic[TakenT]):
             changes = self._given_up
         change = changes.abort(request.change_id, request.failure, authority, now_s)
         return messages.AbortMovesResponse(
-            outcome=change.outcome(), generation=changes.generation, moves=change.results() if change.generation else ()
+            outcome=change.outcome,
+            generation=changes.generation,
+            moves=change.status.moves if change.was_flipped else (),
         )
 
     # --- for subclasses
@@ -228,10 +231,10 @@ class SteeredEngine(ABC, Generic[TakenT]):
     def statuses(self) -> list[ChangeStatus]:
         """Return the statuses of the changes that are remembered."""
         return [
-            change.status(name, held.changes.generation)
+            change.report(name, held.changes.generation)
             for name, held in self._held.items()
             for change in held.changes.to_report()
-        ] + [change.status("", 0) for change in self._given_up.to_report()]
+        ] + [change.report("", 0) for change in self._given_up.to_report()]
 
     def _fence(self, epoch: int) -> None:
         if epoch < max(self.newest_epoch, 1):

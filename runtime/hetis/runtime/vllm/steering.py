@@ -200,28 +200,27 @@ class PlannedMoves(MoveAuthority):
         self._side.abort(self._numbers.pop((change.change_id, move.number)))
 
     def commit(self, change: EngineChange, moves: Sequence[Move]) -> int:
-        change.copied_bytes = self._bytes(moves)
-        self._side.commit([self._numbers.pop((change.change.change_id, move.number)) for move in moves])
+        change.status.copied_bytes = self._bytes(moves)
+        self._side.commit([self._numbers.pop((change.id, move.number)) for move in moves])
         return self._side.num_steps
 
     def is_ready(self, change: EngineChange) -> bool:
-        change_id, is_under_way = change.change.change_id, self._side.allocator.is_under_way
-        numbers = [self._numbers[change_id, move.number] for move in self._open.get(change_id, [])]
+        is_under_way = self._side.allocator.is_under_way
+        numbers = [self._numbers[change.id, move.number] for move in self._open.get(change.id, [])]
         return all(self._side.is_copied(number) or not is_under_way(number) for number in numbers)
 
     # --- Copies
 
     def plan(self, change: EngineChange, moves: Sequence[Move]) -> None:
-        change.copy_bytes = self._bytes(self._open.get(change.change.change_id, []))
+        change.copy_bytes = self._bytes(self._open.get(change.id, []))
 
     def look(self, change: EngineChange, now_s: float) -> bool:
-        change_id = change.change.change_id
-        moves = self._open.get(change_id)
+        moves = self._open.get(change.id)
         if moves is None:
             return True
-        copied = [move for move in moves if self._side.is_copied(self._numbers[change_id, move.number])]
-        change.copied_bytes = self._bytes(copied)
-        change.copy_bytes = max(change.copied_bytes, self._bytes(moves))
+        copied = [move for move in moves if self._side.is_copied(self._numbers[change.id, move.number])]
+        change.status.copied_bytes = self._bytes(copied)
+        change.copy_bytes = max(change.status.copied_bytes, self._bytes(moves))
         return len(copied) == len(moves)
 
     def _split_ranks(self, move: Move) -> str:

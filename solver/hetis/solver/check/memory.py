@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 from hetis.solver.check.fleet import PoolShape, ReplicaShape, StageShape
 from hetis.solver.check.setting import Setting, head_groups_per_rank
+from hetis.solver.model import Experts, Mlp
 from hetis.solver.plan import Role
 from hetis.solver.rank_memory import PROMPT_TOKENS
 
@@ -94,7 +95,7 @@ def rank_state_bytes(setting: Setting, stage: StageShape, *, is_first: bool, is_
     D = micro_batches_of_a_copy(setting, stage.copies)
     requests = D * setting.micro_batch + D * setting.chunk_share + staged_prompts_of_a_copy(setting, stage.copies)
     layers = _all_layers(setting, stage, is_first, is_last)
-    if setting.model.compressed is not None:
+    if not setting.model.divides_states:
         chunks = D * setting.chunk_share * setting.chunk_tokens * setting.model.chunk_state_bytes()
         return layers * (requests * setting.model.state_bytes() + chunks)
     states = requests * setting.model.step_tokens  # engines keep one for each token that may be rejected
@@ -194,25 +195,27 @@ def _layer_bytes(setting: Setting, tp: int) -> float:
     """Return the weights of a repeated layer on one rank, which has 1/d of its copy's routed experts."""
     model, d = setting.model, setting.attention_dp
     params = model.layer_params()
-    if model.moe is not None and d > 1:
-        routed = model.moe.num_experts * model.expert_params() / model.moe.every
+    if model.experts is not None and d > 1:
+        routed = model.experts.count * model.expert_params() * model.expert_share
         params += routed / d - routed
     return params * model.weight_bytes / tp
 
 
 def _activation_bytes(setting: Setting, tp: int) -> float:
     model = setting.model
-    intermediate = model.intermediate
-    if model.moe is not None:
-        intermediate = (model.moe.active_experts + model.moe.shared_experts) * model.moe.expert_intermediate
-        if model.moe.every > 1:  # dense layers are between those with experts
-            intermediate = max(intermediate, model.intermediate)
+    repeated = set(model.layers[model.prefix_layers :])
+    intermediate = max(sum(map(_width, layer.mlps)) for layer in repeated)
     tokens = setting.decode_tokens + setting.chunk_tokens
     d = setting.attention_dp
     gathered = 2 * d * model.hidden if d > 1 else 0  # tokens of all copies, before and after the experts
     # The streams of the residual, before and after they are mixed, and as much for what layers compute from them.
     streams = 2 * model.hidden + 2 * model.hidden * model.residual_streams
     return tokens * model.activation_bytes * (streams + 2 * intermediate / tp + gathered)
+
+
+def _width(mlp: Mlp) -> int:
+    """Return the numbers of a token between the products of an MLP."""
+    return mlp.active * mlp.width + mlp.shared_width if isinstance(mlp, Experts) else mlp.inner
 
 
 def _all_layers(setting: Setting, stage: StageShape, is_first: bool, is_last: bool = False) -> int:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from math import expm1, log1p
 
 from hetis.solver.check.fleet import ReplicaShape
-from hetis.solver.model import ModelSpec
+from hetis.solver.model import Compressed, Mixer, ModelSpec, Recurrent
 from hetis.solver.plan import Role
 from hetis.solver.problem import PlacementProblem
 from hetis.solver.profile import Op
@@ -118,9 +118,16 @@ def query_heads_per_group(model: ModelSpec, tp: int) -> float:
 def divides(model: ModelSpec, tp: int) -> bool:
     """Return whether a TP size is possible: it divides the query heads, and it divides or is divided by the groups.
 
-    With compressed attention it also divides the groups of heads in the output projection.
+    With compressed attention it also divides the groups of heads in the output projection, and the heads of states.
     """
-    groups, shape = model.head_groups, model.compressed
-    if shape is not None and tp >= 1 and shape.o_groups % tp:
-        return False
-    return tp >= 1 and model.q_heads % tp == 0 and (groups % tp == 0 or tp % groups == 0)
+
+    def divided(mixer: Mixer) -> bool:
+        match mixer:
+            case Recurrent():
+                return mixer.heads is None or mixer.heads % tp == 0
+            case Compressed():
+                return mixer.o_groups % tp == 0 and mixer.query_heads % tp == 0
+            case _:
+                return mixer.q_heads % tp == 0 and (mixer.groups % tp == 0 or tp % mixer.groups == 0)
+
+    return tp >= 1 and all(divided(mixer) for layer in set(model.layers) for mixer in layer.mixers)

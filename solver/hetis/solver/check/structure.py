@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from hetis.solver.check.fleet import Fleet
 from hetis.solver.check.setting import divides, head_groups_per_rank
 from hetis.solver.check.violation import Broken, Rule, Violation, at
-from hetis.solver.model import ModelSpec
+from hetis.solver.model import Compressed, ModelSpec
 from hetis.solver.plan import AttentionWorkerPool, Plan, ReplicaPlan, Role, StagePlan
 from hetis.solver.problem import EngineRules, PlacementProblem
 
@@ -254,8 +254,8 @@ def _check_expert_parallel(replica: ReplicaPlan, problem: PlacementProblem, flee
         yield Rule.EXPERTS, f"shares experts among {stage.copies} copies, {model.name} may have {most}"
     elif ranks not in family.tp_sizes:
         yield Rule.EXPERTS, f"shares experts among {ranks} GPUs, must be one of {_listed(family.tp_sizes)}"
-    elif model.moe is not None and model.moe.num_experts % ranks:
-        yield Rule.EXPERTS, f"shares {model.moe.num_experts} experts among {ranks} GPUs, which must divide them"
+    elif model.experts is not None and model.experts.count % ranks:
+        yield Rule.EXPERTS, f"shares {model.experts.count} experts among {ranks} GPUs, which must divide them"
     nodes = fleet.nodes_of(name for name in stage.devices if name in fleet.devices)
     if len(nodes) > 1:
         yield Rule.TP_NODE, f"shares experts among {len(nodes)} nodes ({_listed(nodes)}), must lie on 1"
@@ -270,7 +270,7 @@ def _check_stage(
             f"TP size is {stage.tp}, must be one of {_listed(family.tp_sizes)} that divides {problem.model.q_heads} "
             f"query heads and divides or is divided by {problem.model.head_groups} head groups"
         )
-        if (shape := problem.model.compressed) is not None:
+        if isinstance(shape := problem.model.attention, Compressed):
             message += f", and divides {shape.o_groups} groups of the output projection"
         yield Rule.TP_SIZE, message
     if not 1 <= stage.copies <= family.max_copies and not shares_experts:

@@ -245,13 +245,13 @@ def _dense(setting: Setting, stage: StageShape, T: int, is_prefix: bool) -> floa
     active: float = model.dense_layer_params() if is_prefix else model.active_layer_params()
     touched: float = model.dense_layer_params() if is_prefix else model.touched_layer_params(T)
     routed_s = 0.0
-    if model.moe is not None and not is_prefix and setting.has_fit(stage.gpu, Op.EXPERTS, n):
+    if model.experts is not None and not is_prefix and setting.has_fit(stage.gpu, Op.EXPERTS, n):
         one = model.expert_params()
-        chosen, read = model.moe.active_experts, model.touched_experts(T)
-        active, touched = active - chosen * one / model.moe.every, touched - read * one / model.moe.every
+        chosen, read, share = model.experts.active, model.touched_experts(T), model.expert_share
+        active, touched = active - chosen * one * share, touched - read * one * share
         F, B = 2 * T * chosen * one / n, read * one * model.weight_bytes / n + _moved_bytes(model, T, n)
         routed_s = setting.seconds(stage.gpu, Op.EXPERTS, n, flops=F, num_bytes=B, tokens=T)
-        routed_s = (routed_s - _missing_start(setting, stage)) / model.moe.every
+        routed_s = (routed_s - _missing_start(setting, stage)) * share
     num_bytes = touched * model.weight_bytes / n + _layer_rows(model) * model.activation_bytes * T
     return routed_s + setting.seconds(stage.gpu, Op.DENSE, n, flops=2 * T * active / n, num_bytes=num_bytes, tokens=T)
 
@@ -259,39 +259,39 @@ def _dense(setting: Setting, stage: StageShape, T: int, is_prefix: bool) -> floa
 def _parallel_experts(setting: Setting, stage: StageShape, T: int, all_T: float) -> float:
     """Return dense(T) on a rank of d copies with ``all_T`` tokens together, whose experts are on all d n ranks."""
     model, n, r = setting.model, stage.tp, stage.tp * setting.attention_dp
-    assert model.moe is not None, "the structure was checked"
-    one, every = model.expert_params(), model.moe.every
-    chosen, read = model.moe.active_experts * one, model.touched_experts(all_T) * one
-    fixed = model.active_layer_params() - chosen / every
+    assert model.experts is not None, "the structure was checked"
+    one, share = model.expert_params(), model.expert_share
+    chosen, read = model.experts.active * one, model.touched_experts(all_T) * one
+    fixed = model.active_layer_params() - chosen * share
     busiest = all_T / r * r**EXPERT_IMBALANCE
     F, B = 2 * busiest * chosen, read * model.weight_bytes / r
     own_F, own_B = 2 * T * fixed / n, fixed * model.weight_bytes / n + _layer_rows(model) * model.activation_bytes * T
     # An all-gather and a reduce-scatter, each taken as an all-reduce of half as many tokens.
-    exchange_s = 2 / every * _reduce_among(setting, stage, all_T / 2, r)
+    exchange_s = 2 * share * _reduce_among(setting, stage, all_T / 2, r)
     if setting.has_fit(stage.gpu, Op.EXPERTS, n):
         moved = B + _moved_bytes(model, busiest, 1)
         routed_s = setting.seconds(stage.gpu, Op.EXPERTS, n, flops=F, num_bytes=moved, tokens=all_T)
-        routed_s = (routed_s - _missing_start(setting, stage)) / every
+        routed_s = (routed_s - _missing_start(setting, stage)) * share
         own_s = setting.seconds(stage.gpu, Op.DENSE, n, flops=own_F, num_bytes=own_B, tokens=T)
         return exchange_s + routed_s + own_s
-    own_F, own_B = own_F + F / every, own_B + B / every
+    own_F, own_B = own_F + F * share, own_B + B * share
     return exchange_s + setting.seconds(stage.gpu, Op.DENSE, n, flops=own_F, num_bytes=own_B, tokens=T)
 
 
 def _missing_start(setting: Setting, stage: StageShape) -> float:
     """Return half of the dense fit's fixed time, that of two of its four products, unless shared experts need them."""
-    assert setting.model.moe is not None, "the structure was checked"
+    assert setting.model.experts is not None, "the structure was checked"
     dense = setting.problem.profiles[stage.gpu].fit(Op.DENSE, setting.model, stage.tp)
-    if dense is None or setting.model.moe.shared_experts:
+    if dense is None or setting.model.experts.shared_width:
         return 0.0
     return min(piece.fixed_s for piece in dense.pieces) / 2
 
 
 def _moved_bytes(model: ModelSpec, T: float, slices: int) -> float:
     """Return the bytes of T tokens' rows that each of their experts reads and writes, besides its weights."""
-    assert model.moe is not None, "the structure was checked"
-    elements = model.hidden + model.moe.expert_intermediate / slices
-    return 2 * 2 * T * model.moe.active_experts * elements * model.activation_bytes
+    assert model.experts is not None, "the structure was checked"
+    elements = (model.experts.latent or model.hidden) + model.experts.width / slices
+    return 2 * 2 * T * model.experts.active * elements * model.activation_bytes
 
 
 def _layer_rows(model: ModelSpec) -> int:
@@ -370,7 +370,7 @@ def _decode(
 def _state_traffic(setting: Setting, stage: StageShape, pairs: int, queries: int) -> float:
     """Return the bytes of states that a rank reads for the requests of these pairs and writes after every query."""
     requests = pairs / head_groups_per_rank(setting.model, stage.tp)
-    if setting.model.compressed is not None:  # a compressor serves all heads, so every rank has it
+    if not setting.model.divides_states:  # a compressor serves all heads, so every rank has it
         return requests * setting.model.state_traffic_bytes(queries)
     return (1 + queries) * requests * setting.model.state_bytes() / stage.tp
 

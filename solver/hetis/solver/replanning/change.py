@@ -133,7 +133,7 @@ def _layer_bytes(model: ModelSpec, layer: int, attention_dp: int) -> float:
     """Return the bytes of a layer on the ranks of one copy, if ``attention_dp`` copies share their experts."""
     if layer < model.prefix_layers:
         return model.dense_layer_params() * model.weight_bytes
-    routed = 0.0 if model.moe is None else model.expert_share * model.moe.num_experts * model.expert_params()
+    routed = 0.0 if model.experts is None else model.expert_share * model.experts.count * model.expert_params()
     return (model.layer_params() - routed * (1.0 - 1.0 / attention_dp)) * model.weight_bytes
 
 

@@ -7,7 +7,6 @@ import json
 import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,7 +19,7 @@ from hetis.engines.serving import option_groups
 from hetis.engines.versions import Engine
 from hetis.formats import catalogue
 from hetis.formats.documents import to_data
-from hetis.formats.dtypes import with_precision
+from hetis.formats.models.dtypes import with_precision
 from hetis.planner.convert.plans import kv_partners_to_proto, replica_to_proto
 from hetis.planner.export.hosts import PLAN_FILE, words
 from hetis.planner.export.replicas import ExportSettings, NotExportableError, launchable
@@ -28,11 +27,11 @@ from hetis.runtime.agent.launched.parts import LaunchedPart, part_of, replica_of
 from hetis.runtime.launch.main import main
 from hetis.runtime.moves.refusals import RefusedError
 from hetis.solver.cluster import GpuType
-from hetis.solver.model import LinearShape
 from hetis.solver.plan import KvRoute, Plan, Role
 from hetis.v1.failure_pb2 import ErrorReason
 from hetis.v1.replica_pb2 import Assignment, EnginePeer, KvPartner, ReplicaRole
 from tests.engines.plans import FP8_KV, MODEL, POOL, plan_of, stage_of, write_config, write_plan
+from tests.models import replace, shape_of
 from tests.planner.export.plans import DECODES, PLANS, PREFILL, apart, made_of, on
 from tests.runtime.agent.launched.assigning import assigned, replica_on, settings_of
 
@@ -135,7 +134,7 @@ APART = made_of(LONG_CHUNKS, DECODES[0], routes=(KvRoute(prefill=0, decode=1, ra
 AT_SETTINGS = {
     "unified": (PLANS["unlike replicas"], MODEL),
     "prefill and decode": (APART, MODEL),
-    "states": (APART, replace(MODEL, linear=LinearShape(layers=2, params=1, state_bytes=1000.0))),
+    "states": (APART, replace(MODEL, linear=shape_of(layers=2, params=1, state_bytes=1000.0))),
 }
 
 

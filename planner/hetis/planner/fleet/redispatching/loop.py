@@ -20,7 +20,7 @@ from hetis.planner.convert.names import cluster_of, duration, timestamp
 from hetis.planner.convert.stages import triggers_to_proto
 from hetis.planner.failures import ServiceError
 from hetis.planner.fleet.fleet import LiveFleet
-from hetis.planner.fleet.link import HeadMaps
+from hetis.planner.fleet.head_maps import HeadMaps
 from hetis.planner.fleet.redispatching.planning import FoundMoves, StageLook, StagePlanner
 from hetis.planner.fleet.redispatching.watched import Place, WatchedReplica
 from hetis.planner.fleet.settings import RedispatchPolicy, redispatch_policy

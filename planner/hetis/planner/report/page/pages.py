@@ -31,11 +31,11 @@ from hetis.planner.report.simulation import service_level_words
 from hetis.planner.report.simulation_pictures import Panel, panels_of, panels_of_sweep
 from hetis.planner.report.tables import SimulationRemarks
 from hetis.planner.use_cases.compare import Compared, best_of, figures_of, kept_of
-from hetis.planner.use_cases.latency_curve import Curve
+from hetis.planner.use_cases.record.parts import Requested, Verified
 from hetis.planner.use_cases.replan import PosedReplan
-from hetis.planner.use_cases.simulate import Simulated
-from hetis.planner.use_cases.sources import Inputs, engine_of_plan
-from hetis.planner.use_cases.verification import verification_of
+from hetis.planner.use_cases.simulation.simulate import Simulated
+from hetis.planner.use_cases.sources import Inputs
+from hetis.planner.use_cases.verification.latency_curve import Curve
 from hetis.planner.use_cases.what_if import BuyNext, Side, WhatIf
 from hetis.solver.plan import Objective, Plan
 from hetis.solver.problem import PlacementProblem
@@ -90,7 +90,7 @@ def comparison_page(compared: Sequence[Compared], inputs: Inputs, objective: Obj
     sections = [Section(anchor="beside", heading="Strategies side by side", lead=lead, blocks=tuple(blocks))]
     if with_plan:
         name, best = with_plan[best_of([plan for _, plan in with_plan])]
-        problem = inputs.problem(best.objective, best.strategy, engine=engine_of_plan(best))
+        problem = inputs.problem(best.objective, best.strategy, engine=Requested.of(best).engine)
         sections.append(_section(ShownPlan(name=f"The best: {name}", plan=best, problem=problem), 1))
     return _page(f"{inputs.model.name} on {inputs.cluster.name}", sections)
 
@@ -187,7 +187,7 @@ def _plan_section(shown: ShownPlan, number: int, panels: Sequence[Panel], traffi
 
 
 def _remarks(plan: Plan, curve: Curve) -> str:
-    verification = verification_of(plan)  # the curve is simulated as it was
+    verification = Verified.of(plan).verification  # the curve is simulated as it was
     dispatched = verification is not None and bool(verification.dispatched)
     remarks = SimulationRemarks(curve.share, curve.too_short, dispatched)
     return "".join(f" {line.capitalize()}." for line in remarks.lines())
@@ -199,7 +199,7 @@ def _side(name: str, side: Side, number: int, market: BuyNext | None = None) -> 
         lines = side.outcome.reasons or (side.outcome.status,)
         blocks = (Sentences(title=f"No plan: {side.outcome.status}", lines=lines),)
         return [Section(anchor=f"plan-{number}", heading=name, lead="", blocks=blocks)]
-    problem = side.loaded.inputs.problem(plan.objective, plan.strategy, engine=engine_of_plan(plan))
+    problem = side.loaded.inputs.problem(plan.objective, plan.strategy, engine=Requested.of(plan).engine)
     return [_section(ShownPlan(name=name, plan=plan, problem=problem, market=market), number)]
 
 

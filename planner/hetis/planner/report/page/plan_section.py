@@ -44,10 +44,10 @@ from hetis.planner.report.simulation_pictures import Panel
 from hetis.planner.report.tables import SimulationRemarks, kept_beyond
 from hetis.planner.use_cases.compare import cost_rate
 from hetis.planner.use_cases.grouping import ReplicaGroup, group_replicas
-from hetis.planner.use_cases.place import OUT_OF_TIME, stopped_simulation_of
+from hetis.planner.use_cases.record.parts import Losses, MadeFrom, Requested, Verified
 from hetis.planner.use_cases.robustness.profile_errors import used_fits
-from hetis.planner.use_cases.surviving import losses_of
-from hetis.planner.use_cases.verification import attained, limited_latencies, misses, verification_of
+from hetis.planner.use_cases.verification.choosing import OUT_OF_TIME, stopped_simulation_of
+from hetis.planner.use_cases.verification.outcome import attained, limited_latencies, misses
 from hetis.solver.placement.explanation import explain_plan
 from hetis.solver.plan import Explanation, MemoryBar, ObjectiveKind, Plan, ReplicaPlan, Role, parallel_sizes
 from hetis.solver.problem import PlacementProblem
@@ -165,7 +165,7 @@ def _tiles(plan: Plan, problem: PlacementProblem) -> Iterator[Tile]:
     )
     yield from _against_today(plan)
     yield from _simulated(plan)
-    for place, loss in losses_of(plan).items():
+    for place, loss in Losses.of(plan).by_place.items():
         yield Tile(
             label=f"After losing any one {place}",
             value=percent_at_least(loss.share) if loss.rate else "nothing",
@@ -193,7 +193,7 @@ def _against_today(plan: Plan) -> Iterator[Tile]:
 
 
 def _simulated(plan: Plan) -> Iterator[Tile]:
-    found = verification_of(plan)
+    found = Verified.of(plan).verification
     if found is None:
         stopped = stopped_simulation_of(plan)
         if stopped is not None and stopped.missed:
@@ -254,7 +254,7 @@ def _worth(plan: Plan) -> Scale:
 
 
 def _limits(plan: Plan) -> Scale:
-    simulated, rows, without = verification_of(plan), list[ScaleRow](), list[str]()
+    simulated, rows, without = Verified.of(plan).verification, list[ScaleRow](), list[str]()
     found = [] if simulated is None else limited_latencies(simulated, plan)
     for each in plan_report.limits(plan):
         name, reached, limit = each.name, each.value_s, each.limit_s
@@ -467,7 +467,7 @@ def reason_words(reason: str, rate: float) -> str:
 def _profiles(plan: Plan, problem: PlacementProblem) -> Grid:
     """Return the origins of the profiles and their known errors."""
     used = {gpu for price in plan.prices if price.used for gpu in [price.gpu]} or set(problem.profiles)
-    origins = _mapping(_mapping(plan.inputs.get("origins")).get("profiles"))
+    origins = _mapping(MadeFrom.of(plan).origins.get("profiles"))
     expected = plan_report.range_of(plan)
     errors = {} if expected is None else expected.errors
     rows = list[tuple[str, ...]]()
@@ -495,16 +495,15 @@ def _profiles(plan: Plan, problem: PlacementProblem) -> Grid:
 
 
 def _made(plan: Plan) -> Iterator[tuple[str, str]]:
-    inputs, result = plan.inputs, plan.result
+    made_from, requested, result = MadeFrom.of(plan), Requested.of(plan), plan.result
     yield "Strategy", f"{plan.strategy}; {result.status} in {seconds(result.solve_s)}"
     yield "Family", plan.family
-    for name, key in (("Versions", "versions"), ("Digests", "digests")):
-        found = _mapping(inputs.get(key))
+    for name, found in (("Versions", made_from.versions), ("Digests", _mapping(made_from.digests))):
         if found:
             yield name, ", ".join(f"{one} {str(value)[:16]}" for one, value in found.items() if isinstance(value, str))
-    settings = [f"{key} {inputs[key]}" for key in ("seed", "threads", "gap_target", "time_limit_s") if key in inputs]
-    if settings:
-        yield "Settings", ", ".join(settings)
+    named = ((name, getattr(requested, name)) for name in ("seed", "threads", "gap_target", "time_limit_s"))
+    if settings := ", ".join(f"{name} {value}" for name, value in named if value is not None):
+        yield "Settings", settings
 
 
 def _mapping(value: Any) -> Mapping[str, Any]:

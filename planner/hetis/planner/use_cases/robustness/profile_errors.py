@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 
 from hetis.planner.use_cases.grouping import group_replicas
-from hetis.planner.use_cases.json_values import json_value
+from hetis.planner.use_cases.record.forms import Errors, Predicted, Range
+from hetis.planner.use_cases.record.parts import ProfileErrors
 from hetis.planner.use_cases.robustness.fixed_plan import FixedPlan, Performance, Profiles
 from hetis.profiler.ranges import range_factors, stated_error
 from hetis.solver.model import ModelSpec
@@ -115,25 +115,6 @@ def _scaled(fit: Fit, factor: float) -> Fit:
 
 
 COMPUTE = (Op.DENSE, Op.PREFILL_ATTENTION, Op.DECODE_ATTENTION)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Range:
-    """A range from the lowest to the highest value."""
-
-    low: float
-    high: float
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Predicted:
-    """The plan's results if its profiles are off by their stated errors."""
-
-    rate: Range  # requests/s as counted by the objective; for cost and gpus the goodput
-    ttft_s: Range  # TTFT of the worst replica, with micro-batches as planned
-    tpot_s: Range  # TPOT of the worst replica, with micro-batches as planned
-    errors: Mapping[str, Mapping[str, float]]  # errors used, by GPU type and operator; 0.1 is 10%
-    assumed: tuple[str, ...]  # GPU types and operators (``L4 step``) without a stated error, which get `UNKNOWN_ERROR`
 
 
 def predicted(plan: Plan, problem: PlacementProblem) -> Predicted | None:
@@ -289,9 +270,6 @@ def _number(value: float) -> str:
 # --- notes of a plan about its profiles
 
 
-PROFILE_ERRORS = "profile_errors"  # entry of `Plan.inputs`: `predicted`, and `robustness` if requested
-
-
 def profile_notes(problem: PlacementProblem) -> tuple[str, ...]:
     """Return notes on profiles that are not measurements of this fleet, based on the fits used for the model."""
     profiles = used_fits(problem.profiles, problem.model, problem.family.tp_sizes)
@@ -313,34 +291,9 @@ def profile_notes(problem: PlacementProblem) -> tuple[str, ...]:
 
 def with_profile_errors(plan: Plan, problem: PlacementProblem) -> Plan:
     """Return the plan with the range that its profiles' errors leave, and notes on fits used outside their range."""
-    inputs = dict(plan.inputs)
-    if (found := predicted(plan, problem)) is not None:
-        inputs[PROFILE_ERRORS] = {"predicted": json_value(found)}
-    return replace(plan, inputs=inputs, notes=plan.notes + outside_regions(plan, problem))
-
-
-def predicted_of(plan: Plan) -> Predicted | None:
-    """Return what `with_profile_errors` stored, or None if that is missing or unreadable."""
-    found = _mapping(_mapping(plan.inputs.get(PROFILE_ERRORS)).get("predicted"))
-    rate, ttft_s, tpot_s = (_range(found.get(name)) for name in ("rate", "ttft_s", "tpot_s"))
-    if rate is None or ttft_s is None or tpot_s is None:
-        return None
-    return Predicted(
-        rate=rate,
-        ttft_s=ttft_s,
-        tpot_s=tpot_s,
-        errors=_mapping(found.get("errors")),
-        assumed=tuple(found.get("assumed", ())),
-    )
-
-
-def _range(value: Any) -> Range | None:
-    low, high = _mapping(value).get("low"), _mapping(value).get("high")
-    return Range(low=low, high=high) if isinstance(low, int | float) and isinstance(high, int | float) else None
-
-
-def _mapping(value: Any) -> Mapping[str, Any]:
-    return value if isinstance(value, Mapping) else {}
+    noted = replace(plan, notes=plan.notes + outside_regions(plan, problem))
+    found = predicted(plan, problem)
+    return noted if found is None else ProfileErrors(errors=Errors(predicted=found)).on(noted)
 
 
 def _is_modelled(profile: Profile) -> bool:

@@ -13,10 +13,9 @@ from itertools import chain, islice, zip_longest
 
 import numpy as np
 
-from hetis.planner.use_cases.json_values import json_value
+from hetis.planner.use_cases.record.parts import ProfileErrors
 from hetis.planner.use_cases.robustness.fixed_plan import FixedPlan, Performance, Profiles
 from hetis.planner.use_cases.robustness.profile_errors import (
-    PROFILE_ERRORS,
     Corner,
     corners,
     perturbed,
@@ -343,5 +342,5 @@ def _share(holds: Iterable[bool]) -> float:
 
 def with_robustness(plan: Plan, robustness: Robustness) -> Plan:
     """Return the plan with the result of a study."""
-    errors = {**plan.inputs.get(PROFILE_ERRORS, {}), "robustness": json_value(robustness)}
-    return replace(plan, inputs={**plan.inputs, PROFILE_ERRORS: errors})
+    errors = replace(ProfileErrors.of(plan).errors, robustness=robustness)
+    return ProfileErrors(errors=errors).on(plan)

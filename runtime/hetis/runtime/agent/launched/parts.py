@@ -39,9 +39,9 @@ from hetis.engines.serving import (
 )
 from hetis.engines.versions import Engine
 from hetis.formats.documents import from_data
-from hetis.formats.dtypes import weights_of
 from hetis.formats.errors import DocumentError
 from hetis.formats.fields import Document, Duration, read_data, validated, value_of
+from hetis.formats.models.dtypes import weights_of
 from hetis.runtime.moves.refusals import refusal
 from hetis.solver.model import ModelSpec
 from hetis.solver.plan import ReplicaPlan, Role

@@ -397,9 +397,9 @@ def _exchange_s(view: ReplicaView, stage: StageShape, pool: PoolShape) -> float:
 
 def _why_heads_stay(model: ModelSpec) -> Iterator[str]:
     """Yield the reasons for `ModelSpec.heads_can_move`."""
-    if model.linear is not None or model.indexer is not None or model.compressed is not None:
+    if model.all_heads_share:
         yield "layers keep state other than the KV of single heads"
-    if model.windows_free_kv and 0.0 < model.sliding_share < 1.0:
+    if model.frees_some_kv:
         yield "windows free the KV of some layers only"
     if model.draft is not None:
         yield "layers verify drafts"

@@ -1,0 +1,131 @@
+"""What readers of families of Hugging Face models have in common: usual fields, windows, experts of one name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any, TypeVar
+
+from hetis.formats.errors import Problem
+from hetis.formats.layers import Shape, model_in_short
+from hetis.formats.models.config_json import Config
+from hetis.solver.errors import InvalidProblemError
+from hetis.solver.model import ModelSpec
+
+T = TypeVar("T")
+
+
+Family = Callable[[Config, str], ModelSpec | None]
+
+
+Part = Callable[[Config, dict[str, Any]], dict[str, Any]]
+"""Reads some fields of a model. Gets those read before, and returns what is added to them or in place of them."""
+
+
+def spec_of(config: Config, **fields: Any) -> ModelSpec | None:
+    """Return the model of fields that describe it in short, or None if they were wrong."""
+    if fields["q_heads"] % fields["kv_heads"]:
+        heads = f"num_attention_heads ({fields['q_heads']}) must be a multiple of the KV heads ({fields['kv_heads']})"
+        config.problems.append(config.source.problem(config.at, heads))
+    if config.problems:
+        return None
+    if fields.get("sliding_layers") == 0:  # all layers attend to everything
+        fields |= {"sliding_window": None, "sliding_layers": None}
+    return made_of(config, partial(model_in_short, **fields))
+
+
+def made_of(config: Config, make: Callable[[], T]) -> T | None:
+    """Return the model that ``make`` returns, or None after noting what it raises."""
+    try:
+        return make()
+    except InvalidProblemError as error:
+        config.problems.append(Problem(file=config.source.file, message=str(error)))
+        return None
+
+
+_HEAD_DIMS = ("head_dim", "kv_channels", "kv_lora_rank")  # fields that make the size of a head another one
+
+
+def common_fields(
+    config: Config,
+    name: str,
+    *,
+    tie_embeddings: bool = False,
+    head_dim: int | None = None,
+    defaults: Mapping[str, int] | None = None,
+    width: str = "intermediate_size",
+) -> dict[str, Any]:
+    """Return the fields that most families write alike.
+
+    ``tie_embeddings``, ``head_dim`` and ``defaults``, by the names of fields, are those of the family's library;
+    ``width`` is its name for the width of the MLP.
+    """
+    known = defaults or {}
+    hidden = config.whole("hidden_size")
+    q_heads = config.whole("num_attention_heads", known.get("num_attention_heads"))
+    has_head_dim = head_dim is not None or any(config.data.get(name) is not None for name in _HEAD_DIMS)
+    if not has_head_dim and not config.problems and hidden % q_heads:
+        config.refuse("hidden_size", f"is {hidden}, must be a multiple of num_attention_heads ({q_heads})")
+    return {
+        "name": name,
+        "num_layers": config.num_layers(),
+        "hidden": hidden,
+        "intermediate": config.whole(width, known.get(width)),
+        "q_heads": q_heads,
+        "kv_heads": config.whole("num_key_value_heads", known.get("num_key_value_heads", q_heads)),
+        "head_dim": config.whole("head_dim", head_dim or max(1, hidden // q_heads)),
+        "vocab": config.whole("vocab_size", known.get("vocab_size")),
+        "max_position": config.whole("max_position_embeddings", known.get("max_position_embeddings", 2048)),
+        "tie_embeddings": config.flag("tie_word_embeddings", tie_embeddings),
+    }
+
+
+def family_of(*parts: Part, fixed: Mapping[str, Any] | None = None, **options: Any) -> Family:
+    """Return the reader of a family: `common_fields` with ``options``, ``fixed`` values, and what each part reads."""
+
+    def read(config: Config, name: str) -> ModelSpec | None:
+        fields = common_fields(config, name, **options) | dict(fixed or {})
+        for part in parts:
+            fields |= part(config, fields)
+        return spec_of(config, **fields)
+
+    return read
+
+
+def window_in_all(config: Config, _fields: Mapping[str, Any]) -> dict[str, Any]:
+    return {"sliding_window": config.optional("sliding_window")}
+
+
+def every_second(config: Config, fields: Mapping[str, Any], default: int | None = None) -> dict[str, Any]:
+    """Return the sliding window of every second layer."""
+    window = config.optional("sliding_window") if default is None else config.whole("sliding_window", default)
+    return {"sliding_window": window, "sliding_layers": -(-fields["num_layers"] // 2)}
+
+
+def default_width(moe: Shape | None) -> dict[str, int]:
+    """Return the default width of a dense MLP, which no layer has where all have experts."""
+    return {} if moe is None else {"intermediate_size": moe["expert_intermediate"]}
+
+
+def leading_dense_layers(config: Config, num_layers: int, default: int | None = None) -> int:
+    """Return how many layers precede those with experts. Transformers writes the kind of every layer's MLP.
+
+    Without a default, a config that says neither has a problem.
+    """
+    kinds = config.for_layers("mlp_layer_types", num_layers)
+    if kinds is None:
+        return config.whole("first_k_dense_replace", default, least=0)
+    dense = kinds.count("dense")
+    if kinds != ["dense"] * dense + ["sparse"] * (num_layers - dense):
+        config.refuse("mlp_layer_types", "must have 'dense' for the first layers only, and 'sparse' for all others")
+    return dense
+
+
+def same_experts(
+    config: Config, fields: Mapping[str, Any], num: int | None = None, active: int | None = None, **more: int
+) -> dict[str, Any]:  # fmt: skip
+    """Return the experts of Mixtral and those that name them alike, of the stated width in every layer; the last two
+    numbers are defaults.
+    """
+    numbers = config.experts("num_local_experts", "num_experts_per_tok", (num, active))
+    return {"moe": dict(**numbers, expert_intermediate=fields["intermediate"], **more)}

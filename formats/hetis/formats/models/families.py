@@ -1,0 +1,270 @@
+"""Every family of Hugging Face models, and its reader.
+
+Every architecture names its fields a little differently and omits what its library has defaults for: a reader maps
+these names. Families that name the kind of every layer share one reader.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+from hetis.formats.errors import shown
+from hetis.formats.fields import listed
+from hetis.formats.models.common import (
+    Family,
+    common_fields,
+    every_second,
+    family_of,
+    same_experts,
+    spec_of,
+    window_in_all,
+)
+from hetis.formats.models.config_json import Config
+from hetis.formats.models.deepseek import deepseek, deepseek_sparse, deepseek_v4, glm4_moe, kimi_linear
+from hetis.formats.models.linear_attention import lightning_attention
+from hetis.formats.models.qwen import qwen1, qwen2_vl, qwen3_next, qwen3_vl, qwen_moe, qwen_window
+from hetis.formats.models.towers import tower_of_any_kind, vision_params
+from hetis.formats.models.unlike import by_layers, deci, twice_in_a_layer
+from hetis.solver.model import ModelSpec
+
+
+def _minimax(config: Config, name: str) -> ModelSpec | None:
+    """Read MiniMax-Text-01 and M1: lightning attention in seven of eight layers, and Mixtral's experts in all.
+
+    vLLM serves them up to version 0.23 (``_PREVIOUSLY_SUPPORTED_MODELS`` of its registry).
+    """
+    if config.data.get("shared_intermediate_size"):
+        what = f"is {shown(config.data['shared_intermediate_size'])}, only models without a shared expert are supported"
+        config.refuse("shared_intermediate_size", what)
+    config.linear = lightning_attention(config, config.num_layers())
+    fields = common_fields(config, name)
+    fields |= same_experts(config, fields, 8, 2) | window_in_all(config, fields)
+    return spec_of(config, **fields, linear=config.linear.shape)
+
+
+_mixtral = family_of(partial(same_experts, num=8, active=2), window_in_all)
+
+
+def _opt(config: Config, fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Refuse embeddings narrower than the hidden size (OPT-350m)."""
+    hidden = fields["hidden"]
+    if config.whole("word_embed_proj_dim", hidden) != hidden:
+        config.refuse("word_embed_proj_dim", f"must equal hidden_size ({hidden})")
+    return {}
+
+
+_GEMMA3 = {"num_attention_heads": 8, "num_key_value_heads": 4, "vocab_size": 262_208}
+_GEMMA3["max_position_embeddings"] = 131_072
+
+
+def _gemma3(config: Config, fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Read Gemma 3: five of six layers slide, and a SigLIP tower beside all sizes but the smallest.
+
+    Configs of the larger sizes omit what equals the library's defaults (Gemma3TextConfig).
+    """
+    every = config.whole("sliding_window_pattern", 6)
+    kinds = config.kinds_of_layers(fields["num_layers"], ("sliding_attention", "full_attention"))
+    full = fields["num_layers"] // every if kinds is None else kinds.count("full_attention")
+    return {
+        "sliding_window": config.whole("sliding_window", 1024),
+        "sliding_layers": fields["num_layers"] - full,
+        "vision_params": vision_params(config, projection=fields["hidden"]),
+    }
+
+
+def _llama4(config: Config, fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Read Llama 4: chunked attention in three of four layers, and experts in all layers or every second one.
+
+    A query attends to the tokens of its own chunk, which are at most a window, and are counted as one. vLLM (0.32)
+    keeps the KV of all tokens, because chunks switch its hybrid KV cache manager off.
+    """
+    every, num_layers = config.whole("interleave_moe_layer_step", 1), fields["num_layers"]
+    experts = same_experts(config, fields, 16, 1, shared_experts=1, every=every)
+    if config.data.get("moe_layers") not in (None, list(range(every - 1, num_layers, every))):
+        config.refuse("moe_layers", f"only models with experts in every layer number {every} are supported")
+    # 0: no rope, and full attention. An empty list is like none.
+    without_rope = config.for_layers("no_rope_layers", num_layers) if config.data.get("no_rope_layers") else None
+    full = num_layers // config.whole("no_rope_layer_interval", 4) if not without_rope else without_rope.count(0)
+    window = config.optional("attention_chunk_size")
+    return experts | {
+        "intermediate": config.whole("intermediate_size_mlp", 16_384),
+        "sliding_window": window,
+        "sliding_layers": None if window is None else num_layers - full,
+        "vision_params": vision_params(config, projection=fields["hidden"]),
+    }
+
+
+def _mistral3(config: Config, name: str) -> ModelSpec | None:
+    """Read Mistral 3: Mistral's text model, or DeepSeek's for Mistral Large 3, with a Pixtral tower."""
+    text = (deepseek if config.data.get("kv_lora_rank") else family_of(window_in_all))(config, name)
+    towers = vision_params(config, projection=config.whole("hidden_size"), gated=True)
+    return None if text is None else replace(text, vision_params=towers)
+
+
+def _of_inner_model(config: Config, name: str) -> ModelSpec | None:
+    """Read a model whose language model has an architecture of its own (InternVL), with its tower."""
+    inner = next(iter(listed(config.data.get("architectures"))), None) or MODEL_TYPES.get(
+        str(config.data.get("model_type"))
+    )
+    read = FAMILIES.get(str(inner))
+    if read is None or read is _of_inner_model:
+        config.refuse("architectures", f"is {shown(inner)}, which is not supported; supported: {', '.join(FAMILIES)}")
+        return None
+    model, vision = read(config, name), config.part("vision_config")
+    if model is None or vision is None:
+        return model
+    return replace(model, vision_params=tower_of_any_kind(vision, model.hidden))
+
+
+# Options of Gemma, and of its later generations, whose values exceed the range of float16.
+_GEMMA: dict[str, Any] = {"tie_embeddings": True, "head_dim": 256}
+
+
+_LATER_GEMMA: dict[str, Any] = _GEMMA | {"fixed": {"float16": False}}
+
+
+_GEMMA_4 = partial(by_layers, tied=True, fixed={"float16": False})
+
+
+_TWO_MATRICES = {"gated_mlp": False}  # of the MLP
+
+
+# Architecture, its ``model_type`` if configs without ``architectures`` are known, and its reader.
+_TABLE: tuple[tuple[str, str, Family], ...] = (
+    ("LlamaForCausalLM", "llama", family_of()),
+    ("LLaMAForCausalLM", "", family_of()),
+    ("MistralForCausalLM", "mistral", family_of(window_in_all)),
+    ("MixtralForCausalLM", "mixtral", _mixtral),
+    ("MiniMaxM2ForCausalLM", "minimax_m2", _mixtral),
+    ("MiniMaxText01ForCausalLM", "minimax_text_01", _minimax),
+    ("MiniMaxM1ForCausalLM", "minimax_m1", _minimax),
+    ("MiniMaxForCausalLM", "minimax", _minimax),
+    ("QWenLMHeadModel", "qwen", family_of(qwen1)),
+    ("Qwen2ForCausalLM", "qwen2", family_of(qwen_window)),
+    ("Qwen2MoeForCausalLM", "qwen2_moe", qwen_moe),
+    ("Qwen3ForCausalLM", "qwen3", family_of(qwen_window, head_dim=128)),
+    ("Qwen3MoeForCausalLM", "qwen3_moe", qwen_moe),
+    ("OPTForCausalLM", "opt", family_of(_opt, fixed=_TWO_MATRICES, tie_embeddings=True, width="ffn_dim")),
+    ("GemmaForCausalLM", "gemma", family_of(**_GEMMA)),
+    ("Gemma2ForCausalLM", "gemma2", family_of(partial(every_second, default=4096), **_LATER_GEMMA)),
+    ("Gemma3ForCausalLM", "gemma3_text", family_of(_gemma3, **_LATER_GEMMA, defaults=_GEMMA3)),
+    ("Gemma3ForConditionalGeneration", "gemma3", family_of(_gemma3, **_LATER_GEMMA, defaults=_GEMMA3)),
+    ("PhiForCausalLM", "phi", family_of(fixed=_TWO_MATRICES)),
+    ("Phi3ForCausalLM", "phi3", family_of(window_in_all)),
+    ("PhiMoEForCausalLM", "phimoe", family_of(partial(same_experts, num=16, active=2), window_in_all)),
+    ("DeepseekV2ForCausalLM", "deepseek_v2", deepseek),
+    ("DeepseekV3ForCausalLM", "deepseek_v3", deepseek),
+    ("KimiK2ForCausalLM", "kimi_k2", deepseek),
+    ("KimiK25ForConditionalGeneration", "kimi_k25", deepseek),
+    ("KimiLinearForCausalLM", "kimi_linear", kimi_linear),
+    ("Glm4MoeForCausalLM", "glm4_moe", family_of(glm4_moe, head_dim=128)),
+    ("GptOssForCausalLM", "gpt_oss", family_of(every_second, same_experts, head_dim=64)),
+    ("Qwen2VLForConditionalGeneration", "qwen2_vl", partial(qwen2_vl, gated=False)),
+    ("Qwen2_5_VLForConditionalGeneration", "qwen2_5_vl", partial(qwen2_vl, gated=True)),
+    ("Qwen3VLForConditionalGeneration", "qwen3_vl", qwen3_vl),
+    ("Qwen3VLMoeForConditionalGeneration", "qwen3_vl_moe", qwen3_vl),
+    ("Qwen3NextForCausalLM", "qwen3_next", qwen3_next),
+    ("Qwen3_5ForConditionalGeneration", "qwen3_5", qwen3_next),
+    ("Qwen3_5MoeForConditionalGeneration", "qwen3_5_moe", qwen3_next),
+    ("DeepseekV32ForCausalLM", "deepseek_v32", deepseek_sparse),
+    ("GlmMoeDsaForCausalLM", "glm_moe_dsa", deepseek_sparse),
+    ("DeepseekV4ForCausalLM", "deepseek_v4", deepseek_v4),
+    ("Llama4ForConditionalGeneration", "llama4", family_of(_llama4, fixed={"windows_free_kv": False}, head_dim=128)),
+    ("Mistral3ForConditionalGeneration", "mistral3", _mistral3),
+    ("MistralLarge3ForCausalLM", "", _mistral3),
+    ("NemotronHForCausalLM", "nemotron_h", partial(by_layers, gated_mlp=False)),
+    ("NemotronHPuzzleForCausalLM", "", partial(by_layers, gated_mlp=False)),
+    ("Gemma4ForConditionalGeneration", "gemma4", _GEMMA_4),
+    ("Gemma4ForCausalLM", "gemma4_text", _GEMMA_4),
+    ("Gemma4UnifiedForConditionalGeneration", "gemma4_unified", _GEMMA_4),
+    ("MiniMaxM3ForCausalLM", "minimax_m3", by_layers),
+    ("MiniMaxM3SparseForCausalLM", "", by_layers),
+    ("MiniMaxM3SparseForConditionalGeneration", "minimax_m3_vl", by_layers),
+    ("KimiK3ForConditionalGeneration", "kimi_k3", by_layers),
+    ("MiMoV2FlashForCausalLM", "mimo_v2_flash", by_layers),
+    ("MiMoV2ForCausalLM", "mimo_v2", by_layers),
+    ("MiMoV2OmniForConditionalGeneration", "", by_layers),
+    ("MiMoForCausalLM", "mimo", by_layers),
+    ("Step3p5ForCausalLM", "step3p5", by_layers),
+    ("Step3p7FlashForCausalLM", "step3p7", by_layers),
+    ("Step3p7ForConditionalGeneration", "", by_layers),
+    ("Glm4MoeLiteForCausalLM", "glm4_moe_lite", deepseek),
+    ("Glm4vMoeForConditionalGeneration", "glm4v_moe", partial(by_layers, tied=False)),
+    ("Glm4vForConditionalGeneration", "glm4v", by_layers),
+    ("Glm46VForConditionalGeneration", "glm46v", by_layers),
+    ("Glm4ForCausalLM", "glm4", by_layers),
+    ("GlmForCausalLM", "glm", by_layers),
+    ("GraniteForCausalLM", "granite", by_layers),
+    ("GraniteMoeForCausalLM", "granitemoe", by_layers),
+    ("GraniteMoeSharedForCausalLM", "granitemoeshared", by_layers),
+    ("GraniteMoeHybridForCausalLM", "granitemoehybrid", by_layers),
+    ("BambaForCausalLM", "bamba", by_layers),
+    ("Olmo2ForCausalLM", "olmo2", by_layers),
+    ("Olmo3ForCausalLM", "olmo3", by_layers),
+    ("OlmoeForCausalLM", "olmoe", by_layers),
+    ("FalconH1ForCausalLM", "falcon_h1", by_layers),
+    ("HunYuanDenseV1ForCausalLM", "hunyuan_v1_dense", by_layers),
+    ("HunYuanMoEV1ForCausalLM", "hunyuan_v1_moe", by_layers),
+    ("BailingMoeForCausalLM", "bailing_moe", by_layers),
+    ("BailingMoeV2ForCausalLM", "bailing_moe_v2", by_layers),
+    ("Ernie4_5ForCausalLM", "ernie4_5", partial(by_layers, tied=True)),
+    ("Ernie4_5_MoeForCausalLM", "ernie4_5_moe", partial(by_layers, tied=True)),
+    ("JambaForCausalLM", "jamba", by_layers),
+    ("SeedOssForCausalLM", "seed_oss", by_layers),
+    ("CohereForCausalLM", "cohere", partial(by_layers, tied=True)),
+    ("Cohere2ForCausalLM", "cohere2", partial(by_layers, tied=True)),
+    ("Cohere2VisionForConditionalGeneration", "cohere2_vision", partial(by_layers, tied=True)),
+    ("ExaoneForCausalLM", "exaone", by_layers),
+    ("Exaone4ForCausalLM", "exaone4", by_layers),
+    ("ExaoneMoEForCausalLM", "exaone_moe", by_layers),
+    ("SmolLM3ForCausalLM", "smollm3", partial(by_layers, tied=True)),
+    ("Lfm2ForCausalLM", "lfm2", partial(by_layers, tied=True)),
+    ("Lfm2MoeForCausalLM", "lfm2_moe", partial(by_layers, tied=True)),
+    ("LongcatFlashForCausalLM", "longcat_flash", partial(by_layers, shape=twice_in_a_layer)),
+    ("Qwen3_5ForCausalLM", "qwen3_5_text", qwen3_next),
+    ("Qwen3_5MoeForCausalLM", "qwen3_5_moe_text", qwen3_next),
+    ("Qwen3OmniMoeForConditionalGeneration", "qwen3_omni_moe", qwen3_vl),
+    ("InternVLChatModel", "internvl_chat", _of_inner_model),
+    ("InternVLForConditionalGeneration", "internvl", _of_inner_model),
+    ("DeciLMForCausalLM", "nemotron-nas", deci),
+    ("ArceeForCausalLM", "arcee", partial(by_layers, gated_mlp=False)),
+    ("NemotronForCausalLM", "nemotron", partial(by_layers, gated_mlp=False)),
+    ("ApertusForCausalLM", "apertus", partial(by_layers, gated_mlp=False)),
+    ("Dots1ForCausalLM", "dots1", by_layers),
+    ("StableLmForCausalLM", "stablelm", by_layers),
+    ("InternLM3ForCausalLM", "internlm3", by_layers),
+    ("ExaoneMoeForCausalLM", "", by_layers),
+    ("FlexOlmoForCausalLM", "flex_olmo", by_layers),
+    ("Ministral3ForCausalLM", "ministral3", by_layers),
+    ("HYV3ForCausalLM", "hy_v3", by_layers),
+    ("SolarOpenForCausalLM", "solar_open", by_layers),
+    ("CwmForCausalLM", "cwm", by_layers),
+)
+
+
+FAMILIES = {architecture: read for architecture, _, read in _TABLE}
+
+
+MODEL_TYPES = {kind: architecture for architecture, kind, _ in _TABLE if kind}
+
+
+# Architectures whose language model is described in ``text_config``. Kimi K2.5's vision tower is left out: it has less
+# than a thousandth of the weights.
+NESTED = {name for name in FAMILIES if name.endswith("ForConditionalGeneration")} | {"InternVLChatModel"}
+
+
+INNER = ("text_config", "llm_config", "thinker_config", "language_config")
+
+
+# Architectures that are known, and what keeps the cost model from planning for them.
+NOT_MODELLED: dict[str, str] = {
+    "DeepseekV41ForCausalLM": "layers that share the compressed entries of others, and tables of n-grams (Engram)",
+    "Phi3SmallForCausalLM": "block-sparse attention, where every head attends to blocks of its own",
+    "Phi3VForCausalLM": "a vision tower that its config names but does not describe",
+    "Phi4FlashForCausalLM": "layers that have a state space (Mamba), and layers that share the KV of another",
+    "Phi4MultimodalForCausalLM": "towers for images and sound, with an adapter for each",
+    "Phi4MMForCausalLM": "towers for images and sound, with an adapter for each",
+}

@@ -1,0 +1,55 @@
+"""Prices: what the objective would gain without each constraint, and the GPUs that could be added to a fleet."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from hetis.formats import catalogue
+from hetis.planner.use_cases.record.parts import ConstraintCosts
+from hetis.profiler.defaults import default_profile
+from hetis.solver.budget import SearchSettings
+from hetis.solver.errors import InvalidProblemError
+from hetis.solver.plan import Plan
+from hetis.solver.problem import PlacementProblem
+
+if TYPE_CHECKING:
+    from hetis.solver.placement.infeasible import Offer
+    from hetis.solver.planning import ConstraintPrice
+
+
+def constraint_prices(plan: Plan, problem: PlacementProblem, search: SearchSettings) -> tuple[ConstraintPrice, ...]:
+    """Return the cost of every constraint; empty if the problem has none."""
+    if not problem.constraints:
+        return ()
+    from hetis.solver.planning import price_constraints
+
+    return price_constraints(problem, plan, search)
+
+
+def with_prices(plan: Plan, prices: Sequence[ConstraintPrice]) -> Plan:
+    rows = [
+        {
+            "constraints": [str(each) for each in price.constraints],
+            "least": price.least,
+            "most": price.most,
+            "solved": price.is_solved,
+        }
+        for price in prices
+    ]
+    return ConstraintCosts(prices=rows).on(plan) if rows else plan
+
+
+def catalogue_market() -> Sequence[Offer]:
+    """Return what could be added to any fleet: the catalogue's GPU types with a price, with their default profiles."""
+    from hetis.solver.placement.infeasible import Offer
+
+    offers = []
+    for entry in catalogue.gpus():
+        if entry.gpu.usd_per_hour is not None:
+            try:
+                _, profile = default_profile(entry.gpu)
+            except InvalidProblemError:
+                continue
+            offers.append(Offer(gpu=entry.gpu, profile=profile))
+    return offers

@@ -1,0 +1,340 @@
+"""Values in the record of a plan, and the forms of its entries: how each is read from plan files and written."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any
+
+from hetis.formats.errors import shown
+from hetis.planner.use_cases.json_values import json_value
+from hetis.planner.use_cases.service_level import Latency, ServiceLevel, Statistic
+from hetis.solver.advice import Loss
+from hetis.solver.errors import InvalidProblemError
+from hetis.solver.plan import Role
+from hetis.solver.problem import NOTHING_SET, EngineRules, EngineSettings
+
+PLACES = ("node", "zone")  # kinds of places whose loss a plan may have to survive
+MAY_DIFFER = ("tpot_limit_s", "demand_rps")  # the fields of an objective that may have been requested otherwise
+SHARE = "gpu_memory_utilization"
+NOT_COMPILED = "its search is not compiled on this machine yet"
+_ONCE_NOT_COMPILED = "its search is not compiled yet, --engine any does that"  # what earlier versions wrote
+
+
+class UnreadableError(ValueError):
+    """An entry has another form than its field: what follows its name in messages, once for each problem."""
+
+    def __init__(self, *rests: str) -> None:
+        super().__init__("; ".join(rests))
+        self.rests = rests
+
+
+def read_mapping(data: Any) -> Mapping[str, Any]:
+    if not isinstance(data, Mapping):
+        raise UnreadableError(f" is {shown(data)}, must have names")
+    return data
+
+
+def is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def read_number(data: Any) -> float:
+    if not is_number(data):
+        raise UnreadableError(f" is {shown(data)}, must be a number")
+    found: float = data
+    return found
+
+
+# No plan is checked against these, so whatever else is written there means nothing.
+
+
+def read_any_number(data: Any) -> float | None:
+    return read_number(data) if is_number(data) else None
+
+
+def read_share(data: Any) -> float:
+    return read_any_number(data) or 0.0
+
+
+def read_place(data: Any) -> str:
+    return data if data in PLACES else ""
+
+
+def read_roles(data: Any) -> tuple[Role, ...]:
+    known = [role.value for role in Role]
+    if not isinstance(data, list) or not data or not all(name in known for name in data):
+        raise UnreadableError(f" must be a list of {', '.join(known)}: the plan is checked against them")
+    return tuple(role for role in Role if role.value in data)
+
+
+def read_engine(data: Any) -> EngineRules | None:
+    if data is None:
+        return None
+    if isinstance(data, dict):
+        for name in ("max_stages", "max_pooled_stages", "max_gpus", "min_layers", "max_nodes"):
+            value, may_be_null = data.get(name, 0), name in ("max_gpus", "max_nodes")  # null: no limit
+            if type(value) is not int and not (value is None and may_be_null):
+                must = "a whole number or null" if may_be_null else "a whole number"
+                raise UnreadableError(f".{name} is {shown(value)}, must be {must}")
+    try:
+        return EngineRules(**data)
+    except (TypeError, InvalidProblemError) as error:
+        raise UnreadableError(f" must be an engine and its limits: {error}") from None
+
+
+def engine_settings_from_data(data: Any) -> EngineSettings:
+    """Return the settings from which `engine_settings_data` made data.
+
+    Raises:
+        UnreadableError: the data has a different form, or a number is out of its range.
+    """
+    try:
+        if data is None:
+            return NOTHING_SET
+        if not isinstance(data, Mapping):
+            raise TypeError(f"is a {type(data).__name__}, must have names and numbers")
+        chunks, share = data.get("chunk_tokens", []), data.get(SHARE)
+        if not isinstance(share, float | int | None):
+            raise TypeError(f"has a {SHARE} that is no number")
+        numbers = {name: value for name, value in data.items() if name not in ("chunk_tokens", SHARE)}
+        if not isinstance(chunks, list | tuple) or not all(type(one) is int for one in (*chunks, *numbers.values())):
+            raise TypeError("has a value that is not a whole number")
+        return EngineSettings(chunk_tokens=tuple(chunks), gpu_memory_utilization=share, **numbers)
+    except (TypeError, InvalidProblemError) as error:
+        raise UnreadableError(f" must be engine settings: {error}") from None
+
+
+def engine_settings_data(settings: EngineSettings) -> dict[str, Any]:
+    """Return the specified settings by name."""
+    found = {name: value for name, value in asdict(settings).items() if value}
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in found.items()}
+
+
+def read_constraints(data: Any) -> tuple[str, ...]:
+    if not isinstance(data, list) or not all(isinstance(text, str) for text in data):
+        raise UnreadableError(" must be a list of --pin and --forbid options: the plan is checked against them")
+    return tuple(data)
+
+
+def service_level_from_data(data: Any) -> ServiceLevel:
+    """Return the level from which `asdict` made data. Raises UnreadableError: it has a different form."""
+    names, known = [one.name for one in fields(ServiceLevel)], [one.value for one in Statistic]
+    if not isinstance(data, Mapping) or set(data) != set(names):
+        raise UnreadableError(f": must have {', '.join(names)}, and nothing else")
+    wrong = [
+        f": {name} is {shown(data[name])}, must be one of {', '.join(known)}"
+        for name in ("ttft", "tpot")
+        if data[name] not in known
+    ]
+    share = data["attainment"]
+    if share is not None and not (type(share) in (int, float) and 0.0 < share <= 1.0):
+        wrong.append(f": attainment is {shown(share)}, must be null, or above 0 and at most 1")
+    if wrong:
+        raise UnreadableError(*wrong)
+    return ServiceLevel(ttft=Statistic(data["ttft"]), tpot=Statistic(data["tpot"]), attainment=share)
+
+
+def read_requested(data: Any) -> Mapping[str, float]:
+    if not isinstance(data, Mapping) or not data.keys() <= set(MAY_DIFFER) or not all(map(is_number, data.values())):
+        raise UnreadableError(f" is {shown(data)}, must have numbers by {' or '.join(MAY_DIFFER)}")
+    return data
+
+
+@dataclass(frozen=True, slots=True)
+class Searched:
+    """The result of a search that ended: the value of the best plan; None: there is no plan."""
+
+    value: float | None
+
+
+def read_searched(data: Any) -> Searched:
+    return Searched(None if data is None else read_number(data))
+
+
+def read_values_by_size(data: Any) -> Mapping[str, float | None]:
+    return {str(size): value if is_number(value) else None for size, value in read_mapping(data).items()}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineValue:
+    """The value of the best plan for another engine."""
+
+    engine: str  # name of the engine, or ``any``
+    value: float | None  # in the objective's unit; None: no plan was found
+    bound: float | None  # bound on the value of all its plans; None: nothing was proved
+    # The missing features: for a richer engine, those that its plan needs and the plan's own engine lacks; for a poorer
+    # one, those that the plan needs and the engine lacks
+    lacks: tuple[str, ...] = ()
+    why_not: str = ""  # why there is no value, or no better value
+    # Whether the value is that of the best replicas of equal stages, which the engine runs, since no search found a
+    # better plan
+    equal_stages: bool = False
+
+
+def read_engine_values(data: Any) -> tuple[EngineValue, ...]:
+    """Return the values in rows; rows in another form are left out, since reports calculate and join what they hold."""
+    found = (_engine_value(row) for row in data) if isinstance(data, list) else ()
+    return tuple(one for one in found if one is not None)
+
+
+def _engine_value(row: Any) -> EngineValue | None:
+    try:
+        found = EngineValue(**{**row, "lacks": tuple(row["lacks"])})
+    except (TypeError, KeyError):
+        return None
+    numbers = (one for one in (found.value, found.bound) if one is not None)
+    is_ours = (
+        all(isinstance(text, str) for text in (found.engine, found.why_not, *found.lacks))
+        and all(isinstance(one, int | float) and abs(one) <= sys.float_info.max for one in numbers)
+        and isinstance(row["lacks"], list)
+    )
+    if not is_ours:
+        return None
+    return replace(found, why_not=NOT_COMPILED) if found.why_not == _ONCE_NOT_COMPILED else found
+
+
+def read_losses(data: Any) -> Mapping[str, Loss]:
+    found = dict[str, Loss]()
+    for kind, row in data.items() if isinstance(data, Mapping) else ():
+        match row:
+            case {"name": str(name), "rate": float() | int() as rate, "whole": float() | int() as whole} if whole > 0:
+                found[str(kind)] = Loss(name=name, rate=rate, whole=whole)
+    return found
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Range:
+    """A range from the lowest to the highest value."""
+
+    low: float
+    high: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Predicted:
+    """The plan's results if its profiles are off by their stated errors."""
+
+    rate: Range  # requests/s as counted by the objective; for cost and gpus the goodput
+    ttft_s: Range  # TTFT of the worst replica, with micro-batches as planned
+    tpot_s: Range  # TPOT of the worst replica, with micro-batches as planned
+    errors: Mapping[str, Mapping[str, float]]  # errors used, by GPU type and operator; 0.1 is 10%
+    assumed: tuple[str, ...]  # GPU types and operators (``L4 step``) whose error is assumed, since none is stated
+
+
+def _predicted(data: Any) -> Predicted | None:
+    def span(name: str) -> Range:
+        low, high = (read_number(read_mapping(data.get(name)).get(end)) for end in ("low", "high"))
+        return Range(low=low, high=high)
+
+    data = read_mapping(data)
+    errors, assumed = data.get("errors", {}), data.get("assumed", ())
+    if not isinstance(assumed, list | tuple):
+        raise UnreadableError(f".assumed is {shown(assumed)}, must be a list")
+    return Predicted(
+        rate=span("rate"),
+        ttft_s=span("ttft_s"),
+        tpot_s=span("tpot_s"),
+        errors=errors if isinstance(errors, Mapping) else {},
+        assumed=tuple(assumed),
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Errors:
+    """What the errors of a plan's profiles mean: the range that they leave, and the study of larger ones."""
+
+    predicted: Predicted | None = None
+    robustness: Any = None  # the JSON value of a `Robustness`
+
+
+def read_errors(data: Any) -> Errors:
+    found = read_mapping(data)
+    try:
+        predicted = _predicted(found.get("predicted"))
+    except UnreadableError:
+        predicted = None
+    return Errors(predicted=predicted, robustness=found.get("robustness"))
+
+
+def errors_data(errors: Errors) -> dict[str, Any]:
+    found = {one.name: json_value(getattr(errors, one.name)) for one in fields(Errors)}
+    return {name: value for name, value in found.items() if value is not None}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Verification:
+    """A plan's behaviour under Poisson arrivals at its planned rate."""
+
+    rate_rps: float  # rate of the arrivals, which the plan promises
+    num_requests: int  # requests per run
+    kept: bool  # whether the load was carried, with no latency above its limit by more than chance
+    steady: bool | None  # whether the queue did not grow; None: the run was too short to tell
+    ttft_p95_s: float  # over all requests of the run, after the warm-up
+    tpot_mean_s: float  # over all requests of the run, after the warm-up
+    attainment: float  # share of the requests within both limits
+    # The highest rate that kept the limits in a simulation. If ``kept``, ``rate_rps`` or the first of `HIGHER` times
+    # ``rate_rps`` that kept them by more than chance, which is tried for plans of the highest rate unless runs are slow
+    # (with attention workers). Otherwise a lower rate that kept them by more than chance; None: none of those tried.
+    kept_rps: float | None
+    # The following fields are missing in earlier plans.
+    ttft_s: float | None = None  # the statistic that must keep the limit, if that is not p95
+    tpot_s: float | None = None  # the statistic that must keep the limit, if that is not the mean
+    # The share of the requests over each limit, if a share of requests must keep them; None: there is no limit
+    ttft_missed: float | None = None
+    tpot_missed: float | None = None
+    share: float | None = None  # share of the rate, at which as large a part of the replicas ran; None: all ran
+    too_short: bool | None = None  # whether runs cannot fill even the seats of that part; None: they do
+    dispatched: bool | None = None  # whether heads were dispatched per request; None: they were split as planned
+
+    def seconds(self, latency: Latency) -> float:
+        """Return the simulated latency in the statistic that must keep the limit."""
+        if latency is Latency.TTFT:
+            return self.ttft_p95_s if self.ttft_s is None else self.ttft_s
+        return self.tpot_mean_s if self.tpot_s is None else self.tpot_s
+
+
+def read_verification(data: Any) -> Verification:
+    optional = {one.name for one in fields(Verification) if one.default is None}
+    found: dict[str, Any] = {one.name: read_mapping(data).get(one.name) for one in fields(Verification)}
+    needed = ("rate_rps", "num_requests", "ttft_p95_s", "tpot_mean_s", "attainment")
+    numbers = [found[name] for name in needed] + [found[name] or 0.0 for name in ("kept_rps", *optional)]
+    share = 1.0 if found["share"] is None else found["share"]
+    if not data.keys() >= found.keys() - optional or not all(isinstance(one, int | float) for one in numbers):
+        raise UnreadableError(f" is {shown(data)}, must be a simulated plan's behaviour")
+    if not (0.0 <= found["attainment"] <= 1.0 and 0.0 < share <= 1.0):
+        raise UnreadableError(f" is {shown(data)}, must have shares up to 1")
+    return Verification(**found)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tightening:
+    """A limit under the name that plans show, and the tighter limit that was planned for."""
+
+    name: str
+    asked_s: float
+    planned_s: float
+
+
+def read_tightening(data: Any) -> Tightening:
+    try:
+        return Tightening(**read_mapping(data))
+    except TypeError:
+        raise UnreadableError(f" is {shown(data)}, must be a limit and the tighter one") from None
+
+
+def read_flag(data: Any) -> bool:
+    if not isinstance(data, bool):
+        raise UnreadableError(f" is {shown(data)}, must be true or false")
+    return data
+
+
+def read_kept_rps(data: Any) -> float:
+    if not is_number(data) or data < 0:
+        raise UnreadableError(f" is {shown(data)}, must be a rate")
+    return float(data)
+
+
+def unread(data: Any) -> Any:
+    return data

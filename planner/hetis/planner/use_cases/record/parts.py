@@ -1,0 +1,253 @@
+"""What a plan records of its making, in parts: what it was made from, what was requested, found, simulated and lost.
+
+Each part is a value that the step which knows it writes once (`Part.on`), and that reports and later steps read
+(`Part.of`). Plan files and stores have them in `Plan.inputs`, one entry for each field; this module alone knows their
+names and forms. Entries of other versions stay there unread.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import MISSING, Field, dataclass, field, fields, replace
+from typing import Any, TypeVar, dataclass_transform
+
+from hetis.formats.errors import DocumentError, Problem
+from hetis.planner.use_cases.json_values import json_value
+from hetis.planner.use_cases.record.forms import (
+    EngineValue,
+    Errors,
+    Searched,
+    Tightening,
+    UnreadableError,
+    Verification,
+    engine_settings_data,
+    engine_settings_from_data,
+    errors_data,
+    read_any_number,
+    read_constraints,
+    read_engine,
+    read_engine_values,
+    read_errors,
+    read_flag,
+    read_kept_rps,
+    read_losses,
+    read_mapping,
+    read_number,
+    read_place,
+    read_requested,
+    read_roles,
+    read_searched,
+    read_share,
+    read_tightening,
+    read_values_by_size,
+    read_verification,
+    service_level_from_data,
+    unread,
+)
+from hetis.planner.use_cases.service_level import DEFAULT, ServiceLevel
+from hetis.solver.advice import Loss
+from hetis.solver.errors import InvalidProblemError
+from hetis.solver.plan import Objective, Plan, Role
+from hetis.solver.problem import NOTHING_SET, EngineRules, EngineSettings
+
+P = TypeVar("P", bound="Part")
+T = TypeVar("T")
+OLD_NAMES = {"constraints": "will"}  # earlier names of entries, which are still read
+
+
+class Part:
+    """A part of a plan's record: a dataclass whose fields are entries of `Plan.inputs` (`entry`)."""
+
+    @classmethod
+    def of(cls: type[P], plan: Plan) -> P:
+        """Return this part of a plan's record; entries that are missing or unreadable have their defaults."""
+        return cls(**dict(_readable(cls, plan.inputs)))
+
+    @classmethod
+    def checked(cls: type[P], plan: Plan, path: str = "the plan") -> P:
+        """Return this part of a plan's record.
+
+        Raises:
+            DocumentError: an entry is unreadable; ``path`` is the plan's name in messages.
+        """
+        values, wrong = dict[str, Any](), list[Problem]()
+        for one, name, data in _present(cls, plan.inputs):
+            try:
+                values[one.name] = one.metadata["read"](data)
+            except UnreadableError as error:
+                wrong += [Problem(file=path, message=f"inputs.{name}{rest}") for rest in error.rests]
+        if wrong:
+            raise DocumentError(wrong)
+        return cls(**values)
+
+    def on(self, plan: Plan) -> Plan:
+        """Return the plan with this part in its record, in place of an earlier one."""
+        names = {name for one in _entries(type(self)) for name in (_name(one), OLD_NAMES.get(_name(one)))}
+        others = {name: value for name, value in plan.inputs.items() if name not in names}
+        own = {
+            _name(one): one.metadata["write"](value)
+            for one in _entries(type(self))
+            if (value := getattr(self, one.name)) != _default(one)
+        }
+        return replace(plan, inputs={**others, **own})
+
+
+@dataclass_transform(kw_only_default=True, frozen_default=True)
+def part(kind: type[T]) -> type[T]:
+    """Make a class a part of records."""
+    return dataclass(frozen=True, slots=True, kw_only=True)(kind)
+
+
+def entry(default: Any, read: Callable[[Any], Any], *, name: str = "", write: Callable[[Any], Any] = json_value) -> Any:
+    """Declare a field of a part as an entry: how it is read (or raises `UnreadableError`) and written.
+
+    An entry with its default is not written. ``name`` is that of the entry, if it is not the field's.
+    """
+    how = {"name": name, "read": read, "write": write}
+    if isinstance(default, dict):
+        return field(default_factory=dict, metadata=how)
+    return field(default=default, metadata=how)
+
+
+def _entries(kind: Any) -> tuple[Field[Any], ...]:
+    found: tuple[Field[Any], ...] = fields(kind)
+    return found
+
+
+def _name(one: Field[Any]) -> str:
+    return str(one.metadata["name"] or one.name)
+
+
+def _default(one: Field[Any]) -> Any:
+    return {} if one.default is MISSING else one.default
+
+
+def _present(kind: type[Any], inputs: Mapping[str, Any]) -> Iterator[tuple[Field[Any], str, Any]]:
+    """Yield each field with an entry, the entry's name and its data."""
+    for one in _entries(kind):
+        name = _name(one)
+        if (found := name if name in inputs else OLD_NAMES.get(name, name)) in inputs:
+            yield one, name, inputs[found]
+
+
+def _readable(kind: type[Any], inputs: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    for one, _, data in _present(kind, inputs):
+        try:
+            yield one.name, one.metadata["read"](data)
+        except UnreadableError:
+            continue
+
+
+@part
+class MadeFrom(Part):
+    """The inputs of a plan: versions, origins and digests, and the documents, against which it is checked."""
+
+    versions: Mapping[str, str] = entry({}, read_mapping)
+    origins: Mapping[str, Any] = entry({}, read_mapping)  # file or name of each input; of profiles by GPU type
+    digests: Mapping[str, Any] = entry({}, unread)
+    documents: Mapping[str, Any] = entry({}, read_mapping)  # cluster, model, workload; profiles by GPU type
+
+    @property
+    def model(self) -> str:
+        """The file or name of the model, as requested; empty: unknown."""
+        return str(self.origins.get("model", ""))
+
+    def document(self, kind: str) -> Mapping[str, Any]:
+        """Return the document of a kind; empty if there is none."""
+        found = self.documents.get(kind)
+        return found if isinstance(found, Mapping) else {}
+
+    def has_tpot(self) -> bool:
+        """Return whether any request has a second output token; otherwise there is no time between tokens."""
+        lengths = self.document("workload").get("histogram", ())
+        return not lengths or any(one["output_tokens"] > 1.0 for one in lengths)
+
+
+@part
+class Requested(Part):
+    """What was requested of a plan, and of the search for it."""
+
+    roles: tuple[Role, ...] = entry((), read_roles)  # empty: made before there were roles, so that all are unified
+    engine: EngineRules | None = entry(None, read_engine)  # None: any engine
+    engine_settings: EngineSettings = entry(NOTHING_SET, engine_settings_from_data, write=engine_settings_data)
+    constraints: tuple[str, ...] = entry((), read_constraints)  # texts of ``--pin`` and ``--forbid``
+    seed: float | None = entry(None, read_any_number)
+    threads: float | None = entry(None, read_any_number)
+    gap_target: float | None = entry(None, read_any_number)
+    time_limit_s: float | None = entry(None, read_any_number)
+    simplest_within: float = entry(0.0, read_share)
+    survive: str = entry("", read_place)  # one of `PLACES`
+    service_level: ServiceLevel = entry(DEFAULT, service_level_from_data)
+    # What was requested of the objective and is not in it: a limit on TPOT where requests have one output token, and
+    # the demand where a larger one was planned for, so that it survives a loss.
+    of_objective: Mapping[str, float] = entry({}, read_requested, name="asked")
+
+    def objective(self, planned: Objective, path: str = "the plan") -> Objective:
+        """Return the objective that was requested, of which ``planned`` is the plan's.
+
+        Raises:
+            DocumentError: both contradict each other; ``path`` is the plan's name in messages.
+        """
+        try:
+            return replace(planned, **self.of_objective)  # type: ignore[arg-type]
+        except InvalidProblemError as error:
+            raise DocumentError([Problem(file=path, message=f"inputs.asked: {error}")]) from None
+
+
+@part
+class EqualStages(Part):
+    """The values of replicas of equal stages, which engines run without a planner, by the model."""
+
+    best: Searched | None = entry(None, read_searched, name="equal_stages_value", write=lambda found: found.value)
+    by_size: Mapping[str, float | None] = entry({}, read_values_by_size, name="simple_setups")
+
+
+@part
+class OtherEngines(Part):
+    """The values of plans for the other engines."""
+
+    values: tuple[EngineValue, ...] = entry((), read_engine_values, name="engine_values")
+
+
+@part
+class Verified(Part):
+    """What simulation showed of a plan, and of the plans that it was chosen from."""
+
+    verification: Verification | None = entry(None, read_verification)
+    tightened: Tightening | None = entry(None, read_tightening)  # the limit for which the plan was found
+    # True for a plan of equal stages that keeps more in simulation than the best plan by the model, false if such a
+    # plan was simulated and keeps less than this one.
+    equal_stages_chosen: bool | None = entry(None, read_flag)
+    equal_stages_kept_rps: float | None = entry(None, read_kept_rps)
+    model_value: float | None = entry(None, read_number)  # the best plan's by the model, if this is another
+
+    @property
+    def is_other_than_best(self) -> bool:
+        """Whether the plan is shown for what it keeps in simulation, instead of the best one by the model."""
+        return self.tightened is not None or self.equal_stages_chosen is True
+
+    @property
+    def kept_rps(self) -> float:
+        """The highest rate known to keep the limits; 0: none."""
+        return 0.0 if self.verification is None else self.verification.kept_rps or 0.0
+
+
+@part
+class Losses(Part):
+    """What the worst loss of any one ``node``, and of any one ``zone``, leaves."""
+
+    by_place: Mapping[str, Loss] = entry({}, read_losses, name="losses")
+
+
+@part
+class ProfileErrors(Part):
+    """What the errors of the plan's profiles mean."""
+
+    errors: Errors = entry(Errors(), read_errors, name="profile_errors", write=errors_data)
+
+
+@part
+class ConstraintCosts(Part):
+    """What the objective would gain without each constraint, as JSON values."""
+
+    prices: Any = entry((), unread, name="constraint_prices")

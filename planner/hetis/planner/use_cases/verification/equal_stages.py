@@ -1,0 +1,92 @@
+"""Replicas of equal stages, which engines run without a planner: what a plan is compared with."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import replace
+
+from hetis.planner.use_cases.grouping import shapes_of
+from hetis.planner.use_cases.record.forms import Searched
+from hetis.planner.use_cases.record.parts import EqualStages, Requested
+from hetis.planner.use_cases.verification.outcome import promising
+from hetis.solver.budget import Budget, SearchSettings
+from hetis.solver.constraints import WithoutTp
+from hetis.solver.errors import HetisError
+from hetis.solver.plan import Plan, Role
+from hetis.solver.problem import PlacementProblem
+from hetis.solver.search_clock import search_seconds
+
+UNIFORM = "uniform"  # the strategy
+SEARCH_S = 5.0  # time limit of each search
+
+
+def budget_of_one(cancelled: threading.Event) -> Budget:
+    """Return a budget, starting now, for a search."""
+    return Budget(time_limit_s=SEARCH_S, clock=search_seconds, cancelled=cancelled)
+
+
+def value_within(budget: Budget, problem: PlacementProblem, seed: int) -> Searched | None:
+    """Return the value of equal stages; None: the budget ran out, which shows nothing of what they can reach."""
+    from hetis.solver.placement.solve import equal_stages_value
+
+    if budget.is_spent():
+        return None
+    value = equal_stages_value(problem, SearchSettings(budget=budget, seed=seed))
+    return None if budget.is_spent() else Searched(value)
+
+
+def with_values(plan: Plan, problem: PlacementProblem, seed: int, cancelled: threading.Event) -> Plan:
+    """Return the plan with the value of equal stages, and the values with one TP size in all replicas, by size.
+
+    Values whose search was cut short are left out. The first search may be cut short only because it compiles, and is
+    then repeated.
+
+    Raises:
+        BrokenProofError: equal stages, which the plan's family contains, are better than its bound.
+    """
+
+    from hetis.solver.placement.outcome import sound_bound
+
+    def value(of: PlacementProblem, budget: Budget) -> Searched | None:
+        return value_within(budget, of, seed)
+
+    best = value(problem, budget_of_one(cancelled)) or value(problem, budget_of_one(cancelled))
+    if best is not None and best.value is not None and Role.UNIFIED in problem.family.roles:
+        sound_bound(plan.result.bound, best.value, maximises=problem.objective.maximises)
+    most = max(slots.count for group in problem.cluster.node_groups for slots in group.gpus)
+    forbidden = {each.tp for each in problem.constraints if isinstance(each, WithoutTp)}
+    others = tuple(each for each in problem.constraints if not isinstance(each, WithoutTp))
+    freely, of_sizes = replace(problem, constraints=others), budget_of_one(cancelled)
+    by_size = {
+        str(tp): value(replace(freely, family=replace(problem.family, tp_sizes=(tp,))), of_sizes)
+        for tp in problem.family.tp_sizes
+        if tp <= most and tp not in forbidden
+    }
+    known = {size: one.value for size, one in by_size.items() if one is not None}
+    return EqualStages(best=best, by_size=known).on(plan)
+
+
+def plan_of(plan: Plan, problem: PlacementProblem, seed: int, budget: Budget) -> Plan | None:
+    """Return the best plan of equal stages, for the service level of another plan; None: none was found in time."""
+    from hetis.solver.placement.families import STRATEGIES
+    from hetis.solver.planning import solve_placement
+
+    own = Budget(time_limit_s=SEARCH_S, clock=search_seconds, callers=budget, explains=False)
+    uniform = replace(problem, family=STRATEGIES[UNIFORM].restrict(problem.family))
+    try:
+        found = solve_placement(uniform, strategy=UNIFORM, budget=own, seed=seed)
+    except HetisError:  # a pin may exclude equal stages
+        return None
+    level = Requested(service_level=Requested.of(plan).service_level)
+    return None if own.is_spent() else promising(level.on(replace(found, inputs={})))
+
+
+def other_plan(plan: Plan, problem: PlacementProblem, seed: int, budget: Budget) -> Plan | None:
+    """Return the best plan of equal stages, for the service level of another plan.
+
+    None: these are not in the problem's family, they are the other plan's own stages, or none were found in time.
+    """
+    if Role.UNIFIED not in problem.family.roles:
+        return None
+    found = plan_of(plan, problem, seed, budget)
+    return None if found is None or shapes_of(found) == shapes_of(plan) else found

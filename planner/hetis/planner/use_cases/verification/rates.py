@@ -1,0 +1,386 @@
+"""Rates at which simulated traffic keeps a plan's limits: the planned one, higher ones if it is kept, or lower ones.
+
+The bound and the value of a plan are those of the cost model. The simulator models more: how requests queue for seats,
+and how lengths vary. So `place` simulates the plan that it has found and reports both figures; if the plan misses a
+limit, a lower rate is searched for (`LowerRates`), and another plan (`hetis.planner.use_cases.verification.choosing`).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from functools import cache, partial
+from typing import NamedTuple
+
+from hetis.planner.use_cases.record.forms import Verification
+from hetis.planner.use_cases.record.parts import Requested, Verified
+from hetis.planner.use_cases.service_level import DEFAULT, Latency
+from hetis.planner.use_cases.simulation.judging import Measured, measured
+from hetis.planner.use_cases.simulation.representative import RepresentativePart, representative_part
+from hetis.planner.use_cases.simulation.simulate import NothingSimulatedError, Question, answer, default_rate, seats_of
+from hetis.planner.use_cases.verification.lower_rates import KeptRate, LowerRates, StoppedError
+from hetis.planner.use_cases.verification.outcome import AS_PLANNED, DISPATCHED, MISSES_AT, misses
+from hetis.simulator.arrivals import Arrivals, Load
+from hetis.simulator.metrics import Summary
+from hetis.simulator.running import Report
+from hetis.simulator.values import Settings
+from hetis.solver.budget import Budget, Progress
+from hetis.solver.budget import Report as SearchReport
+from hetis.solver.plan import Objective, Plan
+from hetis.solver.problem import PlacementProblem
+
+TURNS = 8  # how many times a run replaces all the requests that a plan holds at once
+FEWEST = 4_000  # requests per run: with few seats, the p95 TTFT depends on the few bursts of long requests in a run
+FILLS = 2  # how many times at least, if that is not too much: while most seats are empty, TPOT looks too good
+UNLIMITED = Objective(ttft_limit_s=None, tpot_limit_s=None)
+LONGER = 4  # factor of the requests in a run that decides where limits are close
+BY_CHANCE = 0.02  # share of a limit above which an excess is no chance, however wide the interval
+HIGHER = (1.1, 1.05)  # factors of the planned rate, which are tried if it is kept; 90% of saturation is planned
+MOST_GROWTH = 0.02  # seconds by which the wait may grow per second at these rates
+LONG_RUN = 10_000  # requests of a run at these rates, unless that is more than `LONGER` times the ordinary number
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TriedRate:
+    """A simulation at one rate."""
+
+    summary: Summary
+    measured: Measured
+    num_requests: int
+    within: bool  # whether the load was carried and nothing exceeded its limit
+    kept: bool  # whether the limits were kept, up to chance: a plan may well use its limits up
+    sure: bool  # whether they were kept by more than chance, so that other traffic at this rate keeps them, too
+    close: bool  # whether a longer run may give another result
+
+
+def needs_verifying(plan: Plan) -> bool:
+    """Return whether a plan promises a latency that could be missed."""
+    return bool(plan.replicas) and (plan.objective.ttft_limit_s, plan.objective.tpot_limit_s) != (None, None)
+
+
+# A callback for the progress of a run: its arrival rate, the requests that have arrived, and their number (zero while
+# the dispatcher is compiled, once on a machine).
+RunReport = Callable[[float, int, int], None]
+
+
+def no_progress(rate_rps: float, given: int, total: int, /) -> None:
+    """Report nothing."""
+
+
+def simulation_report(plan: Plan, report: SearchReport) -> RunReport:
+    """Return a callback that reports simulations as progress of the search, for each quarter of a run's requests."""
+    started_s, reported = time.monotonic() - plan.result.solve_s, (0.0, 0, 0)
+
+    def run(rate_rps: float, given: int, total: int) -> None:
+        nonlocal reported
+        if reported == (reported := (rate_rps, given * 4 // max(total, 1), total)):
+            return
+        phase = f"simulating {rate_rps:.4g} requests/s, {given:,} of {total:,}"
+        if not total:
+            phase = "compiling the dispatcher (only once; takes a minute or two)"
+        report(Progress(phase=phase, elapsed_s=time.monotonic() - started_s, incumbent=plan.result.value))
+
+    return run
+
+
+def verified(plan: Plan, problem: PlacementProblem, *, seed: int, budget: Budget, report: RunReport) -> Plan:
+    """Return the plan with the simulator's results, or unchanged if it promises no latency or time ran out first.
+
+    Head groups are split as planned. If a run with this split misses a limit or is close to one, they are dispatched
+    per request, as engines do, which takes twice as long to simulate: below the saturated rate a dispatcher keeps more
+    of them where they are computed fastest.
+
+    If it misses a limit, the highest rate that keeps all limits is searched for. If it has more seats than runs can
+    fill, a part of its replicas gets that part of the traffic, and rates are multiplied. If it misses a limit and the
+    search for a lower rate is stopped before any run kept them, the plan gets a note only (`MISSES_AT`).
+    """
+    tried = simulate_at_planned_rate(plan, problem, seed=seed, budget=budget, report=report)
+    return plan if tried is None else tried.decided()
+
+
+class _Most(NamedTuple):
+    """The most requests that a run can have within seconds.
+
+    ``ordinary`` is for an ordinary run, ``deciding`` for one that decides where limits are close, ``to_fill`` for
+    either if seats must be filled.
+    """
+
+    ordinary: int
+    deciding: int
+    to_fill: int
+
+
+WITHOUT_WORKERS = _Most(ordinary=40_000, deciding=40_000, to_fill=100_000)
+WITH_WORKERS = _Most(ordinary=8_000, deciding=16_000, to_fill=16_000)  # each request takes several times as long
+
+
+def num_requests_of(plan: Plan) -> int:
+    """Return the number of requests per run: enough to fill the plan several times over, within seconds."""
+    most, seats = most_requests_of(plan), seats_of(plan)
+    fewest = max(FEWEST, Requested.of(plan).service_level.requests(most.deciding))
+    return min(max(fewest, TURNS * seats), max(most.ordinary, min(most.to_fill, FILLS * seats)))
+
+
+def longest_of(plan: Plan) -> int:
+    """Return the number of requests in a run that decides where limits are close."""
+    num_requests = num_requests_of(plan)
+    return max(num_requests, min(most_requests_of(plan).deciding, LONGER * num_requests))
+
+
+def enough_of(plan: Plan) -> int:
+    """Return the number of requests in a run at a rate that may be too high: queues take long to fill."""
+    return max(num_requests_of(plan), min(LONG_RUN, longest_of(plan)))
+
+
+def simulated_part(plan: Plan, problem: PlacementProblem, most_requests: int) -> RepresentativePart:
+    """Return the whole plan if so many requests fill its seats, or else a part of it."""
+    if are_filled(plan, most_requests) or not plan.served_rate():
+        return RepresentativePart(plan=plan, share=1.0)
+    few_seats = most_requests_of(plan).ordinary // TURNS
+    return representative_part(plan, problem, few_seats=few_seats, most_seats=most_requests // FILLS)
+
+
+def are_filled(plan: Plan, most_requests: int) -> bool:
+    return FILLS * seats_of(plan) <= most_requests
+
+
+def simulated_at(
+    plan: Plan, problem: PlacementProblem, rate_rps: float, limits: Objective, *, seed: int, budget: Budget,
+    report: Report, lengths: tuple[int, ...] = (), settings: Settings = AS_PLANNED,
+) -> TriedRate | None:  # fmt: skip
+    """Simulate a plan at a rate, and judge it by its service level; None: the budget was spent.
+
+    ``lengths`` are the numbers of requests in the first run and in longer ones, each of which follows if the limits are
+    close; empty: the ordinary numbers.
+    """
+    load = Load(
+        lengths=problem.workload, max_position=problem.model.max_position, arrivals=Arrivals.DRAWN, rate_rps=rate_rps
+    )
+    outcome, level = None, Requested.of(plan).service_level
+    for num_requests in dict.fromkeys(lengths or (num_requests_of(plan), longest_of(plan))):
+        question = Question(
+            load=load, num_requests=num_requests, seeds=(seed,), settings=settings, limits=limits,
+            keep_run=level != DEFAULT,
+        )  # fmt: skip
+        try:
+            found = answer(plan, problem, question, processes=1, is_cancelled=budget.is_spent, report=report)
+        except NothingSimulatedError:
+            return None
+        if not found.complete:
+            return None
+        outcome = _judged(found.summary, measured(level, found.summary, found.run, limits), num_requests)
+        if not outcome.close:
+            break
+    return outcome
+
+
+class AtPlannedRate(NamedTuple):
+    """A plan that was simulated at its planned rate."""
+
+    plan: Plan
+    found: Verification  # ``kept_rps`` is None if the plan misses a limit: lower rates were not tried yet
+    # Returns the highest rate found to keep the limits below the planned one, which misses them, and not below another;
+    # None: none of those tried. Raises `StoppedError`.
+    kept_below: Callable[[float], KeptRate | None]
+
+    def with_lower_rates(self, at_least_rps: float) -> AtPlannedRate:
+        """Return the same with lower rates searched now, if the plan misses a limit and time is left.
+
+        Rates below ``at_least_rps`` are not of interest.
+        """
+        if self.found.kept:
+            return self
+        try:
+            kept = self.kept_below(at_least_rps)
+        except StoppedError:
+            return self
+        return self._replace(kept_below=lambda least: kept if kept is not None and kept.rate_rps >= least else None)
+
+    def decided(self, at_least_rps: float = 0.0) -> Plan:
+        """Return the plan as `verified` does; lower rates are searched from ``at_least_rps`` on."""
+        found, notes = self.found, self.plan.notes
+        try:
+            kept = None if found.kept else self.kept_below(at_least_rps)
+        except StoppedError:
+            what = ", ".join(misses(found, self.plan)) or "not all of the traffic is carried"
+            part = "" if found.share is None else f" (a part of its replicas at {found.share:.3g} of the rate)"
+            note = f"{MISSES_AT} {found.rate_rps:.4g} requests/s: {what}{part}"
+            return replace(self.plan, notes=(*notes, note))
+        if kept is not None:
+            found, notes = replace(found, kept_rps=kept.rate_rps), (*notes, *kept.notes())
+        record = replace(Verified.of(self.plan), verification=found)
+        return record.on(replace(self.plan, notes=notes))
+
+
+def simulate_at_planned_rate(
+    plan: Plan, problem: PlacementProblem, *, seed: int, budget: Budget, report: RunReport
+) -> AtPlannedRate | None:
+    """Simulate a plan at its rate and, if it keeps the limits, at higher ones.
+
+    None: it promises no latency, or the budget was spent before its own rate was decided.
+    """
+    if not needs_verifying(plan) or budget.is_spent():
+        return None
+    runs = _Runs(plan, problem, seed, budget, report)
+    try:
+        found = runs.decide()
+    except StoppedError:
+        return None
+    return AtPlannedRate(plan, found, runs.kept_below)
+
+
+class _Runs:
+    """Simulations of a plan, or of a part of it, at rates of the whole plan; none is run twice."""
+
+    def __init__(self, plan: Plan, problem: PlacementProblem, seed: int, budget: Budget, report: RunReport) -> None:
+        self._plan, self._seed = plan, seed
+        self._planned_rps, to_fill = default_rate(plan, problem), most_requests_of(plan).to_fill
+        self._part = part = simulated_part(plan, problem, to_fill)
+        self._ordinary, self._long, self._longer = (
+            num_requests_of(part.plan),
+            enough_of(part.plan),
+            longest_of(part.plan),
+        )
+        self._too_short = not are_filled(part.plan, to_fill)
+        self._settings = AS_PLANNED
+        self._compiling = lambda: report(self._planned_rps, 0, 0)
+
+        @cache
+        def simulate(settings: Settings, rate_rps: float, *lengths: int, traffic: int) -> TriedRate:
+            found = simulated_at(
+                part.plan, problem, rate_rps * part.share, plan.objective, seed=traffic, lengths=lengths,
+                budget=budget, report=partial(report, rate_rps), settings=settings,
+            )  # fmt: skip
+            if found is None:
+                raise StoppedError
+            return found
+
+        self._simulate = simulate
+
+    def _at(self, rate_rps: float, *lengths: int, other: bool = False) -> TriedRate:
+        """Simulate the usual traffic, or other traffic, at a rate. Raises `StoppedError`."""
+        return self._simulate(self._settings, rate_rps, *lengths, traffic=self._seed + other)
+
+    def decide(self) -> Verification:
+        """Return the plan's behaviour at its planned rate and, if it is kept, the highest rate that is kept for sure.
+
+        Raises `StoppedError` before that of the planned rate is known.
+        """
+        found = self._at(self._planned_rps, self._ordinary) if _has_workers(self._plan) else None
+        if found is not None and (found.close or not found.kept):
+            _compile_dispatcher(self._compiling)
+            self._settings, found = DISPATCHED, None
+        if found is None:
+            found = self._at(self._planned_rps)
+            if found.kept and found.close:  # other traffic may well miss the limits
+                other = self._at(self._planned_rps, self._longer, other=True)
+                found = found if other.kept else other
+        kept_rps = self._planned_rps if found.kept else None
+        if found.kept and _may_keep_more(self._plan, found) and not self._too_short:
+            with suppress(StoppedError):
+                higher = (factor * self._planned_rps for factor in HIGHER)
+                kept_rps = next((rate_rps for rate_rps in higher if self._is_calm(rate_rps)), kept_rps)
+        summary, seconds, missed = found.summary, found.measured.seconds, found.measured.missed
+        return Verification(
+            rate_rps=self._planned_rps,
+            num_requests=found.num_requests,
+            kept=found.kept,
+            steady=summary.steady,
+            ttft_p95_s=summary.ttft_p95_s.value,
+            tpot_mean_s=summary.mean_tpot_s.value,
+            attainment=summary.attainment,
+            kept_rps=kept_rps,
+            ttft_s=seconds.get(Latency.TTFT),
+            tpot_s=seconds.get(Latency.TPOT),
+            ttft_missed=missed.get(Latency.TTFT),
+            tpot_missed=missed.get(Latency.TPOT),
+            share=self._part.share if self._part.share < 1.0 else None,
+            too_short=self._too_short or None,
+            dispatched=self._settings.dispatch or None,
+        )
+
+    def _is_sure(self, rate_rps: float) -> bool:
+        """Return whether the limits are kept with other traffic, too.
+
+        A search for the highest rate finds rates that are kept by luck.
+        """
+        return all(self._at(rate_rps, self._longer, other=other).sure for other in (False, True))
+
+    def _is_calm(self, rate_rps: float) -> bool:
+        runs = (self._at(rate_rps, self._long, self._longer, other=other) for other in (False, True))
+        return all(run.sure and hardly_grows(run.summary) for run in runs)
+
+    def kept_below(self, at_least_rps: float) -> KeptRate | None:
+        """Search for the highest rate below the planned one that keeps the limits, as `AtPlannedRate` says."""
+
+        def seems_sure(rate_rps: float) -> bool | None:
+            found = self._at(rate_rps, self._ordinary)
+            return found.sure or (None if found.within else False)
+
+        search = LowerRates(seems_sure, self._is_sure)
+        try:
+            rate_rps = search.highest(self._planned_rps, at_least_rps)
+        except StoppedError:
+            if search.likely_rps is None:
+                raise
+            return KeptRate(search.likely_rps, self._ordinary, is_confirmed=False)
+        return None if rate_rps is None else KeptRate(rate_rps, self._longer, is_confirmed=True)
+
+
+def _compile_dispatcher(on_start: Callable[[], None]) -> None:
+    """Compile what dispatches head groups, if that has not been done on this machine."""
+    from hetis.planner.use_cases.dispatch import is_compiled
+    from hetis.solver.dispatch.solve import compile_dispatch
+
+    if not is_compiled():
+        on_start()
+        compile_dispatch()
+
+
+def most_requests_of(plan: Plan) -> _Most:
+    return WITH_WORKERS if _has_workers(plan) else WITHOUT_WORKERS
+
+
+def _has_workers(plan: Plan) -> bool:
+    return any(replica.attention_workers for replica in plan.replicas)
+
+
+def _may_keep_more(plan: Plan, at_plan: TriedRate) -> bool:
+    """Return whether it is useful to simulate higher rates.
+
+    It is for a plan of the highest rate, if its runs take only seconds and its wait hardly grows.
+    """
+    return plan.objective.demand_rps is None and hardly_grows(at_plan.summary) and not _has_workers(plan)
+
+
+def hardly_grows(summary: Summary) -> bool:
+    """Return whether the wait hardly grows.
+
+    In a run that is too short to tell whether the queue is steady, that must hold by more than chance.
+    """
+    growth = summary.growth
+    if summary.steady is None:
+        return growth.is_below(MOST_GROWTH)
+    return summary.steady and growth.value <= MOST_GROWTH
+
+
+def _judged(summary: Summary, found: Measured, num_requests: int) -> TriedRate:
+    """Return whether a run keeps the limits, and how sure that is.
+
+    The queues of a busy plan need time to fill, so the tail of latencies is too low in a run that starts empty.
+    """
+    limited, carried = found.limited, summary.within(UNLIMITED)
+    within = carried and all(one.value <= one.limit for one in limited)
+    by_chance = all(one.low <= one.limit and one.value <= (1.0 + BY_CHANCE) * one.limit for one in limited)
+    is_close = any(one.low <= one.limit < one.high / one.close for one in limited)
+    return TriedRate(
+        summary=summary,
+        measured=found,
+        num_requests=num_requests,
+        within=within,
+        kept=within or (summary.steady is not False and by_chance),
+        sure=within and all(one.high <= one.limit for one in limited),
+        close=summary.steady is not False and is_close,
+    )

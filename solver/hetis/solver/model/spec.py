@@ -1,0 +1,599 @@
+"""A model as a list of layers, and the means over its layers with which plans count."""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TypeVar
+
+from hetis.solver.errors import InvalidProblemError
+from hetis.solver.model.attention import Grouped, Indexer, Kernel, Mixer
+from hetis.solver.model.mlp import Dense, Experts, Mlp
+
+_AT_LEAST_ONE = ("hidden", "vocab", "max_position", "residual_streams")
+T = TypeVar("T")
+_UNEVEN = 2  # excess layers of one kind in a run, from which stages may not begin or end within it
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Layer:
+    """One layer: what it computes from several tokens, and its MLP.
+
+    Each has one part in most models, none where layers are of one kind alone (Nemotron-H), and two where both compute
+    side by side: attention and a state space (Falcon-H1), a dense MLP and experts (Gemma 4).
+    """
+
+    mixers: tuple[Mixer, ...]
+    mlps: tuple[Mlp, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DraftShape:
+    """Multi-token prediction (DeepSeek-V3): one more layer drafts tokens that the next iteration verifies.
+
+    Attributes:
+        tokens: the number of tokens drafted for each request in an iteration.
+        acceptance: the probability that a draft is accepted if all before it were.
+    """
+
+    tokens: int
+    acceptance: float
+
+    def emitted(self) -> float:
+        """Return the mean tokens that an iteration adds to a request, ``1 + a + ... + a^k``."""
+        return sum(self.acceptance**i for i in range(self.tokens + 1))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GpuPrecision:
+    """The precision in which one GPU type holds weights and KV; the fields mean the same as in `ModelSpec`."""
+
+    gpu: str
+    weights: str
+    weight_bytes: float
+    kv_bytes: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Kinds:
+    """What a list of layers consists of, each with the number of layers that have it.
+
+    Computed once, because a placement needs it a hundred thousand times.
+    """
+
+    mixers: tuple[tuple[Mixer, int], ...]
+    attention: tuple[tuple[Mixer, int], ...]  # the mixers that keep KV
+    main: Mixer | None  # the kind with KV that most layers have
+    mlps: tuple[tuple[Mlp, int], ...]  # of repeated layers
+    prefix_mlps: tuple[tuple[Mlp, int], ...]
+    prefix_layers: int
+    inner: int
+    even_cuts: frozenset[int] | None  # layers before which a stage may start; None: all
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelSpec:
+    """A decoder-only transformer.
+
+    Parameter counts omit norms and biases (well under 1% of the weights of any model in the catalogue). The figures of
+    a layer are the mean over all repeated layers, so a stage may only start where each kind has had about its share of
+    the layers. ``forbidden_cuts`` are further layer numbers i before which no pipeline stage may start. GPU types in
+    ``precisions`` compute layers in a precision of their own (`on`).
+
+    Attributes:
+        weights: name of the layers' precision, such as fp8 or awq-int4; empty if not specified.
+        weight_bytes: bytes per parameter of the layers; 1 for fp8, about 0.53 for 4-bit with scales.
+        kv_bytes: bytes per element of the KV cache.
+        activation_bytes: bytes per element sent between devices.
+        embedding_bytes: bytes per parameter of embedding and LM head, which are seldom quantised.
+        windows_free_kv: engines free the KV that windows have passed although other layers keep theirs, as vLLM's
+            hybrid KV cache manager does. Where all layers slide, they always do.
+        residual_streams: copies of the residual that layers mix (hyper-connections, DeepSeek-V4); 1: a plain residual.
+        vision_params: parameters of vision towers, which the first stage holds in 16 bits.
+        float16: engines compute it in float16; False: they refuse, as its values exceed the range (Gemma 2).
+        draft: how engines are configured to draft tokens; None: they do not draft.
+    """
+
+    name: str
+    layers: tuple[Layer, ...]
+    hidden: int
+    vocab: int
+    weights: str = ""
+    weight_bytes: float = 2.0
+    kv_bytes: float = 2.0
+    activation_bytes: float = 2.0
+    embedding_bytes: float = 2.0
+    tie_embeddings: bool = False
+    max_position: int = 4096
+    windows_free_kv: bool = True
+    residual_streams: int = 1
+    vision_params: int = 0
+    float16: bool = True
+    draft: DraftShape | None = None
+    forbidden_cuts: frozenset[int] = frozenset()
+    precisions: tuple[GpuPrecision, ...] = ()
+    _kinds: _Kinds = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        for name in _AT_LEAST_ONE:
+            if getattr(self, name) < 1:
+                raise InvalidProblemError(f"{self.name}: {name} is {getattr(self, name)}, must be >= 1")
+        if not self.layers:
+            raise InvalidProblemError(f"{self.name}: num_layers is 0, must be >= 1")
+        if self.draft is not None and not (self.draft.tokens >= 1 and 0.0 <= self.draft.acceptance <= 1.0):
+            raise InvalidProblemError(f"{self.name}: {self.draft} needs a token at least and an acceptance of 0 to 1")
+        object.__setattr__(self, "_kinds", _kinds_of(self.layers))
+        if self._kinds.main is None:
+            raise InvalidProblemError(f"{self.name}: has no layer with attention, must have one at least")
+
+    def on(self, gpu: str) -> ModelSpec:
+        """Return the model as GPUs of one type hold it, in a single precision."""
+        if not self.precisions:
+            return self
+        own = next((one for one in self.precisions if one.gpu == gpu), None)
+        if own is None:
+            return replace(self, precisions=())
+        return replace(
+            self, weights=own.weights, weight_bytes=own.weight_bytes, kv_bytes=own.kv_bytes, precisions=()
+        )  # fmt: skip
+
+    # The shape, as heads are divided among ranks and kernels see it.
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.layers)
+
+    @property
+    def mixers(self) -> tuple[tuple[Mixer, int], ...]:
+        """The kinds of attention, each with the number of layers that have it."""
+        return self._kinds.mixers
+
+    @property
+    def mlps(self) -> tuple[tuple[Mlp, int], ...]:
+        """The kinds of MLP of repeated layers, each with the number of layers that have it."""
+        return self._kinds.mlps
+
+    @property
+    def attention(self) -> Mixer:
+        """The kind of attention that most layers with KV have."""
+        assert self._kinds.main is not None, "checked when the model was made"
+        return self._kinds.main
+
+    @property
+    def q_heads(self) -> int:
+        return self.attention.q_heads
+
+    @property
+    def kv_heads(self) -> int:
+        """The KV heads that most layers have, as engines number them; one for each query head with latent attention."""
+        return self.attention.num_kv_heads
+
+    @property
+    def head_dim(self) -> int:
+        return self.attention.key_dim
+
+    @property
+    def head_groups(self) -> int:
+        """Return G, the KV head groups of a layer, the smallest things that are placed; MLA has one latent group.
+
+        Where layers differ, the most that a layer has.
+        """
+        return max(mixer.groups for mixer, _ in self._kinds.attention)
+
+    @property
+    def queries_per_group(self) -> int:
+        """Return r, the query heads that share one head group."""
+        return self.q_heads // self.head_groups
+
+    def divides(self, ranks: int) -> bool:
+        """Return whether so many tensor-parallel ranks can share the heads of all layers."""
+        return all(mixer.divides(ranks) for mixer, _ in self.mixers)
+
+    @property
+    def kernels(self) -> frozenset[Kernel]:
+        """The kernels that engines run for its layers; sparse ones beside those of what they choose from."""
+        sparse = {Kernel.SPARSE} if self.indexer is not None else set[Kernel]()
+        return frozenset({mixer.kernel for mixer, _ in self.mixers} | sparse)
+
+    @property
+    def kernel(self) -> Kernel:
+        """The kernels that engines run for most layers with KV."""
+        return Kernel.SPARSE if self.indexer is not None else self.attention.kernel
+
+    @property
+    def indexer(self) -> Indexer | None:
+        """The indexer that chooses among all tokens, in layers with sparse attention."""
+        for mixer, _ in self.mixers:
+            if mixer.token_indexer is not None:
+                return mixer.token_indexer
+        return None
+
+    @property
+    def indexer_layers(self) -> int:
+        """The number of layers with an indexer of their own."""
+        return sum(count for mixer, count in self.mixers if mixer.token_indexer is not None and mixer.owns_indexer)
+
+    @property
+    def kv_share(self) -> float:
+        """Return the share of layers that keep KV; the others keep a state for each request, or nothing."""
+        return sum(count for _, count in self._kinds.attention) / self.num_layers
+
+    @property
+    def sliding_window(self) -> int | None:
+        """The window of layers that slide; None: none do."""
+        return next((window for mixer, _ in self.mixers if (window := _window_of(mixer)) is not None), None)
+
+    @property
+    def sliding_share(self) -> float:
+        """Return the share of the layers with KV that have a sliding window."""
+        sliding = sum(count for mixer, count in self._kinds.attention if _window_of(mixer) is not None)
+        return sliding / sum(count for _, count in self._kinds.attention)
+
+    @property
+    def _frees_windows(self) -> bool:
+        return self.windows_free_kv or self.sliding_share == 1.0
+
+    @property
+    def frees_some_kv(self) -> bool:
+        """Return whether engines free KV in some of the layers only."""
+        return self.windows_free_kv and 0.0 < self.sliding_share < 1.0
+
+    @property
+    def plain_layer(self) -> tuple[Grouped, Dense] | None:
+        """The parts of a layer if all have usual grouped attention, windows apart, and a dense MLP; otherwise None."""
+        kinds = {
+            (tuple(map(_unwindowed, layer.mixers)), layer.mlps) for layer in dict.fromkeys(self.layers)
+        }  # fmt: skip
+        match next(iter(kinds)) if len(kinds) == 1 else None:
+            case ((Grouped() as mixer,), (Dense() as mlp,)) if mixer == Grouped(
+                query_heads=mixer.query_heads, kv_heads=mixer.kv_heads, head_dim=mixer.head_dim
+            ):
+                return mixer, mlp
+            case _:
+                return None
+
+    @property
+    def unusual_parts(self) -> tuple[str, ...]:
+        """What its layers have beside grouped attention and a dense MLP, in words."""
+        names = {
+            Kernel.LATENT: "latent attention",
+            Kernel.COMPRESSED: "compressed attention",
+            Kernel.RECURRENT: "linear attention",
+            Kernel.SPARSE: "sparse attention",
+        }
+        found = [what for kernel, what in names.items() if kernel in self.kernels]
+        found += ["experts"] if self.experts is not None else []
+        found += ["gated attention"] if any(mixer.is_gated for mixer, _ in self.mixers) else []
+        return tuple(found) or (() if self.plain_layer is not None else ("layers of unlike shape",))
+
+    @property
+    def all_heads_share(self) -> str:
+        """What all heads of some layers share; empty: nothing."""
+        return next((what for mixer, _ in self.mixers if (what := mixer.all_heads_share)), "")
+
+    @property
+    def has_like_heads(self) -> bool:
+        """Return whether all layers with KV have heads of one shape."""
+        return len({_unwindowed(mixer) for mixer, _ in self._kinds.attention}) == 1
+
+    @property
+    def heads_can_move(self) -> bool:
+        """Return whether attention workers may compute head groups: those of all layers, with the KV of all tokens.
+
+        States, indexers and compressors serve all heads together, KV that windows free is not kept alike in all layers,
+        and the plugin does not verify drafts.
+        """
+        return self.has_like_heads and not self.all_heads_share and self.draft is None and not self.frees_some_kv
+
+    # Parameters.
+
+    def _mean(self, of: Callable[[Mixer], float]) -> float:
+        """Return the mean over all layers of a figure of their attention."""
+        return sum(count * of(mixer) for mixer, count in self.mixers) / self.num_layers
+
+    def _repeated(self, of: Callable[[Mlp], float]) -> float:
+        """Return the mean over repeated layers of a figure of their MLPs, which may be an array."""
+        layers = self.num_layers - self.prefix_layers
+        return sum(count / layers * of(mlp) for mlp, count in self.mlps)
+
+    def attention_params(self) -> float:
+        """Return the mean parameters of a layer's attention projections, and of what mixes its residual streams."""
+        return self._mean(lambda mixer: mixer.params(self.hidden)) + self.mixing_params()
+
+    @property
+    def residual_width(self) -> int:
+        """Return the numbers of a token's residual, in all of its streams; stages send each other these."""
+        return self.residual_streams * self.hidden
+
+    def mixing_params(self) -> int:
+        """Return a layer's parameters for mixing residual streams; 0 for a plain residual.
+
+        Before attention and before the MLP, a token's streams determine how they are joined, divided and mixed: n, n
+        and n^2 numbers (``DeepseekV4HyperConnection``).
+        """
+        n = self.residual_streams
+        return 0 if n == 1 else 2 * (2 + n) * n * self.residual_width
+
+    def dense_layer_params(self) -> float:
+        """Return the mean parameters of a leading layer without experts; of any layer if there is none."""
+        if not self.prefix_layers:
+            return self.layer_params()
+        mlps = sum(count * mlp.params(self.hidden) for mlp, count in self._kinds.prefix_mlps)
+        return self.attention_params() + mlps / self.prefix_layers
+
+    def layer_params(self) -> float:
+        """Return the mean parameters of a repeated layer."""
+        return self.attention_params() + self._repeated(lambda mlp: mlp.params(self.hidden))
+
+    def active_layer_params(self) -> float:
+        """Return the mean parameters of a repeated layer that one token touches."""
+        return self.attention_params() + self._repeated(lambda mlp: mlp.active_params(self.hidden))
+
+    def touched_layer_params(self, tokens: float) -> float:
+        """Return the mean parameters of a repeated layer that ``tokens`` of a batch read, without untouched experts."""
+        return self.attention_params() + self._repeated(lambda mlp: mlp.touched_params(self.hidden, tokens))
+
+    @property
+    def experts(self) -> Experts | None:
+        """The experts of the layers that have some; None for a model without."""
+        return next((mlp for mlp, _ in self.mlps if isinstance(mlp, Experts)), None)
+
+    @property
+    def expert_share(self) -> float:
+        """Return the share of repeated layers that have experts; 0 for a model without."""
+        return self._repeated(lambda mlp: float(isinstance(mlp, Experts)))
+
+    def expert_params(self) -> int:
+        """Return the parameters of one routed expert; 0 for a model without experts."""
+        return 0 if self.experts is None else self.experts.expert_params(self.hidden)
+
+    def touched_experts(self, tokens: float) -> float:
+        """Return the expected routed experts of a layer with experts that ``tokens`` touch under even routing."""
+        return 0.0 if self.experts is None else self.experts.touched(tokens)
+
+    def expert_activation_bytes(self, tokens: float, slices: int = 1) -> float:
+        """Return the bytes of activations that the routed experts of a layer move for ``tokens`` tokens on one rank."""
+        if self.experts is None:
+            return 0.0
+        return self.experts.activation_elements(self.hidden, tokens, slices) * self.activation_bytes
+
+    @property
+    def inner(self) -> int:
+        """The numbers of a token between the products of a repeated layer's MLP, the most of any."""
+        return self._kinds.inner
+
+    @property
+    def prefix_layers(self) -> int:
+        """Return the leading layers that differ from the repeated ones; they stay together on the first stage."""
+        return self._kinds.prefix_layers
+
+    @property
+    def draft_layers(self) -> int:
+        """Return the layers after the last one that draft tokens; they are like the repeated ones."""
+        return 0 if self.draft is None else 1
+
+    @property
+    def step_tokens(self) -> int:
+        """Return the tokens of one decoding request in an iteration: its next one and the drafts."""
+        return 1 if self.draft is None else 1 + self.draft.tokens
+
+    @property
+    def emitted_tokens(self) -> float:
+        """Return the mean tokens that an iteration adds to a decoding request."""
+        return 1.0 if self.draft is None else self.draft.emitted()
+
+    def draft_params(self) -> float:
+        """Return the parameters of the drafting layer, with the projection of the state and token it starts from."""
+        return self.draft_layers * (self.layer_params() + 2 * self.hidden * self.hidden)
+
+    @property
+    def embedding_params(self) -> int:
+        """Return the parameters of the embedding table; the LM head has as many (the same ones if tied)."""
+        return self.vocab * self.hidden
+
+    def params(self) -> int:
+        """Return the number of all parameters, vision towers included."""
+        return round(self._all_layers(self.layer_params())) + self._end_params() + self.vision_params
+
+    def active_params(self) -> int:
+        """Return the parameters that one token of text uses; like published counts, includes embedding and LM head."""
+        return round(self._all_layers(self.active_layer_params())) + self._end_params()
+
+    def _all_layers(self, repeated: float) -> float:
+        prefix = self.prefix_layers
+        return (self.num_layers - prefix) * repeated + prefix * self.dense_layer_params()
+
+    def _end_params(self) -> int:
+        return self.embedding_params * (1 if self.tie_embeddings else 2)
+
+    # What requests keep.
+
+    def kv_bytes_per_token_group(self) -> float:
+        """Return the mean KV bytes of one token in one layer and one head group, with the key of an indexer."""
+        return self._mean(lambda mixer: mixer.kv_bytes(self.kv_bytes)) / self.head_groups
+
+    def kv_bytes_per_token(self) -> float:
+        """Return the KV bytes of one token over all layers and head groups."""
+        return self.num_layers * self.head_groups * self.kv_bytes_per_token_group()
+
+    def cached_tokens(self, context_tokens: float) -> float:
+        """Return the tokens whose KV is kept, as the mean of the layers by the KV of each."""
+        if self.sliding_window is None or not self._frees_windows:
+            return context_tokens
+        kept = self._mean(lambda mixer: mixer.kv_bytes(self.kv_bytes) * mixer.kept_tokens(context_tokens))
+        return kept / self._mean(lambda mixer: mixer.kv_bytes(self.kv_bytes))
+
+    def cached_growth(self, context_tokens: float) -> float:
+        """Return the tokens by which `cached_tokens` grows with each further token of the context."""
+        if self.sliding_window is None or not self._frees_windows:
+            return 1.0
+
+        def growing(mixer: Mixer) -> float:
+            window = _window_of(mixer)
+            return mixer.kv_bytes(self.kv_bytes) if window is None or context_tokens < window else 0.0
+
+        return self._mean(growing) / self._mean(lambda mixer: mixer.kv_bytes(self.kv_bytes))
+
+    def state_bytes(self) -> float:
+        """Return the mean bytes that one request keeps in one layer, for all heads, independently of its context."""
+        return self._mean(lambda mixer: mixer.state_bytes(self.kv_bytes))
+
+    @property
+    def recurrent_layers(self) -> int:
+        """The number of layers that keep states of linear attention or a state space."""
+        return sum(count for mixer, count in self.mixers if mixer.kernel is Kernel.RECURRENT)
+
+    @property
+    def recurrent_state_bytes(self) -> float:
+        """Return the bytes of a request's state in a layer of linear attention; 0 for a model without."""
+        return max((m.state_bytes(self.kv_bytes) for m, _ in self.mixers if m.kernel is Kernel.RECURRENT), default=0.0)
+
+    def chunk_state_bytes(self) -> float:
+        """Return the mean bytes that a layer keeps of each token of a chunk while it is computed, beside its KV."""
+        return self._mean(lambda mixer: mixer.chunk_state_bytes(self.kv_bytes))
+
+    @property
+    def divides_states(self) -> bool:
+        """Return whether ranks divide what is kept for a request by heads; otherwise each holds all of it."""
+        return all(mixer.divides_states for mixer, _ in self.mixers)
+
+    @property
+    def kept_states(self) -> int:
+        """Return the states that engines keep for a request: one for every token of an iteration, as drafts may be
+        rejected. What compressed attention keeps belongs to single tokens, so a rejected one takes nothing with it.
+        """
+        return self.step_tokens if self.divides_states else 1
+
+    def state_ranks(self, tp: int) -> int:
+        """Return among how many of ``tp`` ranks a state is divided."""
+        return tp if self.divides_states else 1
+
+    def state_traffic_bytes(self, queries: float) -> float:
+        """Return the mean bytes of states that one request's ``queries`` tokens read and write in a layer."""
+        return self._mean(lambda mixer: mixer.state_traffic_bytes(queries, self.kv_bytes))
+
+    def state_flops(self) -> float:
+        """Return the mean FLOPs of updating and reading the state of a layer for one token."""
+        return self._mean(lambda mixer: mixer.token_flops())
+
+    def prompt_kv_bytes(self, prompt_tokens: float) -> float:
+        """Return the bytes that a prompt leaves for its decoding: KV and states of all layers and heads."""
+        return prompt_tokens * self.kv_bytes_per_token() + self.num_layers * self.state_bytes()
+
+    def exchange_bytes_per_head(self) -> float:
+        """Return bytes per token, layer and query head between a primary and an attention worker.
+
+        q goes out and the head output comes back, while k and v go out once per head group: ``(2 + 2/r) head_dim s``
+        (Hetis, SC'25). With MLA the query and output are in the latent space.
+        """
+        return self.attention.exchange_elements_per_head() * self.activation_bytes
+
+    # What attention computes and reads.
+
+    def attention_flops(self, pairs: float, heads: float) -> float:
+        """Return mean FLOPs of prefill attention over (query, key) ``pairs`` for ``heads`` query heads of a layer."""
+        return self._mean(lambda mixer: mixer.prefill_flops()) / self.q_heads * pairs * heads
+
+    def decode_attention_flops(self, context_tokens: float, heads: float) -> float:
+        """Return FLOPs of one token's decode attention over ``context_tokens`` for ``heads`` query heads of a layer."""
+        return self._mean(lambda mixer: mixer.decode_flops()) / self.q_heads * context_tokens * heads
+
+    def attended_tokens(self, context_tokens: float) -> float:
+        """Return the tokens a query attends to, as the mean of the layers by the FLOPs for each; fewer than the context
+        with a window. With compressed attention, these are the window's tokens and the entries of each layer.
+
+        An indexer reads the keys of the whole context to choose tokens; it counts by the bytes that it reads.
+        """
+        if self.indexer is not None:
+            return self.read_tokens(context_tokens)
+        found = self._mean(lambda mixer: mixer.decode_flops() * mixer.attended(context_tokens, self.kv_bytes))
+        return found / self._mean(lambda mixer: mixer.decode_flops())
+
+    def read_tokens(self, context_tokens: float) -> float:
+        """Return the tokens of KV with as many bytes as a query reads."""
+        read = self._mean(lambda mixer: mixer.read_bytes(context_tokens, self.kv_bytes))
+        return read / self._mean(lambda mixer: mixer.kv_bytes(self.kv_bytes))
+
+    def window_read_tokens(self) -> float:
+        """Return the part of `read_tokens` that is read even from a short context: a window of compressed attention."""
+        read = self._mean(lambda mixer: mixer.window_read_bytes(self.kv_bytes))
+        return read / self._mean(lambda mixer: mixer.kv_bytes(self.kv_bytes))
+
+    @property
+    def attention_limit(self) -> int | None:
+        """The context beyond which some layers attend to no more tokens; None: all attend to all."""
+        return min((limit for mixer, _ in self.mixers if (limit := mixer.limit) is not None), default=None)
+
+    def scan_flops(self, context_tokens: float) -> float:
+        """Return the mean FLOPs of a layer for scoring the keys of compressed entries for one token, on every rank."""
+        return self._mean(lambda mixer: mixer.scan_flops(context_tokens))
+
+    def allowed_cut(self, layer: int) -> bool:
+        """Return whether a pipeline stage may start at ``layer``."""
+        if not 0 < layer < self.num_layers:
+            return True
+        even = self._kinds.even_cuts
+        is_even = even is None or layer in even
+        return is_even and layer >= self.prefix_layers and layer not in self.forbidden_cuts
+
+
+def _window_of(mixer: Mixer) -> int | None:
+    return mixer.window if isinstance(mixer, Grouped) else None
+
+
+def _unwindowed(mixer: Mixer) -> Mixer:
+    return replace(mixer, window=None) if isinstance(mixer, Grouped) else mixer
+
+
+def _kinds_of(layers: tuple[Layer, ...]) -> _Kinds:
+    prefix = _prefix(layers)
+    mixers = _counted(mixer for layer in layers for mixer in layer.mixers)
+    attention = tuple((mixer, count) for mixer, count in mixers if mixer.groups)
+    return _Kinds(
+        mixers=mixers,
+        attention=attention,
+        main=max(attention, key=lambda pair: pair[1])[0] if attention else None,
+        mlps=_counted(mlp for layer in layers[prefix:] for mlp in layer.mlps),
+        prefix_mlps=_counted(mlp for layer in layers[:prefix] for mlp in layer.mlps),
+        prefix_layers=prefix,
+        inner=max(sum(mlp.inner for mlp in layer.mlps) for layer in dict.fromkeys(layers[prefix:])),
+        even_cuts=_even_cuts(layers, prefix),
+    )
+
+
+def _counted(parts: Iterable[T]) -> tuple[tuple[T, int], ...]:
+    return tuple(Counter(parts).items())
+
+
+def _prefix(layers: tuple[Layer, ...]) -> int:
+    """Return the number of leading layers with dense MLPs if all behind them have experts; otherwise 0."""
+    flags = [any(isinstance(mlp, Experts) for mlp in layer.mlps) for layer in layers]
+    first = flags.index(True) if True in flags else 0
+    is_dense = all(layer.mlps for layer in layers[:first])
+    return first if is_dense and all(flags[first:]) else 0
+
+
+def _even_cuts(layers: tuple[Layer, ...], prefix: int) -> frozenset[int] | None:
+    """Return the layers before which a stage may start, or None if it may start before any.
+
+    A stage is charged the mean of all layers, so every run of layers behind the leading ones must have about its share
+    of every kind of attention and of MLP.
+    """
+    allowed: set[int] | None = None
+    repeated = layers[prefix:]
+    lists: tuple[Sequence[tuple[Mixer | Mlp, ...]], ...] = (
+        [layer.mixers for layer in repeated],
+        [layer.mlps for layer in repeated],
+    )
+    for parts in lists:
+        for kind in dict.fromkeys(parts):
+            total = len(parts)
+            number = parts.count(kind)
+            # Running excess over the kind's share, scaled by the number of layers.
+            excess = list(itertools.accumulate((total * (one == kind) - number for one in parts), initial=0))
+            if max(excess) - min(excess) >= _UNEVEN * total:
+                even = {prefix + layer for layer, over in enumerate(excess) if abs(over) < total}
+                allowed = even if allowed is None else allowed & even
+    return None if allowed is None else frozenset(allowed)

@@ -1,0 +1,87 @@
+"""The record of a plan: what its parts write is what they read, and what they cannot read stays."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+
+from hetis.formats.documents import from_data, to_data
+from hetis.formats.errors import DocumentError
+from hetis.planner.use_cases.record.forms import EngineValue, Searched, Tightening, Verification
+from hetis.planner.use_cases.record.parts import EqualStages, Losses, MadeFrom, OtherEngines, Part, Requested, Verified
+from hetis.planner.use_cases.service_level import ServiceLevel
+from hetis.solver.advice import Loss
+from hetis.solver.plan import Plan, Role
+from hetis.solver.problem import EngineRules, EngineSettings
+from tests.planner import plans
+
+VERIFICATION = Verification(
+    rate_rps=1.0, num_requests=10, kept=True, steady=None, ttft_p95_s=0.5, tpot_mean_s=0.05, attainment=0.9,
+    kept_rps=1.1, share=0.5,
+)  # fmt: skip
+PARTS: list[Part] = [
+    MadeFrom(versions={"hetis": "1"}, origins={"model": "m"}, digests={"cluster": "d"}),
+    Requested(
+        roles=(Role.PREFILL, Role.DECODE), engine=EngineRules(name="vllm", max_gpus=4),
+        engine_settings=EngineSettings(chunk_tokens=(256, 512)), constraints=("pin node=a:use=1",), seed=0, threads=2,
+        gap_target=0.01, time_limit_s=60.0, simplest_within=0.1, survive="node",
+        service_level=ServiceLevel(attainment=0.9), of_objective={"demand_rps": 2.0},
+    ),
+    EqualStages(best=Searched(None), by_size={"1": 0.5, "2": None}),
+    EqualStages(best=Searched(1.5)),
+    OtherEngines(values=(EngineValue(engine="vllm", value=1.0, bound=None, lacks=("workers",)),)),
+    Verified(
+        verification=VERIFICATION, tightened=Tightening(name="TTFT p95", asked_s=2.0, planned_s=1.6),
+        equal_stages_chosen=False, equal_stages_kept_rps=0.0, model_value=2.0,
+    ),
+    Losses(by_place={"node": Loss(name="a", rate=1.0, whole=2.0)}),
+]  # fmt: skip
+
+
+def bare(**inputs: object) -> Plan:
+    return replace(plans.plan(), inputs=inputs)
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_a_part_is_read_from_a_plan_file_as_it_was_written(part: Part) -> None:
+    data = json.loads(json.dumps(to_data(part.on(bare()))))
+    found = from_data(data)
+    assert isinstance(found, Plan)
+    assert type(part).of(found) == type(part).checked(found) == part
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_a_part_replaces_only_an_earlier_one(part: Part) -> None:
+    of_others = {"of another version": 1}
+    assert part.on(bare(**of_others)).inputs.items() > of_others.items()
+    assert type(part)().on(part.on(bare(**of_others))).inputs == of_others
+
+
+@pytest.mark.parametrize("kind", dict.fromkeys(map(type, PARTS)))
+def test_what_is_unreadable_has_its_default_and_stays_in_the_plan(kind: type[Part]) -> None:
+    names = {name for part in PARTS if type(part) is kind for name in part.on(bare()).inputs}
+    strange = bare(**dict.fromkeys(names, object()))
+    assert all(value == getattr(kind(), name) for name, value in vars_of(kind.of(strange)).items() if name != "digests")
+    assert strange.inputs.keys() == names
+
+
+def vars_of(part: Part) -> dict[str, object]:
+    return {name: getattr(part, name) for name in part.__dataclass_fields__}  # type: ignore[attr-defined]
+
+
+def test_every_unreadable_entry_is_an_error_where_a_plan_is_checked_against_it() -> None:
+    wrong = bare(roles=["writer"], engine={"name": "vllm", "max_stages": "two"})
+    with pytest.raises(DocumentError) as caught:
+        Requested.checked(wrong, "plan.json")
+    assert [str(one) for one in caught.value.problems] == [
+        "plan.json: inputs.roles must be a list of unified, prefill, decode: the plan is checked against them",
+        "plan.json: inputs.engine.max_stages is 'two', must be a whole number",
+    ]
+
+
+def test_constraints_under_their_earlier_name_are_read_and_replaced() -> None:
+    old = bare(will=["forbid workers"])
+    assert Requested.of(old).constraints == ("forbid workers",)
+    assert Requested(constraints=("forbid tp=8",)).on(old).inputs == {"constraints": ["forbid tp=8"]}
