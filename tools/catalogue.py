@@ -25,6 +25,7 @@ from hetis.formats.models.document import load_model
 from hetis.formats.traces import length_bins
 from hetis.solver.cluster import GpuType
 from hetis.solver.model import ModelSpec
+from tools import further_gpus
 
 GIB = 2**30
 _ORDER = ("name", "num_layers", "hidden", "intermediate", "q_heads", "kv_heads", "head_dim", "vocab", "attention")
@@ -61,7 +62,7 @@ _ARCHITECTURES = {
 # bytes; nvidia-smi on a GB300 NVL72: 284,208 MiB).
 _MEMORY_MIB = {"B300-SXM-288GB": 275_040, "GB300-per-GPU": 284_208}
 # Boards whose GPUs are all connected by NVLink, Infinity Fabric or RoCE; on PCIe boards a bridge connects only two.
-_SWITCHED = re.compile(r"SXM|^GB\d|^GH\d|^H20$|^MI\d|^Gaudi")
+_SWITCHED = re.compile(r"SXM|^GB\d|^GH\d|^H20(-3e|$)|^MI\d|^Gaudi")
 # In these models every second layer has a sliding window; in the others all do.
 _ALTERNATING_WINDOW = re.compile(r"gemma-2|gpt-oss")
 
@@ -69,7 +70,7 @@ _ALTERNATING_WINDOW = re.compile(r"gemma-2|gpt-oss")
 def build(data: Path) -> dict[str, str]:
     """Return the text of every catalogue file by its name below ``catalogue/data``."""
     files = {
-        "gpus.json": _rows("gpus", [_gpu(row) for row in _table(data / "gpus.csv")]),
+        "gpus.json": _rows("gpus", [_gpu(row) for row in (*_table(data / "gpus.csv"), *further_gpus.rows())]),
         "models.json": _rows("models", [*(_model(row) for row in _table(data / "models.csv")), *_of_configs()]),
     }
     names = []

@@ -375,7 +375,7 @@ def _described(family: Any, labels: Sequence[str]) -> Described:
 
 def _planner_metrics() -> Iterator[Described]:
     from hetis.planner.fleet.settings import FleetCounters
-    from hetis.planner.service.metrics import FleetCollector, ServiceMetrics, StoreCollector
+    from hetis.planner.service.observability.metrics import FleetCollector, ServiceMetrics, StoreCollector
     from hetis.planner.store import Lease
     from hetis.planner.store.health import StoreHealth
 

@@ -34,6 +34,7 @@ PROMISED = {
     "engines": {"name", "gpus", "status"}
     | {f"{name}{mark}" for name in ("vllm", "vllm-hetis") for mark in ("", "_gap", "_s")}
     | {"hetis_over_vllm"},
+    "coverage": {"name", "inputs", "read", "right", "refused", "wrong"},
     "published": {"name", "gpus", "types", "status", "value", "proven_value", "proven_bound", "ratio"}
     | {"seconds", "proof_s", "note"},
     "sharing": {"name", "status", "value", "gap", "lost", "least", "least_gap", "over_part", "envy"}

@@ -23,7 +23,7 @@ import yaml
 from hetis.planner.fleet.settings import FleetCounters
 from hetis.planner.service.command import app as planner_app
 from hetis.planner.service.exit_codes import ServiceExitCode as PlannerExit
-from hetis.planner.service.metrics import FleetCollector, ServiceMetrics, StoreCollector
+from hetis.planner.service.observability.metrics import FleetCollector, ServiceMetrics, StoreCollector
 from hetis.planner.service.settings import load_config, variables
 from hetis.planner.store.health import StoreHealth
 from hetis.planner.store.lease import Lease

@@ -92,7 +92,8 @@ def test_sglang_is_told_one_with_pages_of_one_token(model: ModelSpec, capabiliti
 
 def test_kinds_are_those_of_the_card_or_of_the_fleets_own_types() -> None:
     found = {entry.gpu.name: kind_of(entry.gpu.name, {}) for entry in catalogue.gpus()}
-    assert {name for name, kind in found.items() if kind.capability == 12} == {"RTX-5090", "RTX-PRO-6000-Server-96GB"}
+    blackwell = {one.gpu.name for one in catalogue.gpus() if one.gpu.architecture == "RTX Blackwell"}
+    assert {name for name, kind in found.items() if kind.capability == 12} == blackwell >= {"RTX-5090", "GB10"}
     assert {name for name, kind in found.items() if kind.capability is None} == {
         entry.gpu.name for entry in catalogue.gpus() if entry.gpu.vendor != "NVIDIA"
     }

@@ -19,7 +19,7 @@ import yaml
 
 from hetis.commands.endpoints import STANDBY_ANSWER
 from hetis.planner.callers import CallerRole
-from hetis.planner.service.credentials import create_token
+from hetis.planner.service.identity.credentials import create_token
 from hetis.v1 import cluster_pb2, cluster_service_pb2, document_pb2
 from hetis.v1.agent_service_pb2 import ConnectNodeRequest, Hello
 from hetis.v1.agent_service_pb2_grpc import AgentServiceStub

@@ -33,7 +33,7 @@ def test_building_again_gives_the_committed_files_byte_for_byte(data: Path) -> N
 
 def test_every_gpu_is_there_with_its_source() -> None:
     entries = catalogue.gpus()
-    assert len(entries) == 54
+    assert len(entries) == 54 + 51
     assert all(entry.spec_source for entry in entries)
     assert all(entry.price_source for entry in entries if entry.gpu.usd_per_hour is not None)
 

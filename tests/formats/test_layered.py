@@ -10,6 +10,7 @@ import pytest
 
 from hetis.formats.errors import DocumentError
 from hetis.formats.models.document import MODEL_SPEC, load_model, parse_model
+from hetis.formats.models.dtypes import weights_of
 from hetis.formats.positions import Text
 from hetis.solver.model import Kernel, ModelSpec
 
@@ -148,3 +149,25 @@ def test_layers_of_unlike_shape_are_counted_and_stay_together_where_they_are_not
     assert model.kv_bytes_per_token() == 4 * 2 * 2 * 64 * 2
     assert [layer for layer in range(8) if model.allowed_cut(layer)] == [0, 1, 7]
     assert parse_model(MODEL_SPEC.to_data(model), Text(file="m.yaml", text=None)) == model
+
+
+def test_a_checkpoint_of_another_size_than_its_index_states_is_said(tmp_path: Path) -> None:
+    data = config_of("google__gemma-4-26B-A4B")
+    size = load(tmp_path, data).params() * 2
+    for stated, is_said in ((size, False), (round(size * 1.02), False), (round(size * 1.05), True), ("?", False)):
+        (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"metadata": {"total_size": stated}}))
+        notes: list[str] = []
+        load(tmp_path, data, notes)
+        assert any("model.safetensors.index.json states" in note for note in notes) is is_said
+
+
+def test_a_precision_that_few_parameters_have_does_not_stand_alone(tmp_path: Path) -> None:
+    data = config_of("moonshotai__Kimi-K3")
+    group = data["text_config"]["quantization_config"]["config_groups"]["group_0"]
+    group["targets"] = ["re:.*self_attn.*"]
+    data["text_config"]["quantization_config"]["ignore"] = []
+    notes: list[str] = []
+    model = load(tmp_path, data, notes)
+    assert weights_of(model).startswith("mxfp4 in 1% of the layers, bf16 in the rest")
+    assert "the rest counts as 16 bits" in notes[0]
+    assert weights_of(load(tmp_path, config_of("moonshotai__Kimi-K3"))) == "mxfp4"

@@ -32,8 +32,15 @@ def test_a_name_that_is_alike_or_begins_alike(name: str, known: tuple[str, ...],
 
 
 def test_the_words_of_a_vendor_do_not_hide_the_nearest_gpu() -> None:
-    with pytest.raises(UnknownNameError, match=r"^unknown GPU 'Tesla T44', did you mean T4\?$"):
-        find_gpu("Tesla T44")
+    with pytest.raises(UnknownNameError, match=r"^unknown GPU 'Tesla L4OS', did you mean L40S\?$"):
+        find_gpu("Tesla L4OS")
+
+
+@pytest.mark.parametrize("name", ["NVIDIA GeForce RTX 3050", "Tesla P44", "GB11", "Tesla K80", "NVIDIA RTX A6500"])
+def test_another_card_is_no_slip_of_one_with_a_like_number(name: str) -> None:
+    with pytest.raises(UnknownNameError) as caught:
+        find_gpu(name)
+    assert str(caught.value) == f"unknown GPU {name!r}"
 
 
 def test_names_that_are_equally_near_are_all_named_up_to_three() -> None:

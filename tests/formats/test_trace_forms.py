@@ -248,7 +248,29 @@ def test_a_file_in_no_known_form_says_what_it_has_and_what_it_might(tmp_path: Pa
 
 def test_every_form_says_where_it_is_from() -> None:
     assert all(form.source for form in FORMS)
-    assert len({form.fields for form in FORMS}) == len(FORMS)
+    assert len({(*form.fields, *form.also) for form in FORMS}) == len(FORMS)
+
+
+def test_seconds_are_told_from_milliseconds(tmp_path: Path) -> None:
+    """Qwen-Bailian has Mooncake's fields in seconds, and blocks of 16 tokens; it also names chats."""
+    rows = [
+        {"timestamp": 0.5 * i, "input_length": 40, "output_length": 9, "hash_ids": [1, 2, 10 + i]} for i in range(5)
+    ]
+    named = [{"chat_id": i, "parent_chat_id": -1, **row} for i, row in enumerate(rows)]
+    for form, lines in (("Qwen-Bailian", named), ("Mooncake, in seconds", rows)):
+        path = tmp_path / "t.jsonl"
+        path.write_text("\n".join(map(json.dumps, lines)))
+        trace = read_trace(path, prefix_hit_rate="trace")
+        assert (trace.form, trace.rate_rps) == (form, 2.0)
+        assert trace.prefix_hit_rate == pytest.approx(4 * 32 / (5 * 40))
+    path.write_text("\n".join(json.dumps(row | {"timestamp": round(2000 * row["timestamp"])}) for row in rows))
+    assert read_trace(path).rate_rps == 1.0, "whole numbers are milliseconds"
+
+
+def test_litellm_writes_times_as_numbers_too(tmp_path: Path) -> None:
+    rows = [{"startTime": 1764000000.1 + i, "prompt_tokens": 100, "completion_tokens": 20} for i in range(3)]
+    (tmp_path / "t.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert read_trace(tmp_path / "t.jsonl").rate_rps == pytest.approx(1.0)
 
 
 def test_conversations_are_a_request_for_every_answer(tmp_path: Path) -> None:

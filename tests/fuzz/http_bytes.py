@@ -16,7 +16,7 @@ from typing import Any
 import h11
 import uvicorn
 
-from hetis.planner.service.metrics import ServiceMetrics
+from hetis.planner.service.observability.metrics import ServiceMetrics
 from hetis.planner.service.status_page import PageLimits, limited_protocol, page_config, status_app
 from hetis.runtime.agent.metrics import LOOPBACK, AgentMetrics
 from hetis.runtime.agent.pressure import Scrape, ScrapeState, scrape

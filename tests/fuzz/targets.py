@@ -28,8 +28,8 @@ from hetis.planner.convert.documents import read_document
 from hetis.planner.convert.plans import objective_from_proto
 from hetis.planner.convert.stages import stage_from_proto
 from hetis.planner.failures import ServiceError
-from hetis.planner.service.certificates import ends_of_certificates
-from hetis.planner.service.credentials import Tokens
+from hetis.planner.service.identity.certificates import ends_of_certificates
+from hetis.planner.service.identity.credentials import Tokens
 from hetis.planner.service.settings import load_config
 from hetis.profiler.importers import FORMATS, import_tables
 from hetis.runtime.agent.pressure import ScrapeState, read_text

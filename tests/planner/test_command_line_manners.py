@@ -20,8 +20,8 @@ import yaml
 
 from hetis.planner.cli.app import app
 from hetis.planner.cli.app import run as run_verb
-from hetis.planner.cli.defaults import OWN_MEANING, default_map
 from hetis.planner.cli.exit_codes import ExitCode
+from hetis.planner.cli.parameters.defaults import OWN_MEANING, default_map
 from hetis.planner.report.comparison import PUBLISHED_MEANS
 from hetis.planner.service.main import main as serve
 from hetis.profiler.cli.main import main as profile

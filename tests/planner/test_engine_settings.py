@@ -14,7 +14,7 @@ from hetis.formats.documents import load_plan
 from hetis.formats.errors import DocumentError
 from hetis.planner.cli.app import run
 from hetis.planner.cli.exit_codes import ExitCode
-from hetis.planner.cli.values import MOST_SETTING as MOST_GIVEN
+from hetis.planner.cli.parameters.values import MOST_SETTING as MOST_GIVEN
 from hetis.planner.library.placing import load_plan as plan_from_file
 from hetis.planner.library.placing import place as place_in_python
 from hetis.planner.use_cases.robustness.fixed_plan import FixedPlan

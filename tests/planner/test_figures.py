@@ -20,7 +20,7 @@ from hetis.planner.report.figures import (
     tokens,
     with_unit,
 )
-from hetis.planner.report.plan import verdict
+from hetis.planner.report.promises import verdict
 from hetis.solver.plan import Status
 from tests.planner import plans
 

@@ -19,7 +19,7 @@ from hetis.planner.report.page.blocks import COLORS, Waterfalls
 from hetis.planner.report.page.fleet_map import fleet_map, shape_letter
 from hetis.planner.report.page.pages import ShownPlan, plans_page
 from hetis.planner.report.page.plan_section import plan_blocks, reason_words, shape_words
-from hetis.planner.report.plan import simple_setups
+from hetis.planner.report.promises import simple_setups
 from hetis.planner.report.simulation_pictures import _COLORS, Line, Panel, _dash
 from hetis.planner.use_cases.compare import figures_of
 from hetis.planner.use_cases.sources import inputs_from_documents, load_plan_and_problem

@@ -10,17 +10,9 @@ from rich.console import Console, RenderableType
 
 from hetis.commands.terminal import _ASCII
 from hetis.planner.report.explanation import memory_shares, render_explanation, time_shares
-from hetis.planner.report.plan import (
-    MAX_SHAPES,
-    beside_engines,
-    beside_equal_stages,
-    distinct_runners_up,
-    limits_words,
-    misses_demand,
-    render_plan,
-    simple_setups,
-    verdict,
-)
+from hetis.planner.report.goals import limits_words
+from hetis.planner.report.plan import MAX_SHAPES, distinct_runners_up, render_plan
+from hetis.planner.report.promises import beside_engines, beside_equal_stages, misses_demand, simple_setups, verdict
 from hetis.planner.use_cases.grouping import group_replicas
 from hetis.planner.use_cases.place import with_service_level
 from hetis.planner.use_cases.record.forms import NOT_COMPILED

@@ -8,7 +8,7 @@ from typing import get_args
 import pytest
 
 import hetis
-from hetis.planner.cli.requests import CompareOptions, PlaceOptions, SearchOptions
+from hetis.planner.cli.parameters.requests import CompareOptions, PlaceOptions, SearchOptions
 from hetis.planner.convert.plan_specs import SAME, spec_from_request
 from hetis.planner.convert.plans import objective_from_proto
 from hetis.planner.library.arguments import CHECKS

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 import typer
 
-from hetis.planner.cli import values
+from hetis.planner.cli.parameters import values
 
 
 @pytest.mark.parametrize(

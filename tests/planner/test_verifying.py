@@ -19,13 +19,14 @@ import pytest
 import hetis
 from hetis.formats.documents import load_plan
 from hetis.planner.cli import place as placing_verb
-from hetis.planner.cli import resource_views
 from hetis.planner.cli.exit_codes import ExitCode
+from hetis.planner.cli.server import resource_views
 from hetis.planner.convert.plans import OBJECTIVE_KINDS, result_to_proto
 from hetis.planner.report.figures import digits, seconds
-from hetis.planner.report.page import plan_section
+from hetis.planner.report.page import key_figures, plan_section
 from hetis.planner.report.page.pages import ShownPlan, plans_page
-from hetis.planner.report.plan import beside_equal_stages, headline, render_plan, simple_setups
+from hetis.planner.report.plan import headline, render_plan
+from hetis.planner.report.promises import beside_equal_stages, simple_setups
 from hetis.planner.use_cases import place as placing_steps
 from hetis.planner.use_cases.grouping import group_replicas
 from hetis.planner.use_cases.place import PlacementSettings, missed, simulated_plan
@@ -1132,7 +1133,7 @@ def test_every_output_says_which_part_was_simulated(pair: Placed, share: float, 
 
 
 def page_of(plan: Plan) -> str:
-    return " ".join(f"{tile.value} {tile.note}" for tile in plan_section._simulated(plan))
+    return " ".join(f"{tile.value} {tile.note}" for tile in key_figures._simulated(plan))
 
 
 @pytest.mark.parametrize("kept_rps", [1.5, None, 9.0])

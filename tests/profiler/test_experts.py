@@ -20,6 +20,7 @@ from hetis.solver.model import ModelSpec
 from hetis.solver.profile import Op, Piece, Profile
 from hetis.solver.workload import LengthBin, moments_of
 from tests.models import InShort, replace
+from tools import engine_kernels
 
 B200 = catalogue.find_gpu("B200-SXM-180GB").gpu
 GPT_OSS = catalogue.find_model("openai/gpt-oss-120b").model
@@ -212,13 +213,15 @@ def test_made_up_tables_give_back_what_made_them(tmp_path: Path) -> None:
     others = [row | {"distribution": "balanced", "latency": 1e3} for row in rows]
     others += [row | {"moe_tp_size": 2, "moe_ep_size": 2, "latency": 1e3} for row in rows]
     others += [row | {"kernel_source": "made_up_min_latency", "latency": 1e-6} for row in rows]
-    asked = [(system, *each) for system, versions in experts._VERSIONS.items() for each in versions.items()]
-    asked += [(system, engine, version) for system, engine, _, version, _ in experts._FURTHER]
+    asked = [
+        (system, *each) for system, versions in engine_kernels._EXPERT_VERSIONS.items() for each in versions.items()
+    ]
+    asked += [(system, engine, version) for system, engine, _, version, _ in engine_kernels._FURTHER]
     for system, engine, version in asked:
         path = tmp_path / system / "moe" / engine / version / "moe_perf.parquet"
         path.parent.mkdir(parents=True)
         parquet.write_table(pyarrow.Table.from_pylist([*rows, *others]), path)
-    assert experts.main(["--tables", str(tmp_path), "--out", str(tmp_path / "out.json")]) == 0
+    assert engine_kernels.main(["experts", "--tables", str(tmp_path), "--out", str(tmp_path / "out.json")]) == 0
     made = json.loads((tmp_path / "out.json").read_text())["kernels"]
     assert len(made) == 32
     hopper = [kernel for kernel in made if kernel["architecture"] == "Hopper"]
@@ -226,4 +229,6 @@ def test_made_up_tables_give_back_what_made_them(tmp_path: Path) -> None:
         found = np.array([kernel["fixed_s"], kernel["flop"], kernel["byte"]])
         assert found == pytest.approx(np.array(TRUE[kernel["whole"]]), rel=0.02)
         assert (kernel["num_points"], kernel["ranks"]) == (63, None)  # too few points for each number of ranks
-    assert experts.main(["--tables", str(tmp_path / "none"), "--out", str(tmp_path / "out.json")]) == 1
+    assert (
+        engine_kernels.main(["experts", "--tables", str(tmp_path / "none"), "--out", str(tmp_path / "out.json")]) == 1
+    )

@@ -17,6 +17,7 @@ from hetis.profiler.roofline import matrix_flops, modelled_profile
 from hetis.solver.model import ModelSpec
 from hetis.solver.profile import Op
 from tests.profiler.slow_starts import with_slow_starts
+from tools import engine_kernels
 
 B200 = catalogue.find_gpu("B200-SXM-180GB").gpu
 A100 = catalogue.find_gpu("A100-SXM-80GB").gpu
@@ -158,7 +159,7 @@ def test_made_up_tables_give_back_what_made_them(tmp_path: Path) -> None:
                 path = tmp_path / system / "mla" / engine / version / f"mla_{phase}_module_perf.parquet"
                 path.parent.mkdir(parents=True, exist_ok=True)
                 parquet.write_table(pyarrow.Table.from_pylist([*rows, *others]), path)
-    assert latent.main(["--tables", str(tmp_path), "--out", str(tmp_path / "out.json")]) == 0
+    assert engine_kernels.main(["latent", "--tables", str(tmp_path), "--out", str(tmp_path / "out.json")]) == 0
     made = json.loads((tmp_path / "out.json").read_text())["kernels"]
     assert len(made) == 12
     for kernel in made:
@@ -166,7 +167,7 @@ def test_made_up_tables_give_back_what_made_them(tmp_path: Path) -> None:
         names = ("fixed_s", "flop", "byte") if len(true) == 5 else ("fixed_s", "flop", "token", "head")
         found = np.array([kernel[name] for name in names])
         assert found == pytest.approx(np.array([true[0], *true[3:]]), rel=0.03)
-    assert latent.main(["--tables", str(tmp_path / "none"), "--out", str(tmp_path / "out.json")]) == 1
+    assert engine_kernels.main(["latent", "--tables", str(tmp_path / "none"), "--out", str(tmp_path / "out.json")]) == 1
 
 
 def test_the_fixed_time_of_two_projections_is_not_charged_twice() -> None:

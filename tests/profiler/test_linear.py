@@ -19,6 +19,7 @@ from hetis.profiler.roofline import modelled_profile
 from hetis.solver.cluster import GpuType
 from hetis.solver.profile import Fit, FitRegion, FitScope, Op, Profile
 from tests.models import InShort, replace
+from tools import engine_kernels
 
 B200 = catalogue.find_gpu("B200-SXM-180GB").gpu
 H100 = catalogue.find_gpu("H100-SXM-80GB").gpu
@@ -148,11 +149,11 @@ def test_made_up_tables_give_back_what_made_them(tmp_path: Path) -> None:
         path = tmp_path / system / "linear_attention" / engine / version / "gdn_perf.parquet"
         path.parent.mkdir(parents=True)
         parquet.write_table(pyarrow.Table.from_pylist(rows), path)
-    assert linear.main(["--tables", str(tmp_path), "--out", str(tmp_path / "out.json")]) == 0
+    assert engine_kernels.main(["linear", "--tables", str(tmp_path), "--out", str(tmp_path / "out.json")]) == 0
     made = json.loads((tmp_path / "out.json").read_text())["kernels"]
     assert len(made) == 12
     for kernel in made:
         found = kernel["fixed_s"], kernel["token_s"], kernel["flop"]
         assert found == pytest.approx((2.1e-5, 3e-8, 5.0), rel=0.01)
         assert kernel["num_points"] == 15
-    assert linear.main(["--tables", str(tmp_path / "none"), "--out", str(tmp_path / "out.json")]) == 1
+    assert engine_kernels.main(["linear", "--tables", str(tmp_path / "none"), "--out", str(tmp_path / "out.json")]) == 1

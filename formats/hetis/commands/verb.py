@@ -28,6 +28,7 @@ from hetis.commands.process import INTERRUPTED, ctrl_c_raises, open_closed_strea
 from hetis.commands.terminal import OutputFormat, Terminal, in_use, plain_streams
 
 E = TypeVar("E", bound=StrEnum)
+T = TypeVar("T")
 
 OK = 0
 BROKEN_PIPE = 141
@@ -126,6 +127,21 @@ given: ContextVar[frozenset[str]] = ContextVar("given", default=frozenset())
 
 
 class _Command(TyperCommand):
+    """A verb. Its help begins with examples; that of a verb with many options has the usual ones (`usual`)."""
+
+    @property
+    def _usual(self) -> Collection[str]:
+        return getattr(self.callback, _USUAL, ())
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        shown = copy(self)
+        if self.epilog:
+            examples = (line.strip() for line in self.epilog.splitlines() if line.strip())
+            shown.help, shown.epilog = "\n\n".join([*examples, self.help or ""]), None
+        if self._usual and not ctx.meta.get(_USUAL):
+            shown.params = [one for one in self.params if one.name in (*self._usual, "help_all")]
+        TyperCommand.format_help(shown, ctx, formatter)
+
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         _refuse_second_values(self, ctx, args)
         return super().parse_args(ctx, args)
@@ -134,6 +150,38 @@ class _Command(TyperCommand):
         sources = {name: ctx.get_parameter_source(name) for name in ctx.params}
         given.set(frozenset(name for name, source in sources.items() if source and source.name == "COMMANDLINE"))
         return super().invoke(ctx)
+
+
+_USUAL = "usual_options"
+
+
+def usual(*names: str) -> Callable[[Callable[..., T]], Callable[..., T]]:
+    """Let the help of a command show the options of these parameters only, and all others with ``--help-all``."""
+
+    def decorate(function: Callable[..., T]) -> Callable[..., T]:
+        @functools.wraps(function)
+        def command(*args: Any, help_all: bool, **given: Any) -> T:
+            return function(*args, **given)
+
+        annotated: Any = Annotated
+        option = typer.Option("--help-all", is_eager=True, callback=_show_all_help, help="Show all options and exit.")
+        more = inspect.Parameter(
+            "help_all", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=annotated[bool, option]
+        )
+        parameters = [*inspect.signature(function).parameters.values(), more]
+        command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        command.__annotations__ = {one.name: one.annotation for one in parameters}
+        setattr(command, _USUAL, names)
+        return command
+
+    return decorate
+
+
+def _show_all_help(ctx: typer.Context, is_given: bool) -> None:
+    if is_given:
+        ctx.meta[_USUAL] = True
+        typer.echo(ctx.get_help(), color=ctx.color)
+        raise typer.Exit
 
 
 class _Group(TyperGroup):

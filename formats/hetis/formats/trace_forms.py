@@ -39,11 +39,27 @@ class TraceForm:
     has_times: bool = True  # whether it contains arrival times
     # Whether a row, judging by all its fields, is a failed request or a warm-up
     leaves_out: Callable[[Mapping[str, object]], bool] | None = None
+    also: tuple[str, ...] = ()  # further fields by which it differs from a form with the same ones
     source: str  # where the form is described
 
     def matches(self, known: Collection[str]) -> bool:
         """Return whether a header, or the fields of an object, are in this form."""
-        return all(field in known for field in self.fields)
+        return all(field in known for field in (*self.fields, *self.also))
+
+
+def _moment(text: str) -> float:
+    """Return the seconds since 1970 of a time, or of their number, which may be one of milliseconds. Raises ValueError.
+
+    LiteLLM's database has times, and its StandardLoggingPayload numbers.
+    """
+    try:
+        number = float(text)
+    except ValueError:
+        return _timestamp(text)
+    return number / 1e3 if number > _LATEST_S else number
+
+
+_LATEST_S = 1e11  # as seconds this would be in three thousand years
 
 
 def _timestamp(text: str) -> float:
@@ -64,6 +80,10 @@ def _failed_in_aiperf(fields: Mapping[str, object]) -> bool:
 
 
 OURS = TraceForm("hetis", COLUMNS, float, source="docs/cli.md")
+MOONCAKE = TraceForm(
+    "Mooncake", ("timestamp", "input_length", "output_length"), lambda text: float(text) / 1e3,
+    source="github.com/kvcache-ai/Mooncake, FAST25-release/traces: milliseconds; also replayed by aiperf",
+)  # fmt: skip
 FORMS = (
     OURS,
     TraceForm(
@@ -75,9 +95,10 @@ FORMS = (
         source="github.com/HPMLL/BurstGPT; requests without response tokens have failed",
     ),
     TraceForm(
-        "Mooncake", ("timestamp", "input_length", "output_length"), lambda text: float(text) / 1e3,
-        source="github.com/kvcache-ai/Mooncake, FAST25-release/traces: milliseconds; also replayed by aiperf",
+        "Qwen-Bailian", ("timestamp", "input_length", "output_length"), float, also=("chat_id", "parent_chat_id"),
+        source="github.com/alibaba-edu/qwen-bailian-usagetraces-anon: seconds, and blocks of 16 tokens",
     ),
+    MOONCAKE,
     TraceForm(
         "OpenAI-style", ("created", "usage.prompt_tokens", "usage.completion_tokens"), float, is_absolute=True,
         source="responses of /v1/chat/completions, one per line; `created` is taken as the arrival time",
@@ -92,7 +113,7 @@ FORMS = (
         float, is_absolute=True, source="output files of /v1/batches",
     ),
     TraceForm(
-        "LiteLLM", ("startTime", "prompt_tokens", "completion_tokens"), _timestamp, is_absolute=True,
+        "LiteLLM", ("startTime", "prompt_tokens", "completion_tokens"), _moment, is_absolute=True,
         failed_without_output=True, source="github.com/BerriAI/litellm, LiteLLM_SpendLogs",
     ),
     TraceForm(
@@ -152,7 +173,7 @@ def form_of(known: Collection[str]) -> TraceForm | None:
 
 def expected() -> str:
     """Return the known forms, for messages."""
-    return "; ".join(f"{form.name}: {', '.join(form.fields)}" for form in FORMS)
+    return "; ".join(f"{form.name}: {', '.join((*form.fields, *form.also))}" for form in FORMS)
 
 
 def fields_of(value: Mapping[str, Any], prefix: str = "", level: int = 1) -> dict[str, object]:

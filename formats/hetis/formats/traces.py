@@ -1,8 +1,8 @@
 """Request traces: ``arrival_s,prompt_tokens,output_tokens`` in CSV or JSONL, or another form in `trace_forms.py`.
 
-A trace becomes a workload by its histogram of lengths. Its prefix cache hits are counted where it has Mooncake's form,
-whose requests name the blocks of 512 tokens that make their prompts: in an unlimited cache shared by all replicas, in
-which a request hits the leading blocks that any earlier request had. So the rate is the most that a cache can reach.
+A trace becomes a workload by its histogram of lengths. Its prefix cache hits are counted where it has the form of
+Mooncake or Qwen-Bailian, whose requests name the blocks that make their prompts: in an unlimited cache of all replicas,
+in which a request hits the leading blocks that any earlier request had. So the rate is the most that a cache can reach.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from hetis.formats.trace_forms import (
     JSONL_ENDINGS,
     LOG_ENDINGS,
     MAX_LINE,
+    MOONCAKE,
     OURS,
     TSV_ENDINGS,
     CountTokens,
@@ -129,6 +130,9 @@ def read_trace(
     if not prompts:
         raise single_problem(label, "has no requests" + (f" but {form.left_out}" if num_left_out else ""))
     arrival_s = np.array(arrivals)
+    if form is MOONCAKE and bool(np.any(np.rint(arrival_s * 1e3) != np.round(arrival_s * 1e3, 6))):
+        # Milliseconds are whole; a part of one would be a clock of microseconds, so these are seconds.
+        form, arrival_s = replace(MOONCAKE, name="Mooncake, in seconds"), arrival_s * 1e3
     order = np.argsort(arrival_s, kind="stable")
     prompt_tokens = np.array(prompts, dtype=np.int64)
     shares: npt.NDArray[np.float64] | None = None
@@ -261,6 +265,7 @@ def _split(p: FloatArray, o: FloatArray, w: FloatArray, max_bins: int) -> list[n
 
 
 BLOCK_TOKENS = 512  # block size of Mooncake's traces, FAST25-release/traces
+_BLOCK_SIZES = (BLOCK_TOKENS, 16, 32, 64, 128, 256, 1024)  # 16: Qwen-Bailian's
 FIELD = "hash_ids"
 
 
@@ -271,39 +276,49 @@ def hit_tokens(label: str, prompt_tokens: IntArray, order: IntArray) -> IntArray
     ``prompt_tokens`` are those of the requests in the order of the file, a JSONL trace that was read already, and
     ``order`` has their numbers in the order of arrival, both of shape [requests].
     """
-    blocks = _blocks(label, prompt_tokens)
+    blocks, size = _blocks(label, prompt_tokens)
     hits = np.zeros(len(prompt_tokens), np.int64)
     seen = set[int]()
     for request in order.tolist():
         known = next((i for i, block in enumerate(blocks[request]) if block not in seen), len(blocks[request]))
-        hits[request] = min(known * BLOCK_TOKENS, int(prompt_tokens[request]) - 1)
+        hits[request] = min(known * size, int(prompt_tokens[request]) - 1)
         seen.update(blocks[request])
     return hits
 
 
-def _blocks(label: str, prompt_tokens: IntArray) -> list[array[int]]:
-    """Return the numbers of the blocks of every request, in the order of the file."""
+def _blocks(label: str, prompt_tokens: IntArray) -> tuple[list[array[int]], int]:
+    """Return the numbers of the blocks of every request, in the order of the file, and the tokens of a block: of the
+    usual sizes, the one that gives every prompt as many blocks as it names.
+    """
     found: list[array[int]] = []
+    places: list[int] = []
     with opened(label) as file:
         for number, line in enumerate(iter(partial(file.readline, MAX_LINE), ""), start=1):
             if line.strip():
-                ids = json_object(label, number, line).get(FIELD)
-                found.append(_checked(label, number, ids, int(prompt_tokens[len(found)])))
-    return found
+                found.append(_ids(label, number, json_object(label, number, line).get(FIELD)))
+                places.append(number)
+    named = np.array(list(map(len, found)), np.int64)
+
+    def fits(tokens: int) -> bool:  # Qwen-Bailian's prompts of whole blocks name the next one, too
+        more = (named == prompt_tokens // tokens + 1) & (tokens != BLOCK_TOKENS)
+        return bool(np.all((named == -(-prompt_tokens // tokens)) | more))
+
+    size = next((one for one in _BLOCK_SIZES if fits(one)), None)
+    if size is not None:
+        return found, size
+    wrong = int(np.argmax(-(-prompt_tokens // BLOCK_TOKENS) != named))
+    tokens = int(prompt_tokens[wrong])
+    expected = f"{tokens} prompt tokens make {-(-tokens // BLOCK_TOKENS)} of {BLOCK_TOKENS}"
+    raise _wrong(label, places[wrong], f"has {named[wrong]} blocks, {expected}")
 
 
-def _checked(label: str, line: int, ids: Any, prompt_tokens: int) -> array[int]:
+def _ids(label: str, line: int, ids: Any) -> array[int]:
     if ids is None:
         raise no_hash_ids(label, line)
     try:
-        blocks = array("q", ids)
+        return array("q", ids)
     except (TypeError, OverflowError):
         raise _wrong(label, line, "is not a list of whole numbers of 64 bits") from None
-    expected = -(-prompt_tokens // BLOCK_TOKENS)
-    if len(blocks) != expected:
-        message = f"has {len(blocks)} blocks, {prompt_tokens} prompt tokens make {expected} of {BLOCK_TOKENS}"
-        raise _wrong(label, line, message)
-    return blocks
 
 
 def _wrong(label: str, line: int, message: str) -> DocumentError:

@@ -1,43 +1,28 @@
-"""Rates of the gated delta rule under each engine: derived from the engines' published tables.
+"""Rates of the gated delta rule under each engine; ``tools/engine_kernels.py`` derives them.
 
-``python -m hetis.profiler.linear --tables DIR --out FILE`` reads ``SYSTEM/linear_attention/ENGINE/VERSION/
-gdn_perf.parquet`` of aiconfigurator-core 0.12.0 (Apache-2.0; ``systems/data`` in its package) and writes the package's
-``linear.json``. A row is one kernel of one layer in Qwen3.5; a prompt takes two, the convolution and the rule itself.
-Their time for one prompt is one piece: ``fixed + token T + flop F``. ``token`` is there because every 64 tokens wait
+The time for one prompt is one piece: ``fixed + token T + flop F``. ``token`` is there because every 64 tokens wait
 for the state that those before them leave. Prompts of one iteration do not wait for one another, but the cost model
-has no more than the iteration's tokens and counts them as one prompt: too long where an iteration has many short ones.
-In decode a state is read and written about as fast as KV is, and the fits stay as they are. The same tables always
-give the same bytes.
+has no more than the iteration's tokens and counts them as one prompt: too long where an iteration has many short
+ones. In decode a state is read and written about as fast as KV is, and the fits stay as they are.
 """
 
 from __future__ import annotations
 
 import functools
-import itertools
-import sys
-from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any
-
-import numpy as np
 
 from hetis.formats import catalogue
-from hetis.profiler.engine_tables import NEAREST, PUBLISHER, SYSTEMS, kernels_in, make_file, provenance_of, rows_in
-from hetis.profiler.fitting import fit_pieces, rounded
+from hetis.profiler.engine_tables import NEAREST, kernels_in, provenance_of
+from hetis.profiler.fitting import rounded
 from hetis.solver.cluster import GpuType
-from hetis.solver.model import Kernel, ModelSpec
+from hetis.solver.model import ModelSpec
 from hetis.solver.profile import Fit, Op, Profile
 
 FILE = "linear.json"
 # All models with the rule (Qwen3-Next, Qwen3.5) have it in three of four layers, with two of its heads per query head.
-MODEL, _VALUE_HEADS = "Qwen/Qwen3.5-397B-A17B", 64
-_SYSTEMS = ("h100_sxm", "b200_sxm", "l40s", "rtx_pro_6000_server")  # the table of a100_sxm lacks the rule itself
-_VERSIONS = {"vllm": "0.24.0", "sglang": "0.5.14", "trtllm": "1.3.0rc20"}
-_CONVOLUTION, _RULE = "causal_conv1d", "chunk_gated_delta_rule"  # how the names of their kernels begin
+MODEL = "Qwen/Qwen3.5-397B-A17B"
 _HEAD_DIM = 256  # head size of the attention layers beside it; profiles without fits for it use those for any
-_LEAST_TOKENS, _MOST_TOKENS = 16, 32768
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,7 +60,7 @@ def _with_rule(fit: Fit, kernel: DeltaRuleKernel, gpu: GpuType) -> Fit:
 
     Only the FLOPs of the rule depend on the GPU; what a prompt waits for is the same on all of an architecture.
     """
-    model = _model()
+    model = linear_model()
     share, head_flops = model.kv_share, model.state_flops() / model.q_heads
     pieces = tuple(
         replace(
@@ -103,44 +88,5 @@ def shipped() -> tuple[DeltaRuleKernel, ...]:
 
 
 @functools.cache
-def _model() -> ModelSpec:
+def linear_model() -> ModelSpec:
     return catalogue.find_model(MODEL).model
-
-
-def derived(tables: Path) -> Iterator[DeltaRuleKernel]:
-    """Yield the kernel of every system and engine."""
-    rule = next(mixer for mixer, _ in _model().mixers if mixer.kernel is Kernel.RECURRENT)
-    for system, (engine, version) in itertools.product(_SYSTEMS, _VERSIONS.items()):
-        gpu = catalogue.find_gpu(SYSTEMS[system]).gpu
-        rows = rows_in(tables / system / "linear_attention" / engine / version / "gdn_perf.parquet")
-        prompts = list(_prompts(rows))
-        head_s = rule.token_flops() / _VALUE_HEADS / gpu.fp16_flops
-        features = np.array([(1.0, tokens * 1e-9, tokens * heads * head_s) for tokens, heads, _ in prompts])
-        found = fit_pieces(features, np.array([seconds for *_, seconds in prompts]), num_pieces=1)
-        fixed_s, token_ns, flop = found.pieces[0]
-        yield DeltaRuleKernel(
-            architecture=gpu.architecture, engine=engine, fixed_s=rounded(fixed_s), token_s=rounded(token_ns * 1e-9),
-            flop=rounded(flop), num_points=len(prompts), mape=rounded(found.mape),
-            origin=f"{PUBLISHER}, {engine} {version} on {gpu.name}, gated delta rule",
-        )  # fmt: skip
-
-
-def _prompts(rows: Sequence[Mapping[str, Any]]) -> Iterator[tuple[int, int, float]]:
-    """Yield tokens, value heads of a rank, and seconds of both kernels, for single prompts."""
-    seconds = defaultdict[tuple[str, int, int], dict[str, float]](dict)
-    for row in rows:
-        tokens = row["seq_len"]
-        if row["phase"] == "context" and row["batch_size"] == 1 and _LEAST_TOKENS <= tokens <= _MOST_TOKENS:
-            kernel = next(name for name in (_CONVOLUTION, _RULE) if row["kernel_source"].startswith(name))
-            seconds[row["model_name"], row["num_v_heads"], tokens][kernel] = row["latency"] * 1e-3
-    for (_, heads, tokens), kernels in sorted(seconds.items()):
-        if len(kernels) == 2:
-            yield tokens, heads, sum(kernels.values())
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    return make_file("linear", __doc__ or "", derived, arguments)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

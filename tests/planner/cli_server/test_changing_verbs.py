@@ -17,7 +17,7 @@ from google.rpc import code_pb2
 from hetis.formats.catalogue import find_gpu
 from hetis.formats.documents import dump
 from hetis.planner.cli.exit_codes import ExitCode
-from hetis.planner.cli.resource_views import line_of
+from hetis.planner.cli.server.waiting import line_of
 from hetis.profiler.roofline import modelled_profile
 from hetis.v1 import document_pb2, failure_pb2, plan_pb2, plan_service_pb2, replica_pb2
 from tests.command_line import environment, with_ctrl_c
@@ -360,7 +360,7 @@ def test_a_dry_run_changes_nothing(planner: FakePlanner, hetis_plan: Run, capsys
         (["plans/day", "--time-limit", "60s"], "--time-limit needs --model and --workload, without which nothing"),
         (
             ["plans/day", "--rate", "3", "--ttft", "1s", "--strategy", "hetis", "--no-verify", "--kv", "fp8"],
-            "--kv, --rate, --ttft, --verify/--no-verify and --strategy need --model and --workload",
+            "--kv, --rate, --ttft, --strategy and --verify/--no-verify need --model and --workload",
         ),
         (["--plan", "p.json", "--objective", "goodput", "--seed", "0"], "--objective and --seed need --model and"),
         ([PAPER, "--max-gpus", "4", "--survive", "node"], "--survive and --max-gpus need --model and --workload"),
@@ -550,7 +550,7 @@ def test_what_is_left_to_do_after_a_search_is_told_if_the_planner_cannot_be_reac
 
     planner.searches = [(60.0, searching(1.2, 1.7))]
     planner.fail = fail
-    monkeypatch.setattr("hetis.planner.cli.server_verb.LONGEST_SILENCE_S", 0.0)
+    monkeypatch.setattr("hetis.planner.cli.server.server_verb.LONGEST_SILENCE_S", 0.0)
     follow = "plans/night continues on the planner\n  follow it: hetis-plan watch plans/night\n"
     activate = "  activate it once it is solved: hetis-plan apply --activate plans/night\n"
     save = "  save it once it is solved: hetis-plan apply plans/night --out FILE\n"

@@ -19,9 +19,11 @@ SERVER_VERBS = [
     "cancel",
     "delete",
     "disconnect",
+    "drain",
     "get",
     "rollback",
     "status",
+    "undrain",
     "upstreams",
     "watch",
 ]

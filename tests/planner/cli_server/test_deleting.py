@@ -225,7 +225,7 @@ def test_ctrl_c_names_what_may_have_been_deleted(
     def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("hetis.planner.cli.deleting.called", interrupted)
+    monkeypatch.setattr("hetis.planner.cli.server.deleting.called", interrupted)
     assert hetis_plan("delete", "plans", "day", "night") == ExitCode.INTERRUPTED
     said = "warning: no answer came: plans/day may have been deleted\nwarning: not tried: plans/night\ninterrupted\n"
     assert capsys.readouterr() == ("", said)

@@ -18,10 +18,11 @@ from google.protobuf.timestamp_pb2 import Timestamp
 
 from hetis.commands.endpoints import STANDBY_ANSWER
 from hetis.commands.terminal import Terminal
-from hetis.planner.cli import planner_verbs
 from hetis.planner.cli.exit_codes import ExitCode
-from hetis.planner.cli.planner_verbs import interrupts_that_arrive
-from hetis.planner.cli.resource_views import COLUMNS, ago, lines_of_event, wait_for_plan
+from hetis.planner.cli.server import planner_verbs
+from hetis.planner.cli.server.planner_verbs import interrupts_that_arrive
+from hetis.planner.cli.server.resource_views import COLUMNS, ago, lines_of_event
+from hetis.planner.cli.server.waiting import wait_for_plan
 from hetis.planner.client import Client
 from hetis.v1 import cluster_pb2, cluster_service_pb2, plan_pb2, redispatch_pb2, replica_pb2
 from tests.planner.cli_server.conftest import Run
@@ -250,7 +251,7 @@ def test_a_watch_says_that_nobody_is_there_and_ends(
 ) -> None:
     monkeypatch.setenv("HETIS_SERVER", "127.0.0.1:1")
     monkeypatch.setattr("hetis.planner.client.errors.TOLD_AFTER_S", 0.1)
-    monkeypatch.setattr("hetis.planner.cli.server_verb.LONGEST_SILENCE_S", 1.0)
+    monkeypatch.setattr("hetis.planner.cli.server.server_verb.LONGEST_SILENCE_S", 1.0)
     monkeypatch.setattr("hetis.planner.client.channels.CHANNEL_OPTIONS", (("grpc.enable_retries", 0),))
     assert hetis_plan("watch", what, "-o", "json") == ExitCode.UNREACHABLE
     captured = capsys.readouterr()

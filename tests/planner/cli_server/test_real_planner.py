@@ -76,6 +76,14 @@ def test_a_fleet_is_applied_a_plan_solved_saved_imported_and_looked_at(
     assert hetis_plan("audit", "--since", "yesterday") == ExitCode.INVALID
     assert "'yesterday' is not a time" in capsys.readouterr().err
 
+    assert hetis_plan("drain", "a100") == ExitCode.OK
+    drained = capsys.readouterr()
+    assert drained.out == "clusters/paper/nodes/a100 drains\n"
+    undo = drained.err.rpartition("undo: hetis-plan ")[2].split()  # what it says works
+    assert "draining" in said(ExitCode.OK, "agents")
+    assert said(ExitCode.OK, *undo) == "clusters/paper/nodes/a100 takes work again\n"
+    assert "draining" not in said(ExitCode.OK, "agents")
+
     assert hetis_plan("disconnect", "a100") == ExitCode.INVALID
     assert "no agent is connected" in capsys.readouterr().err
 

@@ -277,7 +277,7 @@ def test_a_list_is_followed_however_long_the_planner_hangs(
     served: FakePlanner, hetis_plan: Run, capsys: Captured, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     served.events = [cluster_service_pb2.WatchClusterResponse(resume_token="t0", caught_up=True)]
-    monkeypatch.setattr("hetis.planner.cli.server_verb.LONGEST_SILENCE_S", 0.0)  # the limit of the other verbs
+    monkeypatch.setattr("hetis.planner.cli.server.server_verb.LONGEST_SILENCE_S", 0.0)  # the limit of the other verbs
     monkeypatch.setattr("hetis.planner.client.errors.FIRST_WAIT_S", 0.01)
     monkeypatch.setattr("hetis.planner.client.errors.TOLD_AFTER_S", 0.0)
     monkeypatch.setattr("hetis.planner.client.errors.TOLD_AGAIN_S", 0.0)

@@ -19,7 +19,7 @@ from hetis.planner.fleet.link import Request, Response
 from hetis.planner.fleet.message_budget import MessageBudget
 from hetis.planner.store import Store
 from hetis.v1 import agent_service_pb2 as pb
-from hetis.v1 import change_pb2, cluster_pb2, redispatch_pb2
+from hetis.v1 import change_pb2, cluster_pb2, plan_pb2, redispatch_pb2, replica_pb2
 from tests.planner.fleet.memory_store import MemoryStore
 from tests.planner.fleet.model_agents import Engines, ModelAgent
 from tests.planner.fleet.samples import (
@@ -204,6 +204,15 @@ async def test_steps_that_fail_are_counted_and_do_not_end_the_fleet(monkeypatch:
     monkeypatch.setattr(type(failing), "reconcile", lambda _: 1 / 0)
     await failing._reconcile_soon()
     assert fleet.counters.errors["reconciliation"] == 1
+    await fleet.stop("the test ends")
+
+
+async def test_replicas_and_activation_are_counted_for_metrics() -> None:
+    fleet = new_fleet(store_of_one_cluster())
+    assert (fleet.activation_of(CLUSTER), fleet.replicas_by_state(CLUSTER)) == (None, {})
+    await fleet.start()
+    assert fleet.activation_of(CLUSTER) == plan_pb2.ACTIVATION_STATE_ACTIVATING
+    assert fleet.replicas_by_state(CLUSTER) == {replica_pb2.REPLICA_STATE_STARTING: 1}
     await fleet.stop("the test ends")
 
 

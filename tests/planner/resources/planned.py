@@ -21,11 +21,11 @@ from hetis.planner.resources.plan_creation import PlanCreation, PlanSearches
 from hetis.planner.resources.plan_documents import PlanDocuments
 from hetis.planner.resources.plans import Plans
 from hetis.planner.service.calls import Calls
-from hetis.planner.service.credentials import Authenticator, NoCredentials
-from hetis.planner.service.metrics import ServiceMetrics
+from hetis.planner.service.identity.credentials import Authenticator, NoCredentials
+from hetis.planner.service.observability.metrics import ServiceMetrics
+from hetis.planner.service.observability.telemetry import Telemetry
 from hetis.planner.service.server import PlannerServer
 from hetis.planner.service.servicers import plan_methods, servicing
-from hetis.planner.service.telemetry import Telemetry
 from hetis.planner.store import Store
 from hetis.v1 import cluster_pb2, cluster_service_pb2, document_pb2, plan_pb2, plan_service_pb2_grpc
 from hetis.v1 import plan_service_pb2 as pb2

@@ -24,11 +24,11 @@ from hetis.planner.resources.nodes import CONNECTED, NodeReader, Nodes
 from hetis.planner.resources.profiles import Profiles
 from hetis.planner.resources.watches import ClusterWatches, RunningResources
 from hetis.planner.service.calls import Calls
-from hetis.planner.service.credentials import NoCredentials
-from hetis.planner.service.metrics import ServiceMetrics
+from hetis.planner.service.identity.credentials import NoCredentials
+from hetis.planner.service.observability.metrics import ServiceMetrics
+from hetis.planner.service.observability.telemetry import Telemetry
 from hetis.planner.service.server import PlannerServer
 from hetis.planner.service.servicers import cluster_methods, profile_methods, servicing
-from hetis.planner.service.telemetry import Telemetry
 from hetis.planner.store import Store
 from hetis.v1 import (
     cluster_pb2,

@@ -16,7 +16,7 @@ import sqlalchemy
 from hetis.planner import callers
 from hetis.planner.jobs.pool import PoolSettings
 from hetis.planner.resources.pages import MOST_PAGE_BYTES
-from hetis.planner.service.credentials import NoCredentials
+from hetis.planner.service.identity.credentials import NoCredentials
 from hetis.planner.store import Transaction, records
 from hetis.v1 import cluster_service_pb2, document_pb2, failure_pb2, plan_pb2, view_pb2
 from hetis.v1 import plan_service_pb2 as pb2

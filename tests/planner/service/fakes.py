@@ -14,7 +14,7 @@ from hetis.formats.errors import single_problem
 from hetis.planner.callers import present_caller
 from hetis.planner.failures import Reason, ServiceError, etag_mismatch, invalid_fields, not_found, wrong_node
 from hetis.planner.service.loops import Loops
-from hetis.planner.service.overview import ClusterNow, ClusterOverview, Overview
+from hetis.planner.service.observability.overview import ClusterNow, ClusterOverview, Overview
 from hetis.planner.service.server import Servicing
 from hetis.planner.service.settings import PlannerConfig
 from hetis.planner.store import AuditedChange
@@ -168,7 +168,15 @@ class FakePlanner:
         return Overview(
             epoch=3,
             leader_since_s=1_800_000_000.0,
-            clusters=(ClusterOverview(name="clusters/c", active_plan="plans/p", num_nodes={"READY": 2, "LOST": 1}),),
+            clusters=(
+                ClusterOverview(
+                    name="clusters/c",
+                    active_plan="plans/p",
+                    num_nodes={"READY": 2, "LOST": 1},
+                    num_replicas={"SERVING": 3, "FAILED": 1},
+                    activation="ACTIVATING",
+                ),
+            ),
             num_plans={"SOLVING": 1},
             queued=4,
             searching=1,

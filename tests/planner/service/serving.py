@@ -13,11 +13,11 @@ from google.rpc import error_details_pb2, status_pb2
 from grpc_status import rpc_status
 
 from hetis.planner.service.calls import Calls
-from hetis.planner.service.credentials import Authenticator, Credentials, NoCredentials, Tokens
+from hetis.planner.service.identity.credentials import Authenticator, Credentials, NoCredentials, Tokens
 from hetis.planner.service.limits import WriteRates
-from hetis.planner.service.metrics import ServiceMetrics
+from hetis.planner.service.observability.metrics import ServiceMetrics
+from hetis.planner.service.observability.telemetry import Telemetry, Traces
 from hetis.planner.service.server import PlannerServer
-from hetis.planner.service.telemetry import Telemetry, Traces
 from tests.planner.service.fakes import FakePlanner
 
 T = TypeVar("T")

@@ -18,9 +18,9 @@ import pytest
 from hetis.formats.errors import DocumentError
 from hetis.planner.callers import CallerRole
 from hetis.planner.failures import ServiceError
-from hetis.planner.service.access import NEEDED
 from hetis.planner.service.actions import make_token
-from hetis.planner.service.credentials import Tokens, create_token, digest
+from hetis.planner.service.identity.access import NEEDED
+from hetis.planner.service.identity.credentials import Tokens, create_token, digest
 from hetis.v1 import agent_service_pb2 as agents
 from hetis.v1 import plan_service_pb2 as plans
 from hetis.v1.agent_service_pb2_grpc import AgentServiceStub

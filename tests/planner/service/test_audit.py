@@ -14,9 +14,9 @@ import grpc
 from hetis.planner.callers import CallerRole
 from hetis.planner.failures import Reason, ServiceError
 from hetis.planner.service.audit_refusals import EVERY_S, AuditRefusals
-from hetis.planner.service.credentials import create_token
 from hetis.planner.service.exit_codes import ServiceExitCode
-from hetis.planner.service.telemetry import CallRecord
+from hetis.planner.service.identity.credentials import create_token
+from hetis.planner.service.observability.telemetry import CallRecord
 from hetis.planner.store import AuditedChange, Store
 from hetis.v1 import cluster_pb2
 from hetis.v1 import cluster_service_pb2 as pb

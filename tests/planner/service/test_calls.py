@@ -18,11 +18,11 @@ from hetis.commands.endpoints import STREAM_OPEN
 from hetis.planner.callers import CallerRole, Identity
 from hetis.planner.failures import Reason, ServiceError, not_found, wrong_node
 from hetis.planner.service import calls, limits, statuses
-from hetis.planner.service.access import NEEDED
-from hetis.planner.service.credentials import Credentials, Grant, Tokens, digest
+from hetis.planner.service.identity.access import NEEDED
+from hetis.planner.service.identity.credentials import Credentials, Grant, Tokens, digest
 from hetis.planner.service.limits import MOST_AT_ONCE, MOST_OF_A_CALLER, MOST_OF_A_HOST, CallLimits
-from hetis.planner.service.metrics import ServiceMetrics
-from hetis.planner.service.telemetry import JsonLines, Telemetry, TextLines
+from hetis.planner.service.observability.metrics import ServiceMetrics
+from hetis.planner.service.observability.telemetry import JsonLines, Telemetry, TextLines
 from hetis.v1 import agent_service_pb2 as agents
 from hetis.v1 import plan_service_pb2 as plans
 from hetis.v1.agent_service_pb2_grpc import AgentServiceStub

@@ -14,9 +14,9 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from hetis.planner.failures import Reason, ServiceError
 from hetis.planner.jobs.pool import PoolSettings, SolverPool
 from hetis.planner.service.audit_refusals import AuditRefusals
-from hetis.planner.service.certificates import keep_fresh
+from hetis.planner.service.identity.certificates import keep_fresh
 from hetis.planner.service.loops import Loops
-from hetis.planner.service.overview import Overviews
+from hetis.planner.service.observability.overview import Overviews
 from hetis.planner.service.running import show_failure
 from hetis.planner.service.succession import ANSWERED_S, Succession
 from hetis.planner.store import Store, StoreError

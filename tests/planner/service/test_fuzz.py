@@ -11,7 +11,7 @@ import grpc
 import pytest
 from google.protobuf import descriptor, message, message_factory
 
-from hetis.planner.service.access import NEEDED
+from hetis.planner.service.identity.access import NEEDED
 from hetis.v1 import (
     agent_service_pb2,
     audit_service_pb2,

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hetis.planner.service.overview import NUM_SAMPLES, KvHistories, KvHistory
+from hetis.planner.service.observability.overview import NUM_SAMPLES, KvHistories, KvHistory
 
 SAMPLES = st.lists(
     st.dictionaries(st.sampled_from([f"n-{i}/0" for i in range(12)]), st.floats(0, 1, width=16)), max_size=25

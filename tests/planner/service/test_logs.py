@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from hetis.planner.service.telemetry import REPEAT_S, CountRepeats, JsonLines, TextLines
+from hetis.planner.service.observability.telemetry import REPEAT_S, CountRepeats, JsonLines, TextLines
 
 now_s = 0.0
 

@@ -16,10 +16,10 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2
 
 from hetis.planner.service.calls import Calls
-from hetis.planner.service.credentials import Credentials, NoCredentials, Tokens
-from hetis.planner.service.metrics import ServiceMetrics
+from hetis.planner.service.identity.credentials import Credentials, NoCredentials, Tokens
+from hetis.planner.service.observability.metrics import ServiceMetrics
+from hetis.planner.service.observability.telemetry import Telemetry
 from hetis.planner.service.server import AddressError, PlannerServer
-from hetis.planner.service.telemetry import Telemetry
 from hetis.v1 import agent_service_pb2 as agents
 from hetis.v1 import plan_service_pb2 as plans
 from hetis.v1.agent_service_pb2_grpc import AgentServiceStub

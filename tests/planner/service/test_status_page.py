@@ -17,10 +17,10 @@ import pytest
 
 from hetis.planner.fleet.views import LiveReplica
 from hetis.planner.service.limits import raise_descriptors, reserved_for_page
-from hetis.planner.service.metrics import LOOK_S, ServiceMetrics
-from hetis.planner.service.overview import NUM_SAMPLES, ClusterNow, KvHistory, Overview
+from hetis.planner.service.observability.metrics import LOOK_S, ServiceMetrics
+from hetis.planner.service.observability.overview import NUM_SAMPLES, ClusterNow, KvHistory, Overview
+from hetis.planner.service.observability.status_html import status_html
 from hetis.planner.service.server import AddressError
-from hetis.planner.service.status_html import status_html
 from hetis.planner.service.status_page import PageLimits, Recent, StatusPage, status_app
 from hetis.v1 import cluster_pb2, redispatch_pb2, replica_pb2, report_pb2
 from tests.planner.html_pages import ReadPage
@@ -291,6 +291,8 @@ async def test_metrics_are_read_by_prometheus() -> None:
     assert samples["hetis_planner_info", "1.2"] == 1
     assert samples["hetis_planner_epoch",] == 3
     assert samples["hetis_planner_nodes", "READY", "clusters/c"] == 2
+    assert samples["hetis_planner_replicas", "FAILED", "clusters/c"] == 1
+    assert samples["hetis_planner_activation", "ACTIVATING", "clusters/c"] == 1
     assert samples["hetis_planner_plans", "SOLVING"] == 1
     assert samples["hetis_planner_searches_queued",] == 4
 
@@ -330,7 +332,7 @@ def test_metrics_say_when_credentials_expire() -> None:
 @pytest.mark.parametrize("method", ["POST", "PUT", "DELETE", "PATCH"])
 async def test_nothing_can_be_changed(method: str) -> None:
     served, address = await page()
-    for path in ("/", "/clusters/c", "/metrics", "/healthz", "/readyz"):
+    for path in ("/", "/clusters/c", "/metrics", "/healthz", "/readyz", "/leaderz"):
         assert (await ask(address, path, method))[0] == 405
     await served.stop()
 
@@ -340,6 +342,16 @@ async def test_readiness_ends_with_the_drain_and_liveness_does_not(is_ready: boo
     served, address = await page(is_ready)
     assert (await ask(address, "/readyz"))[0] == status
     assert (await ask(address, "/healthz"))[0] == 200
+    await served.stop()
+
+
+@pytest.mark.parametrize(("leads", "is_ready", "status"), [(True, True, 200), (True, False, 503), (False, True, 503)])
+async def test_one_path_answers_for_the_leader_alone(leads: bool, is_ready: bool, status: int) -> None:
+    planner, served = FakePlanner(), StatusPage()
+    planner.leads = leads
+    address = served.listen("127.0.0.1:0")
+    await served.start(status_app(planner, ServiceMetrics("1"), version="1", is_ready=lambda: is_ready))
+    assert (await ask(address, "/leaderz"))[0] == status
     await served.stop()
 
 

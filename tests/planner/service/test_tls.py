@@ -14,18 +14,18 @@ from cryptography import x509
 
 from hetis.formats.errors import DocumentError
 from hetis.planner.service.calls import Calls
-from hetis.planner.service.certificates import (
+from hetis.planner.service.identity.certificates import (
     Certificates,
     ends_of_certificates,
     is_for_host,
     names_of_certificate,
 )
-from hetis.planner.service.credentials import Credentials, NoCredentials, Tokens
-from hetis.planner.service.metrics import ServiceMetrics
+from hetis.planner.service.identity.credentials import Credentials, NoCredentials, Tokens
+from hetis.planner.service.observability.metrics import ServiceMetrics
+from hetis.planner.service.observability.telemetry import Telemetry
 from hetis.planner.service.running import problems_of_names
 from hetis.planner.service.server import PlannerServer
 from hetis.planner.service.settings import LeadershipPart, PlannerConfig, TlsPart
-from hetis.planner.service.telemetry import Telemetry
 from hetis.v1 import agent_service_pb2 as agents
 from hetis.v1 import plan_service_pb2 as plans
 from hetis.v1.agent_service_pb2_grpc import AgentServiceStub

@@ -10,7 +10,7 @@ from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
-from hetis.planner.service.telemetry import JsonLines, Traces, open_traces
+from hetis.planner.service.observability.telemetry import JsonLines, Traces, open_traces
 from hetis.v1 import plan_service_pb2 as plans
 from hetis.v1.plan_service_pb2_grpc import PlanServiceStub
 from tests.planner.service.serving import failure_of, served

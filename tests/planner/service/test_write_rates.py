@@ -10,8 +10,8 @@ import pytest
 
 from hetis.planner.callers import CallerRole, Identity
 from hetis.planner.failures import ServiceError
-from hetis.planner.service.access import NEEDED
-from hetis.planner.service.credentials import create_token
+from hetis.planner.service.identity.access import NEEDED
+from hetis.planner.service.identity.credentials import create_token
 from hetis.planner.service.limits import WRITES, WriteRates
 from hetis.v1 import cluster_service_pb2 as pb
 from hetis.v1.cluster_service_pb2_grpc import ClusterServiceStub

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from hetis.planner.service.overview import _Kept, _read
+from hetis.planner.service.observability.overview import _Kept, _read
 from hetis.planner.store import Store, Transaction
 from hetis.planner.store.tables import TableView
 from hetis.v1 import plan_pb2

@@ -10,7 +10,7 @@ import torch
 
 from hetis.runtime.attention.device import AttentionDevice, DeviceStep, LocalDevice, Pending
 from hetis.runtime.attention.kv import KvShape
-from hetis.runtime.vllm.costs import token_bytes
+from hetis.runtime.vllm.calibration import token_bytes
 
 SHAPE = KvShape(layers=3, head_dim=8, queries_per_group=2, page_tokens=16, dtype="float32", scale=1.0, windows=(0,) * 3)
 

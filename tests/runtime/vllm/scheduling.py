@@ -10,7 +10,7 @@ from typing import Any
 
 from google.protobuf.duration_pb2 import Duration
 
-from hetis.runtime.vllm.costs import head_shape
+from hetis.runtime.vllm.coefficients import head_shape
 from hetis.runtime.vllm.executing import surround
 from hetis.runtime.vllm.scheduler import EngineShape, SchedulerSide
 from hetis.runtime.vllm.settings import PluginSettings
@@ -213,7 +213,7 @@ class World:
         self.side.bind(self.blocks, EngineShape(heads=heads, num_layers=LAYERS, tensor_parallel=ranks))
         attached = surround(self.side)
         self.ranks = Ranks(ranks, copy_steps, list(blocks), told=list(blocks))
-        self.side.greet({(0, rank): blocks for rank in range(ranks)})
+        self.side.workers_connected({(0, rank): blocks for rank in range(ranks)})
         self.steered = attached or SteeredVllm(self.side, "one")
         self.running: dict[str, FakeRequest] = {}
         self.waiting: dict[str, FakeRequest] = {}
@@ -248,7 +248,7 @@ class World:
             self.steered.step(self.now_s)
             self.plans.append(self.side.plan())
             self.check()
-            self.side.hear(self.ranks.step(self.plans[-1]))
+            self.side.take_reports(self.ranks.step(self.plans[-1]))
 
     def finish(self, name: str) -> None:
         request = self.running.pop(name, None) or self.waiting.pop(name)

@@ -10,7 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hetis.runtime.vllm.costs import FORGET_STEPS, CostTracker, LayerTime, calibrate, token_bytes, with_coefficients
+from hetis.runtime.vllm.calibration import calibrate, token_bytes
+from hetis.runtime.vllm.coefficients import with_coefficients
+from hetis.runtime.vllm.costs import FORGET_STEPS, CostTracker, LayerTime
 from hetis.solver.dispatch.problem import HeadShape, Primary, Stage
 from tests.runtime.vllm.paced import SHAPE, FakeClock, Pace, paced_devices
 
@@ -43,7 +45,7 @@ class Watched:
     def steps(self, count: int, one: LayerTime | None, device: int = 1) -> None:
         for _ in range(count):
             if one is not None:
-                self.following.hear(device, one)
+                self.following.record(device, one)
             self.following.advance()
 
     @property
@@ -157,7 +159,7 @@ class World:
             for number, pace in enumerate(self.paces):
                 seconds = pace.seconds(heads, kv_bytes)
                 taken = LayerTime(heads=heads, kv_bytes=kv_bytes, least_s=seconds, most_s=seconds)
-                self.following.hear(number, taken)
+                self.following.record(number, taken)
             self.following.advance()
 
 

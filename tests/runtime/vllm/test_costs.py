@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from hetis.runtime.vllm.costs import HERE, Calibration, Coefficients, EngineCosts, LayerTime, head_shape
+from hetis.runtime.vllm.calibration import Calibration
+from hetis.runtime.vllm.coefficients import Coefficients, head_shape
+from hetis.runtime.vllm.costs import HERE, EngineCosts, LayerTime
 from hetis.runtime.vllm.counts import COUNTERS, EVERY_S, GAUGES, SchedulerCounts, merged, summary
 from hetis.runtime.vllm.steps import Exchanged, RankReport, WorkerReport
 from tests.runtime.vllm.scheduling import NAMES, World
@@ -47,22 +49,22 @@ def test_what_the_plan_says_counts_only_where_nothing_was_measured() -> None:
 
 def test_a_device_that_takes_twice_as_long_costs_twice_as_much() -> None:
     world = World()
-    world.side.greet({(0, 0): (400, 400)}, {(0, 0): {n: calibration(1e-6) for n in range(3)}})
+    world.side.workers_connected({(0, 0): (400, 400)}, {(0, 0): {n: calibration(1e-6) for n in range(3)}})
     before = world.side.allocator.state.stage.head_s.copy()
     calibrated_s = 1e-6 * 8 + 1e-10 * 1000 + 1e-6 + 1e-10 * SHAPE.exchange_bytes_per_head * 8 + 1e-6
     taken = LayerTime(heads=8, kv_bytes=1000.0, least_s=2 * calibrated_s, most_s=2 * calibrated_s)
-    world.side.hear({0: RankReport(taken={1: [taken] * 15})})
+    world.side.take_reports({0: RankReport(taken={1: [taken] * 15})})
     world.step()
     after = world.side.allocator.state.stage.head_s
     assert (after / before)[:, 0].tolist() == pytest.approx([1.0, 2.0, 1.0])
-    world.side.hear({0: RankReport(calibrations={1: calibration(5e-6)})})
+    world.side.take_reports({0: RankReport(calibrations={1: calibration(5e-6)})})
     assert world.side.allocator.state.stage.head_s[1, 0] == 5e-6, "it came back, and was measured anew"
 
 
 def test_the_solver_sends_groups_where_they_cost_least() -> None:
     world = World(policy="solver")
     found = {0: calibration(1e-3), 1: calibration(1e-6), 2: calibration(1e-3)}
-    world.side.greet({(0, 0): (400, 400)}, {(0, 0): found})
+    world.side.workers_connected({(0, 0): (400, 400)}, {(0, 0): found})
     world.add("a")
     assert world.devices("a") == (1, 1, 1, 1)
 
@@ -76,12 +78,12 @@ def test_counts_say_what_happened_since_the_last_time() -> None:
     name = world.side.allocator.running[0]
     assert world.side.begin_move(name, [0], 0) is not None
     world.step(3)
-    world.side.hear({0: RankReport(devices={1: WorkerReport(400, Exchanged(4, 0.5, 100, 50))})})
+    world.side.take_reports({0: RankReport(devices={1: WorkerReport(400, Exchanged(4, 0.5, 100, 50))})})
     assert counts.take(is_last=False) is None, "it is not time yet"
     now_s += EVERY_S
     first = counts.take(is_last=False)
     assert first is not None
-    world.side.hear({0: RankReport(devices={1: WorkerReport(0, Exchanged(2, 0.25, 10, 5))})})
+    world.side.take_reports({0: RankReport(devices={1: WorkerReport(0, Exchanged(2, 0.25, 10, 5))})})
     second = counts.take(is_last=True)
     assert second is not None
     assert first["gauges"]["hetis_head_groups"] == {HERE: 1, NAMES[1]: 1, NAMES[2]: 2}

@@ -21,9 +21,10 @@ from hypothesis import strategies as st
 
 from hetis.runtime.attention.device import LocalDevice
 from hetis.runtime.attention.kv import DeviceLostError, KvShape
-from hetis.runtime.vllm import rank
+from hetis.runtime.vllm import batches
+from hetis.runtime.vllm.batches import attend_directly
 from hetis.runtime.vllm.head_map import VirtualBatch
-from hetis.runtime.vllm.rank import Rank, attend_directly
+from hetis.runtime.vllm.rank import Rank
 from hetis.runtime.vllm.steps import LOCAL, Admitted, Event, Gone, GroupMove, Grown, MoveStep, Rehomed, StepPlan
 from hetis.runtime.vllm.workers import ConnectedWorkers
 from tests.runtime.vllm.paced import FakeClock
@@ -466,7 +467,7 @@ def test_workers_hold_nothing_of_requests_that_ended_on_their_way() -> None:
 def test_attention_made_up_for_a_lost_worker_is_that_of_a_whole_sequence(
     monkeypatch: pytest.MonkeyPatch, layer: int, piece_tokens: int
 ) -> None:
-    monkeypatch.setattr(rank, "_PIECE_TOKENS", piece_tokens)
+    monkeypatch.setattr(batches, "_PIECE_TOKENS", piece_tokens)
     torch.manual_seed(0)
     q, k, v = torch.randn(11, QUERIES, DIM), torch.randn(11, DIM), torch.randn(11, DIM)
     expected = reference(q.double(), k.double(), v.double(), layer)

@@ -355,7 +355,7 @@ def test_an_engine_without_workers_needs_no_solver(monkeypatch: pytest.MonkeyPat
 
     for name in ("dispatch.solve.compile_dispatch", "redispatch.solve.compile_redispatch"):
         monkeypatch.setattr(f"hetis.solver.{name}", unexpected)
-    monkeypatch.setattr("hetis.runtime.vllm.allocator.triggers", unexpected)
+    monkeypatch.setattr("hetis.runtime.vllm.redispatch.triggers", unexpected)
     world = World(blocks=())
     world.add("a")
     world.step(40)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import signal
 import socket
+import threading
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from pathlib import Path
 from time import monotonic, sleep
@@ -13,9 +14,11 @@ from time import monotonic, sleep
 import pytest
 import torch
 
+from hetis.runtime.attention.device import LocalDevice
 from hetis.runtime.attention.kv import DeviceLostError, OutOfPagesError, StaleEpochError, UnreachedDeviceError
 from hetis.runtime.transport.channel import ChannelKind
 from hetis.runtime.transport.keys import key_of
+from hetis.runtime.worker.core import WorkerCore, WorkerLoop
 from hetis.runtime.worker.main import StartError, _address_in
 from hetis.runtime.worker.remote import join_at
 from tests.runtime.attention.test_ranges import MIXED, Case, check
@@ -182,3 +185,37 @@ def test_a_worker_that_is_stopped_removes_its_port_file_and_is_not_reached(tmp_p
         assert sorted(path.name for path in tmp_path.iterdir()) == ["log", "worker.key"]
         with pytest.raises(UnreachedDeviceError, match=f"w0: tcp:{worker.host}:{worker.port}: .*refused"):
             worker.join(CASE.shape(), epoch=1)
+
+
+def test_a_newer_engine_takes_over_from_one_that_keeps_the_worker_busy(tmp_path: Path) -> None:
+    shape, key = CASE.shape(), key_of("a secret of the test")
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        loop = WorkerLoop(WorkerCore("w0", lambda shape: LocalDevice("w0", shape, 64), key=key), listener)
+        host, port = listener.getsockname()
+        is_over = threading.Event()
+
+        def serve() -> None:
+            while not is_over.is_set():
+                loop.turn()
+
+        def keep_busy() -> None:
+            with suppress(DeviceLostError):
+                while not is_over.is_set():
+                    older.ping()
+
+        threads = [threading.Thread(target=serve)]
+        threads[0].start()
+        try:
+            older = join_at("w0", host, port, key, shape, epoch=1, kind=ChannelKind.TCP)
+            threads.append(threading.Thread(target=keep_busy))
+            threads[1].start()
+            newer = join_at("w0", host, port, key, shape, epoch=2, kind=ChannelKind.TCP)
+            assert newer.ping() == (64, 0)
+            threads[1].join()  # its channel was closed
+            for device in (older, newer):
+                device.close()
+        finally:
+            is_over.set()
+            for thread in threads:
+                thread.join()
+        loop.turn()  # reads the goodbye, if it was not read yet

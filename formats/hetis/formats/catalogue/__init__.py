@@ -237,7 +237,8 @@ class UnknownNameError(HetisError):
 
 
 # Words of vendors and drivers (`nvidia-smi` says "NVIDIA GeForce RTX 3090") that do not distinguish boards.
-_IGNORED = {"nvidia", "geforce", "tesla", "amd", "instinct", "intel", "habana", "generation"}
+_IGNORED = {"nvidia", "geforce", "tesla", "amd", "instinct", "intel", "habana", "generation", "oam"}
+_IGNORED |= {"blackwell", "edition"}
 # Parts that several boards share: on their own they name nothing.
 _SHARED = re.compile(r"\d+gb|pcie|sxm|nvl|per|gpu|rtx|quadro|pro|server|ada|arc")
 # Names that `nvidia-smi` and `rocm-smi` give to boards whose catalogue name has other parts.
@@ -247,13 +248,21 @@ _GPU_ALIASES = {
     "b300-sxm-ac": "B300-SXM-288GB",  # air-cooled
     "rtx-pro-6000-blackwell-server-edition": "RTX-PRO-6000-Server-96GB",
     "r-arc-tm-pro-b60-graphics": "Arc-Pro-B60-24GB",
-    "mi300x-oam": "MI300X-192GB",
     "gh200-480gb": "GH200-96GB",  # 480 GB is the CPU's memory
+    "h100-64gb-hbm2": "H100-SXM-64GB",
+    "gh200-144gb-hbm3e": "GH200-144GB",
+    "h800": "H800-SXM-80GB",  # the driver's whole name for it
+    "a800": "A800-SXM-80GB",
+    "rtx-pro-6000-max-q-workstation": "RTX-PRO-6000-MaxQ-96GB",
     "a16": "A16-per-GPU",
     "rtx-6000-ada-generation": "RTX-6000-Ada",
     "gaudi-2": "Gaudi2-96GB",
     "gaudi-3": "Gaudi3-128GB",
 }
+
+# Boards that nobody means who does not say so, with their memory.
+_RARE = {"A100-SXM-64GB", "H100-SXM-64GB", "H100-SXM-96GB", "GH200-144GB", "RTX-2080Ti-22GB", "RTX-4090-48GB"}
+_RARE |= {"RTX-3080-20GB"}
 
 # Checkpoints by the model of the same shape from which they were trained further.
 _TUNINGS = {
@@ -286,7 +295,7 @@ def resolve_gpu(name: str, known: Collection[str], also: Collection[str] = ()) -
         used = _parts_used(compact, parts)
         if len(used) == len(parts):
             whole.append(candidate)
-        elif any(not _SHARED.fullmatch(part) for part in used):
+        elif candidate not in _RARE and any(not _SHARED.fullmatch(part) for part in used):
             partial.append(candidate)
     found = whole or partial
     if len(found) == 1:
@@ -295,7 +304,21 @@ def resolve_gpu(name: str, known: Collection[str], also: Collection[str] = ()) -
         raise UnknownNameError("GPU", name, found, ambiguous=True)
     names = [*also, *known]
     # Without the vendor's words, too: they make a short name unlike every other.
-    raise UnknownNameError("GPU", name, all_nearest(name, names) or all_nearest("-".join(wanted), names))
+    nearest = all_nearest(name, names) or all_nearest("-".join(wanted), names)
+    raise UnknownNameError("GPU", name, [one for one in nearest if one in also or not _is_another_card(wanted, one)])
+
+
+def _is_another_card(wanted: tuple[str, ...], candidate: str) -> bool:
+    """Return whether a name has the number of another card than a similar one: an RTX 3050 is no slip of RTX-3090.
+
+    A letter O counts as a zero, and a number may be cut short.
+    """
+    own = [part.replace("o", "0") for part in _gpu_parts(candidate)]
+    numbers = [part.replace("o", "0") for part in wanted if _NUMBER.search(part) and not _SHARED.fullmatch(part)]
+    return not all(any(each.startswith(number) for each in own) for number in numbers)
+
+
+_NUMBER = re.compile(r"\d\d")
 
 
 @functools.lru_cache(maxsize=1024)

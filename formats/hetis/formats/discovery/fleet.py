@@ -72,6 +72,8 @@ def board_of(gpus: FoundGpus, said: Mapping[str, str]) -> str:
         if len(fitting) > 1:
             told = {*_candidates(f"{product} {hint}")[0], *_candidates(hint)[0]}
             fitting = [name for name in fitting if name in told] or fitting
+    if own is not None and not fitting:  # a board of which there is one with other memory
+        fitting = list(_candidates(f"{product} {round(own / 2**30)}GB")[0])
     if len(fitting) == 1:
         return fitting[0]
     how = f"; --gpu '{gpus.product}=TYPE' selects one ('={LEAVE_OUT}' leaves them out)"
@@ -82,7 +84,8 @@ def board_of(gpus: FoundGpus, said: Mapping[str, str]) -> str:
         size_gib = _gib(gpus.memory_bytes)
         raise UnclearBoardError(f"GPU {gpus.product!r} has {size_gib} GiB; the catalogue knows {has}{how}")
     near = f", did you mean {' or '.join(suggested)}?" if suggested else ""
-    raise UnclearBoardError(f"GPU {gpus.product!r} is not in the catalogue{near}{how}")
+    add = "" if near else "; a file of gpu_types adds it, with five figures: hetis-plan schema Cluster"
+    raise UnclearBoardError(f"GPU {gpus.product!r} is not in the catalogue{near}{how}{add}")
 
 
 def _candidates(product: str) -> tuple[Collection[str], Collection[str]]:

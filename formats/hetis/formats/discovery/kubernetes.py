@@ -7,7 +7,7 @@ Labels describe one type per node, so a node with two types needs ResourceSlices
 
 from __future__ import annotations
 
-import re
+import json
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -27,10 +27,10 @@ from hetis.formats.discovery.found import (
     whole_number,
     zone_of,
 )
+from hetis.formats.discovery.labels import bytes_of, product_of
 from hetis.formats.errors import Problem, single_problem
 from hetis.formats.fields import listed, mapping
 from hetis.formats.positions import Text
-from hetis.formats.units import parse_bytes
 
 _RESOURCES = ("nvidia.com/gpu", "amd.com/gpu", "gpu.intel.com/xe", "gpu.intel.com/i915", "habana.ai/gaudi")
 # What NVIDIA's device plugin advertises instead of GPUs that pods share, if `renameByDefault` is set (docs.nvidia.com,
@@ -44,38 +44,8 @@ _LEAVING = {
     "node.kubernetes.io/out-of-service": "out of service",
 }
 _OF_CONDITIONS = "node.kubernetes.io/"  # taints that follow from conditions and cordons
-# Values of cloud.google.com/gke-accelerator name machines, each with one board
-# (cloud.google.com/kubernetes-engine/docs, "GPU machine types").
-_GKE = {
-    "nvidia-tesla-t4": "T4",
-    "nvidia-tesla-v100": "V100-SXM2-16GB",
-    "nvidia-tesla-a100": "A100-SXM-40GB",
-    "nvidia-a100-80gb": "A100-SXM-80GB",
-    "nvidia-l4": "L4",
-    "nvidia-h100-80gb": "H100-SXM-80GB",
-    "nvidia-h100-mega-80gb": "H100-SXM-80GB",
-    "nvidia-h200-141gb": "H200-SXM-141GB",
-    "nvidia-b200": "B200-SXM-180GB",
-    "nvidia-gb200": "GB200-per-GPU",
-    "nvidia-rtx-pro-6000": "RTX-PRO-6000-Server-96GB",
-}
-# AWS instance families and their boards (aws.amazon.com/ec2/instance-types, "Accelerated Computing").
-_AWS = {
-    "p3": "V100-SXM2-16GB",
-    "p3dn": "V100-SXM2-32GB",
-    "p4d": "A100-SXM-40GB",
-    "p4de": "A100-SXM-80GB",
-    "p5": "H100-SXM-80GB",
-    "p5e": "H200-SXM-141GB",
-    "p5en": "H200-SXM-141GB",
-    "p6-b200": "B200-SXM-180GB",
-    "p6-b300": "B300-SXM-288GB",
-    "g4dn": "T4",
-    "g5": "A10G",
-    "g6": "L4",
-    "g6e": "L40S",
-}
-_VRAM = re.compile(r"(\d+)([KMGT])i?B?")
+# Where HAMi registers the GPUs that it shares among pods; the node then advertises as many as pods may share.
+_HAMI = ("hami.io/node-nvidia-register", "4pd.io/node-nvidia-register")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -238,17 +208,7 @@ def _device(driver: str, body: Mapping[str, Any], is_claimed: bool) -> _Device:
         reason = PARTS
     elif any(mapping(taint).get("effect") in ("NoSchedule", "NoExecute") for taint in listed(body.get("taints"))):
         reason = "tainted by the driver"
-    return _Device(product=product or driver, memory_bytes=_quantity(size), resource=_DRIVERS[driver], reason=reason)
-
-
-def _quantity(value: object) -> int | None:
-    """Return the bytes of ``80Gi``, ``81559Mi`` or ``85899345920``, or None if the value is none of these."""
-    if not isinstance(value, str | int) or isinstance(value, bool) or len(str(value)) > 40:
-        return None
-    try:
-        return parse_bytes(f"{value}B".replace("k", "K"))
-    except ValueError:
-        return None
+    return _Device(product=product or driver, memory_bytes=bytes_of(size), resource=_DRIVERS[driver], reason=reason)
 
 
 def _found(node: _Object, devices: list[_Device], use: _Use, problems: list[Problem]) -> FoundNode:
@@ -331,10 +291,13 @@ def _of_resource(node: _Object, resource: str, use: _Use, problems: list[Problem
     usable = min(capacity, _number(node, "allocatable", advertised, problems))
     if not capacity:
         return [], []
-    product, memory = _product(node, resource)
+    product, memory = product_of(node.labels, resource)
     if "-MIG-" in product:
         return [], [parts_text(capacity, product)]
     labelled, shares = _label(node, "count", problems), max(1, _label(node, "replicas", problems))
+    if registered := _registered(node) if resource == _NVIDIA else 0:
+        labelled = labelled or registered
+        shares = max(shares, capacity // labelled)
     left_out = []
     if renamed or shares > 1:  # several pods take turns on a GPU, and the node counts turns
         if not labelled or capacity > labelled * shares:
@@ -357,23 +320,20 @@ def _of_resource(node: _Object, resource: str, use: _Use, problems: list[Problem
     return [FoundGpus(product=product, count=usable - busy, memory_bytes=memory, resource=own_name)], left_out
 
 
+def _registered(node: _Object) -> int:
+    """Return how many GPUs HAMi shares on a node; 0: it shares none."""
+    notes = mapping(mapping(node.data.get("metadata")).get("annotations"))
+    for name in _HAMI:
+        try:
+            found = json.loads(text(notes.get(name)) or "[]")
+        except (ValueError, RecursionError):  # earlier versions join them with colons
+            return text(notes.get(name)).count(":")
+        if listed(found):
+            return len(found)
+    return 0
+
+
 def _label(node: _Object, name: str, problems: list[Problem]) -> int:
     label = f"nvidia.com/gpu.{name}"
     value = node.labels.get(label)
     return whole_number(value, (*node.path, "metadata", "labels", label), node.source, problems)
-
-
-def _product(node: _Object, resource: str) -> tuple[str, int | None]:
-    """Return the product name and memory of a node's GPUs from its labels, or the resource itself without labels."""
-    labels = {name: text(value) for name, value in node.labels.items()}
-    vendor = resource.partition("/")[0]
-    product = labels.get(f"{vendor}/gpu.product") or labels.get(f"{vendor}/gpu.product-name")
-    if product:
-        megabytes = labels.get("nvidia.com/gpu.memory", "") if vendor == "nvidia.com" else ""
-        vram = _VRAM.fullmatch(labels.get(f"{vendor}/gpu.vram", ""))
-        if megabytes.isdecimal() and len(megabytes) < 10:
-            return product, int(megabytes) * 2**20
-        return product, _quantity(f"{vram[1]}{vram[2]}i") if vram else None
-    by_machine = _GKE.get(labels.get("cloud.google.com/gke-accelerator", ""))
-    family = labels.get("node.kubernetes.io/instance-type", "").partition(".")[0]
-    return by_machine or (_AWS.get(family) if vendor == "nvidia.com" else None) or resource, None

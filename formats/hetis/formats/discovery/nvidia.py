@@ -108,7 +108,7 @@ def left_out_together(gpus: Iterable[tuple[int, str, str]]) -> tuple[str, ...]:
 ROOT = "nvidia_smi_log"
 STDIN_HOST = "host"  # standard input has no name
 
-_ENDINGS = re.compile(r"(\.topo)?\.(xml|txt|topo|log)$|\.topo$", re.IGNORECASE)
+_ENDINGS = re.compile(r"(\.topo)?\.(xml|txt|topo|log|csv)$|\.topo$", re.IGNORECASE)
 _COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 _CELL = re.compile(r"X|NV(\d{1,2})|SYS|NODE|PHB|PXB|PIX|C2C|N/A")
 _MEBIBYTES = re.compile(r"(\d{1,9}) MiB")
@@ -122,6 +122,49 @@ MAX_ELEMENTS = 1_000_000
 def is_topology(text: str) -> bool:
     """Return whether a text is the output of ``nvidia-smi topo -m``."""
     return bool(_rows(text[:100_000]))
+
+
+def is_table(text: str) -> bool:
+    """Return whether a text is ``nvidia-smi``'s own table, its list (``-L``), or CSV of ``--query-gpu`` with names."""
+    return bool(_table_gpus(text[:200_000]))
+
+
+def _table_gpus(text: str) -> list[DriverGpu]:
+    """Return the GPUs of a table, a list or CSV, or nothing if the text is none of these."""
+    lines = [_COLOURS.sub("", line).strip() for line in text.splitlines() if line.strip()]
+    if not lines:
+        return []
+    header = [column.strip().lower() for column in lines[0].split(",")]
+    if "name" in header and (len(header) > 1 or len(lines) > 1) and "node" not in header:
+        return [_csv_gpu(dict(zip(header, map(str.strip, line.split(",")), strict=False))) for line in lines[1:]]
+    if all(_LISTED.fullmatch(line) or line.startswith("MIG ") for line in lines):
+        places = [i for i, line in enumerate(lines) if _LISTED.fullmatch(line)]
+        ends = [*places[1:], len(lines)]
+        products = [_LISTED.sub(r"\1", lines[place]) for place in places]
+        parts = [end - place - 1 for place, end in zip(places, ends, strict=True)]  # MIG parts follow their GPU
+        return [DriverGpu(product=name, num_parts=num or None) for name, num in zip(products, parts, strict=True)]
+    if not any(line.startswith("| NVIDIA-SMI") for line in lines):
+        return []
+    gpus = list[DriverGpu]()
+    for line, following in itertools.pairwise(lines):
+        if (named := _IN_TABLE.match(line)) and (memory := _MEMORY_IN_TABLE.search(following)):
+            used, total = (int(number) * 2**20 for number in memory.groups())
+            gpus.append(DriverGpu(product=named[1].strip(), memory_bytes=total, used_bytes=used))
+    return gpus
+
+
+_LISTED = re.compile(r"GPU \d+: (.+?) \(UUID: [^)]*\)")
+_IN_TABLE = re.compile(r"\|\s+\d+\s+(\S.*?)\s+(?:On|Off|N/A)\s+\|")
+_MEMORY_IN_TABLE = re.compile(r"(\d{1,9})MiB\s*/\s*(\d{1,9})MiB")
+
+
+def _csv_gpu(row: dict[str, str]) -> DriverGpu:
+    def mebibytes(what: str) -> int | None:
+        written = next((value for name, value in row.items() if name.startswith(f"memory.{what}")), "")
+        number = written.removesuffix("MiB").strip()
+        return int(number) * 2**20 if number.isdecimal() and len(number) < 10 else None
+
+    return DriverGpu(product=row.get("name", ""), memory_bytes=mebibytes("total"), used_bytes=mebibytes("used"))
 
 
 def read_nvidia_smi(files: Sequence[tuple[str, str]], *, with_busy: bool = False) -> Inventory:
@@ -154,6 +197,9 @@ def _host(label: str) -> str:
 
 
 def _node(label: str, content: str, pairs: Sequence[int], with_busy: bool) -> FoundNode:
+    if found := [] if content.lstrip().startswith("<") else _table_gpus(content):
+        here = Problem(file=label, message="", line=1)
+        return host_node(_host(label), found, pairs=pairs, with_busy=with_busy, where=here)
     root, line = parse_xml(content, label)
     if root.tag != ROOT:
         raise single_problem(label, f"is XML of {root.tag[:40]!r}, expected {ROOT!r}: nvidia-smi -q -x", line=line)

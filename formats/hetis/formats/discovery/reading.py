@@ -41,8 +41,8 @@ _BOUNDS = Bounds(max_values=10_000_000, max_yaml_values=200_000)
 
 _IS_DATA = re.compile(r"[{\[]|---|- |\w+:")  # JSON or YAML, unlike what tools print for people
 _KNOWN = (
-    "kubectl get nodes -o json, nvidia-smi -q -x, scontrol show nodes --json, ray list nodes --detail --format json, "
-    "CSV with node,gpu,count"
+    "kubectl get nodes -o json, nvidia-smi -q -x (also -L, its table, and --query-gpu=name,memory.total --format=csv), "
+    "scontrol show nodes, also with --json, ray list nodes --detail --format json, CSV with node,gpu,count"
 )
 
 
@@ -81,6 +81,9 @@ def _read(files: Sequence[_File], texts: Sequence[tuple[str, str]], with_busy: b
             return nvidia.read_nvidia_smi(texts, with_busy=with_busy)
         case FleetSource.KUBECTL:
             return kubernetes.read_kubernetes([one.parsed for one in files], with_busy=with_busy)
+        case FleetSource.SLURM if is_slurm_text(texts[0][1]):
+            label, written = texts[0]
+            return read_slurm(slurm_nodes(written), Text(file=label, text=None), with_busy=with_busy)
         case FleetSource.SLURM:
             return read_slurm(*files[0].parsed, with_busy=with_busy)
         case FleetSource.RAY:
@@ -107,6 +110,10 @@ class _File:
         begin = self._text.lstrip()[:200]
         if begin.startswith("<") or nvidia.is_topology(self._text):
             return FleetSource.NVIDIA_SMI
+        if nvidia.is_table(self._text):
+            return FleetSource.NVIDIA_SMI
+        if is_slurm_text(self._text):
+            return FleetSource.SLURM
         if not begin.startswith(("{", "[")) and is_node_table(self._text):
             return FleetSource.FILE
         try:
@@ -267,6 +274,36 @@ def read_slurm(data: Any, source: Text, *, with_busy: bool = False) -> Inventory
     problems: list[Problem] = []
     found = [_slurm_node(node, ("nodes", i), source, problems, with_busy) for i, node in entries(nodes)]
     return inventory(found, problems, ["Slurm does not report the zone of a node"])
+
+
+def is_slurm_text(written: str) -> bool:
+    """Return whether a text is the output of ``scontrol show nodes`` without ``--json``."""
+    return written.lstrip().startswith("NodeName=")
+
+
+def slurm_nodes(written: str) -> dict[str, Any]:
+    """Return the nodes of ``scontrol show nodes`` as ``--json`` has them.
+
+    GPUs in use are in ``AllocTRES``, or by type in ``GresUsed``, which ``-d`` adds.
+    """
+    nodes = list[dict[str, Any]]()
+    for record in re.split(r"(?m)^(?=NodeName=)", written.lstrip())[1 : MAX_ROWS + 1]:
+        fields = dict(found.split("=", 1) for found in re.findall(r"(?:^|(?<=\s))[A-Za-z:/_]+=[^\s]*", record))
+        of_jobs = re.findall(r"gres/gpu(?::([^,=]+))?=(\d+)", fields.get("AllocTRES", ""))
+        typed = [f"gpu:{kind}:{count}" for kind, count in of_jobs if kind]
+        used = typed or [f"gpu:{count}" for _, count in of_jobs]
+        nodes.append(
+            {
+                "name": fields.get("NodeName"),
+                "gres": fields.get("Gres", "").replace("(null)", ""),
+                "gres_used": fields.get("GresUsed") or ",".join(used),
+                "state": fields.get("State"),
+                "features": fields.get("AvailableFeatures", "").replace("(null)", ""),
+                "active_features": fields.get("ActiveFeatures", "").replace("(null)", ""),
+                "reason": fields.get("Reason"),
+            }
+        )
+    return {"nodes": nodes}
 
 
 def _slurm_node(

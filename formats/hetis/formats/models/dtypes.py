@@ -159,8 +159,15 @@ def _in(model: ModelSpec, weights: str | None, kv: str | None) -> ModelSpec:
 def weights_of(model: ModelSpec) -> str:
     """Return the precision of the layers' weights for display: its name, or the number of bytes if it has none."""
     if model.weights:
-        return model.weights
+        share = quantised_share(model)
+        return model.weights if share >= 0.5 else f"{model.weights} in {share:.0%} of the layers, bf16 in the rest"
     return "bf16" if model.weight_bytes == 2 else f"{model.weight_bytes:.3g} bytes per parameter"
+
+
+def quantised_share(model: ModelSpec) -> float:
+    """Return the share of the layers' parameters that have the named precision, if all others have 16 bits."""
+    usual = BYTES_PER_PARAMETER[PRECISIONS[model.weights]] if model.weights in PRECISIONS else 2.0
+    return 1.0 if usual >= 2.0 else min(1.0, max(0.0, (2.0 - model.weight_bytes) / (2.0 - usual)))
 
 
 def kv_of(model: ModelSpec) -> str:

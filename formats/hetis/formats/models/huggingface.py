@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from hetis.formats.errors import DocumentError, did_you_mean, shown
-from hetis.formats.fields import listed
+from hetis.formats.fields import listed, mapping, read_data, whole
 from hetis.formats.layers import spread_as_in_short
 from hetis.formats.models import dtypes
 from hetis.formats.models.config_json import Config
@@ -61,9 +61,46 @@ def model_from_config(
         weight_bytes = dtypes.layer_weight_bytes(dtype, model)
     else:
         weight_bytes = layer_weight_bytes(config.quantisation.data, model, dtype, linear)
+    model = replace(model, weight_bytes=weight_bytes, layers=spread_as_in_short(model.layers))
+    if quantised and dtypes.quantised_share(model) < 0.5:
+        share = f"{dtypes.quantised_share(model):.0%} of its layers' parameters"
+        config.notes.append(
+            f"{model.name}: modules that its checkpoint names have {share}; the rest counts with 16 bits"
+        )
+    if folder is not None:
+        config.notes += _size_note(config, model, folder)
     if notes is not None:
         notes += config.notes
-    return replace(model, weight_bytes=weight_bytes, layers=spread_as_in_short(model.layers))
+    return model
+
+
+def _size_note(config: Config, model: ModelSpec, folder: Path) -> list[str]:
+    """Return a sentence if a checkpoint's index states another size than its layers and tables have.
+
+    The index counts layers that draft tokens, too.
+    """
+    index = folder / _INDEX
+    if not index.is_file():
+        return []
+    data, _ = read_data(index)
+    stated = whole(mapping(mapping(data).get("metadata")).get("total_size"), most=2**60)
+    layers = (model.num_layers - model.prefix_layers) * model.layer_params()
+    layers += model.prefix_layers * model.dense_layer_params()
+    tables = model.embedding_params * (1 if model.tie_embeddings else 2) + model.vision_params
+    counted = layers * model.weight_bytes + tables * model.embedding_bytes
+    drafts = max((config.whole(name, 0, least=0) for name in _DRAFTING), default=0)
+    most = counted + drafts * (model.layer_params() + 2 * model.hidden**2) * model.weight_bytes
+    if stated is None or (1.0 - _MOST_DIFFERENCE) * counted <= stated <= (1.0 + _MOST_DIFFERENCE) * most:
+        return []
+    return [
+        f"{model.name}: {_INDEX} states {stated / 1e9:.1f} GB, its layers and tables as read have "
+        f"{counted / 1e9:.1f} GB ({counted / stated - 1.0:+.0%}): plans use the latter"
+    ]
+
+
+_INDEX = "model.safetensors.index.json"
+_DRAFTING = ("num_nextn_predict_layers", "mtp_num_hidden_layers", "num_mtp_layers", "num_mtp_modules")
+_MOST_DIFFERENCE = 0.03  # between the size that a checkpoint states and that of its layers
 
 
 def _is_latent(model: ModelSpec) -> bool:

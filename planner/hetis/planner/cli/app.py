@@ -16,21 +16,20 @@ from hetis.formats.errors import DocumentError
 from hetis.planner.cli import (
     changes,
     cluster,
-    deleting,
     dispatch,
     export,
     files,
     fits,
     installation,
     place,
-    planner_verbs,
     plans,
     sharing,
     simulate,
 )
-from hetis.planner.cli.defaults import default_files, default_map
 from hetis.planner.cli.exit_codes import ExitCode
 from hetis.planner.cli.failures import report_failure
+from hetis.planner.cli.parameters.defaults import default_files, default_map
+from hetis.planner.cli.server import deleting, node_verbs, planner_verbs
 
 app = typer.Typer(
     name="hetis-plan",
@@ -40,15 +39,15 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-# Verbs by help panel, some with examples.
+# Verbs by help panel, with examples: their text, or two command lines.
 VERBS: dict[str, tuple[Any, ...]] = {
     "Plan": (
-        place.place,
+        (place.place, place.PLACE_EXAMPLES),
         (fits.fits, fits.FITS_EXAMPLES),
-        place.compare,
-        plans.explain,
+        (place.compare, place.COMPARE_EXAMPLES),
+        (plans.explain, "explain plan.json", "explain plan.json -o wide"),
         (plans.report, plans.REPORT_EXAMPLES),
-        plans.check,
+        (plans.check, "check plan.json", "check plan.json -o json"),
         (sharing.fair, sharing.FAIR_EXAMPLES),
         (sharing.share, sharing.SHARE_EXAMPLES),
         (simulate.simulate, simulate.SIMULATE_EXAMPLES),
@@ -65,24 +64,38 @@ VERBS: dict[str, tuple[Any, ...]] = {
     ),
     "With a planner": (
         (planner_verbs.apply, planner_verbs.APPLY_EXAMPLES),
-        planner_verbs.get,
-        planner_verbs.watch,
-        planner_verbs.agents,
-        planner_verbs.status,
+        (planner_verbs.get, "get plans", "get plans/night -o json"),
+        (planner_verbs.watch, "watch plans/night", "watch clusters/prod -o json"),
+        (planner_verbs.agents, "agents --cluster prod", "agents --cluster prod -o json"),
+        (planner_verbs.status, "status", "status -o json"),
         (export.upstreams, export.UPSTREAMS_EXAMPLES),
-        planner_verbs.rollback,
-        planner_verbs.cancel,
+        (planner_verbs.rollback, "rollback --cluster prod", "rollback --cluster prod --dry-run"),
+        (planner_verbs.cancel, "cancel plans/night", "cancel night"),
         (deleting.delete, deleting.DELETE_EXAMPLES),
-        planner_verbs.disconnect,
-        planner_verbs.audit,
+        (node_verbs.drain, "drain gpu1", "drain gpu1 --cluster prod"),
+        (node_verbs.undrain, "undrain gpu1", "undrain gpu1 --cluster prod"),
+        (node_verbs.disconnect, "disconnect gpu1", "disconnect gpu1 --cluster prod"),
+        (planner_verbs.audit, "audit", "audit -o json"),
     ),
-    "Files": (files.init, (files.convert, files.CONVERT_EXAMPLES), files.validate, files.schema, files.catalog),
-    "This installation": (installation.doctor, installation.completion, installation.version),
+    "Files": (
+        (files.init, "init", "init fleet"),
+        (files.convert, files.CONVERT_EXAMPLES),
+        (files.validate, "validate cluster.yaml", "validate examples/*.yaml"),
+        (files.schema, "schema Cluster", "schema Plan > plan.schema.json"),
+        (files.catalog, "catalog gpus", "catalog models -o json"),
+    ),
+    "This installation": (
+        (installation.doctor, "doctor", "doctor -o json"),
+        (installation.completion, "completion bash", "completion zsh > _hetis-plan"),
+        (installation.version, "version", "version -o json"),
+    ),
 }
 for _panel, _verbs in VERBS.items():
     for _verb in _verbs:
-        _function, _examples = _verb if isinstance(_verb, tuple) else (_verb, None)
-        app.command(rich_help_panel=_panel, epilog=_examples)(_function)
+        _function, *_examples = _verb
+        if len(_examples) > 1:
+            _examples = ["\n\n".join(["Examples:", *(f"  hetis-plan {one}" for one in _examples)])]
+        app.command(rich_help_panel=_panel, epilog=_examples[0])(_function)
 app.add_typer(cluster.cluster, rich_help_panel="Files")
 
 
@@ -100,7 +113,7 @@ def main() -> NoReturn:
 def run(arguments: Sequence[str]) -> int:
     """Run one command line and return its exit code; errors are printed on stderr."""
     if "_HETIS_PLAN_COMPLETE" in os.environ:  # the script printed by `completion` requests completions
-        from hetis.planner.cli.completing import offer_completions
+        from hetis.planner.cli.parameters.completing import offer_completions
 
         offer_completions()
     return run_application(app, "hetis-plan", arguments, report_failure, defaults=lambda: _defaults_for(arguments))
@@ -137,7 +150,7 @@ def _defaults() -> dict[str, dict[str, Any]] | None:
             option.removeprefix("--"): parameter
             for parameter in command.params
             for option in parameter.opts
-            if option.startswith("--") and option != "--help"
+            if option.startswith("--") and not option.startswith("--help")
         }
         for verb, command in _commands(click_command(app))
     }

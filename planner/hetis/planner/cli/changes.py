@@ -10,11 +10,12 @@ from typing import Annotated, Any
 import typer
 
 from hetis.commands.terminal import Terminal
-from hetis.planner.cli import options, outputs, requests, values
+from hetis.planner.cli import outputs
 from hetis.planner.cli.exit_codes import ExitCode
-from hetis.planner.cli.options import group, panel, verb
+from hetis.planner.cli.parameters import options, requests, values
+from hetis.planner.cli.parameters.options import group, panel, verb
+from hetis.planner.cli.parameters.requests import requested
 from hetis.planner.cli.place import judge
-from hetis.planner.cli.requests import requested
 from hetis.planner.cli.searching import search_interruptibly
 from hetis.solver.budget import Budget, Report
 from hetis.solver.search_clock import search_seconds

@@ -12,12 +12,12 @@ import typer
 from hetis.commands.terminal import Terminal
 from hetis.formats.discovery import FleetSource
 from hetis.formats.files import file_label, write_atomically
-from hetis.planner.cli import values
 from hetis.planner.cli.exit_codes import ExitCode
 from hetis.planner.cli.files import EXAMPLE_LENGTHS, EXAMPLE_MODEL
-from hetis.planner.cli.options import given_in, group, option, refuse_without, verb
 from hetis.planner.cli.outputs import STDOUT, refuse_overwriting
-from hetis.planner.cli.server_verb import PlannerOptions, chosen_cluster, cluster_name_option, fetched
+from hetis.planner.cli.parameters import values
+from hetis.planner.cli.parameters.options import given_in, group, option, refuse_without, verb
+from hetis.planner.cli.server.server_verb import PlannerOptions, chosen_cluster, cluster_name_option, fetched
 from hetis.planner.report.figures import plural
 
 if TYPE_CHECKING:
@@ -88,7 +88,7 @@ def discover(
         ),
     ] = None,
     *,
-    asked: DiscoveryOptions,
+    requested: DiscoveryOptions,
     planner: PlannerOptions,
 ) -> ExitCode:
     """Create a cluster file from kubectl, nvidia-smi, Slurm or Ray, this host's driver, or a planner's agents.
@@ -99,34 +99,34 @@ def discover(
     from hetis.formats.discovery.nvidia import read_nvml
     from hetis.formats.discovery.reading import read_inventory
 
-    name, source, with_busy = asked.name, asked.source, asked.with_busy
-    said, wrong = said_types(asked.gpu or ())
+    name, source, with_busy = requested.name, requested.source, requested.with_busy
+    said, wrong = said_types(requested.gpu or ())
     if wrong:
         raise typer.BadParameter("; ".join(wrong))
     if name is not None and not (name.strip() and name.isprintable() and len(name) <= 200):
         raise typer.BadParameter(f"--name: {name[:40]!r} is not a name: 1 to 200 printable characters")
     of_agents = source is FleetSource.AGENTS
-    refuse_without("--from agents", asked, "cluster", is_given=of_agents)
+    refuse_without("--from agents", requested, "cluster", is_given=of_agents)
     refuse_without("--from agents", planner, is_given=of_agents)
     if files and source in (FleetSource.NVML, FleetSource.AGENTS):
         raise typer.BadParameter(f"--from {source.value} reads no files: leave out {files[0]}")
 
-    if (out := Path(asked.out)) != STDOUT and out.is_file():  # a pipe or a device keeps nothing that could be lost
-        refuse_overwriting(out, force=asked.force)
+    if (out := Path(requested.out)) != STDOUT and out.is_file():  # a pipe or a device keeps nothing that could be lost
+        refuse_overwriting(out, force=requested.force)
 
     def written(inventory: Inventory, sources: Sequence[str], otherwise_named: str = "discovered") -> ExitCode:
         # Defaults may be about several fleets.
-        if "gpu" in given_in(asked) and (wrong := unmatched(inventory, said)):
+        if "gpu" in given_in(requested) and (wrong := unmatched(inventory, said)):
             raise typer.BadParameter("; ".join(f"--gpu: {what}" for what in wrong))
-        found = discovered(inventory, name=name or otherwise_named, link=asked.link(), said=said)
-        return _write(terminal, found, sources, asked.out)
+        found = discovered(inventory, name=name or otherwise_named, link=requested.link(), said=said)
+        return _write(terminal, found, sources, requested.out)
 
     if of_agents:
 
         def from_agents(client: Client) -> ExitCode:
             from hetis.planner.convert.names import last_part
 
-            parent = chosen_cluster(client, asked.cluster)
+            parent = chosen_cluster(client, requested.cluster)
             return written(_of_agents(client, parent, with_busy), [f"agents of {parent}"], last_part(parent))
 
         return planner.use(terminal, from_agents)

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 import typer
 
 from hetis.commands.terminal import Terminal
-from hetis.planner.cli import options, values
 from hetis.planner.cli.exit_codes import ExitCode
-from hetis.planner.cli.options import group, panel, verb
-from hetis.planner.cli.requests import requested
+from hetis.planner.cli.parameters import options, values
+from hetis.planner.cli.parameters.options import group, panel, verb
+from hetis.planner.cli.parameters.requests import requested
 from hetis.planner.cli.searching import work_interruptibly
 from hetis.solver.budget import Budget
 from hetis.solver.search_clock import search_seconds
@@ -67,7 +67,7 @@ class RequestOptions:
 
 
 @verb()
-def dispatch(terminal: Terminal, *, asked: RequestOptions, answer: StateOptions) -> ExitCode:
+def dispatch(terminal: Terminal, *, given: RequestOptions, answer: StateOptions) -> ExitCode:
     """Place the head groups of new requests on the devices of one stage, with a bound on the optimum.
 
     The stage comes from a DispatchState file, or is taken empty from a placement plan.
@@ -78,13 +78,13 @@ def dispatch(terminal: Terminal, *, asked: RequestOptions, answer: StateOptions)
     from hetis.planner.use_cases import dispatch as dispatching
     from hetis.planner.use_cases.dispatch import load_new_requests
 
-    loaded = asked.load()
-    arrivals = load_new_requests(loaded, file=asked.requests, words=asked.request or ())
+    loaded = given.load()
+    arrivals = load_new_requests(loaded, file=given.requests, words=given.request or ())
     announce_compilation(terminal)
-    budget = Budget(time_limit_s=asked.time_limit, clock=search_seconds)
+    budget = Budget(time_limit_s=given.time_limit, clock=search_seconds)
     found = work_interruptibly(
         terminal,
-        lambda: dispatching.dispatch_requests(loaded, arrivals, exact=asked.exact, budget=budget, seed=asked.seed),
+        lambda: dispatching.dispatch_requests(loaded, arrivals, exact=given.exact, budget=budget, seed=given.seed),
         cancelled=budget.cancelled,
         stopping="with the best placement so far",
     )
@@ -138,7 +138,7 @@ class MoveOptions(StateOptions):
 
 
 @verb()
-def redispatch(terminal: Terminal, *, asked: RedispatchOptions, answer: MoveOptions) -> ExitCode:
+def redispatch(terminal: Terminal, *, given: RedispatchOptions, answer: MoveOptions) -> ExitCode:
     """Find the moves of running head groups that pay off, in an order that memory allows.
 
     Moves are found whether or not a trigger has fired; the report lists the triggers that have fired.
@@ -146,16 +146,16 @@ def redispatch(terminal: Terminal, *, asked: RedispatchOptions, answer: MoveOpti
     from hetis.planner.report.dispatch import explain_redispatch, redispatch_document, render_redispatch
     from hetis.planner.use_cases.dispatch import load_stage, redispatch_stage
 
-    loaded = load_stage(asked.state, profiles=asked.profile or ())
+    loaded = load_stage(given.state, profiles=given.profile or ())
     announce_compilation(terminal)
     found = redispatch_stage(
         loaded,
-        theta=asked.theta,
-        budget_bytes=math.inf if asked.budget is None else asked.budget,
-        least_gain=asked.least_gain,
-        patience=asked.patience,
-        ahead_steps=asked.ahead,
-        refill_token_s=asked.refill,
+        theta=given.theta,
+        budget_bytes=math.inf if given.budget is None else given.budget,
+        least_gain=given.least_gain,
+        patience=given.patience,
+        ahead_steps=given.ahead,
+        refill_token_s=given.refill,
     )
     sentences = tuple(explain_redispatch(found)) if answer.explain else None
     terminal.emit(lambda: redispatch_document(found, sentences), lambda: render_redispatch(found, sentences))

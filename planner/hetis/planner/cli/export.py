@@ -14,9 +14,9 @@ from hetis.commands.terminal import Terminal
 from hetis.engines.versions import Engine
 from hetis.formats.files import write_atomically
 from hetis.planner.cli.exit_codes import ExitCode
-from hetis.planner.cli.options import PlanArgument, group, option, panel, spelled, verb
 from hetis.planner.cli.outputs import refuse_unwritable
-from hetis.planner.cli.server_verb import chosen_cluster, cluster_name_option, fetched, server_verb
+from hetis.planner.cli.parameters.options import PlanArgument, group, option, panel, spelled, verb
+from hetis.planner.cli.server.server_verb import chosen_cluster, cluster_name_option, fetched, server_verb
 from hetis.planner.export import ExportDevice, ExportTarget
 
 if TYPE_CHECKING:
@@ -92,7 +92,7 @@ def export(
         list[str] | None, typer.Argument(metavar="-- OPTION", help="Options passed to the engine.")
     ] = None,
     *,
-    asked: ExportOptions,
+    requested: ExportOptions,
 ) -> ExitCode:
     """Export a plan as files for an engine or orchestrator, with router weights and a list of what is not exported."""
     from hetis.formats.discovery.found import some_of
@@ -103,20 +103,20 @@ def export(
     from hetis.planner.use_cases.record.parts import MadeFrom
     from hetis.planner.use_cases.sources import problem_of_plan
 
-    hosts, wrong = _hosts(asked.node_address or ())
-    folder = None if asked.out == "-" else Path(asked.out)
+    hosts, wrong = _hosts(requested.node_address or ())
+    folder = None if requested.out == "-" else Path(requested.out)
     if folder is not None:
-        wrong += folder_refusals(folder, force=asked.force)
+        wrong += folder_refusals(folder, force=requested.force)
     own = ("to", "out", "strict", "force", "node_address")
-    given = {name: value for name, value in vars(asked).items() if name not in own}
+    given = {name: value for name, value in vars(requested).items() if name not in own}
     settings = ExportSettings(hosts=hosts, engine_options=tuple(engine_options or ()), **given)
     found = load_plan(plan)
-    made = export_wanted(found, asked.to, settings, file=plan, spelled=spelled, more_wrong=wrong)
+    made = export_wanted(found, requested.to, settings, file=plan, spelled=spelled, more_wrong=wrong)
     if MadeFrom.of(found).documents.keys() >= CHECKED_AGAINST:
         warn_if_wrong(terminal, plan, problem_of_plan(found, plan))
-    if asked.strict and made.lost:
+    if requested.strict and made.lost:
         lost = [f"- {line}" for line in made.lost]
-        terminal.error(f"--strict: {asked.to.value} cannot export the whole plan, so nothing was written", lost)
+        terminal.error(f"--strict: {requested.to.value} cannot export the whole plan, so nothing was written", lost)
         return ExitCode.MISSED
     for line in made.lost:
         terminal.warn(line)
@@ -193,7 +193,7 @@ class _Upstreams(NamedTuple):
 
 
 @server_verb(prints_data=False, is_endless=True)
-def upstreams(terminal: Terminal, client: Client, *, asked: UpstreamOptions) -> ExitCode:
+def upstreams(terminal: Terminal, client: Client, *, requested: UpstreamOptions) -> ExitCode:
     """Write the serving replicas for a router, with weights from the plan's rates.
 
     Agents that start engines themselves say where these listen. Replicas that only prefill or decode are left out: a
@@ -204,46 +204,46 @@ def upstreams(terminal: Terminal, client: Client, *, asked: UpstreamOptions) -> 
     unless --out has a list already: it is kept, and the exit code is 6. With --follow it is kept until all have, and
     the verb waits for a planner however long, also when it starts.
     """
-    if asked.to == "litellm" and not asked.model:
+    if requested.to == "litellm" and not requested.model:
         raise typer.BadParameter("--to litellm needs --model, the name that clients use")
     try:
-        command = shlex.split(asked.run)
+        command = shlex.split(requested.run)
     except ValueError as error:
-        raise typer.BadParameter(f"--run is {asked.run!r}: {error}") from None
-    refuse_unwritable(Path(asked.out))
+        raise typer.BadParameter(f"--run is {requested.run!r}: {error}") from None
+    refuse_unwritable(Path(requested.out))
     before, said, code = None, list[str](), ExitCode.OK
-    for found in _changes(terminal, client, asked.cluster, follow=asked.follow):
+    for found in _changes(terminal, client, requested.cluster, follow=requested.follow):
         for why in (left_out := list(found.left_out())):
             if why not in said:
                 terminal.warn(f"left out, because {why}")
         said = left_out
-        if found.unheard and (not found.servers or (before is None and _has_list(asked))):
-            code = _keep(terminal, asked, found)
+        if found.unheard and (not found.servers or (before is None and _has_list(requested))):
+            code = _keep(terminal, requested, found)
             continue
-        text = _list_of(asked.to, found, asked.model)
+        text = _list_of(requested.to, found, requested.model)
         if text == before:
             continue
         before = text
-        if asked.out == "-":
+        if requested.out == "-":
             terminal.write(text)
         else:
-            write_atomically(Path(asked.out), text)
-            terminal.say(f"wrote {len(found.servers)} servers to {asked.out}")
+            write_atomically(Path(requested.out), text)
+            terminal.say(f"wrote {len(found.servers)} servers to {requested.out}")
         if command:
             _run(terminal, command)
     return code
 
 
-def _has_list(asked: UpstreamOptions) -> bool:
+def _has_list(requested: UpstreamOptions) -> bool:
     """Return whether there is a list already, which one of a part of the replicas must not replace."""
-    return asked.out != "-" and Path(asked.out).is_file() and Path(asked.out).stat().st_size > 0
+    return requested.out != "-" and Path(requested.out).is_file() and Path(requested.out).stat().st_size > 0
 
 
-def _keep(terminal: Terminal, asked: UpstreamOptions, found: _Upstreams) -> ExitCode:
+def _keep(terminal: Terminal, requested: UpstreamOptions, found: _Upstreams) -> ExitCode:
     """Say that no list is written, because the planner does not know yet where all replicas serve, or any."""
-    kept = "nothing was written" if asked.out == "-" else f"{asked.out} was not written"
+    kept = "nothing was written" if requested.out == "-" else f"{requested.out} was not written"
     where = f"these serve: {', '.join(found.unheard)}" if found.servers else "anything serves"
-    if asked.follow:
+    if requested.follow:
         terminal.warn(f"{kept}: the planner does not know yet where {where}")
         return ExitCode.OK
     terminal.error(f"{kept}: the planner does not know yet where {where}", ["retry in a moment"])

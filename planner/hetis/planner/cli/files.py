@@ -12,10 +12,10 @@ from hetis.commands.terminal import OutputFormat, Terminal
 from hetis.commands.verb import one_of
 from hetis.formats.errors import did_you_mean, single_problem
 from hetis.formats.files import write_atomically
-from hetis.planner.cli import values
 from hetis.planner.cli.exit_codes import ExitCode
-from hetis.planner.cli.options import group, option, verb
 from hetis.planner.cli.outputs import refuse_overwriting
+from hetis.planner.cli.parameters import values
+from hetis.planner.cli.parameters.options import group, option, verb
 from hetis.planner.report.figures import plural
 
 if TYPE_CHECKING:
@@ -105,17 +105,17 @@ def convert(
         ),
     ],
     *,
-    asked: ConvertOptions,
+    given: ConvertOptions,
 ) -> ExitCode:
     """Convert a trace of an engine, benchmark, gateway or data set to hetis' format."""
     from hetis.planner.use_cases.files import convert as converted
     from hetis.planner.use_cases.files import trace_file
 
-    out = asked.out
-    if asked.tokenizer is not None and asked.characters_per_token is not None:
+    out = given.out
+    if given.tokenizer is not None and given.characters_per_token is not None:
         raise typer.BadParameter("--tokenizer and --characters-per-token cannot be combined")
     requests, warnings = converted(
-        trace, characters_per_token=asked.characters_per_token, tokenizer=asked.tokenizer, rate_rps=asked.rate
+        trace, characters_per_token=given.characters_per_token, tokenizer=given.tokenizer, rate_rps=given.rate
     )
     content = trace_file(requests, "trace.csv" if out == "-" else out)
     for line in warnings:

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from hetis.commands.terminal import OutputFormat, Terminal
-from hetis.planner.cli import values
 from hetis.planner.cli.exit_codes import ExitCode
-from hetis.planner.cli.options import group, option, panel, verb
+from hetis.planner.cli.parameters import values
+from hetis.planner.cli.parameters.options import group, option, panel, verb
 
 if TYPE_CHECKING:
     from hetis.planner.use_cases.fits import EngineChoice
@@ -96,12 +96,12 @@ def fits(
     from hetis.planner.use_cases.json_values import document
 
     spec, choice = _in_precision(load_model(model), options), options.choice
-    asked = [_gpus(text) for text in options.gpu or ()]
-    found = [fit(spec, gpu, count, choice) for gpu, count in asked] if asked else least_gpus(spec, choice)
+    given = [_gpus(text) for text in options.gpu or ()]
+    found = [fit(spec, gpu, count, choice) for gpu, count in given] if given else least_gpus(spec, choice)
     wide = terminal.output is OutputFormat.WIDE
     terminal.emit(
         lambda: document("Fits", model=spec.name, engine=choice.engine, version=version_of(choice), fits=found),
-        lambda: one_fit(spec, choice, found[0]) if len(asked) == 1 else fits_table(spec, choice, found, wide=wide),
+        lambda: one_fit(spec, choice, found[0]) if len(given) == 1 else fits_table(spec, choice, found, wide=wide),
     )
     return ExitCode.OK if any(one.starts for one in found) else ExitCode.INFEASIBLE
 

@@ -15,7 +15,7 @@ import typer
 
 from hetis.commands.terminal import Terminal
 from hetis.planner.cli.exit_codes import ExitCode
-from hetis.planner.cli.options import verb
+from hetis.planner.cli.parameters.options import verb
 
 if TYPE_CHECKING:
     from rich.console import RenderableType

@@ -180,7 +180,7 @@ def say_what_would_be_solved(
     """
     from rich.text import Text
 
-    from hetis.planner.report.plan import problem_line
+    from hetis.planner.report.goals import problem_line
     from hetis.planner.report.tables import grid
     from hetis.planner.use_cases.json_values import fields_of
 

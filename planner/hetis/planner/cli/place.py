@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hetis.commands.terminal import OutputFormat, Terminal
-from hetis.planner.cli import options, outputs, requests, values
+from hetis.commands.verb import usual
+from hetis.planner.cli import outputs
 from hetis.planner.cli.exit_codes import ExitCode
 from hetis.planner.cli.failures import report_no_plan, say_failure
-from hetis.planner.cli.options import group, panel, verb
+from hetis.planner.cli.parameters import options, requests, values
+from hetis.planner.cli.parameters.options import group, panel, verb
 from hetis.planner.cli.searching import search_interruptibly
 from hetis.solver.budget import Budget, Report
 from hetis.solver.errors import InfeasibleError, NoPlanFoundError
@@ -42,6 +44,15 @@ class ResultOptions:
     dry_run: bool = options.dry_run_option()
 
 
+PLACE_EXAMPLES = """Examples:\n
+  hetis-plan place -c examples/fleet-160.yaml -m Llama-2-70B -w 8000/300\n
+  hetis-plan place -c fleet.yaml -m Qwen3-32B -w 4000/500 --engine vllm"""
+COMPARE_EXAMPLES = """Examples:\n
+  hetis-plan compare -c examples/h100-l4.yaml -m Llama-2-70B -w 8000/300\n
+  hetis-plan compare -c fleet.yaml -m Qwen3-32B -w 4000/500 --engine all"""
+
+
+@usual("cluster", "model", "workload", "objective", "rate", "ttft", "tpot", "engine", "pin", "out")
 @verb()
 def place(
     terminal: Terminal,

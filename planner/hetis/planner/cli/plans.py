@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from hetis.commands.terminal import OutputFormat, Terminal
-from hetis.planner.cli import options
 from hetis.planner.cli.changes import DEFAULT_COUNT, count_option
 from hetis.planner.cli.exit_codes import ExitCode
-from hetis.planner.cli.options import PlanArgument, group, option, verb
 from hetis.planner.cli.outputs import refuse_unwritable_page, save_page
-from hetis.planner.cli.requests import requested
+from hetis.planner.cli.parameters import options
+from hetis.planner.cli.parameters.options import PlanArgument, group, option, verb
+from hetis.planner.cli.parameters.requests import requested
 from hetis.planner.cli.searching import search_interruptibly, simulate_interruptibly
 from hetis.planner.report.figures import plural
 from hetis.solver.budget import Budget, Report
@@ -136,7 +136,7 @@ def report(
     terminal: Terminal,
     plans: Annotated[list[str], typer.Argument(metavar="PLAN...", help="Plan files, or - for standard input.")],
     *,
-    asked: ReportOptions,
+    given: ReportOptions,
 ) -> ExitCode:
     """Write an HTML page about plans for decision makers: what they serve, at what cost, where, and why.
 
@@ -145,17 +145,17 @@ def report(
     """
     from hetis.planner.report.page.pages import ShownPlan, plans_page
 
-    options.refuse_without("--buy-next", asked, "count", "time_limit", is_given=asked.buy_next)
-    refuse_unwritable_page(asked.out)
+    options.refuse_without("--buy-next", given, "count", "time_limit", is_given=given.buy_next)
+    refuse_unwritable_page(given.out)
     found = _load_and_check(terminal, plans)
     cancelled = threading.Event()
-    curves = [_curve(terminal, one, cancelled) if asked.simulate else None for one in found]
-    bought = [_market(terminal, one, cancelled, asked) if asked.buy_next else None for one in found]
+    curves = [_curve(terminal, one, cancelled) if given.simulate else None for one in found]
+    bought = [_market(terminal, one, cancelled, given) if given.buy_next else None for one in found]
     shown = [
         ShownPlan(name=name, plan=one.plan, problem=one.problem, curve=curve, market=market)
         for name, one, curve, market in zip(_names(plans), found, curves, bought, strict=True)
     ]
-    save_page(terminal, lambda: plans_page(shown), asked.out)
+    save_page(terminal, lambda: plans_page(shown), given.out)
     return ExitCode.INTERRUPTED if cancelled.is_set() else ExitCode.OK
 
 
@@ -170,7 +170,7 @@ def _curve(terminal: Terminal, found: PlanAndProblem, cancelled: threading.Event
 
 
 def _market(
-    terminal: Terminal, found: PlanAndProblem, cancelled: threading.Event, asked: ReportOptions
+    terminal: Terminal, found: PlanAndProblem, cancelled: threading.Event, given: ReportOptions
 ) -> BuyNext | None:
     """Return what to buy next, or None after Ctrl-C."""
     from hetis.planner.jobs.kernels import compile_kernels
@@ -178,8 +178,8 @@ def _market(
 
     if cancelled.is_set():
         return None
-    cluster, time_limit_s = found.problem.cluster, asked.time_limit or BUY_NEXT_S
-    market = market_of(None, cluster, asked.count or DEFAULT_COUNT)
+    cluster, time_limit_s = found.problem.cluster, given.time_limit or BUY_NEXT_S
+    market = market_of(None, cluster, given.count or DEFAULT_COUNT)
     shape = node_shape(cluster, like=None, gpus_per_node=None, zone=None, nic=None)
     engine, num_gpus = found.problem.family.engine, cluster.num_gpus()
 

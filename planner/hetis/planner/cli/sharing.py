@@ -9,11 +9,12 @@ from typing import Annotated, Literal
 import typer
 
 from hetis.commands.terminal import Terminal
-from hetis.planner.cli import options, outputs
+from hetis.planner.cli import outputs
 from hetis.planner.cli.exit_codes import ExitCode
 from hetis.planner.cli.failures import refuse, report_no_plan
-from hetis.planner.cli.options import group, option, verb
-from hetis.planner.cli.requests import requested
+from hetis.planner.cli.parameters import options
+from hetis.planner.cli.parameters.options import group, option, verb
+from hetis.planner.cli.parameters.requests import requested
 from hetis.planner.cli.searching import search_interruptibly, work_interruptibly
 from hetis.solver.budget import Budget, Report
 from hetis.solver.errors import NoPlanFoundError

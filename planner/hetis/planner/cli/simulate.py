@@ -13,12 +13,13 @@ import typer
 from hetis.commands.terminal import Terminal
 from hetis.formats.errors import DocumentError
 from hetis.formats.files import write_atomically
-from hetis.planner.cli import options, outputs, values
+from hetis.planner.cli import outputs
 from hetis.planner.cli.dispatch import announce_compilation
 from hetis.planner.cli.exit_codes import ExitCode
 from hetis.planner.cli.failures import refuse
-from hetis.planner.cli.options import PlanArgument, group, panel, verb
-from hetis.planner.cli.requests import requested
+from hetis.planner.cli.parameters import options, values
+from hetis.planner.cli.parameters.options import PlanArgument, group, panel, verb
+from hetis.planner.cli.parameters.requests import requested
 from hetis.planner.cli.searching import simulate_interruptibly
 from hetis.planner.use_cases.service_level import Statistic
 
@@ -174,7 +175,7 @@ class SimulateOptions:
 
 
 @verb()
-def simulate(terminal: Terminal, plan: PlanArgument, *, asked: SimulateOptions) -> ExitCode:
+def simulate(terminal: Terminal, plan: PlanArgument, *, wanted: SimulateOptions) -> ExitCode:
     """Run a plan under traffic in virtual time, and compare the result with the plan's promises.
 
     The plan is held to the service level for which it was made, unless another one is given.
@@ -190,76 +191,76 @@ def simulate(terminal: Terminal, plan: PlanArgument, *, asked: SimulateOptions) 
     from hetis.simulator.arrivals import Arrivals, Load
     from hetis.simulator.values import Settings
 
-    asked = asked.without_contradictions()
-    asked.refuse_unwritable()
+    wanted = wanted.without_contradictions()
+    wanted.refuse_unwritable()
     found = load_plan_and_problem(plan)
     for warning in found.warnings:
         terminal.warn(warning)
     if not found.plan.replicas:
         terminal.error("the plan has no replicas to simulate")
         return ExitCode.INVALID
-    if not asked.no_dispatch and any(replica.attention_workers for replica in found.plan.replicas):
+    if not wanted.no_dispatch and any(replica.attention_workers for replica in found.plan.replicas):
         announce_compilation(terminal)
-    limits = _limits(found.plan.objective, asked)
+    limits = _limits(found.plan.objective, wanted)
     level = DEFAULT
-    if not asked.saturate:
+    if not wanted.saturate:
         level = level_to_hold(
-            found.plan, limits, ttft=asked.ttft_statistic, tpot=asked.tpot_statistic, attainment=asked.attainment
+            found.plan, limits, ttft=wanted.ttft_statistic, tpot=wanted.tpot_statistic, attainment=wanted.attainment
         )
-    drawn = not asked.recorded and not asked.saturate
+    drawn = not wanted.recorded and not wanted.saturate
     load = Load(
-        lengths=_lengths(terminal, found, asked),
+        lengths=_lengths(terminal, found, wanted),
         max_position=found.problem.model.max_position,
-        arrivals=Arrivals.RECORDED if asked.recorded else Arrivals.SATURATED if asked.saturate else Arrivals.DRAWN,
-        rate_rps=rate_to_simulate(found.plan, found.problem) if drawn and asked.rate is None else asked.rate,
-        gap_cv=asked.cv,
+        arrivals=Arrivals.RECORDED if wanted.recorded else Arrivals.SATURATED if wanted.saturate else Arrivals.DRAWN,
+        rate_rps=rate_to_simulate(found.plan, found.problem) if drawn and wanted.rate is None else wanted.rate,
+        gap_cv=wanted.cv,
     )
     # The traffic remains the one for the plan as it is.
     given = engine_settings(
-        max_num_seqs=asked.max_num_seqs, chunk_tokens=(asked.chunk_tokens,), kv_blocks=asked.kv_blocks
+        max_num_seqs=wanted.max_num_seqs, chunk_tokens=(wanted.chunk_tokens,), kv_blocks=wanted.kv_blocks
     )
     started = at_settings(found.plan, found.problem, given)
     found = replace(found, plan=started.plan, problem=started.problem)
-    num_requests = asked.requests or simulating.default_requests(found.plan, load, level)
-    files = (asked.perfetto, asked.requests_csv, asked.plot, asked.html)
-    faults = _faults(asked, found.plan, found.problem)
-    spacing_s = None if asked.sweep else simulating.sample_spacing_s(found.plan, load, num_requests, faults)
+    num_requests = wanted.requests or simulating.default_requests(found.plan, load, level)
+    files = (wanted.perfetto, wanted.requests_csv, wanted.plot, wanted.html)
+    faults = _faults(wanted, found.plan, found.problem)
+    spacing_s = None if wanted.sweep else simulating.sample_spacing_s(found.plan, load, num_requests, faults)
     question = simulating.Question(
         load=load,
         num_requests=num_requests,
-        seeds=tuple(range(asked.seed, asked.seed + asked.seeds)),
+        seeds=tuple(range(wanted.seed, wanted.seed + wanted.seeds)),
         settings=Settings(
-            discipline="greedy" if asked.greedy else "apart",
-            chunks="paced" if asked.paced else "planned",
-            router=asked.router,
-            dispatch=not asked.no_dispatch,
-            redispatch=not asked.no_redispatch and not asked.no_dispatch,
-            theta=asked.theta,
+            discipline="greedy" if wanted.greedy else "apart",
+            chunks="paced" if wanted.paced else "planned",
+            router=wanted.router,
+            dispatch=not wanted.no_dispatch,
+            redispatch=not wanted.no_redispatch and not wanted.no_dispatch,
+            theta=wanted.theta,
             faults=faults,
             sample_every_s=spacing_s,
-            trace=asked.perfetto is not None,
+            trace=wanted.perfetto is not None,
         ),
         limits=limits,
         service_level=level,
-        sweeps=asked.sweep,
-        tolerance=asked.tolerance or DEFAULT_TOLERANCE,
-        precision=(asked.precision or DEFAULT_PRECISION) if asked.until_stable else None,
+        sweeps=wanted.sweep,
+        tolerance=wanted.tolerance or DEFAULT_TOLERANCE,
+        precision=(wanted.precision or DEFAULT_PRECISION) if wanted.until_stable else None,
         engine_settings=given,
         changes=started.changes,
-        keep_run=any(path is not None for path in files) and not asked.sweep,
+        keep_run=any(path is not None for path in files) and not wanted.sweep,
     )
-    return _finish(terminal, found, question, asked)
+    return _finish(terminal, found, question, wanted)
 
 
-def _lengths(terminal: Terminal, found: PlanAndProblem, asked: SimulateOptions) -> Trace | Workload:
+def _lengths(terminal: Terminal, found: PlanAndProblem, wanted: SimulateOptions) -> Trace | Workload:
     """Return the requests of a trace if one is specified, or else those that the plan was made for."""
     from hetis.formats.workload import with_prefix_hits
     from hetis.planner.use_cases.simulation.simulate import load_lengths
 
-    if asked.trace is None:
-        return with_prefix_hits(found.inputs.workload, asked.prefix_hit_rate)  # not clipped
-    lengths, planned = load_lengths(asked.trace, asked.prefix_hit_rate), found.problem.workload.prefix_hit_rate
-    if planned and not lengths.prefix_hit_rate and asked.prefix_hit_rate is None:
+    if wanted.trace is None:
+        return with_prefix_hits(found.inputs.workload, wanted.prefix_hit_rate)  # not clipped
+    lengths, planned = load_lengths(wanted.trace, wanted.prefix_hit_rate), found.problem.workload.prefix_hit_rate
+    if planned and not lengths.prefix_hit_rate and wanted.prefix_hit_rate is None:
         terminal.warn(
             f"{lengths.name} has no prefix hit rate, while the plan expects {planned:.3g} of prompt tokens in "
             "prefix caches:"
@@ -268,30 +269,30 @@ def _lengths(terminal: Terminal, found: PlanAndProblem, asked: SimulateOptions) 
     return lengths
 
 
-def _limits(objective: Objective, asked: SimulateOptions) -> Objective:
-    given = {"ttft_limit_s": asked.ttft, "tpot_limit_s": asked.tpot}
+def _limits(objective: Objective, wanted: SimulateOptions) -> Objective:
+    given = {"ttft_limit_s": wanted.ttft, "tpot_limit_s": wanted.tpot}
     limits: dict[str, Any] = {
         name: None if limit == values.NO_LIMIT else limit for name, limit in given.items() if limit is not None
     }
     return replace(objective, **limits)
 
 
-def _faults(asked: SimulateOptions, plan: Plan, problem: PlacementProblem) -> tuple[Fault, ...]:
+def _faults(wanted: SimulateOptions, plan: Plan, problem: PlacementProblem) -> tuple[Fault, ...]:
     from hetis.planner.use_cases.simulation.simulate import faults_of
     from hetis.simulator.records import load_faults
     from hetis.simulator.values import Fault
 
     given = [
         Fault(at_s=at_s, device=device, joins=joins)
-        for option, texts, joins in (("--fail", asked.fail, False), ("--join", asked.join, True))
+        for option, texts, joins in (("--fail", wanted.fail, False), ("--join", wanted.join, True))
         for device, at_s in (values.device_at(text, option) for text in texts or ())
     ]
     named = faults_of(given, plan, problem, source="--fail, --join")
-    listed = () if asked.faults is None else faults_of(load_faults(asked.faults), plan, problem, source=asked.faults)
+    listed = () if wanted.faults is None else faults_of(load_faults(wanted.faults), plan, problem, source=wanted.faults)
     return tuple(sorted(named + listed, key=lambda fault: fault.at_s))
 
 
-def _finish(terminal: Terminal, found: PlanAndProblem, question: Question, asked: SimulateOptions) -> ExitCode:
+def _finish(terminal: Terminal, found: PlanAndProblem, question: Question, wanted: SimulateOptions) -> ExitCode:
     """Simulate with progress and Ctrl-C, save, print, and return the exit code, whatever the outcome."""
     from hetis.planner.report.simulation import render_simulation, simulation_document
     from hetis.planner.use_cases.simulation.simulate import NothingSimulatedError, answer
@@ -301,21 +302,21 @@ def _finish(terminal: Terminal, found: PlanAndProblem, question: Question, asked
         simulated = simulate_interruptibly(
             terminal,
             lambda news: answer(
-                plan, found.problem, question, processes=asked.threads, is_cancelled=cancelled.is_set, report=news,
+                plan, found.problem, question, processes=wanted.threads, is_cancelled=cancelled.is_set, report=news,
                 begins=news.begins,
             ),
             cancelled=cancelled,
         )  # fmt: skip
     except NothingSimulatedError:
         return refuse(terminal, ExitCode.INTERRUPTED, "stopped before the simulation had results")
-    saved = _save(terminal, simulated, found, asked)
+    saved = _save(terminal, simulated, found, wanted)
     terminal.emit(lambda: simulation_document(simulated, plan), lambda: render_simulation(simulated, plan))
     if not saved:
         return ExitCode.INTERNAL
     return ExitCode.OK if simulated.complete else ExitCode.INTERRUPTED
 
 
-def _save(terminal: Terminal, simulated: Simulated, found: PlanAndProblem, asked: SimulateOptions) -> bool:
+def _save(terminal: Terminal, simulated: Simulated, found: PlanAndProblem, wanted: SimulateOptions) -> bool:
     """Save before printing, so that the files are saved even if the reader of stdout goes away."""
     from hetis.planner.report.page.pages import simulation_page
     from hetis.simulator.records import perfetto_json, requests_csv
@@ -326,15 +327,15 @@ def _save(terminal: Terminal, simulated: Simulated, found: PlanAndProblem, asked
 
     run = simulated.run
     try:
-        if asked.perfetto is not None and run is not None:
-            write(asked.perfetto, perfetto_json(run))
-        if asked.requests_csv is not None and run is not None:
-            write(asked.requests_csv, requests_csv(run))
-        if asked.plot is not None:
+        if wanted.perfetto is not None and run is not None:
+            write(wanted.perfetto, perfetto_json(run))
+        if wanted.requests_csv is not None and run is not None:
+            write(wanted.requests_csv, requests_csv(run))
+        if wanted.plot is not None:
             from hetis.planner.report.simulation_pictures import picture
 
-            write(asked.plot, picture(simulated, found.plan, form=asked.plot.suffix))
-        outputs.save_page(terminal, lambda: simulation_page(simulated, found.plan, found.problem), asked.html)
+            write(wanted.plot, picture(simulated, found.plan, form=wanted.plot.suffix))
+        outputs.save_page(terminal, lambda: simulation_page(simulated, found.plan, found.problem), wanted.html)
     except DocumentError as error:
         terminal.error("some files were not saved", [str(problem) for problem in error.problems])
         return False

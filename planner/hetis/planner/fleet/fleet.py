@@ -33,7 +33,7 @@ from hetis.planner.fleet.stream import Response, Stream
 from hetis.planner.fleet.views import Clock, FleetObserver, LiveNode, LiveReplica, kv_in_use
 from hetis.planner.fleet.writes import StoredCluster, read_clusters
 from hetis.planner.store import Store
-from hetis.v1 import agent_service_pb2, cluster_pb2, redispatch_pb2
+from hetis.v1 import agent_service_pb2, cluster_pb2, plan_pb2, redispatch_pb2, replica_pb2
 
 _log = logging.getLogger("hetis.planner.fleet")
 _HELLO_S = 10.0  # limit for the first message of a stream
@@ -160,6 +160,15 @@ class LiveFleet:
         """Return how many of the nodes of `nodes_of` are in each state, without their views."""
         leases = self._cluster(cluster).leases
         return Counter(map(leases.state, leases.nodes))
+
+    def replicas_by_state(self, cluster: str) -> Counter[replica_pb2.ReplicaState.ValueType]:
+        """Return how many replicas of the cluster are in each state, without their views."""
+        return Counter(replica.state for replica in self._cluster(cluster).replicas.values())
+
+    def activation_of(self, cluster: str) -> plan_pb2.ActivationState.ValueType | None:
+        """Return how far the plan in force is activated, or None if there is none."""
+        plan = self._cluster(cluster).plan
+        return None if plan is None else plan.activation
 
     def num_connected(self, cluster: str) -> int:
         """Return the number of nodes whose agents are connected.

@@ -14,7 +14,8 @@ from rich.text import Text
 from hetis.formats.documents import to_data
 from hetis.planner.report.differences import changed_values
 from hetis.planner.report.figures import digits, gigabytes, percent, percent_of_gap, plural, seconds, with_unit
-from hetis.planner.report.plan import demand_words, goal_line, kept_cell, problem_title, simulated_words
+from hetis.planner.report.goals import goal_line, problem_title
+from hetis.planner.report.promises import demand_words, kept_cell, simulated_words
 from hetis.planner.report.tables import as_group, facts, section, table, table_of
 from hetis.planner.use_cases.compare import PlanDiff, kept_of
 from hetis.planner.use_cases.json_values import document, fields_of

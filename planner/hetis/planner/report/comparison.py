@@ -14,7 +14,9 @@ from rich.text import Text
 from hetis.formats.documents import to_data
 from hetis.planner.report.changes import change_counts, change_fields
 from hetis.planner.report.figures import digits, percent, plural, tokens, with_unit
-from hetis.planner.report.plan import SMALLEST_PRICE, goal_line, kept_cell, problem_title
+from hetis.planner.report.goals import goal_line, problem_title
+from hetis.planner.report.plan import SMALLEST_PRICE
+from hetis.planner.report.promises import kept_cell
 from hetis.planner.report.tables import Narrowing, as_group, bullets, facts, grid, section, table
 from hetis.planner.use_cases.compare import Compared, Figures, best_of, figures_of, kept_of, why_outside
 from hetis.planner.use_cases.grouping import gpu_counts, used_counts

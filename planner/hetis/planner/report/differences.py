@@ -7,7 +7,7 @@ from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 
 from hetis.formats.documents import digest
 from hetis.planner.report.figures import plural
-from hetis.planner.report.plan import goal_words, limits_words
+from hetis.planner.report.goals import goal_words, limits_words
 from hetis.solver.constraints import described
 from hetis.solver.problem import PlacementProblem
 

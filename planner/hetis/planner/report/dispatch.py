@@ -134,7 +134,7 @@ def explain_redispatch(found: Redispatched) -> Iterator[str]:
     if not plan.moves:
         yield "Nothing moves: no move pays off within the expected run time of its request."
     counts = {reason: sum(move.groups for move in plan.moves if move.reason is reason) for reason in MoveReason}
-    told = {
+    reported = {
         MoveReason.BALANCE: "to make the slowest device faster",
         MoveReason.MEMORY: "because their device is or will be short of KV blocks, or another move needs the room",
         MoveReason.DRAIN: "to empty a draining device",
@@ -142,7 +142,7 @@ def explain_redispatch(found: Redispatched) -> Iterator[str]:
     }
     for reason, count in counts.items():
         if count:
-            yield f"{plural(count, 'head group')} {'moves' if count == 1 else 'move'} {told[reason]}."
+            yield f"{plural(count, 'head group')} {'moves' if count == 1 else 'move'} {reported[reason]}."
     if plan.moves:
         saved_s = plan.makespan_before_s - plan.makespan_after_s
         copying = sum(move.seconds for move in plan.moves)

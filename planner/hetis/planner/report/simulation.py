@@ -274,8 +274,8 @@ def _limits(verdict: LevelVerdict, limits: Objective) -> Table:
     made = table("'", "asked", "simulated", "'", fixed=True)
     for one in verdict.limits:
         if one.latency is None:
-            asked, reached = f"{100 * one.limit:g}%", _share(one, with_interval=True)
-            made.add_row("Requests within all limits", asked, reached, _verdict_word(one))
+            given, reached = f"{100 * one.limit:g}%", _share(one, with_interval=True)
+            made.add_row("Requests within all limits", given, reached, _verdict_word(one))
         else:
             name, reached = f"{one.latency} {one.statistic}", _seconds_with_interval(one.estimate)
             made.add_row(name, seconds(one.limit), reached, _verdict_word(one))

@@ -152,9 +152,9 @@ def pose(
         origins={**read.origins(), "cluster": origin, "profiles": {gpu: where for gpu, (where, _) in by_gpu.items()}},
     )
     spec = read.spec
-    for field, asked in (("weights", spec.weights), ("kv", spec.kv)):  # each by itself, so that the error names it
+    for field, requested in (("weights", spec.weights), ("kv", spec.kv)):  # each by itself, so that the error names it
         try:
-            in_precision(loaded, **{"weights": None, "kv": None, field: asked or None})
+            in_precision(loaded, **{"weights": None, "kv": None, field: requested or None})
         except InvalidProblemError as error:
             raise invalid_field(f"{SPEC}.{field}", str(error).removeprefix("precision: ")) from None
     posed = PosedProblem(
@@ -201,10 +201,10 @@ class _SpecReader:
             ("kv", spec.kv, lambda text: chosen_precision(text, KV_PRECISIONS)),
             ("mtp", spec.mtp, drafts),
         )
-        for name, asked, parse in texts:
+        for name, requested, parse in texts:
             try:
-                if asked:
-                    parse(asked)
+                if requested:
+                    parse(requested)
             except ValueError as error:
                 self.require(False, name, str(error))
         num = len(spec.profiles)

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING
 from hetis.formats.documents import dump_data
 from hetis.formats.errors import DocumentError, Problem, single_problem
 from hetis.planner.callers import CallerRole
-from hetis.planner.service.credentials import create_token
 from hetis.planner.service.exit_codes import ServiceExitCode
+from hetis.planner.service.identity.credentials import create_token
 from hetis.planner.service.settings import Given, PlannerConfig, load_config, mistaken_variables
 
 if TYPE_CHECKING:
@@ -44,8 +44,8 @@ def serve(path: str | None, flags: Sequence[Given], *, ready_json: bool) -> None
 
 def serve_with(open_planner: OpenPlanner, path: str | None, flags: Sequence[Given], *, ready_json: bool) -> None:
     from hetis.planner.service.limits import raise_descriptors
+    from hetis.planner.service.observability.telemetry import set_up_logs
     from hetis.planner.service.running import problems_of_access, run_planner
-    from hetis.planner.service.telemetry import set_up_logs
 
     config = load_config(path, environment=os.environ, flags=flags, look_further=problems_of_access)
     set_up_logs(level=config.log.level, form=config.log.format)
@@ -117,8 +117,8 @@ def _days(text: str) -> timedelta:
 def report(error: Exception) -> ServiceExitCode:
     """Print the error on stderr, never a traceback, and return its exit code."""
     from hetis.planner.failures import ServiceError
+    from hetis.planner.service.observability.telemetry import MissingExtraError
     from hetis.planner.service.server import AddressError
-    from hetis.planner.service.telemetry import MissingExtraError
     from hetis.planner.store.opening import StoreError
 
     match error:

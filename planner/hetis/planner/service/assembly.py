@@ -27,7 +27,7 @@ from hetis.planner.resources.proposals import PlacementProposals, StoredPlacemen
 from hetis.planner.resources.watches import ClusterWatches, RunningResources
 from hetis.planner.service.audit_refusals import AuditRefusals
 from hetis.planner.service.loops import Loops
-from hetis.planner.service.overview import KvHistories, Overviews
+from hetis.planner.service.observability.overview import KvHistories, Overviews
 from hetis.planner.service.servicers import (
     agent_methods,
     cluster_methods,

@@ -17,11 +17,11 @@ from hetis.commands.endpoints import STREAM_OPEN
 from hetis.planner.callers import ANYBODY, Identity, present_caller, set_present_caller
 from hetis.planner.failures import Reason, ServiceError
 from hetis.planner.service import statuses
-from hetis.planner.service.access import CONNECT, has_role, is_open, require_role
 from hetis.planner.service.audit_refusals import NOT_KEPT
-from hetis.planner.service.credentials import Authenticator
+from hetis.planner.service.identity.access import CONNECT, has_role, is_open, require_role
+from hetis.planner.service.identity.credentials import Authenticator
 from hetis.planner.service.limits import WRITES, CallLimits, WriteRates
-from hetis.planner.service.telemetry import CallRecord, Telemetry
+from hetis.planner.service.observability.telemetry import CallRecord, Telemetry
 from hetis.planner.store import AuditedChange
 
 _log = logging.getLogger("hetis.planner.calls")

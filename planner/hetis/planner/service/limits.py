@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from hetis.formats.descriptors import raise_descriptor_limit
 from hetis.planner.callers import CallerRole, Identity
 from hetis.planner.failures import Reason, ServiceError, quota_exceeded
-from hetis.planner.service.access import CONNECT, NEEDED, STANDBY_READS, is_open
+from hetis.planner.service.identity.access import CONNECT, NEEDED, STANDBY_READS, is_open
 from hetis.planner.service.settings import is_socket_path, split_address
 
 MOST_OF_A_CALLER = 100

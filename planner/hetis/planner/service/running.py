@@ -19,7 +19,8 @@ from hetis.formats.errors import DocumentError, Problem, attempt
 from hetis.formats.files import read_text
 from hetis.planner.failures import Reason, ServiceError
 from hetis.planner.service.calls import Calls
-from hetis.planner.service.certificates import (
+from hetis.planner.service.exit_codes import ServiceExitCode
+from hetis.planner.service.identity.certificates import (
     Certificates,
     Reloaded,
     ends_of_certificates,
@@ -27,15 +28,14 @@ from hetis.planner.service.certificates import (
     keep_fresh,
     names_of_certificate,
 )
-from hetis.planner.service.credentials import Authenticator, Credentials, NoCredentials, Tokens
-from hetis.planner.service.exit_codes import ServiceExitCode
+from hetis.planner.service.identity.credentials import Authenticator, Credentials, NoCredentials, Tokens
 from hetis.planner.service.limits import ConnectionLimits, ConnectionWatch, WriteRates, ports_of, reserved_for_page
 from hetis.planner.service.loops import Loops
-from hetis.planner.service.metrics import ServiceMetrics
+from hetis.planner.service.observability.metrics import ServiceMetrics
+from hetis.planner.service.observability.telemetry import Telemetry, open_traces
 from hetis.planner.service.server import PlannerServer
 from hetis.planner.service.settings import OFF, PlannerConfig, is_socket_path, split_address, without_password
 from hetis.planner.service.status_page import PageLimits, StatusPage, status_app
-from hetis.planner.service.telemetry import Telemetry, open_traces
 
 if TYPE_CHECKING:
     from hetis.planner.service.succession import Succession

@@ -27,12 +27,12 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from hetis.commands.endpoints import is_ip, joined
 from hetis.planner.failures import ServiceError
 from hetis.planner.report.page.blocks import live_script_policy
-from hetis.planner.service.metrics import CONTENT_TYPE, ServiceMetrics
+from hetis.planner.service.observability.metrics import CONTENT_TYPE, ServiceMetrics
 from hetis.planner.service.server import AddressError
 from hetis.planner.service.settings import split_address
 
 if TYPE_CHECKING:
-    from hetis.planner.service.overview import Overview
+    from hetis.planner.service.observability.overview import Overview
     from hetis.planner.service.succession import Succession
 
 
@@ -192,7 +192,9 @@ def status_app(
     recent = Recent[Response](fresh_s=fresh_s)  # its callers need no credentials, and must not stall the planner
 
     async def drawn(only: str) -> Response:
-        from hetis.planner.service.status_html import status_html  # late: wrong settings are reported first
+        from hetis.planner.service.observability.status_html import (
+            status_html,  # late: wrong settings are reported first
+        )
 
         found = source.clusters_now(only)
         if only and not found:
@@ -240,6 +242,11 @@ def status_app(
     async def ready(_request: Request) -> Response:
         return PlainTextResponse("ready\n") if is_ready() else PlainTextResponse("not ready\n", status_code=503)
 
+    async def leads(_request: Request) -> Response:
+        if source.leads and is_ready():
+            return PlainTextResponse("leads\n")
+        return PlainTextResponse("does not lead\n", status_code=503)
+
     return Starlette(
         routes=[
             Route("/", page, methods=["GET"]),
@@ -247,6 +254,7 @@ def status_app(
             Route("/metrics", show_metrics, methods=["GET"]),
             Route("/healthz", alive, methods=["GET"]),
             Route("/readyz", ready, methods=["GET"]),
+            Route("/leaderz", leads, methods=["GET"]),
         ],
         middleware=[Middleware(_KnownHosts, hosts=hosts)],
     )
@@ -309,7 +317,13 @@ def overview_data(overview: Overview, *, version: str, is_ready: bool) -> dict[s
             "counted_s_ago": round(overview.counted_s_ago, 3),
         },
         "clusters": [
-            {"name": cluster.name, "active_plan": cluster.active_plan, "nodes": dict(cluster.num_nodes)}
+            {
+                "name": cluster.name,
+                "active_plan": cluster.active_plan,
+                "activation": cluster.activation,
+                "nodes": dict(cluster.num_nodes),
+                "replicas": dict(cluster.num_replicas),
+            }
             for cluster in overview.clusters
         ],
         "plans": dict(overview.num_plans),

@@ -20,13 +20,13 @@ from prometheus_client.registry import Collector
 from hetis.commands.endpoints import STANDBY_ANSWER
 from hetis.planner.failures import Reason, ServiceError
 from hetis.planner.fleet.settings import FleetCounters
-from hetis.planner.service.access import LIVE_READS, needs_leader
 from hetis.planner.service.assembly import Term
 from hetis.planner.service.audit_refusals import AuditRefusals
 from hetis.planner.service.exit_codes import ServiceExitCode
+from hetis.planner.service.identity.access import LIVE_READS, needs_leader
 from hetis.planner.service.loops import Loops
-from hetis.planner.service.metrics import FleetCollector, StoreCollector
-from hetis.planner.service.overview import ClusterNow, Overview
+from hetis.planner.service.observability.metrics import FleetCollector, StoreCollector
+from hetis.planner.service.observability.overview import ClusterNow, Overview
 from hetis.planner.service.settings import PlannerConfig, default_store
 from hetis.planner.store import AuditedChange, Lease, Store, StoreError, Transaction
 

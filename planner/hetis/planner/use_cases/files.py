@@ -105,12 +105,12 @@ def convert(
     ratio = characters_per_token or CHARACTERS_PER_TOKEN
     count, is_asked = tokenizer_counter(tokenizer) if tokenizer else characters_counter(ratio), False
 
-    def asked(text: str) -> int:
+    def given(text: str) -> int:
         nonlocal is_asked
         is_asked = True
         return count(text)
 
-    trace = read_trace(path, count=asked)
+    trace = read_trace(path, count=given)
     warnings = []
     if is_asked and not tokenizer:
         warnings.append(

@@ -1,8 +1,8 @@
 """A request for a plan: every field with its type, default and help, stated once.
 
-Options of `hetis-plan place`, and of other verbs that plan, are made from these fields (`hetis.planner.cli.requests`),
-and with them the names in ``hetis.toml``; so are the arguments of `hetis.place` (`hetis.planner.library.placing`). A
-PlanSpec has those that a planner offers (`hetis.planner.convert.plan_specs`).
+Options of `hetis-plan place`, and of other verbs that plan, are made from these fields, and with them the names in
+``hetis.toml`` (`hetis.planner.cli.parameters.requests`); so are the arguments of `hetis.place`
+(`hetis.planner.library.placing`). A PlanSpec has those that a planner offers (`hetis.planner.convert.plan_specs`).
 """
 
 from __future__ import annotations

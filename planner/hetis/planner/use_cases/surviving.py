@@ -68,8 +68,8 @@ def surviving_plan(find: Find, probe: Find, problem: PlacementProblem, place: st
         plan = _united(_Zones(probe, problem).cheapest(), first, posed)
     else:
         plan = first
-    asked, left = plan.objective.demand_rps or 0.0, left_without(plan, problem, place)
-    return _with_cost(plan, alone, place, asked, left, least=first.result.bound)
+    given, left = plan.objective.demand_rps or 0.0, left_without(plan, problem, place)
+    return _with_cost(plan, alone, place, given, left, least=first.result.bound)
 
 
 def check_survival(problem: PlacementProblem, place: str) -> None:
@@ -142,14 +142,14 @@ def _grown(probe: Find, problem: PlacementProblem, plan: Plan, demand: float) ->
     Each step assumes that the next plan loses as much. It may be infeasible if the plan has replicas that span many
     nodes; then half the step is tried.
     """
-    utilisation, asked, too_much = problem.assumptions.planned_utilisation, plan.objective.demand_rps or 0.0, math.inf
+    utilisation, given, too_much = problem.assumptions.planned_utilisation, plan.objective.demand_rps or 0.0, math.inf
     for _ in range(MOST_TRIES):
         lost = worst_node(plan, problem)
-        rate, whole = (0.0, asked) if lost is None else (utilisation * lost.rate, utilisation * lost.whole)
+        rate, whole = (0.0, given) if lost is None else (utilisation * lost.rate, utilisation * lost.whole)
         if rate >= demand * ENOUGH:
             return plan
-        wanted = max(asked * LEAST_GROWTH, demand + whole - rate)
-        wanted = wanted if wanted < too_much else (asked + too_much) / 2.0
+        wanted = max(given * LEAST_GROWTH, demand + whole - rate)
+        wanted = wanted if wanted < too_much else (given + too_much) / 2.0
         try:
             plan = probe(_for(problem, wanted))
         except InfeasibleError:
@@ -157,7 +157,7 @@ def _grown(probe: Find, problem: PlacementProblem, plan: Plan, demand: float) ->
         except NoPlanFoundError:
             return None
         else:
-            asked = wanted
+            given = wanted
     return plan if left_without(plan, problem, "node") >= demand * ENOUGH else None
 
 
@@ -386,7 +386,7 @@ def _demand(problem: PlacementProblem) -> float:
     return problem.objective.demand_rps or 0.0
 
 
-def _with_cost(plan: Plan, alone: Plan, place: str, asked: float, rate: float, *, least: float) -> Plan:
+def _with_cost(plan: Plan, alone: Plan, place: str, given: float, rate: float, *, least: float) -> Plan:
     """Return the plan with a note on the cost of surviving; ``least`` is a bound for all plans that survive."""
     demand, unit = alone.objective.demand_rps or 0.0, plan.objective.unit
     if plan is alone:
@@ -395,7 +395,7 @@ def _with_cost(plan: Plan, alone: Plan, place: str, asked: float, rate: float, *
         value, without = plan.result.value, alone.result.value
         more = f"{value / without - 1.0:.1%}" if without else f"{value:.4g} {unit}"
         note = (
-            f"sized for {asked:.4g} requests/s, so that {rate:.4g} are served when any one {place} is lost: {more} "
+            f"sized for {given:.4g} requests/s, so that {rate:.4g} are served when any one {place} is lost: {more} "
             f"more than {without:.4g} {unit} of the plan for {demand:.4g} requests/s without that; no plan "
             f"that keeps it takes less than {least:.4g} {unit}"
         )

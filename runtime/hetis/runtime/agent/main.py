@@ -18,6 +18,7 @@ from typing import Annotated, Any
 
 import typer
 
+from hetis.commands.groups import group, option, ungrouped
 from hetis.commands.verb import run_application, version_option
 from hetis.engines.errors import OptionError
 from hetis.formats.descriptors import raise_descriptor_limit
@@ -63,103 +64,122 @@ app = typer.Typer(
 )
 
 
-def _option(name: str, meaning: str) -> Any:
-    """Return an option that the variable HETIS_AGENT_``name`` sets as well; 80 columns have no room to show that."""
-    return typer.Option(envvar=f"HETIS_AGENT_{name}", show_envvar=False, help=meaning)
+def _option(usage: str, default: Any = "") -> Any:
+    """Declare an option that a variable sets as well, as HETIS_AGENT_STATE_DIR sets --state-dir."""
+    name = usage.partition(":")[0].partition("/")[0].removeprefix("--").replace("-", "_").upper()
+    return option(usage, default, envvar=f"HETIS_AGENT_{name}", show_envvar=False)
 
 
-Node = Annotated[str, _option("NODE", "Name of this node: clusters/NAME/nodes/NODE. Required.")]
-Devices = Annotated[str, _option("DEVICES", "Source of the devices: auto, nvml, none or simulated:TYPE:COUNT,...")]
-SimulatedDevices = Annotated[
-    str,
-    _option("SIMULATED_DEVICES", "TYPE:COUNT,...; short for --devices simulated:TYPE:COUNT,..."),
-]
+@group
+class PlannerOptions:
+    """The planner, and how the agent identifies itself there."""
+
+    server: str = _option(
+        "--server: Address of the planner, host:port; separate several by commas, and the agent finds the leader.",
+        "127.0.0.1:8470",
+    )
+    tls_ca: Path | None = _option("--tls-ca: CA of the planner's certificate.", None)
+    tls_cert: Path | None = _option("--tls-cert: Client certificate of this node.", None)
+    tls_key: Path | None = _option("--tls-key: Key of the client certificate.", None)
+    token_file: Path | None = _option("--token-file: File with the bearer token; or set HETIS_AGENT_TOKEN.", None)
+    insecure: bool = _option("--insecure/--no-insecure: Connect without TLS to a planner on another machine.", False)
+
+    def address(self) -> PlannerAddress:
+        """Raises OptionError with all problems."""
+        uses_tls = self.tls_ca is not None or self.tls_cert is not None
+        return PlannerAddress(
+            server=self.server,
+            ca=self.tls_ca,
+            cert=self.tls_cert,
+            key=self.tls_key,
+            token_file=self.token_file,
+            is_plain=self.insecure or (loopback_server(self.server) and not uses_tls),
+        )
+
+
+@group
+class EngineOptions:
+    """The node and its engine."""
+
+    node: str = _option("--node: Name of this node: clusters/NAME/nodes/NODE. Required.")
+    engine: str = _option(
+        "--engine: Engine: unix:///PATH, vllm:http://HOST:PORT, sglang:http://HOST:PORT, launch:FILE or none.", "none"
+    )
+    engine_address: str = _option("--engine-address: Address where the engine listens for other engines.")
+    state_dir: Path | None = _option(
+        "--state-dir: Directory of the agent's persistent state. Default: under XDG_STATE_HOME.", None
+    )
+
+
+@group
+class DeviceOptions:
+    """The node's devices."""
+
+    devices: str = _option("--devices: Source of the devices: auto, nvml, none or simulated:TYPE:COUNT,...", "auto")
+    simulated_devices: str = _option(
+        "--simulated-devices: TYPE:COUNT,...; short for --devices simulated:TYPE:COUNT,..."
+    )
+
+    @property
+    def source(self) -> str:
+        return f"simulated:{self.simulated_devices}" if self.simulated_devices else self.devices
+
+
+@group
+class ServiceOptions:
+    """What the agent says of itself."""
+
+    metrics: str = _option("--metrics: Serve the agent's Prometheus metrics on HOST:PORT.")
+    log_level: str = _option("--log-level: Log level: debug, info, warning or error.", "info")
 
 
 @app.callback(invoke_without_command=True)
+@ungrouped
 def run(
     context: typer.Context,
-    server: Annotated[
-        str,
-        _option(
-            "SERVER", "Address of the planner, host:port; separate several by commas, and the agent finds the leader."
-        ),
-    ] = "127.0.0.1:8470",
-    node: Node = "",
-    engine: Annotated[
-        str,
-        _option(
-            "ENGINE",
-            "Engine: unix:///PATH, vllm:http://HOST:PORT, sglang:http://HOST:PORT, launch:FILE or none.",
-        ),
-    ] = "none",
-    engine_address: Annotated[
-        str, _option("ENGINE_ADDRESS", "Address where the engine listens for other engines.")
-    ] = "",
-    state_dir: Annotated[
-        Path | None, _option("STATE_DIR", "Directory of the agent's persistent state. Default: under XDG_STATE_HOME.")
-    ] = None,
-    tls_ca: Annotated[Path | None, _option("TLS_CA", "CA of the planner's certificate.")] = None,
-    tls_cert: Annotated[Path | None, _option("TLS_CERT", "Client certificate of this node.")] = None,
-    tls_key: Annotated[Path | None, _option("TLS_KEY", "Key of the client certificate.")] = None,
-    token_file: Annotated[
-        Path | None, _option("TOKEN_FILE", "File with the bearer token; or set HETIS_AGENT_TOKEN.")
-    ] = None,
-    insecure: Annotated[bool, _option("INSECURE", "Connect without TLS to a planner on another machine.")] = False,
-    metrics: Annotated[str, _option("METRICS", "Serve the agent's Prometheus metrics on HOST:PORT.")] = "",
-    devices: Devices = "auto",
-    simulated_devices: SimulatedDevices = "",
-    log_level: Annotated[str, _option("LOG_LEVEL", "Log level: debug, info, warning or error.")] = "info",
+    planner: PlannerOptions,
+    engine: EngineOptions,
+    devices: DeviceOptions,
+    service: ServiceOptions,
     _version: Annotated[bool, version_option("hetis-agent")] = False,
 ) -> None:
     """Run the agent of this node until SIGTERM."""
     if context.invoked_subcommand is not None:
         return
-    uses_tls = tls_ca is not None or tls_cert is not None
-    source = f"simulated:{simulated_devices}" if simulated_devices else devices
     with checking() as check:
-        check(lambda: set_up_logs(log_level))
-        check(lambda: checked_node(node))
-        address = check(
-            lambda: PlannerAddress(
-                server=server,
-                ca=tls_ca,
-                cert=tls_cert,
-                key=tls_key,
-                token_file=token_file,
-                is_plain=insecure or (loopback_server(server) and not uses_tls),
-            )
-        )
-        choice = check(lambda: EngineChoice.parse(engine))
-        check(lambda: checked_devices(source))
-        listen = check(lambda: checked_address("--metrics", metrics)) if metrics else None
+        check(lambda: set_up_logs(service.log_level))
+        check(lambda: checked_node(engine.node))
+        address = check(planner.address)
+        choice = check(lambda: EngineChoice.parse(engine.engine))
+        check(lambda: checked_devices(devices.source))
+        listen = check(lambda: checked_address("--metrics", service.metrics)) if service.metrics else None
     assert address is not None
     assert choice is not None
     raise_descriptor_limit("hetis-agent", least=_LEAST_FILES, enough=_ENOUGH_FILES)
     from hetis.runtime.agent.daemon import Parts, run_agent
 
     parts = Parts(
-        node=node,
+        node=engine.node,
         address=address,
         choice=choice,
-        engine_address=engine_address,
-        state_dir=state_dir or default_state_dir(os.environ.get("XDG_STATE_HOME"), node),
-        devices=source,
+        engine_address=engine.engine_address,
+        state_dir=engine.state_dir or default_state_dir(os.environ.get("XDG_STATE_HOME"), engine.node),
+        devices=devices.source,
         metrics=listen,
         agent_version=version("hetis"),
     )
     run_until_signal(run_agent(parts))
 
 
-@app.command()
-def devices(devices: Devices = "auto", simulated_devices: SimulatedDevices = "") -> None:
+@app.command(name="devices")
+@ungrouped
+def list_devices(devices: DeviceOptions) -> None:
     """Print the devices that the agent finds here, as JSON."""
     from google.protobuf import json_format
 
     from hetis.runtime.agent.devices import discover
 
-    found = discover(f"simulated:{simulated_devices}" if simulated_devices else devices)
-    print(json.dumps(json_format.MessageToDict(found, preserving_proto_field_name=True), indent=2))
+    print(json.dumps(json_format.MessageToDict(discover(devices.source), preserving_proto_field_name=True), indent=2))
 
 
 def main() -> int:

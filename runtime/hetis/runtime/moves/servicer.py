@@ -14,16 +14,19 @@ from grpc_status import rpc_status
 
 from hetis.runtime.moves.changes import EngineChange, has_ended
 from hetis.runtime.moves.engine import SteeredEngine, pieces_of
-from hetis.runtime.moves.refusals import RefusedError, status_of
+from hetis.runtime.moves.refusals import RefusedError, refusal, status_of
 from hetis.v1 import executor_service_pb2 as messages
 from hetis.v1 import executor_service_pb2_grpc
 from hetis.v1.change_pb2 import ChangePhase, ChangeStatus
+from hetis.v1.failure_pb2 import ErrorReason
 
 T = TypeVar("T")
 Context = grpc.aio.ServicerContext[Any, Any]
 PROGRESS_S = 0.1  # interval between progress messages of a copy
 _TURNS = 10  # passes of the event loop granted to calls that were cut off; two suffice today
 DEFAULT_REPORT_S = 1.0
+LEAST_UNCHANGED_S = 0.05  # interval between two reads of a report that has not changed: each takes time from a step
+MOST_WATCHES = 64  # streams of reports at a time; an agent needs one, and so does each engine of another node
 
 
 def bind_socket(server: grpc.aio.Server, path: Path) -> None:
@@ -100,6 +103,8 @@ class ExecutorServicer(executor_service_pb2_grpc.ExecutorServiceServicer):
 
     def __init__(self, host: EngineHost) -> None:
         self._host = host
+        self._num_watches = 0
+        self._reading: asyncio.Task[messages.WatchReportsResponse] | None = None
 
     async def ApplyAssignment(
         self, request: messages.ApplyAssignmentRequest, context: Context
@@ -148,18 +153,34 @@ class ExecutorServicer(executor_service_pb2_grpc.ExecutorServiceServicer):
     async def WatchReports(
         self, request: messages.WatchReportsRequest, context: Context
     ) -> AsyncIterator[messages.WatchReportsResponse]:
+        if self._num_watches >= MOST_WATCHES:
+            why = f"{MOST_WATCHES} streams of reports are open already; end one first"
+            await _refuse(context, refusal(ErrorReason.ERROR_REASON_TOO_MANY_STREAMS, why, max_streams=MOST_WATCHES))
         interval_s = DEFAULT_REPORT_S
         if request.HasField("min_interval"):
             interval_s = min(max(request.min_interval.ToNanoseconds() / 1e9, 0.01), 600.0)
         sent = None
-        while True:
-            report = await self._host.do(lambda engine, now_s: engine.report(now_s))
-            if report != sent:
-                sent = report
-                yield report
-                await asyncio.sleep(interval_s)
-            else:
-                await self._host.stepped()
+        self._num_watches += 1
+        try:
+            while True:
+                report = await asyncio.shield(self._read_report())
+                if report != sent:
+                    sent = report
+                    yield report
+                    await asyncio.sleep(interval_s)
+                else:
+                    await self._host.stepped()
+                    await asyncio.sleep(min(interval_s, LEAST_UNCHANGED_S))
+        finally:
+            self._num_watches -= 1
+            if not self._num_watches and self._reading is not None:
+                self._reading.cancel()
+
+    def _read_report(self) -> asyncio.Task[messages.WatchReportsResponse]:
+        """Read a report; streams that want one at the same time share it, because it takes time between two steps."""
+        if self._reading is None or self._reading.done():
+            self._reading = asyncio.ensure_future(self._host.do(lambda engine, now_s: engine.report(now_s)))
+        return self._reading
 
     async def ReadHeadMaps(
         self, request: messages.ReadHeadMapsRequest, context: Context

@@ -8,51 +8,27 @@ that re-dispatch sees what dispatch saw. Nothing here knows of vLLM.
 from __future__ import annotations
 
 import time
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
+from hetis.runtime.vllm.requests import AllocatorStats
 from hetis.runtime.vllm.steps import LOCAL, Admitted, GroupMove
-from hetis.solver.dispatch.problem import DeviceLoad, FloatArray, HeadShape, IntArray, Requests, Stage
+from hetis.solver.dispatch.problem import DeviceLoad, HeadShape, IntArray, Requests, Stage
 from hetis.solver.dispatch.snapshot import DeviceStatus, StateSnapshot
 from hetis.solver.dispatch.solve import Dispatcher
 from hetis.solver.dispatch.state import DispatchState
-from hetis.solver.redispatch.problem import RedispatchProblem
-from hetis.solver.redispatch.solve import Redispatcher
-from hetis.solver.redispatch.triggers import Watch, triggers
 
 if TYPE_CHECKING:
-    from hetis.runtime.vllm.settings import EngineRedispatchSettings
+    pass
 
 
 _ENDLESS = 2**39  # blocks of the rank itself in the solver's state: vLLM's pool counts the real ones
 _MOST_RECENT = 256  # decision times that are kept until they are taken
 
 Policy = Literal["solver", "local", "remote"]
-
-
-@dataclass(slots=True, kw_only=True)
-class AllocatorStats:
-    """Decisions since the start."""
-
-    # Number of placements by reason: ``costs`` (the solver chose), ``policy`` (the settings decide), ``prefix_hit`` and
-    # ``no_worker`` (all groups stay here), ``no_room`` (nowhere; vLLM tries again)
-    decisions: Counter[str] = field(default_factory=Counter)
-    dispatch_s: float = 0.0  # seconds that the decisions took
-    longest_dispatch_s: float = 0.0  # seconds of the longest decision
-    recent_s: list[float] = field(default_factory=list)  # seconds of each recent decision, until they are taken
-    recomputed: int = 0  # requests that lost KV with a worker
-    moved_groups: int = 0  # head groups that have moved
-    relieved_blocks: int = 0  # blocks that moved to workers where a request would have been preempted
-    released: int = 0  # requests that ended, or were preempted, while they ran
-
-    def take_recent(self) -> list[float]:
-        """Return the seconds of each decision since the last call, as far as they are kept."""
-        recent, self.recent_s = self.recent_s, []
-        return recent
 
 
 @dataclass(slots=True)
@@ -461,48 +437,3 @@ def _named(counts: Sequence[int]) -> tuple[int, ...]:
                 devices.append(device)
                 left[device] -= 1
     return tuple(devices)
-
-
-class Redispatch:
-    """Examines one engine's requests at a fixed interval of steps, and makes the moves that pay.
-
-    A look costs the scheduler's process milliseconds, so it is only taken if a trigger fires: the slowest device is far
-    above the ideal, or a device is above its high-water mark, draining, or has come back.
-    """
-
-    def __init__(
-        self,
-        allocator: HeadAllocator,
-        begin_move: Callable[[str, Sequence[int], int], int | None],
-        settings: EngineRedispatchSettings,
-        *,
-        num_layers: int,
-        link_byte_s: Callable[[], FloatArray],
-    ) -> None:
-        """Initialise with the model's ``num_layers`` and the seconds per byte of KV leaving each device, shape [D]."""
-        self._allocator, self._begin_move, self._settings = allocator, begin_move, settings
-        self._num_layers, self._link_byte_s, self._steps = num_layers, link_byte_s, 0
-        self._watch = Watch()
-
-    def advance(self) -> None:
-        """Count a step. If it is time, begin the moves of the first wave; later waves come with later looks."""
-        self._steps += 1
-        allocator = self._allocator
-        if allocator.state.stage.num_devices == 1:
-            return  # there is nowhere to go
-        due = self._settings.enabled and self._steps % self._settings.every_steps == 0
-        if not due or not allocator.running or allocator.moves:
-            return
-        snapshot = allocator.snapshot()
-        dispatcher = Dispatcher(snapshot.stage)
-        fired = triggers(snapshot, dispatcher, theta=self._settings.theta)
-        if not self._watch.due(snapshot, fired):
-            return
-        problem = RedispatchProblem(snapshot=snapshot, num_layers=self._num_layers, link_byte_s=self._link_byte_s())
-        moves = [move for move in Redispatcher(dispatcher).solve(problem).moves if move.wave == 0]
-        self._watch.looked(snapshot, fired, moved=bool(moves))
-        allocator.state.mark_seen()
-        for move in moves:
-            owners = allocator.devices(move.request)
-            groups = [group for group, device in enumerate(owners) if device == move.source][: move.groups]
-            self._begin_move(move.request, groups, move.target)

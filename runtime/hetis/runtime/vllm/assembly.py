@@ -19,7 +19,8 @@ from hetis.runtime.transport.channel import ChannelKind
 from hetis.runtime.transport.frames import uptime_s
 from hetis.runtime.vllm.backend import HeadGroupImpl, UnsupportedModelError
 from hetis.runtime.vllm.blocks import HeadGroupSpec
-from hetis.runtime.vllm.costs import CONTEXTS, Calibration, Coefficients, TimedCall, calibrate, fit_calls, head_shape
+from hetis.runtime.vllm.calibration import CONTEXTS, Calibration, TimedCall, calibrate, fit_calls
+from hetis.runtime.vllm.coefficients import Coefficients, head_shape
 from hetis.runtime.vllm.head_map import StepRequests, part_of, slots_of
 from hetis.runtime.vllm.moving import BlockStore
 from hetis.runtime.vllm.rank import Rank

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from vllm.v1.outputs import KVConnectorOutput
     from vllm.v1.request import Request
 
-    from hetis.runtime.vllm.costs import Calibration
+    from hetis.runtime.vllm.calibration import Calibration
     from hetis.runtime.vllm.rank import Rank
 
 
@@ -194,7 +194,7 @@ class HetisConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         self, metadata: dict[tuple[int, int], KVConnectorHandshakeMetadata]
     ) -> None:
         found = {where: one for where, one in metadata.items() if isinstance(one, RankHandshake)}
-        self._decider.greet(
+        self._decider.workers_connected(
             {where: one.blocks for where, one in found.items()},
             {where: one.calibrations for where, one in found.items()},
         )
@@ -214,9 +214,9 @@ class HetisConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
 
     def update_connector_output(self, connector_output: KVConnectorOutput) -> None:
         reports = connector_output.kv_connector_worker_meta
-        self._decider.hear_void(connector_output.invalid_block_ids)
+        self._decider.recompute_void(connector_output.invalid_block_ids)
         if isinstance(reports, Reports):
-            self._decider.hear(reports.by_rank)
+            self._decider.take_reports(reports.by_rank)
 
     def get_kv_connector_stats(self) -> HetisStats | None:
         data = None if self._scheduler is None else self._scheduler.take_stats()

@@ -14,15 +14,24 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
 
-from hetis.runtime.attention.device import DeviceStep, Pending
+from hetis.runtime.attention.device import DeviceStep
 from hetis.runtime.attention.kv import DeviceError, KvShape, SequenceKey
-from hetis.runtime.vllm.costs import OVER_READING, Calibration, LayerTime, token_bytes
+from hetis.runtime.vllm.batches import (
+    Batch,
+    LayerTimes,
+    LocalAttention,
+    Remote,
+    Sorting,
+    StepDescription,
+    attend_directly,
+)
+from hetis.runtime.vllm.calibration import Calibration, token_bytes
+from hetis.runtime.vllm.costs import OVER_READING, LayerTime
 from hetis.runtime.vllm.head_map import IntArray, RankHeadMap, StepRequests, VirtualBatch, part_of, slots_of
 from hetis.runtime.vllm.moving import BlockStore, KvMigrator
 from hetis.runtime.vllm.steps import LOCAL, Admitted, Gone, Grown, MoveStep, RankReport, Rehomed, StepPlan, WorkerReport
@@ -46,95 +55,6 @@ def set_current_rank(rank: Rank | None) -> None:
 
 REPORT_S = 1.0  # interval between reports of counters
 MOST_TAKEN = 15  # steps per device in a report: as many as costs take their median over
-
-
-class BaseBuilder(Protocol):
-    """Describes virtual sequences to vLLM's own backend."""
-
-    def build_base(self, part: VirtualBatch, tables: torch.Tensor, slots: torch.Tensor, common: Any) -> Any:
-        """Return the metadata of ``part``, whose block tables are [N, width]; ``common`` is vLLM's of the step."""
-
-
-class StepDescription(Protocol):
-    """A step as vLLM describes it."""
-
-    @property
-    def common(self) -> Any:
-        """vLLM's `CommonAttentionMetadata`."""
-
-    @property
-    def builder(self) -> BaseBuilder:
-        """Describes the part of the step that is computed here."""
-
-
-class LocalAttention(Protocol):
-    """vLLM's own backend, for one layer."""
-
-    def attend_here(
-        self,
-        layer: Any,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        kv_cache: torch.Tensor,
-        slots: torch.Tensor,
-        metadata: Any,
-        out: torch.Tensor,
-    ) -> None:
-        """Store k and v [V, 1, d] and attend with q [V, r, d], into out [V, r, d]."""
-
-
-@dataclass(slots=True)
-class _LayerTimes:
-    """The total time that layers of a step took on one device, between ``least_s`` and ``most_s`` seconds."""
-
-    count: int = 0
-    least_s: float = 0.0
-    most_s: float = 0.0
-
-    def add(self, least_s: float, most_s: float) -> None:
-        self.count += 1
-        self.least_s += least_s
-        self.most_s += most_s
-
-
-@dataclass(slots=True, kw_only=True, eq=False)
-class _Remote:
-    """One worker's part of a step: rows ``begin`` to ``end - 1`` of those sorted by device."""
-
-    device: int
-    part: VirtualBatch
-    begin: int
-    end: int
-    pending: Pending | None = None
-    asked_s: float = 0.0
-    sent_s: float = 0.0
-    layers: _LayerTimes = field(default_factory=_LayerTimes)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class _Sorting:
-    """The order of rows by device."""
-
-    order: torch.Tensor  # rows of ``query.view(T G, r, d)``: those computed here first, then those of each worker
-    # Position in ``order`` of each row of ``query.view(T G, r, d)``; its length if the row is void
-    places: torch.Tensor
-
-
-@dataclass(slots=True, kw_only=True, eq=False)
-class _Batch:
-    """A step as this rank computes it."""
-
-    common: Any  # vLLM's description, the same for all layers of the step
-    requests: StepRequests
-    num_tokens: int
-    local: VirtualBatch
-    tables: torch.Tensor
-    slots: torch.Tensor
-    remotes: list[_Remote]
-    sorting: _Sorting | None  # None if all rows are computed here
-    base: dict[int, Any] = field(default_factory=dict)  # metadata of vLLM's backend, by builder
-    layers: _LayerTimes = field(default_factory=_LayerTimes)  # times of the layers computed here
 
 
 class Rank:
@@ -163,13 +83,13 @@ class Rank:
         self.migrator = KvMigrator(self.heads, workers, shape, store, bytes_per_step=copy_bytes_per_step)
         self._shape, self._layers, self._clock = shape, layers, clock
         self._head_groups, self._block_tokens = head_groups, block_tokens
-        self._batch: _Batch | None = None
+        self._batch: Batch | None = None
         self._plan, self._step = -1, 0
         self._void: set[int] = set()  # anchors of this step's void requests
         self._reports: dict[int, WorkerReport] = {}
         self._calibrations = {} if calibrations is None else calibrations
         self._joined: set[int] = set()
-        self._taken: dict[int, deque[tuple[VirtualBatch, _LayerTimes]]] = {}  # decode-only parts, by device
+        self._taken: dict[int, deque[tuple[VirtualBatch, LayerTimes]]] = {}  # decode-only parts, by device
         self._reported_s = clock()
 
     # --- between steps
@@ -300,7 +220,7 @@ class Rank:
             attend_here(q, k, v, by_group)
             out.copy_(by_group.view(groups, tokens, -1, d).transpose(0, 1))
 
-    def _begin(self, metadata: StepDescription) -> _Batch:
+    def _begin(self, metadata: StepDescription) -> Batch:
         """Determine where each head group of this step lives, and announce the step to the workers."""
         self._abandon()  # a step that was never finished: vLLM may warm up without the connector
         self._step += 1
@@ -327,7 +247,7 @@ class Rank:
         width = int(-(-local.lasts.max(initial=1) // self._block_tokens))
         tables = self.heads.tables[rows, local.groups, :width]
         remotes = [] if local.is_everything else self._remotes(requests, devices, local.num_tokens)
-        self._batch = batch = _Batch(
+        self._batch = batch = Batch(
             common=common,
             requests=requests,
             num_tokens=num_tokens,
@@ -341,23 +261,23 @@ class Rank:
             self._announce(remote, requests)
         return batch
 
-    def _remotes(self, requests: StepRequests, devices: IntArray, begin: int) -> list[_Remote]:
+    def _remotes(self, requests: StepRequests, devices: IntArray, begin: int) -> list[Remote]:
         """Return the workers' parts of a step; ``devices`` is [R, G]. Their rows begin at ``begin``."""
         remotes = []
         for number in sorted(set(devices.ravel().tolist()) - {-1, LOCAL}):
             part = part_of(requests, devices == number)
             end = begin + part.num_tokens
-            remotes.append(_Remote(device=number, part=part, begin=begin, end=end))
+            remotes.append(Remote(device=number, part=part, begin=begin, end=end))
             begin = end
         return remotes
 
-    def _sorting(self, tokens: int, local: VirtualBatch, remotes: list[_Remote], device: torch.device) -> _Sorting:
+    def _sorting(self, tokens: int, local: VirtualBatch, remotes: list[Remote], device: torch.device) -> Sorting:
         order = np.concatenate([local.rows, *(remote.part.rows for remote in remotes)])
         places = np.full(tokens * self._head_groups, len(order), np.int64)
         places[order] = np.arange(len(order))
-        return _Sorting(order=torch.from_numpy(order).to(device), places=torch.from_numpy(places).to(device))
+        return Sorting(order=torch.from_numpy(order).to(device), places=torch.from_numpy(places).to(device))
 
-    def _announce(self, remote: _Remote, requests: StepRequests) -> None:
+    def _announce(self, remote: Remote, requests: StepRequests) -> None:
         part = remote.part
         step = DeviceStep(
             epoch=self.workers.epoch,
@@ -375,8 +295,8 @@ class Rank:
 
     def _attend_everywhere(
         self,
-        batch: _Batch,
-        sorting: _Sorting,
+        batch: Batch,
+        sorting: Sorting,
         layer: int,
         qkv: torch.Tensor,
         attend_here: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], None],
@@ -397,7 +317,7 @@ class Rank:
             self._answer(remote, layer, qkv[rows], results[rows], batch)
         torch.index_select(results, 0, sorting.places, out=out.flatten(0, 1))
 
-    def _ask(self, remote: _Remote, layer: int, qkv: torch.Tensor) -> None:
+    def _ask(self, remote: Remote, layer: int, qkv: torch.Tensor) -> None:
         remote.pending = None
         device = self.workers.get(remote.device)
         if device is None:
@@ -411,7 +331,7 @@ class Rank:
             report = self._reports[remote.device] = WorkerReport(self.blocks(remote.device))
         report.exchanged.bytes_sent += qkv.nbytes
 
-    def _answer(self, remote: _Remote, layer: int, qkv: torch.Tensor, out: torch.Tensor, batch: _Batch) -> None:
+    def _answer(self, remote: Remote, layer: int, qkv: torch.Tensor, out: torch.Tensor, batch: Batch) -> None:
         """Put a worker's outputs in their place, or make up for them."""
         waits_s = self._clock()
         if remote.pending is not None:
@@ -426,7 +346,7 @@ class Rank:
                 return
         self._make_up(remote, layer, qkv, out, batch)
 
-    def _make_up(self, remote: _Remote, layer: int, qkv: torch.Tensor, out: torch.Tensor, batch: _Batch) -> None:
+    def _make_up(self, remote: Remote, layer: int, qkv: torch.Tensor, out: torch.Tensor, batch: Batch) -> None:
         """Compute the requests that begin in this step here, and void the others, as the worker is lost."""
         part = remote.part
         for sequence in range(len(part)):
@@ -441,7 +361,7 @@ class Rank:
                 out[rows] = 0
                 self._void.add(int(self.heads.anchors[row]))
 
-    def _time(self, remote: _Remote, waits_s: float) -> None:
+    def _time(self, remote: Remote, waits_s: float) -> None:
         """Record how long a worker took. An answer that was already there, maybe for long, only gives a bound."""
         got_s, calibration = self._clock(), self._calibrations.get(remote.device)
         read_s = 0.0 if calibration is None else calibration.read_s
@@ -449,12 +369,12 @@ class Rank:
         was_late = got_s - waits_s > OVER_READING * read_s
         remote.layers.add(most_s if was_late else most_s - (waits_s - remote.sent_s), most_s)
 
-    def _remember(self, device: int, part: VirtualBatch, layers: _LayerTimes) -> None:
+    def _remember(self, device: int, part: VirtualBatch, layers: LayerTimes) -> None:
         """Keep the times of a step on a device for the next report, if it only decoded there."""
         if layers.count and part.num_tokens == len(part):
             self._taken.setdefault(device, deque(maxlen=MOST_TAKEN)).append((part, layers))
 
-    def _time_taken(self, part: VirtualBatch, layers: _LayerTimes) -> LayerTime:
+    def _time_taken(self, part: VirtualBatch, layers: LayerTimes) -> LayerTime:
         return LayerTime(
             heads=len(part) * self._shape.queries_per_group,
             kv_bytes=float(part.lasts.sum()) * token_bytes(self._shape),
@@ -498,34 +418,3 @@ class Rank:
             self.migrator.lose(number)
             for row in self.heads.with_groups_on(number):
                 self.heads.must_restart[row] = True
-
-
-# Queries at a time: all of a prompt's would need memory that grows with the square of its length.
-_PIECE_TOKENS = 256
-
-
-def attend_directly(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, shape: KvShape, layer: int) -> torch.Tensor:
-    """Return causal attention of a whole sequence, computed in float32.
-
-    Args:
-        q: queries of one head group, shape [tokens, r, d].
-        k, v: its keys and values, shape [tokens, d].
-        shape: has the scale, the soft cap, and the window of ``layer``.
-
-    Returns:
-        Outputs, shape [tokens, r, d], float32.
-    """
-    outputs = torch.empty((*q.shape[:-1], v.shape[-1]), dtype=torch.float32, device=q.device)
-    at = torch.arange(len(k), device=q.device)
-    for begin in range(0, len(k), _PIECE_TOKENS):
-        end = min(begin + _PIECE_TOKENS, len(k))
-        scores = torch.einsum("trd,sd->rts", q[begin:end].float(), k[:end].float()) * shape.scale
-        if shape.soft_cap:
-            scores = shape.soft_cap * torch.tanh(scores / shape.soft_cap)
-        distance = at[begin:end, None] - at[None, :end]
-        seen = distance >= 0
-        if window := shape.windows[layer]:
-            seen &= distance < window
-        weights = torch.softmax(scores.masked_fill(~seen, float("-inf")), dim=-1)
-        outputs[begin:end] = torch.einsum("rts,sd->trd", weights, v[:end].float())
-    return outputs

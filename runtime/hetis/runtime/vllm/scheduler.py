@@ -13,8 +13,9 @@ from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
+from hetis.runtime.vllm.requests import RequestStats, VllmRequest
 from hetis.runtime.vllm.settings import PluginSettings
 from hetis.runtime.vllm.steps import LOCAL, Exchanged, GroupMove, MoveStep, RankReport, Rehomed, StepPlan
 
@@ -22,14 +23,14 @@ if TYPE_CHECKING:
     from hetis.runtime.moves.engine import SteeredEngine
     from hetis.runtime.vllm.allocator import HeadAllocator
     from hetis.runtime.vllm.blocks import HeadGroupManager
-    from hetis.runtime.vllm.costs import Calibration, EngineCosts
+    from hetis.runtime.vllm.calibration import Calibration
+    from hetis.runtime.vllm.costs import EngineCosts
     from hetis.solver.dispatch.problem import HeadShape
 
 MOST_WORKS, MOST_S = 8, 0.002  # limits on other threads' work between two steps; at least one piece of work is done
 
 T = TypeVar("T")
 _log = logging.getLogger(__name__)
-_RECENT = 64  # number of times over which means are taken
 MovedBy = Literal["planner", "engine", "relief"]
 
 
@@ -98,23 +99,6 @@ class Boundary:
             self._waiting.discard(wake)
 
 
-class VllmRequest(Protocol):
-    """The part of vLLM's requests that is used here."""
-
-    request_id: str
-    max_tokens: int
-    arrival_time: float
-    num_computed_tokens: int
-    num_in_flight_tokens: int
-    num_stale_output_tokens: int
-    drop_stale_output: bool
-
-    @property
-    def num_tokens(self) -> int: ...
-    @property
-    def num_output_tokens(self) -> int: ...
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineShape:
     """The properties of the engine that matter for placement."""
@@ -154,8 +138,9 @@ class SchedulerSide:
     def bind(self, manager: HeadGroupManager, shape: EngineShape) -> None:
         """Connect to the block manager."""
         # Load compiled code here and not earlier, because vLLM inspects everything that is loaded while it starts.
-        from hetis.runtime.vllm.allocator import HeadAllocator, Redispatch
+        from hetis.runtime.vllm.allocator import HeadAllocator
         from hetis.runtime.vllm.costs import EngineCosts
+        from hetis.runtime.vllm.redispatch import Redispatch
         from hetis.solver.dispatch.solve import compile_dispatch
         from hetis.solver.redispatch.solve import compile_redispatch
 
@@ -191,7 +176,7 @@ class SchedulerSide:
         """Connect the counts and, if there is an agent, the engine that it steers; ``close`` closes its socket."""
         self._take_counts, self._steered, self._close = take_counts, steered, close
 
-    def greet(
+    def workers_connected(
         self,
         blocks: Mapping[tuple[int, int], tuple[int, ...]],
         calibrations: Mapping[tuple[int, int], Mapping[int, Calibration]] | None = None,
@@ -249,13 +234,13 @@ class SchedulerSide:
             events, self._manager.events = self._manager.events, []
             return StepPlan(self.num_steps, tuple(events))
 
-    def hear(self, reports: Mapping[int, RankReport]) -> None:
+    def take_reports(self, reports: Mapping[int, RankReport]) -> None:
         """Take the ranks' reports after a step."""
         with self.boundary.lock:
             for rank, report in reports.items():
-                self._hear(rank, report)
+                self._take_report(rank, report)
 
-    def hear_void(self, anchors: Collection[int]) -> None:
+    def recompute_void(self, anchors: Collection[int]) -> None:
         """Recompute the requests, given by their anchors, whose outputs of a step are void."""
         if anchors:
             with self.boundary.lock:
@@ -348,10 +333,10 @@ class SchedulerSide:
         """Return whether vLLM has no request."""
         return self.requests.is_empty and self.allocator.is_idle
 
-    def _hear(self, rank: int, report: RankReport) -> None:
+    def _take_report(self, rank: int, report: RankReport) -> None:
         self.costs.measured(rank, report.calibrations)
         for device, taken in report.taken.items():
-            self.costs.hear(device, taken)
+            self.costs.record(device, taken)
         for device, one in report.devices.items():
             self.exchanged[device].add(one.exchanged)
             for where in sorted(self._blocks)[rank : rank + 1]:
@@ -404,63 +389,3 @@ class SchedulerSide:
             anchor, devices = self._manager.anchor(request_id), tuple(self.allocator.devices(request_id))
             self._manager.events.append(Rehomed(anchor, devices))
             _log.warning("request %s lost KV with worker %s", request_id, self.settings.workers[device - 1].name)
-
-
-class RequestStats:
-    """Counts and times of vLLM's requests that the allocator does not need.
-
-    Attributes:
-        num_finished: requests that have ended since the start.
-        num_ran_to_end: of these, requests that were running when they ended.
-    """
-
-    def __init__(self) -> None:
-        self.num_finished = self.num_ran_to_end = 0
-        self._known: set[str] = set()
-        self._awaited: dict[str, VllmRequest] = {}  # requests that have no token yet
-        self._first_s: dict[str, float] = {}  # time of each request's first token
-        self._ttft_s: deque[float] = deque(maxlen=_RECENT)
-        self._tpot_s: deque[float] = deque(maxlen=_RECENT)
-
-    @property
-    def is_empty(self) -> bool:
-        """Return whether vLLM has no request."""
-        return not self._known
-
-    @property
-    def num_known(self) -> int:
-        """The number of requests that run or wait."""
-        return len(self._known)
-
-    @property
-    def ttft_s(self) -> float:
-        """Mean seconds from arrival to the first token, over the latest requests; 0 if there are none."""
-        return sum(self._ttft_s) / len(self._ttft_s) if self._ttft_s else 0.0
-
-    @property
-    def tpot_s(self) -> float:
-        """Mean seconds per token after the first."""
-        return sum(self._tpot_s) / len(self._tpot_s) if self._tpot_s else 0.0
-
-    def arrived(self, request: VllmRequest) -> None:
-        self._known.add(request.request_id)
-        self._awaited[request.request_id] = request
-
-    def look(self, now_s: float) -> None:
-        """Record, once a step, which requests got their first token."""
-        for request in [one for one in self._awaited.values() if one.num_output_tokens]:
-            del self._awaited[request.request_id]
-            self._first_s[request.request_id] = now_s
-            self._ttft_s.append(max(now_s - request.arrival_time, 0.0))
-
-    def finished(self, request: VllmRequest, *, has_run: bool) -> None:
-        name = request.request_id
-        if name not in self._known:
-            return
-        self._known.discard(name)
-        self._awaited.pop(name, None)
-        self.num_finished += 1
-        self.num_ran_to_end += has_run
-        begun_s, num = self._first_s.pop(name, None), request.num_output_tokens
-        if begun_s is not None and num > 1:
-            self._tpot_s.append(max(time.time() - begun_s, 0.0) / (num - 1))

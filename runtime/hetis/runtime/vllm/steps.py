@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
-    from hetis.runtime.vllm.costs import Calibration, LayerTime
+    from hetis.runtime.vllm.calibration import Calibration
+    from hetis.runtime.vllm.costs import LayerTime
 
 LOCAL = 0  # the rank itself as a device; workers count from 1
 

@@ -52,7 +52,7 @@ MakeDevice = Callable[[KvShape], LocalDevice]
 _ANSWERED = frozenset({FrameKind.HELLO, FrameKind.ATTEND, FrameKind.EXPORT, FrameKind.PING})
 MOST = 64  # maximum number of connections that have not greeted; the oldest makes room
 AGAIN_S = 0.01  # wait after a connection that could not be accepted
-LOOK_S = 0.1  # interval between checks for another engine while this one is silent
+LOOK_S = 0.1  # interval between checks for another engine, whether or not this one is busy
 IDLE_S = 1.0  # interval between checks while there is none
 MEMORY_S = 0.005  # the same while a greeting comes through shared memory, which no poll shows
 _log = logging.getLogger(__name__)
@@ -289,10 +289,19 @@ class PendingConnections:
 class WorkerLoop:
     """Runs a core over the connections that arrive at ``listener``. Each begins with a HELLO."""
 
-    def __init__(self, core: WorkerCore, listener: socket.socket, *, stall_s: float = 10.0) -> None:
+    def __init__(
+        self,
+        core: WorkerCore,
+        listener: socket.socket,
+        *,
+        stall_s: float = 10.0,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self.core = core
         self._pending = PendingConnections(listener, stall_s=stall_s)
         self._channel: Channel | None = None
+        self._clock = clock
+        self._looked_s = -math.inf  # when it last checked for another engine
 
     def run(self) -> None:
         """Serve until the process is ended."""
@@ -306,17 +315,18 @@ class WorkerLoop:
             return
         try:
             frame = self._channel.receive(LOOK_S)
-            if frame is None:
-                self._take_newcomers(0.0)
-            elif frame.kind is FrameKind.BYE:
+            if frame is not None and frame.kind is FrameKind.BYE:
                 self._leave("it said goodbye")
-            elif (answer := self.core.handle(frame)) is not None:
+            elif frame is not None and (answer := self.core.handle(frame)) is not None:
                 self._channel.send([answer])
         except ChannelError as error:
             self._leave(str(error))
+        if self._clock() - self._looked_s >= LOOK_S:
+            self._take_newcomers(0.0)
 
     def _take_newcomers(self, wait_s: float) -> None:
-        """Check for another engine while this one is silent. It is obeyed with the right key, unless it is outdated."""
+        """Check for another engine, which is obeyed if it has the right key and started later than this one."""
+        self._looked_s = self._clock()
         for channel, hello in self._pending.greeted(wait_s):
             self._take_newcomer(channel, hello)
 

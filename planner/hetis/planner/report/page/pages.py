@@ -13,6 +13,7 @@ from hetis.planner.report import comparison
 from hetis.planner.report.changes import MAX_STEPS, change_cost_words, change_counts, lowest_words, step_rows
 from hetis.planner.report.differences import LIMITS, difference_words, differences, is_one_question
 from hetis.planner.report.figures import digits, percent, plural, seconds, tokens, with_unit
+from hetis.planner.report.goals import problem_line, problem_title
 from hetis.planner.report.page.blocks import (
     Block,
     Grid,
@@ -26,7 +27,7 @@ from hetis.planner.report.page.blocks import (
     render_page,
 )
 from hetis.planner.report.page.plan_section import plan_blocks
-from hetis.planner.report.plan import kept_cell, problem_line, problem_title
+from hetis.planner.report.promises import kept_cell
 from hetis.planner.report.simulation import service_level_words
 from hetis.planner.report.simulation_pictures import Panel, panels_of, panels_of_sweep
 from hetis.planner.report.tables import SimulationRemarks

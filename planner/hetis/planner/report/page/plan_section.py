@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from hetis.planner.report import plan as plan_report
+from hetis.planner.report import promises
 from hetis.planner.report.explanation import memory_shares, time_shares
 from hetis.planner.report.figures import (
     digits,
     gigabytes,
     percent,
-    percent_at_least,
     plural,
     seconds,
     tokens,
-    with_unit,
 )
 from hetis.planner.report.page.axes import chart_of
 from hetis.planner.report.page.blocks import (
@@ -26,35 +24,27 @@ from hetis.planner.report.page.blocks import (
     ChangeStep,
     Charts,
     Grid,
-    Scale,
-    ScaleRow,
     Segment,
     Sentences,
     Stack,
     StackRow,
-    Tile,
     Tiles,
     Waterfall,
     Waterfalls,
     grid_of,
 )
 from hetis.planner.report.page.fleet_map import MAX_NAMED, fleet_map, replica_name, shape_letter
+from hetis.planner.report.page.key_figures import key_tiles, limits_scale, worth_scale
 from hetis.planner.report.replica import stage_rows, unit_of_room
 from hetis.planner.report.simulation_pictures import Panel
-from hetis.planner.report.tables import SimulationRemarks, kept_beyond
-from hetis.planner.use_cases.compare import cost_rate
 from hetis.planner.use_cases.grouping import ReplicaGroup, group_replicas
-from hetis.planner.use_cases.record.parts import Losses, MadeFrom, Requested, Verified
+from hetis.planner.use_cases.record.parts import MadeFrom, Requested
 from hetis.planner.use_cases.robustness.profile_errors import used_fits
-from hetis.planner.use_cases.verification.choosing import OUT_OF_TIME, stopped_simulation_of
-from hetis.planner.use_cases.verification.outcome import attained, limited_latencies, misses
 from hetis.solver.placement.explanation import explain_plan
-from hetis.solver.plan import Explanation, MemoryBar, ObjectiveKind, Plan, ReplicaPlan, Role, parallel_sizes
+from hetis.solver.plan import Explanation, MemoryBar, Plan, ReplicaPlan, Role, parallel_sizes
 from hetis.solver.problem import PlacementProblem
 
 MAX_SHAPES = 12  # shapes of replicas that are described in full
-AXIS = 1.25  # ratio of an axis to the limit
-ROOM = 1.02  # ratio of an axis to its longest bar
 
 _MEMORY_COLORS = {"unusable": PLAIN, "engine": 5, "weights": 0, "KV": 2, "activations": 1, "free": 7}
 _TIME_COLORS = {
@@ -81,10 +71,10 @@ def plan_blocks(
     """
     explanation = explain_plan(plan, problem)
     if plan.replicas:
-        yield Tiles(tiles=tuple(_tiles(plan, problem)))
-    yield _worth(plan)
+        yield Tiles(tiles=tuple(key_tiles(plan, problem)))
+    yield worth_scale(plan)
     if plan.replicas:
-        yield _limits(plan)
+        yield limits_scale(plan)
     yield fleet_map(plan, problem.cluster, explanation)
     groups = group_replicas(plan.replicas)
     if groups:
@@ -106,181 +96,14 @@ def plan_blocks(
         yield _prices(plan, has_market=has_market)
     yield Sentences(
         title="Simpler setups",
-        lines=tuple(plan_report.simple_setups(plan)),
-        intro=f"One GPU type per replica and equal layers per stage{plan_report.by_unified(plan)}, "
+        lines=tuple(promises.simple_setups(plan)),
+        intro=f"One GPU type per replica and equal layers per stage{promises.by_unified(plan)}, "
         "the best of each under the same limits.",
     )
     if plan.runners_up:
         yield _runners_up(plan)
     yield _profiles(plan, problem)
     yield Sentences(title="Notes, and how to reproduce it", lines=plan.notes, terms=tuple(_made(plan)), folded=True)
-
-
-# --- key figures
-
-
-def _tiles(plan: Plan, problem: PlacementProblem) -> Iterator[Tile]:
-    kept, expected = plan_report.less_than_planned(plan), plan_report.range_of(plan)
-    kind, figures = plan.objective.kind, plan_report.promised_figures(plan, problem)
-    span = "" if expected is None else f"{digits(expected.rate.low)} to {digits(expected.rate.high)} by profile errors"
-    by_model = "by the model; simulated traffic misses them" if plan_report.misses_as_planned(plan) else span
-    yield Tile(
-        label="Throughput" if kind is ObjectiveKind.THROUGHPUT else "Served within the limits",
-        value=digits(figures.rate_rps),
-        unit="requests/s",
-        note=by_model if kept is None else f"simulated; by the model {digits(plan.result.value)}",
-    )
-    if (demand_rps := plan.objective.demand_rps) is not None:
-        missed = plan_report.misses_demand(plan)
-        yield Tile(
-            label="Demand",
-            value=digits(demand_rps),
-            unit="requests/s",
-            note="not met" if missed else "",
-            tone="bad" if missed else "",
-        )
-    yield Tile(
-        label="Tokens",
-        value=digits(figures.output_tokens_per_s),
-        unit="output tokens/s",
-        note=f"for {digits(figures.prompt_tokens_per_s)} prompt tokens/s",
-    )
-    if figures.usd_per_hour is None:
-        yield Tile(label="Cost", value="unknown", note="a GPU in use has no price")
-    else:
-        yield Tile(label="Cost", value=digits(figures.usd_per_hour), unit="USD/h", note="of the GPUs in use")
-        if figures.usd_per_million_output_tokens is not None:
-            dollars = digits(figures.usd_per_million_output_tokens)
-            cost_rps = cost_rate(plan)
-            at = "" if cost_rps is None else f" at the demanded {digits(cost_rps)} requests/s"
-            yield Tile(label="Cost of tokens", value=dollars, unit="USD per million", note=f"output tokens{at}")
-    held, idle = len(plan.held_by_others()), figures.gpus_idle
-    unused = [f"{held:,} held by other tenants"] if held else []
-    unused += [f"{idle:,} idle"] if idle else []
-    yield Tile(
-        label="GPUs in use",
-        value=f"{figures.gpus_used:,}",
-        unit=f"of {problem.cluster.num_gpus():,}",
-        note=", ".join([plural(len(plan.replicas), "replica"), *unused]),
-    )
-    yield from _against_today(plan)
-    yield from _simulated(plan)
-    for place, loss in Losses.of(plan).by_place.items():
-        yield Tile(
-            label=f"After losing any one {place}",
-            value=percent_at_least(loss.share) if loss.rate else "nothing",
-            unit="at least still served" if loss.rate else "still served",
-            note=f"worst: {loss.name}",
-        )
-
-
-def _against_today(plan: Plan) -> Iterator[Tile]:
-    """Yield the plan beside equal stages, alike: both as simulated, or both by the model."""
-    ours, theirs, are_simulated = plan_report.beside_by_rates(plan)
-    if theirs is not None and theirs > 0:
-        ratio = ours / theirs - 1.0
-        good = ratio > 0 if plan.objective.maximises else ratio < 0
-        sign = "+" if ratio > 0 else "−" if ratio < 0 else ""
-        value = f"{digits(theirs)} {plan.result.unit}{plan_report.by_unified(plan)}"
-        by = "by the model; equal stages, not simulated: " if plan_report.is_below_model(plan) else "equal stages: "
-        by = "in simulation; equal stages: " if are_simulated else by
-        yield Tile(
-            label="Compared with today's practice",
-            value=f"{sign}{percent(abs(ratio))}" if ratio else "the same",
-            note=f"{by}{value}",
-            tone="good" if good else "",
-        )
-
-
-def _simulated(plan: Plan) -> Iterator[Tile]:
-    found = Verified.of(plan).verification
-    if found is None:
-        stopped = stopped_simulation_of(plan)
-        if stopped is not None and stopped.missed:
-            yield Tile(label="Simulated", value="MISSED", note=f"{stopped.missed}; {stopped.why}", tone="bad")
-        elif stopped is not None:
-            value = "not decided" if stopped.why == OUT_OF_TIME else "no"
-            yield Tile(label="Simulated", value=value, note=stopped.why)
-        return
-    said = "".join(f"; {line}" for line in SimulationRemarks.of(found).lines())
-    if found.kept:
-        beyond = kept_beyond(found.rate_rps, found.kept_rps)
-        note = f"at {digits(found.rate_rps)} requests/s; {attained(found, plan)}{beyond}{said}"
-        yield Tile(label="Simulated", value="limits kept", note=note, tone="" if found.too_short else "good")
-    else:
-        until = "no rate tried keeps them" if found.kept_rps is None else f"kept up to {digits(found.kept_rps)}/s"
-        yield Tile(
-            label="Simulated", value="MISSED", note="; ".join([*misses(found, plan)[:1], until]) + said, tone="bad"
-        )
-
-
-# --- quality and limits
-
-
-def _worth(plan: Plan) -> Scale:
-    """Return the value next to its bound and to equal stages, today's practice."""
-    result, expected = plan.result, plan_report.range_of(plan)
-    _, theirs, are_simulated = plan_report.beside_by_rates(plan)
-    beside = theirs or 0.0
-    band = (expected.rate.low, expected.rate.high) if expected is not None and plan.objective.maximises else None
-    known = [result.value, beside, *(band or ()), *([result.bound] if math.isfinite(result.bound) else [])]
-    axis = max(known) * ROOM or 1.0
-    rows = [
-        ScaleRow(
-            label="This plan",
-            text=with_unit(result.value, result.unit),
-            share=result.value / axis,
-            band=(band[0] / axis, band[1] / axis) if band else None,
-            mark=result.bound / axis if math.isfinite(result.bound) else None,
-            strong=True,
-        )
-    ]
-    if (kept := plan_report.less_than_planned(plan)) is not None:
-        simulated = with_unit(kept.rate_rps, result.unit) if kept.rate_rps else "none of the rates tried"
-        rows.append(ScaleRow(label="Kept, simulated", text=simulated, share=kept.rate_rps / axis))
-    if beside:
-        label = "Equal stages (unified)" if plan_report.excludes_unified(plan) else "Equal stages"
-        label += ", simulated" if are_simulated else ""
-        rows.append(ScaleRow(label=label, text=with_unit(beside, result.unit), share=beside / axis))
-    bound = f"bound {with_unit(result.bound, result.unit)}" if math.isfinite(result.bound) else "no bound"
-    notes = [f"The line is the {bound}: {plan_report.verdict(plan)}."]
-    if band:
-        notes.append("The band shows the effect of the errors of the profiles.")
-    if (words := plan_report.beside_equal_stages(plan)) is not None:
-        notes.append(f"Equal stages are the usual setup of engines without a planner: {words}.")
-    if engines := plan_report.beside_engines(plan, hints=False):
-        notes.append(f"What other engines would serve: {'; '.join(engines)}.")
-    return Scale(title=f"How good it is: {result.objective.value}", rows=tuple(rows), note=" ".join(notes))
-
-
-def _limits(plan: Plan) -> Scale:
-    simulated, rows, without = Verified.of(plan).verification, list[ScaleRow](), list[str]()
-    found = [] if simulated is None else limited_latencies(simulated, plan)
-    for each in plan_report.limits(plan):
-        name, reached, limit = each.name, each.value_s, each.limit_s
-        remarks = f" ({', '.join(each.remarks())})" if each.remarks() else ""
-        if limit is None:
-            without.append(f"{name} {seconds(reached)}{remarks}")
-            continue
-        values = [(f"{name}, planned{remarks}", reached)]
-        values += [(f"{one.name}, simulated", one.value_s) for one in found if name.startswith(one.latency)]
-        axis = max(AXIS * limit, *(value * ROOM for _, value in values))
-        for label, value in values:
-            rows.append(
-                ScaleRow(
-                    label=label,
-                    text=f"{seconds(value)} of {seconds(limit)} ({percent(value / limit)})",
-                    share=value / axis,
-                    mark=limit / axis,
-                    tone="bad" if value > limit * (1 + 1e-9) else "",
-                )
-            )
-    notes = ["The line is the limit."] if rows else []
-    if simulated is not None and simulated.kept and any(row.tone for row in rows):
-        notes.append("A simulated value above its limit may be due to chance: its interval extends below the limit.")
-    if without:
-        notes.append(f"Without a limit: {', '.join(without)}.")
-    return Scale(title="Latency limits", rows=tuple(rows), note=" ".join(notes))
 
 
 # --- replicas
@@ -468,7 +291,7 @@ def _profiles(plan: Plan, problem: PlacementProblem) -> Grid:
     """Return the origins of the profiles and their known errors."""
     used = {gpu for price in plan.prices if price.used for gpu in [price.gpu]} or set(problem.profiles)
     origins = _mapping(MadeFrom.of(plan).origins.get("profiles"))
-    expected = plan_report.range_of(plan)
+    expected = promises.range_of(plan)
     errors = {} if expected is None else expected.errors
     rows = list[tuple[str, ...]]()
     fits = used_fits({gpu: problem.profiles[gpu] for gpu in sorted(used)}, problem.model, problem.family.tp_sizes)

@@ -55,13 +55,13 @@ def latency_curve(
     settings = AS_PLANNED if verification is None else settings_of(verification)
     for number, share in enumerate(SHARES):
 
-        def told(given: int, total: int, done: int = number) -> None:
+        def reported(given: int, total: int, done: int = number) -> None:
             report(done * total + given, len(SHARES) * total)
 
         if budget.is_spent():
             break
         tried = simulated_at(
-            part.plan, problem, share * planned_rps * part.share, limits, seed=seed, budget=budget, report=told,
+            part.plan, problem, share * planned_rps * part.share, limits, seed=seed, budget=budget, report=reported,
             lengths=(num_requests,), settings=settings,
         )  # fmt: skip
         if tried is None:

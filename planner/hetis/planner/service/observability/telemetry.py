@@ -18,7 +18,7 @@ from google.protobuf.message import Message
 from hetis.planner.callers import Identity
 from hetis.planner.failures import Reason, ServiceError
 from hetis.planner.resources.committing import named_in
-from hetis.planner.service.metrics import ServiceMetrics
+from hetis.planner.service.observability.metrics import ServiceMetrics
 from hetis.planner.store import AuditedChange
 
 if TYPE_CHECKING:

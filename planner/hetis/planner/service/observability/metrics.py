@@ -20,7 +20,7 @@ from hetis.planner.store.health import BUCKETS_S, StoreHealth
 
 if TYPE_CHECKING:
     from hetis.planner.fleet.settings import FleetCounters
-    from hetis.planner.service.overview import Overview
+    from hetis.planner.service.observability.overview import Overview
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 LOOK_S = 0.25  # between two checks of the event loop
@@ -57,6 +57,10 @@ class ServiceMetrics:
         self._epoch = gauge("hetis_planner_epoch", "Leadership term.")
         self._leader_since = gauge("hetis_planner_leader_since_seconds", "Unix time at which the term began.")
         self._nodes = gauge("hetis_planner_nodes", "Nodes by state.", ["cluster", "state"])
+        self._replicas = gauge("hetis_planner_replicas", "Replicas by state.", ["cluster", "state"])
+        self._activation = gauge(
+            "hetis_planner_activation", "1 for how far the active plan of a cluster is.", ["cluster", "state"]
+        )
         self._plans = gauge("hetis_planner_plans", "Plans by state.", ["state"])
         self._queued = gauge("hetis_planner_searches_queued", "Searches waiting for a process.")
         self._searching = gauge("hetis_planner_searches_running", "Searches running in a process.")
@@ -111,11 +115,15 @@ class ServiceMetrics:
         """Set the gauges of the planner's state, and remove those of deleted resources."""
         self._epoch.set(overview.epoch)
         self._leader_since.set(overview.leader_since_s)
-        for gauge in (self._nodes, self._plans, self._searches):
+        for gauge in (self._nodes, self._replicas, self._activation, self._plans, self._searches):
             gauge.clear()
         for cluster in overview.clusters:
             for state, count in cluster.num_nodes.items():
                 self._nodes.labels(cluster.name, state).set(count)
+            for state, count in cluster.num_replicas.items():
+                self._replicas.labels(cluster.name, state).set(count)
+            if cluster.activation:
+                self._activation.labels(cluster.name, cluster.activation).set(1)
         for state, count in overview.num_plans.items():
             self._plans.labels(state).set(count)
         for caller, counts in overview.searches_of.items():

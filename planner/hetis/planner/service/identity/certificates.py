@@ -14,13 +14,12 @@ from contextlib import suppress
 from datetime import UTC, datetime
 from functools import partial
 from ipaddress import ip_address
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 import grpc
 
 from hetis.formats.errors import DocumentError, Problem, attempt
 from hetis.formats.files import FileStamp, file_stamp, read_text
-from hetis.planner.service.settings import TlsPart
 
 T = TypeVar("T")
 _log = logging.getLogger("hetis.planner.reloading")
@@ -95,13 +94,24 @@ async def keep_fresh(
 _NO_PASSWORD = ""
 
 
+class TlsFiles(Protocol):
+    """The paths of the planner's certificate and key, and of the authority for client certificates."""
+
+    @property
+    def certificate(self) -> str: ...
+    @property
+    def key(self) -> str: ...
+    @property
+    def client_ca(self) -> str | None: ...
+
+
 class Certificates:
     """Server credentials that follow their files. Open connections keep the certificate with which they began.
 
     Raises DocumentError, with every problem, if the files cannot be used.
     """
 
-    def __init__(self, tls: TlsPart) -> None:
+    def __init__(self, tls: TlsFiles) -> None:
         self._tls, self._paths = tls, _paths_of(tls)
         self.files = Reloaded("certificate", self._paths, partial(_load, tls))
 
@@ -141,11 +151,11 @@ class Certificates:
         return grpc.dynamic_ssl_server_credentials(first, may_return_none, require_client_authentication=asks_clients)
 
 
-def _paths_of(tls: TlsPart) -> list[str]:
+def _paths_of(tls: TlsFiles) -> list[str]:
     return [path for path in (tls.certificate, tls.key, tls.client_ca) if path is not None]
 
 
-def _load(tls: TlsPart) -> grpc.ServerCertificateConfiguration:
+def _load(tls: TlsFiles) -> grpc.ServerCertificateConfiguration:
     texts: dict[str, bytes] = {}
     problems: list[Problem] = []
     for path in _paths_of(tls):
@@ -162,7 +172,7 @@ def _load(tls: TlsPart) -> grpc.ServerCertificateConfiguration:
     return grpc.ssl_server_certificate_configuration([(texts[tls.key], texts[tls.certificate])], authority)
 
 
-def _unusable(tls: TlsPart, texts: dict[str, bytes]) -> list[Problem]:
+def _unusable(tls: TlsFiles, texts: dict[str, bytes]) -> list[Problem]:
     """Return the problems that OpenSSL finds in the files; gRPC would only refuse handshakes later."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     problems: list[Problem] = []

@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from hetis.commands.terminal import WIDE, OutputFormat, Terminal, in_use
-from hetis.planner.cli import options, requests
 from hetis.planner.cli.exit_codes import ExitCode
 from hetis.planner.cli.failures import refuse
-from hetis.planner.cli.options import group, option, panel
-from hetis.planner.cli.server_verb import (
+from hetis.planner.cli.parameters import options, requests
+from hetis.planner.cli.parameters.options import group, option, panel
+from hetis.planner.cli.server.server_verb import (
     IN_CLUSTER,
     KINDS,
     InCluster,
@@ -80,7 +80,7 @@ def get(
 def _show(
     terminal: Terminal, what: str, found: list[Any], form: GetFormat, wanted: str | None, *, of_standby: bool
 ) -> None:
-    from hetis.planner.cli.resource_views import list_data, resource_data, resource_table
+    from hetis.planner.cli.server.resource_views import list_data, resource_data, resource_table
 
     if form == "name":
         if found:
@@ -128,7 +128,8 @@ def watch(
     A plan is followed on stderr and printed at its end. A cluster is printed line by line as things happen, with
     `-o json` one JSON object per line. Both go on after a lost connection.
     """
-    from hetis.planner.cli.resource_views import outcome, plan_summary, resource_data, wait_for_plan
+    from hetis.planner.cli.server.resource_views import plan_summary, resource_data
+    from hetis.planner.cli.server.waiting import outcome, wait_for_plan
     from hetis.v1 import plan_pb2
 
     if what.startswith("clusters/"):
@@ -141,7 +142,7 @@ def watch(
 def _watch_cluster(terminal: Terminal, client: Client, name: str) -> ExitCode:
     import json
 
-    from hetis.planner.cli.resource_views import lines_of_event, resource_data
+    from hetis.planner.cli.server.resource_views import lines_of_event, resource_data
 
     with interrupts_that_arrive():
         for event in client.watch_cluster(name):
@@ -186,7 +187,7 @@ def interrupts_that_arrive() -> Iterator[None]:
 @server_verb()
 def agents(terminal: Terminal, client: Client, *, where: InCluster) -> ExitCode:
     """Show nodes and their agents: state, last report, and each GPU's KV, clock and health."""
-    from hetis.planner.cli.resource_views import list_data, node_table
+    from hetis.planner.cli.server.resource_views import list_data, node_table
     from hetis.v1 import cluster_service_pb2
 
     parent = chosen_cluster(client, where.cluster)
@@ -207,7 +208,7 @@ def status(terminal: Terminal, client: Client) -> ExitCode:
 
     Exits 6 if the planner is unreachable or not serving.
     """
-    from hetis.planner.cli.resource_views import resource_data
+    from hetis.planner.cli.server.resource_views import resource_data
     from hetis.v1 import plan_pb2
 
     serving = client.is_serving()
@@ -245,7 +246,7 @@ def _page(clusters: list[Any], plans: list[Any], *, of_standby: bool) -> Rendera
     from rich.console import Group
     from rich.text import Text
 
-    from hetis.planner.cli.resource_views import resource_table
+    from hetis.planner.cli.server.resource_views import resource_table
 
     parts: list[RenderableType] = [
         Text.assemble("The planner ", ("serves", "bold green"), "."),
@@ -289,7 +290,7 @@ def audit(terminal: Terminal, client: Client, *, filters: FilterOptions) -> Exit
     """
     from google.protobuf.timestamp_pb2 import Timestamp
 
-    from hetis.planner.cli.resource_views import audit_data, audit_table
+    from hetis.planner.cli.server.resource_views import audit_data, audit_table
     from hetis.v1 import audit_service_pb2
 
     request = audit_service_pb2.ListAuditedChangesRequest(
@@ -307,7 +308,7 @@ def audit(terminal: Terminal, client: Client, *, filters: FilterOptions) -> Exit
     return ExitCode.OK
 
 
-# --- apply, rollback, cancel, disconnect
+# --- apply, rollback, cancel
 
 
 APPLY_EXAMPLES = """Examples:\n
@@ -327,17 +328,17 @@ def apply(
     ] = None,
     *,
     request: requests.ApplyOptions,
-    asked: options.ApplyOptions,
+    given: options.ApplyOptions,
 ) -> ExitCode:
     """Create or update clusters and profiles, solve on the planner, import plans, activate plans.
 
     Ctrl-C while waiting stops no search and no activation, and prints how to follow the plan. A plan that is still
     being solved is then neither activated nor saved; how to do that once it is solved is printed, too.
     """
-    from hetis.planner.cli.applying import Applying, PlacementOptions
+    from hetis.planner.cli.server.applying import Applying, PlacementOptions
 
     requests.engine_of(request)
-    return Applying(terminal=terminal, client=client, asked=asked).run(what or [], PlacementOptions(request))
+    return Applying(terminal=terminal, client=client, requested=given).run(what or [], PlacementOptions(request))
 
 
 @group
@@ -360,7 +361,8 @@ def rollback(
 
     The request names the plan to roll back, so that repeating it does not roll back twice.
     """
-    from hetis.planner.cli.resource_views import outcome, plan_summary, resource_data, wait_for_plan
+    from hetis.planner.cli.server.resource_views import plan_summary, resource_data
+    from hetis.planner.cli.server.waiting import outcome, wait_for_plan
     from hetis.v1 import plan_service_pb2
 
     if plan is None:
@@ -388,7 +390,8 @@ def cancel(
 
     Also withdraws a plan in force, if there is no earlier plan to roll back to and nothing serves.
     """
-    from hetis.planner.cli.resource_views import outcome, plan_summary, resource_data, wait_for_plan
+    from hetis.planner.cli.server.resource_views import plan_summary, resource_data
+    from hetis.planner.cli.server.waiting import outcome, wait_for_plan
     from hetis.v1 import plan_pb2, plan_service_pb2
 
     request = plan_service_pb2.CancelPlanRequest(name=full_name("plans", plan))
@@ -406,25 +409,3 @@ def cancel(
     ended = wait_for_plan(terminal, client, request.name)
     terminal.emit(lambda: resource_data(ended), lambda: plan_summary(ended))
     return outcome(terminal, client, ended)
-
-
-@server_verb()
-def disconnect(
-    terminal: Terminal,
-    client: Client,
-    node: Annotated[str, typer.Argument(help="The node whose agent to disconnect.")],
-    *,
-    where: InCluster,
-) -> ExitCode:
-    """Disconnect the agent that is connected as a node, so that another one can connect. Needs role admin.
-
-    Use this if a node's credentials are misused: revoke them first, or the same agent will reconnect.
-    """
-    from hetis.planner.cli.resource_views import resource_data
-    from hetis.v1 import cluster_service_pb2
-
-    parent = None if node.startswith("clusters/") else chosen_cluster(client, where.cluster)
-    request = cluster_service_pb2.DisconnectNodeRequest(name=full_name("nodes", node, parent))
-    found = client.clusters.DisconnectNode(request).node
-    terminal.emit(lambda: resource_data(found), lambda: f"the agent of {found.name} was disconnected")
-    return ExitCode.OK

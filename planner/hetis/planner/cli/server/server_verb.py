@@ -16,7 +16,7 @@ import typer
 from hetis.commands.terminal import Terminal, in_use
 from hetis.planner.cli.exit_codes import ExitCode
 from hetis.planner.cli.failures import report_call_failure
-from hetis.planner.cli.options import group, option, panel, verb
+from hetis.planner.cli.parameters.options import group, option, panel, verb
 
 if TYPE_CHECKING:
     from hetis.planner.client import Client, Connection

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from hetis.commands.terminal import WIDE, Terminal
-from hetis.planner.cli import options
 from hetis.planner.cli.exit_codes import ExitCode
 from hetis.planner.cli.failures import report_call_failure
-from hetis.planner.cli.options import group, option
-from hetis.planner.cli.server_verb import called, collection, full_name, server_verb
+from hetis.planner.cli.parameters import options
+from hetis.planner.cli.parameters.options import group, option
+from hetis.planner.cli.server.server_verb import called, collection, full_name, server_verb
 
 if TYPE_CHECKING:
     from hetis.planner.client import Client

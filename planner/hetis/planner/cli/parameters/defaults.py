@@ -27,7 +27,7 @@ Options = Mapping[str, Mapping[str, TyperOption]]  # by verb and option name
 OWN_MEANING: Mapping[str, frozenset[str]] = {
     "chunk-tokens": frozenset({"simulate"}),  # one setting, not choices to plan with
     "cluster": frozenset(  # the name of a cluster, and in `apply` something to change on the planner
-        {"apply", "get", "agents", "upstreams", "rollback", "disconnect", "cluster.discover"}
+        {"apply", "get", "agents", "upstreams", "rollback", "drain", "undrain", "disconnect", "cluster.discover"}
     ),
     "engine": frozenset({"export"}),
     "from": frozenset({"replan", "cluster.discover"}),

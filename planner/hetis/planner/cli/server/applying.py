@@ -17,12 +17,13 @@ from hetis.formats.documents import Value, dump, load, load_cluster, load_model,
 from hetis.formats.errors import DocumentError
 from hetis.formats.files import write_atomically
 from hetis.formats.positions import parse_text
-from hetis.planner.cli import options
 from hetis.planner.cli.exit_codes import ExitCode
 from hetis.planner.cli.outputs import STDOUT, refuse_unwritable
-from hetis.planner.cli.requests import options_given
-from hetis.planner.cli.resource_views import list_data, outcome, plan_summary, resource_data, wait_for_plan
-from hetis.planner.cli.server_verb import called, fetched, full_name, id_of
+from hetis.planner.cli.parameters import options
+from hetis.planner.cli.parameters.requests import options_given
+from hetis.planner.cli.server.resource_views import list_data, plan_summary, resource_data
+from hetis.planner.cli.server.server_verb import called, fetched, full_name, id_of
+from hetis.planner.cli.server.waiting import outcome, wait_for_plan
 from hetis.planner.client import CallError, Client, document_of_file
 from hetis.planner.convert.plan_specs import spec_from_request
 from hetis.planner.use_cases.record.parts import MadeFrom
@@ -212,7 +213,7 @@ def _content(path: str, value: Value, kind: document_pb2.DocumentKind.ValueType)
 class Applying:
     terminal: Terminal
     client: Client
-    asked: options.ApplyOptions
+    requested: options.ApplyOptions
     _done: list[tuple[Any, str]] = field(default_factory=list)  # resources and what was done to each
 
     def run(self, files: Sequence[str], problem: PlacementOptions) -> ExitCode:
@@ -222,15 +223,15 @@ class Applying:
             DocumentError: a file is not usable; nothing was changed.
             CallError: the planner refused something.
         """
-        refuse_unwritable(self.asked.out)
-        problem.refuse_contradictions(self.asked.plan)
+        refuse_unwritable(self.requested.out)
+        problem.refuse_contradictions(self.requested.plan)
         # Read every file before the first call, so that a typo in the last one changes nothing.
         values = [(path, load(path)) for path in files if not path.startswith("plans/")]
         plans = [path for path in files if path.startswith("plans/")]
         values += problem.documents()
         imports = [(path, value) for path, value in values if isinstance(value, Plan)]
-        if self.asked.plan is not None:
-            imports.append((self.asked.plan, load_plan(self.asked.plan)))
+        if self.requested.plan is not None:
+            imports.append((self.requested.plan, load_plan(self.requested.plan)))
         if len(imports) + len(plans) + problem.is_given > 1:
             raise typer.BadParameter("more than one plan: give only one of --model, --plan, a Plan file, or plans/NAME")
         self._refuse_what_needs_a_plan(is_new=bool(imports) or problem.is_given, is_any=bool(plans))
@@ -254,62 +255,70 @@ class Applying:
 
     def _refuse_what_needs_a_plan(self, *, is_new: bool, is_any: bool) -> None:
         """Refuse options about a plan if there is none, or none that is new: they would be ignored."""
-        asked, new = self.asked, "--model and --workload, or --plan"
-        options.refuse_without(new, asked, "name", is_given=is_new)
-        options.refuse_without(f"{new}, or plans/NAME", asked, "activate", "no_wait", "out", is_given=is_new or is_any)
+        requested, new = self.requested, "--model and --workload, or --plan"
+        options.refuse_without(new, requested, "name", is_given=is_new)
+        options.refuse_without(
+            f"{new}, or plans/NAME", requested, "activate", "no_wait", "out", is_given=is_new or is_any
+        )
 
     def _refuse_what_needs_an_end(self) -> None:
         """Refuse to activate or save, without waiting for its search, a plan that does not exist yet."""
-        if not self.asked.no_wait:
+        if not self.requested.no_wait:
             return
-        for option, is_given in (("--activate", self.asked.activate), ("--out", self.asked.out is not None)):
+        for option, is_given in (("--activate", self.requested.activate), ("--out", self.requested.out is not None)):
             if is_given:
                 raise typer.BadParameter(f"{option} needs the end of the search, for which --no-wait does not wait")
 
     def _apply(self, values: list[tuple[str, Value]]) -> None:
-        dry_run = self.asked.dry_run
+        dry_run = self.requested.dry_run
         for path, value in values:
             if isinstance(value, Plan):
                 continue
             if not isinstance(value, Cluster | Profile):
                 raise typer.BadParameter(f"{path} is a {type(value).__name__}, expected a Cluster, Profile or Plan")
-            resource, what = apply_resource(self.client, path, value, dry_run=dry_run, may_rename=self.asked.rename)
+            resource, what = apply_resource(self.client, path, value, dry_run=dry_run, may_rename=self.requested.rename)
             self._done.append((resource, what))
             self.terminal.say(f"{resource.name} {what}{' (dry run)' if dry_run else ''}")
 
     def _follow(self, wanted: plan_pb2.Plan) -> ExitCode:
         """Create a plan and take it as far as requested: wait for it, save it, activate it."""
-        asked, terminal = self.asked, self.terminal
-        request = plan_service_pb2.CreatePlanRequest(plan_id=asked.name, plan=wanted, validate_only=asked.dry_run)
+        requested, terminal = self.requested, self.terminal
+        request = plan_service_pb2.CreatePlanRequest(
+            plan_id=requested.name, plan=wanted, validate_only=requested.dry_run
+        )
         plan = self.client.plans.CreatePlan(request).plan
-        if asked.dry_run:
+        if requested.dry_run:
             terminal.say(f"the planner would accept this plan; {self._not_done}")
             return self._show(plan)
         terminal.say(f"{plan.name} made")
         if plan.state != plan_pb2.PLAN_STATE_READY:
-            if asked.no_wait:
+            if requested.no_wait:
                 return self._show(plan)
             plan = wait_for_plan(terminal, self.client, plan.name, left=list(self._left(plan.name)))
-        code, is_printed = outcome(terminal, self.client, plan), asked.out == STDOUT
+        code, is_printed = outcome(terminal, self.client, plan), requested.out == STDOUT
         if code is ExitCode.OK and plan.state == plan_pb2.PLAN_STATE_CANCELLED:
             code = self._stopped_by_another(plan)
         if code is not ExitCode.OK:
             return code if is_printed else self._show(plan, code=code)
         self._save(plan)
-        if asked.activate:
+        if requested.activate:
             return self._put_in_force(plan, is_printed=is_printed)
         return ExitCode.OK if is_printed else self._show(plan)
 
     def _left(self, plan: str) -> Iterator[str]:
         """Yield how to do what was asked for after the search, which the planner does not do by itself."""
-        if self.asked.activate:
+        if self.requested.activate:
             yield f"activate it once it is solved: hetis-plan apply --activate {plan}"
-        if self.asked.out is not None:
+        if self.requested.out is not None:
             yield f"save it once it is solved: hetis-plan apply {plan} --out FILE"
 
     def _stopped_by_another(self, plan: plan_pb2.Plan) -> ExitCode:
         """Tell that someone cancelled the search; whether its best plan is good enough is for a person to decide."""
-        undone = [what for what, asked in (("activated", self.asked.activate), ("saved", self.asked.out)) if asked]
+        undone = [
+            what
+            for what, requested in (("activated", self.requested.activate), ("saved", self.requested.out))
+            if requested
+        ]
         self.terminal.error(
             f"the search for {plan.name} was cancelled: its best plan so far was kept"
             + (f", and not {' or '.join(undone)}" if undone else ""),
@@ -323,15 +332,17 @@ class Applying:
     @property
     def _not_done(self) -> str:
         """What a check leaves undone, for messages."""
-        return "nothing was changed or saved" if self.asked.dry_run and self.asked.out else "nothing was changed"
+        return (
+            "nothing was changed or saved" if self.requested.dry_run and self.requested.out else "nothing was changed"
+        )
 
     def _save(self, plan: plan_pb2.Plan) -> bool:
         """Save the plan's document if requested. Return whether stdout has it, and is to have nothing else.
 
         Raises CallError: the plan has no document, or none yet.
         """
-        out = self.asked.out
-        if out is None or self.asked.dry_run:
+        out = self.requested.out
+        if out is None or self.requested.dry_run:
             return False
         document = self.client.read_plan_document(plan.name).decode("utf-8")
         if out == STDOUT:
@@ -343,7 +354,7 @@ class Applying:
 
     def _put_in_force(self, plan: plan_pb2.Plan, *, is_printed: bool = False) -> ExitCode:
         """Activate a plan, or show what that would do. ``is_printed``: stdout has the plan, and nothing else."""
-        only_checks = self.asked.dry_run or not self.asked.activate
+        only_checks = self.requested.dry_run or not self.requested.activate
         # Send the cluster's etag, so that a plan activated by another client in the meantime causes a conflict and is
         # not overwritten.
         cluster = fetched(self.client, "clusters", plan.cluster, basic=True)
@@ -355,11 +366,11 @@ class Applying:
             self.terminal.say(f"dry run: {self._not_done}; {cluster.active_plan or 'no plan'} is in force now")
             return ExitCode.OK if is_printed else self._show(plan, answer.steps)
         self.terminal.say(f"{plan.name} is being activated")
-        if not self.asked.no_wait:
+        if not self.requested.no_wait:
             plan = wait_for_plan(self.terminal, self.client, plan.name)
         if not is_printed:
             self._show(plan, answer.steps)
-        return outcome(self.terminal, self.client, plan, activated=not self.asked.no_wait)
+        return outcome(self.terminal, self.client, plan, activated=not self.requested.no_wait)
 
     def _show(self, plan: plan_pb2.Plan, steps: Any = (), *, code: ExitCode = ExitCode.OK) -> ExitCode:
         self.terminal.emit(lambda: resource_data(plan), lambda: plan_summary(plan, steps))

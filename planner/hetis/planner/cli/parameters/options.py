@@ -14,7 +14,7 @@ from hetis.commands import groups
 from hetis.commands import verb as command_line
 from hetis.commands.groups import group as group
 from hetis.commands.verb import verb as verb
-from hetis.planner.cli import values
+from hetis.planner.cli.parameters import values
 
 # Parsers by the form of a value.
 _PARSERS: Mapping[str | None, Callable[[str], Any]] = {

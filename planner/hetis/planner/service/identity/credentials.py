@@ -27,7 +27,7 @@ from hetis.formats.positions import parse_text
 from hetis.planner.callers import ANYBODY, CallerRole, Identity
 from hetis.planner.convert.names import CLUSTER, NODE
 from hetis.planner.failures import Reason, ServiceError
-from hetis.planner.service.certificates import ends_of_certificates
+from hetis.planner.service.identity.certificates import ends_of_certificates
 
 _START = "hetis_"  # lets scanners for leaked secrets recognise a token
 _TOKEN = re.compile(r"hetis_[A-Za-z0-9_-]{43}")

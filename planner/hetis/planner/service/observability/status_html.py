@@ -39,7 +39,7 @@ from hetis.planner.report.page.blocks import (
     render_page,
 )
 from hetis.planner.report.page.fleet_map import IDLE, replica_duties
-from hetis.planner.service.overview import (
+from hetis.planner.service.observability.overview import (
     NUM_SAMPLES,
     SAMPLE_S,
     ClusterNow,

@@ -29,7 +29,7 @@ from hetis.planner.resources.nodes import Nodes
 from hetis.planner.resources.watches import RunningResources
 from hetis.planner.store import Reader, Store
 from hetis.planner.store.connection import forget
-from hetis.v1 import cluster_pb2, plan_pb2, redispatch_pb2, view_pb2
+from hetis.v1 import cluster_pb2, plan_pb2, redispatch_pb2, replica_pb2, view_pb2
 from hetis.v1 import cluster_service_pb2 as pb
 
 SAMPLE_S = 5.0
@@ -177,11 +177,13 @@ def natural_order(device: str) -> list[tuple[bool, int, str]]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClusterOverview:
-    """One cluster. ``num_nodes`` is the number of nodes by state, such as ``READY``."""
+    """One cluster: numbers of nodes and replicas by state, such as ``READY`` and ``SERVING``."""
 
     name: str
     active_plan: str
     num_nodes: Mapping[str, int]
+    num_replicas: Mapping[str, int] = field(default_factory=dict)
+    activation: str = ""  # how far the active plan is, such as ``ACTIVATING``; empty if there is none, or unknown
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -253,10 +255,7 @@ class Overviews:
         return Overview(
             epoch=self.epoch,
             leader_since_s=self.leader_since_s,
-            clusters=tuple(
-                ClusterOverview(name=name, active_plan=one.active_plan, num_nodes=self._num_nodes(name, one.num_nodes))
-                for name, one in counts.clusters.items()
-            ),
+            clusters=tuple(self._cluster(name, one) for name, one in counts.clusters.items()),
             num_plans=counts.num_plans,
             counted_s_ago=time.monotonic() - self._counts_s,
             queued=self.pool.num_waiting,
@@ -327,6 +326,16 @@ class Overviews:
         if counting.exception() is None:
             self._counts, self._counts_s = counting.result(), time.monotonic()
         self._counted_at_s = time.monotonic()
+
+    def _cluster(self, name: str, counted: _CountedCluster) -> ClusterOverview:
+        activation, replicas = self.fleet.activation_of(name), self.fleet.replicas_by_state(name)
+        return ClusterOverview(
+            name=name,
+            active_plan=counted.active_plan,
+            num_nodes=self._num_nodes(name, counted.num_nodes),
+            num_replicas={word_of(replica_pb2.ReplicaState, state): num for state, num in sorted(replicas.items())},
+            activation="" if activation is None else word_of(plan_pb2.ActivationState, activation),
+        )
 
     def _num_nodes(self, cluster: str, num_declared: int) -> Mapping[str, int]:
         states = self.fleet.num_by_state(cluster)

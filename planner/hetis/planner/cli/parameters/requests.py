@@ -11,7 +11,7 @@ import typer
 
 from hetis.commands import groups
 from hetis.commands import verb as command_line
-from hetis.planner.cli import values
+from hetis.planner.cli.parameters import values
 from hetis.planner.use_cases.request import FIELDS, LIMITS, Goal, Loss, PlacementRequest, StatisticName
 
 if TYPE_CHECKING:

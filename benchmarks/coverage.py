@@ -1,0 +1,95 @@
+"""How much of what people serve, and of what they own, is read right: configs of models, names of cards, node labels.
+
+    python -m benchmarks.coverage [--json] [--configs FOLDER ...] [--nodes FOLDER ...]
+
+A row has the inputs of one kind: ``read``, of these ``right`` where the right answer is known (parameters within 1% of
+the published ones, the card that a name means), and ``refused``; ``wrong`` names those that are read and not right. A
+name that the catalogue rightly lacks counts as right if it is refused without another card as a hint. Configs are the
+published ones in ``tests/formats``, and any ``config.json`` below further folders; nodes are files that
+``cluster discover`` reads, below further folders.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+from benchmarks.measuring import rows
+from benchmarks.measuring.known_inputs import CARDS, PARAMETERS_B
+from benchmarks.measuring.rows import Row
+from hetis.formats import catalogue
+from hetis.formats.catalogue import UnknownNameError
+from hetis.formats.discovery.reading import read_inventory
+from hetis.formats.errors import DocumentError
+from hetis.formats.models.document import load_model
+
+TESTS = Path(__file__).parents[1] / "tests" / "formats"
+WITHIN = 0.01
+_OF_NODES = (".json", ".xml", ".txt")
+
+
+def main() -> None:
+    parser = rows.parser("benchmarks.coverage", __doc__)
+    parser.add_argument("--configs", nargs="*", type=Path, default=[], metavar="FOLDER", help="more configs of models")
+    parser.add_argument("--nodes", nargs="*", type=Path, default=[], metavar="FOLDER", help="more files of nodes")
+    arguments = parser.parse_args()
+    rows.show(found(arguments), arguments, name="coverage")
+
+
+def found(arguments: argparse.Namespace) -> Iterator[Row]:
+    """Yield a row for each kind of input."""
+    configs = [*sorted((TESTS / "huggingface").glob("*.json")), *sorted((TESTS / "layered").glob("*.json"))]
+    yield _row("configs of models", configs, _is_model_right)
+    more = [path for folder in arguments.configs for path in sorted(folder.rglob("config.json"))]
+    if more:
+        yield _row("further configs", more, _is_model_right)
+    yield _row("names of cards", list(CARDS), _is_card_right)
+    nodes = [path for folder in arguments.nodes for path in sorted(folder.rglob("*")) if path.suffix in _OF_NODES]
+    if nodes:
+        yield _row("files of nodes", nodes, _are_nodes_read)
+
+
+def _row(name: str, inputs: Sequence[Path | str], is_right: Callable[[Path | str], bool | None]) -> Row:
+    """Return the row of some inputs; ``is_right`` returns None if the right answer is not known, and may refuse."""
+    counts = {"inputs": len(inputs), "read": 0, "right": 0, "refused": 0}
+    wrong = []
+    for one in inputs:
+        try:
+            answer = is_right(one)
+        except (DocumentError, UnknownNameError):
+            counts["refused"] += 1
+            continue
+        counts["read"] += 1
+        counts["right"] += answer is True
+        if answer is False:
+            wrong.append(one.stem if isinstance(one, Path) else one)
+    return {"name": name, **counts, "wrong": ", ".join(wrong)}
+
+
+def _is_model_right(path: Path | str) -> bool | None:
+    path = Path(path)
+    name = path.parent.name if path.name == "config.json" else path.stem
+    model = load_model(path)
+    known = catalogue.known_model(name.replace("__", "/").replace("--", "/"))
+    billions = PARAMETERS_B.get(name.replace("--", "__"), None if known is None else known.params() / 1e9)
+    return None if billions is None else abs(model.params() / 1e9 / billions - 1.0) <= WITHIN
+
+
+def _is_card_right(name: Path | str) -> bool:
+    wanted = CARDS[str(name)]
+    try:
+        return catalogue.find_gpu(str(name)).gpu.name == wanted
+    except UnknownNameError as error:
+        if wanted or error.candidates:
+            raise
+        return True
+
+
+def _are_nodes_read(path: Path | str) -> bool | None:
+    read_inventory([str(path)])
+    return None
+
+
+if __name__ == "__main__":
+    main()

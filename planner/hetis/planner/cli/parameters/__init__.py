@@ -1,0 +1,1 @@
+"""Options of verbs: their groups, values and completions, and defaults from files."""

@@ -1,0 +1,343 @@
+"""What a plan promises, in words that tables and pages share: its value, beside others and as simulated, and limits."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+from rich.text import Text
+
+from hetis.formats.models.dtypes import precision_of
+from hetis.planner.report.figures import (
+    digits,
+    percent,
+    percent_at_least,
+    percent_of_gap,
+    seconds,
+    with_unit,
+)
+from hetis.planner.report.replica import (
+    known_model,
+)
+from hetis.planner.report.tables import (
+    SimulationRemarks,
+    kept_words,
+    missed_words,
+)
+from hetis.planner.use_cases.compare import Figures, KeptPromise, figures_of, kept_of
+from hetis.planner.use_cases.record.forms import NOT_COMPILED, EngineValue, Predicted
+from hetis.planner.use_cases.record.parts import (
+    EqualStages,
+    Losses,
+    MadeFrom,
+    OtherEngines,
+    ProfileErrors,
+    Requested,
+    Verified,
+)
+from hetis.planner.use_cases.service_level import DEFAULT, Latency, limits_of
+from hetis.planner.use_cases.sources import Inputs
+from hetis.planner.use_cases.verification.choosing import OUT_OF_TIME, stopped_simulation_of
+from hetis.planner.use_cases.verification.outcome import MISSES_AT, attained, misses
+from hetis.solver.plan import ObjectiveKind, Plan, Role, Status
+from hetis.solver.problem import PlacementProblem
+
+SAME_RATE = 1e-6  # relative difference of two rates that rounding may cause
+PROVED = 0.005  # relative difference of a bound from another engine's value up to which it is not mentioned
+NEARLY = 0.95  # share of the slowest replica's latency from which another replica counts as equally slow
+
+
+def less_than_planned(plan: Plan) -> KeptPromise | None:
+    """Return the rate that simulated traffic kept, or None if it kept all of the goodput, or was not requested."""
+    kept = kept_of(plan) if plan.objective.kind is ObjectiveKind.GOODPUT else None
+    return None if kept is None or kept.is_all else kept
+
+
+def misses_as_planned(plan: Plan) -> bool:
+    """Return whether simulated traffic misses limits at the planned goodput, and no lower rate was decided."""
+    stopped = stopped_simulation_of(plan)
+    return stopped is not None and bool(stopped.missed) and plan.objective.kind is ObjectiveKind.GOODPUT
+
+
+def is_below_model(plan: Plan) -> bool:
+    """Return whether simulated traffic made the plan promise less than the best plan by the cost model.
+
+    It then serves less at the same limits, or was chosen instead of the best one. Setups that were not simulated may
+    have to promise less, too, so their values are shown as the model's.
+    """
+    return less_than_planned(plan) is not None or Verified.of(plan).is_other_than_best
+
+
+def value_by_model(plan: Plan) -> float:
+    """Return the value of the best plan by the model: the plan's own, unless simulation preferred another one."""
+    found = Verified.of(plan).model_value
+    return plan.result.value if found is None else found
+
+
+def promised_value(plan: Plan) -> float:
+    """Return the plan's value, or the rate that simulated traffic kept if it did not keep all of the goodput."""
+    kept = less_than_planned(plan)
+    return plan.result.value if kept is None else kept.rate_rps
+
+
+def kept_cell(plan: Plan, *, unknown: str) -> Text:
+    """Return the rate at which simulated traffic kept the limits, or ``unknown`` without a simulation."""
+    kept = kept_of(plan)
+    if kept is None:
+        return Text(unknown)
+    return Text(digits(kept.rate_rps) if kept.rate_rps else "none", style="" if kept.is_all else "red")
+
+
+def promised_figures(plan: Plan, inputs: Inputs | PlacementProblem) -> Figures:
+    """Return the figures of a plan at the rate it promises, which is the simulated rate if that is lower.
+
+    Raises:
+        DocumentError: the objective that was requested is not usable.
+    """
+    kept = less_than_planned(plan)
+    return figures_of(plan, inputs, rate_rps=None if kept is None else kept.rate_rps)
+
+
+def misses_demand(plan: Plan) -> bool:
+    """Return whether a plan of the highest rate promises less than the demanded one.
+
+    Plans of least cost are found for the demanded rate; `Simulated` says if traffic of this rate misses their limits.
+    """
+    demand_rps = plan.objective.demand_rps
+    if demand_rps is None or not plan.objective.maximises:
+        return False
+    return promised_value(plan) < demand_rps * (1.0 - SAME_RATE)
+
+
+def demand_words(plan: Plan, demand_rps: float) -> Text:
+    """Return the demanded rate, and whether the plan misses it."""
+    demand = Text(f"{digits(demand_rps, 4)} requests/s")
+    return Text.assemble(demand, "  ", ("not met", "bold red")) if misses_demand(plan) else demand
+
+
+def losses(plan: Plan) -> str:
+    """Return the share that is still served without the worst node or zone; empty if not requested."""
+    return "; ".join(
+        f"after losing any one {kind}: at least {percent_at_least(loss.share)} still served (worst: {loss.name})"
+        if loss.rate
+        else f"after losing any one {kind}: nothing still served (worst: {loss.name})"
+        for kind, loss in Losses.of(plan).by_place.items()
+    )
+
+
+def precision(plan: Plan) -> str | None:
+    """Return the precision of the weights and KV, or None if the plan does not contain its model."""
+    model = known_model(plan)
+    return None if model is None else precision_of(model)
+
+
+class BesideEqualStages(NamedTuple):
+    """The values of a plan and of equal stages that compare."""
+
+    ours: float
+    theirs: float | None  # None: unknown, or no such plan
+    are_simulated: bool  # whether both are what simulated traffic kept, rather than the model's
+
+
+def beside_by_rates(plan: Plan) -> BesideEqualStages:
+    """Return the values of a plan and of equal stages: both as simulated, if that is known, or else by the model."""
+    if (kept_rps := Verified.of(plan).equal_stages_kept_rps) is not None:
+        return BesideEqualStages(promised_value(plan), kept_rps, are_simulated=True)
+    best = EqualStages.of(plan).best
+    return BesideEqualStages(value_by_model(plan), None if best is None else best.value, are_simulated=False)
+
+
+def beside_equal_stages(plan: Plan) -> str | None:
+    """Return the value of equal stages, as in a set-up without a planner, or None if not requested.
+
+    If simulated traffic made the plan promise less than the best by the model, both are compared by the rates that they
+    keep in simulation, or by the model if the simulation was stopped before that of equal stages was known.
+    """
+    best, simulation, unit = EqualStages.of(plan).best, Verified.of(plan), plan.result.unit
+    if best is None:
+        return None
+    equal = "replicas of equal stages"
+    if excludes_unified(plan):
+        equal = f"unified {equal}, which --roles excludes"
+    if (alone := best.value) is None:
+        return f"{equal}: none keep the limits"
+    if alone <= 0:
+        return None
+    by_model, (ours, theirs, are_simulated) = with_unit(alone, unit), beside_by_rates(plan)
+    if not theirs:
+        return f"{equal}: none of the rates tried keeps the limits in simulation; by the model {by_model}"
+    beside = _beside(ours, theirs)
+    if are_simulated:
+        return f"{with_unit(theirs, unit)} within the limits in simulation, by {equal}; this plan {beside}"
+    if not is_below_model(plan):
+        return f"{by_model} by {equal}; this plan {beside}"
+    this = "the best plan" if simulation.is_other_than_best else "this plan"
+    simulated = "not simulated"
+    if simulation.equal_stages_chosen is False:
+        simulated = "in simulation they keep less than this plan"
+    elif plan.objective.maximises and promised_value(plan) < alone and not excludes_unified(plan):
+        simulated += ", may keep more than this plan: --strategy uniform"
+    return f"{by_model} by the model, by {equal} ({simulated}); {this} by the model {beside}"
+
+
+def excludes_unified(plan: Plan) -> bool:
+    """Return whether equal stages, whose replicas are always unified, are no plans of the family that was searched."""
+    roles = Requested.of(plan).roles
+    return bool(roles) and Role.UNIFIED not in roles
+
+
+def by_unified(plan: Plan) -> str:
+    """Return what follows the name of setups with equal stages if the plan's family excludes them; empty if not."""
+    return " by unified replicas, which --roles excludes" if excludes_unified(plan) else ""
+
+
+def beside_engines(plan: Plan, *, hints: bool = True) -> list[str]:
+    """Return the values of plans for other engines and their missing features; engines with equal values share a line.
+
+    Without ``hints``, engines are omitted if nothing is known but how to find out more.
+    """
+    said = dict[str, list[str]]()
+    for other in OtherEngines.of(plan).values:
+        if not hints and other.why_not == NOT_COMPILED and not other.equal_stages:
+            continue
+        said.setdefault(_engine_words(other, plan), []).append(other.engine)
+    return [f"{', '.join(names)}: {words}" for words, names in said.items()]
+
+
+def _engine_words(other: EngineValue, plan: Plan) -> str:
+    lacks, ours = " and ".join(filter(None, [", ".join(other.lacks[:-1]), *other.lacks[-1:]])), value_by_model(plan)
+    by_model = " by the model" if is_below_model(plan) else ""
+    why_not, again = other.why_not, f"plan with --engine {other.engine} (the first time takes up to a minute longer)"
+    if why_not == NOT_COMPILED:
+        why_not = f"to search for a plan, {again}"
+    if other.value is None:
+        return f"does not run this plan ({lacks}); {why_not}"
+    if other.equal_stages:
+        least = f"{'at least' if plan.objective.maximises else 'at most'} {with_unit(other.value, plan.result.unit)}"
+        apart = f", without {lacks}" if lacks else ""
+        return f"{least} by equal stages, {_beside(other.value, ours)}{by_model}{apart}"
+    if other.why_not == NOT_COMPILED:
+        # Not always better: under a TTFT limit the rules of its stages may be stricter (docs/cost-model.md, Latency).
+        return f"runs this plan; its own search may find a better or a worse one: {again}"
+    if other.why_not:
+        return f"runs this plan; no better one is known: {other.why_not}"
+    words = _beside(other.value, ours) + by_model
+    if other.bound is not None and abs(other.bound - other.value) > PROVED * abs(other.value):
+        near = abs(other.bound - ours) < ours
+        words += f" found, {_beside(other.bound, ours)} at best" if near else " found within its time limit"
+    if lacks and other.value != ours:
+        is_richer = (other.value > ours) == plan.objective.maximises
+        words += f", {'with' if is_richer else 'without'} {lacks}"
+    return words
+
+
+def simple_setups(plan: Plan) -> list[str]:
+    """Return the setups that users try first, equal stages with one TP size everywhere, and their relative values."""
+    by_model = " by the model" if is_below_model(plan) else ""
+    lines = []
+    for tp, value in EqualStages.of(plan).by_size.items():
+        name = "one GPU per stage" if tp == "1" else f"TP{tp} in every replica"
+        if value is not None and value > 0:
+            lines.append(
+                f"{name}: {with_unit(value, plan.result.unit)}, {_beside(value, value_by_model(plan))}{by_model}"
+            )
+        else:
+            lines.append(f"{name}: none that keeps the limits")
+    return lines
+
+
+def _beside(value: float, other: float) -> str:
+    """Return the difference as ``7.38% more``, ``15% less``, ``the same``."""
+    ratio = value / other - 1.0 if other else 0.0
+    return "the same" if not ratio else f"{percent(abs(ratio))} {'more' if ratio > 0 else 'less'}"
+
+
+def range_of(plan: Plan) -> Predicted | None:
+    """Return the ranges that the errors of the profiles leave, or None if the plan has none."""
+    return ProfileErrors.of(plan).errors.predicted
+
+
+def verdict(plan: Plan) -> str:
+    """Return what is proven of a plan; the bound of a tenant's plan is that of the whole fleet to itself."""
+    result = plan.result
+    # Other statistics or a share are only simulated, and another plan may keep them at a higher rate.
+    of = "" if Requested.of(plan).service_level == DEFAULT else f" for {DEFAULT.ttft} TTFT and {DEFAULT.tpot} TPOT"
+    if result.status is Status.OPTIMAL:
+        return f"proven optimal{of}: no plan of the family is better"
+    better = result.objective.goal.better
+    # A search for the least cost or GPUs that was stopped early has a bound of 0, which says nothing.
+    if not math.isfinite(result.gap) or not (plan.objective.maximises or result.bound > 0):
+        return f"no bound: it is unknown how much {better} a plan could be"
+    if plan.other_tenants():
+        claim = f"proven{of}: even with the whole fleet to itself not over {percent_of_gap(result.gap)} {better}"
+    else:
+        claim = f"proven{of}: no plan of the family is over {percent_of_gap(result.gap)} {better}"
+    return f"interrupted; {claim}" if result.status is Status.INTERRUPTED else claim
+
+
+class Reached(NamedTuple):
+    """The planned value of TTFT or TPOT in the replica where it is highest, which every replica's limit is held to.
+
+    ``is_slowest``: another replica is notably faster, so that the value is not that of all requests together.
+    ``limit_of``: what the limit was given for if that is another statistic than the value's; empty: it is the same.
+    """
+
+    name: str
+    value_s: float
+    limit_s: float | None
+    is_slowest: bool
+    limit_of: str
+
+    def remarks(self) -> list[str]:
+        """Return what a reader must know to compare the value with its limit."""
+        remarks = ["slowest replica"] if self.is_slowest else []
+        return [*remarks, *([f"limit for {self.limit_of}"] if self.limit_of and self.limit_s is not None else [])]
+
+
+def limits(plan: Plan) -> Iterator[Reached]:
+    """Yield the planned TTFT and TPOT with their limits; nothing for a plan without replicas."""
+    if plan.replicas:
+        ttfts = [one.ttft_s for one in plan.replicas if one.role is not Role.DECODE]
+        yield _reached(Latency.TTFT, ttfts, plan.objective.ttft_limit_s, plan)
+        if MadeFrom.of(plan).has_tpot():
+            tpots = [one.tpot_s for one in plan.replicas if one.role is not Role.PREFILL]
+            yield _reached(Latency.TPOT, tpots, plan.objective.tpot_limit_s, plan)
+
+
+def _reached(latency: Latency, values_s: Sequence[float], limit_s: float | None, plan: Plan) -> Reached:
+    value_s, level, planned = max(values_s, default=0.0), Requested.of(plan).service_level, DEFAULT.statistic(latency)
+    limit_of = "" if level.statistic(latency) is planned else str(level.statistic(latency))
+    if level.attainment is not None:
+        limit_of = f"{100 * level.attainment:g}% of the requests"
+    is_slowest = any(one < NEARLY * value_s for one in values_s)
+    return Reached(f"{latency} {planned}", value_s, limit_s, is_slowest, limit_of)
+
+
+def simulated_words(plan: Plan) -> Text | None:
+    """Return the simulated outcome for the limits, shown after the model's values; None: no simulation was wanted."""
+    found = Verified.of(plan).verification
+    if found is None:
+        stopped = stopped_simulation_of(plan)
+        if stopped is None:
+            return None
+        in_time = " in the time limit" if stopped.why == OUT_OF_TIME else ""
+        if stopped.missed:
+            words = f" at{stopped.missed.removeprefix(MISSES_AT)}; lower rates not decided{in_time}"
+            return Text.assemble(("MISSED", "bold red"), words)
+        words = f"not decided{in_time}" if in_time else "no: stopped before that"
+        return Text(f"{words}; all values are the model's", "yellow")
+    level = Requested.of(plan).service_level
+    remarks = SimulationRemarks.of(found)
+    if found.kept:
+        shown = [one for one in Latency if one is Latency.TTFT or MadeFrom.of(plan).has_tpot()]
+        limits_s = {} if level.attainment is not None else limits_of(plan.objective)
+
+        def words_of(latency: Latency) -> str:
+            value_s, limit_s = found.seconds(latency), limits_s.get(latency, math.inf)
+            over = f" (over {seconds(limit_s)} by chance)" if value_s > limit_s else ""
+            return f"{latency} {level.statistic(latency)} {seconds(value_s)}{over}"
+
+        latencies = map(words_of, shown)
+        return kept_words(found.rate_rps, latencies, attained(found, plan), found.kept_rps, remarks)
+    return missed_words(found.rate_rps, misses(found, plan), found.kept_rps, remarks)

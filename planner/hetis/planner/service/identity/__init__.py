@@ -1,0 +1,1 @@
+"""Who a caller is, by token or certificate, and what each role may do."""

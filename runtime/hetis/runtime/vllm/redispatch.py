@@ -1,0 +1,76 @@
+"""vLLM's own re-dispatch, while no planner steers the engine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+from hetis.runtime.vllm.allocator import HeadAllocator
+from hetis.solver.dispatch.problem import FloatArray
+from hetis.solver.dispatch.solve import Dispatcher
+from hetis.solver.redispatch.problem import Move, MoveReason, RedispatchProblem
+from hetis.solver.redispatch.solve import Redispatcher
+from hetis.solver.redispatch.triggers import Watch, triggers
+
+if TYPE_CHECKING:
+    from hetis.runtime.vllm.settings import EngineRedispatchSettings
+
+
+class Redispatch:
+    """Examines one engine's requests at a fixed interval of steps, and makes the moves that pay.
+
+    A look costs the scheduler's process milliseconds, so it is only taken if a trigger fires: the slowest device is far
+    above the ideal, or a device is above its high-water mark, draining, or has come back.
+    """
+
+    def __init__(
+        self,
+        allocator: HeadAllocator,
+        begin_move: Callable[[str, Sequence[int], int], int | None],
+        settings: EngineRedispatchSettings,
+        *,
+        num_layers: int,
+        link_byte_s: Callable[[], FloatArray],
+    ) -> None:
+        """Initialise with the model's ``num_layers`` and the seconds per byte of KV leaving each device, shape [D]."""
+        self._allocator, self._begin_move, self._settings = allocator, begin_move, settings
+        self._num_layers, self._link_byte_s, self._steps = num_layers, link_byte_s, 0
+        self._watch = Watch()
+        # By request: the step from which on it may move for balance again, and how often it has done so
+        self._rests: dict[str, tuple[float, int]] = {}
+
+    def advance(self) -> None:
+        """Count a step. If it is time, begin the moves of the first wave; later waves come with later looks."""
+        self._steps += 1
+        allocator = self._allocator
+        if allocator.state.stage.num_devices == 1:
+            return  # there is nowhere to go
+        due = self._settings.enabled and self._steps % self._settings.every_steps == 0
+        if not due or not allocator.running or allocator.moves:
+            return
+        snapshot = allocator.snapshot()
+        dispatcher = Dispatcher(snapshot.stage)
+        fired = triggers(snapshot, dispatcher, theta=self._settings.theta)
+        if not self._watch.due(snapshot, fired):
+            return
+        problem = RedispatchProblem(snapshot=snapshot, num_layers=self._num_layers, link_byte_s=self._link_byte_s())
+        running = set(allocator.running)
+        self._rests = {name: rest for name, rest in self._rests.items() if name in running}
+        plan = Redispatcher(dispatcher).solve(problem)
+        moves = [move for move in plan.moves if move.wave == 0 and not self._rests_still(move)]
+        self._watch.looked(snapshot, fired, moved=bool(moves))
+        allocator.state.mark_seen()
+        for move in moves:
+            owners = allocator.devices(move.request)
+            groups = [group for group, device in enumerate(owners) if device == move.source][: move.groups]
+            if self._begin_move(move.request, groups, move.target) is not None and move.payback_steps is not None:
+                _, times = self._rests.get(move.request, (0.0, 0))
+                self._rests[move.request] = self._steps + move.payback_steps * 2**times, times + 1
+
+    def _rests_still(self, move: Move) -> bool:
+        """Return whether a move for balance has to wait until an earlier one of its request has paid back its cost.
+
+        Measured costs waver, and depend on where the heads are. Each such move of a request doubles its next wait, so
+        that its heads come to rest.
+        """
+        return move.reason is MoveReason.BALANCE and self._steps < self._rests.get(move.request, (0.0, 0))[0]

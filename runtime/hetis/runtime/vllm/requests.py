@@ -1,0 +1,108 @@
+"""vLLM's requests as the scheduler's side sees them, and statistics of them and of their placements."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter, deque
+from dataclasses import dataclass, field
+from typing import Protocol
+
+_RECENT = 64  # number of times over which means are taken
+
+
+@dataclass(slots=True, kw_only=True)
+class AllocatorStats:
+    """Decisions since the start."""
+
+    # Number of placements by reason: ``costs`` (the solver chose), ``policy`` (the settings decide), ``prefix_hit`` and
+    # ``no_worker`` (all groups stay here), ``no_room`` (nowhere; vLLM tries again)
+    decisions: Counter[str] = field(default_factory=Counter)
+    dispatch_s: float = 0.0  # seconds that the decisions took
+    longest_dispatch_s: float = 0.0  # seconds of the longest decision
+    recent_s: list[float] = field(default_factory=list)  # seconds of each recent decision, until they are taken
+    recomputed: int = 0  # requests that lost KV with a worker
+    moved_groups: int = 0  # head groups that have moved
+    relieved_blocks: int = 0  # blocks that moved to workers where a request would have been preempted
+    released: int = 0  # requests that ended, or were preempted, while they ran
+
+    def take_recent(self) -> list[float]:
+        """Return the seconds of each decision since the last call, as far as they are kept."""
+        recent, self.recent_s = self.recent_s, []
+        return recent
+
+
+class VllmRequest(Protocol):
+    """The part of vLLM's requests that is used here."""
+
+    request_id: str
+    max_tokens: int
+    arrival_time: float
+    num_computed_tokens: int
+    num_in_flight_tokens: int
+    num_stale_output_tokens: int
+    drop_stale_output: bool
+
+    @property
+    def num_tokens(self) -> int: ...
+    @property
+    def num_output_tokens(self) -> int: ...
+
+
+class RequestStats:
+    """Counts and times of vLLM's requests that the allocator does not need.
+
+    Attributes:
+        num_finished: requests that have ended since the start.
+        num_ran_to_end: of these, requests that were running when they ended.
+    """
+
+    def __init__(self) -> None:
+        self.num_finished = self.num_ran_to_end = 0
+        self._known: set[str] = set()
+        self._awaited: dict[str, VllmRequest] = {}  # requests that have no token yet
+        self._first_s: dict[str, float] = {}  # time of each request's first token
+        self._ttft_s: deque[float] = deque(maxlen=_RECENT)
+        self._tpot_s: deque[float] = deque(maxlen=_RECENT)
+
+    @property
+    def is_empty(self) -> bool:
+        """Return whether vLLM has no request."""
+        return not self._known
+
+    @property
+    def num_known(self) -> int:
+        """The number of requests that run or wait."""
+        return len(self._known)
+
+    @property
+    def ttft_s(self) -> float:
+        """Mean seconds from arrival to the first token, over the latest requests; 0 if there are none."""
+        return sum(self._ttft_s) / len(self._ttft_s) if self._ttft_s else 0.0
+
+    @property
+    def tpot_s(self) -> float:
+        """Mean seconds per token after the first."""
+        return sum(self._tpot_s) / len(self._tpot_s) if self._tpot_s else 0.0
+
+    def arrived(self, request: VllmRequest) -> None:
+        self._known.add(request.request_id)
+        self._awaited[request.request_id] = request
+
+    def look(self, now_s: float) -> None:
+        """Record, once a step, which requests got their first token."""
+        for request in [one for one in self._awaited.values() if one.num_output_tokens]:
+            del self._awaited[request.request_id]
+            self._first_s[request.request_id] = now_s
+            self._ttft_s.append(max(now_s - request.arrival_time, 0.0))
+
+    def finished(self, request: VllmRequest, *, has_run: bool) -> None:
+        name = request.request_id
+        if name not in self._known:
+            return
+        self._known.discard(name)
+        self._awaited.pop(name, None)
+        self.num_finished += 1
+        self.num_ran_to_end += has_run
+        begun_s, num = self._first_s.pop(name, None), request.num_output_tokens
+        if begun_s is not None and num > 1:
+            self._tpot_s.append(max(time.time() - begun_s, 0.0) / (num - 1))
