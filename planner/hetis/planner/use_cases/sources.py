@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 from hetis.engines.memory import memory_of, rank_memories
 from hetis.engines.versions import Engine
-from hetis.formats.catalogue import other_vendor
+from hetis.formats.catalogue import gpu_types, other_vendor
 from hetis.formats.constraints import constraints_from_texts, read_constraints
 from hetis.formats.documents import (
     Value,
@@ -90,22 +90,23 @@ class Inputs:
     def _memories(self, family: Family) -> RankMemories:
         """Return what the family's engine takes of each kind of rank; nothing for any engine.
 
-        A profile of less usable memory than is modelled for its GPU type was measured, and limits the engine.
+        It has the catalogue's GPU types, too: where no plan exists, some are tried. A profile of less usable memory
+        than is modelled for its GPU type was measured, and limits the engine.
         """
         if family.engine is None:
             return {}
         of_engine = memory_of(Engine(family.engine.name))
-        gpus = {gpu: self.cluster.gpu_types[gpu] for gpu in self.cluster.types_used()}
+        own = {gpu: self.cluster.gpu_types[gpu] for gpu in self.cluster.types_used()}
         modelled = shipped_efficiencies().memory.usable_ratio
         measured = {
             gpu: self.profiles[gpu].usable_bytes
-            for gpu, kind in gpus.items()
+            for gpu, kind in own.items()
             if self.profiles[gpu].usable_bytes < int(kind.memory_bytes * modelled)
         }
         return {
             kind: replace(memory, usable_bytes=min(memory.usable_bytes, measured.get(kind.gpu, math.inf)))
             for kind, memory in rank_memories(
-                of_engine, self.model, gpus, family.tp_sizes, family.attention_dp_of(self.model),
+                of_engine, self.model, gpu_types() | own, family.tp_sizes, family.attention_dp_of(self.model),
                 utilisation=self.engine_settings.gpu_memory_utilization,
             ).items()
         }  # fmt: skip

@@ -179,7 +179,11 @@ def _with_plenty_of_memory(problem: PlacementProblem) -> PlacementProblem:
         gpu: replace(profile, usable_bytes=int(profile.usable_bytes + PLENTY * weights))
         for gpu, profile in problem.profiles.items()
     }
-    found = replace(problem, profiles=profiles)
+    memories = {
+        kind: replace(memory, usable_bytes=memory.usable_bytes + PLENTY * weights)
+        for kind, memory in problem.memories.items()
+    }
+    found = replace(problem, profiles=profiles, memories=memories)
     if len(problem.cluster.zones()) == 1:
         return found
     return replace(found, cluster=_with_zone_shares(found.cluster, most_spanning(found) / most_spanning(problem)))
