@@ -138,7 +138,6 @@ def ablated(case: Case, *, seeds: int, iterations: int, thetas: tuple[float, ...
         ("full", posed, Settings()),
         *(dispatching if planned[0] is not None and _workers(planned[0]) else []),  # else there is nothing to dispatch
         ("without attention workers", replace(posed, family=replace(posed.family, max_pool=0)), Settings()),
-        ("without stage copies", replace(posed, family=replace(posed.family, max_copies=1)), Settings()),
     ]
     plans: dict[int, tuple[Plan | None, str]] = {id(posed): planned}
     rate_rps, count, full = 0.0, 0, list[float]()

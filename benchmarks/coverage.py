@@ -1,6 +1,6 @@
 """How much of what people serve, and of what they own, is read right: configs of models, names of cards, node labels.
 
-    python -m benchmarks.coverage [--json] [--configs FOLDER ...] [--nodes FOLDER ...]
+    python -m benchmarks.coverage [--quick] [--json] [--configs FOLDER ...] [--nodes FOLDER ...]
 
 A row has the inputs of one kind: ``read``, of these ``right`` where the right answer is known (parameters within 1% of
 the published ones, the card that a name means), and ``refused``; ``wrong`` names those that are read and not right. A

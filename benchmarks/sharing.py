@@ -26,14 +26,17 @@ import numpy as np
 from benchmarks.measuring import rows
 from benchmarks.measuring.instances import EXAMPLES
 from benchmarks.measuring.rows import Row
+from hetis.planner.use_cases.place import PlacementSettings
 from hetis.planner.use_cases.sharing import load_tenancy
-from hetis.solver.budget import Budget, silent
+from hetis.solver.budget import Budget
+from hetis.solver.placement.families import DEFAULT_ENGINE
 from hetis.solver.placement.fleet import IntArray
 from hetis.solver.placement.tables import FloatArray
+from hetis.solver.problem import EngineRules
 from hetis.solver.shares.problem import FairnessRule, GpuShare, ShareJob, ShareProblem, ShareTenant
 from hetis.solver.shares.solve import solve_shares
-from hetis.solver.tenants.problem import FleetShares, Tenancy, Tenant, TenantRule
-from hetis.solver.tenants.solve import PART_SECONDS, FleetSearch
+from hetis.solver.tenants.fleet_search import PART_SECONDS, FleetSearch
+from hetis.solver.tenants.tenancy import FleetShares, Tenancy, Tenant, TenantRule
 
 GAP = 0.01
 EPSILON = 1e-6
@@ -80,7 +83,8 @@ def all_rows(*, quick: bool, only: str = "") -> Iterator[Row]:
 def _case(*, quick: bool) -> tuple[str, Tenancy]:
     """Return the three models of the example on 160 GPUs, or two of them on 10."""
     tenants, fleet = str(EXAMPLES / "three-models.yaml"), "h100-l4" if quick else "fleet-160"
-    tenancy = load_tenancy(tenants, cluster=str(EXAMPLES / f"{fleet}.yaml")).tenancy
+    settings = PlacementSettings(engine=EngineRules(name=DEFAULT_ENGINE))
+    tenancy = load_tenancy(tenants, cluster=str(EXAMPLES / f"{fleet}.yaml"), settings=settings).tenancy
     if not quick:
         return "160 GPUs, 3 models", tenancy
     return "10 GPUs, 2 models", Tenancy(tenants=tuple(t for t in tenancy.tenants if t.name != "docs"))
@@ -164,9 +168,9 @@ def _over(a: FloatArray, b: FloatArray) -> FloatArray:
 
 def linear_problem(search: FleetSearch) -> ShareProblem:
     """Return the sharing problem whose speed-ups are the rates per GPU on each class of GPUs alone."""
-    costs = search.solvers[0].costs
+    costs = search.replicas[0].costs
     tenants = []
-    for solver in search.solvers:
+    for solver in search.replicas:
         speedups = []
         for g, c in enumerate(costs.classes):
             here = np.array([row[0] == g for row in costs.resources.rows])
@@ -179,18 +183,17 @@ def linear_problem(search: FleetSearch) -> ShareProblem:
 
 
 def _alone(search: FleetSearch, tenant: Tenant, limits: IntArray) -> float:
-    solver = next(c for c in search.solvers if c.tenant is tenant)
-    found = solver.alone(limits, Budget(time_limit_s=PART_SECONDS, clock=time.process_time), silent)
-    return found.rate if found is not None else 0.0
+    one = next(c for c in search.replicas if c.tenant is tenant)
+    return one.reach(limits, Budget(time_limit_s=PART_SECONDS, clock=time.process_time)).rate
 
 
 def _linear_row(name: str, search: FleetSearch, problem: ShareProblem, rule: FairnessRule, best: float) -> Row:
     """Return the row of the linear shares in whole GPUs, at the rates that are really reached there."""
     shares = solve_shares(problem, rule)
     whole = np.floor(shares.amounts + EPSILON).astype(np.int64)
-    rows_of = [g for g, _ in search.solvers[0].costs.resources.rows]
+    rows_of = [g for g, _ in search.replicas[0].costs.resources.rows]
     limits = [np.minimum(search.limits, amounts[rows_of]) for amounts in whole]
-    tenants = [solver.tenant for solver in search.solvers]
+    tenants = [solver.tenant for solver in search.replicas]
     weights = np.array([tenant.weight for tenant in tenants])
     with_others = np.array([[_alone(search, tenant, limit) for limit in limits] for tenant in tenants])
     rates = np.diag(with_others)

@@ -8,8 +8,9 @@ from pathlib import Path
 from hetis.formats.documents import from_data, load_cluster, load_model, load_workload
 from hetis.profiler.roofline import modelled_profile
 from hetis.solver.cluster import Cluster
+from hetis.solver.placement.families import DEFAULT_ENGINE, run_by
 from hetis.solver.plan import Objective
-from hetis.solver.problem import PlacementProblem
+from hetis.solver.problem import EngineRules, Family, PlacementProblem
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 DEFAULT_LIMITS = Objective()
@@ -75,7 +76,7 @@ def problem(
     workload: str = "azure_conv_2023",
     objective: Objective = DEFAULT_LIMITS,
 ) -> PlacementProblem:
-    """Return the placement of a catalogue model for a workload, with modelled profiles."""
+    """Return the placement of a catalogue model for a workload, with modelled profiles, for the default engine."""
     spec = load_model(model)
     return PlacementProblem(
         cluster=cluster,
@@ -83,6 +84,7 @@ def problem(
         workload=load_workload(workload).clipped_to(spec.max_position),
         profiles={name: modelled_profile(cluster.gpu_types[name]) for name in gpu_types(cluster)},
         objective=objective,
+        family=run_by(Family(), EngineRules(name=DEFAULT_ENGINE)),
     )
 
 

@@ -49,7 +49,7 @@ def make_checkpoint(folder: Path, *, sizes: Sizes | None = None, seed: int = 0) 
     sizes = sizes or Sizes()
     folder.mkdir(parents=True, exist_ok=True)
     _write_tokenizer(folder, sizes.vocab)
-    _write_config(folder, sizes)
+    write_config(folder, sizes)
     _write_weights(folder, sizes, seed)
     return folder
 
@@ -77,7 +77,8 @@ def _write_tokenizer(folder: Path, vocab: int) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
 
 
-def _write_config(folder: Path, sizes: Sizes) -> None:
+def write_config(folder: Path, sizes: Sizes) -> None:
+    """Write the model's config.json, which is all that a plan needs of it."""
     config = {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",

@@ -47,7 +47,8 @@ def main() -> int:
             folder = (options.keep or Path(temporary)).resolve()
             folder.mkdir(parents=True, exist_ok=True)
             model = make_model(python, folder / "model")
-            seen = Story(folder, vllm_cpu(python, model), nginx, sys.stderr if options.json else sys.stdout).tell()
+            out = sys.stderr if options.json else sys.stdout
+            seen = Story(folder, model, vllm_cpu(python, model), nginx, out).tell()
         except (ProcessError, OSError) as error:
             print(f"error: {error}", file=sys.stderr)
             return 1
@@ -68,8 +69,8 @@ def make_model(python: Path, folder: Path) -> Path:
 class Story:
     """The demo, which prints to ``out`` as it proceeds."""
 
-    def __init__(self, folder: Path, engine: Json, nginx: Path, out: TextIO) -> None:
-        self._folder, self._engine, self._nginx, self._out = folder, engine, nginx, out
+    def __init__(self, folder: Path, model: Path, engine: Json, nginx: Path, out: TextIO) -> None:
+        self._folder, self._model, self._engine, self._nginx, self._out = folder, model, engine, nginx, out
         self._begun_s = time.monotonic()
 
     def tell(self) -> Json:
@@ -85,7 +86,7 @@ class Story:
                 return self._serve()
 
     def _serve(self) -> Json:
-        self._put_in_force("one", HERE / "plan-1.json")
+        self._put_in_force("one")
         url = self._processes.start_router(self._nginx, self._address)
         self._say(f"nginx at {url} shares requests out.\n")
         with Load(url) as load:
@@ -102,7 +103,7 @@ class Story:
             self._answers(load)
 
             self._say("\nAnother plan, where node small has a replica on each of its cards, is rolled out:")
-            self._put_in_force("two", HERE / "plan-2.json", load)
+            self._put_in_force("two", load)
             second = self._answers(load)
             shares_after = self._shares(second)
             everything = load.served
@@ -120,10 +121,10 @@ class Story:
 
     # --- steps
 
-    def _put_in_force(self, name: str, plan: Path, load: Load | None = None) -> None:
-        """Activate a plan as an operator does, by one command that returns when it is active."""
+    def _put_in_force(self, name: str, load: Load | None = None) -> None:
+        """Make and activate a plan as an operator does, the latter by one command that returns when it is active."""
+        file = os.path.relpath(self._processes.make_plan(name, self._model))
         begun_s = time.monotonic()
-        file = os.path.relpath(plan)
         words = ["apply", "--server", self._address, "--cluster", "demo", "--plan", file, "--name", name]
         self._processes.hetis_plan(*words, "--activate")
         self._say(f"hetis-plan {' '.join(words[0:1] + words[3:])} --activate: in force after {_since(begun_s)}")

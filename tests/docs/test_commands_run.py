@@ -18,9 +18,9 @@ import pytest
 from hetis.planner.cli.exit_codes import ExitCode
 from tests.docs.pages import PAGES, ROOT, CommandLine, command_lines, outputs
 from tests.docs.sessions import Session
-from tests.formats.test_trace_forms import AIPERF
+from tests.formats.traces.test_trace_forms import AIPERF
+from tests.planner.cli.test_command_line_manners import tour
 from tests.planner.command_line import hetis_plan_here
-from tests.planner.test_command_line_manners import tour
 
 LINES = list(command_lines())
 NUMBERS = re.compile(r"\d[\d.,]*")

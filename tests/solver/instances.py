@@ -13,16 +13,18 @@ from hypothesis import strategies as st
 
 from hetis.solver.cluster import Cluster, GpuSlots, GpuType, Link, Network, NodeGroup
 from hetis.solver.model import ModelSpec
+from hetis.solver.placement.families import run_by
 from hetis.solver.plan import Objective, ObjectiveKind
-from hetis.solver.problem import Assumptions, Family, PlacementProblem
+from hetis.solver.problem import Assumptions, EngineRules, Family, PlacementProblem
 from hetis.solver.profile import Fit, Mixed, Op, Piece, Profile, Provenance, Source
 from hetis.solver.workload import LengthBin, Workload
 from tests.models import model_of, replace, shape_of
 
 MADE_UP = Provenance(source=Source.MODELLED, origin="made up for tests")
-SMALL_FAMILY = Family(
-    max_copies=2, max_pool=2, tp_sizes=(1, 2, 4), micro_batches=(1, 4, 16), in_flight=(1, 2, 4), chunk_tokens=(64,)
-)
+ENGINE = EngineRules(name="vllm-hetis", max_stages=4, max_pooled_stages=3)
+SMALL_FAMILY = run_by(Family(max_pool=2, tp_sizes=(1, 2, 4), micro_batches=(1, 4, 16), chunk_tokens=(64,)), ENGINE)
+FREE_FAMILY = Family(max_pool=2, tp_sizes=(1, 2, 4), micro_batches=(1, 4, 16), in_flight=(1, 2, 4), chunk_tokens=(64,))
+"""The replicas of published heuristics, which know no engine's rules, and of plans that only the checker sees."""
 NO_LIMITS = Objective(ttft_limit_s=None, tpot_limit_s=None)
 
 
@@ -158,7 +160,7 @@ _MODELS = (
     make_model(num_layers=4),
     make_model(num_layers=6, kv_heads=4),
     make_model(num_layers=5, kv_heads=1),
-    make_model(num_layers=6, kv_heads=2, forbidden_cuts=frozenset({2, 3}), tie_embeddings=True),
+    make_model(num_layers=6, kv_heads=2, tie_embeddings=True),
     make_model(
         num_layers=5,
         moe=shape_of(num_experts=4, active_experts=2, expert_intermediate=256, shared_experts=1, first_dense_layers=1),
@@ -243,9 +245,8 @@ def _fleets(draw: st.DrawFn, *, max_gpus: int, num_zones: int) -> list[NodeGroup
 def _families(draw: st.DrawFn) -> Family:
     hetis = replace(
         SMALL_FAMILY,
-        in_flight=draw(st.sampled_from(((1, 2, 4), (1, 3), (2, 8)))),
         chunk_tokens=draw(st.sampled_from(((64,), (64,), (16, 256)))),
     )
     hexgen = replace(hetis, name="hexgen", max_pool=0)
-    uniform = replace(hexgen, name="uniform", mixed_types=False, uneven_layers=False, max_copies=1)
+    uniform = replace(hexgen, name="uniform", mixed_types=False, uneven_layers=False)
     return draw(st.sampled_from((hetis, hetis, hexgen, uniform)))

@@ -312,9 +312,7 @@ def may_have_pool(problem: PlacementProblem, role: Role, stage: StageShape) -> b
     """Return whether a stage of this role may have its attention workers, or have none."""
     if role is Role.PREFILL:
         return stage.pool is None
-    if role is Role.UNIFIED or problem.family.decode_keeps_heads:
-        return True
-    return stage.pool is not None and stage.pool.head_groups == head_groups_per_rank(problem.model, stage.tp)
+    return True
 
 
 def fillings(problem: PlacementProblem, M: int) -> tuple[float, ...]:
@@ -332,7 +330,7 @@ def alike_for_engine(
     if engine is None:
         yield options
         return
-    if role is Role.DECODE and M > 1:
+    if (role is Role.DECODE or engine.keeps_indexers_together(problem.model)) and M > 1:
         return  # KV is handed over only to single stages
     if role is Role.PREFILL and M > 1 and problem.model.sliding_window and engine.name.startswith("vllm"):
         return
@@ -382,7 +380,7 @@ def iterations(problem: PlacementProblem) -> Iterator[tuple[Role, int, int, int,
 def stage_options(problem: PlacementProblem, nodes: Mapping[DeviceClass, int]) -> Iterator[StageOption]:
     family, model = problem.family, problem.model
     for own in nodes:
-        for n, c in itertools.product(family.tp_sizes, range(1, family.max_copies + 1)):
+        for n, c in itertools.product(family.tp_sizes, (1,)):
             if n > own.per_node or not divides(model, n):
                 continue
             shape = StageShape(gpu=own.gpu, tp=n, copies=c, layers=1, intra_link=own.intra_link, hop_link=own.nic)

@@ -11,14 +11,10 @@ from hetis.solver.planning import solve_placement
 from hetis.solver.problem import PlacementProblem
 
 
-def plan_or_none(
-    problem: PlacementProblem, strategy: str = "hetis", *, gap_target: float = 1e-3, threads: int = 1
-) -> Plan | None:
+def plan_or_none(problem: PlacementProblem, strategy: str = "hetis", *, gap_target: float = 0.0) -> Plan | None:
     """Return the plan found; None if there is none. Why there is none is not searched for, which takes far longer."""
     try:
-        return solve_placement(
-            problem, strategy=strategy, budget=Budget(explains=False), gap_target=gap_target, threads=threads
-        )
+        return solve_placement(problem, strategy=strategy, budget=Budget(explains=False), gap_target=gap_target)
     except InfeasibleError:
         return None
 

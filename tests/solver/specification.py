@@ -415,12 +415,12 @@ def _chunk_rules(setting: Setting) -> list[tuple[float, float, float]]:
 def _stage_types(problem: PlacementProblem, classes: Sequence[DeviceClass]) -> Iterator[tuple[StageShape, Groups]]:
     """Yield every (class, n, c, pool class, p, k) with the TP groups it takes; layers and hop link are still open."""
     family, model = problem.family, problem.model
-    for (g, own), n, c in itertools.product(enumerate(classes), family.tp_sizes, range(1, family.max_copies + 1)):
+    for (g, own), n, c in itertools.product(enumerate(classes), family.tp_sizes, (1,)):
         if n > own.gpus_per_node or n * c > own.available or not divides(model, n):
             continue
         shape = StageShape(gpu=own.gpu, tp=n, copies=c, layers=1, intra_link=own.intra, hop_link=own.nic)
         yield shape, ((g, n),) * c
-        for (i, other), p in itertools.product(enumerate(classes), family.pool_sizes(c)):
+        for (i, other), p in itertools.product(enumerate(classes), family.pool_sizes()):
             if not model.heads_can_move or other.zone != own.zone or n > model.head_groups or p * c > other.available:
                 continue
             link = slowest([own.nic, other.nic, problem.cluster.network.zone_link(own.zone, own.zone)])

@@ -26,7 +26,15 @@ from hetis.solver.problem import (
     PlacementProblem,
 )
 from tests.solver.claimed_plans import claimed, derived_of, plan_of, rules, unclaimed
-from tests.solver.instances import SMALL_FAMILY, make_node, make_problem, make_profile, make_workload, problems
+from tests.solver.instances import (
+    FREE_FAMILY,
+    SMALL_FAMILY,
+    make_node,
+    make_problem,
+    make_profile,
+    make_workload,
+    problems,
+)
 from tests.solver.oracle import best_plan_value
 from tests.solver.searching import plan_or_none, worth
 from tests.solver.specified import EVERY, is_soon_solved, solve_specification
@@ -36,7 +44,7 @@ ON_AN_ENGINE = run_by(
     Family(max_pool=2, tp_sizes=(1, 2), micro_batches=(1, 4, 16), chunk_tokens=(64,)),
     EngineRules(name="vllm-hetis", max_stages=3, max_pooled_stages=2),
 )
-APART = replace(SMALL_FAMILY, max_copies=1, max_pool=1, tp_sizes=(1, 2), roles=tuple(Role))
+APART = replace(SMALL_FAMILY, max_pool=1, tp_sizes=(1, 2), roles=tuple(Role))
 UNIFIED = replace(SMALL_FAMILY, roles=(Role.UNIFIED,))
 
 some_settings = st.builds(
@@ -95,7 +103,7 @@ def test_settings_that_nothing_reaches_change_nothing(data: st.DataObject) -> No
 
 @EVERY
 def test_the_specification_finds_the_same(every: bool) -> None:
-    family = replace(UNIFIED, in_flight=(1, 2), max_pool=1, tp_sizes=(1, 2))
+    family = replace(FREE_FAMILY, roles=(Role.UNIFIED,), in_flight=(1, 2), max_pool=1, tp_sizes=(1, 2))
     num = 20 if every else 6
 
     @settings(max_examples=num, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
@@ -113,7 +121,7 @@ def test_the_specification_finds_the_same(every: bool) -> None:
 ROOMY = make_problem(
     [make_node("a", "A", gpus=2, nodes=2), make_node("b", "B", nodes=2)],
     workload=make_workload((40, 120)),
-    family=replace(SMALL_FAMILY, micro_batches=MICRO_BATCHES, max_copies=1),
+    family=replace(SMALL_FAMILY, micro_batches=MICRO_BATCHES),
 )
 
 
@@ -175,7 +183,7 @@ def the_plan(problem: PlacementProblem) -> Plan:
 
 
 def test_engines_run_more_requests_than_decode_when_saturated_or_as_many() -> None:
-    problem = replace(ROOMY, family=SMALL_FAMILY)
+    problem = replace(ROOMY, family=FREE_FAMILY)
     plan = the_plan(problem)
     for seats, broken in ((0, set[Rule]()), (16, {Rule.SETTING}), (17, set[Rule]())):
         more = replace(plan, replicas=(replace(plan.replicas[0], max_num_seqs=seats),))
@@ -186,7 +194,7 @@ def test_engines_run_more_requests_than_decode_when_saturated_or_as_many() -> No
 
 
 def test_the_checker_counts_requests_and_blocks() -> None:
-    problem = replace(ROOMY, family=SMALL_FAMILY)
+    problem = replace(ROOMY, family=FREE_FAMILY)
     assert rules(the_plan(problem), problem) == set()
     held = derived_of(the_plan(problem).replicas[0], problem).kv_held
     blocks = math.ceil(held / 16)
@@ -209,7 +217,7 @@ def test_the_checker_counts_requests_and_blocks() -> None:
 
 
 def test_a_plan_claims_no_more_kv_than_its_blocks_hold() -> None:
-    kept = at(replace(ROOMY, family=SMALL_FAMILY), kv_blocks=100)
+    kept = at(replace(ROOMY, family=FREE_FAMILY), kv_blocks=100)
     plan = the_plan(kept)
     assert plan.replicas[0].kv_tokens == 2 * 100 * 16  # on two copies
     more = replace(plan, replicas=(replace(plan.replicas[0], kv_tokens=3400),))

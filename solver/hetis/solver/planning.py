@@ -16,9 +16,7 @@ from hetis.solver.compiled import is_cached
 from hetis.solver.constraints import Constraints
 from hetis.solver.errors import HetisError, InvalidProblemError
 from hetis.solver.placement.constrained_problem import apply_constraints, restored
-from hetis.solver.placement.cover import best_column
 from hetis.solver.placement.families import STRATEGIES, constraints_ignored
-from hetis.solver.placement.frontier import explore
 from hetis.solver.placement.infeasible import Market
 from hetis.solver.placement.outcome import rate_bound, sound_bound
 from hetis.solver.placement.pipelines import best_equal_split
@@ -55,10 +53,8 @@ def solve_placement(
     )
     problem = replace(problem.in_shared_precision(), family=STRATEGIES[strategy].restrict(problem.family))
     family = problem.family
-    if simplest_within and (family.engine is None or family.one_type_per_role or not family.uneven_layers):
-        raise InvalidProblemError(
-            "the simplest plan is only searched for among plans for an engine, by strategies hetis, hexgen and hexgen2"
-        )
+    if simplest_within and (family.one_type_per_role or not family.uneven_layers or family.engine is None):
+        raise InvalidProblemError("the simplest plan is only searched for by strategies hetis, hexgen and hexgen2")
     if STRATEGIES[strategy].is_published:
         plan = _by_published_heuristic(problem, settings)
     else:
@@ -68,9 +64,7 @@ def solve_placement(
 
 def is_compiled(problem: PlacementProblem) -> bool:
     """Return whether kernels for the family's search are cached on disk; compiling them takes up to a minute."""
-    if problem.family.engine is not None:
-        return is_cached(best_equal_split)
-    return is_cached(explore) and is_cached(best_column)
+    return problem.family.engine is None or is_cached(best_equal_split)
 
 
 def _by_published_heuristic(problem: PlacementProblem, settings: SearchSettings) -> Plan:

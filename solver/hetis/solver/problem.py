@@ -222,26 +222,22 @@ class Family:
         name: the strategy of this family.
         mixed_types: stages of one replica may use different GPU types.
         uneven_layers: stages may hold different numbers of layers; otherwise they differ by at most one.
-        max_copies: data-parallel copies of one stage.
-        max_pool: attention workers of one class per stage, over all copies; 0: none. Each copy has equally many, one
-            of `POOL_SIZES`.
+        max_pool: attention workers of one class per stage, one of `POOL_SIZES`; 0: none.
         tp_sizes, micro_batches, in_flight, chunk_tokens: the values tried for each.
         attention_dp: for models with experts, the numbers of copies that share them: replicas of one stage, whose
             copies are all on one node (with a number of GPUs that is in ``tp_sizes``) and iterate together.
         roles: the roles of replicas; prefill and decode only both or neither.
-        decode_keeps_heads: stages of decode replicas may keep head groups; otherwise attention workers have them all.
         one_type_per_role: all prefill replicas have one GPU type, and all decode replicas have one.
-        engine: the rules of an engine, which determine ``in_flight``; None: any engine that can do all of this.
+        engine: the rules of an engine, which determine ``in_flight``; None: those of published heuristics, whose
+            pipelines have 1 micro-batch in flight (which walks through the stages) or at least as many as stages.
         engine_settings: settings that every replica respects, see `at`.
 
-    A replica with K stage copies has 1 micro-batch in flight (which walks through the stages) or at least K. Under a
-    limit on TTFT stages keep to further rules (`docs/cost-model.md`, "Latency").
+    Under a limit on TTFT stages keep to further rules (`docs/cost-model.md`, "Latency").
     """
 
     name: str = "hetis"
     mixed_types: bool = True
     uneven_layers: bool = True
-    max_copies: int = 4
     max_pool: int = 32
     tp_sizes: tuple[int, ...] = (1, 2, 4, 8)
     micro_batches: tuple[int, ...] = MICRO_BATCHES
@@ -249,7 +245,6 @@ class Family:
     chunk_tokens: tuple[int, ...] = (256, 512, 2048)
     attention_dp: tuple[int, ...] = (2, 4, 8)
     roles: tuple[Role, ...] = (Role.UNIFIED, Role.PREFILL, Role.DECODE)
-    decode_keeps_heads: bool = True
     one_type_per_role: bool = False
     engine: EngineRules | None = None
     engine_settings: EngineSettings = NOTHING_SET
@@ -257,10 +252,9 @@ class Family:
     def __post_init__(self) -> None:
         if self.engine is not None:
             depths = tuple(range(1, self.engine.max_stages + 1))
-            if self.max_copies != 1 or self.in_flight != depths:
+            if self.in_flight != depths:
                 raise InvalidProblemError(
-                    f"{self.engine.name} runs stages without copies, with 1 to {self.engine.max_stages} micro-batches "
-                    "in flight, one for each stage"
+                    f"{self.engine.name} runs 1 to {self.engine.max_stages} micro-batches in flight, one for each stage"
                 )
         if other := set(self.attention_dp).difference(ATTENTION_DP):
             raise InvalidProblemError(f"attention_dp has {min(other)}, must be of {', '.join(map(str, ATTENTION_DP))}")
@@ -291,20 +285,20 @@ class Family:
         """Return the numbers of copies that may share the experts of a model."""
         return () if model.experts is None else tuple(d for d in self.attention_dp if d <= max(self.tp_sizes))
 
-    def pool_sizes(self, copies: int) -> tuple[int, ...]:
-        """Return the numbers of attention workers that each of a stage's copies may have."""
-        return tuple(p for p in POOL_SIZES if p * copies <= self.max_pool)
+    def pool_sizes(self) -> tuple[int, ...]:
+        """Return the numbers of attention workers that a stage may have."""
+        return tuple(p for p in POOL_SIZES if p <= self.max_pool)
 
     def describe(self, model: ModelSpec | None = None) -> str:
         """Return the family in one sentence, including how it treats the experts of a model."""
         each = " of all stages" if self.engine is not None else ""
         shared = "/".join(map(str, () if model is None else self.attention_dp_of(model)))
-        in_flight = f"{', '.join(map(str, self.in_flight))} of them in flight, 1 or no fewer than stage copies"
+        in_flight = f"{', '.join(map(str, self.in_flight))} of them in flight, 1 or no fewer than stages"
         parts = (
             "stages of any GPU types" if self.mixed_types else "one device class and TP size per replica",
             "any number of layers per stage" if self.uneven_layers else "equal layers per stage",
             f"TP {'/'.join(map(str, self.tp_sizes))}{each} inside a node",
-            f"up to {self.max_copies} copies per stage" if self.max_copies > 1 else "no stage copies",
+            "no stage copies",
             f"or one stage of {shared} copies in a node that share its experts" if shared else "",
             self._describe_workers(),
             f"micro-batches of {self.micro_batches[0]} to {self.micro_batches[-1]} requests",
@@ -324,8 +318,7 @@ class Family:
                 f"up to {self.max_pool} attention workers of one class per stage, as many for each of up to "
                 f"{self.engine.max_pooled_stages} stages of a replica that prefills and decodes"
             )
-        all_heads = "" if self.decode_keeps_heads else ", which have all head groups where a replica decodes only"
-        return f"up to {self.max_pool} attention workers per stage{all_heads}"
+        return f"up to {self.max_pool} attention workers per stage"
 
     def _describe_roles(self) -> str:
         if not self.splits_roles:
@@ -466,8 +459,7 @@ class PlacementProblem:
             raise InvalidProblemError(f"objective {self.objective.kind} needs a demanded rate")
         if self.model.precisions and self.family.engine is None:
             raise InvalidProblemError(
-                f"{self.model.name} has several precisions, which need a named engine and its strategies: "
-                "plans for any engine have a single precision"
+                f"{self.model.name} has several precisions, which published heuristics do not know: they plan for one"
             )
         for group in self.cluster.node_groups:
             for slots in group.gpus:

@@ -21,6 +21,7 @@ from hetis.planner.store import ProfileRecord
 from hetis.planner.use_cases.sources import problem_of_plan
 from hetis.profiler.roofline import modelled_profile
 from hetis.solver.check import check_plan
+from hetis.solver.placement.families import ENGINE_GONE
 from hetis.solver.plan import Plan
 from hetis.v1 import cluster_pb2, document_pb2, plan_pb2, profile_pb2
 from hetis.v1 import plan_service_pb2 as pb2
@@ -146,7 +147,7 @@ async def test_plans_keep_to_the_engine_that_is_asked_for(tmp_path: Path) -> Non
             ("default", {}),
             ("stock", {"engine": "vllm"}),
             ("small", {"engine": "vllm", "max_gpus": 2, "max_stages": 2, "min_layers": 2, "max_nodes": 1}),
-            ("free", {"engine": "any", "strategy": "uniform"}),
+            ("free", {"strategy": "hexgen-paper"}),
             ("set", {"engine": "vllm", "max_num_seqs": 8, "chunk_tokens": [512], "kv_blocks": 900}),
             ("fp8", {"engine": "vllm", "weights": "fp8"}),
             ("each", {"engine": "vllm", "weights": "bf16,RTX-3090=fp8"}),
@@ -307,8 +308,8 @@ async def test_every_wrong_field_of_a_spec_is_named(tmp_path: Path) -> None:
             assert split.fields == {"plan.spec.roles": says}
 
         for asked, says in (
-            ({"engine": "vlm"}, "is 'vlm', must be one of vllm-hetis, vllm, sglang, any, did you mean vllm?"),
-            ({"engine": "any", "max_gpus": 8}, "limits on replicas apply to a named engine: give --engine, too"),
+            ({"engine": "vlm"}, "is 'vlm', must be one of vllm-hetis, vllm, sglang, did you mean vllm?"),
+            ({"engine": "any"}, ENGINE_GONE),
             (
                 {"engine": "vllm", "strategy": "hexgen-paper"},
                 "strategy hexgen-paper is a published heuristic, which does not support vllm",

@@ -18,7 +18,7 @@ import pytest
 from hetis.formats.errors import DocumentError
 from hetis.planner.callers import CallerRole
 from hetis.planner.failures import ServiceError
-from hetis.planner.service.actions import make_token
+from hetis.planner.service.actions import make_token, rotate_token
 from hetis.planner.service.identity.access import NEEDED
 from hetis.planner.service.identity.credentials import Tokens, create_token, digest
 from hetis.v1 import agent_service_pb2 as agents
@@ -256,6 +256,26 @@ def test_a_name_is_taken_once(tmp_path: Path) -> None:
     with pytest.raises(DocumentError, match=r"tokens\[1\].name: a is already used by tokens\[0\]"):
         make(tmp_path, CallerRole.ADMIN, name="a")
     assert (tmp_path / "tokens.yaml").read_text() == before
+
+
+def test_a_token_is_rotated_under_its_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """In the past the new token needed another name: logs and quotas took its bearer for someone else."""
+    old, file = make(tmp_path, CallerRole.AGENT, name="a", scope=NODE), str(tmp_path / "tokens.yaml")
+    with pytest.raises(DocumentError, match=r"make a further one: hetis-planner token rotate --file .* --name a$"):
+        make(tmp_path, CallerRole.AGENT, name="a", scope=NODE)
+    rotate_token(file, name="a", valid_days="1")
+    new = capsys.readouterr().out.strip()
+    tokens = Tokens.load(file)
+    assert tokens.identify(old, now_s=time.time()) == tokens.identify(new, now_s=time.time())
+    first = Path(file).read_text().index("- name: a")
+    second = Path(file).read_text().index("- name: a", first + 1)
+    Path(file).write_text(Path(file).read_text()[:first] + Path(file).read_text()[second:])
+    tokens = Tokens.load(file)
+    assert tokens.identify(new, now_s=time.time()).scope == NODE
+    with pytest.raises(ServiceError, match="unknown"):
+        tokens.identify(old, now_s=time.time())
+    with pytest.raises(DocumentError, match="has no token of the name b"):
+        rotate_token(file, name="b", valid_days="1")
 
 
 def test_a_bad_token_file_is_refused_with_every_problem(tmp_path: Path) -> None:

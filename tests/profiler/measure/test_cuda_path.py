@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -24,6 +23,7 @@ from hetis.profiler.measure import provenance as provenance_room
 from hetis.profiler.measure import session
 from hetis.profiler.measure.device import CudaDevice, Operator, open_device
 from hetis.profiler.measure.watch import GpuAddress
+from tests.models import replace
 from tests.profiler.measure.fake_cuda import FakeCuda, FakeTorch
 
 TINY = replace(

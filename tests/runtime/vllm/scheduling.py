@@ -362,13 +362,13 @@ class World:
     def copy(self, change: Change) -> None:
         self.steered.copy_moves(CopyMovesRequest(epoch=self.epoch, change_id=change.change_id), self.now_s)
 
-    def ask_flip(self, change: Change, *, timeout_s: float = 5.0, epoch: int | None = None) -> None:
+    def request_flip(self, change: Change, *, timeout_s: float = 5.0, epoch: int | None = None) -> None:
         request = FlipMovesRequest(epoch=epoch or self.epoch, change_id=change.change_id, timeout=seconds(timeout_s))
         self.steered.flip_moves(request, self.now_s)
 
     def flip(self, change: Change, **more: Any) -> FlipMovesResponse:
         """Request the flip, and let the engine reach a step boundary."""
-        self.ask_flip(change, **more)
+        self.request_flip(change, **more)
         self.step()
         answer = self.steered.flip_answer(change.change_id)
         assert answer is not None

@@ -104,7 +104,7 @@ class SteeredStates(RuleBasedStateMachine):
         assert self.change is not None
         try:
             if what.startswith("flip"):
-                self.world.ask_flip(self.change, timeout_s=0 if what == "flip late" else 5)
+                self.world.request_flip(self.change, timeout_s=0 if what == "flip late" else 5)
                 self.world.step()
                 answer = self.world.steered.flip_answer(self.change.change_id)
                 assert answer is None or answer.outcome in ChangeOutcome.values()

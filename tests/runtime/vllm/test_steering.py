@@ -90,7 +90,7 @@ def test_a_flip_before_the_copies_are_there_is_refused() -> None:
     world.copy(change)
     for _ in range(3):
         with pytest.raises(RefusedError, match="its copies are not complete yet"):
-            world.ask_flip(change)
+            world.request_flip(change)
         world.step()
     world.step(2)
     assert world.flip(change).outcome == FLIPPED
@@ -129,7 +129,7 @@ def test_an_old_planner_can_change_nothing_any_more() -> None:
     world, number = started()
     world.epoch = 7
     change = world.prepared(world.move(number, [0], NAMES[1]))
-    for act in (lambda: world.ask_flip(change, epoch=6), lambda: world.reserve(change, epoch=6)):
+    for act in (lambda: world.request_flip(change, epoch=6), lambda: world.reserve(change, epoch=6)):
         with pytest.raises(RefusedError, match="epoch 6 is over: 7 was already accepted"):
             act()
     assert world.flip(change).outcome == FLIPPED

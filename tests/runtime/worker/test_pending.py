@@ -14,7 +14,17 @@ import pytest
 import torch
 
 from hetis.runtime.transport.channel import Channel
-from hetis.runtime.transport.frames import Frame, FrameKind, bytes_of, header_of
+from hetis.runtime.transport.frames import (
+    HEADER_BYTES,
+    MAGIC,
+    VERSION,
+    Frame,
+    FrameKind,
+    VersionError,
+    bytes_of,
+    header_of,
+    read_header,
+)
 from hetis.runtime.transport.pipes import SharedFile, ShmPipe, TcpPipe, is_supported
 from hetis.runtime.worker.core import MOST, PendingConnections
 
@@ -132,6 +142,27 @@ def test_who_has_greeted_makes_no_room_for_others(listener: socket.socket) -> No
 
 
 @pytest.mark.skipif(not is_supported(), reason="no shared memory here")
+def test_both_ends_learn_that_they_are_of_different_versions(
+    listener: socket.socket, caplog: pytest.LogCaptureFixture
+) -> None:
+    pending = PendingConnections(listener, stall_s=10.0)
+    other = struct.pack("<IH", MAGIC, VERSION + 1) + GREETING[6:]
+    with connected(listener) as engine:
+        engine.sendall(other)
+        until_s = monotonic() + 10
+        while not caplog.records:
+            assert pending.greeted(0.1) == []
+            assert monotonic() < until_s, "nothing was logged"
+        assert f"a frame of version {VERSION + 1}, this is version {VERSION}" in caplog.text
+        channel = Channel(TcpPipe(engine, "worker"))
+        answer = channel.receive(10.0)
+        assert answer is not None
+        assert answer.kind is FrameKind.ERROR
+        with pytest.raises(VersionError, match=f"a frame of version {VERSION + 1}, this is version {VERSION}"):
+            read_header(other[:HEADER_BYTES])
+    pending.close()
+
+
 def test_who_comes_through_shared_memory_is_heard_and_outlasts_strangers(listener: socket.socket) -> None:
     pending, shared = PendingConnections(listener, stall_s=10), SharedFile.create()
     with connected(listener) as engine, ExitStack() as opened:

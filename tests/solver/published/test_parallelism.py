@@ -128,7 +128,7 @@ def test_forbidden_cuts_are_not_made() -> None:
 def two_types() -> PlacementProblem:
     nodes = [make_node("a", "A", gpus=2), make_node("b", "B", gpus=3)]
     profiles = {"A": make_profile("A", flops=4e12), "B": make_profile("B", flops=1e12)}
-    return make_problem(nodes, profiles=profiles, objective=NO_LIMITS, family=replace(SMALL_FAMILY, max_copies=1))
+    return make_problem(nodes, profiles=profiles, objective=NO_LIMITS, family=replace(SMALL_FAMILY))
 
 
 def test_shapes_use_every_gpu_of_the_group() -> None:

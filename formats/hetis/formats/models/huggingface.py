@@ -64,9 +64,7 @@ def model_from_config(
     model = replace(model, weight_bytes=weight_bytes, layers=spread_as_in_short(model.layers))
     if quantised and dtypes.quantised_share(model) < 0.5:
         share = f"{dtypes.quantised_share(model):.0%} of its layers' parameters"
-        config.notes.append(
-            f"{model.name}: modules that its checkpoint names have {share}; the rest counts with 16 bits"
-        )
+        config.notes.append(f"{model.name}: modules that its checkpoint names have {share}; the rest counts as 16 bits")
     if folder is not None:
         config.notes += _size_note(config, model, folder)
     if notes is not None:

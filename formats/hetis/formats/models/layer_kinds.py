@@ -10,7 +10,8 @@ from hetis.formats.models.config_json import Config
 # Names of one thing in different families, the usual one first.
 NAMES = {
     "num_hidden_layers": ("num_hidden_layers", "num_layers", "n_layer"),
-    "intermediate_size": ("dense_intermediate_size", "intermediate_size", "ffn_hidden_size", "block_ff_dim"),
+    "intermediate_size": ("dense_intermediate_size", "block_ff_dim", "intermediate_size", "ffn_hidden_size"),
+    "head_dim": ("head_dim", "attention_head_dim"),
     "max_position_embeddings": ("max_position_embeddings", "model_max_length", "max_sequence_length", "max_seq_len"),
     "num_experts": ("num_experts", "n_routed_experts", "num_local_experts", "moe_num_experts"),
     "num_experts_per_tok": (
@@ -74,6 +75,8 @@ def kinds_of_attention(config: Config, num_layers: int) -> list[str]:
     for name in ("layer_types", "layers_block_type", "hybrid_override_pattern"):
         if (stated := config.data.get(name)) is not None:
             return _named_kinds(config, name, stated, num_layers)
+    if (every := config.whole("layer_group_size", 0, least=0)) > 1:  # Ling and Ring: the last of each group is full
+        return [ATTENTION if (layer + 1) % every == 0 else STATE for layer in range(num_layers)]
     if (flags := config.data.get("hybrid_layer_pattern")) is not None:  # MiMo: 1 slides
         slides = _for_layers(config, "hybrid_layer_pattern", flags, num_layers)
         return [WINDOWED if flag else ATTENTION for flag in slides]

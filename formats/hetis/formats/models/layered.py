@@ -62,7 +62,14 @@ _READ = {
         "swa_v_head_dim",
         "attention_other_setting",
     ),
-    *("sparse_attention_config", "index_n_heads", "index_head_dim", "index_block_size", "index_topk_blocks"),
+    *(
+        "sparse_attention_config",
+        "layer_group_size",
+        "index_n_heads",
+        "index_head_dim",
+        "index_block_size",
+        "index_topk_blocks",
+    ),
     *("linear_attn_config", "attention_bias", "vocab_size_per_layer_input", "mamba_ssm_cache_dtype", "no_rope_layers"),
     *("no_rope_layer_interval", "max_window_layers", "embedding_size", "rope_parameters", "index_local_blocks"),
     *("mla_use_output_gate", "cla_share_factor", "use_cla", "use_mixed_mlp_moe", "attn_res_block_size"),
@@ -131,7 +138,7 @@ def read_layers(config: Config, num_layers: int, *, gated_mlp: bool = True, gate
 def _heads(config: Config) -> tuple[int, int, int]:
     hidden, q_heads = config.whole("hidden_size"), config.whole("num_attention_heads")
     kv_heads = number(config, "num_key_value_heads", q_heads)
-    return q_heads, kv_heads, config.whole("head_dim", max(1, hidden // q_heads))
+    return q_heads, kv_heads, number(config, "head_dim", max(1, hidden // q_heads))
 
 
 def _attention(config: Config, *, gated: bool) -> Mixer:
@@ -207,6 +214,8 @@ def _state(config: Config) -> tuple[Recurrent, dict[str, int]]:
     """Return a layer of Mamba, Mamba-2 or Kimi delta attention, and its matrices by their names."""
     if config.data.get("linear_attn_config") is not None:
         return _delta_attention(config)
+    if config.data.get("layer_group_size") is not None:
+        return _lightning_attention(config)
     hidden, state = config.whole("hidden_size"), number(config, "mamba_state")
     kernel, expand = number(config, "mamba_kernel", 4), number(config, "mamba_expand", 2)
     if config.data.get(named(config, "mamba_heads")) is None:
@@ -229,6 +238,23 @@ def _state(config: Config) -> tuple[Recurrent, dict[str, int]]:
         heads=heads,
     )
     return one, {f"{parent}.{name}": size for parent in ("mixer",) for name, size in matrices.items()}
+
+
+def _lightning_attention(config: Config) -> tuple[Recurrent, dict[str, int]]:
+    """Return Ling's and Ring's linear attention: queries, keys and values together, a gate, and the output.
+
+    The state is a matrix per head in 16 bits, as in MiniMax-Text-01 (vLLM 0.32, bailing_moe_linear.py).
+    """
+    q_heads, _, size = _heads(config)
+    matrix = config.whole("hidden_size") * q_heads * size
+    matrices = {"attention.query_key_value": 3 * matrix, "attention.g_proj": matrix, "attention.dense": matrix}
+    one = Recurrent(
+        weights=sum(matrices.values()),
+        request_bytes=2.0 * q_heads * size * size,
+        flops=float(q_heads * (4 * size * size + 2 * 144 * 2 * size)),
+        heads=q_heads,
+    )
+    return one, matrices
 
 
 def _first_mamba(config: Config, inner: int, state: int, kernel: int) -> tuple[Recurrent, dict[str, int]]:
@@ -285,6 +311,9 @@ def _mlps(config: Config, num_layers: int, *, gated: bool) -> list[tuple[Mlp, ..
     having = layers_with_experts(config, num_layers)
     dense = Dense(width=dense_width(config), gated=gated)
     if not any(having):
+        shared = config.data.get("shared_intermediate_size")
+        if config.data.get("num_local_experts") == 0 and shared:  # Granite 4 without experts
+            dense = Dense(width=config.whole("shared_intermediate_size"), gated=gated)
         return [(dense,)] * num_layers
     experts = _experts(config, gated=gated)
     beside: tuple[Mlp, ...] = (dense,) if config.flag("enable_moe_block", False) else ()  # Gemma 4 has both
@@ -311,6 +340,8 @@ def _experts(config: Config, *, gated: bool) -> Experts:
     shared, own = number(config, "n_shared_experts", 0, least=0), named(config, "shared_width")
     # A width of all shared experts, or one of each; a number alone is of experts as wide as routed ones.
     of_all = config.whole(own, shared * width, least=0)
+    if own == "moe_shared_expert_intermediate_size" and config.data.get(own):  # of each
+        of_all *= max(1, shared)
     if config.flag("use_mixed_mlp_moe", False) and not shared:  # Hunyuan: a shared expert as wide as the MLP
         of_all = dense_width(config)
     latent = config.optional(named(config, "moe_latent_size"))

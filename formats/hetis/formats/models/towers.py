@@ -50,8 +50,27 @@ def tower_of_any_kind(vision: Config, hidden: int) -> int:
         own.data["intermediate_size"] = round(ratio * width) if isinstance(width, int) else None
     if own.data.get("num_hidden_layers") is not None:
         own.data.pop("depth", None)
-    params = tower_params(own, projection=hidden, gated=False)
+    params = (
+        _glm_tower(own)
+        if str(own.data.get("model_type")).startswith("glm")
+        else tower_params(own, projection=hidden, gated=False)
+    )
     return 0 if own.problems else params
+
+
+def _glm_tower(vision: Config) -> int:
+    """Return the parameters of GLM-4.5V's tower, whose gated MLPs have the width of its output; ``intermediate_size``
+    is that of the MLP that merges patches (transformers, ``Glm4vVisionBlock`` and ``Glm4vVisionPatchMerger``).
+    """
+    hidden, out = vision.whole("hidden_size"), vision.whole("out_hidden_size")
+    layers = vision.whole("num_hidden_layers", vision.whole("depth", 24))
+    merger = (
+        out * out
+        + 3 * out * vision.whole("intermediate_size")
+        + hidden * out * vision.whole("spatial_merge_size", 2) ** 2
+    )
+    patches = 3 * vision.whole("patch_size", 14) ** 2 * vision.whole("temporal_patch_size", 2) * hidden
+    return layers * (4 * hidden * hidden + 3 * hidden * out) + merger + patches
 
 
 _TOWER_NAMES = {

@@ -95,8 +95,9 @@ def finish(
     """Solve with progress and Ctrl-C, save, print, and return the exit code, whatever the outcome."""
     from hetis.planner.jobs.kernels import compile_kernels
     from hetis.planner.report.page.pages import ShownPlan, plans_page
-    from hetis.planner.use_cases.place import missed, settings_of
     from hetis.planner.use_cases.place import place as placed
+    from hetis.planner.use_cases.place import settings_of
+    from hetis.planner.use_cases.verification.choosing import missed
 
     cancelled, settings = threading.Event(), settings_of(request)
 
@@ -126,7 +127,7 @@ def finish(
         return ExitCode.INTERNAL
     if cancelled.is_set():
         return ExitCode.INTERRUPTED
-    short = missed(answer.plan, settings) if results.strict else []
+    short = missed(answer.plan, settings.gap_target + settings.simplest_within) if results.strict else []
     for sentence in short:
         terminal.error(sentence)
     return ExitCode.MISSED if short else ExitCode.OK
@@ -176,7 +177,7 @@ class ComparedOptions:
         "--engine NAME,...: Plan only what this engine can run; several (or all) are compared side by side.",
         parser=values.engines,
         autocompletion=values.lists_of_engines,
-        shown="any",
+        shown="vllm-hetis",
     )
 
 
@@ -208,44 +209,36 @@ def compare(
     from hetis.planner.use_cases.compare import Searches, compare_engines, simulate_plans
     from hetis.planner.use_cases.place import read_inputs, settings_of
     from hetis.planner.use_cases.verification.choosing import SEARCHES
-    from hetis.solver.placement.families import ANY_ENGINE, STRATEGIES
+    from hetis.solver.placement.families import DEFAULT_ENGINE, STRATEGIES
 
-    engines = (ANY_ENGINE,) if asked.engine is None else asked.engine.names
+    engines = (DEFAULT_ENGINE,) if asked.engine is None else asked.engine.names
     unless = DEFAULT_STRATEGY if len(engines) > 1 else values.ALL
     names = (asked.strategies or values.strategies(unless)).names
-    rules = {  # limits apply to engines, unless "any" is the only one
-        name: requests.engine_rules(
-            name,
-            DEFAULT_STRATEGY,
-            request.limits if name != ANY_ENGINE or len(engines) == 1 else {},
-        )
-        for name in engines
-    }
-    if ANY_ENGINE in rules and len(rules) > 1 and any(request.limits.values()):
-        terminal.warn(f"limits on replicas are not for engine {ANY_ENGINE}, whose replicas have none")
-    plans = names if asked.engine is None else [f"{name}-{engine}" for name in names for engine in rules]
+    rules = {name: requests.rules_of_engine(name, request.limits) for name in engines}
+    published = [name for name in names if STRATEGIES[name].is_published]
+    searched = [name for name in names if name not in published]
+    plans = names if asked.engine is None else [*published, *(f"{name}-{one}" for name in searched for one in rules)]
     outputs.refuse_unwritable_plans(results.out, plans)
     outputs.refuse_page(results.html)
     level, loaded, objective = request.service_level, read_inputs(request), request.goal
     settings = replace(settings_of(request), engine=None)
     outputs.warn_of_cut_requests(terminal, loaded.inputs)
-    is_repeated = request.verify and not all(STRATEGIES[name].is_published for name in names)
+    is_repeated = request.verify and bool(searched)
     if results.dry_run:
         return outputs.say_what_would_be_solved(
-            terminal, [(loaded.inputs, objective)], strategies=names, solves=len(names) * len(rules),
+            terminal, [(loaded.inputs, objective)], strategies=names, solves=len(plans),
             again=SEARCHES if is_repeated else 0, time_limit_s=request.time_limit_s,
         )  # fmt: skip
     cancelled = threading.Event()
     budget = partial(Budget, time_limit_s=request.time_limit_s, clock=search_seconds, cancelled=cancelled)
 
     def work(report: Report) -> tuple[Compared, ...]:
-        for for_engine in {one is not None for one in rules.values()}:
-            compile_kernels(loaded.inputs.cluster.num_gpus(), names, for_engine=for_engine, report=report)
+        compile_kernels(loaded.inputs.cluster.num_gpus(), names, report=report)
         searches = Searches(loaded=loaded, objective=objective, settings=settings, budget=budget, report=report)
         found = compare_engines(searches, names, rules)
         if request.verify:
             found = simulate_plans(found, searches, rules, level)
-        return found if asked.engine is not None else tuple(replace(outcome, engine=None) for outcome in found)
+        return found if asked.engine is not None else tuple(replace(outcome, is_only_engine=True) for outcome in found)
 
     compared = search_interruptibly(terminal, work, unit=objective.unit, cancelled=cancelled, so_far="the plans")
     if results.out is not None:

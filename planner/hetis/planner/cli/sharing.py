@@ -14,7 +14,7 @@ from hetis.planner.cli.exit_codes import ExitCode
 from hetis.planner.cli.failures import refuse, report_no_plan
 from hetis.planner.cli.parameters import options
 from hetis.planner.cli.parameters.options import group, option, verb
-from hetis.planner.cli.parameters.requests import requested
+from hetis.planner.cli.parameters.requests import engine_rules, requested
 from hetis.planner.cli.searching import search_interruptibly, work_interruptibly
 from hetis.solver.budget import Budget, Report
 from hetis.solver.errors import NoPlanFoundError
@@ -42,6 +42,7 @@ class ShareOptions:
     others: bool = option("--others/--no-others: Also share by the other rules for comparison.", True)
     envy: bool = option("--envy/--no-envy: Also place each tenant on every other tenant's GPUs, to measure envy.", True)
     strategy: str = requested("strategy")
+    engine: str | None = requested("engine")
     time_limit: float = requested("time_limit", default="5min", shown=True)
     gap: float = requested("gap", default="0.5%")
     seed: int = requested("seed")
@@ -68,10 +69,14 @@ def share(
     from hetis.planner.report.sharing import render_tenants, tenants_document
     from hetis.planner.use_cases.place import PlacementSettings
     from hetis.planner.use_cases.sharing import SharedFleet, load_tenancy, share_out_fleet
-    from hetis.solver.tenants.problem import TenantRule
+    from hetis.solver.tenants.tenancy import TenantRule
 
     out = asked.out
-    loaded = load_tenancy(file, cluster=asked.cluster, profiles=asked.profile or (), strategy=asked.strategy)
+    settings = PlacementSettings(
+        strategy=asked.strategy, engine=engine_rules(asked.engine, asked.strategy, {}),
+        time_limit_s=asked.time_limit, gap_target=asked.gap, seed=asked.seed, threads=asked.threads,
+    )  # fmt: skip
+    loaded = load_tenancy(file, cluster=asked.cluster, profiles=asked.profile or (), settings=settings)
     outputs.refuse_unwritable_plans(out, [tenant.name for tenant in loaded.tenancy.tenants])
     if asked.dry_run:
         given = zip(loaded.inputs, loaded.tenancy.tenants, strict=True)
@@ -81,15 +86,10 @@ def share(
         )  # fmt: skip
     first = TenantRule(asked.rule)
     rules = (first, *(other for other in TenantRule if other is not first and asked.others))
-    settings = PlacementSettings(
-        strategy=asked.strategy, time_limit_s=asked.time_limit, gap_target=asked.gap, seed=asked.seed,
-        threads=asked.threads,
-    )  # fmt: skip
     cancelled = threading.Event()
 
     def work(report: Report) -> SharedFleet:
-        for num_gpus in (1, loaded.inputs[0].inputs.cluster.num_gpus()):  # parts of a large fleet may be small
-            compile_kernels(num_gpus, (asked.strategy,), report=report)
+        compile_kernels(1, (asked.strategy,), report=report)
         budget = Budget(time_limit_s=asked.time_limit, clock=search_seconds, cancelled=cancelled)
         return share_out_fleet(loaded, rules, settings, with_envy=asked.envy, budget=budget, report=report)
 

@@ -248,7 +248,7 @@ class ClusterChanges:
         for change in list(self.under_way.values()):
             was = change.state
             for node in change.pass_time(now_s):
-                self._cluster.links[node].slot(change.body.replica).tell_again(change.change_id)
+                self._cluster.links[node].slot(change.body.replica).resend(change.change_id)
                 self._cluster.mark_sendable(node)
             if change.state != was:
                 self.tell(change)

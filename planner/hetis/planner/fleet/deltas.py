@@ -156,7 +156,7 @@ class ReplicaSlot:
             self.closed.clear()  # at worst, each is answered once more
         self.closed.add(change_id)
 
-    def tell_again(self, change_id: str) -> None:
+    def resend(self, change_id: str) -> None:
         """Send an answered directive again, since the node may have forgotten it."""
         self._told.pop(change_id, None)
 

@@ -14,13 +14,10 @@ from hetis.profiler.roofline import modelled_profile
 from hetis.solver.budget import Progress, Report
 from hetis.solver.cluster import Cluster, GpuSlots, Link, Network, NodeGroup
 from hetis.solver.compiled import is_cached
-from hetis.solver.placement.exact import MAX_GPUS
-from hetis.solver.placement.families import DEFAULT_ENGINE, STRATEGIES, run_by
-from hetis.solver.placement.frontier import explore
+from hetis.solver.placement.families import DEFAULT_ENGINE, run_by
 from hetis.solver.placement.pipelines import best_equal_split
-from hetis.solver.placement.pricing import KERNELS, compile_rest
 from hetis.solver.planning import solve_placement
-from hetis.solver.problem import EngineRules, Family, PlacementProblem
+from hetis.solver.problem import EngineRules, PlacementProblem
 from hetis.solver.published import PUBLISHED
 from hetis.solver.published.replicas import best_split
 from hetis.solver.workload import LengthBin, Workload
@@ -32,33 +29,20 @@ _GPU, _MODEL = "A100-SXM-80GB", "Llama-2-7B"
 
 def are_cached() -> bool:
     """Return whether the compiled kernels of all searches are on disk."""
-    return all(is_cached(kernel) for kernel in (best_equal_split, explore, *KERNELS))
+    return is_cached(best_equal_split)
 
 
-def load_kernels(num_gpus: int, *, for_engine: bool = False, report: Report) -> None:
-    """Compile what the search of ``num_gpus`` needs.
-
-    ``for_engine``: for plans that must suit an engine, where the size of the fleet does not matter.
-    """
-    if for_engine:
-        if not is_cached(best_equal_split):
-            report(Progress(phase=COMPILING, elapsed_s=0.0))
-            solve_placement(_smallest_of_engine())
-            solve_placement(_smallest_of_engine(), strategy="uniform")  # to which plans are compared
-        return
-    is_small = num_gpus <= MAX_GPUS
-    if not all(is_cached(kernel) for kernel in ((explore,) if is_small else KERNELS)):
+def load_kernels(num_gpus: int = 1, *, for_engine: bool = True, report: Report) -> None:
+    """Compile what the search of plans that an engine runs needs."""
+    if not are_cached():
         report(Progress(phase=COMPILING, elapsed_s=0.0))
-        solve_placement(_smallest_problem(1 if is_small else MAX_GPUS + 1))
-        if not is_small:
-            compile_rest()
+        solve_placement(_smallest_of_engine())
+        solve_placement(_smallest_of_engine(), strategy="uniform")  # to which plans are compared
 
 
-def compile_kernels(num_gpus: int, strategies: Collection[str], *, for_engine: bool = False, report: Report) -> None:
-    """Ensure that these strategies can search a fleet of this size without compiling anything."""
+def compile_kernels(num_gpus: int, strategies: Collection[str], *, for_engine: bool = True, report: Report) -> None:
+    """Ensure that these strategies can search without compiling anything."""
     load_kernels(num_gpus, for_engine=for_engine, report=report)
-    if for_engine and any(STRATEGIES[name].restrict(Family()).one_type_per_role for name in strategies):
-        load_kernels(MAX_GPUS + 1, report=report)  # prices rule out pairs of GPU types, in small fleets, too
     if not is_cached(best_split) and not PUBLISHED.keys().isdisjoint(strategies):
         report(Progress(phase=COMPILING, elapsed_s=0.0))
         for strategy in PUBLISHED:
@@ -66,18 +50,14 @@ def compile_kernels(num_gpus: int, strategies: Collection[str], *, for_engine: b
 
 
 def compile_all_kernels() -> None:
-    """Compile the kernels of every strategy for fleets of any size; takes a minute or two the first time."""
-    load_kernels(1, for_engine=True, report=lambda _progress: None)
-    for num_gpus in (1, MAX_GPUS + 1):
-        compile_kernels(num_gpus, PUBLISHED, report=lambda _progress: None)
+    """Compile the kernels of every strategy; takes up to a minute the first time."""
+    compile_kernels(1, PUBLISHED, report=lambda _progress: None)
 
 
 def load_cached_kernels() -> None:
     """Load the kernels before there is work, which takes a second; does nothing if they are not compiled yet."""
     if are_cached():
-        for problem in (_smallest_of_engine(), _smallest_problem(1), _smallest_problem(MAX_GPUS + 1)):
-            solve_placement(problem)
-        compile_rest()
+        solve_placement(_smallest_of_engine())
 
 
 def _smallest_of_engine() -> PlacementProblem:

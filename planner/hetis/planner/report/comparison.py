@@ -18,7 +18,7 @@ from hetis.planner.report.goals import goal_line, problem_title
 from hetis.planner.report.plan import SMALLEST_PRICE
 from hetis.planner.report.promises import kept_cell
 from hetis.planner.report.tables import Narrowing, as_group, bullets, facts, grid, section, table
-from hetis.planner.use_cases.compare import Compared, Figures, best_of, figures_of, kept_of, why_outside
+from hetis.planner.use_cases.compare import Compared, Figures, best_of, figures_of, kept_of
 from hetis.planner.use_cases.grouping import gpu_counts, used_counts
 from hetis.planner.use_cases.json_values import document, fields_of, json_value
 from hetis.planner.use_cases.record.parts import Requested, Verified
@@ -27,7 +27,7 @@ from hetis.planner.use_cases.sources import Inputs
 from hetis.planner.use_cases.what_if import BuyNext, FleetChange, ListedOffer, Side, WhatIf
 from hetis.solver.advice import ChangeVerdict, Difference, NodeShape
 from hetis.solver.cluster import Link
-from hetis.solver.placement.families import ANY_ENGINE, STRATEGIES
+from hetis.solver.placement.families import STRATEGIES
 from hetis.solver.plan import Objective, ObjectiveKind, Plan
 
 PUBLISHED_MEANS = (
@@ -68,9 +68,6 @@ def render_comparison(compared: Sequence[Compared], inputs: Inputs, objective: O
         rows = ((Text(f" {name}", "dim"), Text(STRATEGIES[name].summary, "dim")) for name in published)
         yield grid(False, True, rows=rows)
     label = _labels(compared)
-    outside = [(label(one), why) for one in compared if one.plan is not None and (why := why_outside(one.plan))]
-    if outside:
-        yield section("Beyond a bound", grid(False, True, rows=outside))
     if without := [(label(one), _why(one)) for one in compared if one.plan is None]:
         yield section("Without a plan", grid(False, True, rows=without))
     if failed := [(label(one), _why(one)) for one in compared if one.plan is not None and one.reasons]:
@@ -80,12 +77,8 @@ def render_comparison(compared: Sequence[Compared], inputs: Inputs, objective: O
 
 def engine_words(compared: Iterable[Compared]) -> str:
     """Return which engine all plans are for; empty if each row names its own."""
-    match list({outcome.engine or ANY_ENGINE for outcome in compared}):
-        case [engine] if engine == ANY_ENGINE:
-            return "for any engine: perhaps none runs some of these plans; --engine NAME plans what one can run"
-        case [engine]:
-            return f"for engine {engine}"
-    return ""
+    engines = _engines(compared)
+    return f"for engine {engines.pop()}" if len(engines) == 1 else ""
 
 
 def _why(outcome: Compared) -> str:
@@ -160,14 +153,18 @@ def _are_simulated(compared: Sequence[Compared]) -> bool:
 
 def _compares_engines(compared: Sequence[Compared]) -> bool:
     """Return whether several engines are compared with a single strategy."""
-    return len({outcome.strategy for outcome in compared}) == 1 < len({outcome.engine for outcome in compared})
+    return len({outcome.strategy for outcome in compared}) == 1 < len(_engines(compared))
+
+
+def _engines(compared: Iterable[Compared]) -> set[str]:
+    return {outcome.engine for outcome in compared if outcome.engine is not None}
 
 
 def _labels(compared: Sequence[Compared]) -> Callable[[Compared], str]:
     """Return a function that labels a row: by strategy, by engine, or by both if there are several of both."""
     if _compares_engines(compared):
         return lambda outcome: outcome.engine or ""
-    several = len({outcome.engine for outcome in compared}) > 1
+    several = len(_engines(compared)) > 1
     return lambda outcome: outcome.name if several else outcome.strategy
 
 

@@ -21,7 +21,7 @@ _SUBJECTS: Mapping[str, Callable[[PlacementProblem], tuple[Hashable, str]]] = {
     "workload": lambda it: (digest(it.workload), it.workload.name),
     "fleet": lambda it: (digest(it.cluster), f"{it.cluster.name} ({plural(it.cluster.num_gpus(), 'GPU')})"),
     "strategy": lambda it: (it.family.name, it.family.name),
-    "engine": lambda it: (it.family.engine, "any" if it.family.engine is None else it.family.engine.name),
+    "engine": lambda it: (it.family.engine, "none" if it.family.engine is None else it.family.engine.name),
     "engine settings": lambda it: (it.family.engine_settings, it.family.engine_settings.describe() or "none"),
     "constraints": lambda it: _constraints(it),
 }

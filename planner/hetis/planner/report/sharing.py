@@ -18,7 +18,7 @@ from hetis.planner.use_cases.sharing import SharedFleet, Sharing
 from hetis.solver.placement.tables import FloatArray
 from hetis.solver.shares.problem import FairnessRule, Shares, tenant_values
 from hetis.solver.shares.properties import Properties
-from hetis.solver.tenants.problem import FleetShares, TenantRule
+from hetis.solver.tenants.tenancy import FleetShares, TenantRule
 
 EPSILON = 1e-6
 MAX_ENVY = 12  # claimants up to which envy is shown as a matrix; -o json has all

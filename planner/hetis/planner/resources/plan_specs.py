@@ -290,10 +290,12 @@ class _SpecReader:
 
     def _engine(self) -> EngineRules | None:
         """Return the engine's rules that plans must obey; None if there are none, or after an error."""
-        from hetis.solver.placement.families import ANY_ENGINE, ENGINES
+        from hetis.solver.placement.families import ENGINE_GONE, ENGINES, NO_ENGINE
 
         spec, strategy = self.spec, self.spec.strategy or DEFAULT_STRATEGY
-        if spec.engine and not self.choice("engine", spec.engine, [*ENGINES, ANY_ENGINE]):
+        if not self.require(spec.engine != NO_ENGINE, "engine", ENGINE_GONE):
+            return None
+        if spec.engine and not self.choice("engine", spec.engine, list(ENGINES)):
             return None
         message = f"is {spec.max_stages}, must be {MOST_STAGES} at most"
         if not self.require(spec.max_stages <= MOST_STAGES, "max_stages", message):

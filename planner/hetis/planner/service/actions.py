@@ -17,7 +17,7 @@ from hetis.formats.documents import dump_data
 from hetis.formats.errors import DocumentError, Problem, single_problem
 from hetis.planner.callers import CallerRole
 from hetis.planner.service.exit_codes import ServiceExitCode
-from hetis.planner.service.identity.credentials import create_token
+from hetis.planner.service.identity.credentials import Tokens, create_token
 from hetis.planner.service.settings import Given, PlannerConfig, load_config, mistaken_variables
 
 if TYPE_CHECKING:
@@ -89,6 +89,21 @@ def make_token(
     create_token(path, name=chosen, role=role, scope=scope, expires=expires, hand_over=show)
     ends = expires.isoformat(timespec="seconds")
     print(f"token {chosen}, role {role}, valid until {ends}; it is shown only once", file=sys.stderr)
+
+
+def rotate_token(path: str, *, name: str, valid_days: str) -> None:
+    """Print a further token of the same caller on stdout, and on stderr what to do with the earlier ones."""
+    bearer, expires = Tokens.load(path).bearer(name), datetime.now(UTC) + _days(valid_days)
+    if bearer is None:
+        raise single_problem(path, f"has no token of the name {name}: hetis-planner token create makes one")
+    role, show = CallerRole(bearer.role), partial(print, flush=True)
+    create_token(path, name=name, role=role, scope=bearer.scope, expires=expires, hand_over=show, is_further=True)
+    ends = expires.isoformat(timespec="seconds")
+    print(
+        f"a further token of {name}, valid until {ends}; it is shown only once. Give it to its bearer, then delete the"
+        f" earlier entries of {name} from {path}",
+        file=sys.stderr,
+    )
 
 
 def _scope(role: CallerRole, node: str | None, cluster: str | None) -> str | None:

@@ -136,6 +136,18 @@ def create(
     make_token(file, role=role, name=name, node=node, cluster=cluster, valid_days=valid)
 
 
+@token.command("rotate")
+def rotate(
+    file: Annotated[str, typer.Option("--file", metavar="FILE", help="Token file.")],
+    name: Annotated[str, typer.Option("--name", help="Name of the token.")],
+    valid: Annotated[str, typer.Option("--valid", metavar="DAYS", help="Validity in days.")] = "365",
+) -> None:
+    """Create a further token with the name, role and scope of another one, which stays valid until it is deleted."""
+    from hetis.planner.service.actions import rotate_token
+
+    rotate_token(file, name=name, valid_days=valid)
+
+
 @app.command("backup")
 def backup(
     file: Annotated[str, typer.Argument(metavar="FILE", help="Backup file to create; it must not exist yet.")],

@@ -34,27 +34,12 @@ from hetis.solver.plan import Objective, ObjectiveKind, Plan, Role, SolveResult,
 from hetis.solver.problem import Assumptions, EngineRules, PlacementProblem
 from hetis.solver.replanning.change import PlanChange, plan_change
 
-# Every plan of a strategy is also one of its container, whose bound therefore holds for it, too. `hetis-paper` shares
-# attention workers among stages, which no other strategy does.
-CONTAINERS: Mapping[str, str] = {
-    "uniform": "hetis",
-    "hexgen": "hetis",
-    "hexgen-paper": "hexgen",
-    "splitwise-paper": "hetis",
-    "hexgen2-paper": "hexgen2",
-    "splitwise": "hexgen2",
-    "hexgen2": "hetis",
-    "hexgen3": "hetis",
-}
+# Every plan of a strategy is also one of its container for the same engine, whose bound therefore holds for it, too.
+CONTAINERS: Mapping[str, str] = {"uniform": "hetis", "hexgen": "hetis", "splitwise": "hexgen2", "hexgen2": "hetis"}
 
 ROUNDING = 1e-6  # relative difference from which one plan counts as better than another
 
 _BOUND_OF = "the bound is that of strategy"  # start of a note
-_OUTSIDE = "outside the family"  # start of another note
-_BY_RULES = (
-    "within the limits, but not under the rules that plans for any engine follow (docs/cost-model.md, "
-    "Latency), or with a different number of micro-batches in flight"
-)
 
 NO_PLAN, FAILED = "no plan", "failed"
 
@@ -78,11 +63,12 @@ class Searches:
 class Compared:
     """The outcome of one strategy. ``status`` is its plan's, or what went wrong; ``reasons`` give details.
 
-    ``engine`` is the engine of its plans, or None if engines are not compared.
+    ``engine`` is the engine of its plans, or None for published heuristics; ``is_only_engine`` if none was asked for.
     """
 
     strategy: str
     engine: str | None = None
+    is_only_engine: bool = False
     status: str
     plan: Plan | None = None
     reasons: tuple[str, ...] = ()
@@ -91,7 +77,7 @@ class Compared:
     @property
     def name(self) -> str:
         """The name that distinguishes the outcome from the others."""
-        return self.strategy if self.engine is None else f"{self.strategy}-{self.engine}"
+        return self.strategy if self.engine is None or self.is_only_engine else f"{self.strategy}-{self.engine}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -130,54 +116,39 @@ def compare_strategies(asked: Searches, strategies: Sequence[str]) -> tuple[Comp
             problem = asked.problem(container)
             found[container] = _with_better_plan(found[container], found[strategy].plan, problem, note)
     plans = {name: compared.plan for name, compared in found.items() if compared.plan is not None}
-
-    def holds(container: str, plan: Plan) -> bool:
-        """Return whether a container's bound also holds for the plan.
-
-        A bound that should hold but contradicts the plan is kept, so that `_with_bound` raises BrokenProofError.
-        """
-        return not _is_outside(plan, plans[container], asked.problem(container))
-
-    return tuple(_with_best_bound(found[strategy], plans, holds) for strategy in dict.fromkeys(strategies))
+    return tuple(_with_best_bound(found[strategy], plans) for strategy in dict.fromkeys(strategies))
 
 
 def compare_engines(
-    asked: Searches, strategies: Sequence[str], engines: Mapping[str, EngineRules | None]
+    asked: Searches, strategies: Sequence[str], engines: Mapping[str, EngineRules]
 ) -> tuple[Compared, ...]:
     """Return `compare_strategies` for each engine, ordered by strategy and then by engine as passed.
 
-    A plan that some engine runs also counts for "any engine" if it obeys the rules of that family.
+    Published heuristics, which know no engine's rules, are run once.
 
     Raises:
         InvalidProblemError: the objective needs something that the cluster lacks, such as a price.
     """
-    found = dict[tuple[str, str], Compared]()
-    for number, (name, rules) in enumerate(engines.items(), start=1):
+    published = [name for name in strategies if STRATEGIES[name].is_published]
+    searched = [name for name in strategies if name not in published]
+    found = dict[tuple[str, str | None], Compared]()
+    for number, (name, rules) in enumerate(engines.items() if searched else (), start=1):
         told = asked.report
         if len(engines) > 1:
             told = one_of_several(told, number, len(engines), f"for {name}, ")
         own = replace(asked, settings=replace(asked.settings, engine=rules), report=told)
-        for outcome in compare_strategies(own, strategies):
+        for outcome in compare_strategies(own, searched):
             found[outcome.strategy, name] = replace(outcome, engine=name)
-    for (strategy, name), outcome in found.items():
-        is_any = engines[name] is None and not STRATEGIES[strategy].is_published
-        if is_any and not asked.loaded.inputs.model.precisions:
-            problem = asked.loaded.inputs.problem(asked.objective, strategy, asked.settings.roles)
-            beyond = []
-            for other in (one for one in engines if one != name):
-                plan, note = found[strategy, other].plan, f"the plan was found for {other}"
-                if plan is not None and outcome.plan is not None and _is_outside(plan, outcome.plan, problem):
-                    beyond.append(other)
-                outcome = _with_better_plan(outcome, plan, problem, note)
-            if beyond and outcome.plan is not None:
-                note = f"{_OUTSIDE} are plans for {', '.join(beyond)} that pass the bound: {_BY_RULES}"
-                outcome = replace(outcome, plan=replace(outcome.plan, notes=(*outcome.plan.notes, note)))
-            found[strategy, name] = outcome
-    return tuple(found[strategy, name] for strategy in dict.fromkeys(strategies) for name in engines)
+    for outcome in compare_strategies(replace(asked, settings=replace(asked.settings, engine=None)), published):
+        found[outcome.strategy, None] = outcome
+    order: list[tuple[str, str | None]] = [
+        (one, name) for one in dict.fromkeys(strategies) for name in (*engines, None)
+    ]
+    return tuple(found[key] for key in order if key in found)
 
 
 def simulate_plans(
-    compared: Sequence[Compared], asked: Searches, engines: Mapping[str, EngineRules | None], level: ServiceLevel
+    compared: Sequence[Compared], asked: Searches, engines: Mapping[str, EngineRules], level: ServiceLevel
 ) -> tuple[Compared, ...]:
     """Return the outcomes of `compare_engines` with their plans simulated.
 
@@ -188,8 +159,9 @@ def simulate_plans(
     """
     found = []
     for number, outcome in enumerate(compared, start=1):
-        if outcome.plan is not None and outcome.engine is not None:
-            settings = replace(asked.settings, strategy=outcome.strategy, engine=engines[outcome.engine])
+        if outcome.plan is not None:
+            rules = None if outcome.engine is None else engines[outcome.engine]
+            settings = replace(asked.settings, strategy=outcome.strategy, engine=rules)
             told = one_of_several(asked.report, number, len(compared), f"{outcome.name}: ")
             loaded = for_engine(asked.loaded, settings.engine)
             own = replace(asked, loaded=loaded, settings=settings, report=told)
@@ -211,7 +183,7 @@ def _simulated(outcome: Compared, plan: Plan, asked: Searches, level: ServiceLev
         return replace(
             outcome, status=FAILED, reasons=(str(error), *violations), solve_s=outcome.solve_s + whole.elapsed_s()
         )
-    lost = [note for note in plan.notes if note.startswith((_BOUND_OF, _OUTSIDE)) and note not in simulated.notes]
+    lost = [note for note in plan.notes if note.startswith(_BOUND_OF) and note not in simulated.notes]
     return replace(
         outcome,
         plan=replace(simulated, notes=(*simulated.notes, *lost)),
@@ -277,18 +249,12 @@ def planned(asked: Searches) -> Compared:
     """Return the outcome of one search, by the strategy of the settings: its plan, or why there is none."""
     loaded, settings, budget = asked.loaded, asked.settings, asked.budget()
     name = settings.strategy
-    if settings.engine is not None and not STRATEGIES[name].has_engines:
-        engine = settings.engine.name
-        reason = f"it needs attention workers in decode replicas, which {engine} does not support"
-        if STRATEGIES[name].is_published:
-            reason = f"a published heuristic does not support {engine}"
-        return Compared(strategy=name, status=NO_PLAN, reasons=(reason,), solve_s=0.0)
     try:
         loaded = for_engine(loaded, settings.engine)
     except InvalidProblemError as error:
         return Compared(strategy=name, status=NO_PLAN, reasons=(str(error),), solve_s=0.0)
     if settings.engine is None and loaded.inputs.model.precisions:
-        reason = "several precisions need a named engine, such as --engine vllm-hetis"
+        reason = "a published heuristic plans for one precision, and this model has several"
         return Compared(strategy=name, status=NO_PLAN, reasons=(reason,), solve_s=0.0)
     problem = settings.problem(loaded.inputs, asked.objective)
     if budget.cancelled.is_set():
@@ -330,8 +296,6 @@ def _with_better_plan(container: Compared, contained: Plan | None, problem: Plac
     own = container.plan
     if own is None or contained is None or not _is_better(contained, own.result.value):
         return container
-    if _is_outside(contained, own, problem):
-        return container
     duals = [price.dual for price in own.prices]
     result = _with_bound(replace(contained.result, solve_s=own.result.solve_s), own.result.bound, own.objective)
     better = replace(
@@ -349,41 +313,19 @@ def _with_better_plan(container: Compared, contained: Plan | None, problem: Plac
     return replace(container, plan=better, status=better.result.status.value)
 
 
-def _keeps_all_rules(plan: Plan, problem: PlacementProblem) -> bool:
-    """Return whether a plan that passes the checker is known to belong to the problem's family.
-
-    A family for any engine has fewer numbers of micro-batches in flight than engines have, and keeps a limit on TTFT by
-    rules that exclude some replicas that meet it (`docs/cost-model.md`, "Latency"). The checker knows the limit, but
-    not the rules.
-    """
-    family, objective = problem.family, problem.objective
-    if family.engine is not None:
-        return True
-    return objective.ttft_limit_s is None and all(one.in_flight in family.in_flight for one in plan.replicas)
-
-
-def _is_outside(plan: Plan, container: Plan, problem: PlacementProblem) -> bool:
-    """Return whether a plan beats another one's bound because it is outside the family for which the bound holds."""
-    return _is_better(plan, container.result.bound) and not _keeps_all_rules(plan, problem)
-
-
 def _is_better(plan: Plan, value: float) -> bool:
     ahead = plan.result.value - value
     return (ahead if plan.objective.maximises else -ahead) > ROUNDING * abs(plan.result.value)
 
 
-def _with_best_bound(compared: Compared, plans: Mapping[str, Plan], holds: Callable[[str, Plan], bool]) -> Compared:
-    """Return the outcome with the bound of a containing strategy if that holds and is better than its own."""
+def _with_best_bound(compared: Compared, plans: Mapping[str, Plan]) -> Compared:
+    """Return the outcome with the bound of a containing strategy if that is better than its own."""
     plan = compared.plan
     if plan is None:
         return compared
     result, objective = plan.result, plan.objective
     known = {name: plans[name].result.bound for name in _containers(compared.strategy) if name in plans}
-    outside = [name for name in known if not holds(name, plan)]
-    if outside:
-        note = f"{_OUTSIDE} of strategy {outside[-1]}, whose bound it passes: {_BY_RULES}"
-        plan = replace(plan, notes=(*plan.notes, note))
-    known = {compared.strategy: result.bound} | {name: known[name] for name in known if name not in outside}
+    known = {compared.strategy: result.bound} | known
     # The strategy's own bound, unless a container's is better.
     best = min(known, key=lambda name: known[name] if objective.maximises else -known[name])
     if best == compared.strategy:
@@ -391,11 +333,6 @@ def _with_best_bound(compared: Compared, plans: Mapping[str, Plan], holds: Calla
     note = f"{_BOUND_OF} {best}, which has all plans of {compared.strategy}"
     plan = replace(plan, result=_with_bound(result, known[best], objective), notes=(*plan.notes, note))
     return replace(compared, plan=plan)
-
-
-def why_outside(plan: Plan) -> str | None:
-    """Return why a plan, or plans for engines, beat a bound that should hold for them; None if they do not."""
-    return next((note for note in plan.notes if note.startswith(_OUTSIDE)), None)
 
 
 def _with_bound(result: SolveResult, bound: float, objective: Objective) -> SolveResult:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import math
 import threading
-from collections.abc import Callable, Hashable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from dataclasses import replace
 from functools import partial
 
-from hetis.planner.use_cases.listing import run_by_engine
 from hetis.planner.use_cases.precision import constraints_of, refused_by
 from hetis.planner.use_cases.record.forms import NOT_COMPILED, EngineValue
 from hetis.planner.use_cases.record.parts import EqualStages, OtherEngines, Requested
@@ -19,12 +17,12 @@ from hetis.solver.cluster import Cluster
 from hetis.solver.constraints import Constraints, WithoutWorkers
 from hetis.solver.errors import InfeasibleError, InvalidProblemError, NoPlanFoundError
 from hetis.solver.model import ModelSpec
+from hetis.solver.placement.families import ENGINES, beyond
 from hetis.solver.plan import Plan, Role
 from hetis.solver.problem import EngineRules, Family, PlacementProblem
 from hetis.solver.search_clock import search_seconds
 
 SHARE = 0.1  # share of the time limit that all these searches may take
-ANY_ENGINE_S = 2.0  # time limit of the search for any engine, if the plan's own search did not take longer
 
 
 def with_engine_values(
@@ -33,8 +31,7 @@ def with_engine_values(
     """Return the plan with the values of plans for other engines.
 
     All use the same profiles, so the values differ by what the engines can run, and not by how fast they are. Takes at
-    most a share of ``time_limit_s``, the limit of the plan's own search. The search for any engine, whose plans nothing
-    runs yet and whose family is the largest, takes no longer than the plan's own, or `ANY_ENGINE_S`.
+    most a share of ``time_limit_s``, the limit of the plan's own search.
     """
     budget = Budget(time_limit_s=SHARE * time_limit_s, clock=search_seconds, cancelled=cancelled)
 
@@ -48,24 +45,16 @@ def with_engine_values(
 def _values(
     plan: Plan, problem: PlacementProblem, seed: int, budget: Budget, told: Callable[[str], None]
 ) -> Iterator[EngineValue]:
-    from hetis.solver.placement.families import ANY_ENGINE, ENGINES
-
     own, known = problem.family.engine, dict[Hashable, EngineValue]()
+    assert own is not None, "it is the engine that others are compared with"
     of_engine = partial(constraints_of, problem.model, problem.cluster)
-    ours = of_engine(None if own is None else own.name)
-    asked = [each for each in problem.constraints if each not in ours]
-    for name in (*ENGINES, ANY_ENGINE):  # the engine with the slowest search comes last
-        if name == (ANY_ENGINE if own is None else own.name):
+    asked = [each for each in problem.constraints if each not in of_engine(own.name)]
+    for name in ENGINES:
+        if name == own.name:
             continue
-        if name == ANY_ENGINE and problem.model.precisions:
-            continue  # its family has only one precision
-        rules = None if name == ANY_ENGINE else replace(own or EngineRules(name=name), name=name)
+        rules = replace(own, name=name)
         constraints: Constraints = tuple(dict.fromkeys((*of_engine(name), *asked)))
-        if own is None and rules is not None:
-            family = run_by_engine(replace(problem, constraints=constraints), plan.strategy, rules).family
-            rules = family.engine
-        else:
-            family = family_of(plan.strategy, problem.family.roles, rules, problem.family.engine_settings)
+        family = family_of(plan.strategy, problem.family.roles, rules, problem.family.engine_settings)
         alike = _but_for_its_name(family, problem.model), constraints
         if alike not in known:
             lacks = _lacking(plan, problem, rules)
@@ -79,32 +68,14 @@ def _values(
             else:
                 told(name)
                 other = replace(problem, family=family, constraints=constraints)
-                limit_s = math.inf if rules else max(ANY_ENGINE_S, plan.result.solve_s)
-                its_budget = Budget(
-                    time_limit_s=limit_s, clock=budget.clock, cancelled=budget.cancelled, callers=budget
-                )
-                found = _searched(found, plan, other, own, seed, its_budget)
+                found = _searched(found, plan, other, own, seed, budget)
                 found = _by_equal_stages(found, plan, other, own, seed, budget.cancelled)
-            if name == ANY_ENGINE:
-                found = _at_least(found, known.values(), plan)
             known[alike] = found
         yield replace(known[alike], engine=name)
 
 
-def _at_least(found: EngineValue, others: Iterable[EngineValue], plan: Plan) -> EngineValue:
-    """Return the best plan for any engine: what its search found, or what a single engine runs if that is better."""
-    for other in others:
-        if other.value is not None and _is_better(other.value, found.value, plan):
-            found = replace(found, value=other.value, lacks=other.lacks, equal_stages=other.equal_stages)
-    return found
-
-
-def _lacking(plan: Plan, problem: PlacementProblem, rules: EngineRules | None) -> tuple[str, ...]:
+def _lacking(plan: Plan, problem: PlacementProblem, rules: EngineRules) -> tuple[str, ...]:
     """Return what a plan needs and an engine lacks, in a few words each: features, and GPUs that it supports."""
-    from hetis.solver.placement.families import beyond
-
-    if rules is None:
-        return ()
     used = {stage.gpu for replica in plan.replicas for stage in replica.stages}
     refused = refused_by(problem.model, problem.cluster, rules.name)
     features = beyond(plan.replicas, rules, problem.cluster, problem.model)
@@ -114,8 +85,6 @@ def _lacking(plan: Plan, problem: PlacementProblem, rules: EngineRules | None) -
 
 def _barred_workers(plan: Plan, problem: PlacementProblem, rules: EngineRules) -> Iterator[str]:
     """Yield that an engine has no attention workers for this model, if the plan has some and it has them for others."""
-    from hetis.solver.placement.families import ENGINES
-
     has_workers = ENGINES[rules.name].max_pool and any(replica.attention_workers for replica in plan.replicas)
     barring = constraints_of(problem.model, problem.cluster, rules.name)
     if has_workers and any(isinstance(each, WithoutWorkers) for each in barring):
@@ -132,17 +101,13 @@ def _across_vendors(plan: Plan, cluster: Cluster) -> Iterator[str]:
 
 
 def _but_for_its_name(family: Family, model: ModelSpec) -> tuple[Family, tuple[int, ...]]:
-    if (engine := family.engine) is None:
-        return family, ()
+    engine = family.engine
+    assert engine is not None, "it is an engine's family"
     return replace(family, engine=replace(engine, name="")), tuple(engine.stages_of(role, model) for role in Role)
 
 
 def _has_all_of(family: Family, poorer: Family, model: ModelSpec) -> bool:
-    """Return whether this family contains all plans of the ``poorer`` one of another engine, given equal limits.
-
-    The family for any engine does not: its stages keep to stricter rules under a limit on TTFT (`docs/cost-model.md`,
-    "Latency"), and it tries fewer numbers of micro-batches in flight.
-    """
+    """Return whether this family contains all plans of the ``poorer`` one of another engine, given equal limits."""
     return (
         family.engine is not None
         and poorer.engine is not None
@@ -157,7 +122,7 @@ def _as_deep(rules: EngineRules, others: EngineRules, model: ModelSpec) -> bool:
 
 
 def _searched(
-    known: EngineValue, plan: Plan, problem: PlacementProblem, own: EngineRules | None, seed: int, budget: Budget
+    known: EngineValue, plan: Plan, problem: PlacementProblem, own: EngineRules, seed: int, budget: Budget
 ) -> EngineValue:
     """Return what a search finds, or ``known``, the value of a plan that the engine runs, if that is better."""
     from hetis.solver.planning import is_compiled, solve_placement
@@ -166,8 +131,7 @@ def _searched(
         return replace(known, why_not=NOT_COMPILED)
     if budget.is_spent():
         return replace(known, why_not="no time was left")
-    # As simple as the plan, or an engine would seem to reach what was given up for that; not searched for any engine.
-    simplest_within = Requested.of(plan).simplest_within if problem.family.engine is not None else 0.0
+    simplest_within = Requested.of(plan).simplest_within  # or it would seem to reach what was given up for that
     try:
         other = solve_placement(
             problem, strategy=plan.strategy, budget=budget, seed=seed, simplest_within=simplest_within
@@ -180,14 +144,12 @@ def _searched(
         return replace(known, why_not="none was found in time")
     value, bound = other.result.value, other.result.bound
     if not _is_better(value, known.value, plan):
-        # The family for any engine excludes some plans that engines run (`docs/cost-model.md`, "Latency").
-        is_beyond = known.value is not None and _is_better(known.value, bound, plan)
-        return replace(known, bound=None if is_beyond else bound)
+        return replace(known, bound=bound)
     return replace(known, value=value, bound=bound, lacks=known.lacks or _lacking(other, problem, own))
 
 
 def _by_equal_stages(
-    known: EngineValue, plan: Plan, problem: PlacementProblem, own: EngineRules | None, seed: int,
+    known: EngineValue, plan: Plan, problem: PlacementProblem, own: EngineRules, seed: int,
     cancelled: threading.Event,
 ) -> EngineValue:  # fmt: skip
     """Return the value of equal stages on an engine, or ``known`` if that is at least as good.
@@ -198,7 +160,7 @@ def _by_equal_stages(
     if Role.UNIFIED not in problem.family.roles:
         return known
     ours = EqualStages.of(plan).best
-    if own is not None and ours is not None and (other is None or _as_deep(other, own, problem.model)):
+    if ours is not None and other is not None and _as_deep(other, own, problem.model):
         value = ours.value  # equal stages have no attention workers, and the other limits are the same
     elif known.value is not None:
         return known  # a separate search is made only for engines without any plan

@@ -15,7 +15,6 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from hetis.planner.use_cases import service_level
-from hetis.planner.use_cases.any_engine import search_again
 from hetis.planner.use_cases.engine_values import with_engine_values
 from hetis.planner.use_cases.listing import kinds_in_a_zone, refuse_unlisted, stages_to_list
 from hetis.planner.use_cases.precision import for_engine, in_precision, notes_on_exchange
@@ -29,8 +28,7 @@ from hetis.planner.use_cases.service_level import ServiceLevel
 from hetis.planner.use_cases.sources import Inputs, LoadedInputs, engine_rules, engine_settings, load_inputs
 from hetis.planner.use_cases.surviving import check_survival, surviving_plan, with_losses
 from hetis.planner.use_cases.verification import equal_stages
-from hetis.planner.use_cases.verification.choosing import OUT_OF_TIME, Again, kept_plan, with_rate_of_equal_stages
-from hetis.planner.use_cases.verification.outcome import MISSES_AT, misses
+from hetis.planner.use_cases.verification.choosing import Again, kept_plan, with_rate_of_equal_stages
 from hetis.planner.use_cases.verification.queueing import with_queueing
 from hetis.planner.use_cases.verification.rates import simulation_report
 from hetis.planner.use_cases.versions import installed_versions
@@ -313,11 +311,8 @@ def simulated_plan(
         UncheckedPlanError: the other plan fails the independent checker.
     """
 
-    def searched(posed: PlacementProblem, within: Budget) -> Plan:
-        return search(posed, settings, budget=within, report=report)
-
     searches = Again(
-        search=lambda posed, within: search_again(posed, settings.strategy, searched, within),
+        search=lambda posed, within: search(posed, settings, budget=within, report=report),
         describe=lambda found: describe(found, loaded, problem, settings),
         time_limit_s=settings.time_limit_s,
         is_cut_short=(
@@ -420,24 +415,6 @@ def _require_demand(goal: Objective, workload: Workload) -> None:
     if not goal.maximises and goal.demand_rps is None:
         hint = "" if workload.rate_rps is None else f"; {workload.name} arrives at {workload.rate_rps:.4g} requests/s"
         raise InvalidProblemError(f"objective {goal.kind} needs a demanded rate: --rate{hint}")
-
-
-def missed(plan: Plan, settings: PlacementSettings) -> list[str]:
-    """Return the requirements of ``--strict`` that the plan does not meet."""
-    result, found = plan.result, []
-    if result.gap == float("inf"):
-        found.append("the search stopped before it found a bound, so no gap is proven")
-    elif result.gap > (allowed := settings.gap_target + settings.simplest_within) + 1e-9:
-        found.append(f"the gap is {result.gap:.3%}, the target is {allowed:.3%}")
-    demand = plan.objective.demand_rps
-    if plan.objective.maximises and demand is not None and result.value < demand * (1 - 1e-9):
-        found.append(f"the plan serves {result.value:.4g} requests/s, {demand:.4g} are demanded")
-    simulated = Verified.of(plan).verification
-    if simulated is None and OUT_OF_TIME in plan.notes:
-        found += [note for note in plan.notes if note == OUT_OF_TIME or note.startswith(MISSES_AT)]
-    if simulated is not None and not simulated.kept:
-        found.append(f"simulated at {simulated.rate_rps:.4g} requests/s: {', '.join(misses(simulated, plan))}")
-    return found
 
 
 def with_inputs(

@@ -132,8 +132,6 @@ def _instead(inputs: Inputs, engine: str) -> Iterator[str]:
     for other in SUPPORT:
         if other != engine and len(refused_by(inputs.model, inputs.cluster, other)) < num_gpus:
             yield f"{other} runs it here: --engine {other}"
-    if not inputs.model.precisions:  # several are planned for a named engine
-        yield "--engine any plans whatever the engine, so for one that runs on these GPUs"
 
 
 def notes_on_exchange(plan: Plan, problem: PlacementProblem) -> list[str]:
@@ -155,7 +153,7 @@ def notes_on_exchange(plan: Plan, problem: PlacementProblem) -> list[str]:
 def refused_by(model: ModelSpec, cluster: Cluster, engine: str | None) -> dict[str, Refusal]:
     """Return the GPU types on which an engine cannot run the model in its precision, with the reason for each.
 
-    Empty for None and for ``any``, whose support is unknown.
+    Empty for None, as for plans of published heuristics.
     """
     if engine is None or engine not in SUPPORT:
         return {}

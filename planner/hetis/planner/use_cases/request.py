@@ -182,9 +182,9 @@ class PlacementRequest:
         default=(),
     )
     engine: str | None = given(
-        "--engine NAME: Plan only what this engine can run: vllm-hetis (with attention workers), vllm, sglang, or any.",
+        "--engine NAME: Plan only what this engine can run: vllm-hetis (with attention workers), vllm or sglang.",
         panel="Search",
-        shown="vllm-hetis; any for published heuristics",
+        shown="vllm-hetis; none for published heuristics",
         default=None,
     )
     max_stages: int | None = given(

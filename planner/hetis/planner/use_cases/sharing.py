@@ -15,21 +15,22 @@ from hetis.formats.fields import read_data
 from hetis.formats.positions import Text
 from hetis.formats.tenants import FleetTenantPart, ShareInputs, parse_tenants
 from hetis.planner.use_cases.place import KV_IS_FOR_ENGINES, ONE_TOKEN, PlacementSettings, with_inputs
+from hetis.planner.use_cases.precision import for_engine
 from hetis.planner.use_cases.request import objective
 from hetis.planner.use_cases.robustness.profile_errors import profile_notes
-from hetis.planner.use_cases.sources import LoadedInputs, load_inputs
+from hetis.planner.use_cases.sources import LoadedInputs, engine_rules, family_of, load_inputs
 from hetis.profiler.defaults import default_profile
 from hetis.solver.budget import Budget, Progress, Report, one_of_several
 from hetis.solver.cluster import Cluster, GpuSlots, Link, Network, NodeGroup
 from hetis.solver.errors import InfeasibleError, InvalidProblemError, NoPlanFoundError, UncheckedPlanError
 from hetis.solver.model import ModelSpec
-from hetis.solver.plan import OTHER_TENANTS, Objective, ObjectiveKind
+from hetis.solver.plan import DEFAULT_STRATEGY, OTHER_TENANTS, Objective, ObjectiveKind
 from hetis.solver.problem import PlacementProblem
 from hetis.solver.shares.problem import FairnessRule, GpuShare, ShareJob, ShareProblem, Shares, ShareTenant
 from hetis.solver.shares.properties import Claim, Properties, Round, best_claim, next_round, properties_of
 from hetis.solver.shares.solve import solve_shares
-from hetis.solver.tenants.problem import EnvyCell, FleetShares, Tenancy, Tenant, TenantRule
-from hetis.solver.tenants.solve import FleetSearch
+from hetis.solver.tenants.fleet_search import FleetSearch
+from hetis.solver.tenants.tenancy import EnvyCell, FleetShares, Tenancy, Tenant, TenantRule
 from hetis.solver.workload import Workload
 
 # --- a fleet: from files to a checked plan for each tenant
@@ -58,8 +59,10 @@ class SharedFleet:
     envy: tuple[tuple[EnvyCell, ...], ...] | None
 
 
-def load_tenancy(file: str, *, cluster: str, profiles: Sequence[str] = (), strategy: str = "hetis") -> LoadedTenants:
-    """Read the tenants and everything they name.
+def load_tenancy(
+    file: str, *, cluster: str, settings: PlacementSettings, profiles: Sequence[str] = ()
+) -> LoadedTenants:  # fmt: skip
+    """Read the tenants and everything they name; plans are for the engine of the settings.
 
     Raises:
         DocumentError: contains the problems of all inputs.
@@ -73,7 +76,8 @@ def load_tenancy(file: str, *, cluster: str, profiles: Sequence[str] = (), strat
     found: list[LoadedInputs] = []
     for index, tenant in enumerate(given):
         try:
-            found.append(load_inputs(cluster=cluster, model=tenant.model, workload=tenant.workload, profiles=profiles))
+            loaded = load_inputs(cluster=cluster, model=tenant.model, workload=tenant.workload, profiles=profiles)
+            found.append(for_engine(loaded, settings.engine))
         except DocumentError as error:
             problems += [_in_file(problem, index, tenant, source) for problem in error.problems]
     if problems:
@@ -81,7 +85,7 @@ def load_tenancy(file: str, *, cluster: str, profiles: Sequence[str] = (), strat
     asked = tuple(
         objective(ObjectiveKind(one.objective), ttft_s=one.ttft, tpot_s=one.tpot, demand_rps=None) for one in given
     )
-    problems_of = (loaded.inputs.problem(goal, strategy) for loaded, goal in zip(found, asked, strict=True))
+    problems_of = (settings.problem(loaded.inputs, goal) for loaded, goal in zip(found, asked, strict=True))
     tenants = tuple(
         Tenant(name=one.name, problem=problem, weight=one.weight, worth=one.worth)
         for one, problem in zip(given, problems_of, strict=True)
@@ -116,7 +120,7 @@ def share_out_fleet(
 
     search = FleetSearch(
         loaded.tenancy, strategy=settings.strategy, budget=budget, gap_target=settings.gap_target, seed=settings.seed,
-        threads=settings.threads, report=told,
+        report=told,
     )  # fmt: skip
     first, *others = rules
     answers = [_finished(search, loaded, first, settings, told)]
@@ -137,7 +141,7 @@ def _finished(
     search: FleetSearch, loaded: LoadedTenants, rule: TenantRule, settings: PlacementSettings, report: Report
 ) -> FleetShares:
     """Return the checked answer for one rule, with completed plans."""
-    from hetis.solver.tenants.check import check_fleet_shares
+    from hetis.solver.tenants.share_check import check_fleet_shares
 
     report(Progress(phase=f"rule {rule}", elapsed_s=search.budget.elapsed_s()))
     answer = search.share(rule)
@@ -335,6 +339,7 @@ def _one_type(name: str, count: int, per_node: int, model: ModelSpec, workload: 
         workload=workload.clipped_to(model.max_position),
         profiles={gpu.name: default_profile(gpu)[1]},
         objective=Objective(kind=ObjectiveKind.GOODPUT),
+        family=family_of(DEFAULT_STRATEGY, engine=engine_rules(None, DEFAULT_STRATEGY)),
     )
 
 

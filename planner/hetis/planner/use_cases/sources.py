@@ -148,8 +148,8 @@ def family_of(
     Its replicas obey the settings with which engines are started.
 
     Raises:
-        InvalidProblemError: the strategy lacks one of these roles, or they need others; or it supports no engine's
-            rules, like published heuristics and `hexgen3`.
+        InvalidProblemError: the strategy lacks one of these roles, or they need others; or it is a published heuristic,
+            which knows no engine's rules, and there are some.
     """
     from hetis.solver.placement.families import STRATEGIES, run_by
 
@@ -160,30 +160,26 @@ def family_of(
         raise InvalidProblemError(f"strategy {strategy} has {has} replicas only, {', '.join(extra)} are asked for")
     if engine is not None and STRATEGIES[strategy].is_published:
         raise InvalidProblemError(f"strategy {strategy} is a published heuristic, which does not support {engine.name}")
-    if engine is not None and not family.decode_keeps_heads:
-        raise InvalidProblemError(
-            f"strategy {strategy} needs attention workers in decode replicas, which {engine.name} does not support"
-        )
-    return run_by(replace(family, roles=ordered(roles)) if roles else family, engine).at(engine_settings)
+    family = replace(family, roles=ordered(roles)) if roles else family
+    return (family if engine is None else run_by(family, engine)).at(engine_settings)
 
 
 def engine_rules(name: str | None, strategy: str, **limits: int | None) -> EngineRules | None:
-    """Return the rules of the requested engine. None means any engine, the default for strategies that no engine runs.
+    """Return the rules of the requested engine, by default of vLLM with the plugin; None for published heuristics.
 
     ``limits`` on every replica are in addition to the engine's rules, by its fields' names; None: the engine's own.
 
     Raises:
-        InvalidProblemError: there is no such engine, or limits are specified for any engine.
+        InvalidProblemError: there is no such engine, or limits are specified for a published heuristic.
     """
-    from hetis.solver.placement.families import ANY_ENGINE, DEFAULT_ENGINE, STRATEGIES, run_by
+    from hetis.solver.placement.families import DEFAULT_ENGINE, STRATEGIES, run_by
 
     given = {limit: value for limit, value in limits.items() if value is not None}
-    chosen = name or (DEFAULT_ENGINE if STRATEGIES[strategy].has_engines else ANY_ENGINE)
-    if chosen == ANY_ENGINE:
+    if name is None and STRATEGIES[strategy].is_published:
         if given:
-            raise InvalidProblemError("limits on replicas apply to a named engine: give --engine, too")
+            raise InvalidProblemError(f"limits on replicas apply to an engine's plans, not to strategy {strategy}")
         return None
-    rules = EngineRules(name=chosen, **given)
+    rules = EngineRules(name=name or DEFAULT_ENGINE, **given)
     run_by(Family(), rules)
     return rules
 
@@ -427,8 +423,8 @@ def _as_described(constraint: Constraint, plan: Plan, name: str | None) -> Const
 
 
 def _check_family(plan: Plan, requested: Requested, path: str) -> None:
-    """Raise DocumentError if the plan's strategy is unknown, or lacks its roles or its engine."""
-    from hetis.solver.placement.families import STRATEGIES
+    """Raise DocumentError if the plan's strategy is unknown, or lacks its roles or its engine, or names no engine."""
+    from hetis.solver.placement.families import ENGINE_GONE, STRATEGIES
 
     if plan.strategy not in STRATEGIES:
         message = f"unknown strategy {plan.strategy}, expected one of {', '.join(STRATEGIES)}"
@@ -437,6 +433,8 @@ def _check_family(plan: Plan, requested: Requested, path: str) -> None:
         family_of(plan.strategy, requested.roles or (Role.UNIFIED,))
     except InvalidProblemError as error:
         raise single_problem(path, f"inputs.roles: {error}") from None
+    if requested.engine is None and not STRATEGIES[plan.strategy].is_published:
+        raise single_problem(path, f"the plan names no engine: {ENGINE_GONE}; place it again")
     try:
         family_of(plan.strategy, engine=requested.engine)
     except InvalidProblemError as error:

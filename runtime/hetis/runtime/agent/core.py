@@ -151,7 +151,7 @@ class AgentCore:
                 continue  # the change was aborted before the engine received it
             if status.replica not in self._replicas:
                 self._replicas[status.replica] = self._replica_agent(ReplicaState(replica=status.replica))
-            self._replicas[status.replica].hear_change(status, now_s)
+            self._replicas[status.replica].take_status(status, now_s)
         for replica in self._replicas.values() if first or restarted else ():
             replica.advance(now_s)
         self._report(now_s, asked=restarted)
@@ -299,7 +299,7 @@ class AgentCore:
         if message.welcome.send_inventory:
             self._outbox.send(ConnectNodeRequest(inventory=self.inventory))
         for replica in self._replicas.values():
-            replica.tell_unresolved()
+            replica.report_unresolved()
 
     def _delta(self, delta: Delta, *, epoch: int, now_s: float) -> None:
         replica = self._replicas.get(delta.replica) or self._replica_agent(ReplicaState(replica=delta.replica))

@@ -59,7 +59,7 @@ class ReplicaAgent:
     ) -> None:
         self.held, self._can, self._clock, self._fence, self._outbox = held, capabilities, clock, fence, outbox
         self._call: tuple[int, EngineRequest, ChangeState | None] | None = None
-        self._retry_s = self._told_progress_s = float("-inf")
+        self._retry_s = self._progress_sent_s = float("-inf")
         self._wait_s = LEAST_WAIT_S
 
     # --- the planner
@@ -73,23 +73,23 @@ class ReplicaAgent:
         if failure is not None:
             self.refuse(delta, failure)
             return
-        told: ChangeState | None = None
+        reported: ChangeState | None = None
         match delta.WhichOneof("change"):
             case "assignment" | "removal":
                 if self.held.take_assignment(delta, self._first_state(), epoch=epoch):
                     self._give_up_open(ErrorReason.ERROR_REASON_CHANGE_CANCELLED, "a new assignment arrived")
             case "prepare":
-                told = self._take_prepare(delta, epoch=epoch, now_s=now_s)
+                reported = self._take_prepare(delta, epoch=epoch, now_s=now_s)
             case _:
-                told = self._take_directive(delta, epoch=epoch, now_s=now_s)
+                reported = self._take_directive(delta, epoch=epoch, now_s=now_s)
         ack = DeltaAck(nonce=delta.nonce, replica=delta.replica, generation=self.held.held_generation)
         answer = ConnectNodeRequest(ack=ack)
         self.held.remember(delta.nonce, answer)
         self._wait_no_longer(now_s)
         self._persist()
         self._outbox.send(answer)
-        if told is not None:
-            self._tell(told)
+        if reported is not None:
+            self._send_status(reported)
         self.advance(now_s)
 
     def refuse(self, delta: Delta, failure: Failure) -> None:
@@ -122,7 +122,7 @@ class ReplicaAgent:
         kind = delta.WhichOneof("change")
         assert kind in ("commit", "abort", "resolved"), kind
         change_id: str = getattr(delta, kind).change_id
-        change = self.held.changes.get(change_id) or self._unheard(change_id, epoch=epoch, now_s=now_s)
+        change = self.held.changes.get(change_id) or self._ending(change_id, epoch=epoch, now_s=now_s)
         return change if change.take(delta, epoch=epoch) else None
 
     def forget_assignment(self) -> None:
@@ -225,9 +225,9 @@ class ReplicaAgent:
         change = self._call[2] if self._call else None
         if change is not None and change.is_open:
             change.copied(response)
-            if now_s - self._told_progress_s >= PROGRESS_S:
-                self._told_progress_s = now_s
-                self._tell(change)
+            if now_s - self._progress_sent_s >= PROGRESS_S:
+                self._progress_sent_s = now_s
+                self._send_status(change)
 
     def answered(self, answer: EngineResponse | Failure, now_s: float) -> None:
         """Handle the engine's answer to the pending call."""
@@ -307,7 +307,7 @@ class ReplicaAgent:
 
     # --- the engine's reports
 
-    def hear_change(self, said: ChangeStatus, now_s: float) -> None:
+    def take_status(self, said: ChangeStatus, now_s: float) -> None:
         """Handle the engine's report on a change, whose end the agent may have missed."""
         change = self.held.changes.get(said.change_id)
         if change is None:
@@ -321,7 +321,7 @@ class ReplicaAgent:
 
     def _adopt(self, said: ChangeStatus, now_s: float) -> None:
         """Adopt a change that the engine has and of which the agent lost its record; its deadline is unknown."""
-        change = self._unheard(said.change_id, epoch=0, now_s=now_s)
+        change = self._ending(said.change_id, epoch=0, now_s=now_s)
         if said.phase == ChangePhase.CHANGE_PHASE_FLIPPED:
             change.learn_generation(said.generation)
             change.learn(said)
@@ -346,11 +346,11 @@ class ReplicaAgent:
         """Return the statuses of all changes that are remembered."""
         return [change.status for change in self.held.changes.values()]
 
-    def tell_unresolved(self) -> None:
+    def report_unresolved(self) -> None:
         """Send the statuses of all changes again except those that have both ended and been resolved."""
         for change in self.held.changes.values():
             if not change.is_resolved or not change.has_ended:
-                self._tell(change)
+                self._send_status(change)
 
     def report(self, engine: ReplicaReport | None) -> ReplicaReport:
         """Return the report on this node's part of the replica, from the engine's report and the state held here.
@@ -361,8 +361,8 @@ class ReplicaAgent:
         """
         report = self._unsaid(self.held.assignment_state)
         is_steered = AgentCapability.AGENT_CAPABILITY_ASSIGN in self._can
-        is_told = self.held.is_applied or not self.held.is_anew or not is_steered
-        if engine is not None and is_told and self.held.failure is None:
+        has_applied = self.held.is_applied or not self.held.is_anew or not is_steered
+        if engine is not None and has_applied and self.held.failure is None:
             report.CopyFrom(engine)
             report.replica, report.generation = self.held.replica, self.held.held_generation
         if self.held.failure is not None:
@@ -395,7 +395,7 @@ class ReplicaAgent:
     def _persist(self) -> None:
         self._outbox.persist(self.held.replica, self.held.to_bytes(clock=self._clock))
 
-    def _tell(self, change: ChangeState) -> None:
+    def _send_status(self, change: ChangeState) -> None:
         """Report the change's status to the planner."""
         self._outbox.send(ConnectNodeRequest(change_status=change.status))
 
@@ -404,7 +404,7 @@ class ReplicaAgent:
         can = AgentCapability.AGENT_CAPABILITY_ASSIGN in self._can
         return AssignmentState.ASSIGNMENT_STATE_LOADING if can else AssignmentState.ASSIGNMENT_STATE_UNMANAGED
 
-    def _unheard(self, change_id: str, *, epoch: int, now_s: float) -> ChangeState:
+    def _ending(self, change_id: str, *, epoch: int, now_s: float) -> ChangeState:
         """Record a change of which the agent first learns now that it is to end: only the engine may know it."""
         change = Change(change_id=change_id, replica=self.held.replica)
         status = ChangeState.first_status(change, generation=self.held.held_generation)
@@ -422,7 +422,7 @@ class ReplicaAgent:
         if change.may_become(phase):
             self.held.enter(change, phase, now_s=now_s)
             self._persist()
-            self._tell(change)
+            self._send_status(change)
 
     def _expire_changes(self, now_s: float) -> None:
         """Abort changes that took too long to prepare, and forget those that ended long ago."""

@@ -275,7 +275,7 @@ class EngineChanges:
             change.copy_begun_s = now_s
         return change
 
-    def ask_flip(self, change_id: str, timeout_s: float, now_s: float) -> EngineChange:
+    def request_flip(self, change_id: str, timeout_s: float, now_s: float) -> EngineChange:
         """Handle FlipMoves: flip at the next boundary. A change that has ended answers as it did the first time."""
         change = self._known(change_id)
         if not change.is_authority:

@@ -179,7 +179,7 @@ class SteeredEngine(ABC, Generic[TakenT]):
         """Request the flip, which `step` makes at the next boundary. `flip_answer` returns its outcome."""
         self._fence(request.epoch)
         timeout_s = request.timeout.ToNanoseconds() / 1e9
-        return self._changes_of(request.change_id).ask_flip(request.change_id, timeout_s, now_s)
+        return self._changes_of(request.change_id).request_flip(request.change_id, timeout_s, now_s)
 
     def flip_answer(self, change_id: str) -> messages.FlipMovesResponse | None:
         """Return the outcome of a requested flip, or None while it is undecided."""

@@ -94,7 +94,7 @@ class EngineHost(Protocol):
     async def stepped(self) -> None:
         """Wait until the engine has made another step or looked at the clock again."""
 
-    async def ask_authority(self, change_id: str) -> Iterable[ChangeStatus] | None:
+    async def read_authority(self, change_id: str) -> Iterable[ChangeStatus] | None:
         """Return the current changes of the engine that decides this one; None if it is this engine or not reached."""
 
 
@@ -147,7 +147,7 @@ class ExecutorServicer(executor_service_pb2_grpc.ExecutorServiceServicer):
         return await self._answer(context, lambda engine, now_s: engine.release_moves(request, now_s))
 
     async def AbortMoves(self, request: messages.AbortMovesRequest, context: Context) -> messages.AbortMovesResponse:
-        said = await self._host.ask_authority(request.change_id)
+        said = await self._host.read_authority(request.change_id)
         return await self._answer(context, lambda engine, now_s: engine.abort_moves(request, now_s, authority=said))
 
     async def WatchReports(

@@ -10,6 +10,7 @@ import logging
 import socket
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from enum import StrEnum
 from pathlib import Path
 from typing import Protocol
@@ -26,6 +27,7 @@ from hetis.runtime.transport.frames import (
     Frame,
     FrameError,
     FrameKind,
+    VersionError,
     bytes_of,
     error_answer,
     header_of,
@@ -219,6 +221,12 @@ class Greeting:
                 frame = self._arriving.read()
             if frame is None and self.is_attached and self._tcp.read_into(memoryview(bytearray(1)), 0.0):
                 raise FrameError(f"{self.name}: something was said beside the shared memory")
+        except VersionError as error:
+            with suppress(ChannelError):  # any frame of ours says our version to the other end
+                refused = Frame(kind=FrameKind.HELLO, epoch=0, session=0)
+                Channel(self._pipe, stall_s=0.0).send([error_answer(refused, ErrorCode.REFUSED, str(error))])
+            self.close()
+            raise
         except ChannelError:
             self.close()
             raise

@@ -75,6 +75,13 @@ class FrameError(ChannelError):
     """Bytes that are not a frame, or an unexpected frame: the rest of the stream cannot be trusted."""
 
 
+class VersionError(FrameError):
+    """The other end is of another version of hetis."""
+
+    def __init__(self, version: int) -> None:
+        super().__init__(f"a frame of version {version}, this is version {VERSION}")
+
+
 class FrameKind(IntEnum):
     """The kind of a frame. Kinds from WELCOME on are answers."""
 
@@ -152,7 +159,7 @@ def read_header(header: bytes | bytearray, *, most_body_bytes: int = MOST_BODY_B
     if magic != MAGIC:
         raise FrameError(f"no frame begins with {magic:#010x}")
     if version != VERSION:
-        raise FrameError(f"a frame of version {version}, this is version {VERSION}")
+        raise VersionError(version)
     if kind not in _KINDS or dtype >= len(DTYPES):
         raise FrameError(f"a frame of kind {kind} and dtype {dtype}, which are not known")
     if body_bytes > most_body_bytes:

@@ -71,7 +71,7 @@ class Remote:
     begin: int
     end: int
     pending: Pending | None = None
-    asked_s: float = 0.0
+    requested_s: float = 0.0
     sent_s: float = 0.0
     layers: LayerTimes = field(default_factory=LayerTimes)
 

@@ -160,9 +160,9 @@ class _Measuring:
 
         def wait(pending: Pending) -> None:
             self._pause(_PAUSES * call_s)
-            asked_s = self._clock()
+            requested_s = self._clock()
             pending.wait()
-            seconds.append(self._clock() - asked_s)
+            seconds.append(self._clock() - requested_s)
 
         while len(seconds) < _LEAST_ROUNDS:
             self._step(sequences, context, wait=wait)

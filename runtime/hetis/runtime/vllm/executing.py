@@ -109,7 +109,7 @@ class _Host:
         finally:
             self._boundary.off_step(wake)
 
-    async def ask_authority(self, change_id: str) -> Iterable[ChangeStatus] | None:
+    async def read_authority(self, change_id: str) -> Iterable[ChangeStatus] | None:
         return None  # this engine is always the authority
 
 

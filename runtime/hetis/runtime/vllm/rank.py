@@ -322,7 +322,7 @@ class Rank:
         device = self.workers.get(remote.device)
         if device is None:
             return
-        remote.asked_s = self._clock()
+        remote.requested_s = self._clock()
         with self._guarded(remote.device):
             remote.pending = device.attend(layer, qkv)
         remote.sent_s = self._clock()
@@ -341,7 +341,7 @@ class Rank:
                 out.copy_(answer)
                 exchanged = self._reports[remote.device].exchanged
                 exchanged.exchanges += 1
-                exchanged.exchange_s += self._clock() - remote.asked_s
+                exchanged.exchange_s += self._clock() - remote.requested_s
                 exchanged.bytes_received += answer.nbytes
                 return
         self._make_up(remote, layer, qkv, out, batch)
@@ -365,7 +365,7 @@ class Rank:
         """Record how long a worker took. An answer that was already there, maybe for long, only gives a bound."""
         got_s, calibration = self._clock(), self._calibrations.get(remote.device)
         read_s = 0.0 if calibration is None else calibration.read_s
-        most_s = got_s - remote.asked_s
+        most_s = got_s - remote.requested_s
         was_late = got_s - waits_s > OVER_READING * read_s
         remote.layers.add(most_s if was_late else most_s - (waits_s - remote.sent_s), most_s)
 

@@ -171,8 +171,8 @@ def check_replica_structure(
         there, pooled = f"{where} stage {position + 1}", pools.get(position)
         least = 1 + (0 if position else problem.model.prefix_layers)
         violations += at(there, _check_stage_layers(stage, first, least, problem.model))
-        violations += at(there, _check_stage(stage, problem, fleet, shares_experts=replica.expert_parallel))
-        violations += at(there, _check_head_groups(stage, pooled, replica.role, problem))
+        violations += at(there, _check_stage(stage, problem, fleet))
+        violations += at(there, _check_head_groups(stage, pooled, problem))
         first = stage.first_layer + stage.num_layers
     return violations + at(
         where, _check_expert_parallel(replica, problem, fleet), check_engine(replica, problem, fleet)
@@ -261,9 +261,7 @@ def _check_expert_parallel(replica: ReplicaPlan, problem: PlacementProblem, flee
         yield Rule.TP_NODE, f"shares experts among {len(nodes)} nodes ({_listed(nodes)}), must lie on 1"
 
 
-def _check_stage(
-    stage: StagePlan, problem: PlacementProblem, fleet: Fleet, *, shares_experts: bool = False
-) -> Iterator[Broken]:
+def _check_stage(stage: StagePlan, problem: PlacementProblem, fleet: Fleet) -> Iterator[Broken]:
     family = problem.family
     if stage.tp not in family.tp_sizes or not divides(problem.model, stage.tp):
         message = (
@@ -273,8 +271,8 @@ def _check_stage(
         if isinstance(shape := problem.model.attention, Compressed):
             message += f", and divides {shape.o_groups} groups of the output projection"
         yield Rule.TP_SIZE, message
-    if not 1 <= stage.copies <= family.max_copies and not shares_experts:
-        yield Rule.COPIES, f"has {stage.copies} copies, must have 1 to {family.max_copies}"
+    if stage.copies < 1:
+        yield Rule.COPIES, f"has {stage.copies} copies, must have 1 at least"
     if len(stage.devices) != stage.tp * stage.copies:
         yield Rule.DEVICE_COUNT, f"has {len(stage.devices)} devices, must have {stage.tp * stage.copies}"
         return
@@ -332,7 +330,7 @@ def _check_pool(
 
 
 def _check_head_groups(
-    stage: StagePlan, pool: AttentionWorkerPool | None, role: Role, problem: PlacementProblem
+    stage: StagePlan, pool: AttentionWorkerPool | None, problem: PlacementProblem
 ) -> Iterator[Broken]:
     model = problem.model
     if not divides(model, stage.tp):
@@ -341,9 +339,6 @@ def _check_head_groups(
     given = pool.kv_head_groups if pool is not None else 0
     if kept < 0 or kept + given != groups:
         yield Rule.HEAD_GROUPS, f"keeps {kept} and gives away {given} head groups per rank, a rank has {groups}"
-    elif kept and role is Role.DECODE and not problem.family.decode_keeps_heads:
-        message = f"keeps {kept} head groups per rank, attention workers have all of them where a replica decodes only"
-        yield Rule.HEAD_GROUPS, message
     elif pool is not None and not 1 <= given <= groups:
         yield Rule.HEAD_GROUPS, f"gives {given} head groups per rank to attention workers, must give 1 to {groups}"
     elif pool is not None and stage.tp > model.head_groups:

@@ -15,7 +15,6 @@ from functools import cached_property
 import numpy as np
 
 from hetis.solver.placement.fleet import UNIFIED, IntArray
-from hetis.solver.placement.generation import NO_LINKS
 from hetis.solver.placement.master import Columns, Pins
 from hetis.solver.placement.nodes import Kind, kind_of_parts, shared_places
 from hetis.solver.placement.pipelines import (
@@ -148,10 +147,7 @@ class Candidates:
     def columns(self, which: IntArray, row_costs: FloatArray) -> Columns:
         """Return known replicas as columns."""
         uses = self.shape.counts[which] @ self.costs.group_use[self.shape.ranks] + self._beside()
-        routes, rates = self.costs.routes, 1.0 / self.evaluator.shortest_s[which]
-        links = np.zeros_like(routes.capacity) if routes.has_links else NO_LINKS  # replicas lie in one zone
-        links = np.broadcast_to(links, (len(which), *links.shape))
-        return Columns(rates, uses @ row_costs, uses, np.full(len(which), self.side), links)
+        return Columns(1.0 / self.evaluator.shortest_s[which], uses @ row_costs, uses, np.full(len(which), self.side))
 
     def kind(self, composition: int) -> Kind:
         """Return the GPUs that a replica takes."""
@@ -256,4 +252,4 @@ def _kind_of_scope(costs: CostTables, scope: int) -> Hashable:
         for g, c in ((g, costs.classes[g]) for g in inside)
     ]
     arrays = (t.t_cap, t.trip_cap, t.wire_s[:, ranks], t.hop_s[:, ranks], t.pool_start[np.ix_(ranks, inside)])
-    return here.roles, here.gpu, tuple(gpus), t.t_floor, *(values.tobytes() for values in arrays)
+    return here.roles, here.gpu, tuple(gpus), *(values.tobytes() for values in arrays)

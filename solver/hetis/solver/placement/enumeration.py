@@ -13,18 +13,18 @@ from __future__ import annotations
 
 import itertools
 from bisect import bisect_right
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from operator import itemgetter
 
 import numpy as np
 
-from hetis.solver.budget import SearchSettings
+from hetis.solver.budget import Budget, SearchSettings
 from hetis.solver.errors import InvalidProblemError, NoPlanFoundError
 from hetis.solver.placement.candidates import Candidates, candidates_of
+from hetis.solver.placement.columns import Bound, first_prices
 from hetis.solver.placement.fleet import IntArray
-from hetis.solver.placement.generation import Bound, first_prices
 from hetis.solver.placement.master import UNDECIDED, Columns, LpSolution, Master, MilpSolution, Pins, padded, settled
 from hetis.solver.placement.nodes import Kind, NodeProgram, counts_of_kinds, shared_places
 from hetis.solver.placement.outcome import Outcome, rate_bound, relative_gap, sound_bound
@@ -46,7 +46,34 @@ SIMPLE, SIMPLER_S = 200, 10.0  # for fewer nodes: likeliest columns of each side
 MOST_LOST = 0.5  # share of its GPUs' value that a replica on few nodes may lose
 MOST_ON_NODES, MOST_ON_NODES_S = 3000, 30.0  # maximum columns, and limit on the search, if the program has nodes
 MOST_PROVED = 20_000  # maximum columns of a proof: with more, HiGHS finds no bound within a minute
+MOST_OF_ANY_KIND = 500  # compositions up to which all of them are listed for a running fleet
+BEFORE_CLOCK = 5000  # compositions that are evaluated before the clock is read again
 FEW = 200_000  # compositions that may all be evaluated, until time is up, if prices exclude hardly any
+
+
+@dataclass(frozen=True, slots=True)
+class ColumnPrices:
+    """Prices at which replicas are judged.
+
+    ``side_prices`` [sides, rows] and ``replica_price`` are what a replica on a side costs, by its GPUs and as such;
+    ``rate_prices`` [sides] are what a request/s is worth.
+    """
+
+    side_prices: FloatArray
+    replica_price: float
+    rate_prices: FloatArray
+
+    def judge(self, each: Candidates, slack: float | None = None) -> tuple[FloatArray, FloatArray]:
+        """Return what each composition costs, and the interval below which a replica improves the optimum; [C] each.
+
+        With ``slack`` the interval is the one below which a replica loses at most ``slack``.
+        """
+        worth, price = each.worth(self.side_prices[each.side]) + self.replica_price, self.rate_prices[each.side]
+        least, gains = worth * (1.0 + ALIKE), worth < -ALIKE * np.abs(worth).max(initial=0.0)
+        if slack is not None:
+            least, gains = worth - slack, np.full(len(worth), fill_value=True)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            return worth, np.where(least > 0.0, price / least, np.where((price > 0.0) | gains, np.inf, 0.0))
 
 
 class EnumeratedColumns:
@@ -71,6 +98,71 @@ class EnumeratedColumns:
         self._blocks.append((self.num_columns, candidates, which))
         self.columns = more if self.columns is None else self.columns.followed_by(more)
         candidates.is_enumerated[which] = True
+
+    def list_first(self, costs: CostTables, budget: Budget) -> None:
+        """List replicas that are worth their GPUs if a GPU is worth about its memory bandwidth."""
+        prices = first_prices(costs)
+        for each in self.without_workers:
+            if not budget.is_spent():
+                ratio = each.evaluator.shortest_s * each.worth(prices + self.row_costs)
+                which = np.argsort(ratio)[:FIRST]
+                which = which[each.fits[which] & np.isfinite(ratio[which])]
+                self.add(each, each.found_among(which, np.full(len(which), np.inf)))
+
+    def list_improving(self, prices: ColumnPrices | None, budget: Budget) -> bool:
+        """List replicas that improve the optimum (None: any); return whether the whole family has none."""
+        at_once = AT_ONCE if prices is not None else self.num_compositions
+        while not budget.is_spent():
+            found, is_whole = self._improving(prices, at_once, budget)
+            if found:
+                by_side: dict[int, list[FloatArray]] = {}
+                for each, _, reduced in found:
+                    by_side.setdefault(each.side, []).append(reduced)
+                most = {side: _smallest(np.concatenate(parts), ADDED) for side, parts in by_side.items()}
+                for each, which, reduced in found:
+                    self.add(each, which[reduced <= most[each.side]])
+                return False
+            if is_whole:
+                return True
+            at_once *= MORE
+        return False
+
+    def _improving(
+        self, prices: ColumnPrices | None, at_once: int, budget: Budget
+    ) -> tuple[list[tuple[Candidates, IntArray, FloatArray]], bool]:
+        """Return replicas that improve the optimum, with their reduced costs, and whether these are all of them.
+
+        At most ``at_once`` compositions of each candidate are evaluated, the most promising first.
+        """
+        found, is_whole = list[tuple[Candidates, IntArray, FloatArray]](), True
+        for each in self.candidates:
+            worth, needed_s = np.zeros(len(each.fits)), np.full(len(each.fits), np.inf)
+            if prices is not None:
+                worth, needed_s = prices.judge(each)
+            which = each.worth_evaluating(needed_s)
+            if len(which) > at_once:
+                share = each.evaluator.shortest_s[which] / np.minimum(needed_s[which], 1e300)
+                which, is_whole = which[np.argpartition(share, at_once)[:at_once]], False
+            if not len(which):
+                continue
+            if budget.is_spent():
+                return found, False
+            better = each.found_among(which, needed_s[which])
+            if len(better):
+                price = 0.0 if prices is None else prices.rate_prices[each.side]
+                found.append((each, better, worth[better] - price / each.evaluator.shortest_s[better]))
+        return found, is_whole
+
+    def list_within(self, prices: ColumnPrices, distance: float, budget: Budget) -> bool:
+        """List every replica that loses at most ``distance``; return False if time ran out."""
+        for each in self.candidates:
+            _, needed_s = prices.judge(each, distance)
+            which = each.worth_evaluating(needed_s)
+            for some in np.array_split(which, len(which) // BEFORE_CLOCK + 1):
+                if len(some) and budget.is_spent():
+                    return False
+                self.add(each, each.found_among(some, needed_s[some]))
+        return True
 
     def template(self, column: int) -> Template:
         """Return the replica behind a column."""
@@ -137,8 +229,8 @@ class _Search:
     def __init__(self, costs: CostTables, master: Master, settings: SearchSettings) -> None:
         if costs.problem.model.forbidden_cuts:
             raise InvalidProblemError(
-                f"{costs.problem.model.name} has forbidden cuts, which the search of an engine's plans does not know; "
-                "ask for any engine"
+                f"{costs.problem.model.name} has forbidden cuts, which only strategy uniform and published heuristics "
+                "know"
             )
         self.costs, self.master, self.settings = costs, master, settings
         self.budget, self.gap_target, self.seed = settings.budget, settings.gap_target, settings.seed
@@ -166,6 +258,8 @@ class _Search:
         self._choose(MANY_LIKELY, QUICK_S)
         if self.relaxed is None:
             return Explored((), None, None, is_empty=self.is_complete)
+        if self.enumerated.num_compositions <= MOST_OF_ANY_KIND:
+            self._list_within(np.inf)  # any replica may fit beside those that run
         chosen = np.flatnonzero(self._likeliest(MANY_LIKELY))
         if self.incumbent is not None:
             chosen = np.union1d(chosen, np.flatnonzero(self.incumbent.counts))
@@ -183,7 +277,7 @@ class _Search:
         Raises:
             NoPlanFoundError: there was no time to list any replica.
         """
-        self._list_first()
+        self.enumerated.list_first(self.costs, self.budget)
         for number in range(MOST_ROUNDS):
             lp = self._solve_relaxation()
             if number == 0:
@@ -191,7 +285,7 @@ class _Search:
                 self._choose(LIKELY, LEAST_S)
             if self.budget.is_spent():
                 break
-            if self._list_improving(lp):
+            if self.enumerated.list_improving(None if lp is None else self._prices(lp), self.budget):
                 self._set_bound()
                 break
         if self.enumerated.columns is None and not self.is_complete:
@@ -202,85 +296,18 @@ class _Search:
     def _solve_relaxation(self) -> LpSolution | None:
         """Solve the relaxation over the enumerated columns and keep it in ``relaxed``.
 
-        If these columns cannot meet the demand, return the solution with the highest rate instead.
+        If these columns cannot meet the demand or the pins, return the solution that misses least instead.
         """
-        columns, master = self.enumerated.columns, self.master
+        columns = self.enumerated.columns
         if columns is None:
             return None
-        self.relaxed = master.solve_lp(columns)
-        if self.relaxed is None and not master.maximises:
-            return replace(master, demand=None).solve_lp(columns)
-        return self.relaxed
+        self.relaxed = self.master.solve_lp(columns)
+        return self.relaxed or self.master.solve_lp(columns, is_elastic=True)
 
-    def _list_first(self) -> None:
-        """List replicas that are worth their GPUs if a GPU is worth about its memory bandwidth."""
-        prices = first_prices(self.costs)
-        for each in self.enumerated.without_workers:
-            if not self.budget.is_spent():
-                ratio = each.evaluator.shortest_s * each.worth(prices + self.master.row_costs)
-                which = np.argsort(ratio)[:FIRST]
-                which = which[each.fits[which] & np.isfinite(ratio[which])]
-                self.enumerated.add(each, each.found_among(which, np.full(len(which), np.inf)))
-
-    def _list_improving(self, lp: LpSolution | None) -> bool:
-        """List replicas that improve the relaxation; return whether the whole family has none."""
-        at_once = AT_ONCE if lp is not None else self.enumerated.num_compositions
-        while not self.budget.is_spent():
-            found, is_whole = self._improving(lp, at_once)
-            if found:
-                by_side: dict[int, list[FloatArray]] = {}
-                for each, _, reduced in found:
-                    by_side.setdefault(each.side, []).append(reduced)
-                most = {side: _smallest(np.concatenate(parts), ADDED) for side, parts in by_side.items()}
-                for each, which, reduced in found:
-                    self.enumerated.add(each, which[reduced <= most[each.side]])
-                return False
-            if is_whole:
-                return True
-            at_once *= MORE
-        return False
-
-    def _improving(
-        self, lp: LpSolution | None, at_once: int
-    ) -> tuple[list[tuple[Candidates, IntArray, FloatArray]], bool]:
-        """Return replicas that improve the relaxation, with their reduced costs, and whether these are all of them.
-
-        At most ``at_once`` compositions of each candidate are evaluated, the most promising first.
-        """
-        found, is_whole = list[tuple[Candidates, IntArray, FloatArray]](), True
-        for each, worth, needed_s in self._needed_s(lp):
-            which = each.worth_evaluating(needed_s)
-            if len(which) > at_once:
-                share = each.evaluator.shortest_s[which] / np.minimum(needed_s[which], 1e300)
-                which, is_whole = which[np.argpartition(share, at_once)[:at_once]], False
-            if not len(which):
-                continue
-            if self.budget.is_spent():
-                return found, False
-            better = each.found_among(which, needed_s[which])
-            if len(better):
-                price = 0.0 if lp is None else lp.rate_prices[each.side]
-                found.append((each, better, worth[better] - price / each.evaluator.shortest_s[better]))
-        return found, is_whole
-
-    def _needed_s(
-        self, lp: LpSolution | None, slack: float | None = None
-    ) -> Iterator[tuple[Candidates, FloatArray, FloatArray]]:
-        """Yield all candidates, the worth of their GPUs, and the interval below which a replica improves the optimum.
-
-        With ``slack`` the interval is the one below which a replica loses at most ``slack``. Without prices any replica
-        may be wanted.
-        """
-        for each in self.enumerated.candidates:
-            if lp is None:
-                yield each, np.zeros(len(each.fits)), np.full(len(each.fits), np.inf)
-                continue
-            is_for_cost = not self.master.maximises and self.relaxed is not None
-            worth = each.worth(lp.row_prices + (self.master.row_costs if is_for_cost else 0.0))
-            price = lp.rate_prices[each.side]
-            least, otherwise = (worth * (1.0 + ALIKE), price > 0.0) if slack is None else (worth - slack, True)
-            with np.errstate(divide="ignore", invalid="ignore"):
-                yield each, worth, np.where(least > 0.0, price / least, np.inf if otherwise else 0.0)
+    def _prices(self, lp: LpSolution) -> ColumnPrices:
+        """Return the prices of a relaxation; one that minimises what is missing has no costs."""
+        row_costs = 0.0 if self.relaxed is None else self.master.row_costs
+        return ColumnPrices(lp.side_prices + row_costs, lp.replica_price, lp.rate_prices)
 
     def _set_bound(self) -> None:
         self.is_complete, lp = True, self.relaxed
@@ -315,8 +342,7 @@ class _Search:
         columns, lp = self.enumerated.columns, self.relaxed
         assert lp is not None, "prices say what is lost"
         assert columns is not None, "prices are those of columns"
-        worth = columns.uses @ lp.row_prices + columns.costs
-        return np.asarray(worth - lp.rate_prices[columns.sides] * columns.rates)
+        return np.asarray(lp.worth(columns) + columns.costs - lp.rate_prices[columns.sides] * columns.rates)
 
     def _within(self, distance: float) -> BoolArray:
         """Return which columns lose at most ``distance``; no better plan contains any other."""
@@ -336,7 +362,7 @@ class _Search:
     def _round_down(self) -> None:
         """Round the relaxation down to a plan, in case no time is left for a better one."""
         columns = self.enumerated.columns
-        if columns is not None and self.relaxed is not None and self.master.maximises and self.master.pins is None:
+        if columns is not None and self.relaxed is not None and self.master.maximises and self.master.has_only_limits:
             found = self.master.rounded_down(columns, padded(self.relaxed.counts, len(columns.rates)))
             if found.value > 0.0 and self.master.prefers(found.value, self.incumbent):
                 is_first, self.incumbent = self.incumbent is None, found
@@ -368,13 +394,8 @@ class _Search:
 
     def _list_within(self, distance: float) -> bool:
         """List every replica that loses at most ``distance``; return False if time ran out."""
-        for each, _, needed_s in self._needed_s(self.relaxed, slack=distance * (1.0 + ALIKE)):
-            which = each.worth_evaluating(needed_s)
-            if len(which):
-                if self.budget.is_spent():
-                    return False
-                self.enumerated.add(each, each.found_among(which, needed_s[which]))
-        return True
+        assert self.relaxed is not None, "prices say what is lost"
+        return self.enumerated.list_within(self._prices(self.relaxed), distance * (1.0 + ALIKE), self.budget)
 
     def _solve(self, which: BoolArray, limit_s: float, *, proves: bool = False, back: int = 1) -> float | None:
         """Find whole counts of some columns no worse than the incumbent; return HiGHS's bound on them."""
@@ -390,7 +411,7 @@ class _Search:
             chosen = np.union1d(chosen, np.flatnonzero(inside))
             start = replace(self.incumbent, counts=inside[chosen])
         least = None
-        if not proves and self.relaxed is not None and self.master.pins is None:
+        if not proves and self.relaxed is not None and self.master.has_only_limits:
             (least,) = settled([padded(self.relaxed.counts, num)[chosen]], back=back) or (None,)
             if least is not None and start is not None and np.any(start.counts < least):
                 start = None
@@ -485,10 +506,12 @@ class _Search:
     def _list_of_few_nodes(self, share: float) -> None:
         """List replicas that lose at most a share of the worth of their GPUs, those on few nodes first."""
         places = shared_places(self.costs.classes)
-        for each, worth, _ in self._needed_s(self.relaxed):
-            assert self.relaxed is not None, "its prices say what is lost"
+        assert self.relaxed is not None, "its prices say what is lost"
+        prices = self._prices(self.relaxed)
+        for each in self.enumerated.candidates:
+            worth, _ = prices.judge(each)
             with np.errstate(divide="ignore", invalid="ignore"):
-                needed_s = self.relaxed.rate_prices[each.side] / (worth * (1.0 - share))
+                needed_s = np.where(worth > 0.0, prices.rate_prices[each.side] / (worth * (1.0 - share)), np.inf)
             which = each.worth_evaluating(needed_s)
             nodes = least_nodes(self.costs, each.shape, each.workers, places)[which]
             ratio = each.evaluator.shortest_s[which] / np.minimum(needed_s[which], 1e300)

@@ -31,14 +31,10 @@ class Strategy:
         """Return the replicas of a family that have the shapes of the strategy."""
         return replace(family, name=self.name, **self.shapes)
 
-    @property
-    def has_engines(self) -> bool:
-        """Whether it plans for named engines: heuristics do not, and no engine has workers for decode replicas."""
-        return not self.is_published and self.restrict(Family()).decode_keeps_heads
-
 
 _ANY_SHAPE = {"mixed_types": True, "uneven_layers": True}
-_PIPELINES = {**_ANY_SHAPE, "max_copies": 1, "attention_dp": ()}
+_PIPELINES = {**_ANY_SHAPE, "attention_dp": ()}
+_AS_PUBLISHED = {"engine": None, "in_flight": Family().in_flight}  # heuristics know no engine's rules
 _UNIFIED, _APART = {"roles": (Role.UNIFIED,)}, {"roles": (Role.PREFILL, Role.DECODE), "one_type_per_role": False}
 _WITHOUT_WORKERS, _ONE_TYPE = {"max_pool": 0}, {"mixed_types": False}
 _HEXGEN, _HEXGEN2 = _PIPELINES | _UNIFIED | _WITHOUT_WORKERS, _PIPELINES | _APART | _WITHOUT_WORKERS
@@ -47,21 +43,16 @@ STRATEGIES: Mapping[str, Strategy] = {
     for strategy in (
         Strategy(
             "hetis",
-            "every shape: mixed types, uneven layers, stage copies, attention workers; prefill and decode apart or not",
+            "every shape: mixed types, uneven layers, attention workers; prefill and decode apart or not",
             _ANY_SHAPE | {"one_type_per_role": False},
         ),
         Strategy(
             "uniform",
             "what engines do today: one GPU type per replica, equal layers",
-            {"mixed_types": False, "uneven_layers": False, "max_copies": 1} | _UNIFIED | _WITHOUT_WORKERS,
+            {"mixed_types": False, "uneven_layers": False} | _UNIFIED | _WITHOUT_WORKERS,
         ),
-        Strategy("hexgen", "asymmetric TP x PP with uneven layers, no copies, no attention workers", _HEXGEN),
+        Strategy("hexgen", "asymmetric TP x PP with uneven layers, no attention workers", _HEXGEN),
         Strategy("hexgen2", "the same for replicas that prefill and replicas that decode, never both", _HEXGEN2),
-        Strategy(
-            "hexgen3",
-            "prefill apart; decode with all attention on workers, all else on stages",
-            _PIPELINES | _APART | {"decode_keeps_heads": False},
-        ),
         Strategy(
             "splitwise",
             "prefill replicas of one GPU type, decode replicas of one",
@@ -70,13 +61,18 @@ STRATEGIES: Mapping[str, Strategy] = {
         Strategy(  # without unified replicas there is no mixed pool; each zone has pools, with its own types
             "splitwise-paper",
             "Splitwise's own search: prompt, token, mixed pool",
-            _PIPELINES | _WITHOUT_WORKERS | _ONE_TYPE | {"one_type_per_role": False},
+            _PIPELINES | _WITHOUT_WORKERS | _ONE_TYPE | {"one_type_per_role": False} | _AS_PUBLISHED,
             True,
         ),
-        Strategy("hexgen-paper", "HexGen's own heuristic: genetic search over groups", _HEXGEN, True),
-        Strategy("hexgen2-paper", "HexGen-2's own heuristic: partition, maximum flow, swaps", _HEXGEN2, True),
+        Strategy("hexgen-paper", "HexGen's own heuristic: genetic search over groups", _HEXGEN | _AS_PUBLISHED, True),
         Strategy(
-            "hetis-paper", "Hetis's own heuristic: 5% rule, workers shared by a replica", _PIPELINES | _UNIFIED, True
+            "hexgen2-paper", "HexGen-2's own heuristic: partition, maximum flow, swaps", _HEXGEN2 | _AS_PUBLISHED, True
+        ),
+        Strategy(
+            "hetis-paper",
+            "Hetis's own heuristic: 5% rule, workers shared by a replica",
+            _PIPELINES | _UNIFIED | _AS_PUBLISHED,
+            True,
         ),
     )
 }
@@ -114,7 +110,8 @@ class KnownEngine:
     source: str
 
 
-ANY_ENGINE, DEFAULT_ENGINE = "any", "vllm-hetis"
+DEFAULT_ENGINE = "vllm-hetis"
+NO_ENGINE = "any"  # the value of ``--engine`` in earlier versions for plans that no engine ran
 ENGINES: Mapping[str, KnownEngine] = {
     engine.name: engine
     for engine in (
@@ -137,18 +134,24 @@ ENGINES: Mapping[str, KnownEngine] = {
 }  # fmt: skip
 
 
-def run_by(family: Family, rules: EngineRules | None) -> Family:
-    """Return the replicas of a family that an engine can run, or all of them if any engine is allowed.
+ENGINE_GONE = (
+    f"--engine {NO_ENGINE} is gone, because no engine ran its plans: plan for {DEFAULT_ENGINE} (the default), "
+    f"{' or '.join(name for name in ENGINES if name != DEFAULT_ENGINE)}"
+)
+
+
+def run_by(family: Family, rules: EngineRules) -> Family:
+    """Return the replicas of a family that an engine can run.
 
     Raises:
         InvalidProblemError: there is no such engine.
     """
-    if rules is None:
-        return family
+    if rules.name == NO_ENGINE:
+        raise InvalidProblemError(ENGINE_GONE)
     if rules.name not in ENGINES:
-        raise InvalidProblemError(f"engine {rules.name} is not one of {', '.join([*ENGINES, ANY_ENGINE])}")
+        raise InvalidProblemError(f"engine {rules.name} is not one of {', '.join(ENGINES)}")
     return replace(
-        family, engine=rules, max_copies=1, max_pool=min(family.max_pool, ENGINES[rules.name].max_pool),
+        family, engine=rules, max_pool=min(family.max_pool, ENGINES[rules.name].max_pool),
         in_flight=tuple(range(1, rules.max_stages + 1)),
     )  # fmt: skip
 

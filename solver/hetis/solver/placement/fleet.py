@@ -10,8 +10,7 @@ has sides like a zone, and a route from itself to itself.
 
 A side has a *rate price*, the value of serving one more request/s there, which is 1 on the unified side if the rate is
 maximised. A route is worth ``weight(z, y)``, which is 1 minus the price of its link, and the rate prices of its two
-ends must sum to at least that: ``alpha(z) + beta(y) >= weight(z, y)``. That is the dual of the flow rows, from which
-`Routes.highest_rate` and `Routes.least_cost` derive bounds.
+ends must sum to at least that: ``alpha(z) + beta(y) >= weight(z, y)``. That is the dual of the flow rows.
 """
 
 from __future__ import annotations
@@ -25,10 +24,9 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from hetis.solver.cluster import Cluster, Link, Network, NodeGroup
+from hetis.solver.cluster import Cluster, Link, NodeGroup
 from hetis.solver.constraints import UNCONSTRAINED, ConstraintIndex, GpuConstraints
 from hetis.solver.cost import intra_link
-from hetis.solver.model import ModelSpec
 from hetis.solver.node_links import OTHERS, NodeLinks
 from hetis.solver.plan import ClassPrice, Role
 from hetis.solver.problem import PlacementProblem
@@ -232,40 +230,6 @@ FloatArray = npt.NDArray[np.float64]
 UNIFIED = 0  # the side of unified replicas
 
 
-def spanning_bytes(model: ModelSpec, moments: WorkloadMoments) -> float:
-    """Return activation bytes of a request that cross a link between zones of one replica: ``(Q + O) H s``."""
-    return (moments.mean_computed + moments.mean_output) * model.residual_width * model.activation_bytes
-
-
-def most_spanning(problem: PlacementProblem) -> int:
-    """Return how many replicas that span zones may share a link: as many as can hold the weights in memory."""
-    weights = min(model.params() * model.weight_bytes for model in problem.models())
-    placed = ((group.count * slots.count, slots.gpu) for group in problem.cluster.node_groups for slots in group.gpus)
-    return max(1, int(sum(count * problem.profiles[gpu].room_bytes for count, gpu in placed) / weights))
-
-
-def slowest_between(network: Network, zones: Sequence[str]) -> float:
-    """Return bytes/s of the slowest link between any two of several zones."""
-    return min(network.zone_link(a, b).bytes_per_s for i, a in enumerate(zones) for b in zones[i + 1 :])
-
-
-@dataclass(frozen=True, slots=True)
-class Valuation:
-    """A bound on all plans, with the prices that prove it.
-
-    Attributes:
-        value: no plan is better.
-        scale: the factor that makes the row prices dual feasible (1 if cost is minimised).
-        rate_prices: price of a request/s on each side, shape [sides].
-        link_prices: price of a request/s of KV from zone to zone, shape [Z, Z].
-    """
-
-    value: float
-    scale: float
-    rate_prices: FloatArray
-    link_prices: FloatArray
-
-
 @dataclass(frozen=True, slots=True, eq=False)
 class Routes:
     """The sides of a problem's master and the routes between them; Z zones.
@@ -277,7 +241,6 @@ class Routes:
         zones: names, in the cluster's order.
         splits_roles: whether the family has prefill and decode replicas; otherwise there is one side and no route.
         capacity: requests/s whose KV the link from zone to zone carries, shape [Z, Z]; inf inside a zone.
-        most_spanning: the number of unified replicas over several zones that share a link equally.
         beside: the places beside whole zones with their build, which are the last in ``zones``.
         num_left_out: how many further places are not searched (`MOST_PARTS`).
     """
@@ -285,7 +248,6 @@ class Routes:
     zones: tuple[str, ...]
     splits_roles: bool
     capacity: FloatArray
-    most_spanning: int
     beside: tuple[tuple[Part, int], ...] = ()
     num_left_out: int = 0
 
@@ -321,108 +283,9 @@ class Routes:
         local, afar, receiving = of_sides[1:].reshape(3, len(self.zones))
         return local, afar, receiving
 
-    def link_use(self, zones: Sequence[int]) -> FloatArray:
-        """Return what a unified replica that spans ``zones`` takes of every link, in requests/s of KV; [Z, Z].
-
-        The share is reserved whether or not all of it is used, so it is the same at any rate.
-        """
-        use = np.zeros_like(self.capacity)
-        inside = np.ix_(sorted(set(zones)), sorted(set(zones)))
-        if len(inside[0]) > 1:
-            use[inside] = self.capacity[inside].min() / self.most_spanning
-            np.fill_diagonal(use, 0.0)
-        return use
-
-    # --- bounds. ``theta`` [sides] is the highest rate / (cost + price of the GPUs) of any replica on each side: 0 if
-    # there is none, inf if unknown. ``worth`` is the value of the whole fleet at the row prices, y limits.
-
-    def highest_rate(self, theta: FloatArray, worth: float) -> Valuation:
-        """Return the least bound on the served rate that the row prices prove.
-
-        With all row prices multiplied by s, a replica of side i is worth ``rate <= s price / a_i`` for every rate price
-        ``a_i <= s / theta_i``. So s must be at least theta of the unified side, and on every route
-
-            s (1 / theta_p + 1 / theta_d) + link price >= 1
-
-        The bound is ``s worth + sum capacity link price``, convex and piecewise linear in s.
-        """
-        effort, between = self._efforts(theta)
-        with np.errstate(divide="ignore"):
-            least = max(float(theta[UNIFIED]), float((1.0 / np.diag(effort)).max(initial=0.0)))
-            stops = 1.0 / effort[between]
-
-        def rate_at(scale: float) -> float:
-            return scale * worth + float(self.capacity[between] @ np.maximum(0.0, 1.0 - scale * effort[between]))
-
-        value, scale = min((rate_at(s), s) for s in (least, *stops[stops > least]))
-        links = np.zeros_like(effort)
-        links[between] = np.maximum(0.0, 1.0 - scale * effort[between])
-        return Valuation(value, scale, self.shared_out(theta, 1.0, links), links)
-
-    def least_cost(self, theta: FloatArray, worth: float, demand: float) -> Valuation | None:
-        """Return the highest bound on the cost of serving ``demand`` requests/s, or None if demand has no known price.
-
-        A price pi of demand is feasible if no replica's rate price exceeds ``1 / theta``: ``pi <= 1 / theta`` on the
-        unified side and ``pi <= 1 / theta_p + 1 / theta_d + link price`` on every route. The bound
-        ``pi demand - worth - sum capacity link price`` is concave and piecewise linear in pi.
-        """
-        effort, between = self._efforts(theta)
-        with np.errstate(divide="ignore"):
-            most = min(float(1.0 / theta[UNIFIED]), float(np.diag(effort).min(initial=np.inf)))
-        stops = effort[between]
-        prices = [p for p in (*stops[stops < most], most) if np.isfinite(p)]
-        if not prices:
-            return None
-
-        def cost_at(price: float) -> float:
-            return price * demand - worth - float(self.capacity[between] @ np.maximum(0.0, price - effort[between]))
-
-        value, price = max((cost_at(p), p) for p in prices)
-        links = np.zeros_like(effort)
-        links[between] = np.maximum(0.0, price - effort[between])
-        return Valuation(value, 1.0, self.shared_out(theta, price, links), links)
-
-    def _efforts(self, theta: FloatArray) -> tuple[FloatArray, npt.NDArray[np.bool_]]:
-        """Return ``1 / theta_p + 1 / theta_d`` of every route [Z, Z], and which routes between zones have replicas."""
-        count = len(self.zones)
-        if not self.splits_roles:
-            return np.full((count, count), np.inf), np.zeros((count, count), dtype=bool)
-        local, afar, receiving = self.parts(theta)
-        with np.errstate(divide="ignore"):
-            sending = np.repeat((1.0 / afar)[:, None], count, axis=1)
-            np.fill_diagonal(sending, 1.0 / np.maximum(local, afar))
-            effort = sending + (1.0 / receiving)[None, :]
-        return effort, np.isfinite(effort) & ~np.eye(count, dtype=bool)
-
-    def shared_out(self, theta: FloatArray, price: float, link_prices: FloatArray) -> FloatArray:
-        """Return rate prices [sides] that give every route its weight, with equal room above what each side needs.
-
-        Many prices are possible; these leave all sides the same room: a replica matters only if it is better than theta
-        of its side by as much as the worst route has to spare.
-        """
-        prices = np.full(self.num_sides, price)
-        if not self.splits_roles:
-            return prices
-        effort, weight = self._efforts(theta)[0], price - link_prices
-        local, afar, receiving = self.parts(prices)
-        with np.errstate(divide="ignore"):
-            scale = float((weight / effort).max())
-        if not 0.0 < scale < np.inf:
-            return prices  # nothing is known of any route, so either half is priced like the whole
-        _, _, theta_d = self.parts(theta)
-        with np.errstate(divide="ignore"):
-            receiving[:] = np.minimum(scale / theta_d, price)
-        needed = np.maximum(0.0, weight - receiving[None, :])
-        local[:] = np.diag(needed)
-        afar[:] = needed.max(axis=1)
-        given = np.repeat(afar[:, None], len(self.zones), axis=1)
-        np.fill_diagonal(given, local)
-        receiving[:] = np.maximum(0.0, weight - given).max(axis=0)
-        return prices
-
 
 def routes_of(
-    problem: PlacementProblem, moments: WorkloadMoments, most_spanning: int, num_builds: int,
+    problem: PlacementProblem, moments: WorkloadMoments, num_builds: int,
     places: Sequence[Part] = (), num_left_out: int = 0,
 ) -> Routes:  # fmt: skip
     """Return the routes of a problem, which do not depend on its replicas; ``places`` are those beside whole zones."""
@@ -437,4 +300,4 @@ def routes_of(
     capacity = np.pad(capacity, (0, len(beside)))
     np.fill_diagonal(capacity, np.inf)
     named = (*wholes, *(place.zones[0] for place, _ in beside))
-    return Routes(named, problem.family.splits_roles, capacity, most_spanning, beside, num_left_out)
+    return Routes(named, problem.family.splits_roles, capacity, beside, num_left_out)

@@ -5,18 +5,20 @@
          sum_y F(z, y) <= rates of the prefill replicas in z     every zone z
          sum_(y != z) F(z, y) <= rates of the prefill replicas in z that may send to all zones
          sum_z F(z, y) <= rates of the decode replicas in y      every zone y
-         F(z, y) + sum_k link_kzy n_k <= capacity(z, y)          every link
+         F(z, y) <= capacity(z, y)                               every link
          n_k >= 0 (LP) and whole (MILP), F >= 0                  and, if cost is minimised, served rate >= demand
-         least_p <= sum_k count_kp n_k <= most_p                 every pin p (`Pins`); not in the LP unless requested
+         sum_k GPUs_kt n_k <= GPUs_t q_dt                        every role d and GPU type t (`TypeOfRole`)
+         sum_t q_dt <= 1, q_dt >= 0 (LP) and 0 or 1 (MILP)       every role d
+         least_p <= sum_k count_kp n_k <= most_p                 every pin p (`Pins`)
 
-Pins are rows that constraints add: a minimum of GPUs in use, limits on replicas, and a maximum rent. The relaxation
-that prices columns omits them. Its bound still holds with them, if weaker: a GPU that must be used has a negative
-price, which pricing does not support. Whole counts always keep them, and the exact search of small fleets has them in
-its relaxation.
+Pins are rows that constraints add: a minimum of GPUs in use, limits on replicas, and a maximum rent. A GPU that must be
+used may have a negative price. In a family whose prefill replicas all have one GPU type, and decode replicas one, two
+binaries q for each type say whether it has the role.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, TypeGuard, TypeVar
@@ -29,6 +31,7 @@ from hetis.solver.constraints import ConstraintIndex, Sum
 from hetis.solver.highs import linear_program, quiet_highs
 from hetis.solver.placement.fleet import UNIFIED, DeviceClass, IntArray, Resources, Routes
 from hetis.solver.placement.tables import BoolArray, CostTables, FloatArray
+from hetis.solver.plan import Role
 from hetis.solver.problem import PlacementProblem
 
 ROUNDING = 1e-6  # ratio by which HiGHS may violate a row
@@ -59,21 +62,6 @@ class Pins:
         """
         return np.asarray(np.all(self.coefficients(uses) <= self.upper + _room(self.upper), axis=1))
 
-    @property
-    def ask_for_gpus(self) -> bool:
-        """Return whether some rows require GPUs to be in use, so that the same rate with fewer GPUs may be worse."""
-        return bool(self.wanted.any())
-
-    @property
-    def wanted(self) -> FloatArray:
-        """Return the columns of `of_rows` that require GPUs to be in use, [rows, .]."""
-        return self.of_rows[:, np.isfinite(self.lower)]
-
-    @property
-    def dear(self) -> FloatArray:
-        """Return the columns of `of_rows` that limit GPUs, [rows, .]."""
-        return self.of_rows[:, np.isfinite(self.upper) & self.of_rows.any(axis=0)]
-
 
 def _room(limits: FloatArray) -> FloatArray:
     """Return by how much HiGHS may exceed limits; 0 where there is no limit."""
@@ -103,6 +91,58 @@ def unit_of(c: DeviceClass, of: Sum) -> float:
     return 1.0 if of is Sum.GPUS else c.usd_per_hour or 0.0
 
 
+@dataclass(frozen=True, slots=True)
+class TypeOfRole:
+    """The rows that give all prefill replicas one GPU type, and all decode replicas one.
+
+    ``gpus`` [rows, T] counts GPUs by type, ``limits`` [T] are those of the fleet, ``role_of_side`` [sides] is 0 on the
+    sides of prefill replicas, 1 on those of decode replicas, and -1 otherwise.
+    """
+
+    gpus: FloatArray
+    limits: FloatArray
+    role_of_side: IntArray
+
+    @property
+    def num_binaries(self) -> int:
+        return 2 * len(self.limits)
+
+    def coefficients(self, columns: Columns) -> FloatArray:
+        """Return the GPUs of each role and type that columns take; [K, 2 T]."""
+        of_types, role = columns.uses @ self.gpus, self.role_of_side[columns.sides]
+        return np.concatenate([of_types * (role == each)[:, None] for each in range(2)], axis=1)
+
+    def rows(self, columns: Columns, num_flows: int) -> tuple[FloatArray, FloatArray]:
+        """Return coefficients [K + flows + 2 T, 2 T + 2] and upper limits of the rows."""
+        num = self.num_binaries
+        replicas = np.pad(self.coefficients(columns), ((0, num_flows), (0, 2)))
+        binaries = np.concatenate([-np.diag(np.tile(self.limits, 2)), np.repeat(np.eye(2), num // 2, axis=0)], axis=1)
+        return np.concatenate([replicas, binaries]), np.concatenate([np.zeros(num), np.ones(2)])
+
+    def chosen(self, columns: Columns, counts: IntArray) -> FloatArray:
+        """Return the binaries of whole counts."""
+        return np.asarray((counts @ self.coefficients(columns) > 0).astype(float))
+
+    def prices(self, duals: FloatArray) -> FloatArray:
+        """Return what each row costs on every side in addition, from the duals of the first 2 T rows; [sides, rows]."""
+        of_roles = np.concatenate([duals.reshape(2, -1) @ self.gpus.T, np.zeros((1, len(self.gpus)))])
+        return np.asarray(of_roles[self.role_of_side])
+
+
+def type_of_role(costs: CostTables) -> TypeOfRole | None:
+    """Return the rows of a family with one GPU type for each role, or None if it is another family."""
+    if not costs.problem.family.one_type_per_role:
+        return None
+    types = list(dict.fromkeys(c.gpu for c in costs.classes))
+    gpus = np.array([[float(p == 1 and costs.classes[g].gpu == gpu) for gpu in types] for g, p in costs.resources.rows])
+    routes = costs.routes
+    roles = np.full(routes.num_sides, -1, dtype=np.int64)
+    for role, of_side in enumerate(((False, True), (False,))):
+        for zone, afar in itertools.product(range(len(routes.zones)), of_side):
+            roles[routes.side((Role.PREFILL, Role.DECODE)[role], zone, sends_afar=afar)] = role
+    return TypeOfRole(gpus, costs.resources.limits @ gpus, roles)
+
+
 # HiGHS's statuses without a timeout. Nothing is unbounded here: replicas take GPUs, and flows need replicas.
 SETTLED = (
     highspy.HighsModelStatus.kOptimal,
@@ -117,28 +157,24 @@ MANY = 64  # replicas from which on whole counts stay close to the relaxation
 
 @dataclass(frozen=True, slots=True)
 class Columns:
-    """The known columns: rates [K] in requests/s, costs [K], uses [K, rows], sides [K] (see `Routes`).
-
-    ``links`` [K, Z, Z] is the link capacity that a replica over several zones takes, in requests/s of KV.
-    """
+    """The known columns: rates [K] in requests/s, costs [K], uses [K, rows], sides [K] (see `Routes`)."""
 
     rates: FloatArray
     costs: FloatArray
     uses: IntArray
     sides: IntArray
-    links: FloatArray
 
     def some(self, which: IntArray) -> Columns:
         """Return the columns with these numbers."""
         return Columns(*(getattr(self, field.name)[which] for field in fields(self)))
 
     def undominated(self) -> IntArray:
-        """Return the numbers of columns that no other column on the same side and links dominates.
+        """Return the numbers of columns that no other column on the same side dominates.
 
         A column dominates if it has at least the rate and takes no more of any row; it then costs no more either, since
         costs follow from rows. Presolve finds the same but takes a hundred times as long.
         """
-        order, found = np.lexsort((self.uses.sum(axis=1), -self.rates)), list[IntArray]()
+        order, found = np.lexsort((self.uses.sum(axis=1), -self.rates)), [np.zeros(0, dtype=np.int64)]
         for side in np.unique(self.sides):
             of_side = order[self.sides[order] == side]
             found.append(of_side[_undominated(self.uses[of_side])])
@@ -155,8 +191,8 @@ class LpSolution:
     """Optimum of the relaxation with its duals.
 
     ``row_prices`` [rows] >= 0 and ``link_prices`` [Z, Z] >= 0. ``demand_price`` is 1 if the rate is maximised.
-    ``rate_prices`` [sides] price each side's rate; ``counts`` is [K]. ``pin_prices`` [P] have any sign, and are empty
-    unless the relaxation has pins.
+    ``rate_prices`` [sides] price each side's rate; ``counts`` is [K]. A replica on a side pays ``side_prices``
+    [sides, rows] for what it takes, and ``replica_price``: pins and types of roles included, of any sign.
     """
 
     value: float
@@ -165,7 +201,12 @@ class LpSolution:
     demand_price: float
     rate_prices: FloatArray
     counts: FloatArray
-    pin_prices: FloatArray
+    side_prices: FloatArray
+    replica_price: float
+
+    def worth(self, columns: Columns) -> FloatArray:
+        """Return what columns take is worth, without their costs; [K]."""
+        return np.asarray((columns.uses * self.side_prices[columns.sides]).sum(axis=1) + self.replica_price)
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,7 +233,7 @@ class Verdict:
 
 @dataclass(frozen=True, slots=True)
 class Master:
-    """The rows of the master: limits of the packing rows, routes, pins, and the demanded rate if cost is minimised.
+    """The rows of the master: limits, routes, types of roles, pins, and the demanded rate if cost is minimised.
 
     ``minimised`` [rows] is the cost of a unit of each row; None if the rate is maximised.
     """
@@ -202,6 +243,7 @@ class Master:
     routes: Routes
     pins: Pins | None = None
     minimised: FloatArray | None = None
+    types: TypeOfRole | None = None
 
     @property
     def row_costs(self) -> FloatArray:
@@ -212,26 +254,43 @@ class Master:
     def maximises(self) -> bool:
         return self.demand is None
 
-    def solve_lp(self, columns: Columns, *, pinned: bool = False) -> LpSolution | None:
-        """Solve the relaxation, with pins if ``pinned``; return None if these columns cannot meet demand or pins."""
+    @property
+    def has_only_limits(self) -> bool:
+        """Return whether fewer replicas always satisfy the rows but the demand's, and smaller ones, too."""
+        return self.pins is None and self.types is None
+
+    def solve_lp(self, columns: Columns, *, is_elastic: bool = False) -> LpSolution | None:
+        """Solve the relaxation; return None if these columns cannot meet demand or pins.
+
+        If it ``is_elastic``, minimise what is missing to meet them, instead of the objective: its value is 0 if they
+        can be met, and columns of negative reduced cost are those that help.
+        """
         highs = quiet_highs()
-        highs.passModel(self._model(columns, whole=False, pinned=pinned))
+        highs.passModel(self._model(columns, whole=False, is_elastic=is_elastic))
         highs.run()
         if highs.getModelStatus() != highspy.HighsModelStatus.kOptimal:
             return None
-        solution = highs.getSolution()
-        sign = 1.0 if self.maximises else -1.0
-        signed = sign * np.array(solution.row_dual)
+        solution, maximises = highs.getSolution(), self.maximises and not is_elastic
+        signed = (1.0 if maximises else -1.0) * np.array(solution.row_dual)
         duals = np.maximum(0.0, signed)
-        num_rows, num_zones = len(self.limits), len(self.routes.zones)
-        price = 1.0 if self.maximises else max(0.0, float(solution.row_dual[-1]))
-        rate_prices, link_prices = np.full(self.routes.num_sides, price), np.zeros((num_zones, num_zones))
+        num_rows, num_zones, num_sides = len(self.limits), len(self.routes.zones), self.routes.num_sides
+        price = 1.0 if maximises else 0.0 if self.maximises else max(0.0, -float(signed[-1]))
+        rate_prices, link_prices, end = np.full(num_sides, price), np.zeros((num_zones, num_zones)), num_rows
         if self.routes.splits_roles:
             sending, afar, receiving = duals[num_rows : num_rows + 3 * num_zones].reshape(3, num_zones)
             rate_prices[1:] = np.concatenate([sending, sending + afar, receiving])
+            end += 3 * num_zones
             if self.routes.has_links:
-                link_prices[self._between()] = duals[num_rows + 3 * num_zones :][: num_zones * (num_zones - 1)]
-        end = len(signed) - (0 if self.maximises else 1)  # pins are the last rows apart from the demand
+                link_prices[self._between()] = duals[end:][: num_zones * (num_zones - 1)]
+                end += num_zones * (num_zones - 1)
+        side_prices, replica_price = np.tile(duals[:num_rows], (num_sides, 1)), 0.0
+        if self.types is not None:
+            side_prices += self.types.prices(duals[end:][: self.types.num_binaries])
+            end += self.types.num_binaries + 2
+        if self.pins is not None:
+            pin_prices = signed[end:][: len(self.pins.lower)]
+            side_prices += self.pins.of_rows @ pin_prices
+            replica_price = float(self.pins.each @ pin_prices)
         return LpSolution(
             value=float(highs.getInfo().objective_function_value),
             row_prices=duals[:num_rows],
@@ -239,7 +298,8 @@ class Master:
             demand_price=price,
             rate_prices=rate_prices,
             counts=np.array(solution.col_value)[: len(columns.rates)],
-            pin_prices=signed[end - len(self.pins.lower) : end] if pinned and self.pins is not None else np.zeros(0),
+            side_prices=side_prices,
+            replica_price=replica_price,
         )
 
     def decide(
@@ -278,7 +338,7 @@ class Master:
         if not presolves:  # presolve compares columns in pairs and ignores the time limit while doing so
             options["presolve"] = "off"
         highs = quiet_highs(options, time_limit_s=time_limit_s, seed=seed, stop=stop)
-        model = self._model(columns, whole=True, pinned=True)
+        model = self._model(columns, whole=True)
         if least is not None:
             lower = np.array(model.col_lower_)
             lower[: len(least)] = least
@@ -291,7 +351,9 @@ class Master:
             counts = np.zeros(len(columns.rates), dtype=np.int64)
             counts[: len(start.counts)] = start.counts
             given = highspy.HighsSolution()
-            given.col_value = [*counts.astype(float).tolist(), *start.flows.ravel()[: self._num_flows()].tolist()]
+            binaries = [] if self.types is None else self.types.chosen(columns, counts).tolist()
+            flows = start.flows.ravel()[: self._num_flows()].tolist()
+            given.col_value = [*counts.astype(float).tolist(), *flows, *binaries]
             highs.setSolution(given)
         highs.run()
         info, is_settled = highs.getInfo(), highs.getModelStatus() in SETTLED
@@ -336,16 +398,15 @@ class Master:
         local, afar, receiving = (part.copy() for part in routes.parts(rates))
         if routes.has_links:
             wanted = self._flows_by_lp(columns, counts)
-            left = routes.capacity - np.tensordot(counts, columns.links, axes=1)
             for z, y in zip(*self._between(), strict=True):
-                flows[z, y] = max(0.0, min(wanted[z, y], afar[z], receiving[y], left[z, y]))
+                flows[z, y] = max(0.0, min(wanted[z, y], afar[z], receiving[y], routes.capacity[z, y]))
                 afar[z] -= flows[z, y]
                 receiving[y] -= flows[z, y]
         np.fill_diagonal(flows, np.minimum(local + afar, receiving))
         return flows
 
     def _flows_by_lp(self, columns: Columns, counts: IntArray) -> FloatArray:
-        model = self._model(columns, whole=False)
+        model = replace(self, pins=None, types=None)._model(columns, whole=False)
         num_columns, flows = len(columns.rates), np.ones(self._num_flows())
         model.sense_ = highspy.ObjSense.kMaximize
         model.col_cost_ = np.concatenate([np.zeros(num_columns), flows])
@@ -364,37 +425,48 @@ class Master:
         """Return the index of routes between different zones, in row-major order."""
         return np.nonzero(~np.eye(len(self.routes.zones), dtype=bool))
 
-    def _model(self, columns: Columns, *, whole: bool, pinned: bool = False) -> Any:
-        """Return the master as a HiGHS model, passed as column-wise arrays at once rather than term by term."""
-        rows, upper = [columns.uses.astype(float)], [self.limits.astype(float)]
-        objective = columns.costs
+    def _model(self, columns: Columns, *, whole: bool, is_elastic: bool = False) -> Any:
+        """Return the master as a HiGHS model, passed as column-wise arrays at once rather than term by term.
+
+        Its columns are replicas, flows, binaries of types, and, if it ``is_elastic``, what is missing in each row.
+        """
+        num, flows = len(columns.rates), self._num_flows()
+        binaries = 0 if self.types is None else self.types.num_binaries
         served = np.where(columns.sides == UNIFIED, columns.rates, 0.0)
+        served = np.concatenate([served, np.ones(flows), np.zeros(binaries)])
+        blocks = [(columns.uses.astype(float), self.limits.astype(float))]
         if self.routes.splits_roles:
-            flow_rows, flow_limits = self._flow_rows(columns)
-            flows = self._num_flows()
-            rows = [np.pad(rows[0], ((0, flows), (0, 0))), flow_rows]
-            upper.append(flow_limits)
-            objective = np.pad(objective, (0, flows))
-            served = np.pad(served, (0, flows), constant_values=1.0)
-        lower = np.full(sum(map(len, upper)), -highspy.kHighsInf)
-        if pinned and self.pins is not None:
-            rows.append(np.pad(self.pins.coefficients(columns.uses), ((0, len(served) - len(columns.rates)), (0, 0))))
-            upper.append(self.pins.upper)
+            blocks.append(self._flow_rows(columns))
+        if self.types is not None:
+            blocks.append(self.types.rows(columns, flows))
+        lower = np.full(sum(len(limits) for _, limits in blocks), -highspy.kHighsInf)
+        if self.pins is not None:
+            blocks.append((self.pins.coefficients(columns.uses), self.pins.upper))
             lower = np.append(lower, self.pins.lower)
         if self.demand is not None:
-            rows.append(served[:, None])
-            upper.append(np.array([highspy.kHighsInf]))
+            blocks.append((served[:, None], np.array([highspy.kHighsInf])))
             lower = np.append(lower, self.demand)
-        matrix = np.concatenate(rows, axis=1)
+        rows = [np.pad(coefficients, ((0, len(served) - len(coefficients)), (0, 0))) for coefficients, _ in blocks]
+        matrix, costs = np.concatenate(rows, axis=1), np.pad(columns.costs, (0, len(served) - num))
+        most = np.full(len(matrix), highspy.kHighsInf)
+        if whole and flows:
+            most[num : num + flows] = self._more_than_flows(columns)
+        most[num + flows :] = 1.0
+        if is_elastic:
+            required = np.flatnonzero(lower > 0.0)
+            missing = np.zeros((len(required), len(lower)))
+            missing[np.arange(len(required)), required] = 1.0
+            matrix, most = np.concatenate([matrix, missing]), np.pad(most, (0, len(required)), constant_values=np.inf)
+            costs = np.concatenate([np.zeros(len(served)), 1.0 / lower[required]])
         entry_columns, entry_rows = np.nonzero(matrix)
-        nothing, num_columns = np.zeros(len(matrix)), len(columns.rates)
-        most = nothing + highspy.kHighsInf
-        if whole and self.routes.splits_roles:
-            most[num_columns:] = self._more_than_flows(columns)
+        is_whole = np.arange(len(matrix)) < num
+        is_whole[num + flows :] = True
+        upper = np.concatenate([limits for _, limits in blocks])
+        maximises = self.maximises and not is_elastic
         return linear_program(
-            served if self.maximises else objective, (nothing, most),
-            (lower, np.concatenate(upper)), [(entry_rows, entry_columns, matrix[entry_columns, entry_rows])],
-            whole=np.arange(len(matrix)) < num_columns if whole else None, maximise=self.maximises,
+            served if maximises else costs, (np.zeros(len(matrix)), most), (lower, upper),
+            [(entry_rows, entry_columns, matrix[entry_columns, entry_rows])],
+            whole=is_whole if whole else None, maximise=maximises,
         )  # fmt: skip
 
     def _more_than_flows(self, columns: Columns) -> FloatArray:
@@ -434,21 +506,22 @@ class Master:
         if routes.has_links:
             between = self._between()
             flows = np.concatenate([flows, np.eye(count * count)[:, sender != receiver]], axis=1)
-            replicas = np.concatenate([replicas, columns.links[:, between[0], between[1]]], axis=1)
+            replicas = np.pad(replicas, ((0, 0), (0, len(between[0]))))
             limits = np.concatenate([limits, routes.capacity[between]])
         return np.concatenate([replicas, flows]), limits
 
 
-def master_of(costs: CostTables, demand: float | None) -> Master:
-    """Return the master of a problem, without pins."""
-    row_costs = None if demand is None else row_costs_of(costs)
-    return Master(costs.resources.limits, demand, costs.routes, minimised=row_costs)
-
-
-def master_with_pins(costs: CostTables) -> Master:
-    """Return the master of a problem with its demand and the rows that its constraints require."""
-    pins = pins_of(costs.problem.constraint_index, costs.classes, costs.resources)
-    return replace(master_of(costs, demanded_rate(costs.problem)), pins=pins)
+def master_of(costs: CostTables) -> Master:
+    """Return the master of a problem, with its demand and the rows that its family and its constraints require."""
+    demand = demanded_rate(costs.problem)
+    return Master(
+        costs.resources.limits,
+        demand,
+        costs.routes,
+        pins=pins_of(costs.problem.constraint_index, costs.classes, costs.resources),
+        minimised=None if demand is None else row_costs_of(costs),
+        types=type_of_role(costs),
+    )
 
 
 def demanded_rate(problem: PlacementProblem) -> float | None:

@@ -509,8 +509,6 @@ def best_equal_split(
     # The remainder goes to plain stages first, and may be less than their number.
     many_plain = 0 < t.num_layers % num_stages < num_stages - 2
     for x in mixes:
-        if t.gives_all[x]:
-            continue
         compute_s = t.layer_s[x, s] + t.own_s[x, s, groups]
         w = max(compute_s, t.wire_s[x, s])
         chunk_w = t.chunk.layer_s[x, s] + t.chunk.own_s[x, s, groups]
@@ -557,7 +555,6 @@ def best_equal_split(
                 interval = stretch(iterations_of(t, x, f), w, chunk_w, regime.least, regime.unevenness) * max(
                     busiest, total / m
                 )
-            interval = max(interval, t.t_floor)
             if t.trip_cap[x, f] < np.inf:
                 if m == 1 and num_stages > 1:
                     limit = UNEVENNESS_STEP ** np.ceil(np.log(uneven) / np.log(UNEVENNESS_STEP) - ROUNDING)

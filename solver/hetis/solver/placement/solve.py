@@ -10,7 +10,7 @@ import numpy as np
 
 from hetis.solver import cost
 from hetis.solver.budget import Budget, Progress, Report, SearchSettings
-from hetis.solver.errors import NoPlanFoundError
+from hetis.solver.errors import InvalidProblemError, NoPlanFoundError
 from hetis.solver.placement.binding import BoundStage, bind
 from hetis.solver.placement.constrained_problem import apply_constraints, is_nothing_left, restored
 from hetis.solver.placement.explanation.alternatives import notes_on_search, runners_up_of, simpler_or_best
@@ -54,9 +54,13 @@ def solve_family(
 ) -> Plan:
     """Solve as `hetis.solver.planning.solve_placement` does, with one of our own strategies and the problem's family.
 
-    Small fleets are solved exactly (`exact.py`). Others are solved by column generation (`generation.py`) until the
-    gap is small enough, the time is up or no remaining column could help.
+    The search ends when the gap is small enough, the time is up or no remaining column could help.
+
+    Raises:
+        InvalidProblemError: the family has no engine's rules.
     """
+    if problem.family.engine is None:
+        raise InvalidProblemError(f"strategy {settings.strategy} plans for an engine: give the family its rules")
     searched = apply_constraints(problem)
     settings = replace(settings, report=in_objective_units(settings.report, problem))
     if is_nothing_left(searched):

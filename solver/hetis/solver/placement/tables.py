@@ -10,7 +10,7 @@ first and last). A stage's cost then takes a few look-ups (`stage_cost.py`). `ta
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
 
@@ -62,7 +62,6 @@ class Tables(NamedTuple):
     without_chunk: FloatArray  # [X, F] (1 - phi)^M: the probability that no micro-batch in flight carries a chunk
     t_cap: FloatArray  # [X, F] the longest interval that meets the latency limits
     trip_cap: FloatArray  # [X, F] the longest round trip with a chunk that meets them; inf except for unified mixes
-    t_floor: float  # the shortest interval that keeps to a replica's share of the links between zones
     kv_tokens: FloatArray  # [X, F, copies] Tkv; NO_ROOM where engine settings exclude it
     prompt_tokens: FloatArray  # [X, F, copies] Tpre: part of Tkv that a rank keeps of pooled groups, too
     state_bytes: FloatArray  # [X, F, copies] of a layer on all ranks that divide them, for requests' states
@@ -94,27 +93,8 @@ class Tables(NamedTuple):
     pool_s: FloatArray  # [X, total] attention with a pool, including KV shipping, over k = 1..Gr, then pool sizes
     receives: BoolArray  # [X] whether KV arrives, as in mixes of decode replicas
     pool_wire_s: FloatArray  # [total] `wire_s` with a pool
-    gives_all: BoolArray  # [X] whether stages give all head groups to a pool (`Family.decode_keeps_heads`)
     least_pool_start: IntArray  # [S, N] where the least over k of (s, q) start, by pool size
     least_pool_s: FloatArray  # [X, least total]
-    least_pool_wire_s: FloatArray  # [least total]
-    keeps_idle_cards: bool  # whether idle attention workers are tried because some GPUs must be in use
-
-
-class CoverTables(NamedTuple):
-    """The few `Tables` that covering layers needs: a kernel takes a second longer to compile if it is passed all."""
-
-    num_layers: int
-    cut_floor: IntArray
-    t_floor: float
-    available: IntArray
-    rank_class: IntArray
-    rank_tp: IntArray
-
-
-def cover_tables(t: Tables) -> CoverTables:
-    """Return the part of these tables that `CoverTables` has."""
-    return CoverTables(t.num_layers, t.cut_floor, t.t_floor, t.available, t.rank_class, t.rank_tp)
 
 
 class Scope:
@@ -154,12 +134,6 @@ class Scope:
         tabulate, rest = (lambda: change(self.tables)), (self.primaries, self.build, self.place)
         return Scope(self.part, self.roles, tabulate, self.gpu, *rest)
 
-    def of_type(self, gpu: str, classes: tuple[DeviceClass, ...], roles: tuple[Role, ...]) -> Scope:
-        """Return the same zones without GPUs of other types."""
-        others = np.array([c.gpu != gpu for c in classes])
-        tabulate, rest = self.without(others)._tabulate, (self.primaries, self.build, self.place)
-        return Scope(self.part, roles, tabulate, gpu, *rest)
-
     def without(self, out: BoolArray) -> Scope:
         """Return the scope without the GPUs of the classes marked in ``out`` [N]."""
         return self.changed(lambda tables: tables._replace(available=np.where(out, 0, tables.available)))
@@ -181,17 +155,6 @@ class CostTables:
     pool_sizes: tuple[int, ...]
     scopes: tuple[Scope, ...]
     routes: Routes
-    role_types: tuple[str, str] | None = None  # the GPU types of prefill and of decode replicas; None: any
-
-    def of_types(self, prefill: str, decode: str) -> CostTables:
-        """Return the problem with prefill replicas of one GPU type, decode replicas of one, and no others."""
-        scopes = (
-            scope.of_type(gpu, self.classes, (role,))
-            for scope in self.scopes
-            for role, gpu in ((Role.PREFILL, prefill), (Role.DECODE, decode))
-            if role in scope.roles
-        )
-        return replace(self, scopes=tuple(scopes), role_types=(prefill, decode))
 
     def regimes(self, role: Role) -> tuple[Regime, Regime]:
         """Return a role's pipeline regimes with at least two micro-batches per stage copy, and with at least one."""

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -21,13 +19,10 @@ from hetis.solver.placement.fleet import (
     IntArray,
     Part,
     device_classes,
-    most_spanning,
     parts_of,
     places_of,
     resources_of,
     routes_of,
-    slowest_between,
-    spanning_bytes,
     without_most,
 )
 from hetis.solver.placement.tables import NO_ROOM, BoolArray, ChunkTables, CostTables, FloatArray, Scope, Tables
@@ -36,15 +31,9 @@ from hetis.solver.problem import Build, Family, PlacementProblem
 from hetis.solver.rank_memory import requests_at_once
 from hetis.solver.workload import WorkloadMoments
 
-FEW_GPUS = 24  # largest fleet for which idle attention workers are tried if GPUs must be in use
-MANY_ZONES = 4  # with more, there are too many sets of zones to search each of them
 
-
-def build_cost_tables(problem: PlacementProblem, *, is_relaxation: bool = False) -> CostTables:
-    """Tabulate the cost model for every mix, rank type and pool of a problem's family.
-
-    With ``is_relaxation`` the fleet represents several zones as if they were one (`search.py`).
-    """
+def build_cost_tables(problem: PlacementProblem) -> CostTables:
+    """Tabulate the cost model for every mix, rank type and pool of a problem's family."""
     family, model = problem.family, problem.model
     moments = problem.workload.clipped_to(model.max_position).moments(block_tokens=problem.assumptions.block_tokens)
     classes = device_classes(problem.cluster, problem.constraint_index, problem.node_links)
@@ -69,8 +58,8 @@ def build_cost_tables(problem: PlacementProblem, *, is_relaxation: bool = False)
     shaped.sort(key=lambda one: one[0][0])  # kernels require the ranks of a class to be in sequence
     ranks, rank_dp = tuple(rank for rank, _ in shaped), tuple(dp for _, dp in shaped)
     resources, biggest = resources_of(classes, family.tp_sizes), max((c.available for c in classes), default=0)
-    pool_sizes = tuple(p for p in family.pool_sizes(1) if p <= biggest)
-    tabulation = _Tabulation(problem, moments, classes, mixes, ranks, rank_dp, pool_sizes, is_relaxation=is_relaxation)
+    pool_sizes = tuple(p for p in family.pool_sizes() if p <= biggest)
+    tabulation = _Tabulation(problem, moments, classes, mixes, ranks, rank_dp, pool_sizes)
     beside = [places_of(problem.cluster, zone, classes, problem.node_links) for zone in zones]
     places = [place for some in beside for place in without_most(some)] if family.splits_roles else []
     num_left_out = sum(map(len, beside)) - len(places) if family.splits_roles else 0
@@ -88,9 +77,7 @@ def build_cost_tables(problem: PlacementProblem, *, is_relaxation: bool = False)
         card_use=np.array([resources.of_group(i, 1) for i in range(len(classes))], dtype=np.int64),
         pool_sizes=pool_sizes,
         scopes=(*_scopes(family, zones, classes, builds, tabulation), *_scopes_of_places(places, builds, tabulation)),
-        routes=routes_of(
-            problem, moments, most_spanning(problem), len(builds), [place for place, _ in places], num_left_out
-        ),
+        routes=routes_of(problem, moments, len(builds), [place for place, _ in places], num_left_out),
     )
 
 
@@ -117,12 +104,10 @@ def _scopes(
     family: Family, zones: tuple[str, ...], classes: tuple[DeviceClass, ...], builds: Sequence[_OfBuild],
     tabulation: _Tabulation,
 ) -> Iterator[Scope]:  # fmt: skip
-    """Yield a scope per set of classes and build: one zone for any role, several for unified replicas only."""
+    """Yield a scope per set of classes in a zone and build."""
     problem = tabulation.problem
-    spans = _spans(zones) if family.engine is None else [(zone,) for zone in zones]
-    for part in (part for span in spans for part in parts_of(problem.cluster, span, classes, problem.node_links)):
-        roles = [role for role in family.roles if len(part.zones) == 1 or role is Role.UNIFIED]
-        yield from _scopes_of_part(part, None, roles, builds, tabulation)
+    for part in (part for zone in zones for part in parts_of(problem.cluster, (zone,), classes, problem.node_links)):
+        yield from _scopes_of_part(part, None, family.roles, builds, tabulation)
 
 
 def _scopes_of_places(
@@ -164,13 +149,6 @@ def _builds(problem: PlacementProblem, classes: tuple[DeviceClass, ...]) -> tupl
     if len(alike) < 2:
         return tuple(_OfBuild(build.model, None) for build in alike) or (_OfBuild(problem.model, None),)
     return tuple(_OfBuild(build.model, frozenset(chosen)) for build, chosen in alike.items())
-
-
-def _spans(zones: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
-    """Yield the sets of zones that one replica may span; with many zones, only sets of one, two or all."""
-    for count in range(1, len(zones) + 1):
-        if count <= 2 or count == len(zones) or len(zones) <= MANY_ZONES:
-            yield from itertools.combinations(zones, count)
 
 
 class _MixNumbers(NamedTuple):
@@ -221,9 +199,8 @@ class _Tabulation:
     def __init__(
         self, problem: PlacementProblem, moments: WorkloadMoments, classes: tuple[DeviceClass, ...],
         mixes: tuple[Mix, ...], ranks: tuple[tuple[int, int], ...], rank_dp: tuple[int, ...],
-        pool_sizes: tuple[int, ...], *, is_relaxation: bool,
+        pool_sizes: tuple[int, ...],
     ) -> None:  # fmt: skip
-        self.is_relaxation = is_relaxation
         self.problem, self.moments, self.classes, self.mixes = problem, moments, classes, mixes
         self.ranks, self.rank_dp, self.pool_sizes = ranks, rank_dp, pool_sizes
         self._may_have = np.equal.outer([m.attention_dp for m in mixes], rank_dp).reshape(len(mixes), len(ranks))
@@ -270,8 +247,7 @@ class _Tabulation:
             own = self.classes[i].zone if self.classes[i].zone in zones else None
             may = [q.zone == own and part.has(q) and Duty.WORKER not in q.constraints.barred for q in self.classes]
             start[s] = np.where(may, start[s], -1)
-        kv_tokens, index = self._allowed_kv_tokens(), self.problem.constraint_index
-        num_gpus = sum(c.available for c in self.classes)
+        kv_tokens = self._allowed_kv_tokens()
         return Tables(
             num_layers=model.num_layers - model.prefix_layers,
             prefix_layers=model.prefix_layers,
@@ -287,7 +263,6 @@ class _Tabulation:
             ),
             t_cap=np.where((kv_tokens < NO_ROOM).any(axis=2), self._t_cap(slowest_s), 0.0),
             trip_cap=self._trip_cap(),
-            t_floor=self._t_floor(zones),
             kv_tokens=kv_tokens,
             prompt_tokens=self._per_copy(partial(cost.prompt_tokens_per_copy, self.problem.model, self.moments)),
             state_bytes=self._per_copy(
@@ -332,11 +307,8 @@ class _Tabulation:
             pool_s=pools.whole_s,
             receives=np.array([m.role is Role.DECODE for m in self.mixes]),
             pool_wire_s=pools.wire_s,
-            gives_all=np.array([m.role is Role.DECODE and not family.decode_keeps_heads for m in self.mixes]),
             least_pool_start=pools.least_start,
             least_pool_s=pools.least_whole_s,
-            least_pool_wire_s=pools.least_wire_s,
-            keeps_idle_cards=index is not None and bool(index.least) and num_gpus <= FEW_GPUS,
         )  # fmt: skip
 
     def _drafting(
@@ -441,16 +413,12 @@ class _Tabulation:
     def _slowest_landing_s(
         self, place: Part, primaries: frozenset[int] | None, landing_s: FloatArray
     ) -> FloatArray:  # fmt: skip
-        """Return the landing time that a TTFT limit sets aside: that of the place's slowest rank, used or not; [X].
-
-        If a fleet represents several zones, return the fastest rank's instead, which no rank of any zone undercuts.
-        """
+        """Return the landing time that a TTFT limit sets aside: that of the place's slowest rank, used or not; [X]."""
         inside = [s for s, (i, _) in enumerate(self.ranks) if place.has(self.classes[i])]
         here = [s for s in inside if primaries is None or self.ranks[s][0] in primaries]
         if not here:
             return np.zeros(len(self.mixes))
-        chosen = landing_s[:, here]
-        return np.asarray(chosen.min(axis=1) if self.is_relaxation else chosen.max(axis=1))
+        return np.asarray(landing_s[:, here].max(axis=1))
 
     def _t_cap(self, landing_s: FloatArray) -> FloatArray:
         objective, family = self.problem.objective, self.problem.family
@@ -475,17 +443,6 @@ class _Tabulation:
             if mix.role is Role.UNIFIED and limit_s is not None:
                 caps[x] = [limit_s / trips_of(mix, m) for m in in_flight]
         return caps
-
-    def _t_floor(self, zones: tuple[str, ...]) -> float:
-        """Return the least interval at which no plan can overdraw a link between zones.
-
-        A replica crosses a link between zones once in each direction, with ``(Q + O) H s`` bytes per request. As many
-        replicas as memory allows may do so, each with an equal share.
-        """
-        if len(zones) == 1:
-            return 0.0
-        num_bytes = most_spanning(self.problem) * spanning_bytes(self.problem.model, self.moments)
-        return num_bytes / slowest_between(self.problem.cluster.network, zones)
 
     def _allowed_kv_tokens(self) -> FloatArray:
         """Return the KV tokens of a stage copy, or more than fits anywhere if engine settings exclude it.
@@ -519,8 +476,7 @@ class _Tabulation:
     def _per_copy(self, amount_of: Callable[[Mix, int], float]) -> FloatArray:
         """Return tokens or bytes of a stage copy, by its mix and the micro-batches that it holds; [X, F, copies]."""
         family = self.problem.family
-        held = [[math.ceil(m / (copies + 1)) for copies in range(family.max_copies)] for m in family.in_flight]
-        return np.array([[[amount_of(mix, n) for n in of_copies] for of_copies in held] for mix in self.mixes])
+        return np.array([[[amount_of(mix, m)] for m in family.in_flight] for mix in self.mixes])
 
     def _pools_in(self, place: Part | None) -> _PoolTables:
         """Return the tables of a place beside whole zones, or those of all whole zones (None)."""

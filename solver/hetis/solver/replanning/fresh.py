@@ -2,15 +2,13 @@
 
 A *proof* bounds the worth of new replicas that are added to replicas that continue:
 
-    enumerated  small fleets: a ceiling on the rate of every sub-fleet, by the exact search; packed by the master
-    priced      larger ones: prices w of GPUs and rate prices a by column generation, with ``a_s rate <= cost + w use``
-                for every replica of the family, so that replicas on GPUs u are worth at most w u
-
-The first also lists the family of `uniform`.
+    enumerated  the family of `uniform`: all its replicas, packed by the master
+    priced      others: prices w of GPUs and rate prices a of the relaxation, with ``a_s rate <= cost + w use`` for
+                every replica of the family, so that replicas on GPUs u are worth at most w u
 
 *The bound on every re-planning* is the joint worth of kept and changed replicas and the best new ones. New replicas
 serve at most ``share = 1 - d / horizon`` of the horizon, where d is the shortest start of any. Let w and a be the
-prices of column generation, with ``a_s rate <= cost + w use`` for every replica on side s. Whatever continues, the
+prices of the relaxation, with ``a_s rate <= cost + w use`` for every replica on side s. Whatever continues, the
 plan's net rate is at most
 
     max   sum_o (a_s net_o + s_r) x_o  +  sum_g share w_g u_g  +  sum of links price capacity
@@ -20,8 +18,8 @@ plan's net rate is at most
 over whole x and u: a small mixed program, whose bound by HiGHS is used. Where cost is minimised, new replicas cost at
 least ``(1 + d / horizon) (pi demand - sum_o a_s rate_o x_o - w u - links)``, and at least 0.
 
-On small fleets new replicas are enumerated with ceilings on their rates instead, each counted with the share of a
-replica whose weights are spread evenly over its sub-fleet.
+Replicas of `uniform` are enumerated instead, each counted with the share of a replica whose weights are spread evenly
+over its GPUs.
 
 Prefill and decode replicas may be larger than any plan needs, and then serve all that it needs even during their start:
 ``share`` is 1 if w is the price of those.
@@ -38,11 +36,10 @@ import numpy as np
 from hetis.solver.budget import SearchSettings
 from hetis.solver.cluster import Cluster, NodeGroup, node_of
 from hetis.solver.constraints import ConstraintIndex
+from hetis.solver.placement.columns import Bound, columns_of, distinct
 from hetis.solver.placement.enumeration import explore_enumerated
-from hetis.solver.placement.exact import TOLERANCES, ExactSearch, is_small
 from hetis.solver.placement.fleet import UNIFIED
-from hetis.solver.placement.generation import Bound, ColumnGeneration, Pool
-from hetis.solver.placement.master import Columns, Master, Verdict, demanded_rate, master_of
+from hetis.solver.placement.master import Columns, Master, Verdict, master_of
 from hetis.solver.placement.outcome import CROSSING, rate_bound
 from hetis.solver.placement.pipelines import uniform_templates
 from hetis.solver.placement.search import search
@@ -54,8 +51,6 @@ from hetis.solver.replanning.change import Fate
 from hetis.solver.replanning.net_master import ColumnList, NetMaster, Row
 from hetis.solver.replanning.running import Candidate, has_stages, is_allowed, new_replica
 
-FINEST = 1e-6  # ratio by which ceilings of the exact search may exceed the rates found
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fresh:
@@ -64,8 +59,8 @@ class Fresh:
     Attributes:
         templates: replicas to choose from.
         value, bound: value of the best plan found, and a bound on all plans, in the master's unit.
-        enumerated: ceilings on the rates of sub-fleets, as columns; if None, ``prices`` are the proof.
-        prices: prices of column generation.
+        enumerated: all replicas of the family, as columns; if None, ``prices`` are the proof.
+        prices: prices of the relaxation.
         row_prices: duals of the rows, if there are no ``prices``; [rows].
         is_empty: whether it is proved that no plan exists.
     """
@@ -81,50 +76,19 @@ class Fresh:
 
 def search_fresh(costs: CostTables, settings: SearchSettings) -> Fresh:
     """Return replicas and a proof for the whole fleet; if there is no time for more, what is known without a search."""
-    master = master_of(costs, demanded_rate(costs.problem))
-    if settings.strategy == "uniform":
-        return _enumerated(costs, master, uniform_templates(costs), settings)
-    if costs.problem.family.engine is not None:
-        return _of_engine(costs, master, settings)
-    if is_small(costs):
-        found = _exact(costs, master, settings)
-        if found is not None:
-            return found
-    return _priced(costs, master, settings)
-
-
-def _exact(costs: CostTables, master: Master, settings: SearchSettings) -> Fresh | None:
-    """Return the best replica of every sub-fleet; none is ruled out: a plan that keeps replicas may need any."""
-    search_of, budget, seed = ExactSearch(costs, master), settings.budget, settings.seed
-    nothing = {kind: np.zeros(len(f.rate)) for kind, f in search_of.frontiers.items()}
-    for tolerance in (*TOLERANCES[:-1], FINEST):
-        if not search_of.sweep(nothing, tolerance, budget):
-            return None
-    chosen, columns = search_of.columns(search_of.ceilings(FINEST), every=True)
-    found = [(kind, v) for kind, v in chosen if search_of.frontiers[kind].rate[v] > 0.0]
-    templates = tuple(search_of.template(kind, v) for kind, v in found)
-    _, best = search_of.pack(search_of.rates(), budget.remaining_s(), seed)
-    most = master.decide(columns, time_limit_s=budget.remaining_s(), seed=seed)
-    duals = search_of.prices(search_of.rates())
-    return Fresh(
-        templates=templates,
-        value=None if best.found is None else best.found.value,
-        bound=_bound_of(most, costs, master),
-        row_prices=np.zeros(len(costs.resources.rows)) if duals is None else duals.row_prices,
-        enumerated=columns,
-        is_empty=most.proves_none,
-    )
+    master = master_of(costs)
+    if costs.problem.family.uneven_layers:
+        return _explored(costs, master, settings)
+    return _enumerated(costs, master, distinct(costs, uniform_templates(costs)), settings)
 
 
 def _enumerated(costs: CostTables, master: Master, templates: list[Template], settings: SearchSettings) -> Fresh:
     """Return the result for a family that is enumerated completely."""
-    pool = Pool(costs, master.row_costs)
-    pool.add(templates)
-    columns = pool.columns()
+    columns = columns_of(costs, templates, master.row_costs)
     best = master.decide(columns, time_limit_s=settings.budget.remaining_s(), seed=settings.seed)
     relaxed = master.solve_lp(columns) if templates else None
     return Fresh(
-        templates=() if best.proves_none else tuple(pool.templates),
+        templates=() if best.proves_none else tuple(templates),
         value=None if best.found is None else best.found.value,
         bound=_bound_of(best, costs, master),
         row_prices=np.zeros(len(costs.resources.rows)) if relaxed is None else relaxed.row_prices,
@@ -140,22 +104,7 @@ def _bound_of(best: Verdict, costs: CostTables, master: Master) -> float:
     return _known_at_once(costs, master) if best.found is None else best.found.bound
 
 
-def _priced(costs: CostTables, master: Master, settings: SearchSettings) -> Fresh:
-    generation = ColumnGeneration(costs, master, settings)
-    generation.generate(uniform_templates(costs), chooses=True)
-    generation.choose()
-    known = generation.is_whole_family and np.isfinite(generation.bound.value) and np.any(generation.bound.row_prices)
-    return Fresh(
-        templates=tuple(generation.pool.templates),
-        value=None if generation.incumbent is None else generation.incumbent.value,
-        bound=generation.bound.value if known else _known_at_once(costs, master),
-        row_prices=generation.bound.row_prices,
-        prices=generation.bound if known else None,
-        is_empty=not generation.may_have_plan,
-    )
-
-
-def _of_engine(costs: CostTables, master: Master, settings: SearchSettings) -> Fresh:
+def _explored(costs: CostTables, master: Master, settings: SearchSettings) -> Fresh:
     found = explore_enumerated(costs, master, settings)
     return Fresh(
         templates=found.templates,
@@ -379,10 +328,10 @@ def by_enumeration(
         if stay := stay_of(net, option):
             listed.add({("stays", option.running): 1}, stay)
             use["stays", option.running] = -1
-        listed.add(use, rate, cost, costs.side_of(template.scope, template.mix), net.links(template))
+        listed.add(use, rate, cost, costs.side_of(template.scope, template.mix))
     for k, taken in enumerate(columns.uses):
         use = _with_busy(dict(zip(rows, map(int, taken), strict=True)))
-        listed.add(use, float(columns.rates[k]), float(columns.costs[k]), int(columns.sides[k]), columns.links[k])
+        listed.add(use, float(columns.rates[k]), float(columns.costs[k]), int(columns.sides[k]))
     _add_moves(listed)
     return _bound(listed, limits, net.master.demand, time_limit_s, seed, gap, stop)
 

@@ -35,10 +35,9 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from hetis.solver.placement.fleet import UNIFIED, IntArray, Routes
-from hetis.solver.placement.generation import NO_LINKS
 from hetis.solver.placement.master import Columns, Master, row_costs_of
 from hetis.solver.placement.tables import CostTables, FloatArray
-from hetis.solver.placement.template import Template, use_of, zones_of
+from hetis.solver.placement.template import Template, use_of
 from hetis.solver.replanning.change import ChangeCosts, Fate
 from hetis.solver.replanning.running import Candidate, Place, stage_bytes
 
@@ -131,15 +130,11 @@ class ColumnList:
     rows: Mapping[Row, int]  # number of each row
     routes: Routes
     uses: list[Mapping[Row, int]] = field(default_factory=list)
-    numbers: list[tuple[float, float, int, FloatArray]] = field(default_factory=list)
+    numbers: list[tuple[float, float, int]] = field(default_factory=list)
 
-    def add(
-        self, use: Mapping[Row, int], rate: float, cost: float = 0.0, side: int = UNIFIED,
-        links: FloatArray | None = None,
-    ) -> None:  # fmt: skip
-        nothing = np.zeros_like(self.routes.capacity) if self.routes.has_links else NO_LINKS
+    def add(self, use: Mapping[Row, int], rate: float, cost: float = 0.0, side: int = UNIFIED) -> None:
         self.uses.append(use)
-        self.numbers.append((rate, cost, side, nothing if links is None else links))
+        self.numbers.append((rate, cost, side))
 
     def columns(self) -> Columns:
         uses = np.zeros((len(self.uses), len(self.rows)), dtype=np.int64)
@@ -147,8 +142,8 @@ class ColumnList:
             for row, amount in use.items():
                 if row in self.rows:
                     uses[k, self.rows[row]] = amount
-        rates, costs, sides, links = zip(*self.numbers, strict=True)
-        return Columns(np.array(rates), np.array(costs), uses, np.array(sides, dtype=np.int64), np.array(links))
+        rates, costs, sides = zip(*self.numbers, strict=True)
+        return Columns(np.array(rates), np.array(costs), uses, np.array(sides, dtype=np.int64))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -219,7 +214,7 @@ class NetMaster:
                 cost += penalty * moved
             elif side == UNIFIED:
                 rate = max(0.0, rate - penalty * moved)
-            listed.add(use, rate, cost, side, self.links(candidate.template))
+            listed.add(use, rate, cost, side)
         for use in self.inventory.floors():  # room in shared nodes
             listed.add(use, 0.0)
         for old, rate in self.stay_rates.items() if self.master.maximises else ():  # the worth of staying
@@ -233,11 +228,6 @@ class NetMaster:
 
     def _side(self, template: Template) -> int:
         return self.costs.side_of(template.scope, template.mix)
-
-    def links(self, template: Template) -> FloatArray:
-        """Return the use of the links between zones by a replica that spans several of them."""
-        routes = self.costs.routes
-        return routes.link_use(zones_of(self.costs, template)) if routes.has_links else NO_LINKS
 
     def value_of(self, chosen: Sequence[tuple[Candidate, int]]) -> float:
         """Return the worth of a choice, without penalties: net requests/s, or USD/h or GPUs."""
@@ -271,6 +261,5 @@ class NetMaster:
             costs=np.zeros(len(chosen)),
             uses=np.zeros((len(chosen), len(self.inventory.limits)), dtype=np.int64),
             sides=np.array([self._side(c.template) for c, _ in chosen], dtype=np.int64),
-            links=np.array([self.links(c.template) for c, _ in chosen]),
         )
         return columns, np.array([n for _, n in chosen], dtype=np.int64)

@@ -171,7 +171,7 @@ class Continuations:
             able = [g for g in self._alike(stage.gpu, replica.role) if self.costs.rank_of(g, size, dp) is not None]
             device_class = self._class_of(groups, [g for g in able if self._zone(g) in home] or able)
             rank = None if device_class is None else self.costs.rank_of(device_class, size, dp)
-            if device_class is None or rank is None or stage.copies > self.costs.problem.family.max_copies * dp:
+            if device_class is None or rank is None or stage.copies > dp:
                 return None
             pool_class, cards, held = -1, 0, 0
             if workers:

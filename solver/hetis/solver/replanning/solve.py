@@ -112,7 +112,7 @@ def solve_replanning(
     settings = SearchSettings(
         strategy=strategy, budget=budget or Budget(), gap_target=gap_target, seed=seed, threads=threads, report=report
     )
-    known = [s.name for s in STRATEGIES.values() if s.has_engines and s.name != "splitwise"]
+    known = [s.name for s in STRATEGIES.values() if not s.is_published and s.name != "splitwise"]
     if strategy not in known:
         raise InvalidProblemError(f"strategy {strategy!r} has no re-planning, must be one of {', '.join(known)}")
     whole = replace(given.problem, family=STRATEGIES[strategy].restrict(given.problem.family))
@@ -139,7 +139,7 @@ def solve_replanning(
         raise _none(given, fresh, net, candidates, quiet)
     limit_s = _seconds(settings.budget)
     bound = bound_of(net, running.candidates, fresh, running.busy, time_limit_s=limit_s, seed=seed)
-    if problem.family.engine is not None and fresh.prices is not None:
+    if fresh.prices is not None:
         settings.tell("bound over whole counts")
         proofs = WholeCounts(costs, fresh.prices, net.row_costs, quiet)
         bound, of_plan = _over_whole_counts(proofs, net, running, fresh, choice, bound, quiet)

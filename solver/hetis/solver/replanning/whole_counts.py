@@ -27,9 +27,9 @@ from functools import cached_property
 import numpy as np
 
 from hetis.solver.budget import Budget, SearchSettings
-from hetis.solver.placement.enumeration import FEW, MOST_PROVED, EnumeratedColumns
+from hetis.solver.placement.columns import Bound
+from hetis.solver.placement.enumeration import FEW, MOST_PROVED, ColumnPrices, EnumeratedColumns
 from hetis.solver.placement.fleet import UNIFIED
-from hetis.solver.placement.generation import Bound
 from hetis.solver.placement.master import Columns
 from hetis.solver.placement.outcome import CROSSING
 from hetis.solver.placement.tables import CostTables, FloatArray
@@ -38,7 +38,6 @@ from hetis.solver.replanning.fresh import by_enumeration, net_columns, stay_of
 from hetis.solver.replanning.net_master import NetMaster
 from hetis.solver.replanning.running import Candidate
 
-AT_ONCE = 5000  # compositions that are evaluated before the budget is checked again
 PROOFS_S = 10.0  # limit for all proofs together, with the listing of replicas
 UNITS = 1e9  # costs are rounded down to this share of the largest
 
@@ -110,18 +109,8 @@ class WholeCounts:
         enumerated, prices = self._enumerated, self.prices
         if enumerated.num_compositions > FEW:
             return False
-        for each in enumerated.candidates:
-            if self.budget.is_spent():
-                return False
-            least = each.worth(prices.row_prices + self.row_costs) - loss
-            with np.errstate(divide="ignore", invalid="ignore"):
-                needed_s = np.where(least > 0.0, prices.rate_prices[each.side] / least, np.inf)
-            which = each.worth_evaluating(needed_s)
-            for some in np.array_split(which, len(which) // AT_ONCE + 1):
-                if self.budget.is_spent():
-                    return False
-                enumerated.add(each, each.found_among(some, needed_s[some]))
-        return True
+        side_prices = np.tile(prices.row_prices + self.row_costs, (len(prices.rate_prices), 1))
+        return enumerated.list_within(ColumnPrices(side_prices, 0.0, prices.rate_prices), loss, self.budget)
 
     def _columns(self, net: NetMaster, distance: float, scale: float) -> Columns | None:
         """Return the listed replicas that lose at most ``distance``, with net rates and costs; None if too many."""

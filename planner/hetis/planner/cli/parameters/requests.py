@@ -13,6 +13,7 @@ from hetis.commands import groups
 from hetis.commands import verb as command_line
 from hetis.planner.cli.parameters import values
 from hetis.planner.use_cases.request import FIELDS, LIMITS, Goal, Loss, PlacementRequest, StatisticName
+from hetis.solver.plan import DEFAULT_STRATEGY
 
 if TYPE_CHECKING:
     from hetis.solver.problem import EngineRules
@@ -148,12 +149,19 @@ def options_given() -> dict[str, str]:
 
 
 def engine_of(request: PlacementRequest) -> EngineRules | None:
-    """Return the rules of the requested engine. None: any engine, the default for published heuristics.
+    """Return the rules of the requested engine; None for published heuristics.
 
     Raises:
-        typer.BadParameter: there is no such engine, or limits are specified for any engine.
+        typer.BadParameter: there is no such engine, or limits are specified for a published heuristic.
     """
     return engine_rules(request.engine, request.strategy, request.limits)
+
+
+def rules_of_engine(name: str, limits: Mapping[str, int | None]) -> EngineRules:
+    """Return the rules of a named engine and the limits."""
+    rules = engine_rules(name, DEFAULT_STRATEGY, limits)
+    assert rules is not None, "it is named"
+    return rules
 
 
 def engine_rules(name: str | None, strategy: str, limits: Mapping[str, int | None]) -> EngineRules | None:

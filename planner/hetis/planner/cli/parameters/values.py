@@ -180,12 +180,16 @@ def strategies(text: str) -> Names:
 
 
 def engine(text: str) -> str:
-    """Parse the name of an engine, or ``any``."""
+    """Parse the name of an engine."""
+    from hetis.solver.placement.families import ENGINE_GONE, NO_ENGINE
+
+    if text == NO_ENGINE:
+        raise typer.BadParameter(ENGINE_GONE)
     return one_of(text, _engines())
 
 
 def engines(text: str) -> Names:
-    """Parse names of engines separated by commas, each once; ``all`` for every one, with ``any``."""
+    """Parse names of engines separated by commas, each once; ``all`` for every one."""
     names = _engines() if text == ALL else (engine(name.strip()) for name in text.split(","))
     return Names(tuple(dict.fromkeys(names)))
 
@@ -249,9 +253,9 @@ def _strategies() -> list[str]:
 
 
 def _engines() -> list[str]:
-    from hetis.solver.placement.families import ANY_ENGINE, ENGINES
+    from hetis.solver.placement.families import ENGINES
 
-    return [*ENGINES, ANY_ENGINE]
+    return list(ENGINES)
 
 
 # --- completion

@@ -97,6 +97,10 @@ class Tokens:
         """The expiry of each token, as Unix time."""
         return [grant.expires_s for grant in self._grants.values()]
 
+    def bearer(self, name: str) -> Identity | None:
+        """Return the identity that the tokens of this name grant, None if there are none."""
+        return next((grant.identity for grant in self._grants.values() if grant.identity.name == name), None)
+
     def __len__(self) -> int:
         return len(self._grants)
 
@@ -131,8 +135,11 @@ def create_token(
     scope: str | None,
     expires: datetime,
     hand_over: Callable[[str], None] | None = None,
+    is_further: bool = False,
 ) -> str:
     """Create a token and return it, and append its hash to the file, which is created (mode 0600) if it is missing.
+
+    ``is_further``: whether its caller may have tokens already, which remain valid.
 
     ``hand_over`` is called with the token, such as to print it. If it fails, the file gets back what it held, since
     nobody has the token: otherwise its name would be taken, and it would stay valid.
@@ -157,6 +164,10 @@ def create_token(
         if emptied := _NO_TOKENS.search(before):
             before = f"{before[: emptied.start()]}tokens:{before[emptied.end() :]}"
         added = _entry_text(entry, before)
+        bearer = Identity(name=name, roles=role.includes, scope=scope)
+        if not is_further and before.strip() and bearer in [one.identity for one in _grants(before, path).values()]:
+            again = f"hetis-planner token rotate --file {path} --name {name}"
+            raise single_problem(path, f"has a token of {name} already; make a further one: {again}")
         _grants(before + added, path)
         try:
             if emptied:  # no token is lost whenever the process ends, since there was none
@@ -212,12 +223,15 @@ def _grants(text: str, path: str) -> dict[str, Grant]:
 
 
 def _clashes(tokens: object) -> Iterator[tuple[Sequence[str | int], str]]:
-    """Yield duplicate names, agents' tokens without a scope, and other tokens with one."""
-    first: dict[str, int] = {}
+    """Yield names of different callers, agents' tokens without a scope, and other tokens with one."""
+    first: dict[str, tuple[int, object, object]] = {}
     for position, entry in entries(tokens):
         name, role = entry.get("name"), entry.get("role")
-        if isinstance(name, str) and first.setdefault(name, position) != position:
-            yield ("tokens", position, "name"), f"{name} is already used by tokens[{first[name]}]"
+        if isinstance(name, str):
+            earlier, *bearer = first.setdefault(name, (position, role, entry.get("scope")))
+            if bearer != [role, entry.get("scope")]:
+                message = f"{name} is already used by tokens[{earlier}], which has another role or scope"
+                yield ("tokens", position, "name"), message
         if role == "agent" and "scope" not in entry:
             yield ("tokens", position), "scope is missing: an agent's token needs a node or a cluster"
         if role != "agent" and "scope" in entry:

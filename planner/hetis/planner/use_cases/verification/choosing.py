@@ -19,7 +19,7 @@ from hetis.planner.use_cases.simulation.engine_settings import with_more_seats
 from hetis.planner.use_cases.simulation.simulate import seats_of
 from hetis.planner.use_cases.surviving import bounded_by
 from hetis.planner.use_cases.verification import equal_stages
-from hetis.planner.use_cases.verification.outcome import MISSES_AT, in_seconds, limited_latencies, promising
+from hetis.planner.use_cases.verification.outcome import MISSES_AT, in_seconds, limited_latencies, misses, promising
 from hetis.planner.use_cases.verification.rates import (
     AtPlannedRate,
     RunReport,
@@ -124,6 +124,24 @@ def stopped_simulation_of(plan: Plan) -> StoppedSimulation | None:
     if why is None or Verified.of(plan).verification is not None:
         return None
     return StoppedSimulation(why, next((note for note in plan.notes if note.startswith(MISSES_AT)), ""))
+
+
+def missed(plan: Plan, allowed_gap: float) -> list[str]:
+    """Return the requirements of ``--strict`` that the plan does not meet."""
+    result, found = plan.result, []
+    if result.gap == float("inf"):
+        found.append("the search stopped before it found a bound, so no gap is proven")
+    elif result.gap > allowed_gap + 1e-9:
+        found.append(f"the gap is {result.gap:.3%}, the target is {allowed_gap:.3%}")
+    demand = plan.objective.demand_rps
+    if plan.objective.maximises and demand is not None and result.value < demand * (1 - 1e-9):
+        found.append(f"the plan serves {result.value:.4g} requests/s, {demand:.4g} are demanded")
+    simulated = Verified.of(plan).verification
+    if simulated is None and OUT_OF_TIME in plan.notes:
+        found += [note for note in plan.notes if note == OUT_OF_TIME or note.startswith(MISSES_AT)]
+    if simulated is not None and not simulated.kept:
+        found.append(f"simulated at {simulated.rate_rps:.4g} requests/s: {', '.join(misses(simulated, plan))}")
+    return found
 
 
 def with_rate_of_equal_stages(

@@ -94,9 +94,6 @@ def notes_on_search(problem: PlacementProblem, num_left_out: int) -> tuple[str, 
         notes.append(
             f"{clipped:.1%} of the requests were cut to the model's context of {problem.model.max_position} tokens"
         )
-    spans = problem.family.engine is None and Role.UNIFIED in problem.family.roles
-    if spans and len(problem.cluster.zones()) > 1:
-        notes.append("a replica over several zones keeps to an equal share of the links between them")
     if num_left_out:
         notes.append(
             f"explicit links differ so much that {num_left_out} sets of nodes were not searched for replicas that "

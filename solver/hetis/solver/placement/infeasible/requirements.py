@@ -8,8 +8,7 @@ from enum import StrEnum
 
 from hetis.solver.cluster import Cluster, Link, Network
 from hetis.solver.constraints import Constraint, described
-from hetis.solver.placement.families import STRATEGIES
-from hetis.solver.placement.fleet import most_spanning
+from hetis.solver.placement.families import STRATEGIES, run_by
 from hetis.solver.plan import Objective, ObjectiveKind, Role
 from hetis.solver.problem import MICRO_BATCHES, NOTHING_SET, Family, PlacementProblem
 
@@ -155,11 +154,11 @@ def _family(family: Family, kept: Mapping[Subject, Requirement]) -> Family:
     sizes = Family(
         tp_sizes=family.tp_sizes,
         micro_batches=family.micro_batches,
-        in_flight=family.in_flight,
         chunk_tokens=family.chunk_tokens,
         engine_settings=family.engine_settings,
     )
-    wide = STRATEGIES[strategy].restrict(sizes)
+    assert family.engine is not None, "only searches give reasons"
+    wide = STRATEGIES[strategy].restrict(run_by(sizes, family.engine))
     return replace(wide, roles=roles or wide.roles)
 
 
@@ -183,21 +182,7 @@ def _with_plenty_of_memory(problem: PlacementProblem) -> PlacementProblem:
         kind: replace(memory, usable_bytes=memory.usable_bytes + PLENTY * weights)
         for kind, memory in problem.memories.items()
     }
-    found = replace(problem, profiles=profiles, memories=memories)
-    if len(problem.cluster.zones()) == 1:
-        return found
-    return replace(found, cluster=_with_zone_shares(found.cluster, most_spanning(found) / most_spanning(problem)))
-
-
-def _with_zone_shares(cluster: Cluster, factor: float) -> Cluster:
-    """Return a cluster with links between zones wider by ``factor``, and links inside zones unchanged."""
-    zones, network = cluster.zones(), cluster.network
-    between = {
-        (a, b): network.zone_link(a, b) if a == b else _faster(network.zone_link(a, b), factor, latency=1.0)
-        for i, a in enumerate(zones)
-        for b in zones[i:]
-    }
-    return replace(cluster, network=replace(network, between_zones=between))
+    return replace(problem, profiles=profiles, memories=memories)
 
 
 def with_faster_links(cluster: Cluster, factor: float) -> Cluster:

@@ -85,7 +85,7 @@ class Trials:
         if self.is_over():
             return Trial(exists=None, costs=costs)
         least *= 1.0 - ROUNDING
-        equal = None if family.one_type_per_role else equal_stages(costs, self._own_settings())
+        equal = equal_stages(costs, self._own_settings())
         if equal is not None and equal.value >= least:
             return Trial(exists=True, costs=costs, outcome=equal)
         found = costs if family.max_pool == 0 else self._costs(problem)

@@ -1,0 +1,644 @@
+"""How the command line treats people and pipes: plain on request, whole names, defaults from files, errors as data."""
+
+from __future__ import annotations
+
+import json
+import os
+import pwd
+import re
+import shlex
+import subprocess
+import sys
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+import yaml
+
+from hetis.planner.cli.app import app
+from hetis.planner.cli.app import run as run_verb
+from hetis.planner.cli.exit_codes import ExitCode
+from hetis.planner.cli.parameters.defaults import OWN_MEANING, default_map
+from hetis.planner.report.comparison import PUBLISHED_MEANS
+from hetis.planner.service.main import main as serve
+from hetis.profiler.cli.main import main as profile
+from hetis.runtime.launch.__main__ import main as launch
+from hetis.runtime.launch.main import app as launch_app
+from tests.command_line import environment
+from tests.planner import plans
+from tests.planner.command_line import COMMAND, hetis_plan_here, invoke
+from tests.planner.html_pages import ReadPage
+
+ROOT = Path(__file__).parents[3]
+GROUP: Any = typer.main.get_command(app)
+CLUSTER = """\
+apiVersion: hetis/v1
+kind: Cluster
+name: four
+nodes:
+  - {name: rack-with-a-long-name, count: 4, gpus: [{type: A100-PCIe-80GB, count: 1}]}
+network: {bandwidth: 100Gbps, latency: 20us}
+"""
+INPUTS = ("-c", "cluster.yaml", "-m", "Llama-2-7B", "-w", "500/100", "--time-limit", "5s")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Four equal replicas on cards and nodes with long names."""
+    path = tmp_path_factory.mktemp("manners")
+    (path / "cluster.yaml").write_text(CLUSTER)
+    done = hetis_plan_here("place", *INPUTS, "--strategy", "uniform", "--no-verify", "--out", "plan.json", cwd=path)
+    assert done.returncode == 0, done.stderr
+    return path
+
+
+def piped(*arguments: str, cwd: Path, **variables: str) -> str:
+    """Return the output to a pipe of a process whose environment gives no width."""
+    given = environment(**variables)
+    given.pop("COLUMNS")
+    done = subprocess.run([*COMMAND, *arguments], capture_output=True, cwd=cwd, env=given, check=True)
+    return done.stdout.decode(variables.get("PYTHONIOENCODING", "utf-8"))
+
+
+def unfolded(frame: str) -> str:
+    """Return the words in a framed message on the terminal."""
+    return " ".join(frame.replace("│", " ").split())
+
+
+def test_nothing_is_folded_or_padded_in_a_pipe(folder: Path) -> None:
+    shown = piped("explain", "plan.json", cwd=folder)
+    assert "A100-PCIe-80GB" in shown
+    assert max(len(line) for line in shown.splitlines()) > 80, "a sentence is one line"
+    assert not any(line != line.rstrip() for line in shown.splitlines())
+
+
+def test_a_stream_of_ascii_has_signs_and_no_question_marks(folder: Path) -> None:
+    shown = piped("explain", "plan.json", cwd=folder, PYTHONIOENCODING="ascii")
+    assert "?" not in shown
+    assert "####" in shown, "bars are drawn"
+
+
+def test_a_locale_of_ascii_has_signs_in_pipes_too(folder: Path) -> None:
+    """Python's UTF-8 mode, which such a locale turns on, makes the stream UTF-8."""
+    for locale in ({"LC_ALL": "C"}, {"LC_ALL": "", "LC_CTYPE": "", "LANG": "POSIX"}):
+        shown = piped("explain", "plan.json", cwd=folder, NO_COLOR="1", **locale)
+        assert shown.isascii(), [line for line in shown.splitlines() if not line.isascii()]
+        assert "####" in shown
+        assert piped("place", "--help", cwd=folder, NO_COLOR="1", **locale).isascii(), "the boxes of help, too"
+    shown = piped("explain", "plan.json", cwd=folder, LC_ALL="C.UTF-8", LANG="C")
+    assert not shown.isascii(), "the first that is set says it"
+
+
+def test_no_color_is_plain_even_on_a_terminal(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With FORCE_COLOR, rich treats any stream as a terminal."""
+    shown = {
+        name: piped("catalog", "gpus", "L4", *options, cwd=folder, FORCE_COLOR="1", NO_COLOR=value)
+        for name, options, value in (("asked", (), "1"), ("option", ("--no-color",), ""), ("not", (), ""))
+    }
+    assert "\x1b" not in shown["asked"]
+    assert "\x1b" not in shown["option"]
+    assert "\x1b" in shown["not"]
+
+
+def test_names_are_whole_on_a_narrow_terminal(folder: Path) -> None:
+    done = hetis_plan_here("place", *INPUTS, "--strategy", "uniform", "--no-verify", cwd=folder)
+    assert done.stdout.count("A100-PCIe-80GB") >= 2
+    assert max(len(line) for line in done.stdout.splitlines()) <= 80
+
+
+@pytest.mark.parametrize("verb", [*GROUP.commands, "cluster.discover"])
+def test_help_cuts_no_word_off_on_a_narrow_terminal(verb: str) -> None:
+    """An option whose name ends in an ellipsis cannot be typed."""
+    shown = invoke(*verb.split("."), "--help").stdout
+    assert "Usage" in shown
+    assert not re.findall(r"\S*…", shown)
+
+
+@pytest.mark.parametrize(("verb", "wide"), [("explain", False), ("place", True)])
+def test_every_device_of_equal_replicas_is_named(folder: Path, verb: str, wide: bool) -> None:
+    arguments = ("plan.json",) if verb == "explain" else (*INPUTS, "--strategy", "uniform", "--no-verify")
+    shown = hetis_plan_here(verb, *arguments, *(("-o", "wide") if wide else ()), cwd=folder).stdout
+    assert "4 equal replicas" in shown or "and 3 like it" in shown
+    for node in range(4):
+        assert f"rack-with-a-long-name-{node}/0" in shown
+
+
+def test_a_failure_is_data_where_data_is_asked_for(folder: Path) -> None:
+    for form, read in (("json", json.loads), ("yaml", yaml.safe_load)):
+        done = hetis_plan_here("explain", "nowhere.json", "-o", form, cwd=folder)
+        found = read(done.stdout)
+        assert found["kind"] == "Error"
+        assert found["exit_code"] == done.returncode == ExitCode.INVALID
+        assert "nowhere.json" in found["details"][0]
+        assert "nowhere.json" in done.stderr
+    assert hetis_plan_here("explain", "nowhere.json", cwd=folder).stdout == ""
+
+
+def test_a_problem_without_a_plan_is_one_document(folder: Path) -> None:
+    done = hetis_plan_here("place", *INPUTS, "--tpot", "10us", "-o", "json", cwd=folder)
+    assert done.returncode == ExitCode.INFEASIBLE
+    assert json.loads(done.stdout)["result"]["status"] == "infeasible"
+
+
+def test_compare_says_what_its_rows_are(folder: Path) -> None:
+    done = hetis_plan_here("compare", *INPUTS, "--strategies", "uniform,hexgen-paper", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    words = " ".join(done.stdout.split())
+    assert PUBLISHED_MEANS in words
+    assert "HexGen's own heuristic" in words
+    assert "1 of 2, " in done.stderr
+
+
+# --- defaults
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A user's configuration folder, and the project in a folder above the current one."""
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "home"))
+    (tmp_path / "home" / "hetis").mkdir(parents=True)
+    (tmp_path / "project" / "below").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "project" / "below")
+    return tmp_path
+
+
+def test_defaults_come_from_project_and_user_files(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (home / "home/hetis/hetis.toml").write_text('output = "yaml"\n[schema]\noutput = "table"\n')
+    assert run_verb(["catalog", "gpus", "L40S"]) == 0
+    assert yaml.safe_load(capsys.readouterr().out)
+    (home / "project/hetis.toml").write_text('[catalog]\noutput = "json"\n')
+    assert run_verb(["catalog", "gpus", "L40S"]) == 0
+    assert json.loads(capsys.readouterr().out)
+    assert run_verb(["catalog", "gpus", "L40S", "-o", "table"]) == 0
+    assert "USD/h" in capsys.readouterr().out.splitlines()[0]
+
+
+def test_defaults_may_be_inputs_numbers_lists_and_no(home: Path, folder: Path) -> None:
+    (home / "project/hetis.toml").write_text(
+        f"""model = "Llama-2-7B"
+workload = "500/100"
+[place]
+cluster = "{folder / "cluster.yaml"}"
+strategy = "uniform"
+gap = 0.01
+verify = false
+forbid = ["tp=4", "tp=8"]
+output = "json"
+"""
+    )
+    done = hetis_plan_here("place", cwd=home / "project" / "below")
+    assert done.returncode == 0, done.stderr
+    inputs = json.loads(done.stdout)["inputs"]
+    assert inputs["gap_target"] == 0.01
+    assert "verification" not in inputs
+    assert inputs["constraints"] == ["--forbid tp=4", "--forbid tp=8"]
+
+
+def test_a_single_default_of_a_repeatable_option_needs_no_list(
+    home: Path, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (home / "project/hetis.toml").write_text("[place]\nforbid = 'tp=9'\n")
+    assert run_verb(["place", "-c", str(folder / "cluster.yaml"), *SAMPLE[2:], "--dry-run"]) == ExitCode.INVALID
+    assert "--forbid tp=9: TP sizes are" in capsys.readouterr().err
+
+
+def test_a_default_for_all_verbs_is_no_mistake_where_it_would_be_ignored(
+    home: Path, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (home / "project/hetis.toml").write_text('time-limit = "20s"\n')
+    page, plan = str(tmp_path / "page.html"), str(folder / "plan.json")
+    assert run_verb(["report", plan, "--out", page]) == 0, capsys.readouterr().err
+    assert run_verb(["report", plan, "--out", page, "--time-limit", "3s"]) == ExitCode.INVALID
+    assert "--time-limit needs --buy-next" in capsys.readouterr().err
+
+
+def test_a_default_gives_way_to_an_option_that_contradicts_it(
+    home: Path, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Those of one kind of simulation, in another; two defaults that contradict each other are a mistake."""
+    defaults, plan = home / "project/hetis.toml", str(folder / "plan.json")
+    defaults.write_text('attainment = "99%"\n[simulate]\nrate = 1\nrequests = 50\nno-dispatch = true\n')
+    for option, said in (("--saturate", "saturated"), ("--sweep", "goodput_rps")):
+        assert run_verb(["simulate", plan, option, "-o", "json"]) == ExitCode.OK, capsys.readouterr().err
+        assert said in capsys.readouterr().out
+    assert run_verb(["simulate", plan, "--sweep", "--rate", "1"]) == ExitCode.INVALID
+    assert "--sweep and --rate cannot be combined" in capsys.readouterr().err
+    defaults.write_text("[simulate]\nsaturate = true\nsweep = true\n")
+    assert run_verb(["simulate", plan]) == ExitCode.INVALID
+    assert "--saturate and --sweep cannot be combined" in capsys.readouterr().err
+    assert run_verb(["simulate", plan, "--sweep", "--requests", "50", "--no-dispatch"]) == ExitCode.OK
+
+
+# Options whose help differs from that in `place`, or in the first verb, although they mean the same.
+SAME_IN_OTHER_WORDS = {
+    "buy-next": {"what-if"},
+    "dry-run": {"apply", "delete", "rollback"},
+    "engine": {"compare"},
+    "force": {"init", "cluster.discover"},
+    "kv-blocks": {"simulate"},
+    "max-num-seqs": {"simulate"},
+    "out": {"apply"},
+    "output": {"get"},
+    "prefix-hit-rate": {"simulate"},
+    "seed": {"simulate"},
+    "theta": {"redispatch"},
+    "threads": {"simulate"},
+    "time-limit": {"dispatch"},
+    "workload": {"replan"},
+}
+
+
+def options_of_verbs(group: Any = GROUP, prefix: str = "") -> Iterator[tuple[str, str, Any]]:
+    """Yield the verb, the name and the help of every option."""
+    for verb, command in group.commands.items():
+        if hasattr(command, "commands"):
+            yield from options_of_verbs(command, f"{verb}.")
+            continue
+        for parameter in command.params:
+            for name in (opt.removeprefix("--") for opt in parameter.opts if opt.startswith("--")):
+                yield prefix + verb, name, (parameter.help, parameter.metavar, parameter.multiple)
+
+
+def test_options_of_one_name_mean_the_same_or_are_set_in_the_table_of_their_verb() -> None:
+    """Whoever gives an option a name that another verb has finds it here, and decides whether they mean the same."""
+    helps = defaultdict[str, dict[str, Any]](dict)
+    for verb, name, words in options_of_verbs():
+        helps[name][verb] = words
+    for name, by_verb in helps.items():
+        own = OWN_MEANING.get(name, frozenset())
+        assert own <= by_verb.keys(), name
+        reached = {verb: words for verb, words in by_verb.items() if verb not in own}
+        alike = {verb for verb, words in reached.items() if words == next(iter(reached.values()))}
+        assert reached.keys() - alike == SAME_IN_OTHER_WORDS.get(name, set()), name
+    assert OWN_MEANING.keys() <= helps.keys()
+
+
+def test_the_page_lists_the_options_that_only_the_tables_of_their_verbs_set() -> None:
+    page = (ROOT / "docs/cli.md").read_text(encoding="utf-8")
+    for name, verbs in OWN_MEANING.items():
+        assert f"| `{name}` | {', '.join(f'`{verb}`' for verb in sorted(verbs))} |" in page
+
+
+@pytest.mark.parametrize(
+    ("text", "call"),
+    [
+        ('model = "Llama-2-70B"', ("export", "plan.json", "--to", "vllm")),
+        ("rate = 20", ("convert", "trace.csv")),
+        ('engine = "sglang"', ("export", "plan.json", "--to", "vllm")),
+        ('out = "new"', ("convert", "trace.csv")),
+        ('chunk-tokens = "256,512"', ("simulate", "plan.json", "--requests", "20", "--no-dispatch")),
+    ],
+)
+def test_a_setting_for_all_verbs_leaves_options_of_another_meaning_alone(
+    home: Path, folder: Path, text: str, call: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("plan.json").write_bytes((folder / "plan.json").read_bytes())
+    Path("trace.csv").write_text("arrival_s,prompt_tokens,output_tokens\n0,10,5\n1,20,5\n")
+    assert run_verb([*call]) == ExitCode.OK
+    expected = capsys.readouterr().out
+    (home / "project/hetis.toml").write_text(f"{text}\n")
+    assert run_verb([*call]) == ExitCode.OK
+    assert capsys.readouterr().out == expected
+    assert not Path("new").exists()
+
+
+def test_a_cluster_for_all_verbs_is_no_name_of_a_cluster_on_a_planner(home: Path) -> None:
+    """`agents` would ask for clusters/fleet.yaml; its own table reaches it."""
+    (option,) = (one for one in GROUP.commands["place"].params if "--cluster" in one.opts)
+    options = {verb: {"cluster": option} for verb in ("place", "agents", "apply")}
+    (home / "project/hetis.toml").write_text('cluster = "fleet.yaml"\n[agents]\ncluster = "night"\n')
+    assert default_map(options, Path.cwd()) == {"place": {"cluster": "fleet.yaml"}, "agents": {"cluster": "night"}}
+
+
+def test_a_profile_for_all_verbs_does_not_stop_dispatching_in_a_plan(
+    home: Path, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A plan contains its profiles."""
+    (home / "project/hetis.toml").write_text('profile = "measured.yaml"\n')
+    call = ["dispatch", "--plan", str(folder / "plan.json"), "--request", "300/100"]
+    assert run_verb(call) == ExitCode.OK, capsys.readouterr().err
+    assert run_verb([*call, "--profile", "other.yaml"]) == ExitCode.INVALID
+    assert "--profile needs --state" in unfolded(capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("cannot_be_read", ["home", "project", "nobody"])
+def test_files_of_defaults_that_nobody_can_see_do_not_exist(
+    cannot_be_read: str, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither those in folders without permission, nor those of a user without a home."""
+    stat = os.stat
+
+    def guarded(path: Any, *args: Any, **options: Any) -> os.stat_result:
+        if str(path).endswith("hetis.toml") and cannot_be_read in str(path):
+            raise PermissionError(13, "Permission denied", str(path))
+        return stat(path, *args, **options)
+
+    def unknown(_user: int) -> None:
+        raise KeyError
+
+    if cannot_be_read == "nobody":
+        monkeypatch.delenv("XDG_CONFIG_HOME")
+        monkeypatch.delenv("HOME")
+        monkeypatch.setattr(pwd, "getpwuid", unknown)
+    monkeypatch.setattr(os, "stat", guarded)
+    assert run_verb(["version"]) == ExitCode.OK
+    assert run_verb(["doctor"]) == ExitCode.OK
+
+
+def test_a_file_of_defaults_may_start_with_a_byte_order_mark(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (home / "project/hetis.toml").write_text('\ufeffoutput = "json"\n', encoding="utf-8")
+    assert run_verb(["catalog", "gpus", "L40S"]) == ExitCode.OK
+    assert json.loads(capsys.readouterr().out)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("modell = 'x'", "no command has an option --modell, did you mean model"),
+        (
+            "name = 'x'",
+            "--name means something else in each command: set it in the table of one of them: [export], [apply], "
+            "[cluster.discover]",
+        ),
+        ("[plaice]\nseed = 1", "no command 'plaice', did you mean place"),
+        ("[place]\nsede = 1", "place has no option --sede, did you mean seed"),
+        ("model = ", "is not valid TOML: "),
+        ("[place]\ntpot = true", "--tpot takes one text or number, not true"),
+        ("[place]\ntpot = ['50ms']", "--tpot takes one text or number, not a list"),
+        ("cluster = ['a.yaml', 'b.yaml']", "error: 1 problem in the input"),
+        ("[place]\nttft = {p95 = '2s'}", "--ttft takes one text or number, not a table"),
+        ("[place]\nforbid = [['tp=4']]", "--forbid takes text, a number, or a list of them, not a list"),
+        ("[place]\nverify = 'never'", "--verify takes true or false, not 'never'"),
+    ],
+)
+def test_a_wrong_file_of_defaults_is_named(
+    home: Path, capsys: pytest.CaptureFixture[str], text: str, words: str
+) -> None:
+    (home / "project/hetis.toml").write_text(text)
+    assert run_verb(["catalog", "gpus", "L40S"]) == ExitCode.INVALID
+    said = capsys.readouterr().err
+    assert words in said
+    assert "hetis.toml" in said
+
+
+@pytest.mark.parametrize("call", [("place", "--help"), ("-h",), ("--version",), ("version",), ("doctor",)])
+def test_a_wrong_file_of_defaults_does_not_stand_in_the_way_of_help(
+    home: Path, capsys: pytest.CaptureFixture[str], call: tuple[str, ...]
+) -> None:
+    (home / "project/hetis.toml").write_text("x = [")
+    assert run_verb([*call]) == ExitCode.OK
+    printed = capsys.readouterr()
+    assert "hetis" in printed.out
+    assert re.match(r"warning: \S+hetis.toml: is not valid TOML: .*; defaults from files are ignored\n$", printed.err)
+
+
+# --- what people read first
+
+
+SAMPLE = ("-c", "cluster.yaml", "-m", "Llama-2-7B", "-w", "500/100")
+
+
+@pytest.mark.parametrize("call", [("place",), ("compare",), ("what-if", "--buy-next", "--market", "L4")])
+def test_requests_that_the_context_cuts_are_told_before_the_search(
+    call: tuple[str, ...], home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Llama-2-7B has a context of 4,096 tokens: the figures are not those of the requests that were asked for."""
+    assert run_verb(["init", "-q"]) == ExitCode.OK
+    given = ("-c", "cluster.yaml", "-m", "Llama-2-7B", "--dry-run")
+    for lengths, is_told in (("8000/300", True), ("3000/300", False)):
+        capsys.readouterr()
+        assert run_verb([*call, *given, "-w", lengths]) == ExitCode.OK
+        said = " ".join(capsys.readouterr().err.split())
+        words = f"warning: 100% of the requests of {lengths} are longer than the context of meta-llama/Llama-2-7b-hf"
+        assert (words in said) == is_told
+
+
+@pytest.mark.parametrize(
+    ("call", "said"),
+    [
+        (
+            ("place", *SAMPLE, "--out", "p.json"),
+            "solved: 1 search by hetis for vllm-hetis, up to 60.0 s each; for",
+        ),
+        (
+            ("compare", *SAMPLE, "--strategies", "hetis,uniform"),
+            "2 searches by hetis, uniform, up to 60.0 s each; for each plan that misses a limit in simulation up to 2",
+        ),
+        (("compare", *SAMPLE, "--strategies", "hetis", "--no-verify"), "1 search by hetis, up to 60.0 s each"),
+        (("what-if", *SAMPLE, "--buy-next", "--market", "L4,T4"), "3 searches by hetis for vllm-hetis, up to 60.0 s"),
+        (("share", "tenants.yaml", "-c", "cluster.yaml"), "1 search by hetis, up to 300 s each"),
+    ],
+)
+def test_a_whole_call_can_be_checked_without_solving(
+    call: tuple[str, ...], said: str, home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_verb(["init", "-q"]) == ExitCode.OK
+    Path("tenants.yaml").write_text(
+        "apiVersion: hetis/v1\nkind: Tenants\ntenants: [{name: a, model: Llama-2-7B, workload: 500/100}]\n"
+    )
+    capsys.readouterr()
+    assert run_verb([*call, "--dry-run"]) == ExitCode.OK
+    table = capsys.readouterr().out
+    assert "Llama-2-7b-hf on my-fleet (10 GPUs) for 500/100" in table
+    assert said in " ".join(table.split())
+    assert run_verb([*call, "--dry-run", "-o", "json"]) == ExitCode.OK
+    assert json.loads(capsys.readouterr().out)["kind"] == "DryRun"
+    assert not Path("p.json").exists()
+
+
+def test_lines_of_a_dry_run_that_do_not_fit_are_indented(
+    home: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert run_verb(["init", "-q"]) == ExitCode.OK
+    monkeypatch.setenv("COLUMNS", "80")
+    capsys.readouterr()
+    assert run_verb(["place", *SAMPLE, "--rate", "3", "--dry-run"]) == ExitCode.OK
+    first, *others = capsys.readouterr().out.splitlines()
+    assert first.startswith("ok  meta-llama")
+    assert len(others) > 3
+    assert all(line.startswith("    ") and line[4] != " " and len(line) <= 80 for line in others)
+
+
+def test_what_is_wrong_with_a_call_is_found_without_solving(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Every file, name and option, and where the results would go."""
+    assert run_verb(["init", "-q"]) == ExitCode.OK
+    sample = SAMPLE[: SAMPLE.index("-w")]
+    wrong = {
+        ("-w", "500/100", "--pin", "type=L5:as=worker"): "L5",
+        ("-w", "500/100", "--out", "nowhere/plan.json"): "nowhere",
+        ("-w", "azure_conv"): "did you mean azure_conv_2023",
+        ("-w", "500/100", "--objective", "cost"): "rate",
+    }
+    for options, words in wrong.items():
+        assert run_verb(["place", *sample, *options, "--dry-run"]) == ExitCode.INVALID, options
+        assert words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (
+            "place --objective thruput",
+            "'--objective': 'thruput' is not one of goodput, throughput, cost, gpus, did you mean throughput?",
+        ),
+        ("place --survive nodes", "'--survive': 'nodes' is not one of node, zone, did you mean node?"),
+        ("explain - -o nonsense", "'--output' / '-o': 'nonsense' is not one of table, wide, json, yaml"),
+        ("catalog gpu", "'gpu' is not one of gpus, models, workloads, strategies, did you mean gpus?"),
+        (
+            "cluster discover --from nvm",
+            "auto, kubectl, nvidia-smi, slurm, nvml, ray, agents, file, did you mean nvml?",
+        ),
+        ("place --seed x", "'--seed': 'x' is not a whole number"),
+        ("place --max-stages 99", "'--max-stages': 99 is out of range, must be at least 1 and at most 16"),
+        ("place --gap 5", "'--gap': '5' means 500% of the best, did you mean 5%?"),
+    ],
+)
+def test_a_wrong_value_is_answered_in_our_words(arguments: str, said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_verb(arguments.split()) == ExitCode.INVALID
+    error = unfolded(capsys.readouterr().err)
+    assert said in error
+    assert "Value error" not in error
+    assert "Input should" not in error
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (
+            "place -c a.yaml -m x -w 1/1 --cluster=b.yaml",
+            "'--cluster' / '-c': takes one value, and has 2: a.yaml, b.yaml",
+        ),
+        ("place -c a.yaml -m x -w 1/1 --rate 1 --rate 2 --rate 1", "'--rate': takes one value, and has 3: 1, 2, 1"),
+        ("explain plan.json -o json -ojson", "'--output' / '-o': takes one value, and has 2: json, json"),
+        ("cluster discover --out a --out b", "'--out': takes one value, and has 2: a, b"),
+        ("place -c a.yaml -m x -w 1/1 --profile a --profile b --verify --no-verify", "a: no such file b: no such file"),
+    ],
+)
+def test_a_second_value_of_one_option_is_refused(arguments: str, said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """The last one would be used without a word. Repeatable options and flags are not concerned."""
+    assert run_verb(arguments.split()) == ExitCode.INVALID
+    assert said in unfolded(capsys.readouterr().err)
+    assert run_verb([*arguments.split(), "--help"]) == ExitCode.OK
+
+
+@pytest.mark.parametrize(
+    ("main", "arguments", "said"),
+    [
+        (serve, "--config a --config b", "takes one value, and has 2: a, b"),
+        (launch, "show plan.json --dtype auto --dtype float16", "'--dtype': takes one value, and has 2: auto, float16"),
+        (launch, "show --dtype float8", "is not one of auto, bfloat16, float16, float32, did you mean float32?"),
+        (profile, "import --format vidu", "'vidu' is not one of aiconfigurator, vidur, splitwise, llmservingsim"),
+        (serve, "token create --file t --role agnt", "'agnt' is not one of viewer, orchestrator, admin, agent"),
+    ],
+)
+def test_other_commands_answer_a_wrong_word_alike(
+    main: Callable[[], None],
+    arguments: str,
+    said: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["hetis", *arguments.split()])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == ExitCode.INVALID
+    assert said in unfolded(capsys.readouterr().err)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "names"),
+    [
+        ("place -c - -m - -w 500/100", "--cluster and --model"),
+        ("apply - --plan -", "FILE|PLAN and --plan"),
+        ("replan --from - --cluster -", "--from and --cluster"),
+        ("diff - -", "A and B"),
+        ("validate - a.yaml -", "FILE..."),
+    ],
+)
+def test_standard_input_is_one_input(arguments: str, names: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_verb(arguments.split()) == ExitCode.INVALID
+    captured = capsys.readouterr()
+    assert f"standard input (-) can be read only once, not 2 times for {names}" in unfolded(captured.err)
+    assert captured.out == ""
+
+
+def test_an_empty_list_of_the_catalogue_says_what_is_near(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_verb(["catalog", "gpus", "H10O-SXM-80GB"]) == ExitCode.OK
+    said = capsys.readouterr().err
+    assert "no name in the catalogue of gpus contains 'H10O-SXM-80GB', did you mean H100-SXM-80GB?" in said
+    assert run_verb(["catalog", "gpus", "h100"]) == ExitCode.OK
+    assert capsys.readouterr().err == ""
+
+
+def test_the_answer_comes_first_with_its_cost(folder: Path) -> None:
+    """Rate, cost and gain come first; proofs and the search come after."""
+    done = hetis_plan_here("explain", "plan.json", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    names = [line.split("  ")[0] for line in done.stdout.splitlines()[1:13]]
+    order = ["Goodput", "Cost", "TTFT p95", "Fleet", "Bound", "Solved"]
+    assert [name for name in names if name in order] == order
+    assert " USD per million output tokens" in done.stdout
+
+
+@pytest.mark.parametrize("name", ["ray", "kubernetes"])
+def test_help_shows_what_is_in_brackets(name: str) -> None:
+    from typer.testing import CliRunner
+
+    shown = CliRunner().invoke(launch_app, [name, "--help"], env={"COLUMNS": "200"}).output
+    assert ("'hetis[ray]'" in shown) == (name == "ray")
+
+
+def test_the_sample_is_planned_with_all_its_cards(tmp_path: Path) -> None:
+    assert hetis_plan_here("init", cwd=tmp_path).returncode == 0
+    inputs = ("-c", "cluster.yaml", "-m", "Llama-2-70B", "-w", "workload.yaml")
+    done = hetis_plan_here("place", *inputs, "--no-verify", "-q", "-o", "json", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert all(price["used"] == price["available"] for price in json.loads(done.stdout)["prices"])
+
+
+def tour() -> list[str]:
+    """Return the commands of the README's tour, verbatim."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    block = re.search(r"## A tour\n\n```bash\n(.*?)```", text, re.DOTALL)
+    assert block is not None
+    return [line.partition("  #")[0].strip() for line in block[1].splitlines() if line.strip()]
+
+
+def test_the_tour_is_made_of_commands_that_there_are() -> None:
+    """Every verb, option and value of an option; the soak test below runs them."""
+    verbs = []
+    for command in tour():
+        program, *arguments = shlex.split(command, comments=True)
+        if program == "hetis-plan":
+            verb, *rest = arguments
+            GROUP.commands[verb].make_context(verb, rest)
+            verbs.append(verb)
+    assert {"init", "place", "report", "simulate", "compare", "what-if", "replan"} <= set(verbs)
+
+
+@pytest.mark.soak
+def test_the_tour_runs_verbatim(tmp_path: Path) -> None:
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    (tmp_path / "hetis-plan").write_text(f'#!/bin/sh\nexec {shlex.join(COMMAND)} "$@"\n')
+    (tmp_path / "hetis-plan").chmod(0o755)
+    variables = environment()
+    variables["PATH"] = f"{tmp_path}:{variables['PATH']}"
+    for command in tour():
+        done = subprocess.run(
+            ["bash", "-c", command], cwd=tmp_path, env=variables, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, f"{command}\n{done.stderr}"
+    assert "Under simulated traffic" in ReadPage((tmp_path / "report.html").read_text()).text
+
+
+def test_a_shape_of_many_replicas_names_them_all(capsys: pytest.CaptureFixture[str]) -> None:
+    from hetis.commands.terminal import OutputFormat, Terminal
+    from hetis.planner.report.plan import render_plan
+
+    plan = plans.plan(*(plans.deep_replica(2, node) for node in range(3)))
+    Terminal(output=OutputFormat.WIDE).emit(dict, lambda: render_plan(plan, wide=True))
+    shown = capsys.readouterr().out
+    assert "p100-2-0/0 | p100-2-1/0" in shown

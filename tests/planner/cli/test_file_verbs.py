@@ -1,0 +1,269 @@
+"""`init`, `validate`, `schema`, `catalog`, `completion`, `version`: their output and its place."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import re
+from pathlib import Path
+from typing import get_args
+
+import jsonschema
+import pytest
+import yaml
+
+from hetis.formats.documents import kind_of, load
+from hetis.planner.cli.app import run
+from hetis.planner.cli.files import FILE_KINDS, SAMPLES, Catalogue
+from tests.formats.models import test_gguf
+from tests.formats.traces import test_trace_forms
+from tests.planner.command_line import EXAMPLES, invoke
+from tools.reference import FILE_EXAMPLES
+
+
+def test_init_writes_files_that_validate(tmp_path: Path) -> None:
+    assert invoke("init", str(tmp_path / "new")).exit_code == 0
+    files = [str(tmp_path / "new" / name) for name in SAMPLES]
+    result = invoke("validate", *files, "-o", "json")
+    assert result.exit_code == 0
+    assert [entry["ok"] for entry in json.loads(result.stdout)] == [True, True]
+
+
+def test_init_says_which_folder_it_makes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    made = tmp_path / "new" / "fleet"
+    assert run(["init", str(made)]) == 0
+    assert capsys.readouterr().err.splitlines()[0] == f"created the folder {made}"
+    assert run(["init", str(made), "--force"]) == 0
+    assert "made" not in capsys.readouterr().err
+
+
+def test_init_names_every_file_it_would_overwrite(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in SAMPLES:
+        (tmp_path / name).write_text("mine")
+    assert run(["init", str(tmp_path)]) == 2
+    err = capsys.readouterr().err
+    assert all(f"{tmp_path / name}: already exists; --force overwrites it" in err for name in SAMPLES)
+    assert {(tmp_path / name).read_text() for name in SAMPLES} == {"mine"}
+
+
+def test_init_overwrites_when_told_to(tmp_path: Path) -> None:
+    (tmp_path / "cluster.yaml").write_text("mine")
+    assert invoke("init", str(tmp_path), "--force").exit_code == 0
+    assert (tmp_path / "cluster.yaml").read_text() == SAMPLES["cluster.yaml"]
+
+
+def test_every_example_is_valid() -> None:
+    examples = [path for folder in (".", "files", "dispatch") for path in sorted(EXAMPLES.glob(f"{folder}/*.yaml"))]
+    result = invoke("validate", *map(str, examples))
+    assert result.exit_code == 0, result.stderr
+
+
+def test_every_kind_of_file_but_plans_has_an_example_of_its_own() -> None:
+    for kind, path in FILE_EXAMPLES.items():
+        assert kind_of(load(EXAMPLES.parent / path)) == kind
+    assert set(FILE_KINDS) - FILE_EXAMPLES.keys() == {"Plan"}
+
+
+OURS = "arrival_s,prompt_tokens,output_tokens\n0,374,44\n"
+ONE = {"arrival_s": 0, "prompt_tokens": 374, "output_tokens": 44}
+CONFIG = {
+    "architectures": ["LlamaForCausalLM"], "hidden_size": 4096, "intermediate_size": 11008, "num_attention_heads": 32,
+    "num_hidden_layers": 32, "vocab_size": 32000, "max_position_embeddings": 4096, "torch_dtype": "float16",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "kind"),
+    [
+        ("a.csv", OURS, "Workload"),
+        ("a.csv.gz", OURS, "Workload"),
+        ("a.tsv", OURS.replace(",", "\t"), "Workload"),
+        ("a.tsv.gz", OURS.replace(",", "\t"), "Workload"),
+        ("a.jsonl", json.dumps(ONE), "Workload"),
+        ("a.jsonl.gz", json.dumps(ONE), "Workload"),
+        ("a.log", test_trace_forms.VLLM_LOG, "Workload"),
+        ("config.json", json.dumps(CONFIG), "ModelSpec"),
+        ("llama-config.json", json.dumps({**CONFIG, "model_type": "llama"}), "ModelSpec"),
+        ("llama.json", json.dumps(CONFIG), "ModelSpec"),
+        ("a.gguf", test_gguf.gguf(test_gguf.LLAMA, test_gguf.TENSORS), "ModelSpec"),
+    ],
+)
+def test_validate_reads_whatever_place_reads(name: str, content: str | bytes, kind: str, tmp_path: Path) -> None:
+    raw = content.encode() if isinstance(content, str) else content
+    (tmp_path / name).write_bytes(gzip.compress(raw) if name.endswith(".gz") else raw)
+    result = invoke("validate", str(tmp_path / name), "-o", "json")
+    assert result.exit_code == 0, result.stdout
+    assert json.loads(result.stdout)[0]["kind"] == kind
+
+
+def test_validate_lists_all_problems_of_all_files(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text(
+        "apiVersion: hetis/v1\nkind: Cluster\nname: a\nnodess: []\nnetwork: {latency: 2m}\n"
+    )
+    (tmp_path / "b.yaml").write_text("kind: Clustr\n")
+    result = invoke(
+        "validate", str(tmp_path / "a.yaml"), str(tmp_path / "b.yaml"), str(tmp_path / "c.yaml"), "-o", "json"
+    )
+    assert result.exit_code == 2
+    entries = json.loads(result.stdout)
+    assert [entry["ok"] for entry in entries] == [False, False, False]
+    assert len(entries[0]["problems"]) >= 3
+    for entry in entries:
+        for problem in entry["problems"]:
+            assert problem["message"] in result.stderr
+    assert "did you mean nodes?" in result.stderr
+    assert "no such file" in result.stderr
+
+
+def test_validate_counts_one_request_and_one_tenant(tmp_path: Path) -> None:
+    (tmp_path / "requests.yaml").write_text(
+        "apiVersion: hetis/v1\nkind: DispatchRequests\nrequests: [{id: a, context_tokens: 9, output_tokens: 9}]\n"
+    )
+    (tmp_path / "tenants.yaml").write_text(
+        "apiVersion: hetis/v1\nkind: ShareProblem\ngpus: {L4: 1}\ntenants: [{name: a, speedups: {L4: 1}}]\n"
+    )
+    result = invoke("validate", str(tmp_path / "requests.yaml"), str(tmp_path / "tenants.yaml"))
+    counts = re.findall(r"(?:DispatchRequests|ShareProblem)\s+(.+)", result.stdout)
+    assert [count.strip() for count in counts] == ["1 request", "1 tenant"]
+
+
+def test_validate_warns_of_gpus_that_no_plan_can_use_yet(tmp_path: Path) -> None:
+    """`place` refuses the file without --profile; so it is valid, but not all that a plan needs."""
+    fleet = tmp_path / "fleet.yaml"
+    card = "{memory: 80GiB, memory_bandwidth: 3TB/s, fp16: 800TFLOPS}"
+    fleet.write_text(
+        "apiVersion: hetis/v1\nkind: Cluster\nname: new\nnodes: [{name: a, gpus: [{type: Own}]}]\n"
+        f"network: {{bandwidth: 100Gbps, latency: 20us}}\ngpu_types: {{Own: {card}}}\n"
+    )
+    result = invoke("validate", str(fleet), "-o", "json")
+    assert result.exit_code == 0, result.stderr
+    (entry,) = json.loads(result.stdout)
+    assert entry["ok"]
+    (warning,) = entry["warnings"]
+    assert warning.startswith("Own: no efficiencies for architecture 'unknown'")
+    assert f"warning: {fleet}: {warning}" in result.stderr
+    assert "--profile FILE" in warning
+    fleet.write_text(fleet.read_text().replace("80GiB,", "80GiB, architecture: Hopper,"))
+    result = invoke("validate", str(fleet))
+    assert (result.exit_code, "warning" in result.stderr) == (0, False)
+    fleet.write_text(fleet.read_text().replace("Hopper,", "CDNA3, vendor: NVIDIA,"))
+    result = invoke("validate", str(fleet))
+    assert f"warning: {fleet}: Own is said to be of NVIDIA, its architecture CDNA3 is AMD's" in result.stderr
+
+
+@pytest.mark.parametrize("kind", FILE_KINDS)
+def test_every_kind_has_a_json_schema(kind: str) -> None:
+    result = invoke("schema", kind.lower())
+    assert result.exit_code == 0
+    jsonschema.Draft202012Validator.check_schema(json.loads(result.stdout))
+
+
+def test_the_wide_catalogue_of_gpus_has_every_peak_and_the_board_power() -> None:
+    head, row = invoke("catalog", "gpus", "H100-SXM", "-o", "wide").stdout.splitlines()
+    assert {"FP8", "PCIe", "TDP"} <= set(head.split())
+    assert "700 W" in row
+
+
+@pytest.mark.parametrize("which", get_args(Catalogue))
+def test_catalogues_print_the_same_entries_in_every_form(which: str) -> None:
+    as_json = json.loads(invoke("catalog", which, "-o", "json").stdout)
+    assert yaml.safe_load(invoke("catalog", which, "-o", "yaml").stdout) == as_json
+    least = {"gpus": 54, "models": 44, "workloads": 6, "strategies": 5}
+    assert len(as_json) >= least[which]
+    table = invoke("catalog", which).stdout
+    assert len(table.splitlines()) >= len(as_json)
+    assert max(map(len, table.splitlines())) <= 80
+
+
+@pytest.mark.parametrize(("which", "part"), [("gpus", "gpu"), ("models", "model")])
+def test_a_catalogue_breaks_no_name_on_a_narrow_terminal(which: str, part: str) -> None:
+    """Names are there to be copied; columns that do not fit beside them are left out, and told."""
+    names = [entry[part]["name"] for entry in json.loads(invoke("catalog", which, "-o", "json").stdout)]
+    lines = invoke("catalog", which).stdout.splitlines()
+    assert [line.split()[0] for line in lines[1 : len(names) + 1]] == names
+    assert lines[-1].startswith("not shown, for lack of width: ")
+
+
+def test_a_catalogue_can_be_narrowed() -> None:
+    names = [entry["gpu"]["name"] for entry in json.loads(invoke("catalog", "gpus", "A100", "-o", "json").stdout)]
+    assert names
+    assert all("A100" in name for name in names)
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_completion_prints_a_script(shell: str) -> None:
+    result = invoke("completion", shell)
+    assert result.exit_code == 0
+    assert "_HETIS_PLAN_COMPLETE" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("line", "word"),
+    [
+        ("hetis-plan pl", "place"),
+        ("hetis-plan place --model llama-2-70", "llama-2-70b-hf"),
+        ("hetis-plan place --workload az", "azure_conv_2023"),
+        ("hetis-plan place --strategy uni", "uniform"),
+        ("hetis-plan place --objective thr", "throughput"),
+        ("hetis-plan what-if --add 4xH200-N", "4xH200-NVL-141GB"),
+        ("hetis-plan what-if --market L4,rtx-40", "L4,rtx-4090"),
+        ("hetis-plan catalog gpus H200-N", "H200-NVL-141GB"),
+        ("hetis-plan catalog strategies uni", "uniform"),
+        ("hetis-plan get cl", "clusters"),
+        ("hetis-plan place --roles prefill,de", "prefill,decode"),
+        ("hetis-plan place --weights fp8,rtx-40", "fp8,rtx-4090="),
+        ("hetis-plan compare --engine vllm,s", "vllm,sglang"),
+        ("hetis-plan compare --strategies uniform,hexgen2", "uniform,hexgen2"),
+        ("hetis-plan place --forbid ty", "type="),
+        ("hetis-plan place --pin rep", "replicas="),
+    ],
+)
+def test_the_completion_script_gets_its_words(
+    line: str, word: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("_HETIS_PLAN_COMPLETE", "complete_bash")
+    monkeypatch.setenv("COMP_WORDS", line)
+    monkeypatch.setenv("COMP_CWORD", str(len(line.split()) - 1))
+    assert run([]) == 0
+    assert capsys.readouterr().out.split() == [word]
+
+
+@pytest.mark.parametrize(
+    ("words", "rest"),
+    [  # bash breaks words at = and :, and replaces the last piece
+        (["place", "--forbid", "type", "=", "rtx-40"], ["rtx-4090"]),
+        (["place", "--forbid", "type", "=", "L4", ":", "as", "=", "pre"], ["prefill"]),
+        (["place", "--forbid", "type", "=", "L4", ":"], ["as="]),
+        (["place", "--pin", "node", "=", "n", ":", "u"], ["use="]),
+        (["place", "--weights", "fp8,V100", "=", "bf"], ["bf16"]),
+        (["place", "--engine", "=", "sg"], ["sglang"]),
+        (["cluster", "discover", "--gpu", "h200", "=", "H200-N"], ["H200-NVL-141GB"]),
+        (["place", "--forbid", "type", "=", "L4", "--strategy", "uni"], ["uniform"]),
+        (["delete", "p"], ["plans", "profiles"]),
+        (["delete", "plans", "p"], []),  # a name
+    ],
+)
+def test_words_that_bash_breaks_are_completed(
+    words: list[str], rest: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("_HETIS_PLAN_COMPLETE", "complete_bash")
+    monkeypatch.setenv("COMP_WORDS", "\n".join(["hetis-plan", *words]))
+    monkeypatch.setenv("COMP_CWORD", str(len(words)))
+    assert run([]) == 0
+    assert capsys.readouterr().out.split() == rest
+
+
+def test_version_names_hetis_and_its_libraries() -> None:
+    versions = json.loads(invoke("version", "-o", "json").stdout)
+    assert {"hetis", "python", "numpy", "highspy", "numba"} <= versions.keys()
+    assert re.match(r"hetis \d+\.\d+", invoke("version").stdout)
+    assert invoke("--version").stdout == f"hetis-plan {versions['hetis']}\n"
+
+
+def test_an_unknown_kind_names_the_known_ones_and_the_nearest() -> None:
+    result = invoke("schema", "clustr")
+    assert result.exit_code == 2
+    said = " ".join(result.stderr.replace("│", " ").split())
+    assert "'clustr' is not one of Cluster, ModelSpec, " in said
+    assert "did you mean Cluster?" in said
+    assert "Value error" not in said

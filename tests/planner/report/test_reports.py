@@ -1,0 +1,438 @@
+"""Reports fit 80 columns and show the plan's contents, however large it is."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, replace
+
+import pytest
+from rich.console import Console, RenderableType
+
+from hetis.commands.terminal import _ASCII
+from hetis.planner.report.explanation import memory_shares, render_explanation, time_shares
+from hetis.planner.report.goals import limits_words
+from hetis.planner.report.plan import MAX_SHAPES, distinct_runners_up, render_plan
+from hetis.planner.report.promises import beside_engines, beside_equal_stages, misses_demand, simple_setups, verdict
+from hetis.planner.use_cases.grouping import group_replicas
+from hetis.planner.use_cases.place import with_service_level
+from hetis.planner.use_cases.record.forms import NOT_COMPILED
+from hetis.planner.use_cases.service_level import ServiceLevel, Statistic
+from hetis.planner.use_cases.sources import load_inputs
+from hetis.planner.use_cases.verification.choosing import TTFT
+from hetis.solver.plan import OTHER_TENANTS, Objective, ObjectiveKind, Plan, Role, Status
+from tests.planner import plans
+from tests.planner.command_line import EXAMPLES
+
+PLANS = {
+    "paper": plans.plan(plans.paper_replica()),
+    "optimal": plans.plan(plans.paper_replica(), status=Status.OPTIMAL),
+    "interrupted": plans.plan(plans.paper_replica(), status=Status.INTERRUPTED),
+    "cost": plans.plan(plans.paper_replica(), kind=ObjectiveKind.COST),
+    "deep": plans.plan(plans.deep_replica(18)),
+    "deepest": plans.plan(plans.deep_replica(80)),
+    "large": plans.plan(*plans.large_replicas(2000), zones=tuple(f"zone-{i}" for i in range(20))),
+    "roles": plans.split_plan(),
+    "empty": plans.plan(),
+    "bare": replace(plans.plan(plans.paper_replica()), inputs={}, prices=(), runners_up=(), notes=()),
+}
+
+
+def text_of(report: RenderableType, width: int = 80) -> str:
+    console = Console(width=width, highlight=False, emoji=False, markup=False, force_terminal=False, record=True)
+    with console.capture() as captured:
+        console.print(report)
+    return captured.get()
+
+
+@pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS.keys())
+def test_no_line_of_a_report_is_wider_than_80_columns(plan: Plan) -> None:
+    for report in (render_plan(plan), render_explanation(plan, plans.explanation(plan))):
+        assert max(len(line) for line in text_of(report).splitlines()) <= 80
+
+
+def test_a_plan_for_a_tighter_limit_is_compared_with_what_the_model_alone_promises() -> None:
+    """The plan's value is 1.35; the other setups were not simulated, so they may miss the limits as its first plan."""
+    plan = plans.plan(plans.paper_replica())
+    row = {"engine": "vllm", "value": 1.62, "bound": 1.62, "lacks": [], "why_not": ""}
+    inputs = {"equal_stages_value": 1.62, "simple_setups": {"2": 1.62}, "engine_values": [row]}
+    tighter = {"tightened": {"name": TTFT, "asked_s": 2.0, "planned_s": 1.6}, "model_value": 1.8}
+    first, then = replace(plan, inputs=inputs), replace(plan, inputs={**inputs, **tighter})
+    assert beside_equal_stages(first) == "1.620 requests/s by replicas of equal stages; this plan 17% less"
+    assert beside_equal_stages(then) == (
+        "1.620 requests/s by the model, by replicas of equal stages (not simulated, may keep more than this plan: "
+        "--strategy uniform); the best plan by the model 11% more"
+    )
+    lost = replace(then, inputs={**then.inputs, "equal_stages_chosen": False})
+    assert beside_equal_stages(lost) == (
+        "1.620 requests/s by the model, by replicas of equal stages (in simulation they keep less than this plan); "
+        "the best plan by the model 11% more"
+    )
+    worse = replace(then, inputs={**then.inputs, "equal_stages_value": 1.3})
+    assert beside_equal_stages(worse) == (
+        "1.300 requests/s by the model, by replicas of equal stages (not simulated); "
+        "the best plan by the model 38% more"
+    )
+    assert (beside_engines(first), beside_engines(then)) == (["vllm: 20% more"], ["vllm: 10.00% less by the model"])
+    assert [simple_setups(one)[0].endswith("10.00% less by the model") for one in (first, then)] == [False, True]
+
+
+def test_a_demand_above_the_promised_rate_is_marked_as_not_met() -> None:
+    """The plan promises 1.35 requests/s, for least cost what is demanded."""
+    plan, cheapest = PLANS["paper"], PLANS["cost"]
+    for one, demand_rps, is_met in ((plan, 1.35, True), (plan, 5.0, False), (cheapest, 4.0, True)):
+        asked = replace(one, objective=replace(one.objective, demand_rps=demand_rps))
+        demand = next(line for line in text_of(render_plan(asked)).splitlines() if "Demand" in line).rstrip()
+        assert demand.endswith("requests/s" if is_met else "requests/s  not met")
+        assert misses_demand(asked) is not is_met
+
+
+def test_the_price_of_tokens_names_the_demanded_rate_that_it_holds_for() -> None:
+    inputs = load_inputs(cluster=str(EXAMPLES / "paper.yaml"), model="Llama-2-70B", workload="1024/256").inputs
+    groups = tuple(
+        replace(group, gpus=tuple(replace(slots, usd_per_hour=2.0) for slots in group.gpus))
+        for group in inputs.cluster.node_groups
+    )
+    priced = replace(inputs, cluster=replace(inputs.cluster, node_groups=groups))
+    plan = plans.plan(plans.paper_replica(), kind=ObjectiveKind.COST)
+    cheap = replace(plan, inputs={"documents": priced.documents()})
+    assert "USD per million output tokens at 4.000 requests/s" in text_of(render_plan(cheap), width=120)
+    best = replace(cheap, objective=replace(plan.objective, kind=ObjectiveKind.GOODPUT, demand_rps=None))
+    assert "USD per million output tokens at" not in text_of(render_plan(best), width=120)
+
+
+def test_parts_of_a_chart_have_different_signs_in_ascii_too() -> None:
+    explained = plans.explanation(plans.split_plan())
+    for shares in (*map(memory_shares, explained.memory), *map(time_shares, explained.stage_times)):
+        signs = "".join([*(share.glyph for share in shares), "·"]).translate(
+            _ASCII
+        )  # a dot is free memory or idle time
+        assert signs.isascii()
+        assert len(set(signs)) == len(shares) + 1
+
+
+def test_equal_stages_beside_a_plan_without_unified_replicas_are_said_to_be_excluded() -> None:
+    plan = plans.split_plan()
+    split = {"roles": ["prefill", "decode"], "equal_stages_value": 1.62, "simple_setups": {"2": 1.62}}
+    for roles, excluded in ((split["roles"], True), (["unified", "prefill", "decode"], False)):
+        text = text_of(render_plan(replace(plan, inputs={**split, "roles": roles})), width=120)
+        assert (
+            "1.620 requests/s by unified replicas of equal stages, which --roles excludes; this plan" in text
+        ) is excluded
+        assert ("Simpler setups by unified replicas, which --roles excludes" in text) is excluded
+        assert ("1.620 requests/s by replicas of equal stages; this plan" in text) is not excluded
+
+
+def test_what_other_engines_reach_is_said_with_what_keeps_them_apart() -> None:
+    """The plan's value is 1.35; for costs more and less are reversed."""
+    rows = [
+        {"engine": "vllm", "value": 1.08, "bound": 1.08, "lacks": ["attention workers"], "why_not": ""},
+        {"engine": "sglang", "value": 1.08, "bound": 1.08, "lacks": ["attention workers"], "why_not": ""},
+        {
+            "engine": "vllm-hetis",
+            "value": 1.485,
+            "bound": 1.62,
+            "lacks": ["attention workers", "TP"],
+            "why_not": "",
+        },
+    ]
+    for kind, more in ((ObjectiveKind.GOODPUT, "with"), (ObjectiveKind.COST, "without")):
+        plan = plans.plan(plans.paper_replica(), kind=kind)
+        less = "without" if more == "with" else "with"
+        assert beside_engines(replace(plan, inputs={**plan.inputs, "engine_values": rows})) == [
+            f"vllm, sglang: 20% less, {less} attention workers",
+            f"vllm-hetis: 10% more found, 20% more at best, {more} attention workers and TP",
+        ]
+    plan = plans.plan(plans.paper_replica())
+    known = {"engine": "vllm-hetis", "value": 1.35, "bound": 9.0, "lacks": [], "why_not": ""}
+    unknown = {**known, "value": None, "lacks": ["attention workers"], "why_not": "no time was left"}
+    for row, words in (
+        (known, "vllm-hetis: the same found within its time limit"),
+        ({**known, "bound": 1.35}, "vllm-hetis: the same"),
+        ({**known, "bound": None, "why_not": "no time was left"},
+         "vllm-hetis: runs this plan; no better one is known: no time was left"),
+        ({**unknown, "value": 1.08, "equal_stages": True},
+         "vllm-hetis: at least 1.080 requests/s by equal stages, 20% less, without attention workers"),
+        (unknown, "vllm-hetis: does not run this plan (attention workers); no time was left"),
+    ):  # fmt: skip
+        assert beside_engines(replace(plan, inputs={**plan.inputs, "engine_values": [row]})) == [words]
+    unsearched = replace(plan, inputs={**plan.inputs, "engine_values": [{**unknown, "why_not": NOT_COMPILED}]})
+    assert (len(beside_engines(unsearched)), beside_engines(unsearched, hints=False)) == (1, [])
+    plan_again = "plan with --engine vllm-hetis (the first time takes up to a minute longer)"
+    for row, words in (
+        (
+            {**known, "bound": None},
+            f"vllm-hetis: runs this plan; its own search may find a better or a worse one: {plan_again}",
+        ),
+        (unknown, f"vllm-hetis: does not run this plan (attention workers); to search for a plan, {plan_again}"),
+    ):
+        rows = [{**row, "why_not": NOT_COMPILED}]
+        assert beside_engines(replace(plan, inputs={**plan.inputs, "engine_values": rows})) == [words]
+    assert beside_engines(replace(plan, inputs={**plan.inputs, "engine_values": [{"of": "another version"}]})) == []
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"engine": None}, {"lacks": [1]}, {"lacks": "ab"}, {"why_not": 3},
+        {"bound": "x"}, {"bound": math.nan}, {"value": "x"}, {"value": math.nan}, {"value": 10**400},
+    ],
+)  # fmt: skip
+def test_an_entry_of_another_engine_in_no_form_of_ours_is_none(changes: dict[str, object]) -> None:
+    """Such an entry does not keep the others from being shown."""
+    plan = plans.plan(plans.paper_replica())
+    row = {"engine": "vllm", "value": 1.08, "bound": 1.08, "lacks": ["attention workers"], "why_not": ""}
+    rows = [{**row, **changes}, row, 5]
+    assert beside_engines(replace(plan, inputs={"engine_values": rows})) == [
+        "vllm: 20% less, without attention workers"
+    ]
+    assert beside_engines(replace(plan, inputs={"engine_values": 5})) == []
+
+
+def test_explain_names_the_devices_of_every_stage_and_its_workers() -> None:
+    plan = PLANS["paper"]
+    shown = text_of(render_explanation(plan, plans.explanation(plan)))
+    table = shown[shown.index("memory of one GPU") : shown.index("unusable")]
+    assert [line.split()[-1] for line in table.splitlines() if "█" in line or "▒" in line] == [
+        "a100/[0-3]", "r3090-[0-1]/[0-1]", "p100/[0-1]", "p100/[2-3]",
+    ]  # fmt: skip
+
+
+def test_explain_names_the_devices_of_a_few_equal_replicas_and_wide_those_of_all() -> None:
+    replica = plans.paper_replica()
+    first = replace(replica.stages[0], devices=("n0/0",))
+    many = [replace(replica, stages=(replace(first, devices=(f"n{i}/0",)),), attention_workers=()) for i in range(20)]
+    plan = replace(plans.plan(replica), replicas=tuple(many))
+    explanation = plans.explanation(plan)
+    shown, wide = (
+        text_of(render_explanation(plan, explanation)),
+        text_of(render_explanation(plan, explanation, wide=True)),
+    )
+    assert "n11/0" in shown
+    assert "n12/0" not in shown
+    assert "… and those of 8 more replicas (-o wide has all)" in shown
+    assert "n19/0" in wide
+    assert "more replicas" not in wide
+
+
+def test_at_80_columns_names_in_legends_and_shapes_stay_whole() -> None:
+    plan = PLANS["paper"]
+    assert " - other" in text_of(render_explanation(plan, plans.explanation(plan))), "glyph and name on one line"
+    shape = "L4 TP2 ×1 L6 | A100-PCIe-40GB TP2 ×1 L20 | L4 TP2 ×1 L6 | T4 TP1 ×1 L3"
+    shown = text_of(render_plan(replace(plan, runners_up=(replace(plan.runners_up[0], shape=shape),))))
+    for stage in shape.split(" | "):
+        assert stage in shown
+
+
+HEADERS = """GiB unusable engine weights KV activations free nominal,
+% of stage dense all-reduce prefill decode att. transfer other, GPU per node there used workers idle marginal price"""
+
+
+@pytest.mark.parametrize("width", range(44, 84, 4))
+def test_on_a_narrow_terminal_headers_break_between_words_and_columns_are_left_out(width: int) -> None:
+    plan = PLANS["paper"]
+    shown = text_of(render_explanation(plan, plans.explanation(plan)), width=width)
+    heads = [line.split() for line in shown.splitlines() if line.startswith((" GiB ", " stage  ", " % of", " GPU  "))]
+    assert len(heads) == 3, "of memory, time and prices"
+    assert {word for head in heads for word in head} <= set(HEADERS.replace(",", "").split())
+    assert ("nominal (-o json" in " ".join(shown.split())) == (width < 72)
+
+
+@pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS.keys())
+def test_reports_survive_a_narrow_terminal(plan: Plan) -> None:
+    for report in (render_plan(plan), render_explanation(plan, plans.explanation(plan))):
+        assert text_of(report, width=20)
+
+
+def test_a_plan_of_thousands_of_replicas_stays_short() -> None:
+    text = text_of(render_plan(PLANS["large"]))
+    assert len(text.splitlines()) < 250
+    assert f"and {30 - MAX_SHAPES} more shapes" in text
+
+
+def test_a_latency_of_one_slow_replica_is_said_to_be_that() -> None:
+    """Simulated means are over all requests, most of which a faster replica may serve."""
+    fast, slow = (replace(plans.paper_replica(), tpot_s=tpot_s) for tpot_s in (0.04, 0.09))
+    limited = Objective(ttft_limit_s=2.0, tpot_limit_s=0.1)
+    for replicas, limit_s, words in (
+        ((fast, slow), 0.1, "TPOT mean  90.0 ms of 100 ms   ██████████████████   90%, slowest replica"),
+        ((fast, slow), None, "TPOT mean  90.0 ms, no limit, slowest replica"),
+        ((slow, replace(slow, tpot_s=0.088)), 0.1, "TPOT mean  90.0 ms of 100 ms   ██████████████████   90%"),
+        ((replace(fast, role=Role.PREFILL, tpot_s=0.0), replace(slow, role=Role.DECODE)), None,
+         "TPOT mean  90.0 ms, no limit"),
+    ):  # fmt: skip
+        plan = replace(plans.plan(*replicas), objective=replace(limited, tpot_limit_s=limit_s))
+        [line] = (line for line in text_of(render_plan(plan)).splitlines() if line.startswith("TPOT mean"))
+        assert line.rstrip() == words
+
+
+@pytest.mark.parametrize(
+    ("level", "limit_of"),
+    [
+        (ServiceLevel(), ("", "")),
+        (ServiceLevel(tpot=Statistic.P90), ("", ", limit for p90")),
+        (ServiceLevel(ttft=Statistic.P90, tpot=Statistic.P90), (", limit for p90", ", limit for p90")),
+        (ServiceLevel(attainment=0.9), (", limit for 90% of the requests",) * 2),
+    ],
+)
+def test_a_bar_says_if_its_limit_is_for_another_statistic(level: ServiceLevel, limit_of: tuple[str, str]) -> None:
+    plan = replace(PLANS["paper"], objective=Objective(ttft_limit_s=20.0, tpot_limit_s=2.0))
+    lines = text_of(render_plan(with_service_level(plan, level)), width=120).splitlines()
+    for name, words in zip(("TTFT p95", "TPOT mean"), limit_of, strict=True):
+        [line] = (line.rstrip() for line in lines if line.startswith(name))
+        assert line.partition("%")[2] == words
+
+
+def test_the_table_view_names_value_bound_gap_and_limits() -> None:
+    text = text_of(render_plan(PLANS["paper"]))
+    for part in ("1.350 requests/s", "1.357 requests/s", "gap 0.52%", "99.8 ms of 100 ms", "100% binds"):
+        assert part in text
+
+
+def test_the_table_view_shows_stages_workers_and_devices() -> None:
+    text = text_of(render_plan(PLANS["paper"]))
+    for part in ("TP2 ×2", "0–51 (52)", "1 of 2", "a100/[0-3]", "p100/[2-3]", "r3090-[0-1]/[0-1]"):
+        assert part in text
+
+
+def test_the_table_view_shows_roles_and_routes_at_a_glance() -> None:
+    lines = text_of(render_plan(PLANS["roles"])).splitlines()
+    text = "\n".join(lines)
+    assert "6 replicas (1 unified, 3 prefill, 2 decode) on " in " ".join(text.split())
+    assert "requests/s: prefill 3.00, decode 2.60, routed 2.60, unified 1.50" in text
+    assert "3 equal replicas, prefill  1.000 requests/s saturated each, 3.000 together" in text
+    assert "Replica 3 decode  1.600 requests/s saturated · room for " in text
+    assert "TTFT 1.21 s until the KV arrives · 4 prompts in flight · chunks of 512" in text
+    assert "TPOT 99.8 ms · 64 decoding = 16 × 4 in flight\n" in text
+    assert "sends KV to east, west" in text
+    routes = [line.split() for line in lines[lines.index("KV routes") + 2 :]]
+    assert routes[0][:5] + routes[0][-3:] == ["replicas", "0-2", "(L4)", "replica", "3", "1.600", "53%", "100%"]
+    assert "prefill" not in text_of(render_plan(PLANS["paper"])).partition("Searched")[0]
+
+
+def test_the_explanation_shows_the_wire_of_replicas_that_have_one() -> None:
+    text = " ".join(text_of(render_explanation(PLANS["roles"], plans.explanation(PLANS["roles"]))).split())
+    assert "Replica 0 (prefill) and 2 like it" in text
+    assert "wait (wire) stage 1 53.6 7.1 17.9 1.8 3.6 7.1 23.2" in text
+    assert "Prefill to decode • Prefill replicas give 3 requests/s" in text
+    unified = text_of(render_explanation(PLANS["paper"], plans.explanation(PLANS["paper"])))
+    assert "wire" not in unified
+    assert "Prefill to decode" not in unified
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("optimal", "proven optimal: no plan of the family is better"),
+        ("paper", "proven: no plan of the family is over 0.52% better"),
+        ("interrupted", "interrupted; proven: no plan of the family is over 0.52% better"),
+        ("cost", "proven: no plan of the family is over 0.52% cheaper"),
+    ],
+)
+def test_the_verdict_claims_what_is_proven_and_no_more(name: str, words: str) -> None:
+    assert verdict(PLANS[name]) == words
+
+
+def test_the_verdict_names_the_statistics_of_the_bound_if_others_are_asked_for() -> None:
+    level = ServiceLevel(ttft=Statistic.P50)
+    for name, words in (
+        ("optimal", "proven optimal for p95 TTFT and mean TPOT: no plan of the family is better"),
+        ("paper", "proven for p95 TTFT and mean TPOT: no plan of the family is over 0.52% better"),
+    ):
+        plan = replace(PLANS[name], inputs={**PLANS[name].inputs, "service_level": asdict(level)})
+        assert verdict(plan) == words
+
+
+def test_the_bound_of_a_tenant_is_of_the_whole_fleet_to_itself() -> None:
+    shared = replace(PLANS["paper"], inputs={**PLANS["paper"].inputs, OTHER_TENANTS: {"chat": ["l4-0/0"]}})
+    words = "proven: even with the whole fleet to itself not over 0.52% better"
+    assert verdict(shared) == words
+    shown = " ".join(text_of(render_plan(shared)).split())
+    assert words in shown
+    assert "1 held by other tenants" in shown
+    assert "with the whole fleet to itself gap 0.52%" in shown
+
+
+def test_an_unproven_plan_is_called_that() -> None:
+    result = replace(PLANS["paper"].result, bound=float("inf"), gap=float("inf"))
+    assert verdict(replace(PLANS["paper"], result=result)) == "no bound: it is unknown how much better a plan could be"
+    result = replace(PLANS["cost"].result, bound=0.0, gap=1.0)
+    assert verdict(replace(PLANS["cost"], result=result)) == "no bound: it is unknown how much cheaper a plan could be"
+
+
+def test_a_short_limit_is_in_milliseconds() -> None:
+    objective = replace(PLANS["paper"].objective, ttft_limit_s=0.001, tpot_limit_s=0.0005)
+    assert limits_words(objective) == "TTFT p95 up to 1 ms, TPOT up to 0.5 ms"
+    assert limits_words(replace(objective, ttft_limit_s=0.7)) == "TTFT p95 up to 0.7 s, TPOT up to 0.5 ms"
+
+
+def test_equal_replicas_are_grouped_and_none_is_lost() -> None:
+    replicas = plans.large_replicas(65)
+    groups = group_replicas(replicas)
+    assert sorted(number for group in groups for number in group.numbers) == list(range(65))
+    assert len(groups) == 30
+    assert sum(group.rate for group in groups) == pytest.approx(sum(replica.rate for replica in replicas))
+
+
+def test_prices_too_small_to_show_are_not_shown_as_zero() -> None:
+    prices = tuple(replace(price, dual=1.7e-6) for price in PLANS["paper"].prices)
+    assert " < 0.0001/s" in text_of(render_plan(replace(PLANS["paper"], prices=prices)))
+
+
+def test_prices_are_not_called_bounds() -> None:
+    for plan in (PLANS["paper"], PLANS["cost"]):
+        for text in (text_of(render_plan(plan)), text_of(render_explanation(plan, plans.explanation(plan)))):
+            assert "marginal price" in text
+            assert "≤" not in text
+            assert "one more adds" not in text
+    text = " ".join(text_of(render_explanation(PLANS["paper"], plans.explanation(PLANS["paper"]))).split())
+    assert "The marginal price is what one GPU of the class adds" in text
+    assert "One more GPU may add more than that" in text
+
+
+def test_what_was_searched_is_said_in_plain_lines_and_exactly_by_explain() -> None:
+    rules = {"name": "vllm-hetis", "max_stages": 8}
+    plan = replace(PLANS["paper"], inputs={"engine": rules, "roles": ["unified"]}, family="stages of " + "x " * 300)
+    shown = text_of(render_plan(plan))
+    assert len(shown[shown.index("Searched") :].splitlines()) <= 6
+    words = " ".join(shown.split())
+    assert "Strategy hetis: every shape: mixed types, uneven layers, attention workers" in words
+    assert "only unified replicas. Of these, what vllm-hetis runs: replicas of up to 8 stages in one zone." in words
+    for exact in (render_plan(plan, wide=True), render_explanation(plan, plans.explanation(plan))):
+        assert plan.family.strip() in " ".join(text_of(exact).split())
+    assert plan.family.strip() in " ".join(text_of(render_plan(replace(plan, strategy="of another version"))).split())
+
+
+def test_equal_stages_of_a_runner_up_are_told_once() -> None:
+    runner = replace(PLANS["paper"].runners_up[0], shape="L4 TP4 x1 L40 | L4 TP4 x1 L40 | V100 TP8 x1 L1")
+    assert "2 × L4 TP4 x1 L40 | V100" in text_of(render_plan(replace(PLANS["paper"], runners_up=(runner,))))
+
+
+def test_layers_of_a_runner_up_are_those_of_the_plan_file() -> None:
+    """Files have all layers of the model; those of earlier versions have the repeated ones, of which it has 89."""
+    inputs = load_inputs(cluster=str(EXAMPLES / "paper.yaml"), model="zai-org/GLM-4.5", workload="1024/256").inputs
+    plan = replace(PLANS["paper"], inputs={"documents": inputs.documents()})
+    for shape in ("decode: L4 TP8 x1 L89", "L4 TP8 x1 L92"):
+        runner = replace(plan.runners_up[0], shape=shape)
+        assert [one.shape for one in distinct_runners_up(replace(plan, runners_up=(runner,)))] == [shape]
+
+
+@pytest.mark.parametrize(
+    ("model", "unit"), [("Llama-2-70B", "tokens"), ("google/gemma-2-27b", "tokens in every layer")]
+)
+def test_kv_room_of_a_model_with_windows_says_in_which_layers(model: str, unit: str) -> None:
+    inputs = load_inputs(cluster=str(EXAMPLES / "paper.yaml"), model=model, workload="1024/256").inputs
+    plan = replace(PLANS["paper"], inputs={"documents": inputs.documents()})
+    [line] = (line for line in text_of(render_plan(plan), width=120).splitlines() if " · room for " in line)
+    assert line.rstrip().endswith(f"room for 123k {unit}")
+
+
+def test_runners_up_that_differ_in_nodes_alone_are_told_once() -> None:
+    runner = replace(PLANS["paper"].runners_up[0], shape="L4 TP4 x1 L81")
+    others = (replace(runner, rate=runner.rate * (1 + 1e-9)), replace(runner, rate=runner.rate / 2))
+    assert text_of(render_plan(replace(PLANS["paper"], runners_up=(runner, *others)))).count("L4 TP4 x1 L81") == 2
+
+
+def test_the_explanation_shows_memory_time_prices_and_idle_gpus() -> None:
+    text = text_of(render_explanation(PLANS["paper"], plans.explanation(PLANS["paper"])))
+    for part in ("memory of one GPU", "34.0", "bottleneck", " 0.287/s", "1 × P100-PCIe-12GB", "1.42 without"):
+        assert part in text

@@ -1,0 +1,544 @@
+"""A simulated plan is held to the service level for which it was made, or to another one that is given."""
+
+from __future__ import annotations
+
+import json
+import threading
+from dataclasses import asdict, replace
+from operator import attrgetter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import hetis
+from hetis.planner.report.figures import digits, seconds
+from hetis.planner.report.simulation import _goodput
+from hetis.planner.report.simulation_pictures import panels_of
+from hetis.planner.use_cases.service_level import DEFAULT, Latency, ServiceLevel, Statistic
+from hetis.planner.use_cases.simulation import simulate as simulating
+from hetis.planner.use_cases.simulation.judging import (
+    LevelVerdict,
+    LimitVerdict,
+    Measured,
+    latencies_of,
+    level_to_hold,
+    measured,
+    verdict_of,
+)
+from hetis.planner.use_cases.simulation.simulate import Question, Simulated, answer, default_requests
+from hetis.planner.use_cases.sources import load_plan_and_problem
+from hetis.planner.use_cases.verification.outcome import AS_PLANNED
+from hetis.planner.use_cases.verification.rates import simulated_at
+from hetis.simulator.arrivals import Arrivals, Load
+from hetis.simulator.metrics import measure, summarise
+from hetis.simulator.running import silent
+from hetis.simulator.steadiness import Estimate
+from hetis.simulator.values import FloatArray, RequestLog, Run
+from hetis.solver.budget import Budget
+from hetis.solver.errors import InvalidProblemError
+from hetis.solver.plan import Objective, Plan
+from hetis.solver.problem import PlacementProblem
+from tests.planner.command_line import hetis_plan, invoke
+from tests.planner.use_cases.simulation.test_simulate import CLUSTER, no_mixed_factor, simulated
+
+__all__ = ["no_mixed_factor"]  # for every test here, too
+
+Placed = tuple[Plan, PlacementProblem]
+TAILS = ServiceLevel(ttft=Statistic.P99, tpot=Statistic.P90)
+SHARE = ServiceLevel(attainment=0.9)
+LIMITS = Objective(ttft_limit_s=0.2, tpot_limit_s=0.05)
+UNLIMITED = Objective(ttft_limit_s=None, tpot_limit_s=None)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Llama-2-7B on two A100, held to 90% of the requests within 200 ms and 50 ms."""
+    folder = tmp_path_factory.mktemp("plan")
+    (folder / "cluster.yaml").write_text(CLUSTER)
+    out = folder / "plan.json"
+    inputs = ("-c", str(folder / "cluster.yaml"), "-m", "Llama-2-7B", "-w", "500/100", "--no-other-engines")
+    placed = invoke("place", *inputs, "--no-verify", "--out", str(out))
+    assert placed.exit_code == 0, placed.output
+    document = json.loads(out.read_text())
+    document["inputs"]["service_level"] = asdict(SHARE)
+    document["objective"] |= {"ttft_limit_s": 0.2, "tpot_limit_s": 0.05}
+    out.write_text(json.dumps(document))
+    return out
+
+
+@pytest.fixture(scope="module")
+def pair(saved: Path) -> Placed:
+    found = load_plan_and_problem(str(saved))
+    return found.plan, found.problem
+
+
+def asked(
+    pair: Placed, level: ServiceLevel, *, num_requests: int = 600, rate_rps: float = 25.0, **more: Any
+) -> Question:
+    _, problem = pair
+    load = Load(
+        lengths=problem.workload, max_position=problem.model.max_position, arrivals=Arrivals.DRAWN, rate_rps=rate_rps
+    )
+    return Question(
+        **{
+            "load": load, "num_requests": num_requests, "seeds": (0,), "settings": AS_PLANNED, "limits": LIMITS,
+            "service_level": level, **more,
+        }
+    )  # fmt: skip
+
+
+def answered(pair: Placed, question: Question, *, begins: Any = lambda _part: None) -> Simulated:
+    stop = threading.Event()
+    return answer(*pair, question, processes=1, is_cancelled=stop.is_set, report=silent, begins=begins)
+
+
+def table(saved: Path, *arguments: str) -> str:
+    result = invoke("simulate", str(saved), "--threads", "1", *arguments)
+    assert result.exit_code == 0, result.stderr
+    assert max(len(line) for line in result.stdout.splitlines()) <= 80
+    return result.stdout
+
+
+def shown(document: dict[str, Any]) -> list[tuple[str | None, str | None, float]]:
+    return [(one["latency"], one["statistic"], one["limit"]) for one in document["verdicts"]]
+
+
+# --- which level
+
+
+P50, P95, P99, MEAN = Statistic.P50, Statistic.P95, Statistic.P99, Statistic.MEAN
+
+
+@pytest.mark.parametrize(
+    ("own", "given", "level"),
+    [
+        (DEFAULT, {}, DEFAULT),
+        (TAILS, {}, TAILS),
+        (SHARE, {}, SHARE),
+        (TAILS, {"ttft": P50}, replace(TAILS, ttft=P50)),
+        (TAILS, {"attainment": 0.99}, ServiceLevel(attainment=0.99)),
+        (SHARE, {"attainment": 0.5}, ServiceLevel(attainment=0.5)),
+        (SHARE, {"tpot": P99}, ServiceLevel(tpot=P99)),
+        (SHARE, {"ttft": P95}, DEFAULT),
+    ],
+)
+def test_what_is_given_replaces_only_its_part_of_the_plans_level(
+    pair: Placed, own: ServiceLevel, given: dict[str, Any], level: ServiceLevel
+) -> None:
+    plan = replace(pair[0], inputs={**pair[0].inputs, "service_level": asdict(own)})
+    nothing = {"ttft": None, "tpot": None, "attainment": None}
+    assert level_to_hold(plan, LIMITS, **nothing | given) == level
+
+
+def test_a_level_does_not_depend_on_a_latency_without_a_limit(pair: Placed) -> None:
+    def level(own: ServiceLevel, limits: Objective) -> ServiceLevel:
+        plan = replace(pair[0], inputs={**pair[0].inputs, "service_level": asdict(own)})
+        return level_to_hold(plan, limits, ttft=None, tpot=None, attainment=None)
+
+    assert level(TAILS, replace(LIMITS, tpot_limit_s=None)) == ServiceLevel(ttft=P99)
+    assert level(TAILS, UNLIMITED) == level(SHARE, UNLIMITED) == DEFAULT
+    assert level(SHARE, replace(LIMITS, tpot_limit_s=None)) == SHARE
+    with pytest.raises(InvalidProblemError, match="neither TTFT nor TPOT has one"):
+        asked(pair, SHARE, limits=UNLIMITED)
+
+
+def test_a_small_share_of_misses_needs_more_requests(pair: Placed) -> None:
+    load = asked(pair, DEFAULT).load
+    usual = default_requests(pair[0], load)
+    assert default_requests(pair[0], load, ServiceLevel(attainment=0.9)) == usual < 50_000
+    assert default_requests(pair[0], load, ServiceLevel(attainment=0.995)) == 10_000  # 50 misses of 0.5%
+    assert default_requests(pair[0], load, ServiceLevel(attainment=1.0)) == 40_000
+
+
+# --- what is compared
+
+
+def test_one_run_is_compared_in_the_statistics_of_its_level(pair: Placed) -> None:
+    found = answered(pair, asked(pair, TAILS))
+    assert found.verdict is not None
+    ttft, tpot = found.verdict.limits
+    # `Summary` has these figures by code of its own.
+    assert (ttft.estimate.value, tpot.estimate.value) == pytest.approx(
+        (found.summary.ttft_s.p99, found.summary.tpot_s.p90)
+    )
+    assert (ttft.limit, tpot.limit) == (0.2, 0.05)
+    share = answered(pair, asked(pair, SHARE))
+    assert share.verdict is not None
+    (within,) = share.verdict.limits
+    assert within.estimate.value == pytest.approx(share.summary.attainment)
+    assert {*share.verdict.missed} == {Latency.TTFT, Latency.TPOT}
+    assert share.run is None, "it was not asked for"
+
+
+def test_the_verdict_is_that_of_place_on_the_same_traffic(pair: Placed) -> None:
+    plan, problem = replace(pair[0], inputs={**pair[0].inputs, "service_level": asdict(TAILS)}), pair[1]
+    placed = simulated_at(plan, problem, 25.0, LIMITS, seed=0, budget=Budget(), report=silent, lengths=(600,))
+    found = answered(pair, asked(pair, TAILS))
+    assert placed is not None
+    assert found.verdict is not None
+    for one, limited in zip(found.verdict.limits, placed.measured.limited, strict=True):
+        assert one.estimate.value == limited.value
+        assert one.estimate.half_width == pytest.approx(limited.high - limited.value)
+    assert found.kept is placed.within
+
+
+def test_several_runs_are_judged_over_the_requests_of_all(pair: Placed) -> None:
+    latencies = list[FloatArray]()
+    for seed in (3, 4, 5):
+        one = answered(pair, asked(pair, DEFAULT, seeds=(seed,), keep_run=True))
+        assert one.run is not None
+        inside = one.run.arrival_s >= one.summary.warm_up_s  # which differ
+        latencies.append((one.run.first_token_s - one.run.arrival_s)[inside])
+    found = answered(pair, asked(pair, TAILS, seeds=(3, 4, 5)))
+    assert found.verdict is not None
+    value = found.verdict.limits[0].estimate.value
+    assert value == pytest.approx(np.percentile(np.concatenate(latencies), 99))
+    assert value != pytest.approx(np.mean([np.percentile(one, 99) for one in latencies]))
+
+
+def test_few_whole_runs_in_memory_change_nothing(pair: Placed, monkeypatch: pytest.MonkeyPatch) -> None:
+    question = asked(pair, SHARE, seeds=(0, 1, 2), num_requests=200, keep_run=True)
+    at_once = answered(pair, question)
+    parts = list[str]()
+    monkeypatch.setattr(simulating, "WHOLE_AT_ONCE", 400)
+    in_turn = answered(pair, question, begins=parts.append)
+    assert parts == ["runs 1 to 2 of 3", "runs 3 to 3 of 3"]
+    parts_of = attrgetter("verdict", "summary", "runs")
+    assert repr(parts_of(in_turn)) == repr(parts_of(at_once))  # since Python 3.13 a NaN makes equal values unequal
+    assert in_turn.run is not None
+    assert at_once.run is not None
+    assert (in_turn.run.finished_s == at_once.run.finished_s).all(), "it is the first run"
+
+
+def test_processes_give_the_same_verdict(saved: Path, tmp_path: Path) -> None:
+    arguments = ("simulate", str(saved), "--requests", "200", "--seeds", "3", "-o", "json")
+    traced = ("--perfetto", str(tmp_path / "p.json"))
+    apart = hetis_plan(*arguments, "--threads", "2", *traced)
+    assert apart.returncode == 0, apart.stderr
+    here = hetis_plan(*arguments, "--threads", "1")
+    left_out = ("settings",)  # whether a trace is recorded
+    assert {**json.loads(apart.stdout), **dict.fromkeys(left_out)} == {
+        **json.loads(here.stdout), **dict.fromkeys(left_out)
+    }  # fmt: skip
+    assert {"X", "M"} <= {event["ph"] for event in json.loads((tmp_path / "p.json").read_text())["traceEvents"]}
+
+
+def run_of(ttft_s: FloatArray) -> Run:
+    """Return a run of one request a second with these TTFT and two tokens each, the second after 10 ms."""
+    arrival_s = np.arange(len(ttft_s), dtype=np.float64)
+    first = arrival_s + ttft_s
+    log = RequestLog().run(float(len(ttft_s)), None)
+    tokens = np.full(len(ttft_s), 2, np.int64)
+    return replace(
+        log, id=np.arange(len(ttft_s)), arrival_s=arrival_s, admitted_s=arrival_s, first_token_s=first,
+        finished_s=first + 0.01, prompt_tokens=tokens, output_tokens=tokens,
+    )  # fmt: skip
+
+
+def judged(run: Run, level: ServiceLevel, limits: Objective) -> LevelVerdict:
+    metrics = measure(run, limits, saturated=False)
+    return verdict_of(level, limits, summarise([metrics]), [latencies_of(run, metrics)])
+
+
+@pytest.mark.parametrize(("attainment", "kept"), [(0.9, True), (0.91, False), (0.05, True), (1.0, False)])
+def test_a_share_that_is_reached_exactly_is_kept(attainment: float, kept: bool) -> None:
+    # Every tenth of the requests is late, also of those after the warm-up, of which there is a multiple of ten.
+    run = run_of(np.where(np.arange(4000) % 10 == 9, 0.3, 0.1))
+    metrics = measure(run, LIMITS, saturated=False)
+    start = int(np.ceil(metrics.window_start_s / 10.0)) * 10.0
+    found = verdict_of(
+        ServiceLevel(attainment=attainment), LIMITS, summarise([metrics]),
+        [latencies_of(run, replace(metrics, window_start_s=start))],
+    )  # fmt: skip
+    assert found.limits[0].estimate.value == pytest.approx(0.9, abs=1e-12)
+    assert found.kept is kept
+
+
+def test_every_request_may_have_to_keep_the_limits() -> None:
+    early = run_of(np.full(4000, 0.1))
+    assert judged(early, ServiceLevel(attainment=1.0), LIMITS).kept is True
+    late = run_of(np.where(np.arange(4000) == 3999, 0.3, 0.1))
+    found = judged(late, ServiceLevel(attainment=1.0), LIMITS)
+    assert (found.kept, found.sure) == (False, True)
+
+
+def held_over(run: Run, level: ServiceLevel) -> Measured:
+    """Compare a run with the limits without its warm-up, which some of these runs are too odd for."""
+    summary = summarise([measure(run_of(np.full(len(run.arrival_s), 0.1)), LIMITS, saturated=False)])
+    return measured(level, replace(summary, warm_up_s=0.0), run, LIMITS)
+
+
+def test_requests_that_never_finish_are_the_slowest() -> None:
+    run = run_of(np.full(1000, 0.1))
+    lost = np.arange(1000) % 25 == 0  # 4%
+    run = replace(run, finished_s=np.where(lost, np.nan, run.finished_s))
+    beyond, below = (held_over(run, ServiceLevel(ttft=one)).seconds[Latency.TTFT] for one in (P99, Statistic.P90))
+    assert beyond == np.inf
+    assert below == pytest.approx(0.1)
+
+
+def test_a_single_token_has_no_time_per_token() -> None:
+    run = run_of(np.full(900, 0.1))
+    single = np.arange(900) % 3 > 0
+    slow = run.first_token_s + 0.2
+    run = replace(
+        run, output_tokens=np.where(single, 1, 2), finished_s=np.where(single, run.first_token_s, slow)
+    )  # fmt: skip
+    found = held_over(run, ServiceLevel(tpot=Statistic.P50))
+    assert found.seconds[Latency.TPOT] == pytest.approx(0.2)
+    share = held_over(run, ServiceLevel(attainment=0.9))
+    assert share.missed[Latency.TPOT] == pytest.approx(1 / 3)
+
+
+def test_no_request_gives_no_share_and_no_warning() -> None:
+    run = run_of(np.zeros(0))
+    summary = summarise([measure(run_of(np.full(10, 0.1)), LIMITS, saturated=False)])
+    found = measured(ServiceLevel(attainment=0.9), summary, run, LIMITS)
+    assert np.isnan(found.missed[Latency.TTFT])
+
+
+def limit(*, kept: bool | None, sure: bool) -> LimitVerdict:
+    return LimitVerdict(
+        latency=Latency.TTFT, statistic=P99, limit=1.0, estimate=Estimate(value=1.0), kept=kept, sure=sure
+    )
+
+
+@pytest.mark.parametrize(
+    ("limits", "steady", "carried", "kept", "sure"),
+    [
+        ([(True, True), (True, True)], True, True, True, True),
+        ([(True, True), (True, False)], True, True, True, False),
+        ([(True, True), (False, False)], True, True, False, False),
+        ([(False, True), (False, False)], True, True, False, True),
+        ([(True, True)], None, True, True, False),
+        ([(True, True)], False, False, False, True),
+        ([(True, True)], None, False, False, False),  # waits grow, but the run is too short to be sure
+        ([(None, False)], None, None, None, False),
+        ([(None, False), (False, True)], None, None, False, True),
+    ],
+)
+def test_a_level_is_kept_if_the_load_is_carried_within_all_limits(
+    limits: list[tuple[bool | None, bool]], steady: bool | None, carried: bool | None, kept: bool | None, sure: bool
+) -> None:
+    parts = tuple(limit(kept=one, sure=certain) for one, certain in limits)
+    found = LevelVerdict(limits=parts, missed={}, steady=steady, carried=carried)
+    assert (found.kept, found.sure) == (kept, sure)
+
+
+@pytest.mark.parametrize("rate_rps", [5.0, 25.0, 60.0])
+@pytest.mark.parametrize("ttft_limit_s", [None, 0.12, 2.0])
+def test_the_default_level_is_that_of_the_summary(pair: Placed, rate_rps: float, ttft_limit_s: float | None) -> None:
+    limits = replace(LIMITS, ttft_limit_s=ttft_limit_s)
+    found = answered(pair, asked(pair, DEFAULT, rate_rps=rate_rps, limits=limits))
+    assert found.kept is found.summary.within(limits)
+
+
+def test_a_short_run_whose_waits_grow_seems_not_to_be_carried() -> None:
+    run = run_of(np.linspace(0.0, 10.0, 60))
+    limits = replace(LIMITS, ttft_limit_s=100.0)
+    found = judged(run, TAILS, limits)
+    assert (found.steady, found.carried, found.kept, found.sure) == (None, False, False, False)
+    assert not summarise([measure(run, limits, saturated=False)]).within(limits)
+
+
+# --- a sweep
+
+
+@pytest.mark.parametrize("level", [TAILS, SHARE, ServiceLevel(attainment=1.0)])
+def test_a_sweep_searches_by_the_level(pair: Placed, level: ServiceLevel) -> None:
+    found = answered(pair, asked(pair, level, sweeps=True, tolerance=0.1))
+    swept = found.sweep
+    assert swept is not None
+    assert swept.beyond_rps is not None
+    assert len(found.verdicts) == len(swept.points) > 1
+    for point, verdict in zip(swept.points, found.verdicts, strict=True):
+        alone = answered(pair, asked(pair, level, rate_rps=point.rate_rps))
+        assert (verdict, point.summary) == (alone.verdict, alone.summary)
+        assert (point.within, point.sure) == (verdict.kept, verdict.sure)
+        assert point.within is (point.rate_rps <= swept.goodput_rps)
+    at = [point.rate_rps for point in swept.points].index(swept.goodput_rps)
+    assert found.verdict == found.verdicts[at]
+
+
+def test_a_harder_level_has_a_lower_goodput(pair: Placed) -> None:
+    levels, limits = (ServiceLevel(ttft=P50), DEFAULT, ServiceLevel(ttft=P99)), replace(LIMITS, tpot_limit_s=None)
+    swept = [answered(pair, asked(pair, one, limits=limits, sweeps=True, tolerance=0.02)).sweep for one in levels]
+    rates = [one.goodput_rps for one in swept if one is not None]
+    assert rates[0] > rates[1] > rates[2] > 0
+
+
+def test_a_sweep_is_shown_in_the_statistics_of_the_level(saved: Path) -> None:
+    sweep = ("--sweep", "--requests", "300", "--tolerance", "20%")
+    tails = table(saved, *sweep, "--ttft-statistic", "p99", "--tpot-statistic", "p90")
+    flat = " ".join(tails.split())
+    assert "requests/s within p99 TTFT 200 ms and p90 TPOT 50.0 ms" in flat
+    assert "served TTFT p99 TPOT p90 attained" in flat
+    share = " ".join(table(saved, *sweep).split())
+    assert "requests/s within TTFT 200 ms and TPOT 50.0 ms for 90% of the requests" in share
+    assert "served TTFT p95 TPOT mean attained" in share
+    assert "Service level" not in share, "the rates have verdicts of their own"
+
+    at_tails = simulated(saved, *sweep, "--ttft-statistic", "p99", "--tpot-statistic", "p90")
+    for point in at_tails["sweep"]["points"]:
+        ttft, tpot = (one["value"] for one in point["verdicts"])
+        row = next(line for line in tails.splitlines() if line.startswith(f"      {point['rate_rps']:.2f} "))
+        assert f" {seconds(ttft)} " in row
+        assert f" {seconds(tpot)} " in row
+        assert point["summary"]["ttft_p95_s"]["value"] < ttft
+
+
+def test_a_sweep_says_up_to_which_rate_its_goodput_is_sure(pair: Placed) -> None:
+    found = answered(pair, asked(pair, DEFAULT, limits=UNLIMITED, num_requests=300, sweeps=True, tolerance=0.2))
+    assert found.sweep is not None
+    assert found.sweep.beyond_rps is not None
+
+    def shown(*sure: bool) -> str:
+        rates = [found.sweep.goodput_rps * (n + 1) / len(sure) for n in range(len(sure))]
+        point = found.sweep.points[0]
+        points = [replace(point, rate_rps=rate, within=True, sure=one) for rate, one in zip(rates, sure, strict=True)]
+        return _goodput(replace(found, sweep=replace(found.sweep, points=(*points, found.sweep.points[-1]))))
+
+    beyond, goodput_rps = f"; {digits(found.sweep.beyond_rps, 4)} is not", found.sweep.goodput_rps
+    assert shown(False, True) == f"{digits(goodput_rps, 4)} requests/s carried{beyond}"
+    assert shown(True, False) == (
+        f"{digits(goodput_rps, 4)} requests/s carried (unsure above {digits(goodput_rps / 2, 4)}){beyond}"
+    )
+    assert shown(False, False) == f"{digits(goodput_rps, 4)} requests/s carried (unsure){beyond}"
+
+
+def test_the_picture_of_a_sweep_has_the_limits_of_the_level(pair: Placed) -> None:
+    def panels(level: ServiceLevel) -> dict[str, tuple[float, ...]]:
+        found = answered(pair, asked(pair, level, num_requests=300, sweeps=True, tolerance=0.2))
+        return {panel.title: panel.limits for panel in panels_of(found, pair[0])}
+
+    assert panels(DEFAULT) == {"Throughput": (), "p95 TTFT": (0.2,), "mean TPOT": (0.05,)}
+    assert panels(TAILS) == {"Throughput": (), "p99 TTFT": (0.2,), "p90 TPOT": (0.05,)}
+    assert panels(SHARE) == {**panels(DEFAULT), "Requests within all limits": (0.9,)}
+
+
+# --- what is printed
+
+
+def test_a_plan_is_held_to_its_own_level_unless_another_is_given(saved: Path) -> None:
+    own = simulated(saved, "--requests", "600")
+    assert own["service_level"] == {"ttft": "p95", "tpot": "mean", "attainment": 0.9}
+    assert shown(own) == [(None, None, 0.9)]
+    assert own["verdicts"][0]["value"] == pytest.approx(own["summary"]["attainment"])
+    assert {*own["missed"]} == {"TTFT", "TPOT"}
+    other = simulated(saved, "--requests", "600", "--ttft-statistic", "p99", "--ttft", "1s", "--tpot", "none")
+    assert other["service_level"] == {"ttft": "p99", "tpot": "mean", "attainment": None}
+    assert shown(other) == [("TTFT", "p99", 1.0)]
+    assert other["verdicts"][0]["value"] == pytest.approx(other["summary"]["ttft_s"]["p99"])
+    assert other["missed"] == {}
+    assert own["summary"]["ttft_s"] == other["summary"]["ttft_s"], "a level does not change what is simulated"
+
+
+def test_a_saturated_fleet_has_no_verdict(saved: Path) -> None:
+    found = simulated(saved, "--requests", "600", "--saturate")
+    assert (found["service_level"], found["kept"], found["sure"], found["verdicts"]) == (None, None, None, [])
+    assert "Service level" not in table(saved, "--saturate", "--requests", "300")
+
+
+def test_a_saturated_fleet_gets_no_requests_to_measure_a_share(saved: Path, tmp_path: Path) -> None:
+    document = json.loads(saved.read_text())
+    document["inputs"]["service_level"] = asdict(ServiceLevel(attainment=1.0))
+    strict = tmp_path / "plan.json"
+    strict.write_text(json.dumps(document))
+    result = invoke("simulate", str(strict), "--threads", "1", "--saturate", "-o", "json")
+    assert json.loads(result.stdout)["load"]["requests"] < 40_000
+
+
+def test_the_table_says_what_was_asked_and_what_was_simulated(saved: Path) -> None:
+    kept = table(saved, "--requests", "2000", "--rate", "10")
+    flat = " ".join(kept.split())
+    assert "Service level kept: 90% of the requests within all limits" in flat
+    assert "Requests within all limits 90% 100.0 ± 0.15% kept" in flat  # no miss of 2,000: up to 3 / 2,000 by chance
+    assert "TTFT within 200 ms 100.0% TPOT within 50.0 ms 100.0%" in flat
+    assert "of the requests kept both limits" in flat
+    for words in ("Attainment", "Expected and simulated", "TTFT p95", "TPOT mean", "Latencies"):
+        assert words in kept
+    missed = " ".join(table(saved, "--requests", "2000", "--rate", "10", "--ttft", "10ms").split())
+    assert "Service level MISSED: 90% of the requests within all limits Measured" in missed
+    assert "Requests within all limits 90% 0.0 ± " in missed
+    piled = " ".join(table(saved, "--requests", "1000", "--rate", "90", "--tpot", "none").split())
+    assert "MISSED: 90% of the requests within all limits; the load is not carried" in piled
+    assert "of the requests kept the limit " in piled
+    doubtful = " ".join(table(saved, "--requests", "60", "--rate", "90", "--tpot", "none").split())
+    assert "too short" in doubtful
+    assert "the load is not carried" not in doubtful, "the run cannot tell"
+    assert "; the load does not seem to be carried" in doubtful
+    tail = " ".join(table(saved, "--requests", "2000", "--rate", "10", "--ttft-statistic", "p99").split())
+    assert "Service level kept: p99 of TTFT and mean of TPOT within their limits" in tail
+    assert "Limits asked simulated TTFT p99 200 ms " in tail
+    alone = " ".join(
+        table(saved, "--requests", "200", "--rate", "10", "--ttft-statistic", "p50", "--tpot", "none").split()
+    )
+    assert "Service level kept, unsure: p50 of TTFT within its limit" in alone
+    one = " ".join(table(saved, "--requests", "1").split())
+    assert "Service level not decided: 90%" in one
+    unlimited = table(saved, "--requests", "200", "--ttft", "none", "--tpot", "none")
+    assert "Service level" not in unlimited
+    assert "Limits" not in unlimited
+
+
+def test_the_page_has_the_verdict(saved: Path, tmp_path: Path) -> None:
+    page = tmp_path / "page.html"
+    table(saved, "--requests", "2000", "--rate", "10", "--html", str(page))
+    assert "Service level kept: 90% of the requests within all limits." in page.read_text()
+
+
+def test_until_stable_waits_for_the_intervals_of_the_level(pair: Placed) -> None:
+    usual, tail = (
+        answered(pair, asked(pair, level, rate_rps=10.0, precision=0.105))
+        for level in (DEFAULT, ServiceLevel(ttft=P99))
+    )
+    assert usual.question.num_requests == 600
+    assert usual.precision == usual.summary.precision() <= 0.105
+    assert tail.question.num_requests > 600, "its p99 was less certain than that"
+    assert tail.precise
+    assert tail.verdict is not None
+    assert tail.precision >= tail.verdict.limits[0].estimate.relative
+
+
+# --- from Python
+
+
+def test_a_simulation_from_python_follows_the_level(saved: Path) -> None:
+    pytest.importorskip("pandas")
+    plan = hetis.load_plan(saved)
+    at: dict[str, Any] = {"requests": 600, "rate": 30.0}
+    own, usual = plan.simulate(**at), plan.simulate(**at, ttft_statistic="p95")
+    assert own.simulated.question.service_level == SHARE
+    # p95 of TTFT and mean of TPOT are within their limits, but the TPOT of many requests is not.
+    assert (own.kept, usual.kept) == (False, True)
+    assert own.summary == usual.summary
+    share = np.floor(1000.0 * own.summary.attainment) / 10.0
+    assert repr(own).endswith(f", {share:.1f}% attained, not kept: 90% of the requests within all limits>")
+    assert f"{share:.1f}%" != f"{100.0 * own.summary.attainment:.1f}%", "it is rounded down"
+    assert repr(usual).endswith("% attained, within the limits>")
+    tails = plan.simulate(**at, ttft_statistic="p99")
+    assert tails.kept is (tails.summary.ttft_s.p99 <= 0.2 and tails.summary.mean_tpot_s.value <= 0.05)
+    assert f"TTFT p99 {1e3 * tails.summary.ttft_s.p99:.0f} ms, TPOT mean " in repr(tails)
+    (row,) = tails.to_frame().to_dict("records")
+    assert row["ttft_p99_s"] == pytest.approx(tails.summary.ttft_s.p99)
+    assert row["ttft_p95_s"] == tails.summary.ttft_p95_s.value
+    assert row["within"] is tails.kept
+    assert "ttft_p99_s" not in usual.to_frame().columns
+    (row,) = own.to_frame().to_dict("records")
+    assert (row["within"], row["attainment"]) == (False, own.summary.attainment)
+    assert plan.simulate(**at, attainment="50%").kept
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"ttft_statistic": "p98"}, "simulate: ttft_statistic: unknown statistic 'p98'"),
+        ({"attainment": 1.5}, "simulate: attainment: is 1.5, must be above 0 and at most 1"),
+        ({"attainment": 0.9, "tpot_statistic": "p99"}, "leave out tpot_statistic"),
+    ],
+)
+def test_a_level_that_makes_no_sense_is_refused_from_python(saved: Path, given: dict[str, Any], words: str) -> None:
+    with pytest.raises(hetis.HetisError, match=words):
+        hetis.load_plan(saved).simulate(**given)

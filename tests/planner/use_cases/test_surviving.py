@@ -1,0 +1,294 @@
+"""`place --survive node`: the demand is served without any one node; every plan states what remains."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hetis.planner.cli.app import run
+from hetis.planner.cli.exit_codes import ExitCode
+from hetis.planner.use_cases import place as placing
+from hetis.planner.use_cases.place import PlacementSettings
+from hetis.planner.use_cases.record.parts import Losses
+from hetis.planner.use_cases.request import PlacementRequest
+from hetis.planner.use_cases.surviving import _equal_nodes
+from hetis.solver.budget import Budget, silent
+from hetis.solver.cluster import GpuSlots, NodeGroup
+from hetis.solver.constraints import Exclude, Selection, Unit
+from hetis.solver.errors import NoPlanFoundError
+from hetis.solver.plan import Plan
+from hetis.solver.problem import PlacementProblem
+from tests.engines.plans import plan_of, stage_of
+from tests.solver.instances import make_problem, make_profile
+
+FLEET = """\
+apiVersion: hetis/v1
+kind: Cluster
+name: small
+nodes:
+  - {name: l4, count: 6, gpus: [{type: L4, count: 1}]}
+network: {bandwidth: 100Gbps, latency: 20us}
+"""
+
+
+@pytest.fixture
+def inputs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    (tmp_path / "fleet.yaml").write_text(FLEET)
+    monkeypatch.chdir(tmp_path)
+    return [
+        "place",
+        "-c",
+        "fleet.yaml",
+        "-m",
+        "Llama-2-7B",
+        "-w",
+        "1024/256",
+        "-q",
+        "--no-verify",
+        "--no-other-engines",
+    ]
+
+
+def placed(capsys: pytest.CaptureFixture[str], options: list[str]) -> dict[str, Any]:
+    assert run([*options, "-o", "json"]) == ExitCode.OK
+    found: dict[str, Any] = json.loads(capsys.readouterr().out)
+    return found
+
+
+def test_the_demand_is_served_without_any_one_node(inputs: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    goal = ["--objective", "gpus", "--rate", "0.5", "--tpot", "none", "--ttft", "none"]
+    alone, kept = placed(capsys, [*inputs, *goal]), placed(capsys, [*inputs, *goal, "--survive", "node"])
+    assert 0.9 * alone["inputs"]["losses"]["node"]["rate"] < 0.5
+    assert 0.9 * kept["inputs"]["losses"]["node"]["rate"] >= 0.5
+    assert kept["result"]["value"] > alone["result"]["value"]
+    assert any("are served when any one node is lost" in note for note in kept["notes"])
+    assert "equal_stages_value" in alone["inputs"]
+    assert "equal_stages_value" not in kept["inputs"], "equal stages that do not survive are no comparison"
+    Path("plan.json").write_text(json.dumps(kept))
+    assert run(["check", "plan.json", "-q"]) == ExitCode.OK
+    assert run([*inputs, "--survive", "node"]) == ExitCode.INVALID
+    assert "--survive needs a demand: use --objective cost or gpus" in " ".join(capsys.readouterr().err.split())
+
+
+def test_what_survives_is_spread_over_nodes_where_that_takes_less(
+    inputs: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("fleet.yaml").write_text(
+        FLEET.replace("count: 6, gpus: [{type: L4, count: 1}]", "count: 2, gpus: [{type: L4, count: 8}]")
+    )
+    goal = ["--objective", "gpus", "--rate", "1", "--tpot", "none", "--ttft", "none"]
+    alone, kept = placed(capsys, [*inputs, *goal]), placed(capsys, [*inputs, *goal, "--survive", "node"])
+    assert kept["result"]["value"] == 2 * alone["result"]["value"], "as much on either node"
+    assert kept["result"]["bound"] == kept["result"]["value"], "on two nodes, what survives serves twice the demand"
+    assert kept["result"]["status"] == "optimal"
+    assert 0.9 * kept["inputs"]["losses"]["node"]["rate"] >= 1
+    Path("plan.json").write_text(json.dumps(kept))
+    assert run(["check", "plan.json", "-q"]) == ExitCode.OK
+
+
+def test_a_demand_that_is_too_large_proves_nothing_of_smaller_ones(
+    inputs: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The plan for the demand alone has one replica on all nodes, whose loss the other GPUs cannot make up for."""
+    Path("fleet.yaml").write_text(
+        FLEET.replace(
+            "  - {name: l4, count: 6, gpus: [{type: L4, count: 1}]}",
+            "  - {name: h, count: 2, gpus: [{type: H100-SXM-80GB, count: 2}]}\n"
+            "  - {name: l, count: 2, gpus: [{type: L40S, count: 4}]}\n"
+            "  - {name: a, gpus: [{type: A100-SXM-80GB, count: 4}]}",
+        )
+    )
+    larger = {"Llama-2-7B": "Llama-3.1-70B", "1024/256": "2000/300"}
+    asked = [*(larger.get(one, one) for one in inputs), "--objective", "cost", "--survive", "node"]
+    kept = placed(capsys, [*asked, "--rate", "2.5"])
+    assert 0.9 * kept["inputs"]["losses"]["node"]["rate"] >= 2.5
+
+
+def test_a_fleet_of_one_node_survives_no_loss(inputs: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    Path("fleet.yaml").write_text(FLEET.replace("count: 6", "count: 1"))
+    assert run([*inputs, "--objective", "gpus", "--rate", "0.1", "--survive", "node"]) == ExitCode.INFEASIBLE
+    assert "--survive node: the fleet has no other node" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("constraint", [[], ["--pin", "node=big:as=primary"]])
+def test_a_node_that_the_others_cannot_replace_is_named_with_what_they_lack(
+    inputs: list[str], capsys: pytest.CaptureFixture[str], constraint: list[str]
+) -> None:
+    big = "  - {name: big, gpus: [{type: H100-SXM-80GB, count: 4}]}\nnetwork"
+    Path("fleet.yaml").write_text(FLEET.replace("count: 6", "count: 2").replace("network", big))
+    goal = ["--objective", "gpus", "--rate", "8", "--survive", "node", *constraint]
+    assert run([*inputs, *goal]) == ExitCode.INFEASIBLE
+    said = " ".join(capsys.readouterr().err.split())
+    assert "--survive node: without node big, the others must serve 8 requests/s" in said
+    assert "demand 8 requests/s is above what this fleet serves" in said
+    assert "node=big" not in said
+
+
+def test_every_plan_says_what_is_served_without_its_worst_node(
+    inputs: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run([*inputs, "--engine", "vllm", "--max-gpus", "1", "--html", "plan.html"]) == ExitCode.OK
+    text = " ".join(capsys.readouterr().out.split())
+    assert "after losing any one node: at least 83% still served (worst: l4-" in text, text[:900]
+    page = " ".join(re.sub("<[^>]*>", " ", Path("plan.html").read_text()).split())
+    assert "After losing any one node 83% at least still served worst: l4-" in page
+
+
+def test_nothing_is_served_without_the_only_node(inputs: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    Path("fleet.yaml").write_text(FLEET.replace("count: 6", "count: 1"))
+    assert run(inputs) == ExitCode.OK
+    text = " ".join(capsys.readouterr().out.split())
+    assert "Losses after losing any one node: nothing still served (worst: l4-0)" in text, text[:900]
+
+
+def test_the_simplest_plan_is_asked_for_with_a_share(inputs: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    plan = placed(capsys, [*inputs, "--simplest-within", "2%"])
+    assert plan["inputs"]["simplest_within"] == 0.02
+    assert any("of the best" in note for note in plan["notes"])
+    assert run([*inputs, "--simplest-within", "2%", "--strategy", "splitwise"]) == ExitCode.INVALID
+    assert "only searched for by strategies hetis, hexgen and hexgen2" in " ".join(capsys.readouterr().err.split())
+
+
+ZONES = """\
+apiVersion: hetis/v1
+kind: Cluster
+name: zones
+nodes:
+  - {name: a, zone: east, count: 4, gpus: [{type: L4, count: 1, usd_per_hour: 0.7}]}
+  - {name: b, zone: west, count: 3, gpus: [{type: L4, count: 1, usd_per_hour: 0.8}]}
+  - {name: c, zone: north, count: 3, gpus: [{type: A100-SXM-80GB, count: 1, usd_per_hour: 2.5}]}
+network: {bandwidth: 100Gbps, latency: 20us}
+"""
+FREE = """\
+apiVersion: hetis/v1
+kind: Cluster
+name: free
+nodes:
+  - {name: a, zone: east, count: 3, gpus: [{type: A100-SXM-80GB, count: 1, usd_per_hour: 0}]}
+  - {name: l, zone: west, count: 4, gpus: [{type: L4, count: 1, usd_per_hour: 0.7}]}
+network: {bandwidth: 100Gbps, latency: 20us}
+"""
+ONE_GPU = ["--engine", "vllm", "--roles", "unified", "--max-gpus", "1", "--tpot", "none", "--ttft", "none"]
+PRICES = {"east": 0.7, "west": 0.8, "north": 2.5}
+
+
+def cheapest(rates: dict[str, float], demand: float) -> float:
+    """Return the least cost of GPU counts by zone that serve the demand without any one zone, by trying all counts."""
+    sizes = {"east": 4, "west": 3, "north": 3}
+    found = []
+    for counts in itertools.product(*(range(size + 1) for size in sizes.values())):
+        by_zone = [count * rates[zone] for zone, count in zip(sizes, counts, strict=True)]
+        if sum(by_zone) - max(by_zone) >= demand:
+            found.append(sum(count * PRICES[zone] for zone, count in zip(sizes, counts, strict=True)))
+    return min(found)
+
+
+@pytest.mark.parametrize("demand", [0.4, 0.9, 1.7, 2.6])
+def test_the_demand_is_served_without_any_one_zone(
+    inputs: list[str], capsys: pytest.CaptureFixture[str], demand: float
+) -> None:
+    Path("fleet.yaml").write_text(ZONES)
+    rates = {}
+    for zone in PRICES:
+        others = [f"--forbid=zone={other}" for other in PRICES if other != zone]
+        goal = ["--objective", "cost", "--rate", "0.1"]
+        rates[zone] = 0.9 * placed(capsys, [*inputs, *ONE_GPU, *goal, *others])["replicas"][0]["rate"]
+    plan = placed(
+        capsys, [*inputs, *ONE_GPU, "--objective", "cost", "--rate", str(demand), "--survive", "zone"]
+    )  # fmt: skip
+    assert 0.9 * plan["inputs"]["losses"]["zone"]["rate"] >= demand * (1 - 1e-9)
+    best = cheapest(rates, demand)
+    assert plan["result"]["bound"] <= best * (1 + 1e-9) <= plan["result"]["value"] * (1 + 1e-9)
+    assert plan["result"]["value"] <= 1.35 * best
+    Path("plan.json").write_text(json.dumps(plan))
+    assert run(["check", "plan.json", "-q"]) == ExitCode.OK
+
+
+@pytest.mark.parametrize(("place", "rate"), [("zone", 0.5), ("node", 4)])
+def test_gpus_may_cost_nothing(inputs: list[str], capsys: pytest.CaptureFixture[str], place: str, rate: float) -> None:
+    """The plan for the demand alone is free; losing its zone takes GPUs that are not, losing a node does not."""
+    Path("fleet.yaml").write_text(FREE)
+    asked = [*inputs, *ONE_GPU, "--objective", "cost", "--rate", str(rate), "--survive", place]
+    plan = placed(capsys, asked)
+    result, notes = plan["result"], " ".join(plan["notes"])
+    if place == "node":
+        assert (result["value"], result["bound"], result["gap"], result["status"]) == (0.0, 0.0, 0.0, "optimal")
+    else:
+        assert result["value"] >= 0.7
+    assert f": {result['value']:.4g} USD/h more than 0 USD/h of the plan for {rate} requests/s" in notes
+    Path("plan.json").write_text(json.dumps(plan))
+    assert run(["check", "plan.json", "-q"]) == ExitCode.OK
+
+
+def test_zones_that_cannot_be_lost_are_refused_with_the_reason(
+    inputs: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    goal = ["--objective", "gpus", "--rate", "0.5", "--survive", "zone"]
+    assert run([*inputs, *goal]) == ExitCode.INVALID
+    assert "all GPUs of cluster small are in one zone" in " ".join(capsys.readouterr().err.split())
+    Path("fleet.yaml").write_text(ZONES)
+    assert run([*inputs, *goal, "--pin", "replicas=2"]) == ExitCode.INVALID
+    assert "--pin replicas=2 applies to the whole fleet" in " ".join(capsys.readouterr().err.split())
+    assert run([*inputs, *ONE_GPU, "--objective", "cost", "--rate", "12", "--survive", "zone"]) == ExitCode.INFEASIBLE
+    assert "18 requests/s are needed to serve 12 without any one" in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.parametrize("is_found", [True, False])
+def test_all_searches_together_keep_the_time_limit(
+    inputs: list[str], monkeypatch: pytest.MonkeyPatch, is_found: bool
+) -> None:
+    """Every search takes all of its time here; those of nodes on their own find nothing unless ``is_found``."""
+    now_s, limits_s, solve = 0.0, list[float](), placing.search
+
+    def slow(problem: PlacementProblem, settings: PlacementSettings, *, budget: Budget, **more: Any) -> Plan:
+        nonlocal now_s
+        limits_s.append(budget.time_limit_s)
+        now_s += budget.time_limit_s
+        if len(limits_s) > 2 and not is_found:
+            raise NoPlanFoundError("no plan found within this time")
+        return solve(problem, settings, budget=Budget(), **more)
+
+    monkeypatch.setattr(placing, "search", slow)
+    request = PlacementRequest(
+        cluster="fleet.yaml", model="Llama-2-7B", workload="1024/256", objective="gpus", rate=0.5, ttft=None, tpot=None,
+        survive="node",
+    )  # fmt: skip
+    settings = placing.settings_of(request)
+    loaded = placing.load(request)
+    problem, budget = placing.pose(request, loaded), Budget(time_limit_s=60.0, clock=lambda: now_s)
+    if is_found:
+        placing.make_plan(loaded, problem, settings, budget=budget, report=silent)
+    else:
+        with pytest.raises(NoPlanFoundError, match=r"all searches for --survive share 60 s$"):
+            placing.make_plan(loaded, problem, settings, budget=budget, report=silent)
+    assert len(limits_s) > 2
+    assert limits_s[:3] == [30.0, 15.0, 7.5]
+    assert now_s < 60.0
+
+
+@pytest.mark.parametrize("row", [{"rate": "x", "whole": 1}, {"rate": 1, "whole": 0}, {"whole": 1}, {}, 3])
+def test_losses_in_another_form_are_left_out(row: object) -> None:
+    named = {"name": "zz", **row} if isinstance(row, dict) else row
+    plan = replace(
+        plan_of(stage_of()), inputs={"losses": {"node": named, "zone": {"name": "z", "rate": 1, "whole": 2.0}}}
+    )
+    assert {kind: loss.share for kind, loss in Losses.of(plan).by_place.items()} == {"zone": 0.5}
+
+
+def test_nodes_with_other_names_are_searched_once() -> None:
+    def grouped(*constraints: Exclude) -> list[list[str]]:
+        a, b = (NodeGroup(name=name, gpus=(GpuSlots(gpu="L4", count=1),), count=2, numbered=True) for name in "ab")
+        other = replace(a, name="c", count=1, numbered=False, zone="east")
+        problem = make_problem([a, b, other], profiles={"L4": make_profile("L4")})
+        return _equal_nodes(replace(problem, constraints=constraints))
+
+    assert grouped() == [["a-0", "a-1", "b-0", "b-1"], ["c"]]
+    assert grouped(Exclude(gpus=Selection(unit=Unit.ZONE, name="east"))) == grouped()
+    named = Exclude(gpus=Selection(unit=Unit.NODE, name="a-1"))
+    assert grouped(named) == [["a-0", "a-1"], ["b-0", "b-1"], ["c"]]

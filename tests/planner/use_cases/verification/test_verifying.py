@@ -1,0 +1,1219 @@
+"""The simulator verifies a plan before `place` shows it."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import re
+import threading
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+import hetis
+from hetis.formats.documents import load_plan
+from hetis.planner.cli import place as placing_verb
+from hetis.planner.cli.exit_codes import ExitCode
+from hetis.planner.cli.server import resource_views
+from hetis.planner.convert.plans import OBJECTIVE_KINDS, result_to_proto
+from hetis.planner.report.figures import digits, seconds
+from hetis.planner.report.page import key_figures, plan_section
+from hetis.planner.report.page.pages import ShownPlan, plans_page
+from hetis.planner.report.plan import headline, render_plan
+from hetis.planner.report.promises import beside_equal_stages, simple_setups
+from hetis.planner.use_cases import place as placing_steps
+from hetis.planner.use_cases.grouping import group_replicas
+from hetis.planner.use_cases.place import PlacementSettings, simulated_plan
+from hetis.planner.use_cases.record.parts import Requested, Verified
+from hetis.planner.use_cases.request import PlacementRequest
+from hetis.planner.use_cases.service_level import (
+    DEFAULT,
+    Latency,
+    ServiceLevel,
+    Statistic,
+    requested_level,
+    share_within,
+)
+from hetis.planner.use_cases.simulation.engine_settings import at_settings, with_all_seats, with_more_seats
+from hetis.planner.use_cases.simulation.judging import _attained, measured
+from hetis.planner.use_cases.simulation.simulate import Question, Simulated, answer, default_rate, seats_of
+from hetis.planner.use_cases.sources import load_inputs, load_plan_and_problem
+from hetis.planner.use_cases.verification import choosing, latency_curve, rates
+from hetis.planner.use_cases.verification.choosing import (
+    OUT_OF_TIME,
+    SEARCH_OUT_OF_TIME,
+    STOPPED_EARLY,
+    missed,
+    noted_if_stopped,
+)
+from hetis.planner.use_cases.verification.lower_rates import KeptRate, StoppedError
+from hetis.planner.use_cases.verification.outcome import AS_PLANNED, misses, rate_to_simulate, settings_of
+from hetis.planner.use_cases.verification.rates import (
+    LONGER,
+    TriedRate,
+    no_progress,
+    num_requests_of,
+    simulated_at,
+    verified,
+)
+from hetis.simulator.arrivals import Arrivals, Load
+from hetis.simulator.metrics import Summary
+from hetis.simulator.running import never, silent
+from hetis.simulator.steadiness import Estimate
+from hetis.simulator.values import Settings
+from hetis.solver.budget import Budget
+from hetis.solver.budget import silent as unreported
+from hetis.solver.errors import InvalidProblemError
+from hetis.solver.plan import Objective, ObjectiveKind, Plan, ReplicaPlan, Role
+from hetis.solver.problem import EngineSettings, PlacementProblem
+from hetis.v1 import plan_pb2
+from tests.planner.command_line import invoke
+from tests.planner.report.test_reports import text_of
+from tests.planner.use_cases.simulation.test_simulate import CLUSTER, no_mixed_factor
+
+__all__ = ["no_mixed_factor"]  # for every test here, too
+
+Placed = tuple[Plan, PlacementProblem]
+
+
+@pytest.fixture(scope="module")
+def placed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Llama-2-7B on two A100, verified."""
+    folder = tmp_path_factory.mktemp("placed")
+    (folder / "cluster.yaml").write_text(CLUSTER)
+    out = folder / "plan.json"
+    done = invoke("place", "-c", str(folder / "cluster.yaml"), "-m", "Llama-2-7B", "-w", "500/100", "--out", str(out))
+    assert done.exit_code == 0, done.output
+    assert "Simulated" in done.stdout
+    assert "Uniform" in done.stdout
+    return out
+
+
+@pytest.fixture(scope="module")
+def pair(placed: Path) -> Placed:
+    found = load_plan_and_problem(str(placed))
+    return found.plan, found.problem
+
+
+@pytest.fixture(scope="module")
+def run(pair: Placed) -> TriedRate:
+    """The plan at its rate."""
+    limits = pair[0].objective
+    found = simulated_at(*pair, default_rate(*pair), limits, seed=0, budget=Budget(), report=silent)
+    assert found is not None
+    return found
+
+
+@pytest.fixture(scope="module")
+def one_run(pair: Placed) -> Summary:
+    limits = Objective(ttft_limit_s=None, tpot_limit_s=None)
+    found = simulated_at(*pair, 1.0, limits, seed=0, budget=Budget(), report=silent)
+    assert found is not None
+    return found.summary
+
+
+def drawn(plan: Plan) -> str:
+    """Return the words of a plan's first lines, however they are wrapped."""
+    return " ".join(text_of(headline(plan), width=160).split())
+
+
+def again(plan: Plan, problem: PlacementProblem) -> Plan:
+    return verified(plan, problem, seed=0, budget=Budget(), report=no_progress)
+
+
+def test_the_saved_plan_says_what_a_second_simulation_says(placed: Path, pair: Placed) -> None:
+    plan, problem = pair
+    saved = Verified.of(load_plan(placed)).verification
+    assert saved is not None
+    assert saved == Verified.of(again(plan, problem)).verification
+    assert saved.rate_rps == pytest.approx(default_rate(plan, problem))
+    assert saved.kept == (not misses(saved, plan))
+
+
+def test_a_limit_that_no_rate_keeps_is_missed_by_name(pair: Placed) -> None:
+    plan, problem = pair
+    hasty = replace(plan, objective=replace(plan.objective, ttft_limit_s=1e-4))
+    simulated = again(hasty, problem)
+    found = Verified.of(simulated).verification
+    assert found is not None
+    assert not found.kept
+    assert found.kept_rps is None
+    assert any(clause.startswith("TTFT p95") for clause in misses(found, hasty))
+    assert any("TTFT p95" in sentence for sentence in missed(simulated, PlacementSettings().gap_target))
+
+
+def test_too_high_a_rate_is_missed_and_a_lower_one_kept(pair: Placed) -> None:
+    plan, problem = pair
+    rate_rps = 1.5 * default_rate(plan, problem)
+    crowded = replace(plan, objective=replace(plan.objective, demand_rps=rate_rps))
+    found = Verified.of(again(crowded, problem)).verification
+    assert found is not None
+    assert not found.kept
+    assert found.rate_rps == rate_rps
+    assert found.kept_rps is not None
+    assert 0.25 * rate_rps <= found.kept_rps < rate_rps
+    at_kept = replace(plan, objective=replace(plan.objective, demand_rps=found.kept_rps))
+    kept = Verified.of(again(at_kept, problem)).verification
+    assert kept is not None
+    assert kept.kept
+
+
+def test_a_plan_that_keeps_its_limits_says_up_to_which_rate(pair: Placed) -> None:
+    plan, problem = pair
+    found = Verified.of(again(plan, problem)).verification
+    assert found is not None
+    assert found.kept_rps is not None
+    assert found.kept_rps == pytest.approx(1.1 * found.rate_rps)
+    shown = replace(plan, inputs={**plan.inputs, "verification": asdict(found)})
+    assert f"kept up to {digits(found.kept_rps, 4)}" in drawn(shown)
+    demanded = replace(plan, objective=replace(plan.objective, demand_rps=0.5 * found.rate_rps))
+    at_demand = Verified.of(again(demanded, problem)).verification
+    assert at_demand is not None
+    assert at_demand.kept_rps == at_demand.rate_rps == 0.5 * found.rate_rps
+
+
+@pytest.mark.parametrize(
+    ("short_s", "long_s", "asked", "kept", "sure"),
+    [
+        ((0.6, 0.05), None, 1, True, True),  # p95 TTFT and its half width in seconds, for a limit of 1 s
+        ((1.3, 0.05), None, 1, False, False),
+        ((0.87, 0.05), (0.88, 0.02), 2, True, True),
+        ((0.87, 0.05), (1.4, 0.1), 2, False, False),  # queues had not filled up in the shorter run
+        ((1.3, 0.5), (0.97, 0.05), 2, True, False),
+        ((0.98, 0.05), (1.01, 0.05), 2, True, False),  # a miss within the error
+        ((0.98, 0.05), (1.05, 0.1), 2, False, False),  # a miss beyond the error
+    ],
+)
+def test_a_longer_run_decides_where_the_limit_is_close(
+    pair: Placed, one_run: Summary, monkeypatch: pytest.MonkeyPatch, short_s: tuple[float, float],
+    long_s: tuple[float, float] | None, asked: int, kept: bool, sure: bool,
+) -> None:  # fmt: skip
+    plan, problem = pair
+    limits, numbers = Objective(ttft_limit_s=1.0, tpot_limit_s=None), list[int]()
+
+    def answer(_plan: Plan, _problem: PlacementProblem, question: Question, **_: object) -> SimpleNamespace:
+        numbers.append(question.num_requests)
+        value, half_width = (short_s, long_s or short_s)[len(numbers) - 1]
+        summary = replace(one_run, steady=True, ttft_p95_s=Estimate(value=value, half_width=half_width))
+        return SimpleNamespace(complete=True, summary=summary, run=None)
+
+    monkeypatch.setattr(rates, "answer", answer)
+    found = simulated_at(plan, problem, 1.0, limits, seed=0, budget=Budget(), report=silent)
+    assert found is not None
+    assert (found.kept, found.sure) == (kept, sure)
+    assert numbers == [num_requests_of(plan) * times for times in (1, LONGER)][:asked]
+    assert found.num_requests == numbers[-1]
+
+
+@pytest.mark.parametrize(("other_s", "kept"), [(0.98, True), (1.3, False)])
+def test_other_traffic_has_to_keep_a_limit_that_is_close(
+    pair: Placed, one_run: Summary, monkeypatch: pytest.MonkeyPatch, other_s: float, kept: bool
+) -> None:
+    plan, problem = pair
+    planned_rps, seeds = default_rate(plan, problem), list[int]()
+
+    def answer(_plan: Plan, _problem: PlacementProblem, question: Question, **_: object) -> SimpleNamespace:
+        (seed,) = question.seeds
+        seeds.append(seed)
+        value = 0.5 if question.load.rate_rps < planned_rps else (0.97, other_s)[seed]
+        p95_s = Estimate(value=value, half_width=0.05)
+        summary = replace(one_run, steady=True, ttft_p95_s=p95_s, attainment=0.95)
+        return SimpleNamespace(complete=True, summary=summary, run=None)
+
+    monkeypatch.setattr(rates, "answer", answer)
+    limits = replace(plan.objective, ttft_limit_s=1.0, tpot_limit_s=None)
+    found = Verified.of(again(replace(plan, objective=limits), problem)).verification
+    assert found is not None
+    assert seeds[:3] == [0, 0, 1]  # a longer run, then other traffic
+    assert (found.kept, found.ttft_p95_s) == (kept, 0.97 if kept else other_s)
+    assert found.kept_rps == pytest.approx((1.0 if kept else 0.985) * planned_rps)
+
+
+@pytest.mark.parametrize(("split_s", "dispatched"), [(0.5, None), (0.97, True), (1.3, True)])
+def test_heads_are_dispatched_where_the_planned_split_is_not_clearly_enough(
+    pair: Placed, one_run: Summary, monkeypatch: pytest.MonkeyPatch, split_s: float, dispatched: bool | None
+) -> None:
+    plan, problem = pair
+
+    def answer(_plan: Plan, _problem: PlacementProblem, question: Question, **_: object) -> SimpleNamespace:
+        p95_s = Estimate(value=0.4 if question.settings.dispatch else split_s, half_width=0.05)
+        summary = replace(one_run, steady=True, ttft_p95_s=p95_s, attainment=0.95)
+        return SimpleNamespace(complete=True, summary=summary, run=None)
+
+    monkeypatch.setattr(rates, "answer", answer)
+    monkeypatch.setattr(rates, "_has_workers", lambda _plan: True)
+    limits = replace(plan.objective, ttft_limit_s=1.0, tpot_limit_s=None)
+    found = Verified.of(again(replace(plan, objective=limits), problem)).verification
+    assert found is not None
+    assert found.kept
+    assert (found.dispatched, found.ttft_p95_s) == (dispatched, 0.4 if dispatched else split_s)
+    assert settings_of(found).dispatch == bool(dispatched)
+
+
+@pytest.fixture(scope="module")
+def whole_run(pair: Placed) -> Simulated:
+    """Return a run of 2,000 requests at the planned rate."""
+    plan, problem = pair
+    load = Load(
+        lengths=problem.workload, max_position=problem.model.max_position, arrivals=Arrivals.DRAWN,
+        rate_rps=default_rate(plan, problem),
+    )  # fmt: skip
+    question = Question(
+        load=load, num_requests=2000, seeds=(0,), settings=AS_PLANNED, limits=plan.objective, keep_run=True
+    )
+    return answer(plan, problem, question, processes=1, is_cancelled=never, report=silent)
+
+
+def test_a_run_is_judged_by_the_statistics_that_are_asked_for(whole_run: Simulated) -> None:
+    summary, run = whole_run.summary, whole_run.run
+    limits = Objective(ttft_limit_s=1.0, tpot_limit_s=0.1)
+    usual = measured(ServiceLevel(), summary, None, limits)
+    p95, mean = summary.ttft_p95_s, summary.mean_tpot_s
+    assert [one[:4] for one in usual.limited] == [
+        (p95.value - p95.half_width, p95.value, p95.value + p95.half_width, 1.0),
+        (mean.value - mean.half_width, mean.value, mean.value + mean.half_width, 0.1),
+    ]
+    assert [one.close for one in usual.limited] == [0.9, 1.0]
+    assert not usual.seconds
+    others = measured(ServiceLevel(ttft=Statistic.P99, tpot=Statistic.P50), summary, run, limits)
+    assert others.seconds == pytest.approx({"TTFT": summary.ttft_s.p99, "TPOT": summary.tpot_s.p50})
+    assert [one.value for one in others.limited] == list(others.seconds.values())
+    assert all(one.low < one.value < one.high for one in others.limited)
+    assert others.limited[0].high - others.limited[0].value > p95.half_width  # a tail further out is less certain
+    unlimited = Objective(ttft_limit_s=None, tpot_limit_s=None)
+    assert measured(ServiceLevel(ttft=Statistic.P99), summary, run, unlimited).limited == ()
+
+
+def test_a_run_is_judged_by_the_share_of_requests_that_keep_all_limits(whole_run: Simulated) -> None:
+    summary, run, share = whole_run.summary, whole_run.run, ServiceLevel(attainment=0.9)
+    assert run is not None
+    inside = run.arrival_s >= summary.warm_up_s
+    ttft = (run.first_token_s - run.arrival_s)[inside]
+    limit_s = float(np.percentile(ttft, 80))
+    found = measured(share, summary, run, Objective(ttft_limit_s=limit_s, tpot_limit_s=None))
+    (missing,) = found.limited
+    assert missing.value == found.missed["TTFT"] == pytest.approx(0.2, abs=1 / len(ttft))
+    assert missing.limit == pytest.approx(0.1)
+    assert missing.low > 0.15
+    both = measured(share, summary, run, Objective(ttft_limit_s=limit_s, tpot_limit_s=1e-6))
+    assert (both.limited[0].value, both.missed["TPOT"]) == (1.0, 1.0)
+    never = measured(share, summary, run, Objective(ttft_limit_s=1e6, tpot_limit_s=None)).limited[0]
+    assert never.value == 0.0
+    assert never.high == pytest.approx(3 / len(ttft))  # a run without a miss does not prove that there are none
+    lost = replace(run, finished_s=np.full_like(run.finished_s, np.nan))
+    assert measured(share, summary, lost, Objective(ttft_limit_s=1e6, tpot_limit_s=None)).limited[0].value == 1.0
+
+
+@pytest.mark.parametrize(
+    ("share", "asked", "said"),
+    [(0.876, 0.9, "87.6%"), (0.99878, 0.999, "99.878%"), (0.9996, 1.0, "99.9600%"), (0.9999, 0.999, "99.990%")],
+)
+def test_a_share_is_not_rounded_to_the_one_asked_for(share: float, asked: float, said: str) -> None:
+    assert share_within(share, asked) == said
+
+
+def test_runs_are_long_enough_for_the_share_that_may_miss(pair: Placed) -> None:
+    plan, _ = pair
+    lengths = [
+        num_requests_of(replace(plan, inputs={"service_level": asdict(ServiceLevel(attainment=share))}))
+        for share in (0.5, 0.99, 0.999, 1.0)
+    ]
+    assert lengths == [num_requests_of(plan), 5000, 40_000, 40_000]
+
+
+@pytest.mark.parametrize(("ttft", "tpot", "name"), [(0.3, 0.1, "TTFT p95"), (0.1, 0.3, "TPOT mean")])
+def test_the_limit_that_most_requests_miss_is_tightened(pair: Placed, ttft: float, tpot: float, name: str) -> None:
+    plan = pair[0]
+    said = {"kept": False, "attainment": 0.6, "ttft_missed": ttft, "tpot_missed": tpot}
+    level = asdict(ServiceLevel(attainment=0.9))
+    held = replace(plan, inputs={"verification": {**plan.inputs["verification"], **said}, "service_level": level})
+    found = Verified.of(held).verification
+    assert found is not None
+    missed_limit = choosing._missed(found, held)
+    assert missed_limit is not None
+    assert missed_limit.name == name
+    assert missed_limit.planned_s == pytest.approx(0.8 * missed_limit.asked_s)
+
+
+@pytest.mark.parametrize("level", [ServiceLevel(attainment=1.0), ServiceLevel(ttft=Statistic.P99, tpot=Statistic.P50)])
+def test_the_rate_that_is_kept_follows_what_is_asked_for(pair: Placed, level: ServiceLevel) -> None:
+    plan, problem = pair
+    usual = Verified.of(plan).verification
+    assert usual is not None
+    asked = replace(plan, inputs={**plan.inputs, "service_level": json.loads(json.dumps(asdict(level)))})
+    assert Requested.of(asked).service_level == level
+    found = again(asked, problem)
+    verification = Verified.of(found).verification
+    assert verification is not None
+    if level.attainment is None:
+        assert (verification.ttft_p95_s, verification.tpot_mean_s) == (usual.ttft_p95_s, usual.tpot_mean_s)
+        assert verification.ttft_s is not None
+        assert verification.tpot_s is not None
+        assert verification.ttft_s > usual.ttft_p95_s
+        assert f"TTFT p99 {seconds(verification.ttft_s)}, TPOT p50 {seconds(verification.tpot_s)}" in drawn(found)
+    else:
+        assert verification.kept == (verification.attainment == 1.0)
+        assert "100% asked for" in drawn(found)
+
+
+@pytest.mark.parametrize("written", [None, 3, {"ttft": "p95"}, {"ttft": "p1", "tpot": "mean", "attainment": None}])
+def test_what_is_not_readable_is_the_usual_level(pair: Placed, written: object) -> None:
+    assert Requested.of(replace(pair[0], inputs={"service_level": written})).service_level == ServiceLevel()
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--attainment", "0"], "must be above 0 and at most 100%"),
+        (["--attainment", "90"], "must be above 0 and at most 100%, did you mean 90%?"),
+        (["--ttft-statistic", "p42"], "'p42' is not one of"),
+    ],
+)
+def test_levels_that_mean_nothing_are_refused(placed: Path, options: list[str], said: str) -> None:
+    cluster = str(placed.with_name("cluster.yaml"))
+    done = invoke("place", "-c", cluster, "-m", "Llama-2-7B", "-w", "500/100", *options)
+    assert done.exit_code == ExitCode.INVALID
+    assert said in " ".join(done.stderr.replace("│", " ").split())
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        ({"attainment": 0.9, "tpot": Statistic.P99}, "no statistic is taken: leave out --tpot-statistic"),
+        (
+            {"attainment": 0.9, "verify": False},
+            "--attainment can only be checked in the simulation, which --no-verify skips",
+        ),
+        (
+            {"tpot": Statistic.MEAN, "objective": Objective(tpot_limit_s=None)},
+            "--tpot-statistic is given, but TPOT has no limit",
+        ),
+        ({"attainment": 0.9, "objective": Objective(ttft_limit_s=None, tpot_limit_s=None)}, "neither TTFT nor TPOT"),
+        ({"attainment": 90.0}, "attainment is 90, must be above 0 and at most 1"),
+    ],
+)
+def test_levels_that_contradict_themselves_are_refused(asked: dict[str, Any], said: str) -> None:
+    usual = {"ttft": None, "tpot": None, "attainment": None, "objective": Objective(), "verify": True}
+    assert requested_level(**usual) == ServiceLevel()  # type: ignore[arg-type]
+    with pytest.raises(InvalidProblemError, match=said):
+        requested_level(**{**usual, **asked})  # type: ignore[arg-type]
+
+
+def test_a_saved_plan_says_what_it_is_held_to(placed: Path, tmp_path: Path) -> None:
+    out, cluster = tmp_path / "plan.json", str(placed.with_name("cluster.yaml"))
+    asked = ["place", "-c", cluster, "-m", "Llama-2-7B", "-w", "500/100", "--ttft-statistic", "p99", "--out", str(out)]
+    assert "TTFT p99" in invoke(*asked).stdout
+    assert json.loads(out.read_text())["inputs"]["service_level"] == {"ttft": "p99", "tpot": "mean", "attainment": None}
+    assert "TTFT p99" in invoke("explain", str(out)).stdout
+
+
+def test_a_plan_that_misses_is_headed_and_simulated_by_the_rate_that_it_keeps(pair: Placed) -> None:
+    plan, problem = pair
+    said = {"kept": False, "ttft_p95_s": 9.5, "kept_rps": 0.7 * plan.result.value}
+    missing = replace(plan, inputs={**plan.inputs, "verification": {**plan.inputs["verification"], **said}})
+    kept, planned = (f"{digits(rate, 4)} requests/s" for rate in (said["kept_rps"], plan.result.value))
+    assert f"Goodput {kept} within the limits in simulation; by the model {planned}" in drawn(missing)
+    assert f"Goodput {planned} proven" in drawn(plan)
+    dear, cheap = (float(re.findall(r"([\d.]+) USD per million", drawn(one))[0]) for one in (missing, plan))
+    assert dear / cheap == pytest.approx(1 / 0.7, rel=0.01)
+    beside = {"equal_stages_value": 0.5 * plan.result.value}
+    none = {**missing.inputs["verification"], "kept_rps": None}
+    never = replace(plan, inputs={**plan.inputs, "verification": none})
+    assert "Goodput none of the rates tried keeps the limits in simulation; by the model" in drawn(never)
+    for one, more in (
+        (missing, "by the model, by replicas of equal stages (not simulated); this plan by the model 100% more"),
+        (never, "this plan: --strategy uniform); this plan by the model 100% more"),
+        (plan, "stages; this plan 100% more"),
+    ):
+        shown = replace(one, inputs={**one.inputs, **beside})
+        assert beside_equal_stages(shown).endswith(more)
+        page = plans_page([ShownPlan(name="one", plan=shown, problem=problem)])
+        assert "+100%" in page
+        assert ("by the model; equal stages, not simulated" in page) is (one is not plan)
+    [simple] = simple_setups(
+        replace(missing, inputs={**missing.inputs, "simple_setups": {"2": 0.5 * plan.result.value}})
+    )
+    assert simple.endswith("50% less by the model")
+    assert rate_to_simulate(missing, problem) == said["kept_rps"]
+    assert rate_to_simulate(plan, problem) == default_rate(plan, problem)
+    for one in (missing, plan):
+        demanded = replace(one, objective=replace(plan.objective, demand_rps=0.01))
+        assert rate_to_simulate(demanded, problem) == rate_to_simulate(one, problem), "a plan promises its own rate"
+        dearest = replace(demanded, objective=replace(demanded.objective, kind=ObjectiveKind.COST))
+        assert rate_to_simulate(dearest, problem) == 0.01
+    [clause] = misses(replace(Verified.of(missing).verification, ttft_p95_s=3451.0, steady=None), missing)
+    assert clause == "TTFT p95 3,451 s of 2 s"
+
+
+def test_a_plan_that_promises_less_than_the_model_is_compared_with_what_equal_stages_keep(
+    pair: Placed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The best plan of two A100 is one of equal stages, which keeps its limits."""
+    plan, problem = pair
+    keeps = plan.result.value
+
+    def with_kept_rate(plan: Plan, *, cancelled: bool = False) -> Plan:
+        ends = Budget()
+        if cancelled:
+            ends.cancelled.set()
+        return choosing.with_rate_of_equal_stages(plan, problem, seed=0, budget=ends, report=no_progress)
+
+    assert with_kept_rate(plan) is plan, "it keeps what the model promises"
+    said = {**plan.inputs["verification"], "kept": False, "ttft_p95_s": 9.5, "kept_rps": 0.7 * keeps}
+    missing = replace(plan, inputs={**plan.inputs, "equal_stages_value": keeps, "verification": said})
+    assert with_kept_rate(missing).inputs["equal_stages_kept_rps"] == 0.7 * keeps, "the same replicas keep the same"
+    wide = replace(missing, replicas=tuple(replace(one, max_num_seqs=512) for one in plan.replicas))
+    assert with_kept_rate(wide).inputs["equal_stages_kept_rps"] == 0.7 * keeps
+    other = replace(missing, replicas=plan.replicas[:1])
+    assert with_kept_rate(other, cancelled=True) is other
+    cheapest = replace(other, objective=replace(plan.objective, kind=ObjectiveKind.COST, demand_rps=1.0))
+    assert with_kept_rate(cheapest) is cheapest
+    found = with_kept_rate(other)
+    assert found.inputs["equal_stages_kept_rps"] == pytest.approx(keeps), "what the same replicas keep, simulated again"
+    assert beside_equal_stages(found) == (
+        f"{digits(keeps, 4)} requests/s within the limits in simulation, by replicas of equal stages; "
+        "this plan 30% less"
+    )
+    page = plans_page([ShownPlan(name="one", plan=found, problem=problem)])
+    for words in ("−30%", "in simulation; equal stages: ", "Equal stages, simulated"):
+        assert words in page
+
+    def ends_early(equal: Plan, *_: Any, budget: Budget, **__: Any) -> Plan:
+        budget.cancelled.set()
+        return replace(equal, inputs=plan.inputs)
+
+    with monkeypatch.context() as patch:
+        for unfinished in (ends_early, lambda equal, *_, **__: equal):
+            patch.setattr(choosing, "verified_plan", unfinished)
+            assert with_kept_rate(other) is other, "of equal stages nothing is known"
+    none = replace(found, inputs={**found.inputs, "equal_stages_kept_rps": 0.0})
+    assert beside_equal_stages(none) == (
+        "replicas of equal stages: none of the rates tried keeps the limits in simulation; "
+        f"by the model {digits(keeps, 4)} requests/s"
+    )
+    assert "today's practice" not in plans_page([ShownPlan(name="one", plan=none, problem=problem)])
+
+
+def test_a_single_limit_is_not_called_both(pair: Placed) -> None:
+    plan, _ = pair
+    kept = replace(plan, inputs={**plan.inputs, "verification": {**plan.inputs["verification"], "kept": True}})
+    alone = replace(kept, objective=replace(plan.objective, ttft_limit_s=None))
+    for output in (drawn, page_of):
+        assert "% within both" in output(kept)
+        assert "% within the limit" in output(alone)
+        assert "both" not in output(alone)
+
+
+def test_a_limit_that_is_kept_up_to_chance_is_said_to_be_exceeded(pair: Placed) -> None:
+    plan, _ = pair
+    limit_s = plan.objective.tpot_limit_s
+    assert limit_s is not None
+    over = {**plan.inputs["verification"], "kept": True, "tpot_mean_s": 1.01 * limit_s}
+    shown = f"TPOT mean {seconds(1.01 * limit_s)}"
+    kept = replace(plan, inputs={**plan.inputs, "verification": over})
+    assert f"{shown} (over {seconds(limit_s)} by chance)" in drawn(kept)
+    within = replace(plan, inputs={**plan.inputs, "verification": {**over, "tpot_mean_s": limit_s}})
+    assert "by chance" not in drawn(within)
+
+
+def test_without_limits_or_when_nobody_waits_nothing_is_simulated(pair: Placed) -> None:
+    plan, problem = pair
+    bare = replace(plan, inputs={})
+    unlimited = replace(bare, objective=replace(plan.objective, ttft_limit_s=None, tpot_limit_s=None))
+    assert "verification" not in again(unlimited, problem).inputs
+    cancelled = threading.Event()
+    cancelled.set()
+    left = verified(bare, problem, seed=0, budget=Budget(cancelled=cancelled), report=no_progress)
+    assert left is bare
+    assert noted_if_stopped(unlimited, Budget(cancelled=cancelled)) is unlimited, "there was nothing to simulate"
+
+
+def test_a_plan_that_was_to_be_simulated_and_was_not_says_so(pair: Placed) -> None:
+    """Ctrl-C during the search returns the best plan so far, whose figures are the model's alone."""
+    plan, problem = pair
+    budget = Budget()
+    assert noted_if_stopped(replace(plan, inputs={}), budget).notes == plan.notes, "--no-verify"
+    budget.cancelled.set()
+    assert noted_if_stopped(plan, budget) is plan, "Ctrl-C came after the simulation"
+    stopped = noted_if_stopped(
+        replace(plan, inputs={k: v for k, v in plan.inputs.items() if k != "verification"}), budget
+    )
+    assert "Simulated no: stopped before that; all values are the model's" in drawn(stopped)
+    assert STOPPED_EARLY in " ".join(text_of(render_plan(stopped), width=160).split())
+    page = plans_page([ShownPlan(name="stopped", plan=stopped, problem=problem)])
+    assert "stopped before its simulation ended" in page
+
+
+def test_a_simulation_that_exceeds_its_time_limit_is_ended_and_decides_nothing(placed: Path, pair: Placed) -> None:
+    cluster, (plan, problem) = str(placed.with_name("cluster.yaml")), pair
+    loaded = load_inputs(cluster=cluster, model="Llama-2-7B", workload="500/100", profiles=())
+    bare, looks = replace(plan, inputs={}), itertools.count()
+
+    def simulated(limit_s: float, plan: Plan = bare) -> Plan:
+        return simulated_plan(
+            plan, loaded, problem, PlacementSettings(), level=DEFAULT, report=unreported,
+            budget=Budget(time_limit_s=limit_s, clock=lambda: float(next(looks))),
+        )  # fmt: skip
+
+    assert simulated(math.inf).inputs["verification"] == plan.inputs["verification"], "as ever, however long it takes"
+    demanded = replace(bare, objective=replace(bare.objective, demand_rps=0.01))
+    assert simulated(math.inf, demanded).inputs["verification"] == plan.inputs["verification"], "at the planned rate"
+    assert simulated(math.inf, demanded).objective == demanded.objective
+    began = next(looks)
+    stopped = simulated(500.0)
+    assert next(looks) - began < 600, "within a run of 4,000 requests, before each of which the time is read"
+    assert "verification" not in stopped.inputs
+    assert stopped.notes == (*bare.notes, OUT_OF_TIME)
+    assert missed(stopped, 1.0) == [OUT_OF_TIME], "--strict promises nothing undecided"
+    assert "Simulated not decided in the time limit; all values are the model's" in drawn(stopped)
+    assert "not decided" in plans_page([ShownPlan(name="stopped", plan=stopped, problem=problem)])
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_a_verdict_needs_only_the_runs_at_the_planned_rate(
+    pair: Placed, monkeypatch: pytest.MonkeyPatch, kept: bool
+) -> None:
+    """A plan that keeps its limits does so whatever higher rates show; below a missed rate, one must be found."""
+    plan, problem = pair
+    planned_rps, tried_rps = default_rate(plan, problem), list[float]()
+
+    def ended_after_the_first(*args: Any, **options: Any) -> TriedRate | None:
+        tried_rps.append(args[2])
+        found = simulated_at(*args, **options) if len(tried_rps) == 1 else None
+        return None if found is None else replace(found, kept=kept, close=False)
+
+    monkeypatch.setattr(rates, "simulated_at", ended_after_the_first)
+    simulated = again(replace(plan, inputs={}, notes=()), problem)
+    found = Verified.of(simulated).verification
+    assert len(tried_rps) == 2
+    assert (tried_rps[1] > planned_rps) == kept
+    assert (found is not None) == kept
+    if found is not None:
+        assert (found.kept, found.kept_rps, simulated.notes) == (True, planned_rps, ())
+        return
+    late = replace(simulated, notes=(*simulated.notes, OUT_OF_TIME))
+    assert simulated.notes[0].startswith(f"{rates.MISSES_AT} {planned_rps:.4g} requests/s")
+    assert missed(late, 1.0) == list(late.notes)
+    assert f"Simulated MISSED at {planned_rps:.4g} requests/s" in drawn(late)
+    assert "lower rates not decided in the time limit" in drawn(late)
+    assert re.search(r"Goodput \S+ requests/s by the model, .*; MISSED in simulation", drawn(late))
+    page = plans_page([ShownPlan(name="late", plan=late, problem=problem)])
+    assert "MISSED" in page
+    assert "by the model; simulated traffic misses them" in page
+
+
+@pytest.mark.parametrize("in_time", [True, False])
+def test_a_rate_that_only_short_runs_kept_in_time_is_shown_with_a_note(
+    pair: Placed, run: TriedRate, monkeypatch: pytest.MonkeyPatch, in_time: bool
+) -> None:
+    plan, problem = pair
+    cancelled, planned_rps = threading.Event(), default_rate(plan, problem)
+
+    def tried(*args: Any, **options: Any) -> TriedRate | None:
+        rate_rps, lengths = args[2], options["lengths"]
+        if max(lengths, default=0) > num_requests_of(plan) and not in_time:
+            cancelled.set()
+        kept = rate_rps < 0.8 * planned_rps
+        return None if cancelled.is_set() else replace(run, kept=kept, sure=kept, close=False)
+
+    monkeypatch.setattr(rates, "simulated_at", tried)
+    found = verified(
+        replace(plan, inputs={}, notes=()), problem, seed=0, budget=Budget(cancelled=cancelled), report=no_progress
+    )
+    verification = Verified.of(found).verification
+    assert verification is not None
+    assert not verification.kept
+    assert verification.kept_rps == pytest.approx(0.79 * planned_rps, rel=0.02)
+    assert f"kept up to {verification.kept_rps:.4g}" in drawn(found)
+    note = (
+        f"{verification.kept_rps:.4g} requests/s kept the limits in a run of 4,000 requests, which longer runs have not"
+    )
+    assert [note in one for one in found.notes] == [True] * (not in_time)
+
+
+@pytest.mark.parametrize(
+    ("missed", "kept_share"),
+    [
+        (lambda share, seed, short: share >= 0.9 and not short, 0.9),
+        (lambda share, seed, short: share >= 0.7 and seed == 1, 0.7),  # the traffic that no short run has seen
+        (lambda share, seed, short: share >= 0.5 or (share >= 0.3 and seed == 1), 0.3),
+    ],
+)
+def test_below_a_missed_rate_one_is_kept_that_long_runs_of_two_kinds_of_traffic_keep(
+    pair: Placed,
+    run: TriedRate,
+    monkeypatch: pytest.MonkeyPatch,
+    missed: Callable[[float, int, bool], bool],
+    kept_share: float,
+) -> None:
+    plan, problem = pair
+    planned_rps = default_rate(plan, problem)
+
+    def tried(*args: Any, **options: Any) -> TriedRate:
+        short = options["lengths"] == (num_requests_of(plan),)
+        kept = args[2] < planned_rps and not missed(args[2] / planned_rps, options["seed"], short)
+        return replace(run, within=kept, kept=kept, sure=kept, close=False)
+
+    monkeypatch.setattr(rates, "simulated_at", tried)
+    found = Verified.of(again(replace(plan, inputs={}, notes=()), problem)).verification
+    assert found is not None
+    assert found.kept_rps is not None
+    assert 0.93 * kept_share <= found.kept_rps / planned_rps < kept_share
+
+
+@pytest.mark.parametrize(
+    ("sure", "growth", "factor"),
+    [
+        (lambda seed, length: True, 0.0, rates.HIGHER[0]),
+        (lambda seed, length: seed == 0, 0.0, 1.0),
+        (lambda seed, length: True, 2 * rates.MOST_GROWTH, 1.0),
+    ],
+)
+def test_a_higher_rate_is_kept_if_two_kinds_of_traffic_keep_it_and_the_wait_hardly_grows(
+    pair: Placed,
+    run: TriedRate,
+    monkeypatch: pytest.MonkeyPatch,
+    sure: Callable[[int, tuple[int, ...]], bool],
+    growth: float,
+    factor: float,
+) -> None:
+    plan, problem = pair
+    planned_rps = default_rate(plan, problem)
+
+    def tried(*args: Any, **options: Any) -> TriedRate:
+        is_higher = args[2] > planned_rps
+        summary = replace(run.summary, steady=True, growth=replace(run.summary.growth, value=growth * is_higher))
+        is_sure = not is_higher or sure(options["seed"], options["lengths"])
+        return replace(run, summary=summary, within=is_sure, kept=is_sure, sure=is_sure, close=False)
+
+    monkeypatch.setattr(rates, "simulated_at", tried)
+    found = Verified.of(again(replace(plan, inputs={}, notes=()), problem)).verification
+    assert found is not None
+    assert found.kept_rps == pytest.approx(factor * planned_rps)
+
+
+@pytest.mark.parametrize("first_s", [1.0, 10.0])
+def test_in_a_short_time_lower_rates_come_before_another_search(
+    placed: Path, pair: Placed, monkeypatch: pytest.MonkeyPatch, first_s: float
+) -> None:
+    """Of 90 seconds, 89 are enough for everything in the usual order; 80 of simulations as long as 10 are not."""
+    cluster, (plan, problem) = str(placed.with_name("cluster.yaml")), pair
+    loaded = load_inputs(cluster=cluster, model="Llama-2-7B", workload="500/100", profiles=())
+    now, steps = [0.0], list[str]()
+    known = Verified.of(plan).verification
+    assert known is not None
+
+    def lower(least_rps: float) -> KeptRate | None:
+        steps.append("lower rates")
+        now[0] += first_s
+        if now[0] > 90.0:
+            raise StoppedError
+        return KeptRate(max(least_rps, 0.7 * known.rate_rps), 4_000, is_confirmed=True)
+
+    def simulated(of: Plan, *, budget: Budget, **_: object) -> rates.AtPlannedRate | None:
+        steps.append("simulation")
+        now[0] += first_s if len(steps) == 1 else 8 * first_s
+        found = replace(known, kept=False, kept_rps=None)
+        return None if budget.is_spent() else rates.AtPlannedRate(of, found, kept_below=lower)
+
+    def searched(*_: object, **__: object) -> Plan:
+        steps.append("search")
+        return replace(plan, inputs={})
+
+    monkeypatch.setattr(choosing, "simulate_at_planned_rate", simulated)
+    monkeypatch.setattr(placing_steps, "search", searched)
+    monkeypatch.setattr(placing_steps, "_checked", lambda found, *_, **__: found)
+    found = Verified.of(
+        simulated_plan(
+            replace(plan, inputs={}), loaded, problem, PlacementSettings(), level=DEFAULT, report=unreported,
+            budget=Budget(time_limit_s=90.0, clock=lambda: now[0]),
+        )
+    ).verification  # fmt: skip
+    assert found is not None, "a rate is known to keep the limits"
+    assert found.kept_rps == pytest.approx(0.7 * known.rate_rps)
+    assert steps[1] == ("lower rates" if first_s == 10.0 else "search")
+
+
+# --- engines that may run more requests at once than decode in the saturated plan
+
+
+def with_seats(plan: Plan, micro_batch: int) -> Plan:
+    return replace(plan, replicas=tuple(replace(one, micro_batch=micro_batch) for one in plan.replicas))
+
+
+def test_seats_are_as_many_as_kv_has_room_for(pair: Placed) -> None:
+    plan, problem = with_seats(pair[0], 16), pair[1]
+    [first, *_] = plan.replicas
+    twice, many = (with_more_seats(plan, problem, factor) for factor in (2.0, 1e4))
+    assert [one.seats for one in twice.replicas] == [2 * one.planned_seats for one in plan.replicas]
+    assert twice.replicas[0].planned_seats == first.planned_seats
+    mean = problem.workload.moments(block_tokens=1).mean_prompt
+    assert pair[0].replicas[0].seats <= many.replicas[0].seats <= first.kv_tokens / mean
+    assert seats_of(many) == sum(one.max_num_seqs for one in many.replicas)
+    assert with_all_seats(twice, problem).replicas[0].micro_batch == 2 * first.micro_batch
+    assert with_all_seats(plan, problem) is plan
+    alone = with_more_seats(with_seats(plan, 1), problem, 1.5)
+    assert {one.seats for one in alone.replicas} == {2 * first.in_flight}
+    prefilling = replace(first, role=Role.PREFILL, micro_batch=0)
+    of_prefill = replace(plan, replicas=(prefilling,))
+    assert with_more_seats(of_prefill, problem, 2.0) == of_prefill
+    given = replace(problem.family, engine_settings=EngineSettings(max_num_seqs=seats_of(plan)))
+    assert with_more_seats(plan, replace(problem, family=given), 2.0) == plan
+
+
+def test_engines_with_more_seats_are_simulated_with_them(pair: Placed) -> None:
+    """With one seat each, requests wait for it, and with as many as there were they do not."""
+    plan, problem = pair
+    few = with_seats(plan, 1)
+    seats = [one.seats for one in plan.replicas]
+    more = replace(
+        few, replicas=tuple(replace(one, max_num_seqs=most) for one, most in zip(few.replicas, seats, strict=True))
+    )
+    load = Load(lengths=problem.workload, max_position=4096, arrivals=Arrivals.DRAWN, rate_rps=default_rate(*pair))
+    question = Question(load=load, num_requests=400, seeds=(0,), settings=Settings(), limits=plan.objective)
+
+    def waited(of: Plan, asked: Question) -> float:
+        found = answer(of, problem, asked, processes=1, is_cancelled=never, report=silent)
+        return found.summary.ttft_p95_s.value
+
+    assert waited(few, question) > 10 * waited(more, question)
+    assert waited(more, question) == waited(plan, question)
+    asked = at_settings(more, problem, EngineSettings(max_num_seqs=1))
+    assert [one.seats for one in asked.plan.replicas] == [1] * len(plan.replicas)
+
+
+@pytest.mark.parametrize(
+    ("ttft_s", "tpot_s", "factor", "kept"),
+    [
+        ({1.0: 5.0, 1.5: 4.0, 2.0: 1.5}, 0.05, 2.0, True),  # the first that keeps the limit of 2 s
+        ({1.0: 9.0, 1.5: 5.0, 2.0: 4.99}, 0.05, 1.5, False),  # more do not help any more
+        ({1.0: 3.0, 1.5: 1.0}, 0.2, 1.0, False),  # TPOT is missed by more
+        ({1.0: 1.0, 1.5: 0.5}, 0.05, 1.0, True),
+    ],
+)
+def test_more_seats_are_tried_where_requests_wait_for_them(
+    pair: Placed, monkeypatch: pytest.MonkeyPatch, ttft_s: dict[float, float], tpot_s: float, factor: float, kept: bool
+) -> None:
+    plan, problem = with_seats(pair[0], 16), pair[1]
+    plan = replace(plan, objective=Objective(ttft_limit_s=2.0, tpot_limit_s=0.1))
+    known = Verified.of(plan).verification
+    assert known is not None
+
+    def simulated(of: Plan, **_: object) -> rates.AtPlannedRate:
+        seconds = ttft_s[seats_of(of) / seats_of(plan)]
+        found = replace(
+            known, kept=seconds <= 2.0 and tpot_s <= 0.1, kept_rps=1.0, ttft_p95_s=seconds, tpot_mean_s=tpot_s
+        )
+        return rates.AtPlannedRate(of, found, kept_below=lambda _least: KeptRate(1.0, 4_000, is_confirmed=True))
+
+    monkeypatch.setattr(choosing, "simulate_at_planned_rate", simulated)
+    found = choosing.verified_plan(plan, problem, None, seed=0, budget=Budget(), report=no_progress)
+    assert seats_of(found) == factor * seats_of(plan)
+    result = Verified.of(found).verification
+    assert result is not None
+    assert result.kept == kept
+    assert any("--max-num-seqs" in note for note in found.notes) == (factor > 1.0)
+    shown = text_of(render_plan(found), width=200)
+    assert (f"up to {found.replicas[0].seats} at once" in shown) == (factor > 1.0)
+    grid = plan_section._replicas(group_replicas(found.replicas), "tokens", lettered=False)
+    assert (f"16 × 1, up to {found.replicas[0].seats}" in grid.rows[0]) == (factor > 1.0)
+
+
+def test_a_single_seat_becomes_all_that_kv_has_room_for(pair: Placed, monkeypatch: pytest.MonkeyPatch) -> None:
+    """1.5 and 2 times a seat are the same two seats, and not the last that are tried."""
+    plan, problem = with_seats(pair[0], 1), pair[1]
+    plan = replace(plan, objective=Objective(ttft_limit_s=1e-3, tpot_limit_s=0.1))
+    known = Verified.of(plan).verification
+    assert known is not None
+    tried = []
+
+    def simulated(of: Plan, **_: object) -> rates.AtPlannedRate:
+        tried.append(seats_of(of) // seats_of(plan))
+        found = replace(known, kept=False, kept_rps=1.0, ttft_p95_s=1.0 / seats_of(of), tpot_mean_s=0.05)
+        return rates.AtPlannedRate(of, found, kept_below=lambda _least: KeptRate(1.0, 4_000, is_confirmed=True))
+
+    monkeypatch.setattr(choosing, "simulate_at_planned_rate", simulated)
+    found = choosing.verified_plan(plan, problem, None, seed=0, budget=Budget(), report=no_progress)
+    assert seats_of(found) == seats_of(with_more_seats(plan, problem, math.inf)) > 3 * seats_of(plan)
+    assert tried == [1, 2, 3, seats_of(found) // seats_of(plan)]
+
+
+def test_a_part_that_misses_is_called_a_part(pair: Placed, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Large fleets, of which a part is simulated, are those that run out of time."""
+    plan, problem = pair
+    known = Verified.of(plan).verification
+    assert known is not None
+
+    def cancelled(_: float) -> KeptRate | None:
+        raise StoppedError
+
+    def ended(of: Plan, *_: Any, **__: Any) -> rates.AtPlannedRate:
+        found = replace(known, kept=False, ttft_p95_s=9.5, share=0.125)
+        return rates.AtPlannedRate(of, found, kept_below=cancelled)
+
+    monkeypatch.setattr(rates, "simulate_at_planned_rate", ended)
+    [note] = again(replace(plan, notes=()), problem).notes
+    assert note.endswith("TTFT p95 9.5 s of 2 s (a part of its replicas at 0.125 of the rate)")
+
+
+@pytest.mark.parametrize(("limit_s", "search_s", "noted"), [(math.inf, 60.0, False), (30.0, 10.0, True)])
+def test_another_search_leaves_time_to_simulate_its_plan_and_a_note_says_if_time_ended_it(
+    placed: Path, pair: Placed, monkeypatch: pytest.MonkeyPatch, limit_s: float, search_s: float, noted: bool
+) -> None:
+    """Ten of thirty seconds are left to search after ten of simulation; the second simulation does not end in time."""
+    cluster, (plan, problem) = str(placed.with_name("cluster.yaml")), pair
+    loaded = load_inputs(cluster=cluster, model="Llama-2-7B", workload="500/100", profiles=())
+    now, given, simulations = [0.0], list[float](), itertools.count()
+    known = Verified.of(plan).verification
+    assert known is not None
+
+    def simulated(of: Plan, *, budget: Budget, **_: object) -> rates.AtPlannedRate | None:
+        now[0] += 10.0 if next(simulations) == 0 else 20.0
+        found = replace(known, kept=False, kept_rps=None)
+        return None if budget.is_spent() else rates.AtPlannedRate(of, found, kept_below=lambda _: None)
+
+    def searched(*_: object, budget: Budget, **__: object) -> Plan:
+        given.append(budget.time_limit_s)
+        now[0] += min(budget.time_limit_s, 10.0)
+        return replace(plan, inputs={})
+
+    monkeypatch.setattr(choosing, "simulate_at_planned_rate", simulated)
+    monkeypatch.setattr(placing_steps, "search", searched)
+    monkeypatch.setattr(placing_steps, "_checked", lambda found, *_, **__: found)
+    found = simulated_plan(
+        plan, loaded, problem, PlacementSettings(), level=DEFAULT, report=unreported,
+        budget=Budget(time_limit_s=limit_s, clock=lambda: now[0]),
+    )  # fmt: skip
+    assert given[0] == search_s
+    assert (len(given) == 1) == noted
+    assert (SEARCH_OUT_OF_TIME in found.notes) == noted
+
+
+@pytest.mark.parametrize(
+    ("options", "search_s", "simulation_s"),
+    [((), 60.0, 120.0), (("--time-limit", "10s"), 10.0, 30.0), (("--time-limit", "60s"), 60.0, 60.0)],
+)
+def test_a_time_limit_that_is_given_limits_the_simulation_too(
+    placed: Path, monkeypatch: pytest.MonkeyPatch, options: tuple[str, ...], search_s: float, simulation_s: float
+) -> None:
+    asked = list[PlacementRequest]()
+
+    def finish(_terminal: object, request: PlacementRequest, *_: object) -> ExitCode:
+        asked.append(request)
+        return ExitCode.OK
+
+    monkeypatch.setattr(placing_verb, "finish", finish)
+    cluster = str(placed.with_name("cluster.yaml"))
+    assert invoke("place", "-c", cluster, "-m", "Llama-2-7B", "-w", "500/100", *options).exit_code == ExitCode.OK
+    [request] = asked
+    assert request.time_limit_s == search_s
+    assert request.simulation_limit_s == simulation_s
+
+
+@pytest.mark.parametrize("written", [None, 3, [], {"kept": True}, {"rate_rps": "x"}])
+def test_what_is_not_readable_is_no_verification(pair: Placed, written: object) -> None:
+    assert Verified.of(replace(pair[0], inputs={"verification": written})).verification is None
+
+
+@pytest.mark.parametrize("written", [{"kept_rps": "x"}, {"attainment": 1e308}, {"attainment": math.nan}])
+def test_a_verification_with_one_impossible_value_is_none(pair: Placed, written: dict[str, object]) -> None:
+    whole = pair[0].inputs["verification"]
+    assert Verified.of(replace(pair[0], inputs={"verification": {**whole, **written}})).verification is None
+
+
+@pytest.mark.parametrize("attainment", [0.0, 1.01, 1e308, math.nan, math.inf, 10**400, "x", [0.9]])
+def test_an_impossible_attainment_is_no_service_level(pair: Placed, attainment: object) -> None:
+    written = {**asdict(ServiceLevel(attainment=0.9)), "attainment": attainment}
+    assert Requested.of(replace(pair[0], inputs={"service_level": written})).service_level == DEFAULT
+
+
+def test_cancelled_before_the_first_request_nothing_is_said_of_a_plan(pair: Placed) -> None:
+    cancelled = threading.Event()
+    cancelled.set()
+    assert (
+        simulated_at(*pair, 1.0, pair[0].objective, seed=0, budget=Budget(cancelled=cancelled), report=silent) is None
+    )
+
+
+def test_no_verify_leaves_it_out(placed: Path) -> None:
+    cluster = str(placed.with_name("cluster.yaml"))
+    asked = ["place", "-c", cluster, "-m", "Llama-2-7B", "-w", "500/100", "-o", "json", "-q"]
+    assert "verification" not in json.loads(invoke(*asked, "--no-verify").stdout)["inputs"]
+
+
+@pytest.mark.parametrize(
+    ("steady", "growth_s", "calm"),
+    [
+        (True, (0.0, 0.5), True),  # seconds of wait per second, and the half width
+        (True, (0.03, 0.0), False),
+        (False, (0.0, 0.0), False),
+        (None, (0.005, 0.01), True),  # short, and clear nevertheless
+        (None, (0.005, 0.02), False),
+        (None, (0.0, math.nan), False),  # an unknown interval
+    ],
+)
+def test_a_wait_that_grows_by_chance_at_most_is_calm(
+    one_run: Summary, steady: bool | None, growth_s: tuple[float, float], calm: bool
+) -> None:
+    value, half_width = growth_s
+    summary = replace(one_run, steady=steady, growth=Estimate(value=value, half_width=half_width))
+    assert rates.hardly_grows(summary) is calm
+
+
+# --- plans with more seats than runs can fill
+
+
+@pytest.fixture(scope="module")
+def fleet(placed: Path) -> Placed:
+    """24 equal replicas of 16 seats, each on a node of its own: as `place` would make them, but for the proof."""
+    found = load_plan_and_problem(str(placed))
+    started = at_settings(found.plan, found.problem, EngineSettings(max_num_seqs=16))
+    return fleet_of(started.plan, started.problem, 24)
+
+
+def fleet_of(plan: Plan, problem: PlacementProblem, nodes: int) -> Placed:
+    """Return the first replica of a plan once on each of so many nodes."""
+    group = replace(problem.cluster.node_groups[0], count=nodes)
+    cluster, first = replace(problem.cluster, node_groups=(group,)), plan.replicas[0]
+
+    def on_node(number: int) -> ReplicaPlan:
+        stages = tuple(
+            replace(stage, devices=tuple(f"{group.node_name(number)}/{name.split('/')[1]}" for name in stage.devices))
+            for stage in first.stages
+        )
+        return replace(first, stages=stages)
+
+    return replace(plan, replicas=tuple(map(on_node, range(nodes))), inputs={}), replace(problem, cluster=cluster)
+
+
+def runs_of_at_most(monkeypatch: pytest.MonkeyPatch, ordinary: int, to_fill: int) -> None:
+    """Let runs be shorter than in `place`, so that small plans have too many seats for them."""
+    monkeypatch.setattr(rates, "FEWEST", 10)
+    monkeypatch.setattr(rates, "WITHOUT_WORKERS", rates._Most(ordinary, ordinary, to_fill))
+
+
+@pytest.fixture
+def asked(one_run: Summary, monkeypatch: pytest.MonkeyPatch) -> list[tuple[Plan, Question]]:
+    """Return what is asked of the simulator, whose answer is always that all limits are kept at ease."""
+    questions = list[tuple[Plan, Question]]()
+    growth = Estimate(value=0.0, half_width=0.0)
+    ttft, tpot = Estimate(value=0.01, half_width=0.0), Estimate(value=0.001, half_width=0.0)
+    summary = replace(one_run, steady=True, growth=growth, ttft_p95_s=ttft, mean_tpot_s=tpot, attainment=1.0)
+
+    def answer(plan: Plan, _problem: PlacementProblem, question: Question, **_: object) -> SimpleNamespace:
+        questions.append((plan, question))
+        return SimpleNamespace(complete=True, summary=summary, run=None)
+
+    monkeypatch.setattr(rates, "answer", answer)
+    return questions
+
+
+def test_a_plan_that_its_runs_fill_is_simulated_whole_and_as_ever(
+    fleet: Placed, asked: list[tuple[Plan, Question]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan, problem = fleet
+    runs_of_at_most(monkeypatch, ordinary=400, to_fill=2 * 24 * 16)  # just enough to fill the seats twice
+    found = Verified.of(again(plan, problem)).verification
+    assert found is not None
+    assert (found.share, found.too_short) == (None, None)
+    rate_rps = default_rate(plan, problem)
+    assert [(question.load.rate_rps, question.num_requests, question.seeds) for _, question in asked] == [
+        (rate_rps, 768, (0,)), (1.1 * rate_rps, 768, (0,)), (1.1 * rate_rps, 768, (1,))
+    ]  # fmt: skip
+    assert all(simulated is plan for simulated, _ in asked)
+    assert (found.rate_rps, found.kept_rps) == (rate_rps, 1.1 * rate_rps)
+
+
+def test_of_a_plan_with_more_seats_a_part_gets_its_share_of_every_rate(
+    fleet: Placed, asked: list[tuple[Plan, Question]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan, problem = fleet
+    runs_of_at_most(monkeypatch, ordinary=8 * 6 * 16, to_fill=2 * 24 * 16 - 1)
+    found = Verified.of(again(plan, problem)).verification
+    assert found is not None
+    rate_rps = default_rate(plan, problem)
+    assert (found.rate_rps, found.kept_rps) == (rate_rps, 1.1 * rate_rps), "those of the whole plan"
+    assert (found.share, found.too_short, found.num_requests) == (pytest.approx(6 / 24), None, 8 * 6 * 16)
+    assert {len(part.replicas) for part, _ in asked} == {6}
+    rates_rps = [question.load.rate_rps or 0.0 for _, question in asked]
+    assert rates_rps == pytest.approx([found.share * rate for rate in (rate_rps, 1.1 * rate_rps, 1.1 * rate_rps)])
+    demanded = replace(plan, objective=replace(plan.objective, demand_rps=0.5 * rate_rps))
+    asked.clear()
+    again(demanded, problem)
+    assert [question.load.rate_rps for _, question in asked] == [pytest.approx(0.5 * rate_rps * 6 / 24)]
+
+
+def test_the_part_of_a_large_fleet_behaves_as_the_whole_and_as_a_small_one(
+    fleet: Placed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan, problem = fleet
+    runs_of_at_most(monkeypatch, ordinary=8 * 6 * 16, to_fill=2 * 24 * 16 - 1)  # 6 of 24 replicas
+    of_part = Verified.of(again(plan, problem)).verification
+    small = fleet_of(plan, problem, 6)
+    of_small = Verified.of(again(*small)).verification
+    whole = simulated_at(
+        plan, problem, default_rate(plan, problem), plan.objective, seed=3, budget=Budget(), report=silent,
+        lengths=(8 * 24 * 16,),
+    )  # fmt: skip
+    assert of_part is not None
+    assert of_small is not None
+    assert whole is not None
+    assert (of_part.share, of_small.share) == (pytest.approx(6 / 24), None)
+    assert of_part.tpot_mean_s == of_small.tpot_mean_s, "the same replicas under the same load"
+    assert of_part.rate_rps == pytest.approx(4 * of_small.rate_rps)
+    assert of_part.tpot_mean_s == pytest.approx(whole.summary.mean_tpot_s.value, rel=0.05)
+    assert of_part.kept == of_small.kept == whole.kept
+    empty = simulated_at(
+        plan, problem, default_rate(plan, problem), plan.objective, seed=3, budget=Budget(), report=silent,
+        lengths=(24 * 16 // 2,),
+    )  # fmt: skip
+    assert empty is not None
+    assert empty.summary.mean_tpot_s.value < 0.93 * of_part.tpot_mean_s, "while seats are empty, it looks too good"
+
+
+def test_a_run_that_fills_not_even_one_replica_claims_no_more_than_it_saw(
+    fleet: Placed, asked: list[tuple[Plan, Question]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan, problem = fleet
+    runs_of_at_most(monkeypatch, ordinary=31, to_fill=31)
+    simulated = again(plan, problem)
+    found = Verified.of(simulated).verification
+    assert found is not None
+    assert (found.share, found.too_short) == (pytest.approx(1 / 24), True)
+    assert {len(part.replicas) for part, _ in asked} == {1}
+    assert found.kept_rps == found.rate_rps, "no higher rate is tried"
+    assert len(asked) == 1
+    said = drawn(simulated)
+    assert "kept up to" not in said
+    assert "too short to fill the seats" in said
+
+
+@pytest.mark.parametrize(
+    ("share", "said"),
+    [
+        (1 / 8, "1/8 of its replicas at 1/8 of the rate"),
+        (0.0201, "1/50 of its replicas at 1/50 of the rate"),
+        (0.41, "41% of its replicas at 41% of the rate"),
+        (0.95, "95% of its replicas at 95% of the rate"),
+    ],
+)
+def test_every_output_says_which_part_was_simulated(pair: Placed, share: float, said: str) -> None:
+    plan, _ = pair
+    plain = {**plan.inputs["verification"], "kept": True, "share": None, "too_short": None, "dispatched": None}
+
+    def shown(**others: object) -> Plan:
+        return replace(plan, inputs={**plan.inputs, "verification": {**plain, **others}})
+
+    part, missing = shown(share=share), shown(share=share, kept=False)
+    lines = text_of(headline(part), width=80).splitlines()
+    assert any(line.strip() == f"simulated: {said}" for line in lines)
+    assert f"simulated: {said}" in drawn(missing)
+    assert "simulated: " not in drawn(shown())
+    message = result_to_proto(part, b"{}").verification
+    assert message.share == share
+    assert not message.too_short
+    assert f"simulated: {said}" in resource_views._simulated(message, plan_pb2.PlanSpec()).plain
+    assert f"simulated: {said}" in page_of(part)
+    assert f"simulated: {said}" not in page_of(shown())
+    short = result_to_proto(shown(too_short=True), b"{}").verification
+    assert not short.HasField("share")
+    for text in (resource_views._simulated(short, plan_pb2.PlanSpec()).plain, page_of(shown(too_short=True))):
+        assert "too short to fill the seats" in text
+    dispatched = shown(dispatched=True)
+    message = result_to_proto(dispatched, b"{}").verification
+    assert (message.dispatched, short.dispatched) == (True, False)
+    viewed = resource_views._simulated(message, plan_pb2.PlanSpec()).plain
+    for text in (viewed, page_of(dispatched), text_of(headline(dispatched), width=80)):
+        assert "simulated with the heads of every request dispatched, as engines do" in text
+
+
+def page_of(plan: Plan) -> str:
+    return " ".join(f"{tile.value} {tile.note}" for tile in key_figures._simulated(plan))
+
+
+@pytest.mark.parametrize("kept_rps", [1.5, None, 9.0])
+@pytest.mark.parametrize("kind", [ObjectiveKind.GOODPUT, ObjectiveKind.THROUGHPUT, ObjectiveKind.COST])
+def test_every_view_of_a_plan_that_misses_its_limits_shows_the_rate_it_keeps(
+    pair: Placed, kind: ObjectiveKind, kept_rps: float | None
+) -> None:
+    """Plans of a planner have a spec, imported ones have none; 9 requests/s are more than the plan promises."""
+    plan, problem = pair
+    demand_rps = 2.0 if kind is ObjectiveKind.COST else None
+    objective = replace(plan.objective, kind=kind, demand_rps=demand_rps)
+    result = replace(plan.result, objective=kind, value=2.0, unit=objective.unit)
+    rate_rps = 2.0 if kind is not ObjectiveKind.THROUGHPUT else 1.8
+    found = {**plan.inputs["verification"], "kept": False, "rate_rps": rate_rps, "kept_rps": kept_rps}
+    missing = replace(plan, objective=objective, result=result, inputs={**plan.inputs, "verification": found})
+    spec = plan_pb2.PlanSpec(objective=plan_pb2.Objective(kind=OBJECTIVE_KINDS[kind]))
+    answer, value = result_to_proto(missing, b"{}"), f"2.000 {objective.unit}"
+    is_goodput, python = kind is ObjectiveKind.GOODPUT, repr(hetis.Plan(value=missing, problem=problem))
+    for message in (plan_pb2.Plan(spec=spec, result=answer), plan_pb2.Plan(result=answer)):
+        cell = resource_views.value_of(message).plain
+        viewed = " ".join(text_of(resource_views.plan_summary(message), width=200).split())
+        if not is_goodput:
+            assert cell == f"{value}, MISSED"
+            assert f"Value {value}" in viewed
+            assert "limits MISSED in simulation" in python
+        elif kept_rps is None:
+            assert cell == f"none of {value}, MISSED"
+            assert f"Value none of the rates tried keeps the limits in simulation; by the model {value}" in viewed
+            assert f"<hetis.Plan: no rate tried within the limits in simulation, MISSED at {value} by" in python
+        elif kept_rps < 2.0:
+            assert cell == f"1.500 of {value}, MISSED"
+            assert f"Value 1.500 requests/s within the limits in simulation; by the model {value}" in viewed
+            assert f"<hetis.Plan: 1.500 requests/s within the limits in simulation, MISSED at {value} by" in python
+        else:
+            assert cell == value
+            assert f"Value {value}" in viewed
+            assert "MISSED" not in python
+
+
+@pytest.mark.parametrize("share", [0.0, -0.5, 1.5, math.nan, "1/8"])
+def test_a_verification_of_no_part_is_none(pair: Placed, share: object) -> None:
+    whole = pair[0].inputs["verification"]
+    assert Verified.of(replace(pair[0], inputs={"verification": {**whole, "share": share}})).verification is None
+    earlier = {name: value for name, value in whole.items() if name not in {"share", "too_short"}}
+    assert Verified.of(replace(pair[0], inputs={"verification": earlier})).verification is not None
+
+
+def test_curves_are_of_the_part_whose_seats_their_runs_fill(
+    fleet: Placed, asked: list[tuple[Plan, Question]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan, problem = fleet
+    runs_of_at_most(monkeypatch, ordinary=8 * 6 * 16, to_fill=24 * 16)
+    curve = latency_curve.latency_curve(plan, problem, budget=Budget(), report=silent)
+    assert curve is not None
+    rates_rps = [share * default_rate(plan, problem) for share in latency_curve.SHARES]
+    assert [point.rate_rps for point in curve.sweep.points] == pytest.approx(rates_rps)
+    assert (curve.share, curve.too_short) == (pytest.approx(6 / 24), False)
+    assert [question.load.rate_rps for _, question in asked] == pytest.approx(
+        [rate_rps * 6 / 24 for rate_rps in rates_rps]
+    )
+    page = plans_page([ShownPlan(name="The plan", plan=plan, problem=problem, curve=curve)])
+    assert "1/4 of its replicas at 1/4 of the rate" in page
+    asked.clear()
+    runs_of_at_most(monkeypatch, ordinary=8 * 6 * 16, to_fill=2 * 24 * 16)
+    whole = latency_curve.latency_curve(plan, problem, budget=Budget(), report=silent)
+    assert whole is not None
+    assert whole.share is None
+    assert all(simulated is plan for simulated, _ in asked)
+
+
+@pytest.mark.parametrize(("missed", "attainment", "is_sure", "is_close"), [
+    (0, 1.0, True, False), (1, 1.0, False, False), (0, 0.99, True, False), (10, 0.99, False, True),
+])  # fmt: skip
+def test_one_miss_refutes_100_percent_and_none_is_sure(
+    missed: int, attainment: float, is_sure: bool, is_close: bool
+) -> None:
+    over = np.zeros(1000)
+    over[:missed] = 2.0
+    (limited,) = _attained(attainment, {Latency.TTFT: over}, {Latency.TTFT: 1.0}).limited
+    assert limited.value == missed / 1000
+    assert (limited.high <= limited.limit) is is_sure
+    assert (limited.low <= limited.limit < limited.high / limited.close) is is_close
