@@ -28,7 +28,7 @@ OLDER_VLLM = 0.31.0 0.30.0
 # vLLM pins a numba, for drafts from n-grams, which no test uses. With ours, both environments share compiled kernels.
 VLLM_NUMBA ?= $(shell grep --extended-regexp '^(numba|llvmlite)==' constraints.txt)
 
-.PHONY: help demo demo-cluster demo-serve demo-vllm test vllm vllm-packages soak soak-vllm soak-properties lint types kernels kernels-attention kernels-dispatch kernels-placement bytecode format docs reference proto profiles bench tables clean
+.PHONY: help demo demo-cluster demo-serve demo-vllm test vllm vllm-packages soak soak-vllm soak-properties lint types kernels kernels-attention kernels-dispatch bytecode format docs reference proto profiles bench tables clean
 
 help:
 	@echo "make demo    plan the paper's 12-GPU cluster (sets up $(VENV))"
@@ -42,7 +42,7 @@ help:
 	@echo "make soak-vllm  all tests of the plugin with vLLM $(OLDER_VLLM) (part of make soak)"
 	@echo "make lint    ruff: rules and formatting        make format  apply them"
 	@echo "make types   mypy, strict"
-	@echo "make kernels  compile searches, dispatcher and attention ahead of their first use"
+	@echo "make kernels  compile dispatcher and attention ahead of their first use"
 	@echo "make proto   make the stubs of hetis.v1 from proto/ again"
 	@echo "make docs    the documentation as a site, in build/site (open build/site/index.html)"
 	@echo "make reference  docs/reference again from the code: command lines, files, services, metrics"
@@ -102,7 +102,7 @@ types: $(VENV)/.dev
 	$(BIN)/mypy
 
 # Optional: tests wait less for one another if the kernels were compiled before.
-kernels: kernels-placement kernels-dispatch kernels-attention
+kernels: kernels-dispatch kernels-attention
 
 kernels-attention: $(VENV)/.dev
 	@$(BIN)/python -c 'from hetis.runtime.worker.main import _compile_for_cpu; _compile_for_cpu()'
@@ -110,9 +110,6 @@ kernels-attention: $(VENV)/.dev
 kernels-dispatch: $(VENV)/.dev
 	@$(BIN)/python -c 'from hetis.solver.dispatch.solve import compile_dispatch; compile_dispatch()'
 	@$(BIN)/python -c 'from hetis.solver.redispatch.solve import compile_redispatch; compile_redispatch()'
-
-kernels-placement: $(VENV)/.dev
-	@$(BIN)/python -c 'from hetis.planner.jobs.kernels import compile_all_kernels; compile_all_kernels()'
 
 bytecode: $(VENV)/.dev
 	@$(BIN)/python -m pytest --collect-only --quiet --quiet >/dev/null

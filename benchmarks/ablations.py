@@ -37,12 +37,11 @@ from benchmarks.measuring.instances import example, problem
 from benchmarks.measuring.rows import Row
 from benchmarks.measuring.saturating import iterations_per_request, served
 from hetis.formats.documents import load_workload
-from hetis.planner.jobs.kernels import compile_kernels
 from hetis.planner.use_cases.simulation.simulate import seats_of
 from hetis.simulator.metrics import prediction_of
 from hetis.simulator.steadiness import over_runs
 from hetis.simulator.values import Settings
-from hetis.solver.budget import Budget, silent
+from hetis.solver.budget import Budget
 from hetis.solver.errors import HetisError
 from hetis.solver.plan import Objective, Plan
 from hetis.solver.planning import solve_placement
@@ -124,7 +123,6 @@ def _rows(case: Case, *, seeds: int) -> list[Row]:
 def ablated(case: Case, *, seeds: int, iterations: int, thetas: tuple[float, ...]) -> Iterator[Row]:
     """Yield the row of the full method, then one without each of its parts, over about this many iterations each."""
     cluster = example(case.fleet)
-    compile_kernels(cluster.num_gpus(), ("hetis",), report=silent)  # once per installation; exceeds the time limit
     started_s = time.process_time()
     posed = problem(cluster, model=case.model, workload=case.workload, objective=case.objective)
     lengths = load_workload(case.workload)

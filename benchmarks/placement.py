@@ -97,14 +97,9 @@ class Benchmark:
 
     def rows(self) -> Iterator[Row]:
         """Measure and yield the rows."""
-        # Not at the top, which every process of a row imports before its environment is set.
-        from hetis.planner.jobs.kernels import compile_all_kernels
-
         yield from self._smallest_rows()
         cases = [*self._between_cases(), *self._fleet_cases(), *([] if self.quick else self._curve_cases())]
         cases = [case for case in cases if self.only in case.name]
-        if cases and not self.quick:
-            compile_all_kernels()  # so that no row includes it: small and large fleets have different searches
         for case in cases:
             yield _row(case, case.measured())
 

@@ -21,7 +21,7 @@ ENV PATH=/opt/hetis/bin:$PATH \
     PYTHONUNBUFFERED=1 \
     HETIS_STORE=sqlite:////var/lib/hetis/planner.db
 USER 10001:10001
-# The store, and the solver's compiled kernels for the next start.
+# The store, and the dispatcher's compiled kernels for the next start.
 VOLUME /var/lib/hetis
 EXPOSE 8470
 # Without certificates and tokens hetis-planner listens on loopback only: mount a configuration file and pass --config.

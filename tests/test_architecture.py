@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ast
 import re
+import subprocess
+import sys
 import tomllib
 from collections.abc import Iterator, Mapping
 from functools import cache
@@ -314,3 +316,10 @@ def test_a_package_that_imports_what_imports_it_is_a_circle() -> None:
         "hetis.p.options": "",
     }
     assert set(circle_in(imports_of(planted))) == {"hetis.p", "hetis.p.app", "hetis.p.verb"}
+
+
+def test_a_search_for_a_placement_loads_no_compiler() -> None:
+    """Only the dispatcher, and with it simulations of attention workers, have kernels."""
+    found = "import sys, hetis.solver.planning, hetis.solver.published.hexgen; print('numba' in sys.modules)"
+    run = subprocess.run([sys.executable, "-c", found], capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "False"

@@ -26,7 +26,7 @@ from hetis.solver.placement import template as of_search
 from hetis.solver.placement.stage_cost import kept_bytes
 from hetis.solver.placement.tables import CostTables
 from hetis.solver.placement.tabulation import build_cost_tables
-from hetis.solver.placement.template import Template, TemplateStage, configurations
+from hetis.solver.placement.template import Template, TemplateStage
 from hetis.solver.plan import Role
 from hetis.solver.problem import Assumptions, Family, PlacementProblem
 from hetis.solver.profile import Fit, Op, Piece, Profile
@@ -272,13 +272,24 @@ def test_the_simulator_takes_the_mean_iteration_for_as_long(
 # --- templates of the search
 
 
+def configurations(costs: CostTables) -> list[tuple[int, int, int]]:
+    """Return every scope, mix and index of micro-batches in flight; copies that share experts have one each."""
+    return [
+        (scope, mix, f)
+        for scope, part in enumerate(costs.scopes)
+        for mix, of_mix in enumerate(costs.mixes)
+        for f, in_flight in enumerate(costs.problem.family.in_flight)
+        if part.serves(of_mix) and (in_flight == 1 or of_mix.attention_dp == 1)
+    ]
+
+
 @st.composite
 def templates(draw: st.DrawFn, models: Sequence[ModelSpec] = MODELS) -> tuple[PlacementProblem, CostTables, Template]:
     """Draw any replica of one or two stages from the tables of a problem."""
     problem = problem_of(draw, models)
     costs = build_cost_tables(problem)
-    configuration = draw(st.sampled_from(configurations(costs)))
-    scope, mix = costs.scopes[configuration.scope], costs.mixes[configuration.mix]
+    scope_index, mix_index, in_flight_index = draw(st.sampled_from(configurations(costs)))
+    scope, mix = costs.scopes[scope_index], costs.mixes[mix_index]
     t, model = scope.tables, problem.model
     ranks = [
         s
@@ -289,13 +300,13 @@ def templates(draw: st.DrawFn, models: Sequence[ModelSpec] = MODELS) -> tuple[Pl
     alone = mix.attention_dp > 1
     for layers in draw(st.sampled_from([(4 - model.prefix_layers,), (2, 2)][: 1 if alone else 2])):
         s = draw(st.sampled_from(ranks))
-        stage = TemplateStage(s, 1 if alone else draw(st.integers(1, 2)), layers)
+        stage = TemplateStage(s, 1, layers)
         pools = [q for q in range(len(costs.classes)) if t.pool_start[s, q] >= 0]
         if mix.role is not Role.PREFILL and pools and draw(st.booleans()):
             cards, groups = draw(st.sampled_from(costs.pool_sizes)), draw(st.integers(1, int(t.rank_groups[s])))
             stage = replace(stage, pool_class=draw(st.sampled_from(pools)), pool_cards=cards, pool_groups=groups)
         stages.append(stage)
-    template = Template(configuration.scope, configuration.mix, configuration.in_flight_index, tuple(stages), math.inf)
+    template = Template(scope_index, mix_index, in_flight_index, tuple(stages), math.inf)
     return problem, costs, template
 
 
@@ -351,11 +362,10 @@ def test_the_search_tabulates_what_a_stage_with_a_pool_keeps_beside_a_chunk() ->
     own, worker = (next(i for i, c in enumerate(costs.classes) if c.gpu == gpu) for gpu in "AB")
     stage = TemplateStage(costs.ranks.index((own, 1)), 1, problem.model.num_layers)
     pooled = replace(stage, pool_class=worker, pool_cards=1, pool_groups=1)
-    unified = [one for one in configurations(costs) if costs.mixes[one.mix].role is Role.UNIFIED]
-    for one in unified:
-        if costs.mixes[one.mix].attention_dp == 1:
+    for scope, mix, f in configurations(costs):
+        if costs.mixes[mix].role is Role.UNIFIED and costs.mixes[mix].attention_dp == 1:
             for mine in (stage, pooled):
-                check_seconds(problem, costs, Template(one.scope, one.mix, one.in_flight_index, (mine,), math.inf))
+                check_seconds(problem, costs, Template(scope, mix, f, (mine,), math.inf))
 
 
 def check_seconds(problem: PlacementProblem, costs: CostTables, template: Template) -> None:

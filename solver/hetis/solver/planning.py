@@ -4,7 +4,7 @@ The best plan under all constraints has a value between the plan's value and its
 constraint has a value between value and bound of its own solve. The price of the constraint is the difference, known
 within an interval and never below 0, because a plan that meets all constraints also meets fewer.
 
-Importing this module loads compiled kernels and HiGHS.
+Importing this module loads HiGHS.
 """
 
 from __future__ import annotations
@@ -12,14 +12,12 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from hetis.solver.budget import Budget, Report, SearchSettings, silent
-from hetis.solver.compiled import is_cached
 from hetis.solver.constraints import Constraints
 from hetis.solver.errors import HetisError, InvalidProblemError
 from hetis.solver.placement.constrained_problem import apply_constraints, restored
 from hetis.solver.placement.families import STRATEGIES, constraints_ignored
 from hetis.solver.placement.infeasible import Market
 from hetis.solver.placement.outcome import rate_bound, sound_bound
-from hetis.solver.placement.pipelines import best_equal_split
 from hetis.solver.placement.solve import in_objective_units, objective_scale, solve_family
 from hetis.solver.placement.tabulation import build_cost_tables
 from hetis.solver.plan import Plan
@@ -60,11 +58,6 @@ def solve_placement(
     else:
         plan = solve_family(problem, settings, market, simplest_within)
     return replace(plan, family=problem.describe_family())
-
-
-def is_compiled(problem: PlacementProblem) -> bool:
-    """Return whether kernels for the family's search are cached on disk; compiling them takes up to a minute."""
-    return problem.family.engine is None or is_cached(best_equal_split)
 
 
 def _by_published_heuristic(problem: PlacementProblem, settings: SearchSettings) -> Plan:

@@ -494,6 +494,7 @@ def test_what_is_wrong_with_a_call_is_found_without_solving(home: Path, capsys: 
         ("place --seed x", "'--seed': 'x' is not a whole number"),
         ("place --max-stages 99", "'--max-stages': 99 is out of range, must be at least 1 and at most 16"),
         ("place --gap 5", "'--gap': '5' means 500% of the best, did you mean 5%?"),
+        ("place --gap 200%", "'--gap': '200%' is out of range, must be below 100%"),
     ],
 )
 def test_a_wrong_value_is_answered_in_our_words(arguments: str, said: str, capsys: pytest.CaptureFixture[str]) -> None:

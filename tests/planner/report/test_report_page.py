@@ -23,7 +23,6 @@ from hetis.planner.report.promises import simple_setups
 from hetis.planner.report.simulation_pictures import _COLORS, Line, Panel, _dash
 from hetis.planner.use_cases.compare import figures_of
 from hetis.planner.use_cases.sources import inputs_from_documents, load_plan_and_problem
-from hetis.solver.budget import Report
 from hetis.solver.cluster import Link
 from hetis.solver.constraints import Exclude, Selection, Unit
 from hetis.solver.plan import Explanation, IdleGpus, Objective, ObjectiveKind
@@ -321,19 +320,6 @@ def test_a_page_without_the_market_says_how_to_find_what_to_buy_next(folder: Pat
     found = load_plan_and_problem(str(folder / "plan.json"))
     page = plans_page([ShownPlan(name="The plan", plan=found.plan, problem=found.problem)])
     assert "for every type on the market: hetis-plan report --buy-next." in whole(page).text
-
-
-def test_what_the_market_needs_is_compiled_before_its_time_runs(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    num_gpus, compiled = load_plan_and_problem(str(folder / "plan.json")).problem.cluster.num_gpus(), set[int]()
-
-    def compile_for(size: int, strategies: tuple[str, ...], *, for_engine: bool, report: Report) -> None:
-        assert (strategies, for_engine) == (("hetis",), True)
-        compiled.add(size)
-
-    monkeypatch.setattr("hetis.planner.jobs.kernels.compile_kernels", compile_for)
-    asked = ("--buy-next", "--count", "2", "--time-limit", "100ms", "-q", "--out", str(folder / "compiled.html"))
-    assert invoke("report", str(folder / "plan.json"), *asked).exit_code == 0
-    assert compiled == {num_gpus, num_gpus + 2}
 
 
 def test_shapes_and_reasons_are_said_in_words() -> None:

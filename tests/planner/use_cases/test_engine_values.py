@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 
 import hetis.solver.planning as planning
-from hetis.planner.jobs.kernels import load_kernels
 from hetis.planner.use_cases.engine_values import with_engine_values
 from hetis.planner.use_cases.place import PlacementSettings, search
 from hetis.planner.use_cases.precision import for_engine
@@ -38,7 +37,6 @@ RELATIVE = 1e-6
 
 @pytest.fixture(scope="module")
 def loaded(tmp_path_factory: pytest.TempPathFactory) -> LoadedInputs:
-    load_kernels(1, report=silent)  # engines whose search is not compiled are left out
     path: Path = tmp_path_factory.mktemp("fleet") / "fleet.yaml"
     path.write_text(FLEET, encoding="utf-8")
     return load_inputs(cluster=str(path), model="Qwen2.5-32B", workload="8000/300")

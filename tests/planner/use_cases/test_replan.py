@@ -14,7 +14,6 @@ from hetis.formats.models.dtypes import with_precision
 from hetis.planner.cli.app import run
 from hetis.planner.cli.exit_codes import ExitCode
 from hetis.profiler.roofline import modelled_profile
-from hetis.solver.budget import Report
 from hetis.solver.errors import UncheckedPlanError
 from tests.planner.command_line import invoke
 
@@ -72,23 +71,6 @@ def test_a_plan_or_a_change_that_fails_its_check_is_not_shown(
     result = invoke(*asked, "-q")
     assert isinstance(result.exception, UncheckedPlanError)
     assert result.stdout == ""
-
-
-def test_what_the_present_fleet_needs_is_compiled_before_the_time_runs(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    now_s = 0.0
-
-    def compile_slowly(num_gpus: int, strategies: tuple[str, ...], *, for_engine: bool, report: Report) -> None:
-        nonlocal now_s
-        assert (num_gpus, strategies, for_engine) == (6, ("hexgen",), True)
-        now_s += 1000.0
-
-    monkeypatch.setattr("hetis.planner.cli.changes.search_seconds", lambda: now_s)
-    monkeypatch.setattr("hetis.planner.jobs.kernels.compile_kernels", compile_slowly)
-    answer = replanned(folder, "more.yaml", "--time-limit", "60s")
-    assert answer["plan"]["result"]["solve_s"] == 0.0  # type: ignore[index]
-    assert now_s == 1000.0
 
 
 def test_replicas_that_stay_run_as_many_requests_at_once_as_before(folder: Path) -> None:

@@ -14,7 +14,6 @@ from hetis.planner.cli.sharing import ShareRule
 from hetis.planner.report.sharing import holds
 from hetis.planner.use_cases.place import ONE_TOKEN
 from hetis.planner.use_cases.record.parts import Requested
-from hetis.solver.budget import Report
 from hetis.solver.tenants.tenancy import TenantRule
 from tests.planner.command_line import EXAMPLES, hetis_plan_here, invoke
 
@@ -129,25 +128,6 @@ def test_plans_of_tenants_keep_what_was_asked_of_them(tmp_path: Path) -> None:
     assert Requested.of(drafts).objective(drafts.objective).tpot_limit_s == 0.05
     assert ONE_TOKEN in drafts.notes
     assert invoke("check", str(tmp_path / "new" / "drafts.json")).exit_code == 0
-
-
-def test_what_the_shares_need_is_compiled_before_their_time_runs(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    now_s, sizes = 0.0, list[int]()
-
-    def compile_slowly(num_gpus: int, strategies: tuple[str, ...], *, for_engine: bool = False, report: Report) -> None:
-        nonlocal now_s
-        assert strategies == ("hetis",)
-        sizes.append(num_gpus)
-        now_s += 1000.0
-
-    monkeypatch.setattr("hetis.planner.cli.sharing.search_seconds", lambda: now_s)
-    monkeypatch.setattr("hetis.planner.jobs.kernels.compile_kernels", compile_slowly)
-    asked = ["--no-others", "--no-envy", "--time-limit", "60s", "--out", str(tmp_path / "new")]
-    assert invoke("share", written(tmp_path), "-c", FLEET, *asked).exit_code == 0
-    assert sizes == [1]
-    assert load_plan(str(tmp_path / "new" / "chat.json")).result.solve_s == 0.0
 
 
 def test_the_rules_of_the_command_line_are_those_of_the_solver() -> None:

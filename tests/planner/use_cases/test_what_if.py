@@ -20,7 +20,6 @@ from hetis.planner.use_cases.place import PlacementSettings
 from hetis.planner.use_cases.sources import LoadedInputs, load_inputs
 from hetis.planner.use_cases.what_if import FleetChange, Side, WhatIf, _kind_of_change, _posed, changed_inputs
 from hetis.solver.advice import Addition, Change, NodeShape, Proven, difference
-from hetis.solver.budget import Report
 from hetis.solver.constraints import WithoutTp
 from hetis.solver.plan import Objective, ObjectiveKind
 from hetis.solver.problem import EngineRules
@@ -68,24 +67,6 @@ def test_those_who_wait_hear_which_of_how_many_is_solved(fleet: str, monkeypatch
     told = invoke(*asked(fleet, "--buy-next", "--market", "L4,T4")).stderr
     assert "1 of 3, before: " in told
     assert "3 of 3, with 1 " in told
-
-
-@pytest.mark.parametrize(
-    ("arguments", "sizes"),
-    [(("--add", "2xL4"), {3, 5}), (("--remove", "t4"), {3, 2}), (("--buy-next", "--market", "L4,T4"), {3, 4})],
-)
-def test_what_both_fleets_need_is_compiled_before_their_time_runs(
-    fleet: str, arguments: tuple[str, ...], sizes: set[int], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    compiled = set[int]()
-
-    def compile_for(num_gpus: int, strategies: tuple[str, ...], *, for_engine: bool, report: Report) -> None:
-        assert (strategies, for_engine) == (("hexgen",), True)
-        compiled.add(num_gpus)
-
-    monkeypatch.setattr("hetis.planner.jobs.kernels.compile_kernels", compile_for)
-    assert invoke(*asked(fleet, *arguments)).exit_code == ExitCode.OK
-    assert compiled == sizes
 
 
 def test_the_difference_is_that_of_two_solves(fleet: str, tmp_path: Path) -> None:

@@ -18,8 +18,9 @@ from hetis.solver.constraints import Duty, Exclude, RestrictRole, Selection, Uni
 from hetis.solver.errors import InfeasibleError, InvalidProblemError, NoPlanFoundError
 from hetis.solver.model import DraftShape, GpuPrecision
 from hetis.solver.placement.candidates import Evaluator, candidates_of
+from hetis.solver.placement.columns import Columns
 from hetis.solver.placement.families import ENGINES, STRATEGIES, beyond, run_by
-from hetis.solver.placement.master import Columns, Master
+from hetis.solver.placement.master import Master
 from hetis.solver.placement.tabulation import build_cost_tables
 from hetis.solver.plan import AttentionWorkerPool, ObjectiveKind, Plan, Role, Status
 from hetis.solver.planning import solve_placement

@@ -20,10 +20,11 @@ from hetis.solver.check.rederive import Rederivation
 from hetis.solver.cluster import Link, Network
 from hetis.solver.model import DraftShape
 from hetis.solver.placement import search
-from hetis.solver.placement.enumeration import search_enumerated
+from hetis.solver.placement.columns import Columns
 from hetis.solver.placement.explanation.alternatives import runners_up_of
 from hetis.solver.placement.families import STRATEGIES
-from hetis.solver.placement.master import Columns, Master, MilpSolution
+from hetis.solver.placement.master import Master, MilpSolution
+from hetis.solver.placement.optimum import search_enumerated
 from hetis.solver.placement.outcome import Outcome
 from hetis.solver.placement.tabulation import build_cost_tables
 from hetis.solver.plan import Objective, ObjectiveKind, Plan, Status

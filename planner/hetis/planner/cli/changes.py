@@ -101,7 +101,6 @@ def what_if(
     With --buy-next every GPU type on the market is added in turn and solved. Every solve has the full time limit;
     Ctrl-C once shows the results so far, Ctrl-C twice exits at once.
     """
-    from hetis.planner.jobs.kernels import compile_kernels
     from hetis.planner.report import comparison as report
     from hetis.planner.report.page.pages import buy_next_page, what_if_page
     from hetis.planner.use_cases import what_if as asking
@@ -122,7 +121,7 @@ def what_if(
         market=(fleet.market, fleet.count or DEFAULT_COUNT) if fleet.buy_next else None,
         like=fleet.node_like, gpus_per_node=fleet.gpus_per_node, zone=fleet.zone, nic=nic,
     )  # fmt: skip
-    changed = asking.changed_inputs(loaded, change)
+    asking.changed_inputs(loaded, change)  # refuses what the fleet does not have, before anything is searched
     if answer.dry_run:
         return outputs.say_what_would_be_solved(
             terminal, [(loaded.inputs, objective)], strategies=[request.strategy],
@@ -134,14 +133,9 @@ def what_if(
     searches = partial(Searches, loaded=loaded, objective=objective, settings=settings, budget=budget)
     searching = partial(search_interruptibly, terminal, unit=objective.unit, cancelled=cancelled, so_far="the plans")
 
-    def compile_for(sizes: set[int], news: Report) -> None:
-        for num_gpus in sizes:
-            compile_kernels(num_gpus, (settings.strategy,), for_engine=settings.engine is not None, report=news)
-
     if fleet.buy_next:
 
         def buy(news: Report) -> asking.BuyNext:
-            compile_for({cluster.num_gpus(), *(cluster.num_gpus() + offer.count for offer in market)}, news)
             return asking.buy_next(searches(report=news), market, change.shape)
 
         bought = searching(buy)
@@ -151,7 +145,6 @@ def what_if(
     else:
 
         def solve(news: Report) -> asking.WhatIf:
-            compile_for({cluster.num_gpus(), changed.inputs.cluster.num_gpus()}, news)
             return asking.what_if(searches(report=news), change)
 
         found = searching(solve)
@@ -210,7 +203,6 @@ def replan(
     present one: nodes that it lacks have left, new ones have joined. Ctrl-C once takes the best answer so far; Ctrl-C
     twice exits at once.
     """
-    from hetis.planner.jobs.kernels import compile_kernels
     from hetis.planner.report.changes import render_replan, replan_document
     from hetis.planner.report.page.pages import replan_page
     from hetis.planner.use_cases import replan as replanning
@@ -236,8 +228,6 @@ def replan(
     cancelled = threading.Event()
 
     def work(report: Report) -> Replanning:
-        num_gpus, for_engine = posed.problem.cluster.num_gpus(), posed.problem.family.engine is not None
-        compile_kernels(num_gpus, (posed.settings.strategy,), for_engine=for_engine, report=report)
         budget = Budget(time_limit_s=search.time_limit_s, clock=search_seconds, cancelled=cancelled)
         return replanning.replan(posed, costs, asked.max_moves, verify=answer.verify, budget=budget, report=report)
 

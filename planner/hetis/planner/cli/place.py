@@ -93,7 +93,6 @@ def finish(
     results: ResultOptions,
 ) -> ExitCode:
     """Solve with progress and Ctrl-C, save, print, and return the exit code, whatever the outcome."""
-    from hetis.planner.jobs.kernels import compile_kernels
     from hetis.planner.report.page.pages import ShownPlan, plans_page
     from hetis.planner.use_cases.place import place as placed
     from hetis.planner.use_cases.place import settings_of
@@ -102,8 +101,6 @@ def finish(
     cancelled, settings = threading.Event(), settings_of(request)
 
     def work(report: Report) -> PlacedPlan:
-        num_gpus, for_engine = problem.cluster.num_gpus(), settings.engine is not None
-        compile_kernels(num_gpus, (settings.strategy,), for_engine=for_engine, report=report)
         return placed(request, loaded, problem, cancelled=cancelled, report=report)
 
     def page() -> str:
@@ -203,7 +200,6 @@ def compare(
 
     Ctrl-C once stops the running strategy and shows the results so far; Ctrl-C twice exits at once.
     """
-    from hetis.planner.jobs.kernels import compile_kernels
     from hetis.planner.report.comparison import comparison_document, render_comparison
     from hetis.planner.report.page.pages import comparison_page
     from hetis.planner.use_cases.compare import Searches, compare_engines, simulate_plans
@@ -233,7 +229,6 @@ def compare(
     budget = partial(Budget, time_limit_s=request.time_limit_s, clock=search_seconds, cancelled=cancelled)
 
     def work(report: Report) -> tuple[Compared, ...]:
-        compile_kernels(loaded.inputs.cluster.num_gpus(), names, report=report)
         searches = Searches(loaded=loaded, objective=objective, settings=settings, budget=budget, report=report)
         found = compare_engines(searches, names, rules)
         if request.verify:

@@ -173,7 +173,6 @@ def _market(
     terminal: Terminal, found: PlanAndProblem, cancelled: threading.Event, given: ReportOptions
 ) -> BuyNext | None:
     """Return what to buy next, or None after Ctrl-C."""
-    from hetis.planner.jobs.kernels import compile_kernels
     from hetis.planner.use_cases.what_if import buy_next_to_plan, market_of, node_shape
 
     if cancelled.is_set():
@@ -181,11 +180,8 @@ def _market(
     cluster, time_limit_s = found.problem.cluster, given.time_limit or BUY_NEXT_S
     market = market_of(None, cluster, given.count or DEFAULT_COUNT)
     shape = node_shape(cluster, like=None, gpus_per_node=None, zone=None, nic=None)
-    engine, num_gpus = found.problem.family.engine, cluster.num_gpus()
 
     def buy(news: Report) -> BuyNext:
-        for size in {num_gpus, *(num_gpus + offer.count for offer in market)}:
-            compile_kernels(size, (found.plan.strategy,), for_engine=engine is not None, report=news)
         return buy_next_to_plan(
             found, market, shape, time_limit_s=time_limit_s, report=news,
             budget=lambda: Budget(time_limit_s=time_limit_s, clock=search_seconds, cancelled=cancelled),

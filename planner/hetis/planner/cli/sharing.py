@@ -65,7 +65,6 @@ def share(
     A tenant's value is the rate that its replicas reach, divided by the rate it would reach alone. Ctrl-C once shows
     and saves the best shares so far; Ctrl-C twice exits at once.
     """
-    from hetis.planner.jobs.kernels import compile_kernels
     from hetis.planner.report.sharing import render_tenants, tenants_document
     from hetis.planner.use_cases.place import PlacementSettings
     from hetis.planner.use_cases.sharing import SharedFleet, load_tenancy, share_out_fleet
@@ -89,7 +88,6 @@ def share(
     cancelled = threading.Event()
 
     def work(report: Report) -> SharedFleet:
-        compile_kernels(1, (asked.strategy,), report=report)
         budget = Budget(time_limit_s=asked.time_limit, clock=search_seconds, cancelled=cancelled)
         return share_out_fleet(loaded, rules, settings, with_envy=asked.envy, budget=budget, report=report)
 

@@ -20,7 +20,7 @@ from hetis.planner.convert.names import NODE, cluster_of, last_part, node_name
 from hetis.planner.failures import Reason, ServiceError, invalid_field, not_found, wrong_node
 from hetis.planner.fleet import views
 from hetis.planner.fleet.admission import taken_over
-from hetis.planner.fleet.agent_messages import check_hello
+from hetis.planner.fleet.agent_messages import Request, check_hello
 from hetis.planner.fleet.cluster import ClusterFleet
 from hetis.planner.fleet.deltas import protocol_violation
 from hetis.planner.fleet.head_maps import HeadMaps
@@ -33,7 +33,7 @@ from hetis.planner.fleet.stream import Response, Stream
 from hetis.planner.fleet.views import Clock, FleetObserver, LiveNode, LiveReplica, kv_in_use
 from hetis.planner.fleet.writes import StoredCluster, read_clusters
 from hetis.planner.store import Store
-from hetis.v1 import agent_service_pb2, cluster_pb2, plan_pb2, redispatch_pb2, replica_pb2
+from hetis.v1 import cluster_pb2, plan_pb2, redispatch_pb2, replica_pb2
 
 _log = logging.getLogger("hetis.planner.fleet")
 _HELLO_S = 10.0  # limit for the first message of a stream
@@ -41,8 +41,6 @@ _GOODBYE_S = 2.0  # time for agents to receive their last messages
 _MOST_REQUEST_BYTES = 2**20  # as documented in docs/api.md
 _READ_AT_ONCE = 200  # clusters in one query; databases limit the parameters of a statement
 _STOOD_STILL = 4.0  # ticks; a longer gap between two ticks means that the planner itself was suspended
-
-Request = agent_service_pb2.ConnectNodeRequest
 
 
 class LiveFleet:

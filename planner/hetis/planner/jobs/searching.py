@@ -13,7 +13,6 @@ from hetis.formats.documents import Value, from_data, to_data
 from hetis.formats.files import canonical_json
 from hetis.planner.convert.plans import result_to_proto
 from hetis.planner.jobs.frames import JobFrame
-from hetis.planner.jobs.kernels import load_kernels
 from hetis.planner.jobs.messages import (
     Answer,
     FoundPlan,
@@ -44,16 +43,11 @@ class Searcher:
     def solve(self, posed_json: bytes, cancelled: threading.Event) -> None:
         """Search and send the answer.
 
-        The time limit starts at ``searching``, since compiling must not count against it. At ``verifying`` the plan is
-        found, and is simulated.
-
-        Most kernels are compiled before. If only some of them were on disk, compiling the others during the search
-        stops the clock and is reported as ``compiling``.
+        The time limit starts at ``searching``. At ``verifying`` the plan is found, and is simulated: kernels of the
+        dispatcher may then be compiled, which stops the clock and is reported as ``compiling``.
         """
         posed = posed_from_json(posed_json)
         report = ProgressReporter(self._send)
-        for_engine = posed.settings.engine is not None
-        load_kernels(posed.loaded.inputs.cluster.num_gpus(), for_engine=for_engine, report=report)
 
         phase, began_s = "searching", 0.0
         found = Progress(phase="", elapsed_s=0.0)

@@ -26,10 +26,8 @@ def main() -> None:
     inbox, outbox = _private_pipes()
     _be_the_first_to_go()
     # Load the libraries, which takes seconds, before there is work.
-    from hetis.planner.jobs.kernels import load_cached_kernels
     from hetis.planner.jobs.searching import Searcher
 
-    load_cached_kernels()
     searcher = Searcher(outbox.send)
     outbox.send(JobFrame(kind="ready", fields={}))
     while (frame := read_frame(inbox)) is not None:

@@ -12,7 +12,6 @@ from textwrap import fill
 from typing import ParamSpec, TypeVar
 
 from hetis.formats import documents
-from hetis.planner.jobs.kernels import compile_kernels
 from hetis.planner.library import arguments
 from hetis.planner.library.arguments import checked, spelled_as_arguments
 from hetis.planner.library.plan import Plan
@@ -75,10 +74,6 @@ def place(request: Arguments) -> Plan:
     """
     loaded = placing.load(request)
     problem = placing.pose(request, loaded)
-    compile_kernels(
-        problem.cluster.num_gpus(), (request.strategy,), for_engine=problem.family.engine is not None,
-        report=request.progress,
-    )  # fmt: skip
     plan = placing.place(request, loaded, problem, cancelled=threading.Event(), report=request.progress).plan
     return Plan(value=plan, problem=replace(problem, objective=plan.objective))  # larger if a loss is survived
 

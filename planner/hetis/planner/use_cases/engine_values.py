@@ -8,7 +8,7 @@ from dataclasses import replace
 from functools import partial
 
 from hetis.planner.use_cases.precision import constraints_of, refused_by
-from hetis.planner.use_cases.record.forms import NOT_COMPILED, EngineValue
+from hetis.planner.use_cases.record.forms import EngineValue
 from hetis.planner.use_cases.record.parts import EqualStages, OtherEngines, Requested
 from hetis.planner.use_cases.sources import family_of
 from hetis.planner.use_cases.verification.equal_stages import budget_of_one, value_within
@@ -125,10 +125,8 @@ def _searched(
     known: EngineValue, plan: Plan, problem: PlacementProblem, own: EngineRules, seed: int, budget: Budget
 ) -> EngineValue:
     """Return what a search finds, or ``known``, the value of a plan that the engine runs, if that is better."""
-    from hetis.solver.planning import is_compiled, solve_placement
+    from hetis.solver.planning import solve_placement
 
-    if not is_compiled(problem):
-        return replace(known, why_not=NOT_COMPILED)
     if budget.is_spent():
         return replace(known, why_not="no time was left")
     simplest_within = Requested.of(plan).simplest_within  # or it would seem to reach what was given up for that

@@ -26,8 +26,9 @@ from hetis.solver.placement.nodes import kind_of, pack, pack_within
 from hetis.solver.placement.tables import CostTables
 from hetis.solver.placement.template import Template
 
-PACKING_S, PACKING_SHARE = 1.0, 0.1  # minimum seconds for a class, and its share of the time left
-MOST_WITHIN_S = 30.0  # limit for placing replicas on few nodes each; the search has found such a placement before
+# Time limits only guard: nodes of the search trees end these programs, so that equal parts are bound alike everywhere.
+PACKING_S, PACKING_SHARE = 20.0, 0.1  # minimum seconds for a class, and its share of the time left
+MOST_WITHIN_S = 60.0  # for placing replicas on few nodes each; the search has found such a placement before
 MOST_PAIRS = 4000  # (TP group, node) pairs: with more, first fit decides
 MOST_SEARCHED = 50  # nodes of the search tree; fixed, so that the same parts are bound alike on every machine
 

@@ -14,8 +14,9 @@ from functools import cached_property
 
 import numpy as np
 
+from hetis.solver.placement.columns import Columns
+from hetis.solver.placement.constraint_rows import Pins
 from hetis.solver.placement.fleet import UNIFIED, IntArray
-from hetis.solver.placement.master import Columns, Pins
 from hetis.solver.placement.nodes import Kind, kind_of_parts, shared_places
 from hetis.solver.placement.pipelines import (
     MixSweep,
@@ -252,4 +253,4 @@ def _kind_of_scope(costs: CostTables, scope: int) -> Hashable:
         for g, c in ((g, costs.classes[g]) for g in inside)
     ]
     arrays = (t.t_cap, t.trip_cap, t.wire_s[:, ranks], t.hop_s[:, ranks], t.pool_start[np.ix_(ranks, inside)])
-    return here.roles, here.gpu, tuple(gpus), *(values.tobytes() for values in arrays)
+    return here.roles, tuple(gpus), *(values.tobytes() for values in arrays)

@@ -9,8 +9,7 @@ Where the explicit links of a zone's nodes differ, sets of its nodes are *places
 has sides like a zone, and a route from itself to itself.
 
 A side has a *rate price*, the value of serving one more request/s there, which is 1 on the unified side if the rate is
-maximised. A route is worth ``weight(z, y)``, which is 1 minus the price of its link, and the rate prices of its two
-ends must sum to at least that: ``alpha(z) + beta(y) >= weight(z, y)``. That is the dual of the flow rows.
+maximised.
 """
 
 from __future__ import annotations

@@ -18,130 +18,19 @@ binaries q for each type say whether it has the role.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
-from typing import Any, TypeGuard, TypeVar
+from dataclasses import dataclass, replace
+from typing import Any, TypeGuard
 
 import highspy
 import numpy as np
-import numpy.typing as npt
 
-from hetis.solver.constraints import ConstraintIndex, Sum
 from hetis.solver.highs import linear_program, quiet_highs
-from hetis.solver.placement.fleet import UNIFIED, DeviceClass, IntArray, Resources, Routes
-from hetis.solver.placement.tables import BoolArray, CostTables, FloatArray
-from hetis.solver.plan import Role
+from hetis.solver.placement.columns import Columns
+from hetis.solver.placement.constraint_rows import Pins, TypeOfRole, pins_of, type_of_role
+from hetis.solver.placement.fleet import UNIFIED, IntArray, Routes
+from hetis.solver.placement.tables import CostTables, FloatArray
 from hetis.solver.problem import PlacementProblem
-
-ROUNDING = 1e-6  # ratio by which HiGHS may violate a row
-
-
-@dataclass(frozen=True, slots=True)
-class Pins:
-    """P rows ``lower <= sum_k (use_k of_rows + each) n_k <= upper``; ``of_rows`` is [rows, P], the others [P]."""
-
-    of_rows: FloatArray
-    each: FloatArray
-    lower: FloatArray
-    upper: FloatArray
-
-    def coefficients(self, uses: IntArray) -> FloatArray:
-        """Return the coefficients of columns with these uses [K, rows]; [K, P]."""
-        return np.asarray(uses @ self.of_rows + self.each)
-
-    def are_kept(self, uses: IntArray, counts: IntArray) -> bool:
-        """Return whether these numbers of replicas of every column satisfy the rows."""
-        sums = counts @ self.coefficients(uses)
-        return bool(np.all(sums >= self.lower - _room(self.lower)) and np.all(sums <= self.upper + _room(self.upper)))
-
-    def allow_one(self, uses: IntArray) -> BoolArray:
-        """Return whether a single replica with these uses [K, rows] exceeds no upper limit; [K].
-
-        No coefficient is negative, so a replica that exceeds one alone is in no plan.
-        """
-        return np.asarray(np.all(self.coefficients(uses) <= self.upper + _room(self.upper), axis=1))
-
-
-def _room(limits: FloatArray) -> FloatArray:
-    """Return by how much HiGHS may exceed limits; 0 where there is no limit."""
-    return np.where(np.isfinite(limits), ROUNDING * np.maximum(1.0, np.abs(limits)), 0.0)
-
-
-def pins_of(index: ConstraintIndex | None, classes: tuple[DeviceClass, ...], resources: Resources) -> Pins | None:
-    """Return the rows that a problem's constraints require, or None without any."""
-    if index is None or not index.has_rows:
-        return None
-    used, count = len(index.least), len(index.least) + len(index.most) + 1
-    of_rows = np.zeros((len(resources.rows), count))
-    for row, (g, p) in enumerate(resources.rows):
-        if p == 1:
-            of_rows[row, sorted(classes[g].constraints.counts_for)] = 1.0
-            of_rows[row, used:-1] = [unit_of(classes[g], each.of) for each in index.most]
-    each = np.zeros(count)
-    each[-1] = 1.0
-    least, most = index.replicas
-    lower = np.array([*index.least, *[-np.inf] * len(index.most), least], dtype=float)
-    upper = np.array([*[np.inf] * used, *[each.most for each in index.most], most], dtype=float)
-    return Pins(of_rows, each, lower, upper)
-
-
-def unit_of(c: DeviceClass, of: Sum) -> float:
-    """Return what one GPU of a class adds to a sum."""
-    return 1.0 if of is Sum.GPUS else c.usd_per_hour or 0.0
-
-
-@dataclass(frozen=True, slots=True)
-class TypeOfRole:
-    """The rows that give all prefill replicas one GPU type, and all decode replicas one.
-
-    ``gpus`` [rows, T] counts GPUs by type, ``limits`` [T] are those of the fleet, ``role_of_side`` [sides] is 0 on the
-    sides of prefill replicas, 1 on those of decode replicas, and -1 otherwise.
-    """
-
-    gpus: FloatArray
-    limits: FloatArray
-    role_of_side: IntArray
-
-    @property
-    def num_binaries(self) -> int:
-        return 2 * len(self.limits)
-
-    def coefficients(self, columns: Columns) -> FloatArray:
-        """Return the GPUs of each role and type that columns take; [K, 2 T]."""
-        of_types, role = columns.uses @ self.gpus, self.role_of_side[columns.sides]
-        return np.concatenate([of_types * (role == each)[:, None] for each in range(2)], axis=1)
-
-    def rows(self, columns: Columns, num_flows: int) -> tuple[FloatArray, FloatArray]:
-        """Return coefficients [K + flows + 2 T, 2 T + 2] and upper limits of the rows."""
-        num = self.num_binaries
-        replicas = np.pad(self.coefficients(columns), ((0, num_flows), (0, 2)))
-        binaries = np.concatenate([-np.diag(np.tile(self.limits, 2)), np.repeat(np.eye(2), num // 2, axis=0)], axis=1)
-        return np.concatenate([replicas, binaries]), np.concatenate([np.zeros(num), np.ones(2)])
-
-    def chosen(self, columns: Columns, counts: IntArray) -> FloatArray:
-        """Return the binaries of whole counts."""
-        return np.asarray((counts @ self.coefficients(columns) > 0).astype(float))
-
-    def prices(self, duals: FloatArray) -> FloatArray:
-        """Return what each row costs on every side in addition, from the duals of the first 2 T rows; [sides, rows]."""
-        of_roles = np.concatenate([duals.reshape(2, -1) @ self.gpus.T, np.zeros((1, len(self.gpus)))])
-        return np.asarray(of_roles[self.role_of_side])
-
-
-def type_of_role(costs: CostTables) -> TypeOfRole | None:
-    """Return the rows of a family with one GPU type for each role, or None if it is another family."""
-    if not costs.problem.family.one_type_per_role:
-        return None
-    types = list(dict.fromkeys(c.gpu for c in costs.classes))
-    gpus = np.array([[float(p == 1 and costs.classes[g].gpu == gpu) for gpu in types] for g, p in costs.resources.rows])
-    routes = costs.routes
-    roles = np.full(routes.num_sides, -1, dtype=np.int64)
-    for role, of_side in enumerate(((False, True), (False,))):
-        for zone, afar in itertools.product(range(len(routes.zones)), of_side):
-            roles[routes.side((Role.PREFILL, Role.DECODE)[role], zone, sends_afar=afar)] = role
-    return TypeOfRole(gpus, costs.resources.limits @ gpus, roles)
-
 
 # HiGHS's statuses without a timeout. Nothing is unbounded here: replicas take GPUs, and flows need replicas.
 SETTLED = (
@@ -149,41 +38,8 @@ SETTLED = (
     highspy.HighsModelStatus.kInfeasible,
     highspy.HighsModelStatus.kUnboundedOrInfeasible,
 )
-Number = TypeVar("Number", np.int64, np.float64)
 UNDECIDED = "no plan was found, nor a proof that there is none; more time may find one"
-COMPARED = 256  # columns that are compared with one another at once
 MANY = 64  # replicas from which on whole counts stay close to the relaxation
-
-
-@dataclass(frozen=True, slots=True)
-class Columns:
-    """The known columns: rates [K] in requests/s, costs [K], uses [K, rows], sides [K] (see `Routes`)."""
-
-    rates: FloatArray
-    costs: FloatArray
-    uses: IntArray
-    sides: IntArray
-
-    def some(self, which: IntArray) -> Columns:
-        """Return the columns with these numbers."""
-        return Columns(*(getattr(self, field.name)[which] for field in fields(self)))
-
-    def undominated(self) -> IntArray:
-        """Return the numbers of columns that no other column on the same side dominates.
-
-        A column dominates if it has at least the rate and takes no more of any row; it then costs no more either, since
-        costs follow from rows. Presolve finds the same but takes a hundred times as long.
-        """
-        order, found = np.lexsort((self.uses.sum(axis=1), -self.rates)), [np.zeros(0, dtype=np.int64)]
-        for side in np.unique(self.sides):
-            of_side = order[self.sides[order] == side]
-            found.append(of_side[_undominated(self.uses[of_side])])
-        return np.sort(np.concatenate(found))
-
-    def followed_by(self, more: Columns) -> Columns:
-        """Return these columns followed by others."""
-        pairs = ((getattr(self, field.name), getattr(more, field.name)) for field in fields(self))
-        return Columns(*map(np.concatenate, pairs))
 
 
 @dataclass(frozen=True, slots=True)
@@ -323,18 +179,21 @@ class Master:
         return found is not None and (not self.maximises or found.value > 0.0)
 
     def solve_milp(
-        self, columns: Columns, *, time_limit_s: float, gap: float, seed: int = 0, start: MilpSolution | None = None,
-        least: IntArray | None = None, presolves: bool = True, stop: Callable[[], bool] | None = None,
-        extend: Callable[[Any], object] | None = None,
+        self, columns: Columns, *, time_limit_s: float, gap: float, seed: int = 0, nodes: int | None = None,
+        start: MilpSolution | None = None, least: IntArray | None = None, presolves: bool = True,
+        stop: Callable[[], bool] | None = None, extend: Callable[[Any], object] | None = None,
     ) -> tuple[MilpSolution | None, bool]:  # fmt: skip
         """Return whole counts within a relative gap, and whether HiGHS finished: with an optimum, or proved infeasible.
 
+        It ends after ``nodes`` of the search tree (None: no limit), which takes as long as it takes: the clock guards.
         Counts are None if none were found in time or before ``stop`` is true. ``start`` is a known feasible choice of
         the first columns; the result is never worse. With ``least`` [K], counts are at least this large, and the bound
         holds for such counts only. ``extend`` adds rows and further columns to the model. It may change the objective,
         which voids the bound.
         """
         options: dict[str, str | int | float] = {"mip_rel_gap": gap, "mip_abs_gap": 0.0}
+        if nodes is not None:
+            options["mip_max_nodes"] = nodes
         if not presolves:  # presolve compares columns in pairs and ignores the time limit while doing so
             options["presolve"] = "off"
         highs = quiet_highs(options, time_limit_s=time_limit_s, seed=seed, stop=stop)
@@ -538,30 +397,6 @@ def row_costs_of(costs: CostTables) -> FloatArray:
     goal, types = costs.problem.objective.kind.goal, costs.problem.cluster.gpu_types
     each = [goal.cost(types[c.gpu], c.usd_per_hour) for c in costs.classes]
     return np.array([each[g] if p == 1 else 0.0 for g, p in costs.resources.rows])
-
-
-def _undominated(uses: IntArray) -> IntArray:
-    """Return the numbers of columns that take less of some row than any earlier one; ``uses`` is [K, rows]."""
-    found = np.zeros(0, dtype=np.int64)
-    for begin in range(0, len(uses), COMPARED):
-        block = np.arange(begin, min(begin + COMPARED, len(uses)))
-        block = block[~np.any(_take_no_more(uses[found], uses[block]), axis=0)]
-        block = block[~np.any(np.triu(_take_no_more(uses[block], uses[block]), 1), axis=0)]
-        found = np.concatenate([found, block])
-    return found
-
-
-def _take_no_more(some: IntArray, others: IntArray) -> BoolArray:
-    """Return whether each of some columns takes no more of any row than each other column; [some, others]."""
-    takes_no_more = np.ones((len(some), len(others)), dtype=bool)
-    for of_some, of_others in zip(some.T, others.T, strict=True):  # row by row, in far less memory than at once
-        takes_no_more &= of_some[:, None] <= of_others
-    return takes_no_more
-
-
-def padded(counts: npt.NDArray[Number], num: int) -> npt.NDArray[Number]:
-    """Return counts of the first columns extended with zeros to ``num`` columns."""
-    return np.pad(counts, (0, num - len(counts)))
 
 
 def settled(blocks: Sequence[FloatArray], *, back: int = 1) -> list[IntArray] | None:

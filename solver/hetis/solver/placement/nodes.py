@@ -38,6 +38,7 @@ MOST_PATTERNS = 5000  # patterns per node, more than nodes of 16 GPUs have
 MOST_CUTS_OF_PARTS = 300  # cuts per replica
 MOST_MIXED = 6  # parts of several sizes up to which all cuts are listed; six parts have 203
 MOST_SEARCHED = 2000  # nodes of the search tree; fixed, so that the same parts are packed alike on every machine
+MOST_SEARCHED_WITHIN = 20_000  # the same if all classes are packed at once
 GAP = 1e-9
 
 Parts = tuple[int, ...]  # sizes of a replica's parts, the largest first
@@ -408,7 +409,8 @@ def pack_within(
     program = NodeProgram.of(classes, list(wanted), most_nodes)
     if program is None:
         return None
-    highs = quiet_highs({"mip_abs_gap": 0.999, "mip_rel_gap": 0.0}, time_limit_s=time_limit_s, seed=seed)
+    options = {"mip_max_nodes": MOST_SEARCHED_WITHIN, "mip_abs_gap": 0.999, "mip_rel_gap": 0.0}
+    highs = quiet_highs(options, time_limit_s=time_limit_s, seed=seed)
     for count in wanted.values():
         highs.addVar(float(count), float(count))
     first = program.extend(highs, range(len(wanted)))

@@ -16,7 +16,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from hetis.solver.errors import BrokenProofError
-from hetis.solver.placement.master import MilpSolution, unit_of
+from hetis.solver.placement.constraint_rows import unit_of
+from hetis.solver.placement.master import MilpSolution
 from hetis.solver.placement.tables import CostTables, FloatArray
 from hetis.solver.placement.template import Template
 from hetis.solver.plan import Role

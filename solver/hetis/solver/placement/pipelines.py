@@ -3,33 +3,40 @@
 There are few ways in which such a replica may use the fleet: a number of TP groups of each device class, called a
 *composition*, optionally with attention workers of one class, equally many for every stage. For each of them the
 quickest split of layers is found over all iteration mixes, and the best becomes a column of the master
-(`enumeration.py`). Equal stages of one GPU type are the family of `uniform`, and the first columns of other searches.
+(`enumeration.py`).
 """
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import NamedTuple
 
 import numpy as np
 
-from hetis.solver.cost import UNEVENNESS_STEP, Regime
 from hetis.solver.errors import InvalidProblemError
-from hetis.solver.placement.compiled import kernel
 from hetis.solver.placement.fleet import IntArray
 from hetis.solver.placement.nodes import kind_of, least_nodes_of, nodes_of_groups
-from hetis.solver.placement.stage_cost import ROUNDING, FixedTimes, fill_fixed, iterations_of, layers_on_rank, stretch
-from hetis.solver.placement.tables import BOTH, FIRST, LAST, PLAIN, BoolArray, CostTables, FloatArray, Tables
+from hetis.solver.placement.stage_cost import (
+    ROUNDING,
+    fixed_by_role,
+    iterations_of,
+    kept_bytes,
+    layers_on_cards,
+    layers_on_rank,
+    pool_entry,
+    slack,
+    stage_roles,
+)
+from hetis.solver.placement.tables import BOTH, FIRST, LAST, PLAIN, BoolArray, CostTables, FloatArray
 from hetis.solver.placement.template import Template, TemplateStage, gpus_of, interval_of
 from hetis.solver.plan import Role
 
 NUM_ROLES = 4
 MOST_COMPOSITIONS = 400_000  # limit per TP size and depth
-MOST_EQUAL = 2_000  # choices of the nodes of equal stages with different explicit links
 SPLITS_AT_ONCE = 4096  # splits of layers that are tried together
 EXACT = 1e-12  # ratio by which rounding may affect a bound on an interval
 
@@ -115,39 +122,30 @@ class StageTimes(NamedTuple):
 
 
 def stage_times(costs: CostTables, shape: Shape, sweep: MixSweep, workers: Workers | None) -> StageTimes:
-    """Compute what `options.list_options` does for single copies, for a whole sweep; workers need unified mixes."""
-    t, f, s, x = costs.scopes[shape.scope].tables, shape.in_flight_index, shape.ranks, sweep.mixes
-    at = np.ix_(x, s)
+    """Return the times of a shape's stages for a whole sweep; workers need unified mixes."""
+    t, f, s, x = costs.scopes[shape.scope].tables, shape.in_flight_index, shape.ranks, sweep.mixes[:, None]
     groups, given = t.rank_groups[s], sweep.groups[:, None]
-    kv_bytes = t.kv_group_bytes * t.kv_tokens[x, f, 0][:, None]
+    kept, on_cards = kept_bytes(t, x, f, s, given), np.full((len(x), len(s)), np.inf)
     if workers is None:
-        kept = x[:, None], s[None, :], groups[None, :]
-        attention_s, chunk_attention_s = t.own_s[kept], t.chunk.own_s[kept]
-        state = t.state_bytes[x, f, 0][:, None] / t.state_ranks[s]
-        kept, on_cards = groups * kv_bytes + state, np.full((len(x), len(s)), np.inf)
+        attention_s, chunk_attention_s = t.own_s[x, s, groups], t.chunk.own_s[x, s, groups]
     else:
-        entries = t.pool_start[s, workers.device_class] + (given - 1) * len(t.pool_sizes) + workers.size
-        attention_s, chunk_attention_s = t.pool_s[x[:, None], entries], t.chunk.pool_s[x[:, None], entries]
-        prompt_bytes = t.kv_group_bytes * t.prompt_tokens[x, f, 0][:, None]
-        kept = (groups - given) * kv_bytes + given * prompt_bytes
-        requests = (shape.depth * t.micro_batch[x])[:, None]
-        pairs = np.ceil(requests * given * t.rank_tp[s] / t.pool_sizes[workers.size] - ROUNDING)
-        on_cards = t.worker_room_bytes[workers.device_class] / (pairs / requests * kv_bytes) + ROUNDING
-    compute_s, chunk_s = t.layer_s[at] + attention_s, t.chunk.layer_s[at] + chunk_attention_s
-    layer_s = np.maximum(compute_s, t.wire_s[at])
-    prefix_s = t.prefix_layers * np.maximum(compute_s + t.prefix_delta_s[at], t.wire_s[at])
-    fixed_s = _by_role(t.step_s[at], t.hop_s[at], prefix_s, t.last_s[at])
-    most = np.minimum(_layers_that_fit(costs, shape, x, kept), on_cards[:, :, None])
+        entries = pool_entry(t, s, workers.device_class, given, workers.size)
+        attention_s, chunk_attention_s = t.pool_s[x, entries], t.chunk.pool_s[x, entries]
+        requests, cards = shape.depth * t.micro_batch[x], int(t.pool_sizes[workers.size])
+        on_cards = layers_on_cards(t, workers.device_class, t.rank_tp[s], given, cards, requests, t.kv_tokens[x, f])
+    compute_s, chunk_s = t.layer_s[x, s] + attention_s, t.chunk.layer_s[x, s] + chunk_attention_s
+    layer_s, fixed_s = np.maximum(compute_s, t.wire_s[x, s]), fixed_by_role(t, t, x, s, compute_s, t.wire_s[x, s])
+    most = np.minimum(layers_on_rank(t, x, f, s, kept), on_cards[:, :, None])
     if workers is not None:
         most[:, :, [FIRST, BOTH]] = np.minimum(most[:, :, [FIRST, BOTH]], on_cards[:, :, None] - t.prefix_layers)
-    chunk_cap_s = (t.trip_cap[x, f] / shape.depth)[:, None, None]
+    chunk_cap_s = (t.trip_cap[x, f] / shape.depth)[:, :, None]
     if np.isfinite(chunk_cap_s).any():
-        chunk_prefix_s = t.prefix_layers * (chunk_s + t.chunk.prefix_delta_s[at])
-        beside_s = _by_role(t.chunk.step_s[at], t.chunk.hop_s[at], chunk_prefix_s, t.chunk.last_s[at])
         with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
-            in_time = (chunk_cap_s - beside_s) / chunk_s[:, :, None] + ROUNDING
+            in_time = (chunk_cap_s - fixed_by_role(t, t.chunk, x, s, chunk_s, 0.0)) / chunk_s[:, :, None] + ROUNDING
         most = np.where(np.isfinite(chunk_cap_s), np.minimum(most, in_time), most)
-    longer = 1.0 + _slack(costs, shape, sweep, layer_s, chunk_s)
+    longer = 1.0 + slack(
+        iterations_of(t, x, f), layer_s, chunk_s, sweep.least_slack[:, None], sweep.unevenness[:, None]
+    )
     return StageTimes(
         layer_s=layer_s * longer, fixed_s=fixed_s * longer[:, :, None], most=np.maximum(0.0, most).astype(np.int64)
     )
@@ -171,41 +169,6 @@ def shortest_with(costs: CostTables, shape: Shape, counts: IntArray, mixes: IntA
     beside_s = t.step_s[at] + np.minimum(t.hop_s[at], prefix_s)
     found_s = _shortest_s(t.num_layers, counts, layer_s, beside_s)
     return np.where(found_s > t.t_cap[mixes, shape.in_flight_index] * (1.0 + EXACT), np.inf, found_s)
-
-
-def _layers_that_fit(costs: CostTables, shape: Shape, mixes: IntArray, kept: FloatArray) -> FloatArray:
-    """Return the repeated layers that fit in a rank's memory, [X, R, 4]; ``kept`` [X, R] is KV bytes of one layer."""
-    t, s = costs.scopes[shape.scope].tables, shape.ranks
-    at, f = np.ix_(mixes, s), shape.in_flight_index
-    room = (t.room_bytes[s] - t.act_bytes[:, f][at])[:, :, None].repeat(NUM_ROLES, axis=2)
-    room[:, :, [FIRST, BOTH]] -= (t.first_bytes[s] + t.prefix_layers * kept)[:, :, None]
-    room[:, :, [LAST, BOTH]] -= (t.last_bytes[s] + t.logit_bytes[:, f][at] + t.draft_layers * kept)[:, :, None]
-    room[:, :, BOTH] += t.tied_bytes[s]
-    return np.minimum(room / (t.layer_bytes[s] + kept)[:, :, None] + ROUNDING, float(t.num_layers))
-
-
-def _by_role(step_s: FloatArray, hop_s: FloatArray, prefix_s: FloatArray, last_s: FloatArray) -> FloatArray:
-    """Return the seconds of stages besides their repeated layers; [X, S, 4]."""
-    fixed_s = np.empty((*step_s.shape, NUM_ROLES))
-    fixed_s[:, :, PLAIN] = step_s + hop_s
-    fixed_s[:, :, FIRST] = step_s + prefix_s
-    fixed_s[:, :, LAST] = step_s + hop_s + last_s
-    fixed_s[:, :, BOTH] = step_s + prefix_s + last_s
-    return fixed_s
-
-
-def _slack(costs: CostTables, shape: Shape, sweep: MixSweep, request_s: FloatArray, chunk_s: FloatArray) -> FloatArray:
-    """Return `options.stretch` minus 1; [X, R]. ``request_s`` and ``chunk_s`` are those of a repeated layer."""
-    t, x, f = costs.scopes[shape.scope].tables, sweep.mixes, shape.in_flight_index
-    least, unevenness = sweep.least_slack[:, None], sweep.unevenness[:, None]
-    iterations, nc, none = t.iterations[x][:, None], t.chunk_iterations[x][:, None], t.without_chunk[x, f][:, None]
-    plain = iterations - nc
-    with np.errstate(divide="ignore", invalid="ignore"):
-        plain_s = (request_s - nc * chunk_s) / plain
-        longest_s = chunk_s - (chunk_s - plain_s) * none
-        uneven = unevenness * (longest_s * iterations / request_s - 1.0)
-    applies = (unevenness > 0.0) & (plain > 0.0) & (nc > 0.0)
-    return np.where(applies, np.maximum(least, uneven), least)
 
 
 def split_layers(
@@ -282,7 +245,7 @@ def lined_up(counts: IntArray, first: IntArray, last: IntArray) -> tuple[IntArra
     plain[each, first] -= 1
     plain[each, last] -= 1
     between = np.repeat(np.tile(np.arange(counts.shape[1]), num), plain.ravel()).reshape(num, depth - 2)
-    roles = np.tile([FIRST, *[PLAIN] * (depth - 2), LAST], (num, 1))
+    roles = np.tile(stage_roles(depth), (num, 1))
     return np.concatenate([first[:, None], between, last[:, None]], axis=1), roles
 
 
@@ -478,156 +441,3 @@ def template_of_pipeline(
     )
     template = Template(shape.scope, x, shape.in_flight_index, parts, np.inf)
     return replace(template, interval_s=interval_of(costs, template))
-
-
-# --- equal stages of one GPU type
-
-
-@kernel
-def _equal_layers(num_layers: int, num_stages: int, role: int) -> int:
-    """Return the layers of a stage; the remainder goes to plain stages first, then to the first, then to the last."""
-    each, spare = num_layers // num_stages, num_layers % num_stages
-    if role == FIRST:
-        return each + (1 if spare > max(0, num_stages - 2) else 0)
-    if role == PLAIN:
-        return each + (1 if spare > 0 else 0)  # the larger number among plain stages
-    return each
-
-
-@kernel
-def best_equal_split(
-    t: Tables, mixes: IntArray, s: int, num_stages: int, full: Regime, tight: Regime, together: Regime,
-    depth_in_flight: bool,
-) -> tuple[float, int, int]:  # fmt: skip
-    """Return the shortest interval of ``num_stages`` equal stages of rank type s, with its mix and in-flight index.
-
-    The mix is one of ``mixes``. The interval is inf if nothing fits in memory or meets the limits.
-    """
-    best, best_x, best_f = np.inf, -1, -1
-    kinds = 1 if num_stages == 1 else (2 if num_stages == 2 else 3)
-    groups, fixed_s, chunk_fixed_s = t.rank_groups[s], np.empty(4), np.empty(4)
-    # The remainder goes to plain stages first, and may be less than their number.
-    many_plain = 0 < t.num_layers % num_stages < num_stages - 2
-    for x in mixes:
-        compute_s = t.layer_s[x, s] + t.own_s[x, s, groups]
-        w = max(compute_s, t.wire_s[x, s])
-        chunk_w = t.chunk.layer_s[x, s] + t.chunk.own_s[x, s, groups]
-        times = FixedTimes(t.hop_s[x, s], t.step_s[x, s], t.last_s[x, s], t.prefix_delta_s[x, s])
-        chunk_times = FixedTimes(
-            t.chunk.hop_s[x, s], t.chunk.step_s[x, s], t.chunk.last_s[x, s], t.chunk.prefix_delta_s[x, s]
-        )
-        fill_fixed(fixed_s, t.prefix_layers, compute_s, t.wire_s[x, s], times)
-        fill_fixed(chunk_fixed_s, t.prefix_layers, chunk_w, 0.0, chunk_times)
-        for f in range(t.in_flight.shape[0]):
-            m = t.in_flight[f]
-            if 1 < m < num_stages or (depth_in_flight and m != num_stages):
-                continue
-            if t.rank_dp[s] > 1 and (m > 1 or num_stages > 1):
-                continue
-            kept = groups * t.kv_group_bytes * t.kv_tokens[x, f, 0] + t.state_bytes[x, f, 0] / t.state_ranks[s]
-            busiest, total, fits, chunk_s, uneven = 0.0, 0.0, True, 0.0, 1.0
-            for kind in range(kinds):
-                role = BOTH if num_stages == 1 else (FIRST, LAST, PLAIN)[kind]
-                layers = _equal_layers(t.num_layers, num_stages, role)
-                if layers < 1 or layers > layers_on_rank(t, x, f, s, kept, role):
-                    fits = False
-                    break
-                fixed, chunk_fixed = fixed_s[role], chunk_fixed_s[role]
-                chunk_s = max(chunk_s, layers * chunk_w + chunk_fixed)
-                # Some plain stages may have one layer less, which gives the rest of the stage more weight.
-                for n in range(max(1, layers - 1) if role == PLAIN and many_plain else layers, layers + 1):
-                    uneven = max(uneven, (n * chunk_w + chunk_fixed) * t.iterations[x] / (n * w + fixed))
-                busiest = max(busiest, layers * w + fixed)
-                if role != PLAIN:
-                    total += layers * w + fixed
-                else:
-                    first = _equal_layers(t.num_layers, num_stages, FIRST)
-                    last = _equal_layers(t.num_layers, num_stages, LAST)
-                    total += (t.num_layers - first - last) * w + (num_stages - 2) * fixed
-            if not fits:
-                continue
-            if m == 1:
-                interval = total
-                if t.rank_dp[s] > 1:
-                    interval *= stretch(iterations_of(t, x, f), w, chunk_w, together.least, together.unevenness)
-            else:
-                regime = full if m >= 2 * num_stages else tight
-                interval = stretch(iterations_of(t, x, f), w, chunk_w, regime.least, regime.unevenness) * max(
-                    busiest, total / m
-                )
-            if t.trip_cap[x, f] < np.inf:
-                if m == 1 and num_stages > 1:
-                    limit = UNEVENNESS_STEP ** np.ceil(np.log(uneven) / np.log(UNEVENNESS_STEP) - ROUNDING)
-                    in_time = interval <= t.trip_cap[x, f] * t.iterations[x] / limit
-                else:
-                    copies = m // 2 if m >= 2 * num_stages else m
-                    in_time = chunk_s * copies <= t.trip_cap[x, f]
-                if not in_time:
-                    continue
-            if interval <= t.t_cap[x, f] and interval < best:
-                best, best_x, best_f = interval, x, f
-    return best, best_x, best_f
-
-
-def uniform_templates(costs: CostTables) -> list[Template]:
-    """Return the best replica of every rank type and number of equal stages that fits in the fleet, on every side."""
-    found: list[Template] = []
-    for scope, part in enumerate(costs.scopes):
-        mixes_on: dict[int, list[int]] = {}
-        for x in (x for x, mix in enumerate(costs.mixes) if part.serves(mix)):
-            mixes_on.setdefault(costs.side_of(scope, x), []).append(x)
-        for mixes in mixes_on.values():
-            found.extend(_equal_stages(costs, scope, np.array(mixes, dtype=np.int64)))
-    return found
-
-
-def _equal_stages(costs: CostTables, scope: int, mixes: IntArray) -> Iterator[Template]:
-    t, regimes = costs.scopes[scope].tables, costs.regimes(costs.mixes[mixes[0]].role)
-    degrees = np.array([mix.attention_dp for mix in costs.mixes])[mixes]
-    family = costs.problem.family
-    most_stages = min(t.num_layers, max(family.in_flight))
-    for ranks in _equal_ranks(costs, scope):
-        own = mixes[degrees == costs.rank_dp[ranks[0]]]
-        together = costs.regime_together(own[0])
-        for counts in _counts_of_stages(
-            [int(t.available[t.rank_class[s]] // t.rank_tp[s]) for s in ranks], most_stages
-        ):
-            placed = [s for s, count in zip(ranks, counts, strict=True) for _ in range(count)]
-            slowest, num_stages = max(placed, key=lambda s: float(t.hop_s[:, s].sum())), len(placed)
-            _, x, f = best_equal_split(t, own, slowest, num_stages, *regimes, together, family.engine is not None)
-            if x < 0:
-                continue
-            each, spare = divmod(t.num_layers, num_stages)
-            takers = [*range(1, num_stages - 1), 0, num_stages - 1][:spare] if num_stages > 1 else []
-            stages = tuple(
-                TemplateStage(rank=s, copies=1, layers=each + (1 if i in takers else 0)) for i, s in enumerate(placed)
-            )
-            cuts = np.cumsum([stage.layers for stage in stages])[:-1]
-            if np.any(t.cut_floor[cuts] != cuts):
-                continue  # the model does not allow these cuts
-            template = Template(scope, x, f, stages, np.inf)
-            if is_run_by_engine(costs, template):
-                yield replace(template, interval_s=interval_of(costs, template))
-
-
-def _equal_ranks(costs: CostTables, scope: int) -> list[list[int]]:
-    """Return the rank types of a scope, together those of classes that differ only in their links to single nodes."""
-    found = dict[Hashable, list[int]]()
-    for s, (device_class, size) in enumerate(costs.ranks):
-        if costs.scopes[scope].computes_on(device_class):
-            c = costs.classes[device_class]
-            alike = replace(c, block=0, node_links=(), groups=())
-            found.setdefault((alike, size, costs.rank_dp[s]), []).append(s)
-    return list(found.values())
-
-
-def _counts_of_stages(most: Sequence[int], most_stages: int) -> Iterator[tuple[int, ...]]:
-    """Yield how many equal stages are of each rank type: all choices, or with too many, those of a single type."""
-    used = [i for i, count in enumerate(most) if count]
-    several = math.prod(1 + min(most[i], most_stages) for i in used) <= MOST_EQUAL
-    for counts in itertools.product(*(range(1 + (min(count, most_stages))) for count in most)) if several else ():
-        if 0 < sum(counts) <= most_stages:
-            yield counts
-    for i in () if several else used:
-        for count in range(1, 1 + min(most[i], most_stages)):
-            yield tuple(count if i == j else 0 for j in range(len(most)))

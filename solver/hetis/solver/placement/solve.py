@@ -13,11 +13,12 @@ from hetis.solver.budget import Budget, Progress, Report, SearchSettings
 from hetis.solver.errors import InvalidProblemError, NoPlanFoundError
 from hetis.solver.placement.binding import BoundStage, bind
 from hetis.solver.placement.constrained_problem import apply_constraints, is_nothing_left, restored
+from hetis.solver.placement.constraint_rows import pins_of
 from hetis.solver.placement.explanation.alternatives import notes_on_search, runners_up_of, simpler_or_best
 from hetis.solver.placement.families import STRATEGIES
 from hetis.solver.placement.fleet import FloatArray, class_prices
 from hetis.solver.placement.infeasible import Market, infeasible
-from hetis.solver.placement.master import demanded_rate, pins_of, row_costs_of
+from hetis.solver.placement.master import demanded_rate, row_costs_of
 from hetis.solver.placement.outcome import Outcome, is_out_of_reach
 from hetis.solver.placement.search import equal_stages, search
 from hetis.solver.placement.stage_cost import state_on_rank
@@ -251,9 +252,9 @@ def _kv_room(costs: CostTables, template: Template, index: int) -> float:
         layers += t.draft_layers
     room = t.room_bytes[stage.rank] - fixed_bytes(costs, template, index) - stage.layers * t.layer_bytes[stage.rank]
     kept = t.rank_groups[stage.rank] - stage.pool_groups
-    prompts = float(t.prompt_tokens[template.mix, template.in_flight_index, stage.copies - 1])
+    prompts = float(t.prompt_tokens[template.mix, template.in_flight_index])
     room -= layers * stage.pool_groups * prompts * t.kv_group_bytes
-    room -= layers * state_on_rank(t, template.mix, template.in_flight_index, stage.rank, stage.copies)
+    room -= layers * state_on_rank(t, template.mix, template.in_flight_index, stage.rank)
     tokens = room / (layers * kept * t.kv_group_bytes) if kept else np.inf
     if stage.pool_class >= 0:
         held, _ = kv_tokens_held(costs, template, stage)

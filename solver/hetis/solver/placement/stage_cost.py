@@ -1,143 +1,109 @@
-"""The cost of one stage, compiled: the memory and the seconds that it takes on its GPUs, looked up in `Tables`.
+"""The cost of stages: the memory and the seconds that they take on their GPUs, looked up in `Tables`.
 
-Letters are those of `docs/cost-model.md`. A *configuration* is a mix x and a number of micro-batches in flight (index
-f). A stage is c copies of a rank type s, optionally with p cards of class q per copy, its pool, that take k head groups
-of every rank. How many layers fit and how long they take is computed only here, for the options of a configuration, its
-ceilings, and replicas whose stages are known.
+Letters are those of `docs/cost-model.md`. A stage is a rank type s under a mix x with the f-th number of micro-batches
+in flight, optionally with p cards of class q, its pool, that take k head groups of every rank.
+How many layers fit and how long they take is computed only here, for pipelines that are searched, for equal stages, for
+published heuristics and for replicas that are known. Arguments are numbers or arrays that are broadcast together.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from hetis.solver.placement.compiled import kernel
-from hetis.solver.placement.tables import BOTH, FIRST, LAST, PLAIN, FloatArray, Tables
+from hetis.solver.placement.fleet import IntArray
+from hetis.solver.placement.tables import BOTH, FIRST, LAST, PLAIN, ChunkTables, FloatArray, Tables
 
 ROUNDING = 1e-9  # tolerance for rounding in floor and ceil, far below one layer or one head group
+Indices = int | IntArray
+Numbers = float | FloatArray | IntArray
 
 
-@kernel
-def room_of_role(room: float, first: float, last: float, tied: float, role: int) -> float:
-    """Return the bytes of a rank left for repeated layers and the KV of prefix layers after its role's ends."""
-    if role in (FIRST, BOTH):
-        room -= first
-    if role in (LAST, BOTH):
-        room -= last
-    if role == BOTH:
-        room += tied
-    return room
+def stage_roles(count: int) -> list[int]:
+    """Return the roles of ``count`` stages in order."""
+    return [BOTH] if count == 1 else [FIRST, *[PLAIN] * (count - 2), LAST]
 
 
-@kernel
-def layers_on_rank(t: Tables, x: int, f: int, s: int, kept_bytes: float, role: int) -> float:
-    """Return the repeated layers that fit on a rank in a role, unrounded; ``kept_bytes`` is KV bytes of one layer."""
-    others = t.prefix_layers if role in (FIRST, BOTH) else 0
-    if role in (LAST, BOTH):
-        others += t.draft_layers
-    last = t.last_bytes[s] + t.logit_bytes[x, f, s]
-    room = room_of_role(t.room_bytes[s] - t.act_bytes[x, f, s], t.first_bytes[s], last, t.tied_bytes[s], role)
-    layers: float = layers_in_room(room, t.layer_bytes[s], kept_bytes, others, t.num_layers)
-    return layers
+def layers_on_rank(t: Tables, x: Indices, f: Indices, s: Indices, kept_bytes: Numbers) -> FloatArray:
+    """Return the repeated layers that fit on a rank in every role, unrounded; [.., 4].
 
-
-@kernel
-def kept_bytes(t: Tables, x: int, f: int, s: int, copies: int, k: int) -> float:
-    """Return bytes of KV and states of one layer on a rank of a stage copy that gives k head groups to its pool."""
-    tokens, prompts = t.kv_tokens[x, f, copies - 1], t.prompt_tokens[x, f, copies - 1]
-    kept: float = kept_of_groups(t.rank_groups[s], k, tokens * t.kv_group_bytes, prompts * t.kv_group_bytes)
-    return kept + state_on_rank(t, x, f, s, copies)
-
-
-@kernel
-def state_on_rank(t: Tables, x: int, f: int, s: int, copies: int) -> float:
-    """Return the bytes per layer that requests occupy on a rank of a stage copy independently of their context."""
-    state: float = t.state_bytes[x, f, copies - 1] / t.state_ranks[s]
-    return state
-
-
-# The functions below run in inner loops and take only numbers: passing `Tables` would count references to every array.
-
-
-@kernel
-def layers_in_room(room: float, layer_bytes: float, kept_bytes: float, other_layers: int, num_layers: int) -> float:
-    """Return the repeated layers that fit in a rank's ``room``, unrounded; ``kept_bytes`` is KV bytes of one layer.
-
-    ``other_layers`` are those whose weights are not counted in ``room`` but whose KV is: prefix and drafting layers.
+    ``kept_bytes`` is KV bytes of one layer. Of prefix and drafting layers it counts beside their weights.
     """
-    layers: float = min((room - other_layers * kept_bytes) / (layer_bytes + kept_bytes) + ROUNDING, float(num_layers))
-    return max(0.0, layers)
+    kept = np.asarray(kept_bytes)
+    first = t.first_bytes[s] + t.prefix_layers * kept
+    last = t.last_bytes[s] + t.logit_bytes[x, f, s] + t.draft_layers * kept
+    plain = t.room_bytes[s] - t.act_bytes[x, f, s] + 0.0 * kept
+    room = np.stack([plain, plain - first, plain - last, plain - first - last + t.tied_bytes[s]], axis=-1)
+    layers = room / (t.layer_bytes[s] + kept)[..., None] + ROUNDING
+    return np.asarray(np.clip(layers, 0.0, float(t.num_layers)))
 
 
-@kernel
-def kept_of_groups(groups: int, k: int, kv_bytes: float, prompt_bytes: float) -> float:
-    """Return KV bytes of one layer on a rank that gives k of its head groups to a pool.
+def kept_bytes(t: Tables, x: Indices, f: Indices, s: Indices, k: Indices) -> FloatArray:
+    """Return bytes of KV and states of one layer on a rank that gives k head groups to its pool.
 
-    A group that stays takes ``kv_bytes``; one given away takes ``prompt_bytes``, for prompts still being prefilled.
+    A group that stays takes all its KV; one given away takes that of prompts still being prefilled.
     """
-    total: float = (groups - k) * kv_bytes + k * prompt_bytes
-    return total
+    kept = ((t.rank_groups[s] - k) * t.kv_tokens[x, f] + k * t.prompt_tokens[x, f]) * t.kv_group_bytes
+    return np.asarray(kept + state_on_rank(t, x, f, s))
 
 
-@kernel
-def layers_on_card(
-    card_bytes: float, kv_group_bytes: float, tp: int, k: int, cards: int, requests: int, tokens: float
-) -> float:
+def state_on_rank(t: Tables, x: Indices, f: Indices, s: Indices) -> FloatArray:
+    """Return the bytes per layer that requests occupy on a rank independently of their context."""
+    return np.asarray(t.state_bytes[x, f] / t.state_ranks[s])
+
+
+def layers_on_cards(
+    t: Tables, q: int, tp: Indices, k: Indices, cards: int, requests: Numbers, tokens: Numbers
+) -> FloatArray:
     """Return the layers whose KV (k groups of ``tp`` ranks, in whole request-group pairs) fits on each of ``cards``."""
-    pairs = np.ceil(requests * k * tp / cards - ROUNDING)
-    layers: float = card_bytes / (pairs / requests * tokens * kv_group_bytes) + ROUNDING
-    return layers
+    pairs = np.ceil(np.asarray(requests) * k * tp / cards - ROUNDING)
+    return np.asarray(t.worker_room_bytes[q] / (pairs / requests * tokens * t.kv_group_bytes) + ROUNDING)
+
+
+def pool_entry(t: Tables, s: Indices, q: int, k: Indices, size: int) -> Any:
+    """Return the table index of k head groups of every rank with the ``size``-th number of cards of class q."""
+    return t.pool_start[s, q] + (np.asarray(k) - 1) * t.pool_sizes.shape[0] + size
+
+
+def fixed_by_role(
+    t: Tables, times: Tables | ChunkTables, x: Indices, s: Indices, compute_s: Numbers, wire_s: Numbers
+) -> FloatArray:
+    """Return the seconds that a stage takes besides its repeated layers, in every role; [.., 4].
+
+    They are those of a mean iteration, or with ``times`` of a chunk those of one with a chunk, of a stage whose layers
+    compute for ``compute_s`` while their KV is on the wire for ``wire_s``.
+    """
+    step_s, hop_s, last_s = times.step_s[x, s], times.hop_s[x, s], times.last_s[x, s]
+    prefix_s = t.prefix_layers * np.maximum(compute_s + times.prefix_delta_s[x, s], wire_s)
+    return np.stack([step_s + hop_s, step_s + prefix_s, step_s + hop_s + last_s, step_s + prefix_s + last_s], axis=-1)
 
 
 class Iterations(NamedTuple):
-    """The numbers of a mix's iterations that `stretch` needs."""
+    """The numbers of mixes' iterations that `slack` needs."""
 
-    number: float  # n_it
-    with_chunk: float  # nc
-    none_carries: float  # (1 - phi)^M
+    number: FloatArray  # n_it
+    with_chunk: FloatArray  # nc
+    none_carries: FloatArray  # (1 - phi)^M
 
 
-@kernel
-def iterations_of(t: Tables, x: int, f: int) -> Iterations:
-    """Return the iteration numbers of a mix with f's number of micro-batches in flight."""
+def iterations_of(t: Tables, x: Indices, f: Indices) -> Iterations:
+    """Return the iteration numbers of mixes with f's number of micro-batches in flight."""
     return Iterations(t.iterations[x], t.chunk_iterations[x], t.without_chunk[x, f])
 
 
-@kernel
-def stretch(n: Iterations, request_s: float, chunk_s: float, least_slack: float, slack_unevenness: float) -> float:
-    """Return 1 + sigma of a stage whose repeated layer takes ``request_s`` per request and ``chunk_s`` with a chunk."""
-    slack = least_slack
-    plain = n.number - n.with_chunk
-    if slack_unevenness > 0.0 and plain > 0.0 and n.with_chunk > 0.0:
-        plain_s = (request_s - n.with_chunk * chunk_s) / plain
-        longest_s = chunk_s - (chunk_s - plain_s) * n.none_carries
-        slack = max(slack, slack_unevenness * (longest_s * n.number / request_s - 1.0))
-    stretched: float = 1.0 + slack
-    return stretched
+def slack(
+    iterations: Iterations, request_s: FloatArray, chunk_s: FloatArray, least: Numbers, unevenness: Numbers
+) -> FloatArray:
+    """Return sigma of stages whose repeated layer takes ``request_s`` per request and ``chunk_s`` with a chunk.
 
-
-@kernel
-def pool_entry(t: Tables, s: int, q: int, k: int, size: int) -> int:
-    """Return the table index of k head groups of every rank with the ``size``-th number of cards of class q."""
-    entry: int = t.pool_start[s, q] + (k - 1) * t.pool_sizes.shape[0] + size
-    return entry
-
-
-class FixedTimes(NamedTuple):
-    """Seconds of a stage besides its repeated layers, in a mean iteration or in one with a chunk (see `Tables`)."""
-
-    hop_s: float
-    step_s: float
-    last_s: float
-    prefix_delta_s: float
-
-
-@kernel
-def fill_fixed(fixed_s: FloatArray, prefix_layers: int, compute_s: float, wire_s: float, times: FixedTimes) -> None:
-    """Fill the seconds that a stage takes besides its repeated layers; [4] by role."""
-    prefix_s = prefix_layers * max(compute_s + times.prefix_delta_s, wire_s)
-    fixed_s[PLAIN] = times.step_s + times.hop_s
-    fixed_s[FIRST] = times.step_s + prefix_s
-    fixed_s[LAST] = times.step_s + times.hop_s + times.last_s
-    fixed_s[BOTH] = times.step_s + prefix_s + times.last_s
+    ``least`` and ``unevenness`` are those of the regime.
+    """
+    n_it, nc, none_carries = iterations
+    plain = n_it - nc
+    with np.errstate(divide="ignore", invalid="ignore"):
+        plain_s = (request_s - nc * chunk_s) / plain
+        longest_s = chunk_s - (chunk_s - plain_s) * none_carries
+        uneven = np.asarray(unevenness) * (longest_s * n_it / request_s - 1.0)
+    applies = (np.asarray(unevenness) > 0.0) & (plain > 0.0) & (nc > 0.0)
+    return np.where(applies, np.maximum(least, uneven), least)

@@ -40,11 +40,10 @@ class ChunkTables(NamedTuple):
     prefix_delta_s: FloatArray  # [X, S]
     own_s: FloatArray  # [X, S, max groups + 1] decode attention of kept groups
     pool_s: FloatArray  # [X, total] decode attention with a pool, including the cost of KV shipping
-    least_pool_s: FloatArray  # [X, least total] least over k
 
 
 class Tables(NamedTuple):
-    """The arrays that compiled kernels read: X mixes, F in-flight values, S rank types, N classes, shapes in brackets.
+    """The costs of stages, looked up: X mixes, F in-flight values, S rank types, N classes, shapes in brackets.
 
     Times are seconds per request, per repeated layer if the name has ``layer``, otherwise per stage. ``layer_s``
     and ``act_bytes`` are inf where a rank type may not have a mix.
@@ -62,9 +61,9 @@ class Tables(NamedTuple):
     without_chunk: FloatArray  # [X, F] (1 - phi)^M: the probability that no micro-batch in flight carries a chunk
     t_cap: FloatArray  # [X, F] the longest interval that meets the latency limits
     trip_cap: FloatArray  # [X, F] the longest round trip with a chunk that meets them; inf except for unified mixes
-    kv_tokens: FloatArray  # [X, F, copies] Tkv; NO_ROOM where engine settings exclude it
-    prompt_tokens: FloatArray  # [X, F, copies] Tpre: part of Tkv that a rank keeps of pooled groups, too
-    state_bytes: FloatArray  # [X, F, copies] of a layer on all ranks that divide them, for requests' states
+    kv_tokens: FloatArray  # [X, F] Tkv; NO_ROOM where engine settings exclude it
+    prompt_tokens: FloatArray  # [X, F] Tpre: part of Tkv that a rank keeps of pooled groups, too
+    state_bytes: FloatArray  # [X, F] of a layer on all ranks that divide them, for requests' states
     rank_class: IntArray  # [S]
     rank_tp: IntArray  # [S] GPUs of a TP group, or of all copies that share their experts
     state_ranks: IntArray  # [S] those of them among which ``state_bytes`` are divided
@@ -91,14 +90,12 @@ class Tables(NamedTuple):
     pool_sizes: IntArray  # the numbers p of attention workers tried, ascending
     pool_start: IntArray  # [S, N] where the pool entries of (s, q) start in pool_s; -1: no such pool
     pool_s: FloatArray  # [X, total] attention with a pool, including KV shipping, over k = 1..Gr, then pool sizes
-    receives: BoolArray  # [X] whether KV arrives, as in mixes of decode replicas
-    pool_wire_s: FloatArray  # [total] `wire_s` with a pool
     least_pool_start: IntArray  # [S, N] where the least over k of (s, q) start, by pool size
     least_pool_s: FloatArray  # [X, least total]
 
 
 class Scope:
-    """GPUs that one replica of some roles may use: those in its part of the fleet, of type ``gpu`` if that is given.
+    """GPUs that one replica of some roles may use: those in its part of the fleet.
 
     ``primaries`` are the device classes whose GPUs may compute layers, those of a build (numbered from 0); None: all of
     them. Tables for the links in this part are made on first use. Prefill and decode replicas exchange KV in ``place``,
@@ -106,10 +103,10 @@ class Scope:
     """
 
     def __init__(
-        self, part: Part, roles: tuple[Role, ...], tabulate: Callable[[], Tables], gpu: str | None = None,
+        self, part: Part, roles: tuple[Role, ...], tabulate: Callable[[], Tables],
         primaries: frozenset[int] | None = None, build: int = 0, place: Part | None = None,
     ) -> None:  # fmt: skip
-        self.part, self.roles, self.gpu, self.primaries, self.build = part, roles, gpu, primaries, build
+        self.part, self.roles, self.primaries, self.build = part, roles, primaries, build
         self.place = place or Part(part.zones)
         self._tabulate = tabulate
 
@@ -131,8 +128,7 @@ class Scope:
 
     def changed(self, change: Callable[[Tables], Tables]) -> Scope:
         """Return the scope with ``change`` applied to its tables when they are made."""
-        tabulate, rest = (lambda: change(self.tables)), (self.primaries, self.build, self.place)
-        return Scope(self.part, self.roles, tabulate, self.gpu, *rest)
+        return Scope(self.part, self.roles, lambda: change(self.tables), self.primaries, self.build, self.place)
 
     def without(self, out: BoolArray) -> Scope:
         """Return the scope without the GPUs of the classes marked in ``out`` [N]."""

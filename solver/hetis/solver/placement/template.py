@@ -17,14 +17,16 @@ import numpy as np
 from hetis.solver import cost
 from hetis.solver.placement.fleet import IntArray
 from hetis.solver.placement.stage_cost import (
+    fixed_by_role,
     iterations_of,
     kept_bytes,
-    layers_on_card,
+    layers_on_cards,
     layers_on_rank,
     pool_entry,
-    stretch,
+    slack,
+    stage_roles,
 )
-from hetis.solver.placement.tables import BOTH, FIRST, LAST, PLAIN, CostTables
+from hetis.solver.placement.tables import BOTH, FIRST, LAST, CostTables, FloatArray
 from hetis.solver.plan import Role
 
 
@@ -55,6 +57,11 @@ class Template:
         return 1.0 / self.interval_s
 
     @property
+    def ranks(self) -> IntArray:
+        """Return the rank type of every stage; [D]."""
+        return np.array([stage.rank for stage in self.stages], dtype=np.int64)
+
+    @property
     def num_copies(self) -> int:
         return sum(stage.copies for stage in self.stages)
 
@@ -82,64 +89,49 @@ def stages_in(
     return tuple(stages)
 
 
-def roles(count: int) -> list[int]:
-    """Return the roles of ``count`` stages in order."""
-    if count == 1:
-        return [BOTH]
-    return [FIRST] + [PLAIN] * (count - 2) + [LAST]
-
-
-def stage_seconds(costs: CostTables, template: Template, *, with_chunk: bool = False) -> list[tuple[float, float]]:
-    """Return (w, fixed) of every stage: a stage with l repeated layers takes ``l w + fixed`` seconds per request.
+def stage_seconds(costs: CostTables, template: Template, *, with_chunk: bool = False) -> tuple[FloatArray, FloatArray]:
+    """Return (w, fixed) of the stages: one with l repeated layers takes ``l w + fixed`` seconds per request; [D] each.
 
     With ``with_chunk``, return those of one iteration with a chunk, in a unified replica, where no KV is on the wire.
     """
-    t, x, result = costs.scopes[template.scope].tables, template.mix, []
+    t, x, s = costs.scopes[template.scope].tables, template.mix, template.ranks
     times = t.chunk if with_chunk else t
-    for stage, role in zip(template.stages, roles(len(template.stages)), strict=True):
-        s = stage.rank
-        if stage.pool_class < 0:
-            compute_s, wire_s = times.layer_s[x, s] + times.own_s[x, s, t.rank_groups[s]], t.wire_s[x, s]
-        else:
-            entry = pool_entry(t, s, stage.pool_class, stage.pool_groups, costs.pool_sizes.index(stage.pool_cards))
-            compute_s = times.layer_s[x, s] + times.pool_s[x, entry]
-            wire_s = t.pool_wire_s[entry] if t.receives[x] else 0.0
-        wire_s = 0.0 if with_chunk else wire_s
-        fixed = float(times.step_s[x, s])
-        if role in (PLAIN, LAST):
-            fixed += times.hop_s[x, s]
-        else:
-            fixed += t.prefix_layers * max(compute_s + times.prefix_delta_s[x, s], wire_s)
-        if role in (LAST, BOTH):
-            fixed += times.last_s[x, s]
-        result.append((float(max(compute_s, wire_s)), float(fixed)))
-    return result
+    attention_s, wire_s = times.own_s[x, s, t.rank_groups[s]], t.wire_s[x, s].copy()
+    for i, stage in enumerate(template.stages):
+        if stage.pool_class >= 0:
+            size = costs.pool_sizes.index(stage.pool_cards)
+            attention_s[i] = times.pool_s[x, pool_entry(t, stage.rank, stage.pool_class, stage.pool_groups, size)]
+            wire_s[i] = 0.0  # KV is not handed over to replicas with attention workers
+    wire_s = 0.0 * wire_s if with_chunk else wire_s
+    compute_s = times.layer_s[x, s] + attention_s
+    fixed_s = fixed_by_role(t, times, x, s, compute_s, wire_s)[np.arange(len(s)), stage_roles(len(s))]
+    return np.maximum(compute_s, wire_s), fixed_s
 
 
-def times_of(template: Template, seconds: Sequence[tuple[float, float]]) -> list[float]:
-    """Return the seconds of every stage with its layers, given (seconds per layer, fixed)."""
-    return [stage.layers * w + fixed for stage, (w, fixed) in zip(template.stages, seconds, strict=True)]
+def times_of(template: Template, seconds: tuple[FloatArray, FloatArray]) -> FloatArray:
+    """Return the seconds of every stage with its layers, given (seconds per layer, fixed); [D]."""
+    per_layer_s, fixed_s = seconds
+    return np.asarray([stage.layers for stage in template.stages] * per_layer_s + fixed_s)
 
 
-def slacked_seconds(costs: CostTables, template: Template) -> list[tuple[float, float]]:
-    """Return `stage_seconds` stretched by the slack of each stage."""
+def slacked_times(costs: CostTables, template: Template) -> FloatArray:
+    """Return the seconds per request of every stage, stretched by its slack; [D]."""
     t, m = costs.scopes[template.scope].tables, costs.problem.family.in_flight[template.in_flight_index]
     of_role = costs.regimes(costs.mixes[template.mix].role)
     regime = cost.regime_of(of_role, in_flight=m, num_copies=template.num_copies)
     if m == 1:
         regime = costs.regime_together(template.mix)
-    mix = iterations_of(t, template.mix, template.in_flight_index)
-    plain, chunks = stage_seconds(costs, template), stage_seconds(costs, template, with_chunk=True)
-    longer = [stretch(mix, w, chunk_s, *regime) for (w, _), (chunk_s, _) in zip(plain, chunks, strict=True)]
-    return [(ratio * w, ratio * fixed) for ratio, (w, fixed) in zip(longer, plain, strict=True)]
+    plain, (chunk_s, _) = stage_seconds(costs, template), stage_seconds(costs, template, with_chunk=True)
+    iterations = iterations_of(t, template.mix, template.in_flight_index)
+    return np.asarray((1.0 + slack(iterations, plain[0], chunk_s, *regime)) * times_of(template, plain))
 
 
 def interval_of(costs: CostTables, template: Template) -> float:
     """Return t of `docs/cost-model.md`."""
-    times = times_of(template, slacked_seconds(costs, template))
+    times = slacked_times(costs, template)
     m = costs.problem.family.in_flight[template.in_flight_index]
-    busiest = max(u / stage.copies for stage, u in zip(template.stages, times, strict=True))
-    return max(busiest, sum(times) / m)
+    busiest = max(u / stage.copies for stage, u in zip(template.stages, times.tolist(), strict=True))
+    return float(max(busiest, times.sum() / m))
 
 
 def with_fewest_in_flight(costs: CostTables, template: Template) -> Template:
@@ -159,13 +151,13 @@ def with_fewest_in_flight(costs: CostTables, template: Template) -> Template:
 def kv_tokens_held(costs: CostTables, template: Template, stage: TemplateStage) -> tuple[int, float]:
     """Return (D, Tkv) of a stage: the micro-batches whose KV one copy holds, and their tokens."""
     t, f = costs.scopes[template.scope].tables, template.in_flight_index
-    return -(-int(t.in_flight[f]) // stage.copies), float(t.kv_tokens[template.mix, f, stage.copies - 1])
+    return int(t.in_flight[f]), float(t.kv_tokens[template.mix, f])
 
 
 def fixed_bytes(costs: CostTables, template: Template, index: int) -> float:
     """Return the bytes of a rank that do not grow with repeated layers or KV: activations, ends, prefix weights."""
     t = costs.scopes[template.scope].tables
-    s, x, role = template.stages[index].rank, template.mix, roles(len(template.stages))[index]
+    s, x, role = template.stages[index].rank, template.mix, stage_roles(len(template.stages))[index]
     f = template.in_flight_index
     total = float(t.act_bytes[x, f, s])
     if role in (FIRST, BOTH):
@@ -180,17 +172,14 @@ def fixed_bytes(costs: CostTables, template: Template, index: int) -> float:
 def room_layers(costs: CostTables, template: Template, index: int) -> int:
     """Return the repeated layers that fit in memory on a stage (and its pool)."""
     t = costs.scopes[template.scope].tables
-    stage, role = template.stages[index], roles(len(template.stages))[index]
+    stage, role = template.stages[index], stage_roles(len(template.stages))[index]
     held, tokens = kv_tokens_held(costs, template, stage)
-    kept = kept_bytes(t, template.mix, template.in_flight_index, stage.rank, stage.copies, stage.pool_groups)
-    layers = layers_on_rank(t, template.mix, template.in_flight_index, stage.rank, kept, role)
+    kept = kept_bytes(t, template.mix, template.in_flight_index, stage.rank, stage.pool_groups)
+    layers = float(layers_on_rank(t, template.mix, template.in_flight_index, stage.rank, kept)[role])
     if stage.pool_class >= 0:
         requests, tp = held * int(t.micro_batch[template.mix]), int(t.rank_tp[stage.rank])
-        on_card = layers_on_card(
-            t.worker_room_bytes[stage.pool_class], t.kv_group_bytes, tp, stage.pool_groups, stage.pool_cards, requests,
-            tokens,
-        )  # fmt: skip
-        layers = min(layers, on_card - (t.prefix_layers if index == 0 else 0))
+        on_cards = layers_on_cards(t, stage.pool_class, tp, stage.pool_groups, stage.pool_cards, requests, tokens)
+        layers = min(layers, float(on_cards) - (t.prefix_layers if index == 0 else 0))
     return max(0, int(layers))
 
 
@@ -248,7 +237,7 @@ def ttft_s(costs: CostTables, template: Template) -> float:
         return 0.0
     trip_s = m * template.interval_s / mix.iterations
     if mix.role is Role.UNIFIED:  # all round trips of a prefill replica carry a chunk
-        trip_s = max(trip_s, sum(times_of(template, stage_seconds(costs, template, with_chunk=True))))
+        trip_s = max(trip_s, float(times_of(template, stage_seconds(costs, template, with_chunk=True)).sum()))
     return cost.ttft_round_trips(costs.moments, costs.problem.assumptions, mix, m) * trip_s
 
 
@@ -259,14 +248,11 @@ def least_ttft_limit_s(costs: CostTables, template: Template) -> float:
     if mix.role is Role.UNIFIED:
         chunks_s = times_of(template, stage_seconds(costs, template, with_chunk=True))
         if m == 1 and len(chunks_s) == 1:
-            trip_s = max(trip_s, chunks_s[0])
+            trip_s = max(trip_s, float(chunks_s[0]))
         elif m == 1:
-            uneven = max(
-                mix.iterations * chunk_s / u
-                for chunk_s, u in zip(chunks_s, times_of(template, stage_seconds(costs, template)), strict=True)
-            )
+            uneven = float((mix.iterations * chunks_s / times_of(template, stage_seconds(costs, template))).max())
             trip_s *= cost.UNEVENNESS_STEP ** cost.unevenness_level(uneven)
         else:
-            busiest_s = max(s / stage.copies for stage, s in zip(template.stages, chunks_s, strict=True))
+            busiest_s = max(s / stage.copies for stage, s in zip(template.stages, chunks_s.tolist(), strict=True))
             trip_s = max(trip_s, cost.most_copies(m, template.num_copies) * busiest_s)
     return cost.ttft_round_trips(costs.moments, costs.problem.assumptions, mix, m) * trip_s

@@ -289,6 +289,6 @@ def pooled_pipeline(costs: CostTables, duty: ReplicaDuty, ranks: Ranks, pool: Sh
             load = -(-mix.micro_batch * k * tp // pool.cards)
             card_s[i, j] = mix.iterations * float(worker.decode_attention_s(float(load), queries))
         pairs = -(-requests * tp * k // pool.cards)  # on the fullest card
-        card_bytes = pairs / requests * t.kv_tokens[x][:, :, 0] * t.kv_group_bytes
+        card_bytes = pairs / requests * t.kv_tokens[x] * t.kv_group_bytes
         card_share[:, :, j] = card_bytes / worker.room_bytes()
     return pipeline._replace(card_s=card_s, card_share=card_share)

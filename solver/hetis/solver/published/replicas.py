@@ -14,30 +14,27 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import combinations, permutations, product
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from hetis.solver.budget import Budget
 from hetis.solver.cluster import Cluster
-from hetis.solver.compiled import kernel_of
 from hetis.solver.cost import Regime
-from hetis.solver.placement import compiled as placement
 from hetis.solver.placement.fleet import DeviceClass, IntArray, class_of_slots
-from hetis.solver.placement.stage_cost import Iterations, kept_bytes, layers_on_rank, stretch
-from hetis.solver.placement.tables import CostTables, FloatArray, Tables
-from hetis.solver.placement.template import Template, TemplateStage, roles
+from hetis.solver.placement.pipelines import split_layers
+from hetis.solver.placement.stage_cost import ROUNDING, Iterations, kept_bytes, layers_on_rank, slack, stage_roles
+from hetis.solver.placement.tables import BoolArray, CostTables, FloatArray
+from hetis.solver.placement.template import Template, TemplateStage
 from hetis.solver.plan import Role
 
+FIRST_SETTINGS = 32  # settings that are tried together at first
 MAX_ORDERED_TYPES = 3  # number of types of a group up to which every order is tried
 
 Part = tuple[int, ...]  # GPUs, or other vertices of a graph, ascending
 Ranks = tuple[int, ...]  # rank type (index into `CostTables.ranks`) of every stage in order
 # The composition of a group: for every device class, the number of GPUs on each of its nodes, most first.
 Composition = tuple[tuple[int, tuple[int, ...]], ...]
-
-kernel = kernel_of(Path(__file__).parent, Path(placement.__file__).parent)
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,7 +119,8 @@ class ReplicaSearch:
 
     def _of_all(self, group: Composition, duty: ReplicaDuty) -> Template | None:
         """Return the replica of a group that uses all its types."""
-        shapes = list(self.shapes(group))
+        num_layers = self.costs.scopes[duty.scope].tables.num_layers
+        shapes = [shape for shape in self.shapes(group) if len(shape) <= num_layers]
         if duty.role is not Role.PREFILL:
             return fastest(self.at_best_setting(shape, duty) for shape in shapes if not self.budget.is_spent())
         # By latency: the first shape within the limits is taken, whatever the rates of the others.
@@ -216,7 +214,7 @@ class Pipeline(NamedTuple):
         at, no_cap = slice(f, f + 1), np.full((len(self.t_cap), 1), np.inf)
         return self._replace(
             in_flight=self.in_flight[at], room=self.room[:, at].copy(), card_share=self.card_share[:, at].copy(),
-            t_cap=no_cap, trip_cap=no_cap, without_chunk=self.without_chunk[:, at].copy(),
+            t_cap=no_cap, trip_cap=no_cap, without_chunk=self.without_chunk[:, at],
         )  # fmt: skip
 
 
@@ -244,8 +242,11 @@ def priced(
     layer_s = np.maximum(compute_s, t.wire_s[at])
     prefix_s = t.prefix_layers * np.maximum(compute_s + t.prefix_delta_s[at], t.wire_s[at])
     chunk_prefix_s = t.prefix_layers * (chunk_s + t.chunk.prefix_delta_s[at])
-    room = np.empty((len(x), len(t.in_flight), len(s)), dtype=np.int64)
-    _fill_rooms(t, x, s, np.array(roles(len(ranks)), dtype=np.int64), given, room)
+    f = np.arange(len(t.in_flight))
+    (ranks_used, k), place = np.unique(np.stack([s, given]), axis=1, return_inverse=True)  # stages of a type are many
+    kept = kept_bytes(t, x[:, None, None], f[:, None], ranks_used, k)
+    fits = layers_on_rank(t, x[:, None, None], f[:, None], ranks_used, kept).astype(np.int64)
+    room = fits[..., place.ravel(), stage_roles(len(s))]
     full, tight = costs.regimes(duty.role)
     return Pipeline(
         num_layers=t.num_layers,
@@ -271,16 +272,6 @@ def priced(
     )
 
 
-@kernel
-def _fill_rooms(t: Tables, x: IntArray, s: IntArray, places: IntArray, given: IntArray, room: IntArray) -> None:
-    """Fill the layers that fit on a rank of every stage, for every mix and number in flight."""
-    for i in range(x.shape[0]):
-        for f in range(t.in_flight.shape[0]):
-            for j in range(s.shape[0]):
-                kept = kept_bytes(t, x[i], f, s[j], 1, given[j])
-                room[i, f, j] = int(layers_on_rank(t, x[i], f, s[j], kept, places[j]))
-
-
 class LayerSplit(NamedTuple):
     """A split of layers; ``interval_s`` is infinite if none fits, and x and f index the pipeline's arrays."""
 
@@ -290,88 +281,74 @@ class LayerSplit(NamedTuple):
     layers: IntArray  # [S]
 
 
-@kernel
 def best_split(p: Pipeline) -> LayerSplit:
     """Return the setting and the split of layers with the shortest interval between completions.
 
     In a full pipeline each layer goes to the stage that is quickest with it, which makes the slowest stage as quick as
-    possible. With a single micro-batch, whose stages work in turn, it goes to the stage where it costs least.
+    possible. With a single micro-batch, whose stages work in turn, it goes to the stage where it costs least. Settings
+    are tried in the order of a lower bound on their intervals, from fractional layers.
     """
-    num_mixes, num_stages = p.layer_s.shape
-    best = LayerSplit(np.inf, -1, -1, np.zeros(num_stages, np.int64))
-    for x in range(num_mixes):
-        for f in range(p.in_flight.shape[0]):
-            m = p.in_flight[f]
-            if 1 < m < num_stages:
-                continue
-            layers = _filled(p, x, f)
-            if layers.shape[0] == 0 or not _move_cuts(p, x, f, layers):
-                continue
-            interval, trip = _interval(p, x, f, layers), 0.0
-            for s in range(num_stages):
-                trip += layers[s] * p.chunk_layer_s[x, s] + p.chunk_fixed_s[x, s]
-            if interval <= p.t_cap[x, f] and interval < best.interval_s and trip <= p.trip_cap[x, f]:
-                best = LayerSplit(interval, x, f, layers)
+    num_stages = p.layer_s.shape[1]
+    x, f = (index.ravel() for index in np.indices((len(p.layer_s), len(p.in_flight))))
+    m, room = p.in_flight[f], p.room[x, f]
+    lower_s = np.where(
+        m == 1,
+        p.num_layers * p.layer_s[x].min(axis=1) + p.fixed_s[x].sum(axis=1),
+        (p.num_layers + (p.fixed_s / p.layer_s)[x].sum(axis=1)) / (1.0 / p.layer_s)[x].sum(axis=1),
+    )  # fmt: skip
+    lower_s *= 1.0 - ROUNDING
+    may = ((m == 1) | (m >= num_stages)) & np.all(room >= 1, axis=1) & (room.sum(axis=1) >= p.num_layers)
+    may &= (lower_s <= p.t_cap[x, f]) & (p.num_layers >= num_stages)
+    order = np.flatnonzero(may)
+    order = order[np.argsort(lower_s[order], kind="stable")]
+    best, begin, at_once = LayerSplit(np.inf, -1, -1, np.zeros(num_stages, np.int64)), 0, FIRST_SETTINGS
+    while begin < len(order) and lower_s[order[begin]] < best.interval_s:
+        some = np.sort(order[begin : begin + at_once])
+        begin, at_once = begin + at_once, 2 * at_once
+        layers, fits = _with_cuts_moved(p, x[some], f[some], _filled(p, x[some], f[some]))
+        interval_s = _intervals(p, x[some], f[some], layers)
+        trip_s = (layers * p.chunk_layer_s[x[some]] + p.chunk_fixed_s[x[some]]).sum(axis=1)
+        fits &= (interval_s <= p.t_cap[x[some], f[some]]) & (trip_s <= p.trip_cap[x[some], f[some]])
+        interval_s = np.where(fits, interval_s, np.inf)
+        chosen = int(interval_s.argmin())
+        if interval_s[chosen] < best.interval_s:
+            at = some[chosen]
+            best = LayerSplit(float(interval_s[chosen]), int(x[at]), int(f[at]), layers[chosen])
     return best
 
 
-@kernel
-def _filled(p: Pipeline, x: int, f: int) -> IntArray:
-    """Return the layers of every stage, at least one each, or an empty array if they do not fit."""
-    num_stages = p.layer_s.shape[1]
-    layers = np.ones(num_stages, np.int64)
-    left, total = p.num_layers - num_stages, 0
-    for s in range(num_stages):
-        if p.room[x, f, s] < 1:
-            return np.empty(0, np.int64)
-        total += p.room[x, f, s]
-    if left < 0 or total < p.num_layers:
-        return np.empty(0, np.int64)
+def _filled(p: Pipeline, x: IntArray, f: IntArray) -> IntArray:
+    """Return the layers of every stage, at least one each, under settings in which they fit; [N, S]."""
+    room, layer_s = p.room[x, f], p.layer_s[x]
+    _, layers = split_layers(p.num_layers, layer_s, p.fixed_s[x], room, np.ones_like(room))
     sequential = p.in_flight[f] == 1
-    for _ in range(left):
-        chosen, least = -1, np.inf
-        for s in range(num_stages):
-            if layers[s] < p.room[x, f, s]:
-                late = p.layer_s[x, s] if sequential else p.fixed_s[x, s] + (layers[s] + 1) * p.layer_s[x, s]
-                if late < least:
-                    chosen, least = s, late
-        layers[chosen] += 1
-    return layers
+    order = np.argsort(layer_s, axis=1, kind="stable")
+    roomy = np.take_along_axis(room, order, axis=1) - 1
+    left = (p.num_layers - room.shape[1]) - (roomy.cumsum(axis=1) - roomy)
+    in_turn = np.empty_like(room)
+    np.put_along_axis(in_turn, order, 1 + np.clip(left, 0, roomy), axis=1)
+    return np.where(sequential[:, None], in_turn, layers)
 
 
-@kernel
-def _move_cuts(p: Pipeline, x: int, f: int, layers: IntArray) -> bool:
-    """Move every forbidden cut to the last allowed one before it; return whether that leaves a valid split."""
-    start, held = 0, 0
-    for s in range(layers.shape[0]):
-        held += layers[s]
-        end = held if s == layers.shape[0] - 1 else p.cut_floor[held]
-        layers[s] = end - start
-        start = end
-        if layers[s] < 1 or layers[s] > p.room[x, f, s]:
-            return False
-    share = p.prefix_layers * p.card_share[x, f, 0]
-    for s in range(layers.shape[0]):
-        share += layers[s] * p.card_share[x, f, s]
-    fits: bool = share <= 1.0 + 1e-9
-    return fits
+def _with_cuts_moved(p: Pipeline, x: IntArray, f: IntArray, layers: IntArray) -> tuple[IntArray, BoolArray]:
+    """Return layers [N, S] with every forbidden cut moved to the last allowed one before it, and which are valid."""
+    ends = layers.cumsum(axis=1)
+    ends[:, :-1] = p.cut_floor[ends[:, :-1]]
+    layers = np.diff(ends, axis=1, prepend=0)
+    shares = p.card_share[x, f]
+    share = p.prefix_layers * shares[:, 0] + (layers * shares).sum(axis=1)
+    return layers, np.all((layers >= 1) & (layers <= p.room[x, f]), axis=1) & (share <= 1.0 + ROUNDING)
 
 
-@kernel
-def _interval(p: Pipeline, x: int, f: int, layers: IntArray) -> float:
-    """Return the seconds between completions."""
+def _intervals(p: Pipeline, x: IntArray, f: IntArray, layers: IntArray) -> FloatArray:
+    """Return the seconds between completions; [N]."""
     m = p.in_flight[f]
-    regime = p.full if m >= 2 * layers.shape[0] else p.tight
-    least = 0.0 if m == 1 else regime.least
-    n = Iterations(p.iterations[x], p.chunk_iterations[x], p.without_chunk[x, f])
-    busiest, total, card = 0.0, 0.0, p.prefix_layers * p.card_s[x, 0]
-    for s in range(layers.shape[0]):
-        longer = 1.0
-        if m > 1:
-            longer = stretch(n, p.layer_s[x, s], p.chunk_layer_s[x, s], regime.least, regime.unevenness)
-        seconds = longer * (layers[s] * p.layer_s[x, s] + p.fixed_s[x, s])
-        busiest = max(busiest, seconds)
-        total += seconds
-        card += layers[s] * p.card_s[x, s]
-    interval: float = max(max(busiest, (1.0 + least) * card), total / m)
-    return interval
+    is_full = m >= 2 * layers.shape[1]
+    least = np.where(m == 1, 0.0, np.where(is_full, p.full.least, p.tight.least))
+    unevenness = np.where(m == 1, 0.0, np.where(is_full, p.full.unevenness, p.tight.unevenness))
+    iterations = Iterations(p.iterations[x, None], p.chunk_iterations[x, None], p.without_chunk[x, f][:, None])
+    more = slack(iterations, p.layer_s[x], p.chunk_layer_s[x], least[:, None], unevenness[:, None])
+    seconds = (1.0 + more) * (layers * p.layer_s[x] + p.fixed_s[x])
+    card_s = p.prefix_layers * p.card_s[x, 0] + (layers * p.card_s[x]).sum(axis=1)
+    busiest = np.maximum(seconds.max(axis=1), (1.0 + least) * card_s)
+    return np.asarray(np.maximum(busiest, seconds.sum(axis=1) / m))

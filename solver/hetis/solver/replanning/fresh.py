@@ -36,12 +36,12 @@ import numpy as np
 from hetis.solver.budget import SearchSettings
 from hetis.solver.cluster import Cluster, NodeGroup, node_of
 from hetis.solver.constraints import ConstraintIndex
-from hetis.solver.placement.columns import Bound, columns_of, distinct
-from hetis.solver.placement.enumeration import explore_enumerated
+from hetis.solver.placement.columns import Bound, Columns, columns_of, distinct
+from hetis.solver.placement.equal_stages import uniform_templates
 from hetis.solver.placement.fleet import UNIFIED
-from hetis.solver.placement.master import Columns, Master, Verdict, master_of
+from hetis.solver.placement.master import Master, Verdict, master_of
+from hetis.solver.placement.optimum import explore_enumerated
 from hetis.solver.placement.outcome import CROSSING, rate_bound
-from hetis.solver.placement.pipelines import uniform_templates
 from hetis.solver.placement.search import search
 from hetis.solver.placement.tables import CostTables, FloatArray
 from hetis.solver.placement.tabulation import build_cost_tables

@@ -18,13 +18,13 @@ from hetis.solver.constraints import DUTY_OF_ROLE, Duty
 from hetis.solver.cost import Mix
 from hetis.solver.placement.fleet import class_of_slots
 from hetis.solver.placement.pipelines import is_run_by_engine
+from hetis.solver.placement.stage_cost import stage_roles
 from hetis.solver.placement.tables import BOTH, FIRST, LAST, CostTables, Scope
 from hetis.solver.placement.template import (
     Template,
     TemplateStage,
     interval_of,
     least_ttft_limit_s,
-    roles,
     room_layers,
 )
 from hetis.solver.plan import Plan, ReplicaPlan, Role
@@ -388,7 +388,7 @@ def is_allowed(costs: CostTables, template: Template) -> bool:
 def stage_bytes(costs: CostTables, template: Template) -> list[float]:
     """Return the weight bytes of one GPU of every stage."""
     t, sizes = costs.scopes[template.scope].tables, []
-    for stage, role in zip(template.stages, roles(len(template.stages)), strict=True):
+    for stage, role in zip(template.stages, stage_roles(len(template.stages)), strict=True):
         size = float(stage.layers * t.layer_bytes[stage.rank])
         size += float(t.first_bytes[stage.rank]) if role in (FIRST, BOTH) else 0.0
         size += float(t.last_bytes[stage.rank]) if role in (LAST, BOTH) else 0.0

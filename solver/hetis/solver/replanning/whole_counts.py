@@ -27,11 +27,11 @@ from functools import cached_property
 import numpy as np
 
 from hetis.solver.budget import Budget, SearchSettings
-from hetis.solver.placement.columns import Bound
-from hetis.solver.placement.enumeration import FEW, MOST_PROVED, ColumnPrices, EnumeratedColumns
+from hetis.solver.placement.columns import Bound, Columns
+from hetis.solver.placement.enumeration import ColumnPrices, EnumeratedColumns
 from hetis.solver.placement.fleet import UNIFIED
-from hetis.solver.placement.master import Columns
 from hetis.solver.placement.outcome import CROSSING
+from hetis.solver.placement.policy import POLICY
 from hetis.solver.placement.tables import CostTables, FloatArray
 from hetis.solver.placement.template import use_of
 from hetis.solver.replanning.fresh import by_enumeration, net_columns, stay_of
@@ -107,7 +107,7 @@ class WholeCounts:
     def _list(self, loss: float) -> bool:
         """List the best replica of every composition that loses at most ``loss``; return False if they are too many."""
         enumerated, prices = self._enumerated, self.prices
-        if enumerated.num_compositions > FEW:
+        if enumerated.num_compositions > POLICY.most_listed:
             return False
         side_prices = np.tile(prices.row_prices + self.row_costs, (len(prices.rate_prices), 1))
         return enumerated.list_within(ColumnPrices(side_prices, 0.0, prices.rate_prices), loss, self.budget)
@@ -122,7 +122,7 @@ class WholeCounts:
         served = prices.rate_prices[columns.sides] * columns.rates
         losses -= served if net.master.maximises else scale * served
         columns = columns.some(np.flatnonzero(losses <= distance))
-        if len(columns.rates) > MOST_PROVED:
+        if len(columns.rates) > POLICY.most_proved:
             return None
         unit = float(columns.costs.max(initial=0.0)) / UNITS or 1.0
         units: FloatArray = np.floor(columns.costs / unit)

@@ -13,14 +13,15 @@ from hetis.solver.budget import Budget, Progress, Report, SearchSettings, silent
 from hetis.solver.constraints import Constraint, Duty, Exclude, RestrictRole
 from hetis.solver.errors import InvalidProblemError, NoPlanFoundError
 from hetis.solver.placement.binding import BoundStage, bind
-from hetis.solver.placement.columns import columns_of, distinct
+from hetis.solver.placement.columns import Columns, columns_of, distinct, padded
 from hetis.solver.placement.constrained_problem import apply_constraints, restored
-from hetis.solver.placement.enumeration import ALIKE, ColumnPrices, EnumeratedColumns
+from hetis.solver.placement.enumeration import ColumnPrices, EnumeratedColumns
 from hetis.solver.placement.families import STRATEGIES
 from hetis.solver.placement.fleet import IntArray, Resources, class_of_slots
 from hetis.solver.placement.infeasible import ExplainedInfeasibleError, why_infeasible
-from hetis.solver.placement.master import Columns, Master, padded, settled
+from hetis.solver.placement.master import Master, settled
 from hetis.solver.placement.outcome import Outcome, rate_bound, sound_bound
+from hetis.solver.placement.policy import RELAXATION_TOLERANCE
 from hetis.solver.placement.search import search
 from hetis.solver.placement.solve import OPTIMAL_GAP, objective_scale, plan_of
 from hetis.solver.placement.tables import BoolArray, CostTables, FloatArray, Tables
@@ -330,7 +331,7 @@ class FleetSearch:
     ) -> tuple[TenantsChoice, Proven]:
         """Choose among all replicas that may be in a better placement; HiGHS's bound on these holds for all."""
         value = choice.value(goal)
-        distance = (proven.bound - value) * (1.0 + ALIKE) + ALIKE * abs(value)
+        distance = (proven.bound - value) * (1.0 + RELAXATION_TOLERANCE) + RELAXATION_TOLERANCE * abs(value)
         if proven.bound - value <= self.settings.gap_target * value or self.budget.is_spent():
             return choice, proven
         for one, prices in zip(self.replicas, self._prices(relaxed), strict=True):
@@ -411,7 +412,7 @@ class FleetSearch:
 
     def _proof(self, goal: TenantsGoal, relaxed: TenantsRelaxation) -> PriceProof:
         """Return the relaxation's prices, raised by the ratio up to which replicas may still improve it."""
-        costs, row_prices = self.replicas[0].costs, relaxed.row_prices * (1.0 + ALIKE)
+        costs, row_prices = self.replicas[0].costs, relaxed.row_prices * (1.0 + RELAXATION_TOLERANCE)
         rows = zip(costs.resources.rows, self.limits.tolist(), row_prices.tolist(), strict=True)
         return PriceProof(
             rows=tuple(

@@ -34,8 +34,8 @@ import highspy
 import numpy as np
 
 from hetis.solver.highs import linear_program, quiet_highs
+from hetis.solver.placement.columns import Columns, padded
 from hetis.solver.placement.fleet import IntArray, Routes
-from hetis.solver.placement.master import Columns, padded
 from hetis.solver.placement.tables import FloatArray
 
 

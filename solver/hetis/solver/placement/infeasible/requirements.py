@@ -117,7 +117,7 @@ def keeping(problem: PlacementProblem, kept: Collection[Requirement]) -> Placeme
     """Return the problem with only these requirements, maximising the rate, which callers compare to the demand.
 
     Every plan of ``problem`` is a plan of it: without the links requirement, links are too fast to matter, and without
-    the memory requirement, there is far more memory, at unchanged shares of the links between zones.
+    the memory requirement, there is far more memory.
     """
     by_subject = {requirement.subject: requirement for requirement in kept}
     limits = {s: r.value for s, r in by_subject.items()}
@@ -198,6 +198,5 @@ def with_faster_links(cluster: Cluster, factor: float) -> Cluster:
     return replace(cluster, node_groups=groups, network=faster)
 
 
-def _faster(link: Link, factor: float, latency: float | None = None) -> Link:
-    latency_s = link.latency_s / (factor if latency is None else latency)
-    return Link(bytes_per_s=link.bytes_per_s * factor, latency_s=latency_s)
+def _faster(link: Link, factor: float) -> Link:
+    return Link(bytes_per_s=link.bytes_per_s * factor, latency_s=link.latency_s / factor)
