@@ -18,7 +18,6 @@ from typing import Any
 
 import pytest
 
-from benchmarks import ablations
 from benchmarks import redispatch as redispatch_benchmark
 from benchmarks.measuring import drift, instances, rows, solving
 from hetis.solver.budget import Progress
@@ -30,7 +29,6 @@ SOLVES = {"name", "gpus", "types", "status", "value", "bound", "gap", "seconds",
 PROMISED = {
     "placement": SOLVES | {"to_1_percent_s", "to_half_percent_s"},
     "attention_workers": SOLVES | {"bound_without", "ratio"},
-    "attention": {"name", "device", "ours_us", "torch_us", "ratio", "gb_s", "tflop_s"},
     "engines": {"name", "gpus", "status"}
     | {f"{name}{mark}" for name in ("vllm", "vllm-hetis") for mark in ("", "_gap", "_s")}
     | {"hetis_over_vllm"},
@@ -78,15 +76,13 @@ PROMISED = {
     "paper": {"name", "planned_rps", "throughput_rps", "half_width_rps", "kv_blocks", "ttft_p95_s", "tpot_p95_s"}
     | {"hetis_over", "kv_over", "ttft_over", "tpot_over", "no_worse", "clipped", "note"}
     | {f"paper_{figure}" for figure in ("throughput", "kv", "ttft", "tpot")},
-    "ablations": {"name", "planned_rps", "throughput_rps", "over_full", "over_full_half_width", "ttft_p95_s", "tpot_s"}
-    | {"half_width_rps", "carried", "requests", "preemptions", "migrations", "migrated_gib", "cpu_s", "note"},
     "simulation": {"name", "shape", "planned", "simulated", "ratio", "alternating", "requests", "preemptions"}
     | {"ttft", "ttft_at_plan", "ttft_all_seats", "ttft_at_half"},
     "goodput": {"name", "replicas", "prefill", "decode", "planned_rps", "kept", "ttft", "tpot", "best_rps"}
     | {"planned_over_best", "kept_over_best"},
 }
 # Their quick forms take 10 to 50 CPU seconds. `make soak` runs them to the end, other runs only to the first row.
-LONG = ("placement", "published", "ablations", "simulation")
+LONG = ("placement", "published", "simulation")
 # Their first row takes 10 CPU seconds or more, so that only `make soak` runs them.
 SLOW = ("paper", "goodput")
 
@@ -193,14 +189,6 @@ def test_help_names_the_command(name: str, monkeypatch: pytest.MonkeyPatch, caps
         importlib.import_module(f"benchmarks.{name}").main()
     assert ended.value.code == 0
     assert f"python -m benchmarks.{name} [--quick] [--json]" in capsys.readouterr().out
-
-
-def test_runs_of_an_ablation_fill_all_seats_three_times_however_many_there_are() -> None:
-    assert ablations._enough(788.9, seats=160) == 788
-    assert ablations._enough(120.0, seats=120) == 360
-    assert ablations._enough(1e6, seats=100) == 2000
-    assert ablations._enough(10.0, seats=7) == 60
-    assert ablations._enough(788.0, seats=1000) == 3000
 
 
 def tally(makespan_s: float, moved_bytes: float) -> drift.Tally:

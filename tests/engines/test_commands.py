@@ -417,7 +417,7 @@ def lines_of_layouts() -> tuple[list[tuple[str, ...]], list[dict[str, Any]]]:
                     "backend": "CUSTOM" if layout.workers else None,
                     "connector": "HetisConnector" if layout.workers else None,
                     "executor": "mp" if ranks > 1 else None,
-                    "kv": layout.rank_kv_bytes,
+                    "kv": layout.rank_kv_bytes if layout.fixes_kv else None,
                     "dtype": "float32",
                     "context": layout.context_tokens,
                     "kv_dtype": "auto",

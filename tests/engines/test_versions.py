@@ -64,9 +64,10 @@ def test_engines_are_told_nothing_that_was_not_recorded(engine: Engine) -> None:
 
 
 def test_engines_are_told_of_the_longest_request_that_fits() -> None:
-    for engine, name in ((Engine.VLLM, "--max-model-len"), (Engine.SGLANG, "--context-length")):
+    # For 1,000 tokens of KV room; vLLM finds its own, maybe a tenth less.
+    for engine, name, most in ((Engine.VLLM, "--max-model-len", "880"), (Engine.SGLANG, "--context-length", "992")):
         [one] = commands(PLANS["whole"], engine)
-        assert told(one)[name] == "992"  # for 1,000 tokens of KV room
+        assert told(one)[name] == most
         [given] = commands(PLANS["whole"], engine, options=(name, "512"))
         assert (given.shown.count(name), told(given)[name]) == (1, "512")
         if engine is Engine.VLLM:  # vLLM sizes its own KV by default, and checks the context against it

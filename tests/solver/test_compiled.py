@@ -141,35 +141,6 @@ def test_cached_code_of_a_type_that_has_another_name_now_is_compiled_anew(tmp_pa
         assert (run.stdout, run.stderr) == ("3.0 1\n", "")
 
 
-ALIKE = """
-import sys
-from pathlib import Path
-import numpy as np
-from hetis.solver.compiled import compile_alike, is_cached, kernel_of
-
-kernel = kernel_of(Path(sys.argv[1]))
-
-@kernel
-def often(values, at):
-    return values[at]
-
-@kernel
-def rarely(values, at):
-    return values[at] + 1.0
-
-print(is_cached(rarely), often(np.ones(2), 0))
-compile_alike(rarely, often)
-print(is_cached(rarely), len(rarely.signatures), rarely(np.ones(2), 1), len(rarely.signatures))
-"""
-
-
-def test_what_is_rarely_called_is_compiled_with_what_is_always_called(tmp_path: Path) -> None:
-    program = tmp_path / "alike.py"
-    program.write_text(ALIKE)
-    done = subprocess.run([sys.executable, program, tmp_path], capture_output=True, text=True, check=True)
-    assert done.stdout.split() == ["False", "1.0", "True", "1", "2.0", "1"]
-
-
 WITHOUT_SCIPY = """
 import sys
 from hetis.solver.compiled import kernel_of  # before numba itself is asked for anything

@@ -41,7 +41,7 @@ def test_arrays_cost_what_their_elements_cost(stages: st.SearchStrategy[Drawn], 
     rank, link = card(one, one.stage.gpu, one.stage.tp, one.d), one.stage.hop_link
     tokens = np.array([0.0, 1.0, 17.0, 300.0])
     for cost_of in (
-        rank.dense_s, rank.reduce_s, rank.prefill_s, rank.step_s, rank.head_s, rank.logit_bytes, rank.activation_bytes,
+        rank.dense_s, rank.reduce_s, rank.prefill_s, rank.step_s, rank.head_s,
         lambda t: rank.transfer_s(t, link), lambda t: rank.hop_s(t, link), lambda t: rank.decode_attention_s(t, 2),
     ):  # fmt: skip
         found = np.broadcast_to(cost_of(tokens), tokens.shape)

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 from hetis.engines.attention import common_backend, image_tokens
 from hetis.engines.errors import LayoutError
 from hetis.engines.gpus import VENDORS, GpuKind, common_dtype, kind_of, kinds_in
+from hetis.engines.memory import memory_of
 from hetis.engines.precision import DEPRECATED, why_not_loaded
 from hetis.engines.versions import Engine
 from hetis.engines.workers import why_no_workers
@@ -97,6 +98,9 @@ class Layout:
     is_deprecated: bool = False  # vLLM loads weights of this method only if it is allowed to
     # vLLM's prefill replicas write KV to decode replicas, which otherwise read it.
     pushes_kv: bool = False
+    # KV is as planned, not what the engine finds: its stages differ, or others hold or limit its blocks.
+    fixes_kv: bool = True
+    utilisation: float | None = None  # share of the memory that the engine takes; None: as the plan does not say
 
     @property
     def processes(self) -> tuple[Process, ...]:
@@ -268,6 +272,8 @@ def layout_of(
         partners=kv_partners(plan)[number] if partners is None else partners,
         own_types=kinds_in(cluster),
         most_seats=_most_seats(plan),
+        most_blocks=_setting(plan, "kv_blocks"),
+        utilisation=_utilisation(plan, engine),
     )
     return _with_resources(layout, cluster)
 
@@ -284,9 +290,22 @@ def seats_limit_of(replica: ReplicaPlan, plan: Plan) -> int:
 
 def _most_seats(plan: Plan) -> int | None:
     """Return how many requests each engine may run at once, if the plan was made for such a setting."""
+    return _setting(plan, "max_num_seqs")
+
+
+def _setting(plan: Plan, name: str) -> int | None:
     settings = plan.inputs.get("engine_settings")
-    most = settings.get("max_num_seqs") if isinstance(settings, Mapping) else None
-    return most if isinstance(most, int) else None
+    found = settings.get(name) if isinstance(settings, Mapping) else None
+    return found if isinstance(found, int) else None
+
+
+def _utilisation(plan: Plan, engine: Engine) -> float | None:
+    """Return the share of the memory with which a plan counts; None: SGLang computes its own."""
+    settings = plan.inputs.get("engine_settings")
+    share = settings.get("gpu_memory_utilization") if isinstance(settings, Mapping) else None
+    if isinstance(share, float | int):
+        return float(share)
+    return None if engine is Engine.SGLANG else memory_of(engine).utilisation
 
 
 def _with_resources(layout: Layout, cluster: Any) -> Layout:
@@ -392,7 +411,8 @@ def kv_partners(plan: Plan) -> list[tuple[KvPartner, ...]]:
 def layout_of_replica(
     replica: ReplicaPlan, model: ModelSpec, *, planned: Mapping[str, Any] | None, engine: Engine = Engine.VLLM_HETIS,
     dtype: str = "auto", kv_tokens: int | None = None, partners: Sequence[KvPartner] = (),
-    own_types: Mapping[str, GpuKind] | None = None, most_seats: int | None = None,
+    own_types: Mapping[str, GpuKind] | None = None, most_seats: int | None = None, most_blocks: int | None = None,
+    utilisation: float | None = None,
 ) -> Layout:  # fmt: skip
     """Return the layout of a replica that is not, or no longer, in a plan; other arguments are those of `layout_of`.
 
@@ -401,13 +421,16 @@ def layout_of_replica(
         partners: kinds of replicas with which it exchanges KV, in one dtype and with one attention backend.
         own_types: GPU types that are not in the catalogue; types found in neither count as NVIDIA's.
         most_seats: most requests that an engine may run at once. None: no limit besides memory.
+        most_blocks: most KV blocks of an engine. None: no limit besides memory.
+        utilisation: share of the memory that an engine takes. None: unknown.
 
     Raises:
         LayoutError: the replica is for another model, or the engine cannot run it; carries all reasons.
     """
     if not replica.stages:
         raise LayoutError("it has no stages")
-    copies = replica.attention_dp
+    copies, differs = replica.attention_dp, len({(stage.gpu, stage.num_layers) for stage in replica.stages}) > 1
+    fixes_kv = bool(kv_tokens or most_blocks or replica.attention_workers or differs or utilisation is None)
     kv_tokens = kv_tokens or replica.kv_tokens // copies
     model = model.on(replica.stages[0].gpu)
     room = _Room.of(kv_tokens, replica, model, dtype)
@@ -452,7 +475,7 @@ def layout_of_replica(
         draft_tokens=model.step_tokens - 1,
         has_states=Kernel.RECURRENT in model.kernels,
         has_windows_in_some=0.0 < model.sliding_share < 1.0,
-        context_tokens=room.context_tokens if room.context_tokens < model.max_position else None,
+        context_tokens=_longest(room.context_tokens, model, fixes_kv=fixes_kv),
         dtype=common_dtype(gpus.values()),
         attention_backend=backend or "",
         data_parallel=copies,
@@ -460,7 +483,16 @@ def layout_of_replica(
         block_tokens=_block_tokens(model, tp, 1 if _is_fp8(model, dtype) else DTYPE_BYTES[dtype]),
         is_deprecated=model.weights in DEPRECATED,
         pushes_kv=engine is not Engine.SGLANG and _pushes_kv(replica, partners),
+        fixes_kv=fixes_kv,
+        utilisation=utilisation,
     )
+
+
+def _longest(tokens: int, model: ModelSpec, *, fixes_kv: bool) -> int | None:
+    """Return the longest request to allow; None: the model's. An engine that finds its own KV may find a tenth less."""
+    if not fixes_kv:
+        tokens = max(int(0.9 * tokens) // PAGE_TOKENS, 1) * PAGE_TOKENS
+    return tokens if tokens < model.max_position else None
 
 
 def _prompts(replica: ReplicaPlan, model: ModelSpec, room: _Room, most: int | None) -> int:

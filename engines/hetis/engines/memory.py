@@ -11,14 +11,14 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from hetis.engines.gpus import kind_of_type
 from hetis.engines.versions import VERSIONS, Engine
 from hetis.solver.cluster import GpuType
 from hetis.solver.model import Compressed, Dense, Kernel, ModelSpec
-from hetis.solver.rank_memory import RankMemory, captured_graphs
+from hetis.solver.rank_memory import RankKind, RankMemory, captured_graphs
 
 GIB, MIB = 2**30, 2**20
 
@@ -176,6 +176,21 @@ def memory_of(engine: Engine, version: str | None = None) -> EngineMemory:
         return _SGLANG
     wanted = _numbers(VERSIONS[engine] if version is None else version)
     return [one for one in _VLLM if _numbers(one.version) <= wanted][-1]
+
+
+def rank_memories(
+    rules: EngineMemory, model: ModelSpec, gpus: Mapping[str, GpuType], tp_sizes: Iterable[int],
+    copies: Iterable[int] = (), *, utilisation: float | None = None,
+) -> dict[RankKind, RankMemory]:  # fmt: skip
+    """Return what an engine takes of every kind of rank that a plan may have: of any TP size, with or without copies
+    that share experts. Communicators are those of the stage alone.
+    """
+    return {
+        RankKind(name, tp, dp): rules.rank(model.on(name), gpu, tp, attention_dp=dp, utilisation=utilisation)
+        for name, gpu in gpus.items()
+        for tp in tp_sizes
+        for dp in (1, *copies)
+    }
 
 
 def _numbers(version: str) -> tuple[int, ...]:

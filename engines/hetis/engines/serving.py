@@ -23,7 +23,7 @@ MASTER_PORT, KV_PORT = 29501, 5600
 # Between the master or KV ports of replicas: SGLang takes those after its own for its processes, and copies of a
 # prefill replica that share experts serve their KV at one each.
 PORT_STEP = 20
-KV_DTYPE = "--kv-cache-dtype"
+KV_DTYPE, SHARE = "--kv-cache-dtype", "--gpu-memory-utilization"
 UNQUANTISED_KV = ("bfloat16", "float16")  # values for 16-bit KV; SGLang supports only the first
 DECIDED = frozenset(
     (
@@ -270,8 +270,12 @@ def room_options(layout: Layout, serving: Serving) -> dict[str, str]:
         room[KV_DTYPE] = kv_dtype
     if layout.is_deprecated and not serving.gives("--allow-deprecated-quantization"):
         room["--allow-deprecated-quantization"] = ""
+    finds_kv = not layout.fixes_kv and serving.device == "cuda"
     if serving.limits_kv:
-        room["--kv-cache-memory-bytes"] = str(layout.rank_kv_bytes)
+        if layout.utilisation is not None and serving.device == "cuda" and not serving.gives(SHARE):
+            room[SHARE] = f"{layout.utilisation:g}"
+        if not finds_kv:
+            room["--kv-cache-memory-bytes"] = str(layout.rank_kv_bytes)
         # vLLM does not start unless a request with the model's full context fits.
         if layout.context_tokens is not None and not serving.gives("--max-model-len"):
             room["--max-model-len"] = str(layout.context_tokens)
@@ -369,7 +373,10 @@ def sglang_arguments(layout: Layout, serving: Serving, number: int, meeting: Mee
     if backend := _attention_backend(layout, serving):
         told["--attention-backend"] = backend
     if serving.limits_kv:
-        told["--max-total-tokens"] = str(layout.kv_tokens)
+        if layout.utilisation is not None and serving.device == "cuda":
+            told["--mem-fraction-static"] = f"{layout.utilisation:g}"
+        if layout.fixes_kv:  # otherwise SGLang finds its own
+            told["--max-total-tokens"] = str(layout.kv_tokens)
         if layout.context_tokens is not None:
             told["--context-length"] = str(layout.context_tokens)
     if layout.draft_tokens:

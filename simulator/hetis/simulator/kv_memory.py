@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from hetis.solver.check.fleet import StageShape
-from hetis.solver.check.memory import rank_fixed_bytes, rank_prompt_bytes, rank_state_bytes
+from hetis.solver.check.memory import rank_fixed_bytes, rank_prompt_bytes, rank_state_bytes, usable_bytes
 from hetis.solver.check.setting import Setting
 from hetis.solver.model import ModelSpec
 from hetis.solver.problem import PlacementProblem
@@ -71,11 +71,10 @@ def rank_room_bytes(setting: Setting, shape: StageShape, *, is_first: bool, is_l
     If a pool holds some of the head groups, the rank still keeps those of the current prompts, for which it reserves
     memory as planned; likewise for the states that linear attention keeps per request.
     """
-    usable = setting.problem.profiles[shape.gpu].usable_bytes
     taken = rank_fixed_bytes(setting, shape, is_first=is_first, is_last=is_last)
     taken += rank_prompt_bytes(setting, shape, is_first=is_first)
     taken += rank_state_bytes(setting, shape, is_first=is_first, is_last=is_last)
-    return max(0.0, usable - taken)
+    return max(0.0, usable_bytes(setting, shape) - taken)
 
 
 def card_room_bytes(problem: PlacementProblem, gpu: str) -> float:

@@ -139,13 +139,6 @@ def is_cached(function: Callable[..., Any]) -> bool:
     return _is_plain() or bool(kernel._cache._cache_file._load_index())
 
 
-def compile_alike(function: Callable[..., Any], other: Callable[..., Any]) -> None:
-    """Compile or load a kernel for the arguments that another one was called with; both take the same."""
-    kernel, called = cast(Any, function), cast(Any, other)
-    for signature in () if _is_plain() else called.signatures:
-        kernel.compile(signature)
-
-
 _held: set[Path] = set()  # locks held by this process, since compiling a kernel compiles those that it calls
 
 

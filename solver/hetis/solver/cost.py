@@ -20,6 +20,7 @@ from hetis.solver.model import ModelSpec
 from hetis.solver.plan import Role
 from hetis.solver.problem import Assumptions
 from hetis.solver.profile import Fit, Op, Profile
+from hetis.solver.rank_memory import RankMemory, requests_at_once
 from hetis.solver.workload import WorkloadMoments
 
 FloatArray = npt.NDArray[np.float64]
@@ -82,6 +83,20 @@ class Mix:
         if d == 1:
             return self
         return replace(self, chunk_iterations=d * self.chunk_iterations, plain_iterations=d * self.plain_iterations)
+
+
+class LargestBatch(NamedTuple):
+    """The largest iteration of a stage, in scalars or arrays: T and its tokens with logits, R, and M of the replica."""
+
+    tokens: Scalars
+    with_logits: Scalars
+    requests: Scalars
+    in_flight: Scalars
+
+    @staticmethod
+    def of(mix: Mix, in_flight: int) -> LargestBatch:
+        requests = requests_at_once(mix.micro_batch, mix.chunk_tokens, in_flight)
+        return LargestBatch(mix.decode_tokens + mix.chunk_tokens, mix.decode_tokens, requests, in_flight)
 
 
 def mix_of(
@@ -161,9 +176,12 @@ class DeviceCost:
     moments: WorkloadMoments
     shape: RankShape
     intra: Link
+    memory: RankMemory | None = None  # None: what the profile says of any engine
     _fits: Mapping[Op, Fit] = field(init=False, repr=False, compare=False)
+    _taken: RankMemory = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "_taken", self.memory or plain_memory(self.profile, self.model, self.shape))
         # Looked up once, because a placement needs them a hundred thousand times.
         found = {op: self.profile.fit(op, self.model, self.shape.tp) for op in Op}
         object.__setattr__(self, "_fits", {op: fit for op, fit in found.items() if fit is not None})
@@ -352,9 +370,10 @@ class DeviceCost:
     def layer_bytes(self) -> float:
         m, copies = self.model, self.shape.attention_dp
         if copies == 1 or m.experts is None:
-            return m.layer_params() * m.weight_bytes / self.shape.tp
+            return m.layer_params() * m.weight_bytes / self.shape.tp + self._taken.layer_bytes
         routed = m.expert_share * m.experts.count * m.expert_params()
-        return (m.layer_params() - routed + routed / copies) * m.weight_bytes / self.shape.tp
+        params = m.layer_params() - routed + routed / copies
+        return params * m.weight_bytes / self.shape.tp + self._taken.layer_bytes
 
     def prefix_bytes(self) -> float:
         """Return the weights of the leading layers, which stay on the first stage."""
@@ -374,20 +393,38 @@ class DeviceCost:
         m = self.model
         if m.draft is None or self.shape.attention_dp == 1:
             return m.draft_params() * m.weight_bytes / self.shape.tp
-        return self.layer_bytes() + (m.draft_params() - m.layer_params()) * m.weight_bytes / self.shape.tp
+        beside = (m.draft_params() - m.layer_params()) * m.weight_bytes / self.shape.tp
+        return self.layer_bytes() - self._taken.layer_bytes + beside
 
-    def logit_bytes(self, decode_tokens: Scalars) -> Scalars:
-        return 4.0 * np.maximum(decode_tokens, 1) * self.model.vocab / self.shape.tp
+    def logit_bytes(self, batch: LargestBatch) -> Scalars:
+        """Return by how much the last stage exceeds `activation_bytes` while it samples."""
+        return self._taken.sampling_bytes(self._tokens(batch), batch.with_logits, batch.requests)
 
-    def activation_bytes(self, tokens: Scalars) -> Scalars:
-        m = self.model
-        gathered = 2 * self.shape.attention_dp * m.hidden if self.shape.attention_dp > 1 else 0
-        streams = 2 * (m.hidden + m.residual_width)
-        return tokens * m.activation_bytes * (streams + 2 * m.inner / self.shape.tp + gathered)
+    def activation_bytes(self, batch: LargestBatch) -> Scalars:
+        """Return what the largest batch, and captured graphs, take."""
+        return self._taken.pass_bytes(self._tokens(batch), batch.requests, batch.in_flight)
+
+    def _tokens(self, batch: LargestBatch) -> Scalars:
+        """Return T; an engine has room for all of its requests in an iteration."""
+        return batch.tokens if self.memory is None else np.maximum(batch.tokens, batch.requests)
 
     def room_bytes(self) -> float:
         """Return usable memory minus the engine's own."""
-        return float(self.profile.room_bytes)
+        return float(self._taken.usable_bytes - self._taken.fixed_bytes)
+
+
+def plain_memory(profile: Profile, model: ModelSpec, shape: RankShape) -> RankMemory:
+    """Return what any engine takes: the profile's reserve, the activations of a layer, and the logits of a batch."""
+    gathered = 2 * shape.attention_dp * model.hidden if shape.attention_dp > 1 else 0
+    streams = 2 * (model.hidden + model.residual_width)
+    token_bytes = model.activation_bytes * (streams + 2 * model.inner / shape.tp + gathered)
+    return RankMemory(
+        usable_bytes=profile.usable_bytes,
+        fixed_bytes=profile.reserve_bytes,
+        token_bytes=token_bytes,
+        held_bytes=token_bytes,
+        logit_bytes=4.0 * model.vocab / shape.tp,
+    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,6 +23,7 @@ from hetis.solver.model import ModelSpec
 from hetis.solver.node_links import NodeLinks, node_links_of
 from hetis.solver.plan import Objective, ReplicaPlan, Role
 from hetis.solver.profile import Profile
+from hetis.solver.rank_memory import RankKind, RankMemories, RankMemory
 from hetis.solver.workload import Workload, WorkloadMoments
 
 
@@ -162,14 +163,21 @@ class EngineSettings:
         chunk_tokens: sizes of prefill chunks; empty: those of the family.
         kv_blocks: KV blocks of `Assumptions.block_tokens` tokens that a stage copy has, if its GPUs have room for as
             many; a block holds these tokens of one request in all head groups and layers. None: no such limit.
+        min_context: tokens of the longest request for which every engine has room at least. None: as it comes.
+        gpu_memory_utilization: share of a GPU's memory that engines take. None: their default.
     """
 
     max_num_seqs: int | None = None
     chunk_tokens: tuple[int, ...] = ()
     kv_blocks: int | None = None
+    min_context: int | None = None
+    gpu_memory_utilization: float | None = None
 
     def __post_init__(self) -> None:
-        named = [("max_num_seqs", self.max_num_seqs), ("kv_blocks", self.kv_blocks)]
+        share = self.gpu_memory_utilization
+        if share is not None and not 0.0 < share <= 1.0:
+            raise InvalidProblemError(f"gpu_memory_utilization is {share}, must be above 0 and at most 1")
+        named = [("max_num_seqs", self.max_num_seqs), ("kv_blocks", self.kv_blocks), ("min_context", self.min_context)]
         for name, value in (*named, *(("chunk_tokens", size) for size in self.chunk_tokens)):
             if value is not None and not 1 <= value <= MOST_SETTING:
                 raise InvalidProblemError(f"{name} is {value}, must be 1 to {MOST_SETTING}")
@@ -196,6 +204,10 @@ class EngineSettings:
             parts.append(f"chunks of {' or '.join(map(str, self.chunk_tokens))} tokens")
         if self.kv_blocks is not None:
             parts.append(f"at most {self.kv_blocks} KV block{'s' * (self.kv_blocks > 1)}")
+        if self.min_context is not None:
+            parts.append(f"room for a request of {self.min_context} tokens")
+        if self.gpu_memory_utilization is not None:
+            parts.append(f"{self.gpu_memory_utilization:.0%} of the GPUs' memory")
         return ", ".join(parts)
 
 
@@ -344,6 +356,7 @@ class PlacementProblem:
 
     ``constraints`` are further conditions on the plan; the search moves them into cluster, family and
     ``constraint_index`` (`placement/constrained_problem.py`), and explicit links between nodes into ``node_links``.
+    ``memories`` are what the engine takes of GPUs, by kind of rank.
     """
 
     cluster: Cluster
@@ -356,6 +369,11 @@ class PlacementProblem:
     constraints: Constraints = ()
     constraint_index: ConstraintIndex | None = None
     node_links: NodeLinks | None = None
+    memories: RankMemories = field(default_factory=dict)
+
+    def memory_of(self, gpu: str, tp: int, attention_dp: int = 1) -> RankMemory | None:
+        """Return what the engine takes of a GPU as one of ``tp`` ranks; None: what the profile says of any engine."""
+        return self.memories.get(RankKind(gpu, tp, attention_dp))
 
     def describe_family(self) -> str:
         """Return the plans that are searched in one sentence: those of the family that meet the constraints."""
@@ -371,6 +389,12 @@ class PlacementProblem:
         """The tokens for which a stage copy's engine has KV blocks; infinity unless their number is set."""
         blocks = self.family.engine_settings.kv_blocks
         return math.inf if blocks is None else float(blocks * self.assumptions.block_tokens)
+
+    @property
+    def least_kv_tokens(self) -> float:
+        """The tokens for whose KV a stage copy must have room, whatever it runs: those of the longest request."""
+        least = self.family.engine_settings.min_context
+        return 0.0 if least is None else self.model.cached_tokens(float(least))
 
     def moments(self) -> WorkloadMoments:
         """Return the moments of the workload, whose prompts are clipped to the model's context."""

@@ -2,12 +2,12 @@
 
 At start, an engine runs its largest batch once, of T tokens and R requests, and gives to KV what is left:
 
-    room = usable - fixed - graphs g(R) - token T                                      every stage
-    room = usable - fixed - graphs g(R) - max(token T, held T + logit b q + request R)  the last stage
+    room = usable - fixed - graph g(R) / K - token T                                        every stage
+    room = usable - fixed - graph g(R) / K - max(token T, held T + logit max(b q, 1) + request R)  the last one
 
-T = b q + C are the tokens of an iteration, R the requests that may run, of which b decode in one iteration. g(R) is the
-number of captured graphs: engines capture one for each size 1, 2, 4, and then multiples of 8 and of 16, up to 512
-tokens, piecewise up to twice the requests, whole up to the requests.
+T = b q + C are the tokens of an iteration, R the requests that may run (M b; on a prefill replica one for every 64
+tokens of its M chunks), K the stages. g(R) is the number of captured graphs: engines capture one for each size 1, 2, 4,
+and then multiples of 8 and of 16, up to 512 tokens, piecewise up to twice the requests, whole up to the requests.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import numpy as np
 from hetis.solver.errors import InvalidProblemError
 
 Scalars = Any  # a number or an array of numbers
+PROMPT_TOKENS = 64  # prompts of this length fill the chunks of a prefill replica, as plans assume; shorter ones do not
 
 
 class RankKind(NamedTuple):
@@ -42,7 +43,7 @@ class RankMemory:
         held_bytes: what remains of it, per token, while tokens are sampled on the last stage.
         logit_bytes: per token of an iteration that has logits, on the last stage.
         request_bytes: per request that may run, on the last stage: logits and sampling in the run at start.
-        graph_bytes: per captured graph.
+        graph_bytes: per captured graph of the whole model.
         layer_bytes: weights of a repeated layer as loaded, beyond those stored: padding.
     """
 
@@ -60,9 +61,9 @@ class RankMemory:
             if not 0 <= getattr(self, name) < float("inf"):
                 raise InvalidProblemError(f"{name} of a rank is {getattr(self, name)}, must be finite and >= 0")
 
-    def pass_bytes(self, tokens: Scalars, requests: Scalars) -> Scalars:
-        """Return what graphs, and a forward pass of T tokens, take on every stage."""
-        return self.graph_bytes * captured_graphs(requests) + self.token_bytes * tokens
+    def pass_bytes(self, tokens: Scalars, requests: Scalars, stages: Scalars = 1) -> Scalars:
+        """Return what graphs, and a forward pass of T tokens, take on each of K stages."""
+        return self.graph_bytes * captured_graphs(requests) / stages + self.token_bytes * tokens
 
     def sampling_bytes(self, tokens: Scalars, with_logits: Scalars, requests: Scalars) -> Scalars:
         """Return by how much the last stage exceeds `pass_bytes` while it samples."""
@@ -77,6 +78,11 @@ def captured_graphs(requests: Scalars) -> Scalars:
 
 def _sizes(most: Scalars) -> Scalars:
     return 3.0 + np.minimum(most, 256.0) / 8.0 + np.clip(most - 256.0, 0.0, 256.0) / 16.0
+
+
+def requests_at_once(micro_batch: int, chunk_tokens: int, micro_batches: int) -> int:
+    """Return R of an engine with so many micro-batches in flight; decoding requests, or prompts if none decodes."""
+    return micro_batches * (micro_batch or max(1, chunk_tokens // PROMPT_TOKENS))
 
 
 RankMemories = Mapping[RankKind, RankMemory]

@@ -282,7 +282,7 @@ def test_replicas_with_room_for_shorter_requests_are_named() -> None:
     assert exported(made_of(many, many), ExportTarget.VLLM).lost == ()
     assert exported(made_of(many, few, few), ExportTarget.VLLM).lost == (
         "replicas have room for requests of different lengths, which routers do not know: "
-        "r1, r2 up to 624 tokens, the others up to 4,096",
+        "r1, r2 up to 560 tokens, the others up to 4,096",
     )
 
 
@@ -626,7 +626,8 @@ def test_nixl_without_an_address_is_told() -> None:
     made = exported(PLANS["prefill in one stage"], ExportTarget.VLLM, hosts={})
     assert made.lost == ("r0: NIXL needs an address to listen on, but a has none: give --node-address",)
     pushed = exported(PLANS["prefill and decode"], ExportTarget.VLLM, hosts={})
-    assert [line.partition(":")[0] for line in pushed.lost] == ["r0", "r1", "r2"], "decode replicas are asked, too"
+    asked = [line.partition(":")[0] for line in pushed.lost if "--node-address" in line]
+    assert asked == ["r0", "r1", "r2"], "decode replicas are asked, too"
 
 
 def test_only_targets_that_know_the_push_connector_get_prompts_of_several_stages() -> None:

@@ -67,7 +67,9 @@ def create_cluster(channel: grpc.Channel) -> None:
 def test_a_planner_makes_a_plan_and_knows_it_after_kill_9(tmp_path: Path) -> None:
     with planner(tmp_path) as (process, channel, status):
         create_cluster(channel)
-        assert page(status)["clusters"] == [{"name": "clusters/small", "active_plan": "", "nodes": {"EXPECTED": 1}}]
+        [cluster] = page(status)["clusters"]
+        assert (cluster["name"], cluster["active_plan"], cluster["nodes"]) == ("clusters/small", "", {"EXPECTED": 1})
+        assert (cluster["activation"], cluster["replicas"]) == ("", {})
         stub = PlanServiceStub(channel)
         spec = plan_pb2.PlanSpec(model_name="Llama-3.1-8B", workload_name="humaneval_lengths")
         request = plan_service_pb2.CreatePlanRequest(

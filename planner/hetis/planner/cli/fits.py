@@ -11,6 +11,7 @@ from hetis.commands.terminal import OutputFormat, Terminal
 from hetis.planner.cli.exit_codes import ExitCode
 from hetis.planner.cli.parameters import values
 from hetis.planner.cli.parameters.options import group, option, panel, verb
+from hetis.planner.cli.parameters.requests import requested
 
 if TYPE_CHECKING:
     from hetis.planner.use_cases.fits import EngineChoice
@@ -39,13 +40,13 @@ class FitOptions:
     )
     weights: str | None = _model("--weights P: Precision of the weights.", parser=values.weights, shown="the model's")
     kv: str | None = _model("--kv P: Precision of the KV cache: bf16 or fp8.", parser=values.kv, shown="the model's")
-    mtp: str | None = _model("--mtp K:RATE: Multi-token prediction.", parser=values.mtp, shown="no drafts")
+    mtp: str | None = requested("mtp")
     engine: str = _engine("--engine NAME: vllm, vllm-hetis or sglang.", "vllm", parser=values.fitted_engine)
     engine_version: str | None = _engine(
         "--engine-version V: Version of the engine, which decides what it counts.", shown="that of `version`"
     )
     tp: int | None = _engine("--tp N: Ranks per stage; more GPUs are further stages.", min=1, shown="the most possible")
-    max_num_seqs: int | None = _engine("--max-num-seqs N: Most requests at once.", min=1, shown="the engine's")
+    max_num_seqs: int | None = requested("max_num_seqs", shown="the engine's")
     max_num_batched_tokens: int | None = _engine(
         "--max-num-batched-tokens N: Most tokens of an iteration.", min=1, shown="the engine's"
     )

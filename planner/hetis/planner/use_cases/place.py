@@ -121,11 +121,15 @@ def read_inputs(request: PlacementRequest) -> LoadedInputs:
         profiles=[str(os.fspath(path)) for path in request.profiles],
         prefix_hit_rate=request.hit_rate,
     ).with_constraints(pins=request.pin, forbids=request.forbid)  # fmt: skip
-    loaded = loaded.at(
-        engine_settings(
-            max_num_seqs=request.max_num_seqs, chunk_tokens=request.chunk_tokens, kv_blocks=request.kv_blocks
-        )
+    share = request.gpu_memory_utilization
+    settings = engine_settings(
+        max_num_seqs=request.max_num_seqs,
+        chunk_tokens=request.chunk_tokens,
+        kv_blocks=request.kv_blocks,
+        min_context=request.min_context,
+        gpu_memory_utilization=None if share is None else ratio_of(share),
     )
+    loaded = loaded.at(settings)
     _require_demand(request.goal, loaded.inputs.workload)
     return in_precision(loaded, weights=request.weights, kv=request.kv, mtp=request.mtp)
 

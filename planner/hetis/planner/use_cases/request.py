@@ -224,6 +224,18 @@ class PlacementRequest:
         shown="what memory allows",
         default=None,
     )
+    min_context: int | None = given(
+        "--min-context N: Tokens of the longest request for which every replica has room, such as 32k.",
+        panel="Search",
+        shown="as it comes",
+        default=None,
+    )
+    gpu_memory_utilization: Quantity | None = given(
+        "--gpu-memory-utilization SHARE: Share of the GPUs' memory that engines take.",
+        panel="Search",
+        shown="the engine's: 0.92 of vLLM",
+        default=None,
+    )
     simplest_within: Quantity = given(
         "--simplest-within SHARE: "
         "Loss against the best plan, such as 2%, to accept for replicas on fewer nodes, then for fewer shapes.",

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from typing import Any, TypeVar
 
-from hetis.formats.catalogue import other_vendor
+from hetis.engines.memory import memory_of, rank_memories
+from hetis.engines.versions import Engine
+from hetis.formats.catalogue import gpu_types, other_vendor
 from hetis.formats.constraints import constraints_from_texts, read_constraints
 from hetis.formats.documents import (
     Value,
@@ -36,6 +39,7 @@ from hetis.solver.model import ModelSpec
 from hetis.solver.plan import Objective, Plan, Role
 from hetis.solver.problem import NOTHING_SET, EngineRules, EngineSettings, Family, PlacementProblem
 from hetis.solver.profile import Op, Profile, Source
+from hetis.solver.rank_memory import RankMemories
 from hetis.solver.workload import Workload
 
 T = TypeVar("T")
@@ -71,15 +75,41 @@ class Inputs:
             InvalidProblemError: the inputs contradict each other, or the strategy lacks one of these roles or supports
                 no engine.
         """
+        family = family_of(strategy, roles, engine, self.engine_settings)
         return PlacementProblem(
             cluster=self.cluster,
             model=self.model,
             workload=self.workload.clipped_to(self.model.max_position),
             profiles=self.profiles,
             objective=self.applicable_limits(objective),
-            family=family_of(strategy, roles, engine, self.engine_settings),
+            family=family,
             constraints=self.constraints,
+            memories=self._memories(family),
         )
+
+    def _memories(self, family: Family) -> RankMemories:
+        """Return what the family's engine takes of each kind of rank; nothing for any engine.
+
+        It has the catalogue's GPU types, too: where no plan exists, some are tried. A profile of less usable memory
+        than is modelled for its GPU type was measured, and limits the engine.
+        """
+        if family.engine is None:
+            return {}
+        of_engine = memory_of(Engine(family.engine.name))
+        own = {gpu: self.cluster.gpu_types[gpu] for gpu in self.cluster.types_used()}
+        modelled = shipped_efficiencies().memory.usable_ratio
+        measured = {
+            gpu: self.profiles[gpu].usable_bytes
+            for gpu, kind in own.items()
+            if self.profiles[gpu].usable_bytes < int(kind.memory_bytes * modelled)
+        }
+        return {
+            kind: replace(memory, usable_bytes=min(memory.usable_bytes, measured.get(kind.gpu, math.inf)))
+            for kind, memory in rank_memories(
+                of_engine, self.model, gpu_types() | own, family.tp_sizes, family.attention_dp_of(self.model),
+                utilisation=self.engine_settings.gpu_memory_utilization,
+            ).items()
+        }  # fmt: skip
 
     def applicable_limits(self, objective: Objective) -> Objective:
         """Return the objective with only the limits that apply to the workload's requests."""
@@ -412,11 +442,15 @@ def _check_family(plan: Plan, requested: Requested, path: str) -> None:
 
 
 def engine_settings(
-    *, max_num_seqs: int | None, chunk_tokens: Iterable[int | None], kv_blocks: int | None
-) -> EngineSettings:
+    *, max_num_seqs: int | None, chunk_tokens: Iterable[int | None], kv_blocks: int | None,
+    min_context: int | None = None, gpu_memory_utilization: float | None = None,
+) -> EngineSettings:  # fmt: skip
     """Return the settings in options; chunk sizes may be in any order, and None stands for none."""
     chunks = sorted({size for size in chunk_tokens if size is not None})
-    return EngineSettings(max_num_seqs=max_num_seqs, chunk_tokens=tuple(chunks), kv_blocks=kv_blocks)
+    return EngineSettings(
+        max_num_seqs=max_num_seqs, chunk_tokens=tuple(chunks), kv_blocks=kv_blocks, min_context=min_context,
+        gpu_memory_utilization=gpu_memory_utilization,
+    )  # fmt: skip
 
 
 def load_profiles(paths: Iterable[str], problems: list[Problem]) -> dict[str, tuple[str, Profile]]:

@@ -9,6 +9,7 @@ from hetis.solver.check.fleet import PoolShape, ReplicaShape, StageShape
 from hetis.solver.check.setting import Setting, head_groups_per_rank
 from hetis.solver.model import Experts, Mlp
 from hetis.solver.plan import Role
+from hetis.solver.rank_memory import PROMPT_TOKENS
 
 
 def rank_bytes(setting: Setting, stage: StageShape, *, is_first: bool, is_last: bool) -> float:
@@ -34,8 +35,7 @@ def worker_bytes(setting: Setting, stage: StageShape, pool: PoolShape, *, is_fir
 
 def kv_room_of_a_copy(setting: Setting, stage: StageShape, *, is_first: bool, is_last: bool) -> float:
     """Return the tokens whose KV fits on one copy of a stage next to everything else, and within its blocks."""
-    free: float = setting.problem.profiles[stage.gpu].usable_bytes
-    free -= _rank_bytes_but_kv(setting, stage, is_first=is_first, is_last=is_last)
+    free = usable_bytes(setting, stage) - _rank_bytes_but_kv(setting, stage, is_first=is_first, is_last=is_last)
     per_token = rank_kv_bytes_per_token(setting, stage, is_first=is_first, is_last=is_last)
     room = min(_quotient(free, per_token), kv_block_tokens(setting))
     if stage.pool is None:
@@ -59,7 +59,9 @@ def kv_tokens_of_a_copy(setting: Setting, copies: int) -> float:
     headroom = setting.problem.assumptions.kv_headroom_z * math.sqrt(D * b) * moments.resident_context_sd
     headroom *= model.cached_growth(moments.resident_context)
     whole_prompts = staged_prompts_of_a_copy(setting, copies) * model.cached_tokens(moments.mean_prompt)
-    return decoding + headroom + prompt_tokens_of_a_copy(setting, copies) + whole_prompts
+    held = decoding + headroom + prompt_tokens_of_a_copy(setting, copies) + whole_prompts
+    longest = setting.problem.family.engine_settings.min_context
+    return held if longest is None else max(held, model.cached_tokens(longest))
 
 
 def staged_prompts_of_a_copy(setting: Setting, copies: int) -> float:
@@ -143,8 +145,8 @@ def _shared_bytes_per_token(
 
 def rank_fixed_bytes(setting: Setting, stage: StageShape, *, is_first: bool, is_last: bool) -> float:
     """Return the bytes of a rank that are not KV: reserve, activations, weights, and logits on the last stage."""
-    model, n, b = setting.model, stage.tp, setting.decode_tokens
-    fixed = setting.problem.profiles[stage.gpu].reserve_bytes + _activation_bytes(setting, n)
+    model, n = setting.model, stage.tp
+    fixed = _engine_bytes(setting, stage, is_last=is_last)
     fixed += stage.layers * _layer_bytes(setting, n)
     if is_first:
         fixed += model.prefix_layers * model.dense_layer_params() * model.weight_bytes / n
@@ -157,7 +159,36 @@ def rank_fixed_bytes(setting: Setting, stage: StageShape, *, is_first: bool, is_
         return fixed
     if model.draft is not None:
         fixed += _layer_bytes(setting, n) + 2 * model.hidden**2 * model.weight_bytes / n
-    return fixed + 4 * max(b, 1) * model.vocab / n
+    return fixed
+
+
+def usable_bytes(setting: Setting, stage: StageShape) -> float:
+    """Return what a rank may use: the engine's share of the GPU, or the profile's."""
+    memory = setting.problem.memory_of(stage.gpu, stage.tp, setting.attention_dp)
+    return setting.problem.profiles[stage.gpu].usable_bytes if memory is None else memory.usable_bytes
+
+
+def _engine_bytes(setting: Setting, stage: StageShape, *, is_last: bool) -> float:
+    """Return a rank's reserve, activations and logits, by the profile or by the engine's own numbers."""
+    b, n = setting.decode_tokens, stage.tp
+    memory = setting.problem.memory_of(stage.gpu, n, setting.attention_dp)
+    if memory is None:
+        logits = 4 * max(b, 1) * setting.model.vocab / n if is_last else 0.0
+        return setting.problem.profiles[stage.gpu].reserve_bytes + _activation_bytes(setting, n) + logits
+    D = micro_batches_of_a_copy(setting, stage.copies)
+    prompts = max(1, setting.chunk_tokens // PROMPT_TOKENS)
+    R = D * (setting.micro_batch if setting.micro_batch else prompts)
+    T = max(b + setting.chunk_tokens, R)
+    peak = memory.token_bytes * T
+    if is_last:
+        peak = max(peak, memory.held_bytes * T + memory.logit_bytes * max(b, 1) + memory.request_bytes * R)
+    graphs = _graphs(2 * R) + _graphs(R)
+    return memory.fixed_bytes + memory.graph_bytes * graphs / D + peak + stage.layers * memory.layer_bytes
+
+
+def _graphs(largest: int) -> float:
+    """Return how many sizes up to this one have a graph: three, then one for 8 tokens up to 256, for 16 up to 512."""
+    return 3 + min(largest, 256) / 8 + min(max(largest - 256, 0), 256) / 16
 
 
 def _layer_bytes(setting: Setting, tp: int) -> float:

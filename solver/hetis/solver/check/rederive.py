@@ -14,6 +14,7 @@ from hetis.solver.check.memory import (
     kv_tokens_of_a_copy,
     rank_bytes,
     shared_card_bytes,
+    usable_bytes,
     worker_bytes,
 )
 from hetis.solver.check.setting import Setting
@@ -42,7 +43,7 @@ class MemoryUse:
     where: str
     rule: Rule
     num_bytes: float
-    usable_bytes: int
+    usable_bytes: float
 
     @property
     def fits(self) -> bool:
@@ -129,26 +130,28 @@ def derive(setting: Setting, shape: ReplicaShape) -> Derived:
     stage_s, room, memory = [], math.inf, list[MemoryUse]()
     slowest = shape.stages if shape.slowest_link is None else [_with_link(s, shape.slowest_link) for s in shape.stages]
 
-    def must_hold(where: str, rule: Rule, gpu: str, num_bytes: float) -> None:
-        usable_bytes = setting.problem.profiles[gpu].usable_bytes
-        memory.append(MemoryUse(where=where, rule=rule, num_bytes=num_bytes, usable_bytes=usable_bytes))
+    def must_hold(where: str, rule: Rule, usable: float, num_bytes: float) -> None:
+        memory.append(MemoryUse(where=where, rule=rule, num_bytes=num_bytes, usable_bytes=usable))
+
+    def of_card(gpu: str) -> float:
+        return setting.problem.profiles[gpu].usable_bytes
 
     for i, stage in enumerate(shape.stages):
         is_first, is_last = i == 0, i == last
         stage_s.append(stage_seconds(setting, stage, is_first=is_first, is_last=is_last))
         room = min(room, stage.copies * kv_room_of_a_copy(setting, stage, is_first=is_first, is_last=is_last))
         num_bytes = rank_bytes(setting, stage, is_first=is_first, is_last=is_last)
-        must_hold(f"stage {i + 1}", Rule.RANK_MEMORY, stage.gpu, num_bytes)
+        must_hold(f"stage {i + 1}", Rule.RANK_MEMORY, usable_bytes(setting, stage), num_bytes)
         if (pool := stage.pool) is not None:
             num_bytes = worker_bytes(setting, stage, pool, is_first=is_first)
-            must_hold(f"attention workers of stage {i + 1}", Rule.WORKER_MEMORY, pool.gpu, num_bytes)
+            must_hold(f"attention workers of stage {i + 1}", Rule.WORKER_MEMORY, of_card(pool.gpu), num_bytes)
     card_s = []
     for positions in shape.shared_by:
         card_s.append(busy_seconds(setting, shape, positions))
         room = min(room, kv_room_of_shared_card(setting, shape, positions))
         where = f"attention workers of stages {', '.join(str(i + 1) for i in positions)}"
         num_bytes = shared_card_bytes(setting, shape, positions)
-        must_hold(where, Rule.WORKER_MEMORY, shape.pool_of(positions[0]).gpu, num_bytes)
+        must_hold(where, Rule.WORKER_MEMORY, of_card(shape.pool_of(positions[0]).gpu), num_bytes)
     return Derived(
         t_s=seconds_between_completions(setting, shape.stages, stage_s, card_s),
         tpot_per_t=tpot_per_t(setting),
@@ -184,7 +187,7 @@ def check_replica_claims(
     violations: list[Violation] = []
     for use in derived.memory:
         if not use.fits:
-            message = f"a device must hold {use.num_bytes:.0f} bytes, {use.usable_bytes} bytes are usable"
+            message = f"a device must hold {use.num_bytes:.0f} bytes, {use.usable_bytes:.0f} bytes are usable"
             violations += at(f"{where} {use.where}", [(use.rule, message)])
     if not derived.fits_blocks:
         held = f"a stage copy must hold KV of {derived.kv_held:.0f} tokens"

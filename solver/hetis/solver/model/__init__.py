@@ -1,6 +1,8 @@
 """The model to serve: a list of layers, and the FLOPs and bytes that follow from their kinds."""
 
-from hetis.solver.model.attention import Compressed, Grouped, Indexer, Kernel, Latent, Mixer, Recurrent
+from hetis.solver.model.attention import Grouped, Latent, Recurrent
+from hetis.solver.model.compressed import Compressed
+from hetis.solver.model.mixer import Indexer, Kernel, Mixer
 from hetis.solver.model.mlp import Dense, Experts, Mlp
 from hetis.solver.model.spec import DraftShape, GpuPrecision, Layer, ModelSpec
 

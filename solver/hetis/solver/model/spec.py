@@ -9,7 +9,8 @@ from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
 from hetis.solver.errors import InvalidProblemError
-from hetis.solver.model.attention import Grouped, Indexer, Kernel, Mixer
+from hetis.solver.model.attention import Grouped
+from hetis.solver.model.mixer import Indexer, Kernel, Mixer
 from hetis.solver.model.mlp import Dense, Experts, Mlp
 
 _AT_LEAST_ONE = ("hidden", "vocab", "max_position", "residual_streams")

@@ -135,7 +135,7 @@ def stage_times(costs: CostTables, shape: Shape, sweep: MixSweep, workers: Worke
         on_cards = layers_on_cards(t, workers.device_class, t.rank_tp[s], given, cards, requests, t.kv_tokens[x, f])
     compute_s, chunk_s = t.layer_s[x, s] + attention_s, t.chunk.layer_s[x, s] + chunk_attention_s
     layer_s, fixed_s = np.maximum(compute_s, t.wire_s[x, s]), fixed_by_role(t, t, x, s, compute_s, t.wire_s[x, s])
-    most = np.minimum(layers_on_rank(t, x, s, kept), on_cards[:, :, None])
+    most = np.minimum(layers_on_rank(t, x, f, s, kept), on_cards[:, :, None])
     if workers is not None:
         most[:, :, [FIRST, BOTH]] = np.minimum(most[:, :, [FIRST, BOTH]], on_cards[:, :, None] - t.prefix_layers)
     chunk_cap_s = (t.trip_cap[x, f] / shape.depth)[:, :, None]
@@ -346,7 +346,9 @@ def _mixtures(num_ranks: int, depth: int) -> IntArray:
 def _with_room(costs: CostTables, scope: int, ranks: list[int], counts: IntArray) -> IntArray:
     """Return the rows of ``counts`` [C, ranks] that fit the fleet and have room for the model."""
     t = costs.scopes[scope].tables
-    layers = np.clip((t.room_bytes[ranks] - t.act_bytes[:, ranks].min(axis=0)) / t.layer_bytes[ranks], 0.0, None)
+    layers = np.clip(
+        (t.room_bytes[ranks] - t.act_bytes[:, :, ranks].min(axis=(0, 1))) / t.layer_bytes[ranks], 0.0, None
+    )
     fits = counts @ np.minimum(np.floor(layers + ROUNDING), t.num_layers) >= t.num_layers
     counts = counts[fits]
     most = [int(t.available[g]) // tp for g, tp in (costs.ranks[s] for s in ranks)]

@@ -25,15 +25,15 @@ def stage_roles(count: int) -> list[int]:
     return [BOTH] if count == 1 else [FIRST, *[PLAIN] * (count - 2), LAST]
 
 
-def layers_on_rank(t: Tables, x: Indices, s: Indices, kept_bytes: Numbers) -> FloatArray:
+def layers_on_rank(t: Tables, x: Indices, f: Indices, s: Indices, kept_bytes: Numbers) -> FloatArray:
     """Return the repeated layers that fit on a rank in every role, unrounded; [.., 4].
 
     ``kept_bytes`` is KV bytes of one layer. Of prefix and drafting layers it counts beside their weights.
     """
     kept = np.asarray(kept_bytes)
     first = t.first_bytes[s] + t.prefix_layers * kept
-    last = t.last_bytes[s] + t.logit_bytes[x, s] + t.draft_layers * kept
-    plain = t.room_bytes[s] - t.act_bytes[x, s] + 0.0 * kept
+    last = t.last_bytes[s] + t.logit_bytes[x, f, s] + t.draft_layers * kept
+    plain = t.room_bytes[s] - t.act_bytes[x, f, s] + 0.0 * kept
     room = np.stack([plain, plain - first, plain - last, plain - first - last + t.tied_bytes[s]], axis=-1)
     layers = room / (t.layer_bytes[s] + kept)[..., None] + ROUNDING
     return np.asarray(np.clip(layers, 0.0, float(t.num_layers)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property, partial
 from typing import NamedTuple
 
@@ -11,7 +12,7 @@ import numpy as np
 from hetis.solver import cost
 from hetis.solver.cluster import Link
 from hetis.solver.constraints import Duty
-from hetis.solver.cost import DeviceCost, Mix, PoolCost, RankShape
+from hetis.solver.cost import DeviceCost, LargestBatch, Mix, PoolCost, RankShape
 from hetis.solver.model import ModelSpec
 from hetis.solver.placement.fleet import (
     DeviceClass,
@@ -21,6 +22,7 @@ from hetis.solver.placement.fleet import (
 from hetis.solver.placement.tables import NO_ROOM, BoolArray, ChunkTables, FloatArray, Tables
 from hetis.solver.plan import Role
 from hetis.solver.problem import PlacementProblem
+from hetis.solver.rank_memory import requests_at_once
 from hetis.solver.workload import WorkloadMoments
 
 
@@ -90,7 +92,10 @@ class StageTables:
         self.devices = [
             self._device(classes[i], size // dp, models[i], dp) for (i, size), dp in zip(ranks, rank_dp, strict=True)
         ]
-        self.workers = [self._device(c, 1, model) for c, model in zip(classes, models, strict=True)]
+        # Attention workers are no engines.
+        self.workers = [
+            replace(self._device(c, 1, model), memory=None) for c, model in zip(classes, models, strict=True)
+        ]
         self.own_s, self.chunk_own_s = self._own_tables()
 
     def _device(self, c: DeviceClass, tp: int, model: ModelSpec, attention_dp: int = 1) -> DeviceCost:
@@ -99,7 +104,8 @@ class StageTables:
         if key not in self._costs:
             shape = cost.rank_shape(model, tp, attention_dp)
             assert shape is not None, "rank types are valid shapes"
-            self._costs[key] = DeviceCost(model, self.problem.profiles[c.gpu], self.moments, shape, c.intra)
+            memory = self.problem.memory_of(c.gpu, tp, attention_dp)
+            self._costs[key] = DeviceCost(model, self.problem.profiles[c.gpu], self.moments, shape, c.intra, memory)
         return self._costs[key]
 
     def tables(self, build: BuildClasses, part: Part, place: Part | None = None) -> Tables:
@@ -153,8 +159,8 @@ class StageTables:
             first_bytes=np.array([d.embedding_bytes() + d.vision_bytes() + d.prefix_bytes() for d in self.devices]),
             last_bytes=np.array([d.embedding_bytes() + d.draft_bytes() for d in self.devices]),
             tied_bytes=np.array([d.embedding_bytes() if model.tie_embeddings else 0.0 for d in self.devices]),
-            act_bytes=np.where(self._may_have, stack["act_bytes"], np.inf),
-            logit_bytes=stack["logit_bytes"],
+            act_bytes=np.where(self._may_have[:, None, :], self._by_in_flight(DeviceCost.activation_bytes), np.inf),
+            logit_bytes=self._by_in_flight(DeviceCost.logit_bytes),
             layer_s=np.where(self._may_have, stack["layer_s"], np.inf),
             own_s=self.own_s,
             hop_s=hops[:, :, 0].T.copy(),
@@ -234,8 +240,6 @@ class StageTables:
             "chunk_last_s": m.unified * (chunk_head + drafting),
             "chunk_prefix_delta_s": m.unified * (chunk_prefix - chunk_dense),
             "prefix_delta_s": nc * chunk_prefix + nd * prefix - nc * chunk_dense - nd * dense,
-            "act_bytes": d.activation_bytes(both),
-            "logit_bytes": d.logit_bytes(b),
         }
         return self._rows[key]
 
@@ -326,6 +330,7 @@ class StageTables:
         """
         problem = self.problem
         tokens = self._per_rank(partial(cost.kv_tokens_per_copy, problem.model, self.moments, problem.assumptions))
+        tokens = np.maximum(tokens, problem.least_kv_tokens)
         settings = problem.family.engine_settings
         if not settings:
             return tokens
@@ -334,6 +339,17 @@ class StageTables:
             [[settings.allows(micro_batch=x.micro_batch, in_flight=m) for m in in_flight] for x in self.mixes]
         )
         return np.where(runs & (tokens <= problem.most_kv_tokens), tokens, NO_ROOM)
+
+    def _by_in_flight(self, amount_of: Callable[[DeviceCost, LargestBatch], FloatArray]) -> FloatArray:
+        """Return bytes of a rank that depend on its mix and the micro-batches in flight; [X, F, S]."""
+        m, in_flight = self._numbers, np.array(self.problem.family.in_flight)
+        requests = [[requests_at_once(x.micro_batch, x.chunk_tokens, int(f)) for f in in_flight] for x in self.mixes]
+        shape = len(self.mixes), len(in_flight)
+        batch = LargestBatch(
+            m.tokens[:, None], m.decode_tokens[:, None], np.array(requests, float).reshape(shape), in_flight
+        )
+        known = {id(d): np.broadcast_to(amount_of(d, batch), shape) for d in self.devices}  # equal ones only once
+        return np.stack([known[id(d)] for d in self.devices], axis=2) if known else np.empty((*shape, 0))
 
     def _per_rank(self, amount_of: Callable[[Mix, int], float]) -> FloatArray:
         """Return tokens or bytes of a stage, which holds those of all micro-batches in flight; [X, F]."""

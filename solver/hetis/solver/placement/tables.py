@@ -74,8 +74,8 @@ class Tables(NamedTuple):
     first_bytes: FloatArray  # [S] embedding, vision and prefix weights
     last_bytes: FloatArray  # [S] LM head and drafting layer
     tied_bytes: FloatArray  # [S] counted once if a stage is both and the weights are tied
-    act_bytes: FloatArray  # [X, S]
-    logit_bytes: FloatArray  # [X, S]
+    act_bytes: FloatArray  # [X, F, S]
+    logit_bytes: FloatArray  # [X, F, S]
     layer_s: FloatArray  # [X, S] without decode attention
     own_s: FloatArray  # [X, S, max groups + 1] decode attention of kept groups
     hop_s: FloatArray  # [X, S]

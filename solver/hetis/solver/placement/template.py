@@ -158,11 +158,12 @@ def fixed_bytes(costs: CostTables, template: Template, index: int) -> float:
     """Return the bytes of a rank that do not grow with repeated layers or KV: activations, ends, prefix weights."""
     t = costs.scopes[template.scope].tables
     s, x, role = template.stages[index].rank, template.mix, stage_roles(len(template.stages))[index]
-    total = float(t.act_bytes[x, s])
+    f = template.in_flight_index
+    total = float(t.act_bytes[x, f, s])
     if role in (FIRST, BOTH):
         total += t.first_bytes[s]
     if role in (LAST, BOTH):
-        total += t.last_bytes[s] + t.logit_bytes[x, s]
+        total += t.last_bytes[s] + t.logit_bytes[x, f, s]
     if role == BOTH:
         total -= t.tied_bytes[s]
     return total
@@ -174,7 +175,7 @@ def room_layers(costs: CostTables, template: Template, index: int) -> int:
     stage, role = template.stages[index], stage_roles(len(template.stages))[index]
     held, tokens = kv_tokens_held(costs, template, stage)
     kept = kept_bytes(t, template.mix, template.in_flight_index, stage.rank, stage.pool_groups)
-    layers = float(layers_on_rank(t, template.mix, stage.rank, kept)[role])
+    layers = float(layers_on_rank(t, template.mix, template.in_flight_index, stage.rank, kept)[role])
     if stage.pool_class >= 0:
         requests, tp = held * int(t.micro_batch[template.mix]), int(t.rank_tp[stage.rank])
         on_cards = layers_on_cards(t, stage.pool_class, tp, stage.pool_groups, stage.pool_cards, requests, tokens)

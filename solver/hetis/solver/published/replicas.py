@@ -245,7 +245,7 @@ def priced(
     f = np.arange(len(t.in_flight))
     (ranks_used, k), place = np.unique(np.stack([s, given]), axis=1, return_inverse=True)  # stages of a type are many
     kept = kept_bytes(t, x[:, None, None], f[:, None], ranks_used, k)
-    fits = layers_on_rank(t, x[:, None, None], ranks_used, kept).astype(np.int64)
+    fits = layers_on_rank(t, x[:, None, None], f[:, None], ranks_used, kept).astype(np.int64)
     room = fits[..., place.ravel(), stage_roles(len(s))]
     full, tight = costs.regimes(duty.role)
     return Pipeline(

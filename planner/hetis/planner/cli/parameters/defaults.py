@@ -29,8 +29,10 @@ OWN_MEANING: Mapping[str, frozenset[str]] = {
     "cluster": frozenset(  # the name of a cluster, and in `apply` something to change on the planner
         {"apply", "get", "agents", "upstreams", "rollback", "drain", "undrain", "disconnect", "cluster.discover"}
     ),
-    "engine": frozenset({"export"}),
+    "engine": frozenset({"export", "fits"}),
     "from": frozenset({"replan", "cluster.discover"}),
+    "gpu": frozenset({"cluster.discover"}),  # what a tool means by a name
+    "kv": frozenset({"fits"}),
     "model": frozenset(  # an argument for the engine, a client's name, a check, and in `apply` a request to solve
         {"export", "upstreams", "replan", "apply"}
     ),
@@ -45,6 +47,7 @@ OWN_MEANING: Mapping[str, frozenset[str]] = {
     "rule": frozenset({"fair", "share"}),
     "strict": frozenset({"export", "redispatch"}),
     "to": frozenset({"export", "upstreams"}),
+    "weights": frozenset({"fits"}),  # of one GPU type, as its KV
     "workload": frozenset({"apply"}),  # as for its model
 }
 

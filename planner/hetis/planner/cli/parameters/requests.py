@@ -51,6 +51,8 @@ _READ: Mapping[str, Mapping[str, Any]] = {
     "max_num_seqs": {"parser": values.setting},
     "chunk_tokens": {"parser": values.chunks},
     "kv_blocks": {"parser": values.setting},
+    "min_context": {"parser": values.tokens},
+    "gpu_memory_utilization": {"parser": values.share},
     "simplest_within": {"parser": values.below_one},
     "time_limit": {"parser": values.positive_duration},
     "gap": {"parser": values.gap},
@@ -109,6 +111,7 @@ LEVEL = ("ttft_statistic", "tpot_statistic", "attainment")
 CONSTRAINTS = ("pin", "forbid")
 FAMILY = ("strategy", "roles", "engine")
 REPLICAS = (*LIMITS, "max_num_seqs", "chunk_tokens", "kv_blocks")
+MEMORY = ("min_context", "gpu_memory_utilization")
 SEARCH = ("time_limit", "gap", "seed", "threads")
 
 _to_solve = partial(groups.option, panel="To solve")
@@ -121,8 +124,8 @@ if TYPE_CHECKING:
     ApplyOptions: TypeAlias = PlacementRequest
 else:
     PlaceOptions = request_options(*FIELDS)
-    CompareOptions = request_options(*INPUTS, *GOAL, *LEVEL, *CONSTRAINTS, *REPLICAS, *SEARCH, "verify")
-    WhatIfOptions = request_options(*INPUTS, *GOAL, *FAMILY, *REPLICAS, *SEARCH)
+    CompareOptions = request_options(*INPUTS, *GOAL, *LEVEL, *CONSTRAINTS, *REPLICAS, *MEMORY, *SEARCH, "verify")
+    WhatIfOptions = request_options(*INPUTS, *GOAL, *FAMILY, *REPLICAS, *MEMORY, *SEARCH)
     SearchOptions = request_options(*SEARCH)
     ApplyOptions = request_options(
         *INPUTS, *GOAL, *LEVEL, "survive", "verify", *FAMILY, *REPLICAS, *SEARCH,

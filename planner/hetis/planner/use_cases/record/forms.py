@@ -17,6 +17,7 @@ from hetis.solver.problem import NOTHING_SET, EngineRules, EngineSettings
 
 PLACES = ("node", "zone")  # kinds of places whose loss a plan may have to survive
 MAY_DIFFER = ("tpot_limit_s", "demand_rps")  # the fields of an objective that may have been requested otherwise
+SHARE = "gpu_memory_utilization"
 NOT_COMPILED = "its search is not compiled on this machine yet"
 _ONCE_NOT_COMPILED = "its search is not compiled yet, --engine any does that"  # what earlier versions wrote
 
@@ -94,10 +95,13 @@ def engine_settings_from_data(data: Any) -> EngineSettings:
             return NOTHING_SET
         if not isinstance(data, Mapping):
             raise TypeError(f"is a {type(data).__name__}, must have names and numbers")
-        chunks, numbers = data.get("chunk_tokens", []), {k: v for k, v in data.items() if k != "chunk_tokens"}
+        chunks, share = data.get("chunk_tokens", []), data.get(SHARE)
+        if not isinstance(share, float | int | None):
+            raise TypeError(f"has a {SHARE} that is no number")
+        numbers = {name: value for name, value in data.items() if name not in ("chunk_tokens", SHARE)}
         if not isinstance(chunks, list | tuple) or not all(type(one) is int for one in (*chunks, *numbers.values())):
             raise TypeError("has a value that is not a whole number")
-        return EngineSettings(chunk_tokens=tuple(chunks), **numbers)
+        return EngineSettings(chunk_tokens=tuple(chunks), gpu_memory_utilization=share, **numbers)
     except (TypeError, InvalidProblemError) as error:
         raise UnreadableError(f" must be engine settings: {error}") from None
 

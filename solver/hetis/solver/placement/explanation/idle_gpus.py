@@ -11,7 +11,7 @@ from typing import NamedTuple
 from hetis.solver.check.fleet import left_out_by
 from hetis.solver.cluster import Cluster
 from hetis.solver.constraints import Exclude
-from hetis.solver.cost import DeviceCost, rank_shape, state_bytes_per_copy
+from hetis.solver.cost import DeviceCost, LargestBatch, rank_shape, state_bytes_per_copy
 from hetis.solver.errors import InvalidProblemError
 from hetis.solver.placement.explanation.replica_view import ReplicaView, main_view
 from hetis.solver.placement.families import STRATEGIES
@@ -143,7 +143,8 @@ def _alone(view: ReplicaView, device_class: DeviceClass, idle: int) -> Iterator[
     costs = _costs(view, device_class, idle)
     if not costs:
         return
-    fit = {c: max(0, math.floor((c.room_bytes() - c.activation_bytes(tokens)) / c.layer_bytes())) for c in costs}
+    batch = LargestBatch(tokens, 1, 1, 1)
+    fit = {c: max(0, math.floor((c.room_bytes() - c.activation_bytes(batch)) / c.layer_bytes())) for c in costs}
     held = math.floor(max(idle * layers / c.shape.tp for c, layers in fit.items()))
     repeated = model.num_layers - model.prefix_layers
     if held < repeated:
@@ -170,7 +171,7 @@ def _joining(view: ReplicaView, device_class: DeviceClass, idle: int) -> Iterato
     there_s = _layer_s(view, view.stage_cost(stage))
     tried = []
     for cost in _costs(view, device_class, idle):
-        room = cost.room_bytes() - cost.activation_bytes(mix.decode_tokens + mix.chunk_tokens)
+        room = cost.room_bytes() - cost.activation_bytes(LargestBatch.of(mix, view.shape.in_flight))
         kv_bytes = cost.shape.groups * model.kv_bytes_per_token_group() * view.kv_tokens(1)
         states = state_bytes_per_copy(model, mix, view.shape.in_flight)
         kv_bytes += states / model.state_ranks(cost.shape.tp)

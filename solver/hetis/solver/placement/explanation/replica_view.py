@@ -20,6 +20,7 @@ from hetis.solver.check.timing import (
 from hetis.solver.cluster import Link, node_of
 from hetis.solver.cost import (
     DeviceCost,
+    LargestBatch,
     Mix,
     PoolCost,
     intra_link,
@@ -33,6 +34,7 @@ from hetis.solver.errors import InvalidProblemError
 from hetis.solver.model import ModelSpec
 from hetis.solver.plan import MemoryBar, Plan, ReplicaPlan, Role, StageTime
 from hetis.solver.problem import PlacementProblem
+from hetis.solver.rank_memory import RankMemory
 from hetis.solver.workload import WorkloadMoments
 
 
@@ -79,13 +81,14 @@ class ReplicaView:
     def cost(self, gpu: str, tp: int, intra: Link, attention_dp: int = 1) -> DeviceCost:
         shape = rank_shape(self.problem.model, tp, attention_dp)
         assert shape is not None, f"the structure check has let TP {tp} pass"
-        return DeviceCost(self.problem.model, self.problem.profiles[gpu], self.moments, shape, intra)
+        memory = self.problem.memory_of(gpu, tp, attention_dp)
+        return DeviceCost(self.problem.model, self.problem.profiles[gpu], self.moments, shape, intra, memory)
 
     def stage_cost(self, stage: StageShape) -> DeviceCost:
         return self.cost(stage.gpu, stage.tp, stage.intra_link, self.shape.attention_dp)
 
     def pool_cost(self, stage: StageShape, gpu: str, link: Link) -> PoolCost:
-        worker = self.cost(gpu, 1, intra_link(self.problem.cluster.gpu_types[gpu], None))
+        worker = replace(self.cost(gpu, 1, intra_link(self.problem.cluster.gpu_types[gpu], None)), memory=None)
         return PoolCost(self.stage_cost(stage), worker, link)
 
     def per_request(self, with_chunk_s: float, plain_s: float) -> float:
@@ -252,15 +255,16 @@ class ReplicaView:
         weights += cost.prefix_bytes() + cost.vision_bytes() if i == 0 else 0.0
         tables = int(i == 0) + int(is_last)
         weights += cost.embedding_bytes() * (min(tables, 1) if self.problem.model.tie_embeddings else tables)
-        activations = cost.activation_bytes(self.mix.decode_tokens + self.mix.chunk_tokens)
-        activations += cost.logit_bytes(self.mix.decode_tokens) if is_last else 0.0
+        batch = LargestBatch.of(self.mix, -(-self.shape.in_flight // stage.copies))
+        activations = float(cost.activation_bytes(batch) + (cost.logit_bytes(batch) if is_last else 0.0))
         weights += cost.draft_bytes() if is_last else 0.0
         given = stage.pool.head_groups if stage.pool is not None else 0
         held = (cost.shape.groups - given) * self.kv_tokens(stage.copies) + given * self.prompt_tokens(stage.copies)
         states = state_bytes_per_copy(self.problem.model, self.mix, -(-self.shape.in_flight // stage.copies))
         states /= self.problem.model.state_ranks(stage.tp)
         kv = self.layers(i) * (held * self.problem.model.kv_bytes_per_token_group() + states)
-        return self._bar(i, "primary", stage.gpu, stage.tp * stage.copies, weights, kv, activations)
+        memory = self.problem.memory_of(stage.gpu, stage.tp, self.shape.attention_dp)
+        return self._bar(i, "primary", stage.gpu, stage.tp * stage.copies, weights, kv, activations, memory)
 
     def _worker_memory(self, i: int, stage: StageShape, pool: PoolShape) -> MemoryBar:
         """Return the memory of the fullest card; of a shared card, other stages' part by KV is unusable here."""
@@ -279,11 +283,14 @@ class ReplicaView:
         return self.layers(i) * pairs / requests * self.kv_tokens(stage.copies) * group_bytes
 
     def _bar(
-        self, i: int, role: str, gpu: str, num_devices: int, weights: float, kv: float, activations: float
-    ) -> MemoryBar:
+        self, i: int, role: str, gpu: str, num_devices: int, weights: float, kv: float, activations: float,
+        memory: RankMemory | None = None,
+    ) -> MemoryBar:  # fmt: skip
         profile = self.problem.profiles[gpu]
+        usable = profile.usable_bytes if memory is None else round(memory.usable_bytes)
+        reserve = profile.reserve_bytes if memory is None else round(memory.fixed_bytes)
         # The profile may have measured more memory than the catalogue's rounded number.
-        nominal = max(self.problem.cluster.gpu_types[gpu].memory_bytes, profile.usable_bytes)
+        nominal = max(self.problem.cluster.gpu_types[gpu].memory_bytes, usable)
         parts = [round(part) for part in (weights, kv, activations)]
         return MemoryBar(
             replica=self.number,
@@ -292,12 +299,12 @@ class ReplicaView:
             gpu=gpu,
             num_devices=num_devices,
             nominal_bytes=nominal,
-            unusable_bytes=nominal - profile.usable_bytes,
-            reserve_bytes=profile.reserve_bytes,
+            unusable_bytes=nominal - usable,
+            reserve_bytes=reserve,
             weight_bytes=parts[0],
             kv_bytes=parts[1],
             activation_bytes=parts[2],
-            free_bytes=profile.room_bytes - sum(parts),
+            free_bytes=usable - reserve - sum(parts),
         )
 
 

@@ -312,8 +312,8 @@ def _largest_share(costs: CostTables) -> tuple[float, int, str, float, float]:
     t = costs.scopes[-1].tables
     found = []
     for s, (device_class, tp) in enumerate(costs.ranks):
-        needed = float(t.layer_bytes[s] + t.act_bytes[:, s].min())
-        held = (float(t.room_bytes[s]) - float(t.act_bytes[:, s].min())) / float(t.layer_bytes[s])
+        needed = float(t.layer_bytes[s] + t.act_bytes[:, :, s].min())
+        held = (float(t.room_bytes[s]) - float(t.act_bytes[:, :, s].min())) / float(t.layer_bytes[s])
         found.append((held, tp, costs.classes[device_class].gpu, needed, float(t.room_bytes[s])))
     return max(found)
 
@@ -323,7 +323,7 @@ def _most_layers(costs: CostTables) -> int:
     t = costs.scopes[-1].tables
     most = [0] * len(costs.classes)
     for s, (device_class, tp) in enumerate(costs.ranks):
-        on_rank = max(0.0, float(t.room_bytes[s]) - float(t.act_bytes[:, s].min())) // float(t.layer_bytes[s])
+        on_rank = max(0.0, float(t.room_bytes[s]) - float(t.act_bytes[:, :, s].min())) // float(t.layer_bytes[s])
         groups = costs.classes[device_class].available // tp
         most[device_class] = max(most[device_class], int(on_rank) * groups)
     return sum(most) if costs.problem.family.mixed_types else max(most)

@@ -178,7 +178,11 @@ def _with_plenty_of_memory(problem: PlacementProblem) -> PlacementProblem:
         gpu: replace(profile, usable_bytes=int(profile.usable_bytes + PLENTY * weights))
         for gpu, profile in problem.profiles.items()
     }
-    return replace(problem, profiles=profiles)
+    memories = {
+        kind: replace(memory, usable_bytes=memory.usable_bytes + PLENTY * weights)
+        for kind, memory in problem.memories.items()
+    }
+    return replace(problem, profiles=profiles, memories=memories)
 
 
 def with_faster_links(cluster: Cluster, factor: float) -> Cluster:
