@@ -18,6 +18,7 @@ from hetis.solver.errors import InfeasibleError, InvalidProblemError
 from hetis.solver.placement.enumeration import EnumeratedColumns
 from hetis.solver.placement.families import run_by
 from hetis.solver.placement.master import demanded_rate
+from hetis.solver.placement.policy import POLICY
 from hetis.solver.placement.tables import CostTables
 from hetis.solver.placement.tabulation import build_cost_tables
 from hetis.solver.placement.template import Template
@@ -204,11 +205,9 @@ def test_a_fraction_of_a_replica_leaves_no_gap(kind: ObjectiveKind, is_lost: boo
     assert found.plan.result.gap <= 2e-3
 
 
-@pytest.mark.parametrize(("limit", "most"), [("FEW", 0), ("MOST_PROVED", 0), ("PROOFS_S", 0.0)])
-def test_the_bound_by_prices_remains_if_a_proof_takes_too_much(
-    limit: str, most: float, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(whole_counts, limit, most)
+@pytest.mark.parametrize("limit", ["most_listed", "most_proved"])
+def test_the_bound_by_prices_remains_if_a_proof_takes_too_much(limit: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(whole_counts, "POLICY", replace(POLICY, **{limit: 0}))
     problem = just_above_one(ObjectiveKind.COST)
     found = replanned(solve_placement(problem), problem, AT_ONCE)
     assert 0.1 <= found.gap < 1.0

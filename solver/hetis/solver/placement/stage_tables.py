@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from functools import cached_property, partial
 from typing import NamedTuple
 
@@ -85,7 +84,7 @@ class StageTables:
         self._may_have = np.equal.outer([m.attention_dp for m in mixes], rank_dp).reshape(len(mixes), len(ranks))
         self._numbers = _numbers_of(mixes)
         self._poolable = _numbers_of([mix for mix in mixes if mix.attention_dp == 1])
-        self._costs: dict[tuple[str, Link, int, int, ModelSpec], DeviceCost] = {}
+        self._costs: dict[tuple[str, Link, int, int, ModelSpec, bool], DeviceCost] = {}
         self._rows: dict[tuple[str, Link, RankShape], dict[str, FloatArray]] = {}
         self._hops_over: dict[tuple[str, Link, RankShape, Link], FloatArray] = {}
         models = [problem.model.on(c.gpu) for c in classes]
@@ -93,18 +92,18 @@ class StageTables:
             self._device(classes[i], size // dp, models[i], dp) for (i, size), dp in zip(ranks, rank_dp, strict=True)
         ]
         # Attention workers are no engines.
-        self.workers = [
-            replace(self._device(c, 1, model), memory=None) for c, model in zip(classes, models, strict=True)
-        ]
+        self.workers = [self._device(c, 1, model, is_engine=False) for c, model in zip(classes, models, strict=True)]
         self.own_s, self.chunk_own_s = self._own_tables()
 
-    def _device(self, c: DeviceClass, tp: int, model: ModelSpec, attention_dp: int = 1) -> DeviceCost:
+    def _device(
+        self, c: DeviceClass, tp: int, model: ModelSpec, attention_dp: int = 1, *, is_engine: bool = True
+    ) -> DeviceCost:  # fmt: skip
         """Return the costs of a device; an attention worker's are with the model as its primary holds it."""
-        key = (c.gpu, c.intra, tp, attention_dp, model)
+        key = (c.gpu, c.intra, tp, attention_dp, model, is_engine)
         if key not in self._costs:
             shape = cost.rank_shape(model, tp, attention_dp)
             assert shape is not None, "rank types are valid shapes"
-            memory = self.problem.memory_of(c.gpu, tp, attention_dp)
+            memory = self.problem.memory_of(c.gpu, tp, attention_dp) if is_engine else None
             self._costs[key] = DeviceCost(model, self.problem.profiles[c.gpu], self.moments, shape, c.intra, memory)
         return self._costs[key]
 
