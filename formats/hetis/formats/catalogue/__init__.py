@@ -311,10 +311,11 @@ def resolve_gpu(name: str, known: Collection[str], also: Collection[str] = ()) -
 def _is_another_card(wanted: tuple[str, ...], candidate: str) -> bool:
     """Return whether a name has the number of another card than a similar one: an RTX 3050 is no slip of RTX-3090.
 
-    A letter O counts as a zero, and a number may be cut short.
+    A letter O counts as a zero, a number may be cut short, and the unit of a memory may be misspelt.
     """
     own = [part.replace("o", "0") for part in _gpu_parts(candidate)]
     numbers = [part.replace("o", "0") for part in wanted if _NUMBER.search(part) and not _SHARED.fullmatch(part)]
+    numbers = [re.sub(r"^(\d+)g\w+$", r"\1", number) for number in numbers]
     return not all(any(each.startswith(number) for each in own) for number in numbers)
 
 
