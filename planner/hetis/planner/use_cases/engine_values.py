@@ -151,7 +151,7 @@ def _searched(
 
 def _by_equal_stages(
     known: EngineValue, plan: Plan, problem: PlacementProblem, own: EngineRules, seed: int,
-    cancelled: threading.Event, *, is_known: bool,
+    cancelled: threading.Event, *, is_known: bool = True,
 ) -> EngineValue:  # fmt: skip
     """Return the value of equal stages on an engine, or ``known`` if that is at least as good.
 
