@@ -57,7 +57,7 @@ def placed(
 def test_every_engine_s_plan_says_what_the_others_own_plans_reach(loaded: LoadedInputs) -> None:
     plans = {name: placed(loaded, name) for name in ("vllm-hetis", "vllm", "sglang")}
     values = {name: plan.result.value for name, (plan, _) in plans.items()}
-    assert values["vllm"] == values["sglang"] < values["vllm-hetis"]
+    assert values["sglang"] < values["vllm"] < values["vllm-hetis"], "SGLang leaves less memory to KV"
     for name, (_, others) in plans.items():
         assert {other.engine for other in others} == values.keys() - {name}
         for other in others:
@@ -107,7 +107,7 @@ def test_plans_for_other_engines_are_as_simple(loaded: LoadedInputs, monkeypatch
     monkeypatch.setattr(planning, "solve_placement", noted)
     plan = replace(plan, inputs={**plan.inputs, "simplest_within": 0.05})
     with_engine_values(plan, problem, seed=0, time_limit_s=600.0, cancelled=threading.Event(), report=silent)
-    assert shares == {"vllm-hetis": 0.05}
+    assert shares == {"vllm-hetis": 0.05, "sglang": 0.05}
 
 
 def test_without_time_a_plan_says_that_nothing_was_looked_for(loaded: LoadedInputs) -> None:

@@ -10,7 +10,7 @@ from functools import partial
 from hetis.planner.use_cases.precision import constraints_of, refused_by
 from hetis.planner.use_cases.record.forms import EngineValue
 from hetis.planner.use_cases.record.parts import EqualStages, OtherEngines, Requested
-from hetis.planner.use_cases.sources import family_of
+from hetis.planner.use_cases.sources import family_of, memories_for
 from hetis.planner.use_cases.verification.equal_stages import budget_of_one, value_within
 from hetis.solver.budget import Budget, Progress, Report
 from hetis.solver.cluster import Cluster
@@ -30,8 +30,8 @@ def with_engine_values(
 ) -> Plan:
     """Return the plan with the values of plans for other engines.
 
-    All use the same profiles, so the values differ by what the engines can run, and not by how fast they are. Takes at
-    most a share of ``time_limit_s``, the limit of the plan's own search.
+    All use the same profiles, so the values differ by what the engines can run and the memory that they take, and not
+    by how fast they are. Takes at most a share of ``time_limit_s``, the limit of the plan's own search.
     """
     budget = Budget(time_limit_s=SHARE * time_limit_s, clock=search_seconds, cancelled=cancelled)
 
@@ -55,21 +55,24 @@ def _values(
         rules = replace(own, name=name)
         constraints: Constraints = tuple(dict.fromkeys((*of_engine(name), *asked)))
         family = family_of(plan.strategy, problem.family.roles, rules, problem.family.engine_settings)
-        alike = _but_for_its_name(family, problem.model), constraints
+        memories = memories_for(family, problem.cluster, problem.model, problem.profiles)
+        has_its_memory = memories == problem.memories
+        alike = _but_for_its_name(family, problem.model), constraints, tuple(memories.items())
         if alike not in known:
             lacks = _lacking(plan, problem, rules)
-            found = EngineValue(engine=name, value=None if lacks else plan.result.value, bound=None, lacks=lacks)
+            runs = has_its_memory and not lacks
+            found = EngineValue(engine=name, value=plan.result.value if runs else None, bound=None, lacks=lacks)
             if (
-                not lacks
+                runs
                 and _has_all_of(problem.family, family, problem.model)
                 and set(constraints) >= set(problem.constraints)
             ):
                 found = replace(found, bound=plan.result.bound)
             else:
                 told(name)
-                other = replace(problem, family=family, constraints=constraints)
+                other = replace(problem, family=family, constraints=constraints, memories=memories)
                 found = _searched(found, plan, other, own, seed, budget)
-                found = _by_equal_stages(found, plan, other, own, seed, budget.cancelled)
+                found = _by_equal_stages(found, plan, other, own, seed, budget.cancelled, is_known=has_its_memory)
             known[alike] = found
         yield replace(known[alike], engine=name)
 
@@ -148,7 +151,7 @@ def _searched(
 
 def _by_equal_stages(
     known: EngineValue, plan: Plan, problem: PlacementProblem, own: EngineRules, seed: int,
-    cancelled: threading.Event,
+    cancelled: threading.Event, *, is_known: bool = True,
 ) -> EngineValue:  # fmt: skip
     """Return the value of equal stages on an engine, or ``known`` if that is at least as good.
 
@@ -158,7 +161,7 @@ def _by_equal_stages(
     if Role.UNIFIED not in problem.family.roles:
         return known
     ours = EqualStages.of(plan).best
-    if ours is not None and other is not None and _as_deep(other, own, problem.model):
+    if is_known and ours is not None and other is not None and _as_deep(other, own, problem.model):
         value = ours.value  # equal stages have no attention workers, and the other limits are the same
     elif known.value is not None:
         return known  # a separate search is made only for engines without any plan

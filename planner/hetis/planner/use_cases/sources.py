@@ -84,32 +84,8 @@ class Inputs:
             objective=self.applicable_limits(objective),
             family=family,
             constraints=self.constraints,
-            memories=self._memories(family),
+            memories=memories_for(family, self.cluster, self.model, self.profiles),
         )
-
-    def _memories(self, family: Family) -> RankMemories:
-        """Return what the family's engine takes of each kind of rank; nothing for any engine.
-
-        It has the catalogue's GPU types, too: where no plan exists, some are tried. A profile of less usable memory
-        than is modelled for its GPU type was measured, and limits the engine.
-        """
-        if family.engine is None:
-            return {}
-        of_engine = memory_of(Engine(family.engine.name))
-        own = {gpu: self.cluster.gpu_types[gpu] for gpu in self.cluster.types_used()}
-        modelled = shipped_efficiencies().memory.usable_ratio
-        measured = {
-            gpu: self.profiles[gpu].usable_bytes
-            for gpu, kind in own.items()
-            if self.profiles[gpu].usable_bytes < int(kind.memory_bytes * modelled)
-        }
-        return {
-            kind: replace(memory, usable_bytes=min(memory.usable_bytes, measured.get(kind.gpu, math.inf)))
-            for kind, memory in rank_memories(
-                of_engine, self.model, gpu_types() | own, family.tp_sizes, family.attention_dp_of(self.model),
-                utilisation=self.engine_settings.gpu_memory_utilization,
-            ).items()
-        }  # fmt: skip
 
     def applicable_limits(self, objective: Objective) -> Objective:
         """Return the objective with only the limits that apply to the workload's requests."""
@@ -135,6 +111,30 @@ class Inputs:
             "workload": function(self.workload),
             "profiles": {gpu: function(profile) for gpu, profile in self.profiles.items()},
         }
+
+
+def memories_for(family: Family, cluster: Cluster, model: ModelSpec, profiles: Mapping[str, Profile]) -> RankMemories:
+    """Return what the family's engine takes of each kind of rank; vLLM, where it has none, so that all compare.
+
+    It has the catalogue's GPU types, too: where no plan exists, some are tried. A profile of less usable memory than is
+    modelled for its GPU type was measured, and limits the engine.
+    """
+    of_engine = memory_of(Engine.VLLM if family.engine is None else Engine(family.engine.name))
+    own = {gpu: cluster.gpu_types[gpu] for gpu in cluster.types_used()}
+    modelled = shipped_efficiencies().memory.usable_ratio
+    measured = {
+        gpu: profiles[gpu].usable_bytes
+        for gpu, kind in own.items()
+        if profiles[gpu].usable_bytes < int(kind.memory_bytes * modelled)
+    }
+    found = rank_memories(
+        of_engine, model, gpu_types() | own, family.tp_sizes, family.attention_dp_of(model),
+        utilisation=family.engine_settings.gpu_memory_utilization,
+    )  # fmt: skip
+    return {
+        kind: replace(memory, usable_bytes=min(memory.usable_bytes, measured.get(kind.gpu, math.inf)))
+        for kind, memory in found.items()
+    }
 
 
 def family_of(
