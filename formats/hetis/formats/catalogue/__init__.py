@@ -302,7 +302,7 @@ def resolve_gpu(name: str, known: Collection[str], also: Collection[str] = ()) -
         return found[0]
     if found:
         raise UnknownNameError("GPU", name, found, ambiguous=True)
-    names = [*also, *known]
+    names = [*also, *(one for one in known if one not in _RARE)]
     # Without the vendor's words, too: they make a short name unlike every other.
     nearest = all_nearest(name, names) or all_nearest("-".join(wanted), names)
     raise UnknownNameError("GPU", name, [one for one in nearest if one in also or not _is_another_card(wanted, one)])
