@@ -30,12 +30,12 @@ from benchmarks.measuring.instances import fleet
 from hetis.formats.documents import load_model, load_workload
 from hetis.planner.convert.documents import document_of
 from hetis.planner.use_cases.place import PlacementSettings, make_plan
-from hetis.planner.use_cases.sources import Inputs, LoadedInputs
+from hetis.planner.use_cases.sources import Inputs, LoadedInputs, engine_rules
 from hetis.profiler.roofline import modelled_profile
 from hetis.solver.budget import Budget
 from hetis.solver.check import check_plan
 from hetis.solver.cluster import Cluster
-from hetis.solver.plan import ClassPrice, Objective, Plan, ReplicaPlan
+from hetis.solver.plan import DEFAULT_STRATEGY, ClassPrice, Objective, Plan, ReplicaPlan
 from hetis.v1 import document_pb2
 
 ROOT = Path(__file__).parents[2]
@@ -255,7 +255,7 @@ def cell_fleet(num_nodes: int) -> CellFleet:
         runners_up=(),
         inputs={**one.inputs, "documents": inputs.documents(), "digests": inputs.digests()},
     )
-    if violations := check_plan(plan, inputs.problem(OBJECTIVE, one.strategy)):
+    if violations := check_plan(plan, _settings().problem(inputs, OBJECTIVE)):
         raise ValueError(f"the plan of {num_cells} cells does not hold: {violations[0]}")
     cells = tuple(
         (f"n0-{cell}", *(f"n1-{WORKERS * cell + worker}" for worker in range(WORKERS))) for cell in range(num_cells)
@@ -268,11 +268,11 @@ def cell_fleet(num_nodes: int) -> CellFleet:
 def cell_plan() -> Plan:
     """Return the plan of one cell: a replica with the H100 node as primary and all eight P100 as attention workers."""
     inputs = _inputs(_cluster(1, 0))
-    settings = PlacementSettings()
+    settings = _settings()
     loaded = LoadedInputs(inputs=inputs, origins={})
     plan = make_plan(
         loaded,
-        inputs.problem(OBJECTIVE, settings.strategy),
+        settings.problem(inputs, OBJECTIVE),
         settings,
         budget=Budget(time_limit_s=600.0, clock=time.process_time),  # takes 2 s, longer if kernels are compiled first
         report=lambda _: None,
@@ -280,6 +280,10 @@ def cell_plan() -> Plan:
     if len(plan.replicas) != 1 or len(plan.replicas[0].attention_workers) != 1:
         raise ValueError("the plan of a cell is not one replica with one pool of attention workers")
     return plan
+
+
+def _settings() -> PlacementSettings:
+    return PlacementSettings(engine=engine_rules(None, DEFAULT_STRATEGY))
 
 
 def _cluster(num_cells: int, num_spare: int) -> Cluster:

@@ -227,7 +227,7 @@ def test_a_fleet_is_served_by_the_commands_of_the_pages(tmp_path: Path) -> None:
     # Both pages plan the same; the README's plan is also simulated, which takes longer than all other lines.
     unverified = {"--name night --activate": "--name night --no-verify --activate"}
     session = Session(tmp_path, replaced={"/run/hetis/": f"{tmp_path}/", **unverified})
-    with serving(session, *lines_like("README.md", "hetis-planner ")), ExitStack() as nodes:
+    with serving(session, *lines_like("README.md", "hetis-planner ")) as server, ExitStack() as nodes:
         session.run("hetis-plan apply examples/paper.yaml")
         for node, cards in NODES.items():
             session.environment |= {
@@ -240,7 +240,7 @@ def test_a_fleet_is_served_by_the_commands_of_the_pages(tmp_path: Path) -> None:
                 nodes.enter_context(session.running(f"{start} --socket {tmp_path}/engine.sock", "other engines on"))
                 (start,) = lines_like("README.md", "hetis-agent ")
             else:
-                start += f" --state-dir {tmp_path}/{node}"
+                start += f" --server {server} --state-dir {tmp_path}/{node}"
             nodes.enter_context(session.running(start, "connected: epoch"))
         session.run(*lines_like("README.md", "hetis-plan apply ")).index("ACTIVE")
         for line in lines_like("cli.md", r"hetis-plan (apply|agents|get)\b"):

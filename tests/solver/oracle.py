@@ -552,7 +552,7 @@ class ReplicaSearch:
         setting, limit_s = self.setting, self.problem.objective.ttft_limit_s
         if limit_s is None or setting.role is not Role.UNIFIED:
             return True
-        trip_s, M = limit_s / timing.ttft_round_trips(setting), setting.in_flight
+        trip_s, M = limit_s / ttft_round_trips(setting), setting.in_flight
         if self.problem.family.engine is not None:
             return chunk * M <= trip_s * (1 + 1e-9)
         if setting.attention_dp == M:
@@ -562,7 +562,7 @@ class ReplicaSearch:
             while level < chunk * (1 - 1e-9):
                 level *= 1.25
             return t_s * level * M <= trip_s * setting.iterations * (1 + 1e-9)
-        return chunk * (M // 2 if 2 * copies <= M else M) <= trip_s * (1 + 1e-9)
+        return chunk * M <= trip_s * (1 + 1e-9)
 
     def stage_s(self, number: int, layers: int, is_first: bool, is_last: bool) -> tuple[float, float] | None:
         """Return u of a stage with its slack, and its iteration with a chunk; None if it does not fit in memory."""
@@ -594,13 +594,18 @@ def no_slower(one: Times, other: Times) -> bool:
     return all(a <= b for a, b in zip(one, other, strict=True))
 
 
+def ttft_round_trips(setting: Setting) -> float:
+    """Return p95 TTFT in round trips with a chunk, if every iteration in flight takes an equal share of one."""
+    return 1 + timing.chunks_ahead(setting) * setting.attention_dp / setting.in_flight
+
+
 def t_limit_s(setting: Setting, landing_s: float) -> float:
     """Return the latency limits as a limit on t."""
     objective, limit = setting.problem.objective, math.inf
     if objective.tpot_limit_s is not None and setting.role is not Role.PREFILL:
         limit = objective.tpot_limit_s / timing.tpot_per_t(setting)
     if objective.ttft_limit_s is not None and setting.role is not Role.DECODE:
-        round_trip_s = (objective.ttft_limit_s - landing_s) / timing.ttft_round_trips(setting)
+        round_trip_s = (objective.ttft_limit_s - landing_s) / ttft_round_trips(setting)
         limit = min(limit, round_trip_s * setting.iterations / setting.in_flight)
     return limit
 

@@ -28,12 +28,13 @@ from hetis.solver.check.fleet import PoolShape, StageShape, slowest
 from hetis.solver.check.memory import kv_block_tokens, kv_tokens_of_a_copy, rank_bytes, worker_bytes
 from hetis.solver.check.rederive import Rederivation
 from hetis.solver.check.setting import Setting, divides, head_groups_per_rank
-from hetis.solver.check.timing import chunk_seconds, layer_seconds, slack, stage_seconds, tpot_per_t, ttft_round_trips
+from hetis.solver.check.timing import chunk_seconds, layer_seconds, slack, stage_seconds, tpot_per_t
 from hetis.solver.cost import UNEVENNESS_STEP, unevenness_level
 from hetis.solver.errors import InvalidProblemError
 from hetis.solver.placement.fleet import DeviceClass, device_classes
 from hetis.solver.plan import ObjectiveKind, Status
 from hetis.solver.problem import PlacementProblem
+from tests.solver.oracle import ttft_round_trips
 
 cp: Any = cvxpy  # its annotations cover only half of its exports
 Array = npt.NDArray[np.float64]

@@ -382,7 +382,7 @@ def check_seconds(problem: PlacementProblem, costs: CostTables, template: Templa
     assert of_search.interval_of(costs, template) == near(t_s)
     mix, M = costs.mixes[template.mix], setting.in_flight // d
     assert cost.tpot_per_interval(setting.model, mix, M) == near(timing.tpot_per_t(setting))
-    assert cost.ttft_round_trips(costs.moments, problem.assumptions, mix, M) == near(timing.ttft_round_trips(setting))
+    assert cost.chunks_ahead(costs.moments, problem.assumptions, mix) == near(timing.chunks_ahead(setting))
     if mix.role is Role.PREFILL:
         assert of_search.landing_s(costs, template) == near(timing.replica_landing_seconds(setting, stages))
 
@@ -430,5 +430,5 @@ def test_both_know_the_same_latencies_whether_prompts_wait_or_not(workload: Work
     for b, M, C in itertools.product((1, 8, 64), (1, 2, 8, 32), (16, 256, 2048)):
         setting = setting_of(problem, role=Role.UNIFIED, b=b, M=M, C=C)
         mix = cost.mix_of(setting.model, setting.moments, micro_batch=b, chunk_tokens=C)
-        trips = cost.ttft_round_trips(setting.moments, problem.assumptions, mix, M)
-        assert trips == near(timing.ttft_round_trips(setting))
+        chunks = cost.chunks_ahead(setting.moments, problem.assumptions, mix)
+        assert chunks == near(timing.chunks_ahead(setting))

@@ -15,7 +15,6 @@ from hetis.solver import cost
 from hetis.solver.check.setting import divides
 from hetis.solver.cluster import GpuType, Link
 from hetis.solver.plan import Role
-from hetis.solver.problem import Assumptions
 from tests.solver.instances import make_compressed, make_model
 from tests.solver.test_agreement import STAGES, Drawn, near
 
@@ -46,22 +45,6 @@ def test_arrays_cost_what_their_elements_cost(stages: st.SearchStrategy[Drawn], 
     ):  # fmt: skip
         found = np.broadcast_to(cost_of(tokens), tokens.shape)
         assert found.tolist() == [near(float(cost_of(t))) for t in tokens.tolist()]
-
-
-@pytest.mark.parametrize("num_copies", [1, 2, 3, 7])
-def test_a_regime_holds_up_to_its_most_copies(num_copies: int) -> None:
-    of_role = cost.regimes(Assumptions(), Role.UNIFIED, 0.3)
-    assert of_role[0] != of_role[1]
-    for in_flight in range(max(2, num_copies), 20):
-
-        def regime(copies: int, M: int = in_flight) -> cost.Regime:
-            return cost.regime_of(of_role, in_flight=M, num_copies=copies)
-
-        most = cost.most_copies(in_flight, num_copies)
-        assert num_copies <= most <= in_flight
-        assert regime(most) == regime(num_copies)
-        assert most == in_flight or regime(most + 1) != regime(num_copies)
-    assert cost.regime_of(of_role, in_flight=1, num_copies=1) == cost.Regime(0.0, 0.0)
 
 
 @pytest.mark.parametrize("copies", cost.BUSIEST)

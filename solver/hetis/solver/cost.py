@@ -583,33 +583,49 @@ def regime_together(role: Role, spread: float, copies: int) -> Regime:
     return Regime(BUSIEST[copies] * spread if role is Role.PREFILL else 0.0, 1.0 if role is Role.UNIFIED else 0.0)
 
 
-def most_copies(in_flight: int, num_copies: int) -> int:
-    """Return the most stage copies that M micro-batches allow in the regime of a pipelined replica with K copies."""
-    return in_flight // 2 if in_flight >= 2 * num_copies else in_flight
-
-
 def tpot_per_interval(model: ModelSpec, mix: Mix, in_flight: int) -> float:
     """Return mean TPOT divided by t: a round trip per iteration's tokens of a request; 0 for a prefill replica.
 
     This is ``b M / O`` as long as outputs need no fewer iterations than prompts. ``in_flight`` counts iterations here
-    and in `ttft_round_trips`, each of which has d micro-batches (`Mix`).
+    and in `chunks_ahead`, each of which has d micro-batches (`Mix`).
     """
     return in_flight / (mix.iterations * model.emitted_tokens) if mix.micro_batch else 0.0
 
 
-def ttft_round_trips(moments: WorkloadMoments, assumptions: Assumptions, mix: Mix, in_flight: int) -> float:
-    """Return p95 TTFT in round trips that carry a chunk: those of the p95 prompt and of the wait for a prefill lane.
+def chunks_ahead(moments: WorkloadMoments, assumptions: Assumptions, mix: Mix) -> float:
+    """Return the chunks that enter the pipeline before the last of the p95 prompt: its own and those of other prompts.
 
-    This is 0 for a decode replica. A prefill replica adds the landing of its KV.
+    Chunks follow each other through the pipeline, so a replica computes prompts one by one: others ahead are the 95th
+    percentile of a queue with one server, or with one for each of the copies that share experts (Sakasegawa's
+    approximation with an exponential tail). This is 0 for a decode replica.
     """
     if mix.role is Role.DECODE:
         return 0.0
     utilisation = assumptions.planned_utilisation * mix.chunk_share
-    lanes = in_flight * mix.attention_dp
-    must_wait = utilisation ** (math.sqrt(2.0 * (lanes + 1)) - 1.0)
-    service = mix.chunk_iterations / (in_flight * (1.0 - utilisation))
-    wait = service * (1.0 + moments.computed_cv2) / 2.0 * max(0.0, math.log(P95_TAIL * must_wait))
-    return math.ceil(moments.p95_computed / mix.chunk_tokens) + wait
+    must_wait = utilisation ** (math.sqrt(2.0 * (mix.attention_dp + 1)) - 1.0)
+    service = mix.chunk_iterations / (1.0 - utilisation)
+    others = service * (1.0 + moments.computed_cv2) / 2.0 * max(0.0, math.log(P95_TAIL * must_wait))
+    return math.ceil(moments.p95_computed / mix.chunk_tokens) - 1 + others
+
+
+def ttft_s(chunks: float, round_trip_s: float, slot_s: float) -> float:
+    """Return p95 TTFT, without the landing of a prefill replica's KV.
+
+    Args:
+        chunks: those that enter the pipeline before the last of the prompt (`chunks_ahead`).
+        round_trip_s: seconds of an iteration with a chunk in all stages.
+        slot_s: seconds from one iteration with a chunk to the next.
+    """
+    return round_trip_s + chunks * slot_s
+
+
+def ttft_round_trips(moments: WorkloadMoments, assumptions: Assumptions, mix: Mix, in_flight: int) -> float:
+    """Return p95 TTFT in round trips that carry a chunk, if each of the M iterations in flight takes its share of them.
+
+    This is 0 for a decode replica.
+    """
+    chunks = chunks_ahead(moments, assumptions, mix)
+    return 0.0 if mix.role is Role.DECODE else ttft_s(chunks, 1.0, 1.0 / in_flight)
 
 
 UNEVENNESS_STEP = 1.25

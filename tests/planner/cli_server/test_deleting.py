@@ -169,7 +169,7 @@ def test_what_may_have_been_deleted_without_an_answer_is_named(
             time.sleep(1.0)
 
     fleet.fail = fail
-    monkeypatch.setattr("hetis.planner.client.connection.DEFAULT_DEADLINE_S", 0.3)
+    monkeypatch.setattr("hetis.planner.client.attempts.DEFAULT_DEADLINE_S", 0.3)
     assert hetis_plan("delete", "plans/day", "profiles/l4", "plans/night") == ExitCode.UNREACHABLE
     told = capsys.readouterr()
     assert told.out == "plans/day  deleted\n"

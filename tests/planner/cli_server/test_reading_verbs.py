@@ -238,7 +238,7 @@ def test_a_planner_that_does_not_answer_is_named_and_the_next_one_asked(
         told = capsys.readouterr()
         assert told.err.splitlines()[0] == f"waiting for an answer from the planner at {address}; then {fleet.address}"
         assert told.out.startswith("The planner serves.")
-        monkeypatch.setattr("hetis.planner.client.connection.DEFAULT_DEADLINE_S", 1.0)
+        monkeypatch.setattr("hetis.planner.client.attempts.DEFAULT_DEADLINE_S", 1.0)
         assert hetis_plan("status", "--server", address) == ExitCode.UNREACHABLE
         assert capsys.readouterr().err.startswith(f"waiting for an answer from the planner at {address}\nerror: ")
         assert hetis_plan("status", "--server", address, "-q") == ExitCode.UNREACHABLE

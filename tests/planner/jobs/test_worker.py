@@ -18,7 +18,7 @@ from hetis.planner.jobs.searching import solve
 from hetis.planner.use_cases.place import PlacementSettings
 from hetis.planner.use_cases.record.parts import Verified
 from hetis.planner.use_cases.service_level import ServiceLevel, Statistic
-from hetis.planner.use_cases.sources import load_inputs, problem_of_plan
+from hetis.planner.use_cases.sources import engine_rules, load_inputs, problem_of_plan
 from hetis.solver.budget import Progress
 from hetis.solver.check import check_plan
 from hetis.solver.errors import InfeasibleError
@@ -33,7 +33,11 @@ PAPER, TWO_CARDS = str(EXAMPLES / "paper.yaml"), str(EXAMPLES / "two-cards.yaml"
 @pytest.fixture(scope="module")
 def posed() -> PosedProblem:
     loaded = load_inputs(cluster=PAPER, model="Llama-2-70B", workload="azure_conv_2023")
-    return PosedProblem(loaded=loaded, objective=Objective(), settings=PlacementSettings())
+    return PosedProblem(loaded=loaded, objective=Objective(), settings=settings_of("hetis"))
+
+
+def settings_of(strategy: str) -> PlacementSettings:
+    return PlacementSettings(strategy=strategy, engine=engine_rules(None, strategy))
 
 
 def search_for(posed: PosedProblem) -> list[News]:
@@ -76,7 +80,7 @@ def test_a_problem_that_was_posed_before_there_were_roles_and_levels_can_be_read
 def test_a_search_reports_what_it_does_and_finds_a_plan_that_holds(capfd: pytest.CaptureFixture[str]) -> None:
     loaded = load_inputs(cluster=TWO_CARDS, model="Llama-2-7B", workload="humaneval_lengths")  # simulated quickly
     level = ServiceLevel(ttft=Statistic.P99)  # with this limit, one that simulated traffic misses
-    goal, settings = Objective(ttft_limit_s=0.04), PlacementSettings(strategy="hexgen")
+    goal, settings = Objective(ttft_limit_s=0.04), settings_of("hexgen")
     posed = PosedProblem(loaded=loaded, objective=goal, settings=settings, service_level=level)
     begun, *progress, found = search_for(posed)
     assert begun is Begun.BEGUN

@@ -15,7 +15,7 @@ import pytest
 from hetis.formats.documents import dump
 from hetis.planner.use_cases.place import PlacementSettings, make_plan
 from hetis.planner.use_cases.request import objective
-from hetis.planner.use_cases.sources import load_inputs
+from hetis.planner.use_cases.sources import engine_rules, load_inputs
 from hetis.solver.budget import Budget, silent
 from hetis.solver.plan import ObjectiveKind, Plan, Role
 from hetis.v1 import document_pb2, plan_pb2, replica_pb2
@@ -37,9 +37,8 @@ def plans(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Plan]:
     def solve(model: str, kind: ObjectiveKind = ObjectiveKind.GOODPUT) -> Plan:
         loaded = load_inputs(cluster=str(file), model=model, workload="azure_conv_2023")
         goal = objective(kind, ttft_s=None, tpot_s=None, demand_rps=None)
-        settings = PlacementSettings(roles=(Role.UNIFIED,))
-        problem = loaded.inputs.problem(goal, "hetis", settings.roles)
-        return make_plan(loaded, problem, settings, budget=Budget(), report=silent)
+        settings = PlacementSettings(roles=(Role.UNIFIED,), engine=engine_rules(None, "hetis"))
+        return make_plan(loaded, settings.problem(loaded.inputs, goal), settings, budget=Budget(), report=silent)
 
     return {
         "large": solve("Llama-2-70B"),

@@ -20,12 +20,12 @@ from hetis.solver.check.memory import (
 from hetis.solver.check.setting import Setting
 from hetis.solver.check.timing import (
     busy_seconds,
+    chunks_ahead,
     replica_chunk_seconds,
     replica_landing_seconds,
     seconds_between_completions,
     stage_seconds,
     tpot_per_t,
-    ttft_round_trips,
 )
 from hetis.solver.check.violation import Broken, Rule, Violation, at
 from hetis.solver.cluster import Link
@@ -60,10 +60,14 @@ class Derived:
 
     t_s: float  # seconds between completions
     tpot_per_t: float
-    ttft_round_trips: float  # round trips, each with a chunk
+    prefills: bool
+    chunks_ahead: float  # chunks that enter the pipeline before the last of the p95 prompt
+    iterations_in_flight: int  # those of copies that share experts count as one
     round_trip_per_t: float  # mean round trip
     chunk_s: float  # an iteration with a chunk, summed over all stages
+    busiest_chunk_s: float  # the same on the stage that takes longest for it
     slowest_chunk_s: float
+    slowest_busiest_chunk_s: float
     kv_tokens: float
     memory: tuple[MemoryUse, ...]
     landing_s: float = 0.0  # landing of a prefill replica's last KV
@@ -77,15 +81,25 @@ class Derived:
 
     def ttft_s(self, t_s: float) -> float:
         """Return p95 TTFT if completions are ``t_s`` apart."""
-        return self._ttft_s(t_s, self.chunk_s, self.landing_s)
+        return self._ttft_s(t_s, self.chunk_s, self.busiest_chunk_s, self.landing_s)
 
     def slowest_ttft_s(self, t_s: float) -> float:
-        return self._ttft_s(t_s, self.slowest_chunk_s, self.slowest_landing_s)
+        return self._ttft_s(t_s, self.slowest_chunk_s, self.slowest_busiest_chunk_s, self.slowest_landing_s)
 
-    def _ttft_s(self, t_s: float, chunk_s: float, landing_s: float) -> float:
-        if self.ttft_round_trips == 0:
+    def slot_s(self, t_s: float) -> float:
+        """Return the seconds from one iteration with a chunk to the next if completions are ``t_s`` apart."""
+        return self._slot_s(t_s, self.chunk_s, self.busiest_chunk_s)
+
+    def _slot_s(self, t_s: float, chunk_s: float, busiest_s: float) -> float:
+        if self.iterations_in_flight == 1:  # the next one starts when this one has left the last stage
+            return max(self.round_trip_per_t * t_s, chunk_s)
+        return max(self.round_trip_per_t * t_s / self.iterations_in_flight, busiest_s)
+
+    def _ttft_s(self, t_s: float, chunk_s: float, busiest_s: float, landing_s: float) -> float:
+        if not self.prefills:
             return 0.0
-        return self.ttft_round_trips * max(self.round_trip_per_t * t_s, chunk_s) + landing_s
+        trip_s = max(self.round_trip_per_t * t_s, chunk_s)
+        return trip_s + self.chunks_ahead * self._slot_s(t_s, chunk_s, busiest_s) + landing_s
 
     @property
     def fits(self) -> bool:
@@ -152,13 +166,19 @@ def derive(setting: Setting, shape: ReplicaShape) -> Derived:
         where = f"attention workers of stages {', '.join(str(i + 1) for i in positions)}"
         num_bytes = shared_card_bytes(setting, shape, positions)
         must_hold(where, Rule.WORKER_MEMORY, of_card(shape.pool_of(positions[0]).gpu), num_bytes)
+    chunk_s, busiest_s = replica_chunk_seconds(setting, shape.stages)
+    slowest_chunk_s, slowest_busiest_s = replica_chunk_seconds(setting, slowest)
     return Derived(
         t_s=seconds_between_completions(setting, shape.stages, stage_s, card_s),
         tpot_per_t=tpot_per_t(setting),
-        ttft_round_trips=ttft_round_trips(setting),
+        prefills=setting.role is not Role.DECODE,
+        chunks_ahead=chunks_ahead(setting),
+        iterations_in_flight=max(1, setting.in_flight // setting.attention_dp),
         round_trip_per_t=setting.in_flight / setting.iterations,
-        chunk_s=replica_chunk_seconds(setting, shape.stages),
-        slowest_chunk_s=replica_chunk_seconds(setting, slowest),
+        chunk_s=chunk_s,
+        busiest_chunk_s=busiest_s,
+        slowest_chunk_s=slowest_chunk_s,
+        slowest_busiest_chunk_s=slowest_busiest_s,
         kv_tokens=room,
         memory=tuple(memory),
         landing_s=replica_landing_seconds(setting, shape.stages),

@@ -118,10 +118,11 @@ def landing_seconds(setting: Setting, stage: StageShape, kv_link: Link) -> float
     return _transfer(setting, stage.gpu, stage.tp, chunk_bytes, kv_link) + kv_link.latency_s
 
 
-def replica_chunk_seconds(setting: Setting, stages: Sequence[StageShape]) -> float:
-    """Return the seconds of one iteration with a chunk, summed over all stages."""
+def replica_chunk_seconds(setting: Setting, stages: Sequence[StageShape]) -> tuple[float, float]:
+    """Return the seconds of one iteration with a chunk: of all stages in turn, and of the busiest one per copy."""
     last = len(stages) - 1
-    return sum(chunk_seconds(setting, s, is_first=i == 0, is_last=i == last) for i, s in enumerate(stages))
+    each = [chunk_seconds(setting, s, is_first=i == 0, is_last=i == last) for i, s in enumerate(stages)]
+    return sum(each), max(s / stage.copies for s, stage in zip(each, stages, strict=True))
 
 
 def replica_landing_seconds(setting: Setting, stages: Sequence[StageShape]) -> float:
@@ -223,19 +224,18 @@ def tpot_per_t(setting: Setting) -> float:
     return min(seats, setting.in_flight / setting.chunk_iterations / setting.model.emitted_tokens)
 
 
-def ttft_round_trips(setting: Setting) -> float:
-    """Return TTFT in round trips with a chunk: those of the p95 prompt, and the wait for a prefill lane."""
+def chunks_ahead(setting: Setting) -> float:
+    """Return the chunks that a replica starts before the last one of the p95 prompt: its own and those of others."""
     if setting.role is Role.DECODE:
         return 0.0
-    M, C, moments = setting.in_flight, setting.chunk_tokens, setting.moments
+    C, moments, servers = setting.chunk_tokens, setting.moments, setting.attention_dp
     q = setting.problem.assumptions.planned_utilisation * setting.chunk_share
     if q >= 1:
         return math.inf
-    p_wait = q ** (math.sqrt(2 * (M + 1)) - 1)
+    p_wait = q ** (math.sqrt(2 * (servers + 1)) - 1)
     tail = max(0.0, math.log(20 * p_wait)) if p_wait > 0 else 0.0
-    service = moments.mean_computed / C
-    wait = service / (M * (1 - q)) * (1 + moments.computed_cv2) / 2 * tail
-    return math.ceil(moments.p95_computed / C) + wait
+    others = moments.mean_computed / C / servers / (1 - q) * (1 + moments.computed_cv2) / 2 * tail
+    return math.ceil(moments.p95_computed / C) - 1 + others
 
 
 def _dense(setting: Setting, stage: StageShape, T: int, is_prefix: bool) -> float:

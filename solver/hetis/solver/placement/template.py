@@ -235,10 +235,18 @@ def ttft_s(costs: CostTables, template: Template) -> float:
     mix, m = costs.mixes[template.mix], costs.problem.family.in_flight[template.in_flight_index]
     if mix.role is Role.DECODE:
         return 0.0
-    trip_s = m * template.interval_s / mix.iterations
+    slot_s = template.interval_s / mix.iterations
+    trip_s = m * slot_s
     if mix.role is Role.UNIFIED:  # all round trips of a prefill replica carry a chunk
-        trip_s = max(trip_s, float(times_of(template, stage_seconds(costs, template, with_chunk=True)).sum()))
-    return cost.ttft_round_trips(costs.moments, costs.problem.assumptions, mix, m) * trip_s
+        chunks_s = times_of(template, stage_seconds(costs, template, with_chunk=True))
+        trip_s = max(trip_s, float(chunks_s.sum()))
+        slot_s = max(slot_s, _busiest_s(template, chunks_s)) if m > 1 else trip_s
+    return cost.ttft_s(cost.chunks_ahead(costs.moments, costs.problem.assumptions, mix), trip_s, slot_s)
+
+
+def _busiest_s(template: Template, stage_s: FloatArray) -> float:
+    """Return the seconds between iterations at the stage that takes longest for one."""
+    return float((stage_s / [stage.copies for stage in template.stages]).max())
 
 
 def least_ttft_limit_s(costs: CostTables, template: Template) -> float:
@@ -253,6 +261,5 @@ def least_ttft_limit_s(costs: CostTables, template: Template) -> float:
             uneven = float((mix.iterations * chunks_s / times_of(template, stage_seconds(costs, template))).max())
             trip_s *= cost.UNEVENNESS_STEP ** cost.unevenness_level(uneven)
         else:
-            busiest_s = max(s / stage.copies for stage, s in zip(template.stages, chunks_s.tolist(), strict=True))
-            trip_s = max(trip_s, cost.most_copies(m, template.num_copies) * busiest_s)
+            trip_s = max(trip_s, m * _busiest_s(template, chunks_s))
     return cost.ttft_round_trips(costs.moments, costs.problem.assumptions, mix, m) * trip_s

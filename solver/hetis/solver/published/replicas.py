@@ -307,7 +307,8 @@ def best_split(p: Pipeline) -> LayerSplit:
         begin, at_once = begin + at_once, 2 * at_once
         layers, fits = _with_cuts_moved(p, x[some], f[some], _filled(p, x[some], f[some]))
         interval_s = _intervals(p, x[some], f[some], layers)
-        trip_s = (layers * p.chunk_layer_s[x[some]] + p.chunk_fixed_s[x[some]]).sum(axis=1)
+        chunk_s = layers * p.chunk_layer_s[x[some]] + p.chunk_fixed_s[x[some]]
+        trip_s = np.maximum(chunk_s.sum(axis=1), m[some] * chunk_s.max(axis=1))  # chunks follow each other
         fits &= (interval_s <= p.t_cap[x[some], f[some]]) & (trip_s <= p.trip_cap[x[some], f[some]])
         interval_s = np.where(fits, interval_s, np.inf)
         chosen = int(interval_s.argmin())

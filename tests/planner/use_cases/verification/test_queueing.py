@@ -33,12 +33,12 @@ from hetis.simulator.values import Settings
 from hetis.solver.check.fleet import Fleet, replica_shape
 from hetis.solver.check.rederive import Rederivation
 from hetis.solver.placement.explanation import explain_plan
-from hetis.solver.placement.families import STRATEGIES
+from hetis.solver.placement.families import STRATEGIES, run_by
 from hetis.solver.plan import Objective, Plan, ReplicaPlan, Role
 from hetis.solver.planning import solve_placement
 from hetis.solver.problem import EngineSettings, PlacementProblem
 from tests.planner.report.test_reports import text_of
-from tests.solver.instances import SMALL_FAMILY, make_node, make_problem, make_profile, make_workload
+from tests.solver.instances import ENGINE, SMALL_FAMILY, make_node, make_problem, make_profile, make_workload
 
 NO_LIMITS = Objective(ttft_limit_s=None, tpot_limit_s=None)
 
@@ -194,6 +194,9 @@ def test_two_queues_of_a_plan_share_its_requests_by_their_rates() -> None:
 # --- plans
 
 
+ONE_STAGE = run_by(replace(SMALL_FAMILY, micro_batches=(4,), engine=None), replace(ENGINE, max_stages=1))
+
+
 @pytest.fixture(scope="module")
 def few_seats() -> tuple[Plan, PlacementProblem]:
     """A replica with four seats, and a TTFT limit that its planned TTFT keeps."""
@@ -201,7 +204,7 @@ def few_seats() -> tuple[Plan, PlacementProblem]:
         [make_node("a", "A")],
         profiles={"A": make_profile("A")},
         workload=make_workload((100, 20), (100, 60), (300, 40)),
-        family=replace(SMALL_FAMILY, in_flight=(1,), micro_batches=(4,)),
+        family=ONE_STAGE,
         objective=NO_LIMITS,
     )
     ttft_s = solve_placement(problem).replicas[0].ttft_s
@@ -216,7 +219,7 @@ def apart() -> tuple[Plan, PlacementProblem]:
         [make_node("a", "A"), make_node("b", "B", gpus=2)],
         profiles={"A": make_profile("A", flops=4e12), "B": make_profile("B", flops=5e11)},
         workload=make_workload((100, 20), (100, 60), (300, 40)),
-        family=STRATEGIES["hexgen2"].restrict(replace(SMALL_FAMILY, in_flight=(1,), micro_batches=(4,))),
+        family=STRATEGIES["hexgen2"].restrict(ONE_STAGE),
         objective=NO_LIMITS,
     )
     plan = solve_placement(problem, strategy="hexgen2")

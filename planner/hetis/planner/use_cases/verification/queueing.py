@@ -8,8 +8,9 @@ The *seats* are the servers of a queue whose rate depends on the number of reque
 serves what the cost model gives it with batches of n / M (a flow-equivalent server: Chandy, Herzog and Woo 1975). Under
 Poisson arrivals the number in flight is a birth-and-death process. Its tail, in which requests wait, decays more slowly
 the more the time in a seat varies (Allen and Cunneen's factor). A seat of a decode replica is taken when the prompt
-begins in a prefill replica. The *lanes* are the micro-batches, each of which computes one prompt at a time, with the
-same factor and Sakasegawa's probability of waiting. A request waits for both at once, as if they were independent.
+begins in a prefill replica. The *lanes* are the replicas, each of which computes prompts one by one, since chunks
+follow each other through its pipeline; their waits have the same factor and Sakasegawa's probability. A request waits
+for both at once, as if they were independent.
 
 See "Waiting for a seat" in docs/cost-model.md.
 """
@@ -68,7 +69,7 @@ class EqualReplicas:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EqualPrefills:
-    """Replicas of one shape that compute prompts: one in each micro-batch, a lane of the queue."""
+    """Replicas of one shape that compute prompts, one after the other; each is a lane of the queue."""
 
     lanes: int  # of all of them
     prompt_s: float  # mean seconds for which a prompt occupies a lane
@@ -291,17 +292,19 @@ class _Building:
         one, shape, size = group.first, self._shape(group.first), group.first.chunk_tokens
         derived = self._derivation.of(shape)
         round_trip_s = max(derived.chunk_s, derived.round_trip_per_t * derived.t_s)  # with a full chunk
+        slot_s = derived.slot_s(derived.t_s)
         sizes = sorted({max(1, round(share * size)) for share in CHUNKS})
         seconds = [self._derivation.of(replace(shape, chunk_tokens=tokens)).chunk_s for tokens in sizes]
         full, last = np.divmod(self._computed, size)
         return EqualPrefills(
-            lanes=len(group.numbers) * one.in_flight,
-            prompt_s=self._moments.mean_computed / size * round_trip_s,
+            lanes=len(group.numbers) * one.attention_dp,
+            prompt_s=self._moments.mean_computed / size * slot_s,
             rate_rps=sum(self._sent_rps[number] for number in group.numbers),
-            alone_s=full * derived.chunk_s
-            + np.where(last > 0, np.interp(last, sizes, seconds), 0.0)
+            # A last chunk that is not full is as far behind the one before it as if it were: that one is in its way.
+            alone_s=np.where(last > 0, full, full - 1) * derived.busiest_chunk_s
+            + np.where(last > 0, np.interp(last, sizes, seconds), derived.chunk_s)
             + derived.landing_s,
-            crowded_s=np.ceil(self._computed / size) * round_trip_s + derived.landing_s,
+            crowded_s=(np.ceil(self._computed / size) - 1) * slot_s + round_trip_s + derived.landing_s,
         )
 
     def _seats(self, group: ReplicaGroup, under_way_s: FloatArray) -> EqualReplicas:

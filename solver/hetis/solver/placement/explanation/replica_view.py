@@ -6,16 +6,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from hetis.solver.check.fleet import Fleet, PoolShape, ReplicaShape, StageShape, kv_partners, left_out_by, replica_shape
+from hetis.solver.check.rederive import derive
 from hetis.solver.check.setting import Setting
 from hetis.solver.check.structure import check_replica_structure
 from hetis.solver.check.timing import (
     busy_seconds,
     least_slack,
-    replica_chunk_seconds,
-    replica_landing_seconds,
     seconds_between_completions,
     tpot_per_t,
-    ttft_round_trips,
 )
 from hetis.solver.cluster import Link, node_of
 from hetis.solver.cost import (
@@ -210,13 +208,7 @@ class ReplicaView:
 
     def ttft_s(self, interval_s: float) -> float:
         """Return p95 TTFT at this interval between completions."""
-        setting = self._setting()
-        trips = ttft_round_trips(setting)
-        if not trips:
-            return 0.0
-        chunk_s = replica_chunk_seconds(setting, self.shape.stages)
-        trip_s = max(self.shape.in_flight * interval_s / self.mix.iterations, chunk_s)
-        return trips * trip_s + replica_landing_seconds(setting, self.shape.stages)
+        return derive(self._setting(), self.shape).ttft_s(interval_s)
 
     # --- memory
 
