@@ -19,7 +19,7 @@ def model_of(**fields: Any) -> ModelSpec:
     return model_in_short(**fields)
 
 
-def replace(value: Any, **changes: Any) -> Any:
+def replace(value: Any, /, **changes: Any) -> Any:
     """Return `dataclasses.replace`, or a model with other layers if some of the changes describe these."""
     short = {name: changes.pop(name) for name in IN_SHORT if name in changes}
     if not isinstance(value, ModelSpec) or not short:

@@ -21,7 +21,7 @@ from hetis.solver.plan import (
 )
 from hetis.solver.problem import Assumptions, PlacementProblem
 from hetis.solver.workload import Workload
-from tests.solver.instances import make_model, make_node, make_problem, make_profile, make_workload
+from tests.solver.instances import FREE_FAMILY, make_model, make_node, make_problem, make_profile, make_workload
 
 
 def small_problem(
@@ -33,7 +33,10 @@ def small_problem(
     block_tokens: int = 4,
     mixed_factor: float | None = None,
 ) -> PlacementProblem:
-    """Return ``gpus`` single-card nodes ``big-0`` ... and as many slower ``small-0`` ..., in one zone."""
+    """Return ``gpus`` single-card nodes ``big-0`` ... and as many slower ``small-0`` ..., in one zone.
+
+    Its family has no engine, so that plans may have any numbers of micro-batches in flight and of copies.
+    """
     return make_problem(
         [make_node("big", "big", nodes=gpus), make_node("small", "small", nodes=gpus)],
         profiles={
@@ -42,6 +45,7 @@ def small_problem(
         },
         model=model or make_model(),
         workload=workload or make_workload((24, 12)),
+        family=FREE_FAMILY,
         assumptions=Assumptions(block_tokens=block_tokens),
     )
 

@@ -372,11 +372,11 @@ def check_seconds(problem: PlacementProblem, costs: CostTables, template: Templa
     setting, stages = named(problem, costs, template)
     last, d = len(stages) - 1, setting.attention_dp
     ends = [{"is_first": i == 0, "is_last": i == last} for i in range(len(stages))]
-    seconds = of_search.times_of(template, of_search.stage_seconds(costs, template))
+    seconds = of_search.times_of(template, of_search.stage_seconds(costs, template)).tolist()
     stage_s = [timing.stage_seconds(setting, s, **at) for s, at in zip(stages, ends, strict=True)]
     assert seconds == [near(u / d) for u in stage_s]  # for copies that iterate together, the part of each
     if setting.role is Role.UNIFIED:
-        chunks = of_search.times_of(template, of_search.stage_seconds(costs, template, with_chunk=True))
+        chunks = of_search.times_of(template, of_search.stage_seconds(costs, template, with_chunk=True)).tolist()
         assert chunks == [near(timing.chunk_seconds(setting, s, **at)) for s, at in zip(stages, ends, strict=True)]
     t_s = timing.seconds_between_completions(setting, stages, stage_s)
     assert of_search.interval_of(costs, template) == near(t_s)
@@ -415,7 +415,7 @@ def test_the_search_finds_the_same_room(
         fixed = of_search.fixed_bytes(costs, template, i) + one.layers * float(t.layer_bytes[one.rank])
         fixed += setting.problem.profiles[stage.gpu].reserve_bytes
         assert fixed == near(memory.rank_fixed_bytes(setting, stage, **ends))
-        kept = kept_bytes(t, template.mix, template.in_flight_index, one.rank, one.copies, one.pool_groups)
+        kept = kept_bytes(t, template.mix, template.in_flight_index, one.rank, one.pool_groups)
         layers = stage.layers + (setting.model.prefix_layers if i == 0 else 0)
         layers += setting.model.draft_layers if i == last else 0
         assert fixed + layers * kept == near(memory.rank_bytes(setting, stage, **ends))

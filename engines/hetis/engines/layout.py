@@ -272,8 +272,8 @@ def layout_of(
         partners=kv_partners(plan)[number] if partners is None else partners,
         own_types=kinds_in(cluster),
         most_seats=_most_seats(plan),
-        most_blocks=_setting(plan, "kv_blocks"),
-        utilisation=_utilisation(plan, engine),
+        limits_blocks=limits_blocks(plan),
+        utilisation=utilisation_of(plan),
     )
     return _with_resources(layout, cluster)
 
@@ -299,13 +299,16 @@ def _setting(plan: Plan, name: str) -> int | None:
     return found if isinstance(found, int) else None
 
 
-def _utilisation(plan: Plan, engine: Engine) -> float | None:
-    """Return the share of the memory with which a plan counts; None: SGLang computes its own."""
+def limits_blocks(plan: Plan) -> bool:
+    """Return whether the plan was made for a maximum of KV blocks, of which its engines may not find more."""
+    return bool(_setting(plan, "kv_blocks"))
+
+
+def utilisation_of(plan: Plan) -> float | None:
+    """Return the share of the memory for which the plan was made; None: the engine's default."""
     settings = plan.inputs.get("engine_settings")
     share = settings.get("gpu_memory_utilization") if isinstance(settings, Mapping) else None
-    if isinstance(share, float | int):
-        return float(share)
-    return None if engine is Engine.SGLANG else memory_of(engine).utilisation
+    return float(share) if isinstance(share, float | int) else None
 
 
 def _with_resources(layout: Layout, cluster: Any) -> Layout:
@@ -411,7 +414,7 @@ def kv_partners(plan: Plan) -> list[tuple[KvPartner, ...]]:
 def layout_of_replica(
     replica: ReplicaPlan, model: ModelSpec, *, planned: Mapping[str, Any] | None, engine: Engine = Engine.VLLM_HETIS,
     dtype: str = "auto", kv_tokens: int | None = None, partners: Sequence[KvPartner] = (),
-    own_types: Mapping[str, GpuKind] | None = None, most_seats: int | None = None, most_blocks: int | None = None,
+    own_types: Mapping[str, GpuKind] | None = None, most_seats: int | None = None, limits_blocks: bool = False,
     utilisation: float | None = None,
 ) -> Layout:  # fmt: skip
     """Return the layout of a replica that is not, or no longer, in a plan; other arguments are those of `layout_of`.
@@ -421,8 +424,8 @@ def layout_of_replica(
         partners: kinds of replicas with which it exchanges KV, in one dtype and with one attention backend.
         own_types: GPU types that are not in the catalogue; types found in neither count as NVIDIA's.
         most_seats: most requests that an engine may run at once. None: no limit besides memory.
-        most_blocks: most KV blocks of an engine. None: no limit besides memory.
-        utilisation: share of the memory that an engine takes. None: unknown.
+        limits_blocks: the plan limits an engine's KV blocks, beside its memory.
+        utilisation: share of the memory that an engine takes. None: its default, which SGLang computes itself.
 
     Raises:
         LayoutError: the replica is for another model, or the engine cannot run it; carries all reasons.
@@ -430,7 +433,9 @@ def layout_of_replica(
     if not replica.stages:
         raise LayoutError("it has no stages")
     copies, differs = replica.attention_dp, len({(stage.gpu, stage.num_layers) for stage in replica.stages}) > 1
-    fixes_kv = bool(kv_tokens or most_blocks or replica.attention_workers or differs or utilisation is None)
+    if utilisation is None and engine is not Engine.SGLANG:
+        utilisation = memory_of(engine).utilisation
+    fixes_kv = bool(kv_tokens or limits_blocks or replica.attention_workers or differs or utilisation is None)
     kv_tokens = kv_tokens or replica.kv_tokens // copies
     model = model.on(replica.stages[0].gpu)
     room = _Room.of(kv_tokens, replica, model, dtype)

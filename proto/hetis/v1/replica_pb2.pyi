@@ -142,6 +142,8 @@ class ReplicaPlan(_message.Message):
     EXPERT_PARALLEL_FIELD_NUMBER: _builtins.int
     MAX_NUM_SEQS_FIELD_NUMBER: _builtins.int
     SEATS_LIMIT_FIELD_NUMBER: _builtins.int
+    GPU_MEMORY_UTILIZATION_FIELD_NUMBER: _builtins.int
+    KV_BLOCKS_LIMITED_FIELD_NUMBER: _builtins.int
     rate_rps: _builtins.float
     """Saturated rate, in requests per second. Always above 0."""
     ttft_s: _builtins.float
@@ -169,6 +171,12 @@ class ReplicaPlan(_message.Message):
     seats_limit: _builtins.int
     """Most prompts that a prefill replica may run at once, if the plan was made for such a setting (PlanSpec.max_num_seqs)
     and its chunks would hold more. 0: no such limit, as for other roles.
+    """
+    gpu_memory_utilization: _builtins.float
+    """Share of its GPUs' memory that its engine takes, if the plan was made for one. 0: the engine's default."""
+    kv_blocks_limited: _builtins.bool
+    """Whether its engine may have no more KV than kv_tokens, because the plan limits the blocks (PlanSpec.kv_blocks).
+    False: an engine that can finds its own room.
     """
     @_builtins.property
     def stages(self) -> _containers.RepeatedCompositeFieldContainer[Global___StagePlan]:
@@ -202,10 +210,12 @@ class ReplicaPlan(_message.Message):
         expert_parallel: _builtins.bool = ...,
         max_num_seqs: _builtins.int = ...,
         seats_limit: _builtins.int = ...,
+        gpu_memory_utilization: _builtins.float = ...,
+        kv_blocks_limited: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attention_workers", b"attention_workers", "chunk_tokens", b"chunk_tokens", "expert_parallel", b"expert_parallel", "in_flight", b"in_flight", "kv_tokens", b"kv_tokens", "kv_zones", b"kv_zones", "max_num_seqs", b"max_num_seqs", "micro_batch", b"micro_batch", "rate_rps", b"rate_rps", "role", b"role", "seats_limit", b"seats_limit", "stages", b"stages", "tpot_s", b"tpot_s", "ttft_s", b"ttft_s"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attention_workers", b"attention_workers", "chunk_tokens", b"chunk_tokens", "expert_parallel", b"expert_parallel", "gpu_memory_utilization", b"gpu_memory_utilization", "in_flight", b"in_flight", "kv_blocks_limited", b"kv_blocks_limited", "kv_tokens", b"kv_tokens", "kv_zones", b"kv_zones", "max_num_seqs", b"max_num_seqs", "micro_batch", b"micro_batch", "rate_rps", b"rate_rps", "role", b"role", "seats_limit", b"seats_limit", "stages", b"stages", "tpot_s", b"tpot_s", "ttft_s", b"ttft_s"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

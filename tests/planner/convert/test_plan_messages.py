@@ -96,21 +96,24 @@ def test_only_prefill_replicas_whose_chunks_hold_more_prompts_are_limited_by_a_s
 
 
 @pytest.mark.parametrize(
-    ("max_num_seqs", "kind", "changes"),
+    ("name", "value", "changes"),
     [
-        (32, pb2.REPLICA_DIFFERENCE_KIND_KEPT, []),
-        (8, pb2.REPLICA_DIFFERENCE_KIND_CHANGED, ["seats_limit is 8 instead of none"]),
+        ("max_num_seqs", 32, []),
+        ("max_num_seqs", 8, ["seats_limit is 8 instead of none"]),
+        ("gpu_memory_utilization", 0.85, ["gpu_memory_utilization is 0.85 instead of none"]),
+        ("kv_blocks", 62, ["kv_blocks_limited is True instead of none"]),
     ],
 )
-def test_a_setting_that_allows_for_fewer_prompts_changes_a_prefill_replica(
-    max_num_seqs: int, kind: pb2.ReplicaDifferenceKind, changes: list[str]
+def test_a_setting_that_starts_an_engine_otherwise_changes_a_prefill_replica(
+    name: str, value: float, changes: list[str]
 ) -> None:
     """Its engine is started anew where the other plan is activated."""
     prefill = replace(MADE.replicas[0], role=Role.PREFILL, in_flight=1, chunk_tokens=2048)
     free = replace(MADE, replicas=(prefill,))
-    kept = replace(free, inputs={**free.inputs, "engine_settings": {"max_num_seqs": max_num_seqs}})
+    kept = replace(free, inputs={**free.inputs, "engine_settings": {name: value}})
     one, other = (SimpleNamespace(plan=plan, problem=SimpleNamespace(model="a model")) for plan in (free, kept))
     (found,) = replica_differences(one, other)  # type: ignore[arg-type]
+    kind = pb2.REPLICA_DIFFERENCE_KIND_CHANGED if changes else pb2.REPLICA_DIFFERENCE_KIND_KEPT
     assert (found.kind, list(found.changes)) == (kind, changes)
 
 

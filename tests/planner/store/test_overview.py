@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from hetis.planner.service.observability.overview import _Kept, _read
+from hetis.planner.service.observability.overview import _read
 from hetis.planner.store import Store, Transaction
 from hetis.planner.store.tables import TableView
 from hetis.v1 import plan_pb2
@@ -52,6 +52,6 @@ async def test_plans_are_counted_and_clusters_read_only_when_they_have_changed(
     assert read == ["clusters/b"]
     assert {name: one.active_plan for name, one in second.clusters.items()} == {"clusters/b": "plans/y"}
     read.clear()
-    assert await store.read(lambda tx: _read(tx, second.clusters)) == _Kept(second.clusters, second.num_plans)
+    assert await store.read(lambda tx: _read(tx, second.clusters)) == second
     assert not read
     await store.close()

@@ -15,11 +15,11 @@ from hetis.solver.constraints import AtMost, Sum
 from hetis.solver.plan import KvRoute, ObjectiveKind, Plan, ReplicaPlan, Role, StagePlan, Status
 from hetis.solver.problem import PlacementProblem
 from tests.solver.claimed_plans import claimed, derived_of, plan_of, rules, unclaimed
-from tests.solver.instances import NO_LIMITS, make_node, make_problem, make_profile
+from tests.solver.instances import FREE_FAMILY, NO_LIMITS, make_node, make_problem, make_profile
 
 WITHIN, BEYOND = 0.9e-6, 1.1e-6  # just within and beyond the millionth by which claims may differ
 STAGE = StagePlan(gpu="A", tp=1, copies=1, first_layer=0, num_layers=6, devices=("a-0/0",), kv_head_groups_kept=2)
-PROBLEM = make_problem([make_node("a", "A", gpus=2, nodes=2)])
+PROBLEM = make_problem([make_node("a", "A", gpus=2, nodes=2)], family=FREE_FAMILY)
 REPLICA = claimed(unclaimed(STAGE), PROBLEM)
 
 

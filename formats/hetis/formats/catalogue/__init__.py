@@ -311,7 +311,7 @@ def resolve_gpu(name: str, known: Collection[str], also: Collection[str] = ()) -
 def _is_another_card(wanted: tuple[str, ...], candidate: str) -> bool:
     """Return whether a name has the number of another card than a similar one: an RTX 3050 is no slip of RTX-3090.
 
-    A letter O counts as a zero, and a number may be cut short. Letters beside it may be slips (``L40X``).
+    A letter O counts as a zero, and a number may be cut short. Letters beside it may be slips (``L40X``, ``80GX``).
     """
     own = _numbers(_gpu_parts(candidate))
     numbers = _numbers(part for part in wanted if not _SHARED.fullmatch(part))

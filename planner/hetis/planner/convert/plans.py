@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 from google.protobuf.message import Message
 
 from hetis.engines.gpus import kind_of_type
-from hetis.engines.layout import kv_partners, seats_limit_of
+from hetis.engines.layout import kv_partners, limits_blocks, seats_limit_of, utilisation_of
 from hetis.formats.files import content_digest
 from hetis.planner.use_cases.record.parts import Verified
 from hetis.planner.use_cases.request import objective
@@ -110,6 +110,8 @@ def replica_to_proto(replica: ReplicaPlan, plan: Plan) -> replica_pb2.ReplicaPla
         attention_workers=_messages(replica_pb2.AttentionWorkerPool, replica.attention_workers),
         role=TO_PROTO[replica.role],
         seats_limit=seats_limit_of(replica, plan),
+        gpu_memory_utilization=utilisation_of(plan) or 0.0,
+        kv_blocks_limited=limits_blocks(plan),
     )
 
 

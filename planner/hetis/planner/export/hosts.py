@@ -135,8 +135,10 @@ def write_hetis_launch(launchable: Launchable) -> Written:
 def words(launchable: Launchable, number: int, one: LaunchableReplica, node: str) -> list[str]:
     addresses, settings = one.addresses, launchable.settings
     told = ["hetis-launch", "processes", "--plan", PLAN_FILE, "--replica", str(number), "--model", one.serving.model]
-    told += ["--engine", launchable.engine.value, "--node", node, "--folder", one.name, "--kv-tokens"]
-    told += [str(one.layout.kv_tokens), *_if_set("--dtype", settings.dtype, "auto")]
+    told += ["--engine", launchable.engine.value, "--node", node, "--folder", one.name]
+    if one.layout.fixes_kv or settings.device.value != "cuda":
+        told += ["--kv-tokens", str(one.layout.kv_tokens)]
+    told += _if_set("--dtype", settings.dtype, "auto")
     told += _if_set("--device", settings.device.value, "cuda")
     told += _if_set("--vllm", shlex.join(shlex.split(settings.program)), "")
     for name in dict.fromkeys(process.node for process in one.layout.processes):

@@ -7,7 +7,6 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
-from hetis.engines.layout import seats_limit_of
 from hetis.planner.convert import names
 from hetis.planner.convert.clusters import basic_view, full_view
 from hetis.planner.convert.names import timestamp
@@ -36,6 +35,7 @@ from hetis.planner.watching import LeftBehindError
 from hetis.solver.plan import Plan, ReplicaPlan
 from hetis.v1 import plan_pb2, view_pb2
 from hetis.v1 import plan_service_pb2 as pb2
+from hetis.v1.replica_pb2 import ReplicaPlan as ReplicaMessage
 
 PIECE_BYTES = 1 << 20
 
@@ -262,13 +262,12 @@ def replica_differences(one: PlanAndProblem, other: PlanAndProblem) -> Iterator[
             matched.add(other_index)
             now = second[other_index]
             difference.kind, difference.other_index = _Kind.REPLICA_DIFFERENCE_KIND_KEPT, other_index
-            old_limit, new_limit = difference.replica.seats_limit, seats_limit_of(now, other.plan)
-            if old_limit != new_limit or _without_predictions(replica) != _without_predictions(now):
+            message = replica_to_proto(now, other.plan)
+            of_settings = list(_changed_settings(difference.replica, message))
+            if of_settings or _without_predictions(replica) != _without_predictions(now):
                 difference.kind = _Kind.REPLICA_DIFFERENCE_KIND_CHANGED
-                difference.other_replica.CopyFrom(replica_to_proto(now, other.plan))
-                difference.changes.extend(_changes(replica, now))
-                if old_limit != new_limit:
-                    difference.changes.append(f"seats_limit is {new_limit or 'none'} instead of {old_limit or 'none'}")
+                difference.other_replica.CopyFrom(message)
+                difference.changes.extend((*_changes(replica, now), *of_settings))
         yield difference
     for index, replica in enumerate(second):
         if index not in matched:
@@ -300,6 +299,13 @@ def _changes(before: ReplicaPlan, after: ReplicaPlan) -> Iterator[str]:
         old, new = before.stages[number].kv_head_groups_kept, after.stages[number].kv_head_groups_kept
         if old != new:
             yield f"stage {number} keeps {new} head groups per rank instead of {old}"
+
+
+def _changed_settings(before: ReplicaMessage, after: ReplicaMessage) -> Iterator[str]:
+    """Yield what changes of the settings that the plans were made for."""
+    for name in ("seats_limit", "gpu_memory_utilization", "kv_blocks_limited"):
+        if (old := getattr(before, name)) != (new := getattr(after, name)):
+            yield f"{name} is {new or 'none'} instead of {old or 'none'}"
 
 
 def _zones(replica: ReplicaPlan) -> str:

@@ -305,7 +305,7 @@ def _read(
         options=options,
         dtype=given.dtype,
         device=given.device,
-        limits_kv=given.kv_tokens is not None,
+        limits_kv=given.kv_tokens is not None or (not layout.fixes_kv and given.device == "cuda"),
         executor=executor,
     )
     if why := why_kv_is_untold(layout, serving, stated=stated_kv):

@@ -33,14 +33,15 @@ MIB = 2**20
         ("Tesla V100-SXM2-16GB", 16384, "V100-SXM2-16GB"),
         ("Tesla P100-PCIE-16GB", 16280, "P100-PCIe-16GB"),
         ("NVIDIA GeForce RTX 3090", 24576, "RTX-3090"),
+        ("NVIDIA GeForce RTX 3090 Ti", 24564, "RTX-3090Ti"),
+        ("NVIDIA GeForce RTX 4090 D", 24564, "RTX-4090D"),
         ("NVIDIA RTX PRO 6000 Blackwell Server Edition", 97887, "RTX-PRO-6000-Server-96GB"),
         ("NVIDIA RTX 6000 Ada Generation", 49140, "RTX-6000-Ada"),
-        # Names that mislead: the memory of a cut-down board, a vGPU, a slice, another chip, nothing at all.
+        # Names that mislead: the memory of a cut-down board, a vGPU, a slice, a laptop's chip, nothing at all.
         ("NVIDIA A100-SXM4-80GB", 65536, ""),
         ("GRID A100D-20C", 20480, ""),
         ("NVIDIA A100-SXM4-80GB MIG 3g.40gb", 40192, ""),
-        ("NVIDIA GeForce RTX 3090 Ti", 24564, ""),
-        ("NVIDIA GeForce RTX 4090 D", 24564, ""),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", 16376, ""),
         ("Matrox G200", 8, ""),
         ("", 0, ""),
     ],

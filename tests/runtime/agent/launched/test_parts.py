@@ -144,7 +144,8 @@ def test_agent_launcher_and_export_start_the_engines_of_a_plan_at_fixed_settings
     name: str, most: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     plan, model = AT_SETTINGS[name]
-    kept = {} if most is None else {"engine_settings": {"max_num_seqs": most, "chunk_tokens": [2048], "kv_blocks": 62}}
+    settings = {"max_num_seqs": most, "chunk_tokens": [2048], "kv_blocks": 62, "gpu_memory_utilization": 0.85}
+    kept = {} if most is None else {"engine_settings": settings}
     plan = replace(plan, inputs={"documents": {"model": to_data(model)}, **kept})
     path = write_plan(tmp_path, plan)
     hosts = {node: f"10.0.0.{i}" for i, node in enumerate("abcd", 1)}

@@ -203,6 +203,8 @@ def part_of(assignment: Assignment, settings: EngineSettingsDocument, *, node: s
                 one.gpu_type: GpuKind(one.vendor, one.compute_capability or None) for one in assignment.gpu_kinds
             },
             most_seats=assignment.shape.seats_limit or None,
+            limits_blocks=assignment.shape.kv_blocks_limited,
+            utilisation=assignment.shape.gpu_memory_utilization or None,
         )  # fmt: skip
         if settings.attention_backend and layout.role is not Role.UNIFIED:
             layout = replace(layout, attention_backend=settings.attention_backend)
