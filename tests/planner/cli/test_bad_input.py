@@ -32,7 +32,11 @@ ABOUT_PLANS = [path for i, path in enumerate(BAD_FILES) if path.name.startswith(
 LOADED = load_inputs(cluster=str(EXAMPLES / "paper.yaml"), model="Llama-2-70B", workload="1024/256")
 GOOD = replace(
     plans.plan(plans.paper_replica()),
-    inputs={"documents": LOADED.inputs.documents(), "digests": LOADED.inputs.digests()},
+    inputs={
+        "documents": LOADED.inputs.documents(),
+        "digests": LOADED.inputs.digests(),
+        "engine": {"name": "vllm-hetis", "max_gpus": None, "max_nodes": None},
+    },
 )
 
 

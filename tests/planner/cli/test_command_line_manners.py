@@ -238,6 +238,7 @@ SAME_IN_OTHER_WORDS = {
     "dry-run": {"apply", "delete", "rollback"},
     "engine": {"compare"},
     "force": {"init", "cluster.discover"},
+    "gpu-memory-utilization": {"fits"},
     "kv-blocks": {"simulate"},
     "max-num-seqs": {"simulate"},
     "out": {"apply"},

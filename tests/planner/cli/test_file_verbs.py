@@ -159,7 +159,7 @@ def test_every_kind_has_a_json_schema(kind: str) -> None:
 
 
 def test_the_wide_catalogue_of_gpus_has_every_peak_and_the_board_power() -> None:
-    head, row = invoke("catalog", "gpus", "H100-SXM", "-o", "wide").stdout.splitlines()
+    head, row = invoke("catalog", "gpus", "H100-SXM-80GB", "-o", "wide").stdout.splitlines()
     assert {"FP8", "PCIe", "TDP"} <= set(head.split())
     assert "700 W" in row
 
@@ -206,14 +206,14 @@ def test_completion_prints_a_script(shell: str) -> None:
         ("hetis-plan place --strategy uni", "uniform"),
         ("hetis-plan place --objective thr", "throughput"),
         ("hetis-plan what-if --add 4xH200-N", "4xH200-NVL-141GB"),
-        ("hetis-plan what-if --market L4,rtx-40", "L4,rtx-4090"),
+        ("hetis-plan what-if --market L4,rtx-a60", "L4,rtx-a6000"),
         ("hetis-plan catalog gpus H200-N", "H200-NVL-141GB"),
         ("hetis-plan catalog strategies uni", "uniform"),
         ("hetis-plan get cl", "clusters"),
         ("hetis-plan place --roles prefill,de", "prefill,decode"),
-        ("hetis-plan place --weights fp8,rtx-40", "fp8,rtx-4090="),
+        ("hetis-plan place --weights fp8,rtx-a60", "fp8,rtx-a6000="),
         ("hetis-plan compare --engine vllm,s", "vllm,sglang"),
-        ("hetis-plan compare --strategies uniform,hexgen2", "uniform,hexgen2"),
+        ("hetis-plan compare --strategies uniform,hexgen2-", "uniform,hexgen2-paper"),
         ("hetis-plan place --forbid ty", "type="),
         ("hetis-plan place --pin rep", "replicas="),
     ],
@@ -231,7 +231,7 @@ def test_the_completion_script_gets_its_words(
 @pytest.mark.parametrize(
     ("words", "rest"),
     [  # bash breaks words at = and :, and replaces the last piece
-        (["place", "--forbid", "type", "=", "rtx-40"], ["rtx-4090"]),
+        (["place", "--forbid", "type", "=", "rtx-a60"], ["rtx-a6000"]),
         (["place", "--forbid", "type", "=", "L4", ":", "as", "=", "pre"], ["prefill"]),
         (["place", "--forbid", "type", "=", "L4", ":"], ["as="]),
         (["place", "--pin", "node", "=", "n", ":", "u"], ["use="]),

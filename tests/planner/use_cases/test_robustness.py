@@ -50,9 +50,10 @@ from hetis.solver.check.rederive import Rederivation
 from hetis.solver.cluster import Link
 from hetis.solver.errors import NoPlanFoundError
 from hetis.solver.model import DraftShape
+from hetis.solver.placement.families import run_by
 from hetis.solver.plan import Objective, ObjectiveKind, Plan, Role
 from hetis.solver.planning import solve_placement
-from hetis.solver.problem import MICRO_BATCHES, Family, PlacementProblem
+from hetis.solver.problem import MICRO_BATCHES, EngineRules, Family, PlacementProblem
 from hetis.solver.profile import Fit, FitRegion, FitScope, Op, Profile, Source
 from tests.models import replace
 from tests.planner.command_line import EXAMPLES
@@ -65,7 +66,7 @@ FLEETS = ("paper", "h100-p100", "split")  # without and with attention workers; 
 def posed(fleet: str) -> PlacementProblem:
     cluster = load_cluster(EXAMPLES / f"{'h100-l4' if fleet == 'split' else fleet}.yaml")
     # Half of the settings that are tried: pricing tries all of them, again and again.
-    family = Family(micro_batches=MICRO_BATCHES[::2], in_flight=(1, 2, 4, 8, 16))
+    family = run_by(Family(micro_batches=MICRO_BATCHES[::2]), EngineRules(name="vllm-hetis"))
     model, goal = load_model("Llama-2-70B"), Objective(ttft_limit_s=4.0)
     if fleet == "split":
         family, goal = replace(family, roles=(Role.PREFILL, Role.DECODE)), replace(goal, ttft_limit_s=30.0)
