@@ -43,6 +43,13 @@ def test_another_card_is_no_slip_of_one_with_a_like_number(name: str) -> None:
     assert str(caught.value) == f"unknown GPU {name!r}"
 
 
+@pytest.mark.parametrize(("name", "nearest"), [("L40X", "L40"), ("A100-SXM-80GX", "A100-SXM-80GB")])
+def test_a_wrong_letter_beside_a_cards_number_is_a_slip(name: str, nearest: str) -> None:
+    with pytest.raises(UnknownNameError) as caught:
+        find_gpu(name)
+    assert str(caught.value) == f"unknown GPU {name!r}, did you mean {nearest}?"
+
+
 def test_names_that_are_equally_near_are_all_named_up_to_three() -> None:
     assert did_you_mean("H10O", GPUS) == ", did you mean H100-SXM-80GB or H100-PCIe-80GB?"
     several = [f"azure_conversations_{year}" for year in range(2021, 2025)]

@@ -302,7 +302,7 @@ def resolve_gpu(name: str, known: Collection[str], also: Collection[str] = ()) -
         return found[0]
     if found:
         raise UnknownNameError("GPU", name, found, ambiguous=True)
-    names = [*also, *known]
+    names = [*also, *(one for one in known if one not in _RARE)]
     # Without the vendor's words, too: they make a short name unlike every other.
     nearest = all_nearest(name, names) or all_nearest("-".join(wanted), names)
     raise UnknownNameError("GPU", name, [one for one in nearest if one in also or not _is_another_card(wanted, one)])
@@ -311,15 +311,15 @@ def resolve_gpu(name: str, known: Collection[str], also: Collection[str] = ()) -
 def _is_another_card(wanted: tuple[str, ...], candidate: str) -> bool:
     """Return whether a name has the number of another card than a similar one: an RTX 3050 is no slip of RTX-3090.
 
-    A letter O counts as a zero, a number may be cut short, and the unit of a memory may be misspelt.
+    A letter O counts as a zero, and a number may be cut short. Letters beside it may be slips (``L40X``, ``80GX``).
     """
-    own = [part.replace("o", "0") for part in _gpu_parts(candidate)]
-    numbers = [part.replace("o", "0") for part in wanted if _NUMBER.search(part) and not _SHARED.fullmatch(part)]
-    numbers = [re.sub(r"^(\d+)g\w+$", r"\1", number) for number in numbers]
+    own = _numbers(_gpu_parts(candidate))
+    numbers = _numbers(part for part in wanted if not _SHARED.fullmatch(part))
     return not all(any(each.startswith(number) for each in own) for number in numbers)
 
 
-_NUMBER = re.compile(r"\d\d")
+def _numbers(parts: Iterable[str]) -> list[str]:
+    return [number for part in parts for number in re.findall(r"\d\d+", part.replace("o", "0"))]
 
 
 @functools.lru_cache(maxsize=1024)
