@@ -562,8 +562,9 @@ def test_a_card_that_only_shares_a_name_with_the_catalogue_is_modelled() -> None
 def test_a_plan_carries_its_range_and_still_passes_its_checks() -> None:
     loaded = load_inputs(cluster=str(EXAMPLES / "h100-p100.yaml"), model="Llama-2-70B", workload="azure_conv_2023")
     goal = objective(ObjectiveKind.GOODPUT, ttft_s=None, tpot_s=None, demand_rps=None)
-    problem = loaded.inputs.problem(goal, "hetis")
-    plan = make_plan(loaded, problem, PlacementSettings(), budget=Budget(), report=silent)
+    settings = PlacementSettings(engine=EngineRules(name="vllm-hetis"))
+    problem = loaded.inputs.problem(goal, "hetis", engine=settings.engine)
+    plan = make_plan(loaded, problem, settings, budget=Budget(), report=silent)
     assert ProfileErrors.of(plan).errors.predicted is not None
     assert not check_plan(plan, problem)
     assert json.loads(json.dumps(to_data(plan), allow_nan=False)) == to_data(plan)
