@@ -202,9 +202,12 @@ def test_every_strategy_is_compared(folder: Path) -> None:
     found = {entry["strategy"]: entry for entry in json.loads(done.stdout)["strategies"]}
     assert list(found) == list(STRATEGIES)
     assert all(entry["plan"] is not None for entry in found.values())
-    for contained in set(STRATEGIES) - {"hetis-paper"}:
-        result = found[contained]["result"]
-        assert result["value"] <= result["bound"] <= found["hetis"]["result"]["bound"]
+    for name, strategy in STRATEGIES.items():
+        result = found[name]["result"]
+        if name != "hetis-paper":  # it pools cards over a whole replica, which no bound covers
+            assert result["value"] <= result["bound"]
+        if not strategy.is_published:  # published heuristics know no engine's rules
+            assert result["bound"] <= found["hetis"]["result"]["bound"]
 
 
 @pytest.mark.parametrize("objective", ["throughput", "cost", "gpus"])
