@@ -298,7 +298,7 @@ def test_ctrl_c_saves_and_prints_the_incumbent(tmp_path: Path) -> None:
     assert process.returncode == 130, err
     assert json.loads(out) == json.loads((tmp_path / "plan.json").read_text())
     result = json.loads(out)["result"]
-    assert result["status"] == "interrupted"
+    assert result["status"] in ("interrupted", "optimal")  # the search may end between its incumbent and the signal
     assert result["value"] > 0
     assert result["bound"] >= result["value"]  # however early it was stopped
     assert "stopping with the best plan so far" in err

@@ -96,18 +96,21 @@ class Figures:
     gpus_idle: int
 
 
-def compare_strategies(asked: Searches, strategies: Sequence[str]) -> tuple[Compared, ...]:
+def compare_strategies(
+    asked: Searches, strategies: Sequence[str], *, first: int = 1, total: int | None = None
+) -> tuple[Compared, ...]:
     """Return the outcome of every strategy, in the order passed.
 
     Contained strategies are solved first, each with its own budget. A strategy without a plan is an outcome like any
-    other. Once a budget is cancelled, the remaining strategies are not run.
+    other. Once a budget is cancelled, the remaining strategies are not run. Progress calls them the ``first`` and the
+    next ones of ``total`` (of these alone by default).
 
     Raises:
         InvalidProblemError: the objective needs something that the cluster lacks, such as a price.
     """
     found: dict[str, Compared] = {}
-    for number, strategy in enumerate(ordered := _contained_first(strategies), start=1):
-        told = one_of_several(asked.report, number, len(ordered), f"{strategy}: ")
+    for number, strategy in enumerate(ordered := _contained_first(strategies), start=first):
+        told = one_of_several(asked.report, number, total or len(ordered), f"{strategy}: ")
         found[strategy] = planned(replace(asked, settings=replace(asked.settings, strategy=strategy), report=told))
     for strategy in _contained_first(strategies):
         container = CONTAINERS.get(strategy)
@@ -137,9 +140,12 @@ def compare_engines(
         if len(engines) > 1:
             told = one_of_several(told, number, len(engines), f"for {name}, ")
         own = replace(asked, settings=replace(asked.settings, engine=rules), report=told)
-        for outcome in compare_strategies(own, searched):
+        for outcome in compare_strategies(own, searched, total=len(searched) + len(published)):
             found[outcome.strategy, name] = replace(outcome, engine=name)
-    for outcome in compare_strategies(replace(asked, settings=replace(asked.settings, engine=None)), published):
+    unbound = replace(asked, settings=replace(asked.settings, engine=None))
+    for outcome in compare_strategies(
+        unbound, published, first=len(searched) + 1, total=len(searched) + len(published)
+    ):
         found[outcome.strategy, None] = outcome
     order: list[tuple[str, str | None]] = [
         (one, name) for one in dict.fromkeys(strategies) for name in (*engines, None)
