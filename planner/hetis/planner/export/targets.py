@@ -107,7 +107,7 @@ def carries(
 ) -> Carried:
     """Return whether a target serves all of a plan's traffic, and if not why.
 
-    Images, keys and names are taken as given; addresses of nodes are unknown, on which the order of Ray's stages depends.
+    Images, keys and names count as given. Addresses of nodes are unknown; the order of Ray's stages depends on them.
 
     Args:
         model: the planned model; None: the one in the plan's own documents.
