@@ -2,8 +2,8 @@
 
 Memory is in GB and its bandwidth in GB/s; TFLOPS are dense 16-bit matrix products with 32-bit accumulation, half of the
 rate with 16-bit accumulation on GeForce boards. Sparse rates of 4 or 8 bits, where a vendor states only these, are
-divided by 8 or 4. A rate that no document states follows from multiprocessors and boost clock, with 512 FLOPs per clock and
-multiprocessor on GeForce boards and 1,024 on others; its source is the document of the chip. No price is stated.
+divided by 8 or 4. A rate that no document states follows from multiprocessors and boost clock, with 512 FLOPs per clock
+and multiprocessor on GeForce boards and 1,024 on others; its source is the document of the chip. No price is stated.
 """
 
 from __future__ import annotations
