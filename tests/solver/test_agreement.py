@@ -22,11 +22,11 @@ from hetis.solver.check.fleet import PoolShape, StageShape, slowest
 from hetis.solver.check.setting import Setting, divides, head_groups_per_rank
 from hetis.solver.cluster import Link, Network
 from hetis.solver.model import DraftShape, ModelSpec
-from hetis.solver.placement import template as of_search
-from hetis.solver.placement.stage_cost import kept_bytes
-from hetis.solver.placement.tables import CostTables
-from hetis.solver.placement.tabulation import build_cost_tables
-from hetis.solver.placement.template import Template, TemplateStage
+from hetis.solver.placement.replicas import template as of_search
+from hetis.solver.placement.replicas.stage_cost import kept_bytes
+from hetis.solver.placement.replicas.tables import CostTables
+from hetis.solver.placement.replicas.tabulation import build_cost_tables
+from hetis.solver.placement.replicas.template import Template, TemplateStage
 from hetis.solver.plan import Role
 from hetis.solver.problem import Assumptions, Family, PlacementProblem
 from hetis.solver.profile import Fit, Op, Piece, Profile

@@ -14,8 +14,8 @@ from hetis.solver.cluster import GpuSlots
 from hetis.solver.constraints import Exclude, Selection, Unit
 from hetis.solver.errors import UnboundPlanError
 from hetis.solver.placement.binding import bind
-from hetis.solver.placement.tabulation import build_cost_tables
-from hetis.solver.placement.template import Template, TemplateStage, use_of
+from hetis.solver.placement.replicas.tabulation import build_cost_tables
+from hetis.solver.placement.replicas.template import Template, TemplateStage, use_of
 from hetis.solver.plan import Plan
 from hetis.solver.planning import solve_placement
 from tests.models import replace

@@ -13,11 +13,11 @@ from hypothesis import given, settings
 from hetis.solver.check import check_plan
 from hetis.solver.cluster import Link, Network
 from hetis.solver.errors import InvalidProblemError
-from hetis.solver.placement.equal_stages import uniform_templates
 from hetis.solver.placement.families import STRATEGIES
+from hetis.solver.placement.replicas.equal_stages import uniform_templates
+from hetis.solver.placement.replicas.tabulation import build_cost_tables
+from hetis.solver.placement.replicas.template import interval_of, with_fewest_in_flight
 from hetis.solver.placement.solve import kv_routes
-from hetis.solver.placement.tabulation import build_cost_tables
-from hetis.solver.placement.template import interval_of, with_fewest_in_flight
 from hetis.solver.plan import Objective, ObjectiveKind, Plan, Role, Status
 from hetis.solver.problem import Family, PlacementProblem
 from tests.solver.instances import (

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from hetis.solver.errors import UnboundPlanError
 from hetis.solver.placement.fleet import IntArray
-from hetis.solver.placement.tabulation import build_cost_tables
-from hetis.solver.placement.template import Template, TemplateStage
+from hetis.solver.placement.replicas.tabulation import build_cost_tables
+from hetis.solver.placement.replicas.template import Template, TemplateStage
 from hetis.solver.plan import Role
 from hetis.solver.replanning.change import Fate
 from hetis.solver.replanning.net_master import ColumnList, InventoryRows, Row, inventory_of

@@ -20,11 +20,10 @@ from hetis.solver.placement.fleet import FloatArray, class_prices
 from hetis.solver.placement.infeasible import Market, infeasible
 from hetis.solver.placement.master import demanded_rate, row_costs_of
 from hetis.solver.placement.outcome import Outcome, is_out_of_reach
-from hetis.solver.placement.search import equal_stages, search
-from hetis.solver.placement.stage_cost import state_on_rank
-from hetis.solver.placement.tables import CostTables
-from hetis.solver.placement.tabulation import build_cost_tables
-from hetis.solver.placement.template import (
+from hetis.solver.placement.replicas.stage_cost import state_on_rank
+from hetis.solver.placement.replicas.tables import CostTables
+from hetis.solver.placement.replicas.tabulation import build_cost_tables
+from hetis.solver.placement.replicas.template import (
     Template,
     fixed_bytes,
     gpus_of,
@@ -34,6 +33,7 @@ from hetis.solver.placement.template import (
     use_of,
     with_fewest_in_flight,
 )
+from hetis.solver.placement.search import equal_stages, search
 from hetis.solver.plan import (
     AttentionWorkerPool,
     ClassPrice,

@@ -26,9 +26,9 @@ import numpy as np
 from hetis.solver import cost
 from hetis.solver.cost import DeviceCost
 from hetis.solver.placement.fleet import IntArray
+from hetis.solver.placement.replicas.tables import CostTables
+from hetis.solver.placement.replicas.template import Template, TemplateStage, kv_tokens_held
 from hetis.solver.placement.solve import replica_plan
-from hetis.solver.placement.tables import CostTables
-from hetis.solver.placement.template import Template, TemplateStage, kv_tokens_held
 from hetis.solver.plan import ReplicaPlan, Role
 from hetis.solver.published.heuristic import Decisions, Search
 from hetis.solver.published.replicas import (

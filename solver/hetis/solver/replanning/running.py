@@ -17,10 +17,10 @@ from hetis.solver.cluster import Cluster
 from hetis.solver.constraints import DUTY_OF_ROLE, Duty
 from hetis.solver.cost import Mix
 from hetis.solver.placement.fleet import class_of_slots
-from hetis.solver.placement.pipelines import is_run_by_engine
-from hetis.solver.placement.stage_cost import stage_roles
-from hetis.solver.placement.tables import BOTH, FIRST, LAST, CostTables, Scope
-from hetis.solver.placement.template import (
+from hetis.solver.placement.replicas.pipelines import is_run_by_engine
+from hetis.solver.placement.replicas.stage_cost import stage_roles
+from hetis.solver.placement.replicas.tables import BOTH, FIRST, LAST, CostTables, Scope
+from hetis.solver.placement.replicas.template import (
     Template,
     TemplateStage,
     interval_of,

@@ -25,10 +25,10 @@ from hetis.solver.placement.families import STRATEGIES
 from hetis.solver.placement.infeasible import infeasible
 from hetis.solver.placement.master import demanded_rate
 from hetis.solver.placement.outcome import Outcome, is_out_of_reach, sound_bound
+from hetis.solver.placement.replicas.tables import CostTables
+from hetis.solver.placement.replicas.tabulation import build_cost_tables
+from hetis.solver.placement.replicas.template import Template
 from hetis.solver.placement.solve import objective_scale, plan_of
-from hetis.solver.placement.tables import CostTables
-from hetis.solver.placement.tabulation import build_cost_tables
-from hetis.solver.placement.template import Template
 from hetis.solver.plan import ObjectiveKind, Plan, Role
 from hetis.solver.problem import PlacementProblem
 from hetis.solver.replanning.change import (

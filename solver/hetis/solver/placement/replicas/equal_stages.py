@@ -10,9 +10,9 @@ from dataclasses import replace
 import numpy as np
 
 from hetis.solver.placement.fleet import IntArray
-from hetis.solver.placement.pipelines import Shape, is_run_by_engine, stage_times, sweep_of
-from hetis.solver.placement.tables import BOTH, FIRST, LAST, PLAIN, CostTables
-from hetis.solver.placement.template import Template, TemplateStage, interval_of
+from hetis.solver.placement.replicas.pipelines import Shape, is_run_by_engine, stage_times, sweep_of
+from hetis.solver.placement.replicas.tables import BOTH, FIRST, LAST, PLAIN, CostTables
+from hetis.solver.placement.replicas.template import Template, TemplateStage, interval_of
 
 MOST_EQUAL = 2_000  # choices of the nodes of equal stages with different explicit links
 

@@ -16,7 +16,7 @@ import numpy as np
 
 from hetis.solver import cost
 from hetis.solver.placement.fleet import IntArray
-from hetis.solver.placement.stage_cost import (
+from hetis.solver.placement.replicas.stage_cost import (
     fixed_by_role,
     iterations_of,
     kept_bytes,
@@ -26,7 +26,7 @@ from hetis.solver.placement.stage_cost import (
     slack,
     stage_roles,
 )
-from hetis.solver.placement.tables import BOTH, FIRST, LAST, CostTables, FloatArray
+from hetis.solver.placement.replicas.tables import BOTH, FIRST, LAST, CostTables, FloatArray
 from hetis.solver.plan import Role
 
 

@@ -19,8 +19,8 @@ import numpy as np
 
 from hetis.solver.errors import InvalidProblemError
 from hetis.solver.placement.fleet import IntArray
-from hetis.solver.placement.nodes import kind_of, least_nodes_of, nodes_of_groups
-from hetis.solver.placement.stage_cost import (
+from hetis.solver.placement.replicas.kinds import kind_of, least_nodes_of, nodes_of_groups
+from hetis.solver.placement.replicas.stage_cost import (
     ROUNDING,
     fixed_by_role,
     iterations_of,
@@ -31,8 +31,8 @@ from hetis.solver.placement.stage_cost import (
     slack,
     stage_roles,
 )
-from hetis.solver.placement.tables import BOTH, FIRST, LAST, PLAIN, BoolArray, CostTables, FloatArray
-from hetis.solver.placement.template import Template, TemplateStage, gpus_of, interval_of
+from hetis.solver.placement.replicas.tables import BOTH, FIRST, LAST, PLAIN, BoolArray, CostTables, FloatArray
+from hetis.solver.placement.replicas.template import Template, TemplateStage, gpus_of, interval_of
 from hetis.solver.plan import Role
 
 NUM_ROLES = 4
