@@ -6,8 +6,8 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 from hetis.planner.fleet import deciding
+from hetis.planner.fleet.agents.link import Response
 from hetis.planner.fleet.cluster import ClusterFleet
-from hetis.planner.fleet.link import Response
 from hetis.planner.fleet.settings import FleetCounters, FleetSettings
 from hetis.planner.fleet.writes import apply, read_clusters, read_ends
 from tests.planner.fleet.memory_store import MemoryStore

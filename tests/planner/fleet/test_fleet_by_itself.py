@@ -13,10 +13,10 @@ import pytest
 
 from hetis.planner import callers
 from hetis.planner.failures import ServiceError
+from hetis.planner.fleet.agents.link import Request, Response
+from hetis.planner.fleet.agents.stream import MessageBudget
 from hetis.planner.fleet.fleet import LiveFleet
 from hetis.planner.fleet.hubs import Hubs
-from hetis.planner.fleet.link import Request, Response
-from hetis.planner.fleet.message_budget import MessageBudget
 from hetis.planner.store import Store
 from hetis.v1 import agent_service_pb2 as pb
 from hetis.v1 import change_pb2, cluster_pb2, plan_pb2, redispatch_pb2, replica_pb2

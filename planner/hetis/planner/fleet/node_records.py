@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from hetis.planner.convert.names import last_part, node_name
-from hetis.planner.fleet.link import NodeLink
+from hetis.planner.fleet.agents.link import NodeLink
 from hetis.planner.fleet.writes import NodeWrite, Writes
 from hetis.planner.store import NodeRecord
 from hetis.v1 import inventory_pb2

@@ -120,7 +120,7 @@ class Calls(grpc.aio.ServerInterceptor):
     def _wrap(self, method: str, handler: Handler) -> Handler:
         """Return a handler of a method of any kind.
 
-        To gRPC it has streams in both directions, of which nothing is read before it is asked for: a caller is
+        To gRPC it has streams in both directions, of which nothing is read before it is requested: a caller is
         identified, and its calls are counted, before it has sent a message.
         """
         behaviour = handler.unary_unary or handler.unary_stream or handler.stream_stream
@@ -278,7 +278,7 @@ async def _first_message(context: Context, decode: Decode, record: CallRecord) -
     if not isinstance(raw, bytes):
         raise ServiceError(Reason.ERROR_REASON_INVALID_FIELD, "the call has no message")
     request = decoded(decode, raw)
-    record.asks(request)
+    record.requests(request)
     return request
 
 
