@@ -243,7 +243,7 @@ def load_inputs(
     fleet = attempt(lambda: load_cluster(cluster) if isinstance(cluster, str) else cluster, problems)
     notes: list[str] = []
     spec = attempt(lambda: load_model(model, notes=notes) if isinstance(model, str) else model, problems)
-    traffic = attempt(lambda: _traffic(workload, prefix_hit_rate), problems)
+    traffic = attempt(lambda: _traffic(workload, prefix_hit_rate, notes), problems)
     measured = load_profiles(profiles, problems)
     if fleet is not None:
         problems += unused_profiles(measured, fleet)
@@ -311,9 +311,9 @@ def notes_on_vendors(fleet: Cluster) -> list[str]:
     ]
 
 
-def _traffic(given: str | Workload, prefix_hit_rate: PrefixHitRate | None) -> Workload:
+def _traffic(given: str | Workload, prefix_hit_rate: PrefixHitRate | None, notes: list[str]) -> Workload:
     if isinstance(given, str):
-        return load_workload(given, prefix_hit_rate=prefix_hit_rate)
+        return load_workload(given, prefix_hit_rate=prefix_hit_rate, notes=notes)
     return with_prefix_hits(given, prefix_hit_rate)
 
 
