@@ -300,7 +300,7 @@ def templates(draw: st.DrawFn, models: Sequence[ModelSpec] = MODELS) -> tuple[Pl
     alone = mix.attention_dp > 1
     for layers in draw(st.sampled_from([(4 - model.prefix_layers,), (2, 2)][: 1 if alone else 2])):
         s = draw(st.sampled_from(ranks))
-        stage = TemplateStage(s, 1, layers)
+        stage = TemplateStage(s, layers)
         pools = [q for q in range(len(costs.classes)) if t.pool_start[s, q] >= 0]
         if mix.role is not Role.PREFILL and pools and draw(st.booleans()):
             cards, groups = draw(st.sampled_from(costs.pool_sizes)), draw(st.integers(1, int(t.rank_groups[s])))
@@ -360,7 +360,7 @@ def test_the_search_tabulates_what_a_stage_with_a_pool_keeps_beside_a_chunk() ->
     problem = make_problem(nodes, profiles=profiles, workload=make_workload((300, 60)))
     costs = build_cost_tables(problem)
     own, worker = (next(i for i, c in enumerate(costs.classes) if c.gpu == gpu) for gpu in "AB")
-    stage = TemplateStage(costs.ranks.index((own, 1)), 1, problem.model.num_layers)
+    stage = TemplateStage(costs.ranks.index((own, 1)), problem.model.num_layers)
     pooled = replace(stage, pool_class=worker, pool_cards=1, pool_groups=1)
     for scope, mix, f in configurations(costs):
         if costs.mixes[mix].role is Role.UNIFIED and costs.mixes[mix].attention_dp == 1:
