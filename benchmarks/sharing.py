@@ -32,7 +32,7 @@ from hetis.planner.use_cases.sources import named
 from hetis.solver.budget import Budget
 from hetis.solver.placement.families import DEFAULT_ENGINE
 from hetis.solver.placement.fleet import IntArray
-from hetis.solver.placement.tables import FloatArray
+from hetis.solver.placement.replicas.tables import FloatArray
 from hetis.solver.problem import EngineRules
 from hetis.solver.shares.problem import FairnessRule, GpuShare, ShareJob, ShareProblem, ShareTenant
 from hetis.solver.shares.solve import solve_shares

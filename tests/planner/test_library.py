@@ -173,7 +173,7 @@ def test_an_export_has_the_options_of_the_command_line() -> None:
     wanted = {field.name for field in fields(ExportSettings)} - {"hosts"}
     assert wanted == parameters(hetis.Plan.export) - {"self", "target", "folder", "force", "node_address"}
     theirs = parameters(ExportOptions)
-    assert wanted == theirs - {"to", "out", "strict", "force", "node_address"} | {"engine_options"}
+    assert wanted == theirs - {"to", "out", "strict", "partial", "force", "node_address"} | {"engine_options"}
 
 
 def parameters(function: Callable[..., object]) -> set[str]:

@@ -22,11 +22,11 @@ from hetis.solver.check.fleet import PoolShape, StageShape, slowest
 from hetis.solver.check.setting import Setting, divides, head_groups_per_rank
 from hetis.solver.cluster import Link, Network
 from hetis.solver.model import DraftShape, ModelSpec
-from hetis.solver.placement import template as of_search
-from hetis.solver.placement.stage_cost import kept_bytes
-from hetis.solver.placement.tables import CostTables
-from hetis.solver.placement.tabulation import build_cost_tables
-from hetis.solver.placement.template import Template, TemplateStage
+from hetis.solver.placement.replicas import template as of_search
+from hetis.solver.placement.replicas.stage_cost import kept_bytes
+from hetis.solver.placement.replicas.tables import CostTables
+from hetis.solver.placement.replicas.tabulation import build_cost_tables
+from hetis.solver.placement.replicas.template import Template, TemplateStage
 from hetis.solver.plan import Role
 from hetis.solver.problem import Assumptions, EngineRules, Family, PlacementProblem
 from hetis.solver.profile import Fit, Op, Piece, Profile
@@ -306,7 +306,7 @@ def templates(draw: st.DrawFn, models: Sequence[ModelSpec] = MODELS) -> tuple[Pl
     alone = mix.attention_dp > 1
     for layers in draw(st.sampled_from([(4 - model.prefix_layers,), (2, 2)][: 1 if alone else 2])):
         s = draw(st.sampled_from(ranks))
-        stage = TemplateStage(s, 1, layers)
+        stage = TemplateStage(s, layers)
         pools = [q for q in range(len(costs.classes)) if t.pool_start[s, q] >= 0]
         if mix.role is not Role.PREFILL and pools and draw(st.booleans()):
             cards, groups = draw(st.sampled_from(costs.pool_sizes)), draw(st.integers(1, int(t.rank_groups[s])))
@@ -366,7 +366,7 @@ def test_the_search_tabulates_what_a_stage_with_a_pool_keeps_beside_a_chunk() ->
     problem = make_problem(nodes, profiles=profiles, workload=make_workload((300, 60)))
     costs = build_cost_tables(problem)
     own, worker = (next(i for i, c in enumerate(costs.classes) if c.gpu == gpu) for gpu in "AB")
-    stage = TemplateStage(costs.ranks.index((own, 1)), 1, problem.model.num_layers)
+    stage = TemplateStage(costs.ranks.index((own, 1)), problem.model.num_layers)
     pooled = replace(stage, pool_class=worker, pool_cards=1, pool_groups=1)
     for scope, mix, f in configurations(costs):
         if costs.mixes[mix].role is Role.UNIFIED and costs.mixes[mix].attention_dp == 1:

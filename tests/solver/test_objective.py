@@ -11,7 +11,7 @@ from hetis.solver.budget import SearchSettings
 from hetis.solver.check import check_plan
 from hetis.solver.constraints import AtMost, Sum
 from hetis.solver.errors import InvalidProblemError
-from hetis.solver.placement.tabulation import build_cost_tables
+from hetis.solver.placement.replicas.tabulation import build_cost_tables
 from hetis.solver.plan import LEAST_DEMAND_RPS, Objective, ObjectiveKind
 from hetis.solver.planning import solve_placement
 from hetis.solver.replanning.fresh import search_left_over

@@ -628,11 +628,3 @@ def ttft_round_trips(moments: WorkloadMoments, assumptions: Assumptions, mix: Mi
     """
     chunks = chunks_ahead(moments, assumptions, mix)
     return 0.0 if mix.role is Role.DECODE else ttft_s(chunks, 1.0, 1.0 / in_flight)
-
-
-UNEVENNESS_STEP = 1.25
-
-
-def unevenness_level(unevenness: float) -> int:
-    """Return the least k with ``unevenness <= 1.25^k``, the resolution at which families limit unevenness."""
-    return max(0, math.ceil(math.log(unevenness) / math.log(UNEVENNESS_STEP) - 1e-9))

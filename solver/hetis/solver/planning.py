@@ -18,8 +18,8 @@ from hetis.solver.placement.constrained_problem import apply_constraints, restor
 from hetis.solver.placement.families import STRATEGIES, constraints_ignored
 from hetis.solver.placement.infeasible import Market
 from hetis.solver.placement.outcome import rate_bound, sound_bound
+from hetis.solver.placement.replicas.tabulation import build_cost_tables
 from hetis.solver.placement.solve import in_objective_units, objective_scale, solve_family
-from hetis.solver.placement.tabulation import build_cost_tables
 from hetis.solver.plan import Plan
 from hetis.solver.problem import PlacementProblem
 

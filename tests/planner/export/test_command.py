@@ -72,13 +72,16 @@ def test_manifests_go_to_stdout_as_one_stream(plan_file: Path, capfdbinary: pyte
     assert kinds.count("StatefulSet") == 3
 
 
-def test_strict_writes_nothing_when_something_is_lost(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_part_of_the_traffic_is_exported_on_request_only(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = saved(tmp_path, made_of(*PLANS["one GPU"].replicas, UNEQUAL_COPIES))
     words = ["export", str(path), "--to", "vllm", "--out", str(tmp_path / "out")]
     assert run([*words, "--strict"]) == ExitCode.MISSED
     assert "- replica 1: stage 2: it has 2 copies, vLLM has one of each stage" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
-    assert run(words) == 0
+    assert run(words) == ExitCode.MISSED
+    assert "error: what is exported serves 1 of 6 requests/s, so nothing was written" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    assert run([*words, "--partial"]) == 0
     said = capsys.readouterr().err
     assert "warning: replica 1: stage 2: it has 2 copies" in said
     assert "warning: what is exported serves 1 of 6 requests/s" in said

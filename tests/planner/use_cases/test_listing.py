@@ -17,8 +17,8 @@ from hetis.planner.use_cases.place import PlacementSettings
 from hetis.planner.use_cases.request import objective
 from hetis.planner.use_cases.sources import engine_rules, load_inputs
 from hetis.solver.placement.constrained_problem import apply_constraints
-from hetis.solver.placement.pipelines import shapes_of
-from hetis.solver.placement.tabulation import build_cost_tables
+from hetis.solver.placement.replicas.pipelines import shapes_of
+from hetis.solver.placement.replicas.tabulation import build_cost_tables
 from hetis.solver.plan import ObjectiveKind
 from hetis.solver.problem import PlacementProblem
 

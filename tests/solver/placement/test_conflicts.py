@@ -22,7 +22,7 @@ from hetis.solver.placement.infeasible import ExplainedInfeasibleError, Infeasib
 from hetis.solver.placement.infeasible.relaxations import with_added
 from hetis.solver.placement.infeasible.requirements import Subject, keeping, requirements_of, with_faster_links
 from hetis.solver.placement.outcome import rate_bound
-from hetis.solver.placement.tabulation import build_cost_tables
+from hetis.solver.placement.replicas.tabulation import build_cost_tables
 from hetis.solver.plan import Objective, ObjectiveKind, Role
 from hetis.solver.planning import solve_placement
 from hetis.solver.problem import Family, PlacementProblem

@@ -21,7 +21,7 @@ from hetis.solver.placement.candidates import Evaluator, candidates_of
 from hetis.solver.placement.columns import Columns
 from hetis.solver.placement.families import ENGINES, STRATEGIES, beyond, run_by
 from hetis.solver.placement.master import Master
-from hetis.solver.placement.tabulation import build_cost_tables
+from hetis.solver.placement.replicas.tabulation import build_cost_tables
 from hetis.solver.plan import AttentionWorkerPool, ObjectiveKind, Plan, Role, Status
 from hetis.solver.planning import solve_placement
 from hetis.solver.problem import APART, EngineRules, Family, PlacementProblem

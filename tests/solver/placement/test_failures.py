@@ -23,7 +23,7 @@ from hetis.solver.placement.families import STRATEGIES
 from hetis.solver.placement.infeasible import trials as trials_module
 from hetis.solver.placement.infeasible.requirements import Requirement, Subject, requirements_of
 from hetis.solver.placement.infeasible.trials import Trials
-from hetis.solver.placement.tabulation import build_cost_tables
+from hetis.solver.placement.replicas.tabulation import build_cost_tables
 from hetis.solver.plan import ObjectiveKind, Status
 from hetis.solver.planning import solve_placement
 from hetis.solver.problem import EngineSettings, PlacementProblem

@@ -18,7 +18,7 @@ from hetis.solver.node_links import NodeLinks, node_links_of
 from hetis.solver.placement.constrained_problem import apply_constraints
 from hetis.solver.placement.families import STRATEGIES
 from hetis.solver.placement.fleet import MOST_PARTS
-from hetis.solver.placement.tabulation import build_cost_tables
+from hetis.solver.placement.replicas.tabulation import build_cost_tables
 from hetis.solver.plan import ObjectiveKind, Plan, Role, Status
 from hetis.solver.planning import solve_placement
 from hetis.solver.problem import OWN_LINKS, QUICK_LINKS, EngineRules, Family, PlacementProblem

@@ -15,7 +15,8 @@ from hetis.solver.errors import InfeasibleError, InvalidProblemError, NoPlanFoun
 from hetis.solver.placement.explanation.alternatives import simpler_or_best
 from hetis.solver.placement.families import STRATEGIES, beyond, run_by
 from hetis.solver.placement.fleet import device_classes
-from hetis.solver.placement.nodes import Kind, fewest_nodes, pack_within
+from hetis.solver.placement.nodes import pack_within
+from hetis.solver.placement.replicas.kinds import Kind, fewest_nodes
 from hetis.solver.plan import ObjectiveKind, Plan, Role, Status
 from hetis.solver.planning import solve_placement
 from hetis.solver.problem import EngineRules, Family, PlacementProblem

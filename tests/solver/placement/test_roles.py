@@ -13,11 +13,11 @@ from hypothesis import given, settings
 from hetis.solver.check import check_plan
 from hetis.solver.cluster import Link, Network
 from hetis.solver.errors import InvalidProblemError
-from hetis.solver.placement.equal_stages import uniform_templates
 from hetis.solver.placement.families import STRATEGIES
+from hetis.solver.placement.replicas.equal_stages import uniform_templates
+from hetis.solver.placement.replicas.tabulation import build_cost_tables
+from hetis.solver.placement.replicas.template import interval_of, with_fewest_in_flight
 from hetis.solver.placement.solve import kv_routes
-from hetis.solver.placement.tabulation import build_cost_tables
-from hetis.solver.placement.template import interval_of, with_fewest_in_flight
 from hetis.solver.plan import Objective, ObjectiveKind, Plan, Role, Status
 from hetis.solver.problem import Family, PlacementProblem
 from tests.solver.instances import (
@@ -136,7 +136,7 @@ def test_a_prefill_replica_has_no_more_in_flight_than_its_rate_needs(limit_s: fl
         few = with_fewest_in_flight(costs, many)
         if limit_s is not None or costs.mixes[template.mix].role is not Role.PREFILL:
             assert few is many
-        elif template.num_copies == 1:
+        elif len(template.stages) == 1:
             tried += 1
             assert (problem.family.in_flight[few.in_flight_index], few.rate) == (2, many.rate)  # one has no slack
             assert interval_of(costs, few) == pytest.approx(few.interval_s, rel=1e-12)

@@ -26,7 +26,7 @@ from hetis.solver.placement.families import STRATEGIES
 from hetis.solver.placement.master import Master, MilpSolution
 from hetis.solver.placement.optimum import search_enumerated
 from hetis.solver.placement.outcome import Outcome
-from hetis.solver.placement.tabulation import build_cost_tables
+from hetis.solver.placement.replicas.tabulation import build_cost_tables
 from hetis.solver.plan import Objective, ObjectiveKind, Plan, Status
 from hetis.solver.planning import solve_placement
 from hetis.solver.problem import PlacementProblem

@@ -7,7 +7,7 @@ import itertools
 import numpy as np
 from hypothesis import strategies as st
 
-from hetis.solver.placement.tables import FloatArray
+from hetis.solver.placement.replicas.tables import FloatArray
 from hetis.solver.published.replicas import Part
 
 

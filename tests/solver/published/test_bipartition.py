@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 
-from hetis.solver.placement.tables import FloatArray
+from hetis.solver.placement.replicas.tables import FloatArray
 from hetis.solver.published.hexgen2 import coarsened, maximum_cut
 from tests.solver.published.graphs import bipartitions, cliques, cut_between, graphs
 

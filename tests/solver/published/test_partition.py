@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hetis.solver.placement.tables import FloatArray
+from hetis.solver.placement.replicas.tables import FloatArray
 from hetis.solver.published.hexgen2 import coarsened, refine, spectral_partition
 from hetis.solver.published.replicas import Part
 from tests.solver.published.graphs import bipartitions, cliques, cut_between, graphs

@@ -11,7 +11,7 @@ from hetis.solver.budget import Budget, silent
 from hetis.solver.cluster import Link
 from hetis.solver.cluster import Network as Links
 from hetis.solver.placement.families import STRATEGIES
-from hetis.solver.placement.tabulation import build_cost_tables
+from hetis.solver.placement.replicas.tabulation import build_cost_tables
 from hetis.solver.plan import Role
 from hetis.solver.published.heuristic import Search
 from hetis.solver.published.hexgen2 import SATURATED, Arrangement, FlowNetwork, proposals

@@ -19,9 +19,9 @@ from hetis.solver.placement.enumeration import EnumeratedColumns
 from hetis.solver.placement.families import run_by
 from hetis.solver.placement.master import demanded_rate
 from hetis.solver.placement.policy import POLICY
-from hetis.solver.placement.tables import CostTables
-from hetis.solver.placement.tabulation import build_cost_tables
-from hetis.solver.placement.template import Template
+from hetis.solver.placement.replicas.tables import CostTables
+from hetis.solver.placement.replicas.tabulation import build_cost_tables
+from hetis.solver.placement.replicas.template import Template
 from hetis.solver.plan import LEAST_DEMAND_RPS, Objective, ObjectiveKind, Plan, ReplicaPlan, Role
 from hetis.solver.planning import solve_placement
 from hetis.solver.problem import EngineRules, Family, PlacementProblem

@@ -41,6 +41,7 @@ class ExportOptions:
     to: ExportTarget = option("--to: System that will run the plan.", ...)
     out: str = option("--out DIR|-: A new or empty folder; - writes the main file to stdout.", "-")
     strict: bool = option("--strict: Exit 5 and write nothing if any part of the plan cannot be exported.", False)
+    partial: bool = option("--partial: Export also if only a part of the planned traffic can be served.", False)
     force: bool = option("--force: Write to a folder even if it is not empty.", False)
     engine: Engine | None = option(
         "--engine: Engine that serves each replica.", shown="vllm, or vllm-hetis with attention workers"
@@ -107,7 +108,7 @@ def export(
     folder = None if requested.out == "-" else Path(requested.out)
     if folder is not None:
         wrong += folder_refusals(folder, force=requested.force)
-    own = ("to", "out", "strict", "force", "node_address")
+    own = ("to", "out", "strict", "partial", "force", "node_address")
     given = {name: value for name, value in vars(requested).items() if name not in own}
     settings = ExportSettings(hosts=hosts, engine_options=tuple(engine_options or ()), **given)
     found = load_plan(plan)
@@ -118,10 +119,15 @@ def export(
         lost = [f"- {line}" for line in made.lost]
         terminal.error(f"--strict: {requested.to.value} cannot export the whole plan, so nothing was written", lost)
         return ExitCode.MISSED
+    if made.rate < made.planned * (1 - 1e-9):
+        served = f"what is exported serves {made.rate:.3g} of {made.planned:.3g} requests/s"
+        if not requested.partial:
+            lost = [f"- {line}" for line in made.lost]
+            terminal.error(f"{served}, so nothing was written; --partial exports it", lost)
+            return ExitCode.MISSED
+        terminal.warn(served)
     for line in made.lost:
         terminal.warn(line)
-    if made.rate < made.planned * (1 - 1e-9):
-        terminal.warn(f"what is exported serves {made.rate:.3g} of {made.planned:.3g} requests/s")
     if folder is None:
         terminal.write("".join(_on_stdout(path, made.files[path]) for path in made.shown))
         return ExitCode.OK
@@ -310,9 +316,9 @@ def _in_the_end(terminal: Terminal, client: Client, read: Callable[[], T]) -> T:
 
     from hetis.planner.client import CallError
 
-    patience, said = client.patience(), ""
+    retries, said = client.retries(), ""
     while True:
-        patience.attempt()
+        retries.attempt()
         try:
             found = read()
         except CallError as error:
@@ -321,9 +327,9 @@ def _in_the_end(terminal: Terminal, client: Client, read: Callable[[], T]) -> T:
             if str(error) != said:
                 said = str(error)
                 terminal.warn(said)
-            time.sleep(patience.next_wait_s(CallError(str(error), code=grpc.StatusCode.UNAVAILABLE)))
+            time.sleep(retries.next_wait_s(CallError(str(error), code=grpc.StatusCode.UNAVAILABLE)))
         else:
-            patience.answered()
+            retries.answered()
             return found
 
 

@@ -34,7 +34,6 @@ def _written(
         endpoints={number: one.endpoint for number, one in launchable.replicas.items()},
         start=start,
         not_carried=(*_not_reached(launchable), *not_carried),
-        carried=launchable,
     )
 
 
@@ -279,9 +278,14 @@ the images run as, 10001 in ours (`sudo chown 10001 worker.key`)."""
 # --- Slurm: a batch script per replica (a heterogeneous job if it spans several nodes), and a step per process
 
 
+def why_no_job(_: Launchable, one: LaunchableReplica) -> Iterator[str]:
+    """Yield why a replica cannot be a job of Slurm."""
+    if shared := sorted({p.name.partition(".")[0] for p in one.layout.attention_workers if p.sharing > 1}):
+        yield f"several ranks have KV on {', '.join(shared)}: steps of a job do not share GPUs"
+
+
 def write_slurm(launchable: Launchable) -> Written:
     """Return a script for `sbatch` for each replica, and a script that submits them all."""
-    launchable = launchable.without_impossible(_why_no_job)
     files = dict[str, str]()
     for one in launchable.replicas.values():
         files |= {path: text for command in one.commands for path, text in command.files.items()}
@@ -292,11 +296,6 @@ def write_slurm(launchable: Launchable) -> Written:
     files["submit.sh"] = "\n".join((*head, *submitted, ""))
     chosen = launchable.mixed_nodes("which of them a step gets, Slurm decides")
     return _written(launchable, files, shown, _HOW_SLURM, chosen)
-
-
-def _why_no_job(one: LaunchableReplica) -> Iterator[str]:
-    if shared := sorted({p.name.partition(".")[0] for p in one.layout.attention_workers if p.sharing > 1}):
-        yield f"several ranks have KV on {', '.join(shared)}: steps of a job do not share GPUs, use --to vllm"
 
 
 def _batch_script(launchable: Launchable, one: LaunchableReplica) -> str:

@@ -32,10 +32,14 @@ from hetis.planner.export.replicas import (
 from hetis.solver.plan import Role
 
 
+def why_no_pods(_: Launchable, one: LaunchableReplica) -> Iterator[str]:
+    """Yield why a replica cannot be pods."""
+    yield from impossible_pods(one.layout)
+
+
 def write_kubernetes(launchable: Launchable) -> Written:
     """Return a file for each replica, and a kustomization of all of them."""
     check_cluster_options(launchable)
-    launchable = launchable.without_impossible(lambda one: impossible_pods(one.layout))
     files = {
         f"{one.name}.yaml": yaml_text(*manifests_of(one.layout, one.serving, deployment_of(launchable, one)))
         for one in launchable.replicas.values()
@@ -95,7 +99,6 @@ def written_for_cluster(
         shown=tuple(files),
         endpoints=endpoints or {number: address(launchable, name, FRONT_PORT) for number, name in names.items()},
         start=f"{start}\n\n{_HOW_REQUESTED.format(resources=' or '.join(usual))}" if usual else start,
-        carried=launchable,
         not_carried=(*mixed, *_turns(launchable), *not_carried),
     )
 
@@ -169,8 +172,7 @@ class PodGroup:
         nodes = [process.node for process in self._further]
         twice = sorted({node for node in nodes if nodes.count(node) > 1})
         return tuple(
-            f"several further stages are on {node}: pods of one template are told apart by their nodes, "
-            "use --to kubernetes"
+            f"several further stages are on {node}: pods of one template are told apart by their nodes"
             for node in twice
         ) + _unlike_resources(self._further)
 
@@ -222,7 +224,7 @@ class PodGroup:
 def _unlike_resources(processes: Iterable[Process]) -> tuple[str, ...]:
     """Return why pods of one template cannot request the GPUs of all these processes; empty if they can."""
     names = dict.fromkeys(map(resource_of, processes))
-    why = f"further stages request {' and '.join(names)}: pods of one template request the same, use --to kubernetes"
+    why = f"further stages request {' and '.join(names)}: pods of one template request the same"
     return (why,) if len(names) > 1 else ()
 
 
@@ -238,7 +240,6 @@ _MOST_ROLES = 10  # roles in a DisaggregatedSet
 def write_lws(launchable: Launchable) -> Written:
     """Return a file for each replica: a LeaderWorkerSet, its attention workers, and related objects."""
     check_cluster_options(launchable)
-    launchable = groupable(launchable)
     split = launchable.has_roles and all(one.plan.role is not Role.UNIFIED for one in launchable.replicas.values())
     if split and 2 <= len(launchable.replicas) <= _MOST_ROLES:
         files = {"replicas.yaml": yaml_text(*_disaggregated(launchable))}
@@ -249,11 +250,10 @@ def write_lws(launchable: Launchable) -> Written:
     return written_for_cluster(launchable, files, _HOW_LWS)
 
 
-def groupable(launchable: Launchable) -> Launchable:
-    """Return the replicas whose pods can be made from two templates. Raises NotExportableError if there are none."""
-    return launchable.without_impossible(
-        lambda one: (*impossible_pods(one.layout), *PodGroup(launchable, one).why_not())
-    )
+def why_no_group(launchable: Launchable, one: LaunchableReplica) -> Iterator[str]:
+    """Yield why the pods of a replica cannot be made from two templates."""
+    yield from impossible_pods(one.layout)
+    yield from PodGroup(launchable, one).why_not()
 
 
 def replica_objects(

@@ -19,7 +19,7 @@ from hetis.engines.serving import (
 )
 from hetis.engines.versions import Engine
 from hetis.formats.documents import yaml_text
-from hetis.planner.export.replicas import PUSHED, Launchable, LaunchableReplica, NotExportableError, Written, paired
+from hetis.planner.export.replicas import PUSHED, Launchable, LaunchableReplica, Written, pairs_of
 from hetis.solver.cluster import node_of
 from hetis.solver.plan import Role
 
@@ -34,10 +34,7 @@ _SHORT_NUMBER = re.compile(r"\d+(\.\d+)?[kKmMgGtT]")  # which vLLM's command lin
 
 def write_ray(launchable: Launchable) -> Written:
     """Return a config file of Ray Serve."""
-    if launchable.engine is Engine.SGLANG:
-        raise NotExportableError(("Ray Serve LLM only runs vLLM: --engine is sglang",))
-    possible = launchable.without_impossible(lambda one: _why_not(launchable, one))
-    launchable, pairs = paired(possible, "Ray Serve LLM")
+    pairs = pairs_of(launchable)
     applications = [
         _application(launchable, number, pairs)
         for number, one in launchable.replicas.items()
@@ -63,7 +60,6 @@ def write_ray(launchable: Launchable) -> Written:
         },
         start=_HOW.format(resources=resources),
         not_carried=(*launchable.mixed_nodes("which of them a rank gets, Ray decides"), *refused),
-        carried=launchable,
     )
 
 
@@ -135,17 +131,19 @@ def _application(launchable: Launchable, number: int, pairs: dict[int, int]) -> 
     return {"name": one.name, "route_prefix": f"/{one.name}", "import_path": path, "args": arguments}
 
 
-def _why_not(launchable: Launchable, one: LaunchableReplica) -> tuple[str, ...]:
+def why_not_on_ray(launchable: Launchable, one: LaunchableReplica) -> tuple[str, ...]:
     """Return why vLLM on Ray cannot run a replica: attention workers, or an order of stages that addresses do not give.
 
     vLLM numbers Ray's workers node by node: the front end's node first, then nodes with fewer workers, then by address.
     """
+    if launchable.engine is Engine.SGLANG:
+        return ("Ray Serve LLM only runs vLLM: the engine is sglang",)
     if one.layout.workers:
-        return ("Ray Serve cannot start attention workers: use --to hetis-launch",)
+        return ("Ray Serve cannot start attention workers",)
     if one.layout.data_parallel > 1:
-        return ("Ray Serve LLM deploys copies that share experts differently: use --to vllm or kubernetes",)
+        return ("Ray Serve LLM deploys copies that share experts differently",)
     if one.layout.pushes_kv:
-        return (f"{PUSHED}, and Ray Serve LLM only sets up the one by which decode replicas read it: use --to vllm",)
+        return (f"{PUSHED}, and Ray Serve LLM only sets up the one by which decode replicas read it",)
     nodes = [node_of(device) for stage in one.plan.stages for device in stage.devices]
     first, *further = dict.fromkeys(nodes)
     if nodes != [node for each in (first, *further) for node in nodes if node == each]:

@@ -77,12 +77,16 @@ class ExportSettings(ClusterSettings):
 class LaunchableReplica:
     """A replica with its layout and its own ports; ``name`` is unique within the export."""
 
-    name: str
+    number: int  # its position in the plan
     plan: ReplicaPlan
     layout: Layout
     serving: Serving
     addresses: Addresses
     port: int
+
+    @property
+    def name(self) -> str:
+        return f"r{self.number}"
 
     @cached_property
     def commands(self) -> tuple[Command, ...]:
@@ -153,9 +157,9 @@ class Launchable:
             raise NotExportableError(tuple(less.reasons()))
         return less
 
-    def without_impossible(self, why_not: Callable[[LaunchableReplica], Iterable[str]]) -> Launchable:
+    def without_impossible(self, why_not: Callable[[Launchable, LaunchableReplica], Iterable[str]]) -> Launchable:
         """Return the plan `without` the replicas that have reasons why the target cannot run them."""
-        reasons = {number: tuple(why_not(one)) for number, one in self.replicas.items()}
+        reasons = {number: tuple(why_not(self, one)) for number, one in self.replicas.items()}
         return self.without({number: why for number, why in reasons.items() if why})
 
     def mixed_nodes(self, says: str, *, everywhere: bool = False) -> list[str]:
@@ -203,7 +207,6 @@ class Written:
     shown: tuple[str, ...]  # the essential files, for standard output
     endpoints: Mapping[int, str]  # endpoint of each replica, by its position in the plan
     start: str  # instructions for starting, in Markdown
-    carried: Launchable  # the plan with the replicas that the target can run
     not_carried: tuple[str, ...] = ()  # features of the plan that the target lacks
 
 
@@ -235,7 +238,6 @@ def launchable(plan: Plan, model: ModelSpec, settings: ExportSettings) -> Launch
             left_out[number] = ("only `vllm serve` and `sglang serve` start stages on several nodes: see --program",)
             continue
         node = layout.servers[0].node
-        name = f"r{number}"
         serving = Serving(
             model=settings.model.replace(WEIGHTS, weights_of(model.on(plan.replicas[number].stages[0].gpu))),
             program=program,
@@ -249,7 +251,7 @@ def launchable(plan: Plan, model: ModelSpec, settings: ExportSettings) -> Launch
             left_out[number] = (why,)
             continue
         replicas[number] = LaunchableReplica(
-            name=name,
+            number=number,
             plan=plan.replicas[number],
             layout=layout,
             serving=serving,
@@ -258,7 +260,7 @@ def launchable(plan: Plan, model: ModelSpec, settings: ExportSettings) -> Launch
                 worker_port=WORKER_PORT + workers,
                 master_port=MASTER_PORT + PORT_STEP * meetings[node],
                 kv_port=KV_PORT + kv_ports[node],
-                config_file=f"{name}-workers.yaml",
+                config_file=f"r{number}-workers.yaml",
                 key_file="worker.key",
             ),
             port=settings.port + fronts[node],
@@ -424,21 +426,20 @@ def _part(devices: Sequence[str], copy: int, count: int) -> tuple[str, ...]:
     return tuple(devices[copy * each : (copy + 1) * each])
 
 
-def paired(launchable: Launchable, target: str) -> tuple[Launchable, dict[int, int]]:
-    """Pair replicas along the plan's routes, the busiest first, and leave out replicas without a partner.
-
-    Return what remains, and the decode replica of every prefill replica. Raises NotExportableError if nothing remains.
-    """
+def pairs_of(launchable: Launchable) -> dict[int, int]:
+    """Return the decode replica of each prefill replica that has one, along the plan's routes, the busiest first."""
     pairs, taken = dict[int, int](), set[int]()
     for route in sorted(launchable.routes(), key=lambda one: (-one.rate, one.prefill, one.decode)):
         if not {route.prefill, route.decode} & taken:
             pairs[route.prefill] = route.decode
             taken |= {route.prefill, route.decode}
-    left_out: dict[int, tuple[str, ...]] = {
-        number: (
-            f"{target} only supports pairs of a prefill and a decode replica, and no partner is left for this one",
-        )
-        for number, one in launchable.replicas.items()
-        if one.plan.role is not Role.UNIFIED and number not in taken
-    }
-    return launchable.without(left_out), pairs
+    return pairs
+
+
+def without_single(launchable: Launchable) -> Launchable:
+    """Return the plan `without` prefill and decode replicas that have no partner of their own."""
+    pairs = pairs_of(launchable)
+    taken = {*pairs, *pairs.values()}
+    why = ("it makes pairs of one prefill and one decode replica, and no partner is left for this one",)
+    roles = (number for number, one in launchable.replicas.items() if one.plan.role is not Role.UNIFIED)
+    return launchable.without(dict.fromkeys((number for number in roles if number not in taken), why))

@@ -17,7 +17,7 @@ from hetis.engines.kubernetes import (
     on_nodes,
     tolerations_of,
 )
-from hetis.engines.layout import Layout, Process
+from hetis.engines.layout import Process
 from hetis.engines.serving import Meeting, arguments_of, is_of_http_server, option_groups
 from hetis.engines.versions import Engine
 from hetis.formats.documents import yaml_text
@@ -26,7 +26,6 @@ from hetis.planner.export.kubernetes import (
     address,
     check_cluster_options,
     deployment_of,
-    groupable,
     namespace,
     replica_objects,
     written_for_cluster,
@@ -36,10 +35,9 @@ from hetis.planner.export.replicas import (
     PUSHED,
     Launchable,
     LaunchableReplica,
-    NotExportableError,
     Written,
     image_in,
-    paired,
+    pairs_of,
 )
 from hetis.planner.export.routing import shares_of, weight
 from hetis.solver.plan import Role
@@ -56,7 +54,6 @@ _ROLES = {Role.PREFILL: "prefill", Role.DECODE: "decode", Role.UNIFIED: "decode"
 def write_llm_d(launchable: Launchable) -> Written:
     """Return values for `helm`, manifests for `kubectl`, and the configuration of the router."""
     check_cluster_options(launchable)
-    launchable = groupable(launchable)
     values, manifests = dict[str, str](), dict[str, str]()
     for one in launchable.replicas.values():
         if len(one.layout.servers) == 1 and not one.layout.workers:
@@ -227,7 +224,7 @@ _PRESETS = {Role.UNIFIED: "worker", Role.DECODE: "decode-worker", Role.PREFILL: 
 def write_kserve(launchable: Launchable) -> Written:
     """Return a file for each LLMInferenceService."""
     check_cluster_options(launchable)
-    launchable, pairs = paired(groupable(launchable), "KServe")
+    pairs = pairs_of(launchable)
     files, presets = dict[str, str](), dict[str, Any]()
     for number, one in launchable.replicas.items():
         if one.plan.role is Role.DECODE:
@@ -352,16 +349,9 @@ _TYPES = {Role.UNIFIED: "worker", Role.PREFILL: "prefill", Role.DECODE: "decode"
 
 def write_dynamo(launchable: Launchable) -> Written:
     """Return DynamoGraphDeployments: a single one for all replicas unless there are too many for one graph."""
-    if launchable.engine not in _PROGRAMS:
-        raise NotExportableError(
-            ("Dynamo's images lack the hetis plugin: use --to kubernetes, lws or hetis-launch, or --engine vllm",)
-        )
-    launchable = launchable.without_impossible(lambda one: _not_of_dynamo(one.layout))
     check_cluster_options(launchable, has_own_front=True)
     components = [_component(launchable, one) for one in launchable.replicas.values()]
     most = _MOST_COMPONENTS - 1
-    if launchable.has_roles and len(components) > most:
-        raise NotExportableError((f"a graph holds {most} replicas, and prefill and decode must be in one graph",))
     graphs = [components[first : first + most] for first in range(0, len(components), most)]
     files = {f"graph-{i}.yaml": yaml_text(_graph(launchable, i, graph)) for i, graph in enumerate(graphs)}
     shares = "shares of replicas: Dynamo's front end balances by load and does not support weights"
@@ -387,15 +377,20 @@ def _options(launchable: Launchable) -> tuple[tuple[str, ...], list[list[str]]]:
     return kept, [words for words in groups if is_of_http_server(words[0])]
 
 
-def _not_of_dynamo(layout: Layout) -> Iterator[str]:
+def why_not_on_dynamo(launchable: Launchable, one: LaunchableReplica) -> Iterator[str]:
+    """Yield why a replica cannot be a component of a graph."""
+    layout = one.layout
+    if launchable.engine not in _PROGRAMS:
+        yield "Dynamo's images lack the hetis plugin"
+    if launchable.has_roles and len(launchable.replicas) >= _MOST_COMPONENTS:
+        yield f"a graph holds {_MOST_COMPONENTS - 1} replicas, and prefill and decode must be in one graph"
     yield from impossible_pods(layout)
     if len(layout.servers) > 1:
-        pods = f"it is {len(layout.servers)} pods"
-        yield f"{pods}: Dynamo makes those of a component from one template, use --to lws or kubernetes"
+        yield f"it is {len(layout.servers)} pods: Dynamo makes those of a component from one template"
     if layout.pushes_kv:
-        yield f"{PUSHED}, which Dynamo's workers do not know: use --to lws or kubernetes"
+        yield f"{PUSHED}, which Dynamo's workers do not know"
     if layout.vendor != "NVIDIA":
-        yield f"it has GPUs of {layout.vendor}: Dynamo's images are for NVIDIA's, use --to kubernetes"
+        yield f"it has GPUs of {layout.vendor}: Dynamo's images are for NVIDIA's"
 
 
 def _graph(launchable: Launchable, number: int, components: list[dict[str, Any]]) -> dict[str, Any]:

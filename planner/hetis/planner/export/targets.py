@@ -19,13 +19,24 @@ from hetis.formats import catalogue
 from hetis.formats.errors import DocumentError, Problem, single_problem
 from hetis.formats.files import write_atomically
 from hetis.planner.export import IN_KUBERNETES, ExportDevice, ExportTarget
-from hetis.planner.export.hosts import write_compose, write_hetis_launch, write_shell, write_slurm
-from hetis.planner.export.kubernetes import write_kubernetes, write_lws
-from hetis.planner.export.ray_serve import HEAD, write_ray
-from hetis.planner.export.replicas import ExportSettings, Launchable, Written, images_in, launchable, weights_used
+from hetis.planner.export.hosts import why_no_job, write_compose, write_hetis_launch, write_shell, write_slurm
+from hetis.planner.export.kubernetes import why_no_group, why_no_pods, write_kubernetes, write_lws
+from hetis.planner.export.ray_serve import HEAD, why_not_on_ray, write_ray
+from hetis.planner.export.replicas import (
+    WEIGHTS,
+    ExportSettings,
+    Launchable,
+    LaunchableReplica,
+    NotExportableError,
+    Written,
+    images_in,
+    launchable,
+    weights_used,
+    without_single,
+)
 from hetis.planner.export.routing import routing_files, shares_of
-from hetis.planner.export.stacks import write_dynamo, write_kserve, write_llm_d
-from hetis.planner.use_cases.record.parts import MadeFrom
+from hetis.planner.export.stacks import why_not_on_dynamo, write_dynamo, write_kserve, write_llm_d
+from hetis.planner.use_cases.record.parts import MadeFrom, Requested
 from hetis.solver.model import ModelSpec
 from hetis.solver.plan import Plan, Role
 
@@ -40,48 +51,126 @@ class Export:
     left: tuple[str, ...] = ()  # files like ``shown`` in the folder that are not of this export: of a former plan
 
 
-# Each raises NotExportableError if its target can launch no replica, and DocumentError with every missing option.
-_WRITERS: Mapping[ExportTarget, Callable[[Launchable], Written]] = {
-    ExportTarget.VLLM: write_shell,
-    ExportTarget.SGLANG: write_shell,
-    ExportTarget.COMPOSE: write_compose,
-    ExportTarget.KUBERNETES: write_kubernetes,
-    ExportTarget.LWS: write_lws,
-    ExportTarget.LLM_D: write_llm_d,
-    ExportTarget.KSERVE: write_kserve,
-    ExportTarget.DYNAMO: write_dynamo,
-    ExportTarget.RAY: write_ray,
-    ExportTarget.SLURM: write_slurm,
-    ExportTarget.HETIS_LAUNCH: write_hetis_launch,
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Target:
+    """How plans are exported to a target."""
+
+    write: Callable[[Launchable], Written]  # raises DocumentError with every missing option
+    # Returns the plan with the replicas that the target can run. Raises NotExportableError if it is none.
+    carried: Callable[[Launchable], Launchable] = lambda launchable: launchable
+    engines: tuple[Engine, ...] = tuple(Engine)  # that it can start
+
+
+def _if_not(why_not: Callable[[Launchable, LaunchableReplica], Iterable[str]]) -> Callable[[Launchable], Launchable]:
+    return lambda launchable: launchable.without_impossible(why_not)
+
+
+_TARGETS: Mapping[ExportTarget, _Target] = {
+    ExportTarget.VLLM: _Target(write=write_shell, engines=(Engine.VLLM_HETIS, Engine.VLLM)),
+    ExportTarget.SGLANG: _Target(write=write_shell, engines=(Engine.SGLANG,)),
+    ExportTarget.COMPOSE: _Target(write=write_compose),
+    ExportTarget.KUBERNETES: _Target(write=write_kubernetes, carried=_if_not(why_no_pods)),
+    ExportTarget.LWS: _Target(write=write_lws, carried=_if_not(why_no_group)),
+    ExportTarget.LLM_D: _Target(write=write_llm_d, carried=_if_not(why_no_group)),
+    ExportTarget.KSERVE: _Target(
+        write=write_kserve, carried=lambda launchable: without_single(_if_not(why_no_group)(launchable))
+    ),
+    ExportTarget.DYNAMO: _Target(write=write_dynamo, carried=_if_not(why_not_on_dynamo)),
+    ExportTarget.RAY: _Target(
+        write=write_ray, carried=lambda launchable: without_single(_if_not(why_not_on_ray)(launchable))
+    ),
+    ExportTarget.SLURM: _Target(write=write_slurm, carried=_if_not(why_no_job)),
+    ExportTarget.HETIS_LAUNCH: _Target(write=write_hetis_launch),
 }
-_ENGINES_SERVE_HTTP = frozenset(ExportTarget) - {ExportTarget.DYNAMO, ExportTarget.RAY}
 # Targets that run only some engines; all others run any engine.
 ENGINES: Mapping[ExportTarget, tuple[Engine, ...]] = {
-    ExportTarget.VLLM: (Engine.VLLM_HETIS, Engine.VLLM),
-    ExportTarget.SGLANG: (Engine.SGLANG,),
+    name: target.engines for name, target in _TARGETS.items() if target.engines != tuple(Engine)
 }
+_ENGINES_SERVE_HTTP = frozenset(ExportTarget) - {ExportTarget.DYNAMO, ExportTarget.RAY}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Carried:
+    """How much of a plan's traffic a target serves."""
+
+    planned: float  # saturated requests/s of the plan
+    rate: float  # and of what the target runs
+    reasons: tuple[str, ...]  # why it does not serve all of it, a sentence each; empty if it does
+
+    @property
+    def whole(self) -> bool:
+        return not self.reasons
+
+
+def carries(
+    plan: Plan, target: ExportTarget, *, model: ModelSpec | None = None, engine: Engine | None = None
+) -> Carried:
+    """Return whether a target serves all of a plan's traffic, and if not why.
+
+    Images, keys and names count as given. Addresses of nodes are unknown; the order of Ray's stages depends on them.
+
+    Args:
+        model: the planned model; None: the one in the plan's own documents.
+        engine: the engine of the replicas; None: the one that exports choose.
+
+    Raises:
+        DocumentError: the model is not given, and the plan has none that can be used.
+    """
+    shape = model or planned_model(plan)
+    if shape is None:
+        raise single_problem("plan", "inputs.documents.model is missing: the layout depends on it")
+    settings = ExportSettings(model=f"model-{WEIGHTS}", engine=engine or _engine_of(plan, target))
+    planned = plan.served_rate()
+    if settings.engine is not None and settings.engine not in _TARGETS[target].engines:
+        return Carried(planned=planned, rate=0.0, reasons=(f"it does not run {settings.engine.value}",))
+    try:
+        found = _TARGETS[target].carried(launchable(plan, shape, settings))
+    except NotExportableError as error:
+        return Carried(planned=planned, rate=0.0, reasons=error.reasons)
+    return Carried(planned=planned, rate=found.rate(), reasons=tuple(found.reasons()))
+
+
+def _engine_of(plan: Plan, target: ExportTarget) -> Engine | None:
+    """Return the engine to export a plan for if none is chosen: SGLang where it was planned for, or runs alone."""
+    engines, planned = _TARGETS[target].engines, Requested.of(plan).engine
+    if len(engines) == 1:
+        return engines[0]
+    return Engine.SGLANG if planned is not None and planned.name == Engine.SGLANG and Engine.SGLANG in engines else None
 
 
 def export_plan(plan: Plan, model: ModelSpec, target: ExportTarget, settings: ExportSettings) -> Export:
     """Return a plan as the files of a target. Raises NotExportableError if no replica can be launched there, and
     DocumentError if the target needs options that are missing.
     """
-    found = launchable(plan, model, settings)
-    written = _WRITERS[target](found)
-    found = written.carried
+    try:
+        found = _TARGETS[target].carried(launchable(plan, model, settings))
+    except NotExportableError as error:
+        raise NotExportableError((*error.reasons, *_elsewhere(plan, model, settings.engine))) from None
+    written = _TARGETS[target].write(found)
+    left_out = tuple(found.reasons())
+    if left_out:
+        left_out += tuple(_elsewhere(plan, model, settings.engine))
     lists = routing_files(found, written.endpoints)
     has_tls = any(one.serving.has_tls for one in found.replicas.values() if one.plan.role is Role.UNIFIED)
     if target in _ENGINES_SERVE_HTTP and has_tls:
         why = "router/: its lists connect by HTTP, the engines serve HTTPS"
         written = replace(written, not_carried=(*written.not_carried, why))
-    files = {"README.md": readme_of(target.value, found, written), **written.files, **lists}
+    lost = (*found.changes, *left_out, *written.not_carried)
+    files = {"README.md": readme_of(target.value, found, written, lost), **written.files, **lists}
     return Export(
         files=files,
         shown=written.shown,
-        lost=(*found.changes, *found.reasons(), *written.not_carried),
+        lost=lost,
         planned=plan.served_rate(),
         rate=found.rate(),
     )
+
+
+def _elsewhere(plan: Plan, model: ModelSpec, engine: Engine | None) -> Iterator[str]:
+    """Yield a sentence that names the targets which carry all of a plan, if any does."""
+    names = [one.value for one in ExportTarget if carries(plan, one, model=model, engine=engine).whole]
+    if names:
+        yield f"all of it is carried with --to {' or '.join(filter(None, (', '.join(names[:-1]), names[-1])))}"
 
 
 _NAME = re.compile(r"[a-z]([-a-z0-9]{0,28}[a-z0-9])?")
@@ -108,7 +197,7 @@ def export_wanted(
         DocumentError: options that cannot be met, all of them at once, or a plan without its model.
         NotExportableError: no replica can be launched on the target.
     """
-    allowed = ENGINES.get(target, tuple(Engine))
+    allowed = _TARGETS[target].engines
     wrong = [*more_wrong, *_wrong(settings, target, allowed, spelled), *_unknown_nodes(settings, target, plan, spelled)]
     if wrong:
         raise DocumentError(Problem(file="export", message=message) for message in wrong)
@@ -125,7 +214,7 @@ def export_wanted(
         settings,
         model=settings.model or _checkpoint(plan, shape),
         served_name=settings.served_name or ("" if has_one else shape.name),  # clients do not know precisions
-        engine=settings.engine or (allowed[0] if len(allowed) == 1 else None),
+        engine=settings.engine or _engine_of(plan, target),
     )
     return export_plan(plan, shape, target, settings)
 
@@ -287,7 +376,7 @@ def folder_refusals(folder: Path, *, force: bool, option: str = "--force") -> li
 # --- README
 
 
-def readme_of(target: str, launchable: Launchable, written: Written) -> str:
+def readme_of(target: str, launchable: Launchable, written: Written, lost: Sequence[str]) -> str:
     """Return a README: what was exported, how to start it, and which features are missing."""
     shares = shares_of(launchable)
     rows = "\n".join(
@@ -295,7 +384,6 @@ def readme_of(target: str, launchable: Launchable, written: Written) -> str:
         f"| {_gpus(one.layout)} | {written.endpoints[number]} | {shares[number]:.1%} |"
         for number, one in launchable.replicas.items()
     )
-    lost = [*launchable.changes, *launchable.reasons(), *written.not_carried]
     planned, left = launchable.plan.served_rate(), launchable.rate()
     lists = "; nginx, Envoy and LiteLLM take the lists beside it."
     if launchable.has_roles:

@@ -31,7 +31,7 @@ PROGRESS_INTERVAL_S = 0.2  # between two reports within one phase
 
 @dataclass(frozen=True, slots=True)
 class FoundPlan:
-    """A plan that passed the independent checker, possibly after an interruption, as its status tells."""
+    """A plan that passed the independent checker, possibly after an interruption, as its status says."""
 
     document: bytes  # the plan in canonical JSON, which was read back and compared
     # The plan in the view BASIC, a serialised ``hetis.v1.PlanResult``, so that the service need not read the document:

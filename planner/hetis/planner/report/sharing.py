@@ -15,7 +15,7 @@ from hetis.planner.report.tables import as_group, grid, section, table, table_of
 from hetis.planner.use_cases.grouping import gpu_counts, used_counts
 from hetis.planner.use_cases.json_values import fields_of, json_value
 from hetis.planner.use_cases.sharing import SharedFleet, Sharing
-from hetis.solver.placement.tables import FloatArray
+from hetis.solver.placement.replicas.tables import FloatArray
 from hetis.solver.shares.problem import FairnessRule, Shares, tenant_values
 from hetis.solver.shares.properties import Properties
 from hetis.solver.tenants.tenancy import FleetShares, TenantRule

@@ -73,7 +73,7 @@ def refuse_unlisted(problem: PlacementProblem) -> None:
     counts = {stages: _longest_list(choices, stages) for stages in range(2, engine.max_stages + 1)}
     if max(counts.values(), default=0) <= MOST_LISTED:
         return
-    from hetis.solver.placement.pipelines import MOST_COMPOSITIONS  # not earlier: it loads the compiled search
+    from hetis.solver.placement.replicas.pipelines import MOST_COMPOSITIONS  # not earlier: it loads the compiled search
 
     for stages, count in counts.items():
         if count > MOST_COMPOSITIONS:
@@ -94,7 +94,7 @@ def _longest_list(choices: list[_Choice], stages: int) -> int:
 
 
 def _choices(problem: PlacementProblem) -> Iterator[_Choice]:
-    """Yield the choices of all lists, which are those of `hetis.solver.placement.pipelines.shapes_of`."""
+    """Yield the choices of all lists, which are those of `hetis.solver.placement.replicas.pipelines.shapes_of`."""
     from hetis.solver.placement.constrained_problem import apply_constraints, is_nothing_left
     from hetis.solver.placement.fleet import device_classes
 

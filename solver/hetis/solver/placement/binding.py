@@ -22,9 +22,10 @@ from hetis.solver.cluster import NodeGroup
 from hetis.solver.errors import UnboundPlanError
 from hetis.solver.highs import linear_program, quiet_highs
 from hetis.solver.placement.fleet import DeviceClass, IntArray
-from hetis.solver.placement.nodes import kind_of, pack, pack_within
-from hetis.solver.placement.tables import CostTables
-from hetis.solver.placement.template import Template
+from hetis.solver.placement.nodes import pack, pack_within
+from hetis.solver.placement.replicas.kinds import kind_of
+from hetis.solver.placement.replicas.tables import CostTables
+from hetis.solver.placement.replicas.template import Template
 
 # Time limits only guard: nodes of the search trees end these programs, so that equal parts are bound alike everywhere.
 PACKING_S, PACKING_SHARE = 20.0, 0.1  # minimum seconds for a class, and its share of the time left
@@ -104,9 +105,8 @@ def _on_few_nodes(costs: CostTables, parts: Sequence[BoundPart], seed: int, budg
 def _parts_of(costs: CostTables, replica: int, template: Template) -> Iterable[BoundPart]:
     for index, stage in enumerate(template.stages):
         device_class, tp = costs.ranks[stage.rank]
-        for _ in range(stage.copies):
-            yield BoundPart(replica, index, False, device_class, tp)
-        for _ in range(stage.copies * stage.pool_cards if stage.pool_class >= 0 else 0):
+        yield BoundPart(replica, index, False, device_class, tp)
+        for _ in range(stage.pool_cards if stage.pool_class >= 0 else 0):
             yield BoundPart(replica, index, True, stage.pool_class, 1)
 
 

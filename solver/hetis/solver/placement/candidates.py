@@ -17,8 +17,8 @@ import numpy as np
 from hetis.solver.placement.columns import Columns
 from hetis.solver.placement.constraint_rows import Pins
 from hetis.solver.placement.fleet import UNIFIED, IntArray
-from hetis.solver.placement.nodes import Kind, kind_of_parts, shared_places
-from hetis.solver.placement.pipelines import (
+from hetis.solver.placement.replicas.kinds import Kind, kind_of_parts, shared_places
+from hetis.solver.placement.replicas.pipelines import (
     MixSweep,
     Shape,
     StageTimes,
@@ -33,8 +33,8 @@ from hetis.solver.placement.pipelines import (
     template_of_pipeline,
     workers_of,
 )
-from hetis.solver.placement.tables import BoolArray, CostTables, FloatArray
-from hetis.solver.placement.template import Template
+from hetis.solver.placement.replicas.tables import BoolArray, CostTables, FloatArray
+from hetis.solver.placement.replicas.template import Template
 
 TOGETHER = 256  # compositions that are evaluated together
 MARGIN = 1.03  # ratio to the needed interval up to which replicas are kept for other zones and later prices

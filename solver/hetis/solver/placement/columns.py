@@ -10,8 +10,8 @@ import numpy as np
 import numpy.typing as npt
 
 from hetis.solver.placement.fleet import IntArray
-from hetis.solver.placement.tables import BoolArray, CostTables, FloatArray
-from hetis.solver.placement.template import Template, use_of
+from hetis.solver.placement.replicas.tables import BoolArray, CostTables, FloatArray
+from hetis.solver.placement.replicas.template import Template, use_of
 
 Number = TypeVar("Number", np.int64, np.float64)
 COMPARED = 256  # columns that are compared with one another at once

@@ -10,7 +10,7 @@ import numpy as np
 from hetis.solver.constraints import ConstraintIndex, Sum
 from hetis.solver.placement.columns import Columns
 from hetis.solver.placement.fleet import DeviceClass, IntArray, Resources
-from hetis.solver.placement.tables import BoolArray, CostTables, FloatArray
+from hetis.solver.placement.replicas.tables import BoolArray, CostTables, FloatArray
 from hetis.solver.plan import Role
 
 ROUNDING = 1e-6  # ratio by which HiGHS may violate a row

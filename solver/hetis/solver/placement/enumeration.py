@@ -19,10 +19,10 @@ from hetis.solver.placement.candidates import Candidates, candidates_of
 from hetis.solver.placement.columns import Columns, first_prices
 from hetis.solver.placement.constraint_rows import Pins
 from hetis.solver.placement.fleet import IntArray
-from hetis.solver.placement.nodes import Kind
 from hetis.solver.placement.policy import POLICY, RELAXATION_TOLERANCE
-from hetis.solver.placement.tables import CostTables, FloatArray
-from hetis.solver.placement.template import Template
+from hetis.solver.placement.replicas.kinds import Kind
+from hetis.solver.placement.replicas.tables import CostTables, FloatArray
+from hetis.solver.placement.replicas.template import Template
 
 
 @dataclass(frozen=True, slots=True)

@@ -29,7 +29,7 @@ from hetis.solver.highs import linear_program, quiet_highs
 from hetis.solver.placement.columns import Columns
 from hetis.solver.placement.constraint_rows import Pins, TypeOfRole, pins_of, type_of_role
 from hetis.solver.placement.fleet import UNIFIED, IntArray, Routes
-from hetis.solver.placement.tables import CostTables, FloatArray
+from hetis.solver.placement.replicas.tables import CostTables, FloatArray
 from hetis.solver.problem import PlacementProblem
 
 # HiGHS's statuses without a timeout. Nothing is unbounded here: replicas take GPUs, and flows need replicas.

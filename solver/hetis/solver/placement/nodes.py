@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -31,8 +31,7 @@ import numpy as np
 
 from hetis.solver.highs import quiet_highs
 from hetis.solver.placement.fleet import DeviceClass, IntArray
-from hetis.solver.placement.tables import CostTables
-from hetis.solver.placement.template import Template
+from hetis.solver.placement.replicas.kinds import Kind, Parts, fewest_nodes, shared_places
 
 MOST_PATTERNS = 5000  # patterns per node, more than nodes of 16 GPUs have
 MOST_CUTS_OF_PARTS = 300  # cuts per replica
@@ -41,7 +40,6 @@ MOST_SEARCHED = 2000  # nodes of the search tree; fixed, so that the same parts 
 MOST_SEARCHED_WITHIN = 20_000  # the same if all classes are packed at once
 GAP = 1e-9
 
-Parts = tuple[int, ...]  # sizes of a replica's parts, the largest first
 Cut = tuple[Parts, ...]  # its pieces, each in a node of its own
 
 
@@ -237,62 +235,12 @@ def _solve(
 # --- replicas of several classes, chosen together with their nodes
 
 
-Kind = tuple[tuple[int, Parts], ...]  # for every device class that a replica uses, its parts, the largest first
 Way = Mapping[int, Cut]  # the pieces by device class
 MOST_WAYS = 40  # ways per replica: those with the fewest pieces first
 MOST_CUTS = {1: MOST_WAYS, 2: 8}  # cuts per device class, by the number of classes
 FEW_CUTS = 4  # cuts per device class if there are more classes
 SHAPE = 1 / 64  # cost of a replica shape, as a ratio to that of a piece
 MORE_PIECES = 2  # pieces beyond the fewest, if the nodes of a replica are not limited
-
-
-def kind_of(costs: CostTables, template: Template) -> Kind:
-    """Return the GPUs that a replica takes."""
-    parts = list[tuple[int, int, int]]()
-    for stage in template.stages:
-        parts.append((*costs.ranks[stage.rank], stage.copies))
-        if stage.pool_class >= 0:
-            parts.append((stage.pool_class, 1, stage.copies * stage.pool_cards))
-    return kind_of_parts(parts)
-
-
-def kind_of_parts(counted: Iterable[tuple[int, int, int]]) -> Kind:
-    """Return the kind of parts that are given as (device class, size, count)."""
-    parts = defaultdict[int, list[int]](list)
-    for device_class, size, count in counted:
-        if count:
-            parts[device_class] += [size] * count
-    return tuple((c, tuple(sorted(sizes, reverse=True))) for c, sizes in sorted(parts.items()))
-
-
-def fewest_nodes(sizes: Sequence[int], node_size: int) -> int:
-    """Return the fewest nodes for TP groups of one size and single GPUs; ``sizes`` are those of all parts."""
-    largest = max(sizes)
-    return int(nodes_of_groups(sum(size == largest for size in sizes), largest, sum(sizes), node_size))
-
-
-def nodes_of_groups(groups: IntArray | int, tp: int, gpus: IntArray | int, node_size: int) -> IntArray:
-    """Return the fewest nodes for TP groups with single GPUs next to them; ``gpus`` counts the GPUs of both."""
-    return np.maximum(-(-groups // max(1, node_size // tp)), -(-gpus // node_size))
-
-
-def shared_places(classes: Sequence[DeviceClass]) -> list[int]:
-    """Return a number for every class, equal for classes whose GPUs may be in one node."""
-    place, of_group = list(range(len(classes))), dict[str, int]()
-    for index, c in enumerate(classes):
-        for group in c.groups:
-            first = of_group.setdefault(group.name, index)
-            old, new = place[index], place[first]
-            place = [new if number == old else number for number in place]
-    return place
-
-
-def least_nodes_of(classes: Sequence[DeviceClass], kind: Kind) -> int:
-    """Return the fewest nodes that a replica takes, whatever else is on them."""
-    places, nodes = shared_places(classes), dict[int, int]()
-    for c, parts in kind:
-        nodes[places[c]] = max(nodes.get(places[c], 0), fewest_nodes(parts, classes[c].gpus_per_node))
-    return sum(nodes.values())
 
 
 @dataclass(frozen=True, slots=True)

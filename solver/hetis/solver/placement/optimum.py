@@ -28,12 +28,13 @@ from hetis.solver.placement.columns import Bound, padded
 from hetis.solver.placement.enumeration import ColumnPrices, EnumeratedColumns
 from hetis.solver.placement.fleet import IntArray
 from hetis.solver.placement.master import UNDECIDED, LpSolution, Master, MilpSolution, settled
-from hetis.solver.placement.nodes import NodeProgram, counts_of_kinds, shared_places
+from hetis.solver.placement.nodes import NodeProgram, counts_of_kinds
 from hetis.solver.placement.outcome import Outcome, rate_bound, relative_gap, sound_bound
-from hetis.solver.placement.pipelines import least_nodes
 from hetis.solver.placement.policy import POLICY, RELAXATION_TOLERANCE, Attempt
-from hetis.solver.placement.tables import BoolArray, CostTables, FloatArray
-from hetis.solver.placement.template import Template
+from hetis.solver.placement.replicas.kinds import shared_places
+from hetis.solver.placement.replicas.pipelines import least_nodes
+from hetis.solver.placement.replicas.tables import BoolArray, CostTables, FloatArray
+from hetis.solver.placement.replicas.template import Template
 
 
 def search_enumerated(

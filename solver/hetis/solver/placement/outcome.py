@@ -18,8 +18,8 @@ import numpy as np
 from hetis.solver.errors import BrokenProofError
 from hetis.solver.placement.constraint_rows import unit_of
 from hetis.solver.placement.master import MilpSolution
-from hetis.solver.placement.tables import CostTables, FloatArray
-from hetis.solver.placement.template import Template
+from hetis.solver.placement.replicas.tables import CostTables, FloatArray
+from hetis.solver.placement.replicas.template import Template
 from hetis.solver.plan import Role
 
 CROSSING = 1e-6  # ratio by which value and bound, both sums of rounded numbers, may cross

@@ -8,12 +8,13 @@ from functools import partial
 from hetis.solver.budget import Budget, SearchSettings
 from hetis.solver.errors import NoPlanFoundError
 from hetis.solver.placement.columns import columns_of, distinct
-from hetis.solver.placement.equal_stages import uniform_templates
 from hetis.solver.placement.master import UNDECIDED, Master, master_of
-from hetis.solver.placement.nodes import NodeProgram, counts_of_kinds, kind_of
+from hetis.solver.placement.nodes import NodeProgram, counts_of_kinds
 from hetis.solver.placement.optimum import search_enumerated
 from hetis.solver.placement.outcome import Outcome, rate_bound, sound_bound
-from hetis.solver.placement.tables import CostTables
+from hetis.solver.placement.replicas.equal_stages import uniform_templates
+from hetis.solver.placement.replicas.kinds import kind_of
+from hetis.solver.placement.replicas.tables import CostTables
 
 
 def search(costs: CostTables, settings: SearchSettings, *, simplest_within: float = 0.0) -> Outcome | None:

@@ -14,10 +14,10 @@ from hetis.solver.errors import NoPlanFoundError
 from hetis.solver.placement.binding import BoundStage
 from hetis.solver.placement.fleet import class_of_slots, class_prices
 from hetis.solver.placement.outcome import SHARES, layers_per_s, rate_bound
+from hetis.solver.placement.replicas.tables import CostTables, FloatArray
+from hetis.solver.placement.replicas.tabulation import build_cost_tables
+from hetis.solver.placement.replicas.template import Template
 from hetis.solver.placement.solve import objective_scale, replica_plan
-from hetis.solver.placement.tables import CostTables, FloatArray
-from hetis.solver.placement.tabulation import build_cost_tables
-from hetis.solver.placement.template import Template
 from hetis.solver.plan import KvRoute, Plan, ReplicaPlan, Role, SolveResult, Status
 from hetis.solver.problem import PlacementProblem
 from hetis.solver.published.replicas import FleetGpus, ReplicaDuty, ReplicaSearch, duty_of

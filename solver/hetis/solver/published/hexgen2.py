@@ -30,8 +30,8 @@ from hetis.solver.budget import silent
 from hetis.solver.cluster import Cluster, Device
 from hetis.solver.cost import intra_link
 from hetis.solver.placement.fleet import IntArray
-from hetis.solver.placement.tables import FloatArray
-from hetis.solver.placement.template import Template
+from hetis.solver.placement.replicas.tables import FloatArray
+from hetis.solver.placement.replicas.template import Template
 from hetis.solver.plan import KvRoute, Role
 from hetis.solver.published.heuristic import Decisions, Search
 from hetis.solver.published.replicas import FleetGpus, Part, ReplicaSearch, duty_of

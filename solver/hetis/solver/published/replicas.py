@@ -22,10 +22,17 @@ from hetis.solver.budget import Budget
 from hetis.solver.cluster import Cluster
 from hetis.solver.cost import Regime
 from hetis.solver.placement.fleet import DeviceClass, IntArray, class_of_slots
-from hetis.solver.placement.pipelines import split_layers
-from hetis.solver.placement.stage_cost import ROUNDING, Iterations, kept_bytes, layers_on_rank, slack, stage_roles
-from hetis.solver.placement.tables import BoolArray, CostTables, FloatArray
-from hetis.solver.placement.template import Template, TemplateStage
+from hetis.solver.placement.replicas.pipelines import split_layers
+from hetis.solver.placement.replicas.stage_cost import (
+    ROUNDING,
+    Iterations,
+    kept_bytes,
+    layers_on_rank,
+    slack,
+    stage_roles,
+)
+from hetis.solver.placement.replicas.tables import BoolArray, CostTables, FloatArray
+from hetis.solver.placement.replicas.template import Template, TemplateStage
 from hetis.solver.plan import Role
 
 FIRST_SETTINGS = 32  # settings that are tried together at first
@@ -155,7 +162,7 @@ class ReplicaSearch:
         pipeline = pipeline_of(self.costs, duty, shape)
         if not self.keeps_limits:
             pipeline = pipeline._replace(t_cap=pipeline.t_cap + np.inf, trip_cap=pipeline.trip_cap + np.inf)
-        return template_of(duty, [TemplateStage(rank, 1, 0) for rank in shape], pipeline)
+        return template_of(duty, [TemplateStage(rank, 0) for rank in shape], pipeline)
 
 
 def fastest(templates: Iterable[Template | None]) -> Template | None:

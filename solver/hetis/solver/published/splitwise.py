@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import chain
 
-from hetis.solver.placement.template import Template
+from hetis.solver.placement.replicas.template import Template
 from hetis.solver.plan import KvRoute, ReplicaPlan, Role
 from hetis.solver.published.heuristic import Decisions, Search
 from hetis.solver.published.replicas import Part

@@ -37,15 +37,15 @@ from hetis.solver.budget import SearchSettings
 from hetis.solver.cluster import Cluster, NodeGroup, node_of
 from hetis.solver.constraints import ConstraintIndex
 from hetis.solver.placement.columns import Bound, Columns, columns_of, distinct
-from hetis.solver.placement.equal_stages import uniform_templates
 from hetis.solver.placement.fleet import UNIFIED
 from hetis.solver.placement.master import Master, Verdict, master_of
 from hetis.solver.placement.optimum import explore_enumerated
 from hetis.solver.placement.outcome import CROSSING, rate_bound
+from hetis.solver.placement.replicas.equal_stages import uniform_templates
+from hetis.solver.placement.replicas.tables import CostTables, FloatArray
+from hetis.solver.placement.replicas.tabulation import build_cost_tables
+from hetis.solver.placement.replicas.template import Template, interval_of, stages_in, use_of
 from hetis.solver.placement.search import search
-from hetis.solver.placement.tables import CostTables, FloatArray
-from hetis.solver.placement.tabulation import build_cost_tables
-from hetis.solver.placement.template import Template, interval_of, stages_in, use_of
 from hetis.solver.plan import LEAST_DEMAND_RPS, ObjectiveKind, Role
 from hetis.solver.replanning.change import Fate
 from hetis.solver.replanning.net_master import ColumnList, NetMaster, Row

@@ -37,8 +37,8 @@ import numpy as np
 from hetis.solver.placement.columns import Columns
 from hetis.solver.placement.fleet import UNIFIED, IntArray, Routes
 from hetis.solver.placement.master import Master, row_costs_of
-from hetis.solver.placement.tables import CostTables, FloatArray
-from hetis.solver.placement.template import Template, use_of
+from hetis.solver.placement.replicas.tables import CostTables, FloatArray
+from hetis.solver.placement.replicas.template import Template, use_of
 from hetis.solver.replanning.change import ChangeCosts, Fate
 from hetis.solver.replanning.running import Candidate, Place, stage_bytes
 

@@ -32,8 +32,8 @@ from hetis.solver.placement.enumeration import ColumnPrices, EnumeratedColumns
 from hetis.solver.placement.fleet import UNIFIED
 from hetis.solver.placement.outcome import CROSSING
 from hetis.solver.placement.policy import POLICY
-from hetis.solver.placement.tables import CostTables, FloatArray
-from hetis.solver.placement.template import use_of
+from hetis.solver.placement.replicas.tables import CostTables, FloatArray
+from hetis.solver.placement.replicas.template import use_of
 from hetis.solver.replanning.fresh import by_enumeration, net_columns, stay_of
 from hetis.solver.replanning.net_master import NetMaster
 from hetis.solver.replanning.running import Candidate

@@ -22,11 +22,11 @@ from hetis.solver.placement.infeasible import ExplainedInfeasibleError, why_infe
 from hetis.solver.placement.master import Master, settled
 from hetis.solver.placement.outcome import Outcome, rate_bound, sound_bound
 from hetis.solver.placement.policy import RELAXATION_TOLERANCE
+from hetis.solver.placement.replicas.tables import BoolArray, CostTables, FloatArray, Tables
+from hetis.solver.placement.replicas.tabulation import build_cost_tables
+from hetis.solver.placement.replicas.template import Template
 from hetis.solver.placement.search import search
 from hetis.solver.placement.solve import OPTIMAL_GAP, objective_scale, plan_of
-from hetis.solver.placement.tables import BoolArray, CostTables, FloatArray, Tables
-from hetis.solver.placement.tabulation import build_cost_tables
-from hetis.solver.placement.template import Template
 from hetis.solver.plan import Plan, Status
 from hetis.solver.tenants.joint_master import (
     TenantColumns,

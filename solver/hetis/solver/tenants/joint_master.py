@@ -36,7 +36,7 @@ import numpy as np
 from hetis.solver.highs import linear_program, quiet_highs
 from hetis.solver.placement.columns import Columns, padded
 from hetis.solver.placement.fleet import IntArray, Routes
-from hetis.solver.placement.tables import FloatArray
+from hetis.solver.placement.replicas.tables import FloatArray
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -8,8 +8,8 @@ from hetis.solver.cluster import node_of
 from hetis.solver.placement.fleet import UNIFIED
 from hetis.solver.placement.master import row_costs_of
 from hetis.solver.placement.outcome import Outcome
-from hetis.solver.placement.tables import CostTables
-from hetis.solver.placement.template import Template, describe, use_of
+from hetis.solver.placement.replicas.tables import CostTables
+from hetis.solver.placement.replicas.template import Template, describe, use_of
 from hetis.solver.plan import Plan, Role, RunnerUp, Status
 from hetis.solver.problem import PlacementProblem
 

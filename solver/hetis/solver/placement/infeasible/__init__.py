@@ -32,8 +32,8 @@ from hetis.solver.placement.infeasible.relaxations import (
 )
 from hetis.solver.placement.infeasible.requirements import Requirement, Subject, keeping, requirements_of
 from hetis.solver.placement.infeasible.trials import Conflict, Trials, conflicts_among
-from hetis.solver.placement.tables import CostTables
-from hetis.solver.placement.tabulation import build_cost_tables
+from hetis.solver.placement.replicas.tables import CostTables
+from hetis.solver.placement.replicas.tabulation import build_cost_tables
 from hetis.solver.placement.wording import in_bytes, listed
 from hetis.solver.plan import Role
 from hetis.solver.problem import PlacementProblem

@@ -14,10 +14,10 @@ from hetis.solver.errors import InvalidProblemError, NoPlanFoundError
 from hetis.solver.placement.constrained_problem import apply_constraints, is_nothing_left
 from hetis.solver.placement.infeasible.requirements import Requirement, Requirements, Subject, demand_of, keeping
 from hetis.solver.placement.outcome import Outcome, is_out_of_reach, rate_bound
+from hetis.solver.placement.replicas.tables import CostTables
+from hetis.solver.placement.replicas.tabulation import build_cost_tables
+from hetis.solver.placement.replicas.template import least_ttft_limit_s
 from hetis.solver.placement.search import equal_stages, search
-from hetis.solver.placement.tables import CostTables
-from hetis.solver.placement.tabulation import build_cost_tables
-from hetis.solver.placement.template import least_ttft_limit_s
 from hetis.solver.plan import Role
 from hetis.solver.problem import PlacementProblem
 

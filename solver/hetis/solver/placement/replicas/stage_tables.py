@@ -18,7 +18,7 @@ from hetis.solver.placement.fleet import (
     IntArray,
     Part,
 )
-from hetis.solver.placement.tables import NO_ROOM, BoolArray, ChunkTables, FloatArray, Tables
+from hetis.solver.placement.replicas.tables import NO_ROOM, BoolArray, ChunkTables, FloatArray, Tables
 from hetis.solver.plan import Role
 from hetis.solver.problem import PlacementProblem
 from hetis.solver.rank_memory import requests_at_once

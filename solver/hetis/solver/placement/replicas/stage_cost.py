@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from hetis.solver.placement.fleet import IntArray
-from hetis.solver.placement.tables import BOTH, FIRST, LAST, PLAIN, ChunkTables, FloatArray, Tables
+from hetis.solver.placement.replicas.tables import BOTH, FIRST, LAST, PLAIN, ChunkTables, FloatArray, Tables
 
 ROUNDING = 1e-9  # tolerance for rounding in floor and ceil, far below one layer or one head group
 Indices = int | IntArray

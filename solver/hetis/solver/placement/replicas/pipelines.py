@@ -19,8 +19,8 @@ import numpy as np
 
 from hetis.solver.errors import InvalidProblemError
 from hetis.solver.placement.fleet import IntArray
-from hetis.solver.placement.nodes import kind_of, least_nodes_of, nodes_of_groups
-from hetis.solver.placement.stage_cost import (
+from hetis.solver.placement.replicas.kinds import kind_of, least_nodes_of, nodes_of_groups
+from hetis.solver.placement.replicas.stage_cost import (
     ROUNDING,
     fixed_by_role,
     iterations_of,
@@ -31,8 +31,8 @@ from hetis.solver.placement.stage_cost import (
     slack,
     stage_roles,
 )
-from hetis.solver.placement.tables import BOTH, FIRST, LAST, PLAIN, BoolArray, CostTables, FloatArray
-from hetis.solver.placement.template import Template, TemplateStage, gpus_of, interval_of
+from hetis.solver.placement.replicas.tables import BOTH, FIRST, LAST, PLAIN, BoolArray, CostTables, FloatArray
+from hetis.solver.placement.replicas.template import Template, TemplateStage, gpus_of, interval_of
 from hetis.solver.plan import Role
 
 NUM_ROLES = 4
@@ -365,7 +365,7 @@ def is_run_by_engine(costs: CostTables, template: Template) -> bool:
     if rules is None:
         return True
     depth = len(template.stages)
-    groups, workers = sum(stage.copies for stage in template.stages), {stage.pool_class for stage in template.stages}
+    workers = {stage.pool_class for stage in template.stages}
     pools = {(stage.pool_class, stage.pool_cards, stage.pool_groups) for stage in template.stages}
     zones = {costs.classes[costs.ranks[stage.rank][0]].zone for stage in template.stages}
     sizes = {costs.ranks[stage.rank][1] for stage in template.stages}
@@ -373,7 +373,7 @@ def is_run_by_engine(costs: CostTables, template: Template) -> bool:
     gpus = sum(gpus_of(costs, template).values())
     least = least_layers(costs)
     return (
-        depth == groups == int(costs.scopes[template.scope].tables.in_flight[template.in_flight_index])
+        depth == int(costs.scopes[template.scope].tables.in_flight[template.in_flight_index])
         and depth <= (rules.stages_of(mix.role, costs.problem.model) if workers == {-1} else rules.max_pooled_stages)
         and len(sizes) == len(zones) == len(pools) == 1
         and all(computes_on(costs.ranks[stage.rank][0]) for stage in template.stages)
@@ -438,8 +438,6 @@ def template_of_pipeline(
         times.most[0, stages, roles], least_layers(costs)[roles],
     )  # fmt: skip
     pool = () if workers is None else (workers.device_class, costs.pool_sizes[workers.size], groups)
-    parts = tuple(
-        TemplateStage(int(shape.ranks[s]), 1, int(n), *pool) for s, n in zip(stages[0], layers[0], strict=True)
-    )
+    parts = tuple(TemplateStage(int(shape.ranks[s]), int(n), *pool) for s, n in zip(stages[0], layers[0], strict=True))
     template = Template(shape.scope, x, shape.in_flight_index, parts, np.inf)
     return replace(template, interval_s=interval_of(costs, template))

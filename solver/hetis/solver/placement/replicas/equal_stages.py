@@ -10,9 +10,9 @@ from dataclasses import replace
 import numpy as np
 
 from hetis.solver.placement.fleet import IntArray
-from hetis.solver.placement.pipelines import Shape, is_run_by_engine, stage_times, sweep_of
-from hetis.solver.placement.tables import BOTH, FIRST, LAST, PLAIN, CostTables
-from hetis.solver.placement.template import Template, TemplateStage, interval_of
+from hetis.solver.placement.replicas.pipelines import Shape, is_run_by_engine, stage_times, sweep_of
+from hetis.solver.placement.replicas.tables import BOTH, FIRST, LAST, PLAIN, CostTables
+from hetis.solver.placement.replicas.template import Template, TemplateStage, interval_of
 
 MOST_EQUAL = 2_000  # choices of the nodes of equal stages with different explicit links
 
@@ -47,7 +47,7 @@ def _equal_stages(costs: CostTables, scope: int, mixes: IntArray) -> Iterator[Te
             cuts = np.cumsum(layers)[:-1]
             if np.any(t.cut_floor[cuts] != cuts):
                 continue  # the model does not allow these cuts
-            stages = tuple(TemplateStage(rank=s, copies=1, layers=n) for s, n in zip(placed, layers, strict=True))
+            stages = tuple(TemplateStage(rank=s, layers=n) for s, n in zip(placed, layers, strict=True))
             template = Template(scope, x, num_stages - 1, stages, np.inf)
             if is_run_by_engine(costs, template):
                 yield replace(template, interval_s=interval_of(costs, template))

@@ -21,8 +21,8 @@ from hetis.solver.placement.fleet import (
     routes_of,
     without_most,
 )
-from hetis.solver.placement.stage_tables import BuildClasses, StageTables
-from hetis.solver.placement.tables import CostTables, Scope
+from hetis.solver.placement.replicas.stage_tables import BuildClasses, StageTables
+from hetis.solver.placement.replicas.tables import CostTables, Scope
 from hetis.solver.plan import Role
 from hetis.solver.problem import Build, Family, PlacementProblem
 from hetis.solver.workload import WorkloadMoments
