@@ -62,7 +62,7 @@ _ARCHITECTURES = {
 # bytes; nvidia-smi on a GB300 NVL72: 284,208 MiB).
 _MEMORY_MIB = {"B300-SXM-288GB": 275_040, "GB300-per-GPU": 284_208}
 # Boards whose GPUs are all connected by NVLink, Infinity Fabric or RoCE; on PCIe boards a bridge connects only two.
-_SWITCHED = re.compile(r"SXM|^GB\d|^GH\d|^H20(-3e|$)|^MI\d|^Gaudi")
+_SWITCHED = re.compile(r"SXM|^GB\d|^GH\d|^H20(-3e|$)|^MI\d|^Gaudi|^Ascend|^TPU")
 # In these models every second layer has a sliding window; in the others all do.
 _ALTERNATING_WINDOW = re.compile(r"gemma-2|gpt-oss")
 

@@ -130,6 +130,23 @@ _RELATIVES = {
     ),
     "Gaudi2": ("Ampere", 1.0, "Contemporary HBM part; no table. Another programming model: the least certain of all."),
     "Gaudi3": ("Hopper", 1.0, "Contemporary HBM part; no table. Another programming model: the least certain of all."),
+    "GCN": (
+        "Ampere",
+        _PASCAL_COMPUTE,
+        "No matrix units, like Pascal, whose share of the peak it takes; no table.",
+    ),
+    "RDNA3": (
+        "Ada",
+        1.0,
+        "GDDR6 part; no table. ROCm libraries may reach less of the peak.",
+    ),
+    "RDNA4": (
+        "Ada",
+        1.0,
+        "GDDR6 part; no table. ROCm libraries may reach less of the peak.",
+    ),
+    "Ascend": ("Ampere", 1.0, "Contemporary HBM part; no table. Another programming model: the least certain of all."),
+    "TPU": ("Ampere", 1.0, "Contemporary HBM part; no table. Another programming model: the least certain of all."),
     "Battlemage": ("Ada", 1.0, "GDDR6 part without products in eight bits; only all-reduces over NVLink."),
 }
 # Boards of an architecture that reach more of their peaks than the measured one, each with the shares of a 16-bit

@@ -88,18 +88,28 @@ CARDS = {
     "NVIDIA GH200 144G HBM3e": "GH200-144GB",
     "NVIDIA B200": "B200-SXM-180GB",
     "NVIDIA GB10": "GB10",
-    "NVIDIA Thor": "",
+    "NVIDIA Thor": "Thor",
     "AMD_Instinct_MI300X_OAM": "MI300X-192GB",
     "AMD_Instinct_MI355X_OAM": "MI355X-288GB",
     "AMD Instinct MI210": "MI210-64GB",
-    "AMD Radeon RX 7900 XTX": "",
-    "AMD Radeon AI PRO R9700": "",
+    "AMD Instinct MI50": "MI50-32GB",
+    "AMD Radeon RX 7900 XT": "",
+    "AMD Radeon RX 7900 XTX": "RX-7900-XTX",
+    "AMD Radeon AI PRO R9700": "Radeon-AI-PRO-R9700",
+    "Ascend910B3": "Ascend-910B-64GB",
+    "Ascend 910B4": "Ascend-910B4-32GB",
+    "Ascend910_9392": "Ascend-910C-per-die",
+    "tpu-v5-lite-podslice": "TPU-v5e",
+    "tpu-v6e-slice": "TPU-v6e",
+    "TPU v4": "",
 }
-# Billions of parameters, as published, of configs that the catalogue does not have.
+# Billions of parameters, as published, of configs that the catalogue does not have: those of model cards (MiniMax-M3
+# with its vision tower; Gemma 4 26B-A4B has 25.2 and a tower of 0.55). Kimi-K3's card says 2.8 trillion, of which 2,720
+# billion are in routed experts.
 PARAMETERS_B = {
-    "MiniMaxAI__MiniMax-M3": 426,
+    "MiniMaxAI__MiniMax-M3": 428,
     "XiaomiMiMo__MiMo-V2-Flash": 309,
-    "google__gemma-4-26B-A4B": 25.8,
+    "google__gemma-4-26B-A4B": 25.75,
     "moonshotai__Kimi-K3": 2780,
     "nvidia__NVIDIA-Nemotron-3-Nano-30B-A3B-BF16": 31.6,
     "nvidia__NVIDIA-Nemotron-3-Super-120B-A12B-FP8": 120.6,

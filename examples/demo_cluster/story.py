@@ -168,7 +168,7 @@ class Story:
             plan_id="demo", plan=plan_pb2.Plan(cluster=CLUSTER, spec=spec), request_id=str(uuid.uuid4())
         )
         self._client.plans.CreatePlan(request)
-        plan = self._client.wait("plans/demo", news=self._news())
+        plan = self._client.wait("plans/demo", on_change=self._news())
         result = plan.result
         say(
             f"{result.value:.4g} {result.unit}, bound {result.bound:.4g}, gap {result.gap:.2%}:"

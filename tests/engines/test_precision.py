@@ -97,6 +97,21 @@ def test_what_nobody_recorded_is_not_refused() -> None:
     assert why_not(with_precision(LLAMA, weights="fp8"), MI300X, "vllm") is None
 
 
+def test_on_ascend_and_tpu_what_is_not_known_to_run_is_refused() -> None:
+    ascend, tpu = (catalogue.find_gpu(name).gpu for name in ("Ascend 910B", "TPU v6e"))
+    assert why_not(LLAMA, ascend, "vllm") is why_not(LLAMA, tpu, "vllm") is None
+    assert why_not(with_precision(DEEPSEEK, weights="bf16"), ascend, "vllm") is None
+    assert why_not(with_precision(LLAMA, weights="nvfp4"), ascend, "vllm") == (
+        "a model with nvfp4 weights is not known to run on Ascend-910B-64GB, one with bf16 or int8 is "
+        "(vllm-project/vllm-ascend, docs/source/user_guide/support_matrix)"
+    )
+    assert "latent attention is not known to run on TPU-v6e" in str(
+        why_not(with_precision(DEEPSEEK, weights="bf16"), tpu, "vllm")
+    )
+    assert "KV in fp8 is not known to run on Ascend" in str(why_not(with_precision(LLAMA, kv="fp8"), ascend, "vllm"))
+    assert "sglang is not known to run on TPU-v6e, vllm is" in str(why_not(LLAMA, tpu, "sglang"))
+
+
 @pytest.mark.parametrize("weights", ["bnb-int4", "bnb-int8"])
 def test_vllm_does_not_load_bitsandbytes_whatever_the_gpu(weights: str) -> None:
     model = with_precision(LLAMA, weights=weights)

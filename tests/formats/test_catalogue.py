@@ -12,6 +12,7 @@ from hetis.formats import catalogue
 from hetis.formats.catalogue import UnknownNameError
 from hetis.solver.workload import LengthBin, moments_of
 from tests.models import InShort
+from tools import further_gpus
 from tools.catalogue import build
 
 DATA = Path(__file__).parents[3] / "shared" / "data"
@@ -33,8 +34,10 @@ def test_building_again_gives_the_committed_files_byte_for_byte(data: Path) -> N
 
 def test_every_gpu_is_there_with_its_source() -> None:
     entries = catalogue.gpus()
-    assert len(entries) == 54 + 51
+    assert len(entries) == 54 + 60
     assert all(entry.spec_source for entry in entries)
+    further = {row["name"] for row in further_gpus.rows()}
+    assert all(entry.spec_source.startswith("https://") for entry in entries if entry.gpu.name in further)
     assert all(entry.price_source for entry in entries if entry.gpu.usd_per_hour is not None)
 
 

@@ -22,8 +22,8 @@ from hetis.formats.discovery.reading import read_inventory
 from hetis.formats.errors import DocumentError
 from hetis.formats.measurements import load_measurements
 from hetis.formats.positions import parse_text
-from hetis.formats.trace_forms import characters_counter
 from hetis.formats.traces import read_trace
+from hetis.formats.traces.rows import characters_counter
 from hetis.planner.convert.documents import read_document
 from hetis.planner.convert.plans import objective_from_proto
 from hetis.planner.convert.stages import stage_from_proto

@@ -18,7 +18,7 @@ from typing import Any
 from examples.simulated_engine.replica import Control
 from hetis.planner.convert.names import duration
 from hetis.planner.failures import ServiceError
-from hetis.planner.fleet.head_maps import HeadMaps
+from hetis.planner.fleet.agents.head_maps import HeadMaps
 from hetis.planner.store import Transaction
 from hetis.runtime.agent.replica_state import ReplicaState
 from hetis.v1 import change_pb2, redispatch_pb2, replica_pb2

@@ -101,6 +101,33 @@ _SGLANG = Support(
 )
 SUPPORT: Mapping[str, Support] = {"vllm-hetis": _VLLM, "vllm": _VLLM, "sglang": _SGLANG}
 
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plugin:
+    """What is known about the plugin by which vLLM runs on an architecture other than CUDA's and ROCm's."""
+
+    project: str
+    weights: tuple[str, ...]  # precisions beside 16 bits
+    kv_bytes: tuple[float, ...]
+    attention: tuple[Kernel, ...]
+
+
+PLUGINS = {
+    "Ascend": Plugin(
+        project="vllm-project/vllm-ascend, docs/source/user_guide/support_matrix",
+        weights=("int8",),
+        kv_bytes=(2.0,),
+        attention=(Kernel.GROUPED, Kernel.LATENT, Kernel.SPARSE),
+    ),
+    "TPU": Plugin(
+        project="vllm-project/tpu-inference, support matrices of its README",
+        weights=("int8", "fp8"),
+        kv_bytes=(2.0, 1.0),
+        attention=(Kernel.GROUPED,),
+    ),
+}
+
+
 _BITSANDBYTES = ("bnb-int4", "bnb-int8")
 DEPRECATED = ("fbgemm-fp8",)  # vLLM loads them only with ``--allow-deprecated-quantization``
 
@@ -156,6 +183,8 @@ def _reasons(model: ModelSpec, gpu: GpuType, engine: str) -> Iterator[Refusal]:
         yield Refusal(
             f"KV in {kv_of(model)} is not modelled for {engine}, KV in 8 or 16 bits is: --kv fp8 or --kv bf16"
         )
+    if (plugin := PLUGINS.get(gpu.architecture)) is not None:
+        yield from _not_in_plugin(model, gpu, engine, plugin)
     if has is None:
         return
     what_it_has = f"{gpu.name} ({gpu.architecture}) has {has:g}"
@@ -181,3 +210,18 @@ def _reasons(model: ModelSpec, gpu: GpuType, engine: str) -> Iterator[Refusal]:
                 what_it_has,
                 f"{support.project}'s repository, {least.source}",
             )
+
+
+def _not_in_plugin(model: ModelSpec, gpu: GpuType, engine: str, plugin: Plugin) -> Iterator[Refusal]:
+    def unknown(what: str, known: str) -> Refusal:
+        return Refusal(f"{what} is not known to run on {gpu.name}, {known}", source=plugin.project)
+
+    if engine != "vllm":
+        yield unknown(engine, "vllm is")
+    if model.weights not in ("", "bf16", *plugin.weights):
+        yield unknown(f"a model with {model.weights} weights", f"one with {' or '.join(('bf16', *plugin.weights))} is")
+    if model.kv_bytes not in plugin.kv_bytes:
+        yield unknown(f"KV in {kv_of(model)}", "KV in 16 bits is (--kv bf16)")
+    if others := [kernel for kernel in model.kernels if kernel not in plugin.attention]:
+        named = " and ".join(map(str, sorted(others)))
+        yield unknown(f"{named} attention", f"{' and '.join(map(str, plugin.attention))} attention is")

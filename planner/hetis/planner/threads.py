@@ -102,7 +102,7 @@ async def run_in_daemon_thread(work: Callable[[], T], *, name: str) -> T:
     loop = asyncio.get_running_loop()
     done: asyncio.Future[T] = loop.create_future()
 
-    def tell(outcome: Callable[[Any], None], value: Any) -> None:
+    def settle(outcome: Callable[[Any], None], value: Any) -> None:
         if not done.done():  # the waiting caller may have been cancelled
             outcome(value)
 
@@ -114,7 +114,7 @@ async def run_in_daemon_thread(work: Callable[[], T], *, name: str) -> T:
         finally:
             _working.discard(threading.current_thread())
         with suppress(RuntimeError):  # the loop has ended in the meantime
-            loop.call_soon_threadsafe(tell, *found)
+            loop.call_soon_threadsafe(settle, *found)
 
     thread = threading.Thread(target=run, name=name, daemon=True)
     _working.add(thread)

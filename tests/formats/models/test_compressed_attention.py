@@ -191,7 +191,8 @@ def test_nvfp4_experts_are_known(tmp_path: Path) -> None:
     assert (model.weights, model.weight_bytes) == ("nvfp4", pytest.approx(0.5735, rel=1e-3))
 
 
-def test_experts_listed_by_the_names_of_deepseeks_checkpoints_have_their_format(tmp_path: Path) -> None:
+@pytest.mark.parametrize("parent", ["ffn", "moe_block"])  # of DeepSeek's own checkpoints, and an unknown one
+def test_experts_that_a_checkpoint_lists_have_their_format(tmp_path: Path, parent: str) -> None:
     """NVIDIA's checkpoint of NVFP4 experts takes 163 to 171 GB; all else stays in FP8, as DeepSeek stores it."""
     data = config_of(FLASH)
     data["quantization_config"] = {
@@ -199,7 +200,9 @@ def test_experts_listed_by_the_names_of_deepseeks_checkpoints_have_their_format(
         "moe_quant_algo": "NVFP4",
         "quant_algo": "MIXED_PRECISION",
         "ignore": ["*.attn.*", "*.ffn.shared_experts.*", "head", "mtp.*"],
-        "quantized_layers": {f"layers.{i}.ffn.experts": {"quant_algo": "NVFP4", "group_size": 16} for i in range(43)},
+        "quantized_layers": {
+            f"layers.{i}.{parent}.experts": {"quant_algo": "NVFP4", "group_size": 16} for i in range(43)
+        },
     }
     model = load(tmp_path, data)
     total = model.num_layers * model.layer_params() * model.weight_bytes + 4 * model.embedding_params

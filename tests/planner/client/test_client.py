@@ -21,7 +21,7 @@ from google.rpc import code_pb2
 
 from examples.processes import free_ports
 from hetis.commands.endpoints import STREAM_OPEN
-from hetis.planner.client import AsyncClient, CallError, Client, Connection, Patience, document_of_file
+from hetis.planner.client import AsyncClient, CallError, Client, Connection, Retries, document_of_file
 from hetis.planner.client.connection import SERVICE_CONFIG
 from hetis.v1 import (
     cluster_pb2,
@@ -255,7 +255,7 @@ async def test_an_aio_watch_goes_on_too(planner: FakePlanner) -> None:
 def test_waiting_ends_with_the_final_plan_and_tells_the_way(planner: FakePlanner) -> None:
     seen: list[int] = []
     with Client(planner.address) as client:
-        plan = client.wait("plans/night", news=lambda plan: seen.append(plan.state))
+        plan = client.wait("plans/night", on_change=lambda plan: seen.append(plan.state))
     assert plan.state == plan_pb2.PLAN_STATE_READY
     assert plan.result.num_gpus == 12
     assert seen[0] == plan_pb2.PLAN_STATE_SOLVING
@@ -387,14 +387,14 @@ AWAY = CallError("away", code=grpc.StatusCode.UNAVAILABLE)
 
 
 def test_patience_has_an_end_and_begins_anew_with_an_answer() -> None:
-    patience = Patience(limit_s=1.5, jitter=lambda: 1.0)
-    waits = [patience.next_wait_s(AWAY) for _ in range(3)]
+    retries = Retries(limit_s=1.5, jitter=lambda: 1.0)
+    waits = [retries.next_wait_s(AWAY) for _ in range(3)]
     assert waits == [0.2, 0.4, 0.8]
     with pytest.raises(CallError, match="away"):
-        patience.next_wait_s(AWAY)
-    patience.answered()
-    assert patience.next_wait_s(AWAY) == 0.2
-    assert patience.next_wait_s(CallError("later", code=grpc.StatusCode.UNAVAILABLE, retry_after_s=0.7)) == 0.7
+        retries.next_wait_s(AWAY)
+    retries.answered()
+    assert retries.next_wait_s(AWAY) == 0.2
+    assert retries.next_wait_s(CallError("later", code=grpc.StatusCode.UNAVAILABLE, retry_after_s=0.7)) == 0.7
 
 
 class Trying:
@@ -402,21 +402,21 @@ class Trying:
 
     def __init__(self, **settings: Any) -> None:
         self.now_s, self.told = 0.0, list[tuple[float, bool]]()
-        self.patience = Patience(
+        self.retries = Retries(
             jitter=lambda: 1.0,
             clock=lambda: self.now_s,
-            tell=lambda yes: self.told.append((self.now_s, yes)),
+            report=lambda yes: self.told.append((self.now_s, yes)),
             **settings,
         )
 
     def fail(self, *, after_s: float, opened_after_s: float | None = None) -> None:
-        self.patience.attempt()
+        self.retries.attempt()
         if opened_after_s is not None:
             self.now_s += opened_after_s
-            self.patience.opened()
+            self.retries.opened()
             after_s -= opened_after_s
         self.now_s += after_s
-        self.now_s += self.patience.next_wait_s(AWAY)
+        self.now_s += self.retries.next_wait_s(AWAY)
 
 
 def test_attempts_count_as_waiting_and_one_line_is_said_of_them() -> None:
@@ -432,8 +432,8 @@ def test_attempts_count_as_waiting_and_one_line_is_said_of_them() -> None:
     assert [yes for _, yes in trying.told] == [False]
     assert 3 <= trying.told[0][0] < 6
 
-    trying.patience.answered()
-    trying.patience.answered()
+    trying.retries.answered()
+    trying.retries.answered()
     assert [yes for _, yes in trying.told] == [False, True]
 
 
@@ -498,14 +498,14 @@ def test_a_watch_without_news_lasts_only_at_a_planner_that_has_opened_it(
             time.sleep(0.3)  # 300 s by the client's clock, which only the error's metadata explains
             refuse(context, code_pb2.UNAVAILABLE, "", "the proxy gives up")
 
-    def slow() -> Patience:
-        return Patience(jitter=lambda: 0.0, clock=lambda: 1000.0 * time.monotonic())
+    def slow() -> Retries:
+        return Retries(jitter=lambda: 0.0, clock=lambda: 1000.0 * time.monotonic())
 
     def sync(client: Client) -> list[int]:
-        return [response.sequence for response in client.watch_plan("plans/night", patience=slow())]
+        return [response.sequence for response in client.watch_plan("plans/night", retries=slow())]
 
     async def aio(client: AsyncClient) -> list[int]:
-        return [response.sequence async for response in client.watch_plan("plans/night", patience=slow())]
+        return [response.sequence async for response in client.watch_plan("plans/night", retries=slow())]
 
     planner.fail = fail
     for watch in (lambda: with_sync(planner, sync), lambda: with_aio(planner, aio)):
@@ -520,11 +520,11 @@ def test_a_watch_without_news_lasts_only_at_a_planner_that_has_opened_it(
 
 @pytest.mark.parametrize("jitter", [0.0, 1.0])
 def test_patience_ends_whatever_the_jitter(jitter: float) -> None:
-    patience = Patience(limit_s=1.0, jitter=lambda: jitter)
+    retries = Retries(limit_s=1.0, jitter=lambda: jitter)
 
     def wait_for_long() -> None:
         for _ in range(1000):
-            patience.next_wait_s(AWAY)
+            retries.next_wait_s(AWAY)
 
     with pytest.raises(CallError):
         wait_for_long()

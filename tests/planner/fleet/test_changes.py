@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 
 from hetis.planner.failures import Reason, ServiceError
-from hetis.planner.fleet.change_parts import gpus_of_copy, parts_of
-from hetis.planner.fleet.changes import ChangeCoordinator, Phase, State
+from hetis.planner.fleet.changes import ChangeCoordinator, Phase, State, gpus_of_copy, parts_of
 from hetis.planner.fleet.hubs import Hubs
 from hetis.planner.fleet.views import publish
 from hetis.v1 import change_pb2, redispatch_pb2, replica_pb2, report_pb2
@@ -75,7 +74,7 @@ def test_nobody_is_told_the_end_before_it_is_kept_and_the_authority_is_told_last
     assert one.state == ended
 
 
-def test_an_abort_whose_write_is_under_way_is_no_end_that_may_be_told() -> None:
+def test_an_abort_whose_write_is_under_way_is_no_end_that_may_be_delivered() -> None:
     one = coordinator()
     keep(one)
     one.lose("c")
@@ -291,7 +290,7 @@ async def test_a_change_is_published_after_the_replica_that_names_it(monkeypatch
     world.serve()
     cluster = world.planner.cluster
     redispatch = ("redispatch", cluster.changes.under_way[world.propose()].body.name)
-    monkeypatch.setattr(cluster.news, "take_views", lambda: [redispatch, ("replica", REPLICA)])
+    monkeypatch.setattr(cluster.pending, "take_views", lambda: [redispatch, ("replica", REPLICA)])
     publish(cluster, hubs, now_s=0.0)
     events = await anext(hubs.cluster(cluster.name).watch())
     assert [event.key for event in events] == [("replica", REPLICA), redispatch]

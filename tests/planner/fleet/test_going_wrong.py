@@ -89,7 +89,7 @@ def test_commit_is_lost_and_the_authority_aborts_at_its_deadline(world: World) -
     world.check_healed()
 
 
-def test_the_planner_dies_before_committing_is_durable_and_nobody_was_told(world: World) -> None:
+def test_the_planner_dies_before_committing_is_durable_and_nobody_was_delivered(world: World) -> None:
     change_id = ready(world)
     world.planner.crash = "before"
     world.hear("a")
@@ -124,7 +124,7 @@ def test_the_planner_dies_after_the_flip_and_the_next_one_hears_it_with_hello(wo
     world.check_healed()
 
 
-def test_a_source_that_does_not_know_how_it_ended_keeps_its_blocks_until_it_is_told(world: World) -> None:
+def test_a_source_that_does_not_know_how_it_ended_keeps_its_blocks_until_it_is_delivered(world: World) -> None:
     change_id = ready(world)
     world.disconnect("b")
     world.hear("a")

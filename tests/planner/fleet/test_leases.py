@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hetis.planner.fleet.leases import Leases
+from hetis.planner.fleet.agents.leases import Leases
 from hetis.v1 import cluster_pb2
 
 EXPECTED = cluster_pb2.NODE_STATE_EXPECTED
@@ -31,14 +31,14 @@ def test_a_silent_node_is_first_suspect_then_lost_and_ready_when_it_is_heard() -
     assert found.state("a") == SUSPECT
     assert found.expire(6.0) == ["a"]
     assert found.state("a") == LOST
-    assert found.hear("a", now_s=7.0)
+    assert found.renew("a", now_s=7.0)
     assert found.state("a") == READY
 
 
 def test_a_node_whose_stream_broke_is_suspect_at_once_and_keeps_its_lease() -> None:
     found = leases()
     found.connect("a", now_s=0.0)
-    found.hear("a", now_s=4.0)
+    found.renew("a", now_s=4.0)
     assert found.disconnect("a")
     assert found.state("a") == SUSPECT
     assert found.expire(8.9) == []
@@ -137,7 +137,7 @@ def test_the_state_is_that_of_a_plain_look_at_the_clock(steps: list[tuple[str, f
             found.disconnect("a")
             connected = False
         else:
-            found.hear("a", now_s=now_s)
+            found.renew("a", now_s=now_s)
             heard_s = now_s if connected else heard_s
         found.expire(now_s)
         silent_s = now_s - heard_s

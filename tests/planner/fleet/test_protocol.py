@@ -38,7 +38,7 @@ class Protocol(RuleBasedStateMachine):
         self.world.hear(node, position, again=again)
 
     @rule(node=NODES, again=st.booleans())
-    def agent_is_told(self, node: str, again: bool) -> None:
+    def agent_is_delivered(self, node: str, again: bool) -> None:
         self.world.tell(node, again=again)
 
     @rule()

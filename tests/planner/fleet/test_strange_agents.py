@@ -13,13 +13,13 @@ import pytest
 from hetis.planner.convert.names import last_part
 from hetis.planner.failures import Reason, ServiceError
 from hetis.planner.fleet import deciding
-from hetis.planner.fleet.admission import MOST_UNDECLARED
-from hetis.planner.fleet.agent_messages import check_hello
-from hetis.planner.fleet.deltas import ROOM
-from hetis.planner.fleet.head_maps import HeadMapPieces
-from hetis.planner.fleet.late_changes import MOST_OF_NODE
-from hetis.planner.fleet.link import _MOST_FOREIGN, _MOST_REMOVALS
-from hetis.planner.fleet.stream import MOST_BYTES, MOST_MESSAGES, Stream
+from hetis.planner.fleet.agents.deltas import ROOM
+from hetis.planner.fleet.agents.head_maps import HeadMapPieces
+from hetis.planner.fleet.agents.leases import MOST_UNDECLARED
+from hetis.planner.fleet.agents.link import _MOST_FOREIGN, _MOST_REMOVALS
+from hetis.planner.fleet.agents.messages import check_hello
+from hetis.planner.fleet.agents.stream import MOST_BYTES, MOST_MESSAGES, Stream
+from hetis.planner.fleet.cluster_changes import MOST_OF_NODE
 from hetis.planner.fleet.writes import apply
 from hetis.planner.store import NodeRecord
 from hetis.v1 import agent_service_pb2 as pb

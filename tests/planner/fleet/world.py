@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from hetis.planner.failures import Reason, ServiceError
-from hetis.planner.fleet.link import Response
+from hetis.planner.fleet.agents.link import Response
 from hetis.v1 import change_pb2, plan_pb2, redispatch_pb2, replica_pb2
 from tests.planner.fleet.driven import DrivenPlanner, PlannerDiedError
 from tests.planner.fleet.memory_store import MemoryStore

@@ -16,7 +16,8 @@ import pytest
 
 from hetis.planner.failures import Reason, ServiceError
 from hetis.planner.jobs.messages import CalledOff, Crashed, FoundPlan, Outcome
-from hetis.planner.jobs.pool import Begun, News, PooledSearch, PoolSettings, SolverPool, SolverProcess
+from hetis.planner.jobs.pool import Begun, PooledSearch, PoolSettings, SearchEvent, SolverPool
+from hetis.planner.jobs.process import SolverProcess
 from hetis.solver.budget import Progress
 from hetis.solver.errors import InfeasibleError
 
@@ -47,9 +48,9 @@ def begin(
     return search
 
 
-async def all_news(search: PooledSearch) -> list[News]:
+async def all_news(search: PooledSearch) -> list[SearchEvent]:
     async with asyncio.timeout(30):
-        return [news async for news in search.news()]
+        return [news async for news in search.events()]
 
 
 async def outcome(search: PooledSearch) -> Outcome:
@@ -60,7 +61,7 @@ async def outcome(search: PooledSearch) -> Outcome:
 
 async def begun(search: PooledSearch) -> None:
     async with asyncio.timeout(30):
-        async for news in search.news():
+        async for news in search.events():
             assert news is Begun.BEGUN
             return
 
@@ -68,7 +69,7 @@ async def begun(search: PooledSearch) -> None:
 async def heard(search: PooledSearch) -> None:
     """Wait until the process has reported progress: if it were killed before, the search would start again."""
     async with asyncio.timeout(30):
-        async for news in search.news():
+        async for news in search.events():
             if isinstance(news, Progress):
                 return
     raise AssertionError("the search ended before it was heard")

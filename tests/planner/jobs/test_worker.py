@@ -13,7 +13,8 @@ import pytest
 from hetis.formats.documents import from_data
 from hetis.planner.jobs.frames import JobFrame
 from hetis.planner.jobs.messages import FoundPlan, PosedProblem, posed_from_json
-from hetis.planner.jobs.pool import Begun, News, PoolSettings, SolverPool, SolverProcess
+from hetis.planner.jobs.pool import Begun, PoolSettings, SearchEvent, SolverPool
+from hetis.planner.jobs.process import SolverProcess
 from hetis.planner.jobs.searching import solve
 from hetis.planner.use_cases.place import PlacementSettings
 from hetis.planner.use_cases.record.parts import Verified
@@ -40,15 +41,15 @@ def settings_of(strategy: str) -> PlacementSettings:
     return PlacementSettings(strategy=strategy, engine=engine_rules(None, strategy))
 
 
-def search_for(posed: PosedProblem) -> list[News]:
-    async def scenario() -> list[News]:
+def search_for(posed: PosedProblem) -> list[SearchEvent]:
+    async def scenario() -> list[SearchEvent]:
         pool = SolverPool(PoolSettings())
         pool.start()
         try:
             search = pool.reserve("test")
             search.begin(posed.to_json(), time_limit_s=posed.settings.time_limit_s)
             async with asyncio.timeout(180):
-                return [news async for news in search.news()]
+                return [news async for news in search.events()]
         finally:
             await pool.stop()
 

@@ -12,7 +12,7 @@ import pytest
 
 from hetis.planner.convert.stages import snapshot_from_proto, stage_from_proto
 from hetis.planner.failures import Reason, ServiceError
-from hetis.planner.fleet.head_maps import HeadMaps
+from hetis.planner.fleet.agents.head_maps import HeadMaps
 from hetis.planner.fleet.redispatching.loop import RedispatchLoop
 from hetis.planner.fleet.views import FleetObserver
 from hetis.planner.resources.proposals import PlacementProposals

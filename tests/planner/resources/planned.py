@@ -14,7 +14,8 @@ import grpc
 
 from hetis.planner.convert.documents import DeclaredFleets
 from hetis.planner.fleet.hubs import Hubs
-from hetis.planner.jobs.pool import PoolSettings, SolverPool, SolverProcess
+from hetis.planner.jobs.pool import PoolSettings, SolverPool
+from hetis.planner.jobs.process import SolverProcess
 from hetis.planner.resources.clusters import Clusters
 from hetis.planner.resources.plan_activation import PlanActivation
 from hetis.planner.resources.plan_creation import PlanCreation, PlanSearches

@@ -44,7 +44,7 @@ def test_without_anything_it_is_local(tmp_path: Path) -> None:
     assert config.status_page.address == "127.0.0.1:8471"
     assert config.store.startswith("sqlite:///")
     assert config.drain_timeout == 30
-    assert not config.asks_for_credentials
+    assert not config.requires_credentials
 
 
 def test_flags_go_before_the_environment_before_the_file_before_defaults(tmp_path: Path) -> None:

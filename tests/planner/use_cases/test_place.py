@@ -131,15 +131,31 @@ def test_stopping_without_a_plan_proves_nothing(solver: Solver, capsys: pytest.C
 def test_ctrl_c_before_a_plan_is_told_to_people_and_programs(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def place(*_arguments: object, cancelled: threading.Event, **_options: object) -> None:
+    def prove(*_arguments: object, cancelled: threading.Event, **_options: object) -> None:
         cancelled.set()
         raise NoPlanFoundError("no plan within 1 s")
 
-    monkeypatch.setattr(placing, "place", place)
+    monkeypatch.setattr(placing, "prove", prove)
     assert run([*INPUTS, "-o", "json"]) == ExitCode.INTERRUPTED
     captured = capsys.readouterr()
     assert captured.err.endswith("error: stopped before a plan was found\n")
     assert json.loads(captured.out)["exit_code"] == ExitCode.INTERRUPTED
+
+
+def test_a_plan_is_shown_before_it_is_simulated(
+    solver: Solver, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    solver(PLAN)
+    shown = list[str]()
+
+    def verify(plan: Plan, *_arguments: object, **_options: object) -> placing.PlacedPlan:
+        shown.append(capsys.readouterr().out)
+        return placing.PlacedPlan(plan=plan)
+
+    monkeypatch.setattr(placing, "verify", verify)
+    assert run(INPUTS) == ExitCode.OK
+    assert "Goodput" in shown[0]
+    assert capsys.readouterr().out == ""
 
 
 def test_a_plan_that_fails_its_check_is_not_shown(

@@ -77,7 +77,18 @@ def gpu_types() -> dict[str, GpuType]:
 
 @functools.lru_cache(maxsize=1024)  # a cluster file may spell a few types a million times
 def _gpu_name(name: str) -> str:
-    return resolve_gpu(name, _gpus_by_name())
+    """Return the GPU that a name means, which may have the size of its memory behind it (``RTX 4090 24GB``)."""
+    by_name = _gpus_by_name()
+    try:
+        return resolve_gpu(name, by_name)
+    except UnknownNameError as error:
+        short = re.fullmatch(r"(.+?)[ _-]+(\d{1,4}) ?gi?b?", name.strip(), re.IGNORECASE)
+        if short is None or error.ambiguous:
+            raise
+        found = resolve_gpu(short[1], by_name)
+        if round(by_name[found].gpu.memory_bytes / 2**30) != int(short[2]):
+            raise
+        return found
 
 
 @functools.cache
@@ -238,9 +249,9 @@ class UnknownNameError(HetisError):
 
 # Words of vendors and drivers (`nvidia-smi` says "NVIDIA GeForce RTX 3090") that do not distinguish boards.
 _IGNORED = {"nvidia", "geforce", "tesla", "amd", "instinct", "intel", "habana", "generation", "oam"}
-_IGNORED |= {"blackwell", "edition"}
+_IGNORED |= {"blackwell", "edition", "huawei", "google", "radeon", "jetson"}
 # Parts that several boards share: on their own they name nothing.
-_SHARED = re.compile(r"\d+gb|pcie|sxm|nvl|per|gpu|rtx|quadro|pro|server|ada|arc")
+_SHARED = re.compile(r"\d+gb|pcie|sxm|nvl|per|gpu|die|rtx|rx|quadro|pro|ai|server|ada|arc|ascend|tpu")
 # Names that `nvidia-smi` and `rocm-smi` give to boards whose catalogue name has other parts.
 _GPU_ALIASES = {
     "h100-80gb-hbm3": "H100-SXM-80GB",
@@ -258,6 +269,17 @@ _GPU_ALIASES = {
     "rtx-6000-ada-generation": "RTX-6000-Ada",
     "gaudi-2": "Gaudi2-96GB",
     "gaudi-3": "Gaudi3-128GB",
+    "jetson-thor": "Thor",
+    "agx-thor": "Thor",
+    "7900-xtx": "RX-7900-XTX",
+    "r9700": "Radeon-AI-PRO-R9700",
+    "mi50-mi60": "MI50-32GB",
+    **{f"ascend-910b{number}": "Ascend-910B-64GB" for number in ("", 1, 2, 3)},
+    **{f"ascend910b{number}": "Ascend-910B-64GB" for number in ("", 1, 2, 3)},
+    "ascend910b4": "Ascend-910B4-32GB",
+    **dict.fromkeys(("ascend-910c", "ascend910c", "ascend910-9392", "ascend910-9382"), "Ascend-910C-per-die"),
+    **dict.fromkeys(("tpu-v5-lite", "tpu-v5-lite-podslice", "tpu-v5-lite-device", "tpu-v5litepod"), "TPU-v5e"),
+    **dict.fromkeys(("tpu-v6-lite", "tpu-v6e-slice", "tpu-v6e-device", "trillium"), "TPU-v6e"),
 }
 
 # Boards that nobody means who does not say so, with their memory.
@@ -309,17 +331,29 @@ def resolve_gpu(name: str, known: Collection[str], also: Collection[str] = ()) -
 
 
 def _is_another_card(wanted: tuple[str, ...], candidate: str) -> bool:
-    """Return whether a name has the number of another card than a similar one: an RTX 3050 is no slip of RTX-3090.
+    """Return whether a name has the number of another card than a similar one: an RTX 3050 is no slip of RTX-3090, nor
+    an M40 of P40.
 
-    A letter O counts as a zero, and a number may be cut short. Letters beside it may be slips (``L40X``, ``80GX``).
+    A letter O counts as a zero, and a number may be cut short. Letters behind it may be slips (``L40X``, ``80GX``).
     """
-    own = _numbers(_gpu_parts(candidate))
-    numbers = _numbers(part for part in wanted if not _SHARED.fullmatch(part))
-    return not all(any(each.startswith(number) for each in own) for number in numbers)
+    own = _gpu_parts(candidate)
+    parts = [part for part in wanted if not _SHARED.fullmatch(part)]
+
+    def has(letters: str, number: str) -> bool:
+        same = (each for each in _numbers(own) if each[1] == number or (len(number) > 1 and each[1].startswith(number)))
+        return any(letters in ("", theirs) for theirs, _ in same)
+
+    return any(part in _VARIANTS and part not in own for part in parts) or not all(has(*one) for one in _numbers(parts))
 
 
-def _numbers(parts: Iterable[str]) -> list[str]:
-    return [number for part in parts for number in re.findall(r"\d\d+", part.replace("o", "0"))]
+_VARIANTS = {"xt", "xtx", "gre", "ti", "super", "d"}  # of a number, each another card
+
+
+def _numbers(parts: Iterable[str]) -> list[tuple[str, str]]:
+    """Return the numbers in parts, each with the letters in front of it."""
+    spelled = (re.sub(r"(?<=\d)o|o(?=\d)", "0", part) for part in parts)
+    found = (re.findall(r"([a-z]*)(\d+)", part) for part in spelled)
+    return [("" if _SHARED.fullmatch(letters) else letters, number) for one in found for letters, number in one]
 
 
 @functools.lru_cache(maxsize=1024)

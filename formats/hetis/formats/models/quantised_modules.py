@@ -10,7 +10,7 @@ from __future__ import annotations
 import fnmatch
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping, Sequence, Set
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from typing import Any, NamedTuple, TypeVar
 
 from hetis.formats.errors import shown
@@ -204,7 +204,9 @@ def layer_weight_bytes(data: Mapping[str, Any], model: ModelSpec, dtype: str, li
     exceptions, routed, are_all_plain = list[tuple[float, float]](), list[tuple[float, float]](), True
     of_experts = usual if _mixed(data) and not _lists_experts(data) else otherwise
     experts = routed_experts(model) if _has_groups(data) else whole_experts(model)
-    for module in (*modules(model, linear), *experts):
+    every = (*modules(model, linear), *experts)
+    stated = (*stated, *_by_kind(data, stated, every))
+    for module in every:
         share = 1 / (module.repeated or model.num_layers)
         if module.size is not None:
             exceptions.append((module.params * module.num_layers * share, module.size))
@@ -368,6 +370,35 @@ def _stated_format(data: Mapping[str, Any]) -> Stated[float]:
         if is_of_expert:  # any of a layer's experts stands for all, as in vLLM 0.32 (`_resolve_quant_algo`)
             formats.setdefault(f"{parent}.experts", found)
     return {name: dtypes.BYTES_PER_PARAMETER[found] for name, found in formats.items() if found is not None}.get
+
+
+def _by_kind(
+    data: Mapping[str, Any], stated: Sequence[Stated[float]], every: Sequence[Module]
+) -> Iterator[Stated[float]]:  # fmt: skip
+    """Yield what a checkpoint states about modules of kinds that it lists under names which are not known here."""
+    with_format = (one for one in every if any(_first(stated, n, one) is not None for n in one.layers))
+    known = {_kind_of(module.names[0]) for module in with_format}
+    formats = dict[tuple[str, str], float]()
+    for name, entry in _mixed(data).items():
+        layer, kind, precision = _LAYER.search(name), _kind_of(name), MODELOPT.get(_algorithm(entry))
+        if layer is not None and kind not in known and precision is not None and not name.endswith(".gate"):
+            formats.setdefault((layer[1], kind), dtypes.BYTES_PER_PARAMETER[precision])
+
+    def of_kind(name: str) -> float | None:
+        layer = _LAYER.search(name)
+        return None if layer is None else formats.get((layer[1], _kind_of(name)))
+
+    if formats:
+        yield of_kind
+
+
+_LAYER = re.compile(r"\blayers\.(\d{1,5})\.")
+
+
+def _kind_of(name: str) -> str:
+    """Return the part of a layer to which a module belongs, by the words that all names of it have."""
+    words = {"shared": "shared experts", "expert": "experts", "attn": "attention", "attention": "attention"}
+    return next((kind for word, kind in words.items() if word in name), "mlp")
 
 
 def _ignored(data: Mapping[str, Any], base: T) -> Stated[T]:

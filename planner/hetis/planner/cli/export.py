@@ -316,9 +316,9 @@ def _in_the_end(terminal: Terminal, client: Client, read: Callable[[], T]) -> T:
 
     from hetis.planner.client import CallError
 
-    patience, said = client.patience(), ""
+    retries, said = client.retries(), ""
     while True:
-        patience.attempt()
+        retries.attempt()
         try:
             found = read()
         except CallError as error:
@@ -327,9 +327,9 @@ def _in_the_end(terminal: Terminal, client: Client, read: Callable[[], T]) -> T:
             if str(error) != said:
                 said = str(error)
                 terminal.warn(said)
-            time.sleep(patience.next_wait_s(CallError(str(error), code=grpc.StatusCode.UNAVAILABLE)))
+            time.sleep(retries.next_wait_s(CallError(str(error), code=grpc.StatusCode.UNAVAILABLE)))
         else:
-            patience.answered()
+            retries.answered()
             return found
 
 

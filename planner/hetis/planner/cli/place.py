@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from hetis.planner.use_cases.place import PlacedPlan
     from hetis.planner.use_cases.request import PlacementRequest
     from hetis.planner.use_cases.sources import LoadedInputs
-    from hetis.solver.plan import Objective
+    from hetis.solver.plan import Objective, Plan
     from hetis.solver.problem import PlacementProblem
 
 _search, _result = panel("Search"), panel("Result")
@@ -62,8 +62,8 @@ def place(
 ) -> ExitCode:
     """Decide which GPUs form which replicas, with a proven bound on the optimum.
 
-    Simulations and the searches that follow them may take two minutes more or, if a --time-limit is given, as long
-    again as that, but at least 30 s.
+    The plan appears when it is proven. What simulated traffic makes of it follows below, within some seconds or, if
+    a --time-limit is given, within that.
 
     Ctrl-C once prints and saves the best plan so far; Ctrl-C twice exits at once.
     """
@@ -92,24 +92,27 @@ def finish(
     problem: PlacementProblem,
     results: ResultOptions,
 ) -> ExitCode:
-    """Solve with progress and Ctrl-C, save, print, and return the exit code, whatever the outcome."""
-    from hetis.planner.report.page.pages import ShownPlan, plans_page
-    from hetis.planner.use_cases.place import place as placed
-    from hetis.planner.use_cases.place import settings_of
+    """Solve with progress and Ctrl-C, print, save, and return the exit code, whatever the outcome.
+
+    Tables appear when the plan is proven; what the simulation and the studies of it show follows below.
+    """
+    from hetis.planner.report.plan import render_plan
+    from hetis.planner.use_cases.place import prove, settings_of, verify
     from hetis.planner.use_cases.verification.choosing import missed
 
     cancelled, settings = threading.Event(), settings_of(request)
-
-    def work(report: Report) -> PlacedPlan:
-        return placed(request, loaded, problem, cancelled=cancelled, report=report)
+    wait = partial(
+        search_interruptibly, terminal, unit=problem.objective.unit, cancelled=cancelled, so_far="the best plan"
+    )
+    prints, wide = results.out != outputs.STDOUT, terminal.output is OutputFormat.WIDE
 
     def page() -> str:
+        from hetis.planner.report.page.pages import ShownPlan, plans_page
+
         return plans_page([ShownPlan(name="The plan", plan=answer.plan, problem=problem)])
 
     try:
-        answer = search_interruptibly(
-            terminal, work, unit=problem.objective.unit, cancelled=cancelled, so_far="the best plan"
-        )
+        plan = wait(lambda report: prove(request, loaded, problem, cancelled=cancelled, report=report))
     except InfeasibleError as error:
         if not terminal.prints_tables:
             document = _infeasible_document(error, settings.strategy, problem.objective)
@@ -117,9 +120,12 @@ def finish(
         return say_failure(error, terminal)
     except NoPlanFoundError as error:
         return report_no_plan(error, terminal, interrupted=cancelled.is_set())
+    if prints and terminal.prints_tables:
+        terminal.emit(dict, lambda: render_plan(plan, wide=wide))
+    answer = wait(lambda report: verify(plan, request, loaded, problem, cancelled=cancelled, report=report))
     saved = outputs.save_or_tell(terminal, answer.plan, results.out, html=results.html, page=page)
-    if results.out != outputs.STDOUT:
-        _print(terminal, answer)
+    if prints:
+        _print(terminal, plan, answer)
     if not saved:
         return ExitCode.INTERNAL
     if cancelled.is_set():
@@ -130,15 +136,17 @@ def finish(
     return ExitCode.MISSED if short else ExitCode.OK
 
 
-def _print(terminal: Terminal, answer: PlacedPlan) -> None:
+def _print(terminal: Terminal, proven: Plan, answer: PlacedPlan) -> None:
+    """Print the plan as data, or what was added to the tables of the proven one since they were printed."""
     from rich.console import Group, RenderableType
 
     from hetis.formats.documents import to_data
-    from hetis.planner.report.plan import render_constraint_prices, render_plan
+    from hetis.planner.report.plan import render_constraint_prices, render_verified
     from hetis.planner.report.studies import render_robustness
 
     def tables() -> RenderableType:
-        parts: list[RenderableType] = [render_plan(answer.plan, wide=terminal.output is OutputFormat.WIDE)]
+        wide = terminal.output is OutputFormat.WIDE
+        parts: list[RenderableType] = [render_verified(proven, answer.plan, wide=wide)]
         if answer.prices:
             parts.append(render_constraint_prices(answer.prices, answer.plan.result.unit))
         if answer.robustness is not None:

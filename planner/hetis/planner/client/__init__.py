@@ -14,13 +14,13 @@ from __future__ import annotations
 
 from hetis.planner.client.clients import AsyncClient, Client
 from hetis.planner.client.connection import Connection, document_of_file
-from hetis.planner.client.errors import CallError, Patience
+from hetis.planner.client.errors import CallError, Retries
 
 __all__ = [
     "AsyncClient",
     "CallError",
     "Client",
     "Connection",
-    "Patience",
+    "Retries",
     "document_of_file",
 ]

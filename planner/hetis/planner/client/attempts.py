@@ -59,13 +59,13 @@ class Attempts:
         return self.method.rpartition("/")[2].startswith(_READS)
 
     def takes(self, endpoint: Endpoint, answer: Any, metadata: Any) -> bool:
-        """Take the answer of a planner with the metadata behind it; return whether the leader should be asked, too."""
+        """Take the answer of a planner with the metadata behind it; return whether the leader should be called, too."""
         leader_address = next((str(value) for key, value in metadata or () if key == STANDBY_ANSWER), None)
         self.answer, self.is_of_standby = answer, leader_address is not None
         return leader_address is not None and self._asks_another(endpoint, leader_address)
 
     def _asks_another(self, endpoint: Endpoint, leader_address: str) -> bool:
-        """Return whether to ask another planner at once. With a standby's answer at hand, waiting does not pay."""
+        """Return whether to call another planner at once. With a standby's answer at hand, waiting does not pay."""
         return self.clock() < self.end_s and self.leaders.failed(endpoint, leader_address, self.tried)
 
     def next_wait_s(self, endpoint: Endpoint, error: CallError) -> float | None:

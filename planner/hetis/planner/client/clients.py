@@ -13,7 +13,7 @@ from google.protobuf.message import Message
 
 from hetis.planner.client.channels import AsyncLeaderChannel, LeaderChannel
 from hetis.planner.client.connection import HEALTH_METHOD, Connection, says_serving
-from hetis.planner.client.errors import Patience, call_error
+from hetis.planner.client.errors import Retries, call_error
 from hetis.v1 import audit_service_pb2 as audit_rpc
 from hetis.v1 import audit_service_pb2_grpc as audit_grpc
 from hetis.v1 import cluster_pb2, plan_pb2, profile_pb2, redispatch_pb2, replica_pb2
@@ -91,7 +91,7 @@ class _AnyClient:
     Attributes:
         clusters, plans, profiles, dispatch, audit: the stubs of the API. Unary calls raise `CallError`; streams called
             directly raise ``grpc.RpcError``, which `watch_plan`, `watch_cluster` and `read_plan_document` do not.
-        patience: creates the `Patience` of a watch that was not passed one.
+        retries: creates the `Retries` of a watch that was not passed one.
     """
 
     clusters: Any
@@ -100,8 +100,8 @@ class _AnyClient:
     audit: Any
     dispatch: Any
 
-    def __init__(self, channel: Any, patience: Callable[[], Patience]) -> None:
-        self._channel, self.patience = channel, patience
+    def __init__(self, channel: Any, retries: Callable[[], Retries]) -> None:
+        self._channel, self.retries = channel, retries
         self._health = channel.unary_unary(HEALTH_METHOD)
         self.clusters = cluster_grpc.ClusterServiceStub(channel)
         self.plans = plan_grpc.PlanServiceStub(channel)
@@ -162,7 +162,7 @@ class Client(_AnyClient):
         connection: Connection | str,
         *,
         sleep: Callable[[float], None] = time.sleep,
-        patience: Callable[[], Patience] = Patience,
+        retries: Callable[[], Retries] = Retries,
         on_slow: Callable[[list[str]], object] | None = None,
         **settings: Any,
     ) -> None:
@@ -171,7 +171,7 @@ class Client(_AnyClient):
         Args:
             connection: the connection to a planner; an address alone becomes a `Connection` with ``settings``.
             sleep: how watches wait before they retry.
-            patience: creates the `Patience` of a watch that was not passed one.
+            retries: creates the `Retries` of a watch that was not passed one.
             on_slow: called from another thread while a call other than a watch has had no answer for a second or more,
                 with the address of the planner that is tried and, behind it, those that are tried next.
             **settings: settings of the `Connection`, if an address is passed.
@@ -180,7 +180,7 @@ class Client(_AnyClient):
             ValueError: the settings contradict each other.
             OSError: a certificate or key cannot be read.
         """
-        super().__init__(LeaderChannel(_connection(connection, settings), sleep, on_slow), patience)
+        super().__init__(LeaderChannel(_connection(connection, settings), sleep, on_slow), retries)
         self._sleep = sleep
 
     def __enter__(self) -> Self:
@@ -202,52 +202,52 @@ class Client(_AnyClient):
         return says_serving(self._health(b""))
 
     def watch_plan(
-        self, name: str, *, after_sequence: int = 0, patience: Patience | None = None
+        self, name: str, *, after_sequence: int = 0, retries: Retries | None = None
     ) -> Iterator[plan_rpc.WatchPlanResponse]:
         """Yield the plan now and after each change, until it can no longer change without a call.
 
         Raises:
-            CallError: the plan does not exist, or the planner is out of reach for longer than ``patience``.
+            CallError: the plan does not exist, or the planner is out of reach for longer than ``retries``.
         """
         request = plan_rpc.WatchPlanRequest(name=name, after_sequence=after_sequence)
-        return self._resumed(self.plans.WatchPlan, request, _next_of_plan, patience)
+        return self._resumed(self.plans.WatchPlan, request, _next_of_plan, retries)
 
     def watch_cluster(
-        self, name: str, *, resume_token: str = "", patience: Patience | None = None
+        self, name: str, *, resume_token: str = "", retries: Retries | None = None
     ) -> Iterator[cluster_rpc.WatchClusterResponse]:
         """Yield the cluster's present state, then every change, until the caller stops.
 
         An event with ``reset`` invalidates everything known before.
 
         Raises:
-            CallError: the cluster does not exist, or the planner is out of reach for longer than ``patience``.
+            CallError: the cluster does not exist, or the planner is out of reach for longer than ``retries``.
         """
         request = cluster_rpc.WatchClusterRequest(name=name, resume_token=resume_token)
-        return self._resumed(self.clusters.WatchCluster, request, _next_of_cluster, patience, is_endless=True)
+        return self._resumed(self.clusters.WatchCluster, request, _next_of_cluster, retries, is_endless=True)
 
     def wait(
         self,
         plan: str,
         *,
-        news: Callable[[plan_pb2.Plan], object] = lambda plan: None,
-        patience: Patience | None = None,
+        on_change: Callable[[plan_pb2.Plan], object] = lambda plan: None,
+        retries: Retries | None = None,
     ) -> plan_pb2.Plan:
         """Wait until the plan can no longer change without a call, active or not, and return it in the view BASIC.
 
         Args:
-            news: called with every state of the plan on the way, including the last.
-            patience: how long to wait for a planner that does not answer.
+            on_change: called with every state of the plan on the way, including the last.
+            retries: how long to wait for a planner that does not answer.
         """
         last = plan_pb2.Plan(name=plan)
-        for response in self.watch_plan(plan, patience=patience):
+        for response in self.watch_plan(plan, retries=retries):
             last = response.plan
-            news(last)
+            on_change(last)
         return last
 
-    def read_plan_document(self, name: str, *, patience: Patience | None = None) -> bytes:
+    def read_plan_document(self, name: str, *, retries: Retries | None = None) -> bytes:
         """Return the Plan document as canonical JSON, whatever its size; resumes after a lost connection."""
         request = plan_rpc.ReadPlanDocumentRequest(name=name)
-        pieces = self._resumed(self.plans.ReadPlanDocument, request, _next_of_document, patience)
+        pieces = self._resumed(self.plans.ReadPlanDocument, request, _next_of_document, retries)
         return b"".join(piece.content for piece in pieces)
 
     def _resumed(
@@ -255,7 +255,7 @@ class Client(_AnyClient):
         call: Callable[..., Any],
         request: Q,
         next_request: Callable[[Q, R], Q],
-        patience: Patience | None,
+        retries: Retries | None,
         *,
         is_endless: bool = False,
     ) -> Iterator[R]:
@@ -264,21 +264,21 @@ class Client(_AnyClient):
         The same goes for a stream whose credentials the planner no longer accepts, if there are newer ones.
         ``is_endless``: a stream that ends by itself is opened again, too.
         """
-        patience = patience or self.patience()
+        retries = retries or self.retries()
         while True:
-            patience.attempt()
-            stream = call(request, on_open=patience.opened)
+            retries.attempt()
+            stream = call(request, on_open=retries.opened)
             try:
                 for response in stream:
-                    patience.answered()
+                    retries.answered()
                     request = next_request(request, response)
                     yield response
                 if not is_endless:
                     return
-                wait_s = patience.next_wait_s(None)
+                wait_s = retries.next_wait_s(None)
             except grpc.RpcError as error:
                 newer = stream.has_newer_credentials()
-                wait_s = patience.next_wait_s(call_error(error), has_newer_credentials=newer)
+                wait_s = retries.next_wait_s(call_error(error), has_newer_credentials=newer)
             finally:
                 stream.cancel()  # the caller may have stopped reading, and the planner allows few open streams
             self._sleep(wait_s)
@@ -298,11 +298,11 @@ class AsyncClient(_AnyClient):
         connection: Connection | str,
         *,
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
-        patience: Callable[[], Patience] = Patience,
+        retries: Callable[[], Retries] = Retries,
         **settings: Any,
     ) -> None:
         """Prepare a connection, as `Client` does."""
-        super().__init__(AsyncLeaderChannel(_connection(connection, settings), sleep), patience)
+        super().__init__(AsyncLeaderChannel(_connection(connection, settings), sleep), retries)
         self._sleep = sleep
 
     async def __aenter__(self) -> Self:
@@ -320,37 +320,37 @@ class AsyncClient(_AnyClient):
         return says_serving(await self._health(b""))
 
     def watch_plan(
-        self, name: str, *, after_sequence: int = 0, patience: Patience | None = None
+        self, name: str, *, after_sequence: int = 0, retries: Retries | None = None
     ) -> AsyncIterator[plan_rpc.WatchPlanResponse]:
         """Yield the plan now and after each change, as `Client.watch_plan` does."""
         request = plan_rpc.WatchPlanRequest(name=name, after_sequence=after_sequence)
-        return self._resumed(self.plans.WatchPlan, request, _next_of_plan, patience)
+        return self._resumed(self.plans.WatchPlan, request, _next_of_plan, retries)
 
     def watch_cluster(
-        self, name: str, *, resume_token: str = "", patience: Patience | None = None
+        self, name: str, *, resume_token: str = "", retries: Retries | None = None
     ) -> AsyncIterator[cluster_rpc.WatchClusterResponse]:
         """Yield the cluster's present state, then every change, as `Client.watch_cluster` does."""
         request = cluster_rpc.WatchClusterRequest(name=name, resume_token=resume_token)
-        return self._resumed(self.clusters.WatchCluster, request, _next_of_cluster, patience, is_endless=True)
+        return self._resumed(self.clusters.WatchCluster, request, _next_of_cluster, retries, is_endless=True)
 
     async def wait(
         self,
         plan: str,
         *,
-        news: Callable[[plan_pb2.Plan], object] = lambda plan: None,
-        patience: Patience | None = None,
+        on_change: Callable[[plan_pb2.Plan], object] = lambda plan: None,
+        retries: Retries | None = None,
     ) -> plan_pb2.Plan:
         """Wait until the plan can no longer change without a call, as `Client.wait` does."""
         last = plan_pb2.Plan(name=plan)
-        async for response in self.watch_plan(plan, patience=patience):
+        async for response in self.watch_plan(plan, retries=retries):
             last = response.plan
-            news(last)
+            on_change(last)
         return last
 
-    async def read_plan_document(self, name: str, *, patience: Patience | None = None) -> bytes:
+    async def read_plan_document(self, name: str, *, retries: Retries | None = None) -> bytes:
         """Return the Plan document as canonical JSON, whatever its size; resumes after a lost connection."""
         request = plan_rpc.ReadPlanDocumentRequest(name=name)
-        pieces = self._resumed(self.plans.ReadPlanDocument, request, _next_of_document, patience)
+        pieces = self._resumed(self.plans.ReadPlanDocument, request, _next_of_document, retries)
         return b"".join([piece.content async for piece in pieces])
 
     async def _resumed(
@@ -358,26 +358,26 @@ class AsyncClient(_AnyClient):
         call: Callable[..., Any],
         request: Q,
         next_request: Callable[[Q, R], Q],
-        patience: Patience | None,
+        retries: Retries | None,
         *,
         is_endless: bool = False,
     ) -> AsyncIterator[R]:
         """Yield a response stream as `Client` does."""
-        patience = patience or self.patience()
+        retries = retries or self.retries()
         while True:
-            patience.attempt()
-            stream = call(request, on_open=patience.opened)
+            retries.attempt()
+            stream = call(request, on_open=retries.opened)
             try:
                 async for response in stream:
-                    patience.answered()
+                    retries.answered()
                     request = next_request(request, response)
                     yield response
                 if not is_endless:
                     return
-                wait_s = patience.next_wait_s(None)
+                wait_s = retries.next_wait_s(None)
             except grpc.RpcError as error:
                 newer = stream.has_newer_credentials()
-                wait_s = patience.next_wait_s(call_error(error), has_newer_credentials=newer)
+                wait_s = retries.next_wait_s(call_error(error), has_newer_credentials=newer)
             finally:
                 stream.cancel()  # gRPC leaves a call open that nobody reads any more
             await self._sleep(wait_s)

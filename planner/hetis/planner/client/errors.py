@@ -93,47 +93,47 @@ def _details(error: grpc.RpcError) -> list[Any]:
 
 
 FIRST_WAIT_S, LONGEST_WAIT_S = 0.2, 5.0
-TOLD_AFTER_S = 3.0  # a restart of the planner is usually over by then
-TOLD_AGAIN_S = 60.0
+REPORTED_AFTER_S = 3.0  # a restart of the planner is usually over by then
+REPORTED_AGAIN_S = 60.0
 STANDS_AFTER_S = 1.0  # a stream that breaks sooner than this after it was opened counts as a failed attempt
 
 
 @dataclass(slots=True, kw_only=True)
-class Patience:
+class Retries:
     """The limit on retries of a watch that gets no answer.
 
     Attributes:
         limit_s: limit on the total time of attempts and waits without an answer; the watch ends with the error
             rather than wait beyond it. 0: the first error ends it.
-        tell: called with False when there has been no answer for `TOLD_AFTER_S`, and again every `TOLD_AGAIN_S`;
-            called with True once there is an answer again.
+        report: called with False when there has been no answer for `REPORTED_AFTER_S`, again every `REPORTED_AGAIN_S`,
+            and with True once there is an answer again.
         jitter: returns a number from 0 to 1, so that many clients do not return at once.
         clock: monotonic seconds.
     """
 
     limit_s: float = 60.0
-    tell: Callable[[bool], object] = lambda is_reached: None
+    report: Callable[[bool], object] = lambda is_reached: None
     jitter: Callable[[], float] = field(default=random.random)
     clock: Callable[[], float] = field(default=time.monotonic)
     _began_s: float | None = field(default=None, init=False)  # start of the attempt that has had no answer yet
     _opened_s: float | None = field(default=None, init=False)  # when the planner opened its stream
     _silent_s: float = field(default=0.0, init=False)
     _attempts: int = field(default=0, init=False)
-    _told_s: float | None = field(default=None, init=False)  # `_silent_s` at the last `tell(False)`
+    _reported_s: float | None = field(default=None, init=False)  # `_silent_s` at the last `report(False)`
 
     def attempt(self) -> None:
         """Record the start of an attempt."""
         self._began_s, self._opened_s = self.clock(), None
 
     def opened(self) -> None:
-        """Record that the planner has opened the stream: a stream that stays open from now on merely has no news."""
+        """Record that the planner has opened the stream: a stream that stays open from now on merely has no changes."""
         self._opened_s = self.clock()
-        self._tell_reached()
+        self._report_reached()
 
     def answered(self) -> None:
         """Record an answer: a later failure starts a new series of retries."""
         self._began_s, self._silent_s, self._attempts = None, 0.0, 0
-        self._tell_reached()
+        self._report_reached()
 
     def next_wait_s(self, error: CallError | None, *, has_newer_credentials: bool = False) -> float:
         """Return how long to wait before the next attempt.
@@ -153,19 +153,19 @@ class Patience:
         took_s = 0.0 if self._began_s is None else self.clock() - self._began_s
         self._silent_s += took_s
         longest = min(FIRST_WAIT_S * 2.0 ** min(self._attempts, 30), LONGEST_WAIT_S)  # without `min` it could overflow
-        asked_s = (error.retry_after_s or 0.0) if error is not None else 0.0
-        wait_s = max(longest * self.jitter(), asked_s)
+        requested_s = (error.retry_after_s or 0.0) if error is not None else 0.0
+        wait_s = max(longest * self.jitter(), requested_s)
         self._attempts += 1
         self._silent_s += max(wait_s, FIRST_WAIT_S / 10)  # jitter near 0 must not make the retries endless
         if error is not None and self._silent_s + took_s > self.limit_s:  # the next attempt takes as long, too
             raise error
-        tells_from_s = TOLD_AFTER_S if self._told_s is None else self._told_s + TOLD_AGAIN_S
-        if error is not None and self._silent_s >= tells_from_s:
-            self._told_s = self._silent_s
-            self.tell(False)
+        reports_from_s = REPORTED_AFTER_S if self._reported_s is None else self._reported_s + REPORTED_AGAIN_S
+        if error is not None and self._silent_s >= reports_from_s:
+            self._reported_s = self._silent_s
+            self.report(False)
         return wait_s
 
-    def _tell_reached(self) -> None:
-        if self._told_s is not None:
-            self._told_s = None
-            self.tell(True)
+    def _report_reached(self) -> None:
+        if self._reported_s is not None:
+            self._reported_s = None
+            self.report(True)

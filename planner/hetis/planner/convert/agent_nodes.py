@@ -45,8 +45,8 @@ def _node(node: cluster_pb2.Node, zone: str, with_busy: bool, where: Problem) ->
         absent = "its agent has not yet reported its GPUs"
     if absent:
         products = f" ({some_of(map(_product, devices))})" if devices else ""
-        told = f"{counted(len(devices))}{products}: {absent}" if devices else absent
-        return FoundNode(name=name, zone=zone, left_out=(told,), where=where)
+        summary = f"{counted(len(devices))}{products}: {absent}" if devices else absent
+        return FoundNode(name=name, zone=zone, left_out=(summary,), where=where)
     whole = [device for device in devices if not device.mig_slice]
     reports = {report.index: report for report in node.devices}
     reasons = {device.index: _reason(device, reports, bool(node.replicas) or with_busy) for device in whole}

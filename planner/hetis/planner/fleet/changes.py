@@ -12,23 +12,29 @@ which forgets a change once it knows the outcome, is sent the outcome last.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass
 
 from hetis.planner.convert.names import seconds_of
-from hetis.planner.failures import Reason, ServiceError
-from hetis.planner.fleet.change_parts import ChangePart, Parts
-from hetis.planner.fleet.deltas import Directive, Step
+from hetis.planner.failures import Reason, ServiceError, invalid_field
+from hetis.planner.fleet.agents.deltas import Directive, Step
 from hetis.planner.store.records import FINAL_REDISPATCHES
-from hetis.v1 import agent_service_pb2, change_pb2, failure_pb2, redispatch_pb2, report_pb2
+from hetis.solver.cluster import node_of
+from hetis.v1 import agent_service_pb2, change_pb2, failure_pb2, redispatch_pb2, replica_pb2, report_pb2
 from hetis.v1.changes import FLIPPED, NodeChange
 
 State = redispatch_pb2.RedispatchState
 Phase = change_pb2.ChangePhase
 Outcome = change_pb2.ChangeOutcome
+ChangePart = change_pb2.ChangePart
+Parts = Mapping[str, tuple[ChangePart.ValueType, ...]]
 # States that the agent reports only once it has received a report from its engine.
-_HEARD = (report_pb2.ASSIGNMENT_STATE_LOADED, report_pb2.ASSIGNMENT_STATE_SERVING, report_pb2.ASSIGNMENT_STATE_DRAINING)
+_REPORTED = (
+    report_pb2.ASSIGNMENT_STATE_LOADED,
+    report_pb2.ASSIGNMENT_STATE_SERVING,
+    report_pb2.ASSIGNMENT_STATE_DRAINING,
+)
 _ENOUGH_ANSWERS = 3  # acks of `resolved` without a RELEASED: the report was lost, and the node has forgotten the change
 
 
@@ -199,8 +205,8 @@ class ChangeCoordinator:
 
     def answered(self, node: str, kind: str, failure: failure_pb2.Failure | None, *, now_s: float) -> None:
         """Handle a node's answer to a directive, accepted or refused; ``kind`` is the directive's."""
-        told = self.directives().get(node)
-        if told is None or told.kind != kind:
+        directive = self.directives().get(node)
+        if directive is None or directive.kind != kind:
             return  # a newer directive is due
         self._answered_s[node] = now_s
         self._answers[node] = self._answers.get(node, 0) + 1
@@ -224,7 +230,7 @@ class ChangeCoordinator:
 
     def see_report(self, node: str, report: report_pb2.ReplicaReport) -> None:
         """Handle a node's report, which shows whether the authority's engine is still the run that prepared."""
-        if node != self.authority or not (report.engine_id or report.assignment_state in _HEARD):
+        if node != self.authority or not (report.engine_id or report.assignment_state in _REPORTED):
             return
         before, self._engine = self._engine, report
         if before is not None and _is_another_run(before, report):
@@ -347,8 +353,8 @@ class ChangeCoordinator:
         )
         others = [node for node in self._nodes if node != self.authority]
         are_done = all(node in self._finished or node in self._lost for node in others)
-        told = [*others, self.authority] if are_done else others
-        return {node: self._directive(resolved) for node in told if node not in self._finished}
+        receivers = [*others, self.authority] if are_done else others
+        return {node: self._directive(resolved) for node in receivers if node not in self._finished}
 
     def _directive(self, step: Step) -> Directive:
         return Directive(change_id=self.change_id, generation=self.body.change.generation, step=step)
@@ -362,3 +368,44 @@ def _is_another_run(before: report_pb2.ReplicaReport, now: report_pb2.ReplicaRep
     if before.engine_id and now.engine_id:
         return before.engine_id != now.engine_id
     return now.num_steps < before.num_steps
+
+
+def parts_of(
+    change: change_pb2.Change,
+    shape: replica_pb2.ReplicaPlan,
+    *,
+    primary_node: str,
+    moves_heads: Callable[[str], bool] = lambda node: True,
+) -> Parts:
+    """Return the parts of each node by node id, the authority's first.
+
+    A node that does not move heads has no part itself: its attention workers belong to the primary's engine, which
+    reserves, copies and frees there, so the primary's node has the part. Raises INVALID_FIELD if a move names a device
+    that is not in the stage's copy.
+    """
+    gpus = gpus_of_copy(shape, change.stage, change.copy)
+    found: dict[str, set[ChangePart.ValueType]] = {primary_node: {ChangePart.CHANGE_PART_AUTHORITY}}
+    for move in change.moves:
+        for device, part in (
+            (move.source, ChangePart.CHANGE_PART_SOURCE),
+            (move.target, ChangePart.CHANGE_PART_TARGET),
+        ):
+            if device not in gpus:
+                raise invalid_field(f"change.moves[{move.number}]", f"{device} is not a device of the stage's copy")
+            for node in map(node_of, gpus[device]):
+                found.setdefault(node if moves_heads(node) else primary_node, set()).add(part)
+    return {node: tuple(sorted(parts)) for node, parts in found.items()}
+
+
+def gpus_of_copy(shape: replica_pb2.ReplicaPlan, stage: int, copy: int) -> dict[str, list[str]]:
+    """Return the GPUs of every device of one copy of a stage, by the device's first GPU, the primary first."""
+    if stage >= len(shape.stages) or copy >= shape.stages[stage].copies:
+        raise invalid_field("change.stage", f"the replica has no copy {copy} of stage {stage}")
+    one = shape.stages[stage]
+    primary = list(one.devices[copy * one.tp : (copy + 1) * one.tp])
+    gpus = {primary[0]: primary}
+    for pool in shape.attention_workers:
+        if pool.stage == stage:
+            each = len(pool.devices) // one.copies
+            gpus |= {device: [device] for device in pool.devices[copy * each : (copy + 1) * each]}
+    return gpus

@@ -12,13 +12,12 @@ from functools import partial
 from hetis.planner.convert.names import last_part, name_of, node_name
 from hetis.planner.failures import Reason, ServiceError, not_found
 from hetis.planner.fleet.activation import NodeState
-from hetis.planner.fleet.admission import require_room, require_same_agent, taken_over
+from hetis.planner.fleet.agents.deltas import ROOM, DeltaAnswer, ReplicaSlot, WantedAssignment, WantedRemoval
+from hetis.planner.fleet.agents.leases import Leases
+from hetis.planner.fleet.agents.link import HeadMapsRead, NodeLink, Reported, Response, not_connected, taken_over
 from hetis.planner.fleet.cluster_changes import ClusterChanges
-from hetis.planner.fleet.deltas import ROOM, DeltaAnswer, ReplicaSlot, WantedAssignment, WantedRemoval
-from hetis.planner.fleet.leases import Leases
-from hetis.planner.fleet.link import HeadMapsRead, NodeLink, Reported, Response, not_connected
-from hetis.planner.fleet.news import ClusterNews
 from hetis.planner.fleet.node_records import NodeRecords
+from hetis.planner.fleet.pending import PendingEvents
 from hetis.planner.fleet.replica import Contents, Replica
 from hetis.planner.fleet.settings import FleetCounters, FleetSettings
 from hetis.planner.fleet.writes import ReplicaWrite, StoredCluster, WriteResult, Writes
@@ -41,7 +40,7 @@ class ClusterFleet:
         self.leases = Leases(suspect_s=settings.suspect_s, lease_s=settings.lease_s)
         self.replicas: dict[str, Replica] = {}  # replicas by name
         self.node_records = NodeRecords(name)
-        self.news = ClusterNews()
+        self.pending = PendingEvents()
         self.unprepared: dict[str, None] = {}  # replicas whose plans have to be read, in order
         self.dirty: set[str] = set()  # replicas for which the rule must be evaluated
         self.decide_all = True  # whether the rule must be evaluated for all replicas
@@ -70,19 +69,18 @@ class ClusterFleet:
         for node in changed:
             if self.leases.is_connected(node) and self.leases.is_declared(node):  # its earlier messages count now
                 self._write_node(node, self.links[node].inventory)
-        found = {record.name: record for record in kept.replicas}
-        for name in [name for name in self.replicas if name not in found]:
+        for name in self.replicas.keys() - set(kept.replica_names):
             self.drop_replica(name)
-        for name, replica_record in found.items():
-            if name in self.replicas:
-                self.replicas[name].renew(replica_record)
+        for replica_record in kept.replicas:
+            if replica_record.name in self.replicas:
+                self.replicas[replica_record.name].renew(replica_record)
             else:
                 self._add_replica(Replica(replica_record))
-            self.show("replica", name)
+            self.show("replica", replica_record.name)
         if is_first:
             for redispatch in kept.redispatches:
                 self.changes.resume(redispatch.body, now_s=now_s)
-        for node in {*changed, *self.node_records.nodes}:
+        for node in {*changed, *(last_part(record.name) for record in kept.nodes)}:
             self.forget_if_unneeded(node)
 
     def prepare(self, name: str, contents: Contents | None) -> None:
@@ -99,7 +97,7 @@ class ClusterFleet:
     def take_node(self, record: NodeRecord) -> None:
         self.show("node", record.name)
         if self.node_records.take(record):
-            self.news.mark_capacity()
+            self.pending.mark_capacity()
             self.dirty |= self._replicas_on.get(last_part(record.name), set())
 
     # --- Input from nodes
@@ -125,14 +123,10 @@ class ClusterFleet:
 
     def open(self, node: str, request: agent_service_pb2.ConnectNodeRequest, *, now_s: float, time_s: float) -> str:
         """Open a stream and return its session. Raises ServiceError if the stream is refused."""
-        require_room(self.name, node, self.leases, has_replicas=bool(self._replicas_on.get(node)))
+        if not self._replicas_on.get(node):
+            self.leases.require_room(node, cluster=self.name)
         link = self.ensure_link(node)
-        heard_s, suspect_s = self.leases.heard_s(node), self.settings.suspect_s
-        try:
-            require_same_agent(node, link, request.hello.boot_id, heard_s=heard_s, now_s=now_s, suspect_s=suspect_s)
-        except ServiceError:
-            self.counters.refusals += 1
-            raise
+        link.require_same_agent(request.hello.boot_id, heard_s=self.leases.heard_s(node), now_s=now_s)
         was_connected, address = bool(link.session), link.engine_address
         link.open(request)
         self.counters.streams += 1
@@ -141,8 +135,8 @@ class ClusterFleet:
         if self.leases.connect(node, now_s=now_s):
             self.note_presence([node])
         record = self.node_records.get(node)
-        told = (link.agent_version, link.engine_address)
-        if record is None or (record.body.agent_version, record.body.engine_address) != told:
+        present = (link.agent_version, link.engine_address)
+        if record is None or (record.body.agent_version, record.body.engine_address) != present:
             self._write_node(node, None)
         self.changes.reconnected(node, request.hello.changes)
         for name in list(link.slots):
@@ -167,7 +161,7 @@ class ClusterFleet:
         if link is None or link.session != session:
             raise taken_over(f"another stream of node {node} was opened", node_name(self.name, node))
         self.counters.messages[request.WhichOneof("message") or "unknown"] += 1
-        if self.leases.hear(node, now_s=now_s):
+        if self.leases.renew(node, now_s=now_s):
             self.note_presence([node])
         read: list[HeadMapsRead] = []
         found = link.receive(request, now_s=now_s)
@@ -207,7 +201,7 @@ class ClusterFleet:
             self.dirty |= self._replicas_on.get(node, set())
             state = self.leases.state(node)
             if state in (NodeState.NODE_STATE_LOST, NodeState.NODE_STATE_READY) or node not in self.leases:
-                self.news.mark_capacity()
+                self.pending.mark_capacity()
             self.changes.note_presence(node, state)
 
     def mark_dirty(self, replica: str) -> None:
@@ -216,7 +210,7 @@ class ClusterFleet:
 
     def show(self, kind: str, name: str) -> None:
         """Record that the view of a node, replica, re-dispatch or plan changed."""
-        self.news.mark_view(kind, name)
+        self.pending.mark_view(kind, name)
 
     # --- Output and requests to nodes
 
@@ -227,8 +221,8 @@ class ClusterFleet:
     def messages(self, now_s: float) -> dict[str, list[Response]]:
         """Return the messages to be sent now, by node id."""
         found = {}
-        talking, self._sendable = self._sendable, set()
-        for node in talking:
+        sendable, self._sendable = self._sendable, set()
+        for node in sendable:
             link = self.links[node]
             if messages := link.messages(now_s):
                 found[node] = messages
@@ -385,10 +379,10 @@ class ClusterFleet:
             if replica is None or node not in replica.nodes:
                 self._check_held(node, report.replica)
                 continue
-            self.news.report(node, report)
+            self.pending.report(node, report)
             self.changes.see_report(node, replica, report)
             if node == replica.primary_node:
-                replica.hear(report, time_s=time_s)
+                replica.take_report(report, time_s=time_s)
                 self.show("replica", report.replica)
                 if replica.is_draining:
                     self.dirty.add(report.replica)
@@ -444,7 +438,7 @@ class ClusterFleet:
     def _write_node(self, node: str, found: inventory_pb2.NodeInventory | None) -> None:
         """Schedule a write of what the agent reported of its node; reports of undeclared nodes stay in memory only."""
         if found is not None:
-            self.news.mark_capacity()
+            self.pending.mark_capacity()
         if not self.leases.is_declared(node) and not self._replicas_on.get(node):
             return
         self.node_records.report(node, self.links[node], found, connect_time_s=self.connect_time_s[node])

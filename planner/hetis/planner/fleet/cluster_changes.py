@@ -1,4 +1,4 @@
-"""The re-dispatches of one running cluster: which are under way, on which replicas, and what their nodes are told.
+"""The re-dispatches of one running cluster: which are under way, on which replicas, and the directives for their nodes.
 
 A `ChangeCoordinator` decides about one change and knows neither links nor other changes. Like it, this module has no
 I/O: reports of nodes and stored changes go in, directives and snapshots to be stored come out.
@@ -7,6 +7,7 @@ I/O: reports of nodes and stored changes go in, directives and snapshots to be s
 from __future__ import annotations
 
 import logging
+from collections import Counter, OrderedDict
 from collections.abc import Iterable
 from copy import deepcopy
 from typing import Protocol
@@ -14,21 +15,23 @@ from typing import Protocol
 from hetis.planner.convert.names import last_part
 from hetis.planner.failures import Reason, ServiceError, not_found
 from hetis.planner.fleet.activation import NodeState
-from hetis.planner.fleet.change_parts import parts_of
-from hetis.planner.fleet.changes import ChangeCoordinator, Outcome, Saving, State
-from hetis.planner.fleet.deltas import DeltaAnswer, ReplicaSlot
-from hetis.planner.fleet.late_changes import MOST_OF_NODE, LateChanges
-from hetis.planner.fleet.leases import Leases
-from hetis.planner.fleet.link import NodeLink
+from hetis.planner.fleet.agents.deltas import DeltaAnswer, Directive, ReplicaSlot, Step
+from hetis.planner.fleet.agents.leases import Leases
+from hetis.planner.fleet.agents.link import NodeLink
+from hetis.planner.fleet.changes import ChangeCoordinator, Outcome, Phase, Saving, State, parts_of
 from hetis.planner.fleet.replica import Replica
 from hetis.planner.fleet.settings import FleetCounters, FleetSettings
-from hetis.v1 import change_pb2, failure_pb2, redispatch_pb2, report_pb2
+from hetis.planner.store.records import FINAL_REDISPATCHES
+from hetis.v1 import agent_service_pb2, change_pb2, failure_pb2, redispatch_pb2, report_pb2
 
 _log = logging.getLogger("hetis.planner.fleet")
+_MOST_LATE = 10_000
+_ENDED_KEPT = 1000
+MOST_OF_NODE = 100  # a node has one change under way per replica, and few replicas
 
 
 class RunningCluster(Protocol):
-    """What re-dispatches see of their cluster, and what they tell it. `ClusterFleet` is the one that runs."""
+    """What re-dispatches see of their cluster, and what they change there. `ClusterFleet` is the one that runs."""
 
     replicas: dict[str, Replica]  # by name
     links: dict[str, NodeLink]  # by node id; a node that is not needed any more has none
@@ -67,7 +70,7 @@ class ClusterChanges:
         self._cluster = cluster
 
     @property
-    def have_news(self) -> bool:
+    def has_unsaved(self) -> bool:
         """Whether there are changes to store."""
         return bool(self._advised) or any(one.is_unsaved or one.has_ended for one in self.under_way.values())
 
@@ -126,14 +129,14 @@ class ClusterChanges:
             self._of_replica[body.replica] = change
         else:
             change.give_up(_gone(body.replica))
-        self.tell(change)
+        self.pass_directives(change)
 
-    def tell(self, change: ChangeCoordinator) -> None:
+    def pass_directives(self, change: ChangeCoordinator) -> None:
         """Pass the current directives of a change to the links of its nodes."""
         directives = change.directives()
         for node in change.nodes:
             if node in directives:
-                self._cluster.ensure_link(node).slot(change.body.replica).tell(directives[node])
+                self._cluster.ensure_link(node).slot(change.body.replica).set_directive(directives[node])
                 self._cluster.mark_sendable(node)
             elif (slot := self._cluster.slot(node, change.body.replica)) is not None:
                 slot.forget_change(change.change_id)
@@ -165,7 +168,7 @@ class ClusterChanges:
         if change.has_ended:
             self._end(change)
         else:
-            self.tell(change)
+            self.pass_directives(change)
 
     def take_ended(self) -> list[redispatch_pb2.Redispatch]:
         """Return the re-dispatches that ended since the last call."""
@@ -176,7 +179,7 @@ class ClusterChanges:
         """Remove a change whose outcome is stored."""
         cluster = self._cluster
         del self.under_way[change.change_id]
-        self.tell(change)
+        self.pass_directives(change)
         cluster.counters.contradictions += change.num_contradictions
         if change.num_contradictions:
             _log.warning("nodes contradict each other or themselves", extra={"redispatch": change.body.name})
@@ -196,9 +199,9 @@ class ClusterChanges:
 
     # --- Input from nodes
 
-    def reconnected(self, node: str, said: Iterable[change_pb2.ChangeStatus]) -> None:
+    def reconnected(self, node: str, reported: Iterable[change_pb2.ChangeStatus]) -> None:
         """Record that a new stream of the node began, in which it listed these changes."""
-        listed = {status.change_id: status for status in said}
+        listed = {status.change_id: status for status in reported}
         for change in list(self.under_way.values()):
             if node in change.nodes:
                 change.reconnected(node, lists_change=change.change_id in listed)
@@ -210,7 +213,7 @@ class ClusterChanges:
         change = self.under_way.get(status.change_id)
         if change is not None:
             change.report(node, status)
-            self.tell(change)
+            self.pass_directives(change)
         elif status.phase != change_pb2.CHANGE_PHASE_RELEASED and not self._is_closed(node, status):
             if self.late.knows_end(status.change_id):
                 self._answer_late(node, status)
@@ -222,13 +225,13 @@ class ClusterChanges:
             was = change.state
             change.see_report(node, report)
             if change.state != was:
-                self.tell(change)
+                self.pass_directives(change)
 
     def answered(self, node: str, answer: DeltaAnswer, *, now_s: float) -> None:
         change = self.under_way.get(answer.change_id)
         if change is not None:
             change.answered(node, answer.kind, answer.failure, now_s=now_s)
-            self.tell(change)
+            self.pass_directives(change)
             return
         slot = self._cluster.slot(node, answer.replica)
         if slot is not None and (answer.kind == "resolved" or answer.failure is not None):
@@ -241,7 +244,7 @@ class ClusterChanges:
                     change.lose(node)
                 else:
                     change.regain(node)
-                self.tell(change)
+                self.pass_directives(change)
 
     def pass_time(self, now_s: float) -> None:
         """Expire deadlines, and schedule retransmissions."""
@@ -251,7 +254,7 @@ class ClusterChanges:
                 self._cluster.links[node].slot(change.body.replica).resend(change.change_id)
                 self._cluster.mark_sendable(node)
             if change.state != was:
-                self.tell(change)
+                self.pass_directives(change)
 
     # --- Changes that have ended
 
@@ -273,7 +276,7 @@ class ClusterChanges:
     def _answer_late(self, node: str, status: change_pb2.ChangeStatus) -> None:
         slot = self._cluster.links[node].reported_slot(status.replica)
         if slot is not None and slot.num_directives < MOST_OF_NODE:  # beyond that, nodes mention changes again later
-            slot.tell(self.late.directive(status))
+            slot.set_directive(self.late.directive(status))
             self._cluster.mark_sendable(node)
 
 
@@ -281,3 +284,73 @@ def _gone(replica: str) -> failure_pb2.Failure:
     return ServiceError(
         Reason.ERROR_REASON_CHANGE_CANCELLED, f"{replica} was removed before the outcome of the change was known"
     ).to_proto()
+
+
+class LateChanges:
+    """Changes without a coordinator that nodes mention: known outcomes, and reports that await a read of the store."""
+
+    def __init__(self) -> None:
+        self._ends: OrderedDict[str, agent_service_pb2.ChangeResolved] = OrderedDict()  # by change id, oldest first
+        self._waiting: dict[str, dict[str, change_pb2.ChangeStatus]] = {}  # reports by change id and node
+        self._num_of_node = Counter[str]()
+
+    def remember(self, body: redispatch_pb2.Redispatch) -> None:
+        """Remember the outcome of a re-dispatch that has ended."""
+        if body.state not in FINAL_REDISPATCHES:
+            return
+        is_done = body.state == redispatch_pb2.REDISPATCH_STATE_DONE
+        moves = [one.status.moves for one in body.nodes if change_pb2.CHANGE_PART_AUTHORITY in one.parts]
+        self._ends[body.change.change_id] = agent_service_pb2.ChangeResolved(
+            change_id=body.change.change_id,
+            outcome=Outcome.CHANGE_OUTCOME_FLIPPED if is_done else Outcome.CHANGE_OUTCOME_ABORTED,
+            moves=moves[0] if moves else (),
+        )
+        if len(self._ends) > _ENDED_KEPT:
+            self._ends.popitem(last=False)
+
+    def knows_end(self, change_id: str) -> bool:
+        return change_id in self._ends
+
+    def add(self, node: str, status: change_pb2.ChangeStatus) -> None:
+        """Add a report. Beyond the limits it is dropped, since the node will send it again."""
+        if node not in self._waiting.get(status.change_id, {}):
+            if self._num_of_node[node] >= MOST_OF_NODE or len(self._waiting) >= _MOST_LATE:
+                return
+            self._num_of_node[node] += 1
+        self._waiting.setdefault(status.change_id, {})[node] = status
+
+    @property
+    def unknown(self) -> list[str]:
+        """Ids of the changes to be read from the store."""
+        return list(self._waiting)
+
+    def take(self, change_id: str) -> Iterable[tuple[str, change_pb2.ChangeStatus]]:
+        """Remove the reports of a change, and return them with the nodes that sent them."""
+        taken = self._waiting.pop(change_id, {})
+        for node in taken:
+            self._num_of_node[node] -= 1
+            if not self._num_of_node[node]:
+                del self._num_of_node[node]
+        return tuple(taken.items())
+
+    def directive(self, status: change_pb2.ChangeStatus) -> Directive:
+        """Return the directive that answers a node's report.
+
+        A change without a record was never permitted to flip, so only the node's own report can determine its outcome.
+        """
+        step: Step | None = self._ends.get(status.change_id)
+        if step is None and status.phase in (Phase.CHANGE_PHASE_FLIPPED, Phase.CHANGE_PHASE_ABORTED):
+            flipped = status.phase == Phase.CHANGE_PHASE_FLIPPED
+            step = agent_service_pb2.ChangeResolved(
+                change_id=status.change_id,
+                outcome=Outcome.CHANGE_OUTCOME_FLIPPED if flipped else Outcome.CHANGE_OUTCOME_ABORTED,
+                moves=status.moves if flipped else (),
+            )
+        if step is None:
+            message = f"the planner has no record of change {status.change_id}"
+            failure = ServiceError(
+                Reason.ERROR_REASON_CHANGE_UNKNOWN, message, metadata={"change_id": status.change_id}
+            ).to_proto()
+            step = agent_service_pb2.AbortChange(change_id=status.change_id, failure=failure)
+        # An abort of an unknown change leads to no generation, but every delta must name one.
+        return Directive(change_id=status.change_id, generation=status.generation + 1, step=step)

@@ -34,7 +34,7 @@ def needs_decision(cluster: ClusterFleet) -> bool:
         or cluster.decide_all
         or cluster.node_records.writes
         or cluster.node_records.unneeded
-        or cluster.changes.have_news
+        or cluster.changes.has_unsaved
     )
 
 
@@ -166,7 +166,7 @@ def _decide_replica(cluster: ClusterFleet, view: _ClusterView, replica: Replica,
             change.give_up(failure)
         else:
             change.call_off(failure)
-            cluster.changes.tell(change)
+            cluster.changes.pass_directives(change)
     generation = replica.generation
     if change is not None:
         generation = max(generation, change.body.change.generation)

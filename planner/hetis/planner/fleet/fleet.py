@@ -19,17 +19,15 @@ from hetis.planner.convert.documents import DeclaredFleets
 from hetis.planner.convert.names import NODE, cluster_of, last_part, node_name
 from hetis.planner.failures import Reason, ServiceError, invalid_field, not_found, wrong_node
 from hetis.planner.fleet import views
-from hetis.planner.fleet.admission import taken_over
-from hetis.planner.fleet.agent_messages import Request, check_hello
+from hetis.planner.fleet.agents.deltas import protocol_violation
+from hetis.planner.fleet.agents.head_maps import HeadMaps
+from hetis.planner.fleet.agents.link import HeadMapsRead, taken_over
+from hetis.planner.fleet.agents.messages import Request, check_hello
+from hetis.planner.fleet.agents.stream import MessageBudget, Response, Stream
 from hetis.planner.fleet.cluster import ClusterFleet
-from hetis.planner.fleet.deltas import protocol_violation
-from hetis.planner.fleet.head_maps import HeadMaps
 from hetis.planner.fleet.hubs import Hubs
-from hetis.planner.fleet.link import HeadMapsRead
-from hetis.planner.fleet.message_budget import MessageBudget
 from hetis.planner.fleet.reconciler import PlanContents, Reconciler
 from hetis.planner.fleet.settings import FleetCounters, FleetSettings
-from hetis.planner.fleet.stream import Response, Stream
 from hetis.planner.fleet.views import Clock, FleetObserver, LiveNode, LiveReplica, kv_in_use
 from hetis.planner.fleet.writes import StoredCluster, read_clusters
 from hetis.planner.store import Store
@@ -89,7 +87,9 @@ class LiveFleet:
         names = sorted(await self._store.read(lambda tx: tx.clusters.versions()))
         for first in range(0, len(names), _READ_AT_ONCE):
             some = names[first : first + _READ_AT_ONCE]
-            for name, stored in (await self._store.read(partial(read_clusters, names=some))).items():
+            found = await self._store.read(partial(read_clusters, names=some))
+            await self._declared.read(stored.cluster for stored in found.values())
+            for name, stored in found.items():
                 await self.cluster_changed(name, stored)
         self._ticked_s = self._clock.monotonic()
         self._ticks = asyncio.create_task(self._tick_for_ever(), name="the fleet's time")
@@ -364,10 +364,10 @@ class LiveFleet:
     def _after(self, cluster: ClusterFleet) -> None:
         """Send pending messages at once, call observers, and start a reconciliation if the cluster changed."""
         self._send(cluster)
-        for (replica, _), report in cluster.news.take_reports().items():
+        for (replica, _), report in cluster.pending.take_reports().items():
             for observer in self._observers:
                 observer.replica_reported(replica, report)
-        if cluster.news.take_capacity():
+        if cluster.pending.take_capacity():
             for observer in self._observers:
                 observer.capacity_changed(cluster.name)
         reconciler = self._reconcilers.get(cluster.name)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from hetis.planner.convert.names import last_part, node_name
-from hetis.planner.fleet.link import NodeLink
+from hetis.planner.fleet.agents.link import NodeLink
 from hetis.planner.fleet.writes import NodeWrite, Writes
 from hetis.planner.store import NodeRecord
 from hetis.v1 import inventory_pb2
@@ -31,8 +31,9 @@ class NodeRecords:
         return node in self._records
 
     @property
-    def nodes(self) -> frozenset[str]:
-        return frozenset(self._records)
+    def versions(self) -> dict[str, int]:
+        """The versions of the records by name."""
+        return {record.name: record.version for record in self._records.values()}
 
     def get(self, node: str) -> NodeRecord | None:
         return self._records.get(node)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from hetis.planner.convert.clusters import basic_replica
 from hetis.planner.fleet.activation import Goal, Standing, State
-from hetis.planner.fleet.deltas import WantedAssignment
+from hetis.planner.fleet.agents.deltas import WantedAssignment
 from hetis.planner.store import ReplicaRecord
 from hetis.solver.cluster import node_of
 from hetis.v1 import document_pb2, replica_pb2, report_pb2, stage_pb2
@@ -126,7 +126,7 @@ class Replica:
         # Without contents, the replica can still be drained and stopped
         self.contents = contents or Contents(model=document_pb2.Document(), stages=())
 
-    def hear(self, report: report_pb2.ReplicaReport, *, time_s: float) -> None:
+    def take_report(self, report: report_pb2.ReplicaReport, *, time_s: float) -> None:
         """Record a report of its primary."""
         self.report, self.report_time_s = report, time_s
 

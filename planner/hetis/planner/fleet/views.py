@@ -75,7 +75,7 @@ class Clock:
 
 def publish(cluster: ClusterFleet, hubs: Hubs, *, now_s: float) -> None:
     """Publish everything that has changed since the last call. ``now_s``: Unix time."""
-    shown = cluster.news.take_views()
+    shown = cluster.pending.take_views()
     if not shown:
         return
     hub = hubs.cluster(cluster.name)

@@ -4,97 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
-import signal
-import sys
 import time
-from asyncio.subprocess import PIPE, Process
 from collections import Counter, deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from enum import Enum
 from functools import partial
 
 from hetis.planner.failures import Reason, ServiceError, quota_exceeded
-from hetis.planner.jobs.frames import JobFrame, receive_frame, to_bytes
+from hetis.planner.jobs.frames import JobFrame
 from hetis.planner.jobs.messages import CalledOff, Crashed, Outcome, answer_from_frame, progress_from_frame
+from hetis.planner.jobs.process import SolverProcess, crash_of
 from hetis.solver.budget import Progress
-
-# -P: import nothing from the service's working directory.
-WORKER_COMMAND = (sys.executable, "-P", "-m", "hetis.planner.jobs.worker")
-_LAST_LINES = 20  # lines of a process's standard error that are kept for the message about its end
-
-
-class SolverProcess:
-    """A running process, which ends when `stop` is called, when it crashes, or with the service."""
-
-    def __init__(self, process: Process) -> None:
-        assert process.stdin is not None
-        assert process.stdout is not None
-        assert process.stderr is not None
-        self._process = process
-        self._stdin, self._stdout = process.stdin, process.stdout
-        self._last_lines: deque[str] = deque(maxlen=_LAST_LINES)
-        self._stderr_read = asyncio.create_task(self._read_stderr(process.stderr))
-        self.num_searches = 0
-
-    @classmethod
-    async def start(cls, command: Sequence[str] = WORKER_COMMAND) -> SolverProcess:
-        """Start a process, which sends ``ready`` once it has loaded the solver.
-
-        It has a session of its own, so that Ctrl-C in the service's terminal does not reach it. It is a new program
-        rather than a fork of this process, which has threads.
-        """
-        return cls(
-            await asyncio.create_subprocess_exec(*command, stdin=PIPE, stdout=PIPE, stderr=PIPE, start_new_session=True)
-        )
-
-    @property
-    def pid(self) -> int:
-        return self._process.pid
-
-    @property
-    def is_alive(self) -> bool:
-        return self._process.returncode is None
-
-    def send(self, frame: JobFrame) -> None:
-        """Send a frame. A process that has ended does not receive it; `receive` then reports the end."""
-        if not self._stdin.is_closing():
-            self._stdin.write(to_bytes(frame))
-
-    async def receive(self) -> JobFrame | None:
-        """Return the next frame, or None if the process has ended."""
-        return await receive_frame(self._stdout)
-
-    def kill(self) -> None:
-        # Not Process.kill(), which polls the process first, so that asyncio loses its exit code.
-        if self.is_alive:
-            with suppress(ProcessLookupError):
-                os.kill(self.pid, signal.SIGKILL)
-
-    async def ended(self) -> int:
-        """Wait until the process ends and return its exit code, negative for a signal."""
-        exit_code = await self._process.wait()
-        await self._stderr_read
-        return exit_code
-
-    async def stop(self) -> int:
-        """End the process, whatever it is doing, and return its exit code."""
-        self._stdin.close()
-        self.kill()
-        return await self.ended()
-
-    def last_words(self) -> str:
-        """Return the last line of standard error, which is the error itself if there was a traceback; may be empty."""
-        return self._last_lines[-1] if self._last_lines else ""
-
-    def last_lines(self) -> str:
-        return "\n".join(self._last_lines)
-
-    async def _read_stderr(self, stderr: asyncio.StreamReader) -> None:
-        while piece := await stderr.read(1 << 16):
-            self._last_lines.extend(line for line in piece.decode(errors="replace").splitlines() if line.strip())
 
 
 class Begun(Enum):
@@ -103,7 +25,7 @@ class Begun(Enum):
     BEGUN = "begun"
 
 
-News = Begun | Progress | Outcome
+SearchEvent = Begun | Progress | Outcome
 
 
 class PooledSearch:
@@ -112,7 +34,7 @@ class PooledSearch:
     def __init__(self, pool: SolverPool, caller: str) -> None:
         self._pool = pool
         self.caller = caller
-        self._news: asyncio.Queue[News] = asyncio.Queue()
+        self._events: asyncio.Queue[SearchEvent] = asyncio.Queue()
         self.posed_json = b""  # set when the search begins
         self.time_limit_s = 0.0
         self.is_called_off = False
@@ -132,17 +54,17 @@ class PooledSearch:
             self.is_called_off = True
             self._pool.call_off(self)
 
-    async def news(self) -> AsyncIterator[News]:
+    async def events(self) -> AsyncIterator[SearchEvent]:
         """Yield the events of the search, for a single reader; the last one is its outcome."""
         while True:
-            news = await self._news.get()
-            yield news
-            if not isinstance(news, Begun | Progress):
+            event = await self._events.get()
+            yield event
+            if not isinstance(event, Begun | Progress):
                 return
 
-    def tell(self, news: News) -> None:
+    def append(self, event: SearchEvent) -> None:
         """Append an event; called by the pool."""
-        self._news.put_nowait(news)
+        self._events.put_nowait(event)
 
 
 _log = logging.getLogger(__name__)
@@ -200,8 +122,8 @@ class Slot:
     async def finish(self, search: PooledSearch) -> Outcome:
         """Work on a search until it ends, and return its outcome."""
         try:
-            outcome, was_heard = await self._attempt(search)
-            if not was_heard:  # an idle process may have died, such as of lack of memory; not the search's fault
+            outcome, has_answered = await self._attempt(search)
+            if not has_answered:  # an idle process may have died, such as of lack of memory; not the search's fault
                 outcome, _ = await self._attempt(search)
             return outcome
         finally:
@@ -243,10 +165,10 @@ class Slot:
         process.send(JobFrame(kind="solve", fields={}, payload=search.posed_json))
         if self._search is not search:
             self._search = search
-            search.tell(Begun.BEGUN)
-        was_heard = False
+            search.append(Begun.BEGUN)
+        has_answered = False
         while (frame := await process.receive()) is not None:
-            was_heard = True
+            has_answered = True
             if frame.kind in ("searching", "verifying"):
                 self._is_searching = True
                 if search.is_called_off:
@@ -260,13 +182,13 @@ class Slot:
             elif frame.kind == "compiling":
                 self._wait_for_preparation()
             elif frame.kind == "progress":
-                search.tell(progress_from_frame(frame))
+                search.append(progress_from_frame(frame))
             elif (answer := answer_from_frame(frame)) is not None:
                 return answer, True
         crashed = await self._bury(process)
         if search.is_called_off:
             return CalledOff(), True
-        return crashed, was_heard or bool(self._why_killed)
+        return crashed, has_answered or bool(self._why_killed)
 
     async def _prepare(self) -> Crashed | None:
         """Ensure that a process is ready; return a crash if none can be started."""
@@ -291,7 +213,7 @@ class Slot:
         self._process = None
         if process.last_lines():
             _log.warning("solver process %d ended with %d:\n%s", process.pid, exit_code, process.last_lines())
-        return _crashed(exit_code, self._why_killed or process.last_words())
+        return crash_of(exit_code, self._why_killed or process.last_words())
 
     def _wait_for_preparation(self) -> None:
         self._is_searching = False
@@ -314,21 +236,6 @@ class Slot:
         if self._process is not None:
             self._why_killed = why
             self._process.kill()
-
-
-def _crashed(exit_code: int, why: str) -> Crashed:
-    if exit_code >= 0:
-        ending = f"the solver process ended with exit code {exit_code}"
-    else:
-        ending = f"the solver process was ended by {_signal_name(-exit_code)}"
-    return Crashed(exit_code=exit_code, message=f"{ending}: {why}" if why else ending)
-
-
-def _signal_name(number: int) -> str:
-    try:
-        return signal.Signals(number).name
-    except ValueError:
-        return f"signal {number}"
 
 
 LEAST_RETRY_S = 1.0
@@ -490,4 +397,4 @@ class SolverPool:
         self._places.discard(search)
         self._running.pop(search, None)
         self._arrived.set()  # its caller may have another search, which had to wait
-        search.tell(outcome)
+        search.append(outcome)

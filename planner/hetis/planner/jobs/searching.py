@@ -57,7 +57,7 @@ class Searcher:
             phase, began_s = new, clock()
             self._send(JobFrame(kind=phase, fields={"spent_s": 0.0}))
 
-        def tell(compiles: bool) -> None:
+        def on_change(compiles: bool) -> None:
             if compiles:
                 self._send(JobFrame(kind="compiling", fields={}))
             else:
@@ -71,7 +71,7 @@ class Searcher:
                 progress = replace(progress, incumbent=found.incumbent, bound=found.bound, gap=found.gap)
             report(replace(progress, elapsed_s=clock() - started_s))  # each of several searches counts from zero
 
-        clock = SearchClock(on_change=tell)
+        clock = SearchClock(on_change=on_change)
         started_s = clock()
         with compilations_told_to(clock.note):
             answer = solve(posed, cancelled=cancelled, report=report_all, clock=clock, begin=begin)

@@ -27,7 +27,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Arguments(PlacementRequest):
-    """The arguments of `place`: a placement request, and who is told of its progress."""
+    """The arguments of `place`: a placement request, and what is called with its progress."""
 
     progress: Callable[[Progress], None] = field(default=silent, kw_only=True)
 

@@ -59,7 +59,7 @@ from hetis.planner.report.tables import (
     table_of,
 )
 from hetis.planner.use_cases.compare import cost_rate
-from hetis.planner.use_cases.grouping import ReplicaGroup, group_replicas, number_ranges
+from hetis.planner.use_cases.grouping import ReplicaGroup, group_replicas, number_ranges, shapes_of
 from hetis.planner.use_cases.record.forms import Predicted
 from hetis.planner.use_cases.record.parts import (
     MadeFrom,
@@ -101,6 +101,19 @@ def render_plan(plan: Plan, *, wide: bool = False) -> Iterator[RenderableType]:
     if plan.notes:
         yield section("Notes", bullets(plan.notes))
     yield section("Searched", Text("\n".join([*searched(plan), *([plan.family] if wide else [])]), style="dim"))
+
+
+@as_group
+def render_verified(proven: Plan, plan: Plan, *, wide: bool = False) -> Iterator[RenderableType]:
+    """Yield what simulation added to the tables of the proven plan: all of another plan, or the facts that differ."""
+    before = {name: str(fact) for name, fact in _facts(proven)}
+    changed = [(name, fact) for name, fact in _facts(plan) if before.get(name) != str(fact)]
+    if shapes_of(plan) != shapes_of(proven):
+        yield Text("\nKept in simulated traffic is another plan\n", style="bold")
+        yield render_plan(plan, wide=wide)
+    elif changed:
+        notes = bullets([note for note in plan.notes if note not in proven.notes])
+        yield section("Simulated traffic", Group(facts(changed), notes))
 
 
 def searched(plan: Plan) -> Iterator[str]:

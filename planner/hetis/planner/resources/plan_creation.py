@@ -133,7 +133,7 @@ class PlanSearches:
             self.begin(record.name, self._pool.reserve(caller, even_if_full=True), posed, posed_json)
 
     async def _stored(self, plan: str) -> tuple[bytes | None, str]:
-        """Return a plan's problem, if it is still wanted, and the name of the caller who asked for it."""
+        """Return a plan's problem, if it is still wanted, and the name of the caller who requested it."""
 
         def read(reader: Reader) -> tuple[bytes | None, str]:
             caller = reader.plan_documents.get(caller_name(plan))
@@ -150,12 +150,12 @@ class PlanSearches:
     async def _follow(self, plan: str, search: PooledSearch, posed: PosedProblem) -> None:
         record: PlanRecord | None = None
         try:
-            async for news in search.news():
-                match news:
+            async for event in search.events():
+                match event:
                     case Begun():
                         record = await self._change(plan, self._solving)
                     case Progress():
-                        self._progress[plan] = progress_to_proto(news, posed.objective.unit)
+                        self._progress[plan] = progress_to_proto(event, posed.objective.unit)
                         if record is not None:
                             self._publish(record)
                     case outcome:

@@ -120,7 +120,7 @@ class Calls(grpc.aio.ServerInterceptor):
     def _wrap(self, method: str, handler: Handler) -> Handler:
         """Return a handler of a method of any kind.
 
-        To gRPC it has streams in both directions, of which nothing is read before it is asked for: a caller is
+        To gRPC it has streams in both directions, of which nothing is read before it is requested: a caller is
         identified, and its calls are counted, before it has sent a message.
         """
         behaviour = handler.unary_unary or handler.unary_stream or handler.stream_stream
@@ -152,9 +152,12 @@ class Calls(grpc.aio.ServerInterceptor):
             await self._watched(context, record, read, answer)
 
         raw = partial(decoded, decode) if handler.request_streaming else None
-        return grpc.stream_stream_rpc_method_handler(
-            handle, request_deserializer=raw, response_serializer=handler.response_serializer
-        )
+        encode: Callable[[Any], bytes] = handler.response_serializer
+
+        def encoded(answer: Any) -> bytes:
+            return answer if isinstance(answer, bytes) else encode(answer)  # bytes: encoded once for several streams
+
+        return grpc.stream_stream_rpc_method_handler(handle, request_deserializer=raw, response_serializer=encoded)
 
     def _unary_ended(self, _context: Context) -> None:
         """Count a call as ended once its answer was sent: a shutdown would cut off an answer on its way."""
@@ -278,7 +281,7 @@ async def _first_message(context: Context, decode: Decode, record: CallRecord) -
     if not isinstance(raw, bytes):
         raise ServiceError(Reason.ERROR_REASON_INVALID_FIELD, "the call has no message")
     request = decoded(decode, raw)
-    record.asks(request)
+    record.requests(request)
     return request
 
 

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from hetis.commands.groups import group, option, ungrouped
 from hetis.commands.verb import choice_of, run_application, version_option
 from hetis.planner.callers import CallerRole
 from hetis.planner.service.exit_codes import ServiceExitCode
+
+if TYPE_CHECKING:
+    from hetis.planner.service.settings import Given
 
 _HELP = (
     "Serve the planning service: plans, clusters, dispatch, and the agents of GPU nodes.\n\n"
@@ -40,45 +44,65 @@ token = typer.Typer(help="Manage the bearer tokens of callers.", no_args_is_help
 app.add_typer(token, name="token")
 
 
-_setting = partial(typer.Option, rich_help_panel="Settings", show_default=False)
-_filter = partial(typer.Option, show_default=False)
 ConfigOption = Annotated[
     str | None, typer.Option("--config", "-c", metavar="FILE", envvar="HETIS_CONFIG", help="PlannerConfig file.")
 ]
-StoreOption = Annotated[
-    str | None,
-    typer.Option("--store", metavar="URL", help="Store: sqlite:///... or postgresql://...", show_default=False),
-]
+_STORE = "--store URL: Store: sqlite:///... or postgresql://..."
+_setting = partial(option, panel="Settings")
+
+
+@group
+class SettingFlags:
+    """The settings that have a flag, and ``--set`` for all others."""
+
+    listen: list[str] | None = _setting("--listen HOST:PORT: Address to listen on; repeatable.")
+    status_page: str | None = _setting("--status-page HOST:PORT|off: HTTP address of the status page.")
+    store: str | None = _setting(_STORE)
+    log_level: str | None = _setting("--log-level LEVEL: debug, info, warning or error.")
+    log_format: str | None = _setting("--log-format FORM: json or text.")
+    standby: bool | None = _setting(
+        "--standby/--no-standby: While another planner leads, wait and serve reads, or exit; by default it waits on"
+        " PostgreSQL."
+    )
+    settings: list[str] | None = _setting("--set NAME=VALUE: Any setting, such as solver.queue=64; repeatable.")
+
+    def given(self) -> list[Given]:
+        from hetis.planner.service.settings import Given
+
+        flags = [Given(name=name, text=text, by=f"--set {name}") for name, text in map(_split, self.settings or ())]
+        for name, flag, value in (
+            ("listen", "--listen", ",".join(self.listen or ())),
+            ("status_page.address", "--status-page", self.status_page),
+            ("store", "--store", self.store),
+            ("log.level", "--log-level", self.log_level),
+            ("log.format", "--log-format", self.log_format),
+            ("leadership.standby", "--standby", None if self.standby is None else str(self.standby).lower()),
+        ):
+            if value:
+                flags.append(Given(name=name, text=value, by=flag))
+        return flags
+
+
+@group
+class StoreFlags:
+    """The store on which a command works apart from a planner."""
+
+    config: str | None = option("--config -c FILE: PlannerConfig file.", envvar="HETIS_CONFIG")
+    store: str | None = option(_STORE)
+
+    @property
+    def url(self) -> str:
+        from hetis.planner.service.maintenance import store_url
+
+        return store_url(self.config, self.store)
 
 
 @app.callback(invoke_without_command=True, help=_HELP, epilog=f"{_EXAMPLES}\n\n{ServiceExitCode.listed()}")
+@ungrouped
 def hetis_planner(
     context: typer.Context,
+    flags: SettingFlags,
     config: ConfigOption = None,
-    listen: Annotated[
-        list[str] | None, _setting("--listen", metavar="HOST:PORT", help="Address to listen on; repeatable.")
-    ] = None,
-    status_page: Annotated[
-        str | None, _setting("--status-page", metavar="HOST:PORT|off", help="HTTP address of the status page.")
-    ] = None,
-    store: Annotated[
-        str | None, _setting("--store", metavar="URL", help="Store: sqlite:///... or postgresql://...")
-    ] = None,
-    log_level: Annotated[
-        str | None, _setting("--log-level", metavar="LEVEL", help="debug, info, warning or error.")
-    ] = None,
-    log_format: Annotated[str | None, _setting("--log-format", metavar="FORM", help="json or text.")] = None,
-    standby: Annotated[
-        bool | None,
-        _setting(
-            "--standby/--no-standby",
-            help="While another planner leads, wait and serve reads, or exit; by default it waits on PostgreSQL.",
-        ),
-    ] = None,
-    settings: Annotated[
-        list[str] | None,
-        _setting("--set", metavar="NAME=VALUE", help="Any setting, such as solver.queue=64; repeatable."),
-    ] = None,
     check: Annotated[
         bool, typer.Option("--check", help="Validate the configuration, certificates and tokens, and exit.")
     ] = False,
@@ -94,25 +118,13 @@ def hetis_planner(
     if context.invoked_subcommand is not None:
         return
     from hetis.planner.service.actions import check_config, print_effective, serve
-    from hetis.planner.service.settings import Given
 
-    flags = [Given(name=name, text=text, by=f"--set {name}") for name, text in map(_split, settings or ())]
-    for name, option, value in (
-        ("listen", "--listen", ",".join(listen or ())),
-        ("status_page.address", "--status-page", status_page),
-        ("store", "--store", store),
-        ("log.level", "--log-level", log_level),
-        ("log.format", "--log-format", log_format),
-        ("leadership.standby", "--standby", None if standby is None else str(standby).lower()),
-    ):
-        if value:
-            flags.append(Given(name=name, text=value, by=option))
     if print_config:
-        print_effective(config, flags)
+        print_effective(config, flags.given())
     elif check:
-        check_config(config, flags)
+        check_config(config, flags.given())
     else:
-        serve(config, flags, ready_json=ready_json)
+        serve(config, flags.given(), ready_json=ready_json)
 
 
 @token.command("create")
@@ -149,67 +161,70 @@ def rotate(
 
 
 @app.command("backup")
+@ungrouped
 def backup(
     file: Annotated[str, typer.Argument(metavar="FILE", help="Backup file to create; it must not exist yet.")],
-    config: ConfigOption = None,
-    store: StoreOption = None,
+    of: StoreFlags,
 ) -> None:
     """Write a snapshot of the store to a file. Planners can keep running."""
-    from hetis.planner.service.maintenance import make_backup, store_url
+    from hetis.planner.service.maintenance import make_backup
 
-    make_backup(store_url(config, store), file)
+    make_backup(of.url, file)
 
 
 @app.command("restore")
+@ungrouped
 def restore(
     file: Annotated[str, typer.Argument(metavar="FILE", help="Backup file that `backup` wrote.")],
-    config: ConfigOption = None,
-    store: StoreOption = None,
+    of: StoreFlags,
     replace: Annotated[bool, typer.Option("--replace", help="Discard the store's present contents.")] = False,
 ) -> None:
     """Restore the store from a backup, and raise its epoch. No planner may lead during the restore."""
-    from hetis.planner.service.maintenance import restore_backup, store_url
+    from hetis.planner.service.maintenance import restore_backup
 
-    restore_backup(store_url(config, store), file, replace=replace)
+    restore_backup(of.url, file, replace=replace)
 
 
 @app.command("migrate")
+@ungrouped
 def migrate(
+    of: StoreFlags,
     to: Annotated[
         str | None, typer.Option("--to", metavar="VERSION", help="Target version, such as v0002. Default: the newest.")
     ] = None,
-    config: ConfigOption = None,
-    store: StoreOption = None,
 ) -> None:
     """Migrate the store's tables up or down to a version. Make a backup first."""
-    from hetis.planner.service.maintenance import migrate_store, store_url
+    from hetis.planner.service.maintenance import migrate_store
 
-    migrate_store(store_url(config, store), to)
+    migrate_store(of.url, to)
+
+
+@group
+class AuditFlags:
+    """Which lines of the audit log are shown."""
+
+    caller: str | None = option("--caller: Name of the caller.")
+    method: str | None = option("--method: Method, such as CreatePlan.")
+    resource: str | None = option("--resource: Resource of the call, or the plan chosen.")
+    outcome: str | None = option("--outcome: Outcome: OK, REPEATED, or a reason such as ROLE.")
+    since: str | None = option("--since TIME: Only lines from this time on.")
+    until: str | None = option("--until TIME: Only lines up to this time.")
 
 
 @app.command("audit")
+@ungrouped
 def audit(
-    caller: Annotated[str | None, _filter("--caller", help="Name of the caller.")] = None,
-    method: Annotated[str | None, _filter("--method", help="Method, such as CreatePlan.")] = None,
-    resource: Annotated[str | None, _filter("--resource", help="Resource of the call, or the plan chosen.")] = None,
-    outcome: Annotated[
-        str | None, _filter("--outcome", help="Outcome: OK, REPEATED, or a reason such as ROLE.")
-    ] = None,
-    since: Annotated[str | None, _filter("--since", metavar="TIME", help="Only lines from this time on.")] = None,
-    until: Annotated[str | None, _filter("--until", metavar="TIME", help="Only lines up to this time.")] = None,
+    which: AuditFlags,
+    of: StoreFlags,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object per line.")] = False,
     check: Annotated[bool, typer.Option("--check", help="Check for lines that were altered or removed.")] = False,
-    config: ConfigOption = None,
-    store: StoreOption = None,
 ) -> None:
     """Show who changed what and when, and the outcome, oldest first."""
-    from hetis.planner.service.maintenance import check_audit, print_audit, store_url
+    from hetis.planner.service.maintenance import check_audit, print_audit
 
-    url = store_url(config, store)
     if check:
-        raise typer.Exit(check_audit(url))
-    filters = {"caller": caller, "method": method, "resource": resource, "outcome": outcome}
-    print_audit(url, filters, since=since, until=until, as_json=as_json)
+        raise typer.Exit(check_audit(of.url))
+    print_audit(of.url, vars(which), as_json=as_json)
 
 
 def _split(text: str) -> tuple[str, str]:

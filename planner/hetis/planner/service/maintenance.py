@@ -41,11 +41,11 @@ def migrate_store(url: str, to: str | None) -> None:
     print(f"{wanted}, unchanged" if before == wanted else f"{before} -> {wanted}")
 
 
-def print_audit(
-    url: str, filters: Mapping[str, str | None], *, since: str | None, until: str | None, as_json: bool
-) -> None:
-    """Print the lines that match all filters, the oldest first."""
-    which = AuditFilter(**filters, since_s=_moment("--since", since), until_s=_moment("--until", until))
+def print_audit(url: str, filters: Mapping[str, str | None], *, as_json: bool) -> None:
+    """Print the lines that match all filters, the oldest first; ``since`` and ``until`` are times."""
+    texts = dict(filters)
+    since_s, until_s = (_moment(f"--{name}", texts.pop(name)) for name in ("since", "until"))
+    which = AuditFilter(**texts, since_s=since_s, until_s=until_s)
 
     def show(reader: Reader) -> None:
         for line in reader.audit.lines(which):

@@ -68,7 +68,7 @@ class Access:
         return [found for found in (files, self.tokens) if found is not None]
 
     def authenticator(self, clock: Callable[[], float]) -> Authenticator:
-        if not self._config.asks_for_credentials:
+        if not self._config.requires_credentials:
             return NoCredentials()
         tls, tokens = self._config.tls, self.tokens
         return Credentials(
@@ -270,18 +270,18 @@ class StopSignals:
     """Waits for the first signal to this process."""
 
     def __init__(self) -> None:
-        self._asked = asyncio.Event()
+        self._requested = asyncio.Event()
         for number in _CODES:
             asyncio.get_running_loop().add_signal_handler(number, self._came, number)
 
     async def wait(self) -> None:
-        await self._asked.wait()
+        await self._requested.wait()
 
     def close(self) -> None:
         for number in _CODES:
             asyncio.get_running_loop().remove_signal_handler(number)
 
     def _came(self, number: signal.Signals) -> None:
-        if self._asked.is_set():
+        if self._requested.is_set():
             os._exit(_CODES[number])  # ends the process whatever hangs; the store is designed to survive this
-        self._asked.set()
+        self._requested.set()

@@ -50,11 +50,11 @@ class ServiceHealth(health_pb2_grpc.HealthServicer):  # type: ignore[misc]
         return health_pb2.HealthCheckResponse(status=self._status(request.service))
 
     async def Watch(self, request: Any, context: Any) -> AsyncIterator[Any]:  # noqa: N802
-        told: Status = None
+        sent: Status = None
         while True:
             changed = self._changed
-            if (status := self._status(request.service)) != told:
-                told = status
+            if (status := self._status(request.service)) != sent:
+                sent = status
                 yield health_pb2.HealthCheckResponse(status=status)
             await changed.wait()
 

@@ -203,7 +203,7 @@ class PlannerConfig(DocumentPart):
     drain_timeout: Annotated[Seconds, Field(ge=0, le=3600)] = 30.0
 
     @property
-    def asks_for_credentials(self) -> bool:
+    def requires_credentials(self) -> bool:
         return self.tokens is not None or (self.tls is not None and self.tls.client_ca is not None)
 
     @property
@@ -222,7 +222,7 @@ class PlannerConfig(DocumentPart):
     def contradictions(self) -> Iterator[tuple[tuple[str | int, ...], str]]:
         """Yield contradictions between fields that are valid by themselves, as (path, message)."""
         for position, address in enumerate(self.listen):
-            if not is_loopback(address) and not (self.tls is not None and self.asks_for_credentials):
+            if not is_loopback(address) and not (self.tls is not None and self.requires_credentials):
                 yield (
                     ("listen", position),
                     f"{address} can be reached from other machines, which requires tls.certificate and tls.key,"

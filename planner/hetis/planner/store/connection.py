@@ -83,14 +83,14 @@ class StoreConnection:
         thread: the prefix of the thread's name.
         lease_s: the lease, from which a server's timeouts are derived.
         machine: monotonic seconds.
-        asks_first: see `opening.make_engine`.
+        pings: see `opening.make_engine`.
     """
 
     def __init__(
-        self, url: sa.URL, *, thread: str, lease_s: float, machine: Callable[[], float], asks_first: bool = True
+        self, url: sa.URL, *, thread: str, lease_s: float, machine: Callable[[], float], pings: bool = True
     ) -> None:
         self.label = opening.label_of(url)
-        self.engine = opening.make_engine(url, lease_s=lease_s, asks_first=asks_first)
+        self.engine = opening.make_engine(url, lease_s=lease_s, pings=pings)
         self.readers = opening.reading_one_state(self.engine)
         self.statements = opening.at_once(self.engine)
         self.looks = opening.reading(self.statements)

@@ -177,7 +177,7 @@ class RenewalWatch:
     """Finds a lease that nobody renews although the server says that it has not expired.
 
     The server's clock may step back, and a dead leader's lease then lasts longer by the whole step. But a leader also
-    stops by its own clock, one lease after it asked for its last renewal, and a standby sees the renewed lease only
+    stops by its own clock, one lease after it requested its last renewal, and a standby sees the renewed lease only
     later: once a lease has passed here without another renewal, nobody leads. A longer wait tolerates clocks of
     different speeds, and a leader whose configured lease is longer than the standby's.
 

@@ -114,7 +114,7 @@ def _without_passwords(url: sa.URL) -> str:
     return url.difference_update_query(secret).render_as_string(hide_password=True)
 
 
-def make_engine(url: sa.URL, *, lease_s: float, asks_first: bool = True) -> sa.Engine:
+def make_engine(url: sa.URL, *, lease_s: float, pings: bool = True) -> sa.Engine:
     """Return an engine that connects lazily.
 
     SQLite's write transactions lock at once and reach the disk before they end.
@@ -123,7 +123,7 @@ def make_engine(url: sa.URL, *, lease_s: float, asks_first: bool = True) -> sa.E
         url: the URL as `parse_url` returns it.
         lease_s: the lease, from which a server's timeouts are derived: a planner that is cut off in the middle of a
             transaction must not keep another one from taking over once the lease has expired.
-        asks_first: whether a connection to a server is tested before each use. That costs another round trip, which a
+        pings: whether a connection to a server is tested before each use. That costs another round trip, which a
             caller that soon retries does not need.
     """
     if url.drivername != "sqlite":
@@ -144,7 +144,7 @@ def make_engine(url: sa.URL, *, lease_s: float, asks_first: bool = True) -> sa.E
         }
         # Without HSTORE: each new connection would query the server for that type.
         return sa.create_engine(
-            url, pool_size=1, max_overflow=0, pool_pre_ping=asks_first, connect_args=settings, use_native_hstore=False
+            url, pool_size=1, max_overflow=0, pool_pre_ping=pings, connect_args=settings, use_native_hstore=False
         )
     engine = sa.create_engine(url, connect_args={"timeout": FILE_WAIT_S})
     event.listen(engine, "connect", _set_up_file)

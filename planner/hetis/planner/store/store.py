@@ -63,7 +63,7 @@ class Store:
         # A file has one connection for everything: a second one would wait for the locks of the first.
         leading = self._connection
         if self._is_served:
-            leading = StoreConnection(url, thread="hetis-lease", lease_s=lease_s / 2, machine=machine, asks_first=False)
+            leading = StoreConnection(url, thread="hetis-lease", lease_s=lease_s / 2, machine=machine, pings=False)
         self.leadership = Leadership(
             leading,
             lease_s=lease_s if self._is_served else 0.0,

@@ -168,6 +168,74 @@ def pose(request: PlacementRequest, loaded: LoadedInputs) -> PlacementProblem:
     return problem
 
 
+def prove(
+    request: PlacementRequest,
+    loaded: LoadedInputs,
+    problem: PlacementProblem,
+    *,
+    cancelled: threading.Event,
+    report: Report,
+) -> Plan:
+    """Search, describe and check a plan: the answer by the cost model, before any simulation.
+
+    Raises:
+        InfeasibleError: no plan of the family exists; names GPUs of the catalogue that could be added.
+        NoPlanFoundError: the search stopped before a plan was found.
+        UncheckedPlanError: the plan fails the independent checker.
+    """
+    settings = settings_of(request)
+    plan = make_plan(
+        loaded,
+        problem,
+        settings,
+        budget=_budget(settings.time_limit_s, cancelled),
+        report=report,
+        market=catalogue_market,
+        beside_equal_stages=True,
+        beside_engines=request.other_engines,
+        requested=request.goal,
+    )
+    if request.verify:
+        return plan
+    return with_queueing(plan, replace(problem, objective=plan.objective))
+
+
+def verify(
+    plan: Plan,
+    request: PlacementRequest,
+    loaded: LoadedInputs,
+    problem: PlacementProblem,
+    *,
+    cancelled: threading.Event,
+    report: Report,
+) -> PlacedPlan:
+    """Simulate, price and study a plan of `prove` as requested; the plan that keeps most in simulation may be another.
+
+    Simulations, together with the searches for tighter limits, share a limit; a study and the prices each have the time
+    limit of a search.
+
+    Raises:
+        UncheckedPlanError: the other plan fails the independent checker.
+    """
+    settings = settings_of(request)
+    problem = replace(problem, objective=plan.objective)  # its demand is larger if a loss must be survived
+    if request.verify:
+        plan = _verified(plan, request, loaded, problem, _budget(request.simulation_limit_s, cancelled), report)
+    again = SearchSettings(
+        budget=_budget(settings.time_limit_s, cancelled), gap_target=settings.gap_target, seed=settings.seed,
+        threads=settings.threads, report=report,
+    )  # fmt: skip
+    prices = constraint_prices(plan, problem, again) if request.price_pins else ()
+    plan = with_prices(plan, prices)
+    if request.profile_error is None or not plan.replicas:
+        return PlacedPlan(plan=plan, prices=prices)
+    found = study(
+        plan, problem, error=ratio_of(request.profile_error), seed=settings.seed,
+        budget=_budget(settings.time_limit_s, cancelled), threads=settings.threads, report=report,
+    )  # fmt: skip
+    return PlacedPlan(plan=with_robustness(plan, found), robustness=found, prices=prices)
+
+
 def place(
     request: PlacementRequest,
     loaded: LoadedInputs,
@@ -176,55 +244,20 @@ def place(
     cancelled: threading.Event,
     report: Report,
 ) -> PlacedPlan:
-    """Search, describe and check a plan, then verify, price and study it as requested.
+    """Find a plan and verify it, as `prove` and `verify`."""
+    plan = prove(request, loaded, problem, cancelled=cancelled, report=report)
+    return verify(plan, request, loaded, problem, cancelled=cancelled, report=report)
 
-    The time limit applies to the search; those for tighter limits together may take the same time again, a study, too,
-    and so may the prices. Simulations, together with the searches for tighter limits, have a limit of their own.
 
-    Raises:
-        InfeasibleError: no plan of the family exists; names GPUs of the catalogue that could be added.
-        NoPlanFoundError: the search stopped before a plan was found.
-        UncheckedPlanError: the plan fails the independent checker.
-    """
-    settings = settings_of(request)
-
-    def budget(time_limit_s: float = settings.time_limit_s) -> Budget:
-        return Budget(time_limit_s=time_limit_s, clock=search_seconds, cancelled=cancelled)
-
-    plan = make_plan(
-        loaded,
-        problem,
-        settings,
-        budget=budget(),
-        report=report,
-        market=catalogue_market,
-        beside_equal_stages=True,
-        beside_engines=request.other_engines,
-        requested=request.goal,
-    )
-    problem = replace(problem, objective=plan.objective)  # its demand is larger if a loss must be survived
-    plan = _verified(plan, request, loaded, problem, budget(request.simulation_limit_s), report)
-    again = SearchSettings(
-        budget=budget(), gap_target=settings.gap_target, seed=settings.seed, threads=settings.threads, report=report
-    )
-    prices = constraint_prices(plan, problem, again) if request.price_pins else ()
-    plan = with_prices(plan, prices)
-    if request.profile_error is None or not plan.replicas:
-        return PlacedPlan(plan=plan, prices=prices)
-    found = study(
-        plan, problem, error=ratio_of(request.profile_error), seed=settings.seed, budget=budget(),
-        threads=settings.threads, report=report,
-    )  # fmt: skip
-    return PlacedPlan(plan=with_robustness(plan, found), robustness=found, prices=prices)
+def _budget(time_limit_s: float, cancelled: threading.Event) -> Budget:
+    return Budget(time_limit_s=time_limit_s, clock=search_seconds, cancelled=cancelled)
 
 
 def _verified(
     plan: Plan, request: PlacementRequest, loaded: LoadedInputs, problem: PlacementProblem, budget: Budget,
     report: Report,
 ) -> Plan:  # fmt: skip
-    """Return the plan that keeps most in simulated traffic, beside equal stages; only a queue model's note without."""
-    if not request.verify:
-        return with_queueing(plan, problem)
+    """Return the plan that keeps most in simulated traffic, beside equal stages."""
     settings = settings_of(request)
     plan = simulated_plan(plan, loaded, problem, settings, level=request.service_level, budget=budget, report=report)
     return with_rate_of_equal_stages(

@@ -52,7 +52,7 @@ class PlannerOptions:
 
         ``is_endless``: a watch waits indefinitely for a planner that does not answer.
         """
-        from hetis.planner.client import CallError, Client, Patience
+        from hetis.planner.client import CallError, Client, Retries
 
         place = self._connection()
         limit_s = math.inf if is_endless else LONGEST_SILENCE_S
@@ -75,8 +75,8 @@ class PlannerOptions:
             terminal.say(f"waiting for an answer from the planner at {tried}{then}")
 
         try:
-            patience = partial(Patience, limit_s=limit_s, tell=tell)
-            with Client(place, patience=patience, on_slow=tell_slow) as client:
+            retries = partial(Retries, limit_s=limit_s, report=tell)
+            with Client(place, retries=retries, on_slow=tell_slow) as client:
                 code = use(client)
                 if client.has_standby_answered:
                     terminal.warn(

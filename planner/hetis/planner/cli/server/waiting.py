@@ -48,7 +48,7 @@ def wait_for_plan(
                     terminal.say(f"the search for {name} begins again: the planner that ran it is gone")
                 news(plan)
 
-            ended = client.wait(name, news=tell)
+            ended = client.wait(name, on_change=tell)
     except (KeyboardInterrupt, CallError) as error:
         if was_seen and (isinstance(error, KeyboardInterrupt) or error.is_unreachable):
             terminal.say(f"{name} continues on the planner")

@@ -19,8 +19,8 @@ from functools import partial
 from hetis.planner.convert.names import cluster_of, duration, timestamp
 from hetis.planner.convert.stages import triggers_to_proto
 from hetis.planner.failures import ServiceError
+from hetis.planner.fleet.agents.head_maps import HeadMaps
 from hetis.planner.fleet.fleet import LiveFleet
-from hetis.planner.fleet.head_maps import HeadMaps
 from hetis.planner.fleet.redispatching.planning import FoundMoves, StageLook, StagePlanner
 from hetis.planner.fleet.redispatching.watched import Place, WatchedReplica
 from hetis.planner.fleet.settings import RedispatchPolicy, redispatch_policy
@@ -187,7 +187,7 @@ class RedispatchLoop(FleetObserver):
         try:
             await self._fleet.redispatch(redispatch)
         except BaseException:
-            # One that has begun is stored with the fleet's next decisions, and `redispatch_ended` tells how it ended.
+            # One that has begun is stored with the fleet's next decisions, and `redispatch_ended` reports how it ended.
             if not self._fleet.is_under_way(redispatch):
                 watched.end(redispatch.name, was_aborted=None)
             raise

@@ -177,14 +177,14 @@ class WatchedStage:
         """Take over the planner's status of GPUs; return whether it changed."""
         known = self.terms.statuses(conditions)
         devices = self.terms.stage.devices
-        news = {name for name, now, then in zip(devices, known, self._known, strict=True) if now != then}
-        for name in news:
+        changed = {name for name, now, then in zip(devices, known, self._known, strict=True) if now != then}
+        for name in changed:
             self._slowness.forget(name)
         self._known = known
-        self.changed |= news
-        if news:
+        self.changed |= changed
+        if changed:
             self._rescale()
-        return bool(news)
+        return bool(changed)
 
     def report(self, load: report_pb2.StageLoad, policy: RedispatchPolicy) -> tuple[Trigger, ...]:
         """Return every trigger that a report's sums raise, usually none. Takes microseconds."""
@@ -299,8 +299,8 @@ class WatchedReplica:
             return
         first, self._conditions = self._conditions is None, dict(view.conditions)
         for stage in self.stages.values():
-            news = stage.set_conditions(view.conditions)
-            self.is_wanted = self.is_wanted or (news and not first)
+            changed = stage.set_conditions(view.conditions)
+            self.is_wanted = self.is_wanted or (changed and not first)
 
     def report(self, report: report_pb2.ReplicaReport, policy: RedispatchPolicy) -> None:
         """Handle a report of the primary's node."""

@@ -135,15 +135,15 @@ class Certificates:
 
     def credentials(self) -> grpc.ServerCredentials:
         """Return credentials for one address, which checks on its own whether the files have changed."""
-        told, first = self.files.version, self.files.value
+        known, first = self.files.version, self.files.value
 
         def newer() -> grpc.ServerCertificateConfiguration | None:
             """Return a newer configuration, or None if there is none. Called in a thread before each handshake."""
-            nonlocal told
+            nonlocal known
             version, value = self.files.version, self.files.value
-            if version == told:
+            if version == known:
                 return None
-            told = version
+            known = version
             return value
 
         may_return_none: Any = newer  # which grpc's stubs rule out

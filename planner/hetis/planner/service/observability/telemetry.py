@@ -247,7 +247,7 @@ class CallRecord:
     def comes_from(self, identity: Identity) -> None:
         self.caller, self._role = identity.name, identity.role
 
-    def asks(self, request: Message) -> None:
+    def requests(self, request: Message) -> None:
         """Record the name of the resource in a request, and the request's id."""
         self._request_name = (named_in(request, *_NAMING) or _name_of_new(request))[:200]
         self._request_id = getattr(request, "request_id", "")

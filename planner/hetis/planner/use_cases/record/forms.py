@@ -13,6 +13,7 @@ from hetis.planner.use_cases.service_level import Latency, ServiceLevel, Statist
 from hetis.solver.advice import Loss
 from hetis.solver.errors import InvalidProblemError
 from hetis.solver.plan import Role
+from hetis.solver.plugin_time import PluginTime
 from hetis.solver.problem import NOTHING_SET, EngineRules, EngineSettings
 
 PLACES = ("node", "zone")  # kinds of places whose loss a plan may have to survive
@@ -79,9 +80,14 @@ def read_engine(data: Any) -> EngineRules | None:
                 must = "a whole number or null" if may_be_null else "a whole number"
                 raise UnreadableError(f".{name} is {shown(value)}, must be {must}")
     try:
-        return EngineRules(**data)
+        return engine_from_data(data)
     except (TypeError, InvalidProblemError) as error:
         raise UnreadableError(f" must be an engine and its limits: {error}") from None
+
+
+def engine_from_data(data: Mapping[str, Any]) -> EngineRules:
+    """Return the rules from which `asdict` made data; earlier versions charged nothing for the plugin."""
+    return EngineRules(**{**data, "plugin": PluginTime(**data.get("plugin", {}))})
 
 
 def engine_settings_from_data(data: Any) -> EngineSettings:

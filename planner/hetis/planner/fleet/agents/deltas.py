@@ -31,7 +31,7 @@ ROOM = 2**32  # generations that a node may be ahead of the planner, whose store
 
 
 def protocol_violation(message: str) -> ServiceError:
-    """Return the error for an agent that says what no agent may say."""
+    """Return the error for an agent that breaks the protocol."""
     return ServiceError(Reason.ERROR_REASON_PROTOCOL_VIOLATION, message)
 
 
@@ -113,7 +113,7 @@ class ReplicaSlot:
         # None: no state was wanted yet, so nothing is sent
         self.wanted: WantedAssignment | WantedRemoval | None = None
         self._directives: dict[str, Directive] = {}  # by change id
-        self._told: dict[str, str] = {}  # kind of the last answered directive, by change id
+        self._delivered: dict[str, str] = {}  # kind of the last answered directive, by change id
         self._refused: int | None = None  # generation of the assignment that was refused permanently
         self._retry_s = 0.0  # earliest time of the next attempt; 0: none is delayed
         self._in_flight: Delta | None = None  # sent but not answered
@@ -140,14 +140,14 @@ class ReplicaSlot:
         if self.wanted != wanted:
             self.wanted, self._refused, self._retry_s = wanted, None, 0.0
 
-    def tell(self, directive: Directive) -> None:
+    def set_directive(self, directive: Directive) -> None:
         """Make ``directive`` the last message that the node should receive about its change."""
         self._directives[directive.change_id] = directive
 
     def forget_change(self, change_id: str) -> None:
         """Forget a change about which nothing more is to be sent."""
         self._directives.pop(change_id, None)
-        self._told.pop(change_id, None)
+        self._delivered.pop(change_id, None)
 
     def close_change(self, change_id: str) -> None:
         """Close a change whose outcome the node knows, and whose report no coordinator awaits."""
@@ -158,14 +158,14 @@ class ReplicaSlot:
 
     def resend(self, change_id: str) -> None:
         """Send an answered directive again, since the node may have forgotten it."""
-        self._told.pop(change_id, None)
+        self._delivered.pop(change_id, None)
 
     def restart(self, held: int, state: AssignmentState.ValueType) -> None:
         """Begin a new stream from the state that the agent reports. A delta in flight is void and is sent again."""
         self.state = state
         self.hold(held)
         self._in_flight = None
-        self._told.clear()
+        self._delivered.clear()
         self.closed.clear()
         self._retry_s = 0.0
 
@@ -259,12 +259,12 @@ class ReplicaSlot:
         part: Any = getattr(delta, kind)
         change_id: str = getattr(part.change if kind == "prepare" else part, "change_id", "")
         if change_id in self._directives:
-            self._told[change_id] = kind
+            self._delivered[change_id] = kind
         return DeltaAnswer(replica=self.replica, kind=kind, change_id=change_id, failure=failure)
 
     def _difference(self, now_s: float) -> Delta | None:
         # Outcomes come first: an assignment would end the changes, too, but with an outcome of the agent's choice.
-        due = [one for one in self._directives.values() if self._told.get(one.change_id) != one.kind]
+        due = [one for one in self._directives.values() if self._delivered.get(one.change_id) != one.kind]
         for directive in due:
             if directive.kind != "prepare":
                 return self._delta_of(directive)

@@ -9,7 +9,15 @@ from dataclasses import dataclass
 
 from hetis.planner.convert.names import duration, last_part
 from hetis.planner.failures import Reason, ServiceError
-from hetis.planner.fleet.agent_messages import (
+from hetis.planner.fleet.agents.deltas import (
+    MOST_GENERATION,
+    DeltaAnswer,
+    ReplicaSlot,
+    WantedRemoval,
+    protocol_violation,
+)
+from hetis.planner.fleet.agents.head_maps import HeadMapPieces, HeadMaps
+from hetis.planner.fleet.agents.messages import (
     PROTOCOL_VERSION,
     check_device_reports,
     check_hello,
@@ -17,8 +25,6 @@ from hetis.planner.fleet.agent_messages import (
     check_replicas,
     stale_epoch,
 )
-from hetis.planner.fleet.deltas import MOST_GENERATION, DeltaAnswer, ReplicaSlot, WantedRemoval, protocol_violation
-from hetis.planner.fleet.head_maps import HeadMapPieces, HeadMaps
 from hetis.planner.fleet.settings import FleetCounters, FleetSettings
 from hetis.v1 import agent_service_pb2, change_pb2, cluster_pb2, inventory_pb2, report_pb2
 
@@ -50,6 +56,10 @@ _MOST_REMOVALS = 16  # removals in flight per node
 Request = agent_service_pb2.ConnectNodeRequest
 Response = agent_service_pb2.ConnectNodeResponse
 Capability = agent_service_pb2.AgentCapability
+
+
+def taken_over(message: str, node: str) -> ServiceError:
+    return ServiceError(Reason.ERROR_REASON_NODE_TAKEN_OVER, message, metadata={"node": node})
 
 
 def not_connected(node: str) -> ServiceError:
@@ -147,6 +157,17 @@ class NodeLink:
         return MOST_GENERATION if most is None else most
 
     # --- The stream
+
+    def require_same_agent(self, boot_id: str, *, heard_s: float | None, now_s: float) -> None:
+        """Raise NODE_IN_USE while another agent is connected: the node's credentials must not suffice to replace it.
+
+        ``heard_s``: when the connected agent was heard last; None: never.
+        """
+        is_gone = not self.session or heard_s is None or now_s - heard_s >= self._settings.suspect_s
+        if not is_gone and boot_id != self.boot_id:
+            self._counters.refusals += 1
+            message = f"another agent is connected as node {last_part(self.node)}, and sent a message recently"
+            raise ServiceError(Reason.ERROR_REASON_NODE_IN_USE, message, metadata={"node": self.node})
 
     def open(self, request: Request) -> None:
         """Open a stream with its first message; an earlier stream of the node is void from then on.

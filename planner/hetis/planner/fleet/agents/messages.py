@@ -9,7 +9,7 @@ from google.protobuf.message import Message
 
 from hetis.formats.cluster import MAX_GPUS_PER_NODE
 from hetis.planner.failures import Reason, ServiceError, invalid_field
-from hetis.planner.fleet.deltas import MOST_GENERATION, protocol_violation
+from hetis.planner.fleet.agents.deltas import MOST_GENERATION, protocol_violation
 from hetis.v1 import agent_service_pb2, inventory_pb2, report_pb2
 
 PROTOCOL_VERSION = 1
@@ -55,12 +55,12 @@ def stale_epoch(obeys: str, newest: int, epoch: int) -> ServiceError:
     return ServiceError(Reason.ERROR_REASON_STALE_EPOCH, message, metadata={"epoch": epoch, "newest_epoch": newest})
 
 
-def check_replicas(said: Iterable[Any]) -> None:
+def check_replicas(listed: Iterable[Any]) -> None:
     """Check the names and generations in an agent's list of replicas or changes. Raises PROTOCOL_VIOLATION.
 
     The names become parameters of queries, and PostgreSQL has no texts with NUL.
     """
-    for one in said:
+    for one in listed:
         if one.generation > MOST_GENERATION:
             raise protocol_violation(f"a generation is above {MOST_GENERATION}, the maximum")
         for name in (one.replica, getattr(one, "change_id", "")):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hetis.v1 import report_pb2
 
 
-class ClusterNews:
+class PendingEvents:
     """Changes that were not taken yet; each is returned once."""
 
     def __init__(self) -> None:

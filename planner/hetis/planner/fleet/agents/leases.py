@@ -6,9 +6,11 @@ import heapq
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from hetis.planner.failures import Reason, ServiceError
 from hetis.v1 import cluster_pb2
 
 State = cluster_pb2.NodeState
+MOST_UNDECLARED = 64  # connected nodes of a cluster that its document does not name
 
 
 @dataclass(slots=True, kw_only=True)
@@ -59,6 +61,19 @@ class Leases:
     def num_undeclared(self) -> int:
         """The number of nodes with a stream that the cluster's document does not name."""
         return len(self._nodes) - self._num_declared - self._num_absent
+
+    def require_room(self, node: str, *, cluster: str) -> None:
+        """Raise TOO_MANY_STREAMS if the node is unknown, and too many such nodes are connected.
+
+        Credentials are valid for any node of a cluster, even for made-up names.
+        """
+        if node in self or self.num_undeclared < MOST_UNDECLARED:
+            return
+        message = (
+            f"{cluster} does not declare node {node}, and {MOST_UNDECLARED} undeclared nodes are connected"
+            " already: declare it, or disconnect others"
+        )
+        raise ServiceError(Reason.ERROR_REASON_TOO_MANY_STREAMS, message, metadata={"max_streams": MOST_UNDECLARED})
 
     def is_declared(self, node: str) -> bool:
         return self._nodes.get(node, _UNKNOWN).declared
@@ -141,7 +156,7 @@ class Leases:
         self._look_at(node, presence.heard_s + self._lease_s)
         return presence.state == State.NODE_STATE_READY and self._enter(node, State.NODE_STATE_SUSPECT)
 
-    def hear(self, node: str, *, now_s: float) -> bool:
+    def renew(self, node: str, *, now_s: float) -> bool:
         """Renew the lease after a message; return whether the state changed."""
         presence = self._nodes.get(node, _UNKNOWN)
         if not presence.connected:
