@@ -17,7 +17,7 @@ from hetis.engines.versions import Engine
 from hetis.formats.errors import DocumentError
 from hetis.planner.export import ExportTarget
 from hetis.planner.export.ray_serve import engine_arguments
-from hetis.planner.export.replicas import ExportSettings, NotExportableError, launchable, with_single_copies
+from hetis.planner.export.replicas import ExportSettings, NotExportableError, launchable
 from hetis.planner.export.targets import ENGINES, Export, carries, export_plan, export_wanted
 from hetis.solver.model import DraftShape
 from hetis.solver.plan import KvRoute, Plan, Role
@@ -28,8 +28,8 @@ from tests.planner.export.plans import (
     DECODES,
     PLANS,
     PREFILL,
+    STAGE_COPIES,
     THREE,
-    UNEQUAL_COPIES,
     WITH_WORKERS,
     apart,
     made_of,
@@ -96,8 +96,7 @@ IN_CLUSTERS = {ExportTarget.KUBERNETES, ExportTarget.LWS, ExportTarget.LLM_D, Ex
 @pytest.mark.parametrize("name", PLANS)
 @pytest.mark.parametrize("target", READERS)
 def test_layers_and_gpus_are_read_back_as_planned(target: ExportTarget, name: str) -> None:
-    whole, _ = with_single_copies(PLANS[name])
-    expected = {f"r{i}": reading.planned(one) for i, one in enumerate(whole.replicas)}
+    expected = {f"r{i}": reading.planned(one) for i, one in enumerate(PLANS[name].replicas)}
     why, lost = LOST.get((target, name), ("", ()))
     if expected.keys() == set(lost):
         with pytest.raises(NotExportableError, match=why):
@@ -133,24 +132,9 @@ def test_the_readme_lists_each_gpu_once_and_says_which_are_attention_workers() -
 
 @pytest.mark.parametrize("name", PLANS)
 def test_hetis_launch_understands_what_it_is_told(name: str, tmp_path: Path) -> None:
-    whole, _ = with_single_copies(PLANS[name])
     made = exported(PLANS[name], ExportTarget.HETIS_LAUNCH)
     found = reading.read_hetis_launch(made.files, tmp_path)
-    assert found == {f"r{i}": reading.planned(one) for i, one in enumerate(whole.replicas)}
-
-
-def test_equal_copies_are_replicas_of_their_own_and_serve_the_same() -> None:
-    plan, changes = with_single_copies(PLANS["copies"])
-    assert changes == ["replica 0 has 2 copies of every stage: they are exported as 2 replicas"]
-    assert [[stage.devices for stage in one.stages] for one in plan.replicas] == [
-        [("a/0",), ("a/1",)],
-        [("b/0",), ("b/1",)],
-    ]
-    assert [(one.rate, one.in_flight, one.kv_tokens) for one in plan.replicas] == [(2.0, 2, 500)] * 2
-    assert with_single_copies(PLANS["prefill and decode"]) == (PLANS["prefill and decode"], [])
-    both = replica(on("d/0", "e/0", copies=2), role=Role.DECODE, chunk_tokens=0, in_flight=2, rate=3.0)
-    plan, _ = with_single_copies(made_of(PREFILL, both, routes=(KvRoute(prefill=0, decode=1, rate=3.0),)))
-    assert plan.kv_routes == tuple(KvRoute(prefill=0, decode=copy, rate=1.5) for copy in (1, 2))
+    assert found == {f"r{i}": reading.planned(one) for i, one in enumerate(PLANS[name].replicas)}
 
 
 @pytest.mark.parametrize("name", ["--config=/tmp/evil.yaml", "--trust-remote-code", " x"])
@@ -287,14 +271,14 @@ def test_replicas_with_room_for_shorter_requests_are_named() -> None:
 
 
 def test_what_no_engine_runs_is_left_out_with_the_reason_and_what_it_costs() -> None:
-    plan = made_of(*PLANS["unlike replicas"].replicas, UNEQUAL_COPIES)
+    plan = made_of(*PLANS["unlike replicas"].replicas, STAGE_COPIES)
     made = exported(plan, ExportTarget.VLLM)
     assert made.lost == ("replica 3: stage 2: it has 2 copies, vLLM has one of each stage",)
     assert (made.planned, made.rate) == (15.0, 10.0)
     assert sorted(reading.read_shell(made.files)) == ["r0", "r1", "r2"]
     assert "it has 2 copies" in made.files["README.md"]
     with pytest.raises(NotExportableError) as caught:
-        exported(made_of(UNEQUAL_COPIES), ExportTarget.VLLM)
+        exported(made_of(STAGE_COPIES), ExportTarget.VLLM)
     assert caught.value.reasons == ("replica 0: stage 2: it has 2 copies, vLLM has one of each stage",)
 
 

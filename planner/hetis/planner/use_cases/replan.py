@@ -233,7 +233,6 @@ def replan(
         budget=budget,
         gap_target=settings.gap_target,
         seed=settings.seed,
-        threads=settings.threads,
         report=report,
     )
     split = any(replica.role is not Role.UNIFIED for replica in found.plan.replicas)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from hetis.formats.errors import shown
@@ -19,8 +19,6 @@ from hetis.solver.problem import NOTHING_SET, EngineRules, EngineSettings
 PLACES = ("node", "zone")  # kinds of places whose loss a plan may have to survive
 MAY_DIFFER = ("tpot_limit_s", "demand_rps")  # the fields of an objective that may have been requested otherwise
 SHARE = "gpu_memory_utilization"
-NOT_COMPILED = "its search is not compiled on this machine yet"
-_ONCE_NOT_COMPILED = "its search is not compiled yet, --engine any does that"  # what earlier versions wrote
 
 
 class UnreadableError(ValueError):
@@ -196,9 +194,7 @@ def _engine_value(row: Any) -> EngineValue | None:
         and all(isinstance(one, int | float) and abs(one) <= sys.float_info.max for one in numbers)
         and isinstance(row["lacks"], list)
     )
-    if not is_ours:
-        return None
-    return replace(found, why_not=NOT_COMPILED) if found.why_not == _ONCE_NOT_COMPILED else found
+    return found if is_ours else None
 
 
 def read_losses(data: Any) -> Mapping[str, Loss]:
