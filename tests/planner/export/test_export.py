@@ -20,7 +20,7 @@ from hetis.planner.export.ray_serve import engine_arguments
 from hetis.planner.export.replicas import ExportSettings, NotExportableError, launchable
 from hetis.planner.export.targets import ENGINES, Export, carries, export_plan, export_wanted
 from hetis.solver.model import DraftShape
-from hetis.solver.plan import KvRoute, Plan, Role
+from hetis.solver.plan import KvRoute, Plan
 from tests.engines.plans import MODEL
 from tests.planner.export import reading
 from tests.planner.export.plans import (
