@@ -88,7 +88,7 @@ class Replanning:
 
 def solve_replanning(
     given: ReplanningProblem, *, strategy: str = "hetis", budget: Budget | None = None, gap_target: float = 0.001,
-    seed: int = 0, threads: int = 1, report: Report = silent,
+    seed: int = 0, report: Report = silent,
 ) -> Replanning:  # fmt: skip
     """Choose which running replicas continue and which new ones join them, and prove how good the choice is.
 
@@ -101,7 +101,7 @@ def solve_replanning(
         NoPlanFoundError: no plan was found, nor proved impossible, mostly because the budget was spent.
     """
     settings = SearchSettings(
-        strategy=strategy, budget=budget or Budget(), gap_target=gap_target, seed=seed, threads=threads, report=report
+        strategy=strategy, budget=budget or Budget(), gap_target=gap_target, seed=seed, report=report
     )
     known = [s.name for s in STRATEGIES.values() if not s.is_published and s.name != "splitwise"]
     if strategy not in known:
