@@ -20,7 +20,7 @@ from hetis.planner.export.ray_serve import engine_arguments
 from hetis.planner.export.replicas import ExportSettings, NotExportableError, launchable
 from hetis.planner.export.targets import ENGINES, Export, carries, export_plan, export_wanted
 from hetis.solver.model import DraftShape
-from hetis.solver.plan import KvRoute, Plan, Role
+from hetis.solver.plan import KvRoute, Plan
 from tests.engines.plans import MODEL
 from tests.planner.export import reading
 from tests.planner.export.plans import (
@@ -375,7 +375,40 @@ def test_pairs_of_prefill_and_decode_have_the_shares_of_their_routes() -> None:
         ("r0", "r1", 2.0),
         ("r0", "r2", 1.0),
     ]
-    assert "router/nginx.conf" not in made.files, "it cannot send a request to two replicas"
+    front = re.findall(r"upstream hetis \{\n    server (\S+) weight=1000;\n\}", made.files["router/nginx.conf"])
+    assert front == ["127.0.0.1:30000"], "the router of pairs"
+
+
+@pytest.mark.parametrize("target", sorted(set(READERS) - {ExportTarget.SGLANG}))
+def test_routers_carry_all_traffic_of_prefill_and_decode_apart(target: ExportTarget) -> None:
+    """A unified replica of 6 requests/s, a pair of 2, and a prefill replica with two decode replicas of 2 and 1."""
+    pairs = PLANS["prefill in one stage"]
+    sender = replace(pairs.replicas[0], stages=(on("c/0", "c/1", tp=2),), rate=2.0)
+    receiver = replace(DECODES[0], stages=(on("d/2"),))
+    unified = replace(PLANS["one GPU"].replicas[0], stages=(on("b/0"),), rate=6.0)
+    routes = (*pairs.kv_routes, KvRoute(prefill=3, decode=4, rate=2.0))
+    plan = made_of(*pairs.replicas, sender, receiver, unified, routes=routes)
+    made = exported(plan, target)
+    if target in (ExportTarget.KSERVE, ExportTarget.RAY):
+        assert made.rate < made.planned
+        assert any("pairs of one prefill and one decode" in line for line in made.lost)
+        return
+    assert made.rate == made.planned == 11.0
+    if target is ExportTarget.LLM_D:
+        [route] = [one for one in yaml.safe_load_all(made.files["gateway.yaml"]) if one["kind"] == "HTTPRoute"]
+        weights = {one["name"]: one["weight"] for one in route["spec"]["rules"][0]["backendRefs"]}
+        assert weights == {"hetis-unified": 545, "hetis-pairs-0": 273, "hetis-pairs-1": 182}
+        return
+    weights = dict(
+        re.findall(
+            r"server (\S+) weight=(\d+);",
+            made.files["router/nginx.conf"].partition("upstream hetis {")[2].partition("}")[0],
+        )
+    )
+    assert sum(map(int, weights.values())) == 1000
+    if target is not ExportTarget.DYNAMO:  # its front end stands for all
+        assert sorted(weights.values()) == ["182", "273", "545"]
+    assert not made.lost or target is ExportTarget.DYNAMO
 
 
 def test_a_decode_replica_listens_behind_kserves_sidecar_and_all_others_at_the_front() -> None:
@@ -605,13 +638,6 @@ def test_decode_replicas_of_a_node_listen_at_nixl_ports_of_their_own() -> None:
     assert ports == ["5600", "5601"]
 
 
-def test_the_readme_says_how_much_the_lists_of_routers_leave_out() -> None:
-    plan = PLANS["prefill and decode"]
-    alone = sum(one.rate for one in plan.replicas if one.role is Role.UNIFIED)
-    readme = exported(plan, ExportTarget.VLLM).files["README.md"]
-    assert f"only the replicas that do both, {alone:.3g} of the {plan.served_rate():.3g} requests/s." in readme
-
-
 def test_nixl_without_an_address_is_told() -> None:
     made = exported(PLANS["prefill in one stage"], ExportTarget.VLLM, hosts={})
     assert made.lost == ("r0: NIXL needs an address to listen on, but a has none: give --node-address",)
@@ -799,7 +825,7 @@ def test_kubernetes_puts_no_variables_in_place_of_dollars(target: ExportTarget, 
     name = "one GPU" if target is ExportTarget.DYNAMO else "three nodes twice"
     num_commands = 0
     for one in reading.manifests(exported(PLANS[name], target, engine=engine, **given).files):
-        for container in containers_in(one):
+        for container in containers_in(one) if one["kind"] != "Deployment" else ():
             text = " ".join(reading.expanded(word, {"HOME": "/tmp"}) for word in reading.words_of(container))
             if "dynamo.frontend" not in text:
                 assert all(each in text for each in texts)
@@ -919,9 +945,19 @@ def two_pairs(
     return replace(plan, inputs={"documents": {**plan.inputs["documents"], "cluster": {**fleet, "network": network}}})
 
 
-@pytest.mark.parametrize("target", [ExportTarget.LLM_D, ExportTarget.DYNAMO])
+@pytest.mark.parametrize("target", [ExportTarget.VLLM, ExportTarget.KUBERNETES, ExportTarget.LLM_D])
+def test_a_router_for_each_group_makes_no_pairs_across_groups(target: ExportTarget) -> None:
+    alike = [{**node, "zone": "east"} for node in NODES]
+    slow = two_pairs(alike, {"nodes": {"links": [{**SLOW, "between": ["b", "c"]}]}})
+    assert not exported(slow, target).lost
+    joined = replace(slow, kv_routes=(*slow.kv_routes, KvRoute(prefill=0, decode=3, rate=1.0)))
+    [told] = exported(joined, target).lost
+    assert "separately, also r1 → r2, which exchange KV over slower links than planned" in told
+
+
+@pytest.mark.parametrize("target", [ExportTarget.DYNAMO])
 def test_pairs_that_routers_make_and_the_plan_rules_out_are_told(target: ExportTarget) -> None:
-    """Their routers choose the two replicas of a request separately; KServe's and Ray's take the plan's pairs."""
+    """Its router chooses the two replicas of a request separately; KServe's and Ray's take the plan's pairs."""
 
     def told(plan: Plan, target: ExportTarget = target) -> list[str]:
         lost = exported(plan, target).lost
@@ -950,15 +986,6 @@ def test_pairs_that_routers_make_and_the_plan_rules_out_are_told(target: ExportT
     joined = two_pairs(alike, {"nodes": {"links": [{**SLOW, "between": ["b", "c"]}]}})
     joined = replace(joined, kv_routes=(*joined.kv_routes, KvRoute(prefill=0, decode=3, rate=1.0)))
     assert told(joined) == ["r1 → r2, which exchange KV over slower links than planned"], "no router can keep to it"
-    others = [{**node, "gpus": [{"type": "MI300X"}]} if node["name"] in "bd" else node for node in alike]
-    unlike = two_pairs(others, {}, gpu="MI300X")
-    # From several stages vLLM writes the KV, by another connector than that which reads it from one.
-    pairs = two_pairs([{**node, "gpus": [{"type": "L4", "count": 2}]} for node in alike], {})
-    staged = replace(pairs.replicas[1], stages=(on("b/0", layers=2), on("b/1", first=2, layers=2)), in_flight=2)
-    pushed = replace(pairs, replicas=(pairs.replicas[0], staged, *pairs.replicas[2:]))
-    if target is ExportTarget.LLM_D:  # Dynamo leaves out both, GPUs of AMD and KV that is written
-        for plan in (unlike, two_pairs(others, {"nodes": {"links": [SLOW]}}, gpu="MI300X"), pushed):
-            assert told(plan) == [f"r0 → r3, r1 → r2, which cannot exchange KV{advice}"]
     for paired in (ExportTarget.KSERVE, ExportTarget.RAY):
         assert not told(two_pairs(alike, {"nodes": {"links": [SLOW]}}), paired)
 

@@ -205,8 +205,11 @@ class Written:
 
     files: Mapping[str, str]  # contents by path; a path that ends in ``.sh`` is an executable
     shown: tuple[str, ...]  # the essential files, for standard output
-    endpoints: Mapping[int, str]  # endpoint of each replica, by its position in the plan
     start: str  # instructions for starting, in Markdown
+    endpoints: Mapping[int, str]  # endpoint of each replica, by its position in the plan
+    # Endpoints of the routers of `pair_groups`; empty: there are none, or the target pairs replicas at their endpoints
+    routers: tuple[str, ...] = ()
+    listed: bool = True  # routers by weights send requests to these endpoints; otherwise the target's own router does
     not_carried: tuple[str, ...] = ()  # features of the plan that the target lacks
 
 
