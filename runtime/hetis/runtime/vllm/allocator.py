@@ -16,9 +16,9 @@ import numpy as np
 
 from hetis.runtime.vllm.requests import AllocatorStats
 from hetis.runtime.vllm.steps import LOCAL, Admitted, GroupMove
-from hetis.solver.dispatch.problem import DeviceLoad, HeadShape, IntArray, Requests, Stage
+from hetis.solver.dispatch.dispatch_problem import DeviceLoad, HeadShape, IntArray, Requests, Stage
+from hetis.solver.dispatch.dispatcher import Dispatcher
 from hetis.solver.dispatch.snapshot import DeviceStatus, StateSnapshot
-from hetis.solver.dispatch.solve import Dispatcher
 from hetis.solver.dispatch.state import DispatchState
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ import torch
 from hetis.runtime.attention.device import AttentionDevice, DeviceStep, Pending
 from hetis.runtime.attention.kv import KvShape, SequenceKey
 from hetis.runtime.vllm.coefficients import Coefficients, Piece
-from hetis.solver.dispatch.problem import FloatArray
+from hetis.solver.dispatch.dispatch_problem import FloatArray
 
 _LEAST_S = 1e-9  # one tick of a clock: shorter times count as this
 _OWN = 2**62  # id of the artificial request used to measure

@@ -7,14 +7,14 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from hetis.solver.dispatch.problem import FloatArray, HeadShape, Stage
+from hetis.solver.dispatch.dispatch_problem import FloatArray, HeadShape, Stage
 
 Piece = tuple[float, float, float]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Coefficients:
-    """The coefficients of one device for one layer; see `hetis.solver.dispatch.problem`."""
+    """The coefficients of one device for one layer; see `hetis.solver.dispatch.dispatch_problem`."""
 
     pieces: tuple[Piece, ...]  # seconds per query head, per KV byte read and per call; the largest piece counts
     transfer_byte_s: float = 0.0  # seconds per byte exchanged with the primary
