@@ -23,6 +23,7 @@ from hetis.planner.use_cases.sources import (
     differing_fields,
     load_plan_and_problem,
 )
+from hetis.planner.use_cases.verification.rates import ITERATIONS
 from hetis.solver.budget import Budget, Report, one_of_several
 from hetis.solver.check import check_plan
 from hetis.solver.cluster import Cluster
@@ -181,8 +182,9 @@ def _simulated(outcome: Compared, plan: Plan, asked: Searches, level: ServiceLev
     problem = settings.problem(asked.loaded.inputs, asked.objective)
     try:
         simulated = simulated_plan(
-            plan, asked.loaded, problem, settings, level=level, budget=replace(whole, time_limit_s=math.inf),
-            report=asked.report, losses=False, again=not STRATEGIES[settings.strategy].is_published,
+            plan, asked.loaded, problem, settings, level=level, report=asked.report,
+            budget=replace(whole, time_limit_s=math.inf, work_limit=ITERATIONS),
+            losses=False, again=not STRATEGIES[settings.strategy].is_published,
         )  # fmt: skip
     except HetisError as error:
         violations = error.violations if isinstance(error, UncheckedPlanError) else ()
