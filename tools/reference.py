@@ -167,7 +167,7 @@ FILE_EXAMPLES = {
 
 def formats_page() -> str:
     from hetis.formats.documents import KINDS, json_schema
-    from hetis.formats.trace_forms import CONVERSATIONS, FORMS, VLLM_BENCH, VLLM_LOG
+    from hetis.formats.traces.forms import FORMS, OTHERS
 
     parts = [
         _heading(
@@ -183,7 +183,7 @@ def formats_page() -> str:
         for name, part in schema.get("$defs", {}).items():
             if "properties" in part:
                 parts += [f"### {kind}: {name}\n", f"{_prose(part.get('description', ''))}\n", _fields(kind, part)]
-    forms = [*FORMS, VLLM_BENCH, VLLM_LOG, CONVERSATIONS]
+    forms = [*FORMS, *OTHERS]
     parts += [
         "## Traces\n",
         "A trace is CSV or JSONL with a row for each request. Other forms are known by their columns or fields, where"

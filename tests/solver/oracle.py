@@ -1,10 +1,8 @@
-"""The best plan of a tiny problem by brute force, written to be obviously right rather than fast.
+"""The best plan of a tiny problem on an engine by brute force, written to be obviously right rather than fast.
 
-Every role, every sequence of stages that the fleet could hold, every split of the layers, every (b, M, C), then every
-set of replicas that packs into the nodes, with the KV flows between its zones as a separate linear program. Rates and
-bytes are the checker's, so that the oracle shares nothing with the search.
-
-Not covered, and refused: zone links so slow that the activations of replicas over several zones bind. KV may bind.
+Every role, every sequence of stages that a zone could hold, every split of the layers, every (b, M, C), then every set
+of replicas that packs into the nodes, with the KV flows between zones as a separate linear program. Rates and bytes are
+the checker's, so that the oracle shares nothing with the search.
 """
 
 from __future__ import annotations
@@ -21,7 +19,7 @@ from hetis.solver.check.fleet import PoolShape, StageShape, slowest
 from hetis.solver.check.setting import Setting, divides, head_groups_per_rank
 from hetis.solver.cluster import Cluster, Link
 from hetis.solver.plan import ObjectiveKind, Role
-from hetis.solver.problem import PlacementProblem
+from hetis.solver.problem import EngineRules, PlacementProblem
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,14 +65,13 @@ def best_plan_value(
     """
     nodes = device_classes(problem.cluster)
     replicas = {w: r for w, r in best_replica_of_need(problem, nodes, may_be).items() if may_serve(w)}
-    best, best_set = 0.0 if problem.objective.maximises else math.inf, list[Wanted]()
+    best = 0.0 if problem.objective.maximises else math.inf
     for wanted in packable_sets(list(replicas), nodes):
         rate = served_rate(problem, wanted, replicas)
         value = value_of(problem, nodes, [w.need for w in wanted], rate)
         is_better = value > best if problem.objective.maximises else value < best
         if is_better and is_one_type_per_role(problem, wanted) and may_plan(wanted):
-            best, best_set = value, wanted
-    assert_zone_links_do_not_bind(problem, [replicas[w] for w in best_set])
+            best = value
     return best
 
 
@@ -85,30 +82,27 @@ def is_one_type_per_role(problem: PlacementProblem, wanted: list[Wanted]) -> boo
     return not problem.family.one_type_per_role or all(len(gpus) == 1 for gpus in types.values())
 
 
-def served_rate(problem: PlacementProblem, wanted: list[Wanted], replicas: Mapping[Wanted, BestReplica]) -> float:
+def served_rate(problem: PlacementProblem, wanted: list[Wanted], rates: Mapping[Wanted, float]) -> float:
     """Return the requests/s of unified replicas, plus the most that prefill and decode replicas serve together."""
     builds = dict.fromkeys(w.build for w in wanted)
     if len(builds) > 1:  # replicas of different builds cannot exchange KV
         alike = ([w for w in wanted if w.build == build] for build in builds)
-        return sum(served_rate(problem, some, replicas) for some in alike)
-    total = sum(replicas[w].rate for w in wanted if w.role is Role.UNIFIED)
+        return sum(served_rate(problem, some, rates) for some in alike)
+    total = sum(rates[w] for w in wanted if w.role is Role.UNIFIED)
     for exchange in dict.fromkeys(w.exchange for w in wanted):
-        sending = [(w, replicas[w].rate) for w in wanted if w.role is Role.PREFILL and w.exchange == exchange]
-        receiving = [(w, replicas[w].rate) for w in wanted if w.role is Role.DECODE and w.exchange == exchange]
+        sending = [(w, rates[w]) for w in wanted if w.role is Role.PREFILL and w.exchange == exchange]
+        receiving = [(w, rates[w]) for w in wanted if w.role is Role.DECODE and w.exchange == exchange]
         if not sending or not receiving:
             continue
-        if len({zone for w in wanted for zone in w.zones}) == 1:
+        if len({w.zone for w in wanted}) == 1:
             total += min(sum(rate for _, rate in sending), sum(rate for _, rate in receiving))
         else:
-            total += greatest_flow(problem, wanted, sending, receiving)
+            total += greatest_flow(problem, sending, receiving)
     return total
 
 
 def greatest_flow(
-    problem: PlacementProblem,
-    wanted: list[Wanted],
-    sending: list[tuple[Wanted, float]],
-    receiving: list[tuple[Wanted, float]],
+    problem: PlacementProblem, sending: list[tuple[Wanted, float]], receiving: list[tuple[Wanted, float]]
 ) -> float:
     """Return the largest flow between prefill and decode replicas that may be joined, within rates and links."""
     model, zones, network = problem.model, problem.cluster.zones(), problem.cluster.network
@@ -118,7 +112,7 @@ def greatest_flow(
         (i, j)
         for i, (s, _) in enumerate(sending)
         for j, (r, _) in enumerate(receiving)
-        if r.zones[0] in s.kv_zones and (r.zones == s.zones or len(builds_of(problem)) == 1)
+        if r.zone in s.kv_zones and (r.zone == s.zone or len(builds_of(problem)) == 1)
     ]
     if not pairs:
         return 0.0
@@ -130,23 +124,11 @@ def greatest_flow(
         rows.append([float(pair[1] == j) for pair in pairs])
         limits.append(rate)
     for a, b in itertools.permutations(zones, 2):
-        rows.append([float(sending[i][0].zones == (a,) and receiving[j][0].zones == (b,)) for i, j in pairs])
-        shares = [share_of_link(problem, w.zones) for w in wanted if {a, b} <= set(w.zones)]
-        limits.append(max(0.0, network.zone_link(a, b).bytes_per_s - sum(shares)) / kv_bytes)
+        rows.append([float((sending[i][0].zone, receiving[j][0].zone) == (a, b)) for i, j in pairs])
+        limits.append(network.zone_link(a, b).bytes_per_s / kv_bytes)
     found = linprog([-1.0] * len(pairs), A_ub=rows, b_ub=limits)
     assert found.success
     return float(-found.fun)
-
-
-def share_of_link(problem: PlacementProblem, zones: tuple[str, ...]) -> float:
-    """Return the bytes/s granted to a replica over several zones on the links among them, used or not."""
-    model, network = problem.model, problem.cluster.network
-    slowest_bytes = min(network.zone_link(a, b).bytes_per_s for a, b in itertools.combinations(zones, 2))
-    room = 0.0
-    for device_class, count in device_classes(problem.cluster).items():
-        profile = problem.profiles[device_class.gpu]
-        room += (profile.usable_bytes - profile.reserve_bytes) * device_class.per_node * count
-    return slowest_bytes / max(1, int(room / (model.params() * model.weight_bytes)))
 
 
 def value_of(problem: PlacementProblem, nodes: Mapping[DeviceClass, int], needs: list[Need], rate: float) -> float:
@@ -194,50 +176,44 @@ Build = tuple[Precision, str]  # a precision and the vendor
 
 
 def builds_of(problem: PlacementProblem) -> dict[Build, set[str]]:
-    """Return the GPU types of the fleet by the precision in which they compute layers and, for an engine, by vendor."""
+    """Return the GPU types of the fleet by the precision in which they compute layers, and by vendor."""
     model = problem.model
     own = {one.gpu: (one.weights, one.weight_bytes, one.kv_bytes) for one in model.precisions}
     found: dict[Build, set[str]] = {}
     for device_class in device_classes(problem.cluster):
         usual = (model.weights, model.weight_bytes, model.kv_bytes)
-        vendor = problem.cluster.gpu_types[device_class.gpu].vendor if problem.family.engine else ""
+        vendor = problem.cluster.gpu_types[device_class.gpu].vendor
         found.setdefault((own.get(device_class.gpu, usual), vendor), set()).add(device_class.gpu)
     return found
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Wanted:
-    """A replica's role, its build, the zones to which its KV may go, and its share of the fleet.
+    """A replica's role, its build, its zone and those to which its KV may go, and its share of the fleet.
 
     Of nodes with explicit links it exchanges KV with those in ``exchange``, where all of its own are.
     """
 
     role: Role
     build: Build
-    zones: tuple[str, ...]
+    zone: str
     kv_zones: tuple[str, ...]
     gpus: frozenset[str]
     need: Need
     exchange: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, order=True)
-class BestReplica:
-    rate: float
-    hops_in_zones: int  # at most, for a replica in several zones; 0 inside one
-
-
 def best_replica_of_need(
     problem: PlacementProblem, nodes: Mapping[DeviceClass, int], may_be: Callable[[StageOption], bool] = always
-) -> dict[Wanted, BestReplica]:
-    """Return the best single replica for each role and share of the fleet."""
-    found = dict[Wanted, BestReplica]()
+) -> dict[Wanted, float]:
+    """Return the rate of the best single replica for each role and share of the fleet."""
+    found = dict[Wanted, float]()
     for build, gpus in builds_of(problem).items():
         (weights, weight_bytes, kv_bytes), _ = build
         model = replace(problem.model, weights=weights, weight_bytes=weight_bytes, kv_bytes=kv_bytes, precisions=())
         in_it = replace(problem, model=model)
         options = [option for option in stage_options(in_it, nodes) if option.device_class.gpu in gpus]
-        if problem.family.engine is not None and kv_bytes != 2:
+        if kv_bytes != 2:
             options = [option for option in options if option.shape.pool is None]
         found |= best_replica_of_build(in_it, build, nodes, [option for option in options if may_be(option)])
     return found
@@ -245,41 +221,32 @@ def best_replica_of_need(
 
 def best_replica_of_build(
     problem: PlacementProblem, build: Build, nodes: Mapping[DeviceClass, int], options: list[StageOption]
-) -> dict[Wanted, BestReplica]:
+) -> dict[Wanted, float]:
     """The same for replicas of these stages, which have the problem's model in one precision."""
-    replicas = dict[Wanted, BestReplica]()
-    zones = {device_class.zone for device_class in nodes}
+    rates = dict[Wanted, float]()
+    zones = sorted({device_class.zone for device_class in nodes})
     of_nodes = [(), *subsets({device_class.node for device_class in nodes if device_class.node})]
     for role, b, M, C, d in iterations(problem):
         setting = setting_of(problem, role=role, b=b, M=M, C=C, d=d)
-        engine = problem.family.engine
         of_kind = [option for option in options if option.sharing == d]
         groups = [of_kind] if d > 1 else alike_for_engine(problem, of_kind, role, M)
-        for span, some, of_group in itertools.product(subsets(zones), of_nodes, groups):
+        for zone, some, of_group in itertools.product(zones, of_nodes, groups):
             alike = [option for option in of_group if {c.node for c, _ in option.groups} <= {"", *some}]
-            if len(span) > 1 and (role is not Role.UNIFIED or engine is not None):
-                continue
-            for kv_zones, exchange in exchanges(problem, role, span):
+            for kv_zones, exchange in exchanges(problem, role, zone):
                 if not set(some) <= set(exchange) and role is not Role.UNIFIED:
                     continue
                 around = [option for option in of_group if {c.node for c, _ in option.groups} <= {"", *exchange}]
-                for need, replica in itertools.chain.from_iterable(
-                    ReplicaSearch(
-                        problem, setting, nodes, alike, span, some, kv_zones, most_copies, exchange, around
-                    ).all_replicas()
-                    for most_copies in ((d,) if d > 1 else fillings(problem, M))
-                ):
+                search = ReplicaSearch(problem, setting, nodes, alike, zone, some, kv_zones, exchange, around)
+                for need, rate in search.all_replicas():
                     gpus = frozenset(c.gpu for c, sizes in zip(nodes, need, strict=True) if sizes)
                     wanted = Wanted(
-                        role=role, build=build, zones=span, kv_zones=kv_zones, gpus=gpus, need=need, exchange=exchange
+                        role=role, build=build, zone=zone, kv_zones=kv_zones, gpus=gpus, need=need, exchange=exchange
                     )  # fmt: skip
-                    replicas[wanted] = max(replicas.get(wanted, replica), replica)
-    return replicas
+                    rates[wanted] = max(rates.get(wanted, rate), rate)
+    return rates
 
 
-def exchanges(
-    problem: PlacementProblem, role: Role, span: tuple[str, ...]
-) -> Iterator[tuple[tuple[str, ...], tuple[str, ...]]]:
+def exchanges(problem: PlacementProblem, role: Role, zone: str) -> Iterator[tuple[tuple[str, ...], tuple[str, ...]]]:
     """Yield where a replica's KV may go: the zones, and the nodes with explicit links.
 
     Those are all of them, or a set inside a zone in which nobody pays for a link to the rest, or would pay for another
@@ -290,22 +257,21 @@ def exchanges(
         return
     classes, zones = list(device_classes(problem.cluster)), tuple(sorted(problem.cluster.zones()))
     everyone = tuple(sorted({c.node for c in classes if c.node}))
-    for kv_zones in {span, zones} if role is Role.PREFILL else {()}:
+    for kv_zones in {(zone,), zones} if role is Role.PREFILL else {()}:
         yield kv_zones, everyone
 
     def pays(node: str, inside: Iterable[str]) -> tuple[Link, ...]:
-        zone = next(c.zone for c in classes if c.node == node)
         own = [c.nic for c in classes if c.node == node] + [problem.cluster.network.zone_link(zone, zone)]
         explicit = explicit_links(problem, next(c for c in classes if c.node == node), inside)
         return tuple(slowest([link, own[-1], *explicit]) for link in own)
 
-    here = sorted({c.node for c in classes if c.node and c.zone == span[0]})
+    here = sorted({c.node for c in classes if c.node and c.zone == zone})
     for size in range(len(here) + 1):
         for inside in itertools.combinations(here, size):
             larger = ((*inside, node) for node in here if node not in inside)
             grows = any(all(pays(n, inside) == pays(n, more) for n in inside) for more in larger)
             if inside != everyone and not grows:
-                yield span if role is Role.PREFILL else (), inside
+                yield (zone,) if role is Role.PREFILL else (), inside
 
 
 def may_have_pool(problem: PlacementProblem, role: Role, stage: StageShape) -> bool:
@@ -315,21 +281,11 @@ def may_have_pool(problem: PlacementProblem, role: Role, stage: StageShape) -> b
     return True
 
 
-def fillings(problem: PlacementProblem, M: int) -> tuple[float, ...]:
-    """Return the most stage copies for each slack; an engine has as many stages as micro-batches."""
-    if problem.family.engine is not None:
-        return (M,)
-    return (math.inf,) if M == 1 else (M // 2, M)
-
-
 def alike_for_engine(
     problem: PlacementProblem, options: list[StageOption], role: Role, M: int
 ) -> Iterator[list[StageOption]]:
-    """Stages that an engine may have in one replica: of one TP size, with the same workers or none; else all."""
-    engine = problem.family.engine
-    if engine is None:
-        yield options
-        return
+    """Stages that an engine may have in one replica: of one TP size, with the same workers or none."""
+    engine = rules_of(problem)
     if (role is Role.DECODE or engine.keeps_indexers_together(problem.model)) and M > 1:
         return  # KV is handed over only to single stages
     if role is Role.PREFILL and M > 1 and problem.model.sliding_window and engine.name.startswith("vllm"):
@@ -341,6 +297,11 @@ def alike_for_engine(
         if pool is None or (role is Role.UNIFIED and engine.max_pooled_stages >= M):
             kinds.setdefault((option.shape.tp, beside), []).append(option)
     yield from kinds.values()
+
+
+def rules_of(problem: PlacementProblem) -> EngineRules:
+    assert problem.family.engine is not None, "every search is for an engine"
+    return problem.family.engine
 
 
 def setting_of(problem: PlacementProblem, *, role: Role, b: int, M: int, C: int, d: int = 1) -> Setting:
@@ -380,13 +341,12 @@ def iterations(problem: PlacementProblem) -> Iterator[tuple[Role, int, int, int,
 def stage_options(problem: PlacementProblem, nodes: Mapping[DeviceClass, int]) -> Iterator[StageOption]:
     family, model = problem.family, problem.model
     for own in nodes:
-        for n, c in itertools.product(family.tp_sizes, (1,)):
+        for n in family.tp_sizes:
             if n > own.per_node or not divides(model, n):
                 continue
-            shape = StageShape(gpu=own.gpu, tp=n, copies=c, layers=1, intra_link=own.intra_link, hop_link=own.nic)
-            groups = ((own, n),) * c
-            yield StageOption(device_class=own, shape=shape, groups=groups)
-            for d in family.attention_dp_of(model) if c == 1 else ():
+            shape = StageShape(gpu=own.gpu, tp=n, copies=1, layers=1, intra_link=own.intra_link, hop_link=own.nic)
+            yield StageOption(device_class=own, shape=shape, groups=((own, n),))
+            for d in family.attention_dp_of(model):
                 if (
                     n * d in family.tp_sizes
                     and n * d <= own.per_node
@@ -397,19 +357,19 @@ def stage_options(problem: PlacementProblem, nodes: Mapping[DeviceClass, int]) -
                     yield StageOption(
                         device_class=own, shape=replace(shape, copies=d), groups=shared, sharing=d
                     )  # fmt: skip
-            for other, p in itertools.product(nodes, range(1, family.max_pool // c + 1)):
+            for other, p in itertools.product(nodes, range(1, family.max_pool + 1)):
                 if (
                     not model.heads_can_move
                     or other.zone != own.zone
                     or n > model.head_groups
-                    or p * c > other.per_node * nodes[other]
+                    or p > other.per_node * nodes[other]
                 ):
                     continue
                 inside = problem.cluster.network.zone_link(own.zone, own.zone)
                 link = slowest([own.nic, other.nic, inside, *explicit_links(problem, own, [other.node])])
                 for k in range(1, head_groups_per_rank(model, n) + 1):
                     pool = PoolShape(gpu=other.gpu, cards=p, head_groups=k, link=link)
-                    taken = groups + ((other, 1),) * (p * c)
+                    taken = ((own, n), *[(other, 1)] * p)
                     yield StageOption(device_class=own, shape=replace(shape, pool=pool), groups=taken)
 
 
@@ -419,18 +379,17 @@ class Begun:
 
     layers: int  # number of repeated layers that they hold together
     need: Need
-    copies: int  # K
+    stages: int
     fewest: int  # fewest layers of a stage; 0 if the family does not care
     most: int
 
 
-# Times of the first stages: max u / c, sum u, and the input of the rule for iterations with a chunk: with a single
-# micro-batch the most uneven stage, otherwise the longest over its copies.
+# Times of the first stages: of the slowest, of all together, and the longest iteration with a chunk.
 Times = tuple[float, float, float]
 
 
 class ReplicaSearch:
-    """All replicas of one (b, M, C) that span exactly these zones, with at most ``most_copies`` stage copies.
+    """All replicas of one (b, M, C) in a zone: pipelines of M stages, or one stage whose copies share their experts.
 
     Of nodes with explicit links they use only ``linked``, and pay for the links among these. For KV that is handed
     over they pay for those to all of ``exchange``, where replicas may have the stages ``around``.
@@ -445,25 +404,23 @@ class ReplicaSearch:
         setting: Setting,
         nodes: Mapping[DeviceClass, int],
         options: list[StageOption],
-        zones: tuple[str, ...],
+        zone: str,
         linked: tuple[str, ...],
         kv_zones: tuple[str, ...],
-        most_copies: float,
         exchange: tuple[str, ...],
         around: list[StageOption],
     ) -> None:
         network = problem.cluster.network
-        zone_links = [network.zone_link(a, b) for a in zones for b in zones]
-        kv_links = [network.zone_link(zones[0], zone) for zone in kv_zones]
-        self.problem, self.setting, self.nodes, self.zones = problem, setting, nodes, zones
-        self.most_copies = most_copies
+        inside, kv_links = network.zone_link(zone, zone), [network.zone_link(zone, other) for other in kv_zones]
+        self.problem, self.setting, self.nodes, self.engine = problem, setting, nodes, rules_of(problem)
+        self.num_stages = 1 if setting.attention_dp > 1 else setting.in_flight
         self.layers = problem.model.num_layers - problem.model.prefix_layers  # repeated layers
         self.options, kept = [], []
         for option in dict.fromkeys([*options, *around]):
-            if option.device_class.zone in zones and may_have_pool(problem, setting.role, option.shape):
+            if option.device_class.zone == zone and may_have_pool(problem, setting.role, option.shape):
                 own = option.device_class
-                hop_link = slowest([own.nic, *zone_links, *explicit_links(problem, own, linked)])
-                kv_link = slowest([own.nic, *zone_links, *kv_links, *explicit_links(problem, own, exchange)])
+                hop_link = slowest([own.nic, inside, *explicit_links(problem, own, linked)])
+                kv_link = slowest([own.nic, inside, *kv_links, *explicit_links(problem, own, exchange)])
                 shape = replace(option.shape, hop_link=hop_link, kv_link=kv_link, arrival_link=kv_link)
                 kept.append(shape)
                 if option in options:
@@ -475,8 +432,9 @@ class ReplicaSearch:
         self.seconds: dict[tuple[int, int, bool, bool], tuple[float, float] | None] = {}
         self.possible: dict[Need, list[tuple[int, Need]]] = {}
 
-    def all_replicas(self) -> Iterator[tuple[Need, BestReplica]]:
-        nothing = Begun(layers=0, need=((),) * len(self.nodes), copies=0, fewest=0, most=0)
+    def all_replicas(self) -> Iterator[tuple[Need, float]]:
+        """Yield the rate of every replica."""
+        nothing = Begun(layers=0, need=((),) * len(self.nodes), stages=0, fewest=0, most=0)
         begun: list[dict[Begun, list[Times]]] = [{} for _ in range(self.layers + 1)]
         begun[0][nothing] = [(0.0, 0.0, 0.0)]
         for done in range(self.layers):
@@ -490,29 +448,25 @@ class ReplicaSearch:
 
     def extend(self, begun: Begun, times: Times) -> Iterator[tuple[Begun, Times]]:
         """Yield every stage that may follow."""
-        model = self.problem.model
+        model, is_last = self.problem.model, begun.stages + 1 == self.num_stages
+        if begun.stages == self.num_stages:
+            return
         for number, need in self.options_after(begun.need):
-            copies = self.options[number].shape.copies
-            if begun.copies + copies > self.most_copies:
-                continue
             for held in range(self.least_layers(begun), self.layers - begun.layers + 1):
                 done = begun.layers + held
-                if self.setting.attention_dp > 1 and held < self.layers:
-                    continue  # copies that share experts have one stage
-                stage_s = self.stage_s(number, held, begun.layers == 0, done == self.layers)
+                if (done == self.layers) != is_last:
+                    continue
+                stage_s = self.stage_s(number, held, begun.layers == 0, is_last)
                 fewest, most = self.extremes(begun, held)
                 if stage_s is None or most > fewest + 1 or not model.allowed_cut(model.prefix_layers + done):
                     continue
-                longer = Begun(layers=done, need=need, copies=begun.copies + copies, fewest=fewest, most=most)
+                longer = Begun(layers=done, need=need, stages=begun.stages + 1, fewest=fewest, most=most)
                 u, chunk_s = stage_s
-                in_turn = self.setting.attention_dp == self.setting.in_flight and self.problem.family.engine is None
-                uneven = chunk_s * self.setting.iterations / u if in_turn else chunk_s / copies
-                yield longer, (max(times[0], u / copies), times[1] + u, max(times[2], uneven))
+                yield longer, (max(times[0], u), times[1] + u, max(times[2], chunk_s))
 
     def least_layers(self, begun: Begun) -> int:
         """Return the fewest repeated layers of the next stage; the first one also has the leading dense layers."""
-        engine, prefix = self.problem.family.engine, 0 if begun.layers else self.problem.model.prefix_layers
-        return 1 if engine is None else max(1, engine.min_layers - prefix)
+        return max(1, self.engine.min_layers - (0 if begun.layers else self.problem.model.prefix_layers))
 
     def extremes(self, begun: Begun, held: int) -> tuple[int, int]:
         """Return the fewest and most layers of a stage so far, in families with even layers."""
@@ -533,36 +487,22 @@ class ReplicaSearch:
         types = {device_class.gpu for device_class, sizes in zip(self.nodes, need, strict=True) if sizes}
         return len(types) == 1 or self.problem.family.mixed_types
 
-    def finish(self, replica: Begun, times: Times) -> Iterator[tuple[Need, BestReplica]]:
-        """Yield the replica if it spans the zones and meets the limits."""
-        used = {device_class.zone for device_class, sizes in zip(self.nodes, replica.need, strict=True) if sizes}
-        if used != set(self.zones):
+    def finish(self, replica: Begun, times: Times) -> Iterator[tuple[Need, float]]:
+        """Yield the replica's rate if it meets the limits."""
+        slowest_s, total_s, chunk_s = times
+        if sum(map(sum, replica.need)) > (self.engine.max_gpus or math.inf):
             return
-        engine, gpus = self.problem.family.engine, sum(map(sum, replica.need))
-        if engine is not None and (replica.copies != self.setting.in_flight or gpus > (engine.max_gpus or gpus)):
-            return
-        busiest_s, total_s, chunk = times
-        t_s = max(busiest_s, total_s / self.setting.in_flight)
-        if t_s <= t_limit_s(self.setting, self.landing_s) and self.keeps_chunk_rule(replica.copies, t_s, chunk):
-            hops = replica.copies - 1 if len(self.zones) > 1 else 0
-            yield replica.need, BestReplica(rate=1 / t_s, hops_in_zones=hops)
+        shared = self.setting.attention_dp  # copies that share their experts serve in turn
+        t_s = max(slowest_s / shared, total_s / self.setting.in_flight)
+        if t_s <= t_limit_s(self.setting, self.landing_s) and self.keeps_chunk_rule(chunk_s / shared):
+            yield replica.need, 1 / t_s
 
-    def keeps_chunk_rule(self, copies: int, t_s: float, chunk: float) -> bool:
+    def keeps_chunk_rule(self, chunk_s: float) -> bool:
         """Return whether stages keep the family's rule by which a unified replica meets its TTFT limit."""
         setting, limit_s = self.setting, self.problem.objective.ttft_limit_s
         if limit_s is None or setting.role is not Role.UNIFIED:
             return True
-        trip_s, M = limit_s / ttft_round_trips(setting), setting.in_flight
-        if self.problem.family.engine is not None:
-            return chunk * M <= trip_s * (1 + 1e-9)
-        if setting.attention_dp == M:
-            if copies == 1:
-                return chunk * t_s * M <= trip_s * setting.iterations * (1 + 1e-9)
-            level = 1.0
-            while level < chunk * (1 - 1e-9):
-                level *= 1.25
-            return t_s * level * M <= trip_s * setting.iterations * (1 + 1e-9)
-        return chunk * M <= trip_s * (1 + 1e-9)
+        return chunk_s * setting.in_flight <= limit_s / ttft_round_trips(setting) * (1 + 1e-9)
 
     def stage_s(self, number: int, layers: int, is_first: bool, is_last: bool) -> tuple[float, float] | None:
         """Return u of a stage with its slack, and its iteration with a chunk; None if it does not fit in memory."""
@@ -572,8 +512,8 @@ class ReplicaSearch:
             ends = {"is_first": is_first, "is_last": is_last}
             self.seconds[key] = None
             if fits_memory(self.setting, stage, **ends):
-                copies = 1 if math.isinf(self.most_copies) else int(self.most_copies)
-                u = (1 + timing.slack(self.setting, stage, copies)) * timing.stage_seconds(self.setting, stage, **ends)
+                slack = timing.slack(self.setting, stage, self.setting.in_flight)
+                u = (1 + slack) * timing.stage_seconds(self.setting, stage, **ends)
                 self.seconds[key] = (u, timing.chunk_seconds(self.setting, stage, **ends))
         return self.seconds[key]
 
@@ -658,13 +598,3 @@ def price_of(need: Need, nodes: Mapping[DeviceClass, int], kind: ObjectiveKind) 
         sum(sizes) * (device_class.usd_per_hour if kind is ObjectiveKind.COST else 1.0)
         for sizes, device_class in zip(need, nodes, strict=True)
     )
-
-
-def assert_zone_links_do_not_bind(problem: PlacementProblem, best: Iterable[BestReplica]) -> None:
-    """The best plan fits the zone links even if every hop of a replica in several zones used the slowest of them."""
-    network, model, moments = problem.cluster.network, problem.model, problem.workload.moments()
-    numbers = model.residual_streams * model.hidden
-    bytes_per_request = (moments.mean_computed + moments.mean_output) * numbers * model.activation_bytes
-    bytes_per_s = sum(replica.rate * replica.hops_in_zones * bytes_per_request for replica in best)
-    for a, b in itertools.permutations(problem.cluster.zones(), 2):
-        assert bytes_per_s <= network.zone_link(a, b).bytes_per_s, "the oracle does not know binding zone links"

@@ -28,12 +28,13 @@ from hetis.solver.placement.replicas.tables import CostTables
 from hetis.solver.placement.replicas.tabulation import build_cost_tables
 from hetis.solver.placement.replicas.template import Template, TemplateStage
 from hetis.solver.plan import Role
-from hetis.solver.problem import Assumptions, Family, PlacementProblem
+from hetis.solver.problem import Assumptions, EngineRules, Family, PlacementProblem
 from hetis.solver.profile import Fit, Op, Piece, Profile
 from hetis.solver.workload import Workload
 from tests.models import replace, shape_of
 from tests.solver.instances import (
     MADE_UP,
+    PLUGIN,
     make_compressed,
     make_model,
     make_node,
@@ -106,6 +107,11 @@ FAMILY = Family(
     max_pool=6, tp_sizes=(1, 2, 4, 8), micro_batches=(1, 3, 16), in_flight=(1, 2, 5, 8),
     chunk_tokens=(48, 256), roles=(Role.UNIFIED, Role.PREFILL, Role.DECODE),
 )  # fmt: skip
+
+
+OF_AN_ENGINE = replace(
+    FAMILY, in_flight=tuple(range(1, 9)), engine=EngineRules(name="vllm-hetis", max_stages=8, plugin=PLUGIN)
+)
 
 
 def imports(path: Path) -> set[str]:
@@ -191,7 +197,7 @@ def problem_of(draw: st.DrawFn, models: Sequence[ModelSpec] = MODELS) -> Placeme
         workload=draw(st.sampled_from(WORKLOADS)),
         network=Network(default=Link(bytes_per_s=8e8, latency_s=3e-5), zone_default=far),
         assumptions=Assumptions(block_tokens=draw(st.sampled_from([1, 16]))),
-        family=FAMILY,
+        family=draw(st.sampled_from((FAMILY, OF_AN_ENGINE))),
     )
 
 
@@ -300,7 +306,7 @@ def templates(draw: st.DrawFn, models: Sequence[ModelSpec] = MODELS) -> tuple[Pl
     alone = mix.attention_dp > 1
     for layers in draw(st.sampled_from([(4 - model.prefix_layers,), (2, 2)][: 1 if alone else 2])):
         s = draw(st.sampled_from(ranks))
-        stage = TemplateStage(s, 1, layers)
+        stage = TemplateStage(s, layers)
         pools = [q for q in range(len(costs.classes)) if t.pool_start[s, q] >= 0]
         if mix.role is not Role.PREFILL and pools and draw(st.booleans()):
             cards, groups = draw(st.sampled_from(costs.pool_sizes)), draw(st.integers(1, int(t.rank_groups[s])))
@@ -360,7 +366,7 @@ def test_the_search_tabulates_what_a_stage_with_a_pool_keeps_beside_a_chunk() ->
     problem = make_problem(nodes, profiles=profiles, workload=make_workload((300, 60)))
     costs = build_cost_tables(problem)
     own, worker = (next(i for i, c in enumerate(costs.classes) if c.gpu == gpu) for gpu in "AB")
-    stage = TemplateStage(costs.ranks.index((own, 1)), 1, problem.model.num_layers)
+    stage = TemplateStage(costs.ranks.index((own, 1)), problem.model.num_layers)
     pooled = replace(stage, pool_class=worker, pool_cards=1, pool_groups=1)
     for scope, mix, f in configurations(costs):
         if costs.mixes[mix].role is Role.UNIFIED and costs.mixes[mix].attention_dp == 1:

@@ -56,17 +56,6 @@ def test_the_busiest_of_copies_is_the_mean_maximum_of_normal_variables(copies: i
     assert math.isclose(cost.BUSIEST[copies], expected, rel_tol=1e-9, abs_tol=1e-9)
 
 
-@given(st.floats(0.01, 1e6))
-def test_unevenness_has_the_level_of_the_next_power(unevenness: float) -> None:
-    level = cost.unevenness_level(unevenness)
-    assert unevenness <= 1.25**level * (1 + 1e-6)
-    assert level == 0 or unevenness > 1.25 ** (level - 1)
-
-
-def test_powers_themselves_are_levels() -> None:
-    assert [cost.unevenness_level(1.25**k) for k in range(40)] == list(range(40))
-
-
 def test_ranks_share_heads_only_where_they_come_out_even() -> None:
     model = make_model(q_heads=24, kv_heads=4)
     found = {tp: cost.rank_shape(model, tp) for tp in range(1, 25)}

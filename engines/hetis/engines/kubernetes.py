@@ -58,7 +58,8 @@ _CONFIG_FOLDER, _CONFIG_FILE, _KEY_FILE = "/etc/hetis", "workers.yaml", "/tmp/he
 _OWN_MOUNTS = (_CONFIG_FOLDER, "/tmp", "/dev/shm")
 # A Secret mounted as a file is readable to the pod's group, if it has one. A key must not be: pass it in a variable.
 _WITH_KEY = f'umask 077 && printf %s "${KEY_VARIABLE}" > {_KEY_FILE} && unset {KEY_VARIABLE} && exec "$@"'
-_USER = 10001  # the same as in our images
+USER = 10001  # the same as in our images
+RESTRICTED: Mapping[str, Any] = {"runAsNonRoot": True, "seccompProfile": {"type": "RuntimeDefault"}}
 _RESOURCES = {"NVIDIA": "nvidia.com/gpu", "AMD": "amd.com/gpu"}  # resource names of the vendors' device plugins
 # From a request to stop until a pod is killed: an engine's own seconds, and a margin for what Kubernetes does in them.
 # The engine's time-out for running requests is added.
@@ -382,11 +383,10 @@ class ReplicaObjects:
             "enableServiceLinks": False,  # the variables of a Service named vllm are taken for settings of vLLM
             "terminationGracePeriodSeconds": _GRACE_S + (0 if is_worker else round(drain_s(self._serving.options))),
             "securityContext": {
-                "runAsNonRoot": True,
-                "runAsUser": _USER,
-                "runAsGroup": _USER,
-                "fsGroup": _USER,
-                "seccompProfile": {"type": "RuntimeDefault"},
+                **RESTRICTED,
+                "runAsUser": USER,
+                "runAsGroup": USER,
+                "fsGroup": USER,
             },
             **({"tolerations": tolerations_of(process)} if self._on_gpus else {}),
             "containers": [container],

@@ -80,7 +80,6 @@ class SearchSettings:
     budget: Budget = field(default_factory=Budget)
     gap_target: float = 0.001
     seed: int = 0
-    threads: int = 1
     report: Report = silent
 
     def within(self, of_rest: float) -> SearchSettings:

@@ -246,7 +246,6 @@ SAME_IN_OTHER_WORDS = {
     "prefix-hit-rate": {"simulate"},
     "seed": {"simulate"},
     "theta": {"redispatch"},
-    "threads": {"simulate"},
     "time-limit": {"dispatch"},
     "workload": {"replan"},
 }

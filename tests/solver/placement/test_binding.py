@@ -109,7 +109,7 @@ def test_whatever_the_packing_rows_admit_can_be_bound(shapes: list[Shape], sizes
         ranks = [s for s, (_, size) in enumerate(costs.ranks) if size == tp]
         if not ranks:
             continue
-        stage = TemplateStage(rank=drawn.choice(ranks), copies=1, layers=1)
+        stage = TemplateStage(rank=drawn.choice(ranks), layers=1)
         template = Template(0, 0, 0, (stage,), 1.0)
         if (use_of(costs, template) <= left).all():
             left -= use_of(costs, template)
@@ -132,15 +132,15 @@ def test_replica_that_fits_in_a_node_stays_in_it() -> None:
     problem = make_problem([make_node("a", "A", gpus=4, nodes=3)])
     costs = build_cost_tables(problem)
     one, two = (next(s for s, (_, tp) in enumerate(costs.ranks) if tp == size) for size in (1, 2))
-    pair = (TemplateStage(rank=two, copies=1, layers=3), TemplateStage(rank=one, copies=2, layers=3))
-    bound = bind(costs, [Template(0, 0, 0, pair, 1.0)] * 3)
-    for stages in bound:
-        assert len({device.split("/")[0] for stage in stages for device in stage.devices}) == 1
+    stages = (TemplateStage(rank=two, layers=2), TemplateStage(rank=one, layers=2), TemplateStage(rank=one, layers=2))
+    bound = bind(costs, [Template(0, 0, 0, stages, 1.0)] * 3)
+    for replica in bound:
+        assert len({device.split("/")[0] for stage in replica for device in stage.devices}) == 1
 
 
 def test_more_than_the_fleet_has_is_a_bug_and_says_so() -> None:
     costs = build_cost_tables(make_problem([make_node("a", "A", gpus=2)]))
-    template = Template(0, 0, 0, (TemplateStage(rank=0, copies=1, layers=6),), 1.0)
+    template = Template(0, 0, 0, (TemplateStage(rank=0, layers=6),), 1.0)
     with pytest.raises(UnboundPlanError, match=r"^no node has 1 free A for replica 2$"):
         bind(costs, [template] * 3)
 
@@ -161,9 +161,7 @@ def test_replicas_over_nodes_of_several_types_use_the_fewest_nodes(
     index = {c.gpu: number for number, c in enumerate(costs.classes)}
     ranks = {rank: s for s, rank in enumerate(costs.ranks)}
     templates = [
-        Template(
-            0, 0, 0, tuple(TemplateStage(rank=ranks[index[gpu], tp], copies=1, layers=1) for gpu, tp in stages), 1.0
-        )
+        Template(0, 0, 0, tuple(TemplateStage(rank=ranks[index[gpu], tp], layers=1) for gpu, tp in stages), 1.0)
         for stages in replicas
     ]
     parts = [(r, gpu, tp) for r, stages in enumerate(replicas) for gpu, tp in stages]

@@ -136,7 +136,7 @@ def test_a_prefill_replica_has_no_more_in_flight_than_its_rate_needs(limit_s: fl
         few = with_fewest_in_flight(costs, many)
         if limit_s is not None or costs.mixes[template.mix].role is not Role.PREFILL:
             assert few is many
-        elif template.num_copies == 1:
+        elif len(template.stages) == 1:
             tried += 1
             assert (problem.family.in_flight[few.in_flight_index], few.rate) == (2, many.rate)  # one has no slack
             assert interval_of(costs, few) == pytest.approx(few.interval_s, rel=1e-12)

@@ -17,9 +17,9 @@ from hetis.solver.placement.replicas.tabulation import build_cost_tables
 from hetis.solver.placement.replicas.template import Template, TemplateStage
 from hetis.solver.plan import Role
 from hetis.solver.replanning.change import Fate
+from hetis.solver.replanning.naming import name_gpus
 from hetis.solver.replanning.net_master import ColumnList, InventoryRows, Row, inventory_of
 from hetis.solver.replanning.running import Candidate, new_replica, places_of
-from hetis.solver.replanning.solve import name_gpus
 from tests.solver.instances import SMALL_FAMILY, make_model, make_node, make_problem
 
 PROBLEM = make_problem(
@@ -33,12 +33,12 @@ RANK = {tp: rank for rank, (_, tp) in enumerate(COSTS.ranks)}
 
 
 def template(tp: int) -> Template:
-    return Template(0, 0, 0, (TemplateStage(RANK[tp], 1, PROBLEM.model.num_layers),), 1.0)
+    return Template(0, 0, 0, (TemplateStage(RANK[tp], PROBLEM.model.num_layers),), 1.0)
 
 
 def option(old: int, devices: tuple[str, ...]) -> Candidate:
     return Candidate(
-        old=old, fate=Fate.KEPT, template=template(len(devices)), groups=((devices,),), workers=((),), start_s=0.0
+        old=old, fate=Fate.KEPT, template=template(len(devices)), groups=(devices,), workers=((),), start_s=0.0
     )
 
 

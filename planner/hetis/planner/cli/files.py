@@ -21,6 +21,8 @@ from hetis.planner.report.figures import plural
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
+    from hetis.formats.traces.rates import Measured
+
 
 CLUSTER = """\
 # The fleet. `hetis-plan schema cluster` has every field, `hetis-plan catalog gpus` every GPU type.
@@ -76,12 +78,18 @@ def init(
 CONVERT_EXAMPLES = """Examples:\n
 hetis-plan convert profile_export.jsonl --out trace.csv\n
 hetis-plan convert ShareGPT_V3_unfiltered_cleaned_split.json --tokenizer /models/llama --rate 4 --out trace.jsonl.gz\n
-hetis-plan convert vllm-server.log --out trace.csv"""
+hetis-plan convert vllm-server.log --out trace.csv\n
+hetis-plan convert http://prometheus:9090 --out workload.yaml"""
 
 
 @group
 class ConvertOptions:
-    out: str = option("--out FILE|-: A .csv or .jsonl file, optionally .gz; - writes CSV to stdout.", "-")
+    out: str = option(
+        "--out FILE|-: A .csv or .jsonl file, optionally .gz, or a .yaml file if there are no single requests; - is "
+        "stdout.",
+        "-",
+    )
+    window: str = option("--window DURATION: Time before now of which a Prometheus is asked: 7d, 12h.", "7d")
     characters_per_token: float | None = option(
         "--characters-per-token: Characters that count as one token where the file has texts but no token counts.",
         min=0.1,
@@ -100,8 +108,9 @@ def convert(
     trace: Annotated[
         str,
         typer.Argument(
-            metavar="TRACE",
-            help="A .csv, .jsonl, .json or .log file, with .gz if compressed; its columns decide the format.",
+            metavar="TRACE|URL",
+            help="A .csv, .jsonl, .json or .log file, with .gz if compressed, whose content decides the format; or the "
+            "URL of a Prometheus or of an engine's /metrics.",
         ),
     ],
     *,
@@ -111,6 +120,8 @@ def convert(
     from hetis.planner.use_cases.files import convert as converted
     from hetis.planner.use_cases.files import trace_file
 
+    if (traffic := _measured(trace, given)) is not None:
+        return _write_traffic(terminal, trace, traffic, given)
     out = given.out
     if given.tokenizer is not None and given.characters_per_token is not None:
         raise typer.BadParameter("--tokenizer and --characters-per-token cannot be combined")
@@ -131,6 +142,38 @@ def convert(
         terminal.write(content.decode("ascii"))
     else:
         write_atomically(out, content)
+    return ExitCode.OK
+
+
+def _measured(trace: str, given: ConvertOptions) -> Measured | None:
+    """Return what a server or a file has measured instead of requests, or None if the file has requests."""
+    if trace.startswith(("http://", "https://")):
+        from hetis.planner.use_cases.measured import traffic_of
+
+        return traffic_of(trace, window=given.window)
+    from hetis.formats.traces.rates import measured
+
+    return measured(trace)
+
+
+def _write_traffic(terminal: Terminal, source: str, traffic: Measured, given: ConvertOptions) -> ExitCode:
+    from hetis.formats.documents import dump
+
+    workload, out = traffic.workload, given.out
+    if out != "-" and not out.endswith((".yaml", ".yml")):
+        raise single_problem(source, "has lengths and rates, but no requests: write a Workload, --out FILE.yaml")
+    for note in traffic.notes:
+        terminal.warn(note)
+    moments = workload.moments()
+    rate = "an unknown rate" if workload.rate_rps is None else f"{workload.rate_rps:.4g} requests/s"
+    means = f"{moments.mean_prompt:.0f}/{moments.mean_output:.0f}"
+    terminal.say(
+        f"{source}: {traffic.num_requests:.0f} requests, {rate}, {means} tokens on average (form: {traffic.form})"
+    )
+    if out == "-":
+        terminal.write(dump(workload))
+    else:
+        write_atomically(out, dump(workload))
     return ExitCode.OK
 
 

@@ -46,7 +46,6 @@ class ShareOptions:
     time_limit: float = requested("time_limit", default="5min", shown=True)
     gap: float = requested("gap", default="0.5%")
     seed: int = requested("seed")
-    threads: int = requested("threads")
     out: Path | None = option(
         "--out FOLDER: Also save every tenant's plan there, as TENANT.json; created if missing.", panel="Result"
     )
@@ -73,7 +72,7 @@ def share(
     out = asked.out
     settings = PlacementSettings(
         strategy=asked.strategy, engine=engine_rules(asked.engine, asked.strategy, {}),
-        time_limit_s=asked.time_limit, gap_target=asked.gap, seed=asked.seed, threads=asked.threads,
+        time_limit_s=asked.time_limit, gap_target=asked.gap, seed=asked.seed,
     )  # fmt: skip
     loaded = load_tenancy(file, cluster=asked.cluster, profiles=asked.profile or (), settings=settings)
     outputs.refuse_unwritable_plans(out, [tenant.name for tenant in loaded.tenancy.tenants])

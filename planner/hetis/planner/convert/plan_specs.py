@@ -24,7 +24,6 @@ def spec_from_request(request: PlacementRequest) -> plan_pb2.PlanSpec:
         gap_target=ratio_of(request.gap),
         time_limit=duration(request.time_limit_s),
         seed=request.seed,
-        num_threads=request.threads,
         attainment=ratio_of(request.attainment or 0.0),
     )
     for name in SAME:

@@ -14,6 +14,8 @@ from hetis.engines.layout import Process, ProcessKind
 from hetis.engines.versions import Engine
 from hetis.formats.documents import dump, yaml_text
 from hetis.formats.errors import DocumentError, Problem
+from hetis.planner.export.pair_routers import KEY_VARIABLE, PORT, pair_groups, router_of, router_words, unweighted
+from hetis.planner.export.pairs import pairs_beyond_the_plan
 from hetis.planner.export.replicas import (
     Launchable,
     LaunchableReplica,
@@ -28,12 +30,21 @@ def _written(
     launchable: Launchable, files: Mapping[str, str], shown: Iterable[str], start: str, not_carried: Iterable[str] = ()
 ) -> Written:
     """Return files for a target that starts processes on hosts, where the front ends of replicas listen."""
+    endpoints = {number: one.endpoint for number, one in launchable.replicas.items()}
+    groups = pair_groups(launchable)
+    routers = {} if not groups else {_ROUTER: _router_script(launchable, endpoints)}
     return Written(
-        files=files,
+        files={**files, **routers},
         shown=tuple(shown),
-        endpoints={number: one.endpoint for number, one in launchable.replicas.items()},
-        start=start,
-        not_carried=(*_not_reached(launchable), *not_carried),
+        endpoints=endpoints,
+        routers=tuple(f"127.0.0.1:{PORT + group.number}" for group in groups),
+        start=f"{start}{_HOW_ROUTERS.format(router=router_of(launchable.engine)) if groups else ''}",
+        not_carried=(
+            *_not_reached(launchable),
+            *unweighted(launchable),
+            *pairs_beyond_the_plan(launchable, "the router of pairs", in_groups=True),
+            *not_carried,
+        ),
     )
 
 
@@ -43,6 +54,27 @@ def _not_reached(launchable: Launchable) -> Iterator[str]:
         address = one.commands[0].environment.get("VLLM_NIXL_SIDE_CHANNEL_HOST")
         if address is not None and not is_ip(address):
             yield f"{one.name}: NIXL needs an address to listen on, but {one.front_node} has none: give --node-address"
+
+
+# --- routers of pairs, beside nginx
+
+
+_ROUTER = "router/start.sh"
+_HOW_ROUTERS = """
+
+A request takes a prefill and a decode replica: `router/start.sh` starts a router for each group of replicas that the
+plan's routes join ({router}, `pip install` it), on 127.0.0.1. `router/nginx.conf` stands in front of these routers and
+of the other replicas, on the same machine."""
+
+
+def _router_script(launchable: Launchable, endpoints: Mapping[int, str]) -> str:
+    """Return a script that starts the router of each group; if one ends, the others and the script do, too."""
+    key = f'{KEY_VARIABLE}="${{VLLM_API_KEY:-}}" ' if launchable.engine is not Engine.SGLANG else ""
+    lines = (
+        key + shlex.join(router_words(launchable, group, endpoints, host="127.0.0.1"))
+        for group in pair_groups(launchable)
+    )
+    return _script("The routers of hetis' plan: each sends a request to a prefill and a decode replica.", lines)
 
 
 # --- scripts: a folder per node, with a script for each replica that has processes there
@@ -96,8 +128,13 @@ def _shell_script(one: LaunchableReplica, node: str, commands: list[Command]) ->
 
 
 def _everything(node: str, lines: Iterable[str]) -> str:
-    """Return a script that runs ``lines``, one per replica of a node; if one ends, the others and the script do too."""
-    head = _HEAD.format(what=f"Everything of hetis' plan on {node}: it ends when one of its replicas does.")
+    """Return a script that runs ``lines``, one per replica of a node."""
+    return _script(f"Everything of hetis' plan on {node}: it ends when one of its replicas does.", lines)
+
+
+def _script(what: str, lines: Iterable[str]) -> str:
+    """Return a script that runs ``lines``; if one ends, the others and the script do, too."""
+    head = _HEAD.format(what=what)
     started = "".join(f"{line} &\npids+=($!)\n" for line in lines)
     return f"{head}\n{_START}\n{started}\n{_END}"
 

@@ -19,8 +19,12 @@ from hetis.engines.kubernetes import (
     resource_of,
 )
 from hetis.engines.layout import Process
+from hetis.engines.versions import Engine
 from hetis.formats.documents import yaml_text
 from hetis.formats.errors import DocumentError, Problem
+from hetis.planner.export.fronts import front_objects
+from hetis.planner.export.pair_routers import pair_groups, unweighted
+from hetis.planner.export.pairs import pairs_beyond_the_plan
 from hetis.planner.export.replicas import (
     Launchable,
     LaunchableReplica,
@@ -44,8 +48,45 @@ def write_kubernetes(launchable: Launchable) -> Written:
         f"{one.name}.yaml": yaml_text(*manifests_of(one.layout, one.serving, deployment_of(launchable, one)))
         for one in launchable.replicas.values()
     }
-    alone = (f"{why}, or use --to lws" for why in launchable.restarted_alone())
-    return written_for_cluster(launchable, files, _HOW_CORE, not_carried=alone)
+    direct = {
+        n: ReplicaObjects(one.layout, one.serving, deployment_of(launchable, one)).front_name
+        for n, one in launchable.replicas.items()
+    }
+    return _behind_front(launchable, files, _HOW_CORE, direct, launchable.restarted_alone())
+
+
+def _behind_front(
+    launchable: Launchable,
+    files: Mapping[str, str],
+    start: str,
+    direct: Mapping[int, str],
+    not_carried: Iterable[str] = (),
+) -> Written:
+    """Return manifests with what stands in front of several replicas; ``direct``: names of their front ends' pods."""
+
+    def at(service: str) -> str:
+        return address(launchable, service, FRONT_PORT)
+
+    endpoints = {number: at(launchable.name_of(one)) for number, one in launchable.replicas.items()}
+    pods = {number: at(host) for number, host in direct.items()}
+    front, groups = front_objects(launchable, endpoints, pods, at, namespace(launchable)), pair_groups(launchable)
+    written = written_for_cluster(
+        launchable,
+        {**files, **({"router.yaml": yaml_text(*front)} if front else {})},
+        f"{start} {_HOW_FRONT.format(name=launchable.settings.name)}" if front else start,
+        endpoints=endpoints,
+        not_carried=(
+            *unweighted(launchable),
+            *pairs_beyond_the_plan(launchable, "the router of pairs", in_groups=True),
+            *not_carried,
+        ),
+    )
+    return replace(written, routers=tuple(at(f"{launchable.settings.name}-{group.name}") for group in groups))
+
+
+_HOW_FRONT = """\
+Clients use the Service `{name}`, port 8000: nginx, which sends requests to all of them with the plan's shares
+(`router.yaml`), by a router of pairs where prefill and decode are apart."""
 
 
 def deployment_of(launchable: Launchable, one: LaunchableReplica) -> Deployment:
@@ -241,13 +282,18 @@ def write_lws(launchable: Launchable) -> Written:
     """Return a file for each replica: a LeaderWorkerSet, its attention workers, and related objects."""
     check_cluster_options(launchable)
     split = launchable.has_roles and all(one.plan.role is not Role.UNIFIED for one in launchable.replicas.values())
-    if split and 2 <= len(launchable.replicas) <= _MOST_ROLES:
+    # SGLang's router needs names of pods, which a DisaggregatedSet makes up.
+    if split and launchable.engine is not Engine.SGLANG and 2 <= len(launchable.replicas) <= _MOST_ROLES:
         files = {"replicas.yaml": yaml_text(*_disaggregated(launchable))}
     else:
         files = {
             f"{one.name}.yaml": yaml_text(*replica_objects(launchable, one)) for one in launchable.replicas.values()
         }
-    return written_for_cluster(launchable, files, _HOW_LWS)
+    direct = {
+        number: f"{launchable.name_of(one)}-pods-0.{launchable.name_of(one)}-pods"
+        for number, one in launchable.replicas.items()
+    }
+    return _behind_front(launchable, files, _HOW_LWS, direct)
 
 
 def why_no_group(launchable: Launchable, one: LaunchableReplica) -> Iterator[str]:
@@ -262,7 +308,8 @@ def replica_objects(
     """Return all objects of one replica, in an order in which they can be applied."""
     group = PodGroup(launchable, one)
     workers = [made for process in one.layout.attention_workers for made in group.objects.worker(process)]
-    name, spec = launchable.name_of(one), _spec(group, labels)
+    # Its operator makes a headless Service of its name, by which workers find their leader, unless there is one.
+    name, spec = f"{launchable.name_of(one)}-pods", _spec(group, labels)
     whole = group.objects.object("leaderworkerset.x-k8s.io/v1", "LeaderWorkerSet", name, spec=spec)
     return [*group.objects.around(), *workers, whole]
 

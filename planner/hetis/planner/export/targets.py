@@ -150,7 +150,7 @@ def export_plan(plan: Plan, model: ModelSpec, target: ExportTarget, settings: Ex
     left_out = tuple(found.reasons())
     if left_out:
         left_out += tuple(_elsewhere(plan, model, settings.engine))
-    lists = routing_files(found, written.endpoints)
+    lists = routing_files(found, written.endpoints, written.routers, listed=written.listed)
     has_tls = any(one.serving.has_tls for one in found.replicas.values() if one.plan.role is Role.UNIFIED)
     if target in _ENGINES_SERVE_HTTP and has_tls:
         why = "router/: its lists connect by HTTP, the engines serve HTTPS"
@@ -385,13 +385,7 @@ def readme_of(target: str, launchable: Launchable, written: Written, lost: Seque
         for number, one in launchable.replicas.items()
     )
     planned, left = launchable.plan.served_rate(), launchable.rate()
-    lists = "; nginx, Envoy and LiteLLM take the lists beside it."
-    if launchable.has_roles:
-        alone = sum(one.plan.rate for one in launchable.replicas.values() if one.plan.role is Role.UNIFIED)
-        lists = (
-            ", and the pairs that a request prefills and decodes in. Lists of nginx, Envoy and LiteLLM cannot name "
-            f"pairs: they hold only the replicas that do both, {_rate(alone)} of the {_rate(left)} requests/s."
-        )
+    lists = _LISTS if written.listed else ", which the target's own router uses."
     missing = "\n".join(f"- {line}" for line in lost) or "The export contains everything in the plan."
     return f"""\
 # A plan of hetis for {target}
@@ -416,6 +410,10 @@ def readme_of(target: str, launchable: Launchable, written: Written, lost: Seque
 
 `router/weights.json` has the share of the requests that each replica should get{lists}
 """
+
+
+_LISTS = """; nginx, Envoy and LiteLLM take the lists beside it, which send whole requests to replicas and, where
+prefill and decode are apart, to what pairs them."""
 
 
 def _gpus(layout: Layout) -> str:

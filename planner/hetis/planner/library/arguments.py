@@ -285,7 +285,6 @@ CHECKS: Mapping[str, Any] = {
     "time_limit": Duration | None,
     "gap": BelowOne,
     "seed": CountOrZero,
-    "threads": CountOrZero,
     "profile_error": BelowOne | None,
     "verify": bool,
     "other_engines": bool,

@@ -58,9 +58,8 @@ _LABEL = re.compile(r"[a-z0-9._/-]*")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SearchLimits:
-    """The limits of a search: its ``threads``, and ``time_s``, the longest time limit that callers may request."""
+    """The limits of a search: ``time_s`` is the longest time limit that callers may request."""
 
-    threads: int = 1
     time_s: float = LONGEST_TIME_S
 
 
@@ -273,7 +272,6 @@ class _SpecReader:
             time_limit_s=time_limit_s,
             gap_target=gap,
             seed=spec.seed % _SEEDS,
-            threads=min(spec.num_threads or limits.threads, limits.threads),
             survive=spec.survive,
         )
 

@@ -17,8 +17,9 @@ from hetis.formats.fields import read_data
 from hetis.formats.models.document import is_config
 from hetis.formats.saved_state import SavedState
 from hetis.formats.tenants import FleetTenants, ShareInputs
-from hetis.formats.trace_forms import CSV_ENDINGS, JSONL_ENDINGS, CountTokens, characters_counter
 from hetis.formats.traces import ENDINGS, Trace, read_trace, spaced, trace_text
+from hetis.formats.traces.forms import CountTokens
+from hetis.formats.traces.rows import CSV_ENDINGS, JSONL_ENDINGS, characters_counter
 from hetis.planner.use_cases.sources import notes_on_vendors, profile_without_file
 from hetis.solver.cluster import Cluster
 from hetis.solver.errors import InvalidProblemError
@@ -111,7 +112,7 @@ def convert(
         return count(text)
 
     trace = read_trace(path, count=given)
-    warnings = []
+    warnings = list(trace.readings)
     if is_asked and not tokenizer:
         warnings.append(
             f"lengths are estimates at {ratio:g} characters per token; --tokenizer counts tokens exactly, and"

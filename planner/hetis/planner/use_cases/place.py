@@ -67,7 +67,6 @@ class PlacementSettings:
     time_limit_s: float = DEFAULT_TIME_LIMIT_S
     gap_target: float = 0.001
     seed: int = 0
-    threads: int = 1
     simplest_within: float = 0.0
     survive: str = ""
 
@@ -148,7 +147,6 @@ def settings_of(request: PlacementRequest) -> PlacementSettings:
         time_limit_s=request.time_limit_s,
         gap_target=ratio_of(request.gap),
         seed=request.seed,
-        threads=request.threads,
         simplest_within=ratio_of(request.simplest_within),
         survive=request.survive,
     )
@@ -223,7 +221,7 @@ def verify(
         plan = _verified(plan, request, loaded, problem, _budget(request.simulation_limit_s, cancelled), report)
     again = SearchSettings(
         budget=_budget(settings.time_limit_s, cancelled), gap_target=settings.gap_target, seed=settings.seed,
-        threads=settings.threads, report=report,
+        report=report,
     )  # fmt: skip
     prices = constraint_prices(plan, problem, again) if request.price_pins else ()
     plan = with_prices(plan, prices)
@@ -231,7 +229,7 @@ def verify(
         return PlacedPlan(plan=plan, prices=prices)
     found = study(
         plan, problem, error=ratio_of(request.profile_error), seed=settings.seed,
-        budget=_budget(settings.time_limit_s, cancelled), threads=settings.threads, report=report,
+        budget=_budget(settings.time_limit_s, cancelled), report=report,
     )  # fmt: skip
     return PlacedPlan(plan=with_robustness(plan, found), robustness=found, prices=prices)
 
@@ -393,7 +391,6 @@ def search(
         budget=budget,
         gap_target=settings.gap_target,
         seed=settings.seed,
-        threads=settings.threads,
         report=report,
         market=market,
         simplest_within=settings.simplest_within,
@@ -462,7 +459,6 @@ def with_inputs(
         engine_settings=problem.family.engine_settings,
         constraints=tuple(map(str, problem.constraints)),
         seed=settings.seed,
-        threads=settings.threads,
         gap_target=settings.gap_target,
         time_limit_s=settings.time_limit_s,
         simplest_within=settings.simplest_within,

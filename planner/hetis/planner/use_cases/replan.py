@@ -24,6 +24,7 @@ from hetis.planner.use_cases.sources import (
     impossible_profiles,
     load_plan_and_problem,
     load_profiles,
+    named,
     unconfirmed,
     unused_profiles,
 )
@@ -115,7 +116,7 @@ def load_replanning(
         cluster,
     )
     family = found.problem.family
-    engine = None if family.engine is None else replace(family.engine, max_nodes=None)
+    engine = None if family.engine is None else named(replace(family.engine, max_nodes=None), family.engine.name)
     settings = replace(settings, strategy=found.plan.strategy, roles=family.roles, engine=engine)
     loaded = for_engine(loaded, engine)
     objective = Requested.of(found.plan).objective(found.plan.objective, running)
@@ -137,7 +138,7 @@ def load_replanning(
     deepest = max((len(replica.stages) for replica in found.plan.replicas), default=1)
     problem = settings.problem(inputs, objective, least_stages=deepest)
     warnings += dropped
-    if engine != family.engine:
+    if family.engine is not None and family.engine.max_nodes is not None:
         warnings.append("replicas may span any number of nodes: re-planning does not support --max-nodes-per-replica")
     return PosedReplan(
         running=found.plan, loaded=loaded, problem=problem, asked=objective, survived=survived, settings=settings,
@@ -232,7 +233,6 @@ def replan(
         budget=budget,
         gap_target=settings.gap_target,
         seed=settings.seed,
-        threads=settings.threads,
         report=report,
     )
     split = any(replica.role is not Role.UNIFIED for replica in found.plan.replicas)

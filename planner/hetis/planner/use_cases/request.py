@@ -252,7 +252,6 @@ class PlacementRequest:
         "--gap GAP: Stop when the plan is proven this close to the best; 0.5% or 0.005.", panel="Search", default="0.1%"
     )
     seed: int = given("--seed N: Random seed; the same seed gives the same plan.", panel="Search", default=0)
-    threads: int = given("--threads N: Solver threads; 0 uses every core.", panel="Search", default=1)
     profile_error: Quantity | None = given(
         "--profile-error ERROR: Also show how the plan fares when every profile coefficient is off by up to "
         "this: 20% or 0.2.",

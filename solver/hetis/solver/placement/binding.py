@@ -105,9 +105,8 @@ def _on_few_nodes(costs: CostTables, parts: Sequence[BoundPart], seed: int, budg
 def _parts_of(costs: CostTables, replica: int, template: Template) -> Iterable[BoundPart]:
     for index, stage in enumerate(template.stages):
         device_class, tp = costs.ranks[stage.rank]
-        for _ in range(stage.copies):
-            yield BoundPart(replica, index, False, device_class, tp)
-        for _ in range(stage.copies * stage.pool_cards if stage.pool_class >= 0 else 0):
+        yield BoundPart(replica, index, False, device_class, tp)
+        for _ in range(stage.pool_cards if stage.pool_class >= 0 else 0):
             yield BoundPart(replica, index, True, stage.pool_class, 1)
 
 

@@ -209,7 +209,7 @@ def replica_plan(costs: CostTables, template: Template, stages: list[BoundStage]
             StagePlan(
                 gpu=costs.classes[device_class].gpu,
                 tp=size // mix.attention_dp,
-                copies=stage.copies * mix.attention_dp,
+                copies=mix.attention_dp,
                 first_layer=first_layer,
                 num_layers=layers,
                 devices=tuple(bound.devices),
@@ -262,8 +262,7 @@ def _kv_room(costs: CostTables, template: Template, index: int) -> float:
         pairs = np.ceil(requests * stage.pool_groups * t.rank_tp[stage.rank] / stage.pool_cards - 1e-9)
         per_token = layers * pairs / requests * t.kv_group_bytes
         tokens = min(tokens, t.worker_room_bytes[stage.pool_class] / per_token)
-    copies = stage.copies * costs.rank_dp[stage.rank]
-    return float(copies * min(tokens, costs.problem.most_kv_tokens))
+    return float(costs.rank_dp[stage.rank] * min(tokens, costs.problem.most_kv_tokens))
 
 
 def _prices(costs: CostTables, outcome: Outcome, scale: float) -> tuple[ClassPrice, ...]:
@@ -273,7 +272,7 @@ def _prices(costs: CostTables, outcome: Outcome, scale: float) -> tuple[ClassPri
             used[g] += count * n
         for stage in template.stages:
             if stage.pool_class >= 0:
-                workers[stage.pool_class] += count * stage.copies * stage.pool_cards
+                workers[stage.pool_class] += count * stage.pool_cards
     rows = [costs.resources.rows.index((g, 1)) for g in range(len(costs.classes))]
     return class_prices(costs.classes, used, workers, (scale * outcome.row_prices[rows]).tolist())
 

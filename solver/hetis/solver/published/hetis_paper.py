@@ -242,13 +242,13 @@ def _card(costs: CostTables, device_class: int, tp: int) -> DeviceCost:
 
 def best_with_pool(costs: CostTables, duty: ReplicaDuty, ranks: Ranks, pool: SharedPool | None) -> Template | None:
     """Return the dense path at its best setting with these attention workers, or without; None if nothing fits."""
-    without = template_of(duty, [TemplateStage(rank, 1, 0) for rank in ranks], pipeline_of(costs, duty, ranks))
+    without = template_of(duty, [TemplateStage(rank, 0) for rank in ranks], pipeline_of(costs, duty, ranks))
     if pool is None:
         return without
     found = [without]
     for given in _shares(costs, duty, ranks, pool):
         stages = [
-            TemplateStage(rank, 1, 0, pool.device_class, pool.cards, k) if k else TemplateStage(rank, 1, 0)
+            TemplateStage(rank, 0, pool.device_class, pool.cards, k) if k else TemplateStage(rank, 0)
             for rank, k in zip(ranks, given.tolist(), strict=True)
         ]
         found.append(template_of(duty, stages, pooled_pipeline(costs, duty, ranks, pool, given)))

@@ -162,7 +162,7 @@ class ReplicaSearch:
         pipeline = pipeline_of(self.costs, duty, shape)
         if not self.keeps_limits:
             pipeline = pipeline._replace(t_cap=pipeline.t_cap + np.inf, trip_cap=pipeline.trip_cap + np.inf)
-        return template_of(duty, [TemplateStage(rank, 1, 0) for rank in shape], pipeline)
+        return template_of(duty, [TemplateStage(rank, 0) for rank in shape], pipeline)
 
 
 def fastest(templates: Iterable[Template | None]) -> Template | None:

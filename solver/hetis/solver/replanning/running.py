@@ -2,8 +2,9 @@
 
 A replica that lost no GPUs may be *kept*, or *reset*: the same GPUs and weights under other engine settings or in
 another role (which new traffic or limits may require). One that lost GPUs may be *repaired*, other GPUs of the same
-class replacing its broken TP groups and lost attention workers, or *shrunk* to the stage copies that are whole. Layers
-stay in place in all of these, so that only GPUs that join a replica read weights. Any other change is a new replica.
+class replacing its broken TP groups and lost attention workers, or *shrunk* to the attention workers that are left.
+Layers stay in place in all of these, so that only GPUs that join a replica read weights. Any other change is a new
+replica.
 """
 
 from __future__ import annotations
@@ -58,15 +59,15 @@ class Candidate:
     Attributes:
         old: index of the replica in the running plan; None: it is new.
         fate: kept, reset, changed (repaired or shrunk), or new.
-        groups: per stage, its TP groups copy by copy.
-        workers: per stage, its attention workers, copy by copy.
+        groups: the TP group of every stage.
+        workers: the attention workers of every stage.
         start_s: time until it serves; 0: it does not stop.
     """
 
     old: int | None
     fate: Fate
     template: Template
-    groups: tuple[tuple[Group, ...], ...]
+    groups: tuple[Group, ...]
     workers: tuple[tuple[Group, ...], ...]
     start_s: float
 
@@ -78,14 +79,15 @@ class Candidate:
 
     def named(self) -> Iterator[str]:
         """Yield the names of the GPUs that it already has."""
-        for parts in (*self.groups, *self.workers):
+        for parts in (self.groups, *self.workers):
             for group in parts:
                 yield from group or ()
 
     def missing(self, costs: CostTables) -> Iterator[tuple[int, int]]:
         """Yield (class, GPUs) of every TP group and attention worker that has no GPUs yet."""
-        for stage, groups, workers in zip(self.template.stages, self.groups, self.workers, strict=True):
-            yield from (costs.ranks[stage.rank] for group in groups if group is None)
+        for stage, group, workers in zip(self.template.stages, self.groups, self.workers, strict=True):
+            if group is None:
+                yield costs.ranks[stage.rank]
             yield from ((stage.pool_class, 1) for card in workers if card is None)
 
     def num_moved(self, costs: CostTables) -> int:
@@ -95,9 +97,8 @@ class Candidate:
 
 def new_replica(template: Template, start_s: float = 0.0) -> Candidate:
     """Return a replica that has no GPUs yet."""
-    groups: tuple[tuple[Group, ...], ...] = tuple((None,) * s.copies for s in template.stages)
-    workers: tuple[tuple[Group, ...], ...] = tuple((None,) * (s.copies * s.pool_cards) for s in template.stages)
-    return Candidate(None, Fate.NEW, template, groups, workers, start_s)
+    workers = tuple((None,) * stage.pool_cards for stage in template.stages)
+    return Candidate(None, Fate.NEW, template, (None,) * len(template.stages), workers, start_s)
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,12 +106,12 @@ class _Layout:
     """The remainder of a running replica: groups and cards that lost a GPU are None."""
 
     replica: ReplicaPlan
-    groups: tuple[tuple[Group, ...], ...]
+    groups: tuple[Group, ...]
     workers: tuple[tuple[Group, ...], ...]
 
     @property
     def is_whole(self) -> bool:
-        return all(group is not None for parts in (*self.groups, *self.workers) for group in parts)
+        return all(group is not None for parts in (self.groups, *self.workers) for group in parts)
 
     def without_pools(self, which: Callable[[Iterable[bool]], bool]) -> _Layout:
         """Return it with the head groups back on stages of which ``which`` (any or all) attention workers are lost."""
@@ -149,9 +150,7 @@ class Continuations:
         workers: list[list[Group]] = [[] for _ in replica.stages]
         for pool in replica.attention_workers:
             workers[pool.stage] += [self._left((device,), pool.gpu) for device in pool.devices]
-        groups = tuple(
-            tuple(self._left(group, stage.gpu) for group in replica.groups(stage)) for stage in replica.stages
-        )
+        groups = tuple(self._left(stage.devices, stage.gpu) for stage in replica.stages)
         return _Layout(replica, groups, tuple(map(tuple, workers)))
 
     def _left(self, devices: tuple[str, ...], gpu: str) -> Group:
@@ -164,12 +163,12 @@ class Continuations:
         """Return the replica in terms of the cost tables; None if family or fleet cannot have such a replica."""
         stages, replica = list[TemplateStage](), layout.replica
         dp, tables, home = replica.attention_dp, self.costs.scopes[0].tables, self._home(layout)
-        for index, (stage, groups, workers) in enumerate(
+        for index, (stage, group, workers) in enumerate(
             zip(replica.stages, layout.groups, layout.workers, strict=True)
         ):
             size = stage.tp * dp
             able = [g for g in self._alike(stage.gpu, replica.role) if self.costs.rank_of(g, size, dp) is not None]
-            device_class = self._class_of(groups, [g for g in able if self._zone(g) in home] or able)
+            device_class = self._class_of((group,), [g for g in able if self._zone(g) in home] or able)
             rank = None if device_class is None else self.costs.rank_of(device_class, size, dp)
             if device_class is None or rank is None or stage.copies > dp:
                 return None
@@ -177,12 +176,11 @@ class Continuations:
             if workers:
                 pool = next(pool for pool in replica.attention_workers if pool.stage == index)
                 found = self._class_of(workers, self._able_workers(pool.gpu, replica.role, self._zone(device_class)))
-                cards, rest = divmod(len(workers), stage.copies)
-                if found is None or rest or pool.shared or cards not in self.costs.pool_sizes:
+                if found is None or pool.shared or len(workers) not in self.costs.pool_sizes:
                     return None
-                pool_class, held = found, pool.kv_head_groups
+                pool_class, cards, held = found, len(workers), pool.kv_head_groups
             layers = stage.num_layers - (tables.prefix_layers if index == 0 else 0)
-            stages.append(TemplateStage(rank, stage.copies // dp, layers, pool_class, cards, held))
+            stages.append(TemplateStage(rank, layers, pool_class, cards, held))
         settings = self._settings(replica, stages, number)
         if settings is None:
             return None
@@ -219,7 +217,7 @@ class Continuations:
 
         An engine's replica lies in one zone, as do a stage and its attention workers.
         """
-        parts = (group for part in (*layout.groups, *layout.workers) for group in part if group is not None)
+        parts = (group for part in (layout.groups, *layout.workers) for group in part if group is not None)
         return {self._zone(self.places[group[0]].device_class) for group in parts}
 
     def _settings(
@@ -272,34 +270,29 @@ class Continuations:
         if repaired is not None:
             start_s = self.change_costs.start_s(self._longest_load(repaired, layout.groups))
             yield Candidate(number, Fate.CHANGED, repaired, layout.groups, layout.workers, start_s)
-        if not all(any(group is not None for group in groups) for groups in layout.groups):
-            return
-        groups = tuple(tuple(group for group in stage if group is not None) for stage in layout.groups)
-        shrunk = self._shrunk(template, groups, layout.workers)
+        shrunk = None if None in layout.groups else self._shrunk(template, layout.workers)
         best = self._best_settings(shrunk[0]) if shrunk is not None else None
         if shrunk is not None and best is not None:
-            yield Candidate(number, Fate.CHANGED, best, groups, shrunk[1], self.change_costs.start_s(0.0))
+            yield Candidate(number, Fate.CHANGED, best, layout.groups, shrunk[1], self.change_costs.start_s(0.0))
 
     def _shrunk(
-        self, template: Template, groups: tuple[tuple[Group, ...], ...], workers: tuple[tuple[Group, ...], ...]
+        self, template: Template, workers: tuple[tuple[Group, ...], ...]
     ) -> tuple[Template, tuple[tuple[Group, ...], ...]] | None:
-        """Return the template on the remaining stage copies, each with equally many remaining attention workers."""
+        """Return the template with the attention workers that are left, as many of them as pool sizes allow."""
         stages, pools = [], []
-        for stage, left, cards in zip(template.stages, groups, workers, strict=True):
+        for stage, cards in zip(template.stages, workers, strict=True):
             there = [card for card in cards if card is not None]
-            each = max((p for p in self.costs.pool_sizes if p * len(left) <= len(there)), default=0)
-            if stage.pool_class >= 0 and each == 0:
+            most = max((p for p in self.costs.pool_sizes if p <= len(there)), default=0)
+            if stage.pool_class >= 0 and most == 0:
                 return None  # what becomes of the replica without these workers is an option of its own
-            each = each if stage.pool_class >= 0 else 0
-            stages.append(replace(stage, copies=len(left), pool_cards=each))
-            pools.append(tuple(there[: each * len(left)]))
+            stages.append(replace(stage, pool_cards=most if stage.pool_class >= 0 else 0))
+            pools.append(tuple(there[: stages[-1].pool_cards]))
         return replace(template, stages=tuple(stages)), tuple(pools)
 
-    def _longest_load(self, template: Template, groups: tuple[tuple[Group, ...], ...]) -> float:
+    def _longest_load(self, template: Template, groups: tuple[Group, ...]) -> float:
         """Return the bytes of the joining GPU that reads the most."""
         sizes = stage_bytes(self.costs, template)
-        joining = [size for size, stage in zip(sizes, groups, strict=True) if any(group is None for group in stage)]
-        return max(joining, default=0.0)
+        return max((size for size, group in zip(sizes, groups, strict=True) if group is None), default=0.0)
 
     def _best_settings(self, template: Template, role: Role | None = None, *, afar: bool = False) -> Template | None:
         """Return the same stages under the engine settings that serve the most, in its own role or another.
@@ -370,11 +363,8 @@ def has_stages(costs: CostTables, scope: Scope, stages: Sequence[TemplateStage])
 
 
 def is_allowed(costs: CostTables, template: Template) -> bool:
-    """Return whether the family has such a replica: latency limits, memory, and enough micro-batches for its copies."""
+    """Return whether the family has such a replica: latency limits, memory, and its engine's rules."""
     tables = costs.scopes[template.scope].tables
-    m = int(tables.in_flight[template.in_flight_index])
-    if m > 1 and (m < template.num_copies or costs.mixes[template.mix].attention_dp > 1):
-        return False
     if not is_run_by_engine(costs, template):
         return False
     if template.interval_s > float(tables.t_cap[template.mix, template.in_flight_index]) * WITHIN:

@@ -1,16 +1,10 @@
-"""`solve_replanning`: the best plan on the fleet as it is now, starting from the plan that runs, with change costs.
-
-The GPUs of new and repaired replicas are named among those that continuing replicas leave free. TP groups are placed in
-nodes largest first; sizes are powers of two, so any node with room may be chosen and the rest still fits if the
-inventory's rows are met. Of the nodes with room, the first choice is one whose GPUs already hold what they need, then
-one that the replica uses, then the fullest, then the one with more idle GPUs: these can start before anything stops.
-"""
+"""`solve_replanning`: the best plan on the fleet as it is now, starting from the plan that runs, with change costs."""
 
 from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 
@@ -18,8 +12,7 @@ import numpy as np
 
 from hetis.solver.budget import Budget, Report, SearchSettings, silent
 from hetis.solver.cluster import Cluster
-from hetis.solver.errors import InfeasibleError, InvalidProblemError, NoPlanFoundError, UnboundPlanError
-from hetis.solver.placement.binding import BoundStage
+from hetis.solver.errors import InfeasibleError, InvalidProblemError, NoPlanFoundError
 from hetis.solver.placement.constrained_problem import apply_constraints, is_nothing_left, restored
 from hetis.solver.placement.families import STRATEGIES
 from hetis.solver.placement.infeasible import infeasible
@@ -34,19 +27,17 @@ from hetis.solver.problem import PlacementProblem
 from hetis.solver.replanning.change import (
     HALF_DONE,
     Fate,
-    Holding,
     PlanChange,
     ReplanningProblem,
     holdings,
     plan_change,
 )
 from hetis.solver.replanning.fresh import Fresh, bound_of, search_fresh, search_left_over
-from hetis.solver.replanning.net_master import ColumnChoice, NetMaster, Slot, inventory_of
+from hetis.solver.replanning.naming import name_gpus
+from hetis.solver.replanning.net_master import ColumnChoice, NetMaster, inventory_of
 from hetis.solver.replanning.running import (
     Candidate,
     Continuations,
-    Group,
-    Place,
     has_lost,
     new_replica,
     places_of,
@@ -97,7 +88,7 @@ class Replanning:
 
 def solve_replanning(
     given: ReplanningProblem, *, strategy: str = "hetis", budget: Budget | None = None, gap_target: float = 0.001,
-    seed: int = 0, threads: int = 1, report: Report = silent,
+    seed: int = 0, report: Report = silent,
 ) -> Replanning:  # fmt: skip
     """Choose which running replicas continue and which new ones join them, and prove how good the choice is.
 
@@ -110,7 +101,7 @@ def solve_replanning(
         NoPlanFoundError: no plan was found, nor proved impossible, mostly because the budget was spent.
     """
     settings = SearchSettings(
-        strategy=strategy, budget=budget or Budget(), gap_target=gap_target, seed=seed, threads=threads, report=report
+        strategy=strategy, budget=budget or Budget(), gap_target=gap_target, seed=seed, report=report
     )
     known = [s.name for s in STRATEGIES.values() if not s.is_published and s.name != "splitwise"]
     if strategy not in known:
@@ -380,111 +371,3 @@ class Survivors:
             if demand_rps <= 0.0:
                 return ()
         return search_left_over(self.costs, taken, demand_rps, settings)
-
-
-# --- names for the GPUs that join
-
-
-@dataclass(frozen=True, slots=True)
-class _Part:
-    """A TP group or an attention worker that needs GPUs, and what each of them will hold."""
-
-    replica: int
-    stage: int
-    position: int  # index among the stage's groups or its workers
-    is_worker: bool
-    device_class: int
-    wanted: tuple[Holding, ...]
-
-
-def name_gpus(
-    costs: CostTables, places: Mapping[str, Place], chosen: Sequence[Candidate], held: Mapping[str, Holding]
-) -> list[list[BoundStage]]:
-    """Return the GPUs of every stage of every candidate, in their order; those that continue keep theirs.
-
-    ``held``: what each GPU holds now, by name.
-
-    Raises:
-        UnboundPlanError: the candidates do not fit.
-    """
-    groups = [list(map(list, candidate.groups)) for candidate in chosen]
-    workers = [list(map(list, candidate.workers)) for candidate in chosen]
-    taken = {name for parts in (*groups, *workers) for stage in parts for group in stage for name in group or ()}
-    free: dict[Slot, list[str]] = {}
-    for name, place in places.items():
-        if name not in taken:
-            free.setdefault((place.node, place.device_class), []).append(name)
-    home: dict[int, set[str]] = {}
-    for part in sorted(_parts(costs, chosen, groups, workers), key=lambda p: (-len(p.wanted), p.replica, p.stage)):
-        slot = _best_slot(costs, free, part, held, home.setdefault(part.replica, set()))
-        names = _take(free[slot], part.wanted, held)
-        home[part.replica].add(slot[0])
-        (workers if part.is_worker else groups)[part.replica][part.stage][part.position] = names
-    return [
-        [BoundStage(_flat(stage), _flat(pool)) for stage, pool in zip(of_stages, of_pools, strict=True)]
-        for of_stages, of_pools in zip(groups, workers, strict=True)
-    ]
-
-
-def _flat(groups: Sequence[Group]) -> list[str]:
-    return [name for group in groups for name in group or ()]
-
-
-def _parts(
-    costs: CostTables, chosen: Sequence[Candidate], groups: Sequence[list[list[Group]]],
-    workers: Sequence[list[list[Group]]],
-) -> Iterator[_Part]:  # fmt: skip
-    """Yield the parts of all candidates that need GPUs."""
-    for replica, candidate in enumerate(chosen):
-        first, prefix = 0, costs.scopes[candidate.template.scope].tables.prefix_layers
-        for index, stage in enumerate(candidate.template.stages):
-            end = first + stage.layers + (prefix if index == 0 else 0)
-            (device_class, size), dp = costs.ranks[stage.rank], costs.rank_dp[stage.rank]
-            shard = Holding(
-                gpu=costs.classes[device_class].gpu, first_layer=first, end_layer=end, tp=size // dp, rank=0,
-                attention_dp=dp,
-            )  # fmt: skip
-            shards = tuple(replace(shard, rank=rank) for rank in range(size))
-            pool_gpu = costs.classes[stage.pool_class].gpu if stage.pool_class >= 0 else shard.gpu
-            card = replace(shard, gpu=pool_gpu, rank=-1, attention_dp=1)
-            for is_worker, parts, of_class, wanted in (
-                (False, groups, device_class, shards),
-                (True, workers, stage.pool_class, (card,)),
-            ):
-                for i, group in enumerate(parts[replica][index]):
-                    if group is None:
-                        yield _Part(replica, index, i, is_worker, of_class, wanted)
-            first = end
-
-
-def _best_slot(
-    costs: CostTables, free: Mapping[Slot, list[str]], part: _Part, held: Mapping[str, Holding], home: set[str]
-) -> Slot:  # fmt: skip
-    wanted, size = set(part.wanted), len(part.wanted)
-
-    def fit(slot: Slot) -> tuple[int, bool, int, int]:
-        names = free[slot]
-        holding = len({held[name] for name in names if name in held} & wanted)
-        return holding, slot[0] in home, -len(names), sum(name not in held for name in names)
-
-    roomy = [slot for slot, names in free.items() if slot[1] == part.device_class and len(names) >= size]
-    if not roomy:
-        gpu = costs.classes[part.device_class].gpu
-        raise UnboundPlanError(f"no node has {size} free {gpu} for replica {part.replica}")
-    return max(roomy, key=fit)
-
-
-def _take(names: list[str], wanted: Sequence[Holding], held: Mapping[str, Holding]) -> tuple[str, ...]:
-    """Return one GPU per shard and remove it from ``names``: one that holds the shard, else an idle one, else any."""
-    found: dict[int, str] = {}
-    for i, holding in enumerate(wanted):
-        match = next((name for name in names if held.get(name) == holding), None)
-        if match is not None:
-            found[i] = match
-            names.remove(match)
-    for i in range(len(wanted)):
-        if i not in found:
-            idle = next((name for name in names if name not in held), names[0])
-            found[i] = idle
-            names.remove(idle)
-    return tuple(found[i] for i in range(len(wanted)))

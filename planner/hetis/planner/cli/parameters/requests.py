@@ -57,7 +57,6 @@ _READ: Mapping[str, Mapping[str, Any]] = {
     "time_limit": {"parser": values.positive_duration},
     "gap": {"parser": values.gap},
     "seed": {"type": int, "min": 0},
-    "threads": {"type": int, "min": 0},
     "profile_error": {"parser": values.below_one},
     "verify": {"type": bool},
     "other_engines": {"type": bool},
@@ -112,7 +111,7 @@ CONSTRAINTS = ("pin", "forbid")
 FAMILY = ("strategy", "roles", "engine")
 REPLICAS = (*LIMITS, "max_num_seqs", "chunk_tokens", "kv_blocks")
 MEMORY = ("min_context", "gpu_memory_utilization")
-SEARCH = ("time_limit", "gap", "seed", "threads")
+SEARCH = ("time_limit", "gap", "seed")
 
 _to_solve = partial(groups.option, panel="To solve")
 

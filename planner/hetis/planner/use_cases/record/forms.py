@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from hetis.formats.errors import shown
@@ -13,13 +13,12 @@ from hetis.planner.use_cases.service_level import Latency, ServiceLevel, Statist
 from hetis.solver.advice import Loss
 from hetis.solver.errors import InvalidProblemError
 from hetis.solver.plan import Role
+from hetis.solver.plugin_time import PluginTime
 from hetis.solver.problem import NOTHING_SET, EngineRules, EngineSettings
 
 PLACES = ("node", "zone")  # kinds of places whose loss a plan may have to survive
 MAY_DIFFER = ("tpot_limit_s", "demand_rps")  # the fields of an objective that may have been requested otherwise
 SHARE = "gpu_memory_utilization"
-NOT_COMPILED = "its search is not compiled on this machine yet"
-_ONCE_NOT_COMPILED = "its search is not compiled yet, --engine any does that"  # what earlier versions wrote
 
 
 class UnreadableError(ValueError):
@@ -79,9 +78,14 @@ def read_engine(data: Any) -> EngineRules | None:
                 must = "a whole number or null" if may_be_null else "a whole number"
                 raise UnreadableError(f".{name} is {shown(value)}, must be {must}")
     try:
-        return EngineRules(**data)
+        return engine_from_data(data)
     except (TypeError, InvalidProblemError) as error:
         raise UnreadableError(f" must be an engine and its limits: {error}") from None
+
+
+def engine_from_data(data: Mapping[str, Any]) -> EngineRules:
+    """Return the rules from which `asdict` made data; earlier versions charged nothing for the plugin."""
+    return EngineRules(**{**data, "plugin": PluginTime(**data.get("plugin", {}))})
 
 
 def engine_settings_from_data(data: Any) -> EngineSettings:
@@ -190,9 +194,7 @@ def _engine_value(row: Any) -> EngineValue | None:
         and all(isinstance(one, int | float) and abs(one) <= sys.float_info.max for one in numbers)
         and isinstance(row["lacks"], list)
     )
-    if not is_ours:
-        return None
-    return replace(found, why_not=NOT_COMPILED) if found.why_not == _ONCE_NOT_COMPILED else found
+    return found if is_ours else None
 
 
 def read_losses(data: Any) -> Mapping[str, Loss]:

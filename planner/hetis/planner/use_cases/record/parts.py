@@ -172,7 +172,6 @@ class Requested(Part):
     engine_settings: EngineSettings = entry(NOTHING_SET, engine_settings_from_data, write=engine_settings_data)
     constraints: tuple[str, ...] = entry((), read_constraints)  # texts of ``--pin`` and ``--forbid``
     seed: float | None = entry(None, read_any_number)
-    threads: float | None = entry(None, read_any_number)
     gap_target: float | None = entry(None, read_any_number)
     time_limit_s: float | None = entry(None, read_any_number)
     simplest_within: float = entry(0.0, read_share)

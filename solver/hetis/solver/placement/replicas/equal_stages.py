@@ -47,7 +47,7 @@ def _equal_stages(costs: CostTables, scope: int, mixes: IntArray) -> Iterator[Te
             cuts = np.cumsum(layers)[:-1]
             if np.any(t.cut_floor[cuts] != cuts):
                 continue  # the model does not allow these cuts
-            stages = tuple(TemplateStage(rank=s, copies=1, layers=n) for s, n in zip(placed, layers, strict=True))
+            stages = tuple(TemplateStage(rank=s, layers=n) for s, n in zip(placed, layers, strict=True))
             template = Template(scope, x, num_stages - 1, stages, np.inf)
             if is_run_by_engine(costs, template):
                 yield replace(template, interval_s=interval_of(costs, template))

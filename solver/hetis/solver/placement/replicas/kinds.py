@@ -19,9 +19,9 @@ def kind_of(costs: CostTables, template: Template) -> Kind:
     """Return the GPUs that a replica takes."""
     parts = list[tuple[int, int, int]]()
     for stage in template.stages:
-        parts.append((*costs.ranks[stage.rank], stage.copies))
+        parts.append((*costs.ranks[stage.rank], 1))
         if stage.pool_class >= 0:
-            parts.append((stage.pool_class, 1, stage.copies * stage.pool_cards))
+            parts.append((stage.pool_class, 1, stage.pool_cards))
     return kind_of_parts(parts)
 
 

@@ -32,10 +32,9 @@ from hetis.solver.plan import Role
 
 @dataclass(frozen=True, slots=True)
 class TemplateStage:
-    """c TP groups of rank type s with l repeated layers each copy; p cards of class q per copy take k groups."""
+    """A TP group of rank type s with l repeated layers, of whose head groups p cards of class q take k."""
 
     rank: int
-    copies: int
     layers: int
     pool_class: int = -1
     pool_cards: int = 0
@@ -60,10 +59,6 @@ class Template:
     def ranks(self) -> IntArray:
         """Return the rank type of every stage; [D]."""
         return np.array([stage.rank for stage in self.stages], dtype=np.int64)
-
-    @property
-    def num_copies(self) -> int:
-        return sum(stage.copies for stage in self.stages)
 
     @property
     def shape(self) -> tuple[object, ...]:
@@ -104,7 +99,9 @@ def stage_seconds(costs: CostTables, template: Template, *, with_chunk: bool = F
             wire_s[i] = 0.0  # KV is not handed over to replicas with attention workers
     wire_s = 0.0 * wire_s if with_chunk else wire_s
     compute_s = times.layer_s[x, s] + attention_s
-    fixed_s = fixed_by_role(t, times, x, s, compute_s, wire_s)[np.arange(len(s)), stage_roles(len(s))]
+    has_pool = np.array([stage.pool_class >= 0 for stage in template.stages])
+    by_role = fixed_by_role(t, times, x, s, compute_s, wire_s, has_pool)
+    fixed_s = by_role[np.arange(len(s)), stage_roles(len(s))]
     return np.maximum(compute_s, wire_s), fixed_s
 
 
@@ -118,7 +115,7 @@ def slacked_times(costs: CostTables, template: Template) -> FloatArray:
     """Return the seconds per request of every stage, stretched by its slack; [D]."""
     t, m = costs.scopes[template.scope].tables, costs.problem.family.in_flight[template.in_flight_index]
     of_role = costs.regimes(costs.mixes[template.mix].role)
-    regime = cost.regime_of(of_role, in_flight=m, num_copies=template.num_copies)
+    regime = cost.regime_of(of_role, in_flight=m, num_copies=len(template.stages))
     if m == 1:
         regime = costs.regime_together(template.mix)
     plain, (chunk_s, _) = stage_seconds(costs, template), stage_seconds(costs, template, with_chunk=True)
@@ -130,8 +127,7 @@ def interval_of(costs: CostTables, template: Template) -> float:
     """Return t of `docs/cost-model.md`."""
     times = slacked_times(costs, template)
     m = costs.problem.family.in_flight[template.in_flight_index]
-    busiest = max(u / stage.copies for stage, u in zip(template.stages, times.tolist(), strict=True))
-    return float(max(busiest, times.sum() / m))
+    return float(max(times.max(), times.sum() / m))
 
 
 def with_fewest_in_flight(costs: CostTables, template: Template) -> Template:
@@ -143,7 +139,7 @@ def with_fewest_in_flight(costs: CostTables, template: Template) -> Template:
         return template
     for index, m in sorted(enumerate(costs.problem.family.in_flight), key=lambda pair: pair[1]):
         fewer = replace(template, in_flight_index=index)
-        if m >= template.num_copies and math.isclose(interval_of(costs, fewer), template.interval_s, rel_tol=1e-12):
+        if m >= len(template.stages) and math.isclose(interval_of(costs, fewer), template.interval_s, rel_tol=1e-12):
             return fewer
     return template
 
@@ -187,9 +183,9 @@ def use_of(costs: CostTables, template: Template) -> IntArray:
     """Return how much a template takes of every master row, shape [rows]."""
     use = np.zeros(len(costs.resources.rows), dtype=np.int64)
     for stage in template.stages:
-        use += stage.copies * costs.group_use[stage.rank]
+        use += costs.group_use[stage.rank]
         if stage.pool_class >= 0:
-            use += stage.copies * stage.pool_cards * costs.card_use[stage.pool_class]
+            use += stage.pool_cards * costs.card_use[stage.pool_class]
     return use
 
 
@@ -204,9 +200,9 @@ def gpus_of(costs: CostTables, template: Template) -> Counter[int]:
     count: Counter[int] = Counter()
     for stage in template.stages:
         device_class, tp = costs.ranks[stage.rank]
-        count[device_class] += stage.copies * tp
+        count[device_class] += tp
         if stage.pool_class >= 0:
-            count[stage.pool_class] += stage.copies * stage.pool_cards
+            count[stage.pool_class] += stage.pool_cards
     return count
 
 
@@ -220,7 +216,7 @@ def describe(costs: CostTables, stages: Sequence[TemplateStage]) -> str:
         layers = stage.layers + (costs.problem.model.prefix_layers if index == 0 else 0)
         (device_class, size), dp = costs.ranks[stage.rank], costs.rank_dp[stage.rank]
         shared = f" EP{size}" if dp > 1 else ""
-        text = f"{costs.classes[device_class].gpu} TP{size // dp} x{stage.copies * dp}{shared} L{layers}"
+        text = f"{costs.classes[device_class].gpu} TP{size // dp} x{dp}{shared} L{layers}"
         if stage.pool_class >= 0:
             text += f" (+{stage.pool_cards} {costs.classes[stage.pool_class].gpu} attention workers)"
         parts.append(text)
@@ -240,13 +236,8 @@ def ttft_s(costs: CostTables, template: Template) -> float:
     if mix.role is Role.UNIFIED:  # all round trips of a prefill replica carry a chunk
         chunks_s = times_of(template, stage_seconds(costs, template, with_chunk=True))
         trip_s = max(trip_s, float(chunks_s.sum()))
-        slot_s = max(slot_s, _busiest_s(template, chunks_s)) if m > 1 else trip_s
+        slot_s = max(slot_s, float(chunks_s.max())) if m > 1 else trip_s
     return cost.ttft_s(cost.chunks_ahead(costs.moments, costs.problem.assumptions, mix), trip_s, slot_s)
-
-
-def _busiest_s(template: Template, stage_s: FloatArray) -> float:
-    """Return the seconds between iterations at the stage that takes longest for one."""
-    return float((stage_s / [stage.copies for stage in template.stages]).max())
 
 
 def least_ttft_limit_s(costs: CostTables, template: Template) -> float:
@@ -255,11 +246,5 @@ def least_ttft_limit_s(costs: CostTables, template: Template) -> float:
     trip_s = m * template.interval_s / mix.iterations
     if mix.role is Role.UNIFIED:
         chunks_s = times_of(template, stage_seconds(costs, template, with_chunk=True))
-        if m == 1 and len(chunks_s) == 1:
-            trip_s = max(trip_s, float(chunks_s[0]))
-        elif m == 1:
-            uneven = float((mix.iterations * chunks_s / times_of(template, stage_seconds(costs, template))).max())
-            trip_s *= cost.UNEVENNESS_STEP ** cost.unevenness_level(uneven)
-        else:
-            trip_s = max(trip_s, m * _busiest_s(template, chunks_s))
+        trip_s = max(trip_s, m * float(chunks_s.max()))
     return cost.ttft_round_trips(costs.moments, costs.problem.assumptions, mix, m) * trip_s
