@@ -7,15 +7,10 @@ from __future__ import annotations
 
 import time
 from collections import Counter, deque
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
-
-if TYPE_CHECKING:
-    from hetis.runtime.vllm.scheduler import SchedulerSide
+from typing import Any, Protocol
 
 Samples = dict[str, dict[str, float]]
-EVERY_S = 0.5  # interval between takes while requests run
 _RECENT = 64  # number of times over which means are taken
 DISPATCH_BUCKETS = (5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2)
 
@@ -158,30 +153,6 @@ COUNTERS = {
 DISPATCH_SECONDS = Described("Seconds that it took to decide where the head groups of a request live.")
 
 
-class SchedulerCounts:
-    """Takes the counts of one scheduler."""
-
-    def __init__(self, side: SchedulerSide, clock: Callable[[], float] = time.monotonic) -> None:
-        self._side, self._clock = side, clock
-        self._taken: Samples = {}
-        self._taken_s = float("-inf")
-
-    def take(self, is_last: bool) -> dict[str, Any] | None:
-        """Return the counts since the last take and the gauges, or None if it is too early and not the last take."""
-        now_s = self._clock()
-        if not is_last and now_s < self._taken_s + EVERY_S:
-            return None
-        self._taken_s = now_s
-        counted = _counted(self._side)
-        new = {
-            name: {label: value - self._taken.get(name, {}).get(label, 0.0) for label, value in samples.items()}
-            for name, samples in counted.items()
-        }
-        self._taken = counted
-        recent = self._side.allocator.stats.take_recent()
-        return {"gauges": _gauges(self._side), "counters": new, "dispatch_s": recent}
-
-
 def merged(one: dict[str, Any], later: dict[str, Any]) -> dict[str, Any]:
     """Merge two takes into one."""
     counters: Samples = {name: dict(samples) for name, samples in one.get("counters", {}).items()}
@@ -208,38 +179,4 @@ def summary(data: dict[str, Any]) -> dict[str, int | float]:
         found["exchange us"] = round(1e6 * sum(counters["hetis_exchange_seconds"].values()) / exchanges, 1)
     for name in ("hetis_moved_groups", "hetis_recomputes"):
         found[name.removeprefix("hetis_").replace("_", " ")] = int(sum(counters.get(name, {}).values()))
-    return found
-
-
-def _gauges(side: SchedulerSide) -> Samples:
-    from hetis.solver.dispatch.snapshot import DeviceStatus  # not earlier: see `SchedulerSide.bind`
-
-    allocator = side.allocator
-    load, scales = allocator.state.load(), side.costs.scales
-    queries = side.shape.heads.queries_per_group
-    found: Samples = {name: {} for name in GAUGES}
-    for device, name in enumerate(side.costs.stage.devices):
-        total, used = allocator.totals(device)
-        found["hetis_head_groups"][name] = int(load.heads[device]) // queries
-        found["hetis_kv_blocks"][name], found["hetis_kv_blocks_used"][name] = total, used
-        found["hetis_device_up"][name] = int(allocator.state.devices[device].status is DeviceStatus.OK)
-        found["hetis_device_cost_scale"][name] = scales[device]
-    return found
-
-
-def _counted(side: SchedulerSide) -> Samples:
-    stats = side.allocator.stats
-    found: Samples = {name: {} for name in COUNTERS}
-    for device, name in enumerate(side.costs.stage.devices):
-        exchanged = side.exchanged.get(device)
-        if exchanged is not None:
-            found["hetis_exchanges"][name] = exchanged.exchanges
-            found["hetis_exchange_seconds"][name] = exchanged.exchange_s
-            found["hetis_exchange_bytes"][f"{name}|sent"] = exchanged.bytes_sent
-            found["hetis_exchange_bytes"][f"{name}|received"] = exchanged.bytes_received
-    found["hetis_moves"] = {f"{by}|{state}": count for (by, state), count in side.moves.items()}
-    found["hetis_moved_groups"][""] = stats.moved_groups
-    found["hetis_relieved_blocks"][""] = stats.relieved_blocks
-    found["hetis_recomputes"][""] = stats.recomputed
-    found["hetis_dispatch_decisions"] = dict(stats.decisions)
     return found
