@@ -22,8 +22,8 @@ from hetis.engines.serving import (
     TELL_KV,
     Serving,
     kv_dtype_of,
+    missing_kv_option,
     program_of,
-    why_kv_is_untold,
 )
 from hetis.engines.versions import VERSIONS, Engine
 from hetis.formats import catalogue
@@ -250,7 +250,7 @@ def launchable(plan: Plan, model: ModelSpec, settings: ExportSettings) -> Launch
             limits_kv=True,
             served_name=settings.served_name,
         )
-        if why := why_kv_is_untold(layout, serving):
+        if why := missing_kv_option(layout, serving):
             left_out[number] = (why,)
             continue
         replicas[number] = LaunchableReplica(
