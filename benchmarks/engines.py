@@ -18,6 +18,7 @@ from benchmarks.measuring.instances import example, fleet, problem
 from benchmarks.measuring.rows import Row
 from benchmarks.measuring.solving import FAILED, answer
 from hetis.planner.use_cases.precision import constraints_of
+from hetis.planner.use_cases.sources import named
 from hetis.profiler.defaults import default_profile
 from hetis.solver.cluster import Cluster
 from hetis.solver.placement.families import run_by
@@ -54,7 +55,7 @@ def posed(cluster: Cluster, engine: str) -> PlacementProblem:
     whole = problem(cluster, objective=LIMITS)
     return replace(
         whole,
-        family=run_by(whole.family, EngineRules(name=engine)),
+        family=run_by(whole.family, named(EngineRules(name=""), engine)),
         profiles={name: default_profile(cluster.gpu_types[name])[1] for name in whole.profiles},
         constraints=constraints_of(whole.model, cluster, engine),
     )

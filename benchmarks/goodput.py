@@ -25,6 +25,7 @@ from benchmarks.measuring.instances import NODE_SIZES, fleet, problem
 from benchmarks.measuring.rows import Row
 from hetis.planner.use_cases.record.parts import Verified
 from hetis.planner.use_cases.simulation.simulate import Question, answer
+from hetis.planner.use_cases.sources import named
 from hetis.planner.use_cases.verification.choosing import verified_plan
 from hetis.planner.use_cases.verification.equal_stages import other_plan
 from hetis.planner.use_cases.verification.outcome import settings_of
@@ -82,7 +83,7 @@ def cases(number: int, seed: int) -> Iterator[Case]:
             workload=lengths,
             objective=Objective(ttft_limit_s=ttft_s, tpot_limit_s=tpot_s),
         )
-        posed = replace(posed, family=run_by(posed.family, EngineRules(name=DEFAULT_ENGINE)))
+        posed = replace(posed, family=run_by(posed.family, named(EngineRules(name=""), DEFAULT_ENGINE)))
         try:
             plan = searched(posed)
         except InfeasibleError:

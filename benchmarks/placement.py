@@ -35,6 +35,7 @@ from benchmarks.measuring.instances import (
 )
 from benchmarks.measuring.rows import Row
 from benchmarks.measuring.solving import Measured, Solve, Timing, failed, in_own_process, measure
+from hetis.planner.use_cases.sources import named
 from hetis.solver.cluster import Cluster
 from hetis.solver.placement.families import DEFAULT_ENGINE, ENGINES, run_by
 from hetis.solver.plan import Objective, ObjectiveKind
@@ -106,7 +107,7 @@ class Benchmark:
     def posed(self, cluster: Cluster, objective: Objective) -> PlacementProblem:
         """Return a fleet's problem for the engine."""
         found = problem(cluster, objective=objective)
-        return replace(found, family=run_by(found.family, EngineRules(name=self.engine)))
+        return replace(found, family=run_by(found.family, named(EngineRules(name=""), self.engine)))
 
     def _smallest_rows(self) -> Iterator[Row]:
         """Yield the rows of 12 GPUs: compiled for the first time, loaded from the cache, and warm."""

@@ -28,6 +28,7 @@ from benchmarks.measuring.instances import EXAMPLES
 from benchmarks.measuring.rows import Row
 from hetis.planner.use_cases.place import PlacementSettings
 from hetis.planner.use_cases.sharing import load_tenancy
+from hetis.planner.use_cases.sources import named
 from hetis.solver.budget import Budget
 from hetis.solver.placement.families import DEFAULT_ENGINE
 from hetis.solver.placement.fleet import IntArray
@@ -83,7 +84,7 @@ def all_rows(*, quick: bool, only: str = "") -> Iterator[Row]:
 def _case(*, quick: bool) -> tuple[str, Tenancy]:
     """Return the three models of the example on 160 GPUs, or two of them on 10."""
     tenants, fleet = str(EXAMPLES / "three-models.yaml"), "h100-l4" if quick else "fleet-160"
-    settings = PlacementSettings(engine=EngineRules(name=DEFAULT_ENGINE))
+    settings = PlacementSettings(engine=named(EngineRules(name=""), DEFAULT_ENGINE))
     tenancy = load_tenancy(tenants, cluster=str(EXAMPLES / f"{fleet}.yaml"), settings=settings).tenancy
     if not quick:
         return "160 GPUs, 3 models", tenancy

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from hetis.formats.documents import from_data, load_cluster, load_model, load_workload
+from hetis.planner.use_cases.sources import named
 from hetis.profiler.roofline import modelled_profile
 from hetis.solver.cluster import Cluster
 from hetis.solver.placement.families import DEFAULT_ENGINE, run_by
@@ -84,7 +85,7 @@ def problem(
         workload=load_workload(workload).clipped_to(spec.max_position),
         profiles={name: modelled_profile(cluster.gpu_types[name]) for name in gpu_types(cluster)},
         objective=objective,
-        family=run_by(Family(), EngineRules(name=DEFAULT_ENGINE)),
+        family=run_by(Family(), named(EngineRules(name=""), DEFAULT_ENGINE)),
     )
 
 

@@ -18,11 +18,12 @@ from hetis.solver.check.timing import stage_seconds
 from hetis.solver.cluster import Link
 from hetis.solver.dispatch.tables import costs_of, running_load
 from hetis.solver.model import DraftShape
+from hetis.solver.placement.families import run_by
 from hetis.solver.plan import ReplicaPlan
-from hetis.solver.problem import PlacementProblem
+from hetis.solver.problem import EngineRules, PlacementProblem
 from tests.models import shape_of
 from tests.simulator.small_plans import pipeline, small_problem
-from tests.solver.instances import make_compressed, make_model, make_node, make_problem, make_workload
+from tests.solver.instances import PLUGIN, make_compressed, make_model, make_node, make_problem, make_workload
 
 MOE = shape_of(num_experts=4, active_experts=2, expert_intermediate=256, shared_experts=1, first_dense_layers=1)
 
@@ -45,6 +46,8 @@ def test_average_contents_take_the_seconds_of_the_cost_model(
 ) -> None:
     # The oracle is the checker's derivation of u: nc iterations with a full chunk, nd without, all at the mean context.
     problem = small_problem(model=make_model(moe=moe), workload=make_workload((300, 60)), mixed_factor=mixed_factor)
+    rules = EngineRules(name="vllm-hetis", max_stages=2, plugin=PLUGIN)
+    problem = replace(problem, family=run_by(problem.family, rules))
     one = pipeline(problem, 3, 3, micro_batch=6, chunk_tokens=64, pool=pool)
     setting, shape = setting_of(problem, one), replica_shape(one, problem, Fleet.of(problem.cluster))
     b, C, moments = one.micro_batch, one.chunk_tokens, setting.moments

@@ -15,6 +15,7 @@ from hetis.solver.cluster import Cluster, GpuSlots, GpuType, Link, Network, Node
 from hetis.solver.model import ModelSpec
 from hetis.solver.placement.families import run_by
 from hetis.solver.plan import Objective, ObjectiveKind
+from hetis.solver.plugin_time import PluginTime
 from hetis.solver.problem import Assumptions, EngineRules, Family, PlacementProblem
 from hetis.solver.profile import Fit, Mixed, Op, Piece, Profile, Provenance, Source
 from hetis.solver.workload import LengthBin, Workload
@@ -25,6 +26,15 @@ ENGINE = EngineRules(name="vllm-hetis", max_stages=4, max_pooled_stages=3)
 SMALL_FAMILY = run_by(Family(max_pool=2, tp_sizes=(1, 2, 4), micro_batches=(1, 4, 16), chunk_tokens=(64,)), ENGINE)
 FREE_FAMILY = Family(max_pool=2, tp_sizes=(1, 2, 4), micro_batches=(1, 4, 16), in_flight=(1, 2, 4), chunk_tokens=(64,))
 """The replicas of published heuristics, which know no engine's rules, and of plans that only the checker sees."""
+PLUGIN = PluginTime(
+    local_s=4e-5,
+    exchange_s=7e-5,
+    exchange_low_s=3e-5,
+    exchange_high_s=9e-5,
+    step_s=6e-5,
+    sequence_s=5e-6,
+    source="tests",
+)
 NO_LIMITS = Objective(ttft_limit_s=None, tpot_limit_s=None)
 
 

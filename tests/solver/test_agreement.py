@@ -28,12 +28,13 @@ from hetis.solver.placement.replicas.tables import CostTables
 from hetis.solver.placement.replicas.tabulation import build_cost_tables
 from hetis.solver.placement.replicas.template import Template, TemplateStage
 from hetis.solver.plan import Role
-from hetis.solver.problem import Assumptions, Family, PlacementProblem
+from hetis.solver.problem import Assumptions, EngineRules, Family, PlacementProblem
 from hetis.solver.profile import Fit, Op, Piece, Profile
 from hetis.solver.workload import Workload
 from tests.models import replace, shape_of
 from tests.solver.instances import (
     MADE_UP,
+    PLUGIN,
     make_compressed,
     make_model,
     make_node,
@@ -106,6 +107,11 @@ FAMILY = Family(
     max_pool=6, tp_sizes=(1, 2, 4, 8), micro_batches=(1, 3, 16), in_flight=(1, 2, 5, 8),
     chunk_tokens=(48, 256), roles=(Role.UNIFIED, Role.PREFILL, Role.DECODE),
 )  # fmt: skip
+
+
+OF_AN_ENGINE = replace(
+    FAMILY, in_flight=tuple(range(1, 9)), engine=EngineRules(name="vllm-hetis", max_stages=8, plugin=PLUGIN)
+)
 
 
 def imports(path: Path) -> set[str]:
@@ -191,7 +197,7 @@ def problem_of(draw: st.DrawFn, models: Sequence[ModelSpec] = MODELS) -> Placeme
         workload=draw(st.sampled_from(WORKLOADS)),
         network=Network(default=Link(bytes_per_s=8e8, latency_s=3e-5), zone_default=far),
         assumptions=Assumptions(block_tokens=draw(st.sampled_from([1, 16]))),
-        family=FAMILY,
+        family=draw(st.sampled_from((FAMILY, OF_AN_ENGINE))),
     )
 
 

@@ -101,7 +101,7 @@ class PoolTiming:
         self._pieces = rows  # per device: seconds, seconds per pair and per token of each piece
         self._send = _affine(fit_of(problem.profiles[shape.gpu], Op.TRANSFER, model, shape.tp), pool.link)
         self._receive = _affine(fit_of(problem.profiles[pool.gpu], Op.TRANSFER, model, 1), pool.link)
-        self._latency_s = 2.0 * pool.link.latency_s
+        self._latency_s = 2.0 * pool.link.latency_s + timing.plugin.exchange_s
         pair_bytes = model.queries_per_group * model.exchange_bytes_per_head()
         # Seconds in which the primary, and a card, exchange the heads of so many pairs
         self._sent_s = cache(partial(_pairs_s, self._send, pair_bytes))

@@ -10,6 +10,7 @@ from __future__ import annotations
 from hetis.solver.check.fleet import StageShape
 from hetis.solver.cost import DeviceCost, rank_shape
 from hetis.solver.model import ModelSpec
+from hetis.solver.plugin_time import NO_PLUGIN
 from hetis.solver.problem import PlacementProblem
 from hetis.solver.profile import Fit, Op, Piece, Profile
 
@@ -51,11 +52,12 @@ class StageTiming:
     Attributes:
         steps: number of steps into which an iteration is divided (see `seconds`).
         mixed_factor: mu, the time of decode attention beside a chunk as a multiple of its time alone.
+        plugin: what attention workers cost the stage's hosts.
     """
 
     __slots__ = (
         "_beside", "_chunk", "_decode", "_dense", "_drafting", "_head", "_is_first", "_is_last", "_step_tokens",
-        "_table", "cost", "layers", "mixed_factor", "shape", "steps",
+        "_table", "cost", "layers", "mixed_factor", "plugin", "shape", "steps",
     )  # fmt: skip
 
     def __init__(
@@ -68,6 +70,7 @@ class StageTiming:
         assert rank is not None, "the plan's structure was checked"
         moments = problem.workload.moments(block_tokens=problem.assumptions.block_tokens)
         self.shape, self._is_first, self._is_last = shape, is_first, is_last
+        self.plugin = NO_PLUGIN if shape.pool is None else problem.family.plugin
         self.cost = DeviceCost(model, profile, moments, rank, shape.intra_link)
         self.mixed_factor = self.cost.mixed_factor
         drafting = model.draft_layers if is_last else 0
@@ -166,7 +169,7 @@ class StageTiming:
         """Return the part of `seconds` outside the layers: the transfer, the engine's step and the LM head."""
         seconds = self._beside.get((tokens, rows))
         if seconds is None:
-            seconds = float(self.cost.step_s(tokens)) + (self._head_s(rows) if self._is_last else 0.0)
+            seconds = self._step_s(tokens) + (self._head_s(rows) if self._is_last else 0.0)
             seconds += 0.0 if self._is_first else float(self.cost.hop_s(tokens, self.shape.hop_link))
             self._beside[tokens, rows] = seconds
         return seconds
@@ -174,7 +177,7 @@ class StageTiming:
     def _head_s(self, rows: int) -> float:
         head = self._head.get(rows)
         if head is None:
-            head = self._head[rows] = self.cost.head_s(rows)
+            head = self._head[rows] = self.cost.head_s(rows) + rows * self.plugin.sequence_s
         return head
 
     def _by_tokens(self, tokens: int, all_tokens: int) -> float:
@@ -185,4 +188,7 @@ class StageTiming:
             total += prefix * cost.dense_s(tokens, prefix_layer=True)
         if not self._is_first:
             total += cost.hop_s(tokens, self.shape.hop_link)
-        return float(total + cost.step_s(tokens))
+        return float(total + (repeated + prefix) * self.plugin.local_s + self._step_s(tokens))
+
+    def _step_s(self, tokens: int) -> float:
+        return float(self.cost.step_s(tokens)) + self.plugin.step_s

@@ -18,6 +18,7 @@ import numpy.typing as npt
 from hetis.solver.cluster import GpuType, Link
 from hetis.solver.model import ModelSpec
 from hetis.solver.plan import Role
+from hetis.solver.plugin_time import PluginTime
 from hetis.solver.problem import Assumptions
 from hetis.solver.profile import Fit, Op, Profile
 from hetis.solver.rank_memory import RankMemory, requests_at_once
@@ -434,6 +435,7 @@ class PoolCost:
     primary: DeviceCost
     worker: DeviceCost
     link: Link
+    plugin: PluginTime
 
     def load(self, micro_batch: Scalars, groups: Scalars, cards: Scalars) -> Scalars:
         """Return the (request, head group) pairs of one micro-batch on the busiest of p cards."""
@@ -453,7 +455,7 @@ class PoolCost:
             self.primary.transfer_s(micro_batch * groups * shape.tp * per_pair, self.link),
             self.worker.transfer_s(self.load(micro_batch, groups, cards) * per_pair, self.link),
         )
-        return sent + 2.0 * self.link.latency_s
+        return sent + 2.0 * self.link.latency_s + self.plugin.exchange_s
 
     def late_s(
         self, micro_batch: Scalars, chunk_tokens: Scalars, groups: Scalars, cards: Scalars, layer_s: Scalars

@@ -22,6 +22,7 @@ from hetis.solver.errors import InvalidProblemError
 from hetis.solver.model import ModelSpec
 from hetis.solver.node_links import NodeLinks, node_links_of
 from hetis.solver.plan import Objective, ReplicaPlan, Role
+from hetis.solver.plugin_time import NO_PLUGIN, PluginTime
 from hetis.solver.profile import Profile
 from hetis.solver.rank_memory import RankKind, RankMemories, RankMemory
 from hetis.solver.workload import Workload, WorkloadMoments
@@ -96,6 +97,7 @@ class EngineRules:
         max_nodes: maximum nodes per replica, including attention workers; None: no limit. Searches only count the
             fewest nodes on which a replica's GPUs fit, so the bound considers each replica on its own; plans respect
             the limit.
+        plugin: what attention workers cost the hosts of a replica that has them.
     """
 
     name: str
@@ -104,6 +106,7 @@ class EngineRules:
     max_gpus: int | None = None
     min_layers: int = 1
     max_nodes: int | None = None
+    plugin: PluginTime = NO_PLUGIN
 
     def __post_init__(self) -> None:
         for field_name in ("max_stages", "max_pooled_stages", "max_gpus", "min_layers", "max_nodes"):
@@ -275,6 +278,11 @@ class Family:
         return replace(
             self, micro_batches=sizes, chunk_tokens=settings.chunk_tokens or self.chunk_tokens, engine_settings=settings
         )
+
+    @property
+    def plugin(self) -> PluginTime:
+        """Return what attention workers cost hosts; nothing where no engine's rules apply."""
+        return NO_PLUGIN if self.engine is None else self.engine.plugin
 
     @property
     def splits_roles(self) -> bool:

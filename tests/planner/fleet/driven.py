@@ -8,8 +8,9 @@ from functools import partial
 from hetis.planner.fleet import deciding
 from hetis.planner.fleet.agents.link import Response
 from hetis.planner.fleet.cluster import ClusterFleet
+from hetis.planner.fleet.reconciler import read_again
 from hetis.planner.fleet.settings import FleetCounters, FleetSettings
-from hetis.planner.fleet.writes import apply, read_clusters, read_ends
+from hetis.planner.fleet.writes import apply, read_ends
 from tests.planner.fleet.memory_store import MemoryStore
 from tests.planner.fleet.samples import CLUSTER, SETTINGS, contents
 
@@ -38,7 +39,8 @@ class DrivenPlanner:
         self.reread(now_s)
 
     def reread(self, now_s: float) -> None:
-        stored = read_clusters(self.store.tables, [CLUSTER])[CLUSTER]  # type: ignore[arg-type]
+        stored = read_again(self.cluster, self.store.tables)  # type: ignore[arg-type]
+        assert stored is not None
         self.cluster.take(stored, self.nodes, now_s=now_s)
 
     def settle(self, now_s: float) -> None:

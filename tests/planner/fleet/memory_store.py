@@ -15,6 +15,7 @@ T = TypeVar("T")
 class Table:
     def __init__(self) -> None:
         self.rows: dict[str, Any] = {}
+        self.num_read = 0  # records in the results of `all`
 
     def get(self, name: str) -> Any:
         return self.rows.get(name)
@@ -41,6 +42,11 @@ class Table:
         del self.rows[name]
 
     def all(self, **filters: Any) -> list[Any]:
+        found = self._fitting(filters)
+        self.num_read += len(found)
+        return found
+
+    def _fitting(self, filters: dict[str, Any]) -> list[Any]:
         def fits(record: Any) -> bool:
             return all(
                 getattr(record, field) in wanted
@@ -51,8 +57,8 @@ class Table:
 
         return [record for _, record in sorted(self.rows.items()) if fits(record)]
 
-    def versions(self) -> dict[str, int]:
-        return {name: record.version for name, record in self.rows.items()}
+    def versions(self, **filters: Any) -> dict[str, int]:
+        return {record.name: record.version for record in self._fitting(filters)}
 
 
 class Tables:

@@ -10,6 +10,9 @@ import grpc
 import pytest
 from google.protobuf.message import Message
 
+from hetis.planner.convert.documents import DeclaredFleets
+from hetis.planner.resources.nodes import NodeReader
+from hetis.planner.resources.watches import ClusterWatches
 from hetis.v1 import cluster_pb2, redispatch_pb2, replica_pb2
 from hetis.v1 import cluster_service_pb2 as pb
 from tests.planner.resources.served import CLUSTER, STATE, Served, document, live_node, refused, served
@@ -302,3 +305,21 @@ async def test_a_change_of_a_node_is_looked_up_once_however_many_watch(tmp_path:
             assert planner.fleet.looked_up == [name]
         for watcher in watchers:
             watcher.cancel()
+
+
+async def test_a_change_is_encoded_once_however_many_watch(tmp_path: Path) -> None:
+    async with served(tmp_path) as planner:
+        await make(planner)
+        reader = NodeReader(planner.store, planner.fleet, DeclaredFleets())  # type: ignore[arg-type]
+        watches = ClusterWatches(planner.store, planner.hubs, planner.fleet, reader)  # type: ignore[arg-type]
+        streams = [watches.watch(pb.WatchClusterRequest(name=NAME)) for _ in range(3)]
+        for stream in streams:
+            while not getattr(await anext(stream), "caught_up", False):
+                pass
+        waiting = [asyncio.ensure_future(anext(stream)) for stream in streams]
+        await asyncio.sleep(0)
+        planner.hubs.cluster(NAME).publish(("node", f"{NAME}/nodes/l4-0"), cluster_pb2.Node(), now_s=5.0)
+        first, *others = await asyncio.wait_for(asyncio.gather(*waiting), 10)
+        assert isinstance(first, bytes)
+        assert all(other is first for other in others)
+        assert pb.WatchClusterResponse.FromString(first).node.name == f"{NAME}/nodes/l4-0"

@@ -25,7 +25,16 @@ from hetis.solver.placement.replicas.tabulation import build_cost_tables
 from hetis.solver.plan import AttentionWorkerPool, ObjectiveKind, Plan, Role, Status
 from hetis.solver.planning import solve_placement
 from hetis.solver.problem import APART, EngineRules, Family, PlacementProblem
-from tests.solver.instances import NO_LIMITS, make_model, make_node, make_problem, make_profile, problems
+from tests.solver.instances import (
+    ENGINE,
+    NO_LIMITS,
+    PLUGIN,
+    make_model,
+    make_node,
+    make_problem,
+    make_profile,
+    problems,
+)
 from tests.solver.oracle import best_plan_value
 from tests.solver.searching import plan_or_none, worth
 
@@ -46,7 +55,9 @@ WITH_MORE_STAGES = run_by(
     Family(max_pool=2, tp_sizes=(1, 2), micro_batches=(4,), chunk_tokens=(64,)),
     EngineRules(name="vllm-hetis", max_stages=5),
 )
-FAMILIES = (WITH_WORKERS, PLAIN, FEW_GPUS, LARGE_STAGES)
+CHARGED = run_by(replace(WITH_WORKERS, engine=None), replace(ENGINE, max_stages=3, max_pooled_stages=2, plugin=PLUGIN))
+SLOW = replace(PLUGIN, local_s=10.0)
+FAMILIES = (WITH_WORKERS, CHARGED, PLAIN, FEW_GPUS, LARGE_STAGES)
 
 
 def value_of(problem: PlacementProblem, strategy: str = "hetis") -> float:
@@ -259,6 +270,17 @@ def test_a_link_between_zones_carries_kv_in_the_precision_of_the_gpus_that_compu
     narrow = with_precisions(wide, precision("A", kv_bytes=1.0))
     assert value_of(narrow) == pytest.approx(2 * value_of(wide), rel=REL), "the link is the narrowest part"
     assert value_of(narrow) == pytest.approx(value_of(replace(wide, model=replace(wide.model, kv_bytes=1.0))), rel=REL)
+
+
+@given(problem=problems(max_gpus=4, family=CHARGED))
+def test_an_engine_with_workers_is_never_worse_than_without_and_pays_only_where_it_has_some(
+    problem: PlacementProblem,
+) -> None:
+    charged, free = (value_of(replace(problem, family=family)) for family in (CHARGED, WITH_WORKERS))
+    stock = value_of(replace(problem, family=PLAIN))
+    assert stock * (1 - REL) <= charged <= free * (1 + REL)
+    costly = replace(CHARGED, engine=replace(ENGINE, max_stages=3, max_pooled_stages=2, plugin=SLOW))
+    assert value_of(replace(problem, family=costly)) == pytest.approx(stock, rel=REL, abs=0.1)
 
 
 def test_an_engines_workers_keep_no_8_bit_kv() -> None:

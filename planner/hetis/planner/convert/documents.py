@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from hetis.formats import documents
@@ -148,6 +148,7 @@ class DeclaredFleets:
 
     def __init__(self) -> None:
         self._by_digest: OrderedDict[str, Declared] = OrderedDict()
+        self._num_nodes = 0  # in all of them
 
     async def of(self, record: ClusterRecord) -> Declared:
         """Return the declared cluster of a record, parsing its document in a thread if necessary.
@@ -156,15 +157,21 @@ class DeclaredFleets:
         """
         digest = record.body.document.digest
         if digest not in self._by_digest:
-            self._by_digest[digest] = await run_in_thread_gc_paused(_read, record)
-            self._forget_some()
+            await self.read([record])
         self._by_digest.move_to_end(digest)
         return self._by_digest[digest]
 
-    def _forget_some(self) -> None:
-        num_nodes = sum(len(declared.nodes) for declared in self._by_digest.values())
-        while num_nodes > _KEPT_NODES and len(self._by_digest) > 1:
-            num_nodes -= len(self._by_digest.popitem(last=False)[1].nodes)
+    async def read(self, records: Iterable[ClusterRecord]) -> None:
+        """Parse the documents of these records that are not known yet, in one thread. Raises as `of` does."""
+        unknown = {one.body.document.digest: one for one in records if one.body.document.digest not in self._by_digest}
+        if not unknown:
+            return
+        found = await run_in_thread_gc_paused(lambda: {digest: _read(record) for digest, record in unknown.items()})
+        for digest, declared in found.items():
+            self._num_nodes += len(declared.nodes) if digest not in self._by_digest else 0
+            self._by_digest.setdefault(digest, declared)
+        while self._num_nodes > _KEPT_NODES and len(self._by_digest) > 1:
+            self._num_nodes -= len(self._by_digest.popitem(last=False)[1].nodes)
 
 
 def of_another_version(error: DocumentError) -> str:

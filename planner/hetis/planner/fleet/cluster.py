@@ -69,19 +69,18 @@ class ClusterFleet:
         for node in changed:
             if self.leases.is_connected(node) and self.leases.is_declared(node):  # its earlier messages count now
                 self._write_node(node, self.links[node].inventory)
-        found = {record.name: record for record in kept.replicas}
-        for name in [name for name in self.replicas if name not in found]:
+        for name in self.replicas.keys() - set(kept.replica_names):
             self.drop_replica(name)
-        for name, replica_record in found.items():
-            if name in self.replicas:
-                self.replicas[name].renew(replica_record)
+        for replica_record in kept.replicas:
+            if replica_record.name in self.replicas:
+                self.replicas[replica_record.name].renew(replica_record)
             else:
                 self._add_replica(Replica(replica_record))
-            self.show("replica", name)
+            self.show("replica", replica_record.name)
         if is_first:
             for redispatch in kept.redispatches:
                 self.changes.resume(redispatch.body, now_s=now_s)
-        for node in {*changed, *self.node_records.nodes}:
+        for node in {*changed, *(last_part(record.name) for record in kept.nodes)}:
             self.forget_if_unneeded(node)
 
     def prepare(self, name: str, contents: Contents | None) -> None:

@@ -87,7 +87,9 @@ class LiveFleet:
         names = sorted(await self._store.read(lambda tx: tx.clusters.versions()))
         for first in range(0, len(names), _READ_AT_ONCE):
             some = names[first : first + _READ_AT_ONCE]
-            for name, stored in (await self._store.read(partial(read_clusters, names=some))).items():
+            found = await self._store.read(partial(read_clusters, names=some))
+            await self._declared.read(stored.cluster for stored in found.values())
+            for name, stored in found.items():
                 await self.cluster_changed(name, stored)
         self._ticked_s = self._clock.monotonic()
         self._ticks = asyncio.create_task(self._tick_for_ever(), name="the fleet's time")

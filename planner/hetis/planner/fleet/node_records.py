@@ -31,8 +31,9 @@ class NodeRecords:
         return node in self._records
 
     @property
-    def nodes(self) -> frozenset[str]:
-        return frozenset(self._records)
+    def versions(self) -> dict[str, int]:
+        """The versions of the records by name."""
+        return {record.name: record.version for record in self._records.values()}
 
     def get(self, node: str) -> NodeRecord | None:
         return self._records.get(node)

@@ -21,8 +21,8 @@ from hetis.planner.fleet.cluster import ClusterFleet
 from hetis.planner.fleet.hubs import Hubs
 from hetis.planner.fleet.replica import Contents
 from hetis.planner.fleet.views import Clock, FleetObserver
-from hetis.planner.fleet.writes import StoredCluster, Writes, apply, read_clusters, read_ends
-from hetis.planner.store import Store
+from hetis.planner.fleet.writes import StoredCluster, Writes, apply, read_changes, read_clusters, read_ends
+from hetis.planner.store import Reader, Store
 from hetis.planner.use_cases.sources import PlanAndProblem, problem_of_plan
 from hetis.solver.errors import HetisError
 from hetis.solver.plan import Plan
@@ -101,6 +101,14 @@ def _contents(read: _ReadPlan, plan: str, indices: Sequence[int]) -> list[Conten
     return contents
 
 
+def read_again(cluster: ClusterFleet, reader: Reader) -> StoredCluster | None:
+    """Return what has changed of a cluster since it was last read; all of it the first time; None if it is gone."""
+    if cluster.record is None:
+        return read_clusters(reader, [cluster.name]).get(cluster.name)
+    replicas = {replica.name: replica.record.version for replica in cluster.replicas.values()}
+    return read_changes(reader, cluster.name, nodes=cluster.node_records.versions, replicas=replicas)
+
+
 _ENDS_AT_ONCE = 1000  # changes that one read looks up in the store
 _LOOKED_UP_AT_ONCE = 256  # replicas whose plans are evaluated in one round; each round decides about all replicas
 _PAUSE = 3.0  # between two rounds, in multiples of the last one's duration, so that later input is decided in one round
@@ -130,9 +138,8 @@ class Reconciler:
 
         Return False if the cluster is gone.
         """
-        name = self.cluster.name
         if stored is None:
-            stored = (await self.store.read(partial(read_clusters, names=[name]))).get(name)
+            stored = await self.store.read(partial(read_again, self.cluster))
         if stored is None:
             return False
         self.cluster.take(stored, (await self.declared.of(stored.cluster)).nodes, now_s=self.clock.monotonic())

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
+from typing import TypeVar
 
 from hetis.planner.convert.names import seconds_of, timestamp
 from hetis.planner.fleet.activation import Standing
@@ -21,8 +22,10 @@ from hetis.planner.store import (
     Transaction,
 )
 from hetis.planner.store.records import FINAL_REDISPATCHES
+from hetis.planner.store.tables import TableView
 from hetis.v1 import cluster_pb2, inventory_pb2, plan_pb2, redispatch_pb2
 
+R = TypeVar("R", NodeRecord, ReplicaRecord)
 RedispatchState = redispatch_pb2.RedispatchState
 # 0 is UNSPECIFIED
 UNDER_WAY = tuple(state for state in RedispatchState.values() if state and state not in FINAL_REDISPATCHES)
@@ -30,11 +33,16 @@ UNDER_WAY = tuple(state for state in RedispatchState.values() if state and state
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StoredCluster:
-    """A stored cluster; ``plan`` is None if none is active."""
+    """A stored cluster; ``plan`` is None if none is active.
+
+    ``nodes`` and ``replicas`` are all records, or those that have changed since the cluster was last read.
+    ``redispatches`` are those under way, in the first reading only.
+    """
 
     cluster: ClusterRecord
     nodes: Sequence[NodeRecord] = ()
     replicas: Sequence[ReplicaRecord] = ()
+    replica_names: Collection[str] = ()  # of all replicas
     plan: PlanRecord | None = None
     redispatches: Sequence[RedispatchRecord] = ()
 
@@ -56,11 +64,41 @@ def read_clusters(reader: Reader, names: Sequence[str]) -> dict[str, StoredClust
             cluster=cluster,
             nodes=nodes[cluster.name],
             replicas=replicas[cluster.name],
+            replica_names=[replica.name for replica in replicas[cluster.name]],
             plan=plans.get(cluster.active_plan),
             redispatches=redispatches[cluster.name],
         )
         for cluster in clusters
     }
+
+
+_AT_ONCE = 500  # names in a query; databases limit the parameters of a statement
+
+
+def read_changes(
+    reader: Reader, name: str, *, nodes: Mapping[str, int], replicas: Mapping[str, int]
+) -> StoredCluster | None:
+    """Return what has changed of a cluster, or None if it is gone.
+
+    ``nodes``, ``replicas``: the versions of the records that are known, by name.
+    """
+    cluster = reader.clusters.get(name)
+    if cluster is None:
+        return None
+    there = reader.replicas.versions(cluster=name)
+    return StoredCluster(
+        cluster=cluster,
+        nodes=_changed(reader.nodes, reader.nodes.versions(cluster=name), nodes),
+        replicas=_changed(reader.replicas, there, replicas),
+        replica_names=there.keys(),
+        plan=reader.plans.get(cluster.active_plan) if cluster.active_plan else None,
+    )
+
+
+def _changed(table: TableView[R], there: Mapping[str, int], known: Mapping[str, int]) -> list[R]:
+    names = [name for name, version in there.items() if known.get(name) != version]
+    starts = range(0, len(names), _AT_ONCE)
+    return [record for start in starts for record in table.all(name=names[start : start + _AT_ONCE])]
 
 
 def read_ends(reader: Reader, names: Sequence[str]) -> dict[str, redispatch_pb2.Redispatch]:

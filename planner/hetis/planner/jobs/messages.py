@@ -14,6 +14,7 @@ from hetis.planner.jobs.frames import JobFrame
 from hetis.planner.use_cases.place import PlacementSettings
 from hetis.planner.use_cases.precision import for_engine
 from hetis.planner.use_cases.record.forms import (
+    engine_from_data,
     engine_settings_data,
     engine_settings_from_data,
     service_level_from_data,
@@ -23,7 +24,7 @@ from hetis.planner.use_cases.sources import LoadedInputs, inputs_from_documents
 from hetis.solver.budget import Progress
 from hetis.solver.errors import InfeasibleError, InvalidProblemError, NoPlanFoundError, UncheckedPlanError
 from hetis.solver.plan import Objective, ObjectiveKind, Role
-from hetis.solver.problem import EngineRules, PlacementProblem
+from hetis.solver.problem import PlacementProblem
 
 PROGRESS_INTERVAL_S = 0.2  # between two reports within one phase
 
@@ -159,7 +160,7 @@ def posed_from_json(text: bytes) -> PosedProblem:
             inputs=inputs_from_documents(data["documents"], "the posed problem"), origins=data["origins"]
         ).at(engine_settings_from_data(data.get("engine_settings", {}))),
         objective=Objective(**(objective | {"kind": ObjectiveKind(objective["kind"])})),
-        settings=PlacementSettings(**(settings | {"roles": roles, "engine": engine and EngineRules(**engine)})),
+        settings=PlacementSettings(**(settings | {"roles": roles, "engine": engine and engine_from_data(engine)})),
         verify=data.get("verify", True),
         service_level=service_level_from_data(data["service_level"]) if "service_level" in data else DEFAULT,
     )

@@ -86,6 +86,7 @@ class RunningResources:
 
 
 Response = pb.WatchClusterResponse
+_KEPT_ENCODED = 1_000  # responses kept per cluster; others are encoded again
 _KEPT = 10_000  # nodes kept per cluster, about a kilobyte each; others are read again
 
 
@@ -126,7 +127,7 @@ class ClusterWatches:
     def __post_init__(self) -> None:
         self._shown = ShownNodes(self._reader)
 
-    async def watch(self, request: pb.WatchClusterRequest) -> AsyncIterator[Response]:
+    async def watch(self, request: pb.WatchClusterRequest) -> AsyncIterator[Response | bytes]:
         """Yield changes until the cluster is deleted (NOT_FOUND), or the planner shuts down (DRAINING) or its term is
         over (NOT_LEADER).
         """
@@ -151,7 +152,7 @@ class ClusterWatches:
 
     async def _watch(
         self, hub: ClusterHub, here: ResumeToken, token: ResumeToken | None, name: str, *, is_new: bool
-    ) -> AsyncIterator[Response]:
+    ) -> AsyncIterator[Response | bytes]:
         """Yield changes until ``hub`` closes. ``here`` is the watcher's position, with no sequence yet."""
         begin = hub.sequence
         # If any change since the token is unknown, the present state is sent again.
@@ -162,8 +163,8 @@ class ClusterWatches:
                 yield response
             yield self._caught_up(here.at(begin))
         after = token.sequence if token is not None and resumes else begin
-        async for response in self._changes(hub, here, name, after, is_resumed=resumes):
-            yield response
+        async for change in self._changes(hub, here, name, after, is_resumed=resumes):
+            yield change
 
     async def _read(self, name: str) -> ClusterRecord:
         return await self._store.read(lambda tx: tx.clusters.require(name))
@@ -193,20 +194,41 @@ class ClusterWatches:
 
     async def _changes(
         self, hub: ClusterHub, here: ResumeToken, name: str, after: int, *, is_resumed: bool
-    ) -> AsyncIterator[Response]:
-        """Yield the changes after ``after``; with ``is_resumed``, also announce when the watcher has caught up."""
+    ) -> AsyncIterator[Response | bytes]:
+        """Yield the changes after ``after``, each encoded once for all watchers of the hub.
+
+        With ``is_resumed``, also announce when the watcher has caught up.
+        """
         async for events in hub.watch(after):
-            changed = {last_part(event.key[1]): event.sequence for event in events if event.key[0] == "node"}
+            shown = self._shown.of(hub)
+            known = {event.sequence: shown.encoded.get(event.sequence) for event in events}
+            changed = {
+                last_part(event.key[1]): event.sequence
+                for event in events
+                if event.key[0] == "node" and known[event.sequence] is None
+            }
             nodes = await self._shown.read(hub, name, changed) if changed else {}
             for event in events:
-                response = self._response(event, nodes)
-                if response is not None:
-                    response.resume_token = here.at(event.sequence).to_text()
-                    response.event_time.CopyFrom(timestamp(event.time_s))
-                    yield response
+                content = known[event.sequence] or shown.encoded.get(event.sequence)
+                if content is None:
+                    content = self._encoded(event, here, nodes)
+                    shown.keep_encoded(event.sequence, content)
+                if content:
+                    yield content
             if is_resumed:
                 is_resumed = False
                 yield self._caught_up(here.at(events[-1].sequence if events else after))
+
+    def _encoded(
+        self, event: Event[tuple[str, str], Message], here: ResumeToken, nodes: Mapping[str, cluster_pb2.Node | None]
+    ) -> bytes:
+        """Return the response about an event, empty if there is none."""
+        response = self._response(event, nodes)
+        if response is None:
+            return b""
+        response.resume_token = here.at(event.sequence).to_text()
+        response.event_time.CopyFrom(timestamp(event.time_s))
+        return response.SerializeToString()
 
     def _response(
         self, event: Event[tuple[str, str], Message], nodes: Mapping[str, cluster_pb2.Node | None]
@@ -230,11 +252,17 @@ class ClusterWatches:
 
 
 class ShownNodes:
-    """The nodes of all clusters in the view BASIC, in a state at least as new as their last event."""
+    """The nodes of all clusters in the view BASIC, in a state at least as new as their last event.
+
+    Also the encoded responses about the last events, which are the same for all watchers.
+    """
 
     def __init__(self, reader: NodeReader) -> None:
         self._reader = reader
         self._of: WeakKeyDictionary[ClusterHub, _Shown] = WeakKeyDictionary()
+
+    def of(self, hub: ClusterHub) -> _Shown:
+        return self._of.setdefault(hub, _Shown())
 
     async def read(
         self, hub: ClusterHub, cluster: str, events: Mapping[str, int]
@@ -248,7 +276,7 @@ class ShownNodes:
         Raises:
             ServiceError: NOT_FOUND if there is no such cluster.
         """
-        shown = self._of.setdefault(hub, _Shown())
+        shown = self.of(hub)
         async with shown.reading:  # concurrent callers then find the nodes that the first one reads
             found = {node: shown.nodes[node][1] for node, sequence in events.items() if shown.has(node, sequence)}
             missing = [node for node in events if node not in found]
@@ -264,6 +292,7 @@ class _Shown:
     def __init__(self) -> None:
         self.reading = asyncio.Lock()
         self.nodes: OrderedDict[str, tuple[int, cluster_pb2.Node | None]] = OrderedDict()
+        self.encoded: OrderedDict[int, bytes] = OrderedDict()  # by sequence; empty: nothing to send
 
     def has(self, node: str, sequence: int) -> bool:
         kept = self.nodes.get(node)
@@ -274,3 +303,8 @@ class _Shown:
         self.nodes.move_to_end(node)
         if len(self.nodes) > _KEPT:
             self.nodes.popitem(last=False)
+
+    def keep_encoded(self, sequence: int, content: bytes) -> None:
+        self.encoded[sequence] = content
+        if len(self.encoded) > _KEPT_ENCODED:
+            self.encoded.popitem(last=False)

@@ -152,9 +152,12 @@ class Calls(grpc.aio.ServerInterceptor):
             await self._watched(context, record, read, answer)
 
         raw = partial(decoded, decode) if handler.request_streaming else None
-        return grpc.stream_stream_rpc_method_handler(
-            handle, request_deserializer=raw, response_serializer=handler.response_serializer
-        )
+        encode: Callable[[Any], bytes] = handler.response_serializer
+
+        def encoded(answer: Any) -> bytes:
+            return answer if isinstance(answer, bytes) else encode(answer)  # bytes: encoded once for several streams
+
+        return grpc.stream_stream_rpc_method_handler(handle, request_deserializer=raw, response_serializer=encoded)
 
     def _unary_ended(self, _context: Context) -> None:
         """Count a call as ended once its answer was sent: a shutdown would cut off an answer on its way."""

@@ -10,7 +10,7 @@ from functools import partial
 from hetis.planner.use_cases.precision import constraints_of, refused_by
 from hetis.planner.use_cases.record.forms import EngineValue
 from hetis.planner.use_cases.record.parts import EqualStages, OtherEngines, Requested
-from hetis.planner.use_cases.sources import family_of, memories_for
+from hetis.planner.use_cases.sources import family_of, memories_for, named
 from hetis.planner.use_cases.verification.equal_stages import budget_of_one, value_within
 from hetis.solver.budget import Budget, Progress, Report
 from hetis.solver.cluster import Cluster
@@ -18,7 +18,9 @@ from hetis.solver.constraints import Constraints, WithoutWorkers
 from hetis.solver.errors import InfeasibleError, InvalidProblemError, NoPlanFoundError
 from hetis.solver.model import ModelSpec
 from hetis.solver.placement.families import ENGINES, beyond
+from hetis.solver.placement.rungs import RUNGS
 from hetis.solver.plan import Plan, Role
+from hetis.solver.plugin_time import NO_PLUGIN
 from hetis.solver.problem import EngineRules, Family, PlacementProblem
 from hetis.solver.search_clock import search_seconds
 
@@ -52,9 +54,11 @@ def _values(
     for name in ENGINES:
         if name == own.name:
             continue
-        rules = replace(own, name=name)
+        rules = named(own, name)
         constraints: Constraints = tuple(dict.fromkeys((*of_engine(name), *asked)))
         family = family_of(plan.strategy, problem.family.roles, rules, problem.family.engine_settings)
+        if rung := Requested.of(plan).rung:
+            family = RUNGS[rung].restrict(family, plan.strategy)
         memories = memories_for(family, problem.cluster, problem.model, problem.profiles)
         has_its_memory = memories == problem.memories
         alike = _but_for_its_name(family, problem.model), constraints, tuple(memories.items())
@@ -106,7 +110,8 @@ def _across_vendors(plan: Plan, cluster: Cluster) -> Iterator[str]:
 def _but_for_its_name(family: Family, model: ModelSpec) -> tuple[Family, tuple[int, ...]]:
     engine = family.engine
     assert engine is not None, "it is an engine's family"
-    return replace(family, engine=replace(engine, name="")), tuple(engine.stages_of(role, model) for role in Role)
+    engine = replace(engine, name="", plugin=NO_PLUGIN) if not family.max_pool else replace(engine, name="")
+    return replace(family, engine=engine), tuple(engine.stages_of(role, model) for role in Role)
 
 
 def _has_all_of(family: Family, poorer: Family, model: ModelSpec) -> bool:

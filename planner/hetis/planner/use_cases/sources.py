@@ -30,6 +30,7 @@ from hetis.formats.traces import PrefixHitRate
 from hetis.formats.workload import with_prefix_hits
 from hetis.planner.use_cases.record.parts import MadeFrom, Requested
 from hetis.profiler.defaults import default_profile
+from hetis.profiler.engines import PLUGINS
 from hetis.profiler.possible import impossible
 from hetis.profiler.roofline import shipped_efficiencies
 from hetis.solver.cluster import Cluster, GpuType
@@ -37,6 +38,7 @@ from hetis.solver.constraints import Constraint, Constraints, Exclude, RestrictR
 from hetis.solver.errors import InvalidProblemError
 from hetis.solver.model import ModelSpec
 from hetis.solver.plan import Objective, Plan, Role
+from hetis.solver.plugin_time import NO_PLUGIN
 from hetis.solver.problem import NOTHING_SET, EngineRules, EngineSettings, Family, PlacementProblem
 from hetis.solver.profile import Op, Profile, Source
 from hetis.solver.rank_memory import RankMemories
@@ -174,14 +176,19 @@ def engine_rules(name: str | None, strategy: str, **limits: int | None) -> Engin
     """
     from hetis.solver.placement.families import DEFAULT_ENGINE, STRATEGIES, run_by
 
-    given = {limit: value for limit, value in limits.items() if value is not None}
+    given: dict[str, Any] = {limit: value for limit, value in limits.items() if value is not None}
     if name is None and STRATEGIES[strategy].is_published:
         if given:
             raise InvalidProblemError(f"limits on replicas apply to an engine's plans, not to strategy {strategy}")
         return None
-    rules = EngineRules(name=name or DEFAULT_ENGINE, **given)
+    rules = named(EngineRules(name="", **given), name or DEFAULT_ENGINE)
     run_by(Family(), rules)
     return rules
+
+
+def named(rules: EngineRules, name: str) -> EngineRules:
+    """Return the same limits for another engine, with what attention workers cost its hosts."""
+    return replace(rules, name=name, plugin=PLUGINS.get(name, NO_PLUGIN))
 
 
 def ordered(roles: Iterable[Role]) -> tuple[Role, ...]:
@@ -243,7 +250,7 @@ def load_inputs(
     fleet = attempt(lambda: load_cluster(cluster) if isinstance(cluster, str) else cluster, problems)
     notes: list[str] = []
     spec = attempt(lambda: load_model(model, notes=notes) if isinstance(model, str) else model, problems)
-    traffic = attempt(lambda: _traffic(workload, prefix_hit_rate), problems)
+    traffic = attempt(lambda: _traffic(workload, prefix_hit_rate, notes), problems)
     measured = load_profiles(profiles, problems)
     if fleet is not None:
         problems += unused_profiles(measured, fleet)
@@ -311,9 +318,9 @@ def notes_on_vendors(fleet: Cluster) -> list[str]:
     ]
 
 
-def _traffic(given: str | Workload, prefix_hit_rate: PrefixHitRate | None) -> Workload:
+def _traffic(given: str | Workload, prefix_hit_rate: PrefixHitRate | None, notes: list[str]) -> Workload:
     if isinstance(given, str):
-        return load_workload(given, prefix_hit_rate=prefix_hit_rate)
+        return load_workload(given, prefix_hit_rate=prefix_hit_rate, notes=notes)
     return with_prefix_hits(given, prefix_hit_rate)
 
 
@@ -353,9 +360,21 @@ def problem_of_plan(plan: Plan, name: str) -> PlanAndProblem:
     inputs = replace(inputs, constraints=constraints, engine_settings=requested.engine_settings)
     try:
         problem = inputs.problem(plan.objective, plan.strategy, requested.roles or (Role.UNIFIED,), requested.engine)
+        problem = problem_of(plan, problem)
     except InvalidProblemError as error:
         raise single_problem(name, str(error)) from None
     return PlanAndProblem(plan=plan, inputs=inputs, problem=problem, warnings=tuple(warnings))
+
+
+def problem_of(plan: Plan, problem: PlacementProblem) -> PlacementProblem:
+    """Return the problem that a plan solves among others: with its objective, its engine's limits, and on its rung."""
+    from hetis.solver.placement.rungs import RUNGS
+
+    requested = Requested.of(plan)
+    family = problem.family if requested.engine is None else replace(problem.family, engine=requested.engine)
+    if requested.rung:
+        family = RUNGS[requested.rung].restrict(family, plan.strategy)
+    return replace(problem, objective=plan.objective, family=family)
 
 
 def unconfirmed(found: PlanAndProblem, name: str) -> Iterator[str]:

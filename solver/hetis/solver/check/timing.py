@@ -22,6 +22,7 @@ def stage_seconds(setting: Setting, stage: StageShape, *, is_first: bool, is_las
     b, C = setting.decode_tokens, setting.chunk_tokens
     u = stage.layers * layer_seconds(setting, stage)
     u += setting.per_request(_step(setting, stage, b + C), _step(setting, stage, b))
+    u += setting.per_request(*(_unhidden(setting, stage, is_last, rows=b + more) for more in (1, 0)))
     if is_first:
         u += setting.model.prefix_layers * layer_seconds(setting, stage, is_prefix=True)
     else:
@@ -79,6 +80,7 @@ def chunk_seconds(setting: Setting, stage: StageShape, *, is_first: bool, is_las
     b, C = setting.decode_tokens, setting.chunk_tokens
     wire_s = wire_seconds(setting, stage) / setting.chunk_iterations
     seconds = stage.layers * max(_chunk_layer_seconds(setting, stage), wire_s) + _step(setting, stage, b + C)
+    seconds += _unhidden(setting, stage, is_last, rows=b + 1)
     if is_first:
         seconds += setting.model.prefix_layers * max(_chunk_layer_seconds(setting, stage, is_prefix=True), wire_s)
     else:
@@ -331,7 +333,10 @@ def _attention(setting: Setting, stage: StageShape, *, beside_chunk: bool = Fals
     if beside_chunk:
         fit = setting.problem.profiles[stage.gpu].fit(Op.DECODE_ATTENTION, setting.model, stage.tp)
         own *= 1.0 if fit is None or fit.mixed is None else fit.mixed.factor
-    return own if pool is None else max(own, worker_seconds(setting, stage, pool) + _exchange(setting, stage, pool))
+    if pool is None:
+        return own
+    both = max(own, worker_seconds(setting, stage, pool) + _exchange(setting, stage, pool))
+    return both + setting.problem.family.plugin.local_s
 
 
 def busiest_card_pairs(setting: Setting, stage: StageShape, pool: PoolShape) -> int:
@@ -389,7 +394,7 @@ def _exchange(setting: Setting, stage: StageShape, pool: PoolShape) -> float:
     in_bytes = busiest_card_pairs(setting, stage, pool) * per_pair
     sending = _transfer(setting, stage.gpu, stage.tp, out_bytes, pool.link)
     receiving = _transfer(setting, pool.gpu, 1, in_bytes, pool.link)
-    return max(sending, receiving) + 2 * pool.link.latency_s
+    return max(sending, receiving) + 2 * pool.link.latency_s + setting.problem.family.plugin.exchange_s
 
 
 def _ship(setting: Setting, stage: StageShape, pool: PoolShape) -> float:
@@ -403,6 +408,14 @@ def _hop(setting: Setting, stage: StageShape, T: int) -> float:
     model = setting.model
     num_bytes = T * model.residual_streams * model.hidden * model.activation_bytes
     return _transfer(setting, stage.gpu, stage.tp, num_bytes, stage.hop_link) + stage.hop_link.latency_s
+
+
+def _unhidden(setting: Setting, stage: StageShape, is_last: bool, *, rows: int) -> float:
+    """Return the host's seconds that no asynchronous scheduling hides, in one iteration of a stage with a pool."""
+    if stage.pool is None:
+        return 0.0
+    plugin = setting.problem.family.plugin
+    return plugin.step_s + (rows * plugin.sequence_s if is_last else 0.0)
 
 
 def _step(setting: Setting, stage: StageShape, T: int) -> float:

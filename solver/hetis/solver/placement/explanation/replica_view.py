@@ -87,7 +87,7 @@ class ReplicaView:
 
     def pool_cost(self, stage: StageShape, gpu: str, link: Link) -> PoolCost:
         worker = replace(self.cost(gpu, 1, intra_link(self.problem.cluster.gpu_types[gpu], None)), memory=None)
-        return PoolCost(self.stage_cost(stage), worker, link)
+        return PoolCost(self.stage_cost(stage), worker, link, self.problem.family.plugin)
 
     def per_request(self, with_chunk_s: float, plain_s: float) -> float:
         return self.mix.chunk_iterations * with_chunk_s + self.mix.plain_iterations * plain_s
@@ -149,7 +149,7 @@ class ReplicaView:
             "decode_attention_s": self.layers(i) * decode_s,
             "transfer_s": transfer_s,
             "head_s": head_s,
-            "other_s": self.per_request(cost.step_s(b + C), cost.step_s(b)),
+            "other_s": self.per_request(cost.step_s(b + C), cost.step_s(b)) + self.plugin_s(i),
             "kv_wait_s": wait_s,
         }
         return StageTime(
@@ -163,6 +163,15 @@ class ReplicaView:
             is_bottleneck=False,
             **parts,
         )
+
+    def plugin_s(self, i: int) -> float:
+        """Return what attention workers of a stage cost its hosts per request, besides the exchange."""
+        plugin, b = self.problem.family.plugin, self.mix.decode_tokens
+        if self.shape.stages[i].pool is None:
+            return 0.0
+        seconds = self.mix.iterations * (self.layers(i) * plugin.local_s + plugin.step_s)
+        is_last = i == len(self.shape.stages) - 1
+        return seconds + (self.per_request(b + 1, b) * plugin.sequence_s if is_last else 0.0)
 
     def attention_s(self, stage: StageShape, *, beside_chunk: bool = False) -> tuple[float, float]:
         """Return seconds of decode attention per layer and iteration on own ranks, and on the pool with exchange."""
@@ -180,7 +189,7 @@ class ReplicaView:
         if pool is None or C == 0:
             return 0.0
         layer_s = cost.dense_s(b + C) + 2 * cost.reduce_s(b + C) + cost.prefill_s(C)
-        layer_s += max(self.attention_s(stage, beside_chunk=True))
+        layer_s += max(self.attention_s(stage, beside_chunk=True)) + self.problem.family.plugin.local_s
         return float(self.pool_cost(stage, pool.gpu, pool.link).late_s(b, C, pool.head_groups, pool.cards, layer_s))
 
     def interval_s(self, times: tuple[StageTime, ...]) -> float:

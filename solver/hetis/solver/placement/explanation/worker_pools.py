@@ -54,7 +54,7 @@ def _used_pool(view: ReplicaView, i: int) -> str:
         f"live on {pool.cards * stage.copies} {pool.gpu}, {in_bytes(moved_bytes)} of KV less on each "
         f"{stage.gpu}. Decode attention of a layer and iteration takes {in_time(own_s)}{_beside_chunk(view, stage)} "
         f"there and {in_time(pool_s)} on the workers, exchange of {in_time(_exchange_s(view, stage, pool))} included; "
-        f"without workers {in_time(alone_s)}"
+        f"without workers {in_time(alone_s)}{_plugin(view, i)}"
     )
     stages = tuple(whole if j == i else other for j, other in enumerate(view.shape.stages))
     shared_by = tuple(tuple(j for j in positions if j != i) for positions in view.shape.shared_by)
@@ -70,6 +70,20 @@ def _beside_chunk(view: ReplicaView, stage: StageShape) -> str:
     """Return how much longer decode attention of a stage takes in iterations with a chunk, if it does."""
     factor = view.stage_cost(stage).mixed_factor
     return f" ({factor:.3g} times that beside a chunk)" if view.role is Role.UNIFIED and factor != 1.0 else ""
+
+
+def _plugin(view: ReplicaView, i: int) -> str:
+    """Return what the engine's hosts take for workers besides the exchange, if anything is charged."""
+    plugin = view.problem.family.plugin
+    if not plugin.local_s:
+        return ""
+    share = view.plugin_s(i) / view.times()[i].total_s
+    low, high = in_time(plugin.exchange_low_s), in_time(plugin.exchange_high_s)
+    return (
+        f"; the plugin takes {in_time(plugin.local_s)} of every layer and iteration besides, with what is no longer "
+        f"scheduled ahead {share:.0%} of the stage's time, and {in_time(plugin.exchange_s)} of each exchange "
+        f"({low} to {high}; {plugin.source})"
+    )
 
 
 def _exchange_s(view: ReplicaView, stage: StageShape, pool: PoolShape) -> float:
@@ -128,14 +142,14 @@ def _unused_pool(view: ReplicaView, i: int, gpu: str, idle: int, link: Link) -> 
     if most == 0:
         return f"{idle} idle {gpu} are fewer than the stage has copies."
 
-    before_s = view.attention_s(stage)[0]
+    before_s, local_s = view.attention_s(stage)[0], view.problem.family.plugin.local_s
     beside_chunk_s = view.attention_s(stage, beside_chunk=True)[0]
 
     def added_s(k: int, p: int) -> float:
-        """Return the seconds that the pool adds per request and layer."""
+        """Return the seconds that the pool adds per request and layer, with the plugin's own there."""
         pooled = replace(stage, pool=PoolShape(gpu=gpu, cards=p, head_groups=k, link=link))
         with_chunk_s = max(view.attention_s(pooled, beside_chunk=True)) - beside_chunk_s + view.late_s(pooled)
-        return view.per_request(with_chunk_s, max(view.attention_s(pooled)) - before_s)
+        return view.per_request(with_chunk_s + local_s, max(view.attention_s(pooled)) - before_s + local_s)
 
     sizes = sorted({*(size for size in (1, 2, 4, 8, 16) if size < most), most})
     k, p = min(((k, p) for k in range(1, groups + 1) for p in sizes), key=lambda kp: added_s(*kp))
@@ -147,7 +161,8 @@ def _unused_pool(view: ReplicaView, i: int, gpu: str, idle: int, link: Link) -> 
     return (
         f"{k} of {groups} head groups on {p} {gpu} take {in_time(pool_s)} "
         f"({in_time(_exchange_s(view, stage, pool))} of it exchange) beside {in_time(own_s)} on the stage, "
-        f"against {in_time(before_s)} without; with the KV of prefills that makes the stage "
+        f"against {in_time(before_s)} without; with {f'{in_time(local_s)} of the plugin and ' if local_s else ''}"
+        "the KV of prefills that makes the stage "
         f"{abs(change):.1f}% {'slower' if change >= 0 else 'faster'} and frees {in_bytes(freed)} of "
         "KV on each of its GPUs."
     )

@@ -134,14 +134,16 @@ def stage_times(costs: CostTables, shape: Shape, sweep: MixSweep, workers: Worke
         requests, cards = shape.depth * t.micro_batch[x], int(t.pool_sizes[workers.size])
         on_cards = layers_on_cards(t, workers.device_class, t.rank_tp[s], given, cards, requests, t.kv_tokens[x, f])
     compute_s, chunk_s = t.layer_s[x, s] + attention_s, t.chunk.layer_s[x, s] + chunk_attention_s
-    layer_s, fixed_s = np.maximum(compute_s, t.wire_s[x, s]), fixed_by_role(t, t, x, s, compute_s, t.wire_s[x, s])
+    layer_s, has_pool = np.maximum(compute_s, t.wire_s[x, s]), workers is not None
+    fixed_s = fixed_by_role(t, t, x, s, compute_s, t.wire_s[x, s], has_pool)
     most = np.minimum(layers_on_rank(t, x, f, s, kept), on_cards[:, :, None])
     if workers is not None:
         most[:, :, [FIRST, BOTH]] = np.minimum(most[:, :, [FIRST, BOTH]], on_cards[:, :, None] - t.prefix_layers)
     chunk_cap_s = (t.trip_cap[x, f] / shape.depth)[:, :, None]
     if np.isfinite(chunk_cap_s).any():
         with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
-            in_time = (chunk_cap_s - fixed_by_role(t, t.chunk, x, s, chunk_s, 0.0)) / chunk_s[:, :, None] + ROUNDING
+            beside_s = fixed_by_role(t, t.chunk, x, s, chunk_s, 0.0, has_pool)
+            in_time = (chunk_cap_s - beside_s) / chunk_s[:, :, None] + ROUNDING
         most = np.where(np.isfinite(chunk_cap_s), np.minimum(most, in_time), most)
     longer = 1.0 + slack(
         iterations_of(t, x, f), layer_s, chunk_s, sweep.least_slack[:, None], sweep.unevenness[:, None]
@@ -166,7 +168,7 @@ def shortest_with(costs: CostTables, shape: Shape, counts: IntArray, mixes: IntA
     entries = t.least_pool_start[shape.ranks, workers.device_class] + workers.size
     layer_s = t.layer_s[at] + t.least_pool_s[np.ix_(mixes, entries)]
     prefix_s = t.prefix_layers * (layer_s + t.prefix_delta_s[at])
-    beside_s = t.step_s[at] + np.minimum(t.hop_s[at], prefix_s)
+    beside_s = t.step_s[at] + t.plugin_step_s[mixes, None] + np.minimum(t.hop_s[at], prefix_s)
     found_s = _shortest_s(t.num_layers, counts, layer_s, beside_s)
     return np.where(found_s > t.t_cap[mixes, shape.in_flight_index] * (1.0 + EXACT), np.inf, found_s)
 

@@ -67,14 +67,16 @@ def pool_entry(t: Tables, s: Indices, q: int, k: Indices, size: int) -> Any:
 
 
 def fixed_by_role(
-    t: Tables, times: Tables | ChunkTables, x: Indices, s: Indices, compute_s: Numbers, wire_s: Numbers
-) -> FloatArray:
+    t: Tables, times: Tables | ChunkTables, x: Indices, s: Indices, compute_s: Numbers, wire_s: Numbers,
+    has_pool: Numbers | bool,
+) -> FloatArray:  # fmt: skip
     """Return the seconds that a stage takes besides its repeated layers, in every role; [.., 4].
 
     They are those of a mean iteration, or with ``times`` of a chunk those of one with a chunk, of a stage whose layers
     compute for ``compute_s`` while their KV is on the wire for ``wire_s``.
     """
-    step_s, hop_s, last_s = times.step_s[x, s], times.hop_s[x, s], times.last_s[x, s]
+    hop_s, step_s = times.hop_s[x, s], times.step_s[x, s] + has_pool * times.plugin_step_s[x]
+    last_s = times.last_s[x, s] + has_pool * times.plugin_last_s[x]
     prefix_s = t.prefix_layers * np.maximum(compute_s + times.prefix_delta_s[x, s], wire_s)
     return np.stack([step_s + hop_s, step_s + prefix_s, step_s + hop_s + last_s, step_s + prefix_s + last_s], axis=-1)
 

@@ -118,7 +118,7 @@ class StageTables:
         place = place or Part(zones)
         wire_s, landing_s = self._kv_tables(place)
         slowest_s = self._slowest_landing_s(place, primaries, landing_s)
-        pools = self._pools
+        pools, (whole_step_s, whole_last_s, chunk_step_s, chunk_last_s) = self._pools, self._plugin_tables()
         drafting_s, chunk_drafting_s = self._drafting(model, stack, wire_s)
         start = pools.start.copy()
         for s, (i, _) in enumerate(self.ranks):
@@ -164,12 +164,16 @@ class StageTables:
             own_s=self.own_s,
             hop_s=hops[:, :, 0].T.copy(),
             step_s=stack["step_s"],
+            plugin_step_s=whole_step_s,
+            plugin_last_s=whole_last_s,
             last_s=stack["last_s"] + drafting_s,
             prefix_delta_s=stack["prefix_delta_s"],
             chunk=ChunkTables(
                 layer_s=stack["chunk_layer_s"],
                 hop_s=hops[:, :, 1].T.copy(),
                 step_s=stack["chunk_step_s"],
+                plugin_step_s=chunk_step_s,
+                plugin_last_s=chunk_last_s,
                 last_s=stack["chunk_last_s"] + chunk_drafting_s,
                 prefix_delta_s=stack["chunk_prefix_delta_s"],
                 own_s=self.chunk_own_s,
@@ -185,6 +189,13 @@ class StageTables:
             least_pool_start=pools.least_start,
             least_pool_s=pools.least_s,
         )  # fmt: skip
+
+    def _plugin_tables(self) -> tuple[FloatArray, ...]:
+        """Return seconds for iterations of a stage with workers, and for sequences; of a request, of a chunk; [X]."""
+        m, plugin = self._numbers, self.problem.family.plugin
+        plain_s, chunk_s = plugin.sequence_s * m.decode_tokens, plugin.sequence_s * (m.decode_tokens + 1)
+        last_s = m.chunk_iterations * chunk_s + m.plain_iterations * plain_s
+        return plugin.step_s * m.iterations, last_s, np.where(m.unified, plugin.step_s, 0.0), m.unified * chunk_s
 
     def _drafting(
         self, model: ModelSpec, stack: Mapping[str, FloatArray], wire_s: FloatArray
@@ -377,7 +388,7 @@ class StageTables:
                     worker = self._device(worker_class, 1, primary.model)
                 key = id(primary), id(worker), link
                 if key not in offsets:
-                    pool = PoolCost(primary, worker, link)
+                    pool = PoolCost(primary, worker, link, self.problem.family.plugin)
                     part = self._pool_entries(pool, self._rank_rows(primary, own_class)["chunk_layer_s"])
                     offsets[key], total = total, total + part[0].shape[1]
                     parts.append(part)
@@ -406,9 +417,9 @@ class StageTables:
     def _pool_entries(self, pool: PoolCost, chunk_layer_s: FloatArray) -> tuple[FloatArray, FloatArray]:
         """Return seconds of attention with a pool per request, and the same for one iteration with a chunk.
 
-        These are ``nc (max(mu own, worker + exchange) + late) + nd max(own, worker + exchange)``, and what is in its
-        brackets. Both are [X, Gr * sizes], for k = 1..Gr (outer), then p. ``chunk_layer_s`` [X] is the rest of a layer
-        with a chunk.
+        These are ``nc (max(mu own, worker + exchange) + local + late) + nd (max(own, worker + exchange) + local)``, and
+        what is in its first brackets. Both are [X, Gr * sizes], for k = 1..Gr (outer), then p. ``chunk_layer_s`` [X] is
+        the rest of a layer with a chunk.
         """
         groups = pool.primary.shape.groups
         k = np.arange(1.0, groups + 1)[:, None]
@@ -422,9 +433,10 @@ class StageTables:
         )
         own = pool.primary.decode_attention_s(b * (groups - k), pool.primary.shape.queries_per_group)
         remote = pool.attention_s(b, k, p)
-        plain = np.maximum(own, remote)
+        local_s = pool.plugin.local_s
+        plain = np.maximum(own, remote) + local_s
         entries = np.where(b == 0.0, np.inf, nd * plain)  # prefill replicas have no pools
-        mixed = np.maximum(pool.primary.mixed_factor * own[unified], remote[unified])
+        mixed = np.maximum(pool.primary.mixed_factor * own[unified], remote[unified]) + local_s
         late = pool.late_s(b[unified], c[unified], k, p, chunk_layer_s[unified, None, None] + mixed)
         chunk_entries[unified] = mixed + late
         entries[unified] += nc[unified] * chunk_entries[unified]

@@ -36,6 +36,8 @@ class ChunkTables(NamedTuple):
     layer_s: FloatArray  # [X, S] without decode attention
     hop_s: FloatArray  # [X, S]
     step_s: FloatArray  # [X, S]
+    plugin_step_s: FloatArray  # [X]
+    plugin_last_s: FloatArray  # [X]
     last_s: FloatArray  # [X, S]
     prefix_delta_s: FloatArray  # [X, S]
     own_s: FloatArray  # [X, S, max groups + 1] decode attention of kept groups
@@ -80,6 +82,8 @@ class Tables(NamedTuple):
     own_s: FloatArray  # [X, S, max groups + 1] decode attention of kept groups
     hop_s: FloatArray  # [X, S]
     step_s: FloatArray  # [X, S]
+    plugin_step_s: FloatArray  # [X] added to ``step_s`` of a stage with a pool
+    plugin_last_s: FloatArray  # [X] added to ``last_s`` of a stage with a pool
     last_s: FloatArray  # [X, S]
     prefix_delta_s: FloatArray  # [X, S] additional time of a prefix layer over a repeated one
     chunk: ChunkTables

@@ -99,7 +99,9 @@ def stage_seconds(costs: CostTables, template: Template, *, with_chunk: bool = F
             wire_s[i] = 0.0  # KV is not handed over to replicas with attention workers
     wire_s = 0.0 * wire_s if with_chunk else wire_s
     compute_s = times.layer_s[x, s] + attention_s
-    fixed_s = fixed_by_role(t, times, x, s, compute_s, wire_s)[np.arange(len(s)), stage_roles(len(s))]
+    has_pool = np.array([stage.pool_class >= 0 for stage in template.stages])
+    by_role = fixed_by_role(t, times, x, s, compute_s, wire_s, has_pool)
+    fixed_s = by_role[np.arange(len(s)), stage_roles(len(s))]
     return np.maximum(compute_s, wire_s), fixed_s
 
 
