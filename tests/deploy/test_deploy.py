@@ -257,7 +257,7 @@ def test_what_helm_makes_of_the_chart_fits_together(planner: dict[str, Any], tmp
     config = tmp_path / "planner.yaml"
     config.write_text(by_kind["ConfigMap", "h-planner"]["data"]["planner.yaml"], encoding="utf-8")
     loaded = load_config(config, environment={})
-    assert loaded.asks_for_credentials
+    assert loaded.requires_credentials
     assert loaded.solver.queue == (7 if planner else 32)
     pods = by_kind["StatefulSet", "h-planner"]["spec"]["template"]
     for service in ("h-planner", "h-planners"):

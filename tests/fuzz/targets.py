@@ -16,19 +16,19 @@ from typing import Any
 
 from google.protobuf.message import DecodeError, Message
 
+from hetis.commands.x509 import ends_of_certificates
 from hetis.formats import documents
 from hetis.formats.discovery.fleet import discovered
 from hetis.formats.discovery.reading import read_inventory
 from hetis.formats.errors import DocumentError
 from hetis.formats.measurements import load_measurements
 from hetis.formats.positions import parse_text
-from hetis.formats.trace_forms import characters_counter
 from hetis.formats.traces import read_trace
+from hetis.formats.traces.rows import characters_counter
 from hetis.planner.convert.documents import read_document
 from hetis.planner.convert.plans import objective_from_proto
 from hetis.planner.convert.stages import stage_from_proto
 from hetis.planner.failures import ServiceError
-from hetis.planner.service.identity.certificates import ends_of_certificates
 from hetis.planner.service.identity.credentials import Tokens
 from hetis.planner.service.settings import load_config
 from hetis.profiler.importers import FORMATS, import_tables

@@ -279,7 +279,6 @@ def test_a_sweep_has_a_row_for_every_rate(plan: hetis.Plan) -> None:
         ({"mtp": "x"}, "mtp: 'x' is not TOKENS:ACCEPTANCE"),
         ({"seed": -1}, "seed: is -1, must be at least 0"),
         ({"seed": 1.5}, "seed: is 1.5, must be a whole number"),
-        ({"threads": -1}, "threads: is -1, must be"),
         ({"simplest_within": 2}, "simplest_within: is 2, must be at least 0 and below 1"),
         ({"ttft": "100"}, "ttft: a TTFT limit of 100 has no unit: 100ms or 100s?"),
         ({"tpot": "50"}, "tpot: a TPOT limit of 50 has no unit: 50ms or 50s?"),
@@ -305,11 +304,11 @@ def test_what_is_wrong_is_named(folder: Path, options: dict[str, Any], words: st
 
 def test_wrong_arguments_are_told_at_once() -> None:
     with pytest.raises(hetis.HetisError) as caught:
-        hetis.place(None, "Llama-2-7B", "500/100", gap=-1, threads="2")  # type: ignore[arg-type]
+        hetis.place(None, "Llama-2-7B", "500/100", gap=-1, seed="2")  # type: ignore[arg-type]
     assert str(caught.value).splitlines() == [
         "place: cluster: is None, must be a Cluster, or its file",
         "place: gap: is -1, must be at least 0 and below 1 (100%)",
-        "place: threads: is '2', must be a whole number",
+        "place: seed: is '2', must be a whole number",
     ]
     with pytest.raises(hetis.HetisError, match="load_plan: path: is 3, must be a path"):
         hetis.load_plan(3)  # type: ignore[arg-type]

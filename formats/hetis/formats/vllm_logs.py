@@ -1,8 +1,4 @@
-"""Requests and iterations in the log of a vLLM server.
-
-A server started with ``--enable-log-requests --enable-log-outputs`` and ``VLLM_LOGGING_LEVEL=DEBUG`` logs the token
-ids of every prompt and output (``vllm/entrypoints/serve/utils/request_logger.py`` of 0.32; versions up to 0.11 logged
-the ids of prompts at INFO). Requests without a response are left out: they failed, or the log ends too early.
+"""Iterations in the log of a vLLM server.
 
 A server started with ``--enable-logging-iteration-details`` logs a line for every iteration: its requests and tokens,
 and the time that the engine waited for its result (``vllm/v1/metrics/loggers.py`` of 0.32). Older versions logged
@@ -37,7 +33,7 @@ _ITERATION = re.compile(
 _RANK = re.compile(r"EngineCore_DP(\d{1,6})")  # named by processes of older versions
 _CAPACITY = re.compile(r"(\w{1,20}) KV cache size: ([\d,]{1,20}) tokens")
 _CLOCK = re.compile(r"\b(\d\d)-(\d\d) (\d\d):(\d\d):(\d\d)\b")
-_COLLECTED = re.compile(r"\d{4}-\d\d-\d\d[T ]\d\d:\d\d:\d\d(?:[.,]\d{1,6})?")  # docker, Kubernetes and journals add it
+COLLECTED = re.compile(r"\d{4}-\d\d-\d\d[T ]\d\d:\d\d:\d\d(?:[.,]\d{1,6})?")  # docker, Kubernetes and journals add it
 _COLOUR = re.compile(r"\x1b\[[\d;]*m")
 _START = re.compile(r"LLM engine \(v([\w.+-]{1,40})\)")  # a line that an engine logs when it starts
 _SERVED = {  # what such a line says of the model
@@ -190,7 +186,7 @@ def _update(server: LoggedServer, news: LoggedServer) -> None:
 
 def _clock(line: str) -> tuple[float | None, float]:
     """Return the time of a line and its resolution: that of a collector, which is finer, or else the server's own."""
-    collected = _COLLECTED.search(line[:200])
+    collected = COLLECTED.search(line[:200])
     try:
         if collected is not None:
             text = collected[0].replace(",", ".")
@@ -198,81 +194,13 @@ def _clock(line: str) -> tuple[float | None, float]:
     except ValueError:
         return None, 1.0
     own = _CLOCK.search(line[:300])
-    return None if own is None else _seconds_of_year(own.groups()), 1.0
+    return None if own is None else seconds_of_year(own.groups()), 1.0
 
 
-def _seconds_of_year(words: Sequence[str]) -> float | None:
+def seconds_of_year(words: Sequence[str]) -> float | None:
     """Return the time of month, day, hour, minute and second, or None if there is no such time."""
     month, day, hour, minute, second = map(int, words)
     try:
         return datetime(_LEAP_YEAR, month, day, hour, minute, second, tzinfo=UTC).timestamp()
     except ValueError:
         return None
-
-
-# --- requests
-
-_HALF_A_YEAR_S = 182 * 86_400.0
-MAX_OPEN = 1_000_000  # requests that wait for their responses
-
-# User text precedes the ids, so the last list in a line is the server's.
-_LINE = re.compile(
-    r"\b(?:DEBUG|INFO) (\d\d)-(\d\d) (\d\d):(\d\d):(\d\d)(?:\.\d+)? "
-    r".*?(Received request|Request|Generated response) ([\w.-]{1,200})[ :]"
-)
-_IDS = re.compile(r".*\b(prompt|output)_token_ids: \[([\d, ]*)(\]|$)", re.DOTALL)
-
-
-@dataclass(slots=True)
-class _Unfinished:
-    """A request without a response yet. Counts are 0 until they are known."""
-
-    line: int
-    arrival_s: float
-    prompt_tokens: int = 0
-    delta_tokens: int = 0
-
-
-def request_rows(label: str, lines: Iterable[str]) -> Iterator[tuple[int, list[str]]]:
-    """Yield line and values (arrival, prompt, output) of every request with a response, in the order of the responses,
-    and at the end the lines of those without a response, with no values.
-    Raises DocumentError if the file is not a vLLM log, or has no token ids.
-    """
-    waiting: dict[str, _Unfinished] = {}
-    last_s, year_s, num_answers, seen = 0.0, 0.0, 0, False
-    for number, line in enumerate(lines, start=1):
-        found = _LINE.search(line[:1000])
-        if found is None or (now_s := _seconds_of_year(found.groups()[:5])) is None:
-            continue
-        if now_s < last_s - _HALF_A_YEAR_S:  # New Year
-            year_s += 366 * 86_400.0
-        last_s = now_s
-        seen, what, name = True, found[6], found[7]
-        ids = _ids_of(line)
-        if what != "Generated response":
-            if len(waiting) < MAX_OPEN:
-                one = waiting.setdefault(name, _Unfinished(line=number, arrival_s=now_s + year_s))
-                one.prompt_tokens = ids or one.prompt_tokens
-        elif ids and name in waiting:
-            one = waiting[name]
-            if "(streaming delta)" in line[:1000]:
-                one.delta_tokens += ids
-            elif one.prompt_tokens:
-                num_answers += 1
-                del waiting[name]
-                yield one.line, [repr(one.arrival_s), str(one.prompt_tokens), str(ids)]
-    for one in waiting.values():
-        if one.prompt_tokens and one.delta_tokens:
-            num_answers += 1
-            yield one.line, [repr(one.arrival_s), str(one.prompt_tokens), str(one.delta_tokens)]
-    if not num_answers:
-        why = "has no token ids of requests and their answers" if seen else "has no request in vLLM's form"
-        how = "vLLM logs them with --enable-log-requests --enable-log-outputs and VLLM_LOGGING_LEVEL=DEBUG"
-        raise single_problem(label, f"{why}: {how}")
-    yield from ((one.line, []) for one in waiting.values() if one.prompt_tokens and not one.delta_tokens)
-
-
-def _ids_of(line: str) -> int:
-    """Return the number of token ids in the last list of a line, or 0 if there is none."""
-    found = _IDS.match(line)
-    return found[2].count(",") + 1 if found is not None and found[2].strip() else 0

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, PlainValidator, WithJsonSchema
 
 from hetis.formats import catalogue
-from hetis.formats.errors import DocumentError, Problem, shown, single_problem
+from hetis.formats.errors import DocumentError, Problem, shown
 from hetis.formats.fields import (
     Document,
     DocumentPart,
@@ -28,7 +28,8 @@ from hetis.formats.fields import (
     with_envelope,
 )
 from hetis.formats.positions import Text
-from hetis.formats.traces import ENDINGS, MAX_TOKENS, PrefixHitRate, load_trace, no_hash_ids
+from hetis.formats.traces import ENDINGS, MAX_TOKENS, PrefixHitRate, load_trace
+from hetis.formats.traces.hits import no_hash_ids
 from hetis.solver.workload import LengthBin, Workload
 
 Tokens = Annotated[float, Field(ge=1, le=MAX_TOKENS)]
@@ -79,19 +80,22 @@ class WorkloadDocument(Document):
     trace: str | None = None
 
 
-def load_workload(ref: str | os.PathLike[str], *, prefix_hit_rate: PrefixHitRate | None = None) -> Workload:
+def load_workload(
+    ref: str | os.PathLike[str], *, prefix_hit_rate: PrefixHitRate | None = None, notes: list[str] | None = None
+) -> Workload:
     """Return the workload that ``ref`` names. Raises DocumentError if the name is unknown, the file has problems (all
     of them), or hits cannot be counted in it.
 
     ``ref``: a catalogue name (``azure_conv_2023``); plain means as prompt/output tokens (``8000/300``); a trace
     (``.csv``, ``.tsv``, ``.jsonl`` or ``.log``, optionally followed by ``.gz``; see `load_trace`); or a Workload file
     (``-``: standard input). ``prefix_hit_rate``: replaces the source's own; None: that of the Workload file, or 0.
+    ``notes`` gets sentences about what was assumed.
     """
     text = os.fspath(ref)
     if _MEANS.fullmatch(text) and not os.path.exists(text):
         return with_prefix_hits(_means(text), prefix_hit_rate)
     if text.endswith(ENDINGS):
-        return load_trace(text, prefix_hit_rate=prefix_hit_rate or 0.0)
+        return load_trace(text, prefix_hit_rate=prefix_hit_rate or 0.0, notes=notes)
     try:
         return with_prefix_hits(catalogue.find_workload(text).workload, prefix_hit_rate)
     except catalogue.UnknownNameError as error:
@@ -100,10 +104,8 @@ def load_workload(ref: str | os.PathLike[str], *, prefix_hit_rate: PrefixHitRate
             message = f"{error} (and no such file exists){form}"
             raise DocumentError([Problem(file="workload", message=message)]) from None
     data, source = read_data(text)
-    if isinstance(data, list) or (isinstance(data, dict) and "input_lens" in data and "kind" not in data):
-        raise single_problem(
-            text, "is a trace, not a Workload: convert it with hetis-plan convert FILE --out trace.csv"
-        )
+    if isinstance(data, list) or (isinstance(data, dict) and data and not {"apiVersion", "kind"} & data.keys()):
+        return load_trace(text, prefix_hit_rate=prefix_hit_rate or 0.0, notes=notes)
     if prefix_hit_rate is not None and isinstance(data, dict):
         data = {**data, "prefix_hit_rate": prefix_hit_rate}
     return parse_workload(data, source)

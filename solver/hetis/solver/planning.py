@@ -26,7 +26,7 @@ from hetis.solver.problem import PlacementProblem
 
 def solve_placement(
     problem: PlacementProblem, *, strategy: str = "hetis", budget: Budget | None = None, gap_target: float = 0.001,
-    seed: int = 0, threads: int = 1, report: Report = silent, market: Market | None = None,
+    seed: int = 0, report: Report = silent, market: Market | None = None,
     simplest_within: float = 0.0,
 ) -> Plan:  # fmt: skip
     """Choose replicas for a fleet so that the objective is best, and prove how good the choice is.
@@ -47,7 +47,7 @@ def solve_placement(
     if strategy not in STRATEGIES:
         raise InvalidProblemError(f"unknown strategy {strategy!r}, must be one of {', '.join(STRATEGIES)}")
     settings = SearchSettings(
-        strategy=strategy, budget=budget or Budget(), gap_target=gap_target, seed=seed, threads=threads, report=report
+        strategy=strategy, budget=budget or Budget(), gap_target=gap_target, seed=seed, report=report
     )
     problem = replace(problem.in_shared_precision(), family=STRATEGIES[strategy].restrict(problem.family))
     family = problem.family
@@ -112,7 +112,7 @@ def _solved(freed: PlacementProblem, plan: Plan, part: Constraints, settings: Se
     try:
         better = solve_placement(
             freed, strategy=plan.strategy, budget=settings.budget, gap_target=settings.gap_target, seed=settings.seed,
-            threads=settings.threads, report=settings.report,
+            report=settings.report,
         )  # fmt: skip
     except HetisError:
         return None  # stopped before it had a plan, which proves nothing

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 
 from hetis.formats.documents import dump
 from hetis.formats.errors import DocumentError
-from hetis.formats.traces import BLOCK_TOKENS, hit_tokens, load_trace, read_trace
+from hetis.formats.traces import load_trace, read_trace
+from hetis.formats.traces.hits import BLOCK_TOKENS, hit_tokens
 from hetis.formats.workload import load_workload, with_prefix_hits
 from hetis.solver.workload import Workload
 

@@ -12,10 +12,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hetis.formats import trace_forms
 from hetis.formats.errors import DocumentError
-from hetis.formats.trace_forms import FORMS, characters_counter
-from hetis.formats.traces import Trace, read_trace, trace_text
+from hetis.formats.traces import Trace, read_trace, rows, trace_text
+from hetis.formats.traces.forms import FORMS
+from hetis.formats.traces.rows import characters_counter
 
 # First lines of the published files; each has the three requests below.
 AZURE_2023 = """\
@@ -293,9 +293,9 @@ def test_arrays_are_read_in_pieces_of_any_size(lengths: list[int], chunk: int, b
     items = [{"timestamp": i, "input_length": n, "output_length": 1} for i, n in enumerate(lengths)]
     text = "[" + f",{blank}".join(map(json.dumps, items)) + "]"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trace_forms, "_CHUNK", chunk)
-        rows = list(trace_forms.array_rows("t.json", io.StringIO(text), None))
-    assert [int(values[1]) for _, _, values in rows] == lengths
+        patch.setattr(rows, "_CHUNK", chunk)
+        found = list(rows.array_rows("t.json", io.StringIO(text), None))
+    assert [int(values[1]) for _, _, values in found] == lengths
 
 
 @pytest.mark.parametrize(
@@ -309,17 +309,21 @@ def test_arrays_are_read_in_pieces_of_any_size(lengths: list[int], chunk: int, b
             '[{"a": 1}]',
             "[0]: fields arrival_s, prompt_tokens, output_tokens are missing; the file has the fields a;",
         ),
-        ("t.json", '{"input_lens": [1]}', "has no start_times, output_lens, but input_lens: expected an array"),
+        ("t.json", '{"input_lens": [1]}', "has no output_lens, but input_lens: save the report with each"),
         ("t.json", '{"input_lens": [1], "output_lens": [], "start_times": [1]}', "1 start_times, 1 input_lens, 0 out"),
         ("t.json", "[" * 100_000, "[0] is nested too deeply"),
         ("t.json", '[{"timestamp": 0, "input_length": 0, "output_length": 1}]', "[0].input_length: is 0, must be 1 to"),
-        ("t.log", "INFO: 127.0.0.1 - GET /health", "has no request in vLLM's form: vLLM logs them with"),
+        ("t.log", "INFO: 127.0.0.1 - GET /health", "has no request in vLLM's or SGLang's form: vLLM logs them with"),
         (
             "t.log",
             "INFO 11-22 10:00:00 [l.py:1] Received request a-1: params: SamplingParams(), lora_request: None.",
             "has no token ids of requests and their answers: vLLM logs them with --enable-log-requests",
         ),
-        ("t.log", "INFO 13-45 10:00:00 [l.py:1] Received request a-1: params", "has no request in vLLM's form"),
+        (
+            "t.log",
+            "INFO 13-45 10:00:00 [l.py:1] Received request a-1: params",
+            "has no request in vLLM's or SGLang's form",
+        ),
     ],
 )
 def test_what_is_no_trace_says_so_once(tmp_path: Path, name: str, text: str, said: str) -> None:

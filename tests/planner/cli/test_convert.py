@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from hetis.formats.traces import read_trace
+from tests.formats.traces.test_rates import SCRAPE
 from tests.formats.traces.test_trace_forms import AIPERF, BENCH, BURSTGPT, LITELLM, SHAREGPT, VLLM_LOG
 from tests.planner.command_line import hetis_plan_here
 
@@ -117,12 +118,21 @@ def test_other_verbs_read_logs_and_send_texts_here(folder: Path) -> None:
     from hetis.formats.errors import DocumentError
 
     assert load_workload(folder / "server.log").rate_rps == 0.5
-    with pytest.raises(
-        DocumentError, match="is a trace, not a Workload: convert it with hetis-plan convert FILE --out"
-    ):
+    with pytest.raises(DocumentError, match="hetis-plan convert counts them"):
         load_workload(folder / "sharegpt.json")
     (folder / "w.json").write_text(
         json.dumps({"apiVersion": "hetis/v1", "kind": "Workload", "name": "w", "trace": "sharegpt.json"})
     )
     with pytest.raises(DocumentError, match="hetis-plan convert counts them"):
         load_workload(folder / "w.json")
+
+
+def test_a_scrape_becomes_a_workload(folder: Path) -> None:
+    (folder / "metrics.txt").write_text(SCRAPE)
+    done = hetis_plan_here("convert", "metrics.txt", "--out", "w.yaml", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    assert "100 requests" in done.stderr
+    assert "300/40 tokens on average (form: metrics of vllm)" in done.stderr
+    assert hetis_plan_here("validate", "w.yaml", cwd=folder).returncode == 0
+    refused = hetis_plan_here("convert", "metrics.txt", "--out", "w.csv", cwd=folder)
+    assert (refused.returncode, "has lengths and rates, but no requests" in refused.stderr) == (2, True)

@@ -3,32 +3,24 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
 import socket
-import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import pytest
 import yaml
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from hetis.commands.endpoints import STANDBY_ANSWER
-from hetis.commands.terminal import Terminal
 from hetis.planner.cli.exit_codes import ExitCode
-from hetis.planner.cli.server import planner_verbs
-from hetis.planner.cli.server.planner_verbs import interrupts_that_arrive
 from hetis.planner.cli.server.resource_views import COLUMNS, ago, lines_of_event
-from hetis.planner.cli.server.waiting import wait_for_plan
-from hetis.planner.client import Client
 from hetis.v1 import cluster_pb2, cluster_service_pb2, plan_pb2, redispatch_pb2, replica_pb2
 from tests.planner.cli_server.conftest import Run
 from tests.planner.client.fake_planner import FakePlanner, refuse
 
 Captured = pytest.CaptureFixture[str]
+
+
 KINDS = sorted(COLUMNS)
 
 
@@ -392,69 +384,3 @@ def test_a_cluster_is_watched_line_by_line(fleet: FakePlanner, hetis_plan: Run, 
 def test_times_are_told_as_how_long_ago(passed_s: int, said: str) -> None:
     assert ago(Timestamp(seconds=1000), now_s=1000.0 + passed_s) == said
     assert ago(None) == ago(Timestamp()) == ""
-
-
-def test_an_interrupt_that_python_drops_comes_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Dropping:
-        def __del__(self) -> None:
-            os.kill(os.getpid(), signal.SIGINT)
-
-    dropped = list[object]()
-    monkeypatch.setattr(sys, "unraisablehook", lambda unraisable: dropped.append(unraisable.exc_type))
-    before = signal.getsignal(signal.SIGINT)
-
-    def watching() -> None:
-        with interrupts_that_arrive():
-            Dropping()
-            time.sleep(60)
-
-    with pytest.raises(KeyboardInterrupt):
-        watching()
-    assert dropped == [KeyboardInterrupt]
-    assert signal.getsignal(signal.SIGINT) is before
-    assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
-
-
-def test_an_interrupt_on_its_way_out_is_not_interrupted(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(planner_verbs, "AGAIN_S", 0.01)
-    steps = list[int]()
-
-    def watching() -> None:
-        with interrupts_that_arrive():
-            try:
-                os.kill(os.getpid(), signal.SIGINT)
-                time.sleep(60)
-            finally:
-                for step in range(10):
-                    time.sleep(0.02)
-                    steps.append(step)
-
-    with pytest.raises(KeyboardInterrupt):
-        watching()
-    assert steps == list(range(10))
-    assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
-
-    def hanging() -> None:
-        with interrupts_that_arrive():
-            try:
-                raise KeyboardInterrupt
-            finally:
-                os.kill(os.getpid(), signal.SIGINT)  # a second Ctrl-C is meant
-                steps.append(10)
-
-    with pytest.raises(KeyboardInterrupt):
-        hanging()
-    assert steps == list(range(10))
-
-
-@pytest.mark.parametrize("tells", [True, False])
-def test_only_a_plan_of_which_a_planner_has_told_is_said_to_go_on(capsys: Captured, tells: bool) -> None:
-    class Interrupted:
-        def wait(self, name: str, *, news: Callable[[plan_pb2.Plan], None]) -> plan_pb2.Plan:
-            if tells:
-                news(plan_pb2.Plan(name=name))
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        wait_for_plan(Terminal(), cast(Client, Interrupted()), "plans/x", exists=False)
-    assert ("plans/x continues on the planner" in capsys.readouterr().err) is tells

@@ -279,8 +279,8 @@ def test_a_list_is_followed_however_long_the_planner_hangs(
     served.events = [cluster_service_pb2.WatchClusterResponse(resume_token="t0", caught_up=True)]
     monkeypatch.setattr("hetis.planner.cli.server.server_verb.LONGEST_SILENCE_S", 0.0)  # the limit of the other verbs
     monkeypatch.setattr("hetis.planner.client.errors.FIRST_WAIT_S", 0.01)
-    monkeypatch.setattr("hetis.planner.client.errors.TOLD_AFTER_S", 0.0)
-    monkeypatch.setattr("hetis.planner.client.errors.TOLD_AGAIN_S", 0.0)
+    monkeypatch.setattr("hetis.planner.client.errors.REPORTED_AFTER_S", 0.0)
+    monkeypatch.setattr("hetis.planner.client.errors.REPORTED_AGAIN_S", 0.0)
     monkeypatch.setattr("hetis.planner.client.channels.CHANNEL_OPTIONS", (("grpc.enable_retries", 0),))
 
     def called(method: str, context: object) -> None:
@@ -308,7 +308,7 @@ def test_a_list_is_followed_even_if_no_planner_answers_at_first(
 ) -> None:
     """In the past the verb ended with 6 if it was started before the planner, such as a router's sidecar."""
     monkeypatch.setattr("hetis.planner.client.errors.FIRST_WAIT_S", 0.01)
-    monkeypatch.setattr("hetis.planner.client.errors.TOLD_AFTER_S", 0.0)
+    monkeypatch.setattr("hetis.planner.client.errors.REPORTED_AFTER_S", 0.0)
     monkeypatch.setattr("hetis.planner.client.channels.SLOW_AFTER_S", 0.05)
     monkeypatch.setattr("hetis.planner.client.channels.CHANNEL_OPTIONS", (("grpc.enable_retries", 0),))
 

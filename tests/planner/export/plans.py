@@ -68,14 +68,9 @@ PLANS: Mapping[str, Plan] = {
     "copies that share experts": made_of(
         replica(on("a/0", "a/1", "a/2", "a/3", copies=4), in_flight=4, expert_parallel=True, kv_tokens=4096)
     ),
-    "copies": made_of(
-        replica(
-            on("a/0", "b/0", layers=3, copies=2), on("a/1", "b/1", first=3, layers=1, copies=2), in_flight=4, rate=4.0
-        )
-    ),
 }
 CARDS_SHARED = made_of(sharing().replicas[0])
-UNEQUAL_COPIES = replica(on("e/0", layers=3), on("f/0", "f/1", first=3, layers=1, copies=2), rate=5.0)
+STAGE_COPIES = replica(on("e/0", layers=3), on("f/0", "f/1", first=3, layers=1, copies=2), rate=5.0)
 WITH_WORKERS = {"attention workers", "workers of stages"}
 
 

@@ -281,7 +281,7 @@ def read_lws(files: Mapping[str, str]) -> dict[str, Read]:
     groups = []
     for one in manifests(files):
         if one["kind"] == "LeaderWorkerSet":
-            specs = [(one["metadata"]["name"].rpartition("-")[2], one["spec"])]
+            specs = [(one["metadata"]["labels"]["app.kubernetes.io/instance"].rpartition("-")[2], one["spec"])]
         elif one["kind"] == "DisaggregatedSet":
             specs = [(role["name"].rpartition("-")[2], role["spec"]) for role in one["spec"]["roles"]]
         else:

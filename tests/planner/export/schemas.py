@@ -7,6 +7,7 @@ Derived from the projects' own definitions, which are 1 to 3 MB each and not par
 - DynamoGraphDeployment v1beta1: ai-dynamo/dynamo at 0fddc01b3724, deploy/operator/api/v1beta1 (Apache-2.0)
 - values of the chart 0.4.12: llm-d-incubation/llm-d-modelservice at 3051935eb5a4 (Apache-2.0)
 - EndpointPickerConfig: llm-d/llm-d-router, the documents of the weight scorer and the label producer (Apache-2.0)
+- InferencePool v1: kubernetes-sigs/gateway-api-inference-extension, api/v1; HTTPRoute v1: gateway-api (Apache-2.0)
 - LLMConfig: ray 2.60.0 from PyPI, ray/llm/_internal: serve/core/configs/llm_config.py, common/placement.py (Apache-2.0)
 
 Every export of the ten plans was also checked against the three whole CRDs of LWS and KServe and the chart's
@@ -87,7 +88,28 @@ _COMPONENT = of(
     replicas=COUNT,
     podTemplate=POD_TEMPLATE,
 )
+_PORT = {"type": "integer", "minimum": 1, "maximum": 65_535}
+_POOL = of(
+    "selector targetPorts endpointPickerRef",
+    selector=of("matchLabels", matchLabels=TEXTS),
+    targetPorts=many(of("number", number=_PORT), 1, 8),
+    endpointPickerRef=of("name", group=TEXT, kind=TEXT, name=NAME, port=of("number", number=_PORT), failureMode=TEXT),
+)
+_BACKEND = of("name", group=TEXT, kind=TEXT, name=NAME, port=_PORT, weight=_WEIGHT)
+_ROUTE = of(
+    "parentRefs rules",
+    parentRefs=many(of("name", name=NAME, namespace=NAME), 1),
+    rules=many(of("backendRefs", backendRefs=many(_BACKEND, 1, 16), timeouts=of("", request=TEXT)), 1, 16),
+)
+_MONITOR = of(
+    "selector podMetricsEndpoints",
+    selector=of("matchLabels", matchLabels=TEXTS),
+    podMetricsEndpoints=many(of("port", port=TEXT, path=TEXT, scheme=one_of("http", "https")), 1),
+)
 OBJECTS: Mapping[str, Schema] = {
+    "PodMonitor": kind("monitoring.coreos.com/v1", "PodMonitor", _MONITOR),
+    "InferencePool": kind("inference.networking.k8s.io/v1", "InferencePool", _POOL),
+    "HTTPRoute": kind("gateway.networking.k8s.io/v1", "HTTPRoute", _ROUTE),
     "LeaderWorkerSet": kind("leaderworkerset.x-k8s.io/v1", "LeaderWorkerSet", _LWS),
     "DisaggregatedSet": kind("disaggregatedset.x-k8s.io/v1", "DisaggregatedSet", of("roles", roles=_ROLES)),
     "LLMInferenceService": kind("serving.kserve.io/v1alpha2", "LLMInferenceService", _SERVICE),
@@ -122,7 +144,10 @@ _ROLE_VALUES = of(
             command=many({"type": "string"}, 1),
             **{
                 field: {}
-                for field in ("env", "ports", "volumeMounts", "resources", "readinessProbe", "securityContext")
+                for field in (
+                    *("env", "ports", "volumeMounts", "resources", "securityContext", "lifecycle"),
+                    *("startupProbe", "livenessProbe", "readinessProbe"),
+                )
             },
         ),
         1,
@@ -143,6 +168,7 @@ VALUES = of(
 )
 _POSITIVE: Schema = {"type": "number", "exclusiveMinimum": 0}
 _PARAMETERS: Mapping[str, Schema] = {
+    "disagg-profile-handler": of("deciders", deciders=of("prefill", prefill={"const": "always-disagg-pd-decider"})),
     "label-producer": of("labels", labels=many(of("label attributeKey", label=TEXT, attributeKey=TEXT), 1)),
     "endpoint-attribute-weight-scorer": of(
         "attributeKey producer weights",
@@ -151,7 +177,10 @@ _PARAMETERS: Mapping[str, Schema] = {
         weights={"type": "object", "additionalProperties": _POSITIVE, "minProperties": 1},
     ),
 }
-_BARE = ("weighted-random-picker", "prefill-filter", "decode-filter", "disagg-profile-handler")
+_BARE = (
+    *("weighted-random-picker", "prefill-filter", "decode-filter"),
+    *("disagg-headers-handler", "always-disagg-pd-decider"),
+)
 _PLUGINS = [of("type parameters", type={"const": t}, name=TEXT, parameters=p) for t, p in _PARAMETERS.items()]
 PICKER = of(
     "apiVersion kind plugins schedulingProfiles",

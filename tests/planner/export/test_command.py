@@ -16,7 +16,7 @@ from hetis.planner.cli.app import run
 from hetis.planner.cli.exit_codes import ExitCode
 from hetis.planner.export import ExportTarget
 from hetis.solver.plan import Plan
-from tests.planner.export.plans import PLANS, UNEQUAL_COPIES, made_of, on
+from tests.planner.export.plans import PLANS, STAGE_COPIES, made_of, on
 from tests.planner.export.test_export import IN_CLUSTERS
 
 
@@ -73,7 +73,7 @@ def test_manifests_go_to_stdout_as_one_stream(plan_file: Path, capfdbinary: pyte
 
 
 def test_a_part_of_the_traffic_is_exported_on_request_only(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = saved(tmp_path, made_of(*PLANS["one GPU"].replicas, UNEQUAL_COPIES))
+    path = saved(tmp_path, made_of(*PLANS["one GPU"].replicas, STAGE_COPIES))
     words = ["export", str(path), "--to", "vllm", "--out", str(tmp_path / "out")]
     assert run([*words, "--strict"]) == ExitCode.MISSED
     assert "- replica 1: stage 2: it has 2 copies, vLLM has one of each stage" in capsys.readouterr().err
@@ -88,7 +88,7 @@ def test_a_part_of_the_traffic_is_exported_on_request_only(tmp_path: Path, capsy
 
 
 def test_a_plan_of_which_nothing_can_run_is_infeasible(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = saved(tmp_path, made_of(UNEQUAL_COPIES))
+    path = saved(tmp_path, made_of(STAGE_COPIES))
     assert run(["export", str(path), "--to", "vllm"]) == ExitCode.INFEASIBLE
     assert capsys.readouterr().err == (
         "error: the plan cannot be exported with these options\n  - replica 0: stage 2: it has 2 copies, vLLM "

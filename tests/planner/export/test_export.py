@@ -17,10 +17,10 @@ from hetis.engines.versions import Engine
 from hetis.formats.errors import DocumentError
 from hetis.planner.export import ExportTarget
 from hetis.planner.export.ray_serve import engine_arguments
-from hetis.planner.export.replicas import ExportSettings, NotExportableError, launchable, with_single_copies
+from hetis.planner.export.replicas import ExportSettings, NotExportableError, launchable
 from hetis.planner.export.targets import ENGINES, Export, carries, export_plan, export_wanted
 from hetis.solver.model import DraftShape
-from hetis.solver.plan import KvRoute, Plan, Role
+from hetis.solver.plan import KvRoute, Plan
 from tests.engines.plans import MODEL
 from tests.planner.export import reading
 from tests.planner.export.plans import (
@@ -28,8 +28,8 @@ from tests.planner.export.plans import (
     DECODES,
     PLANS,
     PREFILL,
+    STAGE_COPIES,
     THREE,
-    UNEQUAL_COPIES,
     WITH_WORKERS,
     apart,
     made_of,
@@ -96,8 +96,7 @@ IN_CLUSTERS = {ExportTarget.KUBERNETES, ExportTarget.LWS, ExportTarget.LLM_D, Ex
 @pytest.mark.parametrize("name", PLANS)
 @pytest.mark.parametrize("target", READERS)
 def test_layers_and_gpus_are_read_back_as_planned(target: ExportTarget, name: str) -> None:
-    whole, _ = with_single_copies(PLANS[name])
-    expected = {f"r{i}": reading.planned(one) for i, one in enumerate(whole.replicas)}
+    expected = {f"r{i}": reading.planned(one) for i, one in enumerate(PLANS[name].replicas)}
     why, lost = LOST.get((target, name), ("", ()))
     if expected.keys() == set(lost):
         with pytest.raises(NotExportableError, match=why):
@@ -133,24 +132,9 @@ def test_the_readme_lists_each_gpu_once_and_says_which_are_attention_workers() -
 
 @pytest.mark.parametrize("name", PLANS)
 def test_hetis_launch_understands_what_it_is_told(name: str, tmp_path: Path) -> None:
-    whole, _ = with_single_copies(PLANS[name])
     made = exported(PLANS[name], ExportTarget.HETIS_LAUNCH)
     found = reading.read_hetis_launch(made.files, tmp_path)
-    assert found == {f"r{i}": reading.planned(one) for i, one in enumerate(whole.replicas)}
-
-
-def test_equal_copies_are_replicas_of_their_own_and_serve_the_same() -> None:
-    plan, changes = with_single_copies(PLANS["copies"])
-    assert changes == ["replica 0 has 2 copies of every stage: they are exported as 2 replicas"]
-    assert [[stage.devices for stage in one.stages] for one in plan.replicas] == [
-        [("a/0",), ("a/1",)],
-        [("b/0",), ("b/1",)],
-    ]
-    assert [(one.rate, one.in_flight, one.kv_tokens) for one in plan.replicas] == [(2.0, 2, 500)] * 2
-    assert with_single_copies(PLANS["prefill and decode"]) == (PLANS["prefill and decode"], [])
-    both = replica(on("d/0", "e/0", copies=2), role=Role.DECODE, chunk_tokens=0, in_flight=2, rate=3.0)
-    plan, _ = with_single_copies(made_of(PREFILL, both, routes=(KvRoute(prefill=0, decode=1, rate=3.0),)))
-    assert plan.kv_routes == tuple(KvRoute(prefill=0, decode=copy, rate=1.5) for copy in (1, 2))
+    assert found == {f"r{i}": reading.planned(one) for i, one in enumerate(PLANS[name].replicas)}
 
 
 @pytest.mark.parametrize("name", ["--config=/tmp/evil.yaml", "--trust-remote-code", " x"])
@@ -287,14 +271,14 @@ def test_replicas_with_room_for_shorter_requests_are_named() -> None:
 
 
 def test_what_no_engine_runs_is_left_out_with_the_reason_and_what_it_costs() -> None:
-    plan = made_of(*PLANS["unlike replicas"].replicas, UNEQUAL_COPIES)
+    plan = made_of(*PLANS["unlike replicas"].replicas, STAGE_COPIES)
     made = exported(plan, ExportTarget.VLLM)
     assert made.lost == ("replica 3: stage 2: it has 2 copies, vLLM has one of each stage",)
     assert (made.planned, made.rate) == (15.0, 10.0)
     assert sorted(reading.read_shell(made.files)) == ["r0", "r1", "r2"]
     assert "it has 2 copies" in made.files["README.md"]
     with pytest.raises(NotExportableError) as caught:
-        exported(made_of(UNEQUAL_COPIES), ExportTarget.VLLM)
+        exported(made_of(STAGE_COPIES), ExportTarget.VLLM)
     assert caught.value.reasons == ("replica 0: stage 2: it has 2 copies, vLLM has one of each stage",)
 
 
@@ -391,7 +375,40 @@ def test_pairs_of_prefill_and_decode_have_the_shares_of_their_routes() -> None:
         ("r0", "r1", 2.0),
         ("r0", "r2", 1.0),
     ]
-    assert "router/nginx.conf" not in made.files, "it cannot send a request to two replicas"
+    front = re.findall(r"upstream hetis \{\n    server (\S+) weight=1000;\n\}", made.files["router/nginx.conf"])
+    assert front == ["127.0.0.1:30000"], "the router of pairs"
+
+
+@pytest.mark.parametrize("target", sorted(set(READERS) - {ExportTarget.SGLANG}))
+def test_routers_carry_all_traffic_of_prefill_and_decode_apart(target: ExportTarget) -> None:
+    """A unified replica of 6 requests/s, a pair of 2, and a prefill replica with two decode replicas of 2 and 1."""
+    pairs = PLANS["prefill in one stage"]
+    sender = replace(pairs.replicas[0], stages=(on("c/0", "c/1", tp=2),), rate=2.0)
+    receiver = replace(DECODES[0], stages=(on("d/2"),))
+    unified = replace(PLANS["one GPU"].replicas[0], stages=(on("b/0"),), rate=6.0)
+    routes = (*pairs.kv_routes, KvRoute(prefill=3, decode=4, rate=2.0))
+    plan = made_of(*pairs.replicas, sender, receiver, unified, routes=routes)
+    made = exported(plan, target)
+    if target in (ExportTarget.KSERVE, ExportTarget.RAY):
+        assert made.rate < made.planned
+        assert any("pairs of one prefill and one decode" in line for line in made.lost)
+        return
+    assert made.rate == made.planned == 11.0
+    if target is ExportTarget.LLM_D:
+        [route] = [one for one in yaml.safe_load_all(made.files["gateway.yaml"]) if one["kind"] == "HTTPRoute"]
+        weights = {one["name"]: one["weight"] for one in route["spec"]["rules"][0]["backendRefs"]}
+        assert weights == {"hetis-unified": 545, "hetis-pairs-0": 273, "hetis-pairs-1": 182}
+        return
+    weights = dict(
+        re.findall(
+            r"server (\S+) weight=(\d+);",
+            made.files["router/nginx.conf"].partition("upstream hetis {")[2].partition("}")[0],
+        )
+    )
+    assert sum(map(int, weights.values())) == 1000
+    if target is not ExportTarget.DYNAMO:  # its front end stands for all
+        assert sorted(weights.values()) == ["182", "273", "545"]
+    assert not made.lost or target is ExportTarget.DYNAMO
 
 
 def test_a_decode_replica_listens_behind_kserves_sidecar_and_all_others_at_the_front() -> None:
@@ -621,13 +638,6 @@ def test_decode_replicas_of_a_node_listen_at_nixl_ports_of_their_own() -> None:
     assert ports == ["5600", "5601"]
 
 
-def test_the_readme_says_how_much_the_lists_of_routers_leave_out() -> None:
-    plan = PLANS["prefill and decode"]
-    alone = sum(one.rate for one in plan.replicas if one.role is Role.UNIFIED)
-    readme = exported(plan, ExportTarget.VLLM).files["README.md"]
-    assert f"only the replicas that do both, {alone:.3g} of the {plan.served_rate():.3g} requests/s." in readme
-
-
 def test_nixl_without_an_address_is_told() -> None:
     made = exported(PLANS["prefill in one stage"], ExportTarget.VLLM, hosts={})
     assert made.lost == ("r0: NIXL needs an address to listen on, but a has none: give --node-address",)
@@ -815,7 +825,7 @@ def test_kubernetes_puts_no_variables_in_place_of_dollars(target: ExportTarget, 
     name = "one GPU" if target is ExportTarget.DYNAMO else "three nodes twice"
     num_commands = 0
     for one in reading.manifests(exported(PLANS[name], target, engine=engine, **given).files):
-        for container in containers_in(one):
+        for container in containers_in(one) if one["kind"] != "Deployment" else ():
             text = " ".join(reading.expanded(word, {"HOME": "/tmp"}) for word in reading.words_of(container))
             if "dynamo.frontend" not in text:
                 assert all(each in text for each in texts)
@@ -846,9 +856,9 @@ def test_probes_speak_https_to_engines_that_do(target: ExportTarget) -> None:
 
     of_kserve = target is ExportTarget.KSERVE  # whose presets have a scheme of their own
     certificate = ("--ssl-certfile=/tls/tls.crt", "--ssl-keyfile", "/tls/tls.key")
-    assert schemes() == ({"readinessProbe", *(("startupProbe",) if of_kserve else ())}, {""})
-    also = ("startupProbe", "livenessProbe") if of_kserve else ()
-    assert schemes(*certificate) == ({"readinessProbe", *also}, {"HTTPS"})
+    every = {"startupProbe", "livenessProbe", "readinessProbe"}
+    assert schemes() == (every - ({"livenessProbe"} if of_kserve else set()), {""})
+    assert schemes(*certificate) == (every, {"HTTPS"})
     assert schemes("--ssl-certf", "/tls/tls.crt") == schemes(*certificate), "vLLM's parser takes abbreviations"
 
 
@@ -860,12 +870,13 @@ def test_pods_are_not_killed_while_the_engine_drains_as_told(target: ExportTarge
         return {pod["terminationGracePeriodSeconds"] for pod in found if "terminationGracePeriodSeconds" in pod}
 
     by_operator = target is ExportTarget.DYNAMO  # whose own 60 seconds stay as they are
-    assert grace("one GPU") == grace("one GPU", "--shutdown-timeout", "0") == (set() if by_operator else {45})
-    assert grace("one GPU", "--shutdown-timeout=300") == {345}, "the 30 seconds of other targets, and a margin"
-    assert grace("one GPU", "--shutdown_time", "60", "--shutdown-time=90") == {135}, "shortened, the last of two"
+    assert grace("one GPU", "--shutdown-timeout", "0") == (set() if by_operator else {55})
+    assert grace("one GPU") == (set() if by_operator else {175}), "two minutes, unless an option says otherwise"
+    assert grace("one GPU", "--shutdown-timeout=300") == {355}, "the 30 seconds of other targets, and a margin"
+    assert grace("one GPU", "--shutdown_time", "60", "--shutdown-time=90") == {145}, "shortened, the last of two"
     if not by_operator:
-        assert grace("stages of two nodes", "--shutdown-timeout", "300") == {345}
-        assert grace("attention workers", "--shutdown-timeout", "300") == {345, 45}, "workers drain nothing"
+        assert grace("stages of two nodes", "--shutdown-timeout", "300") == {355}
+        assert grace("attention workers", "--shutdown-timeout", "300") == {355, 55}, "workers drain nothing"
 
 
 def test_dynamo_says_which_options_its_own_front_end_and_workers_replace() -> None:
@@ -935,9 +946,19 @@ def two_pairs(
     return replace(plan, inputs={"documents": {**plan.inputs["documents"], "cluster": {**fleet, "network": network}}})
 
 
-@pytest.mark.parametrize("target", [ExportTarget.LLM_D, ExportTarget.DYNAMO])
+@pytest.mark.parametrize("target", [ExportTarget.VLLM, ExportTarget.KUBERNETES, ExportTarget.LLM_D])
+def test_a_router_for_each_group_makes_no_pairs_across_groups(target: ExportTarget) -> None:
+    alike = [{**node, "zone": "east"} for node in NODES]
+    slow = two_pairs(alike, {"nodes": {"links": [{**SLOW, "between": ["b", "c"]}]}})
+    assert not exported(slow, target).lost
+    joined = replace(slow, kv_routes=(*slow.kv_routes, KvRoute(prefill=0, decode=3, rate=1.0)))
+    [told] = exported(joined, target).lost
+    assert "separately, also r1 → r2, which exchange KV over slower links than planned" in told
+
+
+@pytest.mark.parametrize("target", [ExportTarget.DYNAMO])
 def test_pairs_that_routers_make_and_the_plan_rules_out_are_told(target: ExportTarget) -> None:
-    """Their routers choose the two replicas of a request separately; KServe's and Ray's take the plan's pairs."""
+    """Its router chooses the two replicas of a request separately; KServe's and Ray's take the plan's pairs."""
 
     def told(plan: Plan, target: ExportTarget = target) -> list[str]:
         lost = exported(plan, target).lost
@@ -966,15 +987,6 @@ def test_pairs_that_routers_make_and_the_plan_rules_out_are_told(target: ExportT
     joined = two_pairs(alike, {"nodes": {"links": [{**SLOW, "between": ["b", "c"]}]}})
     joined = replace(joined, kv_routes=(*joined.kv_routes, KvRoute(prefill=0, decode=3, rate=1.0)))
     assert told(joined) == ["r1 → r2, which exchange KV over slower links than planned"], "no router can keep to it"
-    others = [{**node, "gpus": [{"type": "MI300X"}]} if node["name"] in "bd" else node for node in alike]
-    unlike = two_pairs(others, {}, gpu="MI300X")
-    # From several stages vLLM writes the KV, by another connector than that which reads it from one.
-    pairs = two_pairs([{**node, "gpus": [{"type": "L4", "count": 2}]} for node in alike], {})
-    staged = replace(pairs.replicas[1], stages=(on("b/0", layers=2), on("b/1", first=2, layers=2)), in_flight=2)
-    pushed = replace(pairs, replicas=(pairs.replicas[0], staged, *pairs.replicas[2:]))
-    if target is ExportTarget.LLM_D:  # Dynamo leaves out both, GPUs of AMD and KV that is written
-        for plan in (unlike, two_pairs(others, {"nodes": {"links": [SLOW]}}, gpu="MI300X"), pushed):
-            assert told(plan) == [f"r0 → r3, r1 → r2, which cannot exchange KV{advice}"]
     for paired in (ExportTarget.KSERVE, ExportTarget.RAY):
         assert not told(two_pairs(alike, {"nodes": {"links": [SLOW]}}), paired)
 
@@ -991,12 +1003,12 @@ def test_dynamos_operator_alone_gives_pods_shared_memory() -> None:
 
 @pytest.mark.parametrize("target", sorted(set(ExportTarget) - {ExportTarget.DYNAMO}))
 def test_stages_that_are_not_restarted_together_are_told(target: ExportTarget) -> None:
-    """Groups of pods, jobs and Ray's applications end as a whole; scripts restart nothing."""
+    """Groups of pods, jobs and Ray's applications end as a whole, pods of stages by probes; scripts restart nothing."""
 
     def told(name: str) -> list[str]:
         return [line for line in exported(PLANS[name], target).lost if "only that one is started again" in line]
 
-    is_alone = target in (ExportTarget.KUBERNETES, ExportTarget.COMPOSE)
+    is_alone = target is ExportTarget.COMPOSE
     assert not told("one GPU")
     assert not told("stages of a node")
     assert [line.partition(":")[0] for line in told("three nodes twice")] == ["replica 0", "replica 1"] * is_alone

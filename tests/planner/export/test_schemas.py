@@ -51,9 +51,9 @@ def check_core(one: dict[str, Any]) -> None:
 def test_kubernetes_takes_every_object(name: str) -> None:
     made = exported(PLANS[name], ExportTarget.KUBERNETES, namespace="serving")
     found = reading.manifests(made.files)
-    assert {"Service", "StatefulSet", "NetworkPolicy"} <= {one["kind"] for one in found}
+    assert {"Service", "StatefulSet", "NetworkPolicy", "PodDisruptionBudget"} <= {one["kind"] for one in found}
     for one in found:
-        check_core(one)
+        check_object(one)
         assert one["metadata"]["namespace"] == "serving"
     listed = yaml.safe_load(made.files["kustomization.yaml"])
     assert sorted(listed["resources"]) == sorted(made.shown)
@@ -128,8 +128,8 @@ def test_operators_take_every_object(target: ExportTarget, changes: dict[str, An
 
 
 OWN_KINDS = {
-    ExportTarget.LWS: {"LeaderWorkerSet", "DisaggregatedSet"},
-    ExportTarget.LLM_D: {"LeaderWorkerSet"},
+    ExportTarget.LWS: {"LeaderWorkerSet", "DisaggregatedSet", "PodMonitor"},
+    ExportTarget.LLM_D: {"LeaderWorkerSet", "InferencePool", "HTTPRoute"},
     ExportTarget.KSERVE: {"LLMInferenceService", "LLMInferenceServiceConfig"},
     ExportTarget.DYNAMO: {"DynamoGraphDeployment"},
 }
@@ -163,13 +163,18 @@ def test_the_chart_and_the_router_of_llm_d_take_values_and_weights(name: str) ->
                     **role["extraConfig"],
                 }
             )
-    picker = yaml.safe_load(made.files["router/llm-d.yaml"])
-    jsonschema.Draft202012Validator(schemas.PICKER).validate(picker)
-    names = {plugin.get("name", plugin["type"]) for plugin in picker["plugins"]}
-    for profile in picker["schedulingProfiles"]:
-        assert {ref["pluginRef"] for ref in profile["plugins"]} <= names
-    weights = [p["parameters"]["weights"] for p in picker["plugins"] if "weights" in p.get("parameters", {})]
-    assert all(sum(of_side.values()) == pytest.approx(1.0, abs=1e-5) for of_side in weights)
+    objects = list(yaml.safe_load_all(made.files["gateway.yaml"]))
+    pools = [one["metadata"]["name"] for one in objects if one["kind"] == "InferencePool"]
+    [route] = [one for one in objects if one["kind"] == "HTTPRoute"]
+    assert [one["name"] for one in route["spec"]["rules"][0]["backendRefs"]] == pools
+    for pool in pools:
+        picker = yaml.safe_load(made.files[f"router/{pool}.yaml"])
+        jsonschema.Draft202012Validator(schemas.PICKER).validate(picker)
+        names = {plugin.get("name", plugin["type"]) for plugin in picker["plugins"]}
+        for profile in picker["schedulingProfiles"]:
+            assert {ref["pluginRef"] for ref in profile["plugins"]} <= names
+        weights = [p["parameters"]["weights"] for p in picker["plugins"] if "weights" in p.get("parameters", {})]
+        assert all(sum(of_side.values()) == pytest.approx(1.0, abs=1e-5) for of_side in weights)
 
 
 @pytest.mark.parametrize(

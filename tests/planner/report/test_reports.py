@@ -15,7 +15,6 @@ from hetis.planner.report.plan import MAX_SHAPES, distinct_runners_up, render_pl
 from hetis.planner.report.promises import beside_engines, beside_equal_stages, misses_demand, simple_setups, verdict
 from hetis.planner.use_cases.grouping import group_replicas
 from hetis.planner.use_cases.place import with_service_level
-from hetis.planner.use_cases.record.forms import NOT_COMPILED
 from hetis.planner.use_cases.service_level import ServiceLevel, Statistic
 from hetis.planner.use_cases.sources import load_inputs
 from hetis.planner.use_cases.verification.choosing import TTFT
@@ -155,18 +154,6 @@ def test_what_other_engines_reach_is_said_with_what_keeps_them_apart() -> None:
         (unknown, "vllm-hetis: does not run this plan (attention workers); no time was left"),
     ):  # fmt: skip
         assert beside_engines(replace(plan, inputs={**plan.inputs, "engine_values": [row]})) == [words]
-    unsearched = replace(plan, inputs={**plan.inputs, "engine_values": [{**unknown, "why_not": NOT_COMPILED}]})
-    assert (len(beside_engines(unsearched)), beside_engines(unsearched, hints=False)) == (1, [])
-    plan_again = "plan with --engine vllm-hetis (the first time takes up to a minute longer)"
-    for row, words in (
-        (
-            {**known, "bound": None},
-            f"vllm-hetis: runs this plan; its own search may find a better or a worse one: {plan_again}",
-        ),
-        (unknown, f"vllm-hetis: does not run this plan (attention workers); to search for a plan, {plan_again}"),
-    ):
-        rows = [{**row, "why_not": NOT_COMPILED}]
-        assert beside_engines(replace(plan, inputs={**plan.inputs, "engine_values": rows})) == [words]
     assert beside_engines(replace(plan, inputs={**plan.inputs, "engine_values": [{"of": "another version"}]})) == []
 
 

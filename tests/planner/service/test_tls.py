@@ -12,13 +12,11 @@ import grpc
 import pytest
 from cryptography import x509
 
+from hetis.commands.x509 import ends_of_certificates, is_for_host, names_of_certificate
 from hetis.formats.errors import DocumentError
 from hetis.planner.service.calls import Calls
 from hetis.planner.service.identity.certificates import (
     Certificates,
-    ends_of_certificates,
-    is_for_host,
-    names_of_certificate,
 )
 from hetis.planner.service.identity.credentials import Credentials, NoCredentials, Tokens
 from hetis.planner.service.observability.metrics import ServiceMetrics

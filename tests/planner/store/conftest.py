@@ -7,8 +7,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import sqlalchemy as sa
 
 import hetis.planner.store.lease as lease
+from tests.faults.proxy import Proxy
 from tests.planner.store.postgres import find_binaries, new_database, running_server
 
 _numbers = itertools.count()
@@ -49,3 +51,12 @@ def url(request: pytest.FixtureRequest) -> str:
     """A store of each kind: a test with this fixture runs with both."""
     name = {"sqlite": "sqlite_url", "postgresql": "postgres_url"}[request.param]
     return str(request.getfixturevalue(name))
+
+
+@pytest.fixture
+def proxy(postgres_url: str) -> Iterator[Proxy]:
+    found = sa.make_url(postgres_url)
+    assert found.host is not None
+    assert found.port is not None
+    with Proxy((found.host, found.port)) as proxy:
+        yield proxy

@@ -25,7 +25,7 @@ PARTS: list[Part] = [
     MadeFrom(versions={"hetis": "1"}, origins={"model": "m"}, digests={"cluster": "d"}),
     Requested(
         roles=(Role.PREFILL, Role.DECODE), engine=EngineRules(name="vllm", max_gpus=4),
-        engine_settings=EngineSettings(chunk_tokens=(256, 512)), constraints=("pin node=a:use=1",), seed=0, threads=2,
+        engine_settings=EngineSettings(chunk_tokens=(256, 512)), constraints=("pin node=a:use=1",), seed=0,
         gap_target=0.01, time_limit_s=60.0, simplest_within=0.1, survive="node",
         service_level=ServiceLevel(attainment=0.9), of_objective={"demand_rps": 2.0},
     ),

@@ -31,8 +31,8 @@ def test_options_and_arguments_are_the_fields() -> None:
 
 
 def test_a_verb_with_some_of_the_fields_gets_a_whole_request() -> None:
-    found = SearchOptions(time_limit=5.0, gap=None, seed=3, threads=2)
-    assert found == PlacementRequest("", "", "", time_limit=5.0, seed=3, threads=2)
+    found = SearchOptions(time_limit=5.0, gap=None, seed=3)
+    assert found == PlacementRequest("", "", "", time_limit=5.0, seed=3)
     assert CompareOptions(**INPUTS, profile=["p.yaml"]) == PlacementRequest(**INPUTS, profiles=["p.yaml"])
 
 

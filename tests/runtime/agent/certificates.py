@@ -33,11 +33,12 @@ class CertificateAuthority:
         self.cert = folder / f"{name}.pem"
         self.cert.write_bytes(made.sign(self._key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM))
 
-    def sign(self, name: str) -> Pair:
+    def sign(self, name: str, *, has_expired: bool = False) -> Pair:
         key = ec.generate_private_key(ec.SECP256R1())
         loopback = x509.IPAddress(ipaddress.ip_address("127.0.0.1"))
         names = x509.SubjectAlternativeName([x509.DNSName(name), loopback])
-        made = self._builder(_name(name), key).add_extension(names, False).sign(self._key, hashes.SHA256())
+        builder = self._builder(_name(name), key, has_expired=has_expired)
+        made = builder.add_extension(names, False).sign(self._key, hashes.SHA256())
         pair = Pair(self._folder / f"{name}.pem", self._folder / f"{name}.key")
         pair.cert.write_bytes(made.public_bytes(serialization.Encoding.PEM))
         pair.key.write_bytes(
@@ -47,16 +48,18 @@ class CertificateAuthority:
         )
         return pair
 
-    def server(self, name: str, *, asks_clients: bool) -> grpc.ServerCredentials:
+    def server(self, name: str, *, asks_clients: bool, has_expired: bool = False) -> grpc.ServerCredentials:
         """Credentials of a server; with ``asks_clients``, clients need a certificate of this authority."""
-        pair = self.sign(name)
+        pair = self.sign(name, has_expired=has_expired)
         return grpc.ssl_server_credentials(
             [(pair.key.read_bytes(), pair.cert.read_bytes())],
             root_certificates=self.cert.read_bytes() if asks_clients else None,
             require_client_auth=asks_clients,
         )
 
-    def _builder(self, subject: x509.Name, key: ec.EllipticCurvePrivateKey) -> x509.CertificateBuilder:
+    def _builder(
+        self, subject: x509.Name, key: ec.EllipticCurvePrivateKey, *, has_expired: bool = False
+    ) -> x509.CertificateBuilder:
         now = datetime.datetime.now(datetime.UTC)
         return (
             x509.CertificateBuilder()
@@ -65,7 +68,7 @@ class CertificateAuthority:
             .public_key(key.public_key())
             .serial_number(x509.random_serial_number())
             .not_valid_before(now - datetime.timedelta(hours=1))
-            .not_valid_after(now + datetime.timedelta(hours=1))
+            .not_valid_after(now + datetime.timedelta(minutes=-1 if has_expired else 60))
         )
 
 

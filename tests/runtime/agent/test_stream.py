@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
+import re
 from pathlib import Path
 
 import pytest
@@ -31,7 +32,7 @@ class Listener:
     async def hello(self) -> ConnectNodeRequest:
         return ConnectNodeRequest(sequence=1, hello=Hello(node=NODE + "p"))
 
-    def heard(self, message: ConnectNodeResponse) -> None:
+    def received(self, message: ConnectNodeResponse) -> None:
         self.heard_kinds.append(message.WhichOneof("message"))
         if message.HasField("state_request") and self._breaks:
             self._breaks -= 1
@@ -124,18 +125,26 @@ async def test_a_token_that_rotates_is_read_again(tmp_path: Path) -> None:
         await stop(running)
 
 
-@pytest.mark.parametrize("wrong", ["ca", "no certificate", "plain text"])
+@pytest.mark.parametrize("wrong", ["ca", "no certificate", "plain text", "expired", "expired planner"])
 def test_wrong_credentials_are_one_clear_line_and_the_agent_keeps_trying(
     tmp_path: Path, wrong: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     async def story() -> None:
         authority, other = CertificateAuthority(tmp_path, "ca"), CertificateAuthority(tmp_path, "other")
         node = authority.sign("node-p")
-        async with PlannerDouble(credentials=authority.server("planner", asks_clients=True)) as planner:
+        expired = authority.sign("node-q", has_expired=True)
+        credentials = authority.server("planner", asks_clients=True, has_expired=wrong == "expired planner")
+        async with PlannerDouble(credentials=credentials) as planner:
             address = {
                 "ca": PlannerAddress(server=planner.address, ca=other.cert, cert=node.cert, key=node.key),
                 "no certificate": PlannerAddress(server=planner.address, ca=authority.cert),
                 "plain text": PlannerAddress(server=planner.address, is_plain=True),
+                "expired": PlannerAddress(
+                    server=planner.address, ca=authority.cert, cert=expired.cert, key=expired.key
+                ),
+                "expired planner": PlannerAddress(
+                    server=planner.address, ca=authority.cert, cert=node.cert, key=node.key
+                ),
             }[wrong]
             listener = Listener()
             running = connect(address, listener)
@@ -154,6 +163,10 @@ def test_wrong_credentials_are_one_clear_line_and_the_agent_keeps_trying(
     assert "TLS" in line
     if wrong == "ca":
         assert "--tls-ca" in line
+    if wrong == "expired":
+        assert re.search(r"the certificate \S+node-q.pem expired at \S+: renew it", line)
+    if wrong == "expired planner":
+        assert "the planner's certificate has expired: renew it" in line
 
 
 async def test_a_message_that_meets_a_bug_ends_the_stream_and_not_the_agent(caplog: pytest.LogCaptureFixture) -> None:

@@ -413,7 +413,7 @@ def test_a_lost_replica_is_not_replaced_by_gpus_that_may_not_have_its_role() -> 
 
 def test_replicas_for_the_remaining_gpus_keep_constraints_on_duties() -> None:
     nodes = [make_node("a", "A", nodes=2), make_node("b", "B", gpus=2)]
-    settings = SearchSettings(strategy="hetis", budget=Budget(), gap_target=1e-3, seed=0, threads=1, report=silent)
+    settings = SearchSettings(strategy="hetis", budget=Budget(), gap_target=1e-3, seed=0, report=silent)
     for duties, has_pool in (((Duty.PRIMARY,), True), ((Duty.PRIMARY, Duty.WORKER), False)):
         costs = build_cost_tables(apply_constraints(with_workers(nodes, *barred("b", *duties))))
         [template] = fresh_search.search_left_over(costs, {"a-0/0"}, None, settings)

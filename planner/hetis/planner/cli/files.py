@@ -15,11 +15,13 @@ from hetis.formats.files import write_atomically
 from hetis.planner.cli.exit_codes import ExitCode
 from hetis.planner.cli.outputs import refuse_overwriting
 from hetis.planner.cli.parameters import values
-from hetis.planner.cli.parameters.options import group, option, verb
+from hetis.planner.cli.parameters.options import group, option, panel, verb
 from hetis.planner.report.figures import plural
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
+
+    from hetis.formats.traces.rates import Measured
 
 
 CLUSTER = """\
@@ -76,12 +78,18 @@ def init(
 CONVERT_EXAMPLES = """Examples:\n
 hetis-plan convert profile_export.jsonl --out trace.csv\n
 hetis-plan convert ShareGPT_V3_unfiltered_cleaned_split.json --tokenizer /models/llama --rate 4 --out trace.jsonl.gz\n
-hetis-plan convert vllm-server.log --out trace.csv"""
+hetis-plan convert vllm-server.log --out trace.csv\n
+hetis-plan convert http://prometheus:9090 --out workload.yaml"""
 
 
 @group
 class ConvertOptions:
-    out: str = option("--out FILE|-: A .csv or .jsonl file, optionally .gz; - writes CSV to stdout.", "-")
+    out: str = option(
+        "--out FILE|-: A .csv or .jsonl file, optionally .gz, or a .yaml file if there are no single requests; - is "
+        "stdout.",
+        "-",
+    )
+    window: str = option("--window DURATION: Time before now of which a Prometheus is asked: 7d, 12h.", "7d")
     characters_per_token: float | None = option(
         "--characters-per-token: Characters that count as one token where the file has texts but no token counts.",
         min=0.1,
@@ -100,8 +108,9 @@ def convert(
     trace: Annotated[
         str,
         typer.Argument(
-            metavar="TRACE",
-            help="A .csv, .jsonl, .json or .log file, with .gz if compressed; its columns decide the format.",
+            metavar="TRACE|URL",
+            help="A .csv, .jsonl, .json or .log file, with .gz if compressed, whose content decides the format; or the "
+            "URL of a Prometheus or of an engine's /metrics.",
         ),
     ],
     *,
@@ -111,6 +120,8 @@ def convert(
     from hetis.planner.use_cases.files import convert as converted
     from hetis.planner.use_cases.files import trace_file
 
+    if (traffic := _measured(trace, given)) is not None:
+        return _write_traffic(terminal, trace, traffic, given)
     out = given.out
     if given.tokenizer is not None and given.characters_per_token is not None:
         raise typer.BadParameter("--tokenizer and --characters-per-token cannot be combined")
@@ -131,6 +142,38 @@ def convert(
         terminal.write(content.decode("ascii"))
     else:
         write_atomically(out, content)
+    return ExitCode.OK
+
+
+def _measured(trace: str, given: ConvertOptions) -> Measured | None:
+    """Return what a server or a file has measured instead of requests, or None if the file has requests."""
+    if trace.startswith(("http://", "https://")):
+        from hetis.planner.use_cases.measured import traffic_of
+
+        return traffic_of(trace, window=given.window)
+    from hetis.formats.traces.rates import measured
+
+    return measured(trace)
+
+
+def _write_traffic(terminal: Terminal, source: str, traffic: Measured, given: ConvertOptions) -> ExitCode:
+    from hetis.formats.documents import dump
+
+    workload, out = traffic.workload, given.out
+    if out != "-" and not out.endswith((".yaml", ".yml")):
+        raise single_problem(source, "has lengths and rates, but no requests: write a Workload, --out FILE.yaml")
+    for note in traffic.notes:
+        terminal.warn(note)
+    moments = workload.moments()
+    rate = "an unknown rate" if workload.rate_rps is None else f"{workload.rate_rps:.4g} requests/s"
+    means = f"{moments.mean_prompt:.0f}/{moments.mean_output:.0f}"
+    terminal.say(
+        f"{source}: {traffic.num_requests:.0f} requests, {rate}, {means} tokens on average (form: {traffic.form})"
+    )
+    if out == "-":
+        terminal.write(dump(workload))
+    else:
+        write_atomically(out, dump(workload))
     return ExitCode.OK
 
 
@@ -207,7 +250,12 @@ def schema(
     return ExitCode.OK
 
 
-Catalogue = Literal["gpus", "models", "workloads", "strategies"]
+Catalogue = Literal["gpus", "models", "workloads", "strategies", "add"]
+CATALOG_EXAMPLES = """Examples:\n
+hetis-plan catalog gpus\n
+hetis-plan catalog models -o json\n
+hetis-plan catalog add MYCARD --memory 24GiB --memory-bandwidth 960GB/s --fp16 122TFLOPS --pcie 32GB/s
+--architecture RDNA3 --into cluster.yaml"""
 
 
 def _entries(ctx: typer.Context, incomplete: str) -> list[str]:
@@ -220,16 +268,40 @@ def _entries(ctx: typer.Context, incomplete: str) -> list[str]:
     return names[ctx.params["which"]](incomplete) if ctx.params.get("which") in names else []
 
 
+_figure = panel("A GPU that is not there (add NAME)")
+
+
+@group
+class FiguresOfGpu:
+    memory: str | None = _figure("--memory SIZE: Its memory: 24GiB.")
+    memory_bandwidth: str | None = _figure("--memory-bandwidth RATE: Peak bandwidth of its memory: 960GB/s.")
+    fp16: str | None = _figure("--fp16 FLOPS: Peak rate of dense 16-bit matrix products: 122TFLOPS.")
+    pcie: str | None = _figure("--pcie RATE: Bandwidth of its PCIe in one direction: 32GB/s.")
+    architecture: str | None = _figure("--architecture: The architecture of `catalog gpus` that is most like its own.")
+    fp8: str | None = _figure("--fp8 FLOPS: Peak rate in 8 bits, if it has such products.")
+    nvlink: str | None = _figure("--nvlink RATE: Bandwidth to all others in one direction, if it has such a link.")
+    into: str | None = _figure("--into FILE: Cluster file that gets the entry.", shown="print it")
+
+
 @verb()
 def catalog(
     terminal: Terminal,
-    which: Annotated[Catalogue, typer.Argument(help="What to list.")],
+    which: Annotated[Catalogue, typer.Argument(help="What to list; or add: the `gpu_types` entry of another GPU.")],
     containing: Annotated[
         str,
-        typer.Argument(help="Only names that contain this text.", show_default=False, autocompletion=_entries),
+        typer.Argument(
+            help="Only names that contain this text; the name to add.", show_default=False, autocompletion=_entries
+        ),
     ] = "",
+    *,
+    figures: FiguresOfGpu,
 ) -> ExitCode:
-    """List the GPUs, models, workloads or strategies in the catalogue, with their sources (-o json)."""
+    """List the GPUs, models, workloads or strategies in the catalogue, with their sources (-o json), or add a GPU."""
+    given = {name: value for name, value in vars(figures).items() if value is not None}
+    if which == "add":
+        return _add_gpu(terminal, containing, given)
+    if given:
+        raise typer.BadParameter(f"--{next(iter(given)).replace('_', '-')} is for `catalog add`")
     from hetis.planner.report import catalogue as tables
     from hetis.planner.report.tables import table_of
     from hetis.planner.use_cases.json_values import fields_of, json_value
@@ -251,12 +323,29 @@ def catalog(
             data, table = json_value(entries), tables.model_table(entries)
         case "workloads":
             data, table = json_value(entries), tables.workload_table(entries)
-        case "strategies":
+        case _:
             data = [
                 {**fields_of(one, "name", "summary"), "family": one.restrict(Family()).describe()} for one in entries
             ]
             table = table_of(entries, ("'name", lambda one: one.name), ("'searches", lambda one: one.summary))
     terminal.emit(lambda: data, lambda: table)
+    return ExitCode.OK
+
+
+def _add_gpu(terminal: Terminal, name: str, figures: dict[str, str]) -> ExitCode:
+    from hetis.planner.use_cases.files import with_gpu_type
+
+    missing = [each for each in ("memory", "memory_bandwidth", "fp16", "pcie", "architecture") if each not in figures]
+    if missing or not name:
+        lacking = ", ".join([*([] if name else ["NAME"]), *(f"--{each.replace('_', '-')}" for each in missing)])
+        raise typer.BadParameter(f"catalog add needs {lacking}")
+    into = figures.pop("into", None)
+    text = with_gpu_type(name, figures, into)
+    if into is None:
+        terminal.write(text)
+    else:
+        write_atomically(into, text)
+        terminal.say(f"{into}: {name} is in gpu_types")
     return ExitCode.OK
 
 
@@ -271,5 +360,5 @@ def _by_name(which: Catalogue) -> dict[str, Any]:
             return {entry.model.name: entry for entry in catalogue.models()}
         case "workloads":
             return {entry.workload.name: entry for entry in catalogue.workloads()}
-        case "strategies":
+        case _:
             return dict(STRATEGIES)

@@ -11,9 +11,12 @@ from typing import Any
 from hetis.commands.endpoints import is_ip
 from hetis.engines.commands import Command
 from hetis.engines.layout import Process, ProcessKind
+from hetis.engines.pods import CACHE
 from hetis.engines.versions import Engine
 from hetis.formats.documents import dump, yaml_text
 from hetis.formats.errors import DocumentError, Problem
+from hetis.planner.export.pair_routers import KEY_VARIABLE, PORT, pair_groups, router_of, router_words, unweighted
+from hetis.planner.export.pairs import pairs_beyond_the_plan
 from hetis.planner.export.replicas import (
     Launchable,
     LaunchableReplica,
@@ -28,12 +31,21 @@ def _written(
     launchable: Launchable, files: Mapping[str, str], shown: Iterable[str], start: str, not_carried: Iterable[str] = ()
 ) -> Written:
     """Return files for a target that starts processes on hosts, where the front ends of replicas listen."""
+    endpoints = {number: one.endpoint for number, one in launchable.replicas.items()}
+    groups = pair_groups(launchable)
+    routers = {} if not groups else {_ROUTER: _router_script(launchable, endpoints)}
     return Written(
-        files=files,
+        files={**files, **routers},
         shown=tuple(shown),
-        endpoints={number: one.endpoint for number, one in launchable.replicas.items()},
-        start=start,
-        not_carried=(*_not_reached(launchable), *not_carried),
+        endpoints=endpoints,
+        routers=tuple(f"127.0.0.1:{PORT + group.number}" for group in groups),
+        start=f"{start}{_HOW_ROUTERS.format(router=router_of(launchable.engine)) if groups else ''}",
+        not_carried=(
+            *_not_reached(launchable),
+            *unweighted(launchable),
+            *pairs_beyond_the_plan(launchable, "the router of pairs", in_groups=True),
+            *not_carried,
+        ),
     )
 
 
@@ -43,6 +55,27 @@ def _not_reached(launchable: Launchable) -> Iterator[str]:
         address = one.commands[0].environment.get("VLLM_NIXL_SIDE_CHANNEL_HOST")
         if address is not None and not is_ip(address):
             yield f"{one.name}: NIXL needs an address to listen on, but {one.front_node} has none: give --node-address"
+
+
+# --- routers of pairs, beside nginx
+
+
+_ROUTER = "router/start.sh"
+_HOW_ROUTERS = """
+
+A request takes a prefill and a decode replica: `router/start.sh` starts a router for each group of replicas that the
+plan's routes join ({router}, `pip install` it), on 127.0.0.1. `router/nginx.conf` stands in front of these routers and
+of the other replicas, on the same machine."""
+
+
+def _router_script(launchable: Launchable, endpoints: Mapping[int, str]) -> str:
+    """Return a script that starts the router of each group; if one ends, the others and the script do, too."""
+    key = f'{KEY_VARIABLE}="${{VLLM_API_KEY:-}}" ' if launchable.engine is not Engine.SGLANG else ""
+    lines = (
+        key + shlex.join(router_words(launchable, group, endpoints, host="127.0.0.1"))
+        for group in pair_groups(launchable)
+    )
+    return _script("The routers of hetis' plan: each sends a request to a prefill and a decode replica.", lines)
 
 
 # --- scripts: a folder per node, with a script for each replica that has processes there
@@ -96,8 +129,13 @@ def _shell_script(one: LaunchableReplica, node: str, commands: list[Command]) ->
 
 
 def _everything(node: str, lines: Iterable[str]) -> str:
-    """Return a script that runs ``lines``, one per replica of a node; if one ends, the others and the script do too."""
-    head = _HEAD.format(what=f"Everything of hetis' plan on {node}: it ends when one of its replicas does.")
+    """Return a script that runs ``lines``, one per replica of a node."""
+    return _script(f"Everything of hetis' plan on {node}: it ends when one of its replicas does.", lines)
+
+
+def _script(what: str, lines: Iterable[str]) -> str:
+    """Return a script that runs ``lines``; if one ends, the others and the script do, too."""
+    head = _HEAD.format(what=what)
     started = "".join(f"{line} &\npids+=($!)\n" for line in lines)
     return f"{head}\n{_START}\n{started}\n{_END}"
 
@@ -163,6 +201,7 @@ everywhere."""
 # --- compose: a file per node, with a service for each process on the host's network
 
 
+_CACHE_VOLUME = "models"
 _CONFIG, _KEY_FILE = "/etc/hetis/workers.yaml", "/run/secrets/worker-key"
 
 
@@ -185,6 +224,8 @@ def write_compose(launchable: Launchable) -> Written:
                     files |= {f"{node}/{one.addresses.config_file}": text for text in command.files.values()}
                     secret = secret or bool(command.secrets)
         whole: dict[str, Any] = {"name": launchable.settings.name, "services": services}
+        if not launchable.settings.model_cache:
+            whole["volumes"] = {_CACHE_VOLUME: {}}
         if secret:
             whole["secrets"] = {"worker-key": {"file": "./worker.key"}}
         files[f"{node}/compose.yaml"] = yaml_text(whole)
@@ -216,6 +257,11 @@ def _service(launchable: Launchable, one: LaunchableReplica, command: Command) -
         service["volumes"] = [
             {"type": "bind", "source": source, "target": target, "read_only": True} for source, target in mounts
         ]
+    if not is_worker:  # models that engines download stay when containers go
+        kept = {"type": "bind", "source": launchable.settings.model_cache, "bind": {"create_host_path": True}}
+        volume = kept if launchable.settings.model_cache else {"type": "volume", "source": _CACHE_VOLUME}
+        service.setdefault("volumes", []).append({**volume, "target": CACHE})
+        service["environment"]["HF_HOME"] = CACHE
     if command.secrets:
         service["secrets"] = ["worker-key"]
     if process.kind is ProcessKind.SERVER:
@@ -305,6 +351,9 @@ def _batch_script(launchable: Launchable, one: LaunchableReplica) -> str:
     """
     nodes = list(dict.fromkeys(process.node for process in one.layout.processes))
     lines = ["#!/usr/bin/env bash", f"#SBATCH --job-name={launchable.name_of(one)}"]
+    lines.append("#SBATCH --requeue")  # after the loss of a node
+    lines.append("#SBATCH --open-mode=append")
+    lines.append("#SBATCH --signal=B:TERM@120")  # engines finish what runs before the job's time ends
     lines.append("#SBATCH --output=%x-%j.log")  # not in logs/: if the folder is missing, the job fails silently
     for number, node in enumerate(nodes):
         here = [process for process in one.layout.processes if process.node == node]
@@ -312,6 +361,7 @@ def _batch_script(launchable: Launchable, one: LaunchableReplica) -> str:
         lines += [f"#SBATCH --nodelist={node}", "#SBATCH --nodes=1", f"#SBATCH --ntasks={len(here)}"]
         lines.append(f"#SBATCH --gpus-per-node={sum(len(process.gpus) for process in here)}")
         lines.append(f"#SBATCH --cpus-per-gpu={_CPUS_PER_GPU}")
+        lines += [f"#SBATCH {word}" for word in shlex.split(launchable.settings.sbatch)]
     lines += ["set -euo pipefail", "mkdir -p logs", _STOP]
     for command in one.commands:
         lines += _step(one, command, nodes)
@@ -348,6 +398,7 @@ address; `VLLM_API_KEY` in the environment of `sbatch` is the key that clients s
 workers, `worker.key` in this folder is their key, mode 0600.
 
 A job has 4 CPUs for each of its GPUs, and the memory that your partition gives if not asked. `sbatch` reads other
-numbers from its environment: `SBATCH_CPUS_PER_GPU=16 SBATCH_MEM_PER_GPU=100G ./submit.sh`; `SBATCH_PARTITION`,
-`SBATCH_ACCOUNT` and `SBATCH_TIMELIMIT` likewise. vLLM needs at least two CPUs, and one for each GPU. What a job says
+numbers from its environment: `SBATCH_CPUS_PER_GPU=16 SBATCH_MEM_PER_GPU=100G ./submit.sh`. Partition and time are given
+with `export --sbatch '--partition=gpu --time=7-0'`; jobs are queued again after the loss of a node. vLLM needs at least
+two CPUs, and one for each GPU. What a job says
 is in `NAME-JOB.log`, what its processes say in `logs/`."""

@@ -9,6 +9,7 @@ from typing import Any
 
 from hetis.engines.kubernetes import (
     FRONT_PORT,
+    PART_LABEL,
     ClusterSettings,
     Deployment,
     ReplicaObjects,
@@ -19,8 +20,12 @@ from hetis.engines.kubernetes import (
     resource_of,
 )
 from hetis.engines.layout import Process
+from hetis.engines.versions import Engine
 from hetis.formats.documents import yaml_text
 from hetis.formats.errors import DocumentError, Problem
+from hetis.planner.export.fronts import front_objects
+from hetis.planner.export.pair_routers import pair_groups, unweighted
+from hetis.planner.export.pairs import pairs_beyond_the_plan
 from hetis.planner.export.replicas import (
     Launchable,
     LaunchableReplica,
@@ -29,6 +34,7 @@ from hetis.planner.export.replicas import (
     missing_images,
     worker_image,
 )
+from hetis.solver.model import ModelSpec
 from hetis.solver.plan import Role
 
 
@@ -44,8 +50,51 @@ def write_kubernetes(launchable: Launchable) -> Written:
         f"{one.name}.yaml": yaml_text(*manifests_of(one.layout, one.serving, deployment_of(launchable, one)))
         for one in launchable.replicas.values()
     }
-    alone = (f"{why}, or use --to lws" for why in launchable.restarted_alone())
-    return written_for_cluster(launchable, files, _HOW_CORE, not_carried=alone)
+    direct = {
+        n: ReplicaObjects(one.layout, one.serving, deployment_of(launchable, one)).front_name
+        for n, one in launchable.replicas.items()
+    }
+    return _behind_front(launchable, files, _HOW_CORE, direct)
+
+
+def _behind_front(
+    launchable: Launchable,
+    files: Mapping[str, str],
+    start: str,
+    direct: Mapping[int, str],
+    not_carried: Iterable[str] = (),
+) -> Written:
+    """Return manifests with what stands in front of several replicas; ``direct``: names of their front ends' pods."""
+
+    def at(service: str) -> str:
+        return address(launchable, service, FRONT_PORT)
+
+    endpoints = {number: at(launchable.name_of(one)) for number, one in launchable.replicas.items()}
+    pods = {number: at(host) for number, host in direct.items()}
+    front, groups = front_objects(launchable, endpoints, pods, at, namespace(launchable)), pair_groups(launchable)
+    disruptions = yaml_text(_disruptions(launchable))
+    written = written_for_cluster(
+        launchable,
+        {**files, **({"router.yaml": yaml_text(*front)} if front else {}), "disruptions.yaml": disruptions},
+        f"{start} {_HOW_FRONT.format(name=launchable.settings.name)}" if front else start,
+        endpoints=endpoints,
+        not_carried=(
+            *unweighted(launchable),
+            *pairs_beyond_the_plan(launchable, "the router of pairs", in_groups=True),
+            *not_carried,
+        ),
+    )
+    monitor = {"monitoring/podmonitor.yaml": yaml_text(_pod_monitor(launchable))}
+    return replace(
+        written,
+        files={**written.files, **monitor},
+        routers=tuple(at(f"{launchable.settings.name}-{group.name}") for group in groups),
+    )
+
+
+_HOW_FRONT = """\
+Clients use the Service `{name}`, port 8000: nginx, which sends requests to all of them with the plan's shares
+(`router.yaml`), by a router of pairs where prefill and decode are apart."""
 
 
 def deployment_of(launchable: Launchable, one: LaunchableReplica) -> Deployment:
@@ -57,8 +106,16 @@ def deployment_of(launchable: Launchable, one: LaunchableReplica) -> Deployment:
         image=engine_image(launchable, one),
         worker_image=worker_image(launchable, one),
         kv_partners=tuple(partners),
+        part_of=launchable.settings.name,
+        model_bytes=_download_bytes(launchable.model.on(one.plan.stages[0].gpu)),
         **{field.name: getattr(launchable.settings, field.name) for field in fields(ClusterSettings)},
     )
+
+
+def _download_bytes(model: ModelSpec) -> float:
+    """Return the room that a download of a model takes at most: its layers, and both embeddings in 16 bits."""
+    layers = model.num_layers * model.layer_params() * model.weight_bytes
+    return 1.2 * (layers + 2 * (2 * model.vocab * model.hidden + model.vision_params))
 
 
 def check_cluster_options(launchable: Launchable, *, has_own_front: bool = False) -> None:
@@ -99,8 +156,42 @@ def written_for_cluster(
         shown=tuple(files),
         endpoints=endpoints or {number: address(launchable, name, FRONT_PORT) for number, name in names.items()},
         start=f"{start}\n\n{_HOW_REQUESTED.format(resources=' or '.join(usual))}" if usual else start,
-        not_carried=(*mixed, *_turns(launchable), *not_carried),
+        not_carried=(*mixed, *_turns(launchable), *_downloads(launchable), *not_carried),
     )
+
+
+def _disruptions(launchable: Launchable) -> dict[str, Any]:
+    """Return the budget by which a drain of nodes takes one pod of the plan at a time."""
+    name = launchable.settings.name
+    return {
+        "apiVersion": "policy/v1",
+        "kind": "PodDisruptionBudget",
+        "metadata": {"name": f"{name}-replicas", **namespace(launchable)},
+        "spec": {"maxUnavailable": 1, "selector": {"matchLabels": {PART_LABEL: name}}},
+    }
+
+
+def _pod_monitor(launchable: Launchable) -> dict[str, Any]:
+    """Return what Prometheus's operator reads; without it, Prometheus finds pods by their annotations."""
+    name = launchable.settings.name
+    scheme = {"scheme": "https"} if any(one.serving.has_tls for one in launchable.replicas.values()) else {}
+    return {
+        "apiVersion": "monitoring.coreos.com/v1",
+        "kind": "PodMonitor",
+        "metadata": {"name": name, **namespace(launchable)},
+        "spec": {
+            "selector": {"matchLabels": {PART_LABEL: name}},
+            "podMetricsEndpoints": [{"port": "http", "path": "/metrics", **scheme}],
+        },
+    }
+
+
+def _downloads(launchable: Launchable) -> Iterator[str]:
+    """Yield a sentence if pods download their models at every start."""
+    settings = launchable.settings
+    models = dict.fromkeys(one.serving.model for one in launchable.replicas.values())
+    if not settings.model_cache and any(not model.startswith("/") for model in models):
+        yield f"every pod downloads {', '.join(models)} at each start: give --model-cache CLAIM or /PATH"
 
 
 def _turns(launchable: Launchable) -> Iterator[str]:
@@ -216,8 +307,9 @@ class PodGroup:
             pod["containers"][0]["name"] = self._container
         is_leader = processes[0] is self._layout.servers[0]
         own = self.objects.front_labels if is_leader else self._worker_labels()
-        annotations = [annotations_of(process) for process in processes]
-        said = {name: ",".join(each[name] for each in annotations) for name in annotations[0]}
+        placed = [annotations_of(process) for process in processes]
+        said = {name: ",".join(each[name] for each in placed) for name in placed[0]}
+        said = self.objects.annotations(processes[0]) | said
         return {"metadata": {"labels": {**own, **(labels or {})}, "annotations": said}, "spec": pod}
 
 
@@ -241,13 +333,18 @@ def write_lws(launchable: Launchable) -> Written:
     """Return a file for each replica: a LeaderWorkerSet, its attention workers, and related objects."""
     check_cluster_options(launchable)
     split = launchable.has_roles and all(one.plan.role is not Role.UNIFIED for one in launchable.replicas.values())
-    if split and 2 <= len(launchable.replicas) <= _MOST_ROLES:
+    # SGLang's router needs names of pods, which a DisaggregatedSet makes up.
+    if split and launchable.engine is not Engine.SGLANG and 2 <= len(launchable.replicas) <= _MOST_ROLES:
         files = {"replicas.yaml": yaml_text(*_disaggregated(launchable))}
     else:
         files = {
             f"{one.name}.yaml": yaml_text(*replica_objects(launchable, one)) for one in launchable.replicas.values()
         }
-    return written_for_cluster(launchable, files, _HOW_LWS)
+    direct = {
+        number: f"{launchable.name_of(one)}-pods-0.{launchable.name_of(one)}-pods"
+        for number, one in launchable.replicas.items()
+    }
+    return _behind_front(launchable, files, _HOW_LWS, direct)
 
 
 def why_no_group(launchable: Launchable, one: LaunchableReplica) -> Iterator[str]:
@@ -262,7 +359,8 @@ def replica_objects(
     """Return all objects of one replica, in an order in which they can be applied."""
     group = PodGroup(launchable, one)
     workers = [made for process in one.layout.attention_workers for made in group.objects.worker(process)]
-    name, spec = launchable.name_of(one), _spec(group, labels)
+    # Its operator makes a headless Service of its name, by which workers find their leader, unless there is one.
+    name, spec = f"{launchable.name_of(one)}-pods", _spec(group, labels)
     whole = group.objects.object("leaderworkerset.x-k8s.io/v1", "LeaderWorkerSet", name, spec=spec)
     return [*group.objects.around(), *workers, whole]
 

@@ -8,11 +8,12 @@ different vendors or precisions, or with different connectors, cannot read each 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import product
 
 from hetis.formats.documents import from_data
 from hetis.formats.errors import DocumentError
+from hetis.planner.export.pair_routers import pair_groups
 from hetis.planner.export.replicas import Launchable, LaunchableReplica
 from hetis.planner.use_cases.record.parts import MadeFrom
 from hetis.solver.check.fleet import Fleet, slowest
@@ -24,11 +25,17 @@ _MOST_NAMED = 5  # pairs, or groups of replicas, in a sentence
 Pair = tuple[int, int]  # positions of a prefill and a decode replica in the plan
 
 
-def pairs_beyond_the_plan(launchable: Launchable, router: str) -> Iterator[str]:
-    """Yield a sentence for each kind of pairs that ``router``, which chooses replicas separately, makes unplanned."""
+def pairs_beyond_the_plan(launchable: Launchable, router: str, *, in_groups: bool = False) -> Iterator[str]:
+    """Yield a sentence for each kind of pairs that ``router``, which chooses replicas separately, makes unplanned.
+
+    ``in_groups``: there is a router for each of `pair_groups`.
+    """
     routed = {(route.prefill, route.decode) for route in launchable.plan.kv_routes}
     of_role = {role: [n for n, one in launchable.replicas.items() if one.plan.role is role] for role in Role}
-    others = [pair for pair in product(of_role[Role.PREFILL], of_role[Role.DECODE]) if pair not in routed]
+    sides: list[tuple[Iterable[int], Iterable[int]]] = [(of_role[Role.PREFILL], of_role[Role.DECODE])]
+    if in_groups:
+        sides = [(group.prefill, group.decode) for group in pair_groups(launchable)]
+    others = [pair for side in sides for pair in product(*side) if pair not in routed]
     unlike = [pair for pair in others if _are_unlike(launchable, pair)]
     fleet = _fleet_of(launchable.plan)
     apart = [] if fleet is None else [pair for pair in others if _are_apart(launchable.plan, fleet, pair)]

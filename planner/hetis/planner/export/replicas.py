@@ -22,8 +22,8 @@ from hetis.engines.serving import (
     TELL_KV,
     Serving,
     kv_dtype_of,
+    missing_kv_option,
     program_of,
-    why_kv_is_untold,
 )
 from hetis.engines.versions import VERSIONS, Engine
 from hetis.formats import catalogue
@@ -70,6 +70,7 @@ class ExportSettings(ClusterSettings):
     name: str = "hetis"  # prefix of the names of objects and jobs
     # The engine's image, or one per vendor: ``IMAGE,AMD=IMAGE`` (`images_in`). Empty: the image its makers publish
     image: str = ""
+    sbatch: str = ""  # further options of Slurm's jobs
     worker_image: str = ""  # image of attention workers, in the same form; empty: none
 
 
@@ -205,8 +206,11 @@ class Written:
 
     files: Mapping[str, str]  # contents by path; a path that ends in ``.sh`` is an executable
     shown: tuple[str, ...]  # the essential files, for standard output
-    endpoints: Mapping[int, str]  # endpoint of each replica, by its position in the plan
     start: str  # instructions for starting, in Markdown
+    endpoints: Mapping[int, str]  # endpoint of each replica, by its position in the plan
+    # Endpoints of the routers of `pair_groups`; empty: there are none, or the target pairs replicas at their endpoints
+    routers: tuple[str, ...] = ()
+    listed: bool = True  # routers by weights send requests to these endpoints; otherwise the target's own router does
     not_carried: tuple[str, ...] = ()  # features of the plan that the target lacks
 
 
@@ -214,13 +218,12 @@ def launchable(plan: Plan, model: ModelSpec, settings: ExportSettings) -> Launch
     """Return the part of a plan that an engine can launch. Raises NotExportableError with all reasons if it is none."""
     if not plan.replicas:
         raise NotExportableError(("the plan has no replicas",))
-    plan, changes = with_single_copies(plan)
     has_workers = any(replica.attention_workers for replica in plan.replicas)
     engine = settings.engine or (Engine.VLLM_HETIS if has_workers else Engine.VLLM)
     if len(used := weights_used(plan, model)) > 1 and WEIGHTS not in settings.model:
         raise NotExportableError((f"the plan has weights in {' and '.join(used)}: --model must contain {WEIGHTS}",))
     asked = MadeFrom.of(plan).model
-    changes += _other_checkpoint(used, asked, model.name, settings)
+    changes = list(_other_checkpoint(used, asked, model.name, settings))
     replicas, left_out = dict[int, LaunchableReplica](), dict[int, tuple[str, ...]]()
     fronts, meetings, kv_ports, workers = Counter[str](), Counter[str](), Counter[str](), 0
     exchanging = kv_partners(plan)
@@ -247,7 +250,7 @@ def launchable(plan: Plan, model: ModelSpec, settings: ExportSettings) -> Launch
             limits_kv=True,
             served_name=settings.served_name,
         )
-        if why := why_kv_is_untold(layout, serving):
+        if why := missing_kv_option(layout, serving):
             left_out[number] = (why,)
             continue
         replicas[number] = LaunchableReplica(
@@ -374,56 +377,6 @@ def published_image(engine: Engine, vendor: str) -> str:
         (Engine.VLLM, "AMD"): f"vllm/vllm-openai-rocm:v{version}",
         (Engine.SGLANG, "NVIDIA"): f"lmsysorg/sglang:v{version}",
     }.get((engine, vendor), "")
-
-
-# --- stage copies
-
-
-def with_single_copies(plan: Plan) -> tuple[Plan, list[str]]:
-    """Return the plan with each replica whose stages all have n copies split into n replicas.
-
-    Each of them is one copy of everything: its GPUs and attention workers, and an equal part of the KV memory, of the
-    micro-batches in flight and of the rate. Replicas with unequal copies, which no engine runs, are left unchanged, and
-    so are those whose copies share experts, since they form one engine.
-    """
-    replicas, parts, changes = list[ReplicaPlan](), list[list[int]](), list[str]()
-    for number, replica in enumerate(plan.replicas):
-        copies = {stage.copies for stage in replica.stages}
-        count = copies.pop() if len(copies) == 1 and not replica.expert_parallel else 1
-        made = [_copy_of(replica, copy, count) for copy in range(count)] if count > 1 else [replica]
-        parts.append(list(range(len(replicas), len(replicas) + len(made))))
-        replicas += made
-        if count > 1:
-            changes.append(f"replica {number} has {count} copies of every stage: they are exported as {count} replicas")
-    if not changes:
-        return plan, []
-    routes = [
-        replace(route, prefill=prefill, decode=decode, rate=route.rate / len(prefills) / len(decodes))
-        for route in plan.kv_routes
-        for prefills, decodes in [(parts[route.prefill], parts[route.decode])]
-        for prefill in prefills
-        for decode in decodes
-    ]
-    return replace(plan, replicas=tuple(replicas), kv_routes=tuple(routes)), changes
-
-
-def _copy_of(replica: ReplicaPlan, copy: int, count: int) -> ReplicaPlan:
-    return replace(
-        replica,
-        rate=replica.rate / count,
-        in_flight=-(-replica.in_flight // count),
-        kv_tokens=replica.kv_tokens // count,
-        stages=tuple(replace(s, copies=1, devices=_part(s.devices, copy, count)) for s in replica.stages),
-        attention_workers=tuple(
-            pool if pool.shared else replace(pool, devices=_part(pool.devices, copy, count))
-            for pool in replica.attention_workers
-        ),
-    )
-
-
-def _part(devices: Sequence[str], copy: int, count: int) -> tuple[str, ...]:
-    each = len(devices) // count
-    return tuple(devices[copy * each : (copy + 1) * each])
 
 
 def pairs_of(launchable: Launchable) -> dict[int, int]:

@@ -10,7 +10,9 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from hetis.engines.versions import Engine
 from hetis.formats.documents import yaml_text
+from hetis.planner.export.pair_routers import entry_points, pair_groups, weighted_sides
 from hetis.planner.export.replicas import Launchable
 from hetis.solver.plan import Role
 
@@ -18,17 +20,26 @@ _WHOLE = 1000  # sum of the integer weights
 NOTHING_SERVES = "nothing serves"
 
 
-def routing_files(launchable: Launchable, endpoints: Mapping[int, str]) -> dict[str, str]:
-    """Return files with the weights of the replicas at these endpoints, which are by position in the plan."""
+def routing_files(
+    launchable: Launchable, endpoints: Mapping[int, str], routers: Sequence[str] = (), *, listed: bool = True
+) -> dict[str, str]:
+    """Return files with the weights of replicas, and the lists of routers that send whole requests somewhere.
+
+    Args:
+        launchable: the plan's replicas.
+        endpoints: where they serve, by position in the plan.
+        routers: endpoints of the routers of `pair_groups`; empty: the target pairs replicas at their own endpoints.
+        listed: whether a list by weights does what the plan says; otherwise only the weights are returned.
+    """
     files = {"router/weights.json": json.dumps(weights_of(launchable, endpoints), indent=2) + "\n"}
-    unified = _unified(launchable, endpoints)
-    if not unified:
+    servers = weighted(entry_points(launchable, endpoints, routers)) if listed else []
+    if not servers:
         return files
     served = launchable.settings.served_name or launchable.settings.model
-    files["router/litellm.yaml"] = litellm_list(unified, served)
-    if not any("/" in endpoint for endpoint, _ in unified):  # these routers know hosts and ports, but no paths
-        files["router/nginx.conf"] = _nginx(unified)
-        files["router/envoy.yaml"] = envoy_list(unified)
+    files["router/litellm.yaml"] = litellm_list(servers, served)
+    if not any("/" in endpoint for endpoint, _ in servers):  # these routers know hosts and ports, but no paths
+        files["router/nginx.conf"] = nginx_conf(launchable, endpoints, servers)
+        files["router/envoy.yaml"] = envoy_list(servers)
     return files
 
 
@@ -80,41 +91,92 @@ def weight(share: float) -> int:
     return max(round(share * _WHOLE), 1) if share > 0 else 0
 
 
-def _unified(launchable: Launchable, endpoints: Mapping[int, str]) -> list[tuple[str, int]]:
-    """Return the endpoints of unified replicas with their weights; one endpoint may stand for several replicas."""
-    rates = dict[str, float]()
-    for number, one in launchable.replicas.items():
-        if one.plan.role is Role.UNIFIED and one.plan.rate > 0:
-            rates[endpoints[number]] = rates.get(endpoints[number], 0.0) + one.plan.rate
-    return weighted(rates)
-
-
 def weighted(rates: Mapping[str, float]) -> list[tuple[str, int]]:
     """Return endpoints with integer weights in proportion to the requests/s of each."""
     whole = sum(rates.values())
     return [(endpoint, weight(rate / whole)) for endpoint, rate in rates.items()]
 
 
-def nginx_list(servers: Sequence[tuple[str, int]], why_none: str = NOTHING_SERVES) -> str:
+def nginx_list(servers: Sequence[tuple[str, int]], why_none: str = NOTHING_SERVES, *, name: str = "hetis") -> str:
     """Return nginx's block `upstream`.
 
     It must contain a server, so if there is none it has one marked as down, with ``why_none`` in a comment.
     """
     lines = [f"    server {endpoint} weight={share};\n" for endpoint, share in servers]
     lines = lines or [f"    server 127.0.0.1:9 down;  # {why_none}\n"]
-    return f"upstream hetis {{\n{''.join(lines)}}}\n"
+    return f"upstream {name} {{\n{''.join(lines)}}}\n"
 
 
-def _nginx(unified: Sequence[tuple[str, int]]) -> str:
-    return (
-        "# Inside http {}. nginx picks by weight; streams of tokens must not wait for a buffer. A request without an\n"
-        "# answer goes to another replica when its own fails; where none may be computed twice, leave that out.\n"
-        f"{nginx_list(unified)}"
-        "server {\n    listen 8080;\n    location / {\n        proxy_pass http://hetis;\n"
-        "        proxy_http_version 1.1;\n        proxy_buffering off;\n        proxy_read_timeout 600s;\n"
-        "        proxy_next_upstream error timeout http_502 http_503 non_idempotent;\n"
-        "        proxy_next_upstream_tries 3;\n    }\n}\n"
+def nginx_conf(
+    launchable: Launchable,
+    endpoints: Mapping[int, str],
+    servers: Sequence[tuple[str, int]],
+    *,
+    sides_at: str = "127.0.0.1:",
+) -> str:
+    """Return nginx's servers: one for clients at port 8080, and one before each of `weighted_sides`.
+
+    Args:
+        launchable: the plan's replicas.
+        endpoints: where they serve, by position in the plan.
+        servers: where whole requests are sent, with weights.
+        sides_at: address and colon at which the servers before sides listen; empty: every address.
+    """
+    keys = dict[str, float]()
+    if launchable.engine is not Engine.SGLANG:  # whose router passes on what clients send
+        keys = {endpoints[number]: 1.0 for group in pair_groups(launchable) for number in group.prefill}
+    parts = [_NGINX_HEAD, nginx_list(servers)]
+    parts += [nginx_list(weighted(keys), name="hetis-keys")] if keys else []
+    parts.append(
+        _NGINX_FRONT.format(check=_NGINX_CHECK if keys else "", key=_NGINX_KEY if keys else "", proxy=_NGINX_PROXY)
     )
+    for group, role, rates in weighted_sides(launchable):
+        name = group.side_name(role)
+        parts.append(nginx_list(weighted({endpoints[number]: rate for number, rate in rates.items()}), name=name))
+        parts.append(_NGINX_SIDE.format(listen=f"{sides_at}{group.side_port(role)}", name=name, proxy=_NGINX_PROXY))
+    return "".join(parts)
+
+
+_NGINX_HEAD = """\
+# Inside http {}. nginx picks by weight; streams of tokens must not wait for a buffer. A request without an
+# answer goes to another replica when its own fails; where none may be computed twice, leave that out.
+"""
+_NGINX_PROXY = """
+        proxy_http_version 1.1;
+        proxy_set_header Connection "";
+        proxy_buffering off;
+        proxy_read_timeout 600s;
+        client_max_body_size 64m;
+        proxy_next_upstream error timeout http_502 http_503 non_idempotent;
+        proxy_next_upstream_tries 3;
+"""
+_NGINX_FRONT = """\
+server {{
+    listen 8080;
+    location / {{{check}
+        proxy_pass http://hetis;{proxy}    }}
+    location = /health {{
+        proxy_pass http://hetis;
+    }}{key}
+}}
+"""
+# vLLM's router replaces the client's key by its own, and checks neither: an engine does.
+_NGINX_CHECK = "\n        auth_request /hetis-key;"
+_NGINX_KEY = """
+    location = /hetis-key {
+        internal;
+        proxy_pass http://hetis-keys/v1/models;
+        proxy_method GET;
+        proxy_pass_request_body off;
+        proxy_set_header Content-Length "";
+    }"""
+_NGINX_SIDE = """\
+server {{
+    listen {listen};
+    location / {{
+        proxy_pass http://{name};{proxy}    }}
+}}
+"""
 
 
 def envoy_list(servers: Sequence[tuple[str, int]]) -> str:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from hetis.engines.kubernetes import (
     FRONT_PORT,
@@ -18,7 +18,7 @@ from hetis.engines.kubernetes import (
     tolerations_of,
 )
 from hetis.engines.layout import Process
-from hetis.engines.serving import Meeting, arguments_of, is_of_http_server, option_groups
+from hetis.engines.serving import Meeting, arguments_of, drain_s, is_of_http_server, option_groups
 from hetis.engines.versions import Engine
 from hetis.formats.documents import yaml_text
 from hetis.planner.export.kubernetes import (
@@ -30,6 +30,7 @@ from hetis.planner.export.kubernetes import (
     replica_objects,
     written_for_cluster,
 )
+from hetis.planner.export.pair_routers import pair_groups
 from hetis.planner.export.pairs import pairs_beyond_the_plan
 from hetis.planner.export.replicas import (
     PUSHED,
@@ -45,7 +46,8 @@ from hetis.solver.plan import Role
 # --- llm-d
 
 
-_REPLICA_LABEL = "app.kubernetes.io/instance"
+_REPLICA_LABEL, _POOL_LABEL = "app.kubernetes.io/instance", "hetis/pool"
+_POOL_API = "inference.networking.k8s.io/v1"
 _CHART = "llm-d-modelservice --repo https://llm-d-incubation.github.io/llm-d-modelservice"
 _SIDECAR_PORT = 8200  # the engine's port, behind the routing proxy of the chart
 _ROLES = {Role.PREFILL: "prefill", Role.DECODE: "decode", Role.UNIFIED: "decode"}
@@ -54,19 +56,23 @@ _ROLES = {Role.PREFILL: "prefill", Role.DECODE: "decode", Role.UNIFIED: "decode"
 def write_llm_d(launchable: Launchable) -> Written:
     """Return values for `helm`, manifests for `kubectl`, and the configuration of the router."""
     check_cluster_options(launchable)
-    values, manifests = dict[str, str](), dict[str, str]()
-    for one in launchable.replicas.values():
+    values, manifests, in_pools = dict[str, str](), dict[str, str](), _pool_labels(launchable)
+    for number, one in launchable.replicas.items():
         if len(one.layout.servers) == 1 and not one.layout.workers:
-            values[f"values-{one.name}.yaml"] = yaml_text(values_of(launchable, one))
+            values[f"values-{one.name}.yaml"] = yaml_text(values_of(launchable, one, in_pools[number]))
             manifests[f"{one.name}.yaml"] = yaml_text(_front(launchable, one))
         else:
-            labels = {**MODEL_LABELS, "llm-d.ai/role": _ROLES[one.plan.role]}
+            labels = {**in_pools[number], "llm-d.ai/role": _ROLES[one.plan.role]}
             manifests[f"{one.name}.yaml"] = yaml_text(*replica_objects(launchable, one, labels))
+    manifests["gateway.yaml"] = yaml_text(*_gateway(launchable))
     start = _HOW_LLM_D.format(helm=_helm(launchable, values) or "# none")
-    lost = (*_behind_sidecar(launchable), *pairs_beyond_the_plan(launchable, "llm-d's endpoint picker"))
+    lost = (*_behind_sidecar(launchable), *pairs_beyond_the_plan(launchable, "llm-d's endpoint picker", in_groups=True))
     written = written_for_cluster(launchable, manifests, start, not_carried=lost)
-    files = {**values, **written.files, "router/llm-d.yaml": yaml_text(picker_config(launchable))}
-    return replace(written, files=files, shown=(*values, *manifests))
+    pickers = {
+        f"router/{pool.name}.yaml": yaml_text(picker_config(launchable, pool.members)) for pool in _pools(launchable)
+    }
+    files = {**values, **written.files, **pickers}
+    return replace(written, files=files, shown=(*values, *manifests), listed=not launchable.has_roles)
 
 
 def _behind_sidecar(launchable: Launchable) -> Iterator[str]:
@@ -86,7 +92,7 @@ def _helm(launchable: Launchable, files: Iterable[str]) -> str:
     )
 
 
-def values_of(launchable: Launchable, one: LaunchableReplica) -> dict[str, Any]:
+def values_of(launchable: Launchable, one: LaunchableReplica, labels: Mapping[str, str]) -> dict[str, Any]:
     """Return the values of the chart llm-d-modelservice 0.4.12 for a replica that is one pod."""
     settings = launchable.settings
     made = ReplicaObjects(one.layout, one.serving, deployment_of(launchable, one))
@@ -111,7 +117,7 @@ def values_of(launchable: Launchable, one: LaunchableReplica) -> dict[str, Any]:
             "name": served,
             # The engine is passed the location of its model, so the chart has nothing to fetch.
             "uri": f"pvc://{settings.model_claim}{model}" if settings.model_claim else f"hf://{model}",
-            "labels": {**MODEL_LABELS, _REPLICA_LABEL: launchable.name_of(one)},
+            "labels": {**labels, _REPLICA_LABEL: launchable.name_of(one)},
         },
         **_accelerator(process),
         "multinode": False,
@@ -155,14 +161,79 @@ def _front(launchable: Launchable, one: LaunchableReplica) -> dict[str, Any]:
     return made.object("v1", "Service", name, spec=spec)
 
 
-def picker_config(launchable: Launchable) -> dict[str, Any]:
-    """Return the configuration of the endpoint picker: it draws endpoints with the plan's shares as weights."""
-    shares = shares_of(launchable)
+class _Pool(NamedTuple):
+    """The replicas of an InferencePool, and its share of all requests."""
+
+    name: str
+    members: tuple[int, ...]
+    share: float
+
+
+def _pools(launchable: Launchable) -> list[_Pool]:
+    """Return a pool for the unified replicas, and one for each group of replicas that the plan's routes join."""
+    shares, name, found = shares_of(launchable), launchable.settings.name, list[_Pool]()
+    unified = tuple(number for number, one in launchable.replicas.items() if one.plan.role is Role.UNIFIED)
+    if unified:
+        found.append(_Pool(f"{name}-unified", unified, sum(shares[number] for number in unified)))
+    for group in pair_groups(launchable):
+        share = sum(shares[number] for number in group.prefill)
+        found.append(_Pool(f"{name}-{group.name}", (*group.prefill, *group.decode), share))
+    return found
+
+
+def _pool_labels(launchable: Launchable) -> dict[int, dict[str, str]]:
+    """Return the labels by which pools select the pods of each replica."""
+    return {number: {**MODEL_LABELS, _POOL_LABEL: pool.name} for pool in _pools(launchable) for number in pool.members}
+
+
+def _gateway(launchable: Launchable) -> list[dict[str, Any]]:
+    """Return the pools, and the route that divides requests among them with the plan's shares."""
+
+    def metadata(name: str) -> dict[str, Any]:
+        return {"name": name, **namespace(launchable), "labels": {"app.kubernetes.io/name": "hetis"}}
+
+    pools = _pools(launchable)
+    backends = [
+        {"group": _POOL_API.partition("/")[0], "kind": "InferencePool", "name": pool.name, "weight": weight(pool.share)}
+        for pool in pools
+    ]
+    rule = {"backendRefs": backends, "timeouts": {"request": "0s"}}
+    route = {"parentRefs": [{"name": "inference-gateway"}], "rules": [rule]}
+    return [
+        *(
+            {
+                "apiVersion": _POOL_API,
+                "kind": "InferencePool",
+                "metadata": metadata(pool.name),
+                "spec": {
+                    "selector": {"matchLabels": {_POOL_LABEL: pool.name}},
+                    "targetPorts": [{"number": FRONT_PORT}],
+                    "endpointPickerRef": {"name": f"{pool.name}-epp", "port": {"number": 9002}},
+                },
+            }
+            for pool in pools
+        ),
+        {
+            "apiVersion": "gateway.networking.k8s.io/v1",
+            "kind": "HTTPRoute",
+            "metadata": metadata(launchable.settings.name),
+            "spec": route,
+        },
+    ]
+
+
+def picker_config(launchable: Launchable, members: Iterable[int]) -> dict[str, Any]:
+    """Return the configuration of a pool's endpoint picker: it draws endpoints with the plan's shares as weights.
+
+    Where prefill and decode are apart, every request takes both: the decider says so, and the headers' handler tells
+    the decode replica's sidecar which prefill replica was drawn.
+    """
+    shares, replicas = shares_of(launchable), {number: launchable.replicas[number] for number in members}
 
     def weights(*roles: Role) -> dict[str, float]:
         return {
             launchable.name_of(one): round(shares[number], 6)
-            for number, one in launchable.replicas.items()
+            for number, one in replicas.items()
             if one.plan.role in roles and shares[number] > 0
         }
 
@@ -177,7 +248,9 @@ def picker_config(launchable: Launchable) -> dict[str, Any]:
     ]
     profiles = []
     if sides["prefill"]:
-        plugins += [{"type": "prefill-filter"}, {"type": "decode-filter"}, {"type": "disagg-profile-handler"}]
+        decider = "always-disagg-pd-decider"
+        plugins += [{"type": name} for name in ("disagg-headers-handler", "prefill-filter", "decode-filter", decider)]
+        plugins.append({"type": "disagg-profile-handler", "parameters": {"deciders": {"prefill": decider}}})
     for side, of_side in sides.items():
         if not of_side:
             continue
@@ -204,8 +277,10 @@ Replicas of one pod, by the chart (0.4.12):
 
 The others, where LeaderWorkerSet is installed, and a Service for each: `kubectl apply -k .`
 
-All pods have the label `llm-d.ai/inference-serving: "true"`, which an InferencePool selects. `router/llm-d.yaml` is the
-endpoint picker's configuration with the plan's shares (its weight scorer needs `--allow-experimental-plugins=true`)."""
+Requests go to the gateway `inference-gateway`, whose route divides them among the InferencePools of `gateway.yaml` with
+the plan's shares: one of the unified replicas, one for each group of prefill and decode replicas that the plan's routes
+join. `router/POOL.yaml` configures the endpoint picker of a pool, the Service `POOL-epp`, with the plan's shares in the
+pool (llm-d's chart starts it; the weight scorer needs `--allow-experimental-plugins=true`)."""
 
 
 # --- KServe: an LLMInferenceService for each replica or pair of prefill and decode, with its weight in the route
@@ -306,19 +381,13 @@ def _without_templates(pod: dict[str, Any]) -> None:
 
 
 def _listen(container: dict[str, Any], port: int) -> None:
-    """Set the port that KServe's preset probes, and allow enough time at start for large weights to load."""
+    """Set the port that KServe's preset probes."""
     words = container["command"]
     words[words.index("--port") + 1] = str(port)
     [http] = [each for each in container["ports"] if each["name"] == "http"]
     http["containerPort"] = port
-    health = container["readinessProbe"]["httpGet"]
-    if "scheme" in health:  # the preset's probes have the scheme of KServe's configuration
-        container["livenessProbe"] = {"httpGet": dict(health)}
-    container["startupProbe"] = {
-        "httpGet": dict(health),
-        "periodSeconds": 10,
-        "failureThreshold": 180,  # half an hour; the preset's 60 would end an engine that is still loading its weights
-    }
+    if "scheme" not in container["readinessProbe"]["httpGet"]:  # the preset's has that of KServe's configuration
+        del container["livenessProbe"]
 
 
 def _preset(launchable: Launchable, name: str) -> dict[str, Any]:
@@ -341,7 +410,6 @@ these files, those in `presets.yaml` do not."""
 
 
 VERSION = "1.6.1"  # version of Dynamo, whose images contain its front end and its workers
-_DYNAMO_GRACE_S = 60  # which the operator gives pods that say nothing
 _MOST_COMPONENTS = 25  # components in a graph, including the front end
 _PROGRAMS = {Engine.VLLM: ("python3", "-m", "dynamo.vllm"), Engine.SGLANG: ("python3", "-m", "dynamo.sglang")}
 _TYPES = {Role.UNIFIED: "worker", Role.PREFILL: "prefill", Role.DECODE: "decode"}
@@ -442,8 +510,8 @@ def _component(launchable: Launchable, one: LaunchableReplica) -> dict[str, Any]
         "containers": [main],
         "volumes": [each for each in pod["volumes"] if each["name"] != "shm"],
     }
-    if (grace_s := pod["terminationGracePeriodSeconds"]) > _DYNAMO_GRACE_S:
-        template["terminationGracePeriodSeconds"] = grace_s
+    if drain_s(one.serving.options):  # otherwise the operator's own 60 s
+        template["terminationGracePeriodSeconds"] = pod["terminationGracePeriodSeconds"]
     return {
         "name": one.name,
         "type": _TYPES[one.plan.role],

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from hetis.commands.endpoints import is_host
 from hetis.engines.gpus import VENDORS
-from hetis.engines.kubernetes import FRONT_PORT, NAMESPACE, wrong_objects, wrong_token
+from hetis.engines.kubernetes import FRONT_PORT, NAMESPACE, wrong_cache, wrong_objects, wrong_token
 from hetis.engines.layout import DTYPE_BYTES, Layout, planned_model, unknown_nodes
 from hetis.engines.serving import decided_in
 from hetis.engines.versions import VERSIONS, Engine
@@ -150,7 +150,7 @@ def export_plan(plan: Plan, model: ModelSpec, target: ExportTarget, settings: Ex
     left_out = tuple(found.reasons())
     if left_out:
         left_out += tuple(_elsewhere(plan, model, settings.engine))
-    lists = routing_files(found, written.endpoints)
+    lists = routing_files(found, written.endpoints, written.routers, listed=written.listed)
     has_tls = any(one.serving.has_tls for one in found.replicas.values() if one.plan.role is Role.UNIFIED)
     if target in _ENGINES_SERVE_HTTP and has_tls:
         why = "router/: its lists connect by HTTP, the engines serve HTTPS"
@@ -275,10 +275,16 @@ def _wrong(
     if given.device is ExportDevice.CPU and target not in (ExportTarget.VLLM, ExportTarget.HETIS_LAUNCH):
         yield f"{spelled('device')} is cpu: {spelled('to')} {target.value} is for GPUs"
     yield from (_wrong_in_kubernetes if target in IN_KUBERNETES else _only_in_kubernetes)(given, target, spelled)
-    try:
-        shlex.split(given.program)
-    except ValueError as error:
-        yield f"{spelled('program')} is {given.program!r}: {error}"
+    for option, text in (("program", given.program), ("sbatch", given.sbatch)):
+        try:
+            words = shlex.split(text)
+        except ValueError as error:
+            yield f"{spelled(option)} is {text!r}: {error}"
+        else:
+            if option == "sbatch" and not all(word.startswith("--") and "\n" not in word for word in words):
+                yield f"{spelled(option)} is {text!r}, must be options such as --partition=gpu"
+    if given.sbatch and target is not ExportTarget.SLURM:
+        yield f"{spelled('sbatch')}: {spelled('to')} {target.value} makes no jobs"
 
 
 def _wrong_in_kubernetes(given: ExportSettings, target: ExportTarget, spelled: Callable[[str], str]) -> Iterator[str]:
@@ -290,6 +296,7 @@ def _wrong_in_kubernetes(given: ExportSettings, target: ExportTarget, spelled: C
     objects = {name: getattr(given, name) for name in ("api_key_secret", "worker_key_secret", "model_claim")}
     yield from wrong_objects({spelled(option): name for option, name in objects.items()})
     yield from wrong_token(spelled("hf_token_secret"), given.hf_token_secret)
+    yield from wrong_cache(spelled("model_cache"), given.model_cache)
 
 
 def _only_in_kubernetes(given: ExportSettings, target: ExportTarget, spelled: Callable[[str], str]) -> Iterator[str]:
@@ -308,8 +315,10 @@ def _only_in_kubernetes(given: ExportSettings, target: ExportTarget, spelled: Ca
         if getattr(given, option):
             yield f"{spelled(option)}: {spelled('to')} {target.value} reads no Secrets of Kubernetes, {instead}"
     lacks = {"namespace": "pods", "model_claim": "pods"}
+    if target is ExportTarget.COMPOSE and given.model_cache and not given.model_cache.startswith("/"):
+        yield f"{spelled('model_cache')} is {given.model_cache}: {spelled('to')} compose takes the path of a folder"
     if target is not ExportTarget.COMPOSE:
-        lacks |= {"image": "containers", "worker_image": "containers"}
+        lacks |= {"model_cache": "containers", "image": "containers", "worker_image": "containers"}
     for option, what in lacks.items():
         if value := getattr(given, option):
             yield f"{spelled(option)} is {value}: {spelled('to')} {target.value} has no {what}"
@@ -385,13 +394,7 @@ def readme_of(target: str, launchable: Launchable, written: Written, lost: Seque
         for number, one in launchable.replicas.items()
     )
     planned, left = launchable.plan.served_rate(), launchable.rate()
-    lists = "; nginx, Envoy and LiteLLM take the lists beside it."
-    if launchable.has_roles:
-        alone = sum(one.plan.rate for one in launchable.replicas.values() if one.plan.role is Role.UNIFIED)
-        lists = (
-            ", and the pairs that a request prefills and decodes in. Lists of nginx, Envoy and LiteLLM cannot name "
-            f"pairs: they hold only the replicas that do both, {_rate(alone)} of the {_rate(left)} requests/s."
-        )
+    lists = _LISTS if written.listed else ", which the target's own router uses."
     missing = "\n".join(f"- {line}" for line in lost) or "The export contains everything in the plan."
     return f"""\
 # A plan of hetis for {target}
@@ -416,6 +419,10 @@ def readme_of(target: str, launchable: Launchable, written: Written, lost: Seque
 
 `router/weights.json` has the share of the requests that each replica should get{lists}
 """
+
+
+_LISTS = """; nginx, Envoy and LiteLLM take the lists beside it, which send whole requests to replicas and, where
+prefill and decode are apart, to what pairs them."""
 
 
 def _gpus(layout: Layout) -> str:

@@ -26,7 +26,7 @@ from hetis.planner.report.tables import (
     missed_words,
 )
 from hetis.planner.use_cases.compare import Figures, KeptPromise, figures_of, kept_of
-from hetis.planner.use_cases.record.forms import NOT_COMPILED, EngineValue, Predicted
+from hetis.planner.use_cases.record.forms import EngineValue, Predicted
 from hetis.planner.use_cases.record.parts import (
     EqualStages,
     Losses,
@@ -192,15 +192,10 @@ def by_unified(plan: Plan) -> str:
     return " by unified replicas, which --roles excludes" if excludes_unified(plan) else ""
 
 
-def beside_engines(plan: Plan, *, hints: bool = True) -> list[str]:
-    """Return the values of plans for other engines and their missing features; engines with equal values share a line.
-
-    Without ``hints``, engines are omitted if nothing is known but how to find out more.
-    """
+def beside_engines(plan: Plan) -> list[str]:
+    """Return the values of plans for other engines and what these lack; engines with equal values share a line."""
     said = dict[str, list[str]]()
     for other in OtherEngines.of(plan).values:
-        if not hints and other.why_not == NOT_COMPILED and not other.equal_stages:
-            continue
         said.setdefault(_engine_words(other, plan), []).append(other.engine)
     return [f"{', '.join(names)}: {words}" for words, names in said.items()]
 
@@ -208,18 +203,12 @@ def beside_engines(plan: Plan, *, hints: bool = True) -> list[str]:
 def _engine_words(other: EngineValue, plan: Plan) -> str:
     lacks, ours = " and ".join(filter(None, [", ".join(other.lacks[:-1]), *other.lacks[-1:]])), value_by_model(plan)
     by_model = " by the model" if is_below_model(plan) else ""
-    why_not, again = other.why_not, f"plan with --engine {other.engine} (the first time takes up to a minute longer)"
-    if why_not == NOT_COMPILED:
-        why_not = f"to search for a plan, {again}"
     if other.value is None:
-        return f"does not run this plan ({lacks}); {why_not}"
+        return f"does not run this plan ({lacks}); {other.why_not}"
     if other.equal_stages:
         least = f"{'at least' if plan.objective.maximises else 'at most'} {with_unit(other.value, plan.result.unit)}"
         apart = f", without {lacks}" if lacks else ""
         return f"{least} by equal stages, {_beside(other.value, ours)}{by_model}{apart}"
-    if other.why_not == NOT_COMPILED:
-        # Not always better: under a TTFT limit the rules of its stages may be stricter (docs/cost-model.md, Latency).
-        return f"runs this plan; its own search may find a better or a worse one: {again}"
     if other.why_not:
         return f"runs this plan; no better one is known: {other.why_not}"
     words = _beside(other.value, ours) + by_model

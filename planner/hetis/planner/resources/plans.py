@@ -214,7 +214,7 @@ def _require_deletable(reader: Reader, request: pb2.DeletePlanRequest) -> PlanRe
 MOST_BYTES = (4 << 20) - (16 << 10)  # in an answer
 _Kind = pb2.ReplicaDifferenceKind
 _SETTINGS = (
-    "roles", "engine", "engine_settings", "service_level", "seed", "threads", "gap_target", "time_limit_s"
+    "roles", "engine", "engine_settings", "service_level", "seed", "gap_target", "time_limit_s"
 )  # fmt: skip
 _LIMITS = ("role", "micro_batch", "in_flight", "chunk_tokens", "kv_tokens")
 

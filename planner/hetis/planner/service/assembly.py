@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from contextlib import AsyncExitStack
 
 from hetis.planner.convert.documents import DeclaredFleets
@@ -87,7 +86,7 @@ class Term:
         nodes = Nodes(store, hubs, fleet, reader)
         running = RunningResources(store, fleet)
         documents = PlanDocuments(store)
-        limits = SearchLimits(threads=_threads(config), time_s=config.solver.max_search)
+        limits = SearchLimits(time_s=config.solver.max_search)
         creation = PlanCreation(store, hubs, fleet, declared, self._pool, searches, limits)
         plans = Plans(store, hubs, fleet, searches, documents)
         activation = PlanActivation(store, hubs, fleet, declared, documents)
@@ -166,8 +165,3 @@ def pool_settings(config: PlannerConfig) -> PoolSettings:
         running_per_caller=solver.running_per_caller or max(1, solver.processes - 1),
         queued_per_caller=solver.queued_per_caller or max(1, solver.queue // 4),
     )
-
-
-def _threads(config: PlannerConfig) -> int:
-    """Return the number of threads per search with which all processes together use each core once."""
-    return max(1, (os.cpu_count() or 1) // config.solver.processes)

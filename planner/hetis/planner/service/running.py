@@ -15,6 +15,7 @@ from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from hetis.commands.x509 import ends_of_certificates, is_for_host, names_of_certificate
 from hetis.formats.errors import DocumentError, Problem, attempt
 from hetis.formats.files import read_text
 from hetis.planner.failures import Reason, ServiceError
@@ -23,10 +24,7 @@ from hetis.planner.service.exit_codes import ServiceExitCode
 from hetis.planner.service.identity.certificates import (
     Certificates,
     Reloaded,
-    ends_of_certificates,
-    is_for_host,
     keep_fresh,
-    names_of_certificate,
 )
 from hetis.planner.service.identity.credentials import Authenticator, Credentials, NoCredentials, Tokens
 from hetis.planner.service.limits import ConnectionLimits, ConnectionWatch, WriteRates, ports_of, reserved_for_page

@@ -250,7 +250,7 @@ def load_inputs(
     fleet = attempt(lambda: load_cluster(cluster) if isinstance(cluster, str) else cluster, problems)
     notes: list[str] = []
     spec = attempt(lambda: load_model(model, notes=notes) if isinstance(model, str) else model, problems)
-    traffic = attempt(lambda: _traffic(workload, prefix_hit_rate), problems)
+    traffic = attempt(lambda: _traffic(workload, prefix_hit_rate, notes), problems)
     measured = load_profiles(profiles, problems)
     if fleet is not None:
         problems += unused_profiles(measured, fleet)
@@ -318,9 +318,9 @@ def notes_on_vendors(fleet: Cluster) -> list[str]:
     ]
 
 
-def _traffic(given: str | Workload, prefix_hit_rate: PrefixHitRate | None) -> Workload:
+def _traffic(given: str | Workload, prefix_hit_rate: PrefixHitRate | None, notes: list[str]) -> Workload:
     if isinstance(given, str):
-        return load_workload(given, prefix_hit_rate=prefix_hit_rate)
+        return load_workload(given, prefix_hit_rate=prefix_hit_rate, notes=notes)
     return with_prefix_hits(given, prefix_hit_rate)
 
 
@@ -360,9 +360,21 @@ def problem_of_plan(plan: Plan, name: str) -> PlanAndProblem:
     inputs = replace(inputs, constraints=constraints, engine_settings=requested.engine_settings)
     try:
         problem = inputs.problem(plan.objective, plan.strategy, requested.roles or (Role.UNIFIED,), requested.engine)
+        problem = problem_of(plan, problem)
     except InvalidProblemError as error:
         raise single_problem(name, str(error)) from None
     return PlanAndProblem(plan=plan, inputs=inputs, problem=problem, warnings=tuple(warnings))
+
+
+def problem_of(plan: Plan, problem: PlacementProblem) -> PlacementProblem:
+    """Return the problem that a plan solves among others: with its objective, its engine's limits, and on its rung."""
+    from hetis.solver.placement.rungs import RUNGS
+
+    requested = Requested.of(plan)
+    family = problem.family if requested.engine is None else replace(problem.family, engine=requested.engine)
+    if requested.rung:
+        family = RUNGS[requested.rung].restrict(family, plan.strategy)
+    return replace(problem, objective=plan.objective, family=family)
 
 
 def unconfirmed(found: PlanAndProblem, name: str) -> Iterator[str]:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import os
 import random
 import re
+import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -22,6 +25,7 @@ from hetis.commands.endpoints import (
     split_endpoints,
     without_proxy,
 )
+from hetis.commands.x509 import ends_of_certificates, moment
 from hetis.engines.errors import OptionError
 
 if TYPE_CHECKING:
@@ -244,6 +248,10 @@ class PlannerAddress:
 
     def explained(self, message: str) -> str:
         """Return the most likely cause of a failure to connect, followed by gRPC's own words for it."""
+        if (ended := self._expiry()) is not None:
+            return f"TLS: the certificate {self.cert} expired at {ended}: renew it ({message})"
+        if "certificate has expired" in message:
+            return f"TLS: the planner's certificate has expired: renew it on the planner's machine ({message})"
         if "CERTIFICATE_VERIFY_FAILED" in message:
             signed = f"--tls-ca {self.ca}" if self.ca else "an authority that this system trusts; give --tls-ca"
             return f"TLS: the planner's certificate is not signed by {signed} ({message})"
@@ -257,6 +265,14 @@ class PlannerAddress:
                 f"--tls-key ({message})"
             )
         return message
+
+    def _expiry(self) -> str | None:
+        """Return when this agent's certificate expired, or None if it is valid or there is none."""
+        pem = b""
+        with suppress(OSError):  # a file that is gone has another message
+            pem = _read(self.cert) or b""
+        end_s = next(iter(ends_of_certificates(pem.decode(errors="replace"))), math.inf)
+        return moment(end_s) if end_s <= time.time() else None
 
     def _token(self) -> str:
         if self.token_file is not None:

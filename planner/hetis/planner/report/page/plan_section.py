@@ -324,7 +324,7 @@ def _made(plan: Plan) -> Iterator[tuple[str, str]]:
     for name, found in (("Versions", made_from.versions), ("Digests", _mapping(made_from.digests))):
         if found:
             yield name, ", ".join(f"{one} {str(value)[:16]}" for one, value in found.items() if isinstance(value, str))
-    named = ((name, getattr(requested, name)) for name in ("seed", "threads", "gap_target", "time_limit_s"))
+    named = ((name, getattr(requested, name)) for name in ("seed", "gap_target", "time_limit_s"))
     if settings := ", ".join(f"{name} {value}" for name, value in named if value is not None):
         yield "Settings", settings
 

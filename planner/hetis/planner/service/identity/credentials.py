@@ -19,6 +19,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field
 
+from hetis.commands.x509 import ends_of_certificates
 from hetis.formats.documents import dump_data
 from hetis.formats.errors import single_problem
 from hetis.formats.fields import API_VERSION, DocumentPart, Name, entries, validated
@@ -27,7 +28,6 @@ from hetis.formats.positions import parse_text
 from hetis.planner.callers import ANYBODY, CallerRole, Identity
 from hetis.planner.convert.names import CLUSTER, NODE
 from hetis.planner.failures import Reason, ServiceError
-from hetis.planner.service.identity.certificates import ends_of_certificates
 
 _START = "hetis_"  # lets scanners for leaked secrets recognise a token
 _TOKEN = re.compile(r"hetis_[A-Za-z0-9_-]{43}")

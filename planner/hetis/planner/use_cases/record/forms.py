@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from hetis.formats.errors import shown
@@ -12,6 +12,7 @@ from hetis.planner.use_cases.json_values import json_value
 from hetis.planner.use_cases.service_level import Latency, ServiceLevel, Statistic
 from hetis.solver.advice import Loss
 from hetis.solver.errors import InvalidProblemError
+from hetis.solver.placement.rungs import RUNGS
 from hetis.solver.plan import Role
 from hetis.solver.plugin_time import PluginTime
 from hetis.solver.problem import NOTHING_SET, EngineRules, EngineSettings
@@ -19,8 +20,6 @@ from hetis.solver.problem import NOTHING_SET, EngineRules, EngineSettings
 PLACES = ("node", "zone")  # kinds of places whose loss a plan may have to survive
 MAY_DIFFER = ("tpot_limit_s", "demand_rps")  # the fields of an objective that may have been requested otherwise
 SHARE = "gpu_memory_utilization"
-NOT_COMPILED = "its search is not compiled on this machine yet"
-_ONCE_NOT_COMPILED = "its search is not compiled yet, --engine any does that"  # what earlier versions wrote
 
 
 class UnreadableError(ValueError):
@@ -196,9 +195,7 @@ def _engine_value(row: Any) -> EngineValue | None:
         and all(isinstance(one, int | float) and abs(one) <= sys.float_info.max for one in numbers)
         and isinstance(row["lacks"], list)
     )
-    if not is_ours:
-        return None
-    return replace(found, why_not=NOT_COMPILED) if found.why_not == _ONCE_NOT_COMPILED else found
+    return found if is_ours else None
 
 
 def read_losses(data: Any) -> Mapping[str, Loss]:
@@ -344,3 +341,61 @@ def read_kept_rps(data: Any) -> float:
 
 def unread(data: Any) -> Any:
     return data
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RungFound:
+    """What the best plan of a rung reaches.
+
+    Attributes:
+        name: the rung.
+        why_not: why it has no plan of its own; empty: it has one.
+        value, bound: in the objective's unit.
+        rate_rps: the planned rate.
+        usd_per_hour: price of the used GPUs; None: at least one has no price.
+        gpus: GPUs used.
+        left_rps: the planned rate that is left without the worst node.
+        shapes: different replicas.
+        nodes: the most nodes of a replica.
+        of: the simplest rung that has all of its replicas.
+        targets: the export targets that carry all of it; None: unknown.
+        is_chosen: whether it is the rung of the plan.
+    """
+
+    name: str
+    why_not: str = ""
+    value: float | None = None
+    bound: float | None = None
+    rate_rps: float | None = None
+    usd_per_hour: float | None = None
+    gpus: int | None = None
+    left_rps: float | None = None
+    shapes: int | None = None
+    nodes: int | None = None
+    of: str = ""
+    targets: tuple[str, ...] | None = None
+    is_chosen: bool = False
+
+
+def read_rungs(data: Any) -> tuple[RungFound, ...]:
+    """Return the rungs in rows; rows in another form are left out."""
+    found = (_rung(row) for row in data) if isinstance(data, list) else ()
+    return tuple(one for one in found if one is not None)
+
+
+def _rung(row: Any) -> RungFound | None:
+    try:
+        targets = row.get("targets")
+        found = RungFound(**{**row, "targets": None if targets is None else tuple(targets)})
+    except (TypeError, AttributeError):
+        return None
+    numbers = ("value", "bound", "rate_rps", "usd_per_hour", "gpus", "left_rps", "shapes", "nodes")
+    texts = (found.name, found.why_not, found.of, *(found.targets or ()))
+    are_known = all(is_number(value) or value is None for value in (getattr(found, name) for name in numbers))
+    has_figures = bool(found.why_not) or None not in (found.value, found.rate_rps, found.gpus, found.left_rps)
+    return found if are_known and has_figures and all(isinstance(text, str) for text in texts) else None
+
+
+def read_rung(data: Any) -> str:
+    """Return the name of a rung; no plan is checked against others."""
+    return data if data in RUNGS else ""

@@ -230,7 +230,6 @@ def study(
     search: Search | None = None,
     samples: int = SAMPLES,
     searches: int | None = None,
-    threads: int = 1,
     report: Report = silent,
 ) -> Robustness:
     """Price a valid plan with replicas under ``samples`` perturbed profiles, and repeat the search under a few of them.
@@ -261,7 +260,7 @@ def study(
     found, lost = list[Alternative](), None
     if problem.objective.maximises:
         chosen = _alternating(drawn, edges, wanted)
-        search = search or default_search(seed, threads=threads, gap_target=GAP if small else GAP_OF_LARGE)
+        search = search or default_search(seed, gap_target=GAP if small else GAP_OF_LARGE)
         others = alternatives(plan, problem, chosen, budget=budget, search=search, report=report)
         lost = regret(_kept(others, found), fixed, budget.cancelled)  # each as it is found: pricing takes seconds too
         if not budget.cancelled.is_set():
@@ -301,15 +300,13 @@ def _kept(found: Iterable[Alternative], into: list[Alternative]) -> Iterator[Alt
         yield one
 
 
-def default_search(seed: int, *, threads: int = 1, gap_target: float = GAP) -> Search:
+def default_search(seed: int, *, gap_target: float = GAP) -> Search:
     """Return `solve_placement` as a search that uses the rest of the budget."""
     from hetis.solver.planning import solve_placement
 
     def search(problem: PlacementProblem, strategy: str, budget: Budget) -> Plan:
         left = Budget(time_limit_s=budget.remaining_s(), clock=budget.clock, cancelled=budget.cancelled)
-        return solve_placement(
-            problem, strategy=strategy, budget=left, gap_target=gap_target, seed=seed, threads=threads
-        )
+        return solve_placement(problem, strategy=strategy, budget=left, gap_target=gap_target, seed=seed)
 
     return search
 

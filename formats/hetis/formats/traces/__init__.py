@@ -1,6 +1,7 @@
-"""Request traces: ``arrival_s,prompt_tokens,output_tokens`` in CSV or JSONL, or another form in `trace_forms.py`.
+"""Request traces: ``arrival_s,prompt_tokens,output_tokens`` in CSV or JSONL, or another of `forms`.
 
-A trace becomes a workload by its histogram of lengths. Its prefix cache hits are counted where it has the form of
+`rows` reads files, `reports` and `logs` what benchmarks and servers write, `rates` means and histograms. A trace is
+made a workload by its histogram of lengths. Its prefix cache hits are counted (`hits`) where it has the form of
 Mooncake or Qwen-Bailian, whose requests name the blocks that make their prompts: in an unlimited cache of all replicas,
 in which a request hits the leading blocks that any earlier request had. So the rate is the most that a cache can reach.
 """
@@ -14,7 +15,6 @@ import os
 from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,20 +22,15 @@ import numpy as np
 import numpy.typing as npt
 
 from hetis.formats.errors import DocumentError, Problem, single_problem
-from hetis.formats.trace_forms import (
-    COLUMNS,
+from hetis.formats.traces.forms import COLUMNS, MOONCAKE, MULTI_TURN, OURS, CountTokens, TraceForm
+from hetis.formats.traces.hits import hit_tokens, no_hash_ids
+from hetis.formats.traces.rates import measured
+from hetis.formats.traces.rows import (
     CSV_ENDINGS,
     JSON_ENDINGS,
     JSONL_ENDINGS,
     LOG_ENDINGS,
-    MAX_LINE,
-    MOONCAKE,
-    OURS,
     TSV_ENDINGS,
-    CountTokens,
-    TraceForm,
-    json_object,
-    opened,
     rows_of,
 )
 from hetis.solver.workload import LengthBin, Workload
@@ -47,7 +42,7 @@ MAX_BINS = 4096
 MAX_PROBLEMS = 20
 PrefixHitRate = float | Literal["trace"]
 """A share of every prompt that is in the prefix cache, or ``trace``: what `hit_tokens` counts in the trace."""
-ENDINGS = CSV_ENDINGS + TSV_ENDINGS + JSONL_ENDINGS + LOG_ENDINGS
+ENDINGS = CSV_ENDINGS + TSV_ENDINGS + JSONL_ENDINGS + LOG_ENDINGS + (".prom",)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -58,7 +53,7 @@ class Trace:
     Lengths are in tokens, as in the file (not clipped). ``form`` is the form it was read from, and ``has_times``
     whether that contains arrival times; if not, all requests arrive together. ``prefix_share`` is the share of each
     prompt that is in the prefix cache when the request arrives; None: none is. ``num_left_out`` rows of the file are no
-    requests but ``left_out``.
+    requests but ``left_out``. ``readings`` are sentences about what was assumed.
     """
 
     name: str
@@ -70,6 +65,7 @@ class Trace:
     prefix_share: npt.NDArray[np.float64] | None = None
     num_left_out: int = 0
     left_out: str = ""
+    readings: tuple[str, ...] = ()
 
     @property
     def prefix_hit_rate(self) -> float:
@@ -129,10 +125,9 @@ def read_trace(
         raise DocumentError(problems)
     if not prompts:
         raise single_problem(label, "has no requests" + (f" but {form.left_out}" if num_left_out else ""))
+    readings = [form.reading] if form.reading else []
     arrival_s = np.array(arrivals)
-    if form is MOONCAKE and bool(np.any(np.rint(arrival_s * 1e3) != np.round(arrival_s * 1e3, 6))):
-        # Milliseconds are whole; a part of one would be a clock of microseconds, so these are seconds.
-        form, arrival_s = replace(MOONCAKE, name="Mooncake, in seconds"), arrival_s * 1e3
+    form, arrival_s = _in_plausible_unit(form, arrival_s, readings)
     order = np.argsort(arrival_s, kind="stable")
     prompt_tokens = np.array(prompts, dtype=np.int64)
     shares: npt.NDArray[np.float64] | None = None
@@ -152,7 +147,38 @@ def read_trace(
         prefix_share=shares,
         num_left_out=num_left_out,
         left_out=form.left_out,
+        readings=tuple(readings),
     )
+
+
+def _in_plausible_unit(
+    form: TraceForm, arrival_s: npt.NDArray[np.float64], readings: list[str]
+) -> tuple[TraceForm, npt.NDArray[np.float64]]:  # fmt: skip
+    """Return the arrivals in seconds if they were read in another unit, of which the same fields are written, too.
+
+    Milliseconds are whole; a part of one would be a clock of microseconds, so these are seconds. Otherwise a unit is
+    another one only if the rate is far from what a fleet serves, and that in the other unit is not.
+    """
+    span_s = float(arrival_s.max() - arrival_s.min())
+    rate_rps = (len(arrival_s) - 1) / span_s if span_s > 0 else 1.0
+    if form in (MOONCAKE, MULTI_TURN):
+        is_fraction = bool(np.any(np.rint(arrival_s * 1e3) != np.round(arrival_s * 1e3, 6)))
+        if is_fraction or (rate_rps > _FASTEST_RPS and rate_rps / 1e3 > _SLOWEST_RPS):
+            readings.append(
+                f"timestamps are taken as seconds, {rate_rps / 1e3:.3g} requests/s; as milliseconds: {rate_rps:.3g}"
+            )
+            return replace(form, name=f"{form.name}, in seconds"), arrival_s * 1e3
+    elif form.name == "Qwen-Bailian" and rate_rps < _SLOWEST_RPS:
+        readings.append(
+            f"timestamps are taken as milliseconds, {rate_rps * 1e3:.3g} requests/s; as seconds: {rate_rps:.3g}"
+        )
+        return replace(form, name=f"{form.name}, in milliseconds"), arrival_s / 1e3
+    elif rate_rps > _FASTEST_RPS:
+        readings.append(f"{rate_rps:.4g} requests/s are more than a fleet serves: are the times in another unit?")
+    return form, arrival_s
+
+
+_SLOWEST_RPS, _FASTEST_RPS = 2e-3, 1e3  # beyond which a unit is doubted
 
 
 def _problem(label: str, place: int | str, column: str, message: str) -> Problem:
@@ -176,10 +202,21 @@ def trace_text(trace: Trace, *, as_jsonl: bool = False) -> Iterator[str]:
 
 
 def load_trace(
-    path: str | os.PathLike[str], *, name: str | None = None, prefix_hit_rate: PrefixHitRate = 0.0
+    path: str | os.PathLike[str],
+    *,
+    name: str | None = None,
+    prefix_hit_rate: PrefixHitRate = 0.0,
+    notes: list[str] | None = None,
 ) -> Workload:
-    """Return the workload of a trace: its `length_bins` and mean arrival rate. Raises DocumentError as `read_trace`."""
+    """Return the workload of a trace: its `length_bins` and mean arrival rate; or that of `rates`, if a file has these
+    instead of requests. ``notes`` gets sentences about what was assumed. Raises DocumentError as `read_trace`.
+    """
+    said = [] if notes is None else notes
+    if prefix_hit_rate != "trace" and (found := measured(os.fspath(path))) is not None:
+        said += (f"{os.fspath(path)}: {note}" for note in found.notes)
+        return replace(found.workload, name=name or found.workload.name, prefix_hit_rate=prefix_hit_rate)
     trace = read_trace(path, name=name, prefix_hit_rate=prefix_hit_rate)
+    said += (f"{os.fspath(path)}: {note}" for note in trace.readings)
     bins = length_bins(trace.prompt_tokens, trace.output_tokens, max_bins=MAX_BINS)
     # A share that was given stays what it is: the mean over all tokens may differ in the last digit.
     rate = trace.prefix_hit_rate if prefix_hit_rate == "trace" else prefix_hit_rate
@@ -262,72 +299,3 @@ def _split(p: FloatArray, o: FloatArray, w: FloatArray, max_bins: int) -> list[n
             heapq.heappush(heap, entry(number, half))
             number += 1
     return [group for _, _, group, _ in heap]
-
-
-BLOCK_TOKENS = 512  # block size of Mooncake's traces, FAST25-release/traces
-_BLOCK_SIZES = (BLOCK_TOKENS, 16, 32, 64, 128, 256, 1024)  # 16: Qwen-Bailian's
-FIELD = "hash_ids"
-
-
-def hit_tokens(label: str, prompt_tokens: IntArray, order: IntArray) -> IntArray:
-    """Return how many tokens of each prompt an earlier request has left in an unlimited cache, at most all but one.
-    Raises DocumentError if a request does not name the blocks of its prompt.
-
-    ``prompt_tokens`` are those of the requests in the order of the file, a JSONL trace that was read already, and
-    ``order`` has their numbers in the order of arrival, both of shape [requests].
-    """
-    blocks, size = _blocks(label, prompt_tokens)
-    hits = np.zeros(len(prompt_tokens), np.int64)
-    seen = set[int]()
-    for request in order.tolist():
-        known = next((i for i, block in enumerate(blocks[request]) if block not in seen), len(blocks[request]))
-        hits[request] = min(known * size, int(prompt_tokens[request]) - 1)
-        seen.update(blocks[request])
-    return hits
-
-
-def _blocks(label: str, prompt_tokens: IntArray) -> tuple[list[array[int]], int]:
-    """Return the numbers of the blocks of every request, in the order of the file, and the tokens of a block: of the
-    usual sizes, the one that gives every prompt as many blocks as it names.
-    """
-    found: list[array[int]] = []
-    places: list[int] = []
-    with opened(label) as file:
-        for number, line in enumerate(iter(partial(file.readline, MAX_LINE), ""), start=1):
-            if line.strip():
-                found.append(_ids(label, number, json_object(label, number, line).get(FIELD)))
-                places.append(number)
-    named = np.array(list(map(len, found)), np.int64)
-
-    def fits(tokens: int) -> bool:  # Qwen-Bailian's prompts of whole blocks name the next one, too
-        more = (named == prompt_tokens // tokens + 1) & (tokens != BLOCK_TOKENS)
-        return bool(np.all((named == -(-prompt_tokens // tokens)) | more))
-
-    size = next((one for one in _BLOCK_SIZES if fits(one)), None)
-    if size is not None:
-        return found, size
-    wrong = int(np.argmax(-(-prompt_tokens // BLOCK_TOKENS) != named))
-    tokens = int(prompt_tokens[wrong])
-    expected = f"{tokens} prompt tokens make {-(-tokens // BLOCK_TOKENS)} of {BLOCK_TOKENS}"
-    raise _wrong(label, places[wrong], f"has {named[wrong]} blocks, {expected}")
-
-
-def _ids(label: str, line: int, ids: Any) -> array[int]:
-    if ids is None:
-        raise no_hash_ids(label, line)
-    try:
-        return array("q", ids)
-    except (TypeError, OverflowError):
-        raise _wrong(label, line, "is not a list of whole numbers of 64 bits") from None
-
-
-def _wrong(label: str, line: int, message: str) -> DocumentError:
-    return DocumentError([Problem(file=label, line=line, path=FIELD, message=message)])
-
-
-def no_hash_ids(label: str, line: int | None = None) -> DocumentError:
-    """Return the error for a source whose hits cannot be counted."""
-    message = (
-        "prefix hits can only be counted from the hash_ids of a trace in Mooncake's form: give a share such as 0.4"
-    )
-    return single_problem(label, f"has no {FIELD}; {message}", line=line)

@@ -1,0 +1,144 @@
+"""Histograms, means and rates become workloads."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hetis.formats.errors import DocumentError
+from hetis.formats.traces.rates import measured, of_histograms, of_metrics
+from hetis.formats.workload import load_workload
+
+BOUNDS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, float("inf"))
+
+
+def histogram(metric: str, cumulative: list[int], total: int, *, model: str = "m") -> str:
+    of = f'engine="0",model_name="{model}"'
+    rows = [
+        f'{metric}_bucket{{{of},le="{"+Inf" if bound > 1e6 else float(bound)}"}} {float(count)}'
+        for bound, count in zip(BOUNDS, cumulative, strict=True)
+    ]
+    return "\n".join([f"# TYPE {metric} histogram", *rows, f"{metric}_sum{{{of}}} {total}", ""])
+
+
+SCRAPE = (
+    histogram("vllm:request_prompt_tokens", [0, 0, 0, 0, 0, 0, 0, 40, 100, 100, 100], 30_000)
+    + histogram("vllm:request_generation_tokens", [0, 0, 0, 0, 0, 100, 100, 100, 100, 100, 100], 4_000)
+    + "process_start_time_seconds 1764000000.0\n"
+)
+
+
+def test_a_scrape_has_lengths_whose_means_are_its_sums_and_the_rate_since_the_start() -> None:
+    found = of_metrics("m", SCRAPE, name="m", at_s=1764000050.0)
+    moments = found.workload.moments()
+    assert (moments.mean_prompt, moments.mean_output) == (pytest.approx(300.0), pytest.approx(40.0))
+    assert found.workload.rate_rps == pytest.approx(2.0)
+    assert len(found.workload.bins) == 2
+    assert "the rate is the mean over 0.0139 h since the server's start" in found.notes
+
+
+def test_a_scrape_is_a_workload_of_place(tmp_path: Path) -> None:
+    for name in ("metrics.prom", "metrics.txt"):
+        (tmp_path / name).write_text(SCRAPE)
+        os.utime(tmp_path / name, (1764000100, 1764000100))
+        assert load_workload(tmp_path / name).rate_rps == pytest.approx(1.0)
+
+
+def test_models_in_one_scrape_are_said() -> None:
+    both = SCRAPE + histogram("vllm:request_prompt_tokens", [0] * 10 + [100], 200_000, model="n")
+    found = of_metrics("m", both, name="m")
+    assert found.workload.rate_rps is None
+    assert found.notes[0] == "it has requests of 2 models together: m, n"
+
+
+@given(st.lists(st.integers(0, 50), min_size=3, max_size=9).filter(any), st.floats(0, 1))
+def test_lengths_lie_within_their_buckets_and_have_the_mean(counts: list[int], place: float) -> None:
+    bounds = [10.0 * 2**i for i in range(len(counts))]
+    lows, total = [1.0, *bounds], 0.0
+    cumulative = dict[float, float]()
+    for i, count in enumerate(counts):
+        total += count * (lows[i] + place * (bounds[i] - lows[i]))
+        cumulative[bounds[i]] = float(sum(counts[: i + 1]))
+    found = of_histograms("m", [(cumulative, total), ({1.0: 7.0}, 7.0)], name="m", form="f", rate_rps=1.0)
+    assert found.workload.moments().mean_prompt == pytest.approx(total / sum(counts))
+    for one in found.workload.bins:
+        assert any(low <= one.prompt_tokens * (1 + 1e-9) and one.prompt_tokens <= high * (1 + 1e-9)
+                   for low, high, n in zip(lows, bounds, counts, strict=False) if n)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (
+            SCRAPE.replace("_prompt_tokens", "_other"),
+            "has no vllm:request_prompt_tokens_bucket nor sglang:prompt_tokens",
+        ),
+        (SCRAPE.replace("} 40.0", "} 400.0"), "counts 100 requests of at most 500 tokens, but 400 below that"),
+        (SCRAPE.replace("} 100.0", "} 0").replace("} 40.0", "} 0"), "counts no requests"),
+    ],
+)
+def test_wrong_histograms_are_refused(text: str, said: str) -> None:
+    with pytest.raises(DocumentError, match=said):
+        of_metrics("m", text, name="m")
+
+
+def info(second: int, prompt: float, output: float) -> str:
+    return (
+        f"(APIServer pid=1) INFO 11-22 10:00:{second:02} [loggers.py:259] Engine 000: Avg prompt throughput: {prompt} "
+        f"tokens/s, Avg generation throughput: {output} tokens/s, Running: 3 reqs, Waiting: 0 reqs, "
+        "GPU KV cache usage: 1.2%, Prefix cache hit rate: 25.0%\n"
+    )
+
+
+ACCESS = '(APIServer pid=1) INFO:     10.0.0.1:39000 - "POST /v1/chat/completions HTTP/1.1" 200 OK\n'
+
+
+def test_info_lines_of_vllm_are_rates(tmp_path: Path) -> None:
+    path = tmp_path / "server.log"
+    path.write_text(info(0, 300.0, 40.0) + ACCESS * 4 + info(10, 300.0, 40.0) + ACCESS * 2 + info(20, 0.0, 40.0))
+    found = measured(str(path))
+    assert found is not None
+    assert (found.form, found.workload.rate_rps) == ("vLLM's INFO lines", pytest.approx(6 / 30))
+    moments = found.workload.moments()
+    assert (moments.mean_prompt, moments.mean_output) == (pytest.approx(1000.0), pytest.approx(200.0))
+    assert "25% of prompts were in the prefix cache: --prefix-hit-rate 0.25 counts that" in found.notes
+    path.write_text(info(0, 300.0, 40.0) + info(10, 300.0, 40.0))
+    with pytest.raises(DocumentError, match=r"has 300 tokens/s of prompts and 40 of outputs, but no line of a request"):
+        measured(str(path))
+
+
+def test_batches_of_sglang_are_rates(tmp_path: Path) -> None:
+    def line(second: int, text: str) -> str:
+        return f"[2026-05-20 08:02:{second:02} TP0] {text}\n"
+
+    decode = (
+        "Decode batch, #running-req: 4, #token: 477, token usage: 0.90, gen throughput (token/s): 50.0, #queue-req: 6"
+    )
+    prefill = "Prefill batch, #new-seq: 2, #new-token: 700, #cached-token: 100, token usage: 0.00, #queue-req: 0"
+    path = tmp_path / "server.log"
+    path.write_text(line(0, decode) + line(2, prefill) + line(4, decode) + line(8, prefill) + line(10, decode))
+    workload = load_workload(path)
+    assert workload.rate_rps == pytest.approx(0.4)
+    assert (workload.bins[0].prompt_tokens, workload.bins[0].output_tokens) == (400.0, 125.0)
+
+
+def test_reports_of_means_have_one_length(tmp_path: Path) -> None:
+    path = tmp_path / "profile_export_genai_perf.json"
+    means = {"input_sequence_length": 200.0, "output_sequence_length": 50.0, "request_throughput": 4.0}
+    path.write_text(json.dumps({name: {"unit": "tokens", "avg": value} for name, value in means.items()}))
+    workload = load_workload(path)
+    assert (workload.rate_rps, workload.bins[0].prompt_tokens, workload.bins[0].output_tokens) == (4.0, 200.0, 50.0)
+    run = {
+        "backend": "sglang",
+        "duration": 10.0,
+        "completed": 40,
+        "total_input_tokens": 4000,
+        "total_output_tokens": 800,
+    }
+    (tmp_path / "online.jsonl").write_text(json.dumps(run) + "\n" + json.dumps(run | {"completed": 20}) + "\n")
+    assert load_workload(tmp_path / "online.jsonl").rate_rps == pytest.approx(3.0)

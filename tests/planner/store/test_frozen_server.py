@@ -1,0 +1,80 @@
+"""Servers that freeze: neither callers nor the end of the process wait for them."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+
+import pytest
+
+from hetis.planner.failures import ServiceError
+from hetis.planner.store import Store, StoreError
+from tests.faults.proxy import Proxy
+from tests.planner.store.test_lease import LEASE_S, through
+
+
+async def test_reads_of_a_server_that_freezes_do_not_wait_in_a_queue_for_one_another(
+    postgres_url: str, proxy: Proxy
+) -> None:
+    store = await Store.open(through(proxy, postgres_url), lease_s=LEASE_S)
+    proxy.freeze()
+    reads = [asyncio.ensure_future(store.read(lambda tx: tx.clusters.all())) for _ in range(4)]
+    found = await asyncio.gather(*reads, return_exceptions=True)
+    assert [error.reason_name for error in found if isinstance(error, ServiceError)] == ["STORE_UNAVAILABLE"] * 4
+    assert store.health.errors < 4  # as many as tried: the others knew before it was their turn
+    proxy.thaw()
+    async with asyncio.timeout(30):
+        while store.health.failing_s:  # until the probe finds it
+            await asyncio.sleep(0.05)
+    assert await store.read(lambda tx: tx.clusters.all()) == []
+    await store.close()
+
+
+async def test_a_server_that_freezes_is_an_error_after_a_while_and_forgotten_when_it_is_back(
+    postgres_url: str, proxy: Proxy
+) -> None:
+    store = await Store.open(through(proxy, postgres_url), lease_s=LEASE_S)
+    proxy.freeze()
+    with pytest.raises(ServiceError) as caught:
+        await store.read(lambda tx: tx.clusters.all())
+    assert caught.value.reason_name == "STORE_UNAVAILABLE"
+    assert store.health.answered_s_ago > LEASE_S
+    async with asyncio.timeout(30):
+        while not store.health.errors:  # the connection is broken from outside
+            await asyncio.sleep(0.05)
+    proxy.thaw()
+    assert await store.read(lambda tx: tx.clusters.all()) == []
+    assert store.health.answered_s_ago < 1
+    await store.close()
+
+
+def has_ended(name: str) -> bool:
+    return not any(thread.name.startswith(name) for thread in threading.enumerate())
+
+
+@pytest.mark.parametrize("words", [b"pg_catalog.version", b"alembic_version"], ids=["at once", "later"])
+async def test_a_server_that_freezes_while_a_store_is_opened_is_an_error(
+    postgres_url: str, proxy: Proxy, words: bytes
+) -> None:
+    proxy.freeze_at(words)
+    async with asyncio.timeout(60):
+        with pytest.raises(StoreError, match=r"cannot be reached: no answer for 5\.0 s"):
+            await Store.open(through(proxy, postgres_url), lease_s=LEASE_S)
+        while not has_ended("hetis-store"):  # otherwise the process could not end
+            await asyncio.sleep(0.05)
+    proxy.mend()
+    store = await Store.open(through(proxy, postgres_url), lease_s=LEASE_S)
+    await store.close()
+
+
+async def test_opening_a_store_whose_server_is_frozen_can_be_given_up(postgres_url: str, proxy: Proxy) -> None:
+    proxy.freeze_at(b"alembic_version")
+    opening = asyncio.create_task(Store.open(through(proxy, postgres_url), lease_s=1e6))
+    async with asyncio.timeout(60):
+        while not proxy.is_frozen:
+            await asyncio.sleep(0.05)
+        opening.cancel()
+        await asyncio.gather(opening, return_exceptions=True)
+        assert opening.cancelled()
+        while not has_ended("hetis-store"):
+            await asyncio.sleep(0.05)
