@@ -276,14 +276,14 @@ def cell_plan() -> Plan:
         settings,
         budget=Budget(time_limit_s=600.0, clock=time.process_time),  # takes 2 s, longer if kernels are compiled first
         report=lambda _: None,
-    )
+    ).plan
     if len(plan.replicas) != 1 or len(plan.replicas[0].attention_workers) != 1:
         raise ValueError("the plan of a cell is not one replica with one pool of attention workers")
     return plan
 
 
 def _settings() -> PlacementSettings:
-    return PlacementSettings(engine=engine_rules(None, DEFAULT_STRATEGY))
+    return PlacementSettings(engine=engine_rules(None, DEFAULT_STRATEGY), rung="workers")
 
 
 def _cluster(num_cells: int, num_spare: int) -> Cluster:

@@ -366,6 +366,9 @@ class PlanSpec(_message.Message):
     TTFT_STATISTIC_FIELD_NUMBER: _builtins.int
     TPOT_STATISTIC_FIELD_NUMBER: _builtins.int
     ATTAINMENT_FIELD_NUMBER: _builtins.int
+    RUNG_FIELD_NUMBER: _builtins.int
+    WORTH_FIELD_NUMBER: _builtins.int
+    TARGET_FIELD_NUMBER: _builtins.int
     model_name: _builtins.str
     """A name of the catalogue, such as `Llama-2-70B`."""
     workload_name: _builtins.str
@@ -424,6 +427,16 @@ class PlanSpec(_message.Message):
     """Share of the simulated requests that have to keep all limits (SLO attainment), instead of statistics; at most 1. 0:
     statistics.
     """
+    rung: _builtins.str
+    """The most complex replicas: `node` (each in one node), `pipelines` (over several nodes), `apart` (prefill and decode apart)
+    or `workers` (attention workers). Empty: the highest rung that is worth it, with strategy `hetis`; any with others.
+    """
+    worth: _builtins.float
+    """What a higher rung has to gain to be chosen if none is named: more of the rate, or the demand for less, also under the
+    errors of the profiles; below 1. Unset: 0.1.
+    """
+    target: _builtins.str
+    """The export target that has to carry all of the plan: `vllm`, `llm-d`, `kubernetes`, and so on. Empty: any one of them."""
     @_builtins.property
     def model_document(self) -> _document_pb2.Document:
         """A ModelSpec document."""
@@ -490,19 +503,26 @@ class PlanSpec(_message.Message):
         ttft_statistic: _builtins.str = ...,
         tpot_statistic: _builtins.str = ...,
         attainment: _builtins.float = ...,
+        rung: _builtins.str = ...,
+        worth: _builtins.float | None = ...,
+        target: _builtins.str = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_gap_target", b"_gap_target", "gap_target", b"gap_target", "model", b"model", "model_document", b"model_document", "model_name", b"model_name", "objective", b"objective", "time_limit", b"time_limit", "workload", b"workload", "workload_document", b"workload_document", "workload_name", b"workload_name"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_gap_target", b"_gap_target", "_worth", b"_worth", "gap_target", b"gap_target", "model", b"model", "model_document", b"model_document", "model_name", b"model_name", "objective", b"objective", "time_limit", b"time_limit", "workload", b"workload", "workload_document", b"workload_document", "workload_name", b"workload_name", "worth", b"worth"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_gap_target", b"_gap_target", "attainment", b"attainment", "chunk_tokens", b"chunk_tokens", "engine", b"engine", "gap_target", b"gap_target", "kv", b"kv", "kv_blocks", b"kv_blocks", "max_gpus", b"max_gpus", "max_nodes", b"max_nodes", "max_num_seqs", b"max_num_seqs", "max_stages", b"max_stages", "min_layers", b"min_layers", "model", b"model", "model_document", b"model_document", "model_name", b"model_name", "mtp", b"mtp", "objective", b"objective", "profiles", b"profiles", "roles", b"roles", "seed", b"seed", "skip_verification", b"skip_verification", "strategy", b"strategy", "survive", b"survive", "time_limit", b"time_limit", "tpot_statistic", b"tpot_statistic", "ttft_statistic", b"ttft_statistic", "weights", b"weights", "workload", b"workload", "workload_document", b"workload_document", "workload_name", b"workload_name"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_gap_target", b"_gap_target", "_worth", b"_worth", "attainment", b"attainment", "chunk_tokens", b"chunk_tokens", "engine", b"engine", "gap_target", b"gap_target", "kv", b"kv", "kv_blocks", b"kv_blocks", "max_gpus", b"max_gpus", "max_nodes", b"max_nodes", "max_num_seqs", b"max_num_seqs", "max_stages", b"max_stages", "min_layers", b"min_layers", "model", b"model", "model_document", b"model_document", "model_name", b"model_name", "mtp", b"mtp", "objective", b"objective", "profiles", b"profiles", "roles", b"roles", "rung", b"rung", "seed", b"seed", "skip_verification", b"skip_verification", "strategy", b"strategy", "survive", b"survive", "target", b"target", "time_limit", b"time_limit", "tpot_statistic", b"tpot_statistic", "ttft_statistic", b"ttft_statistic", "weights", b"weights", "workload", b"workload", "workload_document", b"workload_document", "workload_name", b"workload_name", "worth", b"worth"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__gap_target: _TypeAlias = _typing.Literal["gap_target"]  # noqa: Y015
     _WhichOneofArgType__gap_target: _TypeAlias = _typing.Literal["_gap_target", b"_gap_target"]  # noqa: Y015
+    _WhichOneofReturnType__worth: _TypeAlias = _typing.Literal["worth"]  # noqa: Y015
+    _WhichOneofArgType__worth: _TypeAlias = _typing.Literal["_worth", b"_worth"]  # noqa: Y015
     _WhichOneofReturnType_model: _TypeAlias = _typing.Literal["model_name", "model_document"]  # noqa: Y015
     _WhichOneofArgType_model: _TypeAlias = _typing.Literal["model", b"model"]  # noqa: Y015
     _WhichOneofReturnType_workload: _TypeAlias = _typing.Literal["workload_name", "workload_document"]  # noqa: Y015
     _WhichOneofArgType_workload: _TypeAlias = _typing.Literal["workload", b"workload"]  # noqa: Y015
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__gap_target) -> _WhichOneofReturnType__gap_target | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__worth) -> _WhichOneofReturnType__worth | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType_model) -> _WhichOneofReturnType_model | None: ...
     @_typing.overload

@@ -38,9 +38,10 @@ class Budget:
     def remaining_s(self) -> float:
         return self.time_limit_s - self.elapsed_s()
 
-    def share(self, of_rest: float) -> Budget:
+    def share(self, of_rest: float, *, explains: bool = True) -> Budget:
         """Return a budget for this share of the time left, with this one's start and cancellation."""
-        part = replace(self, time_limit_s=self.elapsed_s() + of_rest * self.remaining_s())
+        limit_s = self.elapsed_s() + of_rest * self.remaining_s()
+        part = replace(self, time_limit_s=limit_s, explains=self.explains and explains)
         part.started_s = self.started_s
         return part
 

@@ -38,7 +38,7 @@ def plans(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Plan]:
         loaded = load_inputs(cluster=str(file), model=model, workload="azure_conv_2023")
         goal = objective(kind, ttft_s=None, tpot_s=None, demand_rps=None)
         settings = PlacementSettings(roles=(Role.UNIFIED,), engine=engine_rules(None, "hetis"))
-        return make_plan(loaded, settings.problem(loaded.inputs, goal), settings, budget=Budget(), report=silent)
+        return make_plan(loaded, settings.problem(loaded.inputs, goal), settings, budget=Budget(), report=silent).plan
 
     return {
         "large": solve("Llama-2-70B"),

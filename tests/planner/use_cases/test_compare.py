@@ -17,6 +17,7 @@ from hetis.planner.cli.app import run
 from hetis.planner.cli.exit_codes import ExitCode
 from hetis.planner.report.comparison import model_words
 from hetis.planner.use_cases import compare as comparing
+from hetis.planner.use_cases.climbing import Climbed
 from hetis.planner.use_cases.compare import Searches, best_of, compare_strategies, figures_of, kept_of
 from hetis.planner.use_cases.place import PlacementSettings
 from hetis.planner.use_cases.record.parts import Requested
@@ -54,12 +55,14 @@ def solver(monkeypatch: pytest.MonkeyPatch) -> Solver:
     def answer_with(outcomes: Mapping[str, Outcome]) -> list[str]:
         asked: list[str] = []
 
-        def make_plan(_loaded: object, problem: object, settings: PlacementSettings, **_options: object) -> Plan:
+        def make_plan(
+            _loaded: object, problem: PlacementProblem, settings: PlacementSettings, **_options: object
+        ) -> Climbed:
             asked.append(settings.strategy)
             outcome = outcomes[settings.strategy]
             if isinstance(outcome, Exception):
                 raise outcome
-            return plan_of(settings.strategy, *outcome, problem.objective)  # type: ignore[attr-defined]
+            return Climbed(plan=plan_of(settings.strategy, *outcome, problem.objective), problem=problem)
 
         monkeypatch.setattr(comparing, "make_plan", make_plan)
         return asked
@@ -360,10 +363,12 @@ def test_engines_are_compared_with_what_each_runs(monkeypatch: pytest.MonkeyPatc
     """Each has its own search; heuristics, which know no engine's rules, are run once."""
     values = {None: 2.0, "vllm": 2.4, "vllm-hetis": 3.0}
 
-    def make_plan(_loaded: object, problem: PlacementProblem, settings: PlacementSettings, **_options: object) -> Plan:
+    def make_plan(
+        _loaded: object, problem: PlacementProblem, settings: PlacementSettings, **_options: object
+    ) -> Climbed:
         assert problem.family.engine == settings.engine
         name = None if settings.engine is None else settings.engine.name
-        return plan_of(settings.strategy, values[name], 3.5, problem.objective)
+        return Climbed(plan=plan_of(settings.strategy, values[name], 3.5, problem.objective), problem=problem)
 
     monkeypatch.setattr(comparing, "make_plan", make_plan)
     engines = {name: EngineRules(name=name) for name in ("vllm", "vllm-hetis")}
@@ -416,16 +421,16 @@ def simulator(monkeypatch: pytest.MonkeyPatch) -> Callable[[Mapping[str, dict[st
         asked: list[str] = []
 
         def simulated_plan(
-            plan: Plan, _loaded: object, problem: PlacementProblem, settings: PlacementSettings, *, level: ServiceLevel,
-            **_options: object,
-        ) -> Plan:  # fmt: skip
+            made: Climbed, _loaded: object, settings: PlacementSettings, *, level: ServiceLevel, **_options: object
+        ) -> Climbed:
+            plan = made.plan
             asked.append(f"{settings.strategy}: {level}")
-            assert problem.objective == plan.objective
+            assert made.problem.objective == plan.objective
             outcome = outcomes[settings.strategy]
             if isinstance(outcome, Exception):
                 raise outcome
             result = replace(plan.result, solve_s=plan.result.solve_s + 2.0)  # a second search took place
-            return replace(plan, result=result, inputs={**plan.inputs, "verification": outcome})
+            return replace(made, plan=replace(plan, result=result, inputs={**plan.inputs, "verification": outcome}))
 
         monkeypatch.setattr(comparing, "simulated_plan", simulated_plan)
         return asked
@@ -486,7 +491,11 @@ def test_the_bound_of_a_container_is_named_after_another_search_too(
     solver: Solver, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     solver({"hexgen": (1.4, 1.9), "hetis": (1.5, 1.6)})
-    monkeypatch.setattr(comparing, "simulated_plan", lambda plan, *_, **__: replace(plan, notes=("another",)))
+
+    def simulated(made: Climbed, *_: object, **__: object) -> Climbed:
+        return replace(made, plan=replace(made.plan, notes=("another",)))
+
+    monkeypatch.setattr(comparing, "simulated_plan", simulated)
     engines = {"vllm": EngineRules(name="vllm")}
     found = comparing.compare_engines(searches(Objective()), ["hexgen", "hetis"], engines)
     hexgen, hetis = comparing.simulate_plans(found, searches(Objective()), engines, ServiceLevel())

@@ -90,7 +90,7 @@ def test_a_plan_says_how_deep_its_pipelines_may_be(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     command = ["place", "-c", fleet(tmp_path, FOUR_KINDS), "-m", "Llama-3.1-8B", "-w", "1000/100", "-q"]
-    command += ["--no-verify", "--no-other-engines", "-o", "json"]
+    command += ["--no-verify", "--no-other-engines", "--rung", "workers", "-o", "json"]
 
     def plan(*options: str) -> dict[str, Any]:
         assert run([*command, *options]) == ExitCode.OK
@@ -103,7 +103,7 @@ def test_a_plan_says_how_deep_its_pipelines_may_be(
     short = plan("--time-limit", "5s")
     assert note in short["notes"]
     assert short["inputs"]["engine"]["max_stages"] == 2
-    assert "at most 2 stages in one zone" in short["family"]
+    assert "at most 2 stages of" in short["family"]
     (tmp_path / "plan.json").write_text(json.dumps(short))
     assert run(["check", str(tmp_path / "plan.json"), "-q"]) == ExitCode.OK
     capsys.readouterr()

@@ -18,10 +18,12 @@ from hetis.planner.cli import outputs
 from hetis.planner.cli.app import run
 from hetis.planner.cli.exit_codes import ExitCode
 from hetis.planner.use_cases import place as placing
+from hetis.planner.use_cases.climbing import Climbed
 from hetis.planner.use_cases.request import PlacementRequest, objective
 from hetis.planner.use_cases.sources import load_inputs
 from hetis.solver.errors import InfeasibleError, NoPlanFoundError, UncheckedPlanError
 from hetis.solver.plan import Objective, ObjectiveKind, Plan
+from hetis.solver.problem import PlacementProblem
 from tests.planner import plans
 from tests.planner.command_line import EXAMPLES
 
@@ -36,10 +38,10 @@ def solver(monkeypatch: pytest.MonkeyPatch) -> Solver:
     """Makes the solver return a plan, or raise an error, without solving."""
 
     def answer_with(outcome: Plan | Exception) -> None:
-        def make_plan(*_arguments: object, **_options: object) -> Plan:
+        def make_plan(_loaded: object, problem: PlacementProblem, *_: object, **_options: object) -> Climbed:
             if isinstance(outcome, Exception):
                 raise outcome
-            return outcome
+            return Climbed(plan=outcome, problem=problem)
 
         import_module("hetis.planner.use_cases.compare")  # imported later, it would keep the replacement
         monkeypatch.setattr(placing, "make_plan", make_plan)
@@ -148,9 +150,9 @@ def test_a_plan_is_shown_before_it_is_simulated(
     solver(PLAN)
     shown = list[str]()
 
-    def verify(plan: Plan, *_arguments: object, **_options: object) -> placing.PlacedPlan:
+    def verify(made: Climbed, *_arguments: object, **_options: object) -> placing.PlacedPlan:
         shown.append(capsys.readouterr().out)
-        return placing.PlacedPlan(plan=plan)
+        return placing.PlacedPlan(plan=made.plan, problem=made.problem)
 
     monkeypatch.setattr(placing, "verify", verify)
     assert run(INPUTS) == ExitCode.OK

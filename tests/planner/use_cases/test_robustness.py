@@ -564,7 +564,8 @@ def test_a_plan_carries_its_range_and_still_passes_its_checks() -> None:
     goal = objective(ObjectiveKind.GOODPUT, ttft_s=None, tpot_s=None, demand_rps=None)
     settings = PlacementSettings(engine=EngineRules(name="vllm-hetis"))
     problem = loaded.inputs.problem(goal, "hetis", engine=settings.engine)
-    plan = make_plan(loaded, problem, settings, budget=Budget(), report=silent)
+    made = make_plan(loaded, problem, settings, budget=Budget(), report=silent)
+    plan, problem = made.plan, made.problem
     assert ProfileErrors.of(plan).errors.predicted is not None
     assert not check_plan(plan, problem)
     assert json.loads(json.dumps(to_data(plan), allow_nan=False)) == to_data(plan)

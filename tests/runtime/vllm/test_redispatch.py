@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from hetis.runtime.vllm.allocator import HeadAllocator
-from hetis.runtime.vllm.coefficients import scaled
+from hetis.runtime.vllm.calibration import scaled
 from hetis.runtime.vllm.redispatch import Redispatch
 from hetis.runtime.vllm.settings import EngineRedispatchSettings
 from hetis.solver.dispatch.problem import HeadShape, Primary, Stage

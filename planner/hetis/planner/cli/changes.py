@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -17,6 +18,7 @@ from hetis.planner.cli.parameters.options import group, panel, verb
 from hetis.planner.cli.parameters.requests import requested
 from hetis.planner.cli.place import judge
 from hetis.planner.cli.searching import search_interruptibly
+from hetis.planner.use_cases.request import RungName
 from hetis.solver.budget import Budget, Report
 from hetis.solver.search_clock import search_seconds
 
@@ -101,6 +103,7 @@ def what_if(
     With --buy-next every GPU type on the market is added in turn and solved. Every solve has the full time limit;
     Ctrl-C once shows the results so far, Ctrl-C twice exits at once.
     """
+    from hetis.planner.export.carrying import not_carried
     from hetis.planner.report import comparison as report
     from hetis.planner.report.page.pages import buy_next_page, what_if_page
     from hetis.planner.use_cases import what_if as asking
@@ -130,7 +133,9 @@ def what_if(
         )  # fmt: skip
     cancelled = threading.Event()
     budget = partial(Budget, time_limit_s=request.time_limit_s, clock=search_seconds, cancelled=cancelled)
-    searches = partial(Searches, loaded=loaded, objective=objective, settings=settings, budget=budget)
+    searches = partial(
+        Searches, loaded=loaded, objective=objective, settings=settings, budget=budget, carriers=not_carried
+    )
     searching = partial(search_interruptibly, terminal, unit=objective.unit, cancelled=cancelled, so_far="the plans")
 
     if fleet.buy_next:
@@ -175,6 +180,7 @@ class ReplanOptions:
     )
     profile: list[str] | None = requested("profiles")
     rate: float | None = requested("rate")
+    rung: RungName | None = requested("rung", shown="the plan's")
     max_moves: int | None = _change(
         "--max-moves N: Maximum number of GPUs whose work may change.", min=0, shown="any number"
     )
@@ -214,7 +220,8 @@ def replan(
     outputs.refuse_page(answer.html, beside=answer.out)
     posed = replanning.load_replanning(
         running=asked.running, cluster=asked.cluster, workload=asked.workload, model=asked.model,
-        profiles=asked.profile or (), rate_rps=asked.rate, settings=settings_of(search),
+        profiles=asked.profile or (), rate_rps=asked.rate,
+        settings=replace(settings_of(search), rung=asked.rung or ""),
         prefix_hit_rate=asked.prefix_hit_rate,
     )  # fmt: skip
     for warning in posed.warnings:

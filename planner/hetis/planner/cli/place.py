@@ -96,6 +96,7 @@ def finish(
 
     Tables appear when the plan is proven; what the simulation and the studies of it show follows below.
     """
+    from hetis.planner.export.carrying import not_carried
     from hetis.planner.report.plan import render_plan
     from hetis.planner.use_cases.place import prove, settings_of, verify
     from hetis.planner.use_cases.verification.choosing import missed
@@ -109,10 +110,12 @@ def finish(
     def page() -> str:
         from hetis.planner.report.page.pages import ShownPlan, plans_page
 
-        return plans_page([ShownPlan(name="The plan", plan=answer.plan, problem=problem)])
+        return plans_page([ShownPlan(name="The plan", plan=answer.plan, problem=answer.problem)])
 
     try:
-        plan = wait(lambda report: prove(request, loaded, problem, cancelled=cancelled, report=report))
+        made = wait(
+            lambda report: prove(request, loaded, problem, cancelled=cancelled, report=report, carriers=not_carried)
+        )
     except InfeasibleError as error:
         if not terminal.prints_tables:
             document = _infeasible_document(error, settings.strategy, problem.objective)
@@ -121,11 +124,11 @@ def finish(
     except NoPlanFoundError as error:
         return report_no_plan(error, terminal, interrupted=cancelled.is_set())
     if prints and terminal.prints_tables:
-        terminal.emit(dict, lambda: render_plan(plan, wide=wide))
-    answer = wait(lambda report: verify(plan, request, loaded, problem, cancelled=cancelled, report=report))
+        terminal.emit(dict, lambda: render_plan(made.plan, wide=wide))
+    answer = wait(lambda report: verify(made, request, loaded, cancelled=cancelled, report=report))
     saved = outputs.save_or_tell(terminal, answer.plan, results.out, html=results.html, page=page)
     if prints:
-        _print(terminal, plan, answer)
+        _print(terminal, made.plan, answer)
     if not saved:
         return ExitCode.INTERNAL
     if cancelled.is_set():
@@ -208,8 +211,10 @@ def compare(
 
     Ctrl-C once stops the running strategy and shows the results so far; Ctrl-C twice exits at once.
     """
+    from hetis.planner.export.carrying import not_carried
     from hetis.planner.report.comparison import comparison_document, render_comparison
     from hetis.planner.report.page.pages import comparison_page
+    from hetis.planner.use_cases.climbing import HIGHEST
     from hetis.planner.use_cases.compare import Searches, compare_engines, simulate_plans
     from hetis.planner.use_cases.place import read_inputs, settings_of
     from hetis.planner.use_cases.verification.choosing import SEARCHES
@@ -225,7 +230,7 @@ def compare(
     outputs.refuse_unwritable_plans(results.out, plans)
     outputs.refuse_page(results.html)
     level, loaded, objective = request.service_level, read_inputs(request), request.goal
-    settings = replace(settings_of(request), engine=None)
+    settings = replace(settings_of(request), engine=None, rung=request.rung or HIGHEST)
     outputs.warn_of_cut_requests(terminal, loaded.inputs)
     is_repeated = request.verify and bool(searched)
     if results.dry_run:
@@ -237,7 +242,9 @@ def compare(
     budget = partial(Budget, time_limit_s=request.time_limit_s, clock=search_seconds, cancelled=cancelled)
 
     def work(report: Report) -> tuple[Compared, ...]:
-        searches = Searches(loaded=loaded, objective=objective, settings=settings, budget=budget, report=report)
+        searches = Searches(
+            loaded=loaded, objective=objective, settings=settings, budget=budget, report=report, carriers=not_carried
+        )
         found = compare_engines(searches, names, rules)
         if request.verify:
             found = simulate_plans(found, searches, rules, level)

@@ -16,6 +16,7 @@ from hetis.planner.cli.parameters import options
 from hetis.planner.cli.parameters.options import group, option, verb
 from hetis.planner.cli.parameters.requests import engine_rules, requested
 from hetis.planner.cli.searching import search_interruptibly, work_interruptibly
+from hetis.planner.use_cases.request import RungName
 from hetis.solver.budget import Budget, Report
 from hetis.solver.errors import NoPlanFoundError
 from hetis.solver.search_clock import search_seconds
@@ -43,6 +44,7 @@ class ShareOptions:
     envy: bool = option("--envy/--no-envy: Also place each tenant on every other tenant's GPUs, to measure envy.", True)
     strategy: str = requested("strategy")
     engine: str | None = requested("engine")
+    rung: RungName | None = requested("rung")
     time_limit: float = requested("time_limit", default="5min", shown=True)
     gap: float = requested("gap", default="0.5%")
     seed: int = requested("seed")
@@ -64,6 +66,7 @@ def share(
     A tenant's value is the rate that its replicas reach, divided by the rate it would reach alone. Ctrl-C once shows
     and saves the best shares so far; Ctrl-C twice exits at once.
     """
+    from hetis.planner.export.carrying import not_carried
     from hetis.planner.report.sharing import render_tenants, tenants_document
     from hetis.planner.use_cases.place import PlacementSettings
     from hetis.planner.use_cases.sharing import SharedFleet, load_tenancy, share_out_fleet
@@ -72,7 +75,7 @@ def share(
     out = asked.out
     settings = PlacementSettings(
         strategy=asked.strategy, engine=engine_rules(asked.engine, asked.strategy, {}),
-        time_limit_s=asked.time_limit, gap_target=asked.gap, seed=asked.seed,
+        time_limit_s=asked.time_limit, gap_target=asked.gap, seed=asked.seed, rung=asked.rung or "",
     )  # fmt: skip
     loaded = load_tenancy(file, cluster=asked.cluster, profiles=asked.profile or (), settings=settings)
     outputs.refuse_unwritable_plans(out, [tenant.name for tenant in loaded.tenancy.tenants])
@@ -88,7 +91,9 @@ def share(
 
     def work(report: Report) -> SharedFleet:
         budget = Budget(time_limit_s=asked.time_limit, clock=search_seconds, cancelled=cancelled)
-        return share_out_fleet(loaded, rules, settings, with_envy=asked.envy, budget=budget, report=report)
+        return share_out_fleet(
+            loaded, rules, settings, with_envy=asked.envy, budget=budget, report=report, carriers=not_carried
+        )
 
     try:
         found = search_interruptibly(terminal, work, unit="of value", cancelled=cancelled, so_far="the best shares")

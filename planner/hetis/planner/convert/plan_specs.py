@@ -10,6 +10,7 @@ from hetis.v1 import plan_pb2
 # Fields with the same name and value in a request and in a PlanSpec, in which 0 and empty stand for the default.
 SAME = (
     *("weights", "kv", "mtp", "strategy", "engine", *LIMITS, "max_num_seqs", "kv_blocks", "survive"),
+    *("rung", "target"),
     *("ttft_statistic", "tpot_statistic"),
 )
 
@@ -25,6 +26,7 @@ def spec_from_request(request: PlacementRequest) -> plan_pb2.PlanSpec:
         time_limit=duration(request.time_limit_s),
         seed=request.seed,
         attainment=ratio_of(request.attainment or 0.0),
+        worth=ratio_of(request.worth),
     )
     for name in SAME:
         if value := getattr(request, name):

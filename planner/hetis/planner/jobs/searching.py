@@ -12,6 +12,7 @@ from dataclasses import replace
 from hetis.formats.documents import Value, from_data, to_data
 from hetis.formats.files import canonical_json
 from hetis.planner.convert.plans import result_to_proto
+from hetis.planner.export.carrying import not_carried
 from hetis.planner.jobs.frames import JobFrame
 from hetis.planner.jobs.messages import (
     Answer,
@@ -102,23 +103,25 @@ def solve(
 
     try:
         loaded, problem = posed.inputs_for_engine(), posed.problem()
-        plan = make_plan(
+        made = make_plan(
             loaded, problem, settings, budget=budget(), report=report, requested=posed.objective,
-            on_search=lambda: begin("searching"),
+            on_search=lambda: begin("searching"), carriers=not_carried,
         )  # fmt: skip
     except (InfeasibleError, NoPlanFoundError, UncheckedPlanError, InvalidProblemError) as error:
         return error
     if posed.verify:
         begin("verifying")
         try:
-            plan = simulated_plan(
-                plan, loaded, problem, settings, level=posed.service_level, report=report, losses=False,
+            made = simulated_plan(
+                made, loaded, settings, level=posed.service_level, report=report, losses=False,
                 budget=replace(budget(), time_limit_s=math.inf),
             )  # fmt: skip
         except (InvalidProblemError, UncheckedPlanError) as error:  # the plan that was found is checked nevertheless
-            plan = with_queueing(replace(plan, notes=(*plan.notes, f"could not be simulated: {error}")), problem)
+            noted = replace(made.plan, notes=(*made.plan.notes, f"could not be simulated: {error}"))
+            made = replace(made, plan=with_queueing(noted, made.problem))
     else:
-        plan = with_queueing(plan, problem)
+        made = replace(made, plan=with_queueing(made.plan, made.problem))
+    plan = made.plan
     document = document_bytes(plan)
     if document_bytes(from_data(json.loads(document))) != document:
         return UncheckedPlanError(("its document describes a different plan",))

@@ -21,6 +21,7 @@ from pydantic_core import ErrorDetails
 from hetis.formats.errors import DocumentError, Problem
 from hetis.formats.models.document import drafts
 from hetis.formats.units import parse_duration, parse_limit, parse_ratio
+from hetis.planner.export import ExportTarget
 from hetis.planner.use_cases.record.forms import PLACES
 from hetis.planner.use_cases.request import LIMITS
 from hetis.planner.use_cases.service_level import Statistic
@@ -273,6 +274,12 @@ def _strategies() -> Iterable[str]:
     return STRATEGIES
 
 
+def _rungs() -> Iterable[str]:
+    from hetis.solver.placement.rungs import RUNGS
+
+    return RUNGS
+
+
 # What the fields of a `PlacementRequest` are checked against.
 CHECKS: Mapping[str, Any] = {
     "cluster": ClusterOrFile,
@@ -294,6 +301,9 @@ CHECKS: Mapping[str, Any] = {
     "forbid": Texts,
     "price_pins": bool,
     "survive": Annotated[str, one_of(lambda: ("", *PLACES), "loss")],
+    "rung": Annotated[str, one_of(lambda: ("", *_rungs()), "rung")],
+    "worth": BelowOne,
+    "target": Annotated[str, one_of(lambda: ("", *ExportTarget), "export target")],
     "strategy": Annotated[str, one_of(_strategies, "strategy")],
     "roles": Annotated[Sequence[Annotated[str, one_of(lambda: Role, "role")]], LISTED],
     "engine": str | None,

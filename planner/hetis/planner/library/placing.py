@@ -6,12 +6,13 @@ import os
 import threading
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from inspect import signature
 from textwrap import fill
 from typing import ParamSpec, TypeVar
 
 from hetis.formats import documents
+from hetis.planner.export.carrying import not_carried
 from hetis.planner.library import arguments
 from hetis.planner.library.arguments import checked, spelled_as_arguments
 from hetis.planner.library.plan import Plan
@@ -74,8 +75,10 @@ def place(request: Arguments) -> Plan:
     """
     loaded = placing.load(request)
     problem = placing.pose(request, loaded)
-    plan = placing.place(request, loaded, problem, cancelled=threading.Event(), report=request.progress).plan
-    return Plan(value=plan, problem=replace(problem, objective=plan.objective))  # larger if a loss is survived
+    placed = placing.place(
+        request, loaded, problem, cancelled=threading.Event(), report=request.progress, carriers=not_carried
+    )
+    return Plan(value=placed.plan, problem=placed.problem)
 
 
 @checked

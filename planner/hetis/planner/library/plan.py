@@ -90,6 +90,8 @@ class ExportArguments:
     image: str = ""
     worker_image: str = ""
     model_claim: str = ""
+    model_cache: str = ""
+    sbatch: str = ""
     api_key_secret: str = ""
     hf_token_secret: str = ""
     worker_key_secret: str = ""

@@ -47,6 +47,7 @@ from hetis.planner.report.replica import (
     stage_table,
     unit_of_room,
 )
+from hetis.planner.report.rungs import rung_section
 from hetis.planner.report.tables import (
     Narrowing,
     Unbroken,
@@ -85,6 +86,9 @@ MAX_ROUTES = 12  # pairs of replica shapes; the others are summarised in one lin
 @as_group
 def render_plan(plan: Plan, *, wide: bool = False) -> Iterator[RenderableType]:
     """Yield the table view of a plan, at most 80 columns wide if the names allow it; ``wide`` names every device."""
+    if (rungs := rung_section(plan)) is not None:
+        yield rungs
+        yield Text("")
     yield headline(plan)
     groups = group_replicas(plan.replicas)
     yield from _replicas(groups, plan, wide=wide)

@@ -16,6 +16,7 @@ from hetis.formats.models.dtypes import KV_PRECISIONS, PRECISIONS, chosen_precis
 from hetis.formats.workload import named_workload
 from hetis.planner.convert import documents, names
 from hetis.planner.convert.plans import FROM_PROTO, objective_from_proto
+from hetis.planner.export import ExportTarget
 from hetis.planner.failures import invalid_field
 from hetis.planner.jobs.messages import PosedProblem
 from hetis.planner.resources.checks import Checks
@@ -241,6 +242,7 @@ class _SpecReader:
 
     def _settings(self) -> PlacementSettings:
         from hetis.solver.placement.families import STRATEGIES
+        from hetis.solver.placement.rungs import RUNGS
 
         spec, limits, defaults = self.spec, self.limits, PlacementSettings()
         strategy = spec.strategy or DEFAULT_STRATEGY
@@ -254,6 +256,12 @@ class _SpecReader:
         engine = self._engine() if is_known else None
         if spec.survive:
             self.choice("survive", spec.survive, PLACES)
+        if spec.rung:
+            self.choice("rung", spec.rung, RUNGS)
+        if spec.target:
+            self.choice("target", spec.target, [target.value for target in ExportTarget])
+        worth = spec.worth if spec.HasField("worth") else defaults.worth
+        self.require(0 <= worth < 1, "worth", f"is {worth:g}, must be from 0 to below 1")
         needs = plan_pb2.OBJECTIVE_KIND_COST, plan_pb2.OBJECTIVE_KIND_GPUS
         message = "is set, but the objective has no demand to keep: it must be COST or GPUS"
         self.require(not spec.survive or spec.objective.kind in needs, "survive", message)
@@ -273,6 +281,10 @@ class _SpecReader:
             gap_target=gap,
             seed=spec.seed % _SEEDS,
             survive=spec.survive,
+            rung=spec.rung,
+            worth=worth,
+            target=spec.target,
+            least_layers=1 if spec.min_layers else defaults.least_layers,
         )
 
     def _roles(self) -> tuple[Role, ...]:

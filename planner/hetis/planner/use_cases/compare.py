@@ -12,8 +12,10 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from hetis.formats.errors import internal_error
+from hetis.planner.use_cases.climbing import Carriers, Climbed
 from hetis.planner.use_cases.place import PlacementSettings, make_plan, simulated_plan
 from hetis.planner.use_cases.precision import for_engine
+from hetis.planner.use_cases.prices import price_of_plan
 from hetis.planner.use_cases.record.parts import Requested, Verified
 from hetis.planner.use_cases.service_level import ServiceLevel
 from hetis.planner.use_cases.sources import (
@@ -22,14 +24,15 @@ from hetis.planner.use_cases.sources import (
     PlanAndProblem,
     differing_fields,
     load_plan_and_problem,
+    problem_of,
 )
 from hetis.solver.budget import Budget, Report, one_of_several
 from hetis.solver.check import check_plan
-from hetis.solver.cluster import Cluster
 from hetis.solver.constraints import described
 from hetis.solver.errors import HetisError, InfeasibleError, InvalidProblemError, NoPlanFoundError, UncheckedPlanError
 from hetis.solver.placement.families import STRATEGIES, constraints_ignored
 from hetis.solver.placement.outcome import sound_bound
+from hetis.solver.placement.rungs import RUNGS
 from hetis.solver.plan import Objective, ObjectiveKind, Plan, Role, SolveResult, Status
 from hetis.solver.problem import Assumptions, EngineRules, PlacementProblem
 from hetis.solver.replanning.change import PlanChange, plan_change
@@ -53,6 +56,7 @@ class Searches:
     settings: PlacementSettings
     budget: Callable[[], Budget]
     report: Report
+    carriers: Carriers | None = None
 
     def problem(self, strategy: str) -> PlacementProblem:
         """Return the problem that these inputs define for another strategy, with all of its roles."""
@@ -117,6 +121,8 @@ def compare_strategies(
         if container in found and found[strategy].plan is not None:
             note = f"the plan was found by strategy {strategy}, whose plans are all of {container}"
             problem = asked.problem(container)
+            if (own := found[container].plan) is not None:
+                problem = problem_of(own, problem)
             found[container] = _with_better_plan(found[container], found[strategy].plan, problem, note)
     plans = {name: compared.plan for name, compared in found.items() if compared.plan is not None}
     return tuple(_with_best_bound(found[strategy], plans) for strategy in dict.fromkeys(strategies))
@@ -178,10 +184,11 @@ def simulate_plans(
 
 def _simulated(outcome: Compared, plan: Plan, asked: Searches, level: ServiceLevel) -> Compared:
     settings, whole = asked.settings, asked.budget()
-    problem = settings.problem(asked.loaded.inputs, asked.objective)
+    problem = problem_of(plan, settings.problem(asked.loaded.inputs, asked.objective))
     try:
-        simulated = simulated_plan(
-            plan, asked.loaded, problem, settings, level=level, budget=replace(whole, time_limit_s=math.inf),
+        made = simulated_plan(
+            Climbed(plan=plan, problem=problem, rung=Requested.of(plan).rung), asked.loaded, settings, level=level,
+            budget=replace(whole, time_limit_s=math.inf),
             report=asked.report, losses=False, again=not STRATEGIES[settings.strategy].is_published,
         )  # fmt: skip
     except HetisError as error:
@@ -189,6 +196,7 @@ def _simulated(outcome: Compared, plan: Plan, asked: Searches, level: ServiceLev
         return replace(
             outcome, status=FAILED, reasons=(str(error), *violations), solve_s=outcome.solve_s + whole.elapsed_s()
         )
+    simulated = made.plan
     lost = [note for note in plan.notes if note.startswith(_BOUND_OF) and note not in simulated.notes]
     return replace(
         outcome,
@@ -271,7 +279,10 @@ def planned(asked: Searches) -> Compared:
         return Compared(strategy=name, status=NO_PLAN, reasons=reasons, solve_s=0.0)
 
     try:
-        plan = make_plan(loaded, problem, settings, budget=budget, report=asked.report, requested=asked.objective)
+        made = make_plan(
+            loaded, problem, settings, budget=budget, report=asked.report, requested=asked.objective,
+            carriers=asked.carriers,
+        )  # fmt: skip
     except InfeasibleError as error:
         status, reasons = Status.INFEASIBLE.value, error.reasons
     except NoPlanFoundError as error:
@@ -288,6 +299,7 @@ def planned(asked: Searches) -> Compared:
         headline, lines = internal_error(error)  # in one strategy, which must not cost the plans of the others
         status, reasons = FAILED, (headline, *lines)
     else:
+        plan = made.plan
         return Compared(strategy=name, status=plan.result.status.value, plan=plan, solve_s=budget.elapsed_s())
     return Compared(strategy=name, status=status, reasons=reasons, solve_s=budget.elapsed_s())
 
@@ -319,6 +331,15 @@ def _with_better_plan(container: Compared, contained: Plan | None, problem: Plac
     return replace(container, plan=better, status=better.result.status.value)
 
 
+def _was_searched_as_far(container: Plan, contained: Plan) -> bool:
+    """Return whether the search for a plan was limited to no lower rung, nor to more layers, than that of another."""
+    one, other = Requested.of(container), Requested.of(contained)
+    order = list(RUNGS)
+    if one.engine is None or other.engine is None or not (one.rung and other.rung):
+        return one.engine == other.engine
+    return order.index(one.rung) >= order.index(other.rung) and one.engine.min_layers <= other.engine.min_layers
+
+
 def _is_better(plan: Plan, value: float) -> bool:
     ahead = plan.result.value - value
     return (ahead if plan.objective.maximises else -ahead) > ROUNDING * abs(plan.result.value)
@@ -330,7 +351,8 @@ def _with_best_bound(compared: Compared, plans: Mapping[str, Plan]) -> Compared:
     if plan is None:
         return compared
     result, objective = plan.result, plan.objective
-    known = {name: plans[name].result.bound for name in _containers(compared.strategy) if name in plans}
+    containers = (name for name in _containers(compared.strategy) if name in plans)
+    known = {name: plans[name].result.bound for name in containers if _was_searched_as_far(plans[name], plan)}
     known = {compared.strategy: result.bound} | known
     # The strategy's own bound, unless a container's is better.
     best = min(known, key=lambda name: known[name] if objective.maximises else -known[name])
@@ -361,7 +383,7 @@ def figures_of(plan: Plan, inputs: Inputs | PlacementProblem, *, rate_rps: float
     goodput_share = Assumptions().planned_utilisation
     is_throughput = plan.objective.kind is ObjectiveKind.THROUGHPUT
     rate = plan.served_rate() * (1.0 if is_throughput else goodput_share) if rate_rps is None else rate_rps
-    usd = _usd_per_hour(plan, inputs.cluster)
+    usd = price_of_plan(plan, inputs.cluster)
     moments = inputs.workload.clipped_to(inputs.model.max_position).moments()
     output_per_s, cost_rps = rate * moments.mean_output, cost_rate(plan)
     paid_per_s = output_per_s if cost_rps is None else cost_rps * moments.mean_output
@@ -389,19 +411,6 @@ def cost_rate(plan: Plan) -> float | None:
         DocumentError: the objective that was requested is not usable.
     """
     return None if plan.objective.maximises else Requested.of(plan).objective(plan.objective).demand_rps
-
-
-def _usd_per_hour(plan: Plan, cluster: Cluster) -> float | None:
-    """Return the cost of the used GPUs in USD per hour, or None if one of them has no price."""
-    used, total = set(plan.devices()), 0.0
-    for node, group in cluster.nodes():
-        prices = [cluster.price_of(slots) for slots in group.gpus for _ in range(slots.count)]
-        for index, price in zip(group.gpus_of_node(), prices, strict=True):
-            if f"{node}/{index}" in used:
-                if price is None:
-                    return None
-                total += price
-    return total
 
 
 # --- two plan files

@@ -18,6 +18,7 @@ from hetis.solver.constraints import Constraints, WithoutWorkers
 from hetis.solver.errors import InfeasibleError, InvalidProblemError, NoPlanFoundError
 from hetis.solver.model import ModelSpec
 from hetis.solver.placement.families import ENGINES, beyond
+from hetis.solver.placement.rungs import RUNGS
 from hetis.solver.plan import Plan, Role
 from hetis.solver.plugin_time import NO_PLUGIN
 from hetis.solver.problem import EngineRules, Family, PlacementProblem
@@ -56,6 +57,8 @@ def _values(
         rules = named(own, name)
         constraints: Constraints = tuple(dict.fromkeys((*of_engine(name), *asked)))
         family = family_of(plan.strategy, problem.family.roles, rules, problem.family.engine_settings)
+        if rung := Requested.of(plan).rung:
+            family = RUNGS[rung].restrict(family, plan.strategy)
         memories = memories_for(family, problem.cluster, problem.model, problem.profiles)
         has_its_memory = memories == problem.memories
         alike = _but_for_its_name(family, problem.model), constraints, tuple(memories.items())

@@ -11,16 +11,25 @@ import os
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import TYPE_CHECKING
 
 from hetis.planner.use_cases import service_level
+from hetis.planner.use_cases.climbing import (
+    DEFAULT_WORTH,
+    HIGHEST,
+    LEAST_LAYERS,
+    Carriers,
+    Climbed,
+    Climbing,
+    climb,
+    keeps_less,
+)
 from hetis.planner.use_cases.engine_values import with_engine_values
 from hetis.planner.use_cases.listing import kinds_in_a_zone, refuse_unlisted, stages_to_list
 from hetis.planner.use_cases.precision import for_engine, in_precision, notes_on_exchange
 from hetis.planner.use_cases.prices import catalogue_market, constraint_prices, with_prices
 from hetis.planner.use_cases.record.forms import MAY_DIFFER
-from hetis.planner.use_cases.record.parts import MadeFrom, Requested, Verified
+from hetis.planner.use_cases.record.parts import MadeFrom, Requested, Rungs, Verified
 from hetis.planner.use_cases.request import PlacementRequest, path_or_value, ratio_of
 from hetis.planner.use_cases.robustness.profile_errors import profile_notes, with_profile_errors
 from hetis.planner.use_cases.robustness.study import Robustness, study, with_robustness
@@ -28,7 +37,7 @@ from hetis.planner.use_cases.service_level import ServiceLevel
 from hetis.planner.use_cases.sources import Inputs, LoadedInputs, engine_rules, engine_settings, load_inputs
 from hetis.planner.use_cases.surviving import check_survival, surviving_plan, with_losses
 from hetis.planner.use_cases.verification import equal_stages
-from hetis.planner.use_cases.verification.choosing import Again, kept_plan, with_rate_of_equal_stages
+from hetis.planner.use_cases.verification.choosing import Again, kept_plan, with_rate_of_equal_stages, worth_of
 from hetis.planner.use_cases.verification.queueing import with_queueing
 from hetis.planner.use_cases.verification.rates import simulation_report
 from hetis.planner.use_cases.versions import installed_versions
@@ -57,7 +66,8 @@ class PlacementSettings:
     must obey; None: any engine. ``keep_stages``: whether to search pipelines of as many stages as its rules have; if
     not, of fewer where those are too many to list (`listing`). ``simplest_within``: the share of the optimum that a
     plan on fewer nodes may lose. ``survive``: ``node`` or ``zone`` if the demand must be served even if any one of them
-    is lost; empty: neither.
+    is lost; empty: neither. ``rung``, ``worth``, ``target`` and ``least_layers`` are those of `Climbing`; other
+    strategies than the default one are searched whole unless a rung is requested.
     """
 
     strategy: str = DEFAULT_STRATEGY
@@ -69,6 +79,17 @@ class PlacementSettings:
     seed: int = 0
     simplest_within: float = 0.0
     survive: str = ""
+    rung: str = ""
+    worth: float = DEFAULT_WORTH
+    target: str = ""
+    least_layers: int = LEAST_LAYERS
+
+    def climbing(self, carriers: Carriers | None = None) -> Climbing:
+        """Return how the rung is chosen."""
+        rung = self.rung or ("" if self.strategy == DEFAULT_STRATEGY else HIGHEST)
+        return Climbing(
+            rung=rung, worth=self.worth, target=self.target, least_layers=self.least_layers, carriers=carriers
+        )
 
     def problem(self, inputs: Inputs, objective: Objective, *, least_stages: int = 1) -> PlacementProblem:
         """Return the problem that these inputs define, with the strategy's family of plans.
@@ -96,6 +117,7 @@ class PlacedPlan:
     """A plan that passed the checker, with its studies."""
 
     plan: Plan
+    problem: PlacementProblem  # that of the plan's rung
     robustness: Robustness | None = None
     prices: tuple[ConstraintPrice, ...] = ()
 
@@ -149,6 +171,10 @@ def settings_of(request: PlacementRequest) -> PlacementSettings:
         seed=request.seed,
         simplest_within=ratio_of(request.simplest_within),
         survive=request.survive,
+        rung=request.rung,
+        worth=ratio_of(request.worth),
+        target=request.target,
+        least_layers=LEAST_LAYERS if request.min_layers is None else 1,
     )
 
 
@@ -173,8 +199,11 @@ def prove(
     *,
     cancelled: threading.Event,
     report: Report,
-) -> Plan:
+    carriers: Carriers | None = None,
+) -> Climbed:
     """Search, describe and check a plan: the answer by the cost model, before any simulation.
+
+    ``carriers`` says which export targets carry a plan, without which its rung is not the default.
 
     Raises:
         InfeasibleError: no plan of the family exists; names GPUs of the catalogue that could be added.
@@ -182,7 +211,7 @@ def prove(
         UncheckedPlanError: the plan fails the independent checker.
     """
     settings = settings_of(request)
-    plan = make_plan(
+    made = make_plan(
         loaded,
         problem,
         settings,
@@ -192,17 +221,15 @@ def prove(
         beside_equal_stages=True,
         beside_engines=request.other_engines,
         requested=request.goal,
+        carriers=carriers,
     )
-    if request.verify:
-        return plan
-    return with_queueing(plan, replace(problem, objective=plan.objective))
+    return made if request.verify else replace(made, plan=with_queueing(made.plan, made.problem))
 
 
 def verify(
-    plan: Plan,
+    made: Climbed,
     request: PlacementRequest,
     loaded: LoadedInputs,
-    problem: PlacementProblem,
     *,
     cancelled: threading.Event,
     report: Report,
@@ -216,9 +243,9 @@ def verify(
         UncheckedPlanError: the other plan fails the independent checker.
     """
     settings = settings_of(request)
-    problem = replace(problem, objective=plan.objective)  # its demand is larger if a loss must be survived
     if request.verify:
-        plan = _verified(plan, request, loaded, problem, _budget(request.simulation_limit_s, cancelled), report)
+        made = _verified(made, request, loaded, _budget(request.simulation_limit_s, cancelled), report)
+    plan, problem = made.plan, made.problem
     again = SearchSettings(
         budget=_budget(settings.time_limit_s, cancelled), gap_target=settings.gap_target, seed=settings.seed,
         report=report,
@@ -226,12 +253,12 @@ def verify(
     prices = constraint_prices(plan, problem, again) if request.price_pins else ()
     plan = with_prices(plan, prices)
     if request.profile_error is None or not plan.replicas:
-        return PlacedPlan(plan=plan, prices=prices)
+        return PlacedPlan(plan=plan, problem=problem, prices=prices)
     found = study(
         plan, problem, error=ratio_of(request.profile_error), seed=settings.seed,
         budget=_budget(settings.time_limit_s, cancelled), report=report,
     )  # fmt: skip
-    return PlacedPlan(plan=with_robustness(plan, found), robustness=found, prices=prices)
+    return PlacedPlan(plan=with_robustness(plan, found), problem=problem, robustness=found, prices=prices)
 
 
 def place(
@@ -241,10 +268,11 @@ def place(
     *,
     cancelled: threading.Event,
     report: Report,
+    carriers: Carriers | None = None,
 ) -> PlacedPlan:
     """Find a plan and verify it, as `prove` and `verify`."""
-    plan = prove(request, loaded, problem, cancelled=cancelled, report=report)
-    return verify(plan, request, loaded, problem, cancelled=cancelled, report=report)
+    made = prove(request, loaded, problem, cancelled=cancelled, report=report, carriers=carriers)
+    return verify(made, request, loaded, cancelled=cancelled, report=report)
 
 
 def _budget(time_limit_s: float, cancelled: threading.Event) -> Budget:
@@ -252,15 +280,15 @@ def _budget(time_limit_s: float, cancelled: threading.Event) -> Budget:
 
 
 def _verified(
-    plan: Plan, request: PlacementRequest, loaded: LoadedInputs, problem: PlacementProblem, budget: Budget,
-    report: Report,
-) -> Plan:  # fmt: skip
+    made: Climbed, request: PlacementRequest, loaded: LoadedInputs, budget: Budget, report: Report
+) -> Climbed:
     """Return the plan that keeps most in simulated traffic, beside equal stages."""
     settings = settings_of(request)
-    plan = simulated_plan(plan, loaded, problem, settings, level=request.service_level, budget=budget, report=report)
-    return with_rate_of_equal_stages(
-        plan, problem, seed=settings.seed, budget=budget, report=simulation_report(plan, report)
+    made = simulated_plan(made, loaded, settings, level=request.service_level, budget=budget, report=report)
+    plan = with_rate_of_equal_stages(
+        made.plan, made.problem, seed=settings.seed, budget=budget, report=simulation_report(made.plan, report)
     )
+    return replace(made, plan=plan)
 
 
 def make_plan(
@@ -275,8 +303,11 @@ def make_plan(
     beside_engines: bool = False,
     requested: Objective | None = None,
     on_search: Callable[[], None] = lambda: None,
-) -> Plan:
+    carriers: Carriers | None = None,
+) -> Climbed:
     """Search for a plan, complete it with its inputs and notes, check it, and add the effects of its profiles' errors.
+
+    It is of the requested rung or, by default, of the highest one that is worth it (`climb`).
 
     If no plan exists, ``market`` contains the GPUs that could be added (None: do not look). ``beside_equal_stages``
     adds the value of equal stages, and ``beside_engines`` those of plans for other engines, which takes additional
@@ -292,19 +323,27 @@ def make_plan(
 
     survive = settings.survive
 
-    def find(posed: PlacementProblem, *, explains: bool = True) -> Plan:
+    def find(posed: PlacementProblem, own: Budget) -> Plan:
         on_search()
-        own = _part_of(budget, explains=explains) if survive else budget
         return search(posed, settings, budget=own, report=report, market=market)
 
+    def survivor(posed: PlacementProblem) -> Plan:
+        loud, quiet = (lambda one, e=explains: find(one, _part_of(budget, explains=e)) for explains in (True, False))
+        return surviving_plan(loud, quiet, posed, survive)
+
     try:
-        plan = surviving_plan(find, partial(find, explains=False), problem, survive) if survive else find(problem)
+        if survive:
+            made = Climbed(plan=survivor(problem), problem=problem)
+        elif problem.family.engine is None:
+            made = Climbed(plan=find(problem, budget), problem=problem)
+        else:
+            made = climb(find, budget, problem, settings.strategy, settings.climbing(carriers))
     except NoPlanFoundError as error:
         if not survive or budget.cancelled.is_set() or math.isinf(budget.time_limit_s):
             raise
         raise NoPlanFoundError(f"{error}; all searches for --survive share {budget.time_limit_s:.4g} s") from None
-    requested, problem = requested or problem.objective, replace(problem, objective=plan.objective)
-    plan = describe(plan, loaded, problem, settings, requested)
+    requested, problem = requested or problem.objective, replace(made.problem, objective=made.plan.objective)
+    plan = Rungs(found=made.rungs).on(describe(made.plan, loaded, problem, settings, requested, rung=made.rung))
     is_compared = settings.strategy == DEFAULT_STRATEGY and plan.replicas and not survive  # they do not survive
     if beside_equal_stages and is_compared:
         plan = equal_stages.with_values(plan, problem, settings.seed, budget.cancelled)
@@ -313,7 +352,7 @@ def make_plan(
             plan, problem, seed=settings.seed, time_limit_s=settings.time_limit_s, cancelled=budget.cancelled,
             report=report,
         )  # fmt: skip
-    return _checked(plan, problem, losses=beside_equal_stages)
+    return replace(made, plan=_checked(plan, problem, losses=beside_equal_stages), problem=problem)
 
 
 def _part_of(budget: Budget, *, explains: bool) -> Budget:
@@ -329,10 +368,13 @@ def _part_of(budget: Budget, *, explains: bool) -> Budget:
 
 
 def simulated_plan(
-    plan: Plan, loaded: LoadedInputs, problem: PlacementProblem, settings: PlacementSettings, *, level: ServiceLevel,
+    made: Climbed, loaded: LoadedInputs, settings: PlacementSettings, *, level: ServiceLevel,
     budget: Budget, report: Report, losses: bool = True, again: bool = True,
-) -> Plan:  # fmt: skip
+) -> Climbed:  # fmt: skip
     """Simulate a plan of `make_plan`; if it misses a limit, search again with a tighter one (`kept_plan`).
+
+    If it then keeps less than the best plan of a simpler rung promises, that one is simulated, too, and the plan that
+    keeps more is returned.
 
     There is no other search for a plan that survives a loss, or without ``again``. ``budget`` is that of simulations
     and further searches; the latter together have the time limit of one search. ``losses``: add the effects of losses
@@ -342,20 +384,33 @@ def simulated_plan(
         UncheckedPlanError: the other plan fails the independent checker.
     """
 
-    searches = Again(
-        search=lambda posed, within: search(posed, settings, budget=within, report=report),
-        describe=lambda found: describe(found, loaded, problem, settings),
-        time_limit_s=settings.time_limit_s,
-        is_cut_short=(
-            plan.result.gap > settings.gap_target and plan.result.solve_s > CUT_SHORT * settings.time_limit_s
-        ),
-        equal_stages=settings.strategy == DEFAULT_STRATEGY,
-    )
-    found = kept_plan(
-        with_service_level(plan, level), problem, searches if again and not settings.survive else None,
-        seed=settings.seed, budget=budget, report=simulation_report(plan, report),
-    )  # fmt: skip
-    return _checked(found, problem, losses=losses) if Verified.of(found).is_other_than_best else found
+    def simulated(plan: Plan, problem: PlacementProblem, rung: str) -> Plan:
+        searches = Again(
+            search=lambda posed, within: search(posed, settings, budget=within, report=report),
+            describe=lambda found: describe(found, loaded, problem, settings, rung=rung),
+            time_limit_s=settings.time_limit_s,
+            is_cut_short=(
+                plan.result.gap > settings.gap_target and plan.result.solve_s > CUT_SHORT * settings.time_limit_s
+            ),
+            equal_stages=settings.strategy == DEFAULT_STRATEGY,
+        )
+        return kept_plan(
+            with_service_level(plan, level), problem, searches if again and not settings.survive else None,
+            seed=settings.seed, budget=budget, report=simulation_report(plan, report),
+        )  # fmt: skip
+
+    plan, lower = simulated(made.plan, made.problem, made.rung), made.simpler
+    if again and lower is not None and keeps_less(plan, lower.plan) and not budget.is_spent():
+        posed = replace(lower.problem, objective=lower.plan.objective)
+        described = describe(lower.plan, loaded, posed, settings, made.plan.objective, rung=lower.rung)
+        rungs = tuple(replace(one, is_chosen=one.name == lower.rung) for one in made.rungs)
+        simpler = simulated(Rungs(found=rungs).on(described), posed, lower.rung)
+        if Verified.of(simpler).verification is not None and worth_of(simpler) > worth_of(plan):
+            note = f"of rung {lower.rung}: simulated, it keeps more than the best plan of rung {made.rung}"
+            simpler = replace(simpler, notes=(*simpler.notes, note))
+            return replace(lower, plan=_checked(simpler, posed, losses=losses), problem=posed, rungs=rungs)
+    is_other = Verified.of(plan).is_other_than_best
+    return replace(made, plan=_checked(plan, made.problem, losses=losses) if is_other else plan)
 
 
 def with_service_level(plan: Plan, level: ServiceLevel) -> Plan:
@@ -399,7 +454,7 @@ def search(
 
 def describe(
     plan: Plan, loaded: LoadedInputs, problem: PlacementProblem, settings: PlacementSettings,
-    requested: Objective | None = None,
+    requested: Objective | None = None, *, rung: str = "",
 ) -> Plan:  # fmt: skip
     """Add its inputs to a plan, and notes about its links and profiles; ``requested`` as in `make_plan`."""
     from hetis.solver.placement.explanation import link_sentences
@@ -410,7 +465,7 @@ def describe(
         *plan.notes, *notes_on_stages(problem, settings), *loaded.notes, *lengths, *routed, *profile_notes(problem),
         *notes_on_exchange(plan, problem),
     )  # fmt: skip
-    return with_inputs(replace(plan, notes=notes), loaded, settings, problem, requested or plan.objective)
+    return with_inputs(replace(plan, notes=notes), loaded, settings, problem, requested or plan.objective, rung=rung)
 
 
 def notes_on_stages(problem: PlacementProblem, settings: PlacementSettings) -> tuple[str, ...]:
@@ -448,9 +503,13 @@ def _require_demand(goal: Objective, workload: Workload) -> None:
 
 
 def with_inputs(
-    plan: Plan, loaded: LoadedInputs, settings: PlacementSettings, problem: PlacementProblem, requested: Objective
-) -> Plan:
-    """Return a plan for the problem with a record of what it was made from, and of what was requested."""
+    plan: Plan, loaded: LoadedInputs, settings: PlacementSettings, problem: PlacementProblem, requested: Objective,
+    *, rung: str = "",
+) -> Plan:  # fmt: skip
+    """Return a plan for the problem with a record of what it was made from, and of what was requested.
+
+    ``rung`` is that of the problem's family.
+    """
     planned = plan.objective
     own = {name: (getattr(requested, name), getattr(planned, name)) for name in MAY_DIFFER}
     request = Requested(
@@ -463,6 +522,7 @@ def with_inputs(
         time_limit_s=settings.time_limit_s,
         simplest_within=settings.simplest_within,
         survive=settings.survive,
+        rung=rung,
         of_objective={name: given for name, (given, value) in own.items() if given != value},
     )
     made_from = MadeFrom(

@@ -9,6 +9,7 @@ from hetis.formats import catalogue
 from hetis.planner.use_cases.record.parts import ConstraintCosts
 from hetis.profiler.defaults import default_profile
 from hetis.solver.budget import SearchSettings
+from hetis.solver.cluster import Cluster
 from hetis.solver.errors import InvalidProblemError
 from hetis.solver.plan import Plan
 from hetis.solver.problem import PlacementProblem
@@ -53,3 +54,16 @@ def catalogue_market() -> Sequence[Offer]:
                 continue
             offers.append(Offer(gpu=entry.gpu, profile=profile))
     return offers
+
+
+def price_of_plan(plan: Plan, cluster: Cluster) -> float | None:
+    """Return the cost of the used GPUs in USD per hour, or None if one of them has no price."""
+    used, total = set(plan.devices()), 0.0
+    for node, group in cluster.nodes():
+        prices = [cluster.price_of(slots) for slots in group.gpus for _ in range(slots.count)]
+        for index, price in zip(group.gpus_of_node(), prices, strict=True):
+            if f"{node}/{index}" in used:
+                if price is None:
+                    return None
+                total += price
+    return total

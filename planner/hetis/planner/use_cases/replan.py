@@ -34,16 +34,18 @@ from hetis.planner.use_cases.verification.rates import simulation_report, verifi
 from hetis.planner.use_cases.what_if import with_cluster
 from hetis.solver.budget import Budget, Report
 from hetis.solver.check import check_plan
-from hetis.solver.cluster import Cluster
+from hetis.solver.cluster import Cluster, node_of
 from hetis.solver.constraints import Constraints, misfits
 from hetis.solver.errors import UncheckedPlanError
 from hetis.solver.model import ModelSpec
+from hetis.solver.placement.rungs import RUNGS
 from hetis.solver.plan import Objective, Plan, Role
 from hetis.solver.problem import PlacementProblem
 from hetis.solver.replanning.change import ChangeCosts, Fate, ReplanningProblem
 from hetis.solver.replanning.check import check_replanning
 from hetis.solver.replanning.solve import Replanning, keeps, solve_replanning
 
+ON_ANY_NODES = "replicas may span any number of nodes: the GPUs that are free do not fit as few as were allowed"
 NOTE = "re-planned from a running plan; value and bound are those of the fleet, without the cost of the change"
 
 
@@ -116,8 +118,11 @@ def load_replanning(
         cluster,
     )
     family = found.problem.family
-    engine = None if family.engine is None else named(replace(family.engine, max_nodes=None), family.engine.name)
-    settings = replace(settings, strategy=found.plan.strategy, roles=family.roles, engine=engine)
+    engine, rung = family.engine, settings.rung or Requested.of(found.plan).rung
+    if engine is not None:  # another rung has no more of the running plan's limit on nodes
+        engine = named(replace(engine, max_nodes=None) if settings.rung else engine, engine.name)
+    roles = family.roles if not settings.rung else ()
+    settings = replace(settings, strategy=found.plan.strategy, roles=roles, engine=engine, rung=rung)
     loaded = for_engine(loaded, engine)
     objective = Requested.of(found.plan).objective(found.plan.objective, running)
     if rate_rps is not None:
@@ -137,9 +142,9 @@ def load_replanning(
     loaded = replace(loaded, inputs=inputs, notes=(*loaded.notes, *dropped))
     deepest = max((len(replica.stages) for replica in found.plan.replicas), default=1)
     problem = settings.problem(inputs, objective, least_stages=deepest)
+    if rung:
+        problem = replace(problem, family=RUNGS[rung].restrict(problem.family, settings.strategy))
     warnings += dropped
-    if family.engine is not None and family.engine.max_nodes is not None:
-        warnings.append("replicas may span any number of nodes: re-planning does not support --max-nodes-per-replica")
     return PosedReplan(
         running=found.plan, loaded=loaded, problem=problem, asked=objective, survived=survived, settings=settings,
         warnings=tuple(warnings),
@@ -169,6 +174,20 @@ def survival_of(plan: Plan, posed: PosedReplan) -> Survival | None:
         return None
     left_rps = left_without(plan, posed.problem, posed.survived)
     return Survival(place=posed.survived, demand_rps=posed.asked.demand_rps or 0.0, left_rps=left_rps)
+
+
+def too_wide(plan: Plan, problem: PlacementProblem) -> bool:
+    """Return whether a replica is on more nodes than its engine's rules allow."""
+    most = None if problem.family.engine is None else problem.family.engine.max_nodes
+    nodes = (len({node_of(device) for device in replica.devices()}) for replica in plan.replicas)
+    return most is not None and max(nodes, default=0) > most
+
+
+def on_any_nodes(problem: PlacementProblem) -> PlacementProblem:
+    """Return the problem with replicas on any number of nodes."""
+    engine = problem.family.engine
+    assert engine is not None, "it limits nodes"
+    return replace(problem, family=replace(problem.family, engine=replace(engine, max_nodes=None)))
 
 
 def _with_kept_settings(plan: Plan, found: Replanning, running: Plan) -> Plan:
@@ -203,8 +222,8 @@ def _nothing_in_common(running: Plan, fleet: Cluster) -> Iterator[str]:
 
 def _origins(saved: dict[str, object], workload: str | None, profiles: dict[str, str]) -> dict[str, object]:
     before = saved.get("profiles")
-    named = {**(before if isinstance(before, dict) else {}), **profiles}
-    return {**saved, "profiles": named, **({} if workload is None else {"workload": workload})}
+    others = before if isinstance(before, dict) else {}
+    return {**saved, "profiles": {**others, **profiles}, **({} if workload is None else {"workload": workload})}
 
 
 def replan(
@@ -227,19 +246,28 @@ def replan(
     """
     settings = posed.settings
     question = ReplanningProblem(running=posed.running, problem=posed.problem, costs=costs, max_moves=max_moves)
-    found = solve_replanning(
-        question,
-        strategy=settings.strategy,
-        budget=budget,
-        gap_target=settings.gap_target,
-        seed=settings.seed,
-        report=report,
-    )
+
+    def solve(question: ReplanningProblem) -> Replanning:
+        return solve_replanning(
+            question,
+            strategy=settings.strategy,
+            budget=budget,
+            gap_target=settings.gap_target,
+            seed=settings.seed,
+            report=report,
+        )
+
+    found = solve(question)
+    if too_wide(found.plan, posed.problem):  # the search counts the fewest nodes on which a replica's GPUs fit
+        posed = replace(posed, problem=on_any_nodes(posed.problem), settings=replace(settings, rung=""))
+        question = replace(question, problem=posed.problem)
+        found = solve(question)
+        found = replace(found, plan=replace(found.plan, notes=(*found.plan.notes, ON_ANY_NODES)))
     split = any(replica.role is not Role.UNIFIED for replica in found.plan.replicas)
     notes = (*found.plan.notes, *posed.loaded.notes, NOTE, *((KV_IS_FOR_ENGINES,) if split else ()))
     notes += profile_notes(posed.problem)
     plan = _with_kept_settings(replace(found.plan, notes=notes), found, posed.running)
-    plan = with_inputs(plan, posed.loaded, settings, posed.problem, posed.asked)
+    plan = with_inputs(plan, posed.loaded, settings, posed.problem, posed.asked, rung=posed.settings.rung)
     plan = with_service_level(plan, Requested.of(posed.running).service_level)
     if (survival := survival_of(plan, posed)) is not None:
         plan = replace(with_losses(plan, posed.problem), notes=(*plan.notes, str(survival)))

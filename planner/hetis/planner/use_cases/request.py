@@ -29,6 +29,10 @@ Goal = Literal["goodput", "throughput", "cost", "gpus"]
 RoleName = Literal["unified", "prefill", "decode"]
 StatisticName = Literal["mean", "p50", "p90", "p95", "p99"]
 Loss = Literal["node", "zone"]
+RungName = Literal["node", "pipelines", "apart", "workers"]
+Target = Literal[
+    "vllm", "sglang", "compose", "kubernetes", "lws", "llm-d", "kserve", "dynamo", "ray", "slurm", "hetis-launch"
+]
 Path = str | os.PathLike[str]
 Quantity = float | str  # a number, or text with a unit
 
@@ -170,6 +174,27 @@ class PlacementRequest:
         panel="Goal",
         default="",
     )
+    rung: RungName | Literal[""] = given(
+        "--rung NAME: "
+        "The most complex replicas: node (each in one node), pipelines (over several), apart (prefill and decode), or "
+        "workers (for attention).",
+        panel="Search",
+        shown="the highest that is worth it",
+        default="",
+    )
+    worth: Quantity = given(
+        "--worth SHARE: "
+        "What a higher rung must gain to be the default: more requests/s, or the demand for less, also under the "
+        "profiles' errors, with no less left without the worst node.",
+        panel="Search",
+        default="10%",
+    )
+    target: Target | Literal[""] = given(
+        "--for TARGET: Only plans that this export target carries wholly.",
+        panel="Search",
+        shown="any target",
+        default="",
+    )
     strategy: str = given(
         "--strategy NAME: Family of plans to search, a name of `catalog strategies`.",
         panel="Search",
@@ -199,7 +224,10 @@ class PlacementRequest:
         default=None,
     )
     min_layers: int | None = given(
-        "--min-layers-per-stage N: Minimum layers of a stage, in plans for an engine.", panel="Search", default=None
+        "--min-layers-per-stage N: Minimum layers of a stage, in plans for an engine.",
+        panel="Search",
+        shown="4 of each of several stages, unless nothing else fits",
+        default=None,
     )
     max_nodes: int | None = given(
         "--max-nodes-per-replica N: Maximum nodes of a replica including attention workers, in plans for an engine.",

@@ -14,7 +14,8 @@ from hetis.formats.errors import DocumentError, Problem, attempt, single_problem
 from hetis.formats.fields import read_data
 from hetis.formats.positions import Text
 from hetis.formats.tenants import FleetTenantPart, ShareInputs, parse_tenants
-from hetis.planner.use_cases.place import KV_IS_FOR_ENGINES, ONE_TOKEN, PlacementSettings, with_inputs
+from hetis.planner.use_cases.climbing import Carriers, climb
+from hetis.planner.use_cases.place import KV_IS_FOR_ENGINES, ONE_TOKEN, PlacementSettings, search, with_inputs
 from hetis.planner.use_cases.precision import for_engine
 from hetis.planner.use_cases.request import objective
 from hetis.planner.use_cases.robustness.profile_errors import profile_notes
@@ -24,7 +25,7 @@ from hetis.solver.budget import Budget, Progress, Report, one_of_several
 from hetis.solver.cluster import Cluster, GpuSlots, Link, Network, NodeGroup
 from hetis.solver.errors import InfeasibleError, InvalidProblemError, NoPlanFoundError, UncheckedPlanError
 from hetis.solver.model import ModelSpec
-from hetis.solver.plan import DEFAULT_STRATEGY, OTHER_TENANTS, Objective, ObjectiveKind
+from hetis.solver.plan import DEFAULT_STRATEGY, OTHER_TENANTS, Objective, ObjectiveKind, Plan
 from hetis.solver.problem import PlacementProblem
 from hetis.solver.shares.problem import FairnessRule, GpuShare, ShareJob, ShareProblem, Shares, ShareTenant
 from hetis.solver.shares.properties import Claim, Properties, Round, best_claim, next_round, properties_of
@@ -32,6 +33,8 @@ from hetis.solver.shares.solve import solve_shares
 from hetis.solver.tenants.fleet_search import FleetSearch
 from hetis.solver.tenants.tenancy import EnvyCell, FleetShares, Tenancy, Tenant, TenantRule
 from hetis.solver.workload import Workload
+
+TO_CLIMB = 0.25  # share of the time for choosing the tenants' rungs
 
 # --- a fleet: from files to a checked plan for each tenant
 
@@ -47,6 +50,7 @@ class LoadedTenants:
     tenancy: Tenancy
     inputs: tuple[LoadedInputs, ...]
     asked: tuple[Objective, ...]
+    rungs: tuple[str, ...] = ()  # of each tenant's plans; empty: not chosen yet
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,17 +106,46 @@ def _in_file(problem: Problem, index: int, tenant: FleetTenantPart, source: Text
     return problem
 
 
+def on_rungs(
+    loaded: LoadedTenants, settings: PlacementSettings, *, budget: Budget, report: Report, carriers: Carriers | None
+) -> LoadedTenants:
+    """Return the tenants with their plans on the rung that each is worth with the whole fleet to itself.
+
+    A tenant without a plan there may have any.
+    """
+    tenants, rungs = list[Tenant](), list[str]()
+    for number, tenant in enumerate(loaded.tenancy.tenants):
+        told = one_of_several(report, number + 1, len(loaded.inputs), f"{tenant.name} alone: ")
+
+        def find(posed: PlacementProblem, own: Budget, told: Report = told) -> Plan:
+            return search(posed, settings, budget=own, report=told)
+
+        own = budget.share(TO_CLIMB / (len(loaded.inputs) - number), explains=False)
+        try:
+            made = climb(find, own, tenant.problem, settings.strategy, settings.climbing(carriers))
+        except (InfeasibleError, NoPlanFoundError):
+            tenants.append(tenant)
+            rungs.append("")
+            continue
+        tenants.append(replace(tenant, problem=made.problem))
+        rungs.append(made.rung)
+    return replace(loaded, tenancy=Tenancy(tenants=tuple(tenants)), rungs=tuple(rungs))
+
+
 def share_out_fleet(
     loaded: LoadedTenants, rules: Sequence[TenantRule], settings: PlacementSettings, *, with_envy: bool, budget: Budget,
-    report: Report,
+    report: Report, carriers: Carriers | None = None,
 ) -> SharedFleet:  # fmt: skip
     """Share the fleet by the first rule, and by the others while there is time; every answer has passed the checker.
+
+    Plans are on the rung that each tenant is worth (`on_rungs`).
 
     Raises:
         InfeasibleError: a tenant cannot be served on this fleet at all.
         NoPlanFoundError: the search stopped before there were shares by the first rule.
         UncheckedPlanError: an answer fails the independent checker.
     """
+    loaded = on_rungs(loaded, settings, budget=budget, report=report, carriers=carriers)
     number, count = 1, len(rules) + with_envy
 
     def told(progress: Progress) -> None:
@@ -147,7 +180,8 @@ def _finished(
     answer = search.share(rule)
     held = {share.name: list(share.plan.devices()) if share.plan else [] for share in answer.shares}
     shares = []
-    for share, tenant, inputs, asked in zip(answer.shares, search.tenants, loaded.inputs, loaded.asked, strict=True):
+    each = zip(answer.shares, search.tenants, loaded.inputs, loaded.asked, loaded.rungs, strict=True)
+    for share, tenant, inputs, asked, rung in each:
         plan = share.plan
         if plan is not None:
             others = " and ".join(other.name for other in search.tenants if other.name != tenant.name)
@@ -160,7 +194,7 @@ def _finished(
             notes = tuple(chain(plan.notes, shared, lengths, routed, profile_notes(tenant.problem)))
             of_others = {name: own for name, own in held.items() if name != tenant.name}
             plan = replace(plan, inputs={OTHER_TENANTS: of_others} if of_others else {}, notes=notes)
-            plan = with_inputs(plan, inputs, settings, tenant.problem, asked)
+            plan = with_inputs(plan, inputs, settings, tenant.problem, asked, rung=rung)
         shares.append(replace(share, plan=plan))
     answer = replace(answer, shares=tuple(shares))
     if wrong := check_fleet_shares(search.tenancy, answer):

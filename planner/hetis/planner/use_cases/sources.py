@@ -360,9 +360,21 @@ def problem_of_plan(plan: Plan, name: str) -> PlanAndProblem:
     inputs = replace(inputs, constraints=constraints, engine_settings=requested.engine_settings)
     try:
         problem = inputs.problem(plan.objective, plan.strategy, requested.roles or (Role.UNIFIED,), requested.engine)
+        problem = problem_of(plan, problem)
     except InvalidProblemError as error:
         raise single_problem(name, str(error)) from None
     return PlanAndProblem(plan=plan, inputs=inputs, problem=problem, warnings=tuple(warnings))
+
+
+def problem_of(plan: Plan, problem: PlacementProblem) -> PlacementProblem:
+    """Return the problem that a plan solves among others: with its objective, its engine's limits, and on its rung."""
+    from hetis.solver.placement.rungs import RUNGS
+
+    requested = Requested.of(plan)
+    family = problem.family if requested.engine is None else replace(problem.family, engine=requested.engine)
+    if requested.rung:
+        family = RUNGS[requested.rung].restrict(family, plan.strategy)
+    return replace(problem, objective=plan.objective, family=family)
 
 
 def unconfirmed(found: PlanAndProblem, name: str) -> Iterator[str]:

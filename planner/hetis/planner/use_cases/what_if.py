@@ -21,8 +21,8 @@ from hetis.formats.files import read_text
 from hetis.planner.use_cases.compare import FAILED, NO_PLAN, Compared, Searches, planned
 from hetis.planner.use_cases.place import PlacementSettings
 from hetis.planner.use_cases.precision import for_engine
-from hetis.planner.use_cases.record.parts import MadeFrom
-from hetis.planner.use_cases.sources import LoadedInputs, PlanAndProblem
+from hetis.planner.use_cases.record.parts import MadeFrom, Requested
+from hetis.planner.use_cases.sources import LoadedInputs, PlanAndProblem, problem_of
 from hetis.profiler.defaults import default_profile, profile_origin
 from hetis.solver.advice import (
     Addition,
@@ -184,8 +184,9 @@ def buy_next_to_plan(
     plan, family, origins = found.plan, found.problem.family, MadeFrom.of(found.plan).origins
     loaded = LoadedInputs(inputs=found.inputs, origins=origins)
     settings = PlacementSettings(
-        strategy=plan.strategy, roles=family.roles, engine=family.engine, time_limit_s=time_limit_s
-    )
+        strategy=plan.strategy, roles=family.roles, engine=family.engine, time_limit_s=time_limit_s,
+        rung=Requested.of(plan).rung, least_layers=1,
+    )  # fmt: skip
     asked = Searches(loaded=loaded, objective=plan.objective, settings=settings, budget=budget, report=report)
     return buy_next(asked, market, shape)
 
@@ -207,13 +208,22 @@ def _duals(side: Side) -> dict[str, float]:
 
 
 def _solver(asked: Searches, *, count: int) -> Callable[[LoadedInputs, str], Side]:
-    """Return a function that solves for each of ``count`` fleets, and numbers them in its progress reports."""
-    numbers = itertools.count(1)
+    """Return a function that solves for each of ``count`` fleets, and numbers them in its progress reports.
+
+    All are planned on the rung that the first one is worth, unless another fleet has no plan there.
+    """
+    numbers, rung = itertools.count(1), asked.settings.rung
     nothing, anything = (0.0, math.inf) if asked.objective.maximises else (math.inf, 0.0)
 
     def side(loaded: LoadedInputs, name: str) -> Side:
+        nonlocal rung
         told = one_of_several(asked.report, next(numbers), count, f"{name}: ")
-        outcome = planned(replace(asked, loaded=loaded, report=told))
+        own = replace(asked, loaded=loaded, report=told)
+        outcome = planned(replace(own, settings=replace(asked.settings, rung=rung)))
+        if outcome.plan is None and rung != asked.settings.rung:
+            outcome = planned(own)
+        if outcome.plan is not None:
+            rung = rung or Requested.of(outcome.plan).rung
         if outcome.status == FAILED:
             raise UncheckedPlanError(outcome.reasons)
         if outcome.plan is not None:
@@ -223,6 +233,8 @@ def _solver(asked: Searches, *, count: int) -> Callable[[LoadedInputs, str], Sid
             proven = Proven(value=nothing, bound=nothing if proved else anything)
         usd_per_hour = usd_per_hour_of(loaded.inputs.cluster)
         problem = _posed(loaded, asked.objective, asked.settings)
+        if problem is not None and outcome.plan is not None:
+            problem = problem_of(outcome.plan, problem)
         return Side(loaded=loaded, problem=problem, outcome=outcome, proven=proven, usd_per_hour=usd_per_hour)
 
     return side

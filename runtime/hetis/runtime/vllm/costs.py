@@ -24,8 +24,7 @@ from statistics import median
 
 import numpy as np
 
-from hetis.runtime.vllm.calibration import Calibration
-from hetis.runtime.vllm.coefficients import Coefficients, Piece, device_seconds, scaled, with_coefficients
+from hetis.runtime.vllm.calibration import Calibration, Coefficients, Piece, device_seconds, scaled, with_coefficients
 from hetis.solver.dispatch.problem import FloatArray, HeadShape, Primary, Stage
 
 MOST_SCALE = 8.0  # bound on how many times slower, or faster, than calibrated a device is assumed to be

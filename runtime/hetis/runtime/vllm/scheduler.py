@@ -15,7 +15,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
-from hetis.runtime.vllm.requests import RequestStats, VllmRequest
+from hetis.runtime.vllm.counts import RequestStats, VllmRequest
 from hetis.runtime.vllm.settings import PluginSettings
 from hetis.runtime.vllm.steps import LOCAL, Exchanged, GroupMove, MoveStep, RankReport, Rehomed, StepPlan
 

@@ -8,6 +8,7 @@ import numpy as np
 
 from hetis.solver.dispatch.admission import NOT_FOUND, PLACED, SHORT_OF_BLOCKS, Admission, PackingProblem, admit
 from hetis.solver.dispatch.certificate import Multipliers, normalise, proven_bound, request_prices
+from hetis.solver.dispatch.chain import Demand
 from hetis.solver.dispatch.local_search import improve, perturb, place_rest, round_down
 from hetis.solver.dispatch.lp import LpProblem, RelaxationLp
 from hetis.solver.dispatch.problem import (
@@ -24,7 +25,7 @@ from hetis.solver.dispatch.problem import (
     Stage,
     Unplaced,
 )
-from hetis.solver.dispatch.relaxation import Demand, fractional_fill, likely_level, prices_of, relax, rows_of
+from hetis.solver.dispatch.relaxation import fractional_fill, likely_level, prices_of, relax, rows_of
 from hetis.solver.dispatch.tables import (
     Costs,
     LoadedStage,

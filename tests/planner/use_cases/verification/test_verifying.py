@@ -28,6 +28,7 @@ from hetis.planner.report.page.pages import ShownPlan, plans_page
 from hetis.planner.report.plan import headline, render_plan
 from hetis.planner.report.promises import beside_equal_stages, simple_setups
 from hetis.planner.use_cases import place as placing_steps
+from hetis.planner.use_cases.climbing import Climbed
 from hetis.planner.use_cases.grouping import group_replicas
 from hetis.planner.use_cases.place import PlacementSettings, simulated_plan
 from hetis.planner.use_cases.record.parts import Requested, Verified
@@ -557,9 +558,9 @@ def test_a_simulation_that_exceeds_its_time_limit_is_ended_and_decides_nothing(p
 
     def simulated(limit_s: float, plan: Plan = bare) -> Plan:
         return simulated_plan(
-            plan, loaded, problem, PlacementSettings(), level=DEFAULT, report=unreported,
+            Climbed(plan=plan, problem=problem), loaded, PlacementSettings(), level=DEFAULT, report=unreported,
             budget=Budget(time_limit_s=limit_s, clock=lambda: float(next(looks))),
-        )  # fmt: skip
+        ).plan  # fmt: skip
 
     assert simulated(math.inf).inputs["verification"] == plan.inputs["verification"], "as ever, however long it takes"
     demanded = replace(bare, objective=replace(bare.objective, demand_rps=0.01))
@@ -731,9 +732,9 @@ def test_in_a_short_time_lower_rates_come_before_another_search(
     monkeypatch.setattr(placing_steps, "_checked", lambda found, *_, **__: found)
     found = Verified.of(
         simulated_plan(
-            replace(plan, inputs={}), loaded, problem, PlacementSettings(), level=DEFAULT, report=unreported,
-            budget=Budget(time_limit_s=90.0, clock=lambda: now[0]),
-        )
+            Climbed(plan=replace(plan, inputs={}), problem=problem), loaded, PlacementSettings(), level=DEFAULT,
+            report=unreported, budget=Budget(time_limit_s=90.0, clock=lambda: now[0]),
+        ).plan
     ).verification  # fmt: skip
     assert found is not None, "a rate is known to keep the limits"
     assert found.kept_rps == pytest.approx(0.7 * known.rate_rps)
@@ -887,9 +888,9 @@ def test_another_search_leaves_time_to_simulate_its_plan_and_a_note_says_if_time
     monkeypatch.setattr(placing_steps, "search", searched)
     monkeypatch.setattr(placing_steps, "_checked", lambda found, *_, **__: found)
     found = simulated_plan(
-        plan, loaded, problem, PlacementSettings(), level=DEFAULT, report=unreported,
+        Climbed(plan=plan, problem=problem), loaded, PlacementSettings(), level=DEFAULT, report=unreported,
         budget=Budget(time_limit_s=limit_s, clock=lambda: now[0]),
-    )  # fmt: skip
+    ).plan  # fmt: skip
     assert given[0] == search_s
     assert (len(given) == 1) == noted
     assert (SEARCH_OUT_OF_TIME in found.notes) == noted

@@ -12,7 +12,16 @@ import typer
 from hetis.commands import groups
 from hetis.commands import verb as command_line
 from hetis.planner.cli.parameters import values
-from hetis.planner.use_cases.request import FIELDS, LIMITS, Goal, Loss, PlacementRequest, StatisticName
+from hetis.planner.use_cases.request import (
+    FIELDS,
+    LIMITS,
+    Goal,
+    Loss,
+    PlacementRequest,
+    RungName,
+    StatisticName,
+    Target,
+)
 from hetis.solver.plan import DEFAULT_STRATEGY
 
 if TYPE_CHECKING:
@@ -41,6 +50,9 @@ _READ: Mapping[str, Mapping[str, Any]] = {
     "forbid": {"type": list[str], "autocompletion": values.forbidden_things},
     "price_pins": {"type": bool},
     "survive": {"type": Loss},
+    "rung": {"type": RungName},
+    "worth": {"parser": values.below_one},
+    "target": {"type": Target},
     "strategy": {"parser": values.strategy, "autocompletion": values.strategy_names},
     "roles": {"parser": values.roles, "autocompletion": values.role_names},
     "engine": {"parser": values.engine, "autocompletion": values.engine_names},
@@ -107,8 +119,9 @@ def request_options(*names: str, **others: Any) -> Any:
 INPUTS = ("cluster", "model", "workload", "prefix_hit_rate", "weights", "kv", "mtp", "profiles")
 GOAL = ("objective", "rate", "ttft", "tpot")
 LEVEL = ("ttft_statistic", "tpot_statistic", "attainment")
-CONSTRAINTS = ("pin", "forbid")
+CONSTRAINTS = ("pin", "forbid", "rung")
 FAMILY = ("strategy", "roles", "engine")
+RUNGS = ("rung", "worth", "target")
 REPLICAS = (*LIMITS, "max_num_seqs", "chunk_tokens", "kv_blocks")
 MEMORY = ("min_context", "gpu_memory_utilization")
 SEARCH = ("time_limit", "gap", "seed")
@@ -124,10 +137,10 @@ if TYPE_CHECKING:
 else:
     PlaceOptions = request_options(*FIELDS)
     CompareOptions = request_options(*INPUTS, *GOAL, *LEVEL, *CONSTRAINTS, *REPLICAS, *MEMORY, *SEARCH, "verify")
-    WhatIfOptions = request_options(*INPUTS, *GOAL, *FAMILY, *REPLICAS, *MEMORY, *SEARCH)
+    WhatIfOptions = request_options(*INPUTS, *GOAL, *FAMILY, *RUNGS, *REPLICAS, *MEMORY, *SEARCH)
     SearchOptions = request_options(*SEARCH)
     ApplyOptions = request_options(
-        *INPUTS, *GOAL, *LEVEL, "survive", "verify", *FAMILY, *REPLICAS, *SEARCH,
+        *INPUTS, *GOAL, *LEVEL, "survive", "verify", *FAMILY, *RUNGS, *REPLICAS, *SEARCH,
         cluster=_to_solve(
             "--cluster -c FILE|NAME: The fleet: a file, which is applied first, or an existing cluster."
         ),

@@ -12,6 +12,7 @@ from hetis.planner.use_cases.json_values import json_value
 from hetis.planner.use_cases.service_level import Latency, ServiceLevel, Statistic
 from hetis.solver.advice import Loss
 from hetis.solver.errors import InvalidProblemError
+from hetis.solver.placement.rungs import RUNGS
 from hetis.solver.plan import Role
 from hetis.solver.plugin_time import PluginTime
 from hetis.solver.problem import NOTHING_SET, EngineRules, EngineSettings
@@ -340,3 +341,61 @@ def read_kept_rps(data: Any) -> float:
 
 def unread(data: Any) -> Any:
     return data
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RungFound:
+    """What the best plan of a rung reaches.
+
+    Attributes:
+        name: the rung.
+        why_not: why it has no plan of its own; empty: it has one.
+        value, bound: in the objective's unit.
+        rate_rps: the planned rate.
+        usd_per_hour: price of the used GPUs; None: at least one has no price.
+        gpus: GPUs used.
+        left_rps: the planned rate that is left without the worst node.
+        shapes: different replicas.
+        nodes: the most nodes of a replica.
+        of: the simplest rung that has all of its replicas.
+        targets: the export targets that carry all of it; None: unknown.
+        is_chosen: whether it is the rung of the plan.
+    """
+
+    name: str
+    why_not: str = ""
+    value: float | None = None
+    bound: float | None = None
+    rate_rps: float | None = None
+    usd_per_hour: float | None = None
+    gpus: int | None = None
+    left_rps: float | None = None
+    shapes: int | None = None
+    nodes: int | None = None
+    of: str = ""
+    targets: tuple[str, ...] | None = None
+    is_chosen: bool = False
+
+
+def read_rungs(data: Any) -> tuple[RungFound, ...]:
+    """Return the rungs in rows; rows in another form are left out."""
+    found = (_rung(row) for row in data) if isinstance(data, list) else ()
+    return tuple(one for one in found if one is not None)
+
+
+def _rung(row: Any) -> RungFound | None:
+    try:
+        targets = row.get("targets")
+        found = RungFound(**{**row, "targets": None if targets is None else tuple(targets)})
+    except (TypeError, AttributeError):
+        return None
+    numbers = ("value", "bound", "rate_rps", "usd_per_hour", "gpus", "left_rps", "shapes", "nodes")
+    texts = (found.name, found.why_not, found.of, *(found.targets or ()))
+    are_known = all(is_number(value) or value is None for value in (getattr(found, name) for name in numbers))
+    has_figures = bool(found.why_not) or None not in (found.value, found.rate_rps, found.gpus, found.left_rps)
+    return found if are_known and has_figures and all(isinstance(text, str) for text in texts) else None
+
+
+def read_rung(data: Any) -> str:
+    """Return the name of a rung; no plan is checked against others."""
+    return data if data in RUNGS else ""

@@ -16,6 +16,7 @@ from hetis.planner.use_cases.json_values import json_value
 from hetis.planner.use_cases.record.forms import (
     EngineValue,
     Errors,
+    RungFound,
     Searched,
     Tightening,
     UnreadableError,
@@ -36,6 +37,8 @@ from hetis.planner.use_cases.record.forms import (
     read_place,
     read_requested,
     read_roles,
+    read_rung,
+    read_rungs,
     read_searched,
     read_share,
     read_tightening,
@@ -176,6 +179,7 @@ class Requested(Part):
     time_limit_s: float | None = entry(None, read_any_number)
     simplest_within: float = entry(0.0, read_share)
     survive: str = entry("", read_place)  # one of `PLACES`
+    rung: str = entry("", read_rung)  # the rung of the plan; empty: made before there were rungs, or by a heuristic
     service_level: ServiceLevel = entry(DEFAULT, service_level_from_data)
     # What was requested of the objective and is not in it: a limit on TPOT where requests have one output token, and
     # the demand where a larger one was planned for, so that it survives a loss.
@@ -206,6 +210,13 @@ class OtherEngines(Part):
     """The values of plans for the other engines."""
 
     values: tuple[EngineValue, ...] = entry((), read_engine_values, name="engine_values")
+
+
+@part
+class Rungs(Part):
+    """What the best plan of each rung reaches."""
+
+    found: tuple[RungFound, ...] = entry((), read_rungs, name="rungs")
 
 
 @part

@@ -289,14 +289,14 @@ def _best(tried: Sequence[AtPlannedRate]) -> Plan:
 
     If several serve as much, it is the first of them.
     """
-    best = max((one.decided() for one in tried if one.found.kept), key=_worth, default=None)
+    best = max((one.decided() for one in tried if one.found.kept), key=worth_of, default=None)
     missed = () if best is not None and not best.objective.maximises else [one for one in tried if not one.found.kept]
     undecided = list[AtPlannedRate]()
     below_rps = None  # rate at and above which the first plan misses the limits, if that is known
     for one in reversed(missed):
-        least_rps = 0.0 if best is None else _worth(best)[1]
+        least_rps = 0.0 if best is None else worth_of(best)[1]
         decided = one.decided(least_rps)
-        best = decided if best is None else max(decided, best, key=_worth)
+        best = decided if best is None else max(decided, best, key=worth_of)
         if Verified.of(decided).verification is None:
             undecided.append(one)
         below_rps = None if one in undecided else min(least_rps, one.found.rate_rps)
@@ -311,7 +311,7 @@ def _best(tried: Sequence[AtPlannedRate]) -> Plan:
 
 def _with_lower_rates(tried: Sequence[AtPlannedRate]) -> list[AtPlannedRate]:
     """Return simulated plans with the lower rates of those that miss a limit, as far as they matter."""
-    least_rps = max((_worth(one.decided())[1] for one in tried if one.found.kept), default=0.0)
+    least_rps = max((worth_of(one.decided())[1] for one in tried if one.found.kept), default=0.0)
     found = list[AtPlannedRate]()
     for one in tried:
         found.append(one.with_lower_rates(least_rps))
@@ -389,7 +389,7 @@ def _sentence(first: AtPlannedRate, best: Plan, below_rps: float | None) -> str:
     )
 
 
-def _worth(plan: Plan) -> tuple[bool, float]:
+def worth_of(plan: Plan) -> tuple[bool, float]:
     """Return the key by which plans are compared: the rate within the limits or, if a rate is demanded, the cost."""
     found = Verified.of(plan).verification
     kept = found is not None and found.kept

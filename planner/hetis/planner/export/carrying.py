@@ -1,0 +1,16 @@
+"""Which targets serve all of a plan's traffic, by name, for those who choose a plan by it."""
+
+from __future__ import annotations
+
+from hetis.engines.versions import Engine
+from hetis.planner.export import ExportTarget
+from hetis.planner.export.targets import carries
+from hetis.solver.plan import Plan
+from hetis.solver.problem import PlacementProblem
+
+
+def not_carried(plan: Plan, problem: PlacementProblem) -> dict[str, tuple[str, ...]]:
+    """Return for each target why it does not serve all of a plan's traffic; empty: it does."""
+    rules = problem.family.engine
+    engine = Engine.SGLANG if rules is not None and rules.name == Engine.SGLANG else None
+    return {target.value: carries(plan, target, model=problem.model, engine=engine).reasons for target in ExportTarget}

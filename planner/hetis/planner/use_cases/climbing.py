@@ -1,0 +1,256 @@
+"""Climbing rungs: the best plan of each rung, each with its own bound, and the rung whose complexity is worth it.
+
+A rung above another is chosen by default only if its plan gains at least a share of what is kept, also under errors of
+the profiles (the same draws for both plans), if no less is left without the worst node, and if an export carries it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from hetis.planner.use_cases.grouping import shapes_of
+from hetis.planner.use_cases.prices import price_of_plan
+from hetis.planner.use_cases.record.forms import RungFound
+from hetis.planner.use_cases.record.parts import Verified
+from hetis.planner.use_cases.robustness.fixed_plan import FixedPlan
+from hetis.planner.use_cases.robustness.profile_errors import scaled_by, tp_sizes, used_fits
+from hetis.profiler.ranges import range_factors
+from hetis.solver.advice import worst_node
+from hetis.solver.budget import Budget
+from hetis.solver.cluster import node_of
+from hetis.solver.errors import InfeasibleError, NoPlanFoundError
+from hetis.solver.placement.rungs import RUNGS, lowest_rung, rungs_of
+from hetis.solver.plan import Plan
+from hetis.solver.problem import PlacementProblem
+from hetis.solver.profile import Fit
+
+DEFAULT_WORTH = 0.1
+LEAST_LAYERS = 4  # of each of several stages, unless no other plan fits
+DRAWS = 21  # profiles with errors under which two plans are compared
+SURE = 0.9  # share of the draws in which a rung must gain enough
+SAME = 1e-6  # ratio below which two values are the same
+HIGHEST = next(reversed(RUNGS))
+
+Find = Callable[[PlacementProblem, Budget], Plan]  # raises InfeasibleError, NoPlanFoundError
+Carriers = Callable[[Plan, PlacementProblem], Mapping[str, Sequence[str]]]  # by export target: why not all of a plan
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Climbing:
+    """How rungs are chosen.
+
+    Attributes:
+        rung: the rung that was requested; empty: the one that is worth it.
+        worth: the share of the kept rate (or of the cost) that a rung must gain over a simpler one.
+        target: the export target that must carry the plan; empty: any one.
+        least_layers: layers of each of several stages, unless nothing else fits.
+        carriers: what each export target cannot carry; None: not known, and not required.
+    """
+
+    rung: str = ""
+    worth: float = DEFAULT_WORTH
+    target: str = ""
+    least_layers: int = 1
+    carriers: Carriers | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Climbed:
+    """The chosen plan, the problem of its rung, what all rungs reach, and the best plan of a simpler rung, if any.
+
+    ``rung`` is empty if rungs were not climbed.
+    """
+
+    plan: Plan
+    problem: PlacementProblem
+    rung: str = ""
+    rungs: tuple[RungFound, ...] = ()
+    simpler: Climbed | None = None
+
+
+def climb(find: Find, budget: Budget, problem: PlacementProblem, strategy: str, how: Climbing) -> Climbed:
+    """Search each rung of a problem of an engine, and choose one.
+
+    If no rung has a plan, the whole problem, up to the requested rung, is searched to say why.
+
+    Raises:
+        InfeasibleError: no rung has a plan, or none up to the requested one, or that the target carries.
+        NoPlanFoundError: none was found in time.
+    """
+    strict = with_least_layers(problem, how.least_layers)
+    found = _Rungs(find, budget, strict, strategy, how)
+    if not found.plans and strict is not problem:
+        found = _Rungs(find, budget, problem, strategy, how)
+    if found.plans:
+        return found.chosen()
+    families = found.families
+    top = next((name for name in reversed(families) if name == how.rung or _is_below(name, how.rung)), [*families][-1])
+    posed = replace(problem, family=families[top])
+    return Climbed(plan=find(posed, budget), problem=posed, rung=top)
+
+
+def _is_below(name: str, other: str) -> bool:
+    order = list(RUNGS)
+    return other in order and order.index(name) < order.index(other)
+
+
+def keeps_less(plan: Plan, simpler: Plan) -> bool:
+    """Return whether a simulated plan misses its limits and keeps less than a simpler one promises."""
+    found = Verified.of(plan).verification
+    if found is None or found.kept:
+        return False
+    return not plan.objective.maximises or Verified.of(plan).kept_rps < simpler.result.value
+
+
+def with_least_layers(problem: PlacementProblem, least: int) -> PlacementProblem:
+    """Return the problem without stages of fewer layers, of which a small model has at most two."""
+    engine = problem.family.engine
+    least = min(least, problem.model.num_layers // 2)
+    if engine is None or least <= engine.min_layers:
+        return problem
+    return replace(problem, family=replace(problem.family, engine=replace(engine, min_layers=least)))
+
+
+class _Rungs:
+    """The plans of the rungs of one problem."""
+
+    def __init__(self, find: Find, budget: Budget, problem: PlacementProblem, strategy: str, how: Climbing) -> None:
+        self._problem, self._how = problem, how
+        self.families = rungs_of(problem.family, strategy)
+        self.plans = dict[str, Plan]()
+        self._why_not = dict[str, str]()
+        for number, (name, family) in enumerate(self.families.items()):
+            own = budget.share(1.0 / (len(self.families) - number), explains=False)
+            try:
+                self.plans[name] = find(replace(problem, family=family), own)
+            except (InfeasibleError, NoPlanFoundError) as error:
+                self._why_not[name] = str(error)
+
+    def chosen(self) -> Climbed:
+        """Return the plan of the requested rung, or of the highest that is worth it."""
+        rows = {name: self._row(name) for name in RUNGS}
+        name = self._requested() if self._how.rung else self._worthwhile(rows)
+        self._require_target(rows[name])
+        simpler = None if self._how.rung else next((one for one in reversed(self.plans) if _is_below(one, name)), None)
+        marked = tuple(replace(row, is_chosen=row.name == name) for row in rows.values())
+        lower = None if simpler is None else self._climbed(simpler)
+        return replace(self._climbed(name), rungs=marked, simpler=lower)
+
+    def _climbed(self, name: str) -> Climbed:
+        return Climbed(plan=self.plans[name], problem=replace(self._problem, family=self.families[name]), rung=name)
+
+    def _requested(self) -> str:
+        """Return the highest rung with a plan that is not above the requested one.
+
+        Raises:
+            InfeasibleError: only higher rungs have plans.
+        """
+        rung = self._how.rung
+        up_to = [name for name in self.plans if name == rung or _is_below(name, rung)]
+        if not up_to:
+            higher = next(iter(self.plans))
+            why = self._why_not.get(rung, "its strategy and roles have no such replicas")
+            raise InfeasibleError((f"no plan is on rung {rung}: {why}", f"rung {higher} has one: --rung {higher}"))
+        return up_to[-1]
+
+    def _require_target(self, row: RungFound) -> None:
+        """Raise InfeasibleError if the requested export target does not carry the rung's plan."""
+        target, carriers = self._how.target, self._how.carriers
+        if target and carriers is not None and target not in (row.targets or ()):
+            reasons = carriers(self.plans[row.name], self._problem).get(target, ())
+            raise InfeasibleError((f"export target {target} does not carry the plan of rung {row.name}", *reasons))
+
+    def _worthwhile(self, rows: Mapping[str, RungFound]) -> str:
+        best = ""
+        for name, plan in self.plans.items():
+            if not self._is_carried(rows[name]):
+                continue
+            if not best or self._is_worth(plan, self.plans[best], rows[name], rows[best]):
+                best = name
+        return best or next(iter(self.plans))
+
+    def _is_carried(self, row: RungFound) -> bool:
+        if self._how.carriers is None:
+            return True
+        return self._how.target in (row.targets or ()) if self._how.target else bool(row.targets)
+
+    def _is_worth(self, plan: Plan, simpler: Plan, row: RungFound, other: RungFound) -> bool:
+        if gain_of(plan, simpler) < self._how.worth or (row.left_rps or 0.0) < (other.left_rps or 0.0) * (1.0 - SAME):
+            return False
+        gains = gains_under_errors(plan, simpler, replace(self._problem, objective=plan.objective))
+        return gains[int((1.0 - SURE) * len(gains))] >= self._how.worth
+
+    def _row(self, name: str) -> RungFound:
+        plan = self.plans.get(name)
+        if plan is None:
+            why = "the same as the rung below" if name not in self.families else self._why_not[name]
+            return RungFound(name=name, why_not=why)
+        lost = worst_node(plan, self._problem)
+        rate = planned_rate(plan, self._problem)
+        carriers = self._how.carriers
+        return RungFound(
+            name=name,
+            value=plan.result.value,
+            bound=plan.result.bound,
+            rate_rps=rate,
+            usd_per_hour=price_of_plan(plan, self._problem.cluster),
+            gpus=len(set(plan.devices())),
+            left_rps=0.0 if lost is None else rate * lost.share,
+            shapes=len(set(shapes_of(plan))),
+            nodes=max(len({node_of(device) for device in one.devices()}) for one in plan.replicas),
+            of=lowest_rung(plan.replicas).name,
+            targets=None
+            if carriers is None
+            else tuple(name for name, lost in carriers(plan, self._problem).items() if not lost),
+        )
+
+
+def planned_rate(plan: Plan, problem: PlacementProblem) -> float:
+    """Return the requests/s that a plan promises."""
+    return plan.result.value if plan.objective.maximises else _share(plan, problem) * plan.served_rate()
+
+
+def _share(plan: Plan, problem: PlacementProblem) -> float:
+    return problem.assumptions.planned_utilisation if plan.objective.kind.goal.is_planned else 1.0
+
+
+def gain_of(plan: Plan, other: Plan) -> float:
+    """Return what a plan gains over another, as a ratio: more rate, or the same demand for less."""
+    one, two = plan.result.value, other.result.value
+    if plan.objective.maximises:
+        return one / two - 1.0 if two else float("inf")
+    return two / one - 1.0 if one else 0.0
+
+
+def gains_under_errors(plan: Plan, other: Plan, problem: PlacementProblem, seed: int = 0) -> list[float]:
+    """Return what a plan gains over another if profiles are off by the errors that they state, from the least.
+
+    Both are priced with the same draws, in which every fit has a factor of its own. A plan for a demand counts with
+    what it serves of the demand for its cost.
+    """
+    fixed = [FixedPlan(one, problem) for one in (plan, other)]
+    gpus = sorted(set().union(*(one.gpus for one in fixed)))
+    sizes = tp_sizes(plan, problem) | tp_sizes(other, problem)
+    profiles = used_fits({gpu: problem.profiles[gpu] for gpu in gpus}, problem.model, sizes)
+    rng, found = np.random.default_rng(seed), list[float]()
+    for _ in range(DRAWS):
+
+        def factor(_gpu: str, fit: Fit) -> float:
+            low, high = range_factors(fit)
+            return float(rng.uniform(low, high))
+
+        drawn = scaled_by(profiles, factor)
+        mine, its = (_worth_of(one.as_planned(drawn).rate, of) for one, of in zip(fixed, (plan, other), strict=True))
+        found.append(mine / its - 1.0 if its else float("inf"))
+    return sorted(found)
+
+
+def _worth_of(rate: float, plan: Plan) -> float:
+    """Return a plan's rate, or of a plan for a demand what it serves of it for its cost."""
+    if plan.objective.maximises:
+        return rate
+    demand = plan.objective.demand_rps or 0.0
+    return min(rate, demand) / plan.result.value if plan.result.value else rate

@@ -1,0 +1,143 @@
+"""Which rung a plan is on by default, as requested, and for an export target; by the real solver."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import cache
+
+import pytest
+
+from hetis.planner.export.carrying import not_carried
+from hetis.planner.use_cases.climbing import Carriers, Climbed, climb, gain_of, gains_under_errors
+from hetis.planner.use_cases.place import load, pose, search, settings_of
+from hetis.planner.use_cases.record.forms import RungFound
+from hetis.planner.use_cases.request import PlacementRequest
+from hetis.solver.advice import worst_node
+from hetis.solver.budget import Budget, silent
+from hetis.solver.errors import InfeasibleError
+from hetis.solver.placement.rungs import RUNGS, lowest_rung
+from hetis.solver.plan import Plan
+from hetis.solver.problem import PlacementProblem
+from tests.planner.command_line import EXAMPLES
+
+TARGETS = ("vllm", "llm-d")
+
+
+def all_carry(_plan: Plan, _problem: PlacementProblem) -> dict[str, tuple[str, ...]]:
+    return dict.fromkeys(TARGETS, ())
+
+
+def only_whole_nodes(plan: Plan, _problem: PlacementProblem) -> dict[str, tuple[str, ...]]:
+    is_simple = lowest_rung(plan.replicas).name == "node"
+    return {"vllm": () if is_simple else ("it has no router of pairs",), "llm-d": ("it serves nothing",)}
+
+
+@cache
+def climbed(
+    *, workload: str = "azure_conv_2023", carriers: Carriers = all_carry, rung: str = "", worth: float = 0.1,
+    target: str = "", objective: str = "goodput", rate: float | None = None, min_layers: int | None = None,
+) -> Climbed:  # fmt: skip
+    request = PlacementRequest(
+        str(EXAMPLES / "fleet-160.yaml"), "Llama-2-70B", workload, rung=rung, worth=worth, target=target,  # type: ignore[arg-type]
+        objective=objective, rate=rate, min_layers=min_layers,  # type: ignore[arg-type]
+    )  # fmt: skip
+    settings = settings_of(request)
+
+    def find(posed: PlacementProblem, budget: Budget) -> Plan:
+        return search(posed, settings, budget=budget, report=silent)
+
+    return climb(find, Budget(), pose(request, load(request)), "hetis", settings.climbing(carriers))
+
+
+def by_name(made: Climbed) -> dict[str, RungFound]:
+    return {one.name: one for one in made.rungs}
+
+
+def test_a_rung_that_leaves_less_after_a_loss_is_not_the_default() -> None:
+    made = climbed()
+    rungs = by_name(made)
+    assert list(rungs) == list(RUNGS)
+    assert rungs["apart"].value / rungs["node"].value > 1.2  # type: ignore[operator]
+    assert rungs["apart"].left_rps < rungs["node"].left_rps  # type: ignore[operator]
+    assert made.rung == "node"
+    assert [one.name for one in made.rungs if one.is_chosen] == ["node"]
+    lost = worst_node(made.plan, made.problem)
+    assert lost is not None
+    assert rungs["node"].left_rps == pytest.approx(made.plan.result.value * lost.share)
+
+
+def test_a_rung_that_gains_enough_and_leaves_more_is_the_default() -> None:
+    made = climbed(workload="1024/256")
+    assert made.rung == "apart"
+    assert made.simpler is not None
+    assert gain_of(made.plan, made.simpler.plan) > 0.1
+
+
+def test_a_gain_must_be_worth_it() -> None:
+    assert climbed(workload="1024/256", worth=0.99).rung == "node"
+    assert climbed(worth=0.02).rung == "pipelines"
+
+
+def test_a_gain_must_hold_under_the_profiles_errors() -> None:
+    """The gain of 101% by the model is less than 90% in more than one of ten draws."""
+    made = climbed(workload="1024/256", rung="apart")
+    node = climbed(workload="1024/256", rung="node").plan
+    gains = gains_under_errors(made.plan, node, made.problem)
+    assert gains == sorted(gains)
+    assert gains[2] < 0.9 < gain_of(made.plan, node)
+    assert climbed(workload="1024/256", worth=0.9).rung == "node"
+    assert gains_under_errors(node, node, made.problem) == pytest.approx([0.0] * len(gains))
+
+
+def test_a_rung_that_no_target_carries_is_not_the_default() -> None:
+    made = climbed(workload="1024/256", carriers=only_whole_nodes)
+    assert made.rung == "node"
+    assert by_name(made)["apart"].targets == ()
+    assert climbed(workload="1024/256", carriers=only_whole_nodes, rung="apart").rung == "apart"
+
+
+def test_a_target_must_carry_the_whole_plan() -> None:
+    assert climbed(workload="1024/256", carriers=only_whole_nodes, target="vllm").rung == "node"
+    with pytest.raises(InfeasibleError, match="llm-d does not carry the plan of rung node; it serves nothing"):
+        climbed(carriers=only_whole_nodes, target="llm-d")
+
+
+@pytest.mark.parametrize("name", list(RUNGS))
+def test_a_requested_rung_has_the_best_plan_up_to_it(name: str) -> None:
+    made = climbed(rung=name)
+    assert made.simpler is None
+    assert RUNGS[made.rung].max_nodes == RUNGS[name].max_nodes
+    assert all(map(RUNGS[name].allows, made.plan.replicas))
+    assert made.plan.result.value == by_name(climbed())[name].value
+
+
+def test_stages_of_few_layers_are_refused_unless_nothing_else_fits() -> None:
+    stages = [stage for one in climbed(rung="workers").plan.replicas for stage in one.stages]
+    assert min(stage.num_layers for stage in stages) >= 4
+    freely = climbed(rung="workers", min_layers=1).plan
+    assert min(stage.num_layers for one in freely.replicas for stage in one.stages) < 4
+    assert freely.result.value > climbed(rung="workers").plan.result.value
+
+
+def test_a_demand_is_served_for_less_on_a_rung_that_is_worth_it() -> None:
+    made = climbed(objective="cost", rate=5.0)
+    rungs = by_name(made)
+    cheaper = {name: rungs["node"].value / one.value - 1.0 for name, one in rungs.items()}  # type: ignore[operator]
+    assert cheaper[made.rung] == 0.0 or cheaper[made.rung] >= 0.1
+    assert rungs["node"].rate_rps >= 5.0  # type: ignore[operator]
+
+
+def test_real_targets_carry_plans_of_equal_nodes() -> None:
+    made = climbed(carriers=not_carried)
+    assert {"vllm", "compose", "kubernetes"} <= set(by_name(made)["node"].targets or ())
+
+
+def test_no_plan_on_any_rung_is_explained() -> None:
+    request = PlacementRequest(str(EXAMPLES / "fleet-160.yaml"), "Llama-2-70B", "azure_conv_2023", ttft="1ms")
+    settings = settings_of(request)
+
+    def find(posed: PlacementProblem, budget: Budget) -> Plan:
+        return search(posed, settings, budget=replace(budget, explains=False), report=silent)
+
+    with pytest.raises(InfeasibleError):
+        climb(find, Budget(), pose(request, load(request)), "hetis", settings.climbing(all_carry))
