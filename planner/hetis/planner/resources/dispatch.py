@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any
 
 import numpy as np
 
@@ -98,9 +96,6 @@ async def solve_redispatch(request: pb.SolveRedispatchRequest) -> pb.SolveRedisp
             for move in plan.moves
         ],
     )
-
-
-METHODS: Mapping[str, Callable[[Any], Any]] = {"SolveDispatch": solve_dispatch, "SolveRedispatch": solve_redispatch}
 
 
 async def _state(checks: Checks, request: pb.SolveDispatchRequest | pb.SolveRedispatchRequest) -> SavedState | None:
