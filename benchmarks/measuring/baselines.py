@@ -11,16 +11,16 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from hetis.solver.dispatch.problem import (
+from hetis.solver.dispatch.dispatch_problem import (
     DeviceLoad,
     IntArray,
     Requests,
 )
+from hetis.solver.dispatch.dispatcher import Dispatcher
 from hetis.solver.dispatch.snapshot import StateSnapshot
-from hetis.solver.dispatch.solve import Dispatcher
 from hetis.solver.redispatch.moves import order, part_seconds, step_seconds, steps_between
-from hetis.solver.redispatch.problem import Move, MoveReason, RedispatchProblem
-from hetis.solver.redispatch.tables import RedispatchTables, device_seconds, short_blocks, tables_of
+from hetis.solver.redispatch.redispatch_problem import Move, MoveReason, RedispatchProblem
+from hetis.solver.redispatch.redispatch_tables import RedispatchTables, device_seconds, short_blocks, tables_of
 
 
 def paper_rule(problem: RedispatchProblem, dispatcher: Dispatcher, *, device: int | None = None) -> tuple[Move, ...]:

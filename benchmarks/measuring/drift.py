@@ -16,7 +16,7 @@ from typing import Protocol, TypeAlias
 import numpy as np
 
 from benchmarks.measuring.baselines import last_admitted
-from hetis.solver.dispatch.problem import (
+from hetis.solver.dispatch.dispatch_problem import (
     DispatchPlan,
     DispatchProblem,
     HeadShape,
@@ -25,10 +25,10 @@ from hetis.solver.dispatch.problem import (
     Requests,
     Stage,
 )
+from hetis.solver.dispatch.dispatcher import Dispatcher
 from hetis.solver.dispatch.snapshot import DeviceStatus, StateSnapshot
-from hetis.solver.dispatch.solve import Dispatcher
 from hetis.solver.dispatch.state import DispatchState
-from hetis.solver.redispatch.problem import Move, RedispatchProblem
+from hetis.solver.redispatch.redispatch_problem import Move, RedispatchProblem
 from hetis.solver.redispatch.triggers import TriggerKind, Watch, ideal_dispatch, makespan_s, triggers
 
 LAYERS = 80

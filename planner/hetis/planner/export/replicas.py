@@ -70,6 +70,7 @@ class ExportSettings(ClusterSettings):
     name: str = "hetis"  # prefix of the names of objects and jobs
     # The engine's image, or one per vendor: ``IMAGE,AMD=IMAGE`` (`images_in`). Empty: the image its makers publish
     image: str = ""
+    sbatch: str = ""  # further options of Slurm's jobs
     worker_image: str = ""  # image of attention workers, in the same form; empty: none
 
 

@@ -214,6 +214,7 @@ class ClusterOptions:
         "Secret with the token by which vLLM downloads gated models, under KEY or HF_TOKEN.",
         "",
     )
+    model_cache: str = option("--model-cache CLAIM|/PATH: Where engines keep the models that they download.", "")
     worker_key_secret: str = option("--worker-key-secret: Secret that holds the workers' worker-key. Required.", "")
     insecure: bool = option(
         "--insecure/--no-insecure: Require no API key: any client in the cluster can send requests.", False
