@@ -1,4 +1,4 @@
-"""How much of what people serve, and of what they own, is read right: configs of models, names of cards, node labels.
+"""How much of what people serve, and of what they own, is read right: models, cards, labels of nodes, logs.
 
     python -m benchmarks.coverage [--quick] [--json] [--configs FOLDER ...] [--nodes FOLDER ...]
 
@@ -12,17 +12,23 @@ published ones in ``tests/formats``, and any ``config.json`` below further folde
 from __future__ import annotations
 
 import argparse
+import json
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 from benchmarks.measuring import rows
-from benchmarks.measuring.known_inputs import CARDS, PARAMETERS_B
+from benchmarks.measuring.known_inputs import CARDS, LABELS, PARAMETERS_B
+from benchmarks.measuring.known_logs import LOGS, REQUESTS
 from benchmarks.measuring.rows import Row
 from hetis.formats import catalogue
 from hetis.formats.catalogue import UnknownNameError
+from hetis.formats.discovery.fleet import discovered
 from hetis.formats.discovery.reading import read_inventory
 from hetis.formats.errors import DocumentError
 from hetis.formats.models.document import load_model
+from hetis.formats.workload import load_workload
 
 TESTS = Path(__file__).parents[1] / "tests" / "formats"
 WITHIN = 0.01
@@ -48,6 +54,9 @@ def found(arguments: argparse.Namespace) -> Iterator[Row]:
     nodes = [path for folder in arguments.nodes for path in sorted(folder.rglob("*")) if path.suffix in _OF_NODES]
     if nodes:
         yield _row("files of nodes", nodes, _are_nodes_read)
+    with tempfile.TemporaryDirectory() as folder:
+        yield _row("labels of nodes", list(map(str, range(len(LABELS)))), partial(_is_label_right, Path(folder)))
+        yield _row("traces and logs", list(LOGS), partial(_is_log_right, Path(folder)))
 
 
 def _row(name: str, inputs: Sequence[Path | str], is_right: Callable[[Path | str], bool | None]) -> Row:
@@ -89,6 +98,28 @@ def _is_card_right(name: Path | str) -> bool:
 def _are_nodes_read(path: Path | str) -> bool | None:
     read_inventory([str(path)])
     return None
+
+
+def _is_label_right(folder: Path, index: Path | str) -> bool:
+    labels, resource, card = LABELS[int(str(index))]
+    status = {each: {resource: "4"} for each in ("capacity", "allocatable")}
+    node = {"kind": "Node", "apiVersion": "v1", "metadata": {"name": "n", "labels": labels}, "status": status}
+    (folder / "node.json").write_text(json.dumps(node))
+    fleet = discovered(read_inventory([str(folder / "node.json")]), name="c", said={}).cluster
+    return [(group.gpus[0].gpu, group.count * group.gpus[0].count) for group in fleet.node_groups] == [(card, 4)]
+
+
+def _is_log_right(folder: Path, form: Path | str) -> bool:
+    """Return whether the means of a file are right, and its rate if it has one."""
+    name, text = LOGS[str(form)]
+    (folder / name).write_text(text)
+    workload = load_workload(folder / name)
+    moments, number = workload.moments(), len(REQUESTS)
+    means = [sum(request[i] for request in REQUESTS) / number for i in (1, 2)]
+    rates = (None, (number - 1) / (REQUESTS[-1][0] - REQUESTS[0][0]))
+    has_rate = workload.rate_rps in rates or abs((workload.rate_rps or 0.0) - 0.5) < 1e-3
+    found = (moments.mean_prompt, moments.mean_output)
+    return has_rate and all(abs(one / mean - 1.0) < WITHIN for one, mean in zip(found, means, strict=True))
 
 
 if __name__ == "__main__":

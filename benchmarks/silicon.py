@@ -47,7 +47,7 @@ from hetis.profiler.engines import eager_layer_s, for_engine
 from hetis.profiler.roofline import modelled_profile
 from hetis.simulator.kv_memory import rank_room_bytes
 from hetis.simulator.timing import StageTiming
-from hetis.solver.check.fleet import StageShape
+from hetis.solver.check.replica_shapes import StageShape
 from hetis.solver.check.setting import Setting, head_groups_per_rank
 from hetis.solver.cost import intra_link
 from hetis.solver.problem import PlacementProblem
@@ -317,17 +317,18 @@ def profile_of(point: ServingPoint) -> Profile:
     """Return the shipped profile, or the modelled one if there is none, with the engine applied."""
     settings = point.settings
     is_default = settings.default_experts and (point.copies == 1 or point.engine != "trtllm")
-    return engine_profile(point.gpu, point.engine, settings.stream_interval, point.has_whole_experts, is_default)
+    is_whole, ahead = point.has_whole_experts, settings.schedules_ahead
+    return engine_profile(point.gpu, point.engine, settings.stream_interval, is_whole, is_default, ahead)
 
 
 @cache
 def engine_profile(
-    gpu: str, engine: str, stream_interval: int, whole_experts: bool, default_backend: bool
+    gpu: str, engine: str, stream_interval: int, whole_experts: bool, default_backend: bool, schedules_ahead: bool
 ) -> Profile:  # fmt: skip
     kind = catalogue.find_gpu(gpu).gpu
     return for_engine(
         shipped_profile(gpu) or modelled_profile(kind), kind, engine, stream_interval=stream_interval,
-        whole_experts=whole_experts, default_backend=default_backend,
+        whole_experts=whole_experts, default_backend=default_backend, schedules_ahead=schedules_ahead,
     )  # fmt: skip
 
 
@@ -366,9 +367,18 @@ def beside_row(point: ServingPoint) -> dict[str, str | float]:
 
 
 def accepted(point: ServingPoint) -> float:
-    """Return how many of a request's drafts are accepted in an iteration, on average."""
+    """Return how many of a request's drafts are accepted in an iteration, on average.
+
+    Raises:
+        NotPosedError: this is not known for the model.
+    """
     drafts = point.settings.draft_tokens
-    return ACCEPTANCE[point.label][drafts] - 1.0 if drafts else 0.0
+    if not drafts:
+        return 0.0
+    curve = ACCEPTANCE.get(point.label, ())
+    if drafts >= len(curve):
+        raise NotPosedError(f"how many of {drafts} drafts of {point.label} are accepted is not known")
+    return curve[drafts] - 1.0
 
 
 def peer_version(peer: Peer) -> str:

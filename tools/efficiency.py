@@ -18,9 +18,11 @@ import math
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import permutations
 from pathlib import Path
 from statistics import fmean, median
+from typing import Any
 
 import numpy as np
 
@@ -37,7 +39,6 @@ from hetis.profiler.roofline import (
     NVFP4_BYTES,
     Architecture,
     Efficiencies,
-    MemoryRule,
     OpEfficiency,
     RelativePiece,
     borrowed,
@@ -53,17 +54,7 @@ from tools import tables
 from tools.left_out import Operator, Pieces, Tables, joined
 from tools.modelled_tables import Pair, modelled_tables
 from tools.profiles import SOURCES, measurements_for
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Board:
-    """Boards without tables whose shares of the peaks differ from those of their architecture's measured board."""
-
-    relative: str  # architecture with their other operators
-    flop_share: float  # share of the catalogue's 16-bit peak that the fastest product reaches
-    byte_share: float  # share of the catalogue's bandwidth that streaming reaches
-    reason: str  # sources of both shares
-
+from tools.unmeasured import BOARDS, H200_SHARE, MEMORY, RELATIVES, Board
 
 _AIC = "aiconfigurator-core 0.12.0 (Apache-2.0)"
 _VIDUR = "microsoft/vidur (MIT)"
@@ -92,84 +83,6 @@ _RELATIVE = {
     "wire": "wire",
 }
 
-# Hetis (SC'25) measured prefill MLP on a P100-12GB 24.5 times slower than on an A100-80GB; the peaks differ 16.7 times.
-_PASCAL_COMPUTE = 24.5 / (312.0 / 18.7)
-# TFLOPS of the fastest of many 16-bit products over the catalogue's peak, by one tool on the GPUs of both vendors
-# (stas00/ml-engineering, compute/accelerator, "Maximum Achievable Matmul FLOPS"). AMD's own figures for eight bits
-# agree for MI300X (1,273 beside an H100's 1,402.6: 1.46 times) and are less for MI325X (1,519: 1.22 times).
-_H100_SHARE = 794.5 / 989.0
-_CDNA3_COMPUTE = _H100_SHARE / math.sqrt((668.4 / 1307.4) * (784.9 / 1307.4))
-_CDNA4_COMPUTE = _H100_SHARE / (1565.0 / 2516.6)
-_RELATIVES = {
-    "Pascal": (
-        "Ampere",
-        _PASCAL_COMPUTE,
-        "No tensor cores: the catalogue's fp16 peak is the CUDA cores'. Hetis (SC'25) measured MLPs on a P100-12GB "
-        "24.5 times slower than on an A100-80GB where the peaks differ 16.7 times, so FLOPs take 1.47 times Ampere's "
-        "share. Its 7.93 times for decode is read as that compute bound too (a batch above 20 leaves the memory roof "
-        "of a P100), so the share of bandwidth is Ampere's. Attention is assumed to read KV once per head group; "
-        "vLLM's own kernel for Pascal reads it once per query head.",
-    ),
-    "Volta": ("Ampere", 1.0, "Tensor cores and HBM of the generation before; no table."),
-    "Turing": ("Ampere", 1.0, "Tensor cores of the generation before; no table, GDDR6 parts assumed like the A40."),
-    "Blackwell": ("Hopper", 1.0, "The generation before, where B200 has none."),
-    "RTX Blackwell": ("Ada", 1.0, "The boards without HBM of the generation before; only all-reduces over NVLink."),
-    "CDNA": ("Ampere", 1.0, "Contemporary HBM part; no table. ROCm libraries may reach less of the peak."),
-    "CDNA2": ("Ampere", 1.0, "Contemporary HBM part; no table. ROCm libraries may reach less of the peak."),
-    "CDNA3": (
-        "Hopper",
-        _CDNA3_COMPUTE,
-        "Contemporary HBM part; no table. 16-bit products reach at most 51% of the peak on an MI300X and 60% on an "
-        "MI325X where an H100 reaches 80% (stas00/ml-engineering), so FLOPs take 1.45 times Hopper's share.",
-    ),
-    "CDNA4": (
-        "Hopper",
-        _CDNA4_COMPUTE,
-        "Contemporary HBM part; no table. 16-bit products reach at most 62% of the peak on an MI355X where an H100 "
-        "reaches 80% (stas00/ml-engineering), so FLOPs take 1.29 times Hopper's share.",
-    ),
-    "Gaudi2": ("Ampere", 1.0, "Contemporary HBM part; no table. Another programming model: the least certain of all."),
-    "Gaudi3": ("Hopper", 1.0, "Contemporary HBM part; no table. Another programming model: the least certain of all."),
-    "GCN": (
-        "Ampere",
-        _PASCAL_COMPUTE,
-        "No matrix units, like Pascal, whose share of the peak it takes; no table.",
-    ),
-    "RDNA3": (
-        "Ada",
-        1.0,
-        "GDDR6 part; no table. ROCm libraries may reach less of the peak.",
-    ),
-    "RDNA4": (
-        "Ada",
-        1.0,
-        "GDDR6 part; no table. ROCm libraries may reach less of the peak.",
-    ),
-    "Ascend": ("Ampere", 1.0, "Contemporary HBM part; no table. Another programming model: the least certain of all."),
-    "TPU": ("Ampere", 1.0, "Contemporary HBM part; no table. Another programming model: the least certain of all."),
-    "Battlemage": ("Ada", 1.0, "GDDR6 part without products in eight bits; only all-reduces over NVLink."),
-}
-# Boards of an architecture that reach more of their peaks than the measured one, each with the shares of a 16-bit
-# product and of streaming, and the sources. One tool's cuBLASLt (xzwgit/gpu-flops-bench, 5a32ae9e) makes products of
-# different architectures comparable: it reaches 853.3 TFLOPS on an H200 NVL, 1.02 of the catalogue's peak.
-_H200_SHARE = 853.3 / 835.5
-_BOARDS = {
-    "Ada GeForce": Board(
-        relative="Ada",
-        flop_share=179.2 / 165.2,
-        byte_share=921.0 / 1008.0,
-        reason="Ada's chips with GDDR6X, which has no ECC, and half the tensor rate (fp32 accumulation), which power "
-        "does not limit as it does an L40S of 350 W. Products take Hopper's share of the rate that one tool's cuBLASLt "
-        "reaches on both (108% of the peak on an RTX 4090, 102% on an H200 NVL; xzwgit/gpu-flops-bench, 5a32ae9e), and "
-        "stream weights as clpeak streams (921 of 1,008 GB/s; krrishnarraj/clpeak issue 106)",
-    ),
-}
-_MEMORY = MemoryRule(
-    usable_ratio=0.9,
-    reserve_bytes=int(1.25 * 2**30),
-    reason="assumed: engines take 0.90 to 0.95 of a card by default, the driver and ECC keep some; of the usable part "
-    "1.25 GiB go to the CUDA context, captured graphs, collective buffers and workspaces",
-)
 _TRANSFER_WIRE = 1.25
 _SMALL_BYTES = 16384
 _PCIE_HOSTS = ("L40S", "A40")
@@ -224,7 +137,7 @@ def calibrate(folder: Path, engine_tables: Path | None = None) -> Calibration:
     over_pcie = replace(_pcie(pcie), range_error=left_out.range_error("all_reduce_pcie"))
     links = {"all_reduce_pcie": over_pcie, "transfer": _transfer(collectives), "step": _step(folder)}
     published = {name: _own_ops(name, measured, engine_tables) for name in _OF_ENGINES}
-    efficiencies = Efficiencies(memory=_MEMORY, links=links, architectures=_architectures(measured, published))
+    efficiencies = Efficiencies(memory=MEMORY, links=links, architectures=_architectures(measured, published))
     return Calibration(efficiencies=efficiencies, pairs=tuple(pairs))
 
 
@@ -246,7 +159,7 @@ def _own_ops(
     for op in ops:
         chosen = _chosen(op, points, gpu)
         assert chosen is not None, f"{system} has {op}"
-        like = measured[_RELATIVES[architecture][0]]["dense_fp8" if op == "dense_nvfp4" else op]
+        like = measured[RELATIVES[architecture][0]]["dense_fp8" if op == "dense_nvfp4" else op]
         found[op] = replace(_fit([chosen], (name,)), transfer_mape=like.transfer_mape, range_error=like.range_error)
     found["decode_attention"] = _with_compute_piece(found["decode_attention"], found["prefill_attention"])
     return found
@@ -279,11 +192,8 @@ def measured_tables(relative: Mapping[str, Sequence[Points]]) -> Tables:
         if not gpus[name].nvlink_bytes_per_s and (reduces := _few_gpus(found))
     }
     hosts = tuple(name for name in _PCIE_HOSTS if name in pcie)
-    operators.append(
-        Operator(
-            name="all_reduce_pcie", points=pcie, sources=hosts, fit=_hosts_fit, family="hosts", by_architecture=False
-        )
-    )
+    reduced = partial(Operator, name="all_reduce_pcie", fit=_hosts_fit, family="hosts", by_architecture=False)
+    operators.append(reduced(points=pcie, sources=hosts))
     transfers = {name: points for name, found in relative.items() for points in found if points.op is Op.TRANSFER}
     operators.append(
         Operator(
@@ -330,20 +240,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--data", type=Path, required=True, help="folder of the measured tables")
     parser.add_argument("--out", type=Path, required=True, help="efficiency.json to write")
     parser.add_argument("--engine-tables", type=Path, metavar="DIR", help="systems/data of aiconfigurator-core 0.12.0")
-    parser.add_argument(
-        "--tables",
-        nargs="?",
-        type=Path,
-        const=tables.DATA,
-        metavar="FOLDER",
-        help="also write the tables of docs/accuracy.md",
-    )
+    optional: dict[str, Any] = {"nargs": "?", "type": Path, "const": tables.DATA, "metavar": "FOLDER"}
+    parser.add_argument("--tables", **optional, help="also write the tables of docs/accuracy.md")
     options = parser.parse_args(arguments)
     try:
         calibration = calibrate(options.data, options.engine_tables)
         write_atomically(options.out, to_json(calibration.efficiencies))
         if options.tables:
-            relatives = {name: board.relative for name, board in _BOARDS.items()}
+            relatives = {name: board.relative for name, board in BOARDS.items()}
             for found in modelled_tables(calibration.efficiencies, calibration.pairs, options.data, relatives):
                 tables.write(*found, folder=options.tables)
         if options.tables == tables.DATA:
@@ -498,11 +402,11 @@ def _architectures(
     measured: Mapping[str, Mapping[str, OpEfficiency]], own: Mapping[str, Mapping[str, OpEfficiency]]
 ) -> dict[str, Architecture]:
     architectures = {name: Architecture(name=name, ops=ops) for name, ops in measured.items()}
-    for name, (relative, factor, reason) in _RELATIVES.items():
+    for name, (relative, factor, reason) in RELATIVES.items():
         architectures[name] = scaled_from(
             architectures[relative], name, factor=rounded(factor), reason=reason, own=own.get(name)
         )
-    for name, board in _BOARDS.items():
+    for name, board in BOARDS.items():
         architectures[name] = _of_board(name, board, architectures[board.relative], architectures["Hopper"])
     return dict(sorted(architectures.items()))
 
@@ -513,7 +417,7 @@ def _of_board(name: str, board: Board, relative: Architecture, reference: Archit
     Products of many tokens reach as large a part of the tool's rate as those of ``reference``, which the same tool
     measured; products of few tokens stream their weights. Both factors apply to all operators.
     """
-    dense = max(piece.flop for piece in reference.ops["dense"].pieces) * _H200_SHARE / board.flop_share
+    dense = max(piece.flop for piece in reference.ops["dense"].pieces) * H200_SHARE / board.flop_share
     compute = rounded(dense / max(piece.flop for piece in relative.ops["dense"].pieces))
     memory = rounded(1.0 / board.byte_share / max(piece.byte for piece in relative.ops["dense"].pieces))
     ops = {op_name: _with_shares(op, compute, memory, board.relative) for op_name, op in relative.ops.items()}

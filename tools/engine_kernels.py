@@ -110,12 +110,12 @@ _LEAST_POINTS = 54
 
 def experts(tables: Path) -> Iterator[ExpertKernel]:
     """Yield every kernel for which the tables have enough points."""
-    asked = [
+    requested = [
         (system, engine, engine, version, _EXPERT_FORMATS | _mxfp4(system, engine))
         for system, versions in _EXPERT_VERSIONS.items()
         for engine, version in versions.items()
     ]
-    for system, engine, kernel_engine, version, formats in (*asked, *_FURTHER):
+    for system, engine, kernel_engine, version, formats in (*requested, *_FURTHER):
         name = SYSTEMS[system]
         gpu = catalogue.find_gpu(name).gpu
         rows = rows_in(tables / system / "moe" / engine / version / "moe_perf.parquet")

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import re
 import subprocess
 import sys
 import tempfile
@@ -20,9 +19,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
+from tools.markdown import code, fence, heading, page, prose, slug, table
+
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "docs" / "reference"
-_MADE = "<!-- Made by `make reference` from the code; do not edit. -->\n"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -51,9 +51,7 @@ def _typer_page(program: str, module: str) -> str:
     import typer
 
     command: Any = typer.main.get_command(importlib.import_module(module).app)
-    return _page(
-        [_heading(program, _help(command)), *_parameters(command), *_epilog(command), *_verbs(command, program)]
-    )
+    return page([heading(program, _help(command)), *_parameters(command), *_epilog(command), *_verbs(command, program)])
 
 
 def worker_page() -> str:
@@ -62,15 +60,15 @@ def worker_page() -> str:
     parser = make_parser()
     rows = [
         (
-            _code(", ".join(action.option_strings) + (f" {action.metavar}" if action.metavar else "")),
-            _prose((action.help or "").partition(" [")[0]),
-            _code(VARIABLES[action.option_strings[0]]) if action.option_strings[0] in VARIABLES else "",
+            code(", ".join(action.option_strings) + (f" {action.metavar}" if action.metavar else "")),
+            prose((action.help or "").partition(" [")[0]),
+            code(VARIABLES[action.option_strings[0]]) if action.option_strings[0] in VARIABLES else "",
         )
         for action in parser._actions
     ]
-    parts = [_heading("hetis-worker", _prose(parser.description or ""))]
-    parts += [_table(("option", "meaning", "variable"), rows), _fence(parser.epilog or "")]
-    return _page(parts)
+    parts = [heading("hetis-worker", prose(parser.description or ""))]
+    parts += [table(("option", "meaning", "variable"), rows), fence(parser.epilog or "")]
+    return page(parts)
 
 
 def _verbs(group: Any, program: str) -> Iterator[str]:
@@ -99,19 +97,19 @@ def _parameters(command: Any) -> Iterator[str]:
             continue
         if parameter.param_type_name == "argument":
             if parameter.help:
-                rows.append((_code(parameter.metavar or parameter.name.upper()), _prose(parameter.help), ""))
+                rows.append((code(parameter.metavar or parameter.name.upper()), prose(parameter.help), ""))
             continue
         names = ", ".join(sorted(parameter.opts, key=len, reverse=True))
         names += f" / {', '.join(parameter.secondary_opts)}" if parameter.secondary_opts else ""
         value = "" if parameter.is_flag else f" {_value_name(parameter)}"
-        said = _prose(parameter.help or "")
+        said = prose(parameter.help or "")
         if parameter.multiple and "repeat" not in said.lower():
             said += " May be repeated."
         if parameter.envvar:
             said += f" Or in `{parameter.envvar}`."
-        rows.append((_code(names + value), said, _default(parameter)))
+        rows.append((code(names + value), said, _default(parameter)))
     if rows:
-        yield _table(("option", "meaning", "default"), rows)
+        yield table(("option", "meaning", "default"), rows)
 
 
 def _value_name(parameter: Any) -> str:
@@ -130,24 +128,24 @@ def _default(parameter: Any) -> str:
     if parameter.required:
         return "required"
     if isinstance(parameter.show_default, str):
-        return _prose(parameter.show_default)
+        return prose(parameter.show_default)
     if parameter.is_flag:
-        return _code(parameter.opts[0]) if parameter.default is True and parameter.secondary_opts else ""
+        return code(parameter.opts[0]) if parameter.default is True and parameter.secondary_opts else ""
     if not parameter.show_default or parameter.default in (None, (), []):
         return ""
     value = parameter.default() if callable(parameter.default) else parameter.default
-    return _code(str(getattr(value, "value", value)))
+    return code(str(getattr(value, "value", value)))
 
 
 def _help(command: Any) -> str:
     paragraphs = textwrap.dedent(command.help or "").strip().split("\n\n")
-    return "\n\n".join(_prose(paragraph) for paragraph in paragraphs)
+    return "\n\n".join(prose(paragraph) for paragraph in paragraphs)
 
 
 def _epilog(command: Any) -> Iterator[str]:
     lines = [line for line in textwrap.dedent(command.epilog or "").replace("\\[", "[").splitlines() if line.strip()]
     if lines:
-        yield _fence("\n".join(lines))
+        yield fence("\n".join(lines))
 
 
 # --- files
@@ -170,7 +168,7 @@ def formats_page() -> str:
     from hetis.formats.traces.forms import FORMS, OTHERS
 
     parts = [
-        _heading(
+        heading(
             "Files",
             "Every file is YAML or JSON with `apiVersion: hetis/v1` and a `kind`. Sizes, rates and times are text with"
             " a unit (`80GiB`, `100Gbps`, `20us`). `hetis-plan validate FILE` lists every problem of a file at once,"
@@ -179,22 +177,22 @@ def formats_page() -> str:
     ]
     for kind in KINDS:
         schema = json_schema(kind)
-        parts += [f"## {kind}\n", f"{_prose(schema.get('description', ''))}\n", _example(kind), _fields(kind, schema)]
+        parts += [f"## {kind}\n", f"{prose(schema.get('description', ''))}\n", _example(kind), _fields(kind, schema)]
         for name, part in schema.get("$defs", {}).items():
             if "properties" in part:
-                parts += [f"### {kind}: {name}\n", f"{_prose(part.get('description', ''))}\n", _fields(kind, part)]
+                parts += [f"### {kind}: {name}\n", f"{prose(part.get('description', ''))}\n", _fields(kind, part)]
     forms = [*FORMS, *OTHERS]
     parts += [
         "## Traces\n",
         "A trace is CSV or JSONL with a row for each request. Other forms are known by their columns or fields, where"
         " `a.b` is field b of the object in field a; [`hetis-plan convert`](../cli.md#convert) writes the first.\n",
-        _fence("arrival_s,prompt_tokens,output_tokens\n0.0,374,44\n4.3,396,109"),
-        _table(
+        fence("arrival_s,prompt_tokens,output_tokens\n0.0,374,44\n4.3,396,109"),
+        table(
             ("form", "arrival, prompt, output", "known from"),
-            ((one.name, ", ".join(map(_code, one.fields)), _prose(one.source)) for one in forms),
+            ((one.name, ", ".join(map(code, one.fields)), prose(one.source)) for one in forms),
         ),
     ]
-    return _page(parts)
+    return page(parts)
 
 
 def _example(kind: str) -> str:
@@ -209,20 +207,20 @@ def _fields(kind: str, schema: Mapping[str, Any]) -> str:
     rows = []
     for name, field in schema.get("properties", {}).items():
         default = (
-            "required" if name in required else "" if field.get("default") is None else _code(str(field["default"]))
+            "required" if name in required else "" if field.get("default") is None else code(str(field["default"]))
         )
-        rows.append((_code(name), _type(kind, field), default))
-    return _table(("field", "value", "default"), rows)
+        rows.append((code(name), _type(kind, field), default))
+    return table(("field", "value", "default"), rows)
 
 
 def _type(kind: str, field: Mapping[str, Any]) -> str:
     if "$ref" in field:
         name = field["$ref"].rpartition("/")[2]
-        return f"[{name}](#{_slug(f'{kind}: {name}')})"
+        return f"[{name}](#{slug(f'{kind}: {name}')})"
     if "const" in field:
-        return _code(str(field["const"]))
+        return code(str(field["const"]))
     if "enum" in field:
-        return ", ".join(_code(str(value)) for value in field["enum"])
+        return ", ".join(code(str(value)) for value in field["enum"])
     for union in ("anyOf", "oneOf"):
         if union in field:
             several = [_type(kind, one) for one in field[union] if one.get("type") != "null"]
@@ -233,7 +231,7 @@ def _type(kind: str, field: Mapping[str, Any]) -> str:
     if field.get("type") == "object":
         values = field.get("additionalProperties")
         return f"mapping to {_type(kind, values)}" if isinstance(values, dict) else "mapping"
-    examples = f" like {_code(str(field['examples'][0]))}" if field.get("examples") else ""
+    examples = f" like {code(str(field['examples'][0]))}" if field.get("examples") else ""
     words = {"string": "text", "integer": "whole number", "number": "number", "boolean": "true or false"}
     return f"{words.get(field.get('type', ''), 'any value')}{examples}{_limits(field, 'minimum', 'maximum')}"
 
@@ -252,7 +250,7 @@ def _limits(field: Mapping[str, Any], least: str, most: str) -> str:
 
 def api_page() -> str:
     parts = [
-        _heading(
+        heading(
             "Services and messages",
             "The contract of the planner, its agents and engines, from the comments of"
             " [`proto/hetis/v1`](../../proto/hetis/v1). How calls behave together is on the page about"
@@ -263,22 +261,22 @@ def api_page() -> str:
     for file in described:
         comments = _comments(file)
         for number, service in enumerate(file.service):
-            parts.append(f"## {service.name}\n\n{_prose(comments.get((6, number), ''))}\n")
+            parts.append(f"## {service.name}\n\n{prose(comments.get((6, number), ''))}\n")
             rows = []
             for place, method in enumerate(service.method):
                 ask, answer = (name.rpartition(".")[2] for name in (method.input_type, method.output_type))
                 ask = f"stream of {ask}" if method.client_streaming else ask
                 answer = f"stream of {answer}" if method.server_streaming else answer
-                says = _prose(comments.get((6, number, 2, place), ""))
-                rows.append((_code(method.name), ask, answer, says))
-            parts.append(_table(("call", "request", "response", "what it does"), rows))
+                says = prose(comments.get((6, number, 2, place), ""))
+                rows.append((code(method.name), ask, answer, says))
+            parts.append(table(("call", "request", "response", "what it does"), rows))
     for file in described:
         comments = _comments(file)
         for number, message in enumerate(file.message_type):
             parts += _message(message, (4, number), comments, message.name)
         for number, enum in enumerate(file.enum_type):
             parts += _enum(enum, (5, number), comments, enum.name)
-    return _page(parts)
+    return page(parts)
 
 
 def _comments(file: Any) -> dict[tuple[int, ...], str]:
@@ -289,12 +287,12 @@ def _comments(file: Any) -> dict[tuple[int, ...], str]:
 def _message(message: Any, path: tuple[int, ...], comments: Mapping[tuple[int, ...], str], name: str) -> Iterator[str]:
     if message.options.map_entry:
         return
-    yield f"### {name}\n\n{_prose(comments.get(path, ''))}\n"
+    yield f"### {name}\n\n{prose(comments.get(path, ''))}\n"
     rows = []
     for number, field in enumerate(message.field):
-        rows.append((_code(field.name), _field_type(field), _prose(comments.get((*path, 2, number), ""))))
+        rows.append((code(field.name), _field_type(field), prose(comments.get((*path, 2, number), ""))))
     if rows:
-        yield _table(("field", "type", "meaning"), rows)
+        yield table(("field", "type", "meaning"), rows)
     for number, nested in enumerate(message.nested_type):
         yield from _message(nested, (*path, 3, number), comments, f"{name}.{nested.name}")
     for number, enum in enumerate(message.enum_type):
@@ -302,12 +300,12 @@ def _message(message: Any, path: tuple[int, ...], comments: Mapping[tuple[int, .
 
 
 def _enum(enum: Any, path: tuple[int, ...], comments: Mapping[tuple[int, ...], str], name: str) -> Iterator[str]:
-    yield f"### {name}\n\n{_prose(comments.get(path, ''))}\n"
+    yield f"### {name}\n\n{prose(comments.get(path, ''))}\n"
     rows = [
-        (_code(value.name), str(value.number), _prose(comments.get((*path, 2, number), "")))
+        (code(value.name), str(value.number), prose(comments.get((*path, 2, number), "")))
         for number, value in enumerate(enum.value)
     ]
-    yield _table(("value", "number", "meaning"), rows)
+    yield table(("value", "number", "meaning"), rows)
 
 
 def _field_type(field: Any) -> str:
@@ -332,7 +330,7 @@ def _descriptors() -> Iterable[Any]:
 
 def metrics_page() -> str:
     parts = [
-        _heading(
+        heading(
             "Metrics",
             "What Prometheus reads. [Operations](../operations.md) says which of them to watch; `deploy/` has alerts"
             " and a dashboard.",
@@ -345,17 +343,17 @@ def metrics_page() -> str:
         " the ranks, and otherwise the worker's name.\n",
         _metrics(_plugin_metrics()),
     ]
-    return _page(parts)
+    return page(parts)
 
 
 Described = tuple[str, str, Sequence[str], str]  # name, kind, labels, description
 
 
 def _metrics(found: Iterable[Described]) -> str:
-    return _table(
+    return table(
         ("metric", "kind", "meaning"),
         (
-            (_code(f"{name}{{{','.join(labels)}}}" if labels else name), kind, _prose(meaning))
+            (code(f"{name}{{{','.join(labels)}}}" if labels else name), kind, prose(meaning))
             for name, kind, labels, meaning in sorted(found)
         ),
     )
@@ -402,7 +400,7 @@ def _plugin_metrics() -> Iterator[Described]:
     yield "hetis_dispatch_seconds", "histogram", counts.DISPATCH_SECONDS.labels, counts.DISPATCH_SECONDS.text
 
 
-# --- Markdown
+# --- pages
 
 
 PAGES: Mapping[str, Callable[[], str]] = {
@@ -416,41 +414,6 @@ PAGES: Mapping[str, Callable[[], str]] = {
     "services": api_page,
     "metrics": metrics_page,
 }
-
-
-def _page(parts: Iterable[str]) -> str:
-    return _MADE + "\n" + re.sub(r"\n{3,}", "\n\n", "\n".join(parts)).rstrip() + "\n"
-
-
-def _heading(title: str, text: str) -> str:
-    return f"# {title}\n\n{text}\n"
-
-
-def _fence(text: str) -> str:
-    return f"```text\n{text.strip()}\n```\n"
-
-
-def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(cell.replace("\n", " ") for cell in line) + " |" for line in lines) + "\n"
-
-
-def _code(text: str) -> str:
-    return f"`{text.replace('|', chr(92) + '|')}`" if text else ""
-
-
-def _prose(text: str) -> str:
-    """Return one line of Markdown from a docstring or a help text."""
-    line = " ".join(text.replace("``", "`").replace("\\[", "[").split())
-    return re.sub(r"(`[^`]*`)|([<>|*_{])", lambda m: m[1].replace("|", "\\|") if m[1] else _escape(m[2]), line)
-
-
-def _escape(sign: str) -> str:
-    return {"<": "&lt;", ">": "&gt;"}.get(sign, f"\\{sign}")
-
-
-def _slug(heading: str) -> str:
-    return re.sub(r"[\s-]+", "-", re.sub(r"[^\w\s-]", "", heading.lower())).strip("-")
 
 
 def _read(path: Path) -> str:

@@ -132,9 +132,9 @@ def refreshed(text: str, *, from_root: bool = False) -> str:
     made = makings()
 
     def one(found: re.Match[str]) -> str:
-        asked = parse(found["wanted"])
-        link = path_of(asked.table).relative_to(ROOT if from_root else DOCS).as_posix()
-        excerpt = markdown(asked, read(asked.table), link, made[path_of(asked.table).stem])
+        wanted = parse(found["wanted"])
+        link = path_of(wanted.table).relative_to(ROOT if from_root else DOCS).as_posix()
+        excerpt = markdown(wanted, read(wanted.table), link, made[path_of(wanted.table).stem])
         return f"<!-- data: {found['wanted']} -->\n{excerpt}<!-- end data -->"
 
     return _EXCERPT.sub(one, text)
@@ -154,18 +154,18 @@ def parse(wanted: str) -> Excerpt:
     return Excerpt(table=table, columns=names, rows=rows[1] if rows else "")
 
 
-def markdown(asked: Excerpt, table: Sequence[Mapping[str, str]], link: str, made: Making) -> str:
+def markdown(wanted: Excerpt, table: Sequence[Mapping[str, str]], link: str, made: Making) -> str:
     """Return the excerpt as Markdown, with a link to the whole table and how it was made.
 
     Raises:
         KeyError: the table lacks a column.
         ValueError: no row matches the excerpt's.
     """
-    columns = asked.columns or tuple(table[0])
+    columns = wanted.columns or tuple(table[0])
     first = next(iter(table[0]))
-    shown = [[row[name] for name in columns] for row in table if re.search(asked.rows, row[first])]
+    shown = [[row[name] for name in columns] for row in table if re.search(wanted.rows, row[first])]
     if not shown:
-        raise ValueError(f"{asked.table} has no row like {asked.rows!r}")
+        raise ValueError(f"{wanted.table} has no row like {wanted.rows!r}")
     numeric = [all(_NUMBER.match(line[place]) or line[place] == "-" for line in shown) for place in range(len(columns))]
     lines = [columns, ["---:" if is_number else "---" for is_number in numeric], *shown]
     text = "\n".join(f"| {' | '.join(cell.replace('|', '/') for cell in line)} |" for line in lines)

@@ -119,3 +119,25 @@ PARAMETERS_B = {
     "MiniMaxAI__MiniMax-Text-01": 456,
     "MiniMaxAI__MiniMax-M1-80k": 456,
 }
+
+_INSTANCE, _NVIDIA, _AMD = "node.kubernetes.io/instance-type", "nvidia.com/gpu", "amd.com/gpu"
+# The labels of a node, its resource, and the card that it has.
+LABELS: tuple[tuple[dict[str, str], str, str], ...] = (
+    ({"nvidia.com/gpu.product": "NVIDIA-H100-80GB-HBM3"}, _NVIDIA, "H100-SXM-80GB"),
+    ({"nvidia.com/gpu.product": "NVIDIA-A10G", "nvidia.com/gpu.memory": "23028"}, _NVIDIA, "A10G"),
+    ({"cloud.google.com/gke-accelerator": "nvidia-l4"}, _NVIDIA, "L4"),
+    ({"cloud.google.com/gke-tpu-accelerator": "tpu-v6e-slice"}, "google.com/tpu", "TPU-v6e"),
+    ({"eks.amazonaws.com/instance-gpu-name": "l4"}, _NVIDIA, "L4"),
+    ({"karpenter.k8s.aws/instance-gpu-name": "l40s", _INSTANCE: "g6e.12xlarge"}, _NVIDIA, "L40S"),
+    ({_INSTANCE: "p5.48xlarge"}, _NVIDIA, "H100-SXM-80GB"),
+    ({_INSTANCE: "Standard_NC48ads_A100_v4"}, _NVIDIA, "A100-PCIe-80GB"),
+    ({_INSTANCE: "Standard_NC80adis_H100_v5"}, _NVIDIA, "H100-NVL-94GB"),
+    ({"karpenter.azure.com/sku-gpu-name": "A100", _INSTANCE: "Standard_ND96amsr_A100_v4"}, _NVIDIA, "A100-SXM-80GB"),
+    ({_INSTANCE: "BM.GPU.H200.8"}, _NVIDIA, "H200-SXM-141GB"),
+    ({"gpu.nvidia.com/class": "H100_NVLINK_80GB"}, _NVIDIA, "H100-SXM-80GB"),
+    ({"amd.com/gpu.product-name": "AMD_Instinct_MI355X_OAM"}, _AMD, "MI355X-288GB"),
+    ({"beta.amd.com/gpu.product-name": "AMD_Instinct_MI300X_OAM"}, _AMD, "MI300X-192GB"),
+    ({"accelerator-type": "module-910b-8"}, "huawei.com/Ascend910", "Ascend-910B-64GB"),
+    ({"node.kubernetes.io/npu.chip.name": "910B4"}, "huawei.com/Ascend910", "Ascend-910B4-32GB"),
+    ({"nvidia.com/gpu.product": "NVIDIA-A100-SXM4-80GB"}, "nvidia.com/mig-3g.40gb", "A100-SXM-80GB-3g.40gb"),
+)

@@ -28,7 +28,7 @@ from benchmarks.measuring.service_crowd import (
     request_of,
 )
 from benchmarks.measuring.service_planner import CellFleet, PlannerProcess, Watched, cell_fleet, raise_file_limit
-from examples.simulated_engine.replica import StageRun
+from examples.simulated_engine.stage import StageRun
 from hetis.planner.client import AsyncClient, CallError
 from hetis.v1 import (
     agent_service_pb2,

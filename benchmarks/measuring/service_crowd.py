@@ -25,7 +25,7 @@ from typing import Any
 import grpc
 
 from benchmarks.measuring.service_planner import ROOT, raise_file_limit
-from examples.simulated_engine.replica import SimulatedRequest, SolverAdmission, StageRun
+from examples.simulated_engine.stage import SimulatedRequest, SolverAdmission, StageRun
 from hetis.v1 import agent_service_pb2 as pb
 from hetis.v1 import change_pb2, inventory_pb2, replica_pb2, report_pb2
 from hetis.v1.agent_service_pb2_grpc import AgentServiceStub

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TextIO
 
-from examples.demo_serve.processes import HERE, ChatClient, Json, Planner, Processes, told, vllm_python
+from examples.demo_serve.processes import HERE, ChatClient, Json, Planner, Processes, summary_of, vllm_python
 from examples.processes import ON_CPUS, ProcessError
 
 PRIMARY, WORKERS = "box/0", ("box/1", "box/2")  # names in the plan
@@ -155,8 +155,8 @@ class Story:
         return texts
 
     def _chat(self) -> str:
-        asked = [{"role": "user", "content": QUESTION}]
-        body = {"model": "demo", "messages": asked, "max_tokens": TOKENS, "temperature": 0, "ignore_eos": True}
+        messages = [{"role": "user", "content": QUESTION}]
+        body = {"model": "demo", "messages": messages, "max_tokens": TOKENS, "temperature": 0, "ignore_eos": True}
         texts: list[str] = []
         for number, chunk in enumerate(self.client.stream_chat(body), 1):
             texts += [choice["delta"].get("content") or "" for choice in chunk["choices"]]
@@ -185,7 +185,7 @@ class Story:
     def _tell_news(self) -> bool:
         news = self.planner.redispatches()[self.count :]
         for redispatch in news:
-            self.say(f"  planner: {told(redispatch)}")
+            self.say(f"  planner: {summary_of(redispatch)}")
         self.count += len(news)
         return bool(news)
 

@@ -204,7 +204,7 @@ class Planner:
         return sorted(found, key=lambda one: one.create_time.ToNanoseconds())
 
 
-def told(redispatch: redispatch_pb2.Redispatch) -> str:
+def summary_of(redispatch: redispatch_pb2.Redispatch) -> str:
     """Return a sentence about the trigger, the moves and the duration."""
     first = redispatch.triggers[0]
     kind = redispatch_pb2.TriggerKind.Name(first.kind).removeprefix("TRIGGER_KIND_").lower().replace("_", " ")

@@ -204,13 +204,13 @@ class Load:
 
     def _ask(self, number: int) -> None:
         with openai.OpenAI(base_url=f"{self._url}/v1", api_key="none", max_retries=0, timeout=300) as client:
-            asked = 0
+            count = 0
             while not self._is_over.wait(PAUSE_S):
-                asked += 1
+                count += 1
                 try:
                     answer = client.chat.completions.with_raw_response.create(
                         model="demo",
-                        messages=[{"role": "user", "content": f"Question {asked} of client {number}"}],
+                        messages=[{"role": "user", "content": f"Question {count} of client {number}"}],
                         max_tokens=TOKENS,
                     )
                     # If nginx tried several replicas, the last one answered.

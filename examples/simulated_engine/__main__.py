@@ -17,8 +17,9 @@ from importlib.metadata import version
 from pathlib import Path
 
 from examples.simulated_engine.engine import SimulatedEngine
-from examples.simulated_engine.replica import ControlFile, best_admission
+from examples.simulated_engine.replica import ControlFile
 from examples.simulated_engine.server import SimulatedServer
+from examples.simulated_engine.stage import best_admission
 from hetis.runtime.agent.daemon import Parts, run_agent
 from hetis.runtime.agent.devices import discover
 from hetis.runtime.agent.main import run_until_signal, set_up_logs

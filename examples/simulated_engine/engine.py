@@ -6,7 +6,8 @@ import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from examples.simulated_engine.replica import AdmissionRule, Control, PrimaryRun, ProportionalAdmission, StageRun
+from examples.simulated_engine.replica import Control, PrimaryRun
+from examples.simulated_engine.stage import AdmissionRule, ProportionalAdmission, StageRun
 from hetis.runtime.moves.changes import EngineChange, MoveAuthority, gone, no_room, not_owner, unavailable
 from hetis.runtime.moves.engine import SteeredEngine, TakenReplica
 from hetis.runtime.moves.refusals import failure_of, refusal

@@ -550,3 +550,9 @@ def test_fewer_seats_never_serve_sooner() -> None:
         closed_loop(load, replace(engine, seats=n), timing.seconds, point.model.attended_tokens)[0] for n in (2, 4, 16)
     ]
     assert waits == sorted(waits, reverse=True)
+
+
+def test_a_model_whose_accepted_drafts_are_not_known_is_skipped() -> None:
+    point = replace(pose(ROW), label="of others", settings=replace(pose(ROW).settings, draft_tokens=2))
+    with pytest.raises(NotPosedError, match="how many of 2 drafts of of others are accepted is not known"):
+        silicon.predict(point)

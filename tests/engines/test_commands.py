@@ -19,7 +19,7 @@ from hetis.engines.commands import (
     commands_of,
 )
 from hetis.engines.layout import Layout, layout_of
-from hetis.engines.serving import Serving, checkpoint_model, decided_in, program_of, why_kv_is_untold
+from hetis.engines.serving import Serving, checkpoint_model, decided_in, missing_kv_option, program_of
 from hetis.engines.versions import Engine
 from hetis.formats import catalogue
 from hetis.runtime.vllm.settings import PluginSettings, load_settings
@@ -197,7 +197,7 @@ def test_kv_that_would_not_be_as_planned_is_refused(tmp_path: Path) -> None:
     assert (model.name, model.kv_bytes, stated) == (MODEL.name, 2, "fp8")
     write_config(tmp_path / "usual")
     assert checkpoint_model(tmp_path / "usual", MODEL)[1] == "", "KV in 16 bits needs no option"
-    assert why_kv_is_untold(ALONE, SERVING, stated=stated) == (
+    assert missing_kv_option(ALONE, SERVING, stated=stated) == (
         "/models/tiny states fp8 KV, which engines use by default, but the replica needs 16 bits: "
         "give the engine --kv-cache-dtype bfloat16 or float16, the dtype of the checkpoint"
     )
@@ -224,10 +224,10 @@ def test_kv_that_would_not_be_as_planned_is_refused(tmp_path: Path) -> None:
         (replace(sglang, dtype="float16"), {}, "SGLang has no option to keep KV in float16: /models/tiny states fp8"),
         (replace(sglang, dtype="float16"), told, "SGLang has no option to keep KV in float16"),
     ):
-        found = why_kv_is_untold(layout, replace(SERVING, **serving), stated=stated)
+        found = missing_kv_option(layout, replace(SERVING, **serving), stated=stated)
         assert why in found if why else not found, (layout, serving)
-    assert not why_kv_is_untold(ALONE, SERVING)
-    assert not why_kv_is_untold(ALONE, replace(SERVING, dtype="float32"))
+    assert not missing_kv_option(ALONE, SERVING)
+    assert not missing_kv_option(ALONE, replace(SERVING, dtype="float32"))
 
 
 def test_vllms_other_program_is_told_its_model_by_an_option() -> None:

@@ -83,10 +83,16 @@ def test_there_is_a_set_for_each_process_and_every_way_between_them() -> None:
         assert one["metadata"]["namespace"] == "serving"
 
 
+SIZES = ("cpu", "memory", "ephemeral-storage")
+
+
 def test_pods_run_on_the_plans_nodes_with_a_gpu_each_or_memory_for_kv() -> None:
     sets = [one for (kind, _), one in objects().items() if kind == "StatefulSet"]
     assert [nodes_of(pod_of(one)) for one in sets] == [["a"], ["b"], ["b"]]
-    assert [container_of(one)["resources"] for one in sets] == [{"limits": {"nvidia.com/gpu": 1}}] * 3
+    for one in sets:
+        of_pod = container_of(one)["resources"]
+        assert of_pod["requests"]["nvidia.com/gpu"] == of_pod["limits"]["nvidia.com/gpu"] == 1
+        assert of_pod["requests"].keys() == of_pod["limits"].keys() == {"nvidia.com/gpu", *SIZES}
     worker = objects(serving=replace(SERVING, device="cpu"))["StatefulSet", "chat-worker-0"]
     assert container_of(worker)["resources"] == {"requests": {"memory": str(ONE.attention_workers[0].kv_bytes)}}
 
@@ -113,6 +119,38 @@ def test_no_pod_has_rights(layout: Layout) -> None:
             assert mounted == {volume["name"] for volume in pod["volumes"]}
 
 
+def test_a_pod_is_probed_drained_and_scraped() -> None:
+    first, second = (objects(STAGES)["StatefulSet", f"chat-vllm-{i}"] for i in range(2))
+    container = container_of(first)
+    for name in ("startupProbe", "livenessProbe", "readinessProbe"):
+        assert container[name]["httpGet"] == {"path": "/health", "port": "http"}
+    assert container["startupProbe"]["periodSeconds"] * container["startupProbe"]["failureThreshold"] == 3600
+    assert container["lifecycle"] == {"preStop": {"exec": {"command": ["sleep", "10"]}}}
+    assert pod_of(first)["terminationGracePeriodSeconds"] > 120 + 10
+    [shm] = [volume for volume in pod_of(first)["volumes"] if volume["name"] == "shm"]
+    assert shm["emptyDir"]["sizeLimit"] == f"{4 * len(STAGES.servers[0].gpus)}Gi"
+    scraped = first["spec"]["template"]["metadata"]["annotations"]
+    assert (scraped["prometheus.io/port"], scraped["prometheus.io/path"]) == ("8000", "/metrics")
+    further = container_of(second)
+    assert "readinessProbe" not in further
+    for name in ("startupProbe", "livenessProbe"):  # it is started again when the front end of its engine fails
+        assert "http://chat-vllm-0:8000/health" in further[name]["exec"]["command"][-1]
+
+
+@pytest.mark.parametrize(
+    ("given", "volume"),
+    [
+        ("cache", {"persistentVolumeClaim": {"claimName": "cache"}}),
+        ("/var/cache/hf", {"hostPath": {"path": "/var/cache/hf", "type": "DirectoryOrCreate"}}),
+    ],
+)
+def test_downloaded_models_are_kept_where_told(given: str, volume: dict[str, Any]) -> None:
+    one = objects(deployment=replace(DEPLOYMENT, model_cache=given))["StatefulSet", "chat-vllm-0"]
+    assert {"name": "cache", **volume} in pod_of(one)["volumes"]
+    assert {"name": "cache", "mountPath": "/cache"} in container_of(one)["volumeMounts"]
+    assert environment_of(one)["HF_HOME"] == "/cache"
+
+
 def test_vllm_is_told_of_its_model_key_and_workers() -> None:
     found = objects()
     one = found["StatefulSet", "chat-vllm-0"]
@@ -120,7 +158,8 @@ def test_vllm_is_told_of_its_model_key_and_workers() -> None:
     assert container["image"] == DEPLOYMENT.image
     words = container["command"]
     assert words[words.index("vllm") :][:3] == ["vllm", "serve", "/models/tiny"]
-    assert words[-6:] == ["--host", "0.0.0.0", "--port", "8000", "--max-model-len", "512"]
+    assert words[-8:-2] == ["--host", "0.0.0.0", "--port", "8000", "--shutdown-timeout", "120"]
+    assert words[-2:] == ["--max-model-len", "512"]
     where = {mount["name"]: mount["mountPath"] for mount in container["volumeMounts"]}
     assert (where["workers"], where["models"], where["shm"]) == ("/etc/hetis", "/models", "/dev/shm")
     assert environment["HETIS_VLLM_CONFIG"] == "/etc/hetis/workers.yaml"

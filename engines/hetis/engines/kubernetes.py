@@ -29,6 +29,19 @@ from hetis.engines.commands import (
 )
 from hetis.engines.errors import LayoutError
 from hetis.engines.layout import Layout, Process, ProcessKind
+from hetis.engines.pods import (
+    CACHE,
+    DRAIN_S,
+    PRE_STOP_S,
+    cache_volume,
+    front_check,
+    health_probe,
+    pre_stop,
+    probes_of,
+    resources_of,
+    scraped,
+    shared_memory,
+)
 from hetis.engines.serving import (
     CONFIG_VARIABLE,
     HOST_VARIABLE,
@@ -49,6 +62,7 @@ from hetis.solver.plan import Role
 FRONT_PORT = 8000
 IMAGE, WORKER_IMAGE = "vLLM with the plugin, as docker/vllm.Dockerfile makes it", "as docker/worker.Dockerfile makes it"
 _NAME_LABEL, _INSTANCE_LABEL = "app.kubernetes.io/name", "app.kubernetes.io/instance"
+PART_LABEL = "app.kubernetes.io/part-of"
 MODEL_LABELS = {"llm-d.ai/inference-serving": "true"}
 _SGLANG_KEY = "HETIS_API_KEY"
 HF_TOKEN = "HF_TOKEN"  # the variable in which engines look for it, and the usual key of a Secret
@@ -63,7 +77,8 @@ RESTRICTED: Mapping[str, Any] = {"runAsNonRoot": True, "seccompProfile": {"type"
 _RESOURCES = {"NVIDIA": "nvidia.com/gpu", "AMD": "amd.com/gpu"}  # resource names of the vendors' device plugins
 # From a request to stop until a pod is killed: an engine's own seconds, and a margin for what Kubernetes does in them.
 # The engine's time-out for running requests is added.
-_GRACE_S = round(SERVER_STOPS_S) + 15
+_GRACE_S = round(SERVER_STOPS_S) + PRE_STOP_S + 15
+_DRAIN = ("--shutdown-timeout", str(DRAIN_S))
 _LONGEST_NAME = 253  # maximum length of an object name in Kubernetes
 _OBJECT = re.compile(r"[a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*")
 NAMESPACE = re.compile(r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?")
@@ -82,6 +97,9 @@ class ClusterSettings:
     # A Secret with the token by which the engine downloads models, as ``NAME`` or ``NAME:KEY``; its key is HF_TOKEN
     hf_token_secret: str = ""
     worker_key_secret: str = ""  # a Secret whose ``worker-key`` vLLM and its attention workers share
+    # Where engines keep the models that they download: a PersistentVolumeClaim, or a folder of the nodes if it begins
+    # with a slash. Empty: they download to the pod's own disk at every start
+    model_cache: str = ""
     insecure: bool = False  # no key is required; exactly one of this and ``api_key_secret`` must be set
 
 
@@ -94,6 +112,8 @@ class Deployment(ClusterSettings):
     worker_image: str  # an image with `hetis[worker]`
     # Names of the replicas that exchange KV with this one. None: unknown; any hetis replica in the namespace may.
     kv_partners: tuple[str, ...] | None = None
+    part_of: str = ""  # name of what the replica belongs to, in the label of its pods; empty: none
+    model_bytes: float = 0.0  # what an engine without a cache downloads; 0: unknown
 
     def wrong(self, model: str, *, has_workers: bool = True, model_option: str = "--model-path") -> list[str]:
         """Return what is wrong with these settings, in terms of the command-line options.
@@ -120,6 +140,7 @@ class Deployment(ClusterSettings):
             wrong.append(f"{model_option} is {model!r}: {path.parent} is mounted by pods for their own files")
         objects = {"--api-key-secret": self.api_key_secret, "--worker-key-secret": self.worker_key_secret}
         wrong += wrong_objects({**objects, "--model-claim": self.model_claim})
+        wrong += wrong_cache("--model-cache", self.model_cache)
         wrong += wrong_token("--hf-token-secret", self.hf_token_secret)
         if self.api_key_secret and self.insecure:
             wrong.append("--api-key-secret and --insecure contradict each other: give one of them")
@@ -133,6 +154,14 @@ def wrong_objects(names: Mapping[str, str]) -> Iterator[str]:
     for option, name in names.items():
         if name and not (len(name) <= _LONGEST_NAME and _OBJECT.fullmatch(name)):
             yield f"{option} is {name!r}, must be the name of an object: lower-case letters, digits, - and ."
+
+
+def wrong_cache(option: str, given: str) -> Iterator[str]:
+    """Yield the errors in the name of a claim, or the path of a folder."""
+    if not given.startswith("/"):
+        yield from wrong_objects({option: given})
+    elif ".." in PurePosixPath(given).parts or len(PurePosixPath(given).parts) < 2:
+        yield f"{option} is {given!r}, must be the path of a folder"
 
 
 def wrong_token(option: str, given: str) -> Iterator[str]:
@@ -232,7 +261,8 @@ def impossible_pods(layout: Layout, *, device: str = "cuda") -> Iterator[str]:
 class ReplicaObjects:
     def __init__(self, layout: Layout, serving: Serving, deployment: Deployment) -> None:
         self._layout, self._of = layout, deployment
-        self._serving = serving.at(ANY, FRONT_PORT)
+        drain = () if layout.engine is Engine.SGLANG or drain_s(serving.options) else _DRAIN
+        self._serving = replace(serving, options=(*drain, *serving.options)).at(ANY, FRONT_PORT)
         self.engine = layout.engine.program.lower()
         self._names = {p.name: f"{deployment.name}-{self.engine}-{i}" for i, p in enumerate(layout.servers)}
         self._names |= {p.name: f"{deployment.name}-worker-{i}" for i, p in enumerate(layout.attention_workers)}
@@ -290,9 +320,13 @@ class ReplicaObjects:
     def server(self, number: int) -> list[dict[str, Any]]:
         process = self._layout.servers[number]
         name = self._names[process.name]
+        pod = self.server_pod(number, self.arguments(number))
+        if number:
+            check = front_check(self.front_name, FRONT_PORT, tls=self._serving.has_tls)
+            pod["containers"][0] |= probes_of(check, ready=False)
         return [
             self._own_service(name, {"name": "master", "port": MASTER_PORT}),
-            self._set(name, process, self.server_pod(number, self.arguments(number))),
+            self._set(name, process, pod),
         ]
 
     def arguments(self, number: int, *, master: str = "") -> tuple[str, ...]:
@@ -328,9 +362,13 @@ class ReplicaObjects:
         }
         if process.kind is ProcessKind.SERVER:
             container["ports"].append({"name": "http", "containerPort": FRONT_PORT})
-            scheme = {"scheme": "HTTPS"} if self._serving.has_tls else {}
-            container["readinessProbe"] = {"httpGet": {"path": "/health", "port": "http", **scheme}, "periodSeconds": 5}
-        volumes: list[dict[str, Any]] = [{"name": "shm", "emptyDir": {"medium": "Memory"}}]
+            container |= probes_of(health_probe("http", tls=self._serving.has_tls), ready=True)
+            container["lifecycle"] = pre_stop()
+        volumes = [shared_memory(process)]
+        if cache := self._of.model_cache:
+            container["volumeMounts"].append({"name": "cache", "mountPath": CACHE})
+            env.append({"name": "HF_HOME", "value": CACHE})
+            volumes.append(cache_volume(cache))
         if layout.workers:
             container["command"] = ["sh", "-c", _WITH_KEY, "hetis", *command]
             env += secret_variable(KEY_VARIABLE, self._of.worker_key_secret, "worker-key")
@@ -396,7 +434,7 @@ class ReplicaObjects:
     def _set(self, name: str, process: Process, pod: dict[str, Any]) -> dict[str, Any]:
         """Return a StatefulSet of one pod on the plan's node."""
         labels = self.labels(name)
-        metadata = {"labels": labels, "annotations": annotations_of(process)}
+        metadata = {"labels": labels, "annotations": self.annotations(process)}
         spec = {
             "replicas": 1,
             "serviceName": name,
@@ -405,13 +443,20 @@ class ReplicaObjects:
         }
         return self.object("apps/v1", "StatefulSet", name, spec=spec)
 
+    def annotations(self, process: Process) -> dict[str, str]:
+        """Return the annotations of a process's pod: its place in the plan, and where it serves metrics."""
+        serves = process.kind is ProcessKind.SERVER
+        return annotations_of(process) | (scraped(FRONT_PORT, tls=self._serving.has_tls) if serves else {})
+
     @property
     def _on_gpus(self) -> bool:
         return self._serving.device == "cuda"
 
     def _resources(self, process: Process) -> dict[str, Any]:
         if self._on_gpus:
-            return {"limits": {resource_of(process): len(process.gpus)}}
+            is_worker = process.kind is ProcessKind.ATTENTION_WORKER
+            at_path = self._serving.model.startswith("/") or bool(self._of.model_cache) or is_worker
+            return resources_of(resource_of(process), process, model_bytes=0.0 if at_path else self._of.model_bytes)
         return {"requests": {"memory": str(process.kv_bytes * len(process.gpus))}}
 
     def _own_service(self, name: str, port: dict[str, Any]) -> dict[str, Any]:
@@ -437,4 +482,6 @@ class ReplicaObjects:
     def labels(self, part: str = "") -> dict[str, str]:
         """Return the labels of the replica's objects; with ``part``, those that select one pod."""
         labels = {_NAME_LABEL: "hetis", _INSTANCE_LABEL: self._of.name}
+        if self._of.part_of:
+            labels[PART_LABEL] = self._of.part_of
         return labels | ({"app.kubernetes.io/component": part} if part else {})

@@ -160,7 +160,7 @@ def kv_dtype_of(layout: Layout, serving: Serving) -> str:
     return given[-1] if given else ""
 
 
-def why_kv_is_untold(layout: Layout, serving: Serving, *, stated: str = "") -> str:
+def missing_kv_option(layout: Layout, serving: Serving, *, stated: str = "") -> str:
     """Return why an engine cannot be configured to keep the KV of a replica as planned; empty: it can.
 
     Args:

@@ -8,8 +8,13 @@ from typing import Any
 
 import pytest
 
+from hetis.formats import catalogue
+from hetis.formats.cluster import cluster_to_data, parse_cluster
 from hetis.formats.discovery.fleet import discovered
 from hetis.formats.discovery.reading import read_inventory
+from hetis.formats.errors import DocumentError
+from hetis.formats.positions import Text
+from hetis.solver.cluster import Cluster
 
 NVIDIA, AMD = "nvidia.com/gpu", "amd.com/gpu"
 INSTANCE = "node.kubernetes.io/instance-type"
@@ -97,9 +102,157 @@ def test_scontrol_is_read_without_json(tmp_path: Path) -> None:
     [
         (TABLE, "A100-SXM-80GB", 1),
         ("name, memory.total [MiB]\nNVIDIA A10G, 23028 MiB\nNVIDIA A10G, 23028 MiB\n", "A10G", 2),
-        ("GPU 0: NVIDIA L4 (UUID: GPU-0)\nGPU 1: NVIDIA L4 (UUID: GPU-1)\n  MIG 1g.3gb Device 0: (UUID: M)\n", "L4", 1),
+        ("GPU 0: NVIDIA L4 (UUID: GPU-0)\nGPU 1: NVIDIA L4 (UUID: GPU-1)\n", "L4", 2),
     ],
     ids=["table", "csv", "list"],
 )
 def test_what_nvidia_smi_prints_for_people_is_read(tmp_path: Path, content: str, gpu: str, count: int) -> None:
     assert gpus_in(tmp_path, content, "host.txt") == {"host": (gpu, count)}
+
+
+def slices_of(cluster: Cluster) -> dict[str, tuple[int, str, float, float]]:
+    """Return number, resource, GiB and share of the card's TFLOPS by the names of groups."""
+    card = catalogue.find_gpu("A100-SXM-80GB").gpu
+    types = {group.name: cluster.gpu_types[group.gpus[0].gpu] for group in cluster.node_groups}
+    return {
+        group.name: (
+            group.count,
+            group.resource,
+            types[group.name].memory_bytes / 2**30,
+            types[group.name].fp16_flops / card.fp16_flops,
+        )
+        for group in cluster.node_groups
+    }
+
+
+def test_mig_slices_are_devices_with_their_share_of_the_card(tmp_path: Path) -> None:
+    mixed = node("n", {"nvidia.com/gpu.product": "NVIDIA-A100-SXM4-80GB"}, 0)
+    for each in ("capacity", "allocatable"):
+        mixed["status"][each] = {"nvidia.com/mig-1g.10gb": "3", "nvidia.com/mig-4g.40gb": "1"}
+    limits = {"containers": [{"resources": {"limits": {"nvidia.com/mig-1g.10gb": "1"}}}], "nodeName": "n"}
+    pod = {"kind": "Pod", "metadata": {"name": "p"}, "spec": limits, "status": {"phase": "Running"}}
+    (tmp_path / "nodes.json").write_text(json.dumps({"kind": "List", "items": [mixed, pod]}))
+    fleet = discovered(read_inventory([str(tmp_path / "nodes.json")]), name="c", said={})
+    assert slices_of(fleet.cluster) == {
+        "n-1g.10gb": (2, "nvidia.com/mig-1g.10gb", 10.0, pytest.approx(1 / 7)),
+        "n-4g.40gb": (1, "nvidia.com/mig-4g.40gb", 40.0, pytest.approx(4 / 7)),
+    }
+    assert fleet.left_out == ("n: 1 slice (nvidia.com/mig-1g.10gb): in use by default/p",)
+    assert any("nodes of their own" in one for one in fleet.assumed)
+    assert parse_cluster(cluster_to_data(fleet.cluster), Text(file="c", text=None)) == fleet.cluster
+    listed = "GPU 0: NVIDIA A100-SXM4-80GB (UUID: GPU-0)\n" + "".join(
+        f"  MIG 3g.40gb     Device  {i}: (UUID: MIG-{i})\n" for i in range(2)
+    )
+    (tmp_path / "h.txt").write_text(listed + "GPU 1: NVIDIA A100-SXM4-80GB (UUID: GPU-1)\n")
+    host = discovered(read_inventory([str(tmp_path / "h.txt")]), name="c", said={})
+    assert slices_of(host.cluster)["h-3g.40gb"][:3] == (2, "", 40.0)
+    assert host.cluster.node_groups[-1].gpus_of_node() == {1: "A100-SXM-80GB"}
+    (tmp_path / "h.txt").write_text(listed.replace("3g.40gb", "lots"))
+    with pytest.raises(DocumentError, match=r"MIG profile 'lots' is not of the form 1g\.10gb"):
+        discovered(read_inventory([str(tmp_path / "h.txt")]), name="c", said={})
+
+
+def test_memory_that_a_tool_reports_counts(tmp_path: Path) -> None:
+    (tmp_path / "h.csv").write_text(
+        "name, memory.total [MiB]\nNVIDIA A10G, 23028 MiB\nNVIDIA H100 80GB HBM3, 81559 MiB\n"
+    )
+    fleet = discovered(read_inventory([str(tmp_path / "h.csv")]), name="c", said={})
+    assert fleet.cluster.gpu_types["A10G"].memory_bytes == 23028 * 2**20
+    assert fleet.cluster.gpu_types["H100-SXM-80GB"].memory_bytes == 80 * 2**30, "0.4% less is nominal"
+    assert "memory: 22.5 GiB of A10G, as reported, which `gpu_types` states" in fleet.assumed
+
+
+STATIC = [
+    {
+        "gpu": i,
+        "asic": {"market_name": "AMD Instinct MI300X OAM"},
+        "vram": {"type": "HBM3", "size": {"value": 196592, "unit": "MB"}},
+    }
+    for i in range(2)
+]
+ROCM = {
+    f"card{i}": {
+        "Card Series": "AMD Instinct MI300X OAM",
+        "Card Model": "0x74a1",
+        "VRAM Total Memory (B)": "206141652992",
+        "VRAM Total Used Memory (B)": str(297279488 if i else 90 * 2**30),
+    }
+    for i in range(3)
+} | {"system": {"Driver version": "6.8.5"}}
+SINFO = """\
+NODELIST    GRES         STATE
+gpu[01-02]  gpu:a100:4   idle
+gpu03       gpu:a100:4   drain
+login       (null)       idle
+"""
+RAY_STATUS = """\
+======== Autoscaler status: 2026-11-20 10:00:00.000000 ========
+Node status
+---------------------------------------------------------------
+Active:
+ 1 node_a
+ 1 node_b
+Resources
+---------------------------------------------------------------
+Usage:
+ 0.0/64.0 CPU
+ 2.0/8.0 GPU
+ 0.0/2.0 accelerator_type:L40S
+ 0B/400.00GiB memory
+"""
+RAY_VERBOSE = (
+    RAY_STATUS
+    + """
+Node: aa11
+ Usage:
+  0.0/8.0 GPU
+  0.0/1.0 accelerator_type:L40S
+Node: bb22
+ Usage:
+  0.0/32.0 CPU
+"""
+)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "nodes"),
+    [
+        ("h.json", json.dumps(STATIC), {"h": ("MI300X-192GB", 2)}),
+        ("h.json", json.dumps({"gpu_data": STATIC}), {"h": ("MI300X-192GB", 2)}),
+        ("h.json", json.dumps(ROCM), {"h": ("MI300X-192GB", 2)}),
+        ("sinfo.txt", SINFO.replace("a100", "l40s"), {"gpu01": ("L40S", 4), "gpu02": ("L40S", 4)}),
+        ("ray.txt", RAY_STATUS, {"ray": ("L40S", 4)}),
+        ("ray.txt", RAY_VERBOSE, {"aa11": ("L40S", 8)}),
+    ],
+    ids=["amd-smi", "new amd-smi", "rocm-smi", "sinfo", "ray status", "ray status -v"],
+)
+def test_outputs_of_further_tools_are_read(
+    tmp_path: Path, name: str, content: str, nodes: dict[str, tuple[str, int]]
+) -> None:
+    assert gpus_in(tmp_path, content, name) == nodes
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("h.json", '[{"gpu": 0, "vram": {}}]', "has GPUs without a name: amd-smi static --json"),
+        ("ray.txt", RAY_STATUS.replace("/2.0 acc", "/3.0 acc"), "has totals, 8 GPUs of L40S, which do not say"),
+        ("sinfo.txt", SINFO.replace("gpu:a100:4", "gpu:a100:x"), "is 'gpu:a100:x', expected gpu:TYPE:COUNT"),
+    ],
+)
+def test_what_further_tools_leave_open_is_refused(tmp_path: Path, name: str, content: str, said: str) -> None:
+    with pytest.raises(DocumentError) as caught:
+        gpus_in(tmp_path, content, name)
+    assert said in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("one", "gpu"),
+    [
+        (node("n", {"cloud.google.com/gke-tpu-accelerator": "tpu-v6e-slice"}, 4, "google.com/tpu"), "TPU-v6e"),
+        (node("n", {"accelerator-type": "module-910b-8"}, 4, "huawei.com/Ascend910"), "Ascend-910B-64GB"),
+        (node("n", {"node.kubernetes.io/npu.chip.name": "910B4"}, 4, "huawei.com/Ascend910"), "Ascend-910B4-32GB"),
+    ],
+)
+def test_accelerators_of_other_vendors_are_found(tmp_path: Path, one: dict[str, Any], gpu: str) -> None:
+    assert gpus_in(tmp_path, json.dumps({"kind": "List", "items": [one]})) == {"n": (gpu, 4)}

@@ -101,7 +101,13 @@ _ROUTE = of(
     parentRefs=many(of("name", name=NAME, namespace=NAME), 1),
     rules=many(of("backendRefs", backendRefs=many(_BACKEND, 1, 16), timeouts=of("", request=TEXT)), 1, 16),
 )
+_MONITOR = of(
+    "selector podMetricsEndpoints",
+    selector=of("matchLabels", matchLabels=TEXTS),
+    podMetricsEndpoints=many(of("port", port=TEXT, path=TEXT, scheme=one_of("http", "https")), 1),
+)
 OBJECTS: Mapping[str, Schema] = {
+    "PodMonitor": kind("monitoring.coreos.com/v1", "PodMonitor", _MONITOR),
     "InferencePool": kind("inference.networking.k8s.io/v1", "InferencePool", _POOL),
     "HTTPRoute": kind("gateway.networking.k8s.io/v1", "HTTPRoute", _ROUTE),
     "LeaderWorkerSet": kind("leaderworkerset.x-k8s.io/v1", "LeaderWorkerSet", _LWS),
@@ -138,7 +144,10 @@ _ROLE_VALUES = of(
             command=many({"type": "string"}, 1),
             **{
                 field: {}
-                for field in ("env", "ports", "volumeMounts", "resources", "readinessProbe", "securityContext")
+                for field in (
+                    *("env", "ports", "volumeMounts", "resources", "securityContext", "lifecycle"),
+                    *("startupProbe", "livenessProbe", "readinessProbe"),
+                )
             },
         ),
         1,

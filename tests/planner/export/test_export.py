@@ -856,9 +856,9 @@ def test_probes_speak_https_to_engines_that_do(target: ExportTarget) -> None:
 
     of_kserve = target is ExportTarget.KSERVE  # whose presets have a scheme of their own
     certificate = ("--ssl-certfile=/tls/tls.crt", "--ssl-keyfile", "/tls/tls.key")
-    assert schemes() == ({"readinessProbe", *(("startupProbe",) if of_kserve else ())}, {""})
-    also = ("startupProbe", "livenessProbe") if of_kserve else ()
-    assert schemes(*certificate) == ({"readinessProbe", *also}, {"HTTPS"})
+    every = {"startupProbe", "livenessProbe", "readinessProbe"}
+    assert schemes() == (every - ({"livenessProbe"} if of_kserve else set()), {""})
+    assert schemes(*certificate) == (every, {"HTTPS"})
     assert schemes("--ssl-certf", "/tls/tls.crt") == schemes(*certificate), "vLLM's parser takes abbreviations"
 
 
@@ -870,12 +870,13 @@ def test_pods_are_not_killed_while_the_engine_drains_as_told(target: ExportTarge
         return {pod["terminationGracePeriodSeconds"] for pod in found if "terminationGracePeriodSeconds" in pod}
 
     by_operator = target is ExportTarget.DYNAMO  # whose own 60 seconds stay as they are
-    assert grace("one GPU") == grace("one GPU", "--shutdown-timeout", "0") == (set() if by_operator else {45})
-    assert grace("one GPU", "--shutdown-timeout=300") == {345}, "the 30 seconds of other targets, and a margin"
-    assert grace("one GPU", "--shutdown_time", "60", "--shutdown-time=90") == {135}, "shortened, the last of two"
+    assert grace("one GPU", "--shutdown-timeout", "0") == (set() if by_operator else {55})
+    assert grace("one GPU") == (set() if by_operator else {175}), "two minutes, unless an option says otherwise"
+    assert grace("one GPU", "--shutdown-timeout=300") == {355}, "the 30 seconds of other targets, and a margin"
+    assert grace("one GPU", "--shutdown_time", "60", "--shutdown-time=90") == {145}, "shortened, the last of two"
     if not by_operator:
-        assert grace("stages of two nodes", "--shutdown-timeout", "300") == {345}
-        assert grace("attention workers", "--shutdown-timeout", "300") == {345, 45}, "workers drain nothing"
+        assert grace("stages of two nodes", "--shutdown-timeout", "300") == {355}
+        assert grace("attention workers", "--shutdown-timeout", "300") == {355, 55}, "workers drain nothing"
 
 
 def test_dynamo_says_which_options_its_own_front_end_and_workers_replace() -> None:
@@ -1002,12 +1003,12 @@ def test_dynamos_operator_alone_gives_pods_shared_memory() -> None:
 
 @pytest.mark.parametrize("target", sorted(set(ExportTarget) - {ExportTarget.DYNAMO}))
 def test_stages_that_are_not_restarted_together_are_told(target: ExportTarget) -> None:
-    """Groups of pods, jobs and Ray's applications end as a whole; scripts restart nothing."""
+    """Groups of pods, jobs and Ray's applications end as a whole, pods of stages by probes; scripts restart nothing."""
 
     def told(name: str) -> list[str]:
         return [line for line in exported(PLANS[name], target).lost if "only that one is started again" in line]
 
-    is_alone = target in (ExportTarget.KUBERNETES, ExportTarget.COMPOSE)
+    is_alone = target is ExportTarget.COMPOSE
     assert not told("one GPU")
     assert not told("stages of a node")
     assert [line.partition(":")[0] for line in told("three nodes twice")] == ["replica 0", "replica 1"] * is_alone

@@ -51,9 +51,9 @@ def check_core(one: dict[str, Any]) -> None:
 def test_kubernetes_takes_every_object(name: str) -> None:
     made = exported(PLANS[name], ExportTarget.KUBERNETES, namespace="serving")
     found = reading.manifests(made.files)
-    assert {"Service", "StatefulSet", "NetworkPolicy"} <= {one["kind"] for one in found}
+    assert {"Service", "StatefulSet", "NetworkPolicy", "PodDisruptionBudget"} <= {one["kind"] for one in found}
     for one in found:
-        check_core(one)
+        check_object(one)
         assert one["metadata"]["namespace"] == "serving"
     listed = yaml.safe_load(made.files["kustomization.yaml"])
     assert sorted(listed["resources"]) == sorted(made.shown)
@@ -128,7 +128,7 @@ def test_operators_take_every_object(target: ExportTarget, changes: dict[str, An
 
 
 OWN_KINDS = {
-    ExportTarget.LWS: {"LeaderWorkerSet", "DisaggregatedSet"},
+    ExportTarget.LWS: {"LeaderWorkerSet", "DisaggregatedSet", "PodMonitor"},
     ExportTarget.LLM_D: {"LeaderWorkerSet", "InferencePool", "HTTPRoute"},
     ExportTarget.KSERVE: {"LLMInferenceService", "LLMInferenceServiceConfig"},
     ExportTarget.DYNAMO: {"DynamoGraphDeployment"},

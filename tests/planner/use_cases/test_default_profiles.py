@@ -73,7 +73,7 @@ def test_a_plan_promises_less_where_the_host_takes_time(a_file: str) -> None:
         solve_placement(loaded.inputs.problem(goal, "hetis", engine=engine), strategy="hetis").result.value
         for loaded in (inputs(), inputs(a_file))
     ]
-    assert values[0] < 0.99 * values[1]
+    assert values[0] < 0.995 * values[1]
 
 
 def test_a_type_under_a_catalogue_name_with_other_peaks_has_the_errors_of_a_card_that_nobody_measured() -> None:

@@ -14,8 +14,9 @@ import pytest
 from google.protobuf.duration_pb2 import Duration
 
 from examples.simulated_engine.engine import SimulatedEngine
-from examples.simulated_engine.replica import Control, ProportionalAdmission
+from examples.simulated_engine.replica import Control
 from examples.simulated_engine.server import SimulatedServer
+from examples.simulated_engine.stage import ProportionalAdmission
 from hetis.runtime.agent.executor import SocketExecutor, check_socket
 from hetis.runtime.moves.refusals import RefusedError, reason_name, stale_epoch
 from hetis.v1.executor_service_pb2 import (

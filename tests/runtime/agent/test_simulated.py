@@ -10,13 +10,8 @@ import pytest
 from hypothesis import given, settings
 
 from examples.simulated_engine.engine import SimulatedEngine
-from examples.simulated_engine.replica import (
-    AdmissionRule,
-    Control,
-    ControlFile,
-    ProportionalAdmission,
-    SolverAdmission,
-)
+from examples.simulated_engine.replica import Control, ControlFile
+from examples.simulated_engine.stage import AdmissionRule, ProportionalAdmission, SolverAdmission
 from hetis.runtime.moves.changes import MOST_ABORTED, REMEMBERED_S
 from hetis.runtime.moves.refusals import RefusedError, reason_name
 from hetis.v1.change_pb2 import Change, ChangePhase, ChangeStatus

@@ -32,7 +32,7 @@ class Listener:
     async def hello(self) -> ConnectNodeRequest:
         return ConnectNodeRequest(sequence=1, hello=Hello(node=NODE + "p"))
 
-    def heard(self, message: ConnectNodeResponse) -> None:
+    def received(self, message: ConnectNodeResponse) -> None:
         self.heard_kinds.append(message.WhichOneof("message"))
         if message.HasField("state_request") and self._breaks:
             self._breaks -= 1

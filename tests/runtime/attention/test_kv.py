@@ -76,7 +76,7 @@ def test_there_are_no_gaps() -> None:
         pool.extend([key(0)], [4], [5])
     with pytest.raises(UnknownSequenceError, match="is not here"):
         pool.read(key(1), 0, 1)
-    with pytest.raises(UnknownSequenceError, match="holds 3 positions, 4 were asked for"):
+    with pytest.raises(UnknownSequenceError, match="holds 3 positions, 4 were requested"):
         pool.read(key(0), 0, 4)
 
 

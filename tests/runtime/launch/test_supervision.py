@@ -65,7 +65,7 @@ def test_a_vllm_that_ended_as_told_or_would_end_so_again_ends_all(code: int) -> 
 
 
 def test_a_vllm_that_is_to_run_until_told_is_started_again_whatever_it_says() -> None:
-    made = Supervision(KINDS, now_s=0.0, until_told=True)
+    made = Supervision(KINDS, now_s=0.0, until_stopped=True)
     for name in KINDS:
         made.started(name, 0.0)
     assert made.ended("vllm", 0, 1.0) == FIRST_WAIT_S
@@ -139,7 +139,7 @@ class World:
         self.now_s += 1.0
         assert self.now_s < 1000, self.log
 
-    def told(self) -> int:
+    def num_stops(self) -> int:
         return sum(when_s <= self.now_s for when_s in self.signals_s)
 
     def run(self, *names: str) -> int:
@@ -151,7 +151,7 @@ class World:
             )
             for name in names
         ]
-        return supervise(commands, self.start, told=self.told, clock=lambda: self.now_s, wait=self.wait)
+        return supervise(commands, self.start, num_stops=self.num_stops, clock=lambda: self.now_s, wait=self.wait)
 
 
 def test_what_dies_is_started_again_and_vllm_ends_before_its_workers_go() -> None:
@@ -248,7 +248,7 @@ def test_what_was_started_ends_when_the_loop_breaks() -> None:
             raise RuntimeError("broken")
         return 0
 
-    world.told = broken  # type: ignore[method-assign]
+    world.num_stops = broken  # type: ignore[method-assign]
     with pytest.raises(RuntimeError, match="broken"):
         world.run("w")
     assert log == ["w started", "w told", "w ended"]

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from hetis.runtime.transport import channel, pipes
-from hetis.runtime.transport.channel import Channel, ChannelKind, Greeting, connect
+from hetis.runtime.transport.channel import Channel, ChannelKind, Handshake, connect
 from hetis.runtime.transport.frames import ChannelError, Frame, FrameError, FrameKind
 from hetis.runtime.transport.pipes import SharedFile, TcpPipe, is_supported
 
@@ -42,10 +42,10 @@ def worker() -> Iterator[Callable[[], tuple[int, Accepted]]]:
 
 
 def accept(connection: socket.socket) -> tuple[Channel, Frame]:
-    """Return what a greeting gives once all of it has arrived."""
-    greeting, until_s = Greeting(connection, stall_s=10), monotonic() + 10
-    while (found := greeting.read()) is None:
-        assert monotonic() < until_s, "no greeting arrived"
+    """Return what a handshake gives once all of it has arrived."""
+    handshake, until_s = Handshake(connection, stall_s=10), monotonic() + 10
+    while (found := handshake.read()) is None:
+        assert monotonic() < until_s, "no handshake arrived"
         sleep(0.001)
     return found
 
@@ -120,7 +120,7 @@ def test_a_path_that_is_none_of_ours_is_refused(worker: Callable[[], tuple[int, 
 
 
 def test_strangers_cannot_make_a_worker_take_memory(worker: Callable[[], tuple[int, Accepted]]) -> None:
-    """Before an engine has shown its key, larger frames than a greeting end the connection, later ones do not."""
+    """Before an engine has shown its key, larger frames than a handshake end the connection, later ones do not."""
     large = PING._replace(parts=(torch.zeros(1 << 17, dtype=torch.uint8),))
     port, accepted = worker()
     with closing(connect("127.0.0.1", port, kind=ChannelKind.TCP)) as one:

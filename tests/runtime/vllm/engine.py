@@ -306,7 +306,7 @@ def judged(engine: Engine, act: dict[str, Any]) -> dict[str, Any]:
 
 def told(engine: Engine, act: dict[str, Any]) -> dict[str, Any]:
     """Return what the plugin has measured and counted since the start."""
-    from hetis.runtime.vllm.counts import SchedulerCounts
+    from hetis.runtime.vllm.executing import SchedulerCounts
 
     stage = engine.side.costs.stage
     return {

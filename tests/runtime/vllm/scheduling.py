@@ -10,7 +10,7 @@ from typing import Any
 
 from google.protobuf.duration_pb2 import Duration
 
-from hetis.runtime.vllm.coefficients import head_shape
+from hetis.runtime.vllm.calibration import head_shape
 from hetis.runtime.vllm.executing import surround
 from hetis.runtime.vllm.scheduler import EngineShape, SchedulerSide
 from hetis.runtime.vllm.settings import PluginSettings

@@ -12,14 +12,17 @@ from hypothesis import strategies as st
 from hetis.runtime.attention.device import AttentionDevice
 from hetis.runtime.vllm.calibration import (
     Calibration,
+    Coefficients,
     TimedCall,
     calibrate,
+    device_seconds,
     fit_calls,
     nonnegative_fit,
+    scaled,
+    with_coefficients,
     with_exchange,
 )
-from hetis.runtime.vllm.coefficients import Coefficients, device_seconds, scaled, with_coefficients
-from hetis.solver.dispatch.problem import HeadShape, Primary, Stage
+from hetis.solver.dispatch.dispatch_problem import HeadShape, Primary, Stage
 from tests.runtime.vllm.paced import SHAPE, FakeClock, Pace, PacedDevice, paced_devices
 
 PACES = (

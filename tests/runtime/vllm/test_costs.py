@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from hetis.runtime.vllm.calibration import Calibration
-from hetis.runtime.vllm.coefficients import Coefficients, head_shape
+from hetis.runtime.vllm.calibration import Calibration, Coefficients, head_shape
 from hetis.runtime.vllm.costs import HERE, EngineCosts, LayerTime
-from hetis.runtime.vllm.counts import COUNTERS, EVERY_S, GAUGES, SchedulerCounts, merged, summary
+from hetis.runtime.vllm.counts import COUNTERS, GAUGES, merged, summary
+from hetis.runtime.vllm.executing import EVERY_S, SchedulerCounts
 from hetis.runtime.vllm.steps import Exchanged, RankReport, WorkerReport
 from tests.runtime.vllm.scheduling import NAMES, World
 

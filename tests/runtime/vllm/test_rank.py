@@ -21,9 +21,8 @@ from hypothesis import strategies as st
 
 from hetis.runtime.attention.device import LocalDevice
 from hetis.runtime.attention.kv import DeviceLostError, KvShape
-from hetis.runtime.vllm import batches
-from hetis.runtime.vllm.batches import attend_directly
-from hetis.runtime.vllm.head_map import VirtualBatch
+from hetis.runtime.vllm import head_map
+from hetis.runtime.vllm.head_map import LayerCall, VirtualBatch, attend_directly
 from hetis.runtime.vllm.rank import Rank
 from hetis.runtime.vllm.steps import LOCAL, Admitted, Event, Gone, GroupMove, Grown, MoveStep, Rehomed, StepPlan
 from hetis.runtime.vllm.workers import ConnectedWorkers
@@ -48,20 +47,18 @@ class Blocks:
         self.kv = torch.zeros(2, LAYERS, num_blocks * BLOCK, DIM, dtype=torch.float64)
         self.layer = 0
 
-    def attend_here(
-        self, layer: Any, q: Any, k: Any, v: Any, cache: Any, slots: torch.Tensor, base: Any, out: torch.Tensor
-    ) -> None:
+    def attend_here(self, call: LayerCall, slots: torch.Tensor, base: Any) -> None:
         part, tables = base
-        number = int(layer.layer_name)
-        self.kv[0, number, slots], self.kv[1, number, slots] = k[:, 0], v[:, 0]
+        number = int(call.layer.layer_name)
+        self.kv[0, number, slots], self.kv[1, number, slots] = call.k[:, 0], call.v[:, 0]
         for i in range(len(part)):
             begin, end, last = int(part.starts[i]), int(part.starts[i + 1]), int(part.lasts[i])
             at = _slots(tables[i].numpy(), 0, last)
             keys, values = self.kv[0, number, at], self.kv[1, number, at]
             # Rows before the chunk are only attended to, so their queries are zero.
             whole = torch.zeros(last, QUERIES, DIM, dtype=torch.float64)
-            whole[last - (end - begin) :] = q[begin:end]
-            out[begin:end] = reference(whole, keys, values, number)[last - (end - begin) :]
+            whole[last - (end - begin) :] = call.q[begin:end]
+            call.out[begin:end] = reference(whole, keys, values, number)[last - (end - begin) :]
 
     def read(self, blocks: Any, first: int, last: int) -> tuple[torch.Tensor, torch.Tensor]:
         at = _slots(blocks, first, last)
@@ -255,7 +252,8 @@ class World:
             )
             out = torch.full((len(q), GROUPS * QUERIES, DIM), torch.nan, dtype=torch.float64)
             impl: Any = self.blocks
-            self.rank.attend(impl, SimpleNamespace(layer_name=str(layer)), q.flatten(1, 2), k, v, q, metadata, out)
+            named = SimpleNamespace(layer_name=str(layer))
+            self.rank.attend(impl, LayerCall(named, q.flatten(1, 2), k, v, q, out), metadata)
             outputs.append(out)
         self.rank.finish_step()
         void = self.rank.take_void()
@@ -438,7 +436,8 @@ def test_a_step_that_nobody_finished_does_not_reach_into_the_next() -> None:
         metadata: Any = SimpleNamespace(common=common, builder=world.blocks)
         impl: Any = world.blocks
         for layer in range(LAYERS):
-            world.rank.attend(impl, SimpleNamespace(layer_name=str(layer)), q, kv, kv, q, metadata, out)
+            named = SimpleNamespace(layer_name=str(layer))
+            world.rank.attend(impl, LayerCall(named, q, kv, kv, q, out), metadata)
         assert not out.any(), "of nobody's rows nothing is computed"
     for _ in range(3):
         world.step()
@@ -467,7 +466,7 @@ def test_workers_hold_nothing_of_requests_that_ended_on_their_way() -> None:
 def test_attention_made_up_for_a_lost_worker_is_that_of_a_whole_sequence(
     monkeypatch: pytest.MonkeyPatch, layer: int, piece_tokens: int
 ) -> None:
-    monkeypatch.setattr(batches, "_PIECE_TOKENS", piece_tokens)
+    monkeypatch.setattr(head_map, "_PIECE_TOKENS", piece_tokens)
     torch.manual_seed(0)
     q, k, v = torch.randn(11, QUERIES, DIM), torch.randn(11, DIM), torch.randn(11, DIM)
     expected = reference(q.double(), k.double(), v.double(), layer)

@@ -53,7 +53,7 @@ def connected(listener: socket.socket) -> socket.socket:
 def one_of(pending: PendingConnections) -> tuple[Channel, Frame]:
     """Return the next that has greeted."""
     until_s = monotonic() + 10
-    while not (found := pending.greeted(0.1)):
+    while not (found := pending.completed(0.1)):
         assert monotonic() < until_s, "nobody has greeted"
     [one] = found
     return one
@@ -75,10 +75,10 @@ def check_closed(other: socket.socket) -> None:
 def test_who_greets_is_handed_out_before_those_that_came_earlier_and_are_silent(listener: socket.socket) -> None:
     pending = PendingConnections(listener, stall_s=10)
     with connected(listener) as silent, connected(listener) as speaking:
-        assert pending.greeted(0.0) == []
+        assert pending.completed(0.0) == []
         speaking.sendall(GREETING)
         check_next(pending, speaking)
-        assert pending.greeted(0.0) == []
+        assert pending.completed(0.0) == []
         silent.sendall(GREETING)
         check_next(pending, silent)
 
@@ -90,7 +90,7 @@ def test_a_greeting_is_read_as_it_arrives_and_nobody_waits_for_its_rest(listener
         for at in range(len(GREETING) - 1):
             slow.sendall(GREETING[at : at + 1])
             begun_s = monotonic()
-            assert pending.greeted(0.0) == []
+            assert pending.completed(0.0) == []
             assert monotonic() < begun_s + 1.0
         quick.sendall(GREETING)
         check_next(pending, quick)
@@ -103,15 +103,15 @@ def test_who_has_not_greeted_is_closed_in_time_whatever_it_has_said(listener: so
     clock = Clock()
     pending = PendingConnections(listener, stall_s=10, clock=clock)
     with connected(listener) as silent:
-        assert pending.greeted(1.0) == []
+        assert pending.completed(1.0) == []
         clock.now_s = 9.9
         silent.sendall(says)
-        assert pending.greeted(0.1) == []
+        assert pending.completed(0.1) == []
         silent.setblocking(False)
         with pytest.raises(BlockingIOError):
             silent.recv(1)
         clock.now_s = 10.0
-        assert pending.greeted(0.0) == []
+        assert pending.completed(0.0) == []
         check_closed(silent)
 
 
@@ -122,9 +122,9 @@ def test_the_oldest_of_too_many_makes_room(listener: socket.socket) -> None:
         first, *others = [opened.enter_context(connected(listener)) for _ in range(MOST + 1)]
         for other in others:
             other.sendall(GREETING[:4])
-        while pending.greeted(0.1) == [] and len(pending) < MOST:
+        while pending.completed(0.1) == [] and len(pending) < MOST:
             pass
-        assert pending.greeted(0.1) == []
+        assert pending.completed(0.1) == []
         check_closed(first)
         others[-1].sendall(GREETING[4:])
         check_next(pending, others[-1])
@@ -134,7 +134,7 @@ def test_who_has_greeted_makes_no_room_for_others(listener: socket.socket) -> No
     pending = PendingConnections(listener, stall_s=10)
     with connected(listener) as engine, ExitStack() as opened:
         opened.callback(pending.close)
-        assert pending.greeted(1.0) == []
+        assert pending.completed(1.0) == []
         engine.sendall(GREETING)
         for _ in range(MOST):
             opened.enter_context(connected(listener))
@@ -151,7 +151,7 @@ def test_both_ends_learn_that_they_are_of_different_versions(
         engine.sendall(other)
         until_s = monotonic() + 10
         while not caplog.records:
-            assert pending.greeted(0.1) == []
+            assert pending.completed(0.1) == []
             assert monotonic() < until_s, "nothing was logged"
         assert f"a frame of version {VERSION + 1}, this is version {VERSION}" in caplog.text
         channel = Channel(TcpPipe(engine, "worker"))
@@ -172,11 +172,11 @@ def test_who_comes_through_shared_memory_is_heard_and_outlasts_strangers(listene
         pipe = TcpPipe(engine, "worker")
         Channel(pipe).send([Frame(kind=FrameKind.ATTACH, epoch=0, session=0, parts=(path,))])
         while not (answer := Channel(pipe).receive(0.0)):
-            assert pending.greeted(0.1) == []
+            assert pending.completed(0.1) == []
         assert answer.kind is FrameKind.WELCOME
         for _ in range(2 * MOST):
             opened.enter_context(connected(listener))
-            assert pending.greeted(0.1) == []
+            assert pending.completed(0.1) == []
         Channel(ShmPipe(shared, pipe, first=True)).send([PING])
         channel, frame = one_of(pending)
         assert channel.name.startswith("shm over ")
@@ -187,11 +187,11 @@ def test_who_comes_through_shared_memory_is_heard_and_outlasts_strangers(listene
 def test_a_connection_that_was_reset_is_forgotten(listener: socket.socket, caplog: pytest.LogCaptureFixture) -> None:
     pending = PendingConnections(listener, stall_s=10)
     other = connected(listener)
-    assert pending.greeted(1.0) == []
+    assert pending.completed(1.0) == []
     assert len(pending) == 1
     other.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     other.close()  # a reset, not an orderly close
-    assert pending.greeted(10.0) == []
+    assert pending.completed(10.0) == []
     assert len(pending) == 0
     assert "Connection reset by peer" in caplog.text
 
@@ -211,7 +211,7 @@ def test_without_descriptors_newcomers_wait_and_the_log_says_so_once(
     with Full(fileno=listener.detach()) as full, connected(full) as other:
         pending = PendingConnections(full, stall_s=10)
         other.sendall(GREETING)
-        found = [pending.greeted(10.0) for _ in range(4)]
+        found = [pending.completed(10.0) for _ in range(4)]
         assert found[:3] == [[]] * 3
         [(channel, _)] = found[3]
         channel.close()

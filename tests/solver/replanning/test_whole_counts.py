@@ -27,10 +27,11 @@ from hetis.solver.planning import solve_placement
 from hetis.solver.problem import EngineRules, Family, PlacementProblem
 from hetis.solver.replanning import whole_counts
 from hetis.solver.replanning.change import HALF_DONE, ChangeCosts, ReplanningProblem
-from hetis.solver.replanning.check import check_replanning
 from hetis.solver.replanning.fresh import search_fresh
+from hetis.solver.replanning.net_master import ProgramLimits
+from hetis.solver.replanning.replanner import Replanning, Survivors, solve_replanning
+from hetis.solver.replanning.replanning_check import check_replanning
 from hetis.solver.replanning.running import new_replica
-from hetis.solver.replanning.solve import Replanning, Survivors, solve_replanning
 from hetis.solver.replanning.whole_counts import WholeCounts
 from tests.solver.instances import make_node, make_problem, make_profile, problems
 from tests.solver.oracle import best_plan_value
@@ -168,7 +169,7 @@ def test_the_bound_contradicts_no_choice_among_all_replicas(
         return
     for net in (survivors.master(demand), survivors.master(demand, changes_cost=False)):
         new = [new_replica(t, net.start_s(t)) for t in every_replica(costs)]
-        best = net.choose([*options, *new], time_limit_s=60.0, gap=0.0, seed=0)
+        best = net.choose([*options, *new], ProgramLimits(gap=0.0, nodes=100_000, time_limit_s=60.0, seed=0))
         if best is None or net.value_of(best.chosen) <= 0.0:
             continue
         proofs, value = WholeCounts(costs, fresh.prices, net.row_costs, exactly), net.value_of(best.chosen)

@@ -20,10 +20,11 @@ from hetis.solver.plan import Objective, ObjectiveKind, Role, Status
 from hetis.solver.planning import solve_placement
 from hetis.solver.problem import PlacementProblem
 from hetis.solver.tenants import fleet_search
-from hetis.solver.tenants.fleet_search import FleetSearch, part_of
+from hetis.solver.tenants.fleet_search import FleetSearch
 from hetis.solver.tenants.joint_master import TenantColumns, TenantsGoal, choose_whole
 from hetis.solver.tenants.share_check import check_fleet_shares
 from hetis.solver.tenants.tenancy import FleetShares, Tenancy, Tenant, TenantRule
+from hetis.solver.tenants.tenant_replicas import part_of
 from tests.solver.instances import (
     NO_LIMITS,
     SMALL_FAMILY,
@@ -268,7 +269,7 @@ def test_halves_of_requests_serve_what_the_scarcer_half_allows() -> None:
     assert columns.served(np.array([1, 1, 1])) == pytest.approx(0.3)
     assert columns.served(np.array([0, 5, 1])) == pytest.approx(0.5)
     goal = TenantsGoal(np.ones(1), np.zeros(1))
-    choice = choose_whole([columns], np.array([2, 4, 1]), goal, time_limit_s=np.inf, gap=0.0)
+    choice = choose_whole([columns], np.array([2, 4, 1]), goal, nodes=10_000, time_limit_s=np.inf, gap=0.0)
     assert choice is not None
     assert choice.counts[0].tolist() == [2, 3, 1] or choice.counts[0].tolist() == [2, 4, 1]
     assert choice.rates[0] == pytest.approx(0.7)

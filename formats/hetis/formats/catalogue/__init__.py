@@ -360,7 +360,7 @@ def _numbers(parts: Iterable[str]) -> list[tuple[str, str]]:
 def _gpu_parts(name: str) -> tuple[str, ...]:
     """Return lower-case parts in a common spelling: ``SXM4`` is ``sxm``, ``80G`` and ``80GiB`` are ``80gb``."""
     parts = [part for part in re.split(r"[^a-z0-9]+", name.lower()) if part and part not in _IGNORED]
-    parts = [re.sub(r"^sxm\d$", "sxm", re.sub(r"^(\d+)g(i?b)?$", r"\1gb", part)) for part in parts]
+    parts = [re.sub(r"^(sxm\d|nvlink)$", "sxm", re.sub(r"^(\d+)g(i?b)?$", r"\1gb", part)) for part in parts]
     joined: list[str] = []
     for part in parts:  # "80 GB" is one part
         if part in ("gb", "gib", "g") and joined and joined[-1].isdigit():

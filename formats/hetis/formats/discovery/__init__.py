@@ -16,6 +16,7 @@ class FleetSource(StrEnum):
     AUTO = "auto"
     KUBECTL = "kubectl"
     NVIDIA_SMI = "nvidia-smi"
+    AMD_SMI = "amd-smi"
     SLURM = "slurm"
     NVML = "nvml"
     RAY = "ray"

@@ -131,6 +131,7 @@ def discovered(inventory: Inventory, *, name: str, link: Link | None = None, sai
     types of products that the user named (`said_types`).
     """
     groups, left_out, notes = list[NodeGroup](), list[str](), list[str]()
+    types = dict[str, GpuType]()
     problems: dict[str, Problem] = {}
     seen: dict[str, FoundNode] = {}
     for node in inventory.nodes:
@@ -141,6 +142,11 @@ def discovered(inventory: Inventory, *, name: str, link: Link | None = None, sai
         left_out += [f"{node.name}: {reason}" for reason in node.left_out]
         slots, indices, unwanted = _slots(node, said, problems)
         left_out += unwanted
+        types |= _types_reported(node, said)
+        for gpus, group in _slices(node, said, problems, called):
+            types[gpus.name] = gpus
+            groups.append(group)
+            notes.append(_OF_SLICES)
         if slots:
             intra, note = _inside(node, [catalogue.find_gpu(one.gpu).gpu for one in slots])
             notes += [note] if note else []
@@ -151,7 +157,7 @@ def discovered(inventory: Inventory, *, name: str, link: Link | None = None, sai
                     zone=_name(node.zone),
                     intra_link=intra,
                     indices=indices,
-                    resource=next((one.resource for one in node.gpus if one.resource), ""),
+                    resource=next((one.resource for one in node.gpus if one.resource and not one.part), ""),
                 )
             )
     if problems:
@@ -161,7 +167,14 @@ def discovered(inventory: Inventory, *, name: str, link: Link | None = None, sai
     if inventory.num_without_gpus:
         left_out.append(f"{counted(inventory.num_without_gpus, 'node')} without GPUs")
     zones = list(dict.fromkeys(group.zone for group in groups))
-    used = {slots.gpu: catalogue.find_gpu(slots.gpu).gpu for group in groups for slots in group.gpus}
+    used = {
+        slots.gpu: types.get(slots.gpu) or catalogue.find_gpu(slots.gpu).gpu for group in groups for slots in group.gpus
+    }
+    notes += [
+        f"memory: {gpu.memory_bytes / 2**30:.1f} GiB of {name}, as reported, which `gpu_types` states"
+        for name, gpu in used.items()
+        if (known := catalogue.gpu_types().get(name)) is not None and known.memory_bytes != gpu.memory_bytes
+    ]
     cluster = Cluster(
         name=name,
         node_groups=tuple(_numbered(groups)),
@@ -205,6 +218,8 @@ def _slots(
     """
     places, unwanted, start = dict[str, list[int]](), list[str](), 0
     for gpus in node.gpus:
+        if gpus.part:
+            continue
         here, start = range(start, start + gpus.count), start + gpus.count
         try:
             board = board_of(gpus, said)
@@ -221,6 +236,69 @@ def _slots(
         indices_of(numbers),
         unwanted,
     )
+
+
+def _types_reported(node: FoundNode, said: Mapping[str, str]) -> dict[str, GpuType]:
+    """Return the types whose memory a tool reports as another than nominal."""
+    found = dict[str, GpuType]()
+    for gpus in node.gpus:
+        try:
+            board = LEAVE_OUT if gpus.part or gpus.memory_bytes is None else board_of(gpus, said)
+        except UnclearBoardError:  # `_slots` refuses it
+            continue
+        if board == LEAVE_OUT:
+            continue
+        gpu = catalogue.find_gpu(board).gpu
+        if gpus.memory_bytes and _LEAST_DIFFERENCE < abs(gpus.memory_bytes / gpu.memory_bytes - 1) <= _MOST_DIFFERENCE:
+            found[board] = replace(gpu, memory_bytes=gpus.memory_bytes)
+    return found
+
+
+_LEAST_DIFFERENCE = 0.01  # of memory as reported from nominal memory, below which it is nominal
+_OF_SLICES = (
+    "MIG slices are nodes of their own, since no engine joins two of them; the affinity of exported pods has to name "
+    "the node that they are on"
+)
+_SLICE = re.compile(r"([1-7])[cg]\.(?:[1-7]g\.)?(\d{1,3})gb(?:[+-]me)?(?:\.\w+)?", re.IGNORECASE)
+_SLICES = 7, 8  # of a card's multiprocessors and of its memory (docs.nvidia.com, MIG User Guide, "Profiles")
+
+
+def _slices(
+    node: FoundNode, said: Mapping[str, str], problems: dict[str, Problem], called: str
+) -> Iterator[tuple[GpuType, NodeGroup]]:
+    """Yield the type and the group of the MIG slices of each profile on a node: a seventh of the card's compute and an
+    eighth of its memory and bandwidth, times the numbers in its name (``3g.20gb``).
+    """
+    for gpus in node.gpus:
+        shape = _SLICE.fullmatch(gpus.part)
+        if not gpus.part or shape is None:
+            if gpus.part:
+                message = f"MIG profile {gpus.part[:40]!r} is not of the form 1g.10gb"
+                problems.setdefault(message, replace(node.where, message=f"{node.name}: {message}"))
+            continue
+        try:
+            board = board_of(gpus, said)
+        except UnclearBoardError as error:
+            problems.setdefault(str(error), replace(node.where, message=f"{node.name}: {error}"))
+            continue
+        if board == LEAVE_OUT:
+            continue
+        card, compute = catalogue.find_gpu(board).gpu, int(shape[1]) / _SLICES[0]
+        eighths = max(1, min(_SLICES[1], round(int(shape[2]) * 2**30 * _SLICES[1] / card.memory_bytes)))
+        memory = eighths / _SLICES[1]
+        gpu = replace(
+            card,
+            name=f"{board}-{gpus.part.lower()}",
+            memory_bytes=int(card.memory_bytes * memory),
+            mem_bytes_per_s=card.mem_bytes_per_s * memory,
+            fp16_flops=card.fp16_flops * compute,
+            fp8_flops=None if card.fp8_flops is None else card.fp8_flops * compute,
+            nvlink_bytes_per_s=None,
+            usd_per_hour=None if card.usd_per_hour is None else card.usd_per_hour * memory,
+        )
+        slots, zone = (GpuSlots(gpu=gpu.name, count=1),), _name(node.zone)
+        name = _name(f"{called}-{gpus.part.lower()}")
+        yield gpu, NodeGroup(name=name, gpus=slots, count=gpus.count, numbered=True, zone=zone, resource=gpus.resource)
 
 
 def _nothing(inventory: Inventory, left_out: Iterable[str]) -> str:

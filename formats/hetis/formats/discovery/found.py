@@ -25,6 +25,7 @@ class FoundGpus:
     memory_bytes: int | None = None  # memory of each. None: the tool does not report it.
     # Other words about the node that may distinguish boards of one name, such as Slurm's features
     hints: tuple[str, ...] = ()
+    part: str = ""  # the profile of MIG slices, such as 1g.10gb, whose card the product is; empty: whole GPUs
     resource: str = ""  # by which pods request them in Kubernetes; empty: as any GPU of their vendor, or not reported
 
 

@@ -21,7 +21,6 @@ from hetis.formats.discovery.found import (
     counted,
     grouped,
     inventory,
-    parts_text,
     some_of,
     text,
     whole_number,
@@ -32,10 +31,13 @@ from hetis.formats.errors import Problem, single_problem
 from hetis.formats.fields import listed, mapping
 from hetis.formats.positions import Text
 
-_RESOURCES = ("nvidia.com/gpu", "amd.com/gpu", "gpu.intel.com/xe", "gpu.intel.com/i915", "habana.ai/gaudi")
+_RESOURCES = (
+    *("nvidia.com/gpu", "amd.com/gpu", "gpu.intel.com/xe", "gpu.intel.com/i915", "habana.ai/gaudi", "google.com/tpu"),
+    *("huawei.com/Ascend910", "huawei.com/ascend-1980", "huawei.com/npu"),
+)
 # What NVIDIA's device plugin advertises instead of GPUs that pods share, if `renameByDefault` is set (docs.nvidia.com,
 # "Time-Slicing GPUs in Kubernetes"): as many as GPUs times replicas.
-_NVIDIA, _SHARED = "nvidia.com/gpu", "nvidia.com/gpu.shared"
+_NVIDIA, _SHARED, _MIG = "nvidia.com/gpu", "nvidia.com/gpu.shared", "nvidia.com/mig-"
 _DRIVERS = {"gpu.nvidia.com": "nvidia.com/gpu", "gpu.amd.com": "amd.com/gpu", "gpu.intel.com": "gpu.intel.com/xe"}
 _ZONES = ("topology.kubernetes.io/zone", "failure-domain.beta.kubernetes.io/zone")
 _LEAVING = {
@@ -153,7 +155,9 @@ def _asked(pod: _Object, problems: list[Problem]) -> dict[str, int]:
                 path = (*pod.path, "spec", group, i, "resources", "limits", resource)
                 yield whole_number(value, path, pod.source, problems)
 
-    names = (*_RESOURCES, _SHARED)
+    requests = (mapping(mapping(one).get("resources")) for one in listed(pod.part("spec").get("containers")))
+    slices = {name for one in requests for name in mapping(one.get("limits")) if name.startswith(_MIG)}
+    names = (*_RESOURCES, _SHARED, *sorted(slices))
     most = {r: max(sum(each("containers", r)), max(each("initContainers", r), default=0)) for r in names}
     most[_NVIDIA] += most.pop(_SHARED)
     return {resource: count for resource, count in most.items() if count}
@@ -270,11 +274,17 @@ def _of_resources(node: _Object, use: _Use, problems: list[Problem]) -> tuple[li
         found, out = _of_resource(node, resource, use, problems)
         gpus += found
         left_out += out
-    slices = [name for name in mapping(node.part("status").get("capacity")) if name.startswith("nvidia.com/mig-")]
-    cut = {name: _number(node, "capacity", name, problems) for name in slices}
-    if any(cut.values()):
-        named = some_of(f"{count} {name.removeprefix('nvidia.com/')}" for name, count in cut.items() if count)
-        left_out.append(f"parts of GPUs (MIG): {named}")
+    for resource in mapping(node.part("status").get("capacity")):
+        if resource.startswith(_MIG):
+            count, busy = _number(node, "allocatable", resource, problems), use.get(resource, Counter[str]()).total()
+            product, _ = product_of(node.labels, _NVIDIA)
+            if busy and count:
+                left_out.append(
+                    f"{counted(min(busy, count), 'slice')} ({resource}): in use by {some_of(use[resource])}"
+                )
+            if count > busy:
+                part = resource.removeprefix(_MIG)
+                gpus.append(FoundGpus(product=product, count=count - busy, part=part, resource=resource))
     return gpus, left_out
 
 
@@ -293,7 +303,8 @@ def _of_resource(node: _Object, resource: str, use: _Use, problems: list[Problem
         return [], []
     product, memory = product_of(node.labels, resource)
     if "-MIG-" in product:
-        return [], [parts_text(capacity, product)]
+        card, _, part = product.partition("-MIG-")
+        return [FoundGpus(product=card, count=usable, part=part)] if usable else [], []
     labelled, shares = _label(node, "count", problems), max(1, _label(node, "replicas", problems))
     if registered := _registered(node) if resource == _NVIDIA else 0:
         labelled = labelled or registered

@@ -82,6 +82,12 @@ _PRODUCT_LABELS = {
         ("karpenter.k8s.aws/instance-gpu-name", ""),
     ),
 }
+# Labels of accelerators of other vendors: GKE's for TPUs, and MindCluster's and Volcano's for Ascend.
+_PRODUCT_LABELS |= {
+    "google.com": (("cloud.google.com/gke-tpu-accelerator", ""),),
+    "huawei.com": (("node.kubernetes.io/npu.chip.name", ""), ("accelerator-type", ""), ("accelerator", "")),
+}
+_ASCEND = re.compile(r"(?:module-|card-|huawei-)?(?:ascend)?-?(910[a-c]\d?)(?:-\d+)*", re.IGNORECASE)
 _VRAM = re.compile(r"(\d+)([KMGT])i?B?")
 
 
@@ -95,6 +101,8 @@ def product_of(node_labels: Mapping[str, Any], resource: str) -> tuple[str, int 
         # A cloud's own label is less exact than the machine (l4, a100), a driver's is more.
         if not (product := labels.get(name)) or (by_machine and not name.startswith((vendor, f"beta.{vendor}"))):
             continue
+        if vendor == "huawei.com" and (chip := _ASCEND.fullmatch(product)):  # module-910b-8
+            return f"Ascend {chip[1]}", None
         megabytes = labels.get(of_memory, "")
         vram = next((found for one in ("", "beta.") if (found := labels.get(f"{one}{vendor}/gpu.vram"))), "")
         size = _VRAM.fullmatch(vram)

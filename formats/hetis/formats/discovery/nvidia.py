@@ -10,6 +10,7 @@ import itertools
 import logging
 import re
 import socket
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -19,7 +20,7 @@ from typing import Any
 from xml.etree.ElementTree import Element, TreeBuilder
 from xml.parsers import expat
 
-from hetis.formats.discovery.found import FoundNode, Inventory, counted, grouped, inventory, some_of
+from hetis.formats.discovery.found import FoundGpus, FoundNode, Inventory, counted, grouped, inventory, some_of
 from hetis.formats.errors import DocumentError, Problem, attempt, single_problem
 
 # Memory in use above this without a visible process belongs to another user or container. An idle driver keeps less.
@@ -37,6 +38,7 @@ class DriverGpu:
     used_bytes: int | None = None
     processes: tuple[str, ...] = ()  # names of the processes that compute on it
     num_parts: int | None = None  # number of its MIG parts, 0 if they cannot be counted. None: it is whole.
+    parts: tuple[str, ...] = ()  # the profiles of its MIG parts, as far as they are named
     recovery: str = ""  # action that the driver requires before the GPU can be used. Empty: none.
     is_prohibited: bool = False  # whether no process may compute on it
 
@@ -78,9 +80,16 @@ def host_node(
     links = list(pairs)
     return FoundNode(
         name=name,
-        gpus=grouped((gpu.product, gpu.memory_bytes) for gpu in free),
+        gpus=(
+            *grouped((gpu.product, gpu.memory_bytes) for gpu in free),
+            *(
+                FoundGpus(product=product, count=count, part=part)
+                for (product, part), count in Counter((gpu.product, part) for gpu in gpus for part in gpu.parts).items()
+            ),
+        ),
         left_out=left_out_together(
-            (index, gpu.product, reason) for index, (gpu, reason) in enumerate(zip(gpus, reasons, strict=True))
+            (index, gpu.product, "" if gpu.parts else reason)
+            for index, (gpu, reason) in enumerate(zip(gpus, reasons, strict=True))
         ),
         nvlinks=min(links, default=None) if len(gpus) > 1 else None,
         bridged=bool(links) and min(links) == 0 < max(links),
@@ -108,7 +117,7 @@ def left_out_together(gpus: Iterable[tuple[int, str, str]]) -> tuple[str, ...]:
 ROOT = "nvidia_smi_log"
 STDIN_HOST = "host"  # standard input has no name
 
-_ENDINGS = re.compile(r"(\.topo)?\.(xml|txt|topo|log|csv)$|\.topo$", re.IGNORECASE)
+_ENDINGS = re.compile(r"(\.topo)?\.(xml|txt|topo|log|csv|json)$|\.topo$", re.IGNORECASE)
 _COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 _CELL = re.compile(r"X|NV(\d{1,2})|SYS|NODE|PHB|PXB|PIX|C2C|N/A")
 _MEBIBYTES = re.compile(r"(\d{1,9}) MiB")
@@ -141,8 +150,10 @@ def _table_gpus(text: str) -> list[DriverGpu]:
         places = [i for i, line in enumerate(lines) if _LISTED.fullmatch(line)]
         ends = [*places[1:], len(lines)]
         products = [_LISTED.sub(r"\1", lines[place]) for place in places]
-        parts = [end - place - 1 for place, end in zip(places, ends, strict=True)]  # MIG parts follow their GPU
-        return [DriverGpu(product=name, num_parts=num or None) for name, num in zip(products, parts, strict=True)]
+        within = [lines[place + 1 : end] for place, end in zip(places, ends, strict=True)]  # MIG parts follow their GPU
+        parts = [tuple(line.split()[1] for line in each) for each in within]
+        pairs = zip(products, parts, strict=True)
+        return [DriverGpu(product=name, num_parts=len(each) or None, parts=each) for name, each in pairs]
     if not any(line.startswith("| NVIDIA-SMI") for line in lines):
         return []
     gpus = list[DriverGpu]()
@@ -176,15 +187,15 @@ def read_nvidia_smi(files: Sequence[tuple[str, str]], *, with_busy: bool = False
         raise single_problem(files[0][0], "is only a topology: also give nvidia-smi -q -x of the same host")
     problems: list[Problem] = []
     links: dict[str, list[int]] = {}
-    names = {_host(label) for label in hosts}
+    names = {host_of(label) for label in hosts}
     for label, content in files:
         if label not in hosts:
-            name = next(iter(names)) if len(names) == 1 else _host(label)
+            name = next(iter(names)) if len(names) == 1 else host_of(label)
             if name not in names:
                 told = f"is a topology of the host {name!r}, but the files are of {some_of(sorted(names))}"
                 problems.append(Problem(file=label, message=told))
             links[name] = _nvlinks(content)
-    read = (partial(_node, *host, links.get(_host(host[0]), []), with_busy) for host in hosts.items())
+    read = (partial(_node, *host, links.get(host_of(host[0]), []), with_busy) for host in hosts.items())
     nodes = [node for one in read if (node := attempt(one, problems)) is not None]
     notes = ["nvidia-smi does not report the zone of a host"] if len(nodes) > 1 else []
     if STDIN_HOST in names and "stdin" in hosts:
@@ -192,20 +203,21 @@ def read_nvidia_smi(files: Sequence[tuple[str, str]], *, with_busy: bool = False
     return inventory(nodes, problems, notes)
 
 
-def _host(label: str) -> str:
+def host_of(label: str) -> str:
+    """Return the name of the host that a file describes."""
     return STDIN_HOST if label == "stdin" else _ENDINGS.sub("", PurePath(label).name)
 
 
 def _node(label: str, content: str, pairs: Sequence[int], with_busy: bool) -> FoundNode:
     if found := [] if content.lstrip().startswith("<") else _table_gpus(content):
         here = Problem(file=label, message="", line=1)
-        return host_node(_host(label), found, pairs=pairs, with_busy=with_busy, where=here)
+        return host_node(host_of(label), found, pairs=pairs, with_busy=with_busy, where=here)
     root, line = parse_xml(content, label)
     if root.tag != ROOT:
         raise single_problem(label, f"is XML of {root.tag[:40]!r}, expected {ROOT!r}: nvidia-smi -q -x", line=line)
     where = Problem(file=label, message="", line=line)
     gpus = [_gpu(gpu) for gpu in root.findall("gpu")]
-    return host_node(_host(label), gpus, pairs=pairs, with_busy=with_busy, where=where)
+    return host_node(host_of(label), gpus, pairs=pairs, with_busy=with_busy, where=where)
 
 
 def _gpu(gpu: Element) -> DriverGpu:

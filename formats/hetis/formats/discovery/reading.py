@@ -1,8 +1,6 @@
 """Recognises which tool wrote a file, and reads it.
 
-Slurm (``scontrol show nodes --json``), Ray (``ray list nodes --format json``, ``ray.nodes()``) and tables that are kept
-by hand (CSV with ``node,gpu,count`` and optionally ``zone``) are read here. ``sinfo --json`` is not: its rows are
-groups of nodes.
+Tables that are kept by hand (CSV with ``node,gpu,count`` and optionally ``zone``) are read here.
 """
 
 from __future__ import annotations
@@ -10,28 +8,17 @@ from __future__ import annotations
 import csv
 import io
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property, partial
 from typing import Any
 
-from hetis.formats.discovery import FleetSource, kubernetes, nvidia
-from hetis.formats.discovery.found import (
-    DEFAULT_ZONE,
-    MAX_GPUS_SAID,
-    FoundGpus,
-    FoundNode,
-    Inventory,
-    counted,
-    inventory,
-    parts_text,
-    some_of,
-    text,
-    whole_number,
-    zone_of,
-)
+from hetis.formats.discovery import FleetSource, amd, kubernetes, nvidia
+from hetis.formats.discovery.found import DEFAULT_ZONE, MAX_GPUS_SAID, FoundGpus, FoundNode, Inventory
+from hetis.formats.discovery.ray import is_ray, is_ray_status, read_ray, read_ray_status
+from hetis.formats.discovery.slurm import is_slurm_text, read_slurm, slurm_nodes
 from hetis.formats.errors import DocumentError, Problem, attempt, single_problem
-from hetis.formats.fields import API_VERSION, entries, listed, mapping
+from hetis.formats.fields import API_VERSION, mapping
 from hetis.formats.files import file_label, read_text
 from hetis.formats.positions import Bounds, NotYamlError, Text, parse_text
 
@@ -42,7 +29,9 @@ _BOUNDS = Bounds(max_values=10_000_000, max_yaml_values=200_000)
 _IS_DATA = re.compile(r"[{\[]|---|- |\w+:")  # JSON or YAML, unlike what tools print for people
 _KNOWN = (
     "kubectl get nodes -o json, nvidia-smi -q -x (also -L, its table, and --query-gpu=name,memory.total --format=csv), "
-    "scontrol show nodes, also with --json, ray list nodes --detail --format json, CSV with node,gpu,count"
+    "amd-smi static --json, rocm-smi --showproductname --showmeminfo vram --json, "
+    "scontrol show nodes, also with --json, sinfo -N with GRES, ray list nodes --detail --format json, ray status, "
+    "CSV with node,gpu,count"
 )
 
 
@@ -68,11 +57,14 @@ def read_inventory(
         if one.tool is not first:
             message = f"is of {one.tool.value}, and {files[0].label} of {first.value}: one tool at a time"
             raise single_problem(one.label, message)
-    if len(files) > 1 and first not in (FleetSource.KUBECTL, FleetSource.NVIDIA_SMI):
+    if len(files) > 1 and first not in _OF_HOSTS:
         raise single_problem(
             files[1].label, f"is one file too many: {first.value} describes the fleet in a single file"
         )
     return replace(_read(files, texts, with_busy), file=files[0].label)
+
+
+_OF_HOSTS = (FleetSource.KUBECTL, FleetSource.NVIDIA_SMI, FleetSource.AMD_SMI)  # of several files
 
 
 def _read(files: Sequence[_File], texts: Sequence[tuple[str, str]], with_busy: bool) -> Inventory:
@@ -86,6 +78,10 @@ def _read(files: Sequence[_File], texts: Sequence[tuple[str, str]], with_busy: b
             return read_slurm(slurm_nodes(written), Text(file=label, text=None), with_busy=with_busy)
         case FleetSource.SLURM:
             return read_slurm(*files[0].parsed, with_busy=with_busy)
+        case FleetSource.AMD_SMI:
+            return amd.read_amd([one.parsed for one in files], with_busy=with_busy)
+        case FleetSource.RAY if is_ray_status(texts[0][1]):
+            return read_ray_status(*reversed(texts[0]))
         case FleetSource.RAY:
             return read_ray(*files[0].parsed)
         case FleetSource.FILE:
@@ -114,6 +110,8 @@ class _File:
             return FleetSource.NVIDIA_SMI
         if is_slurm_text(self._text):
             return FleetSource.SLURM
+        if is_ray_status(self._text):
+            return FleetSource.RAY
         if not begin.startswith(("{", "[")) and is_node_table(self._text):
             return FleetSource.FILE
         try:
@@ -125,6 +123,8 @@ class _File:
         found = mapping(data)
         if is_ray(data):
             return FleetSource.RAY
+        if amd.is_amd(data):
+            return FleetSource.AMD_SMI
         if isinstance(found.get("nodes"), list) and "kind" not in found:
             return FleetSource.SLURM
         if kubernetes.is_list(data) or ("kind" in found and found.get("apiVersion") != API_VERSION):
@@ -196,183 +196,3 @@ def _add(nodes: dict[str, FoundNode], cells: dict[str, str], where: Problem, pro
         gpus = FoundGpus(product=cells["gpu"], count=int(count))
         node = node or FoundNode(name=cells["node"], zone=zone, where=where)
         nodes[node.name] = replace(node, gpus=(*node.gpus, gpus))
-
-
-# --- Ray
-
-UNTYPED_OF_RAY = "GPU"
-"""The product name of GPUs on a node that names no accelerator type."""
-
-_RAY_TYPE = "accelerator_type:"
-_RAY_ZONES = ("ray.io/availability-zone", "topology.kubernetes.io/zone")
-
-
-def is_ray(data: Any) -> bool:
-    """Return whether data is a list of Ray's nodes."""
-    first = mapping(next(iter(listed(data)), None))
-    return "resources_total" in first or "Resources" in first or ("node_ip" in first and "is_head_node" in first)
-
-
-def read_ray(data: Any, source: Text) -> Inventory:
-    """Return the nodes in the list. Raises DocumentError if it is no such list, or resources are missing or wrong."""
-    if not is_ray(data):
-        raise single_problem(source.file, "is not a list of nodes: use ray list nodes --detail --format json")
-    problems: list[Problem] = []
-    found = [_ray_node(mapping(node), i, source, problems) for i, node in enumerate(data)]
-    notes = ["Ray does not report here which GPUs are in use: all GPUs of a live node count as free"]
-    return inventory(found, problems, notes)
-
-
-def _ray_node(node: Mapping[str, Any], index: int, source: Text, problems: list[Problem]) -> FoundNode:
-    resources = node.get("resources_total", node.get("Resources"))
-    labels = mapping(node.get("labels", node.get("Labels")))
-    host = text(node.get("NodeManagerHostname"))
-    name = host or text(node.get("node_name")) or text(node.get("NodeName")) or text(node.get("node_ip"))
-    if not name:
-        problems.append(source.problem((index,), "has no node_name and no NodeManagerHostname"))
-    alive = node["state"] == "ALIVE" if "state" in node else node.get("Alive", node.get("alive")) is True
-    if not isinstance(resources, dict) and alive:
-        problems.append(source.problem((index,), "has no resources: ray list nodes --detail --format json has them"))
-    count = whole_number(mapping(resources).get("GPU"), (index, "resources_total", "GPU"), source, problems)
-    types = [key.removeprefix(_RAY_TYPE) for key in mapping(resources) if key.startswith(_RAY_TYPE)]
-    types = types or [text(labels.get("ray.io/accelerator-type"))]
-    hint = text(labels.get("ray.io/accelerator-type"))  # may be more specific: A100-80G instead of A100
-    product, reason = types[0] or UNTYPED_OF_RAY, "" if alive else "not alive"
-    if len(types) > 1:
-        reason = reason or f"of several types ({some_of(types)}), and Ray does not report how many of each"
-    where = source.problem((index,), "")
-    zone = zone_of(labels, _RAY_ZONES)
-    if not count or reason:
-        left_out = (f"{counted(count)} ({some_of(types)}): {reason}",) if count else ()
-        return FoundNode(name=name, zone=zone, left_out=left_out, where=where)
-    return FoundNode(name=name, zone=zone, gpus=(FoundGpus(product=product, count=count, hints=(hint,)),), where=where)
-
-
-# --- Slurm
-
-UNTYPED = "gpu"
-"""The product name of GPUs to which gres.conf gives no type."""
-
-# States and flags in which nothing can start (schedmd.com/scontrol.html, "State").
-_UNUSABLE = {
-    *("DOWN", "DRAIN", "DRAINED", "DRAINING", "ERROR", "FAIL", "FAILING", "FUTURE", "INVAL", "INVALID_REG", "MAINT"),
-    *("MAINTENANCE", "NOT_RESPONDING", "NO_RESPOND", "PERFCTRS", "POWERED_DOWN", "POWERING_DOWN", "POWER_DOWN"),
-    *("REBOOT_ISSUED", "REBOOT_REQUESTED", "RESERVED", "UNKNOWN", "BLOCKED"),
-}
-_GRES = re.compile(r"gpu(?::([^:()]+))??(?::(\d{1,9}))?(?:\([^()]*\))?")
-_MIG = re.compile(r"\d+g\.\d+gb|(?:^|_)\dg(?:_|$)", re.IGNORECASE)
-
-
-def read_slurm(data: Any, source: Text, *, with_busy: bool = False) -> Inventory:
-    """Return the nodes in the output. With ``with_busy``, GPUs of running jobs count as free. Raises DocumentError if
-    it has no list of nodes, or has wrong counts.
-    """
-    nodes = mapping(data).get("nodes")
-    if not isinstance(nodes, list):
-        keys = ", ".join(list(mapping(data))[:12]) or "nothing"
-        raise single_problem(source.file, f"has no list of nodes, but {keys}: scontrol show nodes --json")
-    problems: list[Problem] = []
-    found = [_slurm_node(node, ("nodes", i), source, problems, with_busy) for i, node in entries(nodes)]
-    return inventory(found, problems, ["Slurm does not report the zone of a node"])
-
-
-def is_slurm_text(written: str) -> bool:
-    """Return whether a text is the output of ``scontrol show nodes`` without ``--json``."""
-    return written.lstrip().startswith("NodeName=")
-
-
-def slurm_nodes(written: str) -> dict[str, Any]:
-    """Return the nodes of ``scontrol show nodes`` as ``--json`` has them.
-
-    GPUs in use are in ``AllocTRES``, or by type in ``GresUsed``, which ``-d`` adds.
-    """
-    nodes = list[dict[str, Any]]()
-    for record in re.split(r"(?m)^(?=NodeName=)", written.lstrip())[1 : MAX_ROWS + 1]:
-        fields = dict(found.split("=", 1) for found in re.findall(r"(?:^|(?<=\s))[A-Za-z:/_]+=[^\s]*", record))
-        of_jobs = re.findall(r"gres/gpu(?::([^,=]+))?=(\d+)", fields.get("AllocTRES", ""))
-        typed = [f"gpu:{kind}:{count}" for kind, count in of_jobs if kind]
-        used = typed or [f"gpu:{count}" for _, count in of_jobs]
-        nodes.append(
-            {
-                "name": fields.get("NodeName"),
-                "gres": fields.get("Gres", "").replace("(null)", ""),
-                "gres_used": fields.get("GresUsed") or ",".join(used),
-                "state": fields.get("State"),
-                "features": fields.get("AvailableFeatures", "").replace("(null)", ""),
-                "active_features": fields.get("ActiveFeatures", "").replace("(null)", ""),
-                "reason": fields.get("Reason"),
-            }
-        )
-    return {"nodes": nodes}
-
-
-def _slurm_node(
-    node: dict[str, Any], path: tuple[str | int, ...], source: Text, problems: list[Problem], with_busy: bool
-) -> FoundNode:
-    name = text(node.get("name")) or text(node.get("hostname"))
-    if not name:
-        problems.append(source.problem((*path, "name"), "is missing: every node needs a name"))
-    had = dict(_gres(node, "gres", path, source, problems))
-    used = {} if with_busy else dict(_gres(node, "gres_used", path, source, problems))
-    gpus, left_out = list[FoundGpus](), list[str]()
-    unusable = _unusable(node)
-    hints = tuple(sorted({*_words(node.get("features")), *_words(node.get("active_features"))}))[:32]
-    # GPUs of jobs that requested any type are counted without one; on a node with a single type it is clear which it
-    # is.
-    if UNTYPED in used and UNTYPED not in had and len(had) == 1:
-        used[next(iter(had))] = used.get(next(iter(had)), 0) + used.pop(UNTYPED)
-    if used.get(UNTYPED) and UNTYPED not in had and had:
-        unusable = unusable or f"{used[UNTYPED]} are in use, but not reported by type"
-    for product, count in had.items():
-        busy = min(count, used.get(product, 0))
-        if not count:
-            continue
-        if _MIG.search(product):
-            left_out.append(parts_text(count, product))
-            continue
-        if busy:
-            left_out.append(f"{counted(busy)} ({product}): in use by jobs")
-        if count > busy and unusable:
-            left_out.append(f"{counted(count - busy)} ({product}): {unusable}")
-        elif count > busy:
-            gpus.append(FoundGpus(product=product, count=count - busy, hints=hints))
-    return FoundNode(name=name, gpus=tuple(gpus), left_out=tuple(left_out), where=source.problem(path, ""))
-
-
-def _words(value: object) -> list[str]:
-    """Return the features, which are a list now and were comma-separated text in earlier versions."""
-    words = value.split(",") if isinstance(value, str) else [text(one) for one in listed(value)]
-    return [word.strip()[:80] for word in words if word.strip()]
-
-
-def _states(node: Mapping[str, Any]) -> set[str]:
-    state = node.get("state")
-    words = re.split(r"[+,\s]+", state) if isinstance(state, str) else [text(one) for one in listed(state)]
-    return {word.strip("*~#!%$@^-").upper() for word in [*words, *map(text, listed(node.get("state_flags")))] if word}
-
-
-def _unusable(node: Mapping[str, Any]) -> str:
-    states = _states(node)
-    wrong = sorted(states & _UNUSABLE)
-    reason = " ".join(text(node.get("reason")).split())[:120]
-    if wrong:
-        return f"{some_of(wrong)}{f' ({reason})' if reason else ''}"
-    return "ALLOCATED: none of its CPUs is free" if states & {"ALLOCATED", "ALLOC"} and "IDLE" not in states else ""
-
-
-def _gres(
-    node: Mapping[str, Any], which: str, path: tuple[str | int, ...], source: Text, problems: list[Problem]
-) -> Iterator[tuple[str, int]]:
-    """Yield type and count of all GPUs in ``gpu:a100:4(S:0-1),gpu:a40:2``, each type once."""
-    counts: dict[str, int] = {}
-    said = text(node.get(which))[:10_000].replace(":(null)", "")  # written for jobs that requested any type
-    for one in re.split(r",(?![^()]*\))", said):
-        if not one.strip().startswith("gpu"):
-            continue
-        found = _GRES.fullmatch(one.strip())
-        if found is None:
-            problems.append(source.problem((*path, which), f"is {one.strip()[:60]!r}, expected gpu:TYPE:COUNT"))
-            continue
-        kind, number = found[1] or UNTYPED, found[2] or ("1" if which == "gres" else "0")
-        counts[kind] = counts.get(kind, 0) + whole_number(number, (*path, which), source, problems)
-    yield from counts.items()

@@ -82,7 +82,7 @@ VERBS: dict[str, tuple[Any, ...]] = {
         (files.convert, files.CONVERT_EXAMPLES),
         (files.validate, "validate cluster.yaml", "validate examples/*.yaml"),
         (files.schema, "schema Cluster", "schema Plan > plan.schema.json"),
-        (files.catalog, "catalog gpus", "catalog models -o json"),
+        (files.catalog, files.CATALOG_EXAMPLES),
     ),
     "This installation": (
         (installation.doctor, "doctor", "doctor -o json"),

@@ -70,11 +70,17 @@ class ExportOptions:
         min=1,
         max=60_000,
     )
+    sbatch: str = option("--sbatch OPTIONS: Further options of Slurm's jobs, such as '--partition=gpu --time=7-0'.", "")
     name: str = option("--name: Prefix of the names of objects and jobs.", "hetis")
     namespace: str = _cluster("--namespace: Kubernetes namespace. Default: kubectl's.", "")
     image: str = _cluster("--image IMAGE[,AMD=IMAGE]: Image of the engine; required with our plugin.", "")
     worker_image: str = _cluster("--worker-image IMAGE[,AMD=IMAGE]: Image of the attention workers.", "")
     model_claim: str = _cluster("--model-claim: PersistentVolumeClaim to mount at the parent folder of --model.", "")
+    model_cache: str = _cluster(
+        "--model-cache CLAIM|/PATH: Where engines keep the models that they download: a PersistentVolumeClaim, or a "
+        "folder of every node; with compose, a folder.",
+        "",
+    )
     api_key_secret: str = _cluster("--api-key-secret: Secret whose api-key clients must send.", "")
     hf_token_secret: str = _cluster(
         "--hf-token-secret SECRET[:KEY]: Secret with the token for gated models, under KEY or HF_TOKEN. Outside "

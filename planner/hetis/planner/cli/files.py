@@ -15,7 +15,7 @@ from hetis.formats.files import write_atomically
 from hetis.planner.cli.exit_codes import ExitCode
 from hetis.planner.cli.outputs import refuse_overwriting
 from hetis.planner.cli.parameters import values
-from hetis.planner.cli.parameters.options import group, option, verb
+from hetis.planner.cli.parameters.options import group, option, panel, verb
 from hetis.planner.report.figures import plural
 
 if TYPE_CHECKING:
@@ -250,7 +250,12 @@ def schema(
     return ExitCode.OK
 
 
-Catalogue = Literal["gpus", "models", "workloads", "strategies"]
+Catalogue = Literal["gpus", "models", "workloads", "strategies", "add"]
+CATALOG_EXAMPLES = """Examples:\n
+hetis-plan catalog gpus\n
+hetis-plan catalog models -o json\n
+hetis-plan catalog add MYCARD --memory 24GiB --memory-bandwidth 960GB/s --fp16 122TFLOPS --pcie 32GB/s
+--architecture RDNA3 --into cluster.yaml"""
 
 
 def _entries(ctx: typer.Context, incomplete: str) -> list[str]:
@@ -263,16 +268,40 @@ def _entries(ctx: typer.Context, incomplete: str) -> list[str]:
     return names[ctx.params["which"]](incomplete) if ctx.params.get("which") in names else []
 
 
+_figure = panel("A GPU that is not there (add NAME)")
+
+
+@group
+class FiguresOfGpu:
+    memory: str | None = _figure("--memory SIZE: Its memory: 24GiB.")
+    memory_bandwidth: str | None = _figure("--memory-bandwidth RATE: Peak bandwidth of its memory: 960GB/s.")
+    fp16: str | None = _figure("--fp16 FLOPS: Peak rate of dense 16-bit matrix products: 122TFLOPS.")
+    pcie: str | None = _figure("--pcie RATE: Bandwidth of its PCIe in one direction: 32GB/s.")
+    architecture: str | None = _figure("--architecture: The architecture of `catalog gpus` that is most like its own.")
+    fp8: str | None = _figure("--fp8 FLOPS: Peak rate in 8 bits, if it has such products.")
+    nvlink: str | None = _figure("--nvlink RATE: Bandwidth to all others in one direction, if it has such a link.")
+    into: str | None = _figure("--into FILE: Cluster file that gets the entry.", shown="print it")
+
+
 @verb()
 def catalog(
     terminal: Terminal,
-    which: Annotated[Catalogue, typer.Argument(help="What to list.")],
+    which: Annotated[Catalogue, typer.Argument(help="What to list; or add: the `gpu_types` entry of another GPU.")],
     containing: Annotated[
         str,
-        typer.Argument(help="Only names that contain this text.", show_default=False, autocompletion=_entries),
+        typer.Argument(
+            help="Only names that contain this text; the name to add.", show_default=False, autocompletion=_entries
+        ),
     ] = "",
+    *,
+    figures: FiguresOfGpu,
 ) -> ExitCode:
-    """List the GPUs, models, workloads or strategies in the catalogue, with their sources (-o json)."""
+    """List the GPUs, models, workloads or strategies in the catalogue, with their sources (-o json), or add a GPU."""
+    given = {name: value for name, value in vars(figures).items() if value is not None}
+    if which == "add":
+        return _add_gpu(terminal, containing, given)
+    if given:
+        raise typer.BadParameter(f"--{next(iter(given)).replace('_', '-')} is for `catalog add`")
     from hetis.planner.report import catalogue as tables
     from hetis.planner.report.tables import table_of
     from hetis.planner.use_cases.json_values import fields_of, json_value
@@ -294,12 +323,29 @@ def catalog(
             data, table = json_value(entries), tables.model_table(entries)
         case "workloads":
             data, table = json_value(entries), tables.workload_table(entries)
-        case "strategies":
+        case _:
             data = [
                 {**fields_of(one, "name", "summary"), "family": one.restrict(Family()).describe()} for one in entries
             ]
             table = table_of(entries, ("'name", lambda one: one.name), ("'searches", lambda one: one.summary))
     terminal.emit(lambda: data, lambda: table)
+    return ExitCode.OK
+
+
+def _add_gpu(terminal: Terminal, name: str, figures: dict[str, str]) -> ExitCode:
+    from hetis.planner.use_cases.files import with_gpu_type
+
+    missing = [each for each in ("memory", "memory_bandwidth", "fp16", "pcie", "architecture") if each not in figures]
+    if missing or not name:
+        lacking = ", ".join([*([] if name else ["NAME"]), *(f"--{each.replace('_', '-')}" for each in missing)])
+        raise typer.BadParameter(f"catalog add needs {lacking}")
+    into = figures.pop("into", None)
+    text = with_gpu_type(name, figures, into)
+    if into is None:
+        terminal.write(text)
+    else:
+        write_atomically(into, text)
+        terminal.say(f"{into}: {name} is in gpu_types")
     return ExitCode.OK
 
 
@@ -314,5 +360,5 @@ def _by_name(which: Catalogue) -> dict[str, Any]:
             return {entry.model.name: entry for entry in catalogue.models()}
         case "workloads":
             return {entry.workload.name: entry for entry in catalogue.workloads()}
-        case "strategies":
+        case _:
             return dict(STRATEGIES)

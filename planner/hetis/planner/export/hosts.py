@@ -11,6 +11,7 @@ from typing import Any
 from hetis.commands.endpoints import is_ip
 from hetis.engines.commands import Command
 from hetis.engines.layout import Process, ProcessKind
+from hetis.engines.pods import CACHE
 from hetis.engines.versions import Engine
 from hetis.formats.documents import dump, yaml_text
 from hetis.formats.errors import DocumentError, Problem
@@ -200,6 +201,7 @@ everywhere."""
 # --- compose: a file per node, with a service for each process on the host's network
 
 
+_CACHE_VOLUME = "models"
 _CONFIG, _KEY_FILE = "/etc/hetis/workers.yaml", "/run/secrets/worker-key"
 
 
@@ -222,6 +224,8 @@ def write_compose(launchable: Launchable) -> Written:
                     files |= {f"{node}/{one.addresses.config_file}": text for text in command.files.values()}
                     secret = secret or bool(command.secrets)
         whole: dict[str, Any] = {"name": launchable.settings.name, "services": services}
+        if not launchable.settings.model_cache:
+            whole["volumes"] = {_CACHE_VOLUME: {}}
         if secret:
             whole["secrets"] = {"worker-key": {"file": "./worker.key"}}
         files[f"{node}/compose.yaml"] = yaml_text(whole)
@@ -253,6 +257,11 @@ def _service(launchable: Launchable, one: LaunchableReplica, command: Command) -
         service["volumes"] = [
             {"type": "bind", "source": source, "target": target, "read_only": True} for source, target in mounts
         ]
+    if not is_worker:  # models that engines download stay when containers go
+        kept = {"type": "bind", "source": launchable.settings.model_cache, "bind": {"create_host_path": True}}
+        volume = kept if launchable.settings.model_cache else {"type": "volume", "source": _CACHE_VOLUME}
+        service.setdefault("volumes", []).append({**volume, "target": CACHE})
+        service["environment"]["HF_HOME"] = CACHE
     if command.secrets:
         service["secrets"] = ["worker-key"]
     if process.kind is ProcessKind.SERVER:
@@ -342,6 +351,9 @@ def _batch_script(launchable: Launchable, one: LaunchableReplica) -> str:
     """
     nodes = list(dict.fromkeys(process.node for process in one.layout.processes))
     lines = ["#!/usr/bin/env bash", f"#SBATCH --job-name={launchable.name_of(one)}"]
+    lines.append("#SBATCH --requeue")  # after the loss of a node
+    lines.append("#SBATCH --open-mode=append")
+    lines.append("#SBATCH --signal=B:TERM@120")  # engines finish what runs before the job's time ends
     lines.append("#SBATCH --output=%x-%j.log")  # not in logs/: if the folder is missing, the job fails silently
     for number, node in enumerate(nodes):
         here = [process for process in one.layout.processes if process.node == node]
@@ -349,6 +361,7 @@ def _batch_script(launchable: Launchable, one: LaunchableReplica) -> str:
         lines += [f"#SBATCH --nodelist={node}", "#SBATCH --nodes=1", f"#SBATCH --ntasks={len(here)}"]
         lines.append(f"#SBATCH --gpus-per-node={sum(len(process.gpus) for process in here)}")
         lines.append(f"#SBATCH --cpus-per-gpu={_CPUS_PER_GPU}")
+        lines += [f"#SBATCH {word}" for word in shlex.split(launchable.settings.sbatch)]
     lines += ["set -euo pipefail", "mkdir -p logs", _STOP]
     for command in one.commands:
         lines += _step(one, command, nodes)
@@ -385,6 +398,7 @@ address; `VLLM_API_KEY` in the environment of `sbatch` is the key that clients s
 workers, `worker.key` in this folder is their key, mode 0600.
 
 A job has 4 CPUs for each of its GPUs, and the memory that your partition gives if not asked. `sbatch` reads other
-numbers from its environment: `SBATCH_CPUS_PER_GPU=16 SBATCH_MEM_PER_GPU=100G ./submit.sh`; `SBATCH_PARTITION`,
-`SBATCH_ACCOUNT` and `SBATCH_TIMELIMIT` likewise. vLLM needs at least two CPUs, and one for each GPU. What a job says
+numbers from its environment: `SBATCH_CPUS_PER_GPU=16 SBATCH_MEM_PER_GPU=100G ./submit.sh`. Partition and time are given
+with `export --sbatch '--partition=gpu --time=7-0'`; jobs are queued again after the loss of a node. vLLM needs at least
+two CPUs, and one for each GPU. What a job says
 is in `NAME-JOB.log`, what its processes say in `logs/`."""

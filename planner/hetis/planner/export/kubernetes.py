@@ -9,6 +9,7 @@ from typing import Any
 
 from hetis.engines.kubernetes import (
     FRONT_PORT,
+    PART_LABEL,
     ClusterSettings,
     Deployment,
     ReplicaObjects,
@@ -33,6 +34,7 @@ from hetis.planner.export.replicas import (
     missing_images,
     worker_image,
 )
+from hetis.solver.model import ModelSpec
 from hetis.solver.plan import Role
 
 
@@ -52,7 +54,7 @@ def write_kubernetes(launchable: Launchable) -> Written:
         n: ReplicaObjects(one.layout, one.serving, deployment_of(launchable, one)).front_name
         for n, one in launchable.replicas.items()
     }
-    return _behind_front(launchable, files, _HOW_CORE, direct, launchable.restarted_alone())
+    return _behind_front(launchable, files, _HOW_CORE, direct)
 
 
 def _behind_front(
@@ -70,9 +72,10 @@ def _behind_front(
     endpoints = {number: at(launchable.name_of(one)) for number, one in launchable.replicas.items()}
     pods = {number: at(host) for number, host in direct.items()}
     front, groups = front_objects(launchable, endpoints, pods, at, namespace(launchable)), pair_groups(launchable)
+    disruptions = yaml_text(_disruptions(launchable))
     written = written_for_cluster(
         launchable,
-        {**files, **({"router.yaml": yaml_text(*front)} if front else {})},
+        {**files, **({"router.yaml": yaml_text(*front)} if front else {}), "disruptions.yaml": disruptions},
         f"{start} {_HOW_FRONT.format(name=launchable.settings.name)}" if front else start,
         endpoints=endpoints,
         not_carried=(
@@ -81,7 +84,12 @@ def _behind_front(
             *not_carried,
         ),
     )
-    return replace(written, routers=tuple(at(f"{launchable.settings.name}-{group.name}") for group in groups))
+    monitor = {"monitoring/podmonitor.yaml": yaml_text(_pod_monitor(launchable))}
+    return replace(
+        written,
+        files={**written.files, **monitor},
+        routers=tuple(at(f"{launchable.settings.name}-{group.name}") for group in groups),
+    )
 
 
 _HOW_FRONT = """\
@@ -98,8 +106,16 @@ def deployment_of(launchable: Launchable, one: LaunchableReplica) -> Deployment:
         image=engine_image(launchable, one),
         worker_image=worker_image(launchable, one),
         kv_partners=tuple(partners),
+        part_of=launchable.settings.name,
+        model_bytes=_download_bytes(launchable.model.on(one.plan.stages[0].gpu)),
         **{field.name: getattr(launchable.settings, field.name) for field in fields(ClusterSettings)},
     )
+
+
+def _download_bytes(model: ModelSpec) -> float:
+    """Return the room that a download of a model takes at most: its layers, and both embeddings in 16 bits."""
+    layers = model.num_layers * model.layer_params() * model.weight_bytes
+    return 1.2 * (layers + 2 * (2 * model.vocab * model.hidden + model.vision_params))
 
 
 def check_cluster_options(launchable: Launchable, *, has_own_front: bool = False) -> None:
@@ -140,8 +156,42 @@ def written_for_cluster(
         shown=tuple(files),
         endpoints=endpoints or {number: address(launchable, name, FRONT_PORT) for number, name in names.items()},
         start=f"{start}\n\n{_HOW_REQUESTED.format(resources=' or '.join(usual))}" if usual else start,
-        not_carried=(*mixed, *_turns(launchable), *not_carried),
+        not_carried=(*mixed, *_turns(launchable), *_downloads(launchable), *not_carried),
     )
+
+
+def _disruptions(launchable: Launchable) -> dict[str, Any]:
+    """Return the budget by which a drain of nodes takes one pod of the plan at a time."""
+    name = launchable.settings.name
+    return {
+        "apiVersion": "policy/v1",
+        "kind": "PodDisruptionBudget",
+        "metadata": {"name": f"{name}-replicas", **namespace(launchable)},
+        "spec": {"maxUnavailable": 1, "selector": {"matchLabels": {PART_LABEL: name}}},
+    }
+
+
+def _pod_monitor(launchable: Launchable) -> dict[str, Any]:
+    """Return what Prometheus's operator reads; without it, Prometheus finds pods by their annotations."""
+    name = launchable.settings.name
+    scheme = {"scheme": "https"} if any(one.serving.has_tls for one in launchable.replicas.values()) else {}
+    return {
+        "apiVersion": "monitoring.coreos.com/v1",
+        "kind": "PodMonitor",
+        "metadata": {"name": name, **namespace(launchable)},
+        "spec": {
+            "selector": {"matchLabels": {PART_LABEL: name}},
+            "podMetricsEndpoints": [{"port": "http", "path": "/metrics", **scheme}],
+        },
+    }
+
+
+def _downloads(launchable: Launchable) -> Iterator[str]:
+    """Yield a sentence if pods download their models at every start."""
+    settings = launchable.settings
+    models = dict.fromkeys(one.serving.model for one in launchable.replicas.values())
+    if not settings.model_cache and any(not model.startswith("/") for model in models):
+        yield f"every pod downloads {', '.join(models)} at each start: give --model-cache CLAIM or /PATH"
 
 
 def _turns(launchable: Launchable) -> Iterator[str]:
@@ -257,8 +307,9 @@ class PodGroup:
             pod["containers"][0]["name"] = self._container
         is_leader = processes[0] is self._layout.servers[0]
         own = self.objects.front_labels if is_leader else self._worker_labels()
-        annotations = [annotations_of(process) for process in processes]
-        said = {name: ",".join(each[name] for each in annotations) for name in annotations[0]}
+        placed = [annotations_of(process) for process in processes]
+        said = {name: ",".join(each[name] for each in placed) for name in placed[0]}
+        said = self.objects.annotations(processes[0]) | said
         return {"metadata": {"labels": {**own, **(labels or {})}, "annotations": said}, "spec": pod}
 
 

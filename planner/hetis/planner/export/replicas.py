@@ -22,8 +22,8 @@ from hetis.engines.serving import (
     TELL_KV,
     Serving,
     kv_dtype_of,
+    missing_kv_option,
     program_of,
-    why_kv_is_untold,
 )
 from hetis.engines.versions import VERSIONS, Engine
 from hetis.formats import catalogue
@@ -70,6 +70,7 @@ class ExportSettings(ClusterSettings):
     name: str = "hetis"  # prefix of the names of objects and jobs
     # The engine's image, or one per vendor: ``IMAGE,AMD=IMAGE`` (`images_in`). Empty: the image its makers publish
     image: str = ""
+    sbatch: str = ""  # further options of Slurm's jobs
     worker_image: str = ""  # image of attention workers, in the same form; empty: none
 
 
@@ -249,7 +250,7 @@ def launchable(plan: Plan, model: ModelSpec, settings: ExportSettings) -> Launch
             limits_kv=True,
             served_name=settings.served_name,
         )
-        if why := why_kv_is_untold(layout, serving):
+        if why := missing_kv_option(layout, serving):
             left_out[number] = (why,)
             continue
         replicas[number] = LaunchableReplica(

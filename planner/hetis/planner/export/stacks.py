@@ -18,7 +18,7 @@ from hetis.engines.kubernetes import (
     tolerations_of,
 )
 from hetis.engines.layout import Process
-from hetis.engines.serving import Meeting, arguments_of, is_of_http_server, option_groups
+from hetis.engines.serving import Meeting, arguments_of, drain_s, is_of_http_server, option_groups
 from hetis.engines.versions import Engine
 from hetis.formats.documents import yaml_text
 from hetis.planner.export.kubernetes import (
@@ -381,19 +381,13 @@ def _without_templates(pod: dict[str, Any]) -> None:
 
 
 def _listen(container: dict[str, Any], port: int) -> None:
-    """Set the port that KServe's preset probes, and allow enough time at start for large weights to load."""
+    """Set the port that KServe's preset probes."""
     words = container["command"]
     words[words.index("--port") + 1] = str(port)
     [http] = [each for each in container["ports"] if each["name"] == "http"]
     http["containerPort"] = port
-    health = container["readinessProbe"]["httpGet"]
-    if "scheme" in health:  # the preset's probes have the scheme of KServe's configuration
-        container["livenessProbe"] = {"httpGet": dict(health)}
-    container["startupProbe"] = {
-        "httpGet": dict(health),
-        "periodSeconds": 10,
-        "failureThreshold": 180,  # half an hour; the preset's 60 would end an engine that is still loading its weights
-    }
+    if "scheme" not in container["readinessProbe"]["httpGet"]:  # the preset's has that of KServe's configuration
+        del container["livenessProbe"]
 
 
 def _preset(launchable: Launchable, name: str) -> dict[str, Any]:
@@ -416,7 +410,6 @@ these files, those in `presets.yaml` do not."""
 
 
 VERSION = "1.6.1"  # version of Dynamo, whose images contain its front end and its workers
-_DYNAMO_GRACE_S = 60  # which the operator gives pods that say nothing
 _MOST_COMPONENTS = 25  # components in a graph, including the front end
 _PROGRAMS = {Engine.VLLM: ("python3", "-m", "dynamo.vllm"), Engine.SGLANG: ("python3", "-m", "dynamo.sglang")}
 _TYPES = {Role.UNIFIED: "worker", Role.PREFILL: "prefill", Role.DECODE: "decode"}
@@ -517,8 +510,8 @@ def _component(launchable: Launchable, one: LaunchableReplica) -> dict[str, Any]
         "containers": [main],
         "volumes": [each for each in pod["volumes"] if each["name"] != "shm"],
     }
-    if (grace_s := pod["terminationGracePeriodSeconds"]) > _DYNAMO_GRACE_S:
-        template["terminationGracePeriodSeconds"] = grace_s
+    if drain_s(one.serving.options):  # otherwise the operator's own 60 s
+        template["terminationGracePeriodSeconds"] = pod["terminationGracePeriodSeconds"]
     return {
         "name": one.name,
         "type": _TYPES[one.plan.role],

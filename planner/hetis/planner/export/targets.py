@@ -11,7 +11,7 @@ from pathlib import Path
 
 from hetis.commands.endpoints import is_host
 from hetis.engines.gpus import VENDORS
-from hetis.engines.kubernetes import FRONT_PORT, NAMESPACE, wrong_objects, wrong_token
+from hetis.engines.kubernetes import FRONT_PORT, NAMESPACE, wrong_cache, wrong_objects, wrong_token
 from hetis.engines.layout import DTYPE_BYTES, Layout, planned_model, unknown_nodes
 from hetis.engines.serving import decided_in
 from hetis.engines.versions import VERSIONS, Engine
@@ -275,10 +275,16 @@ def _wrong(
     if given.device is ExportDevice.CPU and target not in (ExportTarget.VLLM, ExportTarget.HETIS_LAUNCH):
         yield f"{spelled('device')} is cpu: {spelled('to')} {target.value} is for GPUs"
     yield from (_wrong_in_kubernetes if target in IN_KUBERNETES else _only_in_kubernetes)(given, target, spelled)
-    try:
-        shlex.split(given.program)
-    except ValueError as error:
-        yield f"{spelled('program')} is {given.program!r}: {error}"
+    for option, text in (("program", given.program), ("sbatch", given.sbatch)):
+        try:
+            words = shlex.split(text)
+        except ValueError as error:
+            yield f"{spelled(option)} is {text!r}: {error}"
+        else:
+            if option == "sbatch" and not all(word.startswith("--") and "\n" not in word for word in words):
+                yield f"{spelled(option)} is {text!r}, must be options such as --partition=gpu"
+    if given.sbatch and target is not ExportTarget.SLURM:
+        yield f"{spelled('sbatch')}: {spelled('to')} {target.value} makes no jobs"
 
 
 def _wrong_in_kubernetes(given: ExportSettings, target: ExportTarget, spelled: Callable[[str], str]) -> Iterator[str]:
@@ -290,6 +296,7 @@ def _wrong_in_kubernetes(given: ExportSettings, target: ExportTarget, spelled: C
     objects = {name: getattr(given, name) for name in ("api_key_secret", "worker_key_secret", "model_claim")}
     yield from wrong_objects({spelled(option): name for option, name in objects.items()})
     yield from wrong_token(spelled("hf_token_secret"), given.hf_token_secret)
+    yield from wrong_cache(spelled("model_cache"), given.model_cache)
 
 
 def _only_in_kubernetes(given: ExportSettings, target: ExportTarget, spelled: Callable[[str], str]) -> Iterator[str]:
@@ -308,8 +315,10 @@ def _only_in_kubernetes(given: ExportSettings, target: ExportTarget, spelled: Ca
         if getattr(given, option):
             yield f"{spelled(option)}: {spelled('to')} {target.value} reads no Secrets of Kubernetes, {instead}"
     lacks = {"namespace": "pods", "model_claim": "pods"}
+    if target is ExportTarget.COMPOSE and given.model_cache and not given.model_cache.startswith("/"):
+        yield f"{spelled('model_cache')} is {given.model_cache}: {spelled('to')} compose takes the path of a folder"
     if target is not ExportTarget.COMPOSE:
-        lacks |= {"image": "containers", "worker_image": "containers"}
+        lacks |= {"model_cache": "containers", "image": "containers", "worker_image": "containers"}
     for option, what in lacks.items():
         if value := getattr(given, option):
             yield f"{spelled(option)} is {value}: {spelled('to')} {target.value} has no {what}"

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import gzip
 import importlib
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from hetis.formats.catalogue import known_gpu
+from hetis.formats.cluster import parse_cluster
 from hetis.formats.discovery.found import counted
 from hetis.formats.dispatch_state import NewRequests
-from hetis.formats.documents import Value, kind_of, load, load_model, load_workload
+from hetis.formats.documents import Value, dump_data, kind_of, load, load_model, load_workload
 from hetis.formats.errors import DocumentError, Problem, single_problem
-from hetis.formats.fields import read_data
+from hetis.formats.fields import API_VERSION, read_data
+from hetis.formats.files import read_text
 from hetis.formats.models.document import is_config
+from hetis.formats.positions import Text, parse_text
 from hetis.formats.saved_state import SavedState
 from hetis.formats.tenants import FleetTenants, ShareInputs
 from hetis.formats.traces import ENDINGS, Trace, read_trace, spaced, trace_text
@@ -157,3 +162,33 @@ def tokenizer_counter(path: str) -> CountTokens:
     except Exception as error:  # the Rust library raises Exception itself
         raise single_problem(str(file), f"is not a tokenizer: {str(error)[:200]}") from None
     return lambda text: len(made.encode(text, add_special_tokens=False).ids)
+
+
+def with_gpu_type(name: str, figures: Mapping[str, str], into: str | None) -> str:
+    """Return the ``gpu_types`` entry of a GPU, by the names of its figures; or the cluster file ``into`` with it.
+
+    Raises DocumentError if a figure, the name or the file is wrong.
+    """
+    if (known := known_gpu(name)) is not None:
+        raise single_problem("catalog add", f"{name!r} is {known.name} of the catalogue: give another name")
+    entry = {"gpu_types": {name: dict(figures)}}
+    sample: dict[str, Any] = {
+        "apiVersion": API_VERSION,
+        "kind": "Cluster",
+        "name": "c",
+        "nodes": [{"name": "n", "gpus": [{"type": name}]}],
+        "network": {"bandwidth": "100Gbps", "latency": "20us"},
+        **entry,
+    }
+    parse_cluster(sample, Text(file="catalog add", text=None))
+    lines = dump_data(entry).splitlines(keepends=True)
+    if into is None:
+        return "".join(lines)
+    text = read_text(into)
+    place = re.search(r"(?m)^gpu_types:[ \t]*(#.*)?\n", text)
+    if place is not None:
+        made = text[: place.end()] + "".join(lines[1:]) + text[place.end() :]
+    else:
+        made = text.rstrip("\n") + "\n" + "".join(lines)
+    parse_cluster(*parse_text(made, into))
+    return made

@@ -39,7 +39,7 @@ from hetis.planner.use_cases.surviving import check_survival, most_left, survivi
 from hetis.planner.use_cases.verification import equal_stages
 from hetis.planner.use_cases.verification.choosing import Again, kept_plan, with_rate_of_equal_stages, worth_of
 from hetis.planner.use_cases.verification.queueing import with_queueing
-from hetis.planner.use_cases.verification.rates import simulation_report
+from hetis.planner.use_cases.verification.rates import ITERATIONS, simulation_report
 from hetis.planner.use_cases.versions import installed_versions
 from hetis.solver.budget import Budget, Report, SearchSettings, silent
 from hetis.solver.errors import InfeasibleError, InvalidProblemError, UncheckedPlanError
@@ -246,7 +246,8 @@ def verify(
     """
     settings = settings_of(request)
     if request.verify:
-        made = _verified(made, request, loaded, _budget(request.simulation_limit_s, cancelled), report)
+        budget = replace(_budget(request.simulation_limit_s, cancelled), work_limit=request.simulated_tens * ITERATIONS)
+        made = _verified(made, request, loaded, budget, report)
     plan, problem = made.plan, made.problem
     again = SearchSettings(
         budget=_budget(settings.time_limit_s, cancelled), gap_target=settings.gap_target, seed=settings.seed,

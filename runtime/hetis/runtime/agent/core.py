@@ -66,9 +66,10 @@ class AgentCore:
         self._devices: list[DeviceReport] = [DeviceReport(index=device.index) for device in inventory.devices]
         self._engine: WatchReportsResponse | None = None
         self._engine_is_lost = False  # no report has come for so long that the last one no longer holds
-        self._restart_is_untold = False  # the restart of the engine has not been reported yet
+        self._restart_is_unreported = False  # the restart of the engine has not been reported yet
         self._is_welcome = False
-        self._asked_maps: dict[int, tuple[str, str]] = {}  # call number -> (request id, replica), of the current stream
+        # Request id and replica by number of the call, of the current stream
+        self._map_requests: dict[int, tuple[str, str]] = {}
         held = self._read(saved)
         self._fence = Fence(self._newest_epoch(saved, held), self._outbox)
         self._replicas = {entry.replica: self._replica_agent(entry) for entry in held}
@@ -78,7 +79,7 @@ class AgentCore:
     def hello(self) -> ConnectNodeRequest:
         """Return the first message of a new stream. Everything that belonged to an earlier stream is forgotten."""
         self._is_welcome = False
-        self._asked_maps.clear()
+        self._map_requests.clear()
         hello = Hello(
             node=self.identity.node,
             protocol_version=PROTOCOL_VERSION,
@@ -143,7 +144,7 @@ class AgentCore:
         if report.newest_epoch > self._fence.newest:
             self._overtaken(report.newest_epoch)
         if restarted:
-            self._restart_is_untold = True
+            self._restart_is_unreported = True
             for replica in self._replicas.values():
                 replica.engine_restarted(now_s)
         for status in report.changes:
@@ -154,7 +155,7 @@ class AgentCore:
             self._replicas[status.replica].take_status(status, now_s)
         for replica in self._replicas.values() if first or restarted else ():
             replica.advance(now_s)
-        self._report(now_s, asked=restarted)
+        self._report(now_s, is_requested=restarted)
         return self._outbox.take()
 
     def on_engine_lost(self, now_s: float) -> list[Action]:
@@ -186,8 +187,8 @@ class AgentCore:
 
     def answered(self, number: int, answer: EngineResponse | Failure, now_s: float) -> list[Action]:
         """Handle the end of a call to the engine. The answer is a Failure if the call was refused or unanswered."""
-        if number in self._asked_maps:
-            self._send_head_maps(*self._asked_maps.pop(number), answer)
+        if number in self._map_requests:
+            self._send_head_maps(*self._map_requests.pop(number), answer)
             return self._outbox.take()
         for replica in self._waiting_for(number):
             if isinstance(answer, Failure) and answer.reason == ErrorReason.ERROR_REASON_STALE_EPOCH:
@@ -312,11 +313,11 @@ class AgentCore:
             case "inventory":
                 self._outbox.send(ConnectNodeRequest(inventory=self.inventory))
             case "report":
-                self._report(now_s, asked=True)
+                self._report(now_s, is_requested=True)
             case "head_map_of":
-                self._ask_head_maps(request.request_id, request.head_map_of)
+                self._request_head_maps(request.request_id, request.head_map_of)
 
-    def _ask_head_maps(self, request_id: str, name: str) -> None:
+    def _request_head_maps(self, request_id: str, name: str) -> None:
         """Request the head maps of a replica from the engine, or report to the planner why that is impossible."""
         replica = self._replicas.get(name)
         if replica is None or replica.held.assignment is None:
@@ -326,7 +327,8 @@ class AgentCore:
                 ErrorReason.ERROR_REASON_ENGINE_CANNOT, "the engine of this node does not provide a head map"
             )
         else:
-            self._asked_maps[self._outbox.call(ReadHeadMapsRequest(replica=name), timeout_s=CALL_S)] = request_id, name
+            number = self._outbox.call(ReadHeadMapsRequest(replica=name), timeout_s=CALL_S)
+            self._map_requests[number] = request_id, name
             return
         self._send_head_maps(request_id, name, why)
 
@@ -351,21 +353,23 @@ class AgentCore:
             )
             self._outbox.send(ConnectNodeRequest(head_map=piece))
 
-    def _report(self, now_s: float, *, asked: bool = False) -> None:
+    def _report(self, now_s: float, *, is_requested: bool = False) -> None:
         """Send the report on all devices and replicas held here, if it is due."""
         if not self._is_welcome:
             return
         held = [self._report_of(replica) for replica in self._replicas.values() if replica.held.assignment is not None]
         for report in held:
             report.engine_id = self._engine.engine_id[:MOST_ENGINE_ID] if self._engine else ""
-        message = self._reporter.due(NodeReport(devices=self.devices(), replicas=held), now_s, asked=asked)
+        message = self._reporter.due(
+            NodeReport(devices=self.devices(), replicas=held), now_s, is_requested=is_requested
+        )
         if message is not None:
             self._outbox.send(message)
-            self._restart_is_untold &= not message.HasField("report")
+            self._restart_is_unreported &= not message.HasField("report")
 
     def _report_of(self, replica: ReplicaAgent) -> ReplicaReport:
         """Return the engine's report on a replica. Right after a restart it is loading, as its KV is gone."""
-        if self._restart_is_untold:
+        if self._restart_is_unreported:
             return replica.report_anew()
         said = self._engine.replicas if self._engine else ()
         found = replica.report(next((report for report in said if report.replica == replica.held.replica), None))

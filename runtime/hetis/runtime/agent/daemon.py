@@ -96,7 +96,7 @@ class AgentDaemon:
         self._devices, self._metrics, self._clock = devices, metrics, clock
         self._calls: dict[int, asyncio.Task[None]] = {}
         self._stream: PlannerStream | None = None
-        self._woken, self._engine_spoke = asyncio.Event(), asyncio.Event()
+        self._woken, self._engine_reported = asyncio.Event(), asyncio.Event()
         # The write that failed, and all actions that must follow it in order. Empty: everything is on disk.
         self._unwritten: list[Action] = []
         self._write_failed, self._is_written = asyncio.Event(), asyncio.Event()
@@ -125,7 +125,7 @@ class AgentDaemon:
         self._metrics.sent(message := self._core.hello())
         return message
 
-    def heard(self, message: ConnectNodeResponse) -> None:
+    def received(self, message: ConnectNodeResponse) -> None:
         self._metrics.received(message)
         self._do(self._core.handle(message, self._clock()))
         if message.HasField("welcome") and self._core.is_connected:
@@ -213,24 +213,24 @@ class AgentDaemon:
         """Connect once the engine, which may know of a newer planner than the disk does, has reported or timed out."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(FIRST_REPORT_S):
-                await self._engine_spoke.wait()
+                await self._engine_reported.wait()
         await stream.run()
 
     async def _watch_engine(self) -> None:
-        told, gone_s = "", float("inf")  # since when the engine has not been reached
+        logged, gone_s = "", float("inf")  # since when the engine has not been reached
         while True:
             begun_s, is_answered = self._clock(), False
             try:
                 async for report in self._reports():
-                    told, gone_s, is_answered = "", float("inf"), True
+                    logged, gone_s, is_answered = "", float("inf"), True
                     if self._executor is not None:
                         self._metrics.engine_reached(True)
                     self._do(self._core.on_engine_report(report, self._clock()))
-                    self._engine_spoke.set()
+                    self._engine_reported.set()
             except RefusedError as error:
-                if str(error) != told:
+                if str(error) != logged:
                     _log.warning("engine: %s", error)
-                told = str(error)
+                logged = str(error)
                 self._metrics.engine_reached(False)
                 gone_s = min(gone_s, self._clock() if is_answered else begun_s)
             if self._clock() - gone_s >= LOST_S:

@@ -224,14 +224,14 @@ def checking() -> Iterator[Checking]:
 def run_until_signal(work: Coroutine[Any, Any, None]) -> None:
     """Run ``work`` until it ends or a signal arrives."""
 
-    async def until_told() -> None:
+    async def until_stopped() -> None:
         task = asyncio.ensure_future(work)
         loop = asyncio.get_running_loop()
-        told = False
+        is_stopped = False
 
         def stop() -> None:
-            nonlocal told
-            told = True
+            nonlocal is_stopped
+            is_stopped = True
             task.cancel()
 
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -239,11 +239,11 @@ def run_until_signal(work: Coroutine[Any, Any, None]) -> None:
         try:
             await task
         except asyncio.CancelledError:
-            if not told:
+            if not is_stopped:
                 raise
 
     begun_s = time.monotonic()
-    asyncio.run(until_told())
+    asyncio.run(until_stopped())
     logging.getLogger(__name__).info("stopped after %.0f s", time.monotonic() - begun_s)
 
 

@@ -359,7 +359,7 @@ class ReplicaAgent:
         assignment yet, or any call in this run of the agent. So a node that serves is not reported as loading merely
         because it receives another assignment.
         """
-        report = self._unsaid(self.held.assignment_state)
+        report = self._without_engine(self.held.assignment_state)
         is_steered = AgentCapability.AGENT_CAPABILITY_ASSIGN in self._can
         has_applied = self.held.is_applied or not self.held.is_anew or not is_steered
         if engine is not None and has_applied and self.held.failure is None:
@@ -371,7 +371,7 @@ class ReplicaAgent:
 
     def report_anew(self) -> ReplicaReport:
         """Return the report for an engine that has just started, without anything from its previous run."""
-        return self._unsaid(self._first_state())
+        return self._without_engine(self._first_state())
 
     def report_lost(self, last: AssignmentState.ValueType) -> ReplicaReport:
         """Return the report for an engine that cannot be reached. ``last``: the state in its last report.
@@ -379,14 +379,14 @@ class ReplicaAgent:
         A replica that was served has failed. One that was not served yet is loading: a planner gives up a replica that
         fails before it has ever served, but one whose engine is started again is only late.
         """
-        report = self._unsaid(_WITHOUT_ENGINE.get(last, last))
+        report = self._without_engine(_WITHOUT_ENGINE.get(last, last))
         if self.held.failure is not None:
             report.failure.CopyFrom(self.held.failure)
         elif report.assignment_state != last and last != AssignmentState.ASSIGNMENT_STATE_LOADED:
             report.failure.CopyFrom(unreachable("the engine cannot be reached"))
         return report
 
-    def _unsaid(self, state: AssignmentState.ValueType) -> ReplicaReport:
+    def _without_engine(self, state: AssignmentState.ValueType) -> ReplicaReport:
         held = self.held
         return ReplicaReport(replica=held.replica, assignment_state=state, generation=held.held_generation)
 

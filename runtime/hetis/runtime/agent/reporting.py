@@ -40,11 +40,11 @@ class NodeReporter:
         self._spoke_s = now_s
         self._draw_beat()
 
-    def due(self, report: NodeReport, now_s: float, *, asked: bool = False) -> ConnectNodeRequest | None:
+    def due(self, report: NodeReport, now_s: float, *, is_requested: bool = False) -> ConnectNodeRequest | None:
         """Return the report or heartbeat to send now, or None."""
         rested = now_s - self._sent_s >= self._settings.min_report_interval.ToNanoseconds() / 1e9
         rises = self._rises(report)
-        if asked or not self._has_sent or rises or (rested and self._is_news(report)):
+        if is_requested or not self._has_sent or rises or (rested and self._is_news(report)):
             return self._send(report, now_s)
         if now_s - self._spoke_s < self._beat_s:
             return None

@@ -30,7 +30,7 @@ class Listener(Protocol):
 
     async def hello(self) -> ConnectNodeRequest: ...
 
-    def heard(self, message: ConnectNodeResponse) -> None: ...
+    def received(self, message: ConnectNodeResponse) -> None: ...
 
     def ended(self, reason: str) -> None: ...
 
@@ -60,7 +60,7 @@ class PlannerStream:
 
     async def run(self) -> None:
         """Connect, and connect again whenever a stream ends."""
-        told, tried = "", set[Endpoint]()
+        logged, tried = "", set[Endpoint]()
         while True:
             endpoint, hello = self._leaders.present, await self._listener.hello()
             end, failure = await self._once(endpoint, hello)
@@ -71,11 +71,11 @@ class PlannerStream:
             wait_s = self._wait_s(endpoint, why, within_s, tried)
             if why is not None:
                 # Log once: a persisting failure needs no line per attempt.
-                level = logging.DEBUG if why.message == told else logging.WARNING
+                level = logging.DEBUG if why.message == logged else logging.WARNING
                 is_new = self._welcome_s is None  # of a stream that worked, address and credentials are right
                 message = self._address.explained(why.message) if is_new else why.message
                 _log.log(level, "stream to %s: %s; retrying in %.1f s", endpoint.address, message, wait_s)
-            told = why.message if why is not None and self._welcome_s is None else ""
+            logged = why.message if why is not None and self._welcome_s is None else ""
             self._listener.ended(reason_name(why).lower() if why is not None else "goodbye")
             if self._leaders.is_stale:
                 await asyncio.to_thread(self._leaders.refresh)
@@ -131,7 +131,7 @@ class PlannerStream:
             message = await call.read()
         self._welcome_s = asyncio.get_running_loop().time()
         while message is not grpc.aio.EOF:
-            self._listener.heard(message)
+            self._listener.received(message)
             message = await call.read()
 
     async def _write(self, call: Any, hello: ConnectNodeRequest) -> None:

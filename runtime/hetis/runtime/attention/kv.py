@@ -217,7 +217,7 @@ class PagePool:
         """Return copies of K and V at positions ``first`` to ``last - 1``, each [layers, positions, d]."""
         there = self._find(key)
         if last > there.tokens:
-            raise UnknownSequenceError(self.name, f"{key} holds {there.tokens} positions, {last} were asked for")
+            raise UnknownSequenceError(self.name, f"{key} holds {there.tokens} positions, {last} were requested")
         slots = self.slots(there.row, np.arange(first, last))
         return self.k.flatten(1, 2)[:, slots], self.v.flatten(1, 2)[:, slots]
 

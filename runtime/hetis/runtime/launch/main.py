@@ -214,6 +214,7 @@ class ClusterOptions:
         "Secret with the token by which vLLM downloads gated models, under KEY or HF_TOKEN.",
         "",
     )
+    model_cache: str = option("--model-cache CLAIM|/PATH: Where engines keep the models that they download.", "")
     worker_key_secret: str = option("--worker-key-secret: Secret that holds the workers' worker-key. Required.", "")
     insecure: bool = option(
         "--insecure/--no-insecure: Require no API key: any client in the cluster can send requests.", False
@@ -276,7 +277,7 @@ def _read(
     """
     from hetis.engines.errors import LayoutError
     from hetis.engines.layout import layout_of, unknown_nodes
-    from hetis.engines.serving import Serving, program_of, why_kv_is_untold
+    from hetis.engines.serving import Serving, missing_kv_option, program_of
     from hetis.formats.documents import load_plan
 
     options = tuple(vllm_options or ())
@@ -308,7 +309,7 @@ def _read(
         limits_kv=given.kv_tokens is not None or (not layout.fixes_kv and given.device == "cuda"),
         executor=executor,
     )
-    if why := why_kv_is_untold(layout, serving, stated=stated_kv):
+    if why := missing_kv_option(layout, serving, stated=stated_kv):
         raise LayoutError(why)
     _note_other_replicas(planned, given.replica)
     return layout, serving

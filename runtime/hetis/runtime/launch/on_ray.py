@@ -50,9 +50,9 @@ def run_on_ray(layout: Layout, serving: Serving, addresses: Addresses, *, addres
     _connect(address, len(layout.processes))
     try:
         # Not earlier: Ray's own handler of SIGTERM would end us three seconds later, whatever is still draining.
-        told = StopRequests()
-        with told.by_signals():
-            return _run(layout, serving, addresses, told, start_s=start_s)
+        stop = StopRequests()
+        with stop.by_signals():
+            return _run(layout, serving, addresses, stop, start_s=start_s)
     finally:
         ray.shutdown()
 
@@ -84,7 +84,7 @@ class ProcessActor:
             self._process.kill()
 
 
-def _run(layout: Layout, serving: Serving, addresses: Addresses, told: StopRequests, *, start_s: float) -> int:
+def _run(layout: Layout, serving: Serving, addresses: Addresses, stop: StopRequests, *, start_s: float) -> int:
     nodes = nodes_of(layout.processes, addresses, ray.nodes())
     found = {name: str(node["NodeManagerAddress"]) for name, node in nodes.items()}
     commands = commands_of(layout, serving, replace(addresses, hosts={**addresses.hosts, **found}))
@@ -104,7 +104,7 @@ def _run(layout: Layout, serving: Serving, addresses: Addresses, told: StopReque
         return _OnNode(actor, replace(command, environment=environment), own_secrets)
 
     try:
-        return supervise(commands, start_in_bundle, told=lambda: told.times, clock=time.monotonic, wait=told.wait)
+        return supervise(commands, start_in_bundle, num_stops=lambda: stop.times, clock=time.monotonic, wait=stop.wait)
     finally:
         remove_placement_group(group)
 

@@ -76,11 +76,11 @@ class Supervision:
     can: if it now fails to start, its memory is taken for the moment or its card is gone, and vLLM serves on.
     """
 
-    def __init__(self, kinds: dict[str, ProcessKind], *, now_s: float, until_told: bool = False) -> None:
+    def __init__(self, kinds: dict[str, ProcessKind], *, now_s: float, until_stopped: bool = False) -> None:
         """Initialise with all processes due now. ``kinds`` has that of every process by its name. With
-        ``until_told`` vLLM must not end by itself: it is restarted even if it ends with 0.
+        ``until_stopped`` vLLM must not end by itself: it is restarted even if it ends with 0.
         """
-        self._final = (INVALID,) if until_told else _FINAL
+        self._final = (INVALID,) if until_stopped else _FINAL
         self._watched = {name: _Watch(kind=kind, due_s=now_s) for name, kind in kinds.items()}
         self.outcome: int | None = None  # the exit code, once everything has ended
 
@@ -120,23 +120,23 @@ def supervise(
     commands: Sequence[Command],
     start: Callable[[Command], Running],
     *,
-    told: Callable[[], int],
+    num_stops: Callable[[], int],
     clock: Callable[[], float],
     wait: Callable[[], None],
-    until_told: bool = False,
+    until_stopped: bool = False,
 ) -> int:
     """Run the processes until vLLM has ended, or a stop is requested; return the exit code.
 
     Args:
         commands: those of the processes that run here; vLLM may be elsewhere.
         start: starts one. An OSError counts as an immediate failure of the process.
-        told: returns the number of stop requests. Once: vLLM ends first, then the workers. Twice: without waiting.
+        num_stops: returns the number of stop requests. Once: vLLM ends first, then the workers. Twice: without waiting.
         wait: pauses between two checks.
-        until_told: as in `Supervision`.
+        until_stopped: as in `Supervision`.
     """
     by_name = {command.process.name: command for command in commands}
     kinds = {name: command.process.kind for name, command in by_name.items()}
-    supervision = Supervision(kinds, now_s=clock(), until_told=until_told)
+    supervision = Supervision(kinds, now_s=clock(), until_stopped=until_stopped)
     running: dict[str, Running] = {}
 
     def end(names: Sequence[str], *, within_s: float = STOPS_S) -> int:
@@ -154,7 +154,7 @@ def supervise(
             codes |= {name: code for name, process in left.items() if (code := process.poll()) is not None}
             if len(codes) == len(ending):
                 return max((FAILED if code < 0 else code for code in codes.values()), default=0)
-            if told() > 1 or clock() >= deadline_s:
+            if num_stops() > 1 or clock() >= deadline_s:
                 break
             wait()
         for name in ending.keys() - codes.keys():
@@ -170,7 +170,7 @@ def supervise(
             _log.error("%s %s; stopping everything", name, how)
 
     try:
-        while supervision.outcome is None and not told():
+        while supervision.outcome is None and not num_stops():
             for name in supervision.due(clock()):
                 supervision.started(name, clock())
                 try:
@@ -245,9 +245,9 @@ def write_file(name: str, text: str, *, mode: int) -> None:
 
 def run_here(commands: Sequence[Command]) -> int:
     """Start the processes and supervise them until vLLM ends or SIGTERM or SIGINT arrives. Returns the exit code."""
-    told = StopRequests()
-    with told.by_signals():
-        return supervise(commands, start, told=lambda: told.times, clock=time.monotonic, wait=told.wait)
+    stop = StopRequests()
+    with stop.by_signals():
+        return supervise(commands, start, num_stops=lambda: stop.times, clock=time.monotonic, wait=stop.wait)
 
 
 def start(command: Command, log: Path | None = None) -> Started:
@@ -321,7 +321,7 @@ def names_of_this_machine() -> tuple[str, ...]:
 
 
 class StopRequests:
-    """Counts requests to end, by a signal or `tell`, and provides a wait that they cut short."""
+    """Counts requests to end, by a signal or `request`, and provides a wait that they cut short."""
 
     def __init__(self) -> None:
         self.times = 0
@@ -330,14 +330,14 @@ class StopRequests:
     @contextmanager
     def by_signals(self) -> Iterator[None]:
         """Count SIGTERM and SIGINT while the context is entered."""
-        before = {number: signal.signal(number, self.tell) for number in (signal.SIGTERM, signal.SIGINT)}
+        before = {number: signal.signal(number, self.request) for number in (signal.SIGTERM, signal.SIGINT)}
         try:
             yield
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
 
-    def tell(self, *_: object) -> None:
+    def request(self, *_: object) -> None:
         """Count one more request; safe from any thread, and as a handler of signals."""
         self.times += 1
         self._came.set()

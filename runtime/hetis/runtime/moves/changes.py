@@ -308,8 +308,8 @@ class EngineChanges:
         """
         change = self.known.get(change_id)
         if change is None:
-            unheard = Change(change_id=change_id, replica=self.replica)
-            change = EngineChange(change=unheard, status=EngineChange.first_status(unheard))
+            unknown_change = Change(change_id=change_id, replica=self.replica)
+            change = EngineChange(change=unknown_change, status=EngineChange.first_status(unknown_change))
             self.known[change_id] = change
             self._end_aborted(change, why)
         elif change.is_open and (change.is_authority or change.phase == ChangePhase.CHANGE_PHASE_PREPARING):

@@ -93,7 +93,7 @@ class SteeredEngine(ABC, Generic[TakenT]):
         self.engine_id = engine_id or str(uuid.uuid4())  # id of this run
         self.newest_epoch = 0  # the highest epoch that was obeyed; older ones change nothing
         self._held: dict[str, TakenT] = {}
-        # Changes that the engine was asked to abort before it received them, whatever their replica.
+        # Changes that the engine was to abort before it received them, whatever their replica.
         self._given_up = EngineChanges("", generation=0, authority=None, copies=None, devices=frozenset())
 
     @property

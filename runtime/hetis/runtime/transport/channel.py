@@ -53,8 +53,9 @@ class Pipe(Protocol):
     def close(self) -> None: ...
 
 
-# Largest body before an engine is known. A greeting has 8 bytes for each of at most `MOST_LAYERS` layers, and few more.
-_GREETING_BYTES = 64 * 1024
+# Largest body before an engine is known. A handshake has 8 bytes for each of at most `MOST_LAYERS` layers, and few
+# more.
+_HANDSHAKE_BYTES = 64 * 1024
 
 
 class Channel:
@@ -176,7 +177,7 @@ def _agreed(channel: Channel, pipe: TcpPipe, kind: ChannelKind, *, stall_s: floa
     return Channel(ShmPipe(shared, pipe, first=True), stall_s=stall_s)
 
 
-class Greeting:
+class Handshake:
     """The worker's end of a new connection, until the other end has sent its first frame that does not concern the
     channel itself.
 
@@ -232,7 +233,7 @@ class Greeting:
             raise
         if frame is None:
             return None
-        return Channel(self._pipe, stall_s=self._stall_s, most_body_bytes=_GREETING_BYTES), frame
+        return Channel(self._pipe, stall_s=self._stall_s, most_body_bytes=_HANDSHAKE_BYTES), frame
 
     def close(self) -> None:
         self._pipe.close()
@@ -264,7 +265,7 @@ class _Arriving:
     def read(self) -> Frame | None:
         """Return the frame if all of it has arrived. Raises ChannelError."""
         if self._frame is None and self._has_filled():
-            self._frame, body = read_header(self._header, most_body_bytes=_GREETING_BYTES)
+            self._frame, body = read_header(self._header, most_body_bytes=_HANDSHAKE_BYTES)
             self._left = body.data
         return self._frame if self._frame is not None and self._has_filled() else None
 

@@ -10,20 +10,16 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import numpy as np
 
-from hetis.runtime.vllm.requests import AllocatorStats
+from hetis.runtime.vllm.counts import AllocatorStats
 from hetis.runtime.vllm.steps import LOCAL, Admitted, GroupMove
-from hetis.solver.dispatch.problem import DeviceLoad, HeadShape, IntArray, Requests, Stage
+from hetis.solver.dispatch.dispatch_problem import DeviceLoad, HeadShape, IntArray, Requests, Stage
+from hetis.solver.dispatch.dispatcher import Dispatcher
 from hetis.solver.dispatch.snapshot import DeviceStatus, StateSnapshot
-from hetis.solver.dispatch.solve import Dispatcher
 from hetis.solver.dispatch.state import DispatchState
-
-if TYPE_CHECKING:
-    pass
-
 
 _ENDLESS = 2**39  # blocks of the rank itself in the solver's state: vLLM's pool counts the real ones
 _MOST_RECENT = 256  # decision times that are kept until they are taken

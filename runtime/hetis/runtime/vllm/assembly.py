@@ -19,21 +19,27 @@ from hetis.runtime.transport.channel import ChannelKind
 from hetis.runtime.transport.frames import uptime_s
 from hetis.runtime.vllm.backend import HeadGroupImpl, UnsupportedModelError
 from hetis.runtime.vllm.blocks import HeadGroupSpec
-from hetis.runtime.vllm.calibration import CONTEXTS, Calibration, TimedCall, calibrate, fit_calls
-from hetis.runtime.vllm.coefficients import Coefficients, head_shape
+from hetis.runtime.vllm.calibration import (
+    CONTEXTS,
+    Calibration,
+    Coefficients,
+    TimedCall,
+    calibrate,
+    fit_calls,
+    head_shape,
+)
 from hetis.runtime.vllm.head_map import StepRequests, part_of, slots_of
-from hetis.runtime.vllm.moving import BlockStore
 from hetis.runtime.vllm.rank import Rank
 from hetis.runtime.vllm.scheduler import EngineShape
 from hetis.runtime.vllm.settings import VARIABLE, PluginSettings, require_whole_pages
 from hetis.runtime.vllm.steps import LOCAL
-from hetis.runtime.vllm.workers import ConnectedWorkers
+from hetis.runtime.vllm.workers import BlockStore, ConnectedWorkers
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheGroupSpec
 
-    from hetis.solver.dispatch.problem import HeadShape
+    from hetis.solver.dispatch.dispatch_problem import HeadShape
 
 
 _ROUNDS, _LAYERS = 3, 4  # calls per point: rounds over layers

@@ -19,7 +19,7 @@ from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
 from vllm.v1.kv_cache_interface import ChunkedLocalAttentionSpec
 
 from hetis.runtime.vllm.blocks import HeadGroupSpec
-from hetis.runtime.vllm.head_map import VirtualBatch
+from hetis.runtime.vllm.head_map import LayerCall, VirtualBatch
 from hetis.runtime.vllm.plugin import CONNECTOR, vllm_version
 from hetis.runtime.vllm.rank import current_rank
 from hetis.runtime.vllm.settings import VARIABLE, SettingsError
@@ -155,24 +155,14 @@ class HeadGroupImpl(AttentionImpl):  # type: ignore[misc]
     ) -> torch.Tensor:
         """Compute the attention of one layer: query [T, H, d], key and value [T, G, d], into output [T, H, d]."""
         if attn_metadata is not None:  # otherwise vLLM is measuring memory
-            current_rank().attend(self, layer, query, key, value, kv_cache, attn_metadata, output)
+            current_rank().attend(self, LayerCall(layer, query, key, value, kv_cache, output), attn_metadata)
         return output
 
-    def attend_here(
-        self,
-        layer: Any,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        kv_cache: torch.Tensor,
-        slots: torch.Tensor,
-        metadata: Any,
-        out: torch.Tensor,
-    ) -> None:
-        """Store k and v [V, 1, d] and attend with q [V, r, d] through the base backend, into out [V, r, d]."""
+    def attend_here(self, call: LayerCall, slots: torch.Tensor, metadata: Any) -> None:
+        """Store keys and values of virtual sequences at ``slots`` and attend, through the base backend."""
         if not self.base_backend.forward_includes_kv_cache_update:
-            self.store(layer, k, v, kv_cache, slots)
-        self.base.forward(layer, q, k, v, kv_cache, metadata, out)
+            self.store(call.layer, call.k, call.v, call.kv_cache, slots)
+        self.base.forward(call.layer, call.q, call.k, call.v, call.kv_cache, metadata, call.out)
 
     def store(self, layer: Any, k: torch.Tensor, v: torch.Tensor, kv_cache: torch.Tensor, slots: torch.Tensor) -> None:
         """Write k and v [V, 1, d] to slots of the cache, in the base backend's layout."""

@@ -1,4 +1,4 @@
-"""The plugin's counters as values, taken periodically and shown by vLLM's own ``/metrics``.
+"""Statistics of vLLM's requests and of their placements, and the counters that vLLM's own ``/metrics`` shows.
 
 Several label values of one sample are joined by ``|`` in transit, because vLLM carries plain data only.
 """
@@ -6,16 +6,114 @@ Several label values of one sample are joined by ``|`` in transit, because vLLM 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
-
-from hetis.runtime.vllm.scheduler import SchedulerSide
-from hetis.solver.dispatch.snapshot import DeviceStatus
+from collections import Counter, deque
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 Samples = dict[str, dict[str, float]]
-EVERY_S = 0.5  # interval between takes while requests run
+_RECENT = 64  # number of times over which means are taken
 DISPATCH_BUCKETS = (5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2)
+
+
+@dataclass(slots=True, kw_only=True)
+class AllocatorStats:
+    """Decisions since the start."""
+
+    # Number of placements by reason: ``costs`` (the solver chose), ``policy`` (the settings decide), ``prefix_hit`` and
+    # ``no_worker`` (all groups stay here), ``no_room`` (nowhere; vLLM tries again)
+    decisions: Counter[str] = field(default_factory=Counter)
+    dispatch_s: float = 0.0  # seconds that the decisions took
+    longest_dispatch_s: float = 0.0  # seconds of the longest decision
+    recent_s: list[float] = field(default_factory=list)  # seconds of each recent decision, until they are taken
+    recomputed: int = 0  # requests that lost KV with a worker
+    moved_groups: int = 0  # head groups that have moved
+    relieved_blocks: int = 0  # blocks that moved to workers where a request would have been preempted
+    released: int = 0  # requests that ended, or were preempted, while they ran
+
+    def take_recent(self) -> list[float]:
+        """Return the seconds of each decision since the last call, as far as they are kept."""
+        recent, self.recent_s = self.recent_s, []
+        return recent
+
+
+class VllmRequest(Protocol):
+    """The part of vLLM's requests that is used here."""
+
+    request_id: str
+    max_tokens: int
+    arrival_time: float
+    num_computed_tokens: int
+    num_in_flight_tokens: int
+    num_stale_output_tokens: int
+    drop_stale_output: bool
+
+    @property
+    def num_tokens(self) -> int: ...
+    @property
+    def num_output_tokens(self) -> int: ...
+
+
+class RequestStats:
+    """Counts and times of vLLM's requests that the allocator does not need.
+
+    Attributes:
+        num_finished: requests that have ended since the start.
+        num_ran_to_end: of these, requests that were running when they ended.
+    """
+
+    def __init__(self) -> None:
+        self.num_finished = self.num_ran_to_end = 0
+        self._known: set[str] = set()
+        self._awaited: dict[str, VllmRequest] = {}  # requests that have no token yet
+        self._first_s: dict[str, float] = {}  # time of each request's first token
+        self._ttft_s: deque[float] = deque(maxlen=_RECENT)
+        self._tpot_s: deque[float] = deque(maxlen=_RECENT)
+
+    @property
+    def is_empty(self) -> bool:
+        """Return whether vLLM has no request."""
+        return not self._known
+
+    @property
+    def num_known(self) -> int:
+        """The number of requests that run or wait."""
+        return len(self._known)
+
+    @property
+    def ttft_s(self) -> float:
+        """Mean seconds from arrival to the first token, over the latest requests; 0 if there are none."""
+        return sum(self._ttft_s) / len(self._ttft_s) if self._ttft_s else 0.0
+
+    @property
+    def tpot_s(self) -> float:
+        """Mean seconds per token after the first."""
+        return sum(self._tpot_s) / len(self._tpot_s) if self._tpot_s else 0.0
+
+    def arrived(self, request: VllmRequest) -> None:
+        self._known.add(request.request_id)
+        self._awaited[request.request_id] = request
+
+    def look(self, now_s: float) -> None:
+        """Record, once a step, which requests got their first token."""
+        for request in [one for one in self._awaited.values() if one.num_output_tokens]:
+            del self._awaited[request.request_id]
+            self._first_s[request.request_id] = now_s
+            self._ttft_s.append(max(now_s - request.arrival_time, 0.0))
+
+    def finished(self, request: VllmRequest, *, has_run: bool) -> None:
+        name = request.request_id
+        if name not in self._known:
+            return
+        self._known.discard(name)
+        self._awaited.pop(name, None)
+        self.num_finished += 1
+        self.num_ran_to_end += has_run
+        begun_s, num = self._first_s.pop(name, None), request.num_output_tokens
+        if begun_s is not None and num > 1:
+            self._tpot_s.append(max(time.time() - begun_s, 0.0) / (num - 1))
+
+
+# --- counters
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,30 +153,6 @@ COUNTERS = {
 DISPATCH_SECONDS = Described("Seconds that it took to decide where the head groups of a request live.")
 
 
-class SchedulerCounts:
-    """Takes the counts of one scheduler."""
-
-    def __init__(self, side: SchedulerSide, clock: Callable[[], float] = time.monotonic) -> None:
-        self._side, self._clock = side, clock
-        self._told: Samples = {}
-        self._taken_s = float("-inf")
-
-    def take(self, is_last: bool) -> dict[str, Any] | None:
-        """Return the counts since the last take and the gauges, or None if it is too early and not the last take."""
-        now_s = self._clock()
-        if not is_last and now_s < self._taken_s + EVERY_S:
-            return None
-        self._taken_s = now_s
-        counted = _counted(self._side)
-        new = {
-            name: {label: value - self._told.get(name, {}).get(label, 0.0) for label, value in samples.items()}
-            for name, samples in counted.items()
-        }
-        self._told = counted
-        recent = self._side.allocator.stats.take_recent()
-        return {"gauges": _gauges(self._side), "counters": new, "dispatch_s": recent}
-
-
 def merged(one: dict[str, Any], later: dict[str, Any]) -> dict[str, Any]:
     """Merge two takes into one."""
     counters: Samples = {name: dict(samples) for name, samples in one.get("counters", {}).items()}
@@ -105,36 +179,4 @@ def summary(data: dict[str, Any]) -> dict[str, int | float]:
         found["exchange us"] = round(1e6 * sum(counters["hetis_exchange_seconds"].values()) / exchanges, 1)
     for name in ("hetis_moved_groups", "hetis_recomputes"):
         found[name.removeprefix("hetis_").replace("_", " ")] = int(sum(counters.get(name, {}).values()))
-    return found
-
-
-def _gauges(side: SchedulerSide) -> Samples:
-    allocator = side.allocator
-    load, scales = allocator.state.load(), side.costs.scales
-    queries = side.shape.heads.queries_per_group
-    found: Samples = {name: {} for name in GAUGES}
-    for device, name in enumerate(side.costs.stage.devices):
-        total, used = allocator.totals(device)
-        found["hetis_head_groups"][name] = int(load.heads[device]) // queries
-        found["hetis_kv_blocks"][name], found["hetis_kv_blocks_used"][name] = total, used
-        found["hetis_device_up"][name] = int(allocator.state.devices[device].status is DeviceStatus.OK)
-        found["hetis_device_cost_scale"][name] = scales[device]
-    return found
-
-
-def _counted(side: SchedulerSide) -> Samples:
-    stats = side.allocator.stats
-    found: Samples = {name: {} for name in COUNTERS}
-    for device, name in enumerate(side.costs.stage.devices):
-        exchanged = side.exchanged.get(device)
-        if exchanged is not None:
-            found["hetis_exchanges"][name] = exchanged.exchanges
-            found["hetis_exchange_seconds"][name] = exchanged.exchange_s
-            found["hetis_exchange_bytes"][f"{name}|sent"] = exchanged.bytes_sent
-            found["hetis_exchange_bytes"][f"{name}|received"] = exchanged.bytes_received
-    found["hetis_moves"] = {f"{by}|{state}": count for (by, state), count in side.moves.items()}
-    found["hetis_moved_groups"][""] = stats.moved_groups
-    found["hetis_relieved_blocks"][""] = stats.relieved_blocks
-    found["hetis_recomputes"][""] = stats.recomputed
-    found["hetis_dispatch_decisions"] = dict(stats.decisions)
     return found

@@ -1,4 +1,4 @@
-"""`ExecutorService` inside vLLM's engine process: the node's agent reaches the scheduler over a Unix socket.
+"""What vLLM's engine process shows of its scheduler: counts for ``/metrics``, and `ExecutorService` for the agent.
 
 gRPC runs in its own thread. The scheduler never waits for it; see `hetis.runtime.vllm.scheduler`.
 """
@@ -18,16 +18,74 @@ import grpc
 
 from hetis.runtime.moves.engine import SteeredEngine
 from hetis.runtime.moves.servicer import ExecutorServicer, bind_socket, stop
-from hetis.runtime.vllm.counts import SchedulerCounts
+from hetis.runtime.vllm.counts import COUNTERS, GAUGES, Samples
 from hetis.runtime.vllm.scheduler import Boundary, SchedulerSide
 from hetis.runtime.vllm.settings import SettingsError
 from hetis.runtime.vllm.steering import SteeredVllm
+from hetis.solver.dispatch.snapshot import DeviceStatus
 from hetis.v1.change_pb2 import ChangeStatus
 from hetis.v1.executor_service_pb2_grpc import add_ExecutorServiceServicer_to_server
 
 T = TypeVar("T")
 _log = logging.getLogger(__name__)
 LOOK_S = 0.25  # interval between checks of the clock while no step is made
+EVERY_S = 0.5  # interval between takes of counts while requests run
+
+
+class SchedulerCounts:
+    """Takes the counts of one scheduler."""
+
+    def __init__(self, side: SchedulerSide, clock: Callable[[], float] = time.monotonic) -> None:
+        self._side, self._clock = side, clock
+        self._taken: Samples = {}
+        self._taken_s = float("-inf")
+
+    def take(self, is_last: bool) -> dict[str, Any] | None:
+        """Return the counts since the last take and the gauges, or None if it is too early and not the last take."""
+        now_s = self._clock()
+        if not is_last and now_s < self._taken_s + EVERY_S:
+            return None
+        self._taken_s = now_s
+        counted = _counted(self._side)
+        new = {
+            name: {label: value - self._taken.get(name, {}).get(label, 0.0) for label, value in samples.items()}
+            for name, samples in counted.items()
+        }
+        self._taken = counted
+        recent = self._side.allocator.stats.take_recent()
+        return {"gauges": _gauges(self._side), "counters": new, "dispatch_s": recent}
+
+
+def _gauges(side: SchedulerSide) -> Samples:
+    allocator = side.allocator
+    load, scales = allocator.state.load(), side.costs.scales
+    queries = side.shape.heads.queries_per_group
+    found: Samples = {name: {} for name in GAUGES}
+    for device, name in enumerate(side.costs.stage.devices):
+        total, used = allocator.totals(device)
+        found["hetis_head_groups"][name] = int(load.heads[device]) // queries
+        found["hetis_kv_blocks"][name], found["hetis_kv_blocks_used"][name] = total, used
+        found["hetis_device_up"][name] = int(allocator.state.devices[device].status is DeviceStatus.OK)
+        found["hetis_device_cost_scale"][name] = scales[device]
+    return found
+
+
+def _counted(side: SchedulerSide) -> Samples:
+    stats = side.allocator.stats
+    found: Samples = {name: {} for name in COUNTERS}
+    for device, name in enumerate(side.costs.stage.devices):
+        exchanged = side.exchanged.get(device)
+        if exchanged is not None:
+            found["hetis_exchanges"][name] = exchanged.exchanges
+            found["hetis_exchange_seconds"][name] = exchanged.exchange_s
+            found["hetis_exchange_bytes"][f"{name}|sent"] = exchanged.bytes_sent
+            found["hetis_exchange_bytes"][f"{name}|received"] = exchanged.bytes_received
+    found["hetis_moves"] = {f"{by}|{state}": count for (by, state), count in side.moves.items()}
+    found["hetis_moved_groups"][""] = stats.moved_groups
+    found["hetis_relieved_blocks"][""] = stats.relieved_blocks
+    found["hetis_recomputes"][""] = stats.recomputed
+    found["hetis_dispatch_decisions"] = dict(stats.decisions)
+    return found
 
 
 class ExecutorThread:

@@ -14,28 +14,32 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
 
 import numpy as np
 import torch
 
 from hetis.runtime.attention.device import DeviceStep
 from hetis.runtime.attention.kv import DeviceError, KvShape, SequenceKey
-from hetis.runtime.vllm.batches import (
+from hetis.runtime.vllm.calibration import Calibration, token_bytes
+from hetis.runtime.vllm.costs import OVER_READING, LayerTime
+from hetis.runtime.vllm.head_map import (
     Batch,
+    IntArray,
+    LayerCall,
     LayerTimes,
     LocalAttention,
+    RankHeadMap,
     Remote,
     Sorting,
     StepDescription,
+    StepRequests,
+    VirtualBatch,
     attend_directly,
+    part_of,
+    slots_of,
 )
-from hetis.runtime.vllm.calibration import Calibration, token_bytes
-from hetis.runtime.vllm.costs import OVER_READING, LayerTime
-from hetis.runtime.vllm.head_map import IntArray, RankHeadMap, StepRequests, VirtualBatch, part_of, slots_of
-from hetis.runtime.vllm.moving import BlockStore, KvMigrator
 from hetis.runtime.vllm.steps import LOCAL, Admitted, Gone, Grown, MoveStep, RankReport, Rehomed, StepPlan, WorkerReport
-from hetis.runtime.vllm.workers import ConnectedWorkers
+from hetis.runtime.vllm.workers import BlockStore, ConnectedWorkers, KvMigrator
 
 _rank: Rank | None = None
 
@@ -172,25 +176,16 @@ class Rank:
 
     # --- a step
 
-    def attend(
-        self,
-        impl: LocalAttention,
-        layer: Any,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        kv_cache: torch.Tensor,
-        metadata: StepDescription,
-        output: torch.Tensor,
-    ) -> None:
-        """Compute the attention of one layer over all head groups, wherever they live, into ``output`` [T, H, d]."""
+    def attend(self, impl: LocalAttention, call: LayerCall, metadata: StepDescription) -> None:
+        """Compute the attention of one layer over all head groups, wherever they live."""
         batch = self._batch
         if batch is None or batch.common is not metadata.common:
             batch = self._begin(metadata)
         tokens, groups, d = batch.num_tokens, self._head_groups, self._shape.head_dim
+        query, key, value, output = call.q, call.k, call.v, call.out
         if tokens < output.size(0):
             output[tokens:].zero_()
-            query, key, value, output = query[:tokens], key[:tokens], value[:tokens], output[:tokens]
+            query, key, value, output = (x[:tokens] for x in (query, key, value, output))
 
         def attend_here(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor) -> None:
             base = batch.base.get(id(metadata.builder))
@@ -199,7 +194,7 @@ class Rank:
                     batch.local, batch.tables, batch.slots, metadata.common
                 )
             begun_s = self._clock()
-            impl.attend_here(layer, q, k, v, kv_cache, batch.slots, base, out)
+            impl.attend_here(LayerCall(call.layer, q, k, v, call.kv_cache, out), batch.slots, base)
             if not out.is_cuda:  # on a GPU the call returns before it is done
                 taken_s = self._clock() - begun_s
                 batch.layers.add(taken_s, taken_s)
@@ -212,7 +207,7 @@ class Rank:
         q, out = query.view(tokens, groups, -1, d), output.view(tokens, groups, -1, d)
         k, v = key.view(tokens, groups, 1, d), value.view(tokens, groups, 1, d)
         if batch.sorting is not None:
-            number, qkv = self._layers[layer.layer_name], torch.cat([q, k, v], dim=2)
+            number, qkv = self._layers[call.layer.layer_name], torch.cat([q, k, v], dim=2)
             self._attend_everywhere(batch, batch.sorting, number, qkv, attend_here, out)
         else:
             q, k, v = (x.transpose(0, 1).flatten(0, 1) for x in (q, k, v))

@@ -14,7 +14,7 @@ import numpy as np
 from hetis.runtime.moves.changes import EngineChange, MoveAuthority, gone, no_room, not_owner, unavailable
 from hetis.runtime.moves.engine import SteeredEngine, TakenReplica, planned_s
 from hetis.runtime.moves.refusals import failure_of, refusal
-from hetis.runtime.vllm.coefficients import Coefficients, device_seconds
+from hetis.runtime.vllm.calibration import Coefficients, device_seconds
 from hetis.runtime.vllm.costs import HERE
 from hetis.runtime.vllm.scheduler import EngineShape, SchedulerSide
 from hetis.runtime.vllm.steps import LOCAL

@@ -12,7 +12,7 @@ The failure of a frame without an answer (BEGIN, ADOPT, DROP) is reported in the
 counts anyway.
 
 The loop listens, and lets a newer engine take over. Until it has shown the key, a connection may be anybody's: it must
-hold up neither the engine that is served nor one that greets. Its greeting is read as it arrives, without waiting.
+hold up neither the engine that is served nor one that joins. Its handshake is read as it arrives, without waiting.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ import torch
 
 from hetis.runtime.attention.device import LocalDevice
 from hetis.runtime.attention.kv import KvShape, OutOfPagesError, UnknownSequenceError
-from hetis.runtime.transport.channel import Channel, Greeting
+from hetis.runtime.transport.channel import Channel, Handshake
 from hetis.runtime.transport.frames import (
     ChannelError,
     ErrorCode,
@@ -50,11 +50,11 @@ from hetis.runtime.transport.frames import (
 
 MakeDevice = Callable[[KvShape], LocalDevice]
 _ANSWERED = frozenset({FrameKind.HELLO, FrameKind.ATTEND, FrameKind.EXPORT, FrameKind.PING})
-MOST = 64  # maximum number of connections that have not greeted; the oldest makes room
+MOST = 64  # maximum number of connections whose handshake is incomplete; the oldest makes room
 AGAIN_S = 0.01  # wait after a connection that could not be accepted
 LOOK_S = 0.1  # interval between checks for another engine, whether or not this one is busy
 IDLE_S = 1.0  # interval between checks while there is none
-MEMORY_S = 0.005  # the same while a greeting comes through shared memory, which no poll shows
+MEMORY_S = 0.005  # the same while a handshake comes through shared memory, which no poll shows
 _log = logging.getLogger(__name__)
 
 
@@ -196,19 +196,19 @@ class WorkerCore:
 
 
 class PendingConnections:
-    """Accepts connections, and returns those that have greeted. It waits for none of them in particular."""
+    """Accepts connections, and returns those whose handshake is complete. It waits for none of them in particular."""
 
     def __init__(self, listener: socket.socket, *, stall_s: float, clock: Callable[[], float] = time.monotonic) -> None:
-        """Initialise. A connection that has not greeted within ``stall_s``, in all, is closed."""
+        """Initialise. A connection whose handshake takes longer than ``stall_s`` in all is closed."""
         listener.setblocking(False)
         self._listener, self._stall_s, self._clock = listener, stall_s, clock
         self._poll = select.poll()
         self._poll.register(listener, select.POLLIN)
-        self._pending: dict[int, tuple[Greeting, float]] = {}  # with its deadline, by file descriptor; oldest first
+        self._pending: dict[int, tuple[Handshake, float]] = {}  # with its deadline, by file descriptor; oldest first
         self._said = ""  # last logged reason why no connection is accepted
 
     def __len__(self) -> int:
-        """Return the number of connections that have not greeted."""
+        """Return the number of connections whose handshake is incomplete."""
         return len(self._pending)
 
     def close(self) -> None:
@@ -216,30 +216,30 @@ class PendingConnections:
         for number in list(self._pending):
             self._take(number).close()
 
-    def greeted(self, timeout_s: float) -> list[tuple[Channel, Frame]]:
-        """Return the channels that have greeted, oldest first, and their greetings. Wait at most ``timeout_s`` for
+    def completed(self, timeout_s: float) -> list[tuple[Channel, Frame]]:
+        """Return the channels whose handshake is complete, oldest first, and its frames. Wait at most ``timeout_s`` for
         anything to arrive.
         """
-        if any(greeting.is_attached for greeting, _ in self._pending.values()):
+        if any(handshake.is_attached for handshake, _ in self._pending.values()):
             timeout_s = min(timeout_s, MEMORY_S)
         ready = {number for number, _ in self._poll.poll(timeout_s * 1000)}
-        # First, because one whose greeting has become complete must not make room for newcomers.
+        # First, because one whose handshake has become complete must not make room for newcomers.
         found = self._read(list(self._pending))
         if self._listener.fileno() in ready:
             found += self._let_in()
         now_s = self._clock()
         for late in [number for number, (_, until_s) in self._pending.items() if until_s <= now_s]:
-            greeting = self._take(late)
-            _log.warning("a connection came to nothing: %s: no greeting within %g s", greeting.name, self._stall_s)
-            greeting.close()
+            handshake = self._take(late)
+            _log.warning("a connection came to nothing: %s: no handshake within %g s", handshake.name, self._stall_s)
+            handshake.close()
         return found
 
     def _read(self, numbers: Sequence[int]) -> list[tuple[Channel, Frame]]:
         found = []
         for number in numbers:
-            greeting, _ = self._pending[number]
+            handshake, _ = self._pending[number]
             try:
-                came = greeting.read()
+                came = handshake.read()
             except ChannelError as error:
                 _log.warning("a connection came to nothing: %s", error)
                 self._take(number)
@@ -264,14 +264,14 @@ class PendingConnections:
                 break
             self._said = ""
             try:
-                greeting = Greeting(connection, stall_s=self._stall_s)
+                handshake = Handshake(connection, stall_s=self._stall_s)
             except ChannelError as error:
                 _log.warning("a connection came to nothing: %s", error)
                 continue
             if len(self._pending) == MOST:
                 self._make_room()
             number = connection.fileno()
-            self._pending[number] = greeting, self._clock() + self._stall_s
+            self._pending[number] = handshake, self._clock() + self._stall_s
             self._poll.register(number, select.POLLIN)
             found += self._read([number])
         return found
@@ -280,10 +280,10 @@ class PendingConnections:
         """Close the oldest connection, and those over shared memory last: only this user's processes have them."""
         self._take(min(self._pending, key=lambda number: self._pending[number][0].is_attached)).close()
 
-    def _take(self, number: int) -> Greeting:
-        greeting, _ = self._pending.pop(number)
+    def _take(self, number: int) -> Handshake:
+        handshake, _ = self._pending.pop(number)
         self._poll.unregister(number)
-        return greeting
+        return handshake
 
 
 class WorkerLoop:
@@ -327,7 +327,7 @@ class WorkerLoop:
     def _take_newcomers(self, wait_s: float) -> None:
         """Check for another engine, which is obeyed if it has the right key and started later than this one."""
         self._looked_s = self._clock()
-        for channel, hello in self._pending.greeted(wait_s):
+        for channel, hello in self._pending.completed(wait_s):
             self._take_newcomer(channel, hello)
 
     def _take_newcomer(self, channel: Channel, hello: Frame) -> None:

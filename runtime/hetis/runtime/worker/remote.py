@@ -134,8 +134,8 @@ class RemoteDevice:
         self, request: int, incarnation: int, heads: Sequence[int], first: int, last: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
         part = KvRange(request, incarnation, first, last, tuple(heads))
-        asked = self._frame(FrameKind.EXPORT, counts=(len(heads), 0, 0), parts=(part.numbers(),))
-        return self._read(self._answer(self._ask(asked)), lambda frame: read_kv(frame, self.shape, part))
+        wanted = self._frame(FrameKind.EXPORT, counts=(len(heads), 0, 0), parts=(part.numbers(),))
+        return self._read(self._answer(self._ask(wanted)), lambda frame: read_kv(frame, self.shape, part))
 
     def adopt(
         self, request: int, incarnation: int, heads: Sequence[int], first: int, k: torch.Tensor, v: torch.Tensor

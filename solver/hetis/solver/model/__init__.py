@@ -2,9 +2,11 @@
 
 from hetis.solver.model.attention import Grouped, Latent, Recurrent
 from hetis.solver.model.compressed import Compressed
+from hetis.solver.model.layers import Layer
 from hetis.solver.model.mixer import Indexer, Kernel, Mixer
 from hetis.solver.model.mlp import Dense, Experts, Mlp
-from hetis.solver.model.spec import DraftShape, GpuPrecision, Layer, ModelSpec
+from hetis.solver.model.spec import ModelSpec
+from hetis.solver.model.variants import DraftShape, GpuPrecision
 
 __all__ = [
     "Compressed",

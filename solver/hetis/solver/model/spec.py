@@ -2,76 +2,17 @@
 
 from __future__ import annotations
 
-import itertools
-from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import TypeVar
 
 from hetis.solver.errors import InvalidProblemError
 from hetis.solver.model.attention import Grouped
+from hetis.solver.model.layers import Layer, LayerKinds, window_of, without_window
 from hetis.solver.model.mixer import Indexer, Kernel, Mixer
 from hetis.solver.model.mlp import Dense, Experts, Mlp
+from hetis.solver.model.variants import DraftShape, GpuPrecision
 
 _AT_LEAST_ONE = ("hidden", "vocab", "max_position", "residual_streams")
-T = TypeVar("T")
-_UNEVEN = 2  # excess layers of one kind in a run, from which stages may not begin or end within it
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Layer:
-    """One layer: what it computes from several tokens, and its MLP.
-
-    Each has one part in most models, none where layers are of one kind alone (Nemotron-H), and two where both compute
-    side by side: attention and a state space (Falcon-H1), a dense MLP and experts (Gemma 4).
-    """
-
-    mixers: tuple[Mixer, ...]
-    mlps: tuple[Mlp, ...]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DraftShape:
-    """Multi-token prediction (DeepSeek-V3): one more layer drafts tokens that the next iteration verifies.
-
-    Attributes:
-        tokens: the number of tokens drafted for each request in an iteration.
-        acceptance: the probability that a draft is accepted if all before it were.
-    """
-
-    tokens: int
-    acceptance: float
-
-    def emitted(self) -> float:
-        """Return the mean tokens that an iteration adds to a request, ``1 + a + ... + a^k``."""
-        return sum(self.acceptance**i for i in range(self.tokens + 1))
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class GpuPrecision:
-    """The precision in which one GPU type holds weights and KV; the fields mean the same as in `ModelSpec`."""
-
-    gpu: str
-    weights: str
-    weight_bytes: float
-    kv_bytes: float
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Kinds:
-    """What a list of layers consists of, each with the number of layers that have it.
-
-    Computed once, because a placement needs it a hundred thousand times.
-    """
-
-    mixers: tuple[tuple[Mixer, int], ...]
-    attention: tuple[tuple[Mixer, int], ...]  # the mixers that keep KV
-    main: Mixer | None  # the kind with KV that most layers have
-    mlps: tuple[tuple[Mlp, int], ...]  # of repeated layers
-    prefix_mlps: tuple[tuple[Mlp, int], ...]
-    prefix_layers: int
-    inner: int
-    even_cuts: frozenset[int] | None  # layers before which a stage may start; None: all
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -115,7 +56,7 @@ class ModelSpec:
     draft: DraftShape | None = None
     forbidden_cuts: frozenset[int] = frozenset()
     precisions: tuple[GpuPrecision, ...] = ()
-    _kinds: _Kinds = field(init=False, repr=False, compare=False)
+    _kinds: LayerKinds = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         for name in _AT_LEAST_ONE:
@@ -125,7 +66,7 @@ class ModelSpec:
             raise InvalidProblemError(f"{self.name}: num_layers is 0, must be >= 1")
         if self.draft is not None and not (self.draft.tokens >= 1 and 0.0 <= self.draft.acceptance <= 1.0):
             raise InvalidProblemError(f"{self.name}: {self.draft} needs a token at least and an acceptance of 0 to 1")
-        object.__setattr__(self, "_kinds", _kinds_of(self.layers))
+        object.__setattr__(self, "_kinds", LayerKinds.of(self.layers))
         if self._kinds.main is None:
             raise InvalidProblemError(f"{self.name}: has no layer with attention, must have one at least")
 
@@ -133,12 +74,8 @@ class ModelSpec:
         """Return the model as GPUs of one type hold it, in a single precision."""
         if not self.precisions:
             return self
-        own = next((one for one in self.precisions if one.gpu == gpu), None)
-        if own is None:
-            return replace(self, precisions=())
-        return replace(
-            self, weights=own.weights, weight_bytes=own.weight_bytes, kv_bytes=own.kv_bytes, precisions=()
-        )  # fmt: skip
+        own = next((one for one in self.precisions if one.gpu == gpu), self)
+        return replace(self, weights=own.weights, weight_bytes=own.weight_bytes, kv_bytes=own.kv_bytes, precisions=())
 
     # The shape, as heads are divided among ranks and kernels see it.
 
@@ -206,10 +143,7 @@ class ModelSpec:
     @property
     def indexer(self) -> Indexer | None:
         """The indexer that chooses among all tokens, in layers with sparse attention."""
-        for mixer, _ in self.mixers:
-            if mixer.token_indexer is not None:
-                return mixer.token_indexer
-        return None
+        return next((mixer.token_indexer for mixer, _ in self.mixers if mixer.token_indexer is not None), None)
 
     @property
     def indexer_layers(self) -> int:
@@ -224,12 +158,12 @@ class ModelSpec:
     @property
     def sliding_window(self) -> int | None:
         """The window of layers that slide; None: none do."""
-        return next((window for mixer, _ in self.mixers if (window := _window_of(mixer)) is not None), None)
+        return next((window for mixer, _ in self.mixers if (window := window_of(mixer)) is not None), None)
 
     @property
     def sliding_share(self) -> float:
         """Return the share of the layers with KV that have a sliding window."""
-        sliding = sum(count for mixer, count in self._kinds.attention if _window_of(mixer) is not None)
+        sliding = sum(count for mixer, count in self._kinds.attention if window_of(mixer) is not None)
         return sliding / sum(count for _, count in self._kinds.attention)
 
     @property
@@ -244,16 +178,7 @@ class ModelSpec:
     @property
     def plain_layer(self) -> tuple[Grouped, Dense] | None:
         """The parts of a layer if all have usual grouped attention, windows apart, and a dense MLP; otherwise None."""
-        kinds = {
-            (tuple(map(_unwindowed, layer.mixers)), layer.mlps) for layer in dict.fromkeys(self.layers)
-        }  # fmt: skip
-        match next(iter(kinds)) if len(kinds) == 1 else None:
-            case ((Grouped() as mixer,), (Dense() as mlp,)) if mixer == Grouped(
-                query_heads=mixer.query_heads, kv_heads=mixer.kv_heads, head_dim=mixer.head_dim
-            ):
-                return mixer, mlp
-            case _:
-                return None
+        return self._kinds.plain
 
     @property
     def unusual_parts(self) -> tuple[str, ...]:
@@ -277,7 +202,7 @@ class ModelSpec:
     @property
     def has_like_heads(self) -> bool:
         """Return whether all layers with KV have heads of one shape."""
-        return len({_unwindowed(mixer) for mixer, _ in self._kinds.attention}) == 1
+        return len({without_window(mixer) for mixer, _ in self._kinds.attention}) == 1
 
     @property
     def heads_can_move(self) -> bool:
@@ -319,10 +244,8 @@ class ModelSpec:
 
     def dense_layer_params(self) -> float:
         """Return the mean parameters of a leading layer without experts; of any layer if there is none."""
-        if not self.prefix_layers:
-            return self.layer_params()
         mlps = sum(count * mlp.params(self.hidden) for mlp, count in self._kinds.prefix_mlps)
-        return self.attention_params() + mlps / self.prefix_layers
+        return self.attention_params() + mlps / self.prefix_layers if self.prefix_layers else self.layer_params()
 
     def layer_params(self) -> float:
         """Return the mean parameters of a repeated layer."""
@@ -356,9 +279,8 @@ class ModelSpec:
 
     def expert_activation_bytes(self, tokens: float, slices: int = 1) -> float:
         """Return the bytes of activations that the routed experts of a layer move for ``tokens`` tokens on one rank."""
-        if self.experts is None:
-            return 0.0
-        return self.experts.activation_elements(self.hidden, tokens, slices) * self.activation_bytes
+        elements = 0.0 if self.experts is None else self.experts.activation_elements(self.hidden, tokens, slices)
+        return elements * self.activation_bytes
 
     @property
     def inner(self) -> int:
@@ -396,18 +318,16 @@ class ModelSpec:
 
     def params(self) -> int:
         """Return the number of all parameters, vision towers included."""
-        return round(self._all_layers(self.layer_params())) + self._end_params() + self.vision_params
+        return self._with_ends(self.layer_params()) + self.vision_params
 
     def active_params(self) -> int:
         """Return the parameters that one token of text uses; like published counts, includes embedding and LM head."""
-        return round(self._all_layers(self.active_layer_params())) + self._end_params()
+        return self._with_ends(self.active_layer_params())
 
-    def _all_layers(self, repeated: float) -> float:
-        prefix = self.prefix_layers
-        return (self.num_layers - prefix) * repeated + prefix * self.dense_layer_params()
-
-    def _end_params(self) -> int:
-        return self.embedding_params * (1 if self.tie_embeddings else 2)
+    def _with_ends(self, repeated: float) -> int:
+        """Return the parameters of all layers, repeated ones having this many, with embedding and LM head."""
+        prefix, ends = self.prefix_layers, self.embedding_params * (1 if self.tie_embeddings else 2)
+        return round((self.num_layers - prefix) * repeated + prefix * self.dense_layer_params()) + ends
 
     # What requests keep.
 
@@ -419,23 +339,26 @@ class ModelSpec:
         """Return the KV bytes of one token over all layers and head groups."""
         return self.num_layers * self.head_groups * self.kv_bytes_per_token_group()
 
+    def _mean_by_kv(self, of: Callable[[Mixer], float]) -> float:
+        """Return the mean over all layers of a figure of their attention, weighted by the KV of each."""
+        kept = self._mean(lambda mixer: mixer.kv_bytes(self.kv_bytes) * of(mixer))
+        return kept / self._mean(lambda mixer: mixer.kv_bytes(self.kv_bytes))
+
     def cached_tokens(self, context_tokens: float) -> float:
         """Return the tokens whose KV is kept, as the mean of the layers by the KV of each."""
         if self.sliding_window is None or not self._frees_windows:
             return context_tokens
-        kept = self._mean(lambda mixer: mixer.kv_bytes(self.kv_bytes) * mixer.kept_tokens(context_tokens))
-        return kept / self._mean(lambda mixer: mixer.kv_bytes(self.kv_bytes))
+        return self._mean_by_kv(lambda mixer: mixer.kept_tokens(context_tokens))
 
     def cached_growth(self, context_tokens: float) -> float:
         """Return the tokens by which `cached_tokens` grows with each further token of the context."""
         if self.sliding_window is None or not self._frees_windows:
             return 1.0
 
-        def growing(mixer: Mixer) -> float:
-            window = _window_of(mixer)
-            return mixer.kv_bytes(self.kv_bytes) if window is None or context_tokens < window else 0.0
+        def grows(mixer: Mixer) -> bool:
+            return (window := window_of(mixer)) is None or context_tokens < window
 
-        return self._mean(growing) / self._mean(lambda mixer: mixer.kv_bytes(self.kv_bytes))
+        return self._mean_by_kv(lambda mixer: float(grows(mixer)))
 
     def state_bytes(self) -> float:
         """Return the mean bytes that one request keeps in one layer, for all heads, independently of its context."""
@@ -462,8 +385,8 @@ class ModelSpec:
 
     @property
     def kept_states(self) -> int:
-        """Return the states that engines keep for a request: one for every token of an iteration, as drafts may be
-        rejected. What compressed attention keeps belongs to single tokens, so a rejected one takes nothing with it.
+        """The states that engines keep for a request: one for every token of an iteration, as drafts may be rejected,
+        but with compressed attention one: what it keeps belongs to single tokens.
         """
         return self.step_tokens if self.divides_states else 1
 
@@ -502,10 +425,10 @@ class ModelSpec:
         return self._mean(lambda mixer: mixer.decode_flops()) / self.q_heads * context_tokens * heads
 
     def attended_tokens(self, context_tokens: float) -> float:
-        """Return the tokens a query attends to, as the mean of the layers by the FLOPs for each; fewer than the context
-        with a window. With compressed attention, these are the window's tokens and the entries of each layer.
+        """Return the tokens a query attends to, as the mean of the layers by the FLOPs for each.
 
-        An indexer reads the keys of the whole context to choose tokens; it counts by the bytes that it reads.
+        With compressed attention, these are the window's tokens and the entries of each layer. An indexer reads the
+        keys of the whole context to choose tokens; it counts by the bytes that it reads.
         """
         if self.indexer is not None:
             return self.read_tokens(context_tokens)
@@ -535,66 +458,5 @@ class ModelSpec:
         """Return whether a pipeline stage may start at ``layer``."""
         if not 0 < layer < self.num_layers:
             return True
-        even = self._kinds.even_cuts
-        is_even = even is None or layer in even
+        is_even = self._kinds.even_cuts is None or layer in self._kinds.even_cuts
         return is_even and layer >= self.prefix_layers and layer not in self.forbidden_cuts
-
-
-def _window_of(mixer: Mixer) -> int | None:
-    return mixer.window if isinstance(mixer, Grouped) else None
-
-
-def _unwindowed(mixer: Mixer) -> Mixer:
-    return replace(mixer, window=None) if isinstance(mixer, Grouped) else mixer
-
-
-def _kinds_of(layers: tuple[Layer, ...]) -> _Kinds:
-    prefix = _prefix(layers)
-    mixers = _counted(mixer for layer in layers for mixer in layer.mixers)
-    attention = tuple((mixer, count) for mixer, count in mixers if mixer.groups)
-    return _Kinds(
-        mixers=mixers,
-        attention=attention,
-        main=max(attention, key=lambda pair: pair[1])[0] if attention else None,
-        mlps=_counted(mlp for layer in layers[prefix:] for mlp in layer.mlps),
-        prefix_mlps=_counted(mlp for layer in layers[:prefix] for mlp in layer.mlps),
-        prefix_layers=prefix,
-        inner=max(sum(mlp.inner for mlp in layer.mlps) for layer in dict.fromkeys(layers[prefix:])),
-        even_cuts=_even_cuts(layers, prefix),
-    )
-
-
-def _counted(parts: Iterable[T]) -> tuple[tuple[T, int], ...]:
-    return tuple(Counter(parts).items())
-
-
-def _prefix(layers: tuple[Layer, ...]) -> int:
-    """Return the number of leading layers with dense MLPs if all behind them have experts; otherwise 0."""
-    flags = [any(isinstance(mlp, Experts) for mlp in layer.mlps) for layer in layers]
-    first = flags.index(True) if True in flags else 0
-    is_dense = all(layer.mlps for layer in layers[:first])
-    return first if is_dense and all(flags[first:]) else 0
-
-
-def _even_cuts(layers: tuple[Layer, ...], prefix: int) -> frozenset[int] | None:
-    """Return the layers before which a stage may start, or None if it may start before any.
-
-    A stage is charged the mean of all layers, so every run of layers behind the leading ones must have about its share
-    of every kind of attention and of MLP.
-    """
-    allowed: set[int] | None = None
-    repeated = layers[prefix:]
-    lists: tuple[Sequence[tuple[Mixer | Mlp, ...]], ...] = (
-        [layer.mixers for layer in repeated],
-        [layer.mlps for layer in repeated],
-    )
-    for parts in lists:
-        for kind in dict.fromkeys(parts):
-            total = len(parts)
-            number = parts.count(kind)
-            # Running excess over the kind's share, scaled by the number of layers.
-            excess = list(itertools.accumulate((total * (one == kind) - number for one in parts), initial=0))
-            if max(excess) - min(excess) >= _UNEVEN * total:
-                even = {prefix + layer for layer, over in enumerate(excess) if abs(over) < total}
-                allowed = even if allowed is None else allowed & even
-    return None if allowed is None else frozenset(allowed)

@@ -28,7 +28,7 @@ Prefill and decode replicas may be larger than any plan needs, and then serve al
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -48,7 +48,7 @@ from hetis.solver.placement.replicas.template import Template, interval_of, stag
 from hetis.solver.placement.search import search
 from hetis.solver.plan import LEAST_DEMAND_RPS, ObjectiveKind, Role
 from hetis.solver.replanning.change import Fate
-from hetis.solver.replanning.net_master import ColumnList, NetMaster, Row
+from hetis.solver.replanning.net_master import ColumnList, NetMaster, ProgramLimits, Row
 from hetis.solver.replanning.running import Candidate, has_stages, is_allowed, new_replica
 
 
@@ -217,25 +217,21 @@ PARTS = 1 << 20  # units of the demand, in which the cost of what continuing rep
 
 
 def bound_of(
-    net: NetMaster, options: Sequence[Candidate], fresh: Fresh, busy: Mapping[int, int], *, time_limit_s: float,
-    seed: int,
-) -> float:  # fmt: skip
+    net: NetMaster, options: Sequence[Candidate], fresh: Fresh, busy: Mapping[int, int], ends: ProgramLimits
+) -> float:
     """Return a bound: no re-planning is worth more (costs less), in the master's unit.
 
     ``busy`` [classes]: GPUs that do something in the running plan. Only those can do the same as before, whatever
     replica they are in, so a limit on moves bounds the use of every class: ``use_g - moved_g <= busy_g``.
     """
     if fresh.enumerated is not None:
-        return by_enumeration(net, options, net_columns(net, fresh.enumerated), busy, time_limit_s, seed)
+        return by_enumeration(net, options, net_columns(net, fresh.enumerated), busy, ends)
     if fresh.prices is not None:
-        return _by_prices(net, options, fresh.prices, busy, time_limit_s, seed)
+        return _by_prices(net, options, fresh.prices, busy, ends)
     return fresh.bound + sum(net.stay_rates.values()) if net.master.maximises else 0.0
 
 
-def _bound(
-    listed: ColumnList, limits: Mapping[Row, int], demand: float | None, time_limit_s: float, seed: int,
-    gap: float = 1e-6, stop: Callable[[], bool] | None = None,
-) -> float:  # fmt: skip
+def _bound(listed: ColumnList, limits: Mapping[Row, int], demand: float | None, ends: ProgramLimits) -> float:
     """Return HiGHS's bound over whole counts, or the relaxation's if it has none in time; if neither, 0 or inf."""
     nothing = 0.0 if demand is None else np.inf
     if not listed.uses:
@@ -244,7 +240,9 @@ def _bound(
     relaxed = master.solve_lp(columns)
     if relaxed is None:
         return nothing
-    found, _ = master.solve_milp(columns, time_limit_s=time_limit_s, gap=gap, seed=seed, stop=stop)
+    found, _ = master.solve_milp(
+        columns, nodes=ends.nodes, time_limit_s=ends.time_limit_s, gap=ends.gap, seed=ends.seed, stop=ends.stop
+    )  # fmt: skip
     if found is None or not np.isfinite(found.bound):
         return relaxed.value
     return float((min if master.maximises else max)(found.bound, relaxed.value))
@@ -273,7 +271,7 @@ def _add_moves(listed: ColumnList) -> None:
 
 
 def _by_prices(
-    net: NetMaster, options: Sequence[Candidate], prices: Bound, busy: Mapping[int, int], time_limit_s: float, seed: int
+    net: NetMaster, options: Sequence[Candidate], prices: Bound, busy: Mapping[int, int], ends: ProgramLimits
 ) -> float:
     costs, maximises = net.costs, net.master.maximises
     start_s = net.least_start_s()
@@ -302,19 +300,18 @@ def _by_prices(
             fixed += float(price * limit)
     _add_moves(listed)
     if maximises:
-        return (_bound(listed, limits, None, time_limit_s, seed) + fixed) * (1.0 + CROSSING)
+        return (_bound(listed, limits, None, ends) + fixed) * (1.0 + CROSSING)
     demand = float(prices.rate_prices[UNIFIED]) * (net.master.demand or 0.0) - fixed
     if demand <= 0.0:
         return 0.0
     part = later * demand / PARTS
     listed.add({}, demand / PARTS, part)  # one unit of the demand, served by new replicas
-    return max(0.0, _bound(listed, limits, demand, time_limit_s, seed) - part) * (1.0 - CROSSING)
+    return max(0.0, _bound(listed, limits, demand, ends) - part) * (1.0 - CROSSING)
 
 
 def by_enumeration(
-    net: NetMaster, options: Sequence[Candidate], columns: Columns, busy: Mapping[int, int], time_limit_s: float,
-    seed: int, *, gap: float = 1e-6, stop: Callable[[], bool] | None = None,
-) -> float:  # fmt: skip
+    net: NetMaster, options: Sequence[Candidate], columns: Columns, busy: Mapping[int, int], ends: ProgramLimits
+) -> float:
     """Return the bound of the same master, with `net_columns` in place of new replicas and all of its rows."""
     costs = net.costs
     rows: list[Row] = [("row", *row) for row in costs.resources.rows]
@@ -333,7 +330,7 @@ def by_enumeration(
         use = _with_busy(dict(zip(rows, map(int, taken), strict=True)))
         listed.add(use, float(columns.rates[k]), float(columns.costs[k]), int(columns.sides[k]))
     _add_moves(listed)
-    return _bound(listed, limits, net.master.demand, time_limit_s, seed, gap, stop)
+    return _bound(listed, limits, net.master.demand, ends)
 
 
 def net_columns(net: NetMaster, columns: Columns) -> Columns:

@@ -29,7 +29,7 @@ node shared by several has a whole variable per p for ``floor(free / p)``. The r
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -148,6 +148,17 @@ class ColumnList:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ProgramLimits:
+    """When a mixed program ends: at its gap or after ``nodes`` of the search tree; the clock only guards."""
+
+    gap: float
+    nodes: int
+    time_limit_s: float
+    seed: int
+    stop: Callable[[], bool] | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ColumnChoice:
     """Candidates with their counts, the flows at net rates, the net value and the upper bound over the columns seen."""
 
@@ -199,7 +210,7 @@ class NetMaster:
         return template.rate, cost * (1.0 + candidate.start_s / self.change_costs.horizon_s)
 
     def choose(
-        self, candidates: Sequence[Candidate], *, time_limit_s: float, gap: float, seed: int, penalty: float = 0.0
+        self, candidates: Sequence[Candidate], limits: ProgramLimits, penalty: float = 0.0
     ) -> ColumnChoice | None:
         """Return the best whole counts of these candidates; None if none was found (`is_settled`).
 
@@ -221,7 +232,9 @@ class NetMaster:
         for old, rate in self.stay_rates.items() if self.master.maximises else ():  # the worth of staying
             if ("stays", old) in self.inventory.rows:
                 listed.add({("stays", old): 1}, rate)
-        found, self.is_settled = self.master.solve_milp(listed.columns(), time_limit_s=time_limit_s, gap=gap, seed=seed)
+        found, self.is_settled = self.master.solve_milp(
+            listed.columns(), nodes=limits.nodes, time_limit_s=limits.time_limit_s, gap=limits.gap, seed=limits.seed
+        )  # fmt: skip
         if found is None:
             return None
         chosen = tuple((candidate, int(n)) for candidate, n in zip(candidates, found.counts, strict=False) if n)

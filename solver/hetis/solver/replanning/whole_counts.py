@@ -26,7 +26,7 @@ from functools import cached_property
 
 import numpy as np
 
-from hetis.solver.budget import Budget, SearchSettings
+from hetis.solver.budget import SearchSettings
 from hetis.solver.placement.columns import Bound, Columns
 from hetis.solver.placement.enumeration import ColumnPrices, EnumeratedColumns
 from hetis.solver.placement.fleet import UNIFIED
@@ -35,10 +35,10 @@ from hetis.solver.placement.policy import POLICY
 from hetis.solver.placement.replicas.tables import CostTables, FloatArray
 from hetis.solver.placement.replicas.template import use_of
 from hetis.solver.replanning.fresh import by_enumeration, net_columns, stay_of
-from hetis.solver.replanning.net_master import NetMaster
+from hetis.solver.replanning.net_master import NetMaster, ProgramLimits
 from hetis.solver.replanning.running import Candidate
 
-PROOFS_S = 10.0  # limit for all proofs together, with the listing of replicas
+PROOF_NODES = 10_000  # nodes of the search tree of one proof
 UNITS = 1e9  # costs are rounded down to this share of the largest
 
 
@@ -47,8 +47,7 @@ class WholeCounts:
 
     def __init__(self, costs: CostTables, prices: Bound, row_costs: FloatArray, settings: SearchSettings) -> None:
         self.costs, self.prices, self.row_costs, self.settings = costs, prices, row_costs, settings
-        whole = settings.budget
-        self.budget = Budget(time_limit_s=min(PROOFS_S, whole.remaining_s()), clock=whole.clock, callers=whole)
+        self.budget = settings.budget
 
     @cached_property
     def _enumerated(self) -> EnumeratedColumns:
@@ -69,9 +68,11 @@ class WholeCounts:
         columns = self._columns(net, distance, scale)
         if columns is None or self.budget.is_spent():
             return known
-        limit_s, stop = self.budget.remaining_s(), self.budget.is_spent
-        gap, seed = self.settings.gap_target / 2, self.settings.seed
-        found = by_enumeration(net, options, columns, busy, limit_s, seed, gap=gap, stop=stop)
+        ends = ProgramLimits(
+            gap=self.settings.gap_target / 2, nodes=PROOF_NODES, time_limit_s=self.budget.remaining_s(),
+            seed=self.settings.seed, stop=self.budget.is_spent,
+        )  # fmt: skip
+        found = by_enumeration(net, options, columns, busy, ends)
         if net.master.maximises:
             return min(known, found) if found > 0.0 else known  # there is a re-planning, so 0 is a failure of HiGHS
         return max(known, found) if np.isfinite(found) else known

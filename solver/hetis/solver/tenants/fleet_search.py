@@ -3,30 +3,25 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from contextlib import suppress
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
 from hetis.solver.budget import Budget, Progress, Report, SearchSettings, silent
-from hetis.solver.constraints import Constraint, Duty, Exclude, RestrictRole
 from hetis.solver.errors import InvalidProblemError, NoPlanFoundError
-from hetis.solver.placement.binding import BoundStage, bind
-from hetis.solver.placement.columns import Columns, columns_of, distinct, padded
-from hetis.solver.placement.constrained_problem import apply_constraints, restored
-from hetis.solver.placement.enumeration import ColumnPrices, EnumeratedColumns
+from hetis.solver.placement.columns import columns_of, padded
+from hetis.solver.placement.constrained_problem import restored
+from hetis.solver.placement.enumeration import ColumnPrices
 from hetis.solver.placement.families import STRATEGIES
-from hetis.solver.placement.fleet import IntArray, Resources, class_of_slots
+from hetis.solver.placement.fleet import IntArray, class_of_slots
 from hetis.solver.placement.infeasible import ExplainedInfeasibleError, why_infeasible
 from hetis.solver.placement.master import Master, settled
-from hetis.solver.placement.outcome import Outcome, rate_bound, sound_bound
+from hetis.solver.placement.outcome import Outcome, sound_bound
 from hetis.solver.placement.policy import RELAXATION_TOLERANCE
-from hetis.solver.placement.replicas.tables import BoolArray, CostTables, FloatArray, Tables
-from hetis.solver.placement.replicas.tabulation import build_cost_tables
+from hetis.solver.placement.replicas.tables import BoolArray, CostTables, FloatArray
 from hetis.solver.placement.replicas.template import Template
-from hetis.solver.placement.search import search
-from hetis.solver.placement.solve import OPTIMAL_GAP, objective_scale, plan_of
+from hetis.solver.placement.solve import OPTIMAL_GAP, plan_of
 from hetis.solver.plan import Plan, Status
 from hetis.solver.tenants.joint_master import (
     TenantColumns,
@@ -46,98 +41,17 @@ from hetis.solver.tenants.tenancy import (
     TenantRule,
     TenantShare,
 )
+from hetis.solver.tenants.tenant_replicas import TenantReach, TenantReplicas, bind_together, part_of
 
 SHARED = ("hetis", "hexgen", "hexgen2")  # strategies whose families can share a fleet
-MILP_SECONDS, LEAST_S = 10.0, 1.0  # maximum and minimum seconds for each choice of whole counts
+NODES = 2_000  # nodes of the search tree of each choice of whole counts, whose columns are likely ones
+PROOF_NODES = 20_000  # the same of a choice that proves a bound
+LEAST_S = 1.0  # seconds for a choice even after the time limit, since some counts are needed
 PART_SECONDS = 10.0  # seconds for the rate of a tenant on a part of the fleet, its own or another tenant's
-GAP_OF_PARTS = 0.02  # minimum gap target of searches on a part of the fleet
 ROUNDING = 1e-9  # ratio by which a floor is lowered, so that a rate reached before can be reached again
 MAX_ROUNDS = 100
 LIKELY, MANY_LIKELY = 50, 400  # columns of each side of a tenant with the least reduced costs; a few soon do
 MOST_PROVED = 2000  # maximum columns of a proof over whole counts
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TenantReach:
-    """A tenant's rate alone, and the rate that no plan exceeds; in its objective's requests/s.
-
-    ``chosen`` are the replicas that reach it.
-    """
-
-    rate: float
-    bound: float
-    chosen: tuple[tuple[Template, int], ...] = ()
-
-
-class TenantReplicas:
-    """The replicas of one tenant that are known: those of its own plans, then those that were enumerated."""
-
-    def __init__(self, tenant: Tenant, settings: SearchSettings) -> None:
-        searched = replace(tenant.problem, constraints=tuple(_keeping_classes(tenant.problem.constraints)))
-        self.tenant, self._settings = tenant, settings
-        self.costs = build_cost_tables(apply_constraints(searched))
-        self.scale = objective_scale(tenant.problem)  # from a saturated rate to the objective's
-        self._none = np.zeros(len(self.costs.resources.rows))
-        self.enumerated = EnumeratedColumns(self.costs, self._none, None)
-        self.own: list[Template] = []
-
-    def reach(self, limits: IntArray, budget: Budget) -> TenantReach:
-        """Return the reach with these amounts of every row."""
-        part = within(self.costs, limits)
-        is_whole = np.array_equal(part.resources.limits, self.costs.resources.limits)
-        gap = self._settings.gap_target if is_whole else max(self._settings.gap_target, GAP_OF_PARTS)
-        found, bound = None, rate_bound(part)
-        with suppress(NoPlanFoundError):
-            found = search(part, replace(self._settings, budget=budget, report=silent, gap_target=gap))
-            bound = bound if found is None and budget.is_spent() else 0.0
-        if found is None:
-            return TenantReach(rate=0.0, bound=self.scale * bound)
-        return TenantReach(rate=self.scale * found.value, bound=self.scale * found.bound, chosen=found.chosen)
-
-    def keep(self, reaches: Iterable[TenantReach]) -> None:
-        """Add the replicas of the tenant's own plans, before any is enumerated."""
-        self.own = distinct(self.costs, (template for reach in reaches for template, _ in reach.chosen))
-        self.enumerated.list_first(self.costs, Budget())
-
-    def counts_of(self, reach: TenantReach) -> IntArray:
-        """Return the counts of columns that reach it."""
-        of_shape = {template.shape: count for template, count in reach.chosen}
-        return np.array([of_shape.get(template.shape, 0) for template in self.own], dtype=np.int64)
-
-    def columns(self, alone: float) -> TenantColumns:
-        """Return the known columns, with rates relative to ``alone``."""
-        known = columns_of(self.costs, self.own, self._none)
-        listed = self.enumerated.columns
-        every: Columns = known if listed is None else known.followed_by(listed)
-        return TenantColumns.of(every, self.costs.routes, self.scale / alone)
-
-    def template(self, column: int) -> Template:
-        """Return the replica of a column."""
-        own = len(self.own)
-        return self.own[column] if column < own else self.enumerated.template(column - own)
-
-
-def _keeping_classes(constraints: Iterable[Constraint]) -> Iterable[Constraint]:
-    """Yield the constraints, with excluded GPUs barred from all work instead: all tenants then have their classes."""
-    for each in constraints:
-        if isinstance(each, Exclude):
-            yield from (RestrictRole(gpus=each.gpus, duty=duty, only=False) for duty in (Duty.PRIMARY, Duty.WORKER))
-        else:
-            yield each
-
-
-def within(costs: CostTables, limits: IntArray) -> CostTables:
-    """Return the same problem with every row of the inventory limited to these amounts."""
-    counts = np.zeros(len(costs.classes), dtype=np.int64)
-    for (device_class, p), limit in zip(costs.resources.rows, limits, strict=True):
-        if p == 1:
-            counts[device_class] = limit
-
-    def narrowed(tables: Tables) -> Tables:
-        return tables._replace(available=np.minimum(tables.available, counts))
-
-    resources = Resources(costs.resources.rows, np.minimum(costs.resources.limits, limits))
-    return replace(costs, resources=resources, scopes=tuple(scope.changed(narrowed) for scope in costs.scopes))
 
 
 class FleetSearch:
@@ -298,7 +212,7 @@ class FleetSearch:
 
     def _improved(
         self, goal: TenantsGoal, columns: Sequence[TenantColumns], which: Sequence[BoolArray], known: TenantsChoice,
-        near: TenantsRelaxation | None = None,
+        near: TenantsRelaxation | None = None, nodes: int = NODES,
     ) -> tuple[TenantsChoice, float]:  # fmt: skip
         """Return the better of a known choice and one of some columns, and HiGHS's bound on choices of these.
 
@@ -318,7 +232,7 @@ class FleetSearch:
         is_start = least is None and known.value(goal) > -np.inf
         start = [counts[numbers] for counts, numbers in zip(known.counts, chosen, strict=True)] if is_start else None
         found = choose_whole(
-            some, self.limits, goal, time_limit_s=self._choosing_s(), gap=self.settings.gap_target / 10,
+            some, self.limits, goal, nodes=nodes, time_limit_s=self._choosing_s(), gap=self.settings.gap_target / 10,
             seed=self.settings.seed, least=least, start=start,
         )  # fmt: skip
         if found is None:
@@ -344,7 +258,7 @@ class FleetSearch:
             > MOST_PROVED
         ):
             return choice, proven
-        choice, bound = self._improved(goal, columns, which, choice.of_more(columns))
+        choice, bound = self._improved(goal, columns, which, choice.of_more(columns), nodes=PROOF_NODES)
         self._known.append(choice)
         return choice, replace(proven, bound=min(proven.bound, max(bound, choice.value(goal))))
 
@@ -354,14 +268,14 @@ class FleetSearch:
         gpus = [block.uses @ self.replicas[0].costs.resources.counts_gpus for block in columns]
         goal = TenantsGoal(np.zeros(len(columns)), floors)
         found = choose_whole(
-            columns, self.limits, goal, time_limit_s=self._choosing_s(), gap=1e-3, start=choice.counts, gpus=gpus,
-            seed=self.settings.seed,
+            columns, self.limits, goal, nodes=NODES, time_limit_s=self._choosing_s(), gap=1e-3, start=choice.counts,
+            gpus=gpus, seed=self.settings.seed,
         )  # fmt: skip
         return found if found is not None and found.value(goal) > -np.inf else choice.of_more(columns)
 
     def _choosing_s(self) -> float:
-        """Return the time for a search of whole counts; above 0 even after the time limit, since some are needed."""
-        return LEAST_S if self.budget.is_spent() else max(LEAST_S, min(MILP_SECONDS, self.budget.remaining_s()))
+        """Return the time that guards a search of whole counts, which ends by nodes."""
+        return LEAST_S if self.budget.is_spent() else max(LEAST_S, self.budget.remaining_s())
 
     def _columns(self) -> list[TenantColumns]:
         return [one.columns(alone.rate) for one, alone in zip(self.replicas, self.alone, strict=True)]
@@ -522,26 +436,6 @@ def likeliest(relaxed: TenantsRelaxation, who: int, columns: TenantColumns, num:
     return np.asarray(inside)
 
 
-def part_of(limits: IntArray, claim: float) -> IntArray:
-    """Return a tenant's part of every inventory row, rounded down: all parts together fit in the fleet's nodes."""
-    return np.asarray(np.floor(limits * claim + ROUNDING), dtype=np.int64)
-
-
 def worth(tenant: Tenant, alone: TenantReach) -> float:
     """Return the worth of a request/s."""
     return tenant.worth if tenant.worth is not None else 1.0 / alone.rate
-
-
-def bind_together(
-    tables: Sequence[CostTables], templates: Sequence[Sequence[Template]], *, seed: int
-) -> list[list[list[BoundStage]]]:
-    """Return named GPUs for the stages of every tenant's templates; tenants number their ranks differently."""
-    ranks = tuple(dict.fromkeys(rank for costs in tables for rank in costs.ranks))
-    place = {rank: s for s, rank in enumerate(ranks)}
-    together = [
-        replace(t, stages=tuple(replace(stage, rank=place[costs.ranks[stage.rank]]) for stage in t.stages))
-        for costs, own in zip(tables, templates, strict=True)
-        for t in own
-    ]
-    bound = iter(bind(replace(tables[0], ranks=ranks), together, seed=seed))
-    return [[next(bound) for _ in own] for own in templates]

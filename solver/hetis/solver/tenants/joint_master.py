@@ -180,12 +180,13 @@ def solve_relaxation(blocks: Sequence[TenantColumns], limits: IntArray, goal: Te
 
 
 def choose_whole(
-    blocks: Sequence[TenantColumns], limits: IntArray, goal: TenantsGoal, *, time_limit_s: float, gap: float,
-    start: Sequence[IntArray] | None = None, least: Sequence[IntArray] | None = None,
+    blocks: Sequence[TenantColumns], limits: IntArray, goal: TenantsGoal, *, nodes: int, time_limit_s: float,
+    gap: float, start: Sequence[IntArray] | None = None, least: Sequence[IntArray] | None = None,
     gpus: Sequence[FloatArray] | None = None, seed: int = 0,
 ) -> TenantsChoice | None:  # fmt: skip
-    """Return whole counts within a relative gap; None if none was found in time.
+    """Return whole counts within a relative gap; None if none was found.
 
+    The search ends after ``nodes`` of its tree; the clock only guards.
     ``start`` is a known feasible choice of the first columns of each tenant. With ``least``, counts have that lower
     bound, and the returned bound is only for such counts. With ``gpus``, the number of GPUs of every column, the choice
     with the fewest GPUs is sought instead of the most valuable one.
@@ -198,7 +199,9 @@ def choose_whole(
     if gpus is not None:
         model.col_cost_ = np.pad(np.concatenate(list(gpus)), (0, model.num_col_ - sum(map(len, gpus))))
         model.sense_ = highspy.ObjSense.kMinimize
-    highs = quiet_highs({"mip_rel_gap": gap, "mip_abs_gap": 0.0}, time_limit_s=time_limit_s, seed=seed)
+    highs = quiet_highs(
+        {"mip_rel_gap": gap, "mip_abs_gap": 0.0, "mip_max_nodes": nodes}, time_limit_s=time_limit_s, seed=seed
+    )
     highs.passModel(model)
     if start is not None:
         highs.setSolution(_as_solution(blocks, goal, start))

@@ -452,12 +452,12 @@ async def test_what_is_left_of_an_agent_before_is_ended_and_nobody_elses(tmp_pat
     sessions = tmp_path / "engines" / "sessions"
     noted = (sessions / str(leader)).read_text()
     (sessions / str(leader)).write_text(noted + "1")  # the leader's process id, but not its start time
-    assert end_leftovers(sessions, patience_s=0.0) == []
+    assert end_leftovers(sessions, grace_s=0.0) == []
     assert not is_gone(leader)
     (sessions / str(leader)).write_text("another-boot " + noted.partition(" ")[2])
-    assert end_leftovers(sessions, patience_s=0.0) == []
+    assert end_leftovers(sessions, grace_s=0.0) == []
     (sessions / str(leader)).write_text(noted)
-    assert await asyncio.to_thread(end_leftovers, sessions, patience_s=0.0) == [leader]
+    assert await asyncio.to_thread(end_leftovers, sessions, grace_s=0.0) == [leader]
     assert node.sessions() == []
     assert is_gone(leader)
     await node.executor.close()

@@ -108,8 +108,8 @@ class LaunchExecutor:
         self._leaving: list[LaunchedReplica] = []
         self._tasks: set[asyncio.Task[None]] = set()
         self._changed = asyncio.Event()
-        patience_s = SERVER_STOPS_S + settings.drain_timeout
-        ending = asyncio.to_thread(end_leftovers, folder / "sessions", patience_s=patience_s)
+        grace_s = SERVER_STOPS_S + settings.drain_timeout
+        ending = asyncio.to_thread(end_leftovers, folder / "sessions", grace_s=grace_s)
         self._cleared = asyncio.ensure_future(ending)
         self._cleared.add_done_callback(self._begin)
         self._is_closing = False
@@ -250,11 +250,11 @@ class LaunchedReplica:
     ) -> None:
         self.name, self.part, self.generation, self.news = name, part, 0, EngineNews()
         self._settings, self._node, self._clock, self._changed = settings, node, clock, changed
-        loop, self._heard = asyncio.get_running_loop(), asyncio.Event()
+        loop, self._notified = asyncio.get_running_loop(), asyncio.Event()
 
-        def told() -> None:
+        def notify() -> None:
             with contextlib.suppress(RuntimeError):  # the loop is closed: nothing waits any more
-                loop.call_soon_threadsafe(self._heard.set)
+                loop.call_soon_threadsafe(self._notified.set)
 
         self._processes = NodeProcesses(
             name.rpartition("/")[2],
@@ -262,7 +262,7 @@ class LaunchedReplica:
             sessions=sessions,
             ready_s=settings.ready_timeout,
             silence_s=settings.silence_timeout,
-            told=told,
+            changed=notify,
             clock=clock,
         )
         key = settings.environment.get(_KEY_VARIABLE, os.environ.get(_KEY_VARIABLE, ""))
@@ -328,10 +328,10 @@ class LaunchedReplica:
             if self._front is not None and (life := self._processes.life):
                 await self._look(self._front, life)
             self._changed()
-            self._heard.clear()
+            self._notified.clear()
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(LOOK_S if self.is_ready else LOADING_LOOK_S):
-                    await self._heard.wait()
+                    await self._notified.wait()
         self._changed()
 
     async def retire(self) -> None:

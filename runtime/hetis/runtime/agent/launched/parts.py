@@ -33,9 +33,9 @@ from hetis.engines.serving import (
     Serving,
     checkpoint_model,
     decided_in,
+    missing_kv_option,
     names_of,
     program_of,
-    why_kv_is_untold,
 )
 from hetis.engines.versions import Engine
 from hetis.formats.documents import from_data
@@ -211,7 +211,7 @@ def part_of(assignment: Assignment, settings: EngineSettingsDocument, *, node: s
         if len(layout.servers) > 1 and settings.words[-1] != "serve":
             raise LayoutError("only `vllm serve` and `sglang serve` start stages on several nodes: see `program`")
         serving = _serving(settings, model.name, checkpoint)
-        if why := why_kv_is_untold(layout, serving, stated=stated_kv):
+        if why := missing_kv_option(layout, serving, stated=stated_kv):
             raise LayoutError(why)
     except (LayoutError, DocumentError, ValueError) as error:
         raise refusal(ErrorReason.ERROR_REASON_ENGINE_CANNOT, f"{assignment.replica}: {error}") from None

@@ -38,7 +38,7 @@ class NodeProcesses:
         part: what to run.
         sessions: folder where running processes are recorded.
         ready_s, silence_s: time limits for the first answer of the front end, and for any later one; then it is killed.
-        told: called in the thread when a process has started or ended.
+        changed: called in the thread when a process has started or ended.
         clock: monotonic seconds.
     """
 
@@ -50,12 +50,12 @@ class NodeProcesses:
         sessions: Path,
         ready_s: float,
         silence_s: float,
-        told: Callable[[], None],
+        changed: Callable[[], None],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.name, self._part, self._sessions = name, part, sessions
         self._ready_s, self._silence_s = ready_s, silence_s
-        self._tell, self._clock = told, clock
+        self._notify, self._clock = changed, clock
         self._stop = StopRequests()
         self._lock = threading.Lock()
         kinds = {command.process.name: command.process.kind for command in part.commands}
@@ -75,7 +75,7 @@ class NodeProcesses:
 
     def stop(self) -> None:
         """End the front end, then the others. A second call kills all of them."""
-        self._stop.tell()
+        self._stop.request()
 
     def join(self, seconds: float) -> None:
         """Block until nothing runs any more, for at most ``seconds``."""
@@ -131,10 +131,10 @@ class NodeProcesses:
             self._outcome = supervise(
                 self._part.commands,
                 self._start,
-                told=lambda: self._stop.times,
+                num_stops=lambda: self._stop.times,
                 clock=self._clock,
                 wait=self._stop.wait,
-                until_told=True,
+                until_stopped=True,
             )
         except Exception as error:
             if isinstance(error, OptionError | OSError):
@@ -145,7 +145,7 @@ class NodeProcesses:
             self._outcome = FAILED
         if self.has_failed:
             _log.error("giving up %s", self.name)
-        self._tell()
+        self._notify()
 
     def _start(self, command: Command) -> Running:
         log = self._part.folder / f"{command.process.name.replace('/', '-')}.log"
@@ -170,7 +170,7 @@ class NodeProcesses:
             if command.process.name == self._front:
                 self._lives += 1
                 self._is_ready, self._waits_since_s = False, self._clock()
-        self._tell()
+        self._notify()
         return _Watched(self, command, started, log, session)
 
     def late(self, name: str) -> str:
@@ -191,7 +191,7 @@ class NodeProcesses:
             self._running.discard(name)
         if not self._stop.times:
             self._note_failure(f"{name} {how}; the end of {log}:\n{tail(log)}")
-        self._tell()
+        self._notify()
 
     def _note_failure(self, text: str) -> None:
         _log.warning("%s: %s", self.name, text)
@@ -245,16 +245,16 @@ def tail(log: Path) -> str:
 # --- what a killed agent has left behind
 
 
-def end_leftovers(sessions: Path, *, patience_s: float) -> list[int]:
+def end_leftovers(sessions: Path, *, grace_s: float) -> list[int]:
     """End the processes that an earlier agent has left behind, and return the leaders of their sessions. Blocks. The
-    kernel has signalled them to end when the agent did; leaders have ``patience_s`` for that before they are killed.
+    kernel has signalled them to end when the agent did; leaders have ``grace_s`` for that before they are killed.
     """
     noted = {int(file.name): file for file in sessions.glob("*") if file.name.isdecimal()}
     left = {leader: file for leader, file in noted.items() if _members(leader, file)}
     for leader in left:
         _log.warning("stopping process %d, which an earlier agent left", leader)
         _kill(leader, signal.SIGTERM)
-    deadline_s = time.monotonic() + patience_s
+    deadline_s = time.monotonic() + grace_s
     while there := {leader: found for leader, file in left.items() if (found := _members(leader, file))}:
         for leader, members in there.items():
             # A process that has lost its leader does nothing useful any more, and may keep a GPU or a port.

@@ -34,7 +34,7 @@ from hetis.solver.replanning.change import (
 )
 from hetis.solver.replanning.fresh import Fresh, bound_of, search_fresh, search_left_over
 from hetis.solver.replanning.naming import name_gpus
-from hetis.solver.replanning.net_master import ColumnChoice, NetMaster, inventory_of
+from hetis.solver.replanning.net_master import ColumnChoice, NetMaster, ProgramLimits, inventory_of
 from hetis.solver.replanning.running import (
     Candidate,
     Continuations,
@@ -46,7 +46,7 @@ from hetis.solver.replanning.transition import Start, Transition, plan_transitio
 from hetis.solver.replanning.whole_counts import WholeCounts
 
 FRESH_SHARE = 0.75  # share of the time for the fleet as if nothing ran on it; then of the rest, for the remaining GPUs
-CHOICE_SECONDS = 10.0  # limit for each mixed program
+CHOICE_NODES = 10_000  # nodes of the search tree of each mixed program; most end at their gap after a few
 ENDLESS_S = 1e15  # horizon over which no start is worth anything
 MOVE_PENALTY = 1e-7  # share of the value per GPU of the fleet: a tie-break between equally good plans
 
@@ -128,8 +128,7 @@ def solve_replanning(
     choice = _choose(net, candidates, running, fresh, settings)
     if choice is None:
         raise _none(given, fresh, net, candidates, quiet)
-    limit_s = _seconds(settings.budget)
-    bound = bound_of(net, running.candidates, fresh, running.busy, time_limit_s=limit_s, seed=seed)
+    bound = bound_of(net, running.candidates, fresh, running.busy, _ends(settings))
     if fresh.prices is not None:
         settings.tell("bound over whole counts")
         proofs = WholeCounts(costs, fresh.prices, net.row_costs, quiet)
@@ -146,8 +145,10 @@ def keeps(problem: PlacementProblem, searched: PlacementProblem | None = None) -
     return index is None or not index.has_rows
 
 
-def _seconds(budget: Budget) -> float:
-    return max(0.5, min(CHOICE_SECONDS, budget.remaining_s()))
+def _ends(settings: SearchSettings, gap: float = 1e-6) -> ProgramLimits:
+    """Return when a mixed program ends; some time is left for it even after the time limit."""
+    time_limit_s = max(0.5, settings.budget.remaining_s())
+    return ProgramLimits(gap=gap, nodes=CHOICE_NODES, time_limit_s=time_limit_s, seed=settings.seed)
 
 
 def _new(net: NetMaster, templates: Sequence[Template]) -> list[Candidate]:
@@ -166,8 +167,7 @@ def _choose(
         return None
     num_gpus = sum(c.available for c in net.costs.classes)
     penalty = MOVE_PENALTY * abs(fresh.value or 0.0) / max(1, num_gpus)
-    limit_s, gap = _seconds(settings.budget), min(1e-6, settings.gap_target / 10)
-    found = net.choose(candidates, time_limit_s=limit_s, gap=gap, seed=settings.seed, penalty=penalty)
+    found = net.choose(candidates, _ends(settings, gap=min(1e-6, settings.gap_target / 10)), penalty)
     if not net.master.maximises:
         return found
     kept = tuple((c, 1) for c in running.candidates if c.fate is Fate.KEPT)
@@ -184,9 +184,9 @@ def _over_whole_counts(
 
     The second, which is often proved sooner, is also one on re-plannings: the costs of a change only take away.
     """
-    options, busy, limit_s = running.candidates, running.busy, _seconds(settings.budget)
+    options, busy = running.candidates, running.busy
     then = running.master(net.master.demand, changes_cost=False)
-    of_plan = bound_of(then, options, fresh, busy, time_limit_s=limit_s, seed=settings.seed)
+    of_plan = bound_of(then, options, fresh, busy, _ends(settings))
     of_plan = proofs.bound(then, options, busy, then.value_of(choice.chosen), of_plan)
     dropped = running.all_dropped(net)
     bound = min(bound, of_plan + dropped) if net.master.maximises else max(bound, of_plan - dropped)
