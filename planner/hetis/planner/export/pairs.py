@@ -16,7 +16,7 @@ from hetis.formats.errors import DocumentError
 from hetis.planner.export.pair_routers import pair_groups
 from hetis.planner.export.replicas import Launchable, LaunchableReplica
 from hetis.planner.use_cases.record.parts import MadeFrom
-from hetis.solver.check.fleet import Fleet, slowest
+from hetis.solver.check.replica_shapes import Fleet, slowest
 from hetis.solver.cluster import Cluster, Link
 from hetis.solver.plan import Plan, Role
 
