@@ -46,9 +46,9 @@ from benchmarks.measuring.drift import (
     whole_request_moves,
 )
 from benchmarks.measuring.rows import Row
-from hetis.solver.dispatch.solve import Dispatcher
-from hetis.solver.redispatch.problem import Move, RedispatchProblem
-from hetis.solver.redispatch.solve import Redispatcher, compile_redispatch
+from hetis.solver.dispatch.dispatcher import Dispatcher
+from hetis.solver.redispatch.redispatch_problem import Move, RedispatchProblem
+from hetis.solver.redispatch.redispatcher import Redispatcher, compile_redispatch
 from hetis.solver.redispatch.triggers import TriggerKind
 
 SCENARIOS = (

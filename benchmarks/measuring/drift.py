@@ -20,7 +20,7 @@ from typing import Protocol, TypeAlias
 
 import numpy as np
 
-from hetis.solver.dispatch.problem import (
+from hetis.solver.dispatch.dispatch_problem import (
     DeviceLoad,
     DispatchPlan,
     DispatchProblem,
@@ -30,12 +30,12 @@ from hetis.solver.dispatch.problem import (
     Requests,
     Stage,
 )
+from hetis.solver.dispatch.dispatcher import Dispatcher
 from hetis.solver.dispatch.snapshot import DeviceStatus, StateSnapshot
-from hetis.solver.dispatch.solve import Dispatcher
 from hetis.solver.dispatch.state import DispatchState
 from hetis.solver.redispatch.moves import order, part_seconds, step_seconds, steps_between
-from hetis.solver.redispatch.problem import Move, MoveReason, RedispatchProblem
-from hetis.solver.redispatch.tables import RedispatchTables, device_seconds, short_blocks, tables_of
+from hetis.solver.redispatch.redispatch_problem import Move, MoveReason, RedispatchProblem
+from hetis.solver.redispatch.redispatch_tables import RedispatchTables, device_seconds, short_blocks, tables_of
 from hetis.solver.redispatch.triggers import TriggerKind, Watch, ideal_dispatch, makespan_s, triggers
 
 

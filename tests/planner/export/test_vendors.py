@@ -54,7 +54,7 @@ def test_pods_take_the_resource_and_the_image_of_their_vendor() -> None:
     for one in objects:
         check_object(one)
     pods = [one["spec"]["template"]["spec"]["containers"][0] for one in objects if one["kind"] == "StatefulSet"]
-    assert [(pod["image"], pod["resources"]["limits"]) for pod in pods] == [
+    assert [(pod["image"], gpus_of(pod["resources"]["limits"])) for pod in pods] == [
         ("rocm:1", {"amd.com/gpu": 2}),
         ("cuda:1", {"nvidia.com/gpu": 1}),
     ]
