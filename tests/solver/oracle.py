@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from scipy.optimize import linprog
 
 from hetis.solver.check import memory, timing
-from hetis.solver.check.fleet import PoolShape, StageShape, slowest
+from hetis.solver.check.replica_shapes import PoolShape, StageShape, slowest
 from hetis.solver.check.setting import Setting, divides, head_groups_per_rank
 from hetis.solver.cluster import Cluster, Link
 from hetis.solver.plan import ObjectiveKind, Role

@@ -23,8 +23,8 @@ import cvxpy
 import numpy as np
 import numpy.typing as npt
 
-from hetis.solver.check.fleet import PoolShape, StageShape, slowest
 from hetis.solver.check.rederive import Rederivation
+from hetis.solver.check.replica_shapes import PoolShape, StageShape, slowest
 from hetis.solver.check.setting import Setting, divides, head_groups_per_rank
 from hetis.solver.check.timing import chunk_seconds, layer_seconds, slack, stage_seconds
 from hetis.solver.placement.fleet import DeviceClass, device_classes

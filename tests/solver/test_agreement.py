@@ -18,7 +18,7 @@ from hetis.simulator.attention_workers import PoolTiming
 from hetis.simulator.timing import StageTiming
 from hetis.solver import cost
 from hetis.solver.check import memory, timing
-from hetis.solver.check.fleet import PoolShape, StageShape, slowest
+from hetis.solver.check.replica_shapes import PoolShape, StageShape, slowest
 from hetis.solver.check.setting import Setting, divides, head_groups_per_rank
 from hetis.solver.cluster import Link, Network
 from hetis.solver.model import DraftShape, ModelSpec

@@ -2,8 +2,8 @@
 
 A constraint is one ``--pin`` or ``--forbid`` of the command line and written like it (`str`). Some come from an engine
 that cannot use certain GPUs (``by``), which `described` says. A plan keeps all constraints of its problem:
-`hetis.solver.placement.constrained_problem` applies them to the search, and `hetis.solver.check.constraints` checks
-them.
+`hetis.solver.placement.constrained_problem` applies them to the search, and `hetis.solver.check.constraint_rules`
+checks them.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ import pytest
 from hetis.simulator.simulate import simulate
 from hetis.simulator.timing import StageTiming
 from hetis.simulator.values import Fault, Settings
-from hetis.solver.check.fleet import Fleet, replica_shape
+from hetis.solver.check.replica_shapes import Fleet, replica_shape
 from hetis.solver.check.setting import Setting
 from hetis.solver.check.timing import stage_seconds
 from hetis.solver.cluster import Link

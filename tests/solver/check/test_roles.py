@@ -8,8 +8,8 @@ from collections.abc import Callable
 import pytest
 
 from hetis.solver.check import Rule, check_plan
-from hetis.solver.check.fleet import Fleet
 from hetis.solver.check.memory import kv_tokens_of_a_copy, prompt_tokens_of_a_copy, staged_prompts_of_a_copy
+from hetis.solver.check.replica_shapes import Fleet
 from hetis.solver.check.result import check_routes
 from hetis.solver.check.setting import Setting
 from hetis.solver.check.timing import least_slack

@@ -12,8 +12,8 @@ from hypothesis import given
 from hetis.formats.documents import load_cluster, load_model, load_workload
 from hetis.profiler.roofline import modelled_profile
 from hetis.solver.check import check_plan
-from hetis.solver.check.fleet import Fleet, kv_partners, replica_shape
 from hetis.solver.check.rederive import Rederivation
+from hetis.solver.check.replica_shapes import Fleet, kv_partners, replica_shape
 from hetis.solver.check.setting import Setting
 from hetis.solver.check.timing import stage_seconds, wire_seconds
 from hetis.solver.cluster import Cluster, Link

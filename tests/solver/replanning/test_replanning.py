@@ -22,12 +22,12 @@ from hetis.solver.plan import Objective, ObjectiveKind, Plan, Role
 from hetis.solver.planning import solve_placement
 from hetis.solver.problem import EngineRules, PlacementProblem
 from hetis.solver.replanning import fresh as fresh_search
-from hetis.solver.replanning import solve as replanning
+from hetis.solver.replanning import replanner as replanning
 from hetis.solver.replanning.change import HALF_DONE, ChangeCosts, Fate, ReplanningProblem
-from hetis.solver.replanning.check import check_replanning
 from hetis.solver.replanning.fresh import Fresh
+from hetis.solver.replanning.replanner import Replanning, Survivors, solve_replanning
+from hetis.solver.replanning.replanning_check import check_replanning
 from hetis.solver.replanning.running import Candidate
-from hetis.solver.replanning.solve import Replanning, Survivors, solve_replanning
 from hetis.solver.replanning.transition import Action
 from tests.solver.instances import SMALL_FAMILY, make_node, make_problem, make_profile, make_workload, problems
 from tests.solver.oracle import best_plan_value

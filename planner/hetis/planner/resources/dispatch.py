@@ -24,7 +24,7 @@ from hetis.planner.use_cases.dispatch import (
     require_new,
     with_costs,
 )
-from hetis.solver.dispatch.problem import Path, Resource
+from hetis.solver.dispatch.dispatch_problem import Path, Resource
 from hetis.v1 import dispatch_service_pb2 as pb
 
 MOST_NEW, MOST_RUNNING = 1024, 4096  # requests of a call, which occupies a thread of the planner until it is solved

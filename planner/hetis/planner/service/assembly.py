@@ -34,7 +34,7 @@ from hetis.planner.service.servicers import servicing
 from hetis.planner.service.settings import PlannerConfig
 from hetis.planner.store import Store
 from hetis.planner.threads import run_in_daemon_thread
-from hetis.solver.redispatch.solve import compile_redispatch
+from hetis.solver.redispatch.redispatcher import compile_redispatch
 
 _SUSPECT_HEARTBEATS = 1.6  # below the lease, which the settings require to be at least two
 
