@@ -228,7 +228,7 @@ def test_dynamos_workers_are_started_for_their_role_in_graphs_of_25_components()
         assert reading.option(container["args"], "--disaggregation-mode") == one["type"]
     sglang = exported(apart("H100", "L4"), ExportTarget.DYNAMO, engine=Engine.SGLANG).files
     assert all(text.count("--disaggregation-mode") in (0, 2) for text in sglang.values()), "once for each"
-    many = made_of(*(replica(on(f"a/{i}")) for i in range(25)))
+    many = made_of(*(replica(on(f"a/{i}"), rate=1.0 + i) for i in range(25)))
     files = exported(many, ExportTarget.DYNAMO, hosts={}).files
     graphs = [one for one in reading.manifests(files) if one["kind"] == "DynamoGraphDeployment"]
     assert [len(one["spec"]["components"]) for one in graphs] == [25, 2], "with a front each"

@@ -107,6 +107,9 @@ def deployment_of(launchable: Launchable, one: LaunchableReplica) -> Deployment:
         worker_image=worker_image(launchable, one),
         kv_partners=tuple(partners),
         part_of=launchable.settings.name,
+        copies=one.copies,
+        nodes=one.nodes if one.equals else (),
+        product=one.product,
         model_bytes=_download_bytes(launchable.model.on(one.plan.stages[0].gpu)),
         **{field.name: getattr(launchable.settings, field.name) for field in fields(ClusterSettings)},
     )
@@ -270,7 +273,7 @@ class PodGroup:
     def leader(self, labels: dict[str, str] | None = None) -> dict[str, Any]:
         [first, *_] = self._layout.servers
         pod = self.objects.server_pod(0, self.objects.arguments(0, master=_LEADER))
-        return self._template({"affinity": on_nodes(first.node), **pod}, [first], labels)
+        return self._template({"affinity": self.objects.affinity(first), **pod}, [first], labels)
 
     def workers(self, labels: dict[str, str] | None = None) -> dict[str, Any]:
         arguments = list(self.objects.arguments(1, master=_LEADER))
@@ -360,7 +363,7 @@ def replica_objects(
     group = PodGroup(launchable, one)
     workers = [made for process in one.layout.attention_workers for made in group.objects.worker(process)]
     # Its operator makes a headless Service of its name, by which workers find their leader, unless there is one.
-    name, spec = f"{launchable.name_of(one)}-pods", _spec(group, labels)
+    name, spec = f"{launchable.name_of(one)}-pods", _spec(group, labels) | {"replicas": one.copies}
     whole = group.objects.object("leaderworkerset.x-k8s.io/v1", "LeaderWorkerSet", name, spec=spec)
     return [*group.objects.around(), *workers, whole]
 
