@@ -117,8 +117,8 @@ kernels-attention: $(VENV)/.dev
 	@$(BIN)/python -c 'from hetis.runtime.worker.main import _compile_for_cpu; _compile_for_cpu()'
 
 kernels-dispatch: $(VENV)/.dev
-	@$(BIN)/python -c 'from hetis.solver.dispatch.solve import compile_dispatch; compile_dispatch()'
-	@$(BIN)/python -c 'from hetis.solver.redispatch.solve import compile_redispatch; compile_redispatch()'
+	@$(BIN)/python -c 'from hetis.solver.dispatch.dispatcher import compile_dispatch; compile_dispatch()'
+	@$(BIN)/python -c 'from hetis.solver.redispatch.redispatcher import compile_redispatch; compile_redispatch()'
 
 bytecode: $(VENV)/.dev
 	@$(BIN)/python -m pytest --collect-only --quiet --quiet >/dev/null

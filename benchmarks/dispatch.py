@@ -37,10 +37,7 @@ from benchmarks.measuring.rows import Row
 from hetis.formats.documents import load_model
 from hetis.profiler.roofline import modelled_profile
 from hetis.solver.budget import Budget
-from hetis.solver.dispatch.exact import improve_plan, solve_exactly
-from hetis.solver.dispatch.local_search import place_rest
-from hetis.solver.dispatch.lp import LpProblem, RelaxationModel
-from hetis.solver.dispatch.problem import (
+from hetis.solver.dispatch.dispatch_problem import (
     DeviceLoad,
     DispatchPlan,
     DispatchProblem,
@@ -50,8 +47,11 @@ from hetis.solver.dispatch.problem import (
     Requests,
     Stage,
 )
-from hetis.solver.dispatch.solve import Dispatcher
-from hetis.solver.dispatch.tables import LoadedStage, costs_of, empty_placement, makespan, running_load
+from hetis.solver.dispatch.dispatcher import Dispatcher
+from hetis.solver.dispatch.exact import improve_plan, solve_exactly
+from hetis.solver.dispatch.loaded_stage import LoadedStage, costs_of, empty_placement, makespan, running_load
+from hetis.solver.dispatch.local_search import place_rest
+from hetis.solver.dispatch.lp import LpProblem, RelaxationModel
 from hetis.solver.profile import Op
 
 cp: Any = cvxpy

@@ -34,6 +34,7 @@ from typing import TypeVar
 import numpy as np
 
 from benchmarks.measuring import rows
+from benchmarks.measuring.baselines import paper_rule, whole_request_moves
 from benchmarks.measuring.drift import (
     LAYERS,
     REFILL_TOKEN_S,
@@ -42,13 +43,11 @@ from benchmarks.measuring.drift import (
     Scenario,
     Still,
     Tally,
-    paper_rule,
-    whole_request_moves,
 )
 from benchmarks.measuring.rows import Row
-from hetis.solver.dispatch.solve import Dispatcher
-from hetis.solver.redispatch.problem import Move, RedispatchProblem
-from hetis.solver.redispatch.solve import Redispatcher, compile_redispatch
+from hetis.solver.dispatch.dispatcher import Dispatcher
+from hetis.solver.redispatch.redispatch_problem import Move, RedispatchProblem
+from hetis.solver.redispatch.redispatcher import Redispatcher, compile_redispatch
 from hetis.solver.redispatch.triggers import TriggerKind
 
 SCENARIOS = (

@@ -34,8 +34,8 @@ from hetis.solver.placement.families import DEFAULT_ENGINE
 from hetis.solver.placement.fleet import IntArray
 from hetis.solver.placement.replicas.tables import FloatArray
 from hetis.solver.problem import EngineRules
-from hetis.solver.shares.problem import FairnessRule, GpuShare, ShareJob, ShareProblem, ShareTenant
-from hetis.solver.shares.solve import solve_shares
+from hetis.solver.shares.fair_shares import solve_shares
+from hetis.solver.shares.share_problem import FairnessRule, GpuShare, ShareJob, ShareProblem, ShareTenant
 from hetis.solver.tenants.fleet_search import PART_SECONDS, FleetSearch
 from hetis.solver.tenants.tenancy import FleetShares, Tenancy, Tenant, TenantRule
 

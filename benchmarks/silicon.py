@@ -47,7 +47,7 @@ from hetis.profiler.engines import eager_layer_s, for_engine
 from hetis.profiler.roofline import modelled_profile
 from hetis.simulator.kv_memory import rank_room_bytes
 from hetis.simulator.timing import StageTiming
-from hetis.solver.check.fleet import StageShape
+from hetis.solver.check.replica_shapes import StageShape
 from hetis.solver.check.setting import Setting, head_groups_per_rank
 from hetis.solver.cost import intra_link
 from hetis.solver.problem import PlacementProblem

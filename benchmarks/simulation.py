@@ -54,7 +54,7 @@ from hetis.solver.errors import HetisError
 from hetis.solver.plan import Objective, Plan, ReplicaPlan, Role
 from hetis.solver.planning import solve_placement
 from hetis.solver.problem import Family, PlacementProblem
-from hetis.solver.redispatch.solve import compile_redispatch
+from hetis.solver.redispatch.redispatcher import compile_redispatch
 
 SEED = 7
 BAR = 0.1

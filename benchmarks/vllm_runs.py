@@ -31,7 +31,7 @@ from hetis.formats.errors import DocumentError
 from hetis.profiler.defaults import default_profile
 from hetis.profiler.engines import ENGINES, UNHIDDEN
 from hetis.simulator.timing import StageTiming
-from hetis.solver.check.fleet import StageShape
+from hetis.solver.check.replica_shapes import StageShape
 from hetis.solver.cost import intra_link
 from hetis.solver.errors import HetisError
 from hetis.solver.plan import Objective

@@ -19,7 +19,7 @@ from hetis.simulator.running import SimulationJob, SimulationRunner, runner
 from hetis.simulator.simulate import simulate
 from hetis.simulator.timing import StageTiming
 from hetis.simulator.values import Request, Run, Settings
-from hetis.solver.check.fleet import Fleet, replica_shape
+from hetis.solver.check.replica_shapes import Fleet, replica_shape
 from hetis.solver.cluster import Cluster
 from hetis.solver.plan import Objective, ObjectiveKind, Plan, ReplicaPlan, Role
 from hetis.solver.problem import PlacementProblem

@@ -14,8 +14,8 @@ from hetis.v1.report_pb2 import DeviceLoad, DeviceStatus, StageLoad
 from hetis.v1.stage_pb2 import StageModel
 
 if TYPE_CHECKING:
-    from hetis.solver.dispatch.problem import Stage
-    from hetis.solver.dispatch.solve import Dispatcher
+    from hetis.solver.dispatch.dispatch_problem import Stage
+    from hetis.solver.dispatch.dispatcher import Dispatcher
 
 MOST_KEPT = 64  # dispatchers kept: one per stage and set of speeds
 GROWTH_BLOCKS = 4  # blocks reserved for the growth of a new request
@@ -218,15 +218,15 @@ class SolverAdmission:
         self._dispatchers: dict[tuple[bytes, tuple[float, ...]], Dispatcher] = {}
 
     def warm_up(self) -> None:
-        from hetis.solver.dispatch.solve import compile_dispatch
+        from hetis.solver.dispatch.dispatcher import compile_dispatch
 
         compile_dispatch()
 
     def owners(self, stage: StageRun, request: SimulatedRequest) -> list[int] | None:
         import numpy as np
 
-        from hetis.solver.dispatch.problem import DeviceLoad, Requests
-        from hetis.solver.dispatch.solve import Dispatcher
+        from hetis.solver.dispatch.dispatch_problem import DeviceLoad, Requests
+        from hetis.solver.dispatch.dispatcher import Dispatcher
 
         key = (stage.model.SerializeToString(deterministic=True), tuple(stage.slowness))
         if key not in self._dispatchers:
@@ -258,7 +258,7 @@ def solver_stage(model: StageModel, slowness: Sequence[float]) -> Stage:
     """
     import numpy as np
 
-    from hetis.solver.dispatch.problem import HeadShape, Primary, Stage
+    from hetis.solver.dispatch.dispatch_problem import HeadShape, Primary, Stage
 
     most = max(len(device.pieces) for device in model.devices)
 

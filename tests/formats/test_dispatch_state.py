@@ -16,7 +16,7 @@ from hetis.formats.errors import DocumentError
 from hetis.formats.positions import Text
 from hetis.formats.saved_state import AttentionPiece, SavedState, heads_of
 from hetis.formats.units import format_seconds_per_byte, parse_seconds_per_byte
-from hetis.solver.dispatch.problem import HeadShape, Primary, Stage
+from hetis.solver.dispatch.dispatch_problem import HeadShape, Primary, Stage
 from hetis.solver.dispatch.snapshot import DeviceSnapshot, DeviceStatus, PreparedMove, StateSnapshot
 from hetis.solver.errors import InvalidProblemError
 

@@ -10,7 +10,7 @@ import pytest
 
 from hetis.simulator.simulate import simulate
 from hetis.simulator.values import Request, Settings
-from hetis.solver.check.fleet import Fleet, replica_shape
+from hetis.solver.check.replica_shapes import Fleet, replica_shape
 from hetis.solver.check.setting import Setting
 from hetis.solver.check.timing import seconds_between_completions, stage_seconds
 from hetis.solver.plan import ReplicaPlan

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from hetis.simulator.simulate import simulate
 from hetis.simulator.timing import StageTiming
 from hetis.simulator.values import Fault, Request, Run, Settings
-from hetis.solver.check.fleet import Fleet, replica_shape
+from hetis.solver.check.replica_shapes import Fleet, replica_shape
 from hetis.solver.errors import InvalidProblemError
 from hetis.solver.plan import Plan
 from hetis.solver.problem import PlacementProblem

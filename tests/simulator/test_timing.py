@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 
 from hetis.simulator.attention_workers import PoolTiming
 from hetis.simulator.timing import StageTiming
-from hetis.solver.check.fleet import Fleet, replica_shape
+from hetis.solver.check.replica_shapes import Fleet, replica_shape
 from hetis.solver.check.setting import Setting
 from hetis.solver.check.timing import stage_seconds
 from hetis.solver.cluster import Link
-from hetis.solver.dispatch.tables import costs_of, running_load
+from hetis.solver.dispatch.loaded_stage import costs_of, running_load
 from hetis.solver.model import DraftShape
 from hetis.solver.placement.families import run_by
 from hetis.solver.plan import ReplicaPlan

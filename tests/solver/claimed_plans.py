@@ -6,8 +6,8 @@ import math
 from dataclasses import replace
 
 from hetis.solver.check import Rule, check_plan
-from hetis.solver.check.fleet import Fleet, replica_shape
 from hetis.solver.check.rederive import Derived, Rederivation
+from hetis.solver.check.replica_shapes import Fleet, replica_shape
 from hetis.solver.placement.fleet import device_classes
 from hetis.solver.plan import (
     AttentionWorkerPool,

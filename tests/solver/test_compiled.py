@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from hetis.solver.dispatch.solve import compile_dispatch
-from hetis.solver.redispatch.solve import compile_redispatch
+from hetis.solver.dispatch.dispatcher import compile_dispatch
+from hetis.solver.redispatch.redispatcher import compile_redispatch
 
 ROOT = Path(__file__).parents[2]
 
@@ -161,9 +161,9 @@ WARM = """
 import traceback
 import numpy as np
 from hetis.solver.search_clock import compilations_told_to
-from hetis.solver.dispatch.problem import Path
-from hetis.solver.dispatch.solve import compile_dispatch, solve_dispatch
-from hetis.solver.redispatch.solve import compile_redispatch, solve_redispatch
+from hetis.solver.dispatch.dispatch_problem import Path
+from hetis.solver.dispatch.dispatcher import compile_dispatch, solve_dispatch
+from hetis.solver.redispatch.redispatcher import compile_redispatch, solve_redispatch
 from tests.solver.dispatch import instances as dispatch
 from tests.solver.redispatch import instances as redispatch
 

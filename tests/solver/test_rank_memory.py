@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hetis.solver.check.fleet import StageShape
 from hetis.solver.check.memory import rank_fixed_bytes, usable_bytes
+from hetis.solver.check.replica_shapes import StageShape
 from hetis.solver.check.setting import Setting
 from hetis.solver.cluster import Link
 from hetis.solver.cost import DeviceCost, LargestBatch, mix_of, rank_shape

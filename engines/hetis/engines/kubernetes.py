@@ -62,6 +62,7 @@ from hetis.solver.plan import Role
 FRONT_PORT = 8000
 IMAGE, WORKER_IMAGE = "vLLM with the plugin, as docker/vllm.Dockerfile makes it", "as docker/worker.Dockerfile makes it"
 _NAME_LABEL, _INSTANCE_LABEL = "app.kubernetes.io/name", "app.kubernetes.io/instance"
+PRODUCT_LABEL = "nvidia.com/gpu.product"
 PART_LABEL = "app.kubernetes.io/part-of"
 MODEL_LABELS = {"llm-d.ai/inference-serving": "true"}
 _SGLANG_KEY = "HETIS_API_KEY"
@@ -112,6 +113,9 @@ class Deployment(ClusterSettings):
     worker_image: str  # an image with `hetis[worker]`
     # Names of the replicas that exchange KV with this one. None: unknown; any hetis replica in the namespace may.
     kv_partners: tuple[str, ...] | None = None
+    copies: int = 1  # pods of the replica, if it is a single one
+    nodes: tuple[str, ...] = ()  # nodes of these pods; empty: each process is on its own
+    product: str = ""  # GPU type of the nodes of these pods, as `PRODUCT_LABEL` names it; empty: they are on ``nodes``
     part_of: str = ""  # name of what the replica belongs to, in the label of its pods; empty: none
     model_bytes: float = 0.0  # what an engine without a cache downloads; 0: unknown
 
@@ -431,15 +435,23 @@ class ReplicaObjects:
             "volumes": [*volumes, {"name": "tmp", "emptyDir": {}}],
         }
 
+    def affinity(self, process: Process) -> dict[str, Any]:
+        """Return where the pods of a process may be."""
+        if self._of.product:
+            term = {"matchExpressions": [{"key": PRODUCT_LABEL, "operator": "In", "values": [self._of.product]}]}
+            return {"nodeAffinity": {"requiredDuringSchedulingIgnoredDuringExecution": {"nodeSelectorTerms": [term]}}}
+        return on_nodes(*(self._of.nodes or (process.node,)))
+
     def _set(self, name: str, process: Process, pod: dict[str, Any]) -> dict[str, Any]:
-        """Return a StatefulSet of one pod on the plan's node."""
+        """Return a StatefulSet of one pod, or of the copies of a replica of one."""
         labels = self.labels(name)
         metadata = {"labels": labels, "annotations": self.annotations(process)}
         spec = {
-            "replicas": 1,
+            "replicas": self._of.copies,
+            "podManagementPolicy": "Parallel",
             "serviceName": name,
             "selector": {"matchLabels": dict(labels)},
-            "template": {"metadata": metadata, "spec": {"affinity": on_nodes(process.node), **pod}},
+            "template": {"metadata": metadata, "spec": {"affinity": self.affinity(process), **pod}},
         }
         return self.object("apps/v1", "StatefulSet", name, spec=spec)
 

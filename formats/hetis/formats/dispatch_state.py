@@ -53,7 +53,7 @@ from hetis.formats.saved_state import (
     heads_of,
     kv_element_bytes,
 )
-from hetis.solver.dispatch.problem import HeadShape, Requests
+from hetis.solver.dispatch.dispatch_problem import HeadShape, Requests
 from hetis.solver.dispatch.snapshot import DeviceStatus, PreparedMove
 from hetis.solver.errors import InvalidProblemError
 

@@ -16,7 +16,7 @@ from pydantic import Field
 from hetis.formats import catalogue
 from hetis.formats.fields import DocumentPart, Title
 from hetis.formats.models import dtypes
-from hetis.solver.dispatch.problem import FloatArray, HeadShape, Primary, Stage
+from hetis.solver.dispatch.dispatch_problem import FloatArray, HeadShape, Primary, Stage
 from hetis.solver.dispatch.snapshot import DeviceSnapshot, DeviceStatus, PreparedMove, StateSnapshot
 from hetis.solver.errors import InvalidProblemError
 

@@ -23,14 +23,14 @@ from hetis.simulator.kv_memory import KvGrowth
 from hetis.simulator.timing import StageTiming, fit_of, pair_pieces
 from hetis.simulator.values import FloatArray, IntArray, RequestLog, Settings
 from hetis.solver.cluster import Link
-from hetis.solver.dispatch.problem import DeviceLoad, HeadShape, Primary, Requests, Stage
+from hetis.solver.dispatch.dispatch_problem import DeviceLoad, HeadShape, Primary, Requests, Stage
 from hetis.solver.dispatch.snapshot import DeviceSnapshot, DeviceStatus, PreparedMove, StateSnapshot
 from hetis.solver.dispatch.state import DispatchState
 from hetis.solver.problem import PlacementProblem
 from hetis.solver.profile import Fit, Op
 
 if TYPE_CHECKING:
-    from hetis.solver.redispatch.problem import Move
+    from hetis.solver.redispatch.redispatch_problem import Move
     from hetis.solver.redispatch.triggers import Watch
 
 
@@ -212,8 +212,8 @@ class Migration:
         self, state: DispatchState, timing: PoolTiming, links: FleetLinks, log: RequestLog, events: Events, *,
         theta: float, mean_output: float,
     ) -> None:  # fmt: skip
-        from hetis.solver.dispatch.solve import Dispatcher
-        from hetis.solver.redispatch.solve import Redispatcher
+        from hetis.solver.dispatch.dispatcher import Dispatcher
+        from hetis.solver.redispatch.redispatcher import Redispatcher
 
         self._state, self._timing, self._links, self._log, self._events = state, timing, links, log, events
         self._theta = theta
@@ -235,7 +235,7 @@ class Migration:
 
         ``moved`` is called for every request whose home has changed.
         """
-        from hetis.solver.redispatch.problem import RedispatchProblem
+        from hetis.solver.redispatch.redispatch_problem import RedispatchProblem
         from hetis.solver.redispatch.triggers import Watch, triggers
 
         snapshot = self._snapshot(batch)
@@ -538,7 +538,7 @@ def _together(loads: Sequence[PoolLoad]) -> tuple[list[int], list[float]]:
 
 
 def _dispatcher_of(state: DispatchState) -> Callable[[DeviceLoad, Requests], IntArray | None]:
-    from hetis.solver.dispatch.solve import Dispatcher
+    from hetis.solver.dispatch.dispatcher import Dispatcher
 
     dispatcher = Dispatcher(state.stage)
 

@@ -19,8 +19,8 @@ from hetis.simulator.events import Events, FleetLinks, transfer
 from hetis.simulator.micro_batch import MicroBatch, SimulatedStageCopy
 from hetis.simulator.replica import Outside, ReplicaRun
 from hetis.simulator.values import Request, RequestLog, SaturatingSource, Settings
-from hetis.solver.check.fleet import Fleet as Devices
-from hetis.solver.check.fleet import slowest
+from hetis.solver.check.replica_shapes import Fleet as Devices
+from hetis.solver.check.replica_shapes import slowest
 from hetis.solver.cluster import Link
 from hetis.solver.errors import InvalidProblemError
 from hetis.solver.model import ModelSpec

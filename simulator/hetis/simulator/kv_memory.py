@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from hetis.solver.check.fleet import StageShape
 from hetis.solver.check.memory import rank_fixed_bytes, rank_prompt_bytes, rank_state_bytes, usable_bytes
+from hetis.solver.check.replica_shapes import StageShape
 from hetis.solver.check.setting import Setting
 from hetis.solver.model import ModelSpec
 from hetis.solver.problem import PlacementProblem

@@ -17,8 +17,8 @@ from hetis.simulator.micro_batch import Apart, Greedy, Lockstep, SimulatedStageC
 from hetis.simulator.replica import Batching, ReplicaRun
 from hetis.simulator.timing import StageTiming
 from hetis.simulator.values import FloatArray, RequestLog, Requests, Run, SaturatingSource, Series, Settings
-from hetis.solver.check.fleet import Fleet, ReplicaShape, StageShape, replica_shape
 from hetis.solver.check.rederive import Rederivation
+from hetis.solver.check.replica_shapes import Fleet, ReplicaShape, StageShape, replica_shape
 from hetis.solver.check.setting import Setting
 from hetis.solver.check.structure import check_replica_structure
 from hetis.solver.check.violation import Rule

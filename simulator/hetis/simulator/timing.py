@@ -7,7 +7,7 @@ attention is a maximum of affine functions, whose coefficients are computed once
 
 from __future__ import annotations
 
-from hetis.solver.check.fleet import StageShape
+from hetis.solver.check.replica_shapes import StageShape
 from hetis.solver.cost import DeviceCost, rank_shape
 from hetis.solver.model import ModelSpec
 from hetis.solver.plugin_time import NO_PLUGIN

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
 from hetis.solver.errors import NoPlanFoundError
@@ -19,7 +20,9 @@ class Budget:
 
     ``clock`` returns seconds (``time.monotonic``); without one, no time limit applies and reported times are zero.
     ``cancelled`` may be set from a signal handler or another thread; the search then returns its incumbent. If no plan
-    exists, the time left is spent on finding out why, unless ``explains`` is false.
+    exists, the time left is spent on finding out why, unless ``explains`` is false. Work that is the same on any
+    machine, such as a simulation's, is limited by ``work_limit``, in units of its own: only then is the result the
+    same, too.
     """
 
     time_limit_s: float = float("inf")
@@ -27,6 +30,8 @@ class Budget:
     cancelled: threading.Event = field(default_factory=threading.Event)
     explains: bool = True
     callers: Budget | None = None  # a budget whose end also ends this one
+    work_limit: float = float("inf")
+    work: float = 0.0  # done so far
     started_s: float = field(init=False)
 
     def __post_init__(self) -> None:
@@ -49,10 +54,19 @@ class Budget:
         """Return a budget for the time left that ends with this one but is cancelled separately."""
         return Budget(time_limit_s=self.remaining_s(), clock=self.clock, callers=self)
 
+    @contextmanager
+    def within_work(self, share: float) -> Iterator[None]:
+        """Limit the work in the block to this share of what is left."""
+        whole, self.work_limit = self.work_limit, self.work + share * (self.work_limit - self.work)
+        try:
+            yield
+        finally:
+            self.work_limit = whole
+
     def is_spent(self) -> bool:
         if self.callers is not None and self.callers.is_spent():
             return True
-        return self.cancelled.is_set() or self.remaining_s() <= 0
+        return self.cancelled.is_set() or self.work >= self.work_limit or self.remaining_s() <= 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -171,3 +171,25 @@ def test_a_precision_that_few_parameters_have_does_not_stand_alone(tmp_path: Pat
     assert weights_of(model).startswith("mxfp4 in 1% of the layers, bf16 in the rest")
     assert "the rest counts as 16 bits" in notes[0]
     assert weights_of(load(tmp_path, config_of("moonshotai__Kimi-K3"))) == "mxfp4"
+
+
+def test_experts_beside_an_mlp_are_not_meant_by_its_name(tmp_path: Path) -> None:
+    """NVIDIA's checkpoint of Gemma 4 26B-A4B leaves attention and the MLP of all layers in 16 bits, and no expert."""
+    data = config_of("google__gemma-4-26B-A4B")
+    ignored = [f"model.language_model.layers.{i}.{part}*" for i in range(30) for part in ("mlp", "router", "self_attn")]
+    data["quantization_config"] = {"quant_method": "modelopt", "quant_algo": "NVFP4", "ignore": ["lm_head", *ignored]}
+    model = load(tmp_path, data)
+    assert weights_of(model) == "nvfp4"
+    experts = model.num_layers * model.expert_params() * 128
+    rest = model.num_layers * model.layer_params() - experts
+    assert model.weight_bytes == pytest.approx((0.5625 * experts + 2 * rest) / (experts + rest), rel=1e-3)
+
+
+@pytest.mark.parametrize(("parent", "is_meant"), [("backbone", True), ("model", True), ("mtp", False)])
+def test_what_precedes_layers_in_a_checkpoint_differs_but_drafting_layers_are_others(
+    tmp_path: Path, parent: str, is_meant: bool
+) -> None:
+    data = config_of("nvidia__NVIDIA-Nemotron-3-Nano-30B-A3B-BF16")
+    ignored = [f"{parent}.layers.{i}.mixer.in_proj" for i in range(len(data["hybrid_override_pattern"]))]
+    data["quantization_config"] = {"quant_method": "modelopt", "quant_algo": "FP8", "ignore": ignored}
+    assert (load(tmp_path, data).weight_bytes > 1.0) is is_meant

@@ -25,8 +25,8 @@ from hetis.planner.use_cases.dispatch import (
     times_of,
 )
 from hetis.profiler.roofline import modelled_profile
-from hetis.solver.dispatch.problem import DispatchProblem
-from hetis.solver.dispatch.solve import solve_dispatch
+from hetis.solver.dispatch.dispatch_problem import DispatchProblem
+from hetis.solver.dispatch.dispatcher import solve_dispatch
 from tests.planner.command_line import EXAMPLES, invoke
 
 STAGES = EXAMPLES / "dispatch"

@@ -13,7 +13,7 @@ from hetis.planner.cli import sharing
 from hetis.planner.cli.exit_codes import ExitCode
 from hetis.planner.cli.sharing import FairRule
 from hetis.solver.budget import Budget
-from hetis.solver.shares.problem import FairnessRule
+from hetis.solver.shares.share_problem import FairnessRule
 from tests.planner.command_line import EXAMPLES, hetis_plan_here, invoke
 
 SMALL = """apiVersion: hetis/v1

@@ -54,7 +54,7 @@ def test_pods_take_the_resource_and_the_image_of_their_vendor() -> None:
     for one in objects:
         check_object(one)
     pods = [one["spec"]["template"]["spec"]["containers"][0] for one in objects if one["kind"] == "StatefulSet"]
-    assert [(pod["image"], pod["resources"]["limits"]) for pod in pods] == [
+    assert [(pod["image"], gpus_of(pod["resources"]["limits"])) for pod in pods] == [
         ("rocm:1", {"amd.com/gpu": 2}),
         ("cuda:1", {"nvidia.com/gpu": 1}),
     ]
@@ -100,7 +100,9 @@ def test_pods_of_one_template_request_the_same_resource() -> None:
     exported(in_fleet(plan, b=SHARED, c=SHARED), ExportTarget.LWS)
     exported(in_fleet(plan, c=SHARED), ExportTarget.KUBERNETES)
     with pytest.raises(NotExportableError, match=f"further stages request nvidia.com/gpu and {SHARED}: pods of one"):
-        exported(in_fleet(plan, c=SHARED), ExportTarget.LWS)
+        exported(in_fleet(plan, c=SHARED), ExportTarget.KSERVE)
+    alone = reading.manifests(exported(in_fleet(plan, c=SHARED), ExportTarget.LWS).files)
+    assert [one["kind"] for one in alone].count("StatefulSet") == 3
 
 
 def test_services_have_the_devices_of_their_vendor() -> None:

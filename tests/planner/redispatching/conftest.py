@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from hetis.solver.redispatch.solve import compile_redispatch
+from hetis.solver.redispatch.redispatcher import compile_redispatch
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from hetis.planner.convert.stages import card_of, evenly
-from hetis.solver.dispatch.problem import IntArray, Stage
+from hetis.solver.dispatch.dispatch_problem import IntArray, Stage
 from hetis.solver.dispatch.snapshot import DeviceSnapshot, StateSnapshot
-from hetis.solver.redispatch.problem import RedispatchProblem
+from hetis.solver.redispatch.redispatch_problem import RedispatchProblem
 from hetis.v1 import head_map_pb2, report_pb2, stage_pb2
 
 

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hetis.planner.convert.stages import card_of, leaving, stage_from_proto
-from hetis.solver.dispatch.problem import Stage
+from hetis.solver.dispatch.dispatch_problem import Stage
 from tests.planner.redispatching.messages import owners_of
 from tests.planner.redispatching.stages import stage_model
 

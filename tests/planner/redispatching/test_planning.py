@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hetis.planner.convert.stages import snapshot_from_proto, stage_from_proto
 from hetis.planner.fleet.redispatching.planning import FoundMoves, StageLook, StagePlanner
 from hetis.planner.fleet.settings import RedispatchPolicy
-from hetis.solver.redispatch.problem import RedispatchProblem
-from hetis.solver.redispatch.solve import Redispatcher
+from hetis.solver.redispatch.redispatch_problem import RedispatchProblem
+from hetis.solver.redispatch.redispatcher import Redispatcher
 from hetis.v1 import head_map_pb2, report_pb2
 from tests.planner.redispatching.messages import apply_moves, head_map_message, stage_message
 from tests.solver.redispatch.instances import problems, random_problem

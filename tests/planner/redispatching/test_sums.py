@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 
 from hetis.planner.convert.stages import StageTerms, stage_from_proto
 from hetis.planner.fleet.redispatching.watched import NEAR, StageSums, SumTest, sums_of
+from hetis.solver.dispatch.dispatcher import Dispatcher
 from hetis.solver.dispatch.snapshot import DeviceStatus
-from hetis.solver.dispatch.solve import Dispatcher
-from hetis.solver.redispatch.problem import RedispatchProblem
+from hetis.solver.redispatch.redispatch_problem import RedispatchProblem
 from hetis.solver.redispatch.triggers import TriggerKind, ideal_dispatch, makespan_s, triggers
 from hetis.v1 import report_pb2
 from tests.planner.redispatching.messages import head_map_message, load_message, stage_message

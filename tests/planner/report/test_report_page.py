@@ -17,6 +17,7 @@ from hetis.planner.report.figures import digits
 from hetis.planner.report.page.axes import chart_of
 from hetis.planner.report.page.blocks import COLORS, Waterfalls
 from hetis.planner.report.page.fleet_map import fleet_map, shape_letter
+from hetis.planner.report.page.key_figures import key_tiles
 from hetis.planner.report.page.pages import ShownPlan, plans_page
 from hetis.planner.report.page.plan_section import plan_blocks, reason_words, shape_words
 from hetis.planner.report.promises import simple_setups
@@ -232,6 +233,32 @@ def test_a_missed_limit_is_said_first(folder: Path) -> None:
     assert "TTFT p95 9.5 s of 2 s" in text
     assert 'class="text bad"' in page
     assert "Kept, simulated" in text
+
+
+def test_a_loss_of_more_than_half_is_red_and_rungs_stand_side_by_side(folder: Path) -> None:
+    found = load_plan_and_problem(str(folder / "plan.json"))
+    rung = {"value": 8.0, "bound": 8.5, "rate_rps": 8.0, "usd_per_hour": 4.0, "gpus": 4, "shapes": 2, "nodes": 1}
+    rungs = [
+        {**rung, "name": "node", "of": "node", "left_rps": 6.0, "targets": ["vllm", "llm-d"], "is_chosen": True},
+        {**rung, "name": "pipelines", "of": "pipelines", "value": 9.0, "rate_rps": 9.0, "left_rps": 1.8, "nodes": 2},
+    ]
+    for rate, tone in ((0.49, "bad"), (0.51, "")):
+        losses = {"node": {"name": "l4-0", "rate": rate, "whole": 1.0}}
+        inputs = {**found.plan.inputs, "losses": losses, "rungs": rungs}
+        shown = ShownPlan(name="The plan", plan=replace(found.plan, inputs=inputs), problem=found.problem)
+        page = plans_page([shown])
+        assert re.search(r'After losing any one node</dt>\s*<dd class="value (\w*)">', page)[1] == tone  # type: ignore[index]
+        text = whole(page).text
+        assert "node, the plan 8.000 8.500 4.00 4 75% 1 2 vllm, llm-d" in text
+        assert "pipelines 9.000 8.500 4.00 4 20% 2 2" in text
+
+
+def test_idle_gpus_have_a_price(folder: Path) -> None:
+    found = load_plan_and_problem(str(folder / "plan.json"))
+    fewer = replace(found.plan, replicas=found.plan.replicas[:1], runners_up=(), prices=())
+    idle = found.problem.cluster.num_gpus() - len(fewer.devices())
+    [tile] = [tile for tile in key_tiles(fewer, found.problem) if tile.label == "GPUs in use"]
+    assert re.search(rf"{idle} idle for [\d.]+ USD/h", tile.note)
 
 
 def test_a_page_says_that_a_demand_is_not_met(folder: Path) -> None:

@@ -8,6 +8,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, TypeVar
 
 import grpc
@@ -26,7 +27,7 @@ from hetis.planner.service.identity.credentials import Authenticator, NoCredenti
 from hetis.planner.service.observability.metrics import ServiceMetrics
 from hetis.planner.service.observability.telemetry import Telemetry
 from hetis.planner.service.server import PlannerServer
-from hetis.planner.service.servicers import plan_methods, servicing
+from hetis.planner.service.servicers import servicing
 from hetis.planner.store import Store
 from hetis.v1 import cluster_pb2, cluster_service_pb2, document_pb2, plan_pb2, plan_service_pb2_grpc
 from hetis.v1 import plan_service_pb2 as pb2
@@ -108,8 +109,9 @@ async def planner_in(
     creation = PlanCreation(store, hubs, fleet, fleets, pool, searches)
     clusters = Clusters(store, hubs, fleet, fleets)
     plans = Plans(store, hubs, fleet, searches, documents)
-    methods = plan_methods(creation, plans, PlanActivation(store, hubs, fleet, fleets, documents))
-    server = PlannerServer([servicing("PlanService", methods)], Calls(authenticator, Telemetry(ServiceMetrics("0"))))
+    activation = PlanActivation(store, hubs, fleet, fleets, documents)
+    parts = SimpleNamespace(creation=creation, plans=plans, activation=activation)
+    server = PlannerServer([servicing("PlanService", parts)], Calls(authenticator, Telemetry(ServiceMetrics("0"))))
     address = server.listen("127.0.0.1:0")
     pool.start()
     await searches.resume()

@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, TypeVar
 
 import grpc
@@ -28,7 +29,7 @@ from hetis.planner.service.identity.credentials import NoCredentials
 from hetis.planner.service.observability.metrics import ServiceMetrics
 from hetis.planner.service.observability.telemetry import Telemetry
 from hetis.planner.service.server import PlannerServer
-from hetis.planner.service.servicers import cluster_methods, profile_methods, servicing
+from hetis.planner.service.servicers import servicing
 from hetis.planner.store import Store
 from hetis.v1 import (
     cluster_pb2,
@@ -141,17 +142,15 @@ async def served(folder: Path) -> AsyncIterator[Served]:
     store = await Store.open(f"sqlite:///{folder}/hetis.db", clock=lambda: now_s[0])
     hubs, fleet, fleets = Hubs(await store.leadership.grant("test")), FakeFleet(), DeclaredFleets()
     reader = NodeReader(store, fleet, fleets)
-    methods = cluster_methods(
-        Clusters(store, hubs, fleet, fleets),
-        Nodes(store, hubs, fleet, reader),
-        RunningResources(store, fleet),
-        ClusterWatches(store, hubs, fleet, reader),
+    parts = SimpleNamespace(
+        clusters=Clusters(store, hubs, fleet, fleets),
+        nodes=Nodes(store, hubs, fleet, reader),
+        running=RunningResources(store, fleet),
+        watches=ClusterWatches(store, hubs, fleet, reader),
+        profiles=Profiles(store),
+        dispatch=dispatch,
     )
-    servicings = [
-        servicing("ClusterService", methods),
-        servicing("ProfileService", profile_methods(Profiles(store))),
-        servicing("DispatchService", dispatch.METHODS),
-    ]
+    servicings = [servicing(name, parts) for name in ("ClusterService", "ProfileService", "DispatchService")]
     server = PlannerServer(servicings, Calls(NoCredentials(), Telemetry(ServiceMetrics("0"))))
     address = server.listen("127.0.0.1:0")
     await server.start()

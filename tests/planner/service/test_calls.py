@@ -15,7 +15,7 @@ from hetis.commands.endpoints import STREAM_OPEN
 from hetis.planner.callers import Identity
 from hetis.planner.failures import Reason, ServiceError, not_found, wrong_node
 from hetis.planner.service import statuses
-from hetis.planner.service.identity.access import NEEDED
+from hetis.planner.service.methods import METHODS
 from hetis.planner.service.observability.metrics import ServiceMetrics
 from hetis.planner.service.observability.telemetry import JsonLines, Telemetry, TextLines
 from hetis.v1 import agent_service_pb2 as agents
@@ -220,7 +220,7 @@ def test_every_method_of_the_contract_that_the_planner_serves_needs_a_role() -> 
         for service in services
         for method in pool.FindServiceByName(f"hetis.v1.{service}").methods
     }
-    assert methods == set(NEEDED)
+    assert methods == set(METHODS)
 
 
 async def test_calls_and_streams_are_measured_and_logged(caplog: pytest.LogCaptureFixture) -> None:

@@ -17,7 +17,7 @@ from hetis.profiler.calibrate.replica import CalibratedReplica
 from hetis.profiler.defaults import shipped_profile
 from hetis.profiler.engines import for_engine
 from hetis.simulator.timing import StageTiming
-from hetis.solver.check.fleet import StageShape
+from hetis.solver.check.replica_shapes import StageShape
 from hetis.solver.cost import intra_link
 from hetis.solver.errors import InvalidProblemError
 from hetis.solver.model import DraftShape

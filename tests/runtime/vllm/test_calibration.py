@@ -22,7 +22,7 @@ from hetis.runtime.vllm.calibration import (
     with_coefficients,
     with_exchange,
 )
-from hetis.solver.dispatch.problem import HeadShape, Primary, Stage
+from hetis.solver.dispatch.dispatch_problem import HeadShape, Primary, Stage
 from tests.runtime.vllm.paced import SHAPE, FakeClock, Pace, PacedDevice, paced_devices
 
 PACES = (

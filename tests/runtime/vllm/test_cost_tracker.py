@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from hetis.runtime.vllm.calibration import calibrate, token_bytes, with_coefficients
 from hetis.runtime.vllm.costs import FORGET_STEPS, CostTracker, LayerTime
-from hetis.solver.dispatch.problem import HeadShape, Primary, Stage
+from hetis.solver.dispatch.dispatch_problem import HeadShape, Primary, Stage
 from tests.runtime.vllm.paced import SHAPE, FakeClock, Pace, paced_devices
 
 COSTS = Stage(

@@ -10,7 +10,7 @@ from hetis.runtime.vllm.allocator import HeadAllocator
 from hetis.runtime.vllm.calibration import scaled
 from hetis.runtime.vllm.redispatch import Redispatch
 from hetis.runtime.vllm.settings import EngineRedispatchSettings
-from hetis.solver.dispatch.problem import HeadShape, Primary, Stage
+from hetis.solver.dispatch.dispatch_problem import HeadShape, Primary, Stage
 
 COSTS = Stage(
     heads=HeadShape(head_groups=4, queries_per_group=2, kv_bytes_per_token=64.0, exchange_bytes_per_head=96.0),

@@ -343,8 +343,10 @@ def test_what_a_step_would_compile_is_compiled_before_the_first_request(
     policy: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     compiled = list[str]()
-    monkeypatch.setattr("hetis.solver.dispatch.solve.compile_dispatch", lambda: compiled.append("dispatch"))
-    monkeypatch.setattr("hetis.solver.redispatch.solve.compile_redispatch", lambda: compiled.append("redispatch"))
+    monkeypatch.setattr("hetis.solver.dispatch.dispatcher.compile_dispatch", lambda: compiled.append("dispatch"))
+    monkeypatch.setattr(
+        "hetis.solver.redispatch.redispatcher.compile_redispatch", lambda: compiled.append("redispatch")
+    )
     World(policy=policy)
     assert compiled == ["dispatch", "redispatch"]
 

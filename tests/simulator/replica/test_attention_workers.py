@@ -17,7 +17,7 @@ from hetis.simulator.simulate import Builder, simulate
 from hetis.simulator.values import Fault, Request, RequestLog, Settings
 from hetis.solver.plan import AttentionWorkerPool, Plan
 from hetis.solver.problem import PlacementProblem
-from hetis.solver.redispatch.problem import Move, MoveReason
+from hetis.solver.redispatch.redispatch_problem import Move, MoveReason
 from tests.simulator.small_plans import equal_requests, pipeline, plan_of, small_problem
 from tests.solver.instances import make_model, make_profile, make_workload
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from hetis.solver.check import Rule, check_plan
-from hetis.solver.check.fleet import Fleet
+from hetis.solver.check.replica_shapes import Fleet
 from hetis.solver.constraints import (
     AtMost,
     Constraint,

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from hetis.solver.check.fleet import Fleet
+from hetis.solver.check.replica_shapes import Fleet
 from hetis.solver.check.structure import check_engine
 from hetis.solver.check.violation import Rule, at
 from hetis.solver.model import DraftShape, GpuPrecision

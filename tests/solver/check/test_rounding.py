@@ -8,8 +8,8 @@ from dataclasses import replace
 import pytest
 
 from hetis.solver.check import Rule, check_plan, memory
-from hetis.solver.check.fleet import PoolShape, StageShape
 from hetis.solver.check.rederive import MemoryUse, Rederivation
+from hetis.solver.check.replica_shapes import PoolShape, StageShape
 from hetis.solver.cluster import Link
 from hetis.solver.constraints import AtMost, Sum
 from hetis.solver.plan import KvRoute, ObjectiveKind, Plan, ReplicaPlan, Role, StagePlan, Status

@@ -7,7 +7,7 @@ from typing import Literal
 import numpy as np
 from hypothesis import strategies as st
 
-from hetis.solver.dispatch.problem import DeviceLoad, DispatchProblem, HeadShape, Primary, Requests, Stage
+from hetis.solver.dispatch.dispatch_problem import DeviceLoad, DispatchProblem, HeadShape, Primary, Requests, Stage
 
 LoadKind = Literal["level", "uneven", "idle"]
 

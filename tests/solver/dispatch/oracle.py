@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from hetis.solver.dispatch.problem import DispatchProblem, IntArray
+from hetis.solver.dispatch.dispatch_problem import DispatchProblem, IntArray
 
 
 def makespan_of(problem: DispatchProblem, groups: IntArray) -> float:

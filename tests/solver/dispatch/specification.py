@@ -10,7 +10,7 @@ from typing import Any
 import cvxpy
 import numpy as np
 
-from hetis.solver.dispatch.problem import DispatchProblem, FloatArray
+from hetis.solver.dispatch.dispatch_problem import DispatchProblem, FloatArray
 from tests.solver.specified import modelling
 
 cp: Any = cvxpy  # its annotations cover only half of its exports
@@ -32,7 +32,7 @@ def solve_specification(
 
     Sets       i devices, k affine pieces, j new requests
     Data       G head groups of r query heads; l_j context tokens, m_j KV blocks of a head group (growth included)
-               a, b, c, gamma, beta: `hetis.solver.dispatch.problem`; of the primary a is divided by its n cards, b by
+               a, b, c, gamma, beta: `dispatch_problem.py`; of the primary a is divided by its n cards, b by
                the groups it takes at a time (s of them), and it exchanges nothing; e bytes per head, kv bytes per token
                H_i, B_i running heads and KV bytes;  F_i free blocks
     Variables  x_ij >= 0 head groups of j on i (whole; s of them at a time on the primary);  z seconds

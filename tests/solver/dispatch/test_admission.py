@@ -21,8 +21,7 @@ from hetis.solver.dispatch.admission import (
     admit,
     pack_few,
 )
-from hetis.solver.dispatch.exact import admit_exactly, solve_exactly
-from hetis.solver.dispatch.problem import (
+from hetis.solver.dispatch.dispatch_problem import (
     MOST_GROUPS,
     DeviceLoad,
     DispatchPlan,
@@ -32,7 +31,8 @@ from hetis.solver.dispatch.problem import (
     Requests,
     Resource,
 )
-from hetis.solver.dispatch.solve import solve_dispatch
+from hetis.solver.dispatch.dispatcher import solve_dispatch
+from hetis.solver.dispatch.exact import admit_exactly, solve_exactly
 from tests.solver.dispatch.instances import problems, random_problem
 from tests.solver.dispatch.oracle import assert_feasible, best_makespan
 from tests.solver.dispatch.test_inputs import requests_of, stage_of

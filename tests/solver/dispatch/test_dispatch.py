@@ -10,8 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hetis.solver.dispatch.certificate import Multipliers, proven_bound
-from hetis.solver.dispatch.exact import improve_plan, solve_exactly
-from hetis.solver.dispatch.problem import (
+from hetis.solver.dispatch.dispatch_problem import (
     DeviceLoad,
     DispatchPlan,
     DispatchProblem,
@@ -21,8 +20,9 @@ from hetis.solver.dispatch.problem import (
     Resource,
     Stage,
 )
-from hetis.solver.dispatch.solve import Dispatcher, solve_dispatch
-from hetis.solver.dispatch.tables import LoadedStage, costs_of, running_load
+from hetis.solver.dispatch.dispatcher import Dispatcher, solve_dispatch
+from hetis.solver.dispatch.exact import improve_plan, solve_exactly
+from hetis.solver.dispatch.loaded_stage import LoadedStage, costs_of, running_load
 from tests.solver.dispatch.instances import problems, random_problem
 from tests.solver.dispatch.oracle import assert_feasible, best_makespan, makespan_of
 from tests.solver.dispatch.specification import solve_specification

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from hetis.formats.documents import load_model
-from hetis.solver.dispatch.problem import (
+from hetis.solver.dispatch.dispatch_problem import (
     DeviceLoad,
     DispatchPlan,
     DispatchProblem,
@@ -20,7 +20,7 @@ from hetis.solver.dispatch.problem import (
     Resource,
     Stage,
 )
-from hetis.solver.dispatch.solve import Dispatcher, _place_admitted, solve_dispatch
+from hetis.solver.dispatch.dispatcher import Dispatcher, _place_admitted, solve_dispatch
 from hetis.solver.errors import InvalidProblemError
 from tests.solver.dispatch.instances import random_problem
 from tests.solver.dispatch.oracle import assert_feasible, makespan_of

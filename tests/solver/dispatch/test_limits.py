@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from hetis.solver.dispatch.problem import (
+from hetis.solver.dispatch.dispatch_problem import (
     MOST_BLOCKS,
     MOST_GROUPS,
     MOST_HEADS,

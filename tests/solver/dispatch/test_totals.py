@@ -10,8 +10,8 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from hetis.solver.dispatch.problem import DispatchProblem, Path
-from hetis.solver.dispatch.solve import solve_dispatch
+from hetis.solver.dispatch.dispatch_problem import DispatchProblem, Path
+from hetis.solver.dispatch.dispatcher import solve_dispatch
 from tests.solver.dispatch.instances import random_problem
 
 NUM_PROBLEMS = 120

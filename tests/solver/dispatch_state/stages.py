@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from hetis.solver.dispatch.problem import HeadShape, Primary, Stage
+from hetis.solver.dispatch.dispatch_problem import HeadShape, Primary, Stage
 
 
 def stage(num_devices: int, *, head_groups: int = 4, tp: int | None = None, speed: float = 1.0) -> Stage:

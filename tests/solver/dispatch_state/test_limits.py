@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from hetis.solver.dispatch.problem import MOST_TOKENS, Primary
+from hetis.solver.dispatch.dispatch_problem import MOST_TOKENS, Primary
 from hetis.solver.dispatch.snapshot import DeviceStatus
 from hetis.solver.dispatch.state import DispatchState, Evicted
 from hetis.solver.errors import InvalidProblemError

@@ -7,9 +7,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from hetis.solver.dispatch.problem import Requests
+from hetis.solver.dispatch.dispatch_problem import Requests
+from hetis.solver.dispatch.dispatcher import Dispatcher
 from hetis.solver.dispatch.snapshot import PreparedMove
-from hetis.solver.dispatch.solve import Dispatcher
 from hetis.solver.dispatch.state import DispatchState
 from hetis.solver.errors import InvalidProblemError
 from tests.solver.dispatch_state.stages import stage

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from hetis.solver.budget import Budget
 from hetis.solver.check import check_plan
-from hetis.solver.check.fleet import Fleet
+from hetis.solver.check.replica_shapes import Fleet
 from hetis.solver.check.structure import check_engine
 from hetis.solver.cluster import Link, Network
 from hetis.solver.constraints import Duty, Exclude, RestrictRole, Selection, Unit

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 
 from hetis.solver.budget import Budget, SearchSettings
 from hetis.solver.check import check_plan
-from hetis.solver.check.fleet import Fleet, replica_shape
 from hetis.solver.check.rederive import Rederivation
+from hetis.solver.check.replica_shapes import Fleet, replica_shape
 from hetis.solver.cluster import Link, Network
 from hetis.solver.model import DraftShape
 from hetis.solver.placement import search

@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 from hypothesis import strategies as st
 
-from hetis.solver.dispatch.problem import HeadShape, Primary, Stage
+from hetis.solver.dispatch.dispatch_problem import HeadShape, Primary, Stage
 from hetis.solver.dispatch.snapshot import DeviceSnapshot, DeviceStatus, StateSnapshot
 from hetis.solver.dispatch.state import DispatchState
-from hetis.solver.redispatch.problem import RedispatchProblem
+from hetis.solver.redispatch.redispatch_problem import RedispatchProblem
 
 
 def random_problem(

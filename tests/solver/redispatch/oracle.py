@@ -8,11 +8,11 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from hetis.solver.dispatch.problem import FloatArray, IntArray
+from hetis.solver.dispatch.dispatch_problem import FloatArray, IntArray
 from hetis.solver.dispatch.snapshot import DeviceStatus, StateSnapshot
 from hetis.solver.redispatch.moves import steps_between
-from hetis.solver.redispatch.problem import RedispatchProblem
-from hetis.solver.redispatch.tables import tables_of
+from hetis.solver.redispatch.redispatch_problem import RedispatchProblem
+from hetis.solver.redispatch.redispatch_tables import tables_of
 
 
 def least_objective_s(problem: RedispatchProblem, *, horizons: tuple[int, ...], short_s: FloatArray) -> float:

@@ -11,9 +11,9 @@ from typing import Any
 import cvxpy
 import numpy as np
 
-from hetis.solver.dispatch.problem import BoolArray, FloatArray
+from hetis.solver.dispatch.dispatch_problem import BoolArray, FloatArray
 from hetis.solver.dispatch.snapshot import DeviceStatus
-from hetis.solver.redispatch.problem import RedispatchProblem
+from hetis.solver.redispatch.redispatch_problem import RedispatchProblem
 from tests.solver.specified import modelling
 
 cp: Any = cvxpy  # its annotations cover only half of its exports

@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from hetis.solver.dispatch.solve import Dispatcher
+from hetis.solver.dispatch.dispatcher import Dispatcher
 from hetis.solver.dispatch.state import DispatchState
 from hetis.solver.errors import InvalidProblemError
-from hetis.solver.redispatch.problem import Move, MoveReason, RedispatchPlan, RedispatchProblem
-from hetis.solver.redispatch.tables import horizons, marks
+from hetis.solver.redispatch.redispatch_problem import Move, MoveReason, RedispatchPlan, RedispatchProblem
+from hetis.solver.redispatch.redispatch_tables import horizons, marks
 from hetis.solver.redispatch.triggers import CHANGE, MOST_CHANGE, THETA, Trigger, TriggerKind, Watch, triggers
 from tests.solver.dispatch_state.stages import stage
 

@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hetis.solver.dispatch.problem import IntArray
+from hetis.solver.dispatch.dispatch_problem import IntArray
 from hetis.solver.redispatch.moves import MovedGroups, RequestMoves, applied, order, steps_between, whole_steps
-from hetis.solver.redispatch.tables import RedispatchTables, tables_of
+from hetis.solver.redispatch.redispatch_tables import RedispatchTables, tables_of
 from tests.solver.redispatch.instances import random_problem
 
 NAMES = ("a", "b", "c", "d")

@@ -5,13 +5,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from hetis.solver.dispatch.problem import HeadShape, Stage
+from hetis.solver.dispatch.dispatch_problem import HeadShape, Stage
 from hetis.solver.dispatch.snapshot import DeviceSnapshot, StateSnapshot
 from hetis.solver.dispatch.state import DispatchState
-from hetis.solver.redispatch.local_search import perturb
-from hetis.solver.redispatch.problem import MoveReason, RedispatchProblem
-from hetis.solver.redispatch.solve import solve_redispatch
-from hetis.solver.redispatch.tables import horizons, objective_s, tables_of
+from hetis.solver.redispatch.move_search import perturb
+from hetis.solver.redispatch.redispatch_problem import MoveReason, RedispatchProblem
+from hetis.solver.redispatch.redispatch_tables import horizons, objective_s, tables_of
+from hetis.solver.redispatch.redispatcher import solve_redispatch
 from tests.solver.dispatch_state.stages import stage
 from tests.solver.redispatch import oracle
 from tests.solver.redispatch.instances import random_problem

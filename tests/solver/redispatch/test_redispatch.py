@@ -10,15 +10,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from hetis.solver.dispatch.dispatcher import Dispatcher
 from hetis.solver.dispatch.snapshot import DeviceStatus, StateSnapshot
-from hetis.solver.dispatch.solve import Dispatcher
 from hetis.solver.dispatch.state import DispatchState
 from hetis.solver.errors import InvalidProblemError
-from hetis.solver.redispatch.local_search import MOST_STEPS, improve
-from hetis.solver.redispatch.problem import MoveReason, RedispatchPlan, RedispatchProblem
-from hetis.solver.redispatch.relaxation import MoveLp, relax
-from hetis.solver.redispatch.solve import Redispatcher, _MoveSearch, solve_redispatch
-from hetis.solver.redispatch.tables import card_s, horizons, objective_s, short_blocks, tables_of
+from hetis.solver.redispatch.joint_relaxation import MoveLp, relax
+from hetis.solver.redispatch.move_search import MOST_STEPS, improve
+from hetis.solver.redispatch.redispatch_problem import MoveReason, RedispatchPlan, RedispatchProblem
+from hetis.solver.redispatch.redispatch_tables import card_s, horizons, objective_s, short_blocks, tables_of
+from hetis.solver.redispatch.redispatcher import Redispatcher, _MoveSearch, solve_redispatch
 from hetis.solver.redispatch.triggers import ideal_dispatch
 from tests.solver.redispatch import oracle
 from tests.solver.redispatch.instances import problems, random_problem

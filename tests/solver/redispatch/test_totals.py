@@ -8,9 +8,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from hetis.solver.dispatch.solve import Dispatcher
-from hetis.solver.redispatch.problem import RedispatchProblem
-from hetis.solver.redispatch.solve import solve_redispatch
+from hetis.solver.dispatch.dispatcher import Dispatcher
+from hetis.solver.redispatch.redispatch_problem import RedispatchProblem
+from hetis.solver.redispatch.redispatcher import solve_redispatch
 from hetis.solver.redispatch.triggers import triggers
 from tests.solver.redispatch.instances import random_problem, with_moves_under_way
 

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 from hypothesis import given
 
-from benchmarks.measuring.drift import last_admitted, paper_rule, whole_request_moves
+from benchmarks.measuring.baselines import last_admitted, paper_rule, whole_request_moves
+from hetis.solver.dispatch.dispatcher import Dispatcher
 from hetis.solver.dispatch.snapshot import DeviceSnapshot, StateSnapshot
-from hetis.solver.dispatch.solve import Dispatcher
 from hetis.solver.dispatch.state import DispatchState
 from hetis.solver.errors import InvalidProblemError
-from hetis.solver.redispatch.problem import RedispatchProblem
+from hetis.solver.redispatch.redispatch_problem import RedispatchProblem
 from hetis.solver.redispatch.triggers import TriggerKind, makespan_s, triggers
 from tests.solver.dispatch_state.stages import stage
 from tests.solver.redispatch import oracle

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hetis.solver.dispatch.solve import Dispatcher
+from hetis.solver.dispatch.dispatcher import Dispatcher
 from hetis.solver.dispatch.state import DispatchState
 from hetis.solver.errors import InvalidProblemError
 from hetis.solver.redispatch.triggers import TriggerKind, Watch, triggers

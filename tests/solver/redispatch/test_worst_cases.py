@@ -14,9 +14,9 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 
-from hetis.solver.redispatch.problem import RedispatchProblem
-from hetis.solver.redispatch.solve import solve_redispatch
-from hetis.solver.redispatch.tables import horizons, tables_of
+from hetis.solver.redispatch.redispatch_problem import RedispatchProblem
+from hetis.solver.redispatch.redispatch_tables import horizons, tables_of
+from hetis.solver.redispatch.redispatcher import solve_redispatch
 from tests.solver.redispatch import oracle
 from tests.solver.redispatch.instances import random_problem
 

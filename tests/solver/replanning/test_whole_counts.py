@@ -27,11 +27,11 @@ from hetis.solver.planning import solve_placement
 from hetis.solver.problem import EngineRules, Family, PlacementProblem
 from hetis.solver.replanning import whole_counts
 from hetis.solver.replanning.change import HALF_DONE, ChangeCosts, ReplanningProblem
-from hetis.solver.replanning.check import check_replanning
 from hetis.solver.replanning.fresh import search_fresh
 from hetis.solver.replanning.net_master import ProgramLimits
+from hetis.solver.replanning.replanner import Replanning, Survivors, solve_replanning
+from hetis.solver.replanning.replanning_check import check_replanning
 from hetis.solver.replanning.running import new_replica
-from hetis.solver.replanning.solve import Replanning, Survivors, solve_replanning
 from hetis.solver.replanning.whole_counts import WholeCounts
 from tests.solver.instances import make_node, make_problem, make_profile, problems
 from tests.solver.oracle import best_plan_value

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from hypothesis import strategies as st
 
-from hetis.solver.shares.problem import GpuShare, ShareJob, ShareProblem, ShareTenant
+from hetis.solver.shares.share_problem import GpuShare, ShareJob, ShareProblem, ShareTenant
 
 
 def random_problem(generator: np.random.Generator, *, most_tenants: int = 6, most_types: int = 4) -> ShareProblem:

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 
-from hetis.solver.shares.check import check_shares
-from hetis.solver.shares.problem import FairnessRule, ShareProblem
+from hetis.solver.shares.fair_shares import cooperative, equal_split, max_min, solve_shares, trading
 from hetis.solver.shares.properties import properties_of
-from hetis.solver.shares.solve import cooperative, equal_split, max_min, solve_shares, trading
+from hetis.solver.shares.share_problem import FairnessRule, ShareProblem
+from hetis.solver.shares.shares_check import check_shares
 from tests.solver.shares.instances import problems
 from tests.solver.shares.test_oef import one_job_each
 

@@ -8,16 +8,16 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 
-from hetis.solver.shares.check import check_shares
-from hetis.solver.shares.problem import FairnessRule, GpuShare, ShareJob, ShareProblem, ShareTenant, tenant_values
-from hetis.solver.shares.properties import best_claim, properties_of
-from hetis.solver.shares.solve import (
+from hetis.solver.shares.fair_shares import (
     cooperative,
     cooperative_bound,
     non_cooperative,
     non_cooperative_bound,
     solve_shares,
 )
+from hetis.solver.shares.properties import best_claim, properties_of
+from hetis.solver.shares.share_problem import FairnessRule, GpuShare, ShareJob, ShareProblem, ShareTenant, tenant_values
+from hetis.solver.shares.shares_check import check_shares
 from tests.solver.shares.instances import problems, random_problem
 
 

@@ -6,9 +6,9 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hetis.solver.shares.problem import GpuShare, ShareJob, ShareProblem, ShareTenant
+from hetis.solver.shares.fair_shares import cooperative
 from hetis.solver.shares.properties import next_round
-from hetis.solver.shares.solve import cooperative
+from hetis.solver.shares.share_problem import GpuShare, ShareJob, ShareProblem, ShareTenant
 from tests.solver.shares.instances import problems
 
 

@@ -39,6 +39,9 @@ _SHARED = (
 _EXPERTS = ("mlp.experts", "feed_forward.experts", "block_sparse_moe.experts", "ffn.experts")
 
 
+_EXPERTS_BESIDE = ("experts", "moe.experts")
+
+
 _OF_MIXTRAL = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
 
 
@@ -151,8 +154,9 @@ def routed_experts(model: ModelSpec) -> Iterator[Module]:
         if not isinstance(mlp, Experts):
             continue
         matrix = float(mlp.count * mlp.size(model.hidden) * mlp.width)
+        places = _places_of_experts(model, layers)
         for name in _OF_MIXTRAL if mlp.gated else ("up_proj", "down_proj"):
-            names = tuple(f"{place}.0.{own}" for place in _EXPERTS for own in (name, _OF_MIXTRAL[name]))
+            names = tuple(f"{place}.0.{own}" for place in places for own in (name, _OF_MIXTRAL[name]))
             yield _of_mlp(model, names, matrix, layers)._replace(is_routed=True)
 
 
@@ -165,7 +169,14 @@ def whole_experts(model: ModelSpec) -> Iterator[Module]:
     num_matrices = 2 if model.experts is None else model.experts.matrices
     for module in routed_experts(model):
         if module.names[0].endswith("up_proj"):
-            yield module._replace(names=(*_EXPERTS, *module.names), params=num_matrices * module.params)
+            places = _places_of_experts(model, module.layers)
+            yield module._replace(names=(*places, *module.names), params=num_matrices * module.params)
+
+
+def _places_of_experts(model: ModelSpec, layers: Sequence[int]) -> tuple[str, ...]:
+    """Return the parents of routed experts, which are none of the MLP's where layers have one beside them (Gemma 4)."""
+    dense = max((sum(isinstance(one, Dense) for one in model.layers[n].mlps) for n in layers), default=0)
+    return _EXPERTS_BESIDE if dense == 1 else _EXPERTS
 
 
 def _grouped_matrices(shape: Grouped, hidden: int) -> dict[str, int]:

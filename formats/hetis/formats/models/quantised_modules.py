@@ -369,7 +369,19 @@ def _stated_format(data: Mapping[str, Any]) -> Stated[float]:
         parent, is_of_expert, _ = name.partition(".experts.")
         if is_of_expert:  # any of a layer's experts stands for all, as in vLLM 0.32 (`_resolve_quant_algo`)
             formats.setdefault(f"{parent}.experts", found)
-    return {name: dtypes.BYTES_PER_PARAMETER[found] for name, found in formats.items() if found is not None}.get
+    sizes = {name: dtypes.BYTES_PER_PARAMETER[found] for name, found in formats.items() if found is not None}
+    return {**{_in_layers(name): size for name, size in sizes.items()}, **sizes}.get
+
+
+def _in_layers(name: str) -> str:
+    """Return a module's name without what precedes ``layers``, which differs between families (``backbone.layers.3``);
+    one of layers that draft, see or hear unchanged.
+    """
+    before, is_within, rest = name.partition("layers.")
+    return f"layers.{rest}" if is_within and not _OTHER_LAYERS.search(before) else name
+
+
+_OTHER_LAYERS = re.compile(r"mtp|draft|eagle|vis|image|audio|speech|encoder|talker|tower|resblocks")
 
 
 def _by_kind(
@@ -406,8 +418,9 @@ def _ignored(data: Mapping[str, Any], base: T) -> Stated[T]:
     entries = [entry for key in _UNQUANTISED_KEYS for entry in listed(data.get(key)) if isinstance(entry, str)]
     patterns = [entry.removeprefix("re:") for entry in entries if entry.startswith("re:")]
     patterns += [key.removeprefix("-:") for key in mapping(data.get("dynamic")) if key.startswith("-:")]
-    globs = [entry for entry in entries if not entry.startswith("re:") and "*" in entry]
-    exact = {entry for entry in entries if not entry.startswith("re:") and "*" not in entry}
+    named = [each for entry in entries if not entry.startswith("re:") for each in (entry, _in_layers(entry))]
+    globs = [entry for entry in dict.fromkeys(named) if "*" in entry]
+    exact = {entry for entry in named if "*" not in entry}
     if len(patterns) + len(globs) > _MOST_PATTERNS:
         return lambda _: base
     expressions = [found for found in map(_expression, patterns) if found is not None]

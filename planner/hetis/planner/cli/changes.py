@@ -214,7 +214,7 @@ def replan(
     from hetis.planner.use_cases import replan as replanning
     from hetis.planner.use_cases.place import settings_of
     from hetis.solver.replanning.change import ChangeCosts
-    from hetis.solver.replanning.solve import Replanning
+    from hetis.solver.replanning.replanner import Replanning
 
     outputs.refuse_unwritable(answer.out)
     outputs.refuse_page(answer.html, beside=answer.out)

@@ -138,7 +138,7 @@ def fair(
     from hetis.formats.documents import load_share_problem
     from hetis.planner.report.sharing import fair_document, render_fair
     from hetis.planner.use_cases.sharing import share_out
-    from hetis.solver.shares.problem import FairnessRule
+    from hetis.solver.shares.share_problem import FairnessRule
 
     inputs = load_share_problem(file)
     first = FairnessRule(asked.rule)

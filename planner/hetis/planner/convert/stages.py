@@ -12,11 +12,11 @@ from hetis.formats.saved_state import piece_costs
 from hetis.planner.convert.plans import message_of, value_from
 from hetis.planner.use_cases.dispatch import CostedStage, state_of_stage, with_costs
 from hetis.planner.use_cases.sources import PlanAndProblem
-from hetis.solver.dispatch.problem import FloatArray, HeadShape, IntArray, Primary, Stage
+from hetis.solver.dispatch.dispatch_problem import FloatArray, HeadShape, IntArray, Primary, Stage
 from hetis.solver.dispatch.snapshot import DeviceSnapshot, DeviceStatus, PreparedMove, StateSnapshot
 from hetis.solver.errors import InvalidProblemError
 from hetis.solver.plan import Role
-from hetis.solver.redispatch.problem import Move, MoveReason
+from hetis.solver.redispatch.redispatch_problem import Move, MoveReason
 from hetis.solver.redispatch.triggers import Trigger, TriggerKind
 from hetis.v1 import head_map_pb2, redispatch_pb2, report_pb2, stage_pb2
 

@@ -84,6 +84,17 @@ class LaunchableReplica:
     serving: Serving
     addresses: Addresses
     port: int
+    equals: tuple[LaunchableReplica, ...] = ()  # others like it, which are copies of its pod
+    product: str = ""  # label of the nodes on which its pod may be; empty: those of it and its equals
+
+    @property
+    def copies(self) -> int:
+        return 1 + len(self.equals)
+
+    @property
+    def nodes(self) -> tuple[str, ...]:
+        """The nodes of its front end and those of its equals."""
+        return tuple(dict.fromkeys(one.front_node for one in (self, *self.equals)))
 
     @property
     def name(self) -> str:

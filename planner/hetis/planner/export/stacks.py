@@ -14,7 +14,6 @@ from hetis.engines.kubernetes import (
     hf_token_variable,
     impossible_pods,
     literal,
-    on_nodes,
     tolerations_of,
 )
 from hetis.engines.layout import Process
@@ -124,9 +123,9 @@ def values_of(launchable: Launchable, one: LaunchableReplica, labels: Mapping[st
         "routing": {"servicePort": FRONT_PORT, "proxy": {"enabled": is_decode_of_pair, "connector": "nixlv2"}},
         role: {
             "create": True,
-            "replicas": 1,
+            "replicas": one.copies,
             "podAnnotations": annotations_of(process),
-            "extraConfig": {"affinity": on_nodes(process.node)},  # merged into the pod
+            "extraConfig": {"affinity": made.affinity(process)},  # merged into the pod
             "tolerations": tolerations_of(process),
             "enableServiceLinks": pod["enableServiceLinks"],
             # A Deployment otherwise waits for GPUs that its former pod still has.
@@ -232,7 +231,7 @@ def picker_config(launchable: Launchable, members: Iterable[int]) -> dict[str, A
 
     def weights(*roles: Role) -> dict[str, float]:
         return {
-            launchable.name_of(one): round(shares[number], 6)
+            launchable.name_of(one): round(shares[number] / one.copies, 6)  # of each pod
             for number, one in replicas.items()
             if one.plan.role in roles and shares[number] > 0
         }
@@ -328,7 +327,7 @@ def _objects(launchable: Launchable, number: int, pairs: dict[int, int]) -> list
         "model": {"name": served, "uri": uri},
         # The engine is passed the location of its model.
         "storageInitializer": {"enabled": False},
-        "replicas": 1,
+        "replicas": main.copies,
         **_workload(launchable, main, name, _WORKER),
         "router": {
             "gateway": {},
@@ -495,7 +494,8 @@ def _component(launchable: Launchable, one: LaunchableReplica) -> dict[str, Any]
     if launchable.engine is Engine.VLLM and one.plan.role is not Role.UNIFIED:
         words += ["--disaggregation-mode", one.plan.role.value]
     deployment = replace(deployment_of(launchable, one), image=image_of(launchable))
-    pod = ReplicaObjects(one.layout, one.serving, deployment).server_pod(0, words)
+    made = ReplicaObjects(one.layout, one.serving, deployment)
+    pod = made.server_pod(0, words)
     [container] = pod["containers"]
     # Dynamo's operator sets ports, probes, permissions and shared memory of pods; it drops other mounts at /dev/shm.
     # Its images have a user of their own.
@@ -504,7 +504,7 @@ def _component(launchable: Launchable, one: LaunchableReplica) -> dict[str, Any]
     kept["volumeMounts"] = [each for each in kept["volumeMounts"] if each["name"] != "shm"]
     main = {"name": "main", "command": words[:3], "args": words[3:], **kept}
     template: dict[str, Any] = {
-        "affinity": on_nodes(process.node),
+        "affinity": made.affinity(process),
         "tolerations": pod["tolerations"],
         "enableServiceLinks": pod["enableServiceLinks"],
         "containers": [main],
@@ -515,7 +515,7 @@ def _component(launchable: Launchable, one: LaunchableReplica) -> dict[str, Any]
     return {
         "name": one.name,
         "type": _TYPES[one.plan.role],
-        "replicas": 1,
+        "replicas": one.copies,
         "podTemplate": {"metadata": {"annotations": annotations_of(process)}, "spec": template},
     }
 

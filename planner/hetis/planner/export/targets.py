@@ -19,6 +19,7 @@ from hetis.formats import catalogue
 from hetis.formats.errors import DocumentError, Problem, single_problem
 from hetis.formats.files import write_atomically
 from hetis.planner.export import IN_KUBERNETES, ExportDevice, ExportTarget
+from hetis.planner.export.equals import with_equals_merged
 from hetis.planner.export.hosts import why_no_job, write_compose, write_hetis_launch, write_shell, write_slurm
 from hetis.planner.export.kubernetes import why_no_group, why_no_pods, write_kubernetes, write_lws
 from hetis.planner.export.ray_serve import HEAD, why_not_on_ray, write_ray
@@ -70,8 +71,8 @@ _TARGETS: Mapping[ExportTarget, _Target] = {
     ExportTarget.SGLANG: _Target(write=write_shell, engines=(Engine.SGLANG,)),
     ExportTarget.COMPOSE: _Target(write=write_compose),
     ExportTarget.KUBERNETES: _Target(write=write_kubernetes, carried=_if_not(why_no_pods)),
-    ExportTarget.LWS: _Target(write=write_lws, carried=_if_not(why_no_group)),
-    ExportTarget.LLM_D: _Target(write=write_llm_d, carried=_if_not(why_no_group)),
+    ExportTarget.LWS: _Target(write=write_lws, carried=_if_not(why_no_pods)),
+    ExportTarget.LLM_D: _Target(write=write_llm_d, carried=_if_not(why_no_pods)),
     ExportTarget.KSERVE: _Target(
         write=write_kserve, carried=lambda launchable: without_single(_if_not(why_no_group)(launchable))
     ),
@@ -146,6 +147,8 @@ def export_plan(plan: Plan, model: ModelSpec, target: ExportTarget, settings: Ex
         found = _TARGETS[target].carried(launchable(plan, model, settings))
     except NotExportableError as error:
         raise NotExportableError((*error.reasons, *_elsewhere(plan, model, settings.engine))) from None
+    if target in IN_KUBERNETES:
+        found = with_equals_merged(found)
     written = _TARGETS[target].write(found)
     left_out = tuple(found.reasons())
     if left_out:
@@ -389,9 +392,11 @@ def readme_of(target: str, launchable: Launchable, written: Written, lost: Seque
     """Return a README: what was exported, how to start it, and which features are missing."""
     shares = shares_of(launchable)
     rows = "\n".join(
-        f"| {one.name} | {one.plan.role.value} | {'+'.join(map(str, one.layout.layers))} | {_ranks(one.layout)} "
-        f"| {_gpus(one.layout)} | {written.endpoints[number]} | {shares[number]:.1%} |"
+        f"| {', '.join(each.name for each in same)} | {one.plan.role.value} | {'+'.join(map(str, one.layout.layers))} "
+        f"| {_ranks(one.layout)} | {'; '.join(_gpus(each.layout) for each in same)} | {written.endpoints[number]} "
+        f"| {shares[number]:.1%} |"
         for number, one in launchable.replicas.items()
+        for same in [(one, *one.equals)]
     )
     planned, left = launchable.plan.served_rate(), launchable.rate()
     lists = _LISTS if written.listed else ", which the target's own router uses."

@@ -24,6 +24,7 @@ from hetis.planner.jobs.messages import (
 )
 from hetis.planner.use_cases.place import make_plan, simulated_plan
 from hetis.planner.use_cases.verification.queueing import with_queueing
+from hetis.planner.use_cases.verification.rates import ITERATIONS
 from hetis.solver.budget import Budget, Progress, Report
 from hetis.solver.errors import InfeasibleError, InvalidProblemError, NoPlanFoundError, UncheckedPlanError
 from hetis.solver.search_clock import SearchClock, compilations_told_to
@@ -94,7 +95,7 @@ def solve(
     """Search until the answer is good enough, the time is up, or ``cancelled`` is set, and check the plan found.
 
     Then simulate the plan if requested. ``begin`` is called with ``searching`` before each search and with
-    ``verifying`` before the simulation, which has no time limit.
+    ``verifying`` before the simulation, whose work is limited, not its time.
     """
     settings = posed.settings
 
@@ -114,7 +115,7 @@ def solve(
         try:
             made = simulated_plan(
                 made, loaded, settings, level=posed.service_level, report=report, losses=False,
-                budget=replace(budget(), time_limit_s=math.inf),
+                budget=replace(budget(), time_limit_s=math.inf, work_limit=ITERATIONS),
             )  # fmt: skip
         except (InvalidProblemError, UncheckedPlanError) as error:  # the plan that was found is checked nevertheless
             noted = replace(made.plan, notes=(*made.plan.notes, f"could not be simulated: {error}"))

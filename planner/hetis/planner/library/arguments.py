@@ -13,7 +13,7 @@ from dataclasses import replace
 from functools import wraps
 from inspect import signature
 from numbers import Integral, Real
-from typing import Annotated, Any, ParamSpec, TypeVar, get_type_hints
+from typing import Annotated, Any, Concatenate, ParamSpec, TypeVar, get_type_hints
 
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, PlainValidator, ValidationError, create_model
 from pydantic_core import ErrorDetails
@@ -35,6 +35,8 @@ from hetis.solver.workload import Workload
 Path = str | os.PathLike[str]
 Quantity = float | str
 P = ParamSpec("P")
+A = TypeVar("A")
+S = TypeVar("S")
 T = TypeVar("T")
 Check = Callable[[Any], Any]  # returns the value, or raises ValueError
 
@@ -70,6 +72,23 @@ def checked(function: Callable[P, T], checks: Mapping[str, Any] | None = None) -
         return function(*given.args, **given.kwargs)
 
     return call
+
+
+def spread(made: Callable[P, A]) -> Callable[[Callable[[S, A], T]], Callable[Concatenate[S, P], T]]:
+    """Return a decorator: a method takes the fields of its arguments, a dataclass, one by one and checked."""
+
+    def decorate(method: Callable[[S, A], T]) -> Callable[Concatenate[S, P], T]:
+        @wraps(method)
+        def call(self: S, /, *args: P.args, **kwargs: P.kwargs) -> T:
+            return method(self, made(*args, **kwargs))
+
+        own = signature(method)
+        first = next(iter(own.parameters.values()))
+        parameters = [first, *signature(made).parameters.values()]
+        call.__signature__ = own.replace(parameters=parameters)  # type: ignore[attr-defined]
+        return checked(spelled_as_arguments(call), get_type_hints(made, include_extras=True))
+
+    return decorate
 
 
 def spelled_as_arguments(function: Callable[P, T]) -> Callable[P, T]:
@@ -282,6 +301,7 @@ CHECKS: Mapping[str, Any] = {
     "forbid": Texts,
     "price_pins": bool,
     "survive": Annotated[str, one_of(lambda: ("", *PLACES), "loss")],
+    "keep": Share | None,
     "rung": Annotated[str, one_of(lambda: ("", *_rungs()), "rung")],
     "worth": BelowOne,
     "target": Annotated[str, one_of(lambda: ("", *ExportTarget), "export target")],

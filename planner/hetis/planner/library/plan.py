@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import html
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -15,7 +15,7 @@ from hetis.planner.export import ExportDevice, ExportTarget
 from hetis.planner.export.replicas import ExportSettings
 from hetis.planner.export.targets import Export, export_wanted, folder_refusals, write_export
 from hetis.planner.library import arguments
-from hetis.planner.library.arguments import checked, one_of, spelled_as_arguments
+from hetis.planner.library.arguments import checked, one_of, spread
 from hetis.planner.report.figures import digits, percent, plural, seconds, with_unit
 from hetis.planner.report.promises import less_than_planned, misses_as_planned
 from hetis.planner.report.simulation import level_words, simulation_document
@@ -48,6 +48,65 @@ _COLUMNS = (
 Target = Annotated[str, one_of(lambda: ExportTarget, "target")]
 EngineName = Annotated[str, one_of(lambda: Engine, "engine")]
 Device = Annotated[str, one_of(lambda: ExportDevice, "device")]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SimulateArguments:
+    """The arguments of `Plan.simulate`."""
+
+    rate: arguments.Rate | None = None
+    requests: arguments.Count | None = None
+    seeds: arguments.Count = 1
+    seed: arguments.CountOrZero = 0
+    sweep: bool = False
+    tolerance: arguments.Share = 0.02
+    max_num_seqs: arguments.Count | None = None
+    chunk_tokens: arguments.Count | None = None
+    kv_blocks: arguments.Count | None = None
+    ttft_statistic: arguments.StatisticName | None = None
+    tpot_statistic: arguments.StatisticName | None = None
+    attainment: arguments.Share | None = None
+
+
+@dataclass(frozen=True)
+class ExportArguments:
+    """The arguments of `Plan.export`: an `ExportSettings`, and where the files go."""
+
+    target: Target
+    folder: arguments.File | None = None
+    _: KW_ONLY
+    force: bool = False
+    engine: EngineName | None = None
+    engine_options: arguments.Texts = ()
+    model: str = ""
+    served_name: str = ""
+    dtype: str = "auto"
+    program: str = ""
+    device: Device = "cuda"
+    node_address: Mapping[str, str] | None = None
+    port: int = 8000
+    name: str = "hetis"
+    namespace: str = ""
+    image: str = ""
+    worker_image: str = ""
+    model_claim: str = ""
+    model_cache: str = ""
+    sbatch: str = ""
+    api_key_secret: str = ""
+    hf_token_secret: str = ""
+    worker_key_secret: str = ""
+    insecure: bool = False
+
+    @property
+    def settings(self) -> ExportSettings:
+        same = {one.name: getattr(self, one.name) for one in fields(ExportSettings) if hasattr(self, one.name)}
+        read = {
+            "engine": None if self.engine is None else Engine(self.engine),
+            "engine_options": tuple(self.engine_options),
+            "device": ExportDevice(self.device),
+            "hosts": self.node_address or {},
+        }
+        return ExportSettings(**same | read)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, repr=False)
@@ -164,24 +223,8 @@ class Plan:
             write_atomically(Path(path), page)
         return page
 
-    @checked
-    @spelled_as_arguments
-    def simulate(
-        self,
-        *,
-        rate: arguments.Rate | None = None,
-        requests: arguments.Count | None = None,
-        seeds: arguments.Count = 1,
-        seed: arguments.CountOrZero = 0,
-        sweep: bool = False,
-        tolerance: arguments.Share = 0.02,
-        max_num_seqs: arguments.Count | None = None,
-        chunk_tokens: arguments.Count | None = None,
-        kv_blocks: arguments.Count | None = None,
-        ttft_statistic: arguments.StatisticName | None = None,
-        tpot_statistic: arguments.StatisticName | None = None,
-        attainment: arguments.Share | None = None,
-    ) -> Simulation:
+    @spread(SimulateArguments)
+    def simulate(self, given: SimulateArguments) -> Simulation:
         """Run the plan under Poisson arrivals of its workload in virtual time, in this process.
 
         Args:
@@ -203,62 +246,39 @@ class Plan:
         level = level_to_hold(
             self.value,
             self.value.objective,
-            ttft=None if ttft_statistic is None else Statistic(ttft_statistic),
-            tpot=None if tpot_statistic is None else Statistic(tpot_statistic),
-            attainment=None if attainment is None else float(attainment),
+            ttft=None if given.ttft_statistic is None else Statistic(given.ttft_statistic),
+            tpot=None if given.tpot_statistic is None else Statistic(given.tpot_statistic),
+            attainment=None if given.attainment is None else float(given.attainment),
         )
         load = Load(
             lengths=inputs_from_documents(MadeFrom.of(self.value).documents, "the plan").workload,  # not clipped
             max_position=self.problem.model.max_position,
             arrivals=Arrivals.DRAWN,
-            rate_rps=rate_to_simulate(self.value, self.problem) if rate is None else rate,
+            rate_rps=rate_to_simulate(self.value, self.problem) if given.rate is None else given.rate,
         )
-        given = engine_settings(max_num_seqs=max_num_seqs, chunk_tokens=(chunk_tokens,), kv_blocks=kv_blocks)
-        started = at_settings(self.value, self.problem, given)
-        plan, num_requests = started.plan, requests or simulating.default_requests(started.plan, load, level)
+        settings = engine_settings(
+            max_num_seqs=given.max_num_seqs, chunk_tokens=(given.chunk_tokens,), kv_blocks=given.kv_blocks
+        )
+        started = at_settings(self.value, self.problem, settings)
+        plan, num_requests = started.plan, given.requests or simulating.default_requests(started.plan, load, level)
+        sample_s = None if given.sweep else simulating.sample_spacing_s(plan, load, num_requests)
         question = simulating.Question(
             load=load,
             num_requests=num_requests,
-            seeds=tuple(range(seed, seed + seeds)),
-            settings=Settings(sample_every_s=None if sweep else simulating.sample_spacing_s(plan, load, num_requests)),
+            seeds=tuple(range(given.seed, given.seed + given.seeds)),
+            settings=Settings(sample_every_s=sample_s),
             limits=plan.objective,
             service_level=level,
-            sweeps=sweep,
-            tolerance=float(tolerance),
-            engine_settings=given,
+            sweeps=given.sweep,
+            tolerance=float(given.tolerance),
+            engine_settings=settings,
             changes=started.changes,
         )
         found = simulating.answer(plan, started.problem, question, processes=1, is_cancelled=never, report=silent)
         return Simulation(simulated=found, plan=plan)
 
-    @checked
-    def export(
-        self,
-        target: Target,
-        folder: arguments.File | None = None,
-        *,
-        force: bool = False,
-        engine: EngineName | None = None,
-        engine_options: arguments.Texts = (),
-        model: str = "",
-        served_name: str = "",
-        dtype: str = "auto",
-        program: str = "",
-        device: Device = "cuda",
-        node_address: Mapping[str, str] | None = None,
-        port: int = 8000,
-        name: str = "hetis",
-        namespace: str = "",
-        image: str = "",
-        worker_image: str = "",
-        model_claim: str = "",
-        model_cache: str = "",
-        sbatch: str = "",
-        api_key_secret: str = "",
-        hf_token_secret: str = "",
-        worker_key_secret: str = "",
-        insecure: bool = False,
-    ) -> Export:
+    @spread(ExportArguments)
+    def export(self, given: ExportArguments) -> Export:
         """Return the plan as the files of an engine or orchestrator; options are those of ``hetis-plan export``.
 
         Args:
@@ -275,31 +295,10 @@ class Plan:
             HetisError: an option or the folder cannot be used, all problems at once, or no replica can be launched
                 on the target.
         """
-        wrong = [] if folder is None else folder_refusals(Path(folder), force=force, option="force=True")
-        settings = ExportSettings(
-            engine=None if engine is None else Engine(engine),
-            engine_options=tuple(engine_options),
-            model=model,
-            served_name=served_name,
-            dtype=dtype,
-            program=program,
-            device=ExportDevice(device),
-            hosts=node_address or {},
-            port=port,
-            name=name,
-            namespace=namespace,
-            image=image,
-            worker_image=worker_image,
-            model_claim=model_claim,
-            model_cache=model_cache,
-            sbatch=sbatch,
-            api_key_secret=api_key_secret,
-            hf_token_secret=hf_token_secret,
-            worker_key_secret=worker_key_secret,
-            insecure=insecure,
-        )
-        made = export_wanted(self.value, ExportTarget(target), settings, more_wrong=wrong)
-        return made if folder is None else write_export(Path(folder), made)
+        folder = None if given.folder is None else Path(given.folder)
+        wrong = [] if folder is None else folder_refusals(folder, force=given.force, option="force=True")
+        made = export_wanted(self.value, ExportTarget(given.target), given.settings, more_wrong=wrong)
+        return made if folder is None else write_export(folder, made)
 
     @checked
     def save(self, path: arguments.File) -> None:

@@ -22,7 +22,7 @@ from hetis.planner.use_cases.json_values import document, fields_of
 from hetis.planner.use_cases.replan import PosedReplan, survival_of
 from hetis.solver.plan import ObjectiveKind, Plan, ReplicaPlan, Role
 from hetis.solver.replanning.change import ChangeCosts, Fate, PlanChange, ReplicaChange
-from hetis.solver.replanning.solve import Replanning
+from hetis.solver.replanning.replanner import Replanning
 from hetis.solver.replanning.transition import Action
 
 MAX_ROWS = 40  # replicas listed as changing; -o json has all

@@ -14,9 +14,9 @@ from hetis.planner.report.tables import as_group, bullets, facts, first_rows, se
 from hetis.planner.use_cases.dispatch import CostedStage, Dispatched, Redispatched, StepTimes, expected_blocks
 from hetis.planner.use_cases.json_values import document, fields_of
 from hetis.profiler.defaults import MODELLED
-from hetis.solver.dispatch.problem import Path, Resource, Unplaced
+from hetis.solver.dispatch.dispatch_problem import Path, Resource, Unplaced
 from hetis.solver.dispatch.snapshot import DeviceStatus
-from hetis.solver.redispatch.problem import Move, MoveReason, RedispatchPlan, Refused
+from hetis.solver.redispatch.redispatch_problem import Move, MoveReason, RedispatchPlan, Refused
 
 # --- sentences that explain where head groups went
 

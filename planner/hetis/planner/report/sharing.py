@@ -16,8 +16,8 @@ from hetis.planner.use_cases.grouping import gpu_counts, used_counts
 from hetis.planner.use_cases.json_values import fields_of, json_value
 from hetis.planner.use_cases.sharing import SharedFleet, Sharing
 from hetis.solver.placement.replicas.tables import FloatArray
-from hetis.solver.shares.problem import FairnessRule, Shares, tenant_values
 from hetis.solver.shares.properties import Properties
+from hetis.solver.shares.share_problem import FairnessRule, Shares, tenant_values
 from hetis.solver.tenants.tenancy import FleetShares, TenantRule
 
 EPSILON = 1e-6

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any
 
 import numpy as np
 
@@ -26,7 +24,7 @@ from hetis.planner.use_cases.dispatch import (
     require_new,
     with_costs,
 )
-from hetis.solver.dispatch.problem import Path, Resource
+from hetis.solver.dispatch.dispatch_problem import Path, Resource
 from hetis.v1 import dispatch_service_pb2 as pb
 
 MOST_NEW, MOST_RUNNING = 1024, 4096  # requests of a call, which occupies a thread of the planner until it is solved
@@ -98,9 +96,6 @@ async def solve_redispatch(request: pb.SolveRedispatchRequest) -> pb.SolveRedisp
             for move in plan.moves
         ],
     )
-
-
-METHODS: Mapping[str, Callable[[Any], Any]] = {"SolveDispatch": solve_dispatch, "SolveRedispatch": solve_redispatch}
 
 
 async def _state(checks: Checks, request: pb.SolveDispatchRequest | pb.SolveRedispatchRequest) -> SavedState | None:

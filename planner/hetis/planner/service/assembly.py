@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from contextlib import AsyncExitStack
+from types import SimpleNamespace
 
+from hetis.planner.callers import present_caller
 from hetis.planner.convert.documents import DeclaredFleets
 from hetis.planner.failures import ServiceError
 from hetis.planner.fleet.fleet import LiveFleet
@@ -26,18 +28,13 @@ from hetis.planner.resources.proposals import PlacementProposals, StoredPlacemen
 from hetis.planner.resources.watches import ClusterWatches, RunningResources
 from hetis.planner.service.audit_refusals import AuditRefusals
 from hetis.planner.service.loops import Loops
+from hetis.planner.service.methods import SERVICES
 from hetis.planner.service.observability.overview import KvHistories, Overviews
-from hetis.planner.service.servicers import (
-    agent_methods,
-    cluster_methods,
-    plan_methods,
-    profile_methods,
-    servicing,
-)
+from hetis.planner.service.servicers import servicing
 from hetis.planner.service.settings import PlannerConfig
 from hetis.planner.store import Store
 from hetis.planner.threads import run_in_daemon_thread
-from hetis.solver.redispatch.solve import compile_redispatch
+from hetis.solver.redispatch.redispatcher import compile_redispatch
 
 _SUSPECT_HEARTBEATS = 1.6  # below the lease, which the settings require to be at least two
 
@@ -94,15 +91,20 @@ class Term:
         self._proposals = PlacementProposals(fleet, placements, clock=clock)
         fleet.add_observer(self._proposals)
 
-        watches = ClusterWatches(store, hubs, fleet, reader)
-        self.servicings = (
-            servicing("ClusterService", cluster_methods(clusters, nodes, running, watches)),
-            servicing("ProfileService", profile_methods(Profiles(store))),
-            servicing("PlanService", plan_methods(creation, plans, activation)),
-            servicing("DispatchService", dispatch.METHODS),
-            servicing("AuditService", {"ListAuditedChanges": AuditedChanges(store).list}),
-            servicing("AgentService", agent_methods(fleet)),
+        parts = SimpleNamespace(
+            clusters=clusters,
+            nodes=nodes,
+            running=running,
+            watches=ClusterWatches(store, hubs, fleet, reader),
+            profiles=Profiles(store),
+            creation=creation,
+            plans=plans,
+            activation=activation,
+            dispatch=dispatch,
+            audited=AuditedChanges(store),
+            connect_node=lambda requests: fleet.connect(present_caller(), requests),  # as the node in its credentials
         )
+        self.servicings = tuple(servicing(service, parts) for service in SERVICES)
         self._kv = kv = KvHistories(lambda: fleet.cluster_names, fleet.kv_in_use)
         self.overviews = Overviews(
             store,

@@ -18,9 +18,9 @@ from hetis.planner.callers import ANYBODY, Identity, present_caller, set_present
 from hetis.planner.failures import Reason, ServiceError
 from hetis.planner.service import statuses
 from hetis.planner.service.audit_refusals import NOT_KEPT
-from hetis.planner.service.identity.access import CONNECT, has_role, is_open, require_role
 from hetis.planner.service.identity.credentials import Authenticator
-from hetis.planner.service.limits import WRITES, CallLimits, WriteRates
+from hetis.planner.service.limits import CallLimits, WriteRates
+from hetis.planner.service.methods import CONNECT, WRITES, has_role, is_open, require_role
 from hetis.planner.service.observability.telemetry import CallRecord, Telemetry
 from hetis.planner.store import AuditedChange
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from hetis.formats.descriptors import raise_descriptor_limit
 from hetis.planner.callers import CallerRole, Identity
 from hetis.planner.failures import Reason, ServiceError, quota_exceeded
-from hetis.planner.service.identity.access import CONNECT, NEEDED, STANDBY_READS, is_open
+from hetis.planner.service.methods import CONNECT, WRITES, is_open
 from hetis.planner.service.settings import is_socket_path, split_address
 
 MOST_OF_A_CALLER = 100
@@ -85,12 +85,6 @@ def _limits(method: str, caller: Identity, peer: str, *, is_stream: bool) -> dic
     return of_caller if is_reserved else of_caller | {_OTHERS: MOST_OF_OTHERS}
 
 
-WRITES = frozenset(
-    method
-    for method, roles in NEEDED.items()
-    if CallerRole.VIEWER not in roles and method not in STANDBY_READS and method != CONNECT
-)
-"""The methods that are limited; a node has only one agent stream."""
 _MOST_REMEMBERED = 10_000
 
 

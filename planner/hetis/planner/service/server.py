@@ -16,8 +16,8 @@ from grpc_reflection.v1alpha import reflection, reflection_pb2
 
 from hetis.commands.endpoints import joined
 from hetis.planner.service.calls import Calls
-from hetis.planner.service.identity.access import HEALTH_SERVICE, OPEN_SERVICES, REFLECTION_SERVICES
 from hetis.planner.service.limits import MAX_CALLS
+from hetis.planner.service.methods import HEALTH_SERVICE, OPEN_SERVICES, REFLECTION_SERVICES
 from hetis.planner.service.settings import is_socket_path, split_address
 
 Status = Any  # health_pb2 has no type stubs

@@ -23,8 +23,8 @@ from hetis.planner.fleet.settings import FleetCounters
 from hetis.planner.service.assembly import Term
 from hetis.planner.service.audit_refusals import AuditRefusals
 from hetis.planner.service.exit_codes import ServiceExitCode
-from hetis.planner.service.identity.access import LIVE_READS, needs_leader
 from hetis.planner.service.loops import Loops
+from hetis.planner.service.methods import METHODS, AnsweredBy, needs_leader
 from hetis.planner.service.observability.metrics import FleetCollector, StoreCollector
 from hetis.planner.service.observability.overview import ClusterNow, Overview
 from hetis.planner.service.settings import PlannerConfig, default_store
@@ -254,7 +254,7 @@ class CurrentTermServicer:
 
     def __getattr__(self, method: str) -> Callable[[Any, Any], Awaitable[Any] | AsyncIterator[Any]]:
         service = self._succession.present.servicings[self._position].service
-        is_live = f"/{service}/{method}" in LIVE_READS
+        is_live = METHODS[f"/{service}/{method}"].answered_by is AnsweredBy.ANY_IN_PART
 
         def answer(request: Any, context: Any) -> Awaitable[Any] | AsyncIterator[Any]:
             if is_live and not self._succession.leads:

@@ -26,6 +26,7 @@ from hetis.planner.use_cases.sources import (
     load_plan_and_problem,
     problem_of,
 )
+from hetis.planner.use_cases.verification.rates import ITERATIONS
 from hetis.solver.budget import Budget, Report, one_of_several
 from hetis.solver.check import check_plan
 from hetis.solver.constraints import described
@@ -188,7 +189,7 @@ def _simulated(outcome: Compared, plan: Plan, asked: Searches, level: ServiceLev
     try:
         made = simulated_plan(
             Climbed(plan=plan, problem=problem, rung=Requested.of(plan).rung), asked.loaded, settings, level=level,
-            budget=replace(whole, time_limit_s=math.inf),
+            budget=replace(whole, time_limit_s=math.inf, work_limit=ITERATIONS),
             report=asked.report, losses=False, again=not STRATEGIES[settings.strategy].is_published,
         )  # fmt: skip
     except HetisError as error:

@@ -32,14 +32,14 @@ from hetis.planner.use_cases.sources import (
 from hetis.profiler.defaults import default_profile
 from hetis.solver.budget import Budget
 from hetis.solver.cluster import Link
-from hetis.solver.dispatch.problem import DispatchPlan, DispatchProblem, FloatArray, HeadShape, IntArray, Stage
+from hetis.solver.dispatch.dispatch_problem import DispatchPlan, DispatchProblem, FloatArray, HeadShape, IntArray, Stage
 from hetis.solver.dispatch.snapshot import StateSnapshot
 from hetis.solver.dispatch.state import DispatchState
 from hetis.solver.errors import InvalidProblemError
 from hetis.solver.model import ModelSpec
 from hetis.solver.plan import Role
 from hetis.solver.profile import Fit, FitScope, Op, Profile
-from hetis.solver.redispatch.problem import Move, RedispatchPlan, RedispatchProblem
+from hetis.solver.redispatch.redispatch_problem import Move, RedispatchPlan, RedispatchProblem
 from hetis.solver.redispatch.triggers import Trigger
 
 # --- times of every device by cause, for reports and explanations
@@ -85,7 +85,7 @@ class StepTimes:
 
 def stage_times(stage: Stage, heads: IntArray, kv_bytes: FloatArray) -> StepTimes:
     """Return the times under a load: query heads and KV bytes read per layer on each device, shape [D]."""
-    from hetis.solver.dispatch.tables import costs_of
+    from hetis.solver.dispatch.loaded_stage import costs_of
 
     costs = costs_of(stage)
     parts = np.stack([costs.call_s, costs.head_s * heads[:, None], costs.byte_s * kv_bytes[:, None]])  # [3, D, K]
@@ -407,7 +407,7 @@ class Redispatched(_Changed):
 def is_compiled() -> bool:
     """Return whether the kernels are already compiled on this machine; if not, the first run takes a minute longer."""
     from hetis.solver.compiled import is_cached
-    from hetis.solver.dispatch.tables import running_load
+    from hetis.solver.dispatch.loaded_stage import running_load
 
     return is_cached(running_load)
 
@@ -419,8 +419,8 @@ def dispatch_requests(
 
     With ``exact``, search whole head groups until the plan is proven optimal or the budget is spent.
     """
+    from hetis.solver.dispatch.dispatcher import solve_dispatch
     from hetis.solver.dispatch.exact import solve_exactly
-    from hetis.solver.dispatch.solve import solve_dispatch
 
     arrivals = requests.to_solver()
     problem = DispatchProblem(stage=stage.snapshot.stage, load=stage.snapshot.load(), requests=arrivals)
@@ -446,8 +446,8 @@ def redispatch_stage(
 
     Settings are as in `RedispatchProblem`, None for its default; ``theta`` as in `hetis.solver.redispatch.triggers`.
     """
-    from hetis.solver.dispatch.solve import Dispatcher
-    from hetis.solver.redispatch.solve import Redispatcher
+    from hetis.solver.dispatch.dispatcher import Dispatcher
+    from hetis.solver.redispatch.redispatcher import Redispatcher
     from hetis.solver.redispatch.triggers import triggers
 
     problem = RedispatchProblem(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from hetis.formats import catalogue
@@ -58,11 +58,22 @@ def catalogue_market() -> Sequence[Offer]:
 
 def price_of_plan(plan: Plan, cluster: Cluster) -> float | None:
     """Return the cost of the used GPUs in USD per hour, or None if one of them has no price."""
-    used, total = set(plan.devices()), 0.0
+    used = set(plan.devices())
+    return _price(cluster, lambda device: device in used)
+
+
+def price_of_idle(plan: Plan, cluster: Cluster) -> float | None:
+    """Return the cost of the GPUs that neither the plan nor other tenants hold, or None if one has no price."""
+    held = {*plan.devices(), *plan.held_by_others()}
+    return _price(cluster, lambda device: device not in held)
+
+
+def _price(cluster: Cluster, is_counted: Callable[[str], bool]) -> float | None:
+    total = 0.0
     for node, group in cluster.nodes():
         prices = [cluster.price_of(slots) for slots in group.gpus for _ in range(slots.count)]
         for index, price in zip(group.gpus_of_node(), prices, strict=True):
-            if f"{node}/{index}" in used:
+            if is_counted(f"{node}/{index}"):
                 if price is None:
                     return None
                 total += price

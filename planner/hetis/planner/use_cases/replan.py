@@ -42,8 +42,8 @@ from hetis.solver.placement.rungs import RUNGS
 from hetis.solver.plan import Objective, Plan, Role
 from hetis.solver.problem import PlacementProblem
 from hetis.solver.replanning.change import ChangeCosts, Fate, ReplanningProblem
-from hetis.solver.replanning.check import check_replanning
-from hetis.solver.replanning.solve import Replanning, keeps, solve_replanning
+from hetis.solver.replanning.replanner import Replanning, keeps, solve_replanning
+from hetis.solver.replanning.replanning_check import check_replanning
 
 ON_ANY_NODES = "replicas may span any number of nodes: the GPUs that are free do not fit as few as were allowed"
 NOTE = "re-planned from a running plan; value and bound are those of the fleet, without the cost of the change"

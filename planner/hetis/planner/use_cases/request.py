@@ -169,10 +169,14 @@ class PlacementRequest:
     )
     survive: Loss | Literal[""] = given(
         "--survive: "
-        "Still serve --rate after losing any one node or zone; needs --objective cost or gpus. Several searches "
-        "share the time limit.",
+        "Serve most after losing any one node or zone or, with --objective cost or gpus, still serve --rate.",
         panel="Goal",
         default="",
+    )
+    keep: Quantity | None = given(
+        "--keep SHARE: With --survive: serve most of all plans of which at least this share is left.",
+        panel="Goal",
+        default=None,
     )
     rung: RungName | Literal[""] = given(
         "--rung NAME: "
@@ -348,8 +352,13 @@ class PlacementRequest:
 
     @property
     def simulation_limit_s(self) -> float:
-        """The seconds for simulations, with the searches that follow them."""
+        """The seconds after which simulations, with the searches that follow them, are stopped on a slow machine."""
         return TO_SIMULATE_S if self.time_limit is None else max(LEAST_TO_SIMULATE_S, self.time_limit_s)
+
+    @property
+    def simulated_tens(self) -> float:
+        """How many times ten seconds of work simulations may take: once, or as long as a given time limit."""
+        return 1.0 if self.time_limit is None else max(1.0, self.time_limit_s / 10.0)
 
 
 FIELDS = {one.name: one for one in fields(PlacementRequest)}

@@ -27,9 +27,9 @@ from hetis.solver.errors import InfeasibleError, InvalidProblemError, NoPlanFoun
 from hetis.solver.model import ModelSpec
 from hetis.solver.plan import DEFAULT_STRATEGY, OTHER_TENANTS, Objective, ObjectiveKind, Plan
 from hetis.solver.problem import PlacementProblem
-from hetis.solver.shares.problem import FairnessRule, GpuShare, ShareJob, ShareProblem, Shares, ShareTenant
+from hetis.solver.shares.fair_shares import solve_shares
 from hetis.solver.shares.properties import Claim, Properties, Round, best_claim, next_round, properties_of
-from hetis.solver.shares.solve import solve_shares
+from hetis.solver.shares.share_problem import FairnessRule, GpuShare, ShareJob, ShareProblem, Shares, ShareTenant
 from hetis.solver.tenants.fleet_search import FleetSearch
 from hetis.solver.tenants.tenancy import EnvyCell, FleetShares, Tenancy, Tenant, TenantRule
 from hetis.solver.workload import Workload
@@ -379,7 +379,7 @@ def _one_type(name: str, count: int, per_node: int, model: ModelSpec, workload: 
 
 def _require_checked(problem: ShareProblem, shares: tuple[Shares, ...]) -> None:
     """Raise `UncheckedPlanError` if the independent checker finds an error."""
-    from hetis.solver.shares.check import check_shares
+    from hetis.solver.shares.shares_check import check_shares
 
     found = tuple(f"{answer.rule}: {sentence}" for answer in shares for sentence in check_shares(problem, answer))
     if found:

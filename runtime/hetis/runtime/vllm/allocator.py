@@ -16,9 +16,9 @@ import numpy as np
 
 from hetis.runtime.vllm.counts import AllocatorStats
 from hetis.runtime.vllm.steps import LOCAL, Admitted, GroupMove
-from hetis.solver.dispatch.problem import DeviceLoad, HeadShape, IntArray, Requests, Stage
+from hetis.solver.dispatch.dispatch_problem import DeviceLoad, HeadShape, IntArray, Requests, Stage
+from hetis.solver.dispatch.dispatcher import Dispatcher
 from hetis.solver.dispatch.snapshot import DeviceStatus, StateSnapshot
-from hetis.solver.dispatch.solve import Dispatcher
 from hetis.solver.dispatch.state import DispatchState
 
 _ENDLESS = 2**39  # blocks of the rank itself in the solver's state: vLLM's pool counts the real ones

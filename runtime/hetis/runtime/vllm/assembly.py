@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheGroupSpec
 
-    from hetis.solver.dispatch.problem import HeadShape
+    from hetis.solver.dispatch.dispatch_problem import HeadShape
 
 
 _ROUNDS, _LAYERS = 3, 4  # calls per point: rounds over layers

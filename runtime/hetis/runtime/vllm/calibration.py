@@ -13,7 +13,7 @@ import torch
 
 from hetis.runtime.attention.device import AttentionDevice, DeviceStep, Pending
 from hetis.runtime.attention.kv import KvShape, SequenceKey
-from hetis.solver.dispatch.problem import FloatArray, HeadShape, Stage
+from hetis.solver.dispatch.dispatch_problem import FloatArray, HeadShape, Stage
 
 Piece = tuple[float, float, float]
 
@@ -28,7 +28,7 @@ _PAUSES = 3.0  # multiple of a call's time after which its answer is surely ther
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Coefficients:
-    """The coefficients of one device for one layer; see `hetis.solver.dispatch.problem`."""
+    """The coefficients of one device for one layer; see `hetis.solver.dispatch.dispatch_problem`."""
 
     pieces: tuple[Piece, ...]  # seconds per query head, per KV byte read and per call; the largest piece counts
     transfer_byte_s: float = 0.0  # seconds per byte exchanged with the primary

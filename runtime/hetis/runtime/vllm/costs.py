@@ -25,7 +25,7 @@ from statistics import median
 import numpy as np
 
 from hetis.runtime.vllm.calibration import Calibration, Coefficients, Piece, device_seconds, scaled, with_coefficients
-from hetis.solver.dispatch.problem import FloatArray, HeadShape, Primary, Stage
+from hetis.solver.dispatch.dispatch_problem import FloatArray, HeadShape, Primary, Stage
 
 MOST_SCALE = 8.0  # bound on how many times slower, or faster, than calibrated a device is assumed to be
 WINDOW = 15  # steps over which the median is taken; a change waits for as many

@@ -6,10 +6,10 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from hetis.runtime.vllm.allocator import HeadAllocator
-from hetis.solver.dispatch.problem import FloatArray
-from hetis.solver.dispatch.solve import Dispatcher
-from hetis.solver.redispatch.problem import Move, MoveReason, RedispatchProblem
-from hetis.solver.redispatch.solve import Redispatcher
+from hetis.solver.dispatch.dispatch_problem import FloatArray
+from hetis.solver.dispatch.dispatcher import Dispatcher
+from hetis.solver.redispatch.redispatch_problem import Move, MoveReason, RedispatchProblem
+from hetis.solver.redispatch.redispatcher import Redispatcher
 from hetis.solver.redispatch.triggers import Watch, triggers
 
 if TYPE_CHECKING:

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from hetis.runtime.vllm.blocks import HeadGroupManager
     from hetis.runtime.vllm.calibration import Calibration
     from hetis.runtime.vllm.costs import EngineCosts
-    from hetis.solver.dispatch.problem import HeadShape
+    from hetis.solver.dispatch.dispatch_problem import HeadShape
 
 MOST_WORKS, MOST_S = 8, 0.002  # limits on other threads' work between two steps; at least one piece of work is done
 
@@ -141,8 +141,8 @@ class SchedulerSide:
         from hetis.runtime.vllm.allocator import HeadAllocator
         from hetis.runtime.vllm.costs import EngineCosts
         from hetis.runtime.vllm.redispatch import Redispatch
-        from hetis.solver.dispatch.solve import compile_dispatch
-        from hetis.solver.redispatch.solve import compile_redispatch
+        from hetis.solver.dispatch.dispatcher import compile_dispatch
+        from hetis.solver.redispatch.redispatcher import compile_redispatch
 
         settings = self.settings
         names = [worker.name for worker in settings.workers]

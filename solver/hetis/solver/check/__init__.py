@@ -11,9 +11,9 @@ be negative).
 
 from __future__ import annotations
 
-from hetis.solver.check.constraints import check_constraints
-from hetis.solver.check.fleet import Fleet, kv_partners, replica_shape
+from hetis.solver.check.constraint_rules import check_constraints
 from hetis.solver.check.rederive import Rederivation, check_replica_claims
+from hetis.solver.check.replica_shapes import Fleet, kv_partners, replica_shape
 from hetis.solver.check.result import check_class_table, check_link_capacity, check_result, check_routes
 from hetis.solver.check.structure import check_devices_once, check_replica_structure, check_types_of_roles
 from hetis.solver.check.violation import Rule, Violation

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
-from hetis.solver.check.fleet import PoolShape, ReplicaShape, StageShape
+from hetis.solver.check.replica_shapes import PoolShape, ReplicaShape, StageShape
 from hetis.solver.check.setting import Setting, head_groups_per_rank
 from hetis.solver.model import Experts, Mlp
 from hetis.solver.plan import Role

@@ -6,7 +6,6 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from hetis.solver.check.fleet import ReplicaShape, StageShape
 from hetis.solver.check.memory import (
     kv_block_tokens,
     kv_room_of_a_copy,
@@ -17,6 +16,7 @@ from hetis.solver.check.memory import (
     usable_bytes,
     worker_bytes,
 )
+from hetis.solver.check.replica_shapes import ReplicaShape, StageShape
 from hetis.solver.check.setting import Setting
 from hetis.solver.check.timing import (
     busy_seconds,

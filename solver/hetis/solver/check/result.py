@@ -10,7 +10,7 @@ from functools import cache, partial
 from itertools import pairwise
 from typing import NamedTuple
 
-from hetis.solver.check.fleet import Fleet, is_in, slowest
+from hetis.solver.check.replica_shapes import Fleet, is_in, slowest
 from hetis.solver.check.violation import Broken, Rule, Violation, at
 from hetis.solver.cluster import Link, NodeGroup
 from hetis.solver.constraints import Duty, RestrictRole, in_words

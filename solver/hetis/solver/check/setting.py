@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import expm1, log1p
 
-from hetis.solver.check.fleet import ReplicaShape
+from hetis.solver.check.replica_shapes import ReplicaShape
 from hetis.solver.model import Compressed, Mixer, ModelSpec, Recurrent
 from hetis.solver.plan import Role
 from hetis.solver.problem import PlacementProblem

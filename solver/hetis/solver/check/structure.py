@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator
 
-from hetis.solver.check.fleet import Fleet
+from hetis.solver.check.replica_shapes import Fleet
 from hetis.solver.check.setting import divides, head_groups_per_rank
 from hetis.solver.check.violation import Broken, Rule, Violation, at
 from hetis.solver.model import Compressed, ModelSpec

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from functools import cache
 from statistics import NormalDist
 
-from hetis.solver.check.fleet import PoolShape, ReplicaShape, StageShape
+from hetis.solver.check.replica_shapes import PoolShape, ReplicaShape, StageShape
 from hetis.solver.check.setting import Setting, head_groups_per_rank, query_heads_per_group
 from hetis.solver.cluster import Link
 from hetis.solver.model import ModelSpec

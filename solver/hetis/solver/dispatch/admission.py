@@ -11,8 +11,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from hetis.solver.dispatch.problem import IntArray
-from hetis.solver.dispatch.tables import kernel
+from hetis.solver.dispatch.dispatch_problem import IntArray
+from hetis.solver.dispatch.loaded_stage import kernel
 
 PLACED = 0
 SHORT_OF_BLOCKS = 1

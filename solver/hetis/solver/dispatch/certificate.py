@@ -21,8 +21,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from hetis.solver.dispatch.problem import FloatArray, IntArray
-from hetis.solver.dispatch.tables import ALWAYS, LoadedStage, kernel
+from hetis.solver.dispatch.dispatch_problem import FloatArray, IntArray
+from hetis.solver.dispatch.loaded_stage import ALWAYS, LoadedStage, kernel
 
 
 class Multipliers(NamedTuple):

@@ -14,8 +14,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from hetis.solver.dispatch.problem import FloatArray, IntArray
-from hetis.solver.dispatch.tables import kernel
+from hetis.solver.dispatch.dispatch_problem import FloatArray, IntArray
+from hetis.solver.dispatch.loaded_stage import kernel
 
 TINY = 1e-24  # seconds; a device with zero costs would have an infinite price
 MOST_STEPS = 200

@@ -10,10 +10,9 @@ import numpy as np
 
 from hetis.solver.budget import Budget
 from hetis.solver.dispatch.admission import NOT_FOUND, PLACED, SCATTERED, Admission, PackingProblem, admit, admit_from
-from hetis.solver.dispatch.local_search import perturb
-from hetis.solver.dispatch.problem import DispatchPlan, DispatchProblem, FloatArray, IntArray, Path
-from hetis.solver.dispatch.solve import Dispatcher
-from hetis.solver.dispatch.tables import (
+from hetis.solver.dispatch.dispatch_problem import DispatchPlan, DispatchProblem, FloatArray, IntArray, Path
+from hetis.solver.dispatch.dispatcher import Dispatcher
+from hetis.solver.dispatch.loaded_stage import (
     ALWAYS,
     LoadedStage,
     Placement,
@@ -23,6 +22,7 @@ from hetis.solver.dispatch.tables import (
     put_all,
     running_load,
 )
+from hetis.solver.dispatch.local_search import perturb
 from hetis.solver.highs import linear_program, quiet_highs
 
 ROUNDS = 200  # rounds of local search between reads of the clock

@@ -6,8 +6,8 @@ from typing import TypeVar
 
 import numpy as np
 
-from hetis.solver.dispatch.problem import IntArray
-from hetis.solver.dispatch.tables import kernel
+from hetis.solver.dispatch.dispatch_problem import IntArray
+from hetis.solver.dispatch.loaded_stage import kernel
 
 Count = TypeVar("Count", int, IntArray)
 

@@ -10,8 +10,17 @@ from __future__ import annotations
 
 import numpy as np
 
-from hetis.solver.dispatch.problem import FloatArray, IntArray
-from hetis.solver.dispatch.tables import LoadedStage, Placement, card_s, kernel, makespan, put, put_all, seconds_with
+from hetis.solver.dispatch.dispatch_problem import FloatArray, IntArray
+from hetis.solver.dispatch.loaded_stage import (
+    LoadedStage,
+    Placement,
+    card_s,
+    kernel,
+    makespan,
+    put,
+    put_all,
+    seconds_with,
+)
 
 BLOCK = 16  # devices compared together: a group changes one of them, and only its block is compared again
 BETTER = 1.0 - 1e-9

@@ -23,8 +23,8 @@ import highspy
 import numpy as np
 
 from hetis.solver.dispatch.certificate import Multipliers
-from hetis.solver.dispatch.problem import BoolArray, FloatArray, IntArray
-from hetis.solver.dispatch.tables import LoadedStage
+from hetis.solver.dispatch.dispatch_problem import BoolArray, FloatArray, IntArray
+from hetis.solver.dispatch.loaded_stage import LoadedStage
 from hetis.solver.highs import GROWING_SIMPLEX, linear_program, quiet_highs
 
 MOST_SIFTINGS = 30

@@ -29,8 +29,8 @@ import numpy as np
 
 from hetis.solver.dispatch.certificate import Multipliers
 from hetis.solver.dispatch.chain import TINY, Chain, Demand, level
-from hetis.solver.dispatch.problem import FloatArray, IntArray
-from hetis.solver.dispatch.tables import LoadedStage, card_s, kernel
+from hetis.solver.dispatch.dispatch_problem import FloatArray, IntArray
+from hetis.solver.dispatch.loaded_stage import LoadedStage, card_s, kernel
 
 SETTLED = 1e-9  # violation of a row, as a ratio to the level, up to which it counts as kept
 NARROW = 1e-3  # width of a weight's bracket below which it is widened again, because other devices have changed

@@ -8,7 +8,7 @@ from enum import StrEnum
 import numpy as np
 import numpy.typing as npt
 
-from hetis.solver.dispatch.problem import MOST_BLOCKS, MOST_TOKENS, DeviceLoad, IntArray, Stage, check_names
+from hetis.solver.dispatch.dispatch_problem import MOST_BLOCKS, MOST_TOKENS, DeviceLoad, IntArray, Stage, check_names
 from hetis.solver.errors import InvalidProblemError
 
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from hetis.solver.dispatch.problem import MOST_TOKENS, DeviceLoad, DispatchPlan, IntArray, Requests, Stage
+from hetis.solver.dispatch.dispatch_problem import MOST_TOKENS, DeviceLoad, DispatchPlan, IntArray, Requests, Stage
 from hetis.solver.dispatch.snapshot import DeviceSnapshot, DeviceStatus, PreparedMove, StateSnapshot, check_groups
 from hetis.solver.errors import InvalidProblemError
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 
-from hetis.solver.check.fleet import ReplicaShape, StageShape
+from hetis.solver.check.replica_shapes import ReplicaShape, StageShape
 from hetis.solver.plan import parallel_sizes
 
 

@@ -13,9 +13,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from hetis.solver.dispatch.problem import FloatArray, IntArray
-from hetis.solver.redispatch.local_search import placement_of, seconds_with, short_with
-from hetis.solver.redispatch.tables import RedispatchTables, card_s, kernel
+from hetis.solver.dispatch.dispatch_problem import FloatArray, IntArray
+from hetis.solver.redispatch.move_search import placement_of, seconds_with, short_with
+from hetis.solver.redispatch.redispatch_tables import RedispatchTables, card_s, kernel
 
 
 class MovedGroups(NamedTuple):

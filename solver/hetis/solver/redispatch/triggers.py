@@ -12,10 +12,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from hetis.solver.dispatch.problem import DeviceLoad, DispatchPlan, Requests
+from hetis.solver.dispatch.dispatch_problem import DeviceLoad, DispatchPlan, Requests
+from hetis.solver.dispatch.dispatcher import Dispatcher
+from hetis.solver.dispatch.loaded_stage import costs_of, running_load
 from hetis.solver.dispatch.snapshot import DeviceStatus, StateSnapshot
-from hetis.solver.dispatch.solve import Dispatcher
-from hetis.solver.dispatch.tables import costs_of, running_load
 from hetis.solver.errors import InvalidProblemError
 
 

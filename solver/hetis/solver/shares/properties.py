@@ -6,8 +6,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from hetis.solver.shares.problem import BoolArray, FairnessRule, FloatArray, IntArray, ShareProblem
-from hetis.solver.shares.solve import by_speed, share_program, solve_shares, spans
+from hetis.solver.shares.fair_shares import by_speed, share_program, solve_shares, spans
+from hetis.solver.shares.share_problem import BoolArray, FairnessRule, FloatArray, IntArray, ShareProblem
 
 TOLERANCE = 1e-6  # relative
 

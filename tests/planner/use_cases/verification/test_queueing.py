@@ -30,8 +30,8 @@ from hetis.planner.use_cases.verification.queueing import (
 from hetis.simulator.arrivals import Arrivals, Load
 from hetis.simulator.running import never, silent
 from hetis.simulator.values import Settings
-from hetis.solver.check.fleet import Fleet, replica_shape
 from hetis.solver.check.rederive import Rederivation
+from hetis.solver.check.replica_shapes import Fleet, replica_shape
 from hetis.solver.placement.explanation import explain_plan
 from hetis.solver.placement.families import STRATEGIES, run_by
 from hetis.solver.plan import Objective, Plan, ReplicaPlan, Role

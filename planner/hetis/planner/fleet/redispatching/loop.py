@@ -27,7 +27,7 @@ from hetis.planner.fleet.settings import RedispatchPolicy, redispatch_policy
 from hetis.planner.fleet.views import Clock, FleetObserver, LiveReplica
 from hetis.planner.threads import run_in_daemon_thread
 from hetis.solver.errors import HetisError
-from hetis.solver.redispatch.solve import compile_redispatch
+from hetis.solver.redispatch.redispatcher import compile_redispatch
 from hetis.v1 import change_pb2, redispatch_pb2, replica_pb2, report_pb2
 
 READ_TIMEOUT_S = 10.0

@@ -7,12 +7,12 @@ from itertools import groupby
 
 from hetis.planner.convert.stages import Conditions, StageTerms, moves_to_proto, snapshot_from_proto
 from hetis.planner.fleet.settings import RedispatchPolicy
+from hetis.solver.dispatch.dispatcher import Dispatcher
 from hetis.solver.dispatch.snapshot import StateSnapshot
-from hetis.solver.dispatch.solve import Dispatcher
 from hetis.solver.dispatch.state import DispatchState
 from hetis.solver.errors import InvalidProblemError
-from hetis.solver.redispatch.problem import Move, RedispatchPlan, RedispatchProblem
-from hetis.solver.redispatch.solve import Redispatcher
+from hetis.solver.redispatch.redispatch_problem import Move, RedispatchPlan, RedispatchProblem
+from hetis.solver.redispatch.redispatcher import Redispatcher
 from hetis.solver.redispatch.triggers import Trigger, Watch, makespan_s, triggers
 from hetis.v1 import head_map_pb2
 

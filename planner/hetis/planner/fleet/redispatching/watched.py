@@ -14,8 +14,8 @@ from hetis.planner.convert.stages import Conditions, StageTerms, stage_from_prot
 from hetis.planner.fleet.redispatching.planning import StagePlanner
 from hetis.planner.fleet.settings import RedispatchPolicy
 from hetis.planner.fleet.views import LiveReplica
-from hetis.solver.dispatch.problem import FloatArray
-from hetis.solver.dispatch.tables import costs_of
+from hetis.solver.dispatch.dispatch_problem import FloatArray
+from hetis.solver.dispatch.loaded_stage import costs_of
 from hetis.solver.redispatch.triggers import ALWAYS, CHANGE, MOST_CHANGE, Trigger, TriggerKind
 from hetis.v1 import report_pb2, stage_pb2
 

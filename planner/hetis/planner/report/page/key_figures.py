@@ -19,8 +19,10 @@ from hetis.planner.report.page.blocks import (
     ScaleRow,
     Tile,
 )
+from hetis.planner.report.rungs import LITTLE_LEFT
 from hetis.planner.report.tables import SimulationRemarks, kept_beyond
 from hetis.planner.use_cases.compare import cost_rate
+from hetis.planner.use_cases.prices import price_of_idle
 from hetis.planner.use_cases.record.parts import Losses, Verified
 from hetis.planner.use_cases.verification.choosing import OUT_OF_TIME, stopped_simulation_of
 from hetis.planner.use_cases.verification.outcome import attained, limited_latencies, misses
@@ -68,7 +70,8 @@ def key_tiles(plan: Plan, problem: PlacementProblem) -> Iterator[Tile]:
             yield Tile(label="Cost of tokens", value=dollars, unit="USD per million", note=f"output tokens{at}")
     held, idle = len(plan.held_by_others()), figures.gpus_idle
     unused = [f"{held:,} held by other tenants"] if held else []
-    unused += [f"{idle:,} idle"] if idle else []
+    wasted = price_of_idle(plan, problem.cluster)
+    unused += [f"{idle:,} idle{f' for {digits(wasted)} USD/h' if wasted else ''}"] if idle else []
     yield Tile(
         label="GPUs in use",
         value=f"{figures.gpus_used:,}",
@@ -83,6 +86,7 @@ def key_tiles(plan: Plan, problem: PlacementProblem) -> Iterator[Tile]:
             value=percent_at_least(loss.share) if loss.rate else "nothing",
             unit="at least still served" if loss.rate else "still served",
             note=f"worst: {loss.name}",
+            tone="bad" if loss.share < LITTLE_LEFT else "",
         )
 
 

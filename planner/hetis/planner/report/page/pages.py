@@ -41,7 +41,7 @@ from hetis.planner.use_cases.what_if import BuyNext, Side, WhatIf
 from hetis.solver.plan import Objective, Plan
 from hetis.solver.problem import PlacementProblem
 from hetis.solver.replanning.change import ChangeCosts
-from hetis.solver.replanning.solve import Replanning
+from hetis.solver.replanning.replanner import Replanning
 
 ROOM = 1.02  # ratio of an axis to its longest bar
 

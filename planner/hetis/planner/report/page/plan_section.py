@@ -36,9 +36,11 @@ from hetis.planner.report.page.blocks import (
 from hetis.planner.report.page.fleet_map import MAX_NAMED, fleet_map, replica_name, shape_letter
 from hetis.planner.report.page.key_figures import key_tiles, limits_scale, worth_scale
 from hetis.planner.report.replica import stage_rows, unit_of_room
+from hetis.planner.report.rungs import LITTLE_LEFT, left_share, next_rung
 from hetis.planner.report.simulation_pictures import Panel
 from hetis.planner.use_cases.grouping import ReplicaGroup, group_replicas
-from hetis.planner.use_cases.record.parts import MadeFrom, Requested
+from hetis.planner.use_cases.record.forms import RungFound
+from hetis.planner.use_cases.record.parts import MadeFrom, Requested, Rungs
 from hetis.planner.use_cases.robustness.profile_errors import used_fits
 from hetis.solver.placement.explanation import explain_plan
 from hetis.solver.plan import Explanation, MemoryBar, Plan, ReplicaPlan, Role, parallel_sizes
@@ -73,6 +75,9 @@ def plan_blocks(
     if plan.replicas:
         yield Tiles(tiles=tuple(key_tiles(plan, problem)))
     yield worth_scale(plan)
+    rungs = Rungs.of(plan).found
+    if any(one.is_chosen for one in rungs):
+        yield _rungs(rungs, plan)
     if plan.replicas:
         yield limits_scale(plan)
     yield fleet_map(plan, problem.cluster, explanation)
@@ -104,6 +109,32 @@ def plan_blocks(
         yield _runners_up(plan)
     yield _profiles(plan, problem)
     yield Sentences(title="Notes, and how to reproduce it", lines=plan.notes, terms=tuple(_made(plan)), folded=True)
+
+
+def _rungs(found: Sequence[RungFound], plan: Plan) -> Grid:
+    """Return the rungs side by side."""
+    planned = [one for one in found if one.value is not None and one.rate_rps is not None]
+
+    def same(one: RungFound) -> bool:
+        return one.of not in ("", one.name) and any(other.name == one.of for other in planned)
+
+    return grid_of(
+        planned,
+        ("'rung", lambda one: f"{one.name}{', the plan' if one.is_chosen else ''}"),
+        ("requests/s", lambda one: f"as {one.of}" if same(one) else digits(one.rate_rps or 0.0, 4)),
+        ("at most", lambda one: "" if same(one) or one.bound is None else digits(one.bound, 4)),
+        ("USD/h", lambda one: "unknown" if one.usd_per_hour is None else digits(one.usd_per_hour)),
+        ("GPUs", lambda one: f"{one.gpus:,}"),
+        ("left after the worst node", lambda one: percent(left_share(one))),
+        ("nodes per replica", lambda one: "" if one.nodes is None else f"{one.nodes}"),
+        ("shapes", lambda one: f"{one.shapes:,}"),
+        ("'carried whole by", lambda one: "unknown" if one.targets is None else ", ".join(one.targets) or "no export"),
+        title="Rungs of complexity",
+        intro="The best plan of each: replicas in one node, layers over nodes, prefill and decode apart, workers.",
+        note=next_rung(found, plan) or "",
+        strong=next((number for number, one in enumerate(planned) if one.is_chosen), None),
+        bad=tuple(number for number, one in enumerate(planned) if left_share(one) < LITTLE_LEFT and not one.is_chosen),
+    )
 
 
 # --- replicas

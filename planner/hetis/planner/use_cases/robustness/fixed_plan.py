@@ -19,8 +19,8 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 
 from hetis.planner.use_cases.grouping import group_replicas
-from hetis.solver.check.fleet import Fleet, ReplicaShape, replica_shape
 from hetis.solver.check.rederive import Derived, derive
+from hetis.solver.check.replica_shapes import Fleet, ReplicaShape, replica_shape
 from hetis.solver.check.setting import Setting
 from hetis.solver.cluster import node_of
 from hetis.solver.plan import Objective, ObjectiveKind, Plan, ReplicaPlan, Role

@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from operator import itemgetter
 from typing import NamedTuple
 
 from hetis.planner.use_cases.grouping import shapes_of
@@ -23,6 +24,7 @@ from hetis.planner.use_cases.verification.outcome import MISSES_AT, in_seconds, 
 from hetis.planner.use_cases.verification.rates import (
     AtPlannedRate,
     RunReport,
+    likely_rate,
     needs_verifying,
     simulate_at_planned_rate,
 )
@@ -34,14 +36,18 @@ from hetis.solver.problem import PlacementProblem
 TTFT, TPOT = "TTFT p95", "TPOT mean"  # as shown in plans
 MORE_SEATS = (1.5, 2.0, 3.0, math.inf)  # times the planned seats, which are tried in turn if requests wait for them
 LESS_EXCESS = 0.98  # times what a latency is over its limit: at least so much better with more seats
+AT_ALL = 0.8  # share of the planned rate that must be kept by the queue model for more seats to keep all of it
 SEARCHES = 2  # in addition to the first one
 LEAST_STEP = 0.8  # share of a limit: near saturation latencies are so steep that their ratio is too large a step
 LITTLE = 0.05  # share of a rate given up for a plan that keeps its limits at its own rate, not at a lower one
 TO_SEARCH = 0.5  # share of the time left for another search: the rest is for the simulation of its plan
 SHORT_TIME = 20.0  # times what the first plan's simulation took, about as long as a search for a lower rate may take
 STOPPED_EARLY = "stopped before its simulation ended: it is not known at which rate traffic keeps the limits"
-OUT_OF_TIME = "the time limit ended its simulation: it is not known at which rate traffic keeps the limits"
-SEARCH_OUT_OF_TIME = "the time limit ended the search for a plan that keeps its limits at its planned rate"
+OUT_OF_TIME = "the limit on simulations ended its own: it is not known at which rate traffic keeps the limits"
+SEARCH_OUT_OF_TIME = (
+    "the limit on simulations ended the search for a plan that keeps its limits at its planned rate; --time-limit 1min "
+    "allows more"
+)
 
 Find = Callable[[PlacementProblem], Plan]  # raises InfeasibleError, NoPlanFoundError
 
@@ -88,7 +94,9 @@ def kept_plan(
 
     def is_short() -> bool:
         """Return whether another search may use up the time that is left, as this one has used up its own."""
-        return (again is not None and again.is_cut_short) or budget.remaining_s() < SHORT_TIME * budget.elapsed_s()
+        if budget.work_limit < SHORT_TIME * budget.work or budget.remaining_s() < SHORT_TIME * budget.elapsed_s():
+            return True
+        return again is not None and again.is_cut_short
 
     demanded, plan = plan.objective, promising(plan)
     problem = replace(problem, objective=plan.objective)  # its demand is larger if a loss must be survived
@@ -221,7 +229,8 @@ def verified_plan(
     other = None if equal is None else simulated(_answering(plan, problem, equal, Verified(equal_stages_chosen=True)))
     tried = [one for one in (first, other) if one is not None]
     if is_short():
-        tried = _with_lower_rates(tried)
+        with budget.within_work(TO_SEARCH):
+            tried = _with_lower_rates(tried)
     step = limit.planned_s / limit.asked_s
     share, planned_s = step, _planned_s(plan, limit)
     for _ in range(SEARCHES):
@@ -241,20 +250,26 @@ def _with_seats(
     """Simulate a plan at its rate and, if TTFT is missed, with engines that may run more requests at once.
 
     A plan has as many seats as keep the limit on TPOT when all are taken. At lower rates fewer are, so that more of
-    them spare requests the wait for a seat without TPOT being missed. None: as `simulate_at_planned_rate`.
+    them spare requests the wait for a seat without TPOT being missed. If all numbers miss the limits, the one that
+    keeps most by the queue model remains. None: as `simulate_at_planned_rate`.
     """
     simulated = partial(simulate_at_planned_rate, problem=problem, seed=seed, budget=budget, report=report)
     best = simulated(plan)
-    for factor in MORE_SEATS:
-        if best is None or best.found.kept or not _waits(best.found, plan):
-            break
-        wider = with_more_seats(plan, problem, factor)
-        if seats_of(wider) == seats_of(best.plan):
-            continue
-        other = simulated(wider)
+    if best is None or best.found.kept or not _waits(best.found, plan):
+        return best
+    wider = {seats_of(one): one for one in (with_more_seats(plan, problem, factor) for factor in MORE_SEATS)}
+    if not (wider := {seats: one for seats, one in wider.items() if seats != seats_of(plan)}):
+        return best
+    likely_rps, most = max(((likely_rate(one, problem), one) for one in (plan, *wider.values())), key=itemgetter(0))
+    if likely_rps < AT_ALL * best.found.rate_rps:  # no number of seats keeps the planned rate
+        return best if most is plan else simulated(most) or best
+    for one in wider.values():
+        other = simulated(one)
         if other is None or not (other.found.kept or _excess(other) < LESS_EXCESS * _excess(best)):
             break
         best = other
+        if best.found.kept or not _waits(best.found, plan):
+            break
     return best
 
 

@@ -8,7 +8,8 @@ from contextlib import suppress
 from typing import NamedTuple
 
 BELOW = (0.97, 0.94, 0.88, 0.76, 0.5, 0.25, 0.125)  # shares of a rate that misses a limit, which are tried in turn
-PRECISE = 1 / 64  # the search ends when a rate that misses a limit is so little above one that keeps them
+NEAR = (0.85, 0.7, 0.5, 0.25, 0.125)  # shares of a guessed rate
+PRECISE = 1 / 32  # the search ends when a rate that misses a limit is so little above one that keeps them
 LESS = (0.97, 0.94, 0.91, 0.85, 0.7, 0.5)  # shares of a rate that kept in short runs but not in long ones
 COARSE = 0.07  # a larger step between two of these shares is searched for a rate in between; also the step above it
 MOST_HIGHER = 5  # such steps above a rate that kept in long runs at once
@@ -45,23 +46,27 @@ class LowerRates:
 
     def __init__(self, seems_sure: Callable[[float], bool | None], is_sure: Callable[[float], bool]) -> None:
         self._short, self._long = seems_sure, is_sure
-        self._likely: list[float] = []  # rates that short runs keep
+        self._likely: list[float] = []  # rates that short runs keep by more than chance
+        self._perhaps: list[float] = []  # rates that short runs keep, perhaps by chance
         self._excluded_rps = math.inf  # lowest rate that short runs miss by more than chance
         self._missed_rps = math.inf  # lowest rate that long runs miss
 
     @property
     def likely_rps(self) -> float | None:
-        """The highest rate that short runs keep, if no long run has missed the limits there or below."""
-        return max((rate_rps for rate_rps in self._likely if rate_rps < self._missed_rps), default=None)
+        """The highest rate that short runs keep, by more than chance if there is one, and no long run has missed."""
+        kept = self._likely or self._perhaps
+        return max((rate_rps for rate_rps in kept if rate_rps < self._missed_rps), default=None)
 
-    def highest(self, missed_rps: float, at_least_rps: float) -> float | None:
+    def highest(self, missed_rps: float, at_least_rps: float, likely_rps: float = math.inf) -> float | None:
         """Return the highest rate found below one that misses a limit; None: none of those tried keeps the limits.
 
-        Rates below ``at_least_rps`` are not of interest. If short runs leave all rates undecided that they do not
-        exclude, as where a share of the requests misses a strict limit at any rate, long runs decide on each of them.
+        Rates below ``at_least_rps`` are not of interest. ``likely_rps`` is a guess, with which the search begins. If
+        short runs leave all rates undecided that they do not exclude, as where a share of the requests misses a strict
+        limit at any rate, long runs decide on each of them.
         """
         low, undecided = missed_rps, list[tuple[float, float]]()  # rates, each with the next higher one
-        for share in BELOW:
+        guess = min(1.0, likely_rps / missed_rps)
+        for share in BELOW if guess >= BELOW[0] else (guess, *(guess * share for share in NEAR)):
             low, high = max(share * missed_rps, at_least_rps), low
             if low >= high:
                 break
@@ -119,6 +124,8 @@ class LowerRates:
             self._likely.append(rate_rps)
         elif kept is False:
             self._excluded_rps = min(self._excluded_rps, rate_rps)
+        else:
+            self._perhaps.append(rate_rps)
         return kept
 
     def _is_sure(self, rate_rps: float) -> bool:

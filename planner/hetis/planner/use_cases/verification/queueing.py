@@ -28,8 +28,8 @@ from hetis.planner.use_cases.grouping import ReplicaGroup, group_replicas
 from hetis.planner.use_cases.simulation.engine_settings import with_all_seats
 from hetis.planner.use_cases.simulation.simulate import default_rate
 from hetis.planner.use_cases.verification.outcome import in_seconds
-from hetis.solver.check.fleet import Fleet, ReplicaShape, replica_shape
 from hetis.solver.check.rederive import Rederivation
+from hetis.solver.check.replica_shapes import Fleet, ReplicaShape, replica_shape
 from hetis.solver.plan import Plan, ReplicaPlan, Role
 from hetis.solver.problem import PlacementProblem
 

@@ -7,6 +7,7 @@ limit, a lower rate is searched for (`LowerRates`), and another plan (`hetis.pla
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -22,8 +23,9 @@ from hetis.planner.use_cases.simulation.representative import RepresentativePart
 from hetis.planner.use_cases.simulation.simulate import NothingSimulatedError, Question, answer, default_rate, seats_of
 from hetis.planner.use_cases.verification.lower_rates import KeptRate, LowerRates, StoppedError
 from hetis.planner.use_cases.verification.outcome import AS_PLANNED, DISPATCHED, MISSES_AT, misses
+from hetis.planner.use_cases.verification.queueing import request_queue
 from hetis.simulator.arrivals import Arrivals, Load
-from hetis.simulator.metrics import Summary
+from hetis.simulator.metrics import Metrics, Summary
 from hetis.simulator.running import Report
 from hetis.simulator.values import Settings
 from hetis.solver.budget import Budget, Progress
@@ -35,7 +37,13 @@ TURNS = 8  # how many times a run replaces all the requests that a plan holds at
 FEWEST = 4_000  # requests per run: with few seats, the p95 TTFT depends on the few bursts of long requests in a run
 FILLS = 2  # how many times at least, if that is not too much: while most seats are empty, TPOT looks too good
 UNLIMITED = Objective(ttft_limit_s=None, tpot_limit_s=None)
-LONGER = 4  # factor of the requests in a run that decides where limits are close
+LONGER = 2  # factor of the requests in a run that decides where limits are close
+PROBE = 500  # requests of the run before it, which only shows that a limit is missed by far
+BY_FAR = 1.1  # times the limit, above which a probe's whole interval is
+ITERATIONS = 2_000_000  # iterations of stages that all simulations of a plan may take: about ten seconds
+PER_REQUEST = 20.0  # iterations that take as long as a request's arrival, routing and record
+PART = 0.2  # of all iterations, which one run may take
+WORKER_ITERATIONS = 3.0  # an iteration with attention workers takes as long as so many without
 BY_CHANCE = 0.02  # share of a limit above which an excess is no chance, however wide the interval
 HIGHER = (1.1, 1.05)  # factors of the planned rate, which are tried if it is kept; 90% of saturation is planned
 MOST_GROWTH = 0.02  # seconds by which the wait may grow per second at these rates
@@ -53,6 +61,7 @@ class TriedRate:
     kept: bool  # whether the limits were kept, up to chance: a plan may well use its limits up
     sure: bool  # whether they were kept by more than chance, so that other traffic at this rate keeps them, too
     close: bool  # whether a longer run may give another result
+    missed_by_far: bool  # whether longer runs would miss the limits, too
 
 
 def needs_verifying(plan: Plan) -> bool:
@@ -112,8 +121,8 @@ class _Most(NamedTuple):
     to_fill: int
 
 
-WITHOUT_WORKERS = _Most(ordinary=40_000, deciding=40_000, to_fill=100_000)
-WITH_WORKERS = _Most(ordinary=8_000, deciding=16_000, to_fill=16_000)  # each request takes several times as long
+WITHOUT_WORKERS = _Most(ordinary=8_000, deciding=16_000, to_fill=12_000)
+WITH_WORKERS = _Most(ordinary=4_000, deciding=8_000, to_fill=8_000)  # each request takes several times as long
 
 
 def num_requests_of(plan: Plan) -> int:
@@ -153,7 +162,7 @@ def simulated_at(
     """Simulate a plan at a rate, and judge it by its service level; None: the budget was spent.
 
     ``lengths`` are the numbers of requests in the first run and in longer ones, each of which follows if the limits are
-    close; empty: the ordinary numbers.
+    close; empty: the ordinary numbers. The budget is charged with the iterations of every run.
     """
     load = Load(
         lengths=problem.workload, max_position=problem.model.max_position, arrivals=Arrivals.DRAWN, rate_rps=rate_rps
@@ -170,10 +179,18 @@ def simulated_at(
             return None
         if not found.complete:
             return None
+        budget.work += iterations_of(plan, found.runs[0])
         outcome = _judged(found.summary, measured(level, found.summary, found.run, limits), num_requests)
         if not outcome.close:
             break
     return outcome
+
+
+def iterations_of(plan: Plan, run: Metrics) -> float:
+    """Return the iterations of stages that take as long as a run, by which its cost is counted."""
+    stages = sum(len(one.stages) for one in plan.replicas) / len(plan.replicas)
+    each = WORKER_ITERATIONS if _has_workers(plan) else 1.0
+    return run.counts.iterations * stages * each + PER_REQUEST * run.counts.arrived
 
 
 class AtPlannedRate(NamedTuple):
@@ -235,7 +252,7 @@ class _Runs:
     """Simulations of a plan, or of a part of it, at rates of the whole plan; none is run twice."""
 
     def __init__(self, plan: Plan, problem: PlacementProblem, seed: int, budget: Budget, report: RunReport) -> None:
-        self._plan, self._seed = plan, seed
+        self._plan, self._problem, self._seed = plan, problem, seed
         self._planned_rps, to_fill = default_rate(plan, problem), most_requests_of(plan).to_fill
         self._part = part = simulated_part(plan, problem, to_fill)
         self._ordinary, self._long, self._longer = (
@@ -248,7 +265,7 @@ class _Runs:
         self._compiling = lambda: report(self._planned_rps, 0, 0)
 
         @cache
-        def simulate(settings: Settings, rate_rps: float, *lengths: int, traffic: int) -> TriedRate:
+        def run(settings: Settings, rate_rps: float, *lengths: int, traffic: int) -> TriedRate:
             found = simulated_at(
                 part.plan, problem, rate_rps * part.share, plan.objective, seed=traffic, lengths=lengths,
                 budget=budget, report=partial(report, rate_rps), settings=settings,
@@ -257,7 +274,22 @@ class _Runs:
                 raise StoppedError
             return found
 
-        self._simulate = simulate
+        self._each = 1e-9  # iterations per request, as far as is known
+
+        @cache
+        def simulate(settings: Settings, rate_rps: float, *lengths: int, traffic: int) -> TriedRate:
+            if min(lengths) < 2 * PROBE:
+                return run(settings, rate_rps, *lengths, traffic=traffic)
+            before = budget.work
+            probe = run(settings, rate_rps, PROBE, traffic=traffic)
+            if probe.missed_by_far:
+                return probe
+            self._each = max(self._each, (budget.work - before) / PROBE)
+            part = PART / WORKER_ITERATIONS if _has_workers(plan) else PART
+            most = max(PROBE, int(part * budget.work_limit / self._each)) if budget.work_limit < math.inf else math.inf
+            return run(settings, rate_rps, *(int(min(one, most)) for one in lengths), traffic=traffic)
+
+        self._simulate, self._budget = simulate, budget
 
     def _at(self, rate_rps: float, *lengths: int, other: bool = False) -> TriedRate:
         """Simulate the usual traffic, or other traffic, at a rate. Raises `StoppedError`."""
@@ -269,16 +301,16 @@ class _Runs:
         Raises `StoppedError` before that of the planned rate is known.
         """
         found = self._at(self._planned_rps, self._ordinary) if _has_workers(self._plan) else None
-        if found is not None and (found.close or not found.kept):
+        if found is not None and (found.close or not found.kept) and self._budget.work_limit > ITERATIONS:
             _compile_dispatcher(self._compiling)
             self._settings, found = DISPATCHED, None
         if found is None:
-            found = self._at(self._planned_rps)
+            found = self._at(self._planned_rps, self._ordinary)
             if found.kept and found.close:  # other traffic may well miss the limits
                 other = self._at(self._planned_rps, self._longer, other=True)
                 found = found if other.kept else other
         kept_rps = self._planned_rps if found.kept else None
-        if found.kept and _may_keep_more(self._plan, found) and not self._too_short:
+        if found.kept and _may_keep_more(self._plan, found) and not self._too_short and self._are_cheap():
             with suppress(StoppedError):
                 higher = (factor * self._planned_rps for factor in HIGHER)
                 kept_rps = next((rate_rps for rate_rps in higher if self._is_calm(rate_rps)), kept_rps)
@@ -301,6 +333,10 @@ class _Runs:
             dispatched=self._settings.dispatch or None,
         )
 
+    def _are_cheap(self) -> bool:
+        """Return whether longer runs take a small part of the budget."""
+        return bool(self._longer * self._each <= PART / 2 * self._budget.work_limit)
+
     def _is_sure(self, rate_rps: float) -> bool:
         """Return whether the limits are kept with other traffic, too.
 
@@ -321,18 +357,28 @@ class _Runs:
 
         search = LowerRates(seems_sure, self._is_sure)
         try:
-            rate_rps = search.highest(self._planned_rps, at_least_rps)
+            rate_rps = search.highest(
+                self._planned_rps, at_least_rps, likely_rate(self._plan, self._problem) or self._planned_rps
+            )
         except StoppedError:
             if search.likely_rps is None:
                 raise
-            return KeptRate(search.likely_rps, self._ordinary, is_confirmed=False)
+            return KeptRate(
+                search.likely_rps, self._at(search.likely_rps, self._ordinary).num_requests, is_confirmed=False
+            )
         return None if rate_rps is None else KeptRate(rate_rps, self._longer, is_confirmed=True)
+
+
+def likely_rate(plan: Plan, problem: PlacementProblem) -> float:
+    """Return the highest rate up to the planned one that keeps the limit on TTFT by the queue model."""
+    limit_s, queue, planned_rps = plan.objective.ttft_limit_s, request_queue(plan, problem), default_rate(plan, problem)
+    return planned_rps if limit_s is None or queue is None else queue.highest_rate(planned_rps, limit_s)
 
 
 def _compile_dispatcher(on_start: Callable[[], None]) -> None:
     """Compile what dispatches head groups, if that has not been done on this machine."""
     from hetis.planner.use_cases.dispatch import is_compiled
-    from hetis.solver.dispatch.solve import compile_dispatch
+    from hetis.solver.dispatch.dispatcher import compile_dispatch
 
     if not is_compiled():
         on_start()
@@ -382,5 +428,6 @@ def _judged(summary: Summary, found: Measured, num_requests: int) -> TriedRate:
         within=within,
         kept=within or (summary.steady is not False and by_chance),
         sure=within and all(one.high <= one.limit for one in limited),
+        missed_by_far=summary.steady is False or any(one.low > BY_FAR * one.limit for one in limited),
         close=summary.steady is not False and is_close,
     )

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import NamedTuple
 
-from hetis.solver.check.fleet import left_out_by
+from hetis.solver.check.replica_shapes import left_out_by
 from hetis.solver.cluster import Cluster
 from hetis.solver.constraints import Exclude
 from hetis.solver.cost import DeviceCost, LargestBatch, rank_shape, state_bytes_per_copy

@@ -5,8 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from hetis.solver.check.fleet import Fleet, PoolShape, ReplicaShape, StageShape, kv_partners, left_out_by, replica_shape
 from hetis.solver.check.rederive import derive
+from hetis.solver.check.replica_shapes import (
+    Fleet,
+    PoolShape,
+    ReplicaShape,
+    StageShape,
+    kv_partners,
+    left_out_by,
+    replica_shape,
+)
 from hetis.solver.check.setting import Setting
 from hetis.solver.check.structure import check_replica_structure
 from hetis.solver.check.timing import (

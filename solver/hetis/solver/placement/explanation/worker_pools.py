@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 
-from hetis.solver.check.fleet import PoolShape, StageShape, slowest
+from hetis.solver.check.replica_shapes import PoolShape, StageShape, slowest
 from hetis.solver.cluster import Link
 from hetis.solver.model import ModelSpec
 from hetis.solver.placement.explanation.idle_gpus import idle_classes

@@ -36,7 +36,7 @@ import numpy as np
 
 from hetis.solver.errors import BrokenProofError
 from hetis.solver.highs import linear_program, quiet_highs
-from hetis.solver.shares.problem import BoolArray, FairnessRule, FloatArray, IntArray, ShareProblem, Shares
+from hetis.solver.shares.share_problem import BoolArray, FairnessRule, FloatArray, IntArray, ShareProblem, Shares
 
 TIE_SECONDS = 2.0
 SHARE_OF_NOTHING = 1e-7  # share of a type's GPUs below which anything is rounding

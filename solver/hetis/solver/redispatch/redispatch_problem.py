@@ -33,7 +33,7 @@ from enum import StrEnum
 
 import numpy as np
 
-from hetis.solver.dispatch.problem import FloatArray
+from hetis.solver.dispatch.dispatch_problem import FloatArray
 from hetis.solver.dispatch.snapshot import StateSnapshot
 from hetis.solver.errors import InvalidProblemError
 

@@ -6,10 +6,10 @@ from typing import NamedTuple
 
 import numpy as np
 
+from hetis.solver.dispatch.dispatch_problem import FloatArray, IntArray
+from hetis.solver.dispatch.loaded_stage import device_s
 from hetis.solver.dispatch.local_search import next_random
-from hetis.solver.dispatch.problem import FloatArray, IntArray
-from hetis.solver.dispatch.tables import device_s
-from hetis.solver.redispatch.tables import RedispatchTables, card_s, kernel
+from hetis.solver.redispatch.redispatch_tables import RedispatchTables, card_s, kernel
 
 MOST_STEPS = 2000
 
@@ -424,7 +424,7 @@ def _place_for(tables: RedispatchTables, placement: JointPlacement, request: int
 
 @kernel
 def _objective_s(tables: RedispatchTables, placement: JointPlacement) -> float:
-    """Return `hetis.solver.redispatch.tables.objective_s`."""
+    """Return `hetis.solver.redispatch.redispatch_tables.objective_s`."""
     value: float = max(card_s(tables, float(placement.workers[0])), placement.seconds.max())
     for i in range(len(tables.unit)):
         value += short_with(tables, placement, i, 0, 0)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 
-from hetis.solver.check.fleet import Fleet, is_in
+from hetis.solver.check.replica_shapes import Fleet, is_in
 from hetis.solver.check.violation import Rule, Violation
 from hetis.solver.constraints import (
     AtMost,

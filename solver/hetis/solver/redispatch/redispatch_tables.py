@@ -1,4 +1,4 @@
-"""A re-dispatch problem as arrays; its letters are those of `hetis.solver.redispatch.problem`."""
+"""A re-dispatch problem as arrays; its letters are those of `hetis.solver.redispatch.redispatch_problem`."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from typing import NamedTuple
 import numpy as np
 
 from hetis.solver.compiled import kernel_of
-from hetis.solver.dispatch.problem import BoolArray, FloatArray, IntArray
+from hetis.solver.dispatch.dispatch_problem import BoolArray, FloatArray, IntArray
+from hetis.solver.dispatch.loaded_stage import costs_of, device_s, running_load
 from hetis.solver.dispatch.snapshot import DeviceStatus, StateSnapshot
-from hetis.solver.dispatch.tables import costs_of, device_s, running_load
-from hetis.solver.redispatch.problem import RedispatchProblem
+from hetis.solver.redispatch.redispatch_problem import RedispatchProblem
 
 _HERE = Path(__file__).parent
 kernel = kernel_of(_HERE, _HERE.parent / "dispatch")  # kernels here call those of dispatch

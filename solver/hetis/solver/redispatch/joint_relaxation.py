@@ -30,10 +30,10 @@ from typing import Any, NamedTuple
 import highspy
 import numpy as np
 
+from hetis.solver.dispatch.dispatch_problem import BoolArray, FloatArray, IntArray
 from hetis.solver.dispatch.lp import sift_columns
-from hetis.solver.dispatch.problem import BoolArray, FloatArray, IntArray
 from hetis.solver.highs import GROWING_SIMPLEX, linear_program, quiet_highs
-from hetis.solver.redispatch.tables import RedispatchTables, device_seconds, objective_s
+from hetis.solver.redispatch.redispatch_tables import RedispatchTables, device_seconds, objective_s
 
 NEAR = 0.02  # ratio by which arrivals in the initial model may cost more than the cheapest of their request
 CHEAPER = 1e-7  # ratio by which an arrival must be cheaper than what its request pays, to join

@@ -6,11 +6,11 @@ import math
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 
-from hetis.solver.check.fleet import Fleet
+from hetis.solver.check.replica_shapes import Fleet
 from hetis.solver.plan import ObjectiveKind, ReplicaPlan, Role
 from hetis.solver.problem import Build, PlacementProblem
 from hetis.solver.replanning.change import HALF_DONE, Fate, ReplanningProblem, holdings, holdings_of, is_same
-from hetis.solver.replanning.solve import Replanning
+from hetis.solver.replanning.replanner import Replanning
 from hetis.solver.replanning.transition import Action
 
 RELATIVE = 1e-6
@@ -19,7 +19,7 @@ RELATIVE = 1e-6
 def check_replanning(given: ReplanningProblem, found: Replanning) -> list[str]:
     """Return every error as a sentence; `check_plan` checks the plan itself."""
     if len(found.continued) != len(found.plan.replicas):
-        return [f"{len(found.continued)} replicas are told of, the plan has {len(found.plan.replicas)}"]
+        return [f"{len(found.continued)} replicas are listed, the plan has {len(found.plan.replicas)}"]
     return [
         *_check_lost(given, found),
         *_check_continued(given, found),

@@ -9,9 +9,7 @@ import numpy as np
 from hetis.solver.dispatch.admission import NOT_FOUND, PLACED, SHORT_OF_BLOCKS, Admission, PackingProblem, admit
 from hetis.solver.dispatch.certificate import Multipliers, normalise, proven_bound, request_prices
 from hetis.solver.dispatch.chain import Demand
-from hetis.solver.dispatch.local_search import improve, perturb, place_rest, round_down
-from hetis.solver.dispatch.lp import LpProblem, RelaxationLp
-from hetis.solver.dispatch.problem import (
+from hetis.solver.dispatch.dispatch_problem import (
     DeviceLoad,
     DispatchPlan,
     DispatchProblem,
@@ -25,8 +23,7 @@ from hetis.solver.dispatch.problem import (
     Stage,
     Unplaced,
 )
-from hetis.solver.dispatch.relaxation import fractional_fill, likely_level, prices_of, relax, rows_of
-from hetis.solver.dispatch.tables import (
+from hetis.solver.dispatch.loaded_stage import (
     Costs,
     LoadedStage,
     costs_of,
@@ -36,6 +33,9 @@ from hetis.solver.dispatch.tables import (
     put_all,
     running_load,
 )
+from hetis.solver.dispatch.local_search import improve, perturb, place_rest, round_down
+from hetis.solver.dispatch.lp import LpProblem, RelaxationLp
+from hetis.solver.dispatch.relaxation import fractional_fill, likely_level, prices_of, relax, rows_of
 from hetis.solver.errors import InvalidProblemError
 
 # Ratio between bound and fractional placement up to which HiGHS is not used. If memory binds (12 x 8 and 64 x 64, free

@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 
-from hetis.solver.shares.problem import FairnessRule, FloatArray, ShareProblem, Shares
+from hetis.solver.shares.share_problem import FairnessRule, FloatArray, ShareProblem, Shares
 
 TOLERANCE = 1e-6
 

@@ -1,7 +1,7 @@
 """A stage, its running load and a placement on it as arrays for kernels, and the time of a device.
 
 One more head group costs device i, on its affine piece k, ``alpha_ik + beta_ik context`` seconds:
-``alpha = r (a + gamma e)`` and ``beta = (KV bytes per token) b``, in the letters of `hetis.solver.dispatch.problem`.
+``alpha = r (a + gamma e)`` and ``beta = (KV bytes per token) b``, in the letters of `dispatch_problem.py`.
 Tuples are passed to kernels whole, because passing their arrays made dispatch five times as slow.
 """
 
@@ -13,7 +13,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 
 from hetis.solver.compiled import kernel_of
-from hetis.solver.dispatch.problem import FloatArray, IntArray, Stage
+from hetis.solver.dispatch.dispatch_problem import FloatArray, IntArray, Stage
 
 kernel = kernel_of(Path(__file__).parent)
 

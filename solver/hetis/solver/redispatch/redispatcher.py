@@ -7,11 +7,12 @@ from typing import NamedTuple, TypeAlias
 
 import numpy as np
 
-from hetis.solver.dispatch.problem import DispatchPlan, IntArray
+from hetis.solver.dispatch.dispatch_problem import DispatchPlan, IntArray
+from hetis.solver.dispatch.dispatcher import Dispatcher, small_stage
 from hetis.solver.dispatch.snapshot import DeviceSnapshot, DeviceStatus, StateSnapshot
-from hetis.solver.dispatch.solve import Dispatcher, small_stage
-from hetis.solver.redispatch.local_search import improve, perturb, round_to_groups
+from hetis.solver.redispatch.joint_relaxation import JointRelaxation, MoveLp, relax
 from hetis.solver.redispatch.milp import search
+from hetis.solver.redispatch.move_search import improve, perturb, round_to_groups
 from hetis.solver.redispatch.moves import (
     Ordered,
     RequestMoves,
@@ -28,9 +29,8 @@ from hetis.solver.redispatch.moves import (
     whole_steps,
     worth,
 )
-from hetis.solver.redispatch.problem import Move, MoveReason, RedispatchPlan, RedispatchProblem, Refused
-from hetis.solver.redispatch.relaxation import JointRelaxation, MoveLp, relax
-from hetis.solver.redispatch.tables import (
+from hetis.solver.redispatch.redispatch_problem import Move, MoveReason, RedispatchPlan, RedispatchProblem, Refused
+from hetis.solver.redispatch.redispatch_tables import (
     RedispatchTables,
     continued,
     device_seconds,
@@ -74,7 +74,7 @@ class Redispatcher:
     def solve(self, problem: RedispatchProblem) -> RedispatchPlan:
         """Move head groups so that makespan, moving and short memory together cost least.
 
-        The formulation is that of `hetis.solver.redispatch.problem`. If dispatch's multipliers prove that no moves
+        The formulation is that of `redispatch_problem.py`. If dispatch's multipliers prove that no moves
         gain as much as they must, that is the answer. Otherwise the relaxation is solved by HiGHS, and its bound is
         recomputed from the multipliers. Whole groups come from rounding and a local search and, if these end far
         from the bound, from ruin and recreate and a small integer program. A move is dropped if it neither pays within
