@@ -71,8 +71,8 @@ _TARGETS: Mapping[ExportTarget, _Target] = {
     ExportTarget.SGLANG: _Target(write=write_shell, engines=(Engine.SGLANG,)),
     ExportTarget.COMPOSE: _Target(write=write_compose),
     ExportTarget.KUBERNETES: _Target(write=write_kubernetes, carried=_if_not(why_no_pods)),
-    ExportTarget.LWS: _Target(write=write_lws, carried=_if_not(why_no_group)),
-    ExportTarget.LLM_D: _Target(write=write_llm_d, carried=_if_not(why_no_group)),
+    ExportTarget.LWS: _Target(write=write_lws, carried=_if_not(why_no_pods)),
+    ExportTarget.LLM_D: _Target(write=write_llm_d, carried=_if_not(why_no_pods)),
     ExportTarget.KSERVE: _Target(
         write=write_kserve, carried=lambda launchable: without_single(_if_not(why_no_group)(launchable))
     ),
