@@ -16,8 +16,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tests.faults.cluster import Faulty, Planner, Witness, pinned
+from tests.faults.cluster import Faulty, Witness, pinned
 from tests.faults.history import Findings, check
+from tests.faults.planners import Planner
 from tests.planner.store.postgres import new_database, running_server
 
 FAR_SHARE = 1 / 60  # share of the lease, each way to the store and back: 50 ms of 3 s

@@ -21,7 +21,8 @@ import sqlalchemy as sa
 
 from hetis.v1 import cluster_pb2, cluster_service_pb2, document_pb2
 from hetis.v1.cluster_service_pb2_grpc import ClusterServiceStub
-from tests.faults.cluster import ROOT, fleet
+from tests.faults.cluster import fleet
+from tests.faults.planners import ROOT
 from tests.planner.service.process import REAL, Process
 from tests.planner.service.serving import details_of
 

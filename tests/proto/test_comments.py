@@ -47,6 +47,8 @@ def test_every_floating_point_field_ends_in_its_unit_or_says_that_it_has_none() 
         "gap_target",
         "held_out_mape",
         "other_value",
+        "worth",
+        "keep",
     }
     plain |= {"kv_thresholds", "high_water", "short_blocks_before", "short_blocks_after", "payback_steps"}
     plain |= {"kv_bytes_per_token", "exchange_bytes_per_head", "compute_capability", "gpu_memory_utilization"}

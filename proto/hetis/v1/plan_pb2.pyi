@@ -369,6 +369,7 @@ class PlanSpec(_message.Message):
     RUNG_FIELD_NUMBER: _builtins.int
     WORTH_FIELD_NUMBER: _builtins.int
     TARGET_FIELD_NUMBER: _builtins.int
+    KEEP_FIELD_NUMBER: _builtins.int
     model_name: _builtins.str
     """A name of the catalogue, such as `Llama-2-70B`."""
     workload_name: _builtins.str
@@ -403,8 +404,8 @@ class PlanSpec(_message.Message):
     max_nodes: _builtins.int
     """Nodes that a replica may lie on, attention workers included; not with `any`. 0: any number."""
     survive: _builtins.str
-    """What may be lost, any one of it, without less than the demand being served: `node` or `zone`; with COST and GPUS. There
-    are several searches then, which share the time limit. Empty: nothing.
+    """What may be lost, any one of it, while most is served or, with COST and GPUS, the demand: `node` or `zone`. Empty:
+    nothing.
     """
     max_num_seqs: _builtins.int
     """Requests that a replica runs at once, as its engine is started; at most 1000000000. 0: as many as is best."""
@@ -428,8 +429,8 @@ class PlanSpec(_message.Message):
     statistics.
     """
     rung: _builtins.str
-    """The most complex replicas: `node` (each in one node), `pipelines` (over several nodes), `apart` (prefill and decode apart)
-    or `workers` (attention workers). Empty: the highest rung that is worth it, with strategy `hetis`; any with others.
+    """The most complex replicas: `node` (each in one node), `pipelines` (over several), `apart` (prefill and decode) or
+    `workers` (for attention). Empty: the highest rung that is worth it with strategy `hetis`, any with others.
     """
     worth: _builtins.float
     """What a higher rung has to gain to be chosen if none is named: more of the rate, or the demand for less, also under the
@@ -437,6 +438,10 @@ class PlanSpec(_message.Message):
     """
     target: _builtins.str
     """The export target that has to carry all of the plan: `vllm`, `llm-d`, `kubernetes`, and so on. Empty: any one of them."""
+    keep: _builtins.float
+    """Share of the plan's rate that has to be left after the loss, with `survive`, if the rate is maximised; at most 1. 0:
+    as much as possible is left.
+    """
     @_builtins.property
     def model_document(self) -> _document_pb2.Document:
         """A ModelSpec document."""
@@ -506,10 +511,11 @@ class PlanSpec(_message.Message):
         rung: _builtins.str = ...,
         worth: _builtins.float | None = ...,
         target: _builtins.str = ...,
+        keep: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_gap_target", b"_gap_target", "_worth", b"_worth", "gap_target", b"gap_target", "model", b"model", "model_document", b"model_document", "model_name", b"model_name", "objective", b"objective", "time_limit", b"time_limit", "workload", b"workload", "workload_document", b"workload_document", "workload_name", b"workload_name", "worth", b"worth"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_gap_target", b"_gap_target", "_worth", b"_worth", "attainment", b"attainment", "chunk_tokens", b"chunk_tokens", "engine", b"engine", "gap_target", b"gap_target", "kv", b"kv", "kv_blocks", b"kv_blocks", "max_gpus", b"max_gpus", "max_nodes", b"max_nodes", "max_num_seqs", b"max_num_seqs", "max_stages", b"max_stages", "min_layers", b"min_layers", "model", b"model", "model_document", b"model_document", "model_name", b"model_name", "mtp", b"mtp", "objective", b"objective", "profiles", b"profiles", "roles", b"roles", "rung", b"rung", "seed", b"seed", "skip_verification", b"skip_verification", "strategy", b"strategy", "survive", b"survive", "target", b"target", "time_limit", b"time_limit", "tpot_statistic", b"tpot_statistic", "ttft_statistic", b"ttft_statistic", "weights", b"weights", "workload", b"workload", "workload_document", b"workload_document", "workload_name", b"workload_name", "worth", b"worth"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_gap_target", b"_gap_target", "_worth", b"_worth", "attainment", b"attainment", "chunk_tokens", b"chunk_tokens", "engine", b"engine", "gap_target", b"gap_target", "keep", b"keep", "kv", b"kv", "kv_blocks", b"kv_blocks", "max_gpus", b"max_gpus", "max_nodes", b"max_nodes", "max_num_seqs", b"max_num_seqs", "max_stages", b"max_stages", "min_layers", b"min_layers", "model", b"model", "model_document", b"model_document", "model_name", b"model_name", "mtp", b"mtp", "objective", b"objective", "profiles", b"profiles", "roles", b"roles", "rung", b"rung", "seed", b"seed", "skip_verification", b"skip_verification", "strategy", b"strategy", "survive", b"survive", "target", b"target", "time_limit", b"time_limit", "tpot_statistic", b"tpot_statistic", "ttft_statistic", b"ttft_statistic", "weights", b"weights", "workload", b"workload", "workload_document", b"workload_document", "workload_name", b"workload_name", "worth", b"worth"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__gap_target: _TypeAlias = _typing.Literal["gap_target"]  # noqa: Y015
     _WhichOneofArgType__gap_target: _TypeAlias = _typing.Literal["_gap_target", b"_gap_target"]  # noqa: Y015

@@ -19,7 +19,8 @@ from hetis.solver.placement.families import STRATEGIES, constraints_ignored
 from hetis.solver.placement.infeasible import Market
 from hetis.solver.placement.outcome import rate_bound, sound_bound
 from hetis.solver.placement.replicas.tabulation import build_cost_tables
-from hetis.solver.placement.solve import in_objective_units, objective_scale, solve_family
+from hetis.solver.placement.solve import in_objective_units, objective_scale, solve_family, solve_surviving_family
+from hetis.solver.placement.survival import Survive
 from hetis.solver.plan import Plan
 from hetis.solver.problem import PlacementProblem
 
@@ -58,6 +59,32 @@ def solve_placement(
     else:
         plan = solve_family(problem, settings, market, simplest_within)
     return replace(plan, family=problem.describe_family())
+
+
+def solve_surviving(
+    problem: PlacementProblem, survive: Survive, *, strategy: str = "hetis", budget: Budget | None = None,
+    gap_target: float = 0.001, seed: int = 0, report: Report = silent, market: Market | None = None,
+) -> tuple[Plan, float | None]:  # fmt: skip
+    """Choose replicas so that most is served after the worst loss, or a demand through it; return a bound on that.
+
+    If the rate is maximised, the plan leaves most after the loss, and serves most among such plans: value and bound
+    are those of its whole rate, and the bound on what any plan leaves is returned. With `Survive.keep`, the whole rate
+    is maximised, of which that share must be left. If cost is minimised, the demand must be left. Otherwise as
+    `solve_placement`.
+
+    Raises:
+        InvalidProblemError: a strategy without a search of our own.
+        InfeasibleError: no plan survives.
+        NoPlanFoundError: none was found in time.
+    """
+    settings = SearchSettings(
+        strategy=strategy, budget=budget or Budget(), gap_target=gap_target, seed=seed, report=report
+    )
+    problem = replace(problem.in_shared_precision(), family=STRATEGIES[strategy].restrict(problem.family))
+    if STRATEGIES[strategy].is_published or not problem.family.uneven_layers:
+        raise InvalidProblemError(f"strategy {strategy} does not plan for losses")
+    plan, left_bound = solve_surviving_family(problem, settings, survive, market)
+    return replace(plan, family=problem.describe_family()), left_bound
 
 
 def _by_published_heuristic(problem: PlacementProblem, settings: SearchSettings) -> Plan:

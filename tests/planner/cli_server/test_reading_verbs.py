@@ -242,7 +242,7 @@ def test_a_watch_says_that_nobody_is_there_and_ends(
     hetis_plan: Run, capsys: Captured, monkeypatch: pytest.MonkeyPatch, what: str
 ) -> None:
     monkeypatch.setenv("HETIS_SERVER", "127.0.0.1:1")
-    monkeypatch.setattr("hetis.planner.client.errors.TOLD_AFTER_S", 0.1)
+    monkeypatch.setattr("hetis.planner.client.errors.REPORTED_AFTER_S", 0.1)
     monkeypatch.setattr("hetis.planner.cli.server.server_verb.LONGEST_SILENCE_S", 1.0)
     monkeypatch.setattr("hetis.planner.client.channels.CHANNEL_OPTIONS", (("grpc.enable_retries", 0),))
     assert hetis_plan("watch", what, "-o", "json") == ExitCode.UNREACHABLE

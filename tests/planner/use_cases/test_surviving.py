@@ -13,19 +13,8 @@ import pytest
 
 from hetis.planner.cli.app import run
 from hetis.planner.cli.exit_codes import ExitCode
-from hetis.planner.use_cases import place as placing
-from hetis.planner.use_cases.place import PlacementSettings
 from hetis.planner.use_cases.record.parts import Losses
-from hetis.planner.use_cases.request import PlacementRequest
-from hetis.planner.use_cases.surviving import _equal_nodes
-from hetis.solver.budget import Budget, silent
-from hetis.solver.cluster import GpuSlots, NodeGroup
-from hetis.solver.constraints import Exclude, Selection, Unit
-from hetis.solver.errors import NoPlanFoundError
-from hetis.solver.plan import Plan
-from hetis.solver.problem import PlacementProblem
 from tests.engines.plans import plan_of, stage_of
-from tests.solver.instances import make_problem, make_profile
 
 FLEET = """\
 apiVersion: hetis/v1
@@ -67,13 +56,43 @@ def test_the_demand_is_served_without_any_one_node(inputs: list[str], capsys: py
     assert 0.9 * alone["inputs"]["losses"]["node"]["rate"] < 0.5
     assert 0.9 * kept["inputs"]["losses"]["node"]["rate"] >= 0.5
     assert kept["result"]["value"] > alone["result"]["value"]
-    assert any("are served when any one node is lost" in note for note in kept["notes"])
+    assert any("are left when any one node is lost, of 0.5 that are demanded" in note for note in kept["notes"])
+    assert kept["objective"]["demand_rps"] == 0.5
     assert "equal_stages_value" in alone["inputs"]
     assert "equal_stages_value" not in kept["inputs"], "equal stages that do not survive are no comparison"
     Path("plan.json").write_text(json.dumps(kept))
     assert run(["check", "plan.json", "-q"]) == ExitCode.OK
-    assert run([*inputs, "--survive", "node"]) == ExitCode.INVALID
-    assert "--survive needs a demand: use --objective cost or gpus" in " ".join(capsys.readouterr().err.split())
+    assert run([*inputs, *goal, "--survive", "node", "--keep", "50%"]) == ExitCode.INVALID
+    assert "--keep needs a rate to maximise" in " ".join(capsys.readouterr().err.split())
+    assert run([*inputs, "--keep", "50%"]) == ExitCode.INVALID
+    assert "--keep needs --survive node or --survive zone" in " ".join(capsys.readouterr().err.split())
+
+
+def test_most_is_left_after_the_loss_of_any_node(inputs: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    """Six single-GPU replicas on six nodes leave five of six, whatever else might serve more."""
+    goal = ["--tpot", "none", "--ttft", "none"]
+    plan = placed(capsys, [*inputs, *goal, "--survive", "node"])
+    left, whole = 0.9 * plan["inputs"]["losses"]["node"]["rate"], plan["result"]["value"]
+    assert plan["inputs"]["survives_rps"] == pytest.approx(left)
+    assert plan["inputs"]["survives_bound_rps"] == pytest.approx(left, rel=1e-3)
+    assert left == pytest.approx(whole * 5 / 6)
+    Path("plan.json").write_text(json.dumps(plan))
+    assert run(["check", "plan.json", "-q"]) == ExitCode.OK
+
+
+def test_a_share_of_the_rate_is_kept(inputs: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    Path("fleet.yaml").write_text(
+        FLEET.replace(
+            "  - {name: l4, count: 6, gpus: [{type: L4, count: 1}]}",
+            "  - {name: h, count: 1, gpus: [{type: H100-SXM-80GB, count: 4}]}\n"
+            "  - {name: l, count: 6, gpus: [{type: L4, count: 1}]}",
+        )
+    )
+    goal = ["--tpot", "none", "--ttft", "none", "--survive", "node"]
+    kept = placed(capsys, [*inputs, *goal, "--keep", "60%"])
+    lost = kept["inputs"]["losses"]["node"]
+    assert lost["rate"] >= 0.6 * lost["whole"] * (1 - 1e-6)
+    assert kept["result"]["bound"] >= kept["result"]["value"] * (1 - 1e-9)
 
 
 def test_what_survives_is_spread_over_nodes_where_that_takes_less(
@@ -117,7 +136,7 @@ def test_a_fleet_of_one_node_survives_no_loss(inputs: list[str], capsys: pytest.
 
 
 @pytest.mark.parametrize("constraint", [[], ["--pin", "node=big:as=primary"]])
-def test_a_node_that_the_others_cannot_replace_is_named_with_what_they_lack(
+def test_what_can_be_left_at_most_is_said_of_a_demand_that_cannot(
     inputs: list[str], capsys: pytest.CaptureFixture[str], constraint: list[str]
 ) -> None:
     big = "  - {name: big, gpus: [{type: H100-SXM-80GB, count: 4}]}\nnetwork"
@@ -125,9 +144,8 @@ def test_a_node_that_the_others_cannot_replace_is_named_with_what_they_lack(
     goal = ["--objective", "gpus", "--rate", "8", "--survive", "node", *constraint]
     assert run([*inputs, *goal]) == ExitCode.INFEASIBLE
     said = " ".join(capsys.readouterr().err.split())
-    assert "--survive node: without node big, the others must serve 8 requests/s" in said
-    assert "demand 8 requests/s is above what this fleet serves" in said
-    assert "node=big" not in said
+    assert "--survive node: no plan serves 8 requests/s without its worst node" in said
+    assert re.search(r"([0-9.]+) can be left after the loss of any one, and at most \1", said)
 
 
 def test_every_plan_says_what_is_served_without_its_worst_node(
@@ -205,7 +223,7 @@ def test_the_demand_is_served_without_any_one_zone(
     assert 0.9 * plan["inputs"]["losses"]["zone"]["rate"] >= demand * (1 - 1e-9)
     best = cheapest(rates, demand)
     assert plan["result"]["bound"] <= best * (1 + 1e-9) <= plan["result"]["value"] * (1 + 1e-9)
-    assert plan["result"]["value"] <= 1.35 * best
+    assert plan["result"]["value"] == pytest.approx(best)
     Path("plan.json").write_text(json.dumps(plan))
     assert run(["check", "plan.json", "-q"]) == ExitCode.OK
 
@@ -216,12 +234,11 @@ def test_gpus_may_cost_nothing(inputs: list[str], capsys: pytest.CaptureFixture[
     Path("fleet.yaml").write_text(FREE)
     asked = [*inputs, *ONE_GPU, "--objective", "cost", "--rate", str(rate), "--survive", place]
     plan = placed(capsys, asked)
-    result, notes = plan["result"], " ".join(plan["notes"])
+    result = plan["result"]
     if place == "node":
         assert (result["value"], result["bound"], result["gap"], result["status"]) == (0.0, 0.0, 0.0, "optimal")
     else:
         assert result["value"] >= 0.7
-    assert f": {result['value']:.4g} USD/h more than 0 USD/h of the plan for {rate} requests/s" in notes
     Path("plan.json").write_text(json.dumps(plan))
     assert run(["check", "plan.json", "-q"]) == ExitCode.OK
 
@@ -233,43 +250,8 @@ def test_zones_that_cannot_be_lost_are_refused_with_the_reason(
     assert run([*inputs, *goal]) == ExitCode.INVALID
     assert "all GPUs of cluster small are in one zone" in " ".join(capsys.readouterr().err.split())
     Path("fleet.yaml").write_text(ZONES)
-    assert run([*inputs, *goal, "--pin", "replicas=2"]) == ExitCode.INVALID
-    assert "--pin replicas=2 applies to the whole fleet" in " ".join(capsys.readouterr().err.split())
     assert run([*inputs, *ONE_GPU, "--objective", "cost", "--rate", "12", "--survive", "zone"]) == ExitCode.INFEASIBLE
-    assert "18 requests/s are needed to serve 12 without any one" in " ".join(capsys.readouterr().err.split())
-
-
-@pytest.mark.parametrize("is_found", [True, False])
-def test_all_searches_together_keep_the_time_limit(
-    inputs: list[str], monkeypatch: pytest.MonkeyPatch, is_found: bool
-) -> None:
-    """Every search takes all of its time here; those of nodes on their own find nothing unless ``is_found``."""
-    now_s, limits_s, solve = 0.0, list[float](), placing.search
-
-    def slow(problem: PlacementProblem, settings: PlacementSettings, *, budget: Budget, **more: Any) -> Plan:
-        nonlocal now_s
-        limits_s.append(budget.time_limit_s)
-        now_s += budget.time_limit_s
-        if len(limits_s) > 2 and not is_found:
-            raise NoPlanFoundError("no plan found within this time")
-        return solve(problem, settings, budget=Budget(), **more)
-
-    monkeypatch.setattr(placing, "search", slow)
-    request = PlacementRequest(
-        cluster="fleet.yaml", model="Llama-2-7B", workload="1024/256", objective="gpus", rate=0.5, ttft=None, tpot=None,
-        survive="node",
-    )  # fmt: skip
-    settings = placing.settings_of(request)
-    loaded = placing.load(request)
-    problem, budget = placing.pose(request, loaded), Budget(time_limit_s=60.0, clock=lambda: now_s)
-    if is_found:
-        placing.make_plan(loaded, problem, settings, budget=budget, report=silent)
-    else:
-        with pytest.raises(NoPlanFoundError, match=r"all searches for --survive share 60 s$"):
-            placing.make_plan(loaded, problem, settings, budget=budget, report=silent)
-    assert len(limits_s) > 2
-    assert limits_s[:3] == [30.0, 15.0, 7.5]
-    assert now_s < 60.0
+    assert "no plan serves 12 requests/s without its worst zone" in " ".join(capsys.readouterr().err.split())
 
 
 @pytest.mark.parametrize("row", [{"rate": "x", "whole": 1}, {"rate": 1, "whole": 0}, {"whole": 1}, {}, 3])
@@ -279,16 +261,3 @@ def test_losses_in_another_form_are_left_out(row: object) -> None:
         plan_of(stage_of()), inputs={"losses": {"node": named, "zone": {"name": "z", "rate": 1, "whole": 2.0}}}
     )
     assert {kind: loss.share for kind, loss in Losses.of(plan).by_place.items()} == {"zone": 0.5}
-
-
-def test_nodes_with_other_names_are_searched_once() -> None:
-    def grouped(*constraints: Exclude) -> list[list[str]]:
-        a, b = (NodeGroup(name=name, gpus=(GpuSlots(gpu="L4", count=1),), count=2, numbered=True) for name in "ab")
-        other = replace(a, name="c", count=1, numbered=False, zone="east")
-        problem = make_problem([a, b, other], profiles={"L4": make_profile("L4")})
-        return _equal_nodes(replace(problem, constraints=constraints))
-
-    assert grouped() == [["a-0", "a-1", "b-0", "b-1"], ["c"]]
-    assert grouped(Exclude(gpus=Selection(unit=Unit.ZONE, name="east"))) == grouped()
-    named = Exclude(gpus=Selection(unit=Unit.NODE, name="a-1"))
-    assert grouped(named) == [["a-0", "a-1"], ["b-0", "b-1"], ["c"]]

@@ -27,6 +27,7 @@ def spec_from_request(request: PlacementRequest) -> plan_pb2.PlanSpec:
         seed=request.seed,
         attainment=ratio_of(request.attainment or 0.0),
         worth=ratio_of(request.worth),
+        keep=ratio_of(request.keep or 0.0),
     )
     for name in SAME:
         if value := getattr(request, name):

@@ -37,7 +37,8 @@ def pairs_beyond_the_plan(launchable: Launchable, router: str, *, in_groups: boo
         sides = [(group.prefill, group.decode) for group in pair_groups(launchable)]
     others = [pair for side in sides for pair in product(*side) if pair not in routed]
     unlike = [pair for pair in others if _are_unlike(launchable, pair)]
-    fleet = _fleet_of(launchable.plan)
+    cluster = cluster_of(launchable.plan)
+    fleet = None if cluster is None else Fleet.of(cluster)
     apart = [] if fleet is None else [pair for pair in others if _are_apart(launchable.plan, fleet, pair)]
     slow = [pair for pair in apart if pair not in unlike]
     for found, which in ((unlike, "cannot exchange KV"), (slow, "exchange KV over slower links than planned")):
@@ -83,13 +84,13 @@ def _planned_link(plan: Plan, fleet: Fleet, number: int) -> Link | None:
     return slowest([*fleet.nic_links([*own, *partners]), *fleet.node_links(own, partners)])
 
 
-def _fleet_of(plan: Plan) -> Fleet | None:
-    """Return the fleet in a plan's inputs; None if they have none that can be read."""
+def cluster_of(plan: Plan) -> Cluster | None:
+    """Return the cluster in a plan's inputs; None if they have none that can be read."""
     try:
         cluster = from_data(MadeFrom.of(plan).document("cluster"), name="cluster")
     except DocumentError:
         return None
-    return Fleet.of(cluster) if isinstance(cluster, Cluster) else None
+    return cluster if isinstance(cluster, Cluster) else None
 
 
 def _named(launchable: Launchable, pairs: Sequence[Pair]) -> str:

@@ -10,11 +10,12 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from hetis.commands.endpoints import joined
+from hetis.engines.cluster import IMAGE, WORKER_IMAGE, ClusterSettings
 from hetis.engines.commands import WORKER_PORT, Addresses, Command, commands_of
 from hetis.engines.errors import LayoutError
 from hetis.engines.gpus import VENDORS
-from hetis.engines.kubernetes import IMAGE, WORKER_IMAGE, ClusterSettings
-from hetis.engines.layout import Layout, kv_partners, layout_of
+from hetis.engines.layout import Layout, layout_of
+from hetis.engines.planned import kv_partners
 from hetis.engines.serving import (
     KV_PORT,
     MASTER_PORT,
@@ -84,6 +85,17 @@ class LaunchableReplica:
     serving: Serving
     addresses: Addresses
     port: int
+    equals: tuple[LaunchableReplica, ...] = ()  # others like it, which are copies of its pod
+    product: str = ""  # label of the nodes on which its pod may be; empty: those of it and its equals
+
+    @property
+    def copies(self) -> int:
+        return 1 + len(self.equals)
+
+    @property
+    def nodes(self) -> tuple[str, ...]:
+        """The nodes of its front end and those of its equals."""
+        return tuple(dict.fromkeys(one.front_node for one in (self, *self.equals)))
 
     @property
     def name(self) -> str:

@@ -301,6 +301,7 @@ CHECKS: Mapping[str, Any] = {
     "forbid": Texts,
     "price_pins": bool,
     "survive": Annotated[str, one_of(lambda: ("", *PLACES), "loss")],
+    "keep": Share | None,
     "rung": Annotated[str, one_of(lambda: ("", *_rungs()), "rung")],
     "worth": BelowOne,
     "target": Annotated[str, one_of(lambda: ("", *ExportTarget), "export target")],

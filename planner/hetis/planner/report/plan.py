@@ -47,7 +47,7 @@ from hetis.planner.report.replica import (
     stage_table,
     unit_of_room,
 )
-from hetis.planner.report.rungs import rung_section
+from hetis.planner.report.rungs import rung_section, survival_words
 from hetis.planner.report.tables import (
     Narrowing,
     as_group,
@@ -195,6 +195,8 @@ def _facts(plan: Plan) -> Iterator[tuple[str, RenderableType]]:
     if (simulated := simulated_words(plan)) is not None:
         yield "Simulated", simulated
     yield "Fleet", _fleet(plan)
+    if (survived := survival_words(plan)) is not None:
+        yield "Survives", survived
     if lost := losses(plan):
         yield "Losses", lost
     if count_by_role(plan):

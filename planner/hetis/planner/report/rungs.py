@@ -10,7 +10,7 @@ from rich.text import Text
 from hetis.planner.report.figures import digits, percent, plural, with_unit
 from hetis.planner.report.tables import as_group, narrowing, section
 from hetis.planner.use_cases.record.forms import RungFound
-from hetis.planner.use_cases.record.parts import Rungs
+from hetis.planner.use_cases.record.parts import Requested, Rungs, Surviving
 from hetis.solver.placement.rungs import RUNGS
 from hetis.solver.plan import Plan
 
@@ -84,3 +84,14 @@ def next_rung(found: Sequence[RungFound], plan: Plan) -> str | None:
     over = f" over up to {plural(other.nodes, 'node')} each" if other.nodes and other.nodes > 1 else ""
     left = f"left after a loss {percent(left_share(mine))} -> {percent(left_share(other))}"
     return f"--rung {other.name}: {gain} with {rung.summary}{over}; {left}; needs {rung.needs}"
+
+
+def survival_words(plan: Plan) -> str | None:
+    """Return what is left after the loss that a plan had to survive, with the bound; None: there was none."""
+    found, place = Surviving.of(plan), Requested.of(plan).survive
+    if found.left_rps is None:
+        return None
+    left = f"{digits(found.left_rps, 4)} requests/s are left after losing any one {place}"
+    if found.bound_rps is not None:
+        return f"{left}; no plan leaves more than {digits(found.bound_rps, 4)}"
+    return left if found.keep is None else f"{left}, at least {percent(found.keep)} of all"

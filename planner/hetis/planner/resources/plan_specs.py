@@ -262,9 +262,11 @@ class _SpecReader:
             self.choice("target", spec.target, [target.value for target in ExportTarget])
         worth = spec.worth if spec.HasField("worth") else defaults.worth
         self.require(0 <= worth < 1, "worth", f"is {worth:g}, must be from 0 to below 1")
-        needs = plan_pb2.OBJECTIVE_KIND_COST, plan_pb2.OBJECTIVE_KIND_GPUS
-        message = "is set, but the objective has no demand to keep: it must be COST or GPUS"
-        self.require(not spec.survive or spec.objective.kind in needs, "survive", message)
+        demands = plan_pb2.OBJECTIVE_KIND_COST, plan_pb2.OBJECTIVE_KIND_GPUS
+        self.require(0 <= spec.keep <= 1, "keep", f"is {spec.keep:g}, must be from 0 to 1")
+        message = "is set, but there is no rate to maximise that survives a loss"
+        is_kept = bool(spec.survive) and spec.objective.kind not in demands
+        self.require(not spec.keep or is_kept, "keep", message)
         gap = spec.gap_target if spec.HasField("gap_target") else defaults.gap_target
         self.require(0 <= gap <= 1, "gap_target", f"is {gap:g}, must be from 0 to 1")
         time_limit_s = min(defaults.time_limit_s, limits.time_s)
@@ -281,6 +283,7 @@ class _SpecReader:
             gap_target=gap,
             seed=spec.seed % _SEEDS,
             survive=spec.survive,
+            keep=spec.keep or None,
             rung=spec.rung,
             worth=worth,
             target=spec.target,

@@ -18,7 +18,7 @@ from hetis.planner.use_cases.record.parts import Verified
 from hetis.planner.use_cases.robustness.fixed_plan import FixedPlan
 from hetis.planner.use_cases.robustness.profile_errors import scaled_by, tp_sizes, used_fits
 from hetis.profiler.ranges import range_factors
-from hetis.solver.advice import worst_node
+from hetis.solver.advice import worst_node, worst_zone
 from hetis.solver.budget import Budget
 from hetis.solver.cluster import node_of
 from hetis.solver.errors import InfeasibleError, NoPlanFoundError
@@ -47,6 +47,8 @@ class Climbing:
         worth: the share of the kept rate (or of the cost) that a rung must gain over a simpler one.
         target: the export target that must carry the plan; empty: any one.
         least_layers: layers of each of several stages, unless nothing else fits.
+        survive: ``node`` or ``zone`` if plans survive the loss of one; empty: they need not.
+        by_what_is_left: whether a rung's gain is what is left after the loss, if the rate is maximised.
         carriers: what each export target cannot carry; None: not known, and not required.
     """
 
@@ -54,6 +56,8 @@ class Climbing:
     worth: float = DEFAULT_WORTH
     target: str = ""
     least_layers: int = 1
+    survive: str = ""
+    by_what_is_left: bool = False
     carriers: Carriers | None = None
 
 
@@ -178,7 +182,10 @@ class _Rungs:
         return self._how.target in (row.targets or ()) if self._how.target else bool(row.targets)
 
     def _is_worth(self, plan: Plan, simpler: Plan, row: RungFound, other: RungFound) -> bool:
-        if gain_of(plan, simpler) < self._how.worth or (row.left_rps or 0.0) < (other.left_rps or 0.0) * (1.0 - SAME):
+        gain = gain_of(plan, simpler)
+        if self._how.by_what_is_left and plan.objective.maximises and other.left_rps:
+            gain = (row.left_rps or 0.0) / other.left_rps - 1.0
+        if gain < self._how.worth or (row.left_rps or 0.0) < (other.left_rps or 0.0) * (1.0 - SAME):
             return False
         gains = gains_under_errors(plan, simpler, replace(self._problem, objective=plan.objective))
         return gains[int((1.0 - SURE) * len(gains))] >= self._how.worth
@@ -188,7 +195,7 @@ class _Rungs:
         if plan is None:
             why = "the same as the rung below" if name not in self.families else self._why_not[name]
             return RungFound(name=name, why_not=why)
-        lost = worst_node(plan, self._problem)
+        lost = (worst_zone if self._how.survive == "zone" else worst_node)(plan, self._problem)
         rate = planned_rate(plan, self._problem)
         carriers = self._how.carriers
         return RungFound(

@@ -6,7 +6,6 @@ which `compare` and the service's solver jobs share. `hetis.planner.report.plan`
 
 from __future__ import annotations
 
-import math
 import os
 import threading
 from collections.abc import Callable
@@ -23,26 +22,27 @@ from hetis.planner.use_cases.climbing import (
     Climbing,
     climb,
     keeps_less,
+    with_least_layers,
 )
 from hetis.planner.use_cases.engine_values import with_engine_values
 from hetis.planner.use_cases.listing import kinds_in_a_zone, refuse_unlisted, stages_to_list
 from hetis.planner.use_cases.precision import for_engine, in_precision, notes_on_exchange
 from hetis.planner.use_cases.prices import catalogue_market, constraint_prices, with_prices
 from hetis.planner.use_cases.record.forms import MAY_DIFFER
-from hetis.planner.use_cases.record.parts import MadeFrom, Requested, Rungs, Verified
+from hetis.planner.use_cases.record.parts import MadeFrom, Requested, Rungs, Surviving, Verified
 from hetis.planner.use_cases.request import PlacementRequest, path_or_value, ratio_of
 from hetis.planner.use_cases.robustness.profile_errors import profile_notes, with_profile_errors
 from hetis.planner.use_cases.robustness.study import Robustness, study, with_robustness
 from hetis.planner.use_cases.service_level import ServiceLevel
 from hetis.planner.use_cases.sources import Inputs, LoadedInputs, engine_rules, engine_settings, load_inputs
-from hetis.planner.use_cases.surviving import check_survival, surviving_plan, with_losses
+from hetis.planner.use_cases.surviving import check_survival, most_left, surviving_plan, with_losses
 from hetis.planner.use_cases.verification import equal_stages
 from hetis.planner.use_cases.verification.choosing import Again, kept_plan, with_rate_of_equal_stages, worth_of
 from hetis.planner.use_cases.verification.queueing import with_queueing
 from hetis.planner.use_cases.verification.rates import ITERATIONS, simulation_report
 from hetis.planner.use_cases.versions import installed_versions
-from hetis.solver.budget import Budget, Report, SearchSettings
-from hetis.solver.errors import InvalidProblemError, NoPlanFoundError, UncheckedPlanError
+from hetis.solver.budget import Budget, Report, SearchSettings, silent
+from hetis.solver.errors import InfeasibleError, InvalidProblemError, UncheckedPlanError
 from hetis.solver.plan import DEFAULT_STRATEGY, DEFAULT_TIME_LIMIT_S, Objective, Plan, Role
 from hetis.solver.problem import EngineRules, PlacementProblem
 from hetis.solver.search_clock import search_seconds
@@ -52,7 +52,6 @@ if TYPE_CHECKING:
     from hetis.solver.placement.infeasible import Market
     from hetis.solver.planning import ConstraintPrice
 
-TO_SURVIVE = 0.5  # share of the time left for each search for a plan that survives a loss: others may follow
 CUT_SHORT = 0.5  # share of the time limit of a search that its gap shows to have been cut short
 ONE_TOKEN = "requests have one output token, so that a limit on TPOT does not apply"
 KV_IS_FOR_ENGINES = "engines must be configured to transfer KV along the routes"
@@ -65,9 +64,10 @@ class PlacementSettings:
     ``roles``: those that replicas may have; empty: all roles of the strategy. ``engine``: the engine whose rules plans
     must obey; None: any engine. ``keep_stages``: whether to search pipelines of as many stages as its rules have; if
     not, of fewer where those are too many to list (`listing`). ``simplest_within``: the share of the optimum that a
-    plan on fewer nodes may lose. ``survive``: ``node`` or ``zone`` if the demand must be served even if any one of them
-    is lost; empty: neither. ``rung``, ``worth``, ``target`` and ``least_layers`` are those of `Climbing`; other
-    strategies than the default one are searched whole unless a rung is requested.
+    plan on fewer nodes may lose. ``survive``: ``node`` or ``zone`` if most, or the demand, must be served even if any
+    one of them is lost; empty: neither. ``keep``: the share of its rate that must then be left. ``rung``, ``worth``,
+    ``target`` and ``least_layers`` are those of `Climbing`; other strategies than the default one are searched whole
+    unless a rung is requested.
     """
 
     strategy: str = DEFAULT_STRATEGY
@@ -79,6 +79,7 @@ class PlacementSettings:
     seed: int = 0
     simplest_within: float = 0.0
     survive: str = ""
+    keep: float | None = None
     rung: str = ""
     worth: float = DEFAULT_WORTH
     target: str = ""
@@ -88,8 +89,9 @@ class PlacementSettings:
         """Return how the rung is chosen."""
         rung = self.rung or ("" if self.strategy == DEFAULT_STRATEGY else HIGHEST)
         return Climbing(
-            rung=rung, worth=self.worth, target=self.target, least_layers=self.least_layers, carriers=carriers
-        )
+            rung=rung, worth=self.worth, target=self.target, least_layers=self.least_layers, carriers=carriers,
+            survive=self.survive, by_what_is_left=bool(self.survive) and self.keep is None,
+        )  # fmt: skip
 
     def problem(self, inputs: Inputs, objective: Objective, *, least_stages: int = 1) -> PlacementProblem:
         """Return the problem that these inputs define, with the strategy's family of plans.
@@ -171,6 +173,7 @@ def settings_of(request: PlacementRequest) -> PlacementSettings:
         seed=request.seed,
         simplest_within=ratio_of(request.simplest_within),
         survive=request.survive,
+        keep=None if request.keep is None else ratio_of(request.keep),
         rung=request.rung,
         worth=ratio_of(request.worth),
         target=request.target,
@@ -187,8 +190,7 @@ def pose(request: PlacementRequest, loaded: LoadedInputs) -> PlacementProblem:
     """
     settings = settings_of(request)
     problem = settings.problem(loaded.inputs, request.goal)
-    if settings.survive:
-        check_survival(problem, settings.survive)
+    check_survival(problem, settings.survive, settings.keep)
     return problem
 
 
@@ -312,7 +314,7 @@ def make_plan(
 
     If no plan exists, ``market`` contains the GPUs that could be added (None: do not look). ``beside_equal_stages``
     adds the value of equal stages, and ``beside_engines`` those of plans for other engines, which takes additional
-    time. If a loss must be survived, several searches share the budget: each may take half of what is left of it.
+    time.
     ``requested`` is the objective as requested, with limits that do not apply to the problem's requests; None: the
     problem's. ``on_search`` is called before each search.
 
@@ -326,23 +328,19 @@ def make_plan(
 
     def find(posed: PlacementProblem, own: Budget) -> Plan:
         on_search()
+        if survive:
+            return surviving_plan(survivors(settings, own, report), posed, survive, settings.keep)
         return search(posed, settings, budget=own, report=report, market=market)
 
-    def survivor(posed: PlacementProblem) -> Plan:
-        loud, quiet = (lambda one, e=explains: find(one, _part_of(budget, explains=e)) for explains in (True, False))
-        return surviving_plan(loud, quiet, posed, survive)
-
     try:
-        if survive:
-            made = Climbed(plan=survivor(problem), problem=problem)
-        elif problem.family.engine is None:
+        if problem.family.engine is None:
             made = Climbed(plan=find(problem, budget), problem=problem)
         else:
             made = climb(find, budget, problem, settings.strategy, settings.climbing(carriers))
-    except NoPlanFoundError as error:
-        if not survive or budget.cancelled.is_set() or math.isinf(budget.time_limit_s):
+    except InfeasibleError as error:
+        if not survive:
             raise
-        raise NoPlanFoundError(f"{error}; all searches for --survive share {budget.time_limit_s:.4g} s") from None
+        raise _not_surviving(error, problem, settings, budget) from None
     requested, problem = requested or problem.objective, replace(made.problem, objective=made.plan.objective)
     plan = Rungs(found=made.rungs).on(describe(made.plan, loaded, problem, settings, requested, rung=made.rung))
     is_compared = settings.strategy == DEFAULT_STRATEGY and plan.replicas and not survive  # they do not survive
@@ -356,16 +354,35 @@ def make_plan(
     return replace(made, plan=_checked(plan, problem, losses=beside_equal_stages), problem=problem)
 
 
-def _part_of(budget: Budget, *, explains: bool) -> Budget:
-    """Return the budget of the next of several searches, however many may follow.
+def _not_surviving(
+    error: InfeasibleError, problem: PlacementProblem, settings: PlacementSettings, budget: Budget
+) -> InfeasibleError:
+    """Return why no plan survives: how much is left at most after a loss, if any plan leaves something."""
+    demand, place = problem.objective.demand_rps, settings.survive
+    if problem.objective.maximises or demand is None or budget.is_spent():
+        return error
+    quiet = replace(budget, time_limit_s=budget.remaining_s(), explains=False)
+    most = most_left(survivors(settings, quiet, silent), with_least_layers(problem, 1), place)
+    if most is None:
+        return error
+    left, bound = Surviving.of(most).left_rps or 0.0, Surviving.of(most).bound_rps or 0.0
+    why = f"--survive {place}: no plan serves {demand:.4g} requests/s without its worst {place}"
+    return InfeasibleError((why, f"{left:.4g} can be left after the loss of any one, and at most {bound:.4g}"))
 
-    Raises:
-        NoPlanFoundError: no time is left.
-    """
-    left_s = budget.remaining_s()
-    if left_s <= 0.0:
-        raise NoPlanFoundError("the time limit ended before the search for a plan that survives a loss")
-    return replace(budget, time_limit_s=TO_SURVIVE * left_s, explains=explains)
+
+def survivors(settings: PlacementSettings, budget: Budget, report: Report) -> Callable[..., tuple[Plan, float | None]]:
+    """Return a search for plans that survive a loss, with the bound on what any of them leaves."""
+
+    def find(posed: PlacementProblem, keep: float | None) -> tuple[Plan, float | None]:
+        from hetis.solver.placement.survival import Survive
+        from hetis.solver.planning import solve_surviving
+
+        return solve_surviving(
+            posed, Survive(place=settings.survive, keep=keep), strategy=settings.strategy, budget=budget,
+            gap_target=settings.gap_target, seed=settings.seed, report=report,
+        )  # fmt: skip
+
+    return find
 
 
 def simulated_plan(
@@ -401,7 +418,7 @@ def simulated_plan(
         )  # fmt: skip
 
     plan, lower = simulated(made.plan, made.problem, made.rung), made.simpler
-    if again and lower is not None and keeps_less(plan, lower.plan) and not budget.is_spent():
+    if again and lower is not None and not settings.survive and keeps_less(plan, lower.plan) and not budget.is_spent():
         posed = replace(lower.problem, objective=lower.plan.objective)
         described = describe(lower.plan, loaded, posed, settings, made.plan.objective, rung=lower.rung)
         rungs = tuple(replace(one, is_chosen=one.name == lower.rung) for one in made.rungs)

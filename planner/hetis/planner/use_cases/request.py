@@ -169,10 +169,14 @@ class PlacementRequest:
     )
     survive: Loss | Literal[""] = given(
         "--survive: "
-        "Still serve --rate after losing any one node or zone; needs --objective cost or gpus. Several searches "
-        "share the time limit.",
+        "Serve most after losing any one node or zone or, with --objective cost or gpus, still serve --rate.",
         panel="Goal",
         default="",
+    )
+    keep: Quantity | None = given(
+        "--keep SHARE: With --survive: serve most of all plans of which at least this share is left.",
+        panel="Goal",
+        default=None,
     )
     rung: RungName | Literal[""] = given(
         "--rung NAME: "

@@ -54,16 +54,24 @@ class BoundStage:
 
 
 def bind(
-    costs: CostTables, templates: Sequence[Template], *, seed: int = 0, budget: Budget | None = None
-) -> list[list[BoundStage]]:
+    costs: CostTables, templates: Sequence[Template], *, seed: int = 0, budget: Budget | None = None,
+    spreads: bool = False,
+) -> list[list[BoundStage]]:  # fmt: skip
     """Return named GPUs for every stage of every template, in order; first fit if the budget leaves no time.
+
+    If it ``spreads``, the loss of a node takes as few requests/s as possible: of the nodes with room, a replica goes to
+    the one whose replicas have the least rate.
 
     Raises:
         UnboundPlanError: the templates do not fit in the fleet's nodes.
     """
     parts = [part for i, template in enumerate(templates) for part in _parts_of(costs, i, template)]
     budget, engine = budget if budget is not None else Budget(), costs.problem.family.engine
-    if engine is not None and engine.max_nodes is not None:
+    most_nodes = None if engine is None else engine.max_nodes
+    spread = _first_fit(costs, parts, [template.rate for template in templates]) if spreads else None
+    if spread is not None and (most_nodes is None or _most_nodes(costs, parts, spread) <= most_nodes):
+        nodes = spread
+    elif engine is not None and engine.max_nodes is not None:
         nodes = _within(costs, templates, parts, engine.max_nodes, seed)
     else:
         nodes = _on_few_nodes(costs, parts, seed, budget)
@@ -73,6 +81,15 @@ def bind(
         stage = bound[part.replica][part.stage]
         (stage.workers if part.is_worker else stage.devices).extend(names.take(part.device_class, node, part.size))
     return bound
+
+
+def _most_nodes(costs: CostTables, parts: Sequence[BoundPart], nodes: Sequence[int]) -> int:
+    """Return the most nodes of a replica."""
+    used = defaultdict[int, set[str]](set)
+    for part, node in zip(parts, nodes, strict=True):
+        group, number = _nodes_of(costs.classes[part.device_class])[node]
+        used[part.replica].add(group.node_name(number))
+    return max(map(len, used.values()), default=0)
 
 
 def _within(
@@ -137,8 +154,11 @@ def _packed(costs: CostTables, parts: Sequence[BoundPart], nodes: list[int], see
     return done
 
 
-def _first_fit(costs: CostTables, parts: Sequence[BoundPart]) -> list[int]:
-    """Return a node (its number within the class) for every part, placed in order of size, then of replica."""
+def _first_fit(costs: CostTables, parts: Sequence[BoundPart], rates: Sequence[float] | None = None) -> list[int]:
+    """Return a node (its number within the class) for every part, placed in order of size, then of replica.
+
+    With the ``rates`` of the replicas, the node with the least rate so far is chosen, otherwise the tightest.
+    """
     node_of = [-1] * len(parts)
     by_class: dict[int, list[int]] = defaultdict(list)
     for i, part in enumerate(parts):
@@ -149,17 +169,26 @@ def _first_fit(costs: CostTables, parts: Sequence[BoundPart]) -> list[int]:
         waiting: dict[int, list[int]] = defaultdict(list)  # free GPUs -> nodes, used from the end
         waiting[c.gpus_per_node] = list(range(c.num_nodes - 1, -1, -1))
         home: dict[int, int] = {}  # replica -> its latest node
+        lost = [0.0] * c.num_nodes  # the rate of the replicas on each node
         for i in sorted(members, key=lambda i: (-parts[i].size, parts[i].replica, i)):
             part = parts[i]
             node = home.get(part.replica, -1)
             if node < 0 or free[node] < part.size:
-                node = _tightest(waiting, free, part.size)
+                node = _tightest(waiting, free, part.size) if rates is None else _safest(lost, free, part.size)
+                if rates is not None and node >= 0:
+                    lost[node] += rates[part.replica]
             if node < 0:
                 raise UnboundPlanError(f"no node has {part.size} free {c.gpu} for replica {part.replica}")
             free[node] -= part.size
             waiting[free[node]].append(node)
             node_of[i] = home[part.replica] = node
     return node_of
+
+
+def _safest(lost: Sequence[float], free: Sequence[int], size: int) -> int:
+    """Return the node with the least lost rate that still holds ``size`` GPUs, or -1."""
+    fitting = (node for node in range(len(free)) if free[node] >= size)
+    return min(fitting, key=lambda node: (lost[node], node), default=-1)
 
 
 def _tightest(waiting: dict[int, list[int]], free: list[int], size: int) -> int:

@@ -56,6 +56,7 @@ class Outcome:
     flows: FloatArray  # [Z, Z] requests/s prefilled in the first zone and decoded in the second
     runners_up: tuple[Template, ...] = ()
     interrupted: bool = False
+    left_bound: float | None = None  # on what any plan leaves after the worst loss, if that is maximised
     best: Outcome | None = None  # the best outcome, if this simpler one replaced it
 
 

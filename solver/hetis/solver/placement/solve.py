@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -34,6 +34,7 @@ from hetis.solver.placement.replicas.template import (
     with_fewest_in_flight,
 )
 from hetis.solver.placement.search import equal_stages, search
+from hetis.solver.placement.survival import Survive, search_surviving
 from hetis.solver.plan import (
     AttentionWorkerPool,
     ClassPrice,
@@ -60,6 +61,35 @@ def solve_family(
     Raises:
         InvalidProblemError: the family has no engine's rules.
     """
+
+    def found_by(costs: CostTables, settings: SearchSettings) -> Outcome | None:
+        return search(costs, settings, simplest_within=simplest_within)
+
+    return _solved(problem, settings, market, found_by, simplest_within)[0]
+
+
+def solve_surviving_family(
+    problem: PlacementProblem, settings: SearchSettings, survive: Survive, market: Market | None = None
+) -> tuple[Plan, float | None]:
+    """Solve as `hetis.solver.planning.solve_surviving` does, with the problem's family.
+
+    Raises:
+        InvalidProblemError: the family has no engine's rules.
+    """
+
+    def found_by(costs: CostTables, settings: SearchSettings) -> Outcome | None:
+        return search_surviving(costs, survive, settings)
+
+    plan, outcome = _solved(problem, settings, market, found_by, survives=True)
+    return plan, None if outcome.left_bound is None else objective_scale(problem) * outcome.left_bound
+
+
+def _solved(
+    problem: PlacementProblem, settings: SearchSettings, market: Market | None,
+    found_by: Callable[[CostTables, SearchSettings], Outcome | None], simplest_within: float = 0.0,
+    *, survives: bool = False,
+) -> tuple[Plan, Outcome]:  # fmt: skip
+    """Return the outcome of a search as a plan with named GPUs, and the outcome itself."""
     if problem.family.engine is None:
         raise InvalidProblemError(f"strategy {settings.strategy} plans for an engine: give the family its rules")
     searched = apply_constraints(problem)
@@ -70,7 +100,7 @@ def solve_family(
     if is_out_of_reach(costs, demanded_rate(searched) or 0.0):
         raise infeasible(problem, settings, market)
     settings.tell("cost tables")
-    outcome = search(costs, settings, simplest_within=simplest_within)
+    outcome = found_by(costs, settings)
     if outcome is None:
         raise settings.stopped() if settings.budget.is_spent() else infeasible(problem, settings, market)
 
@@ -78,13 +108,13 @@ def solve_family(
         tables, serving, spreads = _serving(costs, outcome, settings)
         chosen = [(with_fewest_in_flight(tables, template), count) for template, count in serving.chosen]
         templates = [template for template, count in chosen for _ in range(count)]
-        bound_stages = bind(tables, templates, seed=settings.seed, budget=settings.budget)
+        bound_stages = bind(tables, templates, seed=settings.seed, budget=settings.budget, spreads=survives)
         return plan_of(tables, settings.strategy, serving, templates, bound_stages, settings.budget, spreads=spreads)
 
     plan = bound(outcome)
     if outcome.best is not None:
         plan = simpler_or_best(plan, bound(outcome.best), simplest_within)
-    return plan if searched is problem else restored(plan, searched, problem)
+    return (plan if searched is problem else restored(plan, searched, problem)), outcome
 
 
 def _serving(costs: CostTables, outcome: Outcome, settings: SearchSettings) -> tuple[CostTables, Outcome, bool]:

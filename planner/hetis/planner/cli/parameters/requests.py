@@ -50,6 +50,7 @@ _READ: Mapping[str, Mapping[str, Any]] = {
     "forbid": {"type": list[str], "autocompletion": values.forbidden_things},
     "price_pins": {"type": bool},
     "survive": {"type": Loss},
+    "keep": {"parser": values.share},
     "rung": {"type": RungName},
     "worth": {"parser": values.below_one},
     "target": {"type": Target},
@@ -140,7 +141,7 @@ else:
     WhatIfOptions = request_options(*INPUTS, *GOAL, *FAMILY, *RUNGS, *REPLICAS, *MEMORY, *SEARCH)
     SearchOptions = request_options(*SEARCH)
     ApplyOptions = request_options(
-        *INPUTS, *GOAL, *LEVEL, "survive", "verify", *FAMILY, *RUNGS, *REPLICAS, *SEARCH,
+        *INPUTS, *GOAL, *LEVEL, "survive", "keep", "verify", *FAMILY, *RUNGS, *REPLICAS, *SEARCH,
         cluster=_to_solve(
             "--cluster -c FILE|NAME: The fleet: a file, which is applied first, or an existing cluster."
         ),

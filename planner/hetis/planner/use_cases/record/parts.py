@@ -250,6 +250,15 @@ class Losses(Part):
 
 
 @part
+class Surviving(Part):
+    """What a plan that had to survive a loss leaves after it, and the bound on what any plan leaves."""
+
+    left_rps: float | None = entry(None, read_any_number, name="survives_rps")
+    bound_rps: float | None = entry(None, read_any_number, name="survives_bound_rps")  # None: it was not maximised
+    keep: float | None = entry(None, read_any_number)  # the share of its rate that had to be left
+
+
+@part
 class ProfileErrors(Part):
     """What the errors of the plan's profiles mean."""
 
