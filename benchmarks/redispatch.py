@@ -34,6 +34,7 @@ from typing import TypeVar
 import numpy as np
 
 from benchmarks.measuring import rows
+from benchmarks.measuring.baselines import paper_rule, whole_request_moves
 from benchmarks.measuring.drift import (
     LAYERS,
     REFILL_TOKEN_S,
@@ -42,8 +43,6 @@ from benchmarks.measuring.drift import (
     Scenario,
     Still,
     Tally,
-    paper_rule,
-    whole_request_moves,
 )
 from benchmarks.measuring.rows import Row
 from hetis.solver.dispatch.dispatcher import Dispatcher

@@ -19,14 +19,8 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.measuring.rows import Cell, Row
-from benchmarks.measuring.service_crowd import (
-    Crowd,
-    ScriptedAgent,
-    Sending,
-    balanced_owners,
-    connect_all,
-    request_of,
-)
+from benchmarks.measuring.scripted_agent import ScriptedAgent, balanced_owners, request_of
+from benchmarks.measuring.service_crowd import Crowd, Sending, connect_all
 from benchmarks.measuring.service_planner import CellFleet, PlannerProcess, Watched, cell_fleet, raise_file_limit
 from examples.simulated_engine.stage import StageRun
 from hetis.planner.client import AsyncClient, CallError

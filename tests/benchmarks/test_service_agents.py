@@ -11,9 +11,9 @@ from typing import Any, cast
 import grpc
 import pytest
 
-from benchmarks.measuring import service_crowd
+from benchmarks.measuring import scripted_agent
+from benchmarks.measuring.scripted_agent import ScriptedAgent
 from benchmarks.measuring.service_calls import paced
-from benchmarks.measuring.service_crowd import ScriptedAgent
 from hetis.planner.client import CallError
 from hetis.v1 import agent_service_pb2 as pb
 from hetis.v1 import agent_service_pb2_grpc, change_pb2, replica_pb2, report_pb2
@@ -83,8 +83,8 @@ async def agent_of(*talks: Talk) -> AsyncIterator[tuple[ScriptedAgent, Planner]]
 
 @pytest.fixture(autouse=True)
 def _without_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(service_crowd, "LEAST_PAUSE_S", 0.0)
-    monkeypatch.setattr(service_crowd, "MOST_PAUSE_S", 0.01)
+    monkeypatch.setattr(scripted_agent, "LEAST_PAUSE_S", 0.0)
+    monkeypatch.setattr(scripted_agent, "MOST_PAUSE_S", 0.01)
 
 
 async def assign_and_prepare(stream: Stream) -> None:

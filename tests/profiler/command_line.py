@@ -1,4 +1,4 @@
-"""Runs ``hetis-profile`` as users do, in a separate process, and faster, in this process."""
+"""Runs ``hetis-profile`` in this process, and as users do, in a separate one."""
 
 from __future__ import annotations
 
@@ -6,14 +6,19 @@ import subprocess
 from pathlib import Path
 
 from hetis.profiler.cli.app import run
-from tests.command_line import command_of, run_command
+from tests.command_line import command_of, run_command, run_here
 
 COMMAND = command_of("hetis.profiler.cli")
 
 
-def hetis_profile(*arguments: str, cwd: Path | None = None, timeout_s: float = 300) -> subprocess.CompletedProcess[str]:
-    """Run the command to its end; return exit code, stdout and stderr."""
-    return run_command(COMMAND, *arguments, cwd=cwd, timeout_s=timeout_s)
+def hetis_profile(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    """Run the command at 80 columns; return exit code, stdout and stderr."""
+    return run_here(run, *arguments, cwd=cwd)
+
+
+def hetis_profile_process(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    """Run the command in a process of its own, as a run does that measures."""
+    return run_command(COMMAND, *arguments, cwd=cwd)
 
 
 def invoke(*arguments: str | Path) -> int:

@@ -10,7 +10,7 @@ import pytest
 
 from hetis.formats.catalogue import find_gpu
 from hetis.formats.discovery.fleet import Discovered, discovered
-from hetis.formats.discovery.nvidia import read_nvml
+from hetis.formats.discovery.nvml import read_nvml
 from hetis.formats.errors import DocumentError
 from hetis.solver.cluster import Link
 from tests.runtime.agent.devices.fake_nvml import GIB, Gpu, fake_pynvml

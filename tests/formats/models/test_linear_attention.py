@@ -17,7 +17,8 @@ from hetis.formats.models.document import load_model
 from hetis.formats.models.linear_attention import lightning_attention
 from hetis.formats.positions import Text
 from hetis.solver.model import Experts
-from tests.formats.models.test_huggingface import FOLDER, MODELOPT, config_of, load
+from tests.formats.models.test_huggingface import FOLDER, config_of, load
+from tests.formats.models.test_quantisation import MODELOPT
 from tests.models import shape_of
 
 KIMI, MINIMAX = "moonshotai__Kimi-Linear-48B-A3B-Instruct", "MiniMaxAI__MiniMax-Text-01"

@@ -258,7 +258,7 @@ def run_script(words: list[str], node: str) -> list[str]:
 
 
 def workers_of(files: Mapping[str, str]) -> dict[str, list[Found]]:
-    """Read attention workers, which are StatefulSets whatever creates the engine's pods."""
+    """Read attention workers, which are StatefulSets whatever creates the engine's pods, and stages without a group."""
     found = dict[str, list[Found]]()
     for one in manifests(files):
         if one["kind"] == "StatefulSet":
@@ -266,7 +266,7 @@ def workers_of(files: Mapping[str, str]) -> dict[str, list[Found]]:
             container = container_of(template["spec"])
             devices = template["metadata"]["annotations"]["hetis/devices"].split(",")
             name = one["metadata"]["labels"]["app.kubernetes.io/instance"].rpartition("-")[2]
-            found.setdefault(name, []).append(Found(words_of(container), {}, devices))
+            found.setdefault(name, []).append(Found(words_of(container), environment_of(container), devices))
     return found
 
 

@@ -600,18 +600,25 @@ def test_a_target_says_before_an_export_whether_it_carries_a_plan(target: Export
 
 
 def test_further_stages_of_one_node_are_pods_of_their_own_or_left_out() -> None:
-    """Pods of one template are distinguished by node; vLLM on Ray numbers the ranks of a node consecutively."""
+    """Pods of one template are distinguished by node; vLLM on Ray numbers the ranks of a node consecutively.
+
+    LeaderWorkerSet and llm-d get StatefulSets instead, of which the front end's alone is in llm-d's pool.
+    """
     stages = (on("a/0", layers=2), on("b/0", first=2, layers=1), on("b/1", first=3, layers=1))
     plan = made_of(replica(*stages, in_flight=3))
-    for target in (ExportTarget.LWS, ExportTarget.LLM_D, ExportTarget.KSERVE):
-        with pytest.raises(NotExportableError, match="several further stages are on b"):
-            exported(plan, target)
+    with pytest.raises(NotExportableError, match="several further stages are on b"):
+        exported(plan, ExportTarget.KSERVE)
+    objects = reading.manifests(exported(plan, ExportTarget.LLM_D).files)
+    labels = [one["spec"]["template"]["metadata"]["labels"] for one in objects if one["kind"] == "StatefulSet"]
+    assert ["hetis/pool" in each for each in labels] == [True, False, False]
     with pytest.raises(NotExportableError, match="it is 3 pods: Dynamo makes those of a component from one template"):
         exported(plan, ExportTarget.DYNAMO)
     for target in (
         ExportTarget.VLLM,
         ExportTarget.COMPOSE,
         ExportTarget.KUBERNETES,
+        ExportTarget.LWS,
+        ExportTarget.LLM_D,
         ExportTarget.SLURM,
         ExportTarget.RAY,
     ):

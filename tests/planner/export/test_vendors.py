@@ -100,7 +100,9 @@ def test_pods_of_one_template_request_the_same_resource() -> None:
     exported(in_fleet(plan, b=SHARED, c=SHARED), ExportTarget.LWS)
     exported(in_fleet(plan, c=SHARED), ExportTarget.KUBERNETES)
     with pytest.raises(NotExportableError, match=f"further stages request nvidia.com/gpu and {SHARED}: pods of one"):
-        exported(in_fleet(plan, c=SHARED), ExportTarget.LWS)
+        exported(in_fleet(plan, c=SHARED), ExportTarget.KSERVE)
+    alone = reading.manifests(exported(in_fleet(plan, c=SHARED), ExportTarget.LWS).files)
+    assert [one["kind"] for one in alone].count("StatefulSet") == 3
 
 
 def test_services_have_the_devices_of_their_vendor() -> None:

@@ -22,7 +22,8 @@ from hetis.solver.plan import Role
 from tests.engines.installed_vllm import said_by_vllm
 from tests.engines.test_attention import GEMMA_3, LLAMA_4, MISTRAL_3
 from tests.engines.test_commands import lines_of_layouts
-from tests.formats.models.test_huggingface import STATED_KV, config_of, load
+from tests.formats.models.test_huggingface import config_of, load
+from tests.formats.models.test_quantised_modules import STATED_KV
 from tests.planner.export.plans import PLANS, model_of
 from tests.planner.export.test_export import SETTINGS
 from tests.runtime.launch.vllm_python import PYTHON, needs_vllm

@@ -17,7 +17,7 @@ from hetis.formats.measurements import MeasuredOp, load_measurements
 from hetis.formats.profile import load_profile
 from tests.command_line import environment, with_ctrl_c
 from tests.planner.command_line import hetis_plan
-from tests.profiler.command_line import COMMAND, hetis_profile, invoke
+from tests.profiler.command_line import COMMAND, hetis_profile, hetis_profile_process, invoke
 
 pytestmark = pytest.mark.skipif(
     find_spec("torch") is None, reason="torch is not installed: pip install 'hetis[profiler]' to run this"
@@ -38,10 +38,10 @@ def has_cuda() -> bool:
 
 def test_a_quick_run_on_this_machine_becomes_a_plan(tmp_path: Path) -> None:
     kept = interrupted_after(5, tmp_path)
-    done = hetis_profile(*RUN, "--resume", "--time-limit", "25", "-o", "json", cwd=tmp_path)
+    done = hetis_profile_process(*RUN, "--resume", "--time-limit", "25", "-o", "json", cwd=tmp_path)
     if "are too short" in done.stderr:  # the machine was busy
         kept = int(re.findall(r"(\d+) points were measured", done.stderr)[-1])
-        done = hetis_profile(*RUN, "--resume", "--time-limit", "200", "-o", "json", cwd=tmp_path)
+        done = hetis_profile_process(*RUN, "--resume", "--time-limit", "200", "-o", "json", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert f"{kept} points were known from the interrupted run" in done.stderr
     assert not (tmp_path / "raw.json.journal").exists()
@@ -51,7 +51,7 @@ def test_a_quick_run_on_this_machine_becomes_a_plan(tmp_path: Path) -> None:
 
     fitted = fit(tmp_path)
     if "check the unit" in fitted.stderr:  # the machine stalled during an operator's few rows
-        again = hetis_profile(*RUN, "--time-limit", "200", cwd=tmp_path)
+        again = hetis_profile_process(*RUN, "--time-limit", "200", cwd=tmp_path)
         assert again.returncode == 0, again.stderr
         fitted = fit(tmp_path)
     assert fitted.returncode == 0, fitted.stderr
@@ -133,7 +133,7 @@ def test_a_device_that_is_not_here_is_named(capsys: pytest.CaptureFixture[str]) 
 @pytest.mark.skipif(not has_cuda(), reason="needs a CUDA device")
 def test_a_quick_run_on_a_gpu_is_fitted(tmp_path: Path) -> None:
     arguments = ("run", "--device", "cuda:0", "--quick", "--out", "raw.json", "--cluster-out", "cluster.yaml")
-    done = hetis_profile(*arguments, cwd=tmp_path)
+    done = hetis_profile_process(*arguments, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     raw = load_measurements(tmp_path / "raw.json")
     paths = {path for table in raw.tables if table.op is MeasuredOp.TRANSFER for path in table.text("path")}

@@ -32,7 +32,13 @@ from hetis.v1.agent_service_pb2 import (
     Settings,
     Welcome,
 )
-from hetis.v1.change_pb2 import Change, ChangeOutcome, ChangePart
+from hetis.v1.change_pb2 import Change, ChangeOutcome, ChangePart, ChangePhase
+from hetis.v1.executor_service_pb2 import (
+    ApplyAssignmentResponse,
+    CopyMovesResponse,
+    ReserveMovesResponse,
+    WatchReportsResponse,
+)
 from hetis.v1.failure_pb2 import ErrorReason, Failure
 from hetis.v1.head_map_pb2 import Move, MoveReason
 from hetis.v1.inventory_pb2 import GpuDevice, NodeInventory
@@ -44,6 +50,7 @@ from hetis.v1.replica_pb2 import (
     ReplicaPlan,
     StagePlan,
 )
+from hetis.v1.report_pb2 import AssignmentState, DeviceReport, ReplicaReport
 from hetis.v1.stage_pb2 import AttentionPiece, HeadShape, StageDevice, StageModel
 
 REPLICA = "clusters/c/replicas/r"
@@ -288,3 +295,45 @@ class Bench:
                     self.ended.append(action)
         self.sent += said
         return said
+
+
+PLANNER = Planner()
+LOADED = ApplyAssignmentResponse(state=AssignmentState.ASSIGNMENT_STATE_LOADED)
+
+
+def nack_reason(messages: list[ConnectNodeRequest]) -> str:
+    (nack,) = [message.nack for message in messages if message.HasField("nack")]
+    return ErrorReason.Name(nack.failure.reason).removeprefix("ERROR_REASON_")
+
+
+def acks(messages: list[ConnectNodeRequest]) -> list[int]:
+    return [message.ack.generation for message in messages if message.HasField("ack")]
+
+
+def phases(messages: list[ConnectNodeRequest]) -> list[str]:
+    statuses = [message.change_status for message in messages if message.HasField("change_status")]
+    return [ChangePhase.Name(status.phase).removeprefix("CHANGE_PHASE_") for status in statuses]
+
+
+def failure(name: str, **metadata: str) -> Failure:
+    return Failure(reason=ErrorReason.Value(f"ERROR_REASON_{name}"), message=name, metadata=metadata)
+
+
+def prepared(bench: Bench, *parts: int, timeout_s: float = 10.0) -> object:
+    """A change that is READY."""
+    what = change(timeout_s=timeout_s)
+    bench.hear(PLANNER.prepare(what, *(parts or (AUTHORITY, SOURCE))))  # type: ignore[arg-type]
+    bench.answer(ReserveMovesResponse())
+    if set(parts or (AUTHORITY, SOURCE)) != {AUTHORITY}:
+        bench.answer(CopyMovesResponse(copied_bytes=5, total_bytes=5))
+    return what
+
+
+def kv(used: int) -> WatchReportsResponse:
+    replica = ReplicaReport(replica=REPLICA, assignment_state=AssignmentState.ASSIGNMENT_STATE_SERVING, num_steps=used)
+    device = DeviceReport(index=0, total_blocks=1000, used_blocks=used)
+    return WatchReportsResponse(engine_id="e", replicas=[replica], devices=[device])
+
+
+def reports(messages: list[ConnectNodeRequest]) -> list[int]:
+    return [message.report.devices[0].used_blocks for message in messages if message.HasField("report")]

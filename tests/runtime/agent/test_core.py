@@ -1,91 +1,41 @@
-"""The agent's side of the protocol, rule by rule."""
+"""The agent's side of the protocol, rule by rule: streams and assignments."""
 
 from __future__ import annotations
-
-import itertools
 
 import pytest
 
 from hetis.runtime.agent.outbox import Persist, Send
-from hetis.v1.agent_service_pb2 import AgentCapability, ConnectNodeRequest, ConnectNodeResponse, Goodbye, StateRequest
-from hetis.v1.change_pb2 import ChangePhase, ChangeStatus
+from hetis.v1.agent_service_pb2 import AgentCapability, ConnectNodeRequest, ConnectNodeResponse, Goodbye
+from hetis.v1.change_pb2 import ChangePhase
 from hetis.v1.executor_service_pb2 import (
     AbortMovesRequest,
     AbortMovesResponse,
     ApplyAssignmentRequest,
-    ApplyAssignmentResponse,
-    CopyMovesRequest,
-    CopyMovesResponse,
-    FlipMovesRequest,
-    FlipMovesResponse,
-    ReadHeadMapsResponse,
-    ReleaseMovesRequest,
-    ReleaseMovesResponse,
-    ReserveMovesRequest,
-    ReserveMovesResponse,
     WatchReportsResponse,
 )
-from hetis.v1.failure_pb2 import ErrorReason, Failure
-from hetis.v1.head_map_pb2 import HeadMap, RunningRequest
-from hetis.v1.report_pb2 import AssignmentState, DeviceReport, DeviceStatus, ReplicaReport
+from hetis.v1.failure_pb2 import ErrorReason
+from hetis.v1.report_pb2 import AssignmentState, DeviceStatus, ReplicaReport
 from tests.runtime.agent.builders import (
     ABORTED,
-    AUTHORITY,
     FLIPPED,
+    LOADED,
+    PLANNER,
     REPLICA,
-    SOURCE,
     STEERED,
-    TARGET,
     Bench,
     Planner,
+    acks,
     assignment,
     change,
     duration,
+    failure,
+    kv,
+    nack_reason,
+    phases,
+    prepared,
     stage_model,
     welcome,
 )
-
-PLANNER = Planner()
-LOADED = ApplyAssignmentResponse(state=AssignmentState.ASSIGNMENT_STATE_LOADED)
-
-
-def nack_reason(messages: list[ConnectNodeRequest]) -> str:
-    (nack,) = [message.nack for message in messages if message.HasField("nack")]
-    return ErrorReason.Name(nack.failure.reason).removeprefix("ERROR_REASON_")
-
-
-def acks(messages: list[ConnectNodeRequest]) -> list[int]:
-    return [message.ack.generation for message in messages if message.HasField("ack")]
-
-
-def phases(messages: list[ConnectNodeRequest]) -> list[str]:
-    statuses = [message.change_status for message in messages if message.HasField("change_status")]
-    return [ChangePhase.Name(status.phase).removeprefix("CHANGE_PHASE_") for status in statuses]
-
-
-def failure(name: str, **metadata: str) -> Failure:
-    return Failure(reason=ErrorReason.Value(f"ERROR_REASON_{name}"), message=name, metadata=metadata)
-
-
-@pytest.fixture
-def bench() -> Bench:
-    """A connected agent with an assignment of generation 1 that the engine has taken."""
-    bench = Bench()
-    bench.connect()
-    bench.hear(PLANNER.assign())
-    bench.answer(LOADED)
-    return bench
-
-
-def prepared(bench: Bench, *parts: int, timeout_s: float = 10.0) -> object:
-    """A change that is READY."""
-    what = change(timeout_s=timeout_s)
-    bench.hear(PLANNER.prepare(what, *(parts or (AUTHORITY, SOURCE))))  # type: ignore[arg-type]
-    bench.answer(ReserveMovesResponse())
-    if set(parts or (AUTHORITY, SOURCE)) != {AUTHORITY}:
-        bench.answer(CopyMovesResponse(copied_bytes=5, total_bytes=5))
-    return what
-
 
 # --- stream and epochs
 
@@ -443,300 +393,3 @@ def test_every_wrong_field_is_named() -> None:
     assert nack_reason(said) == "INVALID_FIELD"
     fields = {violation.field for violation in said[-1].nack.failure.field_violations}
     assert fields == {"prepare.change.moves", "prepare.change.prepare_timeout"}
-
-
-# --- changes
-
-
-def test_a_change_goes_from_prepare_to_released(bench: Bench) -> None:
-    what = change()
-    assert phases(bench.hear(PLANNER.prepare(what))) == ["PREPARING"]
-    reserve = bench.call()
-    assert isinstance(reserve, ReserveMovesRequest)
-    assert reserve.epoch == 1
-    bench.answer(ReserveMovesResponse())
-    assert isinstance(bench.call(), CopyMovesRequest)
-    assert phases(bench.answer(CopyMovesResponse(copied_bytes=7))) == ["READY"]
-    bench.now_s += 4
-    bench.hear(PLANNER.commit(what))
-    flip = bench.call()
-    assert isinstance(flip, FlipMovesRequest)
-    assert flip.timeout.ToMilliseconds() == 6000
-    flipped = bench.answer(FlipMovesResponse(outcome=FLIPPED, generation=2, step=9))
-    (status,) = [message.change_status for message in flipped if message.HasField("change_status")]
-    assert (status.phase, status.generation, status.step) == (ChangePhase.CHANGE_PHASE_FLIPPED, 2, 9)
-    bench.hear(PLANNER.resolved(what, FLIPPED))
-    release = bench.call()
-    assert isinstance(release, ReleaseMovesRequest)
-    assert release.generation == 2
-    assert phases(bench.answer(ReleaseMovesResponse())) == ["RELEASED"]
-    assert bench.core.held()[0].generation == 2
-
-
-def test_an_authority_that_copies_nothing_is_ready_when_it_has_reserved(bench: Bench) -> None:
-    bench.hear(PLANNER.prepare(change(), AUTHORITY))
-    assert phases(bench.answer(ReserveMovesResponse())) == ["READY"]
-
-
-def test_one_change_at_a_time(bench: Bench) -> None:
-    first = change()
-    bench.hear(PLANNER.prepare(first))
-    said = bench.hear(PLANNER.prepare(change()))
-    assert nack_reason(said) == "CHANGE_IN_FLIGHT"
-    assert said[-1].nack.failure.metadata["change_id"] == first.change_id
-
-
-def test_a_repeated_prepare_reserves_once(bench: Bench) -> None:
-    what = change()
-    bench.hear(PLANNER.prepare(what))
-    assert phases(bench.hear(PLANNER.prepare(what))) == ["PREPARING"]
-    assert len(bench.calls) == 1
-
-
-def test_only_a_ready_authority_takes_a_commit(bench: Bench) -> None:
-    what = change()
-    assert nack_reason(bench.hear(PLANNER.commit(what))) == "CHANGE_UNKNOWN"
-    bench.hear(PLANNER.prepare(what, AUTHORITY, SOURCE))
-    assert nack_reason(bench.hear(PLANNER.commit(what))) == "CHANGE_PHASE"
-    other = Bench(node="w")
-    other.connect()
-    other.hear(PLANNER.assign(assignment("w")))
-    other.answer(LOADED)
-    what = prepared(other, TARGET)  # type: ignore[assignment]
-    assert nack_reason(other.hear(PLANNER.commit(what))) == "CHANGE_PHASE"
-
-
-def test_a_prepare_after_the_abort_is_refused(bench: Bench) -> None:
-    what = change()
-    bench.hear(PLANNER.abort(what))
-    bench.answer(AbortMovesResponse(outcome=ABORTED))
-    assert nack_reason(bench.hear(PLANNER.prepare(what))) == "CHANGE_PHASE"
-
-
-def test_an_abort_stops_the_copy(bench: Bench) -> None:
-    what = change()
-    bench.hear(PLANNER.prepare(what))
-    bench.answer(ReserveMovesResponse())
-    bench.hear(PLANNER.abort(what))
-    assert isinstance(bench.call(), AbortMovesRequest)
-    assert phases(bench.answer(AbortMovesResponse(outcome=ABORTED))) == ["ABORTED"]
-
-
-def test_an_abort_that_comes_too_late_says_flipped(bench: Bench) -> None:
-    what = prepared(bench)
-    bench.hear(PLANNER.abort(what))  # type: ignore[arg-type]
-    assert phases(bench.answer(AbortMovesResponse(outcome=FLIPPED, generation=2))) == ["FLIPPED"]
-    assert bench.core.held()[0].generation == 2
-
-
-def test_a_copy_that_fails_gives_the_change_up_and_says_why(bench: Bench) -> None:
-    bench.hear(PLANNER.prepare(change()))
-    bench.answer(ReserveMovesResponse())
-    bench.answer(failure("COPY_FAILED", device="p/0"))
-    said = bench.answer(AbortMovesResponse(outcome=ABORTED), of=AbortMovesRequest)
-    (status,) = [message.change_status for message in said if message.HasField("change_status")]
-    assert status.failure.reason == ErrorReason.ERROR_REASON_COPY_FAILED
-
-
-def test_without_the_planner_the_deadline_aborts(bench: Bench) -> None:
-    prepared(bench, timeout_s=10)
-    bench.core.stream_ended()
-    assert bench.core.next_s() <= bench.now_s + 10
-    bench.tick(9.9)
-    assert not bench.calls
-    bench.tick(0.2)
-    request = bench.call()
-    assert isinstance(request, AbortMovesRequest)
-    assert request.failure.reason == ErrorReason.ERROR_REASON_PREPARE_EXPIRED
-
-
-def test_an_engine_that_does_not_know_how_it_ended_is_asked_until_it_does(bench: Bench) -> None:
-    bench = Bench(node="w")
-    bench.connect()
-    bench.hear(PLANNER.assign(assignment("w")))
-    bench.answer(LOADED)
-    prepared(bench, TARGET)
-    bench.tick(11)
-    for _ in range(3):
-        assert isinstance(bench.call(), AbortMovesRequest)
-        assert phases(bench.answer(failure("ENGINE_UNREACHABLE"))) == []
-        bench.tick(6)
-    assert phases(bench.answer(AbortMovesResponse(outcome=FLIPPED, generation=2))) == ["FLIPPED"]
-
-
-def test_after_the_deadline_a_commit_flips_nothing(bench: Bench) -> None:
-    what = prepared(bench, timeout_s=10)
-    bench.now_s += 11
-    bench.hear(PLANNER.commit(what))  # type: ignore[arg-type]
-    flip = bench.call()
-    assert isinstance(flip, FlipMovesRequest | AbortMovesRequest)
-    if isinstance(flip, FlipMovesRequest):
-        assert flip.timeout.ToNanoseconds() == 0  # no time left, so that the engine aborts
-
-
-def test_a_reboot_ends_what_was_being_prepared(bench: Bench) -> None:
-    prepared(bench, timeout_s=500)
-    rebooted = Bench(disk=bench.disk, clock="boot-2")
-    rebooted.now_s = 1.0
-    rebooted.tick()
-    assert isinstance(rebooted.call(), AbortMovesRequest)
-
-
-def test_a_restarted_agent_goes_on_where_it_was(bench: Bench) -> None:
-    what = change()
-    bench.hear(PLANNER.prepare(what))
-    bench.answer(ReserveMovesResponse())
-    bench.boot()
-    bench.tick()
-    assert isinstance(bench.call(), ApplyAssignmentRequest)
-    bench.answer(LOADED)
-    again = bench.call()
-    assert isinstance(again, ReserveMovesRequest)
-    assert again.change.prepare_timeout.ToMilliseconds() == 10_000
-
-
-def test_a_restarted_agent_flips_what_it_had_acknowledged(bench: Bench) -> None:
-    what = prepared(bench)
-    bench.hear(PLANNER.commit(what))  # type: ignore[arg-type]
-    bench.boot()
-    bench.tick()
-    bench.answer(LOADED)
-    assert isinstance(bench.call(), FlipMovesRequest)
-
-
-def test_an_agent_hears_from_its_engine_how_a_change_ended_without_it(bench: Bench) -> None:
-    what = prepared(bench)
-    bench.boot()
-    bench.connect()
-    ended = ChangeStatus(
-        change_id=what.change_id,  # type: ignore[attr-defined]
-        replica=REPLICA,
-        phase=ChangePhase.CHANGE_PHASE_FLIPPED,
-        generation=2,
-        step=3,
-    )
-    report = WatchReportsResponse(engine_id="e", changes=[ended])
-    assert phases(bench.do(bench.core.on_engine_report(report, bench.now_s))) == ["FLIPPED"]
-    assert phases(bench.do(bench.core.on_engine_report(report, bench.now_s))) == []
-
-
-def test_statuses_are_repeated_after_a_reconnect_until_resolved(bench: Bench) -> None:
-    what = prepared(bench)
-    bench.sent.clear()
-    bench.connect()
-    assert phases(bench.sent) == ["READY"]
-    bench.hear(PLANNER.abort(what))  # type: ignore[arg-type]
-    bench.answer(AbortMovesResponse(outcome=ABORTED))
-    bench.sent.clear()
-    bench.connect()
-    assert phases(bench.sent) == ["ABORTED"]
-    bench.hear(PLANNER.resolved(what, ABORTED))  # type: ignore[arg-type]
-    bench.sent.clear()
-    bench.connect()
-    assert phases(bench.sent) == []
-
-
-def test_an_authority_that_aborted_is_not_told_that_it_flipped(bench: Bench) -> None:
-    what = prepared(bench)
-    bench.hear(PLANNER.abort(what))  # type: ignore[arg-type]
-    bench.answer(AbortMovesResponse(outcome=ABORTED))
-    assert nack_reason(bench.hear(PLANNER.resolved(what, FLIPPED))) == "CHANGE_PHASE"  # type: ignore[arg-type]
-    assert not bench.calls
-
-
-def test_an_assignment_ends_the_change_under_way_first(bench: Bench) -> None:
-    prepared(bench)
-    bench.hear(PLANNER.assign(generation=4))
-    assert isinstance(bench.call(), AbortMovesRequest)
-    bench.answer(failure("ENGINE_UNREACHABLE"))
-    assert isinstance(bench.call(), ApplyAssignmentRequest)
-
-
-def test_the_same_assignment_of_a_new_planner_disturbs_nothing(bench: Bench) -> None:
-    prepared(bench)
-    bench.connect(epoch=2)
-    assert acks(bench.hear(Planner(2).assign())) == [1]
-    assert not bench.calls
-
-
-# --- reports
-
-
-def kv(used: int) -> WatchReportsResponse:
-    replica = ReplicaReport(replica=REPLICA, assignment_state=AssignmentState.ASSIGNMENT_STATE_SERVING, num_steps=used)
-    device = DeviceReport(index=0, total_blocks=1000, used_blocks=used)
-    return WatchReportsResponse(engine_id="e", replicas=[replica], devices=[device])
-
-
-def reports(messages: list[ConnectNodeRequest]) -> list[int]:
-    return [message.report.devices[0].used_blocks for message in messages if message.HasField("report")]
-
-
-def test_reports_follow_change_thresholds_and_the_least_interval(bench: Bench) -> None:
-    def hear(used: int, after_s: float) -> list[int]:
-        bench.now_s += after_s
-        return reports(bench.do(bench.core.on_engine_report(kv(used), bench.now_s)))
-
-    hear(500, 2)
-    bench.tick(2)
-    assert hear(510, 1.5) == []  # changed by one point
-    assert hear(530, 0.0) == [530]  # changed by three points
-    assert hear(560, 0.5) == []  # too soon
-    assert hear(560, 0.6) == [560]
-    assert hear(899, 1.1) == [899]
-    assert hear(900, 0.01) == [900]  # reaches the threshold: reported at once
-
-
-def test_a_share_that_hovers_at_a_threshold_is_reported_at_once_only_once(bench: Bench) -> None:
-    def hear(used: int, after_s: float = 0.2) -> list[int]:
-        bench.now_s += after_s
-        return reports(bench.do(bench.core.on_engine_report(kv(used), bench.now_s)))
-
-    bench.connect(heartbeat_interval=duration(600))
-    hear(850)
-    assert hear(901) == [901]
-    assert [hear(used) for used in [899, 901, 885, 900] * 50] == [[]] * 200
-    assert hear(875) == [875]  # the fall is reported once the least interval is over
-    assert hear(901) == [901]
-    assert hear(875) == []
-    assert hear(901) == []  # the planner has not heard that it fell
-
-
-def test_a_silent_node_sends_heartbeats_with_jitter(bench: Bench) -> None:
-    bench.sent.clear()
-    beats = []
-    for _ in range(20_000):
-        bench.now_s += 0.01
-        if any(message.HasField("heartbeat") for message in bench.tick()):
-            beats.append(bench.now_s)
-    waits = {round(later - earlier, 2) for earlier, later in itertools.pairwise(beats)}
-    assert all(4.49 <= wait <= 5.52 for wait in waits)
-    assert len(waits) > 5
-
-
-def test_a_report_can_be_asked_for(bench: Bench) -> None:
-    request = StateRequest(request_id="q", report=True)
-    said = bench.hear(ConnectNodeResponse(epoch=1, state_request=request))
-    assert [message.WhichOneof("message") for message in said] == ["report"]
-
-
-def test_head_maps_come_in_pieces_of_at_most_a_mebibyte(bench: Bench) -> None:
-    requests = [RunningRequest(id=f"request-{i}", context_tokens=1000 + i, owners=[i % 3] * 64) for i in range(30_000)]
-    request = StateRequest(request_id="q", head_map_of=REPLICA)
-    bench.hear(ConnectNodeResponse(epoch=1, state_request=request))
-    said = bench.answer([ReadHeadMapsResponse(generation=1, step=5, head_maps=[HeadMap(requests=requests)])])
-    pieces = [message.head_map for message in said if message.HasField("head_map")]
-    assert len(pieces) > 2
-    assert all(message.ByteSize() <= 1 << 20 for message in said)
-    assert [piece.index for piece in pieces] == list(range(len(pieces)))
-    assert [piece.is_last for piece in pieces] == [False] * (len(pieces) - 1) + [True]
-    assert [r for piece in pieces for head_map in piece.head_maps for r in head_map.requests] == requests
-
-
-def test_a_head_map_that_is_not_there_is_a_failure() -> None:
-    bench = Bench()
-    bench.connect()
-    said = bench.hear(ConnectNodeResponse(epoch=1, state_request=StateRequest(request_id="q", head_map_of="x")))
-    piece = next(message.head_map for message in said if message.HasField("head_map"))
-    assert piece.is_last
-    assert piece.failure.reason == ErrorReason.ERROR_REASON_NOT_FOUND

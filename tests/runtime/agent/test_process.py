@@ -13,12 +13,14 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
 from hetis.engines.errors import OptionError
 from hetis.planner.convert import names
 from hetis.runtime.agent.executor import SocketExecutor
+from hetis.runtime.agent.main import main
 from hetis.runtime.agent.options import checked_node
 from hetis.v1.agent_service_pb2 import ConnectNodeRequest, ConnectNodeResponse, StateRequest
 from hetis.v1.change_pb2 import Change, ChangePhase
@@ -26,7 +28,7 @@ from hetis.v1.executor_service_pb2 import ReadHeadMapsRequest
 from hetis.v1.failure_pb2 import ErrorReason, Failure
 from hetis.v1.head_map_pb2 import Move, MoveReason
 from hetis.v1.report_pb2 import AssignmentState
-from tests.command_line import command_of
+from tests.command_line import command_of, run_here
 from tests.runtime.agent.builders import (
     AUTHORITY,
     FLIPPED,
@@ -44,7 +46,12 @@ COMMAND = command_of("hetis.runtime.agent")
 ENGINE = command_of("examples.simulated_engine")
 ROOT = Path(__file__).parents[3]
 BUSY = {"rate_rps": 20, "prompt_tokens": 50, "output_tokens": 2000, "load_s": 0, "dense_step_s": 0.05}
-Step = ChangePhase.ValueType
+
+
+def hetis_agent(arguments: Sequence[str]) -> int:
+    """Run the command line in this process."""
+    with mock.patch.object(sys, "argv", ["hetis-agent", *arguments]):
+        return main()
 
 
 class Processes:
@@ -338,7 +345,7 @@ def test_every_node_that_a_cluster_may_have_can_have_an_agent(name: str, is_know
     ],
 )
 def test_bad_options_are_one_clear_line(arguments: list[str], says: str) -> None:
-    ended = subprocess.run([*COMMAND, *arguments], capture_output=True, text=True, timeout=60, check=False)
+    ended = run_here(hetis_agent, *arguments)
     assert ended.returncode == 2
     assert says in ended.stderr
     assert len(ended.stderr.splitlines()) == 1
@@ -362,9 +369,7 @@ def test_an_agent_with_too_few_descriptors_says_how_many_it_needs(tmp_path: Path
 
 
 def test_a_token_in_the_environment_that_cannot_be_sent_is_an_invalid_option() -> None:
-    environment = {**os.environ, "HETIS_AGENT_TOKEN": "two words"}
-    command = [*COMMAND, "--node", NODE + "p", "--engine", "none"]
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False, env=environment)
+    ended = run_here(hetis_agent, "--node", NODE + "p", "--engine", "none", HETIS_AGENT_TOKEN="two words")
     assert ended.returncode == 2
     assert ended.stderr.startswith("hetis-agent: HETIS_AGENT_TOKEN holds no token")
     assert "two words" not in ended.stderr
@@ -405,10 +410,7 @@ def test_an_agent_says_in_its_own_words_what_is_wrong_with_its_certificates(proc
 
 
 def test_help_names_every_source_of_devices() -> None:
-    environment = {**os.environ, "COLUMNS": "160", "TERM": "dumb"}
-    ended = subprocess.run(
-        [*COMMAND, "--help"], capture_output=True, text=True, timeout=60, check=True, env=environment
-    )
+    ended = run_here(hetis_agent, "--help", COLUMNS="160", TERM="dumb")
     assert "simulated:TYPE:COUNT" in ended.stdout
 
 

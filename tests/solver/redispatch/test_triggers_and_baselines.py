@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 
-from benchmarks.measuring.drift import last_admitted, paper_rule, whole_request_moves
+from benchmarks.measuring.baselines import last_admitted, paper_rule, whole_request_moves
 from hetis.solver.dispatch.dispatcher import Dispatcher
 from hetis.solver.dispatch.snapshot import DeviceSnapshot, StateSnapshot
 from hetis.solver.dispatch.state import DispatchState

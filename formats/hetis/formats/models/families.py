@@ -6,7 +6,7 @@ these names. Families that name the kind of every layer share one reader.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -139,9 +139,6 @@ _TABLE: tuple[tuple[str, str, Family], ...] = (
     ("MistralForCausalLM", "mistral", family_of(window_in_all)),
     ("MixtralForCausalLM", "mixtral", _mixtral),
     ("MiniMaxM2ForCausalLM", "minimax_m2", _mixtral),
-    ("MiniMaxText01ForCausalLM", "minimax_text_01", _minimax),
-    ("MiniMaxM1ForCausalLM", "minimax_m1", _minimax),
-    ("MiniMaxForCausalLM", "minimax", _minimax),
     ("QWenLMHeadModel", "qwen", family_of(qwen1)),
     ("Qwen2ForCausalLM", "qwen2", family_of(qwen_window)),
     ("Qwen2MoeForCausalLM", "qwen2_moe", qwen_moe),
@@ -155,103 +152,97 @@ _TABLE: tuple[tuple[str, str, Family], ...] = (
     ("PhiForCausalLM", "phi", family_of(fixed=_TWO_MATRICES)),
     ("Phi3ForCausalLM", "phi3", family_of(window_in_all)),
     ("PhiMoEForCausalLM", "phimoe", family_of(partial(same_experts, num=16, active=2), window_in_all)),
-    ("DeepseekV2ForCausalLM", "deepseek_v2", deepseek),
-    ("DeepseekV3ForCausalLM", "deepseek_v3", deepseek),
-    ("KimiK2ForCausalLM", "kimi_k2", deepseek),
-    ("KimiK25ForConditionalGeneration", "kimi_k25", deepseek),
     ("KimiLinearForCausalLM", "kimi_linear", kimi_linear),
     ("Glm4MoeForCausalLM", "glm4_moe", family_of(glm4_moe, head_dim=128)),
     ("GptOssForCausalLM", "gpt_oss", family_of(every_second, same_experts, head_dim=64)),
     ("Qwen2VLForConditionalGeneration", "qwen2_vl", partial(qwen2_vl, gated=False)),
     ("Qwen2_5_VLForConditionalGeneration", "qwen2_5_vl", partial(qwen2_vl, gated=True)),
-    ("Qwen3VLForConditionalGeneration", "qwen3_vl", qwen3_vl),
-    ("Qwen3VLMoeForConditionalGeneration", "qwen3_vl_moe", qwen3_vl),
-    ("Qwen3NextForCausalLM", "qwen3_next", qwen3_next),
-    ("Qwen3_5ForConditionalGeneration", "qwen3_5", qwen3_next),
-    ("Qwen3_5MoeForConditionalGeneration", "qwen3_5_moe", qwen3_next),
     ("DeepseekV32ForCausalLM", "deepseek_v32", deepseek_sparse),
     ("GlmMoeDsaForCausalLM", "glm_moe_dsa", deepseek_sparse),
     ("DeepseekV4ForCausalLM", "deepseek_v4", deepseek_v4),
     ("Llama4ForConditionalGeneration", "llama4", family_of(_llama4, fixed={"windows_free_kv": False}, head_dim=128)),
     ("Mistral3ForConditionalGeneration", "mistral3", _mistral3),
     ("MistralLarge3ForCausalLM", "", _mistral3),
-    ("NemotronHForCausalLM", "nemotron_h", partial(by_layers, gated_mlp=False)),
-    ("NemotronHPuzzleForCausalLM", "", partial(by_layers, gated_mlp=False)),
-    ("Gemma4ForConditionalGeneration", "gemma4", _GEMMA_4),
-    ("Gemma4ForCausalLM", "gemma4_text", _GEMMA_4),
-    ("Gemma4UnifiedForConditionalGeneration", "gemma4_unified", _GEMMA_4),
-    ("MiniMaxM3ForCausalLM", "minimax_m3", by_layers),
-    ("MiniMaxM3SparseForCausalLM", "", by_layers),
-    ("MiniMaxM3SparseForConditionalGeneration", "minimax_m3_vl", by_layers),
-    ("KimiK3ForConditionalGeneration", "kimi_k3", by_layers),
-    ("MiMoV2FlashForCausalLM", "mimo_v2_flash", by_layers),
-    ("MiMoV2ForCausalLM", "mimo_v2", by_layers),
-    ("MiMoV2OmniForConditionalGeneration", "", by_layers),
-    ("MiMoForCausalLM", "mimo", by_layers),
-    ("Step3p5ForCausalLM", "step3p5", by_layers),
-    ("Step3p7FlashForCausalLM", "step3p7", by_layers),
-    ("Step3p7ForConditionalGeneration", "", by_layers),
-    ("Glm4MoeLiteForCausalLM", "glm4_moe_lite", deepseek),
     ("Glm4vMoeForConditionalGeneration", "glm4v_moe", partial(by_layers, tied=False)),
-    ("Glm4vForConditionalGeneration", "glm4v", by_layers),
-    ("Glm46VForConditionalGeneration", "glm46v", by_layers),
-    ("Glm4ForCausalLM", "glm4", by_layers),
-    ("GlmForCausalLM", "glm", by_layers),
-    ("GraniteForCausalLM", "granite", by_layers),
-    ("GraniteMoeForCausalLM", "granitemoe", by_layers),
-    ("GraniteMoeSharedForCausalLM", "granitemoeshared", by_layers),
-    ("GraniteMoeHybridForCausalLM", "granitemoehybrid", by_layers),
-    ("BambaForCausalLM", "bamba", by_layers),
-    ("Olmo2ForCausalLM", "olmo2", by_layers),
-    ("Olmo3ForCausalLM", "olmo3", by_layers),
-    ("OlmoeForCausalLM", "olmoe", by_layers),
-    ("FalconH1ForCausalLM", "falcon_h1", by_layers),
-    ("HunYuanDenseV1ForCausalLM", "hunyuan_v1_dense", by_layers),
-    ("HunYuanMoEV1ForCausalLM", "hunyuan_v1_moe", by_layers),
-    ("BailingMoeForCausalLM", "bailing_moe", by_layers),
-    ("BailingMoeV2ForCausalLM", "bailing_moe_v2", by_layers),
-    ("BailingMoeLinearForCausalLM", "", by_layers),
-    ("BailingMoeLinearV2ForCausalLM", "bailing_moe_linear", by_layers),
-    ("BailingMoeV2_5ForCausalLM", "bailing_hybrid", by_layers),
-    ("Ernie4_5ForCausalLM", "ernie4_5", partial(by_layers, tied=True)),
-    ("Ernie4_5_MoeForCausalLM", "ernie4_5_moe", partial(by_layers, tied=True)),
-    ("JambaForCausalLM", "jamba", by_layers),
-    ("SeedOssForCausalLM", "seed_oss", by_layers),
-    ("CohereForCausalLM", "cohere", partial(by_layers, tied=True)),
-    ("Cohere2ForCausalLM", "cohere2", partial(by_layers, tied=True)),
-    ("Cohere2VisionForConditionalGeneration", "cohere2_vision", partial(by_layers, tied=True)),
-    ("ExaoneForCausalLM", "exaone", by_layers),
-    ("Exaone4ForCausalLM", "exaone4", by_layers),
-    ("ExaoneMoEForCausalLM", "exaone_moe", by_layers),
-    ("SmolLM3ForCausalLM", "smollm3", partial(by_layers, tied=True)),
-    ("Lfm2ForCausalLM", "lfm2", partial(by_layers, tied=True)),
-    ("Lfm2MoeForCausalLM", "lfm2_moe", partial(by_layers, tied=True)),
     ("LongcatFlashForCausalLM", "longcat_flash", partial(by_layers, shape=twice_in_a_layer)),
-    ("Qwen3_5ForCausalLM", "qwen3_5_text", qwen3_next),
-    ("Qwen3_5MoeForCausalLM", "qwen3_5_moe_text", qwen3_next),
-    ("Qwen3OmniMoeForConditionalGeneration", "qwen3_omni_moe", qwen3_vl),
     ("InternVLChatModel", "internvl_chat", _of_inner_model),
     ("InternVLForConditionalGeneration", "internvl", _of_inner_model),
     ("DeciLMForCausalLM", "nemotron-nas", deci),
-    ("ArceeForCausalLM", "arcee", partial(by_layers, gated_mlp=False)),
-    ("NemotronForCausalLM", "nemotron", partial(by_layers, gated_mlp=False)),
-    ("ApertusForCausalLM", "apertus", partial(by_layers, gated_mlp=False)),
-    ("Dots1ForCausalLM", "dots1", by_layers),
-    ("StableLmForCausalLM", "stablelm", by_layers),
-    ("InternLM3ForCausalLM", "internlm3", by_layers),
-    ("ExaoneMoeForCausalLM", "", by_layers),
-    ("FlexOlmoForCausalLM", "flex_olmo", by_layers),
-    ("Ministral3ForCausalLM", "ministral3", by_layers),
-    ("HYV3ForCausalLM", "hy_v3", by_layers),
-    ("SolarOpenForCausalLM", "solar_open", by_layers),
-    ("CwmForCausalLM", "cwm", by_layers),
 )
 
 
-FAMILIES = {architecture: read for architecture, _, read in _TABLE}
+# Families with one reader: ``architecture=model_type``, or an architecture alone.
+_ALIKE: tuple[tuple[Family, str], ...] = (
+    (
+        by_layers,
+        "MiniMaxM3ForCausalLM=minimax_m3 MiniMaxM3SparseForCausalLM "
+        "MiniMaxM3SparseForConditionalGeneration=minimax_m3_vl KimiK3ForConditionalGeneration=kimi_k3 "
+        "MiMoV2FlashForCausalLM=mimo_v2_flash MiMoV2ForCausalLM=mimo_v2 MiMoV2OmniForConditionalGeneration "
+        "MiMoForCausalLM=mimo Step3p5ForCausalLM=step3p5 Step3p7FlashForCausalLM=step3p7 "
+        "Step3p7ForConditionalGeneration Glm4vForConditionalGeneration=glm4v Glm46VForConditionalGeneration=glm46v "
+        "Glm4ForCausalLM=glm4 GlmForCausalLM=glm GraniteForCausalLM=granite GraniteMoeForCausalLM=granitemoe "
+        "GraniteMoeSharedForCausalLM=granitemoeshared GraniteMoeHybridForCausalLM=granitemoehybrid "
+        "BambaForCausalLM=bamba Olmo2ForCausalLM=olmo2 Olmo3ForCausalLM=olmo3 OlmoeForCausalLM=olmoe "
+        "FalconH1ForCausalLM=falcon_h1 HunYuanDenseV1ForCausalLM=hunyuan_v1_dense "
+        "HunYuanMoEV1ForCausalLM=hunyuan_v1_moe BailingMoeForCausalLM=bailing_moe "
+        "BailingMoeV2ForCausalLM=bailing_moe_v2 BailingMoeLinearForCausalLM "
+        "BailingMoeLinearV2ForCausalLM=bailing_moe_linear BailingMoeV2_5ForCausalLM=bailing_hybrid "
+        "JambaForCausalLM=jamba SeedOssForCausalLM=seed_oss ExaoneForCausalLM=exaone Exaone4ForCausalLM=exaone4 "
+        "ExaoneMoEForCausalLM=exaone_moe Dots1ForCausalLM=dots1 StableLmForCausalLM=stablelm "
+        "InternLM3ForCausalLM=internlm3 ExaoneMoeForCausalLM FlexOlmoForCausalLM=flex_olmo "
+        "Ministral3ForCausalLM=ministral3 HYV3ForCausalLM=hy_v3 SolarOpenForCausalLM=solar_open CwmForCausalLM=cwm",
+    ),
+    (
+        partial(by_layers, gated_mlp=False),
+        "NemotronHForCausalLM=nemotron_h NemotronHPuzzleForCausalLM ArceeForCausalLM=arcee "
+        "NemotronForCausalLM=nemotron ApertusForCausalLM=apertus",
+    ),
+    (
+        partial(by_layers, tied=True),
+        "Ernie4_5ForCausalLM=ernie4_5 Ernie4_5_MoeForCausalLM=ernie4_5_moe CohereForCausalLM=cohere "
+        "Cohere2ForCausalLM=cohere2 Cohere2VisionForConditionalGeneration=cohere2_vision SmolLM3ForCausalLM=smollm3 "
+        "Lfm2ForCausalLM=lfm2 Lfm2MoeForCausalLM=lfm2_moe",
+    ),
+    (
+        _GEMMA_4,
+        "Gemma4ForConditionalGeneration=gemma4 Gemma4ForCausalLM=gemma4_text "
+        "Gemma4UnifiedForConditionalGeneration=gemma4_unified",
+    ),
+    (
+        deepseek,
+        "DeepseekV2ForCausalLM=deepseek_v2 DeepseekV3ForCausalLM=deepseek_v3 KimiK2ForCausalLM=kimi_k2 "
+        "KimiK25ForConditionalGeneration=kimi_k25 Glm4MoeLiteForCausalLM=glm4_moe_lite",
+    ),
+    (
+        qwen3_next,
+        "Qwen3NextForCausalLM=qwen3_next Qwen3_5ForConditionalGeneration=qwen3_5 "
+        "Qwen3_5MoeForConditionalGeneration=qwen3_5_moe Qwen3_5ForCausalLM=qwen3_5_text "
+        "Qwen3_5MoeForCausalLM=qwen3_5_moe_text",
+    ),
+    (
+        _minimax,
+        "MiniMaxText01ForCausalLM=minimax_text_01 MiniMaxM1ForCausalLM=minimax_m1 MiniMaxForCausalLM=minimax",
+    ),
+    (
+        qwen3_vl,
+        "Qwen3VLForConditionalGeneration=qwen3_vl Qwen3VLMoeForConditionalGeneration=qwen3_vl_moe "
+        "Qwen3OmniMoeForConditionalGeneration=qwen3_omni_moe",
+    ),
+)
 
 
-MODEL_TYPES = {kind: architecture for architecture, kind, _ in _TABLE if kind}
+def _rows() -> Iterator[tuple[str, str, Family]]:
+    yield from _TABLE
+    for read, named in _ALIKE:
+        for one in named.split():
+            architecture, _, kind = one.partition("=")
+            yield architecture, kind, read
+
+
+FAMILIES = {architecture: read for architecture, _, read in _rows()}
+
+
+MODEL_TYPES = {kind: architecture for architecture, kind, _ in _rows() if kind}
 
 
 # Architectures whose language model is described in ``text_config``. Kimi K2.5's vision tower is left out: it has less

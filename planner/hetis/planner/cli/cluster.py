@@ -96,7 +96,7 @@ def discover(
     It lists what is left out, and why.
     """
     from hetis.formats.discovery.fleet import discovered, said_types, unmatched
-    from hetis.formats.discovery.nvidia import read_nvml
+    from hetis.formats.discovery.nvml import read_nvml
     from hetis.formats.discovery.reading import read_inventory
 
     name, source, with_busy = requested.name, requested.source, requested.with_busy

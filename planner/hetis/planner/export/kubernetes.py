@@ -7,11 +7,10 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import fields, replace
 from typing import Any
 
+from hetis.engines.cluster import ClusterSettings, Deployment
 from hetis.engines.kubernetes import (
     FRONT_PORT,
     PART_LABEL,
-    ClusterSettings,
-    Deployment,
     ReplicaObjects,
     annotations_of,
     impossible_pods,
@@ -335,7 +334,12 @@ _MOST_ROLES = 10  # roles in a DisaggregatedSet
 def write_lws(launchable: Launchable) -> Written:
     """Return a file for each replica: a LeaderWorkerSet, its attention workers, and related objects."""
     check_cluster_options(launchable)
-    split = launchable.has_roles and all(one.plan.role is not Role.UNIFIED for one in launchable.replicas.values())
+    grouped = not any(any(PodGroup(launchable, one).why_not()) for one in launchable.replicas.values())
+    split = (
+        grouped
+        and launchable.has_roles
+        and all(one.plan.role is not Role.UNIFIED for one in launchable.replicas.values())
+    )
     # SGLang's router needs names of pods, which a DisaggregatedSet makes up.
     if split and launchable.engine is not Engine.SGLANG and 2 <= len(launchable.replicas) <= _MOST_ROLES:
         files = {"replicas.yaml": yaml_text(*_disaggregated(launchable))}
@@ -343,11 +347,14 @@ def write_lws(launchable: Launchable) -> Written:
         files = {
             f"{one.name}.yaml": yaml_text(*replica_objects(launchable, one)) for one in launchable.replicas.values()
         }
-    direct = {
-        number: f"{launchable.name_of(one)}-pods-0.{launchable.name_of(one)}-pods"
-        for number, one in launchable.replicas.items()
-    }
+    direct = {number: _pod_of(PodGroup(launchable, one)) for number, one in launchable.replicas.items()}
     return _behind_front(launchable, files, _HOW_LWS, direct)
+
+
+def _pod_of(group: PodGroup) -> str:
+    """Return the host name of the pod of a replica's front end."""
+    name = group.objects.metadata("")["labels"]["app.kubernetes.io/instance"]
+    return group.objects.front_name if any(group.why_not()) else f"{name}-pods-0.{name}-pods"
 
 
 def why_no_group(launchable: Launchable, one: LaunchableReplica) -> Iterator[str]:
@@ -359,8 +366,18 @@ def why_no_group(launchable: Launchable, one: LaunchableReplica) -> Iterator[str
 def replica_objects(
     launchable: Launchable, one: LaunchableReplica, labels: dict[str, str] | None = None
 ) -> list[dict[str, Any]]:
-    """Return all objects of one replica, in an order in which they can be applied."""
+    """Return all objects of one replica, in an order in which they can be applied.
+
+    Pods of a group are told apart by their nodes; where that is impossible, each has a StatefulSet, as in plain
+    Kubernetes, whose probes start all of them again when one is lost.
+    """
     group = PodGroup(launchable, one)
+    if any(group.why_not()):
+        objects = manifests_of(one.layout, one.serving, deployment_of(launchable, one))
+        front = group.objects.front_name
+        [pod] = [each["spec"]["template"] for each in objects if is_set(each) and each["metadata"]["name"] == front]
+        pod["metadata"]["labels"] |= labels or {}
+        return objects
     workers = [made for process in one.layout.attention_workers for made in group.objects.worker(process)]
     # Its operator makes a headless Service of its name, by which workers find their leader, unless there is one.
     name, spec = f"{launchable.name_of(one)}-pods", _spec(group, labels) | {"replicas": one.copies}
@@ -368,9 +385,13 @@ def replica_objects(
     return [*group.objects.around(), *workers, whole]
 
 
+def is_set(one: Mapping[str, Any]) -> bool:
+    return bool(one["kind"] == "StatefulSet")
+
+
 def _spec(group: PodGroup, labels: dict[str, str] | None = None) -> dict[str, Any]:
     if group.size > 1:
-        templates = {"leaderTemplate": group.leader(labels), "workerTemplate": group.workers(labels)}
+        templates = {"leaderTemplate": group.leader(labels), "workerTemplate": group.workers()}
     else:  # without a leader template, the leader is made from that of the workers, of which there are none
         templates = {"workerTemplate": group.leader(labels)}
     return {

@@ -13,7 +13,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from hetis.formats.discovery.nvidia import Nvml
+from hetis.formats.discovery.nvml import Nvml
 from hetis.profiler.measure.points import Measured
 
 # Clock-event reasons that make kernels slower than the GPU can be: bits of nvmlDeviceGetCurrentClocksEventReasons.

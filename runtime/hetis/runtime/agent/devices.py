@@ -24,7 +24,7 @@ from typing import Any, Protocol
 from hetis.formats.catalogue import UnknownNameError, find_gpu
 from hetis.formats.discovery.fleet import UnclearBoardError, board_of
 from hetis.formats.discovery.found import FoundGpus
-from hetis.formats.discovery.nvidia import Nvml
+from hetis.formats.discovery.nvml import Nvml
 from hetis.solver.cluster import GpuType
 from hetis.solver.errors import HetisError
 from hetis.v1 import inventory_pb2, report_pb2
