@@ -1,4 +1,4 @@
-# make demo: plan the paper's cluster. make test: all tests. Both do their own set-up in .venv.
+# make demo: plan long prompts on two strong and eight weak cards. make test: all tests. Both do their own set-up in .venv.
 # Needed on the machine: Python 3.11 or later with pip and venv, and make.
 
 .DEFAULT_GOAL := help
@@ -32,7 +32,7 @@ VLLM_NUMBA ?= $(shell grep --extended-regexp '^(numba|llvmlite)==' constraints.t
 .PHONY: help demo demo-cluster demo-serve demo-vllm test vllm vllm-packages routers soak soak-vllm soak-properties lint types kernels kernels-attention kernels-dispatch bytecode format docs reference proto profiles bench tables clean
 
 help:
-	@echo "make demo    plan the paper's 12-GPU cluster (sets up $(VENV))"
+	@echo "make demo    plan two H100 with eight P100 for long prompts (sets up $(VENV))"
 	@echo "make demo-cluster  a planner and twelve agents on this machine: load, a slow card, a dead node"
 	@echo "make demo-serve    planner, agent, vLLM, two workers: heads of a chat move, a worker dies, the answer is exact"
 	@echo "make demo-vllm     a plan in force: agents start vLLM, nginx in front, one is killed, another plan; no request fails"
@@ -54,7 +54,7 @@ help:
 	@echo "make clean   remove $(VENV), caches and build output"
 
 demo: $(VENV)/.planner
-	$(BIN)/hetis-plan place --cluster examples/paper.yaml --model Llama-2-70B --workload azure_conv_2023 --tpot 200ms --ttft 10s
+	$(BIN)/hetis-plan place --cluster examples/h100-p100.yaml --model Llama-3.1-70B --workload 16000/1000 --ttft none --tpot 200ms
 
 demo-cluster: $(VENV)/.cluster
 	$(BIN)/python -m examples.demo_cluster

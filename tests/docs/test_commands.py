@@ -107,30 +107,30 @@ def test_commands_stand_in_blocks_of_bash() -> None:
                 assert first is None, f"{page.name}: {first and first[0]}"
 
 
+def test_the_readme_shows_the_plan_that_make_demo_makes(tmp_path: Path) -> None:
+    readme, makefile = ((ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "Makefile"))
+    (command,) = re.findall(r"<!-- output of hetis-plan (place .+) -->", readme)
+    (demo,) = re.findall(r"^demo:.*\n\t\S+/hetis-plan (place .+)$", makefile, re.MULTILINE)
+    short = {"--cluster": "-c", "--model": "-m", "--workload": "-w"}
+    assert " ".join(short.get(word, word) for word in demo.split()) == command
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    made = hetis_plan_here(*command.split(), "--no-verify", "--out", "plan.json", cwd=tmp_path)
+    assert made.returncode == 0, made.stderr
+    plan = json.loads((tmp_path / "plan.json").read_text(encoding="utf-8"))
+    assert plan["result"]["status"] == "optimal"
+    assert re.findall(r"^Goodput +([\d.]+) requests/s  proven optimal", readme, re.MULTILINE) == [
+        f"{plan['result']['value']:.4g}"
+    ]
+
+
 def test_what_needs_no_planner_runs(tmp_path: Path) -> None:
     """The commands run on a small plan, the samples of `init`, and the examples."""
     folder = tmp_path
     (folder / "examples").symlink_to(ROOT / "examples")
     assert hetis_plan_here("init", cwd=folder).returncode == 0
-    inputs = (
-        "-c",
-        "examples/paper.yaml",
-        "-m",
-        "Llama-2-70B",
-        "-w",
-        "azure_conv_2023",
-        "--tpot",
-        "200ms",
-        "--ttft",
-        "10s",
-    )
-    made = hetis_plan_here("place", *inputs, "--no-verify", "--out", "plan.json", cwd=folder)
+    inputs = "-c examples/paper.yaml -m Llama-2-70B -w azure_conv_2023 --tpot 200ms --ttft 10s"
+    made = hetis_plan_here("place", *inputs.split(), "--no-verify", "--out", "plan.json", cwd=folder)
     assert made.returncode == 0, made.stderr
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")  # README shows this plan
-    plan = json.loads((folder / "plan.json").read_text(encoding="utf-8"))
-    assert plan["result"]["status"] == "optimal"
-    said = re.findall(r"^Goodput +([\d.]+) requests/s  proven optimal", readme, re.MULTILINE)
-    assert said == [f"{plan['result']['value']:.4g}"]
     ran: set[str] = set()
     done: set[tuple[str, ...]] = set()
     for line in LINES:

@@ -30,7 +30,7 @@ from hetis.solver.check.timing import chunk_seconds, layer_seconds, slack, stage
 from hetis.solver.placement.fleet import DeviceClass, device_classes
 from hetis.solver.plan import ObjectiveKind
 from hetis.solver.problem import PlacementProblem
-from tests.solver.oracle import fits_memory, rules_of, t_limit_s, ttft_round_trips
+from tests.solver.best_replicas import fits_memory, rules_of, t_limit_s, ttft_round_trips
 
 cp: Any = cvxpy  # its annotations cover only half of its exports
 Array = npt.NDArray[np.float64]

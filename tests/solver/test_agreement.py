@@ -32,6 +32,7 @@ from hetis.solver.problem import Assumptions, EngineRules, Family, PlacementProb
 from hetis.solver.profile import Fit, Op, Piece, Profile
 from hetis.solver.workload import Workload
 from tests.models import replace, shape_of
+from tests.solver.best_replicas import fits_memory, setting_of
 from tests.solver.instances import (
     MADE_UP,
     PLUGIN,
@@ -43,7 +44,6 @@ from tests.solver.instances import (
     make_workload,
     mixed_by,
 )
-from tests.solver.oracle import fits_memory, setting_of
 
 JUDGED = ("hetis.solver.cost", "hetis.solver.placement", "hetis.simulator")
 MODELS = (
@@ -126,7 +126,8 @@ def imports(path: Path) -> set[str]:
 
 def test_oracle_and_checker_import_nothing_of_what_they_judge() -> None:
     checker = Path(memory.__file__).parent.glob("*.py")
-    for path in (Path(__file__).with_name("oracle.py"), *checker):
+    oracle = (Path(__file__).with_name(f"{name}.py") for name in ("oracle", "best_replicas", "device_classes"))
+    for path in (*oracle, *checker):
         assert not [one for one in imports(path) if one.startswith(JUDGED)], path.name
 
 

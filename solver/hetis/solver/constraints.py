@@ -66,7 +66,7 @@ class Exclude:
     """Constraint that these GPUs are not used."""
 
     gpus: Selection
-    by: str = field(default="", compare=False)  # the engine that does not run on them; empty: it was asked for
+    by: str = field(default="", compare=False)  # the engine that does not run on them; empty: it was requested
 
     def __str__(self) -> str:
         return f"--forbid {self.gpus}"
@@ -79,7 +79,7 @@ class RestrictRole:
     gpus: Selection
     duty: Duty
     only: bool
-    by: str = field(default="", compare=False)  # the engine that does not give them the duty; empty: it was asked for
+    by: str = field(default="", compare=False)  # the engine that does not give them the duty; empty: it was requested
 
     @property
     def barred(self) -> frozenset[Duty]:
@@ -115,7 +115,7 @@ class WithoutTp:
 class WithoutWorkers:
     """Constraint that no stage has attention workers."""
 
-    by: str = field(default="", compare=False)  # the engine that has none for the model; empty: it was asked for
+    by: str = field(default="", compare=False)  # the engine that has none for the model; empty: it was requested
 
     def __str__(self) -> str:
         return "--forbid workers"

@@ -33,7 +33,7 @@ class NodeLinks:
     """Blocks of nodes, the explicit links between them, and the sets of blocks that a replica may use together.
 
     The nodes of a block have no link to each other that is slower than ``quick``, the slowest of those that count as
-    equal; None: all links are told apart.
+    equal; None: all links are distinguished.
     """
 
     block_of: Mapping[str, int]  # by node; those not listed are in ``OTHERS``
@@ -51,7 +51,7 @@ def node_links_of(cluster: Cluster, without: Collection[str] = ()) -> NodeLinks:
     return _of_slow_links(tuple(_slow_links(cluster, without).items()))
 
 
-@lru_cache(maxsize=8)  # a plan asks for those of one fleet several times: to search it, and to describe its family
+@lru_cache(maxsize=8)  # those of one fleet are needed several times: to search it, and to describe its family
 def _of_slow_links(links: tuple[tuple[tuple[str, str], Link], ...]) -> NodeLinks:
     slow = dict(links)
     for quick in (None, *_slowest_of_the_quickest(slow.values())):

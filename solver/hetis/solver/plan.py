@@ -27,7 +27,7 @@ class Role(StrEnum):
     DECODE = "decode"
 
 
-# What a search is unless it is asked otherwise: its strategy (`hetis.solver.placement.families`), and its seconds.
+# The defaults of a search: its strategy (`hetis.solver.placement.families`), and its seconds.
 DEFAULT_STRATEGY, DEFAULT_TIME_LIMIT_S = "hetis", 60.0
 LEAST_DEMAND_RPS = 1e-3
 """The least demand for which a plan can be made. HiGHS treats numbers within 1e-6 of an integer as whole. Of a replica

@@ -31,9 +31,10 @@ def compilations_told_to(watcher: Watcher) -> Iterator[None]:
 @contextmanager
 def compiling() -> Iterator[None]:
     """Tell all watchers that a kernel is loaded, compiled or waited for in this context."""
-    with ExitStack() as told:  # whoever is told of the beginning is told of the end, even if another one raises
+    # Whoever is notified of the beginning is notified of the end, even if another watcher raises.
+    with ExitStack() as ends:
         for watcher in list(_watchers):
-            told.callback(watcher, False)
+            ends.callback(watcher, False)
             watcher(True)
         yield
 

@@ -21,8 +21,8 @@ from hetis.solver.planning import solve_placement
 from hetis.solver.problem import PlacementProblem
 from tests.models import replace, shape_of
 from tests.simulator.small_plans import equal_requests, plan_of
+from tests.solver.best_replicas import setting_of
 from tests.solver.instances import SMALL_FAMILY, make_model, make_node, make_problem, make_profile, make_workload
-from tests.solver.oracle import setting_of
 
 EXPERTS = shape_of(num_experts=8, active_experts=2, expert_intermediate=256, first_dense_layers=1)
 APART = Settings(dispatch=False, redispatch=False)

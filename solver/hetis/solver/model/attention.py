@@ -1,6 +1,6 @@
 """The kinds of attention: values that say what a layer's attention holds, reads, computes and demands.
 
-A new kind is a class like these; nothing else asks which kind a layer has.
+A new kind is a class like these; nothing else depends on the kind of a layer.
 """
 
 from __future__ import annotations

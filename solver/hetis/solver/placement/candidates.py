@@ -78,8 +78,8 @@ class Evaluator:
 
     def evaluate(self, which: IntArray, needed_s: FloatArray) -> None:
         """Find the best replica of compositions [W] whose interval may be shorter than needed [W]."""
-        ask = ~self.is_known[which] & (self.shortest_s[which] < needed_s)
-        which, best_s = which[ask], needed_s[ask] * MARGIN
+        unknown = ~self.is_known[which] & (self.shortest_s[which] < needed_s)
+        which, best_s = which[unknown], needed_s[unknown] * MARGIN
         if not len(which):
             return
         for begin in range(0, len(which), TOGETHER):

@@ -211,8 +211,8 @@ def _none(
     if fresh.value is None:
         return infeasible(given.problem, settings)
     demand = given.problem.objective.demand_rps
-    asked = "" if demand is None or given.problem.objective.maximises else f" that serves {demand:.4g} requests/s"
-    reason = f"at most {given.max_moves} GPUs may change their work, and no plan{asked} needs so few"
+    serving = "" if demand is None or given.problem.objective.maximises else f" that serves {demand:.4g} requests/s"
+    reason = f"at most {given.max_moves} GPUs may change their work, and no plan{serving} needs so few"
     return InfeasibleError((reason,))
 
 

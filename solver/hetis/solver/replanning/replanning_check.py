@@ -19,7 +19,7 @@ RELATIVE = 1e-6
 def check_replanning(given: ReplanningProblem, found: Replanning) -> list[str]:
     """Return every error as a sentence; `check_plan` checks the plan itself."""
     if len(found.continued) != len(found.plan.replicas):
-        return [f"{len(found.continued)} replicas are told of, the plan has {len(found.plan.replicas)}"]
+        return [f"{len(found.continued)} replicas are listed, the plan has {len(found.plan.replicas)}"]
     return [
         *_check_lost(given, found),
         *_check_continued(given, found),

@@ -178,7 +178,7 @@ def _check_what_proofs_say(answer: FleetShares) -> Iterator[str]:
         if answer.rule is TenantRule.SHARING_INCENTIVE:
             owed = share.part / share.alone
         if floor > owed * (1.0 + RELATIVE) + 1e-12:
-            yield f"{share.name}: the proof asks for {floor:.9g}, the rule owes it {owed:.9g}"
+            yield f"{share.name}: the proof requires {floor:.9g}, the rule owes it {owed:.9g}"
         bound -= (multiplier - gain) * floor
     yield from _check_bound("bound", answer.bound, proof, bound)
 

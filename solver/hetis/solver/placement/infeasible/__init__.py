@@ -78,20 +78,20 @@ def why_infeasible(problem: PlacementProblem, settings: SearchSettings, market: 
     settings.tell("no plan exists: searching for the reasons")
     given = requirements_of(problem)
     fleet = [requirement for requirement in given if requirement.subject.is_of_fleet]
-    asked = [requirement for requirement in given if not requirement.subject.is_of_fleet]
-    fits = trials.of(fleet).exists if asked else False
+    requested = [requirement for requirement in given if not requirement.subject.is_of_fleet]
+    fits = trials.of(fleet).exists if requested else False
     if fits is None:
-        text = f"no time was left to determine the cause: memory, or {listed(asked)}"
+        text = f"no time was left to determine the cause: memory, or {listed(requested)}"
         return Infeasibility(conflicts=(), relaxations=(), reasons=(*_known_at_once(trials, given), text))
     if not fits:
         return _of_the_fleet(trials, given, fleet, market)
     conflicts = tuple(conflicts_among(trials, given))
-    told = tuple(_of_what_was_asked(trials, given, conflicts))
+    suggested = tuple(_of_what_was_requested(trials, given, conflicts))
     grown: tuple[Relaxation, ...] = ()
     if market is not None and any(may_help(conflict.members) for conflict in conflicts):
         grown = tuple(growths(trials, given, market))
-    relaxations = (*(each for each in told if isinstance(each, Relaxation)), *grown)
-    reasons = [each.sentence if isinstance(each, Relaxation) else each for each in (*told, *grown)]
+    relaxations = (*(each for each in suggested if isinstance(each, Relaxation)), *grown)
+    reasons = [each.sentence if isinstance(each, Relaxation) else each for each in (*suggested, *grown)]
     return Infeasibility(conflicts=conflicts, relaxations=relaxations, reasons=tuple(reasons))
 
 
@@ -140,7 +140,7 @@ def _of_the_fleet(
     return Infeasibility(conflicts=(conflict,), relaxations=tuple(relaxations), reasons=reasons)
 
 
-def _of_what_was_asked(
+def _of_what_was_requested(
     trials: Trials, given: Sequence[Requirement], conflicts: Sequence[Conflict]
 ) -> Iterator[str | Relaxation]:
     """Yield sentences on every conflict and its members, with requests before facts of the fleet."""
@@ -149,21 +149,21 @@ def _of_what_was_asked(
     blamed = {member for conflict in conflicts for member in conflict.members}
     rest = [r for r in given if r not in blamed or r.subject.is_of_fleet]
     for conflict in conflicts:
-        told: list[Relaxation] = []
+        suggested: list[Relaxation] = []
         for member in conflict.members:
             others = [r for r in given if r != member and (r in rest or r in conflict.members)]
-            told += relaxations_of(trials, member, others)
+            suggested += relaxations_of(trials, member, others)
         if len(conflict.members) > 1:
-            yield f"{_together(conflict.members)}; {_ways_out(conflict.members, told)}"
+            yield f"{_together(conflict.members)}; {_ways_out(conflict.members, suggested)}"
         if not conflict.is_minimal:
             yield "no time was left to determine whether all of these conflict"
         yield from _what_is_short(trials, given, rest, conflict)
-        yield from told
+        yield from suggested
 
 
-def _ways_out(members: Sequence[Requirement], told: Sequence[Relaxation]) -> str:
+def _ways_out(members: Sequence[Requirement], suggested: Sequence[Relaxation]) -> str:
     """Return which members of a conflict need to give way; a member may also be in conflicts that are not reported."""
-    enough = {each.about for each in told if each.is_tried}
+    enough = {each.about for each in suggested if each.is_tried}
     one_each = [member for member in members if member in enough]
     if len(one_each) == len(members):
         return "relaxing any one of them is enough"
@@ -178,11 +178,12 @@ def _together(members: Sequence[Requirement]) -> str:
     Facts of the fleet hold whatever is requested. Sentences about a limit or demand presuppose them, so as not to
     suggest that the limit or demand alone could be met.
     """
-    asked = [member for member in members if not member.subject.is_of_fleet]
+    requested = [member for member in members if not member.subject.is_of_fleet]
     facts = [member for member in members if member.subject.is_of_fleet]
-    if not facts or not asked:
+    if not facts or not requested:
         return f"each can be kept, but not together: {listed(members)}"
-    return f"{listed(asked)} cannot be kept{' together' if len(asked) > 1 else ''} with {listed(facts)} as given"
+    together = " together" if len(requested) > 1 else ""
+    return f"{listed(requested)} cannot be kept{together} with {listed(facts)} as given"
 
 
 def _what_is_short(
@@ -193,8 +194,8 @@ def _what_is_short(
     sums = any(isinstance(member.constraint, Use | Replicas | AtMost) for member in conflict.members)
     if Subject.MEMORY in subjects and not sums and not subjects & {Subject.DEMAND, Subject.TPOT, Subject.TTFT}:
         kept = [r for r in given if r in rest or r in conflict.members]
-        asked = [r for r in kept if r.subject not in (Subject.DEMAND, Subject.TPOT, Subject.TTFT)]
-        found = apply_constraints(keeping(trials.problem, asked))
+        requested = [r for r in kept if r.subject not in (Subject.DEMAND, Subject.TPOT, Subject.TTFT)]
+        found = apply_constraints(keeping(trials.problem, requested))
         if is_nothing_left(found):
             return
         costs = build_cost_tables(found)

@@ -143,8 +143,8 @@ def keeping(problem: PlacementProblem, kept: Collection[Requirement]) -> Placeme
 
 
 def _family(family: Family, kept: Mapping[Subject, Requirement]) -> Family:
-    asked = Requirement(subject=Subject.ROLES, text=",".join(family.roles))
-    roles = family.roles if kept.get(Subject.ROLES) == asked else None
+    requested = Requirement(subject=Subject.ROLES, text=",".join(family.roles))
+    roles = family.roles if kept.get(Subject.ROLES) == requested else None
     strategy = kept[Subject.STRATEGY].text if Subject.STRATEGY in kept else WIDEST
     if family.engine_settings and Subject.SETTINGS not in kept:
         family = _at_any_settings(family)

@@ -36,7 +36,7 @@ class Trial:
 
     def latency_s(self, subject: Subject, *, of_all: bool) -> float:
         """Return the latency of the worst replica if a demand needs all of them, otherwise of the best."""
-        assert self.outcome is not None, "only asked of a plan that exists"
+        assert self.outcome is not None, "only a plan that exists has one"
         assert self.costs is not None
         a, family = self.costs, self.costs.problem.family
         found = []
