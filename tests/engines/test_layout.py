@@ -11,7 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hetis.engines.errors import LayoutError
-from hetis.engines.layout import PAGE_TOKENS, PROMPT_TOKENS, KvPartner, Layout, kv_partners, layout_of
+from hetis.engines.kv_room import PAGE_TOKENS, PROMPT_TOKENS
+from hetis.engines.layout import Layout, layout_of
+from hetis.engines.planned import KvPartner, kv_partners
 from hetis.engines.versions import Engine
 from hetis.solver.model import DraftShape, ModelSpec
 from hetis.solver.plan import AttentionWorkerPool, KvRoute, Plan, Role

@@ -7,11 +7,10 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import fields, replace
 from typing import Any
 
+from hetis.engines.cluster import ClusterSettings, Deployment
 from hetis.engines.kubernetes import (
     FRONT_PORT,
     PART_LABEL,
-    ClusterSettings,
-    Deployment,
     ReplicaObjects,
     annotations_of,
     impossible_pods,
