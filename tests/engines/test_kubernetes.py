@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 import yaml
 
+from hetis.engines.cluster import Deployment
 from hetis.engines.errors import LayoutError
-from hetis.engines.kubernetes import Deployment, manifests_of
+from hetis.engines.kubernetes import manifests_of
 from hetis.engines.layout import Layout, layout_of
 from hetis.engines.serving import Serving
 from hetis.runtime.transport.keys import VARIABLE as KEY_VARIABLE

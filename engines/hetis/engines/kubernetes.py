@@ -10,14 +10,23 @@ privileges; the objects comply with the "restricted" Pod Security Standard.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import PurePosixPath
 from typing import Any
 
 import yaml
 
+from hetis.engines.cluster import (
+    CONFIG_FILE,
+    CONFIG_FOLDER,
+    HF_TOKEN,
+    KEY_FILE,
+    LONGEST_OBJECT_NAME,
+    OBJECT,
+    Deployment,
+    secret_and_key,
+)
 from hetis.engines.commands import (
     ANY,
     KEY_VARIABLE,
@@ -60,19 +69,14 @@ from hetis.engines.versions import Engine
 from hetis.solver.plan import Role
 
 FRONT_PORT = 8000
-IMAGE, WORKER_IMAGE = "vLLM with the plugin, as docker/vllm.Dockerfile makes it", "as docker/worker.Dockerfile makes it"
 _NAME_LABEL, _INSTANCE_LABEL = "app.kubernetes.io/name", "app.kubernetes.io/instance"
 PRODUCT_LABEL = "nvidia.com/gpu.product"
 PART_LABEL = "app.kubernetes.io/part-of"
 MODEL_LABELS = {"llm-d.ai/inference-serving": "true"}
 _SGLANG_KEY = "HETIS_API_KEY"
-HF_TOKEN = "HF_TOKEN"  # the variable in which engines look for it, and the usual key of a Secret
-_KEY = re.compile(r"[-._A-Za-z0-9]{1,253}")  # of a Secret
 SET_HERE = ("--host", "--port", "--api-key")  # options of vLLM that are set here
-_CONFIG_FOLDER, _CONFIG_FILE, _KEY_FILE = "/etc/hetis", "workers.yaml", "/tmp/hetis-worker.key"
-_OWN_MOUNTS = (_CONFIG_FOLDER, "/tmp", "/dev/shm")
 # A Secret mounted as a file is readable to the pod's group, if it has one. A key must not be: pass it in a variable.
-_WITH_KEY = f'umask 077 && printf %s "${KEY_VARIABLE}" > {_KEY_FILE} && unset {KEY_VARIABLE} && exec "$@"'
+_WITH_KEY = f'umask 077 && printf %s "${KEY_VARIABLE}" > {KEY_FILE} && unset {KEY_VARIABLE} && exec "$@"'
 USER = 10001  # the same as in our images
 RESTRICTED: Mapping[str, Any] = {"runAsNonRoot": True, "seccompProfile": {"type": "RuntimeDefault"}}
 _RESOURCES = {"NVIDIA": "nvidia.com/gpu", "AMD": "amd.com/gpu"}  # resource names of the vendors' device plugins
@@ -80,110 +84,11 @@ _RESOURCES = {"NVIDIA": "nvidia.com/gpu", "AMD": "amd.com/gpu"}  # resource name
 # The engine's time-out for running requests is added.
 _GRACE_S = round(SERVER_STOPS_S) + PRE_STOP_S + 15
 _DRAIN = ("--shutdown-timeout", str(DRAIN_S))
-_LONGEST_NAME = 253  # maximum length of an object name in Kubernetes
-_OBJECT = re.compile(r"[a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*")
-NAMESPACE = re.compile(r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?")
-_NAME = re.compile(r"[a-z]([-a-z0-9]{0,38}[a-z0-9])?")  # pod names are longer than this and must fit into 63 characters
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ClusterSettings:
-    """The user's settings of objects in a cluster, under the names of their options."""
-
-    namespace: str = ""
-    # A PersistentVolumeClaim with the models, mounted read-only at the parent of the model's path. Empty: the image has
-    # the model, or the engine locates it.
-    model_claim: str = ""
-    api_key_secret: str = ""  # a Secret whose ``api-key`` clients must present
-    # A Secret with the token by which the engine downloads models, as ``NAME`` or ``NAME:KEY``; its key is HF_TOKEN
-    hf_token_secret: str = ""
-    worker_key_secret: str = ""  # a Secret whose ``worker-key`` vLLM and its attention workers share
-    # Where engines keep the models that they download: a PersistentVolumeClaim, or a folder of the nodes if it begins
-    # with a slash. Empty: they download to the pod's own disk at every start
-    model_cache: str = ""
-    insecure: bool = False  # no key is required; exactly one of this and ``api_key_secret`` must be set
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Deployment(ClusterSettings):
-    """Settings of the deployment of a replica that are not in the plan."""
-
-    name: str  # name of the replica, and prefix of the names of its objects
-    image: str  # image of the engine; has the plugin if there are attention workers
-    worker_image: str  # an image with `hetis[worker]`
-    # Names of the replicas that exchange KV with this one. None: unknown; any hetis replica in the namespace may.
-    kv_partners: tuple[str, ...] | None = None
-    copies: int = 1  # pods of the replica, if it is a single one
-    nodes: tuple[str, ...] = ()  # nodes of these pods; empty: each process is on its own
-    product: str = ""  # GPU type of the nodes of these pods, as `PRODUCT_LABEL` names it; empty: they are on ``nodes``
-    part_of: str = ""  # name of what the replica belongs to, in the label of its pods; empty: none
-    model_bytes: float = 0.0  # what an engine without a cache downloads; 0: unknown
-
-    def wrong(self, model: str, *, has_workers: bool = True, model_option: str = "--model-path") -> list[str]:
-        """Return what is wrong with these settings, in terms of the command-line options.
-
-        ``model`` is the path of the model in the pod, or its name, the value of ``model_option``.
-        """
-        wrong = []
-        if not _NAME.fullmatch(self.name):
-            wrong.append(
-                f"--name is {self.name!r}, must be 1 to 40 lower-case letters, digits and -, starting with a letter"
-            )
-        if self.namespace and not NAMESPACE.fullmatch(self.namespace):
-            wrong.append(f"--namespace is {self.namespace!r}, must be 1 to 63 lower-case letters, digits and -")
-        if not self.image:
-            wrong.append(f"--image is missing: {IMAGE if has_workers else 'of the engine'}")
-        if has_workers and not self.worker_image:
-            wrong.append(f"--worker-image is missing: {WORKER_IMAGE}")
-        if has_workers and not self.worker_key_secret:
-            wrong.append("--worker-key-secret is missing: the key of vLLM and its workers")
-        path = PurePosixPath(model)
-        if self.model_claim and (not path.is_absolute() or len(path.parts) < 3):
-            wrong.append(f"{model_option} is {model!r}, must be like /models/NAME")
-        elif self.model_claim and str(path.parent) in _OWN_MOUNTS:
-            wrong.append(f"{model_option} is {model!r}: {path.parent} is mounted by pods for their own files")
-        objects = {"--api-key-secret": self.api_key_secret, "--worker-key-secret": self.worker_key_secret}
-        wrong += wrong_objects({**objects, "--model-claim": self.model_claim})
-        wrong += wrong_cache("--model-cache", self.model_cache)
-        wrong += wrong_token("--hf-token-secret", self.hf_token_secret)
-        if self.api_key_secret and self.insecure:
-            wrong.append("--api-key-secret and --insecure contradict each other: give one of them")
-        elif not self.api_key_secret and not self.insecure:
-            wrong.append("give --api-key-secret, or --insecure to serve without a key")
-        return wrong
-
-
-def wrong_objects(names: Mapping[str, str]) -> Iterator[str]:
-    """Yield an error for every name, by option, that no object in Kubernetes can have; an empty one is not given."""
-    for option, name in names.items():
-        if name and not (len(name) <= _LONGEST_NAME and _OBJECT.fullmatch(name)):
-            yield f"{option} is {name!r}, must be the name of an object: lower-case letters, digits, - and ."
-
-
-def wrong_cache(option: str, given: str) -> Iterator[str]:
-    """Yield the errors in the name of a claim, or the path of a folder."""
-    if not given.startswith("/"):
-        yield from wrong_objects({option: given})
-    elif ".." in PurePosixPath(given).parts or len(PurePosixPath(given).parts) < 2:
-        yield f"{option} is {given!r}, must be the path of a folder"
-
-
-def wrong_token(option: str, given: str) -> Iterator[str]:
-    """Yield the errors in ``SECRET`` or ``SECRET:KEY``; empty: none is given."""
-    name, key = _secret_and_key(given)
-    yield from wrong_objects({option: name})
-    if given and not (name and _KEY.fullmatch(key)):
-        yield f"{option} is {given!r}, must be SECRET or SECRET:KEY, with letters, digits, -, _ and . in KEY"
-
-
-def _secret_and_key(given: str) -> tuple[str, str]:
-    name, colon, key = given.partition(":")
-    return name, key if colon else HF_TOKEN
 
 
 def hf_token_variable(given: str) -> list[dict[str, Any]]:
     """Return the variable with the token for downloads, from ``SECRET`` or ``SECRET:KEY``, or none if it is empty."""
-    return secret_variable(HF_TOKEN, *_secret_and_key(given))
+    return secret_variable(HF_TOKEN, *secret_and_key(given))
 
 
 def secret_variable(variable: str, name: str, key: str) -> list[dict[str, Any]]:
@@ -250,9 +155,9 @@ def manifests_of(layout: Layout, serving: Serving, deployment: Deployment) -> li
 def impossible_pods(layout: Layout, *, device: str = "cuda") -> Iterator[str]:
     """Yield why no pods can run a replica: no Node object can have a node's name, or worker processes share GPUs."""
     for node in dict.fromkeys(process.node for process in layout.processes):
-        if len(node) > _LONGEST_NAME:
-            yield f"node {node} has a name of {len(node)} characters, Kubernetes allows at most {_LONGEST_NAME}"
-        elif not _OBJECT.fullmatch(node):
+        if len(node) > LONGEST_OBJECT_NAME:
+            yield f"node {node} has a name of {len(node)} characters, Kubernetes allows at most {LONGEST_OBJECT_NAME}"
+        elif not OBJECT.fullmatch(node):
             yield f"node {node}: the name of a node in Kubernetes has only lower-case letters, digits, - and ."
     shared = dict.fromkeys(f"{p.node}/{gpu}" for p in layout.attention_workers if p.sharing > 1 for gpu in p.gpus)
     if shared and device == "cuda":
@@ -281,8 +186,8 @@ class ReplicaObjects:
     def config(self) -> dict[str, Any]:
         """Return the ConfigMap of the plugin's file, in which workers are addressed by the names of their Services."""
         places = {p.name: (self._names[p.name], WORKER_PORT) for p in self._layout.attention_workers}
-        text = yaml.safe_dump(config_of(self._layout, places, key_file=_KEY_FILE), sort_keys=False)
-        return self.object("v1", "ConfigMap", f"{self._of.name}-workers", data={_CONFIG_FILE: text})
+        text = yaml.safe_dump(config_of(self._layout, places, key_file=KEY_FILE), sort_keys=False)
+        return self.object("v1", "ConfigMap", f"{self._of.name}-workers", data={CONFIG_FILE: text})
 
     def front(self) -> dict[str, Any]:
         """Return the Service for clients, which routes to the engine once it is ready."""
@@ -376,8 +281,8 @@ class ReplicaObjects:
         if layout.workers:
             container["command"] = ["sh", "-c", _WITH_KEY, "hetis", *command]
             env += secret_variable(KEY_VARIABLE, self._of.worker_key_secret, "worker-key")
-            env.append({"name": CONFIG_VARIABLE, "value": f"{_CONFIG_FOLDER}/{_CONFIG_FILE}"})
-            container["volumeMounts"].append({"name": "workers", "mountPath": _CONFIG_FOLDER, "readOnly": True})
+            env.append({"name": CONFIG_VARIABLE, "value": f"{CONFIG_FOLDER}/{CONFIG_FILE}"})
+            container["volumeMounts"].append({"name": "workers", "mountPath": CONFIG_FOLDER, "readOnly": True})
             volumes.append({"name": "workers", "configMap": {"name": f"{self._of.name}-workers"}})
         if self._of.model_claim:
             parent = str(PurePosixPath(self._serving.model).parent)

@@ -15,7 +15,8 @@ if TYPE_CHECKING:
     from rich.console import Console, RenderableType
 
 
-WIDE = 1000  # in characters: lines not meant for a screen are not folded
+WIDE = 1000  # in characters: lines that are not folded
+NARROW = 80  # of what is read as text where there is no terminal: pipes, files, logs
 
 # Replacements for streams that cannot encode the symbols of a table, so that a box does not become question marks. Each
 # shade has its own, since charts tell their parts apart by them.
@@ -55,8 +56,8 @@ class Terminal:
     ) -> None:
         """Print data on stdout: ``document`` (JSON values) or ``table``, according to the output format.
 
-        ``width`` is that of the table, in characters; None: that of the terminal. Lines are not folded if stdout is no
-        terminal, or with ``-o wide``.
+        ``width`` is that of the table, in characters; None: that of the terminal, or `NARROW` if stdout is none. Lines
+        are not folded with ``-o wide``.
         """
         if self.prints_tables:
             console = self._console(sys.stdout, WIDE if width is None and self.output is OutputFormat.WIDE else width)
@@ -110,7 +111,7 @@ class Terminal:
         from rich.console import Console
 
         if width is None and not stream.isatty() and "COLUMNS" not in os.environ:
-            width = WIDE
+            width = NARROW if stream is sys.stdout else WIDE  # messages stay one line each
         # Without a colour system there is no bold or dim either, so plain text is plain.
         system: Literal["auto"] | None = "auto" if self.color and not os.environ.get("NO_COLOR") else None
         return Console(file=stream, width=width, color_system=system, highlight=False, emoji=False, markup=False)

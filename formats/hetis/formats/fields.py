@@ -65,7 +65,9 @@ class DocumentPart(BaseModel):
 
     @model_validator(mode="wrap")
     @classmethod
-    def _until_patience_ends(cls, data: Any, validate: ModelWrapValidatorHandler[Self], info: ValidationInfo) -> Self:
+    def _validate_up_to_error_limit(
+        cls, data: Any, validate: ModelWrapValidatorHandler[Self], info: ValidationInfo
+    ) -> Self:
         limit: ErrorLimit | None = (info.context or {}).get(ERROR_LIMIT)
         if limit is None:
             return validate(data)

@@ -31,9 +31,8 @@ def compilations_told_to(watcher: Watcher) -> Iterator[None]:
 @contextmanager
 def compiling() -> Iterator[None]:
     """Tell all watchers that a kernel is loaded, compiled or waited for in this context."""
-    with (
-        ExitStack() as ends
-    ):  # a watcher that is notified of the beginning is notified of the end, even if another one raises
+    # Whoever is notified of the beginning is notified of the end, even if another watcher raises.
+    with ExitStack() as ends:
         for watcher in list(_watchers):
             ends.callback(watcher, False)
             watcher(True)

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from hetis.formats.documents import load_cluster, load_plan
+from hetis.planner.report.alternatives import reason_words, shape_words
 from hetis.planner.report.differences import differences, is_one_question
 from hetis.planner.report.figures import digits
 from hetis.planner.report.page.axes import chart_of
@@ -19,7 +20,7 @@ from hetis.planner.report.page.blocks import COLORS, Waterfalls
 from hetis.planner.report.page.fleet_map import fleet_map, shape_letter
 from hetis.planner.report.page.key_figures import key_tiles
 from hetis.planner.report.page.pages import ShownPlan, plans_page
-from hetis.planner.report.page.plan_section import plan_blocks, reason_words, shape_words
+from hetis.planner.report.page.plan_section import plan_blocks
 from hetis.planner.report.promises import simple_setups
 from hetis.planner.report.simulation_pictures import _COLORS, Line, Panel, _dash
 from hetis.planner.use_cases.compare import figures_of
@@ -355,6 +356,9 @@ def test_shapes_and_reasons_are_said_in_words() -> None:
         "60 layers on 8 × H100-SXM-80GB in TP8, then 20 layers on one L4 (2 copies) with 3 T4 as attention workers"
     )
     assert shape_words("H200 TP1 x8 EP8 L58") == "58 layers on one H200 (8 copies that share experts)"
+    assert shape_words("L4 TP1 x1 L9 | L4 TP1 x1 L9 | L4 TP1 x1 L8") == (
+        "2 stages of 9 layers, each on one L4, then 8 layers on one L4"
+    )
     assert shape_words("decode: L4 TP1 x1 L1") == "decode only: 1 layer on one L4"
     assert reason_words("its GPUs are worth 2 requests/s elsewhere", 1.7) == (
         "15% less than the 2.00 requests/s its GPUs serve in the plan"

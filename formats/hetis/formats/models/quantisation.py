@@ -10,16 +10,8 @@ from hetis.formats.errors import shown
 from hetis.formats.fields import mapping, read_data
 from hetis.formats.models import dtypes
 from hetis.formats.models.config_json import Config, LinearLayers
-from hetis.formats.models.quantised_modules import (
-    MODELOPT,
-    QUARK,
-    compressed_groups,
-    compressed_precision,
-    modelopt_precision,
-    override_of_bits,
-    quark_input,
-    quark_precision,
-)
+from hetis.formats.models.quantised_formats import QUARK, compressed_groups, quark_input, quark_precision
+from hetis.formats.models.quantised_modules import MODELOPT, compressed_precision, modelopt_precision, override_of_bits
 from hetis.solver.model import ModelSpec
 
 _SUPPORTED = (

@@ -11,13 +11,21 @@ import fnmatch
 import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
-from hetis.formats.errors import shown
 from hetis.formats.fields import listed, mapping
 from hetis.formats.models import dtypes
 from hetis.formats.models.checkpoint_names import Module, modules, routed_experts, whole_experts
 from hetis.formats.models.config_json import LinearLayers
+from hetis.formats.models.quantised_formats import (
+    CLASS,
+    MOST_PATTERNS,
+    QUARK,
+    QuantisedGroup,
+    compressed_groups,
+    expression,
+    quark_layers,
+)
 from hetis.solver.model import ModelSpec
 
 # Keys under which formats list the modules that they leave in 16 bits.
@@ -32,21 +40,9 @@ _UNQUANTISED_KEYS = (
 _PREFIXES = ("model.", "model.language_model.", "language_model.model.", "")
 MODELOPT = {"FP8": "fp8", "FP8_PER_CHANNEL_PER_TOKEN": "fp8", "FP8_PB_WO": "fp8", "MXFP8": "fp8"}
 MODELOPT |= {"NVFP4": "nvfp4", "W4A16_NVFP4": "nvfp4"}  # quantisation algorithms that vLLM 0.32 supports
-# Types of weights of AMD's Quark that vLLM 0.32 supports (quark/quark.py) and the cost model knows; fp4 goes by its
-# scales.
-QUARK = {"fp8_e4m3": "fp8", "int8": "int8", "int4": "int4", "uint4": "int4"}
-_QUARK_LAYERS = ("layer_quant_config", "layer_type_quant_config")
-# Weights of a group of compressed-tensors: their number of bits, and whether they are floats. Floats of 4 bits go by
-# the number of weights that share a scale, as in vLLM 0.32 (`_is_nvfp4_format` and `_is_mxfp4`).
-_COMPRESSED = {(8, True): "fp8", (4, False): "int4", (8, False): "int8"}
-_COMPRESSED_FP4 = {None: "nvfp4", 16: "nvfp4", 32: "mxfp4"}
-_CLASS = "Linear"  # class of all matrices of a layer, as targets of compressed-tensors name it
 _LEAST_GROUP = 16  # weights that share a scale; engines have kernels for 32 and more
 _NO_GROUPS = 2**20  # a scale for so many takes no memory; no matrix has such rows
-_MOST_PATTERNS = 1000  # patterns of modules left in 16 bits, each tried on every module; with more, all modules do
-_MOST_WILDCARDS = 4  # limit per regular expression; more could take very long to match
 _SPECIAL = frozenset("*+?^$()[]{}|\\")  # names of modules with one of these are expressions in AutoRound
-_NESTED = re.compile(r"[*+}]\)?[*+{]")
 
 
 T = TypeVar("T")
@@ -60,76 +56,6 @@ def modelopt_precision(data: Mapping[str, Any]) -> str | None:
         return MODELOPT.get(algorithm)
     found = Counter(_algorithm(entry) for name, entry in _mixed(data).items() if "_attn." not in name)
     return MODELOPT.get(found.most_common(1)[0][0]) if found else None
-
-
-def quark_precision(data: Mapping[str, Any]) -> str | None:
-    """Return the precision that Quark states for all modules but the excluded ones; None: unknown, or several.
-
-    Layers of ``layer_quant_config`` are mostly there for their KV, with the weights of all others.
-    """
-    found = {_quark_format(layer.get("weight")) for layer in _quark_layers(data)}
-    own = (data.get(name) or {} for name in _QUARK_LAYERS)
-    return found.pop() if len(found) == 1 and all(isinstance(each, dict) for each in own) else None
-
-
-def quark_input(data: Mapping[str, Any]) -> str | None:
-    """Return the precision that Quark states for the activations of all modules; None: 16 bits, unknown, or several."""
-    found = {_quark_format(layer.get("input_tensors")) for layer in _quark_layers(data)}
-    return found.pop() if len(found) == 1 else None
-
-
-def _quark_layers(data: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Return what Quark states for all modules, and for some."""
-    own = (mapping(data.get(name)) for name in _QUARK_LAYERS)
-    return [
-        mapping(layer) for layer in (data.get("global_quant_config"), *(one for each in own for one in each.values()))
-    ]
-
-
-def _quark_format(weight: Any) -> str | None:
-    has_scales_of_scales = isinstance(weight, list)
-    stated = mapping(weight[0] if has_scales_of_scales and weight else weight)
-    kind, size = stated.get("dtype"), stated.get("group_size")
-    if kind == "fp4":
-        return ("nvfp4" if has_scales_of_scales else "mxfp4") if size == (16 if has_scales_of_scales else 32) else None
-    return None if has_scales_of_scales else QUARK.get(str(kind))
-
-
-class QuantisedGroup(NamedTuple):
-    """A group of modules of compressed-tensors: its name, its modules, and their precision."""
-
-    name: str
-    targets: tuple[str, ...]
-    precision: str
-
-
-def compressed_groups(data: Mapping[str, Any]) -> list[QuantisedGroup]:
-    """Return the groups of a checkpoint of compressed-tensors, in its order.
-
-    Raises:
-        ValueError: the weights of a group have no known form, or a target cannot be read; it names the group.
-    """
-    stated = mapping(data.get("config_groups")) or {"config_groups": None}
-    groups, num_patterns = list[QuantisedGroup](), 0
-    for name, group in stated.items():
-        weights = mapping(mapping(group).get("weights"))
-        bits, of_group = weights.get("num_bits"), f" in {name}" if len(stated) > 1 else ""
-        if bits not in (4, 8):
-            raise ValueError(f"with {shown(bits)} bits{of_group}")
-        is_float, size = weights.get("type") == "float", weights.get("group_size")
-        if (bits, is_float) == (4, True) and size not in tuple(_COMPRESSED_FP4):
-            raise ValueError(f"with floats of 4 bits in groups of {shown(size)}{of_group}")
-        targets = tuple(map(str, listed(mapping(group).get("targets", [_CLASS]))))
-        patterns = [target.removeprefix("re:") for target in targets if target.startswith("re:")]
-        for pattern in patterns:
-            if _expression(pattern) is None:
-                raise ValueError(f"with the target {shown(f're:{pattern}')}{of_group}")
-        num_patterns += len(patterns)
-        if num_patterns > _MOST_PATTERNS:
-            raise ValueError(f"with more than {_MOST_PATTERNS} regular expressions as targets")
-        precision = _COMPRESSED.get((bits, is_float)) or _COMPRESSED_FP4[size]
-        groups.append(QuantisedGroup(name, targets, precision))
-    return groups
 
 
 def compressed_precision(data: Mapping[str, Any], model: ModelSpec, linear: LinearLayers) -> str | None:
@@ -164,10 +90,10 @@ def override_of_bits(
         return None if name is None else ("extra_config", name)
     positive = {name: mapping(of) for name, of in mapping(data.get("dynamic")).items() if not name.startswith("-:")}
     others = [name for name, stated in positive.items() if stated.get("bits", bits) != bits]
-    if len(others) > _MOST_PATTERNS:
+    if len(others) > MOST_PATTERNS:
         return "dynamic", others[0]
     for name in others:
-        pattern = _expression(name.removeprefix("+:"))
+        pattern = expression(name.removeprefix("+:"))
         if pattern is None or any(_first((pattern.match,), layer, module) for layer, module in found):
             return "dynamic", name
     return None
@@ -179,8 +105,8 @@ def _override_of_auto_round(data: Mapping[str, Any], bits: int, modules: Sequenc
     """
     others = {name for name, of in mapping(data.get("extra_config")).items() if mapping(of).get("bits", bits) != bits}
     patterns = [name for name in others if _is_expression(name)]
-    unreadable = sorted(name for name in patterns if _expression(name) is None)
-    if unreadable or len(patterns) > _MOST_PATTERNS:
+    unreadable = sorted(name for name in patterns if expression(name) is None)
+    if unreadable or len(patterns) > MOST_PATTERNS:
         return (unreadable or sorted(patterns))[0]
     entry_of = _entry_of_auto_round(data)
     found = (_first((entry_of,), layer, module) for layer, module in modules)
@@ -234,7 +160,7 @@ def _bytes_of_formats(data: Mapping[str, Any]) -> dict[str, float]:
     less than `dtypes.BYTES_PER_PARAMETER` has.
     """
     of_groups = [mapping(mapping(group).get("weights")) for group in mapping(data.get("config_groups")).values()]
-    of_quark = [mapping(layer.get("weight")) for layer in _quark_layers(data)]
+    of_quark = [mapping(layer.get("weight")) for layer in quark_layers(data)]
     sizes = [dtypes.BYTES_PER_PARAMETER["int4"]]
     for weights in (*of_groups, *of_quark, data):
         group = weights.get("q_group_size", weights.get("group_size"))  # AWQ has both names
@@ -299,7 +225,7 @@ def _entry_of_auto_round(data: Mapping[str, Any]) -> Stated[str]:
     the end of it, or else the first expression that occurs in it.
     """
     own = mapping(data.get("extra_config"))
-    expressions = {name: found for name in own if _is_expression(name) and (found := _expression(name)) is not None}
+    expressions = {name: found for name in own if _is_expression(name) and (found := expression(name)) is not None}
 
     def stated(name: str) -> str | None:
         parts = name.split(".")
@@ -352,14 +278,14 @@ def _group_precisions(groups: Sequence[QuantisedGroup]) -> tuple[Stated[str], st
     """
     targets = [(target, group.precision) for group in groups for target in group.targets]
     exact = dict(reversed(targets))  # the first of the same targets stays
-    patterns = [(_expression(target[3:]), precision) for target, precision in targets if target.startswith("re:")]
+    patterns = [(expression(target[3:]), precision) for target, precision in targets if target.startswith("re:")]
 
     def stated(name: str) -> str | None:
         if name in exact:
             return exact[name]
         return next((precision for pattern, precision in patterns if pattern and pattern.match(name)), None)
 
-    return stated, exact.get(_CLASS)
+    return stated, exact.get(CLASS)
 
 
 def _stated_format(data: Mapping[str, Any]) -> Stated[float]:
@@ -421,9 +347,9 @@ def _ignored(data: Mapping[str, Any], base: T) -> Stated[T]:
     named = [each for entry in entries if not entry.startswith("re:") for each in (entry, _in_layers(entry))]
     globs = [entry for entry in dict.fromkeys(named) if "*" in entry]
     exact = {entry for entry in named if "*" not in entry}
-    if len(patterns) + len(globs) > _MOST_PATTERNS:
+    if len(patterns) + len(globs) > MOST_PATTERNS:
         return lambda _: base
-    expressions = [found for found in map(_expression, patterns) if found is not None]
+    expressions = [found for found in map(expression, patterns) if found is not None]
     if globs:
         expressions.append(re.compile("|".join(map(fnmatch.translate, globs))))
 
@@ -458,13 +384,3 @@ def _is_any_part(entries: Set[str]) -> Callable[[str], bool]:
         return any(name[i : i + size] in entries for size in sizes for i in range(len(name) - size + 1))
 
     return has
-
-
-def _expression(pattern: str) -> re.Pattern[str] | None:
-    """Return a regular expression, or None if it is invalid, or could take very long to match."""
-    if sum(map(pattern.count, "*+{")) > _MOST_WILDCARDS or _NESTED.search(pattern):
-        return None
-    try:
-        return re.compile(pattern)
-    except re.error:
-        return None

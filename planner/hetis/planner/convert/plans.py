@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 from google.protobuf.message import Message
 
 from hetis.engines.gpus import kind_of_type
-from hetis.engines.layout import kv_partners, limits_blocks, seats_limit_of, utilisation_of
+from hetis.engines.planned import kv_partners, limits_blocks, seats_limit_of, utilisation_of
 from hetis.formats.files import content_digest
 from hetis.planner.use_cases.record.parts import Verified
 from hetis.planner.use_cases.request import objective

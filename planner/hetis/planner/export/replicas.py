@@ -10,11 +10,12 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from hetis.commands.endpoints import joined
+from hetis.engines.cluster import IMAGE, WORKER_IMAGE, ClusterSettings
 from hetis.engines.commands import WORKER_PORT, Addresses, Command, commands_of
 from hetis.engines.errors import LayoutError
 from hetis.engines.gpus import VENDORS
-from hetis.engines.kubernetes import IMAGE, WORKER_IMAGE, ClusterSettings
-from hetis.engines.layout import Layout, kv_partners, layout_of
+from hetis.engines.layout import Layout, layout_of
+from hetis.engines.planned import kv_partners
 from hetis.engines.serving import (
     KV_PORT,
     MASTER_PORT,

@@ -1,22 +1,19 @@
-"""Serving stacks on Kubernetes: llm-d, KServe and Dynamo."""
+"""Serving stacks on Kubernetes with kinds of objects of their own: KServe and Dynamo."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
 from hetis.engines.kubernetes import (
     FRONT_PORT,
-    MODEL_LABELS,
     ReplicaObjects,
     annotations_of,
     hf_token_variable,
     impossible_pods,
     literal,
-    tolerations_of,
 )
-from hetis.engines.layout import Process
 from hetis.engines.serving import Meeting, arguments_of, drain_s, is_of_http_server, option_groups
 from hetis.engines.versions import Engine
 from hetis.formats.documents import yaml_text
@@ -26,10 +23,9 @@ from hetis.planner.export.kubernetes import (
     check_cluster_options,
     deployment_of,
     namespace,
-    replica_objects,
     written_for_cluster,
 )
-from hetis.planner.export.pair_routers import pair_groups
+from hetis.planner.export.llm_d import REPLICA_LABEL
 from hetis.planner.export.pairs import pairs_beyond_the_plan
 from hetis.planner.export.replicas import (
     PUSHED,
@@ -41,246 +37,6 @@ from hetis.planner.export.replicas import (
 )
 from hetis.planner.export.routing import shares_of, weight
 from hetis.solver.plan import Role
-
-# --- llm-d
-
-
-_REPLICA_LABEL, _POOL_LABEL = "app.kubernetes.io/instance", "hetis/pool"
-_POOL_API = "inference.networking.k8s.io/v1"
-_CHART = "llm-d-modelservice --repo https://llm-d-incubation.github.io/llm-d-modelservice"
-_SIDECAR_PORT = 8200  # the engine's port, behind the routing proxy of the chart
-_ROLES = {Role.PREFILL: "prefill", Role.DECODE: "decode", Role.UNIFIED: "decode"}
-
-
-def write_llm_d(launchable: Launchable) -> Written:
-    """Return values for `helm`, manifests for `kubectl`, and the configuration of the router."""
-    check_cluster_options(launchable)
-    values, manifests, in_pools = dict[str, str](), dict[str, str](), _pool_labels(launchable)
-    for number, one in launchable.replicas.items():
-        if len(one.layout.servers) == 1 and not one.layout.workers:
-            values[f"values-{one.name}.yaml"] = yaml_text(values_of(launchable, one, in_pools[number]))
-            manifests[f"{one.name}.yaml"] = yaml_text(_front(launchable, one))
-        else:
-            labels = {**in_pools[number], "llm-d.ai/role": _ROLES[one.plan.role]}
-            manifests[f"{one.name}.yaml"] = yaml_text(*replica_objects(launchable, one, labels))
-    manifests["gateway.yaml"] = yaml_text(*_gateway(launchable))
-    start = _HOW_LLM_D.format(helm=_helm(launchable, values) or "# none")
-    lost = (*_behind_sidecar(launchable), *pairs_beyond_the_plan(launchable, "llm-d's endpoint picker", in_groups=True))
-    written = written_for_cluster(launchable, manifests, start, not_carried=lost)
-    pickers = {
-        f"router/{pool.name}.yaml": yaml_text(picker_config(launchable, pool.members)) for pool in _pools(launchable)
-    }
-    files = {**values, **written.files, **pickers}
-    return replace(written, files=files, shown=(*values, *manifests), listed=not launchable.has_roles)
-
-
-def _behind_sidecar(launchable: Launchable) -> Iterator[str]:
-    """Yield a sentence for each prefill or decode replica that serves HTTPS, which llm-d's proxy does not speak."""
-    for number, one in launchable.replicas.items():
-        if one.plan.role is not Role.UNIFIED and one.serving.has_tls:
-            yield f"replica {number}: llm-d's routing proxy asks prefill and decode by HTTP, the engine serves HTTPS"
-
-
-def _helm(launchable: Launchable, files: Iterable[str]) -> str:
-    """Return the commands that install a release for each file of values."""
-    namespace = f" --namespace {launchable.settings.namespace}" if launchable.settings.namespace else ""
-    return "\n".join(
-        f"helm upgrade --install {launchable.settings.name}-{path.removeprefix('values-').removesuffix('.yaml')} "
-        f"{_CHART} --version v0.4.12{namespace} --values {path}"
-        for path in files
-    )
-
-
-def values_of(launchable: Launchable, one: LaunchableReplica, labels: Mapping[str, str]) -> dict[str, Any]:
-    """Return the values of the chart llm-d-modelservice 0.4.12 for a replica that is one pod."""
-    settings = launchable.settings
-    made = ReplicaObjects(one.layout, one.serving, deployment_of(launchable, one))
-    is_decode_of_pair = one.plan.role is Role.DECODE
-    port = _SIDECAR_PORT if is_decode_of_pair else FRONT_PORT
-    arguments = list(made.arguments(0))
-    arguments[arguments.index("--port") + 1] = str(port)
-    [process] = one.layout.servers
-    pod = made.server_pod(0, arguments)
-    [container] = pod["containers"]
-    container["ports"] = [{"name": "http", "containerPort": port}]
-    container |= {"modelCommand": "custom", "command": arguments, "mountModelVolume": False}
-    # The pod's security context would also apply to the routing proxy, whose image has a user of its own.
-    user = {name: value for name, value in pod["securityContext"].items() if name != "fsGroup"}
-    container["securityContext"] = {**container["securityContext"], **user}
-    role, other = ("prefill", "decode") if one.plan.role is Role.PREFILL else ("decode", "prefill")
-    model = one.serving.model
-    served = settings.served_name or model
-    return {
-        "fullnameOverride": launchable.name_of(one),
-        "modelArtifacts": {
-            "name": served,
-            # The engine is passed the location of its model, so the chart has nothing to fetch.
-            "uri": f"pvc://{settings.model_claim}{model}" if settings.model_claim else f"hf://{model}",
-            "labels": {**labels, _REPLICA_LABEL: launchable.name_of(one)},
-        },
-        **_accelerator(process),
-        "multinode": False,
-        "routing": {"servicePort": FRONT_PORT, "proxy": {"enabled": is_decode_of_pair, "connector": "nixlv2"}},
-        role: {
-            "create": True,
-            "replicas": one.copies,
-            "podAnnotations": annotations_of(process),
-            "extraConfig": {"affinity": made.affinity(process)},  # merged into the pod
-            "tolerations": tolerations_of(process),
-            "enableServiceLinks": pod["enableServiceLinks"],
-            # A Deployment otherwise waits for GPUs that its former pod still has.
-            "strategy": {"type": "Recreate"},
-            # The chart counts the GPUs from this.
-            "parallelism": {
-                "tensor": one.layout.tensor_parallel * len(one.layout.layers) * one.layout.data_parallel,
-                "workers": 1,
-            },
-            "containers": [container],
-            "volumes": pod["volumes"],
-            "terminationGracePeriodSeconds": pod["terminationGracePeriodSeconds"],
-        },
-        other: {"create": False, "replicas": 0},
-    }
-
-
-def _accelerator(process: Process) -> dict[str, Any]:
-    """Return the chart's field, without which it adds ``nvidia.com/gpu`` to the container's own resources."""
-    kind = process.vendor.lower()
-    told: dict[str, Any] = {} if kind == "nvidia" else {"type": kind}
-    if process.resource:
-        told["resources"] = {kind: process.resource}
-    return {"accelerator": told} if told else {}
-
-
-def _front(launchable: Launchable, one: LaunchableReplica) -> dict[str, Any]:
-    """Return a Service for the pod that the chart makes; the chart leaves the pods themselves to an InferencePool."""
-    name = launchable.name_of(one)
-    made = ReplicaObjects(one.layout, one.serving, deployment_of(launchable, one))
-    spec = {"ports": [{"name": "http", "port": FRONT_PORT}], "selector": {_REPLICA_LABEL: name}}
-    return made.object("v1", "Service", name, spec=spec)
-
-
-class _Pool(NamedTuple):
-    """The replicas of an InferencePool, and its share of all requests."""
-
-    name: str
-    members: tuple[int, ...]
-    share: float
-
-
-def _pools(launchable: Launchable) -> list[_Pool]:
-    """Return a pool for the unified replicas, and one for each group of replicas that the plan's routes join."""
-    shares, name, found = shares_of(launchable), launchable.settings.name, list[_Pool]()
-    unified = tuple(number for number, one in launchable.replicas.items() if one.plan.role is Role.UNIFIED)
-    if unified:
-        found.append(_Pool(f"{name}-unified", unified, sum(shares[number] for number in unified)))
-    for group in pair_groups(launchable):
-        share = sum(shares[number] for number in group.prefill)
-        found.append(_Pool(f"{name}-{group.name}", (*group.prefill, *group.decode), share))
-    return found
-
-
-def _pool_labels(launchable: Launchable) -> dict[int, dict[str, str]]:
-    """Return the labels by which pools select the pods of each replica."""
-    return {number: {**MODEL_LABELS, _POOL_LABEL: pool.name} for pool in _pools(launchable) for number in pool.members}
-
-
-def _gateway(launchable: Launchable) -> list[dict[str, Any]]:
-    """Return the pools, and the route that divides requests among them with the plan's shares."""
-
-    def metadata(name: str) -> dict[str, Any]:
-        return {"name": name, **namespace(launchable), "labels": {"app.kubernetes.io/name": "hetis"}}
-
-    pools = _pools(launchable)
-    backends = [
-        {"group": _POOL_API.partition("/")[0], "kind": "InferencePool", "name": pool.name, "weight": weight(pool.share)}
-        for pool in pools
-    ]
-    rule = {"backendRefs": backends, "timeouts": {"request": "0s"}}
-    route = {"parentRefs": [{"name": "inference-gateway"}], "rules": [rule]}
-    return [
-        *(
-            {
-                "apiVersion": _POOL_API,
-                "kind": "InferencePool",
-                "metadata": metadata(pool.name),
-                "spec": {
-                    "selector": {"matchLabels": {_POOL_LABEL: pool.name}},
-                    "targetPorts": [{"number": FRONT_PORT}],
-                    "endpointPickerRef": {"name": f"{pool.name}-epp", "port": {"number": 9002}},
-                },
-            }
-            for pool in pools
-        ),
-        {
-            "apiVersion": "gateway.networking.k8s.io/v1",
-            "kind": "HTTPRoute",
-            "metadata": metadata(launchable.settings.name),
-            "spec": route,
-        },
-    ]
-
-
-def picker_config(launchable: Launchable, members: Iterable[int]) -> dict[str, Any]:
-    """Return the configuration of a pool's endpoint picker: it draws endpoints with the plan's shares as weights.
-
-    Where prefill and decode are apart, every request takes both: the decider says so, and the headers' handler tells
-    the decode replica's sidecar which prefill replica was drawn.
-    """
-    shares, replicas = shares_of(launchable), {number: launchable.replicas[number] for number in members}
-
-    def weights(*roles: Role) -> dict[str, float]:
-        return {
-            launchable.name_of(one): round(shares[number] / one.copies, 6)  # of each pod
-            for number, one in replicas.items()
-            if one.plan.role in roles and shares[number] > 0
-        }
-
-    sides = {"decode": weights(Role.UNIFIED, Role.DECODE), "prefill": weights(Role.PREFILL)}
-    plugins: list[dict[str, Any]] = [
-        {
-            "type": "label-producer",
-            "name": "replicas",
-            "parameters": {"labels": [{"label": _REPLICA_LABEL, "attributeKey": "replica"}]},
-        },
-        {"type": "weighted-random-picker"},
-    ]
-    profiles = []
-    if sides["prefill"]:
-        decider = "always-disagg-pd-decider"
-        plugins += [{"type": name} for name in ("disagg-headers-handler", "prefill-filter", "decode-filter", decider)]
-        plugins.append({"type": "disagg-profile-handler", "parameters": {"deciders": {"prefill": decider}}})
-    for side, of_side in sides.items():
-        if not of_side:
-            continue
-        scorer = f"shares-{side}"
-        parameters = {"attributeKey": "replica", "producer": "replicas", "weights": of_side}
-        plugins.append({"type": "endpoint-attribute-weight-scorer", "name": scorer, "parameters": parameters})
-        chosen = [{"pluginRef": f"{side}-filter"}] if sides["prefill"] else []
-        chosen += [{"pluginRef": scorer}, {"pluginRef": "weighted-random-picker"}]
-        profiles.append({"name": side if sides["prefill"] else "default", "plugins": chosen})
-    return {
-        "apiVersion": "llm-d.ai/v1alpha1",
-        "kind": "EndpointPickerConfig",
-        "plugins": plugins,
-        "schedulingProfiles": profiles,
-    }
-
-
-_HOW_LLM_D = """\
-Replicas of one pod, by the chart (0.4.12):
-
-```
-{helm}
-```
-
-The others, where LeaderWorkerSet is installed, and a Service for each: `kubectl apply -k .`
-
-Requests go to the gateway `inference-gateway`, whose route divides them among the InferencePools of `gateway.yaml` with
-the plan's shares: one of the unified replicas, one for each group of prefill and decode replicas that the plan's routes
-join. `router/POOL.yaml` configures the endpoint picker of a pool, the Service `POOL-epp`, with the plan's shares in the
-pool (llm-d's chart starts it; the weight scorer needs `--allow-experimental-plugins=true`)."""
-
 
 # --- KServe: an LLMInferenceService for each replica or pair of prefill and decode, with its weight in the route
 
@@ -341,7 +97,7 @@ def _objects(launchable: Launchable, number: int, pairs: dict[int, int]) -> list
     workers = [made for process in main.layout.attention_workers for made in group.objects.worker(process)]
     config = [group.objects.config()] if main.layout.workers else []
     whole = group.objects.object(_API, "LLMInferenceService", name, spec=spec)
-    whole["metadata"]["labels"][_REPLICA_LABEL] = name  # of a pair, the group is that of its decode replica
+    whole["metadata"]["labels"][REPLICA_LABEL] = name  # of a pair, the group is that of its decode replica
     return [*config, *workers, whole]
 
 

@@ -2,27 +2,23 @@
 
 from __future__ import annotations
 
-import re
-import shlex
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from hetis.commands.endpoints import is_host
-from hetis.engines.gpus import VENDORS
-from hetis.engines.kubernetes import FRONT_PORT, NAMESPACE, wrong_cache, wrong_objects, wrong_token
-from hetis.engines.layout import DTYPE_BYTES, Layout, planned_model, unknown_nodes
-from hetis.engines.serving import decided_in
+from hetis.engines.layout import Layout
+from hetis.engines.planned import planned_model
 from hetis.engines.versions import VERSIONS, Engine
 from hetis.formats import catalogue
 from hetis.formats.errors import DocumentError, Problem, single_problem
 from hetis.formats.files import write_atomically
-from hetis.planner.export import IN_KUBERNETES, ExportDevice, ExportTarget
+from hetis.planner.export import IN_KUBERNETES, ExportTarget
 from hetis.planner.export.equals import with_equals_merged
 from hetis.planner.export.hosts import why_no_job, write_compose, write_hetis_launch, write_shell, write_slurm
 from hetis.planner.export.kubernetes import why_no_group, why_no_pods, write_kubernetes, write_lws
-from hetis.planner.export.ray_serve import HEAD, why_not_on_ray, write_ray
+from hetis.planner.export.llm_d import write_llm_d
+from hetis.planner.export.options import MODEL, unknown_addresses, wrong_name, wrong_settings
+from hetis.planner.export.ray_serve import why_not_on_ray, write_ray
 from hetis.planner.export.replicas import (
     WEIGHTS,
     ExportSettings,
@@ -30,13 +26,12 @@ from hetis.planner.export.replicas import (
     LaunchableReplica,
     NotExportableError,
     Written,
-    images_in,
     launchable,
     weights_used,
     without_single,
 )
 from hetis.planner.export.routing import routing_files, shares_of
-from hetis.planner.export.stacks import why_not_on_dynamo, write_dynamo, write_kserve, write_llm_d
+from hetis.planner.export.stacks import why_not_on_dynamo, write_dynamo, write_kserve
 from hetis.planner.use_cases.record.parts import MadeFrom, Requested
 from hetis.solver.model import ModelSpec
 from hetis.solver.plan import Plan, Role
@@ -104,8 +99,9 @@ class Carried:
 
 
 def carries(
-    plan: Plan, target: ExportTarget, *, model: ModelSpec | None = None, engine: Engine | None = None
-) -> Carried:
+    plan: Plan, target: ExportTarget, *, model: ModelSpec | None = None, engine: Engine | None = None,
+    launch: Callable[[Plan, ModelSpec, ExportSettings], Launchable] = launchable,
+) -> Carried:  # fmt: skip
     """Return whether a target serves all of a plan's traffic, and if not why.
 
     Images, keys and names count as given. Addresses of nodes are unknown; the order of Ray's stages depends on them.
@@ -113,6 +109,7 @@ def carries(
     Args:
         model: the planned model; None: the one in the plan's own documents.
         engine: the engine of the replicas; None: the one that exports choose.
+        launch: lays out the replicas.
 
     Raises:
         DocumentError: the model is not given, and the plan has none that can be used.
@@ -125,7 +122,7 @@ def carries(
     if settings.engine is not None and settings.engine not in _TARGETS[target].engines:
         return Carried(planned=planned, rate=0.0, reasons=(f"it does not run {settings.engine.value}",))
     try:
-        found = _TARGETS[target].carried(launchable(plan, shape, settings))
+        found = _TARGETS[target].carried(launch(plan, shape, settings))
     except NotExportableError as error:
         return Carried(planned=planned, rate=0.0, reasons=error.reasons)
     return Carried(planned=planned, rate=found.rate(), reasons=tuple(found.reasons()))
@@ -176,10 +173,6 @@ def _elsewhere(plan: Plan, model: ModelSpec, engine: Engine | None) -> Iterator[
         yield f"all of it is carried with --to {' or '.join(filter(None, (', '.join(names[:-1]), names[-1])))}"
 
 
-_NAME = re.compile(r"[a-z]([-a-z0-9]{0,28}[a-z0-9])?")
-_MAX_PORT = 60_000  # below the ephemeral ports of operating systems
-
-
 def export_wanted(
     plan: Plan,
     target: ExportTarget,
@@ -201,7 +194,11 @@ def export_wanted(
         NotExportableError: no replica can be launched on the target.
     """
     allowed = _TARGETS[target].engines
-    wrong = [*more_wrong, *_wrong(settings, target, allowed, spelled), *_unknown_nodes(settings, target, plan, spelled)]
+    wrong = [
+        *more_wrong,
+        *wrong_settings(settings, target, allowed, spelled),
+        *unknown_addresses(settings, target, plan, spelled),
+    ]
     if wrong:
         raise DocumentError(Problem(file="export", message=message) for message in wrong)
     shape = planned_model(plan)
@@ -210,8 +207,8 @@ def export_wanted(
     # The file may be anyone's, and engines would read such a name as one of their options. They get it as that of the
     # checkpoint, unless another is given, and of what they serve.
     if not settings.model or shape.name.startswith("-"):
-        for wrong_name in _wrong_name(shape.name, "inputs.documents.model.name", _MODEL):
-            raise single_problem(file, wrong_name)
+        for why in wrong_name(shape.name, "inputs.documents.model.name", MODEL):
+            raise single_problem(file, why)
     has_one = len(weights_used(plan, shape)) == 1
     settings = replace(
         settings,
@@ -220,120 +217,6 @@ def export_wanted(
         engine=settings.engine or _engine_of(plan, target),
     )
     return export_plan(plan, shape, target, settings)
-
-
-def _wrong_images(text: str) -> Iterator[str]:
-    """Yield the errors in ``IMAGE,AMD=IMAGE`` (`images_in`)."""
-    images = images_in(text)
-    if not all(image for _, image in images):
-        yield "an image name is empty"
-    if any(re.search(r"\s", image) for _, image in images):
-        yield "an image name has spaces"
-    for vendor, times in Counter(vendor for vendor, image in images if image).items():
-        if vendor not in VENDORS:
-            yield f"{vendor} is not a supported vendor, must be {' or '.join(VENDORS)}"
-        if times > 1:
-            yield f"{times} images for {vendor}"
-
-
-_MODEL = "a name or a folder"
-
-
-def _wrong_name(text: str, where: str, must_be: str) -> Iterator[str]:
-    """Yield an error if engines would not take a text as what it ``must_be``, such as a model's name."""
-    if text != text.strip() or text.startswith("-") or not text.isprintable():
-        yield f"{where} is {text!r}, must be {must_be}"
-
-
-def _wrong(
-    given: ExportSettings, target: ExportTarget, allowed: tuple[Engine, ...], spelled: Callable[[str], str]
-) -> Iterator[str]:
-    yield from _wrong_name(given.model, spelled("model"), _MODEL)
-    yield from _wrong_name(given.served_name, spelled("served_name"), "a name")
-    for node, host in given.hosts.items() if target not in IN_KUBERNETES else ():
-        if not (node and is_host(host)):
-            text = f"{node}={host}" if node else host  # as on the command line
-            yield f"{spelled('node_address')} is {text!r}, must be NODE=HOST, such as gpu2=10.0.0.2"
-    for option in sorted(decided_in(given.engine_options)):
-        why = "it could override the plan, give its options on the command line" if option == "--config" else ""
-        yield f"{option} cannot be passed to the engine: {why or 'the plan sets it'}"
-    if given.engine_options and not given.engine_options[0].startswith("-"):
-        yield f"{given.engine_options[0]!r} is not an engine option, options begin with -"
-    if given.engine is not None and given.engine not in allowed:
-        runs = " or ".join(one.value for one in allowed)
-        yield f"{spelled('engine')} is {given.engine.value}: {spelled('to')} {target.value} runs {runs}"
-    for option, text in (("image", given.image), ("worker_image", given.worker_image)):
-        yield from (f"{spelled(option)} is {text!r}: {why}" for why in _wrong_images(text))
-    if given.dtype not in DTYPE_BYTES:
-        yield f"{spelled('dtype')} is {given.dtype!r}, must be one of {', '.join(DTYPE_BYTES)}"
-    if not _NAME.fullmatch(given.name):
-        yield (
-            f"{spelled('name')} is {given.name!r}, must be 1 to 30 lower-case letters, digits and -, starting with "
-            "a letter"
-        )
-    if given.namespace and not NAMESPACE.fullmatch(given.namespace):
-        yield f"{spelled('namespace')} is {given.namespace!r}, must be 1 to 63 lower-case letters, digits and -"
-    if not 1 <= given.port <= _MAX_PORT:
-        yield f"{spelled('port')} is {given.port}, must be from 1 to {_MAX_PORT}"
-    if given.device is ExportDevice.CPU and target not in (ExportTarget.VLLM, ExportTarget.HETIS_LAUNCH):
-        yield f"{spelled('device')} is cpu: {spelled('to')} {target.value} is for GPUs"
-    yield from (_wrong_in_kubernetes if target in IN_KUBERNETES else _only_in_kubernetes)(given, target, spelled)
-    for option, text in (("program", given.program), ("sbatch", given.sbatch)):
-        try:
-            words = shlex.split(text)
-        except ValueError as error:
-            yield f"{spelled(option)} is {text!r}: {error}"
-        else:
-            if option == "sbatch" and not all(word.startswith("--") and "\n" not in word for word in words):
-                yield f"{spelled(option)} is {text!r}, must be options such as --partition=gpu"
-    if given.sbatch and target is not ExportTarget.SLURM:
-        yield f"{spelled('sbatch')}: {spelled('to')} {target.value} makes no jobs"
-
-
-def _wrong_in_kubernetes(given: ExportSettings, target: ExportTarget, spelled: Callable[[str], str]) -> Iterator[str]:
-    """Yield an error for every option without an effect in Kubernetes, and for every impossible name of an object."""
-    if given.port != FRONT_PORT:
-        yield f"{spelled('port')} is {given.port}: {spelled('to')} {target.value} serves at port {FRONT_PORT}"
-    if given.hosts:
-        yield f"{spelled('node_address')}: {spelled('to')} {target.value} takes none, pods have addresses of their own"
-    objects = {name: getattr(given, name) for name in ("api_key_secret", "worker_key_secret", "model_claim")}
-    yield from wrong_objects({spelled(option): name for option, name in objects.items()})
-    yield from wrong_token(spelled("hf_token_secret"), given.hf_token_secret)
-    yield from wrong_cache(spelled("model_cache"), given.model_cache)
-
-
-def _only_in_kubernetes(given: ExportSettings, target: ExportTarget, spelled: Callable[[str], str]) -> Iterator[str]:
-    """Yield an error for every option of pods or containers, with what processes read instead of a Secret."""
-    environment = "docker compose or in .env" if target is ExportTarget.COMPOSE else "its processes"
-    key, token = (f"set {name} in the environment of {environment}" for name in ("VLLM_API_KEY", "HF_TOKEN"))
-    worker_key = "put the key into worker.key beside its files"
-    if target in (ExportTarget.SGLANG, ExportTarget.RAY):
-        worker_key = "it starts no attention workers"
-    if ExportTarget.SGLANG is target or given.engine is Engine.SGLANG:
-        key = "give the engine --api-key after --"
-    elif target is ExportTarget.RAY:
-        key = "it asks for no key"
-    instead_of = {"api_key_secret": key, "hf_token_secret": token, "worker_key_secret": worker_key}
-    for option, instead in instead_of.items():
-        if getattr(given, option):
-            yield f"{spelled(option)}: {spelled('to')} {target.value} reads no Secrets of Kubernetes, {instead}"
-    lacks = {"namespace": "pods", "model_claim": "pods"}
-    if target is ExportTarget.COMPOSE and given.model_cache and not given.model_cache.startswith("/"):
-        yield f"{spelled('model_cache')} is {given.model_cache}: {spelled('to')} compose takes the path of a folder"
-    if target is not ExportTarget.COMPOSE:
-        lacks |= {"model_cache": "containers", "image": "containers", "worker_image": "containers"}
-    for option, what in lacks.items():
-        if value := getattr(given, option):
-            yield f"{spelled(option)} is {value}: {spelled('to')} {target.value} has no {what}"
-
-
-def _unknown_nodes(
-    given: ExportSettings, target: ExportTarget, plan: Plan, spelled: Callable[[str], str]
-) -> Iterator[str]:
-    """Yield an error for every node with an address that the plan and its fleet do not have: it is misspelt."""
-    named = [node for node in given.hosts if node and target not in IN_KUBERNETES]
-    further = (HEAD,) if target is ExportTarget.RAY else ()
-    yield from (f"{spelled('node_address')}: {what}" for what in unknown_nodes(named, plan, further))
 
 
 def _checkpoint(plan: Plan, shape: ModelSpec) -> str:

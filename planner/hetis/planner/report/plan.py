@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
@@ -13,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from hetis.formats.errors import DocumentError
+from hetis.planner.report.alternatives import distinct_runners_up, reason_words, shape_words
 from hetis.planner.report.figures import (
     bar,
     digits,
@@ -50,7 +50,6 @@ from hetis.planner.report.replica import (
 from hetis.planner.report.rungs import rung_section, survival_words
 from hetis.planner.report.tables import (
     Narrowing,
-    Unbroken,
     as_group,
     bullets,
     facts,
@@ -70,7 +69,7 @@ from hetis.planner.use_cases.sources import inputs_from_documents
 from hetis.solver.constraints import Constraint, described
 from hetis.solver.errors import InvalidProblemError
 from hetis.solver.placement.families import STRATEGIES
-from hetis.solver.plan import ObjectiveKind, Plan, Role, RunnerUp
+from hetis.solver.plan import ObjectiveKind, Plan, Role
 from hetis.solver.planning import ConstraintPrice
 from hetis.solver.problem import EXPLICIT_LINKS, LINKS_TO_ANY, OWN_LINKS, QUICK_LINKS, Family
 
@@ -334,26 +333,14 @@ def worth(dual: float, plan: Plan) -> str:
 
 
 def _runners_up(plan: Plan) -> Table:
-    made = table_of(
+    """Return the closest alternatives in words, each with its saturated rate."""
+    return table_of(
         distinct_runners_up(plan),
-        ("'shape", lambda one: Unbroken([Text(stage) for stage in folded(one.shape).split(" | ")], " | ")),
+        ("'a replica of", lambda one: shape_words(one.shape)),
         ("rate /s", lambda one: digits(one.rate)),
-        ("'why not", lambda one: one.reason),
+        ("'why not", lambda one: reason_words(one.reason, one.rate)),
         fixed=True,
     )
-    made.columns[0].ratio = made.columns[2].ratio = 3
-    return made
-
-
-def distinct_runners_up(plan: Plan) -> list[RunnerUp]:
-    """Return the runners-up, those once that differ only in their zones or nodes."""
-    return list({(one.shape, digits(one.rate), one.reason): one for one in plan.runners_up}.values())
-
-
-def folded(shape: str) -> str:
-    """Merge consecutive equal stages: ``A | A | B`` becomes ``2 × A | B``."""
-    runs = [(stage, len(list(equal))) for stage, equal in itertools.groupby(shape.split(" | "))]
-    return " | ".join(stage if count == 1 else f"{count} × {stage}" for stage, count in runs)
 
 
 def count_by_role(plan: Plan) -> str:

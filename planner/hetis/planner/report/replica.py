@@ -9,7 +9,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from hetis.engines.layout import planned_model
+from hetis.engines.planned import planned_model
 from hetis.formats.errors import DocumentError
 from hetis.planner.report.figures import digits, plural, seconds, tokens
 from hetis.planner.report.tables import Column, table, table_of

@@ -12,7 +12,7 @@ from pydantic import Field
 
 from hetis.profiler.fitting import FloatArray
 from hetis.solver.errors import InvalidProblemError
-from hetis.solver.model import ModelSpec
+from hetis.solver.model import Kernel, ModelSpec
 
 GEMM_KERNEL = "torch linear"
 LAYER_KERNEL = "torch, unfused"
@@ -135,8 +135,8 @@ def series_of(
         peer_kernel: backend for messages between two processes (gloo, nccl); empty for none.
         peer_path: ``loopback`` or ``peer``.
     """
-    if model.unusual_parts:
-        what = model.unusual_parts[0]
+    if model.plain_layer is None:
+        what = _unusual_part(model)
         raise InvalidProblemError(f"{model.name} has {what}, which `run` cannot measure: choose a dense model")
     tps = [tp for tp in extent.tps if model.q_heads % tp == 0 and model.kv_heads % tp == 0]
     blocks = (size for size in extent.messages if size >= KV_BLOCK_BYTES)  # no less than a block is ever copied
@@ -159,6 +159,20 @@ def series_of(
         points = (MeasuredPoint(op="all_reduce", kernel=kernel, columns=columns, texts=texts) for columns in counts)
         found.append(_series("all-reduce", points, "num_bytes"))
     return tuple(found)
+
+
+def _unusual_part(model: ModelSpec) -> str:
+    """Return what its layers have beside grouped attention and a dense MLP, in words."""
+    names = {
+        Kernel.LATENT: "latent attention",
+        Kernel.COMPRESSED: "compressed attention",
+        Kernel.RECURRENT: "linear attention",
+        Kernel.SPARSE: "sparse attention",
+    }
+    found = [what for kernel, what in names.items() if kernel in model.kernels]
+    found += ["experts"] if model.experts is not None else []
+    found += ["gated attention"] if any(mixer.is_gated for mixer, _ in model.mixers) else []
+    return found[0] if found else "layers of unlike shape"
 
 
 def _series(name: str, points: Iterator[MeasuredPoint], *axes: str) -> PointSeries:

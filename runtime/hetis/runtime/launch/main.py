@@ -226,7 +226,8 @@ def kubernetes(replica: LaunchReplica, cluster: ClusterOptions, vllm_options: Vl
     """Print objects for `kubectl apply -f -`: a pod per process on the plan's node, and Services."""
     import yaml
 
-    from hetis.engines.kubernetes import SET_HERE, Deployment, manifests_of
+    from hetis.engines.cluster import Deployment
+    from hetis.engines.kubernetes import SET_HERE, manifests_of
 
     path = cluster.model_path or replica.model
     deployment = Deployment(**{name: value for name, value in vars(cluster).items() if name != "model_path"})
@@ -276,7 +277,8 @@ def _read(
         LayoutError: vLLM cannot run the replica like this. It holds all reasons.
     """
     from hetis.engines.errors import LayoutError
-    from hetis.engines.layout import layout_of, unknown_nodes
+    from hetis.engines.layout import layout_of
+    from hetis.engines.planned import unknown_nodes
     from hetis.engines.serving import Serving, missing_kv_option, program_of
     from hetis.formats.documents import load_plan
 
@@ -343,7 +345,7 @@ def _model(plan: Plan, number: int, model: str) -> tuple[ModelSpec, str]:
 
     Its shape is that of its folder if that exists here, with KV in the plan's precision.
     """
-    from hetis.engines.layout import planned_model
+    from hetis.engines.planned import planned_model
     from hetis.engines.serving import checkpoint_model
 
     planned = planned_model(plan)

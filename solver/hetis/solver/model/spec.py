@@ -181,20 +181,6 @@ class ModelSpec:
         return self._kinds.plain
 
     @property
-    def unusual_parts(self) -> tuple[str, ...]:
-        """What its layers have beside grouped attention and a dense MLP, in words."""
-        names = {
-            Kernel.LATENT: "latent attention",
-            Kernel.COMPRESSED: "compressed attention",
-            Kernel.RECURRENT: "linear attention",
-            Kernel.SPARSE: "sparse attention",
-        }
-        found = [what for kernel, what in names.items() if kernel in self.kernels]
-        found += ["experts"] if self.experts is not None else []
-        found += ["gated attention"] if any(mixer.is_gated for mixer, _ in self.mixers) else []
-        return tuple(found) or (() if self.plain_layer is not None else ("layers of unlike shape",))
-
-    @property
     def all_heads_share(self) -> str:
         """What all heads of some layers share; empty: nothing."""
         return next((what for mixer, _ in self.mixers if (what := mixer.all_heads_share)), "")

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hetis.engines.commands import Command
-from hetis.engines.layout import PROMPT_TOKENS
+from hetis.engines.kv_room import PROMPT_TOKENS
 from hetis.engines.serving import option_groups
 from hetis.engines.versions import Engine
 from hetis.formats import catalogue

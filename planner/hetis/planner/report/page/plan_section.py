@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from hetis.planner.report import plan as plan_report
 from hetis.planner.report import promises
+from hetis.planner.report.alternatives import distinct_runners_up, reason_words, shape_words
 from hetis.planner.report.explanation import memory_shares, time_shares
 from hetis.planner.report.figures import (
     digits,
@@ -52,13 +52,6 @@ _MEMORY_COLORS = {"unusable": PLAIN, "engine": 5, "weights": 0, "KV": 2, "activa
 _TIME_COLORS = {
     "dense": 0, "all-reduce": 5, "prefill att.": 1, "decode att.": 2, "transfer": 3, "head": 4, "other": 7, "wait": 6,
 }  # fmt: skip
-_STAGE = re.compile(
-    r"(?P<gpu>\S+) TP(?P<tp>\d+) x(?P<copies>\d+)(?P<shared> EP\d+)? L(?P<layers>\d+)"
-    r"(?: \(\+(?P<workers>.+) attention workers\))?"
-)
-_WORTH = re.compile(
-    r"its GPUs are worth (?P<worth>[\d.]+) requests/s elsewhere(?:, its (?P<role>\w+) work (?P<own>[\d.]+))?"
-)
 
 
 def plan_blocks(
@@ -276,46 +269,13 @@ def _prices(plan: Plan, *, has_market: bool) -> Grid:
 
 def _runners_up(plan: Plan) -> Grid:
     return grid_of(
-        plan_report.distinct_runners_up(plan),
+        distinct_runners_up(plan),
         ("'a replica of", lambda one: shape_words(one.shape)),
         ("requests/s", lambda one: digits(one.rate)),
         ("'why not", lambda one: reason_words(one.reason, one.rate)),
         title="Not chosen",
         intro="The closest alternatives, each with its saturated rate.",
     )
-
-
-def shape_words(shape: str) -> str:
-    """Return ``decode: L4 TP4 x1 L20 | H100 TP2 x2 L60`` in words, or unchanged if it cannot be parsed."""
-    role, colon, stages = shape.rpartition(": ")
-    found = [_STAGE.fullmatch(stage) for stage in stages.split(" | ")]
-    if not all(found):
-        return plan_report.folded(shape)
-    words = ", then ".join(_stage_words(match) for match in found if match is not None)
-    return f"{role} only: {words}" if colon else words
-
-
-def _stage_words(match: re.Match[str]) -> str:
-    tp, copies, gpu = int(match["tp"]), int(match["copies"]), match["gpu"]
-    cards = f"one {gpu}" if tp == 1 else f"{tp} × {gpu} in TP{tp}"
-    text = f"{plural(int(match['layers']), 'layer')} on {cards}"
-    text += f" ({copies} copies{' that share experts' if match['shared'] else ''})" if copies > 1 else ""
-    return text + (f" with {match['workers']} as attention workers" if match["workers"] else "")
-
-
-def reason_words(reason: str, rate: float) -> str:
-    """Return why a runner-up was not chosen.
-
-    If its GPUs are worth more elsewhere, that is by how much it is worse; any other reason is returned unchanged.
-    """
-    match = _WORTH.fullmatch(reason)
-    if match is None or not float(match["worth"]) > 0:
-        return reason
-    elsewhere = float(match["worth"])
-    if match["role"]:
-        own = f"what it would {match['role']} is worth {digits(float(match['own']))} there"
-        return f"as they are used in the plan its GPUs serve {digits(elsewhere)} requests/s; {own}"
-    return f"{percent(1.0 - rate / elsewhere)} less than the {digits(elsewhere)} requests/s its GPUs serve in the plan"
 
 
 def _profiles(plan: Plan, problem: PlacementProblem) -> Grid:

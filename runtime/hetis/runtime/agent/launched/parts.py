@@ -25,7 +25,8 @@ from hetis.commands.endpoints import host_of, is_host, joined
 from hetis.engines.commands import WORKER_PORT, Addresses, Command, commands_of
 from hetis.engines.errors import LayoutError
 from hetis.engines.gpus import GpuKind
-from hetis.engines.layout import KvPartner, ProcessKind, layout_of_replica
+from hetis.engines.layout import ProcessKind, layout_of_replica
+from hetis.engines.planned import KvPartner
 from hetis.engines.serving import (
     KV_PORT,
     MASTER_PORT,

@@ -182,9 +182,8 @@ def _together(members: Sequence[Requirement]) -> str:
     facts = [member for member in members if member.subject.is_of_fleet]
     if not facts or not requested:
         return f"each can be kept, but not together: {listed(members)}"
-    return (
-        f"{listed(requested)} cannot be kept{' together' if len(requested) > 1 else ''} with {listed(facts)} as given"
-    )
+    together = " together" if len(requested) > 1 else ""
+    return f"{listed(requested)} cannot be kept{together} with {listed(facts)} as given"
 
 
 def _what_is_short(

@@ -1,0 +1,54 @@
+"""Lines for people fit 80 columns where stdout is no terminal; `-o wide` does not fold them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from hetis.planner.cli.app import run
+from hetis.planner.cli.exit_codes import ExitCode
+from tests.planner.command_line import EXAMPLES
+
+FLEETS = {
+    "paper": ["-c", str(EXAMPLES / "paper.yaml"), "-m", "Llama-2-70B", "-w", "8000/300"],
+    "fleet-160": ["-c", str(EXAMPLES / "fleet-160.yaml"), "-m", "Llama-2-70B", "-w", "azure_conv_2023"],
+    "two-cards": ["-c", str(EXAMPLES / "two-cards.yaml"), "-m", "Llama-3.1-8B", "-w", "1000/200"],
+}
+
+
+@pytest.fixture(scope="module", params=FLEETS)
+def plan(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp(request.param) / "plan.json"
+    assert run(["place", *FLEETS[request.param], "--no-verify", "--out", str(path)]) == ExitCode.OK
+    return path
+
+
+@pytest.fixture(autouse=True)
+def in_a_pipe(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("COLUMNS", raising=False)
+
+
+def widest(capsys: pytest.CaptureFixture[str], *words: str) -> int:
+    assert run(list(words)) in (ExitCode.OK, ExitCode.INFEASIBLE)
+    shown = capsys.readouterr().out
+    assert shown
+    return max(len(line) for line in shown.splitlines())
+
+
+@pytest.mark.parametrize("verb", ["diff", "explain", "check", "simulate"])
+def test_what_verbs_say_of_a_plan_fits_80_columns(plan: Path, capsys: pytest.CaptureFixture[str], verb: str) -> None:
+    options = {"simulate": ["--requests", "200"], "diff": [str(plan)]}
+    assert widest(capsys, verb, str(plan), *options.get(verb, [])) <= 80
+
+
+@pytest.mark.parametrize("name", FLEETS)
+def test_a_plan_fits_80_columns_unless_wide(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert widest(capsys, "place", *FLEETS[name], "--no-verify") <= 80
+    assert widest(capsys, "place", *FLEETS[name], "--no-verify", "-o", "wide") > 80
+    assert widest(capsys, "place", *FLEETS[name], "--dry-run") <= 80
+
+
+@pytest.mark.parametrize("kind", ["gpus", "models", "workloads", "strategies"])
+def test_catalogues_fit_80_columns(kind: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert widest(capsys, "catalog", kind) <= 80
