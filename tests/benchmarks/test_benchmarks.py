@@ -32,6 +32,8 @@ PROMISED = {
     "engines": {"name", "gpus", "status"}
     | {f"{name}{mark}" for name in ("vllm", "vllm-hetis") for mark in ("", "_gap", "_s")}
     | {"hetis_over_vllm"},
+    "rungs": {"name", "requests", "planned", "exports", "keeps", "survives", "of", "user s"}
+    | {f"{rung}{mark}" for rung in ("node", "pipelines", "apart", "workers") for mark in ("", " left %")},
     "coverage": {"name", "inputs", "read", "right", "refused", "wrong"},
     "published": {"name", "gpus", "types", "status", "value", "proven_value", "proven_bound", "ratio"}
     | {"seconds", "proof_s", "note"},

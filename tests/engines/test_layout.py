@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 import re
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 from hetis.engines.errors import LayoutError
 from hetis.engines.kv_room import PAGE_TOKENS, PROMPT_TOKENS
 from hetis.engines.layout import Layout, layout_of
-from hetis.engines.planned import KvPartner, kv_partners
+from hetis.engines.planned import KvPartner, kv_partners, unknown_nodes
 from hetis.engines.versions import Engine
 from hetis.solver.model import DraftShape, ModelSpec
 from hetis.solver.plan import AttentionWorkerPool, KvRoute, Plan, Role
@@ -588,3 +589,11 @@ def test_kv_of_a_byte_takes_half_and_latent_kv_is_one_group_on_every_rank() -> N
     model = replace(MODEL, mla=mla)
     latent = layout_of(plan_of(stage_of(kv_head_groups_kept=1)), 0, model)
     assert latent.rank_kv_bytes == 4 * PAGES * PAGE_TOKENS * (24 + 8) * 2
+
+
+def test_every_node_of_the_fleet_is_known_also_those_that_the_plan_leaves_idle() -> None:
+    nodes = [{"name": "idle", "count": 2}, {"name": "last"}]
+    plan = dataclasses.replace(plan_of(stage_of()), inputs={"documents": {"cluster": {"nodes": nodes}}})
+    assert list(unknown_nodes(["a", "idle-0", "idle-1", "last"], plan)) == []
+    (error,) = unknown_nodes(["idle-2"], plan)
+    assert "did you mean idle-" in error

@@ -66,8 +66,8 @@ LLAMA = model_of(
     vocab=32000,
 )
 ARCHITECTURES = (
-    "Ada", "Ada GeForce", "Ampere", "Battlemage", "Blackwell", "CDNA", "CDNA2", "CDNA3", "CDNA4", "Gaudi2", "Gaudi3",
-    "Hopper", "Pascal", "RTX Blackwell", "Turing", "Volta",
+    "Ada", "Ada GeForce", "Ampere", "Ascend", "Battlemage", "Blackwell", "CDNA", "CDNA2", "CDNA3", "CDNA4", "GCN",
+    "Gaudi2", "Gaudi3", "Hopper", "Pascal", "RDNA3", "RDNA4", "RTX Blackwell", "TPU", "Turing", "Volta",
 )  # fmt: skip
 BLACKWELLS = ("Blackwell", "RTX Blackwell")
 MODELLED = [op for op in Op if op not in (Op.SAMPLE, Op.EXPERTS)]  # those two come from an engine: `for_engine`

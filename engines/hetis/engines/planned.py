@@ -105,7 +105,7 @@ def node_groups(cluster: Any) -> Iterator[tuple[Iterable[str], Mapping[str, Any]
     for node in nodes if isinstance(nodes, list) else ():
         if isinstance(node, Mapping):
             name, count = node.get("name"), node.get("count")
-            yield (f"{name}-{i}" for i in range(count)) if isinstance(count, int) else (str(name),), node
+            yield tuple(f"{name}-{i}" for i in range(count)) if isinstance(count, int) else (str(name),), node
 
 
 class KvPartner(NamedTuple):

@@ -135,7 +135,7 @@ def _parse(data: Any, source: Text) -> Value:
 
 
 class _Dumper(_Base):
-    """Quotes whatever YAML 1.1 or 1.2 would not take for text, and never writes aliases."""
+    """Quotes whatever YAML 1.1 or 1.2 would not take for text, keeps lines as lines, and never writes aliases."""
 
     def ignore_aliases(self, data: Any) -> bool:
         return True
@@ -143,7 +143,7 @@ class _Dumper(_Base):
 
 def _represent_text(dumper: _Dumper, text: str) -> yaml.Node:
     # Unquoted, PyYAML writes these line breaks as they are, and reads them back as spaces.
-    style = '"' if any(break_ in text for break_ in "\x85\u2028\u2029") else None
+    style = '"' if any(break_ in text for break_ in "\x85\u2028\u2029") else "|" if "\n" in text.strip() else None
     return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
 
 

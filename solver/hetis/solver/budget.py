@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 from hetis.solver.errors import NoPlanFoundError
@@ -53,15 +52,6 @@ class Budget:
     def of_its_own(self) -> Budget:
         """Return a budget for the time left that ends with this one but is cancelled separately."""
         return Budget(time_limit_s=self.remaining_s(), clock=self.clock, callers=self)
-
-    @contextmanager
-    def within_work(self, share: float) -> Iterator[None]:
-        """Limit the work in the block to this share of what is left."""
-        whole, self.work_limit = self.work_limit, self.work + share * (self.work_limit - self.work)
-        try:
-            yield
-        finally:
-            self.work_limit = whole
 
     def is_spent(self) -> bool:
         if self.callers is not None and self.callers.is_spent():

@@ -486,10 +486,10 @@ def test_what_is_wrong_with_a_call_is_found_without_solving(home: Path, capsys: 
         ),
         ("place --survive nodes", "'--survive': 'nodes' is not one of node, zone, did you mean node?"),
         ("explain - -o nonsense", "'--output' / '-o': 'nonsense' is not one of table, wide, json, yaml"),
-        ("catalog gpu", "'gpu' is not one of gpus, models, workloads, strategies, did you mean gpus?"),
+        ("catalog gpu", "'gpu' is not one of gpus, models, workloads, strategies, add, did you mean gpus?"),
         (
             "cluster discover --from nvm",
-            "auto, kubectl, nvidia-smi, slurm, nvml, ray, agents, file, did you mean nvml?",
+            "auto, kubectl, nvidia-smi, amd-smi, slurm, nvml, ray, agents, file, did you mean",
         ),
         ("place --seed x", "'--seed': 'x' is not a whole number"),
         ("place --max-stages 99", "'--max-stages': 99 is out of range, must be at least 1 and at most 16"),

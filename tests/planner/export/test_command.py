@@ -297,3 +297,23 @@ def test_wrong_options_are_mistakes_of_the_caller(
 ) -> None:
     assert run(["export", str(plan_file), *words]) == ExitCode.INVALID
     assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--to", "vllm"], "engines ask clients for a key only if VLLM_API_KEY is set"),
+        (["--to", "vllm", "--", "--api-key", "k"], ""),
+        (["--to", "sglang"], "engines ask clients for no key: give -- --api-key KEY"),
+        (["--to", "ray"], "Ray Serve asks clients for no key"),
+        (["--to", "dynamo"], "Dynamo's front end asks clients for no key"),
+        (["--to", "lws", "--insecure"], "anyone in the cluster can send requests: --insecure"),
+        (["--to", "lws", "--api-key-secret", "keys"], ""),
+    ],
+)
+def test_engines_without_a_key_are_warned_of(
+    plan_file: Path, words: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["export", str(plan_file), *words]) == ExitCode.OK
+    found = [line for line in capsys.readouterr().err.splitlines() if "key" in line or "--insecure" in line]
+    assert [said in line for line in found] == [True] * bool(said)

@@ -29,7 +29,7 @@ from hetis.solver.plan import Plan, StagePlan
 from tests.command_line import environment
 from tests.engines.plans import plan_of, stage_of
 from tests.planner.export.plans import made_of
-from tests.runtime.launch.test_command import PROMPTS, REAL, alone, answers, check_openai_client, vllm_of
+from tests.runtime.launch.launching import PROMPTS, REAL, alone, answers, check_openai_client, vllm_of
 from tests.runtime.launch.vllm_python import needs_vllm
 
 FORKING = Path(__file__).with_name("forking_vllm.py")

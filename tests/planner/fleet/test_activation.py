@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from hetis.planner.failures import Reason
-from hetis.planner.resources.withdrawal import withdraw
+from hetis.planner.resources.in_force import withdraw
 from hetis.v1 import agent_service_pb2, plan_pb2, replica_pb2, report_pb2
 from tests.planner.fleet.samples import PLAN, REPLICA, plan_record, replica_record, shape
 from tests.planner.fleet.world import World

@@ -14,7 +14,7 @@ import pytest
 from examples.processes import free_ports
 from tests.command_line import environment
 from tests.engines.plans import write_config, write_plan
-from tests.runtime.launch.test_command import COMMAND, FAKE, Launched, is_gone
+from tests.runtime.launch.launching import COMMAND, FAKE, Launched, is_gone
 
 pytest.importorskip("ray", reason="Ray is not installed: hetis-launch ray was NOT TESTED (pip install 'hetis[ray]')")
 

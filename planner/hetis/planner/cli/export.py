@@ -105,6 +105,7 @@ def export(
     from hetis.formats.discovery.found import some_of
     from hetis.formats.documents import load_plan
     from hetis.planner.cli.plans import warn_if_wrong
+    from hetis.planner.export.options import unguarded
     from hetis.planner.export.replicas import ExportSettings
     from hetis.planner.export.targets import export_wanted, folder_refusals, write_export
     from hetis.planner.use_cases.record.parts import MadeFrom
@@ -133,6 +134,8 @@ def export(
             return ExitCode.MISSED
         terminal.warn(served)
     for line in made.lost:
+        terminal.warn(line)
+    if line := unguarded(requested.to, settings):
         terminal.warn(line)
     if folder is None:
         terminal.write("".join(_on_stdout(path, made.files[path]) for path in made.shown))

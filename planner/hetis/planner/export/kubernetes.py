@@ -223,8 +223,8 @@ def address(launchable: Launchable, service: str, port: int) -> str:
 
 _HOW_CORE = """\
 `kubectl apply -k .` in this folder. Each process is a pod on the node of the plan, by its name in `kubectl get nodes`,
-and the front of a replica a Service of its name at port 8000. The namespace, and Secrets and claims that
-options name, must be there."""
+or, if it need not be there, on any with such GPUs; the front of a replica is a Service of its name at port 8000. The
+namespace, and Secrets and claims that options name, must be there."""
 
 
 # --- pods from two templates

@@ -13,7 +13,7 @@ from hetis.engines.gpus import VENDORS
 from hetis.engines.kubernetes import FRONT_PORT
 from hetis.engines.kv_room import DTYPE_BYTES
 from hetis.engines.planned import unknown_nodes
-from hetis.engines.serving import decided_in
+from hetis.engines.serving import decided_in, names_of
 from hetis.engines.versions import Engine
 from hetis.planner.export import IN_KUBERNETES, ExportDevice, ExportTarget
 from hetis.planner.export.ray_serve import HEAD
@@ -139,3 +139,21 @@ def unknown_addresses(
     named = [node for node in given.hosts if node and target not in IN_KUBERNETES]
     further = (HEAD,) if target is ExportTarget.RAY else ()
     yield from (f"{spelled('node_address')}: {what}" for what in unknown_nodes(named, plan, further))
+
+
+def unguarded(target: ExportTarget, settings: ExportSettings) -> str:
+    """Return how engines come to ask clients for a key, if neither the export nor an option makes them; empty: they do.
+
+    In Kubernetes, one of a Secret and ``insecure`` must be given.
+    """
+    if target is ExportTarget.DYNAMO:
+        return "Dynamo's front end asks clients for no key"
+    if "--api-key" in names_of(settings.engine_options):
+        return ""
+    if target in IN_KUBERNETES:
+        return "anyone in the cluster can send requests: --insecure" if settings.insecure else ""
+    if target is ExportTarget.RAY:
+        return "Ray Serve asks clients for no key: put what does in front of it"
+    if target is ExportTarget.SGLANG or settings.engine is Engine.SGLANG:
+        return "engines ask clients for no key: give -- --api-key KEY"
+    return "engines ask clients for a key only if VLLM_API_KEY is set where they start"

@@ -99,8 +99,9 @@ class Carried:
 
 
 def carries(
-    plan: Plan, target: ExportTarget, *, model: ModelSpec | None = None, engine: Engine | None = None
-) -> Carried:
+    plan: Plan, target: ExportTarget, *, model: ModelSpec | None = None, engine: Engine | None = None,
+    launch: Callable[[Plan, ModelSpec, ExportSettings], Launchable] = launchable,
+) -> Carried:  # fmt: skip
     """Return whether a target serves all of a plan's traffic, and if not why.
 
     Images, keys and names count as given. Addresses of nodes are unknown; the order of Ray's stages depends on them.
@@ -108,6 +109,7 @@ def carries(
     Args:
         model: the planned model; None: the one in the plan's own documents.
         engine: the engine of the replicas; None: the one that exports choose.
+        launch: lays out the replicas.
 
     Raises:
         DocumentError: the model is not given, and the plan has none that can be used.
@@ -120,7 +122,7 @@ def carries(
     if settings.engine is not None and settings.engine not in _TARGETS[target].engines:
         return Carried(planned=planned, rate=0.0, reasons=(f"it does not run {settings.engine.value}",))
     try:
-        found = _TARGETS[target].carried(launchable(plan, shape, settings))
+        found = _TARGETS[target].carried(launch(plan, shape, settings))
     except NotExportableError as error:
         return Carried(planned=planned, rate=0.0, reasons=error.reasons)
     return Carried(planned=planned, rate=found.rate(), reasons=tuple(found.reasons()))

@@ -19,9 +19,9 @@ from hetis.planner.fleet.fleet import LiveFleet
 from hetis.planner.fleet.hubs import Hubs
 from hetis.planner.resources.checks import Checks, check, require_etag
 from hetis.planner.resources.committing import Publish, change_once
+from hetis.planner.resources.in_force import how_to_withdraw
 from hetis.planner.resources.pages import read_page
 from hetis.planner.resources.plan_creation import forget_problem
-from hetis.planner.resources.withdrawal import how_to_withdraw
 from hetis.planner.store import ClusterRecord, Reader, Store, Transaction
 from hetis.planner.threads import run_in_thread_gc_paused
 from hetis.solver.cluster import Cluster

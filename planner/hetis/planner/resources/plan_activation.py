@@ -19,9 +19,9 @@ from hetis.planner.fleet.hubs import Hubs
 from hetis.planner.fleet.replica import devices_of, nodes_of
 from hetis.planner.resources.checks import check, require_etag
 from hetis.planner.resources.committing import Publish, answered_before, change_once
-from hetis.planner.resources.plan_documents import IN_FORCE, PlanDocuments, plan_state, require_gpus
+from hetis.planner.resources.in_force import IN_FORCE, how_to_withdraw, past, publish_change
+from hetis.planner.resources.plan_documents import PlanDocuments, plan_state, require_gpus
 from hetis.planner.resources.plans import MOST_BYTES, load_bytes_of
-from hetis.planner.resources.withdrawal import how_to_withdraw, past
 from hetis.planner.store import ClusterRecord, PlanRecord, Reader, ReplicaRecord, Store, Transaction, etag_of
 from hetis.planner.threads import run_in_thread_gc_paused
 from hetis.v1 import plan_pb2, replica_pb2
@@ -116,18 +116,12 @@ class PlanActivation:
 
         def work(tx: Transaction) -> tuple[R, Publish | None]:
             done = self._put_in_force(tx, decide(tx), target, is_rollback=is_rollback)
-            publish = None if done.cluster is None else partial(self._publish_change, done.cluster, done.plans)
+            if done.cluster is None:
+                return _answer(response, done), None
+            publish = partial(publish_change, self._store, self._hubs, self._fleet, done.cluster, done.plans)
             return _answer(response, done), publish
 
         return await change_once(self._store, request, response, work)
-
-    async def _publish_change(self, cluster: ClusterRecord, plans: Sequence[PlanRecord]) -> None:
-        now_s = self._store.clock()
-        for plan in plans:
-            self._hubs.plans.publish(plan.name, basic_view(plan), now_s=now_s)
-        num_connected = self._fleet.num_connected(cluster.name)
-        self._hubs.publish_cluster(cluster, num_connected=num_connected, now_s=now_s)
-        await self._fleet.cluster_changed(cluster.name)
 
     def _planned(self, reader: Reader, plan: PlanRecord, target: Target) -> ChangedPlans:
         """Return what `_put_in_force` would change."""

@@ -24,7 +24,6 @@ from hetis.solver.problem import PlacementProblem
 from hetis.v1 import document_pb2, failure_pb2, plan_pb2
 
 SEARCHING = frozenset({plan_pb2.PLAN_STATE_QUEUED, plan_pb2.PLAN_STATE_SOLVING})
-IN_FORCE = frozenset({plan_pb2.ACTIVATION_STATE_ACTIVATING, plan_pb2.ACTIVATION_STATE_ACTIVE})
 
 
 def is_settled(plan: plan_pb2.Plan) -> bool:

@@ -16,18 +16,17 @@ from hetis.planner.fleet.fleet import LiveFleet
 from hetis.planner.fleet.hubs import Hubs
 from hetis.planner.resources.checks import Checks, check, require_etag
 from hetis.planner.resources.committing import Publish, change_once
+from hetis.planner.resources.in_force import IN_FORCE, how_to_withdraw, is_withdrawable, publish_change, withdraw
 from hetis.planner.resources.pages import read_page
 from hetis.planner.resources.plan_creation import PlanSearches, forget_problem
 from hetis.planner.resources.plan_documents import (
-    IN_FORCE,
     SEARCHING,
     PlanDocuments,
     is_settled,
     plan_state,
     require_answer,
 )
-from hetis.planner.resources.withdrawal import how_to_withdraw, is_withdrawable, withdraw
-from hetis.planner.store import ClusterRecord, PlanRecord, Reader, Store, Transaction
+from hetis.planner.store import PlanRecord, Reader, Store, Transaction
 from hetis.planner.threads import run_in_thread_gc_paused
 from hetis.planner.use_cases.record.parts import MadeFrom, Requested
 from hetis.planner.use_cases.sources import PlanAndProblem
@@ -143,17 +142,11 @@ class Plans:
                 forget_problem(tx, record.name)
             elif withdraws and is_withdrawable(tx, record):
                 cluster, record = withdraw(tx, record)
-                return pb2.CancelPlanResponse(plan=self._basic(record)), partial(self._withdrawn, cluster, record)
+                withdrawn = partial(publish_change, self._store, self._hubs, self._fleet, cluster, [record])
+                return pb2.CancelPlanResponse(plan=self._basic(record)), withdrawn
             return pb2.CancelPlanResponse(plan=self._basic(record)), publish
 
         return await change_once(self._store, request, pb2.CancelPlanResponse, cancel)
-
-    async def _withdrawn(self, cluster: ClusterRecord, plan: PlanRecord) -> None:
-        """Publish that a plan is not in force any more, and let the fleet stop its replicas."""
-        now_s = self._store.clock()
-        self._hubs.plans.publish(plan.name, self._basic(plan), now_s=now_s)
-        self._hubs.publish_cluster(cluster, num_connected=self._fleet.num_connected(cluster.name), now_s=now_s)
-        await self._fleet.cluster_changed(cluster.name)
 
     async def explain(self, request: pb2.ExplainPlanRequest) -> pb2.ExplainPlanResponse:
         from hetis.solver.placement.explanation import explain_plan

@@ -162,8 +162,7 @@ class ConnectionWatch:
     """Keeps each host to its share of the connections to the gRPC ports.
 
     gRPC limits their total, but in Python it neither counts connections per host nor exposes them. They are descriptors
-    of
-    this process, though: a thread inspects them periodically and shuts down those in excess of a host's limit, the
+    of this process, though: a thread inspects them periodically and shuts down those in excess of a host's limit, the
     newest first. gRPC then closes them as if the peer had gone away. Without `/proc` (on systems other than Linux) only
     the total limit applies.
     """

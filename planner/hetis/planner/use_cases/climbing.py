@@ -135,7 +135,9 @@ class _Rungs:
 
     def chosen(self) -> Climbed:
         """Return the plan of the requested rung, or of the highest that is worth it."""
-        rows = {name: self._row(name) for name in RUNGS}
+        rows = dict[str, RungFound]()
+        for name in RUNGS:
+            rows[name] = self._row(name, rows)
         name = self._requested() if self._how.rung else self._worthwhile(rows)
         self._require_target(rows[name])
         simpler = None if self._how.rung else next((one for one in reversed(self.plans) if _is_below(one, name)), None)
@@ -190,11 +192,14 @@ class _Rungs:
         gains = gains_under_errors(plan, simpler, replace(self._problem, objective=plan.objective))
         return gains[int((1.0 - SURE) * len(gains))] >= self._how.worth
 
-    def _row(self, name: str) -> RungFound:
+    def _row(self, name: str, lower: Mapping[str, RungFound]) -> RungFound:
         plan = self.plans.get(name)
         if plan is None:
             why = "the same as the rung below" if name not in self.families else self._why_not[name]
             return RungFound(name=name, why_not=why)
+        of = lowest_rung(plan.replicas).name
+        if of in lower and lower[of].value is not None and shapes_of(plan) == shapes_of(self.plans[of]):
+            return replace(lower[of], name=name, bound=plan.result.bound)
         lost = (worst_zone if self._how.survive == "zone" else worst_node)(plan, self._problem)
         rate = planned_rate(plan, self._problem)
         carriers = self._how.carriers
@@ -208,7 +213,7 @@ class _Rungs:
             left_rps=0.0 if lost is None else rate * lost.share,
             shapes=len(set(shapes_of(plan))),
             nodes=max(len({node_of(device) for device in one.devices()}) for one in plan.replicas),
-            of=lowest_rung(plan.replicas).name,
+            of=of,
             targets=None
             if carriers is None
             else tuple(name for name, lost in carriers(plan, self._problem).items() if not lost),

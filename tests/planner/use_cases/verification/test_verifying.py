@@ -920,7 +920,7 @@ def test_another_search_leaves_time_to_simulate_its_plan_and_a_note_says_if_time
     def searched(*_: object, budget: Budget, **__: object) -> Plan:
         given.append(budget.time_limit_s)
         now[0] += min(budget.time_limit_s, 10.0)
-        return replace(plan, inputs={})
+        return replace(plan, inputs={}, replicas=plan.replicas[: len(given)])  # another plan
 
     monkeypatch.setattr(choosing, "simulate_at_planned_rate", simulated)
     monkeypatch.setattr(placing_steps, "search", searched)

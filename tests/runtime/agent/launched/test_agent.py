@@ -19,7 +19,7 @@ from hetis.v1.report_pb2 import AssignmentState
 from tests.runtime.agent.launched.assigning import REPLICA, assigned, control, fake_settings, lives, replica_on
 from tests.runtime.agent.planner_double import PlannerDouble
 from tests.runtime.agent.test_process import Processes
-from tests.runtime.launch.test_command import is_gone
+from tests.runtime.launch.launching import is_gone
 
 
 @pytest.fixture

@@ -47,7 +47,7 @@ from tests.runtime.agent.launched.assigning import (
     removing,
     replica_on,
 )
-from tests.runtime.launch.test_command import is_gone
+from tests.runtime.launch.launching import is_gone
 
 LIMIT_S = 120.0  # on a busy machine
 OTHER = "clusters/c/replicas/p-1"

@@ -161,7 +161,7 @@ class NodeLink:
     def require_same_agent(self, boot_id: str, *, heard_s: float | None, now_s: float) -> None:
         """Raise NODE_IN_USE while another agent is connected: the node's credentials must not suffice to replace it.
 
-        ``heard_s``: when the connected agent was heard last; None: never.
+        ``heard_s``: when the connected agent last sent a message; None: never.
         """
         is_gone = not self.session or heard_s is None or now_s - heard_s >= self._settings.suspect_s
         if not is_gone and boot_id != self.boot_id:

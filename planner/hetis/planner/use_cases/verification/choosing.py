@@ -94,9 +94,9 @@ def kept_plan(
 
     def is_short() -> bool:
         """Return whether another search may use up the time that is left, as this one has used up its own."""
-        if budget.work_limit < SHORT_TIME * budget.work or budget.remaining_s() < SHORT_TIME * budget.elapsed_s():
-            return True
-        return again is not None and again.is_cut_short
+        if again is not None and again.is_cut_short:
+            return True  # the clock decides only if work is not limited: results must not depend on the machine
+        return math.isinf(budget.work_limit) and budget.remaining_s() < SHORT_TIME * budget.elapsed_s()
 
     demanded, plan = plan.objective, promising(plan)
     problem = replace(problem, objective=plan.objective)  # its demand is larger if a loss must be survived
@@ -170,6 +170,9 @@ def with_rate_of_equal_stages(
     if equal is None:
         return plan
     kept_rps = record.kept_rps
+    is_best = record.model_value is not None and math.isclose(equal.result.value, record.model_value)
+    if is_best and not record.equal_stages_chosen:
+        return replace(record, equal_stages_chosen=False).on(plan)  # they are the best by the model, which keeps less
     if shapes_of(equal) != shapes_of(plan):
         problem = replace(problem, objective=equal.objective)
         equal = verified_plan(equal, problem, None, seed=seed, budget=budget, report=report)
@@ -229,14 +232,17 @@ def verified_plan(
     other = None if equal is None else simulated(_answering(plan, problem, equal, Verified(equal_stages_chosen=True)))
     tried = [one for one in (first, other) if one is not None]
     if is_short():
-        with budget.within_work(TO_SEARCH):
-            tried = _with_lower_rates(tried)
+        tried = _with_lower_rates(tried)
     step = limit.planned_s / limit.asked_s
     share, planned_s = step, _planned_s(plan, limit)
     for _ in range(SEARCHES):
         tightened = replace(limit, planned_s=share * planned_s)
         posed = replace(problem, objective=_tightened(problem.objective, tightened))
-        again = None if budget.is_spent() else _found(find, posed)
+        is_late = budget.is_spent() or budget.work > TO_SEARCH * budget.work_limit  # the rest is for lower rates
+        again = None if is_late else _found(find, posed)
+        if again is not None and any(shapes_of(again) == shapes_of(one.plan) for one in tried):
+            share *= step  # simulated before
+            continue
         other = None if again is None else simulated(_answering(plan, problem, again, Verified(tightened=tightened)))
         tried += [] if other is None else [other]
         still_missed = other is not None and not other.found.kept

@@ -1,10 +1,14 @@
-"""Withdrawal of a plan in force that nothing depends on: no replica of the cluster serves, and there is no way back."""
+"""Plans in force: how a change is published, and how one is withdrawn that nothing serves and that has no way back."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
-from hetis.planner.store import ClusterRecord, PlanRecord, Reader, Transaction
+from hetis.planner.convert.clusters import basic_view
+from hetis.planner.fleet.fleet import LiveFleet
+from hetis.planner.fleet.hubs import Hubs
+from hetis.planner.store import ClusterRecord, PlanRecord, Reader, Store, Transaction
 from hetis.v1 import plan_pb2, replica_pb2
 
 _IN_USE = (
@@ -12,6 +16,20 @@ _IN_USE = (
     replica_pb2.REPLICA_STATE_DEGRADED,
     replica_pb2.REPLICA_STATE_DRAINING,
 )
+
+
+IN_FORCE = frozenset({plan_pb2.ACTIVATION_STATE_ACTIVATING, plan_pb2.ACTIVATION_STATE_ACTIVE})
+
+
+async def publish_change(
+    store: Store, hubs: Hubs, fleet: LiveFleet, cluster: ClusterRecord, plans: Sequence[PlanRecord]
+) -> None:
+    """Publish which plan of a cluster is in force, with all plans that changed, and pass it to the fleet."""
+    now_s = store.clock()
+    for plan in plans:
+        hubs.plans.publish(plan.name, basic_view(plan), now_s=now_s)
+    hubs.publish_cluster(cluster, num_connected=fleet.num_connected(cluster.name), now_s=now_s)
+    await fleet.cluster_changed(cluster.name)
 
 
 def is_withdrawable(reader: Reader, plan: PlanRecord) -> bool:
