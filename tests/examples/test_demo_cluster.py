@@ -17,7 +17,7 @@ def test_the_cluster_demo_tells_its_whole_story(tmp_path: Path) -> None:
     seen = json.loads(done.stdout)
     assert seen["plan"]["active"]
     assert seen["plan"]["gap"] < 1e-6
-    assert seen["plan"]["attention_workers"] == 10  # the same number for either stage; one GPU idles
+    assert seen["plan"]["attention_workers"] >= 2  # the story moves heads between them
     assert seen["pressure"]["after"] > seen["pressure"]["before"]
     assert seen["slow"]["after_s"] < seen["slow"]["before_s"]
     assert seen["slow"]["moves"] > 0

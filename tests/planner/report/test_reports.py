@@ -9,6 +9,8 @@ import pytest
 from rich.console import Console, RenderableType
 
 from hetis.commands.terminal import _ASCII
+from hetis.planner.report import plan as plan_report
+from hetis.planner.report import promises
 from hetis.planner.report.alternatives import distinct_runners_up
 from hetis.planner.report.explanation import memory_shares, render_explanation, time_shares
 from hetis.planner.report.goals import limits_words
@@ -384,6 +386,28 @@ def test_what_was_searched_is_said_in_plain_lines_and_exactly_by_explain() -> No
     for exact in (render_plan(plan, wide=True), render_explanation(plan, plans.explanation(plan))):
         assert plan.family.strip() in " ".join(text_of(exact).split())
     assert plan.family.strip() in " ".join(text_of(render_plan(replace(plan, strategy="of another version"))).split())
+
+
+@pytest.mark.parametrize(("rate", "is_red"), [(0.2, True), (0.6, False)])
+def test_a_loss_of_more_than_half_is_red(rate: float, is_red: bool) -> None:
+    losses = {"node": {"name": "a100-0", "rate": rate, "whole": 1.0}}
+    plan = replace(PLANS["paper"], inputs={**PLANS["paper"].inputs, "losses": losses})
+    facts = dict(plan_report._facts(plan))
+    assert (str(getattr(facts["Losses"], "style", "")) == "red") == is_red
+
+
+def test_gpus_without_bfloat16_are_said_to_compute_in_float16() -> None:
+    plan = PLANS["paper"]
+    inputs = load_inputs(cluster=str(EXAMPLES / "paper.yaml"), model="Llama-2-70B", workload="1024/256").inputs
+    made = replace(plan, inputs={"documents": inputs.documents()})
+    stage = made.replicas[0].stages[0]
+
+    def words(*gpus: str) -> str | None:
+        stages = tuple(replace(stage, gpu=gpu) for gpu in gpus)
+        return promises.precision(replace(made, replicas=(replace(made.replicas[0], stages=stages),)))
+
+    assert words("A100-PCIe-80GB", "T4") == "weights bf16, KV bf16; fp16 for bf16 on T4"
+    assert words("A100-PCIe-80GB") == "weights bf16, KV bf16"
 
 
 def test_equal_stages_of_a_runner_up_are_told_once() -> None:

@@ -39,7 +39,7 @@ RELATIVE = 1e-6
 def loaded(tmp_path_factory: pytest.TempPathFactory) -> LoadedInputs:
     path: Path = tmp_path_factory.mktemp("fleet") / "fleet.yaml"
     path.write_text(FLEET, encoding="utf-8")
-    return load_inputs(cluster=str(path), model="Qwen2.5-32B", workload="8000/300")
+    return load_inputs(cluster=str(path), model="Qwen2.5-32B", workload="16000/1000")
 
 
 def placed(

@@ -20,13 +20,14 @@ from hetis.formats.models.common import (
     family_of,
     same_experts,
     spec_of,
+    tower_of_any_kind,
+    vision_params,
     window_in_all,
 )
 from hetis.formats.models.config_json import Config
 from hetis.formats.models.deepseek import deepseek, deepseek_sparse, deepseek_v4, glm4_moe, kimi_linear
 from hetis.formats.models.linear_attention import lightning_attention
 from hetis.formats.models.qwen import qwen1, qwen2_vl, qwen3_next, qwen3_vl, qwen_moe, qwen_window
-from hetis.formats.models.towers import tower_of_any_kind, vision_params
 from hetis.formats.models.unlike import by_layers, deci, twice_in_a_layer
 from hetis.solver.model import ModelSpec
 

@@ -6,10 +6,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from hetis.formats.layers import Shape
-from hetis.formats.models.common import common_fields, default_width, spec_of
+from hetis.formats.models.common import common_fields, default_width, spec_of, tower_params, vision_params
 from hetis.formats.models.config_json import Config
 from hetis.formats.models.linear_attention import gated_delta_rule
-from hetis.formats.models.towers import tower_params, vision_params
 from hetis.solver.model import ModelSpec
 
 

@@ -8,11 +8,10 @@ from functools import partial
 from typing import Any
 
 from hetis.formats.fields import mapping
-from hetis.formats.models.common import made_of
+from hetis.formats.models.common import made_of, tower_of_any_kind
 from hetis.formats.models.config_json import MAX_LAYERS, Config
 from hetis.formats.models.layer_kinds import named, number, stated_layers
 from hetis.formats.models.layered import Shapes, dense_width, read_layers
-from hetis.formats.models.towers import tower_of_any_kind
 from hetis.solver.model import Dense, Grouped, Layer, Mixer, Mlp, ModelSpec
 
 

@@ -148,7 +148,7 @@ def convert(
 def _measured(trace: str, given: ConvertOptions) -> Measured | None:
     """Return what a server or a file has measured instead of requests, or None if the file has requests."""
     if trace.startswith(("http://", "https://")):
-        from hetis.planner.use_cases.measured import traffic_of
+        from hetis.planner.cli.traffic import traffic_of
 
         return traffic_of(trace, window=given.window)
     from hetis.formats.traces.rates import measured

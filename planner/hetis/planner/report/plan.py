@@ -30,6 +30,7 @@ from hetis.planner.report.promises import (
     demand_words,
     less_than_planned,
     limits,
+    loses_most,
     losses,
     misses_as_planned,
     precision,
@@ -198,7 +199,7 @@ def _facts(plan: Plan) -> Iterator[tuple[str, RenderableType]]:
     if (survived := survival_words(plan)) is not None:
         yield "Survives", survived
     if lost := losses(plan):
-        yield "Losses", lost
+        yield "Losses", Text(lost, style="red" if loses_most(plan) else "")
     if count_by_role(plan):
         yield "Roles", f"requests/s: {rates_by_role(plan)}"
     if (expected := range_of(plan)) is not None:

@@ -43,6 +43,7 @@ from hetis.planner.use_cases.verification.outcome import MISSES_AT, attained, mi
 from hetis.solver.plan import ObjectiveKind, Plan, Role, Status
 from hetis.solver.problem import PlacementProblem
 
+HALF = 0.5
 SAME_RATE = 1e-6  # relative difference of two rates that rounding may cause
 PROVED = 0.005  # relative difference of a bound from another engine's value up to which it is not mentioned
 NEARLY = 0.95  # share of the slowest replica's latency from which another replica counts as equally slow
@@ -127,9 +128,24 @@ def losses(plan: Plan) -> str:
 
 
 def precision(plan: Plan) -> str | None:
-    """Return the precision of the weights and KV, or None if the plan does not contain its model."""
+    """Return the precision of the weights and KV, or None if the plan does not contain its model.
+
+    GPUs without bfloat16 compute in float16 instead, as do all of their replica.
+    """
+    from hetis.engines.gpus import common_dtype, kind_of, kinds_in
+
     model = known_model(plan)
-    return None if model is None else precision_of(model)
+    if model is None:
+        return None
+    words, own = precision_of(model), kinds_in(MadeFrom.of(plan).document("cluster"))
+    stages = {stage.gpu for replica in plan.replicas for stage in replica.stages}
+    without = [gpu for gpu in sorted(stages) if common_dtype([kind_of(gpu, own)]) != "auto"]
+    return words if not without or "bf16" not in words else f"{words}; fp16 for bf16 on {', '.join(without)}"
+
+
+def loses_most(plan: Plan) -> bool:
+    """Return whether less than half is still served without some node or zone."""
+    return any(loss.share < HALF for loss in Losses.of(plan).by_place.values())
 
 
 class BesideEqualStages(NamedTuple):

@@ -11,7 +11,7 @@ from urllib.parse import parse_qs, urlsplit
 import pytest
 
 from hetis.formats.errors import DocumentError
-from hetis.planner.use_cases.measured import traffic_of
+from hetis.planner.cli.traffic import traffic_of
 from tests.formats.traces.test_rates import SCRAPE
 
 
