@@ -93,7 +93,6 @@ async function main() {
         model_name: "Llama-2-13B",
         workload_name: "500/100",
         time_limit: { seconds: 60 },
-        num_threads: 1,
         skip_verification: true, // verification takes longer than everything else
       },
       labels: [{ key: "from", value: "node" }], // protobufjs makes no maps of descriptors

@@ -344,7 +344,7 @@ def named(problem: PlacementProblem, costs: CostTables, template: Template) -> t
             pool = PoolShape(gpu=other.gpu, cards=one.pool_cards, head_groups=one.pool_groups, link=link)
         stages.append(
             StageShape(
-                gpu=own.gpu, tp=tp, copies=one.copies * d, layers=one.layers, intra_link=intra, hop_link=hop, pool=pool,
+                gpu=own.gpu, tp=tp, copies=d, layers=one.layers, intra_link=intra, hop_link=hop, pool=pool,
                 kv_link=slowest([hop, *far]) if mix.role is Role.PREFILL else None,
             )
         )  # fmt: skip

@@ -18,7 +18,7 @@ it shared none of them, and flows after a loss may take any route: both only rai
 
 Some N nodes (zones) of a plan serve W; each set of N - 1 of them at least G, and no replica is used more than fully,
 so W >= G N / (N - 1). Only columns that such a plan may contain are listed: those whose reduced cost is within the
-distance of the relaxation's bound.
+distance of the relaxation's bound. With `Survive.keep` the bound is the relaxation's.
 """
 
 from __future__ import annotations
@@ -104,10 +104,12 @@ class _Search:
                     other, is_settled = self._solve(chosen)
                     if other is not None and (found is None or self._is_better(other, found)):
                         found = other
-                    if other is not None:
+                    # A slower replica takes less of the share that must be left, so none is ruled out by a faster one
+                    # then, and the bound is the relaxation's.
+                    if other is not None and self.survive.keep is None:
                         bound = self._tighter(other.bound, bound)
         if found is None:
-            if is_settled:
+            if is_settled and self.survive.keep is None:
                 return None
             raise NoPlanFoundError(UNDECIDED)
         return self._outcome(found, bound)
@@ -245,6 +247,9 @@ class _Rows:
         self.on_one = [least_nodes_of(costs.classes, kind) == 1 and not self.zones for kind in kinds]
         self.places = self._places(kinds)
         self.patterns = self._patterns(kinds)
+        # A rate above all others: without limits, HiGHS 1.12 to 1.15 may call a choice the optimum that is far from it.
+        taken = columns.uses.sum(axis=1).clip(1)
+        self.most = 2.0 * float(self.limits.sum()) * float((columns.rates / taken).max())
         self.left: Callable[[], tuple[float, float]] | None = None
 
     def _places(self, kinds: Sequence[Kind]) -> dict[int, list[int]]:
@@ -316,7 +321,7 @@ class _Rows:
         roles = np.array([sides == UNIFIED, is_sending, (sides != UNIFIED) & ~is_sending])
         served = rates * roles  # [roles, K]
         flows = range(num, num + (zones**2 if routes.splits_roles else 0))
-        left = _variable(highs)
+        left = _variable(highs, self.most)
         totals = [self._total(highs, {int(k): float(rates[k]) for k in np.flatnonzero(role)}) for role in roles]
         flow = self._total(highs, dict.fromkeys(flows, 1.0))
 
@@ -324,7 +329,7 @@ class _Rows:
             """Add the rows of one loss: what each column takes that counts it."""
             after = flow
             if any(lost_of[1:].any() for lost_of in lost.values()):
-                after = _variable(highs)
+                after = _variable(highs, self.most)
                 add_row(highs, -np.inf, 0.0, {after: 1.0, flow: -1.0})
                 for side in (1, 2):
                     gone = {i: float(lost_of[side]) for i, lost_of in lost.items() if lost_of[side]}
@@ -364,12 +369,12 @@ class _Rows:
         return left
 
     def _total(self, highs: Any, entries: dict[int, float]) -> int:
-        total = _variable(highs)
+        total = _variable(highs, self.most)
         add_row(highs, 0.0, 0.0, {total: -1.0, **entries})
         return total
 
 
-def _variable(highs: Any, most: float = np.inf, *, whole: bool = False) -> int:
+def _variable(highs: Any, most: float, *, whole: bool = False) -> int:
     """Add a variable from 0 to ``most``, and return its number."""
     highs.addVar(0.0, most)
     number = int(highs.getNumCol()) - 1
