@@ -30,6 +30,7 @@ import numpy as np
 
 from benchmarks.measuring import published_points, rows
 from benchmarks.measuring.closed_loop import CopyTime, Engine, Load, balanced_copies, closed_loop
+from benchmarks.measuring.eager_layers import eager_layer_s
 from benchmarks.measuring.instances import NO_LIMITS, fleet
 from benchmarks.measuring.published_points import FOLDER, NotPosedError
 from benchmarks.measuring.published_settings import ACCEPTANCE, Graphs
@@ -43,7 +44,7 @@ from benchmarks.measuring.serving_points import (
 )
 from hetis.formats import catalogue
 from hetis.profiler.defaults import shipped_profile
-from hetis.profiler.engines import eager_layer_s, for_engine
+from hetis.profiler.engines import for_engine
 from hetis.profiler.roofline import modelled_profile
 from hetis.simulator.kv_memory import rank_room_bytes
 from hetis.simulator.timing import StageTiming

@@ -45,12 +45,12 @@ from hetis.profiler.roofline import (
     matrix_flops,
     scaled_from,
     shipped_efficiencies,
-    to_json,
 )
 from hetis.solver.cluster import GpuType
 from hetis.solver.errors import HetisError
 from hetis.solver.profile import FitScope, Op
 from tools import tables
+from tools.efficiency_file import to_json
 from tools.left_out import Operator, Pieces, Tables, joined
 from tools.modelled_tables import Pair, modelled_tables
 from tools.profiles import SOURCES, measurements_for

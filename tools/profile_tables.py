@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from statistics import fmean
 
 import numpy as np
 
@@ -17,9 +18,9 @@ from hetis.profiler.fit.pieces import fit_points
 from hetis.profiler.fit.points import FEATURES, Points, distinct
 from hetis.profiler.fit.report import SMALL_BATCH, mean_mape
 from hetis.profiler.fitting import FloatArray
-from hetis.profiler.ranges import error_of
+from hetis.profiler.ranges import stated_error
 from hetis.solver.cluster import GpuType
-from hetis.solver.profile import Fit, FitScope, Op, Source
+from hetis.solver.profile import Fit, FitScope, Op, Profile, Source
 from tools.whole_engine import EngineTime, engine_times, mean_error
 
 _BYTE = FEATURES[Op.PREFILL_ATTENTION].index("byte_s")
@@ -143,7 +144,7 @@ def profile_tables(
     yield (
         "profiles used errors",
         ("GPU", *ops),
-        ((gpu, *(_percent(error_of(result.profile).get(op)) for op in ops)) for gpu, result in results.items()),
+        ((gpu, *(_percent(_errors_by_op(result.profile).get(op)) for op in ops)) for gpu, result in results.items()),
     )
     times, impossible = engine_times(engines, {gpu: result.profile for gpu, result in results.items()}, _MODEL)
     if times:
@@ -339,3 +340,13 @@ def _of(scope: FitScope) -> str:
 
 def _percent(value: float | None) -> str:
     return "" if value is None else f"{value:.1%}"
+
+
+def _errors_by_op(profile: Profile) -> Mapping[Op, float]:
+    """Return the mean of the stated errors of each operator's fits, without modelled ones if there are others."""
+    errors = {}
+    for op in Op:
+        fits = [fit for fit in profile.fits if fit.op is op]
+        if fits := [fit for fit in fits if fit.provenance.source is not Source.MODELLED] or fits:
+            errors[op] = fmean(map(stated_error, fits))
+    return errors

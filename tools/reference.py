@@ -9,6 +9,7 @@ Nothing on these pages is written by hand, so that they cannot disagree with the
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import importlib
 import subprocess
 import sys
@@ -52,6 +53,29 @@ def _typer_page(program: str, module: str) -> str:
 
     command: Any = typer.main.get_command(importlib.import_module(module).app)
     return page([heading(program, _help(command)), *_parameters(command), *_epilog(command), *_verbs(command, program)])
+
+
+def plan_page() -> str:
+    from hetis.planner.cli.parameters.defaults import OWN_MEANING
+
+    rows = ((code(name), ", ".join(map(code, sorted(verbs)))) for name, verbs in OWN_MEANING.items())
+    parts = [
+        _typer_page("hetis-plan", "hetis.planner.cli.app"),
+        "## Options in hetis.toml\n",
+        "Some verbs use the name of an option for something else. Only their own tables of"
+        " [`hetis.toml`](../cli.md#defaults-from-files) set it for them.\n",
+        table(("option", "verbs"), rows),
+    ]
+    return "\n".join(parts)
+
+
+def planner_page() -> str:
+    return "\n".join(
+        [
+            _typer_page("hetis-planner", "hetis.planner.service.command"),
+            f"## Settings\n\n{_shown('examples/service/planner.yaml')}",
+        ]
+    )
 
 
 def worker_page() -> str:
@@ -181,6 +205,8 @@ def formats_page() -> str:
         for name, part in schema.get("$defs", {}).items():
             if "properties" in part:
                 parts += [f"### {kind}: {name}\n", f"{prose(part.get('description', ''))}\n", _fields(kind, part)]
+        if kind == "Plan":
+            parts += ["### Plan: inputs\n", table(("entries", "content"), _entries_of_plans())]
     forms = [*FORMS, *OTHERS]
     parts += [
         "## Traces\n",
@@ -195,10 +221,24 @@ def formats_page() -> str:
     return page(parts)
 
 
+def _entries_of_plans() -> Iterator[tuple[str, str]]:
+    """Yield the entries of `inputs` that each part of a plan's record has, and the part's description."""
+    from hetis.planner.use_cases.record import parts
+
+    for part in vars(parts).values():
+        if not (isinstance(part, type) and issubclass(part, parts.Part) and part is not parts.Part):
+            continue
+        names = (one.metadata["name"] or one.name for one in dataclasses.fields(part))  # type: ignore[arg-type]
+        yield ", ".join(map(code, names)), prose(part.__doc__ or "")
+
+
 def _example(kind: str) -> str:
     if kind not in FILE_EXAMPLES:
         return "`place --out` writes such a file; [what is in it](../cli.md#plan-files).\n"
-    path = FILE_EXAMPLES[kind]
+    return _shown(FILE_EXAMPLES[kind])
+
+
+def _shown(path: str) -> str:
     return f"[`{path}`](../../{path}):\n\n```yaml\n{(ROOT / path).read_text(encoding='utf-8').rstrip()}\n```\n"
 
 
@@ -404,8 +444,8 @@ def _plugin_metrics() -> Iterator[Described]:
 
 
 PAGES: Mapping[str, Callable[[], str]] = {
-    "hetis-plan": partial(_typer_page, "hetis-plan", "hetis.planner.cli.app"),
-    "hetis-planner": partial(_typer_page, "hetis-planner", "hetis.planner.service.command"),
+    "hetis-plan": plan_page,
+    "hetis-planner": planner_page,
     "hetis-agent": partial(_typer_page, "hetis-agent", "hetis.runtime.agent.main"),
     "hetis-worker": worker_page,
     "hetis-launch": partial(_typer_page, "hetis-launch", "hetis.runtime.launch.main"),

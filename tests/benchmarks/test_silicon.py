@@ -16,11 +16,12 @@ import pytest
 from benchmarks import silicon
 from benchmarks.measuring import serving_points
 from benchmarks.measuring.closed_loop import Engine, Load, balanced_copies, closed_loop
+from benchmarks.measuring.eager_layers import eager_layer_s
 from benchmarks.measuring.published_points import NotPosedError, read_rows
 from benchmarks.measuring.published_settings import Graphs, Run, Settings, settings_elsewhere, settings_of, with_ranks
 from benchmarks.measuring.serving_points import COLUMNS, ServingPoint, posed
 from hetis.formats import catalogue
-from hetis.profiler.engines import ENGINES, eager_layer_s
+from hetis.profiler.engines import ENGINES
 from hetis.solver.cost import DeviceCost, intra_link, rank_shape
 from hetis.solver.workload import LengthBin, moments_of
 

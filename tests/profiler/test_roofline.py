@@ -14,12 +14,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hetis.formats.catalogue import gpus, models
-from hetis.profiler.roofline import from_json, matrix_flops, modelled_profile, shipped_efficiencies, to_json
+from hetis.profiler.roofline import from_json, matrix_flops, modelled_profile, shipped_efficiencies
 from hetis.solver.cluster import GpuType
 from hetis.solver.errors import InvalidProblemError
 from hetis.solver.model import ModelSpec
 from hetis.solver.profile import Op, Piece, Source
 from tests.models import model_of
+from tools.efficiency_file import to_json
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"
 A100 = GpuType(

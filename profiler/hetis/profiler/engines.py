@@ -15,7 +15,6 @@ from hetis.profiler.latent import LATENT_HEADS, latent_fits
 from hetis.profiler.linear import linear_fits
 from hetis.solver.cluster import GpuType
 from hetis.solver.errors import InvalidProblemError
-from hetis.solver.model import Kernel, ModelSpec
 from hetis.solver.plugin_time import PluginTime
 from hetis.solver.profile import Fit, Mixed, Op, Piece, Profile, Provenance, Source
 
@@ -25,8 +24,8 @@ class HostTime:
     """Seconds that the host takes for an iteration, and for every sequence in it.
 
     ``call_s`` is the time of one call of PyTorch where an engine runs prompts without CUDA graphs. It lengthens
-    iterations with short prompts only (`eager_layer_s`), and ``outside_s`` passes outside of iterations, before a
-    request's first token; neither is part of a profile.
+    iterations with short prompts only (``benchmarks/measuring/eager_layers.py``), and ``outside_s`` passes outside of
+    iterations, before a request's first token; neither is part of a profile.
     """
 
     step_s: float
@@ -74,33 +73,6 @@ _MIXED = Mixed(
         origin="FlashAttention 2 of vLLM 0.19, 1.65 to 2.9 in LLMServingSim's tables of two GPUs (docs/accuracy.md)",
     ),
 )
-# Calls of PyTorch in one layer, about two for each kernel that it starts (an output is allocated, a view is made):
-# attention and its projections, and the MLP or the experts with their routing.
-_CALLS = {Kernel.GROUPED: 14, Kernel.LATENT: 36, Kernel.COMPRESSED: 36, Kernel.RECURRENT: 52}
-_MLP_CALLS, _EXPERT_CALLS = 14, 20
-# TensorRT-LLM computes latent attention of decoding requests beside that of prompts, with absorbed projections: two
-# products, the rotation of queries and attention itself (`forward_absorption_generation` of its attention module).
-_ABSORBED_CALLS = 8
-
-
-def eager_layer_s(engine: str, model: ModelSpec, *, mixes: bool = False, attention_only: bool = False) -> float:
-    """Return the least seconds of a layer in an iteration with prompts, in which Python starts every kernel.
-
-    The time of a call is that of an all-reduce started alone, without a CUDA graph, in aiconfigurator-core's tables of
-    B200 (SGLang: 29 us; vLLM: 21 us; TensorRT-LLM, which has no such row: the mean of both).
-
-    Args:
-        mixes: the iteration has decoding requests, too.
-        attention_only: all but attention is in piecewise CUDA graphs. TensorRT-LLM splits them at its operator
-            ``mla_custom_op_inplace``, which includes the projections around the latents.
-    """
-    kernel = Kernel.RECURRENT if Kernel.RECURRENT in model.kernels else model.attention.kernel
-    calls = _CALLS[kernel]
-    if model.attention.kernel is Kernel.LATENT and mixes:
-        calls += _ABSORBED_CALLS
-    if not attention_only:
-        calls += _EXPERT_CALLS if model.experts else _MLP_CALLS
-    return ENGINES[engine].call_s * calls
 
 
 def for_engine(

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from statistics import fmean
-
-from hetis.solver.model import ModelSpec
-from hetis.solver.profile import Fit, Op, Profile, Source
+from hetis.solver.profile import Fit
 
 # Assumed for a fit that states no error: a modelled transfer or step, a handwritten profile.
 UNKNOWN_ERROR = 0.25
@@ -34,28 +30,3 @@ def stated_error(fit: Fit) -> float:
     """Return the error that defines the range of ``fit``: its ``range_error``, mean error, or `UNKNOWN_ERROR`."""
     known = (fit.provenance.range_error, fit.provenance.held_out_mape, UNKNOWN_ERROR)
     return next(error for error in known if error is not None)
-
-
-def error_of(profile: Profile, model: ModelSpec | None = None, tp: int = 1) -> Mapping[Op, float]:
-    """Return the relative error per operator; 0.1 is 10%.
-
-    For a fitted operator it is the mean error on held-out points in the serving range. For one that was modelled for an
-    unmeasured GPU it is the error that nine in ten times keep where measured GPUs are left out. It is `UNKNOWN_ERROR`
-    if neither is known.
-
-    Args:
-        model, tp: use the fit for this model on a group of ``tp``. Without a model: the mean over all fits, without
-            modelled ones if there are others.
-    """
-    errors = {}
-    for op in Op:
-        chosen = None if model is None else profile.fit(op, model, tp)
-        fits = _best_known(profile, op) if model is None else [chosen] if chosen else []
-        if fits:
-            errors[op] = fmean(map(stated_error, fits))
-    return errors
-
-
-def _best_known(profile: Profile, op: Op) -> list[Fit]:
-    fits = [fit for fit in profile.fits if fit.op is op]
-    return [fit for fit in fits if fit.provenance.source is not Source.MODELLED] or fits

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, replace
 from importlib import resources
 from typing import Any
 
@@ -167,20 +167,8 @@ def shipped_efficiencies() -> Efficiencies:
     return from_json(resources.files("hetis.profiler").joinpath("efficiency.json").read_text(encoding="utf-8"))
 
 
-def to_json(efficiencies: Efficiencies) -> str:
-    """Return the text of the file."""
-    document = {
-        "version": VERSION,
-        "made_by": "python -m tools.efficiency",
-        "memory": asdict(efficiencies.memory),
-        "links": {name: _op_to_dict(op) for name, op in efficiencies.links.items()},
-        "architectures": {name: _architecture_to_dict(arch) for name, arch in efficiencies.architectures.items()},
-    }
-    return json.dumps(document, indent=1, ensure_ascii=False) + "\n"
-
-
 def from_json(text: str) -> Efficiencies:
-    """Read the text that `to_json` writes."""
+    """Read the text that ``tools.efficiency`` writes."""
     document = json.loads(text)
     if document["version"] != VERSION:
         raise ValueError(f"efficiency file is {document['version']!r}, this hetis reads {VERSION!r}")
@@ -223,24 +211,6 @@ def borrowed(op: OpEfficiency, *, factor: float = 1.0) -> OpEfficiency:
     """Return ``op`` for GPUs it was not measured on. Of its errors, only the one on unseen GPUs remains."""
     pieces = tuple(replace(piece, flop=float(f"{piece.flop * factor:.3g}")) for piece in op.pieces)
     return replace(op, pieces=pieces, measured_on=(), num_points=0, fitted_mape=None, held_out_mape=None)
-
-
-def _architecture_to_dict(arch: Architecture) -> dict[str, Any]:
-    if arch.relative is None:
-        return {"ops": {name: _op_to_dict(op) for name, op in arch.ops.items()}}
-    own = {name: _op_to_dict(op) for name, op in arch.ops.items() if op.measured_on}
-    entry = {"relative": arch.relative, "compute_factor": arch.compute_factor, "reason": arch.reason}
-    return entry | ({"ops": own} if own else {})
-
-
-def _op_to_dict(op: OpEfficiency) -> dict[str, Any]:
-    return _set_fields(op) | {"pieces": [_set_fields(piece) for piece in op.pieces]}
-
-
-def _set_fields(value: RelativePiece | OpEfficiency) -> dict[str, Any]:
-    """Return only the fields that are set, of pieces the coefficients that are not zero."""
-    found = {field.name: getattr(value, field.name) for field in fields(value)}
-    return {name: one for name, one in found.items() if one not in (0, (), "", None)}
 
 
 def _op_from_dict(values: Mapping[str, Any]) -> OpEfficiency:

@@ -7,7 +7,8 @@ compute, one for memory), a fit to measurements, and the linear model of Hetis (
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from enum import StrEnum
 
 from hetis.solver.errors import InvalidProblemError
@@ -111,20 +112,24 @@ class FitScope:
 
     def specificity(self, model: ModelSpec, tp: int) -> int | None:
         """Return the number of conditions that match, or None if one does not."""
-        wanted = (
-            (self.model, model.name),
-            (self.tp, tp),
-            (self.head_dim, model.head_dim),
-            (self.queries_per_group, model.queries_per_group),
-            (self.weights, "int4" if model.weights in _STORED_ONLY else model.weights),
-            (self.weight_bytes, model.weight_bytes),
-            (self.state_flops, model.state_flops() / model.q_heads),
-        )
-        if any(mine is not None and mine != theirs for mine, theirs in wanted):
+        if self.tp not in (None, tp):  # the first to differ, and the quickest to compare
+            return None
+        of_model = {name: condition for name in _OF_MODEL if (condition := getattr(self, name)) is not None}
+        if any(condition != _OF_MODEL[name](model) for name, condition in of_model.items()):
             return None
         if self.weight_bytes is not None and self.weight_bytes < 1.0 and model.weights in _STORED_ONLY:
             return None
-        return sum(mine is not None for mine, _ in wanted)
+        return len(of_model) + (self.tp is not None)
+
+
+_OF_MODEL: dict[str, Callable[[ModelSpec], str | float]] = {  # what the conditions of a scope compare with
+    "model": lambda model: model.name,
+    "head_dim": lambda model: model.head_dim,
+    "queries_per_group": lambda model: model.queries_per_group,
+    "weights": lambda model: "int4" if model.weights in _STORED_ONLY else model.weights,
+    "weight_bytes": lambda model: model.weight_bytes,
+    "state_flops": lambda model: model.state_flops() / model.q_heads,
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -255,6 +260,10 @@ class Profile:
     def room_bytes(self) -> int:
         """Return the bytes for weights, KV and activations: usable memory minus the engine's own."""
         return self.usable_bytes - self.reserve_bytes
+
+    def beside(self, reserved_bytes: int) -> Profile:
+        """Return the profile of a GPU of which others hold so much."""
+        return self if not reserved_bytes else replace(self, usable_bytes=max(1, self.usable_bytes - reserved_bytes))
 
     def fit(self, op: Op, model: ModelSpec, tp: int) -> Fit | None:
         """Return the most specific fit of ``op`` for this model and TP size, or None if there is none at all."""

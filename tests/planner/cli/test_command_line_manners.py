@@ -276,12 +276,6 @@ def test_options_of_one_name_mean_the_same_or_are_set_in_the_table_of_their_verb
     assert OWN_MEANING.keys() <= helps.keys()
 
 
-def test_the_page_lists_the_options_that_only_the_tables_of_their_verbs_set() -> None:
-    page = (ROOT / "docs/cli.md").read_text(encoding="utf-8")
-    for name, verbs in OWN_MEANING.items():
-        assert f"| `{name}` | {', '.join(f'`{verb}`' for verb in sorted(verbs))} |" in page
-
-
 @pytest.mark.parametrize(
     ("text", "call"),
     [

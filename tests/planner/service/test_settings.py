@@ -246,16 +246,6 @@ def test_the_example_is_valid_and_names_every_setting() -> None:
         assert f"{name.rsplit('.', 1)[-1]}:" in text, name
 
 
-def test_the_manual_names_every_setting_and_exit_code() -> None:
-    from hetis.planner.service.exit_codes import ServiceExitCode
-
-    text = (EXAMPLE.parents[2] / "docs" / "operations.md").read_text(encoding="utf-8")
-    for name in variables().values():
-        assert f"`{name}`" in text, name
-    for code in ServiceExitCode:
-        assert f"| {code.value} | {code.meaning} |" in text, code
-
-
 @pytest.mark.parametrize(
     ("address", "expected"),
     [("h:1", ("h", 1)), ("[::1]:2", ("::1", 2)), ("::1:2", None), ("h:65536", None), (":1", None)],

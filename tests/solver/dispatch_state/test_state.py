@@ -79,7 +79,7 @@ def test_changed_costs_mark_the_device() -> None:
     slower = replace(state.stage, kv_byte_s=state.stage.kv_byte_s * np.array([[1.0], [2.0], [1.0]]))
     state.change_costs(slower)
     assert [device.changed for device in state.devices] == [False, True, False]
-    with pytest.raises(InvalidProblemError, match="must begin with the devices of the old one"):
+    with pytest.raises(InvalidProblemError, match="must have the devices and heads of the old one"):
         state.change_costs(replace(slower, devices=("x", "y", "z")))
 
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 _HELP = (
     "Serve the planning service: plans, clusters, dispatch, and the agents of GPU nodes.\n\n"
     "Settings come from flags, HETIS_* variables (HETIS_TLS__CERTIFICATE sets tls.certificate) and the --config file,"
-    " in this order of precedence; all have defaults. docs/operations.md lists them."
+    " in this order of precedence; all have defaults. examples/service/planner.yaml has all of them."
 )
 _EXAMPLES = """Examples:
 

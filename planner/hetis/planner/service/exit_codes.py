@@ -1,4 +1,4 @@
-"""Exit codes of `hetis-planner`. Service managers may rely on these numbers; docs/operations.md lists them."""
+"""Exit codes of `hetis-planner`. Service managers may rely on these numbers; docs/reference lists them."""
 
 from __future__ import annotations
 

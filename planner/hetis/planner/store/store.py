@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
-import logging
 import sqlite3
 import time
 from collections.abc import Callable
@@ -39,7 +38,6 @@ _TRY_S = 1.0  # least time that a read waits, whatever the state of the store
 _PROBE_S = 2.0  # a store without a query for so long is probed
 _TRIAL = "trial"  # the name of what is written to learn whether writes work; no record has such a name
 _MIGRATION_S = 600.0  # time limit for one statement of a migration, and for waiting until another planner has migrated
-_log = logging.getLogger("hetis.planner.store")
 
 
 class Store:

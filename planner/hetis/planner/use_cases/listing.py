@@ -11,15 +11,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from hetis.planner.use_cases.sources import family_of
 from hetis.solver.constraints import DUTY_OF_ROLE, Duty
 from hetis.solver.errors import InvalidProblemError
 
 if TYPE_CHECKING:
-    from hetis.solver.problem import EngineRules, PlacementProblem
+    from hetis.solver.problem import PlacementProblem
 
 # Arrays of a list have a number for each of its pipelines and over a hundred iteration mixes, and several are in use at
 # once: 8 KB per pipeline. 13 kinds of GPUs in 8 stages are 125,970 pipelines.
@@ -50,15 +49,6 @@ def stages_to_list(problem: PlacementProblem) -> int:
         if stages > 1 and (_longest_list(choices, stages) > MOST_LISTED or counts > MOST_COUNTS):
             return stages - 1
     return engine.max_stages
-
-
-def run_by_engine(problem: PlacementProblem, strategy: str, rules: EngineRules) -> PlacementProblem:
-    """Return the problem for plans that an engine runs, with as many of its stages as can be listed quickly."""
-
-    def posed(rules: EngineRules) -> PlacementProblem:
-        return replace(problem, family=family_of(strategy, problem.family.roles, rules, problem.family.engine_settings))
-
-    return posed(replace(rules, max_stages=stages_to_list(posed(rules))))
 
 
 def refuse_unlisted(problem: PlacementProblem) -> None:

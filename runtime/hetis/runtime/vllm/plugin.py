@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 
 from hetis.runtime.vllm.settings import VARIABLE, SettingsError
 
-_log = logging.getLogger(__name__)
 CONNECTOR = "HetisConnector"  # what --kv-transfer-config calls it
 MODEL_RUNNER = "VLLM_USE_V2_MODEL_RUNNER"  # vLLM's variable: its choice of a model runner
 VERSIONS = ("0.30", "0.31", "0.32")  # tested; the extension points used are young and change

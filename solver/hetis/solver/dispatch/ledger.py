@@ -103,13 +103,6 @@ class Ledger:
         self.remaining[slot] = remaining
         self.expected += taken * self.blocks(self.context[slot] + self.remaining[slot])
 
-    def add_device(self) -> None:
-        """Add an empty column."""
-        for name in ("groups", "incoming", "outgoing"):
-            setattr(self, name, np.pad(getattr(self, name), ((0, 0), (0, 1))))
-        for name in ("held", "tokens", "used", "expected"):
-            setattr(self, name, np.append(getattr(self, name), 0))
-
     def check(self, head_groups: int) -> None:
         """Recount everything; an AssertionError is a bug."""
         slots = np.fromiter(self.slots.values(), np.int64, len(self.slots))

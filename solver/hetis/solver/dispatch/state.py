@@ -30,7 +30,6 @@ class Evicted:
     id: str
     context_tokens: int  # prompt and output so far
     remaining_tokens: int  # output tokens still expected at that time
-    lost_groups: int  # head groups whose KV was on the lost device
 
 
 class DispatchState:
@@ -301,7 +300,6 @@ class DispatchState:
                 id=name,
                 context_tokens=int(ledger.context[slot]),
                 remaining_tokens=int(ledger.remaining[slot]),
-                lost_groups=int(ledger.groups[slot, device]),
             )
             for name, slot in hit
         )
@@ -335,22 +333,15 @@ class DispatchState:
         self._devices[device] = replace(self._devices[device], total_blocks=total_blocks, changed=True)
         self._total[device] = total_blocks
 
-    def add_device(self, stage: Stage, total_blocks: int, *, high_water: float = 0.9) -> None:
-        """Switch to ``stage``, which has one more device at the end with ``total_blocks`` KV blocks per layer."""
-        if len(stage.devices) != len(self.stage.devices) + 1:
-            raise InvalidProblemError(f"the stage has {len(stage.devices)} devices, must have {len(self._devices) + 1}")
-        self._check_successor(stage)
-        added = DeviceSnapshot(name=stage.devices[-1], total_blocks=total_blocks, high_water=high_water, changed=True)
-        self.stage = stage
-        self._devices.append(added)
-        self._ledger.add_device()
-        self._total = np.append(self._total, total_blocks)
-
     def change_costs(self, stage: Stage) -> None:
         """Switch to the same devices at other speeds."""
         if len(stage.devices) != len(self.stage.devices):
             raise InvalidProblemError(f"the stage has {len(stage.devices)} devices, must have {len(self._devices)}")
-        self._check_successor(stage)
+        if stage.devices != self.stage.devices or stage.heads != self.stage.heads:
+            raise InvalidProblemError("the new stage must have the devices and heads of the old one")
+        where = (None if s.primary is None else (s.primary.device, s.primary_groups) for s in (stage, self.stage))
+        if len(set(where)) > 1:
+            raise InvalidProblemError("the new stage must have the same primary")
         for i in range(len(self._devices)):
             same = all(np.array_equal(getattr(stage, a)[i], getattr(self.stage, a)[i]) for a in _COSTS)
             if not same:
@@ -405,16 +396,6 @@ class DispatchState:
     def _set_status(self, device: int, status: DeviceStatus) -> None:
         if self._devices[device].status is not status:
             self._devices[device] = replace(self._devices[device], status=status, changed=True)
-
-    def _check_successor(self, stage: Stage) -> None:
-        num = len(self.stage.devices)
-        if stage.devices[:num] != self.stage.devices or stage.heads != self.stage.heads:
-            raise InvalidProblemError(
-                "the new stage must begin with the devices of the old one and have the same heads"
-            )
-        where = (None if s.primary is None else (s.primary.device, s.primary_groups) for s in (stage, self.stage))
-        if len(set(where)) > 1:
-            raise InvalidProblemError("the new stage must have the same primary")
 
 
 _COSTS = ("head_s", "kv_byte_s", "call_s", "transfer_byte_s", "transfer_s")

@@ -1,4 +1,4 @@
-"""Prometheus metrics of the service; docs/operations.md lists them."""
+"""Prometheus metrics of the service; docs/reference lists them."""
 
 from __future__ import annotations
 
