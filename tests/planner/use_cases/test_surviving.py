@@ -78,6 +78,12 @@ def test_most_is_left_after_the_loss_of_any_node(inputs: list[str], capsys: pyte
     assert left == pytest.approx(whole * 5 / 6)
     Path("plan.json").write_text(json.dumps(plan))
     assert run(["check", "plan.json", "-q"]) == ExitCode.OK
+    for change in (
+        {"survives_rps": left * 1.01},
+        {"losses": {"node": plan["inputs"]["losses"]["node"] | {"rate": whole}}},
+    ):
+        Path("wrong.json").write_text(json.dumps(plan | {"inputs": plan["inputs"] | change}))
+        assert run(["check", "wrong.json", "-q"]) == ExitCode.INVALID
 
 
 def test_a_share_of_the_rate_is_kept(inputs: list[str], capsys: pytest.CaptureFixture[str]) -> None:
@@ -92,7 +98,9 @@ def test_a_share_of_the_rate_is_kept(inputs: list[str], capsys: pytest.CaptureFi
     kept = placed(capsys, [*inputs, *goal, "--keep", "60%"])
     lost = kept["inputs"]["losses"]["node"]
     assert lost["rate"] >= 0.6 * lost["whole"] * (1 - 1e-6)
-    assert kept["result"]["bound"] >= kept["result"]["value"] * (1 - 1e-9)
+    assert kept["result"]["bound"] == pytest.approx(kept["result"]["value"], rel=1e-3)
+    Path("plan.json").write_text(json.dumps(kept))
+    assert run(["check", "plan.json", "-q"]) == ExitCode.OK
 
 
 def test_what_survives_is_spread_over_nodes_where_that_takes_less(

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from hetis.solver.advice import worst_node, worst_zone
 from hetis.solver.check import check_plan
+from hetis.solver.check.losses import StatedLoss, check_losses
 from hetis.solver.cluster import GpuSlots, NodeGroup
 from hetis.solver.errors import InfeasibleError, NoPlanFoundError
 from hetis.solver.placement.families import run_by
@@ -56,6 +57,11 @@ def test_no_plan_of_the_family_leaves_more_than_the_bound(problem: PlacementProb
         return
     assert bound is not None
     assert check_plan(plan, problem) == ()
+    lost = (worst_zone if place == "zone" else worst_node)(plan, problem)
+    assert lost is not None
+    stated = StatedLoss(place=place, name=lost.name, left=lost.rate, whole=lost.whole)
+    assert check_losses(plan, problem, [stated]) == ()
+    assert check_losses(plan, problem, [replace(stated, left=lost.rate + 0.01 * lost.whole)])
     assert most <= bound * (1 + 1e-6)
     assert left_by(plan, problem, place) <= bound * (1 + 1e-6)
 

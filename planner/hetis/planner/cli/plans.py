@@ -62,14 +62,16 @@ def explain(terminal: Terminal, plan: PlanArgument) -> ExitCode:
 def check(terminal: Terminal, plan: PlanArgument) -> ExitCode:
     """Check a plan against the inputs saved in it: devices, layers, memory, links, rates, limits, value.
 
-    The bound and the prices are not checked: the search proved them, and they are not derived again. Nor are
-    the additional results: other setups, losses, simulation, notes.
+    So is what it records to be left without its worst node or zone. The bound and the prices are not checked: the
+    search proved them, and they are not derived again. Nor are the additional results: other setups, simulation, notes.
     """
     from hetis.planner.use_cases.json_values import json_value
+    from hetis.planner.use_cases.surviving import check_recorded_losses
     from hetis.solver.check import check_plan
 
     (found,) = _load(terminal, [plan])
     violations = check_plan(found.plan, found.problem)
+    violations = violations or check_recorded_losses(found.plan, found.problem)
 
     def table() -> RenderableType:
         from rich.text import Text
@@ -81,7 +83,7 @@ def check(terminal: Terminal, plan: PlanArgument) -> ExitCode:
         return Text.assemble(
             (f"the plan is valid: {replicas} on {gpus}, their numbers recomputed\n", "green"),
             "not checked: the bound and the prices, whose proof is not in the plan file, and additional "
-            "results: other setups, losses, simulation, notes",
+            "results: other setups, simulation, notes",
         )
 
     answer = {"ok": not violations, "violations": json_value(violations), "taken_on_trust": list(ON_TRUST)}

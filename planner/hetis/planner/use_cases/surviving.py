@@ -5,12 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
-from hetis.planner.use_cases.record.parts import Losses, Surviving
+from hetis.planner.use_cases.record.parts import Losses, Requested, Surviving
 from hetis.solver.advice import worst_node, worst_zone
 from hetis.solver.errors import InfeasibleError, InvalidProblemError, NoPlanFoundError
 from hetis.solver.plan import ObjectiveKind, Plan, SolveResult, Status
 from hetis.solver.problem import PlacementProblem
+
+if TYPE_CHECKING:
+    from hetis.solver.check.violation import Violation
 
 ENOUGH = 1.0 - 1e-6
 MOST_TRIES = 4  # demands that are tried, if GPUs are named so that a node takes more than the search assumed
@@ -24,11 +28,36 @@ def with_losses(plan: Plan, problem: PlacementProblem) -> Plan:
     return Losses(by_place={kind: loss for kind, loss in found.items() if loss is not None}).on(plan)
 
 
+def check_recorded_losses(plan: Plan, problem: PlacementProblem) -> tuple[Violation, ...]:
+    """Return what the checker finds wrong with the losses that a plan of valid structure records."""
+    from hetis.solver.check.losses import StatedLoss, check_losses
+    from hetis.solver.check.violation import Rule, Violation
+
+    losses, survived, place = Losses.of(plan).by_place, Surviving.of(plan), Requested.of(plan).survive
+    found = check_losses(
+        plan, problem,
+        [StatedLoss(place=kind, name=one.name, left=one.rate, whole=one.whole) for kind, one in losses.items()],
+    )  # fmt: skip
+    if survived.left_rps is None or place not in losses:
+        return found
+    left = _planned_share(problem) * losses[place].rate
+    needed = problem.objective.demand_rps or (survived.keep or 0.0) * plan.result.value
+    wrong = list[str]()
+    if not math.isclose(survived.left_rps, left, rel_tol=1e-6, abs_tol=1e-9):
+        wrong.append(f"{survived.left_rps:.9g} requests/s are recorded to survive, {left:.9g} do")
+    if left < needed * ENOUGH:
+        wrong.append(f"{left:.9g} requests/s survive, {needed:.9g} must")
+    return (*found, *(Violation(rule=Rule.LOSS, where=f"loss of a {place}", message=message) for message in wrong))
+
+
+def _planned_share(problem: PlacementProblem) -> float:
+    return problem.assumptions.planned_utilisation if problem.objective.kind.goal.is_planned else 1.0
+
+
 def left_without(plan: Plan, problem: PlacementProblem, place: str) -> float:
     """Return the planned requests/s that remain without the worst ``node`` or ``zone``."""
     lost = (worst_zone if place == "zone" else worst_node)(plan, problem)
-    share = problem.assumptions.planned_utilisation if problem.objective.kind.goal.is_planned else 1.0
-    return 0.0 if lost is None else share * lost.rate
+    return 0.0 if lost is None else _planned_share(problem) * lost.rate
 
 
 def check_survival(problem: PlacementProblem, place: str, keep: float | None) -> None:

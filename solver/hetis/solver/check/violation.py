@@ -58,6 +58,7 @@ class Rule(StrEnum):
     GAP = "the gap is |bound - value| / |value|"
     STATUS = "the status is what the gap and the replicas say"
     CONSTRAINT = "the plan keeps every constraint: what is pinned and what is forbidden"
+    LOSS = "what is stated to be left without the worst node or zone is what the replicas elsewhere serve"
     PRICES = "the class table has a row for every device class and counts the devices of the plan"
 
 
