@@ -162,6 +162,16 @@ def _faster_links(trials: Trials, member: Requirement, others: Collection[Requir
 
 def smaller_memory(trials: Trials, member: Requirement, kept: Collection[Requirement]) -> Iterator[Relaxation]:
     """Yield the first smaller size of weights with which a plan exists, then a smaller KV cache if one exists."""
+    yield from smaller_weights(trials, member, kept)
+    if trials.problem.model.kv_bytes > SMALLER_KV and _exists_with(trials, kept, kv_bytes=SMALLER_KV):
+        sentence = "with an 8-bit KV cache (fp8) a plan exists: half the bytes of every token"
+        yield Relaxation(about=member, sentence=sentence, change="8-bit KV cache (fp8)")
+
+
+def smaller_weights(
+    trials: Trials, member: Requirement | None, kept: Collection[Requirement]
+) -> Iterator[Relaxation]:  # fmt: skip
+    """Yield the first smaller size of weights with which a plan exists."""
     model = trials.problem.model
     sizes = [(num_bytes, words) for num_bytes, words in SMALLER_WEIGHTS if num_bytes < model.weight_bytes]
     for num_bytes, words in sizes:
@@ -170,9 +180,6 @@ def smaller_memory(trials: Trials, member: Requirement, kept: Collection[Require
             sentence = f"with {words} a plan exists: {in_bytes(size[1])} instead of {in_bytes(size[0])}"
             yield Relaxation(about=member, sentence=sentence, change=words)
             break
-    if model.kv_bytes > SMALLER_KV and _exists_with(trials, kept, kv_bytes=SMALLER_KV):
-        sentence = "with an 8-bit KV cache (fp8) a plan exists: half the bytes of every token"
-        yield Relaxation(about=member, sentence=sentence, change="8-bit KV cache (fp8)")
 
 
 def _exists_with(trials: Trials, kept: Collection[Requirement], **sizes: float) -> bool:
