@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import math
 import re
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -597,3 +598,46 @@ def test_every_node_of_the_fleet_is_known_also_those_that_the_plan_leaves_idle()
     assert list(unknown_nodes(["a", "idle-0", "idle-1", "last"], plan)) == []
     (error,) = unknown_nodes(["idle-2"], plan)
     assert "did you mean idle-" in error
+
+
+def test_an_engine_beside_others_takes_no_more_than_is_free() -> None:
+    """22.03 GiB of an L4 are reported; contexts take 0.5 of what others leave."""
+
+    def layout(reserved: str, engine: Engine = Engine.VLLM, share: float | None = None) -> Layout:
+        cluster = cluster_document(reserved)
+        inputs = {"documents": {"cluster": cluster}, "engine_settings": {"gpu_memory_utilization": share}}
+        return layout_of(
+            replace(plan_of(stage_of(gpu="L4", kv_head_groups_kept=8)), inputs=inputs), 0, MODEL, engine=engine
+        )
+
+    assert layout("0B").utilisation == layout("256MiB").utilisation == 0.92
+    assert layout("2GiB").utilisation == 0.88, "(22.03 - 0.5 - 2) / 22.03"
+    assert layout("10%").utilisation == 0.86
+    assert layout("2GiB", share=0.5).utilisation == 0.5
+    assert layout("2GiB", Engine.SGLANG).utilisation is None, "its share is of what it finds free"
+    assert not layout("2GiB").fixes_kv
+
+
+def test_stages_beside_others_that_hold_more_have_the_kv_that_is_planned() -> None:
+    cluster = cluster_document("2GiB")
+    cluster["nodes"].append({"name": "b", "gpus": [{"type": "L4", "reserved": "4GiB"}]})
+    stages = (
+        stage_of(gpu="L4", kv_head_groups_kept=8, num_layers=2),
+        stage_of(gpu="L4", kv_head_groups_kept=8, first_layer=2, num_layers=2, devices=("b/0",)),
+    )
+    plan = replace(plan_of(*stages, in_flight=2), inputs={"documents": {"cluster": cluster}})
+    found = layout_of(plan, 0, MODEL, engine=Engine.VLLM)
+    assert (found.fixes_kv, found.utilisation) == (True, 0.79)
+    cluster["nodes"][1]["gpus"][0]["reserved"] = "2GiB"
+    found = layout_of(plan, 0, MODEL, engine=Engine.VLLM)
+    assert (found.fixes_kv, found.utilisation) == (False, 0.88)
+
+
+def cluster_document(reserved: str) -> dict[str, Any]:
+    return {
+        "apiVersion": "hetis/v1",
+        "kind": "Cluster",
+        "name": "desk",
+        "nodes": [{"name": "a", "gpus": [{"type": "L4", "reserved": reserved}]}],
+        "network": {"bandwidth": "10Gbps", "latency": "20us"},
+    }

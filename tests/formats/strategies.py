@@ -92,7 +92,13 @@ def clusters(draw: st.DrawFn) -> Cluster:
         types = draw(st.sets(st.sampled_from(available), min_size=1, max_size=3))
         numbered = draw(st.booleans())
         slots = tuple(
-            GpuSlots(gpu=gpu, count=draw(st.integers(1, 8)), usd_per_hour=draw(PRICES)) for gpu in sorted(types)
+            GpuSlots(
+                gpu=gpu,
+                count=draw(st.integers(1, 8)),
+                usd_per_hour=draw(PRICES),
+                reserved_bytes=draw(st.integers(0, (KNOWN_GPUS | own)[gpu].memory_bytes - 1)),
+            )
+            for gpu in sorted(types)
         )
         num_gpus = sum(one.count for one in slots)
         groups.append(

@@ -244,6 +244,31 @@ def test_two_aliases_of_one_type_in_a_node_are_refused(tmp_path: Path) -> None:
         cluster_of(tmp_path, "nodes: [{name: a, gpus: [{type: RTX-3090}, {type: rtx3090}]}]\n")
 
 
+def test_memory_that_others_hold_is_bytes_or_a_share(tmp_path: Path) -> None:
+    written = ("reserved: 2GiB", "reserved: 10%", "reserved: 0", "count: 2")
+    nodes = "nodes:\n" + "".join(f"  - {{name: n{i}, gpus: [{{type: L4, {one}}}]}}\n" for i, one in enumerate(written))
+    cluster = cluster_of(tmp_path, nodes)
+    assert [group.reserved_bytes("L4") for group in cluster.node_groups] == [2 * 2**30, round(2.4 * 2**30), 0, 0]
+    assert [node["gpus"][0].get("reserved") for node in cluster_to_data(cluster)["nodes"]][0::2] == ["2GiB", None]
+
+
+def test_wrong_memory_that_others_hold_is_refused_at_its_lines(tmp_path: Path) -> None:
+    written = "24GiB", "100%", "0.1", "-1GiB", "true", "1GiBit"
+    types = ("X", "L4", "L4", "L4", "L4", "L4")
+    nodes = "nodes:\n" + "".join(
+        f"  - {{name: n{i}, gpus: [{{type: {gpu}, reserved: {one}}}]}}\n"
+        for i, (gpu, one) in enumerate(zip(types, written, strict=True))
+    )
+    own = "gpu_types: {X: {memory: 16GiB, memory_bandwidth: 300GB/s, fp16: 65TFLOPS, architecture: Turing}}\n"
+    with pytest.raises(DocumentError) as caught:
+        cluster_of(tmp_path, nodes + own)
+    assert [problem.line for problem in caught.value.problems] == list(range(5, 11))
+    said = str(caught.value)
+    assert "nodes[0].gpus[0].reserved: is '24GiB', a X has 16GiB" in said
+    assert "nodes[1].gpus[0].reserved: is '100%', a L4 has 24GiB" in said
+    assert "nodes[2].gpus[0].reserved: 0.1 has no unit: write it like 2GiB or 10%" in said
+
+
 def test_problems_are_listed_in_the_order_of_the_file_and_capped(tmp_path: Path) -> None:
     nodes = "nodes:\n" + "".join(f"  - {{name: n{i}, gpus: [{{type: L4, count: 0}}]}}\n" for i in range(150))
     with pytest.raises(DocumentError) as caught:

@@ -169,8 +169,8 @@ def layout_of(
         partners=kv_partners(plan)[number] if partners is None else partners,
         own_types=kinds_in(cluster),
         most_seats=most_seats_of(plan),
-        limits_blocks=limits_blocks(plan),
-        utilisation=utilisation_of(plan),
+        limits_blocks=limits_blocks(replica, plan),
+        utilisation=utilisation_of(replica, plan, engine),
     )
     return _with_resources(layout, cluster)
 

@@ -90,7 +90,7 @@ class EngineMemory:
 
     def rank(
         self, model: ModelSpec, gpu: GpuType, tp: int, *, attention_dp: int = 1, stages: int = 1,
-        utilisation: float | None = None, in_use_bytes: int = 0, eager: bool = False,
+        utilisation: float | None = None, eager: bool = False,
     ) -> RankMemory:  # fmt: skip
         """Return what the engine takes of a GPU as one of ``tp`` ranks.
 
@@ -99,21 +99,19 @@ class EngineMemory:
             gpu, tp, attention_dp: the GPU, its stage's ranks, and the copies that share their experts.
             stages: stages of the replica; more than one have communicators among them.
             utilisation: share of the reported memory; None: the engine's default.
-            in_use_bytes: memory that others hold.
             eager: no graphs are captured.
         """
         total, ranks = reported_bytes(gpu), tp * attention_dp * stages
         share = self.share(gpu, tp, stages) if utilisation is None else utilisation
         links = _links_bytes(gpu, ranks)
-        # The engine refuses to start unless its share is free when contexts and communicators exist.
-        usable = min(share * total, total - in_use_bytes - CONTEXT_BYTES - (0 if self.counts_links else links))
+        free = total - self.taken_before(gpu, ranks)
         forward, workspace = _token_bytes(model, tp, attention_dp)
         held = 4.0 * model.hidden + (workspace if self.keeps_workspaces else 0.0)
         counts = self.counts_graphs and not eager and not self.is_sglang
         if self.is_sglang:  # takes activations and graphs from the rest, beside its share
             forward = held = 0.0
         return RankMemory(
-            usable_bytes=max(0.0, usable),
+            usable_bytes=max(0.0, min(share * total, free)),
             fixed_bytes=self.base_bytes
             + (links if self.counts_links else 0)
             + (VISION_BYTES if model.vision_params and not self.is_sglang else 0)
@@ -123,7 +121,20 @@ class EngineMemory:
             request_bytes=self.sampler_bytes * model.vocab,
             graph_bytes=GRAPH_LAYER_BYTES * model.num_layers / stages if counts else 0.0,
             layer_bytes=_padding_bytes(model, gpu, tp * attention_dp),
+            free_bytes=max(0.0, free),
+            reserved_share=share if self.is_sglang else 0.0,  # SGLang's is a share of what it finds free
         )
+
+    def taken_before(self, gpu: GpuType, ranks: int) -> float:
+        """Return the bytes of contexts and communicators that exist when the engine looks whether its share is free,
+        without which it refuses to start.
+        """
+        return CONTEXT_BYTES + (0 if self.counts_links else _links_bytes(gpu, ranks))
+
+    def share_beside(self, gpu: GpuType, ranks: int, reserved_bytes: int) -> float:
+        """Return the largest share of the reported memory, in percent, with which the engine starts beside others."""
+        total = reported_bytes(gpu)
+        return max(0.0, math.floor(100.0 * (total - self.taken_before(gpu, ranks) - reserved_bytes) / total) / 100.0)
 
 
 # torch and CUDA keep as much for a process on a GPU, before an engine looks (nvidia-smi beside idle engines).
@@ -387,9 +398,8 @@ class Room:
 def room_of(model: ModelSpec, gpu: GpuType, start: Start) -> Room:
     """Return the room for KV on each GPU of a replica whose stages have as many layers each."""
     rank = start.rules.rank(
-        model, gpu, start.tp, stages=start.stages, utilisation=start.utilisation, in_use_bytes=start.in_use_bytes,
-        eager=start.eager,
-    )  # fmt: skip
+        model, gpu, start.tp, stages=start.stages, utilisation=start.utilisation, eager=start.eager
+    ).beside(start.in_use_bytes)
     tokens, requests = start.batched_tokens, min(start.max_num_seqs, start.batched_tokens)
     total, graphs = reported_bytes(gpu), rank.graph_bytes * float(captured_graphs(requests))
     layer = model.layer_params() * model.weight_bytes / start.tp + rank.layer_bytes

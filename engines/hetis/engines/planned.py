@@ -7,8 +7,10 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from hetis.engines.kv_room import PROMPT_TOKENS
+from hetis.engines.memory import memory_of
+from hetis.engines.versions import Engine
 from hetis.formats.errors import did_you_mean
-from hetis.solver.cluster import node_of
+from hetis.solver.cluster import Cluster, GpuType, NodeGroup, node_of
 from hetis.solver.model import ModelSpec
 from hetis.solver.plan import AttentionWorkerPool, Plan, ReplicaPlan, Role, StagePlan
 
@@ -37,16 +39,53 @@ def _setting(plan: Plan, name: str) -> int | None:
     return found if isinstance(found, int) else None
 
 
-def limits_blocks(plan: Plan) -> bool:
-    """Return whether the plan was made for a maximum of KV blocks, of which its engines may not find more."""
-    return bool(_setting(plan, "kv_blocks"))
+def limits_blocks(replica: ReplicaPlan, plan: Plan) -> bool:
+    """Return whether engines may not find more KV blocks than are planned: the plan was made for a maximum, or others
+    hold different memory of the stages' GPUs.
+    """
+    return bool(_setting(plan, "kv_blocks")) or len({held for _, held in _reserved(replica, plan)}) > 1
 
 
-def utilisation_of(plan: Plan) -> float | None:
-    """Return the share of the memory for which the plan was made; None: the engine's default."""
+def utilisation_of(replica: ReplicaPlan, plan: Plan, engine: Engine | None = None) -> float | None:
+    """Return the share of the memory that the engine may take; None: its default.
+
+    It is that for which the plan was made, and beside others no more than is free. ``engine``: None: the plan's.
+    """
+    if engine is None:
+        rules = plan.inputs.get("engine")
+        engine = Engine(rules["name"] if isinstance(rules, Mapping) else Engine.VLLM_HETIS)
     settings = plan.inputs.get("engine_settings")
-    share = settings.get("gpu_memory_utilization") if isinstance(settings, Mapping) else None
-    return float(share) if isinstance(share, float | int) else None
+    given = settings.get("gpu_memory_utilization") if isinstance(settings, Mapping) else None
+    share = float(given) if isinstance(given, float | int) else None
+    held = _reserved(replica, plan)
+    if not any(reserved for _, reserved in held) or (engine is Engine.SGLANG and share is None):
+        return share  # SGLang's default is a share of what it finds free
+    memory, ranks = memory_of(engine), sum(len(stage.devices) for stage in replica.stages)
+    free = min(memory.share_beside(gpu, ranks, reserved) for gpu, reserved in held)
+    return min(memory.utilisation if share is None else share, free)
+
+
+def _reserved(replica: ReplicaPlan, plan: Plan) -> list[tuple[GpuType, int]]:
+    """Return the type of each stage's GPUs, and the most memory that others hold of one; nothing if they hold none."""
+    from hetis.formats.documents import from_data
+
+    document, nodes = planned_document(plan, "cluster"), dict[str, NodeGroup]()
+    listed = document.get("nodes") if isinstance(document, Mapping) else None
+    parts = [node.get("gpus") for node in listed if isinstance(node, Mapping)] if isinstance(listed, list) else []
+    slots = (one for some in parts if isinstance(some, list) for one in some)
+    if not any(isinstance(one, Mapping) and "reserved" in one for one in slots):
+        return []
+    cluster = from_data(document, name="inputs.documents.cluster")
+    assert isinstance(cluster, Cluster), "its kind is that of a fleet"
+    used = {node_of(device) for stage in replica.stages for device in stage.devices}
+    for group in cluster.node_groups:
+        nodes |= dict.fromkeys((node for node in used if group.index_of(node) is not None), group)
+    found = list[tuple[GpuType, int]]()
+    for stage in replica.stages:
+        groups = [nodes[node] for node in map(node_of, stage.devices) if node in nodes]
+        if gpu := cluster.gpu_types.get(stage.gpu):
+            found.append((gpu, max((group.reserved_bytes(stage.gpu) for group in groups), default=0)))
+    return found
 
 
 def planned_model(plan: Plan) -> ModelSpec | None:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, Field, TypeAdapter, ValidationError
 
 from hetis.formats import catalogue, units
 from hetis.formats.errors import shown
@@ -21,6 +21,7 @@ from hetis.formats.fields import (
     GpuName,
     Kind,
     Name,
+    Reserved,
     Size,
     Title,
     Usd,
@@ -49,11 +50,15 @@ def _resource(value: str) -> str:
 
 
 class GpusPart(DocumentPart):
-    """``count`` GPUs of one type in a node. ``usd_per_hour`` is the price of one GPU and overrides the catalogue's."""
+    """``count`` GPUs of one type in a node. ``usd_per_hour`` is the price of one GPU and overrides the catalogue's.
+    ``reserved`` is the memory of each that others hold, such as a desktop, as bytes or a share of the type's: engines
+    are planned and started beside it. Of several in a node, state the largest.
+    """
 
     type: GpuName
     count: Annotated[int, Field(ge=1, le=MAX_GPUS_PER_NODE)] = 1
     usd_per_hour: Usd | None = None
+    reserved: Reserved = 0
 
 
 class NodePart(DocumentPart):
@@ -140,10 +145,11 @@ def _to_cluster(document: ClusterDocument) -> Cluster:
     inline = {name: _gpu_type(name, part) for name, part in document.gpu_types.items()}
     used = dict.fromkeys(gpus.type for node in document.nodes for gpus in node.gpus)
     known = catalogue.gpu_types()
+    types = {name: known[name] for name in used if name not in inline} | inline
     cluster = Cluster(
         name=document.name,
-        node_groups=tuple(_node_group(node, document.network) for node in document.nodes),
-        gpu_types={name: known[name] for name in used if name not in inline} | inline,
+        node_groups=tuple(_node_group(node, document.network, types) for node in document.nodes),
+        gpu_types=types,
         network=network_of(document.network),
     )
     links = cluster.network.between_nodes.items()
@@ -177,13 +183,21 @@ def _gpu_type_data(gpu: GpuType) -> dict[str, Any]:
     return data if gpu.vendor == catalogue.vendor_of(gpu.architecture) else data | {"vendor": gpu.vendor}
 
 
-def _node_group(node: NodePart, network: NetworkPart) -> NodeGroup:
+def _node_group(node: NodePart, network: NetworkPart, types: Mapping[str, GpuType]) -> NodeGroup:
     share = None if node.usd_per_hour is None else node.usd_per_hour / sum(gpus.count for gpus in node.gpus)
     prices = [g.usd_per_hour if share is None else share for g in node.gpus]
     slots = zip(node.gpus, prices, strict=True)
     return NodeGroup(
         name=node.name,
-        gpus=tuple(GpuSlots(gpu=g.type, count=g.count, usd_per_hour=price) for g, price in slots),
+        gpus=tuple(
+            GpuSlots(
+                gpu=g.type,
+                count=g.count,
+                usd_per_hour=price,
+                reserved_bytes=_reserved_bytes(g.reserved, types[g.type].memory_bytes),
+            )
+            for g, price in slots
+        ),
         count=node.count or 1,
         numbered=node.count is not None,
         zone=node.zone,
@@ -194,13 +208,22 @@ def _node_group(node: NodePart, network: NetworkPart) -> NodeGroup:
     )
 
 
+def _reserved_bytes(reserved: float, memory_bytes: int) -> int:
+    return reserved if isinstance(reserved, int) else round(reserved * memory_bytes)
+
+
+def _slots_data(slots: GpuSlots) -> dict[str, Any]:
+    reserved = units.format_bytes(slots.reserved_bytes) if slots.reserved_bytes else None
+    return present({"type": slots.gpu, "count": slots.count, "usd_per_hour": slots.usd_per_hour, "reserved": reserved})
+
+
 def _node_data(group: NodeGroup) -> dict[str, Any]:
     return present(
         {
             "name": group.name,
             "count": group.count if group.numbered else None,
             "zone": group.zone if group.zone != "default" else None,
-            "gpus": [present({"type": s.gpu, "count": s.count, "usd_per_hour": s.usd_per_hour}) for s in group.gpus],
+            "gpus": [_slots_data(slots) for slots in group.gpus],
             "indices": list(group.indices) or None,
             "resource": group.resource or None,
             "nic": group.nic and link_data(group.nic),
@@ -214,6 +237,7 @@ def _check(data: Mapping[str, Any]) -> Found:
     nodes = entries(data.get("nodes"))
     yield from _check_names(nodes)
     yield from _check_gpus(nodes)
+    yield from _check_reserved(nodes, mapping(data.get("gpu_types")))
     network = mapping(data.get("network"))
     zones, node_links = mapping(network.get("zones")), mapping(network.get("nodes"))
     if ("bandwidth" in zones) != ("latency" in zones):
@@ -293,3 +317,23 @@ def _check_gpus(nodes: list[tuple[int, dict[str, Any]]]) -> Found:
                 yield ("nodes", i, "gpus", j, "usd_per_hour"), twice
     if total > MAX_GPUS:
         yield ("nodes",), f"has {total} GPUs, at most {MAX_GPUS} are supported"
+
+
+def _check_reserved(nodes: list[tuple[int, dict[str, Any]]], own: dict[str, Any]) -> Found:
+    """Yield GPUs of which others hold all memory."""
+    reserved, size = TypeAdapter[float](Reserved), TypeAdapter[int](Size)
+    for i, node in nodes:
+        for j, slots in entries(node.get("gpus")):
+            name = slots.get("type")
+            if "reserved" not in slots or not isinstance(name, str):
+                continue
+            name = name if name in own else catalogue.gpu_name(name)
+            try:
+                held = reserved.validate_python(slots["reserved"])
+                known = catalogue.gpu_types().get(name) if name not in own else None
+                memory = known.memory_bytes if known else size.validate_python(mapping(own.get(name)).get("memory"))
+            except ValidationError:  # reported where the value is
+                continue
+            if _reserved_bytes(held, memory) >= memory:
+                text = units.format_bytes(memory)
+                yield ("nodes", i, "gpus", j, "reserved"), f"is {shown(slots['reserved'])}, a {name} has {text}"

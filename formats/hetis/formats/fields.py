@@ -133,6 +133,25 @@ SizeOrBytes = Annotated[
 ]
 """Bytes, as ``80GiB`` or a whole number."""
 
+
+def _reserved(value: object) -> int | float:
+    if isinstance(value, str) and value.strip().endswith("%"):
+        return units.parse_ratio(value)
+    if isinstance(value, str):
+        return units.parse_bytes(value)
+    if value == 0 and isinstance(value, int | float) and not isinstance(value, bool):
+        return 0
+    raise ValueError(f"{shown(value)} has no unit: write it like 2GiB or 10%")
+
+
+Reserved = Annotated[
+    int | float,
+    Field(ge=0, le=2**60),
+    BeforeValidator(_reserved),
+    _schema("2GiB", _NUMBER + r"(([KMGTP]i?)?B|%)\s*$", {"const": 0}),
+]
+"""Memory of a GPU, as bytes (``2GiB``), or as a share of it (``10%``), which is a float."""
+
 Bandwidth = Annotated[
     float,
     Field(gt=0),

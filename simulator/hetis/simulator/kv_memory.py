@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from hetis.solver.check.memory import rank_fixed_bytes, rank_prompt_bytes, rank_state_bytes, usable_bytes
-from hetis.solver.check.replica_shapes import StageShape
+from hetis.solver.check.replica_shapes import PoolShape, StageShape
 from hetis.solver.check.setting import Setting
 from hetis.solver.model import ModelSpec
 from hetis.solver.problem import PlacementProblem
@@ -77,10 +77,9 @@ def rank_room_bytes(setting: Setting, shape: StageShape, *, is_first: bool, is_l
     return max(0.0, usable_bytes(setting, shape) - taken)
 
 
-def card_room_bytes(problem: PlacementProblem, gpu: str) -> float:
+def card_room_bytes(problem: PlacementProblem, pool: PoolShape) -> float:
     """Return the bytes that an attention worker has for KV: all of its memory except the engine's reserve."""
-    profile = problem.profiles[gpu]
-    return float(profile.room_bytes)
+    return float(problem.profile_of(pool.gpu, pool.reserved_bytes).room_bytes)
 
 
 def group_blocks(room_bytes: float, model: ModelSpec, *, layers: int, groups: int, block_tokens: int) -> int:

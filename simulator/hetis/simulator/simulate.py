@@ -174,11 +174,12 @@ class Builder:
         names: tuple[str, ...], rank_bytes: float, shares: Mapping[str, float], cards: Mapping[str, SharedCard],
         seats: float,
     ) -> PoolCopy:  # fmt: skip
-        tp, model = timing.shape.tp, problem.model
+        tp, model, planned = timing.shape.tp, problem.model, timing.shape.pool
+        assert planned is not None, "the stage has these attention workers"
         away = pool.kv_head_groups * tp
         blocks = [tp * self._blocks(timing, rank_bytes, 1)]
         for name in names:
-            card_bytes = card_room_bytes(self.problem, pool.gpu)
+            card_bytes = card_room_bytes(self.problem, planned)
             if pool.shared:
                 card_bytes *= timing.layers * away / shares[name]
             blocks.append(self._blocks(timing, card_bytes, 1))

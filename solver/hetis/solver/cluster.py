@@ -57,10 +57,13 @@ class GpuSlots:
     gpu: str
     count: int
     usd_per_hour: float | None = None  # price of one GPU; overrides the catalogue
+    reserved_bytes: int = 0  # memory of each that others hold
 
     def __post_init__(self) -> None:
         if self.count < 1:
             raise InvalidProblemError(f"{self.gpu}: count is {self.count}, must be >= 1")
+        if self.reserved_bytes < 0:
+            raise InvalidProblemError(f"{self.gpu}: reserved_bytes is {self.reserved_bytes}, must be >= 0")
 
 
 def indices_of(numbers: Sequence[int]) -> tuple[int, ...]:
@@ -109,6 +112,10 @@ class NodeGroup:
         """Return the type of each GPU of a node by its index, in the order of ``gpus``."""
         types = [slots.gpu for slots in self.gpus for _ in range(slots.count)]
         return dict(zip(self.indices or range(len(types)), types, strict=True))
+
+    def reserved_bytes(self, gpu: str) -> int:
+        """Return the memory that others hold of any GPU of a type: engines take as much of each GPU."""
+        return max((slots.reserved_bytes for slots in self.gpus if slots.gpu == gpu), default=0)
 
     def keeping(self, is_kept: Callable[[int, str], bool]) -> NodeGroup:
         """Return the nodes with some of their GPUs, possibly none; ``is_kept`` is called with each index and type."""

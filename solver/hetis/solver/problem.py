@@ -379,9 +379,17 @@ class PlacementProblem:
     node_links: NodeLinks | None = None
     memories: RankMemories = field(default_factory=dict)
 
-    def memory_of(self, gpu: str, tp: int, attention_dp: int = 1) -> RankMemory | None:
-        """Return what the engine takes of a GPU as one of ``tp`` ranks; None: what the profile says of any engine."""
-        return self.memories.get(RankKind(gpu, tp, attention_dp))
+    def memory_of(self, gpu: str, tp: int, attention_dp: int = 1, reserved_bytes: int = 0) -> RankMemory | None:
+        """Return what the engine takes of a GPU as one of ``tp`` ranks, where others hold some of it.
+
+        None: what the profile says of any engine.
+        """
+        memory = self.memories.get(RankKind(gpu, tp, attention_dp))
+        return None if memory is None else memory.beside(reserved_bytes)
+
+    def profile_of(self, gpu: str, reserved_bytes: int) -> Profile:
+        """Return the profile of a GPU of which others hold so much."""
+        return self.profiles[gpu].beside(reserved_bytes)
 
     def describe_family(self) -> str:
         """Return the plans that are searched in one sentence: those of the family that meet the constraints."""

@@ -7,7 +7,7 @@ compute, one for memory), a fit to measurements, and the linear model of Hetis (
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 
 from hetis.solver.errors import InvalidProblemError
@@ -255,6 +255,10 @@ class Profile:
     def room_bytes(self) -> int:
         """Return the bytes for weights, KV and activations: usable memory minus the engine's own."""
         return self.usable_bytes - self.reserve_bytes
+
+    def beside(self, reserved_bytes: int) -> Profile:
+        """Return the profile of a GPU of which others hold so much."""
+        return self if not reserved_bytes else replace(self, usable_bytes=max(1, self.usable_bytes - reserved_bytes))
 
     def fit(self, op: Op, model: ModelSpec, tp: int) -> Fit | None:
         """Return the most specific fit of ``op`` for this model and TP size, or None if there is none at all."""

@@ -12,8 +12,9 @@ and then multiples of 8 and of 16, up to 512 tokens, piecewise up to twice the r
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -45,6 +46,9 @@ class RankMemory:
         request_bytes: per request that may run, on the last stage: logits and sampling in the run at start.
         graph_bytes: per captured graph of the whole model.
         layer_bytes: weights of a repeated layer as loaded, beyond those stored: padding.
+        free_bytes: what is free where the engine starts and nobody else holds memory; infinity: at least as much as it
+            uses, whatever others hold.
+        reserved_share: share of the memory that others hold by which the engine uses less although it is free.
     """
 
     usable_bytes: float
@@ -55,11 +59,21 @@ class RankMemory:
     request_bytes: float = 0.0
     graph_bytes: float = 0.0
     layer_bytes: float = 0.0
+    free_bytes: float = math.inf
+    reserved_share: float = 0.0
 
     def __post_init__(self) -> None:
         for name in self.__slots__:
-            if not 0 <= getattr(self, name) < float("inf"):
-                raise InvalidProblemError(f"{name} of a rank is {getattr(self, name)}, must be finite and >= 0")
+            value = getattr(self, name)
+            if not value >= 0 or (value == math.inf and name != "free_bytes"):
+                raise InvalidProblemError(f"{name} of a rank is {value}, must be finite and >= 0")
+
+    def beside(self, reserved_bytes: float) -> RankMemory:
+        """Return what the engine takes of a GPU of which others hold so much."""
+        if not reserved_bytes:
+            return self
+        left = min(self.usable_bytes - self.reserved_share * reserved_bytes, self.free_bytes - reserved_bytes)
+        return replace(self, usable_bytes=max(0.0, left))
 
     def pass_bytes(self, tokens: Scalars, requests: Scalars, stages: Scalars = 1) -> Scalars:
         """Return what graphs, and a forward pass of T tokens, take on each of K stages."""

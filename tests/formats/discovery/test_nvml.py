@@ -46,7 +46,7 @@ def test_what_may_be_used_is_the_fleet_and_the_rest_has_its_reason(monkeypatch: 
         monkeypatch,
         idle(0),
         idle(1, processes=[41, 42], memory_used_bytes=70 * GIB),
-        idle(2, memory_used_bytes=9 * GIB),
+        idle(2, memory_used_bytes=30 * GIB),
         idle(3, slices=[Gpu(), Gpu()]),
         idle(4, recovery=real.NVML_GPU_RECOVERY_ACTION_DRAIN_AND_RESET),
         idle(5, compute_mode=real.NVML_COMPUTEMODE_PROHIBITED),
@@ -55,10 +55,11 @@ def test_what_may_be_used_is_the_fleet_and_the_rest_has_its_reason(monkeypatch: 
         names={41: "/opt/venv/bin/python3"},
     )
     assert slots(fleet) == {"gpu-7": {"A100-SXM-80GB": 1, "L4": 1}}
+    assert {one.reserved_bytes for one in fleet.cluster.node_groups[0].gpus} == {768 * 2**20}, "600 MiB in steps of 256"
     board = "NVIDIA A100-SXM4-80GB"
     assert fleet.left_out == (
         f"gpu-7: 1 GPU (index 1; {board}): in use by python3, process 42",
-        f"gpu-7: 1 GPU (index 2; {board}): 9 of 80 GiB in use, but not by a visible process",
+        f"gpu-7: 1 GPU (index 2; {board}): 30 of 80 GiB in use, but not by a visible process",
         f"gpu-7: 1 GPU (index 3; {board}): MIG is on (2 parts)",
         f"gpu-7: 1 GPU (index 4; {board}): the driver asks for recovery (Drain and Reset)",
         f"gpu-7: 1 GPU (index 5; {board}): its compute mode is Prohibited",
@@ -72,6 +73,7 @@ def test_busy_gpus_are_kept_where_that_is_asked_for(monkeypatch: pytest.MonkeyPa
     gpus = idle(0, processes=[41]), idle(1, memory_used_bytes=9 * GIB), idle(2, slices=[])
     fleet, _ = found(monkeypatch, *gpus, with_busy=True)
     assert slots(fleet) == {"gpu-7": {"A100-SXM-80GB": 2}}
+    assert fleet.cluster.node_groups[0].gpus[0].reserved_bytes == 0
     assert fleet.left_out == ("gpu-7: 1 GPU (index 2; NVIDIA A100-SXM4-80GB): MIG is on",)
 
 

@@ -14,7 +14,7 @@ from hetis.formats.discovery.fleet import discovered
 from hetis.formats.discovery.reading import read_inventory
 from hetis.formats.errors import DocumentError
 from hetis.formats.positions import Text
-from hetis.solver.cluster import Cluster
+from hetis.solver.cluster import Cluster, GpuSlots
 
 NVIDIA, AMD = "nvidia.com/gpu", "amd.com/gpu"
 INSTANCE = "node.kubernetes.io/instance-type"
@@ -160,6 +160,29 @@ def test_memory_that_a_tool_reports_counts(tmp_path: Path) -> None:
     assert fleet.cluster.gpu_types["A10G"].memory_bytes == 23028 * 2**20
     assert fleet.cluster.gpu_types["H100-SXM-80GB"].memory_bytes == 80 * 2**30, "0.4% less is nominal"
     assert "memory: 22.5 GiB of A10G, as reported, which `gpu_types` states" in fleet.assumed
+
+
+DESKTOP = """+-----------------------------------------------------------------------------------------+
+| NVIDIA-SMI 550.54.15              Driver Version: 550.54.15      CUDA Version: 12.4     |
+|   0  NVIDIA GeForce RTX 4090        Off |   00000000:01:00.0  On |                  Off |
+| 30%   40C    P8             20W /  450W |    2300MiB /  24564MiB |      3%      Default |
+|   1  NVIDIA GeForce RTX 4090        Off |   00000000:02:00.0 Off |                  Off |
+| 30%   40C    P8             20W /  450W |      12MiB /  24564MiB |      0%      Default |
+"""
+QUERIED = """name, memory.total [MiB], memory.used [MiB]
+NVIDIA GeForce RTX 4090, 24564 MiB, 2300 MiB
+NVIDIA GeForce RTX 4090, 24564 MiB, 12 MiB
+"""
+
+
+@pytest.mark.parametrize("content", [DESKTOP, QUERIED], ids=["table", "csv"])
+def test_memory_in_use_is_reserved_on_each_gpu_of_a_node(tmp_path: Path, content: str) -> None:
+    (tmp_path / "desk.txt").write_text(content)
+    fleet = discovered(read_inventory([str(tmp_path / "desk.txt")]), name="c", said={})
+    assert fleet.cluster.node_groups[0].gpus == (GpuSlots(gpu="RTX-4090", count=2, reserved_bytes=2304 * 2**20),)
+    assert any("`reserved`" in one for one in fleet.assumed)
+    kept = discovered(read_inventory([str(tmp_path / "desk.txt")], with_busy=True), name="c", said={})
+    assert kept.cluster.node_groups[0].gpus == (GpuSlots(gpu="RTX-4090", count=2),)
 
 
 STATIC = [

@@ -175,6 +175,11 @@ def discovered(inventory: Inventory, *, name: str, link: Link | None = None, sai
         for name, gpu in used.items()
         if (known := catalogue.gpu_types().get(name)) is not None and known.memory_bytes != gpu.memory_bytes
     ]
+    if any(slots.reserved_bytes for group in groups for slots in group.gpus):
+        notes.append(
+            "memory in use stays in use: plans are made beside `reserved`, the most of a node's GPUs of a type; take "
+            "it out if it will be free"
+        )
     cluster = Cluster(
         name=name,
         node_groups=tuple(_numbered(groups)),
@@ -216,7 +221,7 @@ def _slots(
     """Return the GPUs of a node by type, the driver's indices of these unless they are 0, 1, ..., and a sentence for
     each group of GPUs that the user leaves out. Each unclear name is reported once.
     """
-    places, unwanted, start = dict[str, list[int]](), list[str](), 0
+    places, unwanted, start, reserved = dict[str, list[int]](), list[str](), 0, dict[str, int]()
     for gpus in node.gpus:
         if gpus.part:
             continue
@@ -230,9 +235,12 @@ def _slots(
             unwanted.append(f"{node.name}: {counted(gpus.count)} ({gpus.product}): excluded by --gpu")
         else:  # a type that comes again after another one is one type all the same
             places.setdefault(board, []).extend(here)
+            reserved[board] = max(reserved.get(board, 0), gpus.reserved_bytes)
     numbers = [node.indices[i] for of_type in places.values() for i in of_type] if node.indices else []
     return (
-        tuple(GpuSlots(gpu=board, count=len(of_type)) for board, of_type in places.items()),
+        tuple(
+            GpuSlots(gpu=board, count=len(of_type), reserved_bytes=reserved[board]) for board, of_type in places.items()
+        ),
         indices_of(numbers),
         unwanted,
     )

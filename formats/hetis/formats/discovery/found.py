@@ -27,6 +27,7 @@ class FoundGpus:
     hints: tuple[str, ...] = ()
     part: str = ""  # the profile of MIG slices, such as 1g.10gb, whose card the product is; empty: whole GPUs
     resource: str = ""  # by which pods request them in Kubernetes; empty: as any GPU of their vendor, or not reported
+    reserved_bytes: int = 0  # memory of each that others hold
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,10 +71,12 @@ def zone_of(labels: Mapping[str, Any], names: Iterable[str]) -> str:
     return next((zone for name in names if (zone := text(labels.get(name)))), DEFAULT_ZONE)
 
 
-def grouped(gpus: Iterable[tuple[str, int | None]]) -> tuple[FoundGpus, ...]:
-    """Return the products and memory of single GPUs, with equal neighbours merged."""
-    counts = [(product, memory, len(list(alike))) for (product, memory), alike in groupby(gpus)]
-    return tuple(FoundGpus(product=product, count=count, memory_bytes=memory) for product, memory, count in counts)
+def grouped(gpus: Iterable[tuple[str, int | None, int]]) -> tuple[FoundGpus, ...]:
+    """Return the products, memory, and memory that others hold of single GPUs, with equal neighbours merged."""
+    return tuple(
+        FoundGpus(product=product, count=len(list(alike)), memory_bytes=memory, reserved_bytes=reserved)
+        for (product, memory, reserved), alike in groupby(gpus)
+    )
 
 
 def text(value: object) -> str:

@@ -265,7 +265,7 @@ def _of_devices(devices: Sequence[_Device], use: _Use) -> tuple[list[FoundGpus],
         if taken:
             left_out.append(f"{counted(len(taken))}: in use by {some_of(pods)}")
             free = [device for i, device in enumerate(free) if i not in taken]
-    return list(grouped((device.product, device.memory_bytes) for device in free)), left_out
+    return list(grouped((device.product, device.memory_bytes, 0) for device in free)), left_out
 
 
 def _of_resources(node: _Object, use: _Use, problems: list[Problem]) -> tuple[list[FoundGpus], list[str]]:

@@ -19,9 +19,10 @@ from xml.parsers import expat
 from hetis.formats.discovery.found import FoundGpus, FoundNode, Inventory, counted, grouped, inventory, some_of
 from hetis.formats.errors import DocumentError, Problem, attempt, single_problem
 
-# Memory in use above this without a visible process belongs to another user or container. An idle driver keeps less.
-_IDLE_BYTES = 2**30
-_IDLE_SHARE = 0.05
+# Memory in use above this share of a GPU without a visible process is a job of another user or container; a desktop
+# holds less. What an idle driver keeps is below the step to which the rest is rounded up.
+_DESKTOP_SHARE = 0.25
+_STEP_BYTES = 2**28
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,10 +58,20 @@ class DriverGpu:
 
 
 def memory_in_use(used_bytes: int | None, memory_bytes: int | None) -> str:
-    """Return how much of a GPU's memory is in use, or an empty string if it is no more than an idle driver keeps."""
-    if used_bytes is None or not memory_bytes or used_bytes <= max(_IDLE_BYTES, memory_bytes * _IDLE_SHARE):
+    """Return how much of a GPU's memory is in use, or an empty string if it is no more than a desktop holds."""
+    if used_bytes is None or not memory_bytes or used_bytes <= memory_bytes * _DESKTOP_SHARE:
         return ""
     return f"{used_bytes / 2**30:.0f} of {memory_bytes / 2**30:.0f} GiB in use"
+
+
+def reserved_bytes(used_bytes: int | None, *, with_busy: bool) -> int:
+    """Return the memory beside which a plan uses a GPU: that in use, in steps in which equal hosts hardly differ.
+
+    ``with_busy``: what is in use will be free.
+    """
+    if with_busy or used_bytes is None or used_bytes < _STEP_BYTES:
+        return 0
+    return _STEP_BYTES * -(-used_bytes // _STEP_BYTES)
 
 
 def host_node(
@@ -77,7 +88,9 @@ def host_node(
     return FoundNode(
         name=name,
         gpus=(
-            *grouped((gpu.product, gpu.memory_bytes) for gpu in free),
+            *grouped(
+                (gpu.product, gpu.memory_bytes, reserved_bytes(gpu.used_bytes, with_busy=with_busy)) for gpu in free
+            ),
             *(
                 FoundGpus(product=product, count=count, part=part)
                 for (product, part), count in Counter((gpu.product, part) for gpu in gpus for part in gpu.parts).items()

@@ -99,7 +99,9 @@ class Nvml:
         nvml = self._nvml
         if handle is None:
             return DriverGpu(product="")
-        memory = self.ask("nvmlDeviceGetMemoryInfo", handle)
+        # Its second version does not count what the driver itself keeps as used.
+        memory = self.ask("nvmlDeviceGetMemoryInfo", handle, getattr(nvml, "nvmlMemory_v2", None))
+        memory = memory or self.ask("nvmlDeviceGetMemoryInfo", handle)
         mode = self.ask("nvmlDeviceGetComputeMode", handle)
         slices = self.slices(handle)
         return DriverGpu(

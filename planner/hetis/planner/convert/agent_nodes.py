@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from hetis.formats import catalogue
 from hetis.formats.discovery.found import FoundNode, Inventory, counted, grouped, inventory, parts_text, some_of
-from hetis.formats.discovery.nvidia import left_out_together, memory_in_use
+from hetis.formats.discovery.nvidia import left_out_together, memory_in_use, reserved_bytes
 from hetis.formats.errors import Problem
 from hetis.planner.convert.names import last_part
 from hetis.solver.cluster import Cluster
@@ -49,7 +49,13 @@ def _node(node: cluster_pb2.Node, zone: str, with_busy: bool, where: Problem) ->
         return FoundNode(name=name, zone=zone, left_out=(summary,), where=where)
     whole = [device for device in devices if not device.mig_slice]
     reports = {report.index: report for report in node.devices}
-    reasons = {device.index: _reason(device, reports, bool(node.replicas) or with_busy) for device in whole}
+    is_ours_or_kept = bool(node.replicas) or with_busy
+    reasons = {device.index: _reason(device, reports, is_ours_or_kept) for device in whole}
+
+    def reserved(device: inventory_pb2.GpuDevice) -> int:
+        used = reports[device.index].memory_used_bytes if device.index in reports else None
+        return reserved_bytes(used, with_busy=is_ours_or_kept)
+
     sliced = [device for device in devices if device.mig_slice]
     left_out = left_out_together((device.index, _product(device), reasons[device.index]) for device in whole)
     if sliced:
@@ -59,7 +65,7 @@ def _node(node: cluster_pb2.Node, zone: str, with_busy: bool, where: Problem) ->
     return FoundNode(
         name=name,
         zone=zone,
-        gpus=grouped((_product(one), one.memory_bytes or None) for one in usable),
+        gpus=grouped((_product(one), one.memory_bytes or None, reserved(one)) for one in usable),
         indices=tuple(device.index for device in usable),
         left_out=left_out,
         nvlinks=0 if links and not all(links) else None,

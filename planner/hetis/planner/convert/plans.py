@@ -110,8 +110,8 @@ def replica_to_proto(replica: ReplicaPlan, plan: Plan) -> replica_pb2.ReplicaPla
         attention_workers=_messages(replica_pb2.AttentionWorkerPool, replica.attention_workers),
         role=TO_PROTO[replica.role],
         seats_limit=seats_limit_of(replica, plan),
-        gpu_memory_utilization=utilisation_of(plan) or 0.0,
-        kv_blocks_limited=limits_blocks(plan),
+        gpu_memory_utilization=utilisation_of(replica, plan) or 0.0,
+        kv_blocks_limited=limits_blocks(replica, plan),
     )
 
 

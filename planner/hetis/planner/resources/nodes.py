@@ -319,7 +319,7 @@ def _found_node(name: str, node: ReportedNode, types: Mapping[str, GpuType], dec
     Devices of unknown type are left out. A document lists each type once, so the driver's indices are in ``indices``
     unless they are 0, 1, ... in that order: without them, a launch would take other GPUs than the plan means.
     """
-    prices = {slots.gpu: slots.usd_per_hour for slots in declared.gpus}
+    stated = {slots.gpu: slots for slots in declared.gpus}
     places = dict[str, list[int]]()
     for index, gpu in _types_of(node).items():
         if gpu in types:
@@ -328,7 +328,7 @@ def _found_node(name: str, node: ReportedNode, types: Mapping[str, GpuType], dec
         return None
     return NodeGroup(
         name=name,
-        gpus=tuple(GpuSlots(gpu=gpu, count=len(of), usd_per_hour=prices.get(gpu)) for gpu, of in places.items()),
+        gpus=tuple(replace(stated.get(gpu, GpuSlots(gpu=gpu, count=1)), count=len(of)) for gpu, of in places.items()),
         zone=declared.zone,
         nic=declared.nic,
         intra_link=declared.intra_link,

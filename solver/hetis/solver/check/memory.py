@@ -40,7 +40,7 @@ def kv_room_of_a_copy(setting: Setting, stage: StageShape, *, is_first: bool, is
     room = min(_quotient(free, per_token), kv_block_tokens(setting))
     if stage.pool is None:
         return room
-    worker = setting.problem.profiles[stage.pool.gpu]
+    worker = setting.problem.profile_of(stage.pool.gpu, stage.pool.reserved_bytes)
     per_token = worker_kv_bytes_per_token(setting, stage, stage.pool, is_first=is_first)
     return min(room, _quotient(worker.usable_bytes - worker.reserve_bytes, per_token))
 
@@ -131,7 +131,8 @@ def shared_card_bytes(setting: Setting, shape: ReplicaShape, positions: tuple[in
 
 def kv_room_of_shared_card(setting: Setting, shape: ReplicaShape, positions: tuple[int, ...]) -> float:
     """Return the replica's tokens whose KV the card has room for; of x tokens, one of c copies holds x / c."""
-    profile = setting.problem.profiles[shape.pool_of(positions[0]).gpu]
+    pool = shape.pool_of(positions[0])
+    profile = setting.problem.profile_of(pool.gpu, pool.reserved_bytes)
     found = _shared_bytes_per_token(setting, shape, positions)
     return max(0.0, profile.usable_bytes - profile.reserve_bytes) / sum(b / shape.stages[i].copies for i, b in found)
 
@@ -164,8 +165,9 @@ def rank_fixed_bytes(setting: Setting, stage: StageShape, *, is_first: bool, is_
 
 def usable_bytes(setting: Setting, stage: StageShape) -> float:
     """Return what a rank may use: the engine's share of the GPU, or the profile's."""
-    memory = setting.problem.memory_of(stage.gpu, stage.tp, setting.attention_dp)
-    return setting.problem.profiles[stage.gpu].usable_bytes if memory is None else memory.usable_bytes
+    memory = setting.problem.memory_of(stage.gpu, stage.tp, setting.attention_dp, stage.reserved_bytes)
+    profile = setting.problem.profile_of(stage.gpu, stage.reserved_bytes)
+    return profile.usable_bytes if memory is None else memory.usable_bytes
 
 
 def _engine_bytes(setting: Setting, stage: StageShape, *, is_last: bool) -> float:

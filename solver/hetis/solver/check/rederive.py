@@ -16,7 +16,7 @@ from hetis.solver.check.memory import (
     usable_bytes,
     worker_bytes,
 )
-from hetis.solver.check.replica_shapes import ReplicaShape, StageShape
+from hetis.solver.check.replica_shapes import PoolShape, ReplicaShape, StageShape
 from hetis.solver.check.setting import Setting
 from hetis.solver.check.timing import (
     busy_seconds,
@@ -147,8 +147,8 @@ def derive(setting: Setting, shape: ReplicaShape) -> Derived:
     def must_hold(where: str, rule: Rule, usable: float, num_bytes: float) -> None:
         memory.append(MemoryUse(where=where, rule=rule, num_bytes=num_bytes, usable_bytes=usable))
 
-    def of_card(gpu: str) -> float:
-        return setting.problem.profiles[gpu].usable_bytes
+    def of_card(pool: PoolShape) -> float:
+        return setting.problem.profile_of(pool.gpu, pool.reserved_bytes).usable_bytes
 
     for i, stage in enumerate(shape.stages):
         is_first, is_last = i == 0, i == last
@@ -158,14 +158,14 @@ def derive(setting: Setting, shape: ReplicaShape) -> Derived:
         must_hold(f"stage {i + 1}", Rule.RANK_MEMORY, usable_bytes(setting, stage), num_bytes)
         if (pool := stage.pool) is not None:
             num_bytes = worker_bytes(setting, stage, pool, is_first=is_first)
-            must_hold(f"attention workers of stage {i + 1}", Rule.WORKER_MEMORY, of_card(pool.gpu), num_bytes)
+            must_hold(f"attention workers of stage {i + 1}", Rule.WORKER_MEMORY, of_card(pool), num_bytes)
     card_s = []
     for positions in shape.shared_by:
         card_s.append(busy_seconds(setting, shape, positions))
         room = min(room, kv_room_of_shared_card(setting, shape, positions))
         where = f"attention workers of stages {', '.join(str(i + 1) for i in positions)}"
         num_bytes = shared_card_bytes(setting, shape, positions)
-        must_hold(where, Rule.WORKER_MEMORY, of_card(shape.pool_of(positions[0]).gpu), num_bytes)
+        must_hold(where, Rule.WORKER_MEMORY, of_card(shape.pool_of(positions[0])), num_bytes)
     chunk_s, busiest_s = replica_chunk_seconds(setting, shape.stages)
     slowest_chunk_s, slowest_busiest_s = replica_chunk_seconds(setting, slowest)
     return Derived(

@@ -24,6 +24,7 @@ class PoolShape:
     cards: int
     head_groups: int
     link: Link  # link between the stage and the pool
+    reserved_bytes: int = 0  # most memory of a card that others hold
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,6 +40,7 @@ class StageShape:
     pool: PoolShape | None = None
     kv_link: Link | None = None  # the slowest link over which a prefill replica's KV may leave
     arrival_link: Link | None = None  # the slowest link over which a decode replica's KV arrives; None: ``hop_link``
+    reserved_bytes: int = 0  # most memory of a rank's GPU that others hold
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -136,6 +138,10 @@ class Fleet:
     def zones_of(self, names: Iterable[str]) -> tuple[str, ...]:
         return tuple(dict.fromkeys(group.zone for group in self.groups_of(names)))
 
+    def reserved_bytes(self, names: Iterable[str], gpu: str) -> int:
+        """Return the most memory that others hold of any of these devices."""
+        return max(group.reserved_bytes(gpu) for group in self.groups_of(names))
+
     def nic_links(self, names: Iterable[str]) -> list[Link]:
         return [group.nic or self.cluster.network.default for group in self.groups_of(names)]
 
@@ -217,6 +223,7 @@ def replica_shape(
                 pool=None if pool is None else _pool_shape(fleet, stage, pool),
                 kv_link=slowest([to_partners, *kv_links]) if replica.role is Role.PREFILL else None,
                 arrival_link=to_partners if partners and replica.role is Role.DECODE else None,
+                reserved_bytes=fleet.reserved_bytes(stage.devices, stage.gpu),
             )
         )
     return ReplicaShape(
@@ -251,4 +258,10 @@ def _pool_shape(fleet: Fleet, stage: StagePlan, pool: AttentionWorkerPool) -> Po
     for copy in range(stage.copies):  # a copy only communicates with its own cards
         ranks = stage.devices[copy * stage.tp : (copy + 1) * stage.tp]
         links += fleet.node_links(ranks, pool.devices[copy * cards : (copy + 1) * cards])
-    return PoolShape(gpu=pool.gpu, cards=cards, head_groups=pool.kv_head_groups, link=slowest(links))
+    return PoolShape(
+        gpu=pool.gpu,
+        cards=cards,
+        head_groups=pool.kv_head_groups,
+        link=slowest(links),
+        reserved_bytes=fleet.reserved_bytes(pool.devices, pool.gpu),
+    )

@@ -300,6 +300,7 @@ class EqualDevices(NamedTuple):
     nic: Link
     intra_link: Link
     usd_per_hour: float | None
+    reserved_bytes: int
     node_link: Link | None  # worst explicit link of its nodes
 
 
@@ -316,6 +317,7 @@ def _class_of(group: NodeGroup, gpu: str, fleet: Fleet, explicit: dict[str, Link
         nic=group.nic or fleet.cluster.network.default,
         intra_link=group.intra_link or fleet.board_link(gpu),
         usd_per_hour=None if None in prices else round(sum(known) / count, 9),
+        reserved_bytes=group.reserved_bytes(gpu),
         node_link=slowest(links) if links else None,
     )
 

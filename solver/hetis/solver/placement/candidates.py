@@ -249,8 +249,8 @@ def _kind_of_scope(costs: CostTables, scope: int) -> Hashable:
     inside = [g for g, c in enumerate(costs.classes) if here.part.has(c)]
     ranks = [s for s, (g, _) in enumerate(costs.ranks) if g in inside]
     gpus = [
-        (c.gpu, c.gpus_per_node, c.intra, c.link_in(cluster, here.part), c.constraints, here.computes_on(g))
-        for g, c in ((g, costs.classes[g]) for g in inside)
+        (c.gpu, c.gpus_per_node, c.reserved_bytes, c.intra, c.link_in(cluster, here.part), c.constraints, computes)
+        for c, computes in ((costs.classes[g], here.computes_on(g)) for g in inside)
     ]
     arrays = (t.t_cap, t.trip_cap, t.wire_s[:, ranks], t.hop_s[:, ranks], t.pool_start[np.ix_(ranks, inside)])
     return here.roles, tuple(gpus), *(values.tobytes() for values in arrays)

@@ -44,6 +44,7 @@ class DeviceClass:
     nic: Link
     intra: Link
     usd_per_hour: float | None
+    reserved_bytes: int  # memory of each that others hold
     block: int  # of its nodes, see `NodeLinks`; 0 if the links of a class are those of any of its nodes
     node_links: tuple[tuple[int, Link], ...]  # the worst explicit link of its nodes to each block
     constraints: GpuConstraints
@@ -141,7 +142,10 @@ def device_classes(
             nic = group.nic if group.nic is not None else cluster.network.default
             intra = intra_link(cluster.gpu_types[gpu], group.intra_link)
             constraints = index.of(group.name, gpu) if index is not None else UNCONSTRAINED
-            key = (gpu, sum(s.count for s in slots), group.zone, nic, intra, price, block, explicit, constraints)
+            reserved = group.reserved_bytes(gpu)
+            key = (
+                gpu, sum(s.count for s in slots), group.zone, nic, intra, price, reserved, block, explicit, constraints
+            )  # fmt: skip
             merged.setdefault(key, []).append(group)
     return tuple(DeviceClass(*key, tuple(groups)) for key, groups in merged.items())  # type: ignore[call-arg,arg-type]
 

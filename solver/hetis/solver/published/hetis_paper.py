@@ -234,7 +234,7 @@ def _card(costs: CostTables, device_class: int, tp: int) -> DeviceCost:
     c, model = costs.classes[device_class], costs.problem.model
     shape = cost.rank_shape(model, tp)
     assert shape is not None, "rank types are valid shapes, and one GPU holds all heads"
-    return DeviceCost(model, costs.problem.profiles[c.gpu], costs.moments, shape, c.intra)
+    return DeviceCost(model, costs.problem.profile_of(c.gpu, c.reserved_bytes), costs.moments, shape, c.intra)
 
 
 # --- shared attention workers

@@ -131,7 +131,7 @@ def _costs(view: ReplicaView, device_class: DeviceClass, idle: int) -> list[Devi
     """Return the costs of one TP group of every size that ``idle`` GPUs allow."""
     sizes = [n for n in view.problem.family.tp_sizes if n <= min(idle, device_class.gpus_per_node)]
     usable = [n for n in sizes if rank_shape(view.problem.model, n) is not None]
-    return [view.cost(device_class.gpu, n, device_class.intra) for n in usable]
+    return [view.cost(device_class.gpu, n, device_class.intra, 1, device_class.reserved_bytes) for n in usable]
 
 
 def _alone(view: ReplicaView, device_class: DeviceClass, idle: int) -> Iterator[str]:

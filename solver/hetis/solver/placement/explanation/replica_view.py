@@ -84,14 +84,15 @@ class ReplicaView:
         )  # fmt: skip
         return replace(self, mix=mix, shape=replace(self.shape, micro_batch=micro_batch, chunk_tokens=chunk_tokens))
 
-    def cost(self, gpu: str, tp: int, intra: Link, attention_dp: int = 1) -> DeviceCost:
+    def cost(self, gpu: str, tp: int, intra: Link, attention_dp: int = 1, reserved_bytes: int = 0) -> DeviceCost:
         shape = rank_shape(self.problem.model, tp, attention_dp)
         assert shape is not None, f"the structure check has let TP {tp} pass"
-        memory = self.problem.memory_of(gpu, tp, attention_dp)
-        return DeviceCost(self.problem.model, self.problem.profiles[gpu], self.moments, shape, intra, memory)
+        memory = self.problem.memory_of(gpu, tp, attention_dp, reserved_bytes)
+        profile = self.problem.profile_of(gpu, reserved_bytes)
+        return DeviceCost(self.problem.model, profile, self.moments, shape, intra, memory)
 
     def stage_cost(self, stage: StageShape) -> DeviceCost:
-        return self.cost(stage.gpu, stage.tp, stage.intra_link, self.shape.attention_dp)
+        return self.cost(stage.gpu, stage.tp, stage.intra_link, self.shape.attention_dp, stage.reserved_bytes)
 
     def pool_cost(self, stage: StageShape, gpu: str, link: Link) -> PoolCost:
         worker = replace(self.cost(gpu, 1, intra_link(self.problem.cluster.gpu_types[gpu], None)), memory=None)
@@ -272,13 +273,18 @@ class ReplicaView:
         states = state_bytes_per_copy(self.problem.model, self.mix, -(-self.shape.in_flight // stage.copies))
         states /= self.problem.model.state_ranks(stage.tp)
         kv = self.layers(i) * (held * self.problem.model.kv_bytes_per_token_group() + states)
-        memory = self.problem.memory_of(stage.gpu, stage.tp, self.shape.attention_dp)
-        return self._bar(i, "primary", stage.gpu, stage.tp * stage.copies, weights, kv, activations, memory)
+        bar = self._bar(i, "primary", stage, stage.tp * stage.copies, kv, cost.memory)
+        return replace(
+            bar,
+            weight_bytes=round(weights),
+            activation_bytes=round(activations),
+            free_bytes=bar.free_bytes - round(weights) - round(activations),
+        )
 
     def _worker_memory(self, i: int, stage: StageShape, pool: PoolShape) -> MemoryBar:
         """Return the memory of the fullest card; of a shared card, other stages' part by KV is unusable here."""
         kv = self._worker_kv(i, stage, pool)
-        bar = self._bar(i, "attention worker", pool.gpu, pool.cards * stage.copies, 0.0, kv, 0.0)
+        bar = self._bar(i, "attention worker", pool, pool.cards * stage.copies, kv)
         shared_by = next((positions for positions in self.shape.shared_by if i in positions), (i,))
         others = sum(self._worker_kv(j, self.shape.stages[j], self.shape.pool_of(j)) for j in shared_by if j != i)
         if not others:
@@ -292,28 +298,28 @@ class ReplicaView:
         return self.layers(i) * pairs / requests * self.kv_tokens(stage.copies) * group_bytes
 
     def _bar(
-        self, i: int, role: str, gpu: str, num_devices: int, weights: float, kv: float, activations: float,
+        self, i: int, role: str, part: StageShape | PoolShape, num_devices: int, kv: float,
         memory: RankMemory | None = None,
     ) -> MemoryBar:  # fmt: skip
-        profile = self.problem.profiles[gpu]
+        """Return the memory of a device with no more than KV."""
+        profile = self.problem.profile_of(part.gpu, part.reserved_bytes)
         usable = profile.usable_bytes if memory is None else round(memory.usable_bytes)
         reserve = profile.reserve_bytes if memory is None else round(memory.fixed_bytes)
         # The profile may have measured more memory than the catalogue's rounded number.
-        nominal = max(self.problem.cluster.gpu_types[gpu].memory_bytes, usable)
-        parts = [round(part) for part in (weights, kv, activations)]
+        nominal = max(self.problem.cluster.gpu_types[part.gpu].memory_bytes, usable)
         return MemoryBar(
             replica=self.number,
             stage=i,
             role=role,
-            gpu=gpu,
+            gpu=part.gpu,
             num_devices=num_devices,
             nominal_bytes=nominal,
             unusable_bytes=nominal - usable,
             reserve_bytes=reserve,
-            weight_bytes=parts[0],
-            kv_bytes=parts[1],
-            activation_bytes=parts[2],
-            free_bytes=usable - reserve - sum(parts),
+            weight_bytes=0,
+            kv_bytes=round(kv),
+            activation_bytes=0,
+            free_bytes=usable - reserve - round(kv),
         )
 
 

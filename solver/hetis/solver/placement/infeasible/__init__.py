@@ -217,11 +217,12 @@ def why_nothing_fits(costs: CostTables) -> str:
 
 def _shortages(costs: CostTables) -> Iterator[str]:
     """Yield shortages, from the plainest to the one that remains when all others are excluded."""
-    profiles = {c.gpu: costs.problem.profiles[c.gpu] for c in costs.classes}
+    profiles = {(c.gpu, c.reserved_bytes): costs.problem.profile_of(c.gpu, c.reserved_bytes) for c in costs.classes}
     if all(profile.room_bytes <= 0 for profile in profiles.values()):
         yield "the memory of every GPU is smaller than what an engine reserves: " + listed(
-            f"{gpu} has {in_bytes(profile.usable_bytes)}, the engine's reserve is {in_bytes(profile.reserve_bytes)}"
-            for gpu, profile in profiles.items()
+            f"{gpu} has {in_bytes(profile.usable_bytes)}{f' beside {in_bytes(reserved)} in use' if reserved else ''}, "
+            f"the engine's reserve is {in_bytes(profile.reserve_bytes)}"
+            for (gpu, reserved), profile in profiles.items()
         )
     problem, model = costs.problem, min(costs.problem.models(), key=lambda model: model.weight_bytes)
     if (fewest := _fewest_layers(problem)) > model.num_layers:

@@ -179,7 +179,9 @@ def _with_plenty_of_memory(problem: PlacementProblem) -> PlacementProblem:
         for gpu, profile in problem.profiles.items()
     }
     memories = {
-        kind: replace(memory, usable_bytes=memory.usable_bytes + PLENTY * weights)
+        kind: replace(
+            memory, usable_bytes=memory.usable_bytes + PLENTY * weights, free_bytes=memory.free_bytes + PLENTY * weights
+        )
         for kind, memory in problem.memories.items()
     }
     return replace(problem, profiles=profiles, memories=memories)

@@ -84,7 +84,7 @@ class StageTables:
         self._may_have = np.equal.outer([m.attention_dp for m in mixes], rank_dp).reshape(len(mixes), len(ranks))
         self._numbers = _numbers_of(mixes)
         self._poolable = _numbers_of([mix for mix in mixes if mix.attention_dp == 1])
-        self._costs: dict[tuple[str, Link, int, int, ModelSpec, bool], DeviceCost] = {}
+        self._costs: dict[tuple[str, int, Link, int, int, ModelSpec, bool], DeviceCost] = {}
         self._rows: dict[tuple[str, Link, RankShape], dict[str, FloatArray]] = {}
         self._hops_over: dict[tuple[str, Link, RankShape, Link], FloatArray] = {}
         models = [problem.model.on(c.gpu) for c in classes]
@@ -99,12 +99,13 @@ class StageTables:
         self, c: DeviceClass, tp: int, model: ModelSpec, attention_dp: int = 1, *, is_engine: bool = True
     ) -> DeviceCost:  # fmt: skip
         """Return the costs of a device; an attention worker's are with the model as its primary holds it."""
-        key = (c.gpu, c.intra, tp, attention_dp, model, is_engine)
+        key = (c.gpu, c.reserved_bytes, c.intra, tp, attention_dp, model, is_engine)
         if key not in self._costs:
             shape = cost.rank_shape(model, tp, attention_dp)
             assert shape is not None, "rank types are valid shapes"
-            memory = self.problem.memory_of(c.gpu, tp, attention_dp) if is_engine else None
-            self._costs[key] = DeviceCost(model, self.problem.profiles[c.gpu], self.moments, shape, c.intra, memory)
+            memory = self.problem.memory_of(c.gpu, tp, attention_dp, c.reserved_bytes) if is_engine else None
+            profile = self.problem.profile_of(c.gpu, c.reserved_bytes)
+            self._costs[key] = DeviceCost(model, profile, self.moments, shape, c.intra, memory)
         return self._costs[key]
 
     def tables(self, build: BuildClasses, part: Part, place: Part | None = None) -> Tables:
