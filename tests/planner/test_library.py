@@ -263,7 +263,7 @@ def test_a_sweep_has_a_row_for_every_rate(plan: hetis.Plan) -> None:
         ({"attainment": 0.9, "verify": False}, "^attainment can only be checked in .*, which verify=False skips"),
         ({"ttft_statistic": "p99", "ttft": None}, r"^ttft_statistic is given, but TTFT has no limit \(ttft\)"),
         ({"max_gpus": 2, "strategy": "hexgen-paper"}, "apply to an engine's plans, not to strategy hexgen-paper"),
-        ({"survive": "node"}, "^survive needs a demand: use objective cost or gpus, with rate"),
+        ({"survive": "node"}, "^survive node: the fleet has no other node"),
         ({"roles": ["judge"]}, "judge"),
         ({"cluster": None}, r"cluster: is None, must be a Cluster, or its file$"),
         ({"cluster": 3}, "cluster: is 3, must be a Cluster"),

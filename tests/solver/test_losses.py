@@ -96,7 +96,7 @@ def test_only_replicas_of_one_precision_and_vendor_need_one_another(apart_by: st
     assert (loss.name, loss.rate, loss.whole) == ("a-0", 2.0, 10.0), "what B prefills, no A decodes"
     assert loss.whole == plan.served_rate()
     assert of_equals is not None
-    assert (of_equals.name, of_equals.rate, of_equals.whole) == ("a-0", 3.0, 11.0)
+    assert (of_equals.name, of_equals.rate, of_equals.whole) == ("a-0", 3.0, 10.0)
 
 
 @given(problems(max_gpus=6, family=SMALL_FAMILY))

@@ -350,12 +350,12 @@ def _worst(plan: Plan, problem: PlacementProblem, place_of: Callable[[str, str],
         if home[route.prefill] != home[route.decode]:
             routes[home[route.prefill], home[route.decode]] += route.rate
     everything = _rates(plan, home, range(len(plan.replicas)))
-    whole = everything.served(routes)
+    whole = everything.unified + sum(route.rate for route in plan.kv_routes)
     if not whole > 0.0:
         return None
     found = {place: _without(everything, plan, home, lost).served(routes) for place, lost in on.items()}
     name = min(found, key=lambda place: found[place])
-    return Loss(name=name, rate=found[name], whole=whole)
+    return Loss(name=name, rate=min(whole, found[name]), whole=whole)
 
 
 def _build_numbers(plan: Plan, problem: PlacementProblem) -> dict[str, int]:

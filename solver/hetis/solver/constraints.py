@@ -278,7 +278,12 @@ def _of_another_unit(name: str, known: Mapping[Unit, Iterable[str]]) -> Selectio
 def _names(cluster: Cluster) -> dict[Unit, Counter[str]]:
     """Return every name of a unit with the number of its GPUs."""
     found = {unit: Counter[str]() for unit in Unit}
-    for device in cluster.devices():
-        for unit, name in zip(Unit, (device.name, device.node, device.gpu, device.group.zone), strict=True):
-            found[unit][name] += 1
+    for group in cluster.node_groups:
+        gpus = group.gpus_of_node()
+        found[Unit.ZONE][group.zone] += group.count * len(gpus)
+        for gpu in gpus.values():
+            found[Unit.TYPE][gpu] += group.count
+        for node in map(group.node_name, range(group.count)):
+            found[Unit.NODE][node] += len(gpus)
+            found[Unit.GPU].update(f"{node}/{index}" for index in gpus)
     return found

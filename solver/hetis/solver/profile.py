@@ -7,6 +7,7 @@ compute, one for memory), a fit to measurements, and the linear model of Hetis (
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from enum import StrEnum
 
@@ -111,20 +112,24 @@ class FitScope:
 
     def specificity(self, model: ModelSpec, tp: int) -> int | None:
         """Return the number of conditions that match, or None if one does not."""
-        wanted = (
-            (self.model, model.name),
-            (self.tp, tp),
-            (self.head_dim, model.head_dim),
-            (self.queries_per_group, model.queries_per_group),
-            (self.weights, "int4" if model.weights in _STORED_ONLY else model.weights),
-            (self.weight_bytes, model.weight_bytes),
-            (self.state_flops, model.state_flops() / model.q_heads),
-        )
-        if any(mine is not None and mine != theirs for mine, theirs in wanted):
+        if self.tp not in (None, tp):  # the first to differ, and the quickest to compare
+            return None
+        of_model = {name: condition for name in _OF_MODEL if (condition := getattr(self, name)) is not None}
+        if any(condition != _OF_MODEL[name](model) for name, condition in of_model.items()):
             return None
         if self.weight_bytes is not None and self.weight_bytes < 1.0 and model.weights in _STORED_ONLY:
             return None
-        return sum(mine is not None for mine, _ in wanted)
+        return len(of_model) + (self.tp is not None)
+
+
+_OF_MODEL: dict[str, Callable[[ModelSpec], str | float]] = {  # what the conditions of a scope compare with
+    "model": lambda model: model.name,
+    "head_dim": lambda model: model.head_dim,
+    "queries_per_group": lambda model: model.queries_per_group,
+    "weights": lambda model: "int4" if model.weights in _STORED_ONLY else model.weights,
+    "weight_bytes": lambda model: model.weight_bytes,
+    "state_flops": lambda model: model.state_flops() / model.q_heads,
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -214,7 +214,7 @@ def test_what_the_engine_needs_is_not_told_as_an_option(folder: Path, capsys: py
     assert run([*inputs, "--engine", "vllm", "--forbid", "tp=2", *options, "--out", "plan.json"]) == ExitCode.OK
     said = " ".join(capsys.readouterr().out.split())
     assert "Constraints: vllm not running on V100-SXM2-32GB; --forbid tp=2. " in said, "of what was searched"
-    assert " without gain, requests/s vllm not running on V100-SXM2-32GB 5.99 --forbid tp=2 0 " in said
+    assert " without gain, requests/s vllm not running on V100-SXM2-32GB 6.13 --forbid tp=2 0 " in said
     assert "--forbid type" not in (folder / "plan.html").read_text()
     plan = json.loads((folder / "plan.json").read_text())
     assert plan["inputs"]["constraints"] == ["--forbid type=V100-SXM2-32GB", "--forbid tp=2"]
@@ -253,6 +253,8 @@ nodes:
 network: {bandwidth: 100Gbps, latency: 20us}
 """
 
+TWO_TYPES = ("--pin", "replicas=1", "--rung", "pipelines")
+
 
 @pytest.fixture
 def mixed(folder: Path) -> Path:
@@ -269,7 +271,7 @@ def place_mixed(capsys: pytest.CaptureFixture[str], *options: str) -> dict[str, 
 
 def test_gpu_types_have_precisions_of_their_own(mixed: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = ("--weights", "bf16,H100=fp8")
-    plan, one = place_mixed(capsys, *options), place_mixed(capsys, "--weights", "bf16", "--pin", "replicas=1")
+    plan, one = place_mixed(capsys, *options), place_mixed(capsys, "--weights", "bf16", *TWO_TYPES)
     model = plan["inputs"]["documents"]["model"]
     assert model["precisions"] == {"H100-SXM-80GB": {"weights": "fp8", "weight_bytes": 1.0, "kv_bytes": 2.0}}
     groups = [{stage["gpu"] == "H100-SXM-80GB" for stage in replica["stages"]} for replica in plan["replicas"]]
@@ -287,7 +289,7 @@ def test_gpu_types_have_precisions_of_their_own(mixed: Path, capsys: pytest.Capt
 
 
 def test_a_replica_of_two_precisions_is_found_by_the_checker(mixed: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    plan = place_mixed(capsys, "--weights", "bf16", "--pin", "replicas=1")
+    plan = place_mixed(capsys, "--weights", "bf16", *TWO_TYPES)
     assert any(len({stage["gpu"] for stage in replica["stages"]}) > 1 for replica in plan["replicas"])
     own = {"weights": "bf16", "weight_bytes": 2.0, "kv_bytes": 1.0}
     plan["inputs"]["documents"]["model"]["precisions"] = {"H100-SXM-80GB": own}

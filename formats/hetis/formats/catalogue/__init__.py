@@ -136,6 +136,7 @@ def gpu_name(name: str) -> str:
     return name if (gpu := known_gpu(name)) is None else gpu.name
 
 
+@functools.cache
 def architecture_of(gpu: str, architecture: str) -> str:
     """Return the catalogue's name of a GPU's architecture, or one that it lacks unchanged. Case does not matter.
 

@@ -117,7 +117,7 @@ class LaunchableReplica:
         return joined(self.addresses.host(self.front_node), self.port)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Launchable:
     """A plan whose replicas have one copy of each stage, with the launchable replicas and why the others are not."""
 
@@ -133,11 +133,11 @@ class Launchable:
         """Return the name of a replica's objects, which is distinct from those of other plans."""
         return f"{self.settings.name}-{one.name}"
 
-    @property
+    @cached_property
     def has_workers(self) -> bool:
         return any(one.layout.workers for one in self.replicas.values())
 
-    @property
+    @cached_property
     def has_roles(self) -> bool:
         return any(one.plan.role is not Role.UNIFIED for one in self.replicas.values())
 

@@ -14,7 +14,7 @@ from hetis.planner.use_cases.sources import family_of, memories_for, named
 from hetis.planner.use_cases.verification.equal_stages import budget_of_one, value_within
 from hetis.solver.budget import Budget, Progress, Report
 from hetis.solver.cluster import Cluster
-from hetis.solver.constraints import Constraints, WithoutWorkers
+from hetis.solver.constraints import Constraint, Constraints, Exclude, RestrictRole, WithoutWorkers
 from hetis.solver.errors import InfeasibleError, InvalidProblemError, NoPlanFoundError
 from hetis.solver.model import ModelSpec
 from hetis.solver.placement.families import ENGINES, beyond
@@ -69,7 +69,7 @@ def _values(
             if (
                 runs
                 and _has_all_of(problem.family, family, problem.model)
-                and set(constraints) >= set(problem.constraints)
+                and all(_is_kept(each, constraints) for each in problem.constraints)
             ):
                 found = replace(found, bound=plan.result.bound)
             else:
@@ -122,6 +122,12 @@ def _has_all_of(family: Family, poorer: Family, model: ModelSpec) -> bool:
         and family.max_pool >= poorer.max_pool
         and _as_deep(family.engine, poorer.engine, model)
     )
+
+
+def _is_kept(constraint: Constraint, others: Constraints) -> bool:
+    """Return whether plans that keep ``others`` keep a constraint: GPUs out of use also compute no layers."""
+    excluded = isinstance(constraint, RestrictRole) and Exclude(gpus=constraint.gpus) in others
+    return excluded or constraint in others
 
 
 def _as_deep(rules: EngineRules, others: EngineRules, model: ModelSpec) -> bool:

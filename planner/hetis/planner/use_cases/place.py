@@ -25,6 +25,7 @@ from hetis.planner.use_cases.climbing import (
     with_least_layers,
 )
 from hetis.planner.use_cases.engine_values import with_engine_values
+from hetis.planner.use_cases.idle import with_uses_of_idle
 from hetis.planner.use_cases.listing import kinds_in_a_zone, refuse_unlisted, stages_to_list
 from hetis.planner.use_cases.precision import for_engine, in_precision, notes_on_exchange
 from hetis.planner.use_cases.prices import catalogue_market, constraint_prices, with_prices
@@ -346,6 +347,7 @@ def make_plan(
     is_compared = settings.strategy == DEFAULT_STRATEGY and plan.replicas and not survive  # they do not survive
     if beside_equal_stages and is_compared:
         plan = equal_stages.with_values(plan, problem, settings.seed, budget.cancelled)
+        plan = with_uses_of_idle(plan, problem, loaded, settings.seed, equal_stages.budget_of_one(budget.cancelled))
     if beside_engines and is_compared:
         plan = with_engine_values(
             plan, problem, seed=settings.seed, time_limit_s=settings.time_limit_s, cancelled=budget.cancelled,

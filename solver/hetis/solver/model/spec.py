@@ -203,7 +203,10 @@ class ModelSpec:
 
     def _mean(self, of: Callable[[Mixer], float]) -> float:
         """Return the mean over all layers of a figure of their attention."""
-        return sum(count * of(mixer) for mixer, count in self.mixers) / self.num_layers
+        total = 0.0
+        for mixer, count in self._kinds.mixers:
+            total += count * of(mixer)
+        return total / len(self.layers)
 
     def _repeated(self, of: Callable[[Mlp], float]) -> float:
         """Return the mean over repeated layers of a figure of their MLPs, which may be an array."""

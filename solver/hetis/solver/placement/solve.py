@@ -105,7 +105,7 @@ def _solved(
         raise settings.stopped() if settings.budget.is_spent() else infeasible(problem, settings, market)
 
     def bound(outcome: Outcome) -> Plan:
-        tables, serving, spreads = _serving(costs, outcome, settings)
+        tables, serving, spreads = _serving(costs, outcome, settings, spreads=survives)
         chosen = [(with_fewest_in_flight(tables, template), count) for template, count in serving.chosen]
         templates = [template for template, count in chosen for _ in range(count)]
         bound_stages = bind(tables, templates, seed=settings.seed, budget=settings.budget, spreads=survives)
@@ -117,23 +117,26 @@ def _solved(
     return (plan if searched is problem else restored(plan, searched, problem)), outcome
 
 
-def _serving(costs: CostTables, outcome: Outcome, settings: SearchSettings) -> tuple[CostTables, Outcome, bool]:
+def _serving(
+    costs: CostTables, outcome: Outcome, settings: SearchSettings, *, spreads: bool = False
+) -> tuple[CostTables, Outcome, bool]:  # fmt: skip
     """Return the outcome with replicas that serve only, its tables, and whether KV must spread over all of these.
 
     A search does not distinguish replicas that serve from idle ones, which may be all that keeps a pin. If no flow of
-    KV can change that, the best unified replicas that keep the pins are searched. The bound holds all the same.
+    KV can change that, the best unified replicas that keep the pins are searched. The bound holds all the same. If KV
+    ``spreads`` anyway, replicas that serve more after a loss stay.
 
     Raises:
         NoPlanFoundError: the pins are kept by no plan found whose replicas all serve.
     """
     pins = pins_of(costs.problem.constraint_index, costs.classes, costs.resources)
-    for spreads in (False, True):
-        serving = without_idle(costs, outcome, spreads=spreads)
+    for spread in (True,) if spreads else (False, True):
+        serving = without_idle(costs, outcome, spreads=spread)
         uses = np.zeros((len(serving.chosen), len(costs.resources.rows)), dtype=np.int64)
         for k, (template, _) in enumerate(serving.chosen):
             uses[k] = use_of(costs, template)
         if pins is None or pins.are_kept(uses, np.array([count for _, count in serving.chosen])):
-            return costs, serving, spreads
+            return costs, serving, spread
     family = replace(costs.problem.family, roles=(Role.UNIFIED,))
     tables = build_cost_tables(replace(costs.problem, family=family))
     unified = search(tables, settings) if Role.UNIFIED in costs.problem.family.roles else None

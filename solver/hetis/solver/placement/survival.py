@@ -1,53 +1,58 @@
 """The most that is served after the worst loss of a node or a zone, and the least that keeps a demand through it.
 
-Columns of an engine's family, of which those of one node are chosen by *patterns*: what one node runs together.
+Columns of an engine's family; a *way* cuts a replica into pieces, one for each node that it uses; a *pattern* is what
+one node runs: pieces that fit together.
 
-    Sets       k columns (rate_k, on a side); p patterns of one-node columns; i what may be lost together: a pattern's
-               node, a column over several nodes (or everything in a zone)
+    Sets       k columns (rate_k, on a side); w ways of k; q pieces; p patterns of pieces; i what may be lost together:
+               a pattern's node, a replica that floats (or everything in a zone)
     Data       u_i, s_i, d_i  requests/s of unified, sending and receiving replicas that a loss of i takes
-    Variables  n_k >= 0 whole, flows F(z, y) >= 0 as in the master;  y_p >= 0 whole  nodes that run pattern p;
-               b_i in {0, 1}  whether there is any i;  G >= 0  what is left after the worst loss;  F_i >= 0  flows then
+    Variables  n_k >= 0 whole, flows F(z, y) >= 0 as in the master;  z_kw >= 0 whole  replicas cut so;  y_p >= 0 whole
+               nodes that run pattern p;  b_i in {0, 1}  whether there is any i;  G >= 0  what is left after the worst
+               loss;  F_i >= 0  flows then
     Maximise   G, then the whole rate W = U + F;  or W with G >= keep W;  or minimise the cost with G >= demand
-    Such that  the master's rows;  n_k = sum_p (k in p) y_p  every one-node k;  sum_p y_p <= nodes of every place
-               y_p <= nodes b_p,  n_k <= most_k b_k
+    Such that  the master's rows;  n_k = sum_w z_kw  every k;  sum_p y_p <= nodes of every place
+               sum_kw (pieces q in w) z_kw = sum_p (those in p) y_p                 every q
+               y_p <= nodes b_p
                G <= U + F_i - u_i b_i;   F_i <= F;   F_i <= S - s_i b_i;   F_i <= D - d_i b_i      every i
 
-The losses themselves are the coefficients of b, so the relaxation is tight. A column over several nodes counts as if
-it shared none of them, and flows after a loss may take any route: both only raise the bound. Plans state what
-`hetis.solver.advice` derives from their named GPUs.
+The losses themselves are the coefficients of b, so the relaxation is tight; so are rows of the mean loss of a node of
+each place, of which a replica is a part on as few nodes as it needs. Where all ways and patterns are too many, a
+replica that fits in a node is in one, others *float*: they are on no node and are lost alone. The bound is then that of
+a second program, in which all replicas of several parts may float. Flows after a loss may take any route. Both only
+raise the bound. Plans state what `hetis.solver.advice` derives from their named GPUs.
 
-Some N nodes (zones) of a plan serve W; each set of N - 1 of them at least G, and no replica is used more than fully,
-so W >= G N / (N - 1). Only columns that such a plan may contain are listed: those whose reduced cost is within the
-distance of the relaxation's bound. With `Survive.keep` the bound is the relaxation's.
+Some N nodes (zones) of a plan serve W; each set of N - 1 of them at least G, and no replica is used more than fully, so
+W >= G N / (N - 1), unless links limit the flows. Only columns that such a plan may contain are listed: those whose
+reduced cost is within the distance of the relaxation's bound.
+
+Columns are the fastest replicas on their GPUs, and only those that no other on some of these GPUs dominates. A slower
+one leaves no more, but may be in a better plan with `Survive.keep`, as it takes less of what must be left. The bound
+is then that of plans that promise W <= U + F, with G >= keep W: with faster replicas a plan promises as much.
 """
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import highspy
 import numpy as np
 
 from hetis.solver.budget import SearchSettings
 from hetis.solver.errors import NoPlanFoundError
 from hetis.solver.placement.columns import Columns, padded
 from hetis.solver.placement.enumeration import ColumnPrices, EnumeratedColumns
-from hetis.solver.placement.fleet import UNIFIED, FloatArray, IntArray
+from hetis.solver.placement.fleet import FloatArray, IntArray
 from hetis.solver.placement.master import UNDECIDED, LpSolution, MilpSolution, master_of
-from hetis.solver.placement.nodes import add_row
 from hetis.solver.placement.outcome import Outcome, sound_bound
 from hetis.solver.placement.policy import POLICY
-from hetis.solver.placement.replicas.kinds import Kind, least_nodes_of, shared_places
+from hetis.solver.placement.replicas.kinds import Kind
 from hetis.solver.placement.replicas.tables import CostTables
+from hetis.solver.placement.survival_rows import LossRows
 
 FEW = 40  # columns of each side in a first plan
 MOST_COLUMNS = 1500  # of a proof
-MOST_PATTERNS = 3000  # of all nodes together
 NODES = 20_000  # limit on nodes of a search tree
-SLACK = 1e-7  # ratio by which what is left may be less while the whole rate is maximised
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,7 +83,10 @@ class _Search:
         self.master = master_of(costs)
         cluster = costs.problem.cluster
         num = len(cluster.zones()) if survive.place == "zone" else cluster.num_nodes()
-        self.share = (num - 1) / num  # at most this share of a plan is left
+        capacity = costs.routes.capacity
+        is_limited = costs.routes.has_links and bool(np.any(np.isfinite(capacity) & (capacity > 0.0)))
+        # At most this share of a plan is left: what a link carries may be the same after a loss.
+        self.share = 0.0 if num < 2 else 1.0 if is_limited else (num - 1) / num
         self.leaves_most = self.master.maximises and survive.keep is None
         demand = self.master.demand
         self.demand = demand
@@ -94,22 +102,19 @@ class _Search:
         if self.relaxed is None:
             return None
         self.settings.tell("bound by fractions of replicas")
-        found, _ = self._solve(self._chosen(self._likeliest()))
-        bound, is_settled = self._bound(), False
+        found = self._solve(self._chosen(self._likeliest())).found
+        bound, proves_none = self._bound(), False
         if self.enumerated.num_compositions <= POLICY.most_listed:
             distance = self._distance(found)
             if self.enumerated.list_within(self._prices(self.relaxed), distance, self.budget):
                 chosen = self._chosen(np.flatnonzero(self._reduced() <= distance * (1.0 + 1e-6)))
                 if len(chosen) <= MOST_COLUMNS:
-                    other, is_settled = self._solve(chosen)
-                    if other is not None and (found is None or self._is_better(other, found)):
-                        found = other
-                    # A slower replica takes less of the share that must be left, so none is ruled out by a faster one
-                    # then, and the bound is the relaxation's.
-                    if other is not None and self.survive.keep is None:
-                        bound = self._tighter(other.bound, bound)
+                    solved = self._solve(chosen, proves=True)
+                    if solved.found is not None and (found is None or self._is_better(solved.found, found)):
+                        found = solved.found
+                    bound, proves_none = self._tighter(solved.bound, bound), solved.proves_none
         if found is None:
-            if is_settled and self.survive.keep is None:
+            if proves_none:
                 return None
             raise NoPlanFoundError(UNDECIDED)
         return self._outcome(found, bound)
@@ -152,7 +157,12 @@ class _Search:
     def _chosen(self, which: IntArray) -> IntArray:
         columns = self.enumerated.columns
         assert columns is not None, "they are numbered"
-        return which if self.master.pins is not None else which[columns.some(which).undominated()]
+        if self.master.pins is not None or not len(which):
+            return which
+        some = columns.some(which)
+        if self.survive.place == "node":  # a replica may stand for another where its parts fit beside the same others
+            some = replace(some, uses=_numbers_of_parts([self.enumerated.kind(int(i)) for i in which]))
+        return which[some.undominated()]
 
     def _distance(self, found: _Surviving | None) -> float:
         """Return what a plan that is better than the one found may lose against the relaxation's bound."""
@@ -172,27 +182,36 @@ class _Search:
     def _tighter(self, one: float, other: float) -> float:
         return min(one, other) if self.master.maximises else max(one, other)
 
-    def _solve(self, chosen: IntArray) -> tuple[_Surviving | None, bool]:
-        """Solve whole counts of columns; return the best, and whether the search of them ended."""
-        columns = self.enumerated.columns
+    def _solve(self, chosen: IntArray, *, proves: bool = False) -> _Solved:
+        """Solve whole counts of columns; if it ``proves``, the bound holds for all plans of these columns."""
+        columns, none = self.enumerated.columns, -np.inf if self.master.maximises else np.inf
         assert columns is not None, "they are numbered"
         if not len(chosen):
-            return None, True
+            return _Solved(None, none, proves_none=True)
         some, kinds = columns.some(chosen), [self.enumerated.kind(int(i)) for i in chosen]
-        rows = _Rows(self.costs, some, kinds, self.survive)
+        rows = LossRows(self.costs, some, kinds, self.survive.place, keep=self.survive.keep, demand=self.demand)
         if rows.patterns is None:
-            return None, False
-        if not self.leaves_most:
-            found, is_settled = self._whole(some, lambda highs: rows.keep(highs, self.survive.keep, self.demand))
-            if found is None:
-                return None, is_settled
-            return _Surviving(chosen, found, found.value, found.bound), is_settled
-        found, is_settled = self._whole(some, rows.leave_most)
-        if found is None or rows.left is None:
-            return None, is_settled
-        left, bound = rows.left()
-        fuller, _ = self._whole(some, lambda highs: rows.leave(highs, left * (1.0 - SLACK)))
-        return _Surviving(chosen, fuller or found, left, bound), is_settled
+            return _Solved(None, -none, proves_none=False)
+        solution, is_settled = self._whole(some, rows.pose)
+        found, bound = None, none if is_settled else -none
+        if solution is not None:
+            if self.survive.keep is not None:
+                solution = self._promised(some, solution, rows.reached()[0])
+            value, bound = rows.reached() if self.master.maximises else (solution.value, solution.bound)
+            fuller = self._whole(some, lambda highs: rows.leave(highs, value))[0] if self.leaves_most else None
+            found = _Surviving(chosen, fuller or solution, value)
+        if proves and (rows.floats_beside or self.survive.keep is not None):
+            solution, is_settled = self._whole(some, rows.pose_bound)
+            bound = none if is_settled else -none
+            if solution is not None:
+                bound = rows.reached()[1]
+        return _Solved(found, bound, proves_none=found is None and solution is None and is_settled)
+
+    def _promised(self, columns: Columns, found: MilpSolution, value: float) -> MilpSolution:
+        """Return counts with flows of which a share is left: all that they could carry may be more than may be lost."""
+        most, unified = found.flows.sum(), self.master.served(columns, found.counts, np.zeros_like(found.flows))
+        flows = found.flows * (min(1.0, max(0.0, value - unified) / most) if most else 1.0)
+        return replace(found, flows=flows, value=unified + float(flows.sum()))
 
     def _whole(self, columns: Columns, extend: Callable[[Any], object]) -> tuple[MilpSolution | None, bool]:
         end_s = self.budget.elapsed_s() + max(POLICY.least_s, self.budget.remaining_s())
@@ -225,159 +244,27 @@ class _Search:
 
 @dataclass(frozen=True, slots=True)
 class _Surviving:
-    """Whole counts of chosen columns, with what is left or costs, and the bound on it."""
+    """Whole counts of chosen columns, with what is left, what they serve or what they cost."""
 
     chosen: IntArray
     solution: MilpSolution
     value: float
+
+
+@dataclass(frozen=True, slots=True)
+class _Solved:
+    """The best counts found of some columns, if any, and a bound on the value of all."""
+
+    found: _Surviving | None
     bound: float
+    proves_none: bool
 
 
-Pattern = tuple[int, ...]  # columns that one node runs, ascending, a column for each replica
+def _numbers_of_parts(kinds: Sequence[Kind]) -> IntArray:
+    """Return how many parts of at least every size replicas have of each class; [K, .].
 
-
-class _Rows:
-    """Rows and columns that a model of the master gains: what is left after each loss."""
-
-    def __init__(self, costs: CostTables, columns: Columns, kinds: Sequence[Kind], survive: Survive) -> None:
-        self.columns, self.costs = columns, costs
-        self.limits = costs.resources.limits
-        self.zones = costs.problem.cluster.zones() if survive.place == "zone" else ()
-        self.zone_of = [costs.classes[kind[0][0]].zone for kind in kinds]
-        self.on_one = [least_nodes_of(costs.classes, kind) == 1 and not self.zones for kind in kinds]
-        self.places = self._places(kinds)
-        self.patterns = self._patterns(kinds)
-        # A rate above all others: without limits, HiGHS 1.12 to 1.15 may call a choice the optimum that is far from it.
-        taken = columns.uses.sum(axis=1).clip(1)
-        self.most = 2.0 * float(self.limits.sum()) * float((columns.rates / taken).max())
-        self.left: Callable[[], tuple[float, float]] | None = None
-
-    def _places(self, kinds: Sequence[Kind]) -> dict[int, list[int]]:
-        """Return the one-node columns of each place."""
-        of_class, found = shared_places(self.costs.classes), defaultdict[int, list[int]](list)
-        for k, kind in enumerate(kinds):
-            if self.on_one[k]:
-                found[of_class[kind[0][0]]].append(k)
-        return found
-
-    def _patterns(self, kinds: Sequence[Kind]) -> dict[int, list[Pattern]] | None:
-        """Return the patterns of each place, None if there are too many."""
-        found, total = dict[int, list[Pattern]](), 0
-        sizes = [c.gpus_per_node for c in self.costs.classes]
-        takes = [Counter({c: sum(parts) for c, parts in kind}) for kind in kinds]
-        for place, members in self.places.items():
-            listed = list[Pattern]()
-            stack: list[tuple[Pattern, int, Counter[int]]] = [((), 0, Counter())]
-            while stack:
-                begun, first, used = stack.pop()
-                for position in range(first, len(members)):
-                    k = members[position]
-                    if any(used[c] + n > sizes[c] for c, n in takes[k].items()):
-                        continue
-                    listed.append((*begun, k))
-                    stack.append(((*begun, k), position, used + takes[k]))
-                    if total + len(listed) > MOST_PATTERNS:
-                        return None
-            found[place], total = listed, total + len(listed)
-        return found
-
-    def leave_most(self, highs: Any) -> None:
-        """Extend the model and maximise what is left instead."""
-        served = np.flatnonzero(np.array(highs.getLp().col_cost_))
-        left = self._extend(highs)
-        for i in served:
-            highs.changeColCost(int(i), 0.0)
-        highs.changeColCost(left, 1.0)
-
-        def result() -> tuple[float, float]:
-            info = highs.getInfo()
-            value, bound = float(info.objective_function_value), float(info.mip_dual_bound)
-            return value, max(value, bound) if np.isfinite(bound) else np.inf
-
-        self.left = result
-
-    def leave(self, highs: Any, least: float) -> None:
-        """Extend the model and require that so much is left."""
-        highs.changeColBounds(self._extend(highs), least, np.inf)
-
-    def keep(self, highs: Any, share: float | None, demand: float | None) -> None:
-        """Extend the model and require that a share of what is served is left, and the demand."""
-        lp = highs.getLp()
-        served, maximises = np.array(lp.col_cost_), lp.sense_ == highspy.ObjSense.kMaximize
-        left = self._extend(highs)
-        if demand is not None:
-            highs.changeColBounds(left, demand, np.inf)
-        if share is not None and maximises:
-            entries = {int(i): -share * float(served[i]) for i in np.flatnonzero(served)}
-            add_row(highs, 0.0, np.inf, entries | {left: 1.0})
-
-    def _extend(self, highs: Any) -> int:
-        """Add what is left after each loss; return the number of its column."""
-        assert self.patterns is not None, "they were listed"
-        columns, routes = self.columns, self.costs.routes
-        num, rates, sides = len(columns.rates), columns.rates, columns.sides
-        zones = len(routes.zones)
-        is_sending = (sides != UNIFIED) & (sides <= 2 * zones)
-        roles = np.array([sides == UNIFIED, is_sending, (sides != UNIFIED) & ~is_sending])
-        served = rates * roles  # [roles, K]
-        flows = range(num, num + (zones**2 if routes.splits_roles else 0))
-        left = _variable(highs, self.most)
-        totals = [self._total(highs, {int(k): float(rates[k]) for k in np.flatnonzero(role)}) for role in roles]
-        flow = self._total(highs, dict.fromkeys(flows, 1.0))
-
-        def loses(lost: dict[int, FloatArray]) -> None:
-            """Add the rows of one loss: what each column takes that counts it."""
-            after = flow
-            if any(lost_of[1:].any() for lost_of in lost.values()):
-                after = _variable(highs, self.most)
-                add_row(highs, -np.inf, 0.0, {after: 1.0, flow: -1.0})
-                for side in (1, 2):
-                    gone = {i: float(lost_of[side]) for i, lost_of in lost.items() if lost_of[side]}
-                    add_row(highs, -np.inf, 0.0, {after: 1.0, totals[side]: -1.0, **gone})
-            gone = {i: float(lost_of[0]) for i, lost_of in lost.items() if lost_of[0]}
-            add_row(highs, -np.inf, 0.0, {left: 1.0, totals[0]: -1.0, after: -1.0, **gone})
-
-        if self.zones:
-            for zone in self.zones:
-                loses({k: served[:, k] for k in range(num) if self.zone_of[k] == zone})
-            return left
-        classes, of_class = self.costs.classes, shared_places(self.costs.classes)
-        chosen = [dict[int, float]() for _ in range(num)]
-        for place, patterns in self.patterns.items():
-            groups = {g.name: g.count for c, at in zip(classes, of_class, strict=True) if at == place for g in c.groups}
-            nodes = float(sum(groups.values()))
-            counted = list[int]()
-            for pattern in patterns:
-                y, b = _variable(highs, nodes, whole=True), _variable(highs, 1.0, whole=True)
-                add_row(highs, -np.inf, 0.0, {y: 1.0, b: -nodes})
-                lost = np.zeros(3)
-                for k, count in Counter(pattern).items():
-                    chosen[k][y] = -float(count)
-                    lost += count * served[:, k]
-                loses({b: lost})
-                counted.append(y)
-            add_row(highs, -np.inf, nodes, dict.fromkeys(counted, 1.0))
-        for k in range(num):
-            if self.on_one[k]:
-                add_row(highs, 0.0, 0.0, {k: 1.0, **chosen[k]})
-                continue
-            use = columns.uses[k]
-            most = float(np.min(self.limits[use > 0] // use[use > 0]))
-            b = _variable(highs, 1.0, whole=True)
-            add_row(highs, -np.inf, 0.0, {k: 1.0, b: -most})
-            loses({b: served[:, k]})
-        return left
-
-    def _total(self, highs: Any, entries: dict[int, float]) -> int:
-        total = _variable(highs, self.most)
-        add_row(highs, 0.0, 0.0, {total: -1.0, **entries})
-        return total
-
-
-def _variable(highs: Any, most: float, *, whole: bool = False) -> int:
-    """Add a variable from 0 to ``most``, and return its number."""
-    highs.addVar(0.0, most)
-    number = int(highs.getNumCol()) - 1
-    if whole:
-        highs.changeColIntegrality(number, highspy.HighsVarType.kInteger)
-    return number
+    A replica with no more of any fits on the nodes of another, each part on that of a part as large.
+    """
+    sizes = sorted({(c, size) for kind in kinds for c, parts in kind for size in parts})
+    parts_of = [dict(kind) for kind in kinds]
+    return np.array([[sum(part >= size for part in parts.get(c, ())) for c, size in sizes] for parts in parts_of])

@@ -183,6 +183,7 @@ class ReplicaChange:
     Attributes:
         moved_gpus: GPUs with another use than before.
         load_bytes: weights that all its GPUs read together.
+        longest_load_bytes: weights of the GPU that reads the most, for which its start waits.
     """
 
     fate: Fate
@@ -190,6 +191,7 @@ class ReplicaChange:
     after: int | None
     moved_gpus: int = 0
     load_bytes: float = 0.0
+    longest_load_bytes: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -310,6 +312,7 @@ def _change_of(
         after=number,
         moved_gpus=len({device for device, _ in moving}),
         load_bytes=sum(loads),
+        longest_load_bytes=max(loads, default=0.0),
     )
 
 

@@ -130,8 +130,9 @@ class FixedPlan:
 
     def as_planned(self, profiles: Profiles) -> Performance:
         """Return the performance with the plan's micro-batches, which may miss limits."""
-        problem = self._under(profiles)
-        return self._sum((group, self._pace(problem, group, group.shape)) for group in self.groups)
+        problem, alike = self._under(profiles), {(group.shape, group.claimed): group for group in self.groups}
+        paces = {key: self._pace(problem, group, group.shape) for key, group in alike.items()}  # zones have like groups
+        return self._sum((group, paces[group.shape, group.claimed]) for group in self.groups)
 
     def within_limits(self, profiles: Profiles) -> Performance:
         """Return the performance with the engine settings that give the highest rate within the limits.

@@ -139,7 +139,7 @@ class Scope:
         return self.changed(lambda tables: tables._replace(available=np.where(out, 0, tables.available)))
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class CostTables:
     """All tables of one problem."""
 
@@ -156,14 +156,19 @@ class CostTables:
     scopes: tuple[Scope, ...]
     routes: Routes
 
+    @cached_property
+    def chunk_spread(self) -> float:
+        """The spread of a chunk's work, by which `regimes` differ."""
+        return chunk_spread(self.problem.model, self.moments)
+
     def regimes(self, role: Role) -> tuple[Regime, Regime]:
         """Return a role's pipeline regimes with at least two micro-batches per stage copy, and with at least one."""
-        return regimes(self.problem.assumptions, role, chunk_spread(self.problem.model, self.moments))
+        return regimes(self.problem.assumptions, role, self.chunk_spread)
 
     def regime_together(self, mix: int) -> Regime:
         """Return the regime of replicas with one iteration in flight, of one copy or of all that share experts."""
         x = self.mixes[mix]
-        return regime_together(x.role, chunk_spread(self.problem.model, self.moments), x.attention_dp)
+        return regime_together(x.role, self.chunk_spread, x.attention_dp)
 
     def rank_of(self, device_class: int, gpus: int, attention_dp: int) -> int | None:
         """Return the rank type of these GPUs, if there is one."""

@@ -1,0 +1,260 @@
+"""Rows of a survival program: what is left after each loss, by what nodes run together (`survival.py` states it)."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import highspy
+import numpy as np
+
+from hetis.solver.placement.columns import Columns
+from hetis.solver.placement.fleet import UNIFIED, DeviceClass, FloatArray
+from hetis.solver.placement.nodes import add_row
+from hetis.solver.placement.replicas.kinds import Kind, least_nodes_of, shared_places
+from hetis.solver.placement.replicas.tables import CostTables
+
+MOST_PATTERNS = 3000  # of all nodes together
+MOST_PARTS = 5  # of a replica of which all cuts are listed: 52
+SLACK = 1e-7  # ratio by which what is left may be less while the whole rate is maximised
+
+Piece = tuple[tuple[int, int], ...]  # GPUs of a replica in one node: the number of each device class
+Way = tuple[Piece, ...]  # the pieces of a replica, one for each node; none: it floats
+Pattern = tuple[tuple[int, Piece], ...]  # what one node runs, ascending: a column and a piece for each replica
+
+
+def _cuts(classes: Sequence[DeviceClass], kind: Kind, most_nodes: int | None) -> set[Way] | None:
+    """Return all ways to cut a replica, None if they are too many to list."""
+    places, parts = shared_places(classes), [(c, size) for c, sizes in kind for size in sizes]
+    if len(parts) > MOST_PARTS:
+        return None
+    found = set[Way]()
+
+    def put(nodes: tuple[Counter[int], ...], number: int) -> None:
+        if number == len(parts):
+            found.add(tuple(sorted(tuple(sorted(node.items())) for node in nodes)))
+            return
+        c, size = parts[number]
+        for i, node in enumerate(nodes):
+            if places[next(iter(node))] == places[c] and node[c] + size <= classes[c].gpus_per_node:
+                put((*nodes[:i], node + Counter({c: size}), *nodes[i + 1 :]), number + 1)
+        if most_nodes is None or len(nodes) < most_nodes:
+            put((*nodes, Counter({c: size})), number + 1)
+
+    put((), 0)
+    return found
+
+
+class LossRows:
+    """Rows and columns that a model of the master gains: what is left after each loss."""
+
+    def __init__(
+        self,
+        costs: CostTables,
+        columns: Columns,
+        kinds: Sequence[Kind],
+        place: str,
+        *,
+        keep: float | None,
+        demand: float | None,
+    ) -> None:
+        self.columns, self.costs, self.kinds = columns, costs, kinds
+        self.keep, self.demand, self.limits = keep, demand, costs.resources.limits
+        self.zones = costs.problem.cluster.zones() if place == "zone" else ()
+        self.places = shared_places(costs.classes)
+        self.floats_beside = False  # whether replicas that float may serve more than ``ways`` allow
+        self.ways = list[list[Way]]()
+        self.patterns: dict[int, list[Pattern]] | None = {}
+        if not self.zones:
+            self._cut()
+        # A rate above all others: without limits, HiGHS 1.12 to 1.15 may call a choice the optimum that is far from it.
+        taken = columns.uses.sum(axis=1).clip(1)
+        self.most = 2.0 * float(self.limits.sum()) * float((columns.rates / taken).max())
+        self.reached: Callable[[], tuple[float, float]] = lambda: (0.0, np.inf)
+
+    def _cut(self) -> None:
+        """List all ways and patterns, or if these are too many, those with replicas in one node."""
+        classes, engine = self.costs.classes, self.costs.problem.family.engine
+        most_nodes = None if engine is None else engine.max_nodes
+        every = [_cuts(classes, kind, most_nodes) for kind in self.kinds]
+        if sum(MOST_PATTERNS if ways is None else len(ways) for ways in every) <= MOST_PATTERNS:
+            self.ways = [sorted(ways or ()) for ways in every]
+            self.patterns = self._patterns()
+            if self.patterns is not None:
+                return
+        is_apart = [sum(len(parts) for _, parts in kind) > 1 and most_nodes != 1 for kind in self.kinds]
+        on_one = [least_nodes_of(classes, kind) == 1 for kind in self.kinds]
+        self.floats_beside = any(one and apart for one, apart in zip(on_one, is_apart, strict=True))
+        self.ways = [
+            [(tuple((c, sum(parts)) for c, parts in kind),)] if one else [()]
+            for one, kind in zip(on_one, self.kinds, strict=True)
+        ]
+        self.patterns = self._patterns()
+
+    def _patterns(self) -> dict[int, list[Pattern]] | None:
+        """Return the patterns of each place, None if there are too many."""
+        members = defaultdict[int, set[tuple[int, Piece]]](set)
+        for k, ways in enumerate(self.ways):
+            for piece in (piece for way in ways for piece in way):
+                members[self.places[piece[0][0]]].add((k, piece))
+        found, total = dict[int, list[Pattern]](), 0
+        sizes = [c.gpus_per_node for c in self.costs.classes]
+        for place, pieces in members.items():
+            listed, ordered = list[Pattern](), sorted(pieces)
+            stack: list[tuple[Pattern, int, Counter[int]]] = [((), 0, Counter())]
+            while stack:
+                begun, first, used = stack.pop()
+                for position in range(first, len(ordered)):
+                    k, piece = ordered[position]
+                    if any(used[c] + n > sizes[c] for c, n in piece):
+                        continue
+                    listed.append((*begun, (k, piece)))
+                    stack.append((listed[-1], position, used + Counter(dict(piece))))
+                    if total + len(listed) > MOST_PATTERNS:
+                        return None
+            found[place], total = listed, total + len(listed)
+        return found
+
+    def pose(self, highs: Any) -> None:
+        """Extend the model and maximise what is left, or require that a share of what is served is left, or demand."""
+        served, maximises = np.array(highs.getLp().col_cost_), self.demand is None
+        left = self._extend(highs)
+        if self.demand is not None:
+            highs.changeColBounds(left, self.demand, np.inf)
+        elif self.keep is not None:
+            entries = {int(i): -self.keep * float(served[i]) for i in np.flatnonzero(served)}
+            add_row(highs, 0.0, np.inf, entries | {left: 1.0})
+            self._reach(highs)
+        if maximises and self.keep is None:
+            self._maximise(highs, left)
+
+    def pose_bound(self, highs: Any) -> None:
+        """Extend the model as `pose` does, for a bound on all plans: replicas may float and plans promise less."""
+        served = np.array(highs.getLp().col_cost_)
+        left = self._extend(highs, floats=True)
+        if self.demand is not None:
+            highs.changeColBounds(left, self.demand, np.inf)
+            self._reach(highs)
+        elif self.keep is None:
+            self._maximise(highs, left)
+        else:
+            promised = _variable(highs, self.most)
+            add_row(highs, 0.0, np.inf, {left: 1.0, promised: -self.keep})
+            add_row(highs, 0.0, np.inf, {int(i): float(served[i]) for i in np.flatnonzero(served)} | {promised: -1.0})
+            self._maximise(highs, promised)
+
+    def leave(self, highs: Any, least: float) -> None:
+        """Extend the model and require that so much is left."""
+        highs.changeColBounds(self._extend(highs), least * (1.0 - SLACK), np.inf)
+
+    def _maximise(self, highs: Any, column: int) -> None:
+        for i in np.flatnonzero(np.array(highs.getLp().col_cost_)):
+            highs.changeColCost(int(i), 0.0)
+        highs.changeColCost(column, 1.0)
+        self._reach(highs)
+
+    def _reach(self, highs: Any) -> None:
+        """Let ``reached`` return the value and the bound of this model, once it is solved."""
+
+        def reached() -> tuple[float, float]:
+            info, maximises = highs.getInfo(), highs.getLp().sense_ == highspy.ObjSense.kMaximize
+            value, bound = float(info.objective_function_value), float(info.mip_dual_bound)
+            if not np.isfinite(bound):
+                return value, np.inf if maximises else 0.0
+            return value, max(value, bound) if maximises else min(value, bound)
+
+        self.reached = reached
+
+    def _extend(self, highs: Any, *, floats: bool = False) -> int:
+        """Add what is left after each loss; return the number of its column.
+
+        If it ``floats``, every replica of several parts may.
+        """
+        columns, routes = self.columns, self.costs.routes
+        num, rates, sides = len(columns.rates), columns.rates, columns.sides
+        zones = len(routes.zones)
+        is_sending = (sides != UNIFIED) & (sides <= 2 * zones)
+        roles = np.array([sides == UNIFIED, is_sending, (sides != UNIFIED) & ~is_sending])
+        served = rates * roles  # [roles, K]
+        flows = range(num, num + (zones**2 if routes.splits_roles else 0))
+        left = _variable(highs, self.most)
+        totals = [self._total(highs, {int(k): float(rates[k]) for k in np.flatnonzero(role)}) for role in roles]
+        flow = self._total(highs, dict.fromkeys(flows, 1.0))
+
+        def loses(lost: dict[int, FloatArray]) -> None:
+            """Add the rows of one loss: what each column takes that counts it."""
+            after = flow
+            if any(lost_of[1:].any() for lost_of in lost.values()):
+                after = _variable(highs, self.most)
+                add_row(highs, -np.inf, 0.0, {after: 1.0, flow: -1.0})
+                for side in (1, 2):
+                    gone = {i: float(lost_of[side]) for i, lost_of in lost.items() if lost_of[side]}
+                    add_row(highs, -np.inf, 0.0, {after: 1.0, totals[side]: -1.0, **gone})
+            gone = {i: float(lost_of[0]) for i, lost_of in lost.items() if lost_of[0]}
+            add_row(highs, -np.inf, 0.0, {left: 1.0, totals[0]: -1.0, after: -1.0, **gone})
+
+        if self.zones:
+            for zone in self.zones:
+                here = [any(self.costs.classes[c].zone == zone for c, _ in kind) for kind in self.kinds]
+                loses({k: served[:, k] for k in range(num) if here[k]})
+            return left
+        for place in dict.fromkeys(self.places):
+            mean = np.array([self._least_on(place, kind) for kind in self.kinds]) / self._nodes_of(place)
+            loses({k: served[:, k] * mean[k] for k in np.flatnonzero(mean).tolist()})
+        pieces = defaultdict[tuple[int, Piece], dict[int, float]](dict)
+        for k, listed in enumerate(self.ways):
+            use, ways = columns.uses[k], list(listed)
+            most = float(np.min(self.limits[use > 0] // use[use > 0]))
+            if floats and () not in ways and sum(len(parts) for _, parts in self.kinds[k]) > 1:
+                ways.append(())
+            cut = [k] if len(ways) == 1 else [_variable(highs, most, whole=True) for _ in ways]
+            if len(ways) != 1:
+                add_row(highs, 0.0, 0.0, {k: -1.0, **dict.fromkeys(cut, 1.0)})
+            for z, way in zip(cut, ways, strict=True):
+                for piece, count in Counter(way).items():
+                    pieces[k, piece][z] = float(count)
+                if not way:
+                    b = _variable(highs, 1.0, whole=True)
+                    add_row(highs, -np.inf, 0.0, {z: 1.0, b: -most})
+                    loses({b: served[:, k]})
+        assert self.patterns is not None, "they were listed"
+        for place, patterns in self.patterns.items():
+            nodes = float(self._nodes_of(place))
+            counted = list[int]()
+            for pattern in patterns:
+                y, b = _variable(highs, nodes, whole=True), _variable(highs, 1.0, whole=True)
+                add_row(highs, -np.inf, 0.0, {y: 1.0, b: -nodes})
+                lost = np.zeros(3)
+                for (k, piece), count in Counter(pattern).items():
+                    pieces[k, piece][y] = -float(count)
+                    lost += count * served[:, k]
+                loses({b: lost})
+                counted.append(y)
+            add_row(highs, -np.inf, nodes, dict.fromkeys(counted, 1.0))
+        for entries in pieces.values():
+            add_row(highs, 0.0, 0.0, entries)
+        return left
+
+    def _nodes_of(self, place: int) -> int:
+        at = [c for c, other in zip(self.costs.classes, self.places, strict=True) if other == place]
+        return sum({g.name: g.count for c in at for g in c.groups}.values())
+
+    def _least_on(self, place: int, kind: Kind) -> int:
+        """Return the fewest nodes of a place that a replica uses."""
+        here = tuple(one for one in kind if self.places[one[0]] == place)
+        return least_nodes_of(self.costs.classes, here) if here else 0
+
+    def _total(self, highs: Any, entries: dict[int, float]) -> int:
+        total = _variable(highs, self.most)
+        add_row(highs, 0.0, 0.0, {total: -1.0, **entries})
+        return total
+
+
+def _variable(highs: Any, most: float, *, whole: bool = False) -> int:
+    """Add a variable from 0 to ``most``, and return its number."""
+    highs.addVar(0.0, most)
+    number = int(highs.getNumCol()) - 1
+    if whole:
+        highs.changeColIntegrality(number, highspy.HighsVarType.kInteger)
+    return number

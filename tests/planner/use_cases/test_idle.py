@@ -1,0 +1,68 @@
+"""What idle GPUs would add: the whole fleet, planned anew with the option that a note names, gains at least that."""
+
+from __future__ import annotations
+
+import re
+import threading
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from hetis.planner.use_cases.place import load, pose, prove
+from hetis.planner.use_cases.request import PlacementRequest
+from hetis.solver.budget import silent
+from hetis.solver.plan import Plan
+
+FLEET = """\
+apiVersion: hetis/v1
+kind: Cluster
+name: some stay idle
+nodes:
+  - {{name: used, gpus: [{{type: A100-SXM-80GB, count: {count}}}]}}
+  - {{name: idle, gpus: [{{type: {idle}, count: 4}}]}}
+network: {{bandwidth: 100Gbps, latency: 20us}}
+"""
+ROUNDED = 0.006  # share by which three digits differ from a value
+
+
+def request(tmp_path: Path, idle: str, count: int, model: str, workload: str) -> PlacementRequest:
+    path = tmp_path / "fleet.yaml"
+    path.write_text(FLEET.format(idle=idle, count=count), encoding="utf-8")
+    return PlacementRequest(cluster=str(path), model=model, workload=workload, rung="node", other_engines=False)
+
+
+def proven(of: PlacementRequest) -> Plan:
+    loaded = load(of)
+    return prove(of, loaded, pose(of, loaded), cancelled=threading.Event(), report=silent).plan
+
+
+def ways_in(plan: Plan, idle: str) -> dict[str, float]:
+    """Return what a plan's note says that its idle GPUs add, by option."""
+    (note,) = (note for note in plan.notes if note.startswith(f"4 {idle} idle: at least "))
+    found = re.findall(r"([\d.]+)(?: requests/s more)? with (--\S+ [^\s,]+)", note)
+    return {option: float(value) for value, option in found}
+
+
+@pytest.mark.parametrize(
+    ("idle", "count", "model", "workload"),
+    [("L40S", 4, "Llama-2-70B", "8000/300"), ("L4", 2, "Qwen2.5-32B", "4000/500")],
+)
+def test_idle_gpus_add_what_the_plan_says(tmp_path: Path, idle: str, count: int, model: str, workload: str) -> None:
+    asked = request(tmp_path, idle, count, model, workload)
+    plan = proven(asked)
+    assert not any(device.startswith("idle/") for device in plan.devices())
+    ways = ways_in(plan, idle)
+    assert {option.split()[0] for option in ways} == {"--ttft", "--tpot", "--weights"}
+    for option, more in ways.items():
+        name, value = option.removeprefix("--").split()
+        found = proven(replace(asked, **{name: value}))  # type: ignore[arg-type]
+        assert found.result.value >= plan.result.value + more * (1.0 - ROUNDED), option
+
+
+def test_nothing_is_said_of_gpus_in_use_or_of_plans_for_a_demand(tmp_path: Path) -> None:
+    asked = request(tmp_path, "L40S", 4, "Llama-2-70B", "8000/300")
+    without_idle = proven(replace(asked, weights="L40S=fp8"))
+    assert any(device.startswith("idle/") for device in without_idle.devices())
+    for plan in (without_idle, proven(replace(asked, objective="gpus", rate=0.5))):
+        assert not any(" idle: " in note for note in plan.notes)

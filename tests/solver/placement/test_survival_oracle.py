@@ -1,0 +1,166 @@
+"""Plans that survive a loss against all plans of tiny fleets: every replica on every node, slower ones included."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hetis.solver.check import check_plan
+from hetis.solver.cluster import GpuSlots, NodeGroup
+from hetis.solver.errors import InfeasibleError, NoPlanFoundError
+from hetis.solver.placement.candidates import candidates_of
+from hetis.solver.placement.families import run_by
+from hetis.solver.placement.replicas.tabulation import build_cost_tables
+from hetis.solver.placement.survival import Survive
+from hetis.solver.plan import Objective, ObjectiveKind, Role
+from hetis.solver.planning import solve_surviving
+from hetis.solver.problem import EngineRules, Family, PlacementProblem
+from tests.solver.instances import make_problem, make_profile
+from tests.solver.placement.test_survival import left_by
+
+SIZES = Family(max_pool=0, tp_sizes=(1, 2), micro_batches=(1, 4), chunk_tokens=(64,), roles=(Role.UNIFIED,))
+
+
+@dataclass(frozen=True)
+class Whole:
+    """A plan on nodes: what it serves, what is left of it, and its GPUs."""
+
+    rate: float
+    left: float
+    gpus: int
+
+
+def fleet(nodes: tuple[tuple[str, int, str], ...], **given: float) -> PlacementProblem:
+    """Return a problem of nodes: each has a GPU type, a number of GPUs, and a zone."""
+    names = {gpu for gpu, _, _ in nodes}
+    profiles = {
+        "fast": make_profile("fast", bytes_per_s=9e10, flops=9e12, usable_bytes=int(given.get("fast", 30e6))),
+        "slow": make_profile("slow", usable_bytes=int(given.get("slow", 30e6))),
+    }
+    groups = [
+        NodeGroup(name=f"n{i}", gpus=(GpuSlots(gpu=gpu, count=count),), count=1, zone=zone)
+        for i, (gpu, count, zone) in enumerate(nodes)
+    ]
+    family = run_by(SIZES, EngineRules(name="vllm", max_stages=2))
+    problem = make_problem(groups, profiles={name: profiles[name] for name in names}, family=family)
+    goal = Objective(kind=ObjectiveKind.THROUGHPUT, ttft_limit_s=None, tpot_limit_s=None)
+    return replace(problem, objective=goal)
+
+
+def replicas_of(problem: PlacementProblem) -> list[tuple[float, tuple[tuple[int, int], ...]]]:
+    """Return the rate and the parts (class, GPUs) of every replica, the slower ones of small batches included."""
+    found = set[tuple[float, tuple[tuple[int, int], ...]]]()
+    for batch in problem.family.micro_batches:
+        costs = build_cost_tables(replace(problem, family=replace(problem.family, micro_batches=(batch,))))
+        for each in candidates_of(costs)[0]:
+            every = np.flatnonzero(each.fits)
+            known = each.found_among(every, np.full(len(every), np.inf))
+            rates = 1.0 / each.evaluator.shortest_s[known]
+            for rate, i in zip(rates.tolist(), known.tolist(), strict=True):
+                found.add((rate, tuple((c, size) for c, sizes in each.kind(i) for size in sizes)))
+    return sorted(found)
+
+
+def plans_of(problem: PlacementProblem, place: str) -> Iterator[Whole]:
+    """Yield every choice of replicas with every way to put their parts on nodes."""
+    costs, replicas = build_cost_tables(problem), replicas_of(problem)
+    groups = list(problem.cluster.node_groups)
+    class_of = {group.name: c for c, known in enumerate(costs.classes) for group in known.groups}
+    classes = [class_of[group.name] for group in groups]
+    places = [i if place == "node" else group.zone for i, group in enumerate(groups)]
+    seen = set[tuple[object, ...]]()
+
+    def put(
+        parts: tuple[tuple[int, int], ...], free: tuple[int, ...]
+    ) -> Iterator[tuple[frozenset[object], tuple[int, ...]]]:
+        if not parts:
+            yield frozenset(), free
+            return
+        (c, size), *rest = parts
+        for node, room in enumerate(free):
+            if classes[node] == c and room >= size:
+                left = (*free[:node], room - size, *free[node + 1 :])
+                for used, after in put(tuple(rest), left):
+                    yield used | {places[node]}, after
+
+    def add(first: int, free: tuple[int, ...], rate: float, lost: Counter[object], gpus: int) -> Iterator[Whole]:
+        state = (first, free, round(rate, 6), tuple(round(lost[p], 6) for p in dict.fromkeys(places)))
+        if state in seen:
+            return
+        seen.add(state)
+        yield Whole(rate, rate - max(lost.values(), default=0.0), gpus)
+        for k in range(first, len(replicas)):
+            more, parts = replicas[k]
+            for used, after in set(put(parts, free)):
+                yield from add(
+                    k, after, rate + more, lost + Counter(dict.fromkeys(used, more)), gpus + sum(n for _, n in parts)
+                )
+
+    yield from add(0, tuple(sum(slots.count for slots in group.gpus) for group in groups), 0.0, Counter(), 0)
+
+
+NODES = st.lists(
+    st.tuples(st.sampled_from(("fast", "slow")), st.integers(1, 3), st.sampled_from(("east", "west"))),
+    min_size=2, max_size=4,
+).map(tuple).filter(lambda nodes: sum(count for _, count, _ in nodes) <= 5)  # fmt: skip
+BYTES = st.sampled_from((4e6, 9e6, 30e6))
+GOALS = st.sampled_from(("throughput", "goodput", "cost", "gpus", 0.4, 0.6, 0.75))
+
+
+@settings(max_examples=max(10, settings().max_examples // 4))
+@given(
+    nodes=NODES,
+    fast=BYTES,
+    slow=BYTES,
+    goal=GOALS,
+    place=st.sampled_from(("node", "zone")),
+    share=st.sampled_from((0.3, 0.9)),
+)
+def test_no_plan_is_better_than_the_bound(
+    nodes: tuple[tuple[str, int, str], ...], fast: float, slow: float, goal: str | float, place: str, share: float
+) -> None:
+    problem = fleet(nodes, fast=fast, slow=slow)
+    if place == "zone" and len(problem.cluster.zones()) < 2:
+        return
+    plans = list(plans_of(problem, place))
+    most = max(plan.left for plan in plans)
+    keep = goal if isinstance(goal, float) else None
+    scale = 1.0
+    if goal == "goodput":
+        scale = problem.assumptions.planned_utilisation
+        problem = replace(problem, objective=replace(problem.objective, kind=ObjectiveKind.GOODPUT))
+    if goal in ("cost", "gpus"):
+        demand = share * most
+        if not demand:
+            return
+        wanted = problem.assumptions.planned_utilisation * demand
+        problem = replace(problem, objective=replace(problem.objective, kind=ObjectiveKind(goal), demand_rps=wanted))
+    try:
+        plan, bound = solve_surviving(problem, Survive(place=place, keep=keep), gap_target=0.0)
+    except InfeasibleError:
+        if keep is not None:
+            assert not any(one.rate > 0.0 and one.left >= keep * one.rate for one in plans)
+        else:
+            assert most == pytest.approx(0.0, abs=1e-9)
+        return
+    except NoPlanFoundError:
+        assert keep is not None, "only a slower replica may keep the share"
+        return
+    assert check_plan(plan, problem) == ()
+    if goal in ("cost", "gpus"):
+        best = min(one.gpus for one in plans if one.left >= demand * (1 - 1e-9))
+        assert plan.result.bound <= best * (1 + 1e-6)
+        return
+    if keep is not None:
+        best = max(one.rate for one in plans if one.left >= keep * one.rate * (1 - 1e-9))
+        assert plan.result.bound >= best * (1 - 1e-6)
+        return
+    assert bound is not None
+    assert bound == pytest.approx(scale * most, rel=1e-5)
+    assert left_by(plan, problem, place) <= bound * (1 + 1e-6)
