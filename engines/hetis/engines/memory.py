@@ -122,6 +122,7 @@ class EngineMemory:
             graph_bytes=GRAPH_LAYER_BYTES * model.num_layers / stages if counts else 0.0,
             layer_bytes=_padding_bytes(model, gpu, tp * attention_dp),
             free_bytes=max(0.0, free),
+            reported_bytes=total,
             reserved_share=share if self.is_sglang else 0.0,  # SGLang's is a share of what it finds free
         )
 

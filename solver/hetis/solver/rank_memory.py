@@ -48,6 +48,7 @@ class RankMemory:
         layer_bytes: weights of a repeated layer as loaded, beyond those stored: padding.
         free_bytes: what is free where the engine starts and nobody else holds memory; infinity: at least as much as it
             uses, whatever others hold.
+        reported_bytes: what tools report of the GPU, of which the engine takes a share; 0: not known.
         reserved_share: share of the memory that others hold by which the engine uses less although it is free.
     """
 
@@ -60,6 +61,7 @@ class RankMemory:
     graph_bytes: float = 0.0
     layer_bytes: float = 0.0
     free_bytes: float = math.inf
+    reported_bytes: float = 0.0
     reserved_share: float = 0.0
 
     def __post_init__(self) -> None:
@@ -67,6 +69,10 @@ class RankMemory:
             value = getattr(self, name)
             if not value >= 0 or (value == math.inf and name != "free_bytes"):
                 raise InvalidProblemError(f"{name} of a rank is {value}, must be finite and >= 0")
+
+    def at(self, share: float) -> RankMemory:
+        """Return what the engine takes with a larger share of the reported memory."""
+        return replace(self, usable_bytes=max(self.usable_bytes, min(share * self.reported_bytes, self.free_bytes)))
 
     def beside(self, reserved_bytes: float) -> RankMemory:
         """Return what the engine takes of a GPU of which others hold so much."""

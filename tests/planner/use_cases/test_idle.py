@@ -53,7 +53,7 @@ def test_idle_gpus_add_what_the_plan_says(tmp_path: Path, idle: str, count: int,
     plan = proven(asked)
     assert not any(device.startswith("idle/") for device in plan.devices())
     ways = ways_in(plan, idle)
-    assert {option.split()[0] for option in ways} == {"--ttft", "--tpot", "--weights"}
+    assert {option.split()[0] for option in ways} == {"--ttft", "--weights"}
     for option, more in ways.items():
         name, value = option.removeprefix("--").split()
         found = proven(replace(asked, **{name: value}))  # type: ignore[arg-type]

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from inspect import signature
-from typing import get_args
+from typing import get_args, get_type_hints
 
 import pytest
 
@@ -11,10 +12,26 @@ import hetis
 from hetis.planner.cli.parameters.requests import CompareOptions, PlaceOptions, SearchOptions
 from hetis.planner.convert.plan_specs import SAME, spec_from_request
 from hetis.planner.convert.plans import objective_from_proto
+from hetis.planner.export import ExportTarget
 from hetis.planner.library.arguments import CHECKS
+from hetis.planner.use_cases import request
 from hetis.planner.use_cases.record.forms import PLACES
-from hetis.planner.use_cases.request import FIELDS, LIMITS, Goal, Loss, PlacementRequest, RoleName, StatisticName
+from hetis.planner.use_cases.request import (
+    FIELDS,
+    LIMITS,
+    EngineName,
+    Goal,
+    Loss,
+    PlacementRequest,
+    RoleName,
+    RungName,
+    StatisticName,
+    StrategyName,
+    Target,
+)
 from hetis.planner.use_cases.service_level import Statistic
+from hetis.solver.placement.families import ENGINES, STRATEGIES
+from hetis.solver.placement.rungs import RUNGS
 from hetis.solver.plan import ObjectiveKind, Role
 from hetis.solver.problem import EngineRules
 from hetis.v1 import plan_pb2
@@ -38,10 +55,30 @@ def test_a_verb_with_some_of_the_fields_gets_a_whole_request() -> None:
 
 @pytest.mark.parametrize(
     ("names", "known"),
-    [(Goal, ObjectiveKind), (RoleName, Role), (StatisticName, Statistic), (Loss, PLACES)],
+    [
+        (Goal, ObjectiveKind), (RoleName, Role), (StatisticName, Statistic), (Loss, PLACES), (RungName, RUNGS),
+        (Target, ExportTarget), (StrategyName, STRATEGIES), (EngineName, ENGINES),
+    ],
 )  # fmt: skip
 def test_names_in_types_are_those_of_the_enumerations(names: object, known: object) -> None:
     assert [*get_args(names)] == [str(one) for one in known]  # type: ignore[attr-defined]
+
+
+def test_fields_with_names_have_them_in_their_types() -> None:
+    """So a type checker knows the names of `hetis.place` as the command line lists them."""
+    values = dict.fromkeys(("Cluster", "ModelSpec", "Workload"), object)  # imported for type checkers alone
+    hints = get_type_hints(PlacementRequest, vars(request) | values)
+    literals = {
+        "objective": Goal, "roles": RoleName, "ttft_statistic": StatisticName, "tpot_statistic": StatisticName,
+        "survive": Loss, "rung": RungName, "target": Target, "strategy": StrategyName, "engine": EngineName,
+    }  # fmt: skip
+    for name, literal in literals.items():
+        assert set(get_args(literal)) <= set(_names_in(hints[name])), name
+
+
+def _names_in(hint: object) -> Iterator[str]:
+    for part in get_args(hint):
+        yield from (part,) if isinstance(part, str) else _names_in(part)
 
 
 def test_limits_are_fields_of_the_rules_of_engines() -> None:
@@ -50,12 +87,12 @@ def test_limits_are_fields_of_the_rules_of_engines() -> None:
 
 def test_a_spec_has_the_fields_that_it_shares_with_a_request() -> None:
     assert set(SAME) <= set(FIELDS) & set(plan_pb2.PlanSpec.DESCRIPTOR.fields_by_name)
-    request = PlacementRequest(
+    asked = PlacementRequest(
         **INPUTS, weights="fp8", engine="vllm", max_gpus=4, survive="node", ttft_statistic="p99", attainment="90%",
         gap="1%", roles=("decode", "prefill"), chunk_tokens=(512, 256), verify=False,
     )  # fmt: skip
-    spec = spec_from_request(request)
-    assert [getattr(spec, name) or None for name in SAME] == [getattr(request, name) or None for name in SAME]
+    spec = spec_from_request(asked)
+    assert [getattr(spec, name) or None for name in SAME] == [getattr(asked, name) or None for name in SAME]
     assert (spec.gap_target, spec.attainment, spec.skip_verification) == (0.01, 0.9, True)
     assert [*spec.chunk_tokens] == [256, 512]
 

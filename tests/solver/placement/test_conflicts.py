@@ -111,6 +111,21 @@ def test_memory_alone_is_blamed_where_weights_do_not_fit() -> None:
         assert not exists(with_added(problem, offer, count - 1))
 
 
+def test_smaller_weights_come_before_more_gpus_where_time_is_short() -> None:
+    problem = make_problem([make_node("a", "A")], profiles={"A": make_profile("A", usable_bytes=60_000_000)})
+    quicker = replace(problem, objective=replace(problem.objective, tpot_limit_s=5e-4))
+    assert not exists(quicker)
+    fast = Offer(gpu=make_gpu("fast"), profile=make_profile("fast", bytes_per_s=8e10, usable_bytes=60_000_000))
+    with pytest.raises(InfeasibleError) as caught:
+        solve_placement(quicker, market=lambda: (fast,))
+    assert isinstance(caught.value, ExplainedInfeasibleError)
+    tpot, weights, *cards = caught.value.why.relaxations
+    assert tpot.option.startswith("--tpot")
+    assert weights.change == "8-bit weights (fp8 or int8)"
+    assert [one.change.split()[0] for one in cards] == ["add"] * len(cards) != []
+    assert exists(replace(quicker, model=replace(quicker.model, weight_bytes=1.0)))
+
+
 def test_the_cheapest_gpus_to_add_come_first() -> None:
     problem = make_problem([make_node("a", "A")], profiles={"A": make_profile("A", usable_bytes=4_000_000)})
     cheap = Offer(gpu=make_gpu("cheap", usd_per_hour=0.5), profile=make_profile("cheap", usable_bytes=30_000_000))

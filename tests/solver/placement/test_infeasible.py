@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from hetis.solver.budget import Budget, SearchSettings
 from hetis.solver.cluster import Link, Network
+from hetis.solver.cost import plain_memory, rank_shape
 from hetis.solver.errors import InfeasibleError
 from hetis.solver.placement import search, solve
 from hetis.solver.placement.families import run_by
@@ -23,6 +24,7 @@ from hetis.solver.placement.wording import in_bytes
 from hetis.solver.plan import Objective, ObjectiveKind, Role
 from hetis.solver.planning import solve_placement
 from hetis.solver.problem import EngineRules, PlacementProblem
+from hetis.solver.rank_memory import RankKind
 from tests.models import replace, shape_of
 from tests.solver.instances import NO_LIMITS, SMALL_FAMILY, make_model, make_node, make_problem, make_profile, problems
 from tests.solver.oracle import best_plan_value
@@ -205,6 +207,29 @@ def test_gpus_with_less_memory_than_an_engine_reserves_are_named() -> None:
         "the memory of every GPU is smaller than what an engine reserves: A has 0.5 MiB, the engine's reserve is 1.0 "
         "MiB and B has 0.5 MiB, the engine's reserve is 1.0 MiB"
     )
+
+
+@pytest.mark.parametrize("reported", [2.0, 1.2])
+def test_a_larger_share_of_the_memory_is_named_if_a_plan_exists_with_it(reported: float) -> None:
+    """The engine takes half of what a plan needs; 95% of twice as much is enough, of 1.2 times it is not."""
+    problem = make_problem([make_node("a", "A")])
+    profile, shape = problem.profiles["A"], rank_shape(problem.model, 1)
+    assert shape is not None
+    memory = plain_memory(profile, problem.model, shape)
+    least = memory.fixed_bytes + 1.1 * problem.model.params() * problem.model.weight_bytes
+    memory = replace(memory, usable_bytes=least / 2, reported_bytes=reported * least / 1.2)
+    found = reasons(replace(problem, memories={RankKind("A", 1): memory}))
+    assert any("(--gpu-memory-utilization 0.95)" in one for one in found) == (reported == 2.0)
+
+
+def test_memory_that_others_hold_is_named_if_a_plan_exists_without_it() -> None:
+    problem = make_problem([make_node("a", "A")])
+    (group,), weights = problem.cluster.node_groups, problem.model.params() * problem.model.weight_bytes
+    held = problem.profiles["A"].room_bytes - int(weights)  # activations and KV have no room
+    slots = tuple(replace(slots, reserved_bytes=held) for slots in group.gpus)
+    beside = replace(problem, cluster=replace(problem.cluster, node_groups=(replace(group, gpus=slots),)))
+    wanted = f"without the memory that others hold of GPUs, up to {in_bytes(held)}, a plan exists (`reserved`)"
+    assert wanted in reasons(beside)
 
 
 def test_gpus_with_less_memory_than_an_engine_reserves_take_nothing_from_the_others() -> None:

@@ -17,6 +17,7 @@ from hetis.planner.use_cases.verification.equal_stages import value_within
 from hetis.solver.budget import Budget
 from hetis.solver.constraints import AtMost, Exclude, Replicas, Selection, Unit, Use
 from hetis.solver.errors import InvalidProblemError
+from hetis.solver.placement.constrained_problem import apply_constraints, is_nothing_left
 from hetis.solver.placement.explanation.idle_gpus import idle_classes
 from hetis.solver.plan import Objective, Plan, Role
 from hetis.solver.problem import PlacementProblem
@@ -54,6 +55,8 @@ def _note(
         found = value_within(budget, of, seed)
         return 0.0 if found is None or found.value is None else found.value
 
+    if is_nothing_left(alone):
+        return ""
     ways = list(_ways(gpu, alone, loaded, rate))
     worthwhile = [(option, value) for option, value in ways if value >= LEAST_SHARE * plan.result.value]
     if not worthwhile:
@@ -85,6 +88,7 @@ def _ways(
         enough_s = _rounded_up(high * limit_s)
         shown = f"{enough_s:.3g}s" if enough_s >= 1.0 else f"{1e3 * enough_s:.3g}ms"
         yield f"{option} {shown}", rate(replace(alone, objective=under(enough_s)))
+        break
     smaller = _in_fp8(gpu, alone, loaded)
     if smaller is not None and (value := rate(smaller)):
         yield f"--weights {gpu}={FP8}", value
@@ -99,14 +103,16 @@ def _rounded_up(seconds: float) -> float:
 def _only_idle(gpu: str, plan: Plan, problem: PlacementProblem) -> PlacementProblem:
     """Return the problem of unified replicas on nothing but a type's idle GPUs."""
     others = (each for each in problem.cluster.types_used() if each != gpu)
-    of_type = {device.name for device in problem.cluster.devices() if device.gpu == gpu}
-    taken = of_type.intersection((*plan.devices(), *plan.held_by_others()))
+    taken = set[str]()
+    if any(price.gpu == gpu and price.used for price in plan.prices) or plan.other_tenants():
+        of_type = {device.name for device in problem.cluster.devices() if device.gpu == gpu}
+        taken = of_type.intersection((*plan.devices(), *plan.held_by_others()))
     out = [Exclude(gpus=Selection(unit=Unit.TYPE, name=each)) for each in others]
     out += [Exclude(gpus=Selection(unit=Unit.GPU, name=each)) for each in sorted(taken)]
     kept = (each for each in problem.constraints if not isinstance(each, Use))  # the plan keeps what must be used
-    return replace(
-        problem, family=replace(problem.family, roles=(Role.UNIFIED,)), constraints=tuple(dict.fromkeys((*kept, *out)))
-    )
+    family = replace(problem.family, roles=(Role.UNIFIED,))
+    alone = replace(problem, family=family, constraints=tuple(dict.fromkeys((*kept, *out))))
+    return alone if problem.cluster.network.between_nodes else apply_constraints(alone)
 
 
 def _in_fp8(gpu: str, alone: PlacementProblem, loaded: LoadedInputs) -> PlacementProblem | None:
@@ -115,11 +121,15 @@ def _in_fp8(gpu: str, alone: PlacementProblem, loaded: LoadedInputs) -> Placemen
     if alone.model.on(gpu).weight_bytes <= 1.0 or engine is None:
         return None
     try:
-        smaller = in_precision(loaded, weights=f"{gpu}={FP8}", kv=None)
+        of_type = replace(loaded, inputs=replace(loaded.inputs, cluster=alone.cluster, constraints=()))
+        smaller = in_precision(of_type, weights=FP8, kv=None)
         if gpu in refused_by(smaller.inputs.model, alone.cluster, engine.name):
             return None
         inputs = for_engine(smaller, engine).inputs
         posed = inputs.problem(alone.objective, "hetis", alone.family.roles, engine)
     except InvalidProblemError:
         return None
-    return replace(posed, family=alone.family, constraints=alone.constraints)
+    return replace(
+        posed, family=alone.family, cluster=alone.cluster, constraints=alone.constraints,
+        constraint_index=alone.constraint_index,
+    )  # fmt: skip

@@ -33,6 +33,11 @@ RungName = Literal["node", "pipelines", "apart", "workers"]
 Target = Literal[
     "vllm", "sglang", "compose", "kubernetes", "lws", "llm-d", "kserve", "dynamo", "ray", "slurm", "hetis-launch"
 ]
+StrategyName = Literal[
+    "hetis", "uniform", "hexgen", "hexgen2", "splitwise", "splitwise-paper", "hexgen-paper", "hexgen2-paper",
+    "hetis-paper",
+]  # fmt: skip
+EngineName = Literal["vllm-hetis", "vllm", "sglang"]
 Path = str | os.PathLike[str]
 Quantity = float | str  # a number, or text with a unit
 
@@ -199,7 +204,7 @@ class PlacementRequest:
         shown="any target",
         default="",
     )
-    strategy: str = given(
+    strategy: StrategyName = given(
         "--strategy NAME: Family of plans to search, a name of `catalog strategies`.",
         panel="Search",
         default=DEFAULT_STRATEGY,
@@ -210,7 +215,7 @@ class PlacementRequest:
         shown="all that the strategy has",
         default=(),
     )
-    engine: str | None = given(
+    engine: EngineName | None = given(
         "--engine NAME: Plan only what this engine can run: vllm-hetis (with attention workers), vllm or sglang.",
         panel="Search",
         shown="vllm-hetis; none for published heuristics",

@@ -133,8 +133,13 @@ def memories_for(family: Family, cluster: Cluster, model: ModelSpec, profiles: M
         of_engine, model, gpu_types() | own, family.tp_sizes, family.attention_dp_of(model),
         utilisation=family.engine_settings.gpu_memory_utilization,
     )  # fmt: skip
+    limits = {kind: measured.get(kind.gpu, math.inf) for kind in found}
     return {
-        kind: replace(memory, usable_bytes=min(memory.usable_bytes, measured.get(kind.gpu, math.inf)))
+        kind: replace(
+            memory,
+            usable_bytes=min(memory.usable_bytes, limits[kind]),
+            free_bytes=min(memory.free_bytes, limits[kind]),
+        )
         for kind, memory in found.items()
     }
 

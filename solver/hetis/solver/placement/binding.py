@@ -71,8 +71,8 @@ def bind(
     spread = _first_fit(costs, parts, [template.rate for template in templates]) if spreads else None
     if spread is not None and (most_nodes is None or _most_nodes(costs, parts, spread) <= most_nodes):
         nodes = spread
-    elif engine is not None and engine.max_nodes is not None:
-        nodes = _within(costs, templates, parts, engine.max_nodes, seed)
+    elif most_nodes is not None:
+        nodes = _within(costs, templates, parts, most_nodes, seed)
     else:
         nodes = _on_few_nodes(costs, parts, seed, budget)
     names = _Names(costs)

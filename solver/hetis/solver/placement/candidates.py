@@ -179,7 +179,7 @@ def candidates_of(costs: CostTables, pins: Pins | None = None) -> tuple[list[Can
     compositions = _numbered([shape.counts.tobytes() for shape in shapes])
     uses = [shape.counts @ costs.group_use[shape.ranks] for shape in shapes]
     engine, places = costs.problem.family.engine, shared_places(costs.classes)
-    most_nodes = None if engine is None else engine.max_nodes
+    assert engine is not None, "a search is for an engine"
 
     def made(number: int, side: int, mixes: IntArray, workers: Workers | None) -> Candidates:
         shape = shapes[number]
@@ -191,8 +191,8 @@ def candidates_of(costs: CostTables, pins: Pins | None = None) -> tuple[list[Can
         fits = np.all(taken <= costs.resources.limits, axis=1)
         if pins is not None:
             fits &= pins.allow_one(taken)
-        if most_nodes is not None:
-            fits &= least_nodes(costs, shape, workers, places) <= most_nodes
+        if engine.max_nodes is not None:
+            fits &= least_nodes(costs, shape, workers, places) <= engine.max_nodes
         return Candidates(costs, shape, side, workers, evaluators[alike], fits, np.zeros(len(fits), dtype=bool))
 
     mixes_of = {
@@ -202,7 +202,7 @@ def candidates_of(costs: CostTables, pins: Pins | None = None) -> tuple[list[Can
         made(number, side, mixes, None)
         for number, shape in enumerate(shapes)
         for side, mixes in mixes_of[shape.scope, _ranks(costs, shape)[1]].items()
-        if engine is None or shape.depth <= engine.stages_of(costs.mixes[mixes[0]].role, costs.problem.model)
+        if shape.depth <= engine.stages_of(costs.mixes[mixes[0]].role, costs.problem.model)
     ]
     return without, (
         made(number, UNIFIED, mixes_of[shape.scope, 1][UNIFIED], workers)

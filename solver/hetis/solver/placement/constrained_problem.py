@@ -20,7 +20,6 @@ from hetis.solver.constraints import (
     GpuConstraints,
     Replicas,
     RestrictRole,
-    Selection,
     Unit,
     Use,
     WithoutSharedExperts,
@@ -84,10 +83,6 @@ def _pieces(group: NodeGroup, constraints: Constraints, linked: Collection[str])
         yield without_selected(out, group.node(i), nodes[i])
 
 
-def _takes(gpus: Selection, device: str, node: str, gpu: str, group: NodeGroup) -> bool:
-    return gpus.takes(device=device, node=node, gpu=gpu, zone=group.zone)
-
-
 def _gpu_constraints(
     groups: tuple[NodeGroup, ...], constraints: Constraints
 ) -> Iterator[tuple[tuple[str, str], GpuConstraints]]:
@@ -96,8 +91,9 @@ def _gpu_constraints(
     for group in groups:
         node = group.node_name(0)
         for gpu in dict.fromkeys(slots.gpu for slots in group.gpus):
-            barred = (each.barred for each in restricted if _takes(each.gpus, "", node, gpu, group))
-            counts = (i for i, each in enumerate(uses) if _takes(each.gpus, "", node, gpu, group))
+            where = {"device": "", "node": node, "gpu": gpu, "zone": group.zone}
+            barred = (each.barred for each in restricted if each.gpus.takes(**where))
+            counts = (i for i, each in enumerate(uses) if each.gpus.takes(**where))
             found = GpuConstraints(barred=frozenset().union(*barred), counts_for=frozenset(counts))
             if found != UNCONSTRAINED:
                 yield (group.name, gpu), found

@@ -189,17 +189,10 @@ def _tightened(objective: Objective, limit: Tightening) -> Objective:
     return replace(objective, tpot_limit_s=limit.planned_s)
 
 
-def _never() -> bool:
-    return False
-
-
-def _no_plan() -> None:
-    return None
-
-
 def verified_plan(
     plan: Plan, problem: PlacementProblem, find: Find | None, *, seed: int, budget: Budget,
-    report: RunReport, is_short: Callable[[], bool] = _never, equal_stages: Callable[[], Plan | None] = _no_plan,
+    report: RunReport, is_short: Callable[[], bool] = lambda: False,
+    equal_stages: Callable[[], Plan | None] = lambda: None,
 ) -> Plan:  # fmt: skip
     """Return the plan as `verified` does or, if it misses a limit at its planned rate, a better one.
 

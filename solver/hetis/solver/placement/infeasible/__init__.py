@@ -29,6 +29,7 @@ from hetis.solver.placement.infeasible.relaxations import (
     may_help,
     relaxations_of,
     smaller_memory,
+    smaller_weights,
 )
 from hetis.solver.placement.infeasible.requirements import Requirement, Subject, keeping, requirements_of
 from hetis.solver.placement.infeasible.trials import Conflict, Trials, conflicts_among
@@ -88,8 +89,13 @@ def why_infeasible(problem: PlacementProblem, settings: SearchSettings, market: 
     conflicts = tuple(conflicts_among(trials, given))
     suggested = tuple(_of_what_was_requested(trials, given, conflicts))
     grown: tuple[Relaxation, ...] = ()
-    if market is not None and any(may_help(conflict.members) for conflict in conflicts):
-        grown = tuple(growths(trials, given, market))
+    if any(may_help(conflict.members) for conflict in conflicts):
+        if all(member.subject is not Subject.MEMORY for conflict in conflicts for member in conflict.members):
+            grown = tuple(
+                smaller_weights(trials, None, given)
+            )  # they also take less time; where memory is short, above
+        if market is not None:
+            grown = (*grown, *growths(trials, given, market))
     relaxations = (*(each for each in suggested if isinstance(each, Relaxation)), *grown)
     reasons = [each.sentence if isinstance(each, Relaxation) else each for each in (*suggested, *grown)]
     return Infeasibility(conflicts=conflicts, relaxations=relaxations, reasons=tuple(reasons))

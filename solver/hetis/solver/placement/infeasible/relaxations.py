@@ -25,6 +25,7 @@ FASTEST_LINKS = 1024.0
 MOST_SPENT = 1e4  # largest ratio to the allowed amount
 SMALLER_WEIGHTS = ((1.0, "8-bit weights (fp8 or int8)"), (0.53, "4-bit weights"))  # bytes per parameter
 SMALLER_KV = 1.0  # bytes per element
+LARGEST_SHARE = 0.95  # of the memory that tools report: engines start with it where little else holds memory
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -161,7 +162,18 @@ def _faster_links(trials: Trials, member: Requirement, others: Collection[Requir
 
 
 def smaller_memory(trials: Trials, member: Requirement, kept: Collection[Requirement]) -> Iterator[Relaxation]:
-    """Yield the first smaller size of weights with which a plan exists, then a smaller KV cache if one exists."""
+    """Yield a larger share of the memory, and what others hold of it, if a plan exists with that; then the first
+    smaller size of weights with which a plan exists, then a smaller KV cache if one exists.
+    """
+    yield from _more_of_the_memory(trials, member, kept)
+    yield from smaller_weights(trials, member, kept)
+    if trials.problem.model.kv_bytes > SMALLER_KV and _exists_with(trials, kept, kv_bytes=SMALLER_KV):
+        sentence = "with an 8-bit KV cache (fp8) a plan exists: half the bytes of every token"
+        yield Relaxation(about=member, sentence=sentence, change="8-bit KV cache (fp8)")
+
+
+def smaller_weights(trials: Trials, member: Requirement | None, kept: Collection[Requirement]) -> Iterator[Relaxation]:
+    """Yield the first smaller size of weights with which a plan exists."""
     model = trials.problem.model
     sizes = [(num_bytes, words) for num_bytes, words in SMALLER_WEIGHTS if num_bytes < model.weight_bytes]
     for num_bytes, words in sizes:
@@ -170,9 +182,27 @@ def smaller_memory(trials: Trials, member: Requirement, kept: Collection[Require
             sentence = f"with {words} a plan exists: {in_bytes(size[1])} instead of {in_bytes(size[0])}"
             yield Relaxation(about=member, sentence=sentence, change=words)
             break
-    if model.kv_bytes > SMALLER_KV and _exists_with(trials, kept, kv_bytes=SMALLER_KV):
-        sentence = "with an 8-bit KV cache (fp8) a plan exists: half the bytes of every token"
-        yield Relaxation(about=member, sentence=sentence, change="8-bit KV cache (fp8)")
+
+
+def _more_of_the_memory(trials: Trials, member: Requirement, kept: Collection[Requirement]) -> Iterator[Relaxation]:
+    problem = keeping(trials.problem, kept)
+    larger = {kind: memory.at(LARGEST_SHARE) for kind, memory in problem.memories.items()}
+    if larger != problem.memories and trials.of_problem(replace(problem, memories=larger), demand_of(kept)).exists:
+        option = f"--gpu-memory-utilization {LARGEST_SHARE:g}"
+        sentence = f"with {LARGEST_SHARE:.0%} of the GPUs' memory for engines a plan exists ({option})"
+        yield Relaxation(about=member, sentence=sentence, change=f"{LARGEST_SHARE:.0%} of the memory", option=option)
+    cluster = problem.cluster
+    groups = tuple(
+        replace(group, gpus=tuple(replace(slots, reserved_bytes=0) for slots in group.gpus))
+        for group in cluster.node_groups
+    )
+    if groups == cluster.node_groups:
+        return
+    freed = replace(problem, cluster=replace(cluster, node_groups=groups))
+    if trials.of_problem(freed, demand_of(kept)).exists:
+        held = max(slots.reserved_bytes for group in cluster.node_groups for slots in group.gpus)
+        sentence = f"without the memory that others hold of GPUs, up to {in_bytes(held)}, a plan exists (`reserved`)"
+        yield Relaxation(about=member, sentence=sentence, change="the memory that others hold")
 
 
 def _exists_with(trials: Trials, kept: Collection[Requirement], **sizes: float) -> bool:
