@@ -355,7 +355,7 @@ def test_an_engine_without_workers_needs_no_solver(monkeypatch: pytest.MonkeyPat
     def unexpected(*_: object, **__: object) -> None:
         raise AssertionError("a kernel of the solver would be compiled in a step")
 
-    for name in ("dispatch.solve.compile_dispatch", "redispatch.solve.compile_redispatch"):
+    for name in ("dispatch.dispatcher.compile_dispatch", "redispatch.redispatcher.compile_redispatch"):
         monkeypatch.setattr(f"hetis.solver.{name}", unexpected)
     monkeypatch.setattr("hetis.runtime.vllm.redispatch.triggers", unexpected)
     world = World(blocks=())

@@ -491,12 +491,11 @@ def test_the_page_has_the_verdict(saved: Path, tmp_path: Path) -> None:
 
 def test_until_stable_waits_for_the_intervals_of_the_level(pair: Placed) -> None:
     usual, tail = (
-        answered(pair, asked(pair, level, rate_rps=10.0, precision=0.105))
+        answered(pair, asked(pair, level, rate_rps=20.0, precision=0.1))
         for level in (DEFAULT, ServiceLevel(ttft=P99))
     )
-    assert usual.question.num_requests == 600
-    assert usual.precision == usual.summary.precision() <= 0.105
-    assert tail.question.num_requests > 600, "its p99 was less certain than that"
+    assert usual.precision == usual.summary.precision() <= 0.1
+    assert tail.question.num_requests > usual.question.num_requests, "its p99 was less certain than that"
     assert tail.precise
     assert tail.verdict is not None
     assert tail.precision >= tail.verdict.limits[0].estimate.relative
@@ -508,7 +507,7 @@ def test_until_stable_waits_for_the_intervals_of_the_level(pair: Placed) -> None
 def test_a_simulation_from_python_follows_the_level(saved: Path) -> None:
     pytest.importorskip("pandas")
     plan = hetis.load_plan(saved)
-    at: dict[str, Any] = {"requests": 600, "rate": 30.0}
+    at: dict[str, Any] = {"requests": 600, "rate": 32.4}
     own, usual = plan.simulate(**at), plan.simulate(**at, ttft_statistic="p95")
     assert own.simulated.question.service_level == SHARE
     # p95 of TTFT and mean of TPOT are within their limits, but the TPOT of many requests is not.
