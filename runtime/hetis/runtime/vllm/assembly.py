@@ -28,7 +28,7 @@ from hetis.runtime.vllm.calibration import (
     fit_calls,
     head_shape,
 )
-from hetis.runtime.vllm.head_map import StepRequests, part_of, slots_of
+from hetis.runtime.vllm.head_map import LayerCall, StepRequests, part_of, slots_of
 from hetis.runtime.vllm.rank import Rank
 from hetis.runtime.vllm.scheduler import EngineShape
 from hetis.runtime.vllm.settings import VARIABLE, PluginSettings, require_whole_pages
@@ -112,7 +112,7 @@ def _measured(
         for _ in range(1 + _ROUNDS):
             for layer in layers:
                 begun_s = clock()
-                layer.impl.attend_here(layer, q, kv, kv, layer.kv_cache, slots, metadata, out)
+                layer.impl.attend_here(LayerCall(layer, q, kv, kv, layer.kv_cache, out), slots, metadata)
                 if device.type == "cuda":
                     torch.cuda.synchronize(device)
                 taken_s.append(clock() - begun_s)
