@@ -491,8 +491,7 @@ def test_the_page_has_the_verdict(saved: Path, tmp_path: Path) -> None:
 
 def test_until_stable_waits_for_the_intervals_of_the_level(pair: Placed) -> None:
     usual, tail = (
-        answered(pair, asked(pair, level, rate_rps=20.0, precision=0.1))
-        for level in (DEFAULT, ServiceLevel(ttft=P99))
+        answered(pair, asked(pair, level, rate_rps=20.0, precision=0.1)) for level in (DEFAULT, ServiceLevel(ttft=P99))
     )
     assert usual.precision == usual.summary.precision() <= 0.1
     assert tail.question.num_requests > usual.question.num_requests, "its p99 was less certain than that"
