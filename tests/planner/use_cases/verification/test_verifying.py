@@ -304,7 +304,7 @@ def test_a_run_is_judged_by_the_share_of_requests_that_keep_all_limits(whole_run
     (missing,) = found.limited
     assert missing.value == found.missed["TTFT"] == pytest.approx(0.2, abs=1 / len(ttft))
     assert missing.limit == pytest.approx(0.1)
-    assert missing.low > 0.15
+    assert missing.limit < missing.low < missing.value, "surely missed"
     both = measured(share, summary, run, Objective(ttft_limit_s=limit_s, tpot_limit_s=1e-6))
     assert (both.limited[0].value, both.missed["TPOT"]) == (1.0, 1.0)
     never = measured(share, summary, run, Objective(ttft_limit_s=1e6, tpot_limit_s=None)).limited[0]
