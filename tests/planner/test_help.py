@@ -39,7 +39,7 @@ def test_help_begins_with_the_examples() -> None:
 
 def test_help_of_place_shows_the_usual_options_and_all_where_asked() -> None:
     usual, every = invoke("place", "--help").stdout, invoke("place", "--help-all").stdout
-    shown = ("--cluster", "--objective", "--ttft", "--engine", "--out", "--help-all")
+    shown = ("--cluster", "--objective", "--ttft", "--rung", "--for", "--survive", "--engine", "--out", "--help-all")
     assert all(option in usual for option in shown)
     others = ("--max-num-seqs", "--simplest-within", "--seed", "--output")
     assert not any(option in usual for option in others)

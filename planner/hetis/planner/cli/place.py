@@ -46,13 +46,15 @@ class ResultOptions:
 
 PLACE_EXAMPLES = """Examples:\n
   hetis-plan place -c examples/fleet-160.yaml -m Llama-2-70B -w 8000/300\n
-  hetis-plan place -c fleet.yaml -m Qwen3-32B -w 4000/500 --engine vllm"""
+  hetis-plan place -c fleet.yaml -m Qwen3-32B -w 4000/500 --rung node --for kubernetes"""
 COMPARE_EXAMPLES = """Examples:\n
   hetis-plan compare -c examples/h100-l4.yaml -m Llama-2-70B -w 8000/300\n
   hetis-plan compare -c fleet.yaml -m Qwen3-32B -w 4000/500 --engine all"""
 
 
-@usual("cluster", "model", "workload", "objective", "rate", "ttft", "tpot", "engine", "pin", "out")
+@usual(
+    "cluster", "model", "workload", "objective", "rate", "ttft", "tpot", "rung", "target", "survive", "engine", "out"
+)
 @verb()
 def place(
     terminal: Terminal,
