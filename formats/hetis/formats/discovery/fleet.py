@@ -226,10 +226,8 @@ def _slots(
         if gpus.part:
             continue
         here, start = range(start, start + gpus.count), start + gpus.count
-        try:
-            board = board_of(gpus, said)
-        except UnclearBoardError as error:
-            problems.setdefault(str(error), replace(node.where, message=f"{node.name}: {error}"))
+        board = _board(node, gpus, said, problems)
+        if board is None:
             continue
         if board == LEAVE_OUT:
             unwanted.append(f"{node.name}: {counted(gpus.count)} ({gpus.product}): excluded by --gpu")
@@ -244,6 +242,15 @@ def _slots(
         indices_of(numbers),
         unwanted,
     )
+
+
+def _board(node: FoundNode, gpus: FoundGpus, said: Mapping[str, str], problems: dict[str, Problem]) -> str | None:
+    """Return the board of a node's GPUs, or `LEAVE_OUT`; None: it is unclear, which is reported once."""
+    try:
+        return board_of(gpus, said)
+    except UnclearBoardError as error:
+        problems.setdefault(str(error), replace(node.where, message=f"{node.name}: {error}"))
+        return None
 
 
 def _types_reported(node: FoundNode, said: Mapping[str, str]) -> dict[str, GpuType]:
@@ -284,12 +291,8 @@ def _slices(
                 message = f"MIG profile {gpus.part[:40]!r} is not of the form 1g.10gb"
                 problems.setdefault(message, replace(node.where, message=f"{node.name}: {message}"))
             continue
-        try:
-            board = board_of(gpus, said)
-        except UnclearBoardError as error:
-            problems.setdefault(str(error), replace(node.where, message=f"{node.name}: {error}"))
-            continue
-        if board == LEAVE_OUT:
+        board = _board(node, gpus, said, problems)
+        if board is None or board == LEAVE_OUT:
             continue
         card, compute = catalogue.find_gpu(board).gpu, int(shape[1]) / _SLICES[0]
         eighths = max(1, min(_SLICES[1], round(int(shape[2]) * 2**30 * _SLICES[1] / card.memory_bytes)))

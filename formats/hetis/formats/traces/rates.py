@@ -163,9 +163,13 @@ def _lengths(label: str, buckets: Buckets, total: float | None) -> list[tuple[fl
 
 def _of_summary(label: str, name: str, text: str) -> Measured | None:
     """Return the workload of a report with means: genai-perf's, aiperf's, or bench_serving's without requests."""
-    runs = list(_runs(text))
-    found = [one for one in map(_means, runs) if one is not None]
-    if not found or len(found) < len(runs):
+    found = list[tuple[str, float, float, float, float]]()
+    for run in _runs(text):
+        means = _means(run)
+        if means is None:  # a trace, of which the first line shows it
+            return None
+        found.append(means)
+    if not found:
         return None
     form = found[0][0]
     bins = tuple(LengthBin(prompt_tokens=p, output_tokens=o, weight=n) for _, p, o, n, _ in found)
