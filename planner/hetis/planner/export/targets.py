@@ -128,6 +128,20 @@ def carries(
     return Carried(planned=planned, rate=found.rate(), reasons=tuple(found.reasons()))
 
 
+def not_carried_by_target(
+    plan: Plan, *, model: ModelSpec, engine: Engine | None = None
+) -> dict[ExportTarget, tuple[str, ...]]:
+    """Return for each target why it does not serve all of a plan's traffic, as `carries`; empty: it does."""
+    known = dict[Engine | None, Launchable]()  # targets of the same engine start the same processes
+
+    def launch(plan: Plan, model: ModelSpec, settings: ExportSettings) -> Launchable:
+        if settings.engine not in known:
+            known[settings.engine] = launchable(plan, model, settings)
+        return known[settings.engine]
+
+    return {each: carries(plan, each, model=model, engine=engine, launch=launch).reasons for each in ExportTarget}
+
+
 def _engine_of(plan: Plan, target: ExportTarget) -> Engine | None:
     """Return the engine to export a plan for if none is chosen: SGLang where it was planned for, or runs alone."""
     engines, planned = _TARGETS[target].engines, Requested.of(plan).engine
@@ -168,7 +182,8 @@ def export_plan(plan: Plan, model: ModelSpec, target: ExportTarget, settings: Ex
 
 def _elsewhere(plan: Plan, model: ModelSpec, engine: Engine | None) -> Iterator[str]:
     """Yield a sentence that names the targets which carry all of a plan, if any does."""
-    names = [one.value for one in ExportTarget if carries(plan, one, model=model, engine=engine).whole]
+    reasons = not_carried_by_target(plan, model=model, engine=engine)
+    names = [target.value for target, why in reasons.items() if not why]
     if names:
         yield f"all of it is carried with --to {' or '.join(filter(None, (', '.join(names[:-1]), names[-1])))}"
 
