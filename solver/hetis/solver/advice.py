@@ -325,6 +325,11 @@ class _Rates:
         return total + inside() if afar_first else total
 
 
+def worst_loss(plan: Plan, problem: PlacementProblem, place: str) -> Loss | None:
+    """Return the loss of the ``node`` or ``zone`` whose loss costs most, as `worst_node` and `worst_zone`."""
+    return (worst_zone if place == "zone" else worst_node)(plan, problem)
+
+
 def worst_node(plan: Plan, problem: PlacementProblem) -> Loss | None:
     """Return the loss of the node whose loss costs most, or None if the plan serves nothing."""
     return _worst(plan, problem, lambda node, zone: node)

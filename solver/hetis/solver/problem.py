@@ -401,6 +401,11 @@ class PlacementProblem:
         return "; ".join([*parts, *map(described, self.constraints)])
 
     @property
+    def planned_share(self) -> float:
+        """The share of a saturated rate that is planned with: all of it if throughput is the objective."""
+        return self.assumptions.planned_utilisation if self.objective.kind.goal.is_planned else 1.0
+
+    @property
     def most_kv_tokens(self) -> float:
         """The tokens for which a stage copy's engine has KV blocks; infinity unless their number is set."""
         blocks = self.family.engine_settings.kv_blocks

@@ -18,7 +18,7 @@ from hetis.planner.use_cases.record.parts import Verified
 from hetis.planner.use_cases.robustness.fixed_plan import FixedPlan
 from hetis.planner.use_cases.robustness.profile_errors import scaled_by, tp_sizes, used_fits
 from hetis.profiler.ranges import range_factors
-from hetis.solver.advice import worst_node, worst_zone
+from hetis.solver.advice import worst_loss
 from hetis.solver.budget import Budget
 from hetis.solver.cluster import node_of
 from hetis.solver.errors import InfeasibleError, NoPlanFoundError
@@ -91,14 +91,18 @@ def climb(find: Find, budget: Budget, problem: PlacementProblem, strategy: str, 
     if found.plans:
         return found.chosen()
     families = found.families
-    top = next((name for name in reversed(families) if name == how.rung or _is_below(name, how.rung)), [*families][-1])
+    top = next((name for name in reversed(families) if _is_up_to(name, how.rung)), [*families][-1])
     posed = replace(problem, family=families[top])
     return Climbed(plan=find(posed, budget), problem=posed, rung=top)
 
 
 def _is_below(name: str, other: str) -> bool:
+    return name != other and _is_up_to(name, other)
+
+
+def _is_up_to(name: str, other: str) -> bool:
     order = list(RUNGS)
-    return other in order and order.index(name) < order.index(other)
+    return other in order and order.index(name) <= order.index(other)
 
 
 def keeps_less(plan: Plan, simpler: Plan) -> bool:
@@ -155,7 +159,7 @@ class _Rungs:
             InfeasibleError: only higher rungs have plans.
         """
         rung = self._how.rung
-        up_to = [name for name in self.plans if name == rung or _is_below(name, rung)]
+        up_to = [name for name in self.plans if _is_up_to(name, rung)]
         if not up_to:
             higher = next(iter(self.plans))
             why = self._why_not.get(rung, "its strategy and roles have no such replicas")
@@ -200,7 +204,7 @@ class _Rungs:
         of = lowest_rung(plan.replicas).name
         if of in lower and lower[of].value is not None and shapes_of(plan) == shapes_of(self.plans[of]):
             return replace(lower[of], name=name, bound=plan.result.bound)
-        lost = (worst_zone if self._how.survive == "zone" else worst_node)(plan, self._problem)
+        lost = worst_loss(plan, self._problem, self._how.survive or "node")
         rate = planned_rate(plan, self._problem)
         carriers = self._how.carriers
         return RungFound(
@@ -222,11 +226,7 @@ class _Rungs:
 
 def planned_rate(plan: Plan, problem: PlacementProblem) -> float:
     """Return the requests/s that a plan promises."""
-    return plan.result.value if plan.objective.maximises else _share(plan, problem) * plan.served_rate()
-
-
-def _share(plan: Plan, problem: PlacementProblem) -> float:
-    return problem.assumptions.planned_utilisation if plan.objective.kind.goal.is_planned else 1.0
+    return plan.result.value if plan.objective.maximises else problem.planned_share * plan.served_rate()
 
 
 def gain_of(plan: Plan, other: Plan) -> float:

@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from hetis.planner.use_cases.record.parts import Losses, Requested, Surviving
-from hetis.solver.advice import worst_node, worst_zone
+from hetis.solver.advice import worst_loss
 from hetis.solver.errors import InfeasibleError, InvalidProblemError, NoPlanFoundError
 from hetis.solver.plan import ObjectiveKind, Plan, SolveResult, Status
 from hetis.solver.problem import PlacementProblem
@@ -24,7 +24,7 @@ Find = Callable[[PlacementProblem, float | None], tuple[Plan, float | None]]  # 
 
 def with_losses(plan: Plan, problem: PlacementProblem) -> Plan:
     """Return the plan with its worst loss of any one node, and of any one zone."""
-    found = {"node": worst_node(plan, problem), "zone": worst_zone(plan, problem)}
+    found = {place: worst_loss(plan, problem, place) for place in ("node", "zone")}
     return Losses(by_place={kind: loss for kind, loss in found.items() if loss is not None}).on(plan)
 
 
@@ -40,7 +40,7 @@ def check_recorded_losses(plan: Plan, problem: PlacementProblem) -> tuple[Violat
     )  # fmt: skip
     if survived.left_rps is None or place not in losses:
         return found
-    left = _planned_share(problem) * losses[place].rate
+    left = problem.planned_share * losses[place].rate
     needed = problem.objective.demand_rps or (survived.keep or 0.0) * plan.result.value
     wrong = list[str]()
     if not math.isclose(survived.left_rps, left, rel_tol=1e-6, abs_tol=1e-9):
@@ -50,14 +50,10 @@ def check_recorded_losses(plan: Plan, problem: PlacementProblem) -> tuple[Violat
     return (*found, *(Violation(rule=Rule.LOSS, where=f"loss of a {place}", message=message) for message in wrong))
 
 
-def _planned_share(problem: PlacementProblem) -> float:
-    return problem.assumptions.planned_utilisation if problem.objective.kind.goal.is_planned else 1.0
-
-
 def left_without(plan: Plan, problem: PlacementProblem, place: str) -> float:
     """Return the planned requests/s that remain without the worst ``node`` or ``zone``."""
-    lost = (worst_zone if place == "zone" else worst_node)(plan, problem)
-    return 0.0 if lost is None else _planned_share(problem) * lost.rate
+    lost = worst_loss(plan, problem, place)
+    return 0.0 if lost is None else problem.planned_share * lost.rate
 
 
 def check_survival(problem: PlacementProblem, place: str, keep: float | None) -> None:

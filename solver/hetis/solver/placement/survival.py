@@ -214,9 +214,10 @@ class _Search:
         return replace(found, flows=flows, value=unified + float(flows.sum()))
 
     def _whole(self, columns: Columns, extend: Callable[[Any], object]) -> tuple[MilpSolution | None, bool]:
-        end_s = self.budget.elapsed_s() + max(POLICY.least_s, self.budget.remaining_s())
+        limit_s = max(POLICY.least_s, self.budget.remaining_s())
+        end_s = self.budget.elapsed_s() + limit_s
         found, is_settled = self.master.solve_milp(
-            columns, time_limit_s=max(POLICY.least_s, self.budget.remaining_s()), gap=self.settings.gap_target / 10,
+            columns, time_limit_s=limit_s, gap=self.settings.gap_target / 10,
             seed=self.settings.seed, nodes=NODES, extend=extend,
             stop=lambda: self.budget.cancelled.is_set() or self.budget.elapsed_s() >= end_s,
         )  # fmt: skip

@@ -22,7 +22,7 @@ from hetis.solver.placement.replicas.tables import CostTables
 from hetis.solver.placement.replicas.tabulation import build_cost_tables
 from hetis.solver.placement.replicas.template import Template
 from hetis.solver.placement.solve import objective_scale, plan_of
-from hetis.solver.plan import ObjectiveKind, Plan, Role
+from hetis.solver.plan import Plan, Role
 from hetis.solver.problem import PlacementProblem
 from hetis.solver.replanning.change import (
     HALF_DONE,
@@ -272,8 +272,7 @@ def _transition(
     given: ReplanningProblem, running: Survivors, net: NetMaster, plan: Plan, chosen: Sequence[Candidate]
 ) -> Transition:  # fmt: skip
     """Return the order of steps; capacities are goodputs, or saturated rates if throughput is the objective."""
-    throughput = given.problem.objective.kind is ObjectiveKind.THROUGHPUT
-    scale = 1.0 if throughput else given.problem.assumptions.planned_utilisation
+    scale = given.problem.planned_share
     replicas = given.running.replicas
     runs = [i for i in range(len(replicas)) if i not in running.lost]
     stays = [c.running for c in chosen if c.fate is Fate.KEPT]

@@ -23,7 +23,7 @@ from hetis.solver.check.rederive import Derived, derive
 from hetis.solver.check.replica_shapes import Fleet, ReplicaShape, replica_shape
 from hetis.solver.check.setting import Setting
 from hetis.solver.cluster import node_of
-from hetis.solver.plan import Objective, ObjectiveKind, Plan, ReplicaPlan, Role
+from hetis.solver.plan import Objective, Plan, ReplicaPlan, Role
 from hetis.solver.problem import PlacementProblem
 from hetis.solver.profile import Profile
 from hetis.solver.workload import WorkloadMoments
@@ -177,7 +177,7 @@ class FixedPlan:
         most = [max(pace.rate for pace in of_group) for of_group in paces]
         rates = list(zip(self.groups, most, strict=True))
         unified, routed = self._traffic.served(rates)
-        total = (unified + routed) * self._share
+        total = (unified + routed) * self._problem.planned_share
         if load > total * WITHIN:
             return math.inf
         latency = 0.0
@@ -197,15 +197,6 @@ class FixedPlan:
 
     def _under(self, profiles: Profiles) -> PlacementProblem:
         return replace(self._problem, profiles={**self._problem.profiles, **profiles})
-
-    @property
-    def _share(self) -> float:
-        """The factor from a saturated rate to the rate of the objective."""
-        return (
-            1.0
-            if self._problem.objective.kind is ObjectiveKind.THROUGHPUT
-            else self._problem.assumptions.planned_utilisation
-        )
 
     def _groups(self, plan: Plan, made_for: PlacementProblem) -> Iterator[Group]:
         cluster = self._problem.cluster
@@ -302,7 +293,7 @@ class FixedPlan:
         found = list(paces)
         unified, routed = self._traffic.served([(group, pace.rate) for group, pace in found])
         return Performance(
-            rate=self._share * (unified + routed),
+            rate=self._problem.planned_share * (unified + routed),
             ttft_s=max((pace.ttft_s for _, pace in found), default=0.0),
             tpot_s=max((pace.tpot_s for _, pace in found), default=0.0),
         )

@@ -17,7 +17,7 @@ from hetis.solver.placement.explanation.replica_view import ReplicaView, main_vi
 from hetis.solver.placement.families import STRATEGIES
 from hetis.solver.placement.fleet import DeviceClass, Part, device_classes
 from hetis.solver.placement.wording import in_percent, in_time, in_time_above, num_layers, stage_name
-from hetis.solver.plan import ClassPrice, IdleGpus, ObjectiveKind, Plan
+from hetis.solver.plan import ClassPrice, IdleGpus, Plan
 from hetis.solver.problem import PlacementProblem
 
 NOTHING = 1e-6  # share of the objective below which a dual counts as 0
@@ -122,9 +122,7 @@ def _meets(demand_rps: float, plan: Plan, problem: PlacementProblem) -> bool:
     """Return whether a plan reaches the demand; one of the highest rate may fall short of it."""
     if not plan.objective.maximises:
         return True
-    is_throughput = plan.objective.kind is ObjectiveKind.THROUGHPUT
-    rate = plan.served_rate() * (1.0 if is_throughput else problem.assumptions.planned_utilisation)
-    return rate >= demand_rps * (1 - NOTHING)
+    return plan.served_rate() * problem.planned_share >= demand_rps * (1 - NOTHING)
 
 
 def _costs(view: ReplicaView, device_class: DeviceClass, idle: int) -> list[DeviceCost]:
