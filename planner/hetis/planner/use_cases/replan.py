@@ -29,8 +29,7 @@ from hetis.planner.use_cases.sources import (
     unused_profiles,
 )
 from hetis.planner.use_cases.surviving import ENOUGH, left_without, with_losses
-from hetis.planner.use_cases.verification.choosing import noted_if_stopped
-from hetis.planner.use_cases.verification.rates import simulation_report, verified
+from hetis.planner.use_cases.verification.rates import kept_plan, simulation_report
 from hetis.planner.use_cases.what_if import with_cluster
 from hetis.solver.budget import Budget, Report
 from hetis.solver.check import check_plan
@@ -280,6 +279,5 @@ def replan(
     if verify:
         told = simulation_report(plan, report)
         unlimited = Budget(cancelled=budget.cancelled)
-        plan = verified(plan, posed.problem, seed=settings.seed, budget=unlimited, report=told)
-        plan = noted_if_stopped(plan, unlimited)
+        plan = kept_plan(plan, posed.problem, seed=settings.seed, budget=unlimited, report=told)
     return replace(found, plan=plan)

@@ -268,19 +268,16 @@ def errors_data(errors: Errors) -> dict[str, Any]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Verification:
-    """A plan's behaviour under Poisson arrivals at its planned rate."""
+    """A plan's behaviour under simulated arrivals at the rate that it promises."""
 
-    rate_rps: float  # rate of the arrivals, which the plan promises
+    rate_rps: float  # rate of the arrivals
     num_requests: int  # requests per run
     kept: bool  # whether the load was carried, with no latency above its limit by more than chance
     steady: bool | None  # whether the queue did not grow; None: the run was too short to tell
     ttft_p95_s: float  # over all requests of the run, after the warm-up
     tpot_mean_s: float  # over all requests of the run, after the warm-up
     attainment: float  # share of the requests within both limits
-    # The highest rate that kept the limits in a simulation. If ``kept``, ``rate_rps`` or the first of `HIGHER` times
-    # ``rate_rps`` that kept them by more than chance, which is tried for plans of the highest rate unless runs are slow
-    # (with attention workers). Otherwise a lower rate that kept them by more than chance; None: none of those tried.
-    kept_rps: float | None
+    kept_rps: float | None  # the highest rate that kept the limits in a simulation; None: none of those tried
     # The following fields are missing in earlier plans.
     ttft_s: float | None = None  # the statistic that must keep the limit, if that is not p95
     tpot_s: float | None = None  # the statistic that must keep the limit, if that is not the mean
@@ -309,34 +306,6 @@ def read_verification(data: Any) -> Verification:
     if not (0.0 <= found["attainment"] <= 1.0 and 0.0 < share <= 1.0):
         raise UnreadableError(f" is {shown(data)}, must have shares up to 1")
     return Verification(**found)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Tightening:
-    """A limit under the name that plans show, and the tighter limit that was planned for."""
-
-    name: str
-    asked_s: float
-    planned_s: float
-
-
-def read_tightening(data: Any) -> Tightening:
-    try:
-        return Tightening(**read_mapping(data))
-    except TypeError:
-        raise UnreadableError(f" is {shown(data)}, must be a limit and the tighter one") from None
-
-
-def read_flag(data: Any) -> bool:
-    if not isinstance(data, bool):
-        raise UnreadableError(f" is {shown(data)}, must be true or false")
-    return data
-
-
-def read_kept_rps(data: Any) -> float:
-    if not is_number(data) or data < 0:
-        raise UnreadableError(f" is {shown(data)}, must be a rate")
-    return float(data)
 
 
 def unread(data: Any) -> Any:

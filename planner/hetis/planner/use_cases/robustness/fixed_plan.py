@@ -114,7 +114,7 @@ class FixedPlan:
             problem: its cluster, model, workload and objective, and the profiles for the pricing.
             made_with: the profiles with which the plan was made; None: those of the problem.
         """
-        self._problem = problem
+        self._problem, self._planned_share = problem.at(plan.result.utilisation, plan.result.lanes), plan.planned_share
         workload = problem.workload.clipped_to(problem.model.max_position)
         self._moments: WorkloadMoments = workload.moments(block_tokens=problem.assumptions.block_tokens)
         self._traffic = Traffic(problem, self._moments)
@@ -177,7 +177,7 @@ class FixedPlan:
         most = [max(pace.rate for pace in of_group) for of_group in paces]
         rates = list(zip(self.groups, most, strict=True))
         unified, routed = self._traffic.served(rates)
-        total = (unified + routed) * self._problem.planned_share
+        total = (unified + routed) * self._planned_share
         if load > total * WITHIN:
             return math.inf
         latency = 0.0
@@ -293,7 +293,7 @@ class FixedPlan:
         found = list(paces)
         unified, routed = self._traffic.served([(group, pace.rate) for group, pace in found])
         return Performance(
-            rate=self._problem.planned_share * (unified + routed),
+            rate=self._planned_share * (unified + routed),
             ttft_s=max((pace.ttft_s for _, pace in found), default=0.0),
             tpot_s=max((pace.tpot_s for _, pace in found), default=0.0),
         )
