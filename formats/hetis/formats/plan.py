@@ -42,6 +42,7 @@ class ResultPart(DocumentPart):
     utilisation: Annotated[float, Field(ge=0, le=1)] = PLANNED_UTILISATION
     unified_lanes: Whole = 1
     prefill_lanes: Whole = 1
+    queued_ttft_s: Seconds | None = None
 
 
 class ObjectivePart(DocumentPart):

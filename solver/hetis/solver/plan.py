@@ -211,7 +211,8 @@ class SolveResult:
 
     ``utilisation`` is the share of its saturated rate that a plan serves within its limits: of the highest goodput its
     value, and otherwise what may be demanded of it. ``lanes`` are the replicas of
-    each role that p95 TTFT assumes to share their prompts, at most as many as there are.
+    each role that p95 TTFT assumes to share their prompts, at most as many as there are. ``queued_ttft_s`` is p95 TTFT
+    of all requests together, with the wait for a seat; None if that was not considered.
     """
 
     status: Status
@@ -224,6 +225,7 @@ class SolveResult:
     utilisation: float = PLANNED_UTILISATION
     unified_lanes: int = 1
     prefill_lanes: int = 1
+    queued_ttft_s: float | None = None
 
     @property
     def lanes(self) -> Lanes:

@@ -45,7 +45,8 @@ class Assumptions:
             Fitted to 600 simulated pipelines (`docs/benchmarks.md`, "simulation"). On prefill replicas
             ``tight_unevenness`` multiplies the spread of chunks (`cost.chunk_spread`), and with two micro-batches per
             copy there is none.
-        planned_utilisation: goodput as a share of the saturated rate, which a search may choose (`at`).
+        planned_utilisation: goodput as a share of the saturated rate.
+        chooses_utilisation: whether a search for what plans keep chooses another.
         lanes: replicas of each role that compute prompts together.
     """
 
@@ -56,6 +57,7 @@ class Assumptions:
     full_unevenness: float = 0.28
     tight_unevenness: float = 0.8
     planned_utilisation: float = PLANNED_UTILISATION
+    chooses_utilisation: bool = True
     lanes: Lanes = ALONE
 
 

@@ -8,13 +8,15 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from hetis.solver.check.rederive import Derived, Rederivation
+from hetis.solver.check.rederive import RELATIVE, Derived, Rederivation
 from hetis.solver.check.replica_shapes import Fleet, ReplicaShape, replica_shape
+from hetis.solver.check.violation import Broken, Rule, Violation, at
 from hetis.solver.plan import Plan, ReplicaPlan, Role
 from hetis.solver.problem import PlacementProblem
 from hetis.solver.queueing import EqualPrefills, EqualReplicas, FloatArray, Queueing, RequestQueue, SharedQueue
 
 FILLS = (0.05, 0.1, 0.25, 0.5, 0.75, 1.0)  # shares of a replica's seats at which its rate is derived
+TOLERANCE = 0.05  # ratio by which two derivations of a wait may differ
 CHUNKS = (1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0)  # shares of a chunk at which its time is derived
 
 
@@ -29,6 +31,22 @@ def queueing(plan: Plan, problem: PlacementProblem) -> Queueing | None:
     queue, demand_rps = request_queue(plan, problem), plan.objective.demand_rps
     rate_rps = plan.planned_rate() if plan.objective.maximises or demand_rps is None else demand_rps
     return None if queue is None or not rate_rps else queue.at(rate_rps)
+
+
+def check_waits(plan: Plan, problem: PlacementProblem) -> list[Violation]:
+    """Check p95 TTFT of all requests, waits included, of a plan that claims it; it is derived for the planned rate.
+
+    Search and checker know the rates of a replica at other numbers of requests, so the two differ a little.
+    """
+    claimed_s, limit_s, queue = plan.result.queued_ttft_s, plan.objective.ttft_limit_s, request_queue(plan, problem)
+    if claimed_s is None or queue is None or not plan.result.utilisation:
+        return []
+    broken, derived_s = list[Broken](), queue.ttft_p95_s(plan.result.utilisation * plan.served_rate())
+    if not derived_s <= claimed_s * (1 + TOLERANCE):
+        broken.append((Rule.TTFT, f"claims {claimed_s:.4g} s with all waits, the queue model gives {derived_s:.4g} s"))
+    if limit_s is not None and claimed_s > limit_s * (1 + RELATIVE):
+        broken.append((Rule.TTFT_LIMIT, f"TTFT with all waits is {claimed_s:.4g} s, the limit is {limit_s:.4g} s"))
+    return at("queue", broken)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

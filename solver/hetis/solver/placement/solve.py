@@ -35,8 +35,8 @@ from hetis.solver.placement.replicas.template import (
 )
 from hetis.solver.placement.search import bound_of, equal_stages, search
 from hetis.solver.placement.survival import Survive, search_surviving
-from hetis.solver.placement.utilisation import KeptOutcome, loosest, search_kept
-from hetis.solver.placement.waits import kept_by, lanes_of
+from hetis.solver.placement.utilisation import KeptOutcome, chooses_utilisation, loosest, search_kept
+from hetis.solver.placement.waits import Kept, kept_by, lanes_of
 from hetis.solver.plan import (
     AttentionWorkerPool,
     ClassPrice,
@@ -68,7 +68,7 @@ def solve_family(
         def find(tables: CostTables) -> Outcome | None:
             return search(tables, settings, simplest_within=simplest_within)
 
-        if not problem.objective.kind.goal.is_planned:
+        if not chooses_utilisation(problem):
             outcome = find(costs)
             return None if outcome is None else KeptOutcome(costs, outcome)
         return search_kept(costs, settings, find, lambda tables: bound_of(tables, settings))
@@ -99,7 +99,7 @@ def _solved(
     *, survives: bool = False,
 ) -> tuple[Plan, Outcome]:  # fmt: skip
     """Return the outcome of a search as a plan with named GPUs, and the outcome itself."""
-    chooses = not survives and problem.objective.kind.goal.is_planned  # its utilisation
+    chooses = not survives and chooses_utilisation(problem)
     if problem.family.engine is None:
         raise InvalidProblemError(f"strategy {settings.strategy} plans for an engine: give the family its rules")
     searched = apply_constraints(problem)
@@ -114,22 +114,23 @@ def _solved(
     found = found_by(costs, settings)
     if found is None:
         raise settings.stopped() if settings.budget.is_spent() else infeasible(problem, settings, market)
-    costs, outcome, seats = found
+    costs, outcome = found
 
     def bound(outcome: Outcome) -> Plan:
         tables, serving, spreads = _serving(costs, outcome, settings, spreads=survives)
+        keeps = Kept(tables.problem.assumptions.planned_utilisation, {})
+        if chooses:
+            keeps = kept_by(tables, serving, keeps.utilisation)
+            tables = tables.at(keeps.utilisation, lanes_of(tables, serving))
         chosen = [(with_fewest_in_flight(tables, template), count) for template, count in serving.chosen]
         templates = [template for template, count in chosen for _ in range(count)]
         bound_stages = bind(tables, templates, seed=settings.seed, budget=settings.budget, spreads=survives)
         plan = plan_of(tables, settings.strategy, serving, templates, bound_stages, settings.budget, spreads=spreads)
-        return _with_seats(plan, [seats.get(template, 0) for template in templates])
+        plan = replace(plan, result=replace(plan.result, queued_ttft_s=keeps.ttft_s))
+        return _with_seats(plan, [keeps.seats.get(template, 0) for template in templates])
 
     plan = bound(outcome)
     if outcome.best is not None:
-        used = costs.problem.assumptions.planned_utilisation
-        if chooses:
-            used, seats = kept_by(costs, outcome.best, used)
-            costs = costs.at(used, lanes_of(costs, outcome.best))
         plan = simpler_or_best(plan, bound(outcome.best), simplest_within)
     return (plan if searched is problem else restored(plan, searched, problem)), outcome
 
@@ -193,7 +194,7 @@ def equal_stages_value(problem: PlacementProblem, settings: SearchSettings) -> f
         return None
     costs = build_cost_tables(searched)
     found: KeptOutcome | None = None
-    if problem.objective.kind.goal.is_planned:
+    if chooses_utilisation(problem):
         found = search_kept(
             costs, settings, lambda tables: equal_stages(tables, settings), lambda tables: bound_of(tables, settings)
         )

@@ -23,9 +23,9 @@ import numpy as np
 from hetis.solver.budget import SearchSettings
 from hetis.solver.placement.outcome import Outcome, rate_bound
 from hetis.solver.placement.replicas.tables import CostTables, Tables
-from hetis.solver.placement.replicas.template import Template
 from hetis.solver.placement.waits import Kept, kept_by, lanes_of, saturated_rate
 from hetis.solver.plan import Lanes
+from hetis.solver.problem import PlacementProblem
 
 GRID = (0.2, 0.4, 0.6, 0.7, 0.8, 0.9, 0.98)
 TRIED = (0.98, 0.8, 0.6)  # utilisations at which plans are searched; those found may keep more or less
@@ -44,7 +44,11 @@ class KeptOutcome(NamedTuple):
 
     costs: CostTables
     outcome: Outcome
-    seats: Mapping[Template, int] = {}  # of a micro-batch, of replicas that may run more than decode when saturated
+
+
+def chooses_utilisation(problem: PlacementProblem) -> bool:
+    """Return whether the share of their saturated rate that plans serve is chosen."""
+    return problem.objective.kind.goal.is_planned and problem.assumptions.chooses_utilisation
 
 
 def loosest(costs: CostTables) -> CostTables:
@@ -183,7 +187,7 @@ class _Most(_Cells):
         tables = self.costs.at(used, lanes_of(self.costs, found.outcome))
         over = max(bound, found.kept) / used if used else np.inf
         outcome = replace(found.outcome, bound=max(over, found.outcome.value))
-        return KeptOutcome(tables, outcome, found.keeps.seats)
+        return KeptOutcome(tables, outcome)
 
 
 class _Least(_Cells):
@@ -196,11 +200,11 @@ class _Least(_Cells):
         last: KeptOutcome | None = None
         for found in self._found():
             tables, outcome = found.costs, found.outcome
-            serves, seats = kept_by(tables, outcome, tables.problem.assumptions.planned_utilisation)
+            serves = kept_by(tables, outcome, tables.problem.assumptions.planned_utilisation).utilisation
             last = found
             if serves * saturated_rate(tables, outcome) < demand * (1.0 - 1e-9):
                 continue
-            found = KeptOutcome(self.costs.at(serves, lanes_of(tables, outcome)), outcome, seats)
+            found = KeptOutcome(self.costs.at(serves, lanes_of(tables, outcome)), outcome)
             if best is not None and outcome.value >= best.outcome.value:
                 break  # at lower utilisations replicas serve less
             best = found

@@ -49,6 +49,7 @@ class Kept(NamedTuple):
 
     utilisation: float
     seats: Mapping[Template, int]  # those of replicas that may run more than decode in the saturated plan
+    ttft_s: float | None = None  # p95 of all requests, waits included; None: there is no limit
 
 
 def kept_by(costs: CostTables, outcome: Outcome, most: float) -> Kept:
@@ -72,9 +73,10 @@ def kept_by(costs: CostTables, outcome: Outcome, most: float) -> Kept:
             break
         if not (queues := tuple(building.queues())):
             break
-        kept = min(own, RequestQueue(*queues).highest_rate(own * rate, MARGIN * limit_s) / rate)
+        queue = RequestQueue(*queues)
+        kept = min(own, queue.highest_rate(own * rate, MARGIN * limit_s) / rate)
         if kept > best.utilisation * WORTH_SEATS:
-            best = Kept(kept, building.seats)
+            best = Kept(kept, building.seats, queue.ttft_p95_s(kept * rate))
         if kept >= own:
             break
     return best

@@ -23,13 +23,11 @@ from hetis.planner.cli.exit_codes import ExitCode
 from hetis.planner.cli.server import resource_views
 from hetis.planner.convert.plans import OBJECTIVE_KINDS, result_to_proto
 from hetis.planner.report.figures import digits, seconds
-from hetis.planner.report.page import key_figures, plan_section
+from hetis.planner.report.page import key_figures
 from hetis.planner.report.page.pages import ShownPlan, plans_page
 from hetis.planner.report.plan import headline, render_plan
 from hetis.planner.report.promises import beside_equal_stages, simple_setups
-from hetis.planner.use_cases import place as placing_steps
 from hetis.planner.use_cases.climbing import Climbed
-from hetis.planner.use_cases.grouping import group_replicas
 from hetis.planner.use_cases.place import PlacementSettings, simulated_plan
 from hetis.planner.use_cases.record.parts import Requested, Verified
 from hetis.planner.use_cases.request import PlacementRequest
@@ -45,23 +43,25 @@ from hetis.planner.use_cases.simulation.engine_settings import at_settings, with
 from hetis.planner.use_cases.simulation.judging import _attained, measured
 from hetis.planner.use_cases.simulation.simulate import Question, Simulated, answer, default_rate, seats_of
 from hetis.planner.use_cases.sources import load_inputs, load_plan_and_problem
-from hetis.planner.use_cases.verification import choosing, latency_curve, rates
-from hetis.planner.use_cases.verification.choosing import (
+from hetis.planner.use_cases.verification import latency_curve, rates
+from hetis.planner.use_cases.verification.lower_rates import KeptRate, StoppedError
+from hetis.planner.use_cases.verification.outcome import (
+    AS_PLANNED,
     OUT_OF_TIME,
-    SEARCH_OUT_OF_TIME,
     STOPPED_EARLY,
     missed,
+    misses,
     noted_if_stopped,
+    rate_to_simulate,
+    settings_of,
 )
-from hetis.planner.use_cases.verification.lower_rates import KeptRate, StoppedError
-from hetis.planner.use_cases.verification.outcome import AS_PLANNED, misses, rate_to_simulate, settings_of
 from hetis.planner.use_cases.verification.rates import (
     LONGER,
     TriedRate,
+    kept_plan,
     no_progress,
     num_requests_of,
     simulated_at,
-    verified,
 )
 from hetis.simulator.arrivals import Arrivals, Load
 from hetis.simulator.metrics import Summary
@@ -125,7 +125,7 @@ def drawn(plan: Plan) -> str:
 
 
 def again(plan: Plan, problem: PlacementProblem) -> Plan:
-    return verified(plan, problem, seed=0, budget=Budget(), report=no_progress)
+    return kept_plan(plan, problem, seed=0, budget=Budget(), report=no_progress)
 
 
 def test_the_saved_plan_says_what_a_second_simulation_says(placed: Path, pair: Placed) -> None:
@@ -331,20 +331,6 @@ def test_runs_are_long_enough_for_the_share_that_may_miss(pair: Placed) -> None:
     assert lengths == [num_requests_of(plan), 5000, 8_000, 8_000]
 
 
-@pytest.mark.parametrize(("ttft", "tpot", "name"), [(0.3, 0.1, "TTFT p95"), (0.1, 0.3, "TPOT mean")])
-def test_the_limit_that_most_requests_miss_is_tightened(pair: Placed, ttft: float, tpot: float, name: str) -> None:
-    plan = pair[0]
-    said = {"kept": False, "attainment": 0.6, "ttft_missed": ttft, "tpot_missed": tpot}
-    level = asdict(ServiceLevel(attainment=0.9))
-    held = replace(plan, inputs={"verification": {**plan.inputs["verification"], **said}, "service_level": level})
-    found = Verified.of(held).verification
-    assert found is not None
-    missed_limit = choosing._missed(found, held)
-    assert missed_limit is not None
-    assert missed_limit.name == name
-    assert missed_limit.planned_s == pytest.approx(0.8 * missed_limit.asked_s)
-
-
 @pytest.mark.parametrize("level", [ServiceLevel(attainment=1.0), ServiceLevel(ttft=Statistic.P99, tpot=Statistic.P50)])
 def test_the_rate_that_is_kept_follows_what_is_asked_for(pair: Placed, level: ServiceLevel) -> None:
     plan, problem = pair
@@ -455,55 +441,6 @@ def test_a_plan_that_misses_is_headed_and_simulated_by_the_rate_that_it_keeps(pa
     assert clause == "TTFT p95 3,451 s of 2 s"
 
 
-def test_a_plan_that_promises_less_than_the_model_is_compared_with_what_equal_stages_keep(
-    pair: Placed, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The best plan of two A100 is one of equal stages, which keeps its limits."""
-    plan, problem = pair
-    keeps = plan.result.value
-
-    def with_kept_rate(plan: Plan, *, cancelled: bool = False) -> Plan:
-        ends = Budget()
-        if cancelled:
-            ends.cancelled.set()
-        return choosing.with_rate_of_equal_stages(plan, problem, seed=0, budget=ends, report=no_progress)
-
-    assert with_kept_rate(plan) is plan, "it keeps what the model promises"
-    said = {**plan.inputs["verification"], "kept": False, "ttft_p95_s": 9.5, "kept_rps": 0.7 * keeps}
-    missing = replace(plan, inputs={**plan.inputs, "equal_stages_value": keeps, "verification": said})
-    assert with_kept_rate(missing).inputs["equal_stages_kept_rps"] == 0.7 * keeps, "the same replicas keep the same"
-    wide = replace(missing, replicas=tuple(replace(one, max_num_seqs=512) for one in plan.replicas))
-    assert with_kept_rate(wide).inputs["equal_stages_kept_rps"] == 0.7 * keeps
-    other = replace(missing, replicas=plan.replicas[:1])
-    assert with_kept_rate(other, cancelled=True) is other
-    cheapest = replace(other, objective=replace(plan.objective, kind=ObjectiveKind.COST, demand_rps=1.0))
-    assert with_kept_rate(cheapest) is cheapest
-    found = with_kept_rate(other)
-    assert found.inputs["equal_stages_kept_rps"] == pytest.approx(keeps), "what the same replicas keep, simulated again"
-    assert beside_equal_stages(found) == (
-        f"{digits(keeps, 4)} requests/s within the limits in simulation, by replicas of equal stages; "
-        "this plan 30% less"
-    )
-    page = plans_page([ShownPlan(name="one", plan=found, problem=problem)])
-    for words in ("−30%", "in simulation; equal stages: ", "Equal stages, simulated"):
-        assert words in page
-
-    def ends_early(equal: Plan, *_: Any, budget: Budget, **__: Any) -> Plan:
-        budget.cancelled.set()
-        return replace(equal, inputs=plan.inputs)
-
-    with monkeypatch.context() as patch:
-        for unfinished in (ends_early, lambda equal, *_, **__: equal):
-            patch.setattr(choosing, "verified_plan", unfinished)
-            assert with_kept_rate(other) is other, "of equal stages nothing is known"
-    none = replace(found, inputs={**found.inputs, "equal_stages_kept_rps": 0.0})
-    assert beside_equal_stages(none) == (
-        "replicas of equal stages: none of the rates tried keeps the limits in simulation; "
-        f"by the model {digits(keeps, 4)} requests/s"
-    )
-    assert "today's practice" not in plans_page([ShownPlan(name="one", plan=none, problem=problem)])
-
-
 def test_a_single_limit_is_not_called_both(pair: Placed) -> None:
     plan, _ = pair
     kept = replace(plan, inputs={**plan.inputs, "verification": {**plan.inputs["verification"], "kept": True}})
@@ -533,7 +470,7 @@ def test_without_limits_or_when_nobody_waits_nothing_is_simulated(pair: Placed) 
     assert "verification" not in again(unlimited, problem).inputs
     cancelled = threading.Event()
     cancelled.set()
-    left = verified(bare, problem, seed=0, budget=Budget(cancelled=cancelled), report=no_progress)
+    left = kept_plan(bare, problem, seed=0, budget=Budget(cancelled=cancelled), report=no_progress)
     assert left is bare
     assert noted_if_stopped(unlimited, Budget(cancelled=cancelled)) is unlimited, "there was nothing to simulate"
 
@@ -627,7 +564,7 @@ def test_a_rate_that_only_short_runs_kept_in_time_is_shown_with_a_note(
         return None if cancelled.is_set() else replace(run, kept=kept, sure=kept, close=False)
 
     monkeypatch.setattr(rates, "simulated_at", tried)
-    found = verified(
+    found = kept_plan(
         replace(plan, inputs={}, notes=()), problem, seed=0, budget=Budget(cancelled=cancelled), report=no_progress
     )
     verification = Verified.of(found).verification
@@ -702,48 +639,6 @@ def test_a_higher_rate_is_kept_if_two_kinds_of_traffic_keep_it_and_the_wait_hard
     assert found.kept_rps == pytest.approx(factor * planned_rps)
 
 
-@pytest.mark.parametrize("first_s", [1.0, 10.0])
-def test_in_a_short_time_lower_rates_come_before_another_search(
-    placed: Path, pair: Placed, monkeypatch: pytest.MonkeyPatch, first_s: float
-) -> None:
-    """Of 90 seconds, 89 are enough for everything in the usual order; 80 of simulations as long as 10 are not."""
-    cluster, (plan, problem) = str(placed.with_name("cluster.yaml")), pair
-    loaded = load_inputs(cluster=cluster, model="Llama-2-7B", workload="500/100", profiles=())
-    now, steps = [0.0], list[str]()
-    known = Verified.of(plan).verification
-    assert known is not None
-
-    def lower(least_rps: float) -> KeptRate | None:
-        steps.append("lower rates")
-        now[0] += first_s
-        if now[0] > 90.0:
-            raise StoppedError
-        return KeptRate(max(least_rps, 0.7 * known.rate_rps), 4_000, is_confirmed=True)
-
-    def simulated(of: Plan, *, budget: Budget, **_: object) -> rates.AtPlannedRate | None:
-        steps.append("simulation")
-        now[0] += first_s if len(steps) == 1 else 8 * first_s
-        found = replace(known, kept=False, kept_rps=None)
-        return None if budget.is_spent() else rates.AtPlannedRate(of, found, kept_below=lower)
-
-    def searched(*_: object, **__: object) -> Plan:
-        steps.append("search")
-        return replace(plan, inputs={})
-
-    monkeypatch.setattr(choosing, "simulate_at_planned_rate", simulated)
-    monkeypatch.setattr(placing_steps, "search", searched)
-    monkeypatch.setattr(placing_steps, "_checked", lambda found, *_, **__: found)
-    found = Verified.of(
-        simulated_plan(
-            Climbed(plan=replace(plan, inputs={}), problem=problem), loaded, PlacementSettings(), level=DEFAULT,
-            report=unreported, budget=Budget(time_limit_s=90.0, clock=lambda: now[0]),
-        ).plan
-    ).verification  # fmt: skip
-    assert found is not None, "a rate is known to keep the limits"
-    assert found.kept_rps == pytest.approx(0.7 * known.rate_rps)
-    assert steps[1] == ("lower rates" if first_s == 10.0 else "search")
-
-
 # --- engines that may run more requests at once than decode in the saturated plan
 
 
@@ -792,93 +687,16 @@ def test_engines_with_more_seats_are_simulated_with_them(pair: Placed) -> None:
     assert [one.seats for one in asked.plan.replicas] == [1] * len(plan.replicas)
 
 
-@pytest.mark.parametrize(
-    ("ttft_s", "tpot_s", "factor", "kept"),
-    [
-        ({1.0: 5.0, 1.5: 4.0, 2.0: 1.5}, 0.05, 2.0, True),  # the first that keeps the limit of 2 s
-        ({1.0: 9.0, 1.5: 5.0, 2.0: 4.99}, 0.05, 1.5, False),  # more do not help any more
-        ({1.0: 3.0, 1.5: 1.0}, 0.2, 1.0, False),  # TPOT is missed by more
-        ({1.0: 1.0, 1.5: 0.5}, 0.05, 1.0, True),
-    ],
-)
-def test_more_seats_are_tried_where_requests_wait_for_them(
-    pair: Placed, monkeypatch: pytest.MonkeyPatch, ttft_s: dict[float, float], tpot_s: float, factor: float, kept: bool
-) -> None:
-    plan, problem = with_seats(pair[0], 16), pair[1]
-    plan = replace(plan, objective=Objective(ttft_limit_s=2.0, tpot_limit_s=0.1))
-    known = Verified.of(plan).verification
-    assert known is not None
-
-    def simulated(of: Plan, **_: object) -> rates.AtPlannedRate:
-        seconds = ttft_s[seats_of(of) / seats_of(plan)]
-        found = replace(
-            known, kept=seconds <= 2.0 and tpot_s <= 0.1, kept_rps=1.0, ttft_p95_s=seconds, tpot_mean_s=tpot_s
-        )
-        return rates.AtPlannedRate(of, found, kept_below=lambda _least: KeptRate(1.0, 4_000, is_confirmed=True))
-
-    monkeypatch.setattr(choosing, "simulate_at_planned_rate", simulated)
-    found = choosing.verified_plan(plan, problem, None, seed=0, budget=Budget(), report=no_progress)
-    assert seats_of(found) == factor * seats_of(plan)
-    result = Verified.of(found).verification
-    assert result is not None
-    assert result.kept == kept
-    assert any("--max-num-seqs" in note for note in found.notes) == (factor > 1.0)
-    shown = text_of(render_plan(found), width=200)
-    assert (f"up to {found.replicas[0].seats} at once" in shown) == (factor > 1.0)
-    grid = plan_section._replicas(group_replicas(found.replicas), "tokens", lettered=False)
-    assert (f"16 × 1, up to {found.replicas[0].seats}" in grid.rows[0]) == (factor > 1.0)
-
-
-def test_a_single_seat_becomes_all_that_kv_has_room_for(pair: Placed, monkeypatch: pytest.MonkeyPatch) -> None:
-    """1.5 and 2 times a seat are the same two seats, and not the last that are tried."""
-    plan, problem = with_seats(pair[0], 1), pair[1]
-    plan = replace(plan, objective=Objective(ttft_limit_s=1e-3, tpot_limit_s=0.1))
-    known = Verified.of(plan).verification
-    assert known is not None
-    tried = []
-
-    def simulated(of: Plan, **_: object) -> rates.AtPlannedRate:
-        tried.append(seats_of(of) // seats_of(plan))
-        found = replace(known, kept=False, kept_rps=1.0, ttft_p95_s=1.0 / seats_of(of), tpot_mean_s=0.05)
-        return rates.AtPlannedRate(of, found, kept_below=lambda _least: KeptRate(1.0, 4_000, is_confirmed=True))
-
-    monkeypatch.setattr(choosing, "simulate_at_planned_rate", simulated)
-    monkeypatch.setattr(choosing, "likely_rate", lambda *_: math.inf)
-    found = choosing.verified_plan(plan, problem, None, seed=0, budget=Budget(), report=no_progress)
-    assert seats_of(found) == seats_of(with_more_seats(plan, problem, math.inf)) > 3 * seats_of(plan)
-    assert tried == [1, 2, 3, seats_of(found) // seats_of(plan)]
-
-
-def test_of_seats_that_all_miss_those_that_keep_most_by_the_queue_model_remain(
-    pair: Placed, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Only they are simulated, beside the planned ones."""
-    plan, problem = with_seats(pair[0], 16), pair[1]
-    plan = replace(plan, objective=Objective(ttft_limit_s=2.0, tpot_limit_s=0.1))
-    known, tried = Verified.of(plan).verification, list[float]()
-    assert known is not None
-
-    def simulated(of: Plan, **_: object) -> rates.AtPlannedRate:
-        tried.append(seats_of(of) / seats_of(plan))
-        found = replace(known, kept=False, kept_rps=1.0, ttft_p95_s=9.0, tpot_mean_s=0.05)
-        return rates.AtPlannedRate(of, found, kept_below=lambda _least: KeptRate(1.0, 4_000, is_confirmed=True))
-
-    monkeypatch.setattr(choosing, "simulate_at_planned_rate", simulated)
-    monkeypatch.setattr(choosing, "likely_rate", lambda one, _: 0.1 if seats_of(one) == 3 * seats_of(plan) else 0.05)
-    choosing.verified_plan(plan, problem, None, seed=0, budget=Budget(), report=no_progress)
-    assert tried == [1.0, 3.0]
-
-
 def test_work_that_is_done_ends_simulations_on_any_machine(pair: Placed) -> None:
     plan, problem = pair
     bare, rate_rps = replace(plan, inputs={}, notes=()), 1.5 * default_rate(plan, problem)
     crowded = replace(bare, objective=replace(plan.objective, demand_rps=rate_rps))
     whole, small = Budget(), Budget(work_limit=30_000)
-    decided = Verified.of(rates.verified(crowded, problem, seed=0, budget=whole, report=no_progress)).verification
+    decided = Verified.of(rates.kept_plan(crowded, problem, seed=0, budget=whole, report=no_progress)).verification
     assert decided is not None
     assert whole.work > small.work_limit
-    stopped = rates.verified(crowded, problem, seed=0, budget=small, report=no_progress)
-    assert stopped == rates.verified(crowded, problem, seed=0, budget=Budget(work_limit=30_000), report=no_progress)
+    stopped = rates.kept_plan(crowded, problem, seed=0, budget=small, report=no_progress)
+    assert stopped == rates.kept_plan(crowded, problem, seed=0, budget=Budget(work_limit=30_000), report=no_progress)
     assert small.is_spent()
     assert small.work < 0.5 * whole.work
 
@@ -899,39 +717,6 @@ def test_a_part_that_misses_is_called_a_part(pair: Placed, monkeypatch: pytest.M
     monkeypatch.setattr(rates, "simulate_at_planned_rate", ended)
     [note] = again(replace(plan, notes=()), problem).notes
     assert note.endswith("TTFT p95 9.5 s of 2 s (a part of its replicas at 0.125 of the rate)")
-
-
-@pytest.mark.parametrize(("limit_s", "search_s", "noted"), [(math.inf, 60.0, False), (30.0, 10.0, True)])
-def test_another_search_leaves_time_to_simulate_its_plan_and_a_note_says_if_time_ended_it(
-    placed: Path, pair: Placed, monkeypatch: pytest.MonkeyPatch, limit_s: float, search_s: float, noted: bool
-) -> None:
-    """Ten of thirty seconds are left to search after ten of simulation; the second simulation does not end in time."""
-    cluster, (plan, problem) = str(placed.with_name("cluster.yaml")), pair
-    loaded = load_inputs(cluster=cluster, model="Llama-2-7B", workload="500/100", profiles=())
-    now, given, simulations = [0.0], list[float](), itertools.count()
-    known = Verified.of(plan).verification
-    assert known is not None
-
-    def simulated(of: Plan, *, budget: Budget, **_: object) -> rates.AtPlannedRate | None:
-        now[0] += 10.0 if next(simulations) == 0 else 20.0
-        found = replace(known, kept=False, kept_rps=None)
-        return None if budget.is_spent() else rates.AtPlannedRate(of, found, kept_below=lambda _: None)
-
-    def searched(*_: object, budget: Budget, **__: object) -> Plan:
-        given.append(budget.time_limit_s)
-        now[0] += min(budget.time_limit_s, 10.0)
-        return replace(plan, inputs={}, replicas=plan.replicas[: len(given)])  # another plan
-
-    monkeypatch.setattr(choosing, "simulate_at_planned_rate", simulated)
-    monkeypatch.setattr(placing_steps, "search", searched)
-    monkeypatch.setattr(placing_steps, "_checked", lambda found, *_, **__: found)
-    found = simulated_plan(
-        Climbed(plan=plan, problem=problem), loaded, PlacementSettings(), level=DEFAULT, report=unreported,
-        budget=Budget(time_limit_s=limit_s, clock=lambda: now[0]),
-    ).plan  # fmt: skip
-    assert given[0] == search_s
-    assert (len(given) == 1) == noted
-    assert (SEARCH_OUT_OF_TIME in found.notes) == noted
 
 
 @pytest.mark.parametrize(

@@ -71,7 +71,9 @@ def restated(plan: Plan, problem: PlacementProblem, utilisation: float) -> Plan:
     if survives.left_rps is not None and plan.result.utilisation:
         left_rps = survives.left_rps * utilisation / plan.result.utilisation
         plan = replace(survives, left_rps=left_rps).on(plan)
-    return replace(plan, result=replace(result, utilisation=utilisation), replicas=replicas)
+    # What is simulated need not be modelled.
+    result = replace(result, utilisation=utilisation, queued_ttft_s=None)
+    return replace(plan, result=result, replicas=replicas)
 
 
 class LimitedLatency(NamedTuple):
