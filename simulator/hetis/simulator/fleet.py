@@ -26,12 +26,14 @@ from hetis.solver.errors import InvalidProblemError
 from hetis.solver.model import ModelSpec
 from hetis.solver.plan import Plan
 from hetis.solver.problem import PlacementProblem
+from hetis.solver.workload import Workload
 
 LONG_QUEUE_TOKENS = 2048  # the maximum size of a batch of prompts in Splitwise
 
 
 Router = Callable[[Sequence[ReplicaRun]], ReplicaRun]
 """Chooses a replica from one or more that are up and accept prompts."""
+Classes = tuple[str, ...]
 
 
 class _Turns:
@@ -107,6 +109,51 @@ def fewest_tokens(replicas: Sequence[ReplicaRun]) -> ReplicaRun:
         if shortest is not None and waiting[shortest.number] <= LONG_QUEUE_TOKENS:
             return shortest
     return min(prompt or mixed, key=ReplicaRun.waiting_tokens)
+
+
+class RangeRouter:
+    """Routes requests of classes: to a pool for each class's planned shares, or to another where that has no room.
+
+    Pools are the replicas that serve the same classes. Those that serve a class take turns in proportion to what they
+    are planned to give it. If requests wait at every replica of the pool whose turn it is, the request overflows to
+    those of other pools for its class at which none waits. Among replicas of the same classes the usual router decides.
+    """
+
+    def __init__(self, plan: Plan, workload: Workload, seed: int, router: Callable[[], Router]) -> None:
+        self._workload = workload
+        self._of = [replica.classes for replica in plan.replicas]
+        shares, rates = plan.class_shares(), plan.rates_by_classes()
+        self._weights = {
+            names: rate / (sum(shares[name] for name in names) or 1.0) for names, rate in rates.items() if rate > 0.0
+        }
+        self._turns = {name: _Turns(seed) for name in shares}
+        self._routers = {names: router() for names in self._weights}
+
+    def serving(self, replicas: Sequence[ReplicaRun], prompt_tokens: int) -> list[ReplicaRun]:
+        """Return the replicas that serve the class of a request."""
+        name = self._workload.class_of(prompt_tokens).name
+        own = {names for names in self._weights if not names or name in names}
+        return [replica for replica in replicas if self._of[replica.number] in own]
+
+    def choose(self, replicas: Sequence[ReplicaRun], prompt_tokens: int) -> ReplicaRun | None:
+        """Return one of the replicas that serve a request's class; None: there is none."""
+        name = self._workload.class_of(prompt_tokens).name
+        pools: dict[Classes, list[ReplicaRun]] = {}
+        for replica in replicas:
+            pools.setdefault(self._of[replica.number], []).append(replica)
+        if not pools:
+            return None
+        first = self._turns[name].next({number: self._weights[names] for number, names in self._numbered(pools)})
+        chosen = next(names for number, names in self._numbered(pools) if number == first)
+        if all(replica.queue for replica in pools[chosen]):
+            free = {names: [one for one in pool if not one.queue] for names, pool in pools.items()}
+            if open_pools := {names: pool for names, pool in free.items() if pool}:
+                chosen = max(open_pools, key=lambda names: len(open_pools[names]))
+                pools = open_pools
+        return self._routers[chosen](pools[chosen])
+
+    def _numbered(self, pools: Mapping[Classes, object]) -> list[tuple[int, Classes]]:
+        return [(number, names) for number, names in enumerate(self._weights) if names in pools]
 
 
 def router_of(settings: Settings) -> Router:
@@ -303,8 +350,8 @@ class SimulatedFleet(Outside):
     """
 
     def __init__(
-        self, replicas: Sequence[ReplicaRun], log: RequestLog, events: Events, router: Router
-    ) -> None:  # fmt: skip
+        self, replicas: Sequence[ReplicaRun], log: RequestLog, events: Events, router: Router | RangeRouter
+    ) -> None:
         self.replicas, self.log, self.events, self.router = replicas, log, events, router
         self.transfers: KvTransfers | None = None
         self.takers = [replica for replica in replicas if replica.batching.chunk_tokens and replica.rate > 0]
@@ -359,7 +406,7 @@ class SimulatedFleet(Outside):
         tokens = self.log.target[request]
         self._room[replica.number] = min(self._room[replica.number], tokens - 1)
         self._least_room = min(self._least_room, tokens - 1)
-        if any(room >= tokens for room in self._room.values()):
+        if any(self._room[one.number] >= tokens for one in self._serving(request)):
             self.events.at(now_s, self.route, request)
         else:
             self.log.reject(request)
@@ -379,14 +426,25 @@ class SimulatedFleet(Outside):
 
     def route(self, now_s: float, request: int) -> None:
         """Assign a request to a replica, to one with room for it if there is any."""
-        takers, tokens = self.takers, self.log.target[request]
+        takers, tokens = self._serving(request), self.log.target[request]
         if tokens > self._least_room:
             takers = [replica for replica in takers if self._room[replica.number] >= tokens] or takers
         up = [replica for replica in takers if replica.is_up]
-        if not up:
+        chosen: ReplicaRun | None = None
+        if isinstance(self.router, RangeRouter):
+            chosen = self.router.choose(up, self.log.prompt[request])
+        elif up:
+            chosen = self.router(up if len(up) < len(takers) else takers)
+        if chosen is None:
             self.held.append(request)
-            return
-        self.router(up if len(up) < len(takers) else takers).offer(now_s, request)
+        else:
+            chosen.offer(now_s, request)
+
+    def _serving(self, request: int) -> list[ReplicaRun]:
+        """Return the replicas that accept a request of its class."""
+        if not isinstance(self.router, RangeRouter):
+            return self.takers
+        return self.router.serving(self.takers, self.log.prompt[request])
 
     def route_held(self, now_s: float) -> None:
         """Route the held requests after a replica has returned."""
