@@ -11,10 +11,11 @@ import numpy as np
 
 from hetis.simulator.attention_workers import PoolCopy, PoolTiming, SharedCard
 from hetis.simulator.events import Events, FleetLinks
-from hetis.simulator.fleet import Faults, KvTransfers, RangeRouter, SimulatedFleet, router_of
+from hetis.simulator.fleet import Faults, KvTransfers, SimulatedFleet
 from hetis.simulator.kv_memory import KvGrowth, KvRoom, card_room_bytes, group_blocks, rank_room_bytes
 from hetis.simulator.micro_batch import Apart, Greedy, Lockstep, SimulatedStageCopy
 from hetis.simulator.replica import Batching, ReplicaRun
+from hetis.simulator.routers import RangeRouter, router_of
 from hetis.simulator.timing import StageTiming
 from hetis.simulator.values import FloatArray, RequestLog, Requests, Run, SaturatingSource, Series, Settings
 from hetis.solver.check.rederive import Rederivation
@@ -53,7 +54,7 @@ class Builder:
         self._log, self._events, self._settings = log, events, settings
         self.fleet = Fleet.of(problem.cluster)
         self._moments = {names: problem.of_classes(names).moments() for names in problem.ranges()}
-        self._derivations = {names: Rederivation(problem.of_classes(names)) for names in problem.ranges()}
+        self._derivation = Rederivation(problem)
         self._growth = KvGrowth(problem.model, problem.assumptions.block_tokens)
         self._problems: dict[tuple[str, tuple[str, ...]], PlacementProblem] = {}  # by GPU type and classes
         self._timings: dict[tuple[StageShape, bool, bool, float, int, tuple[str, ...]], StageTiming] = {}
@@ -88,7 +89,7 @@ class Builder:
         b, chunk = one.micro_batch, math.ceil(one.chunk_tokens / _steps(one, self.problem.model))
         growing: int | None = None
         if b and self.problem.family.engine_settings:  # an engine may have more seats than there is room for KV
-            growing = batch_with_room(shape, self._derivations[one.classes])
+            growing = batch_with_room(shape, self._derivation.serving(one.classes))
         if one.role is Role.PREFILL:
             ahead = chunk  # any number of prompts that fit in a chunk
         elif one.role is Role.DECODE:

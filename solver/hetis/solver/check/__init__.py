@@ -33,7 +33,7 @@ def check_plan(plan: Plan, problem: PlacementProblem) -> tuple[Violation, ...]:
     """
     whole = Fleet.of(problem.cluster)
     fleet = whole.without_left_out(problem.constraints)
-    rederivations = dict[tuple[str, ...], Rederivation]()
+    rederivation = Rederivation(problem)
     violations = check_devices_once(plan) + check_classes(plan, problem)
     violations += check_constraints(plan, problem, whole)
     partners = kv_partners(plan, fleet)
@@ -42,14 +42,12 @@ def check_plan(plan: Plan, problem: PlacementProblem) -> tuple[Violation, ...]:
         broken = check_replica_structure(replica, where, problem, fleet)
         violations += broken
         if not broken and replica.classes in problem.ranges():
-            own = problem.of_classes(replica.classes)
             shape = replica_shape(replica, problem, fleet, partners.get(number, ()))
-            if replica.classes not in rederivations:
-                rederivations[replica.classes] = Rederivation(own)
-            derived = rederivations[replica.classes].of(shape)
-            violations += check_replica_claims(
-                replica, where, own.objective, derived, may_claim_less=fleet.has_uneven_links
+            derived, limits = (
+                rederivation.serving(replica.classes).of(shape),
+                problem.of_classes(replica.classes).objective,
             )
+            violations += check_replica_claims(replica, where, limits, derived, may_claim_less=fleet.has_uneven_links)
     violations += check_types_of_roles(plan, problem)
     violations += check_routes(plan, problem, fleet)
     violations += check_link_capacity(plan, problem, fleet)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
-from typing import Any
+from typing import Any, TypeVar
 
 from hetis.formats.errors import shown
 from hetis.planner.use_cases.json_values import json_value
@@ -20,6 +21,7 @@ from hetis.solver.problem import NOTHING_SET, EngineRules, EngineSettings
 PLACES = ("node", "zone")  # kinds of places whose loss a plan may have to survive
 MAY_DIFFER = ("tpot_limit_s", "demand_rps")  # the fields of an objective that may have been requested otherwise
 SHARE = "gpu_memory_utilization"
+RowT = TypeVar("RowT")
 
 
 class UnreadableError(ValueError):
@@ -399,3 +401,57 @@ def _rung(row: Any) -> RungFound | None:
 def read_rung(data: Any) -> str:
     """Return the name of a rung; no plan is checked against others."""
     return data if data in RUNGS else ""
+
+
+# --- pools of classes of requests
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KeptWithClasses:
+    """The highest rates that a plan without classes and one with them keep in a kind of traffic.
+
+    ``counts``: whether a gain there is required.
+    """
+
+    traffic: str
+    without_rps: float
+    with_rps: float
+    counts: bool = True
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClassLatency:
+    """The simulated p95 TTFT of a class in both plans, at a rate that both keep; ``share`` is that of its requests."""
+
+    name: str
+    share: float
+    rate_rps: float
+    without_s: float | None
+    with_s: float | None
+    limit_s: float | None = None
+    max_prompt_tokens: int | None = None
+
+
+def read_kept_with_classes(data: Any) -> tuple[KeptWithClasses, ...]:
+    return _rows_of(KeptWithClasses, data)
+
+
+def read_class_latencies(data: Any) -> tuple[ClassLatency, ...]:
+    return _rows_of(ClassLatency, data)
+
+
+def _rows_of(kind: type[RowT], data: Any) -> tuple[RowT, ...]:
+    """Return the rows of a table as values; rows in another form are left out."""
+    texts, found = {"traffic", "name"}, list[RowT]()
+    for row in data if isinstance(data, list) else ():
+        if isinstance(row, Mapping) and all(
+            isinstance(value, str) if name in texts else value is None or isinstance(value, int | float)
+            for name, value in row.items()
+        ):
+            with suppress(TypeError):
+                found.append(kind(**row))
+    return tuple(found)
+
+
+def read_text(data: Any) -> str:
+    return data if isinstance(data, str) else ""

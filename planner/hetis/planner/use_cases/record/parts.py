@@ -14,8 +14,10 @@ from typing import Any, TypeVar, dataclass_transform
 from hetis.formats.errors import DocumentError, Problem
 from hetis.planner.use_cases.json_values import json_value
 from hetis.planner.use_cases.record.forms import (
+    ClassLatency,
     EngineValue,
     Errors,
+    KeptWithClasses,
     RungFound,
     Searched,
     Tightening,
@@ -25,12 +27,14 @@ from hetis.planner.use_cases.record.forms import (
     engine_settings_from_data,
     errors_data,
     read_any_number,
+    read_class_latencies,
     read_constraints,
     read_engine,
     read_engine_values,
     read_errors,
     read_flag,
     read_kept_rps,
+    read_kept_with_classes,
     read_losses,
     read_mapping,
     read_number,
@@ -41,6 +45,7 @@ from hetis.planner.use_cases.record.forms import (
     read_rungs,
     read_searched,
     read_share,
+    read_text,
     read_tightening,
     read_values_by_size,
     read_verification,
@@ -217,6 +222,19 @@ class Rungs(Part):
     """What the best plan of each rung reaches."""
 
     found: tuple[RungFound, ...] = entry((), read_rungs, name="rungs")
+
+
+@part
+class Classes(Part):
+    """What pools of classes of requests were found to keep beside a plan without; ``cut`` is empty: none were tried."""
+
+    cut: str = entry("", read_text, name="classes_cut")
+    worth: float = entry(0.0, read_share, name="classes_worth")
+    value: float | None = entry(None, read_any_number, name="classes_value")  # of the plan with classes, by the model
+    bound: float | None = entry(None, read_any_number, name="classes_bound")
+    kept: tuple[KeptWithClasses, ...] = entry((), read_kept_with_classes, name="classes_kept")
+    ttft: tuple[ClassLatency, ...] = entry((), read_class_latencies, name="classes_ttft")
+    why_not: str = entry("", read_text, name="classes_why_not")  # why the plan has none; empty: it has them
 
 
 @part
