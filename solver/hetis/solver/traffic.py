@@ -138,7 +138,7 @@ class Histogram:
             if n:
                 low, high = self.scale.bounds(k)
                 if left <= n:
-                    return low + (high - low) * max(0.0, left / n) ** skew
+                    return low + (high - low) * math.pow(max(0.0, left / n), skew)
                 left -= n
         return high
 
