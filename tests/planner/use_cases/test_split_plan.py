@@ -58,7 +58,6 @@ def test_it_can_be_simulated_before_it_is_shown(split: str) -> None:
         found.plan, found.problem, rate_rps, found.plan.objective, seed=0, budget=Budget(), report=silent,
         lengths=(400,),
     )  # fmt: skip
-    assert tried is not None
     assert tried.num_requests == 400
     assert 0 < tried.summary.tpot_s.p50 < tried.summary.ttft_s.p50
 
