@@ -16,6 +16,7 @@ import hetis
 from hetis.planner.report.figures import digits, seconds
 from hetis.planner.report.simulation import _goodput
 from hetis.planner.report.simulation_pictures import panels_of
+from hetis.planner.use_cases.saved_plans import load_plan_and_problem
 from hetis.planner.use_cases.service_level import DEFAULT, Latency, ServiceLevel, Statistic
 from hetis.planner.use_cases.simulation import simulate as simulating
 from hetis.planner.use_cases.simulation.judging import (
@@ -28,7 +29,6 @@ from hetis.planner.use_cases.simulation.judging import (
     verdict_of,
 )
 from hetis.planner.use_cases.simulation.simulate import Question, Simulated, answer, default_requests
-from hetis.planner.use_cases.sources import load_plan_and_problem
 from hetis.planner.use_cases.verification.outcome import AS_PLANNED
 from hetis.planner.use_cases.verification.rates import simulated_at
 from hetis.simulator.arrivals import Arrivals, Load

@@ -33,6 +33,7 @@ from hetis.planner.use_cases.grouping import group_replicas
 from hetis.planner.use_cases.place import PlacementSettings, simulated_plan
 from hetis.planner.use_cases.record.parts import Requested, Verified
 from hetis.planner.use_cases.request import PlacementRequest
+from hetis.planner.use_cases.saved_plans import load_plan_and_problem
 from hetis.planner.use_cases.service_level import (
     DEFAULT,
     Latency,
@@ -44,7 +45,7 @@ from hetis.planner.use_cases.service_level import (
 from hetis.planner.use_cases.simulation.engine_settings import at_settings, with_all_seats, with_more_seats
 from hetis.planner.use_cases.simulation.judging import _attained, measured
 from hetis.planner.use_cases.simulation.simulate import Question, Simulated, answer, default_rate, seats_of
-from hetis.planner.use_cases.sources import load_inputs, load_plan_and_problem
+from hetis.planner.use_cases.sources import load_inputs
 from hetis.planner.use_cases.verification import choosing, latency_curve, rates
 from hetis.planner.use_cases.verification.choosing import (
     OUT_OF_TIME,
