@@ -11,8 +11,8 @@ import numpy as np
 
 from hetis.formats.saved_state import piece_costs
 from hetis.planner.convert.plans import message_of, value_from
-from hetis.planner.use_cases.dispatch import CostedStage, state_of_stage, with_costs
-from hetis.planner.use_cases.sources import PlanAndProblem
+from hetis.planner.use_cases.dispatch.stages import CostedStage, state_of_stage, with_costs
+from hetis.planner.use_cases.saved_plans import PlanAndProblem
 from hetis.solver.dispatch.dispatch_problem import FloatArray, HeadShape, IntArray, Primary, Stage
 from hetis.solver.dispatch.snapshot import DeviceSnapshot, DeviceStatus, PreparedMove, StateSnapshot
 from hetis.solver.errors import InvalidProblemError
