@@ -88,6 +88,8 @@ def test_a_fleet_is_applied_a_plan_solved_saved_imported_and_looked_at(
     assert "no agent is connected" in capsys.readouterr().err
 
     assert said(ExitCode.OK, "apply", "--activate", "plans/night", "--no-wait")
+    replicas = said(ExitCode.OK, "get", "replicas", "-o", "name").split()
+    assert "no agent ever connected as node" in said(ExitCode.OK, "why", replicas[0])
     assert hetis_plan("delete", "plans", "night", "offline") == ExitCode.CONFLICT
     captured = capsys.readouterr()
     assert captured.out == "plans/offline  deleted\n"
