@@ -78,15 +78,16 @@ def test_a_fleet_is_applied_a_plan_solved_saved_imported_and_looked_at(hetis_pla
     assert "no agent is connected" in hetis_plan("disconnect", "a100", code=ExitCode.INVALID).err
 
     assert said(ExitCode.OK, "apply", "--activate", "plans/night", "--no-wait")
+    replicas = said(ExitCode.OK, "get", "replicas", "-o", "name").split()
+    assert "no agent ever connected as node" in said(ExitCode.OK, "why", replicas[0])
     captured = hetis_plan("delete", "plans", "night", "offline", code=ExitCode.CONFLICT)
     assert captured.out == "plans/offline  deleted\n"
     assert "error: plans/night is in force in clusters/paper" in captured.err
     assert "hetis-plan cancel plans/night\n" in hetis_plan("delete", "clusters/paper", code=ExitCode.CONFLICT).err
     assert said(ExitCode.OK, "cancel", "night")
     assert said(ExitCode.OK, "delete", "plans/night") == "plans/night  deleted\n"
-    assert (
-        "list what exists: hetis-plan get plans\n" in hetis_plan("delete", "plans", "night", code=ExitCode.INVALID).err
-    )
+    shown = hetis_plan("delete", "plans", "night", code=ExitCode.INVALID)
+    assert "list what exists: hetis-plan get plans\n" in shown.err
 
 
 def test_what_cannot_be_is_infeasible_there_too(hetis_plan: Run, tmp_path: Path) -> None:

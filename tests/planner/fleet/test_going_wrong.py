@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from hetis.planner.failures import Reason, ServiceError
+from hetis.planner.fleet.writes import MOST_EVENTS
 from hetis.v1 import change_pb2, replica_pb2, report_pb2
 from tests.planner.fleet.samples import REPLICA, SETTINGS
 from tests.planner.fleet.world import World
@@ -161,3 +162,24 @@ def test_an_agent_that_lost_what_it_was_told_is_told_again_when_it_is_back(world
     world.connect("c")
     world.flow()
     assert list(world.agents["c"].changes) == [change_id]
+
+
+def test_what_happened_to_a_replica_is_stored_and_bounded(world: World) -> None:
+    def events() -> list[tuple[str, str]]:
+        stored = world.store.tables.replicas.rows[REPLICA].body.events
+        state, goal = replica_pb2.ReplicaState, replica_pb2.AssignmentGoal
+        return [(state.Name(one.state)[14:], goal.Name(one.goal)[16:]) for one in stored]
+
+    came_up = [("STARTING", "LOAD"), ("STARTING", "SERVE"), ("SERVING", "SERVE")]
+    assert events() == came_up
+    world.disconnect("a")
+    world.pass_time(SETTINGS.lease_s + 1.0)
+    assert events()[3:] == [("FAILED", "SERVE")]
+    last = world.store.tables.replicas.rows[REPLICA].body.events[-1]
+    assert "node a" in last.failure.message
+    for _ in range(MOST_EVENTS):
+        world.heal()
+        world.disconnect("a")
+        world.pass_time(SETTINGS.lease_s + 1.0)
+    assert len(events()) == MOST_EVENTS
+    assert events()[-1][0] == "FAILED"

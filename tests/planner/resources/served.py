@@ -18,7 +18,7 @@ from grpc_status import rpc_status  # type: ignore[import-untyped]
 from hetis.planner.convert.documents import DeclaredFleets
 from hetis.planner.failures import not_found
 from hetis.planner.fleet.hubs import Hubs
-from hetis.planner.fleet.views import LiveNode, LiveReplica
+from hetis.planner.fleet.views import LiveNode, LiveReplica, show_live
 from hetis.planner.resources import dispatch
 from hetis.planner.resources.clusters import Clusters
 from hetis.planner.resources.nodes import CONNECTED, NodeReader, Nodes
@@ -110,6 +110,10 @@ class FakeFleet:
 
     def replica_view(self, name: str) -> LiveReplica | None:
         return self.replicas.get(name)
+
+    def show_replica(self, message: replica_pb2.Replica) -> None:
+        if (live := self.replicas.get(message.name)) is not None:
+            show_live(message, live)
 
     async def cluster_changed(self, cluster: str) -> None:
         self.changed.append(cluster)

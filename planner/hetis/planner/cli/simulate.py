@@ -25,8 +25,8 @@ from hetis.planner.use_cases.service_level import Statistic
 
 if TYPE_CHECKING:
     from hetis.formats.traces import Trace
+    from hetis.planner.use_cases.saved_plans import PlanAndProblem
     from hetis.planner.use_cases.simulation.simulate import Question, Simulated
-    from hetis.planner.use_cases.sources import PlanAndProblem
     from hetis.simulator.values import Fault
     from hetis.solver.plan import Objective, Plan
     from hetis.solver.problem import PlacementProblem
@@ -182,11 +182,12 @@ def simulate(terminal: Terminal, plan: PlanArgument, *, wanted: SimulateOptions)
 
     Ctrl-C once shows the figures of what was simulated so far; Ctrl-C twice exits at once.
     """
+    from hetis.planner.use_cases.saved_plans import load_plan_and_problem
     from hetis.planner.use_cases.service_level import DEFAULT
     from hetis.planner.use_cases.simulation import simulate as simulating
     from hetis.planner.use_cases.simulation.engine_settings import at_settings
     from hetis.planner.use_cases.simulation.judging import level_to_hold
-    from hetis.planner.use_cases.sources import engine_settings, load_plan_and_problem
+    from hetis.planner.use_cases.sources import engine_settings
     from hetis.planner.use_cases.verification.outcome import rate_to_simulate
     from hetis.simulator.arrivals import Arrivals, Load
     from hetis.simulator.values import Settings
