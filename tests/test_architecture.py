@@ -43,7 +43,7 @@ EXTRAS = {
         "alembic",
         "prometheus_client",
     ),
-    *("torch", "plotly", "matplotlib", "pyarrow"),
+    *("torch", "matplotlib", "pyarrow"),
 }
 # Folders that the base install has and does not use: the profiler's command line, and its measuring modules.
 ROOMS_OF_EXTRAS = {("profiler", room) for room in ("cli", "measure")}
