@@ -33,6 +33,7 @@ from hetis.v1 import (
     profile_service_pb2_grpc,
     redispatch_pb2,
     replica_pb2,
+    traffic_pb2,
 )
 
 Fail = Callable[[str, grpc.ServicerContext], None]
@@ -80,6 +81,7 @@ class FakePlanner(
         self.redispatches: dict[str, redispatch_pb2.Redispatch] = {}
         self.profiles: dict[str, profile_pb2.Profile] = {}
         self.plans: dict[str, plan_pb2.Plan] = {}
+        self.traffic = traffic_pb2.ClusterTraffic()
         self.differences: list[cluster_pb2.InventoryDifference] = []
         self.documents: dict[str, bytes] = {}
         self.events: list[cluster_service_pb2.WatchClusterResponse] = []
@@ -162,6 +164,11 @@ class FakePlanner(
         self._called("GetInventory", request, context)
         inventory = cluster_pb2.Inventory(name=request.name, differences=self.differences)
         return cluster_service_pb2.GetInventoryResponse(inventory=inventory)
+
+    def GetClusterTraffic(self, request: Any, context: Any) -> Any:
+        self._called("GetClusterTraffic", request, context)
+        self._required(self.clusters, request.name.removesuffix("/traffic"), context)
+        return cluster_service_pb2.GetClusterTrafficResponse(cluster_traffic=self.traffic)
 
     def GetNode(self, request: Any, context: Any) -> Any:
         self._called("GetNode", request, context)
