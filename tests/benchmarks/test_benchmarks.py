@@ -29,9 +29,6 @@ SOLVES = {"name", "gpus", "types", "status", "value", "bound", "gap", "seconds",
 PROMISED = {
     "placement": SOLVES | {"to_1_percent_s", "to_half_percent_s"},
     "attention_workers": SOLVES | {"bound_without", "ratio"},
-    "engines": {"name", "gpus", "status"}
-    | {f"{name}{mark}" for name in ("vllm", "vllm-hetis") for mark in ("", "_gap", "_s")}
-    | {"hetis_over_vllm"},
     "rungs": {"name", "requests", "planned", "exports", "keeps", "survives", "of", "user s"}
     | {f"{rung}{mark}" for rung in ("node", "pipelines", "apart", "workers") for mark in ("", " left %")},
     "coverage": {"name", "inputs", "read", "right", "refused", "wrong"},
@@ -259,4 +256,4 @@ def test_every_benchmark_has_a_table(name: str) -> None:
 def test_fleets_of_any_number_of_types_have_the_same_size(count: int) -> None:
     cluster = instances.of_types(count, 1024)
     assert cluster.num_gpus() == 1024
-    assert len(instances.gpu_types(cluster)) == count
+    assert len(cluster.types_used()) == count
