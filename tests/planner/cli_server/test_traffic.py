@@ -15,7 +15,6 @@ from hetis.v1 import traffic_pb2
 from tests.planner.cli_server.conftest import Run
 from tests.planner.client.fake_planner import FakePlanner
 
-Captured = pytest.CaptureFixture[str]
 NOW_S = 500_000 * HOUR_S + 1800
 
 
@@ -43,10 +42,9 @@ def measured(*models: str) -> traffic_pb2.ClusterTraffic:
     return traffic_pb2.ClusterTraffic(name="clusters/paper/traffic", windows=(one.to_proto() for one in windows))
 
 
-def test_the_table_has_now_and_the_same_hour_before(fleet: FakePlanner, hetis_plan: Run, capsys: Captured) -> None:
+def test_the_table_has_now_and_the_same_hour_before(fleet: FakePlanner, hetis_plan: Run) -> None:
     fleet.traffic = measured("Llama-2-70B")
-    assert hetis_plan("traffic", "paper") == ExitCode.OK
-    out = capsys.readouterr().out
+    out = hetis_plan("traffic", "paper").out
     assert max(len(line) for line in out.splitlines()) <= 80
     rows = {line[:18].strip(): line[18:].split() for line in out.splitlines()}
     assert rows["last hour"][0] == rows["last 5 min"][0] == "4.00"
@@ -54,44 +52,37 @@ def test_the_table_has_now_and_the_same_hour_before(fleet: FakePlanner, hetis_pl
     assert rows["last hour"][1] == "1000"
 
 
-def test_the_workload_is_what_place_reads(
-    fleet: FakePlanner, hetis_plan: Run, tmp_path: Path, capsys: Captured
-) -> None:
+def test_the_workload_is_what_place_reads(fleet: FakePlanner, hetis_plan: Run, tmp_path: Path) -> None:
     fleet.traffic = measured("Llama-2-70B")
     file = tmp_path / "workload.yaml"
-    assert hetis_plan("traffic", "paper", "--last", "30m", "--out", str(file)) == ExitCode.OK
-    assert "7200 requests in 0.5 h, 4/s, 1000/250 tokens" in capsys.readouterr().err
+    shown = hetis_plan("traffic", "paper", "--last", "30m", "--out", str(file))
+    assert "7200 requests in 0.5 h, 4/s, 1000/250 tokens" in shown.err
     workload = load_workload(str(file))
     moments = workload.moments()
     assert (moments.mean_prompt, moments.mean_output) == (pytest.approx(1000), pytest.approx(250))
     assert (workload.rate_rps, workload.prefix_hit_rate) == (pytest.approx(4), pytest.approx(0.1))
 
 
-def test_a_model_is_named_where_there_are_several(fleet: FakePlanner, hetis_plan: Run, capsys: Captured) -> None:
+def test_a_model_is_named_where_there_are_several(fleet: FakePlanner, hetis_plan: Run) -> None:
     fleet.traffic = measured("one", "two")
-    assert hetis_plan("traffic", "paper", "--out", "-") == ExitCode.CONFLICT
-    assert "give --model, one of one, two" in capsys.readouterr().err
-    assert hetis_plan("traffic", "paper", "--model", "two", "--out", "-") == ExitCode.OK
-    assert hetis_plan("traffic", "paper", "--model", "three") == ExitCode.CONFLICT
-    assert "no traffic of three was measured; models: one, two" in capsys.readouterr().err
+    assert "give --model, one of one, two" in hetis_plan("traffic", "paper", "--out", "-", code=ExitCode.CONFLICT).err
+    hetis_plan("traffic", "paper", "--model", "two", "--out", "-")
+    shown = hetis_plan("traffic", "paper", "--model", "three", code=ExitCode.CONFLICT)
+    assert "no traffic of three was measured; models: one, two" in shown.err
 
 
-def test_nothing_measured_says_where_it_would_come_from(fleet: FakePlanner, hetis_plan: Run, capsys: Captured) -> None:
-    assert hetis_plan("traffic", "paper") == ExitCode.OK
-    assert "nothing was measured yet: agents read the /metrics of engines" in capsys.readouterr().err
-    assert hetis_plan("traffic", "paper", "--out", "-") == ExitCode.CONFLICT
+def test_nothing_measured_says_where_it_would_come_from(fleet: FakePlanner, hetis_plan: Run) -> None:
+    assert "nothing was measured yet: agents read the /metrics of engines" in hetis_plan("traffic", "paper").err
+    hetis_plan("traffic", "paper", "--out", "-", code=ExitCode.CONFLICT)
 
 
 @pytest.mark.parametrize("last", ["", "1w", "0h", "16d", "99999h", "h"])
-def test_a_duration_that_is_none_is_refused(fleet: FakePlanner, hetis_plan: Run, capsys: Captured, last: str) -> None:
-    assert hetis_plan("traffic", "paper", "--last", last) == ExitCode.INVALID
-    assert "must be a duration up to 15d, such as 30m, 12h or 7d" in " ".join(
-        capsys.readouterr().err.replace("│", "").split()
-    )
+def test_a_duration_that_is_none_is_refused(fleet: FakePlanner, hetis_plan: Run, last: str) -> None:
+    shown = hetis_plan("traffic", "paper", "--last", last, code=ExitCode.INVALID)
+    assert "must be a duration up to 15d, such as 30m, 12h or 7d" in " ".join(shown.err.replace("│", "").split())
 
 
-def test_data_is_the_message(fleet: FakePlanner, hetis_plan: Run, capsys: Captured) -> None:
+def test_data_is_the_message(fleet: FakePlanner, hetis_plan: Run) -> None:
     fleet.traffic = measured("one")
-    assert hetis_plan("traffic", "-o", "json") == ExitCode.OK
-    data = json.loads(capsys.readouterr().out)
+    data = json.loads(hetis_plan("traffic", "-o", "json").out)
     assert data["windows"][0]["span"] == "3600s"
