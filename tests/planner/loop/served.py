@@ -9,7 +9,8 @@ import numpy as np
 from hetis.formats.documents import from_data
 from hetis.planner.loop.forecast import BIN_S, History
 from hetis.planner.use_cases.place import PlacementSettings, describe, search
-from hetis.planner.use_cases.sources import PlanAndProblem, engine_rules, load_inputs
+from hetis.planner.use_cases.saved_plans import PlanAndProblem
+from hetis.planner.use_cases.sources import engine_rules, load_inputs
 from hetis.solver.budget import Budget, silent
 from hetis.solver.cluster import Cluster
 from hetis.solver.plan import Objective, ObjectiveKind

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from hetis.planner.loop.curves import composed_curve
-from hetis.planner.loop.forecast import BIN_S, History, Window, forecast
+from hetis.planner.loop.forecast import BIN_S, History, Window, forecast, with_hours
 from hetis.solver.errors import InvalidProblemError
 from hetis.solver.traffic import TrafficSketch
 from hetis.solver.workload import FloatArray, LengthBin, Workload
@@ -74,9 +74,22 @@ def test_minutes_count_before_the_hours_that_contain_them() -> None:
     found = History.of_windows(
         [window(0, 3600, 1.0), window(3600, 3600, 2.0), window(7200, 3600, 3.0), *minutes], 10_800
     )
-    assert found.rates.tolist() == [1.0] * 12 + [2.0] * 12 + [4.0] * 12
+    hours, fine = found.rates[:24], found.rates[24:]
+    assert fine.tolist() == [4.0] * 12
+    assert (np.diff(hours) >= 0).all()
+    assert hours[[6, 17]] == pytest.approx([1.04, 1.96], abs=0.01)  # of the middles of hours, half a bin beside
     assert len(found.recent) == 60
     assert found.traffic_since(10_740).arrivals == 240
+
+
+def test_hours_have_the_unevenness_of_the_minutes() -> None:
+    uneven = 10.0 + 2.0 * (-1.0) ** np.arange(36)
+    fine = np.concatenate([np.full(240, np.nan), uneven])
+    spans = np.array([(12.0 * n, 12.0) for n in range(20)])
+    found = with_hours(fine, spans, np.full(20, 10.0))
+    assert found[240:].tolist() == uneven.tolist()
+    assert found[:240].std() == pytest.approx(2.0, rel=0.05)
+    assert found[:240].mean() == pytest.approx(10.0, rel=0.01)
 
 
 def test_without_traffic_there_is_no_forecast() -> None:

@@ -22,11 +22,12 @@ from enum import StrEnum
 
 from hetis.planner.loop.drift import Drift, DriftTest, Expected, expected_shares
 from hetis.planner.loop.forecast import Forecast, History, forecast
+from hetis.planner.use_cases.other_fleets.replan import PosedReplan, pose_replanning, replan
 from hetis.planner.use_cases.place import PlacementSettings
 from hetis.planner.use_cases.prices import price_of_plan
-from hetis.planner.use_cases.replan import PosedReplan, pose_replanning, replan
 from hetis.planner.use_cases.robustness.fixed_plan import FixedPlan
-from hetis.planner.use_cases.sources import LoadedInputs, PlanAndProblem
+from hetis.planner.use_cases.saved_plans import PlanAndProblem
+from hetis.planner.use_cases.sources import LoadedInputs
 from hetis.solver.budget import Budget, silent
 from hetis.solver.cluster import Cluster
 from hetis.solver.errors import InfeasibleError, InvalidProblemError, NoPlanFoundError

@@ -67,24 +67,19 @@ class History:
 
     @classmethod
     def of_windows(cls, windows: Sequence[Window], now_s: float, *, recent_s: float = 3600.0) -> History:
-        """Return the history of windows of any lengths, such as minutes and hours; a window's arrivals are spread
-        evenly over its bins. Where windows overlap, as minutes do with their hour, the shortest count.
-        """
+        """Return the history of windows such as minutes of the last hours, and hours of the last weeks."""
         first = min((one.start_s for one in windows), default=now_s)
-        size = min(int(KEPT_S / BIN_S), math.ceil((now_s - first) / BIN_S))
-        start, rates = now_s - size * BIN_S, np.full(size, np.nan)
-        for one in sorted(windows, key=lambda one: -one.traffic.seconds):
-            begin, end = ((at - start) / BIN_S for at in (one.start_s, one.start_s + one.traffic.seconds))
-            inside = slice(max(0, round(begin)), max(0, round(end)))
-            if one.traffic.seconds >= BIN_S:
-                rates[inside] = one.traffic.rate_per_s
-        short = [one for one in windows if 0 < one.traffic.seconds < BIN_S and one.start_s >= start]
-        bins = np.array([min(size - 1, int((one.start_s - start) / BIN_S)) for one in short], dtype=int)
+        size = min(round(KEPT_S / BIN_S), math.ceil((now_s - first) / BIN_S))
+        start_s = now_s - size * BIN_S
+        short = [one for one in windows if 0 < one.traffic.seconds < BIN_S and one.start_s >= start_s]
+        bins = np.array([min(size - 1, int((one.start_s - start_s) / BIN_S)) for one in short], dtype=int)
         seconds = np.bincount(bins, [one.traffic.seconds for one in short], minlength=size)
         arrivals = np.bincount(bins, [one.traffic.arrivals for one in short], minlength=size)
-        known = seconds > BIN_S / 2
-        rates[known] = arrivals[known] / seconds[known]
-        recent = tuple(one for one in windows if one.start_s >= now_s - recent_s and one.traffic.seconds < BIN_S)
+        fine = np.where(seconds > BIN_S / 2, arrivals / np.maximum(seconds, 1.0), np.nan)
+        long = sorted((one for one in windows if one.traffic.seconds >= BIN_S), key=lambda one: one.start_s)
+        spans = np.array([(one.start_s - start_s, one.traffic.seconds) for one in long]).reshape(-1, 2) / BIN_S
+        rates = with_hours(fine, spans, np.array([one.traffic.rate_per_s for one in long]))
+        recent = [one for one in windows if one.start_s >= now_s - recent_s and one.traffic.seconds < BIN_S]
         return cls(end_s=now_s, rates=rates, recent=tuple(sorted(recent, key=lambda one: one.start_s)))
 
     def traffic_since(self, start_s: float) -> TrafficSketch:
@@ -237,6 +232,34 @@ def _quantile(errors: FloatArray, coverage: float) -> float:
     weight, spread = PRIOR
     variance = (weight * spread**2 + float(errors @ errors)) / (weight + n)
     return NormalDist().inv_cdf(coverage) * math.sqrt(variance)
+
+
+def with_hours(fine: FloatArray, spans: FloatArray, hourly: FloatArray) -> FloatArray:
+    """Return the rates of bins, those that are not known (NaN) by the hours, or other long windows, that contain them.
+
+    Rates are interpolated between the middles of hours, and have the unevenness of the bins that are known: without it
+    past forecasts would seem to have missed by less than those of a bin do.
+
+    Args:
+        fine: rates by bin.
+        spans: start and length of each long window, in bins, by start.
+        hourly: their rates.
+    """
+    unknown = np.isnan(fine)
+    if not len(hourly) or not unknown.any():
+        return fine
+    bins = np.arange(len(fine))
+    by_hours = np.interp(bins + 0.5, spans.sum(axis=1) - spans[:, 1] / 2, hourly)
+    inside = np.zeros(len(fine), dtype=bool)
+    for start, length in spans:
+        inside[max(0, round(start)) : max(0, round(start + length))] = True
+    known = fine[~unknown]
+    uneven = np.ones(1)
+    if len(known) >= 12 and known.mean() > 0:
+        trend = np.convolve(np.pad(known, (6, 5), mode="edge"), np.full(12, 1 / 12), mode="valid")
+        uneven = known / np.maximum(trend, LEAST_RPS)
+    found: FloatArray = np.where(unknown & inside, by_hours * np.resize(uneven, len(fine)), fine)
+    return found
 
 
 def _without_holes(rates: FloatArray) -> FloatArray:

@@ -24,9 +24,9 @@ import numpy as np
 from hetis.planner.loop.curves import STEP_S, TrafficCurve
 from hetis.planner.loop.decision import InForce, LoopSettings, Verdict, decide, kept_rate, solve
 from hetis.planner.loop.drift import Drift, DriftTest, Expected
-from hetis.planner.loop.forecast import BIN_S, KEPT_S, Forecast, History, Window
-from hetis.planner.use_cases.replan import PosedReplan
-from hetis.planner.use_cases.sources import PlanAndProblem
+from hetis.planner.loop.forecast import BIN_S, KEPT_S, Forecast, History, Window, with_hours
+from hetis.planner.use_cases.other_fleets.replan import PosedReplan
+from hetis.planner.use_cases.saved_plans import PlanAndProblem
 from hetis.solver.advice import without_nodes
 from hetis.solver.cluster import Cluster, node_of
 from hetis.solver.plan import ReplicaPlan
@@ -36,7 +36,7 @@ from hetis.solver.traffic import TOKENS, Histogram, TrafficSketch
 from hetis.solver.workload import FloatArray, Workload
 
 WINDOW_S = 10.0  # between two reports of agents
-RECENT_S = 3600.0
+RECENT_S, MINUTES_KEPT_S = 3600.0, 3 * 3600  # of whole windows, and of minutes before they are hours
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -373,10 +373,17 @@ class _TrafficLog:
         return Histogram(scale=TOKENS, counts=tuple(map(float, counts)), total=float(counts @ means))
 
     def history(self, now_s: float) -> History:
+        """Return what the planner's store has: minutes of the last hours, and hours of two weeks."""
         each = round(BIN_S / WINDOW_S)
         bins = min(self._count // each, round(KEPT_S / BIN_S))
-        arrivals = self._arrivals[self._count - bins * each : self._count].reshape(bins, each)
-        return History(end_s=now_s, rates=arrivals.sum(axis=1) / BIN_S, recent=tuple(self._recent))
+        rates = self._arrivals[self._count - bins * each : self._count].reshape(bins, each).sum(axis=1) / BIN_S
+        hour = round(3600 / BIN_S)
+        hours = max(0, bins - MINUTES_KEPT_S // round(BIN_S)) // hour
+        if hours:
+            fine, spans = rates.copy(), np.array([(n * hour, hour) for n in range(hours)], dtype=float)
+            fine[: hours * hour] = np.nan
+            rates = with_hours(fine, spans, rates[: hours * hour].reshape(hours, hour).mean(axis=1))
+        return History(end_s=now_s, rates=rates, recent=tuple(self._recent))
 
     def last_minute_rps(self) -> float:
         last = self._arrivals[max(0, self._count - round(60 / WINDOW_S)) : self._count]

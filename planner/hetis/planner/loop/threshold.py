@@ -16,7 +16,7 @@ from dataclasses import replace
 from hetis.planner.loop.drift import DriftTest
 from hetis.planner.loop.rehearsal import Answer, Change, View
 from hetis.planner.use_cases.prices import price_of_plan
-from hetis.planner.use_cases.sources import PlanAndProblem
+from hetis.planner.use_cases.saved_plans import PlanAndProblem
 from hetis.solver.errors import InvalidProblemError
 from hetis.solver.plan import ReplicaPlan, Role
 from hetis.solver.replanning.change import ChangeCosts, holdings_of
