@@ -114,7 +114,6 @@ def first_line(command: Sequence[str], *, limit_s: float = LIMIT_S) -> str:
         deadline = threading.Timer(limit_s, end)
         deadline.start()
         try:
-            assert running.stdout is not None
             line = running.stdout.readline()
         finally:
             deadline.cancel()

@@ -143,7 +143,6 @@ def test_one_request_at_a_time_takes_what_the_cost_model_says() -> None:
     point = replace(pose(row(batch_size="1")), shortest=1.0)
     found = silicon.predict(point)
     shape, profile = rank_shape(point.model, 1), silicon.profile_of(point)
-    assert shape is not None
     gpu = catalogue.find_gpu(point.gpu).gpu
     moments = moments_of([LengthBin(prompt_tokens=512, output_tokens=64, weight=1.0)], block_tokens=1)
     cost = DeviceCost(point.model, profile, moments, shape, intra_link(gpu, None))

@@ -109,7 +109,6 @@ def test_a_strategy_gets_the_bound_of_the_one_that_contains_it(solver: Solver) -
     results = {name: outcome.plan.result for name, outcome in found.items() if outcome.plan is not None}
     assert (results["splitwise"].bound, results["splitwise"].gap) == (2.5, pytest.approx(0.25))
     plan = found["splitwise"].plan
-    assert plan is not None
     assert plan.notes[-1] == "the bound is that of strategy hexgen2, which has all plans of splitwise"
 
 
@@ -117,7 +116,6 @@ def test_a_bound_never_crosses_the_value(solver: Solver) -> None:
     """Value and bound are sums of rounded numbers."""
     solver({"splitwise": (2.0 * (1 + 1e-12), 9.0), "hexgen2": (2.0, 2.0)})
     plan = compared(["splitwise", "hexgen2"])["splitwise"].plan
-    assert plan is not None
     assert plan.result.bound == plan.result.value
 
 
@@ -129,17 +127,14 @@ def test_a_better_plan_of_a_contained_strategy_is_the_container_s_too(
     solver({"splitwise": (2.2, 9.0), "hexgen2": (2.0, 2.5), "hetis": (3.0, 3.0)})
     found = compared(["hetis", "hexgen2", "splitwise"])
     plan = found["hexgen2"].plan
-    assert plan is not None
     assert (plan.strategy, plan.result.value, plan.result.bound) == ("hexgen2", 2.2, 2.5)
     assert plan.notes[-1] == "the plan was found by strategy splitwise, whose plans are all of hexgen2"
-    assert found["hetis"].plan is not None
     assert found["hetis"].plan.result.value == 3.0
 
 
 def test_a_plan_that_the_checker_refuses_is_not_taken_over(solver: Solver) -> None:
     solver({"splitwise": (2.2, 9.0), "hexgen2": (2.0, 2.5)})  # handmade plans, whose numbers prove nothing
     plan = compared(["hexgen2", "splitwise"])["hexgen2"].plan
-    assert plan is not None
     assert plan.result.value == 2.0
 
 
@@ -499,8 +494,6 @@ def test_the_bound_of_a_container_is_named_after_another_search_too(
     engines = {"vllm": EngineRules(name="vllm")}
     found = comparing.compare_engines(searches(Objective()), ["hexgen", "hetis"], engines)
     hexgen, hetis = comparing.simulate_plans(found, searches(Objective()), engines, ServiceLevel())
-    assert hexgen.plan is not None
-    assert hetis.plan is not None
     assert hexgen.plan.notes == ("another", "the bound is that of strategy hetis, which has all plans of hexgen")
     assert hetis.plan.notes == ("another",)
 
@@ -512,7 +505,6 @@ def test_once_cancelled_plans_remain_as_they_are(solver: Solver) -> None:
     found = comparing.compare_engines(asked, ["hetis"], {"vllm": EngineRules(name="vllm")})
     cancelled.set()
     [again] = comparing.simulate_plans(found, asked, {"vllm": EngineRules(name="vllm")}, ServiceLevel())
-    assert found[0].plan is not None
     assert again.plan == replace(found[0].plan, notes=(*found[0].plan.notes, STOPPED_EARLY))
 
 

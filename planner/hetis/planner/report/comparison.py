@@ -21,10 +21,11 @@ from hetis.planner.report.tables import Narrowing, as_group, bullets, facts, gri
 from hetis.planner.use_cases.compare import Compared, Figures, best_of, figures_of, kept_of
 from hetis.planner.use_cases.grouping import gpu_counts, used_counts
 from hetis.planner.use_cases.json_values import document, fields_of, json_value
+from hetis.planner.use_cases.other_fleets.additions import FleetChange
+from hetis.planner.use_cases.other_fleets.what_if import BuyNext, ListedOffer, Side, WhatIf
 from hetis.planner.use_cases.record.parts import Requested, Verified
 from hetis.planner.use_cases.service_level import DEFAULT
 from hetis.planner.use_cases.sources import Inputs
-from hetis.planner.use_cases.what_if import BuyNext, FleetChange, ListedOffer, Side, WhatIf
 from hetis.solver.advice import ChangeVerdict, Difference, NodeShape
 from hetis.solver.cluster import Link
 from hetis.solver.placement.families import STRATEGIES

@@ -66,7 +66,7 @@ from hetis.planner.use_cases.record.parts import (
     MadeFrom,
     Requested,
 )
-from hetis.planner.use_cases.sources import inputs_from_documents
+from hetis.planner.use_cases.saved_plans import inputs_from_documents
 from hetis.solver.constraints import Constraint, described
 from hetis.solver.errors import InvalidProblemError
 from hetis.solver.placement.families import STRATEGIES

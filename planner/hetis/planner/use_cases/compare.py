@@ -17,15 +17,9 @@ from hetis.planner.use_cases.place import PlacementSettings, make_plan, simulate
 from hetis.planner.use_cases.precision import for_engine
 from hetis.planner.use_cases.prices import price_of_plan
 from hetis.planner.use_cases.record.parts import Requested, Verified
+from hetis.planner.use_cases.saved_plans import PlanAndProblem, differing_fields, load_plan_and_problem, problem_of
 from hetis.planner.use_cases.service_level import ServiceLevel
-from hetis.planner.use_cases.sources import (
-    Inputs,
-    LoadedInputs,
-    PlanAndProblem,
-    differing_fields,
-    load_plan_and_problem,
-    problem_of,
-)
+from hetis.planner.use_cases.sources import Inputs, LoadedInputs
 from hetis.planner.use_cases.verification.rates import ITERATIONS
 from hetis.solver.budget import Budget, Report, one_of_several
 from hetis.solver.check import check_plan

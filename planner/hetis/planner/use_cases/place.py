@@ -31,6 +31,7 @@ from hetis.planner.use_cases.precision import for_engine, in_precision, notes_on
 from hetis.planner.use_cases.prices import catalogue_market, constraint_prices, with_prices
 from hetis.planner.use_cases.record.forms import MAY_DIFFER
 from hetis.planner.use_cases.record.parts import MadeFrom, Requested, Rungs, Surviving, Verified
+from hetis.planner.use_cases.record.versions import installed_versions
 from hetis.planner.use_cases.request import PlacementRequest, path_or_value, ratio_of
 from hetis.planner.use_cases.robustness.profile_errors import profile_notes, with_profile_errors
 from hetis.planner.use_cases.robustness.study import Robustness, study, with_robustness
@@ -41,7 +42,6 @@ from hetis.planner.use_cases.verification import equal_stages
 from hetis.planner.use_cases.verification.choosing import Again, kept_plan, with_rate_of_equal_stages, worth_of
 from hetis.planner.use_cases.verification.queueing import with_queueing
 from hetis.planner.use_cases.verification.rates import ITERATIONS, simulation_report
-from hetis.planner.use_cases.versions import installed_versions
 from hetis.solver.budget import Budget, Report, SearchSettings, silent
 from hetis.solver.errors import InfeasibleError, InvalidProblemError, UncheckedPlanError
 from hetis.solver.plan import DEFAULT_STRATEGY, DEFAULT_TIME_LIMIT_S, Objective, Plan, Role

@@ -377,7 +377,7 @@ def likely_rate(plan: Plan, problem: PlacementProblem) -> float:
 
 def _compile_dispatcher(on_start: Callable[[], None]) -> None:
     """Compile what dispatches head groups, if that has not been done on this machine."""
-    from hetis.planner.use_cases.dispatch import is_compiled
+    from hetis.planner.use_cases.dispatch.answers import is_compiled
     from hetis.solver.dispatch.dispatcher import compile_dispatch
 
     if not is_compiled():

@@ -9,6 +9,7 @@ from hetis.formats.documents import load_cluster, load_model, load_workload
 from hetis.formats.errors import DocumentError, Problem, attempt, single_problem
 from hetis.formats.traces import PrefixHitRate
 from hetis.formats.workload import with_prefix_hits
+from hetis.planner.use_cases.other_fleets.what_if import with_cluster
 from hetis.planner.use_cases.place import (
     KV_IS_FOR_ENGINES,
     PlacementSettings,
@@ -18,20 +19,11 @@ from hetis.planner.use_cases.place import (
 from hetis.planner.use_cases.precision import for_engine
 from hetis.planner.use_cases.record.parts import MadeFrom, Requested
 from hetis.planner.use_cases.robustness.profile_errors import profile_notes, with_profile_errors
-from hetis.planner.use_cases.sources import (
-    LoadedInputs,
-    differing_fields,
-    impossible_profiles,
-    load_plan_and_problem,
-    load_profiles,
-    named,
-    unconfirmed,
-    unused_profiles,
-)
+from hetis.planner.use_cases.saved_plans import differing_fields, load_plan_and_problem, unconfirmed
+from hetis.planner.use_cases.sources import LoadedInputs, impossible_profiles, load_profiles, named, unused_profiles
 from hetis.planner.use_cases.surviving import ENOUGH, left_without, with_losses
 from hetis.planner.use_cases.verification.choosing import noted_if_stopped
 from hetis.planner.use_cases.verification.rates import simulation_report, verified
-from hetis.planner.use_cases.what_if import with_cluster
 from hetis.solver.budget import Budget, Report
 from hetis.solver.check import check_plan
 from hetis.solver.cluster import Cluster, node_of
