@@ -81,6 +81,13 @@ class PlacementRequest:
         panel="Inputs",
     )
     _: KW_ONLY
+    classes: str = given(
+        "--classes CUTS: "
+        "Try pools for classes of requests by prompt length, cut at percentiles: p90, p50,p90, auto (what pays), none.",
+        panel="Inputs",
+        shown="the workload's",
+        default="",
+    )
     prefix_hit_rate: Quantity | None = given(
         "--prefix-hit-rate SHARE|trace: "
         "Share of prompt tokens that prefix caches hold: 0.4, 40%, or trace to count it by a Mooncake trace's hash "

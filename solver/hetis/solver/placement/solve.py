@@ -232,12 +232,14 @@ def plan_of(
         prices=_prices(costs, outcome, scale),
         runners_up=runners_up_of(costs, outcome, status),
         notes=notes_on_search(problem, costs.routes.num_left_out),
+        classes=problem.class_shares(),
     )
 
 
 def replica_plan(costs: CostTables, template: Template, stages: list[BoundStage]) -> ReplicaPlan:
     """Return a template on named GPUs, with the numbers of the cost model."""
-    mix, m = costs.mixes[template.mix], costs.problem.family.in_flight[template.in_flight_index]
+    own, m = costs.of_scope(template.scope), costs.problem.family.in_flight[template.in_flight_index]
+    mix = own.mixes[template.mix]
     zones = costs.routes.whole_zones if mix.sends_afar else costs.scopes[template.scope].zones
     tables = costs.scopes[template.scope].tables
     plans, pools, first_layer = [], [], 0
@@ -273,6 +275,7 @@ def replica_plan(costs: CostTables, template: Template, stages: list[BoundStage]
         role=mix.role,
         expert_parallel=mix.attention_dp > 1,
         kv_zones=zones if mix.role is Role.PREFILL else (),
+        classes=costs.problem.ranges()[costs.scopes[template.scope].number],
     )
 
 
