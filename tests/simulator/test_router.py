@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hetis.simulator.fleet import LeastWork, Weighted
 from hetis.simulator.replica import ReplicaRun
+from hetis.simulator.routers import LeastWork, Weighted
 
 
 @dataclass(slots=True)

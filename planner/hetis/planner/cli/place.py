@@ -127,7 +127,9 @@ def finish(
         return report_no_plan(error, terminal, interrupted=cancelled.is_set())
     if prints and terminal.prints_tables:
         terminal.emit(dict, lambda: render_plan(made.plan, wide=wide))
-    answer = wait(lambda report: verify(made, request, loaded, cancelled=cancelled, report=report))
+    answer = wait(
+        lambda report: verify(made, request, loaded, cancelled=cancelled, report=report, carriers=not_carried)
+    )
     saved = outputs.save_or_tell(terminal, answer.plan, results.out, html=results.html, page=page)
     if prints:
         _print(terminal, made.plan, answer)

@@ -23,6 +23,7 @@ from hetis.solver.check.rederive import Derived, derive
 from hetis.solver.check.replica_shapes import Fleet, ReplicaShape, replica_shape
 from hetis.solver.check.setting import Setting
 from hetis.solver.cluster import node_of
+from hetis.solver.errors import InvalidProblemError
 from hetis.solver.plan import Objective, Plan, ReplicaPlan, Role
 from hetis.solver.problem import PlacementProblem
 from hetis.solver.profile import Profile
@@ -114,6 +115,8 @@ class FixedPlan:
             problem: its cluster, model, workload and objective, and the profiles for the pricing.
             made_with: the profiles with which the plan was made; None: those of the problem.
         """
+        if plan.classes:
+            raise InvalidProblemError("what errors of profiles do to pools of classes of requests is not known")
         self._problem = problem
         workload = problem.workload.clipped_to(problem.model.max_position)
         self._moments: WorkloadMoments = workload.moments(block_tokens=problem.assumptions.block_tokens)
