@@ -64,8 +64,8 @@ class PlacementSettings:
 
     ``roles``: those that replicas may have; empty: all roles of the strategy. ``engine``: the engine whose rules plans
     must obey; None: any engine. ``keep_stages``: whether to search pipelines of as many stages as its rules have; if
-    not, of fewer where those are too many to list (`listing`). ``simplest_within``: the share of the optimum that a
-    plan on fewer nodes may lose. ``survive``: ``node`` or ``zone`` if most, or the demand, must be served even if any
+    not, of fewer where those are too many to list (`listing`). ``simplest_within``: the share of the optimum that the
+    simplest plan may lose. ``survive``: ``node`` or ``zone`` if most, or the demand, must be served even if any
     one of them is lost; empty: neither. ``keep``: the share of its rate that must then be left. ``rung``, ``worth``,
     ``target`` and ``least_layers`` are those of `Climbing`; other strategies than the default one are searched whole
     unless a rung is requested.
@@ -425,9 +425,10 @@ def survivors(settings: PlacementSettings, budget: Budget, report: Report) -> Ca
         from hetis.solver.placement.survival import Survive
         from hetis.solver.planning import solve_surviving
 
+        survive = Survive(place=settings.survive, keep=keep, simplest_within=settings.simplest_within)
         return solve_surviving(
-            posed, Survive(place=settings.survive, keep=keep), strategy=settings.strategy, budget=budget,
-            gap_target=settings.gap_target, seed=settings.seed, report=report,
+            posed, survive, strategy=settings.strategy, budget=budget, gap_target=settings.gap_target,
+            seed=settings.seed, report=report,
         )  # fmt: skip
 
     return find

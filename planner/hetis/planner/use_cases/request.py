@@ -282,7 +282,7 @@ class PlacementRequest:
     )
     simplest_within: Quantity = given(
         "--simplest-within SHARE: "
-        "Loss against the best plan, such as 2%, to accept for replicas on fewer nodes, then for fewer shapes.",
+        "Loss against the best plan, such as 10%, to accept for the simplest plan: least lost with a node, few shapes.",
         panel="Search",
         default="0",
     )

@@ -68,6 +68,10 @@ class LpSolution:
         """Return what columns take is worth, without their costs; [K]."""
         return np.asarray((columns.uses * self.side_prices[columns.sides]).sum(axis=1) + self.replica_price)
 
+    def reduced(self, columns: Columns) -> FloatArray:
+        """Return how much more each column's GPUs are worth than its rate: the least that a plan with it loses; [K]."""
+        return np.asarray(self.worth(columns) + columns.costs - self.rate_prices[columns.sides] * columns.rates)
+
 
 @dataclass(frozen=True, slots=True)
 class MilpSolution:

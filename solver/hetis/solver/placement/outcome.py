@@ -10,14 +10,15 @@ request's price between the two.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 
 from hetis.solver.errors import BrokenProofError
 from hetis.solver.placement.constraint_rows import unit_of
 from hetis.solver.placement.master import MilpSolution
+from hetis.solver.placement.replicas.kinds import Layout
 from hetis.solver.placement.replicas.tables import CostTables, FloatArray
 from hetis.solver.placement.replicas.template import Template
 from hetis.solver.plan import Role
@@ -45,6 +46,20 @@ def relative_gap(incumbent: MilpSolution | None, bound: float) -> float:
 
 
 @dataclass(frozen=True, slots=True)
+class Simplicity:
+    """The points of a plan's complexity, and the bound below which no plan within the limits is (`simplicity.py`)."""
+
+    missing: float
+    several: float
+    shapes: float
+    bound: float
+
+    @property
+    def points(self) -> float:
+        return self.missing + self.several + self.shapes
+
+
+@dataclass(frozen=True, slots=True)
 class Outcome:
     """The outcome of a search; ``value`` and ``bound`` are in requests/s, or in USD/h or GPUs if cost is minimised."""
 
@@ -57,7 +72,9 @@ class Outcome:
     runners_up: tuple[Template, ...] = ()
     interrupted: bool = False
     left_bound: float | None = None  # on what any plan leaves after the worst loss, if that is maximised
-    best: Outcome | None = None  # the best outcome, if this simpler one replaced it
+    layouts: Mapping[Template, Sequence[Layout]] = field(default_factory=dict)  # of each one's replicas, if chosen
+    simplicity: Simplicity | None = None
+    best_value: float | None = None  # if a simpler outcome replaced the best
 
 
 # --- bounds from dense work
