@@ -35,10 +35,9 @@ PART = 0.1  # of documents in `BOTH`
 BOUND = 4096  # tokens of the short class with a limit of its own
 FLEETS = (
     ((1, 2, "H100-SXM-80GB"), (1, 2, "A100-PCIe-80GB"), (2, 4, "L4"), (2, 2, "RTX-3090")),
-    ((1, 4, "H100-SXM-80GB"), (2, 4, "L4")),
-    ((1, 4, "A100-SXM-80GB"), (2, 4, "L40S")),
-    ((1, 4, "A100-SXM-40GB"), (1, 4, "A10G"), (1, 8, "L4")),
-    ((1, 8, "A100-SXM-80GB"),),
+    ((1, 2, "H100-SXM-80GB"), (2, 4, "L4")),
+    ((1, 2, "A100-SXM-80GB"), (1, 4, "L40S")),
+    ((1, 4, "A100-SXM-80GB"),),
 )
 MODEL = "Llama-3.1-8B"
 
