@@ -19,6 +19,7 @@ from hetis.planner.use_cases.record.forms import ClassLatency, KeptWithClasses
 from hetis.planner.use_cases.record.parts import Classes
 from hetis.planner.use_cases.simulation.simulate import NothingSimulatedError, Question, answer, default_rate
 from hetis.planner.use_cases.verification.outcome import AS_PLANNED
+from hetis.planner.use_cases.verification.rates import simulation_report
 from hetis.simulator.arrivals import Arrivals, Load
 from hetis.simulator.values import Run
 from hetis.solver.budget import Budget, Report
@@ -250,9 +251,10 @@ class _Compared:
             load=load, num_requests=REQUESTS, seeds=(self._seed,), settings=AS_PLANNED,
             limits=one.problem.objective, keep_run=True,
         )  # fmt: skip
+        told = simulation_report(one.plan, self._report)
         found = answer(
             one.plan, one.problem, question, processes=1, is_cancelled=self._budget.cancelled.is_set,
-            report=lambda given, total: None,
+            report=lambda given, total: told(rate, given, total),
         )  # fmt: skip
         if found.run is None or not found.complete:
             raise NothingSimulatedError

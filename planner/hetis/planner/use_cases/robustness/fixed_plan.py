@@ -146,6 +146,20 @@ class FixedPlan:
         problem = self._under(profiles)
         return self._sum((group, self._best(problem, group)) for group in self.groups)
 
+    def as_started(self, profiles: Profiles) -> Performance:
+        """Return the performance with the engines' settings as they are, at the highest rate within the limits.
+
+        At lower rates than the saturated one fewer requests are in flight. A replica that meets the limits at no rate
+        serves nothing.
+        """
+        problem, paces = self._under(profiles), dict[tuple[ReplicaShape, float], _Pace]()
+        for group in self.groups:
+            if (key := (group.shape, group.claimed)) not in paces:
+                most = group.shape.micro_batch
+                sizes = sorted({*(size for size in problem.family.micro_batches if size < most), most})
+                paces[key] = self._best_of(problem, group, EngineTuning(shape=group.shape, sizes=tuple(sizes)))
+        return self._sum((group, paces[group.shape, group.claimed]) for group in self.groups)
+
     def near(self, some: Sequence[Profiles]) -> FixedPlan:
         """Return the plan with a few engine settings to choose from: the best ones under each of these profiles.
 
