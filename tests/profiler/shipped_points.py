@@ -31,7 +31,6 @@ def shipped_points() -> dict[str, list[Points]]:
     found = {}
     for name in shipped_gpus():
         gpu, profile = catalogue.find_gpu(name).gpu, shipped_profile(name)
-        assert profile is not None
         fits = [fit for fit in profile.fits if fit.provenance.source is Source.FITTED and fit.scope in _SCOPES]
         found[name] = relative_to_peaks([_points(fit, gpu) for fit in fits if fit.op is not Op.STEP], gpu)
     return found

@@ -76,7 +76,6 @@ MODELLED = [op for op in Op if op not in (Op.SAMPLE, Op.EXPERTS)]  # those two c
 
 def seconds(gpu: GpuType, op: Op, model: ModelSpec = LLAMA, **work: float) -> float:
     fit = modelled_profile(gpu).fit(op, model, 1)
-    assert fit is not None
     return fit.seconds(**work)
 
 
@@ -298,10 +297,8 @@ def test_errors_of_unmeasured_gpus_are_those_of_gpus_never_seen() -> None:
     ampere = shipped_efficiencies().architectures["Ampere"].ops["dense"]
     for gpu, error in ((A100, ampere.held_out_mape), (replace(A100, name="A30"), ampere.transfer_mape)):
         fit = modelled_profile(gpu).fit(Op.DENSE, LLAMA, 1)
-        assert fit is not None
         assert fit.provenance.held_out_mape == error
     pascal = modelled_profile(P100).fit(Op.DENSE, LLAMA, 1)
-    assert pascal is not None
     assert pascal.provenance.origin.endswith("; scaled from Ampere")
 
 

@@ -53,7 +53,6 @@ def test_every_gpu_with_tables_is_shipped() -> None:
     assert shipped_profile("L4") is None
     for gpu in shipped_gpus():
         profile = shipped_profile(gpu)
-        assert profile is not None
         assert profile.gpu == gpu
         assert all(fit.provenance.origin for fit in profile.fits)
 
@@ -62,7 +61,6 @@ def test_every_gpu_with_tables_is_shipped() -> None:
 def test_held_out_errors_keep_the_bars(gpu: str) -> None:
     """10% for decode attention in the serving range, 8% for dense; docs/accuracy.md names the shapes that miss."""
     profile = shipped_profile(gpu)
-    assert profile is not None
     missed = {
         (fit.scope.head_dim, fit.scope.queries_per_group)
         for fit in profile.fits
@@ -86,7 +84,6 @@ MISSED = {"A100-SXM-80GB": {(128, 1), (128, 6)}, "H100-SXM-80GB": set(), "L40S":
 def test_boards_measured_with_bridges_in_pairs_have_all_reduces_of_four_fitted_and_all_else_modelled(gpu: str) -> None:
     """Two bridged cards are faster than the PCIe link that the catalogue knows: other pairs are not."""
     profile = shipped_profile(gpu)
-    assert profile is not None
     fitted = [fit for fit in profile.fits if fit.provenance.source is Source.FITTED]
     assert [(fit.op, fit.scope) for fit in fitted] == [(Op.ALL_REDUCE, FitScope(tp=4))]
     assert (fitted[0].provenance.held_out_mape or 1.0) < 0.1

@@ -33,6 +33,7 @@ from hetis.solver.plan import Role
 
 LOOPBACK, ANY = "127.0.0.1", "0.0.0.0"
 WORKER_PORT = 7070
+WORKER_STEP = 64  # ports for the processes on one GPU: a replica has at most so many ranks
 STOPS_S, SERVER_STOPS_S = 10.0, 30.0  # the engine's own time-out for running requests is added to these
 KEY_VARIABLE = "HETIS_WORKER_KEY"  # an alternative to a key file for workers and the plugin
 WORKER = ("hetis-worker",)
@@ -45,6 +46,7 @@ class Addresses:
     # address or host name of each node; nodes not listed are reached by their own names
     hosts: Mapping[str, str] = field(default_factory=dict)
     worker_port: int = WORKER_PORT  # port of the first worker process on a node; further ones use the ports after it
+    worker_step: int = 0  # a worker's port depends on its GPU alone, whose ports begin this much after the last one's
     master_port: int = MASTER_PORT  # port where the engine's processes on several nodes connect
     kv_port: int = KV_PORT  # port where decode replicas request KV from a prefill replica; vLLM's decode binds it, too
     all_here: bool = False  # every process runs on this machine, whichever node the plan assigns
@@ -173,13 +175,15 @@ def as_shell(commands: Sequence[Command]) -> str:
 
 
 def _places(layout: Layout, addresses: Addresses) -> Iterator[tuple[str, tuple[str, int]]]:
-    """Yield the host and port of every worker process by name. Ports are counted per node."""
-    used: Counter[str] = Counter()
+    """Yield the host and port of every worker process by name. Ports are counted per node, or per GPU."""
+    used: Counter[tuple[str, int]] = Counter()
     for process in layout.attention_workers:
-        node = "" if addresses.all_here else process.node
+        first = addresses.worker_step * process.gpus[0]
+        place = "" if addresses.all_here else process.node, first
         is_near = process.node == layout.caller(process).node
-        yield process.name, (LOOPBACK if is_near else addresses.host(process.node), addresses.worker_port + used[node])
-        used[node] += 1
+        port = addresses.worker_port + first + used[place]
+        yield process.name, (LOOPBACK if is_near else addresses.host(process.node), port)
+        used[place] += 1
 
 
 def _reached(process: Process, processes: Sequence[Process], addresses: Addresses) -> str:

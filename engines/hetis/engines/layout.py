@@ -36,12 +36,12 @@ from hetis.engines.planned import (
 from hetis.engines.precision import DEPRECATED
 from hetis.engines.refusals import impossible, no_backend, no_room, other_model, uneven, unlike_vendors
 from hetis.engines.versions import Engine
+from hetis.engines.workers import worker_name
 from hetis.solver.cluster import node_of
 from hetis.solver.model import Kernel, ModelSpec
 from hetis.solver.plan import AttentionWorkerPool, Plan, ReplicaPlan, Role, StagePlan
 
 _MLA_BLOCK_TOKENS = 128  # with latent attention and states, vLLM's blocks are multiples of it
-LONGEST_NAME = 63  # longest name of a worker
 
 
 class ProcessKind(StrEnum):
@@ -246,7 +246,7 @@ def layout_of_replica(
         attention_workers=holding,
         workers=tuple(
             Worker(
-                name=_worker_name([of_stage[place].device for of_stage in cards], place),
+                name=worker_name([of_stage[place].device for of_stage in cards], place),
                 processes=tuple(process.name for process in holding[place * ranks : (place + 1) * ranks]),
             )
             for place in range(len(cards[0]))
@@ -345,9 +345,3 @@ def _worker_processes(cards: Sequence[Sequence[Card]], tp: int, vendors: Mapping
                     sharing=sharing,
                     vendor=vendors[card.device],
                 )
-
-
-def _worker_name(devices: Sequence[str], place: int) -> str:
-    """Return the names of the worker's GPUs, or a numbered name if that would be too long."""
-    name = "+".join(dict.fromkeys(devices))
-    return name if len(name) <= LONGEST_NAME else f"worker-{place}"

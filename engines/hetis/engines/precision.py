@@ -114,15 +114,16 @@ class Plugin:
 
 PLUGINS = {
     "Ascend": Plugin(
-        project="vllm-project/vllm-ascend, docs/source/user_guide/support_matrix",
+        project="vllm-project/vllm-ascend at 182b75e, docs/source/user_guide/support_matrix",
         weights=("int8",),
         kv_bytes=(2.0,),
         attention=(Kernel.GROUPED, Kernel.LATENT, Kernel.SPARSE),
     ),
     "TPU": Plugin(
-        project="vllm-project/tpu-inference, support matrices of its README",
-        weights=("int8", "fp8"),
-        kv_bytes=(2.0, 1.0),
+        # Of v5e and v6e. Weights and KV in fp8 are recommended for v7 and untested on these; MLA is untested.
+        project="vllm-project/tpu-inference at b8692ff, support_matrices/release",
+        weights=("int8", "awq-int4"),
+        kv_bytes=(2.0,),
         attention=(Kernel.GROUPED,),
     ),
 }

@@ -1,4 +1,4 @@
-"""Which models hetis' plugin for vLLM can run with attention workers.
+"""Which models hetis' plugin for vLLM can run with attention workers, and what it calls them.
 
 Plans, exports and launches ask here, so that none of them has workers that the plugin refuses when the engine starts
 (`HeadGroupImpl` and `ComposedBackend` in `hetis.runtime.vllm.backend`, `_check` in its `connector`).
@@ -6,9 +6,12 @@ Plans, exports and launches ask here, so that none of them has workers that the 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from hetis.engines.attention import attends_to_chunks, has_sinks
 from hetis.solver.model import Kernel, ModelSpec
 
+LONGEST_NAME = 63  # longest name of a worker
 # As in the plugin's own messages, which a test compares.
 CHUNKS, SINKS = "attends to chunks of its context", "attention sinks"
 
@@ -27,3 +30,12 @@ def why_no_workers(model: ModelSpec) -> str | None:
         f"the model has {SINKS}, which the plugin does not support": has_sinks(model),
     }
     return next((reason for reason, applies in reasons.items() if applies), None)
+
+
+def worker_name(devices: Sequence[str], place: int) -> str:
+    """Return the engine's name for the attention worker at a place of every stage, counted from 0.
+
+    It joins the names of its GPUs, ``node/index`` of each stage, or numbers the place if that would be too long.
+    """
+    name = "+".join(dict.fromkeys(devices))
+    return name if len(name) <= LONGEST_NAME else f"worker-{place}"

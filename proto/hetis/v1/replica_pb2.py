@@ -23,43 +23,48 @@ _sym_db = _symbol_database.Default()
 
 
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
+from hetis.v1 import cluster_pb2 as hetis_dot_v1_dot_cluster__pb2
 from hetis.v1 import document_pb2 as hetis_dot_v1_dot_document__pb2
 from hetis.v1 import failure_pb2 as hetis_dot_v1_dot_failure__pb2
 from hetis.v1 import report_pb2 as hetis_dot_v1_dot_report__pb2
 from hetis.v1 import stage_pb2 as hetis_dot_v1_dot_stage__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16hetis/v1/replica.proto\x12\x08hetis.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x17hetis/v1/document.proto\x1a\x16hetis/v1/failure.proto\x1a\x15hetis/v1/report.proto\x1a\x14hetis/v1/stage.proto\"\xa5\x03\n\x0bReplicaPlan\x12\x10\n\x08rate_rps\x18\x01 \x01(\x01\x12\x0e\n\x06ttft_s\x18\x02 \x01(\x01\x12\x0e\n\x06tpot_s\x18\x03 \x01(\x01\x12\x13\n\x0bmicro_batch\x18\x04 \x01(\r\x12\x11\n\tin_flight\x18\x05 \x01(\r\x12\x14\n\x0c\x63hunk_tokens\x18\x06 \x01(\r\x12\x11\n\tkv_tokens\x18\x07 \x01(\x04\x12#\n\x06stages\x18\x08 \x03(\x0b\x32\x13.hetis.v1.StagePlan\x12\x38\n\x11\x61ttention_workers\x18\t \x03(\x0b\x32\x1d.hetis.v1.AttentionWorkerPool\x12#\n\x04role\x18\n \x01(\x0e\x32\x15.hetis.v1.ReplicaRole\x12\x10\n\x08kv_zones\x18\x0b \x03(\t\x12\x17\n\x0f\x65xpert_parallel\x18\x0c \x01(\x08\x12\x14\n\x0cmax_num_seqs\x18\r \x01(\r\x12\x13\n\x0bseats_limit\x18\x0e \x01(\r\x12\x1e\n\x16gpu_memory_utilization\x18\x0f \x01(\x01\x12\x19\n\x11kv_blocks_limited\x18\x10 \x01(\x08\"<\n\x07KvRoute\x12\x0f\n\x07prefill\x18\x01 \x01(\r\x12\x0e\n\x06\x64\x65\x63ode\x18\x02 \x01(\r\x12\x10\n\x08rate_rps\x18\x03 \x01(\x01\"\x90\x01\n\tStagePlan\x12\x10\n\x08gpu_type\x18\x01 \x01(\t\x12\n\n\x02tp\x18\x02 \x01(\r\x12\x0e\n\x06\x63opies\x18\x03 \x01(\r\x12\x13\n\x0b\x66irst_layer\x18\x04 \x01(\r\x12\x12\n\nnum_layers\x18\x05 \x01(\r\x12\x0f\n\x07\x64\x65vices\x18\x06 \x03(\t\x12\x1b\n\x13kv_head_groups_kept\x18\x07 \x01(\r\"o\n\x13\x41ttentionWorkerPool\x12\r\n\x05stage\x18\x01 \x01(\r\x12\x10\n\x08gpu_type\x18\x02 \x01(\t\x12\x0f\n\x07\x64\x65vices\x18\x03 \x03(\t\x12\x16\n\x0ekv_head_groups\x18\x04 \x01(\r\x12\x0e\n\x06shared\x18\x05 \x01(\x08\"\x9a\x04\n\x07Replica\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04plan\x18\x02 \x01(\t\x12\x12\n\nplan_index\x18\x03 \x01(\r\x12$\n\x05shape\x18\x04 \x01(\x0b\x32\x15.hetis.v1.ReplicaPlan\x12%\n\x05state\x18\x05 \x01(\x0e\x32\x16.hetis.v1.ReplicaState\x12\x12\n\ngeneration\x18\x06 \x01(\x04\x12\x14\n\x0cprimary_node\x18\x08 \x01(\t\x12\r\n\x05nodes\x18\t \x03(\t\x12\'\n\x06report\x18\n \x01(\x0b\x32\x17.hetis.v1.ReplicaReport\x12/\n\x0breport_time\x18\x0b \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x12\n\nredispatch\x18\x0c \x01(\t\x12\"\n\x07\x66\x61ilure\x18\r \x01(\x0b\x32\x11.hetis.v1.Failure\x12/\n\x0b\x63reate_time\x18\x0e \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12-\n\nconditions\x18\x0f \x03(\x0b\x32\x19.hetis.v1.DeviceCondition\x12\x1b\n\x13\x61ssigned_generation\x18\x10 \x01(\x04\x12\x14\n\x0cmodel_digest\x18\x11 \x01(\t\x12#\n\x04role\x18\x12 \x01(\x0e\x32\x15.hetis.v1.ReplicaRoleJ\x04\x08\x07\x10\x08R\tauthority\"\x9e\x03\n\nAssignment\x12\x0f\n\x07replica\x18\x01 \x01(\t\x12\x0c\n\x04plan\x18\x02 \x01(\t\x12&\n\x04goal\x18\x03 \x01(\x0e\x32\x18.hetis.v1.AssignmentGoal\x12$\n\x05shape\x18\x04 \x01(\x0b\x32\x15.hetis.v1.ReplicaPlan\x12\x14\n\x0cprimary_node\x18\x05 \x01(\t\x12\x0f\n\x07\x64\x65vices\x18\x06 \x03(\t\x12!\n\x05model\x18\x08 \x01(\x0b\x32\x12.hetis.v1.Document\x12$\n\x06stages\x18\t \x03(\x0b\x32\x14.hetis.v1.StageModel\x12-\n\nconditions\x18\n \x03(\x0b\x32\x19.hetis.v1.DeviceCondition\x12#\n\x05peers\x18\x0b \x03(\x0b\x32\x14.hetis.v1.EnginePeer\x12(\n\x0bkv_partners\x18\x0c \x03(\x0b\x32\x13.hetis.v1.KvPartner\x12$\n\tgpu_kinds\x18\r \x03(\x0b\x32\x11.hetis.v1.GpuKindJ\x04\x08\x07\x10\x08R\tauthority\"O\n\tKvPartner\x12#\n\x04role\x18\x01 \x01(\x0e\x32\x15.hetis.v1.ReplicaRole\x12\x11\n\tgpu_types\x18\x02 \x03(\t\x12\n\n\x02tp\x18\x03 \x01(\r\"G\n\x07GpuKind\x12\x10\n\x08gpu_type\x18\x01 \x01(\t\x12\x0e\n\x06vendor\x18\x02 \x01(\t\x12\x1a\n\x12\x63ompute_capability\x18\x03 \x01(\x01\"I\n\x0f\x44\x65viceCondition\x12\x0e\n\x06\x64\x65vice\x18\x01 \x01(\t\x12&\n\x06status\x18\x02 \x01(\x0e\x32\x16.hetis.v1.DeviceStatus\"+\n\nEnginePeer\x12\x0c\n\x04node\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t*x\n\x0bReplicaRole\x12\x1c\n\x18REPLICA_ROLE_UNSPECIFIED\x10\x00\x12\x18\n\x14REPLICA_ROLE_UNIFIED\x10\x01\x12\x18\n\x14REPLICA_ROLE_PREFILL\x10\x02\x12\x17\n\x13REPLICA_ROLE_DECODE\x10\x03*\xd1\x01\n\x0cReplicaState\x12\x1d\n\x19REPLICA_STATE_UNSPECIFIED\x10\x00\x12\x1a\n\x16REPLICA_STATE_STARTING\x10\x01\x12\x19\n\x15REPLICA_STATE_SERVING\x10\x02\x12\x1a\n\x16REPLICA_STATE_DEGRADED\x10\x03\x12\x1a\n\x16REPLICA_STATE_DRAINING\x10\x04\x12\x19\n\x15REPLICA_STATE_STOPPED\x10\x05\x12\x18\n\x14REPLICA_STATE_FAILED\x10\x06*\x81\x01\n\x0e\x41ssignmentGoal\x12\x1f\n\x1b\x41SSIGNMENT_GOAL_UNSPECIFIED\x10\x00\x12\x18\n\x14\x41SSIGNMENT_GOAL_LOAD\x10\x01\x12\x19\n\x15\x41SSIGNMENT_GOAL_SERVE\x10\x02\x12\x19\n\x15\x41SSIGNMENT_GOAL_DRAIN\x10\x03\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16hetis/v1/replica.proto\x12\x08hetis.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x16hetis/v1/cluster.proto\x1a\x17hetis/v1/document.proto\x1a\x16hetis/v1/failure.proto\x1a\x15hetis/v1/report.proto\x1a\x14hetis/v1/stage.proto\"\xa5\x03\n\x0bReplicaPlan\x12\x10\n\x08rate_rps\x18\x01 \x01(\x01\x12\x0e\n\x06ttft_s\x18\x02 \x01(\x01\x12\x0e\n\x06tpot_s\x18\x03 \x01(\x01\x12\x13\n\x0bmicro_batch\x18\x04 \x01(\r\x12\x11\n\tin_flight\x18\x05 \x01(\r\x12\x14\n\x0c\x63hunk_tokens\x18\x06 \x01(\r\x12\x11\n\tkv_tokens\x18\x07 \x01(\x04\x12#\n\x06stages\x18\x08 \x03(\x0b\x32\x13.hetis.v1.StagePlan\x12\x38\n\x11\x61ttention_workers\x18\t \x03(\x0b\x32\x1d.hetis.v1.AttentionWorkerPool\x12#\n\x04role\x18\n \x01(\x0e\x32\x15.hetis.v1.ReplicaRole\x12\x10\n\x08kv_zones\x18\x0b \x03(\t\x12\x17\n\x0f\x65xpert_parallel\x18\x0c \x01(\x08\x12\x14\n\x0cmax_num_seqs\x18\r \x01(\r\x12\x13\n\x0bseats_limit\x18\x0e \x01(\r\x12\x1e\n\x16gpu_memory_utilization\x18\x0f \x01(\x01\x12\x19\n\x11kv_blocks_limited\x18\x10 \x01(\x08\"<\n\x07KvRoute\x12\x0f\n\x07prefill\x18\x01 \x01(\r\x12\x0e\n\x06\x64\x65\x63ode\x18\x02 \x01(\r\x12\x10\n\x08rate_rps\x18\x03 \x01(\x01\"\x90\x01\n\tStagePlan\x12\x10\n\x08gpu_type\x18\x01 \x01(\t\x12\n\n\x02tp\x18\x02 \x01(\r\x12\x0e\n\x06\x63opies\x18\x03 \x01(\r\x12\x13\n\x0b\x66irst_layer\x18\x04 \x01(\r\x12\x12\n\nnum_layers\x18\x05 \x01(\r\x12\x0f\n\x07\x64\x65vices\x18\x06 \x03(\t\x12\x1b\n\x13kv_head_groups_kept\x18\x07 \x01(\r\"o\n\x13\x41ttentionWorkerPool\x12\r\n\x05stage\x18\x01 \x01(\r\x12\x10\n\x08gpu_type\x18\x02 \x01(\t\x12\x0f\n\x07\x64\x65vices\x18\x03 \x03(\t\x12\x16\n\x0ekv_head_groups\x18\x04 \x01(\r\x12\x0e\n\x06shared\x18\x05 \x01(\x08\"\xfb\x04\n\x07Replica\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04plan\x18\x02 \x01(\t\x12\x12\n\nplan_index\x18\x03 \x01(\r\x12$\n\x05shape\x18\x04 \x01(\x0b\x32\x15.hetis.v1.ReplicaPlan\x12%\n\x05state\x18\x05 \x01(\x0e\x32\x16.hetis.v1.ReplicaState\x12\x12\n\ngeneration\x18\x06 \x01(\x04\x12\x14\n\x0cprimary_node\x18\x08 \x01(\t\x12\r\n\x05nodes\x18\t \x03(\t\x12\'\n\x06report\x18\n \x01(\x0b\x32\x17.hetis.v1.ReplicaReport\x12/\n\x0breport_time\x18\x0b \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x12\n\nredispatch\x18\x0c \x01(\t\x12\"\n\x07\x66\x61ilure\x18\r \x01(\x0b\x32\x11.hetis.v1.Failure\x12/\n\x0b\x63reate_time\x18\x0e \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12-\n\nconditions\x18\x0f \x03(\x0b\x32\x19.hetis.v1.DeviceCondition\x12\x1b\n\x13\x61ssigned_generation\x18\x10 \x01(\x04\x12\x14\n\x0cmodel_digest\x18\x11 \x01(\t\x12#\n\x04role\x18\x12 \x01(\x0e\x32\x15.hetis.v1.ReplicaRole\x12&\n\x06\x65vents\x18\x13 \x03(\x0b\x32\x16.hetis.v1.ReplicaEvent\x12$\n\x05parts\x18\x14 \x03(\x0b\x32\x15.hetis.v1.ReplicaPart\x12\x11\n\twaits_for\x18\x15 \x03(\tJ\x04\x08\x07\x10\x08R\tauthority\"\xab\x01\n\x0cReplicaEvent\x12(\n\x04time\x18\x01 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12%\n\x05state\x18\x02 \x01(\x0e\x32\x16.hetis.v1.ReplicaState\x12&\n\x04goal\x18\x03 \x01(\x0e\x32\x18.hetis.v1.AssignmentGoal\x12\"\n\x07\x66\x61ilure\x18\x04 \x01(\x0b\x32\x11.hetis.v1.Failure\"\xbd\x01\n\x0bReplicaPart\x12\x0c\n\x04node\x18\x01 \x01(\t\x12\'\n\nnode_state\x18\x02 \x01(\x0e\x32\x13.hetis.v1.NodeState\x12\x10\n\x08\x64raining\x18\x03 \x01(\x08\x12\x17\n\x0fheld_generation\x18\x04 \x01(\x04\x12(\n\x05state\x18\x05 \x01(\x0e\x32\x19.hetis.v1.AssignmentState\x12\"\n\x07\x66\x61ilure\x18\x06 \x01(\x0b\x32\x11.hetis.v1.Failure\"\x9e\x03\n\nAssignment\x12\x0f\n\x07replica\x18\x01 \x01(\t\x12\x0c\n\x04plan\x18\x02 \x01(\t\x12&\n\x04goal\x18\x03 \x01(\x0e\x32\x18.hetis.v1.AssignmentGoal\x12$\n\x05shape\x18\x04 \x01(\x0b\x32\x15.hetis.v1.ReplicaPlan\x12\x14\n\x0cprimary_node\x18\x05 \x01(\t\x12\x0f\n\x07\x64\x65vices\x18\x06 \x03(\t\x12!\n\x05model\x18\x08 \x01(\x0b\x32\x12.hetis.v1.Document\x12$\n\x06stages\x18\t \x03(\x0b\x32\x14.hetis.v1.StageModel\x12-\n\nconditions\x18\n \x03(\x0b\x32\x19.hetis.v1.DeviceCondition\x12#\n\x05peers\x18\x0b \x03(\x0b\x32\x14.hetis.v1.EnginePeer\x12(\n\x0bkv_partners\x18\x0c \x03(\x0b\x32\x13.hetis.v1.KvPartner\x12$\n\tgpu_kinds\x18\r \x03(\x0b\x32\x11.hetis.v1.GpuKindJ\x04\x08\x07\x10\x08R\tauthority\"O\n\tKvPartner\x12#\n\x04role\x18\x01 \x01(\x0e\x32\x15.hetis.v1.ReplicaRole\x12\x11\n\tgpu_types\x18\x02 \x03(\t\x12\n\n\x02tp\x18\x03 \x01(\r\"G\n\x07GpuKind\x12\x10\n\x08gpu_type\x18\x01 \x01(\t\x12\x0e\n\x06vendor\x18\x02 \x01(\t\x12\x1a\n\x12\x63ompute_capability\x18\x03 \x01(\x01\"I\n\x0f\x44\x65viceCondition\x12\x0e\n\x06\x64\x65vice\x18\x01 \x01(\t\x12&\n\x06status\x18\x02 \x01(\x0e\x32\x16.hetis.v1.DeviceStatus\"+\n\nEnginePeer\x12\x0c\n\x04node\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t*x\n\x0bReplicaRole\x12\x1c\n\x18REPLICA_ROLE_UNSPECIFIED\x10\x00\x12\x18\n\x14REPLICA_ROLE_UNIFIED\x10\x01\x12\x18\n\x14REPLICA_ROLE_PREFILL\x10\x02\x12\x17\n\x13REPLICA_ROLE_DECODE\x10\x03*\xd1\x01\n\x0cReplicaState\x12\x1d\n\x19REPLICA_STATE_UNSPECIFIED\x10\x00\x12\x1a\n\x16REPLICA_STATE_STARTING\x10\x01\x12\x19\n\x15REPLICA_STATE_SERVING\x10\x02\x12\x1a\n\x16REPLICA_STATE_DEGRADED\x10\x03\x12\x1a\n\x16REPLICA_STATE_DRAINING\x10\x04\x12\x19\n\x15REPLICA_STATE_STOPPED\x10\x05\x12\x18\n\x14REPLICA_STATE_FAILED\x10\x06*\x81\x01\n\x0e\x41ssignmentGoal\x12\x1f\n\x1b\x41SSIGNMENT_GOAL_UNSPECIFIED\x10\x00\x12\x18\n\x14\x41SSIGNMENT_GOAL_LOAD\x10\x01\x12\x19\n\x15\x41SSIGNMENT_GOAL_SERVE\x10\x02\x12\x19\n\x15\x41SSIGNMENT_GOAL_DRAIN\x10\x03\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'hetis.v1.replica_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_REPLICAROLE']._serialized_start=2141
-  _globals['_REPLICAROLE']._serialized_end=2261
-  _globals['_REPLICASTATE']._serialized_start=2264
-  _globals['_REPLICASTATE']._serialized_end=2473
-  _globals['_ASSIGNMENTGOAL']._serialized_start=2476
-  _globals['_ASSIGNMENTGOAL']._serialized_end=2605
-  _globals['_REPLICAPLAN']._serialized_start=164
-  _globals['_REPLICAPLAN']._serialized_end=585
-  _globals['_KVROUTE']._serialized_start=587
-  _globals['_KVROUTE']._serialized_end=647
-  _globals['_STAGEPLAN']._serialized_start=650
-  _globals['_STAGEPLAN']._serialized_end=794
-  _globals['_ATTENTIONWORKERPOOL']._serialized_start=796
-  _globals['_ATTENTIONWORKERPOOL']._serialized_end=907
-  _globals['_REPLICA']._serialized_start=910
-  _globals['_REPLICA']._serialized_end=1448
-  _globals['_ASSIGNMENT']._serialized_start=1451
-  _globals['_ASSIGNMENT']._serialized_end=1865
-  _globals['_KVPARTNER']._serialized_start=1867
-  _globals['_KVPARTNER']._serialized_end=1946
-  _globals['_GPUKIND']._serialized_start=1948
-  _globals['_GPUKIND']._serialized_end=2019
-  _globals['_DEVICECONDITION']._serialized_start=2021
-  _globals['_DEVICECONDITION']._serialized_end=2094
-  _globals['_ENGINEPEER']._serialized_start=2096
-  _globals['_ENGINEPEER']._serialized_end=2139
+  _globals['_REPLICAROLE']._serialized_start=2628
+  _globals['_REPLICAROLE']._serialized_end=2748
+  _globals['_REPLICASTATE']._serialized_start=2751
+  _globals['_REPLICASTATE']._serialized_end=2960
+  _globals['_ASSIGNMENTGOAL']._serialized_start=2963
+  _globals['_ASSIGNMENTGOAL']._serialized_end=3092
+  _globals['_REPLICAPLAN']._serialized_start=188
+  _globals['_REPLICAPLAN']._serialized_end=609
+  _globals['_KVROUTE']._serialized_start=611
+  _globals['_KVROUTE']._serialized_end=671
+  _globals['_STAGEPLAN']._serialized_start=674
+  _globals['_STAGEPLAN']._serialized_end=818
+  _globals['_ATTENTIONWORKERPOOL']._serialized_start=820
+  _globals['_ATTENTIONWORKERPOOL']._serialized_end=931
+  _globals['_REPLICA']._serialized_start=934
+  _globals['_REPLICA']._serialized_end=1569
+  _globals['_REPLICAEVENT']._serialized_start=1572
+  _globals['_REPLICAEVENT']._serialized_end=1743
+  _globals['_REPLICAPART']._serialized_start=1746
+  _globals['_REPLICAPART']._serialized_end=1935
+  _globals['_ASSIGNMENT']._serialized_start=1938
+  _globals['_ASSIGNMENT']._serialized_end=2352
+  _globals['_KVPARTNER']._serialized_start=2354
+  _globals['_KVPARTNER']._serialized_end=2433
+  _globals['_GPUKIND']._serialized_start=2435
+  _globals['_GPUKIND']._serialized_end=2506
+  _globals['_DEVICECONDITION']._serialized_start=2508
+  _globals['_DEVICECONDITION']._serialized_end=2581
+  _globals['_ENGINEPEER']._serialized_start=2583
+  _globals['_ENGINEPEER']._serialized_end=2626
 # @@protoc_insertion_point(module_scope)

@@ -9,6 +9,7 @@ from google.protobuf import message as _message
 from google.protobuf import timestamp_pb2 as _timestamp_pb2
 from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
+from hetis.v1 import cluster_pb2 as _cluster_pb2
 from hetis.v1 import document_pb2 as _document_pb2
 from hetis.v1 import failure_pb2 as _failure_pb2
 from hetis.v1 import report_pb2 as _report_pb2
@@ -364,6 +365,9 @@ class Replica(_message.Message):
     ASSIGNED_GENERATION_FIELD_NUMBER: _builtins.int
     MODEL_DIGEST_FIELD_NUMBER: _builtins.int
     ROLE_FIELD_NUMBER: _builtins.int
+    EVENTS_FIELD_NUMBER: _builtins.int
+    PARTS_FIELD_NUMBER: _builtins.int
+    WAITS_FOR_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """`clusters/{cluster}/replicas/{replica}`. Output only. Always set."""
     plan: _builtins.str
@@ -420,6 +424,24 @@ class Replica(_message.Message):
     def conditions(self) -> _containers.RepeatedCompositeFieldContainer[Global___DeviceCondition]:
         """Devices of it that its engines were told not to rely on. Output only. Empty: none."""
 
+    @_builtins.property
+    def events(self) -> _containers.RepeatedCompositeFieldContainer[Global___ReplicaEvent]:
+        """What happened to it, the newest last: the last 20 changes of state, goal or failure, of which the view BASIC has the
+        newest. Output only. Empty: nothing yet.
+        """
+
+    @_builtins.property
+    def parts(self) -> _containers.RepeatedCompositeFieldContainer[Global___ReplicaPart]:
+        """What is known of it on each of its nodes, the primary's first. Output only. Empty: in the view BASIC, and from a
+        standby.
+        """
+
+    @_builtins.property
+    def waits_for(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Replicas that hold GPUs of it, `clusters/{cluster}/replicas/{replica}`. Output only. Empty: none, in the view BASIC,
+        and from a standby.
+        """
+
     def __init__(
         self,
         *,
@@ -440,14 +462,99 @@ class Replica(_message.Message):
         assigned_generation: _builtins.int = ...,
         model_digest: _builtins.str = ...,
         role: Global___ReplicaRole.ValueType = ...,
+        events: _abc.Iterable[Global___ReplicaEvent] | None = ...,
+        parts: _abc.Iterable[Global___ReplicaPart] | None = ...,
+        waits_for: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "failure", b"failure", "report", b"report", "report_time", b"report_time", "shape", b"shape"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["assigned_generation", b"assigned_generation", "conditions", b"conditions", "create_time", b"create_time", "failure", b"failure", "generation", b"generation", "model_digest", b"model_digest", "name", b"name", "nodes", b"nodes", "plan", b"plan", "plan_index", b"plan_index", "primary_node", b"primary_node", "redispatch", b"redispatch", "report", b"report", "report_time", b"report_time", "role", b"role", "shape", b"shape", "state", b"state"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["assigned_generation", b"assigned_generation", "conditions", b"conditions", "create_time", b"create_time", "events", b"events", "failure", b"failure", "generation", b"generation", "model_digest", b"model_digest", "name", b"name", "nodes", b"nodes", "parts", b"parts", "plan", b"plan", "plan_index", b"plan_index", "primary_node", b"primary_node", "redispatch", b"redispatch", "report", b"report", "report_time", b"report_time", "role", b"role", "shape", b"shape", "state", b"state", "waits_for", b"waits_for"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Replica: _TypeAlias = Replica  # noqa: Y015
+
+@_typing.final
+class ReplicaEvent(_message.Message):
+    """A change of a replica's state, of what its nodes are to reach, or of its failure."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TIME_FIELD_NUMBER: _builtins.int
+    STATE_FIELD_NUMBER: _builtins.int
+    GOAL_FIELD_NUMBER: _builtins.int
+    FAILURE_FIELD_NUMBER: _builtins.int
+    state: Global___ReplicaState.ValueType
+    """Its state from then on. Always set."""
+    goal: Global___AssignmentGoal.ValueType
+    """What its nodes are to reach from then on. UNSPECIFIED: nothing was sent to them yet."""
+    @_builtins.property
+    def time(self) -> _timestamp_pb2.Timestamp:
+        """When it was stored. Always set."""
+
+    @_builtins.property
+    def failure(self) -> _failure_pb2.Failure:
+        """Why it is degraded or failed. Unset: it is neither."""
+
+    def __init__(
+        self,
+        *,
+        time: _timestamp_pb2.Timestamp | None = ...,
+        state: Global___ReplicaState.ValueType = ...,
+        goal: Global___AssignmentGoal.ValueType = ...,
+        failure: _failure_pb2.Failure | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["failure", b"failure", "time", b"time"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["failure", b"failure", "goal", b"goal", "state", b"state", "time", b"time"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ReplicaEvent: _TypeAlias = ReplicaEvent  # noqa: Y015
+
+@_typing.final
+class ReplicaPart(_message.Message):
+    """A replica on one of its nodes."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NODE_FIELD_NUMBER: _builtins.int
+    NODE_STATE_FIELD_NUMBER: _builtins.int
+    DRAINING_FIELD_NUMBER: _builtins.int
+    HELD_GENERATION_FIELD_NUMBER: _builtins.int
+    STATE_FIELD_NUMBER: _builtins.int
+    FAILURE_FIELD_NUMBER: _builtins.int
+    node: _builtins.str
+    """Node id. Always set."""
+    node_state: _cluster_pb2.NodeState.ValueType
+    """Whether the node can be relied on. LOST also where it reports a later generation than it was given. Always set."""
+    draining: _builtins.bool
+    """Whether the node is being drained. False: it is not."""
+    held_generation: _builtins.int
+    """Generation that it holds, to be compared with the replica's assigned_generation. 0: none."""
+    state: _report_pb2.AssignmentState.ValueType
+    """What it says of that. UNSPECIFIED: nothing yet."""
+    @_builtins.property
+    def failure(self) -> _failure_pb2.Failure:
+        """Why it failed or refused; of an engine that ended, with the last lines of its log. Unset: it did not."""
+
+    def __init__(
+        self,
+        *,
+        node: _builtins.str = ...,
+        node_state: _cluster_pb2.NodeState.ValueType = ...,
+        draining: _builtins.bool = ...,
+        held_generation: _builtins.int = ...,
+        state: _report_pb2.AssignmentState.ValueType = ...,
+        failure: _failure_pb2.Failure | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["failure", b"failure"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["draining", b"draining", "failure", b"failure", "held_generation", b"held_generation", "node", b"node", "node_state", b"node_state", "state", b"state"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ReplicaPart: _TypeAlias = ReplicaPart  # noqa: Y015
 
 @_typing.final
 class Assignment(_message.Message):

@@ -27,6 +27,10 @@ class StageModel(_message.Message):
 
     and nothing when h = 0, where e is exchange_bytes_per_head. The primary, a tensor-parallel group, is one device: its
     pieces are those of one card, heads and bytes are shared evenly by its cards, and it exchanges nothing.
+
+    The stages of one engine's pipeline keep a head group on devices of the same position, and have one model together:
+    stage 0, whose layers are those of the replica. Device i then has the pieces of all stages, each times the stage's
+    share of the layers, with exchanges folded in, and the fewest blocks; an attention worker lists a GPU of each stage.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -144,7 +148,7 @@ class StageDevice(_message.Message):
     """KV blocks per layer that the plan gives it; what the engine reports counts once it runs. 0: it takes no heads."""
     @_builtins.property
     def gpus(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Its GPUs as `node/index`; several for a tensor-parallel primary, one for an attention worker. Required."""
+        """Its GPUs as `node/index`; several for a tensor-parallel primary, one of each stage for an attention worker. Required."""
 
     @_builtins.property
     def pieces(self) -> _containers.RepeatedCompositeFieldContainer[Global___AttentionPiece]:

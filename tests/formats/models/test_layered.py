@@ -54,14 +54,12 @@ def test_nemotron_keeps_states_in_23_layers_and_kv_in_six() -> None:
     assert (model.num_layers, model.recurrent_layers, model.kv_share) == (52, 23, 6 / 52)
     state = 64 * 64 * 128 * 4 + (4096 + 2 * 8 * 128) * 3 * 2
     assert model.num_layers * model.state_bytes() == pytest.approx(23 * state, rel=1e-12)
-    assert model.experts is not None
     assert (model.experts.gated, model.experts.shared_width) == (False, 3712)
     assert not model.heads_can_move
 
 
 def test_latent_experts_compute_with_fewer_numbers() -> None:
     model = load_model(FOLDER / "nvidia__NVIDIA-Nemotron-3-Super-120B-A12B-FP8.json")
-    assert model.experts is not None
     assert model.expert_params() == 2 * 1024 * 2688
     fixed = 4096 * 512 + 2 * 4096 * 5376 + 2 * 4096 * 1024
     assert model.experts.active_params(4096) == fixed + 22 * model.expert_params()

@@ -102,7 +102,6 @@ def test_info_lines_of_vllm_are_rates(tmp_path: Path) -> None:
     path = tmp_path / "server.log"
     path.write_text(info(0, 300.0, 40.0) + ACCESS * 4 + info(10, 300.0, 40.0) + ACCESS * 2 + info(20, 0.0, 40.0))
     found = measured(str(path))
-    assert found is not None
     assert (found.form, found.workload.rate_rps) == ("vLLM's INFO lines", pytest.approx(6 / 30))
     moments = found.workload.moments()
     assert (moments.mean_prompt, moments.mean_output) == (pytest.approx(1000.0), pytest.approx(200.0))

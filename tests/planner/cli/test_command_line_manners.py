@@ -598,7 +598,6 @@ def tour() -> list[str]:
     """Return the commands of the README's tour, verbatim."""
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     block = re.search(r"## A tour\n\n```bash\n(.*?)```", text, re.DOTALL)
-    assert block is not None
     return [line.partition("  #")[0].strip() for line in block[1].splitlines() if line.strip()]
 
 

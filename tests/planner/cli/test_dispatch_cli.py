@@ -14,16 +14,8 @@ from hetis.formats.documents import dump, load_state
 from hetis.planner.cli.app import run
 from hetis.planner.cli.exit_codes import ExitCode
 from hetis.planner.report.dispatch import explain_redispatch
-from hetis.planner.use_cases.dispatch import (
-    GIVEN,
-    bundles,
-    dispatch_requests,
-    load_new_requests,
-    load_stage,
-    load_stage_of_plan,
-    redispatch_stage,
-    times_of,
-)
+from hetis.planner.use_cases.dispatch.answers import bundles, dispatch_requests, redispatch_stage
+from hetis.planner.use_cases.dispatch.stages import GIVEN, load_new_requests, load_stage, load_stage_of_plan, times_of
 from hetis.profiler.roofline import modelled_profile
 from hetis.solver.dispatch.dispatch_problem import DispatchProblem
 from hetis.solver.dispatch.dispatcher import solve_dispatch

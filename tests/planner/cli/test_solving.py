@@ -28,7 +28,6 @@ def start(wait: str) -> subprocess.Popen[str]:
     process = subprocess.Popen(
         [sys.executable, "-c", PROGRAM.format(wait=wait)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
-    assert process.stdout is not None
     assert process.stdout.readline() == "begun\n"
     return process
 
@@ -44,7 +43,6 @@ def test_the_first_ctrl_c_asks_for_the_incumbent() -> None:
 def test_the_second_ctrl_c_leaves_at_once() -> None:
     process = start("time.sleep(60)")
     process.send_signal(signal.SIGINT)
-    assert process.stdout is not None
     assert process.stdout.readline() == "stopping\n"
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=30)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import threading
 from collections.abc import Callable, Iterator, Sequence
 
@@ -12,10 +11,11 @@ from google.rpc import code_pb2
 
 from examples.processes import free_ports
 from hetis.commands.endpoints import STANDBY_ANSWER, Endpoint, LeaderSearch, resolve_endpoints, split_endpoints
-from hetis.planner.client import AsyncClient, CallError, Client, Connection
+from hetis.planner.client import CallError, Client, Connection
 from hetis.planner.client.attempts import Attempts
 from hetis.planner.client.channels import search_for
 from hetis.v1 import cluster_pb2, cluster_service_pb2, plan_pb2, plan_service_pb2
+from tests.planner.client.either import EITHER, Kind, done, items, opened
 from tests.planner.client.fake_planner import FakePlanner, refuse, serving
 
 GET = plan_service_pb2.GetPlanRequest(name="plans/night")
@@ -42,24 +42,11 @@ def pair() -> Iterator[tuple[FakePlanner, FakePlanner]]:
         yield leader, standby
 
 
-def both(address: str, request: cluster_service_pb2.CreateClusterRequest, watches: bool = True) -> None:
-    """Call with both clients, sync and aio."""
-    with Client(address, sleep=lambda _: None) as client:
-        assert client.plans.GetPlan(GET, timeout=20).plan.name == "plans/night"
-        client.clusters.CreateCluster(request, timeout=20)
-        if watches:
-            assert [one.plan.name for one in client.plans.WatchPlan(WATCH)] == ["plans/night"]
-
-    async def no_sleep(_: float) -> None:
-        await asyncio.sleep(0)
-
-    async def aio() -> None:
-        async with AsyncClient(address, sleep=no_sleep) as client:
-            assert (await client.plans.GetPlan(GET, timeout=20)).plan.name == "plans/night"
-            if watches:
-                assert [one.plan.name async for one in client.plans.WatchPlan(WATCH)] == ["plans/night"]
-
-    asyncio.run(aio())
+async def check_served(kind: Kind, address: str) -> None:
+    async with opened(kind, address) as client:
+        assert (await done(client.plans.GetPlan(GET, timeout=20))).plan.name == "plans/night"
+        await done(client.clusters.CreateCluster(CREATE, timeout=20))
+        assert [one.plan.name async for one in items(client, client.plans.WatchPlan(WATCH))] == ["plans/night"]
 
 
 SILENCE = CallError("no answer", code=grpc.StatusCode.DEADLINE_EXCEEDED)
@@ -106,9 +93,12 @@ def test_a_call_says_unknown_if_any_of_its_attempts_may_have_been_carried_out(
         assert (caught.value.code, caught.value.reason) == (last.code, last.reason)
 
 
-def test_a_standby_is_left_for_the_leader_that_it_names(pair: tuple[FakePlanner, FakePlanner]) -> None:
+@EITHER
+async def test_a_standby_is_left_for_the_leader_that_it_names(
+    pair: tuple[FakePlanner, FakePlanner], kind: Kind
+) -> None:
     leader, standby = pair
-    both(standby.address, CREATE)
+    await check_served(kind, standby.address)
     assert leader.calls["CreateCluster"] == 1
     assert standby.calls["GetPlan"] <= 8  # gRPC itself retries with the fake planner; hetis-planner prevents that
 
@@ -121,24 +111,17 @@ def reading(leader: str) -> Callable[[str, grpc.ServicerContext], None]:
     return lambda _method, context: context.set_trailing_metadata(((STANDBY_ANSWER, leader),))
 
 
-def num_connected(address: str, *, of_standby: bool) -> list[int]:
-    """Return what both clients read, sync and aio, and check what they say of it."""
-    with Client(address, sleep=lambda _: None) as client:
-        found = [client.clusters.ListClusters(LIST, timeout=20).clusters[0].num_connected_nodes]
+async def num_connected(kind: Kind, address: str, *, of_standby: bool) -> int:
+    async with opened(kind, address) as client:
+        answer = await done(client.clusters.ListClusters(LIST, timeout=20))
         assert client.has_standby_answered == of_standby
-
-    async def aio() -> int:
-        async with AsyncClient(address) as client:
-            answer = await client.clusters.ListClusters(LIST, timeout=20)
-            assert client.has_standby_answered == of_standby
-            return answer.clusters[0].num_connected_nodes
-
-    return [*found, asyncio.run(aio())]
+        return int(answer.clusters[0].num_connected_nodes)
 
 
+@EITHER
 @pytest.mark.parametrize("is_named", [True, False])
-def test_what_only_the_leader_knows_is_not_read_from_a_standby(
-    pair: tuple[FakePlanner, FakePlanner], is_named: bool
+async def test_what_only_the_leader_knows_is_not_read_from_a_standby(
+    pair: tuple[FakePlanner, FakePlanner], kind: Kind, is_named: bool
 ) -> None:
     """In the past whoever named an old leader first saw a fleet without agents after each takeover."""
     leader, standby = pair
@@ -146,19 +129,20 @@ def test_what_only_the_leader_knows_is_not_read_from_a_standby(
     leader.clusters[name] = cluster_pb2.Cluster(name=name, num_connected_nodes=12)
     standby.clusters[name] = cluster_pb2.Cluster(name=name)
     standby.fail = reading(leader.address if is_named else "")
-    assert num_connected(f"{standby.address},{leader.address}", of_standby=False) == [12, 12]
+    assert await num_connected(kind, f"{standby.address},{leader.address}", of_standby=False) == 12
     if is_named:
-        assert num_connected(standby.address, of_standby=False) == [12, 12]
+        assert await num_connected(kind, standby.address, of_standby=False) == 12
 
 
-def test_a_standby_answers_reads_while_no_leader_does(pair: tuple[FakePlanner, FakePlanner]) -> None:
+@EITHER
+async def test_a_standby_answers_reads_while_no_leader_does(pair: tuple[FakePlanner, FakePlanner], kind: Kind) -> None:
     _, standby = pair
     standby.clusters["clusters/a"] = cluster_pb2.Cluster(name="clusters/a")
     nobody = f"127.0.0.1:{free_ports()}"
     for leader in (nobody, ""):
         standby.fail = reading(leader)
         for addresses in (standby.address, f"{nobody},{standby.address}"):
-            assert num_connected(addresses, of_standby=True) == [0, 0]
+            assert await num_connected(kind, addresses, of_standby=True) == 0
 
 
 def test_a_refusal_of_the_leader_counts_more_than_the_answer_of_a_standby(
@@ -172,10 +156,11 @@ def test_a_refusal_of_the_leader_counts_more_than_the_answer_of_a_standby(
     assert caught.value.reason == "NOT_FOUND"
 
 
-def test_addresses_are_tried_until_one_leads(pair: tuple[FakePlanner, FakePlanner]) -> None:
+@EITHER
+async def test_addresses_are_tried_until_one_leads(pair: tuple[FakePlanner, FakePlanner], kind: Kind) -> None:
     leader, standby = pair
     standby.fail = standing_by("")  # it does not know the leader
-    both(f"127.0.0.1:{free_ports()},{standby.address},{leader.address}", CREATE)
+    await check_served(kind, f"127.0.0.1:{free_ports()},{standby.address},{leader.address}")
     assert leader.calls["CreateCluster"] == 1
 
 

@@ -221,7 +221,6 @@ def of_groups(groups: Iterable[tuple[str, int, Mapping[str, Any], Mapping[str, A
         mine.append(Found(words_of(container), environment_of(container), devices))
         if size == 1:
             continue
-        assert workers is not None
         container = container_of(workers["spec"])
         by_node = dict[str, list[str]]()
         for device in workers["metadata"]["annotations"]["hetis/devices"].split(","):

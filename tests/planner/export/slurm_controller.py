@@ -109,7 +109,6 @@ class Controller:
             stderr=subprocess.PIPE,
             text=True,
         )
-        assert self._daemon.stderr is not None
         said = []
         for line in self._daemon.stderr:
             said.append(line)
@@ -131,7 +130,6 @@ class Controller:
         self._daemon.kill()
         self._daemon.wait()
         self._reader.join()
-        assert self._daemon.stderr is not None
         self._daemon.stderr.close()
 
     def tested(self, script: Path) -> tuple[int, str]:

@@ -89,6 +89,7 @@ class ModelAgent:
             pb.AGENT_CAPABILITY_HEAD_MAP,
         ]
         self.num_running = 1
+        self.reports_failure: Reason.ValueType | None = None  # failure in the reports of replicas
         self.refuse_with: Reason.ValueType | None = None  # reason to refuse the next delta
         self._answers: dict[str, pb.ConnectNodeRequest] = {}  # answer to each replica's last delta
         self._sequence = 0
@@ -137,6 +138,8 @@ class ModelAgent:
             )
             for name, (generation, _, assignment) in self.held.items()
         ]
+        for one in reports if self.reports_failure is not None else ():
+            one.failure.reason = self.reports_failure
         self.sent.append(self._request(report=pb.NodeReport(replicas=reports)))
 
     def heartbeat(self) -> None:
@@ -163,13 +166,6 @@ class ModelAgent:
     def fail_copy(self) -> None:
         for held in list(self.changes.values()):
             if held.phase == Phase.CHANGE_PHASE_PREPARING and self._is(held, change_pb2.CHANGE_PART_TARGET):
-                self._abort_here(held)
-
-    def miss_deadline(self) -> None:
-        """Let the authority's prepare deadline pass."""
-        for held in self.changes.values():
-            undecided = held.phase in (Phase.CHANGE_PHASE_PREPARING, Phase.CHANGE_PHASE_READY)
-            if undecided and self._is(held, change_pb2.CHANGE_PART_AUTHORITY):
                 self._abort_here(held)
 
     def hear_from_primary(self) -> None:

@@ -303,6 +303,17 @@ def test_engines_that_hetis_does_not_steer_count_as_whatever_is_wanted() -> None
     assert state(world, REPLICA) == SERVING
 
 
+@pytest.mark.parametrize(("reason", "expected"), [("ENGINE_CANNOT", SERVING), ("ENGINE_UNREACHABLE", FAILED)])
+def test_an_engine_that_has_loaded_serves_even_if_its_heads_cannot_move(reason: str, expected: int) -> None:
+    world = World()
+    for node, agent in world.agents.items():
+        agent.reports_failure = Reason.Value(f"ERROR_REASON_{reason}") if node == "a" else None
+        world.connect(node)
+    for _ in range(3):
+        work(world)
+    assert state(world, REPLICA) == expected
+
+
 def test_the_newest_report_counts(world: World) -> None:
     link = world.planner.cluster.links["a"]
     newer, older = world.agents["a"].hello(), world.agents["a"].hello()

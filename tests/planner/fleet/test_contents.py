@@ -13,8 +13,8 @@ from hetis.planner.convert.stages import stage_from_proto
 from hetis.planner.fleet import reconciler
 from hetis.planner.fleet.reconciler import PlanContents
 from hetis.planner.fleet.replica import Contents
-from hetis.planner.use_cases.dispatch import load_stage_of_plan
-from hetis.planner.use_cases.sources import load_plan_and_problem
+from hetis.planner.use_cases.dispatch.stages import load_stage_of_plan
+from hetis.planner.use_cases.saved_plans import load_plan_and_problem
 from hetis.solver.plan import Plan
 from hetis.v1.replica_pb2 import KvPartner
 from tests.planner.command_line import invoke

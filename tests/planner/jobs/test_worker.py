@@ -18,8 +18,9 @@ from hetis.planner.jobs.process import SolverProcess
 from hetis.planner.jobs.searching import solve
 from hetis.planner.use_cases.place import PlacementSettings
 from hetis.planner.use_cases.record.parts import Verified
+from hetis.planner.use_cases.saved_plans import problem_of_plan
 from hetis.planner.use_cases.service_level import ServiceLevel, Statistic
-from hetis.planner.use_cases.sources import engine_rules, load_inputs, problem_of_plan
+from hetis.planner.use_cases.sources import engine_rules, load_inputs
 from hetis.solver.budget import Progress
 from hetis.solver.check import check_plan
 from hetis.solver.errors import InfeasibleError

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from hetis.planner.use_cases.dispatch import dispatch_requests, load_new_requests, load_stage, redispatch_stage
+from hetis.planner.use_cases.dispatch.answers import dispatch_requests, redispatch_stage
+from hetis.planner.use_cases.dispatch.stages import load_new_requests, load_stage
 from hetis.v1 import dispatch_service_pb2 as pb
 from hetis.v1 import document_pb2, head_map_pb2
 from tests.planner.command_line import EXAMPLES

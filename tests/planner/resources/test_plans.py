@@ -18,7 +18,7 @@ from hetis.formats.documents import dump, from_data, to_data
 from hetis.planner.convert.documents import document_of
 from hetis.planner.resources import plans
 from hetis.planner.store import ProfileRecord
-from hetis.planner.use_cases.sources import problem_of_plan
+from hetis.planner.use_cases.saved_plans import problem_of_plan
 from hetis.profiler.roofline import modelled_profile
 from hetis.solver.check import check_plan
 from hetis.solver.placement.families import ENGINE_GONE

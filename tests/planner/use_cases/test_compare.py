@@ -20,10 +20,11 @@ from hetis.planner.use_cases import compare as comparing
 from hetis.planner.use_cases.climbing import Climbed
 from hetis.planner.use_cases.compare import Searches, best_of, compare_strategies, figures_of, kept_of
 from hetis.planner.use_cases.place import PlacementSettings
-from hetis.planner.use_cases.record.parts import Requested
+from hetis.planner.use_cases.record.forms import RungFound
+from hetis.planner.use_cases.record.parts import Requested, Rungs
 from hetis.planner.use_cases.service_level import ServiceLevel
 from hetis.planner.use_cases.sources import Inputs, load_inputs
-from hetis.planner.use_cases.verification.choosing import STOPPED_EARLY
+from hetis.planner.use_cases.verification.outcome import STOPPED_EARLY
 from hetis.solver.budget import Budget, silent
 from hetis.solver.errors import BrokenProofError, InfeasibleError, NoPlanFoundError, UncheckedPlanError
 from hetis.solver.placement.families import STRATEGIES
@@ -109,7 +110,6 @@ def test_a_strategy_gets_the_bound_of_the_one_that_contains_it(solver: Solver) -
     results = {name: outcome.plan.result for name, outcome in found.items() if outcome.plan is not None}
     assert (results["splitwise"].bound, results["splitwise"].gap) == (2.5, pytest.approx(0.25))
     plan = found["splitwise"].plan
-    assert plan is not None
     assert plan.notes[-1] == "the bound is that of strategy hexgen2, which has all plans of splitwise"
 
 
@@ -117,7 +117,6 @@ def test_a_bound_never_crosses_the_value(solver: Solver) -> None:
     """Value and bound are sums of rounded numbers."""
     solver({"splitwise": (2.0 * (1 + 1e-12), 9.0), "hexgen2": (2.0, 2.0)})
     plan = compared(["splitwise", "hexgen2"])["splitwise"].plan
-    assert plan is not None
     assert plan.result.bound == plan.result.value
 
 
@@ -129,17 +128,14 @@ def test_a_better_plan_of_a_contained_strategy_is_the_container_s_too(
     solver({"splitwise": (2.2, 9.0), "hexgen2": (2.0, 2.5), "hetis": (3.0, 3.0)})
     found = compared(["hetis", "hexgen2", "splitwise"])
     plan = found["hexgen2"].plan
-    assert plan is not None
     assert (plan.strategy, plan.result.value, plan.result.bound) == ("hexgen2", 2.2, 2.5)
     assert plan.notes[-1] == "the plan was found by strategy splitwise, whose plans are all of hexgen2"
-    assert found["hetis"].plan is not None
     assert found["hetis"].plan.result.value == 3.0
 
 
 def test_a_plan_that_the_checker_refuses_is_not_taken_over(solver: Solver) -> None:
     solver({"splitwise": (2.2, 9.0), "hexgen2": (2.0, 2.5)})  # handmade plans, whose numbers prove nothing
     plan = compared(["hexgen2", "splitwise"])["hexgen2"].plan
-    assert plan is not None
     assert plan.result.value == 2.0
 
 
@@ -499,8 +495,6 @@ def test_the_bound_of_a_container_is_named_after_another_search_too(
     engines = {"vllm": EngineRules(name="vllm")}
     found = comparing.compare_engines(searches(Objective()), ["hexgen", "hetis"], engines)
     hexgen, hetis = comparing.simulate_plans(found, searches(Objective()), engines, ServiceLevel())
-    assert hexgen.plan is not None
-    assert hetis.plan is not None
     assert hexgen.plan.notes == ("another", "the bound is that of strategy hetis, which has all plans of hexgen")
     assert hetis.plan.notes == ("another",)
 
@@ -512,7 +506,6 @@ def test_once_cancelled_plans_remain_as_they_are(solver: Solver) -> None:
     found = comparing.compare_engines(asked, ["hetis"], {"vllm": EngineRules(name="vllm")})
     cancelled.set()
     [again] = comparing.simulate_plans(found, asked, {"vllm": EngineRules(name="vllm")}, ServiceLevel())
-    assert found[0].plan is not None
     assert again.plan == replace(found[0].plan, notes=(*found[0].plan.notes, STOPPED_EARLY))
 
 
@@ -580,3 +573,30 @@ def test_what_is_kept_is_of_the_planned_rate_whatever_is_demanded(
 def test_statistics_of_a_simulation_that_is_not_run_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert run([*COMMAND, "--attainment", "95%"]) == ExitCode.INVALID
     assert "--attainment can only be checked in the simulation" in " ".join(capsys.readouterr().err.split())
+
+
+def test_the_plan_that_place_shows_is_a_row_beside_that_of_the_highest_rung(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = tuple(
+        RungFound(name=name, value=value, bound=value, rate_rps=value, gpus=4, left_rps=0.5, shapes=1, of=name,
+                  is_chosen=name == "node")
+        for name, value in (("node", 1.2), ("apart", 1.35))
+    )  # fmt: skip
+
+    def make_plan(_loaded: object, problem: PlacementProblem, settings: PlacementSettings, **_: object) -> Climbed:
+        plan = plan_of(settings.strategy, 1.2 if not settings.rung else 1.35, 1.4, problem.objective)
+        if not settings.rung:
+            plan = Requested(rung="node").on(Rungs(found=found).on(replace(plan, replicas=(plans.deep_replica(2),))))
+        return Climbed(plan=plan, problem=problem)
+
+    monkeypatch.setattr(comparing, "make_plan", make_plan)
+    assert run([*COMMAND, "--strategies", "hetis"]) == ExitCode.OK
+    out = capsys.readouterr().out
+    assert out.index("\nplace (node) ") < out.index("\nhetis ") < out.index("Rungs of complexity")
+    assert "▸ node" in out
+    assert run([*COMMAND, "--strategies", "hetis", "--rung", "workers"]) == ExitCode.OK
+    assert "place (node)" not in capsys.readouterr().out
+    assert run([*COMMAND, "--strategies", "hetis", "-o", "json"]) == ExitCode.OK
+    names = [one["name"] for one in json.loads(capsys.readouterr().out)["strategies"]]
+    assert names == ["place", "hetis"]

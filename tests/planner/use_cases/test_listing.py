@@ -58,7 +58,6 @@ def test_pipelines_are_as_deep_as_can_be_listed(
     kinds = [(zone, gpu, nic) for zone in "abc"[:zones] for gpu in TYPES[:num_types] for nic in NICS[:nics]]
     problem = posed(fleet(tmp_path, kinds))
     assert kinds_in_a_zone(problem) == num_types * nics
-    assert problem.family.engine is not None
     assert problem.family.engine.max_stages == stages
     assert problem.family.in_flight == tuple(range(1, stages + 1))
     assert f"at most {stages} stages in one zone" in problem.describe_family()
@@ -75,7 +74,6 @@ def test_kinds_of_gpus_are_those_of_the_search(tmp_path: Path, per_node: int) ->
 def test_stages_that_were_asked_for_are_kept_or_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     cluster = fleet(tmp_path, [("a", gpu, nic) for gpu in TYPES[:11] for nic in NICS[:3]][:32])
     deep = posed(cluster, keep_stages=True, max_stages=5).family.engine
-    assert deep is not None
     assert deep.max_stages == 5, "376,992 pipelines are fewer than the limit"
     command = ["place", "-c", cluster, "-m", "Llama-2-70B", "-w", "1000/100", "--dry-run"]
     assert run([*command, "--max-stages", "6"]) == ExitCode.INVALID

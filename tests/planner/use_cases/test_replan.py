@@ -66,7 +66,9 @@ def test_a_fleet_that_stays_keeps_its_plan(folder: Path) -> None:
 def test_a_plan_or_a_change_that_fails_its_check_is_not_shown(
     folder: Path, check: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(f"hetis.planner.use_cases.replan.{check}", lambda *_: ["replica 0: device l4/9 does not exist"])
+    monkeypatch.setattr(
+        f"hetis.planner.use_cases.other_fleets.replan.{check}", lambda *_: ["replica 0: device l4/9 does not exist"]
+    )
     asked = ["replan", "--from", str(folder / "running.json"), "-c", str(folder / "fleet.yaml"), "--no-verify"]
     result = invoke(*asked, "-q")
     assert isinstance(result.exception, UncheckedPlanError)

@@ -320,7 +320,6 @@ def test_ctrl_c_during_the_searches_ends_the_study_at_once_with_what_they_found(
         planned("h100-p100"), posed("h100-p100"), error=0.2, samples=20, searches=8, budget=budget, search=search,
         report=lambda progress: told.append(progress.phase),
     )  # fmt: skip
-    assert found.regret is not None
     assert 1 <= found.regret.searches < 8
     assert found.runner_up is None
     assert not found.complete
@@ -329,10 +328,8 @@ def test_ctrl_c_during_the_searches_ends_the_study_at_once_with_what_they_found(
 
 def test_a_runner_up_has_other_replicas_and_is_no_better() -> None:
     found = study(planned("h100-p100"), posed("h100-p100"), error=0.2, samples=20, searches=2)
-    assert found.runner_up is not None
     assert found.runner_up.replicas != structure_of(planned("h100-p100"))
     assert found.runner_up.rate <= planned("h100-p100").result.value * (1 + 1e-6)
-    assert found.regret is not None
     assert found.regret.searches == 2
     assert 0 <= found.regret.mean <= found.regret.worst <= found.regret.bound < 1
 
@@ -363,7 +360,6 @@ def test_regret_is_nothing_where_the_search_finds_the_same_plan() -> None:
     fixed = FixedPlan(plan, problem)
     again = Alternative(profiles=problem.profiles, plan=plan, fixed=fixed)
     found = regret([again], fixed, threading.Event())
-    assert found is not None
     assert found.other_replicas == 0
     assert found.worst == pytest.approx(0.0, abs=1e-6)
 
@@ -401,7 +397,6 @@ def test_the_range_holds_the_plan_and_grows_with_the_errors(fleet: str) -> None:
     plan, widths = planned(fleet), []
     for error in (0.0, 0.1, 0.3, 0.946):
         found = predicted(plan, with_errors(posed(fleet), error))
-        assert found is not None
         assert found.rate.low <= plan.result.value * (1 + 1e-9)
         assert found.rate.high >= plan.result.value * (1 - 1e-9)
         counted = min(max(error, ENGINE_ERROR), MOST_ERROR)
@@ -417,7 +412,6 @@ def test_the_range_holds_the_plan_and_grows_with_the_errors(fleet: str) -> None:
 def test_the_range_of_modelled_gpus_is_the_factor_that_they_state() -> None:
     plan, problem = planned("paper"), posed("paper")
     found = predicted(plan, problem)
-    assert found is not None
     stated = {op: error for errors in found.errors.values() for op, error in errors.items()}
     worst = max(error for op, error in stated.items() if op != "step")
     assert stated["dense"] == 0.6
@@ -427,7 +421,6 @@ def test_the_range_of_modelled_gpus_is_the_factor_that_they_state() -> None:
 
 def test_operators_that_state_no_error_get_the_one_of_what_nobody_measured() -> None:
     found = predicted(planned("paper"), posed("paper"))
-    assert found is not None
     assert found.errors["A100-PCIe-80GB"]["step"] == UNKNOWN_ERROR
     assert found.assumed == ("A100-PCIe-80GB transfer", "A100-PCIe-80GB step")
 

@@ -15,8 +15,8 @@ from hetis.planner.convert.plans import complete, result_to_proto
 from hetis.planner.convert.stages import stages_of_replica
 from hetis.planner.resources.plans import compare, load_bytes_of
 from hetis.planner.use_cases.place import KV_IS_FOR_ENGINES
+from hetis.planner.use_cases.saved_plans import load_plan_and_problem
 from hetis.planner.use_cases.simulation.simulate import default_rate
-from hetis.planner.use_cases.sources import load_plan_and_problem
 from hetis.planner.use_cases.verification.rates import simulated_at
 from hetis.simulator.running import silent
 from hetis.solver.budget import Budget
@@ -58,7 +58,6 @@ def test_it_can_be_simulated_before_it_is_shown(split: str) -> None:
         found.plan, found.problem, rate_rps, found.plan.objective, seed=0, budget=Budget(), report=silent,
         lengths=(400,),
     )  # fmt: skip
-    assert tried is not None
     assert tried.num_requests == 400
     assert 0 < tried.summary.tpot_s.p50 < tried.summary.ttft_s.p50
 

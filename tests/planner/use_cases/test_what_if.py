@@ -16,9 +16,10 @@ from hetis.planner.cli.app import run
 from hetis.planner.cli.exit_codes import ExitCode
 from hetis.planner.report.comparison import verdict_words
 from hetis.planner.use_cases.compare import Compared
+from hetis.planner.use_cases.other_fleets.additions import FleetChange
+from hetis.planner.use_cases.other_fleets.what_if import Side, WhatIf, _kind_of_change, _posed, changed_inputs
 from hetis.planner.use_cases.place import PlacementSettings
 from hetis.planner.use_cases.sources import LoadedInputs, load_inputs
-from hetis.planner.use_cases.what_if import FleetChange, Side, WhatIf, _kind_of_change, _posed, changed_inputs
 from hetis.solver.advice import Addition, Change, NodeShape, Proven, difference
 from hetis.solver.constraints import WithoutTp
 from hetis.solver.plan import Objective, ObjectiveKind

@@ -30,7 +30,6 @@ def values(found: CalibrationResult) -> dict[str, float]:
 
 def fits_of(profile: Profile | None, op: Op) -> list[float]:
     """Return the first coefficients of the first pieces of every fit of an operator."""
-    assert profile is not None
     return [fit.pieces[0].fixed_s or fit.pieces[0].token_s for fit in profile.fits if fit.op is op]
 
 
@@ -185,7 +184,6 @@ def test_only_what_took_part_is_corrected() -> None:
     decodes = [work for work in works(800) if work.kind is ObservedKind.DECODE]
     truth = Truth(kernels=2.0)
     before, after = replica().profile, calibrate(observed(decodes, truth), replica()).profile
-    assert after is not None
     assert fits_of(after, Op.DECODE_ATTENTION) == pytest.approx(
         [2 * x for x in fits_of(before, Op.DECODE_ATTENTION)], rel=0.05
     )
@@ -205,7 +203,6 @@ def test_a_factor_of_mixed_batches_stays() -> None:
     profile = replace(served.profile, fits=tuple(fits))
     with_factor = CalibratedReplica(served.model, profile, tp=1, link=Link(bytes_per_s=450e9, latency_s=0.0))
     corrected = calibrate(observed(list(works(800)), Truth(kernels=2.0)), with_factor).profile
-    assert corrected is not None
     assert fits_of(corrected, Op.DECODE_ATTENTION) != fits_of(profile, Op.DECODE_ATTENTION)
     assert {fit.mixed for fit in corrected.fits if fit.op is Op.DECODE_ATTENTION} == {mixed}
 
@@ -217,7 +214,6 @@ def test_linear_attention_was_not_seen_where_another_model_ran() -> None:
     both = CalibratedReplica(own.model, profile, tp=1, link=Link(bytes_per_s=450e9, latency_s=0.0))
     after = calibrate(observed(list(works(400)), Truth(kernels=2.0)), both).profile
     assert linear
-    assert after is not None
     assert set(linear) <= set(after.fits)
     plain = [fit for fit in own.profile.fits if fit.op is Op.PREFILL_ATTENTION]
     assert not set(plain) & set(after.fits)
@@ -233,15 +229,12 @@ def test_experts_were_not_seen_where_a_model_without_them_ran() -> None:
         served = CalibratedReplica(load_model(name), profile, tp=1, link=Link(bytes_per_s=450e9, latency_s=0.0))
         twice = tuple(replace(one, seconds=2.0 * served.price(one).seconds) for one in seen.observations)
         after = calibrate(replace(seen, observations=twice), served).profile
-        assert after is not None
         assert (set(experts) <= set(after.fits)) == stays, name
 
 
 def test_where_numbers_are_from_and_how_wrong_they_are_is_kept() -> None:
     found = calibrate(observed(list(works(400)), Truth()), replica())
-    assert found.profile is not None
     dense = found.profile.fit(Op.DENSE, replica().model, 1)
-    assert dense is not None
     assert dense.provenance.source is Source.FITTED
     assert dense.provenance.held_out_mape == round(found.judged[-1].after.mape, 4)
     assert dense.provenance.origin.endswith(

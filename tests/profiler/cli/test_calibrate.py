@@ -63,7 +63,6 @@ def test_a_log_corrects_the_shipped_profile(log: Path, tmp_path: Path, capsys: p
     assert report["fitted"] + report["judged"] == 1500
     assert (report["tp"], report["engine"], report["out"]) == (1, "vLLM 0.32.0", str(out))
     corrected, shipped = load_profile(out), shipped_profile(GPU)
-    assert shipped is not None
     assert corrected.gpu == GPU
     assert [fit.pieces for fit in corrected.fits if fit.op is Op.TRANSFER] == [
         fit.pieces for fit in shipped.fits if fit.op is Op.TRANSFER
@@ -130,7 +129,6 @@ def test_the_table_has_80_columns(
 def cpu() -> dict[str, Any]:
     """Return a profile of kernels that take 30 times as long as those of an L40S, and for FLOPs another 30 times."""
     shipped = shipped_profile("L40S")
-    assert shipped is not None
 
     def slower(piece: Piece) -> Piece:
         more = {name: 30 * value for name, value in asdict(piece).items()}

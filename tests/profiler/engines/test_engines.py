@@ -69,8 +69,6 @@ def test_decode_attention_beside_a_chunk_is_slower_where_the_engine_has_flash_at
     profile = for_engine(for_engine(modelled_profile(kind), kind, "vllm"), kind, engine)
     heads, latent = catalogue.find_model("Llama-3.1-8B").model, catalogue.find_model("DeepSeek-V3").model
     of_heads, of_latents = (profile.fit(Op.DECODE_ATTENTION, model, 1) for model in (heads, latent))
-    assert of_heads is not None
-    assert of_latents is not None
     assert of_heads.mixed_factor == factor
     assert of_latents.mixed_factor == 1.0
 
@@ -82,7 +80,6 @@ def test_a_measured_factor_of_mixed_batches_stays() -> None:
     measured = [replace(fit, mixed=mixed) if fit.op is Op.DECODE_ATTENTION else fit for fit in bare.fits]
     profile = for_engine(replace(bare, fits=tuple(measured)), kind, "vllm")
     found = profile.fit(Op.DECODE_ATTENTION, catalogue.find_model("Llama-3.1-8B").model, 1)
-    assert found is not None
     assert found.mixed == mixed
 
 

@@ -74,12 +74,9 @@ def test_whole_experts_begin_sooner_and_wait_for_the_rank_with_the_most_tokens()
 def test_experts_are_taken_out_of_the_dense_products(engine: str) -> None:
     bare, hosted = modelled_profile(B200), for_engine(modelled_profile(B200), B200, engine)
     moe, tokens = MIXTURE.experts, 16
-    assert moe is not None
     expert = MIXTURE.expert_params()
     read = moe.count * (1 - (1 - moe.active / moe.count) ** tokens)
     of_experts, of_rest = hosted.fit(Op.EXPERTS, MIXTURE, 4), bare.fit(Op.DENSE, MIXTURE, 4)
-    assert of_experts is not None
-    assert of_rest is not None
     moved = 4 * 2 * tokens * moe.active * (MIXTURE.hidden + moe.width / 4)
     flops = 2 * tokens * moe.active * expert / 4
     routed_s = of_experts.seconds(flops=flops, num_bytes=read * expert / 4 + moved)
@@ -111,8 +108,6 @@ def test_mxfp4_experts_start_with_their_layer_read_as_dense_products_do_and_mult
     kind = catalogue.find_gpu(gpu).gpu
     bare, hosted = modelled_profile(kind), for_engine(modelled_profile(kind), kind, "vllm")
     dense, of_experts = bare.fit(Op.DENSE, GPT_OSS, 1), hosted.fit(Op.EXPERTS, GPT_OSS, 1)
-    assert dense is not None
-    assert of_experts is not None
     (piece,) = of_experts.pieces
     assert (piece.fixed_s, piece.byte_s) == (0.0, max(each.byte_s for each in dense.pieces))
     assert piece.flop_s > 1.0 / kind.fp16_flops
@@ -143,7 +138,6 @@ def test_int4_experts_have_their_kernels_whoever_packed_them_and_whatever_their_
     assert fits == [fits[0]] * 3
     assert "int4_wo" in fits[0].provenance.origin
     mxfp4 = hosted.fit(Op.EXPERTS, replace(kimi, weights="mxfp4"), 8)
-    assert mxfp4 is not None
     assert "mxfp4" in mxfp4.provenance.origin
 
 

@@ -155,10 +155,6 @@ def test_rows_that_a_cache_served_are_left_out_and_counted() -> None:
 
 def test_a_region_begins_above_what_the_cache_took_and_at_the_smallest_row_of_a_cold_table() -> None:
     cold, warm = (decode_fit(decode_table(cold=cold)).region for cold in (True, False))
-    assert cold is not None
-    assert warm is not None
-    assert cold.kv_bytes is not None
-    assert warm.kv_bytes is not None
     assert cold.kv_bytes[0] == 512.0 * 128 * 2
     assert 80e6 <= warm.kv_bytes[0] < 160e6  # the grid doubles
     assert warm.kv_bytes[1] == cold.kv_bytes[1]
@@ -231,7 +227,6 @@ def test_the_profile_has_every_operator_with_its_provenance_and_region() -> None
     assert sources[Op.DENSE] is Source.MODELLED
     fit = decode_fit(decode_table())
     assert (fit.provenance.source, fit.provenance.origin) == (Source.FITTED, "a test, made up")
-    assert fit.region is not None
     assert fit.region.context_tokens == (128, 16384)
     assert fit.region.kv_bytes == (512.0 * 128 * 2, 512.0 * 64 * 16384 * 16)
     assert fit.region.outside(batch=128, context_tokens=1000) == ("batch",)
@@ -391,7 +386,6 @@ def test_prefill_is_charged_its_kv_once_whatever_its_table_says() -> None:
     assert piece.byte_s == pytest.approx(1 / A100.mem_bytes_per_s, rel=0.005)
     assert (piece.fixed_s, piece.flop_s) == pytest.approx((1e-5, 1 / 150e12), rel=0.02)
     assert piece.head_s == pytest.approx(2e-10, rel=0.05)
-    assert fit.region is not None
     assert fit.region.past_tokens == (0, 0)
     assert fit.region.outside(tokens=512, past_tokens=100, kv_bytes=1e12) == ("past_tokens", "kv_bytes")
 

@@ -153,7 +153,6 @@ def test_points_of_shipped_profiles_take_the_times_of_their_fits() -> None:
     found = shipped_points()
     (dense,) = (one for one in found["A40"] if one.op is Op.DENSE)
     profile, gpu = shipped_profile("A40"), catalogue.find_gpu("A40").gpu
-    assert profile is not None
     (fitted,) = (one for one in profile.fits if one.op is Op.DENSE and one.provenance.source is Source.FITTED)
     _, flop_s, byte_s = dense.features[100]
     assert dense.seconds[100] == pytest.approx(

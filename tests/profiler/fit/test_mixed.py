@@ -33,7 +33,6 @@ def table(op: MeasuredOp, rows: list[tuple[float, ...]], names: tuple[str, ...],
 def seconds_of(part: Table) -> np.ndarray:
     """Return 10 us and the time of all FLOPs, or of all bytes and 2 ns for each head."""
     work = work_of(part)
-    assert work is not None
     if part.op is MeasuredOp.PREFILL_ATTENTION:
         return 1e-5 + FLOP_S * work.flops
     return 1e-5 + BYTE_S * work.num_bytes + 2e-9 * part.numbers("batch") * part.numbers("query_heads")
@@ -216,7 +215,6 @@ def test_batches_whose_kv_a_cache_may_have_served_are_left_out() -> None:
     decode, prefill, mixed = (replace(one, cold=False) for one in tables((4, 2.0)))
     _, part = parts_of(mixed)
     work = work_of(part)
-    assert work is not None
     warm = (work.num_bytes < 80e6) & (work.num_bytes > 2e-6 * A100.mem_bytes_per_s)
     (report,) = fitted(decode, prefill, timed(mixed, np.where(warm, 5.0, 1.0) * mixed.seconds)).report.mixed
     assert report.factor == pytest.approx(2.0, abs=0.01)
@@ -242,8 +240,6 @@ def test_held_out_batches_take_no_part() -> None:
     assert 0.1 < judged.mean() < 0.3
     spoilt = replace(rows, table=timed(rows.table, np.where(judged, 10.0, 1.0) * rows.table.seconds))
     found, changed = (fit_mixed(ANY_FIT, one, [], A100) for one in (rows, spoilt))
-    assert found is not None
-    assert changed is not None
     assert changed[0].factor == found[0].factor
     assert changed[1].held_out.mape > found[1].held_out.mape + 0.1
 
@@ -259,7 +255,6 @@ def test_no_other_factor_has_a_smaller_error(logarithms: list[float], share: flo
     chunk_s, decode_s = (seconds_of(part) for part in parts_of(some))
     seconds = share * chunk_s + decode_s * np.exp(np.array(logarithms))
     found = fit_mixed(ANY_FIT, rows_for(decode, prefill, timed(some, seconds)), [], A100)
-    assert found is not None
 
     def error(factor: float) -> float:
         return float(np.abs((chunk_s + factor * decode_s) / seconds - 1.0).mean())

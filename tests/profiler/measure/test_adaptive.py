@@ -59,7 +59,6 @@ def test_every_series_gets_its_least_points_first() -> None:
     campaign = Campaign([one, two], StoppingRule(min_points=12))
     for _ in range(24):
         choice = campaign.next()
-        assert choice is not None
         seconds = (first | second)[choice.point.key]
         campaign.add(Measured(point=choice.point, sample=TimedSample(seconds=seconds, spread=0.01)))
     assert [len(state.measured) for state in campaign.states] == [12, 12]
@@ -109,7 +108,6 @@ def test_a_series_of_one_point_is_measured_and_done() -> None:
     point = MeasuredPoint(op="step", kernel="x", columns={"batch": 1})
     state = SeriesState(series=PointSeries(name="s", candidates=(point,), axes=("batch",)), rule=StoppingRule())
     choice = state.next()
-    assert choice is not None
     assert choice.point == point
     state.add(Measured(point=point, sample=TimedSample(seconds=1.0, spread=0.0)))
     assert state.next() is None

@@ -190,10 +190,13 @@ class World:
         copy_steps: int = 1,
         policy: str = "local",
         socket: Path | None = None,
+        stage_layers: tuple[int, ...] = (),
     ) -> None:
+        stages = max(len(stage_layers), 1)
+        ranks *= stages
         workers = [
             {
-                "name": NAMES[1 + i],
+                "name": "+".join([NAMES[1 + i], *(f"m{stage}/{i}" for stage in range(1, stages))]),
                 "addresses": [f"127.0.0.1:{7000 + i * ranks + rank}" for rank in range(ranks)],
                 "keyFile": "key",
             }
@@ -210,10 +213,11 @@ class World:
         self.blocks = CountedBlocks(pool)
         self.side = SchedulerSide(PluginSettings.model_validate(document))
         heads = head_shape(groups=GROUPS, queries=2, head_dim=8, item_bytes=4, block_tokens=BLOCK)
-        self.side.bind(self.blocks, EngineShape(heads=heads, num_layers=LAYERS, tensor_parallel=ranks))
+        shape = EngineShape(heads=heads, num_layers=LAYERS, tensor_parallel=ranks // stages, stage_layers=stage_layers)
+        self.side.bind(self.blocks, shape)
         attached = surround(self.side)
         self.ranks = Ranks(ranks, copy_steps, list(blocks), told=list(blocks))
-        self.side.workers_connected({(0, rank): blocks for rank in range(ranks)})
+        self.side.workers_connected({divmod(rank, ranks // stages): blocks for rank in range(ranks)})
         self.steered = attached or SteeredVllm(self.side, "one")
         self.running: dict[str, FakeRequest] = {}
         self.waiting: dict[str, FakeRequest] = {}
@@ -286,7 +290,9 @@ class World:
             devices=[
                 StageDevice(
                     name=name,
-                    gpus=[name] if number else [f"n/{9 - rank}" for rank in reversed(range(ranks))],
+                    gpus=self.side.settings.workers[number - 1].name.split("+")
+                    if number
+                    else [f"n/{9 - rank}" for rank in reversed(range(ranks))],
                     is_primary=not number,
                     pieces=[AttentionPiece(head_s=1e-7, kv_byte_s=1e-10, call_s=1e-6)],
                     transfer_s=1e-6 * bool(number),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from hetis.runtime.moves.refusals import RefusedError, reason_name
+from hetis.runtime.vllm.calibration import Calibration, Coefficients
 from hetis.runtime.vllm.steps import MoveStep
 from hetis.v1.change_pb2 import ChangeOutcome, ChangePhase
 from hetis.v1.executor_service_pb2 import ApplyAssignmentRequest
@@ -197,7 +198,7 @@ def test_a_change_whose_ground_is_gone_ends_with_the_reason(how: str) -> None:
 def test_an_engine_runs_what_it_was_started_for_and_says_all_that_differs() -> None:
     world = World()
     stage = world.stage(head_groups=8, block_tokens=32)
-    stage.devices[2].name = "elsewhere"
+    stage.devices[2].name = stage.devices[2].gpus[0] = "elsewhere"
     with pytest.raises(RefusedError) as error:
         world.assign(world.assignment(stage=stage))
     assert reason_name(error.value.failure) == "ENGINE_CANNOT"
@@ -301,6 +302,38 @@ def test_groups_of_all_ranks_move_together() -> None:
     assert world.flip(world.prepared(world.move(number, [1, 5], NAMES[1]))).outcome == FLIPPED
     assert list(world.head_map().requests[0].owners) == [0, 1, 0, 0, 0, 1, 0, 0]
     assert world.head_map().devices[1].total_blocks == 800
+
+
+def test_groups_move_in_all_stages_of_a_pipeline_by_the_names_of_its_first_stage() -> None:
+    world, number = started(stage_layers=(2, 1))
+    assert [worker.name for worker in world.side.settings.workers] == ["n/1+m1/0", "n/2+m1/1"]
+    assert world.flip(world.prepared(world.move(number, [1, 3], NAMES[2]))).outcome == FLIPPED
+    assert world.devices("a") == (0, 2, 0, 2)
+    (load,) = world.steered.report(world.now_s).replicas[0].stages
+    assert [device.device for device in load.devices] == list(NAMES)
+    world.assign(world.assignment(conditions=[DeviceCondition(device="m1/1", status=DRAINING)]))
+    assert world.head_map().devices[2].status == DRAINING, "as one of its GPUs, in whatever stage"
+
+
+def test_stages_with_maps_of_their_own_are_refused() -> None:
+    world = World()
+    assignment = world.assignment()
+    assignment.stages.append(world.stage())
+    with pytest.raises(RefusedError, match="has 2 stages with head maps of their own, those of vLLM share one"):
+        world.assign(assignment)
+
+
+def test_the_times_of_stages_count_by_their_layers() -> None:
+    world = World(stage_layers=(2, 1), blocks=(400,))
+
+    def measured(seconds: float) -> dict[int, Calibration]:
+        own = Coefficients(pieces=((seconds, 0.0, 0.0),), transfer_s=seconds)
+        return {1: Calibration(coefficients=own, copy_byte_s=seconds, read_s=0.0)}
+
+    world.side.workers_connected({(0, 0): (400,), (1, 0): (400,)}, {(0, 0): measured(3e-6), (1, 0): measured(9e-6)})
+    costs = world.side.costs
+    assert costs.stage.head_s[1, 0] == pytest.approx(max(2 / 3 * 3e-6, 1 / 3 * 9e-6))
+    assert costs.stage.transfer_s[1] == costs.link_byte_s[1] == costs.stage.head_s[1, 0]
 
 
 def test_a_worker_that_is_lost_is_reported_and_takes_part_again_when_it_is_back() -> None:

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from hetis.simulator.attention_workers import Decoding, Migration, PoolCopy
 from hetis.simulator.events import Events
-from hetis.simulator.fleet import LeastWork, SimulatedFleet
+from hetis.simulator.fleet import SimulatedFleet
+from hetis.simulator.routers import LeastWork
 from hetis.simulator.simulate import Builder, simulate
 from hetis.simulator.values import Fault, Request, RequestLog, Settings
 from hetis.solver.plan import AttentionWorkerPool, Plan
@@ -40,7 +41,6 @@ def test_a_request_leaves_room_for_what_requests_hold_of_their_outputs(seats: in
     plan = plan_of(pipeline(problem, 6, micro_batch=seats, in_flight=1, pool=(2, 1)))
     (replica,) = Builder(plan, problem, RequestLog(), Events(), AS_PLANNED).replicas()
     pool = replica.stages[0][0].pool
-    assert pool is not None
     for request in range(2):  # alone, a request needs no room but its own
         assert pool.place(replica.batches[0].pools[0][1], request, 32)
     assert [pool.state.remaining_tokens(str(request)) for request in range(2)] == [0, kept]
@@ -181,7 +181,6 @@ def test_moves_planned_for_an_evicted_request_are_dropped() -> None:
     plan = plan_of(pipeline(problem, 6, micro_batch=8, in_flight=1, pool=(2, 2)))
     (pool,) = pool_run(plan, problem, equal_requests(8, prompt=20, output=4000), Settings(theta=0.05))
     migration = pool._migration
-    assert migration is not None
     leaving, staying = list(pool.homes)[:2]
     moves = [
         Move(

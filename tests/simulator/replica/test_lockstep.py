@@ -123,7 +123,6 @@ def test_each_gpu_is_sampled_with_its_own_work_and_kv() -> None:
     problem = problem_of()
     chosen = replace(APART, sample_every_s=1e-3, trace=True)
     run = simulate(plan_of(sharing(problem)), problem, equal_requests(1, prompt=60, output=200), chosen)
-    assert run.series is not None
     kv, busy = run.series.kv_used_fraction.max(axis=0), run.series.busy_fraction.max(axis=0)
     assert np.count_nonzero(kv) == np.count_nonzero(busy) == 1, "one copy has one request"
     assert np.argmax(kv) == np.argmax(busy)

@@ -45,7 +45,6 @@ def test_contexts_grow_beyond_the_chosen_tokens_by_the_keys_of_the_layers_with_a
 def test_contexts_of_compressed_attention_read_a_window_the_chosen_entries_and_keys_of_all() -> None:
     model = make_compressed()
     shape, growth = InShort(model).compressed, KvGrowth(model, BLOCK)
-    assert shape is not None
     kept = model.kv_bytes_per_token_group()
     for context in (24, 50, 80, 81, 300):  # from the window to beyond 20 entries of 4 tokens
         entries = 24 + (3 * min(20.0, context / 4) + 2 * context / 32) / 6

@@ -106,8 +106,9 @@ def what_if(
     from hetis.planner.export.carrying import not_carried
     from hetis.planner.report import comparison as report
     from hetis.planner.report.page.pages import buy_next_page, what_if_page
-    from hetis.planner.use_cases import what_if as asking
     from hetis.planner.use_cases.compare import Searches
+    from hetis.planner.use_cases.other_fleets import what_if as asking
+    from hetis.planner.use_cases.other_fleets.additions import read_wanted
     from hetis.planner.use_cases.place import read_inputs, settings_of
     from hetis.solver.cluster import Link
 
@@ -119,7 +120,7 @@ def what_if(
     cluster, nic = loaded.inputs.cluster, None
     if fleet.nic is not None:
         nic = Link(bytes_per_s=fleet.nic, latency_s=cluster.network.default.latency_s)
-    change, market = asking.read_wanted(
+    change, market = read_wanted(
         cluster, add=fleet.add or (), remove=fleet.remove or (),
         market=(fleet.market, fleet.count or DEFAULT_COUNT) if fleet.buy_next else None,
         like=fleet.node_like, gpus_per_node=fleet.gpus_per_node, zone=fleet.zone, nic=nic,
@@ -211,7 +212,7 @@ def replan(
     """
     from hetis.planner.report.changes import render_replan, replan_document
     from hetis.planner.report.page.pages import replan_page
-    from hetis.planner.use_cases import replan as replanning
+    from hetis.planner.use_cases.other_fleets import replan as replanning
     from hetis.planner.use_cases.place import settings_of
     from hetis.solver.replanning.change import ChangeCosts
     from hetis.solver.replanning.replanner import Replanning

@@ -17,7 +17,7 @@ from hetis.solver.budget import Budget
 from hetis.solver.search_clock import search_seconds
 
 if TYPE_CHECKING:
-    from hetis.planner.use_cases.dispatch import CostedStage
+    from hetis.planner.use_cases.dispatch.stages import CostedStage
 
 DISPATCH_EXAMPLES = """Examples:\n
 hetis-plan dispatch --state examples/dispatch/a100-l4.yaml --request 8000/300 --explain\n
@@ -55,7 +55,7 @@ class RequestOptions:
             BadParameter: neither or both were specified.
             DocumentError: the file is not usable.
         """
-        from hetis.planner.use_cases.dispatch import load_stage, load_stage_of_plan
+        from hetis.planner.use_cases.dispatch.stages import load_stage, load_stage_of_plan
 
         if (self.state is None) == (self.plan is None):
             raise typer.BadParameter("give one of --state and --plan")
@@ -75,8 +75,8 @@ def dispatch(terminal: Terminal, *, given: RequestOptions, answer: StateOptions)
     Requests that find no room are listed with what they lack and the others placed; the exit code is 3 then.
     """
     from hetis.planner.report.dispatch import dispatch_document, explain_dispatch, render_dispatch
-    from hetis.planner.use_cases import dispatch as dispatching
-    from hetis.planner.use_cases.dispatch import load_new_requests
+    from hetis.planner.use_cases.dispatch.answers import dispatch_requests
+    from hetis.planner.use_cases.dispatch.stages import load_new_requests
 
     loaded = given.load()
     arrivals = load_new_requests(loaded, file=given.requests, words=given.request or ())
@@ -84,7 +84,7 @@ def dispatch(terminal: Terminal, *, given: RequestOptions, answer: StateOptions)
     budget = Budget(time_limit_s=given.time_limit, clock=search_seconds)
     found = work_interruptibly(
         terminal,
-        lambda: dispatching.dispatch_requests(loaded, arrivals, exact=given.exact, budget=budget, seed=given.seed),
+        lambda: dispatch_requests(loaded, arrivals, exact=given.exact, budget=budget, seed=given.seed),
         cancelled=budget.cancelled,
         stopping="with the best placement so far",
     )
@@ -97,7 +97,7 @@ def dispatch(terminal: Terminal, *, given: RequestOptions, answer: StateOptions)
 
 def announce_compilation(terminal: Terminal) -> None:
     """Explain why the first run on a machine takes a minute."""
-    from hetis.planner.use_cases.dispatch import is_compiled
+    from hetis.planner.use_cases.dispatch.answers import is_compiled
 
     if not is_compiled():
         terminal.say("compiling the solver (only once; takes a minute or two)")
@@ -144,7 +144,8 @@ def redispatch(terminal: Terminal, *, given: RedispatchOptions, answer: MoveOpti
     Moves are found whether or not a trigger has fired; the report lists the triggers that have fired.
     """
     from hetis.planner.report.dispatch import explain_redispatch, redispatch_document, render_redispatch
-    from hetis.planner.use_cases.dispatch import load_stage, redispatch_stage
+    from hetis.planner.use_cases.dispatch.answers import redispatch_stage
+    from hetis.planner.use_cases.dispatch.stages import load_stage
 
     loaded = load_stage(given.state, profiles=given.profile or ())
     announce_compilation(terminal)

@@ -109,7 +109,7 @@ def export(
     from hetis.planner.export.replicas import ExportSettings
     from hetis.planner.export.targets import export_wanted, folder_refusals, write_export
     from hetis.planner.use_cases.record.parts import MadeFrom
-    from hetis.planner.use_cases.sources import problem_of_plan
+    from hetis.planner.use_cases.saved_plans import problem_of_plan
 
     hosts, wrong = _hosts(requested.node_address or ())
     folder = None if requested.out == "-" else Path(requested.out)

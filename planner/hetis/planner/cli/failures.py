@@ -62,7 +62,7 @@ def describe(error: Exception) -> tuple[ExitCode, str, list[str]]:
     """Return the exit code, the headline and the lines to print below it."""
     from hetis.formats.catalogue import UnknownNameError
     from hetis.planner.export.replicas import NotExportableError
-    from hetis.planner.use_cases.versions import LIBRARIES
+    from hetis.planner.use_cases.record.versions import LIBRARIES
 
     match error:
         case DocumentError():

@@ -81,7 +81,7 @@ def completion(
 @verb()
 def version(terminal: Terminal) -> ExitCode:
     """Print the versions of hetis and of the libraries that affect plans."""
-    from hetis.planner.use_cases.versions import installed_versions
+    from hetis.planner.use_cases.record.versions import installed_versions
 
     versions = installed_versions()
     terminal.emit(lambda: versions, lambda: "\n".join(f"{name} {number}" for name, number in versions.items()))
@@ -110,7 +110,7 @@ def _python() -> Finding:
 
 
 def _libraries() -> Iterator[Finding]:
-    from hetis.planner.use_cases.versions import LIBRARIES, installed_versions
+    from hetis.planner.use_cases.record.versions import LIBRARIES, installed_versions
 
     versions = installed_versions()
     missing = [library for library in LIBRARIES if library not in versions]

@@ -125,7 +125,9 @@ def finish(
         return report_no_plan(error, terminal, interrupted=cancelled.is_set())
     if prints and terminal.prints_tables:
         terminal.emit(dict, lambda: render_plan(made.plan, wide=wide))
-    answer = wait(lambda report: verify(made, request, loaded, cancelled=cancelled, report=report))
+    answer = wait(
+        lambda report: verify(made, request, loaded, cancelled=cancelled, report=report, carriers=not_carried)
+    )
     saved = outputs.save_or_tell(terminal, answer.plan, results.out, html=results.html, page=page)
     if prints:
         _print(terminal, made.plan, answer)
@@ -206,6 +208,8 @@ def compare(
 ) -> ExitCode:
     """Plan by several strategies, or for several engines, and show the plans side by side, checked and simulated alike.
 
+    All are of the highest rung unless --rung names one; the plan that `place` shows is in a row of its own if it is of
+    another.
     Each search has the full time limit. A strategy without a plan gets a row with the reason.
 
     Ctrl-C once stops the running strategy and shows the results so far; Ctrl-C twice exits at once.
@@ -240,8 +244,9 @@ def compare(
 
     def work(report: Report) -> tuple[Compared, ...]:
         searches = Searches(
-            loaded=loaded, objective=objective, settings=settings, budget=budget, report=report, carriers=not_carried
-        )
+            loaded=loaded, objective=objective, settings=settings, budget=budget, report=report, carriers=not_carried,
+            has_default=not request.rung,
+        )  # fmt: skip
         found = compare_engines(searches, names, rules)
         if request.verify:
             found = simulate_plans(found, searches, rules, level)

@@ -23,9 +23,9 @@ from hetis.solver.search_clock import search_seconds
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from hetis.planner.use_cases.sources import PlanAndProblem
+    from hetis.planner.use_cases.other_fleets.what_if import BuyNext
+    from hetis.planner.use_cases.saved_plans import PlanAndProblem
     from hetis.planner.use_cases.verification.latency_curve import Curve
-    from hetis.planner.use_cases.what_if import BuyNext
 
 REPORT_EXAMPLES = """Examples:\n
   hetis-plan report plan.json\n
@@ -93,7 +93,7 @@ def check(terminal: Terminal, plan: PlanArgument) -> ExitCode:
 
 def _load(terminal: Terminal, paths: list[str]) -> list[PlanAndProblem]:
     """Read the plans, and warn of the oddities of each once."""
-    from hetis.planner.use_cases.sources import load_plan_and_problem
+    from hetis.planner.use_cases.saved_plans import load_plan_and_problem
 
     found = [load_plan_and_problem(path) for path in paths]
     for warning in dict.fromkeys(warning for one in found for warning in one.warnings):
@@ -111,7 +111,7 @@ def _load_and_check(terminal: Terminal, paths: list[str]) -> list[PlanAndProblem
 
 def warn_if_wrong(terminal: Terminal, path: str, found: PlanAndProblem) -> None:
     """Warn of a plan that the checker does not confirm."""
-    from hetis.planner.use_cases.sources import unconfirmed
+    from hetis.planner.use_cases.saved_plans import unconfirmed
 
     for warning in unconfirmed(found, path):
         terminal.warn(warning)
@@ -175,7 +175,8 @@ def _market(
     terminal: Terminal, found: PlanAndProblem, cancelled: threading.Event, given: ReportOptions
 ) -> BuyNext | None:
     """Return what to buy next, or None after Ctrl-C."""
-    from hetis.planner.use_cases.what_if import buy_next_to_plan, market_of, node_shape
+    from hetis.planner.use_cases.other_fleets.additions import market_of, node_shape
+    from hetis.planner.use_cases.other_fleets.what_if import buy_next_to_plan
 
     if cancelled.is_set():
         return None

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import typer
 
+from hetis.commands.pictures import FORMS
 from hetis.commands.terminal import Terminal
 from hetis.formats.errors import DocumentError
 from hetis.formats.files import write_atomically
@@ -25,8 +26,8 @@ from hetis.planner.use_cases.service_level import Statistic
 
 if TYPE_CHECKING:
     from hetis.formats.traces import Trace
+    from hetis.planner.use_cases.saved_plans import PlanAndProblem
     from hetis.planner.use_cases.simulation.simulate import Question, Simulated
-    from hetis.planner.use_cases.sources import PlanAndProblem
     from hetis.simulator.values import Fault
     from hetis.solver.plan import Objective, Plan
     from hetis.solver.problem import PlacementProblem
@@ -40,7 +41,6 @@ hetis-plan simulate plan.json --sweep --ttft 2s --tpot 100ms\n
 hetis-plan simulate plan.json --saturate -o json | jq .throughput_rps"""
 DEFAULT_TOLERANCE, DEFAULT_PRECISION = 0.02, 0.05  # None if they are not given: they would be ignored by other runs
 MAX_REQUESTS = 10_000_000
-PICTURES = {".html": "plotly", ".png": "matplotlib"}  # libraries that draw them
 LEVELS = "ttft_statistic", "tpot_statistic", "attainment"  # the latencies of a saturated fleet mean nothing
 CONTRADICTIONS = (  # pairs of fields, and the message
     *(("saturate", name, "{} and {} cannot be combined") for name in ("rate", "recorded", "sweep", *LEVELS)),
@@ -167,10 +167,10 @@ class SimulateOptions:
             outputs.refuse_stdout(options.spelled(name), getattr(self, name))
             outputs.refuse_unwritable(getattr(self, name))
         if (plot := self.plot) is not None:
-            if plot.suffix not in PICTURES:
-                known = " or ".join(PICTURES)
+            if plot.suffix not in FORMS:
+                known = " or ".join(FORMS)
                 raise typer.BadParameter(f"{plot} is not a picture: --plot needs a file name that ends in {known}")
-            outputs.refuse_missing_library(PICTURES[plot.suffix], extra="plots", wanted_by=f"--plot {plot}")
+            outputs.refuse_missing_library("matplotlib", extra="plots", wanted_by=f"--plot {plot}")
         outputs.refuse_page(self.html, beside=self.plot)
 
 
@@ -182,11 +182,12 @@ def simulate(terminal: Terminal, plan: PlanArgument, *, wanted: SimulateOptions)
 
     Ctrl-C once shows the figures of what was simulated so far; Ctrl-C twice exits at once.
     """
+    from hetis.planner.use_cases.saved_plans import load_plan_and_problem
     from hetis.planner.use_cases.service_level import DEFAULT
     from hetis.planner.use_cases.simulation import simulate as simulating
     from hetis.planner.use_cases.simulation.engine_settings import at_settings
     from hetis.planner.use_cases.simulation.judging import level_to_hold
-    from hetis.planner.use_cases.sources import engine_settings, load_plan_and_problem
+    from hetis.planner.use_cases.sources import engine_settings
     from hetis.planner.use_cases.verification.outcome import rate_to_simulate
     from hetis.simulator.arrivals import Arrivals, Load
     from hetis.simulator.values import Settings

@@ -48,7 +48,9 @@ def redispatch_message(record: RedispatchRecord, *, view: view_pb2.View.ValueTyp
 
 
 def basic_replica(message: replica_pb2.Replica) -> replica_pb2.Replica:
-    return without(message, "shape")
+    short = without(message, "shape", "parts", "waits_for")
+    del short.events[:-1]
+    return short
 
 
 def basic_redispatch(message: redispatch_pb2.Redispatch) -> redispatch_pb2.Redispatch:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
+from operator import ge
 from types import MappingProxyType
 
 import numpy as np
 
 from hetis.formats.saved_state import piece_costs
 from hetis.planner.convert.plans import message_of, value_from
-from hetis.planner.use_cases.dispatch import CostedStage, state_of_stage, with_costs
-from hetis.planner.use_cases.sources import PlanAndProblem
+from hetis.planner.use_cases.dispatch.stages import CostedStage, state_of_stage, with_costs
+from hetis.planner.use_cases.saved_plans import PlanAndProblem
 from hetis.solver.dispatch.dispatch_problem import FloatArray, HeadShape, IntArray, Primary, Stage
 from hetis.solver.dispatch.snapshot import DeviceSnapshot, DeviceStatus, PreparedMove, StateSnapshot
 from hetis.solver.errors import InvalidProblemError
@@ -94,9 +95,9 @@ def stage_from_proto(message: stage_pb2.StageModel, *, slowness: Mapping[str, fl
 def stages_of_replica(found: PlanAndProblem, replica: int) -> list[stage_pb2.StageModel]:
     """Return a model for every copy of each stage, in order. ``replica`` is an index in the plan.
 
-    A prefill replica has none: it decodes nothing, so nothing is dispatched. KV blocks are those of the whole device:
-    all micro-batches in flight share them. Slow, so not for an event loop. Raises InvalidProblemError if the plan
-    contradicts its inputs.
+    A prefill replica has none: it decodes nothing, so nothing is dispatched. The stages of an engine have one head map,
+    and so one model (`merged`). KV blocks are those of the whole device: all micro-batches in flight share them. Slow,
+    so not for an event loop. Raises InvalidProblemError if the plan contradicts its inputs.
     """
     one = found.plan.replicas[replica]
     if one.role is Role.PREFILL:
@@ -112,7 +113,55 @@ def stages_of_replica(found: PlanAndProblem, replica: int) -> list[stage_pb2.Sta
                 each = len(pool.devices) // stage.copies
                 gpus += [(device,) for device in pool.devices[copy * each : (copy + 1) * each]]
             messages.append(_stage(loaded, position, copy, gpus, micro_batches))
-    return messages
+    return messages if found.problem.family.engine is None or len(one.stages) == 1 else [merged(messages)]
+
+
+def merged(stages: Sequence[stage_pb2.StageModel]) -> stage_pb2.StageModel:
+    """Return one model for the stages of a pipeline whose requests keep a head group on the same device of every stage.
+
+    Device i stands for the i-th devices of all stages, and has the fewest of their blocks. With L_s of L layers, stage
+    s takes L_s t_si per token batch, so device i takes max over s of (L_s / L) t_si for each of the L layers: the
+    pieces of all stages, scaled, with exchanges folded in. The makespan of the model times L is then the time of the
+    slowest stage, which sets the pace of the pipeline. Its network card is bounded by the largest of its scaled terms.
+    The primary lists the cards of its first stage alone, because their number is that of the ranks that share heads.
+    """
+    total = sum(stage.num_layers for stage in stages)
+    found = stage_pb2.StageModel(num_layers=total, heads=stages[0].heads)
+    shares = [stage.num_layers / total for stage in stages]
+    found.nic_byte_s = max(share * stage.nic_byte_s for share, stage in zip(shares, stages, strict=True))
+    found.nic_s = max(share * stage.nic_s for share, stage in zip(shares, stages, strict=True))
+    exchange_bytes = stages[0].heads.exchange_bytes_per_head
+    for same in zip(*(stage.devices for stage in stages), strict=True):
+        first = same[0]
+        gpus = first.gpus if first.is_primary else dict.fromkeys(gpu for device in same for gpu in device.gpus)
+        pieces = [
+            (
+                share * (piece.head_s + device.transfer_byte_s * exchange_bytes),
+                share * piece.kv_byte_s,
+                share * (piece.call_s + device.transfer_s),
+            )
+            for share, device in zip(shares, same, strict=True)
+            for piece in device.pieces
+        ]
+        found.devices.add(
+            name=first.name,
+            gpus=gpus,
+            is_primary=first.is_primary,
+            pieces=[
+                stage_pb2.AttentionPiece(head_s=head_s, kv_byte_s=kv_byte_s, call_s=call_s)
+                for head_s, kv_byte_s, call_s in _undominated(pieces)
+            ],
+            link_byte_s=max(share * device.link_byte_s for share, device in zip(shares, same, strict=True)),
+            high_water=min(device.high_water or HIGH_WATER for device in same),
+            total_blocks=min(device.total_blocks for device in same),
+        )
+    return found
+
+
+def _undominated(pieces: Iterable[tuple[float, float, float]]) -> list[tuple[float, float, float]]:
+    """Return the affine pieces that no other exceeds in every coefficient: only they can be the slowest."""
+    every = list(dict.fromkeys(pieces))
+    return [one for one in every if not any(o != one and all(map(ge, o, one)) for o in every)]
 
 
 def _stage(

@@ -32,6 +32,7 @@ _DOWN = frozenset(
         AssignmentState.ASSIGNMENT_STATE_FAILED,
     }
 )
+_CANNOT = Reason.ERROR_REASON_ENGINE_CANNOT
 UP_STATES = frozenset({State.REPLICA_STATE_SERVING, State.REPLICA_STATE_DEGRADED})
 
 
@@ -168,7 +169,9 @@ def _failed(now: Standing, failure: failure_pb2.Failure) -> Standing:
 
 def _failure_of(parts: Iterable[ReplicaOnNode]) -> failure_pb2.Failure | None:
     for part in parts:
-        if part.failure is not None:
+        # An engine that serves may be unable to move heads, and says why; that is no reason to give it up.
+        is_unsteered = part.state in _LOADED and part.failure is not None and part.failure.reason == _CANNOT
+        if part.failure is not None and not is_unsteered:
             return part.failure
         if part.held and part.state == AssignmentState.ASSIGNMENT_STATE_FAILED:
             return _unavailable("a node could not load the replica", "")

@@ -118,7 +118,7 @@ def _waits_for_others(replica: Replica, occupied: dict[str, list[str]]) -> bool:
 
 def _decide_replica(cluster: ClusterFleet, view: _ClusterView, replica: Replica, now_s: float) -> ReplicaWrite | None:
     now, change = replica.standing, cluster.changes.of(replica)
-    parts = {node: _part(cluster, replica, node) for node in replica.nodes}
+    parts = parts_of(cluster, replica)
     if replica.is_stopping:
         if any(part.held and not part.is_lost for part in parts.values()) or change is not None:
             return None
@@ -182,6 +182,11 @@ def _decide_replica(cluster: ClusterFleet, view: _ClusterView, replica: Replica,
         generation=generation,
         assigned_generation=generation if is_new else replica.assigned_generation,
     )
+
+
+def parts_of(cluster: ClusterFleet, replica: Replica) -> dict[str, ReplicaOnNode]:
+    """Return what is known of a replica on each of its nodes, the primary's first."""
+    return {node: _part(cluster, replica, node) for node in replica.nodes}
 
 
 def _part(cluster: ClusterFleet, replica: Replica, node: str) -> ReplicaOnNode:

@@ -181,6 +181,13 @@ class LiveFleet:
         replica = cluster.replicas.get(name)
         return None if replica is None else views.live_replica(cluster, replica)
 
+    def show_replica(self, message: replica_pb2.Replica) -> None:
+        """Add to the message of a replica what is live in the view FULL; nothing if the fleet does not know it."""
+        cluster = self._cluster(cluster_of(message.name))
+        if (replica := cluster.replicas.get(message.name)) is not None:
+            views.show_live(message, views.live_replica(cluster, replica))
+            views.show_parts(message, cluster, replica)
+
     def replicas_of(self, cluster: str) -> list[LiveReplica]:
         """Return the replicas of a cluster that are not stopped, ordered by name."""
         found = self._cluster(cluster)

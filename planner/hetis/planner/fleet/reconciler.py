@@ -23,7 +23,7 @@ from hetis.planner.fleet.replica import Contents
 from hetis.planner.fleet.views import Clock, FleetObserver
 from hetis.planner.fleet.writes import StoredCluster, Writes, apply, read_changes, read_clusters, read_ends
 from hetis.planner.store import Reader, Store
-from hetis.planner.use_cases.sources import PlanAndProblem, problem_of_plan
+from hetis.planner.use_cases.saved_plans import PlanAndProblem, problem_of_plan
 from hetis.solver.errors import HetisError
 from hetis.solver.plan import Plan
 from hetis.v1.document_pb2 import Document

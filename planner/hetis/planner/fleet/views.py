@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from hetis.planner.convert.clusters import basic_redispatch, basic_view
 from hetis.planner.convert.names import last_part, timestamp
 from hetis.planner.fleet.cluster import ClusterFleet
+from hetis.planner.fleet.deciding import parts_of
 from hetis.planner.fleet.hubs import Hubs
 from hetis.planner.fleet.replica import Replica
 from hetis.solver.cluster import node_of
@@ -122,6 +123,20 @@ def show_live(message: replica_pb2.Replica, live: LiveReplica) -> None:
         message.report.CopyFrom(live.report)
     if live.report_time_s is not None:
         message.report_time.CopyFrom(timestamp(live.report_time_s))
+
+
+def show_parts(message: replica_pb2.Replica, cluster: ClusterFleet, replica: Replica) -> None:
+    """Add to a replica's message what is known of it on its nodes, and which replicas hold GPUs of it."""
+    for node, part in parts_of(cluster, replica).items():
+        shown = message.parts.add(
+            node=node, node_state=part.presence, draining=part.is_draining, held_generation=part.held, state=part.state
+        )
+        if part.failure is not None:
+            shown.failure.CopyFrom(part.failure)
+    own = set(replica.devices)
+    message.waits_for.extend(
+        name for name, other in sorted(cluster.replicas.items()) if other is not replica and own & set(other.devices)
+    )
 
 
 def generation_of(cluster: ClusterFleet, replica: Replica) -> int:

@@ -23,10 +23,11 @@ from hetis.planner.store import (
 )
 from hetis.planner.store.records import FINAL_REDISPATCHES
 from hetis.planner.store.tables import TableView
-from hetis.v1 import cluster_pb2, inventory_pb2, plan_pb2, redispatch_pb2
+from hetis.v1 import cluster_pb2, inventory_pb2, plan_pb2, redispatch_pb2, replica_pb2
 
 R = TypeVar("R", NodeRecord, ReplicaRecord)
 RedispatchState = redispatch_pb2.RedispatchState
+MOST_EVENTS = 20  # of a replica
 # 0 is UNSPECIFIED
 UNDER_WAY = tuple(state for state in RedispatchState.values() if state and state not in FINAL_REDISPATCHES)
 
@@ -175,7 +176,7 @@ def apply(tx: Transaction, writes: Writes, *, now_s: float) -> WriteResult:
     """
     kept = WriteResult()
     for one in writes.replicas:
-        _apply_replica(tx, one, kept)
+        _apply_replica(tx, one, kept, now_s)
     for node in writes.nodes:
         _apply_node(tx, writes.cluster, node, kept)
     for name in writes.unneeded_nodes:
@@ -187,7 +188,7 @@ def apply(tx: Transaction, writes: Writes, *, now_s: float) -> WriteResult:
     return kept
 
 
-def _apply_replica(tx: Transaction, write: ReplicaWrite, kept: WriteResult) -> None:
+def _apply_replica(tx: Transaction, write: ReplicaWrite, kept: WriteResult, now_s: float) -> None:
     record = tx.replicas.get(write.name)
     if record is None:
         return
@@ -205,9 +206,21 @@ def _apply_replica(tx: Transaction, write: ReplicaWrite, kept: WriteResult) -> N
     body.ClearField("failure")
     if write.standing.failure is not None:
         body.failure.CopyFrom(write.standing.failure)
+    _append_event(body, write.standing, now_s)
     kept.replicas[write.name] = tx.replicas.update(
         replace(record, body=body, state=write.standing.state, generation=write.generation)
     )
+
+
+def _append_event(body: replica_pb2.Replica, standing: Standing, now_s: float) -> None:
+    """Append an event, unless the newest says the same; the oldest go first."""
+    event = replica_pb2.ReplicaEvent(time=timestamp(now_s), state=standing.state, failure=standing.failure)
+    if standing.goal is not None:
+        event.goal = standing.goal
+    last = body.events[-1] if body.events else replica_pb2.ReplicaEvent(state=replica_pb2.REPLICA_STATE_STARTING)
+    if (last.state, last.goal, last.failure) != (event.state, event.goal, event.failure):
+        body.events.append(event)
+        del body.events[:-MOST_EVENTS]
 
 
 def _apply_node(tx: Transaction, cluster: str, write: NodeWrite, kept: WriteResult) -> None:

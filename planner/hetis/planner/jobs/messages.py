@@ -19,8 +19,9 @@ from hetis.planner.use_cases.record.forms import (
     engine_settings_from_data,
     service_level_from_data,
 )
+from hetis.planner.use_cases.saved_plans import inputs_from_documents
 from hetis.planner.use_cases.service_level import DEFAULT, ServiceLevel
-from hetis.planner.use_cases.sources import LoadedInputs, inputs_from_documents
+from hetis.planner.use_cases.sources import LoadedInputs
 from hetis.solver.budget import Progress
 from hetis.solver.errors import InfeasibleError, InvalidProblemError, NoPlanFoundError, UncheckedPlanError
 from hetis.solver.plan import Objective, ObjectiveKind, Role

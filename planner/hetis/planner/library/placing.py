@@ -18,7 +18,7 @@ from hetis.planner.library.arguments import checked, spelled_as_arguments
 from hetis.planner.library.plan import Plan
 from hetis.planner.use_cases import place as placing
 from hetis.planner.use_cases.request import FIELDS, PlacementRequest
-from hetis.planner.use_cases.sources import load_plan_and_problem
+from hetis.planner.use_cases.saved_plans import load_plan_and_problem
 from hetis.solver.budget import Progress, silent
 from hetis.solver.cluster import Cluster
 

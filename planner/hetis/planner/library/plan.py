@@ -21,11 +21,12 @@ from hetis.planner.report.promises import misses_as_planned
 from hetis.planner.report.simulation import level_words, simulation_document
 from hetis.planner.use_cases.compare import Figures, figures_of
 from hetis.planner.use_cases.record.parts import MadeFrom, Verified
+from hetis.planner.use_cases.saved_plans import inputs_from_documents
 from hetis.planner.use_cases.service_level import DEFAULT, Statistic, share_within
 from hetis.planner.use_cases.simulation import simulate as simulating
 from hetis.planner.use_cases.simulation.engine_settings import at_settings
 from hetis.planner.use_cases.simulation.judging import level_to_hold, simulated_latencies
-from hetis.planner.use_cases.sources import engine_settings, inputs_from_documents
+from hetis.planner.use_cases.sources import engine_settings
 from hetis.planner.use_cases.verification.outcome import rate_to_simulate
 from hetis.simulator.arrivals import Arrivals, Load
 from hetis.simulator.metrics import Summary

@@ -19,7 +19,7 @@ from hetis.planner.report.promises import demand_words, kept_cell, simulated_wor
 from hetis.planner.report.tables import as_group, facts, section, table, table_of
 from hetis.planner.use_cases.compare import PlanDiff, kept_of
 from hetis.planner.use_cases.json_values import document, fields_of
-from hetis.planner.use_cases.replan import PosedReplan, survival_of
+from hetis.planner.use_cases.other_fleets.replan import PosedReplan, survival_of
 from hetis.solver.plan import ObjectiveKind, Plan, ReplicaPlan, Role
 from hetis.solver.replanning.change import ChangeCosts, Fate, PlanChange, ReplicaChange
 from hetis.solver.replanning.replanner import Replanning

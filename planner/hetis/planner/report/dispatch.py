@@ -11,7 +11,8 @@ from rich.text import Text
 
 from hetis.planner.report.figures import bar, digits, percent, percent_of_gap, plural, seconds
 from hetis.planner.report.tables import as_group, bullets, facts, first_rows, section, table, table_of
-from hetis.planner.use_cases.dispatch import CostedStage, Dispatched, Redispatched, StepTimes, expected_blocks
+from hetis.planner.use_cases.dispatch.answers import Dispatched, Redispatched
+from hetis.planner.use_cases.dispatch.stages import CostedStage, StepTimes, expected_blocks
 from hetis.planner.use_cases.json_values import document, fields_of
 from hetis.profiler.defaults import MODELLED
 from hetis.solver.dispatch.dispatch_problem import Path, Resource, Unplaced

@@ -15,15 +15,8 @@ from hetis.planner.convert.stages import reason_to_proto
 from hetis.planner.failures import invalid_document
 from hetis.planner.resources.checks import Checks
 from hetis.planner.threads import run_in_thread_gc_paused
-from hetis.planner.use_cases.dispatch import (
-    CostedStage,
-    Dispatched,
-    Redispatched,
-    dispatch_requests,
-    redispatch_stage,
-    require_new,
-    with_costs,
-)
+from hetis.planner.use_cases.dispatch.answers import Dispatched, Redispatched, dispatch_requests, redispatch_stage
+from hetis.planner.use_cases.dispatch.stages import CostedStage, require_new, with_costs
 from hetis.solver.dispatch.dispatch_problem import Path, Resource
 from hetis.v1 import dispatch_service_pb2 as pb
 

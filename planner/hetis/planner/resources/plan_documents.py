@@ -16,7 +16,7 @@ from hetis.planner.failures import Reason, ServiceError
 from hetis.planner.jobs.searching import document_bytes
 from hetis.planner.store import PlanRecord, Reader, Store
 from hetis.planner.threads import run_in_thread_gc_paused
-from hetis.planner.use_cases.sources import PlanAndProblem, problem_of_plan
+from hetis.planner.use_cases.saved_plans import PlanAndProblem, problem_of_plan
 from hetis.solver.check import check_plan
 from hetis.solver.cluster import Cluster
 from hetis.solver.plan import Plan, ReplicaPlan

@@ -29,7 +29,7 @@ from hetis.planner.resources.plan_documents import (
 from hetis.planner.store import PlanRecord, Reader, Store, Transaction
 from hetis.planner.threads import run_in_thread_gc_paused
 from hetis.planner.use_cases.record.parts import MadeFrom, Requested
-from hetis.planner.use_cases.sources import PlanAndProblem
+from hetis.planner.use_cases.saved_plans import PlanAndProblem
 from hetis.planner.watching import LeftBehindError
 from hetis.solver.plan import Plan, ReplicaPlan
 from hetis.v1 import plan_pb2, view_pb2

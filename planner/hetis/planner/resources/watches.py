@@ -41,12 +41,14 @@ from hetis.v1 import cluster_service_pb2 as pb
 
 def replica_now(fleet: LiveFleet, record: ReplicaRecord, view: view_pb2.View.ValueType) -> replica_pb2.Replica:
     """Return a replica's live state, or the stored one if the fleet does not know the replica."""
-    message, live = deepcopy(record.body), fleet.replica_view(record.name)
+    message = deepcopy(record.body) if view == FULL else basic_replica(record.body)
     message.name, message.plan = record.name, record.plan
     message.state, message.generation = record.state, record.generation
-    if live is not None:
+    if view == FULL:
+        fleet.show_replica(message)
+    elif (live := fleet.replica_view(record.name)) is not None:
         show_live(message, live)
-    return basic_replica(message) if view == BASIC else message
+    return message
 
 
 @dataclass(slots=True, eq=False)

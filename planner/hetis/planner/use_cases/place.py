@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from hetis.planner.use_cases import service_level
+from hetis.planner.use_cases import classes, service_level
 from hetis.planner.use_cases.climbing import (
     DEFAULT_WORTH,
     HIGHEST,
@@ -32,22 +32,16 @@ from hetis.planner.use_cases.precision import for_engine, in_precision, notes_on
 from hetis.planner.use_cases.prices import catalogue_market, constraint_prices, with_prices
 from hetis.planner.use_cases.record.forms import MAY_DIFFER, RungFound
 from hetis.planner.use_cases.record.parts import MadeFrom, Requested, Rungs, Surviving, Verified
+from hetis.planner.use_cases.record.versions import installed_versions
 from hetis.planner.use_cases.request import PlacementRequest, path_or_value, ratio_of
 from hetis.planner.use_cases.robustness.profile_errors import profile_notes, with_profile_errors
 from hetis.planner.use_cases.robustness.study import Robustness, study, with_robustness
+from hetis.planner.use_cases.saved_plans import problem_of
 from hetis.planner.use_cases.service_level import ServiceLevel
-from hetis.planner.use_cases.sources import (
-    Inputs,
-    LoadedInputs,
-    engine_rules,
-    engine_settings,
-    load_inputs,
-    problem_of,
-)
+from hetis.planner.use_cases.sources import Inputs, LoadedInputs, engine_rules, engine_settings, load_inputs
 from hetis.planner.use_cases.surviving import check_survival, most_left, surviving_plan, with_losses
 from hetis.planner.use_cases.verification import equal_stages
 from hetis.planner.use_cases.verification.rates import ITERATIONS, kept_plan, simulation_report
-from hetis.planner.use_cases.versions import installed_versions
 from hetis.solver.budget import Budget, Report, SearchSettings, silent
 from hetis.solver.errors import InfeasibleError, InvalidProblemError, UncheckedPlanError
 from hetis.solver.plan import DEFAULT_STRATEGY, DEFAULT_TIME_LIMIT_S, Objective, Plan, Role
@@ -70,8 +64,8 @@ class PlacementSettings:
 
     ``roles``: those that replicas may have; empty: all roles of the strategy. ``engine``: the engine whose rules plans
     must obey; None: any engine. ``keep_stages``: whether to search pipelines of as many stages as its rules have; if
-    not, of fewer where those are too many to list (`listing`). ``simplest_within``: the share of the optimum that a
-    plan on fewer nodes may lose. ``survive``: ``node`` or ``zone`` if most, or the demand, must be served even if any
+    not, of fewer where those are too many to list (`listing`). ``simplest_within``: the share of the optimum that the
+    simplest plan may lose. ``survive``: ``node`` or ``zone`` if most, or the demand, must be served even if any
     one of them is lost; empty: neither. ``keep``: the share of its rate that must then be left. ``rung``, ``worth``,
     ``target`` and ``least_layers`` are those of `Climbing`; other strategies than the default one are searched whole
     unless a rung is requested.
@@ -198,6 +192,14 @@ def pose(request: PlacementRequest, loaded: LoadedInputs) -> PlacementProblem:
     settings = settings_of(request)
     problem = settings.problem(loaded.inputs, request.goal)
     check_survival(problem, settings.survive, settings.keep)
+    if classes.cuts_of(request.classes, loaded.inputs.workload) and request.classes:
+        for option, given in (("survive", request.survive), ("profile-error", request.profile_error)):
+            if given:
+                raise InvalidProblemError(
+                    f"--classes {request.classes} and --{option}: only plans without classes have it"
+                )
+        if problem.family.engine is None:
+            raise InvalidProblemError(f"--classes {request.classes}: strategy {request.strategy} knows no classes")
     return problem
 
 
@@ -241,6 +243,7 @@ def verify(
     *,
     cancelled: threading.Event,
     report: Report,
+    carriers: Carriers | None = None,
 ) -> PlacedPlan:
     """Simulate, price and study a plan of `prove` as requested: its value becomes the rate that it keeps in simulation.
 
@@ -253,6 +256,7 @@ def verify(
     if request.verify:
         budget = replace(_budget(request.simulation_limit_s, cancelled), work_limit=request.simulated_tens * ITERATIONS)
         made = simulated_plan(made, loaded, settings, level=request.service_level, budget=budget, report=report)
+    made = _with_classes(made, request, loaded, _budget(settings.time_limit_s, cancelled), report, carriers)
     plan, problem = made.plan, made.problem
     again = SearchSettings(
         budget=_budget(settings.time_limit_s, cancelled), gap_target=settings.gap_target, seed=settings.seed,
@@ -280,11 +284,47 @@ def place(
 ) -> PlacedPlan:
     """Find a plan and verify it, as `prove` and `verify`."""
     made = prove(request, loaded, problem, cancelled=cancelled, report=report, carriers=carriers)
-    return verify(made, request, loaded, cancelled=cancelled, report=report)
+    return verify(made, request, loaded, cancelled=cancelled, report=report, carriers=carriers)
 
 
 def _budget(time_limit_s: float, cancelled: threading.Event) -> Budget:
     return Budget(time_limit_s=time_limit_s, clock=search_seconds, cancelled=cancelled)
+
+
+def _with_classes(
+    made: Climbed, request: PlacementRequest, loaded: LoadedInputs, budget: Budget, report: Report,
+    carriers: Carriers | None,
+) -> Climbed:  # fmt: skip
+    """Return the plan with pools of classes of requests, on the same rung, if it is worth them (`classes.choose`).
+
+    Raises:
+        UncheckedPlanError: it fails the independent checker.
+    """
+    workload, settings = loaded.inputs.workload, settings_of(request)
+    cuts = classes.cuts_of(request.classes, workload)
+    if not cuts or not made.plan.replicas or request.survive or request.profile_error or budget.is_spent():
+        return made
+    requested = loaded.inputs.applicable_limits(request.goal)
+
+    def find(posed: PlacementProblem) -> Plan:
+        plan, own = search(posed, settings, budget=budget, report=report), posed.workload.classes
+        of_classes = replace(loaded, inputs=replace(loaded.inputs, workload=replace(workload, classes=own)))
+        plan = describe(plan, of_classes, posed, settings, requested, rung=made.rung)
+        check(plan, posed)
+        return with_losses(replace(plan, notes=(*plan.notes, classes.NEEDS_ROUTER)), posed)
+
+    def verified(one: classes.WithClasses) -> Plan:
+        return kept_plan(
+            with_service_level(one.plan, request.service_level), one.problem, seed=settings.seed,
+            budget=_budget(request.simulation_limit_s, budget.cancelled), report=simulation_report(one.plan, report),
+        )  # fmt: skip
+
+    found = classes.choose(
+        classes.WithClasses(plan=made.plan, problem=made.problem), requested, cuts, find, worth=settings.worth,
+        seed=settings.seed, budget=budget, report=report, carriers=carriers, target=settings.target,
+        verified=verified if request.verify else None,
+    )  # fmt: skip
+    return replace(made, plan=found.plan, problem=found.problem)
 
 
 def make_plan(
@@ -371,9 +411,10 @@ def survivors(settings: PlacementSettings, budget: Budget, report: Report) -> Ca
         from hetis.solver.placement.survival import Survive
         from hetis.solver.planning import solve_surviving
 
+        survive = Survive(place=settings.survive, keep=keep, simplest_within=settings.simplest_within)
         return solve_surviving(
-            posed, Survive(place=settings.survive, keep=keep), strategy=settings.strategy, budget=budget,
-            gap_target=settings.gap_target, seed=settings.seed, report=report,
+            posed, survive, strategy=settings.strategy, budget=budget, gap_target=settings.gap_target,
+            seed=settings.seed, report=report,
         )  # fmt: skip
 
     return find

@@ -3,41 +3,38 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, TypeVar
 
 from hetis.engines.memory import memory_of, rank_memories
 from hetis.engines.versions import Engine
 from hetis.formats.catalogue import gpu_types, other_vendor
-from hetis.formats.constraints import constraints_from_texts, read_constraints
+from hetis.formats.constraints import read_constraints
 from hetis.formats.documents import (
     Value,
     digest,
-    from_data,
     load_cluster,
     load_model,
-    load_plan,
     load_profile,
     load_workload,
     to_data,
 )
-from hetis.formats.errors import DocumentError, Problem, attempt, did_you_mean, single_problem
+from hetis.formats.errors import DocumentError, Problem, attempt, did_you_mean
 from hetis.formats.files import read_text
 from hetis.formats.positions import parse_text
 from hetis.formats.traces import PrefixHitRate
 from hetis.formats.workload import with_prefix_hits
-from hetis.planner.use_cases.record.parts import MadeFrom, Requested
 from hetis.profiler.defaults import default_profile
 from hetis.profiler.engines import PLUGINS
 from hetis.profiler.possible import impossible
 from hetis.profiler.roofline import shipped_efficiencies
 from hetis.solver.cluster import Cluster, GpuType
-from hetis.solver.constraints import Constraint, Constraints, Exclude, RestrictRole, WithoutWorkers, in_words
+from hetis.solver.constraints import Constraints
 from hetis.solver.errors import InvalidProblemError
 from hetis.solver.model import ModelSpec
-from hetis.solver.plan import Objective, Plan, Role
+from hetis.solver.plan import Objective, Role
 from hetis.solver.plugin_time import NO_PLUGIN
 from hetis.solver.problem import NOTHING_SET, EngineRules, EngineSettings, Family, PlacementProblem
 from hetis.solver.profile import Op, Profile, Source
@@ -65,9 +62,13 @@ class Inputs:
     engine_settings: EngineSettings = NOTHING_SET
 
     def problem(
-        self, objective: Objective, strategy: str, roles: Sequence[Role] = (), engine: EngineRules | None = None
-    ) -> PlacementProblem:
+        self, objective: Objective, strategy: str, roles: Sequence[Role] = (), engine: EngineRules | None = None,
+        *, with_classes: bool = False,
+    ) -> PlacementProblem:  # fmt: skip
         """Return the problem that the inputs define. Prompts are clipped to the model's context.
+
+        All replicas serve all requests and keep the strictest limits of their classes; or, ``with_classes``, there may
+        be pools for each.
 
         If no request has a second output token, there is no time between tokens, and a limit on TPOT is left out.
 
@@ -78,7 +79,7 @@ class Inputs:
                 no engine.
         """
         family = family_of(strategy, roles, engine, self.engine_settings)
-        return PlacementProblem(
+        found = PlacementProblem(
             cluster=self.cluster,
             model=self.model,
             workload=self.workload.clipped_to(self.model.max_position),
@@ -88,6 +89,7 @@ class Inputs:
             constraints=self.constraints,
             memories=memories_for(family, self.cluster, self.model, self.profiles),
         )
+        return found if with_classes else found.of_classes()
 
     def applicable_limits(self, objective: Objective) -> Objective:
         """Return the objective with only the limits that apply to the workload's requests."""
@@ -228,16 +230,6 @@ class LoadedInputs:
         return replace(self, inputs=replace(self.inputs, engine_settings=settings))
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PlanAndProblem:
-    """A plan read from a file, and the problem that it claims to solve; ``warnings`` point out oddities."""
-
-    plan: Plan
-    inputs: Inputs  # those of the problem
-    problem: PlacementProblem
-    warnings: tuple[str, ...]
-
-
 def load_inputs(
     *, cluster: str | Cluster, model: str | ModelSpec, workload: str | Workload, profiles: Sequence[str] = (),
     prefix_hit_rate: PrefixHitRate | None = None,
@@ -338,131 +330,6 @@ def _has_measured_host(profile: Profile) -> bool:
         fit.op is Op.SAMPLE or (fit.op is Op.STEP and fit.provenance.source is not Source.MODELLED)
         for fit in profile.fits
     )
-
-
-def load_plan_and_problem(path: str) -> PlanAndProblem:
-    """Read a plan, and rebuild its problem from the documents saved in it.
-
-    Raises:
-        DocumentError: the plan, or a document in it, is not usable.
-    """
-    return problem_of_plan(load_plan(path), path)
-
-
-def problem_of_plan(plan: Plan, name: str) -> PlanAndProblem:
-    """Rebuild the problem of a plan from the documents saved in it; ``name`` is the plan's in messages.
-
-    Raises:
-        DocumentError: the plan, or a document in it, is not usable.
-    """
-    made_from, requested = MadeFrom.of(plan), Requested.checked(plan, name)
-    inputs = inputs_from_documents(made_from.documents, name)
-    _check_family(plan, requested, name)
-    warnings = []
-    if made_from.digests != inputs.digests():
-        warnings.append("the inputs saved in the plan differ from those it was made from: their digests do not match")
-    constraints = _constraints_of(plan, requested, inputs.cluster, name)
-    inputs = replace(inputs, constraints=constraints, engine_settings=requested.engine_settings)
-    try:
-        problem = inputs.problem(plan.objective, plan.strategy, requested.roles or (Role.UNIFIED,), requested.engine)
-        problem = problem_of(plan, problem)
-    except InvalidProblemError as error:
-        raise single_problem(name, str(error)) from None
-    return PlanAndProblem(plan=plan, inputs=inputs, problem=problem, warnings=tuple(warnings))
-
-
-def problem_of(plan: Plan, problem: PlacementProblem) -> PlacementProblem:
-    """Return the problem that a plan solves among others: with its objective, its engine's limits, and on its rung."""
-    from hetis.solver.placement.rungs import RUNGS
-
-    requested = Requested.of(plan)
-    family = problem.family if requested.engine is None else replace(problem.family, engine=requested.engine)
-    if requested.rung:
-        family = RUNGS[requested.rung].restrict(family, plan.strategy)
-    return replace(problem, objective=plan.objective, family=family).at(plan.result.utilisation, plan.result.lanes)
-
-
-def unconfirmed(found: PlanAndProblem, name: str) -> Iterator[str]:
-    """Yield a warning if the checker does not confirm a plan: it names the first violation, and how many others."""
-    from hetis.solver.check import check_plan
-
-    if violations := check_plan(found.plan, found.problem):
-        rest = f", and {len(violations) - 1} more" if len(violations) > 1 else ""
-        yield f"{name} does not pass `hetis-plan check`: {violations[0]}{rest}"
-
-
-def inputs_from_documents(documents: Any, path: str) -> Inputs:
-    """Return the inputs from which `Inputs.documents` made documents; ``path`` is the plan's name in messages.
-
-    Raises:
-        DocumentError: contains the problems of all documents.
-    """
-    names = ("cluster", "model", "workload", "profiles")
-    if not isinstance(documents, dict) or not all(isinstance(documents.get(name), dict) for name in names):
-        raise single_problem(path, f"inputs.documents must hold {', '.join(names)}: the plan is checked against them")
-    problems: list[Problem] = []
-
-    def read(kind: type[T], data: Any, where: str) -> T | None:
-        name = f"{path}: inputs.documents.{where}"
-        value = attempt(lambda: from_data(data, name=name), problems)
-        if value is not None and not isinstance(value, kind):
-            problems.append(Problem(file=name, message=f"is a {type(value).__name__}, expected a {kind.__name__}"))
-            return None
-        return value
-
-    cluster = read(Cluster, documents["cluster"], "cluster")
-    model = read(ModelSpec, documents["model"], "model")
-    workload = read(Workload, documents["workload"], "workload")
-    profiles = {gpu: read(Profile, data, f"profiles.{gpu}") for gpu, data in documents["profiles"].items()}
-    if problems or cluster is None or model is None or workload is None:
-        raise DocumentError(problems)
-    known = {gpu: profile for gpu, profile in profiles.items() if profile is not None}
-    return Inputs(cluster=cluster, model=model, workload=workload, profiles=known)
-
-
-def differing_fields(one: ModelSpec, other: ModelSpec) -> list[str]:
-    """Return the fields in which two models differ, which may have the same name."""
-    return [field.name for field in fields(ModelSpec) if getattr(one, field.name) != getattr(other, field.name)]
-
-
-def _constraints_of(plan: Plan, requested: Requested, cluster: Cluster, path: str) -> Constraints:
-    """Return the constraints that a plan claims to obey, if there are any."""
-    try:
-        found = constraints_from_texts(requested.constraints, cluster)
-    except DocumentError as error:
-        raise DocumentError(
-            replace(problem, path="inputs.constraints", file=path, message=str(problem)) for problem in error.problems
-        ) from None
-    name = None if requested.engine is None else requested.engine.name
-    return tuple(_as_described(each, plan, name) for each in found)
-
-
-def _as_described(constraint: Constraint, plan: Plan, name: str | None) -> Constraint:
-    """Return a constraint of a plan as one of its engine if the plan's family says that it is; options do not."""
-    if name is None or not isinstance(constraint, Exclude | RestrictRole | WithoutWorkers):
-        return constraint
-    words = in_words(constraint, name)
-    is_its = words != str(constraint) and words in plan.family.split("; ")
-    return replace(constraint, by=name) if is_its else constraint
-
-
-def _check_family(plan: Plan, requested: Requested, path: str) -> None:
-    """Raise DocumentError if the plan's strategy is unknown, or lacks its roles or its engine, or names no engine."""
-    from hetis.solver.placement.families import ENGINE_GONE, STRATEGIES
-
-    if plan.strategy not in STRATEGIES:
-        message = f"unknown strategy {plan.strategy}, expected one of {', '.join(STRATEGIES)}"
-        raise single_problem(path, message + did_you_mean(plan.strategy, STRATEGIES))
-    try:
-        family_of(plan.strategy, requested.roles or (Role.UNIFIED,))
-    except InvalidProblemError as error:
-        raise single_problem(path, f"inputs.roles: {error}") from None
-    if requested.engine is None and not STRATEGIES[plan.strategy].is_published:
-        raise single_problem(path, f"the plan names no engine: {ENGINE_GONE}; place it again")
-    try:
-        family_of(plan.strategy, engine=requested.engine)
-    except InvalidProblemError as error:
-        raise single_problem(path, f"inputs.engine must be an engine and its limits: {error}") from None
 
 
 def engine_settings(

@@ -359,7 +359,8 @@ class AgentCore:
             return
         held = [self._report_of(replica) for replica in self._replicas.values() if replica.held.assignment is not None]
         for report in held:
-            report.engine_id = self._engine.engine_id[:MOST_ENGINE_ID] if self._engine else ""
+            # An engine that the agent has started has an identity of its own in every run.
+            report.engine_id = (report.engine_id or (self._engine.engine_id if self._engine else ""))[:MOST_ENGINE_ID]
         message = self._reporter.due(
             NodeReport(devices=self.devices(), replicas=held), now_s, is_requested=is_requested
         )

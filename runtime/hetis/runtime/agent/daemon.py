@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
+from hetis.engines.versions import Engine
 from hetis.runtime.agent.core import AgentCore, AgentIdentity
 from hetis.runtime.agent.device_reader import DeviceReader
 from hetis.runtime.agent.devices import open_devices
@@ -324,12 +325,14 @@ async def run_agent(parts: Parts) -> None:
             stack.callback(metrics.close)
         executor, engine_address = await _engine(parts, stack)
         steers = _STEERED if executor is not None else frozenset()
+        if parts.choice.settings is not None and parts.choice.settings.served_by is not Engine.VLLM_HETIS:
+            steers = _ASSIGNS
         core = AgentCore(
             AgentIdentity(
                 node=parts.node,
                 agent_version=parts.agent_version,
                 boot_id=str(uuid.uuid4()),
-                capabilities=_ASSIGNS if parts.choice.kind is EngineKind.LAUNCH else steers,
+                capabilities=steers,
                 engine_address=engine_address,
                 # The monotonic clock survives a restart of the agent but not a reboot.
                 clock=machine_boot_id() or f"unknown-{time.time_ns()}",

@@ -32,7 +32,7 @@ from hetis.v1.report_pb2 import AssignmentState, ReplicaReport
 LEAST_WAIT_S, MOST_WAIT_S = 0.2, 5.0  # shortest and longest wait before a failed call is repeated
 CALL_S = 10.0  # an engine that does not answer within this time counts as unreachable
 PROGRESS_S = 1.0  # interval between statuses that only report copied bytes
-_UNREACHABLE = (ErrorReason.ERROR_REASON_ENGINE_UNREACHABLE, ErrorReason.ERROR_REASON_INTERNAL)
+UNREACHABLE = (ErrorReason.ERROR_REASON_ENGINE_UNREACHABLE, ErrorReason.ERROR_REASON_INTERNAL)
 # State of a replica whose engine cannot be reached, by the last one that it reported. Any other state stays.
 _WITHOUT_ENGINE = {
     AssignmentState.ASSIGNMENT_STATE_LOADED: AssignmentState.ASSIGNMENT_STATE_LOADING,
@@ -234,7 +234,7 @@ class ReplicaAgent:
         assert self._call is not None
         _, request, change = self._call
         self._call = None
-        if isinstance(answer, Failure) and answer.reason in _UNREACHABLE:
+        if isinstance(answer, Failure) and answer.reason in UNREACHABLE:
             self._try_later(request, change, answer, now_s)
         else:
             self._wait_no_longer(now_s)

@@ -224,12 +224,17 @@ def heads_of(spec: HeadGroupSpec, queries_per_group: int) -> HeadShape:
 
 def engine_shape(vllm_config: VllmConfig, spec: HeadGroupSpec) -> EngineShape:
     """Return the properties of the engine that placement needs."""
+    from vllm.distributed.utils import get_pp_indices
+
     model, parallel = vllm_config.model_config, vllm_config.parallel_config
+    layers, stages = model.get_total_num_hidden_layers(), parallel.pipeline_parallel_size
+    ends = [get_pp_indices(layers, stage, stages) for stage in range(stages)]
     queries = max(model.get_num_attention_heads(parallel) // spec.head_groups, 1)
     return EngineShape(
         heads=heads_of(spec, queries),
-        num_layers=model.get_total_num_hidden_layers(),
+        num_layers=layers,
         tensor_parallel=parallel.tensor_parallel_size,
+        stage_layers=tuple(last - first for first, last in ends),
         most_running=vllm_config.scheduler_config.max_num_seqs,
     )
 

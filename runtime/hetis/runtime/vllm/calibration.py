@@ -146,6 +146,19 @@ class Calibration:
     copy_byte_s: float  # seconds per byte of KV copied out of it
     read_s: float  # seconds to read an answer that is already there
 
+    def weighted(self, share: float) -> Calibration:
+        """Return the calibration for a stage with this share of the layers, and of the bytes of every copy."""
+        own = self.coefficients
+        return replace(
+            self,
+            coefficients=Coefficients(
+                pieces=tuple((share * a, share * b, share * c) for a, b, c in own.pieces),
+                transfer_byte_s=share * own.transfer_byte_s,
+                transfer_s=share * own.transfer_s,
+            ),
+            copy_byte_s=share * self.copy_byte_s,
+        )
+
 
 def calibrate(
     device: AttentionDevice,

@@ -18,7 +18,7 @@ import math
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from queue import Empty, SimpleQueue
 from statistics import median
 
@@ -157,11 +157,14 @@ class EngineCosts:
         """Set the function that receives the costs to use from now on."""
         self._apply = apply
 
-    def measured(self, rank: int, calibrations: Mapping[int, Calibration]) -> None:
-        """Take a rank's calibrations of devices, by their numbers, from the time when they joined it."""
+    def measured(self, rank: int, calibrations: Mapping[int, Calibration], share: float = 1.0) -> None:
+        """Take a rank's calibrations of devices, by their numbers, from the time when they joined it.
+
+        ``share``: of the model's layers, those that the rank computes; times per layer count by it.
+        """
         if not calibrations:
             return
-        self._measured |= {(device, rank): found for device, found in calibrations.items()}
+        self._measured |= {(device, rank): found.weighted(share) for device, found in calibrations.items()}
         names = self._first.devices
         known = {names[device]: self._slowest(device).coefficients for device in self._devices_measured()}
         calibrated = with_coefficients(self._first, known)
@@ -174,11 +177,12 @@ class EngineCosts:
         if not self._measured:
             self._use(with_coefficients(self._first, known))
 
-    def record(self, device: int, taken: Sequence[LayerTime]) -> None:
-        """Record the times of steps on a device."""
+    def record(self, device: int, taken: Sequence[LayerTime], share: float = 1.0) -> None:
+        """Record the times of steps on a device; ``share`` as in `measured`."""
         if self._tracker is not None and any(number == device for number, _ in self._measured):
             for one in taken:
-                self._tracker.record(device, one)
+                weighted = replace(one, least_s=share * one.least_s, most_s=share * one.most_s)
+                self._tracker.record(device, weighted)
 
     def advance(self) -> None:
         """Update the costs, once a step, from the recorded times."""

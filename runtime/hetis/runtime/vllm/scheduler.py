@@ -106,7 +106,15 @@ class EngineShape:
     heads: HeadShape  # heads of a layer on one tensor parallel rank
     num_layers: int  # layers of the model, over all pipeline stages
     tensor_parallel: int = 1  # ranks of a stage, each with ``heads.head_groups`` groups of its own
+    stage_layers: tuple[int, ...] = ()  # layers of each pipeline stage; empty: there is one
     most_running: int = 2**20  # maximum number of requests that vLLM runs concurrently
+
+    def share(self, rank: int) -> float:
+        """Return the share of the model's layers that a rank computes, by its stage.
+
+        Times per layer count by it: the slowest stage, not the slowest layer, sets the pace of a pipeline.
+        """
+        return self.stage_layers[rank // self.tensor_parallel] / self.num_layers if self.stage_layers else 1.0
 
 
 class SchedulerSide:
@@ -185,7 +193,7 @@ class SchedulerSide:
         with self.boundary.lock:
             self._blocks = {where: list(counts) for where, counts in blocks.items()}
             for rank, where in enumerate(sorted(self._blocks)):
-                self.costs.measured(rank, (calibrations or {}).get(where, {}))
+                self.costs.measured(rank, (calibrations or {}).get(where, {}), self.shape.share(rank))
             for device in range(1, len(self.settings.workers) + 1):
                 self._settle(device)
 
@@ -334,9 +342,10 @@ class SchedulerSide:
         return self.requests.is_empty and self.allocator.is_idle
 
     def _take_report(self, rank: int, report: RankReport) -> None:
-        self.costs.measured(rank, report.calibrations)
+        share = self.shape.share(rank)
+        self.costs.measured(rank, report.calibrations, share)
         for device, taken in report.taken.items():
-            self.costs.record(device, taken)
+            self.costs.record(device, taken, share)
         for device, one in report.devices.items():
             self.exchanged[device].add(one.exchanged)
             for where in sorted(self._blocks)[rank : rank + 1]:

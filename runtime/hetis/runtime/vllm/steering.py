@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from hetis.engines.workers import worker_name
 from hetis.runtime.moves.changes import EngineChange, MoveAuthority, gone, no_room, not_owner, unavailable
 from hetis.runtime.moves.engine import SteeredEngine, TakenReplica, planned_s
 from hetis.runtime.moves.refusals import failure_of, refusal
@@ -26,6 +27,7 @@ from hetis.v1.head_map_pb2 import HeadMap, HeadMapDevice, Move, MoveInFlight, Ru
 from hetis.v1.replica_pb2 import Assignment, AssignmentGoal, ReplicaRole
 from hetis.v1.report_pb2 import AssignmentState, DeviceLoad, DeviceReport, DeviceStatus, ReplicaReport, StageLoad
 from hetis.v1.stage_pb2 import StageModel
+from hetis.v1.traffic_pb2 import Traffic
 
 _STATUS = {
     OwnStatus.OK: DeviceStatus.DEVICE_STATUS_OK,
@@ -352,6 +354,7 @@ class SteeredVllm(SteeredEngine[_Taken]):
             stages=[stage_load(side, held.binding)],
             ttft_s=requests.ttft_s,
             tpot_s=requests.tpot_s,
+            traffic=Traffic(**requests.traffic.sketch(int(now_s)).packed()),
         )
 
 
@@ -362,12 +365,19 @@ def bind(assignment: Assignment, side: SchedulerSide) -> Binding:
     if reasons:
         raise refusal(ErrorReason.ERROR_REASON_ENGINE_CANNOT, "; ".join(reasons))
     (model,) = assignment.stages
+    workers = {planned: numbers[name] for planned, name in _names_here(model).items()}
     return Binding(
         model=model,
-        index={device.name: LOCAL if device.is_primary else numbers[device.name] for device in model.devices},
+        index={device.name: LOCAL if device.is_primary else workers[device.name] for device in model.devices},
         cards=side.shape.tensor_parallel,
         planned_blocks=side.shape.tensor_parallel * side.shape.heads.block_tokens // model.heads.block_tokens,
     )
+
+
+def _names_here(model: StageModel) -> dict[str, str]:
+    """Return the engine's name for each attention worker of a plan, by its name there: that of its first GPU."""
+    workers = [device for device in model.devices if not device.is_primary]
+    return {device.name: worker_name(device.gpus or [device.name], i) for i, device in enumerate(workers)}
 
 
 def _differences(assignment: Assignment, shape: EngineShape, workers: Mapping[str, int]) -> Iterator[str]:
@@ -377,7 +387,10 @@ def _differences(assignment: Assignment, shape: EngineShape, workers: Mapping[st
         yield f"the replica's role is {said}, this engine runs unified ones"
     elif len(assignment.stages) != 1:
         # Pipeline stages of vLLM share one block table, and therefore one head map.
-        yield f"the assignment has {len(assignment.stages)} stages with their copies, vLLM is steered as one stage"
+        yield (
+            f"the assignment has {len(assignment.stages)} stages with head maps of their own, those of vLLM share one: "
+            "the plan must be one for the engine vllm-hetis"
+        )
     else:
         (model,) = assignment.stages
         heads, ranks = shape.heads, shape.tensor_parallel
@@ -394,7 +407,7 @@ def _differences(assignment: Assignment, shape: EngineShape, workers: Mapping[st
                 f"{heads.block_tokens} is no multiple of that"
             )
         primaries = [device for device in model.devices if device.is_primary]
-        unknown = [device.name for device in model.devices if not device.is_primary and device.name not in workers]
+        unknown = [name for name in _names_here(model).values() if name not in workers]
         if len(primaries) != 1:
             yield f"the plan has {len(primaries)} primaries, must have 1"
         elif (cards := max(len(primaries[0].gpus), 1)) != ranks:

@@ -21,7 +21,9 @@ CHUNKS = (1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0)  # shares of a chunk at whic
 
 
 def request_queue(plan: Plan, problem: PlacementProblem) -> RequestQueue | None:
-    """Return the queue of a plan of sound structure; None if it serves nothing."""
+    """Return the queue of a plan of sound structure; None if it serves nothing, or has pools of classes."""
+    if plan.classes:
+        return None
     queues = tuple(_Building(plan, problem).queues())
     return RequestQueue(*queues) if queues else None
 

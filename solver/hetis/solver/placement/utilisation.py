@@ -47,8 +47,12 @@ class KeptOutcome(NamedTuple):
 
 
 def chooses_utilisation(problem: PlacementProblem) -> bool:
-    """Return whether the share of their saturated rate that plans serve is chosen."""
-    return problem.objective.kind.goal.is_planned and problem.assumptions.chooses_utilisation
+    """Return whether the share of their saturated rate that plans serve is chosen.
+
+    Pools of classes of requests have queues of their own, which have no model.
+    """
+    is_planned = problem.objective.kind.goal.is_planned and not problem.workload.classes
+    return is_planned and problem.assumptions.chooses_utilisation
 
 
 def loosest(costs: CostTables) -> CostTables:

@@ -18,8 +18,8 @@ from hetis.planner.cli.parameters.values import MOST_SETTING as MOST_GIVEN
 from hetis.planner.library.placing import load_plan as plan_from_file
 from hetis.planner.library.placing import place as place_in_python
 from hetis.planner.use_cases.robustness.fixed_plan import FixedPlan
+from hetis.planner.use_cases.saved_plans import load_plan_and_problem, problem_of_plan
 from hetis.planner.use_cases.simulation.engine_settings import at_settings
-from hetis.planner.use_cases.sources import load_plan_and_problem, problem_of_plan
 from hetis.simulator.simulate import simulate
 from hetis.solver.check import check_plan
 from hetis.solver.errors import InvalidProblemError

@@ -222,7 +222,7 @@ def test_files_hold_the_first_run(plan: Path, tmp_path: Path) -> None:
     assert len(trace.arrival_s) == found["summary"]["counts"]["arrived"] == 300
     events = json.loads(files["p.json"].read_text())["traceEvents"]
     assert {"X", "M", "C"} == {event["ph"] for event in events}
-    assert "plotly" in files["a.html"].read_text()
+    assert "<svg" in files["a.html"].read_text()
     simulated(plan, *arguments, "--plot", str(files["a.png"]))
     assert files["a.png"].read_bytes().startswith(b"\x89PNG")
     replayed = simulated(plan, "--trace", str(files["r.csv"]), "--recorded")
@@ -324,7 +324,6 @@ def test_ctrl_c_gives_what_there_is(plan: Path) -> None:
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment(), text=True
     ) as process:
-        assert process.stderr is not None
         line = process.stderr.readline()
         while " 0 of " in line:  # no request has arrived within the first seconds of a busy machine
             line = process.stderr.readline()

@@ -16,6 +16,7 @@ import hetis
 from hetis.planner.report.figures import digits, seconds
 from hetis.planner.report.simulation import _goodput
 from hetis.planner.report.simulation_pictures import panels_of
+from hetis.planner.use_cases.saved_plans import load_plan_and_problem
 from hetis.planner.use_cases.service_level import DEFAULT, Latency, ServiceLevel, Statistic
 from hetis.planner.use_cases.simulation import simulate as simulating
 from hetis.planner.use_cases.simulation.judging import (
@@ -28,7 +29,6 @@ from hetis.planner.use_cases.simulation.judging import (
     verdict_of,
 )
 from hetis.planner.use_cases.simulation.simulate import Question, Simulated, answer, default_requests
-from hetis.planner.use_cases.sources import load_plan_and_problem
 from hetis.planner.use_cases.verification.outcome import AS_PLANNED
 from hetis.planner.use_cases.verification.rates import simulated_at
 from hetis.simulator.arrivals import Arrivals, Load
@@ -157,7 +157,6 @@ def test_a_small_share_of_misses_needs_more_requests(pair: Placed) -> None:
 
 def test_one_run_is_compared_in_the_statistics_of_its_level(pair: Placed) -> None:
     found = answered(pair, asked(pair, TAILS))
-    assert found.verdict is not None
     ttft, tpot = found.verdict.limits
     # `Summary` has these figures by code of its own.
     assert (ttft.estimate.value, tpot.estimate.value) == pytest.approx(
@@ -165,7 +164,6 @@ def test_one_run_is_compared_in_the_statistics_of_its_level(pair: Placed) -> Non
     )
     assert (ttft.limit, tpot.limit) == (0.2, 0.05)
     share = answered(pair, asked(pair, SHARE))
-    assert share.verdict is not None
     (within,) = share.verdict.limits
     assert within.estimate.value == pytest.approx(share.summary.attainment)
     assert {*share.verdict.missed} == {Latency.TTFT, Latency.TPOT}
@@ -176,8 +174,6 @@ def test_the_verdict_is_that_of_place_on_the_same_traffic(pair: Placed) -> None:
     plan, problem = replace(pair[0], inputs={**pair[0].inputs, "service_level": asdict(TAILS)}), pair[1]
     placed = simulated_at(plan, problem, 25.0, LIMITS, seed=0, budget=Budget(), report=silent, lengths=(600,))
     found = answered(pair, asked(pair, TAILS))
-    assert placed is not None
-    assert found.verdict is not None
     for one, limited in zip(found.verdict.limits, placed.measured.limited, strict=True):
         assert one.estimate.value == limited.value
         assert one.estimate.half_width == pytest.approx(limited.high - limited.value)
@@ -188,11 +184,9 @@ def test_several_runs_are_judged_over_the_requests_of_all(pair: Placed) -> None:
     latencies = list[FloatArray]()
     for seed in (3, 4, 5):
         one = answered(pair, asked(pair, DEFAULT, seeds=(seed,), keep_run=True))
-        assert one.run is not None
         inside = one.run.arrival_s >= one.summary.warm_up_s  # which differ
         latencies.append((one.run.first_token_s - one.run.arrival_s)[inside])
     found = answered(pair, asked(pair, TAILS, seeds=(3, 4, 5)))
-    assert found.verdict is not None
     value = found.verdict.limits[0].estimate.value
     assert value == pytest.approx(np.percentile(np.concatenate(latencies), 99))
     assert value != pytest.approx(np.mean([np.percentile(one, 99) for one in latencies]))
@@ -207,8 +201,6 @@ def test_few_whole_runs_in_memory_change_nothing(pair: Placed, monkeypatch: pyte
     assert parts == ["runs 1 to 2 of 3", "runs 3 to 3 of 3"]
     parts_of = attrgetter("verdict", "summary", "runs")
     assert repr(parts_of(in_turn)) == repr(parts_of(at_once))  # since Python 3.13 a NaN makes equal values unequal
-    assert in_turn.run is not None
-    assert at_once.run is not None
     assert (in_turn.run.finished_s == at_once.run.finished_s).all(), "it is the first run"
 
 
@@ -350,7 +342,6 @@ def test_a_short_run_whose_waits_grow_seems_not_to_be_carried() -> None:
 def test_a_sweep_searches_by_the_level(pair: Placed, level: ServiceLevel) -> None:
     found = answered(pair, asked(pair, level, sweeps=True, tolerance=0.1))
     swept = found.sweep
-    assert swept is not None
     assert swept.beyond_rps is not None
     assert len(found.verdicts) == len(swept.points) > 1
     for point, verdict in zip(swept.points, found.verdicts, strict=True):
@@ -391,7 +382,6 @@ def test_a_sweep_is_shown_in_the_statistics_of_the_level(saved: Path) -> None:
 
 def test_a_sweep_says_up_to_which_rate_its_goodput_is_sure(pair: Placed) -> None:
     found = answered(pair, asked(pair, DEFAULT, limits=UNLIMITED, num_requests=300, sweeps=True, tolerance=0.2))
-    assert found.sweep is not None
     assert found.sweep.beyond_rps is not None
 
     def shown(*sure: bool) -> str:
@@ -496,7 +486,6 @@ def test_until_stable_waits_for_the_intervals_of_the_level(pair: Placed) -> None
     assert usual.precision == usual.summary.precision() <= 0.1
     assert tail.question.num_requests > usual.question.num_requests, "its p99 was less certain than that"
     assert tail.precise
-    assert tail.verdict is not None
     assert tail.precision >= tail.verdict.limits[0].estimate.relative
 
 

@@ -237,7 +237,6 @@ def test_a_plan_s_ttft_is_that_of_the_simulator(
     plan, problem = request.getfixturevalue(made)
     rate_rps = share * default_rate(plan, problem)
     queue = request_queue(plan, problem)
-    assert queue is not None
     assert 1 / factor < queue.ttft_p95_s(rate_rps) / simulated_p95_s(plan, problem, rate_rps) < factor
 
 
@@ -275,7 +274,6 @@ def test_prompts_take_a_place_beside_the_seats_of_a_unified_replica(few_seats: t
     factor = varies([20 + chunks[0], 60 + chunks[1], 40 + chunks[2]])
     for settings, leaving in ((EngineSettings(), [*rates, rates[-1]]), (EngineSettings(max_num_seqs=4), rates)):
         found = queueing(plan, replace(problem, family=problem.family.at(settings)))
-        assert found is not None
         must_wait = always_taken(rate_rps, leaving)
         assert found.must_wait == pytest.approx(must_wait, rel=1e-6)
         assert found.seat_p95_s == pytest.approx(math.log(20 * must_wait) * factor / (rates[-1] - rate_rps), rel=1e-5)
@@ -294,7 +292,6 @@ def test_a_seat_of_a_decode_replica_is_held_from_the_prompt_on(apart: tuple[Plan
     iteration_s = 1 / rates[-1] / 10
     factor = varies([tokens * iteration_s + wait_s for tokens, wait_s in zip((20, 60, 40), under_way_s, strict=True)])
     found = queueing(plan, problem)
-    assert found is not None
     assert found.seats == 10
     must_wait = always_taken(found.rate_rps, leaving, {9: 1 / factor})  # four decode in each, and one waits to
     assert found.must_wait == pytest.approx(must_wait, rel=1e-6)
@@ -305,7 +302,6 @@ def test_a_seat_of_a_decode_replica_is_held_from_the_prompt_on(apart: tuple[Plan
 def test_a_planned_ttft_leaves_out_the_wait_for_a_seat(few_seats: tuple[Plan, PlacementProblem]) -> None:
     plan, problem = few_seats
     waits = queueing(plan, problem)
-    assert waits is not None
     assert waits.seats == 4
     assert plan.replicas[0].ttft_s < waits.ttft_p95_s / 2
 
@@ -313,7 +309,6 @@ def test_a_planned_ttft_leaves_out_the_wait_for_a_seat(few_seats: tuple[Plan, Pl
 def test_seats_of_a_decode_replica_are_taken_while_prompts_are_computed(apart: tuple[Plan, PlacementProblem]) -> None:
     plan, problem = apart
     queue = request_queue(plan, problem)
-    assert queue is not None
     decoding = sum(one.planned_seats for one in plan.replicas if one.role is Role.DECODE)
     assert queue.seats >= decoding + sum(one.in_flight for one in plan.replicas if one.role is Role.DECODE)
 
@@ -322,12 +317,9 @@ def test_engines_with_a_given_number_of_seats_compute_prompts_in_them(few_seats:
     plan, problem = few_seats
     limited = replace(problem, family=problem.family.at(EngineSettings(max_num_seqs=4)))
     waits, longer = queueing(plan, problem), queueing(plan, limited)
-    assert waits is not None
-    assert longer is not None
     assert longer.must_wait > waits.must_wait
     rate_rps = 0.6 * default_rate(plan, limited)
     queue = request_queue(plan, limited)
-    assert queue is not None
     assert 1 / 1.4 < queue.ttft_p95_s(rate_rps) / simulated_p95_s(plan, limited, rate_rps) < 1.4
 
 
@@ -345,8 +337,6 @@ def test_replicas_and_routes_without_a_rate_have_no_queue(apart: tuple[Plan, Pla
 def test_more_seats_of_an_engine_shorten_the_wait(few_seats: tuple[Plan, PlacementProblem]) -> None:
     plan, problem = few_seats
     wait, shorter = queueing(plan, problem), queueing(with_more_seats(plan, problem, 4.0), problem)
-    assert wait is not None
-    assert shorter is not None
     assert shorter.seats == 16
     assert shorter.seat_p95_s < wait.seat_p95_s / 2
 
@@ -354,7 +344,6 @@ def test_more_seats_of_an_engine_shorten_the_wait(few_seats: tuple[Plan, Placeme
 def test_explain_states_the_waits(few_seats: tuple[Plan, PlacementProblem]) -> None:
     plan, problem = few_seats
     waits = queueing(plan, problem)
-    assert waits is not None
     explanation = explain_plan(plan, problem)
 
     def shown(waits: Queueing | None) -> str:

@@ -21,7 +21,7 @@ from hetis.runtime.agent.launched.executor import Front, LaunchExecutor, num_at_
 from hetis.runtime.agent.launched.processes import OLD_LOGS, end_leftovers
 from hetis.runtime.agent.pressure import EngineNews, EngineReading, ScrapeState
 from hetis.runtime.moves.refusals import RefusedError
-from hetis.v1.change_pb2 import ChangeOutcome
+from hetis.v1.change_pb2 import Change, ChangeOutcome
 from hetis.v1.executor_service_pb2 import (
     AbortMovesRequest,
     ApplyAssignmentRequest,
@@ -112,10 +112,12 @@ def test_an_engine_serves_if_it_lists_a_model_or_asks_for_a_key(status: int, bod
 class Node:
     """An executor of fake engines, and its reports."""
 
-    def __init__(self, folder: Path, clock: Callable[[], float] = time.monotonic, **settings: Any) -> None:
+    def __init__(
+        self, folder: Path, clock: Callable[[], float] = time.monotonic, *, name: str = NODE, **settings: Any
+    ) -> None:
         self.folder = folder
         self.settings = fake_settings(folder, **settings)
-        self.executor = LaunchExecutor(self.settings, node=NODE, folder=folder / "engines", clock=clock)
+        self.executor = LaunchExecutor(self.settings, node=name, folder=folder / "engines", clock=clock)
 
     async def report(self) -> WatchReportsResponse:
         """Return the current report."""
@@ -400,17 +402,22 @@ async def test_old_planners_and_old_generations_are_refused(tmp_path: Path) -> N
         assert (await node.report()).replicas[0].generation == 5
 
 
-async def test_heads_do_not_move_in_an_engine_that_the_agent_started(tmp_path: Path) -> None:
+async def test_heads_do_not_move_in_a_replica_without_attention_workers(tmp_path: Path) -> None:
     async with node_in(tmp_path) as node:
+        await node.apply(applying(assigned(), epoch=1))
         calls = (
-            node.executor.call(ReserveMovesRequest()),
-            node.executor.call(FlipMovesRequest()),
-            node.executor.call(ReadHeadMapsRequest()),
+            node.executor.call(ReserveMovesRequest(epoch=1, change=Change(change_id="c", replica=REPLICA))),
+            node.executor.call(FlipMovesRequest(epoch=1, change_id="c")),
+            node.executor.call(ReadHeadMapsRequest(replica=REPLICA)),
         )
         for call in calls:
-            with pytest.raises(RefusedError, match="vllm was started by the agent, which cannot move heads in it"):
+            with pytest.raises(RefusedError, match="has no attention workers, so its heads cannot move"):
                 await call
-        aborted = await node.executor.call(AbortMovesRequest(change_id="c"))
+        with pytest.raises(RefusedError, match="change d is not known"):
+            await node.executor.call(FlipMovesRequest(epoch=1, change_id="d"))
+        with pytest.raises(RefusedError, match="another is not here"):
+            await node.executor.call(ReadHeadMapsRequest(replica="another"))
+        aborted = await node.executor.call(AbortMovesRequest(epoch=1, change_id="c"))
         assert aborted.outcome == ChangeOutcome.CHANGE_OUTCOME_ABORTED
 
 

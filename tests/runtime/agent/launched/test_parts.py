@@ -256,6 +256,20 @@ def test_stages_on_several_nodes_are_started_by_whatever_serves() -> None:
     assert command.shown[:4] == ("env", "A=b", "vllm", "serve")
 
 
+def test_workers_of_two_replicas_on_a_node_have_ports_by_their_gpus() -> None:
+    """Also where a GPU serves two ranks."""
+    pair = stage_of(tp=2, devices=("a/0", "a/1"), kv_head_groups_kept=1)
+    wide = plan_of(pair, pools=(replace(POOL, devices=("a/4",), kv_head_groups=3),)).replicas[0]
+    other = plan_of(stage_of(devices=("a/2",)), pools=(replace(POOL, devices=("a/3", "a/5")),)).replicas[0]
+    listens = [
+        command.shown[command.shown.index("--listen") + 1]
+        for one in (wide, other)
+        for command in part(one, engine="vllm-hetis").commands
+        if "--listen" in command.shown
+    ]
+    assert listens == [f"127.0.0.1:{7070 + 64 * gpu + more}" for gpu, more in ((4, 0), (4, 1), (3, 0), (5, 0))]
+
+
 @pytest.mark.parametrize(
     ("given", "used"), [(None, "/run/engines/p-0/worker.key"), ("/etc/hetis/key", "/etc/hetis/key")]
 )

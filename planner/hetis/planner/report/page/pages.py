@@ -32,12 +32,12 @@ from hetis.planner.report.simulation import service_level_words
 from hetis.planner.report.simulation_pictures import Panel, panels_of, panels_of_sweep
 from hetis.planner.report.tables import SimulationRemarks
 from hetis.planner.use_cases.compare import Compared, best_of, figures_of, kept_of
+from hetis.planner.use_cases.other_fleets.replan import PosedReplan
+from hetis.planner.use_cases.other_fleets.what_if import BuyNext, Side, WhatIf
 from hetis.planner.use_cases.record.parts import Requested, Verified
-from hetis.planner.use_cases.replan import PosedReplan
 from hetis.planner.use_cases.simulation.simulate import Simulated
 from hetis.planner.use_cases.sources import Inputs
 from hetis.planner.use_cases.verification.latency_curve import Curve
-from hetis.planner.use_cases.what_if import BuyNext, Side, WhatIf
 from hetis.solver.plan import Objective, Plan
 from hetis.solver.problem import PlacementProblem
 from hetis.solver.replanning.change import ChangeCosts

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
-from typing import Any
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import asdict, dataclass, fields, is_dataclass
+from functools import cache
+from types import NoneType, UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from hetis.formats.errors import shown
 from hetis.planner.use_cases.json_values import json_value
 from hetis.planner.use_cases.service_level import Latency, ServiceLevel, Statistic
 from hetis.solver.advice import Loss
 from hetis.solver.errors import InvalidProblemError
-from hetis.solver.placement.rungs import RUNGS
 from hetis.solver.plan import Role
 from hetis.solver.plugin_time import PluginTime
 from hetis.solver.problem import NOTHING_SET, EngineRules, EngineSettings
@@ -23,43 +24,69 @@ SHARE = "gpu_memory_utilization"
 
 
 class UnreadableError(ValueError):
-    """An entry has another form than its field: what follows its name in messages, once for each problem."""
+    """An entry has another form than its field: what follows its name in messages, once for each problem.
+
+    Without any, no plan is checked against the entry, and what is written there means nothing.
+    """
 
     def __init__(self, *rests: str) -> None:
         super().__init__("; ".join(rests))
         self.rests = rests
 
 
-def read_mapping(data: Any) -> Mapping[str, Any]:
-    if not isinstance(data, Mapping):
-        raise UnreadableError(f" is {shown(data)}, must have names")
-    return data
+def read_as(kind: Any, data: Any) -> Any:
+    """Return JSON data as a value of a type: dataclasses from their fields, beside which others are ignored.
+
+    Dataclasses in another form are left out of lists and mappings, since reports calculate with what these hold.
+
+    Raises:
+        UnreadableError: the data has another form.
+    """
+    origin, args = get_origin(kind), get_args(kind)
+    if kind is Any:
+        return data
+    if origin in (Union, UnionType):
+        return None if data is None else read_as(next(one for one in args if one is not NoneType), data)
+    if origin is tuple and isinstance(data, list):
+        return tuple(_items(args[0], enumerate(data)).values())
+    if origin is Mapping and isinstance(data, Mapping):
+        return _items(args[1], data.items())
+    if is_dataclass(kind) and isinstance(kind, type) and isinstance(data, Mapping):
+        try:
+            return kind(**{name: read_as(of, data[name]) for name, of in types_of(kind).items() if name in data})
+        except (TypeError, ValueError):  # a field is missing, or the value is refused
+            raise UnreadableError from None
+    if kind in (int, float) and is_number(data) and abs(data) <= sys.float_info.max and kind(data) == data:
+        return data
+    if kind in (str, bool) and isinstance(data, kind):
+        return data
+    raise UnreadableError
+
+
+@cache
+def types_of(kind: Any) -> dict[str, Any]:
+    """Return the types of a dataclass's fields."""
+    return get_type_hints(kind)
+
+
+def _items(kind: Any, items: Iterable[tuple[Any, Any]]) -> dict[Any, Any]:
+    found = dict[Any, Any]()
+    for key, data in items:
+        try:
+            found[key] = read_as(kind, data)
+        except UnreadableError:
+            if not is_dataclass(kind):
+                raise
+    return found
 
 
 def is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def read_number(data: Any) -> float:
-    if not is_number(data):
-        raise UnreadableError(f" is {shown(data)}, must be a number")
-    found: float = data
-    return found
-
-
-# No plan is checked against these, so whatever else is written there means nothing.
-
-
-def read_any_number(data: Any) -> float | None:
-    return read_number(data) if is_number(data) else None
-
-
-def read_share(data: Any) -> float:
-    return read_any_number(data) or 0.0
-
-
-def read_place(data: Any) -> str:
-    return data if data in PLACES else ""
+def one_of(names: Collection[str]) -> Callable[[Any], str]:
+    """Return a reader of a name, which is empty for any other value."""
+    return lambda data: data if isinstance(data, str) and data in names else ""
 
 
 def read_roles(data: Any) -> tuple[Role, ...]:
@@ -155,11 +182,7 @@ class Searched:
 
 
 def read_searched(data: Any) -> Searched:
-    return Searched(None if data is None else read_number(data))
-
-
-def read_values_by_size(data: Any) -> Mapping[str, float | None]:
-    return {str(size): value if is_number(value) else None for size, value in read_mapping(data).items()}
+    return Searched(read_as(float | None, data))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -178,33 +201,8 @@ class EngineValue:
     equal_stages: bool = False
 
 
-def read_engine_values(data: Any) -> tuple[EngineValue, ...]:
-    """Return the values in rows; rows in another form are left out, since reports calculate and join what they hold."""
-    found = (_engine_value(row) for row in data) if isinstance(data, list) else ()
-    return tuple(one for one in found if one is not None)
-
-
-def _engine_value(row: Any) -> EngineValue | None:
-    try:
-        found = EngineValue(**{**row, "lacks": tuple(row["lacks"])})
-    except (TypeError, KeyError):
-        return None
-    numbers = (one for one in (found.value, found.bound) if one is not None)
-    is_ours = (
-        all(isinstance(text, str) for text in (found.engine, found.why_not, *found.lacks))
-        and all(isinstance(one, int | float) and abs(one) <= sys.float_info.max for one in numbers)
-        and isinstance(row["lacks"], list)
-    )
-    return found if is_ours else None
-
-
 def read_losses(data: Any) -> Mapping[str, Loss]:
-    found = dict[str, Loss]()
-    for kind, row in data.items() if isinstance(data, Mapping) else ():
-        match row:
-            case {"name": str(name), "rate": float() | int() as rate, "whole": float() | int() as whole} if whole > 0:
-                found[str(kind)] = Loss(name=name, rate=rate, whole=whole)
-    return found
+    return {place: loss for place, loss in read_as(Mapping[str, Loss], data).items() if loss.whole > 0}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -226,24 +224,6 @@ class Predicted:
     assumed: tuple[str, ...]  # GPU types and operators (``L4 step``) whose error is assumed, since none is stated
 
 
-def _predicted(data: Any) -> Predicted | None:
-    def span(name: str) -> Range:
-        low, high = (read_number(read_mapping(data.get(name)).get(end)) for end in ("low", "high"))
-        return Range(low=low, high=high)
-
-    data = read_mapping(data)
-    errors, assumed = data.get("errors", {}), data.get("assumed", ())
-    if not isinstance(assumed, list | tuple):
-        raise UnreadableError(f".assumed is {shown(assumed)}, must be a list")
-    return Predicted(
-        rate=span("rate"),
-        ttft_s=span("ttft_s"),
-        tpot_s=span("tpot_s"),
-        errors=errors if isinstance(errors, Mapping) else {},
-        assumed=tuple(assumed),
-    )
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Errors:
     """What the errors of a plan's profiles mean: the range that they leave, and the study of larger ones."""
@@ -253,12 +233,10 @@ class Errors:
 
 
 def read_errors(data: Any) -> Errors:
-    found = read_mapping(data)
-    try:
-        predicted = _predicted(found.get("predicted"))
-    except UnreadableError:
-        predicted = None
-    return Errors(predicted=predicted, robustness=found.get("robustness"))
+    found = read_as(Mapping[str, Any], data)
+    return Errors(
+        predicted=_items(Predicted, [("", found.get("predicted"))]).get(""), robustness=found.get("robustness")
+    )
 
 
 def errors_data(errors: Errors) -> dict[str, Any]:
@@ -288,28 +266,15 @@ class Verification:
     too_short: bool | None = None  # whether runs cannot fill even the seats of that part; None: they do
     dispatched: bool | None = None  # whether heads were dispatched per request; None: they were split as planned
 
+    def __post_init__(self) -> None:
+        if not (0.0 <= self.attainment <= 1.0 and (self.share is None or 0.0 < self.share <= 1.0)):
+            raise ValueError(f"attainment is {self.attainment}, share is {self.share}; they must be shares")
+
     def seconds(self, latency: Latency) -> float:
         """Return the simulated latency in the statistic that must keep the limit."""
         if latency is Latency.TTFT:
             return self.ttft_p95_s if self.ttft_s is None else self.ttft_s
         return self.tpot_mean_s if self.tpot_s is None else self.tpot_s
-
-
-def read_verification(data: Any) -> Verification:
-    optional = {one.name for one in fields(Verification) if one.default is None}
-    found: dict[str, Any] = {one.name: read_mapping(data).get(one.name) for one in fields(Verification)}
-    needed = ("rate_rps", "num_requests", "ttft_p95_s", "tpot_mean_s", "attainment")
-    numbers = [found[name] for name in needed] + [found[name] or 0.0 for name in ("kept_rps", *optional)]
-    share = 1.0 if found["share"] is None else found["share"]
-    if not data.keys() >= found.keys() - optional or not all(isinstance(one, int | float) for one in numbers):
-        raise UnreadableError(f" is {shown(data)}, must be a simulated plan's behaviour")
-    if not (0.0 <= found["attainment"] <= 1.0 and 0.0 < share <= 1.0):
-        raise UnreadableError(f" is {shown(data)}, must have shares up to 1")
-    return Verification(**found)
-
-
-def unread(data: Any) -> Any:
-    return data
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -345,26 +310,35 @@ class RungFound:
     targets: tuple[str, ...] | None = None
     is_chosen: bool = False
 
-
-def read_rungs(data: Any) -> tuple[RungFound, ...]:
-    """Return the rungs in rows; rows in another form are left out."""
-    found = (_rung(row) for row in data) if isinstance(data, list) else ()
-    return tuple(one for one in found if one is not None)
+    def __post_init__(self) -> None:
+        if not self.why_not and None in (self.value, self.rate_rps, self.gpus, self.left_rps):
+            raise ValueError(f"rung {self.name} has neither figures nor a reason for having none")
 
 
-def _rung(row: Any) -> RungFound | None:
-    try:
-        targets = row.get("targets")
-        found = RungFound(**{**row, "targets": None if targets is None else tuple(targets)})
-    except (TypeError, AttributeError):
-        return None
-    numbers = ("value", "bound", "rate_rps", "usd_per_hour", "gpus", "left_rps", "shapes", "nodes")
-    texts = (found.name, found.why_not, found.of, *(found.targets or ()))
-    are_known = all(is_number(value) or value is None for value in (getattr(found, name) for name in numbers))
-    has_figures = bool(found.why_not) or None not in (found.value, found.rate_rps, found.gpus, found.left_rps)
-    return found if are_known and has_figures and all(isinstance(text, str) for text in texts) else None
+# --- pools of classes of requests
 
 
-def read_rung(data: Any) -> str:
-    """Return the name of a rung; no plan is checked against others."""
-    return data if data in RUNGS else ""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KeptWithClasses:
+    """The highest rates that a plan without classes and one with them keep in a kind of traffic.
+
+    ``counts``: whether a gain there is required.
+    """
+
+    traffic: str
+    without_rps: float
+    with_rps: float
+    counts: bool = True
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClassLatency:
+    """The simulated p95 TTFT of a class in both plans, at a rate that both keep; ``share`` is that of its requests."""
+
+    name: str
+    share: float
+    rate_rps: float
+    without_s: float | None
+    with_s: float | None
+    limit_s: float | None = None
+    max_prompt_tokens: int | None = None

@@ -7,15 +7,19 @@ names and forms. Entries of other versions stay there unread.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import MISSING, Field, dataclass, field, fields, replace
+from functools import partial
 from typing import Any, TypeVar, dataclass_transform
 
 from hetis.formats.errors import DocumentError, Problem
 from hetis.planner.use_cases.json_values import json_value
 from hetis.planner.use_cases.record.forms import (
+    PLACES,
+    ClassLatency,
     EngineValue,
     Errors,
+    KeptWithClasses,
     RungFound,
     Searched,
     UnreadableError,
@@ -23,29 +27,22 @@ from hetis.planner.use_cases.record.forms import (
     engine_settings_data,
     engine_settings_from_data,
     errors_data,
-    read_any_number,
+    one_of,
+    read_as,
     read_constraints,
     read_engine,
-    read_engine_values,
     read_errors,
     read_losses,
-    read_mapping,
-    read_number,
-    read_place,
     read_requested,
     read_roles,
-    read_rung,
-    read_rungs,
     read_searched,
-    read_share,
-    read_values_by_size,
-    read_verification,
     service_level_from_data,
-    unread,
+    types_of,
 )
 from hetis.planner.use_cases.service_level import DEFAULT, ServiceLevel
 from hetis.solver.advice import Loss
 from hetis.solver.errors import InvalidProblemError
+from hetis.solver.placement.rungs import RUNGS
 from hetis.solver.plan import Objective, Plan, Role
 from hetis.solver.problem import NOTHING_SET, EngineRules, EngineSettings
 
@@ -60,23 +57,19 @@ class Part:
     @classmethod
     def of(cls: type[P], plan: Plan) -> P:
         """Return this part of a plan's record; entries that are missing or unreadable have their defaults."""
-        return cls(**dict(_readable(cls, plan.inputs)))
+        return cls(**_read(cls, plan.inputs)[0])
 
     @classmethod
     def checked(cls: type[P], plan: Plan, path: str = "the plan") -> P:
         """Return this part of a plan's record.
 
         Raises:
-            DocumentError: an entry is unreadable; ``path`` is the plan's name in messages.
+            DocumentError: an entry against which the plan is checked is unreadable; ``path`` is the plan's name in
+                messages.
         """
-        values, wrong = dict[str, Any](), list[Problem]()
-        for one, name, data in _present(cls, plan.inputs):
-            try:
-                values[one.name] = one.metadata["read"](data)
-            except UnreadableError as error:
-                wrong += [Problem(file=path, message=f"inputs.{name}{rest}") for rest in error.rests]
+        values, wrong = _read(cls, plan.inputs)
         if wrong:
-            raise DocumentError(wrong)
+            raise DocumentError(Problem(file=path, message=f"inputs.{one}") for one in wrong)
         return cls(**values)
 
     def on(self, plan: Plan) -> Plan:
@@ -97,10 +90,13 @@ def part(kind: type[T]) -> type[T]:
     return dataclass(frozen=True, slots=True, kw_only=True)(kind)
 
 
-def entry(default: Any, read: Callable[[Any], Any], *, name: str = "", write: Callable[[Any], Any] = json_value) -> Any:
+def entry(
+    default: Any, read: Callable[[Any], Any] | None = None, *, name: str = "", write: Callable[[Any], Any] = json_value
+) -> Any:
     """Declare a field of a part as an entry: how it is read (or raises `UnreadableError`) and written.
 
-    An entry with its default is not written. ``name`` is that of the entry, if it is not the field's.
+    By default it is read as its type says. An entry with its default is not written. ``name`` is that of the entry, if
+    it is not the field's.
     """
     how = {"name": name, "read": read, "write": write}
     if isinstance(default, dict):
@@ -121,30 +117,29 @@ def _default(one: Field[Any]) -> Any:
     return {} if one.default is MISSING else one.default
 
 
-def _present(kind: type[Any], inputs: Mapping[str, Any]) -> Iterator[tuple[Field[Any], str, Any]]:
-    """Yield each field with an entry, the entry's name and its data."""
+def _read(kind: Any, inputs: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """Return the values of the readable fields, and for the others the entry's name with what is wrong."""
+    values, wrong, types = dict[str, Any](), list[str](), types_of(kind)
     for one in _entries(kind):
         name = _name(one)
-        if (found := name if name in inputs else OLD_NAMES.get(name, name)) in inputs:
-            yield one, name, inputs[found]
-
-
-def _readable(kind: type[Any], inputs: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    for one, _, data in _present(kind, inputs):
-        try:
-            yield one.name, one.metadata["read"](data)
-        except UnreadableError:
+        if (found := name if name in inputs else OLD_NAMES.get(name, name)) not in inputs:
             continue
+        read = one.metadata["read"] or partial(read_as, types[one.name])
+        try:
+            values[one.name] = read(inputs[found])
+        except UnreadableError as error:
+            wrong += [f"{name}{rest}" for rest in error.rests]
+    return values, wrong
 
 
 @part
 class MadeFrom(Part):
     """The inputs of a plan: versions, origins and digests, and the documents, against which it is checked."""
 
-    versions: Mapping[str, str] = entry({}, read_mapping)
-    origins: Mapping[str, Any] = entry({}, read_mapping)  # file or name of each input; of profiles by GPU type
-    digests: Mapping[str, Any] = entry({}, unread)
-    documents: Mapping[str, Any] = entry({}, read_mapping)  # cluster, model, workload; profiles by GPU type
+    versions: Mapping[str, str] = entry({})
+    origins: Mapping[str, Any] = entry({})  # file or name of each input; of profiles by GPU type
+    digests: Mapping[str, Any] = entry({})
+    documents: Mapping[str, Any] = entry({})  # cluster, model, workload; profiles by GPU type
 
     @property
     def model(self) -> str:
@@ -170,12 +165,12 @@ class Requested(Part):
     engine: EngineRules | None = entry(None, read_engine)  # None: any engine
     engine_settings: EngineSettings = entry(NOTHING_SET, engine_settings_from_data, write=engine_settings_data)
     constraints: tuple[str, ...] = entry((), read_constraints)  # texts of ``--pin`` and ``--forbid``
-    seed: float | None = entry(None, read_any_number)
-    gap_target: float | None = entry(None, read_any_number)
-    time_limit_s: float | None = entry(None, read_any_number)
-    simplest_within: float = entry(0.0, read_share)
-    survive: str = entry("", read_place)  # one of `PLACES`
-    rung: str = entry("", read_rung)  # the rung of the plan; empty: made before there were rungs, or by a heuristic
+    seed: float | None = entry(None)
+    gap_target: float | None = entry(None)
+    time_limit_s: float | None = entry(None)
+    simplest_within: float = entry(0.0)
+    survive: str = entry("", one_of(PLACES))  # one of `PLACES`
+    rung: str = entry("", one_of(RUNGS))  # the rung of the plan; empty: made before there were rungs, or by a heuristic
     service_level: ServiceLevel = entry(DEFAULT, service_level_from_data)
     # What was requested of the objective and is not in it: a limit on TPOT where requests have one output token, and
     # the demand where a larger one was planned for, so that it survives a loss.
@@ -198,29 +193,42 @@ class EqualStages(Part):
     """The values of replicas of equal stages, which engines run without a planner, by the model."""
 
     best: Searched | None = entry(None, read_searched, name="equal_stages_value", write=lambda found: found.value)
-    by_size: Mapping[str, float | None] = entry({}, read_values_by_size, name="simple_setups")
+    by_size: Mapping[str, float | None] = entry({}, name="simple_setups")
 
 
 @part
 class OtherEngines(Part):
     """The values of plans for the other engines."""
 
-    values: tuple[EngineValue, ...] = entry((), read_engine_values, name="engine_values")
+    values: tuple[EngineValue, ...] = entry((), name="engine_values")
 
 
 @part
 class Rungs(Part):
     """What the best plan of each rung reaches."""
 
-    found: tuple[RungFound, ...] = entry((), read_rungs, name="rungs")
+    found: tuple[RungFound, ...] = entry((), name="rungs")
+
+
+@part
+class Classes(Part):
+    """What pools of classes of requests were found to keep beside a plan without; ``cut`` is empty: none were tried."""
+
+    cut: str = entry("", name="classes_cut")
+    worth: float = entry(0.0, name="classes_worth")
+    value: float | None = entry(None, name="classes_value")  # of the plan with classes, by the model
+    bound: float | None = entry(None, name="classes_bound")
+    kept: tuple[KeptWithClasses, ...] = entry((), name="classes_kept")
+    ttft: tuple[ClassLatency, ...] = entry((), name="classes_ttft")
+    why_not: str = entry("", name="classes_why_not")  # why the plan has none; empty: it has them
 
 
 @part
 class Verified(Part):
     """What simulation showed of a plan."""
 
-    verification: Verification | None = entry(None, read_verification)
-    model_value: float | None = entry(None, read_number)  # the plan's value by the model, if simulation keeps less
+    verification: Verification | None = entry(None)
+    model_value: float | None = entry(None)  # the plan's value by the model, if simulation keeps less
 
 
 @part
@@ -234,9 +242,9 @@ class Losses(Part):
 class Surviving(Part):
     """What a plan that had to survive a loss leaves after it, and the bound on what any plan leaves."""
 
-    left_rps: float | None = entry(None, read_any_number, name="survives_rps")
-    bound_rps: float | None = entry(None, read_any_number, name="survives_bound_rps")  # None: it was not maximised
-    keep: float | None = entry(None, read_any_number)  # the share of its rate that had to be left
+    left_rps: float | None = entry(None, name="survives_rps")
+    bound_rps: float | None = entry(None, name="survives_bound_rps")  # None: it was not maximised
+    keep: float | None = entry(None)  # the share of its rate that had to be left
 
 
 @part
@@ -250,4 +258,4 @@ class ProfileErrors(Part):
 class ConstraintCosts(Part):
     """What the objective would gain without each constraint, as JSON values."""
 
-    prices: Any = entry((), unread, name="constraint_prices")
+    prices: Any = entry((), name="constraint_prices")

@@ -19,16 +19,25 @@ import time
 import urllib.error
 import urllib.request
 import uuid
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable
 from pathlib import Path
 from typing import Any
 
 from hetis.engines.commands import SERVER_STOPS_S
 from hetis.runtime.agent.launched.parts import EngineSettingsDocument, LaunchedPart, part_of
 from hetis.runtime.agent.launched.processes import NodeProcesses, end_leftovers
+from hetis.runtime.agent.launched.steering import LaunchedEngine, MoveRequest, bystander, change_of
 from hetis.runtime.agent.outbox import EngineRequest, EngineResponse
 from hetis.runtime.agent.pressure import EngineNews, ScrapeState, device_reports, replica_report, scrape
-from hetis.runtime.moves.refusals import RefusedError, generation_mismatch, refusal, stale_epoch, unreachable
+from hetis.runtime.moves.changes import unknown
+from hetis.runtime.moves.refusals import (
+    RefusedError,
+    failure_of,
+    generation_mismatch,
+    refusal,
+    stale_epoch,
+    unreachable,
+)
 from hetis.v1.change_pb2 import ChangeOutcome
 from hetis.v1.executor_service_pb2 import (
     AbortMovesRequest,
@@ -36,11 +45,13 @@ from hetis.v1.executor_service_pb2 import (
     ApplyAssignmentRequest,
     ApplyAssignmentResponse,
     CopyMovesResponse,
+    ReadHeadMapsRequest,
+    ReserveMovesRequest,
     WatchReportsResponse,
 )
-from hetis.v1.failure_pb2 import ErrorReason
-from hetis.v1.replica_pb2 import Assignment, AssignmentGoal
-from hetis.v1.report_pb2 import AssignmentState, ReplicaReport
+from hetis.v1.failure_pb2 import ErrorReason, Failure
+from hetis.v1.replica_pb2 import AssignmentGoal
+from hetis.v1.report_pb2 import AssignmentState, DeviceReport, ReplicaReport
 
 ASK_S = 5.0  # time limit for an answer
 _MOST_BYTES = 1 << 20
@@ -105,6 +116,7 @@ class LaunchExecutor:
         self._settings, self._node, self._folder, self._clock = settings, node, folder, clock
         self._engine_id, self._newest_epoch = str(uuid.uuid4()), 0
         self._replicas: dict[str, LaunchedReplica] = {}
+        self._replica_of: dict[str, str] = {}  # by the id of a change that was to be prepared here
         self._leaving: list[LaunchedReplica] = []
         self._tasks: set[asyncio.Task[None]] = set()
         self._changed = asyncio.Event()
@@ -119,21 +131,30 @@ class LaunchExecutor:
     async def call(
         self, request: EngineRequest, progressed: Callable[[CopyMovesResponse], None] = lambda response: None
     ) -> EngineResponse:
-        """Apply an assignment, or withdraw a replica; see ``executor_service.proto``. No heads move in these engines.
-        Raises RefusedError: STALE_EPOCH, GENERATION_MISMATCH, or ENGINE_CANNOT with all the reasons; nothing changed.
+        """Apply an assignment, withdraw a replica, or forward a call to the engine of a replica; see
+        ``executor_service.proto``. Raises RefusedError: STALE_EPOCH, GENERATION_MISMATCH, what the engine refuses, or
+        ENGINE_CANNOT with all the reasons; nothing changed.
         """
-        match request:
-            case ApplyAssignmentRequest():
+        if isinstance(request, ReadHeadMapsRequest):
+            replica = self._replicas.get(request.replica)
+        else:
+            if request.epoch < self._newest_epoch:
+                raise RefusedError(stale_epoch(request.epoch, self._newest_epoch))
+            self._newest_epoch = request.epoch
+            if isinstance(request, ApplyAssignmentRequest):
                 return self._apply_assignment(request)
-            case AbortMovesRequest():  # no change is ever held here, so it is aborted already
-                return AbortMovesResponse(outcome=ChangeOutcome.CHANGE_OUTCOME_ABORTED)
-        message = f"{self._settings.engine} was started by the agent, which cannot move heads in it"
-        raise refusal(ErrorReason.ERROR_REASON_ENGINE_CANNOT, message, engine=self._settings.engine)
+            if isinstance(request, ReserveMovesRequest):
+                self._replica_of[change_of(request)] = request.change.replica
+            replica = self._replicas.get(self._replica_of.get(change_of(request), ""))
+        if replica is not None:
+            return await replica.call(request, progressed)
+        if isinstance(request, AbortMovesRequest):  # no engine holds anything of it
+            return AbortMovesResponse(outcome=ChangeOutcome.CHANGE_OUTCOME_ABORTED)
+        if isinstance(request, ReadHeadMapsRequest):
+            raise refusal(ErrorReason.ERROR_REASON_NOT_FOUND, f"{request.replica} is not here", name=request.replica)
+        raise unknown(change_of(request))
 
     def _apply_assignment(self, request: ApplyAssignmentRequest) -> ApplyAssignmentResponse:
-        if request.epoch < self._newest_epoch:
-            raise RefusedError(stale_epoch(request.epoch, self._newest_epoch))
-        self._newest_epoch = request.epoch
         if request.WhichOneof("change") == "removed_replica":
             self._withdraw(request.removed_replica)
             return ApplyAssignmentResponse(state=AssignmentState.ASSIGNMENT_STATE_STOPPED)
@@ -155,7 +176,7 @@ class LaunchExecutor:
                     changed=self._changed.set,
                     clock=self._clock,
                 )
-        held.assign(assignment, request.generation, self._clock())
+        held.assign(request, self._clock())
         self._start_waiting()
         self._changed.set()
         return ApplyAssignmentResponse(state=held.state(self._clock()))
@@ -190,6 +211,7 @@ class LaunchExecutor:
         """Stop a replica once its requests have ended, which frees its GPUs."""
         replica = self._replicas.pop(name, None)
         if replica is not None:
+            self._replica_of = {change: of for change, of in self._replica_of.items() if of != name}
             self._leaving.append(replica)
             self._spawn(self._retire(replica))
             self._changed.set()
@@ -224,7 +246,10 @@ class LaunchExecutor:
         report = WatchReportsResponse(engine_id=self._engine_id, newest_epoch=self._newest_epoch)
         for replica in self._replicas.values():
             report.replicas.append(replica.report(now_s))
-            report.devices.extend(device_reports(replica.news.readings.values(), replica.part.ranks))
+            report.devices.extend(replica.devices())
+            report.changes.extend(replica.engine.statuses() if replica.engine else ())
+            newest = replica.engine.said.newest_epoch if replica.engine else 0
+            report.newest_epoch = max(report.newest_epoch, newest)
         return report
 
 
@@ -235,6 +260,7 @@ class LaunchedReplica:
         part: the processes of the replica on this node, and its endpoint; another part is another `LaunchedReplica`.
         generation: that of the last assignment, repeated in reports; 0 before the first. An earlier one is refused.
         news: the latest news from the metrics of its front end.
+        engine: its front end as the agent steers it. None: that is not here, or has no attention workers.
     """
 
     def __init__(
@@ -267,17 +293,42 @@ class LaunchedReplica:
         )
         key = settings.environment.get(_KEY_VARIABLE, os.environ.get(_KEY_VARIABLE, ""))
         self._front = Front(part.endpoint, api_key=key) if part.endpoint else None
+        self.engine = LaunchedEngine(name, part.socket, changed=changed) if part.socket else None
         self._goal = AssignmentGoal.ASSIGNMENT_GOAL_UNSPECIFIED
         self._drains_since_s = 0.0
         self._ready_life = 0  # life of the front end in which it last served
         self._is_primary = self._has_served = self.has_begun = False
 
-    def assign(self, assignment: Assignment, generation: int, now_s: float) -> None:
+    def assign(self, request: ApplyAssignmentRequest, now_s: float) -> None:
         """Take a new assignment for the same processes."""
+        assignment = request.assignment
         if assignment.goal == AssignmentGoal.ASSIGNMENT_GOAL_DRAIN != self._goal:
             self._drains_since_s = now_s
-        self._goal, self.generation = assignment.goal, generation
+        self._goal, self.generation = assignment.goal, request.generation
         self._is_primary = assignment.primary_node == self._node
+        if self.engine is not None:
+            self.engine.assign(request)
+
+    async def call(
+        self, request: MoveRequest | ReadHeadMapsRequest, progressed: Callable[[CopyMovesResponse], None]
+    ) -> EngineResponse:
+        """Answer a call about the moves of the replica's heads. Raises RefusedError."""
+        if self.engine is not None:
+            return await self.engine.call(request, progressed)
+        if isinstance(request, AbortMovesRequest):
+            return AbortMovesResponse(outcome=ChangeOutcome.CHANGE_OUTCOME_ABORTED)
+        if self._front is None and not isinstance(request, ReadHeadMapsRequest):
+            return bystander(request)
+        why = f"{self.name} has no attention workers, so its heads cannot move"
+        raise RefusedError(self._why_unsteered or failure_of(ErrorReason.ERROR_REASON_ENGINE_CANNOT, why))
+
+    @property
+    def _why_unsteered(self) -> Failure | None:
+        """Why its heads cannot move although it has attention workers."""
+        if self.engine is not None:
+            return self.engine.refusal
+        why = self.part.why_unsteered
+        return failure_of(ErrorReason.ERROR_REASON_ENGINE_CANNOT, why) if why else None
 
     def begin(self) -> None:
         """Start the processes. Call it once."""
@@ -311,20 +362,35 @@ class LaunchedReplica:
 
     def report(self, now_s: float) -> ReplicaReport:
         """Return the report for the planner."""
+        said = self.engine.replica_report() if self.engine is not None and self.is_ready else None
         report = ReplicaReport(replica=self.name)
-        for model, reading in self.news.readings.items():  # an engine that we start serves one model
-            report = replica_report(self.name, reading, earlier=self.news.earlier.get(model))
+        if said is not None:
+            report.CopyFrom(said)
+        else:
+            for model, reading in self.news.readings.items():  # an engine that we start serves one model
+                report = replica_report(self.name, reading, earlier=self.news.earlier.get(model))
         report.assignment_state, report.generation = self.state(now_s), self.generation
         report.is_primary, report.endpoint = self._is_primary, self.part.endpoint
+        report.engine_id = "" if self.engine is None else self.engine.said.engine_id
+        if self.is_ready and self._why_unsteered is not None:
+            report.failure.CopyFrom(self._why_unsteered)
         has_failed = report.assignment_state == AssignmentState.ASSIGNMENT_STATE_FAILED
         # The planner gives up a replica that fails before it has ever served, so that is reported only once we give up.
         if has_failed or (self._has_served and not self.is_ready):
             report.failure.CopyFrom(unreachable(self._processes.failure or f"{self.name} does not answer"))
         return report
 
+    def devices(self) -> Iterable[DeviceReport]:
+        """Return the KV of its GPUs on this node, those of attention workers only if their engine reports them."""
+        if self.engine is not None and self.engine.replica_report() is not None:
+            return self.engine.said.devices
+        return device_reports(self.news.readings.values(), self.part.ranks)
+
     async def watch(self) -> None:
         """Poll the engine until its processes have ended for good."""
         while not self._processes.is_over:
+            if self.engine is not None and not self.is_ready:
+                self.engine.ended(self._processes.failure or "the engine ended")
             if self._front is not None and (life := self._processes.life):
                 await self._look(self._front, life)
             self._changed()
@@ -332,6 +398,8 @@ class LaunchedReplica:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(LOOK_S if self.is_ready else LOADING_LOOK_S):
                     await self._notified.wait()
+        if self.engine is not None:
+            await self.engine.close()
         self._changed()
 
     async def retire(self) -> None:
@@ -367,5 +435,7 @@ class LaunchedReplica:
                 return
             _log.info("%s serves at %s", self.name, self.part.endpoint)
             self._ready_life, self._has_served, self.news = life, True, EngineNews()
+            if self.engine is not None:
+                self.engine.began()
         self._processes.answered(life)
         self.news = await asyncio.to_thread(front.news, self.news, self._clock())

@@ -11,6 +11,7 @@ settings of ``--engine launch:FILE``.
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
 from collections.abc import Callable, Iterator, Mapping
@@ -22,7 +23,7 @@ from google.protobuf.json_format import MessageToDict
 from pydantic import AfterValidator, BeforeValidator, Field
 
 from hetis.commands.endpoints import host_of, is_host, joined
-from hetis.engines.commands import WORKER_PORT, Addresses, Command, commands_of
+from hetis.engines.commands import WORKER_PORT, WORKER_STEP, Addresses, Command, commands_of
 from hetis.engines.errors import LayoutError
 from hetis.engines.gpus import GpuKind
 from hetis.engines.layout import ProcessKind, layout_of_replica
@@ -51,6 +52,8 @@ from hetis.v1.replica_pb2 import Assignment, ReplicaRole
 from hetis.v1.replica_pb2 import ReplicaPlan as ReplicaMessage
 
 _MOST_GPUS = 64  # GPUs per node for which the port ranges have room
+LONGEST_SOCKET = 107  # bytes of the path of a Unix socket, from sockaddr_un
+_TOO_LONG = f"{{}} is too long for the path of a socket, which has at most {LONGEST_SOCKET} bytes: see `folder`"
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 Port = Annotated[int, Field(ge=1, le=65_535 - _MOST_GPUS)]
 SteppedPort = Annotated[int, Field(ge=1, le=65_535 - _MOST_GPUS * PORT_STEP)]
@@ -124,7 +127,8 @@ class EngineSettingsDocument(Document):
     # the copies of a prefill replica serve their KV
     master_port: SteppedPort = MASTER_PORT
     kv_port: SteppedPort = KV_PORT
-    worker_port: Port = WORKER_PORT  # port of a replica's first attention worker on a node; others have the next ones
+    # Port of the attention worker on GPU 0; on GPU i it is 64 i higher, and workers that share a GPU have the next ones
+    worker_port: Annotated[int, Field(ge=1, le=65_535 - _MOST_GPUS * WORKER_STEP)] = WORKER_PORT
     # Key file of vLLM and its attention workers. None: a key is generated if the whole replica is on one node.
     key_file: str | None = None
     folder: str | None = None  # for logs and files of the engine. None: `engines` in the agent's state directory.
@@ -182,6 +186,9 @@ class LaunchedPart:
     endpoint: str  # ``host:port`` where clients reach the replica. Empty: its front is on another node.
     is_whole: bool  # whether no process of the replica is on another node
     folder: Path  # folder for its files and logs
+    # Where its front end serves `ExecutorService`. None: it is on another node, or its heads cannot move.
+    socket: Path | None = None
+    why_unsteered: str = ""  # why a front end with attention workers has no socket
 
 
 def part_of(assignment: Assignment, settings: EngineSettingsDocument, *, node: str, folder: Path) -> LaunchedPart:
@@ -222,14 +229,18 @@ def part_of(assignment: Assignment, settings: EngineSettingsDocument, *, node: s
     addresses = Addresses(
         hosts=hosts,
         worker_port=settings.worker_port,
+        worker_step=WORKER_STEP,
         master_port=settings.master_port + PORT_STEP * first,
         kv_port=settings.kv_port + PORT_STEP * first,
         config_file=str(own / "workers.yaml"),
         key_file=settings.key_file or str(own / "worker.key"),
     )
     front = layout.servers[0].node
+    steered = bool(layout.workers) and front == node
+    socket = own / "engine.sock" if steered and len(os.fsencode(own / "engine.sock")) <= LONGEST_SOCKET else None
     host, port = addresses.host(front), settings.port + first
-    commands = commands_of(layout, serving.at(host, port), addresses)
+    serving = replace(serving.at(host, port), executor=str(socket) if socket else "")
+    commands = commands_of(layout, serving, addresses)
     ours, own_variables = [one for one in commands if one.process.node == node], settings.environment
     here = tuple(replace(one, environment={**own_variables, **one.environment}) for one in ours)
     servers = [one.process for one in here if one.process.kind is not ProcessKind.ATTENTION_WORKER]
@@ -240,6 +251,8 @@ def part_of(assignment: Assignment, settings: EngineSettingsDocument, *, node: s
         endpoint=joined(host, port) if front == node else "",
         is_whole=len(here) == len(commands),
         folder=own,
+        socket=socket,
+        why_unsteered=_TOO_LONG.format(own) if steered and socket is None else "",
     )
 
 
