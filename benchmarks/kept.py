@@ -58,7 +58,7 @@ class Case:
 
 def main() -> None:
     """Print one row per case, and a summary row."""
-    parser = rows.parser("benchmarks.goodput", __doc__)
+    parser = rows.parser("benchmarks.kept", __doc__)
     parser.add_argument("--cases", type=int, default=CASES, metavar="N", help=f"so many fleets (default {CASES})")
     parser.add_argument("--seed", type=int, default=0, metavar="S", help="of what is drawn (default 0)")
     parser.add_argument("--burstiness", type=float, default=1.0, metavar="CV", help="of the arrivals (default 1)")

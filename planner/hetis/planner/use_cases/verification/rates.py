@@ -181,8 +181,9 @@ def simulated_at(
     close; empty: the ordinary numbers. The budget is charged with the iterations of every run.
     """
     load = Load(
-        lengths=problem.workload, max_position=problem.model.max_position, arrivals=Arrivals.DRAWN, rate_rps=rate_rps
-    )
+        lengths=problem.workload, max_position=problem.model.max_position, arrivals=Arrivals.DRAWN, rate_rps=rate_rps,
+        gap_cv=problem.workload.burstiness,
+    )  # fmt: skip
     outcome, level = None, Requested.of(plan).service_level
     for num_requests in dict.fromkeys(lengths or (num_requests_of(plan), longest_of(plan))):
         question = Question(
