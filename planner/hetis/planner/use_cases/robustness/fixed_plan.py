@@ -131,9 +131,15 @@ class FixedPlan:
         stages = [stage for group in self.groups for stage in group.shape.stages]
         return frozenset(s.gpu for s in stages) | {s.pool.gpu for s in stages if s.pool is not None}
 
-    def as_planned(self, profiles: Profiles) -> Performance:
-        """Return the performance with the plan's micro-batches, which may miss limits."""
+    def as_planned(self, profiles: Profiles, exchange_s: float | None = None) -> Performance:
+        """Return the performance with the plan's micro-batches, which may miss limits.
+
+        ``exchange_s`` is what the plugin takes of an exchange with attention workers; None: what is planned.
+        """
         problem, alike = self._under(profiles), {(group.shape, group.claimed): group for group in self.groups}
+        if exchange_s is not None and (engine := problem.family.engine) is not None:
+            plugin = replace(engine.plugin, exchange_s=exchange_s)
+            problem = replace(problem, family=replace(problem.family, engine=replace(engine, plugin=plugin)))
         paces = {key: self._pace(problem, group, group.shape) for key, group in alike.items()}  # zones have like groups
         return self._sum((group, paces[group.shape, group.claimed]) for group in self.groups)
 
