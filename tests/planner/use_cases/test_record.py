@@ -87,7 +87,6 @@ LEVEL = {"ttft": "p95", "tpot": "mean", "attainment": 0.9}
             {"kept_rps": "x"}, {"attainment": 1e308}, {"attainment": math.nan}, {"rate_rps": None},
             *({"share": share} for share in (0.0, -0.5, 1.5, math.nan, "1/8")),
         ]),
-        (Verified, "tightened", {"name": "TTFT p95", "asked_s": 2.0, "planned_s": 1.6}, [{"planned_s": None}]),
         (Requested, "service_level", LEVEL, [
             {"ttft": "p1"}, {"tpot": ["mean"]}, {"more": 1},
             *({"attainment": share} for share in (0.0, 1.01, 1e308, math.nan, math.inf, 10**400, "x", [0.9])),

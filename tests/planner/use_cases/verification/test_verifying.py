@@ -42,10 +42,10 @@ from hetis.planner.use_cases.service_level import (
 )
 from hetis.planner.use_cases.simulation.engine_settings import at_settings, with_all_seats, with_more_seats
 from hetis.planner.use_cases.simulation.judging import _attained, measured
+from hetis.planner.use_cases.simulation.representative import RepresentativePart
 from hetis.planner.use_cases.simulation.simulate import Question, Simulated, answer, default_rate, seats_of
 from hetis.planner.use_cases.sources import load_inputs
 from hetis.planner.use_cases.verification import latency_curve, rates
-from hetis.planner.use_cases.verification.lower_rates import KeptRate, StoppedError
 from hetis.planner.use_cases.verification.outcome import (
     AS_PLANNED,
     OUT_OF_TIME,
@@ -54,6 +54,7 @@ from hetis.planner.use_cases.verification.outcome import (
     misses,
     noted_if_stopped,
     rate_to_simulate,
+    restated,
     settings_of,
 )
 from hetis.planner.use_cases.verification.rates import (
@@ -71,6 +72,7 @@ from hetis.simulator.steadiness import Estimate
 from hetis.simulator.values import Settings
 from hetis.solver.budget import Budget
 from hetis.solver.budget import silent as unreported
+from hetis.solver.check import check_plan
 from hetis.solver.errors import InvalidProblemError
 from hetis.solver.plan import Objective, ObjectiveKind, Plan, ReplicaPlan, Role
 from hetis.solver.problem import EngineSettings, PlacementProblem
@@ -150,30 +152,37 @@ def test_a_limit_that_no_rate_keeps_is_missed_by_name(pair: Placed) -> None:
 UNCOUNTED = SimpleNamespace(counts=SimpleNamespace(iterations=0, arrived=0))  # metrics of a run that costs nothing
 
 
-def test_too_high_a_rate_is_missed_and_a_lower_one_kept(pair: Placed) -> None:
-    plan, problem = pair
-    rate_rps = 1.5 * default_rate(plan, problem)
-    crowded = replace(plan, objective=replace(plan.objective, demand_rps=rate_rps))
-    found = Verified.of(again(crowded, problem)).verification
-    assert not found.kept
-    assert found.rate_rps == rate_rps
-    assert found.kept_rps is not None
-    assert 0.25 * rate_rps <= found.kept_rps < rate_rps
-    at_kept = replace(plan, objective=replace(plan.objective, demand_rps=found.kept_rps))
-    kept = Verified.of(again(at_kept, problem)).verification
-    assert kept.kept
+def at_rate(plan: Plan, problem: PlacementProblem, factor: float) -> Plan:
+    """Return the plan as if it served so many times its rate."""
+    return replace(restated(plan, problem, factor * plan.result.utilisation), inputs={}, notes=())
 
 
-def test_a_plan_that_keeps_its_limits_says_up_to_which_rate(pair: Placed) -> None:
+def test_too_high_a_rate_is_missed_and_the_lower_one_that_is_kept_is_the_value(pair: Placed) -> None:
     plan, problem = pair
-    found = Verified.of(again(plan, problem)).verification
-    assert found.kept_rps is not None
-    assert found.kept_rps == pytest.approx(1.1 * found.rate_rps)
-    shown = replace(plan, inputs={**plan.inputs, "verification": asdict(found)})
-    assert f"kept up to {digits(found.kept_rps, 4)}" in drawn(shown)
-    demanded = replace(plan, objective=replace(plan.objective, demand_rps=0.5 * found.rate_rps))
-    at_demand = Verified.of(again(demanded, problem)).verification
-    assert at_demand.kept_rps == at_demand.rate_rps == 0.5 * found.rate_rps
+    crowded = at_rate(plan, problem, 1.5)
+    kept = again(crowded, problem)
+    record = Verified.of(kept)
+    found = record.verification
+    assert found.kept
+    assert record.model_value == crowded.result.value
+    assert 0.25 * crowded.result.value <= kept.result.value < crowded.result.value
+    assert kept.result.value == pytest.approx(found.kept_rps)
+    assert found.rate_rps == found.kept_rps
+    assert kept.result.bound == crowded.result.bound
+    assert not check_plan(replace(kept, inputs=plan.inputs), problem)
+    assert Verified.of(again(replace(kept, inputs={}), problem)).verification.kept
+
+
+def test_a_plan_that_keeps_more_has_that_as_its_value_up_to_its_bound(pair: Placed) -> None:
+    plan, problem = pair
+    half = at_rate(plan, problem, 0.5)
+    more = again(half, problem)
+    assert more.result.value == pytest.approx(1.5 * half.result.value)
+    assert Verified.of(more).verification.rate_rps == pytest.approx(more.result.value)
+    assert Verified.of(more).model_value is None
+    assert not check_plan(replace(more, inputs=plan.inputs), problem)
+    bounded = replace(half, result=replace(half.result, bound=1.12 * half.result.value))
+    assert again(bounded, problem).result.value == pytest.approx(1.1 * half.result.value)
 
 
 @pytest.mark.parametrize(
@@ -225,10 +234,10 @@ def test_other_traffic_has_to_keep_a_limit_that_is_close(
 
     monkeypatch.setattr(rates, "answer", answer)
     limits = replace(plan.objective, ttft_limit_s=1.0, tpot_limit_s=None)
-    found = Verified.of(again(replace(plan, objective=limits), problem)).verification
+    simulated = again(replace(plan, objective=limits), problem)
     assert seeds[:3] == [0, 0, 1]  # a probe and a run, then other traffic
-    assert (found.kept, found.ttft_p95_s) == (kept, 0.97 if kept else other_s)
-    assert found.kept_rps == pytest.approx((1.0 if kept else 0.97) * planned_rps)
+    assert Verified.of(simulated).verification.ttft_p95_s == (0.97 if kept else 0.5)
+    assert simulated.result.value == pytest.approx((1.0 if kept else 0.97) * planned_rps)
 
 
 @pytest.mark.parametrize(("split_s", "dispatched"), [(0.5, None), (0.97, True), (1.3, True)])
@@ -388,21 +397,20 @@ def test_a_saved_plan_says_what_it_is_held_to(placed: Path, tmp_path: Path) -> N
     assert "TTFT p99" in invoke("explain", str(out)).stdout
 
 
-def test_a_plan_that_misses_is_headed_and_simulated_by_the_rate_that_it_keeps(pair: Placed) -> None:
+def test_a_plan_is_headed_and_simulated_by_the_rate_that_it_keeps(pair: Placed) -> None:
     plan, problem = pair
-    said = {"kept": False, "ttft_p95_s": 9.5, "kept_rps": 0.7 * plan.result.value}
-    missing = replace(plan, inputs={**plan.inputs, "verification": {**plan.inputs["verification"], **said}})
-    kept, planned = (f"{digits(rate, 4)} requests/s" for rate in (said["kept_rps"], plan.result.value))
-    assert f"Goodput {kept} within the limits in simulation; by the model {planned}" in drawn(missing)
+    less = at_rate(plan, problem, 0.7)
+    less = replace(less, inputs={**plan.inputs, "model_value": plan.result.value})
+    kept, planned = (f"{digits(one.result.value, 4)} requests/s" for one in (less, plan))
+    assert f"Goodput {kept} kept in simulation; by the model {planned}; proven" in drawn(less)
     assert f"Goodput {planned} proven" in drawn(plan)
-    dear, cheap = (float(re.findall(r"([\d.]+) USD per million", drawn(one))[0]) for one in (missing, plan))
+    dear, cheap = (float(re.findall(r"([\d.]+) USD per million", drawn(one))[0]) for one in (less, plan))
     assert dear / cheap == pytest.approx(1 / 0.7, rel=0.01)
-    beside = {"equal_stages_value": 0.5 * plan.result.value}
-    none = {**missing.inputs["verification"], "kept_rps": None}
-    never = replace(plan, inputs={**plan.inputs, "verification": none})
+    never = replace(less, result=replace(less.result, value=0.0, utilisation=0.0))
     assert "Goodput none of the rates tried keeps the limits in simulation; by the model" in drawn(never)
+    beside = {"equal_stages_value": 0.5 * plan.result.value}
     for one, more in (
-        (missing, "by the model, by replicas of equal stages (not simulated); this plan by the model 100% more"),
+        (less, "by the model, by replicas of equal stages (not simulated); this plan by the model 100% more"),
         (never, "this plan: --strategy uniform); this plan by the model 100% more"),
         (plan, "stages; this plan 100% more"),
     ):
@@ -411,18 +419,16 @@ def test_a_plan_that_misses_is_headed_and_simulated_by_the_rate_that_it_keeps(pa
         page = plans_page([ShownPlan(name="one", plan=shown, problem=problem)])
         assert "+100%" in page
         assert ("by the model; equal stages, not simulated" in page) is (one is not plan)
-    [simple] = simple_setups(
-        replace(missing, inputs={**missing.inputs, "simple_setups": {"2": 0.5 * plan.result.value}})
-    )
+    [simple] = simple_setups(replace(less, inputs={**less.inputs, "simple_setups": {"2": 0.5 * plan.result.value}}))
     assert simple.endswith("50% less by the model")
-    assert rate_to_simulate(missing, problem) == said["kept_rps"]
-    assert rate_to_simulate(plan, problem) == default_rate(plan, problem)
-    for one in (missing, plan):
+    for one in (less, plan):
+        assert rate_to_simulate(one, problem) == pytest.approx(one.result.value)
         demanded = replace(one, objective=replace(plan.objective, demand_rps=0.01))
         assert rate_to_simulate(demanded, problem) == rate_to_simulate(one, problem), "a plan promises its own rate"
         dearest = replace(demanded, objective=replace(demanded.objective, kind=ObjectiveKind.COST))
         assert rate_to_simulate(dearest, problem) == 0.01
-    [clause] = misses(replace(Verified.of(missing).verification, ttft_p95_s=3451.0, steady=None), missing)
+    missing = replace(Verified.of(plan).verification, kept=False, ttft_p95_s=3451.0, steady=None)
+    [clause] = misses(missing, plan)
     assert clause == "TTFT p95 3,451 s of 2 s"
 
 
@@ -456,7 +462,7 @@ def test_without_limits_or_when_nobody_waits_nothing_is_simulated(pair: Placed) 
     cancelled = threading.Event()
     cancelled.set()
     left = kept_plan(bare, problem, seed=0, budget=Budget(cancelled=cancelled), report=no_progress)
-    assert left is bare
+    assert left == replace(bare, notes=(*bare.notes, STOPPED_EARLY))
     assert noted_if_stopped(unlimited, Budget(cancelled=cancelled)) is unlimited, "there was nothing to simulate"
 
 
@@ -506,7 +512,7 @@ def test_a_verdict_needs_only_the_runs_at_the_planned_rate(
     pair: Placed, monkeypatch: pytest.MonkeyPatch, kept: bool
 ) -> None:
     """A plan that keeps its limits does so whatever higher rates show; below a missed rate, one must be found."""
-    plan, problem = pair
+    plan, problem = at_rate(*pair, 0.5), pair[1]
     planned_rps, tried_rps = default_rate(plan, problem), list[float]()
 
     def ended_after_the_first(*args: Any, **options: Any) -> TriedRate | None:
@@ -515,7 +521,7 @@ def test_a_verdict_needs_only_the_runs_at_the_planned_rate(
         return None if found is None else replace(found, kept=kept, close=False)
 
     monkeypatch.setattr(rates, "simulated_at", ended_after_the_first)
-    simulated = again(replace(plan, inputs={}, notes=()), problem)
+    simulated = again(plan, problem)
     found = Verified.of(simulated).verification
     assert len(tried_rps) == 3
     assert (tried_rps[2] > planned_rps) == kept
@@ -553,12 +559,10 @@ def test_a_rate_that_only_short_runs_kept_in_time_is_shown_with_a_note(
         replace(plan, inputs={}, notes=()), problem, seed=0, budget=Budget(cancelled=cancelled), report=no_progress
     )
     verification = Verified.of(found).verification
-    assert not verification.kept
-    assert verification.kept_rps == pytest.approx(0.79 * planned_rps, rel=0.02)
-    assert f"kept up to {verification.kept_rps:.4g}" in drawn(found)
-    note = (
-        f"{verification.kept_rps:.4g} requests/s kept the limits in a run of 4,000 requests, which longer runs have not"
-    )
+    assert verification.kept
+    assert found.result.value == pytest.approx(0.79 * planned_rps, rel=0.02)
+    assert f"{digits(found.result.value, 4)} requests/s kept in simulation" in drawn(found)
+    note = f"{found.result.value:.4g} requests/s kept the limits in a run of 4,000 requests, which longer runs have not"
     assert [note in one for one in found.notes] == [True] * (not in_time)
 
 
@@ -607,7 +611,7 @@ def test_a_higher_rate_is_kept_if_two_kinds_of_traffic_keep_it_and_the_wait_hard
     growth: float,
     factor: float,
 ) -> None:
-    plan, problem = pair
+    plan, problem = at_rate(*pair, 0.5), pair[1]
     planned_rps = default_rate(plan, problem)
 
     def tried(*args: Any, **options: Any) -> TriedRate:
@@ -671,8 +675,7 @@ def test_engines_with_more_seats_are_simulated_with_them(pair: Placed) -> None:
 
 def test_work_that_is_done_ends_simulations_on_any_machine(pair: Placed) -> None:
     plan, problem = pair
-    bare, rate_rps = replace(plan, inputs={}, notes=()), 1.5 * default_rate(plan, problem)
-    crowded = replace(bare, objective=replace(plan.objective, demand_rps=rate_rps))
+    crowded = at_rate(plan, problem, 1.5)
     whole, small = Budget(), Budget(work_limit=30_000)
     decided = Verified.of(rates.kept_plan(crowded, problem, seed=0, budget=whole, report=no_progress)).verification
     assert decided is not None
@@ -683,20 +686,15 @@ def test_work_that_is_done_ends_simulations_on_any_machine(pair: Placed) -> None
     assert small.work < 0.5 * whole.work
 
 
-def test_a_part_that_misses_is_called_a_part(pair: Placed, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_part_that_misses_is_called_a_part(
+    pair: Placed, run: TriedRate, monkeypatch: pytest.MonkeyPatch
+) -> None:  # fmt: skip
     """Large fleets, of which a part is simulated, are those that run out of time."""
     plan, problem = pair
-    known = Verified.of(plan).verification
-    assert known is not None
-
-    def cancelled(_: float) -> KeptRate | None:
-        raise StoppedError
-
-    def ended(of: Plan, *_: Any, **__: Any) -> rates.AtPlannedRate:
-        found = replace(known, kept=False, ttft_p95_s=9.5, share=0.125)
-        return rates.AtPlannedRate(of, found, kept_below=cancelled)
-
-    monkeypatch.setattr(rates, "simulate_at_planned_rate", ended)
+    summary = replace(run.summary, ttft_p95_s=Estimate(value=9.5, half_width=0.0))
+    runs = iter([replace(run, summary=summary, kept=False, close=False, missed_by_far=True)])
+    monkeypatch.setattr(rates, "simulated_part", lambda plan, *_: RepresentativePart(plan=plan, share=0.125))
+    monkeypatch.setattr(rates, "simulated_at", lambda *_, **__: next(runs, None))
     [note] = again(replace(plan, notes=()), problem).notes
     assert note.endswith("TTFT p95 9.5 s of 2 s (a part of its replicas at 0.125 of the rate)")
 
@@ -812,10 +810,10 @@ def test_a_plan_that_its_runs_fill_is_simulated_whole_and_as_ever(
     assert (found.share, found.too_short) == (None, None)
     rate_rps = default_rate(plan, problem)
     assert [(question.load.rate_rps, question.num_requests, question.seeds) for _, question in asked] == [
-        (rate_rps, 768, (0,)), (1.1 * rate_rps, 768, (0,)), (1.1 * rate_rps, 768, (1,))
+        (rate_rps, 768, (0,))
     ]  # fmt: skip
-    assert all(simulated is plan for simulated, _ in asked)
-    assert (found.rate_rps, found.kept_rps) == (rate_rps, 1.1 * rate_rps)
+    assert all(simulated == plan for simulated, _ in asked)
+    assert (found.rate_rps, found.kept_rps) == (rate_rps, rate_rps)
 
 
 def test_of_a_plan_with_more_seats_a_part_gets_its_share_of_every_rate(
@@ -825,12 +823,13 @@ def test_of_a_plan_with_more_seats_a_part_gets_its_share_of_every_rate(
     runs_of_at_most(monkeypatch, ordinary=8 * 6 * 16, to_fill=2 * 24 * 16 - 1)
     found = Verified.of(again(plan, problem)).verification
     rate_rps = default_rate(plan, problem)
-    assert (found.rate_rps, found.kept_rps) == (rate_rps, 1.1 * rate_rps), "those of the whole plan"
+    assert (found.rate_rps, found.kept_rps) == (rate_rps, rate_rps), "those of the whole plan"
     assert (found.share, found.too_short, found.num_requests) == (pytest.approx(6 / 24), None, 8 * 6 * 16)
     assert {len(part.replicas) for part, _ in asked} == {6}
     rates_rps = [question.load.rate_rps or 0.0 for _, question in asked]
-    assert rates_rps == pytest.approx([found.share * rate for rate in (rate_rps, 1.1 * rate_rps, 1.1 * rate_rps)])
-    demanded = replace(plan, objective=replace(plan.objective, demand_rps=0.5 * rate_rps))
+    assert rates_rps == pytest.approx([found.share * rate_rps])
+    cheapest = replace(plan.objective, kind=ObjectiveKind.COST, demand_rps=0.5 * rate_rps)
+    demanded = replace(plan, objective=cheapest)
     asked.clear()
     again(demanded, problem)
     assert [question.load.rate_rps for _, question in asked] == [pytest.approx(0.5 * rate_rps * 6 / 24)]
@@ -919,41 +918,21 @@ def page_of(plan: Plan) -> str:
     return " ".join(f"{tile.value} {tile.note}" for tile in key_figures._simulated(plan))
 
 
-@pytest.mark.parametrize("kept_rps", [1.5, None, 9.0])
 @pytest.mark.parametrize("kind", [ObjectiveKind.GOODPUT, ObjectiveKind.THROUGHPUT, ObjectiveKind.COST])
-def test_every_view_of_a_plan_that_misses_its_limits_shows_the_rate_it_keeps(
-    pair: Placed, kind: ObjectiveKind, kept_rps: float | None
-) -> None:
-    """Plans of a planner have a spec, imported ones have none; 9 requests/s are more than the plan promises."""
+def test_every_view_of_a_plan_that_misses_its_limits_says_so(pair: Placed, kind: ObjectiveKind) -> None:
+    """Plans of a planner have a spec, imported ones have none."""
     plan, problem = pair
     demand_rps = 2.0 if kind is ObjectiveKind.COST else None
     objective = replace(plan.objective, kind=kind, demand_rps=demand_rps)
     result = replace(plan.result, objective=kind, value=2.0, unit=objective.unit)
-    rate_rps = 2.0 if kind is not ObjectiveKind.THROUGHPUT else 1.8
-    found = {**plan.inputs["verification"], "kept": False, "rate_rps": rate_rps, "kept_rps": kept_rps}
+    found = {**plan.inputs["verification"], "kept": False, "kept_rps": None}
     missing = replace(plan, objective=objective, result=result, inputs={**plan.inputs, "verification": found})
     spec = plan_pb2.PlanSpec(objective=plan_pb2.Objective(kind=OBJECTIVE_KINDS[kind]))
     answer, value = result_to_proto(missing, b"{}"), f"2.000 {objective.unit}"
-    is_goodput, python = kind is ObjectiveKind.GOODPUT, repr(hetis.Plan(value=missing, problem=problem))
     for message in (plan_pb2.Plan(spec=spec, result=answer), plan_pb2.Plan(result=answer)):
-        cell = resource_views.value_of(message).plain
-        viewed = " ".join(text_of(resource_views.plan_summary(message), width=200).split())
-        if not is_goodput:
-            assert cell == f"{value}, MISSED"
-            assert f"Value {value}" in viewed
-            assert "limits MISSED in simulation" in python
-        elif kept_rps is None:
-            assert cell == f"none of {value}, MISSED"
-            assert f"Value none of the rates tried keeps the limits in simulation; by the model {value}" in viewed
-            assert f"<hetis.Plan: no rate tried within the limits in simulation, MISSED at {value} by" in python
-        elif kept_rps < 2.0:
-            assert cell == f"1.500 of {value}, MISSED"
-            assert f"Value 1.500 requests/s within the limits in simulation; by the model {value}" in viewed
-            assert f"<hetis.Plan: 1.500 requests/s within the limits in simulation, MISSED at {value} by" in python
-        else:
-            assert cell == value
-            assert f"Value {value}" in viewed
-            assert "MISSED" not in python
+        assert resource_views.value_of(message).plain == f"{value}, MISSED"
+        assert f"Value {value}, MISSED" in " ".join(text_of(resource_views.plan_summary(message), width=200).split())
+    assert "limits MISSED in simulation" in repr(hetis.Plan(value=missing, problem=problem))
 
 
 def test_curves_are_of_the_part_whose_seats_their_runs_fill(
@@ -974,7 +953,7 @@ def test_curves_are_of_the_part_whose_seats_their_runs_fill(
     runs_of_at_most(monkeypatch, ordinary=8 * 6 * 16, to_fill=2 * 24 * 16)
     whole = latency_curve.latency_curve(plan, problem, budget=Budget(), report=silent)
     assert whole.share is None
-    assert all(simulated is plan for simulated, _ in asked)
+    assert all(simulated == plan for simulated, _ in asked)
 
 
 @pytest.mark.parametrize(("missed", "attainment", "is_sure", "is_close"), [

@@ -60,7 +60,7 @@ def restated(plan: Plan, problem: PlacementProblem, utilisation: float) -> Plan:
             return one
         shape = replica_shape(one, problem, fleet, partners.get(number, ()))
         old_s, new_s = (derivation.of(shape).ttft_s(1.0 / one.rate) for derivation in (before, after))
-        return replace(one, ttft_s=one.ttft_s + new_s - old_s)
+        return replace(one, ttft_s=one.ttft_s + new_s - old_s if math.isfinite(old_s) else new_s)
 
     value = utilisation * plan.served_rate()
     result = bounded_by(replace(plan.result, value=value), max(plan.result.bound, value))

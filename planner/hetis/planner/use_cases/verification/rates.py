@@ -40,7 +40,7 @@ from hetis.simulator.values import Settings
 from hetis.solver.budget import Budget, Progress
 from hetis.solver.budget import Report as SearchReport
 from hetis.solver.check.result import MOST_UTILISATION
-from hetis.solver.plan import Objective, Plan
+from hetis.solver.plan import Objective, ObjectiveKind, Plan
 from hetis.solver.problem import PlacementProblem
 
 TURNS = 8  # how many times a run replaces all the requests that a plan holds at once
@@ -55,7 +55,7 @@ PER_REQUEST = 20.0  # iterations that take as long as a request's arrival, routi
 PART = 0.2  # of all iterations, which one run may take
 WORKER_ITERATIONS = 3.0  # an iteration with attention workers takes as long as so many without
 BY_CHANCE = 0.02  # share of a limit above which an excess is no chance, however wide the interval
-HIGHER = (1.5, 1.2, 1.1, 1.05)  # factors of the planned rate, which are tried if it is kept, up to the bound
+HIGHER = (1.5, 1.2, 1.15, 1.1, 1.05)  # factors of the planned rate, which are tried if it is kept, up to the bound
 MOST_GROWTH = 0.02  # seconds by which the wait may grow per second at these rates
 LONG_RUN = 10_000  # requests of a run at these rates, unless that is more than `LONGER` times the ordinary number
 
@@ -216,6 +216,7 @@ class _Runs:
     def __init__(self, plan: Plan, problem: PlacementProblem, seed: int, budget: Budget, report: RunReport) -> None:
         self._plan, self._problem, self._seed = plan, problem, seed
         self._planned_rps, to_fill = default_rate(plan, problem), most_requests_of(plan).to_fill
+        self._is_value = plan.objective.kind is ObjectiveKind.GOODPUT  # the rate that is kept
         self._part = part = simulated_part(plan, problem, to_fill)
         self._ordinary, self._long, self._longer = (
             num_requests_of(part.plan),
@@ -263,7 +264,7 @@ class _Runs:
         Raises `StoppedError` before the behaviour at the planned rate is known.
         """
         found, plan = self._planned(), self._plan
-        if not plan.objective.maximises:
+        if not self._is_value:
             kept = None if found.kept else self._lower(found)
             return self._recorded(found, self._planned_rps if found.kept else None if kept is None else kept.rate_rps)
         if found.kept:
@@ -286,11 +287,11 @@ class _Runs:
 
     def _recorded(self, found: TriedRate, kept_rps: float | None) -> Plan:
         """Return the plan with a run at the rate that is kept, or at the planned one if none is, in its record."""
-        plan, at_rps = self._plan, self._planned_rps if kept_rps is None else kept_rps
-        if not plan.objective.maximises:
-            at_rps = self._planned_rps
+        plan, at_rps = self._plan, self._planned_rps
+        if self._is_value and kept_rps is not None:
+            at_rps = kept_rps
         record = replace(Verified.of(plan), verification=self._verification(found, at_rps, kept_rps))
-        if not plan.objective.maximises or kept_rps == self._planned_rps:
+        if not self._is_value or kept_rps == self._planned_rps:
             return record.on(plan)
         served_rps = plan.served_rate()
         if (kept_rps or 0.0) < self._planned_rps:
