@@ -51,7 +51,7 @@ ROOMS_OF_EXTRAS = {("profiler", room) for room in ("cli", "measure")}
 # The planner's folders from top to bottom, and those beside them that all may use.
 PLANNER_FLOORS = (
     *("cli", "library", "service", "resources", "fleet", "jobs", "convert", "report"),
-    *("export", "use_cases", "client", "store"),
+    *("export", "loop", "use_cases", "client", "store"),
 )
 SCOPES = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
 PLANNER_BESIDE = {"callers", "failures", "threads", "watching"}

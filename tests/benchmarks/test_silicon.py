@@ -16,9 +16,16 @@ import pytest
 from benchmarks import silicon
 from benchmarks.measuring import serving_points
 from benchmarks.measuring.closed_loop import Engine, Load, balanced_copies, closed_loop
-from benchmarks.measuring.eager_layers import eager_layer_s
 from benchmarks.measuring.published_points import NotPosedError, read_rows
-from benchmarks.measuring.published_settings import Graphs, Run, Settings, settings_elsewhere, settings_of, with_ranks
+from benchmarks.measuring.published_settings import (
+    Graphs,
+    Run,
+    Settings,
+    eager_layer_s,
+    settings_elsewhere,
+    settings_of,
+    with_ranks,
+)
 from benchmarks.measuring.serving_points import COLUMNS, ServingPoint, posed
 from hetis.formats import catalogue
 from hetis.profiler.engines import ENGINES

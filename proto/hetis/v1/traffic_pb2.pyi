@@ -179,9 +179,9 @@ class MeasuredSpeed(_message.Message):
     correction_ratio: _builtins.float
     """Measured over expected: the correction of the profile. Always above 0."""
     error_ratio: _builtins.float
-    """The correction is within so much of it, with 95%. 0: it was measured too short a time to say."""
+    """The true correction is within so much of it, at 95%. 0: it was measured for too short a time to say."""
     is_slow: _builtins.bool
-    """It is slower than its profile, and than others of its type, beyond chance. False: it is not, or not known to be."""
+    """It is slower beyond chance than the others of its type, or than its profile. False: it is not, or not known to be."""
     @_builtins.property
     def gpu_types(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Types of its GPUs. Always set."""
@@ -300,7 +300,9 @@ class ClusterTraffic(_message.Message):
     name: _builtins.str
     """`clusters/{cluster}/traffic`. Output only. Always set."""
     attainment: _builtins.float
-    """Share of the requests of the last quarter of an hour within the plan's limits. Output only. Unset: not known."""
+    """Share of the requests of the last quarter of an hour whose first token came within the plan's limit of TTFT. Output
+    only. Unset: not known.
+    """
     @_builtins.property
     def windows(self) -> _containers.RepeatedCompositeFieldContainer[Global___TrafficWindow]:
         """Minutes of the last three hours, the present one as far as it is, and hours of the last 15 days, by time. Output

@@ -36,9 +36,9 @@ def solve_placement(
     same arguments and no time limit the plan is the same. If no plan exists, ``market`` gives GPU types that could be
     added (None: no search for any). Published heuristics prove little and have no target.
 
-    With ``simplest_within``, the plan is the one on the fewest nodes, then with the fewest replica shapes, that is
-    found among those of an engine's family that lose no more than this share of the best value. Its notes state the
-    loss, and the bound is that on the best.
+    With ``simplest_within``, the plan is the simplest of those of an engine's family that lose no more than this share
+    of the best value (`placement/simplicity.py`). Its notes state its points, with a bound, and the loss; the plan's
+    bound is that on the best.
 
     Raises:
         InvalidProblemError: unknown strategy, an objective without its demand, or a constraint that cannot be met.

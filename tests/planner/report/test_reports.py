@@ -154,6 +154,7 @@ def test_what_other_engines_reach_is_said_with_what_keeps_them_apart() -> None:
         ({**unknown, "value": 1.08, "equal_stages": True},
          "vllm-hetis: at least 1.080 requests/s by equal stages, 20% less, without attention workers"),
         (unknown, "vllm-hetis: does not run this plan (attention workers); no time was left"),
+        ({**unknown, "lacks": []}, "vllm-hetis: does not run this plan (it needs more memory); no time was left"),
     ):  # fmt: skip
         assert beside_engines(replace(plan, inputs={**plan.inputs, "engine_values": [row]})) == [words]
     assert beside_engines(replace(plan, inputs={**plan.inputs, "engine_values": [{"of": "another version"}]})) == []

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 from hetis.planner.report.figures import digits, percent, seconds
+from hetis.planner.use_cases.speeds import Speed
 from hetis.solver.traffic import TrafficSketch
 
 TRAFFIC_COLUMNS = ("'time", "requests/s", "prompt", "p95", "output", "p95", "hits", "TTFT p95", "TPOT")
@@ -20,3 +22,16 @@ def traffic_cells(name: str, one: TrafficSketch) -> Iterator[str]:
     yield percent(one.prefix_hit_rate) if one.prompt_tokens.count else "-"
     yield seconds(one.ttft_s.quantile(0.95)) if one.ttft_s.count else "-"
     yield seconds(one.tpot_s.mean) if one.tpot_s.count else "-"
+
+
+SPEED_COLUMNS = ("'replica", "'GPUs", "TPOT", "expected", "measured / expected", "'")
+
+
+def speed_cells(one: Speed) -> Iterator[str]:
+    """Yield the cells of a row: whose speed, beside what, the correction with its error, and what is slow."""
+    yield one.replica.rpartition("/")[2] or "all"
+    yield ", ".join(one.gpus)
+    yield seconds(one.tpot_s)
+    yield seconds(one.expected_s)
+    yield f"{one.correction:.2f} ± {one.error:.2f}" if math.isfinite(one.error) else f"{one.correction:.2f}"
+    yield "" if not one.is_slow else f"slow: {', '.join(one.devices)}" if one.replica else "slower than the profile"

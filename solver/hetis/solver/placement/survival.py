@@ -8,18 +8,19 @@ one node runs: pieces that fit together.
     Data       u_i, s_i, d_i  requests/s of unified, sending and receiving replicas that a loss of i takes
     Variables  n_k >= 0 whole, flows F(z, y) >= 0 as in the master;  z_kw >= 0 whole  replicas cut so;  y_p >= 0 whole
                nodes that run pattern p;  b_i in {0, 1}  whether there is any i;  G >= 0  what is left after the worst
-               loss;  F_i >= 0  flows then
+               loss
     Maximise   G, then the whole rate W = U + F;  or W with G >= keep W;  or minimise the cost with G >= demand
     Such that  the master's rows;  n_k = sum_w z_kw  every k;  sum_p y_p <= nodes of every place
                sum_kw (pieces q in w) z_kw = sum_p (those in p) y_p                 every q
                y_p <= nodes b_p
-               G <= U + F_i - u_i b_i;   F_i <= F;   F_i <= S - s_i b_i;   F_i <= D - d_i b_i      every i
+               G <= U + F - u_i b_i;   G <= U + S - (u_i + s_i) b_i;   G <= U + D - (u_i + d_i) b_i      every i
 
 The losses themselves are the coefficients of b, so the relaxation is tight; so are rows of the mean loss of a node of
-each place, of which a replica is a part on as few nodes as it needs. Where all ways and patterns are too many, a
-replica that fits in a node is in one, others *float*: they are on no node and are lost alone. The bound is then that of
-a second program, in which all replicas of several parts may float. Flows after a loss may take any route. Both only
-raise the bound. Plans state what `hetis.solver.advice` derives from their named GPUs.
+each place, of which a replica is a part on as few nodes as it needs. GPUs are named as the patterns of the solution
+say, so that a plan leaves G. Where all ways and patterns are too many, a replica that fits in a node is in one, others
+*float*: they are on no node and are lost alone. The bound is then that of a second program, in which all replicas of
+several parts may float. Flows after a loss may take any route. Both only raise the bound. Plans state what
+`hetis.solver.advice` derives from their named GPUs.
 
 Some N nodes (zones) of a plan serve W; each set of N - 1 of them at least G, and no replica is used more than fully, so
 W >= G N / (N - 1), unless links limit the flows. Only columns that such a plan may contain are listed: those whose
@@ -40,30 +41,39 @@ import numpy as np
 
 from hetis.solver.budget import SearchSettings
 from hetis.solver.errors import NoPlanFoundError
-from hetis.solver.placement.columns import Columns, padded
+from hetis.solver.placement.columns import Columns
 from hetis.solver.placement.enumeration import ColumnPrices, EnumeratedColumns
 from hetis.solver.placement.fleet import FloatArray, IntArray
 from hetis.solver.placement.master import UNDECIDED, LpSolution, MilpSolution, master_of
 from hetis.solver.placement.outcome import Outcome, sound_bound
 from hetis.solver.placement.policy import POLICY
-from hetis.solver.placement.replicas.kinds import Kind
+from hetis.solver.placement.replicas.kinds import Layout
 from hetis.solver.placement.replicas.tables import CostTables
-from hetis.solver.placement.survival_rows import LossRows
+from hetis.solver.placement.simplicity import (
+    MOST_COLUMNS,
+    Simplest,
+    likeliest,
+    promised,
+    simplest,
+    undominated,
+    whole_counts,
+)
+from hetis.solver.placement.survival_rows import LossRows, Within
 
-FEW = 40  # columns of each side in a first plan
-MOST_COLUMNS = 1500  # of a proof
-NODES = 20_000  # limit on nodes of a search tree
+FIRST_GAP = 0.005  # of a first plan, which only limits what is listed for the proof
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Survive:
     """What a plan must survive: the loss of any one ``node`` or ``zone``.
 
-    ``keep`` is the share of its rate that must be left; None: as much as possible, or the whole demand.
+    ``keep`` is the share of its rate that must be left; None: as much as possible, or the whole demand. Of the plans
+    that lose at most ``simplest_within`` of the best value, the simplest is chosen (`simplicity.py`).
     """
 
     place: str
     keep: float | None = None
+    simplest_within: float = 0.0
 
 
 def search_surviving(costs: CostTables, survive: Survive, settings: SearchSettings) -> Outcome | None:
@@ -102,22 +112,20 @@ class _Search:
         if self.relaxed is None:
             return None
         self.settings.tell("bound by fractions of replicas")
-        found = self._solve(self._chosen(self._likeliest())).found
+        lists_all = self.enumerated.num_compositions <= POLICY.most_listed
+        found = self._solve(self._chosen(self._likeliest()), FIRST_GAP if lists_all else self.settings.gap_target).found
         bound, proves_none = self._bound(), False
-        if self.enumerated.num_compositions <= POLICY.most_listed:
+        if lists_all:
             distance = self._distance(found)
             if self.enumerated.list_within(self._prices(self.relaxed), distance, self.budget):
                 chosen = self._chosen(np.flatnonzero(self._reduced() <= distance * (1.0 + 1e-6)))
                 if len(chosen) <= MOST_COLUMNS:
-                    solved = self._solve(chosen, proves=True)
-                    if solved.found is not None and (found is None or self._is_better(solved.found, found)):
-                        found = solved.found
-                    bound, proves_none = self._tighter(solved.bound, bound), solved.proves_none
+                    found, bound, proves_none = self._prove(chosen, found, bound)
         if found is None:
             if proves_none:
                 return None
             raise NoPlanFoundError(UNDECIDED)
-        return self._outcome(found, bound)
+        return self._outcome(self._fullest(found) if self.leaves_most else found, bound)
 
     def _relax(self) -> None:
         self.enumerated.list_first(self.costs, self.budget)
@@ -137,32 +145,16 @@ class _Search:
         return ColumnPrices(lp.side_prices + row_costs, lp.replica_price, lp.rate_prices)
 
     def _reduced(self) -> FloatArray:
-        columns, lp = self.enumerated.columns, self.relaxed
-        assert lp is not None, "prices say what is lost"
-        assert columns is not None, "prices are those of columns"
-        return np.asarray(lp.worth(columns) + columns.costs - lp.rate_prices[columns.sides] * columns.rates)
+        assert self.relaxed is not None, "prices say what is lost"
+        assert self.enumerated.columns is not None, "prices are those of columns"
+        return self.relaxed.reduced(self.enumerated.columns)
 
     def _likeliest(self) -> IntArray:
-        columns, reduced = self.enumerated.columns, self._reduced()
-        assert columns is not None, "prices are those of columns"
-        assert self.relaxed is not None, "it has counts"
-        inside = padded(self.relaxed.counts, len(reduced)) > 0.0
-        ratio = np.array([reduced, reduced / columns.uses.sum(axis=1).clip(1)])
-        for side in np.unique(columns.sides):
-            here = np.flatnonzero(columns.sides == side)
-            for order in ratio:
-                inside[here[np.argsort(order[here])[:FEW]]] = True
-        return np.flatnonzero(inside)
+        assert self.relaxed is not None, "prices say what is likely"
+        return likeliest(self.enumerated, self.relaxed)
 
     def _chosen(self, which: IntArray) -> IntArray:
-        columns = self.enumerated.columns
-        assert columns is not None, "they are numbered"
-        if self.master.pins is not None or not len(which):
-            return which
-        some = columns.some(which)
-        if self.survive.place == "node":  # a replica may stand for another where its parts fit beside the same others
-            some = replace(some, uses=_numbers_of_parts([self.enumerated.kind(int(i)) for i in which]))
-        return which[some.undominated()]
+        return which if self.master.pins is not None else undominated(self.enumerated, which, self.survive.place)
 
     def _distance(self, found: _Surviving | None) -> float:
         """Return what a plan that is better than the one found may lose against the relaxation's bound."""
@@ -182,52 +174,101 @@ class _Search:
     def _tighter(self, one: float, other: float) -> float:
         return min(one, other) if self.master.maximises else max(one, other)
 
-    def _solve(self, chosen: IntArray, *, proves: bool = False) -> _Solved:
-        """Solve whole counts of columns; if it ``proves``, the bound holds for all plans of these columns."""
-        columns, none = self.enumerated.columns, -np.inf if self.master.maximises else np.inf
+    def _rows(self, chosen: IntArray) -> LossRows:
+        columns, kinds = self.enumerated.columns, [self.enumerated.kind(int(i)) for i in chosen]
         assert columns is not None, "they are numbered"
-        if not len(chosen):
-            return _Solved(None, none, proves_none=True)
-        some, kinds = columns.some(chosen), [self.enumerated.kind(int(i)) for i in chosen]
-        rows = LossRows(self.costs, some, kinds, self.survive.place, keep=self.survive.keep, demand=self.demand)
-        if rows.patterns is None:
-            return _Solved(None, -none, proves_none=False)
-        solution, is_settled = self._whole(some, rows.pose)
-        found, bound = None, none if is_settled else -none
-        if solution is not None:
-            if self.survive.keep is not None:
-                solution = self._promised(some, solution, rows.reached()[0])
-            value, bound = rows.reached() if self.master.maximises else (solution.value, solution.bound)
-            fuller = self._whole(some, lambda highs: rows.leave(highs, value))[0] if self.leaves_most else None
-            found = _Surviving(chosen, fuller or solution, value)
-        if proves and (rows.floats_beside or self.survive.keep is not None):
-            solution, is_settled = self._whole(some, rows.pose_bound)
-            bound = none if is_settled else -none
-            if solution is not None:
-                bound = rows.reached()[1]
-        return _Solved(found, bound, proves_none=found is None and solution is None and is_settled)
+        return LossRows(
+            self.costs, columns.some(chosen), kinds, self.survive.place, keep=self.survive.keep, demand=self.demand
+        )
 
-    def _promised(self, columns: Columns, found: MilpSolution, value: float) -> MilpSolution:
-        """Return counts with flows of which a share is left: all that they could carry may be more than may be lost."""
-        most, unified = found.flows.sum(), self.master.served(columns, found.counts, np.zeros_like(found.flows))
-        flows = found.flows * (min(1.0, max(0.0, value - unified) / most) if most else 1.0)
-        return replace(found, flows=flows, value=unified + float(flows.sum()))
+    def _solve(self, chosen: IntArray, gap: float, start: _Surviving | None = None) -> _Solved:
+        """Solve whole counts of columns, among them those of the ``start``."""
+        none = -np.inf if self.master.maximises else np.inf
+        rows = self._rows(chosen) if len(chosen) else None
+        if rows is None or rows.patterns is None:
+            return _Solved(None, none if rows is None else -none)
+        counts = None if start is None else _counts_of(start, chosen)
+        solution, is_settled = self._whole(rows.columns, rows.pose, gap, counts)
+        if solution is None:
+            return _Solved(None, none if is_settled else -none)
+        if self.survive.keep is not None:
+            solution = promised(self.master, rows.columns, solution, rows.reached()[0])
+        value, bound = rows.reached() if self.master.maximises else (solution.value, solution.bound)
+        return _Solved(_Surviving(chosen, solution, value, rows.layouts()), bound)
 
-    def _whole(self, columns: Columns, extend: Callable[[Any], object]) -> tuple[MilpSolution | None, bool]:
-        limit_s = max(POLICY.least_s, self.budget.remaining_s())
-        end_s = self.budget.elapsed_s() + limit_s
-        found, is_settled = self.master.solve_milp(
-            columns, time_limit_s=limit_s, gap=self.settings.gap_target / 10,
-            seed=self.settings.seed, nodes=NODES, extend=extend,
-            stop=lambda: self.budget.cancelled.is_set() or self.budget.elapsed_s() >= end_s,
+    def _prove(self, chosen: IntArray, found: _Surviving | None, bound: float) -> tuple[_Surviving | None, float, bool]:
+        """Return the best plan, a bound on all plans of columns, and whether they have none.
+
+        One plan may be known. If it is near the bound of a second program, the first one is not solved.
+        """
+        none, gap = -np.inf if self.master.maximises else np.inf, self.settings.gap_target
+        if found is not None:
+            chosen = np.union1d(chosen, found.chosen)
+        rows = self._rows(chosen) if len(chosen) else None
+        loosens = rows is not None and rows.patterns is not None and (rows.floats_beside or self.survive.keep)
+        if loosens and rows is not None:
+            known = None if found is None else _counts_of(found, chosen)
+            solution, is_settled = self._whole(rows.columns, rows.pose_bound, gap / 2, known)
+            bound = self._tighter(rows.reached()[1] if solution is not None else none if is_settled else -none, bound)
+            if bound == none:
+                return found, bound, found is None
+            if found is not None:
+                distance = abs(bound - found.value) / max(abs(found.value), 1e-12)
+                if distance <= gap:
+                    return found, bound, False
+                gap = max(gap, distance)  # a plan that is better by less than half of it is not worth the time
+        solved = self._solve(chosen, gap / 2, found)
+        if solved.found is not None and (found is None or self._is_better(solved.found, found)):
+            found = solved.found
+        if not loosens:
+            bound = self._tighter(solved.bound, bound)
+        return found, bound, found is None and solved.bound == none
+
+    def _fullest(self, found: _Surviving) -> _Surviving:
+        """Return the plan of the same columns that serves most of those that leave as much."""
+        used = found.chosen[found.solution.counts > 0]
+        chosen = np.union1d(used, self._chosen(self._likeliest()))
+        rows, counts = self._rows(chosen), np.zeros(len(chosen), dtype=np.int64)
+        counts[np.searchsorted(chosen, used)] = found.solution.counts[found.solution.counts > 0]
+        solution, _ = self._whole(
+            rows.columns, lambda highs: rows.leave(highs, found.value), self.settings.gap_target / 2, counts
+        )
+        if rows.patterns is None or solution is None or solution.value < found.solution.value:
+            return found
+        return _Surviving(chosen, solution, found.value, rows.layouts())
+
+    def _simplest(self, found: _Surviving) -> tuple[_Surviving, Simplest | None]:
+        """Return the simplest plan, and its points, of those that lose no more than a share of the best value."""
+        share, keep = self.survive.simplest_within, self.survive.keep
+        if not share or self.relaxed is None:
+            return found, None
+        least = found.value * (1.0 - share if self.master.maximises else 1.0 + share)
+        within = Within(
+            value=None if self.leaves_most else least, left=least if self.leaves_most else self.demand
         )  # fmt: skip
-        return (found if self.master.serves(found) else None), is_settled
+        simple = simplest(
+            self.costs, self.master, self.enumerated, self.relaxed, self.settings, within,
+            distance=abs(self.relaxed.value - (least / self.share if self.leaves_most else least)),
+            known=found.chosen, place=self.survive.place, keep=keep,
+        )  # fmt: skip
+        if simple is None:
+            return found, None
+        return _Surviving(simple.chosen, simple.solution, found.value, simple.layouts), simple
+
+    def _whole(
+        self, columns: Columns, extend: Callable[[Any], object], gap: float, counts: IntArray | None = None
+    ) -> tuple[MilpSolution | None, bool]:
+        return whole_counts(self.master, columns, self.settings, extend, gap=gap, counts=counts)
 
     def _outcome(self, found: _Surviving, bound: float) -> Outcome:
         assert self.relaxed is not None, "it has prices"
+        best, (found, simple) = found, self._simplest(found)
         counts, maximises = found.solution.counts, self.master.maximises
         value = found.solution.value
-        whole = max(found.solution.bound, value) if self.leaves_most else sound_bound(bound, value, maximises=maximises)
+        if self.leaves_most:
+            whole = max(best.solution.bound, best.solution.value, value)
+        else:
+            whole = sound_bound(bound, value, maximises=maximises)
         self.settings.tell("whole counts", value, whole, abs(whole - value) / max(abs(value), 1e-12))
         return Outcome(
             chosen=tuple(
@@ -239,33 +280,37 @@ class _Search:
             rate_prices=self.relaxed.rate_prices,
             flows=found.solution.flows,
             interrupted=self.budget.cancelled.is_set(),
-            left_bound=max(bound, found.value) if self.leaves_most else None,
+            left_bound=max(bound, best.value) if self.leaves_most else None,
+            layouts={
+                self.enumerated.template(int(i)): tuple(nodes)
+                for i, nodes in zip(found.chosen, found.layouts, strict=True)
+                if nodes
+            },
+            simplicity=None if simple is None else simple.simplicity,
+            best_value=None if simple is None else best.solution.value,
         )
 
 
 @dataclass(frozen=True, slots=True)
 class _Surviving:
-    """Whole counts of chosen columns, with what is left, what they serve or what they cost."""
+    """Whole counts of chosen columns, with what is left, what they serve or what they cost, and their nodes."""
 
     chosen: IntArray
     solution: MilpSolution
     value: float
+    layouts: Sequence[Sequence[Layout]]
 
 
 @dataclass(frozen=True, slots=True)
 class _Solved:
-    """The best counts found of some columns, if any, and a bound on the value of all."""
+    """The best counts found of some columns, and a bound on the value of all, infinitely bad if there are none."""
 
     found: _Surviving | None
     bound: float
-    proves_none: bool
 
 
-def _numbers_of_parts(kinds: Sequence[Kind]) -> IntArray:
-    """Return how many parts of at least every size replicas have of each class; [K, .].
-
-    A replica with no more of any fits on the nodes of another, each part on that of a part as large.
-    """
-    sizes = sorted({(c, size) for kind in kinds for c, parts in kind for size in parts})
-    parts_of = [dict(kind) for kind in kinds]
-    return np.array([[sum(part >= size for part in parts.get(c, ())) for c, size in sizes] for parts in parts_of])
+def _counts_of(start: _Surviving, chosen: IntArray) -> IntArray:
+    """Return a plan's counts of other columns, which have its own among them."""
+    counts = np.zeros(len(chosen), dtype=np.int64)
+    counts[np.searchsorted(chosen, start.chosen)] = start.solution.counts
+    return counts

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from typing import TYPE_CHECKING, Annotated
 
@@ -14,18 +15,16 @@ from hetis.planner.cli.parameters.options import group, option
 from hetis.planner.cli.server.server_verb import chosen_cluster, server_verb
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from rich.console import RenderableType
 
     from hetis.planner.client import Client
     from hetis.planner.convert.traffic import ModelTraffic
+    from hetis.planner.use_cases.speeds import Speed
     from hetis.v1.traffic_pb2 import ClusterTraffic, MeasuredSpeed
 
 TRAFFIC_EXAMPLES = """Examples:\n
 hetis-plan traffic prod\n
-hetis-plan traffic prod --last 7d --out workload.yaml\n
-hetis-plan place -c prod.yaml -m Llama-3.1-8B -w workload.yaml"""
+hetis-plan traffic prod --last 7d --out workload.yaml"""
 _UNITS_S = {"m": 60.0, "h": 3600.0, "d": 86400.0}
 _LAST = re.compile(r"([1-9]\d{0,3})([mhd])")
 
@@ -98,31 +97,32 @@ def _table(models: list[ModelTraffic], found: ClusterTraffic) -> RenderableType:
     from rich.console import Group
 
     from hetis.planner.report.tables import section, table
-    from hetis.planner.report.traffic import TRAFFIC_COLUMNS, traffic_cells
+    from hetis.planner.report.traffic import SPEED_COLUMNS, TRAFFIC_COLUMNS, speed_cells, traffic_cells
 
     parts: list[RenderableType] = []
     for model in models:
         rows = (traffic_cells(name, one) for name, one in model.periods())
         parts.append(section(model.name, table(*TRAFFIC_COLUMNS, rows=rows)))
     if found.HasField("attainment"):
-        parts.append(f"{found.attainment:.1%} of the requests of the last 15 min within the plan's limits")
+        parts.append(f"\n{found.attainment:.1%} of the first tokens of the last 15 min came within the plan's limit")
     if found.speeds:
-        parts.append(section("Speed beside profiles", table(*SPEED_COLUMNS, rows=map(_speed_cells, found.speeds))))
+        speeds = (speed_cells(_speed(one)) for one in found.speeds)
+        parts.append(section("Speed beside profiles", table(*SPEED_COLUMNS, rows=speeds)))
     if found.HasField("decision"):
         parts.append(section("Decision", found.decision.reason))
     return Group(*parts)
 
 
-SPEED_COLUMNS = ("'what", "'GPUs", "TPOT", "expected", "measured / expected", "'")
+def _speed(one: MeasuredSpeed) -> Speed:
+    from hetis.planner.use_cases.speeds import Speed
 
-
-def _speed_cells(one: MeasuredSpeed) -> Iterator[str]:
-    from hetis.planner.convert.names import last_part
-    from hetis.planner.report.figures import seconds
-
-    yield last_part(one.replica) if one.replica else "all"
-    yield ", ".join(one.gpu_types)
-    yield seconds(one.tpot_s)
-    yield seconds(one.expected_tpot_s)
-    yield f"{one.correction_ratio:.2f} ± {one.error_ratio:.2f}" if one.error_ratio else f"{one.correction_ratio:.2f}"
-    yield f"SLOW: {', '.join(one.devices)}" if one.is_slow else ""
+    return Speed(
+        replica=one.replica,
+        gpus=tuple(one.gpu_types),
+        tpot_s=one.tpot_s,
+        expected_s=one.expected_tpot_s,
+        correction=one.correction_ratio,
+        error=one.error_ratio or math.inf,
+        is_slow=one.is_slow,
+        devices=tuple(one.devices),
+    )

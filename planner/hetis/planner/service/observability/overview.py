@@ -18,7 +18,6 @@ from google.protobuf.json_format import MessageToDict
 from google.protobuf.message import Message
 
 from hetis.planner.convert.names import word_of
-from hetis.planner.convert.traffic import TrafficWindow
 from hetis.planner.failures import Reason, ServiceError
 from hetis.planner.fleet.fleet import LiveFleet
 from hetis.planner.fleet.hubs import Hubs
@@ -27,7 +26,7 @@ from hetis.planner.fleet.views import LiveNode, LiveReplica
 from hetis.planner.jobs.pool import SolverPool
 from hetis.planner.resources.clusters import Clusters
 from hetis.planner.resources.nodes import Nodes
-from hetis.planner.resources.traffic import MeasuredTraffic
+from hetis.planner.resources.traffic import MeasuredTraffic, TrafficNow
 from hetis.planner.resources.watches import RunningResources
 from hetis.planner.store import Reader, Store
 from hetis.planner.store.connection import forget
@@ -219,7 +218,7 @@ class ClusterNow:
     kv: KvHistory  # recent history of the devices' KV
     high_water: float | None  # share of a device's KV above which head groups should leave; None: the stage's own
     now_s: float  # Unix time of this snapshot
-    traffic: Sequence[TrafficWindow] = ()
+    traffic: TrafficNow = field(default_factory=TrafficNow)
 
 
 FRESH_S = 2.0  # how long a count is valid, however many scrapes there are
@@ -283,7 +282,7 @@ class Overviews:
             kv=self.kv.of(name).snapshot(),
             high_water=redispatch_policy(self.fleet.policy_of(name)).high_water,
             now_s=time.time(),
-            traffic=() if self.traffic is None else self.traffic.now(name),
+            traffic=TrafficNow() if self.traffic is None else self.traffic.now(name),
         )
 
     async def cluster_details(self, name: str) -> Mapping[str, Any] | None:

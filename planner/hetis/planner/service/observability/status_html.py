@@ -40,7 +40,7 @@ from hetis.planner.report.page.blocks import (
     render_page,
 )
 from hetis.planner.report.page.fleet_map import IDLE, replica_duties
-from hetis.planner.report.traffic import TRAFFIC_COLUMNS, traffic_cells
+from hetis.planner.report.traffic import SPEED_COLUMNS, TRAFFIC_COLUMNS, speed_cells, traffic_cells
 from hetis.planner.service.observability.overview import (
     NUM_SAMPLES,
     SAMPLE_S,
@@ -50,6 +50,7 @@ from hetis.planner.service.observability.overview import (
     Overview,
     natural_order,
 )
+from hetis.planner.use_cases.speeds import Speed
 from hetis.solver.cluster import node_of
 from hetis.v1 import cluster_pb2, redispatch_pb2, replica_pb2
 
@@ -148,8 +149,10 @@ def _cluster_section(cluster: ClusterNow, counted: ClusterOverview | None) -> Se
     blocks.append(_map(cluster, colors))
     if cluster.replicas:
         blocks.append(_replicas(cluster))
-    if cluster.traffic:
-        blocks.append(_traffic(cluster.traffic))
+    if cluster.traffic.windows:
+        blocks.append(_traffic(cluster.traffic.windows))
+    if cluster.traffic.speeds:
+        blocks.append(_speeds(cluster.traffic.speeds))
     if records:
         blocks.append(_pressure(cluster, colors, records))
     blocks.append(_redispatches(cluster))
@@ -302,6 +305,13 @@ def _traffic(windows: Sequence[TrafficWindow]) -> Grid:
     )
     note = "Lengths in tokens. hetis-plan traffic --out workload.yaml makes a workload of them."
     return Grid(title="Measured traffic", columns=TRAFFIC_COLUMNS, rows=tuple(map(tuple, rows)), bad=(), note=note)
+
+
+def _speeds(speeds: Sequence[Speed]) -> Grid:
+    rows = tuple(tuple(speed_cells(one)) for one in speeds)
+    bad = tuple(number for number, one in enumerate(speeds) if one.is_slow)
+    note = "Measured TPOT beside what the profiles say of as many requests, with its 95% interval."
+    return Grid(title="Speed beside profiles", columns=SPEED_COLUMNS, rows=rows, bad=bad, note=note)
 
 
 # --- KV over time

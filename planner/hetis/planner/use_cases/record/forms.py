@@ -325,3 +325,32 @@ class RungFound:
     def __post_init__(self) -> None:
         if not self.why_not and None in (self.value, self.rate_rps, self.gpus, self.left_rps):
             raise ValueError(f"rung {self.name} has neither figures nor a reason for having none")
+
+
+# --- pools of classes of requests
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KeptWithClasses:
+    """The highest rates that a plan without classes and one with them keep in a kind of traffic.
+
+    ``counts``: whether a gain there is required.
+    """
+
+    traffic: str
+    without_rps: float
+    with_rps: float
+    counts: bool = True
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClassLatency:
+    """The simulated p95 TTFT of a class in both plans, at a rate that both keep; ``share`` is that of its requests."""
+
+    name: str
+    share: float
+    rate_rps: float
+    without_s: float | None
+    with_s: float | None
+    limit_s: float | None = None
+    max_prompt_tokens: int | None = None
