@@ -25,7 +25,7 @@ from hetis.solver.budget import Budget
 from hetis.solver.cluster import node_of
 from hetis.solver.errors import InfeasibleError, NoPlanFoundError
 from hetis.solver.placement.rungs import RUNGS, lowest_rung, rungs_of
-from hetis.solver.plan import Plan, ReplicaPlan
+from hetis.solver.plan import AttentionWorkerPool, Plan, ReplicaPlan, StagePlan
 from hetis.solver.problem import PlacementProblem
 from hetis.solver.profile import Fit
 
@@ -234,7 +234,8 @@ def _one_of_each(plan: Plan) -> Plan:
     """
     types = defaultdict[str, set[str]](set)
     for replica in plan.replicas:
-        for part in (*replica.stages, *replica.attention_workers):
+        parts: list[StagePlan | AttentionWorkerPool] = [*replica.stages, *replica.attention_workers]
+        for part in parts:
             for device in part.devices:
                 types[node_of(device)].add(part.gpu)
     if plan.kv_routes or plan.classes or max(map(len, types.values()), default=0) > 1:
