@@ -8,7 +8,7 @@ replica would serve if its pool served all of them: a router draws by them among
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from hetis.engines.versions import Engine
@@ -39,6 +39,8 @@ def routing_files(
     served = launchable.settings.served_name or launchable.settings.model
     if launchable.plan.classes:  # nginx and Envoy do not know the lengths of prompts
         files["router/litellm.yaml"] = litellm_by_classes(launchable, endpoints, routers, served)
+        if sides := "".join(_nginx_sides(launchable, endpoints, "127.0.0.1:")):
+            files["router/nginx.conf"] = sides
         return files
     files["router/litellm.yaml"] = litellm_list(servers, served)
     if not any("/" in endpoint for endpoint, _ in servers):  # these routers know hosts and ports, but no paths
@@ -142,11 +144,14 @@ def nginx_conf(
     parts.append(
         _NGINX_FRONT.format(check=_NGINX_CHECK if keys else "", key=_NGINX_KEY if keys else "", proxy=_NGINX_PROXY)
     )
+    return "".join([*parts, *_nginx_sides(launchable, endpoints, sides_at)])
+
+
+def _nginx_sides(launchable: Launchable, endpoints: Mapping[int, str], sides_at: str) -> Iterator[str]:
     for group, role, rates in weighted_sides(launchable):
         name = group.side_name(role)
-        parts.append(nginx_list(weighted({endpoints[number]: rate for number, rate in rates.items()}), name=name))
-        parts.append(_NGINX_SIDE.format(listen=f"{sides_at}{group.side_port(role)}", name=name, proxy=_NGINX_PROXY))
-    return "".join(parts)
+        yield nginx_list(weighted({endpoints[number]: rate for number, rate in rates.items()}), name=name)
+        yield _NGINX_SIDE.format(listen=f"{sides_at}{group.side_port(role)}", name=name, proxy=_NGINX_PROXY)
 
 
 _NGINX_HEAD = """\
