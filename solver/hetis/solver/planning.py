@@ -83,6 +83,8 @@ def solve_surviving(
     problem = replace(problem.in_shared_precision(), family=STRATEGIES[strategy].restrict(problem.family))
     if STRATEGIES[strategy].is_published or not problem.family.uneven_layers:
         raise InvalidProblemError(f"strategy {strategy} does not plan for losses")
+    if problem.workload.classes:
+        raise InvalidProblemError("plans for losses have no pools of classes of requests")
     plan, left_bound = solve_surviving_family(problem, settings, survive, market)
     return replace(plan, family=problem.describe_family()), left_bound
 
@@ -91,6 +93,8 @@ def _by_published_heuristic(problem: PlacementProblem, settings: SearchSettings)
     from hetis.solver.published import PUBLISHED
 
     searched, strategy = apply_constraints(problem), settings.strategy
+    if problem.workload.classes:
+        raise InvalidProblemError(f"strategy {strategy} has no pools of classes of requests")
     for constraint in constraints_ignored(strategy, problem.constraints):
         raise InvalidProblemError(f"{constraint}: strategy {strategy} can only leave out GPUs and TP sizes")
     report = in_objective_units(settings.report, problem)

@@ -60,7 +60,7 @@ from hetis.solver.placement.simplicity import (
 )
 from hetis.solver.placement.survival_rows import LossRows, Within
 
-FIRST_GAP = 0.005  # of a first plan, which only limits what is listed for the proof
+FIRST_GAP = 0.01  # of a first plan, which only limits what is listed for the proof
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
