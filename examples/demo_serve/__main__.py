@@ -23,8 +23,7 @@ from typing import TextIO
 from examples.demo_serve.processes import HERE, ChatClient, Json, Planner, Processes, summary_of, vllm_python
 from examples.processes import ON_CPUS, ProcessError
 
-PRIMARY, WORKERS = "box/0", ("box/1", "box/2")  # names in the plan
-DEVICES = (PRIMARY, *WORKERS)
+PRIMARY = "box/0"  # its name in the plan
 MOST_TOKENS = 512
 NUM_BLOCKS = 168  # the plan has the room of real GPUs; here a chat fills half of the primary
 WORKER_KV = "64MiB"
@@ -42,6 +41,7 @@ def main() -> int:
     parser.add_argument(
         "--json", action="store_true", help="print what was seen as JSON on stdout; the story on stderr"
     )
+    parser.add_argument("--stages", type=int, choices=(1, 2), default=1, help="pipeline stages of the model (1)")
     parser.add_argument("--keep", metavar="DIR", type=Path, help="keep logs, model and store in this folder")
     options = parser.parse_args()
     python = vllm_python()
@@ -52,7 +52,7 @@ def main() -> int:
         try:
             folder = options.keep or Path(temporary)
             folder.mkdir(parents=True, exist_ok=True)
-            seen = tell(folder, python, sys.stderr if options.json else sys.stdout)
+            seen = tell(folder, python, sys.stderr if options.json else sys.stdout, stages=options.stages)
         except (ProcessError, OSError) as error:
             print(f"error: {error}", file=sys.stderr)
             return 1
@@ -61,7 +61,7 @@ def main() -> int:
     return 0 if all(seen["same"]) and seen["redispatches"] and seen["is_back"] else 1
 
 
-def tell(folder: Path, python: Path, out: TextIO) -> Json:
+def tell(folder: Path, python: Path, out: TextIO, *, stages: int) -> Json:
     """Tell the story to ``out`` and return what was seen."""
 
     def say(text: str = "") -> None:
@@ -72,19 +72,20 @@ def tell(folder: Path, python: Path, out: TextIO) -> Json:
     wanted = make_model(python, model)
     size = sum(path.stat().st_size for path in model.iterdir()) // 1024
     say(f"A model with random weights: 4 layers, 8 KV heads of 2 query heads, {size} KiB.")
-    with Processes(folder, WORKERS) as processes:
+    with Processes(folder, model, stages) as processes:
+        layers = " and ".join(map(str, processes.layout.layers))
+        say(f"Planned: {layers} layers on {stages} L4, heads on {2 * stages} T4 beside.")
         address = processes.start_planner(listen="127.0.0.1:0", lease="10s", heartbeat="250ms")
         with closing(Planner(address)) as planner:
-            planner.create_cluster()
-            processes.start_agent(address, node="clusters/demo/nodes/box", devices="L4:1,T4:2")
-            for name in WORKERS:
-                processes.start_worker(name, WORKER_KV)
+            planner.create_cluster(processes.cluster)
+            processes.start_agent(address, node="clusters/demo/nodes/box")
+            processes.start_workers(WORKER_KV)
             options = ("--max-model-len", str(MOST_TOKENS), "--num-gpu-blocks-override", str(NUM_BLOCKS))
             url = processes.start_server(python, model, *options, "--max-num-seqs", "4")
             say(f"hetis-planner at {address}, hetis-agent beside vLLM,")
-            say(f"vLLM at {url}; {' and '.join(WORKERS)} hold KV alone.")
+            say(f"vLLM at {url}; {' and '.join(processes.workers)} hold KV alone.")
             processes.wait_until(planner.is_agent_ready, "the agent has called the planner")
-            planner.put_in_force()
+            planner.put_in_force(processes.plan)
             processes.wait_until(planner.is_serving, "the replica is in force")
             say("The plan is checked and in force: the engine has its assignment.\n")
             with closing(ChatClient(url, processes.engine, planner.replica())) as client:
@@ -175,8 +176,9 @@ class Story:
             return
         self.maps.append(list(seen.owners))
         if is_line or moved:
-            self.say(f"  {tokens:4d} tokens   {_shown(seen.owners, seen.up)}")
-        victims = [name for name in WORKERS if name in seen.owners]
+            devices = PRIMARY, *self.processes.workers
+            self.say(f"  {tokens:4d} tokens   {_shown(devices, seen.owners, seen.up)}")
+        victims = [name for name in self.processes.workers if name in seen.owners]
         if self.count and victims and not self.killed:
             self.killed = max(victims, key=seen.owners.count)
             self.processes.kill_worker(self.killed)
@@ -190,10 +192,10 @@ class Story:
         return bool(news)
 
 
-def _shown(owners: tuple[str, ...], up: tuple[str, ...]) -> str:
+def _shown(devices: tuple[str, ...], owners: tuple[str, ...], up: tuple[str, ...]) -> str:
     """Return a part such as ``box/0 0·23·56·`` for each device."""
     parts = []
-    for name in DEVICES:
+    for name in devices:
         marks = "".join(str(i) if owner == name else "·" for i, owner in enumerate(owners))
         parts.append(f"{name} {marks if name in up else 'lost'.ljust(len(owners))}")
     return "   ".join(parts)

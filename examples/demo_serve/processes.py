@@ -23,6 +23,11 @@ import yaml
 from google.protobuf.duration_pb2 import Duration
 
 from examples.processes import DemoProcesses, ProcessError, free_ports, kernel_cache
+from hetis.engines.commands import config_of
+from hetis.engines.layout import layout_of
+from hetis.engines.serving import CONNECTOR, shape_options, variables_of, words_of
+from hetis.formats.models.document import load_model
+from hetis.formats.plan import load_plan
 from hetis.planner.client import Client, document_of_file
 from hetis.v1 import (
     cluster_pb2,
@@ -55,23 +60,46 @@ class Processes(DemoProcesses):
         engine: the socket through which the agent controls vLLM.
     """
 
-    def __init__(self, folder: Path, workers: tuple[str, ...]) -> None:
+    def __init__(self, folder: Path, model: Path, stages: int) -> None:
+        """Plan a replica of this many stages of the model in a folder, with two attention workers at each.
+
+        Raises ProcessError if there is no such plan.
+        """
         super().__init__(folder)
-        first = free_ports(len(workers))
-        self._ports = {name: first + place for place, name in enumerate(workers)}
+        self.plan, self.devices = folder / "plan.json", f"L4:{stages},T4:{2 * stages}"
+        self.cluster = folder / "cluster.yaml"
+        self.cluster.write_text(_CLUSTER.format(stages, 2 * stages), encoding="utf-8")
+        words = ["place", "--cluster", str(self.cluster), "--model", str(model / "config.json"), "--workload", "64/256"]
+        pins = ("type=T4:as=worker", f"type=T4:use={2 * stages}", f"type=L4:use={stages}", "replicas=1")
+        words += [word for pin in pins for word in ("--pin", pin)]
+        self.hetis_plan(*words, "--no-verify", "--quiet", "--out", str(self.plan))
+        self.layout = layout_of(load_plan(self.plan), 0, load_model(model / "config.json"), dtype="float32")
+        names = [process.name for process in self.layout.attention_workers]
+        first = free_ports(len(names))
+        self._ports = {name: first + place for place, name in enumerate(names)}
         self._key = folder / "worker.key"
         self._key.touch(mode=0o600)
         self._key.write_text(secrets.token_hex(16))
         self.engine = folder / "engine.sock"
 
-    def start_agent(self, server: str, *, node: str, devices: str) -> None:
+    @property
+    def workers(self) -> tuple[str, ...]:
+        """The planner's names of the attention workers, those of their processes for the first stage."""
+        return tuple(worker.processes[0] for worker in self.layout.workers)
+
+    def start_agent(self, server: str, *, node: str) -> None:
         """Start the agent, which connects to the planner, and to the engine once its socket exists."""
         command = ["hetis-agent", "--server", server, "--node", node, "--engine", f"unix://{self.engine}"]
-        command += ["--simulated-devices", devices, "--state-dir", str(self.folder / "agent")]
+        command += ["--simulated-devices", self.devices, "--state-dir", str(self.folder / "agent")]
         self._start("agent", command)
 
+    def start_workers(self, kv_memory: str) -> None:
+        """Start every process of the attention workers."""
+        for name in self._ports:
+            self.start_worker(name, kv_memory)
+
     def start_worker(self, name: str, kv_memory: str) -> None:
-        """Start the worker, on the same port each time."""
+        """Start a process of a worker, on the same port each time."""
         command = [Path(sys.executable).name, "-m", "hetis.runtime.worker", "--name", name]
         command += ["--listen", f"127.0.0.1:{self._ports[name]}", "--key-file", str(self._key)]
         self._start(_file(name), [*command, "--kv-memory", kv_memory])
@@ -85,17 +113,31 @@ class Processes(DemoProcesses):
         port = free_ports()
         command = [str(python), "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)]
         command += ["--served-model-name", "demo", "--host", "127.0.0.1", "--port", str(port)]
-        command += ["--dtype", "float32", "--enforce-eager", "--block-size", str(BLOCK_TOKENS)]
-        # Run the engine in the server's process: otherwise one would poll for the other, at the cost of another core.
-        command += ["--distributed-executor-backend", "uni", "--kv-transfer-config", _CONNECTOR, *options]
+        command += [
+            "--dtype",
+            "float32",
+            "--block-size",
+            str(BLOCK_TOKENS),
+            "--kv-transfer-config",
+            json.dumps(CONNECTOR),
+        ]
         environment = {
             "HETIS_VLLM_CONFIG": str(self._settings()),
             "HF_HUB_OFFLINE": "1",
             "VLLM_NO_USAGE_STATS": "1",
             "VLLM_CPU_KVCACHE_SPACE": "1",
             "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # otherwise vLLM for CPUs replaces ``uni`` by ``mp``
-        } | kernel_cache(python)
+            **variables_of(self.layout),
+            **kernel_cache(python),
+        }
+        command += words_of(shape_options(self.layout))
+        if len(self.layout.layers) == 1:
+            # Run the engine in the server's process: otherwise one would poll for the other, at the cost of a core.
+            command += ["--enforce-eager", "--distributed-executor-backend", "uni"]
+            environment["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # otherwise vLLM for CPUs replaces ``uni`` by ``mp``
+        else:  # on a CPU a further stage's buffers are made when the graph is compiled, which `eager` does quickly
+            command += ["--compilation-config", '{"mode": 1, "backend": "eager"}']
+        command += options
         self._start("server", command, environment=environment)
         url = f"http://127.0.0.1:{port}"
         self.wait_until(lambda: _is_healthy(url), "vLLM serves")
@@ -115,22 +157,23 @@ class Processes(DemoProcesses):
 
     def _settings(self) -> Path:
         """Return the plugin's configuration file, which keeps groups in vLLM until the planner moves them."""
-        path = self.folder / "workers.yaml"
-        document = {
-            "apiVersion": "hetis/v1",
-            "kind": "VllmWorkers",
-            "workers": [
-                {"name": name, "addresses": [f"127.0.0.1:{port}"], "keyFile": str(self._key)}
-                for name, port in self._ports.items()
-            ],
-            "dispatch": {"policy": "local"},
-            "executor": str(self.engine),
-        }
+        path, places = self.folder / "workers.yaml", {name: ("127.0.0.1", port) for name, port in self._ports.items()}
+        document = config_of(self.layout, places, key_file=str(self._key), executor=str(self.engine))
+        document["dispatch"] = {"policy": "local"}
         path.write_text(yaml.safe_dump(document), encoding="utf-8")
         return path
 
 
-_CONNECTOR = '{"kv_connector": "HetisConnector", "kv_role": "kv_both", "kv_load_failure_policy": "recompute"}'
+# One node with strong cards and twice as many weaker ones. On this machine the cards are only said to be there: each is
+# a process that computes on the CPU.
+_CLUSTER = """
+apiVersion: hetis/v1
+kind: Cluster
+name: demo
+nodes:
+  - {{name: box, gpus: [{{type: L4, count: {}}}, {{type: T4, count: {}}}]}}
+network: {{bandwidth: 10Gbps, latency: 20us}}
+"""
 
 
 def _is_healthy(url: str) -> bool:
@@ -159,7 +202,7 @@ class Planner:
     def close(self) -> None:
         self._client.close()
 
-    def create_cluster(self) -> None:
+    def create_cluster(self, file: Path) -> None:
         policy = cluster_pb2.ClusterPolicy(
             redispatch=cluster_pb2.REACTION_MODE_AUTOMATIC,
             redispatch_interval=Duration(nanos=500_000_000),
@@ -169,7 +212,7 @@ class Planner:
             cluster_service_pb2.CreateClusterRequest(
                 cluster_id="demo",
                 cluster=cluster_pb2.Cluster(
-                    document=document_of_file(HERE / "cluster.yaml", document_pb2.DOCUMENT_KIND_CLUSTER), policy=policy
+                    document=document_of_file(file, document_pb2.DOCUMENT_KIND_CLUSTER), policy=policy
                 ),
             )
         )
@@ -177,9 +220,9 @@ class Planner:
     def is_agent_ready(self) -> bool:
         return any(self._client.list_nodes(CLUSTER, states=[cluster_pb2.NODE_STATE_READY]))
 
-    def put_in_force(self) -> None:
-        """Activate the plan of ``plan.json``, which the planner checks."""
-        imported = document_of_file(HERE / "plan.json", document_pb2.DOCUMENT_KIND_PLAN)
+    def put_in_force(self, file: Path) -> None:
+        """Activate the plan of a file, which the planner checks."""
+        imported = document_of_file(file, document_pb2.DOCUMENT_KIND_PLAN)
         plan = plan_pb2.Plan(cluster=CLUSTER, imported=imported)
         self._client.plans.CreatePlan(
             plan_service_pb2.CreatePlanRequest(plan_id="demo", plan=plan, request_id=str(uuid.uuid4()))

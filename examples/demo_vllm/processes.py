@@ -8,8 +8,6 @@ from __future__ import annotations
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import threading
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -20,7 +18,7 @@ from typing import Any, Self
 import openai
 import yaml
 
-from examples.processes import DemoProcesses, ProcessError, free_ports, kernel_cache, listens
+from examples.processes import DemoProcesses, free_ports, kernel_cache, listens
 
 START_S = 900.0  # vLLM compiles at its first start, which takes minutes on a busy machine
 KV_TOKENS = 20_000  # the plan has the room of real GPUs
@@ -147,15 +145,6 @@ class Processes(DemoProcesses):
         self._start("nginx", [*run, "-e", "stderr"])
         self.wait_until(lambda: listens(port), "nginx listens")
         return f"http://127.0.0.1:{port}"
-
-    def hetis_plan(self, *words: str) -> str:
-        """Run one of our commands to its end and return its output. Raises ProcessError if it failed."""
-        done = subprocess.run(
-            [Path(sys.executable).with_name("hetis-plan"), *words], capture_output=True, text=True, check=False
-        )
-        if done.returncode != 0:
-            raise ProcessError(f"hetis-plan {' '.join(words)} ended with {done.returncode}:\n{done.stderr}")
-        return done.stdout
 
     def wait_until(self, is_so: Callable[[], object], what: str, *, timeout_s: float = START_S) -> float:
         """Wait like `DemoProcesses.wait_until`, with time for vLLM to start."""
