@@ -24,9 +24,6 @@ from examples.demo_serve.processes import HERE, ChatClient, Json, Planner, Proce
 from examples.processes import ON_CPUS, ProcessError
 
 PRIMARY = "box/0"  # its name in the plan
-MOST_TOKENS = 512
-NUM_BLOCKS = 168  # the plan has the room of real GPUs; here a chat fills half of the primary
-WORKER_KV = "64MiB"
 QUESTION = "Where do the heads of this answer live?"
 TOKENS = 360
 EVERY = 90  # tokens between two lines of the story
@@ -78,21 +75,19 @@ def tell(folder: Path, python: Path, out: TextIO, *, stages: int) -> Json:
         address = processes.start_planner(listen="127.0.0.1:0", lease="10s", heartbeat="250ms")
         with closing(Planner(address)) as planner:
             planner.create_cluster(processes.cluster)
-            processes.start_agent(address, node="clusters/demo/nodes/box")
-            processes.start_workers(WORKER_KV)
-            options = ("--max-model-len", str(MOST_TOKENS), "--num-gpu-blocks-override", str(NUM_BLOCKS))
-            url = processes.start_server(python, model, *options, "--max-num-seqs", "4")
-            say(f"hetis-planner at {address}, hetis-agent beside vLLM,")
-            say(f"vLLM at {url}; {' and '.join(processes.workers)} hold KV alone.")
+            processes.start_agent(address, node="clusters/demo/nodes/box", python=python)
             processes.wait_until(planner.is_agent_ready, "the agent has called the planner")
             planner.put_in_force(processes.plan)
             processes.wait_until(planner.is_serving, "the replica is in force")
-            say("The plan is checked and in force: the engine has its assignment.\n")
-            with closing(ChatClient(url, processes.engine, planner.replica())) as client:
+            replica = planner.replica()
+            say(f"hetis-planner at {address}: the plan is in force. hetis-agent has")
+            say(f"started vLLM at {replica.report.endpoint}; {' and '.join(processes.workers)} hold KV alone.\n")
+            url = f"http://{replica.report.endpoint}"
+            with closing(ChatClient(url, processes.socket(replica.name), replica.name)) as client:
                 story = Story(processes, planner, client, say)
                 texts = story.tell()
                 samples = client.metrics()
-            processes.end_server()
+            processes.end_agent()
     same = [text.rstrip(UNFINISHED) == wanted.rstrip(UNFINISHED) for text in texts]
     say(f"\n{story.count} re-dispatches by the planner, one dead worker, {len(texts)} answers:")
     say(f"their texts are {'those' if all(same) else 'NOT those'} of transformers.")
@@ -128,7 +123,7 @@ class Story:
     Attributes:
         count: number of the planner's re-dispatches that have been printed.
         killed: the worker that was killed; empty if none was yet.
-        is_restarted: whether its process runs again.
+        is_missed: whether the engine has noticed that.
         is_back: whether it takes heads again.
         maps: the device of each head, at every line of the story.
     """
@@ -139,7 +134,7 @@ class Story:
     say: Say
     count: int = 0
     killed: str = ""
-    is_restarted: bool = False
+    is_missed: bool = False
     is_back: bool = False
     maps: list[list[str]] = field(default_factory=list)
 
@@ -149,10 +144,6 @@ class Story:
         while len(texts) < MOST_CHATS and not (self.is_back and len(texts) > 1):
             self.say(f"Chat {len(texts) + 1} streams {TOKENS} tokens. Which heads are where:")
             texts.append(self._chat())
-            if self.killed and not self.is_restarted:
-                self.processes.start_worker(self.killed, WORKER_KV)
-                self.is_restarted = True
-                self.say(f"  {self.killed} is started again.\n")
         return texts
 
     def _chat(self) -> str:
@@ -169,7 +160,8 @@ class Story:
     def _look(self, tokens: int, *, is_line: bool) -> None:
         """Print a line of the story now and then, and kill the worker that got heads."""
         moved, seen = self._tell_news(), self.client.heads()
-        if self.is_restarted and not self.is_back and self.killed in seen.up:
+        self.is_missed |= bool(self.killed) and self.killed not in seen.up
+        if self.is_missed and not self.is_back and self.killed in seen.up:
             self.is_back = True
             self.say(f"  {self.killed} has joined again and takes heads.")
         if not seen.owners:
