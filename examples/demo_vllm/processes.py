@@ -10,7 +10,8 @@ import shutil
 import signal
 import threading
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -153,7 +154,10 @@ class Processes(DemoProcesses):
 
 CLIENTS = 3
 TOKENS = 12
-PAUSE_S = 0.1  # between an answer and the next question
+PAUSE_S, SLOW_PAUSE_S = (
+    0.1,
+    2.0,
+)  # between an answer and the next question, also while an engine needs the cores to start
 
 
 class Load:
@@ -165,6 +169,7 @@ class Load:
         self._served = Counter[str]()
         self._failures: list[str] = []
         self._is_over = threading.Event()
+        self._pause_s = PAUSE_S
         self._threads = [threading.Thread(target=self._ask, args=(number,)) for number in range(CLIENTS)]
 
     def __enter__(self) -> Self:
@@ -178,6 +183,15 @@ class Load:
         self._is_over.set()
         for thread in self._threads:
             thread.join()
+
+    @contextmanager
+    def slow(self) -> Iterator[None]:
+        """Ask less often while the context is open: an engine that starts took five minutes beside the full load."""
+        self._pause_s = SLOW_PAUSE_S
+        try:
+            yield
+        finally:
+            self._pause_s = PAUSE_S
 
     @property
     def served(self) -> Counter[str]:
@@ -194,7 +208,7 @@ class Load:
     def _ask(self, number: int) -> None:
         with openai.OpenAI(base_url=f"{self._url}/v1", api_key="none", max_retries=0, timeout=300) as client:
             count = 0
-            while not self._is_over.wait(PAUSE_S):
+            while not self._is_over.wait(self._pause_s):
                 count += 1
                 try:
                     answer = client.chat.completions.with_raw_response.create(
