@@ -157,7 +157,7 @@ class DemoProcesses:
             if time.monotonic() > started_s + timeout_s:
                 logs = "\n".join(f"--- {name}\n{self.tail(name)}" for name in self._running)
                 raise ProcessError(f"waited {timeout_s:.0f} s in vain until {what}\n{logs}")
-            time.sleep(0.05)
+            time.sleep(0.2)  # each look is a call to the planner, whose cores engines need while they start
         return time.monotonic() - started_s
 
     def tail(self, name: str, lines: int = 15) -> str:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import sys
 import urllib.request
 import uuid
 from collections.abc import Callable, Iterator
@@ -114,9 +113,7 @@ class Processes(DemoProcesses):
         file.write_text(yaml.safe_dump(settings), encoding="utf-8")
         command = ["hetis-agent", "--server", server, "--node", node, "--engine", f"launch:{file}"]
         command += ["--simulated-devices", self._devices, "--state-dir", str(self.folder / "agent")]
-        # The agent finds hetis-worker there.
-        path = {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"}
-        self._start("agent", command, environment=path)
+        self._start("agent", command)
 
     def socket(self, replica: str) -> Path:
         """Return the socket on which the agent steers the engine of a replica."""
@@ -126,7 +123,7 @@ class Processes(DemoProcesses):
         """Kill a process of an attention worker like a power cut; the agent starts it again."""
         for session in (self.folder / "agent" / "engines" / "sessions").glob("*"):
             words = Path("/proc", session.name, "cmdline").read_bytes().split(b"\0")
-            if b"hetis-worker" in words[0] + words[1] and name.encode() in words:
+            if b"hetis.runtime.worker" in words and name.encode() in words:
                 os.kill(int(session.name), signal.SIGKILL)
                 return
         raise ProcessError(f"there is no process of worker {name}")
