@@ -13,27 +13,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from benchmarks.measuring import rows
-from benchmarks.measuring.instances import DEFAULT_LIMITS, NO_LIMITS, example, gpu_types, problem
+from benchmarks.measuring.instances import DEFAULT_LIMITS, NO_LIMITS, Case, example, problem
 from benchmarks.measuring.rows import Row
 from benchmarks.measuring.solving import Solve, measure
 from hetis.solver.plan import Objective, Status
-from hetis.solver.problem import PlacementProblem
 
 FLEETS = ("h100-l4", "h100-p100")
 LENGTHS = ("8000/300", "500/2000", "1024/256", "16000/1000")
 TPOT_LIMITS_S = (0.05, 0.1, 0.2, None)
 TIME_LIMIT_S = 20.0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Case:
-    """A fleet under load."""
-
-    name: str
-    problem: PlacementProblem
 
 
 def main() -> None:
@@ -68,7 +59,7 @@ def compare(case: Case) -> Row:
     return {
         "name": case.name,
         "gpus": case.problem.cluster.num_gpus(),
-        "types": len(gpu_types(case.problem.cluster)),
+        "types": len(case.problem.cluster.types_used()),
         "status": best.status,
         "value": best.value,
         "bound": best.bound,

@@ -28,7 +28,6 @@ from benchmarks.measuring.instances import (
     NO_LIMITS,
     example,
     fleet,
-    gpu_types,
     of_types,
     problem,
     scaled,
@@ -204,7 +203,7 @@ def _cells(
     return {
         "name": name,
         "gpus": cluster.num_gpus(),
-        "types": len(gpu_types(cluster)),
+        "types": len(cluster.types_used()),
         "status": answer.status,
         "value": answer.value,
         "bound": answer.bound,

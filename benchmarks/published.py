@@ -17,17 +17,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import numpy as np
 
 from benchmarks.measuring import rows
-from benchmarks.measuring.instances import NO_LIMITS, example, fleet, gpu_types, problem
+from benchmarks.measuring.instances import NO_LIMITS, Case, example, fleet, problem
 from benchmarks.measuring.rows import Row
 from benchmarks.measuring.solving import FAILED, Answer, answer
+from hetis.planner.use_cases.grouping import gpu_counts
 from hetis.solver.cluster import Cluster
 from hetis.solver.plan import Objective
-from hetis.solver.problem import PlacementProblem
 
 PROVEN = {"hexgen2-paper": "hexgen2", "hetis-paper": "hetis"}
 TIME_LIMIT_S = 6.0
@@ -36,14 +35,6 @@ TYPES = ("H100-SXM-80GB", "A100-SXM-80GB", "A100-PCIe-40GB", "L40S", "RTX-A6000"
 RANDOM_FLEETS = 8
 # Heavy and light prefill (above and below 512 tokens) and decode (128 tokens), as in HexGen-2.
 LENGTHS = ("1024/64", "1024/256", "256/256", "256/64")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Case:
-    """A fleet under load."""
-
-    name: str
-    problem: PlacementProblem
 
 
 def main() -> None:
@@ -102,21 +93,13 @@ def random_fleet(seed: int) -> Cluster:
         kinds = random.choice(len(TYPES), size=int(random.integers(2, 5)), replace=False)
         nodes = [(int(random.integers(1, 4)), int(random.choice((1, 2, 4, 8))), TYPES[kind]) for kind in kinds]
         cluster = fleet(f"random-{seed}", *nodes)
-        memory = sum(
-            group.count * slots.count * cluster.gpu_types[slots.gpu].memory_bytes
-            for group in cluster.node_groups
-            for slots in group.gpus
-        )
+        memory = sum(cluster.gpu_types[gpu].memory_bytes * count for gpu, count in gpu_counts(cluster).items())
         if 8 <= cluster.num_gpus() <= 32 and memory > 400e9:
             return cluster
 
 
 def _described(cluster: Cluster) -> str:
-    counts: dict[str, int] = {}
-    for group in cluster.node_groups:
-        for slots in group.gpus:
-            counts[slots.gpu] = counts.get(slots.gpu, 0) + group.count * slots.count
-    return " + ".join(f"{count} {gpu.split('-')[0]}" for gpu, count in counts.items())
+    return " + ".join(f"{count} {gpu.split('-')[0]}" for gpu, count in gpu_counts(cluster).items())
 
 
 def compare(case: Case) -> Iterator[Row]:
@@ -128,7 +111,7 @@ def compare(case: Case) -> Iterator[Row]:
         yield {
             "name": f"{case.name}: {heuristic}",
             "gpus": case.problem.cluster.num_gpus(),
-            "types": len(gpu_types(case.problem.cluster)),
+            "types": len(case.problem.cluster.types_used()),
             "status": FAILED if FAILED in (ours.status, proven.status) else ours.status,
             "value": ours.value,
             "proven_value": proven.value,

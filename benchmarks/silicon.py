@@ -30,10 +30,9 @@ import numpy as np
 
 from benchmarks.measuring import published_points, rows
 from benchmarks.measuring.closed_loop import CopyTime, Engine, Load, balanced_copies, closed_loop
-from benchmarks.measuring.eager_layers import eager_layer_s
 from benchmarks.measuring.instances import NO_LIMITS, fleet
 from benchmarks.measuring.published_points import FOLDER, NotPosedError
-from benchmarks.measuring.published_settings import ACCEPTANCE, Graphs
+from benchmarks.measuring.published_settings import ACCEPTANCE, Graphs, eager_layer_s
 from benchmarks.measuring.rows import Cell, Row
 from benchmarks.measuring.serving_points import (
     COLUMNS,

@@ -43,7 +43,7 @@ EXTRAS = {
         "alembic",
         "prometheus_client",
     ),
-    *("torch", "plotly", "matplotlib", "pyarrow"),
+    *("torch", "matplotlib", "pyarrow"),
 }
 # Folders that the base install has and does not use: the profiler's command line, and its measuring modules.
 ROOMS_OF_EXTRAS = {("profiler", room) for room in ("cli", "measure")}
@@ -51,7 +51,7 @@ ROOMS_OF_EXTRAS = {("profiler", room) for room in ("cli", "measure")}
 # The planner's folders from top to bottom, and those beside them that all may use.
 PLANNER_FLOORS = (
     *("cli", "library", "service", "resources", "fleet", "jobs", "convert", "report"),
-    *("export", "use_cases", "client", "store"),
+    *("export", "loop", "use_cases", "client", "store"),
 )
 SCOPES = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
 PLANNER_BESIDE = {"callers", "failures", "threads", "watching"}
@@ -162,9 +162,9 @@ def test_only_commands_import_what_commands_share() -> None:
             room = path.relative_to(ROOT / ROOT_OF[package] / "hetis" / package).parts[0]
             if package != "commands" and room != "cli" and path.relative_to(ROOT).as_posix() not in COMMANDS:
                 shared = {name for name in imported(path) if name.startswith("hetis.commands")}
-                assert shared <= {f"hetis.commands{module}" for module in ("", ".endpoints", ".exit_codes", ".x509")}, (
-                    path.relative_to(ROOT)
-                )
+                assert shared <= {
+                    f"hetis.commands{module}" for module in ("", ".endpoints", ".exit_codes", ".pictures", ".x509")
+                }, path.relative_to(ROOT)
 
 
 def test_packaging_and_tools_list_every_root() -> None:

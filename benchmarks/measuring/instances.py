@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from hetis.formats.documents import from_data, load_cluster, load_model, load_workload
@@ -28,6 +28,14 @@ NODE_SIZES = {
 }
 
 PRICES = {"A100-PCIe-40GB": 3.67}  # the catalogue has no price for it; that of A100-SXM-40GB is used
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Case:
+    """A fleet under load."""
+
+    name: str
+    problem: PlacementProblem
 
 
 def example(name: str) -> Cluster:
@@ -83,12 +91,7 @@ def problem(
         cluster=cluster,
         model=spec,
         workload=load_workload(workload).clipped_to(spec.max_position),
-        profiles={name: modelled_profile(cluster.gpu_types[name]) for name in gpu_types(cluster)},
+        profiles={name: modelled_profile(cluster.gpu_types[name]) for name in cluster.types_used()},
         objective=objective,
         family=run_by(Family(), named(EngineRules(name=""), DEFAULT_ENGINE)),
     )
-
-
-def gpu_types(cluster: Cluster) -> list[str]:
-    """Return the names of the GPU types in use."""
-    return list(dict.fromkeys(slots.gpu for group in cluster.node_groups for slots in group.gpus))

@@ -16,9 +16,11 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field
 
 from examples.simulated_engine.stage import AdmissionRule, SimulatedRequest, StageRun
+from hetis.solver.traffic import TrafficCounter
 from hetis.v1.head_map_pb2 import HeadMap
 from hetis.v1.replica_pb2 import Assignment, AssignmentGoal, ReplicaRole
 from hetis.v1.report_pb2 import DeviceStatus, ReplicaReport, StageLoad
+from hetis.v1.traffic_pb2 import Traffic
 
 _log = logging.getLogger(__name__)
 Amount = Annotated[float, Field(ge=0)]
@@ -94,6 +96,7 @@ class PrimaryRun:
         self._next_arrival_s: float | None = None
         self._first_tokens: deque[float] = deque(maxlen=REMEMBERED)
         self._outputs: deque[float] = deque(maxlen=REMEMBERED)
+        self.traffic = TrafficCounter()
         self.assignment = assignment
         self.use(assignment)
 
@@ -164,6 +167,7 @@ class PrimaryRun:
                 remaining_tokens=self._length(control.output_tokens),
                 arrived_s=self._next_arrival_s,
             )
+            self.traffic.num_arrivals += 1
             if len(self.waiting) < MOST_WAITING:
                 self.waiting.append(request)
             self._next_arrival_s += self._random.expovariate(rate)
@@ -209,11 +213,15 @@ class PrimaryRun:
             if request.begun_s is None:
                 request.begun_s = now_s
                 self._first_tokens.append(now_s - request.arrived_s)
+                self.traffic.add(ttft_s=self._first_tokens[-1])
             if request.remaining_tokens <= 0:
                 self._leave(request)
                 self.num_finished += 1
-                if request.made_tokens > 1:
-                    self._outputs.append((now_s - request.begun_s) / (request.made_tokens - 1))
+                made = request.made_tokens
+                self.traffic.add(prompt_tokens=request.context_tokens - made, output_tokens=made)
+                if made > 1:
+                    self._outputs.append((now_s - request.begun_s) / (made - 1))
+                    self.traffic.add(tpot_s=self._outputs[-1])
         for stage in self.stages.values():
             while (full := stage.overfull()) is not None:
                 self._make_room(stage, full)
@@ -259,6 +267,7 @@ class PrimaryRun:
         report.stages.extend(self.loads())
         report.ttft_s = sum(self._first_tokens) / max(len(self._first_tokens), 1)
         report.tpot_s = sum(self._outputs) / max(len(self._outputs), 1)
+        report.traffic.CopyFrom(Traffic(**self.traffic.sketch(int(self.next_step_s)).packed()))
 
     def check(self) -> None:
         """Recount everything. A failure is a bug."""

@@ -45,7 +45,7 @@ from hetis.solver.plan import (
     Status,
 )
 from hetis.solver.profile import Fit, FitScope, Mixed, Op, Piece, Profile, Provenance, Source
-from hetis.solver.workload import LengthBin, Workload
+from hetis.solver.workload import LengthBin, RequestClass, Workload
 from tests.models import model_of, shape_of
 
 POSITIVE = st.floats(min_value=1e-12, max_value=1e15)
@@ -319,6 +319,23 @@ def listed_models(draw: st.DrawFn) -> ModelSpec:
 
 
 LENGTHS = st.floats(min_value=1, max_value=1e6)
+
+
+@st.composite
+def request_classes(draw: st.DrawFn) -> tuple[RequestClass, ...]:
+    """Return no classes, or two or three whose bounds ascend."""
+    bounds = sorted(draw(st.sets(st.integers(1, 100_000), max_size=2)))
+    if not bounds:
+        return ()
+    limits = st.none() | st.floats(min_value=1e-6, max_value=1e3)
+    return tuple(
+        RequestClass(
+            name=f"class {number}", max_prompt_tokens=most, ttft_limit_s=draw(limits), tpot_limit_s=draw(limits)
+        )
+        for number, most in enumerate([*bounds, None])
+    )
+
+
 WORKLOADS = st.builds(
     Workload,
     name=TITLES,
@@ -332,6 +349,7 @@ WORKLOADS = st.builds(
     rate_rps=st.none() | st.floats(min_value=1e-6, max_value=1e6),
     clipped_ratio=st.floats(min_value=0, max_value=1),
     prefix_hit_rate=st.just(0.0) | st.floats(min_value=0, max_value=1, exclude_max=True),
+    classes=request_classes(),
 )
 
 PIECES = st.builds(Piece, **dict.fromkeys(("fixed_s", "flop_s", "byte_s", "token_s", "head_s", "wire"), NOT_NEGATIVE))

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from hetis.simulator.events import Events, FleetLinks, transfer
-from hetis.simulator.fleet import Faults, KvTransfers, LeastWork, SimulatedFleet
+from hetis.simulator.fleet import Faults, KvTransfers, SimulatedFleet
+from hetis.simulator.routers import LeastWork
 from hetis.simulator.simulate import Builder
 from hetis.simulator.values import RequestLog, Settings
 from hetis.solver.plan import KvRoute, Plan, Role

@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from hetis.formats.errors import shown
-from hetis.formats.fields import Document, DocumentPart, Found, Title, entries, kind_of, plain, value_of
+from hetis.formats.fields import Document, DocumentPart, Found, Title, entries, kind_of, listed, plain, value_of
 from hetis.solver.plan import LEAST_DEMAND_RPS, Objective, Plan
 
 Seconds = Annotated[float, Field(ge=0)]
@@ -77,7 +77,7 @@ class ReplicaPart(DocumentPart):
     A prefill replica has no micro_batch and no tpot_s (both 0) and sends KV to decode replicas in kv_zones; a decode
     replica has no chunk_tokens and no ttft_s. With expert_parallel the copies of the one stage share their routed
     experts and iterate together, each with micro_batch requests and chunk_tokens of its own. max_num_seqs is how many
-    requests its engine may run at once; 0: micro_batch × in_flight.
+    requests its engine may run at once; 0: micro_batch × in_flight. It serves requests of its classes only; empty: all.
     """
 
     rate: Annotated[float, Field(ge=0)]
@@ -93,6 +93,7 @@ class ReplicaPart(DocumentPart):
     expert_parallel: bool = False
     kv_zones: list[str] = Field(default_factory=list)
     max_num_seqs: Count = 0
+    classes: list[str] = Field(default_factory=list)
 
 
 class RoutePart(DocumentPart):
@@ -101,6 +102,17 @@ class RoutePart(DocumentPart):
     prefill: Count
     decode: Count
     rate: Annotated[float, Field(ge=0)]
+
+
+class ClassSharePart(DocumentPart):
+    """A class of requests by prompt length, the shortest first, and its share of all requests; the last has no bound.
+
+    The router of the plan sends a request to a replica that serves its class.
+    """
+
+    name: Title
+    share: Annotated[float, Field(gt=0, le=1)]
+    max_prompt_tokens: Whole | None = None
 
 
 class PricePart(DocumentPart):
@@ -137,6 +149,7 @@ class PlanDocument(Document):
     prices: list[PricePart] = Field(default_factory=list)
     runners_up: list[RunnerUpPart] = Field(default_factory=list)
     notes: list[str] = Field(default_factory=list)
+    classes: list[ClassSharePart] = Field(default_factory=list)
 
 
 def _to_plan(document: PlanDocument) -> Plan:
@@ -167,6 +180,11 @@ def _check(data: Mapping[str, Any]) -> Found:
             if replica.get(name) == 0 and role in ("unified", "prefill", "decode") and role != lacks_it:
                 yield ("replicas", i, name), f"is 0, must be >= 1 on a {role} replica"
     yield from _check_routes(data)
+    names = [one.get("name") for _, one in entries(data.get("classes"))]
+    for i, replica in entries(data.get("replicas")):
+        for j, name in enumerate(listed(replica.get("classes"))):
+            if isinstance(name, str) and name not in names:
+                yield ("replicas", i, "classes", j), f"{shown(name)} is no class of the plan"
 
 
 def _check_routes(data: Mapping[str, Any]) -> Found:

@@ -17,9 +17,11 @@ from hetis.formats.errors import DocumentError, Problem, shown
 from hetis.formats.fields import (
     Document,
     DocumentPart,
+    Duration,
     Found,
     Kind,
     Title,
+    entries,
     plain,
     present,
     read_data,
@@ -30,11 +32,14 @@ from hetis.formats.fields import (
 from hetis.formats.positions import Text
 from hetis.formats.traces import ENDINGS, MAX_TOKENS, PrefixHitRate, load_trace
 from hetis.formats.traces.hits import no_hash_ids
-from hetis.solver.workload import LengthBin, Workload
+from hetis.formats.units import format_duration
+from hetis.solver.workload import LengthBin, RequestClass, Workload, misfits_of_classes
 
 Tokens = Annotated[float, Field(ge=1, le=MAX_TOKENS)]
 Weight = Annotated[float, Field(gt=0, le=1e15)]
 Rate = Annotated[float, Field(gt=0, le=1e9)]
+Limit = Annotated[Duration, Field(gt=0)]
+MOST_CLASSES = 4
 
 
 def _hit_rate(value: object) -> PrefixHitRate:
@@ -63,9 +68,22 @@ class BinPart(DocumentPart):
     weight: Weight
 
 
+class ClassPart(DocumentPart):
+    """A class of requests: those with longer prompts than the class before, up to its own bound; the last has none.
+
+    ``ttft`` and ``tpot`` are limits of its own (default: those of the command).
+    """
+
+    name: Title
+    max_prompt_tokens: Annotated[int, Field(ge=1, le=MAX_TOKENS)] | None = None
+    ttft: Limit | None = None
+    tpot: Limit | None = None
+
+
 class WorkloadDocument(Document):
     """Traffic: a histogram of request lengths, their means, or the path of a trace (relative to this file's folder).
 
+    ``classes``, the shortest first, are those by which ``place`` may route requests (`--classes` replaces them).
     ``prefix_hit_rate`` is the share of prompt tokens found in a prefix cache; ``trace`` counts it in a Mooncake trace.
     """
 
@@ -78,6 +96,7 @@ class WorkloadDocument(Document):
     mean_prompt_tokens: Tokens | None = None
     mean_output_tokens: Tokens | None = None
     trace: str | None = None
+    classes: Annotated[list[ClassPart], Field(max_length=MOST_CLASSES)] = Field(default_factory=list)
 
 
 def load_workload(
@@ -143,8 +162,15 @@ def _workload_data(workload: Workload) -> dict[str, Any]:
             "clipped_ratio": workload.clipped_ratio or None,
             "prefix_hit_rate": workload.prefix_hit_rate or None,
             "histogram": plain(workload.bins),
+            "classes": [_class_data(one) for one in workload.classes] or None,
         }
     )
+
+
+def _class_data(one: RequestClass) -> dict[str, Any]:
+    limits = {"ttft": one.ttft_limit_s, "tpot": one.tpot_limit_s}
+    texts = {name: None if limit_s is None else format_duration(limit_s) for name, limit_s in limits.items()}
+    return present({"name": one.name, "max_prompt_tokens": one.max_prompt_tokens, **texts})
 
 
 def _means(text: str) -> Workload:
@@ -173,8 +199,16 @@ def _to_workload(document: WorkloadDocument, folder: Path) -> Workload:
     elif document.mean_prompt_tokens is not None and document.mean_output_tokens is not None:
         bins = _equal(document.mean_prompt_tokens, document.mean_output_tokens)
     assert hit_rate != "trace", "checked: only a trace has hits to count"
-    ratio = document.clipped_ratio
-    return Workload(name=document.name, bins=bins, rate_rps=rate, clipped_ratio=ratio, prefix_hit_rate=hit_rate)
+    classes = tuple(
+        RequestClass(
+            name=one.name, max_prompt_tokens=one.max_prompt_tokens, ttft_limit_s=one.ttft, tpot_limit_s=one.tpot
+        )
+        for one in document.classes
+    )
+    return Workload(
+        name=document.name, bins=bins, rate_rps=rate, clipped_ratio=document.clipped_ratio, prefix_hit_rate=hit_rate,
+        classes=classes,
+    )  # fmt: skip
 
 
 def _check_workload(data: Mapping[str, Any], folder: Path) -> Found:
@@ -191,8 +225,17 @@ def _check_workload(data: Mapping[str, Any], folder: Path) -> Found:
         yield ("trace",), f"no such file: {folder / trace}"
     if data.get("prefix_hit_rate") == "trace" and trace is None:
         yield ("prefix_hit_rate",), "is trace, but without a trace there are no hash_ids to count hits"
+    yield from _check_classes(data.get("classes"))
     if len(given) > 1:
         yield (given[1],), f"cannot be combined with {given[0]}: both define the lengths"
+
+
+def _check_classes(data: Any) -> Found:
+    bounds = [(one.get("name"), one.get("max_prompt_tokens")) for _, one in entries(data)]
+    if all(isinstance(name, str) and (most is None or (type(most) is int and most > 0)) for name, most in bounds):
+        classes = [RequestClass(name=str(name), max_prompt_tokens=most) for name, most in bounds]
+        for number, wrong in misfits_of_classes(classes):
+            yield ("classes", number), wrong
 
 
 to_data = with_envelope(WorkloadDocument, _workload_data)

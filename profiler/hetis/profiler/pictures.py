@@ -1,14 +1,14 @@
-"""Profiles compared with measurements, in pictures (PNG, HTML), and with each other over typical points of a layer."""
+"""Profiles compared with measurements, in pictures, and with each other over typical points of a layer."""
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
+from hetis.commands.pictures import file_of
 from hetis.formats.measurements import Measurements
 from hetis.profiler.calibrate.replica import ANY_LENGTHS, rank_of
 from hetis.profiler.fit import selected_points
@@ -30,7 +30,6 @@ _AXES = {
 }
 _NEAR = 1.25  # an axis is divided by powers of two: a value this close to one counts as it
 _LIMIT = 50.0  # percent at the ends of the colour scale
-_HEIGHT = 330  # height per row of pictures in HTML, in pixels
 _LINK_BYTES_PER_S = 25e9  # for typical messages: a wire factor is multiplied with this
 
 
@@ -131,77 +130,15 @@ def _size(label: str) -> float:
     return float(digits) * factor if digits else 0.0
 
 
-def html(pairs: Sequence[Pairs], title: str) -> str:
+def picture(pairs: Sequence[Pairs], title: str, form: str) -> bytes:
     """Draw, per operator, measured against fitted times, and the mean residual of each region.
 
-    The result is one HTML file that needs no network. Needs plotly.
+    The result is a file of one of `hetis.commands.pictures.FORMS`. Needs matplotlib.
     """
-    import plotly.graph_objects as go
-    from plotly.subplots import make_subplots
-
-    titles = [
-        text
-        for one in pairs
-        for text in (f"{one.title}: MAPE {one.mape:.1%} of all points", "fitted / measured - 1, %")
-    ]
-    rows = len(pairs)
-    figure = make_subplots(rows=rows, cols=2, subplot_titles=titles, vertical_spacing=0.35 / max(rows, 2))
-    for row, one in enumerate(pairs, start=1):
-        ends = [float(min(one.measured.min(), one.fitted.min())), float(max(one.measured.max(), one.fitted.max()))]
-        texts = [" x ".join(label for label in region if label) for region in one.regions]
-        figure.add_trace(
-            go.Scatter(
-                x=one.measured,
-                y=one.fitted,
-                mode="markers",
-                marker={"size": 5, "opacity": 0.6, "color": "#2a6fbb"},
-                text=texts,
-                hovertemplate="%{text}<br>measured %{x:.4g} s<br>fitted %{y:.4g} s<extra></extra>",
-            ),
-            row=row,
-            col=1,
-        )
-        diagonal = go.Scatter(x=ends, y=ends, mode="lines", line={"color": "#888", "dash": "dot"}, hoverinfo="skip")
-        figure.add_trace(diagonal, row=row, col=1)
-        logarithmic = {"type": "log", "exponentformat": "power", "dtick": 1, "row": row, "col": 1}
-        figure.update_xaxes(title_text="measured, s", **logarithmic)
-        figure.update_yaxes(title_text="fitted, s", **logarithmic)
-        labels, columns, mean, count = one.by_region()
-        percent = 100 * mean
-        figure.add_trace(
-            go.Heatmap(
-                z=percent,
-                x=columns,
-                y=[label or " " for label in labels],
-                text=np.where(np.isnan(percent), "", np.char.mod("%+.0f", np.nan_to_num(percent))),
-                texttemplate="%{text}",
-                customdata=count,
-                hovertemplate="%{y} x %{x}: %{z:+.1f}% over %{customdata} points<extra></extra>",
-                colorscale="RdBu_r",
-                zmid=0,
-                zmin=-_LIMIT,
-                zmax=_LIMIT,
-                showscale=row == 1,
-            ),
-            row=row,
-            col=2,
-        )
-        figure.update_xaxes(type="category", title_text=one.axes[1].replace("_", " "), row=row, col=2)
-        figure.update_yaxes(type="category", title_text=one.axes[0].replace("_", " "), row=row, col=2)
-    figure.update_layout(title=title, height=_HEIGHT * rows + 120, showlegend=False, template="plotly_white")
-    text: str = figure.to_html(include_plotlyjs=True, full_html=True)
-    return text
-
-
-def png(pairs: Sequence[Pairs], title: str) -> bytes:
-    """Draw the same as a PNG. Needs matplotlib, which draws without a browser (plotly's exporter would need Chrome)."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.ticker import NullFormatter
 
     figure = Figure(figsize=(12, 3.6 * len(pairs) + 0.6), layout="constrained")
-    FigureCanvasAgg(figure)
-    figure.suptitle(title)
     grid = figure.subplots(len(pairs), 2, squeeze=False, width_ratios=(1, 1.5))
     for (left, right), one in zip(grid, pairs, strict=True):
         ends = (min(one.measured.min(), one.fitted.min()), max(one.measured.max(), one.fitted.max()))
@@ -223,9 +160,7 @@ def png(pairs: Sequence[Pairs], title: str) -> bytes:
             color = "white" if abs(mean[y, x]) > 0.7 * _LIMIT / 100 else "black"
             right.text(x, y, f"{round(100 * mean[y, x]):+d}", ha="center", va="center", fontsize=7, color=color)
         figure.colorbar(image, ax=right, pad=0.01)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110)
-    return buffer.getvalue()
+    return file_of(figure, title, form)
 
 
 def typical_times(profile: Profile, model: ModelSpec, tp: int) -> Iterator[tuple[Op, str, float]]:

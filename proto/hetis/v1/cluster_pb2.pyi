@@ -224,6 +224,9 @@ class ClusterPolicy(_message.Message):
     PREPARE_TIMEOUT_FIELD_NUMBER: _builtins.int
     PLACEMENT_PATIENCE_FIELD_NUMBER: _builtins.int
     REDISPATCH_KV_BYTES_FIELD_NUMBER: _builtins.int
+    TRAFFIC_FIELD_NUMBER: _builtins.int
+    TRAFFIC_CHANGES_PER_HOUR_FIELD_NUMBER: _builtins.int
+    TRAFFIC_COOL_DOWN_FIELD_NUMBER: _builtins.int
     redispatch: Global___ReactionMode.ValueType
     """Whether head groups of running requests are moved. UNSPECIFIED: AUTOMATIC."""
     placement: Global___ReactionMode.ValueType
@@ -234,6 +237,10 @@ class ClusterPolicy(_message.Message):
     """Share of a device's KV blocks above which head groups leave, above 0 and at most 1. 0: 0.9."""
     redispatch_kv_bytes: _builtins.int
     """Most KV bytes that one re-dispatch may move. 0: no limit."""
+    traffic: Global___ReactionMode.ValueType
+    """Whether a new placement is made when traffic has changed, from the plan in force. UNSPECIFIED: ADVISORY."""
+    traffic_changes_per_hour: _builtins.int
+    """Most changes of the plan because of traffic in an hour, if they are AUTOMATIC, at most 60. 0: 4."""
     @_builtins.property
     def redispatch_interval(self) -> _duration_pb2.Duration:
         """Least time between two re-dispatches of a replica, 0 to 1 hour. Unset: 5 s."""
@@ -246,6 +253,10 @@ class ClusterPolicy(_message.Message):
     def placement_patience(self) -> _duration_pb2.Duration:
         """How long capacity must have changed before a new placement is made, 1 s to 24 hours. Unset: 5 minutes."""
 
+    @_builtins.property
+    def traffic_cool_down(self) -> _duration_pb2.Duration:
+        """Least time between such a change and one that is not out of a shortage, 0 to 24 hours. Unset: 10 minutes."""
+
     def __init__(
         self,
         *,
@@ -257,10 +268,13 @@ class ClusterPolicy(_message.Message):
         prepare_timeout: _duration_pb2.Duration | None = ...,
         placement_patience: _duration_pb2.Duration | None = ...,
         redispatch_kv_bytes: _builtins.int = ...,
+        traffic: Global___ReactionMode.ValueType = ...,
+        traffic_changes_per_hour: _builtins.int = ...,
+        traffic_cool_down: _duration_pb2.Duration | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_deviation_ratio", b"_deviation_ratio", "deviation_ratio", b"deviation_ratio", "placement_patience", b"placement_patience", "prepare_timeout", b"prepare_timeout", "redispatch_interval", b"redispatch_interval"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_deviation_ratio", b"_deviation_ratio", "deviation_ratio", b"deviation_ratio", "placement_patience", b"placement_patience", "prepare_timeout", b"prepare_timeout", "redispatch_interval", b"redispatch_interval", "traffic_cool_down", b"traffic_cool_down"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_deviation_ratio", b"_deviation_ratio", "deviation_ratio", b"deviation_ratio", "high_water", b"high_water", "placement", b"placement", "placement_patience", b"placement_patience", "prepare_timeout", b"prepare_timeout", "redispatch", b"redispatch", "redispatch_interval", b"redispatch_interval", "redispatch_kv_bytes", b"redispatch_kv_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_deviation_ratio", b"_deviation_ratio", "deviation_ratio", b"deviation_ratio", "high_water", b"high_water", "placement", b"placement", "placement_patience", b"placement_patience", "prepare_timeout", b"prepare_timeout", "redispatch", b"redispatch", "redispatch_interval", b"redispatch_interval", "redispatch_kv_bytes", b"redispatch_kv_bytes", "traffic", b"traffic", "traffic_changes_per_hour", b"traffic_changes_per_hour", "traffic_cool_down", b"traffic_cool_down"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__deviation_ratio: _TypeAlias = _typing.Literal["deviation_ratio"]  # noqa: Y015
     _WhichOneofArgType__deviation_ratio: _TypeAlias = _typing.Literal["_deviation_ratio", b"_deviation_ratio"]  # noqa: Y015

@@ -12,6 +12,7 @@ from google.protobuf.internal import containers as _containers
 from hetis.v1 import cluster_pb2 as _cluster_pb2
 from hetis.v1 import redispatch_pb2 as _redispatch_pb2
 from hetis.v1 import replica_pb2 as _replica_pb2
+from hetis.v1 import traffic_pb2 as _traffic_pb2
 from hetis.v1 import view_pb2 as _view_pb2
 import builtins as _builtins
 import sys
@@ -936,3 +937,49 @@ class ListRedispatchesResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ListRedispatchesResponse: _TypeAlias = ListRedispatchesResponse  # noqa: Y015
+
+@_typing.final
+class GetClusterTrafficRequest(_message.Message):
+    """Request of GetClusterTraffic."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """`clusters/{cluster}/traffic`. Required."""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetClusterTrafficRequest: _TypeAlias = GetClusterTrafficRequest  # noqa: Y015
+
+@_typing.final
+class GetClusterTrafficResponse(_message.Message):
+    """Response of GetClusterTraffic."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CLUSTER_TRAFFIC_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def cluster_traffic(self) -> _traffic_pb2.ClusterTraffic:
+        """The traffic. Always set."""
+
+    def __init__(
+        self,
+        *,
+        cluster_traffic: _traffic_pb2.ClusterTraffic | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["cluster_traffic", b"cluster_traffic"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cluster_traffic", b"cluster_traffic"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetClusterTrafficResponse: _TypeAlias = GetClusterTrafficResponse  # noqa: Y015

@@ -106,6 +106,11 @@ class ClusterServiceStub:
                 request_serializer=hetis_dot_v1_dot_cluster__service__pb2.ListReplicasRequest.SerializeToString,
                 response_deserializer=hetis_dot_v1_dot_cluster__service__pb2.ListReplicasResponse.FromString,
                 _registered_method=True)
+        self.GetClusterTraffic = channel.unary_unary(
+                '/hetis.v1.ClusterService/GetClusterTraffic',
+                request_serializer=hetis_dot_v1_dot_cluster__service__pb2.GetClusterTrafficRequest.SerializeToString,
+                response_deserializer=hetis_dot_v1_dot_cluster__service__pb2.GetClusterTrafficResponse.FromString,
+                _registered_method=True)
         self.GetRedispatch = channel.unary_unary(
                 '/hetis.v1.ClusterService/GetRedispatch',
                 request_serializer=hetis_dot_v1_dot_cluster__service__pb2.GetRedispatchRequest.SerializeToString,
@@ -228,6 +233,14 @@ class ClusterServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def GetClusterTraffic(self, request, context):
+        """The traffic that agents measured, how fast replicas are, and what the planner would do about it. Role viewer. Fails
+        with NOT_FOUND.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def GetRedispatch(self, request, context):
         """One re-dispatch. Role viewer. Fails with NOT_FOUND; old ones are forgotten.
         """
@@ -314,6 +327,11 @@ def add_ClusterServiceServicer_to_server(servicer, server):
                     servicer.ListReplicas,
                     request_deserializer=hetis_dot_v1_dot_cluster__service__pb2.ListReplicasRequest.FromString,
                     response_serializer=hetis_dot_v1_dot_cluster__service__pb2.ListReplicasResponse.SerializeToString,
+            ),
+            'GetClusterTraffic': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetClusterTraffic,
+                    request_deserializer=hetis_dot_v1_dot_cluster__service__pb2.GetClusterTrafficRequest.FromString,
+                    response_serializer=hetis_dot_v1_dot_cluster__service__pb2.GetClusterTrafficResponse.SerializeToString,
             ),
             'GetRedispatch': grpc.unary_unary_rpc_method_handler(
                     servicer.GetRedispatch,
@@ -706,6 +724,33 @@ class ClusterService:
             '/hetis.v1.ClusterService/ListReplicas',
             hetis_dot_v1_dot_cluster__service__pb2.ListReplicasRequest.SerializeToString,
             hetis_dot_v1_dot_cluster__service__pb2.ListReplicasResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetClusterTraffic(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/hetis.v1.ClusterService/GetClusterTraffic',
+            hetis_dot_v1_dot_cluster__service__pb2.GetClusterTrafficRequest.SerializeToString,
+            hetis_dot_v1_dot_cluster__service__pb2.GetClusterTrafficResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -76,6 +76,10 @@ class ClusterServiceStub:
     """One replica. Role viewer. Fails with NOT_FOUND."""
     ListReplicas: _grpc.UnaryUnaryMultiCallable[_cluster_service_pb2.ListReplicasRequest, _cluster_service_pb2.ListReplicasResponse]
     """Replicas of a cluster, by name. Role viewer. Fails with NOT_FOUND, INVALID_PAGE_TOKEN."""
+    GetClusterTraffic: _grpc.UnaryUnaryMultiCallable[_cluster_service_pb2.GetClusterTrafficRequest, _cluster_service_pb2.GetClusterTrafficResponse]
+    """The traffic that agents measured, how fast replicas are, and what the planner would do about it. Role viewer. Fails
+    with NOT_FOUND.
+    """
     GetRedispatch: _grpc.UnaryUnaryMultiCallable[_cluster_service_pb2.GetRedispatchRequest, _cluster_service_pb2.GetRedispatchResponse]
     """One re-dispatch. Role viewer. Fails with NOT_FOUND; old ones are forgotten."""
     ListRedispatches: _grpc.UnaryUnaryMultiCallable[_cluster_service_pb2.ListRedispatchesRequest, _cluster_service_pb2.ListRedispatchesResponse]
@@ -129,6 +133,10 @@ class ClusterServiceAsyncStub(ClusterServiceStub):
     """One replica. Role viewer. Fails with NOT_FOUND."""
     ListReplicas: _aio.UnaryUnaryMultiCallable[_cluster_service_pb2.ListReplicasRequest, _cluster_service_pb2.ListReplicasResponse]  # type: ignore[assignment]
     """Replicas of a cluster, by name. Role viewer. Fails with NOT_FOUND, INVALID_PAGE_TOKEN."""
+    GetClusterTraffic: _aio.UnaryUnaryMultiCallable[_cluster_service_pb2.GetClusterTrafficRequest, _cluster_service_pb2.GetClusterTrafficResponse]  # type: ignore[assignment]
+    """The traffic that agents measured, how fast replicas are, and what the planner would do about it. Role viewer. Fails
+    with NOT_FOUND.
+    """
     GetRedispatch: _aio.UnaryUnaryMultiCallable[_cluster_service_pb2.GetRedispatchRequest, _cluster_service_pb2.GetRedispatchResponse]  # type: ignore[assignment]
     """One re-dispatch. Role viewer. Fails with NOT_FOUND; old ones are forgotten."""
     ListRedispatches: _aio.UnaryUnaryMultiCallable[_cluster_service_pb2.ListRedispatchesRequest, _cluster_service_pb2.ListRedispatchesResponse]  # type: ignore[assignment]
@@ -263,6 +271,16 @@ class ClusterServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_cluster_service_pb2.ListReplicasResponse, _abc.Awaitable[_cluster_service_pb2.ListReplicasResponse]]:
         """Replicas of a cluster, by name. Role viewer. Fails with NOT_FOUND, INVALID_PAGE_TOKEN."""
+
+    @_abc_1.abstractmethod
+    def GetClusterTraffic(
+        self,
+        request: _cluster_service_pb2.GetClusterTrafficRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_cluster_service_pb2.GetClusterTrafficResponse, _abc.Awaitable[_cluster_service_pb2.GetClusterTrafficResponse]]:
+        """The traffic that agents measured, how fast replicas are, and what the planner would do about it. Role viewer. Fails
+        with NOT_FOUND.
+        """
 
     @_abc_1.abstractmethod
     def GetRedispatch(

@@ -143,7 +143,7 @@ class _PlanOriginEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_PlanOrigin
     PLAN_ORIGIN_CALLER: _PlanOrigin.ValueType  # 1
     """A caller of CreatePlan."""
     PLAN_ORIGIN_PROPOSAL: _PlanOrigin.ValueType  # 2
-    """The planner, because capacity changed for long; it waits for ActivatePlan unless the cluster's policy is AUTOMATIC."""
+    """The planner, because capacity or traffic changed; it waits for ActivatePlan unless the cluster's policy is AUTOMATIC."""
 
 class PlanOrigin(_PlanOrigin, metaclass=_PlanOriginEnumTypeWrapper):
     """Who wanted a plan."""
@@ -153,7 +153,7 @@ PLAN_ORIGIN_UNSPECIFIED: PlanOrigin.ValueType  # 0
 PLAN_ORIGIN_CALLER: PlanOrigin.ValueType  # 1
 """A caller of CreatePlan."""
 PLAN_ORIGIN_PROPOSAL: PlanOrigin.ValueType  # 2
-"""The planner, because capacity changed for long; it waits for ActivatePlan unless the cluster's policy is AUTOMATIC."""
+"""The planner, because capacity or traffic changed; it waits for ActivatePlan unless the cluster's policy is AUTOMATIC."""
 Global___PlanOrigin: _TypeAlias = PlanOrigin  # noqa: Y015
 
 class _SolveStatus:
@@ -229,6 +229,7 @@ class Plan(_message.Message):
     SOLVE_START_TIME_FIELD_NUMBER: _builtins.int
     SOLVE_END_TIME_FIELD_NUMBER: _builtins.int
     ACTIVATE_TIME_FIELD_NUMBER: _builtins.int
+    TRAFFIC_PROPOSAL_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """`plans/{plan}`. Output only, from `plan_id`. Always set."""
     cluster: _builtins.str
@@ -300,6 +301,10 @@ class Plan(_message.Message):
     def activate_time(self) -> _timestamp_pb2.Timestamp:
         """When it was last activated. Output only. Unset: never."""
 
+    @_builtins.property
+    def traffic_proposal(self) -> Global___TrafficProposal:
+        """What the planner's proposal because of traffic gains and costs. Output only. Unset: it is no such proposal."""
+
     def __init__(
         self,
         *,
@@ -322,16 +327,65 @@ class Plan(_message.Message):
         solve_start_time: _timestamp_pb2.Timestamp | None = ...,
         solve_end_time: _timestamp_pb2.Timestamp | None = ...,
         activate_time: _timestamp_pb2.Timestamp | None = ...,
+        traffic_proposal: Global___TrafficProposal | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["activate_time", b"activate_time", "activation_progress", b"activation_progress", "create_time", b"create_time", "failure", b"failure", "imported", b"imported", "progress", b"progress", "result", b"result", "solve_end_time", b"solve_end_time", "solve_start_time", b"solve_start_time", "source", b"source", "spec", b"spec"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["activate_time", b"activate_time", "activation_progress", b"activation_progress", "create_time", b"create_time", "failure", b"failure", "imported", b"imported", "progress", b"progress", "result", b"result", "solve_end_time", b"solve_end_time", "solve_start_time", b"solve_start_time", "source", b"source", "spec", b"spec", "traffic_proposal", b"traffic_proposal"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["activate_time", b"activate_time", "activation", b"activation", "activation_progress", b"activation_progress", "cluster", b"cluster", "create_time", b"create_time", "etag", b"etag", "failure", b"failure", "imported", b"imported", "infeasible_reasons", b"infeasible_reasons", "labels", b"labels", "name", b"name", "origin", b"origin", "progress", b"progress", "proposal_reason", b"proposal_reason", "result", b"result", "solve_end_time", b"solve_end_time", "solve_start_time", b"solve_start_time", "source", b"source", "spec", b"spec", "state", b"state"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["activate_time", b"activate_time", "activation", b"activation", "activation_progress", b"activation_progress", "cluster", b"cluster", "create_time", b"create_time", "etag", b"etag", "failure", b"failure", "imported", b"imported", "infeasible_reasons", b"infeasible_reasons", "labels", b"labels", "name", b"name", "origin", b"origin", "progress", b"progress", "proposal_reason", b"proposal_reason", "result", b"result", "solve_end_time", b"solve_end_time", "solve_start_time", b"solve_start_time", "source", b"source", "spec", b"spec", "state", b"state", "traffic_proposal", b"traffic_proposal"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_source: _TypeAlias = _typing.Literal["spec", "imported"]  # noqa: Y015
     _WhichOneofArgType_source: _TypeAlias = _typing.Literal["source", b"source"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_source) -> _WhichOneofReturnType_source | None: ...
 
 Global___Plan: _TypeAlias = Plan  # noqa: Y015
+
+@_typing.final
+class TrafficProposal(_message.Message):
+    """What a change of the plan because of traffic gains and costs."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    GAIN_FIELD_NUMBER: _builtins.int
+    BOUND_FIELD_NUMBER: _builtins.int
+    UNIT_FIELD_NUMBER: _builtins.int
+    USD_PER_H_FIELD_NUMBER: _builtins.int
+    STEPS_FIELD_NUMBER: _builtins.int
+    EXPIRE_TIME_FIELD_NUMBER: _builtins.int
+    gain: _builtins.float
+    """What it gains net of the costs of the change, in `unit`. 0: nothing."""
+    bound: _builtins.float
+    """No change gains more, in `unit`. 0: nothing can be gained."""
+    unit: _builtins.str
+    """`requests/s`, `USD/h` or `GPUs`. Always set."""
+    usd_per_h: _builtins.float
+    """Price of the new plan's GPUs less that of the old one's, in USD per hour. Unset: not all have prices."""
+    @_builtins.property
+    def steps(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """The way there in steps, a sentence each, by which the capacity stays as high as any order can keep it. Empty: none."""
+
+    @_builtins.property
+    def expire_time(self) -> _timestamp_pb2.Timestamp:
+        """When it is to be thought of as outdated; the planner withdraws it then. Always set."""
+
+    def __init__(
+        self,
+        *,
+        gain: _builtins.float = ...,
+        bound: _builtins.float = ...,
+        unit: _builtins.str = ...,
+        usd_per_h: _builtins.float | None = ...,
+        steps: _abc.Iterable[_builtins.str] | None = ...,
+        expire_time: _timestamp_pb2.Timestamp | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_usd_per_h", b"_usd_per_h", "expire_time", b"expire_time", "usd_per_h", b"usd_per_h"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_usd_per_h", b"_usd_per_h", "bound", b"bound", "expire_time", b"expire_time", "gain", b"gain", "steps", b"steps", "unit", b"unit", "usd_per_h", b"usd_per_h"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__usd_per_h: _TypeAlias = _typing.Literal["usd_per_h"]  # noqa: Y015
+    _WhichOneofArgType__usd_per_h: _TypeAlias = _typing.Literal["_usd_per_h", b"_usd_per_h"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__usd_per_h) -> _WhichOneofReturnType__usd_per_h | None: ...
+
+Global___TrafficProposal: _TypeAlias = TrafficProposal  # noqa: Y015
 
 @_typing.final
 class PlanSpec(_message.Message):

@@ -9,6 +9,7 @@ from google.protobuf import message as _message
 from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from hetis.v1 import failure_pb2 as _failure_pb2
+from hetis.v1 import traffic_pb2 as _traffic_pb2
 import builtins as _builtins
 import sys
 import typing as _typing
@@ -224,6 +225,7 @@ class ReplicaReport(_message.Message):
     FAILURE_FIELD_NUMBER: _builtins.int
     ENGINE_ID_FIELD_NUMBER: _builtins.int
     ENDPOINT_FIELD_NUMBER: _builtins.int
+    TRAFFIC_FIELD_NUMBER: _builtins.int
     replica: _builtins.str
     """`clusters/{cluster}/replicas/{replica}`. Required."""
     assignment_state: Global___AssignmentState.ValueType
@@ -266,6 +268,10 @@ class ReplicaReport(_message.Message):
     def failure(self) -> _failure_pb2.Failure:
         """What went wrong last. Unset: nothing since the assignment was applied."""
 
+    @_builtins.property
+    def traffic(self) -> _traffic_pb2.Traffic:
+        """Requests since the engine started; fewer than before say that it restarted. Unset: not known."""
+
     def __init__(
         self,
         *,
@@ -285,10 +291,11 @@ class ReplicaReport(_message.Message):
         failure: _failure_pb2.Failure | None = ...,
         engine_id: _builtins.str = ...,
         endpoint: _builtins.str = ...,
+        traffic: _traffic_pb2.Traffic | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["failure", b"failure"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["failure", b"failure", "traffic", b"traffic"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["assignment_state", b"assignment_state", "endpoint", b"endpoint", "engine_id", b"engine_id", "failure", b"failure", "generation", b"generation", "is_primary", b"is_primary", "num_finished", b"num_finished", "num_preempted", b"num_preempted", "num_running", b"num_running", "num_steps", b"num_steps", "num_waiting", b"num_waiting", "num_waiting_for_kv", b"num_waiting_for_kv", "replica", b"replica", "stages", b"stages", "tpot_s", b"tpot_s", "ttft_s", b"ttft_s"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["assignment_state", b"assignment_state", "endpoint", b"endpoint", "engine_id", b"engine_id", "failure", b"failure", "generation", b"generation", "is_primary", b"is_primary", "num_finished", b"num_finished", "num_preempted", b"num_preempted", "num_running", b"num_running", "num_steps", b"num_steps", "num_waiting", b"num_waiting", "num_waiting_for_kv", b"num_waiting_for_kv", "replica", b"replica", "stages", b"stages", "tpot_s", b"tpot_s", "traffic", b"traffic", "ttft_s", b"ttft_s"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

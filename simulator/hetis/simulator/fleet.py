@@ -9,7 +9,6 @@ are shared: those of the GPUs at both ends, and the link between two zones.
 from __future__ import annotations
 
 import math
-import random
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,7 +17,8 @@ from functools import cached_property
 from hetis.simulator.events import Events, FleetLinks, transfer
 from hetis.simulator.micro_batch import MicroBatch, SimulatedStageCopy
 from hetis.simulator.replica import Outside, ReplicaRun
-from hetis.simulator.values import Request, RequestLog, SaturatingSource, Settings
+from hetis.simulator.routers import RangeRouter, Router
+from hetis.simulator.values import Request, RequestLog, SaturatingSource
 from hetis.solver.check.replica_shapes import Fleet as Devices
 from hetis.solver.check.replica_shapes import slowest
 from hetis.solver.cluster import Link
@@ -26,104 +26,6 @@ from hetis.solver.errors import InvalidProblemError
 from hetis.solver.model import ModelSpec
 from hetis.solver.plan import Plan
 from hetis.solver.problem import PlacementProblem
-
-LONG_QUEUE_TOKENS = 2048  # the maximum size of a batch of prompts in Splitwise
-
-
-Router = Callable[[Sequence[ReplicaRun]], ReplicaRun]
-"""Chooses a replica from one or more that are up and accept prompts."""
-
-
-class _Turns:
-    """Smooth weighted round robin: each share of the turns is in proportion, as evenly as whole turns allow."""
-
-    def __init__(self, seed: int) -> None:
-        self._random = random.Random(seed)
-        self._credit: dict[int, float] = {}
-
-    def next(self, weights: Mapping[int, float]) -> int:
-        """Return the key whose turn is next."""
-        credit = self._credit
-        for number, weight in weights.items():
-            if number not in credit:
-                credit[number] = self._random.random() * weight  # so that turns do not always begin with the same key
-            credit[number] += weight
-        best = max(weights, key=credit.__getitem__)
-        credit[best] -= sum(weights.values())
-        return best
-
-
-class LeastWork:
-    """Router to the replica that would finish its requests and the new one first, at its planned rate.
-
-    The work of a prefill replica is not comparable with that of a unified one, which keeps its requests until they
-    have decoded: the former would look idle and be overloaded. The two kinds therefore take turns in proportion to
-    their planned rates, and the least work decides among replicas of the same kind.
-    """
-
-    def __init__(self, seed: int) -> None:
-        self._turns = _Turns(seed)
-
-    def __call__(self, replicas: Sequence[ReplicaRun]) -> ReplicaRun:
-        kinds: dict[int, list[ReplicaRun]] = {}
-        for replica in replicas:
-            kinds.setdefault(int(replica.decodes), []).append(replica)
-        if len(kinds) > 1:
-            rates = {kind: sum(replica.rate for replica in alike) for kind, alike in kinds.items()}
-            return min(kinds[self._turns.next(rates)], key=_work_s)
-        return min(replicas, key=_work_s)
-
-
-class Weighted:
-    """Router to all replicas in proportion to their planned rates, regardless of their queues."""
-
-    def __init__(self, seed: int) -> None:
-        self._turns = _Turns(seed)
-
-    def __call__(self, replicas: Sequence[ReplicaRun]) -> ReplicaRun:
-        by_number = {replica.number: replica for replica in replicas}
-        return by_number[self._turns.next({number: replica.rate for number, replica in by_number.items()})]
-
-
-def fewest_requests(replicas: Sequence[ReplicaRun]) -> ReplicaRun:
-    """Return the replica with the fewest requests waiting and running, regardless of its speed.
-
-    This is the controller of AlpaServe, with which HexGen evaluates its plans.
-    """
-    return min(replicas, key=lambda replica: replica.outstanding)
-
-
-def fewest_tokens(replicas: Sequence[ReplicaRun]) -> ReplicaRun:
-    """Return the prefill replica with the fewest waiting prompt tokens, or a unified one if it has a batch.
-
-    As in Splitwise: the shortest queue of the prompt pool, or the mixed pool if all of them are long. Without prefill
-    replicas, the shortest queue of the others.
-    """
-    prompt = [replica for replica in replicas if not replica.decodes]
-    mixed = [replica for replica in replicas if replica.decodes]
-    for pool in (prompt, mixed):
-        waiting = {replica.number: replica.waiting_tokens() for replica in pool}
-        shortest = min(pool, key=lambda replica: waiting[replica.number], default=None)
-        if shortest is not None and waiting[shortest.number] <= LONG_QUEUE_TOKENS:
-            return shortest
-    return min(prompt or mixed, key=ReplicaRun.waiting_tokens)
-
-
-def router_of(settings: Settings) -> Router:
-    """Return the router that the settings name."""
-    match settings.router:
-        case "least-work":
-            return LeastWork(settings.seed)
-        case "weighted":
-            return Weighted(settings.seed)
-        case "fewest-requests":
-            return fewest_requests
-        case "fewest-tokens":
-            return fewest_tokens
-
-
-def _work_s(replica: ReplicaRun) -> float:
-    return (replica.outstanding + 1) / replica.rate
 
 
 @dataclass(slots=True)
@@ -303,8 +205,8 @@ class SimulatedFleet(Outside):
     """
 
     def __init__(
-        self, replicas: Sequence[ReplicaRun], log: RequestLog, events: Events, router: Router
-    ) -> None:  # fmt: skip
+        self, replicas: Sequence[ReplicaRun], log: RequestLog, events: Events, router: Router | RangeRouter
+    ) -> None:
         self.replicas, self.log, self.events, self.router = replicas, log, events, router
         self.transfers: KvTransfers | None = None
         self.takers = [replica for replica in replicas if replica.batching.chunk_tokens and replica.rate > 0]
@@ -359,7 +261,7 @@ class SimulatedFleet(Outside):
         tokens = self.log.target[request]
         self._room[replica.number] = min(self._room[replica.number], tokens - 1)
         self._least_room = min(self._least_room, tokens - 1)
-        if any(room >= tokens for room in self._room.values()):
+        if any(self._room[one.number] >= tokens for one in self._serving(request)):
             self.events.at(now_s, self.route, request)
         else:
             self.log.reject(request)
@@ -379,14 +281,25 @@ class SimulatedFleet(Outside):
 
     def route(self, now_s: float, request: int) -> None:
         """Assign a request to a replica, to one with room for it if there is any."""
-        takers, tokens = self.takers, self.log.target[request]
+        takers, tokens = self._serving(request), self.log.target[request]
         if tokens > self._least_room:
             takers = [replica for replica in takers if self._room[replica.number] >= tokens] or takers
         up = [replica for replica in takers if replica.is_up]
-        if not up:
+        chosen: ReplicaRun | None = None
+        if isinstance(self.router, RangeRouter):
+            chosen = self.router.choose(up, self.log.prompt[request])
+        elif up:
+            chosen = self.router(up if len(up) < len(takers) else takers)
+        if chosen is None:
             self.held.append(request)
-            return
-        self.router(up if len(up) < len(takers) else takers).offer(now_s, request)
+        else:
+            chosen.offer(now_s, request)
+
+    def _serving(self, request: int) -> list[ReplicaRun]:
+        """Return the replicas that accept a request of its class."""
+        if not isinstance(self.router, RangeRouter):
+            return self.takers
+        return self.router.serving(self.takers, self.log.prompt[request])
 
     def route_held(self, now_s: float) -> None:
         """Route the held requests after a replica has returned."""

@@ -107,11 +107,10 @@ class Prediction:
 
 def prediction_of(plan: Plan) -> Prediction:
     """Return the plan's own predictions for the whole fleet."""
-    unified = sum(replica.rate for replica in plan.replicas if replica.role is Role.UNIFIED)
     decoding = [replica for replica in plan.replicas if replica.role is not Role.PREFILL]
     weight = sum(replica.rate for replica in decoding)
     return Prediction(
-        rate_rps=unified + sum(route.rate for route in plan.kv_routes),
+        rate_rps=plan.served_rate(),
         ttft_s=max((r.ttft_s for r in plan.replicas if r.role is not Role.DECODE), default=math.nan),
         tpot_s=sum(r.rate * r.tpot_s for r in decoding) / weight if weight else math.nan,
     )

@@ -11,10 +11,11 @@ import numpy as np
 
 from hetis.simulator.attention_workers import PoolCopy, PoolTiming, SharedCard
 from hetis.simulator.events import Events, FleetLinks
-from hetis.simulator.fleet import Faults, KvTransfers, SimulatedFleet, router_of
+from hetis.simulator.fleet import Faults, KvTransfers, SimulatedFleet
 from hetis.simulator.kv_memory import KvGrowth, KvRoom, card_room_bytes, group_blocks, rank_room_bytes
 from hetis.simulator.micro_batch import Apart, Greedy, Lockstep, SimulatedStageCopy
 from hetis.simulator.replica import Batching, ReplicaRun
+from hetis.simulator.routers import RangeRouter, router_of
 from hetis.simulator.timing import StageTiming
 from hetis.simulator.values import FloatArray, RequestLog, Requests, Run, SaturatingSource, Series, Settings
 from hetis.solver.check.rederive import Rederivation
@@ -52,12 +53,11 @@ class Builder:
         self.links = FleetLinks()
         self._log, self._events, self._settings = log, events, settings
         self.fleet = Fleet.of(problem.cluster)
-        workload = problem.workload.clipped_to(problem.model.max_position)
-        self.moments: WorkloadMoments = workload.moments(block_tokens=problem.assumptions.block_tokens)
-        self._growth = KvGrowth(problem.model, problem.assumptions.block_tokens)
+        self._moments = {names: problem.of_classes(names).moments() for names in problem.ranges()}
         self._derivation = Rederivation(problem)
-        self._problems: dict[str, PlacementProblem] = {}  # by GPU type, in its precision
-        self._timings: dict[tuple[StageShape, bool, bool, float, int], StageTiming] = {}
+        self._growth = KvGrowth(problem.model, problem.assumptions.block_tokens)
+        self._problems: dict[tuple[str, tuple[str, ...]], PlacementProblem] = {}  # by GPU type and classes
+        self._timings: dict[tuple[StageShape, bool, bool, float, int, tuple[str, ...]], StageTiming] = {}
 
     def replicas(self) -> list[ReplicaRun]:
         return [self._replica(number, one) for number, one in enumerate(self.plan.replicas)]
@@ -89,7 +89,7 @@ class Builder:
         b, chunk = one.micro_batch, math.ceil(one.chunk_tokens / _steps(one, self.problem.model))
         growing: int | None = None
         if b and self.problem.family.engine_settings:  # an engine may have more seats than there is room for KV
-            growing = batch_with_room(shape, self._derivation)
+            growing = batch_with_room(shape, self._derivation.serving(one.classes))
         if one.role is Role.PREFILL:
             ahead = chunk  # any number of prompts that fit in a chunk
         elif one.role is Role.DECODE:
@@ -100,7 +100,8 @@ class Builder:
             )
             ahead = max(1, math.ceil(arriving / one.in_flight))
         else:
-            prompt, iterations = self.moments.mean_computed, self.moments.mean_output / b
+            moments = self._moments[one.classes]
+            prompt, iterations = moments.mean_computed, moments.mean_output / b
             if self._settings.chunks == "paced":
                 chunk = min(chunk, max(1, math.ceil(PACE * prompt / iterations)))
             ahead = max(1, math.ceil(max(1.0, prompt / chunk) / max(iterations, prompt / chunk)))
@@ -112,7 +113,7 @@ class Builder:
     def _under_way(self, prefill: int) -> float:
         """Return the number of prompts that a prefill replica works on at once when its chunks are full."""
         one = self.plan.replicas[prefill]
-        return one.in_flight * max(1.0, one.chunk_tokens / self.moments.mean_computed)
+        return one.in_flight * max(1.0, one.chunk_tokens / self._moments[one.classes].mean_computed)
 
     def _sent(self, prefill: int) -> float:
         return sum(route.rate for route in self.plan.kv_routes if route.prefill == prefill)
@@ -124,13 +125,14 @@ class Builder:
         stage, stage_shape, problem = one.stages[position], shape.stages[position], self._problem_of(one)
         is_first, is_last = position == 0, position == len(one.stages) - 1
         steps = _steps(one, problem.model)
-        key = (stage_shape, is_first, is_last, steps, one.attention_dp)
+        key = (stage_shape, is_first, is_last, steps, one.attention_dp, one.classes)
         timing = self._timings.get(key)
         if timing is None:
             timing = self._timings[key] = StageTiming(
                 problem, stage_shape, is_first=is_first, is_last=is_last, steps=steps, attention_dp=one.attention_dp
             )
-        setting = Setting.of(self.problem, self.moments, shape)
+        moments = self._moments[one.classes]
+        setting = Setting.of(self.problem, moments, shape)
         rank_bytes = rank_room_bytes(setting, stage_shape, is_first=is_first, is_last=is_last)
         copies, most_blocks = [], problem.family.engine_settings.kv_blocks
         for copy in range(stage.copies):
@@ -147,7 +149,9 @@ class Builder:
                 num = len(pool.devices) // stage.copies
                 names = pool.devices[copy * num : (copy + 1) * num]
                 seats = one.micro_batch * one.in_flight / stage.copies
-                workers = self._pool_copy(problem, timing, pool, ranks, names, rank_bytes, shares, cards, seats)
+                workers = self._pool_copy(
+                    problem, timing, pool, ranks, names, rank_bytes, shares, cards, moments, seats
+                )
             track = f"replica {number}, stage {position + 1}, copy {copy + 1}: {ranks[0]}"
             copies.append(
                 SimulatedStageCopy(
@@ -164,15 +168,15 @@ class Builder:
         return copies
 
     def _problem_of(self, one: ReplicaPlan) -> PlacementProblem:
-        gpu = one.stages[0].gpu
-        if gpu not in self._problems:
-            self._problems[gpu] = self.problem.of_replica(one)
-        return self._problems[gpu]
+        key = one.stages[0].gpu, one.classes
+        if key not in self._problems:
+            self._problems[key] = self.problem.of_replica(one)
+        return self._problems[key]
 
     def _pool_copy(
         self, problem: PlacementProblem, timing: StageTiming, pool: AttentionWorkerPool, ranks: tuple[str, ...],
         names: tuple[str, ...], rank_bytes: float, shares: Mapping[str, float], cards: Mapping[str, SharedCard],
-        seats: float,
+        moments: WorkloadMoments, seats: float,
     ) -> PoolCopy:  # fmt: skip
         tp, model, planned = timing.shape.tp, problem.model, timing.shape.pool
         assert planned is not None, "the stage has these attention workers"
@@ -191,20 +195,20 @@ class Builder:
             log=self._log,
             events=self._events,
             settings=self._settings,
-            mean_output=self.moments.mean_output,
-            growth=self._kept_for_growth(seats),
+            mean_output=moments.mean_output,
+            growth=self._kept_for_growth(moments, seats),
             shared=tuple(cards[name] for name in names) if pool.shared else None,
             links=self.links,
         )
 
-    def _kept_for_growth(self, seats: float) -> int:
+    def _kept_for_growth(self, moments: WorkloadMoments, seats: float) -> int:
         """Return the tokens of room that a new request leaves for its output if this number of requests decode.
 
         As in the plan: the average output that a request holds, which is half of the mean output, plus its part of the
         excess of the joint reserve of all requests over this average. Room for the whole mean would leave 1/5 of 256
         seats empty.
         """
-        m, z = self.moments, self.problem.assumptions.kv_headroom_z
+        m, z = moments, self.problem.assumptions.kv_headroom_z
         return round(min(m.mean_output, m.mean_output / 2 + z * m.resident_context_sd / math.sqrt(seats)))
 
     def _blocks(self, timing: StageTiming, room_bytes: float, groups: int) -> int:
@@ -347,7 +351,10 @@ def simulate(plan: Plan, problem: PlacementProblem, requests: Requests, settings
     settings = settings or Settings()
     log, events = RequestLog(), Events()
     builder = Builder(plan, problem, log, events, settings)
-    fleet = SimulatedFleet(builder.replicas(), log, events, router_of(settings))
+    ranges = None
+    if plan.classes:
+        ranges = RangeRouter(plan, problem.workload, settings.seed, lambda: router_of(settings))
+    fleet = SimulatedFleet(builder.replicas(), log, events, router_of(settings) if ranges is None else ranges)
     if plan.kv_routes:
         fleet.transfers = KvTransfers(
             plan, problem, builder.fleet, fleet.replicas, log, events, fleet.route, builder.links,
@@ -364,6 +371,8 @@ def simulate(plan: Plan, problem: PlacementProblem, requests: Requests, settings
     if settings.sample_every_s is not None:
         sampler = Sampler(fleet.replicas, events, settings.sample_every_s)
     if isinstance(requests, SaturatingSource):
+        if plan.classes:
+            raise InvalidProblemError("a plan with classes of requests needs arrivals, which its router can choose for")
         fleet.serve_all(requests)
     else:
         fleet.serve(iter(requests))

@@ -24,13 +24,14 @@ from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from hetis.solver.cluster import Cluster, GpuSlots, GpuType, Link, Network, NodeGroup, node_of
 from hetis.solver.errors import BrokenProofError, InvalidProblemError
-from hetis.solver.plan import Plan, Role
+from hetis.solver.plan import Plan, Role, served_with_classes
 from hetis.solver.problem import PlacementProblem
 
+K = TypeVar("K")
 EXACT = 1e-6  # width, as a ratio to the larger value, below which an interval counts as a number
 CROSSING = 1e-5  # the same ratio, up to which an interval's ends may cross, since values and bounds are rounded
 
@@ -288,23 +289,34 @@ class _Site(NamedTuple):
 
     zone: str
     build: int
+    classes: tuple[str, ...]  # those of the requests that they serve
 
 
 @dataclass(slots=True)
 class _Rates:
     """Saturated requests/s: of unified replicas, and by site of local prefill, prefill for all zones, and decode."""
 
-    unified: float
+    unified: dict[tuple[str, ...], float]  # by the classes that they serve
     local: dict[_Site, float]
     afar: dict[_Site, float]
     decode: dict[_Site, float]
 
-    def served(self, routes: Mapping[tuple[_Site, _Site], float]) -> float:
-        """Return the rate that the replicas serve together, with flows between sites limited to ``routes``."""
-        return self.unified + max(self._flow(routes, afar_first=first) for first in (True, False))
+    def served(self, routes: Mapping[tuple[_Site, _Site], float], shares: Mapping[str, float]) -> float:
+        """Return the rate that the replicas serve together, with flows between sites limited to ``routes``.
 
-    def _flow(self, routes: Mapping[tuple[_Site, _Site], float], *, afar_first: bool) -> float:
-        local, afar, decode, total = dict(self.local), dict(self.afar), dict(self.decode), 0.0
+        ``shares`` are those of the requests' classes.
+        """
+        rates = dict(self.unified)
+        for classes in {site.classes for site in self.decode}:
+            flow = max(self._flow(routes, classes, afar_first=first) for first in (True, False))
+            rates[classes] = rates.get(classes, 0.0) + flow
+        return served_with_classes(shares, rates)
+
+    def _flow(
+        self, routes: Mapping[tuple[_Site, _Site], float], classes: tuple[str, ...], *, afar_first: bool
+    ) -> float:
+        local, afar, total = dict(self.local), dict(self.afar), 0.0
+        decode = {site: rate for site, rate in self.decode.items() if site.classes == classes}
 
         def inside() -> float:
             flows = 0.0
@@ -347,7 +359,7 @@ def _worst(plan: Plan, problem: PlacementProblem, place_of: Callable[[str, str],
     home = list[_Site]()
     for number, replica in enumerate(plan.replicas):
         nodes = dict.fromkeys(node_of(name) for name in replica.devices())
-        home.append(_Site(zones[next(iter(nodes))], builds[replica.stages[0].gpu]))
+        home.append(_Site(zones[next(iter(nodes))], builds[replica.stages[0].gpu], replica.classes))
         for place in dict.fromkeys(place_of(node, zones[node]) for node in nodes):
             on[place].append(number)
     routes = defaultdict[tuple[_Site, _Site], float](float)
@@ -355,10 +367,10 @@ def _worst(plan: Plan, problem: PlacementProblem, place_of: Callable[[str, str],
         if home[route.prefill] != home[route.decode]:
             routes[home[route.prefill], home[route.decode]] += route.rate
     everything = _rates(plan, home, range(len(plan.replicas)))
-    whole = everything.unified + sum(route.rate for route in plan.kv_routes)
+    whole, shares = plan.served_rate(), plan.class_shares()
     if not whole > 0.0:
         return None
-    found = {place: _without(everything, plan, home, lost).served(routes) for place, lost in on.items()}
+    found = {place: _without(everything, plan, home, lost).served(routes, shares) for place, lost in on.items()}
     name = min(found, key=lambda place: found[place])
     return Loss(name=name, rate=min(whole, found[name]), whole=whole)
 
@@ -372,11 +384,11 @@ def _build_numbers(plan: Plan, problem: PlacementProblem) -> dict[str, int]:
 
 
 def _rates(plan: Plan, home: list[_Site], which: Iterable[int]) -> _Rates:
-    rates = _Rates(0.0, {}, {}, {})
+    rates = _Rates({}, {}, {}, {})
     for number in which:
         replica, site = plan.replicas[number], home[number]
         if replica.role is Role.UNIFIED:
-            rates.unified += replica.rate
+            rates.unified[replica.classes] = rates.unified.get(replica.classes, 0.0) + replica.rate
             continue
         sends_afar = any(there != site.zone for there in replica.kv_zones)
         side = rates.decode if replica.role is Role.DECODE else rates.afar if sends_afar else rates.local
@@ -387,11 +399,11 @@ def _rates(plan: Plan, home: list[_Site], which: Iterable[int]) -> _Rates:
 def _without(whole: _Rates, plan: Plan, home: list[_Site], lost: list[int]) -> _Rates:
     gone = _rates(plan, home, lost)
 
-    def rest(all_of: Mapping[_Site, float], less: Mapping[_Site, float]) -> dict[_Site, float]:
+    def rest(all_of: Mapping[K, float], less: Mapping[K, float]) -> dict[K, float]:
         return {site: max(0.0, rate - less.get(site, 0.0)) for site, rate in all_of.items()}
 
     return _Rates(
-        max(0.0, whole.unified - gone.unified),
+        rest(whole.unified, gone.unified),
         rest(whole.local, gone.local),
         rest(whole.afar, gone.afar),
         rest(whole.decode, gone.decode),

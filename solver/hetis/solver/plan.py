@@ -124,6 +124,8 @@ class ReplicaPlan:
 
     A prefill replica decodes nothing: its ``micro_batch`` and ``tpot_s`` are 0, and it may send KV to decode replicas
     in ``kv_zones``. A decode replica prefills nothing: its ``chunk_tokens`` and ``ttft_s`` are 0.
+
+    It serves the requests of its ``classes`` only, with their mix, of which its rate and latencies are; empty: all.
     """
 
     rate: float
@@ -139,6 +141,7 @@ class ReplicaPlan:
     expert_parallel: bool = False
     kv_zones: tuple[str, ...] = ()
     max_num_seqs: int = 0
+    classes: tuple[str, ...] = ()
 
     @property
     def planned_seats(self) -> int:
@@ -191,6 +194,31 @@ class KvRoute:
     prefill: int
     decode: int
     rate: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClassShare:
+    """A class of requests by prompt length, the share of all requests that it has, and its longest prompt.
+
+    ``max_prompt_tokens`` of the last class is None.
+    """
+
+    name: str
+    share: float
+    max_prompt_tokens: int | None = None
+
+
+def served_with_classes(shares: Mapping[str, float], rates: Mapping[tuple[str, ...], float]) -> float:
+    """Return the requests/s of all classes that pools serve together, each class in its share.
+
+    A pool whose ``rates`` are those of its classes' mix can give them in that mix only, so that every class has the sum
+    of (rate over share of the pool's classes) over the pools that serve it, and the least of these is served of all. A
+    pool named by no class serves all.
+    """
+    if not shares:
+        return sum(rates.values())
+    of_all = {names: rate / (sum(shares[name] for name in names) or 1.0) for names, rate in rates.items()}
+    return min(sum(rate for names, rate in of_all.items() if not names or name in names) for name in shares)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -254,6 +282,7 @@ class Plan:
     runners_up: tuple[RunnerUp, ...] = ()
     notes: tuple[str, ...] = ()
     inputs: Mapping[str, Any] = field(default_factory=dict)
+    classes: tuple[ClassShare, ...] = ()  # empty: every replica serves all requests
 
     def devices(self) -> tuple[str, ...]:
         """Return every GPU that the plan uses."""
@@ -261,8 +290,27 @@ class Plan:
 
     def served_rate(self) -> float:
         """Return saturated requests/s of the whole plan: those of its unified replicas, and those of its routes."""
-        unified = sum(replica.rate for replica in self.replicas if replica.role is Role.UNIFIED)
-        return unified + sum(route.rate for route in self.kv_routes)
+        return served_with_classes(self.class_shares(), self.rates_by_classes())
+
+    def class_shares(self) -> dict[str, float]:
+        """Return the share of the requests in each class, by name; empty without classes."""
+        return {one.name: one.share for one in self.classes}
+
+    def pool_share(self, classes: tuple[str, ...]) -> float:
+        """Return the share of all requests that the classes of a pool have; 1 if it serves all."""
+        shares = self.class_shares()
+        return sum(shares[name] for name in classes) if classes else 1.0
+
+    def rates_by_classes(self) -> dict[tuple[str, ...], float]:
+        """Return the saturated requests/s of the replicas that serve the same classes, by these."""
+        rates = dict[tuple[str, ...], float]()
+        for replica in self.replicas:
+            if replica.role is Role.UNIFIED:
+                rates[replica.classes] = rates.get(replica.classes, 0.0) + replica.rate
+        for route in self.kv_routes:
+            classes = self.replicas[route.prefill].classes
+            rates[classes] = rates.get(classes, 0.0) + route.rate
+        return rates
 
     def other_tenants(self) -> dict[str, tuple[str, ...]]:
         """Return the GPUs of the fleet that every other tenant holds, by name; empty if the plan has it to itself.

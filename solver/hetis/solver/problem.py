@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
@@ -21,7 +21,7 @@ from hetis.solver.constraints import (
 from hetis.solver.errors import InvalidProblemError
 from hetis.solver.model import ModelSpec
 from hetis.solver.node_links import NodeLinks, node_links_of
-from hetis.solver.plan import Objective, ReplicaPlan, Role
+from hetis.solver.plan import ClassShare, Objective, ReplicaPlan, Role
 from hetis.solver.plugin_time import NO_PLUGIN, PluginTime
 from hetis.solver.profile import Profile
 from hetis.solver.rank_memory import RankKind, RankMemories, RankMemory
@@ -394,6 +394,8 @@ class PlacementProblem:
     def describe_family(self) -> str:
         """Return the plans that are searched in one sentence: those of the family that meet the constraints."""
         parts = [self.family.describe(self.model), *([APART] if len(self.builds()) > 1 else ())]
+        if self.workload.classes:
+            parts.append(f"for all requests, or those of one of the classes {', '.join(self.workload.shares())}")
         if self.cluster.network.between_nodes:
             links = node_links_of(self.cluster, self.nodes_left_out())
             parts += [OWN_LINKS] if links.between else []
@@ -466,8 +468,37 @@ class PlacementProblem:
         return replace(self, model=self.model.on(gpu)) if self.model.precisions else self
 
     def of_replica(self, replica: ReplicaPlan) -> PlacementProblem:
-        """Return the problem with the model in the precision of this replica."""
-        return self.in_precision_of(replica.stages[0].gpu)
+        """Return the problem of this replica: with the model in its precision, and the requests of its classes."""
+        return self.of_classes(replica.classes).in_precision_of(replica.stages[0].gpu)
+
+    def of_classes(self, names: Collection[str] = ()) -> PlacementProblem:
+        """Return the problem of replicas for the requests of some classes of the workload (none named: of all).
+
+        They keep the strictest limits of these classes.
+        """
+        workload = self.workload
+        if not workload.classes:
+            return self
+        own = [one for one in workload.classes if not names or one.name in names]
+        ttft, tpot = self.objective.ttft_limit_s, self.objective.tpot_limit_s
+        objective = replace(
+            self.objective,
+            ttft_limit_s=strictest(ttft if one.ttft_limit_s is None else one.ttft_limit_s for one in own),
+            tpot_limit_s=strictest(tpot if one.tpot_limit_s is None else one.tpot_limit_s for one in own),
+        )
+        return replace(self, workload=workload.of_classes(names), objective=objective)
+
+    def class_shares(self) -> tuple[ClassShare, ...]:
+        """Return the classes of the workload with their shares of the requests."""
+        shares = self.workload.shares()
+        return tuple(
+            ClassShare(name=one.name, share=shares[one.name], max_prompt_tokens=one.max_prompt_tokens)
+            for one in self.workload.classes
+        )
+
+    def ranges(self) -> tuple[tuple[str, ...], ...]:
+        """Return the classes that a pool may serve: all of them, written as none, or a single one."""
+        return ((), *((one.name,) for one in self.workload.classes))
 
     def in_shared_precision(self) -> PlacementProblem:
         """Return the problem in a single precision if all GPUs that may compute layers hold the model in the same."""
@@ -482,6 +513,9 @@ class PlacementProblem:
             raise InvalidProblemError(
                 f"{self.model.name} has several precisions, which published heuristics do not know: they plan for one"
             )
+        for name, share in self.workload.shares().items():
+            if not share:
+                raise InvalidProblemError(f"class {name} of workload {self.workload.name} has no requests")
         for group in self.cluster.node_groups:
             for slots in group.gpus:
                 if slots.gpu not in self.profiles:
@@ -489,6 +523,11 @@ class PlacementProblem:
         if unknown := goal.without_cost(self.cluster):
             types = ", ".join(f"{gpu} (node {node})" for gpu, node in unknown.items())
             raise InvalidProblemError(f"objective {self.objective.kind} needs {goal.unknown} for {types}")
+
+
+def strictest(limits: Iterable[float | None]) -> float | None:
+    """Return the least of some limits, of which None is no limit."""
+    return min((one for one in limits if one is not None), default=None)
 
 
 def without_selected(out: Sequence[Selection], group: NodeGroup, node: str) -> NodeGroup:

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left, bisect_right
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
+from typing import Any
 
 from hetis.solver.errors import InvalidProblemError
 from hetis.solver.workload import LengthBin, Workload
@@ -71,9 +72,9 @@ class Histogram:
             raise InvalidProblemError(
                 f"a histogram has {len(self.counts)} counts, must be {len(self.scale.edges) + 1} for {self.scale.unit}"
             )
-        for value in (*self.counts, self.total):
-            if not 0 <= value < math.inf:
-                raise InvalidProblemError(f"a histogram of {self.scale.unit} has {value}, must be >= 0 and finite")
+        if not (min(self.counts) >= 0 and 0 <= sum(self.counts) + self.total < math.inf and self.total >= 0):
+            wrong = next((one for one in (*self.counts, self.total) if not 0 <= one < math.inf), math.inf)
+            raise InvalidProblemError(f"a histogram of {self.scale.unit} has {wrong}, must be >= 0 and finite")
 
     @classmethod
     def of_buckets(cls, scale: Scale, buckets: Mapping[float, float], total: float) -> Histogram:
@@ -96,6 +97,27 @@ class Histogram:
             counts[bucket] += added
             low = max(low, bound)
         return cls(scale=scale, counts=tuple(counts), total=max(0.0, total))
+
+    @classmethod
+    def of_values(cls, scale: Scale, values: Iterable[float]) -> Histogram:
+        counts, total = [0.0] * (len(scale.edges) + 1), 0.0
+        for value in values:
+            counts[bisect_left(scale.edges, value)] += 1
+            total += value
+        return cls(scale=scale, counts=tuple(counts), total=total)
+
+    @classmethod
+    def unpacked(cls, scale: Scale, first: int, counts: Sequence[float], total: float) -> Histogram:
+        """Return what `packed` gave. Raises InvalidProblemError if the scale has no such buckets."""
+        behind = len(scale.edges) + 1 - first - len(counts)
+        if behind < 0:
+            raise InvalidProblemError(f"a histogram of {scale.unit} has {-behind} counts beyond its scale")
+        return cls(scale=scale, counts=(*[0.0] * first, *counts, *[0.0] * behind), total=total)
+
+    def packed(self) -> dict[str, Any]:
+        """Return the first bucket with values, the counts from there to the last with any, and their sum."""
+        filled = [k for k, n in enumerate(self.counts) if n] or [0, -1]
+        return {"first": filled[0], "counts": self.counts[filled[0] : filled[-1] + 1], "total": self.total}
 
     @property
     def count(self) -> float:
@@ -207,6 +229,16 @@ class TrafficSketch:
             if (found := getattr(self, name).scale) != SCALES[name]:
                 raise InvalidProblemError(f"{name} of a sketch is in {found.unit}, must be in {SCALES[name].unit}")
 
+    def packed(self) -> dict[str, Any]:
+        """Return the fields of the message `Traffic`."""
+        histograms = {name: getattr(self, name).packed() for name in SCALES if getattr(self, name).count}
+        return {
+            "observed_s": self.seconds,
+            "arrivals": self.arrivals,
+            "cached_tokens": self.cached_tokens,
+            **histograms,
+        }
+
     @property
     def rate_per_s(self) -> float:
         """Arrivals per second; 0 if nothing was observed."""
@@ -277,3 +309,27 @@ SCALES = {
     "wait_s": SECONDS,
 }
 _ADDED = ("arrivals", "cached_tokens", *SCALES)
+
+
+class TrafficCounter:
+    """The traffic of an engine since its start, which it counts request by request."""
+
+    def __init__(self) -> None:
+        self.num_arrivals = 0
+        self._counted = TrafficSketch()
+        self._values = {name: list[float]() for name in SCALES}
+
+    def add(self, **values: float) -> None:
+        """Count values by the names of their histograms, such as ``ttft_s=0.3``."""
+        for name, value in values.items():
+            self._values[name].append(value)
+
+    def sketch(self, now_s: float) -> TrafficSketch:
+        """Return a cumulative reading."""
+        counted = {
+            name: getattr(self._counted, name) + Histogram.of_values(SCALES[name], values)
+            for name, values in self._values.items()
+        }
+        self._values = {name: [] for name in SCALES}
+        self._counted = TrafficSketch(seconds=now_s, arrivals=self.num_arrivals, **counted)
+        return self._counted

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -34,10 +34,53 @@ class LengthBin:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class RequestClass:
+    """Requests whose prompts are longer than those of the class before, and have at most ``max_prompt_tokens``.
+
+    Attributes:
+        max_prompt_tokens: None: prompts of any length, in the last class only.
+        ttft_limit_s, tpot_limit_s: limits of this class; None: those of the objective.
+    """
+
+    name: str
+    max_prompt_tokens: int | None = None
+    ttft_limit_s: float | None = None
+    tpot_limit_s: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.max_prompt_tokens is not None and self.max_prompt_tokens < 1:
+            raise InvalidProblemError(f"class {self.name}: max_prompt_tokens is {self.max_prompt_tokens}, must be >= 1")
+        for name, limit in (("TTFT", self.ttft_limit_s), ("TPOT", self.tpot_limit_s)):
+            if limit is not None and not (limit > 0 and math.isfinite(limit)):
+                message = f"the {name} limit is {limit:g}, must be above 0 and finite"
+                raise InvalidProblemError(f"class {self.name}: {message}")
+
+
+def misfits_of_classes(classes: Sequence[RequestClass]) -> list[tuple[int, str]]:
+    """Return what is wrong with classes of a workload, each problem with the number of its class."""
+    found, seen = list[tuple[int, str]](), set[str]()
+    for number, one in enumerate(classes):
+        before, most = classes[number - 1].max_prompt_tokens if number else 0, one.max_prompt_tokens
+        if one.name in seen:
+            found.append((number, f"a second class is named {one.name}"))
+        seen.add(one.name)
+        if number + 1 < len(classes) and most is None:
+            found.append((number, "max_prompt_tokens is missing: only the last class has prompts of any length"))
+        elif number + 1 == len(classes) and most is not None:
+            found.append((number, f"max_prompt_tokens is {most}, the last class must have none: any length is in it"))
+        elif most is not None and before is not None and most <= before:
+            found.append((number, f"max_prompt_tokens is {most}, must be above {before} of the class before"))
+    if len(classes) == 1:
+        found.append((0, "is the only class: there must be 2 or more, or none"))
+    return found
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Workload:
     """Joint distribution of prompt and output lengths.
 
     Attributes:
+        classes: classes by prompt length, the shortest first, that replicas may be limited to; empty: none.
         rate_rps: arrival rate of the source, if it has one.
         clipped_ratio: share of the requests that were shortened to fit.
         prefix_hit_rate: share h of each prompt's tokens whose KV its replica already has, in a prefix cache. At least
@@ -49,10 +92,13 @@ class Workload:
     rate_rps: float | None = None
     clipped_ratio: float = 0.0
     prefix_hit_rate: float = 0.0
+    classes: tuple[RequestClass, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.bins:
             raise InvalidProblemError(f"workload {self.name} has no requests")
+        for number, wrong in misfits_of_classes(self.classes):
+            raise InvalidProblemError(f"class {self.classes[number].name} of {self.name}: {wrong}")
         if not 0 <= self.prefix_hit_rate < 1:
             raise InvalidProblemError(f"prefix_hit_rate of {self.name} is {self.prefix_hit_rate}, must be >= 0 and < 1")
 
@@ -70,6 +116,32 @@ class Workload:
             bins.append(LengthBin(prompt_tokens=prompt, output_tokens=output, weight=b.weight))
         ratio = 1.0 - (1.0 - self.clipped_ratio) * (1.0 - cut / total)
         return replace(self, bins=tuple(bins), clipped_ratio=ratio)
+
+    def class_of(self, prompt_tokens: float) -> RequestClass:
+        """Return the class of a request; the workload has classes."""
+        bounds = (math.inf if one.max_prompt_tokens is None else one.max_prompt_tokens for one in self.classes)
+        return next(one for one, most in zip(self.classes, bounds, strict=True) if prompt_tokens <= most)
+
+    def shares(self) -> dict[str, float]:
+        """Return the share of the requests in each class, by name."""
+        found = dict.fromkeys((one.name for one in self.classes), 0.0)
+        for b in self.bins if self.classes else ():
+            found[self.class_of(b.prompt_tokens).name] += b.weight
+        total = sum(found.values())
+        return {name: weight / total for name, weight in found.items()}
+
+    def of_classes(self, names: Collection[str]) -> Workload:
+        """Return the requests of some classes (none named: of all), without classes.
+
+        Raises:
+            InvalidProblemError: there is no such class, or it has no requests.
+        """
+        if unknown := sorted(set(names) - {one.name for one in self.classes}):
+            raise InvalidProblemError(f"workload {self.name} has no class {unknown[0]}")
+        bins = tuple(b for b in self.bins if not names or self.class_of(b.prompt_tokens).name in names)
+        if not bins:
+            raise InvalidProblemError(f"class {', '.join(names)} of workload {self.name} has no requests")
+        return replace(self, bins=bins, classes=())
 
     def moments(self, *, block_tokens: int = 16) -> WorkloadMoments:
         """Return the averages that the cost model uses; see `WorkloadMoments`."""

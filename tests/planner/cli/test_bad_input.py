@@ -48,13 +48,6 @@ def messages(*arguments: str) -> tuple[int, str]:
     return code, err.getvalue()
 
 
-@pytest.mark.parametrize("path", BAD_FILES, ids=lambda path: path.name)
-def test_validate_does_not_stumble_over_a_broken_file(path: Path) -> None:
-    code, err = messages("validate", str(path))
-    assert code in {0, 2}
-    assert "internal error" not in err
-
-
 @pytest.mark.parametrize("verb", ["check", "explain"])
 @pytest.mark.parametrize("path", ABOUT_PLANS, ids=lambda path: path.name)
 def test_no_verb_about_plans_stumbles_over_a_broken_file(verb: str, path: Path) -> None:
@@ -70,19 +63,7 @@ json_values = st.recursive(
 )
 
 
-@settings(max_examples=60, deadline=None)
-@given(st.binary(max_size=200))
-def test_random_bytes_are_refused_with_a_message(content: bytes) -> None:
-    with tempfile.NamedTemporaryFile(suffix=".yaml") as file:
-        Path(file.name).write_bytes(content)
-        for verb in ("validate", "check"):
-            code, err = messages(verb, file.name)
-            assert code == 2
-            assert err
-            assert "internal error" not in err
-
-
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(st.data())
 def test_a_plan_with_one_part_replaced_is_judged_not_crashed_on(data: st.DataObject) -> None:
     document = json.loads(dump(GOOD, "json"))

@@ -8,10 +8,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from _pytest.capture import CaptureResult
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from hetis.formats.documents import dump
 from hetis.planner.cli.app import run
+from hetis.planner.cli.exit_codes import ExitCode
 from hetis.v1 import (
     change_pb2,
     cluster_pb2,
@@ -26,7 +28,7 @@ from tests.planner.plans import plan
 
 EXAMPLES = Path(__file__).parents[3] / "examples"
 
-Run = Callable[..., int]
+Run = Callable[..., CaptureResult[str]]
 
 
 @pytest.fixture
@@ -127,11 +129,28 @@ def saved_plan(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def hetis_plan(planner: FakePlanner, monkeypatch: pytest.MonkeyPatch) -> Run:
-    """Run a command line against the planner, in this process, at 80 columns without colours."""
+def anywhere(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """Run a command line in this process at 80 columns without colours, and return its output.
+
+    It must end with ``code``.
+    """
     monkeypatch.setenv("COLUMNS", "80")
     monkeypatch.setenv("NO_COLOR", "1")
-    monkeypatch.setenv("HETIS_SERVER", planner.address)
     monkeypatch.setattr("hetis.planner.client.channels.SLOW_AFTER_S", 60.0)  # not because the machine is busy
     monkeypatch.delenv("HETIS_DEBUG", raising=False)
-    return lambda *arguments: run(list(arguments))
+
+    def call(*arguments: str, code: ExitCode = ExitCode.OK) -> CaptureResult[str]:
+        capsys.readouterr()
+        found = run(list(arguments))
+        said = capsys.readouterr()
+        assert found == code, said.err
+        return said
+
+    return call
+
+
+@pytest.fixture
+def hetis_plan(anywhere: Run, planner: FakePlanner, monkeypatch: pytest.MonkeyPatch) -> Run:
+    """Run a command line against the fake planner."""
+    monkeypatch.setenv("HETIS_SERVER", planner.address)
+    return anywhere

@@ -17,37 +17,32 @@ from hetis.planner.cli.server.waiting import line_of
 from hetis.v1 import failure_pb2, plan_pb2, plan_service_pb2
 from tests.command_line import environment, with_ctrl_c
 from tests.planner.cli_server.conftest import Run
-from tests.planner.cli_server.test_changing_verbs import PROBLEM, Captured, last_request
+from tests.planner.cli_server.test_changing_verbs import PROBLEM, last_request
 from tests.planner.client.fake_planner import FakePlanner, refuse, result, searching
 from tests.planner.command_line import COMMAND
 
 
-def test_going_back_names_the_plan_in_force(fleet: FakePlanner, hetis_plan: Run, capsys: Captured) -> None:
-    assert hetis_plan("rollback", "--dry-run") == ExitCode.OK
+def test_going_back_names_the_plan_in_force(fleet: FakePlanner, hetis_plan: Run) -> None:
+    hetis_plan("rollback", "--dry-run")
     assert fleet.clusters["clusters/paper"].active_plan == "plans/night"
-    assert hetis_plan("rollback") == ExitCode.OK
-    assert "rolling back from plans/night to plans/day" in capsys.readouterr().err
+    assert "rolling back from plans/night to plans/day" in hetis_plan("rollback").err
     assert last_request(fleet, plan_service_pb2.RollbackPlanRequest).name == "plans/night"
-    assert hetis_plan("rollback", "night") == ExitCode.CONFLICT
-    assert "activate another plan" in capsys.readouterr().err
+    assert "activate another plan" in hetis_plan("rollback", "night", code=ExitCode.CONFLICT).err
 
 
-def test_without_a_plan_in_force_there_is_no_way_back(fleet: FakePlanner, hetis_plan: Run, capsys: Captured) -> None:
+def test_without_a_plan_in_force_there_is_no_way_back(fleet: FakePlanner, hetis_plan: Run) -> None:
     fleet.clusters["clusters/paper"].active_plan = ""
-    assert hetis_plan("rollback") == ExitCode.CONFLICT
-    assert capsys.readouterr().err == "error: clusters/paper has no plan in force\n"
+    assert hetis_plan("rollback", code=ExitCode.CONFLICT).err == "error: clusters/paper has no plan in force\n"
 
 
-def test_cancelling_keeps_the_best_so_far(planner: FakePlanner, hetis_plan: Run, capsys: Captured) -> None:
+def test_cancelling_keeps_the_best_so_far(planner: FakePlanner, hetis_plan: Run) -> None:
     for name, answer in (("plans/a", True), ("plans/b", False)):
         planner.plans[name] = plan_pb2.Plan(name=name, state=plan_pb2.PLAN_STATE_SOLVING)
         if answer:
             planner.plans[name].result.value = 1.5
             planner.plans[name].result.unit = "requests/s"
-    assert hetis_plan("cancel", "a") == ExitCode.OK
-    assert "CANCELLED" in capsys.readouterr().out
-    assert hetis_plan("cancel", "plans/b") == ExitCode.NO_PLAN
-    assert "was cancelled and has no plan" in capsys.readouterr().err
+    assert "CANCELLED" in hetis_plan("cancel", "a").out
+    assert "was cancelled and has no plan" in hetis_plan("cancel", "plans/b", code=ExitCode.NO_PLAN).err
 
 
 @pytest.mark.parametrize(
@@ -59,16 +54,15 @@ def test_cancelling_keeps_the_best_so_far(planner: FakePlanner, hetis_plan: Run,
     ],
 )
 def test_what_cannot_be_withdrawn_is_gone_back_from(
-    fleet: FakePlanner, hetis_plan: Run, capsys: Captured, activation: str, said: str
+    fleet: FakePlanner, hetis_plan: Run, activation: str, said: str
 ) -> None:
     fleet.plans["plans/night"].activation = plan_pb2.ActivationState.Value(f"ACTIVATION_STATE_{activation}")
-    assert hetis_plan("cancel", "night") == ExitCode.CONFLICT  # and does not wait until it is up
-    told = capsys.readouterr().err
+    shown = hetis_plan("cancel", "night", code=ExitCode.CONFLICT)  # and does not wait until it is up
+    told = shown.err
     assert said in told
     assert "go back to it: hetis-plan rollback plans/night\n" in told
     fleet.clusters["clusters/paper"].earlier_plan = ""
-    assert hetis_plan("cancel", "night") == ExitCode.CONFLICT
-    told = capsys.readouterr().err
+    told = hetis_plan("cancel", "night", code=ExitCode.CONFLICT).err
     assert said in told
     assert "rollback" not in told, "there is nothing to go back to"
     assert "activate another plan: hetis-plan apply --activate PLAN\n" in told
@@ -91,7 +85,7 @@ def test_what_cannot_be_withdrawn_is_gone_back_from(
     ],
 )
 def test_the_ways_out_of_a_failed_activation_are_those_that_exist(
-    fleet: FakePlanner, hetis_plan: Run, capsys: Captured, earlier: str, num_serving: int, ways_out: list[str]
+    fleet: FakePlanner, hetis_plan: Run, earlier: str, num_serving: int, ways_out: list[str]
 ) -> None:
     """In the past a rollback was advised although no plan had been in force before."""
     failure = failure_pb2.Failure(reason=failure_pb2.ERROR_REASON_ENGINE_CANNOT, message="no engine")
@@ -100,26 +94,24 @@ def test_the_ways_out_of_a_failed_activation_are_those_that_exist(
     fleet.plans["plans/night"].activation_progress.CopyFrom(
         plan_pb2.ActivationProgress(num_serving=num_serving, num_failed=1, failure=failure)
     )
-    assert hetis_plan("watch", "night") == ExitCode.INTERNAL
+    shown = hetis_plan("watch", "night", code=ExitCode.INTERNAL)
     error = "error: plans/night could not be activated: no engine (ENGINE_CANNOT)\n"
-    _, found, after = capsys.readouterr().err.partition(error)
+    _, found, after = shown.err.partition(error)
     assert found
     assert after == "".join(f"  {line}\n" for line in ways_out)
 
 
-def test_an_activation_that_someone_withdraws_is_a_conflict(
-    fleet: FakePlanner, hetis_plan: Run, capsys: Captured
-) -> None:
+def test_an_activation_that_someone_withdraws_is_a_conflict(fleet: FakePlanner, hetis_plan: Run) -> None:
     def withdraw(method: str, _context: Any) -> None:
         if method == "WatchPlan":
             fleet.plans["plans/day"].activation = plan_pb2.ACTIVATION_STATE_INACTIVE
 
     fleet.fail = withdraw
-    assert hetis_plan("apply", "--activate", "plans/day") == ExitCode.CONFLICT
-    assert "error: plans/day is not in force: its activation was cancelled" in capsys.readouterr().err
+    shown = hetis_plan("apply", "--activate", "plans/day", code=ExitCode.CONFLICT)
+    assert "error: plans/day is not in force: its activation was cancelled" in shown.err
 
 
-def test_a_way_out_of_an_activation_is_named(fleet: FakePlanner, hetis_plan: Run, capsys: Captured) -> None:
+def test_a_way_out_of_an_activation_is_named(fleet: FakePlanner, hetis_plan: Run) -> None:
     metadata = {"cluster": "clusters/paper", "plan": "plans/a"}
     for reason in ("ACTIVATION_IN_PROGRESS", "NO_EARLIER_PLAN"):
         fleet.fail = lambda method, context, reason=reason: (  # type: ignore[misc]
@@ -127,8 +119,7 @@ def test_a_way_out_of_an_activation_is_named(fleet: FakePlanner, hetis_plan: Run
             if method in ("ActivatePlan", "RollbackPlan")
             else None
         )
-        assert hetis_plan("rollback", "night") == ExitCode.CONFLICT
-        assert "hetis-plan cancel plans/a\n" in capsys.readouterr().err
+        assert "hetis-plan cancel plans/a\n" in hetis_plan("rollback", "night", code=ExitCode.CONFLICT).err
 
 
 @pytest.mark.parametrize(
@@ -161,15 +152,14 @@ def test_the_progress_of_an_activation_names_the_nodes_that_hold_it_up(
     ],
 )
 def test_what_an_operator_cancels_is_neither_activated_nor_saved(
-    planner: FakePlanner, hetis_plan: Run, capsys: Captured, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    planner: FakePlanner, hetis_plan: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     more: list[str], undone: str,
 ) -> None:  # fmt: skip
     """In the past `apply --activate` put the best plan so far in force, against the will of the one who cancelled."""
     monkeypatch.chdir(tmp_path)
     cancelled = plan_pb2.Plan(state=plan_pb2.PLAN_STATE_CANCELLED, result=result())
     planner.searches = [(0.0, searching(1.2, 1.7)), (0.0, cancelled)]
-    assert hetis_plan("apply", *PROBLEM, "--name", "night", *more) == ExitCode.CONFLICT
-    captured = capsys.readouterr()
+    captured = hetis_plan("apply", *PROBLEM, "--name", "night", *more, code=ExitCode.CONFLICT)
     assert "CANCELLED" in captured.out
     assert f"error: the search for plans/night was cancelled: its best plan so far was kept{undone}\n" in captured.err
     assert "  activate it nevertheless: hetis-plan apply --activate plans/night\n" in captured.err
@@ -178,7 +168,7 @@ def test_what_an_operator_cancels_is_neither_activated_nor_saved(
 
 
 def test_what_is_left_to_do_after_a_search_is_told_if_the_planner_cannot_be_reached(
-    planner: FakePlanner, hetis_plan: Run, capsys: Captured, monkeypatch: pytest.MonkeyPatch
+    planner: FakePlanner, hetis_plan: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In the past only how to follow it, which does not activate it."""
 
@@ -193,11 +183,10 @@ def test_what_is_left_to_do_after_a_search_is_told_if_the_planner_cannot_be_reac
     activate = "  activate it once it is solved: hetis-plan apply --activate plans/night\n"
     save = "  save it once it is solved: hetis-plan apply plans/night --out FILE\n"
     cancel = "  cancel it: hetis-plan cancel plans/night\n"
-    assert hetis_plan("apply", *PROBLEM, "--name", "night", "--activate", "--out", "p.json") == ExitCode.UNREACHABLE
-    assert follow + activate + save + cancel in capsys.readouterr().err
+    shown = hetis_plan("apply", *PROBLEM, "--name", "night", "--activate", "--out", "p.json", code=ExitCode.UNREACHABLE)
+    assert follow + activate + save + cancel in shown.err
     planner.plans.clear()
-    assert hetis_plan("apply", *PROBLEM, "--name", "night") == ExitCode.UNREACHABLE
-    assert follow + cancel in capsys.readouterr().err
+    assert follow + cancel in hetis_plan("apply", *PROBLEM, "--name", "night", code=ExitCode.UNREACHABLE).err
 
 
 def test_ctrl_c_leaves_the_plan_running_and_says_how_to_go_on(planner: FakePlanner) -> None:

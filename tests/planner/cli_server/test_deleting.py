@@ -15,8 +15,6 @@ from hetis.v1 import cluster_pb2
 from tests.planner.cli_server.conftest import Run
 from tests.planner.client.fake_planner import FakePlanner, refuse
 
-Captured = pytest.CaptureFixture[str]
-
 
 @pytest.mark.parametrize(
     ("words", "deleted"),
@@ -30,33 +28,29 @@ Captured = pytest.CaptureFixture[str]
     ],
 )
 def test_resources_are_named_as_in_get(
-    fleet: FakePlanner, hetis_plan: Run, capsys: Captured, words: list[str], deleted: list[str]
+    fleet: FakePlanner, hetis_plan: Run, words: list[str], deleted: list[str]
 ) -> None:
     fleet.clusters["clusters/old"] = cluster_pb2.Cluster(name="clusters/old")
-    assert hetis_plan("delete", *words) == ExitCode.OK
-    assert capsys.readouterr() == ("".join(f"{name}  deleted\n" for name in deleted), "")
+    assert hetis_plan("delete", *words) == ("".join(f"{name}  deleted\n" for name in deleted), "")
     assert not {*fleet.plans, *fleet.profiles, *fleet.clusters} & {*deleted}
     assert all(request.request_id for request in fleet.requests), "a retry deletes nothing twice"
 
 
-def test_a_cluster_is_deleted_once_no_plan_is_in_force(fleet: FakePlanner, hetis_plan: Run, capsys: Captured) -> None:
-    assert hetis_plan("delete", "clusters", "paper") == ExitCode.CONFLICT
-    assert capsys.readouterr() == (
+def test_a_cluster_is_deleted_once_no_plan_is_in_force(fleet: FakePlanner, hetis_plan: Run) -> None:
+    assert hetis_plan("delete", "clusters", "paper", code=ExitCode.CONFLICT) == (
         "",
         "error: clusters/paper is in use (RESOURCE_IN_USE)\n"
         "  once nothing serves, take its plan out of force: hetis-plan cancel plans/night\n",
     )
     fleet.clusters["clusters/paper"].active_plan = ""
-    assert hetis_plan("delete", "cluster", "paper") == ExitCode.OK
+    hetis_plan("delete", "cluster", "paper")
     assert not fleet.clusters
 
 
-def test_what_is_refused_is_one_error_each_and_the_others_are_deleted(
-    fleet: FakePlanner, hetis_plan: Run, capsys: Captured
-) -> None:
+def test_what_is_refused_is_one_error_each_and_the_others_are_deleted(fleet: FakePlanner, hetis_plan: Run) -> None:
     words = ("delete", "plans/night", "plans/none", "plans/day", "profiles/l4")
-    assert hetis_plan(*words) == ExitCode.CONFLICT, "the code of the first refusal"
-    assert capsys.readouterr() == (
+    shown = hetis_plan(*words, code=ExitCode.CONFLICT)  # the code of the first refusal
+    assert shown == (
         "plans/day  deleted\nprofiles/l4  deleted\n",
         "error: plans/night is in use (RESOURCE_IN_USE)\n"
         "  activate another plan first: hetis-plan apply --activate PLAN; if nothing serves: "
@@ -67,30 +61,25 @@ def test_what_is_refused_is_one_error_each_and_the_others_are_deleted(
     assert list(fleet.plans) == ["plans/night"]
 
 
-def test_what_is_not_there_may_be_ignored(fleet: FakePlanner, hetis_plan: Run, capsys: Captured) -> None:
-    assert hetis_plan("delete", "plans", "none") == ExitCode.INVALID
-    assert "plans/none does not exist (NOT_FOUND)" in capsys.readouterr().err
-    assert hetis_plan("delete", "plans", "none", "--ignore-not-found") == ExitCode.OK
-    assert capsys.readouterr() == ("nothing to delete\n", "")
-    assert hetis_plan("delete", "plans", "none", "night", "day", "--ignore-not-found") == ExitCode.CONFLICT
-    assert capsys.readouterr().out == "plans/day  deleted\n"
+def test_what_is_not_there_may_be_ignored(fleet: FakePlanner, hetis_plan: Run) -> None:
+    assert "plans/none does not exist (NOT_FOUND)" in hetis_plan("delete", "plans", "none", code=ExitCode.INVALID).err
+    assert hetis_plan("delete", "plans", "none", "--ignore-not-found") == ("nothing to delete\n", "")
+    shown = hetis_plan("delete", "plans", "none", "night", "day", "--ignore-not-found", code=ExitCode.CONFLICT)
+    assert shown.out == "plans/day  deleted\n"
 
 
 @pytest.mark.parametrize(
     ("form", "read"), [("json", lambda text: _json_documents(text)), ("yaml", lambda text: [*yaml.safe_load_all(text)])]
 )
 def test_what_is_deleted_and_each_refusal_are_documents(
-    fleet: FakePlanner, hetis_plan: Run, capsys: Captured, form: str, read: Any
+    fleet: FakePlanner, hetis_plan: Run, form: str, read: Any
 ) -> None:
-    assert hetis_plan("delete", "plans", "night", "day", "-o", form) == ExitCode.CONFLICT
-    done, error = read(capsys.readouterr().out)
+    done, error = read(hetis_plan("delete", "plans", "night", "day", "-o", form, code=ExitCode.CONFLICT).out)
     assert done == {"apiVersion": "hetis/v1", "kind": "Deleted", "items": [{"name": "plans/day"}]}
     assert (error["kind"], error["reason"], error["exit_code"]) == ("Error", "RESOURCE_IN_USE", 7)
-    assert hetis_plan("delete", "plans", "none", "-o", form, "--ignore-not-found") == ExitCode.OK
-    (done,) = read(capsys.readouterr().out)
+    (done,) = read(hetis_plan("delete", "plans", "none", "-o", form, "--ignore-not-found").out)
     assert done["items"] == []
-    assert hetis_plan("delete", "plans", "none", "-o", form) == ExitCode.INVALID
-    (error,) = read(capsys.readouterr().out)
+    (error,) = read(hetis_plan("delete", "plans", "none", "-o", form, code=ExitCode.INVALID).out)
     assert error["reason"] == "NOT_FOUND"
 
 
@@ -103,28 +92,23 @@ def _json_documents(text: str) -> list[Any]:
     return found
 
 
-def test_a_dry_run_deletes_nothing(fleet: FakePlanner, hetis_plan: Run, capsys: Captured) -> None:
-    assert hetis_plan("delete", "plans", "day", "night", "--dry-run") == ExitCode.CONFLICT
-    captured = capsys.readouterr()
+def test_a_dry_run_deletes_nothing(fleet: FakePlanner, hetis_plan: Run) -> None:
+    captured = hetis_plan("delete", "plans", "day", "night", "--dry-run", code=ExitCode.CONFLICT)
     assert captured.out == "plans/day  would be deleted\n"
     assert captured.err.startswith("dry run: nothing was changed\nerror: plans/night is in use")
     assert len(fleet.plans) == 2
 
 
-def test_a_dry_run_lists_the_plans_that_a_cluster_takes_with_it(
-    fleet: FakePlanner, hetis_plan: Run, capsys: Captured
-) -> None:
+def test_a_dry_run_lists_the_plans_that_a_cluster_takes_with_it(fleet: FakePlanner, hetis_plan: Run) -> None:
     """In the past only the cluster."""
     fleet.clusters["clusters/paper"].active_plan = ""
-    assert hetis_plan("delete", "clusters/paper", "plans/day", "profiles/l4", "--dry-run") == ExitCode.OK
+    shown = hetis_plan("delete", "clusters/paper", "plans/day", "profiles/l4", "--dry-run")
     would = ("plans/day", "profiles/l4", "plans/night", "clusters/paper")
-    assert capsys.readouterr().out == "".join(f"{name}  would be deleted\n" for name in would)
+    assert shown.out == "".join(f"{name}  would be deleted\n" for name in would)
     assert (len(fleet.plans), len(fleet.clusters)) == (2, 1)
 
 
-def test_a_missing_role_keeps_nothing_else_from_being_deleted(
-    fleet: FakePlanner, hetis_plan: Run, capsys: Captured
-) -> None:
+def test_a_missing_role_keeps_nothing_else_from_being_deleted(fleet: FakePlanner, hetis_plan: Run) -> None:
     """Orchestrators may delete plans, but not profiles; that is the API's decision."""
     metadata = {"needed": "admin", "role": "orchestrator"}
 
@@ -133,34 +117,30 @@ def test_a_missing_role_keeps_nothing_else_from_being_deleted(
             refuse(context, code_pb2.PERMISSION_DENIED, "ROLE", "not with this role", metadata=metadata)
 
     fleet.fail = fail
-    assert hetis_plan("delete", "profiles/l4", "plans/day") == ExitCode.INVALID
-    assert capsys.readouterr() == (
+    assert hetis_plan("delete", "profiles/l4", "plans/day", code=ExitCode.INVALID) == (
         "plans/day  deleted\n",
         "error: not with this role (ROLE)\n  the call needs role admin, these credentials have role orchestrator\n",
     )
 
 
-def test_after_a_failure_of_the_planner_nothing_more_is_tried(
-    fleet: FakePlanner, hetis_plan: Run, capsys: Captured
-) -> None:
+def test_after_a_failure_of_the_planner_nothing_more_is_tried(fleet: FakePlanner, hetis_plan: Run) -> None:
     def fail(method: str, context: Any) -> None:
         if method == "DeleteProfile":
             refuse(context, code_pb2.RESOURCE_EXHAUSTED, "RATE", "too many calls", retry_after_s=2)
 
     fleet.fail = fail
     words = ("delete", "plans/day", "profiles/l4", "profiles/b", "plans/night")
-    assert hetis_plan(*words) == ExitCode.UNREACHABLE
-    assert capsys.readouterr() == (
+    assert hetis_plan(*words, code=ExitCode.UNREACHABLE) == (
         "plans/day  deleted\n",
         "warning: not tried: profiles/b, plans/night\nerror: too many calls (RATE)\n  retry in 2 s\n",
     )
     assert fleet.calls["DeleteProfile"] == 1
-    assert hetis_plan("delete", "plans/night", "profiles/l4") == ExitCode.UNREACHABLE, "also after a refusal"
-    assert "plans/night is in use" in capsys.readouterr().err
+    shown = hetis_plan("delete", "plans/night", "profiles/l4", code=ExitCode.UNREACHABLE)  # also after a refusal
+    assert "plans/night is in use" in shown.err
 
 
 def test_what_may_have_been_deleted_without_an_answer_is_named(
-    fleet: FakePlanner, hetis_plan: Run, capsys: Captured, monkeypatch: pytest.MonkeyPatch
+    fleet: FakePlanner, hetis_plan: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In the past nothing was said of it, only of those that were not tried."""
 
@@ -170,16 +150,14 @@ def test_what_may_have_been_deleted_without_an_answer_is_named(
 
     fleet.fail = fail
     monkeypatch.setattr("hetis.planner.client.attempts.DEFAULT_DEADLINE_S", 0.3)
-    assert hetis_plan("delete", "plans/day", "profiles/l4", "plans/night") == ExitCode.UNREACHABLE
-    told = capsys.readouterr()
+    told = hetis_plan("delete", "plans/day", "profiles/l4", "plans/night", code=ExitCode.UNREACHABLE)
     assert told.out == "plans/day  deleted\n"
     assert "warning: no answer came: profiles/l4 may have been deleted\nwarning: not tried: plans/night\n" in told.err
-    assert hetis_plan("delete", "profiles/l4", "--dry-run") == ExitCode.UNREACHABLE
-    assert "may have been" not in capsys.readouterr().err
+    assert "may have been" not in hetis_plan("delete", "profiles/l4", "--dry-run", code=ExitCode.UNREACHABLE).err
 
 
 def test_what_a_planner_that_ends_during_the_call_may_have_deleted_is_named(
-    fleet: FakePlanner, hetis_plan: Run, capsys: Captured
+    fleet: FakePlanner, hetis_plan: Run
 ) -> None:
     """In the past only that the planner is unreachable. gRPC retries: a refused connection is the last attempt's."""
 
@@ -189,8 +167,7 @@ def test_what_a_planner_that_ends_during_the_call_may_have_deleted_is_named(
         refuse(context, code_pb2.UNAVAILABLE, "", "Socket closed")
 
     fleet.fail = fail
-    assert hetis_plan("delete", "plans/day", "plans/night") == ExitCode.UNREACHABLE
-    told = capsys.readouterr()
+    told = hetis_plan("delete", "plans/day", "plans/night", code=ExitCode.UNREACHABLE)
     said = "warning: no answer came: plans/day may have been deleted\nwarning: not tried: plans/night\n"
     assert (told.out, told.err.startswith(said)) == ("", True), told.err
 
@@ -207,7 +184,6 @@ def test_what_a_planner_that_ends_during_the_call_may_have_deleted_is_named(
 def test_a_planner_that_says_whether_it_changed_something_is_believed(
     fleet: FakePlanner,
     hetis_plan: Run,
-    capsys: Captured,
     monkeypatch: pytest.MonkeyPatch,
     reason: str,
     metadata: dict[str, str],
@@ -215,20 +191,20 @@ def test_a_planner_that_says_whether_it_changed_something_is_believed(
 ) -> None:
     monkeypatch.setattr("hetis.planner.client.channels.CHANNEL_OPTIONS", (("grpc.enable_retries", 0),))
     fleet.fail = lambda _method, context: refuse(context, code_pb2.UNAVAILABLE, reason, "not now", metadata=metadata)
-    assert hetis_plan("delete", "plans/day") == ExitCode.UNREACHABLE
-    assert ("plans/day may have been deleted" in capsys.readouterr().err) == is_in_doubt
+    shown = hetis_plan("delete", "plans/day", code=ExitCode.UNREACHABLE)
+    assert ("plans/day may have been deleted" in shown.err) == is_in_doubt
 
 
 def test_ctrl_c_names_what_may_have_been_deleted(
-    fleet: FakePlanner, hetis_plan: Run, capsys: Captured, monkeypatch: pytest.MonkeyPatch
+    fleet: FakePlanner, hetis_plan: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr("hetis.planner.cli.server.deleting.called", interrupted)
-    assert hetis_plan("delete", "plans", "day", "night") == ExitCode.INTERRUPTED
+    shown = hetis_plan("delete", "plans", "day", "night", code=ExitCode.INTERRUPTED)
     said = "warning: no answer came: plans/day may have been deleted\nwarning: not tried: plans/night\ninterrupted\n"
-    assert capsys.readouterr() == ("", said)
+    assert shown == ("", said)
 
 
 @pytest.mark.parametrize(
@@ -244,9 +220,6 @@ def test_ctrl_c_names_what_may_have_been_deleted(
         (["plans/"], "'plans/' is neither a kind (clusters, plans, profiles) nor a full name such as plans/NAME"),
     ],
 )
-def test_wrong_usage_deletes_nothing(
-    fleet: FakePlanner, hetis_plan: Run, capsys: Captured, words: list[str], said: str
-) -> None:
-    assert hetis_plan("delete", *words) == ExitCode.INVALID
-    assert said in " ".join(capsys.readouterr().err.replace("│", " ").split())
+def test_wrong_usage_deletes_nothing(fleet: FakePlanner, hetis_plan: Run, words: list[str], said: str) -> None:
+    assert said in " ".join(hetis_plan("delete", *words, code=ExitCode.INVALID).err.replace("│", " ").split())
     assert not fleet.calls

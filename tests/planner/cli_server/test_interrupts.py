@@ -17,7 +17,6 @@ from hetis.planner.cli.server.planner_verbs import interrupts_that_arrive
 from hetis.planner.cli.server.waiting import wait_for_plan
 from hetis.planner.client import Client
 from hetis.v1 import plan_pb2
-from tests.planner.cli_server.test_reading_verbs import Captured
 
 
 def test_an_interrupt_that_python_drops_comes_again(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -74,7 +73,9 @@ def test_an_interrupt_on_its_way_out_is_not_interrupted(monkeypatch: pytest.Monk
 
 
 @pytest.mark.parametrize("tells", [True, False])
-def test_only_a_plan_of_which_a_planner_has_told_is_said_to_go_on(capsys: Captured, tells: bool) -> None:
+def test_only_a_plan_of_which_a_planner_has_told_is_said_to_go_on(
+    capsys: pytest.CaptureFixture[str], tells: bool
+) -> None:
     class Interrupted:
         def wait(self, name: str, *, on_change: Callable[[plan_pb2.Plan], None]) -> plan_pb2.Plan:
             if tells:

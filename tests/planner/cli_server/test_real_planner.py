@@ -5,42 +5,33 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from shutil import copy
 
 import pytest
 
 import hetis
-from hetis.planner.cli.app import run
 from hetis.planner.cli.exit_codes import ExitCode
 from tests.docs.pages import ROOT, fences
-from tests.planner.cli_server.conftest import EXAMPLES
+from tests.planner.cli_server.conftest import EXAMPLES, Run
 from tests.planner.service.process import REAL, Process
 
-Captured = pytest.CaptureFixture[str]
 PAPER = str(EXAMPLES / "paper.yaml")
 
 
 @pytest.fixture
-def hetis_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., int]]:
+def hetis_plan(anywhere: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Run]:
     """Run a command line against a planner that was just started."""
-    monkeypatch.setenv("COLUMNS", "80")
-    monkeypatch.setenv("NO_COLOR", "1")
-    monkeypatch.delenv("HETIS_DEBUG", raising=False)
-    with Process(
-        ["--listen", "127.0.0.1:0", "--status-page", "off", "--ready-json"], folder=tmp_path, module=REAL
-    ) as it:
+    options = ["--listen", "127.0.0.1:0", "--status-page", "off", "--ready-json"]
+    with Process(options, folder=tmp_path, module=REAL) as it:
         monkeypatch.setenv("HETIS_SERVER", it.ready()["listen"][0])
-        yield lambda *arguments: run(list(arguments))
+        yield anywhere
 
 
-def test_a_fleet_is_applied_a_plan_solved_saved_imported_and_looked_at(
-    hetis_plan: Callable[..., int], capsys: Captured, tmp_path: Path
-) -> None:
+def test_a_fleet_is_applied_a_plan_solved_saved_imported_and_looked_at(hetis_plan: Run, tmp_path: Path) -> None:
     def said(code: ExitCode, *arguments: str) -> str:
-        assert hetis_plan(*arguments) == code, capsys.readouterr().err
-        return capsys.readouterr().out
+        return hetis_plan(*arguments, code=code).out
 
     assert said(ExitCode.OK, "apply", PAPER, "--dry-run") == "clusters/paper  created\n"
     assert said(ExitCode.OK, "get", "clusters") == "no clusters\n"
@@ -55,8 +46,10 @@ def test_a_fleet_is_applied_a_plan_solved_saved_imported_and_looked_at(
     assert plan["result"]["value"] > 0
     assert said(ExitCode.OK, "check", str(saved))  # the offline commands read what the planner made
 
-    assert hetis_plan(*solve, "--name", "night") == ExitCode.CONFLICT
-    assert "read the existing one: hetis-plan get plans/night" in capsys.readouterr().err
+    assert (
+        "read the existing one: hetis-plan get plans/night"
+        in hetis_plan(*solve, "--name", "night", code=ExitCode.CONFLICT).err
+    )
 
     assert "READY" in said(ExitCode.OK, "apply", "--plan", str(saved), "--name", "offline")
     assert said(ExitCode.OK, "get", "plans", "-o", "name").split() == ["plans/offline", "plans/night"]
@@ -73,46 +66,38 @@ def test_a_fleet_is_applied_a_plan_solved_saved_imported_and_looked_at(
     table = said(ExitCode.OK, "audit", "--method", "CreatePlan")
     assert "CreatePlan" in table
     assert "plans/offline" in table
-    assert hetis_plan("audit", "--since", "yesterday") == ExitCode.INVALID
-    assert "'yesterday' is not a time" in capsys.readouterr().err
+    assert "'yesterday' is not a time" in hetis_plan("audit", "--since", "yesterday", code=ExitCode.INVALID).err
 
-    assert hetis_plan("drain", "a100") == ExitCode.OK
-    drained = capsys.readouterr()
+    drained = hetis_plan("drain", "a100")
     assert drained.out == "clusters/paper/nodes/a100 drains\n"
     undo = drained.err.rpartition("undo: hetis-plan ")[2].split()  # what it says works
     assert "draining" in said(ExitCode.OK, "agents")
     assert said(ExitCode.OK, *undo) == "clusters/paper/nodes/a100 takes work again\n"
     assert "draining" not in said(ExitCode.OK, "agents")
 
-    assert hetis_plan("disconnect", "a100") == ExitCode.INVALID
-    assert "no agent is connected" in capsys.readouterr().err
+    assert "no agent is connected" in hetis_plan("disconnect", "a100", code=ExitCode.INVALID).err
 
     assert said(ExitCode.OK, "apply", "--activate", "plans/night", "--no-wait")
     replicas = said(ExitCode.OK, "get", "replicas", "-o", "name").split()
     assert "no agent ever connected as node" in said(ExitCode.OK, "why", replicas[0])
-    assert hetis_plan("delete", "plans", "night", "offline") == ExitCode.CONFLICT
-    captured = capsys.readouterr()
+    captured = hetis_plan("delete", "plans", "night", "offline", code=ExitCode.CONFLICT)
     assert captured.out == "plans/offline  deleted\n"
     assert "error: plans/night is in force in clusters/paper" in captured.err
-    assert hetis_plan("delete", "clusters/paper") == ExitCode.CONFLICT
-    assert "hetis-plan cancel plans/night\n" in capsys.readouterr().err
+    assert "hetis-plan cancel plans/night\n" in hetis_plan("delete", "clusters/paper", code=ExitCode.CONFLICT).err
     assert said(ExitCode.OK, "cancel", "night")
     assert said(ExitCode.OK, "delete", "plans/night") == "plans/night  deleted\n"
-    assert hetis_plan("delete", "plans", "night") == ExitCode.INVALID
-    assert "list what exists: hetis-plan get plans\n" in capsys.readouterr().err
+    shown = hetis_plan("delete", "plans", "night", code=ExitCode.INVALID)
+    assert "list what exists: hetis-plan get plans\n" in shown.err
 
 
-def test_what_cannot_be_is_infeasible_there_too(
-    hetis_plan: Callable[..., int], capsys: Captured, tmp_path: Path
-) -> None:
+def test_what_cannot_be_is_infeasible_there_too(hetis_plan: Run, tmp_path: Path) -> None:
     small = tmp_path / "small.yaml"
     small.write_text(
         "apiVersion: hetis/v1\nkind: Cluster\nname: small\nnodes:\n"
         "  - {name: t4, gpus: [{type: T4, count: 1}]}\nnetwork: {bandwidth: 25Gbps, latency: 20us}\n"
     )
-    code = hetis_plan("apply", "-c", str(small), "-m", "Llama-2-70B", "-w", "500/100", "--activate")
-    assert code == ExitCode.INFEASIBLE
-    assert "error: no feasible plan exists (plans/" in capsys.readouterr().err
+    words = ("apply", "-c", str(small), "-m", "Llama-2-70B", "-w", "500/100", "--activate")
+    assert "error: no feasible plan exists (plans/" in hetis_plan(*words, code=ExitCode.INFEASIBLE).err
 
 
 def test_the_program_on_the_page_about_python_runs(tmp_path: Path) -> None:

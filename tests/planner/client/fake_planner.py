@@ -33,6 +33,7 @@ from hetis.v1 import (
     profile_service_pb2_grpc,
     redispatch_pb2,
     replica_pb2,
+    traffic_pb2,
 )
 
 Fail = Callable[[str, grpc.ServicerContext], None]
@@ -80,6 +81,7 @@ class FakePlanner(
         self.redispatches: dict[str, redispatch_pb2.Redispatch] = {}
         self.profiles: dict[str, profile_pb2.Profile] = {}
         self.plans: dict[str, plan_pb2.Plan] = {}
+        self.traffic = traffic_pb2.ClusterTraffic()
         self.differences: list[cluster_pb2.InventoryDifference] = []
         self.documents: dict[str, bytes] = {}
         self.events: list[cluster_service_pb2.WatchClusterResponse] = []
@@ -149,48 +151,21 @@ class FakePlanner(
             del self.clusters[request.name]
         return cluster_service_pb2.DeleteClusterResponse()
 
-    def GetCluster(self, request: Any, context: Any) -> Any:
-        self._called("GetCluster", request, context)
-        return cluster_service_pb2.GetClusterResponse(cluster=self._required(self.clusters, request.name, context))
-
-    def ListClusters(self, request: Any, context: Any) -> Any:
-        self._called("ListClusters", request, context)
-        found, token = _page(self.clusters, request)
-        return cluster_service_pb2.ListClustersResponse(clusters=found, next_page_token=token)
-
     def GetInventory(self, request: Any, context: Any) -> Any:
         self._called("GetInventory", request, context)
         inventory = cluster_pb2.Inventory(name=request.name, differences=self.differences)
         return cluster_service_pb2.GetInventoryResponse(inventory=inventory)
 
-    def GetNode(self, request: Any, context: Any) -> Any:
-        self._called("GetNode", request, context)
-        return cluster_service_pb2.GetNodeResponse(node=self._required(self.nodes, request.name, context))
+    def GetClusterTraffic(self, request: Any, context: Any) -> Any:
+        self._called("GetClusterTraffic", request, context)
+        self._required(self.clusters, request.name.removesuffix("/traffic"), context)
+        return cluster_service_pb2.GetClusterTrafficResponse(cluster_traffic=self.traffic)
 
     def ListNodes(self, request: Any, context: Any) -> Any:
         self._called("ListNodes", request, context)
         self._required(self.clusters, request.parent, context)
         found, token = _page(self.nodes, request)
         return cluster_service_pb2.ListNodesResponse(nodes=found, next_page_token=token)
-
-    def GetRedispatch(self, request: Any, context: Any) -> Any:
-        self._called("GetRedispatch", request, context)
-        found = self._required(self.redispatches, request.name, context)
-        return cluster_service_pb2.GetRedispatchResponse(redispatch=found)
-
-    def GetReplica(self, request: Any, context: Any) -> Any:
-        self._called("GetReplica", request, context)
-        return cluster_service_pb2.GetReplicaResponse(replica=self._required(self.replicas, request.name, context))
-
-    def ListReplicas(self, request: Any, context: Any) -> Any:
-        self._called("ListReplicas", request, context)
-        found, token = _page(self.replicas, request)
-        return cluster_service_pb2.ListReplicasResponse(replicas=found, next_page_token=token)
-
-    def ListRedispatches(self, request: Any, context: Any) -> Any:
-        self._called("ListRedispatches", request, context)
-        found, token = _page(self.redispatches, request)
-        return cluster_service_pb2.ListRedispatchesResponse(redispatches=found, next_page_token=token)
 
     def WatchCluster(self, request: Any, context: Any) -> Iterator[Any]:
         self._called("WatchCluster", request, context)
@@ -216,21 +191,12 @@ class FakePlanner(
             del self.profiles[request.name]
         return profile_service_pb2.DeleteProfileResponse()
 
-    def GetProfile(self, request: Any, context: Any) -> Any:
-        self._called("GetProfile", request, context)
-        return profile_service_pb2.GetProfileResponse(profile=self._required(self.profiles, request.name, context))
-
     def UpdateProfile(self, request: Any, context: Any) -> Any:
         self._called("UpdateProfile", request, context)
         old = self._required(self.profiles, request.profile.name, context)
         old.document.CopyFrom(request.profile.document)
         old.etag = f"v{int(old.etag[1:]) + 1}"
         return profile_service_pb2.UpdateProfileResponse(profile=old)
-
-    def ListProfiles(self, request: Any, context: Any) -> Any:
-        self._called("ListProfiles", request, context)
-        found, token = _page(self.profiles, request)
-        return profile_service_pb2.ListProfilesResponse(profiles=found, next_page_token=token)
 
     # --- plans
 
@@ -250,10 +216,6 @@ class FakePlanner(
         if not request.validate_only:
             self.plans[made.name] = made
         return plan_service_pb2.CreatePlanResponse(plan=made)
-
-    def GetPlan(self, request: Any, context: Any) -> Any:
-        self._called("GetPlan", request, context)
-        return plan_service_pb2.GetPlanResponse(plan=self._required(self.plans, request.name, context))
 
     def ListPlans(self, request: Any, context: Any) -> Any:
         self._called("ListPlans", request, context)
@@ -348,6 +310,30 @@ class FakePlanner(
                 offset=offset, content=content[offset : offset + 10], total_bytes=len(content)
             )
             self.fail(f"ReadPlanDocument after {offset}", context)
+
+
+def _reads(services: Any, one: str, many: str) -> None:
+    """Add the methods that get and list these resources."""
+
+    def get(self: FakePlanner, request: Any, context: Any) -> Any:
+        self._called(f"Get{one}", request, context)
+        found = self._required(getattr(self, many.lower()), request.name, context)
+        return getattr(services, f"Get{one}Response")(**{one.lower(): found})
+
+    def list_(self: FakePlanner, request: Any, context: Any) -> Any:
+        self._called(f"List{many}", request, context)
+        found, token = _page(getattr(self, many.lower()), request)
+        return getattr(services, f"List{many}Response")(**{many.lower(): found}, next_page_token=token)
+
+    setattr(FakePlanner, f"Get{one}", get)
+    if f"List{many}" not in vars(FakePlanner):
+        setattr(FakePlanner, f"List{many}", list_)
+
+
+for _one in ("Cluster", "Node", "Replica", "Redispatch"):
+    _reads(cluster_service_pb2, _one, f"{_one}es" if _one == "Redispatch" else f"{_one}s")
+_reads(profile_service_pb2, "Profile", "Profiles")
+_reads(plan_service_pb2, "Plan", "Plans")
 
 
 def result(value: float = 1.61, bound: float = 1.6131) -> plan_pb2.PlanResult:

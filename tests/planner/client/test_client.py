@@ -9,16 +9,17 @@ import re
 import subprocess
 import sys
 import uuid
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
+from contextlib import aclosing
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import grpc
 import pytest
 from google.rpc import code_pb2
 
 from examples.processes import free_ports
-from hetis.planner.client import AsyncClient, CallError, Client, Connection, document_of_file
+from hetis.planner.client import CallError, Client, Connection, document_of_file
 from hetis.planner.client.connection import SERVICE_CONFIG
 from hetis.v1 import (
     cluster_pb2,
@@ -27,37 +28,10 @@ from hetis.v1 import (
     plan_pb2,
     plan_service_pb2,
 )
+from tests.planner.client.either import EITHER, Kind, done, items, opened
 from tests.planner.client.fake_planner import FakePlanner, ready, refuse, searching, serving
 
-T = TypeVar("T")
-
-
 ROOT = Path(__file__).parents[3]
-
-
-def with_both(
-    planner: FakePlanner,
-    sync: Callable[[Client], T],
-    aio: Callable[[AsyncClient], Awaitable[T]],
-) -> list[T]:
-    """Return the results of a sync and an aio client, in this order, without waiting between tries."""
-    return [with_sync(planner, sync), with_aio(planner, aio)]
-
-
-def with_sync(planner: FakePlanner, sync: Callable[[Client], T]) -> T:
-    with Client(planner.address, sleep=lambda wait_s: None) as client:
-        return sync(client)
-
-
-def with_aio(planner: FakePlanner, aio: Callable[[AsyncClient], Awaitable[T]]) -> T:
-    async def no_sleep(wait_s: float) -> None:
-        pass
-
-    async def run() -> T:
-        async with AsyncClient(planner.address, sleep=no_sleep) as client:
-            return await aio(client)
-
-    return asyncio.run(run())
 
 
 def failing(times: int, method: str, code: int, reason: str) -> Callable[[str, grpc.ServicerContext], None]:
@@ -74,49 +48,35 @@ def failing(times: int, method: str, code: int, reason: str) -> Callable[[str, g
 GET = plan_service_pb2.GetPlanRequest(name="plans/night")
 
 
-def test_unary_calls_have_a_deadline_and_those_of_the_caller_stand(planner: FakePlanner) -> None:
-    async def aio(client: AsyncClient) -> None:
-        await client.plans.GetPlan(GET)
-        await client.plans.GetPlan(GET, timeout=7)
-
-    def sync(client: Client) -> None:
-        client.plans.GetPlan(GET)
-        client.plans.GetPlan(GET, timeout=7)
-
-    with_both(planner, sync, aio)
-    rounded = [round(left_s) for left_s in planner.time_left_s if left_s is not None]
-    assert rounded == [30, 7, 30, 7]
+@EITHER
+async def test_unary_calls_have_a_deadline_and_those_of_the_caller_stand(planner: FakePlanner, kind: Kind) -> None:
+    async with opened(kind, planner.address) as client:
+        await done(client.plans.GetPlan(GET))
+        await done(client.plans.GetPlan(GET, timeout=7))
+    assert [round(left_s) for left_s in planner.time_left_s if left_s is not None] == [30, 7]
 
 
-def test_a_planner_on_this_machine_is_reached_without_the_proxy_that_the_environment_names(
-    planner: FakePlanner, monkeypatch: pytest.MonkeyPatch
+@EITHER
+async def test_a_planner_on_this_machine_is_reached_without_the_proxy_that_the_environment_names(
+    planner: FakePlanner, kind: Kind, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
-
-    async def aio(client: AsyncClient) -> None:
-        await client.plans.GetPlan(GET)
-
-    with_both(planner, lambda client: client.plans.GetPlan(GET), aio)
-    assert len(planner.time_left_s) == 2
+    async with opened(kind, planner.address) as client:
+        await done(client.plans.GetPlan(GET))
 
 
-def test_calls_that_change_something_get_an_id_and_the_callers_message_stays(planner: FakePlanner) -> None:
+@EITHER
+async def test_calls_that_change_something_get_an_id_and_the_callers_message_stays(
+    planner: FakePlanner, kind: Kind
+) -> None:
     request = plan_service_pb2.CancelPlanRequest(name="plans/night")
     mine = plan_service_pb2.CancelPlanRequest(name="plans/night", request_id=str(uuid.uuid4()))
-
-    async def aio(client: AsyncClient) -> None:
-        await client.plans.CancelPlan(request)
-        await client.plans.CancelPlan(mine)
-
-    def sync(client: Client) -> None:
-        client.plans.CancelPlan(request)
-        client.plans.CancelPlan(mine)
-
-    with_both(planner, sync, aio)
+    async with opened(kind, planner.address) as client:
+        await done(client.plans.CancelPlan(request))
+        await done(client.plans.CancelPlan(mine))
     assert request.request_id == ""
-    ids = [uuid.UUID(sent.request_id) for sent in planner.requests]
-    assert ids[1] == ids[3] == uuid.UUID(mine.request_id)
-    assert len(set(ids)) == 3
+    drawn, given = (uuid.UUID(sent.request_id) for sent in planner.requests)
+    assert given == uuid.UUID(mine.request_id) != drawn
 
 
 def test_a_planner_that_is_away_for_a_moment_is_asked_again_with_the_same_id(planner: FakePlanner) -> None:
@@ -135,7 +95,8 @@ def test_only_unavailable_is_retried(planner: FakePlanner) -> None:
     assert planner.calls["GetPlan"] == 1
 
 
-def test_errors_bring_their_details(planner: FakePlanner) -> None:
+@EITHER
+async def test_errors_bring_their_details(planner: FakePlanner, kind: Kind) -> None:
     def fail(_method: str, context: grpc.ServicerContext) -> None:
         refuse(
             context,
@@ -149,26 +110,19 @@ def test_errors_bring_their_details(planner: FakePlanner) -> None:
 
     planner.fail = fail
 
-    def error_of(call: Callable[[], Any]) -> CallError:
+    async with opened(kind, planner.address) as client:
         with pytest.raises(CallError) as caught:
-            call()
-        return caught.value
-
-    async def aio(client: AsyncClient) -> CallError:
-        with pytest.raises(CallError) as caught:
-            await client.plans.GetPlan(GET)
-        return caught.value
-
-    for error in with_both(planner, lambda client: error_of(lambda: client.plans.GetPlan(GET)), aio):
-        assert str(error) == "two problems"
-        assert (error.code, error.reason) == (grpc.StatusCode.INVALID_ARGUMENT, "INVALID_DOCUMENT")
-        assert error.metadata == {"kind": "Cluster"}
-        assert error.retry_after_s == 1.5
-        assert [(violation.field, violation.description) for violation in error.violations] == [
-            ("cluster.document#nodes[2].gpus[0].type", "fleet.yaml:12: unknown"),
-            ("cluster_id", "long"),
-        ]
-        assert not error.is_unreachable
+            await done(client.plans.GetPlan(GET))
+    error = caught.value
+    assert str(error) == "two problems"
+    assert (error.code, error.reason) == (grpc.StatusCode.INVALID_ARGUMENT, "INVALID_DOCUMENT")
+    assert error.metadata == {"kind": "Cluster"}
+    assert error.retry_after_s == 1.5
+    assert [(violation.field, violation.description) for violation in error.violations] == [
+        ("cluster.document#nodes[2].gpus[0].type", "fleet.yaml:12: unknown"),
+        ("cluster_id", "long"),
+    ]
+    assert not error.is_unreachable
 
 
 def test_an_error_that_grpc_raises_itself_has_no_reason(planner: FakePlanner) -> None:
@@ -184,86 +138,57 @@ def test_nobody_there_is_unreachable() -> None:
     assert caught.value.is_unreachable
 
 
-def test_lists_go_on_to_the_last_page(planner: FakePlanner) -> None:
-    async def aio(client: AsyncClient) -> list[str]:
-        return [cluster.name async for cluster in client.list_clusters(page_size=3)]
-
-    def sync(client: Client) -> list[str]:
-        return [cluster.name for cluster in client.list_clusters(page_size=3)]
-
-    for names in with_both(planner, sync, aio):
+@EITHER
+async def test_lists_go_on_to_the_last_page_and_take_few_calls_unless_asked_for_small_ones(
+    planner: FakePlanner, kind: Kind
+) -> None:
+    async with opened(kind, planner.address) as client:
+        names = [cluster.name async for cluster in items(client, client.list_clusters(page_size=3))]
         assert names == [f"clusters/c{number}" for number in range(7)]
-    assert planner.calls["ListClusters"] == 6
+        assert planner.calls.pop("ListClusters") == 3
+        for number in range(1200):
+            name = f"clusters/c{number}"
+            planner.clusters[name] = cluster_pb2.Cluster(name=name, etag="v1")
+        assert len([cluster async for cluster in items(client, client.list_clusters())]) == 1200
+        assert planner.calls["ListClusters"] == 3
 
 
-def test_lists_take_few_calls_unless_asked_for_small_pages(planner: FakePlanner) -> None:
-    for number in range(1200):
-        name = f"clusters/c{number}"
-        planner.clusters[name] = cluster_pb2.Cluster(name=name, etag="v1")
-
-    async def aio(client: AsyncClient) -> int:
-        return len([cluster async for cluster in client.list_clusters()])
-
-    assert with_both(planner, lambda client: len(list(client.list_clusters())), aio) == [1200, 1200]
-    assert planner.calls["ListClusters"] == 6
-
-
-def test_a_watch_goes_on_after_what_it_has_seen(planner: FakePlanner) -> None:
-    async def aio(client: AsyncClient) -> list[int]:
-        return [response.sequence async for response in client.watch_plan("plans/night")]
-
-    def sync(client: Client) -> list[int]:
-        return [response.sequence for response in client.watch_plan("plans/night")]
-
-    breaks = 0
-
-    def fail(method: str, context: grpc.ServicerContext) -> None:
-        nonlocal breaks
-        if method == "WatchPlan after 1":
-            breaks += 1
-            refuse(context, code_pb2.UNAVAILABLE, "DRAINING", "going away", retry_after_s=0.01)
-
-    planner.fail = fail
-    first, second = with_both(planner, sync, aio)
-    assert first == [1, 2, 3, 900]
-    assert second == [1000]  # the plan is final by then
-    assert breaks == 1
+@EITHER
+async def test_a_watch_goes_on_after_what_it_has_seen(planner: FakePlanner, kind: Kind) -> None:
+    planner.fail = failing(1, "WatchPlan after 1", code_pb2.UNAVAILABLE, "DRAINING")
+    async with opened(kind, planner.address) as client:
+        assert [response.sequence async for response in items(client, client.watch_plan("plans/night"))] == [
+            1,
+            2,
+            3,
+            900,
+        ]
+        assert [response.sequence async for response in items(client, client.watch_plan("plans/night"))] == [1000]
     assert [request.after_sequence for request in planner.requests] == [0, 1, 0]
 
 
-async def test_an_aio_watch_goes_on_too(planner: FakePlanner) -> None:
-    planner.fail = failing(2, "WatchPlan after 2", code_pb2.UNAVAILABLE, "DRAINING")
-    async with AsyncClient(planner.address) as client:
-        assert [response.sequence async for response in client.watch_plan("plans/night")] == [1, 2, 3, 900]
-    assert [request.after_sequence for request in planner.requests] == [0, 2]
-
-
-def test_waiting_ends_with_the_final_plan_and_tells_the_way(planner: FakePlanner) -> None:
+@EITHER
+async def test_waiting_ends_with_the_final_plan_and_tells_the_way(planner: FakePlanner, kind: Kind) -> None:
     seen: list[int] = []
-    with Client(planner.address) as client:
-        plan = client.wait("plans/night", on_change=lambda plan: seen.append(plan.state))
+    async with opened(kind, planner.address) as client:
+        plan = await done(client.wait("plans/night", on_change=lambda plan: seen.append(plan.state)))
     assert plan.state == plan_pb2.PLAN_STATE_READY
     assert plan.result.num_gpus == 12
     assert seen[0] == plan_pb2.PLAN_STATE_SOLVING
     assert seen[-1] == plan_pb2.PLAN_STATE_READY
 
 
-def test_a_watch_of_nothing_is_an_error_at_once(planner: FakePlanner) -> None:
-    async def aio(client: AsyncClient) -> str:
+@EITHER
+async def test_a_watch_of_nothing_is_an_error_at_once(planner: FakePlanner, kind: Kind) -> None:
+    async with opened(kind, planner.address) as client:
         with pytest.raises(CallError) as caught:
-            await client.wait("plans/none")
-        return caught.value.reason
-
-    def sync(client: Client) -> str:
-        with pytest.raises(CallError) as caught:
-            client.wait("plans/none")
-        return caught.value.reason
-
-    assert with_both(planner, sync, aio) == ["NOT_FOUND", "NOT_FOUND"]
-    assert planner.calls["WatchPlan"] == 2
+            await done(client.wait("plans/none"))
+    assert caught.value.reason == "NOT_FOUND"
+    assert planner.calls["WatchPlan"] == 1
 
 
-def test_a_watch_that_the_caller_stops_reading_ends_at_the_planner(planner: FakePlanner) -> None:
+@EITHER
+async def test_a_watch_that_the_caller_stops_reading_ends_at_the_planner(planner: FakePlanner, kind: Kind) -> None:
     planner.searches = [(0.0, searching(1.2, 1.7)), (30.0, ready())]
     ended = queue.Queue[str]()
 
@@ -271,63 +196,41 @@ def test_a_watch_that_the_caller_stops_reading_ends_at_the_planner(planner: Fake
         if method == "WatchPlan":
             context.add_callback(lambda: ended.put(method))
 
-    def sync(client: Client) -> str:
-        for _ in client.watch_plan("plans/night"):
-            break
-        return ended.get(timeout=5)
-
-    async def aio(client: AsyncClient) -> str:
-        async for _ in client.watch_plan("plans/night"):
-            break
-        return await asyncio.to_thread(ended.get, timeout=5)
-
     planner.fail = note_end
-    assert with_both(planner, sync, aio) == ["WatchPlan", "WatchPlan"]
+    async with opened(kind, planner.address) as client:
+        watch = client.watch_plan("plans/night")
+        async with aclosing(items(client, watch)) as events:
+            await anext(events)
+        del watch
+        assert await asyncio.to_thread(ended.get, timeout=5) == "WatchPlan"
 
 
-def test_a_cluster_is_watched_across_connections_by_its_token(planner: FakePlanner) -> None:
+@EITHER
+@pytest.mark.parametrize(("token", "seen"), [("", ["n0", "n1", "n2", "n3"]), ("t1", ["n2", "n3"])])
+async def test_a_cluster_is_watched_across_connections_by_its_token(
+    planner: FakePlanner, kind: Kind, token: str, seen: list[str]
+) -> None:
     planner.events = [
         cluster_service_pb2.WatchClusterResponse(resume_token=f"t{number}", removed_node=f"n{number}")
         for number in range(4)
     ]
-
-    async def aio(client: AsyncClient) -> list[str]:
-        found = []
-        async for event in client.watch_cluster("clusters/c0", resume_token="t1"):
+    found = list[str]()
+    async with opened(kind, planner.address) as client:
+        async for event in items(client, client.watch_cluster("clusters/c0", resume_token=token)):
             found.append(event.removed_node)
-            if len(found) == 2:
-                planner.events.append(cluster_service_pb2.WatchClusterResponse(resume_token="t9", removed_node="late"))
-            if len(found) == 3:
-                break
-        return found
-
-    def sync(client: Client) -> list[str]:
-        found = []
-        for event in client.watch_cluster("clusters/c0"):
-            found.append(event.removed_node)
-            if len(found) == 4:
+            if found == seen:
                 planner.events.append(cluster_service_pb2.WatchClusterResponse(resume_token="t8", removed_node="later"))
-            if len(found) == 5:
+            if len(found) > len(seen):
                 break
-        return found
-
-    assert with_both(planner, sync, aio) == [["n0", "n1", "n2", "n3", "later"], ["n2", "n3", "later"]]
+    assert found == [*seen, "later"]
 
 
-def test_a_document_comes_whole_although_the_connection_breaks(planner: FakePlanner) -> None:
-    content = b"0123456789" * 9 + b"end"
-    planner.documents["plans/night"] = content
-    for client_kind in ("sync", "aio"):
-        planner.fail = failing(1, "ReadPlanDocument after 40", code_pb2.UNAVAILABLE, "DRAINING")
-
-        async def aio(client: AsyncClient) -> bytes:
-            return await client.read_plan_document("plans/night")
-
-        def sync(client: Client) -> bytes:
-            return client.read_plan_document("plans/night")
-
-        found = with_both(planner, sync, aio)
-        assert found == [content, content], client_kind
+@EITHER
+async def test_a_document_comes_whole_although_the_connection_breaks(planner: FakePlanner, kind: Kind) -> None:
+    planner.documents["plans/night"] = content = b"0123456789" * 9 + b"end"
+    planner.fail = failing(1, "ReadPlanDocument after 40", code_pb2.UNAVAILABLE, "DRAINING")
+    async with opened(kind, planner.address) as client:
+        assert await done(client.read_plan_document("plans/night")) == content
 
 
 def test_a_watch_goes_on_when_the_planner_was_restarted() -> None:
@@ -389,8 +292,8 @@ def test_connections_that_contradict_themselves_are_refused(settings: dict[str, 
         Connection(**settings)
 
 
-@pytest.mark.parametrize("kind", [Client, AsyncClient])
-def test_settings_are_not_ignored_beside_a_connection(kind: type[Client] | type[AsyncClient]) -> None:
+@EITHER
+def test_settings_are_not_ignored_beside_a_connection(kind: Kind) -> None:
     with pytest.raises(ValueError, match="has settings of its own, and token cannot be added to them"):
         kind(Connection(address="127.0.0.1:1"), token="secret")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import threading
 from collections.abc import Callable, Iterator, Sequence
 
@@ -12,10 +11,10 @@ from google.rpc import code_pb2
 
 from examples.processes import free_ports
 from hetis.commands.endpoints import STANDBY_ANSWER, Endpoint, LeaderSearch, resolve_endpoints, split_endpoints
-from hetis.planner.client import AsyncClient, CallError, Client, Connection
+from hetis.planner.client import CallError, Client, Connection
 from hetis.planner.client.attempts import Attempts
-from hetis.planner.client.channels import search_for
 from hetis.v1 import cluster_pb2, cluster_service_pb2, plan_pb2, plan_service_pb2
+from tests.planner.client.either import EITHER, Kind, done, items, opened
 from tests.planner.client.fake_planner import FakePlanner, refuse, serving
 
 GET = plan_service_pb2.GetPlanRequest(name="plans/night")
@@ -42,24 +41,11 @@ def pair() -> Iterator[tuple[FakePlanner, FakePlanner]]:
         yield leader, standby
 
 
-def both(address: str, request: cluster_service_pb2.CreateClusterRequest, watches: bool = True) -> None:
-    """Call with both clients, sync and aio."""
-    with Client(address, sleep=lambda _: None) as client:
-        assert client.plans.GetPlan(GET, timeout=20).plan.name == "plans/night"
-        client.clusters.CreateCluster(request, timeout=20)
-        if watches:
-            assert [one.plan.name for one in client.plans.WatchPlan(WATCH)] == ["plans/night"]
-
-    async def no_sleep(_: float) -> None:
-        await asyncio.sleep(0)
-
-    async def aio() -> None:
-        async with AsyncClient(address, sleep=no_sleep) as client:
-            assert (await client.plans.GetPlan(GET, timeout=20)).plan.name == "plans/night"
-            if watches:
-                assert [one.plan.name async for one in client.plans.WatchPlan(WATCH)] == ["plans/night"]
-
-    asyncio.run(aio())
+async def check_served(kind: Kind, address: str) -> None:
+    async with opened(kind, address) as client:
+        assert (await done(client.plans.GetPlan(GET, timeout=20))).plan.name == "plans/night"
+        await done(client.clusters.CreateCluster(CREATE, timeout=20))
+        assert [one.plan.name async for one in items(client, client.plans.WatchPlan(WATCH))] == ["plans/night"]
 
 
 SILENCE = CallError("no answer", code=grpc.StatusCode.DEADLINE_EXCEEDED)
@@ -86,7 +72,7 @@ def test_a_call_says_unknown_if_any_of_its_attempts_may_have_been_carried_out(
 ) -> None:
     """The last planner called knows only its own attempt; a history with faults found this."""
     now_s = 0.0
-    search = search_for(Connection(address="127.0.0.1:1,127.0.0.1:2"))
+    search = LeaderSearch(("127.0.0.1:1", "127.0.0.1:2"), is_plain=True)
     method = "/hetis.v1.ClusterService/UpdateCluster"
 
     def attempts(*, may_change: bool) -> Attempts:
@@ -106,9 +92,12 @@ def test_a_call_says_unknown_if_any_of_its_attempts_may_have_been_carried_out(
         assert (caught.value.code, caught.value.reason) == (last.code, last.reason)
 
 
-def test_a_standby_is_left_for_the_leader_that_it_names(pair: tuple[FakePlanner, FakePlanner]) -> None:
+@EITHER
+async def test_a_standby_is_left_for_the_leader_that_it_names(
+    pair: tuple[FakePlanner, FakePlanner], kind: Kind
+) -> None:
     leader, standby = pair
-    both(standby.address, CREATE)
+    await check_served(kind, standby.address)
     assert leader.calls["CreateCluster"] == 1
     assert standby.calls["GetPlan"] <= 8  # gRPC itself retries with the fake planner; hetis-planner prevents that
 
@@ -121,24 +110,17 @@ def reading(leader: str) -> Callable[[str, grpc.ServicerContext], None]:
     return lambda _method, context: context.set_trailing_metadata(((STANDBY_ANSWER, leader),))
 
 
-def num_connected(address: str, *, of_standby: bool) -> list[int]:
-    """Return what both clients read, sync and aio, and check what they say of it."""
-    with Client(address, sleep=lambda _: None) as client:
-        found = [client.clusters.ListClusters(LIST, timeout=20).clusters[0].num_connected_nodes]
+async def num_connected(kind: Kind, address: str, *, of_standby: bool) -> int:
+    async with opened(kind, address) as client:
+        answer = await done(client.clusters.ListClusters(LIST, timeout=20))
         assert client.has_standby_answered == of_standby
-
-    async def aio() -> int:
-        async with AsyncClient(address) as client:
-            answer = await client.clusters.ListClusters(LIST, timeout=20)
-            assert client.has_standby_answered == of_standby
-            return answer.clusters[0].num_connected_nodes
-
-    return [*found, asyncio.run(aio())]
+        return int(answer.clusters[0].num_connected_nodes)
 
 
+@EITHER
 @pytest.mark.parametrize("is_named", [True, False])
-def test_what_only_the_leader_knows_is_not_read_from_a_standby(
-    pair: tuple[FakePlanner, FakePlanner], is_named: bool
+async def test_what_only_the_leader_knows_is_not_read_from_a_standby(
+    pair: tuple[FakePlanner, FakePlanner], kind: Kind, is_named: bool
 ) -> None:
     """In the past whoever named an old leader first saw a fleet without agents after each takeover."""
     leader, standby = pair
@@ -146,19 +128,20 @@ def test_what_only_the_leader_knows_is_not_read_from_a_standby(
     leader.clusters[name] = cluster_pb2.Cluster(name=name, num_connected_nodes=12)
     standby.clusters[name] = cluster_pb2.Cluster(name=name)
     standby.fail = reading(leader.address if is_named else "")
-    assert num_connected(f"{standby.address},{leader.address}", of_standby=False) == [12, 12]
+    assert await num_connected(kind, f"{standby.address},{leader.address}", of_standby=False) == 12
     if is_named:
-        assert num_connected(standby.address, of_standby=False) == [12, 12]
+        assert await num_connected(kind, standby.address, of_standby=False) == 12
 
 
-def test_a_standby_answers_reads_while_no_leader_does(pair: tuple[FakePlanner, FakePlanner]) -> None:
+@EITHER
+async def test_a_standby_answers_reads_while_no_leader_does(pair: tuple[FakePlanner, FakePlanner], kind: Kind) -> None:
     _, standby = pair
     standby.clusters["clusters/a"] = cluster_pb2.Cluster(name="clusters/a")
     nobody = f"127.0.0.1:{free_ports()}"
     for leader in (nobody, ""):
         standby.fail = reading(leader)
         for addresses in (standby.address, f"{nobody},{standby.address}"):
-            assert num_connected(addresses, of_standby=True) == [0, 0]
+            assert await num_connected(kind, addresses, of_standby=True) == 0
 
 
 def test_a_refusal_of_the_leader_counts_more_than_the_answer_of_a_standby(
@@ -172,10 +155,11 @@ def test_a_refusal_of_the_leader_counts_more_than_the_answer_of_a_standby(
     assert caught.value.reason == "NOT_FOUND"
 
 
-def test_addresses_are_tried_until_one_leads(pair: tuple[FakePlanner, FakePlanner]) -> None:
+@EITHER
+async def test_addresses_are_tried_until_one_leads(pair: tuple[FakePlanner, FakePlanner], kind: Kind) -> None:
     leader, standby = pair
     standby.fail = standing_by("")  # it does not know the leader
-    both(f"127.0.0.1:{free_ports()},{standby.address},{leader.address}", CREATE)
+    await check_served(kind, f"127.0.0.1:{free_ports()},{standby.address},{leader.address}")
     assert leader.calls["CreateCluster"] == 1
 
 
@@ -257,7 +241,7 @@ def test_what_is_no_list_of_addresses_is_refused(text: str) -> None:
     ],
 )
 def test_a_leader_that_is_named_is_not_gone_to_in_the_clear(connection: Connection, named: str, goes: bool) -> None:
-    leaders = search_for(connection)
+    leaders = LeaderSearch(connection.addresses, is_plain=connection.is_plain)
     leaders.failed(leaders.present, named, set())
     assert (leaders.present.address == named) is goes
 
@@ -266,8 +250,8 @@ def test_names_are_looked_up_again_when_all_places_have_failed() -> None:
     known = [["10.0.0.1", "10.0.0.2"], ["10.0.0.2", "10.0.0.3"]]
     search = LeaderSearch(
         ("planners.example:1",),
-        lambda _: True,
-        lambda _: tuple(Endpoint(f"{ip}:1", "planners.example") for ip in known[0]),
+        is_plain=False,
+        resolve=lambda _: tuple(Endpoint(f"{ip}:1", "planners.example") for ip in known[0]),
     )
     tried = set[Endpoint]()
     assert search.failed(search.present, "", tried)
@@ -284,7 +268,7 @@ def test_names_are_looked_up_again_when_all_places_have_failed() -> None:
 
 
 def test_places_are_tried_around_and_calls_learn_from_each_other() -> None:
-    search = LeaderSearch(("10.0.0.1:1", "10.0.0.2:1", "10.0.0.3:1"), lambda _: True)
+    search = LeaderSearch(("10.0.0.1:1", "10.0.0.2:1", "10.0.0.3:1"), is_plain=False)
     first, second, third = search.in_turn
     tried, others = set[Endpoint](), set[Endpoint]()
     assert search.failed(first, second.address, tried), "it named the leader"
@@ -303,11 +287,11 @@ def test_places_are_tried_around_and_calls_learn_from_each_other() -> None:
 
 
 def test_a_leader_beside_the_given_addresses_is_tried_first() -> None:
-    alone = LeaderSearch(("10.0.0.1:1",), lambda _: True)
+    alone = LeaderSearch(("10.0.0.1:1",), is_plain=False)
     assert not alone.are_several
     assert alone.failed(alone.present, "10.0.0.3:1", set())
     assert alone.are_several
-    search = LeaderSearch(("10.0.0.1:1", "10.0.0.2:1"), lambda _: True)
+    search = LeaderSearch(("10.0.0.1:1", "10.0.0.2:1"), is_plain=False)
     assert search.are_several
     first, second = search.in_turn
     assert search.failed(first, "10.0.0.3:1", set())
@@ -324,7 +308,7 @@ def test_a_leader_that_is_known_has_the_name_of_its_certificate_and_a_refresh_st
         asked.append(addresses)
         return tuple(Endpoint(f"10.0.0.{number}:1", "planners.example") for number in (1, 2))
 
-    search = LeaderSearch(("planners.example:1",), lambda _: False, resolve)
+    search = LeaderSearch(("planners.example:1",), is_plain=True, resolve=resolve)
     first, second = search.in_turn
     assert search.failed(first, second.address, set())
     assert search.present == Endpoint("10.0.0.2:1", "planners.example")

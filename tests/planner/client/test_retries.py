@@ -11,9 +11,9 @@ import pytest
 from google.rpc import code_pb2
 
 from hetis.commands.endpoints import STREAM_OPEN
-from hetis.planner.client import AsyncClient, CallError, Client, Retries
+from hetis.planner.client import CallError, Retries
+from tests.planner.client.either import EITHER, Kind, items, opened
 from tests.planner.client.fake_planner import FakePlanner, refuse
-from tests.planner.client.test_client import with_aio, with_sync
 
 AWAY = CallError("away", code=grpc.StatusCode.UNAVAILABLE)
 
@@ -41,6 +41,14 @@ class Trying:
             **settings,
         )
 
+    def fail_for_long(self, *, after_s: float, opened_after_s: float | None = None) -> None:
+        def try_for_long() -> None:
+            for _ in range(1000):
+                self.fail(after_s=after_s, opened_after_s=opened_after_s)
+
+        with pytest.raises(CallError):
+            try_for_long()
+
     def fail(self, *, after_s: float, opened_after_s: float | None = None) -> None:
         self.retries.attempt()
         if opened_after_s is not None:
@@ -53,13 +61,7 @@ class Trying:
 
 def test_attempts_count_as_waiting_and_one_line_is_said_of_them() -> None:
     trying = Trying(limit_s=60.0)
-
-    def try_for_long() -> None:
-        for _ in range(1000):
-            trying.fail(after_s=1.5)
-
-    with pytest.raises(CallError):
-        try_for_long()
+    trying.fail_for_long(after_s=1.5)
     assert 50 < trying.now_s <= 60
     assert [yes for _, yes in trying.told] == [False]
     assert 3 <= trying.told[0][0] < 6
@@ -78,13 +80,7 @@ def test_an_open_stream_without_changes_costs_no_retries() -> None:
 
 def test_a_proxy_that_answers_late_costs_retries() -> None:
     trying = Trying(limit_s=200.0)
-
-    def try_for_long() -> None:
-        for _ in range(1000):
-            trying.fail(after_s=60.0)
-
-    with pytest.raises(CallError):
-        try_for_long()
+    trying.fail_for_long(after_s=60.0)
     assert 120 < trying.now_s <= 200
     assert [yes for _, yes in trying.told] == [False, False], "once a minute"
 
@@ -98,13 +94,7 @@ def test_retries_can_be_endless() -> None:
 
 def test_a_stream_that_breaks_as_soon_as_it_is_open_costs_retries() -> None:
     trying = Trying(limit_s=60.0)
-
-    def try_for_long() -> None:
-        for _ in range(1000):
-            trying.fail(after_s=0.2, opened_after_s=0.1)
-
-    with pytest.raises(CallError):
-        try_for_long()
+    trying.fail_for_long(after_s=0.2, opened_after_s=0.1)
     assert trying.now_s <= 60
 
 
@@ -115,9 +105,10 @@ def test_a_stream_that_opens_without_changes_is_told() -> None:
     assert [yes for _, yes in trying.told] == [False, True]
 
 
+@EITHER
 @pytest.mark.parametrize("is_open", [True, False])
-def test_a_watch_without_changes_lasts_only_at_a_planner_that_has_opened_it(
-    planner: FakePlanner, monkeypatch: pytest.MonkeyPatch, is_open: bool
+async def test_a_watch_without_changes_lasts_only_at_a_planner_that_has_opened_it(
+    planner: FakePlanner, kind: Kind, monkeypatch: pytest.MonkeyPatch, is_open: bool
 ) -> None:
     monkeypatch.setattr("hetis.planner.client.channels.CHANNEL_OPTIONS", (("grpc.enable_retries", 0),))
     breaks: list[int] = []
@@ -133,21 +124,15 @@ def test_a_watch_without_changes_lasts_only_at_a_planner_that_has_opened_it(
     def slow() -> Retries:
         return Retries(jitter=lambda: 0.0, clock=lambda: 1000.0 * time.monotonic())
 
-    def sync(client: Client) -> list[int]:
-        return [response.sequence for response in client.watch_plan("plans/night", retries=slow())]
-
-    async def aio(client: AsyncClient) -> list[int]:
-        return [response.sequence async for response in client.watch_plan("plans/night", retries=slow())]
-
     planner.fail = fail
-    for watch in (lambda: with_sync(planner, sync), lambda: with_aio(planner, aio)):
-        breaks.clear()
+    async with opened(kind, planner.address) as client:
+        watch = items(client, client.watch_plan("plans/night", retries=slow()))
         if is_open:
-            assert watch()[-1] in (900, 1000)
+            assert [response.sequence async for response in watch][-1] == 900
             assert len(breaks) == 4
         else:
             with pytest.raises(CallError, match="gives up"):
-                watch()
+                await anext(watch)
 
 
 @pytest.mark.parametrize("jitter", [0.0, 1.0])

@@ -15,13 +15,7 @@ from tests.planner.fleet.memory_store import MemoryStore
 from tests.planner.fleet.samples import CLUSTER, SETTINGS, contents
 
 
-class PlannerDiedError(Exception):
-    """The planner died here."""
-
-
 class DrivenPlanner:
-    """``crash``: "before" or "after" the next write; empty: nowhere."""
-
     def __init__(
         self,
         store: MemoryStore,
@@ -32,7 +26,7 @@ class DrivenPlanner:
         nodes: Sequence[str] = ("a", "b", "c"),
         settings: FleetSettings = SETTINGS,
     ) -> None:
-        self.store, self.epoch, self.crash = store, epoch, ""
+        self.store, self.epoch = store, epoch
         self._send = send
         self.nodes = nodes  # declared in the cluster's document
         self.cluster = ClusterFleet(CLUSTER, epoch=epoch, settings=settings, counters=FleetCounters())
@@ -54,9 +48,7 @@ class DrivenPlanner:
                 cluster.changes.found_late(change_id, read_ends(self.store.tables, [name]).get(name))  # type: ignore[arg-type]
             writes = deciding.decide(cluster, now_s=now_s)
             if writes:
-                self._fail("before")
                 kept = self.store.write_as(self.epoch, partial(apply, writes=writes, now_s=now_s))
-                self._fail("after")
                 cluster.applied(writes, kept)
             self.send(now_s)
             if not deciding.needs_decision(cluster) and not cluster.changes.late.unknown:
@@ -67,7 +59,3 @@ class DrivenPlanner:
         for node, messages in self.cluster.messages(now_s).items():
             for message in messages:
                 self._send(node, message)
-
-    def _fail(self, where: str) -> None:
-        if self.crash == where:
-            raise PlannerDiedError

@@ -74,12 +74,10 @@ class MemoryStore:
     def __init__(self) -> None:
         self.tables = Tables()
         self.epoch = 1
-        self.num_writes = 0
 
     def write_as(self, epoch: int, work: Callable[[Any], T]) -> T:
         if epoch != self.epoch:
             raise ServiceError(Reason.ERROR_REASON_NOT_LEADER, f"epoch {self.epoch} leads")
-        self.num_writes += 1
         return work(self.tables)
 
     async def read(self, work: Callable[[Any], T]) -> T:

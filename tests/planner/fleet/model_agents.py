@@ -168,13 +168,6 @@ class ModelAgent:
             if held.phase == Phase.CHANGE_PHASE_PREPARING and self._is(held, change_pb2.CHANGE_PART_TARGET):
                 self._abort_here(held)
 
-    def miss_deadline(self) -> None:
-        """Let the authority's prepare deadline pass."""
-        for held in self.changes.values():
-            undecided = held.phase in (Phase.CHANGE_PHASE_PREPARING, Phase.CHANGE_PHASE_READY)
-            if undecided and self._is(held, change_pb2.CHANGE_PART_AUTHORITY):
-                self._abort_here(held)
-
     def hear_from_primary(self) -> None:
         """Learn over the engines' connections how the changes ended for which this node waits."""
         for held in self.changes.values():

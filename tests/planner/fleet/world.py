@@ -1,11 +1,13 @@
-"""A planner, three agents and a transport that loses, repeats and reorders messages, all under a test's control."""
+"""A planner, three agents and their messages, all under a test's control."""
 
 from __future__ import annotations
 
-from hetis.planner.failures import Reason, ServiceError
+from collections.abc import Iterable
+
+from hetis.planner.failures import ServiceError
 from hetis.planner.fleet.agents.link import Response
-from hetis.v1 import change_pb2, plan_pb2, redispatch_pb2, replica_pb2
-from tests.planner.fleet.driven import DrivenPlanner, PlannerDiedError
+from hetis.v1 import plan_pb2, redispatch_pb2, replica_pb2
+from tests.planner.fleet.driven import DrivenPlanner
 from tests.planner.fleet.memory_store import MemoryStore
 from tests.planner.fleet.model_agents import BrokenInvariantError, Engines, ModelAgent
 from tests.planner.fleet.samples import MOVED, PLAN, REPLICA, SETTINGS, change, store_with_plan
@@ -62,27 +64,25 @@ class World:
         self.planner = self._new_planner()
         self.settle()
 
-    def hear(self, node: str, position: int = 0, *, again: bool = False) -> None:
-        """Deliver an agent's message to the planner; ``again``: it will be delivered once more."""
+    def hear(self, node: str) -> None:
+        """Deliver an agent's next message to the planner."""
         sent = self.agents[node].sent
         if node not in self.sessions or not sent:
             return
-        position %= len(sent)
-        request = sent[position] if again else sent.pop(position)
+        request = sent.pop(0)
         try:
             self.planner.cluster.handle(node, self.sessions[node], request, now_s=self.now_s, time_s=self.now_s)
         except ServiceError:
             self.disconnect(node)
         self.settle()
 
-    def tell(self, node: str, *, again: bool = False) -> None:
+    def tell(self, node: str) -> None:
         """Deliver the planner's next message to the agent."""
         queue = self.to_agent[node]
         if not queue:
             return
-        message = queue[0] if again else queue.pop(0)
         try:
-            self.agents[node].take(message)
+            self.agents[node].take(queue.pop(0))
         except ServiceError:
             self.disconnect(node)
         self.check()
@@ -108,13 +108,7 @@ class World:
     def settle(self) -> None:
         """Send what is due before anything else, as the fleet does; nothing that waits for the store may be sent."""
         self.planner.send(self.now_s)
-        try:
-            self.planner.settle(self.now_s)
-        except PlannerDiedError:
-            for node in self.agents:
-                while self.to_agent[node]:  # these had been sent when the planner died
-                    self.tell(node)
-            self.restart_planner()
+        self.planner.settle(self.now_s)
         self.check()
 
     # Longer courses.
@@ -132,6 +126,14 @@ class World:
                 return
         raise AssertionError("messages never end")
 
+    def live(self, seconds: int, nodes: Iterable[str] = ("a", "b", "c")) -> None:
+        """Let time pass with heartbeats of these nodes."""
+        for _ in range(seconds):
+            for node in nodes:
+                self.agents[node].heartbeat()
+            self.flow()
+            self.pass_time(1.0)
+
     def heal(self) -> None:
         """Let time pass in which nothing goes wrong any more."""
         for node in self.agents:
@@ -146,11 +148,7 @@ class World:
             for agent in self.agents.values():
                 agent.get_ready()
             self.flow()
-            for _ in range(12):  # past every timeout, with heartbeats
-                for agent in self.agents.values():
-                    agent.heartbeat()
-                self.flow()
-                self.pass_time(1.0)
+            self.live(12)  # past every timeout
 
     def serve(self) -> None:
         """Go from an activated plan to a serving replica."""
@@ -193,9 +191,6 @@ class World:
             holders = [name for name, groups in self.engines.blocks.items() if group in groups]
             assert holders == [device]
 
-    def phases(self) -> dict[str, list[change_pb2.ChangePhase.ValueType]]:
-        return {node: [held.phase for held in agent.changes.values()] for node, agent in self.agents.items()}
-
     def state(self, change_id: str) -> str:
         """Return the change's state in the store, without its prefix."""
         for record in self.store.tables.redispatches.rows.values():
@@ -211,7 +206,3 @@ class World:
             now_s=self.now_s,
             settings=SETTINGS,
         )
-
-
-def reason(error: ServiceError) -> str:
-    return Reason.Name(error.reason)

@@ -18,11 +18,13 @@ from grpc_status import rpc_status  # type: ignore[import-untyped]
 from hetis.planner.convert.documents import DeclaredFleets
 from hetis.planner.failures import not_found
 from hetis.planner.fleet.hubs import Hubs
-from hetis.planner.fleet.views import LiveNode, LiveReplica, show_live
+from hetis.planner.fleet.views import Clock, LiveNode, LiveReplica, show_live
 from hetis.planner.resources import dispatch
 from hetis.planner.resources.clusters import Clusters
 from hetis.planner.resources.nodes import CONNECTED, NodeReader, Nodes
+from hetis.planner.resources.plan_documents import PlanDocuments
 from hetis.planner.resources.profiles import Profiles
+from hetis.planner.resources.traffic import MeasuredTraffic
 from hetis.planner.resources.watches import ClusterWatches, RunningResources
 from hetis.planner.service.calls import Calls
 from hetis.planner.service.identity.credentials import NoCredentials
@@ -153,6 +155,7 @@ async def served(folder: Path) -> AsyncIterator[Served]:
         watches=ClusterWatches(store, hubs, fleet, reader),
         profiles=Profiles(store),
         dispatch=dispatch,
+        traffic=MeasuredTraffic(store, fleet, PlanDocuments(store), Clock()),
     )
     servicings = [servicing(name, parts) for name in ("ClusterService", "ProfileService", "DispatchService")]
     server = PlannerServer(servicings, Calls(NoCredentials(), Telemetry(ServiceMetrics("0"))))

@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+import math
+from dataclasses import asdict, replace
 
 import pytest
 
 from hetis.formats.documents import from_data, to_data
 from hetis.formats.errors import DocumentError
 from hetis.planner.use_cases.record.forms import EngineValue, Searched, Tightening, Verification
-from hetis.planner.use_cases.record.parts import EqualStages, Losses, MadeFrom, OtherEngines, Part, Requested, Verified
+from hetis.planner.use_cases.record.parts import (
+    EqualStages,
+    Losses,
+    MadeFrom,
+    OtherEngines,
+    Part,
+    Requested,
+    Rungs,
+    Verified,
+)
 from hetis.planner.use_cases.service_level import ServiceLevel
 from hetis.solver.advice import Loss
 from hetis.solver.plan import Plan, Role
@@ -65,6 +75,49 @@ def test_what_is_unreadable_has_its_default_and_stays_in_the_plan(kind: type[Par
     strange = bare(**dict.fromkeys(names, object()))
     assert all(value == getattr(kind(), name) for name, value in vars_of(kind.of(strange)).items() if name != "digests")
     assert strange.inputs.keys() == names
+
+
+ENGINE = {"engine": "vllm", "value": 1.08, "bound": None, "lacks": ["workers"], "why_not": ""}
+RUNG = {"name": "node", "value": 1.0, "rate_rps": 1.0, "gpus": 1, "left_rps": 0.0}
+LOSS = {"name": "zz", "rate": 1, "whole": 2.0}
+LEVEL = {"ttft": "p95", "tpot": "mean", "attainment": 0.9}
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "good", "changes"),
+    [
+        (Verified, "verification", asdict(VERIFICATION), [
+            {"kept_rps": "x"}, {"attainment": 1e308}, {"attainment": math.nan}, {"rate_rps": None},
+            *({"share": share} for share in (0.0, -0.5, 1.5, math.nan, "1/8")),
+        ]),
+        (Verified, "tightened", {"name": "TTFT p95", "asked_s": 2.0, "planned_s": 1.6}, [{"planned_s": None}]),
+        (Requested, "service_level", LEVEL, [
+            {"ttft": "p1"}, {"tpot": ["mean"]}, {"more": 1},
+            *({"attainment": share} for share in (0.0, 1.01, 1e308, math.nan, math.inf, 10**400, "x", [0.9])),
+        ]),
+        (OtherEngines, "engine_values", ENGINE, [
+            {"engine": None}, {"lacks": [1]}, {"lacks": "ab"}, {"why_not": 3}, {"bound": "x"}, {"bound": math.nan},
+            {"value": "x"}, {"value": math.nan}, {"value": 10**400},
+        ]),
+        (Rungs, "rungs", RUNG, [{"value": None}, {"gpus": 1.5}, {"targets": [1]}, {"name": 3}]),
+        (Losses, "losses", LOSS, [{"rate": "x"}, {"whole": 0}, {"name": None}]),
+    ],
+)  # fmt: skip
+def test_what_is_in_another_form_is_left_out(
+    kind: type[Part], name: str, good: dict[str, object], changes: list[dict[str, object]]
+) -> None:
+    """Rows of a list or by place do not keep the others from being shown."""
+    are_rows = kind in (OtherEngines, Rungs)
+
+    def read(entry: object) -> Part:
+        written = [entry, good, 5] if are_rows else {"node": entry, "zone": good} if kind is Losses else entry
+        return kind.of(bare(**{name: written}))
+
+    whole, alone = read(good), read(None)
+    assert whole != alone
+    for change in changes:
+        assert read({**good, **change}) == alone, change
+    assert read({}) == read(3) == alone
 
 
 def vars_of(part: Part) -> dict[str, object]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import json
 import re
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +12,6 @@ import pytest
 
 from hetis.planner.cli.app import run
 from hetis.planner.cli.exit_codes import ExitCode
-from hetis.planner.use_cases.record.parts import Losses
-from tests.engines.plans import plan_of, stage_of
 
 FLEET = """\
 apiVersion: hetis/v1
@@ -260,12 +257,3 @@ def test_zones_that_cannot_be_lost_are_refused_with_the_reason(
     Path("fleet.yaml").write_text(ZONES)
     assert run([*inputs, *ONE_GPU, "--objective", "cost", "--rate", "12", "--survive", "zone"]) == ExitCode.INFEASIBLE
     assert "no plan serves 12 requests/s without its worst zone" in " ".join(capsys.readouterr().err.split())
-
-
-@pytest.mark.parametrize("row", [{"rate": "x", "whole": 1}, {"rate": 1, "whole": 0}, {"whole": 1}, {}, 3])
-def test_losses_in_another_form_are_left_out(row: object) -> None:
-    named = {"name": "zz", **row} if isinstance(row, dict) else row
-    plan = replace(
-        plan_of(stage_of()), inputs={"losses": {"node": named, "zone": {"name": "z", "rate": 1, "whole": 2.0}}}
-    )
-    assert {kind: loss.share for kind, loss in Losses.of(plan).by_place.items()} == {"zone": 0.5}

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from hetis.simulator.attention_workers import Decoding, Migration, PoolCopy
 from hetis.simulator.events import Events
-from hetis.simulator.fleet import LeastWork, SimulatedFleet
+from hetis.simulator.fleet import SimulatedFleet
+from hetis.simulator.routers import LeastWork
 from hetis.simulator.simulate import Builder, simulate
 from hetis.simulator.values import Fault, Request, RequestLog, Settings
 from hetis.solver.plan import AttentionWorkerPool, Plan

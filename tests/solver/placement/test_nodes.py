@@ -12,7 +12,6 @@ from hetis.solver.check import check_plan
 from hetis.solver.cluster import NodeGroup
 from hetis.solver.constraints import Replicas
 from hetis.solver.errors import InfeasibleError, InvalidProblemError, NoPlanFoundError
-from hetis.solver.placement.explanation.alternatives import simpler_or_best
 from hetis.solver.placement.families import STRATEGIES, beyond, run_by
 from hetis.solver.placement.fleet import device_classes
 from hetis.solver.placement.nodes import pack_within
@@ -124,56 +123,6 @@ def test_replicas_are_packed_on_so_many_nodes_where_there_is_a_way(
 def nodes_of(plan: Plan) -> int:
     """Return the number of nodes of each replica, summed over all."""
     return sum(len({name.rpartition("/")[0] for name in replica.devices()}) for replica in plan.replicas)
-
-
-@settings(max_examples=EXAMPLES)
-@given(
-    problem=problems(max_gpus=6, kinds=tuple(ObjectiveKind), family=UNIFIED, num_zones=1),
-    share=st.sampled_from((0.02, 0.1, 0.5)),
-)
-def test_the_simplest_plan_loses_no_more_than_it_may_and_is_on_no_more_nodes(
-    problem: PlacementProblem, share: float
-) -> None:
-    assume(not problem.model.forbidden_cuts)
-    best = solved(problem)
-    assume(best is not None)
-    assert best is not None
-    simplest = solve_placement(problem, strategy="hetis", gap_target=0.0, simplest_within=share)
-    assert check_plan(simplest, problem) == ()
-    assert nodes_of(simplest) <= nodes_of(best)
-    sign = 1.0 if problem.objective.maximises else -1.0
-    assert sign * simplest.result.value >= sign * best.result.value * (1.0 - sign * share) - REL
-    assert simplest.result.bound == pytest.approx(best.result.bound, rel=REL)
-    on_one = solved(on_nodes(problem, 1))
-    is_alone = all(len(group.gpus) == 1 for group in problem.cluster.node_groups)
-    if is_alone and on_one is not None and not problem.objective.maximises:
-        fewest = nodes_of(on_one)
-        if on_one.result.value <= best.result.value * (1.0 + share):
-            assert nodes_of(simplest) <= fewest
-
-
-def test_a_plan_inside_nodes_is_taken_where_it_loses_little_and_says_what_it_gave_up() -> None:
-    groups = [make_node("a", "A", gpus=3, nodes=2)]
-    problem = make_problem(groups, model=make_model(num_layers=40), family=replace(UNIFIED, tp_sizes=(1,)))
-    best, simplest = solved(problem), solve_placement(problem, strategy="hetis", simplest_within=0.9)
-    assert best is not None
-    assert nodes_of(simplest) < nodes_of(best)
-    (note,) = (note for note in simplest.notes if "simplest" in note)
-    assert (nodes_of(simplest), nodes_of(best)) == (1, 3)
-    assert ": 1 node instead of 3 (" in note
-    with pytest.raises(InvalidProblemError, match="only searched for by strategies hetis, hexgen and hexgen2"):
-        solve_placement(problem, strategy="splitwise", simplest_within=0.1)
-
-
-def test_replicas_that_differ_in_copies_alone_are_two_shapes() -> None:
-    problem = make_problem([make_node("a", "A", gpus=4)], family=replace(UNIFIED, tp_sizes=(1,)))
-    plan = solved(problem)
-    assert plan is not None
-    replica = plan.replicas[0]
-    more = replace(replica, stages=tuple(replace(stage, copies=stage.copies + 1) for stage in replica.stages))
-    same, mixed = replace(plan, replicas=(replica, replica)), replace(plan, replicas=(replica, more))
-    assert "1 replica shape instead of 2" in simpler_or_best(same, mixed, 0.1).notes[-1]
-    assert "no plan within 10.0% of the best" in simpler_or_best(mixed, same, 0.1).notes[-1]
 
 
 def four_gpus_wanted() -> PlacementProblem:

@@ -29,7 +29,7 @@ from hetis.planner.cli import (
 from hetis.planner.cli.exit_codes import ExitCode
 from hetis.planner.cli.failures import report_failure
 from hetis.planner.cli.parameters.defaults import default_files, default_map
-from hetis.planner.cli.server import deleting, node_verbs, planner_verbs, why
+from hetis.planner.cli.server import deleting, node_verbs, planner_verbs, traffic_verb, why
 
 app = typer.Typer(
     name="hetis-plan",
@@ -68,6 +68,7 @@ VERBS: dict[str, tuple[Any, ...]] = {
         (planner_verbs.watch, "watch plans/night", "watch clusters/prod -o json"),
         (why.why, "why r-3", "why clusters/prod/replicas/r-3 -o json"),
         (planner_verbs.agents, "agents --cluster prod", "agents --cluster prod -o json"),
+        (traffic_verb.traffic, traffic_verb.TRAFFIC_EXAMPLES),
         (planner_verbs.status, "status", "status -o json"),
         (export.upstreams, export.UPSTREAMS_EXAMPLES),
         (planner_verbs.rollback, "rollback --cluster prod", "rollback --cluster prod --dry-run"),

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import typer
 
+from hetis.commands.pictures import FORMS
 from hetis.commands.terminal import Terminal
 from hetis.formats.errors import DocumentError
 from hetis.formats.files import write_atomically
@@ -40,7 +41,6 @@ hetis-plan simulate plan.json --sweep --ttft 2s --tpot 100ms\n
 hetis-plan simulate plan.json --saturate -o json | jq .throughput_rps"""
 DEFAULT_TOLERANCE, DEFAULT_PRECISION = 0.02, 0.05  # None if they are not given: they would be ignored by other runs
 MAX_REQUESTS = 10_000_000
-PICTURES = {".html": "plotly", ".png": "matplotlib"}  # libraries that draw them
 LEVELS = "ttft_statistic", "tpot_statistic", "attainment"  # the latencies of a saturated fleet mean nothing
 CONTRADICTIONS = (  # pairs of fields, and the message
     *(("saturate", name, "{} and {} cannot be combined") for name in ("rate", "recorded", "sweep", *LEVELS)),
@@ -167,10 +167,10 @@ class SimulateOptions:
             outputs.refuse_stdout(options.spelled(name), getattr(self, name))
             outputs.refuse_unwritable(getattr(self, name))
         if (plot := self.plot) is not None:
-            if plot.suffix not in PICTURES:
-                known = " or ".join(PICTURES)
+            if plot.suffix not in FORMS:
+                known = " or ".join(FORMS)
                 raise typer.BadParameter(f"{plot} is not a picture: --plot needs a file name that ends in {known}")
-            outputs.refuse_missing_library(PICTURES[plot.suffix], extra="plots", wanted_by=f"--plot {plot}")
+            outputs.refuse_missing_library("matplotlib", extra="plots", wanted_by=f"--plot {plot}")
         outputs.refuse_page(self.html, beside=self.plot)
 
 
@@ -295,7 +295,7 @@ def _faults(wanted: SimulateOptions, plan: Plan, problem: PlacementProblem) -> t
 
 def _finish(terminal: Terminal, found: PlanAndProblem, question: Question, wanted: SimulateOptions) -> ExitCode:
     """Simulate with progress and Ctrl-C, save, print, and return the exit code, whatever the outcome."""
-    from hetis.planner.report.simulation import render_simulation, simulation_document
+    from hetis.planner.report.simulation.text import render_simulation, simulation_document
     from hetis.planner.use_cases.simulation.simulate import NothingSimulatedError, answer
 
     plan, cancelled = found.plan, threading.Event()
@@ -333,7 +333,7 @@ def _save(terminal: Terminal, simulated: Simulated, found: PlanAndProblem, wante
         if wanted.requests_csv is not None and run is not None:
             write(wanted.requests_csv, requests_csv(run))
         if wanted.plot is not None:
-            from hetis.planner.report.simulation_pictures import picture
+            from hetis.planner.report.simulation.pictures import picture
 
             write(wanted.plot, picture(simulated, found.plan, form=wanted.plot.suffix))
         outputs.save_page(terminal, lambda: simulation_page(simulated, found.plan, found.problem), wanted.html)

@@ -40,6 +40,7 @@ _PARTS = {"node": _NODE_ID, "replica": _MADE_ID, "redispatch": _MADE_ID}
 CLUSTER = NameForm("clusters/{cluster}")
 NODE = NameForm("clusters/{cluster}/nodes/{node}")
 INVENTORY = NameForm("clusters/{cluster}/inventory")
+TRAFFIC = NameForm("clusters/{cluster}/traffic")
 REPLICA = NameForm("clusters/{cluster}/replicas/{replica}")
 REDISPATCH = NameForm("clusters/{cluster}/redispatches/{redispatch}")
 PROFILE = NameForm("profiles/{profile}")

@@ -220,7 +220,8 @@ def _engine_words(other: EngineValue, plan: Plan) -> str:
     lacks, ours = " and ".join(filter(None, [", ".join(other.lacks[:-1]), *other.lacks[-1:]])), value_by_model(plan)
     by_model = " by the model" if is_below_model(plan) else ""
     if other.value is None:
-        return f"does not run this plan ({lacks}); {other.why_not}"
+        needs = lacks or "it needs more memory"  # a plan that lacks nothing else has not room under the engine
+        return f"does not run this plan ({needs}); {other.why_not}"
     if other.equal_stages:
         least = f"{'at least' if plan.objective.maximises else 'at most'} {with_unit(other.value, plan.result.unit)}"
         apart = f", without {lacks}" if lacks else ""

@@ -61,9 +61,10 @@ def replica_headline(group: ReplicaGroup, unit: str) -> Text:
     name = f"Replica {group.numbers[0]}" if count == 1 else f"{count:,} equal replicas"
     each = "" if count == 1 else f" each, {digits(group.rate, 4)} together"
     role = "" if replica.role is Role.UNIFIED else (f" {replica.role}" if count == 1 else f", {replica.role}")
+    serves = f" for {' and '.join(replica.classes)} requests" if replica.classes else ""
     return Text.assemble(
         (f"\n{name}", "bold"),
-        (role, "bold magenta"),
+        (role + serves, "bold magenta"),
         f"  {digits(replica.rate, 4)} requests/s saturated{each} · room for {tokens(replica.kv_tokens)} {unit}\n",
         f" {_latencies(replica)} · {_in_flight(replica)}",
         f"\n sends KV to {', '.join(replica.kv_zones)}" if len(replica.kv_zones) > 1 else "",

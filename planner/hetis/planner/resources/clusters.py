@@ -122,7 +122,7 @@ class Clusters:
             for plan in plans:
                 tx.plan_documents.delete(plan)
                 forget_problem(tx, plan)  # here, since the planner may die before it has ended the search
-            for table in (tx.plans, tx.redispatches, tx.replicas, tx.nodes):
+            for table in (tx.plans, tx.redispatches, tx.replicas, tx.nodes, tx.traffic):
                 table.delete_all(cluster=request.name)
             tx.clusters.delete(request.name)
             return pb.DeleteClusterResponse(), partial(self._publish_deleted, request.name, plans)
@@ -211,17 +211,21 @@ _LONGEST_S = 315_576_000_000  # the longest valid Duration
 def check_policy(checks: Checks, policy: cluster_pb2.ClusterPolicy, field: str) -> None:
     """Check the limits that ``cluster.proto`` states."""
     modes = cluster_pb2.ReactionMode
-    for name, mode in (("redispatch", policy.redispatch), ("placement", policy.placement)):
+    for name in ("redispatch", "placement", "traffic"):
+        mode = getattr(policy, name)
         known = ", ".join(word_of(modes, value) for value in modes.values() if value)
         checks.require(mode in modes.values(), f"{field}.{name}", f"is {mode}, must be one of {known}")
     ratio = policy.deviation_ratio
     checks.require(0 <= ratio <= 100, f"{field}.deviation_ratio", f"is {ratio}, must be from 0 to 100")
     mark = policy.high_water
     checks.require(0 <= mark <= 1, f"{field}.high_water", f"is {mark}, must be above 0 and at most 1, or 0 for 0.9")
+    most = policy.traffic_changes_per_hour
+    checks.require(most <= 60, f"{field}.traffic_changes_per_hour", f"is {most}, must be at most 60")
     for name, least_s, most_s, words in (
         ("redispatch_interval", 0.0, 3600.0, "0 to 1 hour"),
         ("prepare_timeout", 0.1, 600.0, "100 ms to 10 minutes"),
         ("placement_patience", 1.0, 86400.0, "1 s to 24 hours"),
+        ("traffic_cool_down", 0.0, 86400.0, "0 to 24 hours"),
     ):
         if policy.HasField(name):  # type: ignore[arg-type]
             _check_duration(checks, getattr(policy, name), f"{field}.{name}", least_s, most_s, words)

@@ -25,6 +25,8 @@ from hetis.planner.resources.plan_specs import SearchLimits
 from hetis.planner.resources.plans import Plans
 from hetis.planner.resources.profiles import Profiles
 from hetis.planner.resources.proposals import PlacementProposals, StoredPlacements
+from hetis.planner.resources.traffic import MeasuredTraffic
+from hetis.planner.resources.traffic_loop import TrafficLoop
 from hetis.planner.resources.watches import ClusterWatches, RunningResources
 from hetis.planner.service.audit_refusals import AuditRefusals
 from hetis.planner.service.loops import Loops
@@ -90,6 +92,10 @@ class Term:
         placements = StoredPlacements(store, plans, creation, activation, documents)
         self._proposals = PlacementProposals(fleet, placements, clock=clock)
         fleet.add_observer(self._proposals)
+        self._traffic = MeasuredTraffic(store, fleet, documents, clock)
+        fleet.add_observer(self._traffic)
+        self._traffic_loop = TrafficLoop(fleet, reader, self._traffic, placements, creation, clock)
+        self._traffic.decision_of = self._traffic_loop.decision_of
 
         parts = SimpleNamespace(
             clusters=clusters,
@@ -101,6 +107,7 @@ class Term:
             plans=plans,
             activation=activation,
             dispatch=dispatch,
+            traffic=self._traffic,
             audited=AuditedChanges(store),
             connect_node=lambda requests: fleet.connect(present_caller(), requests),  # as the node in its credentials
         )
@@ -118,6 +125,7 @@ class Term:
             epoch=epoch,
             leader_since_s=self.since_s if epoch else 0.0,
             most_searches=config.solver.processes,
+            traffic=self._traffic,
         )
 
     async def stand_by(self) -> None:
@@ -139,6 +147,8 @@ class Term:
         self._loops.start("the audit log of refusals", self._refusals.run())
         self._loops.start("placement proposals", self._proposals.run())
         self._loops.start("the KV history", self._kv.run())
+        self._loops.start("measured traffic", self._traffic.run())
+        self._loops.start("decisions about traffic", self._traffic_loop.run())
         await self._searches.resume()
         self._pool.start()
         self._loops.start("the solver slots", self._pool.until_failed())

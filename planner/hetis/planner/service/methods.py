@@ -48,6 +48,7 @@ SERVICES: dict[str, dict[str, Method]] = {
         "DisconnectNode": Method(_ADMIN, "nodes.disconnect"),
         "GetReplica": Method(_VIEWER, "running.get_replica", _ANY_IN_PART),
         "ListReplicas": Method(_VIEWER, "running.list_replicas", _ANY_IN_PART),
+        "GetClusterTraffic": Method(_VIEWER, "traffic.get"),
         "GetRedispatch": Method(_VIEWER, "running.get_redispatch", _ANY),
         "ListRedispatches": Method(_VIEWER, "running.list_redispatches", _ANY),
     },

@@ -10,6 +10,7 @@ from hetis.planner.store.records import (
     ProfileRecord,
     RedispatchRecord,
     ReplicaRecord,
+    TrafficRecord,
     etag_of,
 )
 from hetis.planner.store.store import Store
@@ -29,6 +30,7 @@ __all__ = [
     "ReplicaRecord",
     "Store",
     "StoreError",
+    "TrafficRecord",
     "Transaction",
     "etag_of",
 ]

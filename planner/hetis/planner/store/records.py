@@ -13,7 +13,7 @@ from typing import Any, Protocol
 from sqlalchemy import BigInteger, Boolean, Column, Double, Index, Integer, LargeBinary, MetaData, Table, Text
 from sqlalchemy.types import TypeEngine
 
-from hetis.v1 import cluster_pb2, plan_pb2, profile_pb2, redispatch_pb2, replica_pb2
+from hetis.v1 import cluster_pb2, plan_pb2, profile_pb2, redispatch_pb2, replica_pb2, traffic_pb2
 
 
 class Record(Protocol):
@@ -109,6 +109,16 @@ class RedispatchRecord:
     create_time_s: float
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrafficRecord:
+    """A window of measured traffic, which never changes."""
+
+    name: str  # `clusters/{cluster}/traffic/{seconds}/{start}/{model}`
+    cluster: str
+    body: traffic_pb2.TrafficWindow
+    version: int = 1
+
+
 _Redispatch = redispatch_pb2.RedispatchState
 FINAL_REDISPATCHES = frozenset(
     {
@@ -169,6 +179,7 @@ replicas = _table("replicas", ReplicaRecord, Index("replicas_of_cluster", "clust
 redispatches = _table(
     "redispatches", RedispatchRecord, Index("redispatches_of_cluster", "cluster", "create_time_s", "name")
 )
+traffic = _table("traffic", TrafficRecord, Index("traffic_of_cluster", "cluster", "name"))
 requests = Table(
     "requests",
     metadata,

@@ -21,6 +21,7 @@ from hetis.planner.store.records import (
     Record,
     RedispatchRecord,
     ReplicaRecord,
+    TrafficRecord,
     etag_of,
 )
 
@@ -325,6 +326,7 @@ class Reader:
         kept_per_cluster=KEPT_REDISPATCHES,
         final_states=records.FINAL_REDISPATCHES,
     )
+    traffic = RecordKind(records.traffic, TrafficRecord)
 
     def __init__(self, connection: sa.Connection) -> None:
         self.connection = connection

@@ -49,7 +49,7 @@ def _shape(replica: ReplicaPlan) -> tuple[object, ...]:
     # Four digits, since replicas of one template on different nodes may differ in the last digits.
     times = tuple(f"{value:.4g}" for value in (replica.rate, replica.ttft_s, replica.tpot_s))
     sizes = (replica.micro_batch, replica.in_flight, replica.chunk_tokens, replica.kv_tokens, replica.max_num_seqs)
-    return stages, pools, times, sizes, replica.role, replica.kv_zones, replica.expert_parallel
+    return stages, pools, times, sizes, replica.role, replica.kv_zones, replica.expert_parallel, replica.classes
 
 
 def gpu_counts(cluster: Cluster) -> Counter[str]:

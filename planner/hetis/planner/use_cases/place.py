@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from hetis.planner.use_cases import service_level
+from hetis.planner.use_cases import classes, service_level
 from hetis.planner.use_cases.climbing import (
     DEFAULT_WORTH,
     HIGHEST,
@@ -64,8 +64,8 @@ class PlacementSettings:
 
     ``roles``: those that replicas may have; empty: all roles of the strategy. ``engine``: the engine whose rules plans
     must obey; None: any engine. ``keep_stages``: whether to search pipelines of as many stages as its rules have; if
-    not, of fewer where those are too many to list (`listing`). ``simplest_within``: the share of the optimum that a
-    plan on fewer nodes may lose. ``survive``: ``node`` or ``zone`` if most, or the demand, must be served even if any
+    not, of fewer where those are too many to list (`listing`). ``simplest_within``: the share of the optimum that the
+    simplest plan may lose. ``survive``: ``node`` or ``zone`` if most, or the demand, must be served even if any
     one of them is lost; empty: neither. ``keep``: the share of its rate that must then be left. ``rung``, ``worth``,
     ``target`` and ``least_layers`` are those of `Climbing`; other strategies than the default one are searched whole
     unless a rung is requested.
@@ -192,6 +192,14 @@ def pose(request: PlacementRequest, loaded: LoadedInputs) -> PlacementProblem:
     settings = settings_of(request)
     problem = settings.problem(loaded.inputs, request.goal)
     check_survival(problem, settings.survive, settings.keep)
+    if classes.cuts_of(request.classes, loaded.inputs.workload) and request.classes:
+        for option, given in (("survive", request.survive), ("profile-error", request.profile_error)):
+            if given:
+                raise InvalidProblemError(
+                    f"--classes {request.classes} and --{option}: only plans without classes have it"
+                )
+        if problem.family.engine is None:
+            raise InvalidProblemError(f"--classes {request.classes}: strategy {request.strategy} knows no classes")
     return problem
 
 
@@ -236,6 +244,7 @@ def verify(
     *,
     cancelled: threading.Event,
     report: Report,
+    carriers: Carriers | None = None,
 ) -> PlacedPlan:
     """Simulate, price and study a plan of `prove` as requested; the plan that keeps most in simulation may be another.
 
@@ -249,6 +258,7 @@ def verify(
     if request.verify:
         budget = replace(_budget(request.simulation_limit_s, cancelled), work_limit=request.simulated_tens * ITERATIONS)
         made = _verified(made, request, loaded, budget, report)
+    made = _with_classes(made, request, loaded, _budget(settings.time_limit_s, cancelled), report, carriers)
     plan, problem = made.plan, made.problem
     again = SearchSettings(
         budget=_budget(settings.time_limit_s, cancelled), gap_target=settings.gap_target, seed=settings.seed,
@@ -276,7 +286,7 @@ def place(
 ) -> PlacedPlan:
     """Find a plan and verify it, as `prove` and `verify`."""
     made = prove(request, loaded, problem, cancelled=cancelled, report=report, carriers=carriers)
-    return verify(made, request, loaded, cancelled=cancelled, report=report)
+    return verify(made, request, loaded, cancelled=cancelled, report=report, carriers=carriers)
 
 
 def _budget(time_limit_s: float, cancelled: threading.Event) -> Budget:
@@ -293,6 +303,42 @@ def _verified(
         made.plan, made.problem, seed=settings.seed, budget=budget, report=simulation_report(made.plan, report)
     )
     return replace(made, plan=plan)
+
+
+def _with_classes(
+    made: Climbed, request: PlacementRequest, loaded: LoadedInputs, budget: Budget, report: Report,
+    carriers: Carriers | None,
+) -> Climbed:  # fmt: skip
+    """Return the plan with pools of classes of requests, on the same rung, if it is worth them (`classes.choose`).
+
+    Raises:
+        UncheckedPlanError: it fails the independent checker.
+    """
+    workload, settings = loaded.inputs.workload, settings_of(request)
+    cuts = classes.cuts_of(request.classes, workload)
+    if not cuts or not made.plan.replicas or request.survive or request.profile_error or budget.is_spent():
+        return made
+    requested = loaded.inputs.applicable_limits(request.goal)
+
+    def find(posed: PlacementProblem) -> Plan:
+        plan, own = search(posed, settings, budget=budget, report=report), posed.workload.classes
+        of_classes = replace(loaded, inputs=replace(loaded.inputs, workload=replace(workload, classes=own)))
+        plan = describe(plan, of_classes, posed, settings, requested, rung=made.rung)
+        check(plan, posed)
+        return with_losses(replace(plan, notes=(*plan.notes, classes.NEEDS_ROUTER)), posed)
+
+    def verified(one: classes.WithClasses) -> Plan:
+        return kept_plan(
+            with_service_level(one.plan, request.service_level), one.problem, None, seed=settings.seed,
+            budget=_budget(request.simulation_limit_s, budget.cancelled), report=simulation_report(one.plan, report),
+        )  # fmt: skip
+
+    found = classes.choose(
+        classes.WithClasses(plan=made.plan, problem=made.problem), requested, cuts, find, worth=settings.worth,
+        seed=settings.seed, budget=budget, report=report, carriers=carriers, target=settings.target,
+        verified=verified if request.verify else None,
+    )  # fmt: skip
+    return replace(made, plan=found.plan, problem=found.problem)
 
 
 def make_plan(
@@ -376,12 +422,13 @@ def survivors(settings: PlacementSettings, budget: Budget, report: Report) -> Ca
     """Return a search for plans that survive a loss, with the bound on what any of them leaves."""
 
     def find(posed: PlacementProblem, keep: float | None) -> tuple[Plan, float | None]:
-        from hetis.solver.placement.survival import Survive
+        from hetis.solver.placement.losses.survival import Survive
         from hetis.solver.planning import solve_surviving
 
+        survive = Survive(place=settings.survive, keep=keep, simplest_within=settings.simplest_within)
         return solve_surviving(
-            posed, Survive(place=settings.survive, keep=keep), strategy=settings.strategy, budget=budget,
-            gap_target=settings.gap_target, seed=settings.seed, report=report,
+            posed, survive, strategy=settings.strategy, budget=budget, gap_target=settings.gap_target,
+            seed=settings.seed, report=report,
         )  # fmt: skip
 
     return find

@@ -81,6 +81,13 @@ class PlacementRequest:
         panel="Inputs",
     )
     _: KW_ONLY
+    classes: str = given(
+        "--classes CUTS: "
+        "Try pools for classes of requests by prompt length, cut at percentiles: p90, p50,p90, auto (what pays), none.",
+        panel="Inputs",
+        shown="the workload's",
+        default="",
+    )
     prefix_hit_rate: Quantity | None = given(
         "--prefix-hit-rate SHARE|trace: "
         "Share of prompt tokens that prefix caches hold: 0.4, 40%, or trace to count it by a Mooncake trace's hash "
@@ -275,7 +282,7 @@ class PlacementRequest:
     )
     simplest_within: Quantity = given(
         "--simplest-within SHARE: "
-        "Loss against the best plan, such as 2%, to accept for replicas on fewer nodes, then for fewer shapes.",
+        "Loss against the best plan, such as 10%, to accept for the simplest plan: least lost with a node, few shapes.",
         panel="Search",
         default="0",
     )

@@ -57,7 +57,8 @@ def problem_of_plan(plan: Plan, name: str) -> PlanAndProblem:
     constraints = _constraints_of(plan, requested, inputs.cluster, name)
     inputs = replace(inputs, constraints=constraints, engine_settings=requested.engine_settings)
     try:
-        problem = inputs.problem(plan.objective, plan.strategy, requested.roles or (Role.UNIFIED,), requested.engine)
+        roles, engine = requested.roles or (Role.UNIFIED,), requested.engine
+        problem = inputs.problem(plan.objective, plan.strategy, roles, engine, with_classes=bool(plan.classes))
         problem = problem_of(plan, problem)
     except InvalidProblemError as error:
         raise single_problem(name, str(error)) from None

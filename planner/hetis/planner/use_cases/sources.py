@@ -62,9 +62,13 @@ class Inputs:
     engine_settings: EngineSettings = NOTHING_SET
 
     def problem(
-        self, objective: Objective, strategy: str, roles: Sequence[Role] = (), engine: EngineRules | None = None
-    ) -> PlacementProblem:
+        self, objective: Objective, strategy: str, roles: Sequence[Role] = (), engine: EngineRules | None = None,
+        *, with_classes: bool = False,
+    ) -> PlacementProblem:  # fmt: skip
         """Return the problem that the inputs define. Prompts are clipped to the model's context.
+
+        All replicas serve all requests and keep the strictest limits of their classes; or, ``with_classes``, there may
+        be pools for each.
 
         If no request has a second output token, there is no time between tokens, and a limit on TPOT is left out.
 
@@ -75,7 +79,7 @@ class Inputs:
                 no engine.
         """
         family = family_of(strategy, roles, engine, self.engine_settings)
-        return PlacementProblem(
+        found = PlacementProblem(
             cluster=self.cluster,
             model=self.model,
             workload=self.workload.clipped_to(self.model.max_position),
@@ -85,6 +89,7 @@ class Inputs:
             constraints=self.constraints,
             memories=memories_for(family, self.cluster, self.model, self.profiles),
         )
+        return found if with_classes else found.of_classes()
 
     def applicable_limits(self, objective: Objective) -> Objective:
         """Return the objective with only the limits that apply to the workload's requests."""

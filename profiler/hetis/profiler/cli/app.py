@@ -17,7 +17,7 @@ from hetis.profiler.cli.measurements import RUN_EXAMPLES, import_tables
 from hetis.profiler.cli.measurements import run as run_verb
 
 # Where a missing module can be obtained.
-_EXTRAS = dict.fromkeys(("pyarrow", "plotly", "matplotlib"), "'hetis[profiler]'")
+_EXTRAS = dict.fromkeys(("pyarrow", "matplotlib"), "'hetis[profiler]'")
 _EXTRAS["torch"] = "'hetis[profiler]', or torch as pytorch.org describes for your GPU"
 
 app = typer.Typer(

@@ -166,13 +166,14 @@ def plot(
 ) -> ProfileExitCode:
     """Plot measured against fitted times, and the residuals of each region.
 
-    HTML needs plotly, PNG matplotlib; neither needs a browser or a network.
+    Needs matplotlib, and neither a browser nor a network.
     """
+    from hetis.commands.pictures import FORMS
     from hetis.formats.errors import single_problem
     from hetis.formats.files import write_atomically
-    from hetis.profiler.pictures import html, pairs_of, png
+    from hetis.profiler.pictures import pairs_of, picture
 
-    if out.suffix not in (".png", ".html"):
+    if out.suffix not in FORMS:
         raise single_problem(str(out), "the name of the chart must end in .png or .html")
     require_outputs(out)
     found = profile_of(profile)
@@ -180,7 +181,7 @@ def plot(
     if not pairs:
         raise single_problem(str(raw[0]), f"holds nothing that the profile of {found.gpu} has a comparable fit for")
     title = f"{found.gpu}: {Path(profile).name} against {', '.join(path.name for path in raw)}"
-    write_atomically(out, (html if out.suffix == ".html" else png)(pairs, title))
+    write_atomically(out, picture(pairs, title, out.suffix))
 
     def table() -> RenderableType:
         title = f"{found.gpu} -> {out}"

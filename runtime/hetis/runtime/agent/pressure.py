@@ -29,8 +29,9 @@ from typing import IO, TYPE_CHECKING
 
 from hetis.commands.endpoints import metrics_body, reason_of
 from hetis.runtime.moves.refusals import unreachable
-from hetis.solver.errors import HetisError
-from hetis.v1 import report_pb2
+from hetis.solver.errors import HetisError, InvalidProblemError
+from hetis.solver.traffic import SCALES, Histogram, Scale, TrafficSketch
+from hetis.v1 import report_pb2, traffic_pb2
 
 if TYPE_CHECKING:
     from prometheus_client.samples import Sample
@@ -46,21 +47,6 @@ MAX_BYTES = 4 * 2**20  # a busy engine with many models and buckets sends severa
 
 class UnreadableMetricsError(HetisError):
     """The answer is not in the Prometheus exposition format."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Total:
-    """Sum and count of a histogram since the engine started."""
-
-    sum: float
-    count: float
-
-    def mean_since(self, earlier: Total | None) -> float:
-        """Return the mean of the samples since ``earlier``, or 0 without any. A restarted engine begins at 0 again."""
-        if earlier is None or self.count < earlier.count or self.sum < earlier.sum:
-            earlier = Total(sum=0.0, count=0.0)
-        count = self.count - earlier.count
-        return (self.sum - earlier.sum) / count if count > 0 else 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,9 +67,8 @@ class EngineReading:
     num_preempted: int | None = None
     num_finished: int | None = None
     num_steps: int | None = None
-    # ttft_s, tpot_s: seconds to the first token and per output token, since the engine started
-    ttft_s: Total | None = None
-    tpot_s: Total | None = None
+    # Requests since the engine started. What the engine does not report is 0; ``seconds`` is for `EngineNews` to set
+    traffic: TrafficSketch = field(default_factory=TrafficSketch)
 
     @property
     def waiting_for_kv(self) -> int:
@@ -128,11 +113,19 @@ def _read_vllm(model: str, samples: _Samples, nameless: _Samples) -> EngineReadi
         num_preempted=samples.count("vllm:num_preemptions_total"),
         num_finished=samples.count("vllm:request_success_total"),
         num_steps=samples.count("vllm:iteration_tokens_total_count"),
-        ttft_s=samples.total("vllm:time_to_first_token_seconds"),
-        tpot_s=samples.total(
-            "vllm:inter_token_latency_seconds",
-            "vllm:time_per_output_token_seconds",
-            "vllm:request_time_per_output_token_seconds",
+        traffic=_traffic(
+            samples,
+            of_requests=("vllm:request_success_total", "vllm:num_requests_running", "vllm:num_requests_waiting"),
+            cached=("vllm:prompt_tokens_cached_total", "vllm:prefix_cache_hits_total"),
+            prompt_tokens=("vllm:request_prompt_tokens",),
+            output_tokens=("vllm:request_generation_tokens",),
+            ttft_s=("vllm:time_to_first_token_seconds",),
+            tpot_s=(
+                "vllm:inter_token_latency_seconds",
+                "vllm:time_per_output_token_seconds",
+                "vllm:request_time_per_output_token_seconds",
+            ),
+            wait_s=("vllm:request_queue_time_seconds",),
         ),
     )
 
@@ -161,9 +154,32 @@ def _read_sglang(model: str, samples: _Samples) -> EngineReading:
         kv_use_ratio=ratio,
         num_preempted=samples.count("sglang:num_retracted_requests_total"),
         num_finished=samples.count("sglang:num_requests_total"),
-        ttft_s=samples.total("sglang:time_to_first_token_seconds"),
-        tpot_s=samples.total("sglang:inter_token_latency_seconds", "sglang:time_per_output_token_seconds"),
+        traffic=_traffic(
+            samples,
+            of_requests=("sglang:num_requests_total", "sglang:num_running_reqs", "sglang:num_queue_reqs"),
+            cached=("sglang:cached_tokens_total",),
+            prompt_tokens=("sglang:prompt_tokens_histogram",),
+            output_tokens=("sglang:generation_tokens_histogram",),
+            ttft_s=("sglang:time_to_first_token_seconds",),
+            tpot_s=("sglang:inter_token_latency_seconds", "sglang:time_per_output_token_seconds"),
+            wait_s=("sglang:queue_time_seconds",),
+        ),
     )
+
+
+def _traffic(
+    samples: _Samples, *, of_requests: tuple[str, ...], cached: tuple[str, ...], **histograms: tuple[str, ...]
+) -> TrafficSketch:
+    """Return an engine's traffic; none if its numbers cannot be. Arrivals are requests that ended, run or wait."""
+    numbers = {
+        "arrivals": sum(samples.count(name) or 0 for name in of_requests) if samples.of(of_requests[0]) else 0,
+        "cached_tokens": samples.count(*cached) or 0,
+    }
+    try:
+        found = {name: samples.histogram(SCALES[name], *names) for name, names in histograms.items()}
+        return TrafficSketch(**numbers, **found)  # type: ignore[arg-type]
+    except InvalidProblemError:
+        return TrafficSketch()
 
 
 class _Samples:
@@ -184,13 +200,17 @@ class _Samples:
         found = self.of(*names)
         return round(self._summed(found)) if found else None
 
-    def total(self, *names: str) -> Total | None:
-        """Return the sum and count of the first histogram that has both."""
+    def histogram(self, scale: Scale, *names: str) -> Histogram:
+        """Return the first of these histograms that has a sum and a count; an empty one if none has."""
         for name in names:
             sums, counts = self.of(f"{name}_sum"), self.of(f"{name}_count")
             if sums and counts:
-                return Total(sum=self._summed(sums), count=self._summed(counts))
-        return None
+                bounds: dict[float, list[Sample]] = {}
+                for sample in self.of(f"{name}_bucket"):
+                    bounds.setdefault(float(sample.labels.get("le", "inf")), []).append(sample)
+                buckets = {bound: self._summed(found) for bound, found in bounds.items() if not math.isnan(bound)}
+                return Histogram.of_buckets(scale, buckets | {math.inf: self._summed(counts)}, self._summed(sums))
+        return Histogram(scale=scale)
 
     def _summed(self, samples: list[Sample]) -> float:
         per_rank: dict[frozenset[tuple[str, str]], float] = {}
@@ -232,6 +252,7 @@ def replica_report(
     replica: str, reading: EngineReading, *, earlier: EngineReading | None = None
 ) -> report_pb2.ReplicaReport:
     """Return the report of a replica whose engine hetis does not steer. Means cover the time since ``earlier``."""
+    recent = reading.traffic.since(earlier.traffic if earlier else TrafficSketch())
     return report_pb2.ReplicaReport(
         replica=replica,
         assignment_state=report_pb2.ASSIGNMENT_STATE_UNMANAGED,
@@ -242,8 +263,9 @@ def replica_report(
         num_preempted=_count(reading.num_preempted),
         num_steps=_count(reading.num_steps),
         num_finished=_count(reading.num_finished),
-        ttft_s=reading.ttft_s.mean_since(earlier.ttft_s if earlier else None) if reading.ttft_s else 0.0,
-        tpot_s=reading.tpot_s.mean_since(earlier.tpot_s if earlier else None) if reading.tpot_s else 0.0,
+        ttft_s=recent.ttft_s.mean,
+        tpot_s=recent.tpot_s.mean,
+        traffic=traffic_pb2.Traffic(**reading.traffic.packed()),
     )
 
 
@@ -358,7 +380,7 @@ class EngineNews:
         """Return the news after one more scrape. A failed scrape keeps the readings, which grow older."""
         if taken.state is not ScrapeState.READ:
             return replace(self, state=taken.state, message=taken.message)
-        readings = {reading.model: reading for reading in taken.readings}
+        readings = {one.model: replace(one, traffic=replace(one.traffic, seconds=now_s)) for one in taken.readings}
         return EngineNews(
             state=ScrapeState.READ,
             readings=readings,

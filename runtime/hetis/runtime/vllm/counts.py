@@ -10,6 +10,8 @@ from collections import Counter, deque
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from hetis.solver.traffic import TrafficCounter
+
 Samples = dict[str, dict[str, float]]
 _RECENT = 64  # number of times over which means are taken
 DISPATCH_BUCKETS = (5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2)
@@ -59,10 +61,12 @@ class RequestStats:
     Attributes:
         num_finished: requests that have ended since the start.
         num_ran_to_end: of these, requests that were running when they ended.
+        traffic: lengths and latencies of all requests since the start.
     """
 
     def __init__(self) -> None:
         self.num_finished = self.num_ran_to_end = 0
+        self.traffic = TrafficCounter()
         self._known: set[str] = set()
         self._awaited: dict[str, VllmRequest] = {}  # requests that have no token yet
         self._first_s: dict[str, float] = {}  # time of each request's first token
@@ -91,6 +95,7 @@ class RequestStats:
 
     def arrived(self, request: VllmRequest) -> None:
         self._known.add(request.request_id)
+        self.traffic.num_arrivals += 1
         self._awaited[request.request_id] = request
 
     def look(self, now_s: float) -> None:
@@ -99,6 +104,7 @@ class RequestStats:
             del self._awaited[request.request_id]
             self._first_s[request.request_id] = now_s
             self._ttft_s.append(max(now_s - request.arrival_time, 0.0))
+            self.traffic.add(ttft_s=self._ttft_s[-1])
 
     def finished(self, request: VllmRequest, *, has_run: bool) -> None:
         name = request.request_id
@@ -109,8 +115,11 @@ class RequestStats:
         self.num_finished += 1
         self.num_ran_to_end += has_run
         begun_s, num = self._first_s.pop(name, None), request.num_output_tokens
+        if begun_s is not None:
+            self.traffic.add(prompt_tokens=request.num_tokens - num, output_tokens=num)
         if begun_s is not None and num > 1:
             self._tpot_s.append(max(time.time() - begun_s, 0.0) / (num - 1))
+            self.traffic.add(tpot_s=self._tpot_s[-1])
 
 
 # --- counters

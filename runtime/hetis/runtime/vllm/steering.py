@@ -27,6 +27,7 @@ from hetis.v1.head_map_pb2 import HeadMap, HeadMapDevice, Move, MoveInFlight, Ru
 from hetis.v1.replica_pb2 import Assignment, AssignmentGoal, ReplicaRole
 from hetis.v1.report_pb2 import AssignmentState, DeviceLoad, DeviceReport, DeviceStatus, ReplicaReport, StageLoad
 from hetis.v1.stage_pb2 import StageModel
+from hetis.v1.traffic_pb2 import Traffic
 
 _STATUS = {
     OwnStatus.OK: DeviceStatus.DEVICE_STATUS_OK,
@@ -353,6 +354,7 @@ class SteeredVllm(SteeredEngine[_Taken]):
             stages=[stage_load(side, held.binding)],
             ttft_s=requests.ttft_s,
             tpot_s=requests.tpot_s,
+            traffic=Traffic(**requests.traffic.sketch(int(now_s)).packed()),
         )
 
 

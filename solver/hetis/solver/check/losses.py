@@ -74,6 +74,19 @@ Site = tuple[str, Hashable]  # a zone and a build, in which KV flows freely
 
 def _served_by(plan: Plan, problem: PlacementProblem, zone_of: Mapping[str, str], remains: list[bool]) -> float:
     """Return the most requests/s that the replicas that remain serve."""
+    if not plan.classes:
+        return _served_together(plan, problem, zone_of, remains)
+    share_of, of_class = {one.name: one.share for one in plan.classes}, dict[str, float]()
+    for classes in {replica.classes for replica in plan.replicas}:
+        own = [is_left and one.classes == classes for one, is_left in zip(plan.replicas, remains, strict=True)]
+        served = _served_together(plan, problem, zone_of, own)
+        for name in classes or share_of:
+            of_class[name] = of_class.get(name, 0.0) + served / sum(share_of[each] for each in classes or share_of)
+    return min(of_class.get(name, 0.0) for name in share_of)
+
+
+def _served_together(plan: Plan, problem: PlacementProblem, zone_of: Mapping[str, str], remains: list[bool]) -> float:
+    """Return the most requests/s of the replicas that remain, which serve the same classes."""
     sites: list[Site] = [
         (zone_of[node_of(replica.devices()[0])], problem.build_of(replica.stages[0].gpu)) for replica in plan.replicas
     ]

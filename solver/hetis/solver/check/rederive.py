@@ -112,12 +112,24 @@ class Derived:
 
 
 class Rederivation:
-    """A derivation of the replicas of one problem, which derives equal shapes once."""
+    """A derivation of the replicas of one problem, which derives equal shapes once.
+
+    Of a workload with classes, replicas are derived by what they serve (`serving`).
+    """
 
     def __init__(self, problem: PlacementProblem) -> None:
         self._problem = problem
         self._moments = problem.moments()
         self._derived: dict[ReplicaShape, Derived] = {}
+        self._serving: dict[tuple[str, ...], Rederivation] = {}
+
+    def serving(self, classes: tuple[str, ...]) -> Rederivation:
+        """Return the derivation of replicas that serve these classes of requests; none named: all."""
+        if not self._problem.workload.classes:
+            return self
+        if classes not in self._serving:
+            self._serving[classes] = Rederivation(self._problem.of_classes(classes))
+        return self._serving[classes]
 
     def setting(
         self, *, micro_batch: int, in_flight: int, chunk_tokens: int, role: Role = Role.UNIFIED, gpu: str = ""

@@ -28,9 +28,52 @@ UNIFIED_ALONE = "; every replica prefills and decodes"
 
 
 def served_rate(plan: Plan) -> float:
-    """Return the requests/s that a plan completes: those of unified replicas, and those that its routes carry."""
-    unified = sum(replica.rate for replica in plan.replicas if replica.role is Role.UNIFIED)
-    return unified + sum(route.rate for route in plan.kv_routes)
+    """Return the requests/s that a plan completes: those of unified replicas, and those that its routes carry.
+
+    Of classes, each has its share of the requests of every replica that serves it, in proportion to the classes there;
+    the class of which the least is served limits them all.
+    """
+    ends = [(route.prefill, route.rate) for route in plan.kv_routes if 0 <= route.prefill < len(plan.replicas)]
+    parts = [(replica.classes, replica.rate) for replica in plan.replicas if replica.role is Role.UNIFIED]
+    parts += [(plan.replicas[number].classes, rate) for number, rate in ends]
+    share_of = {one.name: one.share for one in plan.classes}
+    if not share_of:
+        return sum(rate for _, rate in parts)
+    of_class = dict.fromkeys(share_of, 0.0)
+    for classes, rate in parts:
+        own = {name: share_of.get(name, 0.0) for name in classes or share_of}
+        for name in own.keys() & of_class.keys():
+            of_class[name] += rate * own[name] / sum(own.values())
+    return min(rate / share_of[name] for name, rate in of_class.items())
+
+
+def check_classes(plan: Plan, problem: PlacementProblem) -> list[Violation]:
+    """Check the classes of requests: their bounds and shares, and that a pool serves one of them, or all."""
+    shares = {one.name: 0.0 for one in problem.workload.classes}
+    for one in problem.workload.bins if shares else ():
+        bounds = ((each.name, each.max_prompt_tokens) for each in problem.workload.classes)
+        shares[next(name for name, most in bounds if most is None or one.prompt_tokens <= most)] += one.weight
+    wanted = [
+        (each.name, each.max_prompt_tokens, shares[each.name] / sum(shares.values()))
+        for each in problem.workload.classes
+    ]
+    stated = [(one.name, one.max_prompt_tokens, one.share) for one in plan.classes]
+    violations: list[Violation] = []
+    if [one[:2] for one in stated] != [one[:2] for one in wanted]:
+        message = (
+            f"are {[one[:2] for one in stated] or 'none'}, the workload has {[one[:2] for one in wanted] or 'none'}"
+        )
+        violations += at("classes", [(Rule.CLASSES, message)])
+    else:
+        for (name, _, said), (_, _, share) in zip(stated, wanted, strict=True):
+            if not math.isclose(said, share, rel_tol=RELATIVE):
+                message = f"has a share of {said:.9g} of the requests, the workload has {share:.9g}"
+                violations += at(f"class {name}", [(Rule.CLASSES, message)])
+    for number, replica in enumerate(plan.replicas):
+        if replica.classes and (len(replica.classes) > 1 or replica.classes[0] not in shares):
+            message = f"serves {', '.join(replica.classes)}, must be for one class of the workload, or for all"
+            violations += at(f"replica {number}", [(Rule.CLASSES, message)])
+    return violations
 
 
 def check_routes(plan: Plan, problem: PlacementProblem, fleet: Fleet) -> list[Violation]:
@@ -79,6 +122,9 @@ def _check_route(
     if zone is not None and zone not in sender.kv_zones:
         allowed = ", ".join(sender.kv_zones) or "none"
         yield Rule.ROUTE, f"leads to zone {zone}, replica {route.prefill} may send to {allowed}"
+    if sender.classes != receiver.classes:
+        ends = (" and ".join(one.classes) or "all requests" for one in (sender, receiver))
+        yield Rule.ROUTE, "leads from a replica for {} to one for {}".format(*ends)
     gpus = [replica.stages[0].gpu for replica in (sender, receiver)]
     if problem.model.on(gpus[0]) != problem.model.on(gpus[1]):
         yield Rule.ROUTE, f"leads from {gpus[0]} to {gpus[1]}, which hold the model in different precisions"
@@ -114,11 +160,13 @@ def check_link_capacity(plan: Plan, problem: PlacementProblem, fleet: Fleet) -> 
 
     A unified replica's hop from one zone to another carries ``rate (Q + O) H s`` bytes/s, a route ``rate P L G kvb``.
     """
-    model, moments = problem.model, problem.moments()  # in any precision: hops carry activations
+    model = problem.model  # in any precision: hops carry activations
     numbers = model.residual_streams * model.hidden
-    hop_bytes = (moments.mean_computed + moments.mean_output) * numbers * model.activation_bytes
+    of_ranges = {names: problem.of_classes(names).moments() for names in problem.ranges()}
     load: defaultdict[tuple[str | None, str | None], float] = defaultdict(float)
     for replica in plan.replicas:
+        moments = of_ranges.get(replica.classes, of_ranges[()])
+        hop_bytes = (moments.mean_computed + moments.mean_output) * numbers * model.activation_bytes
         for pair in pairwise(_zone_of(stage.devices, fleet) for stage in replica.stages):
             load[pair] += replica.rate * hop_bytes
     zones = [_zone_of(replica.devices(), fleet) for replica in plan.replicas]
@@ -126,7 +174,8 @@ def check_link_capacity(plan: Plan, problem: PlacementProblem, fleet: Fleet) -> 
         if not (0 <= route.prefill < len(zones) and 0 <= route.decode < len(zones)):
             continue  # reported elsewhere, as are replicas without stages
         if zones[route.prefill] is not None:
-            own = problem.of_replica(plan.replicas[route.prefill]).model
+            sender = plan.replicas[route.prefill]
+            own, moments = problem.model.on(sender.stages[0].gpu), of_ranges.get(sender.classes, of_ranges[()])
             kv_bytes = moments.mean_prompt * own.head_groups * own.kv_bytes_per_token_group() + own.state_bytes()
             load[zones[route.prefill], zones[route.decode]] += route.rate * own.num_layers * kv_bytes
     violations: list[Violation] = []

@@ -49,6 +49,7 @@ class Rule(StrEnum):
     ROUTE = "a route leads from a prefill replica to a decode replica that it may send to, once"
     ROUTE_RATE = "no replica sends or receives more requests than its rate"
     LINK_CAPACITY = "the traffic between two zones fits their link"
+    CLASSES = "classes have their bounds and shares of the workload, and a replica serves one of them, or all"
     FINITE = "numbers are finite and not negative, rates of routes positive"
     FAMILY = "the family is the one of the strategy"
     OBJECTIVE = "the plan answers the objective of the problem"

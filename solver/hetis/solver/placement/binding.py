@@ -10,7 +10,7 @@ from that assignment and looks for one that spreads replicas over the fewest nod
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Hashable, Iterable, Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 
@@ -23,7 +23,7 @@ from hetis.solver.errors import UnboundPlanError
 from hetis.solver.highs import linear_program, quiet_highs
 from hetis.solver.placement.fleet import DeviceClass, IntArray
 from hetis.solver.placement.nodes import pack, pack_within
-from hetis.solver.placement.replicas.kinds import kind_of
+from hetis.solver.placement.replicas.kinds import Layout, kind_of, shared_places
 from hetis.solver.placement.replicas.tables import CostTables
 from hetis.solver.placement.replicas.template import Template
 
@@ -55,12 +55,13 @@ class BoundStage:
 
 def bind(
     costs: CostTables, templates: Sequence[Template], *, seed: int = 0, budget: Budget | None = None,
-    spreads: bool = False,
+    spreads: bool = False, layouts: Sequence[Layout] = (),
 ) -> list[list[BoundStage]]:  # fmt: skip
     """Return named GPUs for every stage of every template, in order; first fit if the budget leaves no time.
 
-    If it ``spreads``, the loss of a node takes as few requests/s as possible: of the nodes with room, a replica goes to
-    the one whose replicas have the least rate.
+    If it ``spreads``, replicas have the nodes of their ``layouts``, if any, and the loss of a node takes as few
+    requests/s as possible: of the nodes with room, any other replica goes to the one whose replicas have the least
+    rate.
 
     Raises:
         UnboundPlanError: the templates do not fit in the fleet's nodes.
@@ -68,7 +69,7 @@ def bind(
     parts = [part for i, template in enumerate(templates) for part in _parts_of(costs, i, template)]
     budget, engine = budget if budget is not None else Budget(), costs.problem.family.engine
     most_nodes = None if engine is None else engine.max_nodes
-    spread = _first_fit(costs, parts, [template.rate for template in templates]) if spreads else None
+    spread = _spread(costs, parts, [template.rate for template in templates], layouts) if spreads else None
     if spread is not None and (most_nodes is None or _most_nodes(costs, parts, spread) <= most_nodes):
         nodes = spread
     elif most_nodes is not None:
@@ -90,6 +91,39 @@ def _most_nodes(costs: CostTables, parts: Sequence[BoundPart], nodes: Sequence[i
         group, number = _nodes_of(costs.classes[part.device_class])[node]
         used[part.replica].add(group.node_name(number))
     return max(map(len, used.values()), default=0)
+
+
+def _spread(
+    costs: CostTables, parts: Sequence[BoundPart], rates: Sequence[float], layouts: Sequence[Layout]
+) -> list[int]:  # fmt: skip
+    """Return a node for every part by layouts, or if others do not fit beside these, where the least is lost."""
+    try:
+        return _first_fit(costs, parts, rates, _laid_out(costs, parts, layouts))
+    except UnboundPlanError:
+        return _first_fit(costs, parts, rates)
+
+
+def _laid_out(costs: CostTables, parts: Sequence[BoundPart], layouts: Sequence[Layout]) -> dict[int, int]:
+    """Return the nodes of the parts of replicas that have a layout; none if a node lacks a class of its place."""
+    places, names = shared_places(costs.classes), defaultdict[int, dict[str, None]](dict)
+    numbers = list[dict[str, int]]()
+    for place, c in zip(places, costs.classes, strict=True):
+        own = [group.node_name(i) for group, i in _nodes_of(c)]
+        names[place] |= dict.fromkeys(own)
+        numbers.append({name: i for i, name in enumerate(own)})
+    listed = {place: list(found) for place, found in names.items()}
+    left = [[(listed[place][node], Counter(dict(piece))) for place, node, piece in layout] for layout in layouts]
+    found = dict[int, int]()
+    for i in sorted(range(len(parts)), key=lambda i: -parts[i].size):  # sizes divide one another, so the largest fit
+        part, pieces = parts[i], left[parts[i].replica] if layouts else []
+        for name, room in pieces:
+            if room[part.device_class] >= part.size:
+                if name not in numbers[part.device_class]:
+                    return {}
+                room[part.device_class] -= part.size
+                found[i] = numbers[part.device_class][name]
+                break
+    return found
 
 
 def _within(
@@ -154,11 +188,16 @@ def _packed(costs: CostTables, parts: Sequence[BoundPart], nodes: list[int], see
     return done
 
 
-def _first_fit(costs: CostTables, parts: Sequence[BoundPart], rates: Sequence[float] | None = None) -> list[int]:
+def _first_fit(
+    costs: CostTables, parts: Sequence[BoundPart], rates: Sequence[float] | None = None,
+    given: Mapping[int, int] | None = None,
+) -> list[int]:  # fmt: skip
     """Return a node (its number within the class) for every part, placed in order of size, then of replica.
 
-    With the ``rates`` of the replicas, the node with the least rate so far is chosen, otherwise the tightest.
+    Some may be ``given``. With the ``rates`` of the replicas, the node with the least rate so far is chosen, otherwise
+    the tightest.
     """
+    given = given or {}
     node_of = [-1] * len(parts)
     by_class: dict[int, list[int]] = defaultdict(list)
     for i, part in enumerate(parts):
@@ -170,6 +209,13 @@ def _first_fit(costs: CostTables, parts: Sequence[BoundPart], rates: Sequence[fl
         waiting[c.gpus_per_node] = list(range(c.num_nodes - 1, -1, -1))
         home: dict[int, int] = {}  # replica -> its latest node
         lost = [0.0] * c.num_nodes  # the rate of the replicas on each node
+        for i in (i for i in members if i in given):
+            node_of[i] = node = given[i]
+            free[node] -= parts[i].size
+            if home.get(parts[i].replica) != node and rates is not None:
+                lost[node] += rates[parts[i].replica]
+            home[parts[i].replica] = node
+        members = [i for i in members if i not in given]
         for i in sorted(members, key=lambda i: (-parts[i].size, parts[i].replica, i)):
             part = parts[i]
             node = home.get(part.replica, -1)

@@ -16,7 +16,7 @@ import numpy as np
 
 from hetis.solver.placement.columns import Columns
 from hetis.solver.placement.constraint_rows import Pins
-from hetis.solver.placement.fleet import UNIFIED, IntArray
+from hetis.solver.placement.fleet import IntArray
 from hetis.solver.placement.replicas.kinds import Kind, kind_of_parts, shared_places
 from hetis.solver.placement.replicas.pipelines import (
     MixSweep,
@@ -73,7 +73,8 @@ class Evaluator:
 
     @cached_property
     def _without_workers(self) -> tuple[MixSweep, StageTimes]:
-        sweep = sweep_of(self.costs, self.shape.depth, self.mixes, np.zeros(1, dtype=np.int64))
+        costs = self.costs.of_scope(self.shape.scope)
+        sweep = sweep_of(costs, self.shape.depth, self.mixes, np.zeros(1, dtype=np.int64))
         return sweep, stage_times(self.costs, self.shape, sweep, None)
 
     def evaluate(self, which: IntArray, needed_s: FloatArray) -> None:
@@ -108,7 +109,8 @@ class Evaluator:
         assert self.workers is not None, "there are none"
         promising = np.any(self._shortest_s(counts) < worse_s[:, None], axis=0)
         groups = int(self.costs.scopes[self.shape.scope].tables.rank_groups[self.shape.ranks].min())
-        sweep = sweep_of(self.costs, self.shape.depth, self.mixes[promising], np.arange(1, groups + 1))
+        costs = self.costs.of_scope(self.shape.scope)
+        sweep = sweep_of(costs, self.shape.depth, self.mixes[promising], np.arange(1, groups + 1))
         return sweep, stage_times(self.costs, self.shape, sweep, self.workers)
 
 
@@ -205,9 +207,9 @@ def candidates_of(costs: CostTables, pins: Pins | None = None) -> tuple[list[Can
         if shape.depth <= engine.stages_of(costs.mixes[mixes[0]].role, costs.problem.model)
     ]
     return without, (
-        made(number, UNIFIED, mixes_of[shape.scope, 1][UNIFIED], workers)
+        made(number, side, mixes_of[shape.scope, 1][side], workers)
         for number, shape in enumerate(shapes)
-        if UNIFIED in mixes_of[shape.scope, 1]
+        if (side := costs.routes.unified(costs.scopes[shape.scope].number)) in mixes_of[shape.scope, 1]
         for workers in workers_of(costs, shape)
     )
 
@@ -253,4 +255,4 @@ def _kind_of_scope(costs: CostTables, scope: int) -> Hashable:
         for c, computes in ((costs.classes[g], here.computes_on(g)) for g in inside)
     ]
     arrays = (t.t_cap, t.trip_cap, t.wire_s[:, ranks], t.hop_s[:, ranks], t.pool_start[np.ix_(ranks, inside)])
-    return here.roles, tuple(gpus), *(values.tobytes() for values in arrays)
+    return here.number, here.roles, tuple(gpus), *(values.tobytes() for values in arrays)

@@ -1,4 +1,7 @@
-"""Rows that constraints and families add to the master: pins, and one GPU type for each role."""
+"""Rows that constraints, families and classes of requests add to the master.
+
+They are pins, one GPU type for each role, and what pools serve of each class.
+"""
 
 from __future__ import annotations
 
@@ -106,6 +109,50 @@ class TypeOfRole:
         """Return what each row costs on every side in addition, from the duals of the first 2 T rows; [sides, rows]."""
         of_roles = np.concatenate([duals.reshape(2, -1) @ self.gpus.T, np.zeros((1, len(self.gpus)))])
         return np.asarray(of_roles[self.role_of_side])
+
+
+@dataclass(frozen=True, slots=True)
+class ClassRows:
+    """The rows ``L <= sum over ranges R with class k of (U_R + f_R) / F_R`` of every class k; L is one more column.
+
+    U_R is the rate of unified replicas for the requests of range R, f_R the flows between its other replicas, and F_R
+    its share of all requests. ``covers`` [ranges, classes] is 1 / F_R where R has class k, and 0 otherwise.
+    ``range_of_side`` [sides] is that of unified replicas, and -1 on the sides of others; ``range_of_zone`` is [Z].
+    """
+
+    covers: FloatArray
+    range_of_side: IntArray
+    range_of_zone: IntArray
+
+    def rows(self, columns: Columns, num_flows: int, num_binaries: int) -> FloatArray:
+        """Return coefficients [K + flows + binaries + 1, classes] of the rows, whose upper limits are 0."""
+        of_sides = np.concatenate([self.covers, np.zeros((1, self.covers.shape[1]))])[self.range_of_side]
+        replicas = of_sides[columns.sides] * columns.rates[:, None]
+        flows = np.repeat(self.covers[self.range_of_zone], len(self.range_of_zone), axis=0)[:num_flows]
+        binaries, level = np.zeros((num_binaries, self.covers.shape[1])), np.ones((1, self.covers.shape[1]))
+        return np.concatenate([-replicas, -flows, binaries, level])
+
+    def served(self, columns: Columns, counts: IntArray, flows: FloatArray) -> float:
+        """Return L of whole replicas."""
+        by_flows = (flows.sum(axis=1)[:, None] * self.covers[self.range_of_zone]).sum(axis=0)
+        return float((by_flows - counts @ self.rows(columns, 0, 0)[: len(counts)]).min())
+
+    def rate_prices(self, duals: FloatArray) -> FloatArray:
+        """Return what a request/s of each range is worth, from the duals of the rows; [ranges]."""
+        return np.asarray(self.covers @ duals)
+
+
+def class_rows(costs: CostTables) -> ClassRows | None:
+    """Return the rows of the problem's classes of requests; None if it has none."""
+    problem, routes = costs.problem, costs.routes
+    if not problem.workload.classes:
+        return None
+    shares, ranges = problem.workload.shares(), problem.ranges()
+    serves = np.array([[not names or name in names for name in shares] for names in ranges], dtype=float)
+    of_side = np.full(routes.num_sides, -1, dtype=np.int64)
+    of_side[[routes.unified(number) for number in range(len(ranges))]] = np.arange(len(ranges))
+    of_zone = np.repeat(np.arange(len(ranges)), len(routes.zones) // len(ranges))
+    return ClassRows(serves / (serves @ np.array([*shares.values()]))[:, None], of_side, of_zone)
 
 
 def type_of_role(costs: CostTables) -> TypeOfRole | None:

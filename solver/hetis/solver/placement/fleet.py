@@ -8,6 +8,9 @@ Where the explicit links of a zone's nodes differ, sets of its nodes are *places
 (`places_of`): replicas of such a place exchange KV only with each other, and pay only for links between its nodes. It
 has sides like a zone, and a route from itself to itself.
 
+If replicas may be limited to some classes of requests, each *range* of classes (`PlacementProblem.ranges`) has a side
+of unified replicas and places of its own, after those of all requests. KV of a single class stays in its zone.
+
 A side has a *rate price*, the value of serving one more request/s there, which is 1 on the unified side if the rate is
 maximised.
 """
@@ -246,6 +249,7 @@ class Routes:
         capacity: requests/s whose KV the link from zone to zone carries, shape [Z, Z]; inf inside a zone.
         beside: the places beside whole zones with their build, which are the last in ``zones``.
         num_left_out: how many further places are not searched (`MOST_PARTS`).
+        num_ranges: ranges of classes; ``zones`` are those of all requests, repeated for each further range.
     """
 
     zones: tuple[str, ...]
@@ -253,21 +257,27 @@ class Routes:
     capacity: FloatArray
     beside: tuple[tuple[Part, int], ...] = ()
     num_left_out: int = 0
+    num_ranges: int = 1
 
     @property
     def whole_zones(self) -> tuple[str, ...]:
         """Return the first of ``zones``: whole ones, each once for each build."""
-        return self.zones[: len(self.zones) - len(self.beside)]
+        return self.zones[: len(self.zones) // self.num_ranges - len(self.beside)]
 
-    def place(self, part: Part, build: int) -> int:
-        """Return the number in ``zones`` of a place and build; a part without blocks is a whole zone."""
+    def place(self, part: Part, build: int, number: int = 0) -> int:
+        """Return the number in ``zones`` of a place, build and range; a part without blocks is a whole zone."""
+        first = number * (len(self.zones) // self.num_ranges)
         if part.blocks is None:
-            return self.zones.index(part.zones[0]) + build
-        return len(self.whole_zones) + self.beside.index((part, build))
+            return first + self.zones.index(part.zones[0]) + build
+        return first + len(self.whole_zones) + self.beside.index((part, build))
 
     @property
     def num_sides(self) -> int:
-        return 1 + 3 * len(self.zones) if self.splits_roles else 1
+        return self.num_ranges + (3 * len(self.zones) if self.splits_roles else 0)
+
+    def unified(self, number: int) -> int:
+        """Return the side of unified replicas of a range."""
+        return UNIFIED if number == 0 else self.num_sides - self.num_ranges + number
 
     @property
     def has_links(self) -> bool:
@@ -283,13 +293,13 @@ class Routes:
 
     def parts(self, of_sides: FloatArray) -> tuple[FloatArray, FloatArray, FloatArray]:
         """Split values [sides] into those of local senders, of senders to all zones, and of receivers; [Z] each."""
-        local, afar, receiving = of_sides[1:].reshape(3, len(self.zones))
+        local, afar, receiving = of_sides[1 : 1 + 3 * len(self.zones)].reshape(3, len(self.zones))
         return local, afar, receiving
 
 
 def routes_of(
     problem: PlacementProblem, moments: WorkloadMoments, num_builds: int,
-    places: Sequence[Part] = (), num_left_out: int = 0,
+    places: Sequence[Part] = (), num_left_out: int = 0, num_ranges: int = 1,
 ) -> Routes:  # fmt: skip
     """Return the routes of a problem, which do not depend on its replicas; ``places`` are those beside whole zones."""
     network, zones, model = problem.cluster.network, problem.cluster.zones(), problem.model
@@ -300,7 +310,7 @@ def routes_of(
         wholes, num_bytes = zones, model.prompt_kv_bytes(moments.mean_prompt)
         capacity = np.array([[network.zone_link(a, b).bytes_per_s / num_bytes for b in zones] for a in zones])
     beside = tuple((place, build) for place in places for build in range(num_builds))
-    capacity = np.pad(capacity, (0, len(beside)))
+    named = (*wholes, *(place.zones[0] for place, _ in beside)) * num_ranges
+    capacity = np.pad(capacity, (0, len(named) - len(capacity)))
     np.fill_diagonal(capacity, np.inf)
-    named = (*wholes, *(place.zones[0] for place, _ in beside))
-    return Routes(named, problem.family.splits_roles, capacity, beside, num_left_out)
+    return Routes(named, problem.family.splits_roles, capacity, beside, num_left_out, num_ranges)

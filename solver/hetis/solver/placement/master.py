@@ -10,10 +10,14 @@
          sum_k GPUs_kt n_k <= GPUs_t q_dt                        every role d and GPU type t (`TypeOfRole`)
          sum_t q_dt <= 1, q_dt >= 0 (LP) and 0 or 1 (MILP)       every role d
          least_p <= sum_k count_kp n_k <= most_p                 every pin p (`Pins`)
+         L <= sum over R with c of (U_R + f_R) / F_R             every class c of requests (`ClassRows`)
 
 Pins are rows that constraints add: a minimum of GPUs in use, limits on replicas, and a maximum rent. A GPU that must be
 used may have a negative price. In a family whose prefill replicas all have one GPU type, and decode replicas one, two
-binaries q for each type say whether it has the role.
+binaries q for each type say whether it has the role. If the workload has classes, L is maximised (or at least the
+demand): U_R is the rate of the unified replicas that serve the classes of range R, f_R are the flows of its others, and
+F_R is its share of the requests. With prices y of the rows and a_c of the classes, which sum to 1, no replica serves
+more of R's requests than its GPUs pay for if each is worth ``sum over c in R of a_c / F_R``, so that L <= y limits.
 """
 
 from __future__ import annotations
@@ -27,7 +31,7 @@ import numpy as np
 
 from hetis.solver.highs import linear_program, quiet_highs
 from hetis.solver.placement.columns import Columns
-from hetis.solver.placement.constraint_rows import Pins, TypeOfRole, pins_of, type_of_role
+from hetis.solver.placement.constraint_rows import ClassRows, Pins, TypeOfRole, class_rows, pins_of, type_of_role
 from hetis.solver.placement.fleet import UNIFIED, IntArray, Routes
 from hetis.solver.placement.replicas.tables import CostTables, FloatArray
 from hetis.solver.problem import PlacementProblem
@@ -63,6 +67,10 @@ class LpSolution:
     def worth(self, columns: Columns) -> FloatArray:
         """Return what columns take is worth, without their costs; [K]."""
         return np.asarray((columns.uses * self.side_prices[columns.sides]).sum(axis=1) + self.replica_price)
+
+    def reduced(self, columns: Columns) -> FloatArray:
+        """Return how much more each column's GPUs are worth than its rate: the least that a plan with it loses; [K]."""
+        return np.asarray(self.worth(columns) + columns.costs - self.rate_prices[columns.sides] * columns.rates)
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +108,7 @@ class Master:
     pins: Pins | None = None
     minimised: FloatArray | None = None
     types: TypeOfRole | None = None
+    classes: ClassRows | None = None
 
     @property
     def row_costs(self) -> FloatArray:
@@ -134,7 +143,7 @@ class Master:
         rate_prices, link_prices, end = np.full(num_sides, price), np.zeros((num_zones, num_zones)), num_rows
         if self.routes.splits_roles:
             sending, afar, receiving = duals[num_rows : num_rows + 3 * num_zones].reshape(3, num_zones)
-            rate_prices[1:] = np.concatenate([sending, sending + afar, receiving])
+            rate_prices[1 : 1 + 3 * num_zones] = np.concatenate([sending, sending + afar, receiving])
             end += 3 * num_zones
             if self.routes.has_links:
                 link_prices[self._between()] = duals[end:][: num_zones * (num_zones - 1)]
@@ -143,6 +152,11 @@ class Master:
         if self.types is not None:
             side_prices += self.types.prices(duals[end:][: self.types.num_binaries])
             end += self.types.num_binaries + 2
+        if self.classes is not None:
+            of_ranges = self.classes.rate_prices(duals[end:][: self.classes.covers.shape[1]])
+            is_unified = self.classes.range_of_side >= 0
+            rate_prices[is_unified] = of_ranges[self.classes.range_of_side[is_unified]]
+            end += self.classes.covers.shape[1]
         if self.pins is not None:
             pin_prices = signed[end:][: len(self.pins.lower)]
             side_prices += self.pins.of_rows @ pin_prices
@@ -212,7 +226,8 @@ class Master:
             given = highspy.HighsSolution()
             binaries = [] if self.types is None else self.types.chosen(columns, counts).tolist()
             flows = start.flows.ravel()[: self._num_flows()].tolist()
-            given.col_value = [*counts.astype(float).tolist(), *flows, *binaries]
+            level = [] if self.classes is None else [self.classes.served(columns, counts, start.flows)]
+            given.col_value = [*counts.astype(float).tolist(), *flows, *binaries, *level]
             highs.setSolution(given)
         highs.run()
         info, is_settled = highs.getInfo(), highs.getModelStatus() in SETTLED
@@ -245,6 +260,8 @@ class Master:
 
     def served(self, columns: Columns, counts: IntArray, flows: FloatArray) -> float:
         """Return the requests/s that whole replicas serve."""
+        if self.classes is not None:
+            return self.classes.served(columns, counts, flows)
         return float((counts * columns.rates)[columns.sides == UNIFIED].sum() + flows.sum())
 
     def best_flows(self, columns: Columns, counts: IntArray) -> FloatArray:
@@ -265,7 +282,7 @@ class Master:
         return flows
 
     def _flows_by_lp(self, columns: Columns, counts: IntArray) -> FloatArray:
-        model = replace(self, pins=None, types=None)._model(columns, whole=False)
+        model = replace(self, pins=None, types=None, classes=None)._model(columns, whole=False)
         num_columns, flows = len(columns.rates), np.ones(self._num_flows())
         model.sense_ = highspy.ObjSense.kMaximize
         model.col_cost_ = np.concatenate([np.zeros(num_columns), flows])
@@ -293,11 +310,16 @@ class Master:
         binaries = 0 if self.types is None else self.types.num_binaries
         served = np.where(columns.sides == UNIFIED, columns.rates, 0.0)
         served = np.concatenate([served, np.ones(flows), np.zeros(binaries)])
+        if self.classes is not None:
+            served = np.append(0.0 * served, 1.0)
         blocks = [(columns.uses.astype(float), self.limits.astype(float))]
         if self.routes.splits_roles:
             blocks.append(self._flow_rows(columns))
         if self.types is not None:
             blocks.append(self.types.rows(columns, flows))
+        if self.classes is not None:
+            of_classes = self.classes.rows(columns, flows, binaries)
+            blocks.append((of_classes, np.zeros(of_classes.shape[1])))
         lower = np.full(sum(len(limits) for _, limits in blocks), -highspy.kHighsInf)
         if self.pins is not None:
             blocks.append((self.pins.coefficients(columns.uses), self.pins.upper))
@@ -310,7 +332,7 @@ class Master:
         most = np.full(len(matrix), highspy.kHighsInf)
         if whole and flows:
             most[num : num + flows] = self._more_than_flows(columns)
-        most[num + flows :] = 1.0
+        most[num + flows : num + flows + binaries] = 1.0
         if is_elastic:
             required = np.flatnonzero(lower > 0.0)
             missing = np.zeros((len(required), len(lower)))
@@ -319,7 +341,7 @@ class Master:
             costs = np.concatenate([np.zeros(len(served)), 1.0 / lower[required]])
         entry_columns, entry_rows = np.nonzero(matrix)
         is_whole = np.arange(len(matrix)) < num
-        is_whole[num + flows :] = True
+        is_whole[num + flows : num + flows + binaries] = True
         upper = np.concatenate([limits for _, limits in blocks])
         maximises = self.maximises and not is_elastic
         return linear_program(
@@ -380,6 +402,7 @@ def master_of(costs: CostTables) -> Master:
         pins=pins_of(costs.problem.constraint_index, costs.classes, costs.resources),
         minimised=None if demand is None else row_costs_of(costs),
         types=type_of_role(costs),
+        classes=class_rows(costs),
     )
 
 

@@ -239,7 +239,6 @@ Way = Mapping[int, Cut]  # the pieces by device class
 MOST_WAYS = 40  # ways per replica: those with the fewest pieces first
 MOST_CUTS = {1: MOST_WAYS, 2: 8}  # cuts per device class, by the number of classes
 FEW_CUTS = 4  # cuts per device class if there are more classes
-SHAPE = 1 / 64  # cost of a replica shape, as a ratio to that of a piece
 MORE_PIECES = 2  # pieces beyond the fewest, if the nodes of a replica are not limited
 
 
@@ -311,26 +310,6 @@ class NodeProgram:
         for c, entries in by_class.items():
             add_row(highs, -np.inf, float(self.classes[c].num_nodes), entries)
         return int(first_z)
-
-    def simplify(self, highs: Any, kinds_of_columns: Sequence[int], enough: float) -> None:
-        """Extend the model, require an objective of ``enough``, and minimise pieces instead, then distinct columns."""
-        lp = highs.getLp()
-        costs, upper = np.array(lp.col_cost_), float(sum(c.num_nodes * c.gpus_per_node for c in self.classes))
-        maximises = lp.sense_ == highspy.ObjSense.kMaximize
-        first = self.extend(highs, kinds_of_columns)
-        entries = {int(i): float(costs[i]) for i in np.flatnonzero(costs)}
-        add_row(highs, *((enough, np.inf) if maximises else (-np.inf, enough)), entries)
-        highs.changeObjectiveSense(highspy.ObjSense.kMinimize)
-        for i in entries:
-            highs.changeColCost(i, 0.0)
-        for i, number in enumerate(self.pieces):
-            highs.changeColCost(first + i, float(number))
-        for column in range(len(kinds_of_columns)):
-            highs.addVar(0.0, 1.0)
-            is_used = highs.getNumCol() - 1
-            highs.changeColIntegrality(is_used, highspy.HighsVarType.kInteger)
-            highs.changeColCost(is_used, SHAPE)
-            add_row(highs, -np.inf, 0.0, {column: 1.0, is_used: -upper})
 
 
 def _make_whole(highs: Any, first: int) -> None:

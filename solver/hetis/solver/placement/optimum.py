@@ -27,12 +27,12 @@ from hetis.solver.errors import InvalidProblemError, NoPlanFoundError
 from hetis.solver.placement.columns import Bound, padded
 from hetis.solver.placement.enumeration import ColumnPrices, EnumeratedColumns
 from hetis.solver.placement.fleet import IntArray
+from hetis.solver.placement.losses.loss_rows import Within
+from hetis.solver.placement.losses.simplicity import simplest
 from hetis.solver.placement.master import UNDECIDED, LpSolution, Master, MilpSolution, settled
 from hetis.solver.placement.nodes import NodeProgram, counts_of_kinds
 from hetis.solver.placement.outcome import Outcome, rate_bound, relative_gap, sound_bound
 from hetis.solver.placement.policy import POLICY, RELAXATION_TOLERANCE, Attempt
-from hetis.solver.placement.replicas.kinds import shared_places
-from hetis.solver.placement.replicas.pipelines import least_nodes
 from hetis.solver.placement.replicas.tables import BoolArray, CostTables, FloatArray
 from hetis.solver.placement.replicas.template import Template
 
@@ -42,8 +42,8 @@ def search_enumerated(
 ) -> Outcome | None:
     """Return the best plan of an engine's family with a bound, or None if the family has none.
 
-    With ``simplest_within``, return the plan found on the fewest nodes, then with the fewest shapes, among those that
-    lose no more than this share of the best value. The bound remains that on the best.
+    With ``simplest_within``, return the simplest plan of those that lose no more than this share of the best value
+    (`simplicity.py`). The bound remains that on the best.
 
     Raises:
         InvalidProblemError: the family is too large to enumerate, or the model may not be cut everywhere.
@@ -184,7 +184,7 @@ class _Search:
         columns, lp = self.enumerated.columns, self.relaxed
         assert lp is not None, "prices say what is lost"
         assert columns is not None, "prices are those of columns"
-        return np.asarray(lp.worth(columns) + columns.costs - lp.rate_prices[columns.sides] * columns.rates)
+        return lp.reduced(columns)
 
     def _within(self, distance: float) -> BoolArray:
         """Return which columns lose at most ``distance``; no better plan contains any other."""
@@ -328,47 +328,26 @@ class _Search:
         if self.enumerated.num_columns <= self.policy.most_on_nodes:
             self._solve_on_nodes(np.ones(self.enumerated.num_columns, dtype=bool), most_nodes, proves=True)
 
-    # --- plans on fewer nodes that lose little
+    # --- simpler plans that lose little
 
     def simpler(self, best: Outcome, share: float) -> Outcome:
-        """Return the plan on the fewest nodes found among those that lose at most ``share`` of the best value."""
+        """Return the simplest plan of those that lose at most ``share`` of the best value, if one is found."""
         if self.incumbent is None or self.relaxed is None:
             return best
-        self._list_of_few_nodes(min(2.0 * share, self.policy.most_lost))
-        columns, num = self.enumerated.columns, self.enumerated.num_columns
-        assert columns is not None, "the incumbent has columns"
-        chosen = np.flatnonzero(self._likeliest(self.policy.simple) | (padded(self.incumbent.counts, num) > 0))
-        engine, value = self.costs.problem.family.engine, self.incumbent.value
-        kinds, of_columns = counts_of_kinds([self.enumerated.kind(int(i)) for i in chosen])
-        program = NodeProgram.of(self.costs.classes, kinds, None if engine is None else engine.max_nodes)
-        if program is None:
-            return best
-        least = value * (1.0 - share) if self.master.maximises else value * (1.0 + share)
-        found, _ = self.master.solve_milp(
-            columns.some(chosen), time_limit_s=self._time_limit_s(), nodes=self.policy.simple_nodes, gap=0.0,
-            seed=self.seed, extend=lambda highs: program.simplify(highs, of_columns.tolist(), least),
-            stop=self._is_over(),
+        value = self.incumbent.value * (1.0 - share if self.master.maximises else 1.0 + share)
+        found = simplest(
+            self.costs, self.master, self.enumerated, self.relaxed, self.settings,
+            Within(value=value, wanted=self.master.demand or value),
+            distance=abs(self.relaxed.value - value) if self.is_complete else np.inf,
+            known=np.flatnonzero(self.incumbent.counts),
         )  # fmt: skip
         if found is None:
             return best
-        self._adopt(found, chosen, "simpler plans")
-        return replace(self._outcome() or best, best=best)
-
-    def _list_of_few_nodes(self, share: float) -> None:
-        """List replicas that lose at most a share of the worth of their GPUs, those on few nodes first."""
-        places = shared_places(self.costs.classes)
-        assert self.relaxed is not None, "its prices say what is lost"
-        prices = self._prices(self.relaxed)
-        for each in self.enumerated.candidates:
-            worth, _ = prices.judge(each)
-            with np.errstate(divide="ignore", invalid="ignore"):
-                needed_s = np.where(worth > 0.0, prices.rate_prices[each.side] / (worth * (1.0 - share)), np.inf)
-            which = each.worth_evaluating(needed_s)
-            nodes = least_nodes(self.costs, each.shape, each.workers, places)[which]
-            ratio = each.evaluator.shortest_s[which] / np.minimum(needed_s[which], 1e300)
-            which = which[np.lexsort((ratio, nodes))[: self.policy.at_once]]
-            if len(which) and not self.budget.is_spent():
-                self.enumerated.add(each, each.found_among(which, needed_s[which]))
+        self._adopt(found.solution, found.chosen, "simpler plans")
+        template = self.enumerated.template
+        nodes = {template(int(i)): tuple(of) for i, of in zip(found.chosen, found.layouts, strict=True) if of}
+        outcome = self._outcome() or best
+        return replace(outcome, layouts=nodes, simplicity=found.simplicity, best_value=best.value)
 
     def _solve_on_nodes(self, which: BoolArray, most_nodes: int, *, proves: bool = False) -> float | None:
         """Find the best whole counts of columns that nodes have room for; return HiGHS's bound if it covers all.

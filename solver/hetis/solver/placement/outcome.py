@@ -10,14 +10,15 @@ request's price between the two.
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 
 from hetis.solver.errors import BrokenProofError
 from hetis.solver.placement.constraint_rows import unit_of
 from hetis.solver.placement.master import MilpSolution
+from hetis.solver.placement.replicas.kinds import Layout
 from hetis.solver.placement.replicas.tables import CostTables, FloatArray
 from hetis.solver.placement.replicas.template import Template
 from hetis.solver.plan import Role
@@ -45,6 +46,20 @@ def relative_gap(incumbent: MilpSolution | None, bound: float) -> float:
 
 
 @dataclass(frozen=True, slots=True)
+class Simplicity:
+    """The points of a plan's complexity, and the bound below which no plan within the limits is (`simplicity.py`)."""
+
+    missing: float
+    several: float
+    shapes: float
+    bound: float
+
+    @property
+    def points(self) -> float:
+        return self.missing + self.several + self.shapes
+
+
+@dataclass(frozen=True, slots=True)
 class Outcome:
     """The outcome of a search; ``value`` and ``bound`` are in requests/s, or in USD/h or GPUs if cost is minimised."""
 
@@ -57,7 +72,9 @@ class Outcome:
     runners_up: tuple[Template, ...] = ()
     interrupted: bool = False
     left_bound: float | None = None  # on what any plan leaves after the worst loss, if that is maximised
-    best: Outcome | None = None  # the best outcome, if this simpler one replaced it
+    layouts: Mapping[Template, Sequence[Layout]] = field(default_factory=dict)  # of each one's replicas, if chosen
+    simplicity: Simplicity | None = None
+    best_value: float | None = None  # if a simpler outcome replaced the best
 
 
 # --- bounds from dense work
@@ -75,10 +92,13 @@ def rate_bound(costs: CostTables, roles: Collection[Role] = tuple(Role), *, with
     if not costs.ranks or not costs.scopes:
         return 0.0
     none = np.zeros(len(costs.classes))
-    speeds = np.array([layers_per_s(costs, role) if role in roles else none for role in Role])  # [roles, N]
     available = np.array([float(c.available) for c in costs.classes])
     weights = np.array([np.ones_like(SHARES), SHARES, 1.0 - SHARES])
-    of_gpus = (weights[:, :, None] * speeds[:, None, :]).max(axis=0)  # layers/s per GPU at every share, [shares, N]
+    of_ranges = []
+    for number in range(max(1, len(costs.ranges))):
+        speeds = np.array([layers_per_s(costs, role, number) if role in roles else none for role in Role])  # [roles, N]
+        of_ranges.append((weights[:, :, None] * speeds[:, None, :]).max(axis=0))  # per GPU at every share, [shares, N]
+    of_gpus = (_worth_of_ranges(costs, of_ranges)[:, None, None] * of_ranges).max(axis=0)
     totals = [of_gpus @ available]
     index = costs.problem.constraint_index if with_constraints else None
     for constraint in index.most if index is not None else ():
@@ -93,11 +113,27 @@ def is_out_of_reach(costs: CostTables, saturated_rps: float) -> bool:
     return bound <= 0.0 or bound < saturated_rps * (1.0 - ROUNDING)
 
 
-def layers_per_s(costs: CostTables, role: Role) -> FloatArray:
-    """Return layers/s of dense work per GPU of every class, in replicas of a role that keep the limits; [N]."""
+def _worth_of_ranges(costs: CostTables, speeds: Sequence[FloatArray]) -> FloatArray:
+    """Return what a request of each range is worth in requests of all classes; [ranges].
+
+    Any weights of the classes that sum to 1 give a bound (`master.py`). These are the shares of the classes in the
+    dense work, at which all ranges gain about the same.
+    """
+    shares = np.array([*costs.problem.workload.shares().values()])
+    if not len(shares):
+        return np.ones(1)
+    work = np.array([shares[k] / max(float(speed.max(initial=0.0)), 1e-300) for k, speed in enumerate(speeds[1:])])
+    return np.array([1.0, *(work / work.sum() / shares)])
+
+
+def layers_per_s(costs: CostTables, role: Role, number: int = 0) -> FloatArray:
+    """Return layers/s of dense work per GPU of every class, in replicas of a role that keep the limits; [N].
+
+    They serve the range of this number.
+    """
     best = np.zeros(len(costs.classes))
     in_flight = np.array(costs.problem.family.in_flight)
-    for part in costs.scopes:
+    for part in (one for one in costs.scopes if one.number == number):
         t = part.tables
         mixes = [x for x, mix in enumerate(costs.mixes) if mix.role is role and part.serves(mix)]
         here = [s for s, (g, _) in enumerate(costs.ranks) if t.available[g] > 0]

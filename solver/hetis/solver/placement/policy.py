@@ -46,9 +46,6 @@ class SearchPolicy:
         most_listed: compositions that may all be evaluated for a proof if prices exclude hardly any.
         most_proved: columns of a proof; with more, HiGHS finds no bound within a minute.
         proof_nodes: limit on nodes of a proof, about a minute for the largest programs that it does not solve.
-        simple: columns of each side of which the simplest plan is made.
-        simple_nodes: limit on nodes for it.
-        most_lost: share of its GPUs' value that a replica on few nodes may lose.
         most_on_nodes: columns if every replica is assigned to nodes, too.
         nodes_on_nodes: limit on nodes of the search tree in that case.
         least_s: the least time limit, whether the budget has time left or not.
@@ -75,9 +72,6 @@ class SearchPolicy:
     most_listed: int = 200_000
     most_proved: int = 20_000
     proof_nodes: int = 150_000
-    simple: int = 200
-    simple_nodes: int = 5_000
-    most_lost: float = 0.5
     most_on_nodes: int = 3000
     nodes_on_nodes: int = 10_000
     least_s: float = 0.2

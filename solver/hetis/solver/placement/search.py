@@ -20,8 +20,8 @@ from hetis.solver.placement.replicas.tables import CostTables
 def search(costs: CostTables, settings: SearchSettings, *, simplest_within: float = 0.0) -> Outcome | None:
     """Return the best replicas found with a bound, or None if the family is empty or the budget ended before a plan.
 
-    With ``simplest_within``, a share of the best value, replicas use the fewest nodes that lose no more than this
-    share. Progress is in the master's unit: saturated requests/s, or what is minimised.
+    With ``simplest_within``, the plan is the simplest of those that lose no more than this share of the best value.
+    Progress is in the master's unit: saturated requests/s, or what is minimised.
     """
     if not costs.ranks:
         return None

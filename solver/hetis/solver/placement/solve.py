@@ -14,12 +14,14 @@ from hetis.solver.errors import InvalidProblemError, NoPlanFoundError
 from hetis.solver.placement.binding import BoundStage, bind
 from hetis.solver.placement.constrained_problem import apply_constraints, is_nothing_left, restored
 from hetis.solver.placement.constraint_rows import pins_of
-from hetis.solver.placement.explanation.alternatives import notes_on_search, runners_up_of, simpler_or_best
+from hetis.solver.placement.explanation.alternatives import notes_on_search, runners_up_of, with_simplicity
 from hetis.solver.placement.families import STRATEGIES
 from hetis.solver.placement.fleet import FloatArray, class_prices
 from hetis.solver.placement.infeasible import Market, infeasible
+from hetis.solver.placement.losses.survival import Survive, search_surviving
 from hetis.solver.placement.master import demanded_rate, row_costs_of
 from hetis.solver.placement.outcome import Outcome, is_out_of_reach
+from hetis.solver.placement.replicas.kinds import Layout
 from hetis.solver.placement.replicas.stage_cost import state_on_rank
 from hetis.solver.placement.replicas.tables import CostTables
 from hetis.solver.placement.replicas.tabulation import build_cost_tables
@@ -34,7 +36,6 @@ from hetis.solver.placement.replicas.template import (
     with_fewest_in_flight,
 )
 from hetis.solver.placement.search import equal_stages, search
-from hetis.solver.placement.survival import Survive, search_surviving
 from hetis.solver.plan import (
     AttentionWorkerPool,
     ClassPrice,
@@ -80,7 +81,7 @@ def solve_surviving_family(
     def found_by(costs: CostTables, settings: SearchSettings) -> Outcome | None:
         return search_surviving(costs, survive, settings)
 
-    plan, outcome = _solved(problem, settings, market, found_by, survives=True)
+    plan, outcome = _solved(problem, settings, market, found_by, survive.simplest_within, survives=True)
     return plan, None if outcome.left_bound is None else objective_scale(problem) * outcome.left_bound
 
 
@@ -104,17 +105,22 @@ def _solved(
     if outcome is None:
         raise settings.stopped() if settings.budget.is_spent() else infeasible(problem, settings, market)
 
-    def bound(outcome: Outcome) -> Plan:
-        tables, serving, spreads = _serving(costs, outcome, settings, spreads=survives)
-        chosen = [(with_fewest_in_flight(tables, template), count) for template, count in serving.chosen]
-        templates = [template for template, count in chosen for _ in range(count)]
-        bound_stages = bind(tables, templates, seed=settings.seed, budget=settings.budget, spreads=survives)
-        return plan_of(tables, settings.strategy, serving, templates, bound_stages, settings.budget, spreads=spreads)
-
-    plan = bound(outcome)
-    if outcome.best is not None:
-        plan = simpler_or_best(plan, bound(outcome.best), simplest_within)
+    spreads = survives or outcome.simplicity is not None
+    tables, serving, kv_spreads = _serving(costs, outcome, settings, spreads=spreads)
+    chosen = [(with_fewest_in_flight(tables, template), count) for template, count in serving.chosen]
+    templates = [template for template, count in chosen for _ in range(count)]
+    layouts = [layout for template, count in serving.chosen for layout in _layouts(serving, template, count)]
+    bound_stages = bind(tables, templates, seed=settings.seed, budget=settings.budget, spreads=spreads, layouts=layouts)
+    plan = plan_of(tables, settings.strategy, serving, templates, bound_stages, settings.budget, spreads=kv_spreads)
+    if simplest_within:
+        plan = with_simplicity(plan, outcome, simplest_within, objective_scale(problem))
     return (plan if searched is problem else restored(plan, searched, problem)), outcome
+
+
+def _layouts(outcome: Outcome, template: Template, count: int) -> list[Layout]:
+    """Return the nodes of so many replicas; one without them may be anywhere."""
+    known = outcome.layouts.get(template, ())
+    return [known[i] if i < len(known) else () for i in range(count)]
 
 
 def _serving(
@@ -226,12 +232,14 @@ def plan_of(
         prices=_prices(costs, outcome, scale),
         runners_up=runners_up_of(costs, outcome, status),
         notes=notes_on_search(problem, costs.routes.num_left_out),
+        classes=problem.class_shares(),
     )
 
 
 def replica_plan(costs: CostTables, template: Template, stages: list[BoundStage]) -> ReplicaPlan:
     """Return a template on named GPUs, with the numbers of the cost model."""
-    mix, m = costs.mixes[template.mix], costs.problem.family.in_flight[template.in_flight_index]
+    own, m = costs.of_scope(template.scope), costs.problem.family.in_flight[template.in_flight_index]
+    mix = own.mixes[template.mix]
     zones = costs.routes.whole_zones if mix.sends_afar else costs.scopes[template.scope].zones
     tables = costs.scopes[template.scope].tables
     plans, pools, first_layer = [], [], 0
@@ -267,6 +275,7 @@ def replica_plan(costs: CostTables, template: Template, stages: list[BoundStage]
         role=mix.role,
         expert_parallel=mix.attention_dp > 1,
         kv_zones=zones if mix.role is Role.PREFILL else (),
+        classes=costs.problem.ranges()[costs.scopes[template.scope].number],
     )
 
 

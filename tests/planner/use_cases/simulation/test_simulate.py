@@ -17,7 +17,7 @@ import pytest
 import hetis
 from hetis.formats.traces import read_trace
 from hetis.planner.cli.app import run
-from hetis.planner.report.simulation import _doubt
+from hetis.planner.report.simulation.text import _doubt
 from hetis.planner.use_cases.simulation.simulate import SAMPLES, sample_spacing_s
 from hetis.profiler import engines
 from hetis.simulator.arrivals import Arrivals, Load
@@ -222,7 +222,7 @@ def test_files_hold_the_first_run(plan: Path, tmp_path: Path) -> None:
     assert len(trace.arrival_s) == found["summary"]["counts"]["arrived"] == 300
     events = json.loads(files["p.json"].read_text())["traceEvents"]
     assert {"X", "M", "C"} == {event["ph"] for event in events}
-    assert "plotly" in files["a.html"].read_text()
+    assert "<svg" in files["a.html"].read_text()
     simulated(plan, *arguments, "--plot", str(files["a.png"]))
     assert files["a.png"].read_bytes().startswith(b"\x89PNG")
     replayed = simulated(plan, "--trace", str(files["r.csv"]), "--recorded")

@@ -236,12 +236,6 @@ def test_lower_rates_that_are_known_are_told_from_any_rate_on(monkeypatch: pytes
     assert fake.searched_from_rps == {}, "they are not simulated again"
 
 
-@pytest.mark.parametrize("written", [None, 3, {"name": TTFT}])
-def test_what_is_not_readable_is_no_tightening(written: object) -> None:
-    plan = plan_of(1.0, ttft_s=0.4, objective=Objective())
-    assert Verified.of(replace(plan, inputs={"tightened": written})).tightened is None
-
-
 def test_a_search_again_looks_for_no_reasons() -> None:
     budget = Budget(explains=False)
     with pytest.raises(InfeasibleError, match=r"^no plan of the family exists$"):

@@ -355,11 +355,6 @@ def test_the_rate_that_is_kept_follows_what_is_asked_for(pair: Placed, level: Se
         assert "100% asked for" in drawn(found)
 
 
-@pytest.mark.parametrize("written", [None, 3, {"ttft": "p95"}, {"ttft": "p1", "tpot": "mean", "attainment": None}])
-def test_what_is_not_readable_is_the_usual_level(pair: Placed, written: object) -> None:
-    assert Requested.of(replace(pair[0], inputs={"service_level": written})).service_level == ServiceLevel()
-
-
 @pytest.mark.parametrize(
     ("options", "said"),
     [
@@ -939,23 +934,6 @@ def test_a_time_limit_that_is_given_limits_the_simulation_too(
     assert request.simulation_limit_s == simulation_s
 
 
-@pytest.mark.parametrize("written", [None, 3, [], {"kept": True}, {"rate_rps": "x"}])
-def test_what_is_not_readable_is_no_verification(pair: Placed, written: object) -> None:
-    assert Verified.of(replace(pair[0], inputs={"verification": written})).verification is None
-
-
-@pytest.mark.parametrize("written", [{"kept_rps": "x"}, {"attainment": 1e308}, {"attainment": math.nan}])
-def test_a_verification_with_one_impossible_value_is_none(pair: Placed, written: dict[str, object]) -> None:
-    whole = pair[0].inputs["verification"]
-    assert Verified.of(replace(pair[0], inputs={"verification": {**whole, **written}})).verification is None
-
-
-@pytest.mark.parametrize("attainment", [0.0, 1.01, 1e308, math.nan, math.inf, 10**400, "x", [0.9]])
-def test_an_impossible_attainment_is_no_service_level(pair: Placed, attainment: object) -> None:
-    written = {**asdict(ServiceLevel(attainment=0.9)), "attainment": attainment}
-    assert Requested.of(replace(pair[0], inputs={"service_level": written})).service_level == DEFAULT
-
-
 def test_cancelled_before_the_first_request_nothing_is_said_of_a_plan(pair: Placed) -> None:
     cancelled = threading.Event()
     cancelled.set()
@@ -1188,14 +1166,6 @@ def test_every_view_of_a_plan_that_misses_its_limits_shows_the_rate_it_keeps(
             assert cell == value
             assert f"Value {value}" in viewed
             assert "MISSED" not in python
-
-
-@pytest.mark.parametrize("share", [0.0, -0.5, 1.5, math.nan, "1/8"])
-def test_a_verification_of_no_part_is_none(pair: Placed, share: object) -> None:
-    whole = pair[0].inputs["verification"]
-    assert Verified.of(replace(pair[0], inputs={"verification": {**whole, "share": share}})).verification is None
-    earlier = {name: value for name, value in whole.items() if name not in {"share", "too_short"}}
-    assert Verified.of(replace(pair[0], inputs={"verification": earlier})).verification is not None
 
 
 def test_curves_are_of_the_part_whose_seats_their_runs_fill(

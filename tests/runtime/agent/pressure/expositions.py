@@ -31,6 +31,22 @@ vllm:prefix_cache_queries_total{engine="0",model_name="meta-llama/Llama-3.1-8B-I
 # HELP vllm:prefix_cache_queries_created Prefix cache queries, in terms of number of queried tokens.
 # TYPE vllm:prefix_cache_queries_created gauge
 vllm:prefix_cache_queries_created{engine="0",model_name="meta-llama/Llama-3.1-8B-Instruct"} 1.7630215e+09
+# HELP vllm:prompt_tokens_cached_total Number of cached prompt tokens (local + external).
+# TYPE vllm:prompt_tokens_cached_total counter
+vllm:prompt_tokens_cached_total{engine="0",model_name="meta-llama/Llama-3.1-8B-Instruct"} 300000.0
+# HELP vllm:request_prompt_tokens Number of prefill tokens processed.
+# TYPE vllm:request_prompt_tokens histogram
+vllm:request_prompt_tokens_bucket{engine="0",model_name="meta-llama/Llama-3.1-8B-Instruct",le="1000.0"} 500.0
+vllm:request_prompt_tokens_bucket{engine="0",model_name="meta-llama/Llama-3.1-8B-Instruct",le="2000.0"} 1100.0
+vllm:request_prompt_tokens_bucket{engine="0",model_name="meta-llama/Llama-3.1-8B-Instruct",le="+Inf"} 1134.0
+vllm:request_prompt_tokens_count{engine="0",model_name="meta-llama/Llama-3.1-8B-Instruct"} 1134.0
+vllm:request_prompt_tokens_sum{engine="0",model_name="meta-llama/Llama-3.1-8B-Instruct"} 1.2e+06
+# HELP vllm:request_generation_tokens Number of generation tokens processed.
+# TYPE vllm:request_generation_tokens histogram
+vllm:request_generation_tokens_bucket{engine="0",model_name="meta-llama/Llama-3.1-8B-Instruct",le="100.0"} 34.0
+vllm:request_generation_tokens_bucket{engine="0",model_name="meta-llama/Llama-3.1-8B-Instruct",le="+Inf"} 1134.0
+vllm:request_generation_tokens_count{engine="0",model_name="meta-llama/Llama-3.1-8B-Instruct"} 1134.0
+vllm:request_generation_tokens_sum{engine="0",model_name="meta-llama/Llama-3.1-8B-Instruct"} 200000.0
 # HELP vllm:num_preemptions_total Cumulative number of preemption from the engine.
 # TYPE vllm:num_preemptions_total counter
 vllm:num_preemptions_total{engine="0",model_name="meta-llama/Llama-3.1-8B-Instruct"} 23.0

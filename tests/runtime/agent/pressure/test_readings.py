@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import string
 
 import pytest
@@ -12,13 +13,13 @@ from hetis.runtime.agent.pressure import (
     EngineReading,
     Scrape,
     ScrapeState,
-    Total,
     device_reports,
     read_text,
     replica_report,
     unreachable_report,
 )
-from hetis.v1 import failure_pb2, report_pb2
+from hetis.solver.traffic import SECONDS, TOKENS, Histogram, TrafficSketch
+from hetis.v1 import failure_pb2, report_pb2, traffic_pb2
 from tests.runtime.agent.pressure.expositions import SGLANG, VLLM, VLLM_OLD
 
 
@@ -45,8 +46,14 @@ def test_vllm_is_read_by_its_names() -> None:
             num_preempted=23,
             num_finished=1134,
             num_steps=90210,
-            ttft_s=Total(sum=342.0, count=1140.0),
-            tpot_s=Total(sum=5000.0, count=200000.0),
+            traffic=TrafficSketch(
+                arrivals=1134 + 41 + 7,
+                prompt_tokens=Histogram.of_buckets(TOKENS, {1000.0: 500.0, 2000.0: 1100.0, math.inf: 1134.0}, 1.2e6),
+                output_tokens=Histogram.of_buckets(TOKENS, {100.0: 34.0, math.inf: 1134.0}, 2e5),
+                cached_tokens=300_000,
+                ttft_s=Histogram.of_buckets(SECONDS, {0.1: 300.0, math.inf: 1140.0}, 342.0),
+                tpot_s=Histogram.of_buckets(SECONDS, {math.inf: 200_000.0}, 5000.0),
+            ),
         ),
     )
 
@@ -55,7 +62,7 @@ def test_an_older_vllm_is_read_by_the_names_it_had() -> None:
     (found,) = read(VLLM_OLD)
     assert (found.kv_use_ratio, found.total_blocks, found.used_blocks) == (0.25, 1000, 250)
     assert found.num_waiting_for_kv is None
-    assert found.tpot_s == Total(sum=0.2, count=10.0)
+    assert (found.traffic.tpot_s.mean, found.traffic.tpot_s.count) == (pytest.approx(0.02), 10.0)
 
 
 def test_the_newer_name_wins_where_both_are_served() -> None:
@@ -74,8 +81,11 @@ def test_sglang_is_read_without_what_it_can_evict() -> None:
             evictable_blocks=35_000,
             kv_use_ratio=0.6,
             num_finished=507,
-            ttft_s=Total(sum=101.4, count=507.0),
-            tpot_s=Total(sum=30.0, count=1000.0),
+            traffic=TrafficSketch(
+                arrivals=507 + 12 + 4,
+                ttft_s=Histogram.of_buckets(SECONDS, {math.inf: 507.0}, 101.4),
+                tpot_s=Histogram.of_buckets(SECONDS, {math.inf: 1000.0}, 30.0),
+            ),
         ),
     )
 
@@ -119,6 +129,7 @@ def test_metrics_that_are_missing_are_not_known_rather_than_zero() -> None:
         assignment_state=report_pb2.ASSIGNMENT_STATE_UNMANAGED,
         is_primary=True,
         num_running=1,
+        traffic=traffic_pb2.Traffic(),
     )
 
 
@@ -164,11 +175,23 @@ def test_no_damage_to_an_answer_makes_reading_or_reporting_fail(start: int, stop
         device_reports([found], [0])
 
 
-def test_a_mean_is_of_the_time_between_two_readings() -> None:
-    assert Total(sum=30.0, count=20.0).mean_since(Total(sum=10.0, count=10.0)) == 2.0
-    assert Total(sum=30.0, count=20.0).mean_since(None) == 1.5
-    assert Total(sum=10.0, count=10.0).mean_since(Total(sum=10.0, count=10.0)) == 0.0
-    assert Total(sum=3.0, count=2.0).mean_since(Total(sum=10.0, count=10.0)) == 1.5  # the engine restarted
+def test_means_of_a_report_are_of_the_time_since_the_reading_before() -> None:
+    def report(now: tuple[float, float], before: tuple[float, float] | None) -> float:
+        found = [
+            reading(traffic=TrafficSketch(tpot_s=Histogram.of_buckets(SECONDS, {math.inf: count}, total)))
+            for total, count in filter(None, (now, before))
+        ]
+        return replica_report("clusters/c/replicas/r", found[0], earlier=found[-1] if before else None).tpot_s
+
+    assert report((30.0, 20.0), (10.0, 10.0)) == 2.0
+    assert report((30.0, 20.0), None) == 1.5
+    assert report((10.0, 10.0), (10.0, 10.0)) == 0.0
+    assert report((3.0, 2.0), (10.0, 10.0)) == 1.5  # the engine restarted
+
+
+def test_traffic_that_cannot_be_is_none() -> None:
+    (found,) = read(VLLM.replace("1.2e+06", "-5").replace("41.0", "-90000"))
+    assert found.traffic == TrafficSketch()
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,5 @@
 """Plans as one page of HTML that needs no network: values become blocks, and a template renders the blocks.
 
-Charts are our own SVG, not Plotly's: they are bars, bands and lines that need no script, follow light, dark and print
-modes by CSS, and keep the page at about 30 kB, whereas Plotly's script alone has several megabytes.
+Charts are our own SVG: bars, bands and lines that need no script, follow light, dark and print modes by CSS, and keep
+the page at about 30 kB.
 """

@@ -26,6 +26,7 @@ from hetis.planner.fleet.views import LiveNode, LiveReplica
 from hetis.planner.jobs.pool import SolverPool
 from hetis.planner.resources.clusters import Clusters
 from hetis.planner.resources.nodes import Nodes
+from hetis.planner.resources.traffic import MeasuredTraffic, TrafficNow
 from hetis.planner.resources.watches import RunningResources
 from hetis.planner.store import Reader, Store
 from hetis.planner.store.connection import forget
@@ -183,6 +184,7 @@ class ClusterOverview:
     active_plan: str
     num_nodes: Mapping[str, int]
     num_replicas: Mapping[str, int] = field(default_factory=dict)
+    desired: Mapping[str, int] = field(default_factory=dict)  # replicas that there should be, by shape
     activation: str = ""  # how far the active plan is, such as ``ACTIVATING``; empty if there is none, or unknown
 
 
@@ -217,6 +219,7 @@ class ClusterNow:
     kv: KvHistory  # recent history of the devices' KV
     high_water: float | None  # share of a device's KV above which head groups should leave; None: the stage's own
     now_s: float  # Unix time of this snapshot
+    traffic: TrafficNow = field(default_factory=TrafficNow)
 
 
 FRESH_S = 2.0  # how long a count is valid, however many scrapes there are
@@ -244,6 +247,7 @@ class Overviews:
     epoch: int
     leader_since_s: float
     most_searches: int  # limit on solver processes
+    traffic: MeasuredTraffic | None = None
     _counts: _Counts = field(default_factory=lambda: _Counts({}, {}))
     _counts_s: float = field(default_factory=time.monotonic)
     _counting: asyncio.Future[_Counts] | None = None
@@ -279,6 +283,7 @@ class Overviews:
             kv=self.kv.of(name).snapshot(),
             high_water=redispatch_policy(self.fleet.policy_of(name)).high_water,
             now_s=time.time(),
+            traffic=TrafficNow() if self.traffic is None else self.traffic.now(name),
         )
 
     async def cluster_details(self, name: str) -> Mapping[str, Any] | None:
@@ -329,11 +334,13 @@ class Overviews:
 
     def _cluster(self, name: str, counted: _CountedCluster) -> ClusterOverview:
         activation, replicas = self.fleet.activation_of(name), self.fleet.replicas_by_state(name)
+        decision = None if self.traffic is None else self.traffic.decision_of(name)
         return ClusterOverview(
             name=name,
             active_plan=counted.active_plan,
             num_nodes=self._num_nodes(name, counted.num_nodes),
             num_replicas={word_of(replica_pb2.ReplicaState, state): num for state, num in sorted(replicas.items())},
+            desired={} if decision is None else {one.shape: one.desired for one in decision.desired},
             activation="" if activation is None else word_of(plan_pb2.ActivationState, activation),
         )
 

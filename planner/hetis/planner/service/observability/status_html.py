@@ -48,6 +48,7 @@ from hetis.planner.service.observability.overview import (
     Overview,
     natural_order,
 )
+from hetis.planner.service.observability.traffic_blocks import traffic_blocks
 from hetis.solver.cluster import node_of
 from hetis.v1 import cluster_pb2, redispatch_pb2, replica_pb2
 
@@ -146,6 +147,7 @@ def _cluster_section(cluster: ClusterNow, counted: ClusterOverview | None) -> Se
     blocks.append(_map(cluster, colors))
     if cluster.replicas:
         blocks.append(_replicas(cluster))
+    blocks += traffic_blocks(cluster.traffic)
     if records:
         blocks.append(_pressure(cluster, colors, records))
     blocks.append(_redispatches(cluster))

@@ -19,7 +19,12 @@ from hetis.planner.use_cases.place import (
 from hetis.planner.use_cases.precision import for_engine
 from hetis.planner.use_cases.record.parts import MadeFrom, Requested
 from hetis.planner.use_cases.robustness.profile_errors import profile_notes, with_profile_errors
-from hetis.planner.use_cases.saved_plans import differing_fields, load_plan_and_problem, unconfirmed
+from hetis.planner.use_cases.saved_plans import (
+    PlanAndProblem,
+    differing_fields,
+    load_plan_and_problem,
+    unconfirmed,
+)
 from hetis.planner.use_cases.sources import LoadedInputs, impossible_profiles, load_profiles, named, unused_profiles
 from hetis.planner.use_cases.surviving import ENOUGH, left_without, with_losses
 from hetis.planner.use_cases.verification.choosing import noted_if_stopped
@@ -93,6 +98,9 @@ def load_replanning(
         problems += impossible_profiles(given, fleet.gpu_types)
     if problems or found is None or fleet is None:
         raise DocumentError(problems)
+    if found.plan.classes:
+        why = "has pools for classes of requests, which replan does not move: place the new fleet instead"
+        raise single_problem(running, why)
     inputs = found.inputs
     if spec is not None and spec != inputs.model:
         raise single_problem(running, _of_another_model(inputs.model, spec))
@@ -109,6 +117,23 @@ def load_replanning(
         fleet,
         cluster,
     )
+    objective = Requested.of(found.plan).objective(found.plan.objective, running)
+    if rate_rps is not None:
+        objective = replace(objective, demand_rps=rate_rps)
+    posed = pose_replanning(found, loaded, objective, settings)
+    return replace(posed, warnings=(*found.warnings, *unconfirmed(found, running), *posed.warnings))
+
+
+def pose_replanning(
+    found: PlanAndProblem, loaded: LoadedInputs, objective: Objective, settings: PlacementSettings
+) -> PosedReplan:
+    """Return the problem of re-planning from a running plan, with other inputs or another objective than it has.
+
+    Strategy and roles are the plan's; so are engine and rung, unless ``settings`` have a rung.
+
+    Raises:
+        InvalidProblemError: the inputs contradict each other.
+    """
     family = found.problem.family
     engine, rung = family.engine, settings.rung or Requested.of(found.plan).rung
     if engine is not None:  # another rung has no more of the running plan's limit on nodes
@@ -116,10 +141,7 @@ def load_replanning(
     roles = family.roles if not settings.rung else ()
     settings = replace(settings, strategy=found.plan.strategy, roles=roles, engine=engine, rung=rung)
     loaded = for_engine(loaded, engine)
-    objective = Requested.of(found.plan).objective(found.plan.objective, running)
-    if rate_rps is not None:
-        objective = replace(objective, demand_rps=rate_rps)
-    warnings = [*found.warnings, *unconfirmed(found, running), *_nothing_in_common(found.plan, fleet)]
+    warnings = [*_nothing_in_common(found.plan, loaded.inputs.cluster)]
     posed = loaded.inputs.problem(objective, settings.strategy, settings.roles, settings.engine)
     kept, ignored, absent = _constraints(posed)
     dropped = [f"re-planning does not support {each}" for each in ignored]

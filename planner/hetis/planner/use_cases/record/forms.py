@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass, fields, is_dataclass
 from functools import cache
 from types import NoneType, UnionType
@@ -37,7 +37,7 @@ class UnreadableError(ValueError):
 def read_as(kind: Any, data: Any) -> Any:
     """Return JSON data as a value of a type: dataclasses from their fields, beside which others are ignored.
 
-    Items of lists and mappings in another form are left out, since reports calculate and join what they hold.
+    Dataclasses in another form are left out of lists and mappings, since reports calculate with what these hold.
 
     Raises:
         UnreadableError: the data has another form.
@@ -48,9 +48,9 @@ def read_as(kind: Any, data: Any) -> Any:
     if origin in (Union, UnionType):
         return None if data is None else read_as(next(one for one in args if one is not NoneType), data)
     if origin is tuple and isinstance(data, list):
-        return tuple(_readable(args[0], enumerate(data)).values())
+        return tuple(_items(args[0], enumerate(data)).values())
     if origin is Mapping and isinstance(data, Mapping):
-        return _readable(args[1], data.items())
+        return _items(args[1], data.items())
     if is_dataclass(kind) and isinstance(kind, type) and isinstance(data, Mapping):
         try:
             return kind(**{name: read_as(of, data[name]) for name, of in types_of(kind).items() if name in data})
@@ -69,13 +69,14 @@ def types_of(kind: Any) -> dict[str, Any]:
     return get_type_hints(kind)
 
 
-def _readable(kind: Any, items: Any) -> dict[Any, Any]:
+def _items(kind: Any, items: Iterable[tuple[Any, Any]]) -> dict[Any, Any]:
     found = dict[Any, Any]()
     for key, data in items:
         try:
             found[key] = read_as(kind, data)
         except UnreadableError:
-            continue
+            if not is_dataclass(kind):
+                raise
     return found
 
 
@@ -234,7 +235,7 @@ class Errors:
 def read_errors(data: Any) -> Errors:
     found = read_as(Mapping[str, Any], data)
     return Errors(
-        predicted=_readable(Predicted, [("", found.get("predicted"))]).get(""), robustness=found.get("robustness")
+        predicted=_items(Predicted, [("", found.get("predicted"))]).get(""), robustness=found.get("robustness")
     )
 
 
@@ -324,3 +325,37 @@ class RungFound:
     def __post_init__(self) -> None:
         if not self.why_not and None in (self.value, self.rate_rps, self.gpus, self.left_rps):
             raise ValueError(f"rung {self.name} has neither figures nor a reason for having none")
+
+
+# --- pools of classes of requests
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KeptWithClasses:
+    """The highest rates that a plan without classes and one with them keep in a kind of traffic.
+
+    ``counts``: whether a gain there is required.
+    """
+
+    traffic: str
+    without_rps: float
+    with_rps: float
+    counts: bool = True
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClassLatency:
+    """The simulated p95 TTFT of a class in both plans, at a rate that both keep; ``share`` is that of its requests."""
+
+    name: str
+    share: float
+    rate_rps: float
+    without_s: float | None
+    with_s: float | None
+    limit_s: float | None = None
+    max_prompt_tokens: int | None = None
+
+    @property
+    def pays(self) -> bool:
+        """Return whether the class waits longer with classes."""
+        return self.without_s is not None and self.with_s is not None and self.with_s > self.without_s

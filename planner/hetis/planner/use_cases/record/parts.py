@@ -16,8 +16,10 @@ from hetis.formats.errors import DocumentError, Problem
 from hetis.planner.use_cases.json_values import json_value
 from hetis.planner.use_cases.record.forms import (
     PLACES,
+    ClassLatency,
     EngineValue,
     Errors,
+    KeptWithClasses,
     RungFound,
     Searched,
     Tightening,
@@ -207,6 +209,19 @@ class Rungs(Part):
     """What the best plan of each rung reaches."""
 
     found: tuple[RungFound, ...] = entry((), name="rungs")
+
+
+@part
+class Classes(Part):
+    """What pools of classes of requests were found to keep beside a plan without; ``cut`` is empty: none were tried."""
+
+    cut: str = entry("", name="classes_cut")
+    worth: float = entry(0.0, name="classes_worth")
+    value: float | None = entry(None, name="classes_value")  # of the plan with classes, by the model
+    bound: float | None = entry(None, name="classes_bound")
+    kept: tuple[KeptWithClasses, ...] = entry((), name="classes_kept")
+    ttft: tuple[ClassLatency, ...] = entry((), name="classes_ttft")
+    why_not: str = entry("", name="classes_why_not")  # why the plan has none; empty: it has them
 
 
 @part

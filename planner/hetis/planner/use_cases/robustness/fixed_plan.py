@@ -23,6 +23,7 @@ from hetis.solver.check.rederive import Derived, derive
 from hetis.solver.check.replica_shapes import Fleet, ReplicaShape, replica_shape
 from hetis.solver.check.setting import Setting
 from hetis.solver.cluster import node_of
+from hetis.solver.errors import InvalidProblemError
 from hetis.solver.plan import Objective, Plan, ReplicaPlan, Role
 from hetis.solver.problem import PlacementProblem
 from hetis.solver.profile import Profile
@@ -114,6 +115,8 @@ class FixedPlan:
             problem: its cluster, model, workload and objective, and the profiles for the pricing.
             made_with: the profiles with which the plan was made; None: those of the problem.
         """
+        if plan.classes:
+            raise InvalidProblemError("what errors of profiles do to pools of classes of requests is not known")
         self._problem = problem
         workload = problem.workload.clipped_to(problem.model.max_position)
         self._moments: WorkloadMoments = workload.moments(block_tokens=problem.assumptions.block_tokens)
@@ -142,6 +145,20 @@ class FixedPlan:
         """
         problem = self._under(profiles)
         return self._sum((group, self._best(problem, group)) for group in self.groups)
+
+    def as_started(self, profiles: Profiles) -> Performance:
+        """Return the performance with the engines' settings as they are, at the highest rate within the limits.
+
+        At lower rates than the saturated one fewer requests are in flight. A replica that meets the limits at no rate
+        serves nothing.
+        """
+        problem, paces = self._under(profiles), dict[tuple[ReplicaShape, float], _Pace]()
+        for group in self.groups:
+            if (key := (group.shape, group.claimed)) not in paces:
+                most = group.shape.micro_batch
+                sizes = sorted({*(size for size in problem.family.micro_batches if size < most), most})
+                paces[key] = self._best_of(problem, group, EngineTuning(shape=group.shape, sizes=tuple(sizes)))
+        return self._sum((group, paces[group.shape, group.claimed]) for group in self.groups)
 
     def near(self, some: Sequence[Profiles]) -> FixedPlan:
         """Return the plan with a few engine settings to choose from: the best ones under each of these profiles.

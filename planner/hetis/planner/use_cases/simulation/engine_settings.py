@@ -55,10 +55,10 @@ def at_settings(plan: Plan, problem: PlacementProblem, settings: EngineSettings)
     for group in group_replicas(plan.replicas):
         first = plan.replicas[group.numbers[0]]
         shape = replica_shape(first, problem, fleet)
-        claimed = _claimed(first, shape, old)
+        claimed = _claimed(first, shape, old.serving(first.classes))
         for number in group.numbers:
-            replicas[number] = _at(replicas[number], shape, settings, new, claimed)
-        _check_room(replicas[group.numbers[0]], group.numbers[0], at)
+            replicas[number] = _at(replicas[number], shape, settings, new.serving(first.classes), claimed)
+        _check_room(replicas[group.numbers[0]], group.numbers[0], at.of_classes(first.classes))
         changes |= dict.fromkeys(_changes(first, replicas[group.numbers[0]], settings))
     routes = tuple(_route(route, plan, replicas) for route in plan.kv_routes)
     set_plan = replace(plan, replicas=tuple(replicas), kv_routes=routes)
@@ -109,8 +109,9 @@ def with_all_seats(plan: Plan, problem: PlacementProblem) -> Plan:
     for number, one in enumerate(plan.replicas):
         if one.max_num_seqs:
             shape, most = replica_shape(one, problem, fleet), one.seats // one.attention_dp
-            claimed = _claimed(one, shape, derivation)
-            replicas[number] = _at(one, shape, EngineSettings(max_num_seqs=most), derivation, claimed)
+            own = derivation.serving(one.classes)
+            claimed = _claimed(one, shape, own)
+            replicas[number] = _at(one, shape, EngineSettings(max_num_seqs=most), own, claimed)
     return replace(plan, replicas=tuple(replicas))
 
 
@@ -127,7 +128,8 @@ def with_more_seats(plan: Plan, problem: PlacementProblem, factor: float) -> Pla
         if one.role is Role.PREFILL or one.attention_workers:
             continue
         most = int(max(one.micro_batch + 1, min(factor * one.micro_batch, MOST_SEATS)))
-        size = batch_with_room(replace(replica_shape(one, problem, fleet), micro_batch=most), derivation)
+        shape = replace(replica_shape(one, problem, fleet), micro_batch=most)
+        size = batch_with_room(shape, derivation.serving(one.classes))
         if size > one.micro_batch:
             replicas[number] = replace(one, max_num_seqs=size * one.in_flight)
     return replace(plan, replicas=tuple(replicas))

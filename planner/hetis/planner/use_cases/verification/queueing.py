@@ -237,7 +237,9 @@ def _p95(share_longer: Callable[[float], float]) -> float:
 
 
 def request_queue(plan: Plan, problem: PlacementProblem) -> RequestQueue | None:
-    """Return the queue of a plan; None if it serves nothing."""
+    """Return the queue of a plan; None if it serves nothing, or has pools for classes of requests."""
+    if plan.classes:
+        return None
     queues = tuple(_Building(with_all_seats(plan, problem), problem).queues())
     return RequestQueue(*queues) if queues else None
 

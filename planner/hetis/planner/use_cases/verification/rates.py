@@ -144,8 +144,8 @@ def enough_of(plan: Plan) -> int:
 
 
 def simulated_part(plan: Plan, problem: PlacementProblem, most_requests: int) -> RepresentativePart:
-    """Return the whole plan if so many requests fill its seats, or else a part of it."""
-    if are_filled(plan, most_requests) or not plan.served_rate():
+    """Return the whole plan if so many requests fill its seats or it has classes of requests, or else a part of it."""
+    if plan.classes or are_filled(plan, most_requests) or not plan.served_rate():
         return RepresentativePart(plan=plan, share=1.0)
     few_seats = most_requests_of(plan).ordinary // TURNS
     return representative_part(plan, problem, few_seats=few_seats, most_seats=most_requests // FILLS)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from hetis.solver.cluster import node_of
 from hetis.solver.placement.fleet import UNIFIED
 from hetis.solver.placement.master import row_costs_of
 from hetis.solver.placement.outcome import Outcome
@@ -12,6 +11,8 @@ from hetis.solver.placement.replicas.tables import CostTables
 from hetis.solver.placement.replicas.template import Template, describe, use_of
 from hetis.solver.plan import Plan, Role, RunnerUp, Status
 from hetis.solver.problem import PlacementProblem
+
+SAME = 1e-3  # ratio of points to their bound up to which it proves them
 
 
 def runners_up_of(costs: CostTables, outcome: Outcome, status: Status) -> tuple[RunnerUp, ...]:
@@ -57,33 +58,20 @@ def _paid_per_request(costs: CostTables, outcome: Outcome) -> float:
     return outcome.value / (whole + float(outcome.flows.sum()))
 
 
-def simpler_or_best(simpler: Plan, best: Plan, within: float) -> Plan:
-    """Return the simpler plan with a note on its loss, or the best if the simpler saves neither nodes nor shapes."""
-    (nodes, shapes), (most, many) = _nodes_and_shapes(simpler), _nodes_and_shapes(best)
-    if (nodes, shapes) >= (most, many):
-        return replace(best, notes=(*best.notes, f"no plan within {within:.1%} of the best was found on fewer nodes"))
-    loss = abs(simpler.result.value / best.result.value - 1.0)
+def with_simplicity(plan: Plan, outcome: Outcome, within: float, scale: float) -> Plan:
+    """Return the plan with a note on its simplicity, with its bound, and on the loss; values have this ``scale``."""
+    found, best = outcome.simplicity, outcome.best_value
+    if found is None or best is None:
+        return replace(plan, notes=(*plan.notes, f"no simpler plan within {within:.1%} of the best was found in time"))
+    gap = (found.points - found.bound) / found.points if found.points else 0.0
+    proven = "proven: none has fewer" if gap <= SAME else f"none has fewer than {found.bound:.4g}, gap {gap:.2%}"
     note = (
-        f"the simplest plan found within {within:.1%} of the best: {_counted(nodes, 'node')} instead of {most} (a node "
-        f"counts for each replica on it), {_counted(shapes, 'replica shape')} instead of {many}, for {loss:.2%} of "
-        f"{best.result.value:.4g} {best.objective.unit}"
+        f"the simplest plan within {within:.1%} of the best, of {found.points:.4g} points, {proven}: "
+        f"{abs(found.missing):.3g} for what is missing without the worst node, {found.several:.3g} for replicas over "
+        f"several nodes, {found.shapes:.3g} for shapes; it gives up {abs(outcome.value / best - 1.0):.2%} of "
+        f"{scale * best:.4g} {plan.objective.unit}"
     )
-    return replace(simpler, notes=(*simpler.notes, note))
-
-
-def _counted(count: int, noun: str) -> str:
-    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
-
-
-def _nodes_and_shapes(plan: Plan) -> tuple[int, int]:
-    """Return the number of nodes, summed over replicas, and the number of distinct replica shapes."""
-    nodes = sum(len({node_of(name) for name in replica.devices()}) for replica in plan.replicas)
-    shapes = {
-        (replica.role, *((s.gpu, s.tp, s.copies, s.num_layers) for s in replica.stages),
-         *((p.stage, p.gpu, len(p.devices)) for p in replica.attention_workers))
-        for replica in plan.replicas
-    }  # fmt: skip
-    return nodes, len(shapes)
+    return replace(plan, notes=(*plan.notes, note))
 
 
 def notes_on_search(problem: PlacementProblem, num_left_out: int) -> tuple[str, ...]:

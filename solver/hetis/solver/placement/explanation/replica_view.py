@@ -335,11 +335,12 @@ def replica_views(plan: Plan, problem: PlacementProblem) -> tuple[ReplicaView, .
     shown = range(len(plan.replicas)) if problem.cluster.network.between_nodes else first.values()
     fleet = _fleet_of(problem, {name for n in shown for name in plan.replicas[n].devices()})
     partners = kv_partners(plan, fleet)
-    moments, views = problem.moments(), []
+    moments_of, views = {names: problem.of_classes(names).moments() for names in problem.ranges()}, []
     for key, number in first.items():
         one = plan.replicas[number]
         for violation in check_replica_structure(one, f"replica {number}", problem, fleet):
             raise InvalidProblemError(f"plan cannot be explained: {violation}")
+        moments = moments_of[one.classes]
         mix = _mix_of_a_copy(problem.model, moments, one.micro_batch, one.chunk_tokens, one.attention_dp)
         own, shape = problem.of_replica(one), replica_shape(one, problem, fleet, partners.get(number, ()))
         views.append(ReplicaView(own, moments, fleet, number, count[key], one, shape, mix))

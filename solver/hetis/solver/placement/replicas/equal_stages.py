@@ -71,7 +71,9 @@ def _best_mixes(costs: CostTables, scope: int, mixes: IntArray, num_stages: int,
     if not len(own) or (attention_dp > 1 and num_stages > 1):
         return found
     shape = Shape(scope, num_stages, ranks, np.zeros((0, len(ranks)), dtype=np.int64))
-    times = stage_times(costs, shape, sweep_of(costs, num_stages, own, np.zeros(1, dtype=np.int64)), None)
+    times = stage_times(
+        costs, shape, sweep_of(costs.of_scope(scope), num_stages, own, np.zeros(1, dtype=np.int64)), None
+    )
     layers = _equal_layers(t.num_layers, num_stages)
     of_role = (
         {BOTH: layers[0]}

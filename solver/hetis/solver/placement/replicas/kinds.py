@@ -13,6 +13,8 @@ from hetis.solver.placement.replicas.template import Template
 
 Parts = tuple[int, ...]  # sizes of a replica's parts, the largest first
 Kind = tuple[tuple[int, Parts], ...]  # for every device class that a replica uses, its parts, the largest first
+Piece = tuple[tuple[int, int], ...]  # GPUs of a replica in one node: the number of each device class
+Layout = tuple[tuple[int, int, Piece], ...]  # a replica's pieces, each with its place and the node's number there
 
 
 def kind_of(costs: CostTables, template: Template) -> Kind:

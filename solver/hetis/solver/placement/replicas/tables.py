@@ -103,14 +103,14 @@ class Scope:
 
     ``primaries`` are the device classes whose GPUs may compute layers, those of a build (numbered from 0); None: all of
     them. Tables for the links in this part are made on first use. Prefill and decode replicas exchange KV in ``place``,
-    by default the whole zone, of which the part is a part.
+    by default the whole zone, of which the part is a part. ``number`` is that of the range of classes that they serve.
     """
 
     def __init__(
         self, part: Part, roles: tuple[Role, ...], tabulate: Callable[[], Tables],
-        primaries: frozenset[int] | None = None, build: int = 0, place: Part | None = None,
+        primaries: frozenset[int] | None = None, build: int = 0, place: Part | None = None, number: int = 0,
     ) -> None:  # fmt: skip
-        self.part, self.roles, self.primaries, self.build = part, roles, primaries, build
+        self.part, self.roles, self.primaries, self.build, self.number = part, roles, primaries, build, number
         self.place = place or Part(part.zones)
         self._tabulate = tabulate
 
@@ -124,7 +124,7 @@ class Scope:
 
     def serves(self, mix: Mix) -> bool:
         """Return whether replicas of this mix are searched for in this scope."""
-        return mix.role in self.roles and not (mix.sends_afar and self.place.blocks is not None)
+        return mix.role in self.roles and not (mix.sends_afar and (self.place.blocks is not None or self.number > 0))
 
     def computes_on(self, device_class: int) -> bool:
         """Return whether GPUs of a class may compute layers in this scope's build."""
@@ -132,7 +132,14 @@ class Scope:
 
     def changed(self, change: Callable[[Tables], Tables]) -> Scope:
         """Return the scope with ``change`` applied to its tables when they are made."""
-        return Scope(self.part, self.roles, lambda: change(self.tables), self.primaries, self.build, self.place)
+        return Scope(
+            self.part, self.roles, lambda: change(self.tables), self.primaries, self.build, self.place, self.number
+        )  # fmt: skip
+
+    def of_range(self, number: int) -> Scope:
+        """Return the scope for a range of classes."""
+        tables = lambda: self.tables  # noqa: E731
+        return Scope(self.part, self.roles, tables, self.primaries, self.build, self.place, number)
 
     def without(self, out: BoolArray) -> Scope:
         """Return the scope without the GPUs of the classes marked in ``out`` [N]."""
@@ -141,7 +148,11 @@ class Scope:
 
 @dataclass(frozen=True)
 class CostTables:
-    """All tables of one problem."""
+    """All tables of one problem.
+
+    If its workload has classes, ``ranges`` are the tables of the requests of each range; these have the scopes, with
+    numbers of their own, and all else is that of all requests. Mixes have the same (b, C) in each.
+    """
 
     problem: PlacementProblem
     moments: WorkloadMoments
@@ -155,6 +166,18 @@ class CostTables:
     pool_sizes: tuple[int, ...]
     scopes: tuple[Scope, ...]
     routes: Routes
+    ranges: tuple[CostTables, ...] = ()
+
+    def of_scope(self, scope: int) -> CostTables:
+        """Return the tables whose mixes, averages and limits are those of the requests that a scope's replicas serve.
+
+        Their scopes have other numbers.
+        """
+        return self.ranges[self.scopes[scope].number] if self.ranges else self
+
+    @property
+    def has_ttft_limit(self) -> bool:
+        return self.problem.objective.ttft_limit_s is not None
 
     @cached_property
     def chunk_spread(self) -> float:
@@ -178,5 +201,7 @@ class CostTables:
     def side_of(self, scope: int, mix: int) -> int:
         """Return the master's side of replicas of a scope and mix."""
         x, here = self.mixes[mix], self.scopes[scope]
-        place = 0 if x.role is Role.UNIFIED else self.routes.place(here.place, here.build)
+        if x.role is Role.UNIFIED:
+            return self.routes.unified(here.number)
+        place = self.routes.place(here.place, here.build, here.number)
         return self.routes.side(x.role, place, sends_afar=x.sends_afar)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -29,7 +30,15 @@ from hetis.solver.workload import WorkloadMoments
 
 
 def build_cost_tables(problem: PlacementProblem) -> CostTables:
-    """Tabulate the cost model for every mix, rank type and pool of a problem's family."""
+    """Tabulate the cost model for every mix, rank type and pool of a problem's family, and range of its classes."""
+    if not problem.workload.classes:
+        return _tables_of_range(problem)
+    ranges = [_tables_of_range(problem.of_classes(names), len(problem.ranges())) for names in problem.ranges()]
+    scopes = tuple(scope.of_range(number) for number, one in enumerate(ranges) for scope in one.scopes)
+    return replace(ranges[0], problem=problem, scopes=scopes, ranges=tuple(ranges))
+
+
+def _tables_of_range(problem: PlacementProblem, num_ranges: int = 1) -> CostTables:
     family, model = problem.family, problem.model
     moments = problem.workload.clipped_to(model.max_position).moments(block_tokens=problem.assumptions.block_tokens)
     classes = device_classes(problem.cluster, problem.constraint_index, problem.node_links)
@@ -72,7 +81,7 @@ def build_cost_tables(problem: PlacementProblem) -> CostTables:
         card_use=np.array([resources.of_group(i, 1) for i in range(len(classes))], dtype=np.int64),
         pool_sizes=pool_sizes,
         scopes=(*_scopes(family, zones, classes, builds, tabulation), *_scopes_of_places(places, builds, tabulation)),
-        routes=routes_of(problem, moments, len(builds), [place for place, _ in places], num_left_out),
+        routes=routes_of(problem, moments, len(builds), [place for place, _ in places], num_left_out, num_ranges),
     )
 
 

@@ -114,10 +114,11 @@ def times_of(template: Template, seconds: tuple[FloatArray, FloatArray]) -> Floa
 def slacked_times(costs: CostTables, template: Template) -> FloatArray:
     """Return the seconds per request of every stage, stretched by its slack; [D]."""
     t, m = costs.scopes[template.scope].tables, costs.problem.family.in_flight[template.in_flight_index]
-    of_role = costs.regimes(costs.mixes[template.mix].role)
+    own = costs.of_scope(template.scope)
+    of_role = own.regimes(costs.mixes[template.mix].role)
     regime = cost.regime_of(of_role, in_flight=m, num_copies=len(template.stages))
     if m == 1:
-        regime = costs.regime_together(template.mix)
+        regime = own.regime_together(template.mix)
     plain, (chunk_s, _) = stage_seconds(costs, template), stage_seconds(costs, template, with_chunk=True)
     iterations = iterations_of(t, template.mix, template.in_flight_index)
     return np.asarray((1.0 + slack(iterations, plain[0], chunk_s, *regime)) * times_of(template, plain))
@@ -135,7 +136,7 @@ def with_fewest_in_flight(costs: CostTables, template: Template) -> Template:
 
     KV in flight occupies room twice, because a prompt's KV has its place on the decode replica from the beginning.
     """
-    if costs.mixes[template.mix].role is not Role.PREFILL or costs.problem.objective.ttft_limit_s is not None:
+    if costs.mixes[template.mix].role is not Role.PREFILL or costs.of_scope(template.scope).has_ttft_limit:
         return template
     for index, m in sorted(enumerate(costs.problem.family.in_flight), key=lambda pair: pair[1]):
         fewer = replace(template, in_flight_index=index)
@@ -228,7 +229,8 @@ def describe(costs: CostTables, stages: Sequence[TemplateStage]) -> str:
 
 def ttft_s(costs: CostTables, template: Template) -> float:
     """Return p95 TTFT in seconds, without the landing of a prefill replica's KV."""
-    mix, m = costs.mixes[template.mix], costs.problem.family.in_flight[template.in_flight_index]
+    own, m = costs.of_scope(template.scope), costs.problem.family.in_flight[template.in_flight_index]
+    mix = own.mixes[template.mix]
     if mix.role is Role.DECODE:
         return 0.0
     slot_s = template.interval_s / mix.iterations
@@ -237,14 +239,15 @@ def ttft_s(costs: CostTables, template: Template) -> float:
         chunks_s = times_of(template, stage_seconds(costs, template, with_chunk=True))
         trip_s = max(trip_s, float(chunks_s.sum()))
         slot_s = max(slot_s, float(chunks_s.max())) if m > 1 else trip_s
-    return cost.ttft_s(cost.chunks_ahead(costs.moments, costs.problem.assumptions, mix), trip_s, slot_s)
+    return cost.ttft_s(cost.chunks_ahead(own.moments, costs.problem.assumptions, mix), trip_s, slot_s)
 
 
 def least_ttft_limit_s(costs: CostTables, template: Template) -> float:
     """Return the least TTFT limit under which the family has this replica, without landing; 0 for decode replicas."""
-    mix, m = costs.mixes[template.mix], costs.problem.family.in_flight[template.in_flight_index]
+    own, m = costs.of_scope(template.scope), costs.problem.family.in_flight[template.in_flight_index]
+    mix = own.mixes[template.mix]
     trip_s = m * template.interval_s / mix.iterations
     if mix.role is Role.UNIFIED:
         chunks_s = times_of(template, stage_seconds(costs, template, with_chunk=True))
         trip_s = max(trip_s, m * float(chunks_s.max()))
-    return cost.ttft_round_trips(costs.moments, costs.problem.assumptions, mix, m) * trip_s
+    return cost.ttft_round_trips(own.moments, costs.problem.assumptions, mix, m) * trip_s

@@ -1,13 +1,14 @@
-"""Pictures of a simulation as HTML (plotly) or PNG (matplotlib)."""
+"""Pictures of a simulation, as panels of lines that pages draw too, and as files."""
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
+from hetis.commands.pictures import file_of
 from hetis.planner.use_cases.grouping import device_groups
 from hetis.planner.use_cases.record.parts import MadeFrom
 from hetis.planner.use_cases.service_level import limits_of
@@ -18,9 +19,11 @@ from hetis.simulator.steadiness import Estimate
 from hetis.simulator.values import FloatArray, Run
 from hetis.solver.plan import Objective, Plan
 
-_HEIGHT = 300  # per panel, in pixels
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 _COLORS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#000000")  # the palette of Okabe and Ito
-_DASHES = (("solid", "-"), ("dash", "--"), ("dot", ":"))  # of plotly and matplotlib, when the colours come again
+_DASHES = ("-", "--", ":")  # when the colours come again
 _MAX_POINTS = 2000  # points per line: more cannot be distinguished
 
 
@@ -46,16 +49,15 @@ class Panel:
     log_x: bool = False
 
 
-def picture(simulated: Simulated, plan: Plan, *, form: str) -> str | bytes:
-    """Return HTML that needs no network for ``.html``, or a PNG image for ``.png``.
+def picture(simulated: Simulated, plan: Plan, *, form: str) -> bytes:
+    """Return a file of one of `hetis.commands.pictures.FORMS`.
 
     Raises:
-        ModuleNotFoundError: plotly, or matplotlib, is not installed.
+        ModuleNotFoundError: matplotlib is not installed.
     """
-    panels = panels_of(simulated, plan)
     model, cluster = model_and_cluster(plan)
     title = f"{model} on {cluster} under {simulated.question.load.lengths.name}, simulated"
-    return _html(panels, title) if form == ".html" else _png(panels, title)
+    return file_of(_figure(panels_of(simulated, plan)), title, form)
 
 
 def model_and_cluster(plan: Plan) -> tuple[str, str]:
@@ -159,51 +161,19 @@ def _thinned(name: str, x: FloatArray, y: FloatArray) -> Line:
     return Line(name=name, x=x[chosen], y=y[chosen])
 
 
-def _dash(number: int) -> tuple[str, str]:
+def _dash(number: int) -> str:
     return _DASHES[number // len(_COLORS) % len(_DASHES)]
 
 
-def _html(panels: Sequence[Panel], title: str) -> str:
-    import plotly.graph_objects as go
-    from plotly.subplots import make_subplots
-
-    figure = make_subplots(rows=len(panels), cols=1, subplot_titles=[panel.title for panel in panels])
-    for row, panel in enumerate(panels, start=1):
-        for number, line in enumerate(panel.lines):
-            figure.add_trace(
-                go.Scatter(
-                    x=line.x.tolist(),
-                    y=line.y.tolist(),
-                    error_y={"array": line.spread.tolist()} if line.spread is not None else None,
-                    name=line.name,
-                    mode="lines" if line.spread is None else "lines+markers",
-                    line={"color": _COLORS[number % len(_COLORS)], "dash": _dash(number)[0]},
-                ),
-                row=row,
-                col=1,
-            )
-        for limit in panel.limits:
-            figure.add_hline(y=limit, line={"color": "#888", "dash": "dot"}, row=row, col=1)
-        figure.update_xaxes(title_text=panel.x_title, type="log" if panel.log_x else "linear", row=row, col=1)
-        figure.update_yaxes(title_text=panel.y_title, rangemode="tozero", row=row, col=1)
-    figure.update_layout(title=title, height=_HEIGHT * len(panels) + 120, template="plotly_white")
-    text: str = figure.to_html(include_plotlyjs=True, full_html=True)
-    return text
-
-
-def _png(panels: Sequence[Panel], title: str) -> bytes:
-    # matplotlib draws without a browser; plotly's PNG export would need Chrome.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
+def _figure(panels: Sequence[Panel]) -> Figure:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 2.8 * len(panels) + 0.6), layout="constrained")
-    FigureCanvasAgg(figure)
-    figure.suptitle(title)
     for axis, panel in zip(figure.subplots(len(panels), 1, squeeze=False)[:, 0], panels, strict=True):
         for number, line in enumerate(panel.lines):
             color = _COLORS[number % len(_COLORS)]
             if line.spread is None:
-                axis.plot(line.x, line.y, _dash(number)[1], color=color, label=line.name, linewidth=1)
+                axis.plot(line.x, line.y, _dash(number), color=color, label=line.name, linewidth=1)
             else:
                 axis.errorbar(line.x, line.y, yerr=line.spread, color=color, label=line.name, marker="o", capsize=2)
         for limit in panel.limits:
@@ -213,6 +183,4 @@ def _png(panels: Sequence[Panel], title: str) -> bytes:
         axis.set_ylim(bottom=0)
         if [line.name for line in panel.lines] != [panel.title]:
             axis.legend(fontsize="x-small")
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110)
-    return buffer.getvalue()
+    return figure

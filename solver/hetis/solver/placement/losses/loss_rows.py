@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import highspy
@@ -12,16 +13,29 @@ import numpy as np
 from hetis.solver.placement.columns import Columns
 from hetis.solver.placement.fleet import UNIFIED, DeviceClass, FloatArray
 from hetis.solver.placement.nodes import add_row
-from hetis.solver.placement.replicas.kinds import Kind, least_nodes_of, shared_places
+from hetis.solver.placement.replicas.kinds import Kind, Layout, Piece, least_nodes_of, shared_places
 from hetis.solver.placement.replicas.tables import CostTables
 
 MOST_PATTERNS = 3000  # of all nodes together
 MOST_PARTS = 5  # of a replica of which all cuts are listed: 52
+POINTS = 100.0, 2.0, 5.0  # of all that is wanted, of a replica over several nodes, and of a shape
 SLACK = 1e-7  # ratio by which what is left may be less while the whole rate is maximised
 
-Piece = tuple[tuple[int, int], ...]  # GPUs of a replica in one node: the number of each device class
 Way = tuple[Piece, ...]  # the pieces of a replica, one for each node; none: it floats
 Pattern = tuple[tuple[int, Piece], ...]  # what one node runs, ascending: a column and a piece for each replica
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Within:
+    """What a plan must reach for a choice among such plans; None: nothing.
+
+    ``value`` is the objective's, at least if the rate is maximised, at most if cost is minimised; ``left`` must be left
+    after the worst loss. ``wanted`` are the requests/s of which none should be missing then.
+    """
+
+    value: float | None
+    left: float | None = None
+    wanted: float = 0.0
 
 
 def _cuts(classes: Sequence[DeviceClass], kind: Kind, most_nodes: int | None) -> set[Way] | None:
@@ -44,6 +58,12 @@ def _cuts(classes: Sequence[DeviceClass], kind: Kind, most_nodes: int | None) ->
 
     put((), 0)
     return found
+
+
+def shape_of(costs: CostTables, side: int, kind: Kind) -> Hashable:
+    """Return the shape of a replica: its role, and its parts on every GPU type, in whatever nodes."""
+    role = 0 if side == UNIFIED else 1 if side <= 2 * len(costs.routes.zones) else 2
+    return role, tuple(sorted((costs.classes[c].gpu, size) for c, parts in kind for size in parts))
 
 
 class LossRows:
@@ -72,6 +92,12 @@ class LossRows:
         taken = columns.uses.sum(axis=1).clip(1)
         self.most = 2.0 * float(self.limits.sum()) * float((columns.rates / taken).max())
         self.reached: Callable[[], tuple[float, float]] = lambda: (0.0, np.inf)
+        # Of the model that was extended last:
+        self._solved: Any = None
+        self._several = list[int]()  # columns that count replicas over several nodes
+        self._cuts = list[tuple[int, Way, int]]()  # replicas' columns, ways, and the columns that count these
+        self._counted = tuple[list[int], ...]()  # columns of points
+        self._filled = list[tuple[int, Pattern, int]]()  # places, patterns, and the columns that count nodes
 
     def _cut(self) -> None:
         """List all ways and patterns, or if these are too many, those with replicas in one node."""
@@ -127,7 +153,7 @@ class LossRows:
             add_row(highs, 0.0, np.inf, entries | {left: 1.0})
             self._reach(highs)
         if maximises and self.keep is None:
-            self._maximise(highs, left)
+            self._aim_at(highs, left)
 
     def pose_bound(self, highs: Any) -> None:
         """Extend the model as `pose` does, for a bound on all plans: replicas may float and plans promise less."""
@@ -137,18 +163,73 @@ class LossRows:
             highs.changeColBounds(left, self.demand, np.inf)
             self._reach(highs)
         elif self.keep is None:
-            self._maximise(highs, left)
+            self._aim_at(highs, left)
         else:
             promised = _variable(highs, self.most)
             add_row(highs, 0.0, np.inf, {left: 1.0, promised: -self.keep})
             add_row(highs, 0.0, np.inf, {int(i): float(served[i]) for i in np.flatnonzero(served)} | {promised: -1.0})
-            self._maximise(highs, promised)
+            self._aim_at(highs, promised)
 
     def leave(self, highs: Any, least: float) -> None:
         """Extend the model and require that so much is left."""
         highs.changeColBounds(self._extend(highs), least * (1.0 - SLACK), np.inf)
 
-    def _maximise(self, highs: Any, column: int) -> None:
+    def simplify(self, highs: Any, within: Within, most: float | None = None, *, floats: bool = False) -> None:
+        """Extend the model to plans ``within`` limits and minimise their points, or allow ``most`` points.
+
+        ``floats`` is as in `pose_bound`.
+        """
+        lp = highs.getLp()
+        objective, maximises = np.array(lp.col_cost_), lp.sense_ == highspy.ObjSense.kMaximize
+        entries = {int(i): float(objective[i]) for i in np.flatnonzero(objective)}
+        left = self._extend(highs, floats=floats)
+        if within.value is not None:
+            add_row(highs, *((within.value, np.inf) if maximises else (-np.inf, within.value)), entries)
+        if within.left is not None:
+            highs.changeColBounds(left, within.left, np.inf)
+        if self.keep is not None:
+            add_row(highs, 0.0, np.inf, {i: -self.keep * value for i, value in entries.items()} | {left: 1.0})
+        missing = _variable(highs, 1.0)
+        if within.wanted:
+            add_row(highs, 1.0, np.inf, {missing: 1.0, left: 1.0 / within.wanted})
+        shapes = defaultdict[object, int](lambda: _variable(highs, 1.0, whole=True))
+        for k in range(len(self.kinds)):
+            shape = shape_of(self.costs, int(self.columns.sides[k]), self.kinds[k])
+            add_row(highs, -np.inf, 0.0, {k: 1.0, shapes[shape]: -self._most_of(k)})
+        self._counted = ([missing], self._several, [*shapes.values()])
+        weights = {i: weight for some, weight in zip(self._counted, POINTS, strict=True) for i in some}
+        points = _variable(highs, np.inf)
+        add_row(highs, 0.0, 0.0, {points: -1.0, **weights})
+        if most is None:
+            highs.changeObjectiveSense(highspy.ObjSense.kMinimize)
+            self._aim_at(highs, points)
+        else:
+            highs.changeColBounds(points, 0.0, most)
+            self._reach(highs)
+
+    def points(self) -> tuple[float, float, float]:
+        """Return the points of each kind in the model that was simplified last: missing, over several nodes, shapes."""
+        values = self._solved.getSolution().col_value
+        missing, several, shapes = (
+            sum(weight * values[i] for i in some) for some, weight in zip(self._counted, POINTS, strict=True)
+        )
+        return missing, several, shapes
+
+    def layouts(self) -> list[list[Layout]]:
+        """Return the nodes of each column's replicas in the model that was solved last; empty: anywhere."""
+        values, free = np.rint(self._solved.getSolution().col_value), defaultdict[Any, list[tuple[int, int]]](list)
+        used, found = Counter[int](), [list[Layout]() for _ in self.kinds]
+        for place, pattern, y in self._filled:
+            for _ in range(int(values[y])):
+                for key in pattern:
+                    free[key].append((place, used[place]))
+                used[place] += 1
+        for k, way, z in self._cuts:
+            for _ in range(int(values[z])):
+                found[k].append(tuple((*free[k, piece].pop(0), piece) for piece in way))
+        return found
+
+    def _aim_at(self, highs: Any, column: int) -> None:
         for i in np.flatnonzero(np.array(highs.getLp().col_cost_)):
             highs.changeColCost(int(i), 0.0)
         highs.changeColCost(column, 1.0)
@@ -169,49 +250,52 @@ class LossRows:
     def _extend(self, highs: Any, *, floats: bool = False) -> int:
         """Add what is left after each loss; return the number of its column.
 
-        If it ``floats``, every replica of several parts may.
+        A loss leaves no more than each of U + F, U + S and U + D less what it takes of them, so that of each only the
+        most that any loss takes is a variable. If it ``floats``, every replica of several parts may.
         """
+        highs.setOptionValue("mip_allow_restart", False)  # restarts took most of the time
         columns, routes = self.columns, self.costs.routes
-        num, rates, sides = len(columns.rates), columns.rates, columns.sides
-        zones = len(routes.zones)
-        is_sending = (sides != UNIFIED) & (sides <= 2 * zones)
-        roles = np.array([sides == UNIFIED, is_sending, (sides != UNIFIED) & ~is_sending])
-        served = rates * roles  # [roles, K]
+        num, sides, zones = len(columns.rates), columns.sides, len(self.costs.routes.zones)
+        unified = np.where(sides == UNIFIED, columns.rates, 0.0)
+        sends = (sides != UNIFIED) & (sides <= 2 * zones)
+        served = np.array([unified, np.where(sends | (sides == UNIFIED), columns.rates, 0.0), columns.rates * ~sends])
+        served = served if np.any(sides != UNIFIED) else served[:1]
         flows = range(num, num + (zones**2 if routes.splits_roles else 0))
-        left = _variable(highs, self.most)
-        totals = [self._total(highs, {int(k): float(rates[k]) for k in np.flatnonzero(role)}) for role in roles]
-        flow = self._total(highs, dict.fromkeys(flows, 1.0))
+        left, most_lost = _variable(highs, self.most), [_variable(highs, self.most) for _ in served]
+        for number, (whole, lost) in enumerate(zip(served, most_lost, strict=True)):
+            entries = {int(k): float(whole[k]) for k in np.flatnonzero(whole)}
+            entries |= dict.fromkeys(flows if number == 0 else (), 1.0)
+            add_row(highs, 0.0, np.inf, {left: -1.0, lost: -1.0, **entries})
+        self._solved, self._several, self._cuts, self._filled = highs, list[int](), [], []
 
-        def loses(lost: dict[int, FloatArray]) -> None:
+        def loses(taken: dict[int, FloatArray]) -> None:
             """Add the rows of one loss: what each column takes that counts it."""
-            after = flow
-            if any(lost_of[1:].any() for lost_of in lost.values()):
-                after = _variable(highs, self.most)
-                add_row(highs, -np.inf, 0.0, {after: 1.0, flow: -1.0})
-                for side in (1, 2):
-                    gone = {i: float(lost_of[side]) for i, lost_of in lost.items() if lost_of[side]}
-                    add_row(highs, -np.inf, 0.0, {after: 1.0, totals[side]: -1.0, **gone})
-            gone = {i: float(lost_of[0]) for i, lost_of in lost.items() if lost_of[0]}
-            add_row(highs, -np.inf, 0.0, {left: 1.0, totals[0]: -1.0, after: -1.0, **gone})
+            for number, lost in enumerate(most_lost):
+                entries = {i: -float(of[number]) for i, of in taken.items() if of[number]}
+                if entries:
+                    add_row(highs, 0.0, np.inf, {lost: 1.0, **entries})
 
         if self.zones:
             for zone in self.zones:
                 here = [any(self.costs.classes[c].zone == zone for c, _ in kind) for kind in self.kinds]
                 loses({k: served[:, k] for k in range(num) if here[k]})
+            self._several = [k for k, kind in enumerate(self.kinds) if least_nodes_of(self.costs.classes, kind) > 1]
             return left
         for place in dict.fromkeys(self.places):
             mean = np.array([self._least_on(place, kind) for kind in self.kinds]) / self._nodes_of(place)
             loses({k: served[:, k] * mean[k] for k in np.flatnonzero(mean).tolist()})
         pieces = defaultdict[tuple[int, Piece], dict[int, float]](dict)
         for k, listed in enumerate(self.ways):
-            use, ways = columns.uses[k], list(listed)
-            most = float(np.min(self.limits[use > 0] // use[use > 0]))
+            most, ways = self._most_of(k), list(listed)
             if floats and () not in ways and sum(len(parts) for _, parts in self.kinds[k]) > 1:
                 ways.append(())
             cut = [k] if len(ways) == 1 else [_variable(highs, most, whole=True) for _ in ways]
             if len(ways) != 1:
                 add_row(highs, 0.0, 0.0, {k: -1.0, **dict.fromkeys(cut, 1.0)})
             for z, way in zip(cut, ways, strict=True):
+                self._cuts.append((k, way, z))
+                if len(way) != 1:
+                    self._several.append(z)
                 for piece, count in Counter(way).items():
                     pieces[k, piece][z] = float(count)
                 if not way:
@@ -225,16 +309,20 @@ class LossRows:
             for pattern in patterns:
                 y, b = _variable(highs, nodes, whole=True), _variable(highs, 1.0, whole=True)
                 add_row(highs, -np.inf, 0.0, {y: 1.0, b: -nodes})
-                lost = np.zeros(3)
-                for (k, piece), count in Counter(pattern).items():
-                    pieces[k, piece][y] = -float(count)
-                    lost += count * served[:, k]
-                loses({b: lost})
+                for key, count in Counter(pattern).items():
+                    pieces[key][y] = -float(count)
+                loses({b: np.sum([served[:, k] for k, _ in pattern], axis=0)})
+                self._filled.append((place, pattern, y))
                 counted.append(y)
             add_row(highs, -np.inf, nodes, dict.fromkeys(counted, 1.0))
         for entries in pieces.values():
             add_row(highs, 0.0, 0.0, entries)
         return left
+
+    def _most_of(self, k: int) -> float:
+        """Return the most replicas of a column that fit."""
+        use = self.columns.uses[k]
+        return float(np.min(self.limits[use > 0] // use[use > 0]))
 
     def _nodes_of(self, place: int) -> int:
         at = [c for c, other in zip(self.costs.classes, self.places, strict=True) if other == place]
@@ -244,11 +332,6 @@ class LossRows:
         """Return the fewest nodes of a place that a replica uses."""
         here = tuple(one for one in kind if self.places[one[0]] == place)
         return least_nodes_of(self.costs.classes, here) if here else 0
-
-    def _total(self, highs: Any, entries: dict[int, float]) -> int:
-        total = _variable(highs, self.most)
-        add_row(highs, 0.0, 0.0, {total: -1.0, **entries})
-        return total
 
 
 def _variable(highs: Any, most: float, *, whole: bool = False) -> int:

@@ -1,0 +1,197 @@
+"""`DriftTest`: whether traffic has left what was expected of it, with a stated rate of false alarms.
+
+Sketches come in one by one. Arrivals in a window of w seconds are Poisson with some rate in the expected band
+[low, high]; each class of lengths has some share of the requests in its own band. For every alternative (a rate that
+is rho times above the band, a share whose odds are) the likelihood ratio of the window against the *edge* of the band,
+
+    rate   log L = (n log rho - (rho - 1) high w) / phi
+    share  log L = (m log(q / high) + (n - m) log((1 - q) / (1 - high))) / phi       of n requests m are in the class
+
+has a mean of at most 1 wherever in the band the truth is: the mean grows with the rate, or the share, and is 1 at the
+edge. So the Shiryaev-Roberts statistic of a window, R = (1 + R of the one before) L, and any mixture of them over
+alternatives, has after N windows a mean of at most N, and by Markov's inequality at the first alarm
+
+    P(an alarm within N windows) <= N / A        for alarms at R >= A.
+
+With A = (tests * windows per day) / (false alarms per day), a day without drift has a false alarm with at most the
+stated probability; bands may change from window to window. ``phi`` is the dispersion of counts, their variance over
+their mean: the bound is exact where counts are phi times Poisson, and phi is measured (`dispersion`). The statistic
+keeps no memory longer than it is worth: it starts again, one window later, at each window. Sources: Lorden (1971) for
+CUSUM, of which R is an upper bound; Shin, Ramdas and Rinaldo, "E-detectors" (2024), for bands and mixtures.
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_left
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+
+from hetis.solver.traffic import TOKENS, TrafficSketch
+from hetis.solver.workload import FloatArray, Workload
+
+RATIOS = (1.25, 1.5, 2.0, 4.0)  # rates, and odds of shares, for which the test is made, beyond a band's edge
+SHARES = (0.5, 0.15)  # of the requests that are longer than the edges at which lengths are divided
+DAY_S = 86400.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ShareBand:
+    """The expected share of the requests with more than ``edge`` tokens: of prompts, or of outputs."""
+
+    lengths: str  # "prompt_tokens" or "output_tokens", as a `TrafficSketch` calls them
+    edge: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Expected:
+    """What is expected of traffic: bands of its rate in requests/s, and of its mix."""
+
+    low_rps: float
+    high_rps: float
+    shares: tuple[ShareBand, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Drift:
+    """What has left its band, where it is now, and since when."""
+
+    what: str  # "rate", or the lengths of a `ShareBand`
+    rises: bool
+    value: float  # requests/s, or the share, since then
+    band: tuple[float, float]
+    since_s: float
+    edge: float = 0.0  # tokens above which requests count in the share
+
+    @property
+    def is_of_mix(self) -> bool:
+        return self.what != "rate"
+
+    def __str__(self) -> str:
+        low, high = self.band
+        if not self.is_of_mix:
+            return f"{self.value:.4g} requests/s arrive, {low:.4g} to {high:.4g} were expected"
+        what = self.what.removesuffix("_tokens")
+        return (
+            f"{self.value:.0%} of {what}s are longer than {self.edge:g} tokens, {low:.0%} to {high:.0%} were expected"
+        )
+
+
+def expected_shares(workload: Workload, tolerance: float) -> tuple[ShareBand, ...]:
+    """Return the bands of a workload's mix: ``tolerance`` on both sides of its shares above a few lengths."""
+    weights = np.array([one.weight for one in workload.bins])
+    weights = weights / weights.sum()
+    found = dict[tuple[str, float], ShareBand]()
+    for lengths in ("prompt_tokens", "output_tokens"):
+        tokens = np.array([getattr(one, lengths) for one in workload.bins])
+        above = [float(weights[tokens > edge].sum()) for edge in TOKENS.edges]
+        for wanted in SHARES:
+            share, edge = min(zip(above, TOKENS.edges, strict=True), key=lambda pair: abs(pair[0] - wanted))
+            if tolerance < share < 1 - tolerance:
+                band = ShareBand(lengths=lengths, edge=edge, low=share - tolerance, high=share + tolerance)
+                found[lengths, edge] = band
+    return tuple(found.values())
+
+
+def dispersion(counts: Sequence[float]) -> float:
+    """Return the variance of counts over their mean, at least 1, by their successive differences, which no trend
+    affects.
+    """
+    values = np.asarray(counts, dtype=float)
+    if len(values) < 3 or values.mean() <= 0:
+        return 1.0
+    return max(1.0, float(np.mean(np.diff(values) ** 2)) / 2 / float(values.mean()))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Since:
+    """What was counted since the best start of a statistic: the change point, if there is a change."""
+
+    since_s: float = 0.0
+    seconds: float = 0.0
+    requests: float = 0.0
+    inside: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DriftTest:
+    """The state of the test. `after` returns the next one; after an alarm begin with a new test.
+
+    Attributes:
+        false_alarms_per_day: probability at most of an alarm in a day without drift.
+        window_s: seconds of a sketch; shorter ones only make the rate of false alarms lower.
+        statistics: log R by test and alternative.
+        drift: the alarm, if there is one.
+    """
+
+    false_alarms_per_day: float
+    window_s: float
+    statistics: dict[tuple[str, float, bool], FloatArray] = field(default_factory=dict)
+    since: dict[tuple[str, float, bool], _Since] = field(default_factory=dict)
+    drift: Drift | None = None
+
+    def after(self, now_s: float, sketch: TrafficSketch, expected: Expected, phi: float = 1.0) -> DriftTest:
+        """Return the test after the traffic of one more window, which ends now."""
+        cases = list(_cases(sketch, expected))
+        limit = math.log(len(cases) * DAY_S / self.window_s / self.false_alarms_per_day * len(RATIOS))
+        statistics, since, drift = (
+            dict[tuple[str, float, bool], FloatArray](),
+            dict[tuple[str, float, bool], _Since](),
+            None,
+        )
+        highest = limit
+        for case in cases:
+            before = self.statistics.get(case.key, np.full(len(RATIOS), -math.inf))
+            statistics[case.key] = after = np.logaddexp(0.0, before) + case.log_ratios / phi
+            begun = self.since.get(case.key, _Since())
+            if before.max() <= 0.0:  # what came before speaks against a change
+                begun = _Since(since_s=now_s - sketch.seconds)
+            since[case.key] = begun = replace(
+                begun, seconds=begun.seconds + case.seconds, requests=begun.requests + case.requests,
+                inside=begun.inside + case.inside,
+            )  # fmt: skip
+            if (reached := float(np.logaddexp.reduce(after))) >= highest:
+                highest, drift = reached, case.drift(begun)
+        return replace(self, statistics=statistics, since=since, drift=drift)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Case:
+    """One test in one window: of a rate (``inside`` of no requests) or of a share, on one side of its band."""
+
+    key: tuple[str, float, bool]  # what, edge, and whether it rises
+    band: tuple[float, float]
+    log_ratios: FloatArray  # by alternative
+    seconds: float
+    requests: float
+    inside: float
+
+    def drift(self, begun: _Since) -> Drift:
+        what, edge, rises = self.key
+        value = begun.requests / begun.seconds if what == "rate" else begun.inside / begun.requests
+        return Drift(what=what, rises=rises, value=value, band=self.band, since_s=begun.since_s, edge=edge)
+
+
+def _cases(sketch: TrafficSketch, expected: Expected) -> Iterator[_Case]:
+    ratios = np.array(RATIOS)
+    n, seconds = sketch.arrivals, sketch.seconds
+    band = expected.low_rps, expected.high_rps
+    for rises, edge_rps, rho in ((True, band[1], ratios), (False, band[0], 1 / ratios)):
+        log_ratios = n * np.log(rho) - (rho - 1) * edge_rps * seconds
+        key = "rate", 0.0, rises
+        yield _Case(key=key, band=band, log_ratios=log_ratios, seconds=seconds, requests=n, inside=0.0)
+    for share in expected.shares:
+        counts = getattr(sketch, share.lengths).counts
+        ended, inside = math.fsum(counts), math.fsum(counts[bisect_left(TOKENS.edges, share.edge) + 1 :])
+        for rises, edge_share, rho in ((True, share.high, ratios), (False, share.low, 1 / ratios)):
+            odds = rho * edge_share / (1 - edge_share)
+            q = odds / (1 + odds)
+            log_ratios = inside * np.log(q / edge_share) + (ended - inside) * np.log((1 - q) / (1 - edge_share))
+            yield _Case(
+                key=(share.lengths, share.edge, rises), band=(share.low, share.high), log_ratios=log_ratios,
+                seconds=seconds, requests=ended, inside=inside,
+            )  # fmt: skip

@@ -1,0 +1,272 @@
+"""Forecasts of the peak demand of the next horizon, with an interval from the errors of past forecasts.
+
+Rates are kept in bins of some minutes. For the bins of the next horizon, five rules predict
+
+    recent   the mean rate of the last bins
+    season   the rate of the same time yesterday, a week ago, or on average of the last seven days, each of them
+             times (recent / its rate before that time) ^ kappa,  kappa = 1 or 0
+
+and the prediction of the horizon is their peak. At every bin of the last two weeks each rule is asked the same question
+again; e = log(peak that came / peak predicted) are its errors. The upper end of its interval is the prediction times
+exp(the quantile of e at ``coverage``), by the (n + 1)-st rank, so that what comes is at most that with this probability
+as far as the next error is like the past ones (split conformal prediction: Vovk 2005). The rule whose interval was the
+lowest on average is taken. Too few errors for the rank, they are taken as normal with a prior (`PRIOR`), which decides
+while nothing is known. The lower end is that of the lowest rate, likewise.
+
+Seasonal naive forecasts are what every other method is measured by (Hyndman and Athanasopoulos 2021, 5.2); what counts
+here is that the interval is honest, whatever rule makes it. No library is used: those that fit more refined methods
+take seconds where this takes a millisecond, and their intervals are of one bin rather than of a peak.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import product
+from statistics import NormalDist
+
+import numpy as np
+import numpy.typing as npt
+
+from hetis.planner.loop.drift import DAY_S, dispersion
+from hetis.solver.errors import InvalidProblemError
+from hetis.solver.traffic import TrafficSketch
+from hetis.solver.workload import FloatArray
+
+BIN_S = 300.0
+LEVEL_BINS = 2  # the last bins, whose mean is the recent level
+SMOOTHED = 3  # bins over which seasons are averaged
+KEPT_S = 15 * DAY_S  # history that is used: two weeks, and a day before
+PRIOR = 10, 0.15  # weight in past errors, and relative error, that are assumed while nothing is known
+LEAST_RPS = 1e-3
+SEASONS = {"yesterday": (1,), "last week": (7,), "the last seven days": tuple(range(1, 8))}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Window:
+    """The traffic of ``traffic.seconds`` from ``start_s`` on."""
+
+    start_s: float
+    traffic: TrafficSketch
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class History:
+    """Arrival rates of equal bins, the last of which ends at ``end_s``, and the whole traffic of the last minutes.
+
+    Attributes:
+        rates: requests/s by bin, at most `KEPT_S` of them; NaN where nothing was observed.
+        recent: consecutive windows of the last hour or so, the earliest first.
+    """
+
+    end_s: float
+    rates: FloatArray
+    recent: tuple[Window, ...] = ()
+    bin_s: float = BIN_S
+
+    @classmethod
+    def of_windows(cls, windows: Sequence[Window], now_s: float, *, recent_s: float = 3600.0) -> History:
+        """Return the history of windows such as minutes of the last hours, and hours of the last weeks."""
+        first = min((one.start_s for one in windows), default=now_s)
+        size = min(round(KEPT_S / BIN_S), math.ceil((now_s - first) / BIN_S))
+        start_s = now_s - size * BIN_S
+        short = [one for one in windows if 0 < one.traffic.seconds < BIN_S and one.start_s >= start_s]
+        bins = np.array([min(size - 1, int((one.start_s - start_s) / BIN_S)) for one in short], dtype=int)
+        seconds = np.bincount(bins, [one.traffic.seconds for one in short], minlength=size)
+        arrivals = np.bincount(bins, [one.traffic.arrivals for one in short], minlength=size)
+        fine = np.where(seconds > BIN_S / 2, arrivals / np.maximum(seconds, 1.0), np.nan)
+        long = sorted((one for one in windows if one.traffic.seconds >= BIN_S), key=lambda one: one.start_s)
+        spans = np.array([(one.start_s - start_s, one.traffic.seconds) for one in long]).reshape(-1, 2) / BIN_S
+        rates = with_hours(fine, spans, np.array([one.traffic.rate_per_s for one in long]))
+        recent = [one for one in windows if one.start_s >= now_s - recent_s and one.traffic.seconds < BIN_S]
+        return cls(end_s=now_s, rates=rates, recent=tuple(sorted(recent, key=lambda one: one.start_s)))
+
+    def traffic_since(self, start_s: float) -> TrafficSketch:
+        """Return the whole traffic since a time, as far as it is kept."""
+        parts = [one.traffic for one in self.recent if one.start_s >= start_s - 1e-6]
+        return sum(parts[1:], parts[0]) if parts else TrafficSketch()
+
+    def dispersion(self) -> float:
+        """Return the variance of the arrivals in a recent window over their mean; 1 is Poisson."""
+        return dispersion([one.traffic.arrivals for one in self.recent])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Forecast:
+    """The rates of a horizon: the peak that is expected, and an interval that contains all with probability `coverage`.
+
+    Attributes:
+        errors: past errors that the interval is made of; 0: only the prior.
+    """
+
+    until_s: float
+    expected_rps: float
+    low_rps: float
+    high_rps: float
+    coverage: float
+    rule: str
+    errors: int
+
+    def __str__(self) -> str:
+        source = f"the errors of {self.errors} forecasts" if self.errors else "an assumed error: there is no history"
+        return f"up to {self.high_rps:.4g} requests/s are expected ({self.coverage:.3g}, by {self.rule} and {source})"
+
+
+def forecast(history: History, horizon_s: float, coverage: float, level_rps: float | None = None) -> Forecast:
+    """Return the forecast of the time from the end of a history on.
+
+    Args:
+        history: what was measured.
+        horizon_s: how far to look ahead.
+        coverage: probability that no bin of the horizon has a rate above the interval, and likewise below.
+        level_rps: the rate now, if it is known to have left what the last bins say.
+
+    Raises:
+        InvalidProblemError: nothing was measured, or the coverage is not a probability.
+    """
+    if not 0.5 <= coverage < 1:
+        raise InvalidProblemError(f"coverage is {coverage:g}, must be at least 0.5 and below 1")
+    rates = _without_holes(history.rates)
+    if not len(rates):
+        if level_rps is None:
+            raise InvalidProblemError("there is no traffic to forecast from")
+        rates = np.array([level_rps])
+    ahead = max(1, math.ceil(horizon_s / history.bin_s))
+    peaks, lows = _came(rates, ahead)
+    best: Forecast | None = None
+    lowest = math.inf
+    for rule in _rules(rates, history.bin_s, ahead, is_level_known=level_rps is not None):
+        now, (bins, past) = rule.at(len(rates), level_rps), rule.past()
+        up: FloatArray = np.log(peaks[bins] / past.max(axis=1))
+        down: FloatArray = np.log(lows[bins] / past.min(axis=1))
+        high = now.max() * math.exp(_quantile(up, coverage))
+        width = _quantile(up, coverage) - float(up.mean() if len(up) else 0.0)
+        if width < lowest:
+            lowest = width
+            best = Forecast(
+                until_s=history.end_s + horizon_s, expected_rps=float(now.max()),
+                low_rps=float(now.min()) * math.exp(-_quantile(-down, coverage)), high_rps=float(high),
+                coverage=coverage, rule=rule.name, errors=len(up),
+            )  # fmt: skip
+    assert best is not None, "the rule of the recent level always answers"
+    return best
+
+
+Bins = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class _Rule:
+    """A rule: ``level`` is the recent level up to each bin, ``season`` the smoothed rates, ``days`` where it looks."""
+
+    name: str
+    level: FloatArray
+    season: FloatArray
+    bins_a_day: int
+    ahead: int
+    days: tuple[int, ...] = ()
+    kappa: float = 0.0
+
+    def at(self, bin_: int, level: float | None = None) -> FloatArray:
+        """Return the predictions for the bins from ``bin_`` on."""
+        found: FloatArray = self._predict(np.array([bin_]), None if level is None else np.array([level]))[0]
+        return found
+
+    def past(self) -> tuple[Bins, FloatArray]:
+        """Return the bins at which it could have predicted, and those predictions [bins, ahead]."""
+        first = max((*self.days, 0)) * self.bins_a_day + LEVEL_BINS
+        bins = np.arange(first, max(first, len(self.level) - self.ahead), dtype=np.int64)
+        return bins, self._predict(bins, None)
+
+    def _predict(self, bins: Bins, level: FloatArray | None) -> FloatArray:
+        now = self.level[bins - 1] if level is None else level
+        if not self.days:
+            return np.repeat(now[:, None], self.ahead, axis=1)
+        found: FloatArray = np.zeros((len(bins), self.ahead))
+        for day in self.days:
+            then = bins - day * self.bins_a_day
+            ratio = (now / self.season[then - 1]) ** self.kappa
+            found += self.season[then[:, None] + np.arange(self.ahead)] * ratio[:, None] / len(self.days)
+        return found
+
+
+def _rules(rates: FloatArray, bin_s: float, ahead: int, *, is_level_known: bool) -> list[_Rule]:
+    bins_a_day = round(DAY_S / bin_s)
+    smooth = _mean_of_last(np.pad(rates, (0, SMOOTHED // 2), mode="edge"), SMOOTHED)[SMOOTHED // 2 :]
+    recent = _Rule(
+        name="the recent rate",
+        level=_mean_of_last(rates, LEVEL_BINS),
+        season=smooth,
+        bins_a_day=bins_a_day,
+        ahead=ahead,
+    )
+    found = [recent]
+    for (name, days), kappa in product(SEASONS.items(), (1.0, 0.0)):
+        if len(rates) > days[-1] * bins_a_day + 2 * ahead and (kappa or not is_level_known):
+            how = " at the level of now" if kappa else ""
+            found.append(replace(recent, name=f"{name}{how}", days=days, kappa=kappa))
+    return found
+
+
+def _mean_of_last(rates: FloatArray, count: int) -> FloatArray:
+    """Return the mean of each bin and those before it, ``count`` together."""
+    padded = np.pad(rates, (count - 1, 0), mode="edge")
+    found: FloatArray = np.convolve(padded, np.full(count, 1 / count), mode="valid")
+    return found
+
+
+def _came(rates: FloatArray, ahead: int) -> tuple[FloatArray, FloatArray]:
+    """Return the highest and the lowest rate of every ``ahead`` bins from each bin on."""
+    if len(rates) < ahead:
+        return np.zeros(0), np.zeros(0)
+    windows = np.lib.stride_tricks.sliding_window_view(rates, ahead)
+    return windows.max(axis=1), windows.min(axis=1)
+
+
+def _quantile(errors: FloatArray, coverage: float) -> float:
+    """Return what the next error is at most, with probability ``coverage``, as far as it is like these."""
+    n = len(errors)
+    if (rank := math.ceil((n + 1) * coverage)) <= n:
+        return float(np.sort(errors)[rank - 1])
+    weight, spread = PRIOR
+    variance = (weight * spread**2 + float(errors @ errors)) / (weight + n)
+    return NormalDist().inv_cdf(coverage) * math.sqrt(variance)
+
+
+def with_hours(fine: FloatArray, spans: FloatArray, hourly: FloatArray) -> FloatArray:
+    """Return the rates of bins, those that are not known (NaN) by the hours, or other long windows, that contain them.
+
+    Rates are interpolated between the middles of hours, and have the unevenness of the bins that are known: without it
+    past forecasts would seem to have missed by less than those of a bin do.
+
+    Args:
+        fine: rates by bin.
+        spans: start and length of each long window, in bins, by start.
+        hourly: their rates.
+    """
+    unknown = np.isnan(fine)
+    if not len(hourly) or not unknown.any():
+        return fine
+    bins = np.arange(len(fine))
+    by_hours = np.interp(bins + 0.5, spans.sum(axis=1) - spans[:, 1] / 2, hourly)
+    inside = np.zeros(len(fine), dtype=bool)
+    for start, length in spans:
+        inside[max(0, round(start)) : max(0, round(start + length))] = True
+    known = fine[~unknown]
+    uneven = np.ones(1)
+    if len(known) >= 12 and known.mean() > 0:
+        trend = np.convolve(np.pad(known, (6, 5), mode="edge"), np.full(12, 1 / 12), mode="valid")
+        uneven = known / np.maximum(trend, LEAST_RPS)
+    found: FloatArray = np.where(unknown & inside, by_hours * np.resize(uneven, len(fine)), fine)
+    return found
+
+
+def _without_holes(rates: FloatArray) -> FloatArray:
+    """Return rates with the last known one in place of those that were not observed, and none before the first."""
+    known = np.flatnonzero(~np.isnan(rates))
+    if not len(known):
+        return np.zeros(0)
+    places = np.maximum.accumulate(np.where(np.isnan(rates), 0, np.arange(len(rates))))[known[0] :]
+    found: FloatArray = np.maximum(rates[places], LEAST_RPS)
+    return found

@@ -1,0 +1,400 @@
+"""`rehearse`: days of traffic against plans that follow it, in virtual time and with the real decisions.
+
+Time passes in steps of some seconds. In each of them requests arrive (Poisson around the curve's rate, lengths drawn
+from its mix), are measured as agents measure them, and are tested for drift; a `Follower` is asked at regular times, at
+a drift and when a node is lost or back. A change takes the time that its steps state: replicas that start are paid and
+do not serve; those that stop are paid until then.
+
+Requests are a fluid. The fleet keeps its limits up to its kept rate, which is that of the model for what serves now
+(`decision.kept_rate`) and is held to simulated requests elsewhere (docs/simulator.md). While the rate is above it,
+*all* requests count as outside the limits, which is more than there would be; above the saturated rate they queue up,
+and all are outside until the queue is empty.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple, Protocol
+
+import numpy as np
+
+from hetis.planner.loop.curves import STEP_S, TrafficCurve
+from hetis.planner.loop.decision import InForce, LoopSettings, Verdict, decide, kept_rate, solve
+from hetis.planner.loop.drift import Drift, DriftTest, Expected
+from hetis.planner.loop.forecast import BIN_S, KEPT_S, Forecast, History, Window, with_hours
+from hetis.planner.use_cases.other_fleets.replan import PosedReplan
+from hetis.planner.use_cases.saved_plans import PlanAndProblem
+from hetis.solver.advice import without_nodes
+from hetis.solver.cluster import Cluster, node_of
+from hetis.solver.plan import ReplicaPlan
+from hetis.solver.replanning.replanner import Replanning
+from hetis.solver.replanning.transition import Action, Step
+from hetis.solver.traffic import TOKENS, Histogram, TrafficSketch
+from hetis.solver.workload import FloatArray, Workload
+
+WINDOW_S = 10.0  # between two reports of agents
+RECENT_S, MINUTES_KEPT_S = 3600.0, 3 * 3600  # of whole windows, and of minutes before they are hours
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NodeEvent:
+    """A node is lost, or is back."""
+
+    at_s: float
+    node: str
+    joins: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Change:
+    """A change of plans, and the steps to it."""
+
+    next: PlanAndProblem
+    steps: tuple[Step, ...]
+    reason: str
+
+
+class View(NamedTuple):
+    """What a follower sees."""
+
+    history: History
+    in_force: InForce
+    drift: Drift | None
+    rate_rps: float  # of the last minute
+
+
+class Answer(NamedTuple):
+    """What a follower does: a change or none, the plan to go on with, and the bands of what it expects (None: any)."""
+
+    change: Change | None
+    next: PlanAndProblem
+    expected: Expected | None
+
+
+class Follower(Protocol):
+    """A way to follow traffic; it is asked every ``every_s``, and at events."""
+
+    name: str
+    every_s: float
+
+    def ask(self, view: View) -> Answer: ...
+
+    def drift_test(self) -> DriftTest | None:
+        """Return a new test of what its last answer expected; None: it has none."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Asked:
+    """A change that was made, with the demand and the capacities around it."""
+
+    at_s: float
+    reason: str
+    gpus: int  # of the new plan
+    capacity_rps: float  # of the new plan
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rehearsal:
+    """What came of following a curve.
+
+    Attributes:
+        usd: price of all GPU-hours; None: a GPU has no price.
+        outside: share of the requests outside the limits.
+        alarms: drifts that were reported.
+        changes: those that were made.
+    """
+
+    name: str
+    hours: float
+    requests: float
+    outside: float
+    gpu_hours: float
+    usd: float | None
+    alarms: int
+    changes: tuple[Asked, ...]
+
+
+class LoopFollower:
+    """The loop itself. With ``truth`` it knows the rates to come, as a perfect forecast would."""
+
+    def __init__(self, settings: LoopSettings, truth: TrafficCurve | None = None) -> None:
+        self.name = "loop" if truth is None else "perfect forecast"
+        self.every_s = settings.every_s
+        self._settings, self._truth = settings, truth
+        self._solved: dict[object, Replanning] = {}
+
+    def ask(self, view: View) -> Answer:
+        found = decide(
+            view.history, view.in_force, self._settings, drift=view.drift, ahead=self._ahead(view.history.end_s),
+            solve=self._solve,
+        )  # fmt: skip
+        change = None
+        if found.verdict is Verdict.CHANGE and found.found is not None:
+            change = Change(next=found.next, steps=found.found.transition.steps, reason=found.reason)
+        return Answer(change, found.next, found.expected)
+
+    def drift_test(self) -> DriftTest | None:
+        return self._settings.drift_test(WINDOW_S)
+
+    def _ahead(self, now_s: float) -> Callable[[float], Forecast] | None:
+        truth = self._truth
+        if truth is None:
+            return None
+
+        def ahead(horizon_s: float) -> Forecast:
+            rates = truth.rates_within(now_s, now_s + horizon_s)
+            return Forecast(
+                until_s=now_s + horizon_s, expected_rps=float(rates.max()), low_rps=float(rates.min()),
+                high_rps=float(rates.max()), coverage=self._settings.coverage, rule="the truth", errors=0,
+            )  # fmt: skip
+
+        return ahead
+
+    def _solve(self, posed: PosedReplan, settings: LoopSettings) -> Replanning:
+        """Return the answer to a question that a day may repeat; demands are rounded up to a percent."""
+        demand = posed.problem.objective.demand_rps
+        if demand is not None:
+            demand = math.exp(math.ceil(math.log(demand) / 0.01) * 0.01)
+            objective = replace(posed.problem.objective, demand_rps=demand)
+            posed = replace(posed, problem=replace(posed.problem, objective=objective), asked=objective)
+        workload, fleet = posed.problem.workload, posed.problem.cluster
+        key = (
+            posed.running.replicas,
+            posed.problem.objective,
+            workload.bins,
+            workload.prefix_hit_rate,
+            fleet.node_groups,
+        )
+        if key not in self._solved:
+            self._solved[key] = solve(posed, settings)
+        return self._solved[key]
+
+
+class Static:
+    """A plan that never changes."""
+
+    name, every_s = "static", math.inf
+
+    def ask(self, view: View) -> Answer:
+        return Answer(None, view.in_force.found, None)
+
+    def drift_test(self) -> DriftTest | None:
+        return None
+
+
+def rehearse(
+    start: PlanAndProblem, curve: TrafficCurve, follower: Follower, *, events: Sequence[NodeEvent] = (),
+    seed: int = 0, progress: Callable[[float], None] = lambda _now_s: None,
+) -> Rehearsal:  # fmt: skip
+    """Follow a curve from its start on, beginning with a plan that serves already.
+
+    Raises:
+        InvalidProblemError: the plan has no re-planning.
+    """
+    return _Rehearsing(start, curve, follower, events, seed).run(progress)
+
+
+class _Rehearsing:
+    def __init__(
+        self, start: PlanAndProblem, curve: TrafficCurve, follower: Follower, events: Sequence[NodeEvent], seed: int
+    ) -> None:
+        self._curve, self._follower, self._whole = curve, follower, start.problem.cluster
+        self._events, self._gone = deque(sorted(events, key=lambda one: one.at_s)), frozenset[str]()
+        self._serving, self._log = _Serving(start, curve), _TrafficLog(curve, seed)
+        self._in_force = InForce(found=start, fleet=self._whole, since_s=-math.inf)
+        self._test: DriftTest | None = None
+        self._expected: Expected | None = None
+        self._phi = 1.0
+        self._asked_s, self._is_due = -math.inf, True
+        self._changes, self._alarms = list[Asked](), 0
+
+    def run(self, progress: Callable[[float], None]) -> Rehearsal:
+        curve, serving = self._curve, self._serving
+        requests = outside = gpu_hours = usd = backlog = 0.0
+        windows = round((curve.end_s - curve.start_s) / WINDOW_S)
+        for number in range(windows):
+            now_s = curve.start_s + number * WINDOW_S
+            self._take_events(now_s)
+            if not serving.is_changing:
+                self._ask_if_due(now_s)
+            rate, (kept, saturated) = curve.rate_at(now_s), serving.rates(curve.mix_at(now_s), self._in_force.fleet)
+            arrived = rate * WINDOW_S
+            requests += arrived
+            outside += arrived * (rate > kept * (1 + 1e-9) or backlog > 0)
+            backlog = max(0.0, backlog + arrived - saturated * WINDOW_S)
+            gpus, price = serving.paid(self._gone)
+            gpu_hours += gpus * WINDOW_S / 3600
+            usd += price * WINDOW_S / 3600
+            sketch = self._log.measure(now_s)
+            if self._test is not None and self._expected is not None and not serving.is_changing:
+                self._test = self._test.after(now_s + WINDOW_S, sketch, self._expected, self._phi)
+            if serving.advance(now_s + WINDOW_S):
+                self._in_force = replace(self._in_force, found=serving.found, since_s=now_s + WINDOW_S)
+                self._is_due, self._test = True, None
+            progress(now_s)
+        return Rehearsal(
+            name=self._follower.name, hours=windows * WINDOW_S / 3600, requests=requests,
+            outside=outside / requests if requests else 0.0, gpu_hours=gpu_hours,
+            usd=None if math.isnan(usd) else usd, alarms=self._alarms, changes=tuple(self._changes),
+        )  # fmt: skip
+
+    def _take_events(self, now_s: float) -> None:
+        while self._events and self._events[0].at_s <= now_s - self._curve.start_s:
+            event = self._events.popleft()
+            self._gone = self._gone - {event.node} if event.joins else self._gone | {event.node}
+            fleet = without_nodes(self._whole, self._gone) if self._gone else self._whole
+            self._in_force, self._is_due = replace(self._in_force, fleet=fleet), True
+
+    def _ask_if_due(self, now_s: float) -> None:
+        drift = None if self._test is None else self._test.drift
+        if not self._is_due and drift is None and now_s - self._asked_s < self._follower.every_s:
+            return
+        history = self._log.history(now_s)
+        answer = self._follower.ask(View(history, self._in_force, drift, self._log.last_minute_rps()))
+        self._asked_s, self._is_due = now_s, False
+        self._alarms += drift is not None
+        self._expected, self._phi = answer.expected, history.dispersion()
+        if self._test is None or drift is not None:
+            self._test = self._follower.drift_test()
+        if answer.change is None:
+            self._in_force = replace(self._in_force, found=answer.next)
+            return
+        self._serving.begin(answer.change, now_s)
+        plan = answer.change.next.plan
+        capacity = kept_rate(plan, answer.change.next.problem)
+        self._changes.append(
+            Asked(at_s=now_s, reason=answer.change.reason, gpus=len(plan.devices()), capacity_rps=capacity)
+        )
+
+
+class _Serving:
+    """What serves: a plan, or two during a change."""
+
+    def __init__(self, start: PlanAndProblem, curve: TrafficCurve) -> None:
+        self.found, self._mixes = start, tuple(workload for _, workload in curve.mixes)
+        self._change: Change | None = None
+        self._left = deque[Step]()
+        self._until_s = math.inf
+        self._olds = frozenset(range(len(start.plan.replicas)))
+        self._news = self._starting = frozenset[int]()
+        prices = dict[str, float]()
+        for node, group in start.problem.cluster.nodes():
+            of_node = [start.problem.cluster.price_of(slots) for slots in group.gpus for _ in range(slots.count)]
+            for index, price in zip(group.gpus_of_node(), of_node, strict=True):
+                prices[f"{node}/{index}"] = math.nan if price is None else price
+        self._prices = prices
+        self._rates = dict[object, float]()
+        self._held = list[object]()  # what the keys' ids are of
+
+    @property
+    def is_changing(self) -> bool:
+        return self._change is not None
+
+    def begin(self, change: Change, now_s: float) -> None:
+        self._change, self._left = change, deque(change.steps)
+        self._until_s = now_s
+        self.advance(now_s)
+
+    def advance(self, now_s: float) -> bool:
+        """Take the steps that are due; return whether a change has just been completed."""
+        if self._change is None:
+            return False
+        while now_s >= self._until_s - 1e-6:
+            self._news, self._starting = self._news | self._starting, frozenset()
+            if not self._left:
+                self.found, self._change, self._until_s = self._change.next, None, math.inf
+                self._olds, self._news = frozenset(range(len(self.found.plan.replicas))), frozenset()
+                return True
+            step = self._left.popleft()
+            if step.action is Action.STOP:
+                self._olds -= frozenset(step.replicas)
+            else:
+                self._starting = frozenset(step.replicas)
+                self._until_s = now_s + math.ceil(step.seconds / WINDOW_S) * WINDOW_S
+        return False
+
+    def _replicas(self, *, with_starting: bool) -> tuple[ReplicaPlan, ...]:
+        olds = [self.found.plan.replicas[number] for number in sorted(self._olds)]
+        if self._change is None:
+            return tuple(olds)
+        news = self._news | self._starting if with_starting else self._news
+        return (*olds, *(self._change.next.plan.replicas[number] for number in sorted(news)))
+
+    def rates(self, mix: int, fleet: Cluster) -> tuple[float, float]:
+        """Return the rate up to which what serves keeps its limits, and the saturated one."""
+        problem = self.found.problem
+        key = id(self.found), id(self._change), self._olds, self._news, mix, fleet.node_groups
+        if key not in self._rates:
+            self._held.append((self.found, self._change))
+            plan = replace(self.found.plan, replicas=self._replicas(with_starting=False), kv_routes=())
+            self._rates[key] = kept_rate(plan, replace(problem, workload=self._mixes[mix], cluster=fleet))
+        return self._rates[key], self._rates[key] / problem.planned_share
+
+    def paid(self, gone: frozenset[str]) -> tuple[int, float]:
+        """Return the GPUs that serve or start, and their price in USD per hour; NaN if one has none."""
+        used = {device for one in self._replicas(with_starting=True) for device in one.devices()}
+        there = [device for device in used if node_of(device) not in gone]
+        return len(there), sum(self._prices[device] for device in there)
+
+
+class _TrafficLog:
+    """Draws requests and keeps what was measured of them, as the planner's store does."""
+
+    def __init__(self, curve: TrafficCurve, seed: int) -> None:
+        self._curve, self._rng = curve, np.random.default_rng(seed)
+        past = round(curve.start_s / WINDOW_S)
+        every = round(STEP_S / WINDOW_S)
+        self._arrivals = np.zeros(len(curve.rates) * every)
+        self._arrivals[:past] = self._rng.poisson(np.repeat(curve.rates, every)[:past] * WINDOW_S)
+        self._count = past
+        self._recent = deque[Window](maxlen=round(RECENT_S / WINDOW_S))
+        self._lengths = [(_buckets(one, "prompt_tokens"), _buckets(one, "output_tokens")) for _, one in curve.mixes]
+
+    def measure(self, start_s: float) -> TrafficSketch:
+        """Return the traffic of the window that begins now."""
+        mix = self._curve.mix_at(start_s)
+        arrivals = int(self._rng.poisson(self._curve.rate_at(start_s) * WINDOW_S))
+        self._arrivals[self._count] = arrivals
+        self._count += 1
+        prompts, outputs = (self._histogram(arrivals, *lengths) for lengths in self._lengths[mix])
+        hits = self._curve.mixes[mix][1].prefix_hit_rate
+        sketch = TrafficSketch(
+            seconds=WINDOW_S, arrivals=arrivals, prompt_tokens=prompts, output_tokens=outputs,
+            cached_tokens=hits * prompts.total,
+        )  # fmt: skip
+        self._recent.append(Window(start_s=start_s, traffic=sketch))
+        return sketch
+
+    def _histogram(self, requests: int, shares: FloatArray, means: FloatArray) -> Histogram:
+        counts = self._rng.multinomial(requests, shares)
+        return Histogram(scale=TOKENS, counts=tuple(map(float, counts)), total=float(counts @ means))
+
+    def history(self, now_s: float) -> History:
+        """Return what the planner's store has: minutes of the last hours, and hours of two weeks."""
+        each = round(BIN_S / WINDOW_S)
+        bins = min(self._count // each, round(KEPT_S / BIN_S))
+        rates = self._arrivals[self._count - bins * each : self._count].reshape(bins, each).sum(axis=1) / BIN_S
+        hour = round(3600 / BIN_S)
+        hours = max(0, bins - MINUTES_KEPT_S // round(BIN_S)) // hour
+        if hours:
+            fine, spans = rates.copy(), np.array([(n * hour, hour) for n in range(hours)], dtype=float)
+            fine[: hours * hour] = np.nan
+            rates = with_hours(fine, spans, rates[: hours * hour].reshape(hours, hour).mean(axis=1))
+        return History(end_s=now_s, rates=rates, recent=tuple(self._recent))
+
+    def last_minute_rps(self) -> float:
+        last = self._arrivals[max(0, self._count - round(60 / WINDOW_S)) : self._count]
+        return float(last.mean()) / WINDOW_S if len(last) else 0.0
+
+
+def _buckets(workload: Workload, lengths: str) -> tuple[FloatArray, FloatArray]:
+    """Return the share of the requests in each bucket of tokens, and their mean lengths."""
+    tokens = np.array([getattr(one, lengths) for one in workload.bins])
+    weights = np.array([one.weight for one in workload.bins])
+    bucket = np.searchsorted(np.array(TOKENS.edges), tokens)
+    shares = np.bincount(bucket, weights / weights.sum(), minlength=len(TOKENS.edges) + 1)
+    sums = np.bincount(bucket, tokens * weights / weights.sum(), minlength=len(shares))
+    return shares / shares.sum(), np.divide(sums, shares, out=np.zeros_like(sums), where=shares > 0)

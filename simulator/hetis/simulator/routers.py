@@ -1,0 +1,153 @@
+"""Routers: which replica gets a request."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Mapping, Sequence
+
+from hetis.simulator.replica import ReplicaRun
+from hetis.simulator.values import Settings
+from hetis.solver.plan import Plan
+from hetis.solver.workload import Workload
+
+LONG_QUEUE_TOKENS = 2048  # the maximum size of a batch of prompts in Splitwise
+
+
+Router = Callable[[Sequence[ReplicaRun]], ReplicaRun]
+"""Chooses a replica from one or more that are up and accept prompts."""
+Classes = tuple[str, ...]
+
+
+class _Turns:
+    """Smooth weighted round robin: each share of the turns is in proportion, as evenly as whole turns allow."""
+
+    def __init__(self, seed: int) -> None:
+        self._random = random.Random(seed)
+        self._credit: dict[int, float] = {}
+
+    def next(self, weights: Mapping[int, float]) -> int:
+        """Return the key whose turn is next."""
+        credit = self._credit
+        for number, weight in weights.items():
+            if number not in credit:
+                credit[number] = self._random.random() * weight  # so that turns do not always begin with the same key
+            credit[number] += weight
+        best = max(weights, key=credit.__getitem__)
+        credit[best] -= sum(weights.values())
+        return best
+
+
+class LeastWork:
+    """Router to the replica that would finish its requests and the new one first, at its planned rate.
+
+    The work of a prefill replica is not comparable with that of a unified one, which keeps its requests until they
+    have decoded: the former would look idle and be overloaded. The two kinds therefore take turns in proportion to
+    their planned rates, and the least work decides among replicas of the same kind.
+    """
+
+    def __init__(self, seed: int) -> None:
+        self._turns = _Turns(seed)
+
+    def __call__(self, replicas: Sequence[ReplicaRun]) -> ReplicaRun:
+        kinds: dict[int, list[ReplicaRun]] = {}
+        for replica in replicas:
+            kinds.setdefault(int(replica.decodes), []).append(replica)
+        if len(kinds) > 1:
+            rates = {kind: sum(replica.rate for replica in alike) for kind, alike in kinds.items()}
+            return min(kinds[self._turns.next(rates)], key=_work_s)
+        return min(replicas, key=_work_s)
+
+
+class Weighted:
+    """Router to all replicas in proportion to their planned rates, regardless of their queues."""
+
+    def __init__(self, seed: int) -> None:
+        self._turns = _Turns(seed)
+
+    def __call__(self, replicas: Sequence[ReplicaRun]) -> ReplicaRun:
+        by_number = {replica.number: replica for replica in replicas}
+        return by_number[self._turns.next({number: replica.rate for number, replica in by_number.items()})]
+
+
+def fewest_requests(replicas: Sequence[ReplicaRun]) -> ReplicaRun:
+    """Return the replica with the fewest requests waiting and running, regardless of its speed.
+
+    This is the controller of AlpaServe, with which HexGen evaluates its plans.
+    """
+    return min(replicas, key=lambda replica: replica.outstanding)
+
+
+def fewest_tokens(replicas: Sequence[ReplicaRun]) -> ReplicaRun:
+    """Return the prefill replica with the fewest waiting prompt tokens, or a unified one if it has a batch.
+
+    As in Splitwise: the shortest queue of the prompt pool, or the mixed pool if all of them are long. Without prefill
+    replicas, the shortest queue of the others.
+    """
+    prompt = [replica for replica in replicas if not replica.decodes]
+    mixed = [replica for replica in replicas if replica.decodes]
+    for pool in (prompt, mixed):
+        waiting = {replica.number: replica.waiting_tokens() for replica in pool}
+        shortest = min(pool, key=lambda replica: waiting[replica.number], default=None)
+        if shortest is not None and waiting[shortest.number] <= LONG_QUEUE_TOKENS:
+            return shortest
+    return min(prompt or mixed, key=ReplicaRun.waiting_tokens)
+
+
+class RangeRouter:
+    """Routes requests of classes: to a pool for each class's planned shares, or to another where that has no room.
+
+    Pools are the replicas that serve the same classes. Those that serve a class take turns in proportion to what they
+    are planned to give it. If requests wait at every replica of the pool whose turn it is, the request overflows to
+    those of other pools for its class at which none waits. Among replicas of the same classes the usual router decides.
+    """
+
+    def __init__(self, plan: Plan, workload: Workload, seed: int, router: Callable[[], Router]) -> None:
+        self._workload = workload
+        self._of = [replica.classes for replica in plan.replicas]
+        rates = plan.rates_by_classes()
+        self._weights = {names: rate / plan.pool_share(names) for names, rate in rates.items() if rate > 0.0}
+        self._turns = {name: _Turns(seed) for name in plan.class_shares()}
+        self._routers = {names: router() for names in self._weights}
+
+    def serving(self, replicas: Sequence[ReplicaRun], prompt_tokens: int) -> list[ReplicaRun]:
+        """Return the replicas that serve the class of a request."""
+        name = self._workload.class_of(prompt_tokens).name
+        own = {names for names in self._weights if not names or name in names}
+        return [replica for replica in replicas if self._of[replica.number] in own]
+
+    def choose(self, replicas: Sequence[ReplicaRun], prompt_tokens: int) -> ReplicaRun | None:
+        """Return one of the replicas that serve a request's class; None: there is none."""
+        name = self._workload.class_of(prompt_tokens).name
+        pools: dict[Classes, list[ReplicaRun]] = {}
+        for replica in replicas:
+            pools.setdefault(self._of[replica.number], []).append(replica)
+        if not pools:
+            return None
+        first = self._turns[name].next({number: self._weights[names] for number, names in self._numbered(pools)})
+        chosen = next(names for number, names in self._numbered(pools) if number == first)
+        if all(replica.queue for replica in pools[chosen]):
+            free = {names: [one for one in pool if not one.queue] for names, pool in pools.items()}
+            if open_pools := {names: pool for names, pool in free.items() if pool}:
+                chosen = max(open_pools, key=lambda names: len(open_pools[names]))
+                pools = open_pools
+        return self._routers[chosen](pools[chosen])
+
+    def _numbered(self, pools: Mapping[Classes, object]) -> list[tuple[int, Classes]]:
+        return [(number, names) for number, names in enumerate(self._weights) if names in pools]
+
+
+def router_of(settings: Settings) -> Router:
+    """Return the router that the settings name."""
+    match settings.router:
+        case "least-work":
+            return LeastWork(settings.seed)
+        case "weighted":
+            return Weighted(settings.seed)
+        case "fewest-requests":
+            return fewest_requests
+        case "fewest-tokens":
+            return fewest_tokens
+
+
+def _work_s(replica: ReplicaRun) -> float:
+    return (replica.outstanding + 1) / replica.rate

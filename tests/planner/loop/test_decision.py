@@ -1,0 +1,136 @@
+"""Decisions: shortages, savings, other requests, lost nodes, and nothing at all."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from hetis.planner.loop.decision import InForce, LoopSettings, Verdict, decide, kept_rate
+from hetis.planner.loop.drift import Drift
+from hetis.planner.loop.forecast import Window
+from hetis.planner.use_cases.prices import price_of_plan
+from hetis.solver.advice import without_nodes
+from hetis.solver.check import check_plan
+from hetis.solver.cluster import node_of
+from hetis.solver.errors import InvalidProblemError
+from hetis.solver.plan import ObjectiveKind
+from hetis.solver.traffic import TOKENS, Histogram, TrafficSketch
+from tests.planner.loop.served import fleet, plan_for, steady
+
+LONG_AGO = -1e9
+
+
+def in_force(demand_rps: float, **changes: object) -> InForce:
+    return replace(InForce(found=plan_for(demand_rps), fleet=fleet(), since_s=LONG_AGO), **changes)
+
+
+def test_a_plan_that_serves_its_demand_at_least_cost_is_kept() -> None:
+    found = decide(steady(8.0), in_force(8.2), LoopSettings())
+    assert found.verdict is Verdict.KEEP
+    assert found.found is None
+    assert found.capacity_rps == pytest.approx(kept_rate(plan_for(8.2).plan, plan_for(8.2).problem))
+    assert "keeps its limits up to" in found.reason
+
+
+def test_a_shortage_is_ended_by_a_checked_plan_whose_steps_never_serve_less() -> None:
+    found = decide(steady(12.0), in_force(6.0), LoopSettings())
+    assert found.verdict is Verdict.CHANGE
+    assert found.found is not None
+    assert check_plan(found.next.plan, found.next.problem) == ()
+    assert kept_rate(found.next.plan, found.next.problem) >= 12.0 * (1 - 1e-6)
+    assert found.found.transition.lowest >= found.capacity_rps * (1 - 1e-6)
+    assert 0 < found.gain <= found.bound
+    assert found.unit == "requests/s"
+    assert found.usd_per_hour is not None
+    assert found.usd_per_hour > 0
+
+
+def test_cards_go_back_when_demand_falls_and_the_saving_is_bounded() -> None:
+    found = decide(steady(4.0), in_force(12.0), LoopSettings())
+    assert found.verdict is Verdict.CHANGE
+    before, after = (price_of_plan(plan, fleet()) for plan in (plan_for(12.0).plan, found.next.plan))
+    assert before is not None
+    assert after is not None
+    assert found.usd_per_hour == pytest.approx(after - before)
+    assert 0 < found.gain <= found.bound
+    assert found.gain == pytest.approx(before - after, rel=0.05)  # less what the change costs
+    assert kept_rate(found.next.plan, found.next.problem) >= 4.0 * (1 - 1e-6)
+
+
+def test_nothing_is_given_back_soon_after_a_change() -> None:
+    history = steady(4.0)
+    recent = in_force(12.0, since_s=history.end_s - 60)
+    assert decide(history, recent, LoopSettings()).verdict is Verdict.KEEP
+    assert decide(history, recent, LoopSettings(cool_down_s=30)).verdict is Verdict.CHANGE
+
+
+def test_more_than_the_fleet_serves_gets_all_that_it_serves_and_then_nothing() -> None:
+    found = decide(steady(500.0), in_force(6.0), LoopSettings())
+    assert found.verdict is Verdict.CHANGE
+    assert len(found.next.plan.devices()) == 12
+    then = InForce(found=found.next, fleet=fleet(), since_s=LONG_AGO)
+    again = decide(steady(500.0), then, LoopSettings())
+    assert again.verdict is Verdict.CANNOT
+    assert "no change serves more" in again.reason
+    fewer = decide(steady(4.0), then, LoopSettings())  # the objective is still least cost
+    assert fewer.verdict is Verdict.CHANGE
+    assert len(fewer.next.plan.devices()) < 12
+
+
+def test_a_lost_node_is_replaced() -> None:
+    lost = node_of(plan_for(8.0).plan.devices()[0])
+    left = without_nodes(fleet(), [lost])
+    found = decide(steady(7.5), in_force(8.0, fleet=left), LoopSettings())
+    assert found.capacity_rps < 7.5
+    assert found.verdict is Verdict.CHANGE
+    assert lost not in {node_of(device) for device in found.next.plan.devices()}
+    assert kept_rate(found.next.plan, found.next.problem) >= 7.5 * (1 - 1e-6)
+
+
+def longer_prompts(end_s: float, tokens: float) -> tuple[Window, ...]:
+    """Half an hour of prompts with so many tokens."""
+    counts = [0.0] * (len(TOKENS.edges) + 1)
+    counts[next(k for k, edge in enumerate(TOKENS.edges) if tokens <= edge)] = 400.0
+    prompts = Histogram(scale=TOKENS, counts=tuple(counts), total=400 * tokens)
+    outputs = Histogram.of_buckets(TOKENS, {100: 400}, 400 * 100)
+    traffic = TrafficSketch(seconds=60, arrivals=400, prompt_tokens=prompts, output_tokens=outputs)
+    return tuple(Window(start_s=end_s - 60 * k, traffic=traffic) for k in range(30, 0, -1))
+
+
+def test_longer_prompts_are_a_shortage_at_the_same_rate() -> None:
+    history = steady(8.0)
+    history = replace(history, recent=longer_prompts(history.end_s, 4000))
+    drift = Drift(
+        what="prompt_tokens", rises=True, value=1.0, band=(0.0, 0.1), since_s=history.end_s - 1800, edge=500.0
+    )
+    usual, drifted = (decide(history, in_force(8.2), LoopSettings(), drift=one) for one in (None, drift))
+    assert usual.verdict is Verdict.KEEP
+    assert drifted.capacity_rps < 0.6 * usual.capacity_rps
+    assert drifted.verdict is Verdict.CHANGE
+    moments = drifted.next.problem.workload.moments()
+    assert moments.mean_prompt == pytest.approx(4000, rel=0.01)
+
+
+def test_a_drift_of_the_rate_is_believed_before_the_history() -> None:
+    drift = Drift(what="rate", rises=True, value=14.0, band=(7.0, 9.0), since_s=200 * 300 - 40)
+    found = decide(steady(8.0), in_force(8.2), LoopSettings(), drift=drift)
+    assert found.verdict is Verdict.CHANGE
+    assert kept_rate(found.next.plan, found.next.problem) >= 14.0 * (1 - 1e-6)
+
+
+def test_most_goodput_changes_nothing_while_requests_are_the_same() -> None:
+    goodput = plan_for(0.0, ObjectiveKind.GOODPUT)
+    now = InForce(found=goodput, fleet=fleet(), since_s=LONG_AGO)
+    assert decide(steady(4.0), now, LoopSettings()).verdict is Verdict.KEEP
+    assert decide(steady(500.0), now, LoopSettings()).verdict is Verdict.CANNOT
+
+
+def test_a_proposal_expires_when_the_next_question_is_due() -> None:
+    found = decide(steady(8.0), in_force(8.2), LoopSettings(every_s=120))
+    assert found.expires_s == found.made_s + 120
+
+
+def test_settings_are_checked() -> None:
+    with pytest.raises(InvalidProblemError, match="every_s is 0, must be 1 to 86400"):
+        LoopSettings(every_s=0)

@@ -1,0 +1,116 @@
+"""The simplest of the plans that lose little: no plan of tiny fleets has fewer points than are proven."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+
+import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from hetis.solver.check import check_plan
+from hetis.solver.errors import InfeasibleError, InvalidProblemError
+from hetis.solver.placement.losses.survival import Survive
+from hetis.solver.plan import ObjectiveKind, Plan
+from hetis.solver.planning import solve_placement, solve_surviving
+from hetis.solver.problem import PlacementProblem
+from tests.solver.instances import make_model, make_node, make_problem
+from tests.solver.placement.losses.test_survival import left_by
+from tests.solver.placement.losses.test_survival_oracle import BYTES, Whole, fleet, plans_of
+from tests.solver.placement.test_nodes import UNIFIED, nodes_of, solved
+
+NODES = st.lists(
+    st.tuples(st.sampled_from(("fast", "slow")), st.integers(1, 2), st.just("east")), min_size=2, max_size=3
+).map(tuple).filter(lambda nodes: sum(count for _, count, _ in nodes) <= 4)  # fmt: skip
+
+
+def points_of(left: float, wanted: float, several: int, shapes: int) -> float:
+    """Return the points as docs/cost-model.md defines them."""
+    return 100.0 * max(0.0, 1.0 - left / wanted if wanted else 0.0) + 2.0 * several + 5.0 * shapes
+
+
+def points_of_plan(plan: Plan, problem: PlacementProblem, wanted: float) -> float:
+    several = sum(len({name.rpartition("/")[0] for name in one.devices()}) > 1 for one in plan.replicas)
+    shapes = {tuple(sorted((stage.gpu, stage.tp) for stage in one.stages)) for one in plan.replicas}
+    return points_of(left_by(plan, problem, "node"), wanted, several, len(shapes))
+
+
+def stated_points(plan: Plan) -> float:
+    (note,) = (note for note in plan.notes if note.startswith("the simplest plan within"))
+    assert "proven: none has fewer" in note
+    found = re.search(r"of ([0-9.]+) points", note)
+    assert found is not None
+    return float(found[1])
+
+
+def counted(one: Whole, wanted: float) -> float:
+    return points_of(one.left, wanted, one.several, one.shapes)
+
+
+@settings(max_examples=max(10, settings().max_examples // 4))
+@given(nodes=NODES, fast=BYTES, slow=BYTES, share=st.sampled_from((0.05, 0.3, 0.6)), counts_gpus=st.booleans())
+def test_no_plan_within_the_limit_has_fewer_points(
+    nodes: tuple[tuple[str, int, str], ...], fast: float, slow: float, share: float, counts_gpus: bool
+) -> None:
+    problem = fleet(nodes, fast=fast, slow=slow)
+    plans = list(plans_of(problem, "node", counts_shapes=True))
+    most = max(plan.rate for plan in plans)
+    assume(most > 0.0)
+    if counts_gpus:
+        wanted = 0.6 * most
+        demand = wanted * problem.assumptions.planned_utilisation
+        problem = replace(problem, objective=replace(problem.objective, kind=ObjectiveKind.GPUS, demand_rps=demand))
+        serving = [plan for plan in plans if plan.rate >= wanted * (1 - 1e-9)]
+        fewest = min(plan.gpus for plan in serving)
+        within = [plan for plan in serving if plan.gpus <= (1.0 + share) * fewest + 1e-9]
+    else:
+        wanted = (1.0 - share) * most
+        within = [plan for plan in plans if plan.rate >= wanted * (1 - 1e-9)]
+    least = min(counted(plan, wanted) for plan in within)
+    plan = solve_placement(problem, gap_target=0.0, simplest_within=share)
+    assert check_plan(plan, problem) == ()
+    assert stated_points(plan) == pytest.approx(least, rel=1e-3)
+    assert points_of_plan(plan, problem, wanted) == pytest.approx(least, rel=1e-4, abs=1e-4)
+    if not counts_gpus:
+        best = max(one.rate for one in within if counted(one, wanted) <= least + 1e-6)
+        assert plan.result.value == pytest.approx(best, rel=1e-4)
+        assert plan.result.bound == pytest.approx(most, rel=1e-5)
+
+
+@settings(max_examples=max(10, settings().max_examples // 4))
+@given(nodes=NODES, fast=BYTES, slow=BYTES, share=st.sampled_from((0.05, 0.3, 0.6)))
+def test_of_plans_that_survive_none_that_leaves_as_much_has_fewer_points(
+    nodes: tuple[tuple[str, int, str], ...], fast: float, slow: float, share: float
+) -> None:
+    problem = fleet(nodes, fast=fast, slow=slow)
+    plans = list(plans_of(problem, "node", counts_shapes=True))
+    most = max(plan.left for plan in plans)
+    assume(most > 0.0)
+    within = [plan for plan in plans if plan.left >= (1.0 - share) * most * (1 - 1e-9)]
+    least = min(counted(plan, 0.0) for plan in within)
+    survive = Survive(place="node", simplest_within=share)
+    plan, bound = solve_surviving(problem, survive, gap_target=0.0)
+    assert check_plan(plan, problem) == ()
+    assert bound == pytest.approx(most, rel=1e-5)
+    assert left_by(plan, problem, "node") >= (1.0 - share) * most * (1 - 1e-5)
+    assert points_of_plan(plan, problem, 0.0) == pytest.approx(least, abs=1e-6)
+
+
+def test_a_plan_inside_nodes_is_taken_where_it_loses_little_and_says_what_it_gave_up() -> None:
+    groups = [make_node("a", "A", gpus=3, nodes=2)]
+    problem = make_problem(groups, model=make_model(num_layers=40), family=replace(UNIFIED, tp_sizes=(1,)))
+    best, simplest = solved(problem), solve_placement(problem, strategy="hetis", simplest_within=0.9)
+    assert best is not None
+    assert nodes_of(simplest) < nodes_of(best)
+    assert stated_points(simplest) > 0.0
+    assert simplest.result.bound == pytest.approx(best.result.bound, rel=1e-6)
+    with pytest.raises(InvalidProblemError, match="only searched for by strategies hetis, hexgen and hexgen2"):
+        solve_placement(problem, strategy="splitwise", simplest_within=0.1)
+
+
+def test_no_plan_is_no_simplest_plan() -> None:
+    groups = [make_node("a", "A", gpus=1, nodes=1)]
+    problem = make_problem(groups, model=make_model(num_layers=400), family=replace(UNIFIED, tp_sizes=(1,)))
+    with pytest.raises(InfeasibleError):
+        solve_placement(problem, strategy="hetis", simplest_within=0.9)

@@ -1,0 +1,150 @@
+"""Pools of one class of requests: plans equal those of brute force, and are never below plans without classes."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hetis.solver.advice import worst_node
+from hetis.solver.check import Rule, check_plan
+from hetis.solver.check.losses import StatedLoss, check_losses
+from hetis.solver.errors import InvalidProblemError
+from hetis.solver.placement.outcome import rate_bound
+from hetis.solver.placement.replicas.tabulation import build_cost_tables
+from hetis.solver.plan import ObjectiveKind, Plan, served_with_classes
+from hetis.solver.problem import PlacementProblem
+from hetis.solver.workload import LengthBin, RequestClass, Workload
+from tests.solver.best_replicas import Wanted, best_replica_of_need
+from tests.solver.device_classes import device_classes
+from tests.solver.instances import SMALL_FAMILY, make_node, make_problem, problems
+from tests.solver.oracle import always, packable_sets, served_rate, value_of
+from tests.solver.searching import plan_or_none, worth
+
+EXAMPLES = settings().max_examples
+KINDS = tuple(ObjectiveKind)
+CUT = 60
+
+
+def workload(short: int, long: int, outputs: tuple[int, int], share: float, **limits: float) -> Workload:
+    lengths = [(short, outputs[0], share), (long, outputs[1], 1.0 - share)]
+    bins = tuple(LengthBin(prompt_tokens=p, output_tokens=o, weight=w) for p, o, w in lengths)
+    classes = RequestClass(name="short", max_prompt_tokens=CUT, **limits), RequestClass(name="long")
+    return Workload(name="two lengths", bins=bins, classes=classes)
+
+
+TRAFFIC = st.builds(
+    workload,
+    st.integers(1, CUT),
+    st.integers(CUT + 1, 1000),
+    st.tuples(st.integers(2, 40), st.integers(2, 40)),
+    st.floats(0.05, 0.95),
+)
+
+
+def best_value_by_brute_force(problem: PlacementProblem) -> float:
+    """Return the value of the best plan whose replicas each serve one class, or all."""
+    nodes, rates = device_classes(problem.cluster), dict[Wanted, float]()
+    ranges = dict[Wanted, tuple[str, ...]]()
+    for number, names in enumerate(problem.ranges()):
+        for wanted, rate in best_replica_of_need(problem.of_classes(names), nodes, always).items():
+            marked = replace(wanted, exchange=(*wanted.exchange, *["range"] * number))
+            rates[marked], ranges[marked] = rate, names
+    best = 0.0 if problem.objective.maximises else math.inf
+    for chosen in packable_sets(list(rates), nodes):
+        of_class = dict.fromkeys(problem.workload.shares(), 0.0)
+        for names in problem.ranges():
+            pool = [wanted for wanted in chosen if ranges[wanted] == names]
+            rate = served_rate(problem, pool, rates)
+            own = names or tuple(of_class)
+            for name in own:
+                of_class[name] += rate / sum(problem.workload.shares()[each] for each in own)
+        value = value_of(problem, nodes, [wanted.need for wanted in chosen], min(of_class.values()))
+        best = max(best, value) if problem.objective.maximises else min(best, value)
+    return best
+
+
+@settings(max_examples=EXAMPLES // 2)
+@given(problems(max_gpus=3, kinds=KINDS, family=SMALL_FAMILY, num_zones=1), TRAFFIC)
+def test_the_search_finds_the_optimum_of_brute_force(problem: PlacementProblem, traffic: Workload) -> None:
+    problem = replace(problem, workload=traffic)
+    best, plan = best_value_by_brute_force(problem), plan_or_none(problem)
+    assert worth(plan, problem) == pytest.approx(best, rel=1e-6)
+    if plan is not None:
+        assert check_plan(plan, problem) == ()
+
+
+@settings(max_examples=EXAMPLES // 2)
+@given(problems(max_gpus=5, kinds=KINDS, family=SMALL_FAMILY), TRAFFIC)
+def test_a_plan_is_never_below_the_plan_without_classes(problem: PlacementProblem, traffic: Workload) -> None:
+    problem = replace(problem, workload=traffic)
+    without = problem.of_classes()
+    sign = 1.0 if problem.objective.maximises else -1.0
+    plan, other = plan_or_none(problem), plan_or_none(without)
+    assert sign * worth(plan, problem) >= sign * worth(other, without) * (1.0 - sign * 1e-6)
+    if plan is not None:
+        assert check_plan(plan, problem) == ()
+        assert plan.served_rate() <= rate_bound(build_cost_tables(problem)) * (1.0 + 1e-6)
+        if (lost := worst_node(plan, problem)) is not None:
+            stated = StatedLoss(place="node", name=lost.name, left=lost.rate, whole=lost.whole)
+            assert check_losses(plan, problem, [stated]) == ()
+
+
+def test_what_pools_serve_is_limited_by_the_class_that_gets_least() -> None:
+    shares = {"short": 0.8, "long": 0.2}
+    # 10/s of all, 8/s of short ones are those of 10/s in all, 1/s of long ones are those of 5/s.
+    assert served_with_classes(shares, {(): 10.0, ("short",): 8.0, ("long",): 1.0}) == pytest.approx(15.0)
+    assert served_with_classes(shares, {("short",): 8.0}) == 0.0
+    assert served_with_classes({}, {(): 3.0}) == 3.0
+
+
+FLEET = [make_node("A", gpu="A", gpus=2), make_node("B", gpu="B", gpus=2)]
+
+
+def two_kinds() -> tuple[PlacementProblem, Plan]:
+    """Return a problem whose best plan has pools for each class, and the plan."""
+    problem = replace(
+        make_problem(FLEET),
+        workload=workload(10, 900, (40, 2), 0.9),
+    )
+    plan = plan_or_none(problem)
+    assert plan is not None
+    return problem, plan
+
+
+def test_a_class_keeps_its_own_limits() -> None:
+    traffic = workload(10, 900, (40, 2), 0.9, ttft_limit_s=0.01)
+    problem = replace(make_problem(FLEET), workload=traffic)
+    assert problem.of_classes(("short",)).objective.ttft_limit_s == 0.01
+    assert problem.of_classes(("long",)).objective == problem.objective
+    assert problem.of_classes().objective.ttft_limit_s == 0.01  # replicas for all keep the strictest
+
+
+def test_the_checker_finds_wrong_classes() -> None:
+    problem, plan = two_kinds()
+    assert check_plan(plan, problem) == ()
+    for wrong in (
+        replace(plan, classes=()),
+        replace(plan, classes=(replace(plan.classes[0], share=0.5), plan.classes[1])),
+        replace(plan, classes=(replace(plan.classes[0], max_prompt_tokens=61), plan.classes[1])),
+        replace(plan, replicas=tuple(replace(one, classes=("huge",)) for one in plan.replicas)),
+        replace(plan, replicas=tuple(replace(one, classes=("short", "long")) for one in plan.replicas)),
+    ):
+        assert Rule.CLASSES in {violation.rule for violation in check_plan(wrong, problem)}
+    other = {"short": "long", "long": "short"}
+    for number, one in enumerate(plan.replicas):
+        served = tuple(other[name] for name in one.classes) or ("short",)
+        replicas = list(plan.replicas)
+        replicas[number] = replace(one, classes=served)
+        swapped = replace(plan, replicas=tuple(replicas))
+        assert {Rule.RATE, Rule.VALUE, Rule.ROUTE} & {violation.rule for violation in check_plan(swapped, problem)}
+
+
+def test_an_empty_class_is_refused() -> None:
+    problem = make_problem([make_node("A", gpu="A")])
+    classes = RequestClass(name="short", max_prompt_tokens=1), RequestClass(name="long")
+    with pytest.raises(InvalidProblemError, match=r"class short of workload .* has no requests"):
+        replace(problem, workload=replace(problem.workload, classes=classes))
