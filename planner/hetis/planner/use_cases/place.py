@@ -422,7 +422,7 @@ def survivors(settings: PlacementSettings, budget: Budget, report: Report) -> Ca
     """Return a search for plans that survive a loss, with the bound on what any of them leaves."""
 
     def find(posed: PlacementProblem, keep: float | None) -> tuple[Plan, float | None]:
-        from hetis.solver.placement.survival import Survive
+        from hetis.solver.placement.losses.survival import Survive
         from hetis.solver.planning import solve_surviving
 
         survive = Survive(place=settings.survive, keep=keep, simplest_within=settings.simplest_within)
