@@ -35,7 +35,7 @@ help:
 	@echo "make demo    plan two H100 with eight P100 for long prompts (sets up $(VENV))"
 	@echo "make demo-cluster  a planner and twelve agents on this machine: load, a slow card, a dead node"
 	@echo "make demo-traffic  traffic doubles and falls again: the planner follows with another plan (ten minutes)"
-	@echo "make demo-serve    planner, agent, vLLM, two workers: heads of a chat move, a worker dies, the answer is exact"
+	@echo "make demo-serve    planner, agent, vLLM in two stages, workers: heads of a chat move, a worker dies, the answer is exact"
 	@echo "make demo-vllm     a plan in force: agents start vLLM, nginx in front, one is killed, another plan; no request fails"
 	@echo "make test    run all tests (PYTEST='-k name' narrows)"
 	@echo "make vllm    install vLLM for the tests of the plugin into $(VLLM_VENV) (part of make test)"
@@ -64,7 +64,7 @@ demo-traffic: $(VENV)/.cluster
 	$(BIN)/python -m examples.demo_traffic
 
 demo-serve: $(VENV)/.serve vllm
-	$(BIN)/python -m examples.demo_serve
+	$(BIN)/python -m examples.demo_serve --stages 2
 
 # nginx must be installed on the machine (apt install nginx), or HETIS_NGINX must name it.
 demo-vllm: $(VENV)/.dev vllm

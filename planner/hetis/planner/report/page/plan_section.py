@@ -38,7 +38,7 @@ from hetis.planner.report.page.fleet_map import MAX_NAMED, fleet_map, replica_na
 from hetis.planner.report.page.key_figures import key_tiles, limits_scale, worth_scale
 from hetis.planner.report.replica import stage_rows, unit_of_room
 from hetis.planner.report.rungs import LITTLE_LEFT, left_share, next_rung
-from hetis.planner.report.simulation_pictures import Panel
+from hetis.planner.report.simulation.pictures import Panel
 from hetis.planner.use_cases.grouping import ReplicaGroup, group_replicas
 from hetis.planner.use_cases.record.forms import RungFound
 from hetis.planner.use_cases.record.parts import Classes, MadeFrom, Requested, Rungs
