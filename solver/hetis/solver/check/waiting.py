@@ -57,7 +57,7 @@ class _Group:
 
     first: ReplicaPlan
     shape: ReplicaShape  # with as many requests as its engine may run at once
-    derived: Derived
+    derived: Derived  # with the planned requests
     claimed: float  # share of its derived rate that the plan promises: the search may have charged slower links
     numbers: Sequence[int]
 
@@ -94,10 +94,11 @@ class _Building:
         for numbers in found.values():
             one = plan.replicas[numbers[0]]
             shape = replica_shape(one, self._problem, self._fleet)
-            claimed = min(1.0, one.rate * self._derivation.of(shape).t_s)
+            derived = self._derivation.of(shape)
+            claimed = min(1.0, one.rate * derived.t_s)
             if one.micro_batch:
                 shape = replace(shape, micro_batch=max(one.micro_batch, one.seats // one.in_flight))
-            yield _Group(first=one, shape=shape, derived=self._derivation.of(shape), claimed=claimed, numbers=numbers)
+            yield _Group(first=one, shape=shape, derived=derived, claimed=claimed, numbers=numbers)
 
     def queues(self) -> Iterator[SharedQueue]:
         """Yield the queue of the unified replicas and that of the others, if the plan has such."""
@@ -119,7 +120,8 @@ class _Building:
         round_trip_s = max(derived.chunk_s, derived.round_trip_per_t * derived.t_s)  # with a full chunk
         slot_s = derived.slot_s(derived.t_s)
         sizes = sorted({max(1, round(share * size)) for share in CHUNKS})
-        seconds = [self._derivation.of(replace(shape, chunk_tokens=tokens)).chunk_s for tokens in sizes]
+        planned = replace(shape, micro_batch=one.micro_batch)
+        seconds = [self._derivation.of(replace(planned, chunk_tokens=tokens)).chunk_s for tokens in sizes]
         full, last = np.divmod(self._computed, size)
         return EqualPrefills(
             lanes=len(group.numbers) * one.attention_dp,
