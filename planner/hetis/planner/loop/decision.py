@@ -49,8 +49,8 @@ class LoopSettings:
         costs: what a change costs. Its horizon is the time for which demand is forecast and a plan expected to last.
         every_s: time between two regular questions.
         coverage: probability with which the demand of a horizon is at most what is planned for. Demand that is higher
-            lasts until the next question is answered: of an hour that is missed, a tenth. So the default leaves less
-            than 0.5% of the requests outside the limits.
+            lasts until the next question is answered, which of an hour is a ninth: so the default leaves less than 1%
+            of the requests outside the limits.
         false_alarms_per_day: probability at most of an alarm about drift in a day without any.
         tolerance: share of the requests by which the mix, or prefix hits, may differ from the plan's.
         least_gain: of what the plan in force yields, that a change other than out of a shortage must gain.
@@ -62,7 +62,7 @@ class LoopSettings:
 
     costs: ChangeCosts = field(default_factory=ChangeCosts)
     every_s: float = 300.0
-    coverage: float = 0.96
+    coverage: float = 0.92
     false_alarms_per_day: float = 0.1
     tolerance: float = 0.1
     least_gain: float = 0.05
@@ -133,13 +133,17 @@ class Decision:
     usd_per_hour: float | None = None
 
 
-Solve = Callable[[PosedReplan, LoopSettings], Replanning]
+class Search:
+    """Re-planning within the time limit of the settings' searches."""
 
+    def solve(self, posed: PosedReplan, settings: LoopSettings) -> Replanning:
+        """Raises InfeasibleError or NoPlanFoundError."""
+        budget = Budget(time_limit_s=settings.search.time_limit_s)
+        return replan(posed, settings.costs, settings.max_moves, verify=settings.verify, budget=budget, report=silent)
 
-def solve(posed: PosedReplan, settings: LoopSettings) -> Replanning:
-    """Re-plan, within the time limit of the settings' searches."""
-    budget = Budget(time_limit_s=settings.search.time_limit_s)
-    return replan(posed, settings.costs, settings.max_moves, verify=settings.verify, budget=budget, report=silent)
+    def least(self, posed: PosedReplan) -> float:
+        """Return what every plan is known to cost at least, without a search; 0: nothing is known."""
+        return 0.0
 
 
 def kept_rate(plan: Plan, problem: PlacementProblem) -> float:
@@ -164,7 +168,7 @@ def kept_rate(plan: Plan, problem: PlacementProblem) -> float:
 
 def decide(
     history: History, in_force: InForce, settings: LoopSettings, *, drift: Drift | None = None,
-    ahead: Callable[[float], Forecast] | None = None, solve: Solve = solve,
+    ahead: Callable[[float], Forecast] | None = None, search: Search | None = None,
 ) -> Decision:  # fmt: skip
     """Return what to do at the end of a history.
 
@@ -174,13 +178,13 @@ def decide(
         settings: those of the cluster.
         drift: the alarm because of which the question is asked; None: it is asked at a regular time.
         ahead: the forecast for a horizon in seconds; None: `forecast.forecast` of the history.
-        solve: the re-planning.
+        search: the re-planning; None: `Search`.
 
     Raises:
         InvalidProblemError: nothing was measured yet, or the plan has no re-planning.
         UncheckedPlanError: a new plan fails the independent checker.
     """
-    return _Deciding(history, in_force, settings, drift, ahead, solve).decision()
+    return _Deciding(history, in_force, settings, drift, ahead, search or Search()).decision()
 
 
 class _Deciding:
@@ -188,9 +192,9 @@ class _Deciding:
 
     def __init__(
         self, history: History, in_force: InForce, settings: LoopSettings, drift: Drift | None,
-        ahead: Callable[[float], Forecast] | None, solve: Solve,
+        ahead: Callable[[float], Forecast] | None, search: Search,
     ) -> None:  # fmt: skip
-        self._in_force, self._settings, self._solve, self._drift = in_force, settings, solve, drift
+        self._in_force, self._settings, self._search, self._drift = in_force, settings, search, drift
         self._now_s, self._plan = history.end_s, in_force.found.plan
         level = drift.value if drift is not None and not drift.is_of_mix else None
         ahead = ahead or (lambda horizon_s: forecast(history, horizon_s, settings.coverage, level))
@@ -237,11 +241,13 @@ class _Deciding:
         """Return the change that gains most, or the plan in force if that is too little."""
         objective = self._plan.objective
         posed = self._posed(objective.kind, demand_rps)
+        now = self._value_now(objective)
+        if not objective.maximises and now - (least := self._search.least(posed)) < self._settings.least_gain * now:
+            return self._keep(f"No plan costs less than {least:.4g} {objective.unit}.")
         try:
-            found = self._solve(posed, self._settings)
+            found = self._search.solve(posed, self._settings)
         except (InfeasibleError, NoPlanFoundError):
             return self._keep("")
-        now = self._value_now(objective)
         sign = 1.0 if objective.maximises else -1.0
         gain, bound = sign * (found.value - now), sign * (found.bound - now)
         if gain < self._settings.least_gain * now:
@@ -258,7 +264,7 @@ class _Deciding:
         for kind in kinds:
             posed = self._posed(kind, demand_rps)
             try:
-                found = self._solve(posed, self._settings)
+                found = self._search.solve(posed, self._settings)
             except (InfeasibleError, NoPlanFoundError) as error:
                 why = str(error)
                 continue

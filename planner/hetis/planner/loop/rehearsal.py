@@ -17,13 +17,14 @@ import math
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import NamedTuple, Protocol
 
 import numpy as np
 
 from hetis.planner.loop.curves import STEP_S, TrafficCurve
-from hetis.planner.loop.decision import InForce, LoopSettings, Verdict, decide, kept_rate, solve
-from hetis.planner.loop.drift import Drift, DriftTest, Expected
+from hetis.planner.loop.decision import InForce, LoopSettings, Search, Verdict, decide, kept_rate
+from hetis.planner.loop.drift import Drift, DriftTest, Expected, dispersion
 from hetis.planner.loop.forecast import BIN_S, KEPT_S, Forecast, History, Window, with_hours
 from hetis.planner.use_cases.other_fleets.replan import PosedReplan
 from hetis.planner.use_cases.saved_plans import PlanAndProblem
@@ -60,7 +61,8 @@ class Change:
 class View(NamedTuple):
     """What a follower sees."""
 
-    history: History
+    now_s: float
+    history: Callable[[], History]
     in_force: InForce
     drift: Drift | None
     rate_rps: float  # of the last minute
@@ -88,10 +90,11 @@ class Follower(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Asked:
-    """A change that was made, with the demand and the capacities around it."""
+    """A change that was made."""
 
     at_s: float
     reason: str
+    next: PlanAndProblem
     gpus: int  # of the new plan
     capacity_rps: float  # of the new plan
 
@@ -117,19 +120,53 @@ class Rehearsal:
     changes: tuple[Asked, ...]
 
 
+class RememberingSearch(Search):
+    """A search that a rehearsal of many days can afford: it answers no question twice.
+
+    Demands are rounded up to a percent. The least cost of a demand does not fall if the demand rises, so that the bound
+    for one is a bound for all higher ones.
+    """
+
+    def __init__(self) -> None:
+        self._solved = dict[object, Replanning]()
+        self._bounds = dict[object, list[tuple[float, float]]]()  # demand, and bound on every plan for it
+
+    def solve(self, posed: PosedReplan, settings: LoopSettings) -> Replanning:
+        demand = posed.problem.objective.demand_rps
+        if demand is not None:
+            demand = math.exp(math.ceil(math.log(demand) / 0.01) * 0.01)
+            objective = replace(posed.problem.objective, demand_rps=demand)
+            posed = replace(posed, problem=replace(posed.problem, objective=objective), asked=objective)
+        key = posed.running.replicas, demand, _kind(posed)
+        if key not in self._solved:
+            self._solved[key] = found = super().solve(posed, settings)
+            if demand is not None:
+                self._bounds.setdefault(_kind(posed), []).append((demand, found.plan.result.bound))
+        return self._solved[key]
+
+    def least(self, posed: PosedReplan) -> float:
+        demand = posed.problem.objective.demand_rps or 0.0
+        return max((bound for lower, bound in self._bounds.get(_kind(posed), ()) if lower <= demand), default=0.0)
+
+
+def _kind(posed: PosedReplan) -> object:
+    """Return what distinguishes questions besides the running plan and the demand."""
+    workload, fleet = posed.problem.workload, posed.problem.cluster
+    return posed.problem.objective.kind, workload.bins, workload.prefix_hit_rate, fleet.node_groups
+
+
 class LoopFollower:
     """The loop itself. With ``truth`` it knows the rates to come, as a perfect forecast would."""
 
-    def __init__(self, settings: LoopSettings, truth: TrafficCurve | None = None) -> None:
+    def __init__(self, settings: LoopSettings, search: Search, truth: TrafficCurve | None = None) -> None:
         self.name = "loop" if truth is None else "perfect forecast"
         self.every_s = settings.every_s
-        self._settings, self._truth = settings, truth
-        self._solved: dict[object, Replanning] = {}
+        self._settings, self._search, self._truth = settings, search, truth
 
     def ask(self, view: View) -> Answer:
         found = decide(
-            view.history, view.in_force, self._settings, drift=view.drift, ahead=self._ahead(view.history.end_s),
-            solve=self._solve,
+            view.history(), view.in_force, self._settings, drift=view.drift, ahead=self._ahead(view.now_s),
+            search=self._search,
         )  # fmt: skip
         change = None
         if found.verdict is Verdict.CHANGE and found.found is not None:
@@ -152,37 +189,6 @@ class LoopFollower:
             )  # fmt: skip
 
         return ahead
-
-    def _solve(self, posed: PosedReplan, settings: LoopSettings) -> Replanning:
-        """Return the answer to a question that a day may repeat; demands are rounded up to a percent."""
-        demand = posed.problem.objective.demand_rps
-        if demand is not None:
-            demand = math.exp(math.ceil(math.log(demand) / 0.01) * 0.01)
-            objective = replace(posed.problem.objective, demand_rps=demand)
-            posed = replace(posed, problem=replace(posed.problem, objective=objective), asked=objective)
-        workload, fleet = posed.problem.workload, posed.problem.cluster
-        key = (
-            posed.running.replicas,
-            posed.problem.objective,
-            workload.bins,
-            workload.prefix_hit_rate,
-            fleet.node_groups,
-        )
-        if key not in self._solved:
-            self._solved[key] = solve(posed, settings)
-        return self._solved[key]
-
-
-class Static:
-    """A plan that never changes."""
-
-    name, every_s = "static", math.inf
-
-    def ask(self, view: View) -> Answer:
-        return Answer(None, view.in_force.found, None)
-
-    def drift_test(self) -> DriftTest | None:
-        return None
 
 
 def rehearse(
@@ -231,15 +237,18 @@ class _Rehearsing:
             sketch = self._log.measure(now_s)
             if self._test is not None and self._expected is not None and not serving.is_changing:
                 self._test = self._test.after(now_s + WINDOW_S, sketch, self._expected, self._phi)
-            if serving.advance(now_s + WINDOW_S):
-                self._in_force = replace(self._in_force, found=serving.found, since_s=now_s + WINDOW_S)
-                self._is_due, self._test = True, None
+            self._advance(now_s + WINDOW_S)
             progress(now_s)
         return Rehearsal(
             name=self._follower.name, hours=windows * WINDOW_S / 3600, requests=requests,
             outside=outside / requests if requests else 0.0, gpu_hours=gpu_hours,
             usd=None if math.isnan(usd) else usd, alarms=self._alarms, changes=tuple(self._changes),
         )  # fmt: skip
+
+    def _advance(self, now_s: float) -> None:
+        if self._serving.advance(now_s):
+            self._in_force = replace(self._in_force, found=self._serving.found, since_s=now_s)
+            self._is_due = now_s > self._asked_s  # the time of the change may have changed the answer
 
     def _take_events(self, now_s: float) -> None:
         while self._events and self._events[0].at_s <= now_s - self._curve.start_s:
@@ -252,22 +261,25 @@ class _Rehearsing:
         drift = None if self._test is None else self._test.drift
         if not self._is_due and drift is None and now_s - self._asked_s < self._follower.every_s:
             return
-        history = self._log.history(now_s)
-        answer = self._follower.ask(View(history, self._in_force, drift, self._log.last_minute_rps()))
+        history = partial(self._log.history, now_s)
+        answer = self._follower.ask(View(now_s, history, self._in_force, drift, self._log.last_minute_rps()))
         self._asked_s, self._is_due = now_s, False
         self._alarms += drift is not None
-        self._expected, self._phi = answer.expected, history.dispersion()
+        self._expected = answer.expected
+        self._phi = self._log.dispersion() if answer.expected is not None else 1.0
         if self._test is None or drift is not None:
             self._test = self._follower.drift_test()
         if answer.change is None:
             self._in_force = replace(self._in_force, found=answer.next)
             return
         self._serving.begin(answer.change, now_s)
-        plan = answer.change.next.plan
-        capacity = kept_rate(plan, answer.change.next.problem)
-        self._changes.append(
-            Asked(at_s=now_s, reason=answer.change.reason, gpus=len(plan.devices()), capacity_rps=capacity)
-        )
+        following = answer.change.next
+        made = Asked(
+            at_s=now_s, reason=answer.change.reason, next=following, gpus=len(following.plan.devices()),
+            capacity_rps=kept_rate(following.plan, following.problem),
+        )  # fmt: skip
+        self._changes.append(made)
+        self._advance(now_s)
 
 
 class _Serving:
@@ -296,7 +308,6 @@ class _Serving:
     def begin(self, change: Change, now_s: float) -> None:
         self._change, self._left = change, deque(change.steps)
         self._until_s = now_s
-        self.advance(now_s)
 
     def advance(self, now_s: float) -> bool:
         """Take the steps that are due; return whether a change has just been completed."""
@@ -384,6 +395,9 @@ class _TrafficLog:
             fine[: hours * hour] = np.nan
             rates = with_hours(fine, spans, rates[: hours * hour].reshape(hours, hour).mean(axis=1))
         return History(end_s=now_s, rates=rates, recent=tuple(self._recent))
+
+    def dispersion(self) -> float:
+        return dispersion([one.traffic.arrivals for one in self._recent])
 
     def last_minute_rps(self) -> float:
         last = self._arrivals[max(0, self._count - round(60 / WINDOW_S)) : self._count]

@@ -46,6 +46,11 @@ def positive_duration(text: str) -> float:
     return _positive(_parsed(parse_duration, text), text)
 
 
+def duration(text: str) -> float:
+    """Parse a duration that may be 0: ``30h``."""
+    return _parsed(parse_duration, text)
+
+
 def device_at(text: str, option: str) -> tuple[str, float]:
     """Parse a device and a time in seconds, the value of an ``option``: ``a100/0@30s``."""
     device, at, time = text.rpartition("@")
