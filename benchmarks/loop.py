@@ -26,7 +26,7 @@ from benchmarks.measuring import rows
 from benchmarks.measuring.instances import EXAMPLES
 from benchmarks.measuring.rows import Row
 from hetis.formats.traces import read_trace
-from hetis.planner.loop.curves import STEP_S, TrafficCurve, composed_curve, unevenness
+from hetis.planner.loop.curves import STEP_S, UNEVEN_S, TrafficCurve, composed_curve, unevenness
 from hetis.planner.loop.decision import LoopSettings, kept_rate
 from hetis.planner.loop.drift import DAY_S
 from hetis.planner.loop.rehearsal import NodeEvent, Rehearsal
@@ -41,7 +41,7 @@ from hetis.solver.plan import DEFAULT_STRATEGY, Objective
 
 TRACES = [Path("../shared/data/traces/azure_conv_2023.csv.gz")]
 MODEL, SETTINGS = "Llama-3.1-8B", PlacementSettings(engine=engine_rules(None, DEFAULT_STRATEGY), rung="node")
-SHARE = 0.75  # of the pool's goodput, that the busiest hour of an average weekday takes
+SHARE = 0.75  # of the pool's goodput, that the highest rate takes
 UTILISATIONS = (0.6, 0.8)
 MORNING_S = 6 * 3600.0, 11 * 3600.0
 
@@ -80,22 +80,31 @@ def cases(path: Path, *, days: int) -> Iterator[Case]:
     problem = SETTINGS.problem(loaded.inputs, Objective())
     plan = describe(search(problem, SETTINGS, budget=Budget(), report=silent), loaded, problem, SETTINGS)
     whole = PlanAndProblem(plan=plan, inputs=loaded.inputs, problem=problem, warnings=())
-    peak_rps = SHARE * kept_rate(plan, problem)
-    week = composed_curve(problem.workload, days=days, peak_rps=peak_rps, uneven=uneven, seed=1)
-    yield Case(name=f"{name}, {days} days", whole=whole, curve=week)
-    start_s, length_s = week.start_s, week.end_s - week.start_s
-    few = min(days, 3)
-    week = composed_curve(problem.workload, days=few, peak_rps=peak_rps, uneven=uneven, seed=2)
-    length_s = week.end_s - start_s
-    drifting = week.with_burst(start_s + 0.15 * length_s, 1200, 1.5).with_burst(start_s + 0.65 * length_s, DAY_S, 1.15)
+    week = composed_curve(problem.workload, days=days, peak_rps=1.0, uneven=uneven, seed=1)
+    yield Case(name=f"{name}, {days} days", whole=whole, curve=_scaled(week, whole))
+    drifting = composed_curve(problem.workload, days=min(days, 3), peak_rps=1.0, uneven=uneven, seed=2)
+    start_s, length_s = drifting.start_s, drifting.end_s - drifting.start_s
+    drifting = drifting.with_burst(start_s + 0.15 * length_s, 1200, 1.5)
+    drifting = drifting.with_burst(start_s + 0.65 * length_s, DAY_S, 1.15)
     drifting = drifting.with_lengths(start_s + 0.5 * length_s, prompts=1.3, outputs=1.0)
     lost = NodeEvent(at_s=0.35 * length_s, node="l40s-0"), NodeEvent(at_s=0.4 * length_s, node="l40s-0", joins=True)
-    yield Case(name=f"{name}, drifting", whole=whole, curve=drifting, events=lost)
-    even = np.full(round((DAY_S + min(length_s, 2 * DAY_S)) / STEP_S), 0.6 * peak_rps)
+    yield Case(name=f"{name}, drifting", whole=whole, curve=_scaled(drifting, whole), events=lost)
+    even = np.ones(round((DAY_S + min(length_s, 2 * DAY_S)) / STEP_S))
     if uneven is not None:
-        even *= np.resize(np.repeat(uneven, 5), len(even))
+        even *= np.resize(np.repeat(uneven, round(UNEVEN_S / STEP_S)), len(even))
     flat = TrafficCurve(name="even", rates=even, mixes=((0.0, problem.workload),), start_s=DAY_S)
-    yield Case(name=f"{name}, even", whole=whole, curve=flat)
+    yield Case(name=f"{name}, even", whole=whole, curve=_scaled(flat, whole))
+
+
+def _scaled(curve: TrafficCurve, whole: PlanAndProblem) -> TrafficCurve:
+    """Return the curve whose peak takes `SHARE` of what the pool's best plan keeps for each of its mixes."""
+    untils = [*(from_s for from_s, _ in curve.mixes[1:]), curve.end_s]
+    shares = [
+        SHARE * kept_rate(whole.plan, replace(whole.problem, workload=mix))
+        / float(curve.rates_within(max(from_s, curve.start_s), until_s).max())
+        for (from_s, mix), until_s in zip(curve.mixes, untils, strict=True)
+    ]  # fmt: skip
+    return replace(curve, rates=curve.rates * min(shares))
 
 
 def case_rows(case: Case) -> Iterator[Row]:

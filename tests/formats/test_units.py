@@ -135,3 +135,11 @@ def test_sizes_beyond_64_bits_are_refused(text: str) -> None:
 def test_what_has_no_text_form_is_refused(value: float) -> None:
     with pytest.raises(ValueError, match=r"has no text form, must be finite and >= 0"):
         units.format_bandwidth(value)
+
+
+def test_a_moment_without_a_zone_is_utc_unless_it_needs_one() -> None:
+    assert units.parse_moment("2027-01-31").isoformat() == "2027-01-31T00:00:00+00:00"
+    assert units.parse_moment("2027-01-31T01:00+01:00", needs_zone=True) == units.parse_moment("2027-01-31T00:00:00Z")
+    for text, needs_zone in (("2027-01-31", True), ("tomorrow", False)):
+        with pytest.raises(ValueError, match=f"'{text}' is not a time: write it like 2027-01-31T00:00:00Z"):
+            units.parse_moment(text, needs_zone=needs_zone)

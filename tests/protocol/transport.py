@@ -289,7 +289,7 @@ class Address:
         self._network, self._node = network, node
 
     def search(self) -> LeaderSearch:
-        return LeaderSearch(("127.0.0.1:1",), lambda _: False, lambda _: (Endpoint("127.0.0.1:1"),))
+        return LeaderSearch(("127.0.0.1:1",), is_plain=True, resolve=lambda _: (Endpoint("127.0.0.1:1"),))
 
     def channel(self, _: Endpoint) -> Any:
         return _Channel(self._network, self._node)

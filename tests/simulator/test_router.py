@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import cast
 
 import pytest
@@ -11,7 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hetis.simulator.replica import ReplicaRun
-from hetis.simulator.routers import LeastWork, Weighted
+from hetis.simulator.routers import LeastWork, RangeRouter, Weighted
+from hetis.solver.plan import ClassShare
+from hetis.solver.workload import LengthBin, RequestClass, Workload
+from tests.simulator import small_plans
 
 
 @dataclass(slots=True)
@@ -51,3 +54,38 @@ def test_prefill_replicas_get_their_planned_share_however_soon_they_are_done(
 def test_among_replicas_of_a_kind_the_least_work_decides() -> None:
     busy, idle = Replica(0, 2.0, decodes=True, outstanding=9), Replica(1, 1.0, decodes=True, outstanding=1)
     assert chosen(LeastWork(seed=0), [busy, idle], times=4) == {1: 3, 0: 1}  # (9 + 1) / 2 is 5, as is (4 + 1) / 1
+
+
+@dataclass(slots=True)
+class Queued(Replica):
+    """A replica whose requests wait in a queue."""
+
+    queue: list[int] = field(default_factory=list)
+
+
+def test_requests_of_a_class_go_to_its_pools_in_their_shares_and_overflow() -> None:
+    """With shares of 80% and 20%, 8/s of short requests and 10/s of all give the short ones 10 to 10."""
+    problem = small_plans.small_problem()
+    one = small_plans.pipeline(problem, problem.model.num_layers)
+    serving = [((), 10.0), (("short",), 8.0), (("long",), 1.0)]
+    plan = replace(
+        small_plans.plan_of(*(replace(one, classes=classes, rate=rate) for classes, rate in serving)),
+        classes=(ClassShare(name="short", share=0.8, max_prompt_tokens=100), ClassShare(name="long", share=0.2)),
+    )
+    bins = (LengthBin(prompt_tokens=1.0, output_tokens=1.0, weight=1.0),)
+    classes = (RequestClass(name="short", max_prompt_tokens=100), RequestClass(name="long"))
+    router = RangeRouter(plan, Workload(name="w", bins=bins, classes=classes), 0, lambda: LeastWork(0))
+    replicas = [Queued(number, rate, decodes=True) for number, (_, rate) in enumerate(serving)]
+    fleet = cast(list[ReplicaRun], replicas)
+
+    def choose(prompt_tokens: int, times: int) -> Counter[int]:
+        served = router.serving(fleet, prompt_tokens)
+        return Counter(cast(ReplicaRun, router.choose(served, prompt_tokens)).number for _ in range(times))
+
+    assert choose(100, times=100) == {0: 50, 1: 50}
+    assert choose(101, times=90) == {0: 60, 2: 30}  # 10/s of all, 5/s of those for which the long pool has room
+    replicas[1].queue.append(7)
+    assert choose(50, times=20) == {0: 20}  # requests wait in the pool of short ones
+    replicas[0].queue.append(8)
+    assert set(choose(50, times=20)) == {0, 1}  # and everywhere: shares count again
+    assert router.choose([], 50) is None

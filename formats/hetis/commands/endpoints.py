@@ -10,7 +10,7 @@ import re
 import socket
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -99,6 +99,18 @@ def without_proxy(address: str) -> tuple[tuple[str, int], ...]:
     return (("grpc.enable_http_proxy", 0),) if is_loopback(address) else ()
 
 
+def open_channel(library: Any, endpoint: Endpoint, options: Iterable[tuple[str, str | int]], credentials: Any) -> Any:
+    """Return a channel of gRPC's ``library`` to an endpoint; without credentials it is not encrypted."""
+    more = [*options, *without_proxy(endpoint.address)]
+    if endpoint.name:
+        more.append(("grpc.default_authority", endpoint.name))
+    if credentials is None:
+        return library.insecure_channel(endpoint.address, more)
+    if endpoint.name:
+        more.append(("grpc.ssl_target_name_override", endpoint.name))
+    return library.secure_channel(endpoint.address, credentials, more)
+
+
 def records_of(host: str, port: int) -> Sequence[str]:
     """Return the IP addresses of a name, or nothing if it is not known at present."""
     try:
@@ -123,17 +135,18 @@ class LeaderSearch:
 
     Args:
         addresses: at least one.
-        may_go: decides whether an unknown endpoint that a known one named as the leader may be tried.
+        is_plain: no TLS. Then an unknown endpoint that a known one names as the leader is trusted only on this machine.
         resolve: returns the endpoints of addresses. It may query DNS, so only `refresh` calls it later on.
     """
 
     def __init__(
         self,
         addresses: Sequence[str],
-        may_go: Callable[[str], bool],
+        *,
+        is_plain: bool,
         resolve: Callable[[Sequence[str]], tuple[Endpoint, ...]] = resolve_endpoints,
     ) -> None:
-        self._addresses, self._may_go, self._resolve = tuple(addresses), may_go, resolve
+        self._addresses, self._is_plain, self._resolve = tuple(addresses), is_plain, resolve
         self._lock = threading.Lock()
         self._given = resolve(self._addresses)
         self._present = self._given[0]
@@ -194,6 +207,9 @@ class LeaderSearch:
             self._is_stale = self._has_names
             return False
 
+    def _is_trusted(self, address: str) -> bool:
+        return not self._is_plain or all(map(is_loopback, (address, *self._addresses)))
+
     def _named(self, leader_address: str) -> Endpoint | None:
         try:
             addresses = split_endpoints(leader_address)
@@ -203,7 +219,7 @@ class LeaderSearch:
             for known in self._given:
                 if known.address == address:
                     return known
-            if self._may_go(address):
+            if self._is_trusted(address):
                 return Endpoint(address)
         return None
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
+from contextlib import suppress
+from datetime import UTC, datetime
 from decimal import Context, Decimal
 from fractions import Fraction
 
@@ -86,6 +88,17 @@ def parse_limit(text: str, name: str) -> float:
     if limit_s >= MOST_BARE_S[name] and not text.strip()[-1].isalpha():
         raise ValueError(f"a {name} limit of {text} has no unit: {text}ms or {text}s?")
     return limit_s
+
+
+def parse_moment(text: str, *, needs_zone: bool = False) -> datetime:
+    """Return an ISO 8601 time. Without a zone it is UTC, or refused if ``needs_zone``. Raises ValueError."""
+    with suppress(ValueError):
+        moment = datetime.fromisoformat(text)
+        if moment.tzinfo is not None:
+            return moment
+        if not needs_zone:
+            return moment.replace(tzinfo=UTC)
+    raise ValueError(f"{text!r} is not a time: write it like 2027-01-31T00:00:00Z")
 
 
 def parse_flops(text: str) -> float:

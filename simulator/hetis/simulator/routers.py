@@ -104,11 +104,9 @@ class RangeRouter:
     def __init__(self, plan: Plan, workload: Workload, seed: int, router: Callable[[], Router]) -> None:
         self._workload = workload
         self._of = [replica.classes for replica in plan.replicas]
-        shares, rates = plan.class_shares(), plan.rates_by_classes()
-        self._weights = {
-            names: rate / (sum(shares[name] for name in names) or 1.0) for names, rate in rates.items() if rate > 0.0
-        }
-        self._turns = {name: _Turns(seed) for name in shares}
+        rates = plan.rates_by_classes()
+        self._weights = {names: rate / plan.pool_share(names) for names, rate in rates.items() if rate > 0.0}
+        self._turns = {name: _Turns(seed) for name in plan.class_shares()}
         self._routers = {names: router() for names in self._weights}
 
     def serving(self, replicas: Sequence[ReplicaRun], prompt_tokens: int) -> list[ReplicaRun]:

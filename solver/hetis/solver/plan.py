@@ -296,6 +296,11 @@ class Plan:
         """Return the share of the requests in each class, by name; empty without classes."""
         return {one.name: one.share for one in self.classes}
 
+    def pool_share(self, classes: tuple[str, ...]) -> float:
+        """Return the share of all requests that the classes of a pool have; 1 if it serves all."""
+        shares = self.class_shares()
+        return sum(shares[name] for name in classes) if classes else 1.0
+
     def rates_by_classes(self) -> dict[tuple[str, ...], float]:
         """Return the saturated requests/s of the replicas that serve the same classes, by these."""
         rates = dict[tuple[str, ...], float]()

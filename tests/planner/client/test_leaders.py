@@ -13,7 +13,6 @@ from examples.processes import free_ports
 from hetis.commands.endpoints import STANDBY_ANSWER, Endpoint, LeaderSearch, resolve_endpoints, split_endpoints
 from hetis.planner.client import CallError, Client, Connection
 from hetis.planner.client.attempts import Attempts
-from hetis.planner.client.channels import search_for
 from hetis.v1 import cluster_pb2, cluster_service_pb2, plan_pb2, plan_service_pb2
 from tests.planner.client.either import EITHER, Kind, done, items, opened
 from tests.planner.client.fake_planner import FakePlanner, refuse, serving
@@ -73,7 +72,7 @@ def test_a_call_says_unknown_if_any_of_its_attempts_may_have_been_carried_out(
 ) -> None:
     """The last planner called knows only its own attempt; a history with faults found this."""
     now_s = 0.0
-    search = search_for(Connection(address="127.0.0.1:1,127.0.0.1:2"))
+    search = LeaderSearch(("127.0.0.1:1", "127.0.0.1:2"), is_plain=True)
     method = "/hetis.v1.ClusterService/UpdateCluster"
 
     def attempts(*, may_change: bool) -> Attempts:
@@ -242,7 +241,7 @@ def test_what_is_no_list_of_addresses_is_refused(text: str) -> None:
     ],
 )
 def test_a_leader_that_is_named_is_not_gone_to_in_the_clear(connection: Connection, named: str, goes: bool) -> None:
-    leaders = search_for(connection)
+    leaders = LeaderSearch(connection.addresses, is_plain=connection.is_plain)
     leaders.failed(leaders.present, named, set())
     assert (leaders.present.address == named) is goes
 
@@ -251,8 +250,8 @@ def test_names_are_looked_up_again_when_all_places_have_failed() -> None:
     known = [["10.0.0.1", "10.0.0.2"], ["10.0.0.2", "10.0.0.3"]]
     search = LeaderSearch(
         ("planners.example:1",),
-        lambda _: True,
-        lambda _: tuple(Endpoint(f"{ip}:1", "planners.example") for ip in known[0]),
+        is_plain=False,
+        resolve=lambda _: tuple(Endpoint(f"{ip}:1", "planners.example") for ip in known[0]),
     )
     tried = set[Endpoint]()
     assert search.failed(search.present, "", tried)
@@ -269,7 +268,7 @@ def test_names_are_looked_up_again_when_all_places_have_failed() -> None:
 
 
 def test_places_are_tried_around_and_calls_learn_from_each_other() -> None:
-    search = LeaderSearch(("10.0.0.1:1", "10.0.0.2:1", "10.0.0.3:1"), lambda _: True)
+    search = LeaderSearch(("10.0.0.1:1", "10.0.0.2:1", "10.0.0.3:1"), is_plain=False)
     first, second, third = search.in_turn
     tried, others = set[Endpoint](), set[Endpoint]()
     assert search.failed(first, second.address, tried), "it named the leader"
@@ -288,11 +287,11 @@ def test_places_are_tried_around_and_calls_learn_from_each_other() -> None:
 
 
 def test_a_leader_beside_the_given_addresses_is_tried_first() -> None:
-    alone = LeaderSearch(("10.0.0.1:1",), lambda _: True)
+    alone = LeaderSearch(("10.0.0.1:1",), is_plain=False)
     assert not alone.are_several
     assert alone.failed(alone.present, "10.0.0.3:1", set())
     assert alone.are_several
-    search = LeaderSearch(("10.0.0.1:1", "10.0.0.2:1"), lambda _: True)
+    search = LeaderSearch(("10.0.0.1:1", "10.0.0.2:1"), is_plain=False)
     assert search.are_several
     first, second = search.in_turn
     assert search.failed(first, "10.0.0.3:1", set())
@@ -309,7 +308,7 @@ def test_a_leader_that_is_known_has_the_name_of_its_certificate_and_a_refresh_st
         asked.append(addresses)
         return tuple(Endpoint(f"10.0.0.{number}:1", "planners.example") for number in (1, 2))
 
-    search = LeaderSearch(("planners.example:1",), lambda _: False, resolve)
+    search = LeaderSearch(("planners.example:1",), is_plain=True, resolve=resolve)
     first, second = search.in_turn
     assert search.failed(first, second.address, set())
     assert search.present == Endpoint("10.0.0.2:1", "planners.example")

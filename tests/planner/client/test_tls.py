@@ -35,17 +35,6 @@ def test_a_planner_with_a_certificate_is_believed_if_its_authority_is(files: dic
         assert caught.value.is_unreachable
 
 
-def test_a_client_shows_its_own_certificate_where_it_is_asked_for(files: dict[str, Path]) -> None:
-    pair = (files["key"].read_bytes(), files["cert"].read_bytes())
-    asking = grpc.ssl_server_credentials([pair], files["ca"].read_bytes(), require_client_auth=True)
-    with serving(FakePlanner(), credentials=asking) as planner:
-        with Client(planner.address, ca=files["ca"], cert=files["cert"], key=files["key"]) as client:
-            client.clusters.ListClusters(cluster_service_pb2.ListClustersRequest())
-        with Client(planner.address, ca=files["ca"]) as nobody, pytest.raises(CallError) as caught:
-            nobody.clusters.ListClusters(cluster_service_pb2.ListClustersRequest(), timeout=5)
-        assert caught.value.is_unreachable
-
-
 def test_whoever_is_wrong_about_tls_is_told_so_first(
     files: dict[str, Path], capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -20,7 +20,7 @@ from hetis.planner.export.ray_serve import engine_arguments
 from hetis.planner.export.replicas import ExportSettings, NotExportableError, launchable
 from hetis.planner.export.targets import ENGINES, Export, carries, export_plan, export_wanted
 from hetis.solver.model import DraftShape
-from hetis.solver.plan import KvRoute, Plan
+from hetis.solver.plan import ClassShare, KvRoute, Plan
 from tests.engines.plans import MODEL
 from tests.planner.export import reading
 from tests.planner.export.plans import (
@@ -241,6 +241,52 @@ def test_the_picker_of_llm_d_has_a_profile_for_each_side_or_one_for_all() -> Non
 
     assert profiles(PLANS["prefill and decode"]) == ["decode", "prefill"]
     assert profiles(PLANS["unlike replicas"]) == ["default"]
+
+
+def of_classes() -> Plan:
+    """Return a plan with a pool for each of two classes, and one for all requests."""
+    served = [(("short",), 4.0), ((), 2.0), (("long",), 1.0)]
+    replicas = [replica(on(f"a/{i}"), rate=rate, classes=classes) for i, (classes, rate) in enumerate(served)]
+    shares = (ClassShare(name="short", share=0.8, max_prompt_tokens=2_000), ClassShare(name="long", share=0.2))
+    return replace(made_of(*replicas), classes=shares)
+
+
+def test_litellm_has_a_group_of_deployments_for_each_class() -> None:
+    files = exported(of_classes(), ExportTarget.VLLM).files
+    lists = yaml.safe_load(files["router/litellm.yaml"])
+    groups: dict[str, list[tuple[int, int]]] = {}
+    for one in lists["model_list"]:
+        of_group = groups.setdefault(one["model_name"], [])
+        of_group.append((one["litellm_params"]["weight"], one["model_info"]["max_input_tokens"]))
+    [(first, short), (other, long)] = groups.items()
+    assert lists["router_settings"]["context_window_fallbacks"] == [{first: [other]}]
+    assert lists["router_settings"]["enable_pre_call_checks"] is True
+    # 4/s of short requests are those of 5/s in all, 1/s of long ones those of 5/s; 2/s are of all.
+    assert short == [(714, 2_000), (286, 2_000)]
+    assert long == [(286, model_of(of_classes()).max_position), (714, model_of(of_classes()).max_position)]
+    assert "router/nginx.conf" not in files
+    assert "router/envoy.yaml" not in files
+
+
+def test_llm_d_filters_pods_by_the_lengths_of_their_class() -> None:
+    files = exported(of_classes(), ExportTarget.LLM_D).files
+    longest = model_of(of_classes()).max_position
+    for lengths in ("0-2000", f"2001-{longest}"):
+        assert any(f"llm-d.ai/context-length-range: {lengths}" in text for text in files.values())
+    [picker] = [yaml.safe_load(text) for text in files.values() if "EndpointPickerConfig" in text]
+    assert {"type": "context-length-aware", "parameters": {"enableFiltering": True}} in picker["plugins"]
+    [profile] = picker["schedulingProfiles"]
+    assert profile["plugins"][0] == {"pluginRef": "context-length-aware", "weight": 0}
+
+
+@pytest.mark.parametrize(
+    "target", [ExportTarget.KUBERNETES, ExportTarget.LWS, ExportTarget.KSERVE, ExportTarget.DYNAMO]
+)
+def test_a_target_whose_router_knows_no_lengths_refuses_classes(target: ExportTarget) -> None:
+    with pytest.raises(NotExportableError, match="does not know the lengths of prompts"):
+        exported(of_classes(), target)
+    assert carries(of_classes(), target, model=model_of(of_classes())).rate == 0.0
+    assert carries(of_classes(), ExportTarget.LLM_D, model=model_of(of_classes())).rate == pytest.approx(7.0)
 
 
 def test_services_of_kserve_have_labels_of_their_own() -> None:

@@ -21,13 +21,6 @@ DRAINING = replica_pb2.REPLICA_STATE_DRAINING
 FAILED = replica_pb2.REPLICA_STATE_FAILED
 
 
-@pytest.fixture
-def world() -> World:
-    world = World()
-    world.serve()
-    return world
-
-
 def activate(world: World, *replicas: tuple[str, replica_pb2.ReplicaPlan]) -> None:
     """Activate a plan like ActivatePlan: in one transaction, of which the fleet is then notified."""
     tables = world.store.tables

@@ -13,15 +13,6 @@ from tests.planner.fleet.world import World
 Phase = change_pb2.ChangePhase
 
 
-@pytest.fixture
-def world() -> World:
-    """A world with a serving replica."""
-    world = World()
-    world.serve()
-    assert world.store.tables.replicas.rows[REPLICA].state == replica_pb2.REPLICA_STATE_SERVING
-    return world
-
-
 def ready(world: World) -> str:
     """A change for which every node is ready, before the planner has received a's status."""
     change_id = world.propose()

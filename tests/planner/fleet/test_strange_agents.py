@@ -33,14 +33,6 @@ from tests.planner.fleet.world import World
 FAR = 2**62
 
 
-@pytest.fixture
-def world() -> World:
-    """A world with a serving replica."""
-    world = World()
-    world.serve()
-    return world
-
-
 def claim(world: World, node: str, generation: int) -> None:
     _, epoch, assignment = world.agents[node].held[REPLICA]
     world.agents[node].held[REPLICA] = (generation, epoch, assignment)

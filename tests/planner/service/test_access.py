@@ -316,12 +316,3 @@ def test_a_token_file_that_everybody_may_write_is_refused(tmp_path: Path) -> Non
 def test_a_token_that_is_no_token_is_refused_without_a_look_at_the_file() -> None:
     with pytest.raises(ServiceError, match="malformed"):
         Tokens({}).identify("x" * 1_000_000, now_s=0)
-
-
-async def test_a_caller_without_credentials_is_refused_before_its_message_has_come(tmp_path: Path) -> None:
-    """Otherwise calls that never send a message would stay open forever."""
-    make(tmp_path, CallerRole.VIEWER)
-    async with served(authenticator=by_tokens(str(tmp_path / "tokens.yaml"))) as planner:
-        silent: Any = planner.channel.stream_stream("/hetis.v1.PlanService/GetPlan")(metadata=bearing("hetis_x"))
-        error = await failure_of(silent)
-        assert (error.code(), reason_of(error)) == (grpc.StatusCode.UNAUTHENTICATED, "CREDENTIALS")

@@ -18,9 +18,7 @@ from hetis.planner.service import statuses
 from hetis.planner.service.methods import METHODS
 from hetis.planner.service.observability.metrics import ServiceMetrics
 from hetis.planner.service.observability.telemetry import JsonLines, Telemetry, TextLines
-from hetis.v1 import agent_service_pb2 as agents
 from hetis.v1 import plan_service_pb2 as plans
-from hetis.v1.agent_service_pb2_grpc import AgentServiceStub
 from hetis.v1.plan_service_pb2_grpc import PlanServiceStub
 from hetis.v1.statuses import CODE_OF_REASON
 from tests.planner.service.serving import Served, details_of, failure_of, reason_of, served
@@ -51,13 +49,6 @@ async def test_a_deadline_may_be_sixty_seconds_away(seconds: float, accepted: bo
         else:
             error = await failure_of(get(planner, "plans/p", timeout=seconds))
             assert reason_of(error) == "DEADLINE_TOO_LONG"
-
-
-async def test_streams_need_no_deadline() -> None:
-    async with served() as planner:
-        stream = watch(planner, "plans/p")
-        assert (await stream.read()).plan.name == "plans/p"
-        stream.cancel()
 
 
 async def test_a_watch_is_said_to_be_open_at_its_beginning() -> None:
@@ -281,12 +272,3 @@ async def test_a_call_that_its_caller_gives_up_is_counted_as_such() -> None:
         await planner.planner.plans.entered.wait()
         call.cancel()
         await counted(planner, 'code="CANCELLED"')
-
-
-async def test_an_agent_stream_passes_messages_both_ways() -> None:
-    async with served() as planner:
-        stream = AgentServiceStub(planner.channel).ConnectNode()
-        await stream.write(agents.ConnectNodeRequest(sequence=1, hello=agents.Hello(node="clusters/c/nodes/n")))
-        assert (await stream.read()).WhichOneof("message") == "welcome"
-        planner.planner.agents.goodbye.set()
-        assert (await stream.read()).WhichOneof("message") == "goodbye"

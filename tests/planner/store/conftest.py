@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
+from contextlib import AsyncExitStack
 from pathlib import Path
+from typing import Any
 
 import pytest
 import sqlalchemy as sa
 
 import hetis.planner.store.lease as lease
+from hetis.planner.store import Store
 from tests.faults.proxy import Proxy
 from tests.planner.store.postgres import find_binaries, new_database, running_server
 
@@ -51,6 +54,31 @@ def url(request: pytest.FixtureRequest) -> str:
     """A store of each kind: a test with this fixture runs with both."""
     name = {"sqlite": "sqlite_url", "postgresql": "postgres_url"}[request.param]
     return str(request.getfixturevalue(name))
+
+
+class Stores(AsyncExitStack):
+    """Opens stores, which are closed after the test."""
+
+    async def open(self, url: str, **settings: Any) -> Store:
+        store = await Store.open(url, **settings)
+        self.push_async_callback(store.close)
+        return store
+
+    async def leading(self, url: str, *, holder: str = "test", **settings: Any) -> Store:
+        """Open a store and let it be granted the term, which is not announced yet."""
+        store = await self.open(url, **settings)
+        await store.leadership.grant(holder)
+        return store
+
+    async def announced(self, url: str, **settings: Any) -> Store:
+        store = await self.leading(url, **settings)
+        await store.leadership.promote()
+        return store
+
+
+@pytest.fixture
+def stores() -> Stores:
+    return Stores()
 
 
 @pytest.fixture

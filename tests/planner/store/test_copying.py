@@ -21,6 +21,7 @@ from hetis.planner.store.copying import back_up, migrate_to, read_store, restore
 from hetis.planner.store.schema import revisions
 from hetis.planner.watching import Hub
 from tests.planner.store import samples
+from tests.planner.store.conftest import Stores
 
 OLDEST = ("clusters", "nodes", "profiles", "plans", "plan_documents", "replicas", "redispatches", "requests")
 
@@ -243,10 +244,9 @@ def test_the_epoch_of_a_restored_store_leaves_room_for_events_of_watches_in_63_b
     assert Hub[str, str](restored + 2**20).publish("key", "value", now_s=in_2050_s) < 2**63
 
 
-async def test_a_backup_is_of_one_moment_while_a_planner_writes(url: str, tmp_path: Path) -> None:
+async def test_a_backup_is_of_one_moment_while_a_planner_writes(url: str, tmp_path: Path, stores: Stores) -> None:
     backup = tmp_path / "backup.db"
-    store = await Store.open(url)
-    await store.leadership.grant("test")
+    store = await stores.leading(url)
     is_done = asyncio.Event()
 
     async def write() -> int:
@@ -271,10 +271,11 @@ async def test_a_backup_is_of_one_moment_while_a_planner_writes(url: str, tmp_pa
     assert len(found["clusters"]) == len(found["profiles"]) > 0
 
 
-async def test_a_store_in_use_or_filled_is_not_replaced_and_a_backup_neither(url: str, tmp_path: Path) -> None:
+async def test_a_store_in_use_or_filled_is_not_replaced_and_a_backup_neither(
+    url: str, tmp_path: Path, stores: Stores
+) -> None:
     backup = tmp_path / "backup.db"
-    store = await Store.open(url)
-    await store.leadership.grant("the one that leads")
+    store = await stores.leading(url, holder="the one that leads")
     await store.write(fill)
     await asyncio.to_thread(back_up, url, backup)
     for work in (lambda: restore(url, backup, replace=True), lambda: migrate_to(url, revisions()[0])):
@@ -305,12 +306,11 @@ def test_a_backup_of_an_older_version_is_brought_up_on_the_way(tmp_path: Path) -
     assert with_store(f"sqlite:///{tmp_path}/other.db", lambda tx: tx.plan_documents.get("plans/p"))[1] == b"{}"
 
 
-async def test_the_store_of_a_killed_planner_comes_back_whole(tmp_path: Path) -> None:
+async def test_the_store_of_a_killed_planner_comes_back_whole(tmp_path: Path, stores: Stores) -> None:
     """The store's last changes are only in the log beside the file."""
     killed = tmp_path / "killed" / "hetis.db"
     killed.parent.mkdir()
-    store = await Store.open(f"sqlite:///{tmp_path}/hetis.db")
-    await store.leadership.grant("test")
+    store = await stores.leading(f"sqlite:///{tmp_path}/hetis.db")
     await store.write(fill)
     for found in tmp_path.glob("hetis.db*"):
         shutil.copyfile(found, killed.with_name(found.name))
@@ -353,11 +353,9 @@ def test_only_a_planner_and_a_restoration_make_a_store(tmp_path: Path) -> None:
     assert made.exists()
 
 
-async def test_a_store_has_one_lock_by_whatever_name(tmp_path: Path) -> None:
+async def test_a_store_has_one_lock_by_whatever_name(tmp_path: Path, stores: Stores) -> None:
     linked = tmp_path / "linked.db"
-    store = await Store.open(f"sqlite:///{tmp_path}/hetis.db")
-    await store.leadership.grant("test")
+    await stores.leading(f"sqlite:///{tmp_path}/hetis.db")
     linked.symlink_to(tmp_path / "hetis.db")
     with pytest.raises(StoreError, match="is in use by a planner: stop it first"):
         await asyncio.to_thread(migrate_to, f"sqlite:///{linked}", revisions()[0])
-    await store.close()

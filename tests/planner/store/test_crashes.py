@@ -19,6 +19,7 @@ import sqlalchemy as sa
 from hetis.planner.failures import ServiceError
 from hetis.planner.store import Store, StoreError, Transaction
 from tests.planner.store import samples
+from tests.planner.store.conftest import Stores
 
 ROOT = Path(__file__).parents[3]
 
@@ -63,19 +64,20 @@ async def _stored(url: str) -> tuple[list[int], int]:
     return [int(record.name.rpartition("/")[2]) for record in records], sum(each is not None for each in documents)
 
 
-async def test_the_lock_of_a_killed_planner_is_free(sqlite_url: str) -> None:
+async def test_the_lock_of_a_killed_planner_is_free(sqlite_url: str, stores: Stores) -> None:
     epochs = []
     for _ in range(2):
-        store = await Store.open(sqlite_url)
+        store = await stores.open(sqlite_url)
         epochs.append(await store.leadership.grant("before or after"))
         await store.close()
         _write_until_killed(sqlite_url, 1)
     assert epochs[1] == epochs[0] + 2
 
 
-async def test_a_full_disk_is_one_clear_error_and_nothing_is_lost(tmp_path: Path, sqlite_url: str) -> None:
-    store = await Store.open(sqlite_url)
-    await store.leadership.grant("test")
+async def test_a_full_disk_is_one_clear_error_and_nothing_is_lost(
+    tmp_path: Path, sqlite_url: str, stores: Stores
+) -> None:
+    store = await stores.leading(sqlite_url)
     await store.write(lambda tx: tx.clusters.insert(samples.cluster("clusters/a")))
 
     def limit(connection: object) -> None:
@@ -95,7 +97,6 @@ async def test_a_full_disk_is_one_clear_error_and_nothing_is_lost(tmp_path: Path
     await store.write(lambda tx: tx.clusters.insert(samples.cluster("clusters/c")))  # it continues with what fits
     names = [record.name for record in await store.read(lambda tx: tx.clusters.all())]
     assert names == ["clusters/a", "clusters/c"]
-    await store.close()
 
 
 @pytest.mark.parametrize("offset", [0, 4096])
@@ -131,12 +132,11 @@ def test_a_file_with_a_damaged_schema_that_is_no_text_says_what_to_do(tmp_path: 
 
 @pytest.mark.parametrize("is_replaced", [False, True])
 async def test_a_file_that_is_removed_or_replaced_under_a_planner_takes_no_writes(
-    tmp_path: Path, sqlite_url: str, is_replaced: bool
+    tmp_path: Path, sqlite_url: str, is_replaced: bool, stores: Stores
 ) -> None:
     """In the past writes to a removed file were acknowledged, and gone when the planner ended."""
     file, aside = tmp_path / "hetis.db", tmp_path / "aside.db"
-    store = await Store.open(sqlite_url)
-    await store.leadership.grant("planner")
+    store = await stores.leading(sqlite_url, holder="planner")
     await store.write(lambda tx: tx.clusters.insert(samples.cluster("clusters/a")))
     file.rename(aside)
     if is_replaced:
@@ -149,9 +149,8 @@ async def test_a_file_that_is_removed_or_replaced_under_a_planner_takes_no_write
     aside.replace(file)
     await store.write(lambda tx: tx.clusters.insert(samples.cluster("clusters/b")))
     await store.close()
-    again = await Store.open(sqlite_url)
+    again = await stores.open(sqlite_url)
     assert [one.name for one in await again.read(lambda tx: tx.clusters.all())] == ["clusters/a", "clusters/b"]
-    await again.close()
 
 
 def test_a_text_file_is_no_store(tmp_path: Path) -> None:
@@ -201,11 +200,10 @@ def test_urls_of_other_databases_are_refused_without_their_password() -> None:
         asyncio.run(_open_and_close("secret"))
 
 
-async def test_a_backup_of_a_running_store_is_whole(tmp_path: Path, sqlite_url: str) -> None:
+async def test_a_backup_of_a_running_store_is_whole(tmp_path: Path, sqlite_url: str, stores: Stores) -> None:
     """The procedure of docs/operations.md."""
     copy = tmp_path / "backup.db"
-    store = await Store.open(sqlite_url)
-    await store.leadership.grant("test")
+    store = await stores.leading(sqlite_url)
     await store.write(lambda tx: tx.clusters.insert(samples.cluster("clusters/a")))
     source, target = sqlite3.connect(tmp_path / "hetis.db"), sqlite3.connect(copy)
     source.backup(target)
@@ -213,14 +211,14 @@ async def test_a_backup_of_a_running_store_is_whole(tmp_path: Path, sqlite_url: 
     target.close()
     await store.write(lambda tx: tx.clusters.insert(samples.cluster("clusters/b")))
     await store.close()
-    restored = await Store.open(f"sqlite:///{copy}")
+    restored = await stores.open(f"sqlite:///{copy}")
     assert [record.name for record in await restored.read(lambda tx: tx.clusters.all())] == ["clusters/a"]
-    await restored.close()
 
 
-async def test_a_server_that_restarts_costs_calls_in_between_and_nothing_else(postgres_url: str) -> None:
-    store = await Store.open(postgres_url)
-    await store.leadership.grant("test")
+async def test_a_server_that_restarts_costs_calls_in_between_and_nothing_else(
+    postgres_url: str, stores: Stores
+) -> None:
+    store = await stores.leading(postgres_url)
     await store.write(lambda tx: tx.clusters.insert(samples.cluster("clusters/a")))
 
     def cut_off(tx: Transaction) -> None:
@@ -241,7 +239,6 @@ async def test_a_server_that_restarts_costs_calls_in_between_and_nothing_else(po
     await store.write(lambda tx: tx.clusters.insert(samples.cluster("clusters/c")))
     names = [record.name for record in await store.read(lambda tx: tx.clusters.all())]
     assert names == ["clusters/a", "clusters/c"]
-    await store.close()
 
 
 async def _open_and_close(url: str) -> None:

@@ -11,25 +11,24 @@ import pytest
 import sqlalchemy as sa
 
 from hetis.planner.failures import ServiceError
-from hetis.planner.store import Store, Transaction, lease, opening, records, schema
+from hetis.planner.store import Transaction, lease, opening, records, schema
 from hetis.planner.store.copying import migrate_to
 from tests.planner.store import samples
+from tests.planner.store.conftest import Stores
 from tests.planner.store.postgres import num_waiting
-from tests.planner.store.test_store import leading
 
 
-async def test_nothing_is_written_before_leading(url: str) -> None:
-    store = await Store.open(url)
+async def test_nothing_is_written_before_leading(url: str, stores: Stores) -> None:
+    store = await stores.open(url)
     with pytest.raises(ServiceError, match="this planner is not the leader") as caught:
         await store.write(lambda tx: tx.clusters.insert(samples.cluster("clusters/a")))
     assert caught.value.reason_name == "NOT_LEADER"
-    await store.close()
 
 
-async def test_epochs_grow_for_ever(url: str) -> None:
+async def test_epochs_grow_for_ever(url: str, stores: Stores) -> None:
     epochs = []
     for _ in range(3):
-        store = await Store.open(url)
+        store = await stores.open(url)
         epochs.append(await store.leadership.grant("test"))
         assert store.leadership.epoch == epochs[-1]
         await store.close()
@@ -38,14 +37,16 @@ async def test_epochs_grow_for_ever(url: str) -> None:
 
 
 @pytest.mark.usefixtures("epochs_of_clock")
-async def test_a_store_made_after_one_was_lost_has_later_epochs(sqlite_url: str, tmp_path: Path) -> None:
+async def test_a_store_made_after_one_was_lost_has_later_epochs(
+    sqlite_url: str, tmp_path: Path, stores: Stores
+) -> None:
     """Agents refuse a planner whose epoch is below one that they have followed."""
     made_s, epochs = time.time(), list[int]()
     for now_s in (made_s, made_s + 60):
         for file in tmp_path.glob("hetis.db*"):
             file.unlink()
         for _ in range(3):
-            store = await Store.open(sqlite_url, clock=lambda now_s=now_s: now_s)
+            store = await stores.open(sqlite_url, clock=lambda now_s=now_s: now_s)
             epochs.append(await store.leadership.grant("test"))
             await store.close()
     assert epochs[0] > 1
@@ -53,18 +54,17 @@ async def test_a_store_made_after_one_was_lost_has_later_epochs(sqlite_url: str,
 
 
 @pytest.mark.usefixtures("epochs_of_clock")
-async def test_a_store_made_by_a_migration_has_epochs_of_the_clock_too(sqlite_url: str) -> None:
+async def test_a_store_made_by_a_migration_has_epochs_of_the_clock_too(sqlite_url: str, stores: Stores) -> None:
     least = lease.epoch_at(time.time())
     Path(sqlite_url.removeprefix("sqlite:///")).touch()  # a file without tables
     migrate_to(sqlite_url, schema.revisions()[-1])
-    store = await leading(sqlite_url)
+    store = await stores.announced(sqlite_url)
     assert store.leadership.epoch is not None
     assert store.leadership.epoch > least
-    await store.close()
 
 
-async def test_a_second_planner_does_not_lead_while_the_first_one_does(url: str) -> None:
-    first, second = await Store.open(url), await Store.open(url)
+async def test_a_second_planner_does_not_lead_while_the_first_one_does(url: str, stores: Stores) -> None:
+    first, second = await stores.open(url), await stores.open(url)
     await first.leadership.grant("first")
     await first.leadership.promote()
     with pytest.raises(ServiceError, match=r"another planner is the leader of store .+: first") as caught:
@@ -74,11 +74,12 @@ async def test_a_second_planner_does_not_lead_while_the_first_one_does(url: str)
     assert await second.read(lambda tx: tx.clusters.all()) == []
     await first.close()
     assert await second.leadership.grant("second") == 2
-    await second.close()
 
 
-async def test_a_lock_that_was_removed_is_taken_again_in_the_same_term(sqlite_url: str, tmp_path: Path) -> None:
-    first, second = await leading(sqlite_url), await Store.open(sqlite_url)
+async def test_a_lock_that_was_removed_is_taken_again_in_the_same_term(
+    sqlite_url: str, tmp_path: Path, stores: Stores
+) -> None:
+    first, second = await stores.announced(sqlite_url), await stores.open(sqlite_url)
     lock, epoch = tmp_path / "hetis.db.lock", first.leadership.epoch
     lock.unlink()
     async with asyncio.timeout(30):
@@ -89,15 +90,13 @@ async def test_a_lock_that_was_removed_is_taken_again_in_the_same_term(sqlite_ur
         await second.leadership.grant("second")
     await first.write(lambda tx: tx.clusters.insert(samples.cluster("clusters/a")))
     assert first.leadership.epoch == epoch
-    await first.close()
-    await second.close()
 
 
 async def test_a_planner_whose_removed_lock_was_taken_by_another_one_ends_its_term(
-    sqlite_url: str, tmp_path: Path
+    sqlite_url: str, tmp_path: Path, stores: Stores
 ) -> None:
     """In the past both led, until the first one wrote something."""
-    first, second = await leading(sqlite_url), await Store.open(sqlite_url)
+    first, second = await stores.announced(sqlite_url), await stores.open(sqlite_url)
     (tmp_path / "hetis.db.lock").unlink()
     await second.leadership.grant("second")
     await second.leadership.promote()
@@ -107,29 +106,27 @@ async def test_a_planner_whose_removed_lock_was_taken_by_another_one_ends_its_te
     assert first.leadership.not_leader().metadata == {"leader": "second"}
     with pytest.raises(ServiceError, match=r"another planner is the leader of store .+: second"):
         await first.leadership.grant("first")
-    await first.close()
-    await second.close()
 
 
-async def test_a_planner_that_was_replaced_on_a_file_finds_out_without_writing(sqlite_url: str) -> None:
-    store, engine = await leading(sqlite_url), sa.create_engine(sqlite_url)
+async def test_a_planner_that_was_replaced_on_a_file_finds_out_without_writing(sqlite_url: str, stores: Stores) -> None:
+    store, engine = await stores.announced(sqlite_url), sa.create_engine(sqlite_url)
     with engine.begin() as other:  # on another machine, say, which does not see the lock
         other.execute(sa.update(records.leadership).values(epoch=records.leadership.c.epoch + 1, holder="other"))
     engine.dispose()
     async with asyncio.timeout(30):
         await store.leadership.until_ended()
     assert store.leadership.not_leader().metadata == {"leader": "other"}
-    await store.close()
 
 
-async def test_a_planner_that_was_replaced_can_change_nothing_whatever_its_clock_says(postgres_url: str) -> None:
-    old = await Store.open(postgres_url, lease_s=0.3, machine=lambda: 0.0)
-    await old.leadership.grant("old")
+async def test_a_planner_that_was_replaced_can_change_nothing_whatever_its_clock_says(
+    postgres_url: str, stores: Stores
+) -> None:
+    old = await stores.leading(postgres_url, lease_s=0.3, machine=lambda: 0.0, holder="old")
     renewal = old.leadership._renewal
     assert renewal is not None
     renewal.cancel()  # it hangs: the process is stopped, or the network is down
     await asyncio.sleep(0.4)
-    new = await leading(postgres_url)
+    new = await stores.announced(postgres_url)
     assert new.leadership.epoch == 2
     with pytest.raises(ServiceError, match="another planner is the leader: test"):
         await old.write(lambda tx: tx.clusters.insert(samples.cluster("clusters/a")))
@@ -137,13 +134,12 @@ async def test_a_planner_that_was_replaced_can_change_nothing_whatever_its_clock
     assert await new.read(lambda tx: tx.clusters.all()) == []
     await old.close()
     await new.write(lambda tx: tx.clusters.insert(samples.cluster("clusters/a")))  # closing removed nothing
-    await new.close()
 
 
-async def test_a_lease_is_renewed_until_another_planner_leads(postgres_url: str) -> None:
-    store = await Store.open(postgres_url, lease_s=2.0)  # a busy machine may delay a renewal by a second
+async def test_a_lease_is_renewed_until_another_planner_leads(postgres_url: str, stores: Stores) -> None:
+    store = await stores.open(postgres_url, lease_s=2.0)  # a busy machine may delay a renewal by a second
     await store.leadership.grant("first")
-    other = await Store.open(postgres_url)
+    other = await stores.open(postgres_url)
     await asyncio.sleep(3.0)
     with pytest.raises(ServiceError, match="another planner is the leader") as caught:
         await other.leadership.grant("other")
@@ -154,15 +150,12 @@ async def test_a_lease_is_renewed_until_another_planner_leads(postgres_url: str)
         connection.execute(sa.update(records.leadership).values(epoch=7, holder="other"))
     engine.dispose()
     await asyncio.wait_for(store.leadership.until_ended(), 60)
-    await store.close()
-    await other.close()
 
 
-async def test_a_takeover_waits_for_the_write_that_is_under_way(postgres_url: str) -> None:
+async def test_a_takeover_waits_for_the_write_that_is_under_way(postgres_url: str, stores: Stores) -> None:
     """The fence is a lock on the leadership row: there is no moment at which both planners can write."""
-    old = await Store.open(postgres_url, lease_s=0.2, machine=lambda: 0.0)
-    await old.leadership.grant("old")
-    new = await Store.open(postgres_url)
+    old = await stores.leading(postgres_url, lease_s=0.2, machine=lambda: 0.0, holder="old")
+    new = await stores.open(postgres_url)
     order, entered, leave = list[str](), asyncio.Event(), threading.Event()
     loop = asyncio.get_running_loop()
 
@@ -184,5 +177,3 @@ async def test_a_takeover_waits_for_the_write_that_is_under_way(postgres_url: st
     await write
     assert await takeover == 2
     assert await new.read(lambda tx: [record.name for record in tx.clusters.all()]) == ["clusters/a"]
-    await old.close()
-    await new.close()

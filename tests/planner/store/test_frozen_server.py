@@ -10,13 +10,14 @@ import pytest
 from hetis.planner.failures import ServiceError
 from hetis.planner.store import Store, StoreError
 from tests.faults.proxy import Proxy
+from tests.planner.store.conftest import Stores
 from tests.planner.store.test_lease import LEASE_S, through
 
 
 async def test_reads_of_a_server_that_freezes_do_not_wait_in_a_queue_for_one_another(
-    postgres_url: str, proxy: Proxy
+    postgres_url: str, proxy: Proxy, stores: Stores
 ) -> None:
-    store = await Store.open(through(proxy, postgres_url), lease_s=LEASE_S)
+    store = await stores.open(through(proxy, postgres_url), lease_s=LEASE_S)
     proxy.freeze()
     reads = [asyncio.ensure_future(store.read(lambda tx: tx.clusters.all())) for _ in range(4)]
     found = await asyncio.gather(*reads, return_exceptions=True)
@@ -27,13 +28,12 @@ async def test_reads_of_a_server_that_freezes_do_not_wait_in_a_queue_for_one_ano
         while store.health.failing_s:  # until the probe finds it
             await asyncio.sleep(0.05)
     assert await store.read(lambda tx: tx.clusters.all()) == []
-    await store.close()
 
 
 async def test_a_server_that_freezes_is_an_error_after_a_while_and_forgotten_when_it_is_back(
-    postgres_url: str, proxy: Proxy
+    postgres_url: str, proxy: Proxy, stores: Stores
 ) -> None:
-    store = await Store.open(through(proxy, postgres_url), lease_s=LEASE_S)
+    store = await stores.open(through(proxy, postgres_url), lease_s=LEASE_S)
     proxy.freeze()
     with pytest.raises(ServiceError) as caught:
         await store.read(lambda tx: tx.clusters.all())
@@ -45,7 +45,6 @@ async def test_a_server_that_freezes_is_an_error_after_a_while_and_forgotten_whe
     proxy.thaw()
     assert await store.read(lambda tx: tx.clusters.all()) == []
     assert store.health.answered_s_ago < 1
-    await store.close()
 
 
 def has_ended(name: str) -> bool:
@@ -54,17 +53,16 @@ def has_ended(name: str) -> bool:
 
 @pytest.mark.parametrize("words", [b"pg_catalog.version", b"alembic_version"], ids=["at once", "later"])
 async def test_a_server_that_freezes_while_a_store_is_opened_is_an_error(
-    postgres_url: str, proxy: Proxy, words: bytes
+    postgres_url: str, proxy: Proxy, words: bytes, stores: Stores
 ) -> None:
     proxy.freeze_at(words)
     async with asyncio.timeout(60):
         with pytest.raises(StoreError, match=r"cannot be reached: no answer for 5\.0 s"):
-            await Store.open(through(proxy, postgres_url), lease_s=LEASE_S)
+            await stores.open(through(proxy, postgres_url), lease_s=LEASE_S)
         while not has_ended("hetis-store"):  # otherwise the process could not end
             await asyncio.sleep(0.05)
     proxy.mend()
-    store = await Store.open(through(proxy, postgres_url), lease_s=LEASE_S)
-    await store.close()
+    await stores.open(through(proxy, postgres_url), lease_s=LEASE_S)
 
 
 async def test_opening_a_store_whose_server_is_frozen_can_be_given_up(postgres_url: str, proxy: Proxy) -> None:

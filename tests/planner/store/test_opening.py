@@ -20,6 +20,7 @@ from alembic.script import ScriptDirectory
 from hetis.planner.store import Store, StoreError, lease, opening, records, schema
 from hetis.planner.store.copying import migrate_to
 from tests.planner.store import samples
+from tests.planner.store.conftest import Stores
 from tests.planner.store.test_store import _open_and_close
 
 
@@ -110,10 +111,12 @@ def test_tables_are_not_migrated_under_an_older_planner_that_leads(postgres_url:
 
 
 @pytest.mark.parametrize("version", ["v9999", schema.revisions()[0]])
-async def test_a_standby_does_not_lead_with_tables_that_another_version_has_migrated(url: str, version: str) -> None:
+async def test_a_standby_does_not_lead_with_tables_that_another_version_has_migrated(
+    url: str, version: str, stores: Stores
+) -> None:
     engine = sa.create_engine(opening.parse_url(url))
     wrong = "was written by a newer hetis-planner" if version == "v9999" else f"was migrated to {version} while"
-    standby = await Store.open(url)
+    standby = await stores.open(url)
     with engine.begin() as connection:
         connection.execute(sa.text(f"UPDATE alembic_version SET version_num = '{version}'"))
     for lead in (standby.leadership.stand_by, standby.leadership.grant):
@@ -126,9 +129,9 @@ async def test_a_standby_does_not_lead_with_tables_that_another_version_has_migr
     engine.dispose()
 
 
-async def test_a_takeover_waits_for_a_migration_and_sees_it(postgres_url: str) -> None:
+async def test_a_takeover_waits_for_a_migration_and_sees_it(postgres_url: str, stores: Stores) -> None:
     engine = sa.create_engine(opening.parse_url(postgres_url))
-    standby = await Store.open(postgres_url)
+    standby = await stores.open(postgres_url)
     with engine.begin() as migrating:
         lease.end_terms(migrating)
         leading = asyncio.create_task(standby.leadership.grant("standby"))

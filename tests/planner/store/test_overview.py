@@ -7,17 +7,17 @@ from dataclasses import replace
 import pytest
 
 from hetis.planner.service.observability.overview import _read
-from hetis.planner.store import Store, Transaction
+from hetis.planner.store import Transaction
 from hetis.planner.store.tables import TableView
 from hetis.v1 import plan_pb2
 from tests.planner.store import samples
+from tests.planner.store.conftest import Stores
 
 
 async def test_plans_are_counted_and_clusters_read_only_when_they_have_changed(
-    monkeypatch: pytest.MonkeyPatch, url: str
+    monkeypatch: pytest.MonkeyPatch, url: str, stores: Stores
 ) -> None:
-    store = await Store.open(url)
-    await store.leadership.grant("test")
+    store = await stores.leading(url)
 
     def insert(tx: Transaction) -> None:
         for name, num_nodes in (("clusters/a", 3), ("clusters/b", 5)):
@@ -54,4 +54,3 @@ async def test_plans_are_counted_and_clusters_read_only_when_they_have_changed(
     read.clear()
     assert await store.read(lambda tx: _read(tx, second.clusters)) == second
     assert not read
-    await store.close()

@@ -10,11 +10,12 @@ from hetis.planner.failures import ServiceError
 from hetis.planner.store import Store
 from tests.faults.proxy import Proxy
 from tests.planner.store import samples
+from tests.planner.store.conftest import Stores
 from tests.planner.store.test_lease import through
 
 
-async def test_a_standby_knows_who_leads_and_where_and_leads_when_that_one_goes(url: str) -> None:
-    first, second = await Store.open(url), await Store.open(url)
+async def test_a_standby_knows_who_leads_and_where_and_leads_when_that_one_goes(url: str, stores: Stores) -> None:
+    first, second = await stores.open(url), await stores.open(url)
     await first.leadership.grant("first", ("10.0.0.1:8470", "10.0.0.1:8480"))
     await first.leadership.promote()
     standing_by = asyncio.create_task(second.leadership.stand_by("second"))
@@ -27,16 +28,16 @@ async def test_a_standby_knows_who_leads_and_where_and_leads_when_that_one_goes(
     assert await second.read(lambda tx: tx.clusters.all()) == []
     await first.close()
     assert await asyncio.wait_for(standing_by, 60) == 2
-    await second.close()
 
 
-async def test_nobody_is_named_as_leader_once_the_lease_has_ended(postgres_url: str, proxy: Proxy) -> None:
+async def test_nobody_is_named_as_leader_once_the_lease_has_ended(
+    postgres_url: str, proxy: Proxy, stores: Stores
+) -> None:
     """In the past a standby that could not take over named the last leader for ever."""
     now_s = 0.0
-    first = await Store.open(postgres_url, lease_s=30.0)
-    await first.leadership.grant("first")
+    first = await stores.leading(postgres_url, lease_s=30.0, holder="first")
     await first.leadership.promote()
-    cut_off = await Store.open(through(proxy, postgres_url), lease_s=30.0, machine=lambda: now_s)
+    cut_off = await stores.open(through(proxy, postgres_url), lease_s=30.0, machine=lambda: now_s)
     standing_by = asyncio.create_task(cut_off.leadership.stand_by("second"))
     async with asyncio.timeout(60):
         while cut_off.leadership.leader is None:
@@ -53,12 +54,12 @@ async def test_nobody_is_named_as_leader_once_the_lease_has_ended(postgres_url: 
         while cut_off.leadership.leader is None:  # it still leads, and renews the lease
             await asyncio.sleep(0.01)
     standing_by.cancel()
-    await first.close()
-    await cut_off.close()
 
 
-async def test_nobody_is_named_as_leader_when_the_lease_was_seen_to_have_ended(postgres_url: str) -> None:
-    first, second = [await Store.open(postgres_url, lease_s=30.0) for _ in range(2)]
+async def test_nobody_is_named_as_leader_when_the_lease_was_seen_to_have_ended(
+    postgres_url: str, stores: Stores
+) -> None:
+    first, second = [await stores.open(postgres_url, lease_s=30.0) for _ in range(2)]
     await first.leadership.grant("first")
     await first.leadership.promote()
     with pytest.raises(ServiceError, match=r"another planner is the leader of store .*: first"):
@@ -68,20 +69,18 @@ async def test_nobody_is_named_as_leader_when_the_lease_was_seen_to_have_ended(p
     await second._probe()
     assert second.leadership.leader is None
     assert "no planner leads now" in str(second.leadership.not_leader())
-    await second.close()
 
 
-async def test_a_planner_that_cannot_use_its_term_ends_it_and_stands_by(url: str) -> None:
+async def test_a_planner_that_cannot_use_its_term_ends_it_and_stands_by(url: str, stores: Stores) -> None:
     """In the past it renewed the lease of its term and waited for its end: nobody led any more."""
-    store = await Store.open(url)
+    store = await stores.open(url)
     assert await store.leadership.grant("planner") == 1
     async with asyncio.timeout(30):
         assert await store.leadership.stand_by("planner") == 2
     await store.write(lambda tx: tx.clusters.insert(samples.cluster("clusters/a")))
-    await store.close()
 
 
-async def test_a_term_that_has_not_begun_does_not_count_as_led_for_anyone(url: str) -> None:
+async def test_a_term_that_has_not_begun_does_not_count_as_led_for_anyone(url: str, stores: Stores) -> None:
     """Two planners that took turns at terms which neither could begin kept each other ready."""
     now_s = 0.0
 
@@ -89,31 +88,31 @@ async def test_a_term_that_has_not_begun_does_not_count_as_led_for_anyone(url: s
         while True:
             terms.append(await store.leadership.stand_by(name))
 
-    stores = [await Store.open(url, machine=lambda: now_s) for _ in range(2)]
+    both = [await stores.open(url, machine=lambda: now_s) for _ in range(2)]
     now_s = 100.0
     terms = [list[int](), list[int]()]
     failing = [
         asyncio.create_task(fail_to_begin(store, name, found))
-        for store, name, found in zip(stores, ("first", "second"), terms, strict=True)
+        for store, name, found in zip(both, ("first", "second"), terms, strict=True)
     ]
     async with asyncio.timeout(60):
         while min(map(len, terms)) < 2:
             await asyncio.sleep(0.01)
-            assert [store.leadership.led_s_ago for store in stores] == [100.0, 100.0]
+            assert [store.leadership.led_s_ago for store in both] == [100.0, 100.0]
     for task in failing:
         task.cancel()
     await asyncio.gather(*failing, return_exceptions=True)
-    await stores[1].close()
+    await both[1].close()
     async with asyncio.timeout(60):
-        await stores[0].leadership.stand_by("first")
-    await stores[0].leadership.promote()
-    assert stores[0].leadership.led_s_ago == 0.0
-    await stores[0].close()
+        await both[0].leadership.stand_by("first")
+    await both[0].leadership.promote()
+    assert both[0].leadership.led_s_ago == 0.0
+    await both[0].close()
 
 
-async def test_a_standby_does_not_name_a_planner_as_leader_before_its_term_has_begun(url: str) -> None:
+async def test_a_standby_does_not_name_a_planner_as_leader_before_its_term_has_begun(url: str, stores: Stores) -> None:
     now_s = 0.0
-    first, second = await Store.open(url), await Store.open(url, machine=lambda: now_s)
+    first, second = await stores.open(url), await stores.open(url, machine=lambda: now_s)
     await first.leadership.grant("first")
     with pytest.raises(ServiceError, match=r"the leader of store .*, but has not begun its term yet") as caught:
         await second.leadership.grant("second")
@@ -128,12 +127,10 @@ async def test_a_standby_does_not_name_a_planner_as_leader_before_its_term_has_b
             await asyncio.sleep(0.01)
     assert second.leadership.not_leader().metadata == {"leader": "first"}
     standing_by.cancel()
-    for store in (first, second):
-        await store.close()
 
 
-async def test_another_planner_leads_after_a_term_that_could_not_be_used(url: str) -> None:
-    first, second = await Store.open(url, lease_s=60.0), await Store.open(url, lease_s=60.0)
+async def test_another_planner_leads_after_a_term_that_could_not_be_used(url: str, stores: Stores) -> None:
+    first, second = await stores.open(url, lease_s=60.0), await stores.open(url, lease_s=60.0)
     await first.leadership.grant("first")
     other = asyncio.create_task(second.leadership.stand_by("second"))
     standing_by = asyncio.create_task(first.leadership.stand_by("first"))
@@ -143,5 +140,3 @@ async def test_another_planner_leads_after_a_term_that_could_not_be_used(url: st
         await first.write(lambda tx: tx.clusters.insert(samples.cluster("clusters/a")))
     await second.write(lambda tx: tx.clusters.insert(samples.cluster("clusters/b")))
     standing_by.cancel()
-    for store in (first, second):
-        await store.close()

@@ -17,16 +17,10 @@ from hetis.planner.store.records import Record
 from hetis.planner.store.tables import KEPT_REDISPATCHES, KEPT_S
 from hetis.v1.redispatch_pb2 import REDISPATCH_STATE_PREPARING
 from tests.planner.store import samples
+from tests.planner.store.conftest import Stores
 
 
-async def leading(url: str, **settings: float) -> Store:
-    store = await Store.open(url, **settings)
-    await store.leadership.grant("test")
-    await store.leadership.promote()
-    return store
-
-
-async def test_every_kind_of_record_comes_back_as_it_was_written(url: str) -> None:
+async def test_every_kind_of_record_comes_back_as_it_was_written(url: str, stores: Stores) -> None:
     records: dict[str, Record] = {
         "clusters": samples.cluster("clusters/a", text=b"\0\xff" * 50_000),
         "nodes": samples.node("clusters/a/nodes/n-0"),
@@ -42,18 +36,17 @@ async def test_every_kind_of_record_comes_back_as_it_was_written(url: str) -> No
         tx.plan_documents.put("plans/p", b"{}")
         tx.plan_documents.put("plans/p", b"{ }")
 
-    store = await leading(url)
+    store = await stores.announced(url)
     await store.write(insert)
     await store.close()
-    store = await Store.open(url)
+    store = await stores.open(url)
     for table, record in records.items():
         assert await store.read(lambda tx, table=table: getattr(tx, table).all()) == [record]  # type: ignore[misc]
     assert await store.read(lambda tx: tx.plan_documents.get("plans/p")) == b"{ }"
     assert await store.read(lambda tx: tx.plan_documents.get("plans/q")) is None
-    await store.close()
 
 
-async def test_work_that_raises_changes_nothing(url: str) -> None:
+async def test_work_that_raises_changes_nothing(url: str, stores: Stores) -> None:
     def half(tx: Transaction) -> None:
         tx.clusters.insert(samples.cluster("clusters/a"))
         tx.plan_documents.put("plans/p", b"half")
@@ -62,15 +55,14 @@ async def test_work_that_raises_changes_nothing(url: str) -> None:
     class Stopped(Exception):  # noqa: N818
         pass
 
-    store = await leading(url)
+    store = await stores.announced(url)
     with pytest.raises(Stopped):
         await store.write(half)
     assert await store.read(lambda tx: (tx.clusters.all(), tx.plan_documents.get("plans/p"))) == ([], None)
-    await store.close()
 
 
-async def test_an_update_of_what_has_changed_meanwhile_is_refused(url: str) -> None:
-    store = await leading(url)
+async def test_an_update_of_what_has_changed_meanwhile_is_refused(url: str, stores: Stores) -> None:
+    store = await stores.announced(url)
     first = await store.write(lambda tx: tx.clusters.insert(samples.cluster("clusters/a")))
     second = await store.write(lambda tx: tx.clusters.update(dataclasses.replace(first, active_plan="plans/p")))
     assert (etag_of(first), etag_of(second), etag_of(None)) == ("v1", "v2", "v0")
@@ -79,10 +71,9 @@ async def test_an_update_of_what_has_changed_meanwhile_is_refused(url: str) -> N
     assert caught.value.reason_name == "ETAG_MISMATCH"
     assert caught.value.metadata == {"name": "clusters/a", "etag": "v2"}
     assert await store.read(lambda tx: tx.clusters.require("clusters/a")) == second
-    await store.close()
 
 
-async def test_names_are_given_once_and_must_exist(url: str) -> None:
+async def test_names_are_given_once_and_must_exist(url: str, stores: Stores) -> None:
     missing = samples.cluster("clusters/b")
     calls = [
         (lambda tx: tx.clusters.insert(samples.cluster("clusters/a")), "ALREADY_EXISTS", "clusters/a"),
@@ -90,16 +81,15 @@ async def test_names_are_given_once_and_must_exist(url: str) -> None:
         (lambda tx: tx.clusters.delete("clusters/b"), "NOT_FOUND", "clusters/b"),
         (lambda tx: tx.clusters.require("clusters/b"), "NOT_FOUND", "clusters/b"),
     ]
-    store = await leading(url)
+    store = await stores.announced(url)
     await store.write(lambda tx: tx.clusters.insert(samples.cluster("clusters/a")))
     for call, reason, name in calls:
         with pytest.raises(ServiceError) as caught:
             await store.write(call)
         assert (caught.value.reason_name, caught.value.metadata) == (reason, {"name": name})
-    await store.close()
 
 
-async def test_records_come_by_name_in_byte_order_or_the_newest_first(url: str) -> None:
+async def test_records_come_by_name_in_byte_order_or_the_newest_first(url: str, stores: Stores) -> None:
     names = sorted(f"clusters/{word}" for word in ["a-b", "ab", "a", "B", "a0", "é", "z", "a-", "a--b"])
 
     def fill(tx: Transaction) -> None:
@@ -115,7 +105,7 @@ async def test_records_come_by_name_in_byte_order_or_the_newest_first(url: str) 
             after = Transaction.plans.place_of(page[-1])
         return found
 
-    store = await leading(url)
+    store = await stores.announced(url)
     await store.write(fill)
     assert [record.name for record in await store.read(lambda tx: tx.clusters.all())] == names
     behind = await store.read(lambda tx: tx.clusters.page("clusters/a0", 2))
@@ -126,10 +116,9 @@ async def test_records_come_by_name_in_byte_order_or_the_newest_first(url: str) 
     of_one = await store.read(lambda tx: tx.plans.all(cluster="clusters/1", state={1, 3}))
     assert [record.name for record in of_one] == ["plans/3", "plans/1"]
     assert await store.write(lambda tx: tx.plans.delete_all(cluster="clusters/1")) == 2
-    await store.close()
 
 
-async def test_a_bounded_page_ends_before_its_bodies_are_too_large(url: str) -> None:
+async def test_a_bounded_page_ends_before_its_bodies_are_too_large(url: str, stores: Stores) -> None:
     sizes = {"a": 10, "b": 900, "c": 10, "d": 400, "e": 5000, "f": 10}
 
     def fill(tx: Transaction) -> None:
@@ -144,7 +133,7 @@ async def test_a_bounded_page_ends_before_its_bodies_are_too_large(url: str) -> 
 
         return read
 
-    store = await leading(url)
+    store = await stores.announced(url)
     assert await store.read(page("", 4, 1000)) == ("", False)
     await store.write(fill)
     assert await store.read(page("", 6, 10**6)) == ("abcdef", False)
@@ -154,13 +143,11 @@ async def test_a_bounded_page_ends_before_its_bodies_are_too_large(url: str) -> 
     assert await store.read(page("d", 6, 1000)) == ("e", True)  # too large, but an empty page would be the last
     assert await store.read(page("e", 6, 1)) == ("f", False)
     assert await store.read(page("f", 6, 1)) == ("", False)
-    await store.close()
 
 
-async def test_the_same_request_is_answered_again_for_a_day(url: str) -> None:
+async def test_the_same_request_is_answered_again_for_a_day(url: str, stores: Stores) -> None:
     now_s = 1e9
-    store = await Store.open(url, clock=lambda: now_s)
-    await store.leadership.grant("test")
+    store = await stores.leading(url, clock=lambda: now_s)
     await store.write(lambda tx: tx.requests.remember("/Create", "id", "print", b"answer"))
     now_s += KEPT_S - 1
     assert await store.write(lambda tx: tx.requests.replay("/Create", "id", "print")) == b"answer"
@@ -175,25 +162,25 @@ async def test_the_same_request_is_answered_again_for_a_day(url: str) -> None:
     await store.write(lambda tx: tx.requests.remember("/Create", "", "other", b"no id"))
     assert await store.write(lambda tx: tx.requests.replay("/Create", "", "other")) is None
     assert await store.write(lambda tx: tx.requests.replay("/Create", "id", "other")) == b"new"
-    await store.close()
 
 
-async def test_the_last_thousand_redispatches_of_a_cluster_are_kept(url: str) -> None:
+async def test_the_last_thousand_redispatches_of_a_cluster_are_kept(url: str, stores: Stores) -> None:
     def fill(tx: Transaction) -> None:
         tx.redispatches.insert(samples.redispatch("clusters/b/redispatches/0", time_s=0.0))
         for number in range(KEPT_REDISPATCHES + 5):
             tx.redispatches.insert(samples.redispatch(f"clusters/a/redispatches/{number}", time_s=float(number)))
 
-    store = await leading(url)
+    store = await stores.announced(url)
     await store.write(fill)
     kept = await store.read(lambda tx: tx.redispatches.all(cluster="clusters/a"))
     assert len(kept) == KEPT_REDISPATCHES
     assert kept[-1].create_time_s == 5.0
     assert len(await store.read(lambda tx: tx.redispatches.all(cluster="clusters/b"))) == 1
-    await store.close()
 
 
-async def test_neither_the_newest_redispatch_nor_one_under_way_is_forgotten_however_old_its_time_is(url: str) -> None:
+async def test_neither_the_newest_redispatch_nor_one_under_way_is_forgotten_however_old_its_time_is(
+    url: str, stores: Stores
+) -> None:
     names = [f"clusters/a/redispatches/{number}" for number in range(KEPT_REDISPATCHES + 3)]
 
     def fill(tx: Transaction) -> None:
@@ -206,27 +193,27 @@ async def test_neither_the_newest_redispatch_nor_one_under_way_is_forgotten_howe
         tx.redispatches.insert(samples.redispatch(last, time_s=5000.0))
         assert tx.redispatches.get(another) is None
 
-    store = await leading(url)
+    store = await stores.announced(url)
     await store.write(fill)
     kept = {record.name for record in await store.read(lambda tx: tx.redispatches.all())}
     assert kept == {*names} - {names[0], names[KEPT_REDISPATCHES + 1]}
-    await store.close()
 
 
-async def test_writes_wait_for_one_another(url: str) -> None:
+async def test_writes_wait_for_one_another(url: str, stores: Stores) -> None:
     def count(tx: Transaction) -> None:
         record = tx.clusters.require("clusters/a")
         tx.clusters.update(dataclasses.replace(record, update_time_s=record.update_time_s + 1))
 
-    store = await leading(url)
+    store = await stores.announced(url)
     await store.write(lambda tx: tx.clusters.insert(samples.cluster("clusters/a", time_s=0.0)))
     await asyncio.gather(*(store.write(count) for _ in range(50)))
     assert (await store.read(lambda tx: tx.clusters.require("clusters/a"))).update_time_s == 50
-    await store.close()
 
 
-async def test_a_store_that_only_answers_reads_is_unwritable_until_something_could_be_written(url: str) -> None:
-    store = await leading(url)
+async def test_a_store_that_only_answers_reads_is_unwritable_until_something_could_be_written(
+    url: str, stores: Stores
+) -> None:
+    store = await stores.announced(url)
     # As on a full disk. PostgreSQL has no such setting of a connection, but one for its later transactions.
     off, on = (
         ("PRAGMA query_only = 0", "PRAGMA query_only = 1")
@@ -260,7 +247,6 @@ async def test_a_store_that_only_answers_reads_is_unwritable_until_something_cou
         await switch(off)
         while store.health.unwritable_s:
             await asyncio.sleep(0.01)
-    await store.close()
 
 
 def test_changes_that_fail_count_though_a_trial_fits_on_the_disk() -> None:
@@ -286,7 +272,7 @@ def test_changes_that_fail_count_though_a_trial_fits_on_the_disk() -> None:
 
 
 async def test_rights_that_are_missing_are_trouble_of_the_store_and_no_bug(
-    postgres_url: str, caplog: pytest.LogCaptureFixture
+    postgres_url: str, caplog: pytest.LogCaptureFixture, stores: Stores
 ) -> None:
     user = f"planner_{postgres_url.rpartition('/')[2]}"  # roles belong to the whole server
     own_url = postgres_url.replace("//hetis@", f"//{user}@")
@@ -300,7 +286,7 @@ async def test_rights_that_are_missing_are_trouble_of_the_store_and_no_bug(
     await _open_and_close(postgres_url)  # creates the tables
     rights = "SELECT, INSERT, UPDATE, DELETE ON ALL TABLES IN SCHEMA public"
     await as_administrator(f"CREATE ROLE {user} LOGIN", f"GRANT {rights} TO {user}")
-    store = await leading(own_url)
+    store = await stores.announced(own_url)
     await as_administrator(f"REVOKE ALL ON profiles FROM {user}")
     with pytest.raises(ServiceError, match="permission denied for table profiles") as caught:
         await store.read(lambda tx: tx.profiles.all())
@@ -309,7 +295,7 @@ async def test_rights_that_are_missing_are_trouble_of_the_store_and_no_bug(
     await store.close()
     await as_administrator(f"REVOKE UPDATE ON leadership FROM {user}")
     now_s = 0.0
-    standby = await Store.open(own_url, machine=lambda: now_s)
+    standby = await stores.open(own_url, machine=lambda: now_s)
     with pytest.raises(ServiceError, match="permission denied for table leadership"):
         await standby.leadership.grant("standby")
     now_s = 100.0
@@ -321,7 +307,6 @@ async def test_rights_that_are_missing_are_trouble_of_the_store_and_no_bug(
     await asyncio.wait_for(standing_by, 60)
     await standby.leadership.promote()
     assert standby.leadership.led_s_ago == 0.0
-    await standby.close()
 
 
 async def _open_and_close(url: str, **settings: float) -> None:
@@ -329,9 +314,8 @@ async def _open_and_close(url: str, **settings: float) -> None:
     await store.close()
 
 
-async def test_a_record_never_has_an_etag_that_another_of_its_name_had(url: str) -> None:
-    store = await Store.open(url)
-    await store.leadership.grant("test")
+async def test_a_record_never_has_an_etag_that_another_of_its_name_had(url: str, stores: Stores) -> None:
+    store = await stores.leading(url)
     seen = list[str]()
 
     def make_and_forget(tx: Transaction) -> None:
@@ -345,11 +329,10 @@ async def test_a_record_never_has_an_etag_that_another_of_its_name_had(url: str)
     for _ in range(3):
         await store.write(make_and_forget)
     assert len(set(seen)) == len(seen) == 9
-    await store.close()
 
 
-async def test_a_standbys_read_sees_one_state_while_the_leader_writes(postgres_url: str) -> None:
-    leader, standby = await leading(postgres_url), await Store.open(postgres_url)
+async def test_a_standbys_read_sees_one_state_while_the_leader_writes(postgres_url: str, stores: Stores) -> None:
+    leader, standby = await stores.announced(postgres_url), await stores.open(postgres_url)
     await leader.write(lambda tx: tx.plans.insert(samples.plan("plans/p")))
     has_looked, is_deleted = threading.Event(), threading.Event()
 
@@ -367,5 +350,3 @@ async def test_a_standbys_read_sees_one_state_while_the_leader_writes(postgres_u
     assert first is not None
     assert second == first
     assert await standby.read(lambda tx: tx.plans.get("plans/p")) is None
-    for store in (standby, leader):
-        await store.close()

@@ -20,7 +20,8 @@ from hetis.planner.use_cases import compare as comparing
 from hetis.planner.use_cases.climbing import Climbed
 from hetis.planner.use_cases.compare import Searches, best_of, compare_strategies, figures_of, kept_of
 from hetis.planner.use_cases.place import PlacementSettings
-from hetis.planner.use_cases.record.parts import Requested
+from hetis.planner.use_cases.record.forms import RungFound
+from hetis.planner.use_cases.record.parts import Requested, Rungs
 from hetis.planner.use_cases.service_level import ServiceLevel
 from hetis.planner.use_cases.sources import Inputs, load_inputs
 from hetis.planner.use_cases.verification.choosing import STOPPED_EARLY
@@ -572,3 +573,30 @@ def test_what_is_kept_is_of_the_planned_rate_whatever_is_demanded(
 def test_statistics_of_a_simulation_that_is_not_run_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert run([*COMMAND, "--attainment", "95%"]) == ExitCode.INVALID
     assert "--attainment can only be checked in the simulation" in " ".join(capsys.readouterr().err.split())
+
+
+def test_the_plan_that_place_shows_is_a_row_beside_that_of_the_highest_rung(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = tuple(
+        RungFound(name=name, value=value, bound=value, rate_rps=value, gpus=4, left_rps=0.5, shapes=1, of=name,
+                  is_chosen=name == "node")
+        for name, value in (("node", 1.2), ("apart", 1.35))
+    )  # fmt: skip
+
+    def make_plan(_loaded: object, problem: PlacementProblem, settings: PlacementSettings, **_: object) -> Climbed:
+        plan = plan_of(settings.strategy, 1.2 if not settings.rung else 1.35, 1.4, problem.objective)
+        if not settings.rung:
+            plan = Requested(rung="node").on(Rungs(found=found).on(replace(plan, replicas=(plans.deep_replica(2),))))
+        return Climbed(plan=plan, problem=problem)
+
+    monkeypatch.setattr(comparing, "make_plan", make_plan)
+    assert run([*COMMAND, "--strategies", "hetis"]) == ExitCode.OK
+    out = capsys.readouterr().out
+    assert out.index("\nplace (node) ") < out.index("\nhetis ") < out.index("Rungs of complexity")
+    assert "▸ node" in out
+    assert run([*COMMAND, "--strategies", "hetis", "--rung", "workers"]) == ExitCode.OK
+    assert "place (node)" not in capsys.readouterr().out
+    assert run([*COMMAND, "--strategies", "hetis", "-o", "json"]) == ExitCode.OK
+    names = [one["name"] for one in json.loads(capsys.readouterr().out)["strategies"]]
+    assert names == ["place", "hetis"]

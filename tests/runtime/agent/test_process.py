@@ -1,4 +1,4 @@
-"""Real processes: an agent beside an engine, killed with SIGKILL at each step of a change."""
+"""Real processes: an agent beside an engine, what it says of its options, and how it ends. Kills: tests/protocol."""
 
 from __future__ import annotations
 
@@ -31,7 +31,6 @@ from hetis.v1.report_pb2 import AssignmentState
 from tests.command_line import command_of, run_here
 from tests.runtime.agent.builders import (
     AUTHORITY,
-    FLIPPED,
     NODE,
     REPLICA,
     SOURCE,
@@ -74,25 +73,17 @@ class Processes:
         return self.start(*options, "--simulated-devices", "L4:1", *more)
 
     def engine(self) -> subprocess.Popen[bytes]:
-        control = self.folder / "control.json"
-        control.write_text(json.dumps(BUSY), encoding="utf-8")
-        return self.start(
-            *("--socket", str(self.folder / "e.sock"), "--node", NODE + "p"),
-            *("--simulated-devices", "L4:1", "--control", str(control)),
-            command=ENGINE,
-            PYTHONPATH=str(ROOT),
-        )
+        return self._simulated("--socket", str(self.folder / "e.sock"))
 
     def agent_with_engine(self, server: str) -> subprocess.Popen[bytes]:
         """Start a node whose engine ends with its agent."""
+        return self._simulated("--server", server, "--state-dir", str(self.folder / "state"))
+
+    def _simulated(self, *options: str) -> subprocess.Popen[bytes]:
         control = self.folder / "control.json"
         control.write_text(json.dumps(BUSY), encoding="utf-8")
-        return self.start(
-            *("--server", server, "--node", NODE + "p", "--state-dir", str(self.folder / "state")),
-            *("--simulated-devices", "L4:1", "--control", str(control)),
-            command=ENGINE,
-            PYTHONPATH=str(ROOT),
-        )
+        usual = ("--node", NODE + "p", "--simulated-devices", "L4:1", "--control", str(control))
+        return self.start(*options, *usual, command=ENGINE, PYTHONPATH=str(ROOT))
 
     def log(self) -> str:
         return (self.folder / "log.txt").read_text(encoding="utf-8")
@@ -144,58 +135,6 @@ async def owner(executor: SocketExecutor, what: Change) -> str:
         (request,) = [request for request in head_map.requests if request.id == what.moves[0].request]
         return head_map.devices[request.owners[0]].name
     raise AssertionError("no head map")
-
-
-@pytest.mark.parametrize("killed_after", [("prepare", "READY", "FLIPPED"), ("PREPARING", "commit", "resolved")])
-async def test_an_agent_that_is_killed_goes_on_where_it_was(
-    processes: Processes, killed_after: tuple[str, ...]
-) -> None:
-    """With engine and planner alive and every directive repeated, the change ends as without a kill."""
-    async with PlannerDouble() as planner:
-        processes.engine()
-        engine = ["--engine", f"unix://{processes.folder / 'e.sock'}"]
-        agent = processes.agent(planner.address, *engine)
-        say = Planner()
-        await planner.connected(1)
-        planner.send(say.assign(assignment(model=stage_model(blocks=4000))))
-        await planner.until(serving)
-        executor = SocketExecutor(processes.folder / "e.sock")
-        base, move = await moves_of(executor)
-        what = change(base=base, timeout_s=60, moves=[move])
-
-        async def kill(step: str) -> None:
-            nonlocal agent
-            if step in killed_after:
-                agent.kill()
-                agent.wait()
-                times, since = planner.hellos, len(planner.heard)
-                agent = processes.agent(planner.address, *engine)
-                await planner.connected(times + 1)
-                hello = await planner.until(lambda message: message.HasField("hello"), since=since)
-                assert next(held.generation for held in hello.hello.replicas) >= base
-
-        planner.send(say.prepare(what, AUTHORITY, SOURCE, base=base))
-        await kill("prepare")
-        planner.send(say.prepare(what, AUTHORITY, SOURCE, base=base))
-        await planner.phase(what.change_id, ChangePhase.CHANGE_PHASE_PREPARING)
-        await kill("PREPARING")
-        await planner.phase(what.change_id, ChangePhase.CHANGE_PHASE_READY)
-        assert await owner(executor, what) == move.source
-        await kill("READY")
-        planner.send(say.commit(what))
-        await kill("commit")
-        if "commit" in killed_after:
-            planner.send(say.commit(what))
-        flipped = await planner.phase(what.change_id, ChangePhase.CHANGE_PHASE_FLIPPED)
-        assert await owner(executor, what) == move.target
-        await kill("FLIPPED")
-        planner.send(say.resolved(what, FLIPPED))
-        await kill("resolved")
-        if "resolved" in killed_after:
-            planner.send(say.resolved(what, FLIPPED))
-        await planner.phase(what.change_id, ChangePhase.CHANGE_PHASE_RELEASED)
-        assert flipped is not None
-        await executor.close()
 
 
 def is_lost(message: ConnectNodeRequest) -> bool:
@@ -352,14 +291,7 @@ def test_bad_options_are_one_clear_line(arguments: list[str], says: str) -> None
 
 
 def test_an_agent_with_too_few_descriptors_says_how_many_it_needs(tmp_path: Path) -> None:
-    options = [
-        "--node",
-        NODE + "p",
-        "--simulated-devices",
-        "L4:1",
-        "--state-dir",
-        str(tmp_path),
-    ]
+    options = ["--node", NODE + "p", "--simulated-devices", "L4:1", "--state-dir", str(tmp_path)]
     limited = ["bash", "-c", 'ulimit -n 12; exec "$@"', "bash", *COMMAND, *options]
     ended = subprocess.run(limited, capture_output=True, text=True, timeout=60, check=False)
     assert ended.returncode == 2

@@ -210,6 +210,8 @@ def compare(
 ) -> ExitCode:
     """Plan by several strategies, or for several engines, and show the plans side by side, checked and simulated alike.
 
+    All are of the highest rung unless --rung names one; the plan that `place` shows is in a row of its own if it is of
+    another.
     Each search has the full time limit. Where the simulation of its plan misses a limit, up to two more searches
     follow, except for published heuristics (-paper). A strategy without a plan gets a row with the reason.
 
@@ -247,8 +249,9 @@ def compare(
 
     def work(report: Report) -> tuple[Compared, ...]:
         searches = Searches(
-            loaded=loaded, objective=objective, settings=settings, budget=budget, report=report, carriers=not_carried
-        )
+            loaded=loaded, objective=objective, settings=settings, budget=budget, report=report, carriers=not_carried,
+            has_default=not request.rung,
+        )  # fmt: skip
         found = compare_engines(searches, names, rules)
         if request.verify:
             found = simulate_plans(found, searches, rules, level)

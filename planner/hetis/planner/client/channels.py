@@ -13,7 +13,7 @@ from typing import Any
 import grpc
 from grpc import aio
 
-from hetis.commands.endpoints import STREAM_OPEN, Endpoint, LeaderSearch, is_loopback, without_proxy
+from hetis.commands.endpoints import STREAM_OPEN, Endpoint, LeaderSearch, open_channel
 from hetis.formats.files import FileStamp
 from hetis.planner.client.attempts import NOT_LEADER, Attempts, attempts_of, leader_of
 from hetis.planner.client.connection import (
@@ -26,13 +26,6 @@ from hetis.planner.client.errors import call_error
 
 SLOW_AFTER_S = 1.0  # a call without an answer is reported after so long,
 SLOW_AGAIN_S = 5.0  # and again after so long
-
-
-def search_for(connection: Connection) -> LeaderSearch:
-    """Return the search for a connection's leader. Only this machine is sent tokens unencrypted, whoever names it."""
-    return LeaderSearch(
-        connection.addresses, lambda address: not connection.is_plain or (connection.is_local and is_loopback(address))
-    )
 
 
 class _AnyStream:
@@ -147,7 +140,7 @@ class _AnyLeaderChannel:
         self._replaced = list[_Opened]()  # opened with earlier files
         self._is_closed = False
         self.has_standby_answered = False  # whether a read got only a standby's answer
-        self.leaders = search_for(connection)
+        self.leaders = LeaderSearch(connection.addresses, is_plain=connection.is_plain)
 
     @contextmanager
     def _calling(self, endpoint: Endpoint) -> Iterator[_Opened]:
@@ -157,7 +150,10 @@ class _AnyLeaderChannel:
                 raise ValueError("the client is closed")
             self._renew()
             if endpoint not in self._opened:
-                channel = _open_channel(self.library, self._connection, endpoint, self._credentials)
+                # gRPC's own retries unless this channel can try another planner
+                is_alone = len(self._connection.addresses) == 1 and not endpoint.name
+                options = CHANNEL_OPTIONS if is_alone else SEVERAL_OPTIONS
+                channel = open_channel(self.library, endpoint, options, self._credentials)
                 self._opened[endpoint] = _Opened(channel=channel, stamps=self._stamps)
             opened = self._opened[endpoint]
             opened.num_calls += 1
@@ -369,18 +365,3 @@ class AsyncLeaderChannel(_AnyLeaderChannel):
                     await self._sleep(wait_s)
 
         return call
-
-
-def _open_channel(
-    library: Any, connection: Connection, endpoint: Endpoint, credentials: grpc.ChannelCredentials | None
-) -> Any:
-    """Return a channel of gRPC's ``library``, with gRPC's retries unless the client can try another planner."""
-    options = list(CHANNEL_OPTIONS if len(connection.addresses) == 1 and not endpoint.name else SEVERAL_OPTIONS)
-    options += without_proxy(endpoint.address)
-    if endpoint.name:
-        options.append(("grpc.default_authority", endpoint.name))
-        if credentials is not None:
-            options.append(("grpc.ssl_target_name_override", endpoint.name))
-    if credentials is None:
-        return library.insecure_channel(endpoint.address, options)
-    return library.secure_channel(endpoint.address, credentials, options)

@@ -27,12 +27,14 @@ from hetis.planner.export.pairs import pairs_beyond_the_plan
 from hetis.planner.export.replicas import (
     Launchable,
     LaunchableReplica,
+    NotExportableError,
     Written,
 )
 from hetis.planner.export.routing import shares_of, weight
 from hetis.solver.plan import Role
 
 REPLICA_LABEL, _POOL_LABEL = "app.kubernetes.io/instance", "hetis/pool"
+_LENGTHS_LABEL = "llm-d.ai/context-length-range"  # of the plugin `context-length-aware`
 _POOL_API = "inference.networking.k8s.io/v1"
 _CHART = "llm-d-modelservice --repo https://llm-d-incubation.github.io/llm-d-modelservice"
 _SIDECAR_PORT = 8200  # the engine's port, behind the routing proxy of the chart
@@ -169,7 +171,32 @@ def _pools(launchable: Launchable) -> list[_Pool]:
 
 def _pool_labels(launchable: Launchable) -> dict[int, dict[str, str]]:
     """Return the labels by which pools select the pods of each replica."""
-    return {number: {**MODEL_LABELS, _POOL_LABEL: pool.name} for pool in _pools(launchable) for number in pool.members}
+    return {
+        number: {**MODEL_LABELS, _POOL_LABEL: pool.name, **_lengths_of(launchable, number)}
+        for pool in _pools(launchable)
+        for number in pool.members
+    }
+
+
+def _lengths_of(launchable: Launchable, number: int) -> dict[str, str]:
+    """Return the label with the prompt lengths of a replica's class, both ends included; none if it serves all."""
+    least = 0
+    for one in launchable.plan.classes:
+        most = one.max_prompt_tokens or launchable.model.max_position
+        if one.name in launchable.plan.replicas[number].classes:
+            return {_LENGTHS_LABEL: f"{least}-{most}"}
+        least = most + 1
+    return {}
+
+
+def of_one_pool(launchable: Launchable) -> Launchable:
+    """Return the plan. Raises NotExportableError if its classes of requests are in several InferencePools, among which
+    a route divides requests whatever their length.
+    """
+    if launchable.plan.classes and len(_pools(launchable)) > 1:
+        why = "its pools for classes of requests are in several InferencePools, among which a route knows no lengths"
+        raise NotExportableError((why,))
+    return launchable
 
 
 def _gateway(launchable: Launchable) -> list[dict[str, Any]]:
@@ -232,6 +259,11 @@ def picker_config(launchable: Launchable, members: Iterable[int]) -> dict[str, A
         },
         {"type": "weighted-random-picker"},
     ]
+    lengths: list[dict[str, Any]] = (
+        [{"pluginRef": "context-length-aware", "weight": 0}] if launchable.plan.classes else []
+    )
+    if lengths:  # it filters before scores, which are shares of the replicas for a request's class
+        plugins.append({"type": "context-length-aware", "parameters": {"enableFiltering": True}})
     profiles = []
     if sides["prefill"]:
         decider = "always-disagg-pd-decider"
@@ -243,7 +275,8 @@ def picker_config(launchable: Launchable, members: Iterable[int]) -> dict[str, A
         scorer = f"shares-{side}"
         parameters = {"attributeKey": "replica", "producer": "replicas", "weights": of_side}
         plugins.append({"type": "endpoint-attribute-weight-scorer", "name": scorer, "parameters": parameters})
-        chosen = [{"pluginRef": f"{side}-filter"}] if sides["prefill"] else []
+        chosen: list[dict[str, Any]] = [{"pluginRef": f"{side}-filter"}] if sides["prefill"] else []
+        chosen += lengths
         chosen += [{"pluginRef": scorer}, {"pluginRef": "weighted-random-picker"}]
         profiles.append({"name": side if sides["prefill"] else "default", "plugins": chosen})
     return {

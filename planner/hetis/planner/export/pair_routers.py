@@ -128,18 +128,28 @@ def router_words(
     return words
 
 
-def entry_points(launchable: Launchable, endpoints: Mapping[int, str], routers: Sequence[str]) -> dict[str, float]:
+def entry_points(
+    launchable: Launchable, endpoints: Mapping[int, str], routers: Sequence[str], name: str = ""
+) -> dict[str, float]:
     """Return where whole requests are sent, with the requests/s of each: unified replicas, and routers of pairs.
 
+    If a class of requests is named, they are where its requests are sent, with weights in place of requests/s.
     ``routers``: the endpoints of the groups' routers; empty: the target pairs replicas itself at their ``endpoints``.
     """
-    rates = dict[str, float]()
+    rates, plan = dict[str, float](), launchable.plan
+
+    def add(at: str, number: int, rate: float) -> None:
+        classes = plan.replicas[number].classes
+        if rate > 0 and (not name or not classes or name in classes):
+            rates[at] = rates.get(at, 0.0) + rate / (plan.pool_share(classes) if name else 1.0)
+
     for number, one in launchable.replicas.items():
-        if one.plan.role is Role.UNIFIED and one.plan.rate > 0:
-            rates[endpoints[number]] = rates.get(endpoints[number], 0.0) + one.plan.rate
+        if one.plan.role is Role.UNIFIED:
+            add(endpoints[number], number, one.plan.rate)
     if routers:
-        rates |= {at: group.rate for at, group in zip(routers, pair_groups(launchable), strict=True)}
+        for at, group in zip(routers, pair_groups(launchable), strict=True):
+            add(at, next(iter(group.prefill)), group.rate)
     else:
         for route in launchable.routes():
-            rates[endpoints[route.prefill]] = rates.get(endpoints[route.prefill], 0.0) + route.rate
+            add(endpoints[route.prefill], route.prefill, route.rate)
     return rates

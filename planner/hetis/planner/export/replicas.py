@@ -35,7 +35,7 @@ from hetis.planner.use_cases.record.parts import MadeFrom
 from hetis.solver.cluster import node_of
 from hetis.solver.errors import HetisError
 from hetis.solver.model import ModelSpec
-from hetis.solver.plan import AttentionWorkerPool, KvRoute, Plan, ReplicaPlan, Role, StagePlan
+from hetis.solver.plan import AttentionWorkerPool, KvRoute, Plan, ReplicaPlan, Role, StagePlan, served_with_classes
 
 _TUNED = re.compile(r"(?i)instruct|chat|-it$")
 # Names go into scripts and file names as they are.
@@ -155,8 +155,14 @@ class Launchable:
 
     def rate(self) -> float:
         """Return the saturated requests/s of the remaining replicas, as predicted by the plan."""
-        unified = sum(one.plan.rate for one in self.replicas.values() if one.plan.role is Role.UNIFIED)
-        return unified + sum(route.rate for route in self.routes())
+        rates = dict[tuple[str, ...], float]()
+        for one in self.replicas.values():
+            if one.plan.role is Role.UNIFIED:
+                rates[one.plan.classes] = rates.get(one.plan.classes, 0.0) + one.plan.rate
+        for route in self.routes():
+            classes = self.plan.replicas[route.prefill].classes
+            rates[classes] = rates.get(classes, 0.0) + route.rate
+        return served_with_classes(self.plan.class_shares(), rates)
 
     def without(self, left_out: Mapping[int, tuple[str, ...]]) -> Launchable:
         """Return the plan without the replicas in ``left_out``, which the target cannot run.

@@ -1,13 +1,14 @@
 """Router weights: each replica's share of the requests, in the formats of common routers.
 
 Shares follow the plan's rates, replica by replica. If prefill and decode are disaggregated, a request takes a pair,
-and the shares are those of the plan's routes.
+and the shares are those of the plan's routes. With classes of requests by prompt length, shares are those of what each
+replica would serve if its pool served all of them: a router draws by them among the replicas for a request's class.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from hetis.engines.versions import Engine
@@ -36,6 +37,11 @@ def routing_files(
     if not servers:
         return files
     served = launchable.settings.served_name or launchable.settings.model
+    if launchable.plan.classes:  # nginx and Envoy do not know the lengths of prompts
+        files["router/litellm.yaml"] = litellm_by_classes(launchable, endpoints, routers, served)
+        if sides := "".join(_nginx_sides(launchable, endpoints, "127.0.0.1:")):
+            files["router/nginx.conf"] = sides
+        return files
     files["router/litellm.yaml"] = litellm_list(servers, served)
     if not any("/" in endpoint for endpoint, _ in servers):  # these routers know hosts and ports, but no paths
         files["router/nginx.conf"] = nginx_conf(launchable, endpoints, servers)
@@ -46,6 +52,7 @@ def routing_files(
 def weights_of(launchable: Launchable, endpoints: Mapping[int, str]) -> dict[str, Any]:
     """Return endpoints with their rates and shares, and the pairs of prefill and decode replicas with theirs."""
     shares, pairs = shares_of(launchable), launchable.routes()
+    classes = {one.name: one.max_prompt_tokens for one in launchable.plan.classes}
     carried = sum(pair.rate for pair in pairs) or 1.0
     return {
         "model": launchable.settings.served_name or launchable.settings.model,
@@ -57,6 +64,7 @@ def weights_of(launchable: Launchable, endpoints: Mapping[int, str]) -> dict[str
                 "requests_per_s": round(rate_of(launchable, number), 6),
                 "share": round(shares[number], 6),
                 "weight": weight(shares[number]),
+                **({"classes": list(one.plan.classes) or list(classes)} if classes else {}),
             }
             for number, one in launchable.replicas.items()
         ],
@@ -69,13 +77,19 @@ def weights_of(launchable: Launchable, endpoints: Mapping[int, str]) -> dict[str
             }
             for pair in pairs
         ],
+        **({"max_prompt_tokens": classes} if classes else {}),
     }
 
 
 def shares_of(launchable: Launchable) -> dict[int, float]:
     """Return each replica's share of all requests; the shares of prefill and of decode replicas have the same sum."""
-    whole = launchable.rate() or 1.0
-    return {number: rate_of(launchable, number) / whole for number in launchable.replicas}
+    plan, replicas = launchable.plan, launchable.replicas
+    rates = {
+        number: rate_of(launchable, number) / plan.pool_share(one.plan.classes) for number, one in replicas.items()
+    }
+    decoding = sum(rates[number] for number, one in replicas.items() if one.plan.role is not Role.PREFILL)
+    whole = (decoding if plan.classes else launchable.rate()) or 1.0
+    return {number: rate / whole for number, rate in rates.items()}
 
 
 def rate_of(launchable: Launchable, number: int) -> float:
@@ -130,11 +144,14 @@ def nginx_conf(
     parts.append(
         _NGINX_FRONT.format(check=_NGINX_CHECK if keys else "", key=_NGINX_KEY if keys else "", proxy=_NGINX_PROXY)
     )
+    return "".join([*parts, *_nginx_sides(launchable, endpoints, sides_at)])
+
+
+def _nginx_sides(launchable: Launchable, endpoints: Mapping[int, str], sides_at: str) -> Iterator[str]:
     for group, role, rates in weighted_sides(launchable):
         name = group.side_name(role)
-        parts.append(nginx_list(weighted({endpoints[number]: rate for number, rate in rates.items()}), name=name))
-        parts.append(_NGINX_SIDE.format(listen=f"{sides_at}{group.side_port(role)}", name=name, proxy=_NGINX_PROXY))
-    return "".join(parts)
+        yield nginx_list(weighted({endpoints[number]: rate for number, rate in rates.items()}), name=name)
+        yield _NGINX_SIDE.format(listen=f"{sides_at}{group.side_port(role)}", name=name, proxy=_NGINX_PROXY)
 
 
 _NGINX_HEAD = """\
@@ -203,9 +220,38 @@ def litellm_list(servers: Sequence[tuple[str, int]], served: str) -> str:
 
     The engines' key is that of its environment, which may have none.
     """
-    models = []
+    models = _litellm_models(servers, served, served)
+    return yaml_text({"model_list": models, "router_settings": {"routing_strategy": "simple-shuffle"}})
+
+
+def _litellm_models(servers: Sequence[tuple[str, int]], served: str, name: str) -> list[dict[str, Any]]:
+    models = list[dict[str, Any]]()
     for endpoint, share in servers:
         parameters = {"model": f"hosted_vllm/{served}", "api_base": f"http://{endpoint}/v1", "weight": share}
         parameters["api_key"] = "os.environ/VLLM_API_KEY"
-        models.append({"model_name": served, "litellm_params": parameters})
-    return yaml_text({"model_list": models, "router_settings": {"routing_strategy": "simple-shuffle"}})
+        models.append({"model_name": name, "litellm_params": parameters})
+    return models
+
+
+def litellm_by_classes(
+    launchable: Launchable, endpoints: Mapping[int, str], routers: Sequence[str], served: str
+) -> str:
+    """Return settings of LiteLLM's proxy with a group of deployments for each class of requests.
+
+    Requests enter the group of the shortest class. Those whose prompts are longer than ``max_input_tokens`` fall back
+    to the group of the next one (checked with 1.110: all groups need that number, because it is looked up by model).
+    """
+    models, names = list[dict[str, Any]](), list[str]()
+    for one in launchable.plan.classes:
+        names.append(f"{served}-{one.name}" if names else served)
+        most = one.max_prompt_tokens or launchable.model.max_position
+        servers = weighted(entry_points(launchable, endpoints, routers, one.name))
+        models += [
+            each | {"model_info": {"max_input_tokens": most}} for each in _litellm_models(servers, served, names[-1])
+        ]
+    settings = {
+        "routing_strategy": "simple-shuffle",
+        "enable_pre_call_checks": True,
+        "context_window_fallbacks": [{names[0]: names[1:]}],
+    }
+    return yaml_text({"model_list": models, "router_settings": settings})

@@ -16,7 +16,7 @@ from hetis.planner.export import IN_KUBERNETES, ExportTarget
 from hetis.planner.export.equals import with_equals_merged
 from hetis.planner.export.hosts import why_no_job, write_compose, write_hetis_launch, write_shell, write_slurm
 from hetis.planner.export.kubernetes import why_no_group, why_no_pods, write_kubernetes, write_lws
-from hetis.planner.export.llm_d import write_llm_d
+from hetis.planner.export.llm_d import of_one_pool, write_llm_d
 from hetis.planner.export.options import MODEL, unknown_addresses, wrong_name, wrong_settings
 from hetis.planner.export.ray_serve import why_not_on_ray, write_ray
 from hetis.planner.export.replicas import (
@@ -67,7 +67,9 @@ _TARGETS: Mapping[ExportTarget, _Target] = {
     ExportTarget.COMPOSE: _Target(write=write_compose),
     ExportTarget.KUBERNETES: _Target(write=write_kubernetes, carried=_if_not(why_no_pods)),
     ExportTarget.LWS: _Target(write=write_lws, carried=_if_not(why_no_pods)),
-    ExportTarget.LLM_D: _Target(write=write_llm_d, carried=_if_not(why_no_pods)),
+    ExportTarget.LLM_D: _Target(
+        write=write_llm_d, carried=lambda launchable: of_one_pool(_if_not(why_no_pods)(launchable))
+    ),
     ExportTarget.KSERVE: _Target(
         write=write_kserve, carried=lambda launchable: without_single(_if_not(why_no_group)(launchable))
     ),
@@ -82,6 +84,8 @@ _TARGETS: Mapping[ExportTarget, _Target] = {
 ENGINES: Mapping[ExportTarget, tuple[Engine, ...]] = {
     name: target.engines for name, target in _TARGETS.items() if target.engines != tuple(Engine)
 }
+# Targets with a router of their own that does not know the lengths of prompts; others have LiteLLM's, or llm-d's.
+_KNOW_NO_LENGTHS = (ExportTarget.KUBERNETES, ExportTarget.LWS, ExportTarget.KSERVE, ExportTarget.DYNAMO)
 _ENGINES_SERVE_HTTP = frozenset(ExportTarget) - {ExportTarget.DYNAMO, ExportTarget.RAY}
 
 
@@ -122,10 +126,20 @@ def carries(
     if settings.engine is not None and settings.engine not in _TARGETS[target].engines:
         return Carried(planned=planned, rate=0.0, reasons=(f"it does not run {settings.engine.value}",))
     try:
-        found = _TARGETS[target].carried(launch(plan, shape, settings))
+        found = _carried(launch(plan, shape, settings), target)
     except NotExportableError as error:
         return Carried(planned=planned, rate=0.0, reasons=error.reasons)
     return Carried(planned=planned, rate=found.rate(), reasons=tuple(found.reasons()))
+
+
+def _carried(found: Launchable, target: ExportTarget) -> Launchable:
+    """Return what a target runs. Raises NotExportableError if that is nothing, or a plan with classes of requests is
+    for another router than the target has.
+    """
+    if found.plan.classes and target in _KNOW_NO_LENGTHS:
+        why = "its router does not know the lengths of prompts, by which this plan divides requests: --classes none"
+        raise NotExportableError((why,))
+    return _TARGETS[target].carried(found)
 
 
 def not_carried_by_target(
@@ -155,7 +169,7 @@ def export_plan(plan: Plan, model: ModelSpec, target: ExportTarget, settings: Ex
     DocumentError if the target needs options that are missing.
     """
     try:
-        found = _TARGETS[target].carried(launchable(plan, model, settings))
+        found = _carried(launchable(plan, model, settings), target)
     except NotExportableError as error:
         raise NotExportableError((*error.reasons, *_elsewhere(plan, model, settings.engine))) from None
     if target in IN_KUBERNETES:

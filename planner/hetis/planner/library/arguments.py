@@ -285,6 +285,7 @@ CHECKS: Mapping[str, Any] = {
     "cluster": ClusterOrFile,
     "model": ModelOrName,
     "workload": WorkloadOrName,
+    "classes": str,
     "prefix_hit_rate": HitRate | None,
     "weights": str | None,
     "kv": str | None,

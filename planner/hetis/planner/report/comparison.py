@@ -17,6 +17,7 @@ from hetis.planner.report.figures import digits, percent, plural, tokens, with_u
 from hetis.planner.report.goals import goal_line, problem_title
 from hetis.planner.report.plan import SMALLEST_PRICE
 from hetis.planner.report.promises import kept_cell
+from hetis.planner.report.rungs import rung_section
 from hetis.planner.report.tables import Narrowing, as_group, bullets, facts, grid, section, table
 from hetis.planner.use_cases.compare import Compared, Figures, best_of, figures_of, kept_of
 from hetis.planner.use_cases.grouping import gpu_counts, used_counts
@@ -68,6 +69,9 @@ def render_comparison(compared: Sequence[Compared], inputs: Inputs, objective: O
         yield Text(f"\n{PUBLISHED_MEANS}", style="dim")
         rows = ((Text(f" {name}", "dim"), Text(STRATEGIES[name].summary, "dim")) for name in published)
         yield grid(False, True, rows=rows)
+    for one in compared:
+        if one.is_default and one.plan is not None and (rungs := rung_section(one.plan)) is not None:
+            yield rungs
     label = _labels(compared)
     if without := [(label(one), _why(one)) for one in compared if one.plan is None]:
         yield section("Without a plan", grid(False, True, rows=without))
@@ -94,7 +98,8 @@ def comparison_document(compared: Sequence[Compared], inputs: Inputs, objective:
 def _entry(outcome: Compared, inputs: Inputs) -> dict[str, Any]:
     plan = outcome.plan
     return {
-        **fields_of(outcome, "strategy", "engine", "status"),
+        **fields_of(outcome, "name", "strategy", "engine", "status"),
+        "rung": plan and Requested.of(plan).rung,
         "result": plan and plan.result,
         "figures": plan and figures_of(plan, inputs),
         "simulated": plan and Verified.of(plan).verification,
@@ -164,9 +169,14 @@ def _engines(compared: Iterable[Compared]) -> set[str]:
 def _labels(compared: Sequence[Compared]) -> Callable[[Compared], str]:
     """Return a function that labels a row: by strategy, by engine, or by both if there are several of both."""
     if _compares_engines(compared):
-        return lambda outcome: outcome.engine or ""
+        return lambda outcome: f"{outcome.name}{_rung(outcome)}" if outcome.is_default else outcome.engine or ""
     several = len(_engines(compared)) > 1
-    return lambda outcome: outcome.name if several else outcome.strategy
+    return lambda outcome: f"{outcome.name if several or outcome.is_default else outcome.strategy}{_rung(outcome)}"
+
+
+def _rung(outcome: Compared) -> str:
+    """Return the rung of the plan that `place` shows; empty for the others."""
+    return f" ({Requested.of(outcome.plan).rung})" if outcome.is_default and outcome.plan is not None else ""
 
 
 def _row(plan: Plan, figures: Figures, solve_s: float) -> list[str]:

@@ -14,6 +14,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from hetis.planner.report.classes import classes_section
 from hetis.planner.report.figures import digits, percent, plural, seconds
 from hetis.planner.report.plan import headline, price_table
 from hetis.planner.report.replica import device_table
@@ -58,6 +59,8 @@ def render_explanation(
         yield Text(f"\n… and {plural(len(groups) - shown, 'more shape')} (-o wide has all)", style="dim")
     if waits is not None:
         yield section("Queueing", Text(_queueing(waits)))
+    if (of_classes := classes_section(plan)) is not None:
+        yield of_classes
     if explanation.kv_routes:
         yield section("Prefill to decode", bullets(explanation.kv_routes))
     if plan.prices:

@@ -13,6 +13,7 @@ from rich.text import Text
 
 from hetis.formats.errors import DocumentError
 from hetis.planner.report.alternatives import distinct_runners_up, reason_words, shape_words
+from hetis.planner.report.classes import classes_section
 from hetis.planner.report.figures import (
     bar,
     digits,
@@ -98,6 +99,8 @@ def render_plan(plan: Plan, *, wide: bool = False) -> Iterator[RenderableType]:
         yield section("Device classes", price_table(plan))
         if len(plan.prices) > MAX_CLASSES:
             yield Text(f" … and {len(plan.prices) - MAX_CLASSES:,} classes of fewer GPUs", style="dim")
+    if (of_classes := classes_section(plan)) is not None:
+        yield of_classes
     if simpler := simple_setups(plan):
         yield section(f"Simpler setups{by_unified(plan)}", bullets(simpler))
     if plan.runners_up:
@@ -115,7 +118,10 @@ def render_verified(proven: Plan, plan: Plan, *, wide: bool = False) -> Iterator
     if shapes_of(plan) != shapes_of(proven):
         yield Text("\nKept in simulated traffic is another plan\n", style="bold")
         yield render_plan(plan, wide=wide)
-    elif changed:
+        return
+    if (of_classes := classes_section(plan)) is not None:
+        yield of_classes
+    if changed:
         notes = bullets([note for note in plan.notes if note not in proven.notes])
         yield section("Simulated traffic", Group(facts(changed), notes))
 

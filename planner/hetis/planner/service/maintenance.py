@@ -11,6 +11,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from hetis.formats.errors import single_problem
+from hetis.formats.units import parse_moment
 from hetis.planner.service.exit_codes import ServiceExitCode
 from hetis.planner.service.settings import Given, load_config
 from hetis.planner.store import Reader
@@ -69,13 +70,10 @@ def check_audit(url: str) -> ServiceExitCode:
 
 
 def _moment(option: str, text: str | None) -> float | None:
-    if text is None:
-        return None
     try:
-        moment = datetime.fromisoformat(text)
-    except ValueError:
-        raise single_problem(option, f"{text!r} is not a time: write it like 2027-01-31T00:00:00Z") from None
-    return (moment if moment.tzinfo is not None else moment.replace(tzinfo=UTC)).timestamp()
+        return None if text is None else parse_moment(text).timestamp()
+    except ValueError as error:
+        raise single_problem(option, str(error)) from None
 
 
 def _as_json(line: AuditLine) -> str:

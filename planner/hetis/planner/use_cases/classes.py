@@ -16,9 +16,10 @@ import numpy as np
 
 from hetis.planner.use_cases.climbing import Carriers, gain_of
 from hetis.planner.use_cases.record.forms import ClassLatency, KeptWithClasses
-from hetis.planner.use_cases.record.parts import Classes
+from hetis.planner.use_cases.record.parts import Classes, Verified
 from hetis.planner.use_cases.simulation.simulate import NothingSimulatedError, Question, answer, default_rate
 from hetis.planner.use_cases.verification.outcome import AS_PLANNED
+from hetis.planner.use_cases.verification.rates import simulation_report
 from hetis.simulator.arrivals import Arrivals, Load
 from hetis.simulator.values import Run
 from hetis.solver.budget import Budget, Report
@@ -35,8 +36,9 @@ LONGEST, MORE_LONGEST = 0.1, 1.5  # drift: this share of the longest prompts bec
 SHORT, LESS_SHORT = 0.5, 0.75  # and this share of the shortest
 BURSTS = 2.0  # coefficient of variation of the gaps between arrivals in bursts
 REQUESTS = 3_000  # of a run
-STEP, PRECISE = 1.15, 0.03  # ratio of rates until one is kept and one missed, and of these in the end
-MOST_STEPS = 12  # rates tried beyond the first, up or down
+STEP, PRECISE = 1.06, 0.03  # ratio of rates until one is kept and one missed, and of these in the end
+MOST_STEPS = 30  # rates tried beyond the first, up or down
+HARDER = 0.88  # share of the rate kept as planned from which that of other traffic is searched
 NEEDS_ROUTER = (
     "replicas for one class of requests need a router that knows prompt lengths, as exports that carry this plan have; "
     "behind any other it keeps far less than a plan without classes"
@@ -117,7 +119,7 @@ class WithClasses:
 def choose(
     without: WithClasses, objective: Objective, cuts: Mapping[str, tuple[RequestClass, ...]], find: Find, *,
     worth: float, seed: int, budget: Budget, report: Report, carriers: Carriers | None = None, target: str = "",
-    simulates: bool = True,
+    verified: Callable[[WithClasses], Plan] | None = None,
 ) -> WithClasses:  # fmt: skip
     """Return the best plan with classes if it is worth its pools, or else the plan without, with a record of both.
 
@@ -129,7 +131,8 @@ def choose(
         worth: share by which it must keep more.
         seed, budget, report: those of simulations.
         carriers: what each export target cannot carry; None: not known. Some must carry all of it, or the ``target``.
-        simulates: whether kept rates are simulated; otherwise the gain is that of the cost model.
+        verified: simulates the plan with classes as that without was, such as with more seats; None: neither was, and
+            the gain is that of the cost model.
     """
     best, name = None, ""
     for cut, classes in cuts.items():
@@ -148,7 +151,8 @@ def choose(
     if why := _not_carried(best, carriers, target):
         return _told(without, replace(record, why_not=why))
     gains = [gain_of(best.plan, without.plan)]
-    if simulates:
+    if verified is not None:
+        best = replace(best, plan=verified(best))
         compared = _Compared(without, best, seed=seed, budget=budget, report=report)
         try:
             record = replace(record, kept=tuple(compared.kept()), ttft=tuple(compared.latencies()))
@@ -204,9 +208,15 @@ class _Compared:
             ("longer prompts", drifted(planned), 1.0, True),
             ("bursts", planned, BURSTS, False),
         ):
-            rates = [self._highest(one, lengths, gap_cv) for one in self._both]
-            self._kept = (rates[0], rates[1]) if lengths is planned and gap_cv == 1.0 else self._kept
-            yield KeptWithClasses(traffic=name, without_rps=rates[0], with_rps=rates[1], counts=counts)
+            starts = (
+                HARDER * kept or Verified.of(one.plan).kept_rps or default_rate(one.plan, one.problem)
+                for one, kept in zip(self._both, self._kept, strict=True)
+            )
+            before, after = (
+                self._highest(one, lengths, gap_cv, rate) for one, rate in zip(self._both, starts, strict=True)
+            )
+            self._kept = self._kept if any(self._kept) else (before, after)
+            yield KeptWithClasses(traffic=name, without_rps=before, with_rps=after, counts=counts)
 
     def latencies(self) -> Iterator[ClassLatency]:
         """Yield the p95 TTFT of each class in both plans, at the lower of the rates that they keep."""
@@ -220,13 +230,12 @@ class _Compared:
                 without_s=before, with_s=after,
             )  # fmt: skip
 
-    def _highest(self, one: WithClasses, lengths: Workload, gap_cv: float) -> float:
-        """Return the highest rate at which every class keeps its limits; 0: none of those tried."""
+    def _highest(self, one: WithClasses, lengths: Workload, gap_cv: float, rate: float) -> float:
+        """Return the highest rate at which every class keeps its limits, searched from a rate; 0: none tried does."""
 
         def keeps(rate: float) -> bool:
             return self._keeps(*self._run(one, lengths, rate, gap_cv))
 
-        rate = default_rate(one.plan, one.problem)
         low, high = (rate, rate * STEP) if keeps(rate) else (rate / STEP, rate)
         rising = low == rate
         for _ in range(MOST_STEPS):
@@ -250,9 +259,10 @@ class _Compared:
             load=load, num_requests=REQUESTS, seeds=(self._seed,), settings=AS_PLANNED,
             limits=one.problem.objective, keep_run=True,
         )  # fmt: skip
+        told = simulation_report(one.plan, self._report)
         found = answer(
             one.plan, one.problem, question, processes=1, is_cancelled=self._budget.cancelled.is_set,
-            report=lambda given, total: None,
+            report=lambda given, total: told(rate, given, total),
         )  # fmt: skip
         if found.run is None or not found.complete:
             raise NothingSimulatedError

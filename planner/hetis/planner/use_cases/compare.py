@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 from hetis.formats.errors import internal_error
 from hetis.planner.use_cases.climbing import Carriers, Climbed
+from hetis.planner.use_cases.grouping import shapes_of
 from hetis.planner.use_cases.place import PlacementSettings, make_plan, simulated_plan
 from hetis.planner.use_cases.precision import for_engine
 from hetis.planner.use_cases.prices import price_of_plan
@@ -28,7 +29,7 @@ from hetis.solver.errors import HetisError, InfeasibleError, InvalidProblemError
 from hetis.solver.placement.families import STRATEGIES, constraints_ignored
 from hetis.solver.placement.outcome import sound_bound
 from hetis.solver.placement.rungs import RUNGS
-from hetis.solver.plan import Objective, ObjectiveKind, Plan, Role, SolveResult, Status
+from hetis.solver.plan import DEFAULT_STRATEGY, Objective, ObjectiveKind, Plan, Role, SolveResult, Status
 from hetis.solver.problem import Assumptions, EngineRules, PlacementProblem
 from hetis.solver.replanning.change import PlanChange, plan_change
 
@@ -40,11 +41,15 @@ ROUNDING = 1e-6  # relative difference from which one plan counts as better than
 _BOUND_OF = "the bound is that of strategy"  # start of a note
 
 NO_PLAN, FAILED = "no plan", "failed"
+DEFAULT_NAME = "place"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Searches:
-    """What several searches have in common. ``budget`` returns the budget of the next one."""
+    """What several searches have in common. ``budget`` returns the budget of the next one.
+
+    With ``has_default``, the plan of the rung that `place` would choose joins those of strategy hetis on the highest.
+    """
 
     loaded: LoadedInputs
     objective: Objective
@@ -52,6 +57,7 @@ class Searches:
     budget: Callable[[], Budget]
     report: Report
     carriers: Carriers | None = None
+    has_default: bool = False
 
     def problem(self, strategy: str) -> PlacementProblem:
         """Return the problem that these inputs define for another strategy, with all of its roles."""
@@ -62,12 +68,14 @@ class Searches:
 class Compared:
     """The outcome of one strategy. ``status`` is its plan's, or what went wrong; ``reasons`` give details.
 
-    ``engine`` is the engine of its plans, or None for published heuristics; ``is_only_engine`` if none was asked for.
+    ``engine`` is the engine of its plans, or None for published heuristics; ``is_only_engine`` if none was asked for;
+    ``is_default`` if it is the plan of the rung that `place` chooses.
     """
 
     strategy: str
     engine: str | None = None
     is_only_engine: bool = False
+    is_default: bool = False
     status: str
     plan: Plan | None = None
     reasons: tuple[str, ...] = ()
@@ -76,7 +84,8 @@ class Compared:
     @property
     def name(self) -> str:
         """The name that distinguishes the outcome from the others."""
-        return self.strategy if self.engine is None or self.is_only_engine else f"{self.strategy}-{self.engine}"
+        name = DEFAULT_NAME if self.is_default else self.strategy
+        return name if self.engine is None or self.is_only_engine else f"{name}-{self.engine}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -120,7 +129,17 @@ def compare_strategies(
                 problem = problem_of(own, problem)
             found[container] = _with_better_plan(found[container], found[strategy].plan, problem, note)
     plans = {name: compared.plan for name, compared in found.items() if compared.plan is not None}
-    return tuple(_with_best_bound(found[strategy], plans) for strategy in dict.fromkeys(strategies))
+    default = _default(asked, plans[DEFAULT_STRATEGY]) if asked.has_default and DEFAULT_STRATEGY in plans else ()
+    return (*default, *(_with_best_bound(found[strategy], plans) for strategy in dict.fromkeys(strategies)))
+
+
+def _default(asked: Searches, highest: Plan) -> tuple[Compared, ...]:
+    """Return the outcome of the rung that `place` chooses, unless it is the plan of the highest."""
+    told = one_of_several(asked.report, 1, 1, f"{DEFAULT_NAME}: ")
+    chosen = planned(replace(asked, settings=replace(asked.settings, strategy=DEFAULT_STRATEGY, rung=""), report=told))
+    if chosen.plan is None or shapes_of(chosen.plan) == shapes_of(highest):
+        return ()
+    return (replace(chosen, is_default=True),)
 
 
 def compare_engines(
@@ -135,21 +154,24 @@ def compare_engines(
     """
     published = [name for name in strategies if STRATEGIES[name].is_published]
     searched = [name for name in strategies if name not in published]
-    found = dict[tuple[str, str | None], Compared]()
+    found = dict[tuple[bool, str, str | None], Compared]()
     for number, (name, rules) in enumerate(engines.items() if searched else (), start=1):
         told = asked.report
         if len(engines) > 1:
             told = one_of_several(told, number, len(engines), f"for {name}, ")
         own = replace(asked, settings=replace(asked.settings, engine=rules), report=told)
         for outcome in compare_strategies(own, searched, total=len(searched) + len(published)):
-            found[outcome.strategy, name] = replace(outcome, engine=name)
+            found[outcome.is_default, outcome.strategy, name] = replace(outcome, engine=name)
     unbound = replace(asked, settings=replace(asked.settings, engine=None))
     for outcome in compare_strategies(
         unbound, published, first=len(searched) + 1, total=len(searched) + len(published)
     ):
-        found[outcome.strategy, None] = outcome
-    order: list[tuple[str, str | None]] = [
-        (one, name) for one in dict.fromkeys(strategies) for name in (*engines, None)
+        found[False, outcome.strategy, None] = outcome
+    order: list[tuple[bool, str, str | None]] = [
+        (default, one, name)
+        for one in dict.fromkeys(strategies)
+        for default in (True, False)
+        for name in (*engines, None)
     ]
     return tuple(found[key] for key in order if key in found)
 

@@ -327,18 +327,18 @@ def _with_classes(
         check(plan, posed)
         return with_losses(replace(plan, notes=(*plan.notes, classes.NEEDS_ROUTER)), posed)
 
+    def verified(one: classes.WithClasses) -> Plan:
+        return kept_plan(
+            with_service_level(one.plan, request.service_level), one.problem, None, seed=settings.seed,
+            budget=_budget(request.simulation_limit_s, budget.cancelled), report=simulation_report(one.plan, report),
+        )  # fmt: skip
+
     found = classes.choose(
         classes.WithClasses(plan=made.plan, problem=made.problem), requested, cuts, find, worth=settings.worth,
         seed=settings.seed, budget=budget, report=report, carriers=carriers, target=settings.target,
-        simulates=request.verify,
+        verified=verified if request.verify else None,
     )  # fmt: skip
-    if not found.plan.classes or not request.verify:
-        return replace(made, plan=found.plan, problem=found.problem)
-    plan = kept_plan(
-        with_service_level(found.plan, request.service_level), found.problem, None, seed=settings.seed,
-        budget=_budget(request.simulation_limit_s, budget.cancelled), report=simulation_report(found.plan, report),
-    )  # fmt: skip
-    return replace(made, plan=plan, problem=found.problem)
+    return replace(made, plan=found.plan, problem=found.problem)
 
 
 def make_plan(

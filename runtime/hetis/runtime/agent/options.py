@@ -21,9 +21,9 @@ from hetis.commands.endpoints import (
     host_of,
     is_loopback,
     is_sendable_token,
+    open_channel,
     split_address,
     split_endpoints,
-    without_proxy,
 )
 from hetis.commands.x509 import ends_of_certificates, moment
 from hetis.engines.errors import OptionError
@@ -216,22 +216,16 @@ class PlannerAddress:
             yield f"a token is not sent to {elsewhere[0]} without TLS; give --tls-ca instead of --insecure"
 
     def search(self) -> LeaderSearch:
-        """Return the search for the leader. Without TLS, one that a planner names is only trusted on this machine."""
-        addresses = split_endpoints(self.server)
-        is_local = all(is_loopback(address) for address in addresses)
-        return LeaderSearch(addresses, lambda address: not self.is_plain or (is_local and is_loopback(address)))
+        return LeaderSearch(split_endpoints(self.server), is_plain=self.is_plain)
 
     def channel(self, endpoint: Endpoint) -> grpc.aio.Channel:
         """Return a new channel that uses the present contents of the files. Raises OSError if one cannot be read."""
         import grpc  # not earlier: it takes the level of its own log from the environment, which the options change
 
-        options = list[tuple[str, str | int]]([*OPTIONS, *without_proxy(endpoint.address)])
-        if self.is_plain:
-            return grpc.aio.insecure_channel(endpoint.address, options=options)
-        credentials = grpc.ssl_channel_credentials(_read(self.ca), _read(self.key), _read(self.cert))
-        if endpoint.name:
-            options += [("grpc.ssl_target_name_override", endpoint.name), ("grpc.default_authority", endpoint.name)]
-        return grpc.aio.secure_channel(endpoint.address, credentials, options=options)
+        files = (self.ca, self.key, self.cert)
+        credentials = None if self.is_plain else grpc.ssl_channel_credentials(*map(_read, files))
+        channel: grpc.aio.Channel = open_channel(grpc.aio, endpoint, OPTIONS, credentials)
+        return channel
 
     def metadata(self) -> tuple[tuple[str, str], ...]:
         """Return the metadata of a call: the token, or nothing if there is none.

@@ -7,13 +7,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Literal, TypeVar
 
 import typer
 
 from hetis.commands.verb import one_of
 from hetis.formats.models.dtypes import KV_PRECISIONS, PRECISIONS, chosen_precision
-from hetis.formats.units import parse_bytes, parse_duration, parse_limit, parse_link_bandwidth, parse_ratio
+from hetis.formats.units import (
+    parse_bytes,
+    parse_duration,
+    parse_limit,
+    parse_link_bandwidth,
+    parse_moment,
+    parse_ratio,
+)
 from hetis.solver.plan import LEAST_DEMAND_RPS, Role
 
 NO_LIMIT = float("inf")
@@ -49,6 +57,11 @@ def positive_duration(text: str) -> float:
 def duration(text: str) -> float:
     """Parse a duration that may be 0: ``30h``."""
     return _parsed(parse_duration, text)
+
+
+def moment(text: str) -> datetime:
+    """Parse an ISO 8601 time, which is UTC without a zone."""
+    return _parsed(parse_moment, text)
 
 
 def device_at(text: str, option: str) -> tuple[str, float]:

@@ -27,13 +27,7 @@ def drain(
     Head groups move away from its attention workers. Replicas with a stage on the node go on serving: to stop them,
     activate a plan without it, which the planner proposes if the cluster's policy says so.
     """
-    from hetis.planner.cli.server.resource_views import resource_data
-    from hetis.v1 import cluster_service_pb2
-
-    name = _node_name(client, node, where)
-    found = client.clusters.DrainNode(cluster_service_pb2.DrainNodeRequest(name=name)).node
-    drained = f"{name} drains"
-    terminal.emit(lambda: resource_data(found), lambda: drained)
+    name = _acted(terminal, client, node, where, "DrainNode", "{} drains")
     terminal.say(
         f"what is on it: hetis-plan agents; plans without it: hetis-plan get plans; undo: hetis-plan undrain {name}"
     )
@@ -49,12 +43,7 @@ def undrain(
     where: InCluster,
 ) -> ExitCode:
     """Let work go to a node again that was drained."""
-    from hetis.planner.cli.server.resource_views import resource_data
-    from hetis.v1 import cluster_service_pb2
-
-    name = _node_name(client, node, where)
-    found = client.clusters.UndrainNode(cluster_service_pb2.UndrainNodeRequest(name=name)).node
-    terminal.emit(lambda: resource_data(found), lambda: f"{name} takes work again")
+    _acted(terminal, client, node, where, "UndrainNode", "{} takes work again")
     return ExitCode.OK
 
 
@@ -70,15 +59,17 @@ def disconnect(
 
     Use this if a node's credentials are misused: revoke them first, or the same agent will reconnect.
     """
-    from hetis.planner.cli.server.resource_views import resource_data
-    from hetis.v1 import cluster_service_pb2
-
-    request = cluster_service_pb2.DisconnectNodeRequest(name=_node_name(client, node, where))
-    found = client.clusters.DisconnectNode(request).node
-    terminal.emit(lambda: resource_data(found), lambda: f"the agent of {found.name} was disconnected")
+    _acted(terminal, client, node, where, "DisconnectNode", "the agent of {} was disconnected")
     return ExitCode.OK
 
 
-def _node_name(client: Client, node: str, where: InCluster) -> str:
+def _acted(terminal: Terminal, client: Client, node: str, where: InCluster, method: str, said: str) -> str:
+    """Call a method of a node, show the node as the planner returns it, and return its name."""
+    from hetis.planner.cli.server.resource_views import resource_data
+    from hetis.v1 import cluster_service_pb2
+
     parent = None if node.startswith("clusters/") else chosen_cluster(client, where.cluster)
-    return full_name("nodes", node, parent)
+    request = getattr(cluster_service_pb2, f"{method}Request")(name=full_name("nodes", node, parent))
+    found = getattr(client.clusters, method)(request).node
+    terminal.emit(lambda: resource_data(found), lambda: said.format(request.name))
+    return str(request.name)

@@ -8,7 +8,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from datetime import UTC, datetime
+from datetime import datetime
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -17,7 +17,7 @@ import typer
 from hetis.commands.terminal import WIDE, OutputFormat, Terminal, in_use
 from hetis.planner.cli.exit_codes import ExitCode
 from hetis.planner.cli.failures import refuse
-from hetis.planner.cli.parameters import options, requests
+from hetis.planner.cli.parameters import options, requests, values
 from hetis.planner.cli.parameters.options import group, option, panel
 from hetis.planner.cli.server.server_verb import (
     IN_CLUSTER,
@@ -263,22 +263,14 @@ def _page(clusters: list[Any], plans: list[Any], *, of_standby: bool) -> Rendera
 _filter = panel("Filters")
 
 
-def _moment(text: str) -> datetime:
-    try:
-        moment = datetime.fromisoformat(text)
-    except ValueError:
-        raise typer.BadParameter(f"{text!r} is not a time: write it like 2027-01-31T00:00:00Z") from None
-    return moment if moment.tzinfo is not None else moment.replace(tzinfo=UTC)
-
-
 @group
 class FilterOptions:
     caller: str = _filter("--caller: Only calls of the caller with this name.", "")
     method: str = _filter("--method: Only this method, such as CreatePlan.", "")
     resource: str = _filter("--resource: Only this resource: the one that was changed, or the chosen plan.", "")
     outcome: str = _filter("--outcome: Only this outcome: OK, REPEATED, or a reason such as ROLE.", "")
-    since: datetime | None = _filter("--since TIME: Only calls from this time on.", parser=_moment)
-    until: datetime | None = _filter("--until TIME: Only calls before this time.", parser=_moment)
+    since: datetime | None = _filter("--since TIME: Only calls from this time on.", parser=values.moment)
+    until: datetime | None = _filter("--until TIME: Only calls before this time.", parser=values.moment)
 
 
 @server_verb()
@@ -299,7 +291,7 @@ def audit(terminal: Terminal, client: Client, *, filters: FilterOptions) -> Exit
     for field, moment in ((request.since_time, filters.since), (request.until_time, filters.until)):
         if moment is not None:
             whole = Timestamp()
-            whole.FromDatetime(moment.astimezone(UTC))
+            whole.FromDatetime(moment)
             field.CopyFrom(whole)
     lines = list(client.list_audited_changes(request))
     terminal.emit(

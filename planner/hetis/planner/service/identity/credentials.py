@@ -25,6 +25,7 @@ from hetis.formats.errors import single_problem
 from hetis.formats.fields import API_VERSION, DocumentPart, Name, entries, validated
 from hetis.formats.files import read_text, unreadable
 from hetis.formats.positions import parse_text
+from hetis.formats.units import parse_moment
 from hetis.planner.callers import ANYBODY, CallerRole, Identity
 from hetis.planner.convert.names import CLUSTER, NODE
 from hetis.planner.failures import Reason, ServiceError
@@ -37,12 +38,7 @@ _NO_TOKENS = re.compile(
 
 
 def _moment(value: str) -> str:
-    try:
-        moment = datetime.fromisoformat(value)
-    except ValueError:
-        moment = None
-    if moment is None or moment.tzinfo is None:
-        raise ValueError(f"{value!r} is not a time: write it like 2027-01-31T00:00:00Z")
+    parse_moment(value, needs_zone=True)
     return value
 
 

@@ -98,6 +98,9 @@ def load_replanning(
         problems += impossible_profiles(given, fleet.gpu_types)
     if problems or found is None or fleet is None:
         raise DocumentError(problems)
+    if found.plan.classes:
+        why = "has pools for classes of requests, which replan does not move: place the new fleet instead"
+        raise single_problem(running, why)
     inputs = found.inputs
     if spec is not None and spec != inputs.model:
         raise single_problem(running, _of_another_model(inputs.model, spec))

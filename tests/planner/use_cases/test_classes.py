@@ -1,0 +1,109 @@
+"""Classes of requests in `place`: where they are cut, and when pools of classes are used."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hetis.formats.documents import load_plan
+from hetis.planner.cli.app import run
+from hetis.planner.cli.exit_codes import ExitCode
+from hetis.planner.use_cases import classes
+from hetis.planner.use_cases.saved_plans import load_plan_and_problem
+from hetis.solver.check import check_plan
+from hetis.solver.errors import InvalidProblemError
+from hetis.solver.workload import LengthBin, Workload
+
+LENGTHS = ((100, 50), (1_000, 30), (8_000, 15), (20_000, 5))
+TRAFFIC = Workload(
+    name="tail",
+    bins=tuple(LengthBin(prompt_tokens=p, output_tokens=100, weight=w) for p, w in LENGTHS),
+)
+FLEET = """
+apiVersion: hetis/v1
+kind: Cluster
+name: mixed
+nodes:
+  - {name: h, gpus: [{type: H100-SXM-80GB, count: 2}]}
+  - {name: a, gpus: [{type: A100-PCIe-80GB, count: 2}]}
+  - {name: l, count: 2, gpus: [{type: L4, count: 4}]}
+  - {name: t, count: 2, gpus: [{type: RTX-3090, count: 2}]}
+network: {bandwidth: 100Gbps, latency: 20us}
+"""
+
+
+def bounds(text: str, workload: Workload = TRAFFIC) -> dict[str, list[int | None]]:
+    cuts = classes.cuts_of(text, workload)
+    return {name: [one.max_prompt_tokens for one in found] for name, found in cuts.items()}
+
+
+def test_cuts_are_the_shortest_prompts_that_have_their_share() -> None:
+    assert bounds("p90") == {"p90": [8_000, None]}
+    assert bounds("p50,p90") == {"p50,p90": [100, 8_000, None]}
+    assert bounds("") == bounds("none") == {}
+    assert bounds("auto") == {name: found for text in classes.TRIED for name, found in bounds(text).items()}
+    own = replace(TRAFFIC, classes=classes.cuts_of("p75", TRAFFIC)["p75"])
+    assert bounds("", own) == {"the workload's": [1_000, None]}
+    assert bounds("none", own) == {}
+
+
+@pytest.mark.parametrize("text", ["p", "p0", "p100", "90", "p90,p50", "p50,p50", "p10,p20,p30,p40", "p90,", "all"])
+def test_what_is_no_cut_is_refused(text: str) -> None:
+    with pytest.raises(InvalidProblemError, match="must be auto, none, or 1 to 3 ascending percentiles"):
+        bounds(text)
+
+
+def test_prompts_that_differ_too_little_are_not_cut() -> None:
+    equal = replace(TRAFFIC, bins=TRAFFIC.bins[:1])
+    with pytest.raises(InvalidProblemError, match="a class would have no requests"):
+        bounds("p50", equal)
+    assert bounds("auto", equal) == {}
+
+
+def test_drift_is_to_longer_prompts() -> None:
+    weights = [one.weight for one in classes.drifted(TRAFFIC).bins]
+    assert weights == [0.75 * 50, 30, 15, 1.5 * 5]
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("classes")
+    (folder / "fleet.yaml").write_text(FLEET)
+    return folder
+
+
+def placed(folder: Path, *options: str, exits: ExitCode = ExitCode.OK) -> dict[str, Any]:
+    out = folder / "plan.json"
+    out.unlink(missing_ok=True)
+    asked = ["-c", str(folder / "fleet.yaml"), "-m", "llama-3.1-8b", "-w", "longbench_lengths", "--ttft", "5s"]
+    assert run(["place", *asked, "--no-other-engines", "--no-verify", *options, "--out", str(out), "-q"]) == exits
+    found: dict[str, Any] = json.loads(out.read_text()) if out.exists() else {}
+    return found
+
+
+def test_a_plan_with_classes_is_taken_where_it_is_worth_them(files: Path) -> None:
+    without = placed(files)
+    plan = placed(files, "--classes", "p50")
+    assert plan["result"]["value"] >= 1.1 * without["result"]["value"]
+    assert [one["name"] for one in plan["classes"]] == ["short", "long"]
+    assert {tuple(one["classes"]) for one in plan["replicas"]} & {("short",), ("long",)}
+    found = load_plan_and_problem(str(files / "plan.json"))
+    assert check_plan(found.plan, found.problem) == ()
+    assert found.plan == load_plan(files / "plan.json")
+    dear = placed(files, "--classes", "p50", "--worth", "50%")
+    assert dear["classes"] == []
+    assert dear["result"]["value"] == without["result"]["value"]
+    assert "50% more is worth" in dear["inputs"]["classes_why_not"]
+    assert placed(files, "--classes", "p50", "--for", "kubernetes")["classes"] == []
+
+
+@pytest.mark.parametrize("option", [("--survive", "node"), ("--profile-error", "20%"), ("--strategy", "hexgen-paper")])
+def test_what_knows_no_classes_is_refused(
+    option: tuple[str, str], files: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    placed(files, "--classes", "p50", *option, exits=ExitCode.INVALID)
+    assert "--classes p50" in capsys.readouterr().err
