@@ -21,7 +21,7 @@ from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
 from hetis.planner.loop.drift import Drift, DriftTest, Expected, expected_shares
-from hetis.planner.loop.forecast import Forecast, History, forecast
+from hetis.planner.loop.forecast import BIN_S, LEVEL_BINS, Forecast, History, forecast
 from hetis.planner.use_cases.other_fleets.replan import PosedReplan, pose_replanning, replan
 from hetis.planner.use_cases.place import PlacementSettings
 from hetis.planner.use_cases.prices import price_of_plan
@@ -38,6 +38,7 @@ from hetis.solver.replanning.replanner import Replanning
 from hetis.solver.workload import Workload
 
 ENOUGH = 1 - 1e-6
+LEVEL_S = LEVEL_BINS * BIN_S
 LEAST_ENDED = 100  # requests that a mix is measured from
 
 
@@ -176,7 +177,8 @@ def decide(
         history: the traffic until now.
         in_force: the plan, and the fleet as it is.
         settings: those of the cluster.
-        drift: the alarm because of which the question is asked; None: it is asked at a regular time.
+        drift: the last alarm, if it is not older than `LEVEL_S`, in which a drift shows in the recent rate; None: there
+            is none.
         ahead: the forecast for a horizon in seconds; None: `forecast.forecast` of the history.
         search: the re-planning; None: `Search`.
 
@@ -196,7 +198,9 @@ class _Deciding:
     ) -> None:  # fmt: skip
         self._in_force, self._settings, self._search, self._drift = in_force, settings, search, drift
         self._now_s, self._plan = history.end_s, in_force.found.plan
-        level = drift.value if drift is not None and not drift.is_of_mix else None
+        level = None
+        if drift is not None and not drift.is_of_mix:
+            level = history.traffic_since(drift.since_s).rate_per_s or drift.value
         ahead = ahead or (lambda horizon_s: forecast(history, horizon_s, settings.coverage, level))
         self._near, self._far = ahead(self._lead_s()), ahead(settings.costs.horizon_s)
         self._workload = self._measured(history)

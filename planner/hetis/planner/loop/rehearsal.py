@@ -23,7 +23,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 
 from hetis.planner.loop.curves import STEP_S, TrafficCurve
-from hetis.planner.loop.decision import InForce, LoopSettings, Search, Verdict, decide, kept_rate
+from hetis.planner.loop.decision import LEVEL_S, InForce, LoopSettings, Search, Verdict, decide, kept_rate
 from hetis.planner.loop.drift import Drift, DriftTest, Expected, dispersion
 from hetis.planner.loop.forecast import BIN_S, KEPT_S, Forecast, History, Window, with_hours
 from hetis.planner.use_cases.other_fleets.replan import PosedReplan
@@ -213,6 +213,7 @@ class _Rehearsing:
         self._in_force = InForce(found=start, fleet=self._whole, since_s=-math.inf)
         self._test: DriftTest | None = None
         self._expected: Expected | None = None
+        self._drift: Drift | None = None  # of the rate, not so long ago
         self._phi = 1.0
         self._asked_s, self._is_due = -math.inf, True
         self._changes, self._alarms = list[Asked](), 0
@@ -259,10 +260,16 @@ class _Rehearsing:
 
     def _ask_if_due(self, now_s: float) -> None:
         drift = None if self._test is None else self._test.drift
+        if drift is not None:
+            self._drift = None if drift.is_of_mix else drift
+        elif self._drift is not None and now_s - self._drift.since_s > LEVEL_S:
+            self._drift = None
         if not self._is_due and drift is None and now_s - self._asked_s < self._follower.every_s:
             return
         history = partial(self._log.history, now_s)
-        answer = self._follower.ask(View(now_s, history, self._in_force, drift, self._log.last_minute_rps()))
+        answer = self._follower.ask(
+            View(now_s, history, self._in_force, drift or self._drift, self._log.last_minute_rps())
+        )
         self._asked_s, self._is_due = now_s, False
         self._alarms += drift is not None
         self._expected = answer.expected
