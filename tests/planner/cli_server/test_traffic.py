@@ -11,7 +11,7 @@ from hetis.formats.workload import load_workload
 from hetis.planner.cli.exit_codes import ExitCode
 from hetis.planner.convert.traffic import HOUR_S, MINUTE_S, TrafficWindow
 from hetis.solver.traffic import SECONDS, TOKENS, Histogram, TrafficSketch
-from hetis.v1 import traffic_pb2
+from hetis.v1 import cluster_pb2, cluster_service_pb2, traffic_pb2
 from tests.planner.cli_server.conftest import Run
 from tests.planner.client.fake_planner import FakePlanner
 
@@ -86,3 +86,32 @@ def test_data_is_the_message(fleet: FakePlanner, hetis_plan: Run) -> None:
     fleet.traffic = measured("one")
     data = json.loads(hetis_plan("traffic", "-o", "json").out)
     assert data["windows"][0]["span"] == "3600s"
+
+
+def test_the_mode_is_set_and_the_rest_of_the_policy_kept(fleet: FakePlanner, hetis_plan: Run) -> None:
+    shown = hetis_plan("traffic", "paper", "--mode", "automatic")
+    update = next(one for one in fleet.requests if isinstance(one, cluster_service_pb2.UpdateClusterRequest))
+    assert update.update_mask.paths == ["policy.traffic"]
+    assert update.cluster.policy == cluster_pb2.ClusterPolicy(traffic=cluster_pb2.REACTION_MODE_AUTOMATIC)
+    assert "clusters/paper: automatic from now on" in shown.err
+
+
+def test_speeds_and_the_decision_are_shown(fleet: FakePlanner, hetis_plan: Run) -> None:
+    fleet.traffic = measured("one")
+    fleet.traffic.attainment = 0.981
+    for replica, ratio, devices in (("", 1.02, []), ("clusters/paper/replicas/r-1", 1.5, ["a100-0/1"])):
+        fleet.traffic.speeds.add(
+            replica=replica, gpu_types=["L4"], tpot_s=0.05 * ratio, expected_tpot_s=0.05, correction_ratio=ratio,
+            error_ratio=0.04, is_slow=bool(replica), devices=devices,
+        )  # fmt: skip
+    fleet.traffic.decision.reason = "More is expected."
+    fleet.traffic.decision.plan = "plans/new"
+    fleet.traffic.decision.desired.add(shape="L4 TP1 32 layers", desired=4, in_force=2)
+    out = hetis_plan("traffic", "paper").out
+    assert max(len(line) for line in out.splitlines()) <= 80
+    words = " ".join(out.split())
+    assert "98.1% of the first tokens of the last 15 min came within the plan's limit" in words
+    assert "r-1 L4 75.0 ms 50.0 ms 1.50 ± 0.04" in words
+    assert "slow:" in words
+    assert "a100-0/1" in words
+    assert "More is expected. Proposed: plans/new. 4 (in force: 2) × L4 TP1 32 layers" in words

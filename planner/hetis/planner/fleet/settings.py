@@ -85,6 +85,15 @@ class ProposalPolicy:
     patience_s: float = 300.0
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrafficPolicy:
+    """The part of a `ClusterPolicy` about changes of traffic."""
+
+    mode: cluster_pb2.ReactionMode.ValueType = cluster_pb2.REACTION_MODE_ADVISORY
+    changes_per_hour: int = 4
+    cool_down_s: float = 600.0
+
+
 def redispatch_policy(message: cluster_pb2.ClusterPolicy) -> RedispatchPolicy:
     default = RedispatchPolicy()
     return RedispatchPolicy(
@@ -101,6 +110,15 @@ def proposal_policy(message: cluster_pb2.ClusterPolicy) -> ProposalPolicy:
     default = ProposalPolicy()
     patience_s = _seconds(message, "placement_patience", default.patience_s)
     return ProposalPolicy(mode=message.placement or default.mode, patience_s=patience_s)
+
+
+def traffic_policy(message: cluster_pb2.ClusterPolicy) -> TrafficPolicy:
+    default = TrafficPolicy()
+    return TrafficPolicy(
+        mode=message.traffic or default.mode,
+        changes_per_hour=message.traffic_changes_per_hour or default.changes_per_hour,
+        cool_down_s=_seconds(message, "traffic_cool_down", default.cool_down_s),
+    )
 
 
 def _seconds(message: cluster_pb2.ClusterPolicy, field: str, default_s: float) -> float:

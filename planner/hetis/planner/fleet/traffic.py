@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from hetis.planner.convert.traffic import HOUR_S, MINUTE_S, TrafficWindow
 from hetis.solver.plan import Role
@@ -45,6 +45,7 @@ class _Observed:
     since_s: float
     until_s: float
     minutes: dict[int, TrafficSketch]
+    total: TrafficSketch = field(default_factory=TrafficSketch)  # since the first reading; `seconds` are a clock
 
     def window(self, model: str, start_s: int) -> TrafficWindow:
         seconds = min(start_s + MINUTE_S, self.until_s) - max(start_s, self.since_s)
@@ -70,9 +71,10 @@ class TrafficWindows:
         begin_s = now_s - added.seconds
         seen = self._observed.get(model)
         if seen is None or begin_s - seen.until_s > SILENCE_S:
-            minutes = {} if seen is None else seen.minutes
-            seen = self._observed[model] = _Observed(since_s=begin_s, until_s=now_s, minutes=minutes)
+            seen = seen or _Observed(since_s=begin_s, until_s=now_s, minutes={})
+            self._observed[model], seen.since_s = seen, begin_s
         seen.since_s, seen.until_s = min(seen.since_s, begin_s), max(seen.until_s, now_s)
+        seen.total = replace(seen.total.beside(added), seconds=seen.until_s)
         first = max(int(begin_s // MINUTE_S) * MINUTE_S, self._closed_s, int(now_s) - HOUR_S)
         for start_s in range(first - first % MINUTE_S, int(now_s) + 1, MINUTE_S):
             share = (min(now_s, start_s + MINUTE_S) - max(begin_s, start_s)) / added.seconds
@@ -80,6 +82,10 @@ class TrafficWindows:
                 part = added if share >= 1 else added.times(share)
                 seen.minutes[start_s] = seen.minutes[start_s].beside(part) if start_s in seen.minutes else part
         return added
+
+    def total(self, model: str) -> TrafficSketch | None:
+        """Return what was observed of a model since the planner's start, as a cumulative reading; None: nothing."""
+        return self._observed[model].total if model in self._observed else None
 
     def complete(self, now_s: float) -> list[TrafficWindow]:
         """Complete the windows whose time is over, and return them."""

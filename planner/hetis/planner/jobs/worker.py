@@ -24,7 +24,7 @@ _CRASHED = 70  # EX_SOFTWARE
 
 def main() -> None:
     inbox, outbox = _private_pipes()
-    _be_the_first_to_go()
+    be_the_first_to_go()
     # Load the libraries, which takes seconds, before there is work.
     from hetis.planner.jobs.searching import Searcher
 
@@ -74,7 +74,7 @@ def _private_pipes() -> tuple[BinaryIO, FrameSender]:
     return inbox, FrameSender(outbox)
 
 
-def _be_the_first_to_go() -> None:
+def be_the_first_to_go() -> None:
     """Make the kernel kill this process rather than the service when memory runs out. Linux only."""
     with suppress(OSError):
         Path("/proc/self/oom_score_adj").write_text("500")

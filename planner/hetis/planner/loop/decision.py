@@ -134,17 +134,18 @@ class Decision:
     usd_per_hour: float | None = None
 
 
-class Search:
-    """Re-planning within the time limit of the settings' searches."""
+Solve = Callable[[PosedReplan, LoopSettings], Replanning]
+Least = Callable[[PosedReplan], float]  # what every plan is known to cost at least, without a search; 0: nothing
 
-    def solve(self, posed: PosedReplan, settings: LoopSettings) -> Replanning:
-        """Raises InfeasibleError or NoPlanFoundError."""
-        budget = Budget(time_limit_s=settings.search.time_limit_s)
-        return replan(posed, settings.costs, settings.max_moves, verify=settings.verify, budget=budget, report=silent)
 
-    def least(self, posed: PosedReplan) -> float:
-        """Return what every plan is known to cost at least, without a search; 0: nothing is known."""
-        return 0.0
+def solve(posed: PosedReplan, settings: LoopSettings) -> Replanning:
+    """Re-plan, within the time limit of the settings' searches. Raises InfeasibleError or NoPlanFoundError."""
+    budget = Budget(time_limit_s=settings.search.time_limit_s)
+    return replan(posed, settings.costs, settings.max_moves, verify=settings.verify, budget=budget, report=silent)
+
+
+def _nothing_known(_posed: PosedReplan) -> float:
+    return 0.0
 
 
 def kept_rate(plan: Plan, problem: PlacementProblem) -> float:
@@ -169,7 +170,7 @@ def kept_rate(plan: Plan, problem: PlacementProblem) -> float:
 
 def decide(
     history: History, in_force: InForce, settings: LoopSettings, *, drift: Drift | None = None,
-    ahead: Callable[[float], Forecast] | None = None, search: Search | None = None,
+    ahead: Callable[[float], Forecast] | None = None, solve: Solve = solve, least: Least = _nothing_known,
 ) -> Decision:  # fmt: skip
     """Return what to do at the end of a history.
 
@@ -180,13 +181,14 @@ def decide(
         drift: the last alarm, if it is not older than `LEVEL_S`, in which a drift shows in the recent rate; None: there
             is none.
         ahead: the forecast for a horizon in seconds; None: `forecast.forecast` of the history.
-        search: the re-planning; None: `Search`.
+        solve: the re-planning.
+        least: what is known without it.
 
     Raises:
         InvalidProblemError: nothing was measured yet, or the plan has no re-planning.
         UncheckedPlanError: a new plan fails the independent checker.
     """
-    return _Deciding(history, in_force, settings, drift, ahead, search or Search()).decision()
+    return _Deciding(history, in_force, settings, drift, ahead, solve, least).decision()
 
 
 class _Deciding:
@@ -194,9 +196,10 @@ class _Deciding:
 
     def __init__(
         self, history: History, in_force: InForce, settings: LoopSettings, drift: Drift | None,
-        ahead: Callable[[float], Forecast] | None, search: Search,
+        ahead: Callable[[float], Forecast] | None, solve: Solve, least: Least,
     ) -> None:  # fmt: skip
-        self._in_force, self._settings, self._search, self._drift = in_force, settings, search, drift
+        self._in_force, self._settings, self._drift = in_force, settings, drift
+        self._solve, self._least = solve, least
         self._now_s, self._plan = history.end_s, in_force.found.plan
         level = None
         if drift is not None and not drift.is_of_mix:
@@ -246,10 +249,10 @@ class _Deciding:
         objective = self._plan.objective
         posed = self._posed(objective.kind, demand_rps)
         now = self._value_now(objective)
-        if not objective.maximises and now - (least := self._search.least(posed)) < self._settings.least_gain * now:
+        if not objective.maximises and now - (least := self._least(posed)) < self._settings.least_gain * now:
             return self._keep(f"No plan costs less than {least:.4g} {objective.unit}.")
         try:
-            found = self._search.solve(posed, self._settings)
+            found = self._solve(posed, self._settings)
         except (InfeasibleError, NoPlanFoundError):
             return self._keep("")
         sign = 1.0 if objective.maximises else -1.0
@@ -268,7 +271,7 @@ class _Deciding:
         for kind in kinds:
             posed = self._posed(kind, demand_rps)
             try:
-                found = self._search.solve(posed, self._settings)
+                found = self._solve(posed, self._settings)
             except (InfeasibleError, NoPlanFoundError) as error:
                 why = str(error)
                 continue

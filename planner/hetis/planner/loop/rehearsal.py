@@ -23,7 +23,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 
 from hetis.planner.loop.curves import STEP_S, TrafficCurve
-from hetis.planner.loop.decision import LEVEL_S, InForce, LoopSettings, Search, Verdict, decide, kept_rate
+from hetis.planner.loop.decision import LEVEL_S, InForce, LoopSettings, Verdict, decide, kept_rate, solve
 from hetis.planner.loop.drift import Drift, DriftTest, Expected, dispersion
 from hetis.planner.loop.forecast import BIN_S, KEPT_S, Forecast, History, Window, with_hours
 from hetis.planner.use_cases.other_fleets.replan import PosedReplan
@@ -120,7 +120,7 @@ class Rehearsal:
     changes: tuple[Asked, ...]
 
 
-class RememberingSearch(Search):
+class RememberingSearch:
     """A search that a rehearsal of many days can afford: it answers no question twice.
 
     Demands are rounded up to a percent. The least cost of a demand does not fall if the demand rises, so that the bound
@@ -139,7 +139,7 @@ class RememberingSearch(Search):
             posed = replace(posed, problem=replace(posed.problem, objective=objective), asked=objective)
         key = posed.running.replicas, demand, _kind(posed)
         if key not in self._solved:
-            self._solved[key] = found = super().solve(posed, settings)
+            self._solved[key] = found = solve(posed, settings)
             if demand is not None:
                 self._bounds.setdefault(_kind(posed), []).append((demand, found.plan.result.bound))
         return self._solved[key]
@@ -158,7 +158,7 @@ def _kind(posed: PosedReplan) -> object:
 class LoopFollower:
     """The loop itself. With ``truth`` it knows the rates to come, as a perfect forecast would."""
 
-    def __init__(self, settings: LoopSettings, search: Search, truth: TrafficCurve | None = None) -> None:
+    def __init__(self, settings: LoopSettings, search: RememberingSearch, truth: TrafficCurve | None = None) -> None:
         self.name = "loop" if truth is None else "perfect forecast"
         self.every_s = settings.every_s
         self._settings, self._search, self._truth = settings, search, truth
@@ -166,7 +166,7 @@ class LoopFollower:
     def ask(self, view: View) -> Answer:
         found = decide(
             view.history(), view.in_force, self._settings, drift=view.drift, ahead=self._ahead(view.now_s),
-            search=self._search,
+            solve=self._search.solve, least=self._search.least,
         )  # fmt: skip
         change = None
         if found.verdict is Verdict.CHANGE and found.found is not None:

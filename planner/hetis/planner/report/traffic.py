@@ -16,6 +16,7 @@ from hetis.planner.report.tables import as_group, section, table
 from hetis.planner.use_cases.json_values import document
 from hetis.planner.use_cases.speeds import Speed
 from hetis.solver.traffic import TrafficSketch
+from hetis.v1.traffic_pb2 import TrafficDecision
 
 TRAFFIC_COLUMNS = ("'time", "requests/s", "prompt", "p95", "output", "p95", "hits", "TTFT p95", "TPOT")
 
@@ -43,6 +44,15 @@ def speed_cells(one: Speed) -> Iterator[str]:
     yield seconds(one.expected_s)
     yield f"{one.correction:.2f} ± {one.error:.2f}" if math.isfinite(one.error) else f"{one.correction:.2f}"
     yield "" if not one.is_slow else f"slow: {', '.join(one.devices)}" if one.replica else "slower than the profile"
+
+
+def decision_lines(decision: TrafficDecision) -> Iterator[str]:
+    """Yield what the planner would do about the traffic, why, and with which replicas."""
+    yield decision.reason
+    if decision.plan:
+        yield f"Proposed: {decision.plan}."
+    for one in decision.desired:
+        yield f"{one.desired} (in force: {one.in_force}) × {one.shape}"
 
 
 # --- rehearsals

@@ -285,15 +285,17 @@ class PlanCreation:
             return await answered_before(self._store, request, pb2.CreatePlanResponse, error)
         return await self._make(request, answer)
 
-    async def propose(self, cluster: str, spec: plan_pb2.PlanSpec, reason: str) -> str:
-        """Create a plan for the planner itself because of ``reason``; return its name. Raises as `create` does."""
-        checks = Checks()
-        read = await read_spec(checks, spec, self._limits)
-        checks.raise_if_wrong()
-        assert read is not None
-        request = pb2.CreatePlanRequest(plan=plan_pb2.Plan(cluster=cluster, spec=spec))
-        made = await self._make(request, await self._posed(cluster, read), proposal_reason=reason)
-        return made.plan.name
+    async def propose(
+        self, cluster: str, spec: plan_pb2.PlanSpec | None, reason: str, *, found: Plan | None = None,
+        gains: plan_pb2.TrafficProposal | None = None,
+    ) -> str:  # fmt: skip
+        """Create a plan for the planner itself because of ``reason``; return its name. Raises as `create` does.
+
+        It is searched, unless it was ``found`` already; ``gains`` says what for.
+        """
+        request = pb2.CreatePlanRequest(plan=plan_pb2.Plan(cluster=cluster, spec=spec, traffic_proposal=gains))
+        answer = await (self._answer(request) if found is None else self._imported(cluster, found, ""))
+        return (await self._make(request, answer, proposal_reason=reason)).plan.name
 
     async def _answer(self, request: pb2.CreatePlanRequest) -> SearchableProblem | ImportedPlan:
         """Return the problem to be searched, or the imported plan. Raises an error if the request is invalid."""
@@ -424,10 +426,13 @@ class PlanCreation:
             origin=plan_pb2.PLAN_ORIGIN_PROPOSAL if proposal_reason else plan_pb2.PLAN_ORIGIN_CALLER,
             proposal_reason=proposal_reason,
         )
+        if proposal_reason and given.HasField("traffic_proposal"):
+            body.traffic_proposal.CopyFrom(given.traffic_proposal)
         state = plan_pb2.PLAN_STATE_QUEUED
         if isinstance(answer, ImportedPlan):
             state = plan_pb2.PLAN_STATE_READY
             body.result.CopyFrom(result_to_proto(answer.plan, answer.document))
+        if given.WhichOneof("source") == "imported":
             body.imported.kind = body.result.document.kind
             body.imported.source_name = given.imported.source_name
             body.imported.digest = body.result.document.digest

@@ -27,7 +27,7 @@ from hetis.planner.fleet.settings import ProposalPolicy, proposal_policy
 from hetis.planner.fleet.views import Clock, FleetObserver
 from hetis.planner.resources.plan_activation import PlanActivation
 from hetis.planner.resources.plan_creation import PlanCreation
-from hetis.planner.resources.plan_documents import SEARCHING, PlanDocuments
+from hetis.planner.resources.plan_documents import SEARCHING, AnsweredPlan, PlanDocuments
 from hetis.planner.resources.plans import Plans
 from hetis.planner.store import PlanRecord, Store, etag_of
 from hetis.solver.cluster import node_of
@@ -76,8 +76,10 @@ class StoredPlacements:
                 del self._kept[next(iter(self._kept))]
         return kept
 
-    async def open_proposals(self, cluster: str) -> list[str]:
-        """Return the names of the proposals that were never activated, the newest first."""
+    async def open_proposals(self, cluster: str, *, of_traffic: bool = False) -> list[str]:
+        """Return the names of the proposals that were never activated, the newest first: those because of capacity, or
+        those because of traffic.
+        """
         inactive = plan_pb2.ACTIVATION_STATE_INACTIVE
         records = await self._store.read(lambda reader: reader.plans.all(cluster=cluster))
         return [
@@ -86,6 +88,7 @@ class StoredPlacements:
             if record.body.origin == plan_pb2.PLAN_ORIGIN_PROPOSAL
             and record.activation == inactive
             and not record.body.HasField("activate_time")
+            and record.body.HasField("traffic_proposal") == of_traffic
         ]
 
     async def capacity_of(self, plan: str) -> frozenset[str]:
@@ -112,9 +115,18 @@ class StoredPlacements:
             if error.reason not in (Reason.ERROR_REASON_NOT_FOUND, Reason.ERROR_REASON_RESOURCE_IN_USE):
                 raise
 
+    async def answered(self, plan: str) -> AnsweredPlan | None:
+        """Return a plan with its document; None if it was deleted."""
+        record = await self._store.read(lambda reader: reader.plans.get(plan))
+        return None if record is None else await self._documents.of(record)
+
     async def activate(self, plan: str) -> None:
         """Activate a plan. Raises ServiceError if that is impossible now."""
         await self._activation.activate(pb2.ActivatePlanRequest(name=plan))
+
+    async def roll_back(self, plan: str) -> None:
+        """Activate the plan before the one in force. Raises ServiceError if that is impossible now."""
+        await self._activation.rollback(pb2.RollbackPlanRequest(name=plan))
 
 
 @dataclass(slots=True)

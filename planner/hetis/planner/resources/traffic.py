@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from hetis.planner.convert import names
@@ -29,18 +29,18 @@ from hetis.v1 import report_pb2, traffic_pb2
 
 FOLD_S = 5.0
 RECENT_MINUTES = 15  # of speeds and attainment
+RECENT_S = 60.0 * RECENT_MINUTES
 LEAST_REQUESTS = 100  # that ended, from which lengths are taken as measured
 _log = logging.getLogger("hetis.planner.traffic")
 
 
 @dataclass(slots=True)
 class _Source:
-    """A replica that reports: the model of its plan, its role, and its last minutes by their number.
+    """A replica that reports: the model that it serves, its role, and its last minutes by their number.
 
     A minute has seconds between tokens, their number, the requests that ran, and how often they were looked at.
     """
 
-    plan: str
     model: str
     role: Role
     minutes: dict[int, tuple[float, float, float, int]] = field(default_factory=dict)
@@ -65,6 +65,7 @@ class TrafficNow:
 
     windows: Sequence[TrafficWindow] = ()
     speeds: Sequence[Speed] = ()
+    decision: traffic_pb2.TrafficDecision | None = None
 
 
 @dataclass(slots=True, eq=False)
@@ -81,6 +82,7 @@ class MeasuredTraffic(FleetObserver):
     _unsaved: dict[str, TrafficRecord] = field(default_factory=dict)
     _speeds: dict[str, list[Speed]] = field(default_factory=dict)
     _compared_s: float = 0.0
+    decision_of: Callable[[str], traffic_pb2.TrafficDecision | None] = lambda cluster: None  # set by whoever decides
 
     # --- FleetObserver
 
@@ -146,24 +148,24 @@ class MeasuredTraffic(FleetObserver):
             if live is None or record is None:
                 return None
             model = (await self._documents.of(record)).problem.model.name
-            self._sources[replica] = _Source(live.plan, model, role_of(live.shape))
+            self._sources[replica] = _Source(model, role_of(live.shape))
         return self._sources[replica]
 
     async def _compare(self, cluster: str, now_s: float) -> list[Speed]:
         """Compare the replicas of the plan in force with their profiles."""
-        plan = await self._plan_in_force(cluster)
+        plan = await self.plan_in_force(cluster)
         if plan is None:
             return []
         replicas = list[MeasuredReplica]()
         for live in self._fleet.replicas_of(cluster):
             source = self._sources.get(live.name)
-            if source is not None and source.plan == plan.record.name and (samples := source.samples(now_s)):
+            if source is not None and live.plan == plan.record.name and (samples := source.samples(now_s)):
                 slow = tuple(_slow_devices(live.report)) if live.report is not None else ()
                 shape = replica_from_proto(live.shape)
                 replicas.append(MeasuredReplica(name=live.name, plan=shape, samples=samples, slow_devices=slow))
         if not replicas:
             return []
-        recent = self._recent(cluster, plan.problem.model.name, now_s)
+        recent = self._since(cluster, plan.problem.model.name, now_s - RECENT_S)
 
         def compared() -> list[Speed]:
             many = min(recent.prompt_tokens.count, recent.output_tokens.count) >= LEAST_REQUESTS
@@ -171,7 +173,9 @@ class MeasuredTraffic(FleetObserver):
 
         return await run_in_thread_gc_paused(compared)
 
-    async def _plan_in_force(self, cluster: str) -> AnsweredPlan | None:
+    async def plan_in_force(self, cluster: str) -> AnsweredPlan | None:
+        """Return the plan that is in force or being activated."""
+
         def read(reader: Reader) -> PlanRecord | None:
             found = reader.clusters.get(cluster)
             return None if found is None or not found.active_plan else reader.plans.get(found.active_plan)
@@ -179,9 +183,8 @@ class MeasuredTraffic(FleetObserver):
         record = await self._store.read(read)
         return None if record is None else await self._documents.of(record)
 
-    def _recent(self, cluster: str, model: str, now_s: float) -> TrafficSketch:
+    def _since(self, cluster: str, model: str, since_s: float) -> TrafficSketch:
         windows = self._clusters[cluster].windows() if cluster in self._clusters else []
-        since_s = now_s - RECENT_MINUTES * MINUTE_S
         recent = [one for one in windows if one.model == model and one.span_s == MINUTE_S and one.start_s >= since_s]
         return sum((one.traffic for one in recent), TrafficSketch())
 
@@ -211,22 +214,31 @@ class MeasuredTraffic(FleetObserver):
         cluster = cluster_of(request.name)
         await self._store.read(lambda reader: reader.clusters.require(cluster))
         await self.windows_of(cluster)
-        now, plan = self.now(cluster), await self._plan_in_force(cluster)
-        found = traffic_pb2.ClusterTraffic(
+        now, plan = self.now(cluster), await self.plan_in_force(cluster)
+        shown = traffic_pb2.ClusterTraffic(
             name=request.name,
             windows=(one.to_proto() for one in now.windows),
             speeds=map(_speed_to_proto, now.speeds),
         )
-        if plan is not None and (limit_s := plan.plan.objective.ttft_limit_s) is not None:
-            recent = self._recent(cluster, plan.problem.model.name, self._clock.time())
-            if recent.ttft_s.count:
-                found.attainment = recent.ttft_s.share_within(limit_s)
-        return pb.GetClusterTrafficResponse(cluster_traffic=found)
+        if plan is not None and (found := self.attainment(cluster, plan, self._clock.time() - RECENT_S)) is not None:
+            shown.attainment = found[0]
+        if (decision := self.decision_of(cluster)) is not None:
+            shown.decision.CopyFrom(decision)
+        return pb.GetClusterTrafficResponse(cluster_traffic=shown)
+
+    def attainment(self, cluster: str, plan: AnsweredPlan, since_s: float) -> tuple[float, TrafficSketch] | None:
+        """Return the share of first tokens within the plan's limit, and the traffic, since a time within minutes; None
+        if there is no limit, or nothing was measured.
+        """
+        recent, limit_s = self._since(cluster, plan.problem.model.name, since_s), plan.plan.objective.ttft_limit_s
+        if limit_s is None or not recent.ttft_s.count:
+            return None
+        return recent.ttft_s.share_within(limit_s), recent
 
     def now(self, cluster: str) -> TrafficNow:
         """Return what is in memory, for display."""
         windows = self._clusters[cluster].windows() if cluster in self._clusters else []
-        return TrafficNow(windows=windows, speeds=self._speeds.get(cluster, ()))
+        return TrafficNow(windows=windows, speeds=self._speeds.get(cluster, ()), decision=self.decision_of(cluster))
 
 
 def _slow_devices(report: report_pb2.ReplicaReport) -> Iterator[str]:

@@ -26,6 +26,7 @@ from hetis.planner.resources.plans import Plans
 from hetis.planner.resources.profiles import Profiles
 from hetis.planner.resources.proposals import PlacementProposals, StoredPlacements
 from hetis.planner.resources.traffic import MeasuredTraffic
+from hetis.planner.resources.traffic_loop import TrafficLoop
 from hetis.planner.resources.watches import ClusterWatches, RunningResources
 from hetis.planner.service.audit_refusals import AuditRefusals
 from hetis.planner.service.loops import Loops
@@ -93,6 +94,8 @@ class Term:
         fleet.add_observer(self._proposals)
         self._traffic = MeasuredTraffic(store, fleet, documents, clock)
         fleet.add_observer(self._traffic)
+        self._traffic_loop = TrafficLoop(fleet, reader, self._traffic, placements, creation, clock)
+        self._traffic.decision_of = self._traffic_loop.decision_of
 
         parts = SimpleNamespace(
             clusters=clusters,
@@ -145,6 +148,7 @@ class Term:
         self._loops.start("placement proposals", self._proposals.run())
         self._loops.start("the KV history", self._kv.run())
         self._loops.start("measured traffic", self._traffic.run())
+        self._loops.start("decisions about traffic", self._traffic_loop.run())
         await self._searches.resume()
         self._pool.start()
         self._loops.start("the solver slots", self._pool.until_failed())

@@ -6,12 +6,14 @@ the profiles (the same draws for both plans), if no less is left without the wor
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import itertools
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
-from hetis.planner.use_cases.grouping import shapes_of
+from hetis.planner.use_cases.grouping import group_replicas, shapes_of
 from hetis.planner.use_cases.prices import price_of_plan
 from hetis.planner.use_cases.record.forms import RungFound
 from hetis.planner.use_cases.record.parts import Verified
@@ -23,14 +25,14 @@ from hetis.solver.budget import Budget
 from hetis.solver.cluster import node_of
 from hetis.solver.errors import InfeasibleError, NoPlanFoundError
 from hetis.solver.placement.rungs import RUNGS, lowest_rung, rungs_of
-from hetis.solver.plan import Plan
+from hetis.solver.plan import AttentionWorkerPool, Plan, ReplicaPlan, StagePlan
 from hetis.solver.problem import PlacementProblem
 from hetis.solver.profile import Fit
 
 DEFAULT_WORTH = 0.1
 LEAST_LAYERS = 4  # of each of several stages, unless no other plan fits
 DRAWS = 21  # profiles with errors under which two plans are compared
-SURE = 0.9  # share of the draws in which a rung must gain enough
+MISSED = 2  # of these in which a rung may gain too little
 SAME = 1e-6  # ratio below which two values are the same
 HIGHEST = next(reversed(RUNGS))
 
@@ -194,7 +196,8 @@ class _Rungs:
         if gain < self._how.worth or (row.left_rps or 0.0) < (other.left_rps or 0.0) * (1.0 - SAME):
             return False
         gains = gains_under_errors(plan, simpler, replace(self._problem, objective=plan.objective))
-        return gains[int((1.0 - SURE) * len(gains))] >= self._how.worth
+        too_small = (number for number, gain in enumerate(gains) if gain < self._how.worth)
+        return sum(1 for _ in itertools.islice(too_small, MISSED + 1)) <= MISSED
 
     def _row(self, name: str, lower: Mapping[str, RungFound]) -> RungFound:
         plan = self.plans.get(name)
@@ -220,8 +223,31 @@ class _Rungs:
             of=of,
             targets=None
             if carriers is None
-            else tuple(name for name, lost in carriers(plan, self._problem).items() if not lost),
+            else tuple(name for name, lost in carriers(_one_of_each(plan), self._problem).items() if not lost),
         )
+
+
+def _one_of_each(plan: Plan) -> Plan:
+    """Return the plan with one of its replicas of each shape, as far as that says which targets carry all of it.
+
+    That is so if no replica exchanges KV, and no node has several GPU types, for which targets have reasons.
+    """
+    types = defaultdict[str, set[str]](set)
+    for replica in plan.replicas:
+        parts: list[StagePlan | AttentionWorkerPool] = [*replica.stages, *replica.attention_workers]
+        for part in parts:
+            for device in part.devices:
+                types[node_of(device)].add(part.gpu)
+    if plan.kv_routes or plan.classes or max(map(len, types.values()), default=0) > 1:
+        return plan
+    kept = dict[object, ReplicaPlan]()
+    for group in group_replicas(plan.replicas):
+        for number in group.numbers:
+            replica = plan.replicas[number]
+            nodes = dict.fromkeys(map(node_of, replica.devices()))
+            order = {node: i for i, node in enumerate(nodes)}
+            kept.setdefault((group.numbers[0], *(order[node_of(name)] for name in replica.devices())), replica)
+    return replace(plan, replicas=tuple(kept.values()))
 
 
 def planned_rate(plan: Plan, problem: PlacementProblem) -> float:
@@ -237,8 +263,8 @@ def gain_of(plan: Plan, other: Plan) -> float:
     return two / one - 1.0 if one else 0.0
 
 
-def gains_under_errors(plan: Plan, other: Plan, problem: PlacementProblem, seed: int = 0) -> list[float]:
-    """Return what a plan gains over another if profiles are off by the errors that they state, from the least.
+def gains_under_errors(plan: Plan, other: Plan, problem: PlacementProblem, seed: int = 0) -> Iterator[float]:
+    """Yield what a plan gains over another if profiles are off by the errors that they state, draw by draw.
 
     Both are priced with the same draws, in which every fit has a factor of its own. A plan for a demand counts with
     what it serves of the demand for its cost.
@@ -247,7 +273,7 @@ def gains_under_errors(plan: Plan, other: Plan, problem: PlacementProblem, seed:
     gpus = sorted(set().union(*(one.gpus for one in fixed)))
     sizes = tp_sizes(plan, problem) | tp_sizes(other, problem)
     profiles = used_fits({gpu: problem.profiles[gpu] for gpu in gpus}, problem.model, sizes)
-    rng, found = np.random.default_rng(seed), list[float]()
+    rng = np.random.default_rng(seed)
     for _ in range(DRAWS):
 
         def factor(_gpu: str, fit: Fit) -> float:
@@ -256,8 +282,7 @@ def gains_under_errors(plan: Plan, other: Plan, problem: PlacementProblem, seed:
 
         drawn = scaled_by(profiles, factor)
         mine, its = (_worth_of(one.as_planned(drawn).rate, of) for one, of in zip(fixed, (plan, other), strict=True))
-        found.append(mine / its - 1.0 if its else float("inf"))
-    return sorted(found)
+        yield mine / its - 1.0 if its else float("inf")
 
 
 def _worth_of(rate: float, plan: Plan) -> float:

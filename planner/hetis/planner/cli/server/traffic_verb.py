@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -24,13 +24,20 @@ if TYPE_CHECKING:
 
 TRAFFIC_EXAMPLES = """Examples:\n
 hetis-plan traffic prod\n
-hetis-plan traffic prod --last 7d --out workload.yaml"""
+hetis-plan traffic prod --last 7d --out workload.yaml\n
+hetis-plan traffic prod --mode automatic"""
 _UNITS_S = {"m": 60.0, "h": 3600.0, "d": 86400.0}
 _LAST = re.compile(r"([1-9]\d{0,3})([mhd])")
 
 
+Mode = Literal["off", "advisory", "automatic"]
+
+
 @group
 class TrafficOptions:
+    mode: Mode | None = option(
+        "--mode MODE: From now on do nothing about changes of traffic, propose plans, or activate them, too."
+    )
     last: str = option("--last DURATION: Time before now of which --out makes a workload: 30m, 12h, 7d.", "1h")
     model: str | None = option("--model -m NAME: Model.", shown="the only one")
     out: str | None = option("--out FILE|-: Write a Workload file (YAML) for place; - is stdout.")
@@ -54,7 +61,11 @@ def traffic(
 
     if not (last := _LAST.fullmatch(given.last)) or (last_s := int(last[1]) * _UNITS_S[last[2]]) > 15 * _UNITS_S["d"]:
         raise typer.BadParameter(f"--last is {given.last[:40]!r}, must be a duration up to 15d, such as 30m, 12h or 7d")
-    name = f"{chosen_cluster(client, cluster)}/traffic"
+    parent = chosen_cluster(client, cluster)
+    name = f"{parent}/traffic"
+    if given.mode is not None:
+        _set_mode(client, parent, given.mode)
+        terminal.say(f"{parent}: {given.mode} from now on")
     found = client.clusters.GetClusterTraffic(GetClusterTrafficRequest(name=name)).cluster_traffic
     models = models_of(map(TrafficWindow.from_proto, found.windows))
     known = ", ".join(one.name for one in models) or "none"
@@ -71,6 +82,17 @@ def traffic(
         why = f"there is traffic of several models: give --model, one of {known}" if models else "nothing was measured"
         return refuse(terminal, ExitCode.CONFLICT, why)
     return _write(terminal, models[0], last_s, given)
+
+
+def _set_mode(client: Client, cluster: str, mode: Mode) -> None:
+    from google.protobuf.field_mask_pb2 import FieldMask
+
+    from hetis.v1.cluster_pb2 import Cluster, ClusterPolicy, ReactionMode
+    from hetis.v1.cluster_service_pb2 import UpdateClusterRequest
+
+    policy = ClusterPolicy(traffic=ReactionMode.Value(f"REACTION_MODE_{mode.upper()}"))
+    mask = FieldMask(paths=["policy.traffic"])
+    client.clusters.UpdateCluster(UpdateClusterRequest(cluster=Cluster(name=cluster, policy=policy), update_mask=mask))
 
 
 def _write(terminal: Terminal, model: ModelTraffic, last_s: float, given: TrafficOptions) -> ExitCode:
@@ -97,7 +119,7 @@ def _table(models: list[ModelTraffic], found: ClusterTraffic) -> RenderableType:
     from rich.console import Group
 
     from hetis.planner.report.tables import section, table
-    from hetis.planner.report.traffic import SPEED_COLUMNS, TRAFFIC_COLUMNS, speed_cells, traffic_cells
+    from hetis.planner.report.traffic import SPEED_COLUMNS, TRAFFIC_COLUMNS, decision_lines, speed_cells, traffic_cells
 
     parts: list[RenderableType] = []
     for model in models:
@@ -108,8 +130,8 @@ def _table(models: list[ModelTraffic], found: ClusterTraffic) -> RenderableType:
     if found.speeds:
         speeds = (speed_cells(_speed(one)) for one in found.speeds)
         parts.append(section("Speed beside profiles", table(*SPEED_COLUMNS, rows=speeds)))
-    if found.HasField("decision"):
-        parts.append(section("Decision", found.decision.reason))
+    if found.decision.reason:
+        parts.append(section("Decision", "\n".join(decision_lines(found.decision))))
     return Group(*parts)
 
 

@@ -62,6 +62,9 @@ class ServiceMetrics:
             "hetis_planner_activation", "1 for how far the active plan of a cluster is.", ["cluster", "state"]
         )
         self._plans = gauge("hetis_planner_plans", "Plans by state.", ["state"])
+        self._desired = gauge(
+            "hetis_desired_replicas", "Replicas that the planner would have for the traffic.", ["cluster", "shape"]
+        )
         self._queued = gauge("hetis_planner_searches_queued", "Searches waiting for a process.")
         self._searching = gauge("hetis_planner_searches_running", "Searches running in a process.")
         self._processes = gauge("hetis_planner_solver_processes", "Maximum number of concurrent searches.")
@@ -115,7 +118,7 @@ class ServiceMetrics:
         """Set the gauges of the planner's state, and remove those of deleted resources."""
         self._epoch.set(overview.epoch)
         self._leader_since.set(overview.leader_since_s)
-        for gauge in (self._nodes, self._replicas, self._activation, self._plans, self._searches):
+        for gauge in (self._nodes, self._replicas, self._activation, self._plans, self._searches, self._desired):
             gauge.clear()
         for cluster in overview.clusters:
             for state, count in cluster.num_nodes.items():
@@ -124,6 +127,8 @@ class ServiceMetrics:
                 self._replicas.labels(cluster.name, state).set(count)
             if cluster.activation:
                 self._activation.labels(cluster.name, cluster.activation).set(1)
+            for shape, count in cluster.desired.items():
+                self._desired.labels(cluster.name, shape).set(count)
         for state, count in overview.num_plans.items():
             self._plans.labels(state).set(count)
         for caller, counts in overview.searches_of.items():

@@ -184,6 +184,7 @@ class ClusterOverview:
     active_plan: str
     num_nodes: Mapping[str, int]
     num_replicas: Mapping[str, int] = field(default_factory=dict)
+    desired: Mapping[str, int] = field(default_factory=dict)  # replicas that there should be, by shape
     activation: str = ""  # how far the active plan is, such as ``ACTIVATING``; empty if there is none, or unknown
 
 
@@ -333,11 +334,13 @@ class Overviews:
 
     def _cluster(self, name: str, counted: _CountedCluster) -> ClusterOverview:
         activation, replicas = self.fleet.activation_of(name), self.fleet.replicas_by_state(name)
+        decision = None if self.traffic is None else self.traffic.decision_of(name)
         return ClusterOverview(
             name=name,
             active_plan=counted.active_plan,
             num_nodes=self._num_nodes(name, counted.num_nodes),
             num_replicas={word_of(replica_pb2.ReplicaState, state): num for state, num in sorted(replicas.items())},
+            desired={} if decision is None else {one.shape: one.desired for one in decision.desired},
             activation="" if activation is None else word_of(plan_pb2.ActivationState, activation),
         )
 

@@ -15,7 +15,6 @@ import numpy as np
 from hetis.planner.convert.names import last_part, word_of
 from hetis.planner.convert.plans import replica_from_proto
 from hetis.planner.convert.stages import trigger_from_proto
-from hetis.planner.convert.traffic import TrafficWindow, models_of
 from hetis.planner.fleet.replica import devices_of
 from hetis.planner.fleet.views import LiveNode, LiveReplica
 from hetis.planner.report.figures import digits, gigabytes, plural, seconds
@@ -40,7 +39,6 @@ from hetis.planner.report.page.blocks import (
     render_page,
 )
 from hetis.planner.report.page.fleet_map import IDLE, replica_duties
-from hetis.planner.report.traffic import SPEED_COLUMNS, TRAFFIC_COLUMNS, speed_cells, traffic_cells
 from hetis.planner.service.observability.overview import (
     NUM_SAMPLES,
     SAMPLE_S,
@@ -50,7 +48,7 @@ from hetis.planner.service.observability.overview import (
     Overview,
     natural_order,
 )
-from hetis.planner.use_cases.speeds import Speed
+from hetis.planner.service.observability.traffic_blocks import traffic_blocks
 from hetis.solver.cluster import node_of
 from hetis.v1 import cluster_pb2, redispatch_pb2, replica_pb2
 
@@ -149,10 +147,7 @@ def _cluster_section(cluster: ClusterNow, counted: ClusterOverview | None) -> Se
     blocks.append(_map(cluster, colors))
     if cluster.replicas:
         blocks.append(_replicas(cluster))
-    if cluster.traffic.windows:
-        blocks.append(_traffic(cluster.traffic.windows))
-    if cluster.traffic.speeds:
-        blocks.append(_speeds(cluster.traffic.speeds))
+    blocks += traffic_blocks(cluster.traffic)
     if records:
         blocks.append(_pressure(cluster, colors, records))
     blocks.append(_redispatches(cluster))
@@ -291,27 +286,6 @@ def _replica_row(number: int, replica: LiveReplica, state: str) -> tuple[str, ..
         "" if report is None else f"{report.num_preempted:,}",
         f"{replica.generation:,}",
     )
-
-
-# --- traffic
-
-
-def _traffic(windows: Sequence[TrafficWindow]) -> Grid:
-    models = models_of(windows)
-    rows = (
-        traffic_cells(name if len(models) == 1 else f"{model.name}, {name}", one)
-        for model in models
-        for name, one in model.periods()
-    )
-    note = "Lengths in tokens. hetis-plan traffic --out workload.yaml makes a workload of them."
-    return Grid(title="Measured traffic", columns=TRAFFIC_COLUMNS, rows=tuple(map(tuple, rows)), bad=(), note=note)
-
-
-def _speeds(speeds: Sequence[Speed]) -> Grid:
-    rows = tuple(tuple(speed_cells(one)) for one in speeds)
-    bad = tuple(number for number, one in enumerate(speeds) if one.is_slow)
-    note = "Measured TPOT beside what the profiles say of as many requests, with its 95% interval."
-    return Grid(title="Speed beside profiles", columns=SPEED_COLUMNS, rows=rows, bad=bad, note=note)
 
 
 # --- KV over time
