@@ -1,6 +1,6 @@
 """Following traffic: what the loop saves and keeps beside a static plan, threshold scaling and a perfect forecast.
 
-    python -m benchmarks.loop [TRACE ...] [--quick] [--json]
+    python -m benchmarks.loop [TRACE ...] [--days N] [--quick] [--json]
 
 Every case is days of virtual time, after a week of history, of Llama-3.1-8B on `examples/pool.yaml` for least cost: a
 composed week (`hetis.planner.loop.curves`) with the lengths of a trace and its unevenness inside the hours; the same
@@ -40,9 +40,9 @@ from hetis.solver.budget import Budget, silent
 from hetis.solver.plan import DEFAULT_STRATEGY, Objective
 
 TRACES = [Path("../shared/data/traces/azure_conv_2023.csv.gz")]
-MODEL, SETTINGS = "Llama-3.1-8B", PlacementSettings(engine=engine_rules(None, DEFAULT_STRATEGY), rung="node")
+MODEL, SETTINGS = "Llama-3.1-8B", PlacementSettings(engine=engine_rules("vllm", DEFAULT_STRATEGY, max_stages=1))
 SHARE = 0.75  # of the pool's goodput, that the highest rate takes
-UTILISATIONS = (0.6, 0.8)
+UTILISATIONS = (0.8,)
 MORNING_S = 6 * 3600.0, 11 * 3600.0
 
 
@@ -59,14 +59,16 @@ class Case:
 def main() -> None:
     parser = rows.parser("benchmarks.loop", __doc__)
     parser.add_argument("traces", nargs="*", type=Path, metavar="TRACE", help="requests with arrival times")
+    parser.add_argument("--days", type=int, default=7, metavar="N", help="days of the week that are followed")
     arguments = parser.parse_args()
-    rows.show(all_rows(arguments.traces or TRACES, quick=arguments.quick, only=arguments.only), arguments, name="loop")
+    days = 1 if arguments.quick else max(1, arguments.days)
+    rows.show(all_rows(arguments.traces or TRACES, days=days, only=arguments.only), arguments, name="loop")
 
 
-def all_rows(traces: Sequence[Path], *, quick: bool, only: str = "") -> Iterator[Row]:
+def all_rows(traces: Sequence[Path], *, days: int, only: str = "") -> Iterator[Row]:
     """Yield the rows of every case whose name contains ``only``."""
     for path in traces:
-        for case in cases(path, days=1 if quick else 7):
+        for case in cases(path, days=days):
             if only in case.name:
                 yield from case_rows(case)
 
@@ -89,7 +91,7 @@ def cases(path: Path, *, days: int) -> Iterator[Case]:
     drifting = drifting.with_lengths(start_s + 0.5 * length_s, prompts=1.3, outputs=1.0)
     lost = NodeEvent(at_s=0.35 * length_s, node="l40s-0"), NodeEvent(at_s=0.4 * length_s, node="l40s-0", joins=True)
     yield Case(name=f"{name}, drifting", whole=whole, curve=_scaled(drifting, whole), events=lost)
-    even = np.ones(round((DAY_S + min(length_s, 2 * DAY_S)) / STEP_S))
+    even = np.ones(round((DAY_S + min(length_s, DAY_S)) / STEP_S))
     if uneven is not None:
         even *= np.resize(np.repeat(uneven, round(UNEVEN_S / STEP_S)), len(even))
     flat = TrafficCurve(name="even", rates=even, mixes=((0.0, problem.workload),), start_s=DAY_S)

@@ -6,8 +6,8 @@ Rates are kept in bins of some minutes. For the bins of the next horizon, five r
     season   the rate of the same time yesterday, a week ago, or on average of the last seven days, each of them
              times (recent / its rate before that time) ^ kappa,  kappa = 1 or 0
 
-and the prediction of the horizon is their peak. At every bin of the last two weeks each rule is asked the same question
-again; e = log(peak that came / peak predicted) are its errors. The upper end of its interval is the prediction times
+and the prediction of the horizon is their peak. At every second bin of the last two weeks each rule is asked the same
+question again; e = log(peak that came / peak predicted) are its errors. The upper end of its interval is the prediction times
 exp(the quantile of e at ``coverage``), by the (n + 1)-st rank, so that what comes is at most that with this probability
 as far as the next error is like the past ones (split conformal prediction: Vovk 2005). The rule whose ends were the
 best ones for that coverage is taken (`_score`). Too few errors for the rank, they are taken as normal with a prior
@@ -39,7 +39,8 @@ LEVEL_BINS = 2  # the last bins, whose mean is the recent level
 SMOOTHED = 3  # bins over which seasons are averaged
 KEPT_S = 15 * DAY_S  # history that is used: two weeks, and a day before
 PRIOR = 10, 0.15  # weight in past errors, and relative error, that are assumed while nothing is known
-LEAST_ERRORS = 48  # from which on a season is used: four hours of them
+ASKED_EVERY = 2  # bins; neighbouring ones have nearly the same errors
+LEAST_ERRORS = 24  # from which on a season is used: four hours of them
 LEAST_RPS = 1e-3
 SEASONS = {"yesterday": (1,), "last week": (7,), "the last seven days": tuple(range(1, 8))}
 
@@ -184,7 +185,7 @@ class _Rule:
     def past(self) -> tuple[Bins, FloatArray]:
         """Return the bins at which it could have predicted, and those predictions [bins, ahead]."""
         first = max((*self.days, 0)) * self.bins_a_day + LEVEL_BINS
-        bins = np.arange(first, max(first, len(self.level) - self.ahead), dtype=np.int64)
+        bins = np.arange(len(self.level) - self.ahead, first - 1, -ASKED_EVERY, dtype=np.int64)[::-1]
         return bins, self._predict(bins, None)
 
     def _predict(self, bins: Bins, level: FloatArray | None) -> FloatArray:

@@ -36,7 +36,7 @@ from hetis.solver.replanning.transition import Action, Step
 from hetis.solver.traffic import TOKENS, Histogram, TrafficSketch
 from hetis.solver.workload import FloatArray, Workload
 
-WINDOW_S = 10.0  # between two reports of agents
+WINDOW_S = 20.0  # between two looks of the planner at what agents report
 RECENT_S, MINUTES_KEPT_S = 3600.0, 3 * 3600  # of whole windows, and of minutes before they are hours
 
 
@@ -227,7 +227,10 @@ class _Rehearsing:
             self._take_events(now_s)
             if not serving.is_changing:
                 self._ask_if_due(now_s)
-            rate, (kept, saturated) = curve.rate_at(now_s), serving.rates(curve.mix_at(now_s), self._in_force.fleet)
+            rate, (kept, saturated) = (
+                curve.rate_at(now_s),
+                serving.rates(curve.mix_at(now_s), self._in_force.fleet, self._gone),
+            )
             arrived = rate * WINDOW_S
             requests += arrived
             outside += arrived * (rate > kept * (1 + 1e-9) or backlog > 0)
@@ -235,7 +238,7 @@ class _Rehearsing:
             gpus, price = serving.paid(self._gone)
             gpu_hours += gpus * WINDOW_S / 3600
             usd += price * WINDOW_S / 3600
-            sketch = self._log.measure(now_s)
+            sketch = self._log.measure(now_s, in_full=self._expected is not None)
             if self._test is not None and self._expected is not None and not serving.is_changing:
                 self._test = self._test.after(now_s + WINDOW_S, sketch, self._expected, self._phi)
             self._advance(now_s + WINDOW_S)
@@ -305,22 +308,23 @@ class _Serving:
             for index, price in zip(group.gpus_of_node(), of_node, strict=True):
                 prices[f"{node}/{index}"] = math.nan if price is None else price
         self._prices = prices
-        self._rates = dict[object, float]()
-        self._held = list[object]()  # what the keys' ids are of
+        self._rates, self._paid = dict[object, float](), dict[object, tuple[int, float]]()
+        self._phase = 0  # number of the present combination of plans and replicas
 
     @property
     def is_changing(self) -> bool:
         return self._change is not None
 
     def begin(self, change: Change, now_s: float) -> None:
-        self._change, self._left = change, deque(change.steps)
-        self._until_s = now_s
+        self._change, self._left, self._until_s = change, deque(change.steps), now_s
+        self._phase += 1
 
     def advance(self, now_s: float) -> bool:
         """Take the steps that are due; return whether a change has just been completed."""
         if self._change is None:
             return False
         while now_s >= self._until_s - 1e-6:
+            self._phase += 1
             self._news, self._starting = self._news | self._starting, frozenset()
             if not self._left:
                 self.found, self._change, self._until_s = self._change.next, None, math.inf
@@ -341,21 +345,21 @@ class _Serving:
         news = self._news | self._starting if with_starting else self._news
         return (*olds, *(self._change.next.plan.replicas[number] for number in sorted(news)))
 
-    def rates(self, mix: int, fleet: Cluster) -> tuple[float, float]:
+    def rates(self, mix: int, fleet: Cluster, gone: frozenset[str]) -> tuple[float, float]:
         """Return the rate up to which what serves keeps its limits, and the saturated one."""
-        problem = self.found.problem
-        key = id(self.found), id(self._change), self._olds, self._news, mix, fleet.node_groups
+        problem, key = self.found.problem, (self._phase, mix, gone)
         if key not in self._rates:
-            self._held.append((self.found, self._change))
             plan = replace(self.found.plan, replicas=self._replicas(with_starting=False), kv_routes=())
             self._rates[key] = kept_rate(plan, replace(problem, workload=self._mixes[mix], cluster=fleet))
         return self._rates[key], self._rates[key] / problem.planned_share
 
     def paid(self, gone: frozenset[str]) -> tuple[int, float]:
         """Return the GPUs that serve or start, and their price in USD per hour; NaN if one has none."""
-        used = {device for one in self._replicas(with_starting=True) for device in one.devices()}
-        there = [device for device in used if node_of(device) not in gone]
-        return len(there), sum(self._prices[device] for device in there)
+        if (key := (self._phase, gone)) not in self._paid:
+            used = {device for one in self._replicas(with_starting=True) for device in one.devices()}
+            there = [device for device in used if node_of(device) not in gone]
+            self._paid[key] = len(there), sum(self._prices[device] for device in there)
+        return self._paid[key]
 
 
 class _TrafficLog:
@@ -371,12 +375,14 @@ class _TrafficLog:
         self._recent = deque[Window](maxlen=round(RECENT_S / WINDOW_S))
         self._lengths = [(_buckets(one, "prompt_tokens"), _buckets(one, "output_tokens")) for _, one in curve.mixes]
 
-    def measure(self, start_s: float) -> TrafficSketch:
-        """Return the traffic of the window that begins now."""
+    def measure(self, start_s: float, *, in_full: bool) -> TrafficSketch:
+        """Return the traffic of the window that begins now: its arrivals or, in full, their lengths, too."""
         mix = self._curve.mix_at(start_s)
         arrivals = int(self._rng.poisson(self._curve.rate_at(start_s) * WINDOW_S))
         self._arrivals[self._count] = arrivals
         self._count += 1
+        if not in_full:
+            return TrafficSketch(seconds=WINDOW_S, arrivals=arrivals)
         prompts, outputs = (self._histogram(arrivals, *lengths) for lengths in self._lengths[mix])
         hits = self._curve.mixes[mix][1].prefix_hit_rate
         sketch = TrafficSketch(
