@@ -1,17 +1,17 @@
 """Forecasts of the peak demand of the next horizon, with an interval from the errors of past forecasts.
 
-Rates are kept in bins of some minutes. For the bins of the next horizon, five rules predict
+Rates are kept in bins of some minutes. For the bins of the next horizon, seven rules predict
 
     recent   the mean rate of the last bins
     season   the rate of the same time yesterday, a week ago, or on average of the last seven days, each of them
              times (recent / its rate before that time) ^ kappa,  kappa = 1 or 0
 
 and the prediction of the horizon is their peak. At every second bin of the last two weeks each rule is asked the same
-question again; e = log(peak that came / peak predicted) are its errors. The upper end of its interval is the prediction times
-exp(the quantile of e at ``coverage``), by the (n + 1)-st rank, so that what comes is at most that with this probability
-as far as the next error is like the past ones (split conformal prediction: Vovk 2005). The rule whose ends were the
-best ones for that coverage is taken (`_score`). Too few errors for the rank, they are taken as normal with a prior
-(`PRIOR`), which decides while nothing is known. The lower end is that of the lowest rate, likewise.
+question again; e = log(peak that came / peak predicted) are its errors. The upper end of its interval is the prediction
+times exp(the quantile of e at ``coverage``), by the (n + 1)-st rank, so that what comes is at most that with this
+probability as far as the next error is like the past ones (split conformal prediction: Vovk 2005). The rule whose ends
+were the best ones for that coverage is taken (`_score`). Too few errors for the rank, they are taken as normal with a
+prior (`PRIOR`), which decides while nothing is known. The lower end is that of the lowest rate, likewise.
 
 Seasonal naive forecasts are what every other method is measured by (Hyndman and Athanasopoulos 2021, 5.2); what counts
 here is that the interval is honest, whatever rule makes it. No library is used: those that fit more refined methods
