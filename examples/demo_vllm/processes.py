@@ -8,11 +8,10 @@ from __future__ import annotations
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import threading
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -20,7 +19,7 @@ from typing import Any, Self
 import openai
 import yaml
 
-from examples.processes import DemoProcesses, ProcessError, free_ports, kernel_cache, listens
+from examples.processes import DemoProcesses, free_ports, kernel_cache, listens
 
 START_S = 900.0  # vLLM compiles at its first start, which takes minutes on a busy machine
 KV_TOKENS = 20_000  # the plan has the room of real GPUs
@@ -148,15 +147,6 @@ class Processes(DemoProcesses):
         self.wait_until(lambda: listens(port), "nginx listens")
         return f"http://127.0.0.1:{port}"
 
-    def hetis_plan(self, *words: str) -> str:
-        """Run one of our commands to its end and return its output. Raises ProcessError if it failed."""
-        done = subprocess.run(
-            [Path(sys.executable).with_name("hetis-plan"), *words], capture_output=True, text=True, check=False
-        )
-        if done.returncode != 0:
-            raise ProcessError(f"hetis-plan {' '.join(words)} ended with {done.returncode}:\n{done.stderr}")
-        return done.stdout
-
     def wait_until(self, is_so: Callable[[], object], what: str, *, timeout_s: float = START_S) -> float:
         """Wait like `DemoProcesses.wait_until`, with time for vLLM to start."""
         return super().wait_until(is_so, what, timeout_s=timeout_s)
@@ -164,7 +154,10 @@ class Processes(DemoProcesses):
 
 CLIENTS = 3
 TOKENS = 12
-PAUSE_S = 0.1  # between an answer and the next question
+PAUSE_S, SLOW_PAUSE_S = (
+    0.1,
+    2.0,
+)  # between an answer and the next question, also while an engine needs the cores to start
 
 
 class Load:
@@ -176,6 +169,7 @@ class Load:
         self._served = Counter[str]()
         self._failures: list[str] = []
         self._is_over = threading.Event()
+        self._pause_s = PAUSE_S
         self._threads = [threading.Thread(target=self._ask, args=(number,)) for number in range(CLIENTS)]
 
     def __enter__(self) -> Self:
@@ -189,6 +183,15 @@ class Load:
         self._is_over.set()
         for thread in self._threads:
             thread.join()
+
+    @contextmanager
+    def slow(self) -> Iterator[None]:
+        """Ask less often while the context is open: an engine that starts took five minutes beside the full load."""
+        self._pause_s = SLOW_PAUSE_S
+        try:
+            yield
+        finally:
+            self._pause_s = PAUSE_S
 
     @property
     def served(self) -> Counter[str]:
@@ -205,7 +208,7 @@ class Load:
     def _ask(self, number: int) -> None:
         with openai.OpenAI(base_url=f"{self._url}/v1", api_key="none", max_retries=0, timeout=300) as client:
             count = 0
-            while not self._is_over.wait(PAUSE_S):
+            while not self._is_over.wait(self._pause_s):
                 count += 1
                 try:
                     answer = client.chat.completions.with_raw_response.create(

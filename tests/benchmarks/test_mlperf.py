@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import csv
 import gzip
 import json
 import sys
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,6 +15,7 @@ from benchmarks.measuring import mlperf_rows
 from benchmarks.measuring.mlperf_rows import COLUMNS, Submission, pose
 from benchmarks.measuring.published_points import NotPosedError, read_rows
 from hetis.solver.plan import ObjectiveKind
+from tests.benchmarks.published import table_of
 
 ROW = {
     "ID": "made-up-1", "Submitter": "Someone", "Category": "closed", "Suite": "datacenter", "Platform": "H200x8_TRT",
@@ -164,14 +163,6 @@ def test_totals_by_hand() -> None:
 def run(monkeypatch: pytest.MonkeyPatch, *words: str) -> None:
     monkeypatch.setattr(sys, "argv", ["mlperf", *words])
     mlperf.main()
-
-
-def table_of(path: Path, rows_of_it: Sequence[dict[str, str]]) -> Path:
-    with open(path, "w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=list(ROW))
-        writer.writeheader()
-        writer.writerows(rows_of_it)
-    return path
 
 
 def test_the_command_counts_every_row_once(

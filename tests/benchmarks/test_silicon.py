@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import sys
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,7 +14,7 @@ import pytest
 from benchmarks import silicon
 from benchmarks.measuring import serving_points
 from benchmarks.measuring.closed_loop import Engine, Load, balanced_copies, closed_loop
-from benchmarks.measuring.published_points import NotPosedError, read_rows
+from benchmarks.measuring.published_points import NotPosedError
 from benchmarks.measuring.published_settings import (
     Graphs,
     Run,
@@ -26,11 +24,12 @@ from benchmarks.measuring.published_settings import (
     settings_of,
     with_ranks,
 )
-from benchmarks.measuring.serving_points import COLUMNS, ServingPoint, posed
+from benchmarks.measuring.serving_points import ServingPoint, posed
 from hetis.formats import catalogue
 from hetis.profiler.engines import ENGINES
 from hetis.solver.cost import DeviceCost, intra_link, rank_shape
 from hetis.solver.workload import LengthBin, moments_of
+from tests.benchmarks.published import table_of
 
 ROW = {
     "id": "made-up-1", "silicon_data_source": "source_file=made-up.csv; silicon_concurrency=4", "backend": "vllm",
@@ -515,14 +514,6 @@ def run(monkeypatch: pytest.MonkeyPatch, *words: str) -> None:
     silicon.main()
 
 
-def table_of(path: Path, rows_of_it: Sequence[dict[str, str]]) -> Path:
-    with open(path, "w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=list(ROW))
-        writer.writeheader()
-        writer.writerows(rows_of_it)
-    return path
-
-
 def test_the_command_counts_every_row_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -532,15 +523,6 @@ def test_the_command_counts_every_row_once(
     coverage = [(one["coverage"], one["n"]) for one in shown if "coverage" in one]
     assert coverage == [("covered", 2), ("skipped", 1)]
     assert sum(one["n"] for one in shown if one.get("gpu") == "all") == 2
-
-
-def test_a_table_that_is_missing_or_another_says_so(tmp_path: Path) -> None:
-    with pytest.raises(SystemExit, match="no such file; --points says where"):
-        read_rows(tmp_path / "none.csv", COLUMNS)
-    other = tmp_path / "other.csv"
-    other.write_text("id,backend\n1,vllm\n", encoding="utf-8")
-    with pytest.raises(SystemExit, match=r"other\.csv: no column model_path"):
-        read_rows(other, COLUMNS)
 
 
 def test_a_peer_that_cannot_be_started_says_so() -> None:

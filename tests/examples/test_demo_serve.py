@@ -16,9 +16,10 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.skipif(vllm_python() is None, reason="NOT TESTED: vLLM is not installed in .venv-vllm (make vllm)")
-def test_the_demos_texts_are_those_of_transformers_though_a_planner_moves_heads_and_a_worker_dies() -> None:
+@pytest.mark.parametrize("stages", ["1", pytest.param("2", marks=pytest.mark.soak)])
+def test_the_demos_texts_are_those_of_transformers_though_a_planner_moves_heads_and_a_worker_dies(stages: str) -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "examples.demo_serve", "--json"],
+        [sys.executable, "-m", "examples.demo_serve", "--json", "--stages", stages],
         cwd=ROOT,
         capture_output=True,
         text=True,

@@ -82,7 +82,9 @@ def commands_of(layout: Layout, serving: Serving, addresses: Addresses) -> tuple
     because the name may resolve differently there.
     """
     places = dict(_places(layout, addresses))
-    config = config_of(layout, places, key_file=addresses.key_file, executor=serving.executor)
+    config = config_of(
+        layout, places, key_file=addresses.key_file, executor=serving.executor, dispatch=serving.dispatch
+    )
     master = _reached(layout.servers[0], layout.servers, addresses)
     is_vllm = layout.engine is not Engine.SGLANG
     commands = []
@@ -124,7 +126,7 @@ def commands_of(layout: Layout, serving: Serving, addresses: Addresses) -> tuple
 
 
 def config_of(
-    layout: Layout, places: Mapping[str, tuple[str, int]], *, key_file: str, executor: str = ""
+    layout: Layout, places: Mapping[str, tuple[str, int]], *, key_file: str, executor: str = "", dispatch: str = ""
 ) -> dict[str, Any]:
     """Return the content of the plugin's file in the form of `hetis.runtime.vllm.settings`.
 
@@ -134,8 +136,10 @@ def config_of(
         {"name": one.name, "addresses": [joined(*places[name]) for name in one.processes], "keyFile": key_file}
         for one in layout.workers
     ]
-    steered = {"executor": executor} if executor else {}
-    return {"apiVersion": "hetis/v1", "kind": "VllmWorkers", **steered, "workers": workers}
+    own: dict[str, Any] = {"executor": executor} if executor else {}
+    if dispatch:
+        own["dispatch"] = {"policy": dispatch}
+    return {"apiVersion": "hetis/v1", "kind": "VllmWorkers", **own, "workers": workers}
 
 
 def worker_settings(process: Process, *, listen: str, device: str) -> dict[str, str]:

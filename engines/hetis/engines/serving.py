@@ -67,6 +67,8 @@ class Serving:
     device: str = "cuda"  # ``cuda`` or ``cpu``
     limits_kv: bool = False  # the ranks use no more memory for KV than planned
     executor: str = ""  # Unix socket of the node's agent; empty: no agent controls the engine
+    # Where the plugin places head groups of new requests, as `DispatchSettings` has it; empty: the plugin's default
+    dispatch: str = ""
     served_name: str = ""  # the model's name for clients; empty: ``model``
 
     def at(self, host: str, port: int) -> Serving:

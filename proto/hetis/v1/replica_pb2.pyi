@@ -145,6 +145,7 @@ class ReplicaPlan(_message.Message):
     SEATS_LIMIT_FIELD_NUMBER: _builtins.int
     GPU_MEMORY_UTILIZATION_FIELD_NUMBER: _builtins.int
     KV_BLOCKS_LIMITED_FIELD_NUMBER: _builtins.int
+    CLASSES_FIELD_NUMBER: _builtins.int
     rate_rps: _builtins.float
     """Saturated rate, in requests per second. Always above 0."""
     ttft_s: _builtins.float
@@ -194,6 +195,10 @@ class ReplicaPlan(_message.Message):
         how much should go where (PlanResult.kv_routes).
         """
 
+    @_builtins.property
+    def classes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Classes of requests that it serves, if the plan keeps classes apart. Empty: it serves all requests."""
+
     def __init__(
         self,
         *,
@@ -213,10 +218,11 @@ class ReplicaPlan(_message.Message):
         seats_limit: _builtins.int = ...,
         gpu_memory_utilization: _builtins.float = ...,
         kv_blocks_limited: _builtins.bool = ...,
+        classes: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attention_workers", b"attention_workers", "chunk_tokens", b"chunk_tokens", "expert_parallel", b"expert_parallel", "gpu_memory_utilization", b"gpu_memory_utilization", "in_flight", b"in_flight", "kv_blocks_limited", b"kv_blocks_limited", "kv_tokens", b"kv_tokens", "kv_zones", b"kv_zones", "max_num_seqs", b"max_num_seqs", "micro_batch", b"micro_batch", "rate_rps", b"rate_rps", "role", b"role", "seats_limit", b"seats_limit", "stages", b"stages", "tpot_s", b"tpot_s", "ttft_s", b"ttft_s"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attention_workers", b"attention_workers", "chunk_tokens", b"chunk_tokens", "classes", b"classes", "expert_parallel", b"expert_parallel", "gpu_memory_utilization", b"gpu_memory_utilization", "in_flight", b"in_flight", "kv_blocks_limited", b"kv_blocks_limited", "kv_tokens", b"kv_tokens", "kv_zones", b"kv_zones", "max_num_seqs", b"max_num_seqs", "micro_batch", b"micro_batch", "rate_rps", b"rate_rps", "role", b"role", "seats_limit", b"seats_limit", "stages", b"stages", "tpot_s", b"tpot_s", "ttft_s", b"ttft_s"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -17,10 +17,10 @@ from hetis.solver.errors import HetisError, InvalidProblemError
 from hetis.solver.placement.constrained_problem import apply_constraints, restored
 from hetis.solver.placement.families import STRATEGIES, constraints_ignored
 from hetis.solver.placement.infeasible import Market
+from hetis.solver.placement.losses.survival import Survive
 from hetis.solver.placement.outcome import rate_bound, sound_bound
 from hetis.solver.placement.replicas.tabulation import build_cost_tables
 from hetis.solver.placement.solve import in_objective_units, objective_scale, solve_family, solve_surviving_family
-from hetis.solver.placement.survival import Survive
 from hetis.solver.plan import Plan
 from hetis.solver.problem import PlacementProblem
 
@@ -37,8 +37,8 @@ def solve_placement(
     added (None: no search for any). Published heuristics prove little and have no target.
 
     With ``simplest_within``, the plan is the simplest of those of an engine's family that lose no more than this share
-    of the best value (`placement/simplicity.py`). Its notes state its points, with a bound, and the loss; the plan's
-    bound is that on the best.
+    of the best value (`placement/losses/simplicity.py`). Its notes state its points, with a bound, and the loss; the
+    plan's bound is that on the best.
 
     Raises:
         InvalidProblemError: unknown strategy, an objective without its demand, or a constraint that cannot be met.
@@ -83,6 +83,8 @@ def solve_surviving(
     problem = replace(problem.in_shared_precision(), family=STRATEGIES[strategy].restrict(problem.family))
     if STRATEGIES[strategy].is_published or not problem.family.uneven_layers:
         raise InvalidProblemError(f"strategy {strategy} does not plan for losses")
+    if problem.workload.classes:
+        raise InvalidProblemError("plans for losses have no pools of classes of requests")
     plan, left_bound = solve_surviving_family(problem, settings, survive, market)
     return replace(plan, family=problem.describe_family()), left_bound
 
@@ -91,6 +93,8 @@ def _by_published_heuristic(problem: PlacementProblem, settings: SearchSettings)
     from hetis.solver.published import PUBLISHED
 
     searched, strategy = apply_constraints(problem), settings.strategy
+    if problem.workload.classes:
+        raise InvalidProblemError(f"strategy {strategy} has no pools of classes of requests")
     for constraint in constraints_ignored(strategy, problem.constraints):
         raise InvalidProblemError(f"{constraint}: strategy {strategy} can only leave out GPUs and TP sizes")
     report = in_objective_units(settings.report, problem)

@@ -22,7 +22,7 @@ from hetis.planner.report.page.key_figures import key_tiles
 from hetis.planner.report.page.pages import ShownPlan, plans_page
 from hetis.planner.report.page.plan_section import plan_blocks
 from hetis.planner.report.promises import simple_setups
-from hetis.planner.report.simulation_pictures import _COLORS, Line, Panel, _dash
+from hetis.planner.report.simulation.pictures import _COLORS, Line, Panel, _dash
 from hetis.planner.use_cases.compare import figures_of
 from hetis.planner.use_cases.saved_plans import inputs_from_documents, load_plan_and_problem
 from hetis.solver.cluster import Link

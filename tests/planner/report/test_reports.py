@@ -17,6 +17,8 @@ from hetis.planner.report.plan import MAX_SHAPES, render_plan
 from hetis.planner.report.promises import beside_engines, beside_equal_stages, misses_demand, simple_setups, verdict
 from hetis.planner.use_cases.grouping import group_replicas
 from hetis.planner.use_cases.place import with_service_level
+from hetis.planner.use_cases.record.forms import ClassLatency, KeptWithClasses
+from hetis.planner.use_cases.record.parts import Classes
 from hetis.planner.use_cases.service_level import ServiceLevel, Statistic
 from hetis.planner.use_cases.sources import load_inputs
 from hetis.planner.use_cases.verification.choosing import TTFT
@@ -215,6 +217,29 @@ def test_a_plan_of_thousands_of_replicas_stays_short() -> None:
     text = text_of(render_plan(PLANS["large"]))
     assert len(text.splitlines()) < 250
     assert f"and {30 - MAX_SHAPES} more shapes" in text
+
+
+def test_classes_show_who_gains_and_who_pays() -> None:
+    record = Classes(
+        cut="p90", worth=0.1, value=2.0, bound=2.1,
+        kept=(KeptWithClasses(traffic="as planned", without_rps=1.0, with_rps=1.25),),
+        ttft=(
+            ClassLatency(name="short", share=0.9, rate_rps=1.0, without_s=1.0, with_s=0.5, limit_s=2.0,
+                         max_prompt_tokens=2000),
+            ClassLatency(name="long", share=0.1, rate_rps=1.0, without_s=1.5, with_s=None),
+        ),
+    )  # fmt: skip
+    short = replace(plans.paper_replica(), classes=("short",))
+    text = text_of(render_plan(record.on(plans.plan(short))))
+    assert "for short requests" in text
+    assert "used: cut at p90; by the model 2.000, no plan with them more than 2.100" in text
+    assert [line.split() for line in text.splitlines() if line.startswith((" as planned", " short", " long"))] == [
+        ["as", "planned", "1.000", "1.250", "+25.0%"],
+        ["short", "2,000", "90%", "2.00", "s", "1.00", "s", "500", "ms", "gains"],
+        ["long", "any", "10%", "none", "1.50", "s", "never"],
+    ]
+    refused = replace(record, why_not="no export target carries it")
+    assert "not used: cut at p90; no export target carries it" in text_of(render_plan(refused.on(plans.plan(short))))
 
 
 def test_a_latency_of_one_slow_replica_is_said_to_be_that() -> None:

@@ -62,6 +62,9 @@ async def test_every_wrong_field_is_reported_at_once(tmp_path: Path) -> None:
         request.cluster.policy.prepare_timeout.seconds = 601
         request.cluster.policy.redispatch_interval.seconds = -1
         request.cluster.policy.placement_patience.nanos = 2_000_000_000
+        request.cluster.policy.traffic = 7
+        request.cluster.policy.traffic_changes_per_hour = 61
+        request.cluster.policy.traffic_cool_down.seconds = 86401
         refusal = await refused(planner.clusters.CreateCluster(request))
         assert (refusal.code, refusal.reason) == (grpc.StatusCode.INVALID_ARGUMENT, "INVALID_FIELD")
         assert set(refusal.fields) == {
@@ -74,6 +77,9 @@ async def test_every_wrong_field_is_reported_at_once(tmp_path: Path) -> None:
             "cluster.policy.prepare_timeout",
             "cluster.policy.redispatch_interval",
             "cluster.policy.placement_patience",
+            "cluster.policy.traffic",
+            "cluster.policy.traffic_changes_per_hour",
+            "cluster.policy.traffic_cool_down",
             "cluster.document#nodes[1].gpus[0].type",
         }
         assert refusal.fields["cluster.policy.placement"] == "is 99, must be one of OFF, ADVISORY, AUTOMATIC"

@@ -174,6 +174,7 @@ class FakePlanner:
                     active_plan="plans/p",
                     num_nodes={"READY": 2, "LOST": 1},
                     num_replicas={"SERVING": 3, "FAILED": 1},
+                    desired={"2xL4": 3},
                     activation="ACTIVATING",
                 ),
             ),

@@ -95,7 +95,7 @@ def interrupted_after(points: int, folder: Path) -> int:
     """Start a run, and send Ctrl-C once this many points are in its journal; return how many it reports as kept."""
     journal = folder / "raw.json.journal"
     process = subprocess.Popen(
-        with_ctrl_c([*COMMAND, *RUN]),
+        with_ctrl_c([*COMMAND, *RUN, "--time-limit", "200"]),
         cwd=folder,
         env=environment(),
         stderr=subprocess.PIPE,

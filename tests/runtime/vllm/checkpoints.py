@@ -6,7 +6,10 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-FAMILIES = ("llama", "qwen2", "qwen3", "mistral", "gemma2", "qwen3_moe")
+FAMILIES = (
+    *("llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3", "qwen3_moe"),
+    *("phi3", "cohere2", "granite"),
+)
 WINDOW = 48  # tokens; shorter than most prompts of the tests
 
 
@@ -49,6 +52,33 @@ def make_checkpoint(family: str, folder: Path) -> Path:
                 "initializer_range": 0.1,
             },
         ),
+        "gemma3": (
+            transformers.Gemma3TextConfig,
+            transformers.Gemma3ForCausalLM,
+            {
+                "sliding_window": WINDOW,
+                "query_pre_attn_scalar": 32,
+                "layer_types": ["sliding_attention", "full_attention"] * 2,
+                "tie_word_embeddings": True,
+                "initializer_range": 0.4,
+            },
+        ),
+        "phi3": (transformers.Phi3Config, transformers.Phi3ForCausalLM, {}),
+        "cohere2": (
+            transformers.Cohere2Config,
+            transformers.Cohere2ForCausalLM,
+            {
+                "sliding_window": WINDOW,
+                "layer_types": ["sliding_attention", "full_attention"] * 2,
+                "tie_word_embeddings": True,
+                "logit_scale": 1.0,
+            },
+        ),
+        "granite": (
+            transformers.GraniteConfig,
+            transformers.GraniteForCausalLM,
+            {"attention_multiplier": 0.2, "residual_multiplier": 0.5, "logits_scaling": 2.0},
+        ),
         "qwen3_moe": (
             transformers.Qwen3MoeConfig,
             transformers.Qwen3MoeForCausalLM,
@@ -56,7 +86,7 @@ def make_checkpoint(family: str, folder: Path) -> Path:
         ),
     }
     make_config, make_model, own = kinds[family]
-    if family == "qwen2":
+    if family in ("qwen2", "phi3", "granite"):
         del common["head_dim"]  # the config has no head_dim: it is hidden size over heads
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -325,6 +325,7 @@ def refused(engine: Engine, act: dict[str, Any]) -> dict[str, Any]:
     from types import SimpleNamespace
 
     import torch
+    from vllm.v1.attention.backends.triton_attn import TritonAttentionMetadataBuilder
     from vllm.v1.kv_cache_interface import ChunkedLocalAttentionSpec, UniformTypeKVCacheSpecs
 
     from hetis.runtime.vllm.assembly import only_group
@@ -376,12 +377,15 @@ def refused(engine: Engine, act: dict[str, Any]) -> dict[str, Any]:
         except (SettingsError, UnsupportedModelError) as error:
             message += f" {error}"
     described = _of_virtual_sequences(mine, 4)
+    threshold = TritonAttentionMetadataBuilder(spec, [], described, torch.device("cpu")).seq_threshold_3D
     layers = mine.compilation_config.static_forward_context.values()
     [impl] = {type(layer.impl): layer.impl for layer in layers if hasattr(layer, "impl")}.values()
     return {
         "message": message,
         "variable": os.environ["VLLM_USE_V2_MODEL_RUNNER"],
         "seats": (mine.scheduler_config.max_num_seqs, described.scheduler_config.max_num_seqs),
+        "kv_heads": mine.model_config.get_num_kv_heads(mine.parallel_config),
+        "threshold": threshold,
         "graphs": described.compilation_config.cudagraph_mode.name,
         "variants": [type(one).__name__ for one in impl.get_impl_variants()],
     }

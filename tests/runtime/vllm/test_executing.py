@@ -13,6 +13,7 @@ import pytest
 
 from hetis.runtime.agent.executor import SocketExecutor
 from hetis.runtime.moves.refusals import RefusedError
+from hetis.runtime.vllm.executing import MOST_WATCHES
 from hetis.runtime.vllm.scheduler import MOST_WORKS, Boundary
 from hetis.runtime.vllm.settings import SettingsError
 from hetis.v1.change_pb2 import ChangeOutcome
@@ -186,6 +187,16 @@ async def test_steps_go_on_while_an_agent_asks_and_does_not_listen(world: World,
     world.add("a")
     await asyncio.to_thread(world.step, 200)
     assert world.side.num_steps >= 200
+    await executor.close()
+
+
+async def test_streams_of_reports_are_few_because_each_takes_time_from_steps(world: World, tmp_path: Path) -> None:
+    executor = SocketExecutor(tmp_path / "engine.sock")
+    streams = [executor.watch_reports(0.01) for _ in range(MOST_WATCHES)]
+    for stream in streams:
+        await anext(stream)
+    with pytest.raises(RefusedError, match=f"{MOST_WATCHES} streams of reports are open already"):
+        await anext(executor.watch_reports(0.01))
     await executor.close()
 
 

@@ -236,7 +236,8 @@ class World:
             block_table_tensor=torch.tensor([[one.anchor] for one in batch]),
             query_start_loc=torch.from_numpy(starts),
             query_start_loc_cpu=torch.from_numpy(starts),
-            seq_lens=torch.tensor([one.computed + count for one, count in zip(batch, counts, strict=True)]),
+            seq_lens=None,  # on a GPU, where reading them would stop the step
+            seq_lens_cpu_upper_bound=torch.tensor([a.computed + n for a, n in zip(batch, counts, strict=True)]),
         )
         metadata: Any = SimpleNamespace(common=common, builder=self.blocks)
         outputs = []
@@ -430,6 +431,7 @@ def test_a_step_that_nobody_finished_does_not_reach_into_the_next() -> None:
             query_start_loc=torch.arange(count + 1),
             query_start_loc_cpu=torch.arange(count + 1),
             seq_lens=torch.ones(count, dtype=torch.int64),
+            seq_lens_cpu_upper_bound=None,
         )
         q, kv = (torch.randn(count, heads, DIM, dtype=torch.float64) for heads in (GROUPS * QUERIES, GROUPS))
         out = torch.full_like(q, torch.nan)

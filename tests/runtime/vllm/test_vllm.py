@@ -80,6 +80,8 @@ def test_tokens_are_those_of_stock_vllm_with_heads_on_workers(llama: Path, stock
         assert part in refused["message"]
     assert refused["variable"] == "0"
     assert refused["seats"] == [8, 32]
+    assert refused["kv_heads"] > 1
+    assert refused["threshold"] == 128, "sequences up to which TRITON_ATTN divides each: all of its one-headed ones"
     assert (refused["graphs"], refused["variants"]) == ("NONE", ["CPUAttentionBackendImpl"])
 
 

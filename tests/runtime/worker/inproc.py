@@ -5,15 +5,24 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import StrEnum
 
+import numpy as np
+
 from hetis.runtime.attention.device import LocalDevice
 from hetis.runtime.attention.kv import KvShape
 from hetis.runtime.transport.channel import Channel
-from hetis.runtime.transport.frames import ChannelError, Frame, FrameKind, bytes_of, header_of
+from hetis.runtime.transport.frames import ChannelError, Frame, FrameKind, Hello, bytes_of, header_of
 from hetis.runtime.worker.core import WorkerCore
 from hetis.runtime.worker.remote import RemoteDevice
 from tests.runtime.transport.inproc import InprocPipe
 
-KEY = bytes(range(16))
+KEY, CHALLENGE = bytes(range(32)), bytes(range(32, 64))
+
+
+def hello(shape: KvShape, *, epoch: int, session: int) -> Frame:
+    """Return a HELLO as it arrives at a worker that has sent `CHALLENGE`."""
+    frame = Hello(shape=shape, nonce=bytes(32)).frame(epoch=epoch, session=session, key=KEY, challenge=CHALLENGE)
+    body = b"".join(bytes(bytes_of(part)) for part in frame.parts)
+    return frame._replace(parts=(np.frombuffer(bytearray(body), np.uint8),))
 
 
 class Fault(StrEnum):
@@ -69,6 +78,10 @@ class InprocWorker:
                 frame = channel.receive(0)
                 if frame is None:
                     return
+                if frame.kind is FrameKind.CHALLENGE:
+                    nonce = np.frombuffer(CHALLENGE, np.uint8)
+                    channel.send([frame.answered(FrameKind.NONCE, parts=(nonce,))])
+                    continue
                 self.handled.append(frame.kind)
                 if len(self.handled) - 1 == self.fault_at and self.fault is not None:
                     self._fail(self.fault, frame, channel, pipe)
@@ -88,7 +101,7 @@ class InprocWorker:
         if frame.kind is FrameKind.BYE:
             self._leave(channel)
             return
-        answer = self.core.handle(frame)
+        answer = self.core.handle(frame, challenge=CHALLENGE)
         if answer is not None:
             channel.send([answer])
 
@@ -97,7 +110,7 @@ class InprocWorker:
         match fault:
             case Fault.KILL | Fault.KILL_AFTER:
                 if fault is Fault.KILL_AFTER:
-                    self.core.handle(frame)
+                    self.core.handle(frame, challenge=CHALLENGE)
                 self.is_running = False
                 channel.close()
             case Fault.RESET:
@@ -105,7 +118,7 @@ class InprocWorker:
             case Fault.STOP | Fault.ZOMBIE:
                 self.is_running = False
             case Fault.HALF:
-                answer = self.core.handle(frame)
+                answer = self.core.handle(frame, challenge=CHALLENGE)
                 self.is_running = False
                 if answer is None:
                     channel.close()

@@ -9,10 +9,10 @@ import torch
 
 from hetis.runtime.attention.device import LocalDevice
 from hetis.runtime.attention.kv import DeviceLostError, KvShape, SequenceKey, UnknownSequenceError
-from hetis.runtime.transport.frames import ErrorCode, Frame, FrameKind, Hello, bytes_of, read_error
+from hetis.runtime.transport.frames import ErrorCode, Frame, FrameError, FrameKind, bytes_of, read_error, read_welcome
 from hetis.runtime.worker.core import WorkerCore
 from hetis.runtime.worker.remote import RemoteDevice
-from tests.runtime.worker.inproc import KEY, Fault, InprocWorker
+from tests.runtime.worker.inproc import CHALLENGE, KEY, Fault, InprocWorker, hello
 
 SHAPE = KvShape(layers=2, head_dim=8, queries_per_group=2, page_tokens=4, dtype="float32", scale=0.3, windows=(0, 0))
 PAGES, TOKENS = 20, 11
@@ -85,11 +85,32 @@ def test_a_worker_without_memory_for_its_kv_says_so_and_lives() -> None:
 
     core = WorkerCore("w0", make_device, key=KEY)
     for epoch in (1, 2):
-        answer = core.handle(received(Hello(shape=SHAPE, key=KEY).frame(epoch=epoch, session=epoch)))
+        answer = core.handle(hello(SHAPE, epoch=epoch, session=epoch), challenge=CHALLENGE)
         assert answer is not None
         assert answer.counts[0] == ErrorCode.FAILED
         assert read_error(received(answer))[2] == "no memory for its KV: you tried to allocate 990 TiB"
     assert core.handle(Frame(kind=FrameKind.FINISH, epoch=2, session=2)) is None  # no engine is served
+
+
+def test_a_hello_that_was_overheard_opens_nothing() -> None:
+    core = WorkerCore("w0", lambda shape: LocalDevice("w0", shape, PAGES), key=KEY)
+    heard = hello(SHAPE, epoch=1, session=1)
+    welcome = core.handle(heard, challenge=CHALLENGE)
+    assert welcome is not None
+    assert read_welcome(received(welcome), key=KEY, nonce=bytes(32)) == PAGES
+    other = bytes(reversed(CHALLENGE))
+    of_another_epoch = heard._replace(epoch=2)
+    older = bytearray(heard.raw)
+    older[8 * SHAPE.layers + 16] ^= 1  # the engine's age
+    changed = heard._replace(parts=(np.frombuffer(older, np.uint8),))
+    for frame, challenge in ((heard, other), (heard, b""), (of_another_epoch, CHALLENGE), (changed, CHALLENGE)):
+        answer = core.handle(frame, challenge=challenge)
+        assert answer is not None
+        assert answer.counts[0] == ErrorCode.REFUSED
+    assert core.epoch == 1
+    for key, nonce in ((KEY, bytes(31) + b"1"), (bytes(32), bytes(32))):
+        with pytest.raises(FrameError, match="does not have the worker's key"):
+            read_welcome(received(welcome), key=key, nonce=nonce)
 
 
 def test_kv_of_an_earlier_incarnation_is_refused_and_that_of_a_later_one_takes_its_place() -> None:

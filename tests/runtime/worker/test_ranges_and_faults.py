@@ -30,13 +30,12 @@ from hetis.runtime.transport.frames import (
     Frame,
     FrameError,
     FrameKind,
-    Hello,
     read_header,
 )
 from hetis.runtime.worker.core import WorkerCore
 from hetis.runtime.worker.remote import RemoteDevice
 from tests.runtime.attention.test_ranges import LAYERS, Case, check, step
-from tests.runtime.worker.inproc import KEY, Fault, InprocWorker
+from tests.runtime.worker.inproc import CHALLENGE, KEY, Fault, InprocWorker, hello
 
 CASE = Case(tokens=(21, 5, 9), cuts=((8, 20), (4,), (3, 4, 5)), window=6, dtype="float32")
 PAGES = sum(CASE.shape().pages(tokens) for tokens in CASE.tokens)
@@ -163,7 +162,7 @@ def test_an_age_that_nothing_has_is_refused(age_s: float) -> None:
 def begun(pages: int = 20) -> WorkerCore:
     """A worker that has an engine and is in the middle of a step, with a range of 3 positions."""
     core = WorkerCore("w0", lambda shape: LocalDevice("w0", shape, pages), key=KEY)
-    core.handle(received(Hello(shape=CASE.shape(), key=KEY).frame(epoch=1, session=SESSION)))
+    core.handle(hello(CASE.shape(), epoch=1, session=SESSION), challenge=CHALLENGE)
     core.handle(frame_of(FrameKind.BEGIN, (2, 4, 0), np.array([[0, 1], [0, 0], [0, 0], [0, 0], [3, 1]]).tobytes()))
     return core
 
@@ -240,8 +239,7 @@ def test_whatever_frames_come_a_worker_answers_or_hangs_up_and_keeps_its_pages_i
         assert core.device is not None
         core.device.pool.check_invariants()
     # The next engine finds the worker empty.
-    hello = Hello(shape=CASE.shape(), key=KEY).frame(epoch=2, session=SESSION + 1)
-    answer = core.handle(received(hello))
+    answer = core.handle(hello(CASE.shape(), epoch=2, session=SESSION + 1), challenge=CHALLENGE)
     assert answer is not None
     assert answer.kind is FrameKind.WELCOME
     assert core.device is not None

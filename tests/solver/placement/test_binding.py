@@ -14,6 +14,7 @@ from hetis.solver.cluster import GpuSlots
 from hetis.solver.constraints import Exclude, Selection, Unit
 from hetis.solver.errors import UnboundPlanError
 from hetis.solver.placement.binding import bind
+from hetis.solver.placement.replicas.kinds import Layout
 from hetis.solver.placement.replicas.tabulation import build_cost_tables
 from hetis.solver.placement.replicas.template import Template, TemplateStage, use_of
 from hetis.solver.plan import Plan
@@ -136,6 +137,21 @@ def test_replica_that_fits_in_a_node_stays_in_it() -> None:
     bound = bind(costs, [Template(0, 0, 0, stages, 1.0)] * 3)
     for replica in bound:
         assert len({device.split("/")[0] for stage in replica for device in stage.devices}) == 1
+
+
+def test_replicas_have_the_nodes_of_their_layouts_and_others_the_node_with_least_to_lose() -> None:
+    costs = build_cost_tables(make_problem([make_node("a", "A", gpus=4, nodes=3)]))
+    one, two = (next(s for s, (_, tp) in enumerate(costs.ranks) if tp == size) for size in (1, 2))
+    pair, both = Template(0, 0, 0, (TemplateStage(rank=two, layers=6),), 1.0), TemplateStage(rank=one, layers=3)
+    apart = Template(0, 0, 0, (both, both), 1.0)
+    of_pair, halves = ((0, 1, ((0, 2),)),), ((0, 0, ((0, 1),)), (0, 2, ((0, 1),)))
+
+    def nodes_of(layouts: list[Layout]) -> list[set[str]]:
+        bound = bind(costs, [pair, pair, apart, pair], spreads=True, layouts=layouts)
+        return [{device.split("/")[0] for stage in replica for device in stage.devices} for replica in bound]
+
+    assert nodes_of([of_pair, of_pair, halves, ()]) == [{"a-1"}, {"a-1"}, {"a-0", "a-2"}, {"a-0"}]
+    assert nodes_of([]) == [{"a-0"}, {"a-1"}, {"a-0"}, {"a-2"}]
 
 
 def test_more_than_the_fleet_has_is_a_bug_and_says_so() -> None:

@@ -321,7 +321,7 @@ def rehearse(
     """
     from hetis.planner.loop.decision import LoopSettings
     from hetis.planner.loop.rivals import rehearse_all
-    from hetis.planner.report.traffic import rehearsals_document, render_rehearsals
+    from hetis.planner.report.rehearsals import rehearsals_document, render_rehearsals
     from hetis.planner.use_cases.saved_plans import load_plan_and_problem
     from hetis.solver.replanning.change import ChangeCosts
 

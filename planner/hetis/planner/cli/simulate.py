@@ -295,7 +295,7 @@ def _faults(wanted: SimulateOptions, plan: Plan, problem: PlacementProblem) -> t
 
 def _finish(terminal: Terminal, found: PlanAndProblem, question: Question, wanted: SimulateOptions) -> ExitCode:
     """Simulate with progress and Ctrl-C, save, print, and return the exit code, whatever the outcome."""
-    from hetis.planner.report.simulation import render_simulation, simulation_document
+    from hetis.planner.report.simulation.text import render_simulation, simulation_document
     from hetis.planner.use_cases.simulation.simulate import NothingSimulatedError, answer
 
     plan, cancelled = found.plan, threading.Event()
@@ -333,7 +333,7 @@ def _save(terminal: Terminal, simulated: Simulated, found: PlanAndProblem, wante
         if wanted.requests_csv is not None and run is not None:
             write(wanted.requests_csv, requests_csv(run))
         if wanted.plot is not None:
-            from hetis.planner.report.simulation_pictures import picture
+            from hetis.planner.report.simulation.pictures import picture
 
             write(wanted.plot, picture(simulated, found.plan, form=wanted.plot.suffix))
         outputs.save_page(terminal, lambda: simulation_page(simulated, found.plan, found.problem), wanted.html)

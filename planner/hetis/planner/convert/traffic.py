@@ -1,13 +1,19 @@
-"""Measured traffic: sketches and their windows to messages and back."""
+"""Measured traffic: sketches and their windows to messages and back, and as rows of tables."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from hetis.planner.convert.names import duration, seconds_of, timestamp
+from hetis.planner.report.figures import digits, percent, seconds
 from hetis.solver.traffic import SCALES, Histogram, TrafficSketch
 from hetis.v1 import traffic_pb2
+
+if TYPE_CHECKING:
+    from hetis.planner.loop.speeds import Speed
 
 
 def traffic_to_proto(sketch: TrafficSketch) -> traffic_pb2.Traffic:
@@ -62,9 +68,9 @@ class ModelTraffic:
         self.name, self.windows = name, windows
         self.now_s = max(one.start_s + one.traffic.seconds for one in windows)
 
-    def last(self, seconds: float) -> TrafficSketch:
+    def last(self, last_s: float) -> TrafficSketch:
         """Return the traffic of the last seconds: of minutes where they are kept, else of hours, as wholes."""
-        since_s = self.now_s - seconds
+        since_s = self.now_s - last_s
         minutes = [one for one in self.windows if one.span_s == MINUTE_S and one.start_s >= since_s - MINUTE_S / 2]
         first_s = min((one.start_s for one in minutes), default=self.now_s) - HOUR_S / 2
         hours = (one for one in self.windows if one.span_s == HOUR_S and since_s - HOUR_S / 2 <= one.start_s < first_s)
@@ -90,3 +96,43 @@ def models_of(windows: Iterable[TrafficWindow]) -> list[ModelTraffic]:
     for one in windows:
         by_model.setdefault(one.model, []).append(one)
     return sorted((ModelTraffic(*one) for one in by_model.items()), key=lambda one: -one.now_s)
+
+
+# --- for people
+
+
+TRAFFIC_COLUMNS = ("'time", "requests/s", "prompt", "p95", "output", "p95", "hits", "TTFT p95", "TPOT")
+
+
+def traffic_cells(name: str, one: TrafficSketch) -> Iterator[str]:
+    """Yield the cells of a row: rate, mean and p95 lengths, prefix hits, latencies."""
+    yield name
+    yield digits(one.rate_per_s) if one.seconds else "-"
+    for lengths in (one.prompt_tokens, one.output_tokens):
+        yield f"{lengths.mean:.0f}" if lengths.count else "-"
+        yield f"{lengths.quantile(0.95):.0f}" if lengths.count else "-"
+    yield percent(one.prefix_hit_rate) if one.prompt_tokens.count else "-"
+    yield seconds(one.ttft_s.quantile(0.95)) if one.ttft_s.count else "-"
+    yield seconds(one.tpot_s.mean) if one.tpot_s.count else "-"
+
+
+SPEED_COLUMNS = ("'replica", "'GPUs", "TPOT", "expected", "measured / expected", "'")
+
+
+def speed_cells(one: Speed) -> Iterator[str]:
+    """Yield the cells of a row: whose speed, beside what, the correction with its error, and what is slow."""
+    yield one.replica.rpartition("/")[2] or "all"
+    yield ", ".join(one.gpus)
+    yield seconds(one.tpot_s)
+    yield seconds(one.expected_s)
+    yield f"{one.correction:.2f} ± {one.error:.2f}" if math.isfinite(one.error) else f"{one.correction:.2f}"
+    yield "" if not one.is_slow else f"slow: {', '.join(one.devices)}" if one.replica else "slower than the profile"
+
+
+def decision_lines(decision: traffic_pb2.TrafficDecision) -> Iterator[str]:
+    """Yield what the planner would do about the traffic, why, and with which replicas."""
+    yield decision.reason
+    if decision.plan:
+        yield f"Proposed: {decision.plan}."
+    for one in decision.desired:
+        yield f"{one.desired} (in force: {one.in_force}) × {one.shape}"

@@ -16,11 +16,11 @@ from hetis.planner.failures import ServiceError
 from hetis.planner.fleet.fleet import LiveFleet
 from hetis.planner.fleet.traffic import TrafficWindows, is_kept, of_role
 from hetis.planner.fleet.views import Clock, FleetObserver
+from hetis.planner.loop.speeds import SLOW, ExpectedTimes, MeasuredReplica, Speed, SpeedSample, speeds
 from hetis.planner.resources.checks import check
 from hetis.planner.resources.plan_documents import AnsweredPlan, PlanDocuments
 from hetis.planner.store import PlanRecord, Reader, Store, TrafficRecord, Transaction
 from hetis.planner.threads import run_in_thread_gc_paused
-from hetis.planner.use_cases.speeds import SLOW, ExpectedTimes, MeasuredReplica, Speed, SpeedSample, speeds
 from hetis.solver.errors import InvalidProblemError
 from hetis.solver.plan import Role
 from hetis.solver.traffic import Histogram, TrafficSketch

@@ -27,6 +27,7 @@ from hetis.planner.jobs.apart import call_apart
 from hetis.planner.loop.decision import Decision, InForce, LoopSettings, Verdict, decide, solve
 from hetis.planner.loop.drift import DriftTest, Expected, expected_shares
 from hetis.planner.loop.forecast import History, Window
+from hetis.planner.loop.speeds import corrections
 from hetis.planner.resources.nodes import NodeReader
 from hetis.planner.resources.plan_creation import PlanCreation
 from hetis.planner.resources.plan_documents import AnsweredPlan
@@ -37,7 +38,6 @@ from hetis.planner.use_cases.other_fleets.replan import PosedReplan
 from hetis.planner.use_cases.robustness.fixed_plan import structure_of
 from hetis.planner.use_cases.robustness.profile_errors import scaled
 from hetis.planner.use_cases.saved_plans import PlanAndProblem
-from hetis.planner.use_cases.speeds import corrections
 from hetis.solver.advice import without_nodes
 from hetis.solver.cluster import Cluster
 from hetis.solver.errors import HetisError

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from hetis.planner.use_cases import classes, service_level
+from hetis.planner.use_cases import service_level
 from hetis.planner.use_cases.climbing import (
     DEFAULT_WORTH,
     HIGHEST,
@@ -38,7 +38,7 @@ from hetis.planner.use_cases.robustness.study import Robustness, study, with_rob
 from hetis.planner.use_cases.service_level import ServiceLevel
 from hetis.planner.use_cases.sources import Inputs, LoadedInputs, engine_rules, engine_settings, load_inputs
 from hetis.planner.use_cases.surviving import check_survival, most_left, surviving_plan, with_losses
-from hetis.planner.use_cases.verification import equal_stages
+from hetis.planner.use_cases.verification import classes, equal_stages
 from hetis.planner.use_cases.verification.choosing import Again, kept_plan, with_rate_of_equal_stages, worth_of
 from hetis.planner.use_cases.verification.queueing import with_queueing
 from hetis.planner.use_cases.verification.rates import ITERATIONS, simulation_report
@@ -422,7 +422,7 @@ def survivors(settings: PlacementSettings, budget: Budget, report: Report) -> Ca
     """Return a search for plans that survive a loss, with the bound on what any of them leaves."""
 
     def find(posed: PlacementProblem, keep: float | None) -> tuple[Plan, float | None]:
-        from hetis.solver.placement.survival import Survive
+        from hetis.solver.placement.losses.survival import Survive
         from hetis.solver.planning import solve_surviving
 
         survive = Survive(place=settings.survive, keep=keep, simplest_within=settings.simplest_within)

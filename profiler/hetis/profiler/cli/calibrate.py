@@ -6,10 +6,11 @@ from collections.abc import Collection
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
+from hetis.commands.groups import group, option
 from hetis.commands.terminal import Terminal
 from hetis.commands.verb import verb
 from hetis.profiler.cli.exit_codes import ProfileExitCode
@@ -54,73 +55,30 @@ def _seconds(text: str) -> float:
     return seconds
 
 
+@group
+class CalibrateOptions:
+    source: str = option(
+        "--from-vllm LOG|URL: Log of a server with --enable-logging-iteration-details (preferred; .gz or - for stdin), "
+        "or the URL of a server.",
+        ...,
+    )
+    model: str = option("--model -m NAME|FILE: Model that it serves: a name, a ModelSpec, or a config.json.", ...)
+    out: Path = option("--out PROFILE: Corrected profile to write; .yaml or .yml for YAML, else JSON.", ...)
+    gpu: str = option("--gpu NAME: GPU type of the server.", "", shown="the profile's")
+    profile: Path | None = option("--profile FILE: The profile to correct.", shown="the GPU's, as plans use")
+    tp: int | None = option("--tp: Tensor-parallel degree of the server.", min=1, shown="the log's, or 1")
+    weights: str | None = option(
+        "--weights P: Precision of the weights: bf16, fp8, int8, ...", shown="the checkpoint's"
+    )
+    kv: str | None = option("--kv P: Precision of the KV cache: bf16 or fp8.", shown="bf16, or the file's")
+    context: float | None = option(
+        "--context TOKENS: Mean context of decoding requests.", min=1.0, max=1e9, shown="by the use of its KV cache"
+    )
+    watch_s: float | None = option("--for TIME: How long to watch a URL.", parser=_seconds, shown="60s")
+
+
 @verb()
-def calibrate(
-    terminal: Terminal,
-    source: Annotated[
-        str,
-        typer.Option(
-            "--from-vllm",
-            metavar="LOG|URL",
-            help="Log of a server with --enable-logging-iteration-details (preferred; .gz or - for stdin), or the "
-            "URL of a server.",
-        ),
-    ],
-    model: Annotated[
-        str,
-        typer.Option(
-            "--model", "-m", metavar="NAME|FILE", help="Model that it serves: a name, a ModelSpec, or a config.json."
-        ),
-    ],
-    out: Annotated[
-        Path,
-        typer.Option("--out", metavar="PROFILE", help="Corrected profile to write; .yaml or .yml for YAML, else JSON."),
-    ],
-    gpu: Annotated[
-        str, typer.Option("--gpu", metavar="NAME", show_default="the profile's", help="GPU type of the server.")
-    ] = "",
-    profile: Annotated[
-        Path | None,
-        typer.Option(
-            "--profile", metavar="FILE", show_default="the GPU's, as plans use", help="The profile to correct."
-        ),
-    ] = None,
-    tp: Annotated[
-        int | None,
-        typer.Option("--tp", min=1, show_default="the log's, or 1", help="Tensor-parallel degree of the server."),
-    ] = None,
-    weights: Annotated[
-        str | None,
-        typer.Option(
-            "--weights",
-            metavar="P",
-            show_default="the checkpoint's",
-            help="Precision of the weights: bf16, fp8, int8, ...",
-        ),
-    ] = None,
-    kv: Annotated[
-        str | None,
-        typer.Option(
-            "--kv", metavar="P", show_default="bf16, or the file's", help="Precision of the KV cache: bf16 or fp8."
-        ),
-    ] = None,
-    context: Annotated[
-        float | None,
-        typer.Option(
-            "--context",
-            min=1.0,
-            max=1e9,
-            metavar="TOKENS",
-            show_default="by the use of its KV cache",
-            help="Mean context of decoding requests.",
-        ),
-    ] = None,
-    watch_s: Annotated[
-        float | None,
-        typer.Option("--for", parser=_seconds, metavar="TIME", show_default="60s", help="How long to watch a URL."),
-    ] = None,
-    cluster: ClusterOption = None,
-) -> ProfileExitCode:
+def calibrate(terminal: Terminal, *, wanted: CalibrateOptions, cluster: ClusterOption = None) -> ProfileExitCode:
     """Correct a profile with the times of a running vLLM, and report the error before and after.
 
     A factor on kernels, seconds per iteration and seconds per sequence are fitted, as far
@@ -131,46 +89,52 @@ def calibrate(
     A log with --enable-logging-iteration-details says most. Of a URL, /metrics is read
     every few seconds, which tells one parameter.
     """
-    from hetis.formats.errors import DocumentError, Problem, attempt
-    from hetis.formats.models.document import load_model
-    from hetis.formats.models.dtypes import KV_PRECISIONS, PRECISIONS, with_precision
-    from hetis.formats.vllm_logs import load_iteration_log
     from hetis.profiler.calibrate.correction import calibrate as corrected
-    from hetis.solver.errors import InvalidProblemError
 
-    if not gpu and profile is None:
-        raise typer.BadParameter("give --gpu, the type that the server runs on, or --profile")
-    problems: list[Problem] = []
-    base = attempt(lambda: _profile(gpu, profile, cluster), problems)
-    if base is not None and cluster is not None:
-        attempt(partial(gpu_type, base.gpu, cluster), problems)
-    named = attempt(lambda: load_model(model), problems)
-    log = None if "://" in source else attempt(lambda: load_iteration_log(source), problems)
-    attempt(lambda: _precision("--weights", weights, PRECISIONS), problems)
-    attempt(lambda: _precision("--kv", kv, KV_PRECISIONS), problems)
-    attempt(lambda: require_outputs(out), problems)
-    if problems or base is None or named is None:
-        raise DocumentError(problems)
-    spec = with_precision(named, weights=weights, kv=kv).on(base.gpu)
+    base, spec, log = _inputs(wanted, cluster)
+    replica_of = partial(_replica, spec, base, cluster=cluster)
     if log is None:
-        _replica(spec, base, tp or 1, cluster)  # a check before a minute is spent on it
-        observed = _watched(terminal, source, context, watch_s or _USUAL_S)
+        replica_of(wanted.tp or 1)  # a check before a minute is spent on it
+        observed = _watched(terminal, wanted.source, wanted.context, wanted.watch_s or _USUAL_S)
     else:
-        observed = _logged(source, log, context, spec)
-    if tp is not None and observed.tp is not None and tp != observed.tp:
-        raise InvalidProblemError(f"--tp is {tp}, that of the server in the log is {observed.tp}")
-    replica = _replica(spec, base, tp or observed.tp or 1, cluster)
+        observed = _logged(wanted, log, spec)
+    replica = replica_of(wanted.tp or observed.tp or 1)
     found = _possible(terminal, corrected(observed, replica), base, cluster)
     for note in observed.notes:
         terminal.warn(note)
     if found.profile is not None:
-        save_profile(out, found.profile)
-    terminal.emit(lambda: _document(found, observed, replica, out), lambda: _table(found, observed, replica))
+        save_profile(wanted.out, found.profile)
+    terminal.emit(lambda: _document(found, observed, replica, wanted.out), lambda: _table(found, observed, replica))
     if found.profile is None:
-        terminal.line(f"{found.refusal}: {out} was not written")
+        terminal.line(f"{found.refusal}: {wanted.out} was not written")
         return ProfileExitCode.MISSED
-    terminal.say(f"written to {out}")
+    terminal.say(f"written to {wanted.out}")
     return ProfileExitCode.OK
+
+
+def _inputs(wanted: CalibrateOptions, cluster: Path | None) -> tuple[Profile, ModelSpec, IterationLog | None]:
+    """Return the profile to correct, the model as served, and the log unless a URL is watched. Raises DocumentError
+    with the problems of all of them.
+    """
+    from hetis.formats.errors import DocumentError, Problem, attempt
+    from hetis.formats.models.document import load_model
+    from hetis.formats.models.dtypes import KV_PRECISIONS, PRECISIONS, with_precision
+    from hetis.formats.vllm_logs import load_iteration_log
+
+    if not wanted.gpu and wanted.profile is None:
+        raise typer.BadParameter("give --gpu, the type that the server runs on, or --profile")
+    problems: list[Problem] = []
+    base = attempt(lambda: _profile(wanted.gpu, wanted.profile, cluster), problems)
+    if base is not None and cluster is not None:
+        attempt(partial(gpu_type, base.gpu, cluster), problems)
+    model = attempt(lambda: load_model(wanted.model), problems)
+    log = None if "://" in wanted.source else attempt(lambda: load_iteration_log(wanted.source), problems)
+    attempt(lambda: _precision("--weights", wanted.weights, PRECISIONS), problems)
+    attempt(lambda: _precision("--kv", wanted.kv, KV_PRECISIONS), problems)
+    attempt(lambda: require_outputs(wanted.out), problems)
+    if problems or base is None or model is None:
+        raise DocumentError(problems)
+    return base, with_precision(model, weights=wanted.weights, kv=wanted.kv).on(base.gpu), log
 
 
 def _profile(gpu: str, path: Path | None, cluster: Path | None) -> Profile:
@@ -206,10 +170,8 @@ def _replica(spec: ModelSpec, profile: Profile, tp: int, cluster: Path | None) -
     from hetis.solver.cluster import Link
     from hetis.solver.cost import intra_link
 
-    alone = Link(bytes_per_s=1.0, latency_s=0.0)
-    return CalibratedReplica(
-        spec, profile, tp=tp, link=intra_link(gpu_type(profile.gpu, cluster), None) if tp > 1 else alone
-    )
+    link = intra_link(gpu_type(profile.gpu, cluster), None) if tp > 1 else Link(bytes_per_s=1.0, latency_s=0.0)
+    return CalibratedReplica(spec, profile, tp=tp, link=link)
 
 
 def _possible(
@@ -233,11 +195,16 @@ def _possible(
     return replace(found, profile=None, refusal=f"no GPU is like the corrected profile ({broken}): {CHECK}")
 
 
-def _logged(path: str, log: IterationLog, context: float | None, spec: ModelSpec) -> Observed:
+def _logged(wanted: CalibrateOptions, log: IterationLog, spec: ModelSpec) -> Observed:
+    """Return what the log says. Raises InvalidProblemError if it is of another degree than --tp."""
     from hetis.formats.files import file_label
     from hetis.profiler.calibrate.iterations import contradictions, observed_in_log
+    from hetis.solver.errors import InvalidProblemError
 
-    observed = observed_in_log(file_label(path), log, context_tokens=context, max_tokens=spec.max_position)
+    label = file_label(wanted.source)
+    observed = observed_in_log(label, log, context_tokens=wanted.context, max_tokens=spec.max_position)
+    if wanted.tp is not None and observed.tp is not None and wanted.tp != observed.tp:
+        raise InvalidProblemError(f"--tp is {wanted.tp}, that of the server in the log is {observed.tp}")
     return replace(observed, notes=(*contradictions(log.servers, spec), *observed.notes))
 
 

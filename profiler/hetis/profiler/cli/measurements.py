@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from hetis.commands.groups import group, option
 from hetis.commands.terminal import Terminal
 from hetis.commands.verb import verb
 from hetis.profiler.cli.exit_codes import ProfileExitCode
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
     from hetis.formats.measurements import Measurements
+    from hetis.profiler.measure.adaptive import RunRequest
     from hetis.profiler.measure.session import RunProgress, RunResult
 
 RUN_EXAMPLES = (
@@ -37,99 +39,88 @@ def _limit(text: str) -> float:
     return limit_s
 
 
+@group
+class RunOptions:
+    device: str = option("--device cpu|cuda|cuda:N: Device to measure.", "cpu")
+    model: str = option(
+        "--model -m NAME|FILE: Model whose shapes to measure: a catalogue name, a ModelSpec file or a config.json.",
+        "",
+        shown=f"{_CPU_MODEL}; CUDA: {_CUDA_MODEL}",
+    )
+    quick: bool = option("--quick: Finish within a minute: fewer points, each measured fewer times.", False)
+    resume: bool = option("--resume: Continue an interrupted run.", False)
+    time_limit: float | None = option(
+        "--time-limit TIME: Time after which no new points are chosen.", parser=_limit, shown="30min; --quick: 35s"
+    )
+    gpu: str = option("--gpu NAME: GPU type to write to the result.", "", shown="the device's own")
+    cluster_out: Path | None = option(
+        "--cluster-out FILE: Also write a cluster file of this one device with its measured peaks, for planning."
+    )
+
+
 @verb()
-def run(
-    terminal: Terminal,
-    out: RawOutOption,
-    device: Annotated[str, typer.Option("--device", metavar="cpu|cuda|cuda:N", help="Device to measure.")] = "cpu",
-    model: Annotated[
-        str,
-        typer.Option(
-            "--model",
-            "-m",
-            metavar="NAME|FILE",
-            show_default=f"{_CPU_MODEL}; CUDA: {_CUDA_MODEL}",
-            help="Model whose shapes to measure: a catalogue name, a ModelSpec file or a config.json.",
-        ),
-    ] = "",
-    quick: Annotated[
-        bool, typer.Option("--quick", help="Finish within a minute: fewer points, each measured fewer times.")
-    ] = False,
-    resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted run.")] = False,
-    time_limit: Annotated[
-        float | None,
-        typer.Option(
-            "--time-limit",
-            parser=_limit,
-            metavar="TIME",
-            show_default="30min; --quick: 35s",
-            help="Time after which no new points are chosen.",
-        ),
-    ] = None,
-    gpu: Annotated[
-        str,
-        typer.Option("--gpu", metavar="NAME", show_default="the device's own", help="GPU type to write to the result."),
-    ] = "",
-    cluster_out: Annotated[
-        Path | None,
-        typer.Option(
-            "--cluster-out",
-            metavar="FILE",
-            show_default=False,
-            help="Also write a cluster file of this one device with its measured peaks, for planning.",
-        ),
-    ] = None,
-) -> ProfileExitCode:
+def run(terminal: Terminal, out: RawOutOption, *, wanted: RunOptions) -> ProfileExitCode:
     """Measure this host with torch, starting where the fit is least certain, until it is certain enough.
 
     What was measured is kept in RAW.journal until the run is complete: Ctrl-C loses one point at most.
     """
+    from hetis.formats.documents import dump, write_atomically
     from hetis.formats.errors import single_problem
     from hetis.formats.measurements import save_measurements
-    from hetis.formats.models.document import load_model
-    from hetis.profiler.measure.adaptive import RunRequest
+    from hetis.profiler.measure.host_cluster import host_cluster
     from hetis.profiler.measure.journal import journal_of, points_in
     from hetis.profiler.measure.session import measure
 
-    require_outputs(out, cluster_out)
+    require_outputs(out, wanted.cluster_out)
     journal = journal_of(out)
-    request = RunRequest(
-        device=device,
-        gpu=gpu,
-        model=load_model(model or (_CPU_MODEL if device == "cpu" else _CUDA_MODEL)),
-        quick=quick,
-        limit_s=time_limit or (_QUICK_S if quick else _FULL_S),
-        journal=journal,
-        resume=resume,
-    )
-    if journal.exists() and not resume and points_in(journal) != 0:
+    request = _request(wanted, journal)
+    if journal.exists() and not wanted.resume and points_in(journal) != 0:
         raise single_problem(str(journal), "is from an interrupted run: continue with --resume, or delete it")
     try:
         with _progress(terminal) as report:
             result = measure(request, report)
     except KeyboardInterrupt:
-        kept = (points_in(journal) if journal.exists() else None) or 0
-        if kept:
-            terminal.line(
-                f"interrupted: {kept} points are kept in {journal}; run the same command with --resume to continue"
-            )
-        else:
-            journal.unlink(missing_ok=True)
-            terminal.line("interrupted before the first point: nothing was saved")
+        _say_interrupted(terminal, journal)
         return ProfileExitCode.INTERRUPTED
     save_measurements(out, result.measurements)
     journal.unlink(missing_ok=True)
     for note in result.measurements.notes:
         (terminal.warn if note in result.disturbances else terminal.detail)(note)
-    if cluster_out is not None:
-        from hetis.formats.documents import dump, write_atomically
-        from hetis.profiler.measure.host_cluster import host_cluster
-
-        write_atomically(cluster_out, dump(host_cluster(result)))
+    if wanted.cluster_out is not None:
+        write_atomically(wanted.cluster_out, dump(host_cluster(result)))
     if result.num_known:
         terminal.say(f"{result.num_known} points were known from the interrupted run")
     terminal.emit(lambda: _run_document(result, out), lambda: _run_table(result, out))
     return ProfileExitCode.OK
+
+
+def _request(wanted: RunOptions, journal: Path) -> RunRequest:
+    from hetis.formats.models.document import load_model
+    from hetis.profiler.measure.adaptive import RunRequest
+
+    return RunRequest(
+        device=wanted.device,
+        gpu=wanted.gpu,
+        model=load_model(wanted.model or (_CPU_MODEL if wanted.device == "cpu" else _CUDA_MODEL)),
+        quick=wanted.quick,
+        limit_s=wanted.time_limit or (_QUICK_S if wanted.quick else _FULL_S),
+        journal=journal,
+        resume=wanted.resume,
+    )
+
+
+def _say_interrupted(terminal: Terminal, journal: Path) -> None:
+    """Say what is kept, and remove a journal without points."""
+    from hetis.profiler.measure.journal import points_in
+
+    kept = points_in(journal) if journal.exists() else None
+    if kept:
+        terminal.line(
+            f"interrupted: {kept} points are kept in {journal}; run the same command with --resume to continue"
+        )
+    else:
+        journal.unlink(missing_ok=True)
+        terminal.line("interrupted before the first point: nothing was saved")
 
 
 @contextmanager

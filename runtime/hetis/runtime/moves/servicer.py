@@ -101,8 +101,9 @@ class EngineHost(Protocol):
 class ExecutorServicer(executor_service_pb2_grpc.ExecutorServiceServicer):
     """Serves one engine."""
 
-    def __init__(self, host: EngineHost) -> None:
-        self._host = host
+    def __init__(self, host: EngineHost, *, most_watches: int = MOST_WATCHES) -> None:
+        """``most_watches``: streams of reports at a time."""
+        self._host, self._most_watches = host, most_watches
         self._num_watches = 0
         self._reading: asyncio.Task[messages.WatchReportsResponse] | None = None
 
@@ -153,9 +154,9 @@ class ExecutorServicer(executor_service_pb2_grpc.ExecutorServiceServicer):
     async def WatchReports(
         self, request: messages.WatchReportsRequest, context: Context
     ) -> AsyncIterator[messages.WatchReportsResponse]:
-        if self._num_watches >= MOST_WATCHES:
-            why = f"{MOST_WATCHES} streams of reports are open already; end one first"
-            await _refuse(context, refusal(ErrorReason.ERROR_REASON_TOO_MANY_STREAMS, why, max_streams=MOST_WATCHES))
+        if self._num_watches >= (most := self._most_watches):
+            why = f"{most} streams of reports are open already; end one first"
+            await _refuse(context, refusal(ErrorReason.ERROR_REASON_TOO_MANY_STREAMS, why, max_streams=most))
         interval_s = DEFAULT_REPORT_S
         if request.HasField("min_interval"):
             interval_s = min(max(request.min_interval.ToNanoseconds() / 1e9, 0.01), 600.0)

@@ -7,6 +7,7 @@ shared memory in place of the socket.
 from __future__ import annotations
 
 import logging
+import secrets
 import socket
 import time
 from collections.abc import Sequence
@@ -15,6 +16,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Protocol
 
+import numpy as np
 import torch
 
 from hetis.runtime.transport.frames import (
@@ -34,6 +36,7 @@ from hetis.runtime.transport.frames import (
     read_error,
     read_header,
 )
+from hetis.runtime.transport.keys import NONCE_BYTES
 from hetis.runtime.transport.pipes import SharedFile, ShmPipe, TcpPipe, is_supported
 
 _log = logging.getLogger(__name__)
@@ -56,6 +59,7 @@ class Pipe(Protocol):
 # Largest body before an engine is known. A handshake has 8 bytes for each of at most `MOST_LAYERS` layers, and few
 # more.
 _HANDSHAKE_BYTES = 64 * 1024
+_OF_CHANNEL = (FrameKind.ATTACH, FrameKind.CHALLENGE)  # what `Handshake` answers itself, each once
 
 
 class Channel:
@@ -66,6 +70,7 @@ class Channel:
 
     def __init__(self, pipe: Pipe, *, stall_s: float = 10.0, most_body_bytes: int = MOST_BODY_BYTES) -> None:
         self.name = pipe.name  # display name: the kind and the other end
+        self.challenge = b""  # the nonce that a worker sent to an engine of which it knows nothing yet; empty: none
         self._pipe, self._stall_s, self._most_body_bytes = pipe, stall_s, most_body_bytes
         self._header = bytearray(HEADER_BYTES)
         self._into_header = memoryview(self._header)
@@ -195,7 +200,8 @@ class Handshake:
         self._pipe: Pipe = self._tcp
         self._arriving = _Arriving(self._pipe)
         self._stall_s = stall_s
-        self._has_answered = False  # the shared memory that the engine offers
+        self._answered: set[FrameKind] = set()
+        self._challenge = b""
 
     @property
     def name(self) -> str:
@@ -216,9 +222,15 @@ class Handshake:
         """
         try:
             frame = self._arriving.read()
-            if frame is not None and frame.kind is FrameKind.ATTACH and not self._has_answered:
-                self._has_answered = True
-                self._attach(frame)
+            while frame is not None and frame.kind in _OF_CHANNEL and frame.kind not in self._answered:
+                self._answered.add(frame.kind)
+                if frame.kind is FrameKind.ATTACH:
+                    self._attach(frame)
+                else:
+                    self._challenge = secrets.token_bytes(NONCE_BYTES)
+                    nonce = np.frombuffer(self._challenge, np.uint8)
+                    Channel(self._pipe, stall_s=0.0).send([frame.answered(FrameKind.NONCE, parts=(nonce,))])
+                self._arriving = _Arriving(self._pipe)
                 frame = self._arriving.read()
             if frame is None and self.is_attached and self._tcp.read_into(memoryview(bytearray(1)), 0.0):
                 raise FrameError(f"{self.name}: something was said beside the shared memory")
@@ -233,7 +245,9 @@ class Handshake:
             raise
         if frame is None:
             return None
-        return Channel(self._pipe, stall_s=self._stall_s, most_body_bytes=_HANDSHAKE_BYTES), frame
+        channel = Channel(self._pipe, stall_s=self._stall_s, most_body_bytes=_HANDSHAKE_BYTES)
+        channel.challenge = self._challenge
+        return channel, frame
 
     def close(self) -> None:
         self._pipe.close()
@@ -250,7 +264,6 @@ class Handshake:
         else:
             self._pipe = ShmPipe(shared, self._tcp, first=False)
             answers.send([Frame(kind=FrameKind.WELCOME, epoch=0, session=0)])
-        self._arriving = _Arriving(self._pipe)
 
 
 class _Arriving:

@@ -5,7 +5,8 @@ frames of an old engine or an old connection are recognised, and a ``serial``, w
 
 | kind | counts | body |
 | --- | --- | --- |
-| HELLO (layer: how many) | head_dim, r, page_tokens | windows i64 [layers], scale, soft cap, age: f64; key |
+| CHALLENGE | | |
+| HELLO (layer: how many) | head_dim, r, page_tokens | windows i64 [layers], scale, soft cap, age: f64; nonce, proof |
 | BEGIN | N, T | requests, incarnations, heads, first positions, and how many unless T is N: i64 [4 or 5, N] |
 | ATTEND | T | queries, key and value of each position: [T, r + 2, d] |
 | FINISH, ABORT, PING, BYE | | |
@@ -13,7 +14,8 @@ frames of an old engine or an old connection are recognised, and a ``serial``, w
 | EXPORT | H | request, incarnation, first, last, heads: i64 [4 + H] |
 | ADOPT | H, positions | the numbers of EXPORT; K, V [H, layers, positions, d] |
 | ATTACH | | path of the shared memory |
-| WELCOME | | pages i64, name |
+| WELCOME | | pages i64, proof, name |
+| NONCE | | nonce |
 | OUT | T | [T, r, d] |
 | KV | H, positions | K, V [H, layers, positions, d] |
 | PONG | | free pages, sequences: i64 |
@@ -28,6 +30,7 @@ HetisError
 
 from __future__ import annotations
 
+import hmac
 import math
 import struct
 import time
@@ -43,13 +46,14 @@ import torch
 
 from hetis.runtime.attention.device import DeviceStep
 from hetis.runtime.attention.kv import IntArray, KvShape, SequenceKey
-from hetis.runtime.transport.keys import KEY_BYTES
+from hetis.runtime.transport.keys import NONCE_BYTES, PROOF_BYTES, proof_of
 from hetis.solver.errors import HetisError
 
 MAGIC = 0x53495448  # "HTIS"
-VERSION = 4
+VERSION = 5
 HEADER = struct.Struct("<IHBBQQQQIIIIQ")
 HEADER_BYTES = HEADER.size
+_SAID_BYTES = HEADER_BYTES - 8  # the header without the size of the body, which the proof adds to
 MOST_BODY_BYTES = 1 << 32
 Bytes = npt.NDArray[np.uint8]
 Numbers: TypeAlias = torch.Tensor | npt.NDArray[Any]
@@ -96,11 +100,13 @@ class FrameKind(IntEnum):
     PING = 10
     BYE = 11
     ATTACH = 12
+    CHALLENGE = 13
     WELCOME = 32
     OUT = 33
     KV = 34
     PONG = 36
     ERROR = 37
+    NONCE = 38
 
 
 class Frame(NamedTuple):
@@ -207,16 +213,30 @@ def uptime_s() -> float:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Hello:
-    """An engine's first message: the shape of its virtual sequences, and the key that the worker was given."""
+    """An engine's first message: the shape of its virtual sequences, and the proof that it has the worker's key."""
 
     shape: KvShape
-    key: bytes
+    nonce: bytes  # the engine's, to which the worker answers with a proof
     age_s: float = 0.0  # time since the engine started, by `uptime_s`
 
-    def frame(self, *, epoch: int, session: int) -> Frame:
+    def frame(self, *, epoch: int, session: int, key: bytes, challenge: bytes) -> Frame:
+        """Return the frame; ``challenge`` is the worker's nonce."""
+        frame = self._unproved(epoch, session)
+        said = header_of(frame)[:_SAID_BYTES] + b"".join(bytes(bytes_of(part)) for part in frame.parts)
+        proof = np.frombuffer(proof_of(key, "engine", challenge, said), np.uint8)
+        return frame._replace(parts=(*frame.parts, proof))
+
+    @staticmethod
+    def is_proved(frame: Frame, *, key: bytes, challenge: bytes) -> bool:
+        """Return whether the sender of a received HELLO has the key, and answers this challenge."""
+        raw = bytes(frame.raw)
+        said = header_of(frame)[:_SAID_BYTES] + raw[:-PROOF_BYTES]
+        return hmac.compare_digest(raw[-PROOF_BYTES:], proof_of(key, "engine", challenge, said))
+
+    def _unproved(self, epoch: int, session: int) -> Frame:
         shape = self.shape
         factors = torch.tensor([shape.scale, shape.soft_cap, self.age_s], dtype=torch.float64)
-        key = torch.frombuffer(bytearray(self.key), dtype=torch.uint8)
+        nonce = torch.frombuffer(bytearray(self.nonce), dtype=torch.uint8)
         return Frame(
             kind=FrameKind.HELLO,
             epoch=epoch,
@@ -224,12 +244,12 @@ class Hello:
             layer=shape.layers,
             counts=(shape.head_dim, shape.queries_per_group, shape.page_tokens),
             dtype=shape.dtype,
-            parts=(torch.tensor(shape.windows, dtype=torch.int64), factors, key),
+            parts=(torch.tensor(shape.windows, dtype=torch.int64), factors, nonce),
         )
 
     @classmethod
     def read(cls, frame: Frame) -> Hello:
-        _expect(frame, FrameKind.HELLO, 8 * frame.layer + 24 + KEY_BYTES)
+        _expect(frame, FrameKind.HELLO, 8 * frame.layer + 24 + NONCE_BYTES + PROOF_BYTES)
         head_dim, queries, page_tokens = frame.counts
         limits = MOST_HEAD_DIM, MOST_QUERIES, MOST_PAGE_TOKENS
         fits = all(0 < size <= most for size, most in zip(frame.counts, limits, strict=True))
@@ -252,7 +272,7 @@ class Hello:
             windows=tuple(windows.tolist()),
             soft_cap=soft_cap,
         )
-        return cls(shape=shape, key=raw[-KEY_BYTES:], age_s=age_s)
+        return cls(shape=shape, nonce=raw[-NONCE_BYTES - PROOF_BYTES : -PROOF_BYTES], age_s=age_s)
 
 
 class KvRange(NamedTuple):
@@ -373,17 +393,26 @@ def read_error(frame: Frame) -> tuple[int, int, str]:
     return needed, free, raw[16:].decode(errors="replace")
 
 
-def pack_welcome(num_pages: int, name: str) -> tuple[torch.Tensor, ...]:
-    """Return the body of WELCOME."""
-    words = torch.frombuffer(bytearray(name.encode() or b" "), dtype=torch.uint8)
-    return torch.tensor([num_pages], dtype=torch.int64), words
+def pack_welcome(num_pages: int, name: str, *, key: bytes, nonce: bytes) -> tuple[Numbers, ...]:
+    """Return the body of WELCOME, in answer to an engine's nonce."""
+    pages, words = struct.pack("<q", num_pages), name.encode()
+    return (np.frombuffer(pages + proof_of(key, "worker", nonce, pages, words) + words, np.uint8),)
 
 
-def read_welcome(frame: Frame) -> tuple[int, str]:
+def read_welcome(frame: Frame, *, key: bytes, nonce: bytes) -> int:
+    """Return the worker's number of pages. Raises FrameError if it does not have the key."""
     raw = bytes(frame.raw)
-    if frame.kind is not FrameKind.WELCOME or len(raw) < 8:
+    if frame.kind is not FrameKind.WELCOME or len(raw) < 8 + PROOF_BYTES:
         raise FrameError(f"{frame.kind.name} of {len(raw)} bytes, a welcome was expected")
-    return struct.unpack_from("<q", raw)[0], raw[8:].decode(errors="replace")
+    pages, proof, words = raw[:8], raw[8 : 8 + PROOF_BYTES], raw[8 + PROOF_BYTES :]
+    if not hmac.compare_digest(proof, proof_of(key, "worker", nonce, pages, words)):
+        raise FrameError("what listens there does not have the worker's key")
+    return int(struct.unpack("<q", pages)[0])
+
+
+def read_nonce(frame: Frame) -> bytes:
+    _expect(frame, FrameKind.NONCE, NONCE_BYTES)
+    return bytes(frame.raw)
 
 
 def _part(numbers: IntArray, frame: Frame) -> KvRange:

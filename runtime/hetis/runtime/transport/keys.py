@@ -1,20 +1,22 @@
 """The secret shared by an engine and its attention workers: from a file that only its owner may read, or a variable.
 
-16 bytes of its SHA-256 travel over a connection. Neither they nor KV are encrypted: whoever can read the network can
-read both.
+It never travels. Each end draws a nonce for every connection, and proves by an HMAC over both that it knows the secret:
+what was overheard is of no use in another connection. KV is not encrypted: whoever can read the network can read it.
 """
 
 from __future__ import annotations
 
 import hashlib
+import hmac
 import os
 import stat
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Literal
 
 from hetis.solver.errors import HetisError
 
-KEY_BYTES = 16
+NONCE_BYTES = PROOF_BYTES = 32
 VARIABLE = "HETIS_WORKER_KEY"
 LEAST_LETTERS, MOST_BYTES = 16, 4096
 
@@ -24,11 +26,19 @@ class InvalidKeyError(HetisError):
 
 
 def key_of(secret: str) -> bytes:
-    """Return the bytes sent for a secret, stripped of white space. Raises InvalidKeyError if it is too short."""
+    """Return the key of HMACs for a secret, stripped of white space. Raises InvalidKeyError if it is too short."""
     letters = secret.strip()
     if len(letters) < LEAST_LETTERS:
         raise InvalidKeyError(f"the key has {len(letters)} letters, must have >= {LEAST_LETTERS}")
-    return hashlib.sha256(letters.encode()).digest()[:KEY_BYTES]
+    return hashlib.sha256(letters.encode()).digest()
+
+
+def proof_of(key: bytes, of: Literal["engine", "worker"], *said: bytes) -> bytes:
+    """Return the proof that one end knows the key: an HMAC over the nonce of the other and what else was said."""
+    code = hmac.new(key, of.encode(), "sha256")
+    for part in said:
+        code.update(len(part).to_bytes(8, "little") + part)
+    return code.digest()
 
 
 def read_key(path: Path | None, environment: Mapping[str, str]) -> bytes | None:

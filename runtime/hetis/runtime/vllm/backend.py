@@ -181,11 +181,14 @@ def require_connector(vllm_config: VllmConfig) -> None:
 def _of_virtual_sequences(vllm_config: VllmConfig, head_groups: int) -> VllmConfig:
     """Return the configuration as a base builder should see it, which sizes its buffers by sequences and tokens.
 
-    Each request is ``head_groups`` sequences, and each token as many rows. No graph of a whole step is captured.
+    Each request is ``head_groups`` sequences with one KV head, by which TRITON_ATTN chooses its kernel, and each token
+    as many rows. No graph of a whole step is captured.
     """
     described = copy(vllm_config)
     described.compilation_config = copy(vllm_config.compilation_config)
     described.compilation_config.cudagraph_mode = CUDAGraphMode.NONE
+    described.model_config = copy(vllm_config.model_config)
+    described.model_config.get_num_kv_heads = lambda *_, **__: 1
     described.scheduler_config = copy(vllm_config.scheduler_config)
     described.scheduler_config.max_num_seqs *= head_groups
     described.scheduler_config.max_num_batched_tokens *= head_groups

@@ -29,6 +29,7 @@ from hetis.v1.executor_service_pb2_grpc import add_ExecutorServiceServicer_to_se
 T = TypeVar("T")
 _log = logging.getLogger(__name__)
 LOOK_S = 0.25  # interval between checks of the clock while no step is made
+MOST_CALLS, MOST_WATCHES = 16, 4  # calls at a time, and streams of reports among them: an agent has one of each
 EVERY_S = 0.5  # interval between takes of counts while requests run
 
 
@@ -122,8 +123,10 @@ class ExecutorThread:
             self._loop.close()
 
     async def _serve(self) -> None:
-        server = grpc.aio.server()
-        add_ExecutorServiceServicer_to_server(ExecutorServicer(self._host), server)
+        # gRPC's thread shares Python's lock with the scheduler, so that many callers would delay every token.
+        server = grpc.aio.server(maximum_concurrent_rpcs=MOST_CALLS)
+        servicer = ExecutorServicer(self._host, most_watches=MOST_WATCHES)
+        add_ExecutorServiceServicer_to_server(servicer, server)
         bind_socket(server, self._socket)
         await server.start()
         self._listens.set()

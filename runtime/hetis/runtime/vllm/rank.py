@@ -220,13 +220,14 @@ class Rank:
         self._abandon()  # a step that was never finished: vLLM may warm up without the connector
         self._step += 1
         common = metadata.common
-        num = common.num_reqs
+        num, bound = common.num_reqs, common.seq_lens_cpu_upper_bound
         anchors = common.block_table_tensor[:num, 0].cpu().numpy()
         starts = common.query_start_loc_cpu[: num + 1].numpy().astype(np.int64)
         requests = StepRequests(
             rows=self.heads.row_of[anchors],
             counts=starts[1:] - starts[:-1],
-            lasts=common.seq_lens[:num].cpu().numpy().astype(np.int64),
+            # vLLM's bound is on the CPU already, and exact unless drafts are scheduled ahead.
+            lasts=(common.seq_lens if bound is None else bound)[:num].cpu().numpy().astype(np.int64),
         )
         known = requests.rows >= 0
         self.migrator.rewind(requests.rows, requests.firsts)

@@ -17,7 +17,6 @@ hold up neither the engine that is served nor one that joins. Its handshake is r
 
 from __future__ import annotations
 
-import hmac
 import logging
 import math
 import select
@@ -75,12 +74,12 @@ class WorkerCore:
         self._incarnations: dict[int, int] = {}
         self._failed: Exception | None = None  # failure of a frame without an answer
 
-    def handle(self, frame: Frame) -> Frame | None:
+    def handle(self, frame: Frame, *, challenge: bytes = b"") -> Frame | None:
         """Carry out one frame, and return the answer if its kind has one. Raises FrameError if the frame is not valid
-        here; then the connection must be closed, and its KV is void.
+        here; then the connection must be closed, and its KV is void. ``challenge``: what a HELLO must answer.
         """
         if frame.kind is FrameKind.HELLO:
-            return self._hello(frame)
+            return self._hello(frame, challenge)
         if (frame.epoch, frame.session) != (self.epoch, self._session):
             return self._stale(frame) if frame.kind in _ANSWERED else None
         assert self.device is not None, "a session has a device"
@@ -101,9 +100,9 @@ class WorkerCore:
         self._session = 0
         self._forget()
 
-    def _hello(self, frame: Frame) -> Frame:
+    def _hello(self, frame: Frame, challenge: bytes) -> Frame:
         hello = Hello.read(frame)
-        if not hmac.compare_digest(hello.key, self._key):
+        if not challenge or not Hello.is_proved(frame, key=self._key, challenge=challenge):
             return error_answer(frame, ErrorCode.REFUSED, f"{self.name}: the key is another worker's, or an old one")
         started_s = self._clock() - hello.age_s
         if frame.epoch != self.epoch and (frame.epoch in self._over or started_s < self._started_s):
@@ -122,7 +121,8 @@ class WorkerCore:
             self.epoch, self._started_s = frame.epoch, started_s
         self._started_s = min(self._started_s, started_s)  # a HELLO that takes its time makes an engine look younger
         self._session = frame.session
-        return frame.answered(FrameKind.WELCOME, parts=pack_welcome(self.device.num_pages, self.name))
+        welcome = pack_welcome(self.device.num_pages, self.name, key=self._key, nonce=hello.nonce)
+        return frame.answered(FrameKind.WELCOME, parts=welcome)
 
     def _forget(self) -> None:
         self._step, self._failed = None, None
@@ -332,7 +332,8 @@ class WorkerLoop:
 
     def _take_newcomer(self, channel: Channel, hello: Frame) -> None:
         try:
-            answer = self.core.handle(hello) if hello.kind is FrameKind.HELLO else None
+            is_hello = hello.kind is FrameKind.HELLO
+            answer = self.core.handle(hello, challenge=channel.challenge) if is_hello else None
             if answer is not None:
                 channel.send([answer])
         except ChannelError as error:

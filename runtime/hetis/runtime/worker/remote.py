@@ -54,10 +54,12 @@ from hetis.runtime.transport.frames import (
     pack_step,
     read_error,
     read_kv,
+    read_nonce,
     read_outputs,
     read_pong,
     read_welcome,
 )
+from hetis.runtime.transport.keys import NONCE_BYTES
 
 T = TypeVar("T")
 
@@ -93,9 +95,11 @@ class RemoteDevice:
         self._queued: list[Frame] = []
         self._owed = 0  # serial of the last request whose answer has not been read; 0: none
         self._step: DeviceStep | None = None
-        hello = Hello(shape=shape, key=key, age_s=age_s).frame(epoch=epoch, session=self._session)
-        self._send(hello)
-        self.num_pages, _ = self._read(self._answer(hello.serial), read_welcome)
+        challenge = self._read(self._answer(self._ask(self._frame(FrameKind.CHALLENGE))), read_nonce)
+        hello = Hello(shape=shape, nonce=secrets.token_bytes(NONCE_BYTES), age_s=age_s)
+        frame = hello.frame(epoch=epoch, session=self._session, key=key, challenge=challenge)
+        answer = self._answer(self._ask(frame))
+        self.num_pages = self._read(answer, lambda frame: read_welcome(frame, key=key, nonce=hello.nonce))
 
     # --- a step
 

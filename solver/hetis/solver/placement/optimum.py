@@ -27,14 +27,14 @@ from hetis.solver.errors import InvalidProblemError, NoPlanFoundError
 from hetis.solver.placement.columns import Bound, padded
 from hetis.solver.placement.enumeration import ColumnPrices, EnumeratedColumns
 from hetis.solver.placement.fleet import IntArray
+from hetis.solver.placement.losses.loss_rows import Within
+from hetis.solver.placement.losses.simplicity import simplest
 from hetis.solver.placement.master import UNDECIDED, LpSolution, Master, MilpSolution, settled
 from hetis.solver.placement.nodes import NodeProgram, counts_of_kinds
 from hetis.solver.placement.outcome import Outcome, rate_bound, relative_gap, sound_bound
 from hetis.solver.placement.policy import POLICY, RELAXATION_TOLERANCE, Attempt
 from hetis.solver.placement.replicas.tables import BoolArray, CostTables, FloatArray
 from hetis.solver.placement.replicas.template import Template
-from hetis.solver.placement.simplicity import simplest
-from hetis.solver.placement.survival_rows import Within
 
 
 def search_enumerated(

@@ -18,6 +18,7 @@ from hetis.solver.placement.explanation.alternatives import notes_on_search, run
 from hetis.solver.placement.families import STRATEGIES
 from hetis.solver.placement.fleet import FloatArray, class_prices
 from hetis.solver.placement.infeasible import Market, infeasible
+from hetis.solver.placement.losses.survival import Survive, search_surviving
 from hetis.solver.placement.master import demanded_rate, row_costs_of
 from hetis.solver.placement.outcome import Outcome, is_out_of_reach
 from hetis.solver.placement.replicas.kinds import Layout
@@ -35,7 +36,6 @@ from hetis.solver.placement.replicas.template import (
     with_fewest_in_flight,
 )
 from hetis.solver.placement.search import equal_stages, search
-from hetis.solver.placement.survival import Survive, search_surviving
 from hetis.solver.plan import (
     AttentionWorkerPool,
     ClassPrice,

@@ -12,13 +12,18 @@ from functools import partial
 
 import pytest
 
+from hetis.planner.convert.traffic import MINUTE_S, TrafficWindow
 from hetis.planner.fleet.views import LiveReplica
+from hetis.planner.loop.speeds import Speed
+from hetis.planner.resources.traffic import TrafficNow
 from hetis.planner.service.observability.metrics import LOOK_S, ServiceMetrics
 from hetis.planner.service.observability.overview import NUM_SAMPLES, ClusterNow, KvHistory, Overview
 from hetis.planner.service.observability.status_html import status_html
 from hetis.planner.service.server import AddressError
 from hetis.planner.service.status_page import PageLimits, Recent, StatusPage, status_app
+from hetis.solver.traffic import TrafficSketch
 from hetis.v1 import cluster_pb2, redispatch_pb2, replica_pb2, report_pb2
+from hetis.v1.traffic_pb2 import TrafficDecision
 from tests.planner.html_pages import ReadPage
 from tests.planner.resources.served import live_node
 from tests.planner.service.fakes import FakePlanner
@@ -238,6 +243,24 @@ def test_a_large_fleet_has_a_page_of_bounded_size() -> None:
     assert "more nodes" in text
 
 
+def test_measured_traffic_has_windows_speeds_and_the_decision() -> None:
+    traffic = TrafficSketch(seconds=60.0, arrivals=120.0)
+    window = TrafficWindow(model="tiny", span_s=MINUTE_S, start_s=6_000, traffic=traffic)
+    slow = Speed(
+        replica="clusters/c/replicas/r", gpus=("L4",), tpot_s=0.03, expected_s=0.02, correction=1.5, error=0.1,
+        is_slow=True, devices=("a/0",),
+    )  # fmt: skip
+    decision = TrafficDecision(reason="More is expected.", plan="plans/n")
+    decision.desired.add(shape="2xL4", desired=3, in_force=2)
+    now = TrafficNow(windows=[window], speeds=[slow], decision=decision)
+    text = ReadPage(status_html(OVERVIEW, [replace(running_cluster(), traffic=now)], version="1", is_ready=True)).text
+    assert "Measured traffic" in text
+    assert "1.50 ± 0.10" in text
+    assert "slow: a/0" in text
+    assert "More is expected." in text
+    assert "3 (in force: 2) × 2xL4" in text
+
+
 OVERVIEW = Overview(epoch=3, leader_since_s=1_800_000_000.0, num_plans={}, queued=0, searching=0, solver_processes=1)
 
 
@@ -297,6 +320,7 @@ async def test_metrics_are_read_by_prometheus() -> None:
     assert samples["hetis_planner_nodes", "READY", "clusters/c"] == 2
     assert samples["hetis_planner_replicas", "FAILED", "clusters/c"] == 1
     assert samples["hetis_planner_activation", "ACTIVATING", "clusters/c"] == 1
+    assert samples["hetis_desired_replicas", "2xL4", "clusters/c"] == 3
     assert samples["hetis_planner_plans", "SOLVING"] == 1
     assert samples["hetis_planner_searches_queued",] == 4
 

@@ -17,7 +17,7 @@ import pytest
 import hetis
 from hetis.formats.traces import read_trace
 from hetis.planner.cli.app import run
-from hetis.planner.report.simulation import _doubt
+from hetis.planner.report.simulation.text import _doubt
 from hetis.planner.use_cases.simulation.simulate import SAMPLES, sample_spacing_s
 from hetis.profiler import engines
 from hetis.simulator.arrivals import Arrivals, Load

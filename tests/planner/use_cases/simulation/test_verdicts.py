@@ -14,8 +14,8 @@ import pytest
 
 import hetis
 from hetis.planner.report.figures import digits, seconds
-from hetis.planner.report.simulation import _goodput
-from hetis.planner.report.simulation_pictures import panels_of
+from hetis.planner.report.simulation.pictures import panels_of
+from hetis.planner.report.simulation.text import _goodput
 from hetis.planner.use_cases.saved_plans import load_plan_and_problem
 from hetis.planner.use_cases.service_level import DEFAULT, Latency, ServiceLevel, Statistic
 from hetis.planner.use_cases.simulation import simulate as simulating

@@ -26,6 +26,7 @@ from hetis.planner.export.replicas import ExportSettings, NotExportableError, la
 from hetis.runtime.agent.launched.parts import LaunchedPart, part_of, replica_of
 from hetis.runtime.launch.main import main
 from hetis.runtime.moves.refusals import RefusedError
+from hetis.runtime.vllm.settings import load_settings
 from hetis.solver.cluster import GpuType
 from hetis.solver.plan import KvRoute, Plan, Role
 from hetis.v1.failure_pb2 import ErrorReason
@@ -254,6 +255,19 @@ def test_stages_on_several_nodes_are_started_by_whatever_serves() -> None:
     asked = assigned(two_nodes().replicas[0], node="a")
     [command] = part_of(asked, settings_of(program="env A=b vllm serve"), node="a", folder=FOLDER).commands
     assert command.shown[:4] == ("env", "A=b", "vllm", "serve")
+
+
+@pytest.mark.parametrize(("settings", "policy"), [({}, "solver"), ({"dispatch": "local"}, "local")])
+def test_the_plugin_is_steered_at_a_socket_and_dispatches_as_the_settings_say(
+    settings: dict[str, str], policy: str, tmp_path: Path
+) -> None:
+    replica = plan_of(stage_of(devices=("a/0",)), pools=(replace(POOL, devices=("a/1", "a/2")),)).replicas[0]
+    found = part(replica, engine="vllm-hetis", **settings)
+    (text,) = found.commands[0].files.values()
+    (file := tmp_path / "workers.yaml").write_text(text)
+    plugin = load_settings(file)
+    assert plugin.executor == found.socket == FOLDER / "p-0" / "engine.sock"
+    assert plugin.dispatch.policy == policy
 
 
 def test_workers_of_two_replicas_on_a_node_have_ports_by_their_gpus() -> None:

@@ -36,13 +36,9 @@ FLIPPED, ABORTED = ChangeOutcome.CHANGE_OUTCOME_FLIPPED, ChangeOutcome.CHANGE_OU
 
 
 @pytest.fixture
-def folder(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A folder whose sockets have short paths, and workers that only wait."""
+def folder() -> Iterator[Path]:
+    """A folder whose sockets have short paths."""
     with tempfile.TemporaryDirectory(prefix="h") as name:
-        worker = Path(name) / "hetis-worker"
-        worker.write_text("#!/bin/sh\nexec sleep 600\n")
-        worker.chmod(0o700)
-        monkeypatch.setenv("PATH", f"{name}:{os.environ['PATH']}")
         yield Path(name)
 
 

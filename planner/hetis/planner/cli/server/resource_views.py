@@ -226,6 +226,7 @@ COLUMNS: dict[str, tuple[ResourceColumn, ...]] = {
         ResourceColumn("'etag", lambda c: c.etag, wide=True),
         ResourceColumn("'re-dispatch", lambda c: _mode(c.policy.redispatch), wide=True),
         ResourceColumn("'placement", lambda c: _mode(c.policy.placement), wide=True),
+        ResourceColumn("'traffic", lambda c: _mode(c.policy.traffic), wide=True),
     ),
     "nodes": (
         ResourceColumn("'node", lambda n: last_part(n.name)),

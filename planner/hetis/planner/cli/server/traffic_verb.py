@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from hetis.planner.client import Client
     from hetis.planner.convert.traffic import ModelTraffic
-    from hetis.planner.use_cases.speeds import Speed
+    from hetis.planner.loop.speeds import Speed
     from hetis.v1.traffic_pb2 import ClusterTraffic, MeasuredSpeed
 
 TRAFFIC_EXAMPLES = """Examples:\n
@@ -118,8 +118,8 @@ def _write(terminal: Terminal, model: ModelTraffic, last_s: float, given: Traffi
 def _table(models: list[ModelTraffic], found: ClusterTraffic) -> RenderableType:
     from rich.console import Group
 
+    from hetis.planner.convert.traffic import SPEED_COLUMNS, TRAFFIC_COLUMNS, decision_lines, speed_cells, traffic_cells
     from hetis.planner.report.tables import section, table
-    from hetis.planner.report.traffic import SPEED_COLUMNS, TRAFFIC_COLUMNS, decision_lines, speed_cells, traffic_cells
 
     parts: list[RenderableType] = []
     for model in models:
@@ -136,7 +136,7 @@ def _table(models: list[ModelTraffic], found: ClusterTraffic) -> RenderableType:
 
 
 def _speed(one: MeasuredSpeed) -> Speed:
-    from hetis.planner.use_cases.speeds import Speed
+    from hetis.planner.loop.speeds import Speed
 
     return Speed(
         replica=one.replica,

@@ -9,7 +9,7 @@ import numpy as np
 
 from hetis.planner.report.figures import digits
 from hetis.planner.report.page.blocks import COLORS, Chart, CurveBlock, Tick
-from hetis.planner.report.simulation_pictures import Line, Panel
+from hetis.planner.report.simulation.pictures import Line, Panel
 from hetis.simulator.values import FloatArray
 
 WIDTH, HEIGHT = 360, 210

@@ -28,8 +28,8 @@ from hetis.planner.report.page.blocks import (
 )
 from hetis.planner.report.page.plan_section import plan_blocks
 from hetis.planner.report.promises import kept_cell
-from hetis.planner.report.simulation import service_level_words
-from hetis.planner.report.simulation_pictures import Panel, panels_of, panels_of_sweep
+from hetis.planner.report.simulation.pictures import Panel, panels_of, panels_of_sweep
+from hetis.planner.report.simulation.text import service_level_words
 from hetis.planner.report.tables import SimulationRemarks
 from hetis.planner.use_cases.compare import Compared, best_of, figures_of, kept_of
 from hetis.planner.use_cases.other_fleets.replan import PosedReplan

@@ -8,6 +8,7 @@ from typing import Any
 from hetis.planner.report import plan as plan_report
 from hetis.planner.report import promises
 from hetis.planner.report.alternatives import distinct_runners_up, reason_words, shape_words
+from hetis.planner.report.classes import KEPT, LATENCIES, classes_words, latency_words
 from hetis.planner.report.explanation import memory_shares, time_shares
 from hetis.planner.report.figures import (
     digits,
@@ -37,10 +38,10 @@ from hetis.planner.report.page.fleet_map import MAX_NAMED, fleet_map, replica_na
 from hetis.planner.report.page.key_figures import key_tiles, limits_scale, worth_scale
 from hetis.planner.report.replica import stage_rows, unit_of_room
 from hetis.planner.report.rungs import LITTLE_LEFT, left_share, next_rung
-from hetis.planner.report.simulation_pictures import Panel
+from hetis.planner.report.simulation.pictures import Panel
 from hetis.planner.use_cases.grouping import ReplicaGroup, group_replicas
 from hetis.planner.use_cases.record.forms import RungFound
-from hetis.planner.use_cases.record.parts import MadeFrom, Requested, Rungs
+from hetis.planner.use_cases.record.parts import Classes, MadeFrom, Requested, Rungs
 from hetis.planner.use_cases.robustness.profile_errors import used_fits
 from hetis.solver.placement.explanation import explain_plan
 from hetis.solver.plan import Explanation, MemoryBar, Plan, ReplicaPlan, Role, parallel_sizes
@@ -71,6 +72,10 @@ def plan_blocks(
     rungs = Rungs.of(plan).found
     if any(one.is_chosen for one in rungs):
         yield _rungs(rungs, plan)
+    of_classes = Classes.of(plan)
+    if of_classes.kept:
+        yield grid_of(of_classes.kept, *KEPT, title="Classes of requests", intro=classes_words(of_classes))
+        yield grid_of(of_classes.ttft, *LATENCIES, title="Who gains and who pays", intro=latency_words(of_classes))
     if plan.replicas:
         yield limits_scale(plan)
     yield fleet_map(plan, problem.cluster, explanation)

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from hetis.planner.convert.traffic import TrafficWindow, models_of
-from hetis.planner.report.page.blocks import Block, Grid, Sentences
-from hetis.planner.report.traffic import (
+from hetis.planner.convert.traffic import (
     SPEED_COLUMNS,
     TRAFFIC_COLUMNS,
+    TrafficWindow,
     decision_lines,
+    models_of,
     speed_cells,
     traffic_cells,
 )
+from hetis.planner.loop.speeds import Speed
+from hetis.planner.report.page.blocks import Block, Grid, Sentences
 from hetis.planner.resources.traffic import TrafficNow
-from hetis.planner.use_cases.speeds import Speed
 
 
 def traffic_blocks(now: TrafficNow) -> Iterator[Block]:

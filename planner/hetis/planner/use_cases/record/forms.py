@@ -354,3 +354,8 @@ class ClassLatency:
     with_s: float | None
     limit_s: float | None = None
     max_prompt_tokens: int | None = None
+
+    @property
+    def pays(self) -> bool:
+        """Return whether the class waits longer with classes."""
+        return self.without_s is not None and self.with_s is not None and self.with_s > self.without_s

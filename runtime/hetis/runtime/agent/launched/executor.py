@@ -218,6 +218,8 @@ class LaunchExecutor:
 
     async def _retire(self, replica: LaunchedReplica) -> None:
         await replica.retire()
+        if replica.engine is not None:
+            await replica.engine.close()
         self._leaving.remove(replica)
         self._start_waiting()
 
@@ -398,8 +400,6 @@ class LaunchedReplica:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(LOOK_S if self.is_ready else LOADING_LOOK_S):
                     await self._notified.wait()
-        if self.engine is not None:
-            await self.engine.close()
         self._changed()
 
     async def retire(self) -> None:

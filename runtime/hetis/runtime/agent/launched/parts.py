@@ -116,6 +116,9 @@ class EngineSettingsDocument(Document):
     # Attention backend of replicas that only prefill or only decode, in place of the one that runs on all GPUs that
     # exchange KV
     attention_backend: Backend = ""
+    # Where head groups of new requests go, with `vllm-hetis`: as its dispatcher decides, or to the primary while it has
+    # room, so that only the planner moves them
+    dispatch: Literal["solver", "local"] = "solver"
     # Further options of the engine, passed unchanged
     options: Annotated[list[str], BeforeValidator(_words)] = Field(default_factory=list)
     environment: dict[Variable, str] = Field(default_factory=dict)  # further environment variables of the engine
@@ -290,6 +293,7 @@ def _serving(settings: EngineSettingsDocument, name: str, checkpoint: str) -> Se
         device=settings.device,
         limits_kv=True,
         served_name=settings.served_name.format(name=name),
+        dispatch="" if settings.dispatch == "solver" else settings.dispatch,
     )
 
 

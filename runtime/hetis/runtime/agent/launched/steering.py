@@ -93,7 +93,7 @@ class LaunchedEngine:
         self._wanted, self.generation = request, max(self.generation, request.generation)
         if self._following is not None:
             self._following.cancel()
-            self._following = asyncio.create_task(self._follow(request))
+            self._begin_to_follow(request)
 
     def began(self) -> None:
         """Steer a life of the engine, which now answers."""
@@ -102,7 +102,7 @@ class LaunchedEngine:
         request = ApplyAssignmentRequest()
         request.CopyFrom(self._wanted)
         request.generation = self.generation  # that of a flip in an earlier life, which the planner knows
-        self._following = asyncio.create_task(self._follow(request))
+        self._begin_to_follow(request)
 
     def ended(self, why: str) -> None:
         """Abort what the life that has ended left open."""
@@ -182,6 +182,14 @@ class LaunchedEngine:
         return [*self._ended.values(), *(one for one in self._said.changes if one.change_id not in self._ended)]
 
     # --- a life
+
+    def _begin_to_follow(self, request: ApplyAssignmentRequest) -> None:
+        self._following = asyncio.create_task(self._follow(request))
+        self._following.add_done_callback(self._note_failure)
+
+    def _note_failure(self, task: asyncio.Task[None]) -> None:
+        if not task.cancelled() and (error := task.exception()) is not None:
+            _log.error("steering %s failed", self._replica, exc_info=error)
 
     async def _follow(self, request: ApplyAssignmentRequest) -> None:
         """Apply the assignment, then take the engine's reports until the life ends."""

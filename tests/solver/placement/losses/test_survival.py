@@ -15,8 +15,8 @@ from hetis.solver.check.losses import StatedLoss, check_losses
 from hetis.solver.cluster import GpuSlots, NodeGroup
 from hetis.solver.errors import InfeasibleError, NoPlanFoundError
 from hetis.solver.placement.families import run_by
+from hetis.solver.placement.losses.survival import Survive
 from hetis.solver.placement.rungs import rungs_of
-from hetis.solver.placement.survival import Survive
 from hetis.solver.plan import Objective, ObjectiveKind, Plan, Role
 from hetis.solver.planning import solve_surviving
 from hetis.solver.problem import EngineRules, Family, PlacementProblem

@@ -44,12 +44,8 @@ from hetis.solver.errors import NoPlanFoundError
 from hetis.solver.placement.columns import Columns
 from hetis.solver.placement.enumeration import ColumnPrices, EnumeratedColumns
 from hetis.solver.placement.fleet import FloatArray, IntArray
-from hetis.solver.placement.master import UNDECIDED, LpSolution, MilpSolution, master_of
-from hetis.solver.placement.outcome import Outcome, sound_bound
-from hetis.solver.placement.policy import POLICY
-from hetis.solver.placement.replicas.kinds import Layout
-from hetis.solver.placement.replicas.tables import CostTables
-from hetis.solver.placement.simplicity import (
+from hetis.solver.placement.losses.loss_rows import LossRows, Within
+from hetis.solver.placement.losses.simplicity import (
     MOST_COLUMNS,
     Simplest,
     likeliest,
@@ -58,9 +54,13 @@ from hetis.solver.placement.simplicity import (
     undominated,
     whole_counts,
 )
-from hetis.solver.placement.survival_rows import LossRows, Within
+from hetis.solver.placement.master import UNDECIDED, LpSolution, MilpSolution, master_of
+from hetis.solver.placement.outcome import Outcome, sound_bound
+from hetis.solver.placement.policy import POLICY
+from hetis.solver.placement.replicas.kinds import Layout
+from hetis.solver.placement.replicas.tables import CostTables
 
-FIRST_GAP = 0.005  # of a first plan, which only limits what is listed for the proof
+FIRST_GAP = 0.01  # of a first plan, which only limits what is listed for the proof
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from hetis.planner.report.figures import digits, gigabytes, percent, plural, seconds
-from hetis.planner.report.simulation_pictures import model_and_cluster
+from hetis.planner.report.simulation.pictures import model_and_cluster
 from hetis.planner.report.tables import as_group, facts, section, table
 from hetis.planner.use_cases.grouping import grouped_use
 from hetis.planner.use_cases.json_values import document, fields_of, json_value

@@ -22,7 +22,7 @@ from hetis.solver.profile import Fit, Op, Piece, Provenance, Source
 
 SMALL = "Qwen/Qwen3-0.6B"  # a model with iterations so short that the host's time shows
 
-SILICON = Path(__file__).parents[3] / "docs" / "data" / "silicon.csv"
+SILICON = Path(__file__).parents[4] / "docs" / "data" / "silicon.csv"
 
 
 def inputs(*profiles: str) -> LoadedInputs:

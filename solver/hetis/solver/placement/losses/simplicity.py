@@ -34,12 +34,12 @@ from hetis.solver.budget import SearchSettings
 from hetis.solver.placement.columns import Columns, padded
 from hetis.solver.placement.enumeration import ColumnPrices, EnumeratedColumns
 from hetis.solver.placement.fleet import IntArray
+from hetis.solver.placement.losses.loss_rows import POINTS, LossRows, Within, shape_of
 from hetis.solver.placement.master import LpSolution, Master, MilpSolution
 from hetis.solver.placement.outcome import Simplicity
 from hetis.solver.placement.policy import POLICY
 from hetis.solver.placement.replicas.kinds import Kind, Layout
 from hetis.solver.placement.replicas.tables import CostTables
-from hetis.solver.placement.survival_rows import POINTS, LossRows, Within, shape_of
 
 FEW = 40  # columns of each side in a first plan, for each order
 MOST_COLUMNS = 1500  # of a proof

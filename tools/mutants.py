@@ -1,6 +1,6 @@
 """The share of small mistakes in the solver's arithmetic that its tests notice.
 
-    python -m benchmarks.mutants [--sample N] [--seed S] [--only TEXT] [--jobs N]
+    python -m tools.mutants [--sample N] [--seed S] [--only TEXT] [--jobs N]
 
 A mutant is the solver with one mistake: ``<`` for ``<=``, ``+`` for ``-``, a constant off by one, ``min`` for ``max``,
 a deleted statement, a negated condition. None is made in what does no arithmetic: arguments of decorators
@@ -111,7 +111,7 @@ class Verdict:
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.mutants", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m tools.mutants", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--sample", type=int, default=150, metavar="N", help="mutants tried, 150 unless given")
     parser.add_argument("--seed", type=int, default=0, metavar="S", help="of the sample")

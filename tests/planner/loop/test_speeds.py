@@ -8,8 +8,8 @@ from functools import cache
 
 import pytest
 
+from hetis.planner.loop.speeds import ExpectedTimes, MeasuredReplica, SpeedSample, corrections, speeds
 from hetis.planner.use_cases.robustness.profile_errors import scaled
-from hetis.planner.use_cases.speeds import ExpectedTimes, MeasuredReplica, SpeedSample, corrections, speeds
 from hetis.solver.errors import InvalidProblemError
 from hetis.solver.plan import ReplicaPlan, Role
 from tests.planner.use_cases.test_robustness import planned, posed

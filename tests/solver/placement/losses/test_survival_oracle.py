@@ -16,13 +16,13 @@ from hetis.solver.cluster import GpuSlots, NodeGroup
 from hetis.solver.errors import InfeasibleError, NoPlanFoundError
 from hetis.solver.placement.candidates import candidates_of
 from hetis.solver.placement.families import run_by
+from hetis.solver.placement.losses.survival import Survive
 from hetis.solver.placement.replicas.tabulation import build_cost_tables
-from hetis.solver.placement.survival import Survive
 from hetis.solver.plan import Objective, ObjectiveKind, Role
 from hetis.solver.planning import solve_surviving
 from hetis.solver.problem import EngineRules, Family, PlacementProblem
 from tests.solver.instances import make_problem, make_profile
-from tests.solver.placement.test_survival import left_by
+from tests.solver.placement.losses.test_survival import left_by
 
 SIZES = Family(max_pool=0, tp_sizes=(1, 2), micro_batches=(1, 4), chunk_tokens=(64,), roles=(Role.UNIFIED,))
 

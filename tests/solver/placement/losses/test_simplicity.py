@@ -11,14 +11,14 @@ from hypothesis import strategies as st
 
 from hetis.solver.check import check_plan
 from hetis.solver.errors import InfeasibleError, InvalidProblemError
-from hetis.solver.placement.survival import Survive
+from hetis.solver.placement.losses.survival import Survive
 from hetis.solver.plan import ObjectiveKind, Plan
 from hetis.solver.planning import solve_placement, solve_surviving
 from hetis.solver.problem import PlacementProblem
 from tests.solver.instances import make_model, make_node, make_problem
+from tests.solver.placement.losses.test_survival import left_by
+from tests.solver.placement.losses.test_survival_oracle import BYTES, Whole, fleet, plans_of
 from tests.solver.placement.test_nodes import UNIFIED, nodes_of, solved
-from tests.solver.placement.test_survival import left_by
-from tests.solver.placement.test_survival_oracle import BYTES, Whole, fleet, plans_of
 
 NODES = st.lists(
     st.tuples(st.sampled_from(("fast", "slow")), st.integers(1, 2), st.just("east")), min_size=2, max_size=3

@@ -12,8 +12,8 @@ import pytest
 from hetis.formats.documents import load_plan
 from hetis.planner.cli.app import run
 from hetis.planner.cli.exit_codes import ExitCode
-from hetis.planner.use_cases import classes
 from hetis.planner.use_cases.saved_plans import load_plan_and_problem
+from hetis.planner.use_cases.verification import classes
 from hetis.solver.check import check_plan
 from hetis.solver.errors import InvalidProblemError
 from hetis.solver.workload import LengthBin, Workload

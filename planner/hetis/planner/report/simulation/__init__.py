@@ -1,0 +1,1 @@
+"""Simulations of plans: their figures as text and JSON, and their charts."""
