@@ -1,4 +1,4 @@
-"""A rehearsal of the loop on one screen: what following traffic costs and keeps, beside the plans that it is held to."""
+"""A rehearsal of the loop on one screen: what following traffic costs and keeps, beside what it is held to."""
 
 from __future__ import annotations
 
