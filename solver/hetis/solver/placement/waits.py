@@ -1,6 +1,7 @@
 """The queues of chosen replicas, from the search's own tables: the rate at which requests wait no longer than allowed.
 
-The mathematics is that of `hetis.solver.queueing`; prompts are charged full chunks, which is never less than they take.
+The mathematics is that of `hetis.solver.queueing`. A last chunk that a prompt does not fill takes a part of the time
+between an iteration without a chunk and one with a full one; on prefill replicas it is charged as full.
 """
 
 from __future__ import annotations
@@ -70,7 +71,7 @@ def kept_by(costs: CostTables, outcome: Outcome, most: float) -> Kept:
     for factor in MORE_SEATS:
         building = _Queues(costs, outcome, factor)
         if factor > 1.0 and not building.seats:
-            break
+            continue  # the family's next micro-batch may be larger
         if not (queues := tuple(building.queues())):
             break
         queue = RequestQueue(*queues)
@@ -175,11 +176,13 @@ class _Queues:
     def _prefills(self, template: Template, count: int, share: float) -> EqualPrefills:
         mix, times = self._costs.mixes[template.mix], prompt_times(self._costs, template)
         before, landed_s = np.ceil(self._computed / mix.chunk_tokens) - 1.0, landing_s(self._costs, template)
+        last = self._computed / mix.chunk_tokens - before  # share of the last chunk that a prompt fills
+        last_s = times.plain_s + (times.chunk_s - times.plain_s) * (last if times.plain_s else 1.0)
         return EqualPrefills(
             lanes=count * mix.attention_dp,
             prompt_s=self._costs.moments.mean_computed / mix.chunk_tokens * times.slot_s,
             rate_rps=share * count * template.rate,
-            alone_s=before * times.busiest_s + times.chunk_s + landed_s,
+            alone_s=before * times.busiest_s + last_s + landed_s,
             crowded_s=before * times.slot_s + times.round_trip_s + landed_s,
         )
 
