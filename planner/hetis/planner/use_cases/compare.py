@@ -239,7 +239,8 @@ def kept_of(plan: Plan) -> KeptPromise | None:
     if found is None or plan.objective.kind is ObjectiveKind.THROUGHPUT:  # throughput is not the rate that is simulated
         return None
     planned_rps = plan.result.value if plan.objective.maximises else found.rate_rps
-    return KeptPromise(planned_rps if found.kept else min(found.kept_rps or 0.0, planned_rps), found.kept)
+    rate_rps = min(found.kept_rps or 0.0, planned_rps)
+    return KeptPromise(rate_rps, found.kept or rate_rps >= planned_rps > 0.0)
 
 
 def best_of(plans: Sequence[Plan]) -> int:
