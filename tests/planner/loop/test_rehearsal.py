@@ -179,7 +179,7 @@ def test_the_verb_prints_all_on_80_columns_and_as_json(plan: str, tmp_path: Path
     assert result.exit_code == ExitCode.OK, result.output
     assert max(map(len, result.stdout.splitlines())) <= 80
     assert "perfect forecast" in result.stdout
-    found = json.loads(invoke(*asked, "--fail", "l4-0@1h", "--burst", "1.5@2h+20m", "-o", "json").stdout)
+    found = json.loads(invoke(*asked, "--fail", "l4-0@1h", "--burst", "1.5@2h+20min", "-o", "json").stdout)
     assert [one["name"] for one in found["followers"]] == ["static", "threshold 70%", "perfect forecast", "loop"]
     assert found["curve"]["hours"] == 6
 
@@ -187,8 +187,8 @@ def test_the_verb_prints_all_on_80_columns_and_as_json(plan: str, tmp_path: Path
 @pytest.mark.parametrize(
     ("option", "value", "message"),
     [
-        ("--burst", "2@1h", "'2@1h' has no duration, such as 2@30h+20m"),
-        ("--burst", "x@1h+1m", "'x@1h+1m' is no factor and time such as 2@30h"),
+        ("--burst", "2@1h", "'2@1h' has no duration, such as 2@30h+20min"),
+        ("--burst", "x@1h+1min", "'x@1h+1min' is no factor and time such as 2@30h"),
         ("--longer", "2@900h", "'2@900h' is after the end of the traffic, 168h"),
         ("--fail", "l4-9@1h", "no node 'l4-9' in the cluster"),
         ("--curve", "missing.csv", "missing.csv: cannot be read"),

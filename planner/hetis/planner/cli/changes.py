@@ -38,7 +38,7 @@ REPLAN_EXAMPLES = """Examples:\n
   hetis-plan replan --from running.json --cluster fleet.yaml --workload 8000/300 --horizon 24h --restart 90s"""
 REHEARSE_EXAMPLES = """Examples:\n
   hetis-plan rehearse plan.json --days 2\n
-  hetis-plan rehearse plan.json --rate 40 --trace requests.csv --burst 2@30h+20m --longer 1.5@60h\n
+  hetis-plan rehearse plan.json --rate 40 --trace requests.csv --burst 2@30h+20min --longer 1.5@60h\n
   hetis-plan rehearse plan.json --curve rates.csv --fail gpu-3@10h --join gpu-3@14h -o json | jq .followers"""
 DIFF_EXAMPLES = """Examples:\n
   hetis-plan diff running.json next.json\n
@@ -289,7 +289,7 @@ class RehearsedTraffic:
         "--trace FILE: Requests with arrival times, whose lengths and unevenness within the hour the traffic has.",
         shown="the plan's lengths, even hours",
     )
-    burst: list[str] | None = _traffic("--burst FACTOR@TIME+TIME: Rates rise for a time: 2@30h+20m; repeatable.")
+    burst: list[str] | None = _traffic("--burst FACTOR@TIME+TIME: Rates rise for a time: 2@30h+20min; repeatable.")
     longer: list[str] | None = _traffic("--longer FACTOR@TIME: Prompts are longer from a time on; repeatable.")
     fail: list[str] | None = _traffic("--fail NODE@TIME: A node is lost, such as a100-0@30h; repeatable.")
     join: list[str] | None = _traffic("--join NODE@TIME: A node that was lost comes back; repeatable.")
@@ -300,7 +300,7 @@ class RehearsedTraffic:
 class FollowOptions:
     """What the loop may do."""
 
-    every: float = _follow("--every TIME: Time between two regular decisions.", "5m")
+    every: float = _follow("--every TIME: Time between two regular decisions.", "5min")
     coverage: float = _follow("--coverage SHARE: Probability with which forecasts contain what comes.", "92%")
     threshold: float = _follow("--threshold SHARE: Utilisation that threshold scaling keeps.", "70%")
     max_moves: int | None = _follow("--max-moves N: Maximum GPUs whose work one change may change.", min=0)
@@ -372,7 +372,7 @@ def _curve(found: PlanAndProblem, wanted: RehearsedTraffic) -> TrafficCurve:
         factor, time = _factor_at(text, "--burst")
         at, plus, seconds = time.partition("+")
         if not plus:
-            raise typer.BadParameter(f"{text!r} has no duration, such as 2@30h+20m", param_hint="'--burst'")
+            raise typer.BadParameter(f"{text!r} has no duration, such as 2@30h+20min", param_hint="'--burst'")
         curve = curve.with_burst(_seconds(at, text, curve), _seconds(seconds, text), factor)
     for text in sorted(wanted.longer or (), key=lambda one: _seconds(_factor_at(one, "--longer")[1], one)):
         factor, time = _factor_at(text, "--longer")
