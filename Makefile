@@ -29,11 +29,12 @@ OLDER_VLLM = 0.31.0 0.30.0
 # vLLM pins a numba, for drafts from n-grams, which no test uses. With ours, both environments share compiled kernels.
 VLLM_NUMBA ?= $(shell grep --extended-regexp '^(numba|llvmlite)==' constraints.txt)
 
-.PHONY: help demo demo-cluster demo-serve demo-vllm test vllm vllm-packages routers soak soak-vllm soak-properties lint types kernels kernels-attention kernels-dispatch bytecode format docs reference proto profiles bench tables clean
+.PHONY: help demo demo-cluster demo-traffic demo-serve demo-vllm test vllm vllm-packages routers soak soak-vllm soak-properties lint types kernels kernels-attention kernels-dispatch bytecode format docs reference proto profiles bench tables clean
 
 help:
 	@echo "make demo    plan two H100 with eight P100 for long prompts (sets up $(VENV))"
 	@echo "make demo-cluster  a planner and twelve agents on this machine: load, a slow card, a dead node"
+	@echo "make demo-traffic  traffic doubles and falls again: the planner follows with another plan (ten minutes)"
 	@echo "make demo-serve    planner, agent, vLLM in two stages, workers: heads of a chat move, a worker dies, the answer is exact"
 	@echo "make demo-vllm     a plan in force: agents start vLLM, nginx in front, one is killed, another plan; no request fails"
 	@echo "make test    run all tests (PYTEST='-k name' narrows)"
@@ -58,6 +59,9 @@ demo: $(VENV)/.planner
 
 demo-cluster: $(VENV)/.cluster
 	$(BIN)/python -m examples.demo_cluster
+
+demo-traffic: $(VENV)/.cluster
+	$(BIN)/python -m examples.demo_traffic
 
 demo-serve: $(VENV)/.serve vllm
 	$(BIN)/python -m examples.demo_serve --stages 2

@@ -349,6 +349,7 @@ WORKLOADS = st.builds(
     rate_rps=st.none() | st.floats(min_value=1e-6, max_value=1e6),
     clipped_ratio=st.floats(min_value=0, max_value=1),
     prefix_hit_rate=st.just(0.0) | st.floats(min_value=0, max_value=1, exclude_max=True),
+    burstiness=st.just(1.0) | st.floats(min_value=0, max_value=10),
     classes=request_classes(),
 )
 

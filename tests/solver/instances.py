@@ -161,7 +161,7 @@ def make_problem(
         workload=workload or make_workload(),
         profiles=profiles or {name: make_profile(name) for name in names},
         objective=objective,
-        assumptions=assumptions or Assumptions(),
+        assumptions=assumptions or Assumptions(chooses_utilisation=False),  # what is kept: test_utilisation.py
         family=family,
     )
 

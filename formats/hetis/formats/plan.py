@@ -16,7 +16,7 @@ from pydantic import Field
 
 from hetis.formats.errors import shown
 from hetis.formats.fields import Document, DocumentPart, Found, Title, entries, kind_of, listed, plain, value_of
-from hetis.solver.plan import LEAST_DEMAND_RPS, Objective, Plan
+from hetis.solver.plan import LEAST_DEMAND_RPS, PLANNED_UTILISATION, Objective, Plan
 
 Seconds = Annotated[float, Field(ge=0)]
 Count = Annotated[int, Field(ge=0)]
@@ -26,7 +26,11 @@ RoleName = Literal["unified", "prefill", "decode"]
 
 
 class ResultPart(DocumentPart):
-    """The quality of the plan; ``gap`` is ``|bound - value| / |value|``."""
+    """The quality of the plan; ``gap`` is ``|bound - value| / |value|``.
+
+    ``utilisation`` is the share of the saturated rate that is served within the limits, the lanes how many replicas
+    of a role share prompts.
+    """
 
     status: Literal["optimal", "feasible", "infeasible", "interrupted"]
     objective: ObjectiveName
@@ -35,6 +39,10 @@ class ResultPart(DocumentPart):
     gap: Annotated[float, Field(ge=0)] | None
     unit: str
     solve_s: Seconds
+    utilisation: Annotated[float, Field(ge=0, le=1)] = PLANNED_UTILISATION
+    unified_lanes: Whole = 1
+    prefill_lanes: Whole = 1
+    queued_ttft_s: Seconds | None = None
 
 
 class ObjectivePart(DocumentPart):

@@ -33,7 +33,7 @@ from hetis.formats.positions import Text
 from hetis.formats.traces import ENDINGS, MAX_TOKENS, PrefixHitRate, load_trace
 from hetis.formats.traces.hits import no_hash_ids
 from hetis.formats.units import format_duration
-from hetis.solver.workload import LengthBin, RequestClass, Workload, misfits_of_classes
+from hetis.solver.workload import MOST_BURSTINESS, LengthBin, RequestClass, Workload, misfits_of_classes
 
 Tokens = Annotated[float, Field(ge=1, le=MAX_TOKENS)]
 Weight = Annotated[float, Field(gt=0, le=1e15)]
@@ -85,6 +85,7 @@ class WorkloadDocument(Document):
 
     ``classes``, the shortest first, are those by which ``place`` may route requests (`--classes` replaces them).
     ``prefix_hit_rate`` is the share of prompt tokens found in a prefix cache; ``trace`` counts it in a Mooncake trace.
+    ``burstiness`` is the coefficient of variation of the gaps between arrivals: 1 of Poisson arrivals, above 1 bursts.
     """
 
     kind: Literal["Workload"]
@@ -92,6 +93,7 @@ class WorkloadDocument(Document):
     rate_rps: Rate | None = None
     clipped_ratio: Annotated[float, Field(ge=0, le=1)] = 0.0
     prefix_hit_rate: HitRate = 0.0
+    burstiness: Annotated[float, Field(ge=0, le=MOST_BURSTINESS)] = 1.0
     histogram: Annotated[list[BinPart], Field(min_length=1, max_length=1_000_000)] | None = None
     mean_prompt_tokens: Tokens | None = None
     mean_output_tokens: Tokens | None = None
@@ -161,6 +163,7 @@ def _workload_data(workload: Workload) -> dict[str, Any]:
             "rate_rps": workload.rate_rps,
             "clipped_ratio": workload.clipped_ratio or None,
             "prefix_hit_rate": workload.prefix_hit_rate or None,
+            "burstiness": None if workload.burstiness == 1.0 else workload.burstiness,
             "histogram": plain(workload.bins),
             "classes": [_class_data(one) for one in workload.classes] or None,
         }
@@ -207,7 +210,7 @@ def _to_workload(document: WorkloadDocument, folder: Path) -> Workload:
     )
     return Workload(
         name=document.name, bins=bins, rate_rps=rate, clipped_ratio=document.clipped_ratio, prefix_hit_rate=hit_rate,
-        classes=classes,
+        classes=classes, burstiness=document.burstiness,
     )  # fmt: skip
 
 

@@ -598,16 +598,19 @@ def chunks_ahead(moments: WorkloadMoments, assumptions: Assumptions, mix: Mix) -
     """Return the chunks that enter the pipeline before the last of the p95 prompt: its own and those of other prompts.
 
     Chunks follow each other through the pipeline, so a replica computes prompts one by one: others ahead are the 95th
-    percentile of a queue with one server, or with one for each of the copies that share experts (Sakasegawa's
+    percentile of a queue with a server for every replica, or for each of its copies that share experts (Sakasegawa's
     approximation with an exponential tail). This is 0 for a decode replica.
     """
     if mix.role is Role.DECODE:
         return 0.0
+    own = math.ceil(moments.p95_computed / mix.chunk_tokens) - 1
     utilisation = assumptions.planned_utilisation * mix.chunk_share
-    must_wait = utilisation ** (math.sqrt(2.0 * (mix.attention_dp + 1)) - 1.0)
-    service = mix.chunk_iterations / (1.0 - utilisation)
-    others = service * (1.0 + moments.computed_cv2) / 2.0 * max(0.0, math.log(P95_TAIL * must_wait))
-    return math.ceil(moments.p95_computed / mix.chunk_tokens) - 1 + others
+    lanes = assumptions.lanes.of(mix.role)
+    must_wait = utilisation ** (math.sqrt(2.0 * (mix.attention_dp * lanes + 1)) - 1.0)
+    if P95_TAIL * must_wait <= 1.0:
+        return own
+    service = mix.chunk_iterations / lanes / (1.0 - utilisation)
+    return own + service * (1.0 + moments.computed_cv2) / 2.0 * math.log(P95_TAIL * must_wait)
 
 
 def ttft_s(chunks: float, round_trip_s: float, slot_s: float) -> float:

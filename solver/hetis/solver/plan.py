@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any
+from typing import Any, NamedTuple
 
 from hetis.solver.errors import InvalidProblemError
 from hetis.solver.goals import ObjectiveKind as ObjectiveKind
@@ -27,6 +27,18 @@ class Role(StrEnum):
     DECODE = "decode"
 
 
+class Lanes(NamedTuple):
+    """How many replicas of each role compute prompts together: a router chooses one that is free."""
+
+    unified: int = 1
+    prefill: int = 1
+
+    def of(self, role: Role) -> int:
+        return self.prefill if role is Role.PREFILL else self.unified
+
+
+ALONE = Lanes()
+PLANNED_UTILISATION = 0.9  # of plans whose utilisation is not chosen
 # The defaults of a search: its strategy (`hetis.solver.placement.families`), and its seconds.
 DEFAULT_STRATEGY, DEFAULT_TIME_LIMIT_S = "hetis", 60.0
 LEAST_DEMAND_RPS = 1e-3
@@ -38,7 +50,7 @@ that serves a thousand requests per second, a much smaller demand takes so small
 class Objective:
     """The goal of a plan.
 
-    ``goodput`` is ``planned_utilisation`` of the saturated rate while mean TPOT and p95 TTFT meet their limits;
+    ``goodput`` is the share of the saturated rate at which mean TPOT and p95 TTFT meet their limits;
     ``throughput`` is the saturated rate (limits apply only if given); ``cost`` and ``gpus`` are the least USD per hour
     and the fewest GPUs whose goodput reaches ``demand_rps``, at least `LEAST_DEMAND_RPS`. A limit of None does not
     apply.
@@ -223,7 +235,13 @@ def served_with_classes(shares: Mapping[str, float], rates: Mapping[tuple[str, .
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SolveResult:
-    """The quality of a plan; ``gap`` is ``|bound - value| / |value|``."""
+    """The quality of a plan; ``gap`` is ``|bound - value| / |value|``.
+
+    ``utilisation`` is the share of its saturated rate that a plan serves within its limits: of the highest goodput its
+    value, and otherwise what may be demanded of it. ``lanes`` are the replicas of
+    each role that p95 TTFT assumes to share their prompts, at most as many as there are. ``queued_ttft_s`` is p95 TTFT
+    of all requests together, with the wait for a seat; None if that was not considered.
+    """
 
     status: Status
     objective: ObjectiveKind
@@ -232,6 +250,14 @@ class SolveResult:
     gap: float
     unit: str
     solve_s: float
+    utilisation: float = PLANNED_UTILISATION
+    unified_lanes: int = 1
+    prefill_lanes: int = 1
+    queued_ttft_s: float | None = None
+
+    @property
+    def lanes(self) -> Lanes:
+        return Lanes(self.unified_lanes, self.prefill_lanes)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -311,6 +337,15 @@ class Plan:
             classes = self.replicas[route.prefill].classes
             rates[classes] = rates.get(classes, 0.0) + route.rate
         return rates
+
+    @property
+    def planned_share(self) -> float:
+        """The share of saturated rates that is planned with: all of them if throughput is the objective."""
+        return self.result.utilisation if self.objective.kind.goal.is_planned else 1.0
+
+    def planned_rate(self) -> float:
+        """Return the requests/s that are planned."""
+        return self.served_rate() * self.planned_share
 
     def other_tenants(self) -> dict[str, tuple[str, ...]]:
         """Return the GPUs of the fleet that every other tenant holds, by name; empty if the plan has it to itself.

@@ -21,7 +21,7 @@ from hetis.solver.constraints import (
 from hetis.solver.errors import InvalidProblemError
 from hetis.solver.model import ModelSpec
 from hetis.solver.node_links import NodeLinks, node_links_of
-from hetis.solver.plan import ClassShare, Objective, ReplicaPlan, Role
+from hetis.solver.plan import ALONE, PLANNED_UTILISATION, ClassShare, Lanes, Objective, ReplicaPlan, Role
 from hetis.solver.plugin_time import NO_PLUGIN, PluginTime
 from hetis.solver.profile import Profile
 from hetis.solver.rank_memory import RankKind, RankMemories, RankMemory
@@ -46,6 +46,8 @@ class Assumptions:
             ``tight_unevenness`` multiplies the spread of chunks (`cost.chunk_spread`), and with two micro-batches per
             copy there is none.
         planned_utilisation: goodput as a share of the saturated rate.
+        chooses_utilisation: whether a search for what plans keep chooses another.
+        lanes: replicas of each role that compute prompts together.
     """
 
     block_tokens: int = 16
@@ -54,7 +56,9 @@ class Assumptions:
     tight_slack: float = 0.12
     full_unevenness: float = 0.28
     tight_unevenness: float = 0.8
-    planned_utilisation: float = 0.9
+    planned_utilisation: float = PLANNED_UTILISATION
+    chooses_utilisation: bool = True
+    lanes: Lanes = ALONE
 
 
 ATTENTION_DP = (2, 4, 8, 16, 32, 64)  # numbers of copies that may share experts
@@ -401,6 +405,10 @@ class PlacementProblem:
             parts += [OWN_LINKS] if links.between else []
             parts += [QUICK_LINKS] if links.quick is not None else []
         return "; ".join([*parts, *map(described, self.constraints)])
+
+    def at(self, utilisation: float, lanes: Lanes = ALONE) -> PlacementProblem:
+        """Return the problem of plans that serve this share of their saturated rate, with so many replicas together."""
+        return replace(self, assumptions=replace(self.assumptions, planned_utilisation=utilisation, lanes=lanes))
 
     @property
     def planned_share(self) -> float:

@@ -13,6 +13,8 @@ from hetis.solver.errors import InvalidProblemError
 
 FloatArray = npt.NDArray[np.float64]
 
+MOST_BURSTINESS = 10.0
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LengthBin:
@@ -85,6 +87,7 @@ class Workload:
         clipped_ratio: share of the requests that were shortened to fit.
         prefix_hit_rate: share h of each prompt's tokens whose KV its replica already has, in a prefix cache. At least
             one token is computed all the same, because the first output token is made from it.
+        burstiness: coefficient of variation of the gaps between arrivals: 0 evenly spaced, 1 Poisson, above 1 bursts.
     """
 
     name: str
@@ -92,6 +95,7 @@ class Workload:
     rate_rps: float | None = None
     clipped_ratio: float = 0.0
     prefix_hit_rate: float = 0.0
+    burstiness: float = 1.0
     classes: tuple[RequestClass, ...] = ()
 
     def __post_init__(self) -> None:
@@ -101,6 +105,10 @@ class Workload:
             raise InvalidProblemError(f"class {self.classes[number].name} of {self.name}: {wrong}")
         if not 0 <= self.prefix_hit_rate < 1:
             raise InvalidProblemError(f"prefix_hit_rate of {self.name} is {self.prefix_hit_rate}, must be >= 0 and < 1")
+        if not 0 <= self.burstiness <= MOST_BURSTINESS:
+            raise InvalidProblemError(
+                f"burstiness of {self.name} is {self.burstiness}, must be from 0 to {MOST_BURSTINESS:g}"
+            )
 
     def clipped_to(self, max_position: int) -> Workload:
         """Return the workload as a model with a context of ``max_position`` tokens can serve it.

@@ -227,13 +227,13 @@ def test_errors_of_profiles_in_no_form_of_ours_are_not_shown(folder: Path) -> No
 def test_a_missed_limit_is_said_first(folder: Path) -> None:
     found = load_plan_and_problem(str(folder / "plan.json"))
     missed = {**found.plan.inputs["verification"], "kept": False, "ttft_p95_s": 9.5, "kept_rps": None}
-    plan = replace(found.plan, inputs={**found.plan.inputs, "verification": missed})
+    plan = replace(found.plan, inputs={**found.plan.inputs, "verification": missed, "model_value": 9.0})
     page = plans_page([ShownPlan(name="The plan", plan=plan, problem=found.problem)])
     text = whole(page).text
     assert "MISSED" in text[: text.index("How good it is")]
     assert "TTFT p95 9.5 s of 2 s" in text
     assert 'class="text bad"' in page
-    assert "Kept, simulated" in text
+    assert "By the model" in text
 
 
 def test_a_loss_of_more_than_half_is_red_and_rungs_stand_side_by_side(folder: Path) -> None:

@@ -17,9 +17,10 @@ from hetis.planner.report.plan import MAX_SHAPES, render_plan
 from hetis.planner.report.promises import beside_engines, beside_equal_stages, misses_demand, simple_setups, verdict
 from hetis.planner.use_cases.grouping import group_replicas
 from hetis.planner.use_cases.place import with_service_level
+from hetis.planner.use_cases.record.forms import ClassLatency, KeptWithClasses
+from hetis.planner.use_cases.record.parts import Classes
 from hetis.planner.use_cases.service_level import ServiceLevel, Statistic
 from hetis.planner.use_cases.sources import load_inputs
-from hetis.planner.use_cases.verification.choosing import TTFT
 from hetis.solver.plan import OTHER_TENANTS, Objective, ObjectiveKind, Plan, Role, Status
 from tests.planner import plans
 from tests.planner.command_line import EXAMPLES
@@ -51,27 +52,20 @@ def test_no_line_of_a_report_is_wider_than_80_columns(plan: Plan) -> None:
         assert max(len(line) for line in text_of(report).splitlines()) <= 80
 
 
-def test_a_plan_for_a_tighter_limit_is_compared_with_what_the_model_alone_promises() -> None:
-    """The plan's value is 1.35; the other setups were not simulated, so they may miss the limits as its first plan."""
+def test_a_plan_that_keeps_less_in_simulation_is_compared_by_what_the_model_alone_promises() -> None:
+    """The plan's value is 1.35; the other setups were not simulated, so they may miss the limits, too."""
     plan = plans.plan(plans.paper_replica())
     row = {"engine": "vllm", "value": 1.62, "bound": 1.62, "lacks": [], "why_not": ""}
     inputs = {"equal_stages_value": 1.62, "simple_setups": {"2": 1.62}, "engine_values": [row]}
-    tighter = {"tightened": {"name": TTFT, "asked_s": 2.0, "planned_s": 1.6}, "model_value": 1.8}
-    first, then = replace(plan, inputs=inputs), replace(plan, inputs={**inputs, **tighter})
+    first, then = replace(plan, inputs=inputs), replace(plan, inputs={**inputs, "model_value": 1.8})
     assert beside_equal_stages(first) == "1.620 requests/s by replicas of equal stages; this plan 17% less"
     assert beside_equal_stages(then) == (
         "1.620 requests/s by the model, by replicas of equal stages (not simulated, may keep more than this plan: "
-        "--strategy uniform); the best plan by the model 11% more"
-    )
-    lost = replace(then, inputs={**then.inputs, "equal_stages_chosen": False})
-    assert beside_equal_stages(lost) == (
-        "1.620 requests/s by the model, by replicas of equal stages (in simulation they keep less than this plan); "
-        "the best plan by the model 11% more"
+        "--strategy uniform); this plan by the model 11% more"
     )
     worse = replace(then, inputs={**then.inputs, "equal_stages_value": 1.3})
     assert beside_equal_stages(worse) == (
-        "1.300 requests/s by the model, by replicas of equal stages (not simulated); "
-        "the best plan by the model 38% more"
+        "1.300 requests/s by the model, by replicas of equal stages (not simulated); this plan by the model 38% more"
     )
     assert (beside_engines(first), beside_engines(then)) == (["vllm: 20% more"], ["vllm: 10.00% less by the model"])
     assert [simple_setups(one)[0].endswith("10.00% less by the model") for one in (first, then)] == [False, True]
@@ -215,6 +209,29 @@ def test_a_plan_of_thousands_of_replicas_stays_short() -> None:
     text = text_of(render_plan(PLANS["large"]))
     assert len(text.splitlines()) < 250
     assert f"and {30 - MAX_SHAPES} more shapes" in text
+
+
+def test_classes_show_who_gains_and_who_pays() -> None:
+    record = Classes(
+        cut="p90", worth=0.1, value=2.0, bound=2.1,
+        kept=(KeptWithClasses(traffic="as planned", without_rps=1.0, with_rps=1.25),),
+        ttft=(
+            ClassLatency(name="short", share=0.9, rate_rps=1.0, without_s=1.0, with_s=0.5, limit_s=2.0,
+                         max_prompt_tokens=2000),
+            ClassLatency(name="long", share=0.1, rate_rps=1.0, without_s=1.5, with_s=None),
+        ),
+    )  # fmt: skip
+    short = replace(plans.paper_replica(), classes=("short",))
+    text = text_of(render_plan(record.on(plans.plan(short))))
+    assert "for short requests" in text
+    assert "used: cut at p90; by the model 2.000, no plan with them more than 2.100" in text
+    assert [line.split() for line in text.splitlines() if line.startswith((" as planned", " short", " long"))] == [
+        ["as", "planned", "1.000", "1.250", "+25.0%"],
+        ["short", "2,000", "90%", "2.00", "s", "1.00", "s", "500", "ms", "gains"],
+        ["long", "any", "10%", "none", "1.50", "s", "never"],
+    ]
+    refused = replace(record, why_not="no export target carries it")
+    assert "not used: cut at p90; no export target carries it" in text_of(render_plan(refused.on(plans.plan(short))))
 
 
 def test_a_latency_of_one_slow_replica_is_said_to_be_that() -> None:

@@ -53,16 +53,15 @@ def by_name(made: Climbed) -> dict[str, RungFound]:
     return {one.name: one for one in made.rungs}
 
 
-def test_a_rung_that_leaves_less_after_a_loss_is_not_the_default() -> None:
+def test_the_default_rung_leaves_no_less_after_a_loss_than_simpler_ones() -> None:
     made = climbed()
     rungs = by_name(made)
     assert list(rungs) == list(RUNGS)
     assert rungs["apart"].value / rungs["node"].value > 1.2  # type: ignore[operator]
-    assert rungs["apart"].left_rps < rungs["node"].left_rps  # type: ignore[operator]
-    assert made.rung == "node"
-    assert [one.name for one in made.rungs if one.is_chosen] == ["node"]
+    assert rungs[made.rung].left_rps >= rungs["node"].left_rps  # type: ignore[operator]
+    assert [one.name for one in made.rungs if one.is_chosen] == [made.rung]
     lost = worst_node(made.plan, made.problem)
-    assert rungs["node"].left_rps == pytest.approx(made.plan.result.value * lost.share)
+    assert rungs[made.rung].left_rps == pytest.approx(made.plan.result.value * lost.share)
 
 
 def test_a_rung_that_gains_enough_and_leaves_more_is_the_default() -> None:
@@ -72,17 +71,18 @@ def test_a_rung_that_gains_enough_and_leaves_more_is_the_default() -> None:
 
 
 def test_a_gain_must_be_worth_it() -> None:
-    assert climbed(workload="1024/256", worth=0.99).rung == "node"
-    assert climbed(worth=0.02).rung == "pipelines"
+    best, node = (climbed(workload="1024/256", rung=rung).plan for rung in ("apart", "node"))
+    assert climbed(workload="1024/256", worth=1.01 * gain_of(best, node)).rung != "apart"
 
 
 def test_a_gain_must_hold_under_the_profiles_errors() -> None:
-    """The gain of 101% by the model is less than 90% in more than one of ten draws."""
+    """The gain by the model is more than that in one of ten draws."""
     made = climbed(workload="1024/256", rung="apart")
     node = climbed(workload="1024/256", rung="node").plan
     gains = sorted(gains_under_errors(made.plan, node, made.problem))
-    assert gains[2] < 0.9 < gain_of(made.plan, node)
-    assert climbed(workload="1024/256", worth=0.9).rung == "node"
+    between = (gains[2] + gain_of(made.plan, node)) / 2
+    assert gains[2] < between < gain_of(made.plan, node)
+    assert climbed(workload="1024/256", worth=between).rung != "apart"
     assert list(gains_under_errors(node, node, made.problem)) == pytest.approx([0.0] * len(gains))
 
 

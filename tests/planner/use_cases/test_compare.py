@@ -24,7 +24,7 @@ from hetis.planner.use_cases.record.forms import RungFound
 from hetis.planner.use_cases.record.parts import Requested, Rungs
 from hetis.planner.use_cases.service_level import ServiceLevel
 from hetis.planner.use_cases.sources import Inputs, load_inputs
-from hetis.planner.use_cases.verification.choosing import STOPPED_EARLY
+from hetis.planner.use_cases.verification.outcome import STOPPED_EARLY
 from hetis.solver.budget import Budget, silent
 from hetis.solver.errors import BrokenProofError, InfeasibleError, NoPlanFoundError, UncheckedPlanError
 from hetis.solver.placement.families import STRATEGIES

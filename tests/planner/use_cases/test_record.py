@@ -10,7 +10,7 @@ import pytest
 
 from hetis.formats.documents import from_data, to_data
 from hetis.formats.errors import DocumentError
-from hetis.planner.use_cases.record.forms import EngineValue, Searched, Tightening, Verification
+from hetis.planner.use_cases.record.forms import EngineValue, Searched, Verification
 from hetis.planner.use_cases.record.parts import (
     EqualStages,
     Losses,
@@ -42,10 +42,7 @@ PARTS: list[Part] = [
     EqualStages(best=Searched(None), by_size={"1": 0.5, "2": None}),
     EqualStages(best=Searched(1.5)),
     OtherEngines(values=(EngineValue(engine="vllm", value=1.0, bound=None, lacks=("workers",)),)),
-    Verified(
-        verification=VERIFICATION, tightened=Tightening(name="TTFT p95", asked_s=2.0, planned_s=1.6),
-        equal_stages_chosen=False, equal_stages_kept_rps=0.0, model_value=2.0,
-    ),
+    Verified(verification=VERIFICATION, model_value=2.0),
     Losses(by_place={"node": Loss(name="a", rate=1.0, whole=2.0)}),
 ]  # fmt: skip
 
@@ -90,7 +87,6 @@ LEVEL = {"ttft": "p95", "tpot": "mean", "attainment": 0.9}
             {"kept_rps": "x"}, {"attainment": 1e308}, {"attainment": math.nan}, {"rate_rps": None},
             *({"share": share} for share in (0.0, -0.5, 1.5, math.nan, "1/8")),
         ]),
-        (Verified, "tightened", {"name": "TTFT p95", "asked_s": 2.0, "planned_s": 1.6}, [{"planned_s": None}]),
         (Requested, "service_level", LEVEL, [
             {"ttft": "p1"}, {"tpot": ["mean"]}, {"more": 1},
             *({"attainment": share} for share in (0.0, 1.01, 1e308, math.nan, math.inf, 10**400, "x", [0.9])),

@@ -133,7 +133,7 @@ def test_a_split_plan_serves_what_both_sides_and_the_links_between_zones_let_thr
         over_link = between.bytes_per_s / (120 * 6 * 2 * 256)  # requests/s; a prompt's KV has P L G kvb bytes
         routed = min(prefill, east + min(west, over_link))
         found = FixedPlan(plan, problem)
-        assert found.as_planned({}).rate == pytest.approx(0.9 * (unified + routed))
+        assert found.as_planned({}).rate == pytest.approx(plan.result.utilisation * (unified + routed))
         assert found.latency_s({}, 0.5 * found.as_planned({}).rate) < math.inf
         assert found.latency_s({}, 1e9) == math.inf
 
@@ -182,7 +182,7 @@ def test_engine_settings_chosen_anew_are_the_best_of_all_that_fit() -> None:
         derived = rederivation.of(replace(group.shape, micro_batch=b, in_flight=m, chunk_tokens=c))
         is_allowed = m == 1 or m >= sum(stage.copies for stage in group.shape.stages)
         reach = Performance(
-            rate=0.9 * len(plan.replicas) * derived.rate,
+            rate=plan.result.utilisation * len(plan.replicas) * derived.rate,
             ttft_s=derived.ttft_s(derived.t_s),
             tpot_s=derived.t_s * derived.tpot_per_t,
         )

@@ -45,7 +45,7 @@ def document(*arguments: str) -> Any:
 def test_it_holds_and_its_value_is_what_the_routes_carry(split: str) -> None:
     plan = load_plan(split)
     assert {replica.role for replica in plan.replicas} == {Role.PREFILL, Role.DECODE}
-    assert plan.result.value == pytest.approx(0.9 * sum(route.rate for route in plan.kv_routes))
+    assert plan.result.value == pytest.approx(plan.result.utilisation * sum(route.rate for route in plan.kv_routes))
     assert document("check", split)["ok"]
     assert KV_IS_FOR_ENGINES in plan.notes
 

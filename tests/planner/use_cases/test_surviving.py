@@ -50,8 +50,8 @@ def placed(capsys: pytest.CaptureFixture[str], options: list[str]) -> dict[str, 
 def test_the_demand_is_served_without_any_one_node(inputs: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     goal = ["--objective", "gpus", "--rate", "0.5", "--tpot", "none", "--ttft", "none"]
     alone, kept = placed(capsys, [*inputs, *goal]), placed(capsys, [*inputs, *goal, "--survive", "node"])
-    assert 0.9 * alone["inputs"]["losses"]["node"]["rate"] < 0.5
-    assert 0.9 * kept["inputs"]["losses"]["node"]["rate"] >= 0.5
+    assert alone["result"]["utilisation"] * alone["inputs"]["losses"]["node"]["rate"] < 0.5
+    assert kept["result"]["utilisation"] * kept["inputs"]["losses"]["node"]["rate"] >= 0.5
     assert kept["result"]["value"] > alone["result"]["value"]
     assert any("are left when any one node is lost, of 0.5 that are demanded" in note for note in kept["notes"])
     assert kept["objective"]["demand_rps"] == 0.5
@@ -69,7 +69,7 @@ def test_most_is_left_after_the_loss_of_any_node(inputs: list[str], capsys: pyte
     """Six single-GPU replicas on six nodes leave five of six, whatever else might serve more."""
     goal = ["--tpot", "none", "--ttft", "none"]
     plan = placed(capsys, [*inputs, *goal, "--survive", "node"])
-    left, whole = 0.9 * plan["inputs"]["losses"]["node"]["rate"], plan["result"]["value"]
+    left, whole = plan["result"]["utilisation"] * plan["inputs"]["losses"]["node"]["rate"], plan["result"]["value"]
     assert plan["inputs"]["survives_rps"] == pytest.approx(left)
     assert plan["inputs"]["survives_bound_rps"] == pytest.approx(left, rel=1e-3)
     assert left == pytest.approx(whole * 5 / 6)
@@ -111,7 +111,7 @@ def test_what_survives_is_spread_over_nodes_where_that_takes_less(
     assert kept["result"]["value"] == 2 * alone["result"]["value"], "as much on either node"
     assert kept["result"]["bound"] == kept["result"]["value"], "on two nodes, what survives serves twice the demand"
     assert kept["result"]["status"] == "optimal"
-    assert 0.9 * kept["inputs"]["losses"]["node"]["rate"] >= 1
+    assert kept["result"]["utilisation"] * kept["inputs"]["losses"]["node"]["rate"] >= 1
     Path("plan.json").write_text(json.dumps(kept))
     assert run(["check", "plan.json", "-q"]) == ExitCode.OK
 
@@ -131,7 +131,7 @@ def test_a_demand_that_is_too_large_proves_nothing_of_smaller_ones(
     larger = {"Llama-2-7B": "Llama-3.1-70B", "1024/256": "2000/300"}
     asked = [*(larger.get(one, one) for one in inputs), "--objective", "cost", "--survive", "node"]
     kept = placed(capsys, [*asked, "--rate", "2.5"])
-    assert 0.9 * kept["inputs"]["losses"]["node"]["rate"] >= 2.5
+    assert kept["result"]["utilisation"] * kept["inputs"]["losses"]["node"]["rate"] >= 2.5
 
 
 def test_a_fleet_of_one_node_survives_no_loss(inputs: list[str], capsys: pytest.CaptureFixture[str]) -> None:
@@ -225,7 +225,7 @@ def test_the_demand_is_served_without_any_one_zone(
     plan = placed(
         capsys, [*inputs, *ONE_GPU, "--objective", "cost", "--rate", str(demand), "--survive", "zone"]
     )  # fmt: skip
-    assert 0.9 * plan["inputs"]["losses"]["zone"]["rate"] >= demand * (1 - 1e-9)
+    assert plan["result"]["utilisation"] * plan["inputs"]["losses"]["zone"]["rate"] >= demand * (1 - 1e-9)
     best = cheapest(rates, demand)
     assert plan["result"]["bound"] <= best * (1 + 1e-9) <= plan["result"]["value"] * (1 + 1e-9)
     assert plan["result"]["value"] == pytest.approx(best)

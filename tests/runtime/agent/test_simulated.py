@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import hypothesis.strategies as st
 import pytest
 from hypothesis import given, settings
 
 from examples.simulated_engine.engine import SimulatedEngine
-from examples.simulated_engine.replica import Control, ControlFile
+from examples.simulated_engine.replica import Control
 from examples.simulated_engine.stage import AdmissionRule, ProportionalAdmission, SolverAdmission
 from hetis.runtime.moves.changes import MOST_ABORTED, REMEMBERED_S
 from hetis.runtime.moves.refusals import RefusedError, reason_name
@@ -28,7 +26,7 @@ from hetis.v1.executor_service_pb2 import (
     WatchReportsResponse,
 )
 from hetis.v1.head_map_pb2 import Move, MoveReason
-from hetis.v1.replica_pb2 import Assignment, AssignmentGoal, DeviceCondition, ReplicaRole
+from hetis.v1.replica_pb2 import AssignmentGoal, DeviceCondition
 from hetis.v1.report_pb2 import AssignmentState, DeviceStatus, ReplicaReport
 from hetis.v1.stage_pb2 import StageModel
 from tests.runtime.agent.builders import (
@@ -134,17 +132,6 @@ def test_equal_seeds_make_equal_runs() -> None:
         runs.append((engine.head_maps(REPLICA), replica(engine, 20.0)))
     assert runs[0] == runs[1]
     assert runs[0] != runs[2]
-
-
-def test_requests_come_run_and_finish() -> None:
-    engine = engine_with(stage_model(blocks=20_000))
-    engine.step(60.0)
-    report = replica(engine, 60.0)
-    assert report.assignment_state == AssignmentState.ASSIGNMENT_STATE_SERVING
-    assert 20 * 60 * 0.8 < report.num_finished + report.num_running + report.num_waiting < 20 * 60 * 1.2
-    assert report.num_finished > 500
-    assert report.tpot_s == pytest.approx(0.02, rel=0.2)
-    assert report.num_preempted == 0
 
 
 def test_a_slow_device_is_observed_slower_than_predicted_and_slows_the_steps() -> None:
@@ -453,73 +440,3 @@ def test_no_order_of_calls_breaks_the_head_map(data: st.DataObject) -> None:
         except RefusedError:
             pass
         engine.step(now_s)
-
-
-# --- the control file
-
-
-def test_a_control_file_is_read_when_it_changes(tmp_path: Path) -> None:
-    path = tmp_path / "control.yaml"
-    control = ControlFile(path)
-    assert not control.look()
-    path.write_text("rate_rps: 5\nslow: {w/0: 2}\n", encoding="utf-8")
-    assert control.look()
-    assert (control.control.rate_rps, control.control.slow) == (5, {"w/0": 2})
-    assert not control.look()
-    path.write_text("rate: 5\n", encoding="utf-8")
-    assert not control.look()
-    assert control.control.rate_rps == 5
-
-
-@pytest.mark.parametrize("data", [{"rate_rps": -1}, {"pause": 1}, {"slow": {"a": 0}}, {"output_tokens": 0}, ["x"]])
-def test_a_wrong_control_changes_nothing_and_is_named(
-    data: object, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    path = tmp_path / "control.yaml"
-    path.write_text(json.dumps(data), encoding="utf-8")
-    control = ControlFile(path)
-    assert not control.look()
-    assert control.control == Control()
-    assert f"control file {path} is not used: " in caplog.text
-
-
-def prefill_assignment(goal: AssignmentGoal.ValueType = AssignmentGoal.ASSIGNMENT_GOAL_SERVE) -> Assignment:
-    what = assignment(goal=goal, workers=())
-    what.shape.role = ReplicaRole.REPLICA_ROLE_PREFILL
-    del what.stages[:]  # a prefill replica has no head groups to place
-    return what
-
-
-def test_a_prefill_replica_serves_without_a_decode_request_and_stops_when_it_is_drained() -> None:
-    engine = SimulatedEngine("p", 4, engine_id="e")
-    engine.control = BUSY
-    engine.apply_assignment(ApplyAssignmentRequest(epoch=1, generation=1, assignment=prefill_assignment()), 0.0)
-    engine.step(60.0)
-    report = replica(engine, 60.0)
-    assert report.assignment_state == AssignmentState.ASSIGNMENT_STATE_SERVING
-    assert report.is_primary
-    assert (report.num_running, report.num_waiting, report.num_finished, len(report.stages)) == (0, 0, 0, 0)
-    assert not engine.head_maps(REPLICA).head_maps
-    drained = prefill_assignment(AssignmentGoal.ASSIGNMENT_GOAL_DRAIN)
-    answer = engine.apply_assignment(ApplyAssignmentRequest(epoch=1, generation=2, assignment=drained), 60.0)
-    assert answer.state == AssignmentState.ASSIGNMENT_STATE_STOPPED
-
-
-def test_as_many_requests_run_at_once_as_the_plan_lets_an_engine_run() -> None:
-    engine = SimulatedEngine("p", 4, engine_id="e")
-    engine.control = Control(rate_rps=1000, prompt_tokens=10, output_tokens=5000, load_s=0)
-    what = assignment(model=stage_model(blocks=4000))
-    what.shape.micro_batch, what.shape.in_flight, what.shape.max_num_seqs = 2, 1, 5
-    engine.apply_assignment(ApplyAssignmentRequest(epoch=1, generation=1, assignment=what), 0.0)
-    engine.step(1.0)
-    assert replica(engine, 1.0).num_running == 5
-
-
-def test_requests_of_a_decode_replica_come_as_the_plan_promises() -> None:
-    engine = SimulatedEngine("p", 4, engine_id="e")
-    engine.control = Control(load_ratio=0.9, prompt_tokens=100, output_tokens=50, load_s=0)
-    what = assignment(model=stage_model(blocks=4000))
-    what.shape.role = ReplicaRole.REPLICA_ROLE_DECODE
-    engine.apply_assignment(ApplyAssignmentRequest(epoch=1, generation=1, assignment=what), 0.0)
-    engine.step(60.0)
-    assert replica(engine, 60.0).num_finished > 100

@@ -56,6 +56,7 @@ VERBS: dict[str, tuple[Any, ...]] = {
     "Change": (
         (changes.what_if, changes.WHAT_IF_EXAMPLES),
         (changes.replan, changes.REPLAN_EXAMPLES),
+        (changes.rehearse, changes.REHEARSE_EXAMPLES),
         (changes.diff, changes.DIFF_EXAMPLES),
     ),
     "One running stage": (

@@ -1,4 +1,4 @@
-"""Verbs about another fleet or another plan: ``what-if``, ``replan`` and ``diff``."""
+"""Verbs about another fleet or another plan: ``what-if``, ``replan``, ``rehearse`` and ``diff``."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import threading
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -17,10 +17,15 @@ from hetis.planner.cli.parameters import options, requests, values
 from hetis.planner.cli.parameters.options import group, panel, verb
 from hetis.planner.cli.parameters.requests import requested
 from hetis.planner.cli.place import judge
-from hetis.planner.cli.searching import search_interruptibly
+from hetis.planner.cli.searching import SparseLines, search_interruptibly
 from hetis.planner.use_cases.request import RungName
 from hetis.solver.budget import Budget, Report
 from hetis.solver.search_clock import search_seconds
+
+if TYPE_CHECKING:
+    from hetis.planner.loop.curves import TrafficCurve
+    from hetis.planner.loop.rehearsal import NodeEvent
+    from hetis.planner.use_cases.saved_plans import PlanAndProblem
 
 WHAT_IF_EXAMPLES = """Examples:\n
   hetis-plan what-if -c examples/paper.yaml -m Llama-2-70B -w azure_conv_2023 --add 4xL4 --remove r3090-0\n
@@ -31,6 +36,10 @@ REPLAN_EXAMPLES = """Examples:\n
   hetis-plan replan --from running.json --cluster fewer-nodes.yaml --out next.json\n
   hetis-plan replan --from running.json --cluster more-nodes.yaml --max-moves 8\n
   hetis-plan replan --from running.json --cluster fleet.yaml --workload 8000/300 --horizon 24h --restart 90s"""
+REHEARSE_EXAMPLES = """Examples:\n
+  hetis-plan rehearse plan.json --days 2\n
+  hetis-plan rehearse plan.json --rate 40 --trace requests.csv --burst 2@30h+20min --longer 1.5@60h\n
+  hetis-plan rehearse plan.json --curve rates.csv --fail gpu-3@10h --join gpu-3@14h -o json | jq .followers"""
 DIFF_EXAMPLES = """Examples:\n
   hetis-plan diff running.json next.json\n
   hetis-plan diff running.json next.json -o json | jq .change.counts"""
@@ -254,6 +263,158 @@ def replan(
     if not saved:
         return ExitCode.INTERNAL
     return ExitCode.INTERRUPTED if cancelled.is_set() else ExitCode.OK
+
+
+# --- rehearse
+
+_traffic, _follow = map(panel, ("Traffic", "How it is followed"))
+
+
+@group
+class RehearsedTraffic:
+    """The traffic of the days to rehearse."""
+
+    curve: Path | None = _traffic(
+        "--curve FILE: Rates over time, as CSV with at_s and requests_per_s; its first days are history.",
+        shown="a composed week: day shape, weekends, noise",
+    )
+    rate: float | None = _traffic(
+        "--rate R: Requests/s in the busiest hour of a weekday.",
+        parser=values.rate,
+        shown="80% of what the plan serves",
+    )
+    days: int = _traffic("--days N: Days to follow.", 7, min=1, max=60)
+    history: int = _traffic("--history N: Days of measured traffic before them.", 7, min=0, max=60)
+    trace: str | None = _traffic(
+        "--trace FILE: Requests with arrival times, whose lengths and unevenness within the hour the traffic has.",
+        shown="the plan's lengths, even hours",
+    )
+    burst: list[str] | None = _traffic("--burst FACTOR@TIME+TIME: Rates rise for a time: 2@30h+20min; repeatable.")
+    longer: list[str] | None = _traffic("--longer FACTOR@TIME: Prompts are longer from a time on; repeatable.")
+    fail: list[str] | None = _traffic("--fail NODE@TIME: A node is lost, such as a100-0@30h; repeatable.")
+    join: list[str] | None = _traffic("--join NODE@TIME: A node that was lost comes back; repeatable.")
+    seed: int = _traffic("--seed: Seed of noise and arrivals.", 0, min=0)
+
+
+@group
+class FollowOptions:
+    """What the loop may do."""
+
+    every: float = _follow("--every TIME: Time between two regular decisions.", "5min")
+    coverage: float = _follow("--coverage SHARE: Probability with which forecasts contain what comes.", "92%")
+    threshold: float = _follow("--threshold SHARE: Utilisation that threshold scaling keeps.", "70%")
+    max_moves: int | None = _follow("--max-moves N: Maximum GPUs whose work one change may change.", min=0)
+    horizon: float = _follow("--horizon TIME: How far to forecast, and how long a plan is expected to last.", "1h")
+    restart: float = _follow("--restart TIME: Time to restart an engine, excluding loading weights.", "30s")
+    load: float = _follow("--load BANDWIDTH: Rate at which each GPU loads its weights.", "2GB/s")
+
+
+@verb()
+def rehearse(
+    terminal: Terminal, plan: options.PlanArgument, *, wanted: RehearsedTraffic, follow: FollowOptions
+) -> ExitCode:
+    """Follow days of traffic in virtual time, with the decisions that a planner makes, before trusting them.
+
+    The fleet in the plan is the pool: GPUs that are not needed are given back. The objective is the plan's if that is
+    cost or gpus, otherwise least cost. The loop is shown beside a static plan for the peak, threshold scaling, and a
+    forecast that knows what comes.
+    """
+    from hetis.planner.loop.decision import LoopSettings
+    from hetis.planner.loop.rivals import rehearse_all
+    from hetis.planner.report.rehearsals import rehearsals_document, render_rehearsals
+    from hetis.planner.use_cases.saved_plans import load_plan_and_problem
+    from hetis.solver.replanning.change import ChangeCosts
+
+    found = load_plan_and_problem(plan)
+    for warning in found.warnings:
+        terminal.warn(warning)
+    if not found.plan.replicas:
+        terminal.error("the plan has no replicas to begin with")
+        return ExitCode.INVALID
+    settings = LoopSettings(
+        costs=ChangeCosts(horizon_s=follow.horizon, restart_s=follow.restart, load_bytes_per_s=follow.load),
+        every_s=follow.every, coverage=follow.coverage, max_moves=follow.max_moves,
+    )  # fmt: skip
+    curve = _curve(found, wanted)
+    events = _node_events(found, wanted)
+    lines = SparseLines[tuple[str, float]](
+        terminal.say, lambda news: f"  {news[0]}: {news[1]:.0%} of the time", state=lambda news: news[0]
+    )
+    shown = [
+        *rehearse_all(
+            found, curve, settings, events=events, seed=wanted.seed, utilisations=(follow.threshold,),
+            progress=lambda name, share: lines((name, share)),
+        )
+    ]  # fmt: skip
+    terminal.emit(lambda: rehearsals_document(shown, curve), lambda: render_rehearsals(shown, curve))
+    return ExitCode.OK
+
+
+def _curve(found: PlanAndProblem, wanted: RehearsedTraffic) -> TrafficCurve:
+    """Return the traffic; raises DocumentError or BadParameter if a file or an option is wrong."""
+    from hetis.formats.traces import read_trace
+    from hetis.formats.workload import load_workload
+    from hetis.planner.loop.curves import composed_curve, read_curve, unevenness
+    from hetis.planner.loop.decision import kept_rate
+
+    workload, uneven = found.problem.workload, None
+    if wanted.trace is not None:
+        uneven, workload = unevenness(read_trace(wanted.trace).arrival_s), load_workload(wanted.trace)
+    if wanted.curve is not None:
+        curve = read_curve(str(wanted.curve), workload, history_s=wanted.history * 86400)
+    else:
+        rate = wanted.rate or 0.8 * kept_rate(found.plan, found.problem)
+        curve = composed_curve(
+            workload, days=wanted.days, peak_rps=rate, history_days=wanted.history, seed=wanted.seed, uneven=uneven,
+            name=f"composed with {workload.name}",
+        )  # fmt: skip
+    for text in wanted.burst or ():
+        factor, time = _factor_at(text, "--burst")
+        at, plus, seconds = time.partition("+")
+        if not plus:
+            raise typer.BadParameter(f"{text!r} has no duration, such as 2@30h+20min", param_hint="'--burst'")
+        curve = curve.with_burst(_seconds(at, text, curve), _seconds(seconds, text), factor)
+    for text in sorted(wanted.longer or (), key=lambda one: _seconds(_factor_at(one, "--longer")[1], one)):
+        factor, time = _factor_at(text, "--longer")
+        curve = curve.with_lengths(_seconds(time, text, curve), prompts=factor, outputs=1.0)
+    return curve
+
+
+def _factor_at(text: str, option: str) -> tuple[float, str]:
+    factor, _, time = text.partition("@")
+    try:
+        number = float(factor)
+    except ValueError:
+        number = 0.0
+    if not 0 < number <= 1000 or not time:
+        raise typer.BadParameter(f"{text!r} is no factor and time such as 2@30h", param_hint=f"'{option}'")
+    return number, time
+
+
+def _seconds(time: str, text: str, curve: TrafficCurve | None = None) -> float:
+    """Return a duration in seconds; with a curve, the time after its history, which must be in it."""
+    seconds = values.duration(time)
+    if curve is None:
+        return seconds
+    if curve.start_s + seconds >= curve.end_s:
+        raise typer.BadParameter(f"{text!r} is after the end of the traffic, {(curve.end_s - curve.start_s) / 3600:g}h")
+    return curve.start_s + seconds
+
+
+def _node_events(found: PlanAndProblem, wanted: RehearsedTraffic) -> list[NodeEvent]:
+    from hetis.formats.errors import did_you_mean
+    from hetis.planner.loop.rehearsal import NodeEvent
+
+    known = {name for name, _ in found.problem.cluster.nodes()}
+    events = list[NodeEvent]()
+    for option, texts, joins in (("--fail", wanted.fail, False), ("--join", wanted.join, True)):
+        for text in texts or ():
+            node, at_s = values.device_at(text, option)
+            if node not in known:
+                message = f"no node {node!r} in the cluster{did_you_mean(node, known)}"
+                raise typer.BadParameter(message, param_hint=f"'{option}'")
+            events.append(NodeEvent(at_s=at_s, node=node, joins=joins))
+    return events
 
 
 # --- diff

@@ -171,13 +171,9 @@ def say_what_would_be_solved(
     strategies: Sequence[str],
     time_limit_s: float,
     solves: int = 1,
-    again: int = 0,
     engine: EngineRules | None = None,
 ) -> ExitCode:
-    """Print what would be solved: ``solves`` searches, one after another, each of at most ``time_limit_s``.
-
-    ``again``: how often each search may be repeated if its plan misses a limit in the simulation.
-    """
+    """Print what would be solved: ``solves`` searches, one after another, each of at most ``time_limit_s``."""
     from rich.text import Text
 
     from hetis.planner.report.goals import problem_line
@@ -189,8 +185,6 @@ def say_what_would_be_solved(
         rows = [(Text("ok", style="green"), problem_line(inputs, objective)) for inputs, objective in problems]
         times = "1 search" if solves == 1 else f"{solves:,} searches"
         words = f"{times} by {solved_by}, up to {seconds(time_limit_s)} each"
-        if again:
-            words += f"; for each plan that misses a limit in simulation up to {again} more in the same time"
         return grid(False, True, rows=[*rows, (Text(), f"dry run, nothing was solved: {words}")])
 
     document = {
@@ -209,7 +203,6 @@ def say_what_would_be_solved(
         "strategies": list(strategies),
         "engine": engine and engine.name,
         "solves": solves,
-        "again": again,
         "time_limit_s": time_limit_s,
     }
     terminal.emit(lambda: document, table)

@@ -70,7 +70,6 @@ def place(
     Ctrl-C once prints and saves the best plan so far; Ctrl-C twice exits at once.
     """
     from hetis.planner.use_cases.place import load, pose
-    from hetis.planner.use_cases.verification.choosing import SEARCHES
 
     outputs.refuse_unwritable(results.out)
     outputs.refuse_page(results.html, beside=results.out)
@@ -81,8 +80,7 @@ def place(
     if results.dry_run:
         return outputs.say_what_would_be_solved(
             terminal, [(loaded.inputs, problem.objective)], strategies=[request.strategy],
-            time_limit_s=request.time_limit_s, again=SEARCHES if request.verify and not request.survive else 0,
-            engine=problem.family.engine,
+            time_limit_s=request.time_limit_s, engine=problem.family.engine,
         )  # fmt: skip
     return finish(terminal, request, loaded, problem, results)
 
@@ -101,7 +99,7 @@ def finish(
     from hetis.planner.export.carrying import not_carried
     from hetis.planner.report.plan import render_plan
     from hetis.planner.use_cases.place import prove, settings_of, verify
-    from hetis.planner.use_cases.verification.choosing import missed
+    from hetis.planner.use_cases.verification.outcome import missed
 
     cancelled, settings = threading.Event(), settings_of(request)
     wait = partial(
@@ -212,8 +210,7 @@ def compare(
 
     All are of the highest rung unless --rung names one; the plan that `place` shows is in a row of its own if it is of
     another.
-    Each search has the full time limit. Where the simulation of its plan misses a limit, up to two more searches
-    follow, except for published heuristics (-paper). A strategy without a plan gets a row with the reason.
+    Each search has the full time limit. A strategy without a plan gets a row with the reason.
 
     Ctrl-C once stops the running strategy and shows the results so far; Ctrl-C twice exits at once.
     """
@@ -223,7 +220,6 @@ def compare(
     from hetis.planner.use_cases.climbing import HIGHEST
     from hetis.planner.use_cases.compare import Searches, compare_engines, simulate_plans
     from hetis.planner.use_cases.place import read_inputs, settings_of
-    from hetis.planner.use_cases.verification.choosing import SEARCHES
     from hetis.solver.placement.families import DEFAULT_ENGINE, STRATEGIES
 
     engines = (DEFAULT_ENGINE,) if asked.engine is None else asked.engine.names
@@ -238,11 +234,10 @@ def compare(
     level, loaded, objective = request.service_level, read_inputs(request), request.goal
     settings = replace(settings_of(request), engine=None, rung=request.rung or HIGHEST)
     outputs.warn_of_cut_requests(terminal, loaded.inputs)
-    is_repeated = request.verify and bool(searched)
     if results.dry_run:
         return outputs.say_what_would_be_solved(
             terminal, [(loaded.inputs, objective)], strategies=names, solves=len(plans),
-            again=SEARCHES if is_repeated else 0, time_limit_s=request.time_limit_s,
+            time_limit_s=request.time_limit_s,
         )  # fmt: skip
     cancelled = threading.Event()
     budget = partial(Budget, time_limit_s=request.time_limit_s, clock=search_seconds, cancelled=cancelled)

@@ -44,7 +44,7 @@ def explain(terminal: Terminal, plan: PlanArgument) -> ExitCode:
     """Show where memory and time go, what limits each replica, what GPUs are worth, and why some are idle."""
     from hetis.planner.report.explanation import render_explanation
     from hetis.planner.use_cases.json_values import document, fields_of, json_value
-    from hetis.planner.use_cases.verification.queueing import queueing
+    from hetis.solver.check.waiting import queueing
     from hetis.solver.placement.explanation import explain_plan
 
     (found,) = _load_and_check(terminal, [plan])

@@ -22,7 +22,7 @@ from hetis.planner.fleet import views
 from hetis.planner.fleet.agents.deltas import protocol_violation
 from hetis.planner.fleet.agents.head_maps import HeadMaps
 from hetis.planner.fleet.agents.link import HeadMapsRead, taken_over
-from hetis.planner.fleet.agents.messages import Request, check_hello
+from hetis.planner.fleet.agents.messages import Request, check_hello, note_refused
 from hetis.planner.fleet.agents.stream import MessageBudget, Response, Stream
 from hetis.planner.fleet.cluster import ClusterFleet
 from hetis.planner.fleet.hubs import Hubs
@@ -124,7 +124,7 @@ class LiveFleet:
             cluster, node = self._clusters[cluster_of(name)], last_part(name)
             stream = Stream(cluster.open(node, first, now_s=self._clock.monotonic(), time_s=self._clock.time()))
         except ServiceError as error:
-            self._note_refused(error)
+            note_refused(error, self.counters)
             raise
         if (before := self._streams.get(name)) is not None:
             gone = taken_over(f"another stream of {name} was opened", name)
@@ -306,17 +306,6 @@ class LiveFleet:
         if cluster_of(hello.node) not in self._clusters:
             raise not_found(cluster_of(hello.node))
         return hello.node
-
-    def _note_refused(self, error: ServiceError) -> None:
-        self.counters.hellos_refused[error.reason_name] += 1
-        if error.reason == Reason.ERROR_REASON_STALE_EPOCH:
-            # Without the node's name: one line, and not one per agent.
-            _log.error(
-                "agents have followed a later planner than this one, which they refuse until its epoch is higher."
-                " Either another planner leads, or the store was replaced by a new or an older one:"
-                " see docs/operations.md",
-                extra=dict(error.metadata),
-            )
 
     async def _read(self, cluster: ClusterFleet, node: str, stream: Stream, requests: AsyncIterator[Request]) -> None:
         try:

@@ -23,7 +23,6 @@ from hetis.planner.jobs.messages import (
     posed_from_json,
 )
 from hetis.planner.use_cases.place import make_plan, simulated_plan
-from hetis.planner.use_cases.verification.queueing import with_queueing
 from hetis.planner.use_cases.verification.rates import ITERATIONS
 from hetis.solver.budget import Budget, Progress, Report
 from hetis.solver.errors import InfeasibleError, InvalidProblemError, NoPlanFoundError, UncheckedPlanError
@@ -69,7 +68,7 @@ class Searcher:
             nonlocal found
             if phase == "searching":
                 found = progress
-            else:  # searches for a tightened limit have another bound
+            else:  # a simulation has no bound
                 progress = replace(progress, incumbent=found.incumbent, bound=found.bound, gap=found.gap)
             report(replace(progress, elapsed_s=clock() - started_s))  # each of several searches counts from zero
 
@@ -118,10 +117,7 @@ def solve(
                 budget=replace(budget(), time_limit_s=math.inf, work_limit=ITERATIONS),
             )  # fmt: skip
         except (InvalidProblemError, UncheckedPlanError) as error:  # the plan that was found is checked nevertheless
-            noted = replace(made.plan, notes=(*made.plan.notes, f"could not be simulated: {error}"))
-            made = replace(made, plan=with_queueing(noted, made.problem))
-    else:
-        made = replace(made, plan=with_queueing(made.plan, made.problem))
+            made = replace(made, plan=replace(made.plan, notes=(*made.plan.notes, f"could not be simulated: {error}")))
     plan = made.plan
     document = document_bytes(plan)
     if document_bytes(from_data(json.loads(document))) != document:

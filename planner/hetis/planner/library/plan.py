@@ -17,7 +17,7 @@ from hetis.planner.export.targets import Export, export_wanted, folder_refusals,
 from hetis.planner.library import arguments
 from hetis.planner.library.arguments import checked, one_of, spread
 from hetis.planner.report.figures import digits, percent, plural, seconds, with_unit
-from hetis.planner.report.promises import less_than_planned, misses_as_planned
+from hetis.planner.report.promises import misses_as_planned
 from hetis.planner.report.simulation.text import level_words, simulation_document
 from hetis.planner.use_cases.compare import Figures, figures_of
 from hetis.planner.use_cases.record.parts import MadeFrom, Verified
@@ -35,7 +35,7 @@ from hetis.simulator.values import Settings
 from hetis.solver import plan as solved
 from hetis.solver.budget import Budget
 from hetis.solver.errors import InvalidProblemError
-from hetis.solver.plan import Explanation, ObjectiveKind
+from hetis.solver.plan import Explanation
 from hetis.solver.problem import PlacementProblem
 
 if TYPE_CHECKING:
@@ -328,14 +328,13 @@ class Plan:
         return f"<hetis.Plan: {self._worth()}, {plural(len(self.replicas), 'replica')} on {gpus}>"
 
     def _worth(self) -> str:
-        """Return the promised value, which is the rate that simulated traffic kept if that is below the model's."""
-        result, kept, found = self.result, less_than_planned(self.value), Verified.of(self.value).verification
+        """Return the value, and how it was found."""
+        result, found = self.result, Verified.of(self.value)
         value, proof = with_unit(result.value, result.unit), f"{result.status}, gap {percent(result.gap)}"
-        if kept is not None:
-            rate = with_unit(kept.rate_rps, result.unit) if kept.rate_rps else "no rate tried"
-            return f"{rate} within the limits in simulation, MISSED at {value} by the model ({proof})"
-        is_goodput = result.objective is ObjectiveKind.GOODPUT
-        missed = misses_as_planned(self.value) if is_goodput else found is not None and not found.kept
+        if found.model_value is not None:
+            return f"{value} kept in simulation, {with_unit(found.model_value, result.unit)} by the model ({proof})"
+        simulated = found.verification
+        missed = misses_as_planned(self.value) or (simulated is not None and not simulated.kept)
         return f"{value} ({proof}){', limits MISSED in simulation' if missed else ''}"
 
     def _repr_html_(self) -> str:

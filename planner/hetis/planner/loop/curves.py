@@ -26,6 +26,7 @@ HOURS = (  # requests of each hour of a weekday over those of the busiest, from 
 )
 WEEKEND = 0.62  # of a weekday's rates
 DAY_LEVEL, NOISE, NOISE_MEMORY = 0.06, 0.04, 0.9  # relative deviations of days and of minutes; their correlation
+NIGHT_S = 6 * 3600.0
 UNEVEN_S = 300.0  # bins in which the unevenness of a trace is taken over; finer ones are mostly chance
 
 
@@ -100,7 +101,11 @@ def composed_curve(
     hours = np.arange(total) * STEP_S / 3600
     shape = np.interp(hours % 24, np.arange(25), [*HOURS, HOURS[0]])
     day = (hours // 24).astype(int)
-    shape = shape * np.where(day % 7 >= 5, WEEKEND, 1.0) * np.exp(rng.normal(0, DAY_LEVEL, day[-1] + 1))[day]
+    level = np.where(day % 7 >= 5, WEEKEND, 1.0) * np.exp(rng.normal(0, DAY_LEVEL, day[-1] + 1))[day]
+    night = round(NIGHT_S / STEP_S)  # in which a day's level turns into the next
+    shape = shape * np.convolve(
+        np.pad(level, night // 2, mode="edge"), np.full(night + 1, 1 / (night + 1)), mode="valid"
+    )
     noise = np.zeros(total // 5 + 1)
     for i, shock in enumerate(rng.normal(0, NOISE * np.sqrt(1 - NOISE_MEMORY**2), len(noise))):
         noise[i] = NOISE_MEMORY * noise[i - 1] + shock

@@ -11,7 +11,7 @@ keeps its limits for requests as they are now:
 The answer is a re-planning (docs/replanning.md): its value counts what the change costs, its bound is one on every
 change of the family, and its steps keep the capacity as high as any order can. A shortage is ended whatever that
 costs. Any other change must gain `LoopSettings.least_gain` of what the plan in force yields, net of the change: what
-noise gains and loses again is less, so that it moves nothing.
+noise gains and loses again is less, so that it moves nothing. Nor may it serve less on the way than the near demand.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
 from hetis.planner.loop.drift import Drift, DriftTest, Expected, expected_shares
-from hetis.planner.loop.forecast import Forecast, History, forecast
+from hetis.planner.loop.forecast import BIN_S, LEVEL_BINS, Forecast, History, forecast
 from hetis.planner.use_cases.other_fleets.replan import PosedReplan, pose_replanning, replan
 from hetis.planner.use_cases.place import PlacementSettings
 from hetis.planner.use_cases.prices import price_of_plan
@@ -38,6 +38,7 @@ from hetis.solver.replanning.replanner import Replanning
 from hetis.solver.workload import Workload
 
 ENOUGH = 1 - 1e-6
+LEVEL_S = LEVEL_BINS * BIN_S
 LEAST_ENDED = 100  # requests that a mix is measured from
 
 
@@ -49,8 +50,8 @@ class LoopSettings:
         costs: what a change costs. Its horizon is the time for which demand is forecast and a plan expected to last.
         every_s: time between two regular questions.
         coverage: probability with which the demand of a horizon is at most what is planned for. Demand that is higher
-            lasts until the next question is answered: of an hour that is missed, a tenth. So the default leaves less
-            than 0.5% of the requests outside the limits.
+            lasts until the next question is answered, which of an hour is a ninth: so the default leaves less than 1%
+            of the requests outside the limits.
         false_alarms_per_day: probability at most of an alarm about drift in a day without any.
         tolerance: share of the requests by which the mix, or prefix hits, may differ from the plan's.
         least_gain: of what the plan in force yields, that a change other than out of a shortage must gain.
@@ -62,7 +63,7 @@ class LoopSettings:
 
     costs: ChangeCosts = field(default_factory=ChangeCosts)
     every_s: float = 300.0
-    coverage: float = 0.96
+    coverage: float = 0.92
     false_alarms_per_day: float = 0.1
     tolerance: float = 0.1
     least_gain: float = 0.05
@@ -134,12 +135,17 @@ class Decision:
 
 
 Solve = Callable[[PosedReplan, LoopSettings], Replanning]
+Least = Callable[[PosedReplan], float]  # what every plan is known to cost at least, without a search; 0: nothing
 
 
 def solve(posed: PosedReplan, settings: LoopSettings) -> Replanning:
-    """Re-plan, within the time limit of the settings' searches."""
+    """Re-plan, within the time limit of the settings' searches. Raises InfeasibleError or NoPlanFoundError."""
     budget = Budget(time_limit_s=settings.search.time_limit_s)
     return replan(posed, settings.costs, settings.max_moves, verify=settings.verify, budget=budget, report=silent)
+
+
+def _nothing_known(_posed: PosedReplan) -> float:
+    return 0.0
 
 
 def kept_rate(plan: Plan, problem: PlacementProblem) -> float:
@@ -164,7 +170,7 @@ def kept_rate(plan: Plan, problem: PlacementProblem) -> float:
 
 def decide(
     history: History, in_force: InForce, settings: LoopSettings, *, drift: Drift | None = None,
-    ahead: Callable[[float], Forecast] | None = None, solve: Solve = solve,
+    ahead: Callable[[float], Forecast] | None = None, solve: Solve = solve, least: Least = _nothing_known,
 ) -> Decision:  # fmt: skip
     """Return what to do at the end of a history.
 
@@ -172,15 +178,17 @@ def decide(
         history: the traffic until now.
         in_force: the plan, and the fleet as it is.
         settings: those of the cluster.
-        drift: the alarm because of which the question is asked; None: it is asked at a regular time.
+        drift: the last alarm, if it is not older than `LEVEL_S`, in which a drift shows in the recent rate; None: there
+            is none.
         ahead: the forecast for a horizon in seconds; None: `forecast.forecast` of the history.
         solve: the re-planning.
+        least: what is known without it.
 
     Raises:
         InvalidProblemError: nothing was measured yet, or the plan has no re-planning.
         UncheckedPlanError: a new plan fails the independent checker.
     """
-    return _Deciding(history, in_force, settings, drift, ahead, solve).decision()
+    return _Deciding(history, in_force, settings, drift, ahead, solve, least).decision()
 
 
 class _Deciding:
@@ -188,11 +196,14 @@ class _Deciding:
 
     def __init__(
         self, history: History, in_force: InForce, settings: LoopSettings, drift: Drift | None,
-        ahead: Callable[[float], Forecast] | None, solve: Solve,
+        ahead: Callable[[float], Forecast] | None, solve: Solve, least: Least,
     ) -> None:  # fmt: skip
-        self._in_force, self._settings, self._solve, self._drift = in_force, settings, solve, drift
+        self._in_force, self._settings, self._drift = in_force, settings, drift
+        self._solve, self._least = solve, least
         self._now_s, self._plan = history.end_s, in_force.found.plan
-        level = drift.value if drift is not None and not drift.is_of_mix else None
+        level = None
+        if drift is not None and not drift.is_of_mix:
+            level = history.traffic_since(drift.since_s).rate_per_s or drift.value
         ahead = ahead or (lambda horizon_s: forecast(history, horizon_s, settings.coverage, level))
         self._near, self._far = ahead(self._lead_s()), ahead(settings.costs.horizon_s)
         self._workload = self._measured(history)
@@ -237,15 +248,19 @@ class _Deciding:
         """Return the change that gains most, or the plan in force if that is too little."""
         objective = self._plan.objective
         posed = self._posed(objective.kind, demand_rps)
+        now = self._value_now(objective)
+        if not objective.maximises and now - (least := self._least(posed)) < self._settings.least_gain * now:
+            return self._keep(f"No plan costs less than {least:.4g} {objective.unit}.")
         try:
             found = self._solve(posed, self._settings)
         except (InfeasibleError, NoPlanFoundError):
             return self._keep("")
-        now = self._value_now(objective)
         sign = 1.0 if objective.maximises else -1.0
         gain, bound = sign * (found.value - now), sign * (found.bound - now)
         if gain < self._settings.least_gain * now:
             return self._keep(f"No change gains more than {max(0.0, bound):.4g} {objective.unit}.")
+        if found.transition.lowest < self._near.high_rps * ENOUGH:
+            return self._keep(f"The cheapest change would serve {found.transition.lowest:.4g} requests/s on the way.")
         mix = f"{self._drift}. " if other and self._drift is not None else ""
         reason = f"{mix}{self._sentence(self._far)}; {gain:.4g} {objective.unit} are gained"
         return self._change(found, posed, reason, gain=gain, bound=bound, unit=objective.unit)

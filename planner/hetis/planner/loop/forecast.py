@@ -1,17 +1,17 @@
 """Forecasts of the peak demand of the next horizon, with an interval from the errors of past forecasts.
 
-Rates are kept in bins of some minutes. For the bins of the next horizon, five rules predict
+Rates are kept in bins of some minutes. For the bins of the next horizon, seven rules predict
 
     recent   the mean rate of the last bins
     season   the rate of the same time yesterday, a week ago, or on average of the last seven days, each of them
              times (recent / its rate before that time) ^ kappa,  kappa = 1 or 0
 
-and the prediction of the horizon is their peak. At every bin of the last two weeks each rule is asked the same question
-again; e = log(peak that came / peak predicted) are its errors. The upper end of its interval is the prediction times
-exp(the quantile of e at ``coverage``), by the (n + 1)-st rank, so that what comes is at most that with this probability
-as far as the next error is like the past ones (split conformal prediction: Vovk 2005). The rule whose interval was the
-lowest on average is taken. Too few errors for the rank, they are taken as normal with a prior (`PRIOR`), which decides
-while nothing is known. The lower end is that of the lowest rate, likewise.
+and the prediction of the horizon is their peak. At every second bin of the last two weeks each rule is asked the same
+question again; e = log(peak that came / peak predicted) are its errors. The upper end of its interval is the prediction
+times exp(the quantile of e at ``coverage``), by the (n + 1)-st rank, so that what comes is at most that with this
+probability as far as the next error is like the past ones (split conformal prediction: Vovk 2005). The rule whose ends
+were the best ones for that coverage is taken (`_score`). Too few errors for the rank, they are taken as normal with a
+prior (`PRIOR`), which decides while nothing is known. The lower end is that of the lowest rate, likewise.
 
 Seasonal naive forecasts are what every other method is measured by (Hyndman and Athanasopoulos 2021, 5.2); what counts
 here is that the interval is honest, whatever rule makes it. No library is used: those that fit more refined methods
@@ -39,6 +39,8 @@ LEVEL_BINS = 2  # the last bins, whose mean is the recent level
 SMOOTHED = 3  # bins over which seasons are averaged
 KEPT_S = 15 * DAY_S  # history that is used: two weeks, and a day before
 PRIOR = 10, 0.15  # weight in past errors, and relative error, that are assumed while nothing is known
+ASKED_EVERY = 2  # bins; neighbouring ones have nearly the same errors
+LEAST_ERRORS = 24  # from which on a season is used: four hours of them
 LEAST_RPS = 1e-3
 SEASONS = {"yesterday": (1,), "last week": (7,), "the last seven days": tuple(range(1, 8))}
 
@@ -134,23 +136,30 @@ def forecast(history: History, horizon_s: float, coverage: float, level_rps: flo
         rates = np.array([level_rps])
     ahead = max(1, math.ceil(horizon_s / history.bin_s))
     peaks, lows = _came(rates, ahead)
-    best: Forecast | None = None
-    lowest = math.inf
+    asked = list[tuple[_Rule, FloatArray, FloatArray]]()
     for rule in _rules(rates, history.bin_s, ahead, is_level_known=level_rps is not None):
-        now, (bins, past) = rule.at(len(rates), level_rps), rule.past()
+        bins, past = rule.past()
         up: FloatArray = np.log(peaks[bins] / past.max(axis=1))
         down: FloatArray = np.log(lows[bins] / past.min(axis=1))
-        high = now.max() * math.exp(_quantile(up, coverage))
-        width = _quantile(up, coverage) - float(up.mean() if len(up) else 0.0)
-        if width < lowest:
-            lowest = width
-            best = Forecast(
-                until_s=history.end_s + horizon_s, expected_rps=float(now.max()),
-                low_rps=float(now.min()) * math.exp(-_quantile(-down, coverage)), high_rps=float(high),
-                coverage=coverage, rule=rule.name, errors=len(up),
-            )  # fmt: skip
-    assert best is not None, "the rule of the recent level always answers"
-    return best
+        if not asked or len(up) >= LEAST_ERRORS:
+            asked.append((rule, up, down))
+    common = min(len(up) for _, up, _ in asked)
+    rule, up, down = min(asked, key=lambda one: _score(one[1], common, coverage))
+    now = rule.at(len(rates), level_rps)
+    return Forecast(
+        until_s=history.end_s + horizon_s, expected_rps=float(now.max()),
+        low_rps=float(now.min()) * math.exp(-_quantile(-down, coverage)),
+        high_rps=float(now.max()) * math.exp(_quantile(up, coverage)), coverage=coverage, rule=rule.name,
+        errors=len(up),
+    )  # fmt: skip
+
+
+def _score(errors: FloatArray, common: int, coverage: float) -> float:
+    """Return the mean loss of the interval's end at the last ``common`` errors: the quantile score, proper at this
+    coverage (Gneiting and Raftery 2007).
+    """
+    over = errors[len(errors) - common :] - _quantile(errors, coverage)
+    return float(np.where(over > 0, coverage * over, (coverage - 1) * over).sum())
 
 
 Bins = npt.NDArray[np.int64]
@@ -176,7 +185,7 @@ class _Rule:
     def past(self) -> tuple[Bins, FloatArray]:
         """Return the bins at which it could have predicted, and those predictions [bins, ahead]."""
         first = max((*self.days, 0)) * self.bins_a_day + LEVEL_BINS
-        bins = np.arange(first, max(first, len(self.level) - self.ahead), dtype=np.int64)
+        bins = np.arange(len(self.level) - self.ahead, first - 1, -ASKED_EVERY, dtype=np.int64)[::-1]
         return bins, self._predict(bins, None)
 
     def _predict(self, bins: Bins, level: FloatArray | None) -> FloatArray:

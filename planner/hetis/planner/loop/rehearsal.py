@@ -17,13 +17,14 @@ import math
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import NamedTuple, Protocol
 
 import numpy as np
 
 from hetis.planner.loop.curves import STEP_S, TrafficCurve
-from hetis.planner.loop.decision import InForce, LoopSettings, Verdict, decide, kept_rate, solve
-from hetis.planner.loop.drift import Drift, DriftTest, Expected
+from hetis.planner.loop.decision import LEVEL_S, InForce, LoopSettings, Verdict, decide, kept_rate, solve
+from hetis.planner.loop.drift import Drift, DriftTest, Expected, dispersion
 from hetis.planner.loop.forecast import BIN_S, KEPT_S, Forecast, History, Window, with_hours
 from hetis.planner.use_cases.other_fleets.replan import PosedReplan
 from hetis.planner.use_cases.saved_plans import PlanAndProblem
@@ -35,7 +36,7 @@ from hetis.solver.replanning.transition import Action, Step
 from hetis.solver.traffic import TOKENS, Histogram, TrafficSketch
 from hetis.solver.workload import FloatArray, Workload
 
-WINDOW_S = 10.0  # between two reports of agents
+WINDOW_S = 20.0  # between two looks of the planner at what agents report
 RECENT_S, MINUTES_KEPT_S = 3600.0, 3 * 3600  # of whole windows, and of minutes before they are hours
 
 
@@ -60,7 +61,8 @@ class Change:
 class View(NamedTuple):
     """What a follower sees."""
 
-    history: History
+    now_s: float
+    history: Callable[[], History]
     in_force: InForce
     drift: Drift | None
     rate_rps: float  # of the last minute
@@ -88,10 +90,11 @@ class Follower(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Asked:
-    """A change that was made, with the demand and the capacities around it."""
+    """A change that was made."""
 
     at_s: float
     reason: str
+    next: PlanAndProblem
     gpus: int  # of the new plan
     capacity_rps: float  # of the new plan
 
@@ -117,19 +120,53 @@ class Rehearsal:
     changes: tuple[Asked, ...]
 
 
+class RememberingSearch:
+    """A search that a rehearsal of many days can afford: it answers no question twice.
+
+    Demands are rounded up to a percent. The least cost of a demand does not fall if the demand rises, so that the bound
+    for one is a bound for all higher ones.
+    """
+
+    def __init__(self) -> None:
+        self._solved = dict[object, Replanning]()
+        self._bounds = dict[object, list[tuple[float, float]]]()  # demand, and bound on every plan for it
+
+    def solve(self, posed: PosedReplan, settings: LoopSettings) -> Replanning:
+        demand = posed.problem.objective.demand_rps
+        if demand is not None:
+            demand = math.exp(math.ceil(math.log(demand) / 0.01) * 0.01)
+            objective = replace(posed.problem.objective, demand_rps=demand)
+            posed = replace(posed, problem=replace(posed.problem, objective=objective), asked=objective)
+        key = posed.running.replicas, demand, _kind(posed)
+        if key not in self._solved:
+            self._solved[key] = found = solve(posed, settings)
+            if demand is not None:
+                self._bounds.setdefault(_kind(posed), []).append((demand, found.plan.result.bound))
+        return self._solved[key]
+
+    def least(self, posed: PosedReplan) -> float:
+        demand = posed.problem.objective.demand_rps or 0.0
+        return max((bound for lower, bound in self._bounds.get(_kind(posed), ()) if lower <= demand), default=0.0)
+
+
+def _kind(posed: PosedReplan) -> object:
+    """Return what distinguishes questions besides the running plan and the demand."""
+    workload, fleet = posed.problem.workload, posed.problem.cluster
+    return posed.problem.objective.kind, workload.bins, workload.prefix_hit_rate, fleet.node_groups
+
+
 class LoopFollower:
     """The loop itself. With ``truth`` it knows the rates to come, as a perfect forecast would."""
 
-    def __init__(self, settings: LoopSettings, truth: TrafficCurve | None = None) -> None:
+    def __init__(self, settings: LoopSettings, search: RememberingSearch, truth: TrafficCurve | None = None) -> None:
         self.name = "loop" if truth is None else "perfect forecast"
         self.every_s = settings.every_s
-        self._settings, self._truth = settings, truth
-        self._solved: dict[object, Replanning] = {}
+        self._settings, self._search, self._truth = settings, search, truth
 
     def ask(self, view: View) -> Answer:
         found = decide(
-            view.history, view.in_force, self._settings, drift=view.drift, ahead=self._ahead(view.history.end_s),
-            solve=self._solve,
+            view.history(), view.in_force, self._settings, drift=view.drift, ahead=self._ahead(view.now_s),
+            solve=self._search.solve, least=self._search.least,
         )  # fmt: skip
         change = None
         if found.verdict is Verdict.CHANGE and found.found is not None:
@@ -152,37 +189,6 @@ class LoopFollower:
             )  # fmt: skip
 
         return ahead
-
-    def _solve(self, posed: PosedReplan, settings: LoopSettings) -> Replanning:
-        """Return the answer to a question that a day may repeat; demands are rounded up to a percent."""
-        demand = posed.problem.objective.demand_rps
-        if demand is not None:
-            demand = math.exp(math.ceil(math.log(demand) / 0.01) * 0.01)
-            objective = replace(posed.problem.objective, demand_rps=demand)
-            posed = replace(posed, problem=replace(posed.problem, objective=objective), asked=objective)
-        workload, fleet = posed.problem.workload, posed.problem.cluster
-        key = (
-            posed.running.replicas,
-            posed.problem.objective,
-            workload.bins,
-            workload.prefix_hit_rate,
-            fleet.node_groups,
-        )
-        if key not in self._solved:
-            self._solved[key] = solve(posed, settings)
-        return self._solved[key]
-
-
-class Static:
-    """A plan that never changes."""
-
-    name, every_s = "static", math.inf
-
-    def ask(self, view: View) -> Answer:
-        return Answer(None, view.in_force.found, None)
-
-    def drift_test(self) -> DriftTest | None:
-        return None
 
 
 def rehearse(
@@ -207,6 +213,7 @@ class _Rehearsing:
         self._in_force = InForce(found=start, fleet=self._whole, since_s=-math.inf)
         self._test: DriftTest | None = None
         self._expected: Expected | None = None
+        self._drift: Drift | None = None  # of the rate, not so long ago
         self._phi = 1.0
         self._asked_s, self._is_due = -math.inf, True
         self._changes, self._alarms = list[Asked](), 0
@@ -220,7 +227,10 @@ class _Rehearsing:
             self._take_events(now_s)
             if not serving.is_changing:
                 self._ask_if_due(now_s)
-            rate, (kept, saturated) = curve.rate_at(now_s), serving.rates(curve.mix_at(now_s), self._in_force.fleet)
+            rate, (kept, saturated) = (
+                curve.rate_at(now_s),
+                serving.rates(curve.mix_at(now_s), self._in_force.fleet, self._gone),
+            )
             arrived = rate * WINDOW_S
             requests += arrived
             outside += arrived * (rate > kept * (1 + 1e-9) or backlog > 0)
@@ -228,18 +238,21 @@ class _Rehearsing:
             gpus, price = serving.paid(self._gone)
             gpu_hours += gpus * WINDOW_S / 3600
             usd += price * WINDOW_S / 3600
-            sketch = self._log.measure(now_s)
+            sketch = self._log.measure(now_s, in_full=self._expected is not None)
             if self._test is not None and self._expected is not None and not serving.is_changing:
                 self._test = self._test.after(now_s + WINDOW_S, sketch, self._expected, self._phi)
-            if serving.advance(now_s + WINDOW_S):
-                self._in_force = replace(self._in_force, found=serving.found, since_s=now_s + WINDOW_S)
-                self._is_due, self._test = True, None
+            self._advance(now_s + WINDOW_S)
             progress(now_s)
         return Rehearsal(
             name=self._follower.name, hours=windows * WINDOW_S / 3600, requests=requests,
             outside=outside / requests if requests else 0.0, gpu_hours=gpu_hours,
             usd=None if math.isnan(usd) else usd, alarms=self._alarms, changes=tuple(self._changes),
         )  # fmt: skip
+
+    def _advance(self, now_s: float) -> None:
+        if self._serving.advance(now_s):
+            self._in_force = replace(self._in_force, found=self._serving.found, since_s=now_s)
+            self._is_due = now_s > self._asked_s  # the time of the change may have changed the answer
 
     def _take_events(self, now_s: float) -> None:
         while self._events and self._events[0].at_s <= now_s - self._curve.start_s:
@@ -250,24 +263,33 @@ class _Rehearsing:
 
     def _ask_if_due(self, now_s: float) -> None:
         drift = None if self._test is None else self._test.drift
+        if drift is not None:
+            self._drift = None if drift.is_of_mix else drift
+        elif self._drift is not None and now_s - self._drift.since_s > LEVEL_S:
+            self._drift = None
         if not self._is_due and drift is None and now_s - self._asked_s < self._follower.every_s:
             return
-        history = self._log.history(now_s)
-        answer = self._follower.ask(View(history, self._in_force, drift, self._log.last_minute_rps()))
+        history = partial(self._log.history, now_s)
+        answer = self._follower.ask(
+            View(now_s, history, self._in_force, drift or self._drift, self._log.last_minute_rps())
+        )
         self._asked_s, self._is_due = now_s, False
         self._alarms += drift is not None
-        self._expected, self._phi = answer.expected, history.dispersion()
+        self._expected = answer.expected
+        self._phi = self._log.dispersion() if answer.expected is not None else 1.0
         if self._test is None or drift is not None:
             self._test = self._follower.drift_test()
         if answer.change is None:
             self._in_force = replace(self._in_force, found=answer.next)
             return
         self._serving.begin(answer.change, now_s)
-        plan = answer.change.next.plan
-        capacity = kept_rate(plan, answer.change.next.problem)
-        self._changes.append(
-            Asked(at_s=now_s, reason=answer.change.reason, gpus=len(plan.devices()), capacity_rps=capacity)
-        )
+        following = answer.change.next
+        made = Asked(
+            at_s=now_s, reason=answer.change.reason, next=following, gpus=len(following.plan.devices()),
+            capacity_rps=kept_rate(following.plan, following.problem),
+        )  # fmt: skip
+        self._changes.append(made)
+        self._advance(now_s)
 
 
 class _Serving:
@@ -286,23 +308,23 @@ class _Serving:
             for index, price in zip(group.gpus_of_node(), of_node, strict=True):
                 prices[f"{node}/{index}"] = math.nan if price is None else price
         self._prices = prices
-        self._rates = dict[object, float]()
-        self._held = list[object]()  # what the keys' ids are of
+        self._rates, self._paid = dict[object, float](), dict[object, tuple[int, float]]()
+        self._phase = 0  # number of the present combination of plans and replicas
 
     @property
     def is_changing(self) -> bool:
         return self._change is not None
 
     def begin(self, change: Change, now_s: float) -> None:
-        self._change, self._left = change, deque(change.steps)
-        self._until_s = now_s
-        self.advance(now_s)
+        self._change, self._left, self._until_s = change, deque(change.steps), now_s
+        self._phase += 1
 
     def advance(self, now_s: float) -> bool:
         """Take the steps that are due; return whether a change has just been completed."""
         if self._change is None:
             return False
         while now_s >= self._until_s - 1e-6:
+            self._phase += 1
             self._news, self._starting = self._news | self._starting, frozenset()
             if not self._left:
                 self.found, self._change, self._until_s = self._change.next, None, math.inf
@@ -323,21 +345,21 @@ class _Serving:
         news = self._news | self._starting if with_starting else self._news
         return (*olds, *(self._change.next.plan.replicas[number] for number in sorted(news)))
 
-    def rates(self, mix: int, fleet: Cluster) -> tuple[float, float]:
+    def rates(self, mix: int, fleet: Cluster, gone: frozenset[str]) -> tuple[float, float]:
         """Return the rate up to which what serves keeps its limits, and the saturated one."""
-        problem = self.found.problem
-        key = id(self.found), id(self._change), self._olds, self._news, mix, fleet.node_groups
+        problem, key = self.found.problem, (self._phase, mix, gone)
         if key not in self._rates:
-            self._held.append((self.found, self._change))
             plan = replace(self.found.plan, replicas=self._replicas(with_starting=False), kv_routes=())
             self._rates[key] = kept_rate(plan, replace(problem, workload=self._mixes[mix], cluster=fleet))
         return self._rates[key], self._rates[key] / problem.planned_share
 
     def paid(self, gone: frozenset[str]) -> tuple[int, float]:
         """Return the GPUs that serve or start, and their price in USD per hour; NaN if one has none."""
-        used = {device for one in self._replicas(with_starting=True) for device in one.devices()}
-        there = [device for device in used if node_of(device) not in gone]
-        return len(there), sum(self._prices[device] for device in there)
+        if (key := (self._phase, gone)) not in self._paid:
+            used = {device for one in self._replicas(with_starting=True) for device in one.devices()}
+            there = [device for device in used if node_of(device) not in gone]
+            self._paid[key] = len(there), sum(self._prices[device] for device in there)
+        return self._paid[key]
 
 
 class _TrafficLog:
@@ -353,12 +375,14 @@ class _TrafficLog:
         self._recent = deque[Window](maxlen=round(RECENT_S / WINDOW_S))
         self._lengths = [(_buckets(one, "prompt_tokens"), _buckets(one, "output_tokens")) for _, one in curve.mixes]
 
-    def measure(self, start_s: float) -> TrafficSketch:
-        """Return the traffic of the window that begins now."""
+    def measure(self, start_s: float, *, in_full: bool) -> TrafficSketch:
+        """Return the traffic of the window that begins now: its arrivals or, in full, their lengths, too."""
         mix = self._curve.mix_at(start_s)
         arrivals = int(self._rng.poisson(self._curve.rate_at(start_s) * WINDOW_S))
         self._arrivals[self._count] = arrivals
         self._count += 1
+        if not in_full:
+            return TrafficSketch(seconds=WINDOW_S, arrivals=arrivals)
         prompts, outputs = (self._histogram(arrivals, *lengths) for lengths in self._lengths[mix])
         hits = self._curve.mixes[mix][1].prefix_hit_rate
         sketch = TrafficSketch(
@@ -384,6 +408,9 @@ class _TrafficLog:
             fine[: hours * hour] = np.nan
             rates = with_hours(fine, spans, rates[: hours * hour].reshape(hours, hour).mean(axis=1))
         return History(end_s=now_s, rates=rates, recent=tuple(self._recent))
+
+    def dispersion(self) -> float:
+        return dispersion([one.traffic.arrivals for one in self._recent])
 
     def last_minute_rps(self) -> float:
         last = self._arrivals[max(0, self._count - round(60 / WINDOW_S)) : self._count]

@@ -53,7 +53,8 @@ def reason_words(reason: str, rate: float) -> str:
         return reason
     elsewhere = float(match["worth"])
     if match["role"]:
-        own = f"what it would {match['role']} is worth {digits(float(match['own']))} there"
+        verb = "serve" if match["role"] == "own" else match["role"]
+        own = f"what it would {verb} is worth {digits(float(match['own']))} there"
         return f"as they are used in the plan its GPUs serve {digits(elsewhere)} requests/s; {own}"
     return f"{percent(1.0 - rate / elsewhere)} less than the {digits(elsewhere)} requests/s its GPUs serve in the plan"
 

@@ -20,8 +20,8 @@ from hetis.planner.report.plan import headline, price_table
 from hetis.planner.report.replica import device_table
 from hetis.planner.report.tables import Narrowing, Unbroken, as_group, bullets, grid, narrowing, section
 from hetis.planner.use_cases.grouping import ReplicaGroup, abbreviate, group_replicas
-from hetis.planner.use_cases.verification.queueing import Queueing
 from hetis.solver.plan import Explanation, IdleGpus, MemoryBar, Plan, ReplicaPlan, Role, StageTime, parallel_sizes
+from hetis.solver.queueing import Queueing
 
 MAX_SHAPES = 6
 SELDOM = 1e-4  # share of requests below which nobody waits for a seat

@@ -29,13 +29,11 @@ from hetis.planner.report.promises import (
     beside_equal_stages,
     by_unified,
     demand_words,
-    less_than_planned,
     limits,
     loses_most,
     losses,
     misses_as_planned,
     precision,
-    promised_figures,
     range_of,
     simple_setups,
     simulated_words,
@@ -60,12 +58,13 @@ from hetis.planner.report.tables import (
     table,
     table_of,
 )
-from hetis.planner.use_cases.compare import cost_rate
+from hetis.planner.use_cases.compare import cost_rate, figures_of
 from hetis.planner.use_cases.grouping import ReplicaGroup, group_replicas, number_ranges, shapes_of
 from hetis.planner.use_cases.record.forms import Predicted
 from hetis.planner.use_cases.record.parts import (
     MadeFrom,
     Requested,
+    Verified,
 )
 from hetis.planner.use_cases.saved_plans import inputs_from_documents
 from hetis.solver.constraints import Constraint, described
@@ -220,18 +219,17 @@ def _facts(plan: Plan) -> Iterator[tuple[str, RenderableType]]:
 
 
 def _value(plan: Plan) -> Text:
-    """Return the promised value, which is the simulated rate within the limits if that is below the model's."""
-    result, kept = plan.result, less_than_planned(plan)
-    by_model = with_unit(result.value, result.unit)
-    if kept is None and misses_as_planned(plan):
-        return Text.assemble((by_model, "bold yellow"), f"  by the model, {verdict(plan)}; MISSED in simulation")
-    if kept is None:
-        return Text.assemble((by_model, "bold green"), f"  {verdict(plan)}")
-    model = f"by the model {by_model}, {verdict(plan)}"
-    if not kept.rate_rps:
+    """Return the value: what simulated traffic keeps or, without a simulation, what the model says is kept."""
+    result, by_model = plan.result, Verified.of(plan).model_value
+    value = with_unit(result.value, result.unit)
+    if misses_as_planned(plan):
+        return Text.assemble((value, "bold yellow"), f"  by the model, {verdict(plan)}; MISSED in simulation")
+    if by_model is None:
+        return Text.assemble((value, "bold green"), f"  {verdict(plan)}")
+    model = f"by the model {with_unit(by_model, result.unit)}"
+    if not result.value:
         return Text.assemble(("none", "bold yellow"), f"  of the rates tried keeps the limits in simulation; {model}")
-    promised = (with_unit(kept.rate_rps, result.unit), "bold yellow")
-    return Text.assemble(promised, f"  within the limits in simulation; {model}")
+    return Text.assemble((value, "bold yellow"), f"  kept in simulation; {model}; {verdict(plan)}")
 
 
 def _cost(plan: Plan) -> str | None:
@@ -241,7 +239,7 @@ def _cost(plan: Plan) -> str | None:
         return None
     try:
         inputs = inputs_from_documents(documents, "plan")
-        figures, cost_rps = promised_figures(plan, inputs), cost_rate(plan)
+        figures, cost_rps = figures_of(plan, inputs), cost_rate(plan)
     except DocumentError:
         return None
     if figures.usd_per_hour is None:

@@ -25,7 +25,7 @@ from hetis.planner.report.tables import (
     kept_words,
     missed_words,
 )
-from hetis.planner.use_cases.compare import Figures, KeptPromise, figures_of, kept_of
+from hetis.planner.use_cases.compare import kept_of
 from hetis.planner.use_cases.record.forms import EngineValue, Predicted
 from hetis.planner.use_cases.record.parts import (
     EqualStages,
@@ -37,22 +37,19 @@ from hetis.planner.use_cases.record.parts import (
     Verified,
 )
 from hetis.planner.use_cases.service_level import DEFAULT, Latency, limits_of
-from hetis.planner.use_cases.sources import Inputs
-from hetis.planner.use_cases.verification.choosing import OUT_OF_TIME, stopped_simulation_of
-from hetis.planner.use_cases.verification.outcome import MISSES_AT, attained, misses
+from hetis.planner.use_cases.verification.outcome import (
+    MISSES_AT,
+    OUT_OF_TIME,
+    attained,
+    misses,
+    stopped_simulation_of,
+)
 from hetis.solver.plan import ObjectiveKind, Plan, Role, Status
-from hetis.solver.problem import PlacementProblem
 
 HALF = 0.5
 SAME_RATE = 1e-6  # relative difference of two rates that rounding may cause
 PROVED = 0.005  # relative difference of a bound from another engine's value up to which it is not mentioned
 NEARLY = 0.95  # share of the slowest replica's latency from which another replica counts as equally slow
-
-
-def less_than_planned(plan: Plan) -> KeptPromise | None:
-    """Return the rate that simulated traffic kept, or None if it kept all of the goodput, or was not requested."""
-    kept = kept_of(plan) if plan.objective.kind is ObjectiveKind.GOODPUT else None
-    return None if kept is None or kept.is_all else kept
 
 
 def misses_as_planned(plan: Plan) -> bool:
@@ -62,24 +59,14 @@ def misses_as_planned(plan: Plan) -> bool:
 
 
 def is_below_model(plan: Plan) -> bool:
-    """Return whether simulated traffic made the plan promise less than the best plan by the cost model.
-
-    It then serves less at the same limits, or was chosen instead of the best one. Setups that were not simulated may
-    have to promise less, too, so their values are shown as the model's.
-    """
-    return less_than_planned(plan) is not None or Verified.of(plan).is_other_than_best
+    """Return whether simulated traffic kept less than the model's value, with which setups by the model compare."""
+    return Verified.of(plan).model_value is not None
 
 
 def value_by_model(plan: Plan) -> float:
-    """Return the value of the best plan by the model: the plan's own, unless simulation preferred another one."""
+    """Return the plan's value by the model, which is its own unless simulated traffic kept less."""
     found = Verified.of(plan).model_value
     return plan.result.value if found is None else found
-
-
-def promised_value(plan: Plan) -> float:
-    """Return the plan's value, or the rate that simulated traffic kept if it did not keep all of the goodput."""
-    kept = less_than_planned(plan)
-    return plan.result.value if kept is None else kept.rate_rps
 
 
 def kept_cell(plan: Plan, *, unknown: str) -> Text:
@@ -90,16 +77,6 @@ def kept_cell(plan: Plan, *, unknown: str) -> Text:
     return Text(digits(kept.rate_rps) if kept.rate_rps else "none", style="" if kept.is_all else "red")
 
 
-def promised_figures(plan: Plan, inputs: Inputs | PlacementProblem) -> Figures:
-    """Return the figures of a plan at the rate it promises, which is the simulated rate if that is lower.
-
-    Raises:
-        DocumentError: the objective that was requested is not usable.
-    """
-    kept = less_than_planned(plan)
-    return figures_of(plan, inputs, rate_rps=None if kept is None else kept.rate_rps)
-
-
 def misses_demand(plan: Plan) -> bool:
     """Return whether a plan of the highest rate promises less than the demanded one.
 
@@ -108,7 +85,7 @@ def misses_demand(plan: Plan) -> bool:
     demand_rps = plan.objective.demand_rps
     if demand_rps is None or not plan.objective.maximises:
         return False
-    return promised_value(plan) < demand_rps * (1.0 - SAME_RATE)
+    return plan.result.value < demand_rps * (1.0 - SAME_RATE)
 
 
 def demand_words(plan: Plan, demand_rps: float) -> Text:
@@ -148,29 +125,12 @@ def loses_most(plan: Plan) -> bool:
     return any(loss.share < HALF for loss in Losses.of(plan).by_place.values())
 
 
-class BesideEqualStages(NamedTuple):
-    """The values of a plan and of equal stages that compare."""
-
-    ours: float
-    theirs: float | None  # None: unknown, or no such plan
-    are_simulated: bool  # whether both are what simulated traffic kept, rather than the model's
-
-
-def beside_by_rates(plan: Plan) -> BesideEqualStages:
-    """Return the values of a plan and of equal stages: both as simulated, if that is known, or else by the model."""
-    if (kept_rps := Verified.of(plan).equal_stages_kept_rps) is not None:
-        return BesideEqualStages(promised_value(plan), kept_rps, are_simulated=True)
-    best = EqualStages.of(plan).best
-    return BesideEqualStages(value_by_model(plan), None if best is None else best.value, are_simulated=False)
-
-
 def beside_equal_stages(plan: Plan) -> str | None:
     """Return the value of equal stages, as in a set-up without a planner, or None if not requested.
 
-    If simulated traffic made the plan promise less than the best by the model, both are compared by the rates that they
-    keep in simulation, or by the model if the simulation was stopped before that of equal stages was known.
+    Both are the model's values.
     """
-    best, simulation, unit = EqualStages.of(plan).best, Verified.of(plan), plan.result.unit
+    best, unit = EqualStages.of(plan).best, plan.result.unit
     if best is None:
         return None
     equal = "replicas of equal stages"
@@ -180,21 +140,13 @@ def beside_equal_stages(plan: Plan) -> str | None:
         return f"{equal}: none keep the limits"
     if alone <= 0:
         return None
-    by_model, (ours, theirs, are_simulated) = with_unit(alone, unit), beside_by_rates(plan)
-    if not theirs:
-        return f"{equal}: none of the rates tried keeps the limits in simulation; by the model {by_model}"
-    beside = _beside(ours, theirs)
-    if are_simulated:
-        return f"{with_unit(theirs, unit)} within the limits in simulation, by {equal}; this plan {beside}"
+    by_model, beside = with_unit(alone, unit), _beside(value_by_model(plan), alone)
     if not is_below_model(plan):
         return f"{by_model} by {equal}; this plan {beside}"
-    this = "the best plan" if simulation.is_other_than_best else "this plan"
     simulated = "not simulated"
-    if simulation.equal_stages_chosen is False:
-        simulated = "in simulation they keep less than this plan"
-    elif plan.objective.maximises and promised_value(plan) < alone and not excludes_unified(plan):
+    if plan.objective.maximises and plan.result.value < alone and not excludes_unified(plan):
         simulated += ", may keep more than this plan: --strategy uniform"
-    return f"{by_model} by the model, by {equal} ({simulated}); {this} by the model {beside}"
+    return f"{by_model} by the model, by {equal} ({simulated}); this plan by the model {beside}"
 
 
 def excludes_unified(plan: Plan) -> bool:

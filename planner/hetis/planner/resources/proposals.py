@@ -304,22 +304,20 @@ def is_better(proposal: plan_pb2.Plan, plan: plan_pb2.Plan, nodes: Iterable[str]
 
     False if that is not known.
 
-    If traffic was simulated for both, a plan that misses its limits counts with the rate at which it keeps them.
+    Plans of the highest rate count with the rates that they keep.
     """
     if proposal.result.replicas_truncated or plan.result.replicas_truncated:
         return False
     served, left = served_rps(proposal.result), left_rps(plan.result, set(nodes))
-    if proposal.result.HasField("verification") and plan.result.HasField("verification"):
+    if proposal.result.unit == plan.result.unit:
         served, left = served * _kept_share(proposal.result), left * _kept_share(plan.result)
     return served > left * (1 + LEAST_GAIN)
 
 
 def _kept_share(result: plan_pb2.PlanResult) -> float:
-    """Return the share of a plan's rate at which simulated traffic kept the limits."""
-    found = result.verification
-    if found.kept:
-        return 1.0
-    return found.kept_rps / found.rate_rps if found.rate_rps > 0.0 else 0.0
+    """Return the share of a plan's saturated rate that it keeps within its limits; 1: not known."""
+    served = served_rps(result)
+    return result.value / served if result.unit == "requests/s" and served > 0.0 else 1.0
 
 
 def served_rps(result: plan_pb2.PlanResult) -> float:

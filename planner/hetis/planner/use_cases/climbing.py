@@ -108,11 +108,11 @@ def _is_up_to(name: str, other: str) -> bool:
 
 
 def keeps_less(plan: Plan, simpler: Plan) -> bool:
-    """Return whether a simulated plan misses its limits and keeps less than a simpler one promises."""
+    """Return whether a simulated plan keeps less than a simpler one promises, or misses its demand."""
     found = Verified.of(plan).verification
-    if found is None or found.kept:
+    if found is None:
         return False
-    return not plan.objective.maximises or Verified.of(plan).kept_rps < simpler.result.value
+    return not found.kept if not plan.objective.maximises else plan.result.value < simpler.result.value
 
 
 def with_least_layers(problem: PlacementProblem, least: int) -> PlacementProblem:
@@ -208,7 +208,7 @@ class _Rungs:
         if of in lower and lower[of].value is not None and shapes_of(plan) == shapes_of(self.plans[of]):
             return replace(lower[of], name=name, bound=plan.result.bound)
         lost = worst_loss(plan, self._problem, self._how.survive or "node")
-        rate = planned_rate(plan, self._problem)
+        rate = plan.planned_rate()
         carriers = self._how.carriers
         return RungFound(
             name=name,
@@ -248,11 +248,6 @@ def _one_of_each(plan: Plan) -> Plan:
             order = {node: i for i, node in enumerate(nodes)}
             kept.setdefault((group.numbers[0], *(order[node_of(name)] for name in replica.devices())), replica)
     return replace(plan, replicas=tuple(kept.values()))
-
-
-def planned_rate(plan: Plan, problem: PlacementProblem) -> float:
-    """Return the requests/s that a plan promises."""
-    return plan.result.value if plan.objective.maximises else problem.planned_share * plan.served_rate()
 
 
 def gain_of(plan: Plan, other: Plan) -> float:

@@ -30,7 +30,7 @@ from hetis.solver.placement.families import STRATEGIES, constraints_ignored
 from hetis.solver.placement.outcome import sound_bound
 from hetis.solver.placement.rungs import RUNGS
 from hetis.solver.plan import DEFAULT_STRATEGY, Objective, ObjectiveKind, Plan, Role, SolveResult, Status
-from hetis.solver.problem import Assumptions, EngineRules, PlacementProblem
+from hetis.solver.problem import EngineRules, PlacementProblem
 from hetis.solver.replanning.change import PlanChange, plan_change
 
 # Every plan of a strategy is also one of its container for the same engine, whose bound therefore holds for it, too.
@@ -227,22 +227,19 @@ class KeptPromise(NamedTuple):
     """The part of a plan's promise that simulated traffic kept."""
 
     rate_rps: float  # the highest rate up to the planned one that kept the limits; 0: none of those simulated
-    is_all: bool  # whether that is the planned rate, or a smaller demanded one, since only that is simulated
+    is_all: bool  # whether that is the planned rate
 
 
 def kept_of(plan: Plan) -> KeptPromise | None:
     """Return what simulated traffic kept of a plan's promise.
 
     None if the plan was not simulated, or promises throughput.
-
-    Rates above the planned one are ignored, since they are simulated for some plans only.
     """
     found = Verified.of(plan).verification
     if found is None or plan.objective.kind is ObjectiveKind.THROUGHPUT:  # throughput is not the rate that is simulated
         return None
     planned_rps = plan.result.value if plan.objective.maximises else found.rate_rps
-    rate_rps = min(found.kept_rps or 0.0, planned_rps)
-    return KeptPromise(rate_rps, found.kept or rate_rps >= planned_rps)
+    return KeptPromise(planned_rps if found.kept else min(found.kept_rps or 0.0, planned_rps), found.kept)
 
 
 def best_of(plans: Sequence[Plan]) -> int:
@@ -397,9 +394,7 @@ def figures_of(plan: Plan, inputs: Inputs | PlacementProblem, *, rate_rps: float
     Raises:
         DocumentError: the objective that was requested is not usable.
     """
-    goodput_share = Assumptions().planned_utilisation
-    is_throughput = plan.objective.kind is ObjectiveKind.THROUGHPUT
-    rate = plan.served_rate() * (1.0 if is_throughput else goodput_share) if rate_rps is None else rate_rps
+    rate = plan.planned_rate() if rate_rps is None else rate_rps
     usd = price_of_plan(plan, inputs.cluster)
     moments = inputs.workload.clipped_to(inputs.model.max_position).moments()
     output_per_s, cost_rps = rate * moments.mean_output, cost_rate(plan)

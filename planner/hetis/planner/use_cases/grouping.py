@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from hetis.simulator.metrics import DeviceUse
 from hetis.solver.cluster import Cluster
@@ -39,17 +39,21 @@ def group_replicas(replicas: Sequence[ReplicaPlan]) -> tuple[ReplicaGroup, ...]:
 
 
 def shapes_of(plan: Plan) -> Counter[tuple[object, ...]]:
-    """Return the shapes of a plan's replicas, whatever number of requests their engines may run at once."""
-    return Counter(_shape(replace(replica, max_num_seqs=0)) for replica in plan.replicas)
+    """Return the shapes of a plan's replicas, whatever their times and how many requests may run at once."""
+    return Counter(_layout(replica) for replica in plan.replicas)
+
+
+def _layout(replica: ReplicaPlan) -> tuple[object, ...]:
+    stages = tuple((s.gpu, s.tp, s.copies, s.first_layer, s.num_layers, s.kv_head_groups_kept) for s in replica.stages)
+    pools = tuple((p.stage, p.gpu, len(p.devices), p.kv_head_groups, p.shared) for p in replica.attention_workers)
+    sizes = (replica.micro_batch, replica.in_flight, replica.chunk_tokens, replica.kv_tokens)
+    return stages, pools, sizes, replica.role, replica.kv_zones, replica.expert_parallel, replica.classes
 
 
 def _shape(replica: ReplicaPlan) -> tuple[object, ...]:
-    stages = tuple((s.gpu, s.tp, s.copies, s.first_layer, s.num_layers, s.kv_head_groups_kept) for s in replica.stages)
-    pools = tuple((p.stage, p.gpu, len(p.devices), p.kv_head_groups, p.shared) for p in replica.attention_workers)
     # Four digits, since replicas of one template on different nodes may differ in the last digits.
     times = tuple(f"{value:.4g}" for value in (replica.rate, replica.ttft_s, replica.tpot_s))
-    sizes = (replica.micro_batch, replica.in_flight, replica.chunk_tokens, replica.kv_tokens, replica.max_num_seqs)
-    return stages, pools, times, sizes, replica.role, replica.kv_zones, replica.expert_parallel, replica.classes
+    return _layout(replica), times, replica.max_num_seqs
 
 
 def gpu_counts(cluster: Cluster) -> Counter[str]:

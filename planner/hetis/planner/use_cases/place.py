@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from hetis.planner.use_cases import classes, service_level
+from hetis.planner.use_cases import service_level
 from hetis.planner.use_cases.climbing import (
     DEFAULT_WORTH,
     HIGHEST,
@@ -21,6 +21,7 @@ from hetis.planner.use_cases.climbing import (
     Climbed,
     Climbing,
     climb,
+    gain_of,
     keeps_less,
     with_least_layers,
 )
@@ -29,19 +30,18 @@ from hetis.planner.use_cases.idle import with_uses_of_idle
 from hetis.planner.use_cases.listing import kinds_in_a_zone, refuse_unlisted, stages_to_list
 from hetis.planner.use_cases.precision import for_engine, in_precision, notes_on_exchange
 from hetis.planner.use_cases.prices import catalogue_market, constraint_prices, with_prices
-from hetis.planner.use_cases.record.forms import MAY_DIFFER
+from hetis.planner.use_cases.record.forms import MAY_DIFFER, RungFound
 from hetis.planner.use_cases.record.parts import MadeFrom, Requested, Rungs, Surviving, Verified
 from hetis.planner.use_cases.record.versions import installed_versions
 from hetis.planner.use_cases.request import PlacementRequest, path_or_value, ratio_of
 from hetis.planner.use_cases.robustness.profile_errors import profile_notes, with_profile_errors
 from hetis.planner.use_cases.robustness.study import Robustness, study, with_robustness
+from hetis.planner.use_cases.saved_plans import problem_of
 from hetis.planner.use_cases.service_level import ServiceLevel
 from hetis.planner.use_cases.sources import Inputs, LoadedInputs, engine_rules, engine_settings, load_inputs
 from hetis.planner.use_cases.surviving import check_survival, most_left, surviving_plan, with_losses
-from hetis.planner.use_cases.verification import equal_stages
-from hetis.planner.use_cases.verification.choosing import Again, kept_plan, with_rate_of_equal_stages, worth_of
-from hetis.planner.use_cases.verification.queueing import with_queueing
-from hetis.planner.use_cases.verification.rates import ITERATIONS, simulation_report
+from hetis.planner.use_cases.verification import classes, equal_stages
+from hetis.planner.use_cases.verification.rates import ITERATIONS, kept_plan, simulation_report
 from hetis.solver.budget import Budget, Report, SearchSettings, silent
 from hetis.solver.errors import InfeasibleError, InvalidProblemError, UncheckedPlanError
 from hetis.solver.plan import DEFAULT_STRATEGY, DEFAULT_TIME_LIMIT_S, Objective, Plan, Role
@@ -222,7 +222,7 @@ def prove(
         UncheckedPlanError: the plan fails the independent checker.
     """
     settings = settings_of(request)
-    made = make_plan(
+    return make_plan(
         loaded,
         problem,
         settings,
@@ -234,7 +234,6 @@ def prove(
         requested=request.goal,
         carriers=carriers,
     )
-    return made if request.verify else replace(made, plan=with_queueing(made.plan, made.problem))
 
 
 def verify(
@@ -246,18 +245,17 @@ def verify(
     report: Report,
     carriers: Carriers | None = None,
 ) -> PlacedPlan:
-    """Simulate, price and study a plan of `prove` as requested; the plan that keeps most in simulation may be another.
+    """Simulate, price and study a plan of `prove` as requested: its value becomes the rate that it keeps in simulation.
 
-    Simulations, together with the searches for tighter limits, share a limit; a study and the prices each have the time
-    limit of a search.
+    Simulations share a limit; a study and the prices each have the time limit of a search.
 
     Raises:
-        UncheckedPlanError: the other plan fails the independent checker.
+        UncheckedPlanError: the plan, or that of a simpler rung which keeps more, fails the independent checker.
     """
     settings = settings_of(request)
     if request.verify:
         budget = replace(_budget(request.simulation_limit_s, cancelled), work_limit=request.simulated_tens * ITERATIONS)
-        made = _verified(made, request, loaded, budget, report)
+        made = simulated_plan(made, loaded, settings, level=request.service_level, budget=budget, report=report)
     made = _with_classes(made, request, loaded, _budget(settings.time_limit_s, cancelled), report, carriers)
     plan, problem = made.plan, made.problem
     again = SearchSettings(
@@ -293,18 +291,6 @@ def _budget(time_limit_s: float, cancelled: threading.Event) -> Budget:
     return Budget(time_limit_s=time_limit_s, clock=search_seconds, cancelled=cancelled)
 
 
-def _verified(
-    made: Climbed, request: PlacementRequest, loaded: LoadedInputs, budget: Budget, report: Report
-) -> Climbed:
-    """Return the plan that keeps most in simulated traffic, beside equal stages."""
-    settings = settings_of(request)
-    made = simulated_plan(made, loaded, settings, level=request.service_level, budget=budget, report=report)
-    plan = with_rate_of_equal_stages(
-        made.plan, made.problem, seed=settings.seed, budget=budget, report=simulation_report(made.plan, report)
-    )
-    return replace(made, plan=plan)
-
-
 def _with_classes(
     made: Climbed, request: PlacementRequest, loaded: LoadedInputs, budget: Budget, report: Report,
     carriers: Carriers | None,
@@ -329,7 +315,7 @@ def _with_classes(
 
     def verified(one: classes.WithClasses) -> Plan:
         return kept_plan(
-            with_service_level(one.plan, request.service_level), one.problem, None, seed=settings.seed,
+            with_service_level(one.plan, request.service_level), one.problem, seed=settings.seed,
             budget=_budget(request.simulation_limit_s, budget.cancelled), report=simulation_report(one.plan, report),
         )  # fmt: skip
 
@@ -388,7 +374,7 @@ def make_plan(
         if not survive:
             raise
         raise _not_surviving(error, problem, settings, budget) from None
-    requested, problem = requested or problem.objective, replace(made.problem, objective=made.plan.objective)
+    requested, problem = requested or problem.objective, problem_of(made.plan, made.problem)
     plan = Rungs(found=made.rungs).on(describe(made.plan, loaded, problem, settings, requested, rung=made.rung))
     is_compared = settings.strategy == DEFAULT_STRATEGY and plan.replicas and not survive  # they do not survive
     if beside_equal_stages and is_compared:
@@ -438,46 +424,36 @@ def simulated_plan(
     made: Climbed, loaded: LoadedInputs, settings: PlacementSettings, *, level: ServiceLevel,
     budget: Budget, report: Report, losses: bool = True, again: bool = True,
 ) -> Climbed:  # fmt: skip
-    """Simulate a plan of `make_plan`; if it misses a limit, search again with a tighter one (`kept_plan`).
+    """Simulate a plan of `make_plan`, whose value becomes the rate that it keeps (`kept_plan`).
 
-    If it then keeps less than the best plan of a simpler rung promises, that one is simulated, too, and the plan that
-    keeps more is returned.
-
-    There is no other search for a plan that survives a loss, or without ``again``. ``budget`` is that of simulations
-    and further searches; the latter together have the time limit of one search. ``losses``: add the effects of losses
-    to another plan.
+    If that is less than the best plan of a simpler rung promises, the latter is simulated, too, and the plan that keeps
+    more is returned. That is not done for a plan that survives a loss, or without ``again``. ``losses``: add the
+    effects of losses to a plan whose value has changed.
 
     Raises:
-        UncheckedPlanError: the other plan fails the independent checker.
+        UncheckedPlanError: the plan that is returned fails the independent checker.
     """
 
-    def simulated(plan: Plan, problem: PlacementProblem, rung: str) -> Plan:
-        searches = Again(
-            search=lambda posed, within: search(posed, settings, budget=within, report=report),
-            describe=lambda found: describe(found, loaded, problem, settings, rung=rung),
-            time_limit_s=settings.time_limit_s,
-            is_cut_short=(
-                plan.result.gap > settings.gap_target and plan.result.solve_s > CUT_SHORT * settings.time_limit_s
-            ),
-            equal_stages=settings.strategy == DEFAULT_STRATEGY,
-        )
-        return kept_plan(
-            with_service_level(plan, level), problem, searches if again and not settings.survive else None,
-            seed=settings.seed, budget=budget, report=simulation_report(plan, report),
+    def simulated(one: Climbed, plan: Plan, rungs: tuple[RungFound, ...]) -> Climbed:
+        kept = kept_plan(
+            with_service_level(plan, level), one.problem, seed=settings.seed, budget=budget,
+            report=simulation_report(plan, report),
         )  # fmt: skip
+        rows = tuple(replace(row, value=kept.result.value) if row.is_chosen else row for row in rungs)
+        problem = problem_of(kept, one.problem)
+        checked = kept if kept.result == plan.result else _checked(Rungs(found=rows).on(kept), problem, losses=losses)
+        return replace(one, plan=checked, problem=problem, rungs=rows)
 
-    plan, lower = simulated(made.plan, made.problem, made.rung), made.simpler
-    if again and lower is not None and not settings.survive and keeps_less(plan, lower.plan) and not budget.is_spent():
-        posed = replace(lower.problem, objective=lower.plan.objective)
-        described = describe(lower.plan, loaded, posed, settings, made.plan.objective, rung=lower.rung)
+    found, lower = simulated(made, made.plan, made.rungs), made.simpler
+    if again and lower is not None and not settings.survive and keeps_less(found.plan, lower.plan):
+        posed = replace(lower, problem=replace(lower.problem, objective=lower.plan.objective))
+        described = describe(lower.plan, loaded, posed.problem, settings, made.plan.objective, rung=lower.rung)
         rungs = tuple(replace(one, is_chosen=one.name == lower.rung) for one in made.rungs)
-        simpler = simulated(Rungs(found=rungs).on(described), posed, lower.rung)
-        if Verified.of(simpler).verification is not None and worth_of(simpler) > worth_of(plan):
+        simpler = simulated(posed, Rungs(found=rungs).on(described), rungs)
+        if Verified.of(simpler.plan).verification is not None and gain_of(simpler.plan, found.plan) > 0.0:
             note = f"of rung {lower.rung}: simulated, it keeps more than the best plan of rung {made.rung}"
-            simpler = replace(simpler, notes=(*simpler.notes, note))
-            return replace(lower, plan=_checked(simpler, posed, losses=losses), problem=posed, rungs=rungs)
-    is_other = Verified.of(plan).is_other_than_best
-    return replace(made, plan=_checked(plan, made.problem, losses=losses) if is_other else plan)
+            return replace(simpler, plan=replace(simpler.plan, notes=(*simpler.plan.notes, note)))
+    return found
 
 
 def with_service_level(plan: Plan, level: ServiceLevel) -> Plan:

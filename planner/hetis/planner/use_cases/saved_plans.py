@@ -73,7 +73,8 @@ def problem_of(plan: Plan, problem: PlacementProblem) -> PlacementProblem:
     family = problem.family if requested.engine is None else replace(problem.family, engine=requested.engine)
     if requested.rung:
         family = RUNGS[requested.rung].restrict(family, plan.strategy)
-    return replace(problem, objective=plan.objective, family=family)
+    problem = replace(problem, objective=plan.objective, family=family)
+    return problem.at(plan.result.utilisation, plan.result.lanes)
 
 
 def unconfirmed(found: PlanAndProblem, name: str) -> Iterator[str]:

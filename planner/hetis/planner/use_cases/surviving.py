@@ -40,7 +40,7 @@ def check_recorded_losses(plan: Plan, problem: PlacementProblem) -> tuple[Violat
     )  # fmt: skip
     if survived.left_rps is None or place not in losses:
         return found
-    left = problem.planned_share * losses[place].rate
+    left = plan.planned_share * losses[place].rate
     needed = problem.objective.demand_rps or (survived.keep or 0.0) * plan.result.value
     wrong = list[str]()
     if not math.isclose(survived.left_rps, left, rel_tol=1e-6, abs_tol=1e-9):
@@ -53,7 +53,7 @@ def check_recorded_losses(plan: Plan, problem: PlacementProblem) -> tuple[Violat
 def left_without(plan: Plan, problem: PlacementProblem, place: str) -> float:
     """Return the planned requests/s that remain without the worst ``node`` or ``zone``."""
     lost = worst_loss(plan, problem, place)
-    return 0.0 if lost is None else problem.planned_share * lost.rate
+    return 0.0 if lost is None else plan.planned_share * lost.rate
 
 
 def check_survival(problem: PlacementProblem, place: str, keep: float | None) -> None:

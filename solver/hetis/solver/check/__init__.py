@@ -19,6 +19,7 @@ from hetis.solver.check.replica_shapes import Fleet, kv_partners, replica_shape
 from hetis.solver.check.result import check_class_table, check_classes, check_link_capacity, check_result, check_routes
 from hetis.solver.check.structure import check_devices_once, check_replica_structure, check_types_of_roles
 from hetis.solver.check.violation import Rule, Violation
+from hetis.solver.check.waiting import check_waits
 from hetis.solver.plan import Plan
 from hetis.solver.problem import PlacementProblem
 
@@ -31,6 +32,7 @@ def check_plan(plan: Plan, problem: PlacementProblem) -> tuple[Violation, ...]:
     A replica with a broken structure (an unknown device, missing layers) is reported only for that: its numbers would
     be meaningless, so they are not derived.
     """
+    problem = problem.at(plan.result.utilisation, plan.result.lanes)
     whole = Fleet.of(problem.cluster)
     fleet = whole.without_left_out(problem.constraints)
     rederivation = Rederivation(problem)
@@ -53,4 +55,6 @@ def check_plan(plan: Plan, problem: PlacementProblem) -> tuple[Violation, ...]:
     violations += check_link_capacity(plan, problem, fleet)
     violations += check_result(plan, problem, fleet)
     violations += check_class_table(plan, whole)
+    if not violations:
+        violations += check_waits(plan, problem)
     return tuple(violations)

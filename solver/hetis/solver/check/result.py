@@ -22,6 +22,7 @@ _Kind = tuple[ModelSpec, str]  # the model in one precision, and a vendor
 OPTIMAL_GAP = 1e-6
 RELATIVE = 1e-6  # rounding of a value or a gap
 BOUND_ROUNDING = 1e-9
+MOST_UTILISATION = 0.99  # queues of a saturated plan have no end
 UNIFIED_ALONE = "; every replica prefills and decodes"
 
 # --- the KV of prompts: routes between prefill and decode replicas, and all traffic between zones
@@ -257,7 +258,15 @@ def _check_finite(plan: Plan) -> Iterator[Broken]:
     result = plan.result
     numbers = [("value", result.value), ("bound", result.bound), ("gap", result.gap), ("solve_s", result.solve_s)]
     numbers += [(f"dual of {price.gpu} in {price.zone}", price.dual) for price in plan.prices]
+    if not 0 <= result.utilisation <= MOST_UTILISATION:
+        yield Rule.VALUE, f"utilisation is {result.utilisation:.9g}, must be from 0 to {MOST_UTILISATION:g}"
+    replicas = Counter(one.role for one in plan.replicas)
+    for role, lanes in ((Role.UNIFIED, result.unified_lanes), (Role.PREFILL, result.prefill_lanes)):
+        if not 1 <= lanes <= max(1, replicas[role]):
+            yield Rule.VALUE, f"{lanes} {role} replicas share prompts, the plan has {replicas[role]}"
     for name, value in numbers:
+        if name == "gap" and not result.value and value == math.inf:
+            continue  # nothing is kept of a bound that is not 0
         if not 0 <= value < math.inf:
             yield Rule.FINITE, f"{name} is {value}, must be finite and >= 0"
     for one in plan.runners_up:
@@ -268,7 +277,7 @@ def _check_finite(plan: Plan) -> Iterator[Broken]:
 def _check_value(plan: Plan, problem: PlacementProblem, fleet: Fleet) -> Iterator[Broken]:
     objective, claimed = problem.objective, plan.result.value
     rate = served_rate(plan)
-    goodput = problem.assumptions.planned_utilisation * rate
+    goodput = plan.result.utilisation * rate
     goal = objective.kind.goal
     if goal.maximises:
         value = goodput if goal.is_planned else rate

@@ -230,7 +230,8 @@ def chunks_ahead(setting: Setting) -> float:
     """Return the chunks that a replica starts before the last one of the p95 prompt: its own and those of others."""
     if setting.role is Role.DECODE:
         return 0.0
-    C, moments, servers = setting.chunk_tokens, setting.moments, setting.attention_dp
+    C, moments = setting.chunk_tokens, setting.moments
+    servers = setting.attention_dp * setting.problem.assumptions.lanes.of(setting.role)
     q = setting.problem.assumptions.planned_utilisation * setting.chunk_share
     if q >= 1:
         return math.inf

@@ -54,6 +54,11 @@ def search_enumerated(
     return best if best is None or not simplest_within else searching.simpler(best, simplest_within)
 
 
+def bound_enumerated(costs: CostTables, master: Master, settings: SearchSettings) -> float:
+    """Return a bound on every plan of an engine's family, by fractions of replicas alone; raises as above."""
+    return _Search(costs, master, settings).relaxed_bound()
+
+
 @dataclass(frozen=True, slots=True)
 class Explored:
     """What a search knows besides its plan: replicas that are likely in good plans, and the proof of its bound.
@@ -103,6 +108,11 @@ class _Search:
                 self._choose(attempt)
         return self._outcome()
 
+    def relaxed_bound(self) -> float:
+        """Solve the relaxation alone, and return its bound."""
+        self._relax(chooses=False)
+        return self.bound
+
     def explored(self) -> Explored:
         """Search without a proof over whole counts."""
         self._relax()
@@ -122,8 +132,8 @@ class _Search:
 
     # --- relaxation
 
-    def _relax(self) -> None:
-        """Solve the relaxation over all replicas of the family, and whole counts of the likeliest.
+    def _relax(self, *, chooses: bool = True) -> None:
+        """Solve the relaxation over all replicas of the family and, if it ``chooses``, whole counts of the likeliest.
 
         Raises:
             NoPlanFoundError: there was no time to list any replica.
@@ -131,7 +141,7 @@ class _Search:
         self.enumerated.list_first(self.costs, self.budget)
         for number in range(self.policy.most_rounds):
             lp = self._solve_relaxation()
-            if number == 0:
+            if number == 0 and chooses:
                 self._round_down()
                 self._choose(self.policy.begins)
             if self.budget.is_spent():
@@ -141,8 +151,9 @@ class _Search:
                 break
         if self.enumerated.columns is None and not self.is_complete:
             raise self.settings.stopped()
-        self._round_down()
-        self._choose(self.policy.relaxed)
+        if chooses:
+            self._round_down()
+            self._choose(self.policy.relaxed)
 
     def _solve_relaxation(self) -> LpSolution | None:
         """Solve the relaxation over the enumerated columns and keep it in ``relaxed``.

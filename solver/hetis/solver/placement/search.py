@@ -10,7 +10,7 @@ from hetis.solver.errors import NoPlanFoundError
 from hetis.solver.placement.columns import columns_of, distinct
 from hetis.solver.placement.master import UNDECIDED, Master, master_of
 from hetis.solver.placement.nodes import NodeProgram, counts_of_kinds
-from hetis.solver.placement.optimum import search_enumerated
+from hetis.solver.placement.optimum import bound_enumerated, search_enumerated
 from hetis.solver.placement.outcome import Outcome, rate_bound, sound_bound
 from hetis.solver.placement.replicas.equal_stages import uniform_templates
 from hetis.solver.placement.replicas.kinds import kind_of
@@ -33,6 +33,16 @@ def search(costs: CostTables, settings: SearchSettings, *, simplest_within: floa
     if is_short and (outcome is None or abs(outcome.bound - outcome.value) > settings.gap_target * outcome.value):
         return _better(outcome, _first_plan(costs, settings), master)
     return outcome
+
+
+def bound_of(costs: CostTables, settings: SearchSettings) -> float:
+    """Return a bound on every plan, by fractions of replicas alone if an engine's pipelines are searched."""
+    if not costs.ranks:
+        return 0.0
+    if costs.problem.family.uneven_layers:
+        return bound_enumerated(costs, master_of(costs), settings)
+    found = _enumerate_uniform(costs, master_of(costs), settings)
+    return 0.0 if found is None else found.bound
 
 
 def equal_stages(costs: CostTables, settings: SearchSettings) -> Outcome | None:

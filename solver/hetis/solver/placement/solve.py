@@ -35,7 +35,9 @@ from hetis.solver.placement.replicas.template import (
     use_of,
     with_fewest_in_flight,
 )
-from hetis.solver.placement.search import equal_stages, search
+from hetis.solver.placement.search import bound_of, equal_stages, search
+from hetis.solver.placement.utilisation import KeptOutcome, chooses_utilisation, loosest, search_kept
+from hetis.solver.placement.waits import Kept, kept_by, lanes_of
 from hetis.solver.plan import (
     AttentionWorkerPool,
     ClassPrice,
@@ -63,8 +65,14 @@ def solve_family(
         InvalidProblemError: the family has no engine's rules.
     """
 
-    def found_by(costs: CostTables, settings: SearchSettings) -> Outcome | None:
-        return search(costs, settings, simplest_within=simplest_within)
+    def found_by(costs: CostTables, settings: SearchSettings) -> KeptOutcome | None:
+        def find(tables: CostTables) -> Outcome | None:
+            return search(tables, settings, simplest_within=simplest_within)
+
+        if not chooses_utilisation(problem):
+            outcome = find(costs)
+            return None if outcome is None else KeptOutcome(costs, outcome)
+        return search_kept(costs, settings, find, lambda tables: bound_of(tables, settings))
 
     return _solved(problem, settings, market, found_by, simplest_within)[0]
 
@@ -78,8 +86,9 @@ def solve_surviving_family(
         InvalidProblemError: the family has no engine's rules.
     """
 
-    def found_by(costs: CostTables, settings: SearchSettings) -> Outcome | None:
-        return search_surviving(costs, survive, settings)
+    def found_by(costs: CostTables, settings: SearchSettings) -> KeptOutcome | None:
+        outcome = search_surviving(costs, survive, settings)
+        return None if outcome is None else KeptOutcome(costs, outcome)
 
     plan, outcome = _solved(problem, settings, market, found_by, survive.simplest_within, survives=True)
     return plan, None if outcome.left_bound is None else objective_scale(problem) * outcome.left_bound
@@ -87,10 +96,11 @@ def solve_surviving_family(
 
 def _solved(
     problem: PlacementProblem, settings: SearchSettings, market: Market | None,
-    found_by: Callable[[CostTables, SearchSettings], Outcome | None], simplest_within: float = 0.0,
+    found_by: Callable[[CostTables, SearchSettings], KeptOutcome | None], simplest_within: float = 0.0,
     *, survives: bool = False,
 ) -> tuple[Plan, Outcome]:  # fmt: skip
     """Return the outcome of a search as a plan with named GPUs, and the outcome itself."""
+    chooses = not survives and chooses_utilisation(problem)
     if problem.family.engine is None:
         raise InvalidProblemError(f"strategy {settings.strategy} plans for an engine: give the family its rules")
     searched = apply_constraints(problem)
@@ -98,22 +108,30 @@ def _solved(
     if is_nothing_left(searched):
         raise infeasible(problem, settings, market)
     costs = build_cost_tables(searched)
-    if is_out_of_reach(costs, demanded_rate(searched) or 0.0):
+    most = loosest(costs) if chooses else costs
+    if is_out_of_reach(most, demanded_rate(most.problem) or 0.0):
         raise infeasible(problem, settings, market)
     settings.tell("cost tables")
-    outcome = found_by(costs, settings)
-    if outcome is None:
+    found = found_by(costs, settings)
+    if found is None:
         raise settings.stopped() if settings.budget.is_spent() else infeasible(problem, settings, market)
+    costs, outcome = found
 
     spreads = survives or outcome.simplicity is not None
     tables, serving, kv_spreads = _serving(costs, outcome, settings, spreads=spreads)
+    keeps = Kept(tables.problem.assumptions.planned_utilisation, {})
+    if chooses:
+        keeps = kept_by(tables, serving, keeps.utilisation)
+        tables = tables.at(keeps.utilisation, lanes_of(tables, serving))
     chosen = [(with_fewest_in_flight(tables, template), count) for template, count in serving.chosen]
     templates = [template for template, count in chosen for _ in range(count)]
     layouts = [layout for template, count in serving.chosen for layout in _layouts(serving, template, count)]
     bound_stages = bind(tables, templates, seed=settings.seed, budget=settings.budget, spreads=spreads, layouts=layouts)
     plan = plan_of(tables, settings.strategy, serving, templates, bound_stages, settings.budget, spreads=kv_spreads)
+    plan = replace(plan, result=replace(plan.result, queued_ttft_s=keeps.ttft_s))
+    plan = _with_seats(plan, [keeps.seats.get(template, 0) for template in templates])
     if simplest_within:
-        plan = with_simplicity(plan, outcome, simplest_within, objective_scale(problem))
+        plan = with_simplicity(plan, outcome, simplest_within, objective_scale(tables.problem))
     return (plan if searched is problem else restored(plan, searched, problem)), outcome
 
 
@@ -121,6 +139,15 @@ def _layouts(outcome: Outcome, template: Template, count: int) -> list[Layout]:
     """Return the nodes of so many replicas; one without them may be anywhere."""
     known = outcome.layouts.get(template, ())
     return [known[i] if i < len(known) else () for i in range(count)]
+
+
+def _with_seats(plan: Plan, sizes: Sequence[int]) -> Plan:
+    """Return the plan with engines that may run as many requests in a micro-batch (0: as many as planned)."""
+    replicas = tuple(
+        replace(one, max_num_seqs=size * one.in_flight) if size > one.micro_batch else one
+        for one, size in zip(plan.replicas, sizes, strict=True)
+    )
+    return replace(plan, replicas=replicas)
 
 
 def _serving(
@@ -171,8 +198,15 @@ def equal_stages_value(problem: PlacementProblem, settings: SearchSettings) -> f
     searched = apply_constraints(replace(problem, family=STRATEGIES["uniform"].restrict(problem.family)))
     if is_nothing_left(searched):
         return None
-    outcome = equal_stages(build_cost_tables(searched), settings)
-    return None if outcome is None else objective_scale(problem) * outcome.value
+    costs = build_cost_tables(searched)
+    found: KeptOutcome | None = None
+    if chooses_utilisation(problem):
+        found = search_kept(
+            costs, settings, lambda tables: equal_stages(tables, settings), lambda tables: bound_of(tables, settings)
+        )
+    elif (outcome := equal_stages(costs, settings)) is not None:
+        found = KeptOutcome(costs, outcome)
+    return None if found is None else objective_scale(found.costs.problem) * found.outcome.value
 
 
 def in_objective_units(report: Report, problem: PlacementProblem) -> Report:
@@ -225,6 +259,9 @@ def plan_of(
             gap=gap,
             unit=problem.objective.unit,
             solve_s=budget.elapsed_s(),
+            utilisation=problem.assumptions.planned_utilisation,
+            unified_lanes=problem.assumptions.lanes.unified,
+            prefill_lanes=problem.assumptions.lanes.prefill,
         ),
         objective=problem.objective,
         replicas=tuple(replicas),

@@ -286,7 +286,7 @@ def test_a_plan_that_survives_is_followed_by_one_for_its_demand(
     said = "re-planning does not support --survive node: the next plan serves 0.5 requests/s with all nodes"
     assert said in " ".join(capsys.readouterr().err.split())
     after = json.loads(Path(second).read_text())
-    left = 0.9 * after["inputs"]["losses"]["node"]["rate"]
+    left = after["result"]["utilisation"] * after["inputs"]["losses"]["node"]["rate"]
     assert after["objective"]["demand_rps"] == 0.5
     assert "survive" not in after["inputs"]
     assert said in after["notes"]
@@ -301,7 +301,7 @@ def test_whether_the_next_plan_survives_is_told_and_warned_of(folder: Path, rate
     asked = ["replan", "--from", str(folder / "sized.json"), "-c", str(folder / "fleet.yaml"), "--no-verify"]
     found = invoke(*asked, "--rate", rate, "-o", "json")
     answer = json.loads(found.stdout)
-    left = 0.9 * answer["plan"]["inputs"]["losses"]["node"]["rate"]
+    left = answer["plan"]["result"]["utilisation"] * answer["plan"]["inputs"]["losses"]["node"]["rate"]
     assert survives == (left >= float(rate))
     assert answer["survival"] == {
         "place": "node", "demand_rps": float(rate), "left_rps": pytest.approx(left), "survives": survives

@@ -17,26 +17,18 @@ from hetis.planner.report.explanation import render_explanation
 from hetis.planner.report.figures import seconds
 from hetis.planner.use_cases.simulation.engine_settings import with_more_seats
 from hetis.planner.use_cases.simulation.simulate import Question, answer, default_rate
-from hetis.planner.use_cases.verification.queueing import (
-    EqualPrefills,
-    EqualReplicas,
-    Queueing,
-    RequestQueue,
-    SharedQueue,
-    queueing,
-    request_queue,
-    with_queueing,
-)
 from hetis.simulator.arrivals import Arrivals, Load
 from hetis.simulator.running import never, silent
 from hetis.simulator.values import Settings
 from hetis.solver.check.rederive import Rederivation
 from hetis.solver.check.replica_shapes import Fleet, replica_shape
+from hetis.solver.check.waiting import queueing, request_queue
 from hetis.solver.placement.explanation import explain_plan
 from hetis.solver.placement.families import STRATEGIES, run_by
 from hetis.solver.plan import Objective, Plan, ReplicaPlan, Role
 from hetis.solver.planning import solve_placement
 from hetis.solver.problem import EngineSettings, PlacementProblem
+from hetis.solver.queueing import EqualPrefills, EqualReplicas, Queueing, RequestQueue, SharedQueue
 from tests.planner.report.test_reports import text_of
 from tests.solver.instances import ENGINE, SMALL_FAMILY, make_node, make_problem, make_profile, make_workload
 
@@ -340,21 +332,6 @@ def test_replicas_and_routes_without_a_rate_have_no_queue(apart: tuple[Plan, Pla
     assert queueing(replace(plan, replicas=stopped), problem) is None
     assert queueing(replace(plan, replicas=(), kv_routes=()), problem) is None
     assert queueing(replace(plan, kv_routes=(*plan.kv_routes, idle[0])), problem) == queueing(plan, problem)
-
-
-def test_a_plan_that_was_not_simulated_says_that_requests_wait_too_long(
-    few_seats: tuple[Plan, PlacementProblem],
-) -> None:
-    plan, problem = few_seats
-    (note,) = with_queueing(plan, problem).notes[len(plan.notes) :]
-    assert note.startswith("not simulated: by a queue model of 4 seats, requests wait up to ")
-    assert "(p95) for a seat at " in note
-    assert "so that p95 TTFT is over its limit of " in note
-    assert note.endswith("requests/s keep it")
-    unlimited = replace(plan, objective=NO_LIMITS)
-    assert with_queueing(unlimited, problem) == unlimited
-    generous = replace(plan, objective=replace(plan.objective, ttft_limit_s=1e6))
-    assert with_queueing(generous, problem) == generous
 
 
 def test_more_seats_of_an_engine_shorten_the_wait(few_seats: tuple[Plan, PlacementProblem]) -> None:

@@ -23,13 +23,11 @@ from hetis.planner.cli.exit_codes import ExitCode
 from hetis.planner.cli.server import resource_views
 from hetis.planner.convert.plans import OBJECTIVE_KINDS, result_to_proto
 from hetis.planner.report.figures import digits, seconds
-from hetis.planner.report.page import key_figures, plan_section
+from hetis.planner.report.page import key_figures
 from hetis.planner.report.page.pages import ShownPlan, plans_page
 from hetis.planner.report.plan import headline, render_plan
 from hetis.planner.report.promises import beside_equal_stages, simple_setups
-from hetis.planner.use_cases import place as placing_steps
 from hetis.planner.use_cases.climbing import Climbed
-from hetis.planner.use_cases.grouping import group_replicas
 from hetis.planner.use_cases.place import PlacementSettings, simulated_plan
 from hetis.planner.use_cases.record.parts import Requested, Verified
 from hetis.planner.use_cases.request import PlacementRequest
@@ -44,25 +42,28 @@ from hetis.planner.use_cases.service_level import (
 )
 from hetis.planner.use_cases.simulation.engine_settings import at_settings, with_all_seats, with_more_seats
 from hetis.planner.use_cases.simulation.judging import _attained, measured
+from hetis.planner.use_cases.simulation.representative import RepresentativePart
 from hetis.planner.use_cases.simulation.simulate import Question, Simulated, answer, default_rate, seats_of
 from hetis.planner.use_cases.sources import load_inputs
-from hetis.planner.use_cases.verification import choosing, latency_curve, rates
-from hetis.planner.use_cases.verification.choosing import (
+from hetis.planner.use_cases.verification import latency_curve, rates
+from hetis.planner.use_cases.verification.outcome import (
+    AS_PLANNED,
     OUT_OF_TIME,
-    SEARCH_OUT_OF_TIME,
     STOPPED_EARLY,
     missed,
+    misses,
     noted_if_stopped,
+    rate_to_simulate,
+    restated,
+    settings_of,
 )
-from hetis.planner.use_cases.verification.lower_rates import KeptRate, StoppedError
-from hetis.planner.use_cases.verification.outcome import AS_PLANNED, misses, rate_to_simulate, settings_of
 from hetis.planner.use_cases.verification.rates import (
     LONGER,
     TriedRate,
+    kept_plan,
     no_progress,
     num_requests_of,
     simulated_at,
-    verified,
 )
 from hetis.simulator.arrivals import Arrivals, Load
 from hetis.simulator.metrics import Summary
@@ -71,6 +72,7 @@ from hetis.simulator.steadiness import Estimate
 from hetis.simulator.values import Settings
 from hetis.solver.budget import Budget
 from hetis.solver.budget import silent as unreported
+from hetis.solver.check import check_plan
 from hetis.solver.errors import InvalidProblemError
 from hetis.solver.plan import Objective, ObjectiveKind, Plan, ReplicaPlan, Role
 from hetis.solver.problem import EngineSettings, PlacementProblem
@@ -125,7 +127,7 @@ def drawn(plan: Plan) -> str:
 
 
 def again(plan: Plan, problem: PlacementProblem) -> Plan:
-    return verified(plan, problem, seed=0, budget=Budget(), report=no_progress)
+    return kept_plan(plan, problem, seed=0, budget=Budget(), report=no_progress)
 
 
 def test_the_saved_plan_says_what_a_second_simulation_says(placed: Path, pair: Placed) -> None:
@@ -150,30 +152,37 @@ def test_a_limit_that_no_rate_keeps_is_missed_by_name(pair: Placed) -> None:
 UNCOUNTED = SimpleNamespace(counts=SimpleNamespace(iterations=0, arrived=0))  # metrics of a run that costs nothing
 
 
-def test_too_high_a_rate_is_missed_and_a_lower_one_kept(pair: Placed) -> None:
-    plan, problem = pair
-    rate_rps = 1.5 * default_rate(plan, problem)
-    crowded = replace(plan, objective=replace(plan.objective, demand_rps=rate_rps))
-    found = Verified.of(again(crowded, problem)).verification
-    assert not found.kept
-    assert found.rate_rps == rate_rps
-    assert found.kept_rps is not None
-    assert 0.25 * rate_rps <= found.kept_rps < rate_rps
-    at_kept = replace(plan, objective=replace(plan.objective, demand_rps=found.kept_rps))
-    kept = Verified.of(again(at_kept, problem)).verification
-    assert kept.kept
+def at_rate(plan: Plan, problem: PlacementProblem, factor: float) -> Plan:
+    """Return the plan as if it served so many times its rate."""
+    return replace(restated(plan, problem, factor * plan.result.utilisation), inputs={}, notes=())
 
 
-def test_a_plan_that_keeps_its_limits_says_up_to_which_rate(pair: Placed) -> None:
+def test_too_high_a_rate_is_missed_and_the_lower_one_that_is_kept_is_the_value(pair: Placed) -> None:
     plan, problem = pair
-    found = Verified.of(again(plan, problem)).verification
-    assert found.kept_rps is not None
-    assert found.kept_rps == pytest.approx(1.1 * found.rate_rps)
-    shown = replace(plan, inputs={**plan.inputs, "verification": asdict(found)})
-    assert f"kept up to {digits(found.kept_rps, 4)}" in drawn(shown)
-    demanded = replace(plan, objective=replace(plan.objective, demand_rps=0.5 * found.rate_rps))
-    at_demand = Verified.of(again(demanded, problem)).verification
-    assert at_demand.kept_rps == at_demand.rate_rps == 0.5 * found.rate_rps
+    crowded = at_rate(plan, problem, 1.5)
+    kept = again(crowded, problem)
+    record = Verified.of(kept)
+    found = record.verification
+    assert found.kept
+    assert record.model_value == crowded.result.value
+    assert 0.25 * crowded.result.value <= kept.result.value < crowded.result.value
+    assert kept.result.value == pytest.approx(found.kept_rps)
+    assert found.rate_rps == found.kept_rps
+    assert kept.result.bound == crowded.result.bound
+    assert not check_plan(replace(kept, inputs=plan.inputs), problem)
+    assert Verified.of(again(replace(kept, inputs={}), problem)).verification.kept
+
+
+def test_a_plan_that_keeps_more_has_that_as_its_value_up_to_its_bound(pair: Placed) -> None:
+    plan, problem = pair
+    half = at_rate(plan, problem, 0.5)
+    more = again(half, problem)
+    assert more.result.value == pytest.approx(1.5 * half.result.value)
+    assert Verified.of(more).verification.rate_rps == pytest.approx(more.result.value)
+    assert Verified.of(more).model_value is None
+    assert not check_plan(replace(more, inputs=plan.inputs), problem)
+    bounded = replace(half, result=replace(half.result, bound=1.12 * half.result.value))
+    assert again(bounded, problem).result.value == pytest.approx(1.1 * half.result.value)
 
 
 @pytest.mark.parametrize(
@@ -225,10 +234,10 @@ def test_other_traffic_has_to_keep_a_limit_that_is_close(
 
     monkeypatch.setattr(rates, "answer", answer)
     limits = replace(plan.objective, ttft_limit_s=1.0, tpot_limit_s=None)
-    found = Verified.of(again(replace(plan, objective=limits), problem)).verification
+    simulated = again(replace(plan, objective=limits), problem)
     assert seeds[:3] == [0, 0, 1]  # a probe and a run, then other traffic
-    assert (found.kept, found.ttft_p95_s) == (kept, 0.97 if kept else other_s)
-    assert found.kept_rps == pytest.approx((1.0 if kept else 0.97) * planned_rps)
+    assert Verified.of(simulated).verification.ttft_p95_s == (0.97 if kept else 0.5)
+    assert simulated.result.value == pytest.approx((1.0 if kept else 0.97) * planned_rps)
 
 
 @pytest.mark.parametrize(("split_s", "dispatched"), [(0.5, None), (0.97, True), (1.3, True)])
@@ -321,19 +330,6 @@ def test_runs_are_long_enough_for_the_share_that_may_miss(pair: Placed) -> None:
     assert lengths == [num_requests_of(plan), 5000, 8_000, 8_000]
 
 
-@pytest.mark.parametrize(("ttft", "tpot", "name"), [(0.3, 0.1, "TTFT p95"), (0.1, 0.3, "TPOT mean")])
-def test_the_limit_that_most_requests_miss_is_tightened(pair: Placed, ttft: float, tpot: float, name: str) -> None:
-    plan = pair[0]
-    said = {"kept": False, "attainment": 0.6, "ttft_missed": ttft, "tpot_missed": tpot}
-    level = asdict(ServiceLevel(attainment=0.9))
-    held = replace(plan, inputs={"verification": {**plan.inputs["verification"], **said}, "service_level": level})
-    found = Verified.of(held).verification
-    assert found is not None
-    missed_limit = choosing._missed(found, held)
-    assert missed_limit.name == name
-    assert missed_limit.planned_s == pytest.approx(0.8 * missed_limit.asked_s)
-
-
 @pytest.mark.parametrize("level", [ServiceLevel(attainment=1.0), ServiceLevel(ttft=Statistic.P99, tpot=Statistic.P50)])
 def test_the_rate_that_is_kept_follows_what_is_asked_for(pair: Placed, level: ServiceLevel) -> None:
     plan, problem = pair
@@ -401,21 +397,20 @@ def test_a_saved_plan_says_what_it_is_held_to(placed: Path, tmp_path: Path) -> N
     assert "TTFT p99" in invoke("explain", str(out)).stdout
 
 
-def test_a_plan_that_misses_is_headed_and_simulated_by_the_rate_that_it_keeps(pair: Placed) -> None:
+def test_a_plan_is_headed_and_simulated_by_the_rate_that_it_keeps(pair: Placed) -> None:
     plan, problem = pair
-    said = {"kept": False, "ttft_p95_s": 9.5, "kept_rps": 0.7 * plan.result.value}
-    missing = replace(plan, inputs={**plan.inputs, "verification": {**plan.inputs["verification"], **said}})
-    kept, planned = (f"{digits(rate, 4)} requests/s" for rate in (said["kept_rps"], plan.result.value))
-    assert f"Goodput {kept} within the limits in simulation; by the model {planned}" in drawn(missing)
+    less = at_rate(plan, problem, 0.7)
+    less = replace(less, inputs={**plan.inputs, "model_value": plan.result.value})
+    kept, planned = (f"{digits(one.result.value, 4)} requests/s" for one in (less, plan))
+    assert f"Goodput {kept} kept in simulation; by the model {planned}; proven" in drawn(less)
     assert f"Goodput {planned} proven" in drawn(plan)
-    dear, cheap = (float(re.findall(r"([\d.]+) USD per million", drawn(one))[0]) for one in (missing, plan))
+    dear, cheap = (float(re.findall(r"([\d.]+) USD per million", drawn(one))[0]) for one in (less, plan))
     assert dear / cheap == pytest.approx(1 / 0.7, rel=0.01)
-    beside = {"equal_stages_value": 0.5 * plan.result.value}
-    none = {**missing.inputs["verification"], "kept_rps": None}
-    never = replace(plan, inputs={**plan.inputs, "verification": none})
+    never = replace(less, result=replace(less.result, value=0.0, utilisation=0.0))
     assert "Goodput none of the rates tried keeps the limits in simulation; by the model" in drawn(never)
+    beside = {"equal_stages_value": 0.5 * plan.result.value}
     for one, more in (
-        (missing, "by the model, by replicas of equal stages (not simulated); this plan by the model 100% more"),
+        (less, "by the model, by replicas of equal stages (not simulated); this plan by the model 100% more"),
         (never, "this plan: --strategy uniform); this plan by the model 100% more"),
         (plan, "stages; this plan 100% more"),
     ):
@@ -424,68 +419,17 @@ def test_a_plan_that_misses_is_headed_and_simulated_by_the_rate_that_it_keeps(pa
         page = plans_page([ShownPlan(name="one", plan=shown, problem=problem)])
         assert "+100%" in page
         assert ("by the model; equal stages, not simulated" in page) is (one is not plan)
-    [simple] = simple_setups(
-        replace(missing, inputs={**missing.inputs, "simple_setups": {"2": 0.5 * plan.result.value}})
-    )
+    [simple] = simple_setups(replace(less, inputs={**less.inputs, "simple_setups": {"2": 0.5 * plan.result.value}}))
     assert simple.endswith("50% less by the model")
-    assert rate_to_simulate(missing, problem) == said["kept_rps"]
-    assert rate_to_simulate(plan, problem) == default_rate(plan, problem)
-    for one in (missing, plan):
+    for one in (less, plan):
+        assert rate_to_simulate(one, problem) == pytest.approx(one.result.value)
         demanded = replace(one, objective=replace(plan.objective, demand_rps=0.01))
         assert rate_to_simulate(demanded, problem) == rate_to_simulate(one, problem), "a plan promises its own rate"
         dearest = replace(demanded, objective=replace(demanded.objective, kind=ObjectiveKind.COST))
         assert rate_to_simulate(dearest, problem) == 0.01
-    [clause] = misses(replace(Verified.of(missing).verification, ttft_p95_s=3451.0, steady=None), missing)
+    missing = replace(Verified.of(plan).verification, kept=False, ttft_p95_s=3451.0, steady=None)
+    [clause] = misses(missing, plan)
     assert clause == "TTFT p95 3,451 s of 2 s"
-
-
-def test_a_plan_that_promises_less_than_the_model_is_compared_with_what_equal_stages_keep(
-    pair: Placed, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The best plan of two A100 is one of equal stages, which keeps its limits."""
-    plan, problem = pair
-    keeps = plan.result.value
-
-    def with_kept_rate(plan: Plan, *, cancelled: bool = False) -> Plan:
-        ends = Budget()
-        if cancelled:
-            ends.cancelled.set()
-        return choosing.with_rate_of_equal_stages(plan, problem, seed=0, budget=ends, report=no_progress)
-
-    assert with_kept_rate(plan) is plan, "it keeps what the model promises"
-    said = {**plan.inputs["verification"], "kept": False, "ttft_p95_s": 9.5, "kept_rps": 0.7 * keeps}
-    missing = replace(plan, inputs={**plan.inputs, "equal_stages_value": keeps, "verification": said})
-    assert with_kept_rate(missing).inputs["equal_stages_kept_rps"] == 0.7 * keeps, "the same replicas keep the same"
-    wide = replace(missing, replicas=tuple(replace(one, max_num_seqs=512) for one in plan.replicas))
-    assert with_kept_rate(wide).inputs["equal_stages_kept_rps"] == 0.7 * keeps
-    other = replace(missing, replicas=plan.replicas[:1])
-    assert with_kept_rate(other, cancelled=True) is other
-    cheapest = replace(other, objective=replace(plan.objective, kind=ObjectiveKind.COST, demand_rps=1.0))
-    assert with_kept_rate(cheapest) is cheapest
-    found = with_kept_rate(other)
-    assert found.inputs["equal_stages_kept_rps"] == pytest.approx(keeps), "what the same replicas keep, simulated again"
-    assert beside_equal_stages(found) == (
-        f"{digits(keeps, 4)} requests/s within the limits in simulation, by replicas of equal stages; "
-        "this plan 30% less"
-    )
-    page = plans_page([ShownPlan(name="one", plan=found, problem=problem)])
-    for words in ("−30%", "in simulation; equal stages: ", "Equal stages, simulated"):
-        assert words in page
-
-    def ends_early(equal: Plan, *_: Any, budget: Budget, **__: Any) -> Plan:
-        budget.cancelled.set()
-        return replace(equal, inputs=plan.inputs)
-
-    with monkeypatch.context() as patch:
-        for unfinished in (ends_early, lambda equal, *_, **__: equal):
-            patch.setattr(choosing, "verified_plan", unfinished)
-            assert with_kept_rate(other) is other, "of equal stages nothing is known"
-    none = replace(found, inputs={**found.inputs, "equal_stages_kept_rps": 0.0})
-    assert beside_equal_stages(none) == (
-        "replicas of equal stages: none of the rates tried keeps the limits in simulation; "
-        f"by the model {digits(keeps, 4)} requests/s"
-    )
-    assert "today's practice" not in plans_page([ShownPlan(name="one", plan=none, problem=problem)])
 
 
 def test_a_single_limit_is_not_called_both(pair: Placed) -> None:
@@ -517,8 +461,8 @@ def test_without_limits_or_when_nobody_waits_nothing_is_simulated(pair: Placed) 
     assert "verification" not in again(unlimited, problem).inputs
     cancelled = threading.Event()
     cancelled.set()
-    left = verified(bare, problem, seed=0, budget=Budget(cancelled=cancelled), report=no_progress)
-    assert left is bare
+    left = kept_plan(bare, problem, seed=0, budget=Budget(cancelled=cancelled), report=no_progress)
+    assert left == replace(bare, notes=(*bare.notes, STOPPED_EARLY))
     assert noted_if_stopped(unlimited, Budget(cancelled=cancelled)) is unlimited, "there was nothing to simulate"
 
 
@@ -568,7 +512,7 @@ def test_a_verdict_needs_only_the_runs_at_the_planned_rate(
     pair: Placed, monkeypatch: pytest.MonkeyPatch, kept: bool
 ) -> None:
     """A plan that keeps its limits does so whatever higher rates show; below a missed rate, one must be found."""
-    plan, problem = pair
+    plan, problem = at_rate(*pair, 0.5), pair[1]
     planned_rps, tried_rps = default_rate(plan, problem), list[float]()
 
     def ended_after_the_first(*args: Any, **options: Any) -> TriedRate | None:
@@ -577,7 +521,7 @@ def test_a_verdict_needs_only_the_runs_at_the_planned_rate(
         return None if found is None else replace(found, kept=kept, close=False)
 
     monkeypatch.setattr(rates, "simulated_at", ended_after_the_first)
-    simulated = again(replace(plan, inputs={}, notes=()), problem)
+    simulated = again(plan, problem)
     found = Verified.of(simulated).verification
     assert len(tried_rps) == 3
     assert (tried_rps[2] > planned_rps) == kept
@@ -587,7 +531,7 @@ def test_a_verdict_needs_only_the_runs_at_the_planned_rate(
         return
     late = replace(simulated, notes=(*simulated.notes, OUT_OF_TIME))
     assert simulated.notes[0].startswith(f"{rates.MISSES_AT} {planned_rps:.4g} requests/s")
-    assert missed(late, 1.0) == list(late.notes)
+    assert missed(late, 2.0) == list(late.notes)
     assert f"Simulated MISSED at {planned_rps:.4g} requests/s" in drawn(late)
     assert "lower rates not decided in the time limit" in drawn(late)
     assert re.search(r"Goodput \S+ requests/s by the model, .*; MISSED in simulation", drawn(late))
@@ -611,16 +555,14 @@ def test_a_rate_that_only_short_runs_kept_in_time_is_shown_with_a_note(
         return None if cancelled.is_set() else replace(run, kept=kept, sure=kept, close=False)
 
     monkeypatch.setattr(rates, "simulated_at", tried)
-    found = verified(
+    found = kept_plan(
         replace(plan, inputs={}, notes=()), problem, seed=0, budget=Budget(cancelled=cancelled), report=no_progress
     )
     verification = Verified.of(found).verification
-    assert not verification.kept
-    assert verification.kept_rps == pytest.approx(0.79 * planned_rps, rel=0.02)
-    assert f"kept up to {verification.kept_rps:.4g}" in drawn(found)
-    note = (
-        f"{verification.kept_rps:.4g} requests/s kept the limits in a run of 4,000 requests, which longer runs have not"
-    )
+    assert verification.kept
+    assert found.result.value == pytest.approx(0.79 * planned_rps, rel=0.02)
+    assert f"{digits(found.result.value, 4)} requests/s kept in simulation" in drawn(found)
+    note = f"{found.result.value:.4g} requests/s kept the limits in a run of 4,000 requests, which longer runs have not"
     assert [note in one for one in found.notes] == [True] * (not in_time)
 
 
@@ -669,7 +611,7 @@ def test_a_higher_rate_is_kept_if_two_kinds_of_traffic_keep_it_and_the_wait_hard
     growth: float,
     factor: float,
 ) -> None:
-    plan, problem = pair
+    plan, problem = at_rate(*pair, 0.5), pair[1]
     planned_rps = default_rate(plan, problem)
 
     def tried(*args: Any, **options: Any) -> TriedRate:
@@ -681,47 +623,6 @@ def test_a_higher_rate_is_kept_if_two_kinds_of_traffic_keep_it_and_the_wait_hard
     monkeypatch.setattr(rates, "simulated_at", tried)
     found = Verified.of(again(replace(plan, inputs={}, notes=()), problem)).verification
     assert found.kept_rps == pytest.approx(factor * planned_rps)
-
-
-@pytest.mark.parametrize("first_s", [1.0, 10.0])
-def test_in_a_short_time_lower_rates_come_before_another_search(
-    placed: Path, pair: Placed, monkeypatch: pytest.MonkeyPatch, first_s: float
-) -> None:
-    """Of 90 seconds, 89 are enough for everything in the usual order; 80 of simulations as long as 10 are not."""
-    cluster, (plan, problem) = str(placed.with_name("cluster.yaml")), pair
-    loaded = load_inputs(cluster=cluster, model="Llama-2-7B", workload="500/100", profiles=())
-    now, steps = [0.0], list[str]()
-    known = Verified.of(plan).verification
-
-    def lower(least_rps: float) -> KeptRate | None:
-        steps.append("lower rates")
-        now[0] += first_s
-        if now[0] > 90.0:
-            raise StoppedError
-        return KeptRate(max(least_rps, 0.7 * known.rate_rps), 4_000, is_confirmed=True)
-
-    def simulated(of: Plan, *, budget: Budget, **_: object) -> rates.AtPlannedRate | None:
-        steps.append("simulation")
-        now[0] += first_s if len(steps) == 1 else 8 * first_s
-        found = replace(known, kept=False, kept_rps=None)
-        return None if budget.is_spent() else rates.AtPlannedRate(of, found, kept_below=lower)
-
-    def searched(*_: object, **__: object) -> Plan:
-        steps.append("search")
-        return replace(plan, inputs={})
-
-    monkeypatch.setattr(choosing, "simulate_at_planned_rate", simulated)
-    monkeypatch.setattr(placing_steps, "search", searched)
-    monkeypatch.setattr(placing_steps, "_checked", lambda found, *_, **__: found)
-    found = Verified.of(
-        simulated_plan(
-            Climbed(plan=replace(plan, inputs={}), problem=problem), loaded, PlacementSettings(), level=DEFAULT,
-            report=unreported, budget=Budget(time_limit_s=90.0, clock=lambda: now[0]),
-        ).plan
-    ).verification  # fmt: skip
-    assert found is not None, "a rate is known to keep the limits"
-    assert found.kept_rps == pytest.approx(0.7 * known.rate_rps)
-    assert steps[1] == ("lower rates" if first_s == 10.0 else "search")
 
 
 # --- engines that may run more requests at once than decode in the saturated plan
@@ -772,145 +673,30 @@ def test_engines_with_more_seats_are_simulated_with_them(pair: Placed) -> None:
     assert [one.seats for one in asked.plan.replicas] == [1] * len(plan.replicas)
 
 
-@pytest.mark.parametrize(
-    ("ttft_s", "tpot_s", "factor", "kept"),
-    [
-        ({1.0: 5.0, 1.5: 4.0, 2.0: 1.5}, 0.05, 2.0, True),  # the first that keeps the limit of 2 s
-        ({1.0: 9.0, 1.5: 5.0, 2.0: 4.99}, 0.05, 1.5, False),  # more do not help any more
-        ({1.0: 3.0, 1.5: 1.0}, 0.2, 1.0, False),  # TPOT is missed by more
-        ({1.0: 1.0, 1.5: 0.5}, 0.05, 1.0, True),
-    ],
-)
-def test_more_seats_are_tried_where_requests_wait_for_them(
-    pair: Placed, monkeypatch: pytest.MonkeyPatch, ttft_s: dict[float, float], tpot_s: float, factor: float, kept: bool
-) -> None:
-    plan, problem = with_seats(pair[0], 16), pair[1]
-    plan = replace(plan, objective=Objective(ttft_limit_s=2.0, tpot_limit_s=0.1))
-    known = Verified.of(plan).verification
-    assert known is not None
-
-    def simulated(of: Plan, **_: object) -> rates.AtPlannedRate:
-        seconds = ttft_s[seats_of(of) / seats_of(plan)]
-        found = replace(
-            known, kept=seconds <= 2.0 and tpot_s <= 0.1, kept_rps=1.0, ttft_p95_s=seconds, tpot_mean_s=tpot_s
-        )
-        return rates.AtPlannedRate(of, found, kept_below=lambda _least: KeptRate(1.0, 4_000, is_confirmed=True))
-
-    monkeypatch.setattr(choosing, "simulate_at_planned_rate", simulated)
-    found = choosing.verified_plan(plan, problem, None, seed=0, budget=Budget(), report=no_progress)
-    assert seats_of(found) == factor * seats_of(plan)
-    result = Verified.of(found).verification
-    assert result.kept == kept
-    assert any("--max-num-seqs" in note for note in found.notes) == (factor > 1.0)
-    shown = text_of(render_plan(found), width=200)
-    assert (f"up to {found.replicas[0].seats} at once" in shown) == (factor > 1.0)
-    grid = plan_section._replicas(group_replicas(found.replicas), "tokens", lettered=False)
-    assert (f"16 × 1, up to {found.replicas[0].seats}" in grid.rows[0]) == (factor > 1.0)
-
-
-def test_a_single_seat_becomes_all_that_kv_has_room_for(pair: Placed, monkeypatch: pytest.MonkeyPatch) -> None:
-    """1.5 and 2 times a seat are the same two seats, and not the last that are tried."""
-    plan, problem = with_seats(pair[0], 1), pair[1]
-    plan = replace(plan, objective=Objective(ttft_limit_s=1e-3, tpot_limit_s=0.1))
-    known = Verified.of(plan).verification
-    assert known is not None
-    tried = []
-
-    def simulated(of: Plan, **_: object) -> rates.AtPlannedRate:
-        tried.append(seats_of(of) // seats_of(plan))
-        found = replace(known, kept=False, kept_rps=1.0, ttft_p95_s=1.0 / seats_of(of), tpot_mean_s=0.05)
-        return rates.AtPlannedRate(of, found, kept_below=lambda _least: KeptRate(1.0, 4_000, is_confirmed=True))
-
-    monkeypatch.setattr(choosing, "simulate_at_planned_rate", simulated)
-    monkeypatch.setattr(choosing, "likely_rate", lambda *_: math.inf)
-    found = choosing.verified_plan(plan, problem, None, seed=0, budget=Budget(), report=no_progress)
-    assert seats_of(found) == seats_of(with_more_seats(plan, problem, math.inf)) > 3 * seats_of(plan)
-    assert tried == [1, 2, 3, seats_of(found) // seats_of(plan)]
-
-
-def test_of_seats_that_all_miss_those_that_keep_most_by_the_queue_model_remain(
-    pair: Placed, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Only they are simulated, beside the planned ones."""
-    plan, problem = with_seats(pair[0], 16), pair[1]
-    plan = replace(plan, objective=Objective(ttft_limit_s=2.0, tpot_limit_s=0.1))
-    known, tried = Verified.of(plan).verification, list[float]()
-    assert known is not None
-
-    def simulated(of: Plan, **_: object) -> rates.AtPlannedRate:
-        tried.append(seats_of(of) / seats_of(plan))
-        found = replace(known, kept=False, kept_rps=1.0, ttft_p95_s=9.0, tpot_mean_s=0.05)
-        return rates.AtPlannedRate(of, found, kept_below=lambda _least: KeptRate(1.0, 4_000, is_confirmed=True))
-
-    monkeypatch.setattr(choosing, "simulate_at_planned_rate", simulated)
-    monkeypatch.setattr(choosing, "likely_rate", lambda one, _: 0.1 if seats_of(one) == 3 * seats_of(plan) else 0.05)
-    choosing.verified_plan(plan, problem, None, seed=0, budget=Budget(), report=no_progress)
-    assert tried == [1.0, 3.0]
-
-
 def test_work_that_is_done_ends_simulations_on_any_machine(pair: Placed) -> None:
     plan, problem = pair
-    bare, rate_rps = replace(plan, inputs={}, notes=()), 1.5 * default_rate(plan, problem)
-    crowded = replace(bare, objective=replace(plan.objective, demand_rps=rate_rps))
+    crowded = at_rate(plan, problem, 1.5)
     whole, small = Budget(), Budget(work_limit=30_000)
-    decided = Verified.of(rates.verified(crowded, problem, seed=0, budget=whole, report=no_progress)).verification
+    decided = Verified.of(rates.kept_plan(crowded, problem, seed=0, budget=whole, report=no_progress)).verification
     assert decided is not None
     assert whole.work > small.work_limit
-    stopped = rates.verified(crowded, problem, seed=0, budget=small, report=no_progress)
-    assert stopped == rates.verified(crowded, problem, seed=0, budget=Budget(work_limit=30_000), report=no_progress)
+    stopped = rates.kept_plan(crowded, problem, seed=0, budget=small, report=no_progress)
+    assert stopped == rates.kept_plan(crowded, problem, seed=0, budget=Budget(work_limit=30_000), report=no_progress)
     assert small.is_spent()
     assert small.work < 0.5 * whole.work
 
 
-def test_a_part_that_misses_is_called_a_part(pair: Placed, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_part_that_misses_is_called_a_part(
+    pair: Placed, run: TriedRate, monkeypatch: pytest.MonkeyPatch
+) -> None:  # fmt: skip
     """Large fleets, of which a part is simulated, are those that run out of time."""
     plan, problem = pair
-    known = Verified.of(plan).verification
-    assert known is not None
-
-    def cancelled(_: float) -> KeptRate | None:
-        raise StoppedError
-
-    def ended(of: Plan, *_: Any, **__: Any) -> rates.AtPlannedRate:
-        found = replace(known, kept=False, ttft_p95_s=9.5, share=0.125)
-        return rates.AtPlannedRate(of, found, kept_below=cancelled)
-
-    monkeypatch.setattr(rates, "simulate_at_planned_rate", ended)
+    summary = replace(run.summary, ttft_p95_s=Estimate(value=9.5, half_width=0.0))
+    runs = iter([replace(run, summary=summary, kept=False, close=False, missed_by_far=True)])
+    monkeypatch.setattr(rates, "simulated_part", lambda plan, *_: RepresentativePart(plan=plan, share=0.125))
+    monkeypatch.setattr(rates, "simulated_at", lambda *_, **__: next(runs, None))
     [note] = again(replace(plan, notes=()), problem).notes
     assert note.endswith("TTFT p95 9.5 s of 2 s (a part of its replicas at 0.125 of the rate)")
-
-
-@pytest.mark.parametrize(("limit_s", "search_s", "noted"), [(math.inf, 60.0, False), (30.0, 10.0, True)])
-def test_another_search_leaves_time_to_simulate_its_plan_and_a_note_says_if_time_ended_it(
-    placed: Path, pair: Placed, monkeypatch: pytest.MonkeyPatch, limit_s: float, search_s: float, noted: bool
-) -> None:
-    """Ten of thirty seconds are left to search after ten of simulation; the second simulation does not end in time."""
-    cluster, (plan, problem) = str(placed.with_name("cluster.yaml")), pair
-    loaded = load_inputs(cluster=cluster, model="Llama-2-7B", workload="500/100", profiles=())
-    now, given, simulations = [0.0], list[float](), itertools.count()
-    known = Verified.of(plan).verification
-    assert known is not None
-
-    def simulated(of: Plan, *, budget: Budget, **_: object) -> rates.AtPlannedRate | None:
-        now[0] += 10.0 if next(simulations) == 0 else 20.0
-        found = replace(known, kept=False, kept_rps=None)
-        return None if budget.is_spent() else rates.AtPlannedRate(of, found, kept_below=lambda _: None)
-
-    def searched(*_: object, budget: Budget, **__: object) -> Plan:
-        given.append(budget.time_limit_s)
-        now[0] += min(budget.time_limit_s, 10.0)
-        return replace(plan, inputs={}, replicas=plan.replicas[: len(given)])  # another plan
-
-    monkeypatch.setattr(choosing, "simulate_at_planned_rate", simulated)
-    monkeypatch.setattr(placing_steps, "search", searched)
-    monkeypatch.setattr(placing_steps, "_checked", lambda found, *_, **__: found)
-    found = simulated_plan(
-        Climbed(plan=plan, problem=problem), loaded, PlacementSettings(), level=DEFAULT, report=unreported,
-        budget=Budget(time_limit_s=limit_s, clock=lambda: now[0]),
-    ).plan  # fmt: skip
-    assert given[0] == search_s
-    assert (len(given) == 1) == noted
-    assert (SEARCH_OUT_OF_TIME in found.notes) == noted
 
 
 @pytest.mark.parametrize(
@@ -1024,10 +810,10 @@ def test_a_plan_that_its_runs_fill_is_simulated_whole_and_as_ever(
     assert (found.share, found.too_short) == (None, None)
     rate_rps = default_rate(plan, problem)
     assert [(question.load.rate_rps, question.num_requests, question.seeds) for _, question in asked] == [
-        (rate_rps, 768, (0,)), (1.1 * rate_rps, 768, (0,)), (1.1 * rate_rps, 768, (1,))
+        (rate_rps, 768, (0,))
     ]  # fmt: skip
-    assert all(simulated is plan for simulated, _ in asked)
-    assert (found.rate_rps, found.kept_rps) == (rate_rps, 1.1 * rate_rps)
+    assert all(simulated == plan for simulated, _ in asked)
+    assert (found.rate_rps, found.kept_rps) == (rate_rps, rate_rps)
 
 
 def test_of_a_plan_with_more_seats_a_part_gets_its_share_of_every_rate(
@@ -1037,12 +823,13 @@ def test_of_a_plan_with_more_seats_a_part_gets_its_share_of_every_rate(
     runs_of_at_most(monkeypatch, ordinary=8 * 6 * 16, to_fill=2 * 24 * 16 - 1)
     found = Verified.of(again(plan, problem)).verification
     rate_rps = default_rate(plan, problem)
-    assert (found.rate_rps, found.kept_rps) == (rate_rps, 1.1 * rate_rps), "those of the whole plan"
+    assert (found.rate_rps, found.kept_rps) == (rate_rps, rate_rps), "those of the whole plan"
     assert (found.share, found.too_short, found.num_requests) == (pytest.approx(6 / 24), None, 8 * 6 * 16)
     assert {len(part.replicas) for part, _ in asked} == {6}
     rates_rps = [question.load.rate_rps or 0.0 for _, question in asked]
-    assert rates_rps == pytest.approx([found.share * rate for rate in (rate_rps, 1.1 * rate_rps, 1.1 * rate_rps)])
-    demanded = replace(plan, objective=replace(plan.objective, demand_rps=0.5 * rate_rps))
+    assert rates_rps == pytest.approx([found.share * rate_rps])
+    cheapest = replace(plan.objective, kind=ObjectiveKind.COST, demand_rps=0.5 * rate_rps)
+    demanded = replace(plan, objective=cheapest)
     asked.clear()
     again(demanded, problem)
     assert [question.load.rate_rps for _, question in asked] == [pytest.approx(0.5 * rate_rps * 6 / 24)]
@@ -1131,41 +918,21 @@ def page_of(plan: Plan) -> str:
     return " ".join(f"{tile.value} {tile.note}" for tile in key_figures._simulated(plan))
 
 
-@pytest.mark.parametrize("kept_rps", [1.5, None, 9.0])
 @pytest.mark.parametrize("kind", [ObjectiveKind.GOODPUT, ObjectiveKind.THROUGHPUT, ObjectiveKind.COST])
-def test_every_view_of_a_plan_that_misses_its_limits_shows_the_rate_it_keeps(
-    pair: Placed, kind: ObjectiveKind, kept_rps: float | None
-) -> None:
-    """Plans of a planner have a spec, imported ones have none; 9 requests/s are more than the plan promises."""
+def test_every_view_of_a_plan_that_misses_its_limits_says_so(pair: Placed, kind: ObjectiveKind) -> None:
+    """Plans of a planner have a spec, imported ones have none."""
     plan, problem = pair
     demand_rps = 2.0 if kind is ObjectiveKind.COST else None
     objective = replace(plan.objective, kind=kind, demand_rps=demand_rps)
     result = replace(plan.result, objective=kind, value=2.0, unit=objective.unit)
-    rate_rps = 2.0 if kind is not ObjectiveKind.THROUGHPUT else 1.8
-    found = {**plan.inputs["verification"], "kept": False, "rate_rps": rate_rps, "kept_rps": kept_rps}
+    found = {**plan.inputs["verification"], "kept": False, "kept_rps": None}
     missing = replace(plan, objective=objective, result=result, inputs={**plan.inputs, "verification": found})
     spec = plan_pb2.PlanSpec(objective=plan_pb2.Objective(kind=OBJECTIVE_KINDS[kind]))
     answer, value = result_to_proto(missing, b"{}"), f"2.000 {objective.unit}"
-    is_goodput, python = kind is ObjectiveKind.GOODPUT, repr(hetis.Plan(value=missing, problem=problem))
     for message in (plan_pb2.Plan(spec=spec, result=answer), plan_pb2.Plan(result=answer)):
-        cell = resource_views.value_of(message).plain
-        viewed = " ".join(text_of(resource_views.plan_summary(message), width=200).split())
-        if not is_goodput:
-            assert cell == f"{value}, MISSED"
-            assert f"Value {value}" in viewed
-            assert "limits MISSED in simulation" in python
-        elif kept_rps is None:
-            assert cell == f"none of {value}, MISSED"
-            assert f"Value none of the rates tried keeps the limits in simulation; by the model {value}" in viewed
-            assert f"<hetis.Plan: no rate tried within the limits in simulation, MISSED at {value} by" in python
-        elif kept_rps < 2.0:
-            assert cell == f"1.500 of {value}, MISSED"
-            assert f"Value 1.500 requests/s within the limits in simulation; by the model {value}" in viewed
-            assert f"<hetis.Plan: 1.500 requests/s within the limits in simulation, MISSED at {value} by" in python
-        else:
-            assert cell == value
-            assert f"Value {value}" in viewed
-            assert "MISSED" not in python
+        assert resource_views.value_of(message).plain == f"{value}, MISSED"
+        assert f"Value {value}, MISSED" in " ".join(text_of(resource_views.plan_summary(message), width=200).split())
+    assert "limits MISSED in simulation" in repr(hetis.Plan(value=missing, problem=problem))
 
 
 def test_curves_are_of_the_part_whose_seats_their_runs_fill(
@@ -1186,7 +953,7 @@ def test_curves_are_of_the_part_whose_seats_their_runs_fill(
     runs_of_at_most(monkeypatch, ordinary=8 * 6 * 16, to_fill=2 * 24 * 16)
     whole = latency_curve.latency_curve(plan, problem, budget=Budget(), report=silent)
     assert whole.share is None
-    assert all(simulated is plan for simulated, _ in asked)
+    assert all(simulated == plan for simulated, _ in asked)
 
 
 @pytest.mark.parametrize(("missed", "attainment", "is_sure", "is_close"), [

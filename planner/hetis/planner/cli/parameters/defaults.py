@@ -27,18 +27,18 @@ Options = Mapping[str, Mapping[str, TyperOption]]  # by verb and option name
 OWN_MEANING: Mapping[str, frozenset[str]] = {
     "chunk-tokens": frozenset({"simulate"}),  # one setting, not choices to plan with
     "cluster": frozenset(  # the name of a cluster, and in `apply` something to change on the planner
-        {"apply", "get", "agents", "upstreams", "rollback", "drain", "undrain", "disconnect", "cluster.discover"}
+        {"apply", "get", "agents", "upstreams", "rollback", "drain", "undrain", "disconnect", "why", "cluster.discover"}
     ),
     "engine": frozenset({"export", "fits"}),
     "from": frozenset({"replan", "cluster.discover"}),
     "gpu": frozenset({"cluster.discover"}),  # what a tool means by a name
     "kv": frozenset({"fits"}),
     "model": frozenset(  # an argument for the engine, a client's name, a check, and in `apply` a request to solve
-        {"export", "upstreams", "replan", "apply"}
+        {"export", "upstreams", "replan", "apply", "traffic"}
     ),
     "name": frozenset({"export", "apply", "cluster.discover"}),
     "out": frozenset(  # anything but a plan
-        {"compare", "report", "share", "export", "upstreams", "convert", "cluster.discover"}
+        {"compare", "report", "share", "export", "upstreams", "convert", "traffic", "cluster.discover"}
     ),
     "plan": frozenset({"dispatch", "apply"}),
     "profile": frozenset({"apply"}),  # as for its cluster

@@ -54,6 +54,11 @@ def positive_duration(text: str) -> float:
     return _positive(_parsed(parse_duration, text), text)
 
 
+def duration(text: str) -> float:
+    """Parse a duration that may be 0: ``30h``."""
+    return _parsed(parse_duration, text)
+
+
 def moment(text: str) -> datetime:
     """Parse an ISO 8601 time, which is UTC without a zone."""
     return _parsed(parse_moment, text)

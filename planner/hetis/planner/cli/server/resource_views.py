@@ -17,7 +17,7 @@ from rich.console import Group, RenderableType
 from rich.text import Text
 
 from hetis.planner.convert.names import last_part, word_of
-from hetis.planner.report.figures import bar, digits, gigabytes, percent, plural, seconds, with_unit
+from hetis.planner.report.figures import bar, gigabytes, percent, plural, seconds, with_unit
 from hetis.planner.report.tables import SimulationRemarks, facts, kept_words, missed_words, table, table_of
 from hetis.v1 import (
     audit_service_pb2,
@@ -150,13 +150,10 @@ def kv_bar(devices: Sequence[report_pb2.DeviceReport], width: int = _BAR_WIDTH) 
 def value_of(plan: plan_pb2.Plan) -> Text:
     """Return the value of the plan's answer or, during the search, of the best plan so far: ``1.61 requests/s``.
 
-    If simulated traffic misses the limits, the rate that keeps them comes first: ``1.5 of 1.61 requests/s, MISSED``.
+    If simulated traffic misses the limits, that follows: ``1.61 requests/s, MISSED``.
     """
     if plan.HasField("result"):
-        found, kept_rps = plan.result, _kept_rps(plan)
-        value = with_unit(found.value, found.unit)
-        if kept_rps is not None:
-            value = f"{digits(kept_rps, 4) if kept_rps else 'none'} of {value}"
+        value = with_unit(plan.result.value, plan.result.unit)
         return Text.assemble(value, ", ", ("MISSED", "bold red")) if _misses(plan) else Text(value)
     if plan.progress.HasField("incumbent"):
         return Text(with_unit(plan.progress.incumbent, plan.progress.unit))
@@ -165,22 +162,7 @@ def value_of(plan: plan_pb2.Plan) -> Text:
 
 def _misses(plan: plan_pb2.Plan) -> bool:
     """Return whether simulated traffic misses the limits at the rate that the plan promises."""
-    found = plan.result
-    if not found.HasField("verification") or found.verification.kept:
-        return False
-    return not _promises_goodput(plan) or found.verification.kept_rps < found.value
-
-
-def _kept_rps(plan: plan_pb2.Plan) -> float | None:
-    """Return the rate that kept the limits, 0 if none did; None if the plan keeps them, or promises no goodput."""
-    return plan.result.verification.kept_rps if _misses(plan) and _promises_goodput(plan) else None
-
-
-def _promises_goodput(plan: plan_pb2.Plan) -> bool:
-    if plan.HasField("spec"):
-        return plan.spec.objective.kind == plan_pb2.OBJECTIVE_KIND_GOODPUT
-    # The objective of an imported plan is only in its document. A plan for throughput is simulated below its value.
-    return plan.result.unit == "requests/s" and plan.result.verification.rate_rps >= plan.result.value * (1.0 - 1e-9)
+    return plan.result.HasField("verification") and not plan.result.verification.kept
 
 
 def gap_of(plan: plan_pb2.Plan) -> str:
@@ -226,6 +208,7 @@ COLUMNS: dict[str, tuple[ResourceColumn, ...]] = {
         ResourceColumn("'etag", lambda c: c.etag, wide=True),
         ResourceColumn("'re-dispatch", lambda c: _mode(c.policy.redispatch), wide=True),
         ResourceColumn("'placement", lambda c: _mode(c.policy.placement), wide=True),
+        ResourceColumn("'traffic", lambda c: _mode(c.policy.traffic), wide=True),
     ),
     "nodes": (
         ResourceColumn("'node", lambda n: last_part(n.name)),
@@ -310,7 +293,7 @@ def _summary(plan: plan_pb2.Plan) -> Iterator[tuple[str, RenderableType]]:
     yield "State", state(word_of(plan_pb2.PlanState, plan.state))
     if plan.HasField("result"):
         found = plan.result
-        yield "Value", _value(plan)
+        yield "Value", value_of(plan)
         bound = with_unit(found.bound, found.unit) if found.HasField("bound") else "none was proved"
         yield "Bound", bound + (f"  gap {percent(found.gap)}" if found.HasField("gap") else "")
         workers = f", {found.num_attention_workers:,} of them attention workers" if found.num_attention_workers else ""
@@ -323,19 +306,6 @@ def _summary(plan: plan_pb2.Plan) -> Iterator[tuple[str, RenderableType]]:
     if plan.proposal_reason:
         yield "Proposed", plan.proposal_reason
     yield "Activation", state(word_of(plan_pb2.ActivationState, plan.activation))
-
-
-def _value(plan: plan_pb2.Plan) -> Text:
-    """Return the promised value, which is the simulated rate within the limits if that is below the model's."""
-    value, kept_rps = with_unit(plan.result.value, plan.result.unit), _kept_rps(plan)
-    if kept_rps is None:
-        return Text(value)
-    if not kept_rps:
-        return Text.assemble(
-            ("none", "yellow"), f" of the rates tried keeps the limits in simulation; by the model {value}"
-        )
-    promised = (with_unit(kept_rps, plan.result.unit), "yellow")
-    return Text.assemble(promised, f" within the limits in simulation; by the model {value}")
 
 
 def _simulated(found: plan_pb2.Verification, spec: plan_pb2.PlanSpec) -> Text:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Sequence, Sized
 from typing import Any
 
@@ -10,8 +11,10 @@ from google.protobuf.message import Message
 from hetis.formats.cluster import MAX_GPUS_PER_NODE
 from hetis.planner.failures import Reason, ServiceError, invalid_field
 from hetis.planner.fleet.agents.deltas import MOST_GENERATION, protocol_violation
+from hetis.planner.fleet.settings import FleetCounters
 from hetis.v1 import agent_service_pb2, inventory_pb2, report_pb2
 
+_log = logging.getLogger("hetis.planner.fleet")
 PROTOCOL_VERSION = 1
 MOST_CHARACTERS = 255  # limit on any text that is kept: names, versions, digests
 MOST_BYTES = 128 * 2**10  # limit on an inventory, and on the reports of all devices: enough for the largest node
@@ -104,3 +107,16 @@ def _check_number(entries: Sized, field: str) -> None:
 def _check_bytes(num_bytes: int, field: str) -> None:
     if num_bytes > MOST_BYTES:
         raise invalid_field(field, f"has {num_bytes} bytes, at most {MOST_BYTES} are allowed")
+
+
+def note_refused(error: ServiceError, counters: FleetCounters) -> None:
+    """Count a refused stream, and log what an operator must do about it."""
+    counters.hellos_refused[error.reason_name] += 1
+    if error.reason == Reason.ERROR_REASON_STALE_EPOCH:
+        # Without the node's name: one line, and not one per agent.
+        _log.error(
+            "agents have followed a later planner than this one, which they refuse until its epoch is higher."
+            " Either another planner leads, or the store was replaced by a new or an older one:"
+            " see docs/operations.md",
+            extra=dict(error.metadata),
+        )

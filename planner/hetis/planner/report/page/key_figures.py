@@ -21,11 +21,16 @@ from hetis.planner.report.page.blocks import (
 )
 from hetis.planner.report.rungs import LITTLE_LEFT
 from hetis.planner.report.tables import SimulationRemarks, kept_beyond
-from hetis.planner.use_cases.compare import cost_rate
+from hetis.planner.use_cases.compare import cost_rate, figures_of
 from hetis.planner.use_cases.prices import price_of_idle
-from hetis.planner.use_cases.record.parts import Losses, Verified
-from hetis.planner.use_cases.verification.choosing import OUT_OF_TIME, stopped_simulation_of
-from hetis.planner.use_cases.verification.outcome import attained, limited_latencies, misses
+from hetis.planner.use_cases.record.parts import EqualStages, Losses, Verified
+from hetis.planner.use_cases.verification.outcome import (
+    OUT_OF_TIME,
+    attained,
+    limited_latencies,
+    misses,
+    stopped_simulation_of,
+)
 from hetis.solver.plan import ObjectiveKind, Plan
 from hetis.solver.problem import PlacementProblem
 
@@ -34,15 +39,15 @@ ROOM = 1.02  # ratio of an axis to its longest bar
 
 
 def key_tiles(plan: Plan, problem: PlacementProblem) -> Iterator[Tile]:
-    kept, expected = promises.less_than_planned(plan), promises.range_of(plan)
-    kind, figures = plan.objective.kind, promises.promised_figures(plan, problem)
+    by_model, expected = Verified.of(plan).model_value, promises.range_of(plan)
+    kind, figures = plan.objective.kind, figures_of(plan, problem)
     span = "" if expected is None else f"{digits(expected.rate.low)} to {digits(expected.rate.high)} by profile errors"
-    by_model = "by the model; simulated traffic misses them" if promises.misses_as_planned(plan) else span
+    note = "by the model; simulated traffic misses them" if promises.misses_as_planned(plan) else span
     yield Tile(
         label="Throughput" if kind is ObjectiveKind.THROUGHPUT else "Served within the limits",
         value=digits(figures.rate_rps),
         unit="requests/s",
-        note=by_model if kept is None else f"simulated; by the model {digits(plan.result.value)}",
+        note=note if by_model is None else f"simulated; by the model {digits(by_model)}",
     )
     if (demand_rps := plan.objective.demand_rps) is not None:
         missed = promises.misses_demand(plan)
@@ -91,15 +96,15 @@ def key_tiles(plan: Plan, problem: PlacementProblem) -> Iterator[Tile]:
 
 
 def _against_today(plan: Plan) -> Iterator[Tile]:
-    """Yield the plan beside equal stages, alike: both as simulated, or both by the model."""
-    ours, theirs, are_simulated = promises.beside_by_rates(plan)
+    """Yield the plan beside equal stages, both by the model."""
+    equal, ours = EqualStages.of(plan).best, promises.value_by_model(plan)
+    theirs = None if equal is None else equal.value
     if theirs is not None and theirs > 0:
         ratio = ours / theirs - 1.0
         good = ratio > 0 if plan.objective.maximises else ratio < 0
         sign = "+" if ratio > 0 else "−" if ratio < 0 else ""
         value = f"{digits(theirs)} {plan.result.unit}{promises.by_unified(plan)}"
         by = "by the model; equal stages, not simulated: " if promises.is_below_model(plan) else "equal stages: "
-        by = "in simulation; equal stages: " if are_simulated else by
         yield Tile(
             label="Compared with today's practice",
             value=f"{sign}{percent(abs(ratio))}" if ratio else "the same",
@@ -133,10 +138,15 @@ def _simulated(plan: Plan) -> Iterator[Tile]:
 def worth_scale(plan: Plan) -> Scale:
     """Return the value next to its bound and to equal stages, today's practice."""
     result, expected = plan.result, promises.range_of(plan)
-    _, theirs, are_simulated = promises.beside_by_rates(plan)
-    beside = theirs or 0.0
+    equal = EqualStages.of(plan).best
+    beside = 0.0 if equal is None else equal.value or 0.0
     band = (expected.rate.low, expected.rate.high) if expected is not None and plan.objective.maximises else None
-    known = [result.value, beside, *(band or ()), *([result.bound] if math.isfinite(result.bound) else [])]
+    known = [
+        promises.value_by_model(plan),
+        beside,
+        *(band or ()),
+        *([result.bound] if math.isfinite(result.bound) else []),
+    ]
     axis = max(known) * ROOM or 1.0
     rows = [
         ScaleRow(
@@ -148,12 +158,10 @@ def worth_scale(plan: Plan) -> Scale:
             strong=True,
         )
     ]
-    if (kept := promises.less_than_planned(plan)) is not None:
-        simulated = with_unit(kept.rate_rps, result.unit) if kept.rate_rps else "none of the rates tried"
-        rows.append(ScaleRow(label="Kept, simulated", text=simulated, share=kept.rate_rps / axis))
+    if (by_model := Verified.of(plan).model_value) is not None:
+        rows.append(ScaleRow(label="By the model", text=with_unit(by_model, result.unit), share=by_model / axis))
     if beside:
         label = "Equal stages (unified)" if promises.excludes_unified(plan) else "Equal stages"
-        label += ", simulated" if are_simulated else ""
         rows.append(ScaleRow(label=label, text=with_unit(beside, result.unit), share=beside / axis))
     bound = f"bound {with_unit(result.bound, result.unit)}" if math.isfinite(result.bound) else "no bound"
     notes = [f"The line is the {bound}: {promises.verdict(plan)}."]

@@ -27,8 +27,7 @@ from hetis.planner.use_cases.saved_plans import (
 )
 from hetis.planner.use_cases.sources import LoadedInputs, impossible_profiles, load_profiles, named, unused_profiles
 from hetis.planner.use_cases.surviving import ENOUGH, left_without, with_losses
-from hetis.planner.use_cases.verification.choosing import noted_if_stopped
-from hetis.planner.use_cases.verification.rates import simulation_report, verified
+from hetis.planner.use_cases.verification.rates import kept_plan, simulation_report
 from hetis.solver.budget import Budget, Report
 from hetis.solver.check import check_plan
 from hetis.solver.cluster import Cluster, node_of
@@ -294,6 +293,5 @@ def replan(
     if verify:
         told = simulation_report(plan, report)
         unlimited = Budget(cancelled=budget.cancelled)
-        plan = verified(plan, posed.problem, seed=settings.seed, budget=unlimited, report=told)
-        plan = noted_if_stopped(plan, unlimited)
+        plan = kept_plan(plan, posed.problem, seed=settings.seed, budget=unlimited, report=told)
     return replace(found, plan=plan)

@@ -246,19 +246,16 @@ def errors_data(errors: Errors) -> dict[str, Any]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Verification:
-    """A plan's behaviour under Poisson arrivals at its planned rate."""
+    """A plan's behaviour under simulated arrivals at the rate that it promises."""
 
-    rate_rps: float  # rate of the arrivals, which the plan promises
+    rate_rps: float  # rate of the arrivals
     num_requests: int  # requests per run
     kept: bool  # whether the load was carried, with no latency above its limit by more than chance
     steady: bool | None  # whether the queue did not grow; None: the run was too short to tell
     ttft_p95_s: float  # over all requests of the run, after the warm-up
     tpot_mean_s: float  # over all requests of the run, after the warm-up
     attainment: float  # share of the requests within both limits
-    # The highest rate that kept the limits in a simulation. If ``kept``, ``rate_rps`` or the first of `HIGHER` times
-    # ``rate_rps`` that kept them by more than chance, which is tried for plans of the highest rate unless runs are slow
-    # (with attention workers). Otherwise a lower rate that kept them by more than chance; None: none of those tried.
-    kept_rps: float | None
+    kept_rps: float | None  # the highest rate that kept the limits in a simulation; None: none of those tried
     # The following fields are missing in earlier plans.
     ttft_s: float | None = None  # the statistic that must keep the limit, if that is not p95
     tpot_s: float | None = None  # the statistic that must keep the limit, if that is not the mean
@@ -278,15 +275,6 @@ class Verification:
         if latency is Latency.TTFT:
             return self.ttft_p95_s if self.ttft_s is None else self.ttft_s
         return self.tpot_mean_s if self.tpot_s is None else self.tpot_s
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Tightening:
-    """A limit under the name that plans show, and the tighter limit that was planned for."""
-
-    name: str
-    asked_s: float
-    planned_s: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

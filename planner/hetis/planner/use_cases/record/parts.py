@@ -22,7 +22,6 @@ from hetis.planner.use_cases.record.forms import (
     KeptWithClasses,
     RungFound,
     Searched,
-    Tightening,
     UnreadableError,
     Verification,
     engine_settings_data,
@@ -226,25 +225,10 @@ class Classes(Part):
 
 @part
 class Verified(Part):
-    """What simulation showed of a plan, and of the plans that it was chosen from."""
+    """What simulation showed of a plan."""
 
     verification: Verification | None = entry(None)
-    tightened: Tightening | None = entry(None)  # the limit for which the plan was found
-    # True for a plan of equal stages that keeps more in simulation than the best plan by the model, false if such a
-    # plan was simulated and keeps less than this one.
-    equal_stages_chosen: bool | None = entry(None)
-    equal_stages_kept_rps: float | None = entry(None)
-    model_value: float | None = entry(None)  # the best plan's by the model, if this is another
-
-    @property
-    def is_other_than_best(self) -> bool:
-        """Whether the plan is shown for what it keeps in simulation, instead of the best one by the model."""
-        return self.tightened is not None or self.equal_stages_chosen is True
-
-    @property
-    def kept_rps(self) -> float:
-        """The highest rate known to keep the limits; 0: none."""
-        return 0.0 if self.verification is None else self.verification.kept_rps or 0.0
+    model_value: float | None = entry(None)  # the plan's value by the model, if simulation keeps less
 
 
 @part

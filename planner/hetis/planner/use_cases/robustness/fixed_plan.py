@@ -117,7 +117,7 @@ class FixedPlan:
         """
         if plan.classes:
             raise InvalidProblemError("what errors of profiles do to pools of classes of requests is not known")
-        self._problem = problem
+        self._problem, self._planned_share = problem.at(plan.result.utilisation, plan.result.lanes), plan.planned_share
         workload = problem.workload.clipped_to(problem.model.max_position)
         self._moments: WorkloadMoments = workload.moments(block_tokens=problem.assumptions.block_tokens)
         self._traffic = Traffic(problem, self._moments)
@@ -131,9 +131,15 @@ class FixedPlan:
         stages = [stage for group in self.groups for stage in group.shape.stages]
         return frozenset(s.gpu for s in stages) | {s.pool.gpu for s in stages if s.pool is not None}
 
-    def as_planned(self, profiles: Profiles) -> Performance:
-        """Return the performance with the plan's micro-batches, which may miss limits."""
+    def as_planned(self, profiles: Profiles, exchange_s: float | None = None) -> Performance:
+        """Return the performance with the plan's micro-batches, which may miss limits.
+
+        ``exchange_s`` is what the plugin takes of an exchange with attention workers; None: what is planned.
+        """
         problem, alike = self._under(profiles), {(group.shape, group.claimed): group for group in self.groups}
+        if exchange_s is not None and (engine := problem.family.engine) is not None:
+            plugin = replace(engine.plugin, exchange_s=exchange_s)
+            problem = replace(problem, family=replace(problem.family, engine=replace(engine, plugin=plugin)))
         paces = {key: self._pace(problem, group, group.shape) for key, group in alike.items()}  # zones have like groups
         return self._sum((group, paces[group.shape, group.claimed]) for group in self.groups)
 
@@ -194,7 +200,7 @@ class FixedPlan:
         most = [max(pace.rate for pace in of_group) for of_group in paces]
         rates = list(zip(self.groups, most, strict=True))
         unified, routed = self._traffic.served(rates)
-        total = (unified + routed) * self._problem.planned_share
+        total = (unified + routed) * self._planned_share
         if load > total * WITHIN:
             return math.inf
         latency = 0.0
@@ -310,7 +316,7 @@ class FixedPlan:
         found = list(paces)
         unified, routed = self._traffic.served([(group, pace.rate) for group, pace in found])
         return Performance(
-            rate=self._problem.planned_share * (unified + routed),
+            rate=self._planned_share * (unified + routed),
             ttft_s=max((pace.ttft_s for _, pace in found), default=0.0),
             tpot_s=max((pace.tpot_s for _, pace in found), default=0.0),
         )

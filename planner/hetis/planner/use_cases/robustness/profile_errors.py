@@ -127,6 +127,7 @@ def predicted(plan: Plan, problem: PlacementProblem) -> Predicted | None:
     is off by more; errors of operators are weighted by their share of the time, and never cancel. The error of a fit to
     measurements is a mean: single points are further off, but a plan's times are sums over many of them. The error of a
     fit modelled for a GPU without measurements covers nine in ten times of measured GPUs that are left out in turn.
+    What the plugin takes of an exchange with attention workers has the measured range.
     """
     if not plan.replicas:
         return None
@@ -136,8 +137,11 @@ def predicted(plan: Plan, problem: PlacementProblem) -> Predicted | None:
     if not all(map(_states_errors, profiles.values())):
         return None
 
+    plugin = problem.family.plugin
+
     def reach(end: int) -> Performance:
-        return fixed.as_planned(scaled_by(profiles, lambda _gpu, fit: range_factors(fit)[end]))
+        exchange_s = (plugin.exchange_low_s, plugin.exchange_high_s)[end]
+        return fixed.as_planned(scaled_by(profiles, lambda _gpu, fit: range_factors(fit)[end]), exchange_s)
 
     errors: dict[str, dict[str, float]] = {gpu: {} for gpu in profiles}
     assumed = dict[str, None]()  # ordered, without duplicates

@@ -18,7 +18,7 @@ from hetis.simulator.metrics import Metrics, Prediction, Summary, prediction_of,
 from hetis.simulator.running import MAX_ROUNDS, RateSweep, Report, SimulationJob, SimulationRunner, runner, sweep
 from hetis.simulator.values import Fault, Run, Settings
 from hetis.solver.errors import InvalidProblemError
-from hetis.solver.plan import Objective, Plan
+from hetis.solver.plan import PLANNED_UTILISATION, Objective, Plan
 from hetis.solver.problem import NOTHING_SET, EngineSettings, PlacementProblem
 from hetis.solver.workload import Workload
 
@@ -106,8 +106,8 @@ def load_lengths(ref: str, prefix_hit_rate: PrefixHitRate | None = None) -> Trac
 
 
 def default_rate(plan: Plan, problem: PlacementProblem) -> float:
-    """Return the default rate in requests/s: the demanded one, or else the planned goodput."""
-    return plan.objective.demand_rps or problem.assumptions.planned_utilisation * prediction_of(plan).rate_rps
+    """Return the default rate in requests/s: the demanded one, or else the planned goodput if it is not 0."""
+    return plan.objective.demand_rps or (plan.result.utilisation or PLANNED_UTILISATION) * plan.served_rate()
 
 
 def default_requests(plan: Plan, load: Load, level: ServiceLevel = DEFAULT) -> int:

@@ -63,6 +63,9 @@ def with_values(plan: Plan, problem: PlacementProblem, seed: int, cancelled: thr
         if tp <= most and tp not in forbidden
     }
     known = {size: one.value for size, one in by_size.items() if one is not None}
+    values = [value for value in known.values() if value is not None]
+    if best is not None and best.value is not None and values:  # few utilisations are tried, so the smaller may win
+        best = Searched(max(best.value, *values) if problem.objective.maximises else min(best.value, *values))
     return EqualStages(best=best, by_size=known).on(plan)
 
 

@@ -1,8 +1,9 @@
-"""Rates at which simulated traffic keeps a plan's limits: the planned one, higher ones if it is kept, or lower ones.
+"""The rate at which simulated traffic keeps a plan's limits: its value.
 
-The bound and the value of a plan are those of the cost model. The simulator models more: how requests queue for seats,
-and how lengths vary. So `place` simulates the plan that it has found and reports both figures; if the plan misses a
-limit, a lower rate is searched for (`LowerRates`), and another plan (`hetis.planner.use_cases.verification.choosing`).
+A plan is searched for what it keeps by the cost model and a queue model. The simulator models more: how iterations
+follow each other, and how lengths vary. So `place` simulates the plan that it has found. If a limit is missed at the
+planned rate, the highest lower rate that keeps all is searched for (`LowerRates`), and if all are kept, higher rates up
+to the bound are tried. What is kept becomes the plan's value (`restated`).
 """
 
 from __future__ import annotations
@@ -22,15 +23,24 @@ from hetis.planner.use_cases.simulation.judging import Measured, measured
 from hetis.planner.use_cases.simulation.representative import RepresentativePart, representative_part
 from hetis.planner.use_cases.simulation.simulate import NothingSimulatedError, Question, answer, default_rate, seats_of
 from hetis.planner.use_cases.verification.lower_rates import KeptRate, LowerRates, StoppedError
-from hetis.planner.use_cases.verification.outcome import AS_PLANNED, DISPATCHED, MISSES_AT, misses
-from hetis.planner.use_cases.verification.queueing import request_queue
+from hetis.planner.use_cases.verification.outcome import (
+    AS_PLANNED,
+    DISPATCHED,
+    MISSES_AT,
+    misses,
+    needs_verifying,
+    noted_if_stopped,
+    promising,
+    restated,
+)
 from hetis.simulator.arrivals import Arrivals, Load
 from hetis.simulator.metrics import Metrics, Summary
 from hetis.simulator.running import Report
 from hetis.simulator.values import Settings
 from hetis.solver.budget import Budget, Progress
 from hetis.solver.budget import Report as SearchReport
-from hetis.solver.plan import Objective, Plan
+from hetis.solver.check.result import MOST_UTILISATION
+from hetis.solver.plan import Objective, ObjectiveKind, Plan
 from hetis.solver.problem import PlacementProblem
 
 TURNS = 8  # how many times a run replaces all the requests that a plan holds at once
@@ -45,7 +55,7 @@ PER_REQUEST = 20.0  # iterations that take as long as a request's arrival, routi
 PART = 0.2  # of all iterations, which one run may take
 WORKER_ITERATIONS = 3.0  # an iteration with attention workers takes as long as so many without
 BY_CHANCE = 0.02  # share of a limit above which an excess is no chance, however wide the interval
-HIGHER = (1.1, 1.05)  # factors of the planned rate, which are tried if it is kept; 90% of saturation is planned
+HIGHER = (1.5, 1.2, 1.15, 1.1, 1.05)  # factors of the planned rate, which are tried if it is kept, up to the bound
 MOST_GROWTH = 0.02  # seconds by which the wait may grow per second at these rates
 LONG_RUN = 10_000  # requests of a run at these rates, unless that is more than `LONGER` times the ordinary number
 
@@ -62,11 +72,6 @@ class TriedRate:
     sure: bool  # whether they were kept by more than chance, so that other traffic at this rate keeps them, too
     close: bool  # whether a longer run may give another result
     missed_by_far: bool  # whether longer runs would miss the limits, too
-
-
-def needs_verifying(plan: Plan) -> bool:
-    """Return whether a plan promises a latency that could be missed."""
-    return bool(plan.replicas) and (plan.objective.ttft_limit_s, plan.objective.tpot_limit_s) != (None, None)
 
 
 # A callback for the progress of a run: its arrival rate, the requests that have arrived, and their number (zero while
@@ -94,19 +99,30 @@ def simulation_report(plan: Plan, report: SearchReport) -> RunReport:
     return run
 
 
-def verified(plan: Plan, problem: PlacementProblem, *, seed: int, budget: Budget, report: RunReport) -> Plan:
-    """Return the plan with the simulator's results, or unchanged if it promises no latency or time ran out first.
+def kept_plan(plan: Plan, problem: PlacementProblem, *, seed: int, budget: Budget, report: RunReport) -> Plan:
+    """Return the plan with the rate that simulated traffic keeps as its value, and the simulation in its record.
+
+    It is unchanged if it promises no latency, and has a note if time ended its simulation. A plan that maximises its
+    rate is simulated at that rate, whatever rate is demanded of it.
 
     Head groups are split as planned. If a run with this split misses a limit or is close to one, they are dispatched
     per request, as engines do, which takes twice as long to simulate: below the saturated rate a dispatcher keeps more
     of them where they are computed fastest.
 
-    If it misses a limit, the highest rate that keeps all limits is searched for. If it has more seats than runs can
-    fill, a part of its replicas gets that part of the traffic, and rates are multiplied. If it misses a limit and the
-    search for a lower rate is stopped before any run kept them, the plan gets a note only (`MISSES_AT`).
+    If it has more seats than runs can fill, a part of its replicas gets that part of the traffic, and rates are
+    multiplied. If it misses a limit and the search for a lower rate is stopped before any run kept them, the plan gets
+    a note only (`MISSES_AT`).
     """
-    tried = simulate_at_planned_rate(plan, problem, seed=seed, budget=budget, report=report)
-    return plan if tried is None else tried.decided()
+    if not needs_verifying(plan):
+        return plan
+    demanded, plan = plan.objective, promising(plan)
+    runs = None
+    if not budget.is_spent():
+        runs = _Runs(plan, problem, seed, budget, report)
+        with suppress(StoppedError):
+            plan = runs.kept()
+    found = replace(plan, objective=demanded)
+    return noted_if_stopped(found, budget)
 
 
 class _Most(NamedTuple):
@@ -165,8 +181,9 @@ def simulated_at(
     close; empty: the ordinary numbers. The budget is charged with the iterations of every run.
     """
     load = Load(
-        lengths=problem.workload, max_position=problem.model.max_position, arrivals=Arrivals.DRAWN, rate_rps=rate_rps
-    )
+        lengths=problem.workload, max_position=problem.model.max_position, arrivals=Arrivals.DRAWN, rate_rps=rate_rps,
+        gap_cv=problem.workload.burstiness,
+    )  # fmt: skip
     outcome, level = None, Requested.of(plan).service_level
     for num_requests in dict.fromkeys(lengths or (num_requests_of(plan), longest_of(plan))):
         question = Question(
@@ -193,67 +210,13 @@ def iterations_of(plan: Plan, run: Metrics) -> float:
     return run.counts.iterations * stages * each + PER_REQUEST * run.counts.arrived
 
 
-class AtPlannedRate(NamedTuple):
-    """A plan that was simulated at its planned rate."""
-
-    plan: Plan
-    found: Verification  # ``kept_rps`` is None if the plan misses a limit: lower rates were not tried yet
-    # Returns the highest rate found to keep the limits below the planned one, which misses them, and not below another;
-    # None: none of those tried. Raises `StoppedError`.
-    kept_below: Callable[[float], KeptRate | None]
-
-    def with_lower_rates(self, at_least_rps: float) -> AtPlannedRate:
-        """Return the same with lower rates searched now, if the plan misses a limit and time is left.
-
-        Rates below ``at_least_rps`` are not of interest.
-        """
-        if self.found.kept:
-            return self
-        try:
-            kept = self.kept_below(at_least_rps)
-        except StoppedError:
-            return self
-        return self._replace(kept_below=lambda least: kept if kept is not None and kept.rate_rps >= least else None)
-
-    def decided(self, at_least_rps: float = 0.0) -> Plan:
-        """Return the plan as `verified` does; lower rates are searched from ``at_least_rps`` on."""
-        found, notes = self.found, self.plan.notes
-        try:
-            kept = None if found.kept else self.kept_below(at_least_rps)
-        except StoppedError:
-            what = ", ".join(misses(found, self.plan)) or "not all of the traffic is carried"
-            part = "" if found.share is None else f" (a part of its replicas at {found.share:.3g} of the rate)"
-            note = f"{MISSES_AT} {found.rate_rps:.4g} requests/s: {what}{part}"
-            return replace(self.plan, notes=(*notes, note))
-        if kept is not None:
-            found, notes = replace(found, kept_rps=kept.rate_rps), (*notes, *kept.notes())
-        record = replace(Verified.of(self.plan), verification=found)
-        return record.on(replace(self.plan, notes=notes))
-
-
-def simulate_at_planned_rate(
-    plan: Plan, problem: PlacementProblem, *, seed: int, budget: Budget, report: RunReport
-) -> AtPlannedRate | None:
-    """Simulate a plan at its rate and, if it keeps the limits, at higher ones.
-
-    None: it promises no latency, or the budget was spent before its own rate was decided.
-    """
-    if not needs_verifying(plan) or budget.is_spent():
-        return None
-    runs = _Runs(plan, problem, seed, budget, report)
-    try:
-        found = runs.decide()
-    except StoppedError:
-        return None
-    return AtPlannedRate(plan, found, runs.kept_below)
-
-
 class _Runs:
     """Simulations of a plan, or of a part of it, at rates of the whole plan; none is run twice."""
 
     def __init__(self, plan: Plan, problem: PlacementProblem, seed: int, budget: Budget, report: RunReport) -> None:
         self._plan, self._problem, self._seed = plan, problem, seed
         self._planned_rps, to_fill = default_rate(plan, problem), most_requests_of(plan).to_fill
+        self._is_value = plan.objective.kind is ObjectiveKind.GOODPUT  # the rate that is kept
         self._part = part = simulated_part(plan, problem, to_fill)
         self._ordinary, self._long, self._longer = (
             num_requests_of(part.plan),
@@ -295,11 +258,48 @@ class _Runs:
         """Simulate the usual traffic, or other traffic, at a rate. Raises `StoppedError`."""
         return self._simulate(self._settings, rate_rps, *lengths, traffic=self._seed + other)
 
-    def decide(self) -> Verification:
-        """Return the plan's behaviour at its planned rate and, if it is kept, the highest rate that is kept for sure.
+    def kept(self) -> Plan:
+        """Return the plan at the rate that is kept.
 
-        Raises `StoppedError` before that of the planned rate is known.
+        Raises `StoppedError` before the behaviour at the planned rate is known.
         """
+        found, plan = self._planned(), self._plan
+        if not self._is_value:
+            kept = None if found.kept else self._lower(found)
+            return self._recorded(found, self._planned_rps if found.kept else None if kept is None else kept.rate_rps)
+        if found.kept:
+            rate_rps = self._higher(found)
+            return self._recorded(found if rate_rps == self._planned_rps else self._longest_at(rate_rps), rate_rps)
+        try:
+            kept = self._lower(found)
+        except StoppedError:
+            what = ", ".join(misses(self._verification(found, self._planned_rps, None), plan))
+            part = "" if self._part.share == 1.0 else f" (a part of its replicas at {self._part.share:.3g} of the rate)"
+            note = (
+                f"{MISSES_AT} {self._planned_rps:.4g} requests/s: {what or 'not all of the traffic is carried'}{part}"
+            )
+            return replace(plan, notes=(*plan.notes, note))
+        if kept is None:
+            return self._recorded(found, None)
+        at_kept = self._longest_at(kept.rate_rps) if kept.is_confirmed else self._at(kept.rate_rps, self._ordinary)
+        kept_plan = self._recorded(replace(at_kept, kept=True), kept.rate_rps)
+        return replace(kept_plan, notes=(*kept_plan.notes, *kept.notes()))
+
+    def _recorded(self, found: TriedRate, kept_rps: float | None) -> Plan:
+        """Return the plan with a run at the rate that is kept, or at the planned one if none is, in its record."""
+        plan, at_rps = self._plan, self._planned_rps
+        if self._is_value and kept_rps is not None:
+            at_rps = kept_rps
+        record = replace(Verified.of(plan), verification=self._verification(found, at_rps, kept_rps))
+        if not self._is_value or kept_rps == self._planned_rps:
+            return record.on(plan)
+        served_rps = plan.served_rate()
+        if (kept_rps or 0.0) < self._planned_rps:
+            record = replace(record, model_value=plan.result.value)
+        return record.on(restated(plan, self._problem, (kept_rps or 0.0) / served_rps))
+
+    def _planned(self) -> TriedRate:
+        """Return the plan's behaviour at its planned rate. Raises `StoppedError`."""
         found = self._at(self._planned_rps, self._ordinary) if _has_workers(self._plan) else None
         if found is not None and (found.close or not found.kept) and self._budget.work_limit > ITERATIONS:
             _compile_dispatcher(self._compiling)
@@ -309,14 +309,25 @@ class _Runs:
             if found.kept and found.close:  # other traffic may well miss the limits
                 other = self._at(self._planned_rps, self._longer, other=True)
                 found = found if other.kept else other
-        kept_rps = self._planned_rps if found.kept else None
-        if found.kept and _may_keep_more(self._plan, found) and not self._too_short and self._are_cheap():
-            with suppress(StoppedError):
-                higher = (factor * self._planned_rps for factor in HIGHER)
-                kept_rps = next((rate_rps for rate_rps in higher if self._is_calm(rate_rps)), kept_rps)
+        return found
+
+    def _higher(self, found: TriedRate) -> float:
+        """Return the highest rate tried, up to the plan's bound, that is kept for sure; the planned one if none is."""
+        most_rps = min(self._plan.result.bound, MOST_UTILISATION * self._plan.served_rate())
+        may = _may_keep_more(self._plan, found) and not self._too_short and self._are_cheap()
+        higher = [factor * self._planned_rps for factor in HIGHER if factor * self._planned_rps <= most_rps]
+        with suppress(StoppedError):
+            return next((rate_rps for rate_rps in higher if may and self._is_calm(rate_rps)), self._planned_rps)
+        return self._planned_rps
+
+    def _longest_at(self, rate_rps: float) -> TriedRate:
+        """Return the longest run at a rate that was simulated before."""
+        return self._at(rate_rps, self._longer)
+
+    def _verification(self, found: TriedRate, rate_rps: float, kept_rps: float | None) -> Verification:
         summary, seconds, missed = found.summary, found.measured.seconds, found.measured.missed
         return Verification(
-            rate_rps=self._planned_rps,
+            rate_rps=rate_rps,
             num_requests=found.num_requests,
             kept=found.kept,
             steady=summary.steady,
@@ -348,8 +359,11 @@ class _Runs:
         runs = (self._at(rate_rps, self._long, self._longer, other=other) for other in (False, True))
         return all(run.sure and hardly_grows(run.summary) for run in runs)
 
-    def kept_below(self, at_least_rps: float) -> KeptRate | None:
-        """Search for the highest rate below the planned one that keeps the limits, as `AtPlannedRate` says."""
+    def _lower(self, found: TriedRate) -> KeptRate | None:
+        """Search for the highest rate below the planned one, at which ``found`` misses limits, that keeps them.
+
+        Raises `StoppedError` before any run kept them.
+        """
 
         def seems_sure(rate_rps: float) -> bool | None:
             found = self._at(rate_rps, self._ordinary)
@@ -357,22 +371,13 @@ class _Runs:
 
         search = LowerRates(seems_sure, self._is_sure)
         try:
-            rate_rps = search.highest(
-                self._planned_rps, at_least_rps, likely_rate(self._plan, self._problem) or self._planned_rps
-            )
+            rate_rps = search.highest(self._planned_rps, 0.0)
         except StoppedError:
             if search.likely_rps is None:
                 raise
-            return KeptRate(
-                search.likely_rps, self._at(search.likely_rps, self._ordinary).num_requests, is_confirmed=False
-            )
+            tried = self._at(search.likely_rps, self._ordinary)
+            return KeptRate(search.likely_rps, tried.num_requests, is_confirmed=False)
         return None if rate_rps is None else KeptRate(rate_rps, self._longer, is_confirmed=True)
-
-
-def likely_rate(plan: Plan, problem: PlacementProblem) -> float:
-    """Return the highest rate up to the planned one that keeps the limit on TTFT by the queue model."""
-    limit_s, queue, planned_rps = plan.objective.ttft_limit_s, request_queue(plan, problem), default_rate(plan, problem)
-    return planned_rps if limit_s is None or queue is None else queue.highest_rate(planned_rps, limit_s)
 
 
 def _compile_dispatcher(on_start: Callable[[], None]) -> None:

@@ -19,13 +19,19 @@ def runners_up_of(costs: CostTables, outcome: Outcome, status: Status) -> tuple[
     """Return the shapes that came next, each with the reason why a plan of this ``status`` does without it."""
     return tuple(
         RunnerUp(
-            shape=("" if _role(costs, template) is Role.UNIFIED else f"{_role(costs, template)}: ")
-            + describe(costs, template.stages),
+            shape=_kind(costs, template) + describe(costs, template.stages),
             rate=template.rate,
             reason=_why_not(costs, outcome, template, status),
         )
         for template in outcome.runners_up
     )
+
+
+def _kind(costs: CostTables, template: Template) -> str:
+    """Return what a replica does, unless it serves all of every request."""
+    role, classes = _role(costs, template), costs.problem.ranges()[costs.scopes[template.scope].number]
+    words = [*classes, *(["requests"] if classes else []), *([] if role is Role.UNIFIED else [role.value])]
+    return f"{' '.join(words)}: " if words else ""
 
 
 def _role(costs: CostTables, template: Template) -> Role:
@@ -38,7 +44,9 @@ def _why_not(costs: CostTables, outcome: Outcome, template: Template, status: St
     if objective.maximises:
         price = float(outcome.row_prices @ use)
         if price > worth * template.rate * (1.0 + 1e-6):
-            half = "" if role is Role.UNIFIED else f", its {role} work {worth * template.rate:.4g}"
+            own = "own" if role is Role.UNIFIED else role  # requests of a class are worth more or less than others
+            is_whole = role is Role.UNIFIED and not costs.scopes[template.scope].number
+            half = "" if is_whole else f", its {own} work {worth * template.rate:.4g}"
             return f"its GPUs are worth {price:.4g} requests/s elsewhere{half}"
     else:
         each = float(row_costs_of(costs) @ use) / template.rate

@@ -122,7 +122,7 @@ def _meets(demand_rps: float, plan: Plan, problem: PlacementProblem) -> bool:
     """Return whether a plan reaches the demand; one of the highest rate may fall short of it."""
     if not plan.objective.maximises:
         return True
-    return plan.served_rate() * problem.planned_share >= demand_rps * (1 - NOTHING)
+    return plan.planned_rate() >= demand_rps * (1 - NOTHING)
 
 
 def _costs(view: ReplicaView, device_class: DeviceClass, idle: int) -> list[DeviceCost]:

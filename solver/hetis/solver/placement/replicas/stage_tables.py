@@ -18,7 +18,14 @@ from hetis.solver.placement.fleet import (
     IntArray,
     Part,
 )
-from hetis.solver.placement.replicas.tables import NO_ROOM, BoolArray, ChunkTables, FloatArray, Tables
+from hetis.solver.placement.replicas.tables import (
+    NO_ROOM,
+    BoolArray,
+    ChunkTables,
+    FloatArray,
+    Tables,
+    latency_caps,
+)
 from hetis.solver.plan import Role
 from hetis.solver.problem import PlacementProblem
 from hetis.solver.rank_memory import requests_at_once
@@ -126,7 +133,7 @@ class StageTables:
             own = self.classes[i].zone if self.classes[i].zone in zones else None
             may = [q.zone == own and part.has(q) and Duty.WORKER not in q.constraints.barred for q in self.classes]
             start[s] = np.where(may, start[s], -1)
-        kv_tokens = self._allowed_kv_tokens()
+        kv_tokens, caps = self._allowed_kv_tokens(), latency_caps(self.problem, self.moments, self.mixes, slowest_s)
         return Tables(
             num_layers=model.num_layers - model.prefix_layers,
             prefix_layers=model.prefix_layers,
@@ -140,8 +147,9 @@ class StageTables:
             without_chunk=np.array(
                 [[max(0.0, 1.0 - x.chunk_share) ** (m * x.attention_dp) for m in family.in_flight] for x in self.mixes]
             ),
-            t_cap=np.where(kv_tokens < NO_ROOM, self._t_cap(slowest_s), 0.0),
-            trip_cap=self._trip_cap(),
+            t_cap=np.where(kv_tokens < NO_ROOM, caps.interval_s, 0.0),
+            trip_cap=caps.round_trip_s,
+            slowest_landing_s=slowest_s,
             kv_tokens=kv_tokens,
             prompt_tokens=self._per_rank(partial(cost.prompt_tokens_per_copy, self.problem.model, self.moments)),
             state_bytes=self._per_rank(
@@ -308,30 +316,6 @@ class StageTables:
             return np.zeros(len(self.mixes))
         chosen = landing_s[:, here]
         return np.asarray(chosen.max(axis=1))
-
-    def _t_cap(self, landing_s: FloatArray) -> FloatArray:
-        objective, family = self.problem.objective, self.problem.family
-        caps = np.full((len(self.mixes), len(family.in_flight)), np.inf)
-        for x, mix in enumerate(self.mixes):
-            for f, in_flight in enumerate(family.in_flight):
-                if objective.tpot_limit_s is not None and mix.role is not Role.PREFILL:
-                    per_t = cost.tpot_per_interval(self.problem.model, mix, in_flight)
-                    caps[x, f] = min(caps[x, f], objective.tpot_limit_s / per_t)
-                if objective.ttft_limit_s is not None and mix.role is not Role.DECODE:
-                    trips = cost.ttft_round_trips(self.moments, self.problem.assumptions, mix, in_flight)
-                    per_t = trips * in_flight / mix.iterations
-                    caps[x, f] = min(caps[x, f], max(0.0, objective.ttft_limit_s - float(landing_s[x])) / per_t)
-        return caps
-
-    def _trip_cap(self) -> FloatArray:
-        """Return caps on a round trip with a chunk; only unified replicas have others, which make a mean misleading."""
-        limit_s, in_flight = self.problem.objective.ttft_limit_s, self.problem.family.in_flight
-        trips_of = partial(cost.ttft_round_trips, self.moments, self.problem.assumptions)
-        caps = np.full((len(self.mixes), len(in_flight)), np.inf)
-        for x, mix in enumerate(self.mixes):
-            if mix.role is Role.UNIFIED and limit_s is not None:
-                caps[x] = [limit_s / trips_of(mix, m) for m in in_flight]
-        return caps
 
     def _allowed_kv_tokens(self) -> FloatArray:
         """Return the KV tokens of a stage copy, or more than fits anywhere if engine settings exclude it.

@@ -9,17 +9,25 @@ first and last). A stage's cost then takes a few look-ups (`stage_cost.py`). `ta
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from hetis.solver.cost import Mix, Regime, chunk_spread, regime_together, regimes
+from hetis.solver.cost import (
+    Mix,
+    Regime,
+    chunk_spread,
+    regime_together,
+    regimes,
+    tpot_per_interval,
+    ttft_round_trips,
+)
 from hetis.solver.placement.fleet import DeviceClass, IntArray, Part, Resources, Routes
-from hetis.solver.plan import Role
+from hetis.solver.plan import ALONE, Lanes, Role
 from hetis.solver.problem import PlacementProblem
 from hetis.solver.workload import WorkloadMoments
 
@@ -63,6 +71,7 @@ class Tables(NamedTuple):
     without_chunk: FloatArray  # [X, F] (1 - phi)^M: the probability that no micro-batch in flight carries a chunk
     t_cap: FloatArray  # [X, F] the longest interval that meets the latency limits
     trip_cap: FloatArray  # [X, F] the longest round trip with a chunk that meets them; inf except for unified mixes
+    slowest_landing_s: FloatArray  # [X] landing time that a TTFT limit sets aside
     kv_tokens: FloatArray  # [X, F] Tkv; NO_ROOM where engine settings exclude it
     prompt_tokens: FloatArray  # [X, F] Tpre: part of Tkv that a rank keeps of pooled groups, too
     state_bytes: FloatArray  # [X, F] of a layer on all ranks that divide them, for requests' states
@@ -96,6 +105,36 @@ class Tables(NamedTuple):
     pool_s: FloatArray  # [X, total] attention with a pool, including KV shipping, over k = 1..Gr, then pool sizes
     least_pool_start: IntArray  # [S, N] where the least over k of (s, q) start, by pool size
     least_pool_s: FloatArray  # [X, least total]
+
+
+class LatencyCaps(NamedTuple):
+    """The longest times that keep the latency limits, by mix and iterations in flight; [X, F] each."""
+
+    interval_s: FloatArray
+    round_trip_s: FloatArray  # of one with a chunk; only unified replicas have others, which make a mean misleading
+
+
+def latency_caps(
+    problem: PlacementProblem, moments: WorkloadMoments, mixes: Sequence[Mix], landing_s: FloatArray,
+    reserved_s: float = 0.0,
+) -> LatencyCaps:  # fmt: skip
+    """Return the caps at the problem's utilisation; ``reserved_s`` of the TTFT limit are set aside for waiting."""
+    objective, in_flight = problem.objective, problem.family.in_flight
+    interval_s, round_trip_s = np.full((2, len(mixes), len(in_flight)), np.inf)
+    for x, mix in enumerate(mixes):
+        for f, m in enumerate(in_flight):
+            if objective.tpot_limit_s is not None and mix.role is not Role.PREFILL:
+                interval_s[x, f] = objective.tpot_limit_s / tpot_per_interval(problem.model, mix, m)
+            if objective.ttft_limit_s is not None and mix.role is not Role.DECODE:
+                trips, limit_s = (
+                    ttft_round_trips(moments, problem.assumptions, mix, m),
+                    objective.ttft_limit_s - reserved_s,
+                )
+                longest_s = max(0.0, limit_s - float(landing_s[x])) / (trips * m / mix.iterations)
+                interval_s[x, f] = min(interval_s[x, f], longest_s)
+                if mix.role is Role.UNIFIED:
+                    round_trip_s[x, f] = limit_s / trips
+    return LatencyCaps(interval_s, round_trip_s)
 
 
 class Scope:
@@ -178,6 +217,20 @@ class CostTables:
     @property
     def has_ttft_limit(self) -> bool:
         return self.problem.objective.ttft_limit_s is not None
+
+    def at(self, utilisation: float, lanes: Lanes = ALONE, reserved_s: float = 0.0) -> CostTables:
+        """Return the tables of plans that serve this share of their saturated rate, with so many replicas together.
+
+        Of the limit on TTFT, ``reserved_s`` are set aside for waiting.
+        """
+        problem = self.problem.at(utilisation, lanes)
+
+        def change(tables: Tables) -> Tables:
+            caps = latency_caps(problem, self.moments, self.mixes, tables.slowest_landing_s, reserved_s)
+            interval_s = np.where(tables.kv_tokens < NO_ROOM, caps.interval_s, 0.0)
+            return tables._replace(t_cap=interval_s, trip_cap=caps.round_trip_s)
+
+        return replace(self, problem=problem, scopes=tuple(scope.changed(change) for scope in self.scopes))
 
     @cached_property
     def chunk_spread(self) -> float:

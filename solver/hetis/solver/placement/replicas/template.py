@@ -11,6 +11,7 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 
@@ -227,19 +228,43 @@ def describe(costs: CostTables, stages: Sequence[TemplateStage]) -> str:
 # --- time to the first token
 
 
+class PromptTimes(NamedTuple):
+    """Seconds of a replica's iterations with a chunk."""
+
+    round_trip_s: float  # RTc, in the saturated replica
+    slot_s: float  # from one to the next, in the saturated replica
+    chunk_s: float  # in all stages, alone
+    busiest_s: float  # in the stage that takes longest, alone
+    plain_s: float  # of an iteration without a chunk in all stages; 0 if there is none
+
+
+def prompt_times(costs: CostTables, template: Template) -> PromptTimes:
+    """Return the times of a replica that computes prompts."""
+    mix = costs.of_scope(template.scope).mixes[template.mix]
+    m = costs.problem.family.in_flight[template.in_flight_index]
+    slot_s = template.interval_s / mix.iterations
+    is_unified = mix.role is Role.UNIFIED
+    chunks_s = times_of(template, stage_seconds(costs, template, with_chunk=is_unified))
+    if not is_unified:  # all iterations of a prefill replica carry a chunk
+        chunks_s = chunks_s / mix.iterations
+    trip_s = max(m * slot_s, float(chunks_s.sum()))
+    slot_s = max(slot_s, float(chunks_s.max())) if m > 1 else trip_s
+    chunk_s, plain_s = float(chunks_s.sum()), 0.0
+    if mix.plain_iterations:
+        whole_s = float(times_of(template, stage_seconds(costs, template)).sum())  # of a request, in all iterations
+        plain_s = (whole_s - mix.chunk_iterations * chunk_s) / mix.plain_iterations
+    return PromptTimes(trip_s, slot_s, chunk_s, float(chunks_s.max()), plain_s)
+
+
 def ttft_s(costs: CostTables, template: Template) -> float:
     """Return p95 TTFT in seconds, without the landing of a prefill replica's KV."""
-    own, m = costs.of_scope(template.scope), costs.problem.family.in_flight[template.in_flight_index]
+    own = costs.of_scope(template.scope)
     mix = own.mixes[template.mix]
     if mix.role is Role.DECODE:
         return 0.0
-    slot_s = template.interval_s / mix.iterations
-    trip_s = m * slot_s
-    if mix.role is Role.UNIFIED:  # all round trips of a prefill replica carry a chunk
-        chunks_s = times_of(template, stage_seconds(costs, template, with_chunk=True))
-        trip_s = max(trip_s, float(chunks_s.sum()))
-        slot_s = max(slot_s, float(chunks_s.max())) if m > 1 else trip_s
-    return cost.ttft_s(cost.chunks_ahead(own.moments, costs.problem.assumptions, mix), trip_s, slot_s)
+    times = prompt_times(costs, template)
+    chunks = cost.chunks_ahead(own.moments, costs.problem.assumptions, mix)
+    return cost.ttft_s(chunks, times.round_trip_s, times.slot_s)
 
 
 def least_ttft_limit_s(costs: CostTables, template: Template) -> float:

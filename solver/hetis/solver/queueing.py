@@ -1,8 +1,8 @@
 """How long requests wait for a seat or for a prefill lane, by a queue model, which takes milliseconds to compute.
 
-The search plans with a wait for the prefill lanes of one replica, and with none for its seats. Here all replicas of a
-plan share one queue, because a router sends a request to one that is free. Replicas that prefill and decode, and pairs
-of prefill and decode replicas, have a queue of their own each, among which requests are divided by planned rates.
+All replicas of a plan share one queue, because a router sends a request to one that is free. Replicas that prefill and
+decode, and pairs of prefill and decode replicas, have a queue of their own each, among which requests are divided by
+planned rates.
 
 The *seats* are the servers of a queue whose rate depends on the number of requests in flight: a replica with n of them
 serves what the cost model gives it with batches of n / M (a flow-equivalent server: Chandy, Herzog and Woo 1975). Under
@@ -12,31 +12,20 @@ begins in a prefill replica. The *lanes* are the replicas, each of which compute
 follow each other through its pipeline; their waits have the same factor and Sakasegawa's probability. A request waits
 for both at once, as if they were independent.
 
-See "Waiting for a seat" in docs/cost-model.md.
+Search and checker derive seats and lanes each for itself. See "Waiting for a seat" in docs/cost-model.md.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
-from hetis.planner.use_cases.grouping import ReplicaGroup, group_replicas
-from hetis.planner.use_cases.simulation.engine_settings import with_all_seats
-from hetis.planner.use_cases.simulation.simulate import default_rate
-from hetis.planner.use_cases.verification.outcome import in_seconds
-from hetis.solver.check.rederive import Rederivation
-from hetis.solver.check.replica_shapes import Fleet, ReplicaShape, replica_shape
-from hetis.solver.plan import Plan, ReplicaPlan, Role
-from hetis.solver.problem import PlacementProblem
-
 FloatArray = npt.NDArray[np.float64]
 
-FILLS = (0.05, 0.1, 0.25, 0.5, 0.75, 1.0)  # shares of a replica's seats at which its rate is derived
-CHUNKS = (1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0)  # shares of a chunk at which its time is derived
 MOST_STATES = 20_000  # numbers of requests in flight that are told apart
 LATE = 0.05  # share of the requests that wait for longer than the p95
 PRECISION = 1e-7  # of a p95, relatively
@@ -107,7 +96,7 @@ class SharedQueue:
 
     def __init__(
         self, replicas: Sequence[EqualReplicas], prefills: Sequence[EqualPrefills], weights: FloatArray,
-        computed_cv2: float,
+        computed_cv2: float, arrival_cv2: float = 1.0,
     ) -> None:  # fmt: skip
         """Build the queue.
 
@@ -116,8 +105,9 @@ class SharedQueue:
             prefills: the lanes; often of the same replicas.
             weights: share of the requests that have each prompt of the workload.
             computed_cv2: squared coefficient of variation of the computed tokens of a prompt.
+            arrival_cv2: that of the gaps between arrivals; above 1 they come in bursts.
         """
-        self._replicas, self._computed_cv2 = replicas, computed_cv2
+        self._replicas, self._computed_cv2, self._arrival_cv2 = replicas, computed_cv2, arrival_cv2
         self.seats = sum(one.count * one.seats for one in replicas)
         most = self.seats + sum(one.count * one.beside for one in replicas)
         self._step = -(-most // MOST_STATES)
@@ -149,8 +139,9 @@ class SharedQueue:
         most_rps = float(self._rates[-1])
         if rate_rps >= most_rps:
             return Wait(probability=1.0, mean_s=math.inf)
-        varies = (1.0 + self._holding_cv2) / 2.0
-        steps = np.log(rate_rps / self._rates) / np.where(self._are_waiting, varies, 1.0)
+        varies = (self._arrival_cv2 + self._holding_cv2) / 2.0
+        bursts = (self._arrival_cv2 + 1.0) / 2.0  # by which they widen the number in flight where nobody waits
+        steps = np.log(rate_rps / self._rates) / np.where(self._are_waiting, varies, bursts)
         weights = np.concatenate(([0.0], self._step * np.cumsum(steps)))
         shares = np.exp(weights - weights.max())
         # In all further states the rate is the highest, so that their shares are a geometric series.
@@ -164,7 +155,10 @@ class SharedQueue:
         if utilisation >= 1.0:
             return Wait(probability=1.0, mean_s=math.inf)
         must_wait = utilisation ** (math.sqrt(2.0 * (self._lanes + 1)) - 1.0)
-        return Wait(probability=must_wait, mean_s=(1.0 + self._computed_cv2) / 2.0 / (self._prompts_rps - rate_rps))
+        return Wait(
+            probability=must_wait,
+            mean_s=(self._arrival_cv2 + self._computed_cv2) / 2.0 / (self._prompts_rps - rate_rps),
+        )
 
     def late_first_tokens(self, rate_rps: float) -> Callable[[float], float]:
         """Return a function of a time: the probability that TTFT is longer, at a rate of arrivals."""
@@ -234,138 +228,3 @@ def _p95(share_longer: Callable[[float], float]) -> float:
         middle = (low + high) / 2.0
         low, high = (middle, high) if share_longer(middle) > LATE else (low, middle)
     return high
-
-
-def request_queue(plan: Plan, problem: PlacementProblem) -> RequestQueue | None:
-    """Return the queue of a plan; None if it serves nothing, or has pools for classes of requests."""
-    if plan.classes:
-        return None
-    queues = tuple(_Building(with_all_seats(plan, problem), problem).queues())
-    return RequestQueue(*queues) if queues else None
-
-
-def queueing(plan: Plan, problem: PlacementProblem) -> Queueing | None:
-    """Return the waits at the rate that a plan promises; None if it serves nothing."""
-    queue = request_queue(plan, problem)
-    return None if queue is None else queue.at(default_rate(plan, problem))
-
-
-class _Building:
-    """Builds the queues of a plan from derivations of its replicas."""
-
-    def __init__(self, plan: Plan, problem: PlacementProblem) -> None:
-        self._problem = problem
-        self._fleet, self._derivation = Fleet.of(problem.cluster), Rederivation(problem)
-        workload = problem.workload.clipped_to(problem.model.max_position)
-        self._moments = workload.moments()
-        weights = np.array([one.weight for one in workload.bins])
-        self._weights = weights / weights.sum()
-        prompts = np.array([float(one.prompt_tokens) for one in workload.bins])
-        self._computed = prompts - np.minimum(workload.prefix_hit_rate * prompts, prompts - 1.0)
-        self._iterations = np.array([one.output_tokens for one in workload.bins]) / problem.model.emitted_tokens
-        self._sent_rps = [one.rate if one.role is Role.UNIFIED else 0.0 for one in plan.replicas]
-        routes = [route for route in plan.kv_routes if route.rate]  # a plan that fails its check may have others
-        for route in routes:
-            self._sent_rps[route.prefill] += route.rate
-        self._arriving = [0.0] * len(plan.replicas)  # prompts that others compute for each replica at once
-        for route in routes:
-            sender = plan.replicas[route.prefill]
-            under_way = sender.in_flight * max(1.0, sender.chunk_tokens / self._moments.mean_computed)
-            self._arriving[route.decode] += under_way * route.rate / self._sent_rps[route.prefill]
-        self._groups = group_replicas(plan.replicas)
-
-    def queues(self) -> Iterator[SharedQueue]:
-        """Yield the queue of the unified replicas and that of the others, if the plan has such."""
-        for prefill, decode in ((Role.UNIFIED, Role.UNIFIED), (Role.PREFILL, Role.DECODE)):
-            prefills = [self._prefills(group) for group in self._groups if group.first.role is prefill]
-            prefills = [one for one in prefills if one.rate_rps]
-            groups = [group for group in self._groups if group.first.role is decode and group.rate]
-            if prefills and groups:
-                under_way_s = np.average(
-                    [one.crowded_s for one in prefills], weights=[one.rate_rps for one in prefills], axis=0
-                )
-                seats = [self._seats(group, under_way_s) for group in groups]
-                yield SharedQueue(seats, prefills, self._weights, self._moments.computed_cv2)
-
-    def _shape(self, one: ReplicaPlan) -> ReplicaShape:
-        return replica_shape(one, self._problem, self._fleet)
-
-    def _prefills(self, group: ReplicaGroup) -> EqualPrefills:
-        one, shape, size = group.first, self._shape(group.first), group.first.chunk_tokens
-        derived = self._derivation.of(shape)
-        round_trip_s = max(derived.chunk_s, derived.round_trip_per_t * derived.t_s)  # with a full chunk
-        slot_s = derived.slot_s(derived.t_s)
-        sizes = sorted({max(1, round(share * size)) for share in CHUNKS})
-        seconds = [self._derivation.of(replace(shape, chunk_tokens=tokens)).chunk_s for tokens in sizes]
-        full, last = np.divmod(self._computed, size)
-        return EqualPrefills(
-            lanes=len(group.numbers) * one.attention_dp,
-            prompt_s=self._moments.mean_computed / size * slot_s,
-            rate_rps=sum(self._sent_rps[number] for number in group.numbers),
-            # A last chunk that is not full is as far behind the one before it as if it were: that one is in its way.
-            alone_s=np.where(last > 0, full, full - 1) * derived.busiest_chunk_s
-            + np.where(last > 0, np.interp(last, sizes, seconds), derived.chunk_s)
-            + derived.landing_s,
-            crowded_s=(np.ceil(self._computed / size) - 1) * slot_s + round_trip_s + derived.landing_s,
-        )
-
-    def _seats(self, group: ReplicaGroup, under_way_s: FloatArray) -> EqualReplicas:
-        """Return the seats of replicas whose prompts are computed for ``under_way_s`` if others compute them."""
-        one, shape = group.first, self._shape(group.first)
-        derived = self._derivation.of(shape)
-        sizes = sorted({1, *(max(1, round(fill * one.micro_batch)) for fill in FILLS)})
-        claimed = min(1.0, one.rate * derived.t_s)  # the search may have charged slower links
-        in_flight = np.array([float(size * one.in_flight) for size in sizes])
-        rates = np.array([claimed * self._derivation.of(replace(shape, micro_batch=size)).rate for size in sizes])
-        iteration_s = derived.round_trip_per_t * derived.t_s
-        if one.role is Role.UNIFIED:
-            holding_s = (self._iterations + self._computed / one.chunk_tokens) * iteration_s
-            chunks = max(1.0, self._moments.mean_computed / one.chunk_tokens)
-            iterations = one.in_flight / derived.round_trip_per_t  # of a request, in the saturated replica
-            beside, seats = math.ceil(chunks / iterations) * one.in_flight, one.planned_seats
-            most = self._problem.family.engine_settings.max_num_seqs
-            if most is not None:  # engines count a request from its first chunk on
-                beside = max(0, min(beside, most * one.attention_dp // one.in_flight * one.in_flight - seats))
-        else:
-            holding_s = self._iterations * iteration_s + under_way_s
-            arriving = sum(self._arriving[number] for number in group.numbers) / len(group.numbers)
-            beside, seats = 0, one.planned_seats + max(1, math.ceil(arriving / one.in_flight)) * one.in_flight
-            in_flight = in_flight + rates * float(self._weights @ under_way_s)
-            if in_flight[-1] < seats:  # the others wait to decode
-                in_flight, rates = np.append(in_flight, seats), np.append(rates, rates[-1])
-        return EqualReplicas(
-            count=len(group.numbers),
-            seats=seats,
-            beside=beside,
-            in_flight=in_flight,
-            rates=rates,
-            holding_cv2=self._cv2(holding_s),
-        )
-
-    def _cv2(self, values: FloatArray) -> float:
-        mean = self._weights @ values
-        return float(self._weights @ (values - mean) ** 2 / mean**2)
-
-
-def with_queueing(plan: Plan, problem: PlacementProblem) -> Plan:
-    """Return a plan that was not simulated with a note if its requests wait too long by the queue model.
-
-    The plan's own p95 TTFT keeps its limit, so nothing is said where its requests need not wait.
-    """
-    limit_s = plan.objective.ttft_limit_s
-    if limit_s is None or (queue := request_queue(plan, problem)) is None:
-        return plan
-    rate_rps = default_rate(plan, problem)
-    found = queue.at(rate_rps)
-    wait_s = max(found.seat_p95_s, found.lane_p95_s)
-    if found.ttft_p95_s <= limit_s or not wait_s:
-        return plan
-    kept_rps = queue.highest_rate(rate_rps, limit_s)
-    kept = f"; up to {kept_rps:.4g} requests/s keep it" if kept_rps else ""
-    what = "a seat" if found.seat_p95_s >= found.lane_p95_s else "other prompts"
-    queue_up = f"wait up to {in_seconds(wait_s)} (p95) for {what}" if math.isfinite(wait_s) else "queue up without end"
-    note = (
-        f"not simulated: by a queue model of {queue.seats:,} seats, requests {queue_up} at {rate_rps:.4g} requests/s, "
-        f"so that p95 TTFT is over its limit of {in_seconds(limit_s)}{kept}"
-    )
-    return replace(plan, notes=(*plan.notes, note))

@@ -16,7 +16,7 @@ import numpy as np
 
 from hetis.planner.use_cases.climbing import Carriers, gain_of
 from hetis.planner.use_cases.record.forms import ClassLatency, KeptWithClasses
-from hetis.planner.use_cases.record.parts import Classes, Verified
+from hetis.planner.use_cases.record.parts import Classes
 from hetis.planner.use_cases.simulation.simulate import NothingSimulatedError, Question, answer, default_rate
 from hetis.planner.use_cases.verification.outcome import AS_PLANNED
 from hetis.planner.use_cases.verification.rates import simulation_report
@@ -209,7 +209,7 @@ class _Compared:
             ("bursts", planned, BURSTS, False),
         ):
             starts = (
-                HARDER * kept or Verified.of(one.plan).kept_rps or default_rate(one.plan, one.problem)
+                HARDER * kept or default_rate(one.plan, one.problem)
                 for one, kept in zip(self._both, self._kept, strict=True)
             )
             before, after = (

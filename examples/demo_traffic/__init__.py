@@ -1,0 +1,1 @@
+"""A demo of plans that follow traffic."""

@@ -1,0 +1,148 @@
+"""Plans that follow traffic: ``python -m examples.demo_traffic`` (or ``make demo-traffic``), in ten minutes or so.
+
+A planner and five agents with simulated engines. The plan has the fewest cards for the traffic. Traffic doubles and its
+prompts lengthen: the planner notices, proposes a plan with a bound, activates it. Traffic falls: cards are given back.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+from google.protobuf.duration_pb2 import Duration
+
+from examples.demo_cluster.story import CLUSTER, START_TIMEOUT_S, Processes, Teller
+from examples.processes import ProcessError
+from hetis.planner.client import CallError, Client, document_of_file
+from hetis.v1 import cluster_pb2, cluster_service_pb2, document_pb2, plan_pb2, plan_service_pb2, replica_pb2
+from hetis.v1.traffic_pb2 import ClusterTraffic
+
+NODES = [f"l4-{number}" for number in range(5)]
+RATE_RPS, PROMPT_TOKENS, OUTPUT_TOKENS = 1.5, 1000, 200
+SERVING = (replica_pb2.REPLICA_STATE_SERVING, replica_pb2.REPLICA_STATE_DEGRADED)
+PATIENCE_S = 900.0
+
+
+class Story:
+    """The story. Every engine gets its share of the traffic, as a router would give it."""
+
+    def __init__(self, processes: Processes, teller: Teller, folder: Path) -> None:
+        self._processes, self._teller, self._control = processes, teller, folder / "control.json"
+        self._rate_rps, self._prompt_tokens = 0.0, PROMPT_TOKENS
+        self._client: Client
+
+    def tell(self) -> None:
+        """Tell the whole story. Raises ProcessError if something does not happen in time."""
+        teller = self._teller
+        teller.chapter("A planner, five agents, and the fewest cards for 1.8 requests/s")
+        self._start()
+        self._client.wait("plans/demo")
+        self._tell_plan()
+        self._arrive(RATE_RPS, PROMPT_TOKENS)
+        self._until(lambda: bool(self._traffic().decision.reason), "the planner has decided")
+        teller.say(self._traffic().decision.reason)
+        teller.chapter("Traffic doubles, and its prompts lengthen")
+        self._arrive(2 * RATE_RPS, 1600)
+        self._tell_change()
+        teller.chapter("Traffic falls to a quarter of that")
+        self._arrive(RATE_RPS / 2, PROMPT_TOKENS)
+        self._tell_change()
+        self._client.close()
+
+    def _start(self) -> None:
+        self._arrive(0.0, PROMPT_TOKENS)
+        address = self._processes.start_planner(listen="127.0.0.1:0", lease="6s", heartbeat="2s")
+        self._teller.say(f"hetis-planner serves on {address}; watch it on {self._processes.status_page}")
+        self._client = Client(address)
+        kind = document_pb2.DOCUMENT_KIND_CLUSTER
+        policy = cluster_pb2.ClusterPolicy(
+            traffic=cluster_pb2.REACTION_MODE_AUTOMATIC, traffic_cool_down=Duration(seconds=60)
+        )
+        cluster = cluster_pb2.Cluster(
+            document=document_of_file(Path(__file__).with_name("cluster.yaml"), kind), policy=policy
+        )
+        request = cluster_service_pb2.CreateClusterRequest(cluster_id="demo", cluster=cluster)
+        self._client.clusters.CreateCluster(request)
+        for node in NODES:
+            self._processes.start_agent(node, server=address, devices="L4:1", control=self._control)
+        ready = [cluster_pb2.NODE_STATE_READY]
+        self._until(
+            lambda: sum(1 for _ in self._client.list_nodes(CLUSTER, states=ready)) == len(NODES), "all nodes are ready"
+        )
+        spec = plan_pb2.PlanSpec(
+            model_name="Llama-3.1-8B",
+            workload_name=f"{PROMPT_TOKENS}/{OUTPUT_TOKENS}",
+            objective=plan_pb2.Objective(kind=plan_pb2.OBJECTIVE_KIND_GPUS, demand_rps=1.2 * RATE_RPS, ttft_limit_s=5),
+        )
+        plan = plan_pb2.Plan(cluster=CLUSTER, spec=spec)
+        self._client.plans.CreatePlan(plan_service_pb2.CreatePlanRequest(plan_id="demo", plan=plan))
+        self._client.wait("plans/demo")
+        self._client.plans.ActivatePlan(plan_service_pb2.ActivatePlanRequest(name="plans/demo"))
+
+    def _tell_change(self) -> None:
+        """Wait until another plan is in force, and tell why and how."""
+        before, since_s = self._in_force(), time.monotonic()
+        self._until(lambda: self._in_force() != before, "the planner activates another plan")
+        self._teller.say(f"after {time.monotonic() - since_s:.0f} s: {self._traffic().decision.reason}")
+        request = plan_service_pb2.GetPlanRequest(name=self._in_force())
+        gains = self._client.plans.GetPlan(request).plan.traffic_proposal
+        self._teller.say(f"{gains.gain:.3g} {gains.unit} gained, at most {gains.bound:.3g} can be")
+        for step in gains.steps:
+            self._teller.say(step)
+        self._until(lambda: self._client.wait(self._in_force()).activation == plan_pb2.ACTIVATION_STATE_ACTIVE, "it is")
+        self._tell_plan()
+
+    def _tell_plan(self) -> None:
+        name = self._in_force()
+        plan = self._client.plans.GetPlan(plan_service_pb2.GetPlanRequest(name=name)).plan
+        self._teller.say(f"{name} is in force: {plan.result.num_gpus} of {len(NODES)} cards")
+
+    def _in_force(self) -> str:
+        request = cluster_service_pb2.GetClusterRequest(name=CLUSTER)
+        return self._client.clusters.GetCluster(request).cluster.active_plan
+
+    def _traffic(self) -> ClusterTraffic:
+        request = cluster_service_pb2.GetClusterTrafficRequest(name=f"{CLUSTER}/traffic")
+        return self._client.clusters.GetClusterTraffic(request).cluster_traffic
+
+    def _arrive(self, rate_rps: float, prompt_tokens: int) -> None:
+        self._rate_rps, self._prompt_tokens = rate_rps, prompt_tokens
+        self._share(1)
+
+    def _share(self, num_replicas: int) -> None:
+        share = {"rate_rps": self._rate_rps / max(1, num_replicas), "prompt_tokens": self._prompt_tokens}
+        text = json.dumps({**share, "output_tokens": OUTPUT_TOKENS})
+        if not self._control.exists() or self._control.read_text(encoding="utf-8") != text:
+            self._control.write_text(text, encoding="utf-8")
+
+    def _until(self, is_so: Callable[[], bool], what: str) -> None:
+        """Wait while the traffic is shared among the replicas that serve."""
+
+        def shared() -> bool:
+            self._share(sum(one.state in SERVING for one in self._client.list_replicas(CLUSTER)))
+            return is_so()
+
+        self._processes.wait_until(shared, what, timeout_s=max(PATIENCE_S, START_TIMEOUT_S))
+
+
+def main() -> int:
+    teller = Teller(sys.stdout)
+    with tempfile.TemporaryDirectory(prefix="hetis-demo-") as folder, Processes(Path(folder)) as processes:
+        try:
+            Story(processes, teller, Path(folder)).tell()
+        except (ProcessError, CallError) as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 1
+    teller.say("Done; every process has been stopped.")
+    return 0
+
+
+if __name__ == "__main__":
+    with suppress(KeyboardInterrupt):
+        sys.exit(main())
+    sys.exit(130)

@@ -1,0 +1,235 @@
+"""Plans by what they keep: the utilisation is a decision.
+
+A plan that serves the share u of its saturated rate keeps a limit on TTFT only if requests wait for no longer than the
+limit leaves (`waits.py`). So for each u of `GRID` the family is searched with the limits as they are at u, and what is
+found serves as much as keeps them. Two more choices follow from that: some of the limit may be set aside for waiting
+(`RESERVED`), which excludes replicas whose own iterations use it up, and a plan may serve more than the u it was
+searched for.
+
+Caps at a lower u exclude fewer replicas. So a plan that serves between two neighbours u < u' of the grid serves at most
+u' times the bound at u, and the largest of these products bounds every plan. Cells whose product is no larger than what
+is known are not searched.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import NamedTuple
+
+import numpy as np
+
+from hetis.solver.budget import SearchSettings
+from hetis.solver.placement.outcome import Outcome, rate_bound
+from hetis.solver.placement.replicas.tables import CostTables, Tables
+from hetis.solver.placement.waits import Kept, kept_by, lanes_of, saturated_rate
+from hetis.solver.plan import Lanes
+from hetis.solver.problem import PlacementProblem
+
+GRID = (0.2, 0.4, 0.6, 0.7, 0.8, 0.9, 0.98)
+TRIED = (0.98, 0.8, 0.6)  # utilisations at which plans are searched; those found may keep more or less
+RESERVED = (0.25, 0.5)  # shares of the limit on TTFT that are set aside for waiting, in turn
+MORE_RESERVES = 1  # further shares, between those that keep most
+WAITING = 0.8  # utilisation at which they are set aside
+NEARLY = 0.97  # ratio to a utilisation below which plans found for it do not keep it
+CLOSE = 1.01  # ratio of a bound to what is kept from which on further plans are not worth their time
+
+Find = Callable[[CostTables], Outcome | None]
+BoundOf = Callable[[CostTables], float]
+
+
+class KeptOutcome(NamedTuple):
+    """The outcome of a search with the tables of its utilisation; its bound is that on what is kept, over that."""
+
+    costs: CostTables
+    outcome: Outcome
+
+
+def chooses_utilisation(problem: PlacementProblem) -> bool:
+    """Return whether the share of their saturated rate that plans serve is chosen.
+
+    Pools of classes of requests have queues of their own, which have no model.
+    """
+    is_planned = problem.objective.kind.goal.is_planned and not problem.workload.classes
+    return is_planned and problem.assumptions.chooses_utilisation
+
+
+def loosest(costs: CostTables) -> CostTables:
+    """Return the tables with the limits as they are at the lowest utilisation, and any demand at the highest."""
+    return replace(costs.at(GRID[0], most_lanes(costs)), problem=costs.problem.at(GRID[-1]))
+
+
+def most_lanes(costs: CostTables) -> Lanes:
+    """Return a bound on the replicas of a plan, each of which has room for all weights."""
+    rooms = np.zeros(len(costs.classes))
+    for part in costs.scopes if costs.ranks else ():
+        t: Tables = part.tables
+        whole = t.rank_tp * t.layer_bytes * t.num_layers  # of all layers, on any number of GPUs
+        np.maximum.at(rooms, t.rank_class, np.minimum(1.0, t.rank_tp * t.room_bytes / whole) / t.rank_tp)
+    most = max(1, int(sum(one.available * room for one, room in zip(costs.classes, rooms, strict=True)) + 1e-9))
+    return Lanes(most, most)
+
+
+def search_kept(costs: CostTables, settings: SearchSettings, find: Find, bound_of: BoundOf) -> KeptOutcome | None:
+    """Return the outcome that keeps most or, if a rate is demanded, the best that keeps it; None: there is none.
+
+    ``find`` searches at the utilisation of tables, and ``bound_of`` returns a bound without whole counts, in the unit
+    of outcomes.
+    """
+    if costs.problem.objective.maximises:
+        return _Most(costs, settings, find, bound_of).run()
+    return _Least(costs, settings, find, bound_of).run()
+
+
+@dataclass(frozen=True, slots=True)
+class _Found:
+    """Replicas that keep their limits at a utilisation."""
+
+    outcome: Outcome
+    keeps: Kept
+
+    @property
+    def utilisation(self) -> float:
+        return self.keeps.utilisation
+
+    @property
+    def kept(self) -> float:
+        return self.utilisation * self.outcome.value
+
+
+class _Cells:
+    """Searches of one problem at several utilisations."""
+
+    def __init__(self, costs: CostTables, settings: SearchSettings, find: Find, bound_of: BoundOf) -> None:
+        self.costs, self.settings, self.find = costs, settings, find
+        self._bound_of, self._bounds = bound_of, dict[float, float]()
+        self.lanes = most_lanes(costs)  # of the last plan
+
+    @property
+    def limit_s(self) -> float | None:
+        return self.costs.problem.objective.ttft_limit_s
+
+    def searched(self, utilisation: float, reserved: float = 0.0) -> _Found | None:
+        """Return what a search at a utilisation found, at the one that it keeps."""
+        tables = self.costs.at(utilisation, self.lanes, reserved * (self.limit_s or 0.0))
+        outcome = self.find(tables)
+        if outcome is None:
+            return None
+        self.lanes = lanes_of(tables, outcome)
+        return _Found(outcome, kept_by(tables, outcome, GRID[-1]))
+
+    def bound_at(self, utilisation: float) -> float:
+        """Return a bound on saturated rates at a utilisation and all higher ones."""
+        if utilisation not in self._bounds:
+            tables = self.costs.at(utilisation, most_lanes(self.costs))
+            spent = self.settings.budget.is_spent()
+            self._bounds[utilisation] = rate_bound(tables) if spent else self._bound_of(tables)
+        return self._bounds[utilisation]
+
+
+class _Most(_Cells):
+    """The search for the highest kept rate."""
+
+    def run(self) -> KeptOutcome | None:
+        if self.limit_s is None:
+            found = self.searched(GRID[-1])
+            return None if found is None else self._answer(found, GRID[-1] * found.outcome.bound)
+        most, best = self.bound_at(GRID[0]), None
+        for utilisation in TRIED:
+            if best is not None and (utilisation * most <= CLOSE * best.kept or self._is_over()):
+                break
+            lanes, found = self.lanes, self.searched(utilisation)
+            best = self._better(best, found)
+            if found is not None and found.utilisation < NEARLY * utilisation and self.lanes != lanes:
+                best = self._better(best, self.searched(utilisation))  # now with the lanes that such plans have
+        if best is None:
+            best = self.searched(GRID[0])
+        if best is None:
+            return None
+        best = self._with_reserve(best, most)
+        return self._answer(best, self._bound(best, most))
+
+    def _bound(self, best: _Found, most: float) -> float:
+        """Return a bound on kept rates, given one on saturated rates at the lowest utilisation."""
+        bound = GRID[0] * most
+        for low, high in reversed(list(pairwise(GRID))):
+            if high * most <= max(bound, best.kept):
+                break
+            bound = max(bound, high * (most if high * most <= CLOSE * best.kept else self.bound_at(low)))
+        return bound
+
+    def _with_reserve(self, best: _Found, most: float) -> _Found:
+        """Return a better plan of replicas that leave more time for waiting, if there is one."""
+        tried = dict[float, _Found | None]({0.0: best})
+        for number in range(len(RESERVED) + MORE_RESERVES):
+            if GRID[-1] * most <= CLOSE * best.kept or self._is_over():
+                break
+            reserved = RESERVED[number] if number < len(RESERVED) else self._between(tried)
+            tried[reserved] = self.searched(WAITING, reserved)
+            best = self._better(best, tried[reserved]) or best
+        return best
+
+    def _between(self, tried: Mapping[float, _Found | None]) -> float:
+        """Return the share halfway between the best one tried and the better one of its neighbours."""
+        kept = {share: 0.0 if one is None else one.kept for share, one in sorted(tried.items())}
+        shares = list(kept)
+        at = shares.index(max(kept, key=lambda share: kept[share]))
+        near = [shares[i] for i in (at - 1, at + 1) if 0 <= i < len(shares)]
+        return (shares[at] + max(near, key=lambda share: kept[share])) / 2.0
+
+    def _is_over(self) -> bool:
+        return self.settings.budget.is_spent()
+
+    def _better(self, one: _Found | None, other: _Found | None) -> _Found | None:
+        found = [each for each in (one, other) if each is not None]
+        return max(found, key=lambda each: each.kept, default=None)
+
+    def _answer(self, found: _Found, bound: float) -> KeptOutcome:
+        """Return an outcome whose bound, times its utilisation, is that on what is kept."""
+        used = found.utilisation
+        tables = self.costs.at(used, lanes_of(self.costs, found.outcome))
+        over = max(bound, found.kept) / used if used else np.inf
+        outcome = replace(found.outcome, bound=max(over, found.outcome.value))
+        return KeptOutcome(tables, outcome)
+
+
+class _Least(_Cells):
+    """The search for the least cost of a demanded rate."""
+
+    def run(self) -> KeptOutcome | None:
+        demand = self.costs.problem.objective.demand_rps
+        assert demand is not None, "what is minimised serves a demand"
+        best: KeptOutcome | None = None
+        last: KeptOutcome | None = None
+        for found in self._found():
+            tables, outcome = found.costs, found.outcome
+            serves = kept_by(tables, outcome, tables.problem.assumptions.planned_utilisation).utilisation
+            last = found
+            if serves * saturated_rate(tables, outcome) < demand * (1.0 - 1e-9):
+                continue
+            found = KeptOutcome(self.costs.at(serves, lanes_of(tables, outcome)), outcome)
+            if best is not None and outcome.value >= best.outcome.value:
+                break  # at lower utilisations replicas serve less
+            best = found
+            if self.limit_s is None or self.settings.budget.is_spent():
+                break
+        answer = best or last
+        if answer is None:
+            return None
+        # The demand at the highest utilisation, within the limits as they are at the lowest.
+        least = 0.0
+        if not self.settings.budget.is_spent():
+            least = self._bound_of(loosest(self.costs))
+        bound = min(least, answer.outcome.value)
+        return answer._replace(outcome=replace(answer.outcome, bound=bound))
+
+    def _found(self) -> Iterator[KeptOutcome]:
+        for utilisation in reversed(GRID):
+            tables = self.costs.at(utilisation, self.lanes)
+            outcome = self.find(tables)
+            if outcome is not None:
+                self.lanes = lanes_of(tables, outcome)
+                yield KeptOutcome(tables, outcome)
+            if self.settings.budget.is_spent():
+                return

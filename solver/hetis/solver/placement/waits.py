@@ -1,0 +1,226 @@
+"""The queues of chosen replicas, from the search's own tables: the rate at which requests wait no longer than allowed.
+
+The mathematics is that of `hetis.solver.queueing`. A last chunk that a prompt does not fill takes a part of the time
+between an iteration without a chunk and one with a full one; on prefill replicas it is charged as full.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import NamedTuple
+
+import numpy as np
+
+from hetis.solver import cost
+from hetis.solver.cost import Mix
+from hetis.solver.placement.outcome import Outcome
+from hetis.solver.placement.replicas.tables import CostTables, FloatArray
+from hetis.solver.placement.replicas.template import Template, interval_of, landing_s, prompt_times, room_layers
+from hetis.solver.plan import Lanes, Role
+from hetis.solver.queueing import EqualPrefills, EqualReplicas, RequestQueue, SharedQueue
+
+FILLS = (0.05, 0.1, 0.25, 0.5, 0.75, 1.0)  # shares of a micro-batch at about which a replica's rate is taken
+MORE_SEATS = (1.0, 1.5, 2.0, 4.0)  # times the planned seats, which are tried in turn if requests wait for them
+WORTH_SEATS = 1.005  # ratio by which they must raise the utilisation
+MARGIN = 0.99  # share of a limit on TTFT that is used up
+PRECISE = 1e-4  # of a utilisation
+
+Counted = tuple[Template, int]
+
+
+def saturated_rate(costs: CostTables, outcome: Outcome) -> float:
+    """Return the requests/s that chosen replicas serve when all seats are taken."""
+    unified = sum(t.rate * n for t, n in outcome.chosen if costs.mixes[t.mix].role is Role.UNIFIED)
+    return float(unified + outcome.flows.sum())
+
+
+def lanes_of(costs: CostTables, outcome: Outcome) -> Lanes:
+    """Return the chosen replicas of each role that compute prompts, at least one."""
+    count = Counter[Role]()
+    for template, number in outcome.chosen:
+        count[costs.mixes[template.mix].role] += number
+    return Lanes(max(1, count[Role.UNIFIED]), max(1, count[Role.PREFILL]))
+
+
+class Kept(NamedTuple):
+    """What chosen replicas keep: a utilisation, and the requests of a micro-batch that engines may run for it."""
+
+    utilisation: float
+    seats: Mapping[Template, int]  # those of replicas that may run more than decode in the saturated plan
+    ttft_s: float | None = None  # p95 of all requests, waits included; None: there is no limit
+
+
+def kept_by(costs: CostTables, outcome: Outcome, most: float) -> Kept:
+    """Return the highest utilisation up to ``most`` at which p95 TTFT keeps its limit: of replicas, and of the queues.
+
+    All utilisations keep it if there is no limit. Where requests wait for seats, engines run more of them at once, as
+    many as KV has room for: below the saturated rate fewer are taken, so TPOT does not exceed that of all planned
+    seats.
+    """
+    limit_s, rate = costs.problem.objective.ttft_limit_s, saturated_rate(costs, outcome)
+    if limit_s is None:
+        return Kept(most, {})
+    costs = replace(costs, problem=costs.problem.at(most, lanes_of(costs, outcome)))
+    own = min((_own_utilisation(costs, t, limit_s, most) for t, _ in outcome.chosen), default=0.0)
+    best = Kept(0.0, {})
+    if not own or not rate:
+        return best
+    for factor in MORE_SEATS:
+        building = _Queues(costs, outcome, factor)
+        if factor > 1.0 and not building.seats:
+            continue  # the family's next micro-batch may be larger
+        if not (queues := tuple(building.queues())):
+            break
+        queue = RequestQueue(*queues)
+        kept = min(own, queue.highest_rate(own * rate, MARGIN * limit_s) / rate)
+        if kept > best.utilisation * WORTH_SEATS:
+            best = Kept(kept, building.seats, queue.ttft_p95_s(kept * rate))
+        if kept >= own:
+            break
+    return best
+
+
+def _own_utilisation(costs: CostTables, template: Template, limit_s: float, most: float) -> float:
+    """Return the highest utilisation at which a replica's own p95 TTFT, without its seats, keeps the limit."""
+    mix = costs.mixes[template.mix]
+    if mix.role is Role.DECODE:
+        return most
+    times, landed_s = prompt_times(costs, template), landing_s(costs, template)
+
+    def keeps(utilisation: float) -> bool:
+        assumed = replace(costs.problem.assumptions, planned_utilisation=utilisation)
+        chunks = cost.chunks_ahead(costs.moments, assumed, mix)
+        return cost.ttft_s(chunks, times.round_trip_s, times.slot_s) + landed_s <= limit_s * (1.0 + 1e-9)
+
+    if keeps(most):
+        return most
+    low, high = 0.0, most
+    while high - low > PRECISE:
+        middle = (low + high) / 2.0
+        low, high = (middle, high) if keeps(middle) else (low, middle)
+    return low if keeps(low) else 0.0
+
+
+class _Queues:
+    """The queues of chosen replicas: one of the unified, one of prefill and decode replicas."""
+
+    def __init__(self, costs: CostTables, outcome: Outcome, more_seats: float = 1.0) -> None:
+        self._costs, problem = costs, costs.problem
+        self._chosen, self._routed_rps = outcome.chosen, float(outcome.flows.sum())
+        workload = problem.workload.clipped_to(problem.model.max_position)
+        self._burstiness = workload.burstiness
+        weights = np.array([one.weight for one in workload.bins])
+        self._weights = weights / weights.sum()
+        prompts = np.array([one.prompt_tokens for one in workload.bins])
+        self._computed = prompts - np.minimum(workload.prefix_hit_rate * prompts, prompts - 1.0)
+        self._iterations = np.array([one.output_tokens for one in workload.bins]) / problem.model.emitted_tokens
+        self._sizes: dict[tuple[int, bool, int], list[tuple[int, int]]] = {}
+        for x, mix in enumerate(costs.mixes):
+            if mix.micro_batch:
+                kind = mix.chunk_tokens, mix.sends_afar, mix.attention_dp
+                self._sizes.setdefault(kind, []).append((mix.micro_batch, x))
+        self.seats = dict[Template, int]()  # of a micro-batch, where they are more than planned
+        if more_seats > 1.0 and problem.family.engine_settings.max_num_seqs is None:
+            largest = ((t, self._largest(t, more_seats)) for t, _ in self._chosen)
+            self.seats = {t: b for t, b in largest if b > costs.mixes[t.mix].micro_batch}
+
+    def _largest(self, template: Template, more: float) -> int:
+        """Return the largest micro-batch up to so many times the planned one for which there is room."""
+        mix, stages = self._costs.mixes[template.mix], template.stages
+        if mix.role is Role.PREFILL or any(stage.pool_class >= 0 for stage in stages):
+            return 0
+
+        def fits(x: int) -> bool:
+            larger = replace(template, mix=x)
+            return all(room_layers(self._costs, larger, i) >= stage.layers for i, stage in enumerate(stages))
+
+        wanted = max(mix.micro_batch + 1.0, more * mix.micro_batch)
+        sizes = [(b, x) for b, x in self._of_kind(mix) if mix.micro_batch < b <= wanted]
+        return next((b for b, x in reversed(sizes) if fits(x)), 0)
+
+    def _of_kind(self, mix: Mix) -> list[tuple[int, int]]:
+        """Return all micro-batches of mixes that differ in them alone, ascending, each with its mix."""
+        return sorted(self._sizes[mix.chunk_tokens, mix.sends_afar, mix.attention_dp])
+
+    def queues(self) -> Iterator[SharedQueue]:
+        """Yield the queue of each pair of roles that serves something."""
+        for prefill, decode in ((Role.UNIFIED, Role.UNIFIED), (Role.PREFILL, Role.DECODE)):
+            senders, receivers = self._of(prefill), self._of(decode)
+            if not senders or not receivers or (prefill is Role.PREFILL and not self._routed_rps):
+                continue
+            total_rps = sum(t.rate * n for t, n in senders)
+            share = 1.0 if prefill is Role.UNIFIED else self._routed_rps / total_rps
+            prefills = [self._prefills(t, n, share) for t, n in senders]
+            rates = [one.rate_rps for one in prefills]
+            under_way_s = np.average([one.crowded_s for one in prefills], weights=rates, axis=0)
+            arriving = sum(self._under_way(t) * n for t, n in senders) / sum(t.rate * n for t, n in receivers)
+            seats = [self._seats(t, n, under_way_s, arriving * t.rate) for t, n in receivers]
+            yield SharedQueue(seats, prefills, self._weights, self._costs.moments.computed_cv2, self._burstiness**2)
+
+    def _of(self, role: Role) -> Sequence[Counted]:
+        return [(t, n) for t, n in self._chosen if self._costs.mixes[t.mix].role is role]
+
+    def _in_flight(self, template: Template) -> int:
+        """Return M, all copies that iterate together included."""
+        m = self._costs.problem.family.in_flight[template.in_flight_index]
+        return m * self._costs.mixes[template.mix].attention_dp
+
+    def _under_way(self, template: Template) -> float:
+        """Return the prompts that a prefill replica computes at once."""
+        chunk = self._costs.mixes[template.mix].chunk_tokens
+        return self._in_flight(template) * max(1.0, chunk / self._costs.moments.mean_computed)
+
+    def _prefills(self, template: Template, count: int, share: float) -> EqualPrefills:
+        mix, times = self._costs.mixes[template.mix], prompt_times(self._costs, template)
+        before, landed_s = np.ceil(self._computed / mix.chunk_tokens) - 1.0, landing_s(self._costs, template)
+        last = self._computed / mix.chunk_tokens - before  # share of the last chunk that a prompt fills
+        last_s = times.plain_s + (times.chunk_s - times.plain_s) * (last if times.plain_s else 1.0)
+        return EqualPrefills(
+            lanes=count * mix.attention_dp,
+            prompt_s=self._costs.moments.mean_computed / mix.chunk_tokens * times.slot_s,
+            rate_rps=share * count * template.rate,
+            alone_s=before * times.busiest_s + last_s + landed_s,
+            crowded_s=before * times.slot_s + times.round_trip_s + landed_s,
+        )
+
+    def _seats(self, template: Template, count: int, under_way_s: FloatArray, arriving: float) -> EqualReplicas:
+        costs, mix, in_flight = self._costs, self._costs.mixes[template.mix], self._in_flight(template)
+        sizes = self._taken(template)
+        numbers = np.array([float(b * in_flight) for b, _ in sizes])
+        rates = np.array([1.0 / interval_of(costs, replace(template, mix=x)) for _, x in sizes])
+        copy = mix.of_a_copy()
+        iteration_s = in_flight / copy.iterations * template.interval_s
+        seats, beside = self.seats.get(template, mix.micro_batch) * in_flight, 0
+        if mix.role is Role.UNIFIED:
+            holding_s = (self._iterations + self._computed / mix.chunk_tokens) * iteration_s
+            chunks = max(1.0, costs.moments.mean_computed / mix.chunk_tokens)
+            beside = math.ceil(chunks / copy.iterations) * in_flight
+            most = costs.problem.family.engine_settings.max_num_seqs
+            if most is not None:
+                beside = max(0, min(beside, most * mix.attention_dp // in_flight * in_flight - seats))
+        else:
+            holding_s = self._iterations * iteration_s + under_way_s
+            seats += max(1, math.ceil(arriving / in_flight)) * in_flight
+            numbers = numbers + rates * float(self._weights @ under_way_s)
+            if numbers[-1] < seats:  # the others wait to decode
+                numbers, rates = np.append(numbers, float(seats)), np.append(rates, rates[-1])
+        mean_s = float(self._weights @ holding_s)
+        return EqualReplicas(
+            count=count,
+            seats=seats,
+            beside=beside,
+            in_flight=numbers,
+            rates=rates,
+            holding_cv2=float(self._weights @ (holding_s - mean_s) ** 2 / mean_s**2),
+        )
+
+    def _taken(self, template: Template) -> list[tuple[int, int]]:
+        """Return micro-batches up to the replica's seats, each with its mix, ascending: those nearest to `FILLS`."""
+        mix = self._costs.mixes[template.mix]
+        most = self.seats.get(template, mix.micro_batch)
+        smaller = [one for one in self._of_kind(mix) if one[0] <= most]
+        wanted = (min(smaller, key=lambda one: abs(one[0] - fill * most)) for fill in FILLS)
+        return sorted({smaller[0], *wanted})

@@ -1,0 +1,147 @@
+"""The utilisation is a decision: what plans keep is that of brute force, and the checker derives the waits again."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hetis.solver.check import Rule, check_plan
+from hetis.solver.check.rederive import Rederivation
+from hetis.solver.check.replica_shapes import Fleet, replica_shape
+from hetis.solver.check.waiting import request_queue
+from hetis.solver.placement.families import run_by
+from hetis.solver.plan import Lanes, Objective, ObjectiveKind, Plan, StagePlan
+from hetis.solver.planning import solve_placement
+from hetis.solver.problem import Assumptions, EngineRules, Family, PlacementProblem
+from tests.solver.claimed_plans import claimed, plan_of, unclaimed
+from tests.solver.instances import make_node, make_problem, make_workload
+
+MOST = 0.98
+PRECISE = 0.002  # of a utilisation that brute force finds
+NEARLY = 0.97  # of what brute force finds: the search sets a hundredth of the limit aside, and knows a few utilisations
+FAMILY = Family(tp_sizes=(1,), micro_batches=(1, 2, 4, 8, 16), in_flight=(1,), chunk_tokens=(16, 64), max_pool=0)
+WORKLOADS = (make_workload(), make_workload((300, 20), (60, 60)), make_workload(*[(40, 20)] * 19, (1500, 20)))
+
+
+def one_stage(
+    limit_s: float, num_gpus: int = 2, workload: int = 0, burstiness: float = 1.0, **objective: object
+) -> PlacementProblem:
+    """A problem of replicas of one GPU each."""
+    goal = Objective(**{"ttft_limit_s": limit_s, "tpot_limit_s": None, **objective})  # type: ignore[arg-type]
+    return make_problem(
+        [make_node("node", "A", nodes=num_gpus)],
+        workload=replace(WORKLOADS[workload], burstiness=burstiness),
+        objective=goal,
+        family=run_by(FAMILY, EngineRules(name="vllm", max_stages=1)),
+        assumptions=Assumptions(),
+    )
+
+
+def plans_of(problem: PlacementProblem, num_gpus: int) -> list[Plan]:
+    """Every plan of equal replicas on so many GPUs, with engines that run as many requests as planned, or more."""
+    found = list[Plan]()
+    layers = problem.model.num_layers
+    for number in range(1, num_gpus + 1):
+        for b in problem.family.micro_batches:
+            for chunk in problem.family.chunk_tokens:
+                for seats in problem.family.micro_batches:
+                    if seats < b:
+                        continue
+                    replicas = []
+                    for node in range(number):
+                        name = f"node-{node}/0"
+                        stage = StagePlan(
+                            gpu="A", tp=1, copies=1, first_layer=0, num_layers=layers, devices=(name,),
+                            kv_head_groups_kept=problem.model.head_groups,
+                        )  # fmt: skip
+                        bare = replace(unclaimed(stage, in_flight=1), micro_batch=b, chunk_tokens=chunk)
+                        replicas.append(claimed(bare, problem))
+                    larger = replace(bare, micro_batch=seats)
+                    derived = Rederivation(problem).of(replica_shape(larger, problem, Fleet.of(problem.cluster)))
+                    if derived.fits:
+                        more = [replace(one, max_num_seqs=seats if seats > b else 0) for one in replicas]
+                        found.append(plan_of(problem, *more))
+    return found
+
+
+def most_kept(problem: PlacementProblem, plan: Plan) -> float:
+    """Return the highest rate of a plan that keeps the limit, by the checker's formulas."""
+    limit_s, queue, rate = problem.objective.ttft_limit_s, request_queue(plan, problem), plan.served_rate()
+    assert limit_s is not None
+    assert queue is not None
+    shape = replica_shape(plan.replicas[0], problem, Fleet.of(problem.cluster))
+
+    def keeps(share: float) -> bool:
+        derived = Rederivation(problem.at(share, Lanes(unified=len(plan.replicas)))).of(shape)
+        return derived.ttft_s(derived.t_s) <= limit_s and queue.ttft_p95_s(share * rate) <= limit_s
+
+    low, high = 0.0, MOST
+    if keeps(high):
+        return high * rate
+    while high - low > PRECISE:  # waits grow with the rate
+        middle = (low + high) / 2
+        low, high = (middle, high) if keeps(middle) else (low, middle)
+    return low * rate
+
+
+@pytest.mark.parametrize(("workload", "burstiness"), [(0, 1.0), (0, 2.0), (1, 1.0), (2, 1.0)])
+@pytest.mark.parametrize("limit_s", [0.02, 0.05, 0.5])
+def test_what_is_kept_is_what_brute_force_finds(workload: int, burstiness: float, limit_s: float) -> None:
+    problem = one_stage(limit_s, workload=workload, burstiness=burstiness)
+    best = max(most_kept(problem, plan) for plan in plans_of(problem, 2))
+    if best == 0.0:
+        return
+    plan = solve_placement(problem)
+    assert not check_plan(plan, problem)
+    assert plan.result.value >= NEARLY * best
+    assert plan.result.bound >= best * (1 - 1e-9)
+
+
+@settings(max_examples=8)
+@given(limit_s=st.floats(0.02, 2.0), workload=st.integers(0, 2), num_gpus=st.integers(1, 4))
+def test_looser_limits_and_more_gpus_keep_no_less(limit_s: float, workload: int, num_gpus: int) -> None:
+    def bound(limit_s: float, num_gpus: int) -> float:
+        try:
+            found = solve_placement(one_stage(limit_s, num_gpus, workload))
+        except Exception:
+            return 0.0
+        assert found.result.bound >= found.result.value
+        return found.result.bound
+
+    here = bound(limit_s, num_gpus)
+    assert bound(2 * limit_s, num_gpus) >= here * (1 - 1e-6)
+    assert bound(limit_s, num_gpus + 1) >= here * (1 - 1e-6)
+
+
+def test_bursts_keep_less_of_a_tight_limit() -> None:
+    calm, bursts = (solve_placement(one_stage(0.05, burstiness=cv)).result.value for cv in (1.0, 3.0))
+    assert bursts < calm
+
+
+def test_a_demand_is_served_by_no_more_gpus_than_keep_it() -> None:
+    most = solve_placement(one_stage(0.05, 4)).result.value
+    demand = {"kind": ObjectiveKind.GPUS, "demand_rps": 0.95 * most}
+    problem = one_stage(0.05, 4, **demand)
+    plan = solve_placement(problem)
+    assert not check_plan(plan, problem)
+    assert plan.planned_rate() >= 0.95 * most * (1 - 1e-9)
+    assert plan.result.bound <= plan.result.value <= 4
+
+
+def test_a_plan_that_claims_too_short_waits_or_too_high_a_share_is_refused() -> None:
+    problem = one_stage(0.05)
+    plan = solve_placement(problem)
+    queued_s = plan.result.queued_ttft_s
+    assert queued_s is not None
+    assert not check_plan(plan, problem)
+
+    def broken(**changes: float) -> set[Rule]:
+        return {each.rule for each in check_plan(replace(plan, result=replace(plan.result, **changes)), problem)}
+
+    assert broken(queued_ttft_s=0.5 * queued_s) == {Rule.TTFT}
+    assert broken(queued_ttft_s=0.051) == {Rule.TTFT_LIMIT}
+    assert Rule.VALUE in broken(utilisation=0.5 * plan.result.utilisation)
+    assert Rule.VALUE in broken(unified_lanes=3)
