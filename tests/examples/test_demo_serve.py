@@ -23,7 +23,7 @@ def test_the_demos_texts_are_those_of_transformers_though_a_planner_moves_heads_
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=900,
+        timeout=1800,
         check=False,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     )

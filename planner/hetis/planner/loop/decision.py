@@ -11,7 +11,7 @@ keeps its limits for requests as they are now:
 The answer is a re-planning (docs/replanning.md): its value counts what the change costs, its bound is one on every
 change of the family, and its steps keep the capacity as high as any order can. A shortage is ended whatever that
 costs. Any other change must gain `LoopSettings.least_gain` of what the plan in force yields, net of the change: what
-noise gains and loses again is less, so that it moves nothing.
+noise gains and loses again is less, so that it moves nothing. Nor may it serve less on the way than the near demand.
 """
 
 from __future__ import annotations
@@ -259,6 +259,8 @@ class _Deciding:
         gain, bound = sign * (found.value - now), sign * (found.bound - now)
         if gain < self._settings.least_gain * now:
             return self._keep(f"No change gains more than {max(0.0, bound):.4g} {objective.unit}.")
+        if found.transition.lowest < self._near.high_rps * ENOUGH:
+            return self._keep(f"The cheapest change would serve {found.transition.lowest:.4g} requests/s on the way.")
         mix = f"{self._drift}. " if other and self._drift is not None else ""
         reason = f"{mix}{self._sentence(self._far)}; {gain:.4g} {objective.unit} are gained"
         return self._change(found, posed, reason, gain=gain, bound=bound, unit=objective.unit)

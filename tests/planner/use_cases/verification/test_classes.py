@@ -69,36 +69,56 @@ def test_drift_is_to_longer_prompts() -> None:
     assert weights == [0.75 * 50, 30, 15, 1.5 * 5]
 
 
+WORKLOAD = """
+apiVersion: hetis/v1
+kind: Workload
+name: own limits
+classes:
+  - {name: short, max_prompt_tokens: 3000, ttft: 1s}
+  - {name: long}
+histogram:
+  - {prompt_tokens: 200, output_tokens: 200, weight: 40}
+  - {prompt_tokens: 800, output_tokens: 150, weight: 30}
+  - {prompt_tokens: 3000, output_tokens: 100, weight: 15}
+  - {prompt_tokens: 12000, output_tokens: 300, weight: 10}
+  - {prompt_tokens: 30000, output_tokens: 200, weight: 5}
+"""
+
+
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("classes")
     (folder / "fleet.yaml").write_text(FLEET)
+    (folder / "traffic.yaml").write_text(WORKLOAD)
     return folder
 
 
 def placed(folder: Path, *options: str, exits: ExitCode = ExitCode.OK) -> dict[str, Any]:
     out = folder / "plan.json"
     out.unlink(missing_ok=True)
-    asked = ["-c", str(folder / "fleet.yaml"), "-m", "llama-3.1-8b", "-w", "longbench_lengths", "--ttft", "5s"]
+    asked = ["-c", str(folder / "fleet.yaml"), "-m", "llama-3.1-8b", "-w", str(folder / "traffic.yaml"), "--ttft", "5s"]
     assert run(["place", *asked, "--no-other-engines", "--no-verify", *options, "--out", str(out), "-q"]) == exits
     found: dict[str, Any] = json.loads(out.read_text()) if out.exists() else {}
     return found
 
 
 def test_a_plan_with_classes_is_taken_where_it_is_worth_them(files: Path) -> None:
-    without = placed(files)
-    plan = placed(files, "--classes", "p50")
+    without = placed(files, "--classes", "none")
+    assert without["classes"] == []
+    assert without["objective"]["ttft_limit_s"] == 1.0, "without classes the strictest limit is that of all"
+    plan = placed(files)
+    assert plan["objective"]["ttft_limit_s"] == 5.0
     assert plan["result"]["value"] >= 1.1 * without["result"]["value"]
     assert [one["name"] for one in plan["classes"]] == ["short", "long"]
     assert {tuple(one["classes"]) for one in plan["replicas"]} & {("short",), ("long",)}
     found = load_plan_and_problem(str(files / "plan.json"))
     assert check_plan(found.plan, found.problem) == ()
     assert found.plan == load_plan(files / "plan.json")
-    dear = placed(files, "--classes", "p50", "--worth", "50%")
+    dear = placed(files, "--worth", "90%")
     assert dear["classes"] == []
     assert dear["result"]["value"] == without["result"]["value"]
-    assert "50% more is worth" in dear["inputs"]["classes_why_not"]
-    assert placed(files, "--classes", "p50", "--for", "kubernetes")["classes"] == []
+    assert "90% more is worth" in dear["inputs"]["classes_why_not"]
+    assert placed(files, "--for", "kubernetes")["classes"] == []
 
 
 @pytest.mark.parametrize("option", [("--survive", "node"), ("--profile-error", "20%"), ("--strategy", "hexgen-paper")])
