@@ -415,11 +415,11 @@ def test_requests_that_the_context_cuts_are_told_before_the_search(
     [
         (
             ("place", *SAMPLE, "--out", "p.json"),
-            "solved: 1 search by hetis for vllm-hetis, up to 60.0 s each; for",
+            "solved: 1 search by hetis for vllm-hetis, up to 60.0 s each",
         ),
         (
             ("compare", *SAMPLE, "--strategies", "hetis,uniform"),
-            "2 searches by hetis, uniform, up to 60.0 s each; for each plan that misses a limit in simulation up to 2",
+            "2 searches by hetis, uniform, up to 60.0 s each",
         ),
         (("compare", *SAMPLE, "--strategies", "hetis", "--no-verify"), "1 search by hetis, up to 60.0 s each"),
         (("what-if", *SAMPLE, "--buy-next", "--market", "L4,T4"), "3 searches by hetis for vllm-hetis, up to 60.0 s"),
@@ -452,7 +452,7 @@ def test_lines_of_a_dry_run_that_do_not_fit_are_indented(
     assert run_verb(["place", *SAMPLE, "--rate", "3", "--dry-run"]) == ExitCode.OK
     first, *others = capsys.readouterr().out.splitlines()
     assert first.startswith("ok  meta-llama")
-    assert len(others) > 3
+    assert len(others) == 3
     assert all(line.startswith("    ") and line[4] != " " and len(line) <= 80 for line in others)
 
 

@@ -42,7 +42,7 @@ OWN_MEANING: Mapping[str, frozenset[str]] = {
     ),
     "plan": frozenset({"dispatch", "apply"}),
     "profile": frozenset({"apply"}),  # as for its cluster
-    "rate": frozenset({"simulate", "convert"}),
+    "rate": frozenset({"simulate", "convert", "rehearse"}),
     "requests": frozenset({"simulate", "dispatch"}),
     "rule": frozenset({"fair", "share"}),
     "strict": frozenset({"export", "redispatch"}),
