@@ -172,7 +172,7 @@ def test_within_limits_a_plan_meets_them_or_serves_nothing(fleet: str) -> None:
 
 def test_engine_settings_chosen_anew_are_the_best_of_all_that_fit() -> None:
     problem, plan = posed("paper"), planned("paper")
-    slower = replace(problem, profiles=scaled(problem.profiles, 1.15))
+    slower = replace(problem, profiles=scaled(problem.profiles, 1.15)).at(plan.result.utilisation, plan.result.lanes)
     fixed = FixedPlan(plan, problem)
     assert fixed.as_planned(slower.profiles).misses(problem.objective), "or nothing would be chosen anew"
     rederivation, (group,), best = Rederivation(slower), fixed.groups, 0.0

@@ -54,10 +54,15 @@ def replanned(folder: Path, cluster: str, *more: str) -> dict[str, object]:
     return json.loads(result.stdout)  # type: ignore[no-any-return]
 
 
+def without_ttft(replicas: list[dict[str, object]]) -> list[dict[str, object]]:
+    """TTFT is stated at a plan's utilisation, which re-planning does not choose."""
+    return [{**one, "ttft_s": None} for one in replicas]
+
+
 def test_a_fleet_that_stays_keeps_its_plan(folder: Path) -> None:
     answer = replanned(folder, "fleet.yaml")
     running = json.loads((folder / "running.json").read_text())
-    assert answer["plan"]["replicas"] == running["replicas"]  # type: ignore[index]
+    assert without_ttft(answer["plan"]["replicas"]) == without_ttft(running["replicas"])  # type: ignore[index]
     assert answer["change"]["moved_gpus"] == []  # type: ignore[index]
     assert answer["transition"]["steps"] == []  # type: ignore[index]
 
@@ -82,7 +87,7 @@ def test_replicas_that_stay_run_as_many_requests_at_once_as_before(folder: Path)
     (folder / "seats.json").write_text(json.dumps(plan))
     asked = ["replan", "--from", str(folder / "seats.json"), "-c", str(folder / "fleet.yaml"), "--no-verify"]
     answer = json.loads(invoke(*asked, "-q", "-o", "json").stdout)
-    assert answer["plan"]["replicas"] == plan["replicas"]
+    assert without_ttft(answer["plan"]["replicas"]) == without_ttft(plan["replicas"])
 
 
 def test_traffic_may_have_other_prefix_hits_than_before(folder: Path) -> None:

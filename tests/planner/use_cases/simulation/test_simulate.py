@@ -252,7 +252,8 @@ def test_processes_change_nothing_but_the_time(plan: Path) -> None:
 
 
 def test_until_stable_doubles_the_requests(plan: Path) -> None:
-    found = simulated(plan, "--requests", "250", "--until-stable", "--precision", "8%")
+    rate = str(0.8 * json.loads(plan.read_text())["result"]["value"])
+    found = simulated(plan, "--rate", rate, "--requests", "250", "--until-stable", "--precision", "8%")
     assert found["load"]["requests"] > 250
     assert found["load"]["requests"] % 250 == 0
     assert found["precise"]

@@ -35,7 +35,7 @@ from hetis.solver.constraints import Constraints, misfits
 from hetis.solver.errors import UncheckedPlanError
 from hetis.solver.model import ModelSpec
 from hetis.solver.placement.rungs import RUNGS
-from hetis.solver.plan import Objective, Plan, Role
+from hetis.solver.plan import PLANNED_UTILISATION, Objective, Plan, Role
 from hetis.solver.problem import PlacementProblem
 from hetis.solver.replanning.change import ChangeCosts, Fate, ReplanningProblem
 from hetis.solver.replanning.replanner import Replanning, keeps, solve_replanning
@@ -158,6 +158,7 @@ def pose_replanning(
     if rung:
         problem = replace(problem, family=RUNGS[rung].restrict(problem.family, settings.strategy))
     warnings += dropped
+    problem = problem.at(min(PLANNED_UTILISATION, found.plan.result.utilisation or PLANNED_UTILISATION))
     return PosedReplan(
         running=found.plan, loaded=loaded, problem=problem, asked=objective, survived=survived, settings=settings,
         warnings=tuple(warnings),
