@@ -44,6 +44,7 @@ OWN_MEANING: Mapping[str, frozenset[str]] = {
     "profile": frozenset({"apply"}),  # as for its cluster
     "rate": frozenset({"simulate", "convert", "rehearse"}),
     "requests": frozenset({"simulate", "dispatch"}),
+    "seed": frozenset({"rehearse"}),
     "rule": frozenset({"fair", "share"}),
     "strict": frozenset({"export", "redispatch"}),
     "to": frozenset({"export", "upstreams"}),
