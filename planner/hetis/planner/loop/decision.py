@@ -73,7 +73,10 @@ class LoopSettings:
     verify: bool = False
 
     def __post_init__(self) -> None:
-        for name, least, most in (("every_s", 1, 86400), ("false_alarms_per_day", 1e-9, 1e3), ("tolerance", 0.01, 0.5)):
+        for name, least, most in (
+            ("every_s", 1, 86400), ("coverage", 0.5, 0.9999), ("false_alarms_per_day", 1e-9, 1e3),
+            ("tolerance", 0.01, 0.5),
+        ):  # fmt: skip
             if not least <= getattr(self, name) <= most:
                 raise InvalidProblemError(f"{name} is {getattr(self, name):g}, must be {least:g} to {most:g}")
 
