@@ -133,7 +133,9 @@ def test_a_composed_week_has_days_weekends_and_its_peak() -> None:
 
 
 def test_unevenness_is_of_a_trace_and_has_mean_one() -> None:
-    arrivals = np.sort(np.concatenate([np.random.default_rng(0).uniform(0, 1800, 3000), np.arange(1800, 3601, 6)]))
+    arrivals = np.sort(
+        np.concatenate([[0.0], np.random.default_rng(0).uniform(0, 1800, 3000), np.arange(1800, 3601, 6)])
+    )
     found = unevenness(arrivals)
     assert len(found) == 12
     assert found.mean() == pytest.approx(1.0)

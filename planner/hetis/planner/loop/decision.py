@@ -262,8 +262,10 @@ class _Deciding:
         gain, bound = sign * (found.value - now), sign * (found.bound - now)
         if gain < self._settings.least_gain * now:
             return self._keep(f"No change gains more than {max(0.0, bound):.4g} {objective.unit}.")
-        if found.transition.lowest < self._near.high_rps * ENOUGH:
-            return self._keep(f"The cheapest change would serve {found.transition.lowest:.4g} requests/s on the way.")
+        way = found.transition
+        lowest = kept_rate(found.plan, posed.problem) * (way.lowest / way.after if way.after else 0.0)
+        if lowest < self._near.high_rps * ENOUGH:
+            return self._keep(f"The cheapest change would serve {lowest:.4g} requests/s on the way.")
         mix = f"{self._drift}. " if other and self._drift is not None else ""
         reason = f"{mix}{self._sentence(self._far)}; {gain:.4g} {objective.unit} are gained"
         return self._change(found, posed, reason, gain=gain, bound=bound, unit=objective.unit)
