@@ -227,10 +227,8 @@ class _Rehearsing:
             self._take_events(now_s)
             if not serving.is_changing:
                 self._ask_if_due(now_s)
-            rate, (kept, saturated) = (
-                curve.rate_at(now_s),
-                serving.rates(curve.mix_at(now_s), self._in_force.fleet, self._gone),
-            )
+            rate = curve.rate_at(now_s)
+            kept = serving.kept_rps(curve.mix_at(now_s), self._in_force.fleet, self._gone)
             arrived = rate * WINDOW_S
             requests += arrived
             outside += arrived * (rate > kept * (1 + 1e-9) or backlog > 0)
