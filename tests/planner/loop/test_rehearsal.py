@@ -59,7 +59,7 @@ def test_the_loop_follows_a_rise_and_a_fall() -> None:
     assert found.changes[-1].capacity_rps < 0.75 * most
     assert found.changes[-1].gpus < max(one.gpus for one in found.changes)
     # From the jump until it is noticed and replicas have started: two minutes of an hour, and the queue of these.
-    assert found.outside < 12 / 23 * 5 / 60
+    assert found.outside < 12 / 23 * 6 / 60
     assert found.alarms >= 1
 
 
