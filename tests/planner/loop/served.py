@@ -13,9 +13,9 @@ from hetis.planner.use_cases.saved_plans import PlanAndProblem
 from hetis.planner.use_cases.sources import engine_rules, load_inputs
 from hetis.solver.budget import Budget, silent
 from hetis.solver.cluster import Cluster
-from hetis.solver.plan import Objective, ObjectiveKind
+from hetis.solver.plan import Objective, ObjectiveKind, Role
 
-SETTINGS = PlacementSettings(engine=engine_rules(None, "hetis"), rung="node")
+SETTINGS = PlacementSettings(engine=engine_rules(None, "hetis"), roles=(Role.UNIFIED,), rung="node")
 
 
 @cache

@@ -39,7 +39,7 @@ def test_a_shortage_is_ended_by_a_checked_plan_whose_steps_never_serve_less() ->
     assert found.found is not None
     assert check_plan(found.next.plan, found.next.problem) == ()
     assert kept_rate(found.next.plan, found.next.problem) >= 12.0 * (1 - 1e-6)
-    assert found.found.transition.lowest >= found.capacity_rps * (1 - 1e-6)
+    assert found.found.transition.lowest >= found.found.transition.before * (1 - 1e-6)
     assert 0 < found.gain <= found.bound
     assert found.unit == "requests/s"
     assert found.usd_per_hour is not None

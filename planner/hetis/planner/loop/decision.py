@@ -73,7 +73,10 @@ class LoopSettings:
     verify: bool = False
 
     def __post_init__(self) -> None:
-        for name, least, most in (("every_s", 1, 86400), ("false_alarms_per_day", 1e-9, 1e3), ("tolerance", 0.01, 0.5)):
+        for name, least, most in (
+            ("every_s", 1, 86400), ("coverage", 0.5, 0.9999), ("false_alarms_per_day", 1e-9, 1e3),
+            ("tolerance", 0.01, 0.5),
+        ):  # fmt: skip
             if not least <= getattr(self, name) <= most:
                 raise InvalidProblemError(f"{name} is {getattr(self, name):g}, must be {least:g} to {most:g}")
 
@@ -259,8 +262,10 @@ class _Deciding:
         gain, bound = sign * (found.value - now), sign * (found.bound - now)
         if gain < self._settings.least_gain * now:
             return self._keep(f"No change gains more than {max(0.0, bound):.4g} {objective.unit}.")
-        if found.transition.lowest < self._near.high_rps * ENOUGH:
-            return self._keep(f"The cheapest change would serve {found.transition.lowest:.4g} requests/s on the way.")
+        way = found.transition
+        lowest = kept_rate(found.plan, posed.problem) * (way.lowest / way.after if way.after else 0.0)
+        if lowest < self._near.high_rps * ENOUGH:
+            return self._keep(f"The cheapest change would serve {lowest:.4g} requests/s on the way.")
         mix = f"{self._drift}. " if other and self._drift is not None else ""
         reason = f"{mix}{self._sentence(self._far)}; {gain:.4g} {objective.unit} are gained"
         return self._change(found, posed, reason, gain=gain, bound=bound, unit=objective.unit)

@@ -7,8 +7,8 @@ do not serve; those that stop are paid until then.
 
 Requests are a fluid. The fleet keeps its limits up to its kept rate, which is that of the model for what serves now
 (`decision.kept_rate`) and is held to simulated requests elsewhere (docs/simulator.md). While the rate is above it,
-*all* requests count as outside the limits, which is more than there would be; above the saturated rate they queue up,
-and all are outside until the queue is empty.
+*all* requests count as outside the limits and what is above it queues up, and all are outside until the queue is empty,
+which is more than there would be.
 """
 
 from __future__ import annotations
@@ -227,14 +227,12 @@ class _Rehearsing:
             self._take_events(now_s)
             if not serving.is_changing:
                 self._ask_if_due(now_s)
-            rate, (kept, saturated) = (
-                curve.rate_at(now_s),
-                serving.rates(curve.mix_at(now_s), self._in_force.fleet, self._gone),
-            )
+            rate = curve.rate_at(now_s)
+            kept = serving.kept_rps(curve.mix_at(now_s), self._in_force.fleet, self._gone)
             arrived = rate * WINDOW_S
             requests += arrived
             outside += arrived * (rate > kept * (1 + 1e-9) or backlog > 0)
-            backlog = max(0.0, backlog + arrived - saturated * WINDOW_S)
+            backlog = max(0.0, backlog + arrived - kept * WINDOW_S)
             gpus, price = serving.paid(self._gone)
             gpu_hours += gpus * WINDOW_S / 3600
             usd += price * WINDOW_S / 3600
@@ -345,13 +343,13 @@ class _Serving:
         news = self._news | self._starting if with_starting else self._news
         return (*olds, *(self._change.next.plan.replicas[number] for number in sorted(news)))
 
-    def rates(self, mix: int, fleet: Cluster, gone: frozenset[str]) -> tuple[float, float]:
-        """Return the rate up to which what serves keeps its limits, and the saturated one."""
-        problem, key = self.found.problem, (self._phase, mix, gone)
+    def kept_rps(self, mix: int, fleet: Cluster, gone: frozenset[str]) -> float:
+        """Return the rate up to which what serves keeps its limits."""
+        key = self._phase, mix, gone
         if key not in self._rates:
             plan = replace(self.found.plan, replicas=self._replicas(with_starting=False), kv_routes=())
-            self._rates[key] = kept_rate(plan, replace(problem, workload=self._mixes[mix], cluster=fleet))
-        return self._rates[key], self._rates[key] / problem.planned_share
+            self._rates[key] = kept_rate(plan, replace(self.found.problem, workload=self._mixes[mix], cluster=fleet))
+        return self._rates[key]
 
     def paid(self, gone: frozenset[str]) -> tuple[int, float]:
         """Return the GPUs that serve or start, and their price in USD per hour; NaN if one has none."""
