@@ -21,6 +21,7 @@ from typing import NamedTuple
 import numpy as np
 
 from hetis.solver.budget import SearchSettings
+from hetis.solver.errors import NoPlanFoundError
 from hetis.solver.placement.outcome import Outcome, rate_bound
 from hetis.solver.placement.replicas.tables import CostTables, Tables
 from hetis.solver.placement.waits import Kept, kept_by, lanes_of, saturated_rate
@@ -105,19 +106,33 @@ class _Cells:
         self.costs, self.settings, self.find = costs, settings, find
         self._bound_of, self._bounds = bound_of, dict[float, float]()
         self.lanes = most_lanes(costs)  # of the last plan
+        self.has_found = False  # whether any search found a plan
 
     @property
     def limit_s(self) -> float | None:
         return self.costs.problem.objective.ttft_limit_s
 
     def searched(self, utilisation: float, reserved: float = 0.0) -> _Found | None:
-        """Return what a search at a utilisation found, at the one that it keeps."""
+        """Return what a search at a utilisation found, at the one that it keeps; raises as `outcome_of`."""
         tables = self.costs.at(utilisation, self.lanes, reserved * (self.limit_s or 0.0))
-        outcome = self.find(tables)
-        if outcome is None:
+        outcome = self.outcome_of(tables)
+        return None if outcome is None else _Found(outcome, kept_by(tables, outcome, GRID[-1]))
+
+    def outcome_of(self, tables: CostTables) -> Outcome | None:
+        """Return the outcome of a search with these tables.
+
+        Raises:
+            NoPlanFoundError: the time is up, and no earlier search found a plan either.
+        """
+        try:
+            outcome = self.find(tables)
+        except NoPlanFoundError:
+            if not self.has_found:
+                raise
             return None
-        self.lanes = lanes_of(tables, outcome)
-        return _Found(outcome, kept_by(tables, outcome, GRID[-1]))
+        if outcome is not None:
+            self.has_found, self.lanes = True, lanes_of(tables, outcome)
+        return outcome
 
     def bound_at(self, utilisation: float) -> float:
         """Return a bound on saturated rates at a utilisation and all higher ones."""
@@ -141,7 +156,8 @@ class _Most(_Cells):
                 break
             lanes, found = self.lanes, self.searched(utilisation)
             best = self._better(best, found)
-            if found is not None and found.utilisation < NEARLY * utilisation and self.lanes != lanes:
+            is_overrated = found is not None and found.utilisation < NEARLY * utilisation
+            if is_overrated and self.lanes != lanes and not self._is_over():
                 best = self._better(best, self.searched(utilisation))  # now with the lanes that such plans have
         if best is None:
             best = self.searched(GRID[0])
@@ -227,9 +243,7 @@ class _Least(_Cells):
     def _found(self) -> Iterator[KeptOutcome]:
         for utilisation in reversed(GRID):
             tables = self.costs.at(utilisation, self.lanes)
-            outcome = self.find(tables)
-            if outcome is not None:
-                self.lanes = lanes_of(tables, outcome)
+            if (outcome := self.outcome_of(tables)) is not None:
                 yield KeptOutcome(tables, outcome)
             if self.settings.budget.is_spent():
                 return
