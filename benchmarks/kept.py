@@ -37,7 +37,7 @@ from hetis.solver.plan import Objective, Plan, Role
 from hetis.solver.planning import solve_placement
 from hetis.solver.problem import EngineRules, PlacementProblem
 
-CASES, QUICK_CASES = 24, 2
+CASES, QUICK_CASES = 6, 2
 MODELS = ("Llama-2-70B", "Qwen3-32B", "Llama-3.1-8B", "Qwen2.5-72B-Instruct", "Mixtral-8x7B-v0.1", "Qwen3-30B-A3B")
 LENGTHS = ("azure_conv_2023", "sharegpt_8k_lengths", "sharegpt_first_turn_lengths", "4000/300", "1000/500", "500/50")
 TTFT_S, TPOT_S = (0.5, 1.0, 2.0, 5.0), (0.03, 0.05, 0.1, 0.2)
