@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from hetis.planner.cli.app import run
 from hetis.planner.cli.exit_codes import ExitCode
 from hetis.planner.convert.stages import merged, stage_from_proto, stages_of_replica
-from hetis.planner.use_cases.dispatch import stage_times
-from hetis.planner.use_cases.sources import load_plan_and_problem
+from hetis.planner.use_cases.dispatch.stages import stage_times
+from hetis.planner.use_cases.saved_plans import load_plan_and_problem
 from hetis.v1.stage_pb2 import AttentionPiece, HeadShape, StageDevice, StageModel
 
 HEADS = HeadShape(
