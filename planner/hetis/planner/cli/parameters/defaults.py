@@ -48,6 +48,11 @@ OWN_MEANING: Mapping[str, frozenset[str]] = {
     "rule": frozenset({"fair", "share"}),
     "strict": frozenset({"export", "redispatch"}),
     "to": frozenset({"export", "upstreams"}),
+    "trace": frozenset({"rehearse"}),
+    "fail": frozenset({"rehearse"}),
+    "join": frozenset({"rehearse"}),
+    "max-moves": frozenset({"rehearse"}),
+    "horizon": frozenset({"rehearse"}),
     "weights": frozenset({"fits"}),  # of one GPU type, as its KV
     "workload": frozenset({"apply"}),  # as for its model
 }
