@@ -38,6 +38,7 @@ class LayerKinds:
     mixers: tuple[tuple[Mixer, int], ...]
     attention: tuple[tuple[Mixer, int], ...]  # the mixers that keep KV
     main: Mixer | None  # the kind with KV that most layers have
+    groups: int  # the most KV head groups that a layer has
     mlps: tuple[tuple[Mlp, int], ...]  # of repeated layers
     prefix_mlps: tuple[tuple[Mlp, int], ...]
     prefix_layers: int
@@ -54,6 +55,7 @@ class LayerKinds:
             mixers=mixers,
             attention=attention,
             main=max(attention, key=lambda pair: pair[1])[0] if attention else None,
+            groups=max((mixer.groups for mixer, _ in attention), default=0),
             mlps=_counted(mlp for layer in layers[prefix:] for mlp in layer.mlps),
             prefix_mlps=_counted(mlp for layer in layers[:prefix] for mlp in layer.mlps),
             prefix_layers=prefix,

@@ -57,6 +57,8 @@ class ModelSpec:
     forbidden_cuts: frozenset[int] = frozenset()
     precisions: tuple[GpuPrecision, ...] = ()
     _kinds: LayerKinds = field(init=False, repr=False, compare=False)
+    _kv_bytes_per_token_group: float = field(init=False, repr=False, compare=False)
+    _state_bytes: float = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         for name in _AT_LEAST_ONE:
@@ -69,6 +71,10 @@ class ModelSpec:
         object.__setattr__(self, "_kinds", LayerKinds.of(self.layers))
         if self._kinds.main is None:
             raise InvalidProblemError(f"{self.name}: has no layer with attention, must have one at least")
+        # Once, because a simulation needs them for every prompt.
+        token_bytes = self._mean(lambda mixer: mixer.kv_bytes(self.kv_bytes)) / self.head_groups
+        object.__setattr__(self, "_kv_bytes_per_token_group", token_bytes)
+        object.__setattr__(self, "_state_bytes", self._mean(lambda mixer: mixer.state_bytes(self.kv_bytes)))
 
     def on(self, gpu: str) -> ModelSpec:
         """Return the model as GPUs of one type hold it, in a single precision."""
@@ -118,7 +124,7 @@ class ModelSpec:
 
         Where layers differ, the most that a layer has.
         """
-        return max(mixer.groups for mixer, _ in self._kinds.attention)
+        return self._kinds.groups
 
     @property
     def queries_per_group(self) -> int:
@@ -322,7 +328,7 @@ class ModelSpec:
 
     def kv_bytes_per_token_group(self) -> float:
         """Return the mean KV bytes of one token in one layer and one head group, with the key of an indexer."""
-        return self._mean(lambda mixer: mixer.kv_bytes(self.kv_bytes)) / self.head_groups
+        return self._kv_bytes_per_token_group
 
     def kv_bytes_per_token(self) -> float:
         """Return the KV bytes of one token over all layers and head groups."""
@@ -351,7 +357,7 @@ class ModelSpec:
 
     def state_bytes(self) -> float:
         """Return the mean bytes that one request keeps in one layer, for all heads, independently of its context."""
-        return self._mean(lambda mixer: mixer.state_bytes(self.kv_bytes))
+        return self._state_bytes
 
     @property
     def recurrent_layers(self) -> int:
