@@ -38,19 +38,20 @@ from hetis.solver.placement.replicas.template import Template
 
 
 def search_enumerated(
-    costs: CostTables, master: Master, settings: SearchSettings, simplest_within: float = 0.0
+    costs: CostTables, master: Master, settings: SearchSettings, simplest_within: float = 0.0, above: float = 0.0
 ) -> Outcome | None:
     """Return the best plan of an engine's family with a bound, or None if the family has none.
 
     With ``simplest_within``, return the simplest plan of those that lose no more than this share of the best value
-    (`simplicity.py`). The bound remains that on the best.
+    (`simplicity.py`). The bound remains that on the best. With ``above``, a rate, also None if the relaxation proves
+    that no plan has a higher one.
 
     Raises:
         InvalidProblemError: the family is too large to enumerate, or the model may not be cut everywhere.
         NoPlanFoundError: no plan was found in time, nor proved impossible.
     """
     searching = _Search(costs, master, settings)
-    best = searching.run()
+    best = searching.run(above)
     return best if best is None or not simplest_within else searching.simpler(best, simplest_within)
 
 
@@ -97,10 +98,14 @@ class _Search:
         self.incumbent: MilpSolution | None = None
         self.relaxed: LpSolution | None = None
 
-    def run(self) -> Outcome | None:
-        """Return the best plan."""
+    def run(self, above: float = 0.0) -> Outcome | None:
+        """Return the best plan; None: there is none, or none above this rate."""
         engine = self.costs.problem.family.engine
-        self._relax()
+        self._relax(chooses=not above)
+        if above:
+            if self.is_complete and self.bound <= above:
+                return None
+            self._choose_relaxed()
         if engine is not None and engine.max_nodes is not None:
             self._keep_to_nodes(engine.max_nodes)
         elif not (self.is_complete and self._prove()):
@@ -152,8 +157,12 @@ class _Search:
         if self.enumerated.columns is None and not self.is_complete:
             raise self.settings.stopped()
         if chooses:
-            self._round_down()
-            self._choose(self.policy.relaxed)
+            self._choose_relaxed()
+
+    def _choose_relaxed(self) -> None:
+        """Find whole counts near the relaxation."""
+        self._round_down()
+        self._choose(self.policy.relaxed)
 
     def _solve_relaxation(self) -> LpSolution | None:
         """Solve the relaxation over the enumerated columns and keep it in ``relaxed``.

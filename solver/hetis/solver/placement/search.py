@@ -17,7 +17,9 @@ from hetis.solver.placement.replicas.kinds import kind_of
 from hetis.solver.placement.replicas.tables import CostTables
 
 
-def search(costs: CostTables, settings: SearchSettings, *, simplest_within: float = 0.0) -> Outcome | None:
+def search(
+    costs: CostTables, settings: SearchSettings, *, simplest_within: float = 0.0, above: float = 0.0
+) -> Outcome | None:
     """Return the best replicas found with a bound, or None if the family is empty or the budget ended before a plan.
 
     With ``simplest_within``, the plan is the simplest of those that lose no more than this share of the best value.
@@ -28,7 +30,7 @@ def search(costs: CostTables, settings: SearchSettings, *, simplest_within: floa
     master, budget = master_of(costs), settings.budget
     if not costs.problem.family.uneven_layers:
         return _enumerate_uniform(costs, master, settings)
-    outcome = search_enumerated(costs, master, settings, simplest_within)
+    outcome = search_enumerated(costs, master, settings, simplest_within, above)
     is_short = budget.is_spent() and not simplest_within
     if is_short and (outcome is None or abs(outcome.bound - outcome.value) > settings.gap_target * outcome.value):
         return _better(outcome, _first_plan(costs, settings), master)

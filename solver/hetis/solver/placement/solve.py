@@ -66,8 +66,8 @@ def solve_family(
     """
 
     def found_by(costs: CostTables, settings: SearchSettings) -> KeptOutcome | None:
-        def find(tables: CostTables) -> Outcome | None:
-            return search(tables, settings, simplest_within=simplest_within)
+        def find(tables: CostTables, above: float = 0.0) -> Outcome | None:
+            return search(tables, settings, simplest_within=simplest_within, above=above)
 
         if not chooses_utilisation(problem):
             outcome = find(costs)
@@ -202,7 +202,7 @@ def equal_stages_value(problem: PlacementProblem, settings: SearchSettings) -> f
     found: KeptOutcome | None = None
     if chooses_utilisation(problem):
         found = search_kept(
-            costs, settings, lambda tables: equal_stages(tables, settings), lambda tables: bound_of(tables, settings)
+            costs, settings, lambda tables, _: equal_stages(tables, settings), lambda tables: bound_of(tables, settings)
         )
     elif (outcome := equal_stages(costs, settings)) is not None:
         found = KeptOutcome(costs, outcome)

@@ -36,7 +36,7 @@ WAITING = 0.8  # utilisation at which they are set aside
 NEARLY = 0.97  # ratio to a utilisation below which plans found for it do not keep it
 CLOSE = 1.01  # ratio of a bound to what is kept from which on further plans are not worth their time
 
-Find = Callable[[CostTables], Outcome | None]
+Find = Callable[[CostTables, float], Outcome | None]
 BoundOf = Callable[[CostTables], float]
 
 
@@ -75,8 +75,8 @@ def most_lanes(costs: CostTables) -> Lanes:
 def search_kept(costs: CostTables, settings: SearchSettings, find: Find, bound_of: BoundOf) -> KeptOutcome | None:
     """Return the outcome that keeps most or, if a rate is demanded, the best that keeps it; None: there is none.
 
-    ``find`` searches at the utilisation of tables, and ``bound_of`` returns a bound without whole counts, in the unit
-    of outcomes.
+    ``find`` searches at the utilisation of tables for what serves more than a saturated rate, and ``bound_of`` returns
+    a bound without whole counts, in the unit of outcomes.
     """
     if costs.problem.objective.maximises:
         return _Most(costs, settings, find, bound_of).run()
@@ -112,20 +112,23 @@ class _Cells:
     def limit_s(self) -> float | None:
         return self.costs.problem.objective.ttft_limit_s
 
-    def searched(self, utilisation: float, reserved: float = 0.0) -> _Found | None:
-        """Return what a search at a utilisation found, at the one that it keeps; raises as `outcome_of`."""
+    def searched(self, utilisation: float, reserved: float = 0.0, *, above: float = 0.0) -> _Found | None:
+        """Return what a search at a utilisation found, at the one that it keeps; raises as `outcome_of`.
+
+        None: there is no plan, or none that keeps more than ``above``.
+        """
         tables = self.costs.at(utilisation, self.lanes, reserved * (self.limit_s or 0.0))
-        outcome = self.outcome_of(tables)
+        outcome = self.outcome_of(tables, above / GRID[-1])
         return None if outcome is None else _Found(outcome, kept_by(tables, outcome, GRID[-1]))
 
-    def outcome_of(self, tables: CostTables) -> Outcome | None:
-        """Return the outcome of a search with these tables.
+    def outcome_of(self, tables: CostTables, above: float = 0.0) -> Outcome | None:
+        """Return the outcome of a search with these tables for what serves more than a saturated rate.
 
         Raises:
             NoPlanFoundError: the time is up, and no earlier search found a plan either.
         """
         try:
-            outcome = self.find(tables)
+            outcome = self.find(tables, above)
         except NoPlanFoundError:
             if not self.has_found:
                 raise
@@ -154,11 +157,12 @@ class _Most(_Cells):
         for utilisation in TRIED:
             if best is not None and (utilisation * most <= CLOSE * best.kept or self._is_over()):
                 break
-            lanes, found = self.lanes, self.searched(utilisation)
+            lanes, found = self.lanes, self.searched(utilisation, above=0.0 if best is None else best.kept)
             best = self._better(best, found)
             is_overrated = found is not None and found.utilisation < NEARLY * utilisation
             if is_overrated and self.lanes != lanes and not self._is_over():
-                best = self._better(best, self.searched(utilisation))  # now with the lanes that such plans have
+                # Now with the lanes that such plans have.
+                best = self._better(best, self.searched(utilisation, above=0.0 if best is None else best.kept))
         if best is None:
             best = self.searched(GRID[0])
         if best is None:
@@ -182,7 +186,7 @@ class _Most(_Cells):
             if GRID[-1] * most <= CLOSE * best.kept or self._is_over():
                 break
             reserved = RESERVED[number] if number < len(RESERVED) else self._between(tried)
-            tried[reserved] = self.searched(WAITING, reserved)
+            tried[reserved] = self.searched(WAITING, reserved, above=best.kept)
             best = self._better(best, tried[reserved]) or best
         return best
 
