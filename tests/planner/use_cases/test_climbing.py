@@ -109,11 +109,11 @@ def test_a_requested_rung_has_the_best_plan_up_to_it(name: str) -> None:
 
 
 def test_stages_of_few_layers_are_refused_unless_nothing_else_fits() -> None:
-    strict = climbed(workload="8000/300", rung="apart").plan
-    freely = climbed(workload="8000/300", rung="apart", min_layers=1).plan
+    strict = climbed(workload="azure_conv_2023", rung="apart").plan
+    freely = climbed(workload="azure_conv_2023", rung="apart", min_layers=1).plan
     assert min(stage.num_layers for one in strict.replicas for stage in one.stages) >= 4
     assert min(stage.num_layers for one in freely.replicas for stage in one.stages) < 4
-    assert freely.result.value > 0.99 * strict.result.value  # few utilisations are tried, in either family
+    assert freely.result.value > strict.result.value
 
 
 def test_a_demand_is_served_for_less_on_a_rung_that_is_worth_it() -> None:

@@ -16,7 +16,7 @@ from hetis.solver.problem import PlacementProblem
 from hetis.solver.queueing import EqualPrefills, EqualReplicas, FloatArray, Queueing, RequestQueue, SharedQueue
 
 FILLS = (0.05, 0.1, 0.25, 0.5, 0.75, 1.0)  # shares of a replica's seats at which its rate is derived
-TOLERANCE = 0.15  # ratio by which two derivations of a wait may differ: 7% for a toy model of four layers
+TOLERANCE = 0.05  # ratio by which two derivations of a wait may differ
 CHUNKS = (1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0)  # shares of a chunk at which its time is derived
 
 

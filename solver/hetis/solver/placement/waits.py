@@ -1,7 +1,7 @@
 """The queues of chosen replicas, from the search's own tables: the rate at which requests wait no longer than allowed.
 
-The mathematics is that of `hetis.solver.queueing`. A last chunk that a prompt does not fill takes a part of the time
-between an iteration without a chunk and one with a full one; on prefill replicas it is charged as full.
+The mathematics is that of `hetis.solver.queueing`. A last chunk that a prompt does not fill takes the time between
+those of the family's next smaller and next larger chunks, at least that of its smallest.
 """
 
 from __future__ import annotations
@@ -176,8 +176,8 @@ class _Queues:
     def _prefills(self, template: Template, count: int, share: float) -> EqualPrefills:
         mix, times = self._costs.mixes[template.mix], prompt_times(self._costs, template)
         before, landed_s = np.ceil(self._computed / mix.chunk_tokens) - 1.0, landing_s(self._costs, template)
-        last = self._computed / mix.chunk_tokens - before  # share of the last chunk that a prompt fills
-        last_s = times.plain_s + (times.chunk_s - times.plain_s) * (last if times.plain_s else 1.0)
+        sizes, seconds = zip(*self._chunks(template), strict=True)
+        last_s = np.interp(self._computed - before * mix.chunk_tokens, sizes, seconds)
         return EqualPrefills(
             lanes=count * mix.attention_dp,
             prompt_s=self._costs.moments.mean_computed / mix.chunk_tokens * times.slot_s,
@@ -185,6 +185,17 @@ class _Queues:
             alone_s=before * times.busiest_s + last_s + landed_s,
             crowded_s=before * times.slot_s + times.round_trip_s + landed_s,
         )
+
+    def _chunks(self, template: Template) -> list[tuple[int, float]]:
+        """Return the family's chunks up to a replica's, ascending, each with its seconds in all stages, alone."""
+        own = self._costs.mixes[template.mix]
+        kind = own.micro_batch, own.sends_afar, own.attention_dp
+        alike = sorted(
+            (mix.chunk_tokens, x)
+            for x, mix in enumerate(self._costs.mixes)
+            if (mix.micro_batch, mix.sends_afar, mix.attention_dp) == kind and 0 < mix.chunk_tokens <= own.chunk_tokens
+        )
+        return [(size, prompt_times(self._costs, replace(template, mix=x)).chunk_s) for size, x in alike]
 
     def _seats(self, template: Template, count: int, under_way_s: FloatArray, arriving: float) -> EqualReplicas:
         costs, mix, in_flight = self._costs, self._costs.mixes[template.mix], self._in_flight(template)

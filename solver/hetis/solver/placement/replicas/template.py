@@ -235,7 +235,6 @@ class PromptTimes(NamedTuple):
     slot_s: float  # from one to the next, in the saturated replica
     chunk_s: float  # in all stages, alone
     busiest_s: float  # in the stage that takes longest, alone
-    plain_s: float  # of an iteration without a chunk in all stages; 0 if there is none
 
 
 def prompt_times(costs: CostTables, template: Template) -> PromptTimes:
@@ -249,11 +248,7 @@ def prompt_times(costs: CostTables, template: Template) -> PromptTimes:
         chunks_s = chunks_s / mix.iterations
     trip_s = max(m * slot_s, float(chunks_s.sum()))
     slot_s = max(slot_s, float(chunks_s.max())) if m > 1 else trip_s
-    chunk_s, plain_s = float(chunks_s.sum()), 0.0
-    if mix.plain_iterations:
-        whole_s = float(times_of(template, stage_seconds(costs, template)).sum())  # of a request, in all iterations
-        plain_s = (whole_s - mix.chunk_iterations * chunk_s) / mix.plain_iterations
-    return PromptTimes(trip_s, slot_s, chunk_s, float(chunks_s.max()), plain_s)
+    return PromptTimes(trip_s, slot_s, float(chunks_s.sum()), float(chunks_s.max()))
 
 
 def ttft_s(costs: CostTables, template: Template) -> float:
