@@ -226,14 +226,14 @@ def _row(model: ModelSpec) -> dict[str, Any]:
             if v not in (None, usual.get(name))
         }
 
-    given = {name: value for name, value in _given(model).items() if name not in ("name", "layers", "_kinds")}
+    given = {name: value for name, value in _given(model).items() if name not in ("name", "layers")}
     found = {"name": model.name, "attention": model.attention.name, **unusual(short), **given}
     return {name: found[name] for name in (*_ORDER, *found) if name in found}
 
 
 def _given(shape: Any) -> dict[str, Any]:
-    """Return the fields of a dataclass that differ from their defaults."""
-    values = ((field, getattr(shape, field.name)) for field in dataclasses.fields(shape))
+    """Return the fields that a dataclass was given and that differ from their defaults."""
+    values = ((field, getattr(shape, field.name)) for field in dataclasses.fields(shape) if field.init)
     return {
         field.name: _given(value) if dataclasses.is_dataclass(value) else value
         for field, value in values
