@@ -14,18 +14,13 @@ from hetis.planner.convert.plans import complete, explanation_to_proto, replica_
 from hetis.planner.failures import Reason, ServiceError, invalid_field, not_found
 from hetis.planner.fleet.fleet import LiveFleet
 from hetis.planner.fleet.hubs import Hubs
+from hetis.planner.fleet.stored_plans import SEARCHING, StoredPlans, plan_state, require_answer
 from hetis.planner.resources.checks import Checks, check, require_etag
 from hetis.planner.resources.committing import Publish, change_once
 from hetis.planner.resources.in_force import IN_FORCE, how_to_withdraw, is_withdrawable, publish_change, withdraw
 from hetis.planner.resources.pages import read_page
 from hetis.planner.resources.plan_creation import PlanSearches, forget_problem
-from hetis.planner.resources.plan_documents import (
-    SEARCHING,
-    PlanDocuments,
-    is_settled,
-    plan_state,
-    require_answer,
-)
+from hetis.planner.resources.plan_documents import is_settled
 from hetis.planner.store import PlanRecord, Reader, Store, Transaction
 from hetis.planner.threads import run_in_thread_gc_paused
 from hetis.planner.use_cases.record.parts import MadeFrom, Requested
@@ -47,7 +42,7 @@ class Plans:
     _hubs: Hubs
     _fleet: LiveFleet
     _searches: PlanSearches
-    _documents: PlanDocuments
+    _stored: StoredPlans
 
     async def get(self, request: pb2.GetPlanRequest) -> pb2.GetPlanResponse:
         check(request, name=names.PLAN)
@@ -56,7 +51,7 @@ class Plans:
             return pb2.GetPlanResponse(plan=self._basic(record))
         plan = full_view(record, self._searches.progress_of(record.name))
         if record.body.HasField("result"):
-            answered = await self._documents.of(record)
+            answered = await self._stored.of(record)
             await run_in_thread_gc_paused(complete, plan, answered.plan, answered.document)
         return pb2.GetPlanResponse(plan=plan)
 
@@ -152,7 +147,7 @@ class Plans:
         from hetis.solver.placement.explanation import explain_plan
 
         check(request, name=names.PLAN)
-        answered = await self._documents.answered(request.name)
+        answered = await self._stored.answered(request.name)
 
         def explained() -> pb2.ExplainPlanResponse:
             return explanation_to_proto(answered.plan, explain_plan(answered.plan, answered.problem))
@@ -161,8 +156,8 @@ class Plans:
 
     async def diff(self, request: pb2.DiffPlansRequest) -> pb2.DiffPlansResponse:
         check(request, name=names.PLAN, other=names.PLAN)
-        one = await self._documents.answered(request.name)
-        other = await self._documents.answered(request.other)
+        one = await self._stored.answered(request.name)
+        other = await self._stored.answered(request.other)
         return await run_in_thread_gc_paused(compare, one.found, other.found)
 
     async def read_document(self, request: pb2.ReadPlanDocumentRequest) -> AsyncIterator[pb2.ReadPlanDocumentResponse]:

@@ -24,10 +24,10 @@ from hetis.planner.failures import Reason, ServiceError
 from hetis.planner.fleet.fleet import LiveFleet
 from hetis.planner.fleet.replica import dense_devices_of, nodes_of
 from hetis.planner.fleet.settings import ProposalPolicy, proposal_policy
+from hetis.planner.fleet.stored_plans import SEARCHING, AnsweredPlan, StoredPlans
 from hetis.planner.fleet.views import Clock, FleetObserver
 from hetis.planner.resources.plan_activation import PlanActivation
 from hetis.planner.resources.plan_creation import PlanCreation
-from hetis.planner.resources.plan_documents import SEARCHING, AnsweredPlan, PlanDocuments
 from hetis.planner.resources.plans import Plans
 from hetis.planner.store import PlanRecord, Store, etag_of
 from hetis.solver.cluster import node_of
@@ -53,7 +53,7 @@ class StoredPlacements:
     _plans: Plans
     _creation: PlanCreation
     _activation: PlanActivation
-    _documents: PlanDocuments
+    _stored: StoredPlans
     _kept: dict[str, plan_pb2.Plan] = field(default_factory=dict)
 
     async def plan_in_force(self, cluster: str) -> plan_pb2.Plan | None:
@@ -96,7 +96,7 @@ class StoredPlacements:
         record = await self._store.read(lambda reader: reader.plans.get(plan))
         if record is None or not record.body.HasField("result"):
             return frozenset()
-        groups = (await self._documents.of(record)).problem.cluster.node_groups
+        groups = (await self._stored.of(record)).problem.cluster.node_groups
         return frozenset(group.node_name(index) for group in groups for index in range(group.count))
 
     async def propose(self, cluster: str, spec: plan_pb2.PlanSpec, reason: str) -> str:
@@ -118,7 +118,7 @@ class StoredPlacements:
     async def answered(self, plan: str) -> AnsweredPlan | None:
         """Return a plan with its document; None if it was deleted."""
         record = await self._store.read(lambda reader: reader.plans.get(plan))
-        return None if record is None else await self._documents.of(record)
+        return None if record is None else await self._stored.of(record)
 
     async def activate(self, plan: str) -> None:
         """Activate a plan. Raises ServiceError if that is impossible now."""

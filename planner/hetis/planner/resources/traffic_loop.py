@@ -22,6 +22,7 @@ from hetis.planner.convert.traffic import MINUTE_S
 from hetis.planner.failures import ServiceError
 from hetis.planner.fleet.fleet import LiveFleet
 from hetis.planner.fleet.settings import TrafficPolicy, traffic_policy
+from hetis.planner.fleet.stored_plans import AnsweredPlan
 from hetis.planner.fleet.views import Clock
 from hetis.planner.jobs.apart import call_apart
 from hetis.planner.loop.decision import Decision, InForce, LoopSettings, Verdict, decide, solve
@@ -30,7 +31,6 @@ from hetis.planner.loop.forecast import History, Window
 from hetis.planner.loop.speeds import corrections
 from hetis.planner.resources.nodes import NodeReader
 from hetis.planner.resources.plan_creation import PlanCreation
-from hetis.planner.resources.plan_documents import AnsweredPlan
 from hetis.planner.resources.proposals import StoredPlacements
 from hetis.planner.resources.traffic import MeasuredTraffic
 from hetis.planner.threads import run_in_daemon_thread
