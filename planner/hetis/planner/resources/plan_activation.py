@@ -83,7 +83,7 @@ class PlanActivation:
 
         def prepare() -> Target:
             require_gpus(cluster.name, declared.value, answered.plan.replicas)
-            load_bytes = load_bytes_of(answered.found)
+            load_bytes = load_bytes_of(answered.problem.model)
             return Target(
                 record=answered.record,
                 shapes=tuple(replica_to_proto(one, answered.plan) for one in answered.plan.replicas),
