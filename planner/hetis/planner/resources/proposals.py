@@ -23,7 +23,7 @@ from hetis.planner.convert.plans import role_of
 from hetis.planner.failures import Reason, ServiceError
 from hetis.planner.fleet.fleet import LiveFleet
 from hetis.planner.fleet.replica import dense_devices_of, nodes_of
-from hetis.planner.fleet.settings import ProposalPolicy, proposal_policy
+from hetis.planner.fleet.settings import ProposalPolicy, policy_from
 from hetis.planner.fleet.stored_plans import SEARCHING, AnsweredPlan, StoredPlans
 from hetis.planner.fleet.views import Clock, FleetObserver
 from hetis.planner.resources.plan_activation import PlanActivation
@@ -189,7 +189,7 @@ class PlacementProposals(FleetObserver):
             self._take_change(name, known)
             if known.is_settled:
                 continue
-            patience_s = proposal_policy(self._fleet.policy_of(name)).patience_s
+            patience_s = policy_from(ProposalPolicy, self._fleet.policy_of(name)).patience_s
             try:
                 wait_s = await self._look(name, known)
             except (ServiceError, InvalidProblemError) as error:  # for example, the remaining GPUs do not run the model
@@ -207,7 +207,7 @@ class PlacementProposals(FleetObserver):
 
     async def _look(self, name: str, known: _Cluster) -> float | None:
         """Look at a cluster; return the seconds until the next look, or None if none is needed."""
-        policy = proposal_policy(self._fleet.policy_of(name))
+        policy = policy_from(ProposalPolicy, self._fleet.policy_of(name))
         if policy.mode == cluster_pb2.REACTION_MODE_OFF:
             return None
         nodes = known.nodes

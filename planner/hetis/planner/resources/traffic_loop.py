@@ -21,7 +21,7 @@ from hetis.planner.convert.names import seconds_of, timestamp
 from hetis.planner.convert.traffic import MINUTE_S
 from hetis.planner.failures import ServiceError
 from hetis.planner.fleet.fleet import LiveFleet
-from hetis.planner.fleet.settings import TrafficPolicy, traffic_policy
+from hetis.planner.fleet.settings import TrafficPolicy, policy_from
 from hetis.planner.fleet.stored_plans import AnsweredPlan
 from hetis.planner.fleet.views import Clock
 from hetis.planner.jobs.apart import call_apart
@@ -117,7 +117,7 @@ class TrafficLoop:
         self._loops = {name: self._loops.get(name, _Loop()) for name in names}
         for name, loop in sorted(self._loops.items()):
             try:
-                await self._look(name, loop, traffic_policy(self._fleet.policy_of(name)))
+                await self._look(name, loop, policy_from(TrafficPolicy, self._fleet.policy_of(name)))
             except (ServiceError, HetisError) as error:  # for example, the plan has no re-planning
                 _log.warning("no decision about the traffic of %s: %s", name, error)
             except Exception:
