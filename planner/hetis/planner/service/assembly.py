@@ -25,6 +25,7 @@ from hetis.planner.resources.plan_specs import SearchLimits
 from hetis.planner.resources.plans import Plans
 from hetis.planner.resources.profiles import Profiles
 from hetis.planner.resources.proposals import PlacementProposals, StoredPlacements
+from hetis.planner.resources.retention import Retention
 from hetis.planner.resources.traffic import MeasuredTraffic
 from hetis.planner.resources.traffic_loop import TrafficLoop
 from hetis.planner.resources.watches import ClusterWatches, RunningResources
@@ -96,6 +97,7 @@ class Term:
         placements = StoredPlacements(store, plans, creation, activation, stored)
         self._proposals = PlacementProposals(fleet, placements, clock=clock)
         fleet.add_observer(self._proposals)
+        self._retention = Retention(store, placements, config.retention.plans, config.retention.audit)
         self._traffic = MeasuredTraffic(store, fleet, stored, clock)
         fleet.add_observer(self._traffic)
         self._traffic_loop = TrafficLoop(fleet, reader, self._traffic, placements, creation, clock)
@@ -152,6 +154,7 @@ class Term:
         self._loops.start("the KV history", self._kv.run())
         self._loops.start("measured traffic", self._traffic.run())
         self._loops.start("decisions about traffic", self._traffic_loop.run())
+        self._loops.start("retention", self._retention.run())
         await self._searches.resume()
         self._pool.start()
         self._loops.start("the solver slots", self._pool.until_failed())

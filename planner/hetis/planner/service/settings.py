@@ -171,6 +171,13 @@ class LeadershipPart(DocumentPart):
     advertise: Annotated[list[Address], BeforeValidator(_listed)] = Field(default_factory=list)
 
 
+class RetentionPart(DocumentPart):
+    """After how long plans that are not in use, and lines of the audit log, are deleted; by default never."""
+
+    plans: Annotated[Seconds, Field(ge=3600, le=1e9)] | None = None
+    audit: Annotated[Seconds, Field(ge=3600, le=1e9)] | None = None
+
+
 class TelemetryPart(DocumentPart):
     """Export of traces, by OTLP over gRPC."""
 
@@ -199,6 +206,7 @@ class PlannerConfig(DocumentPart):
     log: LogPart = LogPart()
     agents: AgentsPart = AgentsPart()
     leadership: LeadershipPart = LeadershipPart()
+    retention: RetentionPart = RetentionPart()
     telemetry: TelemetryPart = TelemetryPart()
     drain_timeout: Annotated[Seconds, Field(ge=0, le=3600)] = 30.0
 
