@@ -187,7 +187,8 @@ class TelemetryPart(DocumentPart):
 class PlannerConfig(DocumentPart):
     """The configuration of a planner. Times are seconds inside, ``30s`` in files.
 
-    ``reload`` is how often certificate and token files are checked for changes.
+    ``reload`` is how often certificate and token files are checked for changes; ``backups`` is the folder in which
+    backups are made, so that the time of the newest is a metric.
     """
 
     api_version: Annotated[Literal["hetis/v1"], Field(alias="apiVersion")]
@@ -206,6 +207,7 @@ class PlannerConfig(DocumentPart):
     log: LogPart = LogPart()
     agents: AgentsPart = AgentsPart()
     leadership: LeadershipPart = LeadershipPart()
+    backups: FilePath | None = None
     retention: RetentionPart = RetentionPart()
     telemetry: TelemetryPart = TelemetryPart()
     drain_timeout: Annotated[Seconds, Field(ge=0, le=3600)] = 30.0
