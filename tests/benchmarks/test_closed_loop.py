@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from benchmarks.measuring.closed_loop import Engine, Load, balanced_copies, closed_loop
+from benchmarks.accuracy.closed_loop import Engine, Load, balanced_copies, closed_loop
 
 
-def usual_s(decoding: int, attended: float, tokens: int, pairs: float, read: float, rows: int) -> float:
+def usual_s(decoding: int, attended: float, tokens: int, pairs: float, read: float, rows: int, *others: int) -> float:
     return 3.0 if tokens else 1.0
 
 

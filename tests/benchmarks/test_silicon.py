@@ -11,11 +11,10 @@ from typing import Any
 
 import pytest
 
-from benchmarks import silicon
-from benchmarks.measuring import serving_points
-from benchmarks.measuring.closed_loop import Engine, Load, closed_loop
-from benchmarks.measuring.published_points import NotPosedError
-from benchmarks.measuring.published_settings import (
+from benchmarks.accuracy import serving_points, silicon
+from benchmarks.accuracy.closed_loop import Engine, Load, closed_loop
+from benchmarks.accuracy.published_points import NotPosedError
+from benchmarks.accuracy.published_settings import (
     Graphs,
     Run,
     Settings,
@@ -24,7 +23,7 @@ from benchmarks.measuring.published_settings import (
     settings_of,
     with_ranks,
 )
-from benchmarks.measuring.serving_points import ServingPoint, posed
+from benchmarks.accuracy.serving_points import ServingPoint, posed
 from hetis.formats import catalogue
 from hetis.profiler.engines import ENGINES
 from hetis.solver.cost import DeviceCost, intra_link, rank_shape

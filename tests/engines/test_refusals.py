@@ -19,7 +19,7 @@ BESIDE_WORKERS = plan_of(stage_of(), pools=(POOL,))
 
 
 def in_fleet(plan: Plan, *nodes: object) -> Plan:
-    return replace(plan, inputs={"documents": {"cluster": {"nodes": nodes}}})
+    return replace(plan, inputs={"documents": {"cluster": {"nodes": list(nodes)}}})
 
 
 def with_sender(plan: Plan, sender: Plan) -> Plan:
