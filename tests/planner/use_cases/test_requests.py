@@ -13,7 +13,7 @@ from hetis.planner.cli.parameters.requests import CompareOptions, PlaceOptions, 
 from hetis.planner.convert.plan_specs import SAME, spec_from_request
 from hetis.planner.convert.plans import objective_from_proto
 from hetis.planner.export import ExportTarget
-from hetis.planner.library.arguments import CHECKS
+from hetis.planner.library.placing import CHECKED
 from hetis.planner.use_cases import request
 from hetis.planner.use_cases.record.forms import PLACES
 from hetis.planner.use_cases.request import (
@@ -44,7 +44,7 @@ def test_options_and_arguments_are_the_fields() -> None:
     assert len(given) == len(FIELDS)
     assert PlaceOptions(**given) == PlacementRequest("", "", ""), "what is not given has its default"
     assert [*signature(hetis.place).parameters] == [*FIELDS, "progress"]
-    assert CHECKS.keys() == {*FIELDS, "progress"}
+    assert CHECKED.keys() == {*FIELDS, "progress"}
 
 
 def test_a_verb_with_some_of_the_fields_gets_a_whole_request() -> None:

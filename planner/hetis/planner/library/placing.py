@@ -13,11 +13,10 @@ from typing import ParamSpec, TypeVar
 
 from hetis.formats import documents
 from hetis.planner.export.carrying import not_carried
-from hetis.planner.library import arguments
 from hetis.planner.library.arguments import checked, spelled_as_arguments
 from hetis.planner.library.plan import Plan
 from hetis.planner.use_cases import place as placing
-from hetis.planner.use_cases.request import FIELDS, PlacementRequest
+from hetis.planner.use_cases.request import FIELDS, File, PlacementRequest, types_of_fields
 from hetis.planner.use_cases.saved_plans import load_plan_and_problem
 from hetis.solver.budget import Progress, silent
 from hetis.solver.cluster import Cluster
@@ -33,6 +32,10 @@ class Arguments(PlacementRequest):
     progress: Callable[[Progress], None] = field(default=silent, kw_only=True)
 
 
+# An unknown engine is refused with more than a list of names, which may say why one is gone.
+CHECKED = {**types_of_fields(), "engine": str | None, "progress": Callable[[Progress], None]}
+
+
 def _with_arguments(made: Callable[P, Arguments]) -> Callable[[Callable[[Arguments], T]], Callable[P, T]]:
     """Return a decorator: the function takes the fields of its arguments, checked, one by one."""
 
@@ -44,19 +47,19 @@ def _with_arguments(made: Callable[P, Arguments]) -> Callable[[Callable[[Argumen
         call.__module__ = function.__module__
         call.__signature__ = signature(made).replace(return_annotation=Plan)  # type: ignore[attr-defined]
         call.__doc__ = _documented(function.__doc__ or "")
-        return checked(spelled_as_arguments(call), arguments.CHECKS)
+        return checked(spelled_as_arguments(call), CHECKED)
 
     return decorate
 
 
 def _documented(text: str) -> str:
     """Return a docstring with the fields of a request as its arguments."""
-    lines = (_line(name, **one.metadata) for name, one in FIELDS.items())
+    lines = (_line(name, **one.metadata["option"]) for name, one in FIELDS.items())
     return text.replace("    Raises:", "\n".join(["    Args:", *lines, "", "    Raises:"]))
 
 
-def _line(name: str, *, usage: str, shown: str | bool, panel: str) -> str:
-    default = f" Default: {shown}." if isinstance(shown, str) else ""
+def _line(name: str, *, usage: str, show_default: str | bool, **_: object) -> str:
+    default = f" Default: {show_default}." if isinstance(show_default, str) else ""
     words = f"{name}: {usage.partition(': ')[2]}{default}"
     return fill(words, 100, initial_indent=" " * 8, subsequent_indent=" " * 12)
 
@@ -82,7 +85,7 @@ def place(request: Arguments) -> Plan:
 
 
 @checked
-def load_cluster(path: arguments.File) -> Cluster:
+def load_cluster(path: File) -> Cluster:
     """Read a Cluster file.
 
     Raises:
@@ -92,7 +95,7 @@ def load_cluster(path: arguments.File) -> Cluster:
 
 
 @checked
-def load_plan(path: arguments.File) -> Plan:
+def load_plan(path: File) -> Plan:
     """Read a plan that `Plan.save` or ``hetis-plan place --out`` wrote; it contains its inputs.
 
     A plan whose inputs were altered since gives a UserWarning.
