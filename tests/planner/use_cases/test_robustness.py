@@ -15,7 +15,8 @@ import pytest
 from hetis.formats.documents import load_cluster, load_model, load_plan, load_workload, to_data
 from hetis.planner.cli.app import run
 from hetis.planner.cli.exit_codes import ExitCode
-from hetis.planner.use_cases.place import PlacementSettings, make_plan
+from hetis.planner.use_cases.place import make_plan
+from hetis.planner.use_cases.placement_settings import PlacementSettings
 from hetis.planner.use_cases.record.parts import ProfileErrors
 from hetis.planner.use_cases.request import objective
 from hetis.planner.use_cases.robustness import study as robustness

@@ -118,12 +118,12 @@ def what_if(
     from hetis.planner.use_cases.compare import Searches
     from hetis.planner.use_cases.other_fleets import what_if as asking
     from hetis.planner.use_cases.other_fleets.additions import read_wanted
-    from hetis.planner.use_cases.place import read_inputs, settings_of
+    from hetis.planner.use_cases.place import read_inputs
+    from hetis.planner.use_cases.placement_settings import settings_of
     from hetis.solver.cluster import Link
 
     fleet.refuse_half_a_question()
     outputs.refuse_page(answer.html)
-    requests.engine_of(request)
     settings, loaded, objective = settings_of(request), read_inputs(request), request.goal
     outputs.warn_of_cut_requests(terminal, loaded.inputs)
     cluster, nic = loaded.inputs.cluster, None
@@ -222,7 +222,7 @@ def replan(
     from hetis.planner.report.changes import render_replan, replan_document
     from hetis.planner.report.page.pages import replan_page
     from hetis.planner.use_cases.other_fleets import replan as replanning
-    from hetis.planner.use_cases.place import settings_of
+    from hetis.planner.use_cases.placement_settings import settings_of
     from hetis.solver.replanning.change import ChangeCosts
     from hetis.solver.replanning.replanner import Replanning
 

@@ -24,11 +24,8 @@ from hetis.solver.search_clock import search_seconds
 
 if TYPE_CHECKING:
     from hetis.planner.use_cases.compare import Compared
-    from hetis.planner.use_cases.place import PlacedPlan
-    from hetis.planner.use_cases.request import PlacementRequest
-    from hetis.planner.use_cases.sources import LoadedInputs
+    from hetis.planner.use_cases.place import PlacedPlan, PosedPlacement
     from hetis.solver.plan import Objective, Plan
-    from hetis.solver.problem import PlacementProblem
 
 _search, _result = panel("Search"), panel("Result")
 
@@ -69,42 +66,31 @@ def place(
 
     Ctrl-C once prints and saves the best plan so far; Ctrl-C twice exits at once.
     """
-    from hetis.planner.use_cases.place import load, pose
+    from hetis.planner.export.carrying import not_carried
+    from hetis.planner.use_cases.place import pose
 
     outputs.refuse_unwritable(results.out)
     outputs.refuse_page(results.html, beside=results.out)
-    requests.engine_of(request)
-    loaded = load(request)
-    problem = pose(request, loaded)
-    outputs.warn_of_cut_requests(terminal, loaded.inputs)
+    posed = pose(request, not_carried)
+    outputs.warn_of_cut_requests(terminal, posed.loaded.inputs)
     if results.dry_run:
         return outputs.say_what_would_be_solved(
-            terminal, [(loaded.inputs, problem.objective)], strategies=[request.strategy],
-            time_limit_s=request.time_limit_s, engine=problem.family.engine,
+            terminal, [(posed.loaded.inputs, posed.problem.objective)], strategies=[request.strategy],
+            time_limit_s=request.time_limit_s, engine=posed.problem.family.engine,
         )  # fmt: skip
-    return finish(terminal, request, loaded, problem, results)
+    return finish(terminal, posed, results)
 
 
-def finish(
-    terminal: Terminal,
-    request: PlacementRequest,
-    loaded: LoadedInputs,
-    problem: PlacementProblem,
-    results: ResultOptions,
-) -> ExitCode:
+def finish(terminal: Terminal, posed: PosedPlacement, results: ResultOptions) -> ExitCode:
     """Solve with progress and Ctrl-C, print, save, and return the exit code, whatever the outcome.
 
     Tables appear when the plan is proven; what the simulation and the studies of it show follows below.
     """
-    from hetis.planner.export.carrying import not_carried
     from hetis.planner.report.plan import render_plan
-    from hetis.planner.use_cases.place import prove, settings_of, verify
     from hetis.planner.use_cases.verification.outcome import missed
 
-    cancelled, settings = threading.Event(), settings_of(request)
-    wait = partial(
-        search_interruptibly, terminal, unit=problem.objective.unit, cancelled=cancelled, so_far="the best plan"
-    )
+    objective, settings, cancelled = posed.problem.objective, posed.settings, posed.cancelled
+    wait = partial(search_interruptibly, terminal, unit=objective.unit, cancelled=cancelled, so_far="the best plan")
     prints, wide = results.out != outputs.STDOUT, terminal.output is OutputFormat.WIDE
 
     def page() -> str:
@@ -113,21 +99,17 @@ def finish(
         return plans_page([ShownPlan(name="The plan", plan=answer.plan, problem=answer.problem)])
 
     try:
-        made = wait(
-            lambda report: prove(request, loaded, problem, cancelled=cancelled, report=report, carriers=not_carried)
-        )
+        made = wait(posed.prove)
     except InfeasibleError as error:
         if not terminal.prints_tables:
-            document = _infeasible_document(error, settings.strategy, problem.objective)
+            document = _infeasible_document(error, settings.strategy, objective)
             terminal.emit(lambda: document, lambda: "")
         return say_failure(error, terminal)
     except NoPlanFoundError as error:
         return report_no_plan(error, terminal, interrupted=cancelled.is_set())
     if prints and terminal.prints_tables:
         terminal.emit(dict, lambda: render_plan(made.plan, wide=wide))
-    answer = wait(
-        lambda report: verify(made, request, loaded, cancelled=cancelled, report=report, carriers=not_carried)
-    )
+    answer = wait(partial(posed.verify, made))
     saved = outputs.save_or_tell(terminal, answer.plan, results.out, html=results.html, page=page)
     if prints:
         _print(terminal, made.plan, answer)
@@ -219,13 +201,15 @@ def compare(
     from hetis.planner.report.page.pages import comparison_page
     from hetis.planner.use_cases.climbing import HIGHEST
     from hetis.planner.use_cases.compare import Searches, compare_engines, simulate_plans
-    from hetis.planner.use_cases.place import read_inputs, settings_of
+    from hetis.planner.use_cases.place import read_inputs
+    from hetis.planner.use_cases.placement_settings import settings_of
+    from hetis.planner.use_cases.sources import rules_of_engine
     from hetis.solver.placement.families import DEFAULT_ENGINE, STRATEGIES
 
     engines = (DEFAULT_ENGINE,) if asked.engine is None else asked.engine.names
     unless = DEFAULT_STRATEGY if len(engines) > 1 else values.ALL
     names = (asked.strategies or values.strategies(unless)).names
-    rules = {name: requests.rules_of_engine(name, request.limits) for name in engines}
+    rules = {name: rules_of_engine(name, **request.limits) for name in engines}
     published = [name for name in names if STRATEGIES[name].is_published]
     searched = [name for name in names if name not in published]
     plans = names if asked.engine is None else [*published, *(f"{name}-{one}" for name in searched for one in rules)]

@@ -14,7 +14,7 @@ from hetis.planner.cli.exit_codes import ExitCode
 from hetis.planner.cli.failures import refuse, report_no_plan
 from hetis.planner.cli.parameters import options
 from hetis.planner.cli.parameters.options import group, option, verb
-from hetis.planner.cli.parameters.requests import engine_rules, requested
+from hetis.planner.cli.parameters.requests import requested
 from hetis.planner.cli.searching import search_interruptibly, work_interruptibly
 from hetis.planner.use_cases.request import RungName
 from hetis.solver.budget import Budget, Report
@@ -68,13 +68,14 @@ def share(
     """
     from hetis.planner.export.carrying import not_carried
     from hetis.planner.report.sharing import render_tenants, tenants_document
-    from hetis.planner.use_cases.place import PlacementSettings
+    from hetis.planner.use_cases.placement_settings import PlacementSettings
     from hetis.planner.use_cases.sharing import SharedFleet, load_tenancy, share_out_fleet
+    from hetis.planner.use_cases.sources import engine_rules
     from hetis.solver.tenants.tenancy import TenantRule
 
     out = asked.out
     settings = PlacementSettings(
-        strategy=asked.strategy, engine=engine_rules(asked.engine, asked.strategy, {}),
+        strategy=asked.strategy, engine=engine_rules(asked.engine, asked.strategy),
         time_limit_s=asked.time_limit, gap_target=asked.gap, seed=asked.seed, rung=asked.rung or "",
     )  # fmt: skip
     loaded = load_tenancy(file, cluster=asked.cluster, profiles=asked.profile or (), settings=settings)

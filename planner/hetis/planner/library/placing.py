@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import threading
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -15,7 +14,7 @@ from hetis.formats import documents
 from hetis.planner.export.carrying import not_carried
 from hetis.planner.library.arguments import checked, spelled_as_arguments
 from hetis.planner.library.plan import Plan
-from hetis.planner.use_cases import place as placing
+from hetis.planner.use_cases.place import pose
 from hetis.planner.use_cases.request import FIELDS, File, PlacementRequest, types_of_fields
 from hetis.planner.use_cases.saved_plans import load_plan_and_problem
 from hetis.solver.budget import Progress, silent
@@ -76,11 +75,7 @@ def place(request: Arguments) -> Plan:
         NoPlanFoundError: none was found within the time limit.
         HetisError: arguments are wrong, or an input is not usable; the message names them.
     """
-    loaded = placing.load(request)
-    problem = placing.pose(request, loaded)
-    placed = placing.place(
-        request, loaded, problem, cancelled=threading.Event(), report=request.progress, carriers=not_carried
-    )
+    placed = pose(request, not_carried).place(request.progress)
     return Plan(value=placed.plan, problem=placed.problem)
 
 

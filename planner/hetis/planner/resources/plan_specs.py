@@ -22,7 +22,7 @@ from hetis.planner.jobs.messages import PosedProblem
 from hetis.planner.resources.checks import Checks
 from hetis.planner.store import ClusterRecord, ProfileRecord, etag_of
 from hetis.planner.use_cases import service_level
-from hetis.planner.use_cases.place import PlacementSettings
+from hetis.planner.use_cases.placement_settings import PlacementSettings
 from hetis.planner.use_cases.precision import gpu_types_of, in_precision
 from hetis.planner.use_cases.record.forms import PLACES
 from hetis.planner.use_cases.request import LIMITS

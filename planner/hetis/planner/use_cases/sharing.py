@@ -15,7 +15,9 @@ from hetis.formats.fields import read_data
 from hetis.formats.positions import Text
 from hetis.formats.tenants import FleetTenantPart, ShareInputs, parse_tenants
 from hetis.planner.use_cases.climbing import Carriers, climb
-from hetis.planner.use_cases.place import KV_IS_FOR_ENGINES, ONE_TOKEN, PlacementSettings, search, with_inputs
+from hetis.planner.use_cases.describing import KV_IS_FOR_ENGINES, ONE_TOKEN, with_inputs
+from hetis.planner.use_cases.place import search
+from hetis.planner.use_cases.placement_settings import PlacementSettings
 from hetis.planner.use_cases.precision import for_engine
 from hetis.planner.use_cases.request import objective
 from hetis.planner.use_cases.robustness.profile_errors import profile_notes

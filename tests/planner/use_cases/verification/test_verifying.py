@@ -28,7 +28,8 @@ from hetis.planner.report.page.pages import ShownPlan, plans_page
 from hetis.planner.report.plan import headline, render_plan
 from hetis.planner.report.promises import beside_equal_stages, simple_setups
 from hetis.planner.use_cases.climbing import Climbed
-from hetis.planner.use_cases.place import PlacementSettings, simulated_plan
+from hetis.planner.use_cases.place import simulated_plan
+from hetis.planner.use_cases.placement_settings import PlacementSettings
 from hetis.planner.use_cases.record.parts import Requested, Verified
 from hetis.planner.use_cases.request import PlacementRequest
 from hetis.planner.use_cases.saved_plans import load_plan_and_problem

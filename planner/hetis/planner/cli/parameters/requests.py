@@ -8,16 +8,10 @@ from functools import partial
 from types import NoneType
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias, cast, get_args, get_origin
 
-import typer
-
 from hetis.commands import groups
 from hetis.planner.cli.parameters import values
 from hetis.planner.cli.parameters.options import given_in
 from hetis.planner.use_cases.request import FIELDS, LIMITS, Kind, PlacementRequest, types_of_fields
-from hetis.solver.plan import DEFAULT_STRATEGY
-
-if TYPE_CHECKING:
-    from hetis.solver.problem import EngineRules
 
 NAMES = {"profiles": "profile"}  # parameters whose names differ from those of fields, by which variables set them
 
@@ -148,30 +142,3 @@ else:
 def options_given() -> dict[str, str]:
     """Return the options of request fields that the command line gives, by the fields."""
     return given_in(PlacementRequest, renamed=NAMES)
-
-
-def engine_of(request: PlacementRequest) -> EngineRules | None:
-    """Return the rules of the requested engine; None for published heuristics.
-
-    Raises:
-        typer.BadParameter: there is no such engine, or limits are specified for a published heuristic.
-    """
-    return engine_rules(request.engine, request.strategy, request.limits)
-
-
-def rules_of_engine(name: str, limits: Mapping[str, int | None]) -> EngineRules:
-    """Return the rules of a named engine and the limits."""
-    rules = engine_rules(name, DEFAULT_STRATEGY, limits)
-    assert rules is not None, "it is named"
-    return rules
-
-
-def engine_rules(name: str | None, strategy: str, limits: Mapping[str, int | None]) -> EngineRules | None:
-    """Return the rules of ``--engine`` and the limits, as `engine_of`."""
-    from hetis.planner.use_cases.sources import engine_rules as rules_of
-    from hetis.solver.errors import InvalidProblemError
-
-    try:
-        return rules_of(name, strategy, **limits)
-    except InvalidProblemError as error:
-        raise typer.BadParameter(str(error)) from None

@@ -329,7 +329,7 @@ def apply(
     """
     from hetis.planner.cli.server.applying import Applying, PlacementOptions
 
-    requests.engine_of(request)
+    request.check()
     return Applying(terminal=terminal, client=client, requested=given).run(what or [], PlacementOptions(request))
 
 

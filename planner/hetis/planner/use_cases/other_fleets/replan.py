@@ -9,13 +9,10 @@ from hetis.formats.documents import load_cluster, load_model, load_workload
 from hetis.formats.errors import DocumentError, Problem, attempt, single_problem
 from hetis.formats.traces import PrefixHitRate
 from hetis.formats.workload import with_prefix_hits
+from hetis.planner.use_cases.describing import KV_IS_FOR_ENGINES, with_inputs
 from hetis.planner.use_cases.other_fleets.what_if import with_cluster
-from hetis.planner.use_cases.place import (
-    KV_IS_FOR_ENGINES,
-    PlacementSettings,
-    with_inputs,
-    with_service_level,
-)
+from hetis.planner.use_cases.place import with_service_level
+from hetis.planner.use_cases.placement_settings import PlacementSettings
 from hetis.planner.use_cases.precision import for_engine
 from hetis.planner.use_cases.record.parts import MadeFrom, Requested
 from hetis.planner.use_cases.robustness.profile_errors import profile_notes, with_profile_errors
