@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -16,11 +15,10 @@ from hetis.planner.cli.exit_codes import ExitCode
 from hetis.planner.cli.failures import report_no_plan, say_failure
 from hetis.planner.cli.parameters import options, requests, values
 from hetis.planner.cli.parameters.options import group, panel, verb
-from hetis.planner.cli.searching import search_interruptibly
-from hetis.solver.budget import Budget, Report
+from hetis.planner.cli.searching import Interruptible
+from hetis.solver.budget import Report
 from hetis.solver.errors import InfeasibleError, NoPlanFoundError
 from hetis.solver.plan import DEFAULT_STRATEGY
-from hetis.solver.search_clock import search_seconds
 
 if TYPE_CHECKING:
     from hetis.planner.use_cases.compare import Compared
@@ -89,8 +87,12 @@ def finish(terminal: Terminal, posed: PosedPlacement, results: ResultOptions) ->
     from hetis.planner.report.plan import render_plan
     from hetis.planner.use_cases.verification.outcome import missed
 
-    objective, settings, cancelled = posed.problem.objective, posed.settings, posed.cancelled
-    wait = partial(search_interruptibly, terminal, unit=objective.unit, cancelled=cancelled, so_far="the best plan")
+    objective, settings, long = (
+        posed.problem.objective,
+        posed.settings,
+        Interruptible(terminal, cancelled=posed.cancelled),
+    )
+    wait = partial(long.search, unit=objective.unit, so_far="the best plan")
     prints, wide = results.out != outputs.STDOUT, terminal.output is OutputFormat.WIDE
 
     def page() -> str:
@@ -106,7 +108,7 @@ def finish(terminal: Terminal, posed: PosedPlacement, results: ResultOptions) ->
             terminal.emit(lambda: document, lambda: "")
         return say_failure(error, terminal)
     except NoPlanFoundError as error:
-        return report_no_plan(error, terminal, interrupted=cancelled.is_set())
+        return report_no_plan(error, terminal, interrupted=posed.cancelled.is_set())
     if prints and terminal.prints_tables:
         terminal.emit(dict, lambda: render_plan(made.plan, wide=wide))
     answer = wait(partial(posed.verify, made))
@@ -115,7 +117,7 @@ def finish(terminal: Terminal, posed: PosedPlacement, results: ResultOptions) ->
         _print(terminal, made.plan, answer)
     if not saved:
         return ExitCode.INTERNAL
-    if cancelled.is_set():
+    if posed.cancelled.is_set():
         return ExitCode.INTERRUPTED
     short = missed(answer.plan, settings.gap_target + settings.simplest_within) if results.strict else []
     for sentence in short:
@@ -223,20 +225,19 @@ def compare(
             terminal, [(loaded.inputs, objective)], strategies=names, solves=len(plans),
             time_limit_s=request.time_limit_s,
         )  # fmt: skip
-    cancelled = threading.Event()
-    budget = partial(Budget, time_limit_s=request.time_limit_s, clock=search_seconds, cancelled=cancelled)
+    long = Interruptible(terminal, time_limit_s=request.time_limit_s)
 
     def work(report: Report) -> tuple[Compared, ...]:
         searches = Searches(
-            loaded=loaded, objective=objective, settings=settings, budget=budget, report=report, carriers=not_carried,
-            has_default=not request.rung,
+            loaded=loaded, objective=objective, settings=settings, budget=long.budget, report=report,
+            carriers=not_carried, has_default=not request.rung,
         )  # fmt: skip
         found = compare_engines(searches, names, rules)
         if request.verify:
             found = simulate_plans(found, searches, rules, level)
         return found if asked.engine is not None else tuple(replace(outcome, is_only_engine=True) for outcome in found)
 
-    compared = search_interruptibly(terminal, work, unit=objective.unit, cancelled=cancelled, so_far="the plans")
+    compared = long.search(work, unit=objective.unit, so_far="the plans")
     if results.out is not None:
         outputs.save_plans(terminal, results.out, {one.name: one.plan for one in compared if one.plan is not None})
     outputs.save_page(terminal, lambda: comparison_page(compared, loaded.inputs, objective), results.html)
@@ -244,7 +245,7 @@ def compare(
         lambda: comparison_document(compared, loaded.inputs, objective),
         lambda: render_comparison(compared, loaded.inputs, objective),
     )
-    return ExitCode.INTERRUPTED if cancelled.is_set() else judge(compared)
+    return long.code(judge(compared))
 
 
 def judge(compared: Sequence[Compared]) -> ExitCode:
