@@ -19,7 +19,7 @@ from hetis.planner.use_cases.engine_values import with_engine_values
 from hetis.planner.use_cases.idle import with_uses_of_idle
 from hetis.planner.use_cases.placement_settings import PlacementSettings, settings_of
 from hetis.planner.use_cases.precision import for_engine, in_precision
-from hetis.planner.use_cases.prices import catalogue_market, constraint_prices, with_prices
+from hetis.planner.use_cases.prices import catalogue_market, with_constraint_prices
 from hetis.planner.use_cases.record.forms import RungFound
 from hetis.planner.use_cases.record.parts import Requested, Rungs, Surviving, Verified
 from hetis.planner.use_cases.request import PlacementRequest, path_or_value, ratio_of
@@ -156,8 +156,7 @@ class PosedPlacement:
             search = SearchSettings(
                 budget=self._budget(), gap_target=self.settings.gap_target, seed=seed, report=report
             )  # fmt: skip
-            prices = constraint_prices(plan, problem, search)
-            plan = with_prices(plan, prices)
+            plan, prices = with_constraint_prices(plan, problem, search)
         if request.profile_error is None or not plan.replicas:
             return PlacedPlan(plan=plan, problem=problem, prices=prices)
         error = ratio_of(request.profile_error)
