@@ -383,13 +383,13 @@ def _with_bound(result: SolveResult, bound: float, objective: Objective) -> Solv
     return replace(result, bound=bound, gap=gap)
 
 
-def figures_of(plan: Plan, inputs: Inputs | PlacementProblem, *, rate_rps: float | None = None) -> Figures:
-    """Return the figures of a plan at ``rate_rps``, or at the planned rate if that is None.
+def figures_of(plan: Plan, inputs: Inputs | PlacementProblem) -> Figures:
+    """Return the figures of a plan at its planned rate.
 
     Raises:
         DocumentError: the objective that was requested is not usable.
     """
-    rate = plan.planned_rate() if rate_rps is None else rate_rps
+    rate = plan.planned_rate()
     usd = price_of_plan(plan, inputs.cluster)
     moments = inputs.workload.clipped_to(inputs.model.max_position).moments()
     output_per_s, cost_rps = rate * moments.mean_output, cost_rate(plan)
