@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hetis.commands.terminal import OutputFormat, Terminal
-from hetis.commands.verb import usual
 from hetis.planner.cli import outputs
 from hetis.planner.cli.exit_codes import ExitCode
 from hetis.planner.cli.failures import report_no_plan, say_failure
@@ -47,10 +46,12 @@ COMPARE_EXAMPLES = """Examples:\n
   hetis-plan compare -c fleet.yaml -m Qwen3-32B -w 4000/500 --engine all"""
 
 
-@usual(
-    "cluster", "model", "workload", "objective", "rate", "ttft", "tpot", "rung", "target", "survive", "engine", "out"
+@verb(
+    usual=(
+        *("cluster", "model", "workload", "objective", "rate", "ttft", "tpot", "rung", "target", "survive", "engine"),
+        "out",
+    )
 )
-@verb()
 def place(
     terminal: Terminal,
     *,

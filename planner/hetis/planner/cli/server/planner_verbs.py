@@ -42,7 +42,7 @@ GetFormat = Literal["table", "wide", "json", "yaml", "name"]  # `OutputFormat`, 
 
 @group
 class ShownOptions(InCluster):
-    output_format: GetFormat = option("--output -o: Output format.", "table")
+    form: GetFormat = option("--output -o: Output format.", "table")
 
 
 @server_verb(prints_data=False)
@@ -62,7 +62,7 @@ def get(
 
     A full name contains both kind and name: `get plans/night`, `get clusters/paper/nodes/a100-0`.
     """
-    what, form = collection(kind), shown.output_format
+    what, form = collection(kind), shown.form
     terminal = replace(terminal, output=OutputFormat(form) if form in ("json", "yaml") else OutputFormat.TABLE)
     in_use.set(terminal)  # for failures
     wanted = kind if "/" in kind else name
@@ -128,14 +128,13 @@ def watch(
     A plan is followed on stderr and printed at its end. A cluster is printed line by line as things happen, with
     `-o json` one JSON object per line. Both go on after a lost connection.
     """
-    from hetis.planner.cli.server.resource_views import plan_summary, resource_data
-    from hetis.planner.cli.server.waiting import outcome, wait_for_plan
+    from hetis.planner.cli.server.waiting import outcome, show_plan, wait_for_plan
     from hetis.v1 import plan_pb2
 
     if what.startswith("clusters/"):
         return _watch_cluster(terminal, client, what)
     plan = wait_for_plan(terminal, client, full_name("plans", what), exists=False)
-    terminal.emit(lambda: resource_data(plan), lambda: plan_summary(plan))
+    show_plan(terminal, plan)
     return outcome(terminal, client, plan, activated=plan.activation != plan_pb2.ACTIVATION_STATE_INACTIVE)
 
 
@@ -353,8 +352,7 @@ def rollback(
 
     The request names the plan to roll back, so that repeating it does not roll back twice.
     """
-    from hetis.planner.cli.server.resource_views import plan_summary, resource_data
-    from hetis.planner.cli.server.waiting import outcome, wait_for_plan
+    from hetis.planner.cli.server.waiting import outcome, show_plan, wait_for_plan
     from hetis.v1 import plan_service_pb2
 
     if plan is None:
@@ -368,7 +366,7 @@ def rollback(
     terminal.say("nothing was changed" if how.dry_run else f"rolling back from {request.name} to {earlier.name}")
     if waits:
         earlier = wait_for_plan(terminal, client, earlier.name)
-    terminal.emit(lambda: resource_data(earlier), lambda: plan_summary(earlier, answer.steps))
+    show_plan(terminal, earlier, answer.steps)
     return outcome(terminal, client, earlier, activated=waits)
 
 
@@ -382,8 +380,7 @@ def cancel(
 
     Also withdraws a plan in force, if there is no earlier plan to roll back to and nothing serves.
     """
-    from hetis.planner.cli.server.resource_views import plan_summary, resource_data
-    from hetis.planner.cli.server.waiting import outcome, wait_for_plan
+    from hetis.planner.cli.server.waiting import outcome, show_plan, wait_for_plan
     from hetis.v1 import plan_pb2, plan_service_pb2
 
     request = plan_service_pb2.CancelPlanRequest(name=full_name("plans", plan))
@@ -399,5 +396,5 @@ def cancel(
         otherwise = f"wait: hetis-plan watch {ended.name}" if is_coming else "or stop the agents first"
         return refuse(terminal, ExitCode.CONFLICT, f"{ended.name} {is_what}: {why}", [way_out, otherwise])
     ended = wait_for_plan(terminal, client, request.name)
-    terminal.emit(lambda: resource_data(ended), lambda: plan_summary(ended))
+    show_plan(terminal, ended)
     return outcome(terminal, client, ended)
