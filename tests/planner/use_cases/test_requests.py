@@ -20,7 +20,6 @@ from hetis.planner.use_cases.request import (
     FIELDS,
     LIMITS,
     EngineName,
-    Goal,
     Loss,
     PlacementRequest,
     RoleName,
@@ -30,6 +29,7 @@ from hetis.planner.use_cases.request import (
     Target,
 )
 from hetis.planner.use_cases.service_level import Statistic
+from hetis.solver.goals import GoalName
 from hetis.solver.placement.families import ENGINES, STRATEGIES
 from hetis.solver.placement.rungs import RUNGS
 from hetis.solver.plan import ObjectiveKind, Role
@@ -56,7 +56,7 @@ def test_a_verb_with_some_of_the_fields_gets_a_whole_request() -> None:
 @pytest.mark.parametrize(
     ("names", "known"),
     [
-        (Goal, ObjectiveKind), (RoleName, Role), (StatisticName, Statistic), (Loss, PLACES), (RungName, RUNGS),
+        (GoalName, ObjectiveKind), (RoleName, Role), (StatisticName, Statistic), (Loss, PLACES), (RungName, RUNGS),
         (Target, ExportTarget), (StrategyName, STRATEGIES), (EngineName, ENGINES),
     ],
 )  # fmt: skip
@@ -69,7 +69,7 @@ def test_fields_with_names_have_them_in_their_types() -> None:
     values = dict.fromkeys(("Cluster", "ModelSpec", "Workload"), object)  # imported for type checkers alone
     hints = get_type_hints(PlacementRequest, vars(request) | values)
     literals = {
-        "objective": Goal, "roles": RoleName, "ttft_statistic": StatisticName, "tpot_statistic": StatisticName,
+        "objective": GoalName, "roles": RoleName, "ttft_statistic": StatisticName, "tpot_statistic": StatisticName,
         "survive": Loss, "rung": RungName, "target": Target, "strategy": StrategyName, "engine": EngineName,
     }  # fmt: skip
     for name, literal in literals.items():

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, dataclass_tr
 from hetis.commands.groups import option
 from hetis.formats.units import parse_duration, parse_limit, parse_ratio
 from hetis.planner.use_cases.service_level import DEFAULT, ServiceLevel, Statistic, requested_level
+from hetis.solver.goals import GoalName
 from hetis.solver.plan import DEFAULT_STRATEGY, DEFAULT_TIME_LIMIT_S, Objective, ObjectiveKind, Role
 
 if TYPE_CHECKING:
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 # Tests keep these names in step with the enumerations and catalogues that they are from.
-Goal = Literal["goodput", "throughput", "cost", "gpus"]
 RoleName = Literal["unified", "prefill", "decode"]
 StatisticName = Literal["mean", "p50", "p90", "p95", "p99"]
 Loss = Literal["node", "zone"]
@@ -142,7 +142,7 @@ class PlacementRequest:
     profiles: Sequence[File] = _input(
         "--profile FILE: Profile of a GPU type; repeatable. Other types use their shipped profile, or are modelled.", ()
     )
-    objective: Goal = _goal(f"--objective GOAL: Objective of the plan: {', '.join(ObjectiveKind)}.", "goodput")
+    objective: GoalName = _goal(f"--objective GOAL: Objective of the plan: {', '.join(ObjectiveKind)}.", "goodput")
     rate: Demand | None = _goal(
         "--rate R: Demanded requests/s; required by the objectives cost and gpus. Others show whether it is met."
     )
