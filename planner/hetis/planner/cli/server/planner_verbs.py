@@ -2,14 +2,8 @@
 
 from __future__ import annotations
 
-import signal
-import sys
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from datetime import datetime
-from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
@@ -112,7 +106,6 @@ def listed(client: Client, what: str, cluster: str) -> list[Any]:
 # --- watch
 
 MAX_DIFFERENCES = 20  # differences shown one by one; a fleet that is not there yet has thousands
-AGAIN_S = 0.5  # pause between an interrupt that was lost and the next one
 
 
 @server_verb()
@@ -143,44 +136,16 @@ def _watch_cluster(terminal: Terminal, client: Client, name: str) -> ExitCode:
 
     from hetis.planner.cli.server.resource_views import lines_of_event, resource_data
 
-    with interrupts_that_arrive():
-        for event in client.watch_cluster(name):
-            if terminal.output is OutputFormat.JSON:
-                print(json.dumps(resource_data(event)), flush=True)
-            elif terminal.output is OutputFormat.YAML:
-                print("---", flush=True)
-                terminal.emit(lambda event=event: resource_data(event), lambda: "")  # type: ignore[misc]
-            else:
-                for said in lines_of_event(event):
-                    terminal.emit(dict, lambda said=said: said, width=WIDE)  # type: ignore[misc]
+    for event in client.watch_cluster(name):
+        if terminal.output is OutputFormat.JSON:
+            print(json.dumps(resource_data(event)), flush=True)
+        elif terminal.output is OutputFormat.YAML:
+            print("---", flush=True)
+            terminal.emit(lambda event=event: resource_data(event), lambda: "")  # type: ignore[misc]
+        else:
+            for said in lines_of_event(event):
+                terminal.emit(dict, lambda said=said: said, width=WIDE)  # type: ignore[misc]
     return ExitCode.OK  # the watch of a cluster ends with Ctrl-C or an error
-
-
-@contextmanager
-def interrupts_that_arrive() -> Iterator[None]:
-    """Raise KeyboardInterrupt repeatedly after Ctrl-C, until one propagates out of the context.
-
-    Python drops an exception that is raised in a finaliser or in a callback of a weak reference, as the import system
-    uses them, so one Ctrl-C at the wrong moment would be lost and a watch would never end. An interrupt that propagates
-    is not repeated: raised once more while this context ends, it would leave the timer running and come again later.
-    """
-
-    def handle(number: int, frame: FrameType | None) -> None:
-        signal.setitimer(signal.ITIMER_REAL, AGAIN_S)
-        is_on_its_way = isinstance(sys.exc_info()[1], KeyboardInterrupt)
-        if number == signal.SIGINT or not is_on_its_way:  # a second Ctrl-C is intentional
-            signal.default_int_handler(signal.SIGINT, frame)
-
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGALRM)}
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0.0)
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 @server_verb()
