@@ -150,26 +150,19 @@ def compare_engines(
     """
     published = [name for name in strategies if STRATEGIES[name].is_published]
     searched = [name for name in strategies if name not in published]
-    found = dict[tuple[bool, str, str | None], Compared]()
+    found, total = list[Compared](), len(searched) + len(published)
     for number, (name, rules) in enumerate(engines.items() if searched else (), start=1):
         told = asked.report
         if len(engines) > 1:
             told = one_of_several(told, number, len(engines), f"for {name}, ")
         own = replace(asked, settings=replace(asked.settings, engine=rules), report=told)
-        for outcome in compare_strategies(own, searched, total=len(searched) + len(published)):
-            found[outcome.is_default, outcome.strategy, name] = replace(outcome, engine=name)
+        found += (replace(outcome, engine=name) for outcome in compare_strategies(own, searched, total=total))
     unbound = replace(asked, settings=replace(asked.settings, engine=None))
-    for outcome in compare_strategies(
-        unbound, published, first=len(searched) + 1, total=len(searched) + len(published)
-    ):
-        found[False, outcome.strategy, None] = outcome
-    order: list[tuple[bool, str, str | None]] = [
-        (default, one, name)
-        for one in dict.fromkeys(strategies)
-        for default in (True, False)
-        for name in (*engines, None)
-    ]
-    return tuple(found[key] for key in order if key in found)
+    found += compare_strategies(unbound, published, first=len(searched) + 1, total=total)
+    names, known = list(strategies), (*engines, None)
+    return tuple(
+        sorted(found, key=lambda one: (names.index(one.strategy), not one.is_default, known.index(one.engine)))
+    )
 
 
 def simulate_plans(
