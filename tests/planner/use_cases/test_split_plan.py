@@ -119,7 +119,7 @@ def test_both_roles_load_weights_and_differ_from_a_plan_without_them(split: str,
     asked = ["place", *FLEET, "--roles", "unified", "--ttft", "5s", "--no-verify", "--out", str(path)]
     assert invoke(*asked).exit_code == ExitCode.OK
     before, after = load_plan_and_problem(str(path)), load_plan_and_problem(split)
-    load_bytes = load_bytes_of(after)
+    load_bytes = load_bytes_of(after.problem.model)
     assert all(load_bytes(replica) > 16e9 for replica in after.plan.replicas)  # 8 billion weights of two bytes
     difference = compare(before, after)
     assert "roles" in difference.changed_inputs

@@ -110,7 +110,7 @@ def what_if(
     Ctrl-C once shows the results so far, Ctrl-C twice exits at once.
     """
     from hetis.planner.export.carrying import not_carried
-    from hetis.planner.report import comparison as report
+    from hetis.planner.report import what_if as report
     from hetis.planner.report.page.pages import buy_next_page, what_if_page
     from hetis.planner.use_cases.compare import Searches
     from hetis.planner.use_cases.other_fleets import what_if as asking

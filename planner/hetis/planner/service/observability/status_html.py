@@ -17,8 +17,7 @@ from hetis.planner.convert.plans import replica_from_proto
 from hetis.planner.convert.stages import trigger_from_proto
 from hetis.planner.fleet.replica import devices_of
 from hetis.planner.fleet.views import LiveNode, LiveReplica
-from hetis.planner.report.figures import digits, gigabytes, plural, seconds
-from hetis.planner.report.page.blocks import (
+from hetis.planner.report.blocks import (
     COLORS,
     PLAIN,
     Block,
@@ -36,9 +35,10 @@ from hetis.planner.report.page.blocks import (
     Tile,
     Tiles,
     ZoneMap,
-    render_page,
 )
+from hetis.planner.report.figures import digits, gigabytes, plural, seconds
 from hetis.planner.report.page.fleet_map import IDLE, replica_duties
+from hetis.planner.report.page.rendering import render_page
 from hetis.planner.service.observability.overview import (
     NUM_SAMPLES,
     SAMPLE_S,
