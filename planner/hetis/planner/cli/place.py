@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hetis.commands.terminal import OutputFormat, Terminal
+from hetis.commands.terminal import Terminal
 from hetis.planner.cli import outputs
 from hetis.planner.cli.exit_codes import ExitCode
 from hetis.planner.cli.failures import report_no_plan, say_failure
@@ -94,7 +94,7 @@ def finish(terminal: Terminal, posed: PosedPlacement, results: ResultOptions) ->
         Interruptible(terminal, cancelled=posed.cancelled),
     )
     wait = partial(long.search, unit=objective.unit, so_far="the best plan")
-    prints, wide = results.out != outputs.STDOUT, terminal.output is OutputFormat.WIDE
+    prints = results.out != outputs.STDOUT
 
     def page() -> str:
         from hetis.planner.report.page.pages import ShownPlan, plans_page
@@ -111,7 +111,7 @@ def finish(terminal: Terminal, posed: PosedPlacement, results: ResultOptions) ->
     except NoPlanFoundError as error:
         return report_no_plan(error, terminal, interrupted=posed.cancelled.is_set())
     if prints and terminal.prints_tables:
-        terminal.emit(dict, lambda: render_plan(made.plan, wide=wide))
+        terminal.emit(dict, lambda: render_plan(made.plan, wide=terminal.is_wide))
     answer = wait(partial(posed.verify, made))
     saved = outputs.save_or_tell(terminal, answer.plan, results.out, html=results.html, page=page)
     if prints:
@@ -135,8 +135,7 @@ def _print(terminal: Terminal, proven: Plan, answer: PlacedPlan) -> None:
     from hetis.planner.report.studies import render_robustness
 
     def tables() -> RenderableType:
-        wide = terminal.output is OutputFormat.WIDE
-        parts: list[RenderableType] = [render_verified(proven, answer.plan, wide=wide)]
+        parts: list[RenderableType] = [render_verified(proven, answer.plan, wide=terminal.is_wide)]
         if answer.prices:
             parts.append(render_constraint_prices(answer.prices, answer.plan.result.unit))
         if answer.robustness is not None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from hetis.commands.terminal import OutputFormat, Terminal
+from hetis.commands.terminal import Terminal
 from hetis.planner.cli.changes import DEFAULT_COUNT, count_option
 from hetis.planner.cli.exit_codes import ExitCode
 from hetis.planner.cli.outputs import refuse_unwritable_page, save_page
@@ -48,10 +48,9 @@ def explain(terminal: Terminal, plan: PlanArgument) -> ExitCode:
     (found,) = _load_and_check(terminal, [plan])
     explanation, waits = explain_plan(found.plan, found.problem), queueing(found.plan, found.problem)
     of_plan = fields_of(found.plan, "strategy", "result", "prices", "runners_up", "notes")
-    wide = terminal.output is OutputFormat.WIDE
     terminal.emit(
         lambda: document("Explanation", **of_plan, **json_value(explanation), queueing=waits),
-        lambda: render_explanation(found.plan, explanation, waits, wide=wide),
+        lambda: render_explanation(found.plan, explanation, waits, wide=terminal.is_wide),
     )
     return ExitCode.OK
 
