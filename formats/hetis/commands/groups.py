@@ -31,8 +31,8 @@ def option(usage: str, default: Any = None, *, shown: str | Literal[True] = True
         panel: the panel of the help to which it belongs.
         **more: further arguments of `typer.Option`.
     """
-    how = {"usage": usage, "show_default": shown, "rich_help_panel": panel or None, **more}
-    return field(default=MISSING if default is ... else default, metadata={"option": how})
+    declared = {"usage": usage, "shown": shown, "panel": panel, **more}
+    return field(default=MISSING if default is ... else default, metadata={"option": declared})
 
 
 def names_of(usage: str) -> list[str]:
@@ -45,11 +45,14 @@ def form_of(usage: str) -> str | None:
     return next((word for word in usage.partition(": ")[0].split() if not word.startswith("-")), None)
 
 
-def _info(usage: str, **how: Any) -> Any:
+def _info(usage: str, *, shown: str | Literal[True], panel: str, **more: Any) -> Any:
     """Return what typer has of an option."""
     import typer  # not at the top: requests are declared as groups, and programs make them
 
-    return typer.Option(*names_of(usage), metavar=form_of(usage), help=usage.partition(": ")[2] or None, **how)
+    says = usage.partition(": ")[2] or None
+    return typer.Option(
+        *names_of(usage), metavar=form_of(usage), help=says, show_default=shown, rich_help_panel=panel or None, **more
+    )
 
 
 def ungrouped(function: Callable[..., T]) -> Callable[..., T]:

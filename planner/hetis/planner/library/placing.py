@@ -57,8 +57,8 @@ def _documented(text: str) -> str:
     return text.replace("    Raises:", "\n".join(["    Args:", *lines, "", "    Raises:"]))
 
 
-def _line(name: str, *, usage: str, show_default: str | bool, **_: object) -> str:
-    default = f" Default: {show_default}." if isinstance(show_default, str) else ""
+def _line(name: str, *, usage: str, shown: str | bool, **_: object) -> str:
+    default = f" Default: {shown}." if isinstance(shown, str) else ""
     words = f"{name}: {usage.partition(': ')[2]}{default}"
     return fill(words, 100, initial_indent=" " * 8, subsequent_indent=" " * 12)
 

@@ -58,11 +58,9 @@ def requested(name: str, **others: Any) -> Any:
     ``others`` are its default, or what is shown as such, if these are not the request's.
     """
     one = FIELDS[name]
-    how = dict(one.metadata["option"])
     default = ... if one.default is MISSING else None if one.default in ((), "", "default") else one.default
-    how |= {"default": default, "parser": _reading(name)[1], "autocompletion": _COMPLETIONS.get(name)}
-    how |= {"shown": how.pop("show_default"), "panel": how.pop("rich_help_panel")}
-    return groups.option(**(how | others))
+    how = {"default": default, "parser": _reading(name)[1], "autocompletion": _COMPLETIONS.get(name)}
+    return groups.option(**(one.metadata["option"] | how | others))
 
 
 def _reading(name: str) -> tuple[Any, Callable[[str], Any] | None]:
