@@ -441,12 +441,9 @@ def test_gpus_without_bfloat16_make_all_ranks_compute_in_float16(
 
 
 def test_prefill_and_decode_replicas_hand_kv_over_in_one_dtype() -> None:
-    prefill = plan_of(
-        stage_of(kv_head_groups_kept=8, gpu="A100-PCIe-80GB"), role=Role.PREFILL, micro_batch=0, tpot_s=0.0
-    ).replicas
-    decode = plan_of(
-        stage_of(kv_head_groups_kept=8, gpu="T4", devices=("b/0",)), role=Role.DECODE, chunk_tokens=0, ttft_s=0.0
-    ).replicas
+    strong, weak = (stage_of(kv_head_groups_kept=8, gpu=gpu) for gpu in ("A100-PCIe-80GB", "T4"))
+    prefill = plan_of(strong, role=Role.PREFILL, micro_batch=0, tpot_s=0.0).replicas
+    decode = plan_of(replace(weak, devices=("b/0",)), role=Role.DECODE, chunk_tokens=0, ttft_s=0.0).replicas
     both = replace(plan_of(stage_of()), replicas=(*prefill, *decode))
     dtypes = {layout_of(both, number, MODEL, engine=Engine.VLLM).dtype for number in (0, 1)}
     assert dtypes == {"float16"}

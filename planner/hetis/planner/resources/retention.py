@@ -12,6 +12,7 @@ from hetis.planner.resources.proposals import StoredPlacements
 from hetis.planner.store import Reader, Store
 from hetis.v1 import plan_pb2
 
+FIRST_S = 600.0  # after a takeover there is more urgent work
 EVERY_S, AGAIN_S = 86_400.0, 60.0  # between two deletions, the latter after a failure
 _PAGE = 500  # plans that are looked at in one read
 _ANSWERED = [state for state in plan_pb2.PlanState.values() if state and state not in SEARCHING]
@@ -28,6 +29,7 @@ class Retention:
     _audit_s: float | None
 
     async def run(self) -> None:
+        await asyncio.sleep(FIRST_S)
         while True:
             try:
                 await self.step()
