@@ -9,7 +9,7 @@ from hetis.solver.model import DraftShape
 from hetis.solver.problem import PlacementProblem
 from hetis.solver.profile import FitRegion, Op
 from tests.models import replace
-from tests.planner.use_cases.studied import planned, posed
+from tests.planner.use_cases.robustness.studied import planned, posed
 
 
 def in_region(problem: PlacementProblem, op: Op, region: FitRegion) -> PlacementProblem:

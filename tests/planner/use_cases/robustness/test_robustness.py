@@ -46,7 +46,7 @@ from hetis.solver.problem import EngineRules, PlacementProblem
 from hetis.solver.profile import Op, Source
 from tests.models import replace
 from tests.planner.command_line import EXAMPLES
-from tests.planner.use_cases.studied import FLEETS, never, planned, posed
+from tests.planner.use_cases.robustness.studied import FLEETS, never, planned, posed
 
 
 def studied(fleet: str, error: float, *, seed: int = 0, samples: int = 12) -> Robustness:

@@ -25,7 +25,7 @@ from hetis.solver.placement.families import STRATEGIES
 from hetis.solver.plan import KvRoute, Objective, ObjectiveKind, Role
 from tests.planner import plans
 from tests.planner.command_line import EXAMPLES
-from tests.planner.use_cases.comparing import COMMAND, LOADED, Outcome, Solver, compared
+from tests.planner.use_cases.comparing.compared import COMMAND, LOADED, Outcome, Solver, compared
 
 
 def test_contained_strategies_are_run_before_what_contains_them(solver: Solver) -> None:

@@ -18,7 +18,7 @@ from hetis.solver.check.rederive import Rederivation
 from hetis.solver.cluster import Link
 from hetis.solver.profile import Fit, FitScope, Profile
 from tests.models import replace
-from tests.planner.use_cases.studied import FLEETS, planned, posed
+from tests.planner.use_cases.robustness.studied import FLEETS, planned, posed
 from tests.solver.check import test_roles as test_check_roles
 
 

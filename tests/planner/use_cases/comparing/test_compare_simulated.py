@@ -29,7 +29,7 @@ from hetis.solver.placement.families import STRATEGIES
 from hetis.solver.plan import Objective, ObjectiveKind, Plan
 from hetis.solver.problem import EngineRules, PlacementProblem
 from tests.planner import plans
-from tests.planner.use_cases.comparing import COMMAND, SIMULATED, Solver, plan_of, searches
+from tests.planner.use_cases.comparing.compared import COMMAND, SIMULATED, Solver, plan_of, searches
 
 
 def test_engines_are_compared_with_what_each_runs(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,7 @@ from hetis.planner.use_cases import compare as comparing
 from hetis.planner.use_cases.climbing import Climbed
 from hetis.planner.use_cases.placement_settings import PlacementSettings
 from hetis.solver.problem import PlacementProblem
-from tests.planner.use_cases.comparing import Outcome, Solver, plan_of
+from tests.planner.use_cases.comparing.compared import Outcome, Solver, plan_of
 
 
 @pytest.fixture
