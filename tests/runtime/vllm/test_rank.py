@@ -22,8 +22,9 @@ from hypothesis import strategies as st
 from hetis.runtime.attention.device import LocalDevice
 from hetis.runtime.attention.kv import DeviceLostError, KvShape
 from hetis.runtime.vllm import head_map
-from hetis.runtime.vllm.head_map import LayerCall, VirtualBatch, attend_directly
+from hetis.runtime.vllm.head_map import LayerCall, attend_directly
 from hetis.runtime.vllm.rank import Rank
+from hetis.runtime.vllm.step_tensors import LocalSequences, StepLimits
 from hetis.runtime.vllm.steps import LOCAL, Admitted, Event, Gone, GroupMove, Grown, MoveStep, Rehomed, StepPlan
 from hetis.runtime.vllm.workers import ConnectedWorkers
 from tests.runtime.vllm.paced import FakeClock
@@ -47,13 +48,14 @@ class Blocks:
         self.kv = torch.zeros(2, LAYERS, num_blocks * BLOCK, DIM, dtype=torch.float64)
         self.layer = 0
 
-    def attend_here(self, call: LayerCall, slots: torch.Tensor, base: Any) -> None:
-        part, tables = base
+    def attend_here(self, call: LayerCall, slots: torch.Tensor, local: LocalSequences) -> None:
         number = int(call.layer.layer_name)
         self.kv[0, number, slots], self.kv[1, number, slots] = call.k[:, 0], call.v[:, 0]
-        for i in range(len(part)):
-            begin, end, last = int(part.starts[i]), int(part.starts[i + 1]), int(part.lasts[i])
-            at = _slots(tables[i].numpy(), 0, last)
+        assert local.starts.tolist() == local.starts_cpu.tolist()
+        assert local.lasts.tolist() == local.lasts_cpu.tolist()
+        for i in range(len(local)):
+            begin, end, last = int(local.starts[i]), int(local.starts[i + 1]), int(local.lasts[i])
+            at = _slots(local.tables[i].numpy(), 0, last)
             keys, values = self.kv[0, number, at], self.kv[1, number, at]
             # Rows before the chunk are only attended to, so their queries are zero.
             whole = torch.zeros(last, QUERIES, DIM, dtype=torch.float64)
@@ -68,13 +70,16 @@ class Blocks:
         at = _slots(blocks, first, first + k.shape[1])
         self.kv[0][:, at], self.kv[1][:, at] = k, v
 
-    def build_base(self, part: VirtualBatch, tables: torch.Tensor, slots: torch.Tensor, common: Any) -> Any:
-        return part, tables
-
 
 def _slots(blocks: Any, first: int, last: int) -> torch.Tensor:
     positions = np.arange(first, last)
     return torch.from_numpy(blocks[positions // BLOCK].astype(np.int64) * BLOCK + positions % BLOCK)
+
+
+def described(rank: Rank, common: Any) -> Any:
+    """Return a step as the layers get it, whose backend takes the sequences as they are."""
+    step = rank.begin(common)
+    return SimpleNamespace(step=step, base=step.local)
 
 
 def reference(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layer: int) -> torch.Tensor:
@@ -115,8 +120,8 @@ class Running:
 class World:
     """A rank with two workers, and the scheduler's part of it."""
 
-    def __init__(self, seed: int, clock: Callable[[], float] = time.perf_counter) -> None:
-        self.rng = random.Random(seed)
+    def __init__(self, seed: int, clock: Callable[[], float] = time.perf_counter, *, is_local: bool = False) -> None:
+        self.rng, self.is_local = random.Random(seed), is_local
         torch.manual_seed(seed)
         self.blocks = Blocks(400)
         self.devices = {n: Breakable(f"w{n}", SHAPE, 400) for n in (1, 2)}
@@ -129,6 +134,7 @@ class World:
             BLOCK,
             self.workers,
             self.blocks,
+            limits=StepLimits(requests=2, tokens=4, blocks=2),
             copy_bytes_per_step=1500,
             clock=clock,
         )
@@ -143,9 +149,8 @@ class World:
 
     def admit(self) -> None:
         self.numbers += 1
-        one = Running(
-            self.free.pop(), self.numbers, [self.rng.choice((0, *self.workers.present)) for _ in range(GROUPS)]
-        )
+        present = () if self.is_local else self.workers.present
+        one = Running(self.free.pop(), self.numbers, [self.rng.choice((0, *present)) for _ in range(GROUPS)])
         self.running.append(one)
         self.events.append(Admitted(one.anchor, one.number, tuple(one.devices)))
 
@@ -229,17 +234,21 @@ class World:
         self.plans += 1
         events, self.events = self.events, []
         self.rank.apply(StepPlan(self.plans, tuple(events)))
-        starts = np.concatenate([[0], np.cumsum(counts)])
+        starts = np.concatenate([[0], np.cumsum(counts)]).astype(np.int32)
+        lasts = [one.computed + count for one, count in zip(batch, counts, strict=True)]
         spoiled = [one for one in batch if one.computed and self.rng.random() < self.spoils]
         common = SimpleNamespace(
             num_reqs=len(batch),
-            block_table_tensor=torch.tensor([[one.anchor] for one in batch]),
+            num_actual_tokens=int(starts[-1]),
+            max_query_len=max(counts),
+            max_seq_len=max(lasts) + 3,  # a bound
+            block_table_tensor=torch.tensor([[one.anchor] for one in batch], dtype=torch.int32),
             query_start_loc=torch.from_numpy(starts),
             query_start_loc_cpu=torch.from_numpy(starts),
-            seq_lens=None,  # on a GPU, where reading them would stop the step
-            seq_lens_cpu_upper_bound=torch.tensor([a.computed + n for a, n in zip(batch, counts, strict=True)]),
+            seq_lens=torch.tensor(lasts, dtype=torch.int32),
+            seq_lens_cpu_upper_bound=torch.tensor(lasts, dtype=torch.int32),
         )
-        metadata: Any = SimpleNamespace(common=common, builder=self.blocks)
+        metadata = described(self.rank, common)
         outputs = []
         for layer in range(LAYERS):
             q, k, v = (
@@ -335,6 +344,25 @@ def test_a_worker_that_dies_in_the_middle_of_a_step_costs_nobody_a_wrong_output(
     _run(seed, steps=30, dies_at=dies_at)
 
 
+def test_with_all_groups_here_the_host_learns_of_a_step_afterwards() -> None:
+    world = World(3, is_local=True)
+    for step in range(25):
+        if step % 4 == 0 and len(world.running) < 6:
+            world.admit()
+        if step % 7 == 6:
+            world.end(world.rng.choice(world.running))
+        world.step()
+        rows = [world.rank.heads.row(one.anchor) for one in world.running]
+        world.rank.apply(StepPlan(1000 + step))
+        assert world.rank.heads.tokens[rows].tolist() == [one.computed for one in world.running]
+    move = GroupMove(1, world.running[0].anchor, (0,), LOCAL, 1)
+    world.events.append(MoveStep("begin", move))
+    world.open[1] = move
+    for _ in range(30):
+        world.step()
+    assert world.committed == 1
+
+
 def test_what_another_rank_made_void_is_copied_again() -> None:
     world = World(0)
     world.admit()
@@ -427,6 +455,9 @@ def test_a_step_that_nobody_finished_does_not_reach_into_the_next() -> None:
     for count in (5, 2):
         common = SimpleNamespace(
             num_reqs=count,
+            num_actual_tokens=count,
+            max_query_len=1,
+            max_seq_len=1,
             block_table_tensor=torch.zeros(count, 1, dtype=torch.int64),
             query_start_loc=torch.arange(count + 1),
             query_start_loc_cpu=torch.arange(count + 1),
@@ -435,7 +466,7 @@ def test_a_step_that_nobody_finished_does_not_reach_into_the_next() -> None:
         )
         q, kv = (torch.randn(count, heads, DIM, dtype=torch.float64) for heads in (GROUPS * QUERIES, GROUPS))
         out = torch.full_like(q, torch.nan)
-        metadata: Any = SimpleNamespace(common=common, builder=world.blocks)
+        metadata = described(world.rank, common)
         impl: Any = world.blocks
         for layer in range(LAYERS):
             named = SimpleNamespace(layer_name=str(layer))
