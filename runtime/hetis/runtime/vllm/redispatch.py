@@ -15,7 +15,8 @@ from hetis.solver.redispatch.triggers import Watch, triggers
 if TYPE_CHECKING:
     from hetis.runtime.vllm.settings import EngineRedispatchSettings
 
-CALM_STEPS = 4096
+CALM_STEPS = 8192
+REST_STEPS = 16  # the shortest rest of two devices after a return, before it is doubled
 MOST_RETURNS = 8
 
 
@@ -63,7 +64,8 @@ class Redispatch:
         self._rests = {name: rest for name, rest in self._rests.items() if name in running}
         plan = Redispatcher(dispatcher).solve(problem)
         first = [move for move in plan.moves if move.wave == 0]
-        moves = [move for move in first if not self._rests_still(move) and not self._comes_back(move)]
+        allow, step = self._returns.allow, self._steps
+        moves = [move for move in first if not self._rests_still(move) and allow(move, step)]
         self._watch.looked(snapshot, fired, moved=bool(moves))
         allocator.state.mark_seen()
         for move in moves:
@@ -73,9 +75,6 @@ class Redispatch:
                 _, times = self._rests.get(move.request, (0.0, 0))
                 self._rests[move.request] = self._steps + move.payback_steps * 2**times, times + 1
                 self._returns.began(move, self._steps)
-
-    def _comes_back(self, move: Move) -> bool:
-        return not self._returns.allow(move, self._allocator.state.remaining_tokens(move.request))
 
     def _rests_still(self, move: Move) -> bool:
         """Return whether a move for balance has to wait until an earlier one of its request has paid back its cost.
@@ -89,28 +88,26 @@ class Redispatch:
 class Returns:
     """Moves for balance that were taken back: a sign that costs were not what they had seemed before the move.
 
-    Then such moves between the two devices have to pay back sooner, those of later requests included: within the steps
-    that a request has left, halved for every return of late.
+    Then no such move is made between the two devices, of later requests either, until a rest is over: as long as the
+    move takes to pay back what it costs, and `REST_STEPS` at least, doubled for every return of late.
     """
 
     def __init__(self) -> None:
         self._last: dict[str, tuple[int, int]] = {}  # the last source and target, by request
         self._counts: dict[frozenset[int], int] = {}  # returns, by pair of devices
-        self._since = 0  # the step at which they were last forgotten, or counted
+        self._rests: dict[frozenset[int], float] = {}  # the step at which a pair's rest is over
+        self._since = 0  # the step at which returns were last counted, or forgotten
 
-    def allow(self, move: Move, left_steps: int) -> bool:
-        """Return whether a move may begin, of a request that is expected to decode ``left_steps`` more."""
-        if move.reason is not MoveReason.BALANCE or move.payback_steps is None:
-            return True
-        count = self._counts.get(frozenset((move.source, move.target)), 0)
-        return not count or move.payback_steps * 2**count <= left_steps
+    def allow(self, move: Move, step: int) -> bool:
+        """Return whether a move may begin."""
+        return move.reason is not MoveReason.BALANCE or step >= self._rests.get(_pair(move), 0)
 
     def began(self, move: Move, step: int) -> None:
         """Count a move for balance that has begun."""
-        pair = frozenset((move.source, move.target))
-        if self._last.get(move.request) == (move.target, move.source):
-            self._counts[pair] = min(self._counts.get(pair, 0) + 1, MOST_RETURNS)
-            self._since = step
+        if move.payback_steps is not None and self._last.get(move.request) == (move.target, move.source):
+            pair = _pair(move)
+            count = self._counts[pair] = min(self._counts.get(pair, 0) + 1, MOST_RETURNS)
+            self._since, self._rests[pair] = step, step + max(move.payback_steps, REST_STEPS) * 2**count
         self._last[move.request] = move.source, move.target
 
     def forget(self, step: int) -> None:
@@ -119,3 +116,7 @@ class Returns:
             self._since = step
             self._counts = {pair: count - 1 for pair, count in self._counts.items() if count > 1}
             self._last.clear()
+
+
+def _pair(move: Move) -> frozenset[int]:
+    return frozenset((move.source, move.target))
