@@ -74,8 +74,23 @@ class StageTiming:
     """
 
     __slots__ = (
-        "_beside", "_chunk", "_decode", "_dense", "_drafting", "_head", "_is_first", "_is_last", "_step_tokens",
-        "_profile", "_table", "cost", "layers", "mixed_factor", "plugin", "shape", "steps",
+        "_beside",
+        "_chunk",
+        "_decode",
+        "_dense",
+        "_drafting",
+        "_head",
+        "_is_first",
+        "_is_last",
+        "_profile",
+        "_step_tokens",
+        "_table",
+        "cost",
+        "layers",
+        "mixed_factor",
+        "plugin",
+        "shape",
+        "steps",
     )  # fmt: skip
 
     def __init__(

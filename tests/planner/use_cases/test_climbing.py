@@ -15,7 +15,7 @@ from hetis.planner.use_cases.request import PlacementRequest
 from hetis.solver.advice import worst_node
 from hetis.solver.budget import Budget, silent
 from hetis.solver.errors import InfeasibleError
-from hetis.solver.placement.rungs import RUNGS, lowest_rung
+from hetis.solver.placement.rungs import RUNGS, Known, lowest_rung
 from hetis.solver.plan import Plan
 from hetis.solver.problem import PlacementProblem
 from tests.planner.command_line import EXAMPLES
@@ -43,8 +43,8 @@ def climbed(
     )  # fmt: skip
     settings = settings_of(request)
 
-    def find(posed: PlacementProblem, budget: Budget) -> Plan:
-        return search(posed, settings, budget=budget, report=silent)
+    def find(posed: PlacementProblem, budget: Budget, known: Known | None) -> Plan:
+        return search(posed, settings, budget=budget, report=silent, known=known)
 
     return climb(find, Budget(), pose(request, load(request)), "hetis", settings.climbing(carriers))
 
@@ -140,8 +140,8 @@ def test_no_plan_on_any_rung_is_explained() -> None:
     request = PlacementRequest(str(EXAMPLES / "fleet-160.yaml"), "Llama-2-70B", "azure_conv_2023", ttft="1ms")
     settings = settings_of(request)
 
-    def find(posed: PlacementProblem, budget: Budget) -> Plan:
-        return search(posed, settings, budget=replace(budget, explains=False), report=silent)
+    def find(posed: PlacementProblem, budget: Budget, known: Known | None) -> Plan:
+        return search(posed, settings, known=known, budget=replace(budget, explains=False), report=silent)
 
     with pytest.raises(InfeasibleError):
         climb(find, Budget(), pose(request, load(request)), "hetis", settings.climbing(all_carry))

@@ -50,7 +50,7 @@ UNLIMITED = Objective(ttft_limit_s=None, tpot_limit_s=None)
 LONGER = 2  # factor of the requests in a run that decides where limits are close
 PROBE = 500  # requests of the run before it, which only shows that a limit is missed by far
 BY_FAR = 1.1  # times the limit, above which a probe's whole interval is
-ITERATIONS = 2_000_000  # iterations of stages that all simulations of a plan may take: about ten seconds
+ITERATIONS = 1_000_000  # iterations of stages that all simulations of a plan may take: about three seconds
 PER_REQUEST = 20.0  # iterations that take as long as a request's arrival, routing and record
 PART = 0.2  # of all iterations, which one run may take
 WORKER_ITERATIONS = 3.0  # an iteration with attention workers takes as long as so many without
@@ -241,16 +241,17 @@ class _Runs:
 
         @cache
         def simulate(settings: Settings, rate_rps: float, *lengths: int, traffic: int) -> TriedRate:
-            if min(lengths) < 2 * PROBE:
-                return run(settings, rate_rps, *lengths, traffic=traffic)
-            before = budget.work
-            probe = run(settings, rate_rps, PROBE, traffic=traffic)
-            if probe.missed_by_far:
-                return probe
-            self._each = max(self._each, (budget.work - before) / PROBE)
+            before, is_long = budget.work, min(lengths) >= 2 * PROBE
+            if is_long and rate_rps >= self._planned_rps:  # lower rates are hardly missed by far
+                probe = run(settings, rate_rps, PROBE, traffic=traffic)
+                self._each = max(self._each, (budget.work - before) / PROBE)
+                if probe.missed_by_far:
+                    return probe
             part = PART / WORKER_ITERATIONS if _has_workers(plan) else PART
             most = max(PROBE, int(part * budget.work_limit / self._each)) if budget.work_limit < math.inf else math.inf
-            return run(settings, rate_rps, *(int(min(one, most)) for one in lengths), traffic=traffic)
+            return run(
+                settings, rate_rps, *(int(min(one, most)) if is_long else one for one in lengths), traffic=traffic
+            )
 
         self._simulate, self._budget = simulate, budget
 
@@ -369,7 +370,13 @@ class _Runs:
             found = self._at(rate_rps, self._ordinary)
             return found.sure or (None if found.within else False)
 
-        search = LowerRates(seems_sure, self._is_sure)
+        def excess(rate_rps: float) -> float | None:
+            tried = self._at(rate_rps, self._ordinary)
+            most = max((one.high / one.limit for one in tried.measured.limited if one.limit), default=math.inf) - 1.0
+            is_known = tried.summary.steady is not False and math.isfinite(most) and tried.sure == (most <= 0.0)
+            return most if is_known else None
+
+        search = LowerRates(seems_sure, self._is_sure, excess)
         try:
             rate_rps = search.highest(self._planned_rps, 0.0)
         except StoppedError:
