@@ -226,13 +226,11 @@ def _rest_of(weights: FloatArray, seconds: FloatArray) -> tuple[FloatArray, Floa
     if not mean_s:
         return np.zeros(PARTS), np.full(PARTS, 1.0 / PARTS)
     edges_s = np.linspace(0.0, longest_s, PARTS + 1)
-    tail = np.maximum(0.0, seconds - edges_s[:, None]) @ weights / mean_s
-    means_s = (
-        -np.diff(np.maximum(0.0, seconds - edges_s[:, None]) ** 2 @ weights) / 2.0 / mean_s
-    )  # integrals of the tail
+    longer_s = np.maximum(0.0, seconds - edges_s[:, None])  # than each edge, of every prompt
+    tail, areas_s = longer_s @ weights / mean_s, -np.diff(longer_s**2 @ weights) / 2.0 / mean_s  # and its integrals
     shares = -np.diff(tail)
-    # Where the tail falls from t0 to t1 between two edges, what is left is on average ...
-    return edges_s[:-1] + (means_s - tail[1:] * np.diff(edges_s)) / np.maximum(shares, 1e-300), shares
+    inside_s = (areas_s - tail[1:] * np.diff(edges_s)) / np.maximum(shares, 1e-300)  # mean distance from the lower edge
+    return edges_s[:-1] + inside_s, shares
 
 
 class RequestQueue:

@@ -313,7 +313,8 @@ def test_a_seat_of_a_decode_replica_is_held_from_the_prompt_on(apart: tuple[Plan
     plan, problem = apart
     prefill, one = (next(each for each in plan.replicas if each.role is role) for role in (Role.PREFILL, Role.DECODE))
     derived = Rederivation(problem).of(replica_shape(prefill, problem, Fleet.of(problem.cluster)))
-    under_way_s = [chunks * derived.chunk_s + derived.landing_s for chunks in (2, 2, 5)]
+    chunks = [tokens / prefill.chunk_tokens + 1 for tokens in (100, 100, 300)]  # full of other prompts, too
+    under_way_s = [number * derived.chunk_s + derived.landing_s for number in chunks]
     rates = np.array(rates_of(one, problem))
     in_flight = np.array([*(np.arange(1, 5) + rates * np.mean(under_way_s)), 5.0])
     held_s = in_flight / np.array([*rates, rates[-1]])

@@ -223,6 +223,7 @@ class _Runs:
             enough_of(part.plan),
             longest_of(part.plan),
         )
+        self._most_rps = MOST_UTILISATION * plan.served_rate()
         self._too_short = not are_filled(part.plan, to_fill)
         self._settings = AS_PLANNED
         self._compiling = lambda: report(self._planned_rps, 0, 0)
@@ -314,7 +315,7 @@ class _Runs:
 
     def _higher(self, found: TriedRate) -> float:
         """Return the highest rate tried, up to the plan's bound, that is kept for sure; the planned one if none is."""
-        most_rps = min(self._plan.result.bound, MOST_UTILISATION * self._plan.served_rate())
+        most_rps = min(self._plan.result.bound, self._most_rps)
         may = _may_keep_more(self._plan, found) and not self._too_short and self._are_cheap()
         higher = [factor * self._planned_rps for factor in HIGHER if factor * self._planned_rps <= most_rps]
         with suppress(StoppedError):
@@ -367,10 +368,14 @@ class _Runs:
         """
 
         def seems_sure(rate_rps: float) -> bool | None:
+            if rate_rps > self._most_rps:
+                return False
             found = self._at(rate_rps, self._ordinary)
             return found.sure or (None if found.within else False)
 
         def excess(rate_rps: float) -> float | None:
+            if rate_rps > self._most_rps:
+                return None
             tried = self._at(rate_rps, self._ordinary)
             most = max((one.high / one.limit for one in tried.measured.limited if one.limit), default=math.inf) - 1.0
             is_known = tried.summary.steady is not False and math.isfinite(most) and tried.sure == (most <= 0.0)
