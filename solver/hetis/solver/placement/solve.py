@@ -73,8 +73,9 @@ def solve_family(
     adds_workers = known is not None and replace(known.family, max_pool=problem.family.max_pool) == problem.family
 
     def found_by(costs: CostTables, settings: SearchSettings) -> KeptOutcome | Unbeaten | None:
-        def find(tables: CostTables, above: float = 0.0) -> Outcome | None:
-            return search(tables, settings, simplest_within=simplest_within, beyond=Beyond(above, adds_workers))
+        def find(tables: CostTables, above: float = 0.0, gap: float = 0.0) -> Outcome | None:
+            own = replace(settings, gap_target=max(settings.gap_target, gap))
+            return search(tables, own, simplest_within=simplest_within, beyond=Beyond(above, adds_workers))
 
         if not chooses_utilisation(problem):
             outcome = find(costs)
@@ -217,7 +218,10 @@ def equal_stages_value(problem: PlacementProblem, settings: SearchSettings) -> f
     found: KeptOutcome | None = None
     if chooses_utilisation(problem):
         kept = search_kept(
-            costs, settings, lambda tables, _: equal_stages(tables, settings), lambda tables: bound_of(tables, settings)
+            costs,
+            settings,
+            lambda tables, *_: equal_stages(tables, settings),
+            lambda tables: bound_of(tables, settings),
         )
         assert not isinstance(kept, Unbeaten), "no plan is known"
         found = kept

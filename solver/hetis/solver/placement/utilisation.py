@@ -34,9 +34,10 @@ RESERVED = (0.25, 0.5)  # shares of the limit on TTFT that are set aside for wai
 MORE_RESERVES = 1  # further shares, between those that keep most
 WAITING = 0.8  # utilisation at which they are set aside
 NEARLY = 0.97  # ratio to a utilisation below which plans found for it do not keep it
+NEAR = 0.004  # gap of whole counts while waits decide what is kept, whose bound is that of relaxations
 CLOSE = 1.01  # ratio of a bound to what is kept from which on further plans are not worth their time
 
-Find = Callable[[CostTables, float], Outcome | None]  # of what serves more than a saturated rate
+Find = Callable[[CostTables, float, float], Outcome | None]  # of what serves more than a saturated rate; to a gap
 BoundOf = Callable[[CostTables], float]
 
 
@@ -120,23 +121,25 @@ class _Cells:
     def limit_s(self) -> float | None:
         return self.costs.problem.objective.ttft_limit_s
 
-    def searched(self, utilisation: float, reserved: float = 0.0, *, above: float = 0.0) -> _Found | None:
+    def searched(
+        self, utilisation: float, reserved: float = 0.0, *, above: float = 0.0, gap: float = 0.0
+    ) -> _Found | None:
         """Return what a search at a utilisation found, at the one that it keeps; raises as `outcome_of`.
 
         None: there is no plan, or none that keeps more than ``above``.
         """
         tables = self.costs.at(utilisation, self.lanes, reserved * (self.limit_s or 0.0))
-        outcome = self.outcome_of(tables, above / GRID[-1])
+        outcome = self.outcome_of(tables, above / GRID[-1], gap)
         return None if outcome is None else _Found(outcome, kept_by(tables, outcome, GRID[-1]))
 
-    def outcome_of(self, tables: CostTables, above: float = 0.0) -> Outcome | None:
+    def outcome_of(self, tables: CostTables, above: float = 0.0, gap: float = 0.0) -> Outcome | None:
         """Return the outcome of a search with these tables for what serves more than a saturated rate.
 
         Raises:
             NoPlanFoundError: the time is up, and no earlier search found a plan either.
         """
         try:
-            outcome = self.find(tables, above)
+            outcome = self.find(tables, above, gap)
         except NoPlanFoundError:
             if not self.has_found:
                 raise
@@ -176,6 +179,8 @@ class _Most(_Cells):
             is_overrated = found is not None and found.utilisation < NEARLY * utilisation
             if is_overrated and self.lanes != lanes and not self._is_over():
                 self._improved(utilisation)  # now with the lanes that such plans have
+            elif found is not None and not is_overrated and not self._is_over():
+                self._improved(utilisation, gap=0.0)  # waits are no matter, so whole counts decide
         if not self._kept:
             self._improved(GRID[0])
         if not self._kept:
@@ -184,9 +189,9 @@ class _Most(_Cells):
         bound = self._bound(most)
         return Unbeaten(max(bound, self._kept)) if self._best is None else self._answer(self._best, bound)
 
-    def _improved(self, utilisation: float, reserved: float = 0.0) -> _Found | None:
+    def _improved(self, utilisation: float, reserved: float = 0.0, *, gap: float = NEAR) -> _Found | None:
         """Return what a search at a utilisation found; it replaces the best plan if it keeps more."""
-        found = self.searched(utilisation, reserved, above=self._kept)
+        found = self.searched(utilisation, reserved, above=self._kept, gap=gap)
         if found is not None and found.kept > self._kept:
             self._best, self._kept = found, found.kept
         return found
