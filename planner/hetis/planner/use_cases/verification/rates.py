@@ -56,6 +56,7 @@ PART = 0.2  # of all iterations, which one run may take
 WORKER_ITERATIONS = 3.0  # an iteration with attention workers takes as long as so many without
 BY_CHANCE = 0.02  # share of a limit above which an excess is no chance, however wide the interval
 HIGHER = (1.5, 1.2, 1.15, 1.1, 1.05)  # factors of the planned rate, which are tried if it is kept, up to the bound
+WORTH_TRYING = 1.01  # ratio of the highest rate to the planned one
 MOST_GROWTH = 0.02  # seconds by which the wait may grow per second at these rates
 LONG_RUN = 10_000  # requests of a run at these rates, unless that is more than `LONGER` times the ordinary number
 
@@ -316,10 +317,12 @@ class _Runs:
     def _higher(self, found: TriedRate) -> float:
         """Return the highest rate tried, up to the plan's bound, that is kept for sure; the planned one if none is."""
         most_rps = min(self._plan.result.bound, self._most_rps)
-        may = _may_keep_more(self._plan, found) and not self._too_short and self._are_cheap()
-        higher = [factor * self._planned_rps for factor in HIGHER if factor * self._planned_rps <= most_rps]
+        may, planned_rps = _may_keep_more(self._plan, found) and not self._too_short, self._planned_rps
+        higher = [factor * planned_rps for factor in HIGHER if factor * planned_rps <= most_rps]
+        if not self._are_cheap() or not higher:  # one rate is all that there is time, or room, for
+            higher = [most_rps] if planned_rps * WORTH_TRYING <= most_rps < HIGHER[-1] * planned_rps else higher[-1:]
         with suppress(StoppedError):
-            return next((rate_rps for rate_rps in higher if may and self._is_calm(rate_rps)), self._planned_rps)
+            return next((rate_rps for rate_rps in higher if may and self._is_calm(rate_rps)), planned_rps)
         return self._planned_rps
 
     def _longest_at(self, rate_rps: float) -> TriedRate:
@@ -358,7 +361,8 @@ class _Runs:
         return all(self._at(rate_rps, self._longer, other=other).sure for other in (False, True))
 
     def _is_calm(self, rate_rps: float) -> bool:
-        runs = (self._at(rate_rps, self._long, self._longer, other=other) for other in (False, True))
+        lengths = (self._long, self._longer) if self._are_cheap() else (self._ordinary,)
+        runs = (self._at(rate_rps, *lengths, other=other) for other in (False, True))
         return all(run.sure and hardly_grows(run.summary) for run in runs)
 
     def _lower(self, found: TriedRate) -> KeptRate | None:
