@@ -19,7 +19,7 @@ from hetis.planner.report.comparison import model_words
 from hetis.planner.use_cases import compare as comparing
 from hetis.planner.use_cases.climbing import Climbed
 from hetis.planner.use_cases.compare import Searches, best_of, compare_strategies, figures_of, kept_of
-from hetis.planner.use_cases.place import PlacementSettings
+from hetis.planner.use_cases.placement_settings import PlacementSettings
 from hetis.planner.use_cases.record.forms import RungFound
 from hetis.planner.use_cases.record.parts import Requested, Rungs
 from hetis.planner.use_cases.service_level import ServiceLevel

@@ -117,7 +117,8 @@ def inputs_from_documents(documents: Any, path: str) -> Inputs:
 
 def differing_fields(one: ModelSpec, other: ModelSpec) -> list[str]:
     """Return the fields in which two models differ, which may have the same name."""
-    return [field.name for field in fields(ModelSpec) if getattr(one, field.name) != getattr(other, field.name)]
+    given = (field.name for field in fields(ModelSpec) if field.init)
+    return [name for name in given if getattr(one, name) != getattr(other, name)]
 
 
 def _constraints_of(plan: Plan, requested: Requested, cluster: Cluster, path: str) -> Constraints:

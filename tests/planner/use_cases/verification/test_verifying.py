@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 
 import hetis
+from benchmarks.measuring.seats import with_more_seats
 from hetis.formats.documents import load_plan
 from hetis.planner.cli import place as placing_verb
 from hetis.planner.cli.exit_codes import ExitCode
@@ -28,7 +29,8 @@ from hetis.planner.report.page.pages import ShownPlan, plans_page
 from hetis.planner.report.plan import headline, render_plan
 from hetis.planner.report.promises import beside_equal_stages, simple_setups
 from hetis.planner.use_cases.climbing import Climbed
-from hetis.planner.use_cases.place import PlacementSettings, simulated_plan
+from hetis.planner.use_cases.place import simulated_plan
+from hetis.planner.use_cases.placement_settings import PlacementSettings
 from hetis.planner.use_cases.record.parts import Requested, Verified
 from hetis.planner.use_cases.request import PlacementRequest
 from hetis.planner.use_cases.saved_plans import load_plan_and_problem
@@ -40,7 +42,7 @@ from hetis.planner.use_cases.service_level import (
     requested_level,
     share_within,
 )
-from hetis.planner.use_cases.simulation.engine_settings import at_settings, with_all_seats, with_more_seats
+from hetis.planner.use_cases.simulation.engine_settings import at_settings, with_all_seats
 from hetis.planner.use_cases.simulation.judging import _attained, measured
 from hetis.planner.use_cases.simulation.representative import RepresentativePart
 from hetis.planner.use_cases.simulation.simulate import Question, Simulated, answer, default_rate, seats_of
@@ -61,7 +63,6 @@ from hetis.planner.use_cases.verification.rates import (
     LONGER,
     TriedRate,
     kept_plan,
-    no_progress,
     num_requests_of,
     simulated_at,
 )
@@ -84,6 +85,10 @@ from tests.planner.use_cases.simulation.test_simulate import CLUSTER, no_mixed_f
 __all__ = ["no_mixed_factor"]  # for every test here, too
 
 Placed = tuple[Plan, PlacementProblem]
+
+
+def no_progress(_rate_rps: float, _given: int, _total: int) -> None:
+    """Report nothing."""
 
 
 @pytest.fixture(scope="module")

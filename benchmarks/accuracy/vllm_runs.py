@@ -1,6 +1,6 @@
 """Latencies of vLLM under load against measured ones: mean end-to-end, TTFT and inter-token latency at a stated rate.
 
-    python -m benchmarks.vllm_runs [--points FILE] [--json] [--only TEXT] [--quick] [--markdown] [--fit]
+    python -m benchmarks.accuracy.vllm_runs [--points FILE] [--json] [--only TEXT] [--quick] [--markdown] [--fit]
 
 A row of the table is one load stage: a model on some GPUs, mean lengths, and the rate at which requests arrived. It is
 simulated as an open loop of one engine with Poisson arrivals, iteration by iteration; the cost model gives the seconds
@@ -22,9 +22,10 @@ from statistics import fmean, median
 
 import numpy as np
 
-from benchmarks.measuring import published_points, rows
+from benchmarks.accuracy import published_points
+from benchmarks.accuracy.published_points import FOLDER, NotPosedError
+from benchmarks.measuring import rows
 from benchmarks.measuring.instances import fleet
-from benchmarks.measuring.published_points import FOLDER, NotPosedError
 from benchmarks.measuring.rows import Cell, Row
 from hetis.formats import catalogue
 from hetis.formats.errors import DocumentError
@@ -87,7 +88,7 @@ class Run:
 
 def main() -> None:
     """Print a row per load stage, and the totals."""
-    parser = published_points.parser("benchmarks.vllm_runs", __doc__, POINTS)
+    parser = published_points.parser("benchmarks.accuracy.vllm_runs", __doc__, POINTS)
     parser.add_argument("--fit", action="store_true", help="fit the host's time to a half, and try it on the other")
     arguments = parser.parse_args()
     table = published_points.asked_rows(arguments, COLUMNS)

@@ -1,8 +1,9 @@
 """Predictions against measurements of real engines: TPOT and TTFT of public serving points.
 
-    python -m benchmarks.silicon [--points FILE] [--json] [--only TEXT] [--quick] [--markdown] [--peer-python PYTHON]
+    python -m benchmarks.accuracy.silicon [--points FILE] [--json] [--only TEXT] [--quick] [--markdown]
+        [--peer-python PYTHON]
 
-Every row of the table (`benchmarks.measuring.serving_points`) is one engine on some GPUs with a constant number of
+Every row of the table (`benchmarks.accuracy.serving_points`) is one engine on some GPUs with a constant number of
 requests in flight. What the cost model can express is predicted from the catalogue and shipped profiles, or modelled
 ones for GPUs without measurements; the rest is counted with its reason. Profiles are made of tables of single
 operators, and engine settings are those of published scripts. An engine's host times are fitted to two models on one
@@ -28,19 +29,20 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.measuring import published_points, rows
-from benchmarks.measuring.closed_loop import CopyTime, Engine, Load, balanced_copies, closed_loop
-from benchmarks.measuring.instances import NO_LIMITS, fleet
-from benchmarks.measuring.published_points import FOLDER, NotPosedError
-from benchmarks.measuring.published_settings import ACCEPTANCE, Graphs, eager_layer_s
-from benchmarks.measuring.rows import Cell, Row
-from benchmarks.measuring.serving_points import (
+from benchmarks.accuracy import published_points
+from benchmarks.accuracy.closed_loop import CopyTime, Engine, Load, balanced_copies, closed_loop
+from benchmarks.accuracy.published_points import FOLDER, NotPosedError
+from benchmarks.accuracy.published_settings import ACCEPTANCE, Graphs, eager_layer_s
+from benchmarks.accuracy.serving_points import (
     COLUMNS,
     MIXES,
     NODE_GPUS,
     ServingPoint,
     posed,
 )
+from benchmarks.measuring import rows
+from benchmarks.measuring.instances import NO_LIMITS, fleet
+from benchmarks.measuring.rows import Cell, Row
 from hetis.formats import catalogue
 from hetis.profiler.defaults import shipped_profile
 from hetis.profiler.engines import for_engine
@@ -55,7 +57,7 @@ from hetis.solver.profile import Profile
 from hetis.solver.workload import LengthBin, Workload
 
 POINTS = FOLDER / "serving_points.csv.gz"
-PEER = Path(__file__).parent / "measuring" / "aiconfigurator_peer.py"
+PEER = Path(__file__).parent / "aiconfigurator_peer.py"
 PEER_ABSENT = "aiconfigurator was not asked: --peer-python names a Python that has it."
 ROUNDS = 10  # requests of a run per request in flight, as in InferenceX
 LEAST_DECODING = 0.5  # share of the seats in memory, below which something not in the row held requests back
@@ -95,7 +97,7 @@ class Outcome:
 
 def main() -> None:
     """Print a row per (GPU, engine, model, kind, mode), and the numbers of covered and skipped rows."""
-    parser = published_points.parser("benchmarks.silicon", __doc__, POINTS)
+    parser = published_points.parser("benchmarks.accuracy.silicon", __doc__, POINTS)
     parser.add_argument("--peer-python", metavar="PYTHON", help="a Python with aiconfigurator, to answer the same rows")
     arguments = parser.parse_args()
     table = published_points.asked_rows(arguments, COLUMNS)

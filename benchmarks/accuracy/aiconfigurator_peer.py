@@ -1,6 +1,7 @@
 """aiconfigurator's answers to rows of its own table: reads JSON rows and prints one JSON answer per line.
 
-`benchmarks.silicon` runs this file in a Python that has aiconfigurator but not hetis, so it imports nothing else.
+`benchmarks.accuracy.silicon` runs this file in a Python that has aiconfigurator but not hetis, so it imports nothing
+else.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """The memory of engines against what their users reported: GiB and tokens of KV, weights as loaded, failed starts.
 
-    python -m benchmarks.memory [--points FILE] [--json] [--only TEXT] [--quick] [--markdown]
+    python -m benchmarks.accuracy.memory [--points FILE] [--json] [--only TEXT] [--quick] [--markdown]
 
 A row of the table is one engine at its start, with its settings and what its log said. Rows from further public logs
-are in benchmarks/measuring/kv_rooms.csv. A row that names no version of its engine has that of its source: an issue of
+are in benchmarks/accuracy/kv_rooms.csv. A row that names no version of its engine has that of its source: an issue of
 vLLM was opened while some version was the latest. A range counts as what it is nearest to.
 
 Errors are predicted / reported - 1; of KV that is missing (a failed start), the difference as a share of the GPU.
@@ -22,8 +22,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 
-from benchmarks.measuring import published_points, rows
-from benchmarks.measuring.published_points import FOLDER, NotPosedError
+from benchmarks.accuracy import published_points
+from benchmarks.accuracy.published_points import FOLDER, NotPosedError
+from benchmarks.measuring import rows
 from benchmarks.measuring.rows import Cell, Row
 from hetis.engines.memory import (
     GIB,
@@ -46,8 +47,8 @@ from hetis.solver.errors import HetisError
 from hetis.solver.model import DraftShape, ModelSpec
 
 POINTS = FOLDER / "kv_room.csv"
-FURTHER = Path(__file__).parent / "measuring" / "kv_rooms.csv"
-CONFIGS = (FOLDER.parent / "configs", Path(__file__).parents[1] / "tests" / "formats" / "huggingface")
+FURTHER = Path(__file__).parent / "kv_rooms.csv"
+CONFIGS = (FOLDER.parent / "configs", Path(__file__).parents[2] / "tests" / "formats" / "huggingface")
 COLUMNS = ("id", "gpu", "gpus", "model", "weights", "kv", "kv_gib_per_gpu", "source")
 # Models of the same shape as one that is known, and those that only a config file describes.
 SAME = {
@@ -105,7 +106,7 @@ class Report:
 
 def main() -> None:
     """Print a row per report, what they come to, and the numbers of posed and skipped rows."""
-    arguments = published_points.parser("benchmarks.memory", __doc__, POINTS).parse_args()
+    arguments = published_points.parser("benchmarks.accuracy.memory", __doc__, POINTS).parse_args()
     table = published_points.asked_rows(arguments, COLUMNS)
     if table is None:
         return

@@ -13,7 +13,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from benchmarks.measuring.published_points import NotPosedError
+from benchmarks.accuracy.published_points import NotPosedError
 from hetis.profiler.importers.reading import catalogue_name
 from hetis.solver.plan import Objective, ObjectiveKind
 from hetis.solver.workload import LengthBin, Workload

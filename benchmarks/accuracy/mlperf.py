@@ -1,8 +1,8 @@
 """Plans against MLPerf Inference v5.1: the output tokens/s planned for a fleet, and those published.
 
-    python -m benchmarks.mlperf [--points FILE] [--json] [--only TEXT] [--quick] [--markdown]
+    python -m benchmarks.accuracy.mlperf [--points FILE] [--json] [--only TEXT] [--quick] [--markdown]
 
-Every row of the table (`benchmarks.measuring.mlperf_rows`) is a submission. Submissions on equal nodes with one model,
+Every row of the table (`benchmarks.accuracy.mlperf_rows`) is a submission. Submissions on equal nodes with one model,
 weight format, scenario and engine form one group, for which one node is planned: the planner chooses replicas, stages,
 batches and chunks for the highest rate, or in Server and Interactive for the goodput under MLPerf's limits. Profiles
 are the shipped ones or, for GPUs without measurements, modelled ones, with the engine's host times. Nothing is fitted
@@ -25,9 +25,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, median
 
-from benchmarks.measuring import published_points, rows
-from benchmarks.measuring.instances import fleet
-from benchmarks.measuring.mlperf_rows import (
+from benchmarks.accuracy import published_points
+from benchmarks.accuracy.mlperf_rows import (
     BENCHMARKS,
     COLUMNS,
     SCENARIOS,
@@ -35,7 +34,9 @@ from benchmarks.measuring.mlperf_rows import (
     System,
     pose,
 )
-from benchmarks.measuring.published_points import FOLDER, NotPosedError
+from benchmarks.accuracy.published_points import FOLDER, NotPosedError
+from benchmarks.measuring import rows
+from benchmarks.measuring.instances import fleet
 from benchmarks.measuring.rows import Cell, Row
 from hetis.formats import catalogue
 from hetis.formats.documents import load_model
@@ -105,7 +106,7 @@ class Outcome:
 
 def main() -> None:
     """Print a row per group, totals, and the numbers of posed and skipped rows."""
-    arguments = published_points.parser("benchmarks.mlperf", __doc__, POINTS).parse_args()
+    arguments = published_points.parser("benchmarks.accuracy.mlperf", __doc__, POINTS).parse_args()
     table = published_points.asked_rows(arguments, COLUMNS)
     if table is None:
         return

@@ -17,8 +17,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from benchmarks.measuring.published_points import NotPosedError
-from benchmarks.measuring.published_settings import Run, Settings, settings_elsewhere, settings_of, with_ranks
+from benchmarks.accuracy.published_points import NotPosedError
+from benchmarks.accuracy.published_settings import Run, Settings, settings_elsewhere, settings_of, with_ranks
 from hetis.formats import catalogue
 from hetis.formats.models import dtypes
 from hetis.formats.models.huggingface import model_from_config
