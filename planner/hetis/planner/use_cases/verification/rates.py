@@ -50,9 +50,9 @@ UNLIMITED = Objective(ttft_limit_s=None, tpot_limit_s=None)
 LONGER = 2  # factor of the requests in a run that decides where limits are close
 PROBE = 500  # requests of the run before it, which only shows that a limit is missed by far
 BY_FAR = 1.1  # times the limit, above which a probe's whole interval is
-ITERATIONS = 1_500_000  # iterations of stages that all simulations of a plan may take: about five seconds
+ITERATIONS = 2_000_000  # iterations of stages that all simulations of a plan may take: about six seconds
 PER_REQUEST = 20.0  # iterations that take as long as a request's arrival, routing and record
-PART = 0.27  # of all iterations, which one run may take
+PART = 0.2  # of all iterations, which one run may take
 WORKER_ITERATIONS = 3.0  # an iteration with attention workers takes as long as so many without
 BY_CHANCE = 0.02  # share of a limit above which an excess is no chance, however wide the interval
 HIGHER = (1.5, 1.2, 1.15, 1.1, 1.05)  # factors of the planned rate, which are tried if it is kept, up to the bound
