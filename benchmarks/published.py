@@ -1,14 +1,14 @@
-"""The distance of published heuristics from the proven optimum: their rate over the bound of the family they search.
+"""Published heuristics beside the proven optimum of what an engine runs.
 
     python -m benchmarks.published [--quick] [--json]
 
-`hexgen2-paper` is compared with `hexgen2`, which contains all of its plans: ``ratio`` is its value over the proven
-bound, so that it is at most that far from the best. `hetis-paper` is compared with the value of `hetis`, not its bound:
-its attention workers are shared by all stages of a replica, unlike those of `hetis`, so that the ratio is no proof. The
-fleets are those of both papers, where known (HexGen-2's setting 1 is recalled, not verified: 2 H100, 6 A100, 4 L40, 8
-A6000), and random ones: 8 to 32 GPUs of two to four types. The model is Llama-2-70B unless the name says OPT-30B, with
-the lengths (prompt/output tokens) and limits in the name, if any. ``seconds`` are those of the heuristic, ``proof_s``
-those of the strategy with the bound, both after kernels were compiled.
+The ratio of `hexgen2-paper` is its value over the proven bound of `hexgen2`, that of `hetis-paper` its value over that
+of `hetis`. No ratio is a proof: the heuristics' plans have stages of unlike TP, several stages that decode, or workers
+that all stages share, which no engine runs, so that it may be above 1. The fleets are those of both papers, where known
+(HexGen-2's setting 1 is recalled, not verified: 2 H100, 6 A100, 4 L40, 8 A6000), and random ones: 8 to 32 GPUs of two
+to four types. The model is Llama-2-70B unless the name says OPT-30B, with the lengths (prompt/output tokens) and limits
+in the name, if any. ``seconds`` are those of the heuristic, ``proof_s`` those of the strategy with the bound, both
+after kernels were compiled.
 
 A heuristic without a plan has a ratio of 0, or no ratio if no plan exists at all.
 """

@@ -14,7 +14,8 @@ import pytest
 
 from hetis.planner.export.carrying import not_carried
 from hetis.planner.use_cases.climbing import Carriers, Climbed, climb, gain_of, gains_under_errors
-from hetis.planner.use_cases.place import load, pose, search, settings_of
+from hetis.planner.use_cases.place import pose, search
+from hetis.planner.use_cases.placement_settings import settings_of
 from hetis.planner.use_cases.record.forms import RungFound
 from hetis.planner.use_cases.request import PlacementRequest
 from hetis.solver.advice import worst_node
@@ -66,7 +67,7 @@ def climbed(
     def find(posed: PlacementProblem, budget: Budget) -> Plan:
         return search(posed, settings, budget=budget, report=silent)
 
-    return climb(find, Budget(), pose(request, load(request)), "hetis", settings.climbing(carriers))
+    return climb(find, Budget(), pose(request).problem, "hetis", settings.climbing(carriers))
 
 
 def by_name(made: Climbed) -> dict[str, RungFound]:
@@ -164,4 +165,4 @@ def test_no_plan_on_any_rung_is_explained() -> None:
         return search(posed, settings, budget=replace(budget, explains=False), report=silent)
 
     with pytest.raises(InfeasibleError):
-        climb(find, Budget(), pose(request, load(request)), "hetis", settings.climbing(all_carry))
+        climb(find, Budget(), pose(request).problem, "hetis", settings.climbing(all_carry))

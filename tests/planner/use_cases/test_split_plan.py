@@ -14,7 +14,7 @@ from hetis.planner.cli.exit_codes import ExitCode
 from hetis.planner.convert.plans import complete, result_to_proto
 from hetis.planner.convert.stages import stages_of_replica
 from hetis.planner.resources.plans import compare, load_bytes_of
-from hetis.planner.use_cases.place import KV_IS_FOR_ENGINES
+from hetis.planner.use_cases.describing import KV_IS_FOR_ENGINES
 from hetis.planner.use_cases.saved_plans import load_plan_and_problem
 from hetis.planner.use_cases.simulation.simulate import default_rate
 from hetis.planner.use_cases.verification.rates import simulated_at

@@ -14,8 +14,9 @@ import torch
 
 from hetis.runtime.attention.device import LocalDevice
 from hetis.runtime.attention.kv import DeviceLostError, KvShape
-from hetis.runtime.vllm.head_map import LayerCall, VirtualBatch
+from hetis.runtime.vllm.head_map import LayerCall
 from hetis.runtime.vllm.rank import Rank
+from hetis.runtime.vllm.step_tensors import LocalSequences, StepLimits
 from hetis.runtime.vllm.steps import LOCAL, Admitted, Event, Gone, GroupMove, Grown, MoveStep, Rehomed, StepPlan
 from hetis.runtime.vllm.workers import ConnectedWorkers
 
@@ -40,13 +41,14 @@ class Blocks:
         self.kv = torch.zeros(2, LAYERS, num_blocks * BLOCK, DIM, dtype=torch.float64)
         self.layer = 0
 
-    def attend_here(self, call: LayerCall, slots: torch.Tensor, base: Any) -> None:
-        part, tables = base
+    def attend_here(self, call: LayerCall, slots: torch.Tensor, local: LocalSequences) -> None:
         number = int(call.layer.layer_name)
         self.kv[0, number, slots], self.kv[1, number, slots] = call.k[:, 0], call.v[:, 0]
-        for i in range(len(part)):
-            begin, end, last = int(part.starts[i]), int(part.starts[i + 1]), int(part.lasts[i])
-            at = _slots(tables[i].numpy(), 0, last)
+        assert local.starts.tolist() == local.starts_cpu.tolist()
+        assert local.lasts.tolist() == local.lasts_cpu.tolist()
+        for i in range(len(local)):
+            begin, end, last = int(local.starts[i]), int(local.starts[i + 1]), int(local.lasts[i])
+            at = _slots(local.tables[i].numpy(), 0, last)
             keys, values = self.kv[0, number, at], self.kv[1, number, at]
             # Rows before the chunk are only attended to, so their queries are zero.
             whole = torch.zeros(last, QUERIES, DIM, dtype=torch.float64)
@@ -61,13 +63,16 @@ class Blocks:
         at = _slots(blocks, first, first + k.shape[1])
         self.kv[0][:, at], self.kv[1][:, at] = k, v
 
-    def build_base(self, part: VirtualBatch, tables: torch.Tensor, slots: torch.Tensor, common: Any) -> Any:
-        return part, tables
-
 
 def _slots(blocks: Any, first: int, last: int) -> torch.Tensor:
     positions = np.arange(first, last)
     return torch.from_numpy(blocks[positions // BLOCK].astype(np.int64) * BLOCK + positions % BLOCK)
+
+
+def described(rank: Rank, common: Any) -> Any:
+    """Return a step as the layers get it, whose backend takes the sequences as they are."""
+    step = rank.begin(common)
+    return SimpleNamespace(step=step, base=step.local)
 
 
 def reference(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layer: int) -> torch.Tensor:
@@ -108,8 +113,8 @@ class Running:
 class World:
     """A rank with two workers, and the scheduler's part of it."""
 
-    def __init__(self, seed: int, clock: Callable[[], float] = time.perf_counter) -> None:
-        self.rng = random.Random(seed)
+    def __init__(self, seed: int, clock: Callable[[], float] = time.perf_counter, *, is_local: bool = False) -> None:
+        self.rng, self.is_local = random.Random(seed), is_local
         torch.manual_seed(seed)
         self.blocks = Blocks(400)
         self.devices = {n: Breakable(f"w{n}", SHAPE, 400) for n in (1, 2)}
@@ -122,6 +127,7 @@ class World:
             BLOCK,
             self.workers,
             self.blocks,
+            limits=StepLimits(requests=2, tokens=4, blocks=2),
             copy_bytes_per_step=1500,
             clock=clock,
         )
@@ -136,9 +142,8 @@ class World:
 
     def admit(self) -> None:
         self.numbers += 1
-        one = Running(
-            self.free.pop(), self.numbers, [self.rng.choice((0, *self.workers.present)) for _ in range(GROUPS)]
-        )
+        present = () if self.is_local else self.workers.present
+        one = Running(self.free.pop(), self.numbers, [self.rng.choice((0, *present)) for _ in range(GROUPS)])
         self.running.append(one)
         self.events.append(Admitted(one.anchor, one.number, tuple(one.devices)))
 
@@ -222,17 +227,21 @@ class World:
         self.plans += 1
         events, self.events = self.events, []
         self.rank.apply(StepPlan(self.plans, tuple(events)))
-        starts = np.concatenate([[0], np.cumsum(counts)])
+        starts = np.concatenate([[0], np.cumsum(counts)]).astype(np.int32)
+        lasts = [one.computed + count for one, count in zip(batch, counts, strict=True)]
         spoiled = [one for one in batch if one.computed and self.rng.random() < self.spoils]
         common = SimpleNamespace(
             num_reqs=len(batch),
-            block_table_tensor=torch.tensor([[one.anchor] for one in batch]),
+            num_actual_tokens=int(starts[-1]),
+            max_query_len=max(counts),
+            max_seq_len=max(lasts) + 3,  # a bound
+            block_table_tensor=torch.tensor([[one.anchor] for one in batch], dtype=torch.int32),
             query_start_loc=torch.from_numpy(starts),
             query_start_loc_cpu=torch.from_numpy(starts),
-            seq_lens=None,  # on a GPU, where reading them would stop the step
-            seq_lens_cpu_upper_bound=torch.tensor([a.computed + n for a, n in zip(batch, counts, strict=True)]),
+            seq_lens=torch.tensor(lasts, dtype=torch.int32),
+            seq_lens_cpu_upper_bound=torch.tensor(lasts, dtype=torch.int32),
         )
-        metadata: Any = SimpleNamespace(common=common, builder=self.blocks)
+        metadata = described(self.rank, common)
         outputs = []
         for layer in range(LAYERS):
             q, k, v = (

@@ -21,7 +21,18 @@ from hetis.runtime.vllm.head_map import LayerCall, attend_directly
 from hetis.runtime.vllm.steps import LOCAL, Admitted, GroupMove, MoveStep, StepPlan
 from hetis.runtime.vllm.workers import ConnectedWorkers
 from tests.runtime.vllm.paced import FakeClock
-from tests.runtime.vllm.rank_world import DIM, GROUPS, LAYERS, QUERIES, SHAPE, Running, World, _run, reference
+from tests.runtime.vllm.rank_world import (
+    DIM,
+    GROUPS,
+    LAYERS,
+    QUERIES,
+    SHAPE,
+    Running,
+    World,
+    _run,
+    described,
+    reference,
+)
 
 
 @settings(max_examples=6)
@@ -34,6 +45,25 @@ def test_every_step_is_plain_attention_while_groups_move(seed: int) -> None:
 @given(st.integers(0, 10**6), st.integers(1, 20))
 def test_a_worker_that_dies_in_the_middle_of_a_step_costs_nobody_a_wrong_output(seed: int, dies_at: int) -> None:
     _run(seed, steps=30, dies_at=dies_at)
+
+
+def test_with_all_groups_here_the_host_learns_of_a_step_afterwards() -> None:
+    world = World(3, is_local=True)
+    for step in range(25):
+        if step % 4 == 0 and len(world.running) < 6:
+            world.admit()
+        if step % 7 == 6:
+            world.end(world.rng.choice(world.running))
+        world.step()
+        rows = [world.rank.heads.row(one.anchor) for one in world.running]
+        world.rank.apply(StepPlan(1000 + step))
+        assert world.rank.heads.tokens[rows].tolist() == [one.computed for one in world.running]
+    move = GroupMove(1, world.running[0].anchor, (0,), LOCAL, 1)
+    world.events.append(MoveStep("begin", move))
+    world.open[1] = move
+    for _ in range(30):
+        world.step()
+    assert world.committed == 1
 
 
 def test_what_another_rank_made_void_is_copied_again() -> None:
@@ -128,6 +158,9 @@ def test_a_step_that_nobody_finished_does_not_reach_into_the_next() -> None:
     for count in (5, 2):
         common = SimpleNamespace(
             num_reqs=count,
+            num_actual_tokens=count,
+            max_query_len=1,
+            max_seq_len=1,
             block_table_tensor=torch.zeros(count, 1, dtype=torch.int64),
             query_start_loc=torch.arange(count + 1),
             query_start_loc_cpu=torch.arange(count + 1),
@@ -136,7 +169,7 @@ def test_a_step_that_nobody_finished_does_not_reach_into_the_next() -> None:
         )
         q, kv = (torch.randn(count, heads, DIM, dtype=torch.float64) for heads in (GROUPS * QUERIES, GROUPS))
         out = torch.full_like(q, torch.nan)
-        metadata: Any = SimpleNamespace(common=common, builder=world.blocks)
+        metadata = described(world.rank, common)
         impl: Any = world.blocks
         for layer in range(LAYERS):
             named = SimpleNamespace(layer_name=str(layer))

@@ -228,35 +228,29 @@ def picker_config(launchable: Launchable, members: Iterable[int]) -> dict[str, A
             if one.plan.role in roles and shares[number] > 0
         }
 
-    sides = {"decode": weights(Role.UNIFIED, Role.DECODE), "prefill": weights(Role.PREFILL)}
-    plugins: list[dict[str, Any]] = [
-        {
-            "type": "label-producer",
-            "name": "replicas",
-            "parameters": {"labels": [{"label": REPLICA_LABEL, "attributeKey": "replica"}]},
-        },
-        {"type": "weighted-random-picker"},
-    ]
-    lengths: list[dict[str, Any]] = (
-        [{"pluginRef": "context-length-aware", "weight": 0}] if launchable.plan.classes else []
-    )
-    if lengths:  # it filters before scores, which are shares of the replicas for a request's class
-        plugins.append({"type": "context-length-aware", "parameters": {"enableFiltering": True}})
-    profiles = []
-    if sides["prefill"]:
+    def plugin(kind: str, name: str = "", **parameters: Any) -> dict[str, Any]:
+        named = {"name": name} if name else {}
+        return {"type": kind, **named, **({"parameters": parameters} if parameters else {})}
+
+    decode, prefill = weights(Role.UNIFIED, Role.DECODE), weights(Role.PREFILL)
+    labels = [{"label": REPLICA_LABEL, "attributeKey": "replica"}]
+    plugins = [plugin("label-producer", "replicas", labels=labels), plugin("weighted-random-picker")]
+    filters, profiles = list[dict[str, Any]](), list[dict[str, Any]]()
+    if launchable.plan.classes:  # it filters before scores, which are shares of the replicas for a request's class
+        plugins.append(plugin("context-length-aware", enableFiltering=True))
+        filters.append({"pluginRef": "context-length-aware", "weight": 0})
+    if prefill:
         decider = "always-disagg-pd-decider"
-        plugins += [{"type": name} for name in ("disagg-headers-handler", "prefill-filter", "decode-filter", decider)]
-        plugins.append({"type": "disagg-profile-handler", "parameters": {"deciders": {"prefill": decider}}})
-    for side, of_side in sides.items():
+        plugins += map(plugin, ("disagg-headers-handler", "prefill-filter", "decode-filter", decider))
+        plugins.append(plugin("disagg-profile-handler", deciders={"prefill": decider}))
+    for side, of_side in (("decode", decode), ("prefill", prefill)):
         if not of_side:
             continue
-        scorer = f"shares-{side}"
-        parameters = {"attributeKey": "replica", "producer": "replicas", "weights": of_side}
-        plugins.append({"type": "endpoint-attribute-weight-scorer", "name": scorer, "parameters": parameters})
-        chosen: list[dict[str, Any]] = [{"pluginRef": f"{side}-filter"}] if sides["prefill"] else []
-        chosen += lengths
-        chosen += [{"pluginRef": scorer}, {"pluginRef": "weighted-random-picker"}]
-        profiles.append({"name": side if sides["prefill"] else "default", "plugins": chosen})
+        scorer, by_replica = f"shares-{side}", {"attributeKey": "replica", "producer": "replicas"}
+        plugins.append(plugin("endpoint-attribute-weight-scorer", scorer, **by_replica, weights=of_side))
+        own = [{"pluginRef": f"{side}-filter"}] if prefill else []
+        chosen = [*own, *filters, {"pluginRef": scorer}, {"pluginRef": "weighted-random-picker"}]
+        profiles.append({"name": side if prefill else "default", "plugins": chosen})
     return {
         "apiVersion": "llm-d.ai/v1alpha1",
         "kind": "EndpointPickerConfig",

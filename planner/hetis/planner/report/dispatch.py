@@ -96,10 +96,8 @@ def _memory_sentences(found: Dispatched) -> Iterator[str]:
     for name, price_s in sorted(binding, key=lambda one: -one[1])[:MOST_NAMED]:
         # In nanoseconds where `seconds` would show leading zeros.
         worth = f"{digits(price_s * 1e9)} ns" if price_s < 1e-7 else seconds(price_s)
-        yield (
-            f"KV memory of {name} binds: one more block there ({block_bytes / 2**20:.3g} MiB in all layers) "
-            f"would save at most {worth} per layer."
-        )
+        block = f"one more block there ({block_bytes / 2**20:.3g} MiB in all layers)"
+        yield f"KV memory of {name} binds: {block} would save at most {worth} per layer."
 
 
 def _unplaced_sentence(found: Dispatched, waiting: Unplaced) -> str:
@@ -144,16 +142,12 @@ def explain_redispatch(found: Redispatched) -> Iterator[str]:
     if plan.moves:
         saved_s = plan.makespan_before_s - plan.makespan_after_s
         per_step = f", {digits(saved_s * stage.saved.num_layers * 1e3)} ms per decode step" if saved_s > 0 else ""
-        yield (
-            f"The slowest device goes from {seconds(plan.makespan_before_s)} to {seconds(plan.makespan_after_s)} per "
-            f"layer{per_step}; copying takes {seconds(_copying_s(plan))} of link time."
-        )
+        change = f"from {seconds(plan.makespan_before_s)} to {seconds(plan.makespan_after_s)} per layer{per_step}"
+        yield f"The slowest device goes {change}; copying takes {seconds(_copying_s(plan))} of link time."
         if paying := [(move.payback_steps, move) for move in plan.moves if move.payback_steps is not None]:
             steps, last = max(paying, key=lambda one: one[0])
-            yield (
-                f"The slowest move to pay off is {last.request} to {names[last.target]}: its cost is recovered after "
-                f"{digits(steps, 2)} decode steps."
-            )
+            slowest = f"The slowest move to pay off is {last.request} to {names[last.target]}"
+            yield f"{slowest}: its cost is recovered after {digits(steps, 2)} decode steps."
     if plan.short_after >= 1:
         yield (
             f"{plan.short_after:,.0f} KV blocks are expected to be short or remain on draining devices; "
@@ -163,17 +157,13 @@ def explain_redispatch(found: Redispatched) -> Iterator[str]:
         yield f"{plan.short_before:,.0f} KV blocks were expected to be short or on draining devices: none remain so."
     for device, held in zip(stage.saved.devices, found.reached.groups.sum(axis=0), strict=True):
         if device.status is DeviceStatus.DRAINING and held:
-            yield (
-                f"{device.name} still holds {plural(int(held), 'head group')}: those of requests with head "
-                "groups in transit wait for them, the others found no room."
-            )
+            why = "those of requests with head groups in transit wait for them, the others found no room"
+            yield f"{device.name} still holds {plural(int(held), 'head group')}: {why}."
     if plan.gap <= 1e-9:
         yield "No plan has a lower sum of makespan, moving and memory shortage: the plan reaches the bound."
     else:
-        yield (
-            f"The best plan's sum of makespan, moving and memory shortage is at most {could_fall(plan)} lower, proved "
-            "by weak duality."
-        )
+        best = "The best plan's sum of makespan, moving and memory shortage"
+        yield f"{best} is at most {could_fall(plan)} lower, proved by weak duality."
     if plan.refused:
         yield f"{plural(len(plan.refused), 'move')} that would help cannot be made; the table gives the reasons."
 
@@ -199,17 +189,15 @@ def render_dispatch(found: Dispatched, explanation: tuple[str, ...] | None = Non
     plan, stage = found.plan, found.stage
     num, placed = len(found.requests.requests), len(found.requests.requests) - len(plan.unplaced)
     used = np.count_nonzero(plan.groups.any(axis=0))
-    yield Text.assemble(
-        (stage.saved.name, "bold"),
-        f": {placed} of {plural(num, 'new request')} placed on {used} of {plural(len(stage.saved.devices), 'device')}",
-    )
+    on = f"{used} of {plural(len(stage.saved.devices), 'device')}"
+    yield Text.assemble((stage.saved.name, "bold"), f": {placed} of {plural(num, 'new request')} placed on {on}")
     yield facts(_facts(found))
     if num:
         yield section("Head groups", _requests(found))
     if plan.unplaced:
         yield section("Waiting", bullets(str(one) for one in plan.unplaced[:MAX_ROWS]))
     expected = [int(blocks) for blocks in expected_blocks(found.reached)]
-    worth = [_worth(float(price)) for price in plan.prices.block_s]
+    worth = [f"≤ {digits(price_s * 1e9)} ns" if price_s > 0 else "0" for price_s in map(float, plan.prices.block_s)]
     title = ("a block saves", worth) if any(plan.prices.block_s > 0) else None
     table = device_table(found, blocks=expected, last=title)
     yield section("Devices (KV blocks per layer, expected growth included)", table)
@@ -280,10 +268,6 @@ def _requests(found: Dispatched) -> RenderableType:
     )
 
 
-def _worth(price_s: float) -> str:
-    return f"≤ {digits(price_s * 1e9)} ns" if price_s > 0 else "0"
-
-
 # --- re-dispatch as tables
 
 
@@ -291,11 +275,8 @@ def _worth(price_s: float) -> str:
 def render_redispatch(found: Redispatched, explanation: tuple[str, ...] | None = None) -> Iterator[RenderableType]:
     plan, stage = found.plan, found.stage
     moving = plural(len(plan.moves), "move") if plan.moves else "nothing moves"
-    yield Text.assemble(
-        (stage.saved.name, "bold"),
-        f": {moving} among {plural(len(stage.saved.requests), 'running request')} "
-        f"on {plural(len(stage.saved.devices), 'device')}",
-    )
+    requests, devices = plural(len(stage.saved.requests), "running request"), plural(len(stage.saved.devices), "device")
+    yield Text.assemble((stage.saved.name, "bold"), f": {moving} among {requests} on {devices}")
     yield facts(_redispatch_facts(found))
     fired = tuple(str(trigger) for trigger in found.triggers) or ("none: a running stage would not search for moves",)
     yield section("Triggers", bullets(fired))
@@ -340,11 +321,11 @@ def _moves(found: Redispatched) -> RenderableType:
 
 def _refused(found: Redispatched) -> RenderableType:
     names, refused = found.stage.snapshot.stage.devices, found.plan.refused
-    lines = (
+    shown = bullets(
         f"{one.request}, {plural(one.groups, 'group')} {names[one.source]} → {names[one.target]}: {one.why}"
         for one in refused[:MAX_ROWS]
     )
-    return first_rows(bullets(lines), len(refused), MAX_ROWS, "move")
+    return first_rows(shown, len(refused), MAX_ROWS, "move")
 
 
 def _size(num_bytes: float) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from rich.console import RenderableType
@@ -18,7 +18,7 @@ from hetis.planner.report.figures import digits, percent, plural, with_unit
 from hetis.planner.report.goals import goal_line, problem_title
 from hetis.planner.report.plan import SMALLEST_PRICE
 from hetis.planner.report.tables import as_group, bullets, drawn, facts, section, titled
-from hetis.planner.use_cases.compare import figures_of
+from hetis.planner.use_cases.compare import Figures, figures_of
 from hetis.planner.use_cases.grouping import gpu_counts, used_counts
 from hetis.planner.use_cases.json_values import document, json_value
 from hetis.planner.use_cases.other_fleets.additions import FleetChange
@@ -74,30 +74,35 @@ def _speed(link: Link) -> str:
 def sides_grid(found: WhatIf) -> Grid:
     """Return the figures of both fleets, a row each."""
     nothing = None if found.objective.maximises else math.inf  # the bound that proves that there is no plan
-    columns = [_side_figures(side, nothing) for side in (found.before, found.after)]
-    value = f"{found.objective.kind.value} {found.objective.unit}"
-    names = ("GPUs", "fleet USD/h", value, "bound", "gap", "GPUs in use", "used USD/h", "replicas", "solved")
+
+    def of_plan(cell: Callable[[Plan, Figures], str]) -> Callable[[Side], str]:
+        def shown(side: Side) -> str:
+            plan = side.outcome.plan
+            return "-" if plan is None else cell(plan, figures_of(plan, side.loaded.inputs))
+
+        return shown
+
+    lines: list[tuple[str, Callable[[Side], str]]] = [
+        ("GPUs", lambda side: f"{side.loaded.inputs.cluster.num_gpus():,}"),
+        ("fleet USD/h", lambda side: _money(side.usd_per_hour)),
+        (
+            f"{found.objective.kind.value} {found.objective.unit}",
+            of_plan(lambda plan, of: digits(plan.result.value, 4)),
+        ),
+        ("bound", lambda side: "-" if side.proven.bound == nothing else digits(side.proven.bound, 4)),
+        ("gap", of_plan(lambda plan, of: percent(plan.result.gap))),
+        ("GPUs in use", of_plan(lambda plan, of: f"{of.gpus_used:,}")),
+        ("used USD/h", of_plan(lambda plan, of: _money(of.usd_per_hour))),
+        ("replicas", of_plan(lambda plan, of: f"{len(plan.replicas):,}")),
+        ("solved", lambda side: f"{side.outcome.solve_s:.1f} s"),
+    ]
     return Grid(
         title="Before and after",
         columns=("'", "before", "after"),
-        rows=list(zip(names, *columns, strict=True)),
+        rows=[(name, cell(found.before), cell(found.after)) for name, cell in lines],
         note=model_words(found.objective),
-        strong=names.index(value),
+        strong=2,  # the value
     )
-
-
-def _side_figures(side: Side, nothing: float | None) -> Iterator[str]:
-    plan, inputs, bound = side.outcome.plan, side.loaded.inputs, side.proven.bound
-    figures = None if plan is None else figures_of(plan, inputs)
-    yield f"{inputs.cluster.num_gpus():,}"
-    yield _money(side.usd_per_hour)
-    yield "-" if plan is None else digits(plan.result.value, 4)
-    yield "-" if bound == nothing else digits(bound, 4)
-    yield "-" if plan is None else percent(plan.result.gap)
-    yield "-" if figures is None else f"{figures.gpus_used:,}"
-    yield "-" if figures is None else _money(figures.usd_per_hour)
-    yield "-" if plan is None else f"{len(plan.replicas):,}"
-    yield f"{side.outcome.solve_s:.1f} s"
 
 
 def _money(usd: float | None) -> str:

@@ -22,7 +22,7 @@ from hetis.planner.jobs.messages import PosedProblem
 from hetis.planner.resources.checks import Checks
 from hetis.planner.store import ClusterRecord, ProfileRecord, etag_of
 from hetis.planner.use_cases import service_level
-from hetis.planner.use_cases.place import PlacementSettings
+from hetis.planner.use_cases.placement_settings import PlacementSettings
 from hetis.planner.use_cases.precision import gpu_types_of, in_precision
 from hetis.planner.use_cases.record.forms import PLACES
 from hetis.planner.use_cases.request import LIMITS
@@ -204,7 +204,8 @@ class _SpecReader:
         objective = objective_from_proto(
             spec.objective, f"{SPEC}.objective", lambda path, text: checks.require(False, path, text)
         )
-        settings, engine_settings, level = self._settings(), self._engine_settings(), self._service_level(objective)
+        settings, engine_settings = self._settings(objective), self._engine_settings()
+        level = self._service_level(objective)
         texts: tuple[tuple[str, str, Callable[[str], object]], ...] = (
             ("weights", spec.weights, lambda text: chosen_precision(text, PRECISIONS)),
             ("kv", spec.kv, lambda text: chosen_precision(text, KV_PRECISIONS)),
@@ -246,7 +247,7 @@ class _SpecReader:
             self.require(False, field, problem)
             return None
 
-    def _settings(self) -> PlacementSettings:
+    def _settings(self, objective: Objective) -> PlacementSettings:
         from hetis.solver.placement.families import STRATEGIES
         from hetis.solver.placement.rungs import RUNGS
 
@@ -265,10 +266,9 @@ class _SpecReader:
             self.choice("target", spec.target, [target.value for target in ExportTarget])
         worth = spec.worth if spec.HasField("worth") else defaults.worth
         self.require(0 <= worth < 1, "worth", f"is {worth:g}, must be from 0 to below 1")
-        demands = plan_pb2.OBJECTIVE_KIND_COST, plan_pb2.OBJECTIVE_KIND_GPUS
         self.require(0 <= spec.keep <= 1, "keep", f"is {spec.keep:g}, must be from 0 to 1")
         message = "is set, but there is no rate to maximise that survives a loss"
-        is_kept = bool(spec.survive) and spec.objective.kind not in demands
+        is_kept = bool(spec.survive) and objective.maximises
         self.require(not spec.keep or is_kept, "keep", message)
         gap = spec.gap_target if spec.HasField("gap_target") else defaults.gap_target
         self.require(0 <= gap <= 1, "gap_target", f"is {gap:g}, must be from 0 to 1")

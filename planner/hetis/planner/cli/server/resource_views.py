@@ -1,4 +1,4 @@
-"""Resources of the planner as data, tables and lines; and waiting for a plan, whose outcome becomes an exit code."""
+"""Resources of the planner as data, tables and lines."""
 
 from __future__ import annotations
 

@@ -61,7 +61,7 @@ def plan_blocks(
     yield worth_scale(plan)
     if (rungs := rung_grid(plan, on_page=True)) is not None:
         yield rungs
-    yield from class_grids(plan)
+    yield from (grid for grid in class_grids(plan) if grid.rows)
     if groups:
         yield limits_scale(plan)
     yield fleet_map(plan, problem.cluster, explanation)
