@@ -90,7 +90,7 @@ class TrafficPolicy:
     """The part of a `ClusterPolicy` about changes of traffic."""
 
     mode: cluster_pb2.ReactionMode.ValueType = cluster_pb2.REACTION_MODE_ADVISORY
-    changes_per_hour: int = 4
+    changes_per_hour: int = 12
     cool_down_s: float = 600.0
 
 
