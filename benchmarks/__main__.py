@@ -14,10 +14,15 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 NOT_MEASURED = ("__init__", "__main__")
+OF_ACCURACY = ("memory", "mlperf", "silicon", "vllm_runs")
 
 
 def main() -> None:
-    names = sorted(path.stem for path in Path(__file__).parent.glob("*.py") if path.stem not in NOT_MEASURED)
+    own = (path.stem for path in Path(__file__).parent.glob("*.py") if path.stem not in NOT_MEASURED)
+    modules = {name: f"benchmarks.{name}" for name in own} | {
+        name: f"benchmarks.accuracy.{name}" for name in OF_ACCURACY
+    }
+    names = sorted(modules)
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -26,14 +31,14 @@ def main() -> None:
     how.add_argument("--quick", action="store_const", const="--quick", dest="form", help="few and small cases")
     how.add_argument("--markdown", action="store_const", const="--markdown", dest="form", help="make the tables")
     options = parser.parse_args()
-    failed = [name for name in options.names or names if not _runs(name, options.form)]
+    failed = [name for name in options.names or names if not _runs(modules[name], options.form)]
     if failed:
         sys.exit(f"failed: {', '.join(failed)}")
 
 
-def _runs(name: str, form: str) -> bool:
-    print(f"== benchmarks.{name}", flush=True)
-    return subprocess.run([sys.executable, "-m", f"benchmarks.{name}", form], cwd=ROOT, check=False).returncode == 0
+def _runs(module: str, form: str) -> bool:
+    print(f"== {module}", flush=True)
+    return subprocess.run([sys.executable, "-m", module, form], cwd=ROOT, check=False).returncode == 0
 
 
 if __name__ == "__main__":

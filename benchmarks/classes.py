@@ -15,9 +15,6 @@ with ``own limits`` the short class has a TTFT limit of a fourth of the other's.
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -25,8 +22,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.measuring import rows
+from benchmarks.measuring.placing import Case, placed
 from benchmarks.measuring.rows import Row
-from benchmarks.rungs import Case
 from hetis.formats.documents import load_workload, to_data
 from hetis.solver.plan import PLANNED_UTILISATION
 
@@ -83,13 +80,12 @@ def main() -> None:
 def measured(cases: Sequence[tuple[Case, Traffic]]) -> Iterator[Row]:
     with tempfile.TemporaryDirectory() as folder:
         for number, (case, traffic) in enumerate(cases):
-            file = Path(folder) / f"{number}.json"
-            file.write_text(json.dumps(case.document()), encoding="utf-8")
+            file = case.file(Path(folder) / f"{number}.json")
             limit = () if traffic.ttft_s is None else ("--ttft", f"{traffic.ttft_s:g}s")
             cut = () if traffic.name == LIMITED else ("--classes", "auto")
-            asked = ("-c", str(file), "-m", case.model, "-w", traffic.file(Path(folder)), *limit)
-            without, _ = _placed(*asked, "--classes", "none", "--no-verify")
-            found, user_s = _placed(*asked, *cut, "--worth", "0")
+            asked = ("-c", file, "-m", case.model, "-w", traffic.file(Path(folder)), *limit)
+            without, _ = placed(*asked, "--classes", "none", "--no-verify", "--no-other-engines")
+            found, user_s = placed(*asked, *cut, "--worth", "0", "--no-other-engines")
             yield _row(case, traffic, without, found, user_s)
 
 
@@ -133,16 +129,6 @@ def _rounded(value: float | None) -> float | None:
 
 def _gain(before: float | None, after: float | None) -> float | None:
     return None if not before or after is None else round(100.0 * (after / before - 1.0), 1)
-
-
-def _placed(*arguments: str) -> tuple[dict[str, Any] | None, float]:
-    """Return the plan of ``hetis-plan place``, None if there is none, and the user seconds of the command."""
-    before = os.times().children_user
-    command = [sys.executable, "-m", "hetis.planner.cli", "place", *arguments]
-    command += ["--no-other-engines", "-q", "-o", "json"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    document = json.loads(done.stdout) if done.stdout.startswith("{") else {}
-    return (document if document.get("replicas") else None), os.times().children_user - before
 
 
 if __name__ == "__main__":

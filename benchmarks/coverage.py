@@ -12,6 +12,7 @@ published ones in ``tests/formats``, and any ``config.json`` below further folde
 from __future__ import annotations
 
 import argparse
+import csv
 import json
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -19,8 +20,6 @@ from functools import partial
 from pathlib import Path
 
 from benchmarks.measuring import rows
-from benchmarks.measuring.known_inputs import CARDS, LABELS, PARAMETERS_B
-from benchmarks.measuring.known_logs import LOGS, REQUESTS
 from benchmarks.measuring.rows import Row
 from hetis.formats import catalogue
 from hetis.formats.catalogue import UnknownNameError
@@ -31,6 +30,8 @@ from hetis.formats.models.document import load_model
 from hetis.formats.workload import load_workload
 
 TESTS = Path(__file__).parents[1] / "tests" / "formats"
+KNOWN = Path(__file__).parent / "known"
+REQUESTS = ((0.0, 374, 44), (3.0, 396, 109), (4.0, 879, 55))  # of every log: arrival in seconds, tokens in and out
 WITHIN = 0.01
 _OF_NODES = (".json", ".xml", ".txt")
 
@@ -50,13 +51,21 @@ def found(arguments: argparse.Namespace) -> Iterator[Row]:
     more = [path for folder in arguments.configs for path in sorted(folder.rglob("config.json"))]
     if more:
         yield _row("further configs", more, _is_model_right)
-    yield _row("names of cards", list(CARDS), _is_card_right)
+    cards = _table("cards.csv")
+    yield _row("names of cards", list(cards), partial(_is_card_right, cards))
     nodes = [path for folder in arguments.nodes for path in sorted(folder.rglob("*")) if path.suffix in _OF_NODES]
     if nodes:
         yield _row("files of nodes", nodes, _are_nodes_read)
     with tempfile.TemporaryDirectory() as folder:
-        yield _row("labels of nodes", list(map(str, range(len(LABELS)))), partial(_is_label_right, Path(folder)))
-        yield _row("traces and logs", list(LOGS), partial(_is_log_right, Path(folder)))
+        labels = (KNOWN / "nodes.jsonl").read_text(encoding="utf-8").splitlines()
+        yield _row("labels of nodes", labels, partial(_is_label_right, Path(folder)))
+    yield _row("traces and logs", sorted((KNOWN / "logs").iterdir()), _is_log_right)
+
+
+def _table(name: str) -> dict[str, str]:
+    """Return a table of two columns."""
+    with open(KNOWN / name, encoding="utf-8", newline="") as file:
+        return dict(list(csv.reader(file))[1:])
 
 
 def _row(name: str, inputs: Sequence[Path | str], is_right: Callable[[Path | str], bool | None]) -> Row:
@@ -81,12 +90,12 @@ def _is_model_right(path: Path | str) -> bool | None:
     name = path.parent.name if path.name == "config.json" else path.stem
     model = load_model(path)
     known = catalogue.known_model(name.replace("__", "/").replace("--", "/"))
-    billions = PARAMETERS_B.get(name.replace("--", "__"), None if known is None else known.params() / 1e9)
-    return None if billions is None else abs(model.params() / 1e9 / billions - 1.0) <= WITHIN
+    billions = _table("parameters.csv").get(name.replace("--", "__"), None if known is None else known.params() / 1e9)
+    return None if billions is None else abs(model.params() / 1e9 / float(billions) - 1.0) <= WITHIN
 
 
-def _is_card_right(name: Path | str) -> bool:
-    wanted = CARDS[str(name)]
+def _is_card_right(cards: dict[str, str], name: Path | str) -> bool:
+    wanted = cards[str(name)]
     try:
         return catalogue.find_gpu(str(name)).gpu.name == wanted
     except UnknownNameError as error:
@@ -100,20 +109,20 @@ def _are_nodes_read(path: Path | str) -> bool | None:
     return None
 
 
-def _is_label_right(folder: Path, index: Path | str) -> bool:
-    labels, resource, card = LABELS[int(str(index))]
-    status = {each: {resource: "4"} for each in ("capacity", "allocatable")}
-    node = {"kind": "Node", "apiVersion": "v1", "metadata": {"name": "n", "labels": labels}, "status": status}
+def _is_label_right(folder: Path, line: Path | str) -> bool:
+    known = json.loads(str(line))
+    status = {each: {known["resource"]: "4"} for each in ("capacity", "allocatable")}
+    node = {"kind": "Node", "apiVersion": "v1", "metadata": {"name": "n", "labels": known["labels"]}, "status": status}
     (folder / "node.json").write_text(json.dumps(node))
     fleet = discovered(read_inventory([str(folder / "node.json")]), name="c", said={}).cluster
-    return [(group.gpus[0].gpu, group.count * group.gpus[0].count) for group in fleet.node_groups] == [(card, 4)]
+    return [(group.gpus[0].gpu, group.count * group.gpus[0].count) for group in fleet.node_groups] == [
+        (known["gpu_type"], 4)
+    ]
 
 
-def _is_log_right(folder: Path, form: Path | str) -> bool:
+def _is_log_right(path: Path | str) -> bool:
     """Return whether the means of a file are right, and its rate if it has one."""
-    name, text = LOGS[str(form)]
-    (folder / name).write_text(text)
-    workload = load_workload(folder / name)
+    workload = load_workload(path)
     moments, number = workload.moments(), len(REQUESTS)
     means = [sum(request[i] for request in REQUESTS) / number for i in (1, 2)]
     rates = (None, (number - 1) / (REQUESTS[-1][0] - REQUESTS[0][0]))

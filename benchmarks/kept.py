@@ -17,22 +17,24 @@ import random
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from threading import Event
 
 from benchmarks.measuring import rows
 from benchmarks.measuring.instances import NODE_SIZES, fleet, problem
 from benchmarks.measuring.rows import Row
+from hetis.planner.use_cases.grouping import shapes_of
 from hetis.planner.use_cases.record.parts import Verified
 from hetis.planner.use_cases.simulation.simulate import Question, answer
 from hetis.planner.use_cases.sources import named
-from hetis.planner.use_cases.verification.equal_stages import other_plan
-from hetis.planner.use_cases.verification.outcome import settings_of
-from hetis.planner.use_cases.verification.rates import enough_of, kept_plan, longest_of, no_progress, simulated_at
+from hetis.planner.use_cases.verification.equal_stages import budget_of_one
+from hetis.planner.use_cases.verification.outcome import promising, settings_of
+from hetis.planner.use_cases.verification.rates import enough_of, kept_plan, longest_of, simulated_at
 from hetis.simulator.arrivals import Arrivals, Load
 from hetis.simulator.running import never, silent
 from hetis.simulator.values import Settings
 from hetis.solver.budget import Budget
 from hetis.solver.errors import InfeasibleError
-from hetis.solver.placement.families import DEFAULT_ENGINE, run_by
+from hetis.solver.placement.families import DEFAULT_ENGINE, STRATEGIES, run_by
 from hetis.solver.plan import Objective, Plan, Role
 from hetis.solver.planning import solve_placement
 from hetis.solver.problem import EngineRules, PlacementProblem
@@ -102,7 +104,7 @@ def searched(posed: PlacementProblem) -> Plan:
 
 def judged(case: Case) -> Row:
     """Simulate a plan, and search for the highest rate within the limits of this and of other plans."""
-    plan = kept_plan(case.plan, case.problem, seed=SEED, budget=Budget(), report=no_progress)
+    plan = kept_plan(case.plan, case.problem, seed=SEED, budget=Budget(), report=lambda *_: None)
     found, objective = Verified.of(plan).verification, plan.objective
     assert found is not None, "the plan has replicas and limits"
     settings, value_rps = settings_of(found), plan.result.value
@@ -143,9 +145,11 @@ def other_plans(case: Case) -> Iterator[Plan]:
             yield replace(searched(replace(case.problem, objective=tighter)), objective=objective)
         except InfeasibleError:
             continue
-    equal = other_plan(case.plan, case.problem, SEED, Budget())
-    if equal is not None:
-        yield equal
+    if Role.UNIFIED in case.problem.family.roles:
+        uniform = replace(case.problem, family=STRATEGIES["uniform"].restrict(case.problem.family))
+        found = solve_placement(uniform, strategy="uniform", budget=budget_of_one(Event()), seed=SEED)
+        if shapes_of(found) != shapes_of(case.plan):
+            yield promising(replace(found, inputs={}))
 
 
 def best_rate(case: Case, settings: Settings) -> float:

@@ -39,7 +39,9 @@ from hetis.planner.loop.drift import DAY_S
 from hetis.planner.loop.rehearsal import LoopFollower, NodeEvent, Rehearsal, RememberingSearch, rehearse
 from hetis.planner.loop.rivals import plan_for_peak, rehearse_all
 from hetis.planner.report.rehearsals import saving
-from hetis.planner.use_cases.place import PlacementSettings, describe, search
+from hetis.planner.use_cases.describing import describe
+from hetis.planner.use_cases.place import search
+from hetis.planner.use_cases.placement_settings import PlacementSettings
 from hetis.planner.use_cases.saved_plans import PlanAndProblem
 from hetis.planner.use_cases.sources import engine_rules, load_inputs
 from hetis.planner.use_cases.verification.rates import simulated_at

@@ -33,7 +33,7 @@ from benchmarks.measuring.instances import (
     scaled,
 )
 from benchmarks.measuring.rows import Row
-from benchmarks.measuring.solving import Measured, Solve, Timing, failed, in_own_process, measure
+from benchmarks.measuring.solving import Measured, Solve, failed, in_own_process, measure
 from hetis.planner.use_cases.sources import named
 from hetis.solver.cluster import Cluster
 from hetis.solver.placement.families import DEFAULT_ENGINE, ENGINES, run_by
@@ -183,38 +183,21 @@ def _row(case: Case, measured: Measured) -> Row:
     if measured.note:
         notes.append(f"attention workers: {measured.note}" if measured.value else measured.note)
     timing = measured.warm if is_warm and measured.warm is not None else measured.first
-    return _cells(
-        case.name,
-        case.problem.cluster,
-        measured,
-        timing=timing,
-        note="; ".join(notes),
-    )
-
-
-def _cells(
-    name: str,
-    cluster: Cluster,
-    answer: Measured,
-    *,
-    timing: Timing,
-    note: str,
-) -> Row:
     return {
-        "name": name,
-        "gpus": cluster.num_gpus(),
-        "types": len(cluster.types_used()),
-        "status": answer.status,
-        "value": answer.value,
-        "bound": answer.bound,
-        "gap": answer.gap,
+        "name": case.name,
+        "gpus": case.problem.cluster.num_gpus(),
+        "types": len(case.problem.cluster.types_used()),
+        "status": measured.status,
+        "value": measured.value,
+        "bound": measured.bound,
+        "gap": measured.gap,
         "seconds": timing.seconds,
         "first_plan_s": timing.first_plan_s,
         "first_bound_s": timing.first_bound_s,
         "to_1_percent_s": timing.to_1_percent_s,
         "to_half_percent_s": timing.to_half_percent_s,
-        "peak_mib": answer.peak_mib,
-        "note": note,
+        "peak_mib": measured.peak_mib,
+        "note": "; ".join(notes),
     }
 
 

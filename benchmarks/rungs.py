@@ -10,44 +10,16 @@ whole command. ``survives`` is what ``--survive node`` leaves after any loss, of
 
 from __future__ import annotations
 
-import json
-import os
-import re
-import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from benchmarks.measuring import rows
+from benchmarks.measuring.placing import Case, placed
 from benchmarks.measuring.rows import Row
 
-SHORTEST, LENGTHS = "azure_conv_2023", "4000/500"
-
-
-@dataclass(frozen=True, slots=True)
-class Case:
-    """A fleet as (count of nodes, GPUs per node, type) each, a model, and its requests."""
-
-    nodes: tuple[tuple[int, int, str], ...]
-    model: str
-    workload: str = SHORTEST
-    options: tuple[str, ...] = ()
-
-    @property
-    def name(self) -> str:
-        fleet = " + ".join(f"{count * size} {_short(gpu)}" for count, size, gpu in self.nodes)
-        return f"{fleet}, {self.model}"
-
-    def document(self) -> dict[str, Any]:
-        network = {"bandwidth": "100Gbps", "latency": "20us"}
-        nodes = [
-            {"name": f"{gpu.lower().split('-')[0]}-{i}", "count": count, "gpus": [{"type": gpu, "count": size}]}
-            for i, (count, size, gpu) in enumerate(self.nodes)
-        ]
-        return {"apiVersion": "hetis/v1", "kind": "Cluster", "name": "fleet", "nodes": nodes, "network": network}
+LENGTHS = "4000/500"
 
 
 CASES = (
@@ -74,11 +46,6 @@ CASES = (
 RUNGS = ("node", "pipelines", "apart", "workers")
 
 
-def _short(gpu: str) -> str:
-    """Return a GPU type without its form: ``A100-80``, ``RTX-3090``."""
-    return re.sub(r"-(SXM2?|PCIe)|GB$", "", gpu)
-
-
 def main() -> None:
     arguments = rows.parser("benchmarks.rungs", __doc__).parse_args()
     cases = [case for case in CASES if arguments.only in case.name]
@@ -88,15 +55,13 @@ def main() -> None:
 def measured(cases: Sequence[Case]) -> Iterator[Row]:
     with tempfile.TemporaryDirectory() as folder:
         for number, case in enumerate(cases):
-            file = Path(folder) / f"{number}.json"
-            file.write_text(json.dumps(case.document()), encoding="utf-8")
-            yield _row(case, str(file))
+            yield _row(case, case.file(Path(folder) / f"{number}.json"))
 
 
 def _row(case: Case, file: str) -> Row:
     asked = ("-c", file, "-m", case.model, "-w", case.workload, *case.options)
-    plan, user_s = _placed(*asked)
-    survivor, _ = _placed(*asked, "--survive", "node", "--no-verify")
+    plan, user_s = placed(*asked)
+    survivor, _ = placed(*asked, "--survive", "node", "--no-verify")
     found: dict[str, Any] = {"name": case.name, "requests": case.workload}
     rungs = {} if plan is None else {one["name"]: one for one in plan["inputs"].get("rungs", ())}
     for name in RUNGS:
@@ -116,16 +81,6 @@ def _row(case: Case, file: str) -> Row:
         "of": None if survivor is None else round(survivor["result"]["value"], 2),
         "user s": round(user_s, 1),
     }
-
-
-def _placed(*arguments: str) -> tuple[dict[str, Any] | None, float]:
-    """Return the plan of ``hetis-plan place``, None if there is none, and the user seconds of the command."""
-    before = os.times().children_user
-    command = [sys.executable, "-m", "hetis.planner.cli", "place", *arguments, "-q", "-o", "json"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    user_s = os.times().children_user - before
-    document = json.loads(done.stdout) if done.stdout.startswith("{") else {}
-    return (document if document.get("replicas") else None), user_s
 
 
 if __name__ == "__main__":

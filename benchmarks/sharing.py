@@ -26,7 +26,7 @@ import numpy as np
 from benchmarks.measuring import rows
 from benchmarks.measuring.instances import EXAMPLES
 from benchmarks.measuring.rows import Row
-from hetis.planner.use_cases.place import PlacementSettings
+from hetis.planner.use_cases.placement_settings import PlacementSettings
 from hetis.planner.use_cases.sharing import load_tenancy
 from hetis.planner.use_cases.sources import named
 from hetis.solver.budget import Budget

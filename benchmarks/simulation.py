@@ -43,7 +43,8 @@ from benchmarks.measuring.saturating import (
     saturated_run,
     steady_rate,
 )
-from hetis.planner.use_cases.simulation.engine_settings import with_all_seats, with_more_seats
+from benchmarks.measuring.seats import with_more_seats
+from hetis.planner.use_cases.simulation.engine_settings import with_all_seats
 from hetis.planner.use_cases.simulation.simulate import seats_of
 from hetis.simulator.arrivals import Load, draw_traffic, requests_of
 from hetis.simulator.metrics import measure, prediction_of

@@ -156,15 +156,22 @@ COMMANDS = {
 }
 
 
+# Of what commands share, what others may import: none of it loads typer or rich.
+FOR_OTHERS = {
+    f"hetis.commands{module}" for module in ("", ".endpoints", ".exit_codes", ".groups", ".pictures", ".x509")
+}
+
+
 def test_only_commands_import_what_commands_share() -> None:
+    for module in FOR_OTHERS - {"hetis.commands"}:
+        path = ROOT / ROOT_OF["commands"] / f"{module.replace('.', '/')}.py"
+        assert not {"typer", "rich"} & set(imported_at_start(path)), module
     for package in sorted(MAY_IMPORT):
         for path in modules(package):
             room = path.relative_to(ROOT / ROOT_OF[package] / "hetis" / package).parts[0]
             if package != "commands" and room != "cli" and path.relative_to(ROOT).as_posix() not in COMMANDS:
                 shared = {name for name in imported(path) if name.startswith("hetis.commands")}
-                assert shared <= {
-                    f"hetis.commands{module}" for module in ("", ".endpoints", ".exit_codes", ".pictures", ".x509")
-                }, path.relative_to(ROOT)
+                assert shared <= FOR_OTHERS, path.relative_to(ROOT)
 
 
 def test_packaging_and_tools_list_every_root() -> None:

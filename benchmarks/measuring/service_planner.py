@@ -29,7 +29,8 @@ import numpy.typing as npt
 from benchmarks.measuring.instances import fleet
 from hetis.formats.documents import load_model, load_workload
 from hetis.planner.convert.documents import document_of
-from hetis.planner.use_cases.place import PlacementSettings, make_plan
+from hetis.planner.use_cases.place import make_plan
+from hetis.planner.use_cases.placement_settings import PlacementSettings
 from hetis.planner.use_cases.saved_plans import problem_of
 from hetis.planner.use_cases.sources import Inputs, LoadedInputs, engine_rules
 from hetis.profiler.roofline import modelled_profile

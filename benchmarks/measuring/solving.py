@@ -33,6 +33,7 @@ class Solve:
 
     problem: PlacementProblem
     time_limit_s: float
+    strategy: str = "hetis"
     gap_target: float = 0.001
     warm: int = 0
 
@@ -57,8 +58,8 @@ class Measured:
     """A solve that was measured.
 
     Attributes:
-        status: the plan's; ``infeasible`` if none exists, ``none`` if time ran out before one was found, ``failed``
-            if the solver crashed.
+        status: the plan's; ``infeasible`` if none exists, whose bound is 0; ``none`` if time ran out before one was
+            found, ``failed`` if the solver crashed.
         import_s: time to load the solver, numba and HiGHS.
         first: the first solve of the process, which loads compiled kernels from numba's cache (or fills it).
         warm: the median of the others.
@@ -98,6 +99,7 @@ def measure(solve: Solve) -> Measured:
     """
     started = time.process_time()
     from hetis.solver.check import check_plan
+    from hetis.solver.placement.families import STRATEGIES
     from hetis.solver.planning import solve_placement
 
     import_s = time.process_time() - started
@@ -108,6 +110,7 @@ def measure(solve: Solve) -> Measured:
         try:
             plan = solve_placement(
                 solve.problem,
+                strategy=solve.strategy,
                 budget=Budget(time_limit_s=solve.time_limit_s, clock=time.process_time),
                 gap_target=solve.gap_target,
                 report=reports.append,
@@ -123,11 +126,12 @@ def measure(solve: Solve) -> Measured:
         if run == 0:
             first_peak_mib = peak_mib()
     started = time.process_time()
-    violations = check_plan(plan, solve.problem) if plan is not None else ()
+    family = STRATEGIES[solve.strategy].restrict(solve.problem.family)
+    violations = check_plan(plan, replace(solve.problem, family=family)) if plan is not None else ()
     return Measured(
         status=plan.result.status.value if plan is not None else status,
         value=float(plan.result.value) if plan is not None else 0.0,
-        bound=float(plan.result.bound) if plan is not None else math.inf,
+        bound=float(plan.result.bound) if plan is not None else 0.0 if status == Status.INFEASIBLE else math.inf,
         gap=float(plan.result.gap) if plan is not None else math.inf,
         import_s=import_s,
         first=timings[0],
@@ -137,55 +141,6 @@ def measure(solve: Solve) -> Measured:
         peak_mib=first_peak_mib,
         note=note or pools(plan),
     )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Answer:
-    """The result of a strategy. Without a plan, the value is 0, and so is the bound if infeasibility is proved."""
-
-    status: str
-    value: float
-    bound: float
-    seconds: float
-    note: str = ""
-
-    @property
-    def gap(self) -> float:
-        return (self.bound - self.value) / self.value if self.value else 0.0
-
-
-def answer(problem: PlacementProblem, strategy: str, *, time_limit_s: float) -> Answer:
-    """Solve by one strategy in this process, including the naming of GPUs.
-
-    All seconds are CPU seconds, so that a busy machine hardly changes plan and figures. The checker is not timed.
-    """
-    from hetis.planner.cli.searching import no_native_output
-    from hetis.solver.check import check_plan
-    from hetis.solver.placement.families import STRATEGIES
-    from hetis.solver.planning import solve_placement
-
-    started = time.process_time()
-    try:
-        budget = Budget(time_limit_s=time_limit_s, clock=time.process_time)
-        with no_native_output():
-            plan = solve_placement(problem, strategy=strategy, budget=budget)
-    except InfeasibleError as error:
-        return _without_plan(Status.INFEASIBLE.value, 0.0, started, str(error))
-    except HetisError as error:
-        return _without_plan("none", math.inf, started, str(error))
-    except Exception as error:  # a bug: the row reports it, and later rows are still measured
-        traceback.print_exc()
-        return _without_plan(FAILED, math.inf, started, repr(error))
-    seconds = time.process_time() - started
-    violations = check_plan(plan, replace(problem, family=STRATEGIES[strategy].restrict(problem.family)))
-    if violations:
-        return _without_plan(FAILED, math.inf, started, f"the checker objects: {violations[0]}")
-    result = plan.result
-    return Answer(status=result.status.value, value=result.value, bound=result.bound, seconds=seconds)
-
-
-def _without_plan(status: str, bound: float, started: float, note: str) -> Answer:
-    return Answer(status=status, value=0.0, bound=bound, seconds=time.process_time() - started, note=note)
 
 
 def failed(note: str) -> Measured:

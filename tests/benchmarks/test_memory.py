@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import memory
-from benchmarks.measuring.published_points import NotPosedError, read_rows
+from benchmarks.accuracy import memory
+from benchmarks.accuracy.published_points import NotPosedError, read_rows
 
 ROWS = {row["id"]: row for row in read_rows(memory.FURTHER, memory.COLUMNS)}
 

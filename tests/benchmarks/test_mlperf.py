@@ -10,10 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import mlperf
-from benchmarks.measuring import mlperf_rows
-from benchmarks.measuring.mlperf_rows import COLUMNS, Submission, pose
-from benchmarks.measuring.published_points import NotPosedError, read_rows
+from benchmarks.accuracy import mlperf, mlperf_rows
+from benchmarks.accuracy.mlperf_rows import COLUMNS, Submission, pose
+from benchmarks.accuracy.published_points import NotPosedError, read_rows
 from hetis.solver.plan import ObjectiveKind
 from tests.benchmarks.published import table_of
 

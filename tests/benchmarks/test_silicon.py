@@ -11,11 +11,10 @@ from typing import Any
 
 import pytest
 
-from benchmarks import silicon
-from benchmarks.measuring import serving_points
-from benchmarks.measuring.closed_loop import Engine, Load, balanced_copies, closed_loop
-from benchmarks.measuring.published_points import NotPosedError
-from benchmarks.measuring.published_settings import (
+from benchmarks.accuracy import serving_points, silicon
+from benchmarks.accuracy.closed_loop import Engine, Load, closed_loop
+from benchmarks.accuracy.published_points import NotPosedError
+from benchmarks.accuracy.published_settings import (
     Graphs,
     Run,
     Settings,
@@ -24,7 +23,7 @@ from benchmarks.measuring.published_settings import (
     settings_of,
     with_ranks,
 )
-from benchmarks.measuring.serving_points import ServingPoint, posed
+from benchmarks.accuracy.serving_points import ServingPoint, posed
 from hetis.formats import catalogue
 from hetis.profiler.engines import ENGINES
 from hetis.solver.cost import DeviceCost, intra_link, rank_shape
@@ -158,136 +157,6 @@ def test_one_request_at_a_time_takes_what_the_cost_model_says() -> None:
     token_s = layers * (cost.dense_s(1) + decode) + cost.head_s(1) + cost.step_s(1)
     assert found.ttft_s == pytest.approx(prompt_s, rel=1e-3)
     assert found.tpot_s == pytest.approx(token_s, rel=1e-3)
-
-
-def test_virtual_time_by_hand() -> None:
-    """Two requests of 4 prompt and 3 output tokens, chunks of 4: a decoding step takes 1 s, one with a prompt 3 s."""
-
-    def seconds(decoding: int, attended: float, tokens: int, pairs: float, read: float, rows: int) -> float:
-        return 3.0 if tokens else 1.0
-
-    def attended(context: float) -> float:
-        return context
-
-    load = Load(in_flight=2, total=2, prompt_tokens=4, output_tokens=3)
-    # Mixed: prompts at 3 s and, with the first one's second token, 7 s (the budget left is 3 of 4, so two chunks:
-    # 6 s and 9 s). The first has its tokens at 3, 6, 9 s, the second at 9, 10, 11 s.
-    assert closed_loop(load, Engine(chunk_tokens=4, seats=2, mixes=True), seconds, attended) == (6.0, 2.0)
-    # Separate: prompts at 3 s and 6 s, then both decode: 7 s, 8 s.
-    assert closed_loop(load, Engine(chunk_tokens=4, seats=2, mixes=False), seconds, attended) == (4.5, 1.75)
-    # One seat: the second waits until the first ends at 5 s.
-    assert closed_loop(load, Engine(chunk_tokens=4, seats=1, mixes=True), seconds, attended) == (5.5, 1.0)
-
-
-def test_new_requests_wait_until_they_are_looked_for_or_many_enough() -> None:
-    """Three requests of 4 prompt and 4 output tokens, two at once; times as above."""
-
-    def seconds(decoding: int, attended: float, tokens: int, pairs: float, read: float, rows: int) -> float:
-        return 3.0 if tokens else 1.0
-
-    def times(**how: Any) -> tuple[float, float]:
-        load = Load(in_flight=2, total=3, prompt_tokens=4, output_tokens=4)
-        return closed_loop(load, Engine(chunk_tokens=4, seats=2, mixes=True, **how), seconds, lambda context: context)
-
-    # Tokens at 3, 6, 9, 10 s; 9, 10, 13, 16 s; the third arrives at 10 s: 16, 17, 18, 19 s.
-    assert times() == pytest.approx((18 / 3, 17 / 9))
-    # It is seen at 11 s, with the second's third token: 17, 18, 19, 20 s, while the second ends at 14 s.
-    assert times(poll_iterations=2) == pytest.approx((19 / 3, 15 / 9))
-    # The second waits for an iteration (first: 3, 4, 7, 10 s), and so does the third (second: 10, 11, 14, 17 s).
-    assert times(wait_iterations=1, wait_tokens=100) == pytest.approx((20 / 3, 17 / 9))
-    # The prompt and the request that decodes are enough.
-    assert times(wait_iterations=1, wait_tokens=5) == times()
-
-
-def test_a_request_is_too_late_for_the_iteration_that_is_scheduled_ahead() -> None:
-    """The same requests. The successor of an ended one arrives during the next iteration, and joins the one after."""
-
-    def times(**how: Any) -> tuple[float, float]:
-        load = Load(in_flight=2, total=3, prompt_tokens=4, output_tokens=4)
-        engine = Engine(chunk_tokens=4, seats=2, mixes=True, schedules_ahead=True, **how)
-        return closed_loop(load, engine, lambda d, a, tokens, *_: 3.0 if tokens else 1.0, lambda context: context)
-
-    # Tokens at 3, 6, 9, 10 s; 9, 10, 11, 14 s; the third arrives at 10 s, as the iteration at 11 s is scheduled: 17 s.
-    assert times() == pytest.approx((19 / 3, 15 / 9))
-    # Prompts are read in 0.4 s. The second is read while the first is computed, too late for the next iteration: tokens
-    # at 3.4, 4.4, 7.4, 10.4 s; 10.4, 11.4, 12.4, 15.4 s. The third is read at 10.8 s, after that of 11.4 s: 18.4 s.
-    assert times(reading_s=0.1) == pytest.approx((21.8 / 3, 15 / 9))
-
-
-def test_prompts_are_split_or_wait_for_an_iteration_with_room() -> None:
-    """Three requests of 4 prompt and 13 output tokens arrive together; an iteration with a prompt takes 3 s."""
-
-    def ttft_s(**how: Any) -> float:
-        load = Load(in_flight=3, total=3, prompt_tokens=4, output_tokens=13)
-        engine = Engine(seats=3, mixes=True, layers=10**9, **how)
-        return closed_loop(load, engine, lambda d, a, tokens, *_: 3.0 if tokens else 1.0, lambda context: context)[0]
-
-    # Four tokens have room for one prompt, then for three tokens of the second, for its last and two of the third, and,
-    # beside two that decode, for the rest: first tokens after 3, 9 and 12 s.
-    assert ttft_s(chunk_tokens=4) == pytest.approx((3 + 9 + 12) / 3)
-    # Ten have room for two, and for half of the third or none of it; either way it is complete after 6 s.
-    assert ttft_s(chunk_tokens=10) == ttft_s(chunk_tokens=10, keeps_whole=True) == pytest.approx((3 + 3 + 6) / 3)
-    # Six have room for one and a half: 3, 6, 9 s.
-    assert ttft_s(chunk_tokens=6) == ttft_s(chunk_tokens=6, keeps_whole=True) == pytest.approx((3 + 6 + 9) / 3)
-    # Drafts take up room, too: of four tokens, one is left beside a request with two drafts, and one at the least.
-    assert ttft_s(chunk_tokens=4, draft_tokens=2) == pytest.approx((3 + 15 + 27) / 3)
-
-
-def test_whole_prompts_are_fewer_in_an_iteration() -> None:
-    """Four prompts of 4 tokens in iterations of 6: split, four take three of 3 s; whole, each takes one."""
-
-    def ttft_s(*, keeps_whole: bool) -> float:
-        load = Load(in_flight=4, total=4, prompt_tokens=4, output_tokens=1)
-        engine = Engine(chunk_tokens=6, seats=4, mixes=False, keeps_whole=keeps_whole)
-        return closed_loop(load, engine, lambda d, a, tokens, *_: 3.0 if tokens else 1.0, lambda context: context)[0]
-
-    assert ttft_s(keeps_whole=False) == pytest.approx((3 + 6 + 6 + 9) / 4)
-    assert ttft_s(keeps_whole=True) == pytest.approx((3 + 6 + 9 + 12) / 4)
-
-
-def test_copies_wait_until_all_have_a_prompt() -> None:
-    """Two copies and requests of 4 prompt and 4 output tokens; times as above. An iteration has room for a prompt."""
-
-    def times(requests: int, **how: int) -> tuple[float, float]:
-        load = Load(in_flight=requests, total=requests, prompt_tokens=4, output_tokens=4)
-        engine = Engine(chunk_tokens=5, seats=2, mixes=True, keeps_whole=True, copies=2, **how)
-        return balanced_copies(load, engine, lambda d, a, tokens, *_: 3.0 if tokens else 1.0, lambda context: context)
-
-    # Each copy computes a prompt: tokens at 3, 4, 7, 8 s. The third waits for an iteration, and is computed in the
-    # second one without a prompt on the other copy: tokens at 7, 8, 9, 10 s.
-    assert times(3, balance_iterations=2) == pytest.approx((13 / 3, 13 / 9))
-    # It does not wait: 6, 7, 8, 9 s.
-    assert times(3, balance_iterations=1) == pytest.approx((12 / 3, 13 / 9))
-    # With a fourth, both have prompts and need not wait, or gather for an iteration.
-    assert times(4, balance_iterations=9)[0] == pytest.approx((2 * 3 + 2 * 6) / 4)
-    assert times(4, balance_iterations=9, gather_iterations=1)[0] == pytest.approx((2 * 3 + 2 * 7) / 4)
-
-
-def test_a_copy_alone_is_as_one_engine() -> None:
-    load = Load(in_flight=5, total=40, prompt_tokens=40, output_tokens=30, shortest=0.5)
-    engine = Engine(
-        chunk_tokens=60, seats=4, mixes=True, keeps_whole=True, balance_iterations=1, reading_s=0.1, draft_tokens=1,
-        tokens_per_iteration=1.5, layers=4,
-    )  # fmt: skip
-
-    def seconds(decoding: int, attended: float, tokens: int, pairs: float, read: float, rows: int, *_: int) -> float:
-        return 1.0 + 0.1 * decoding + 0.01 * attended + 0.2 * tokens + 0.001 * pairs + 0.01 * rows
-
-    for each in (engine, replace(engine, schedules_ahead=True)):
-        one = closed_loop(load, each, seconds, lambda context: context)
-        assert balanced_copies(load, each, seconds, lambda context: context) == pytest.approx(one)
-
-
-def test_drafts_are_computed_with_the_request_s_own_token_and_half_of_all_are_kept() -> None:
-    """A prompt takes 3 s; three tokens per iteration 1 s, and two drafts a quarter of 1 s each."""
-
-    def seconds(decoding: int, attended: float, tokens: int, pairs: float, read: float, rows: int) -> float:
-        assert tokens or (decoding in (1, 3) and rows == decoding)
-        return 3.0 if tokens else 1.0
-
-    engine = Engine(chunk_tokens=4, seats=1, mixes=True, draft_tokens=2, tokens_per_iteration=2.0, layers=4)
-    load = Load(in_flight=1, total=1, prompt_tokens=4, output_tokens=7)
-    assert closed_loop(load, engine, seconds, lambda context: context) == (3.0, 1.5 * 3 / 6)
 
 
 def test_the_room_for_kv_is_what_the_script_gives() -> None:
@@ -451,21 +320,6 @@ def test_a_table_of_one_kind_has_the_usual_time_outside_of_iterations(engine: st
         readings = tuple(silicon.Outcome(point=point, ttft_s=s, tpot_s=1.0, seats=9) for s in silicon.READINGS_S)
         (found,) = silicon.answered([readings])
         assert found.ttft_s == pytest.approx(sum(silicon.USUAL_S[engine, kind]))
-
-
-def test_a_server_reads_one_prompt_after_another() -> None:
-    """Two requests of 4 prompt and 3 output tokens; a token is read in 2 s: prompts are read after 8 and 16 s."""
-
-    def times(reading_s: float, **how: Any) -> tuple[float, float]:
-        load = Load(in_flight=2, total=2, prompt_tokens=4, output_tokens=3)
-        engine = Engine(chunk_tokens=8, seats=2, mixes=True, reading_s=reading_s, **how)
-        return closed_loop(load, engine, lambda d, a, tokens, *_: 3.0 if tokens else 1.0, lambda context: context)
-
-    # The first has its tokens at 11, 12, 13 s, the second at 19, 20, 21 s.
-    assert times(2.0) == (15.0, 1.0)
-    # A prompt is read after 2 s, the other after 4: tokens at 5, 8, 9 s and 8, 9, 10 s.
-    assert times(0.5) == (6.5, 1.5)
-    assert times(0.0) == (3.0, 1.0)
 
 
 def outcome(tpot: float, ttft: float, **fields: str) -> silicon.Outcome:

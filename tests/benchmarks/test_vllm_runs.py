@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from benchmarks.vllm_runs import Run, open_loop, posed, totals
+from benchmarks.accuracy.vllm_runs import Run, open_loop, posed, totals
 
 ROW = {
     "run": "1", "gpu": "H100", "model": "meta-llama/Llama-3.1-8B-Instruct", "tp": "1", "max_num_batched_tokens": "2048",

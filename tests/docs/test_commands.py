@@ -172,7 +172,7 @@ def _module(words: list[str]) -> None:
     if words[2].split(".")[0] not in {"benchmarks", "tools", "tests", "examples"}:
         return
     assert path.is_file() or package.is_file(), f"there is no module {words[2]}"
-    shared = (ROOT / "benchmarks" / "measuring").glob("*.py") if words[2].startswith("benchmarks") else ()
+    shared = (ROOT / "benchmarks").glob("*/*.py") if words[2].startswith("benchmarks") else ()
     text = "".join(file.read_text(encoding="utf-8") for file in [path, *shared] if file.is_file())
     for word in words[3:]:
         option = word.partition("=")[0]

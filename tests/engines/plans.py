@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import pytest
+
+from hetis.engines.errors import LayoutError
+from hetis.engines.layout import layout_of
+from hetis.engines.versions import Engine
 from hetis.formats.plan import plan_to_data
+from hetis.solver.model import ModelSpec
 from hetis.solver.plan import (
     AttentionWorkerPool,
     Objective,
@@ -72,6 +79,21 @@ def stage_of(**changes: Any) -> StagePlan:
     return StagePlan(**(fields | changes))
 
 
+def ranks_of(tp: int, node: str = "a", **changes: Any) -> StagePlan:
+    """Return a stage on as many GPUs of a node as it has ranks."""
+    return stage_of(tp=tp, devices=tuple(f"{node}/{i}" for i in range(tp)), **changes)
+
+
+def stages_of(*layers: int, **changes: Any) -> tuple[StagePlan, ...]:
+    """Return stages of so many layers, each on a GPU of a."""
+    firsts = itertools.accumulate(layers, initial=0)
+    return tuple(
+        stage_of(first_layer=first, num_layers=count, devices=(f"a/{i}",), **changes)
+        for i, (first, count) in enumerate(zip(firsts, layers, strict=False))
+    )
+
+
+ALONE = plan_of(stage_of(kv_head_groups_kept=8))
 POOL = AttentionWorkerPool(stage=0, gpu="T4", devices=("b/0", "b/1"), kv_head_groups=6)
 
 
@@ -97,6 +119,15 @@ def staged() -> Plan:
             AttentionWorkerPool(stage=1, gpu="T4", devices=("c/4",), kv_head_groups=2),
         ),
     )
+
+
+def refused(
+    plan: Plan, model: ModelSpec = MODEL, *, replica: int = 0, engine: Engine = Engine.VLLM_HETIS
+) -> tuple[str, ...]:
+    """Return why the engine cannot run the replica."""
+    with pytest.raises(LayoutError) as caught:
+        layout_of(plan, replica, model, engine=engine)
+    return caught.value.messages
 
 
 def write_plan(folder: Path, plan: Plan | None = None) -> Path:

@@ -11,13 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
-from hetis.engines.commands import (
-    Addresses,
-    Command,
-    as_json,
-    as_shell,
-    commands_of,
-)
+from hetis.engines.commands import Addresses, Command, as_json, as_shell, commands_of
 from hetis.engines.layout import Layout, layout_of
 from hetis.engines.serving import Serving, checkpoint_model, decided_in, missing_kv_option, program_of
 from hetis.engines.versions import Engine
@@ -26,16 +20,19 @@ from hetis.runtime.vllm.settings import PluginSettings, load_settings
 from hetis.runtime.worker.main import WorkerOptions, read_options
 from hetis.solver.model import DraftShape
 from hetis.solver.plan import Role
+from tests.engines import plans
 from tests.engines.plans import (
     FP8_KV,
     MODEL,
     POOL,
     WITH_EXPERTS,
     plan_of,
+    ranks_of,
     sharing,
     sharing_experts,
     stage_of,
     staged,
+    stages_of,
     write_config,
 )
 from tests.models import replace
@@ -43,12 +40,10 @@ from tests.models import replace
 ONE = layout_of(plan_of(stage_of(), pools=(POOL,)), 0, MODEL)
 STAGED = layout_of(staged(), 0, MODEL)
 SHARING = layout_of(sharing(), 0, MODEL)
-ALONE = layout_of(plan_of(stage_of(kv_head_groups_kept=8)), 0, MODEL)
+ALONE = layout_of(plans.ALONE, 0, MODEL)
 SLIDING = layout_of(plan_of(stage_of(), pools=(POOL,)), 0, replace(MODEL, sliding_window=64, sliding_layers=2))
-DRAFTING = layout_of(
-    plan_of(stage_of(kv_head_groups_kept=8)), 0, replace(MODEL, draft=DraftShape(tokens=2, acceptance=0.5))
-)  # fmt: skip
-FBGEMM = layout_of(plan_of(stage_of(kv_head_groups_kept=8)), 0, replace(MODEL, weights="fbgemm-fp8"))
+DRAFTING = layout_of(plans.ALONE, 0, replace(MODEL, draft=DraftShape(tokens=2, acceptance=0.5)))
+FBGEMM = layout_of(plans.ALONE, 0, replace(MODEL, weights="fbgemm-fp8"))
 SHARED = sharing_experts()
 SERVING = Serving(model="/models/tiny", options=("--port", "8080"))
 
@@ -136,10 +131,7 @@ def test_users_say_which_dtype_kv_of_16_bits_has(words: tuple[str, ...], decided
         (("--config", "c.yaml"), "--config"),
         *((words, "") for words in (("--seed", "-1"), ("--max-model-len=-1",), ("--kv-cache-dtype-skip-layers", "0"))),
         *((words, "") for words in (("--config-format", "hf"), ("--model-impl", "vllm"), ("-dpb", "mp"), ("-O3",))),
-        *(
-            (words, "")
-            for words in (("--hf-overrides.rope_theta", "1"), ("--", "-"), ("--data-parallel-rpc-port", "1"))
-        ),
+        *((words, "") for words in (("--hf-overrides.x", "1"), ("--", "-"), ("--data-parallel-rpc-port", "1"))),
     ],
 )
 def test_what_the_plan_decides_is_found_however_parsers_let_it_be_written(words: tuple[str, ...], decided: str) -> None:
@@ -260,11 +252,7 @@ def test_an_iteration_has_room_for_a_chunk_beside_one_of_the_micro_batches(
     in_flight: int, chunk: int, tokens: int
 ) -> None:
     """Of the seats, only those of a micro-batch decode in an iteration; vLLM wants a token for each all the same."""
-    halves = (
-        stage_of(num_layers=2, kv_head_groups_kept=8),
-        stage_of(first_layer=2, num_layers=2, kv_head_groups_kept=8, devices=("a/1",)),
-    )
-    plan = plan_of(*halves, micro_batch=4, in_flight=in_flight, chunk_tokens=chunk)
+    plan = plan_of(*stages_of(2, 2, kv_head_groups_kept=8), micro_batch=4, in_flight=in_flight, chunk_tokens=chunk)
     [command] = commands_of(layout_of(plan, 0, MODEL, engine=Engine.VLLM), SERVING, Addresses())
     words = command.shown
     assert words[words.index("--max-num-seqs") + 1] == str(4 * in_flight)
@@ -283,9 +271,7 @@ def test_where_layers_keep_states_a_chunk_is_whole_blocks(tp: int, chunk: int, m
     """
     found = catalogue.known_model("Qwen/Qwen3.5-397B-A17B")
     assert found is not None
-    ranks = stage_of(
-        tp=tp, num_layers=60, kv_head_groups_kept=1, devices=tuple(f"a/{i}" for i in range(tp)), gpu="H200-SXM-141GB"
-    )
+    ranks = ranks_of(tp, num_layers=60, kv_head_groups_kept=1, gpu="H200-SXM-141GB")
     plan = plan_of(ranks, chunk_tokens=chunk, micro_batch=micro_batch, kv_tokens=100_000)
     [command] = commands_of(layout_of(plan, 0, found, engine=Engine.VLLM), SERVING, Addresses())
     words = command.shown
@@ -442,11 +428,7 @@ def lines_of_layouts() -> tuple[list[tuple[str, ...]], list[dict[str, Any]]]:
 def test_gpus_without_bfloat16_make_all_ranks_compute_in_float16(
     engine: Engine, gpus: tuple[str, str], dtype: str | None
 ) -> None:
-    ends = {"kv_head_groups_kept": 8}
-    stages = (
-        stage_of(gpu=gpus[0], num_layers=3, **ends),
-        stage_of(gpu=gpus[1], first_layer=3, num_layers=1, devices=("b/0",), **ends),
-    )
+    stages = [replace(one, gpu=gpu) for one, gpu in zip(stages_of(3, 1, kv_head_groups_kept=8), gpus, strict=True)]
     layout = layout_of(plan_of(*stages, in_flight=2), 0, MODEL, engine=engine)
     serving = Serving(model="/models/tiny", program=program_of(engine))
     for command in commands_of(layout, serving, Addresses()):
@@ -459,12 +441,9 @@ def test_gpus_without_bfloat16_make_all_ranks_compute_in_float16(
 
 
 def test_prefill_and_decode_replicas_hand_kv_over_in_one_dtype() -> None:
-    prefill = plan_of(
-        stage_of(kv_head_groups_kept=8, gpu="A100-PCIe-80GB"), role=Role.PREFILL, micro_batch=0, tpot_s=0.0
-    ).replicas
-    decode = plan_of(
-        stage_of(kv_head_groups_kept=8, gpu="T4", devices=("b/0",)), role=Role.DECODE, chunk_tokens=0, ttft_s=0.0
-    ).replicas
+    strong, weak = (stage_of(kv_head_groups_kept=8, gpu=gpu) for gpu in ("A100-PCIe-80GB", "T4"))
+    prefill = plan_of(strong, role=Role.PREFILL, micro_batch=0, tpot_s=0.0).replicas
+    decode = plan_of(replace(weak, devices=("b/0",)), role=Role.DECODE, chunk_tokens=0, ttft_s=0.0).replicas
     both = replace(plan_of(stage_of()), replicas=(*prefill, *decode))
     dtypes = {layout_of(both, number, MODEL, engine=Engine.VLLM).dtype for number in (0, 1)}
     assert dtypes == {"float16"}

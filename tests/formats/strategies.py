@@ -3,32 +3,15 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 from hypothesis import strategies as st
 
 from hetis.formats import catalogue
 from hetis.formats.dispatch_state import NewRequestPart, NewRequests
-from hetis.formats.models.dtypes import PRECISIONS
 from hetis.formats.saved_state import AttentionPiece, HeadsPart, RunningPart, SavedDevice, SavedState
 from hetis.formats.tenants import FleetTenantPart, FleetTenants
 from hetis.solver.cluster import Cluster, GpuSlots, GpuType, Link, Network, NodeGroup
 from hetis.solver.dispatch.snapshot import DeviceStatus, PreparedMove
-from hetis.solver.model import (
-    Compressed,
-    Dense,
-    DraftShape,
-    Experts,
-    GpuPrecision,
-    Grouped,
-    Indexer,
-    Latent,
-    Layer,
-    Mixer,
-    Mlp,
-    ModelSpec,
-    Recurrent,
-)
 from hetis.solver.plan import (
     LEAST_DEMAND_RPS,
     AttentionWorkerPool,
@@ -46,21 +29,13 @@ from hetis.solver.plan import (
 )
 from hetis.solver.profile import Fit, FitScope, Mixed, Op, Piece, Profile, Provenance, Source
 from hetis.solver.workload import LengthBin, RequestClass, Workload
-from tests.models import model_of, shape_of
+from tests.formats.model_strategies import NOT_NEGATIVE, POSITIVE, SMALL, TITLES, models
 
-POSITIVE = st.floats(min_value=1e-12, max_value=1e15)
-NOT_NEGATIVE = st.just(0.0) | POSITIVE
 BANDWIDTHS = st.floats(min_value=0.125, max_value=1e18)
 NAMES = st.from_regex(r"[A-Za-z0-9][A-Za-z0-9._-]{0,8}", fullmatch=True)
-TITLES = st.text(
-    st.characters(codec="utf-8", exclude_categories=("C", "Z")) | st.sampled_from(" #:-'\"{}[]&*!|>%@`1e5~"),
-    min_size=1,
-    max_size=12,
-).filter(lambda text: bool(text.strip()) and text.isprintable())
 TEXTS = st.text(st.characters(codec="utf-8"), max_size=20)
 LINKS = st.builds(Link, bytes_per_s=BANDWIDTHS, latency_s=NOT_NEGATIVE)
 PRICES = st.none() | st.floats(min_value=0, max_value=1e6)
-SMALL = st.integers(min_value=1, max_value=64)
 
 KNOWN_GPUS = {entry.gpu.name: entry.gpu for entry in catalogue.gpus()}
 
@@ -127,195 +102,6 @@ def clusters(draw: st.DrawFn) -> Cluster:
     used = {slots.gpu for group in groups for slots in group.gpus}
     types_used = {name: gpu for name, gpu in KNOWN_GPUS.items() if name in used and name not in own}
     return Cluster(name=draw(TITLES), node_groups=tuple(groups), gpu_types=types_used | own, network=network)
-
-
-@st.composite
-def precisions(draw: st.DrawFn) -> tuple[GpuPrecision, ...]:
-    element = st.floats(min_value=0.1, max_value=16)
-    return tuple(
-        GpuPrecision(
-            gpu=gpu,
-            weights=draw(st.sampled_from(sorted(PRECISIONS))),
-            weight_bytes=draw(element),
-            kv_bytes=draw(element),
-        )
-        for gpu in draw(st.lists(TITLES, max_size=3, unique=True))
-    )
-
-
-def indexers(with_kv: int) -> st.SearchStrategy[dict[str, Any]]:
-    return st.builds(
-        shape_of,
-        top_tokens=SMALL,
-        heads=SMALL,
-        head_dim=SMALL,
-        key_bytes=st.floats(min_value=0.5, max_value=1e4),
-        layers=st.none() | st.integers(1, with_kv),
-    )
-
-
-def compressed_layers(layers: int, head_dim: int, groups: int) -> st.SearchStrategy[dict[str, Any]]:
-    return st.builds(
-        shape_of,
-        window=SMALL,
-        sparse_layers=st.integers(1, layers // 2),
-        sparse_ratio=SMALL,
-        heavy_layers=st.integers(0, layers // 2),
-        heavy_ratio=SMALL,
-        top_entries=SMALL,
-        index_heads=SMALL,
-        index_head_dim=SMALL,
-        index_key_bytes=st.floats(min_value=0.5, max_value=1e4),
-        rope_head_dim=st.integers(0, head_dim),
-        q_lora_rank=SMALL,
-        o_groups=st.just(groups),
-        o_lora_rank=SMALL,
-    )
-
-
-def linear_layers(layers: int) -> st.SearchStrategy[dict[str, Any]]:
-    return st.builds(
-        shape_of,
-        layers=st.integers(1, layers - 1),
-        params=SMALL,
-        state_bytes=st.floats(min_value=1, max_value=1e9),
-        token_flops=st.floats(min_value=0, max_value=1e9),
-    )
-
-
-@st.composite
-def models(draw: st.DrawFn) -> ModelSpec:
-    kv_heads, group, layers = draw(SMALL), draw(SMALL), draw(st.integers(2, 100))
-    latent = draw(st.booleans())
-    element = st.floats(min_value=0.1, max_value=4.0)
-    mla = shape_of(
-        kv_lora_rank=draw(SMALL),
-        qk_rope_head_dim=draw(SMALL),
-        qk_nope_head_dim=draw(SMALL),
-        v_head_dim=draw(SMALL),
-        q_lora_rank=draw(st.none() | SMALL),
-    )
-    moe = shape_of(
-        num_experts=draw(st.integers(8, 64)),
-        active_experts=draw(st.integers(1, 8)),
-        expert_intermediate=draw(SMALL),
-        shared_experts=draw(st.integers(0, 2)),
-        first_dense_layers=(dense := draw(st.integers(0, layers - 1))),
-        every=draw(st.integers(1, min(4, layers - dense))),
-    )
-    linear = draw(st.none() | linear_layers(layers))
-    with_kv = layers - (0 if linear is None else linear["layers"])
-    window, head_dim = draw(st.none() | st.integers(1, 10_000)), draw(SMALL)
-    compressed = None
-    if not latent and linear is None and window is None and draw(st.booleans()):
-        kv_heads, compressed = 1, draw(compressed_layers(layers, head_dim, group))
-    return model_of(
-        name=draw(TITLES),
-        num_layers=layers,
-        hidden=draw(SMALL),
-        intermediate=draw(SMALL),
-        q_heads=kv_heads * group,
-        kv_heads=kv_heads,
-        head_dim=head_dim,
-        vocab=draw(SMALL),
-        weight_bytes=draw(element),
-        kv_bytes=draw(element),
-        activation_bytes=draw(element),
-        embedding_bytes=draw(element),
-        gated_mlp=draw(st.booleans()),
-        tie_embeddings=draw(st.booleans()),
-        max_position=draw(st.integers(1, 10**6)),
-        sliding_window=window,
-        sliding_layers=draw(st.none() | st.integers(1, with_kv)) if window is not None else None,
-        windows_free_kv=draw(st.booleans()),
-        gated_attention=draw(st.booleans()),
-        residual_streams=draw(st.integers(1, 4)),
-        vision_params=draw(st.integers(0, 10**9)),
-        linear=linear,
-        draft=draw(st.none() | st.builds(DraftShape, tokens=st.integers(1, 16), acceptance=st.floats(0, 1))),
-        indexer=draw(st.none() | indexers(with_kv)) if latent and mla["q_lora_rank"] and window is None else None,
-        compressed=compressed,
-        float16=draw(st.booleans()),
-        mla=mla if latent else None,
-        moe=moe if draw(st.booleans()) else None,
-        forbidden_cuts=frozenset(draw(st.sets(st.integers(0, layers - 1), max_size=3))),
-        precisions=draw(precisions()),
-    )
-
-
-INDEXERS = st.builds(
-    Indexer, top_tokens=SMALL, heads=SMALL, head_dim=SMALL, key_bytes=st.floats(min_value=0.5, max_value=1e4)
-)
-
-
-@st.composite
-def mixers(draw: st.DrawFn) -> Mixer:
-    """A kind of attention, with everything that a model in short cannot have."""
-    heads = draw(SMALL)
-    kind = draw(st.sampled_from((Grouped, Latent, Compressed, Recurrent)))
-    if kind is Grouped:
-        return Grouped(
-            query_heads=heads * draw(SMALL),
-            kv_heads=heads,
-            head_dim=draw(SMALL),
-            value_dim=draw(st.none() | SMALL),
-            window=draw(st.none() | SMALL),
-            gated=draw(st.booleans()),
-            key_is_value=draw(st.booleans()),
-            has_own_kv=draw(st.booleans()),
-            indexer=draw(st.none() | INDEXERS),
-        )
-    if kind is Latent:
-        ranks = ("kv_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim", "q_lora_rank")
-        return Latent(
-            query_heads=heads,
-            **{name: draw(SMALL) for name in ranks},
-            gated=draw(st.booleans()),
-            indexer=draw(st.none() | INDEXERS),
-            has_own_indexer=draw(st.booleans()),
-        )
-    if kind is Compressed:
-        sizes = ("head_dim", "window", "q_lora_rank", "o_lora_rank")
-        return Compressed(
-            query_heads=heads,
-            **{name: draw(SMALL) for name in sizes},
-            ratio=draw(st.none() | SMALL),
-            indexer=draw(st.none() | INDEXERS),
-            rope_head_dim=0,
-            o_groups=heads,
-        )
-    state = {
-        "request_bytes": draw(st.floats(min_value=1, max_value=1e9)),
-        "flops": draw(NOT_NEGATIVE.filter(_is_small)),
-    }
-    return Recurrent(weights=draw(SMALL), heads=draw(st.none() | SMALL), **state)
-
-
-def _is_small(value: float) -> bool:
-    return value <= 1e15
-
-
-MLPS: st.SearchStrategy[Mlp] = st.builds(Dense, width=SMALL, gated=st.booleans()) | st.builds(
-    Experts,
-    count=st.integers(8, 64),
-    active=st.integers(1, 8),
-    width=SMALL,
-    shared_width=st.integers(0, 64),
-    latent=st.none() | SMALL,
-    gated=st.booleans(),
-)
-LAYERS = st.builds(Layer, mixers=st.lists(mixers(), max_size=2).map(tuple), mlps=st.lists(MLPS, max_size=2).map(tuple))
-
-
-@st.composite
-def listed_models(draw: st.DrawFn) -> ModelSpec:
-    """A model whose layers are listed in its file."""
-    plain = Layer(mixers=(Grouped(query_heads=2, kv_heads=1, head_dim=8),), mlps=(draw(MLPS),))
-    kinds = [plain, *draw(st.lists(LAYERS, max_size=3))]
-    layers = [plain, *draw(st.lists(st.sampled_from(kinds), max_size=12))]
-    return ModelSpec(
-        name=draw(TITLES), layers=tuple(draw(st.permutations(layers))), hidden=draw(SMALL), vocab=draw(SMALL)
-    )
 
 
 LENGTHS = st.floats(min_value=1, max_value=1e6)

@@ -30,3 +30,8 @@ def invoke(*arguments: str, columns: int = 80) -> Result:
     """Run the command in this process. Errors that `run` would turn into messages come back as ``result.exception``."""
     with mock.patch("typer.testing._get_command", click_command):  # built once
         return CliRunner().invoke(app, list(arguments), env={"COLUMNS": str(columns), "NO_COLOR": "1"})
+
+
+def unfolded(frame: str) -> str:
+    """Return the words in a framed message on the terminal."""
+    return " ".join(frame.replace("│", " ").split())

@@ -25,7 +25,7 @@ from hetis.formats.errors import single_problem
 from hetis.planner.cli.export import ExportOptions
 from hetis.planner.client import CallError
 from hetis.planner.export.replicas import ExportSettings, NotExportableError
-from hetis.planner.use_cases import place as placing
+from hetis.planner.use_cases.place import PosedPlacement
 from hetis.planner.use_cases.record.parts import Verified
 from hetis.planner.use_cases.request import PlacementRequest
 from hetis.solver.plan import ObjectiveKind
@@ -117,11 +117,11 @@ def test_a_time_limit_that_is_given_limits_the_simulation_too(
 ) -> None:
     asked = list[PlacementRequest]()
 
-    def placed(request: PlacementRequest, *_: object, **__: object) -> None:
-        asked.append(request)
+    def placed(posed: PosedPlacement, _report: object) -> None:
+        asked.append(posed.request)
         raise hetis.NoPlanFoundError("not searched")
 
-    monkeypatch.setattr(placing, "place", placed)
+    monkeypatch.setattr(PosedPlacement, "place", placed)
     with pytest.raises(hetis.NoPlanFoundError):
         hetis.place(folder / "cluster.yaml", "Llama-2-7B", "500/100", **given)
     [request] = asked

@@ -46,7 +46,7 @@ def stage_model() -> stage_pb2.StageModel:
 class SampleStages:
     """Every replica of every plan has `stage_model`."""
 
-    async def of(self, plan: str, indices: Sequence[int]) -> list[Contents | None]:
+    async def contents(self, plan: str, indices: Sequence[int]) -> list[Contents | None]:
         model = document_pb2.Document(content=b"{}")
         return [Contents(model=model, stages=(stage_model(),)) for _ in indices]
 
@@ -107,7 +107,7 @@ class PlannerHost:
         store.died = died
         epoch = await store.leadership.grant("test")
         fleet = LiveFleet(
-            store, Hubs(epoch), epoch=epoch, settings=SETTINGS, clock=VirtualClock(loop), contents=SampleStages()
+            store, Hubs(epoch), epoch=epoch, settings=SETTINGS, clock=VirtualClock(loop), plans=SampleStages()
         )
         await fleet.start()
         return cls(store, fleet, epoch)

@@ -54,7 +54,7 @@ class _Servicer(AgentServiceServicer):
 async def serve(file: str, port: int, dice: random.Random) -> None:
     store = await Store.open(f"sqlite:///{file}")
     epoch = await store.leadership.grant("test")
-    fleet = LiveFleet(store, Hubs(epoch), epoch=epoch, settings=SETTINGS, clock=_Clock(), contents=SampleStages())
+    fleet = LiveFleet(store, Hubs(epoch), epoch=epoch, settings=SETTINGS, clock=_Clock(), plans=SampleStages())
     await fleet.start()
     server = grpc.aio.server()
     add_AgentServiceServicer_to_server(_Servicer(fleet), server)

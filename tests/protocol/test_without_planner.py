@@ -6,10 +6,11 @@ import pytest
 
 from hetis.v1.change_pb2 import ChangePhase
 from tests.planner.fleet.samples import CLUSTER, REPLICA
+from tests.protocol.healed import OPEN
 from tests.protocol.planner_host import NODES, PRIMARY, WORKERS
 from tests.protocol.test_every_message import numbers, recorded
 from tests.protocol.transport import Fate
-from tests.protocol.world import BUSY, OPEN, PREPARE_S, STILL, State, World
+from tests.protocol.world import BUSY, PREPARE_S, STILL, State, World
 
 SLACK_S = 3.0  # time for engines to reach each other after the deadline
 FEW = (0, 3, 8, 12, 17, 19, 22)  # messages of a re-dispatch, one in each phase

@@ -18,25 +18,23 @@ from typing import Any
 from examples.simulated_engine.replica import Control
 from hetis.planner.convert.names import duration
 from hetis.planner.failures import ServiceError
-from hetis.planner.fleet.agents.head_maps import HeadMaps
 from hetis.planner.store import Transaction
 from hetis.runtime.agent.replica_state import ReplicaState
 from hetis.v1 import change_pb2, redispatch_pb2, replica_pb2
 from hetis.v1.agent_service_pb2 import ConnectNodeRequest
-from hetis.v1.change_pb2 import ChangePhase
 from hetis.v1.cluster_pb2 import NodeState
 from hetis.v1.head_map_pb2 import Move, MoveReason
 from tests.planner.fleet.samples import CLUSTER, REPLICA
 from tests.protocol.agent_host import AgentHost
 from tests.protocol.clock import AT_ONCE_S, VirtualLoop
 from tests.protocol.engine_host import EngineHost
+from tests.protocol.healed import check_healed, is_healed
 from tests.protocol.ledger import BrokenError, Ledger
 from tests.protocol.planner_host import NODES, PRIMARY, WORKERS, PlannerHost, new_store
 from tests.protocol.transport import Fate, Network, Way
 
 State = redispatch_pb2.RedispatchState
 ENDS = (State.REDISPATCH_STATE_DONE, State.REDISPATCH_STATE_ABORTED)
-OPEN = (ChangePhase.CHANGE_PHASE_PREPARING, ChangePhase.CHANGE_PHASE_READY)
 ARRIVING = Control(rate_rps=1.0, prompt_tokens=60, output_tokens=4000, load_s=0.1, dense_step_s=0.2)
 BUSY = Control(rate_rps=1.0, prompt_tokens=60, output_tokens=40, load_s=0.1, dense_step_s=0.2)
 # Weights take long enough to load that all processes notice an engine's restart.
@@ -55,6 +53,22 @@ def _templates() -> Path:
 
 def _memory() -> str | None:
     return "/dev/shm" if Path("/dev/shm").is_dir() else None
+
+
+def _move(
+    request: Any, groups: list[int], source: str, target: str, *, copy_s: float, number: int = 0, together: int = 0
+) -> Move:
+    return Move(
+        number=number,
+        request=request.id,
+        incarnation=request.incarnation,
+        head_groups=groups,
+        source=source,
+        target=target,
+        kv_bytes=copy_s * 1e10,
+        together=together,
+        reason=MoveReason.MOVE_REASON_BALANCE,
+    )
 
 
 class World:
@@ -157,10 +171,6 @@ class World:
         planner, self.planner = self.planner, None
         self._bury(planner)
 
-    def restart_planner(self) -> None:
-        self.kill_planner()
-        self.start_planner()
-
     def take_over(self) -> None:
         """Let another planner lead while the one before continues, as after a pause or behind a broken network."""
         if self.planner is None:
@@ -228,13 +238,17 @@ class World:
         for engine in self.engines.values():
             engine.control = STILL
 
+    def is_still(self) -> bool:
+        """Return whether no request comes, grows or ends."""
+        return self.engines[PRIMARY].control is STILL
+
     def is_serving(self) -> bool:
         if self.planner is None:
             return False
         live = self.planner.fleet.replica_view(REPLICA)
         return live is not None and live.state == replica_pb2.REPLICA_STATE_SERVING
 
-    def _state(self) -> str:
+    def state(self) -> str:
         assert self.planner is not None
         live = self.planner.fleet.replica_view(REPLICA)
         nodes = self.planner.fleet.nodes_of(CLUSTER)
@@ -263,17 +277,7 @@ class World:
             source = names[request.owners[group]]
             target = self.random.choice([name for name in names if name != source])
             moves.append(
-                Move(
-                    number=len(moves),
-                    request=request.id,
-                    incarnation=request.incarnation,
-                    head_groups=[group],
-                    source=source,
-                    target=target,
-                    kv_bytes=copy_s * 1e10 / num_moves,
-                    together=group,
-                    reason=MoveReason.MOVE_REASON_BALANCE,
-                )
+                _move(request, [group], source, target, number=len(moves), together=group, copy_s=copy_s / num_moves)
             )
         return None if not moves else self._propose(generation, moves, prepare_s)
 
@@ -288,17 +292,7 @@ class World:
                 break
         else:
             raise AssertionError("the first worker owns nothing")
-        move = Move(
-            number=0,
-            request=request.id,
-            incarnation=request.incarnation,
-            head_groups=owned[:1],
-            source=source,
-            target=target,
-            kv_bytes=copy_s * 1e10,
-            together=0,
-            reason=MoveReason.MOVE_REASON_BALANCE,
-        )
+        move = _move(request, owned[:1], source, target, copy_s=copy_s)
         return self._propose(generation, [move], prepare_s)
 
     def _map(self) -> tuple[int, Any]:
@@ -424,77 +418,10 @@ class World:
                 self._call(agent.start)
         end_s = self.loop.time() + HEALED_S
         self.advance(LEAST_HEALED_S)
-        while not self._is_healed():
+        while not is_healed(self):
             if self.loop.time() >= end_s:
-                self.check_healed()  # raises with the reason
+                check_healed(self)  # raises with the reason
             self.advance(2.0)
-
-    def _is_healed(self) -> bool:
-        try:
-            self.check_healed()
-        except BrokenError:
-            raise
-        except (AssertionError, ServiceError, KeyError, IndexError):
-            return False
-        return True
-
-    def check_healed(self) -> None:
-        """Check that nothing is stuck, all sides agree, and the next re-dispatch works."""
-        assert self.planner is not None
-        ends = self.redispatches()
-        lost = set(self.acknowledged) - ends.keys()
-        assert not lost, f"acknowledged and not in the store: {lost}"
-        for change_id, state in ends.items():
-            expected = (
-                State.REDISPATCH_STATE_DONE if change_id in self.ledger.flipped else State.REDISPATCH_STATE_ABORTED
-            )
-            said = State.Name(state)
-            assert state in (State.REDISPATCH_STATE_DONE, State.REDISPATCH_STATE_ABORTED), f"{change_id} is {said}"
-            if change_id not in self.ledger.void:
-                assert state == expected, f"{change_id} is {said}, the engines say {State.Name(expected)}"
-        for node in NODES:
-            host = self.engines[node]
-            for status in host.engine.report(self.loop.time()).changes:
-                assert status.phase not in OPEN, f"engine of {node}: {status}"
-            for entry in self.agents[node].core.held():
-                left = [(c.id, ChangePhase.Name(c.phase)) for c in entry.changes.values() if c.is_open]
-                assert not left, f"agent of {node}: {left}"
-        assert self.is_serving(), f"the replica is {self._state()}"
-        self.check_views()
-        holes = self.ledger.holes(self.engines)
-        assert not holes, holes
-        assert self._is_quiet(), "deltas go on and on"
-
-    def _is_quiet(self) -> bool:
-        first = len(self.network.log)
-        self.advance(3.0)
-        return not any("delta" in seen.kind for seen in self.network.log[first:])
-
-    def check_views(self) -> None:
-        """Check that the generations and head maps of planner, agents and engines are equal."""
-        assert self.planner is not None
-        cluster = self.planner.fleet._clusters[CLUSTER]
-        generations = {
-            f"{where} {node}": value
-            for node in NODES
-            for where, value in (
-                ("planner of", cluster.links[node].slots[REPLICA].held),
-                ("agent of", self.agents[node].core.held()[0].held_generation),
-                ("engine of", self.engines[node].engine._held[REPLICA].changes.generation),
-            )
-        }
-        authority = self.engines[PRIMARY].engine._held[REPLICA]
-        assert generations[f"planner of {PRIMARY}"] == generations[f"agent of {PRIMARY}"], generations
-        assert generations[f"engine of {PRIMARY}"] == generations[f"agent of {PRIMARY}"], generations
-        for node in WORKERS:
-            assert generations[f"planner of {node}"] == generations[f"agent of {node}"], generations
-        assert authority.primary is not None
-        for stage in authority.primary.stages.values():
-            assert not stage.reserved, f"still reserved: {stage.reserved}"
-        read: HeadMaps = self.loop.run(self.planner.fleet.read_head_maps(REPLICA, 10.0))
-        now = authority.primary.head_maps()
-        owners = [{r.id: list(r.owners) for r in one.requests} for one in (*read.maps, *now)]
-        assert owners[: len(now)] == owners[len(now) :] or self.engines[PRIMARY].control is not STILL
 
     def redispatches(self) -> dict[str, State.ValueType]:
         """Return the stored states by change id."""

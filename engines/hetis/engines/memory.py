@@ -4,7 +4,7 @@ and what is left for KV.
 `EngineMemory` has the numbers of one version of an engine, each with its source; `EngineMemory.rank` turns them into
 those of one rank (`hetis.solver.rank_memory`), by which plans are searched and checked, and `kv_bytes_of_request` is
 what the engine's pages hold for one request. Both start with what tools report of a GPU, which is less than its name
-says. `benchmarks.memory` compares them with what users of the engines reported.
+says. `benchmarks.accuracy.memory` compares them with what users of the engines reported.
 """
 
 from __future__ import annotations

@@ -12,8 +12,6 @@ from collections.abc import Callable
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from typing import Annotated, Any, Literal, TypeVar, dataclass_transform, get_type_hints
 
-import typer
-
 T = TypeVar("T")
 
 
@@ -33,21 +31,28 @@ def option(usage: str, default: Any = None, *, shown: str | Literal[True] = True
         panel: the panel of the help to which it belongs.
         **more: further arguments of `typer.Option`.
     """
-    declared, _, says = usage.partition(": ")
-    info = typer.Option(
-        *(word for word in declared.split() if word.startswith("-")),
-        metavar=form_of(usage),
-        help=says or None,
-        show_default=shown,
-        rich_help_panel=panel or None,
-        **more,
-    )
-    return field(default=MISSING if default is ... else default, metadata={"option": info})
+    declared = {"usage": usage, "shown": shown, "panel": panel, **more}
+    return field(default=MISSING if default is ... else default, metadata={"option": declared})
+
+
+def names_of(usage: str) -> list[str]:
+    """Return the names of an option that is declared so."""
+    return [word for word in usage.partition(": ")[0].split() if word.startswith("-")]
 
 
 def form_of(usage: str) -> str | None:
     """Return the form of the value of an option that is declared so, if it has one."""
     return next((word for word in usage.partition(": ")[0].split() if not word.startswith("-")), None)
+
+
+def _info(usage: str, *, shown: str | Literal[True], panel: str, **more: Any) -> Any:
+    """Return what typer has of an option."""
+    import typer  # not at the top: requests are declared as groups, and programs make them
+
+    says = usage.partition(": ")[2] or None
+    return typer.Option(
+        *names_of(usage), metavar=form_of(usage), help=says, show_default=shown, rich_help_panel=panel or None, **more
+    )
 
 
 def ungrouped(function: Callable[..., T]) -> Callable[..., T]:
@@ -63,7 +68,7 @@ def ungrouped(function: Callable[..., T]) -> Callable[..., T]:
         groups[parameter.name], types = kind, _types_of(kind)
         for one in fields(kind):
             default = parameter.empty if one.default is MISSING else one.default
-            annotation = annotated[types[one.name], one.metadata["option"]]
+            annotation = annotated[types[one.name], _info(**one.metadata["option"])]
             parameters.append(parameter.replace(name=one.name, default=default, annotation=annotation))
 
     @functools.wraps(function)

@@ -51,6 +51,11 @@ class Terminal:
         """Return whether data is for a reader rather than for programs."""
         return self.output in (OutputFormat.TABLE, OutputFormat.WIDE)
 
+    @property
+    def is_wide(self) -> bool:
+        """Return whether tables have all columns, however wide."""
+        return self.output is OutputFormat.WIDE
+
     def emit(
         self, document: Callable[[], Any], table: Callable[[], RenderableType], *, width: int | None = None
     ) -> None:
@@ -60,7 +65,7 @@ class Terminal:
         are not folded with ``-o wide``.
         """
         if self.prints_tables:
-            console = self._console(sys.stdout, WIDE if width is None and self.output is OutputFormat.WIDE else width)
+            console = self._console(sys.stdout, WIDE if width is None and self.is_wide else width)
             with console.capture() as captured:
                 console.print(table())
             lines = "".join(f"{line.rstrip(' ')}\n" for line in captured.get().splitlines())

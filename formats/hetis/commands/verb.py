@@ -18,7 +18,7 @@ from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from copy import copy
 from enum import StrEnum
-from typing import Annotated, Any, Concatenate, Literal, ParamSpec, TypeVar, get_args, get_origin
+from typing import Annotated, Any, Concatenate, Literal, ParamSpec, TypeVar, cast, get_args, get_origin
 
 import typer
 from typer.core import TyperCommand, TyperGroup, TyperOption
@@ -127,7 +127,7 @@ given: ContextVar[frozenset[str]] = ContextVar("given", default=frozenset())
 
 
 class _Command(TyperCommand):
-    """A verb. Its help begins with examples; that of a verb with many options has the usual ones (`usual`)."""
+    """A verb. Its help begins with examples; that of a verb with many options has the usual ones."""
 
     @property
     def _usual(self) -> Collection[str]:
@@ -153,28 +153,6 @@ class _Command(TyperCommand):
 
 
 _USUAL = "usual_options"
-
-
-def usual(*names: str) -> Callable[[Callable[..., T]], Callable[..., T]]:
-    """Let the help of a command show the options of these parameters only, and all others with ``--help-all``."""
-
-    def decorate(function: Callable[..., T]) -> Callable[..., T]:
-        @functools.wraps(function)
-        def command(*args: Any, help_all: bool, **given: Any) -> T:
-            return function(*args, **given)
-
-        annotated: Any = Annotated
-        option = typer.Option("--help-all", is_eager=True, callback=_show_all_help, help="Show all options and exit.")
-        more = inspect.Parameter(
-            "help_all", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=annotated[bool, option]
-        )
-        parameters = [*inspect.signature(function).parameters.values(), more]
-        command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-        command.__annotations__ = {one.name: one.annotation for one in parameters}
-        setattr(command, _USUAL, names)
-        return command
-
-    return decorate
 
 
 def _show_all_help(ctx: typer.Context, is_given: bool) -> None:
@@ -244,50 +222,50 @@ OutputOption = Annotated[OutputFormat, typer.Option("--output", "-o", help="Outp
 QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="Print only errors on stderr.")]
 VerboseOption = Annotated[bool, typer.Option("--verbose", "-v", help="Print more detail on stderr.")]
 NoColorOption = Annotated[bool, typer.Option("--no-color", help="Print plain text, as with NO_COLOR=1.")]
+HelpAllOption = Annotated[
+    bool, typer.Option("--help-all", is_eager=True, callback=_show_all_help, help="Show all options and exit.")
+]
+_SHARED = {"quiet": QuietOption, "verbose": VerboseOption, "no_color": NoColorOption}
 
 
 P = ParamSpec("P")
 
 
 def verb(
-    *, prints_data: bool = True, output: OutputFormat = OutputFormat.TABLE
+    *, prints_data: bool = True, output: OutputFormat = OutputFormat.TABLE, usual: Collection[str] = ()
 ) -> Callable[[Callable[Concatenate[Terminal, P], int]], Callable[P, None]]:
     """Turn ``f(terminal, ...) -> exit code`` into a typer command with the shared options and those of its groups.
 
     The shared options become parameters of the signature that typer reads, and reach the verb as one `Terminal`.
-    A verb that ``prints_data`` has an ``-o`` option, whose default is ``output``.
+    A verb that ``prints_data`` has an ``-o`` option, whose default is ``output``. Its help shows the options of the
+    ``usual`` parameters only, if there are some, and all others with ``--help-all``.
     """
 
     def decorate(function: Callable[Concatenate[Terminal, P], int]) -> Callable[P, None]:
-        run = ungrouped(function)
+        run: Callable[..., int] = ungrouped(function)
         own = list(inspect.signature(run).parameters.values())[1:]
-        names = {parameter.name for parameter in own}
 
         @functools.wraps(function)
-        def command(*args: P.args, **kwargs: P.kwargs) -> None:
-            given: dict[str, Any] = {name: value for name, value in kwargs.items() if name not in names}
-            terminal = Terminal(
-                output=given.get("output_format", output),
-                verbosity=-1 if given["quiet"] else int(given["verbose"]),
-                color=not given["no_color"],
-            )
+        def command(
+            *args: Any, quiet: bool, verbose: bool, no_color: bool, output_format: OutputFormat = output,
+            help_all: bool = False, **mine: Any,
+        ) -> None:  # fmt: skip
+            verbosity = -1 if quiet else int(verbose)
+            terminal = Terminal(output=output_format, verbosity=verbosity, color=not no_color)
             in_use.set(terminal)
-            mine: dict[str, Any] = {name: value for name, value in kwargs.items() if name in names}
             _refuse_stdin_twice(own, mine)
             code = run(terminal, *args, **mine)
             if code != OK:
                 raise typer.Exit(int(code))
 
         shared = [_keyword("output_format", OutputOption, output)] if prints_data else []
-        shared += [
-            _keyword("quiet", QuietOption, False),
-            _keyword("verbose", VerboseOption, False),
-            _keyword("no_color", NoColorOption, False),
-        ]
+        shared += [_keyword(name, kind, False) for name, kind in _SHARED.items()]
+        shared += [_keyword("help_all", HelpAllOption, False)] if usual else []
         # A blank line ends a paragraph of the help; other ends of lines are those of the source.
         command.__doc__ = "\n\n".join(" ".join(part.split()) for part in (function.__doc__ or "").split("\n\n"))
         command.__signature__ = inspect.Signature([*own, *shared])  # type: ignore[attr-defined]
-        return in_own_words(command)
+        setattr(command, _USUAL, usual)
+        return in_own_words(cast(Callable[P, None], command))
 
     return decorate
 

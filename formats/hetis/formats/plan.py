@@ -16,12 +16,12 @@ from pydantic import Field
 
 from hetis.formats.errors import shown
 from hetis.formats.fields import Document, DocumentPart, Found, Title, entries, kind_of, listed, plain, value_of
+from hetis.solver.goals import GoalName
 from hetis.solver.plan import LEAST_DEMAND_RPS, PLANNED_UTILISATION, Objective, Plan
 
 Seconds = Annotated[float, Field(ge=0)]
 Count = Annotated[int, Field(ge=0)]
 Whole = Annotated[int, Field(ge=1)]
-ObjectiveName = Literal["goodput", "throughput", "cost", "gpus"]
 RoleName = Literal["unified", "prefill", "decode"]
 
 
@@ -33,7 +33,7 @@ class ResultPart(DocumentPart):
     """
 
     status: Literal["optimal", "feasible", "infeasible", "interrupted"]
-    objective: ObjectiveName
+    objective: GoalName
     value: float | None
     bound: float | None
     gap: Annotated[float, Field(ge=0)] | None
@@ -48,7 +48,7 @@ class ResultPart(DocumentPart):
 class ObjectivePart(DocumentPart):
     """The objective of the plan; a limit of null means no limit."""
 
-    kind: ObjectiveName
+    kind: GoalName
     ttft_limit_s: Annotated[float, Field(gt=0)] | None = None
     tpot_limit_s: Annotated[float, Field(gt=0)] | None = None
     demand_rps: Annotated[float, Field(ge=LEAST_DEMAND_RPS)] | None = None

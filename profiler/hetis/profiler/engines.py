@@ -24,7 +24,7 @@ class HostTime:
     """Seconds that the host takes for an iteration, and for every sequence in it.
 
     ``call_s`` is the time of one call of PyTorch where an engine runs prompts without CUDA graphs. It lengthens
-    iterations with short prompts only (``benchmarks/measuring/published_settings.py``); ``outside_s`` passes outside
+    iterations with short prompts only (``benchmarks/accuracy/published_settings.py``); ``outside_s`` passes outside
     of iterations, before a request's first token; neither is part of a profile.
     """
 

@@ -11,9 +11,11 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Literal
 
 from hetis.solver.cluster import Cluster, GpuType
 
+GoalName = Literal["goodput", "throughput", "cost", "gpus"]  # those of `ObjectiveKind`, for types of texts
 ROUNDING = 1e-6  # of a bound on a whole number
 
 

@@ -15,43 +15,13 @@ from hetis.formats.cluster import parse_cluster
 from hetis.formats.discovery import FleetSource
 from hetis.formats.discovery.fleet import Discovered, UnclearBoardError, board_of, discovered, file_text, said_types
 from hetis.formats.discovery.found import FoundGpus, FoundNode, Inventory
-from hetis.formats.discovery.nvidia import DriverGpu, parse_xml, read_nvidia_smi
+from hetis.formats.discovery.nvidia import parse_xml, read_nvidia_smi
 from hetis.formats.discovery.reading import read_inventory, read_slurm
 from hetis.formats.documents import load_cluster
-from hetis.formats.errors import DocumentError, Problem
+from hetis.formats.errors import DocumentError
 from hetis.formats.positions import Text, parse_text
 from hetis.solver.cluster import Link
-
-INPUTS = Path(__file__).parent / "inputs"
-PROBLEM = Problem(file="here", message="")
-
-
-def found(*names: str, with_busy: bool = False, source: FleetSource = FleetSource.AUTO, **said: str) -> Discovered:
-    inventory = read_inventory([str(INPUTS / name) for name in names], source, with_busy=with_busy)
-    return discovered(inventory, name="test", said={name.casefold(): type_ for name, type_ in said.items()})
-
-
-def gpus(fleet: Discovered) -> dict[str, dict[str, int]]:
-    """Return the GPUs of every node by type."""
-    return {
-        group.node_name(i): {slots.gpu: slots.count for slots in group.gpus}
-        for group in fleet.cluster.node_groups
-        for i in range(group.count)
-    }
-
-
-def reason(fleet: Discovered, node: str) -> str:
-    return " | ".join(line.removeprefix(f"{node}: ") for line in fleet.left_out if line.startswith(f"{node}: "))
-
-
-def refused(tmp_path: Path, name: str, content: str, source: FleetSource = FleetSource.AUTO) -> str:
-    """Return the error for an unusable file."""
-    path = tmp_path / name
-    path.write_text(content)
-    with pytest.raises(DocumentError) as error:
-        discovered(read_inventory([str(path)], source), name="test", said={})
-    return str(error.value).replace(str(tmp_path), "")
-
+from tests.formats.discovery.fleets import INPUTS, PROBLEM, found, gpus, reason, refused
 
 # --- names of boards
 
@@ -138,79 +108,6 @@ def test_what_the_user_says_of_a_name_goes_first() -> None:
 # --- Kubernetes
 
 
-def test_nodes_of_kubernetes_have_what_their_labels_and_pods_leave() -> None:
-    fleet = found("kubectl_nodes.json", "kubectl_pods.json")
-    assert gpus(fleet) == {
-        "a100-0": {"A100-SXM-80GB": 8},
-        "a100-1": {"A100-SXM-80GB": 4},
-        "h100-0": {"H100-SXM-80GB": 7},
-        "l4-1": {"L4": 4},
-        "mig-mixed": {"A100-SXM-40GB": 2},
-        "mi300x": {"MI300X-192GB": 8},
-        "g6e-0": {"L40S": 4},
-        "gke-0": {"A100-SXM-40GB": 2},
-        **{f"mig-single-1g.5gb-{i}": {"A100-SXM-40GB-1g.5gb": 1} for i in range(56)},
-        **{f"mig-mixed-3g.20gb-{i}": {"A100-SXM-40GB-3g.20gb": 1} for i in range(4)},
-    }
-    assert {group.zone for group in fleet.cluster.node_groups if group.name != "h100-0"} == {"eu-west-1a"}
-    assert fleet.cluster.network.zone_default is not None
-    assert reason(fleet, "a100-1").endswith(
-        "4 GPUs (NVIDIA-A100-SXM4-80GB): in use by serving/llama-0, serving/llama-1"
-    )
-    assert "not allocatable" in reason(fleet, "h100-0")
-    assert reason(fleet, "h100-1") == "8 GPUs (NVIDIA-H100-80GB-HBM3): cordoned"
-    assert "not ready (NodeStatusUnknown)" in reason(fleet, "l4-0")
-    assert "mixed types" in reason(fleet, "mixed")
-    assert "1 node without GPUs" in fleet.left_out
-
-
-def test_shared_gpus_may_have_a_name_of_their_own(tmp_path: Path) -> None:
-    """NVIDIA's device plugin renames the resource if its configuration says so, and keeps the product's name."""
-    data = json.loads((INPUTS / "kubectl_nodes.json").read_text())
-    node, other = (next(one for one in data["items"] if one["metadata"]["name"] == name) for name in ("l4-1", "a100-0"))
-    for counts in (node["status"]["capacity"], node["status"]["allocatable"]):
-        counts["nvidia.com/gpu.shared"], counts["nvidia.com/gpu"] = counts["nvidia.com/gpu"], "0"
-    labels = node["metadata"]["labels"]
-    labels["nvidia.com/gpu.product"] = "NVIDIA-L4"
-    container = {"resources": {"limits": {"nvidia.com/gpu.shared": "1"}}}
-    pod = {
-        "kind": "Pod",
-        "metadata": {"name": "chat", "namespace": "serving"},
-        "spec": {"nodeName": "l4-1", "containers": [container]},
-    }
-
-    def fleet(*items: dict[str, Any]) -> Discovered:
-        (tmp_path / "nodes.json").write_text(json.dumps({"kind": "List", "items": items}))
-        return discovered(read_inventory([str(tmp_path / "nodes.json")]), name="t", said={})
-
-    alone = fleet(node)
-    assert gpus(alone) == {"l4-1": {"L4": 4}}
-    assert [group.resource for group in alone.cluster.node_groups] == ["nvidia.com/gpu.shared"]
-    assert "resource: nvidia.com/gpu.shared\n" in file_text(alone, sources=["nodes.json"])
-    assert [group.resource for group in fleet(other).cluster.node_groups] == [""]
-    in_use = fleet(node, pod)
-    assert gpus(in_use) == {"l4-1": {"L4": 3}}
-    assert reason(in_use, "l4-1") == "1 GPU (NVIDIA-L4): in use by serving/chat"
-    for name in ("count", "replicas", "product", "memory"):
-        del labels[f"nvidia.com/gpu.{name}"]
-    unknown = fleet(node, other)
-    assert "l4-1" not in gpus(unknown)
-    assert "shared, and its labels do not say how many GPUs there are" in reason(unknown, "l4-1")
-
-
-def test_gpus_that_a_plan_numbers_otherwise_than_the_driver_have_their_indices(tmp_path: Path) -> None:
-    text = (INPUTS / "sxm.xml").read_text()
-    first, *others = re.findall(r"<gpu id=.*?</gpu>", text, re.DOTALL)
-    in_use = next(one for one in others if "python3.12" in one)
-    (tmp_path / "host.xml").write_text(f"<nvidia_smi_log>{in_use}{first}{others[0]}</nvidia_smi_log>")
-    inventory = read_inventory([str(tmp_path / "host.xml")], FleetSource.AUTO, with_busy=False)
-    fleet = discovered(inventory, name="test", said={})
-    assert gpus(fleet) == {"host": {"A100-SXM-80GB": 2}}
-    assert [group.indices for group in fleet.cluster.node_groups] == [(1, 2)]
-    assert "indices:\n  - 1\n  - 2\n" in file_text(fleet, sources=["host.xml"])
-    assert [group.indices for group in found("sxm.xml").cluster.node_groups] == [()], "those left out come after"
-
-
 @pytest.mark.parametrize(
     ("said", "types", "indices"),
     [
@@ -241,61 +138,7 @@ def test_gpus_in_use_are_part_of_the_fleet_where_that_is_asked_for() -> None:
     assert gpus(found("sxm.xml", with_busy=True)) == {"sxm": {"A100-SXM-80GB": 4}}
 
 
-def test_slices_tell_mixed_nodes_right_and_claims_who_uses_them() -> None:
-    fleet = found("kubectl_slices.json")
-    assert gpus(fleet) == {"dra-0": {"A100-SXM-40GB": 1, "V100-SXM2-32GB": 1}, "dra-1": {"H200-SXM-141GB": 1}}
-    assert "1 GPU (NVIDIA A100-SXM4-40GB): in use by a resource claim" in reason(fleet, "dra-0")
-    assert "1 GPU (Tesla V100-SXM2-32GB): tainted by the driver" in reason(fleet, "dra-0")
-    assert "1 device (NVIDIA A100-SXM4-40GB): parts of GPUs (MIG)" in reason(fleet, "dra-0")
-
-
-def test_nodes_with_taints_that_pods_do_not_tolerate_are_left_out(tmp_path: Path) -> None:
-    data = json.loads((INPUTS / "kubectl_nodes.json").read_text())
-    taints = {"key": "nvidia.com/gpu", "effect": "NoSchedule"}, {"key": "node.kubernetes.io/x", "effect": "NoExecute"}
-    for node in data["items"]:
-        node["spec"].setdefault("taints", []).extend(taints)
-    (tmp_path / "tolerated.json").write_text(json.dumps(data))
-    before = gpus(found("kubectl_nodes.json"))
-    assert (
-        gpus(discovered(read_inventory([str(tmp_path / "tolerated.json")], FleetSource.AUTO), name="t", said={}))
-        == before
-    )
-    [first] = [node for node in data["items"] if node["metadata"]["name"] == next(iter(before))]
-    first["spec"]["taints"] += [
-        {"key": "dedicated", "value": "team-x", "effect": "NoSchedule"}, {"key": "spot", "effect": "PreferNoSchedule"},
-    ]  # fmt: skip
-    (tmp_path / "dedicated.json").write_text(json.dumps(data))
-    fleet = discovered(read_inventory([str(tmp_path / "dedicated.json")], FleetSource.AUTO), name="t", said={})
-    assert gpus(fleet) == dict(list(before.items())[1:])
-    assert reason(fleet, next(iter(before))).endswith(": tainted dedicated=team-x:NoSchedule")
-
-
-def test_problems_of_kubernetes_come_all_at_once_with_their_places(tmp_path: Path) -> None:
-    data = json.loads((INPUTS / "kubectl_nodes.json").read_text())
-    data["items"][1]["status"]["capacity"]["nvidia.com/gpu"] = "eight"
-    data["items"][2]["status"]["allocatable"]["nvidia.com/gpu"] = 100_000
-    said = refused(tmp_path, "nodes.json", json.dumps(data, indent=1))
-    assert "items[1].status.capacity.nvidia.com/gpu: is 'eight', must be a number of GPUs from 0 to 1024" in said
-    assert "items[2].status.allocatable.nvidia.com/gpu: is 100000, must" in said
-    assert len(said.splitlines()) == 2
-    assert "has no Node and no ResourceSlice, but Pod" in refused(
-        tmp_path, "pods.json", (INPUTS / "kubectl_pods.json").read_text()
-    )
-
-
-def test_a_fleet_without_a_usable_gpu_is_refused_with_the_reasons(tmp_path: Path) -> None:
-    data = json.loads((INPUTS / "kubectl_nodes.json").read_text())
-    data["items"] = [item for item in data["items"] if item["metadata"]["name"] in ("h100-1", "l4-0")]
-    said = refused(tmp_path, "nodes.json", json.dumps(data))
-    assert "has no GPU that a plan may use: h100-1: 8 GPUs (NVIDIA-H100-80GB-HBM3): cordoned; l4-0: 4" in said
-
-
 # --- nvidia-smi
-
-
-@pytest.mark.parametrize(("parts", "said"), [(0, "MIG is on"), (1, "MIG is on (1 part)"), (7, "MIG is on (7 parts)")])
-def test_parts_of_a_gpu_are_counted(parts: int, said: str) -> None:
-    assert DriverGpu(product="NVIDIA H100 80GB HBM3", num_parts=parts).reason(with_busy=False) == said
 
 
 def test_hosts_of_nvidia_smi_are_called_as_their_files() -> None:

@@ -9,7 +9,7 @@ from typing import Any, get_args
 
 import pytest
 
-from hetis.planner.cli import sharing
+from hetis.planner.cli import searching
 from hetis.planner.cli.exit_codes import ExitCode
 from hetis.planner.cli.sharing import FairRule
 from hetis.solver.budget import Budget
@@ -137,7 +137,7 @@ def stopped(monkeypatch: pytest.MonkeyPatch) -> None:
         budgets.append(Budget(**given))
         return budgets[-1]
 
-    monkeypatch.setattr(sharing, "Budget", new_budget)
+    monkeypatch.setattr(searching, "Budget", new_budget)
     monkeypatch.setattr("hetis.commands.terminal.Terminal.say", lambda *_: budgets[-1].cancelled.set())
 
 
@@ -170,7 +170,7 @@ def test_no_further_rule_is_solved_after_an_interruption(tmp_path: Path, monkeyp
         budget.cancelled.set()
         return budget
 
-    monkeypatch.setattr(sharing, "Budget", spent)
+    monkeypatch.setattr(searching, "Budget", spent)
     call = partial(hetis_plan_here, "fair", written(tmp_path, SMALL), "--claims", "9", "--rounds", "9")
     run = call("-o", "json")
     assert run.returncode == ExitCode.INTERRUPTED, run.stderr

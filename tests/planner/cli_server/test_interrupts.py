@@ -2,74 +2,15 @@
 
 from __future__ import annotations
 
-import os
-import signal
-import sys
-import time
 from collections.abc import Callable
 from typing import cast
 
 import pytest
 
 from hetis.commands.terminal import Terminal
-from hetis.planner.cli.server import planner_verbs
-from hetis.planner.cli.server.planner_verbs import interrupts_that_arrive
 from hetis.planner.cli.server.waiting import wait_for_plan
 from hetis.planner.client import Client
 from hetis.v1 import plan_pb2
-
-
-def test_an_interrupt_that_python_drops_comes_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Dropping:
-        def __del__(self) -> None:
-            os.kill(os.getpid(), signal.SIGINT)
-
-    dropped = list[object]()
-    monkeypatch.setattr(sys, "unraisablehook", lambda unraisable: dropped.append(unraisable.exc_type))
-    before = signal.getsignal(signal.SIGINT)
-
-    def watching() -> None:
-        with interrupts_that_arrive():
-            Dropping()
-            time.sleep(60)
-
-    with pytest.raises(KeyboardInterrupt):
-        watching()
-    assert dropped == [KeyboardInterrupt]
-    assert signal.getsignal(signal.SIGINT) is before
-    assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
-
-
-def test_an_interrupt_on_its_way_out_is_not_interrupted(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(planner_verbs, "AGAIN_S", 0.01)
-    steps = list[int]()
-
-    def watching() -> None:
-        with interrupts_that_arrive():
-            try:
-                os.kill(os.getpid(), signal.SIGINT)
-                time.sleep(60)
-            finally:
-                for step in range(10):
-                    time.sleep(0.02)
-                    steps.append(step)
-
-    with pytest.raises(KeyboardInterrupt):
-        watching()
-    assert steps == list(range(10))
-    assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
-
-    def hanging() -> None:
-        with interrupts_that_arrive():
-            try:
-                raise KeyboardInterrupt
-            finally:
-                os.kill(os.getpid(), signal.SIGINT)  # a second Ctrl-C is meant
-                steps.append(10)
-
-    with pytest.raises(KeyboardInterrupt):
-        hanging()
-    assert steps == list(range(10))
 
 
 @pytest.mark.parametrize("tells", [True, False])

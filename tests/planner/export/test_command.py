@@ -16,8 +16,8 @@ from hetis.planner.cli.app import run
 from hetis.planner.cli.exit_codes import ExitCode
 from hetis.planner.export import ExportTarget
 from hetis.solver.plan import Plan
+from tests.planner.export.exporting import IN_CLUSTERS
 from tests.planner.export.plans import PLANS, STAGE_COPIES, made_of, on
-from tests.planner.export.test_export import IN_CLUSTERS
 
 
 @pytest.fixture

@@ -19,8 +19,8 @@ import yaml
 from hetis.planner.export import ExportTarget
 from hetis.planner.export.replicas import NotExportableError
 from tests.planner.export import reading
+from tests.planner.export.exporting import exported
 from tests.planner.export.plans import PLANS
-from tests.planner.export.test_export import exported
 
 FOLDER = os.environ.get("HETIS_CRDS")
 CHANGES: Mapping[str, Any] = {

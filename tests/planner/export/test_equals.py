@@ -13,8 +13,8 @@ from hetis.planner.export import ExportTarget
 from hetis.planner.export.equals import PRODUCTS
 from hetis.solver.plan import Plan
 from tests.planner.export import reading
+from tests.planner.export.exporting import IN_CLUSTERS, exported
 from tests.planner.export.plans import PLANS, made_of, on, replica
-from tests.planner.export.test_export import IN_CLUSTERS, exported
 from tests.planner.export.test_schemas import check_object
 
 GPU = "A100-SXM-80GB"

@@ -27,8 +27,8 @@ from hetis.engines.versions import Engine
 from hetis.planner.export import ExportTarget
 from hetis.planner.export.fronts import nginx_main
 from hetis.solver.plan import KvRoute, ReplicaPlan
+from tests.planner.export.exporting import exported
 from tests.planner.export.plans import DECODES, PLANS, made_of, on
-from tests.planner.export.test_export import exported
 
 PYTHON = Path(os.environ.get("HETIS_ROUTERS_PYTHON", Path(__file__).parents[3] / ".venv-routers" / "bin" / "python"))
 needs_routers = pytest.mark.skipif(

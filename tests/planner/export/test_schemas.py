@@ -18,8 +18,8 @@ from hetis.engines.versions import Engine
 from hetis.planner.export import ExportTarget
 from hetis.planner.export.replicas import NotExportableError
 from tests.planner.export import reading, schemas
+from tests.planner.export.exporting import exported
 from tests.planner.export.plans import PLANS, WITH_WORKERS
-from tests.planner.export.test_export import exported
 
 _SCHEMAS = f"kubernetes-json-schema/v{all_versions()[-1]}-local-strict"
 

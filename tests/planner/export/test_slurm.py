@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from hetis.planner.export import ExportTarget
+from tests.planner.export.exporting import exported
 from tests.planner.export.plans import PLANS
 from tests.planner.export.slurm_controller import Controller, Programs
-from tests.planner.export.test_export import exported
 
 PROGRAMS = Programs()
 NUM_GPUS = 8

@@ -21,8 +21,8 @@ from hetis.planner.export.targets import export_wanted
 from hetis.solver.plan import KvRoute, Plan, Role
 from tests.engines.plans import POOL, stage_of
 from tests.planner.export import reading, schemas
+from tests.planner.export.exporting import SETTINGS, exported
 from tests.planner.export.plans import apart, made_of, on, replica
-from tests.planner.export.test_export import SETTINGS, exported
 from tests.planner.export.test_schemas import check_object
 
 TWO_VENDORS = made_of(replica(on("a/1", "a/0", tp=2, gpu="MI300X-192GB")), replica(on("b/0", gpu="H100-SXM-80GB")))

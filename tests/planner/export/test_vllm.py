@@ -24,8 +24,8 @@ from tests.engines.test_attention import GEMMA_3, LLAMA_4, MISTRAL_3
 from tests.engines.test_commands import lines_of_layouts
 from tests.formats.models.test_huggingface import config_of, load
 from tests.formats.models.test_quantised_modules import STATED_KV
+from tests.planner.export.exporting import SETTINGS
 from tests.planner.export.plans import PLANS, model_of
-from tests.planner.export.test_export import SETTINGS
 from tests.runtime.launch.vllm_python import PYTHON, needs_vllm
 
 CONFIGS = [(one, dtype) for one, dtype in STATED_KV if one["quant_method"] == "modelopt"]

@@ -115,7 +115,7 @@ def contents() -> Contents:
 class SampleContents:
     """Return contents in which every replica of every plan can be read."""
 
-    async def of(self, plan: str, indices: Sequence[int]) -> list[Contents | None]:
+    async def contents(self, plan: str, indices: Sequence[int]) -> list[Contents | None]:
         return [contents() for _ in indices]
 
 

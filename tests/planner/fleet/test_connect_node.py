@@ -120,7 +120,7 @@ async def planner(
         epoch=epoch,
         settings=SETTINGS,
         clock=_Clock(),
-        contents=SampleContents(),
+        plans=SampleContents(),
     )
     await fleet.start()
     server = grpc.aio.server()

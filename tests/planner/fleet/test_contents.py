@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from hetis.planner.convert.stages import stage_from_proto
-from hetis.planner.fleet import reconciler
-from hetis.planner.fleet.reconciler import PlanContents
+from hetis.planner.fleet import stored_plans
 from hetis.planner.fleet.replica import Contents
+from hetis.planner.fleet.stored_plans import StoredPlans
 from hetis.planner.use_cases.dispatch.stages import load_stage_of_plan
 from hetis.planner.use_cases.saved_plans import load_plan_and_problem
 from hetis.solver.plan import Plan
@@ -34,10 +34,15 @@ def plan_file(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(path)
 
 
-def test_stages_are_those_that_dispatch_starts_from(plan_file: str) -> None:
+def plans_with(document: bytes) -> StoredPlans:
+    """Return the plans of a store that has one, with this document."""
     store = MemoryStore()
-    store.tables.plan_documents[PLAN] = Path(plan_file).read_bytes()
-    (contents,) = asyncio.run(PlanContents(store).of(PLAN, [0]))  # type: ignore[arg-type]
+    store.tables.plans.rows[PLAN], store.tables.plan_documents[PLAN] = plan_record(), document
+    return StoredPlans(store)  # type: ignore[arg-type]
+
+
+def test_stages_are_those_that_dispatch_starts_from(plan_file: str) -> None:
+    (contents,) = asyncio.run(plans_with(Path(plan_file).read_bytes()).contents(PLAN, [0]))
     assert contents is not None
     assert b"Llama-3.1-70B" in contents.model.content
     replica = load_plan_and_problem(plan_file).plan.replicas[0]
@@ -59,31 +64,28 @@ def test_stages_are_those_that_dispatch_starts_from(plan_file: str) -> None:
 async def test_what_all_replicas_of_a_plan_share_is_derived_once(
     plan_file: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    derived, derive = list[Plan](), reconciler.kv_partners_to_proto
+    derived, derive = list[Plan](), stored_plans.kv_partners_to_proto
 
     def counted(plan: Plan) -> list[list[KvPartner]]:
         derived.append(plan)
         return derive(plan)
 
-    monkeypatch.setattr(reconciler, "kv_partners_to_proto", counted)
-    store = MemoryStore()
-    store.tables.plans.rows[PLAN] = plan_record()
-    store.tables.plan_documents[PLAN] = Path(plan_file).read_bytes()
-    contents = PlanContents(store)  # type: ignore[arg-type]
-    first, again = [await contents.of(PLAN, [0]) for _ in range(2)]
+    monkeypatch.setattr(stored_plans, "kv_partners_to_proto", counted)
+    plans = plans_with(Path(plan_file).read_bytes())
+    first, again = [await plans.contents(PLAN, [0]) for _ in range(2)]
     assert first == again
     assert len(derived) == 1
 
 
 async def test_a_plan_that_is_deleted_and_made_again_under_its_name_has_its_own_contents(plan_file: str) -> None:
     store = MemoryStore()
-    contents = PlanContents(store)  # type: ignore[arg-type]
+    plans = StoredPlans(store)  # type: ignore[arg-type]
 
     async def contents_of(document: bytes, digest: str) -> Contents | None:
         made = plan_record()
         made.body.result.document.digest = digest
         store.tables.plans.rows[PLAN], store.tables.plan_documents[PLAN] = made, document
-        return (await contents.of(PLAN, [0]))[0]
+        return (await plans.contents(PLAN, [0]))[0]
 
     assert await contents_of(Path(plan_file).read_bytes(), "one") is not None
     assert await contents_of(b"{}", "two") is None
@@ -91,10 +93,9 @@ async def test_a_plan_that_is_deleted_and_made_again_under_its_name_has_its_own_
 
 
 def test_contents_name_the_gpu_types_and_no_replica_that_cannot_be_worked_out_stops_the_others(plan_file: str) -> None:
-    store, document = MemoryStore(), json.loads(Path(plan_file).read_text())
+    document = json.loads(Path(plan_file).read_text())
     replica = load_plan_and_problem(plan_file).plan.replicas[0]
-    store.tables.plan_documents[PLAN] = json.dumps(document).encode()
-    contents, none = asyncio.run(PlanContents(store).of(PLAN, [0, 9]))  # type: ignore[arg-type]
+    contents, none = asyncio.run(plans_with(json.dumps(document).encode()).contents(PLAN, [0, 9]))
     assert contents is not None
     assert none is None
     types = {part.gpu for part in (*replica.stages, *replica.attention_workers)}
@@ -102,33 +103,28 @@ def test_contents_name_the_gpu_types_and_no_replica_that_cannot_be_worked_out_st
         name: ("NVIDIA", {"H100-SXM-80GB": 9.0, "L4": 8.9}[name]) for name in types
     }
     document["kv_routes"] = [{"prefill": 0, "decode": 9, "rate": 1.0}]
-    store.tables.plan_documents[PLAN] = json.dumps(document).encode()
-    assert asyncio.run(PlanContents(store).of(PLAN, [0])) == [None]  # type: ignore[arg-type]
+    assert asyncio.run(plans_with(json.dumps(document).encode()).contents(PLAN, [0])) == [None]
 
 
 def test_a_plan_of_another_version_is_logged_with_the_reason_and_without_a_traceback(
     plan_file: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    store, document = MemoryStore(), json.loads(Path(plan_file).read_text())
+    document = json.loads(Path(plan_file).read_text())
     document["apiVersion"] = "hetis/v99"
-    store.tables.plan_documents[PLAN] = json.dumps(document).encode()
-    assert asyncio.run(PlanContents(store).of(PLAN, [0])) == [None]  # type: ignore[arg-type]
+    assert asyncio.run(plans_with(json.dumps(document).encode()).contents(PLAN, [0])) == [None]
     (record,) = caplog.records
     assert record.exc_info is None
     assert "hetis/v99" in vars(record)["why"]
 
 
 async def test_a_plan_that_cannot_be_read_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
-    store = MemoryStore()
-    store.tables.plans.rows[PLAN], store.tables.plan_documents[PLAN] = plan_record(), b"{}"
-    contents = PlanContents(store)  # type: ignore[arg-type]
+    plans = plans_with(b"{}")
     for _ in range(2):
-        assert await contents.of(PLAN, [0, 1]) == [None, None]
+        assert await plans.contents(PLAN, [0, 1]) == [None, None]
     assert len(caplog.records) == 1
 
 
 def test_a_plan_that_is_gone_or_cannot_be_read_has_no_contents() -> None:
     store = MemoryStore()
-    assert asyncio.run(PlanContents(store).of(PLAN, [0, 1])) == [None, None]  # type: ignore[arg-type]
-    store.tables.plan_documents[PLAN] = b"{}"
-    assert asyncio.run(PlanContents(store).of(PLAN, [0])) == [None]  # type: ignore[arg-type]
+    assert asyncio.run(StoredPlans(store).contents(PLAN, [0, 1])) == [None, None]  # type: ignore[arg-type]
+    assert asyncio.run(plans_with(b"{}").contents(PLAN, [0])) == [None]

@@ -32,6 +32,7 @@ from tests.planner.fleet.samples import (
     change,
     cluster_document,
     cluster_record,
+    replica_record,
     store_with_plan,
 )
 
@@ -84,7 +85,7 @@ def new_fleet(store: MemoryStore, clock: HandClock | None = None, hubs: Hubs | N
         epoch=1,
         settings=SETTINGS,
         clock=clock or HandClock(),
-        contents=SampleContents(),
+        plans=SampleContents(),
     )
 
 
@@ -413,3 +414,22 @@ async def test_a_planner_that_another_one_replaced_writes_nothing(tmp_path: Path
     await other.close()
     with suppress(Exception):
         await zombie.close()
+
+
+async def test_a_node_shows_its_replicas_as_long_as_they_have_records() -> None:
+    store = store_of_one_cluster()
+    fleet, other = new_fleet(store), replica_record(f"{CLUSTER}/replicas/first-1")
+
+    async def replicas() -> list[str]:
+        await fleet.cluster_changed(CLUSTER)
+        view = fleet.node_view(NODE)
+        assert view is not None
+        return list(view.replicas)
+
+    await fleet.start()
+    assert await replicas() == [REPLICA]
+    store.tables.replicas.insert(other)
+    assert await replicas() == [REPLICA, other.name]
+    store.tables.replicas.delete(REPLICA)
+    assert await replicas() == [other.name]
+    await fleet.stop("the test is over")

@@ -16,7 +16,7 @@ from hetis.planner.jobs.messages import FoundPlan, PosedProblem, posed_from_json
 from hetis.planner.jobs.pool import Begun, PoolSettings, SearchEvent, SolverPool
 from hetis.planner.jobs.process import SolverProcess
 from hetis.planner.jobs.searching import solve
-from hetis.planner.use_cases.place import PlacementSettings
+from hetis.planner.use_cases.placement_settings import PlacementSettings
 from hetis.planner.use_cases.record.parts import Verified
 from hetis.planner.use_cases.saved_plans import problem_of_plan
 from hetis.planner.use_cases.service_level import ServiceLevel, Statistic

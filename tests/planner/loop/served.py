@@ -8,7 +8,9 @@ import numpy as np
 
 from hetis.formats.documents import from_data
 from hetis.planner.loop.forecast import BIN_S, History
-from hetis.planner.use_cases.place import PlacementSettings, describe, search
+from hetis.planner.use_cases.describing import describe
+from hetis.planner.use_cases.place import search
+from hetis.planner.use_cases.placement_settings import PlacementSettings
 from hetis.planner.use_cases.saved_plans import PlanAndProblem
 from hetis.planner.use_cases.sources import engine_rules, load_inputs
 from hetis.solver.budget import Budget, silent

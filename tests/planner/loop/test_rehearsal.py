@@ -16,7 +16,7 @@ from hetis.planner.loop.curves import STEP_S, TrafficCurve, composed_curve, read
 from hetis.planner.loop.decision import LoopSettings, kept_rate
 from hetis.planner.loop.rehearsal import LoopFollower, NodeEvent, Rehearsal, RememberingSearch, rehearse
 from hetis.planner.loop.rivals import Static, ThresholdScaling, plan_for_peak, rehearse_all
-from hetis.planner.use_cases.place import with_inputs
+from hetis.planner.use_cases.describing import with_inputs
 from hetis.planner.use_cases.prices import price_of_plan
 from hetis.planner.use_cases.sources import LoadedInputs
 from hetis.solver.cluster import node_of

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from hetis.planner.convert.documents import DeclaredFleets
+from hetis.planner.fleet.stored_plans import StoredPlans
 from hetis.planner.resources.plan_activation import PlanActivation
 from hetis.planner.resources.plan_creation import PlanSearches
-from hetis.planner.resources.plan_documents import PlanDocuments
 from hetis.planner.resources.plans import Plans
 from hetis.planner.resources.proposals import StoredPlacements
 from hetis.v1 import plan_pb2
@@ -15,7 +15,7 @@ from tests.planner.resources.planned import Planner, planner_in
 
 
 def placements_of(planner: Planner) -> StoredPlacements:
-    documents = PlanDocuments(planner.store)
+    documents = StoredPlans(planner.store)
     searches = PlanSearches(planner.store, planner.hubs, planner.pool)
     return StoredPlacements(
         planner.store,

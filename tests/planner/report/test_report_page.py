@@ -13,10 +13,10 @@ import pytest
 
 from hetis.formats.documents import load_cluster, load_plan
 from hetis.planner.report.alternatives import reason_words, shape_words
-from hetis.planner.report.differences import differences, is_one_question
+from hetis.planner.report.blocks import COLORS, Waterfalls
 from hetis.planner.report.figures import digits
+from hetis.planner.report.goals import differences, is_one_question
 from hetis.planner.report.page.axes import chart_of
-from hetis.planner.report.page.blocks import COLORS, Waterfalls
 from hetis.planner.report.page.fleet_map import fleet_map, shape_letter
 from hetis.planner.report.page.key_figures import key_tiles
 from hetis.planner.report.page.pages import ShownPlan, plans_page
@@ -135,7 +135,7 @@ def test_plans_that_answer_different_questions_are_not_ranked(folder: Path) -> N
     page = plans_page([ShownPlan(name="lax", plan=found.plan, problem=found.problem), strict])
     text = whole(page).text
     assert "The plans differ in latency limits and workload, so none is marked as the best." in text
-    assert "TTFT p95 limit TPOT mean limit" in text
+    assert "TTFT s TTFT limit TPOT ms TPOT limit" in text
     assert "700 ms" in text
     assert (
         "Latency limits TTFT p95 up to 2 s, TPOT up to 100 ms: lax; TTFT p95 up to 0.7 s, TPOT unlimited: strict"

@@ -15,12 +15,12 @@ import grpc
 
 from hetis.planner.convert.documents import DeclaredFleets
 from hetis.planner.fleet.hubs import Hubs
+from hetis.planner.fleet.stored_plans import StoredPlans
 from hetis.planner.jobs.pool import PoolSettings, SolverPool
 from hetis.planner.jobs.process import SolverProcess
 from hetis.planner.resources.clusters import Clusters
 from hetis.planner.resources.plan_activation import PlanActivation
 from hetis.planner.resources.plan_creation import PlanCreation, PlanSearches
-from hetis.planner.resources.plan_documents import PlanDocuments
 from hetis.planner.resources.plans import Plans
 from hetis.planner.service.calls import Calls
 from hetis.planner.service.identity.credentials import Authenticator, NoCredentials
@@ -105,13 +105,16 @@ async def planner_in(
     hubs, fleet, fleets = Hubs(await store.leadership.grant("test")), FakeFleet(), DeclaredFleets()
     pool = SolverPool(settings, start_process=start_process)
     searches = PlanSearches(store, hubs, pool)
-    documents = PlanDocuments(store)
+    documents = StoredPlans(store)
     creation = PlanCreation(store, hubs, fleet, fleets, pool, searches)
     clusters = Clusters(store, hubs, fleet, fleets)
     plans = Plans(store, hubs, fleet, searches, documents)
     activation = PlanActivation(store, hubs, fleet, fleets, documents)
     parts = SimpleNamespace(creation=creation, plans=plans, activation=activation)
-    server = PlannerServer([servicing("PlanService", parts)], Calls(authenticator, Telemetry(ServiceMetrics("0"))))
+    server = PlannerServer(
+        [servicing("PlanService", lambda method, request, _: method.carry_out(parts, request))],
+        Calls(authenticator, Telemetry(ServiceMetrics("0"))),
+    )
     address = server.listen("127.0.0.1:0")
     pool.start()
     await searches.resume()

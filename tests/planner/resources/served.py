@@ -18,16 +18,17 @@ from grpc_status import rpc_status  # type: ignore[import-untyped]
 from hetis.planner.convert.documents import DeclaredFleets
 from hetis.planner.failures import not_found
 from hetis.planner.fleet.hubs import Hubs
+from hetis.planner.fleet.stored_plans import StoredPlans
 from hetis.planner.fleet.views import Clock, LiveNode, LiveReplica, show_live
 from hetis.planner.resources import dispatch
 from hetis.planner.resources.clusters import Clusters
 from hetis.planner.resources.nodes import CONNECTED, NodeReader, Nodes
-from hetis.planner.resources.plan_documents import PlanDocuments
 from hetis.planner.resources.profiles import Profiles
 from hetis.planner.resources.traffic import MeasuredTraffic
 from hetis.planner.resources.watches import ClusterWatches, RunningResources
 from hetis.planner.service.calls import Calls
 from hetis.planner.service.identity.credentials import NoCredentials
+from hetis.planner.service.methods import Method
 from hetis.planner.service.observability.metrics import ServiceMetrics
 from hetis.planner.service.observability.telemetry import Telemetry
 from hetis.planner.service.server import PlannerServer
@@ -64,6 +65,7 @@ def live_node(state: STATE.ValueType = STATE.NODE_STATE_READY, **given: Any) -> 
     """Return a node as the fleet sees it; ``given`` fields replace the defaults."""
     usual: dict[str, Any] = {
         "is_draining": False,
+        "replicas": (),
         "devices": (),
         "inventory": None,
         "agent_version": "",
@@ -155,9 +157,13 @@ async def served(folder: Path) -> AsyncIterator[Served]:
         watches=ClusterWatches(store, hubs, fleet, reader),
         profiles=Profiles(store),
         dispatch=dispatch,
-        traffic=MeasuredTraffic(store, fleet, PlanDocuments(store), Clock()),
+        traffic=MeasuredTraffic(store, fleet, StoredPlans(store), Clock()),
     )
-    servicings = [servicing(name, parts) for name in ("ClusterService", "ProfileService", "DispatchService")]
+
+    def answer(method: Method, request: Any, _context: Any) -> Any:
+        return method.carry_out(parts, request)
+
+    servicings = [servicing(name, answer) for name in ("ClusterService", "ProfileService", "DispatchService")]
     server = PlannerServer(servicings, Calls(NoCredentials(), Telemetry(ServiceMetrics("0"))))
     address = server.listen("127.0.0.1:0")
     await server.start()

@@ -46,11 +46,13 @@ class World:
         fleet = SimpleNamespace(cluster_names=["clusters/a"], replica_view=lambda name: replica)
         model = SimpleNamespace(problem=SimpleNamespace(model=SimpleNamespace(name="tiny")))
 
-        class Documents:
+        class Plans:
             async def of(self, record: object) -> object:
                 return model
 
-        self.traffic = MeasuredTraffic(self.store, cast(Any, fleet), cast(Any, Documents()), self.clock)
+            async def in_force(self, cluster: str) -> None: ...
+
+        self.traffic = MeasuredTraffic(self.store, cast(Any, fleet), cast(Any, Plans()), self.clock)
 
     async def pass_time(self, seconds: float, *, rate: float, every_s: float = 5.0) -> None:
         """Let a replica report a steady rate, and the planner take it in."""

@@ -17,7 +17,6 @@ from hetis.v1 import cluster_pb2, inventory_pb2, report_pb2
 from hetis.v1 import cluster_service_pb2 as pb
 from hetis.v1.view_pb2 import VIEW_BASIC
 from tests.planner.resources.served import CLUSTER, STATE, LiveNode, Served, document, live_node, refused, served
-from tests.planner.store import samples
 
 PARENT = "clusters/night"
 KIND = cluster_pb2.InventoryDifferenceKind
@@ -86,16 +85,15 @@ async def test_states_of_nodes_are_those_of_document_and_fleet(tmp_path: Path) -
 async def test_a_node_shows_what_was_kept_and_what_is_seen(tmp_path: Path) -> None:
     name = f"{PARENT}/nodes/l4-0"
     body = cluster_pb2.Node(agent_version="1.2", inventory=found("L4", "L4"), connect_time={"seconds": 1})
-    replica = samples.replica(f"{PARENT}/replicas/r")
-    replica.body.nodes.extend([name, f"{PARENT}/nodes/l4-1"])
+    replica = f"{PARENT}/replicas/r"
 
     async with served(tmp_path) as planner:
         await make(planner)
         await planner.store.write(lambda tx: tx.nodes.insert(NodeRecord(name=name, cluster=PARENT, body=body)))
-        await planner.store.write(lambda tx: tx.replicas.insert(replica))
-        see(planner, "l4-0", STATE.NODE_STATE_READY, devices=[report_pb2.DeviceReport(index=1, used_blocks=7)])
+        devices = [report_pb2.DeviceReport(index=1, used_blocks=7)]
+        see(planner, "l4-0", STATE.NODE_STATE_READY, devices=devices, replicas=[replica])
         node = (await planner.clusters.GetNode(pb.GetNodeRequest(name=name))).node
-        assert (node.name, node.agent_version, node.etag, list(node.replicas)) == (name, "1.2", "v1", [replica.name])
+        assert (node.name, node.agent_version, node.etag, list(node.replicas)) == (name, "1.2", "v1", [replica])
         assert (node.devices[0].used_blocks, node.connect_time.seconds, node.heard_time.seconds) == (7, 5, 6)
         assert len(node.inventory.devices) == 2
         basic = (await planner.clusters.GetNode(pb.GetNodeRequest(name=name, view=VIEW_BASIC))).node
@@ -319,28 +317,3 @@ async def test_a_page_of_nodes_with_large_reports_is_shorter(tmp_path: Path, mon
             if not (token := page.next_page_token):
                 break
         assert seen == ["a100", "l4-0", "l4-1", "l4-2"]
-
-
-async def test_replicas_of_a_node_are_those_of_the_records(tmp_path: Path) -> None:
-    """Parsed documents are cached, and read again only when a record has changed."""
-    name = f"{PARENT}/nodes/l4-0"
-
-    async with served(tmp_path) as planner:
-
-        async def replicas() -> list[str]:
-            return list((await planner.clusters.GetNode(pb.GetNodeRequest(name=name))).node.replicas)
-
-        await make(planner)
-        assert await replicas() == []
-        record = samples.replica(f"{PARENT}/replicas/r")
-        record.body.nodes[:] = [name]
-        await planner.store.write(lambda tx: tx.replicas.insert(record))
-        assert await replicas() == [record.name]
-        record = await planner.store.write(lambda tx: tx.replicas.update(dataclasses.replace(record, generation=9)))
-        assert await replicas() == [record.name]
-        record.body.nodes[:] = [f"{PARENT}/nodes/l4-1"]
-        await planner.store.write(lambda tx: tx.replicas.update(record))
-        assert await replicas() == []
-        record.body.nodes[:] = [name]
-        await planner.store.write(lambda tx: tx.replicas.delete(record.name))
-        assert await replicas() == []

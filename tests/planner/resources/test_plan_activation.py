@@ -13,7 +13,8 @@ import grpc
 import pytest
 
 from hetis.formats.documents import dump
-from hetis.planner.use_cases.place import PlacementSettings, make_plan
+from hetis.planner.use_cases.place import make_plan
+from hetis.planner.use_cases.placement_settings import PlacementSettings
 from hetis.planner.use_cases.request import objective
 from hetis.planner.use_cases.sources import engine_rules, load_inputs
 from hetis.solver.budget import Budget, silent

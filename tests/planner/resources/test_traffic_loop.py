@@ -22,7 +22,7 @@ from hetis.planner.use_cases.sources import Inputs
 from hetis.solver.plan import Plan
 from hetis.solver.traffic import SECONDS, TOKENS, Histogram, TrafficSketch
 from hetis.v1 import cluster_pb2, plan_pb2
-from tests.planner.use_cases.test_robustness import planned, posed
+from tests.planner.use_cases.robustness.studied import planned, posed
 
 CLUSTER = "clusters/a"
 START_S = 100 * MINUTE_S

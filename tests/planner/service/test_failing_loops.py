@@ -181,8 +181,6 @@ class LostStore:
 class HangingTerm:
     """A term that does not end, not even when it is cancelled once."""
 
-    servicings = ()
-
     def __init__(self) -> None:
         self.is_released = asyncio.Event()
 

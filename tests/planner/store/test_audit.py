@@ -10,7 +10,7 @@ import sqlalchemy as sa
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hetis.planner.store import Store, Transaction, opening, records, schema
+from hetis.planner.store import Store, Transaction, audit, opening, records, schema
 from hetis.planner.store.audit import AuditedChange, AuditFilter, AuditLog
 
 TEXT = st.text(max_size=10)
@@ -83,6 +83,37 @@ def test_a_line_that_is_taken_out_or_moved_is_found(connection: sa.Connection) -
     assert AuditLog(connection).first_wrong() == 2
     connection.execute(sa.update(table).where(table.c.number == 3).values(number=2))
     assert AuditLog(connection).first_wrong() == 2
+
+
+def test_old_lines_are_deleted_and_the_chain_goes_on_from_the_last_of_them(connection: sa.Connection) -> None:
+    log, table = AuditLog(connection), records.audit
+    fourth = list(log.lines())[3]
+    assert log.forget_before(0.0, time_s=2000.0) == 0
+    assert log.forget_before(fourth.time_s, time_s=2000.0) == 3
+    assert log.forget_before(fourth.time_s, time_s=2000.0) == 0
+    first, _, told = log.lines()
+    assert (first, told.number, told.change.method) == (fourth, 6, "ForgetAuditedChanges")
+    assert log.first_wrong() is None
+    with connection.begin_nested() as changed:
+        connection.execute(sa.delete(table).where(table.c.number == 4))
+        assert log.first_wrong() == 4
+        changed.rollback()
+    with connection.begin_nested() as changed:
+        connection.execute(sa.update(table).where(table.c.number == 6).values(resource="auditedChanges/4/x"))
+        assert log.first_wrong() == 1
+        changed.rollback()
+    assert log.forget_before(1e9, time_s=2000.0) == 2  # but the last line stays
+    assert log.first_wrong() is None
+
+
+def test_very_many_old_lines_are_deleted_a_part_at_a_time(
+    connection: sa.Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(audit, "MOST_FORGOTTEN", 2)
+    log = AuditLog(connection)
+    assert [log.forget_before(1001.2, time_s=2000.0) for _ in range(4)] == [2, 2, 0, 0]
+    assert [line.number for line in log.lines()] == [5, 6, 7]
+    assert log.first_wrong() is None
 
 
 @given(st.lists(CHANGES, max_size=6))

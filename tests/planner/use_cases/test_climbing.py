@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import atexit
+import json
+import shutil
+import tempfile
 from dataclasses import replace
 from functools import cache
+from pathlib import Path
 
 import pytest
 
 from hetis.planner.export.carrying import not_carried
 from hetis.planner.use_cases.climbing import Carriers, Climbed, climb, gain_of, gains_under_errors
-from hetis.planner.use_cases.place import load, pose, search, settings_of
+from hetis.planner.use_cases.place import pose, search
+from hetis.planner.use_cases.placement_settings import settings_of
 from hetis.planner.use_cases.record.forms import RungFound
 from hetis.planner.use_cases.request import PlacementRequest
 from hetis.solver.advice import worst_node
@@ -18,9 +24,24 @@ from hetis.solver.errors import InfeasibleError
 from hetis.solver.placement.rungs import RUNGS, lowest_rung
 from hetis.solver.plan import Plan
 from hetis.solver.problem import PlacementProblem
-from tests.planner.command_line import EXAMPLES
 
 TARGETS = ("vllm", "llm-d")
+FLEET = {
+    "apiVersion": "hetis/v1", "kind": "Cluster", "name": "two strong nodes and four weak ones",
+    "nodes": [
+        {"name": "a100", "count": 2, "gpus": [{"type": "A100-SXM-80GB", "count": 8}]},
+        {"name": "l4", "count": 4, "gpus": [{"type": "L4", "count": 4}]},
+    ],
+    "network": {"bandwidth": "100Gbps", "latency": "20us"},
+}  # fmt: skip
+
+
+@cache
+def fleet_file() -> str:
+    folder = tempfile.mkdtemp(prefix="hetis-climbing-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    (path := Path(folder) / "fleet.json").write_text(json.dumps(FLEET), encoding="utf-8")
+    return str(path)
 
 
 def all_carry(_plan: Plan, _problem: PlacementProblem) -> dict[str, tuple[str, ...]]:
@@ -34,11 +55,11 @@ def only_whole_nodes(plan: Plan, _problem: PlacementProblem) -> dict[str, tuple[
 
 @cache
 def climbed(
-    *, workload: str = "azure_conv_2023", carriers: Carriers = all_carry, rung: str = "", worth: float = 0.1,
+    *, workload: str = "1024/256", carriers: Carriers = all_carry, rung: str = "", worth: float = 0.1,
     target: str = "", objective: str = "goodput", rate: float | None = None, min_layers: int | None = None,
 ) -> Climbed:  # fmt: skip
     request = PlacementRequest(
-        str(EXAMPLES / "fleet-160.yaml"), "Llama-2-70B", workload, rung=rung, worth=worth, target=target,  # type: ignore[arg-type]
+        fleet_file(), "Llama-2-70B", workload, rung=rung, worth=worth, target=target,  # type: ignore[arg-type]
         objective=objective, rate=rate, min_layers=min_layers,  # type: ignore[arg-type]
     )  # fmt: skip
     settings = settings_of(request)
@@ -46,7 +67,7 @@ def climbed(
     def find(posed: PlacementProblem, budget: Budget) -> Plan:
         return search(posed, settings, budget=budget, report=silent)
 
-    return climb(find, Budget(), pose(request, load(request)), "hetis", settings.climbing(carriers))
+    return climb(find, Budget(), pose(request).problem, "hetis", settings.climbing(carriers))
 
 
 def by_name(made: Climbed) -> dict[str, RungFound]:
@@ -65,36 +86,36 @@ def test_the_default_rung_leaves_no_less_after_a_loss_than_simpler_ones() -> Non
 
 
 def test_a_rung_that_gains_enough_and_leaves_more_is_the_default() -> None:
-    made = climbed(workload="1024/256")
+    made = climbed()
     assert made.rung == "apart"
     assert gain_of(made.plan, made.simpler.plan) > 0.1
 
 
 def test_a_gain_must_be_worth_it() -> None:
-    best, node = (climbed(workload="1024/256", rung=rung).plan for rung in ("apart", "node"))
-    assert climbed(workload="1024/256", worth=1.01 * gain_of(best, node)).rung != "apart"
+    best, node = (climbed(rung=rung).plan for rung in ("apart", "node"))
+    assert climbed(worth=1.01 * gain_of(best, node)).rung != "apart"
 
 
 def test_a_gain_must_hold_under_the_profiles_errors() -> None:
     """The gain by the model is more than that in one of ten draws."""
-    made = climbed(workload="1024/256", rung="apart")
-    node = climbed(workload="1024/256", rung="node").plan
+    made = climbed(rung="apart")
+    node = climbed(rung="node").plan
     gains = sorted(gains_under_errors(made.plan, node, made.problem))
     between = (gains[2] + gain_of(made.plan, node)) / 2
     assert gains[2] < between < gain_of(made.plan, node)
-    assert climbed(workload="1024/256", worth=between).rung != "apart"
+    assert climbed(worth=between).rung != "apart"
     assert list(gains_under_errors(node, node, made.problem)) == pytest.approx([0.0] * len(gains))
 
 
 def test_a_rung_that_no_target_carries_is_not_the_default() -> None:
-    made = climbed(workload="1024/256", carriers=only_whole_nodes)
+    made = climbed(carriers=only_whole_nodes)
     assert made.rung == "node"
     assert by_name(made)["apart"].targets == ()
-    assert climbed(workload="1024/256", carriers=only_whole_nodes, rung="apart").rung == "apart"
+    assert climbed(carriers=only_whole_nodes, rung="apart").rung == "apart"
 
 
 def test_a_target_must_carry_the_whole_plan() -> None:
-    assert climbed(workload="1024/256", carriers=only_whole_nodes, target="vllm").rung == "node"
+    assert climbed(carriers=only_whole_nodes, target="vllm").rung == "node"
     with pytest.raises(InfeasibleError, match="llm-d does not carry the plan of rung node; it serves nothing"):
         climbed(carriers=only_whole_nodes, target="llm-d")
 
@@ -137,11 +158,11 @@ def test_one_replica_of_each_shape_tells_which_targets_carry_all(name: str) -> N
 
 
 def test_no_plan_on_any_rung_is_explained() -> None:
-    request = PlacementRequest(str(EXAMPLES / "fleet-160.yaml"), "Llama-2-70B", "azure_conv_2023", ttft="1ms")
+    request = PlacementRequest(fleet_file(), "Llama-2-70B", "1024/256", ttft="1ms")
     settings = settings_of(request)
 
     def find(posed: PlacementProblem, budget: Budget) -> Plan:
         return search(posed, settings, budget=replace(budget, explains=False), report=silent)
 
     with pytest.raises(InfeasibleError):
-        climb(find, Budget(), pose(request, load(request)), "hetis", settings.climbing(all_carry))
+        climb(find, Budget(), pose(request).problem, "hetis", settings.climbing(all_carry))

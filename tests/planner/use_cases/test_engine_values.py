@@ -13,7 +13,8 @@ import pytest
 
 import hetis.solver.planning as planning
 from hetis.planner.use_cases.engine_values import with_engine_values
-from hetis.planner.use_cases.place import PlacementSettings, search
+from hetis.planner.use_cases.place import search
+from hetis.planner.use_cases.placement_settings import PlacementSettings
 from hetis.planner.use_cases.precision import for_engine
 from hetis.planner.use_cases.record.forms import EngineValue
 from hetis.planner.use_cases.record.parts import OtherEngines

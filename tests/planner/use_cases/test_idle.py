@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import re
-import threading
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from hetis.planner.use_cases.place import load, pose, prove
+from hetis.planner.use_cases.place import pose
 from hetis.planner.use_cases.request import PlacementRequest
 from hetis.solver.budget import silent
 from hetis.solver.plan import Plan
@@ -33,8 +32,7 @@ def request(tmp_path: Path, idle: str, count: int, model: str, workload: str) ->
 
 
 def proven(of: PlacementRequest) -> Plan:
-    loaded = load(of)
-    return prove(of, loaded, pose(of, loaded), cancelled=threading.Event(), report=silent).plan
+    return pose(of).prove(silent).plan
 
 
 def ways_in(plan: Plan, idle: str) -> dict[str, float]:

@@ -13,7 +13,7 @@ from hetis.planner.cli.app import run
 from hetis.planner.cli.exit_codes import ExitCode
 from hetis.planner.use_cases import listing
 from hetis.planner.use_cases.listing import kinds_in_a_zone, stages_to_list
-from hetis.planner.use_cases.place import PlacementSettings
+from hetis.planner.use_cases.placement_settings import PlacementSettings
 from hetis.planner.use_cases.request import objective
 from hetis.planner.use_cases.sources import engine_rules, load_inputs
 from hetis.solver.placement.constrained_problem import apply_constraints

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import threading
 from collections.abc import Callable
 from dataclasses import replace
 from importlib import import_module
@@ -63,11 +62,11 @@ def test_a_plan_is_printed_and_saved(solver: Solver, tmp_path: Path, capsys: pyt
 
 def test_the_problem_has_the_hit_rate_that_was_given() -> None:
     request = PlacementRequest(cluster=INPUTS[3], model=INPUTS[5], workload=INPUTS[7], prefix_hit_rate=0.4)
-    loaded = placing.load(request)
-    assert loaded.inputs.workload.prefix_hit_rate == 0.4
-    assert placing.pose(request, loaded).workload.prefix_hit_rate == 0.4
-    assert loaded.inputs.documents()["workload"]["prefix_hit_rate"] == 0.4
-    assert "prefix_hit_rate" not in placing.load(replace(request, prefix_hit_rate=None)).inputs.documents()["workload"]
+    posed, without = placing.pose(request), placing.pose(replace(request, prefix_hit_rate=None))
+    assert posed.loaded.inputs.workload.prefix_hit_rate == 0.4
+    assert posed.problem.workload.prefix_hit_rate == 0.4
+    assert posed.loaded.inputs.documents()["workload"]["prefix_hit_rate"] == 0.4
+    assert "prefix_hit_rate" not in without.loaded.inputs.documents()["workload"]
 
 
 @pytest.mark.parametrize(
@@ -131,11 +130,11 @@ def test_stopping_without_a_plan_proves_nothing(solver: Solver, capsys: pytest.C
 def test_ctrl_c_before_a_plan_is_told_to_people_and_programs(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def prove(*_arguments: object, cancelled: threading.Event, **_options: object) -> None:
-        cancelled.set()
+    def prove(posed: placing.PosedPlacement, _report: object) -> None:
+        posed.cancelled.set()
         raise NoPlanFoundError("no plan within 1 s")
 
-    monkeypatch.setattr(placing, "prove", prove)
+    monkeypatch.setattr(placing.PosedPlacement, "prove", prove)
     assert run([*INPUTS, "-o", "json"]) == ExitCode.INTERRUPTED
     captured = capsys.readouterr()
     assert captured.err.endswith("error: stopped before a plan was found\n")
@@ -148,11 +147,11 @@ def test_a_plan_is_shown_before_it_is_simulated(
     solver(PLAN)
     shown = list[str]()
 
-    def verify(made: Climbed, *_arguments: object, **_options: object) -> placing.PlacedPlan:
+    def verify(_posed: object, made: Climbed, _report: object) -> placing.PlacedPlan:
         shown.append(capsys.readouterr().out)
         return placing.PlacedPlan(plan=made.plan, problem=made.problem)
 
-    monkeypatch.setattr(placing, "verify", verify)
+    monkeypatch.setattr(placing.PosedPlacement, "verify", verify)
     assert run(INPUTS) == ExitCode.OK
     assert "Goodput" in shown[0]
     assert capsys.readouterr().out == ""

@@ -13,14 +13,13 @@ from hetis.planner.cli.parameters.requests import CompareOptions, PlaceOptions, 
 from hetis.planner.convert.plan_specs import SAME, spec_from_request
 from hetis.planner.convert.plans import objective_from_proto
 from hetis.planner.export import ExportTarget
-from hetis.planner.library.arguments import CHECKS
+from hetis.planner.library.placing import CHECKED
 from hetis.planner.use_cases import request
 from hetis.planner.use_cases.record.forms import PLACES
 from hetis.planner.use_cases.request import (
     FIELDS,
     LIMITS,
     EngineName,
-    Goal,
     Loss,
     PlacementRequest,
     RoleName,
@@ -30,6 +29,7 @@ from hetis.planner.use_cases.request import (
     Target,
 )
 from hetis.planner.use_cases.service_level import Statistic
+from hetis.solver.goals import GoalName
 from hetis.solver.placement.families import ENGINES, STRATEGIES
 from hetis.solver.placement.rungs import RUNGS
 from hetis.solver.plan import ObjectiveKind, Role
@@ -44,7 +44,7 @@ def test_options_and_arguments_are_the_fields() -> None:
     assert len(given) == len(FIELDS)
     assert PlaceOptions(**given) == PlacementRequest("", "", ""), "what is not given has its default"
     assert [*signature(hetis.place).parameters] == [*FIELDS, "progress"]
-    assert CHECKS.keys() == {*FIELDS, "progress"}
+    assert CHECKED.keys() == {*FIELDS, "progress"}
 
 
 def test_a_verb_with_some_of_the_fields_gets_a_whole_request() -> None:
@@ -56,7 +56,7 @@ def test_a_verb_with_some_of_the_fields_gets_a_whole_request() -> None:
 @pytest.mark.parametrize(
     ("names", "known"),
     [
-        (Goal, ObjectiveKind), (RoleName, Role), (StatisticName, Statistic), (Loss, PLACES), (RungName, RUNGS),
+        (GoalName, ObjectiveKind), (RoleName, Role), (StatisticName, Statistic), (Loss, PLACES), (RungName, RUNGS),
         (Target, ExportTarget), (StrategyName, STRATEGIES), (EngineName, ENGINES),
     ],
 )  # fmt: skip
@@ -69,7 +69,7 @@ def test_fields_with_names_have_them_in_their_types() -> None:
     values = dict.fromkeys(("Cluster", "ModelSpec", "Workload"), object)  # imported for type checkers alone
     hints = get_type_hints(PlacementRequest, vars(request) | values)
     literals = {
-        "objective": Goal, "roles": RoleName, "ttft_statistic": StatisticName, "tpot_statistic": StatisticName,
+        "objective": GoalName, "roles": RoleName, "ttft_statistic": StatisticName, "tpot_statistic": StatisticName,
         "survive": Loss, "rung": RungName, "target": Target, "strategy": StrategyName, "engine": EngineName,
     }  # fmt: skip
     for name, literal in literals.items():

@@ -12,7 +12,7 @@ import pytest
 from hetis.formats.documents import load_plan
 from hetis.planner.cli.sharing import ShareRule
 from hetis.planner.report.sharing import holds
-from hetis.planner.use_cases.place import ONE_TOKEN
+from hetis.planner.use_cases.describing import ONE_TOKEN
 from hetis.planner.use_cases.record.parts import Requested
 from hetis.solver.tenants.tenancy import TenantRule
 from tests.planner.command_line import EXAMPLES, hetis_plan_here, invoke

@@ -14,7 +14,7 @@ from hetis.planner.cli.exit_codes import ExitCode
 from hetis.planner.convert.plans import complete, result_to_proto
 from hetis.planner.convert.stages import stages_of_replica
 from hetis.planner.resources.plans import compare, load_bytes_of
-from hetis.planner.use_cases.place import KV_IS_FOR_ENGINES
+from hetis.planner.use_cases.describing import KV_IS_FOR_ENGINES
 from hetis.planner.use_cases.saved_plans import load_plan_and_problem
 from hetis.planner.use_cases.simulation.simulate import default_rate
 from hetis.planner.use_cases.verification.rates import simulated_at
@@ -119,7 +119,7 @@ def test_both_roles_load_weights_and_differ_from_a_plan_without_them(split: str,
     asked = ["place", *FLEET, "--roles", "unified", "--ttft", "5s", "--no-verify", "--out", str(path)]
     assert invoke(*asked).exit_code == ExitCode.OK
     before, after = load_plan_and_problem(str(path)), load_plan_and_problem(split)
-    load_bytes = load_bytes_of(after)
+    load_bytes = load_bytes_of(after.problem.model)
     assert all(load_bytes(replica) > 16e9 for replica in after.plan.replicas)  # 8 billion weights of two bytes
     difference = compare(before, after)
     assert "roles" in difference.changed_inputs

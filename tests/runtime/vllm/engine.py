@@ -21,6 +21,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from tests.runtime.vllm.frozen import freeze
 from tests.runtime.vllm.waiting import wait_in_peace
 
 Prompts = list[list[int]]
@@ -63,7 +64,7 @@ class Engine:
 
     @property
     def side(self) -> Any:
-        """Return the plugin's part of the scheduler."""
+        """The plugin's part of the scheduler."""
         return self.scheduler.connector._scheduler
 
     def generate(
@@ -78,8 +79,7 @@ class Engine:
             self.num_requests += 1
             names.append(f"r{self.num_requests}")
             self.core.add_request(names[-1], {"prompt_token_ids": prompt}, SamplingParams(**how))
-        done: dict[str, list[int]] = {}
-        step = 0
+        done, step = dict[str, list[int]](), 0
         while self.core.has_unfinished_requests():
             for output in self.core.step():
                 self.most_cached_tokens = max(self.most_cached_tokens, output.num_cached_tokens or 0)
@@ -376,7 +376,7 @@ def refused(engine: Engine, act: dict[str, Any]) -> dict[str, Any]:
             refusing()
         except (SettingsError, UnsupportedModelError) as error:
             message += f" {error}"
-    described = _of_virtual_sequences(mine, 4)
+    described = _of_virtual_sequences(mine, 4, whole_steps=False)
     threshold = TritonAttentionMetadataBuilder(spec, [], described, torch.device("cpu")).seq_threshold_3D
     layers = mine.compilation_config.static_forward_context.values()
     [impl] = {type(layer.impl): layer.impl for layer in layers if hasattr(layer, "impl")}.values()
@@ -393,7 +393,7 @@ def refused(engine: Engine, act: dict[str, Any]) -> dict[str, Any]:
 
 ACTS = {
     act.__name__: act
-    for act in (plain, moves, fault, returned, aborted, prefix, pressure, sampled, judged, told, refused)
+    for act in (plain, moves, freeze, fault, returned, aborted, prefix, pressure, sampled, judged, told, refused)
 }
 
 

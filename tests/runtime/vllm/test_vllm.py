@@ -6,13 +6,14 @@ because each start takes vLLM some seconds. All rows of the table in docs/vllm.m
 
 from __future__ import annotations
 
+import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from hetis.engines.workers import CHUNKS, SINKS
-from tests.runtime.launch.vllm_python import needs_vllm
+from tests.runtime.launch.vllm_python import ENVIRONMENT, PYTHON, PYTHONPATH, ROOT, needs_vllm
 from tests.runtime.vllm.checkpoints import make_checkpoint
 from tests.runtime.vllm.running import config_of, run_engine, workers
 
@@ -112,6 +113,29 @@ def test_pipeline_stages_have_workers_of_their_own(
     assert ours[1]["recomputed"] > 0
     assert ours[1]["lost"] == [1], "the other worker is not blamed"
     assert ours[2]["moved"] > 5
+
+
+def test_what_a_graph_of_a_whole_step_reads_is_the_present_step(llama: Path, stock: list[Any], tmp_path: Path) -> None:
+    """Graphs are stand-ins (`frozen.py`): no GPU has run this. Steps with groups elsewhere are not replayed."""
+    graphs = {"act": "freeze"}
+    with workers(tmp_path, 1) as (_, addresses):
+        first, _, local, then, moved, after = run_engine(
+            llama,
+            [PLAIN[0], graphs, PLAIN[1], graphs, PLAIN[2] | {"act": "moves"}, graphs],
+            config=config_of(tmp_path, [addresses], policy="local"),
+        )
+    assert [one["tokens"] for one in (first, local, moved)] == stock[:3]
+    assert then["replays"] > 20
+    assert then["pieces"] == 0
+    assert moved["moved"] > 5
+    assert after["pieces"] > 5
+
+
+def test_vllm_has_every_name_that_the_plugin_uses() -> None:
+    environment = ENVIRONMENT | {"PYTHONPATH": PYTHONPATH}
+    command = [PYTHON, "-m", "tests.runtime.vllm.names"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.partition("names:")[2].split() == []
 
 
 def test_dispatch_by_the_solver_where_the_pool_is_short(llama: Path, tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -17,10 +16,8 @@ from hetis.planner.cli.parameters import options, requests, values
 from hetis.planner.cli.parameters.options import group, panel, verb
 from hetis.planner.cli.parameters.requests import requested
 from hetis.planner.cli.place import judge
-from hetis.planner.cli.searching import SparseLines, search_interruptibly
+from hetis.planner.cli.searching import Interruptible, SparseLines
 from hetis.planner.use_cases.request import RungName
-from hetis.solver.budget import Budget, Report
-from hetis.solver.search_clock import search_seconds
 
 if TYPE_CHECKING:
     from hetis.planner.loop.curves import TrafficCurve
@@ -113,17 +110,17 @@ def what_if(
     Ctrl-C once shows the results so far, Ctrl-C twice exits at once.
     """
     from hetis.planner.export.carrying import not_carried
-    from hetis.planner.report import comparison as report
+    from hetis.planner.report import what_if as report
     from hetis.planner.report.page.pages import buy_next_page, what_if_page
     from hetis.planner.use_cases.compare import Searches
     from hetis.planner.use_cases.other_fleets import what_if as asking
     from hetis.planner.use_cases.other_fleets.additions import read_wanted
-    from hetis.planner.use_cases.place import read_inputs, settings_of
+    from hetis.planner.use_cases.place import read_inputs
+    from hetis.planner.use_cases.placement_settings import settings_of
     from hetis.solver.cluster import Link
 
     fleet.refuse_half_a_question()
     outputs.refuse_page(answer.html)
-    requests.engine_of(request)
     settings, loaded, objective = settings_of(request), read_inputs(request), request.goal
     outputs.warn_of_cut_requests(terminal, loaded.inputs)
     cluster, nic = loaded.inputs.cluster, None
@@ -141,32 +138,23 @@ def what_if(
             solves=1 + (len(market) if fleet.buy_next else 1), time_limit_s=request.time_limit_s,
             engine=settings.engine,
         )  # fmt: skip
-    cancelled = threading.Event()
-    budget = partial(Budget, time_limit_s=request.time_limit_s, clock=search_seconds, cancelled=cancelled)
+    long = Interruptible(terminal, time_limit_s=request.time_limit_s)
     searches = partial(
-        Searches, loaded=loaded, objective=objective, settings=settings, budget=budget, carriers=not_carried
+        Searches, loaded=loaded, objective=objective, settings=settings, budget=long.budget, carriers=not_carried
     )
-    searching = partial(search_interruptibly, terminal, unit=objective.unit, cancelled=cancelled, so_far="the plans")
+    search = partial(long.search, unit=objective.unit, so_far="the plans")
 
     if fleet.buy_next:
-
-        def buy(news: Report) -> asking.BuyNext:
-            return asking.buy_next(searches(report=news), market, change.shape)
-
-        bought = searching(buy)
+        bought = search(lambda news: asking.buy_next(searches(report=news), market, change.shape))
         outputs.save_page(terminal, lambda: buy_next_page(bought), answer.html)
         terminal.emit(lambda: report.buy_next_document(bought), lambda: report.render_buy_next(bought))
         sides = [bought.before, *(offer.after for offer in bought.offers)]
     else:
-
-        def solve(news: Report) -> asking.WhatIf:
-            return asking.what_if(searches(report=news), change)
-
-        found = searching(solve)
+        found = search(lambda news: asking.what_if(searches(report=news), change))
         outputs.save_page(terminal, lambda: what_if_page(found), answer.html)
         terminal.emit(lambda: report.what_if_document(found), lambda: report.render_what_if(found))
         sides = [found.before, found.after]
-    return ExitCode.INTERRUPTED if cancelled.is_set() else judge([side.outcome for side in sides])
+    return long.code(judge([side.outcome for side in sides]))
 
 
 # --- replan
@@ -222,9 +210,8 @@ def replan(
     from hetis.planner.report.changes import render_replan, replan_document
     from hetis.planner.report.page.pages import replan_page
     from hetis.planner.use_cases.other_fleets import replan as replanning
-    from hetis.planner.use_cases.place import settings_of
+    from hetis.planner.use_cases.placement_settings import settings_of
     from hetis.solver.replanning.change import ChangeCosts
-    from hetis.solver.replanning.replanner import Replanning
 
     outputs.refuse_unwritable(answer.out)
     outputs.refuse_page(answer.html, beside=answer.out)
@@ -242,16 +229,14 @@ def replan(
             time_limit_s=search.time_limit_s, engine=posed.problem.family.engine,
         )  # fmt: skip
     costs = ChangeCosts(horizon_s=asked.horizon, restart_s=asked.restart, load_bytes_per_s=asked.load)
-    cancelled = threading.Event()
-
-    def work(report: Report) -> Replanning:
-        budget = Budget(time_limit_s=search.time_limit_s, clock=search_seconds, cancelled=cancelled)
-        return replanning.replan(posed, costs, asked.max_moves, verify=answer.verify, budget=budget, report=report)
-
-    found = search_interruptibly(
-        terminal, work, unit=posed.problem.objective.unit, cancelled=cancelled, so_far="the best answer"
+    long = Interruptible(terminal, time_limit_s=search.time_limit_s)
+    found = long.search(
+        lambda report: replanning.replan(
+            posed, costs, asked.max_moves, verify=answer.verify, budget=long.budget(), report=report
+        ),
+        unit=posed.problem.objective.unit,
+        so_far="the best answer",
     )
-
     survival = replanning.survival_of(found.plan, posed)
     if survival is not None and not survival.survives:
         terminal.warn(f"the next plan does not survive the loss of any one {survival.place}: {survival}")
@@ -260,9 +245,7 @@ def replan(
     )
     if answer.out != outputs.STDOUT:
         terminal.emit(lambda: replan_document(found, posed, costs), lambda: render_replan(found, posed, costs))
-    if not saved:
-        return ExitCode.INTERNAL
-    return ExitCode.INTERRUPTED if cancelled.is_set() else ExitCode.OK
+    return long.code() if saved else ExitCode.INTERNAL
 
 
 # --- rehearse

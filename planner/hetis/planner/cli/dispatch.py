@@ -12,9 +12,7 @@ from hetis.planner.cli.exit_codes import ExitCode
 from hetis.planner.cli.parameters import options, values
 from hetis.planner.cli.parameters.options import group, panel, verb
 from hetis.planner.cli.parameters.requests import requested
-from hetis.planner.cli.searching import work_interruptibly
-from hetis.solver.budget import Budget
-from hetis.solver.search_clock import search_seconds
+from hetis.planner.cli.searching import Interruptible
 
 if TYPE_CHECKING:
     from hetis.planner.use_cases.dispatch.stages import CostedStage
@@ -81,18 +79,14 @@ def dispatch(terminal: Terminal, *, given: RequestOptions, answer: StateOptions)
     loaded = given.load()
     arrivals = load_new_requests(loaded, file=given.requests, words=given.request or ())
     announce_compilation(terminal)
-    budget = Budget(time_limit_s=given.time_limit, clock=search_seconds)
-    found = work_interruptibly(
-        terminal,
-        lambda: dispatch_requests(loaded, arrivals, exact=given.exact, budget=budget, seed=given.seed),
-        cancelled=budget.cancelled,
+    long = Interruptible(terminal, time_limit_s=given.time_limit)
+    found = long.do(
+        lambda: dispatch_requests(loaded, arrivals, exact=given.exact, budget=long.budget(), seed=given.seed),
         stopping="with the best placement so far",
     )
     sentences = tuple(explain_dispatch(found)) if answer.explain else None
     terminal.emit(lambda: dispatch_document(found, sentences), lambda: render_dispatch(found, sentences))
-    if budget.cancelled.is_set():
-        return ExitCode.INTERRUPTED
-    return ExitCode.INFEASIBLE if found.plan.unplaced else ExitCode.OK
+    return long.code(ExitCode.INFEASIBLE if found.plan.unplaced else ExitCode.OK)
 
 
 def announce_compilation(terminal: Terminal) -> None:

@@ -12,9 +12,8 @@ import typer
 
 from hetis.commands.terminal import Terminal
 from hetis.engines.versions import Engine
-from hetis.formats.files import write_atomically
 from hetis.planner.cli.exit_codes import ExitCode
-from hetis.planner.cli.outputs import refuse_unwritable
+from hetis.planner.cli.outputs import refuse_unwritable, write_out
 from hetis.planner.cli.parameters.options import PlanArgument, group, option, panel, spelled, verb
 from hetis.planner.cli.server.server_verb import chosen_cluster, cluster_name_option, fetched, server_verb
 from hetis.planner.export import ExportDevice, ExportTarget
@@ -239,11 +238,7 @@ def upstreams(terminal: Terminal, client: Client, *, requested: UpstreamOptions)
         if text == before:
             continue
         before = text
-        if requested.out == "-":
-            terminal.write(text)
-        else:
-            write_atomically(Path(requested.out), text)
-            terminal.say(f"wrote {len(found.servers)} servers to {requested.out}")
+        write_out(terminal, requested.out, text, said=f"wrote {len(found.servers)} servers to {requested.out}")
         if command:
             _run(terminal, command)
     return code

@@ -13,7 +13,7 @@ from hetis.commands.verb import one_of
 from hetis.formats.errors import did_you_mean, single_problem
 from hetis.formats.files import write_atomically
 from hetis.planner.cli.exit_codes import ExitCode
-from hetis.planner.cli.outputs import refuse_overwriting
+from hetis.planner.cli.outputs import refuse_overwriting, write_out
 from hetis.planner.cli.parameters import values
 from hetis.planner.cli.parameters.options import group, option, panel, verb
 from hetis.planner.report.figures import plural
@@ -138,10 +138,7 @@ def convert(
         f"{trace}: {len(requests.arrival_s)} requests, {per_second}, {means} tokens on average (form: {requests.form})"
         f"{left_out if requests.num_left_out else ''}"
     )
-    if out == "-":
-        terminal.write(content.decode("ascii"))
-    else:
-        write_atomically(out, content)
+    write_out(terminal, out, content)
     return ExitCode.OK
 
 
@@ -170,10 +167,7 @@ def _write_traffic(terminal: Terminal, source: str, traffic: Measured, given: Co
     terminal.say(
         f"{source}: {traffic.num_requests:.0f} requests, {rate}, {means} tokens on average (form: {traffic.form})"
     )
-    if out == "-":
-        terminal.write(dump(workload))
-    else:
-        write_atomically(out, dump(workload))
+    write_out(terminal, out, dump(workload))
     return ExitCode.OK
 
 
@@ -318,7 +312,7 @@ def catalog(
         case "gpus":
             profiles = {name: profile_origin(entry.gpu) for name, entry in chosen.items()}
             data = [{**json_value(entry), "profile": profiles[name]} for name, entry in chosen.items()]
-            table = tables.gpu_table(entries, profiles, wide=terminal.output is OutputFormat.WIDE)
+            table = tables.gpu_table(entries, profiles, wide=terminal.is_wide)
         case "models":
             data, table = json_value(entries), tables.model_table(entries)
         case "workloads":

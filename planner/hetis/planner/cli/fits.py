@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from hetis.commands.terminal import OutputFormat, Terminal
+from hetis.commands.terminal import Terminal
 from hetis.planner.cli.exit_codes import ExitCode
 from hetis.planner.cli.parameters import values
 from hetis.planner.cli.parameters.options import group, option, panel, verb
@@ -99,7 +99,7 @@ def fits(
     spec, choice = _in_precision(load_model(model), options), options.choice
     given = [_gpus(text) for text in options.gpu or ()]
     found = [fit(spec, gpu, count, choice) for gpu, count in given] if given else least_gpus(spec, choice)
-    wide = terminal.output is OutputFormat.WIDE
+    wide = terminal.is_wide
     terminal.emit(
         lambda: document("Fits", model=spec.name, engine=choice.engine, version=version_of(choice), fits=found),
         lambda: one_fit(spec, choice, found[0]) if len(given) == 1 else fits_table(spec, choice, found, wide=wide),

@@ -95,6 +95,16 @@ def refuse_unwritable_plans(folder: Path | None, names: Iterable[str]) -> None:
         refuse_unwritable(folder / f"{name}.json")
 
 
+def write_out(terminal: Terminal, out: str, content: str | bytes, *, said: str = "") -> None:
+    """Write to standard output if ``out`` is ``-``, else to this file, of which ``said`` is then told."""
+    if out == "-":
+        terminal.write(content if isinstance(content, str) else content.decode("ascii"))
+        return
+    write_atomically(out, content)
+    if said:
+        terminal.say(said)
+
+
 def save(terminal: Terminal, value: Value, path: Path) -> None:
     """Write the whole document or nothing, as YAML if the file name has a YAML suffix, else as JSON.
 

@@ -2,33 +2,27 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hetis.commands.terminal import OutputFormat, Terminal
-from hetis.commands.verb import usual
+from hetis.commands.terminal import Terminal
 from hetis.planner.cli import outputs
 from hetis.planner.cli.exit_codes import ExitCode
 from hetis.planner.cli.failures import report_no_plan, say_failure
 from hetis.planner.cli.parameters import options, requests, values
 from hetis.planner.cli.parameters.options import group, panel, verb
-from hetis.planner.cli.searching import search_interruptibly
-from hetis.solver.budget import Budget, Report
+from hetis.planner.cli.searching import Interruptible
+from hetis.solver.budget import Report
 from hetis.solver.errors import InfeasibleError, NoPlanFoundError
 from hetis.solver.plan import DEFAULT_STRATEGY
-from hetis.solver.search_clock import search_seconds
 
 if TYPE_CHECKING:
     from hetis.planner.use_cases.compare import Compared
-    from hetis.planner.use_cases.place import PlacedPlan
-    from hetis.planner.use_cases.request import PlacementRequest
-    from hetis.planner.use_cases.sources import LoadedInputs
+    from hetis.planner.use_cases.place import PlacedPlan, PosedPlacement
     from hetis.solver.plan import Objective, Plan
-    from hetis.solver.problem import PlacementProblem
 
 _search, _result = panel("Search"), panel("Result")
 
@@ -52,10 +46,12 @@ COMPARE_EXAMPLES = """Examples:\n
   hetis-plan compare -c fleet.yaml -m Qwen3-32B -w 4000/500 --engine all"""
 
 
-@usual(
-    "cluster", "model", "workload", "objective", "rate", "ttft", "tpot", "rung", "target", "survive", "engine", "out"
+@verb(
+    usual=(
+        *("cluster", "model", "workload", "objective", "rate", "ttft", "tpot", "rung", "target", "survive", "engine"),
+        "out",
+    )
 )
-@verb()
 def place(
     terminal: Terminal,
     *,
@@ -69,43 +65,36 @@ def place(
 
     Ctrl-C once prints and saves the best plan so far; Ctrl-C twice exits at once.
     """
-    from hetis.planner.use_cases.place import load, pose
+    from hetis.planner.export.carrying import not_carried
+    from hetis.planner.use_cases.place import pose
 
     outputs.refuse_unwritable(results.out)
     outputs.refuse_page(results.html, beside=results.out)
-    requests.engine_of(request)
-    loaded = load(request)
-    problem = pose(request, loaded)
-    outputs.warn_of_cut_requests(terminal, loaded.inputs)
+    posed = pose(request, not_carried)
+    outputs.warn_of_cut_requests(terminal, posed.loaded.inputs)
     if results.dry_run:
         return outputs.say_what_would_be_solved(
-            terminal, [(loaded.inputs, problem.objective)], strategies=[request.strategy],
-            time_limit_s=request.time_limit_s, engine=problem.family.engine,
+            terminal, [(posed.loaded.inputs, posed.problem.objective)], strategies=[request.strategy],
+            time_limit_s=request.time_limit_s, engine=posed.problem.family.engine,
         )  # fmt: skip
-    return finish(terminal, request, loaded, problem, results)
+    return finish(terminal, posed, results)
 
 
-def finish(
-    terminal: Terminal,
-    request: PlacementRequest,
-    loaded: LoadedInputs,
-    problem: PlacementProblem,
-    results: ResultOptions,
-) -> ExitCode:
+def finish(terminal: Terminal, posed: PosedPlacement, results: ResultOptions) -> ExitCode:
     """Solve with progress and Ctrl-C, print, save, and return the exit code, whatever the outcome.
 
     Tables appear when the plan is proven; what the simulation and the studies of it show follows below.
     """
-    from hetis.planner.export.carrying import not_carried
     from hetis.planner.report.plan import render_plan
-    from hetis.planner.use_cases.place import prove, settings_of, verify
     from hetis.planner.use_cases.verification.outcome import missed
 
-    cancelled, settings = threading.Event(), settings_of(request)
-    wait = partial(
-        search_interruptibly, terminal, unit=problem.objective.unit, cancelled=cancelled, so_far="the best plan"
+    objective, settings, long = (
+        posed.problem.objective,
+        posed.settings,
+        Interruptible(terminal, cancelled=posed.cancelled),
     )
-    prints, wide = results.out != outputs.STDOUT, terminal.output is OutputFormat.WIDE
+    wait = partial(long.search, unit=objective.unit, so_far="the best plan")
+    prints = results.out != outputs.STDOUT
 
     def page() -> str:
         from hetis.planner.report.page.pages import ShownPlan, plans_page
@@ -113,27 +102,23 @@ def finish(
         return plans_page([ShownPlan(name="The plan", plan=answer.plan, problem=answer.problem)])
 
     try:
-        made = wait(
-            lambda report: prove(request, loaded, problem, cancelled=cancelled, report=report, carriers=not_carried)
-        )
+        made = wait(posed.prove)
     except InfeasibleError as error:
         if not terminal.prints_tables:
-            document = _infeasible_document(error, settings.strategy, problem.objective)
+            document = _infeasible_document(error, settings.strategy, objective)
             terminal.emit(lambda: document, lambda: "")
         return say_failure(error, terminal)
     except NoPlanFoundError as error:
-        return report_no_plan(error, terminal, interrupted=cancelled.is_set())
+        return report_no_plan(error, terminal, interrupted=posed.cancelled.is_set())
     if prints and terminal.prints_tables:
-        terminal.emit(dict, lambda: render_plan(made.plan, wide=wide))
-    answer = wait(
-        lambda report: verify(made, request, loaded, cancelled=cancelled, report=report, carriers=not_carried)
-    )
+        terminal.emit(dict, lambda: render_plan(made.plan, wide=terminal.is_wide))
+    answer = wait(partial(posed.verify, made))
     saved = outputs.save_or_tell(terminal, answer.plan, results.out, html=results.html, page=page)
     if prints:
         _print(terminal, made.plan, answer)
     if not saved:
         return ExitCode.INTERNAL
-    if cancelled.is_set():
+    if posed.cancelled.is_set():
         return ExitCode.INTERRUPTED
     short = missed(answer.plan, settings.gap_target + settings.simplest_within) if results.strict else []
     for sentence in short:
@@ -150,8 +135,7 @@ def _print(terminal: Terminal, proven: Plan, answer: PlacedPlan) -> None:
     from hetis.planner.report.studies import render_robustness
 
     def tables() -> RenderableType:
-        wide = terminal.output is OutputFormat.WIDE
-        parts: list[RenderableType] = [render_verified(proven, answer.plan, wide=wide)]
+        parts: list[RenderableType] = [render_verified(proven, answer.plan, wide=terminal.is_wide)]
         if answer.prices:
             parts.append(render_constraint_prices(answer.prices, answer.plan.result.unit))
         if answer.robustness is not None:
@@ -219,13 +203,15 @@ def compare(
     from hetis.planner.report.page.pages import comparison_page
     from hetis.planner.use_cases.climbing import HIGHEST
     from hetis.planner.use_cases.compare import Searches, compare_engines, simulate_plans
-    from hetis.planner.use_cases.place import read_inputs, settings_of
+    from hetis.planner.use_cases.place import read_inputs
+    from hetis.planner.use_cases.placement_settings import settings_of
+    from hetis.planner.use_cases.sources import rules_of_engine
     from hetis.solver.placement.families import DEFAULT_ENGINE, STRATEGIES
 
     engines = (DEFAULT_ENGINE,) if asked.engine is None else asked.engine.names
     unless = DEFAULT_STRATEGY if len(engines) > 1 else values.ALL
     names = (asked.strategies or values.strategies(unless)).names
-    rules = {name: requests.rules_of_engine(name, request.limits) for name in engines}
+    rules = {name: rules_of_engine(name, **request.limits) for name in engines}
     published = [name for name in names if STRATEGIES[name].is_published]
     searched = [name for name in names if name not in published]
     plans = names if asked.engine is None else [*published, *(f"{name}-{one}" for name in searched for one in rules)]
@@ -239,20 +225,19 @@ def compare(
             terminal, [(loaded.inputs, objective)], strategies=names, solves=len(plans),
             time_limit_s=request.time_limit_s,
         )  # fmt: skip
-    cancelled = threading.Event()
-    budget = partial(Budget, time_limit_s=request.time_limit_s, clock=search_seconds, cancelled=cancelled)
+    long = Interruptible(terminal, time_limit_s=request.time_limit_s)
 
     def work(report: Report) -> tuple[Compared, ...]:
         searches = Searches(
-            loaded=loaded, objective=objective, settings=settings, budget=budget, report=report, carriers=not_carried,
-            has_default=not request.rung,
+            loaded=loaded, objective=objective, settings=settings, budget=long.budget, report=report,
+            carriers=not_carried, has_default=not request.rung,
         )  # fmt: skip
         found = compare_engines(searches, names, rules)
         if request.verify:
             found = simulate_plans(found, searches, rules, level)
         return found if asked.engine is not None else tuple(replace(outcome, is_only_engine=True) for outcome in found)
 
-    compared = search_interruptibly(terminal, work, unit=objective.unit, cancelled=cancelled, so_far="the plans")
+    compared = long.search(work, unit=objective.unit, so_far="the plans")
     if results.out is not None:
         outputs.save_plans(terminal, results.out, {one.name: one.plan for one in compared if one.plan is not None})
     outputs.save_page(terminal, lambda: comparison_page(compared, loaded.inputs, objective), results.html)
@@ -260,7 +245,7 @@ def compare(
         lambda: comparison_document(compared, loaded.inputs, objective),
         lambda: render_comparison(compared, loaded.inputs, objective),
     )
-    return ExitCode.INTERRUPTED if cancelled.is_set() else judge(compared)
+    return long.code(judge(compared))
 
 
 def judge(compared: Sequence[Compared]) -> ExitCode:

@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from hetis.commands.terminal import OutputFormat, Terminal
+from hetis.commands.terminal import Terminal
 from hetis.planner.cli.changes import DEFAULT_COUNT, count_option
 from hetis.planner.cli.exit_codes import ExitCode
 from hetis.planner.cli.outputs import refuse_unwritable_page, save_page
 from hetis.planner.cli.parameters import options
 from hetis.planner.cli.parameters.options import PlanArgument, group, option, verb
 from hetis.planner.cli.parameters.requests import requested
-from hetis.planner.cli.searching import search_interruptibly, simulate_interruptibly
+from hetis.planner.cli.searching import Interruptible
 from hetis.planner.report.figures import plural
-from hetis.solver.budget import Budget, Report
-from hetis.solver.search_clock import search_seconds
+from hetis.solver.budget import Budget
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -50,10 +48,9 @@ def explain(terminal: Terminal, plan: PlanArgument) -> ExitCode:
     (found,) = _load_and_check(terminal, [plan])
     explanation, waits = explain_plan(found.plan, found.problem), queueing(found.plan, found.problem)
     of_plan = fields_of(found.plan, "strategy", "result", "prices", "runners_up", "notes")
-    wide = terminal.output is OutputFormat.WIDE
     terminal.emit(
         lambda: document("Explanation", **of_plan, **json_value(explanation), queueing=waits),
-        lambda: render_explanation(found.plan, explanation, waits, wide=wide),
+        lambda: render_explanation(found.plan, explanation, waits, wide=terminal.is_wide),
     )
     return ExitCode.OK
 
@@ -150,48 +147,39 @@ def report(
     options.refuse_without("--buy-next", given, "count", "time_limit", is_given=given.buy_next)
     refuse_unwritable_page(given.out)
     found = _load_and_check(terminal, plans)
-    cancelled = threading.Event()
-    curves = [_curve(terminal, one, cancelled) if given.simulate else None for one in found]
-    bought = [_market(terminal, one, cancelled, given) if given.buy_next else None for one in found]
+    long = Interruptible(terminal, time_limit_s=given.time_limit or BUY_NEXT_S)
+    curves = [_curve(one, long) if given.simulate else None for one in found]
+    bought = [_market(one, long, given) if given.buy_next else None for one in found]
     shown = [
         ShownPlan(name=name, plan=one.plan, problem=one.problem, curve=curve, market=market)
         for name, one, curve, market in zip(_names(plans), found, curves, bought, strict=True)
     ]
     save_page(terminal, lambda: plans_page(shown), given.out)
-    return ExitCode.INTERRUPTED if cancelled.is_set() else ExitCode.OK
+    return long.code()
 
 
-def _curve(terminal: Terminal, found: PlanAndProblem, cancelled: threading.Event) -> Curve | None:
+def _curve(found: PlanAndProblem, long: Interruptible) -> Curve | None:
     from hetis.planner.use_cases.verification.latency_curve import latency_curve
 
-    return simulate_interruptibly(
-        terminal,
-        lambda news: latency_curve(found.plan, found.problem, budget=Budget(cancelled=cancelled), report=news),
-        cancelled=cancelled,
-    )
+    budget = Budget(cancelled=long.cancelled)
+    return long.simulate(lambda news: latency_curve(found.plan, found.problem, budget=budget, report=news))
 
 
-def _market(
-    terminal: Terminal, found: PlanAndProblem, cancelled: threading.Event, given: ReportOptions
-) -> BuyNext | None:
+def _market(found: PlanAndProblem, long: Interruptible, given: ReportOptions) -> BuyNext | None:
     """Return what to buy next, or None after Ctrl-C."""
     from hetis.planner.use_cases.other_fleets.additions import market_of, node_shape
     from hetis.planner.use_cases.other_fleets.what_if import buy_next_to_plan
 
-    if cancelled.is_set():
+    if long.cancelled.is_set():
         return None
     cluster, time_limit_s = found.problem.cluster, given.time_limit or BUY_NEXT_S
     market = market_of(None, cluster, given.count or DEFAULT_COUNT)
     shape = node_shape(cluster, like=None, gpus_per_node=None, zone=None, nic=None)
-
-    def buy(news: Report) -> BuyNext:
-        return buy_next_to_plan(
-            found, market, shape, time_limit_s=time_limit_s, report=news,
-            budget=lambda: Budget(time_limit_s=time_limit_s, clock=search_seconds, cancelled=cancelled),
-        )  # fmt: skip
-
-    unit = found.plan.result.unit
-    return search_interruptibly(terminal, buy, unit=unit, cancelled=cancelled, so_far="the plans")
+    return long.search(
+        lambda news: buy_next_to_plan(found, market, shape, time_limit_s=time_limit_s, report=news, budget=long.budget),
+        unit=found.plan.result.unit,
+        so_far="the plans",
+    )
 
 
 def _names(paths: list[str]) -> list[str]:

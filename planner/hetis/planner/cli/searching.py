@@ -17,8 +17,10 @@ from types import FrameType
 from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
 
 from hetis.commands.terminal import Terminal
+from hetis.planner.cli.exit_codes import ExitCode
 from hetis.planner.report.figures import digits, percent
-from hetis.solver.budget import Progress, Report
+from hetis.solver.budget import Budget, Progress, Report
+from hetis.solver.search_clock import search_seconds
 
 if TYPE_CHECKING:
     from rich.progress import Progress as ProgressBar
@@ -177,33 +179,48 @@ def no_native_output() -> Iterator[None]:
         os.close(kept)
 
 
-def search_interruptibly(
-    terminal: Terminal, work: Callable[[Report], T], *, unit: str, cancelled: threading.Event, so_far: str
-) -> T:
-    """Return the result of ``work``, and show its progress, whose values are in ``unit``.
+class Interruptible:
+    """Long-running work of a verb: the first Ctrl-C stops it with what there is by then, the second ends the process.
 
-    The first Ctrl-C sets ``cancelled`` and announces ``so_far`` ("the best plan", "the plans") as the result.
+    ``time_limit_s`` is that of each budget, and ``cancelled`` what the first Ctrl-C sets.
     """
-    line = partial(describe, unit=unit)
-    with news_on_stderr(terminal, "loading the solver", line, SparseLines(terminal.say, line)) as news:
-        report = by_one_clock(news)
-        return work_interruptibly(terminal, lambda: work(report), cancelled=cancelled, stopping=f"with {so_far} so far")
 
+    def __init__(
+        self, terminal: Terminal, *, time_limit_s: float = math.inf, cancelled: threading.Event | None = None
+    ) -> None:  # fmt: skip
+        self._terminal, self._time_limit_s = terminal, time_limit_s
+        self.cancelled = threading.Event() if cancelled is None else cancelled
 
-def simulate_interruptibly(terminal: Terminal, work: Callable[[SimulationNews], T], *, cancelled: threading.Event) -> T:
-    """Return the result of ``work``, and show how many of its requests have arrived."""
-    with requests_on_stderr(terminal) as news:
-        return work_interruptibly(terminal, lambda: work(news), cancelled=cancelled, stopping="with what was simulated")
+    def budget(self) -> Budget:
+        """Return a budget, which begins now."""
+        return Budget(time_limit_s=self._time_limit_s, clock=search_seconds, cancelled=self.cancelled)
 
+    def code(self, otherwise: ExitCode = ExitCode.OK) -> ExitCode:
+        """Return the exit code of work that was stopped or, if it was not, another one."""
+        return ExitCode.INTERRUPTED if self.cancelled.is_set() else otherwise
 
-def work_interruptibly(terminal: Terminal, work: Callable[[], T], *, cancelled: threading.Event, stopping: str) -> T:
-    """Return the result of ``work``, which shows no progress; ``stopping`` is announced at the first Ctrl-C."""
-    with no_native_output():
-        return run_interruptibly(
-            work,
-            cancelled=cancelled,
-            on_cancel=lambda: terminal.say(f"stopping {stopping}; press Ctrl-C again to exit at once"),
-        )
+    def search(self, work: Callable[[Report], T], *, unit: str, so_far: str) -> T:
+        """Return the result of ``work``, and show its progress, whose values are in ``unit``.
+
+        The first Ctrl-C announces ``so_far`` ("the best plan", "the plans") as the result.
+        """
+        line = partial(describe, unit=unit)
+        with news_on_stderr(self._terminal, "loading the solver", line, SparseLines(self._terminal.say, line)) as news:
+            report = by_one_clock(news)
+            return self.do(lambda: work(report), stopping=f"with {so_far} so far")
+
+    def simulate(self, work: Callable[[SimulationNews], T]) -> T:
+        """Return the result of ``work``, and show how many of its requests have arrived."""
+        with requests_on_stderr(self._terminal) as news:
+            return self.do(lambda: work(news), stopping="with what was simulated")
+
+    def do(self, work: Callable[[], T], *, stopping: str) -> T:
+        """Return the result of ``work``, which shows no progress; ``stopping`` is announced at the first Ctrl-C."""
+        again = "press Ctrl-C again to exit at once"
+        with no_native_output():
+            return run_interruptibly(
+                work, cancelled=self.cancelled, on_cancel=lambda: self._terminal.say(f"stopping {stopping}; {again}")
+            )
 
 
 def run_interruptibly(work: Callable[[], T], *, cancelled: threading.Event, on_cancel: Callable[[], None]) -> T:

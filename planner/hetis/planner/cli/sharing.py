@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -14,12 +13,11 @@ from hetis.planner.cli.exit_codes import ExitCode
 from hetis.planner.cli.failures import refuse, report_no_plan
 from hetis.planner.cli.parameters import options
 from hetis.planner.cli.parameters.options import group, option, verb
-from hetis.planner.cli.parameters.requests import engine_rules, requested
-from hetis.planner.cli.searching import search_interruptibly, work_interruptibly
+from hetis.planner.cli.parameters.requests import requested
+from hetis.planner.cli.searching import Interruptible
 from hetis.planner.use_cases.request import RungName
-from hetis.solver.budget import Budget, Report
+from hetis.solver.budget import Report
 from hetis.solver.errors import NoPlanFoundError
-from hetis.solver.search_clock import search_seconds
 
 SHARE_EXAMPLES = """Examples:\n
   hetis-plan share examples/three-models.yaml -c examples/fleet-160.yaml\n
@@ -68,13 +66,14 @@ def share(
     """
     from hetis.planner.export.carrying import not_carried
     from hetis.planner.report.sharing import render_tenants, tenants_document
-    from hetis.planner.use_cases.place import PlacementSettings
+    from hetis.planner.use_cases.placement_settings import PlacementSettings
     from hetis.planner.use_cases.sharing import SharedFleet, load_tenancy, share_out_fleet
+    from hetis.planner.use_cases.sources import engine_rules
     from hetis.solver.tenants.tenancy import TenantRule
 
     out = asked.out
     settings = PlacementSettings(
-        strategy=asked.strategy, engine=engine_rules(asked.engine, asked.strategy, {}),
+        strategy=asked.strategy, engine=engine_rules(asked.engine, asked.strategy),
         time_limit_s=asked.time_limit, gap_target=asked.gap, seed=asked.seed, rung=asked.rung or "",
     )  # fmt: skip
     loaded = load_tenancy(file, cluster=asked.cluster, profiles=asked.profile or (), settings=settings)
@@ -87,18 +86,17 @@ def share(
         )  # fmt: skip
     first = TenantRule(asked.rule)
     rules = (first, *(other for other in TenantRule if other is not first and asked.others))
-    cancelled = threading.Event()
+    long = Interruptible(terminal, time_limit_s=asked.time_limit)
 
     def work(report: Report) -> SharedFleet:
-        budget = Budget(time_limit_s=asked.time_limit, clock=search_seconds, cancelled=cancelled)
         return share_out_fleet(
-            loaded, rules, settings, with_envy=asked.envy, budget=budget, report=report, carriers=not_carried
+            loaded, rules, settings, with_envy=asked.envy, budget=long.budget(), report=report, carriers=not_carried
         )
 
     try:
-        found = search_interruptibly(terminal, work, unit="of value", cancelled=cancelled, so_far="the best shares")
+        found = long.search(work, unit="of value", so_far="the best shares")
     except NoPlanFoundError as error:
-        return report_no_plan(error, terminal, interrupted=cancelled.is_set())
+        return report_no_plan(error, terminal, interrupted=long.cancelled.is_set())
     if out is not None:
         shares = found.answers[0].shares
         outputs.save_plans(terminal, out, {one.name: one.plan for one in shares if one.plan is not None})
@@ -106,7 +104,7 @@ def share(
             if one.plan is None:
                 terminal.say(f"{one.name} has no replica under this rule: no plan was saved for it")
     terminal.emit(lambda: tenants_document(found), lambda: render_tenants(found))
-    return ExitCode.INTERRUPTED if cancelled.is_set() else ExitCode.OK
+    return long.code()
 
 
 # --- fair
@@ -137,28 +135,25 @@ def fair(
     """
     from hetis.formats.documents import load_share_problem
     from hetis.planner.report.sharing import fair_document, render_fair
-    from hetis.planner.use_cases.sharing import share_out
+    from hetis.planner.use_cases.sharing import Sharing, share_out
     from hetis.solver.shares.share_problem import FairnessRule
 
     inputs = load_share_problem(file)
     first = FairnessRule(asked.rule)
     rules = (first, *(other for other in FairnessRule if other is not first))
-    budget = Budget(clock=search_seconds)
+    long = Interruptible(terminal)
+
+    def work() -> Sharing:
+        given = {"rounds": asked.rounds, "claims": asked.claims}
+        return share_out(inputs, rules, budget=long.budget(), tell=terminal.say, **given)
+
     try:
-        found = work_interruptibly(
-            terminal,
-            lambda: share_out(
-                inputs, rules, budget=budget, tell=terminal.say, rounds=asked.rounds, claims=asked.claims
-            ),
-            cancelled=budget.cancelled,
-            stopping="after this step",
-        )
+        found = long.do(work, stopping="after this step")
     except NoPlanFoundError:
         return refuse(
             terminal, ExitCode.INTERRUPTED, "stopped before all speed-ups were derived, so there are no shares"
         )
     terminal.emit(lambda: fair_document(found), lambda: render_fair(found))
-    if budget.cancelled.is_set():
+    if long.cancelled.is_set():
         terminal.warn("stopped early: further rules, rounds and false claims may be missing")
-        return ExitCode.INTERRUPTED
-    return ExitCode.OK
+    return long.code()

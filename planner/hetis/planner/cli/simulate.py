@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -21,7 +20,7 @@ from hetis.planner.cli.failures import refuse
 from hetis.planner.cli.parameters import options, values
 from hetis.planner.cli.parameters.options import PlanArgument, group, panel, verb
 from hetis.planner.cli.parameters.requests import requested
-from hetis.planner.cli.searching import simulate_interruptibly
+from hetis.planner.cli.searching import Interruptible
 from hetis.planner.use_cases.service_level import Statistic
 
 if TYPE_CHECKING:
@@ -298,15 +297,13 @@ def _finish(terminal: Terminal, found: PlanAndProblem, question: Question, wante
     from hetis.planner.report.simulation.text import render_simulation, simulation_document
     from hetis.planner.use_cases.simulation.simulate import NothingSimulatedError, answer
 
-    plan, cancelled = found.plan, threading.Event()
+    plan, long = found.plan, Interruptible(terminal)
     try:
-        simulated = simulate_interruptibly(
-            terminal,
+        simulated = long.simulate(
             lambda news: answer(
-                plan, found.problem, question, processes=wanted.threads, is_cancelled=cancelled.is_set, report=news,
-                begins=news.begins,
-            ),
-            cancelled=cancelled,
+                plan, found.problem, question, processes=wanted.threads, is_cancelled=long.cancelled.is_set,
+                report=news, begins=news.begins,
+            )
         )  # fmt: skip
     except NothingSimulatedError:
         return refuse(terminal, ExitCode.INTERRUPTED, "stopped before the simulation had results")

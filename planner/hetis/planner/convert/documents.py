@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from bisect import bisect_left
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
@@ -40,14 +41,9 @@ V = TypeVar("V", Cluster, ModelSpec, Workload, Profile, Plan, SavedState, NewReq
 _KINDS = {
     kind.value: kind for kind in (CLUSTER, MODEL_SPEC, WORKLOAD, PROFILE, PLAN, DISPATCH_STATE, DISPATCH_REQUESTS)
 }
-_NUMBERS: Mapping[str, document_pb2.DocumentKind.ValueType] = {
-    "Cluster": document_pb2.DOCUMENT_KIND_CLUSTER,
-    "ModelSpec": document_pb2.DOCUMENT_KIND_MODEL_SPEC,
-    "Workload": document_pb2.DOCUMENT_KIND_WORKLOAD,
-    "Profile": document_pb2.DOCUMENT_KIND_PROFILE,
-    "Plan": document_pb2.DOCUMENT_KIND_PLAN,
-    "DispatchState": document_pb2.DOCUMENT_KIND_DISPATCH_STATE,
-    "DispatchRequests": document_pb2.DOCUMENT_KIND_DISPATCH_REQUESTS,
+_NUMBERS: Mapping[str, document_pb2.DocumentKind.ValueType] = {  # ``ModelSpec``: DOCUMENT_KIND_MODEL_SPEC
+    kind.name: document_pb2.DocumentKind.Value("DOCUMENT_KIND" + re.sub("([A-Z])", r"_\1", kind.name).upper())
+    for kind in _KINDS.values()
 }
 
 

@@ -12,5 +12,5 @@ def not_carried(plan: Plan, problem: PlacementProblem) -> dict[str, tuple[str, .
     """Return for each target why it does not serve all of a plan's traffic; empty: it does."""
     rules = problem.family.engine
     engine = Engine.SGLANG if rules is not None and rules.name == Engine.SGLANG else None
-    found = not_carried_by_target(plan, model=problem.model, engine=engine)
+    found = not_carried_by_target(plan, problem.model, engine)
     return {target.value: reasons for target, reasons in found.items()}

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from hetis.engines.kubernetes import FRONT_PORT, RESTRICTED, USER, secret_variable
 from hetis.engines.versions import Engine
+from hetis.planner.export.manifests import address, manifest
 from hetis.planner.export.pair_routers import (
     KEY_VARIABLE,
     PORT,
@@ -46,20 +47,17 @@ def nginx_main(servers: str) -> str:
 
 
 def front_objects(
-    launchable: Launchable, endpoints: Mapping[int, str], direct: Mapping[int, str], address: Callable[[str], str],
-    namespace: Mapping[str, str],
-) -> list[dict[str, Any]]:  # fmt: skip
+    launchable: Launchable, endpoints: Mapping[int, str], direct: Mapping[int, str]
+) -> list[dict[str, Any]]:
     """Return the objects of nginx and of the routers of pairs; none if all replicas are behind one Service.
 
     Args:
         launchable: the plan's replicas.
         endpoints: their Services, by position in the plan.
         direct: addresses of their front ends' pods, where all ports are open.
-        address: returns where a Service of a name is reached.
-        namespace: the field of objects' metadata, if any.
     """
     groups, name = pair_groups(launchable), launchable.settings.name
-    rates = entry_points(launchable, endpoints, [address(f"{name}-{group.name}") for group in groups])
+    rates = entry_points(launchable, endpoints, [address(launchable, f"{name}-{group.name}") for group in groups])
     if len(rates) == 1 and not groups:
         return []
     is_sglang = launchable.engine is Engine.SGLANG
@@ -67,7 +65,7 @@ def front_objects(
     prefill = {number for group in groups for number in group.prefill} if is_sglang else set[int]()
     own = {number: (direct if number in prefill else endpoints)[number] for number in endpoints}
     found = list[dict[str, Any]]()
-    front_host = address(name).rpartition(":")[0]
+    front_host = address(launchable, name).rpartition(":")[0]
     for group in groups:
         words = router_words(
             launchable, group, own, host="0.0.0.0", port=PORT, metrics_port=_METRICS_PORT, sides=front_host
@@ -82,13 +80,10 @@ def front_objects(
             "livenessProbe": {"httpGet": _HEALTH, "periodSeconds": 10, "failureThreshold": 6},
             "readinessProbe": {"httpGet": _HEALTH, "periodSeconds": 5},
         }
-        found += _deployment(f"{name}-{group.name}", container, [], namespace, ports={"http": PORT})
-    config = {
-        "apiVersion": "v1",
-        "kind": "ConfigMap",
-        "metadata": _metadata(f"{name}-front", namespace),
-        "data": {"nginx.conf": nginx_main(nginx_conf(launchable, endpoints, weighted(rates), sides_at=""))},
-    }
+        found += _deployment(launchable, f"{name}-{group.name}", container, [], ports={"http": PORT})
+    conf = nginx_main(nginx_conf(launchable, endpoints, weighted(rates), sides_at=""))
+    labels = _labels(f"{name}-front")
+    config = manifest(launchable, "v1", "ConfigMap", f"{name}-front", labels=labels, data={"nginx.conf": conf})
     sides = weighted_sides(launchable)
     ports = {"http": _NGINX_PORT} | {f"side-{n}": group.side_port(role) for n, (group, role, _) in enumerate(sides)}
     container = {
@@ -102,14 +97,10 @@ def front_objects(
         "lifecycle": {"preStop": {"exec": {"command": ["sh", "-c", _NGINX_QUIT]}}},
     }
     volumes = [{"name": "config", "configMap": {"name": f"{name}-front"}}]
-    return [config, *_deployment(name, container, volumes, namespace, ports=ports), *found]
+    return [config, *_deployment(launchable, name, container, volumes, ports=ports), *found]
 
 
 _HEALTH = {"path": "/health", "port": "http"}
-
-
-def _metadata(name: str, namespace: Mapping[str, str]) -> dict[str, Any]:
-    return {"name": name, **namespace, "labels": _labels(name)}
 
 
 def _labels(name: str) -> dict[str, str]:
@@ -117,11 +108,12 @@ def _labels(name: str) -> dict[str, str]:
 
 
 def _deployment(
-    name: str, container: dict[str, Any], volumes: Sequence[dict[str, Any]], namespace: Mapping[str, str],
+    launchable: Launchable, name: str, container: dict[str, Any], volumes: Sequence[dict[str, Any]],
     *, ports: Mapping[str, int],
 ) -> list[dict[str, Any]]:  # fmt: skip
     """Return two pods of a router, their Service, and what guards them."""
-    selector = {"matchLabels": _labels(name)}
+    labels = _labels(name)
+    selector = {"matchLabels": labels}
     whole = {
         "name": "router",
         **container,
@@ -147,31 +139,18 @@ def _deployment(
         "containers": [whole],
         "volumes": [*volumes, {"name": "tmp", "emptyDir": {"sizeLimit": "1Gi"}}],
     }
-    template = {"metadata": {"labels": _labels(name)}, "spec": pod}
-    metadata = _metadata(name, namespace)
+    template = {"metadata": {"labels": labels}, "spec": pod}
     outside = [
         {"name": each, "port": FRONT_PORT if each == "http" else port, "targetPort": each}
         for each, port in ports.items()
     ]
     policy = {"podSelector": selector, "policyTypes": ["Ingress"], "ingress": [{}]}
     return [
-        {
-            "apiVersion": "apps/v1",
-            "kind": "Deployment",
-            "metadata": metadata,
-            "spec": {"replicas": 2, "selector": selector, "template": template},
-        },
-        {
-            "apiVersion": "v1",
-            "kind": "Service",
-            "metadata": metadata,
-            "spec": {"selector": _labels(name), "ports": outside},
-        },
-        {
-            "apiVersion": "policy/v1",
-            "kind": "PodDisruptionBudget",
-            "metadata": metadata,
-            "spec": {"maxUnavailable": 1, "selector": selector},
-        },
-        {"apiVersion": "networking.k8s.io/v1", "kind": "NetworkPolicy", "metadata": metadata, "spec": policy},
+        manifest(launchable, api, kind, name, labels=labels, spec=spec)
+        for api, kind, spec in (
+            ("apps/v1", "Deployment", {"replicas": 2, "selector": selector, "template": template}),
+            ("v1", "Service", {"selector": labels, "ports": outside}),
+            ("policy/v1", "PodDisruptionBudget", {"maxUnavailable": 1, "selector": selector}),
+            ("networking.k8s.io/v1", "NetworkPolicy", policy),
+        )
     ]

@@ -9,7 +9,6 @@ from typing import Any
 
 from hetis.engines.cluster import ClusterSettings, Deployment
 from hetis.engines.kubernetes import (
-    FRONT_PORT,
     PART_LABEL,
     ReplicaObjects,
     annotations_of,
@@ -23,6 +22,7 @@ from hetis.engines.versions import Engine
 from hetis.formats.documents import yaml_text
 from hetis.formats.errors import DocumentError, Problem
 from hetis.planner.export.fronts import front_objects
+from hetis.planner.export.manifests import address, manifest, namespace
 from hetis.planner.export.pair_routers import pair_groups, unweighted
 from hetis.planner.export.pairs import pairs_beyond_the_plan
 from hetis.planner.export.replicas import (
@@ -49,45 +49,36 @@ def write_kubernetes(launchable: Launchable) -> Written:
         f"{one.name}.yaml": yaml_text(*manifests_of(one.layout, one.serving, deployment_of(launchable, one)))
         for one in launchable.replicas.values()
     }
-    direct = {
-        n: ReplicaObjects(one.layout, one.serving, deployment_of(launchable, one)).front_name
-        for n, one in launchable.replicas.items()
-    }
+    direct = {n: objects_of(launchable, one).front_name for n, one in launchable.replicas.items()}
     return _behind_front(launchable, files, _HOW_CORE, direct)
 
 
-def _behind_front(
-    launchable: Launchable,
-    files: Mapping[str, str],
-    start: str,
-    direct: Mapping[int, str],
-    not_carried: Iterable[str] = (),
-) -> Written:
+def _behind_front(launchable: Launchable, files: Mapping[str, str], start: str, direct: Mapping[int, str]) -> Written:
     """Return manifests with what stands in front of several replicas; ``direct``: names of their front ends' pods."""
-
-    def at(service: str) -> str:
-        return address(launchable, service, FRONT_PORT)
-
-    endpoints = {number: at(launchable.name_of(one)) for number, one in launchable.replicas.items()}
-    pods = {number: at(host) for number, host in direct.items()}
-    front, groups = front_objects(launchable, endpoints, pods, at, namespace(launchable)), pair_groups(launchable)
-    disruptions = yaml_text(_disruptions(launchable))
-    written = written_for_cluster(
-        launchable,
-        {**files, **({"router.yaml": yaml_text(*front)} if front else {}), "disruptions.yaml": disruptions},
-        f"{start} {_HOW_FRONT.format(name=launchable.settings.name)}" if front else start,
-        endpoints=endpoints,
-        not_carried=(
-            *unweighted(launchable),
-            *pairs_beyond_the_plan(launchable, "the router of pairs", in_groups=True),
-            *not_carried,
-        ),
+    name, groups = launchable.settings.name, pair_groups(launchable)
+    pods = {number: address(launchable, host) for number, host in direct.items()}
+    if front := front_objects(launchable, service_endpoints(launchable), pods):
+        files = {**files, "router.yaml": yaml_text(*front)}
+        start = f"{start} {_HOW_FRONT.format(name=name)}"
+    not_carried = (
+        *unweighted(launchable),
+        *pairs_beyond_the_plan(launchable, "the router of pairs", in_groups=True),
     )
-    monitor = {"monitoring/podmonitor.yaml": yaml_text(_pod_monitor(launchable))}
+    # A drain of nodes takes one pod of the plan at a time.
+    selector = {"matchLabels": {PART_LABEL: name}}
+    spec = {"maxUnavailable": 1, "selector": selector}
+    budget = manifest(launchable, "policy/v1", "PodDisruptionBudget", f"{name}-replicas", spec=spec)
+    files = {**files, "disruptions.yaml": yaml_text(budget)}
+    written = written_for_cluster(launchable, files, start, not_carried=not_carried)
+    # Prometheus's operator reads this; without it, Prometheus finds pods by their annotations.
+    scheme = {"scheme": "https"} if any(one.serving.has_tls for one in launchable.replicas.values()) else {}
+    metrics = {"port": "http", "path": "/metrics", **scheme}
+    spec = {"selector": selector, "podMetricsEndpoints": [metrics]}
+    monitor = manifest(launchable, "monitoring.coreos.com/v1", "PodMonitor", name, spec=spec)
     return replace(
         written,
-        files={**written.files, **monitor},
-        routers=tuple(at(f"{launchable.settings.name}-{group.name}") for group in groups),
+        files={**written.files, "monitoring/podmonitor.yaml": yaml_text(monitor)},
+        routers=tuple(address(launchable, f"{name}-{group.name}") for group in groups),
     )
 
 
@@ -114,6 +105,17 @@ def deployment_of(launchable: Launchable, one: LaunchableReplica) -> Deployment:
     )
 
 
+def objects_of(launchable: Launchable, one: LaunchableReplica) -> ReplicaObjects:
+    return ReplicaObjects(one.layout, one.serving, deployment_of(launchable, one))
+
+
+def served_model(launchable: Launchable, one: LaunchableReplica) -> dict[str, str]:
+    """Return the name that clients use for a replica's model, and where it is."""
+    settings, model = launchable.settings, one.serving.model
+    uri = f"pvc://{settings.model_claim}{model}" if settings.model_claim else f"hf://{model}"
+    return {"name": settings.served_name or model, "uri": uri}
+
+
 def _download_bytes(model: ModelSpec) -> float:
     """Return the room that a download of a model takes at most: its layers, and both embeddings in 16 bits."""
     layers = model.num_layers * model.layer_params() * model.weight_bytes
@@ -135,6 +137,11 @@ def check_cluster_options(launchable: Launchable, *, has_own_front: bool = False
         raise DocumentError(Problem(file="export", message=message) for message in wrong)
 
 
+def service_endpoints(launchable: Launchable) -> dict[int, str]:
+    """Return where replicas are reached that have Services of their own names, by position in the plan."""
+    return {number: address(launchable, launchable.name_of(one)) for number, one in launchable.replicas.items()}
+
+
 def written_for_cluster(
     launchable: Launchable,
     files: Mapping[str, str],
@@ -143,49 +150,19 @@ def written_for_cluster(
     endpoints: Mapping[int, str] | None = None,
     not_carried: Iterable[str] = (),
 ) -> Written:
-    """Return manifests with a kustomization. By default the replicas' front ends are Services of the same names."""
-    kustomization = {"apiVersion": "kustomize.config.k8s.io/v1beta1", "kind": "Kustomization"}
-    names = {number: launchable.name_of(one) for number, one in launchable.replicas.items()}
+    """Return manifests with a kustomization; if no ``endpoints`` are given, replicas have Services of their names."""
+    kustomization = {"apiVersion": "kustomize.config.k8s.io/v1beta1", "kind": "Kustomization", **namespace(launchable)}
     # A pod requests a number of GPUs, and cannot choose among a node's GPU types.
     mixed = launchable.mixed_nodes("which of them a pod gets, the device plugin decides", everywhere=True)
     processes = [process for one in launchable.replicas.values() for process in one.layout.processes]
     usual = dict.fromkeys(resource_of(process) for process in processes if not process.resource)
     return Written(
-        files={
-            **files,
-            "kustomization.yaml": yaml_text({**kustomization, **namespace(launchable), "resources": list(files)}),
-        },
+        files={**files, "kustomization.yaml": yaml_text(kustomization | {"resources": list(files)})},
         shown=tuple(files),
-        endpoints=endpoints or {number: address(launchable, name, FRONT_PORT) for number, name in names.items()},
+        endpoints=endpoints or service_endpoints(launchable),
         start=f"{start}\n\n{_HOW_REQUESTED.format(resources=' or '.join(usual))}" if usual else start,
         not_carried=(*mixed, *_turns(launchable), *_downloads(launchable), *not_carried),
     )
-
-
-def _disruptions(launchable: Launchable) -> dict[str, Any]:
-    """Return the budget by which a drain of nodes takes one pod of the plan at a time."""
-    name = launchable.settings.name
-    return {
-        "apiVersion": "policy/v1",
-        "kind": "PodDisruptionBudget",
-        "metadata": {"name": f"{name}-replicas", **namespace(launchable)},
-        "spec": {"maxUnavailable": 1, "selector": {"matchLabels": {PART_LABEL: name}}},
-    }
-
-
-def _pod_monitor(launchable: Launchable) -> dict[str, Any]:
-    """Return what Prometheus's operator reads; without it, Prometheus finds pods by their annotations."""
-    name = launchable.settings.name
-    scheme = {"scheme": "https"} if any(one.serving.has_tls for one in launchable.replicas.values()) else {}
-    return {
-        "apiVersion": "monitoring.coreos.com/v1",
-        "kind": "PodMonitor",
-        "metadata": {"name": name, **namespace(launchable)},
-        "spec": {
-            "selector": {"matchLabels": {PART_LABEL: name}},
-            "podMetricsEndpoints": [{"port": "http", "path": "/metrics", **scheme}],
-        },
-    }
 
 
 def _downloads(launchable: Launchable) -> Iterator[str]:
@@ -211,16 +188,6 @@ Pods request {resources}. Where `kubectl describe node` shows GPUs under another
 share them), set `resource` of the node in the cluster file, as `hetis-plan cluster discover` does, and plan again."""
 
 
-def namespace(launchable: Launchable) -> dict[str, str]:
-    """Return the namespace field of an object's metadata, or nothing for the default namespace of kubectl's user."""
-    return {"namespace": launchable.settings.namespace} if launchable.settings.namespace else {}
-
-
-def address(launchable: Launchable, service: str, port: int) -> str:
-    inside = f".{launchable.settings.namespace}.svc" if launchable.settings.namespace else ""
-    return f"{service}{inside}:{port}"
-
-
 _HOW_CORE = """\
 `kubectl apply -k .` in this folder. Each process is a pod on the node of the plan, by its name in `kubectl get nodes`,
 or, if it need not be there, on any with such GPUs; the front of a replica is a Service of its name at port 8000. The
@@ -230,6 +197,7 @@ namespace, and Secrets and claims that options name, must be there."""
 # --- pods from two templates
 
 
+REPLICA_LABEL = "app.kubernetes.io/instance"
 _NODE, _RANK = "HETIS_NODE", "HETIS_RANK"
 _LEADER = "$(LWS_LEADER_ADDRESS)"  # which the operator sets
 _NODE_LABEL = "kubernetes.io/hostname"  # its value differs between nodes, but is not always their name
@@ -252,7 +220,7 @@ class PodGroup:
         worker_labels: dict[str, str] | None = None,
     ) -> None:
         self._own_worker_labels = worker_labels
-        self.objects = ReplicaObjects(one.layout, one.serving, deployment_of(launchable, one))
+        self.objects = objects_of(launchable, one)
         self._layout, self._container = one.layout, container
         self._further = one.layout.servers[1:]
 
@@ -353,7 +321,7 @@ def write_lws(launchable: Launchable) -> Written:
 
 def _pod_of(group: PodGroup) -> str:
     """Return the host name of the pod of a replica's front end."""
-    name = group.objects.metadata("")["labels"]["app.kubernetes.io/instance"]
+    name = group.objects.metadata("")["labels"][REPLICA_LABEL]
     return group.objects.front_name if any(group.why_not()) else f"{name}-pods-0.{name}-pods"
 
 
@@ -411,14 +379,9 @@ def _disaggregated(launchable: Launchable) -> list[dict[str, Any]]:
         around += group.objects.around()
         roles.append({"name": f"{one.plan.role.value}-{one.name}", "spec": _spec(group)})
     name = launchable.settings.name
-    labels = {"app.kubernetes.io/name": "hetis", "app.kubernetes.io/instance": name}
-    whole = {
-        "apiVersion": "disaggregatedset.x-k8s.io/v1",
-        "kind": "DisaggregatedSet",
-        "metadata": {"name": name, **namespace(launchable), "labels": labels},
-        "spec": {"roles": roles},
-    }
-    return [*around, whole]
+    labels, spec = {"app.kubernetes.io/name": "hetis", REPLICA_LABEL: name}, {"roles": roles}
+    api = "disaggregatedset.x-k8s.io/v1"
+    return [*around, manifest(launchable, api, "DisaggregatedSet", name, labels=labels, spec=spec)]
 
 
 _HOW_LWS = """\

@@ -9,19 +9,20 @@ from typing import Any, NamedTuple
 from hetis.engines.kubernetes import (
     FRONT_PORT,
     MODEL_LABELS,
-    ReplicaObjects,
     annotations_of,
     tolerations_of,
 )
 from hetis.engines.layout import Process
 from hetis.formats.documents import yaml_text
 from hetis.planner.export.kubernetes import (
+    REPLICA_LABEL,
     check_cluster_options,
-    deployment_of,
-    namespace,
+    objects_of,
     replica_objects,
+    served_model,
     written_for_cluster,
 )
+from hetis.planner.export.manifests import manifest
 from hetis.planner.export.pair_routers import pair_groups
 from hetis.planner.export.pairs import pairs_beyond_the_plan
 from hetis.planner.export.replicas import (
@@ -33,7 +34,7 @@ from hetis.planner.export.replicas import (
 from hetis.planner.export.routing import shares_of, weight
 from hetis.solver.plan import Role
 
-REPLICA_LABEL, _POOL_LABEL = "app.kubernetes.io/instance", "hetis/pool"
+_POOL_LABEL = "hetis/pool"
 _LENGTHS_LABEL = "llm-d.ai/context-length-range"  # of the plugin `context-length-aware`
 _POOL_API = "inference.networking.k8s.io/v1"
 _CHART = "llm-d-modelservice --repo https://llm-d-incubation.github.io/llm-d-modelservice"
@@ -82,8 +83,7 @@ def _helm(launchable: Launchable, files: Iterable[str]) -> str:
 
 def values_of(launchable: Launchable, one: LaunchableReplica, labels: Mapping[str, str]) -> dict[str, Any]:
     """Return the values of the chart llm-d-modelservice 0.4.12 for a replica that is one pod."""
-    settings = launchable.settings
-    made = ReplicaObjects(one.layout, one.serving, deployment_of(launchable, one))
+    made = objects_of(launchable, one)
     is_decode_of_pair = one.plan.role is Role.DECODE
     port = _SIDECAR_PORT if is_decode_of_pair else FRONT_PORT
     arguments = list(made.arguments(0))
@@ -97,14 +97,11 @@ def values_of(launchable: Launchable, one: LaunchableReplica, labels: Mapping[st
     user = {name: value for name, value in pod["securityContext"].items() if name != "fsGroup"}
     container["securityContext"] = {**container["securityContext"], **user}
     role, other = ("prefill", "decode") if one.plan.role is Role.PREFILL else ("decode", "prefill")
-    model = one.serving.model
-    served = settings.served_name or model
     return {
         "fullnameOverride": launchable.name_of(one),
         "modelArtifacts": {
-            "name": served,
             # The engine is passed the location of its model, so the chart has nothing to fetch.
-            "uri": f"pvc://{settings.model_claim}{model}" if settings.model_claim else f"hf://{model}",
+            **served_model(launchable, one),
             "labels": {**labels, REPLICA_LABEL: launchable.name_of(one)},
         },
         **_accelerator(process),
@@ -144,9 +141,8 @@ def _accelerator(process: Process) -> dict[str, Any]:
 def _front(launchable: Launchable, one: LaunchableReplica) -> dict[str, Any]:
     """Return a Service for the pod that the chart makes; the chart leaves the pods themselves to an InferencePool."""
     name = launchable.name_of(one)
-    made = ReplicaObjects(one.layout, one.serving, deployment_of(launchable, one))
     spec = {"ports": [{"name": "http", "port": FRONT_PORT}], "selector": {REPLICA_LABEL: name}}
-    return made.object("v1", "Service", name, spec=spec)
+    return objects_of(launchable, one).object("v1", "Service", name, spec=spec)
 
 
 class _Pool(NamedTuple):
@@ -201,38 +197,20 @@ def of_one_pool(launchable: Launchable) -> Launchable:
 
 def _gateway(launchable: Launchable) -> list[dict[str, Any]]:
     """Return the pools, and the route that divides requests among them with the plan's shares."""
-
-    def metadata(name: str) -> dict[str, Any]:
-        return {"name": name, **namespace(launchable), "labels": {"app.kubernetes.io/name": "hetis"}}
-
-    pools = _pools(launchable)
-    backends = [
-        {"group": _POOL_API.partition("/")[0], "kind": "InferencePool", "name": pool.name, "weight": weight(pool.share)}
-        for pool in pools
-    ]
+    labels, objects, backends = {"app.kubernetes.io/name": "hetis"}, list[dict[str, Any]](), list[dict[str, Any]]()
+    group = _POOL_API.partition("/")[0]
+    for pool in _pools(launchable):
+        spec = {
+            "selector": {"matchLabels": {_POOL_LABEL: pool.name}},
+            "targetPorts": [{"number": FRONT_PORT}],
+            "endpointPickerRef": {"name": f"{pool.name}-epp", "port": {"number": 9002}},
+        }
+        objects.append(manifest(launchable, _POOL_API, "InferencePool", pool.name, labels=labels, spec=spec))
+        backends.append({"group": group, "kind": "InferencePool", "name": pool.name, "weight": weight(pool.share)})
     rule = {"backendRefs": backends, "timeouts": {"request": "0s"}}
     route = {"parentRefs": [{"name": "inference-gateway"}], "rules": [rule]}
-    return [
-        *(
-            {
-                "apiVersion": _POOL_API,
-                "kind": "InferencePool",
-                "metadata": metadata(pool.name),
-                "spec": {
-                    "selector": {"matchLabels": {_POOL_LABEL: pool.name}},
-                    "targetPorts": [{"number": FRONT_PORT}],
-                    "endpointPickerRef": {"name": f"{pool.name}-epp", "port": {"number": 9002}},
-                },
-            }
-            for pool in pools
-        ),
-        {
-            "apiVersion": "gateway.networking.k8s.io/v1",
-            "kind": "HTTPRoute",
-            "metadata": metadata(launchable.settings.name),
-            "spec": route,
-        },
-    ]
+    api, name = "gateway.networking.k8s.io/v1", launchable.settings.name
+    return [*objects, manifest(launchable, api, "HTTPRoute", name, labels=labels, spec=route)]
 
 
 def picker_config(launchable: Launchable, members: Iterable[int]) -> dict[str, Any]:
@@ -250,35 +228,29 @@ def picker_config(launchable: Launchable, members: Iterable[int]) -> dict[str, A
             if one.plan.role in roles and shares[number] > 0
         }
 
-    sides = {"decode": weights(Role.UNIFIED, Role.DECODE), "prefill": weights(Role.PREFILL)}
-    plugins: list[dict[str, Any]] = [
-        {
-            "type": "label-producer",
-            "name": "replicas",
-            "parameters": {"labels": [{"label": REPLICA_LABEL, "attributeKey": "replica"}]},
-        },
-        {"type": "weighted-random-picker"},
-    ]
-    lengths: list[dict[str, Any]] = (
-        [{"pluginRef": "context-length-aware", "weight": 0}] if launchable.plan.classes else []
-    )
-    if lengths:  # it filters before scores, which are shares of the replicas for a request's class
-        plugins.append({"type": "context-length-aware", "parameters": {"enableFiltering": True}})
-    profiles = []
-    if sides["prefill"]:
+    def plugin(kind: str, name: str = "", **parameters: Any) -> dict[str, Any]:
+        named = {"name": name} if name else {}
+        return {"type": kind, **named, **({"parameters": parameters} if parameters else {})}
+
+    decode, prefill = weights(Role.UNIFIED, Role.DECODE), weights(Role.PREFILL)
+    labels = [{"label": REPLICA_LABEL, "attributeKey": "replica"}]
+    plugins = [plugin("label-producer", "replicas", labels=labels), plugin("weighted-random-picker")]
+    filters, profiles = list[dict[str, Any]](), list[dict[str, Any]]()
+    if launchable.plan.classes:  # it filters before scores, which are shares of the replicas for a request's class
+        plugins.append(plugin("context-length-aware", enableFiltering=True))
+        filters.append({"pluginRef": "context-length-aware", "weight": 0})
+    if prefill:
         decider = "always-disagg-pd-decider"
-        plugins += [{"type": name} for name in ("disagg-headers-handler", "prefill-filter", "decode-filter", decider)]
-        plugins.append({"type": "disagg-profile-handler", "parameters": {"deciders": {"prefill": decider}}})
-    for side, of_side in sides.items():
+        plugins += map(plugin, ("disagg-headers-handler", "prefill-filter", "decode-filter", decider))
+        plugins.append(plugin("disagg-profile-handler", deciders={"prefill": decider}))
+    for side, of_side in (("decode", decode), ("prefill", prefill)):
         if not of_side:
             continue
-        scorer = f"shares-{side}"
-        parameters = {"attributeKey": "replica", "producer": "replicas", "weights": of_side}
-        plugins.append({"type": "endpoint-attribute-weight-scorer", "name": scorer, "parameters": parameters})
-        chosen: list[dict[str, Any]] = [{"pluginRef": f"{side}-filter"}] if sides["prefill"] else []
-        chosen += lengths
-        chosen += [{"pluginRef": scorer}, {"pluginRef": "weighted-random-picker"}]
-        profiles.append({"name": side if sides["prefill"] else "default", "plugins": chosen})
+        scorer, by_replica = f"shares-{side}", {"attributeKey": "replica", "producer": "replicas"}
+        plugins.append(plugin("endpoint-attribute-weight-scorer", scorer, **by_replica, weights=of_side))
+        own = [{"pluginRef": f"{side}-filter"}] if prefill else []
+        chosen = [*own, *filters, {"pluginRef": scorer}, {"pluginRef": "weighted-random-picker"}]
+        profiles.append({"name": side if prefill else "default", "plugins": chosen})
     return {
         "apiVersion": "llm-d.ai/v1alpha1",
         "kind": "EndpointPickerConfig",

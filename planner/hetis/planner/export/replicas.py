@@ -371,20 +371,18 @@ def worker_image(launchable: Launchable, one: LaunchableReplica) -> str:
 
 def missing_images(launchable: Launchable) -> list[str]:
     """Return a sentence for each image that is missing for a vendor's GPUs."""
-    wrong = dict[str, None]()
+    lacking, made = list[tuple[str, str, str]](), IMAGE if launchable.engine is Engine.VLLM_HETIS else "of the engine"
     for one in launchable.replicas.values():
         if not engine_image(launchable, one):
-            made = IMAGE if launchable.engine is Engine.VLLM_HETIS else "of the engine"
-            wrong[_missing("--image", one.layout.vendor, made)] = None
+            lacking.append(("--image", one.layout.vendor, made))
         if (workers := one.layout.attention_workers) and not worker_image(launchable, one):
-            wrong[_missing("--worker-image", workers[0].vendor, WORKER_IMAGE)] = None
-    return list(wrong)
-
-
-def _missing(option: str, vendor: str, made: str) -> str:
-    if vendor == "NVIDIA":
-        return f"{option} is missing: {made}"
-    return f"{option} is missing for {vendor} GPUs: give {option} IMAGE,{vendor}=IMAGE"
+            lacking.append(("--worker-image", workers[0].vendor, WORKER_IMAGE))
+    return [
+        f"{option} is missing: {image}"
+        if vendor == "NVIDIA"
+        else f"{option} is missing for {vendor} GPUs: give {option} IMAGE,{vendor}=IMAGE"
+        for option, vendor, image in dict.fromkeys(lacking)
+    ]
 
 
 def published_image(engine: Engine, vendor: str) -> str:

@@ -220,17 +220,7 @@ def litellm_list(servers: Sequence[tuple[str, int]], served: str) -> str:
 
     The engines' key is that of its environment, which may have none.
     """
-    models = _litellm_models(servers, served, served)
-    return yaml_text({"model_list": models, "router_settings": {"routing_strategy": "simple-shuffle"}})
-
-
-def _litellm_models(servers: Sequence[tuple[str, int]], served: str, name: str) -> list[dict[str, Any]]:
-    models = list[dict[str, Any]]()
-    for endpoint, share in servers:
-        parameters = {"model": f"hosted_vllm/{served}", "api_base": f"http://{endpoint}/v1", "weight": share}
-        parameters["api_key"] = "os.environ/VLLM_API_KEY"
-        models.append({"model_name": name, "litellm_params": parameters})
-    return models
+    return _litellm(_litellm_models(servers, served, served))
 
 
 def litellm_by_classes(
@@ -244,14 +234,24 @@ def litellm_by_classes(
     models, names = list[dict[str, Any]](), list[str]()
     for one in launchable.plan.classes:
         names.append(f"{served}-{one.name}" if names else served)
-        most = one.max_prompt_tokens or launchable.model.max_position
+        info = {"model_info": {"max_input_tokens": one.max_prompt_tokens or launchable.model.max_position}}
         servers = weighted(entry_points(launchable, endpoints, routers, one.name))
-        models += [
-            each | {"model_info": {"max_input_tokens": most}} for each in _litellm_models(servers, served, names[-1])
-        ]
-    settings = {
-        "routing_strategy": "simple-shuffle",
-        "enable_pre_call_checks": True,
-        "context_window_fallbacks": [{names[0]: names[1:]}],
-    }
-    return yaml_text({"model_list": models, "router_settings": settings})
+        models += [each | info for each in _litellm_models(servers, served, names[-1])]
+    return _litellm(models, enable_pre_call_checks=True, context_window_fallbacks=[{names[0]: names[1:]}])
+
+
+def _litellm(models: Sequence[Mapping[str, Any]], **settings: Any) -> str:
+    return yaml_text({"model_list": models, "router_settings": {"routing_strategy": "simple-shuffle", **settings}})
+
+
+def _litellm_models(servers: Sequence[tuple[str, int]], served: str, name: str) -> list[dict[str, Any]]:
+    key = {"api_key": "os.environ/VLLM_API_KEY"}
+    return [
+        {
+            "model_name": name,
+            "litellm_params": {
+                "model": f"hosted_vllm/{served}", "api_base": f"http://{endpoint}/v1", "weight": share, **key
+            },
+        }
+        for endpoint, share in servers
+    ]  # fmt: skip

@@ -18,14 +18,14 @@ from hetis.engines.serving import Meeting, arguments_of, drain_s, is_of_http_ser
 from hetis.engines.versions import Engine
 from hetis.formats.documents import yaml_text
 from hetis.planner.export.kubernetes import (
+    REPLICA_LABEL,
     PodGroup,
-    address,
     check_cluster_options,
     deployment_of,
-    namespace,
+    served_model,
     written_for_cluster,
 )
-from hetis.planner.export.llm_d import REPLICA_LABEL
+from hetis.planner.export.manifests import address, manifest
 from hetis.planner.export.pairs import pairs_beyond_the_plan
 from hetis.planner.export.replicas import (
     PUSHED,
@@ -63,7 +63,7 @@ def write_kserve(launchable: Launchable) -> Written:
         for each in (one, launchable.replicas.get(pairs.get(number, -1))):
             if each is not None and len(each.layout.servers) > 1:
                 name = f"kserve-config-llm-{_PRESETS[each.plan.role]}-pipeline-parallel"
-                presets[name] = _preset(launchable, name)
+                presets[name] = manifest(launchable, _API, "LLMInferenceServiceConfig", name, spec={})
     if presets:
         files["presets.yaml"] = yaml_text(*presets.values())
     fronts = {decode: prefill for prefill, decode in pairs.items()}
@@ -75,12 +75,10 @@ def write_kserve(launchable: Launchable) -> Written:
 def _objects(launchable: Launchable, number: int, pairs: dict[int, int]) -> list[dict[str, Any]]:
     """Return the service, its attention workers, and the file that configures the plugin."""
     one, settings = launchable.replicas[number], launchable.settings
-    name, model = launchable.name_of(one), one.serving.model
-    served = settings.served_name or model
+    name = launchable.name_of(one)
     main = launchable.replicas[pairs[number]] if one.plan.role is Role.PREFILL else one
-    uri = f"pvc://{settings.model_claim}{model}" if settings.model_claim else f"hf://{model}"
     spec: dict[str, Any] = {
-        "model": {"name": served, "uri": uri},
+        "model": served_model(launchable, one),
         # The engine is passed the location of its model.
         "storageInitializer": {"enabled": False},
         "replicas": main.copies,
@@ -143,11 +141,6 @@ def _listen(container: dict[str, Any], port: int) -> None:
     http["containerPort"] = port
     if "scheme" not in container["readinessProbe"]["httpGet"]:  # the preset's has that of KServe's configuration
         del container["livenessProbe"]
-
-
-def _preset(launchable: Launchable, name: str) -> dict[str, Any]:
-    metadata = {"name": name, **namespace(launchable)}
-    return {"apiVersion": _API, "kind": "LLMInferenceServiceConfig", "metadata": metadata, "spec": {}}
 
 
 _HOW_KSERVE = """\
@@ -228,12 +221,9 @@ def _graph(launchable: Launchable, number: int, components: list[dict[str, Any]]
         container["env"] = token
     template = {"spec": {"containers": [container]}}
     front = {"name": "Frontend", "type": "frontend", "replicas": 1, "podTemplate": template}
-    return {
-        "apiVersion": "nvidia.com/v1beta1",
-        "kind": "DynamoGraphDeployment",
-        "metadata": {"name": f"{settings.name}-{number}", **namespace(launchable)},
-        "spec": {"backendFramework": launchable.engine.value, "components": [front, *components]},
-    }
+    spec = {"backendFramework": launchable.engine.value, "components": [front, *components]}
+    name = f"{settings.name}-{number}"
+    return manifest(launchable, "nvidia.com/v1beta1", "DynamoGraphDeployment", name, spec=spec)
 
 
 def image_of(launchable: Launchable) -> str:

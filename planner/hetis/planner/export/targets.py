@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 from hetis.engines.layout import Layout
 from hetis.engines.planned import planned_model
@@ -47,38 +49,34 @@ class Export:
     left: tuple[str, ...] = ()  # files like ``shown`` in the folder that are not of this export: of a former plan
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Target:
-    """How plans are exported to a target."""
+class _Target(NamedTuple):
+    """How plans are exported to a target.
 
-    write: Callable[[Launchable], Written]  # raises DocumentError with every missing option
-    # Returns the plan with the replicas that the target can run. Raises NotExportableError if it is none.
-    carried: Callable[[Launchable], Launchable] = lambda launchable: launchable
-    engines: tuple[Engine, ...] = tuple(Engine)  # that it can start
+    Attributes:
+        write: returns the files. Raises DocumentError with every missing option.
+        why_not: returns why the target cannot run a replica; empty: it can.
+        narrowed: returns what it serves of the replicas that it can run. Raises NotExportableError if that is nothing.
+        engines: those that it can start.
+    """
 
-
-def _if_not(why_not: Callable[[Launchable, LaunchableReplica], Iterable[str]]) -> Callable[[Launchable], Launchable]:
-    return lambda launchable: launchable.without_impossible(why_not)
+    write: Callable[[Launchable], Written]
+    why_not: Callable[[Launchable, LaunchableReplica], Iterable[str]] = lambda _, __: ()
+    narrowed: Callable[[Launchable], Launchable] = lambda launchable: launchable
+    engines: tuple[Engine, ...] = tuple(Engine)
 
 
 _TARGETS: Mapping[ExportTarget, _Target] = {
-    ExportTarget.VLLM: _Target(write=write_shell, engines=(Engine.VLLM_HETIS, Engine.VLLM)),
-    ExportTarget.SGLANG: _Target(write=write_shell, engines=(Engine.SGLANG,)),
-    ExportTarget.COMPOSE: _Target(write=write_compose),
-    ExportTarget.KUBERNETES: _Target(write=write_kubernetes, carried=_if_not(why_no_pods)),
-    ExportTarget.LWS: _Target(write=write_lws, carried=_if_not(why_no_pods)),
-    ExportTarget.LLM_D: _Target(
-        write=write_llm_d, carried=lambda launchable: of_one_pool(_if_not(why_no_pods)(launchable))
-    ),
-    ExportTarget.KSERVE: _Target(
-        write=write_kserve, carried=lambda launchable: without_single(_if_not(why_no_group)(launchable))
-    ),
-    ExportTarget.DYNAMO: _Target(write=write_dynamo, carried=_if_not(why_not_on_dynamo)),
-    ExportTarget.RAY: _Target(
-        write=write_ray, carried=lambda launchable: without_single(_if_not(why_not_on_ray)(launchable))
-    ),
-    ExportTarget.SLURM: _Target(write=write_slurm, carried=_if_not(why_no_job)),
-    ExportTarget.HETIS_LAUNCH: _Target(write=write_hetis_launch),
+    ExportTarget.VLLM: _Target(write_shell, engines=(Engine.VLLM_HETIS, Engine.VLLM)),
+    ExportTarget.SGLANG: _Target(write_shell, engines=(Engine.SGLANG,)),
+    ExportTarget.COMPOSE: _Target(write_compose),
+    ExportTarget.KUBERNETES: _Target(write_kubernetes, why_no_pods),
+    ExportTarget.LWS: _Target(write_lws, why_no_pods),
+    ExportTarget.LLM_D: _Target(write_llm_d, why_no_pods, of_one_pool),
+    ExportTarget.KSERVE: _Target(write_kserve, why_no_group, without_single),
+    ExportTarget.DYNAMO: _Target(write_dynamo, why_not_on_dynamo),
+    ExportTarget.RAY: _Target(write_ray, why_not_on_ray, without_single),
+    ExportTarget.SLURM: _Target(write_slurm, why_no_job),
+    ExportTarget.HETIS_LAUNCH: _Target(write_hetis_launch),
 }
 # Targets that run only some engines; all others run any engine.
 ENGINES: Mapping[ExportTarget, tuple[Engine, ...]] = {
@@ -89,47 +87,29 @@ _KNOW_NO_LENGTHS = (ExportTarget.KUBERNETES, ExportTarget.LWS, ExportTarget.KSER
 _ENGINES_SERVE_HTTP = frozenset(ExportTarget) - {ExportTarget.DYNAMO, ExportTarget.RAY}
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Carried:
-    """How much of a plan's traffic a target serves."""
-
-    planned: float  # saturated requests/s of the plan
-    rate: float  # and of what the target runs
-    reasons: tuple[str, ...]  # why it does not serve all of it, a sentence each; empty if it does
-
-    @property
-    def whole(self) -> bool:
-        return not self.reasons
-
-
-def carries(
-    plan: Plan, target: ExportTarget, *, model: ModelSpec | None = None, engine: Engine | None = None,
-    launch: Callable[[Plan, ModelSpec, ExportSettings], Launchable] = launchable,
-) -> Carried:  # fmt: skip
-    """Return whether a target serves all of a plan's traffic, and if not why.
+def not_carried_by_target(
+    plan: Plan, model: ModelSpec, engine: Engine | None = None
+) -> dict[ExportTarget, tuple[str, ...]]:
+    """Return for each target why it does not serve all of a plan's traffic, a sentence each; empty: it does.
 
     Images, keys and names count as given. Addresses of nodes are unknown; the order of Ray's stages depends on them.
-
-    Args:
-        model: the planned model; None: the one in the plan's own documents.
-        engine: the engine of the replicas; None: the one that exports choose.
-        launch: lays out the replicas.
-
-    Raises:
-        DocumentError: the model is not given, and the plan has none that can be used.
+    ``engine`` is that of the replicas; None: the one that exports choose.
     """
-    shape = model or planned_model(plan)
-    if shape is None:
-        raise single_problem("plan", "inputs.documents.model is missing: the layout depends on it")
-    settings = ExportSettings(model=f"model-{WEIGHTS}", engine=engine or _engine_of(plan, target))
-    planned = plan.served_rate()
-    if settings.engine is not None and settings.engine not in _TARGETS[target].engines:
-        return Carried(planned=planned, rate=0.0, reasons=(f"it does not run {settings.engine.value}",))
-    try:
-        found = _carried(launch(plan, shape, settings), target)
-    except NotExportableError as error:
-        return Carried(planned=planned, rate=0.0, reasons=error.reasons)
-    return Carried(planned=planned, rate=found.rate(), reasons=tuple(found.reasons()))
+
+    @cache
+    def launched(engine: Engine | None) -> Launchable:  # targets of the same engine start the same processes
+        return launchable(plan, model, ExportSettings(model=f"model-{WEIGHTS}", engine=engine))
+
+    def reasons(target: ExportTarget) -> tuple[str, ...]:
+        own = engine or _engine_of(plan, target)
+        if own is not None and own not in _TARGETS[target].engines:
+            return (f"it does not run {own.value}",)
+        try:
+            return tuple(_carried(launched(own), target).reasons())
+        except NotExportableError as error:
+            return error.reasons
+
+    return {target: reasons(target) for target in ExportTarget}
 
 
 def _carried(found: Launchable, target: ExportTarget) -> Launchable:
@@ -139,21 +119,7 @@ def _carried(found: Launchable, target: ExportTarget) -> Launchable:
     if found.plan.classes and target in _KNOW_NO_LENGTHS:
         why = "its router does not know the lengths of prompts, by which this plan divides requests: --classes none"
         raise NotExportableError((why,))
-    return _TARGETS[target].carried(found)
-
-
-def not_carried_by_target(
-    plan: Plan, *, model: ModelSpec, engine: Engine | None = None
-) -> dict[ExportTarget, tuple[str, ...]]:
-    """Return for each target why it does not serve all of a plan's traffic, as `carries`; empty: it does."""
-    known = dict[Engine | None, Launchable]()  # targets of the same engine start the same processes
-
-    def launch(plan: Plan, model: ModelSpec, settings: ExportSettings) -> Launchable:
-        if settings.engine not in known:
-            known[settings.engine] = launchable(plan, model, settings)
-        return known[settings.engine]
-
-    return {each: carries(plan, each, model=model, engine=engine, launch=launch).reasons for each in ExportTarget}
+    return _TARGETS[target].narrowed(found.without_impossible(_TARGETS[target].why_not))
 
 
 def _engine_of(plan: Plan, target: ExportTarget) -> Engine | None:
@@ -185,18 +151,12 @@ def export_plan(plan: Plan, model: ModelSpec, target: ExportTarget, settings: Ex
         written = replace(written, not_carried=(*written.not_carried, why))
     lost = (*found.changes, *left_out, *written.not_carried)
     files = {"README.md": readme_of(target.value, found, written, lost), **written.files, **lists}
-    return Export(
-        files=files,
-        shown=written.shown,
-        lost=lost,
-        planned=plan.served_rate(),
-        rate=found.rate(),
-    )
+    return Export(files=files, shown=written.shown, lost=lost, planned=plan.served_rate(), rate=found.rate())
 
 
 def _elsewhere(plan: Plan, model: ModelSpec, engine: Engine | None) -> Iterator[str]:
     """Yield a sentence that names the targets which carry all of a plan, if any does."""
-    reasons = not_carried_by_target(plan, model=model, engine=engine)
+    reasons = not_carried_by_target(plan, model, engine)
     names = [target.value for target, why in reasons.items() if not why]
     if names:
         yield f"all of it is carried with --to {' or '.join(filter(None, (', '.join(names[:-1]), names[-1])))}"

@@ -107,6 +107,10 @@ class ClusterFleet:
         link = self.links.get(node)
         return None if link is None else link.slots.get(replica)
 
+    def replicas_on(self, node: str) -> list[str]:
+        """Return the names of the replicas that have GPUs of the node, in order."""
+        return sorted(self._replicas_on.get(node, ()))
+
     def ensure_link(self, node: str) -> NodeLink:
         """Return the node's link, a new one if it has none."""
         if node not in self.links:

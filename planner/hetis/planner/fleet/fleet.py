@@ -26,8 +26,9 @@ from hetis.planner.fleet.agents.messages import Request, check_hello, note_refus
 from hetis.planner.fleet.agents.stream import MessageBudget, Response, Stream
 from hetis.planner.fleet.cluster import ClusterFleet
 from hetis.planner.fleet.hubs import Hubs
-from hetis.planner.fleet.reconciler import PlanContents, Reconciler
+from hetis.planner.fleet.reconciler import Reconciler
 from hetis.planner.fleet.settings import FleetCounters, FleetSettings
+from hetis.planner.fleet.stored_plans import StoredPlans
 from hetis.planner.fleet.views import Clock, FleetObserver, LiveNode, LiveReplica, kv_in_use
 from hetis.planner.fleet.writes import StoredCluster, read_clusters
 from hetis.planner.store import Store
@@ -52,7 +53,7 @@ class LiveFleet:
         epoch: int,
         settings: FleetSettings,
         clock: Clock,
-        contents: PlanContents | None = None,
+        plans: StoredPlans | None = None,
         declared: DeclaredFleets | None = None,
         counters: FleetCounters | None = None,
     ) -> None:
@@ -63,7 +64,7 @@ class LiveFleet:
         self._epoch = epoch
         self._settings = settings
         self._clock = clock
-        self._contents = contents or PlanContents(store)
+        self._plans = plans or StoredPlans(store)
         self._declared = declared or DeclaredFleets()
         self._clusters: dict[str, ClusterFleet] = {}
         self._no_cluster = ClusterFleet("", epoch=epoch, settings=settings, counters=self.counters)  # an empty one
@@ -234,7 +235,7 @@ class LiveFleet:
                 cluster=ClusterFleet(cluster, epoch=self._epoch, settings=self._settings, counters=self.counters),
                 store=self._store,
                 hubs=self._hubs,
-                contents=self._contents,
+                plans=self._plans,
                 declared=self._declared,
                 clock=self._clock,
                 observers=self._observers,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections import OrderedDict
 from collections.abc import Collection
 
@@ -14,6 +15,7 @@ from hetis.planner.store.tables import KEPT_REDISPATCHES
 from hetis.planner.watching import Hub
 from hetis.v1 import cluster_pb2, plan_pb2
 
+_MOST_ENCODED = 1_000  # per cluster; others are read and encoded again
 _MOST_ONE_BY_ONE = 1000  # nodes; if more of them change at once, watchers receive the whole present state again
 
 
@@ -27,6 +29,8 @@ class ClusterHub(Hub[tuple[str, str], Message]):
     def __init__(self, epoch: int) -> None:
         super().__init__(epoch)
         self._redispatches: OrderedDict[tuple[str, str], None] = OrderedDict()
+        self.encoding = asyncio.Lock()  # held while events are encoded for watchers
+        self.encoded: OrderedDict[int, bytes] = OrderedDict()  # what watchers are sent about events, by sequence
 
     def publish(self, key: tuple[str, str], value: Message | None, *, now_s: float) -> int:
         if key[0] == "redispatch" and value is not None:
@@ -35,6 +39,12 @@ class ClusterHub(Hub[tuple[str, str], Message]):
                 oldest, _ = self._redispatches.popitem(last=False)
                 super().publish(oldest, None, now_s=now_s)
         return super().publish(key, value, now_s=now_s)
+
+    def keep_encoded(self, sequence: int, content: bytes) -> None:
+        """Keep what watchers are sent about an event."""
+        self.encoded[sequence] = content
+        if len(self.encoded) > _MOST_ENCODED:
+            self.encoded.popitem(last=False)
 
 
 class Hubs:

@@ -3,102 +3,22 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
-from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
-from hetis.formats.documents import from_data
-from hetis.formats.errors import DocumentError
-from hetis.planner.convert.documents import DeclaredFleets, document_of
-from hetis.planner.convert.plans import gpu_kinds_to_proto, kv_partners_to_proto
-from hetis.planner.convert.stages import stages_of_replica
+from hetis.planner.convert.documents import DeclaredFleets
 from hetis.planner.failures import Reason, ServiceError
 from hetis.planner.fleet import deciding, views
 from hetis.planner.fleet.cluster import ClusterFleet
 from hetis.planner.fleet.hubs import Hubs
-from hetis.planner.fleet.replica import Contents
+from hetis.planner.fleet.stored_plans import StoredPlans
 from hetis.planner.fleet.views import Clock, FleetObserver
 from hetis.planner.fleet.writes import StoredCluster, Writes, apply, read_changes, read_clusters, read_ends
 from hetis.planner.store import Reader, Store
-from hetis.planner.use_cases.saved_plans import PlanAndProblem, problem_of_plan
-from hetis.solver.errors import HetisError
-from hetis.solver.plan import Plan
-from hetis.v1.document_pb2 import Document
-from hetis.v1.replica_pb2 import KvPartner
 
 _log = logging.getLogger("hetis.planner.fleet")
-_KEPT = 2  # parsed plans: the active one and its predecessor
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _ReadPlan:
-    """A plan's document as values, and what all its replicas share."""
-
-    plan: PlanAndProblem
-    model: Document
-    kv_partners: Sequence[Sequence[KvPartner]]  # by replica
-
-
-class PlanContents:
-    """The contents of plans, from their documents in the store."""
-
-    def __init__(self, store: Store) -> None:
-        self._store = store
-        # By digest, since plan names can be reused; None: the document cannot be read, which is logged once
-        self._parsed: OrderedDict[str, _ReadPlan | None] = OrderedDict()
-
-    async def of(self, plan: str, indices: Sequence[int]) -> list[Contents | None]:
-        """Return the contents of these replicas. Parsed plans are kept, since a plan's document never changes."""
-        record = await self._store.read(lambda tx: tx.plans.get(plan))
-        digest = "" if record is None else record.body.result.document.digest
-        if record is None or digest not in self._parsed:
-            record, document = await self._store.read(lambda tx: (tx.plans.get(plan), tx.plan_documents.get(plan)))
-            if document is None:
-                return [None] * len(indices)
-            digest = "" if record is None else record.body.result.document.digest
-            self._parsed[digest] = await asyncio.to_thread(_parse, plan, document)
-            if len(self._parsed) > _KEPT:
-                self._parsed.popitem(last=False)
-        found = self._parsed[digest]
-        if found is None:
-            return [None] * len(indices)
-        return await asyncio.to_thread(_contents, found, plan, indices)
-
-
-def _parse(plan: str, document: bytes) -> _ReadPlan | None:
-    try:
-        value = from_data(json.loads(document), name=plan)
-        if not isinstance(value, Plan):
-            return None
-        found = problem_of_plan(value, plan)
-        model, partners = document_of(found.problem.model), kv_partners_to_proto(found.plan)
-        return _ReadPlan(plan=found, model=model, kv_partners=partners)
-    except (DocumentError, HetisError) as error:  # as of a plan that another version made
-        _log.error("a plan's document cannot be read", extra={"plan": plan, "why": str(error)})
-        return None
-    except (ValueError, LookupError):
-        _log.exception("a plan's document cannot be read", extra={"plan": plan})
-        return None
-
-
-def _contents(read: _ReadPlan, plan: str, indices: Sequence[int]) -> list[Contents | None]:
-    """Return the contents of these replicas of a plan, None for each one that cannot be derived."""
-    replicas, types = read.plan.plan.replicas, read.plan.problem.cluster.gpu_types
-    contents: list[Contents | None] = []
-    for index in indices:
-        try:
-            stages, partners = tuple(stages_of_replica(read.plan, index)), read.kv_partners[index]
-            kinds = gpu_kinds_to_proto(replicas[index], partners, types)
-            contents.append(Contents(model=read.model, stages=stages, kv_partners=partners, gpu_kinds=kinds))
-        except (HetisError, LookupError):
-            _log.exception(
-                "the contents of a replica cannot be derived from its plan", extra={"plan": plan, "replica": index}
-            )
-            contents.append(None)
-    return contents
 
 
 def read_again(cluster: ClusterFleet, reader: Reader) -> StoredCluster | None:
@@ -123,7 +43,7 @@ class Reconciler:
     cluster: ClusterFleet  # its ``record`` is None before the first read, and once the cluster is gone
     store: Store
     hubs: Hubs
-    contents: PlanContents
+    plans: StoredPlans
     declared: DeclaredFleets
     clock: Clock
     observers: Sequence[FleetObserver]
@@ -218,7 +138,7 @@ class Reconciler:
             record = cluster.replicas[name].record
             by_plan.setdefault(record.plan, []).append((name, record.body.plan_index))
         for plan, replicas in by_plan.items():
-            found = await self.contents.of(plan, [index for _, index in replicas])
+            found = await self.plans.contents(plan, [index for _, index in replicas])
             for (name, _), contents in zip(replicas, found, strict=True):
                 cluster.prepare(name, contents)
 

@@ -1,17 +1,21 @@
 """The fleet's settings, the automatic reactions that a cluster's policy allows, and the fleet's counters."""
 
-# ruff: noqa: RUF009  # `_counted` returns a field, not a default
+# ruff: noqa: RUF009  # `_from` and `_counted` return fields, not defaults
 
 from __future__ import annotations
 
 import math
 from collections import Counter
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, fields
+from typing import Any, TypeVar
+
+from google.protobuf.duration_pb2 import Duration
 
 from hetis.planner.convert.names import duration, seconds_of
 from hetis.solver.redispatch.triggers import THETA
 from hetis.v1 import agent_service_pb2, cluster_pb2
+
+Mode = cluster_pb2.ReactionMode
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,73 +60,60 @@ class FleetSettings:
         )
 
 
+def _from(name: str, default: Any) -> Any:
+    """Return the field of a policy that is read from this field of a `ClusterPolicy`, where it may be unset."""
+    return field(default=default, metadata={"name": name})
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RedispatchPolicy:
     """The part of a `ClusterPolicy` about re-dispatch."""
 
-    mode: cluster_pb2.ReactionMode.ValueType = cluster_pb2.REACTION_MODE_AUTOMATIC  # OFF, ADVISORY or AUTOMATIC
-    deviation_ratio: float = THETA  # share by which the slowest device may exceed the ideal
+    mode: Mode.ValueType = _from("redispatch", Mode.REACTION_MODE_AUTOMATIC)  # OFF, ADVISORY or AUTOMATIC
+    deviation_ratio: float = _from("deviation_ratio", THETA)  # share by which the slowest device may exceed the ideal
     # Share of a device's KV blocks above which head groups should leave; None: the stage's own
-    high_water: float | None = None
-    interval_s: float = 5.0  # shortest time between two re-dispatches of a replica
-    prepare_timeout_s: float = 30.0  # longest time that the preparation of a re-dispatch may take
-    kv_bytes: float = math.inf  # limit on the KV that a re-dispatch may move
+    high_water: float | None = _from("high_water", None)
+    interval_s: float = _from("redispatch_interval", 5.0)  # shortest time between two re-dispatches of a replica
+    prepare_timeout_s: float = _from("prepare_timeout", 30.0)  # longest that the preparation of a re-dispatch may take
+    kv_bytes: float = _from("redispatch_kv_bytes", math.inf)  # limit on the KV that a re-dispatch may move
 
     @property
     def is_off(self) -> bool:
-        return self.mode == cluster_pb2.REACTION_MODE_OFF
+        return self.mode == Mode.REACTION_MODE_OFF
 
     @property
     def is_advisory(self) -> bool:
-        return self.mode == cluster_pb2.REACTION_MODE_ADVISORY
+        return self.mode == Mode.REACTION_MODE_ADVISORY
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ProposalPolicy:
     """The part of a `ClusterPolicy` about proposals: ``mode``, and how long a change of capacity must have lasted."""
 
-    mode: cluster_pb2.ReactionMode.ValueType = cluster_pb2.REACTION_MODE_ADVISORY
-    patience_s: float = 300.0
+    mode: Mode.ValueType = _from("placement", Mode.REACTION_MODE_ADVISORY)
+    patience_s: float = _from("placement_patience", 300.0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrafficPolicy:
     """The part of a `ClusterPolicy` about changes of traffic."""
 
-    mode: cluster_pb2.ReactionMode.ValueType = cluster_pb2.REACTION_MODE_ADVISORY
-    changes_per_hour: int = 12
-    cool_down_s: float = 600.0
+    mode: Mode.ValueType = _from("traffic", Mode.REACTION_MODE_ADVISORY)
+    changes_per_hour: int = _from("traffic_changes_per_hour", 12)
+    cool_down_s: float = _from("traffic_cool_down", 600.0)
 
 
-def redispatch_policy(message: cluster_pb2.ClusterPolicy) -> RedispatchPolicy:
-    default = RedispatchPolicy()
-    return RedispatchPolicy(
-        mode=message.redispatch or default.mode,
-        deviation_ratio=message.deviation_ratio if message.HasField("deviation_ratio") else default.deviation_ratio,
-        high_water=message.high_water or None,
-        interval_s=_seconds(message, "redispatch_interval", default.interval_s),
-        prepare_timeout_s=_seconds(message, "prepare_timeout", default.prepare_timeout_s),
-        kv_bytes=float(message.redispatch_kv_bytes) or math.inf,
-    )
+P = TypeVar("P", RedispatchPolicy, ProposalPolicy, TrafficPolicy)
 
 
-def proposal_policy(message: cluster_pb2.ClusterPolicy) -> ProposalPolicy:
-    default = ProposalPolicy()
-    patience_s = _seconds(message, "placement_patience", default.patience_s)
-    return ProposalPolicy(mode=message.placement or default.mode, patience_s=patience_s)
-
-
-def traffic_policy(message: cluster_pb2.ClusterPolicy) -> TrafficPolicy:
-    default = TrafficPolicy()
-    return TrafficPolicy(
-        mode=message.traffic or default.mode,
-        changes_per_hour=message.traffic_changes_per_hour or default.changes_per_hour,
-        cool_down_s=_seconds(message, "traffic_cool_down", default.cool_down_s),
-    )
-
-
-def _seconds(message: cluster_pb2.ClusterPolicy, field: str, default_s: float) -> float:
-    return seconds_of(getattr(message, field)) if message.HasField(field) else default_s  # type: ignore[arg-type]
+def policy_from(kind: type[P], message: cluster_pb2.ClusterPolicy) -> P:
+    """Return a part of a policy; what is unset, or 0 without a presence of its own, has its default."""
+    names = {one.metadata["name"]: one.name for one in fields(kind)}
+    given = dict[str, Any]()
+    for one, value in message.ListFields():
+        if one.name in names:
+            given[names[one.name]] = seconds_of(value) if isinstance(value, Duration) else value
+    return kind(**given)
 
 
 def _counted(metric: str, text: str, *, by: str = "") -> Any:

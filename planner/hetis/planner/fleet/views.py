@@ -23,6 +23,7 @@ class LiveNode:
 
     state: cluster_pb2.NodeState.ValueType
     is_draining: bool  # whether the node is to be emptied
+    replicas: Sequence[str]  # names of the replicas that have GPUs there, until they are stopped
     devices: tuple[report_pb2.DeviceReport, ...]  # last report of each GPU
     inventory: inventory_pb2.NodeInventory | None  # what the agent found on the node; None: unknown
     agent_version: str  # version of the last connected agent; empty: there was none
@@ -171,6 +172,7 @@ def live_node(cluster: ClusterFleet, node: str, *, unix_s: float, now_s: float) 
     return LiveNode(
         state=cluster.leases.state(node),
         is_draining=cluster.node_records.is_draining(node),
+        replicas=cluster.replicas_on(node),
         devices=() if link is None else link.devices,
         inventory=None if link is None else link.inventory,
         agent_version="" if link is None else link.agent_version,

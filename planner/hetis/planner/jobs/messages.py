@@ -11,7 +11,7 @@ from typing import Any
 
 from hetis.formats.files import canonical_json
 from hetis.planner.jobs.frames import JobFrame
-from hetis.planner.use_cases.place import PlacementSettings
+from hetis.planner.use_cases.placement_settings import PlacementSettings
 from hetis.planner.use_cases.precision import for_engine
 from hetis.planner.use_cases.record.forms import (
     engine_from_data,

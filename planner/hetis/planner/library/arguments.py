@@ -1,39 +1,56 @@
 """Arguments of the library's functions, checked against their annotations before anything else is done.
 
-The caller sees all wrong arguments at once, by name, instead of an error from deep inside. The annotations here say
-more than a type where a type is not enough: a rate is finite and above 0.
+The caller sees all wrong arguments at once, by name, instead of an error from deep inside. Annotations have kinds where
+a type is not enough (`hetis.planner.use_cases.request.Kind`): a rate is finite and above 0.
 """
 
 from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from functools import wraps
+from functools import reduce, wraps
 from inspect import signature
 from numbers import Integral, Real
-from typing import Annotated, Any, Concatenate, ParamSpec, TypeVar, get_type_hints
+from operator import or_
+from types import UnionType
+from typing import (
+    Annotated,
+    Any,
+    Concatenate,
+    Literal,
+    ParamSpec,
+    TypeVar,
+    Union,
+    cast,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
 
-from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, PlainValidator, ValidationError, create_model
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainValidator,
+    ValidationError,
+    ValidationInfo,
+    create_model,
+)
 from pydantic_core import ErrorDetails
 
 from hetis.formats.errors import DocumentError, Problem
 from hetis.formats.models.document import drafts
 from hetis.formats.units import parse_duration, parse_limit, parse_ratio
-from hetis.planner.export import ExportTarget
-from hetis.planner.use_cases.record.forms import PLACES
-from hetis.planner.use_cases.request import LIMITS
-from hetis.planner.use_cases.service_level import Statistic
-from hetis.solver.budget import Progress
+from hetis.planner.use_cases.request import Kind
 from hetis.solver.cluster import Cluster
 from hetis.solver.errors import HetisError, InfeasibleError
 from hetis.solver.model import ModelSpec
-from hetis.solver.plan import LEAST_DEMAND_RPS, ObjectiveKind, Role
+from hetis.solver.plan import LEAST_DEMAND_RPS
 from hetis.solver.workload import Workload
 
-Path = str | os.PathLike[str]
-Quantity = float | str
 P = ParamSpec("P")
 A = TypeVar("A")
 S = TypeVar("S")
@@ -41,18 +58,18 @@ T = TypeVar("T")
 Check = Callable[[Any], Any]  # returns the value, or raises ValueError
 
 
-def checked(function: Callable[P, T], checks: Mapping[str, Any] | None = None) -> Callable[P, T]:
+def checked(function: Callable[P, T], types: Mapping[str, Any] | None = None) -> Callable[P, T]:
     """Return the function with its arguments checked against their annotations, strictly: text is not a number.
 
-    ``checks`` are annotations by name that say more than the function's own.
+    ``types`` are the annotations by name, with kinds (`Kind`), if they are not the function's own.
 
     Raises:
         DocumentError: raised by the returned function, with every wrong argument.
     """
     parameters = signature(function)
-    hints = get_type_hints(function, include_extras=True) if checks is None else checks
+    hints = get_type_hints(function, include_extras=True) if types is None else types
     names = [name for name in parameters.parameters if name in hints]  # without ``self``
-    fields: dict[str, Any] = {name: (hints[name], ...) for name in names}
+    fields: dict[str, Any] = {name: (_checked_type(hints[name]), ...) for name in names}
     form = create_model(
         function.__name__,
         __config__=ConfigDict(strict=True, arbitrary_types_allowed=True, protected_namespaces=()),
@@ -212,26 +229,20 @@ def _instance_of(kinds: tuple[type, ...], expected: str) -> Check:
     return check
 
 
-def one_of(names: Callable[[], Iterable[str]], what: str) -> AfterValidator:
-    """Return a check for text that is one of some names, which are listed only when the check runs."""
+def one_of(known: Sequence[str]) -> AfterValidator:
+    """Return a check for text that is one of some names."""
 
-    def check(text: str) -> str:
-        known = list(names())
+    def check(text: str, info: ValidationInfo) -> str:
         if text not in known:
-            raise ValueError(f"unknown {what} {text!r}, expected one of {', '.join(filter(None, known))}")
+            raise ValueError(f"unknown {info.field_name} {text!r}, expected one of {', '.join(filter(None, known))}")
         return text
 
     return AfterValidator(check)
 
 
-def read_by(read: Callable[[str], object]) -> AfterValidator:
-    """Return a check for text that ``read``, which raises ValueError, can read; the text itself is kept."""
-
-    def check(text: str) -> str:
-        read(text)
-        return text
-
-    return AfterValidator(check)
+def _as_drafts(text: str) -> str:
+    drafts(text)  # raises ValueError
+    return text
 
 
 def _limit_on(name: str) -> PlainValidator:
@@ -242,82 +253,44 @@ def _limit_on(name: str) -> PlainValidator:
 _seconds = _quantity(parse_duration, "200ms", lambda seconds: seconds > 0, "> 0")
 _below_one = _quantity(parse_ratio, "40%", lambda share: 0 <= share < 1, "at least 0 and below 1 (100%)")
 _share = _quantity(parse_ratio, "90%", lambda share: 0 < share <= 1, "above 0 and at most 1 (100%)")
-_path = _instance_of((str, os.PathLike), "a path")
-_cluster = _instance_of((Cluster, str, os.PathLike), "a Cluster, or its file")
-_model = _instance_of((ModelSpec, str, os.PathLike), "a ModelSpec, or the name of a model or a file")
+_named = "a ModelSpec, or the name of a model or a file"
 _lengths = "a Workload, or a name, a file, or lengths such as '8000/300'"
-_workload = _instance_of((Workload, str, os.PathLike), _lengths)
 
 LISTED = BeforeValidator(_listed)
-ClusterOrFile = Annotated[Cluster | Path, PlainValidator(_cluster)]
-ModelOrName = Annotated[ModelSpec | Path, PlainValidator(_model)]
-WorkloadOrName = Annotated[Workload | Path, PlainValidator(_workload)]
-File = Annotated[Path, PlainValidator(_path)]
-Files = Annotated[Sequence[File], LISTED]
-Texts = Annotated[Sequence[str], LISTED]
-Demand = Annotated[float, BeforeValidator(_plain), Field(ge=LEAST_DEMAND_RPS, allow_inf_nan=False)]
-Rate = Annotated[float, BeforeValidator(_plain), Field(gt=0, allow_inf_nan=False)]
-Count = Annotated[int, BeforeValidator(_plain), Field(ge=1)]
-CountOrZero = Annotated[int, BeforeValidator(_plain), Field(ge=0)]
-Duration = Annotated[Quantity, PlainValidator(_seconds)]
-TtftLimit = Annotated[Quantity, _limit_on("TTFT")]
-TpotLimit = Annotated[Quantity, _limit_on("TPOT")]
-BelowOne = Annotated[Quantity, PlainValidator(_below_one)]
-HitRate = Annotated[Quantity, PlainValidator(_word_or(("trace",), _below_one))]
-Share = Annotated[Quantity, PlainValidator(_share)]
-StatisticName = Annotated[str, one_of(lambda: Statistic, "statistic")]
 
-
-def _strategies() -> Iterable[str]:
-    from hetis.solver.placement.families import STRATEGIES
-
-    return STRATEGIES
-
-
-def _rungs() -> Iterable[str]:
-    from hetis.solver.placement.rungs import RUNGS
-
-    return RUNGS
-
-
-# What the fields of a `PlacementRequest` are checked against.
-CHECKS: Mapping[str, Any] = {
-    "cluster": ClusterOrFile,
-    "model": ModelOrName,
-    "workload": WorkloadOrName,
-    "classes": str,
-    "prefix_hit_rate": HitRate | None,
-    "weights": str | None,
-    "kv": str | None,
-    "mtp": Annotated[str, read_by(drafts)] | None,
-    "profiles": Files,
-    "objective": Annotated[str, one_of(lambda: ObjectiveKind, "objective")],
-    "rate": Demand | None,
-    "ttft": TtftLimit | None,
-    "tpot": TpotLimit | None,
-    "ttft_statistic": StatisticName | None,
-    "tpot_statistic": StatisticName | None,
-    "attainment": Share | None,
-    "pin": Texts,
-    "forbid": Texts,
-    "price_pins": bool,
-    "survive": Annotated[str, one_of(lambda: ("", *PLACES), "loss")],
-    "keep": Share | None,
-    "rung": Annotated[str, one_of(lambda: ("", *_rungs()), "rung")],
-    "worth": BelowOne,
-    "target": Annotated[str, one_of(lambda: ("", *ExportTarget), "export target")],
-    "strategy": Annotated[str, one_of(_strategies, "strategy")],
-    "roles": Annotated[Sequence[Annotated[str, one_of(lambda: Role, "role")]], LISTED],
-    "engine": str | None,
-    **dict.fromkeys((*LIMITS, "max_num_seqs", "kv_blocks", "min_context"), Count | None),
-    "gpu_memory_utilization": Share | None,
-    "chunk_tokens": Sequence[Count],
-    "simplest_within": BelowOne,
-    "time_limit": Duration | None,
-    "gap": BelowOne,
-    "seed": CountOrZero,
-    "profile_error": BelowOne | None,
-    "verify": bool,
-    "other_engines": bool,
-    "progress": Callable[[Progress], None],
+# How values of a kind are checked, in the order in which pydantic applies what follows a type.
+_CHECKS: Mapping[Kind, tuple[Any, ...]] = {
+    Kind.CLUSTER: (PlainValidator(_instance_of((Cluster, str, os.PathLike), "a Cluster, or its file")),),
+    Kind.MODEL: (PlainValidator(_instance_of((ModelSpec, str, os.PathLike), _named)),),
+    Kind.WORKLOAD: (PlainValidator(_instance_of((Workload, str, os.PathLike), _lengths)),),
+    Kind.FILE: (PlainValidator(_instance_of((str, os.PathLike), "a path")),),
+    Kind.DRAFTS: (AfterValidator(_as_drafts),),
+    Kind.DEMAND: (BeforeValidator(_plain), Field(ge=LEAST_DEMAND_RPS, allow_inf_nan=False)),
+    Kind.RATE: (BeforeValidator(_plain), Field(gt=0, allow_inf_nan=False)),
+    Kind.TTFT: (_limit_on("TTFT"),),
+    Kind.TPOT: (_limit_on("TPOT"),),
+    Kind.SECONDS: (PlainValidator(_seconds),),
+    Kind.SHARE: (PlainValidator(_share),),
+    Kind.BELOW_ONE: (PlainValidator(_below_one),),
+    Kind.GAP: (PlainValidator(_below_one),),
+    Kind.HIT_RATE: (PlainValidator(_word_or(("trace",), _below_one)),),
+    **dict.fromkeys((Kind.COUNT, Kind.TOKENS), (BeforeValidator(_plain), Field(ge=1))),
+    Kind.COUNT_OR_ZERO: (BeforeValidator(_plain), Field(ge=0)),
 }
+
+
+def _checked_type(hint: Any) -> Any:
+    """Return a type with the checks of its kinds, in which a single text stands for a list of texts."""
+    origin, arguments, annotated = get_origin(hint), get_args(hint), cast(Any, Annotated)
+    if origin is Annotated:
+        kind, *of = arguments
+        return annotated[kind, *(check for one in of for check in _CHECKS.get(one, (one,)))]
+    if origin is Literal:
+        return annotated[str, one_of(arguments)]
+    if origin in (Union, UnionType):
+        return reduce(or_, map(_checked_type, arguments))
+    if origin is Sequence:
+        inner: Any = _checked_type(arguments[0])
+        listed = cast(Any, Sequence)[inner]
+        return listed if get_origin(inner) is Annotated and get_args(inner)[0] is int else annotated[listed, LISTED]
+    return hint

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import threading
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -13,11 +12,10 @@ from typing import ParamSpec, TypeVar
 
 from hetis.formats import documents
 from hetis.planner.export.carrying import not_carried
-from hetis.planner.library import arguments
 from hetis.planner.library.arguments import checked, spelled_as_arguments
 from hetis.planner.library.plan import Plan
-from hetis.planner.use_cases import place as placing
-from hetis.planner.use_cases.request import FIELDS, PlacementRequest
+from hetis.planner.use_cases.place import pose
+from hetis.planner.use_cases.request import FIELDS, File, PlacementRequest, types_of_fields
 from hetis.planner.use_cases.saved_plans import load_plan_and_problem
 from hetis.solver.budget import Progress, silent
 from hetis.solver.cluster import Cluster
@@ -33,6 +31,10 @@ class Arguments(PlacementRequest):
     progress: Callable[[Progress], None] = field(default=silent, kw_only=True)
 
 
+# An unknown engine is refused with more than a list of names, which may say why one is gone.
+CHECKED = {**types_of_fields(), "engine": str | None, "progress": Callable[[Progress], None]}
+
+
 def _with_arguments(made: Callable[P, Arguments]) -> Callable[[Callable[[Arguments], T]], Callable[P, T]]:
     """Return a decorator: the function takes the fields of its arguments, checked, one by one."""
 
@@ -44,18 +46,18 @@ def _with_arguments(made: Callable[P, Arguments]) -> Callable[[Callable[[Argumen
         call.__module__ = function.__module__
         call.__signature__ = signature(made).replace(return_annotation=Plan)  # type: ignore[attr-defined]
         call.__doc__ = _documented(function.__doc__ or "")
-        return checked(spelled_as_arguments(call), arguments.CHECKS)
+        return checked(spelled_as_arguments(call), CHECKED)
 
     return decorate
 
 
 def _documented(text: str) -> str:
     """Return a docstring with the fields of a request as its arguments."""
-    lines = (_line(name, **one.metadata) for name, one in FIELDS.items())
+    lines = (_line(name, **one.metadata["option"]) for name, one in FIELDS.items())
     return text.replace("    Raises:", "\n".join(["    Args:", *lines, "", "    Raises:"]))
 
 
-def _line(name: str, *, usage: str, shown: str | bool, panel: str) -> str:
+def _line(name: str, *, usage: str, shown: str | bool, **_: object) -> str:
     default = f" Default: {shown}." if isinstance(shown, str) else ""
     words = f"{name}: {usage.partition(': ')[2]}{default}"
     return fill(words, 100, initial_indent=" " * 8, subsequent_indent=" " * 12)
@@ -73,16 +75,12 @@ def place(request: Arguments) -> Plan:
         NoPlanFoundError: none was found within the time limit.
         HetisError: arguments are wrong, or an input is not usable; the message names them.
     """
-    loaded = placing.load(request)
-    problem = placing.pose(request, loaded)
-    placed = placing.place(
-        request, loaded, problem, cancelled=threading.Event(), report=request.progress, carriers=not_carried
-    )
+    placed = pose(request, not_carried).place(request.progress)
     return Plan(value=placed.plan, problem=placed.problem)
 
 
 @checked
-def load_cluster(path: arguments.File) -> Cluster:
+def load_cluster(path: File) -> Cluster:
     """Read a Cluster file.
 
     Raises:
@@ -92,7 +90,7 @@ def load_cluster(path: arguments.File) -> Cluster:
 
 
 @checked
-def load_plan(path: arguments.File) -> Plan:
+def load_plan(path: File) -> Plan:
     """Read a plan that `Plan.save` or ``hetis-plan place --out`` wrote; it contains its inputs.
 
     A plan whose inputs were altered since gives a UserWarning.

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from hetis.engines.versions import Engine
 from hetis.formats.documents import dump, to_data
@@ -14,13 +14,22 @@ from hetis.formats.files import write_atomically
 from hetis.planner.export import ExportDevice, ExportTarget
 from hetis.planner.export.replicas import ExportSettings
 from hetis.planner.export.targets import Export, export_wanted, folder_refusals, write_export
-from hetis.planner.library import arguments
-from hetis.planner.library.arguments import checked, one_of, spread
+from hetis.planner.library.arguments import checked, spread
 from hetis.planner.report.figures import digits, percent, plural, seconds, with_unit
 from hetis.planner.report.promises import misses_as_planned
 from hetis.planner.report.simulation.text import level_words, simulation_document
 from hetis.planner.use_cases.compare import Figures, figures_of
 from hetis.planner.use_cases.record.parts import MadeFrom, Verified
+from hetis.planner.use_cases.request import (
+    Count,
+    CountOrZero,
+    EngineName,
+    File,
+    Rate,
+    Share,
+    StatisticName,
+    Target,
+)
 from hetis.planner.use_cases.saved_plans import inputs_from_documents
 from hetis.planner.use_cases.service_level import DEFAULT, Statistic, share_within
 from hetis.planner.use_cases.simulation import simulate as simulating
@@ -46,27 +55,24 @@ _COLUMNS = (
     "replica", "role", "rate_rps", "stage", "duty", "gpu", "tp", "copies", "expert_parallel",
     "first_layer", "num_layers", "kv_head_groups", "num_gpus", "devices",
 )  # fmt: skip
-Target = Annotated[str, one_of(lambda: ExportTarget, "target")]
-EngineName = Annotated[str, one_of(lambda: Engine, "engine")]
-Device = Annotated[str, one_of(lambda: ExportDevice, "device")]
 
 
 @dataclass(frozen=True, kw_only=True)
 class SimulateArguments:
     """The arguments of `Plan.simulate`."""
 
-    rate: arguments.Rate | None = None
-    requests: arguments.Count | None = None
-    seeds: arguments.Count = 1
-    seed: arguments.CountOrZero = 0
+    rate: Rate | None = None
+    requests: Count | None = None
+    seeds: Count = 1
+    seed: CountOrZero = 0
     sweep: bool = False
-    tolerance: arguments.Share = 0.02
-    max_num_seqs: arguments.Count | None = None
-    chunk_tokens: arguments.Count | None = None
-    kv_blocks: arguments.Count | None = None
-    ttft_statistic: arguments.StatisticName | None = None
-    tpot_statistic: arguments.StatisticName | None = None
-    attainment: arguments.Share | None = None
+    tolerance: Share = 0.02
+    max_num_seqs: Count | None = None
+    chunk_tokens: Count | None = None
+    kv_blocks: Count | None = None
+    ttft_statistic: StatisticName | None = None
+    tpot_statistic: StatisticName | None = None
+    attainment: Share | None = None
 
 
 @dataclass(frozen=True)
@@ -74,16 +80,16 @@ class ExportArguments:
     """The arguments of `Plan.export`: an `ExportSettings`, and where the files go."""
 
     target: Target
-    folder: arguments.File | None = None
+    folder: File | None = None
     _: KW_ONLY
     force: bool = False
     engine: EngineName | None = None
-    engine_options: arguments.Texts = ()
+    engine_options: Sequence[str] = ()
     model: str = ""
     served_name: str = ""
     dtype: str = "auto"
     program: str = ""
-    device: Device = "cuda"
+    device: Literal["cuda", "cpu"] = "cuda"
     node_address: Mapping[str, str] | None = None
     port: int = 8000
     name: str = "hetis"
@@ -208,7 +214,7 @@ class Plan:
         return explain_plan(self.value, self.problem)
 
     @checked
-    def report(self, path: arguments.File | None = None, *, simulate: bool = False) -> str:
+    def report(self, path: File | None = None, *, simulate: bool = False) -> str:
         """Return the plan as one page of HTML that needs no network, and save it at ``path`` if given.
 
         ``simulate`` adds its simulated latencies at rates up to and above the planned one.
@@ -302,7 +308,7 @@ class Plan:
         return made if folder is None else write_export(folder, made)
 
     @checked
-    def save(self, path: arguments.File) -> None:
+    def save(self, path: File) -> None:
         """Write the plan with its inputs, as YAML for ``.yaml`` and ``.yml``, else as JSON; `hetis.load_plan` reads it.
 
         Raises:

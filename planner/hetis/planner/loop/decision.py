@@ -31,7 +31,7 @@ from enum import StrEnum
 from hetis.planner.loop.drift import Drift, DriftTest, Expected, expected_shares
 from hetis.planner.loop.forecast import BIN_S, LEVEL_BINS, MINUTE_S, Forecast, History, forecast
 from hetis.planner.use_cases.other_fleets.replan import PosedReplan, pose_replanning, replan
-from hetis.planner.use_cases.place import PlacementSettings
+from hetis.planner.use_cases.placement_settings import PlacementSettings
 from hetis.planner.use_cases.prices import price_of_plan
 from hetis.planner.use_cases.robustness.fixed_plan import FixedPlan
 from hetis.planner.use_cases.saved_plans import PlanAndProblem

@@ -28,8 +28,9 @@ from hetis.planner.loop.rehearsal import (
     View,
     rehearse,
 )
+from hetis.planner.use_cases.describing import with_inputs
 from hetis.planner.use_cases.other_fleets.replan import pose_replanning
-from hetis.planner.use_cases.place import search, with_inputs
+from hetis.planner.use_cases.place import search
 from hetis.planner.use_cases.prices import price_of_plan
 from hetis.planner.use_cases.saved_plans import PlanAndProblem
 from hetis.planner.use_cases.sources import LoadedInputs

@@ -1,12 +1,178 @@
-"""Replicas that were not chosen, in words that the terminal and the page share."""
+"""What else was tried beside a plan, in tables that the terminal and the page share: rungs, classes, and runners-up."""
 
 from __future__ import annotations
 
 import itertools
 import re
+from collections.abc import Callable, Sequence
 
-from hetis.planner.report.figures import digits, percent, plural
+from rich.text import Text
+
+from hetis.planner.report.blocks import Cell, Column, Grid, grid_of
+from hetis.planner.report.figures import digits, percent, plural, seconds, with_unit
+from hetis.planner.report.promises import LITTLE_LEFT
+from hetis.planner.use_cases.record.forms import RungFound
+from hetis.planner.use_cases.record.parts import Classes, Requested, Rungs, Surviving
+from hetis.solver.placement.rungs import RUNGS
 from hetis.solver.plan import Plan, RunnerUp
+
+# --- rungs: what the best plan of each reaches, and what the next rung would buy and cost
+
+
+FEW = 3  # targets that are named on a terminal
+
+
+def rung_grid(plan: Plan, *, on_page: bool = False) -> Grid | None:
+    """Return a line for each rung, and one on the next; None: rungs were not climbed.
+
+    ``on_page`` adds what a terminal has no room for: bounds, nodes, and all targets.
+    """
+    found = Rungs.of(plan).found
+    chosen = next((number for number, one in enumerate(found) if one.is_chosen), None)
+    if chosen is None:
+        return None
+
+    def name(one: RungFound) -> str:
+        if on_page:
+            return f"{one.name}, the plan" if one.is_chosen else one.name
+        return f"{'▸' if one.is_chosen else ' '} {one.name}"
+
+    def rate(one: RungFound) -> Cell:
+        words = _nothing_new(one, found)
+        return Text(words, style="dim") if words else digits(one.rate_rps or 0.0, 4)
+
+    def left(one: RungFound) -> Text:
+        return Text(percent(left_share(one)), style="red" if left_share(one) < LITTLE_LEFT else "")
+
+    def if_new(head: str, cell: Callable[[RungFound], Cell]) -> Column[RungFound]:
+        return head, lambda one: "" if _nothing_new(one, found) else cell(one)
+
+    return grid_of(
+        found,
+        ("'rung", name),
+        ("requests/s", rate),
+        if_new("at most", lambda one: "" if one.bound is None else digits(one.bound, 4)) if on_page else None,
+        if_new("USD/h", lambda one: "unknown" if one.usd_per_hour is None else digits(one.usd_per_hour)),
+        if_new("GPUs", lambda one: f"{one.gpus:,}"),
+        if_new("left after a loss", left),
+        if_new("nodes per replica", lambda one: "" if one.nodes is None else f"{one.nodes}") if on_page else None,
+        if_new("shapes", lambda one: f"{one.shapes:,}"),
+        if_new("'carried by", lambda one: _targets(one, len(one.targets or ()) if on_page else FEW)),
+        title="Rungs of complexity",
+        intro="The best plan of each: replicas in one node, layers over nodes, prefill and decode apart, workers.",
+        note=next_rung(found, plan) or "",
+        strong=chosen,
+        bad=[n for n, one in enumerate(found) if n != chosen and one.rate_rps and left_share(one) < LITTLE_LEFT],
+        least=("shapes", "USD/h", "carried by"),
+    )
+
+
+def _nothing_new(one: RungFound, found: Sequence[RungFound]) -> str:
+    """Return why a rung has no plan of its own; empty: it has."""
+    if one.value is None:
+        return "none"
+    lower = next((other for other in found if other.name == one.of), one)
+    return "" if lower is one or lower.value is None else "the same"
+
+
+def _targets(one: RungFound, most: int) -> str:
+    if one.targets is None:
+        return "unknown"
+    if len(one.targets) > most:
+        return plural(len(one.targets), "export")
+    return ", ".join(one.targets) or "no export"
+
+
+def left_share(one: RungFound) -> float:
+    """Return the share of its rate that a rung's plan keeps without the worst node."""
+    return (one.left_rps or 0.0) / one.rate_rps if one.rate_rps else 0.0
+
+
+def next_rung(found: Sequence[RungFound], plan: Plan) -> str | None:
+    """Return what the next rung with a better plan would buy and cost; None: there is none."""
+    names = [one.name for one in found]
+    mine = next(one for one in found if one.is_chosen)
+    above = (one for one in found[names.index(mine.name) + 1 :] if one.value is not None and one.of == one.name)
+    other = next((one for one in above), None)
+    if other is None or other.value is None or mine.value is None:
+        return None
+    rung, unit = RUNGS[other.name], plan.result.unit
+    if plan.objective.maximises:
+        gain = f"{other.value / mine.value - 1.0:+.1%} {unit}"
+    else:
+        gain = f"{with_unit(other.value, unit)} instead of {digits(mine.value, 4)}"
+    over = f" over up to {plural(other.nodes, 'node')} each" if other.nodes and other.nodes > 1 else ""
+    left = f"left after a loss {percent(left_share(mine))} -> {percent(left_share(other))}"
+    return f"--rung {other.name}: {gain} with {rung.summary}{over}; {left}; needs {rung.needs}"
+
+
+def survival_words(plan: Plan) -> str | None:
+    """Return what is left after the loss that a plan had to survive, with the bound; None: there was none."""
+    found, place = Surviving.of(plan), Requested.of(plan).survive
+    if found.left_rps is None:
+        return None
+    left = f"{digits(found.left_rps, 4)} requests/s are left after losing any one {place}"
+    if found.bound_rps is not None:
+        return f"{left}; no plan leaves more than {digits(found.bound_rps, 4)}"
+    return left if found.keep is None else f"{left}, at least {percent(found.keep)} of all"
+
+
+# --- pools of classes of requests: what they keep beside a plan without, and which class gains or pays
+
+
+def class_grids(plan: Plan) -> list[Grid]:
+    """Return tables of what a plan keeps with classes and without, and of which class gains; none: none were tried."""
+    found = Classes.of(plan)
+    if not found.cut:
+        return []
+    kept = grid_of(
+        found.kept,
+        ("'kept in simulation", lambda one: one.traffic),
+        ("without classes", lambda one: digits(one.without_rps, 4)),
+        ("with", lambda one: digits(one.with_rps, 4)),
+        ("gain", lambda one: f"{one.with_rps / one.without_rps - 1.0:+.1%}" if one.without_rps else "all"),
+        title="Classes of requests",
+        intro=_used(found),
+    )
+    if not found.ttft:
+        return [kept]
+    latencies = grid_of(
+        found.ttft,
+        ("'class", lambda one: one.name),
+        ("prompts up to", lambda one: "any" if one.max_prompt_tokens is None else f"{one.max_prompt_tokens:,}"),
+        ("requests", lambda one: percent(one.share)),
+        ("limit", lambda one: "none" if one.limit_s is None else seconds(one.limit_s)),
+        ("without classes", lambda one: "never" if one.without_s is None else seconds(one.without_s)),
+        ("with", lambda one: "never" if one.with_s is None else seconds(one.with_s)),
+        ("'who", lambda one: "" if None in (one.without_s, one.with_s) else "pays" if one.pays else "gains"),
+        title="Who gains and who pays",
+        intro=f"p95 TTFT of each class, in both plans at {digits(found.ttft[0].rate_rps, 4)} requests/s",
+        least=("requests",),
+    )
+    return [kept, latencies]
+
+
+def _used(found: Classes) -> str:
+    """Return whether pools of classes are used, and the value and bound of plans with them, or why not."""
+    if found.why_not or found.value is None:
+        return f"not used: cut at {found.cut}; {found.why_not}"
+    bound = "" if found.bound is None else f", no plan with them more than {digits(found.bound, 4)}"
+    return f"used: cut at {found.cut}; by the model {digits(found.value, 4)}{bound}"
+
+
+# --- replicas that were not chosen
+
+
+def runners_up_grid(plan: Plan) -> Grid:
+    """Return the closest alternatives in words, each with its saturated rate."""
+    return grid_of(
+        distinct_runners_up(plan),
+        ("'a replica of", lambda one: shape_words(one.shape)),
+        ("rate /s", lambda one: digits(one.rate)),
+        ("'why not", lambda one: reason_words(one.reason, one.rate)),
+        title="Not chosen",
+    )
+
 
 _STAGE = re.compile(
     r"(?P<gpu>\S+) TP(?P<tp>\d+) x(?P<copies>\d+)(?P<shared> EP\d+)? L(?P<layers>\d+)"

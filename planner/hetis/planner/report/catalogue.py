@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
-from rich.table import Table
+from rich.console import RenderableType
 
 from hetis.formats.catalogue import GpuEntry, ModelEntry, WorkloadEntry
+from hetis.planner.report.blocks import grid_of
 from hetis.planner.report.figures import digits, tokens
-from hetis.planner.report.tables import Column, Narrowing, narrowing_of, table_of
+from hetis.planner.report.tables import drawn, table_of
 
 
-def gpu_table(entries: Sequence[GpuEntry], profiles: Mapping[str, str | None], *, wide: bool = False) -> Narrowing:
+def gpu_table(entries: Sequence[GpuEntry], profiles: Mapping[str, str | None], *, wide: bool = False) -> RenderableType:
     """Return GPU types with the peaks that plans depend on, and the origins of their default profiles.
 
     ``wide`` adds the other peaks and the board power.
@@ -23,12 +24,7 @@ def gpu_table(entries: Sequence[GpuEntry], profiles: Mapping[str, str | None], *
     def per_second(rate: float) -> str:
         return f"{rate / 1e9:,.0f} GB/s"
 
-    more: list[Column[GpuEntry]] = [
-        ("FP8 TFLOPS", lambda one: shown(one.gpu.fp8_flops, lambda flops: digits(flops / 1e12))),
-        ("PCIe", lambda one: shown(one.gpu.pcie_bytes_per_s, per_second)),
-        ("TDP", lambda one: shown(one.tdp_w, lambda watts: f"{watts:.0f} W")),
-    ]
-    return narrowing_of(
+    every = grid_of(
         entries,
         ("'name", lambda one: one.gpu.name),
         ("'architecture", lambda one: one.gpu.architecture),
@@ -37,14 +33,17 @@ def gpu_table(entries: Sequence[GpuEntry], profiles: Mapping[str, str | None], *
         ("TFLOPS", lambda one: digits(one.gpu.fp16_flops / 1e12)),
         ("NVLink", lambda one: shown(one.gpu.nvlink_bytes_per_s, per_second)),
         ("USD/h", lambda one: shown(one.gpu.usd_per_hour, "{:.2f}".format)),
-        *(more if wide else ()),
+        ("FP8 TFLOPS", lambda one: shown(one.gpu.fp8_flops, lambda flops: digits(flops / 1e12))) if wide else None,
+        ("PCIe", lambda one: shown(one.gpu.pcie_bytes_per_s, per_second)) if wide else None,
+        ("TDP", lambda one: shown(one.tdp_w, "{:.0f} W".format)) if wide else None,
         ("'profile", lambda one: profiles[one.gpu.name] or "none"),
         least=("NVLink", "PCIe", "TDP", "architecture"),
     )
+    return drawn(every)
 
 
-def model_table(entries: Sequence[ModelEntry]) -> Narrowing:
-    return narrowing_of(
+def model_table(entries: Sequence[ModelEntry]) -> RenderableType:
+    made = grid_of(
         entries,
         ("'name", lambda one: one.model.name),
         ("params", lambda one: f"{digits(one.params_b)}B"),
@@ -55,9 +54,10 @@ def model_table(entries: Sequence[ModelEntry]) -> Narrowing:
         ("context", lambda one: tokens(one.model.max_position)),
         least=("q/kv", "layers", "active"),
     )
+    return drawn(made)
 
 
-def workload_table(entries: Sequence[WorkloadEntry]) -> Table:
+def workload_table(entries: Sequence[WorkloadEntry]) -> RenderableType:
     return table_of(
         entries,
         ("'name", lambda one: one.workload.name),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
+from collections import defaultdict
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,18 +12,18 @@ from rich.table import Table
 from rich.text import Text
 
 from hetis.formats.documents import to_data
-from hetis.planner.report.differences import changed_values
+from hetis.planner.report.blocks import Grid
 from hetis.planner.report.figures import digits, gigabytes, percent, percent_of_gap, plural, seconds, with_unit
-from hetis.planner.report.goals import goal_line, problem_title
+from hetis.planner.report.goals import changed_values, goal_line, problem_title
 from hetis.planner.report.promises import demand_words, kept_cell, simulated_words
-from hetis.planner.report.tables import as_group, facts, section, table, table_of
+from hetis.planner.report.tables import as_group, drawn, facts, first_rows, section, table, table_of
 from hetis.planner.use_cases.compare import PlanDiff, kept_of
 from hetis.planner.use_cases.json_values import document, fields_of
 from hetis.planner.use_cases.other_fleets.replan import PosedReplan, survival_of
 from hetis.solver.plan import ObjectiveKind, Plan, ReplicaPlan, Role
 from hetis.solver.replanning.change import ChangeCosts, Fate, PlanChange, ReplicaChange
 from hetis.solver.replanning.replanner import Replanning
-from hetis.solver.replanning.transition import Action
+from hetis.solver.replanning.transition import Action, Step
 
 MAX_ROWS = 40  # replicas listed as changing; -o json has all
 MAX_LOADS = 16  # GPUs listed as loading
@@ -43,26 +43,25 @@ def render_diff(diff: PlanDiff) -> Iterator[RenderableType]:
 
 def _change_sections(change: PlanChange, before: Plan, after: Plan) -> Iterator[RenderableType]:
     yield section("Replicas", Text(change_counts(change)))
-    yield from changed_replicas(change, before, after)
+    yield from _changed_replicas(change, before, after)
     if change.loads:
-        yield section("Weights to load", load_table(change))
-    yield section("KV dropped", Text(dropped_words(change)))
+        yield section("Weights to load", _load_table(change))
+    yield section("KV dropped", Text(_dropped_words(change)))
 
 
 def _figures(diff: PlanDiff) -> Table:
     plans, figures = (diff.before.plan, diff.after.plan), diff.figures
-    results = [plan.result for plan in plans]
     made = table("'", "before", "after")
-    made.add_row("objective", *(result.objective.value for result in results))
-    made.add_row("rate /s", *(digits(f.rate_rps, 4) for f in figures), style="bold")
+    made.add_row("objective", *(plan.result.objective.value for plan in plans))
+    made.add_row("rate /s", *(digits(of.rate_rps, 4) for of in figures), style="bold")
     if any(kept_of(plan) is not None for plan in plans):
         made.add_row("kept in simulation /s", *(kept_cell(plan, unknown="-") for plan in plans))
-    made.add_row("value", *(with_unit(result.value, result.unit) for result in results))
-    made.add_row("gap", *(percent(result.gap) for result in results))
-    made.add_row("used USD/h", *("-" if f.usd_per_hour is None else f"{f.usd_per_hour:,.2f}" for f in figures))
-    made.add_row("GPUs (idle)", *(f"{f.gpus_used:,} ({f.gpus_idle:,})" for f in figures))
-    made.add_row("TTFT ms", *(digits(1e3 * f.ttft_s) if f.gpus_used else "-" for f in figures))
-    made.add_row("TPOT ms", *(digits(1e3 * f.tpot_s) if f.gpus_used else "-" for f in figures))
+    made.add_row("value", *(with_unit(plan.result.value, plan.result.unit) for plan in plans))
+    made.add_row("gap", *(percent(plan.result.gap) for plan in plans))
+    made.add_row("used USD/h", *("-" if of.usd_per_hour is None else f"{of.usd_per_hour:,.2f}" for of in figures))
+    made.add_row("GPUs (idle)", *(f"{of.gpus_used:,} ({of.gpus_idle:,})" for of in figures))
+    made.add_row("TTFT ms", *(digits(1e3 * of.ttft_s) if of.gpus_used else "-" for of in figures))
+    made.add_row("TPOT ms", *(digits(1e3 * of.tpot_s) if of.gpus_used else "-" for of in figures))
     return made
 
 
@@ -74,7 +73,7 @@ def change_counts(change: PlanChange) -> str:
     return f"{counts or 'none'}; {moved} with different work{load}"
 
 
-def dropped_words(change: PlanChange) -> str:
+def _dropped_words(change: PlanChange) -> str:
     """Return the KV that is dropped with replicas that do not stay, on the assumption that they are full."""
     if not change.dropped_requests:
         return "none: every old replica continues"
@@ -84,9 +83,9 @@ def dropped_words(change: PlanChange) -> str:
     )
 
 
-def changed_replicas(change: PlanChange, before: Plan, after: Plan) -> Iterator[RenderableType]:
+def _changed_replicas(change: PlanChange, before: Plan, after: Plan) -> Iterator[RenderableType]:
     """Yield a row for every replica that does not continue unchanged."""
-    changed = [c for c in change.replicas if c.fate is not Fate.KEPT]
+    changed = [one for one in change.replicas if one.fate is not Fate.KEPT]
     if not changed:
         return
 
@@ -95,19 +94,19 @@ def changed_replicas(change: PlanChange, before: Plan, after: Plan) -> Iterator[
         return [plan.replicas[number] for plan, number in given if number is not None]
 
     yield table_of(
-        changed[:MAX_ROWS],
+        changed,
         ("'before", lambda one: "-" if one.before is None else f"#{one.before}"),
         ("'after", lambda one: "-" if one.after is None else f"#{one.after}"),
         ("'", lambda one: _WORDS[one.fate]),
-        ("'shape", lambda one: shape_of(sides(one)[-1])),
+        ("'shape", lambda one: _shape_of(sides(one)[-1])),
         ("rate /s", lambda one: " → ".join(digits(side.rate) for side in sides(one))),
         ("load", lambda one: gigabytes(one.load_bytes) if one.load_bytes else "-"),
+        most=MAX_ROWS,
+        noun="replica",
     )
-    if len(changed) > MAX_ROWS:
-        yield Text(f" … and {len(changed) - MAX_ROWS:,} more (-o json lists all)", style="dim")
 
 
-def shape_of(replica: ReplicaPlan) -> str:
+def _shape_of(replica: ReplicaPlan) -> str:
     """Return a replica's shape as ``prefill: A100 TP4 L40 | L4 TP1 ×4 L40 + 2 workers``."""
     stages = []
     for i, stage in enumerate(replica.stages):
@@ -118,19 +117,18 @@ def shape_of(replica: ReplicaPlan) -> str:
     return role + " | ".join(stages)
 
 
-def load_table(change: PlanChange) -> Table:
-    by_size: dict[int, list[str]] = {}
+def _load_table(change: PlanChange) -> RenderableType:
+    by_size = defaultdict[int, list[str]](list)
     for device, size in change.loads.items():
-        by_size.setdefault(round(size), []).append(device)
-    made = table("each", "GPUs", "'devices")
-    sizes = sorted(by_size, reverse=True)
-    for size in sizes[:MAX_LOADS]:
-        names = by_size[size]
-        shown = ", ".join(names[:8]) + (f", … {len(names) - 8:,} more" if len(names) > 8 else "")
-        made.add_row(gigabytes(size), f"{len(names):,}", shown)
-    if len(sizes) > MAX_LOADS:
-        made.add_row("…", f"{sum(len(by_size[s]) for s in sizes[MAX_LOADS:]):,}", "(-o json lists all)")
-    return made
+        by_size[round(size)].append(device)
+    return table_of(
+        sorted(by_size.items(), reverse=True),
+        ("each", lambda one: gigabytes(one[0])),
+        ("GPUs", lambda one: f"{len(one[1]):,}"),
+        ("'devices", lambda one: ", ".join(one[1][:8]) + (f", … {len(one[1]) - 8:,} more" if one[1][8:] else "")),
+        most=MAX_LOADS,
+        noun="size",
+    )
 
 
 def diff_document(diff: PlanDiff) -> dict[str, Any]:
@@ -164,8 +162,10 @@ def render_replan(found: Replanning, posed: PosedReplan, costs: ChangeCosts) -> 
     yield goal_line(posed.problem.objective)
     yield facts(_facts(found, posed, costs))
     yield from _change_sections(found.change, posed.running, found.plan)
-    yield section("Steps", _steps(found, posed))
-    yield Padding(Text(lowest_words(found, posed)), (0, 0, 0, 1))
+    steps = steps_grid(found, posed)
+    shown = first_rows(drawn(steps), len(found.transition.steps), MAX_STEPS, "step")
+    yield section("Steps", shown if steps.rows else Text("none: everything continues unchanged"))
+    yield Padding(Text(steps.note), (0, 0, 0, 1))
 
 
 def _unit(posed: PosedReplan) -> str:
@@ -173,26 +173,29 @@ def _unit(posed: PosedReplan) -> str:
     return "requests/s" if kind is ObjectiveKind.THROUGHPUT else "requests/s of goodput"
 
 
-def _facts(found: Replanning, posed: PosedReplan, costs: ChangeCosts) -> Iterator[tuple[str, RenderableType]]:
-    result, unit, transition = found.plan.result, found.plan.result.unit, found.transition
+def _facts(found: Replanning, posed: PosedReplan, costs: ChangeCosts) -> list[tuple[str, RenderableType]]:
+    result, unit, survival = found.plan.result, found.plan.result.unit, survival_of(found.plan, posed)
     lost = f", {plural(len(found.lost), 'replica')} lost GPUs" if found.lost else ""
-    yield "Now", f"{with_unit(transition.before, _unit(posed))}{lost}"
-    yield "Then", Text.assemble((with_unit(result.value, unit), "bold green"), "  the plan itself")
-    yield "Net", f"{with_unit(found.value, unit)}  change counted, over {seconds_or_hours(costs.horizon_s)}"
     proof = "proven best" if found.gap <= 1e-6 else f"proven: no plan is over {percent_of_gap(found.gap)} better"
-    yield "Bound", f"{with_unit(found.bound, unit)}  gap {percent(found.gap)}, {proof}"
-    if found.fresh_value is not None:
-        yield "From scratch", f"{with_unit(found.fresh_value, unit)}, if nothing had been running"
-    if (demand_rps := posed.asked.demand_rps) is not None:
-        yield "Demand", demand_words(found.plan, demand_rps)
-    if (survival := survival_of(found.plan, posed)) is not None:
-        yield "Survives", Text.assemble(("yes", "green") if survival.survives else ("NO", "bold red"), f": {survival}")
-    if (simulated := simulated_words(found.plan)) is not None:
-        yield "Simulated", simulated
-    yield "Costs", change_cost_words(costs)
+    fresh = None if found.fresh_value is None else f"{with_unit(found.fresh_value, unit)}, if nothing had been running"
+    simulated, survives = simulated_words(found.plan), None
+    if survival is not None:
+        survives = Text.assemble(("yes", "green") if survival.survives else ("NO", "bold red"), f": {survival}")
+    every: list[tuple[str, str | Text | None]] = [
+        ("Now", f"{with_unit(found.transition.before, _unit(posed))}{lost}"),
+        ("Then", Text.assemble((with_unit(result.value, unit), "bold green"), "  the plan itself")),
+        ("Net", f"{with_unit(found.value, unit)}  change counted, over {_seconds_or_hours(costs.horizon_s)}"),
+        ("Bound", f"{with_unit(found.bound, unit)}  gap {percent(found.gap)}, {proof}"),
+        ("From scratch", fresh),
+        ("Demand", demand_words(found.plan, posed.asked.demand_rps)),
+        ("Survives", survives),
+        ("Simulated", None if simulated is None else simulated.text()),
+        ("Costs", change_cost_words(costs)),
+    ]
+    return [(name, fact) for name, fact in every if fact]
 
 
-def seconds_or_hours(value_s: float) -> str:
+def _seconds_or_hours(value_s: float) -> str:
     """Return a duration as ``1 h``, ``90 min``, ``45 s``."""
     for size, unit in ((3600, "h"), (60, "min")):
         if value_s >= size and value_s % size == 0:
@@ -208,29 +211,27 @@ def change_cost_words(costs: ChangeCosts) -> str:
     )
 
 
-def _steps(found: Replanning, posed: PosedReplan) -> RenderableType:
-    if not found.transition.steps:
-        return Text("none: everything continues unchanged")
-    steps = enumerate(itertools.islice(step_rows(found, posed), MAX_STEPS), start=1)
-    rows = ((str(number), *row) for number, row in steps)
-    made = table("", "'", "'what", "load", "takes up to", "capacity", rows=rows)
-    if len(found.transition.steps) > MAX_STEPS:
-        made.add_row("…", "", f"{len(found.transition.steps) - MAX_STEPS:,} more (-o json lists all)", "", "", "")
-    return made
+def steps_grid(found: Replanning, posed: PosedReplan) -> Grid:
+    """Return the first steps in their order."""
 
-
-def step_rows(found: Replanning, posed: PosedReplan) -> Iterator[list[str]]:
-    for step in found.transition.steps:
-        starting = step.action is Action.START
-        plan = found.plan if starting else posed.running
-        names = "\n".join(f"#{i} {shape_of(plan.replicas[i])}" for i in step.replicas)
-        loads = sum(one.load_bytes for one in found.change.replicas if one.after in step.replicas) if starting else 0.0
+    def row(number: int, step: Step) -> tuple[str, ...]:
+        starts = step.action is Action.START
+        plan = found.plan if starts else posed.running
+        names = "\n".join(f"#{i} {_shape_of(plan.replicas[i])}" for i in step.replicas)
+        loads = sum(one.load_bytes for one in found.change.replicas if one.after in step.replicas) if starts else 0.0
         flow = f"{digits(step.capacity)} → {digits(step.capacity_after)}"
         takes = seconds(step.seconds) if step.seconds else "-"
-        yield [step.action.value, names, gigabytes(loads) if loads else "-", takes, flow]
+        return f"{number}", step.action.value, names, gigabytes(loads) if loads else "-", takes, flow
+
+    return Grid(
+        title="Steps, in this order",
+        columns=("", "'", "'what", "load", "takes up to", "capacity"),
+        rows=[row(*each) for each in enumerate(found.transition.steps[:MAX_STEPS], start=1)],
+        note=_lowest_words(found, posed),
+    )
 
 
-def lowest_words(found: Replanning, posed: PosedReplan) -> str:
+def _lowest_words(found: Replanning, posed: PosedReplan) -> str:
     """Return the lowest capacity during the change, and whether another order would keep more; empty without steps."""
     transition = found.transition
     if not transition.steps:

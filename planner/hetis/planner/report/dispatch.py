@@ -15,13 +15,14 @@ from hetis.planner.use_cases.dispatch.answers import Dispatched, Redispatched
 from hetis.planner.use_cases.dispatch.stages import CostedStage, StepTimes, expected_blocks
 from hetis.planner.use_cases.json_values import document, fields_of
 from hetis.profiler.defaults import MODELLED
-from hetis.solver.dispatch.dispatch_problem import Path, Resource, Unplaced
+from hetis.solver.dispatch.dispatch_problem import IntArray, Path, Resource, Unplaced
 from hetis.solver.dispatch.snapshot import DeviceStatus
 from hetis.solver.redispatch.redispatch_problem import Move, MoveReason, RedispatchPlan, Refused
 
 # --- sentences that explain where head groups went
 
 
+MOST_NAMED = 8  # devices in a sentence, or sentences about devices
 PATHS = {
     Path.CHAIN: "the relaxation was solved exactly, as a chain by comparative advantage",
     Path.MIXED: "two constraints bind at once for some devices; the chain was solved on mixtures of them",
@@ -44,10 +45,8 @@ def bottleneck_sentence(stage: CostedStage, times: StepTimes) -> str:
     if times.makespan_s == 0:
         return "Nothing runs."
     if times.bottleneck is None:
-        return (
-            f"The primary's network card is the bottleneck: the exchange with the attention workers takes "
-            f"{seconds(times.card_s)} per layer."
-        )
+        card = f"the exchange with the attention workers takes {seconds(times.card_s)} per layer."
+        return f"The primary's network card is the bottleneck: {card}"
     name, time = stage.saved.devices[times.bottleneck].name, times.devices[times.bottleneck]
     return (
         f"{name} is the slowest with {seconds(time.seconds)} per layer: {seconds(time.kv_s)} for reading "
@@ -67,43 +66,38 @@ def explain_dispatch(found: Dispatched) -> Iterator[str]:
         yield "No placement of these requests is faster: the plan reaches the bound."
     else:
         yield f"No placement of these requests is over {percent_of_gap(plan.gap)} faster, proved by weak duality."
-    weights = {device.name: float(plan.prices.piece[i].sum()) for i, device in enumerate(devices)}
-    used = {name: weight for name, weight in weights.items() if weight > 0.005 and _is_used(found, name)}
-    if plan.prices.nic > 0.005:
-        used["the primary's network card"] = plan.prices.nic
-    if used:
-        shares = ", ".join(f"{name} {weight:.0%}" for name, weight in sorted(used.items(), key=lambda w: -w[1])[:8])
+    # Idle devices have prices, too: what using them would have to save.
+    weights = {
+        device.name: float(plan.prices.piece[i].sum())
+        for i, device in enumerate(devices)
+        if found.after.devices[i].heads > 0
+    }
+    weights["the primary's network card"] = plan.prices.nic
+    rests_on = sorted(((name, weight) for name, weight in weights.items() if weight > 0.005), key=lambda one: -one[1])
+    if rests_on:
+        shares = ", ".join(f"{name} {weight:.0%}" for name, weight in rests_on[:MOST_NAMED])
         yield f"The bound rests on the time of {shares}: only less work there would make the stage faster."
     elif plan.groups.any():
         yield "The bound is the time of the running requests."
     yield from _memory_sentences(found)
-    for one in plan.unplaced:
-        yield _unplaced_sentence(found, one)
-
-
-def _is_used(found: Dispatched, name: str) -> bool:
-    """Return whether the device holds heads.
-
-    Idle devices have prices, too: what using them would have to save.
-    """
-    return found.after.devices[found.stage.snapshot.stage.devices.index(name)].heads > 0
+    yield from (_unplaced_sentence(found, one) for one in plan.unplaced)
 
 
 def _memory_sentences(found: Dispatched) -> Iterator[str]:
     saved = found.stage.saved
     block_bytes = saved.heads.kv_bytes_per_token * saved.heads.block_tokens * saved.num_layers
-    priced = [(device.name, float(found.plan.prices.block_s[i])) for i, device in enumerate(saved.devices)]
-    binding = [(name, price) for name, price in priced if price > 0]
+    names = [device.name for device in saved.devices]
+    binding = [one for one in zip(names, map(float, found.plan.prices.block_s), strict=True) if one[1] > 0]
     if not binding and found.plan.groups.any():
         if found.plan.unplaced:
             yield "No memory limit binds for the placed requests: one more KV block would not speed them up."
         else:
             yield "No memory limit binds: one more KV block on any device would save no time."
-    for name, price in sorted(binding, key=lambda one: -one[1])[:8]:
-        yield (
-            f"KV memory of {name} binds: one more block there ({block_bytes / 2**20:.3g} MiB in all layers) "
-            f"would save at most {_tiny(price)} per layer."
-        )
+    for name, price_s in sorted(binding, key=lambda one: -one[1])[:MOST_NAMED]:
+        # In nanoseconds where `seconds` would show leading zeros.
+        worth = f"{digits(price_s * 1e9)} ns" if price_s < 1e-7 else seconds(price_s)
+        block = f"one more block there ({block_bytes / 2**20:.3g} MiB in all layers)"
+        yield f"KV memory of {name} binds: {block} would save at most {worth} per layer."
 
 
 def _unplaced_sentence(found: Dispatched, waiting: Unplaced) -> str:
@@ -122,6 +116,14 @@ def _unplaced_sentence(found: Dispatched, waiting: Unplaced) -> str:
     )
 
 
+_REASONS = {
+    MoveReason.BALANCE: "to make the slowest device faster",
+    MoveReason.MEMORY: "because their device is or will be short of KV blocks, or another move needs the room",
+    MoveReason.DRAIN: "to empty a draining device",
+    MoveReason.DETOUR: "via a third device, until their target has room",
+}
+
+
 def explain_redispatch(found: Redispatched) -> Iterator[str]:
     """Explain what limits the stage, why anything moves, when that pays off, and what remains."""
     plan, stage = found.plan, found.stage
@@ -134,31 +136,18 @@ def explain_redispatch(found: Redispatched) -> Iterator[str]:
     yield from (f"Trigger: {trigger}." for trigger in found.triggers)
     if not plan.moves:
         yield "Nothing moves: no move pays off within the expected run time of its request."
-    counts = {reason: sum(move.groups for move in plan.moves if move.reason is reason) for reason in MoveReason}
-    reported = {
-        MoveReason.BALANCE: "to make the slowest device faster",
-        MoveReason.MEMORY: "because their device is or will be short of KV blocks, or another move needs the room",
-        MoveReason.DRAIN: "to empty a draining device",
-        MoveReason.DETOUR: "via a third device, until their target has room",
-    }
-    for reason, count in counts.items():
-        if count:
-            yield f"{plural(count, 'head group')} {'moves' if count == 1 else 'move'} {reported[reason]}."
+    for reason, words in _REASONS.items():
+        if count := sum(move.groups for move in plan.moves if move.reason is reason):
+            yield f"{plural(count, 'head group')} {'moves' if count == 1 else 'move'} {words}."
     if plan.moves:
         saved_s = plan.makespan_before_s - plan.makespan_after_s
-        copying = sum(move.seconds for move in plan.moves)
         per_step = f", {digits(saved_s * stage.saved.num_layers * 1e3)} ms per decode step" if saved_s > 0 else ""
-        yield (
-            f"The slowest device goes from {seconds(plan.makespan_before_s)} to {seconds(plan.makespan_after_s)} per "
-            f"layer{per_step}; copying takes {seconds(copying)} of link time."
-        )
-        paying = [(move.payback_steps, move) for move in plan.moves if move.payback_steps is not None]
-        if paying:
+        change = f"from {seconds(plan.makespan_before_s)} to {seconds(plan.makespan_after_s)} per layer{per_step}"
+        yield f"The slowest device goes {change}; copying takes {seconds(_copying_s(plan))} of link time."
+        if paying := [(move.payback_steps, move) for move in plan.moves if move.payback_steps is not None]:
             steps, last = max(paying, key=lambda one: one[0])
-            yield (
-                f"The slowest move to pay off is {last.request} to {names[last.target]}: its cost is recovered after "
-                f"{digits(steps, 2)} decode steps."
-            )
+            slowest = f"The slowest move to pay off is {last.request} to {names[last.target]}"
+            yield f"{slowest}: its cost is recovered after {digits(steps, 2)} decode steps."
     if plan.short_after >= 1:
         yield (
             f"{plan.short_after:,.0f} KV blocks are expected to be short or remain on draining devices; "
@@ -168,29 +157,24 @@ def explain_redispatch(found: Redispatched) -> Iterator[str]:
         yield f"{plan.short_before:,.0f} KV blocks were expected to be short or on draining devices: none remain so."
     for device, held in zip(stage.saved.devices, found.reached.groups.sum(axis=0), strict=True):
         if device.status is DeviceStatus.DRAINING and held:
-            yield (
-                f"{device.name} still holds {plural(int(held), 'head group')}: those of requests with head "
-                "groups in transit wait for them, the others found no room."
-            )
+            why = "those of requests with head groups in transit wait for them, the others found no room"
+            yield f"{device.name} still holds {plural(int(held), 'head group')}: {why}."
     if plan.gap <= 1e-9:
         yield "No plan has a lower sum of makespan, moving and memory shortage: the plan reaches the bound."
     else:
-        yield (
-            f"The best plan's sum of makespan, moving and memory shortage is at most {could_fall(plan)} lower, proved "
-            "by weak duality."
-        )
+        best = "The best plan's sum of makespan, moving and memory shortage"
+        yield f"{best} is at most {could_fall(plan)} lower, proved by weak duality."
     if plan.refused:
         yield f"{plural(len(plan.refused), 'move')} that would help cannot be made; the table gives the reasons."
+
+
+def _copying_s(plan: RedispatchPlan) -> float:
+    return sum(move.seconds for move in plan.moves)
 
 
 def could_fall(plan: RedispatchPlan) -> str:
     """Return by what share of the objective the best plan could be lower; at most 100%."""
     return percent(1.0 - plan.bound_s / plan.objective_s)
-
-
-def _tiny(value_s: float) -> str:
-    """Return the value in nanoseconds if `seconds` would show leading zeros."""
-    return f"{digits(value_s * 1e9)} ns" if value_s < 1e-7 else seconds(value_s)
 
 
 # --- dispatch as tables
@@ -205,17 +189,15 @@ def render_dispatch(found: Dispatched, explanation: tuple[str, ...] | None = Non
     plan, stage = found.plan, found.stage
     num, placed = len(found.requests.requests), len(found.requests.requests) - len(plan.unplaced)
     used = np.count_nonzero(plan.groups.any(axis=0))
-    yield Text.assemble(
-        (stage.saved.name, "bold"),
-        f": {placed} of {plural(num, 'new request')} placed on {used} of {plural(len(stage.saved.devices), 'device')}",
-    )
+    on = f"{used} of {plural(len(stage.saved.devices), 'device')}"
+    yield Text.assemble((stage.saved.name, "bold"), f": {placed} of {plural(num, 'new request')} placed on {on}")
     yield facts(_facts(found))
     if num:
         yield section("Head groups", _requests(found))
     if plan.unplaced:
         yield section("Waiting", bullets(str(one) for one in plan.unplaced[:MAX_ROWS]))
     expected = [int(blocks) for blocks in expected_blocks(found.reached)]
-    worth = [_worth(float(price)) for price in plan.prices.block_s]
+    worth = [f"≤ {digits(price_s * 1e9)} ns" if price_s > 0 else "0" for price_s in map(float, plan.prices.block_s)]
     title = ("a block saves", worth) if any(plan.prices.block_s > 0) else None
     table = device_table(found, blocks=expected, last=title)
     yield section("Devices (KV blocks per layer, expected growth included)", table)
@@ -226,28 +208,24 @@ def device_table(
     found: Dispatched | Redispatched, *, blocks: Sequence[int], last: tuple[str, Sequence[str]] | None = None
 ) -> RenderableType:
     """Return times before and after with a bar, each device's KV blocks, and optionally another column."""
-    stage, before, after = found.stage, found.before, found.after
-    title, cells = last or ("", ())
-    made = table("'device", "before", "after", "'", "KV blocks", *([title] if last else []))
-    makespan_s = after.makespan_s
-    for i, device in enumerate(stage.saved.devices[:MAX_ROWS]):
-        time_s, total = after.devices[i].seconds, device.total_blocks
+    before, after, devices = found.before, found.after, found.stage.saved.devices
+
+    def times(before_s: float, after_s: float) -> list[RenderableType]:
+        drawn = bar(after_s / after.makespan_s if after.makespan_s else 0.0, BAR_WIDTH)
+        return [seconds(before_s), seconds(after_s), Text(drawn, style="green")]
+
+    rows = list[list[RenderableType]]()
+    for i, device in enumerate(devices[:MAX_ROWS]):
+        total, status = device.total_blocks, "" if device.status is DeviceStatus.OK else f" {device.status.value}"
         share = f" {blocks[i] / total:>4.0%}" if total else ""
-        name = Text(device.name)
-        if device.status.value != "ok":
-            name.append(f" {device.status.value}", style="yellow")
-        made.add_row(
-            name,
-            seconds(before.devices[i].seconds),
-            seconds(time_s),
-            Text(bar(time_s / makespan_s if makespan_s else 0.0, BAR_WIDTH), style="green"),
-            f"{blocks[i]:,}/{total:,}{share}",
-            *([cells[i]] if last else []),
-        )
+        name = Text.assemble(device.name, (status, "yellow"))
+        more = [last[1][i]] if last else []
+        of_device = times(before.devices[i].seconds, after.devices[i].seconds)
+        rows.append([name, *of_device, f"{blocks[i]:,}/{total:,}{share}", *more])
     if after.card_s:
-        card = Text(bar(after.card_s / makespan_s if makespan_s else 0.0, BAR_WIDTH), style="green")
-        made.add_row(Text("network card", style="dim"), seconds(before.card_s), seconds(after.card_s), card)
-    return first_rows(made, len(stage.saved.devices), MAX_ROWS, "device")
+        rows.append([Text("network card", style="dim"), *times(before.card_s, after.card_s)])
+    made = table("'device", "before", "after", "'", "KV blocks", *([last[0]] if last else []), rows=rows)
+    return first_rows(made, len(devices), MAX_ROWS, "device")
 
 
 def _ending(stage: CostedStage, explanation: tuple[str, ...] | None) -> Iterator[RenderableType]:
@@ -274,17 +252,20 @@ def _facts(found: Dispatched) -> Iterator[tuple[str, Text | str]]:
 
 def _requests(found: Dispatched) -> RenderableType:
     names = found.stage.snapshot.stage.devices
-    made, requests = table("'request", "context", "output", "'groups on"), found.requests.requests
-    for j, request in enumerate(requests[:MAX_ROWS]):
-        row = found.plan.groups[j]
+
+    def placed(row: IntArray) -> Text:
         where = " · ".join(f"{names[i]} {row[i]}" for i in row.nonzero()[0])
-        home = Text(where) if where else Text("waits", style="yellow")
-        made.add_row(Text(request.id), f"{request.context_tokens:,}", f"{request.output_tokens:,}", home)
-    return first_rows(made, len(requests), MAX_ROWS, "request")
+        return Text(where) if where else Text("waits", style="yellow")
 
-
-def _worth(price_s: float) -> str:
-    return f"≤ {digits(price_s * 1e9)} ns" if price_s > 0 else "0"
+    return table_of(
+        zip(found.requests.requests, found.plan.groups, strict=True),
+        ("'request", lambda one: Text(one[0].id)),
+        ("context", lambda one: f"{one[0].context_tokens:,}"),
+        ("output", lambda one: f"{one[0].output_tokens:,}"),
+        ("'groups on", lambda one: placed(one[1])),
+        most=MAX_ROWS,
+        noun="request",
+    )
 
 
 # --- re-dispatch as tables
@@ -294,11 +275,8 @@ def _worth(price_s: float) -> str:
 def render_redispatch(found: Redispatched, explanation: tuple[str, ...] | None = None) -> Iterator[RenderableType]:
     plan, stage = found.plan, found.stage
     moving = plural(len(plan.moves), "move") if plan.moves else "nothing moves"
-    yield Text.assemble(
-        (stage.saved.name, "bold"),
-        f": {moving} among {plural(len(stage.saved.requests), 'running request')} "
-        f"on {plural(len(stage.saved.devices), 'device')}",
-    )
+    requests, devices = plural(len(stage.saved.requests), "running request"), plural(len(stage.saved.devices), "device")
+    yield Text.assemble((stage.saved.name, "bold"), f": {moving} among {requests} on {devices}")
     yield facts(_redispatch_facts(found))
     fired = tuple(str(trigger) for trigger in found.triggers) or ("none: a running stage would not search for moves",)
     yield section("Triggers", bullets(fired))
@@ -319,16 +297,15 @@ def _redispatch_facts(found: Redispatched) -> Iterator[tuple[str, Text | str]]:
     yield "Objective", f"{seconds(plan.objective_s)}, the makespan plus the cost of moving and of memory shortage"
     yield "Bound", f"{seconds(plan.bound_s)}  gap {percent(plan.gap)}, {proof}"
     if plan.moves:
-        copying = sum(move.seconds for move in plan.moves)
-        yield "Copied", f"{_size(plan.num_bytes)} of KV, {seconds(copying)} of link time"
+        yield "Copied", f"{_size(plan.num_bytes)} of KV, {seconds(_copying_s(plan))} of link time"
     if max(plan.short_before, plan.short_after) >= 1:
         yield "Short", f"{plan.short_after:,.0f} KV blocks expected or draining, {plan.short_before:,.0f} before"
 
 
 def _moves(found: Redispatched) -> RenderableType:
-    names, moves = found.stage.snapshot.stage.devices, found.plan.moves
-    made = table_of(
-        moves[:MAX_ROWS],
+    names = found.stage.snapshot.stage.devices
+    return table_of(
+        found.plan.moves,
         ("wave", lambda move: str(move.wave + 1)),
         ("'request", lambda move: Text(move.request)),
         ("groups", lambda move: str(move.groups)),
@@ -337,17 +314,18 @@ def _moves(found: Redispatched) -> RenderableType:
         ("copy", lambda move: seconds(move.seconds)),
         ("pays after", lambda move: "" if (steps := move.payback_steps) is None else f"{digits(steps, 2)} steps"),
         ("'why", lambda move: move.reason.value),
+        most=MAX_ROWS,
+        noun="move",
     )
-    return first_rows(made, len(moves), MAX_ROWS, "move")
 
 
 def _refused(found: Redispatched) -> RenderableType:
     names, refused = found.stage.snapshot.stage.devices, found.plan.refused
-    lines = (
+    shown = bullets(
         f"{one.request}, {plural(one.groups, 'group')} {names[one.source]} → {names[one.target]}: {one.why}"
         for one in refused[:MAX_ROWS]
     )
-    return first_rows(bullets(lines), len(refused), MAX_ROWS, "move")
+    return first_rows(shown, len(refused), MAX_ROWS, "move")
 
 
 def _size(num_bytes: float) -> str:
@@ -408,7 +386,7 @@ def redispatch_document(found: Redispatched, explanation: tuple[str, ...] | None
             "bound_s": float(plan.bound_s),
             "gap": float(plan.gap),
             "moved_bytes": plan.num_bytes,
-            "move_s": sum(move.seconds for move in plan.moves),
+            "move_s": _copying_s(plan),
         },
         moves=[_move(move, names) | {"bytes": move.num_bytes, **fields_of(move, *how)} for move in plan.moves],
         refused=[_move(refused, names) | {"why": refused.why} for refused in plan.refused],

@@ -14,13 +14,13 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from hetis.planner.report.classes import classes_section
+from hetis.planner.report.blocks import Grid
 from hetis.planner.report.figures import digits, percent, plural, seconds
-from hetis.planner.report.plan import headline, price_table
-from hetis.planner.report.replica import device_table
-from hetis.planner.report.tables import Narrowing, Unbroken, as_group, bullets, grid, narrowing, section
+from hetis.planner.report.plan import classes_section, headline, price_grid
+from hetis.planner.report.replica import device_table, replica_name
+from hetis.planner.report.tables import Unbroken, as_group, bullets, drawn, grid, section
 from hetis.planner.use_cases.grouping import ReplicaGroup, abbreviate, group_replicas
-from hetis.solver.plan import Explanation, IdleGpus, MemoryBar, Plan, ReplicaPlan, Role, StageTime, parallel_sizes
+from hetis.solver.plan import Explanation, IdleGpus, MemoryBar, Plan, ReplicaPlan, StageTime, parallel_sizes
 from hetis.solver.queueing import Queueing
 
 MAX_SHAPES = 6
@@ -59,13 +59,12 @@ def render_explanation(
         yield Text(f"\n… and {plural(len(groups) - shown, 'more shape')} (-o wide has all)", style="dim")
     if waits is not None:
         yield section("Queueing", Text(_queueing(waits)))
-    if (of_classes := classes_section(plan)) is not None:
-        yield of_classes
+    yield from classes_section(plan)
     if explanation.kv_routes:
         yield section("Prefill to decode", bullets(explanation.kv_routes))
     if plan.prices:
         mean = PRICES_MEAN if plan.has_prices() else UNKNOWN_PRICES
-        yield section("Value of a GPU of each class", Group(price_table(plan), Text(mean, style="dim")))
+        yield section("Value of a GPU of each class", Group(drawn(price_grid(plan)), Text(mean, style="dim")))
     if explanation.idle:
         yield section("Idle GPUs", _idle(explanation.idle))
     yield section("Attention workers", Text(explanation.attention_workers))
@@ -95,19 +94,19 @@ def _equal_devices(group: ReplicaGroup, plan: Plan, *, wide: bool) -> Iterator[R
 
 def _replica(group: ReplicaGroup, explanation: Explanation) -> Iterator[RenderableType]:
     number, count = group.numbers[0], len(group.numbers)
-    role = "" if group.first.role is Role.UNIFIED else f" ({group.first.role})"
-    name = f"Replica {number}{role}" if count == 1 else f"Replica {number}{role} and {count - 1:,} like it"
-    # Sentences are in the order of the explained replicas, which are the first of each shape.
-    explained = dict.fromkeys(part.replica for part in explanation.stage_times)
-    sentence = dict(zip(explained, explanation.bottlenecks, strict=False)).get(number)
-    if sentence is not None:
+    name = replica_name(number, group.first.role) + ("" if count == 1 else f" and {count - 1:,} like it")
+    if (sentence := explained_bottlenecks(explanation).get(number)) is not None:
         yield section(name, Text(sentence))
-    memory = [part for part in explanation.memory if part.replica == number]
-    if memory:
+    if memory := [part for part in explanation.memory if part.replica == number]:
         yield section(f"{name}: memory of one GPU", _memory(memory, group.first))
-    times = [part for part in explanation.stage_times if part.replica == number]
-    if times:
+    if times := [part for part in explanation.stage_times if part.replica == number]:
         yield section(f"{name}: time of one request", _times(times, group.first))
+
+
+def explained_bottlenecks(explanation: Explanation) -> dict[int, str]:
+    """Return the sentence on each explained replica, the first of its shape, by its number."""
+    explained = dict.fromkeys(part.replica for part in explanation.stage_times)
+    return dict(zip(explained, explanation.bottlenecks, strict=False))
 
 
 def _memory(parts: list[MemoryBar], replica: ReplicaPlan) -> RenderableType:
@@ -122,7 +121,8 @@ def _memory(parts: list[MemoryBar], replica: ReplicaPlan) -> RenderableType:
         for part in parts
     )
     bars = grid(False, False, False, False, True, rows=rows, gap=1)
-    return Group(bars, legend(memory_shares(parts[0])), _waterfall(parts))
+    labels = [f"stage {part.stage + 1}" if part.role == "primary" else "└ worker" for part in parts]
+    return Group(bars, legend(memory_shares(parts[0])), drawn(memory_grid(parts, labels)))
 
 
 def _devices(part: MemoryBar, replica: ReplicaPlan) -> Sequence[str]:
@@ -132,15 +132,18 @@ def _devices(part: MemoryBar, replica: ReplicaPlan) -> Sequence[str]:
     return [device for pool in pools for device in pool.devices]
 
 
-def _waterfall(parts: list[MemoryBar]) -> Narrowing:
-    rows = []
-    for part in parts:
-        values = [share.amount for share in memory_shares(part)] + [part.free_bytes, part.nominal_bytes]
-        label = f"stage {part.stage + 1}" if part.role == "primary" else "└ worker"
-        rows.append([label, *(f"{value / 2**30:.1f}" for value in values)])
-    names = [share.name for share in memory_shares(parts[0])]
-    return narrowing(
-        "'GiB", *names, "free", "nominal", rows=rows, least=("nominal", "engine", "unusable", "activations", "weights")
+def memory_grid(parts: Sequence[MemoryBar], labels: Sequence[str]) -> Grid:
+    """Return what takes the memory of one GPU of each part, in GiB."""
+    amounts = [[share.amount for share in memory_shares(part)] for part in parts]
+    return Grid(
+        title="All stages, in GiB",
+        columns=("'GiB", *(share.name for share in memory_shares(parts[0])), "free", "nominal"),
+        rows=[
+            (label, *(f"{size / 2**30:.1f}" for size in (*taken, part.free_bytes, part.nominal_bytes)))
+            for label, taken, part in zip(labels, amounts, parts, strict=True)
+        ],
+        least=("nominal", "engine", "unusable", "activations", "weights"),
+        folded=True,
     )
 
 
@@ -167,23 +170,22 @@ def _times(parts: list[StageTime], replica: ReplicaPlan) -> RenderableType:
         for part in parts
     )
     bars = grid(False, True, False, False, False, rows=rows, gap=1)
-    shares = Group(legend(time_shares(parts[0])), _time_table(parts))
     means = [Text(WIRE_MEANS, style="dim")] if any(part.kv_wire_s for part in parts) else []
-    return Group(bars, shares, *means)
+    return Group(bars, legend(time_shares(parts[0])), drawn(_time_grid(parts)), *means)
 
 
-def _time_table(parts: list[StageTime]) -> Narrowing:
+def _time_grid(parts: list[StageTime]) -> Grid:
     """Return each part's share of the stage's own time in per cent; columns empty for all stages are left out."""
-    columns = [[share.amount for share in time_shares(part)] for part in parts]
-    names = [share.name for share in time_shares(parts[0])]
-    kept = [i for i in range(len(names)) if any(column[i] > 0 for column in columns)]
-    has_wire = any(part.kv_wire_s for part in parts)
-    rows = []
-    for part, column in zip(parts, columns, strict=True):
-        shares = [column[i] for i in kept] + ([part.kv_wire_s] if has_wire else [])
-        rows.append([f"stage {part.stage + 1}", *(f"{100 * share / part.total_s:.1f}" for share in shares)])
-    heads = ("'% of stage", *(names[i] for i in kept), *(["(wire)"] if has_wire else []))
-    return narrowing(*heads, rows=rows, least=("(wire)", "other", "head", "wait", "transfer", "all-reduce"))
+    amounts = [{one.name: one.amount for one in time_shares(part)} | {"(wire)": part.kv_wire_s} for part in parts]
+    names = [name for name in amounts[0] if any(of.get(name, 0.0) > 0 for of in amounts)]
+    return Grid(
+        columns=("'% of stage", *names),
+        rows=[
+            (f"stage {part.stage + 1}", *(f"{100 * of.get(name, 0.0) / part.total_s:.1f}" for name in names))
+            for part, of in zip(parts, amounts, strict=True)
+        ],
+        least=("(wire)", "other", "head", "wait", "transfer", "all-reduce"),
+    )
 
 
 def time_shares(part: StageTime) -> list[Share]:

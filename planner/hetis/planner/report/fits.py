@@ -10,7 +10,7 @@ from rich.text import Text
 from hetis.engines.memory import GIB
 from hetis.formats.models.dtypes import precision_of
 from hetis.planner.report.figures import plural, tokens
-from hetis.planner.report.tables import Column, as_group, bullets, facts, section, table, table_of
+from hetis.planner.report.tables import as_group, bullets, facts, section, table, table_of
 from hetis.planner.use_cases.fits import EngineChoice, Fit, version_of
 from hetis.solver.model import ModelSpec
 
@@ -71,16 +71,15 @@ def one_fit(model: ModelSpec, choice: EngineChoice, one: Fit) -> Iterator[Render
 def fits_table(model: ModelSpec, choice: EngineChoice, found: Sequence[Fit], *, wide: bool) -> Iterator[RenderableType]:
     """Yield a row for each GPU type."""
     yield Text(f"{model.name}, {precision_of(model)}, {_engine(choice)}, started without options of the batch")
-    columns: list[Column[Fit]] = [
+    yield table_of(
+        found,
         ("'GPUs", _shape),
         ("'fits", lambda one: Text("yes", style="green") if one.starts else Text("no", style="red")),
         ("weights", lambda one: _gib(one.room.weight_bytes)),
         ("KV GiB", lambda one: _gib(one.room.kv_bytes)),
         ("KV tokens", lambda one: tokens(one.kv_tokens)),
         ("longest", lambda one: tokens(one.longest_context)),
-    ]
-    if wide:
-        columns.append(("'why not", lambda one: one.why_not))
-    yield table_of(found, *columns)
+        ("'why not", lambda one: one.why_not) if wide else None,
+    )
     if not any(one.starts for one in found):
         yield Text(f"no replica of up to {plural(max((one.num_gpus for one in found), default=0), 'GPU')} starts")

@@ -12,60 +12,17 @@ from rich.table import Table
 from rich.text import Text
 
 from hetis.formats.errors import DocumentError
-from hetis.planner.report.alternatives import distinct_runners_up, reason_words, shape_words
-from hetis.planner.report.classes import classes_section
-from hetis.planner.report.figures import (
-    bar,
-    digits,
-    percent,
-    plural,
-    seconds,
-    with_unit,
-)
+from hetis.planner.report import promises
+from hetis.planner.report.alternatives import class_grids, rung_grid, runners_up_grid, survival_words
+from hetis.planner.report.blocks import Grid, grid_of
+from hetis.planner.report.figures import bar, digits, percent, plural, seconds, with_unit
 from hetis.planner.report.goals import named_problem
-from hetis.planner.report.promises import (
-    Reached,
-    beside_engines,
-    beside_equal_stages,
-    by_unified,
-    demand_words,
-    limits,
-    loses_most,
-    losses,
-    misses_as_planned,
-    precision,
-    range_of,
-    simple_setups,
-    simulated_words,
-    verdict,
-)
-from hetis.planner.report.replica import (
-    device_table,
-    palette_of,
-    picture,
-    replica_headline,
-    stage_table,
-    unit_of_room,
-)
-from hetis.planner.report.rungs import rung_section, survival_words
-from hetis.planner.report.tables import (
-    Narrowing,
-    as_group,
-    bullets,
-    facts,
-    narrowing,
-    section,
-    table,
-    table_of,
-)
+from hetis.planner.report.replica import device_table, palette_of, picture, replica_headline, stage_table, unit_of_room
+from hetis.planner.report.tables import as_group, bullets, drawn, facts, section, table, titled
 from hetis.planner.use_cases.compare import cost_rate, figures_of
 from hetis.planner.use_cases.grouping import ReplicaGroup, group_replicas, number_ranges, shapes_of
 from hetis.planner.use_cases.record.forms import Predicted
-from hetis.planner.use_cases.record.parts import (
-    MadeFrom,
-    Requested,
-    Verified,
-)
+from hetis.planner.use_cases.record.parts import MadeFrom, Requested, Verified
 from hetis.planner.use_cases.saved_plans import inputs_from_documents
 from hetis.solver.constraints import Constraint, described
 from hetis.solver.errors import InvalidProblemError
@@ -86,8 +43,8 @@ MAX_ROUTES = 12  # pairs of replica shapes; the others are summarised in one lin
 @as_group
 def render_plan(plan: Plan, *, wide: bool = False) -> Iterator[RenderableType]:
     """Yield the table view of a plan, at most 80 columns wide if the names allow it; ``wide`` names every device."""
-    if (rungs := rung_section(plan)) is not None:
-        yield rungs
+    if (rungs := rung_grid(plan)) is not None:
+        yield titled(rungs)
         yield Text("")
     yield headline(plan)
     groups = group_replicas(plan.replicas)
@@ -95,18 +52,22 @@ def render_plan(plan: Plan, *, wide: bool = False) -> Iterator[RenderableType]:
     if plan.kv_routes:
         yield section("KV routes", route_table(plan, groups))
     if plan.prices:
-        yield section("Device classes", price_table(plan))
-        if len(plan.prices) > MAX_CLASSES:
-            yield Text(f" … and {len(plan.prices) - MAX_CLASSES:,} classes of fewer GPUs", style="dim")
-    if (of_classes := classes_section(plan)) is not None:
-        yield of_classes
-    if simpler := simple_setups(plan):
-        yield section(f"Simpler setups{by_unified(plan)}", bullets(simpler))
+        yield titled(price_grid(plan))
+    yield from classes_section(plan)
+    if simpler := promises.simple_setups(plan):
+        yield section(f"Simpler setups{promises.by_unified(plan)}", bullets(simpler))
     if plan.runners_up:
-        yield section("Not chosen", _runners_up(plan))
+        yield titled(runners_up_grid(plan))
     if plan.notes:
         yield section("Notes", bullets(plan.notes))
     yield section("Searched", Text("\n".join([*searched(plan), *([plan.family] if wide else [])]), style="dim"))
+
+
+def classes_section(plan: Plan) -> Iterator[RenderableType]:
+    """Yield what a plan keeps with classes of requests and without, if any were tried."""
+    if grids := class_grids(plan):
+        parts = (part for one in grids for part in (Text(one.intro), *([drawn(one)] if one.rows else [])))
+        yield section(grids[0].title, Group(*parts))
 
 
 @as_group
@@ -118,8 +79,7 @@ def render_verified(proven: Plan, plan: Plan, *, wide: bool = False) -> Iterator
         yield Text("\nKept in simulated traffic is another plan\n", style="bold")
         yield render_plan(plan, wide=wide)
         return
-    if (of_classes := classes_section(plan)) is not None:
-        yield of_classes
+    yield from classes_section(plan)
     if changed:
         notes = bullets([note for note in plan.notes if note not in proven.notes])
         yield section("Simulated traffic", Group(facts(changed), notes))
@@ -139,17 +99,18 @@ def searched(plan: Plan) -> Iterator[str]:
         yield f"Of these, what {engine.name} runs: replicas of up to {engine.max_stages} stages in one zone."
     if requested.constraints:  # the family ends with them, in words
         yield f"Constraints: {'; '.join(plan.family.split('; ')[-len(requested.constraints) :])}."
-    if EXPLICIT_LINKS in plan.family:
-        yield f"All are {EXPLICIT_LINKS}."
-    if LINKS_TO_ANY in plan.family:
-        yield "A hop is charged at most the slowest explicit link between nodes of its replica; KV that is handed over,"
-        yield "the slowest of its node to any other."
-    if OWN_LINKS in plan.family:
-        yield "A hop is charged at most the slowest explicit link between nodes of its replica; KV that is handed over"
-        yield "inside a zone, the slowest between nodes of the replicas that exchange it."
-    if QUICK_LINKS in plan.family:
-        yield f"{QUICK_LINKS.capitalize()}."
+    yield from (words for clause, words in _LINKS.items() if clause in plan.family)
     yield "The bound holds for all these plans; `hetis-plan explain`, or -o wide, describes them exactly."
+
+
+_HOP = "A hop is charged at most the slowest explicit link between nodes of its replica; KV that is handed over"
+_LINKS = {
+    EXPLICIT_LINKS: f"All are {EXPLICIT_LINKS}.",
+    LINKS_TO_ANY: f"{_HOP},\nthe slowest of its node to any other.",
+    OWN_LINKS: f"{_HOP}\ninside a zone, the slowest between nodes of the replicas that exchange it.",
+    QUICK_LINKS: f"{QUICK_LINKS.capitalize()}.",
+}
+"""What the clauses of a family on links between nodes mean."""
 
 
 def headline(plan: Plan) -> RenderableType:
@@ -157,19 +118,27 @@ def headline(plan: Plan) -> RenderableType:
     return Group(_title(plan), facts(_facts(plan)))
 
 
-def price_table(plan: Plan) -> Narrowing:
-    """Return a table of the device classes: their counts, uses, and marginal prices."""
-    zone = len({price.zone for price in plan.prices}) > 1
+def price_grid(plan: Plan) -> Grid:
+    """Return the device classes: their counts, uses, and marginal prices."""
+    has_zones, is_shared = len({price.zone for price in plan.prices}) > 1, bool(plan.other_tenants())
     shown = sorted(plan.prices, key=lambda price: -price.available)[:MAX_CLASSES]
-    others = ["others'"] if plan.other_tenants() else []
-    counts = ("there", "used", "workers", *others, "idle")
-    heads = ("<GPU", *(["<zone"] if zone else []), "per node", *counts, "marginal price")
-    rows = [
-        (price.gpu, *([price.zone] if zone else []), f"{price.gpus_per_node:,}", *cells)
-        for price, cells in zip(plan.prices, price_cells(plan), strict=True)
-        if price in shown
-    ]
-    return narrowing(*heads, rows=rows, least=("per node", "idle", "workers", "there"))
+    rest = len(plan.prices) - len(shown)
+    every = zip(plan.prices, _held_by_others(plan), strict=True)
+    return grid_of(
+        [(price, held) for price, held in every if price in shown],
+        ("'GPU", lambda one: one[0].gpu),
+        ("'zone", lambda one: one[0].zone) if has_zones else None,
+        ("per node", lambda one: f"{one[0].gpus_per_node:,}"),
+        ("there", lambda one: f"{one[0].available:,}"),
+        ("used", lambda one: f"{one[0].used:,}"),
+        ("workers", lambda one: f"{one[0].as_attention_workers:,}"),
+        ("others'", lambda one: f"{one[1]:,}") if is_shared else None,
+        ("idle", lambda one: f"{one[0].available - one[0].used - one[1]:,}"),
+        ("marginal price", lambda one: worth(one[0].dual, plan)),
+        title="Device classes",
+        note=f"… and {rest:,} classes of fewer GPUs" if rest else "",
+        least=("per node", "idle", "workers", "there"),
+    )
 
 
 def _title(plan: Plan) -> Text:
@@ -183,53 +152,45 @@ def _title(plan: Plan) -> Text:
     return title.append(f" with {percent(hits)} prefix cache hits") if hits else title
 
 
-def _facts(plan: Plan) -> Iterator[tuple[str, RenderableType]]:
-    result = plan.result
-    yield result.objective.goal.label, _value(plan)
-    if (cost := _cost(plan)) is not None:
-        yield "Price" if result.objective is ObjectiveKind.COST else "Cost", cost
-    if (compared := beside_equal_stages(plan)) is not None:
-        yield "Uniform", compared
-    if engines := beside_engines(plan):
-        yield "Engines", "\n".join(engines)
-    if (kept := precision(plan)) is not None:
-        yield "Precision", kept
-    if plan.objective.demand_rps is not None:
-        yield "Demand", demand_words(plan, plan.objective.demand_rps)
-    for one in limits(plan):
-        yield one.name, _limit(one)
-    if (simulated := simulated_words(plan)) is not None:
-        yield "Simulated", simulated
-    yield "Fleet", _fleet(plan)
-    if (survived := survival_words(plan)) is not None:
-        yield "Survives", survived
-    if lost := losses(plan):
-        yield "Losses", Text(lost, style="red" if loses_most(plan) else "")
-    if count_by_role(plan):
-        yield "Roles", f"requests/s: {rates_by_role(plan)}"
-    if (expected := range_of(plan)) is not None:
-        yield "Range", _range(expected, plan)
+def _facts(plan: Plan) -> list[tuple[str, RenderableType]]:
+    """Return what is known of a plan, each after its name."""
+    result, requested, expected = plan.result, Requested.of(plan), promises.range_of(plan)
+    simulated, settings = promises.simulated_words(plan), requested.engine_settings
     alone = " with the whole fleet to itself" if plan.other_tenants() else ""
-    yield "Bound", f"{with_unit(result.bound, result.unit)}{alone}  gap {percent(result.gap)}"
-    requested = Requested.of(plan)
     runs_on = f" for {requested.engine.name}" if requested.engine is not None else ""
-    yield "Solved", f"{result.status} in {seconds(result.solve_s)}, strategy {plan.strategy}{runs_on}"
-    if requested.engine_settings:
-        yield "Settings", f"engines started with {requested.engine_settings.describe()}"
+    every: list[tuple[str, str | Text | None]] = [
+        (result.objective.goal.label, _value(plan)),
+        ("Price" if result.objective is ObjectiveKind.COST else "Cost", _cost(plan)),
+        ("Uniform", promises.beside_equal_stages(plan)),
+        ("Engines", "\n".join(promises.beside_engines(plan))),
+        ("Precision", promises.precision(plan)),
+        ("Demand", promises.demand_words(plan, plan.objective.demand_rps)),
+        *((one.name, _limit(one)) for one in promises.limits(plan)),
+        ("Simulated", None if simulated is None else simulated.text()),
+        ("Fleet", _fleet(plan)),
+        ("Survives", survival_words(plan)),
+        ("Losses", Text(promises.losses(plan), style="red" if promises.loses_most(plan) else "")),
+        ("Roles", f"requests/s: {rates_by_role(plan)}" if count_by_role(plan) else None),
+        ("Range", None if expected is None else _range(expected, plan)),
+        ("Bound", f"{with_unit(result.bound, result.unit)}{alone}  gap {percent(result.gap)}"),
+        ("Solved", f"{result.status} in {seconds(result.solve_s)}, strategy {plan.strategy}{runs_on}"),
+        ("Settings", f"engines started with {settings.describe()}" if settings else None),
+    ]
+    return [(name, fact) for name, fact in every if fact]
 
 
 def _value(plan: Plan) -> Text:
     """Return the value: what simulated traffic keeps or, without a simulation, what the model says is kept."""
     result, by_model = plan.result, Verified.of(plan).model_value
     value = with_unit(result.value, result.unit)
-    if misses_as_planned(plan):
-        return Text.assemble((value, "bold yellow"), f"  by the model, {verdict(plan)}; MISSED in simulation")
+    if promises.misses_as_planned(plan):
+        return Text.assemble((value, "bold yellow"), f"  by the model, {promises.verdict(plan)}; MISSED in simulation")
     if by_model is None:
-        return Text.assemble((value, "bold green"), f"  {verdict(plan)}")
+        return Text.assemble((value, "bold green"), f"  {promises.verdict(plan)}")
     model = f"by the model {with_unit(by_model, result.unit)}"
     if not result.value:
         return Text.assemble(("none", "bold yellow"), f"  of the rates tried keeps the limits in simulation; {model}")
-    return Text.assemble((value, "bold yellow"), f"  kept in simulation; {model}; {verdict(plan)}")
+    return Text.assemble((value, "bold yellow"), f"  kept in simulation; {model}; {promises.verdict(plan)}")
 
 
 def _cost(plan: Plan) -> str | None:
@@ -266,7 +227,7 @@ def _range(expected: Predicted, plan: Plan) -> Text:
     return Text(f"{rate} {unit}, {', '.join(latencies)} by the profiles' errors")
 
 
-def _limit(reached: Reached) -> Text:
+def _limit(reached: promises.Reached) -> Text:
     remarks = "".join(f", {one}" for one in reached.remarks())
     if reached.limit_s is None:
         return Text(f"{seconds(reached.value_s)}, no limit{remarks}")
@@ -296,27 +257,10 @@ def _replicas(groups: Sequence[ReplicaGroup], plan: Plan, *, wide: bool) -> Iter
         yield Padding(Group(picture(group.first, palette), stage_table(group, palette)), (0, 0, 0, 1))
         if wide and len(group.numbers) > 1:
             yield Padding(device_table(group, plan), (0, 0, 0, 1))
-    rest = groups[shown:]
-    if rest:
+    if rest := groups[shown:]:
         count, rate = sum(len(group.numbers) for group in rest), sum(group.rate for group in rest)
-        yield Text(
-            f"\n… and {plural(len(rest), 'more shape')} with {plural(count, 'replica')}, {digits(rate)} requests/s "
-            "together (-o wide lists all)",
-            style="dim",
-        )
-
-
-def price_cells(plan: Plan) -> list[tuple[str, ...]]:
-    """Return for every class how many of its GPUs exist, are used, are workers and are idle, and what one is worth.
-
-    In the plan of a tenant, how many the other tenants hold comes before how many are idle.
-    """
-    is_shared, found = bool(plan.other_tenants()), list[tuple[str, ...]]()
-    for price, held in zip(plan.prices, _held_by_others(plan), strict=True):
-        counts = [price.available, price.used, price.as_attention_workers, *([held] if is_shared else [])]
-        counts.append(price.available - price.used - held)
-        found.append((*(f"{count:,}" for count in counts), worth(price.dual, plan)))
-    return found
+        words = f"{plural(len(rest), 'more shape')} with {plural(count, 'replica')}, {digits(rate)} requests/s together"
+        yield Text(f"\n… and {words} (-o wide lists all)", style="dim")
 
 
 def _held_by_others(plan: Plan) -> list[int]:
@@ -335,17 +279,6 @@ def worth(dual: float, plan: Plan) -> str:
     unit = plan.result.unit.removeprefix("requests")
     number = digits(dual) if dual >= SMALLEST_PRICE else f"< {SMALLEST_PRICE}"  # never 0, since it is worth something
     return f"{number}{unit if unit.startswith('/') else f' {unit}'}"
-
-
-def _runners_up(plan: Plan) -> Table:
-    """Return the closest alternatives in words, each with its saturated rate."""
-    return table_of(
-        distinct_runners_up(plan),
-        ("'a replica of", lambda one: shape_words(one.shape)),
-        ("rate /s", lambda one: digits(one.rate)),
-        ("'why not", lambda one: reason_words(one.reason, one.rate)),
-        fixed=True,
-    )
 
 
 def count_by_role(plan: Plan) -> str:

@@ -9,22 +9,9 @@ from typing import NamedTuple
 from rich.text import Text
 
 from hetis.formats.models.dtypes import precision_of
-from hetis.planner.report.figures import (
-    digits,
-    percent,
-    percent_at_least,
-    percent_of_gap,
-    seconds,
-    with_unit,
-)
-from hetis.planner.report.replica import (
-    known_model,
-)
-from hetis.planner.report.tables import (
-    SimulationRemarks,
-    kept_words,
-    missed_words,
-)
+from hetis.planner.report.figures import digits, percent, percent_at_least, percent_of_gap, seconds, with_unit
+from hetis.planner.report.replica import known_model
+from hetis.planner.report.tables import SimulatedWords, SimulationRemarks, kept_words, missed_words
 from hetis.planner.use_cases.compare import kept_of
 from hetis.planner.use_cases.record.forms import EngineValue, Predicted
 from hetis.planner.use_cases.record.parts import (
@@ -37,16 +24,10 @@ from hetis.planner.use_cases.record.parts import (
     Verified,
 )
 from hetis.planner.use_cases.service_level import DEFAULT, Latency, limits_of
-from hetis.planner.use_cases.verification.outcome import (
-    MISSES_AT,
-    OUT_OF_TIME,
-    attained,
-    misses,
-    stopped_simulation_of,
-)
+from hetis.planner.use_cases.verification.outcome import MISSES_AT, OUT_OF_TIME, attained, misses, stopped_simulation_of
 from hetis.solver.plan import ObjectiveKind, Plan, Role, Status
 
-HALF = 0.5
+LITTLE_LEFT = 0.5  # share below which what a loss leaves is red
 SAME_RATE = 1e-6  # relative difference of two rates that rounding may cause
 PROVED = 0.005  # relative difference of a bound from another engine's value up to which it is not mentioned
 NEARLY = 0.95  # share of the slowest replica's latency from which another replica counts as equally slow
@@ -88,8 +69,10 @@ def misses_demand(plan: Plan) -> bool:
     return plan.result.value < demand_rps * (1.0 - SAME_RATE)
 
 
-def demand_words(plan: Plan, demand_rps: float) -> Text:
-    """Return the demanded rate, and whether the plan misses it."""
+def demand_words(plan: Plan, demand_rps: float | None) -> Text | None:
+    """Return the demanded rate, and whether the plan misses it; None: none is demanded."""
+    if demand_rps is None:
+        return None
     demand = Text(f"{digits(demand_rps, 4)} requests/s")
     return Text.assemble(demand, "  ", ("not met", "bold red")) if misses_demand(plan) else demand
 
@@ -122,7 +105,7 @@ def precision(plan: Plan) -> str | None:
 
 def loses_most(plan: Plan) -> bool:
     """Return whether less than half is still served without some node or zone."""
-    return any(loss.share < HALF for loss in Losses.of(plan).by_place.values())
+    return any(loss.share < LITTLE_LEFT for loss in Losses.of(plan).by_place.values())
 
 
 def beside_equal_stages(plan: Plan) -> str | None:
@@ -272,30 +255,27 @@ def _reached(latency: Latency, values_s: Sequence[float], limit_s: float | None,
     return Reached(f"{latency} {planned}", value_s, limit_s, is_slowest, limit_of)
 
 
-def simulated_words(plan: Plan) -> Text | None:
+def simulated_words(plan: Plan) -> SimulatedWords | None:
     """Return the simulated outcome for the limits, shown after the model's values; None: no simulation was wanted."""
-    found = Verified.of(plan).verification
+    found, stopped = Verified.of(plan).verification, stopped_simulation_of(plan)
     if found is None:
-        stopped = stopped_simulation_of(plan)
         if stopped is None:
             return None
         in_time = " in the time limit" if stopped.why == OUT_OF_TIME else ""
         if stopped.missed:
-            words = f" at{stopped.missed.removeprefix(MISSES_AT)}; lower rates not decided{in_time}"
-            return Text.assemble(("MISSED", "bold red"), words)
-        words = f"not decided{in_time}" if in_time else "no: stopped before that"
-        return Text(f"{words}; all values are the model's", "yellow")
-    level = Requested.of(plan).service_level
-    remarks = SimulationRemarks.of(found)
-    if found.kept:
-        shown = [one for one in Latency if one is Latency.TTFT or MadeFrom.of(plan).has_tpot()]
-        limits_s = {} if level.attainment is not None else limits_of(plan.objective)
+            rest = f" at{stopped.missed.removeprefix(MISSES_AT)}; lower rates not decided{in_time}"
+            return SimulatedWords("MISSED", "bold red", rest)
+        word = f"not decided{in_time}" if in_time else "no: stopped before that"
+        return SimulatedWords(word, "yellow", "; all values are the model's")
+    level, remarks = Requested.of(plan).service_level, SimulationRemarks.of(found)
+    if not found.kept:
+        return missed_words(found.rate_rps, misses(found, plan), found.kept_rps, remarks)
+    limits_s = {} if level.attainment is not None else limits_of(plan.objective)
 
-        def words_of(latency: Latency) -> str:
-            value_s, limit_s = found.seconds(latency), limits_s.get(latency, math.inf)
-            over = f" (over {seconds(limit_s)} by chance)" if value_s > limit_s else ""
-            return f"{latency} {level.statistic(latency)} {seconds(value_s)}{over}"
+    def words_of(latency: Latency) -> str:
+        value_s, limit_s = found.seconds(latency), limits_s.get(latency, math.inf)
+        over = f" (over {seconds(limit_s)} by chance)" if value_s > limit_s else ""
+        return f"{latency} {level.statistic(latency)} {seconds(value_s)}{over}"
 
-        latencies = map(words_of, shown)
-        return kept_words(found.rate_rps, latencies, attained(found, plan), found.kept_rps, remarks)
-    return missed_words(found.rate_rps, misses(found, plan), found.kept_rps, remarks)
+    shown = (one for one in Latency if one is Latency.TTFT or MadeFrom.of(plan).has_tpot())
+    return kept_words(found.rate_rps, map(words_of, shown), attained(found, plan), found.kept_rps, remarks)

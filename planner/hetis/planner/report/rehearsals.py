@@ -10,9 +10,9 @@ from rich.text import Text
 
 from hetis.planner.loop.curves import TrafficCurve
 from hetis.planner.loop.rehearsal import Rehearsal
-from hetis.planner.report.figures import digits, percent, plural
-from hetis.planner.report.tables import as_group, section, table
-from hetis.planner.use_cases.json_values import document
+from hetis.planner.report.figures import digits, percent
+from hetis.planner.report.tables import as_group, section, table_of
+from hetis.planner.use_cases.json_values import document, fields_of
 
 SHOWN = 12  # changes of the loop; -o json has all
 
@@ -32,50 +32,48 @@ def render_rehearsals(found: Sequence[Rehearsal], curve: TrafficCurve) -> Iterat
         f"{digits(curve.peak_rps(), 4)} a second",
         style="bold",
     )
-    yield table(
-        "'", "USD", "GPU-hours", "saved", "outside limits", "changes", "drifts",
-        rows=(
-            (
-                one.name, "-" if one.usd is None else f"{one.usd:,.0f}", f"{one.gpu_hours:,.0f}",
-                "-" if one is static else percent(saving(one, static)), percent(one.outside), f"{len(one.changes):,}",
-                f"{one.alarms:,}",
-            )
-            for one in found
-        ),
-    )  # fmt: skip
+    yield table_of(
+        found,
+        ("'", lambda one: one.name),
+        ("USD", lambda one: "-" if one.usd is None else f"{one.usd:,.0f}"),
+        ("GPU-hours", lambda one: f"{one.gpu_hours:,.0f}"),
+        ("saved", lambda one: "-" if one is static else percent(saving(one, static))),
+        ("outside limits", lambda one: percent(one.outside)),
+        ("changes", lambda one: f"{len(one.changes):,}"),
+        ("drifts", lambda one: f"{one.alarms:,}"),
+    )
     yield Text(
         "All begin with the static plan, for the peak. Outside limits: of all requests, those that come while the rate "
         "is above what keeps the limits, or while a queue lasts.",
         style="dim",
     )
     if loop.changes:
-        yield section("The loop's changes", _changes(loop, curve))
-
-
-def _changes(loop: Rehearsal, curve: TrafficCurve) -> RenderableType:
-    rows = [
-        (f"{(one.at_s - curve.start_s) / 3600:.1f} h", f"{one.gpus}", digits(one.capacity_rps, 4), one.reason)
-        for one in loop.changes[:SHOWN]
-    ]
-    if (left := len(loop.changes) - SHOWN) > 0:
-        rows.append(("…", "", "", f"{plural(left, 'more change')} (-o json lists all)"))
-    return table("at", "GPUs", "up to /s", "'why", rows=rows)
+        changes = table_of(
+            loop.changes,
+            ("at", lambda one: f"{(one.at_s - curve.start_s) / 3600:.1f} h"),
+            ("GPUs", lambda one: f"{one.gpus}"),
+            ("up to /s", lambda one: digits(one.capacity_rps, 4)),
+            ("'why", lambda one: one.reason),
+            most=SHOWN,
+            noun="change",
+        )
+        yield section("The loop's changes", changes)
 
 
 def rehearsals_document(found: Sequence[Rehearsal], curve: TrafficCurve) -> dict[str, Any]:
     return document(
         "Rehearsal",
         curve={"name": curve.name, "peak_rps": curve.peak_rps(), "hours": found[0].hours},
-        followers=[{"saved": saving(one, found[0]), **_fields(one, curve)} for one in found],
+        followers=[
+            {
+                "saved": saving(one, found[0]),
+                **fields_of(one, "name", "usd", "gpu_hours", "requests", "outside"),
+                "drifts": one.alarms,
+                "changes": [
+                    {"at_s": each.at_s - curve.start_s, **fields_of(each, "gpus", "capacity_rps", "reason")}
+                    for each in one.changes
+                ],
+            }
+            for one in found
+        ],
     )
-
-
-def _fields(one: Rehearsal, curve: TrafficCurve) -> dict[str, Any]:
-    changes = [
-        {"at_s": each.at_s - curve.start_s, "gpus": each.gpus, "capacity_rps": each.capacity_rps, "reason": each.reason}
-        for each in one.changes
-    ]
-    return {
-        "name": one.name, "usd": one.usd, "gpu_hours": one.gpu_hours, "requests": one.requests, "outside": one.outside,
-        "drifts": one.alarms, "changes": changes,
-    }  # fmt: skip

@@ -12,7 +12,7 @@ from rich.text import Text
 from hetis.engines.planned import planned_model
 from hetis.formats.errors import DocumentError
 from hetis.planner.report.figures import digits, plural, seconds, tokens
-from hetis.planner.report.tables import Column, table, table_of
+from hetis.planner.report.tables import table, table_of
 from hetis.planner.use_cases.grouping import ReplicaGroup, abbreviate
 from hetis.solver.model import ModelSpec
 from hetis.solver.plan import Plan, ReplicaPlan, Role, StagePlan
@@ -30,15 +30,22 @@ def palette_of(plan: Plan) -> Mapping[str, str]:
     return {gpu: _COLORS[i % len(_COLORS)] for i, gpu in enumerate(dict.fromkeys(gpus))}
 
 
-def device_table(group: ReplicaGroup, plan: Plan) -> Table:
+def device_table(group: ReplicaGroup, plan: Plan) -> RenderableType:
     """Return the GPUs of each of several equal replicas: those of its stages, and its attention workers."""
-    columns: list[Column[int]] = [
+    has_workers = any(replica.attention_workers for replica in plan.replicas)
+    return table_of(
+        group.numbers,
         ("'replica", str),
         ("'devices", lambda number: " | ".join(abbreviate(stage.devices) for stage in plan.replicas[number].stages)),
-    ]
-    if any(replica.attention_workers for replica in plan.replicas):
-        columns.append(("'attention workers", lambda number: abbreviate(plan.replicas[number].worker_devices())))
-    return table_of(group.numbers, *columns)
+        ("'attention workers", lambda number: abbreviate(plan.replicas[number].worker_devices()))
+        if has_workers
+        else None,
+    )
+
+
+def replica_name(number: int, role: Role) -> str:
+    """Return a replica's name as ``Replica 0``, ``Replica 3 (decode)``."""
+    return f"Replica {number}" if role is Role.UNIFIED else f"Replica {number} ({role})"
 
 
 def known_model(plan: Plan) -> ModelSpec | None:

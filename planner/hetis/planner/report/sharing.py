@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import permutations
 from typing import Any
 
 from rich.console import Group, RenderableType
@@ -16,7 +17,7 @@ from hetis.planner.use_cases.grouping import gpu_counts, used_counts
 from hetis.planner.use_cases.json_values import fields_of, json_value
 from hetis.planner.use_cases.sharing import SharedFleet, Sharing
 from hetis.solver.placement.replicas.tables import FloatArray
-from hetis.solver.shares.properties import Properties
+from hetis.solver.shares.properties import Properties, Round
 from hetis.solver.shares.share_problem import FairnessRule, Shares, tenant_values
 from hetis.solver.tenants.tenancy import FleetShares, TenantRule
 
@@ -48,56 +49,75 @@ def _headed(*lines: tuple[str, RenderableType]) -> Table:
     return grid(False, True, rows=((Text(heading, style="bold"), line) for heading, line in lines))
 
 
+def _times(ratio: float) -> Text:
+    """Return how many times as much as without sharing a tenant has, in red if it is less."""
+    return Text(f"{ratio:.2f}x" if math.isfinite(ratio) else "-", style="red" if ratio < 1.0 - EPSILON else "")
+
+
+def _envy_table(names: Sequence[str], envy: Iterable[Iterable[float]]) -> Table:
+    """Return a table of each tenant's envy of every other tenant, in red if there is any."""
+
+    def cell(v: int, i: int, x: float) -> Text:
+        return Text("·" if v == i else f"{x:.2f}", style="red" if i != v and x > 1.0 + EPSILON else "")
+
+    rows = ([Text(names[v]), *(cell(v, i, x) for i, x in enumerate(row))] for v, row in enumerate(envy))
+    return table("'", *names, rows=rows)
+
+
+# --- GPUs by the hour: fair shares of every type
+
+
 @as_group
 def render_fair(found: Sharing) -> Iterator[RenderableType]:
-    shares, properties = found.shares[0], found.properties[0]
+    shares, properties, equal = found.shares[0], found.properties[0], _equal_value(found)
     derived = (f"speed-ups of {name} come from placements of its model on each GPU type" for name in found.derived)
+    value = (
+        f"{digits(shares.value, 4)} GPUs of each tenant's slowest type, {shares.value / equal:.3f} times an equal split"
+    )
     yield _headed(
         ("shares", _RULES[shares.rule]),
-        ("value", _value_line(found, shares)),
+        ("value", f"{value}; {_proof(shares)}"),
         *(("", Text(line, style="dim")) for line in derived),
     )
     yield Text()
     yield _share_table(found, shares, properties)
     yield section("properties", _property_lines(found, shares, properties))
     if 1 < len(found.problem.weights) <= MAX_ENVY:
-        yield section(
-            "envy: own value with the other's share, per part, over one's own",
-            _envy_table(claimant_names(found), properties.envy),
-        )
+        title = "envy: own value with the other's share, per part, over one's own"
+        yield section(title, _envy_table(claimant_names(found), properties.envy))
     if found.claims:
-        yield section("most profitable false claims among those tried", _claim_table(found))
+        claims = zip(claimant_names(found), found.claims, strict=False)  # fewer claims if they were stopped
+        rows = ((name, percent(more.gain), percent(less.gain)) for name, (more, less) in claims)
+        made = table("'tenant", "overstating gains", "understating gains", rows=rows)
+        yield section("most profitable false claims among those tried", made)
     yield section("other rules", _rule_table(found))
     if found.rounds:
         yield section("whole GPUs, by round", _round_table(found))
 
 
-def _value_line(found: Sharing, shares: Shares) -> str:
-    equal = next(answer.value for answer in found.shares if answer.rule is FairnessRule.EQUAL)
-    over = f", {shares.value / equal:.3f} times an equal split"
-    return f"{digits(shares.value, 4)} GPUs of each tenant's slowest type{over}; {_proof(shares)}"
+def _equal_value(found: Sharing) -> float:
+    return next(answer.value for answer in found.shares if answer.rule is FairnessRule.EQUAL)
 
 
 def _proof(shares: Shares) -> str:
-    return f"gap {percent(shares.gap)}" if shares.gap != float("inf") else "a heuristic, without a bound"
+    return f"gap {percent(shares.gap)}" if math.isfinite(shares.gap) else "a heuristic, without a bound"
 
 
 def _share_table(found: Sharing, shares: Shares, properties: Properties) -> Table:
-    problem = found.problem
-    made = table("'tenant", "parts", *(gpu.gpu for gpu in problem.gpus), "value", "over equal")
-    values = problem.values(shares.amounts)
-    for v, name in enumerate(claimant_names(found)):
-        over = properties.over_equal_split[v]
-        made.add_row(
-            name, digits(problem.weights[v]), *(_amount(x) for x in shares.amounts[v]), digits(values[v]),
-            Text(f"{over:.2f}x", style="red" if over < 1.0 - EPSILON else ""),
-        )  # fmt: skip
-    made.add_row(
-        Text("all", style="dim"), digits(problem.weights.sum()),
-        *(f"{_amount(x)}/{gpu.count}" for x, gpu in zip(shares.amounts.sum(axis=0), problem.gpus, strict=True)),
-        digits(values.sum()), "",
-    )  # fmt: skip
-    return made
+    problem, values = found.problem, found.problem.values(shares.amounts)
+    rows: list[tuple[RenderableType, ...]] = [
+        (
+            name,
+            digits(problem.weights[v]),
+            *map(_amount, shares.amounts[v]),
+            digits(values[v]),
+            _times(properties.over_equal_split[v]),
+        )
+        for v, name in enumerate(claimant_names(found))
+    ]
+    given = (f"{_amount(x)}/{gpu.count}" for x, gpu in zip(shares.amounts.sum(axis=0), problem.gpus, strict=True))
+    rows.append((Text("all", style="dim"), digits(problem.weights.sum()), *given, digits(values.sum()), ""))
+    return table("'tenant", "parts", *(gpu.gpu for gpu in problem.gpus), "value", "over equal", rows=rows)
 
 
 def _amount(gpus: float) -> str:
@@ -109,7 +129,8 @@ def _property_lines(found: Sharing, shares: Shares, properties: Properties) -> T
     envious = [f"{name} ({worst[v]:.2f}x)" for v, name in enumerate(names) if worst[v] > 1.0 + EPSILON]
     losers = [name for v, name in enumerate(names) if properties.over_equal_split[v] < 1.0 - EPSILON]
     apart = [name for v, name in enumerate(names) if not properties.contiguous[v]]
-    inefficient = f"{percent(properties.could_gain)} of value could be added at no tenant's expense"
+    could_gain = percent(properties.could_gain)
+    # Whether a property holds, what it is, and what is instead.
     rows = [
         (not envious, "no tenant envies another", f"envious: {_listed(envious)}"),
         (
@@ -117,7 +138,11 @@ def _property_lines(found: Sharing, shares: Shares, properties: Properties) -> T
             "sharing pays: every tenant has at least the value of an equal split",
             f"worse off than with an equal split: {_listed(losers)}",
         ),
-        (properties.is_efficient, "efficient: no tenant can gain unless another loses", inefficient),
+        (
+            properties.is_efficient,
+            "efficient: no tenant can gain unless another loses",
+            f"{could_gain} of value could be added at no tenant's expense",
+        ),
         (
             not apart,
             "every tenant's GPU types are adjacent in speed",
@@ -130,30 +155,12 @@ def _property_lines(found: Sharing, shares: Shares, properties: Properties) -> T
     return grid(True, True, rows=((yes, so) if holds else (no, otherwise) for holds, so, otherwise in rows))
 
 
-def _listed(names: list[str], most: int = 5) -> str:
+def _listed(names: Sequence[str], most: int = 5) -> str:
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
-def _envy_table(names: list[str], envy: Iterable[Iterable[float]]) -> Table:
-    """Return a table of each tenant's envy of every other tenant, in red if there is any."""
-    made = table("'", *names)
-    for v, row in enumerate(envy):
-        cells = (
-            Text("·" if v == i else f"{x:.2f}", style="red" if i != v and x > 1.0 + EPSILON else "")
-            for i, x in enumerate(row)
-        )
-        made.add_row(names[v], *cells)
-    return made
-
-
-def _claim_table(found: Sharing) -> Table:
-    claims = zip(claimant_names(found), found.claims, strict=False)  # fewer claims if they were stopped
-    rows = ((name, percent(more.gain), percent(less.gain)) for name, (more, less) in claims)
-    return table("'tenant", "overstating gains", "understating gains", rows=rows)
-
-
-def _rule_table(found: Sharing) -> Table:
-    equal = next(answer.value for answer in found.shares if answer.rule is FairnessRule.EQUAL)
+def _rule_table(found: Sharing) -> RenderableType:
+    equal = _equal_value(found)
     return table_of(
         zip(found.shares, found.properties, strict=True),
         ("'rule", lambda one: one[0].rule.value),
@@ -165,23 +172,23 @@ def _rule_table(found: Sharing) -> Table:
     )
 
 
-def _round_table(found: Sharing) -> Table:
-    problem = found.problem
-    made = table("round", *(f"'{name}" for name in claimant_names(found)))
-    for i, one in enumerate(found.rounds[:MAX_ROUNDS]):
-        cells = []
-        for v in range(len(problem.weights)):
-            parts = [f"{n} {gpu.gpu}" for n, gpu in zip(one.granted[v], problem.gpus, strict=True) if n]
-            cells.append(" + ".join(parts) if parts else Text("waits" if v in one.waiting else "-", style="dim"))
-        made.add_row(str(i + 1), *cells)
-    if len(found.rounds) > MAX_ROUNDS:
-        made.add_row("...", f"{len(found.rounds) - MAX_ROUNDS} more in -o json")
-    return made
+def _round_table(found: Sharing) -> RenderableType:
+    def granted(v: int) -> Callable[[tuple[int, Round]], str | Text]:
+        def cell(one: tuple[int, Round]) -> str | Text:
+            parts = [f"{n} {gpu.gpu}" for n, gpu in zip(one[1].granted[v], found.problem.gpus, strict=True) if n]
+            return " + ".join(parts) or Text("waits" if v in one[1].waiting else "-", style="dim")
+
+        return cell
+
+    columns = [(f"'{name}", granted(v)) for v, name in enumerate(claimant_names(found))]
+    rounds = enumerate(found.rounds, start=1)
+    return table_of(rounds, ("round", lambda one: f"{one[0]}"), *columns, most=MAX_ROUNDS, noun="round")
 
 
 def fair_document(found: Sharing) -> dict[str, Any]:
     problem = found.problem
     gpus = [gpu.gpu for gpu in problem.gpus]
+    every = [(tenant, job) for tenant in problem.tenants for job in tenant.jobs]
     document: dict[str, Any] = {
         "gpus": {gpu.gpu: gpu.count for gpu in problem.gpus},
         "claimants": [
@@ -191,11 +198,9 @@ def fair_document(found: Sharing) -> dict[str, Any]:
                 "weight": float(problem.weights[v]),
                 "speedups": dict(zip(gpus, problem.speedups[v].tolist(), strict=True)),
             }
-            for v, (tenant, job) in enumerate((tenant, job) for tenant in problem.tenants for job in tenant.jobs)
+            for v, (tenant, job) in enumerate(every)
         ],
-        "rules": [
-            _rule(found, answer, properties) for answer, properties in zip(found.shares, found.properties, strict=True)
-        ],
+        "rules": [_rule(found, *answer) for answer in zip(found.shares, found.properties, strict=True)],
     }
     if found.rounds:
         document["rounds"] = [
@@ -206,26 +211,27 @@ def fair_document(found: Sharing) -> dict[str, Any]:
     return {name: json_value(value) for name, value in document.items()}
 
 
-def _plain(numbers: FloatArray) -> Any:
-    """Return nested lists without negative zeros, which solvers return and JSON would keep."""
-    return (numbers + 0.0).tolist()
-
-
 def _rule(found: Sharing, answer: Shares, properties: Properties) -> dict[str, Any]:
+    def plain(numbers: FloatArray) -> Any:
+        return (numbers + 0.0).tolist()  # without negative zeros, which solvers return and JSON would keep
+
     return {
         **fields_of(answer, "rule", "value", "bound", "gap"),
-        "shares": _plain(answer.amounts),
-        "values": _plain(found.problem.values(answer.amounts)),
-        "tenant_values": _plain(tenant_values(found.problem, answer.amounts)),
-        "envy": _plain(properties.envy),
-        "over_equal_split": _plain(properties.over_equal_split),
-        "unused_gpus": _plain(properties.unused),
+        "shares": plain(answer.amounts),
+        "values": plain(found.problem.values(answer.amounts)),
+        "tenant_values": plain(tenant_values(found.problem, answer.amounts)),
+        "envy": plain(properties.envy),
+        "over_equal_split": plain(properties.over_equal_split),
+        "unused_gpus": plain(properties.unused),
         "could_gain": properties.could_gain,
         "envy_free": properties.is_envy_free,
         "sharing_incentive": properties.has_sharing_incentive,
         "efficient": properties.is_efficient,
         "contiguous": properties.contiguous.tolist(),
     }
+
+
+# --- a fleet: a plan for every tenant
 
 
 MAX_TENANTS = 8  # tenants up to which envy is shown as a matrix; -o json has all
@@ -246,20 +252,16 @@ def render_tenants(found: SharedFleet) -> Iterator[RenderableType]:
         ("value", f"{digits(answer.value, 4)}, {_at_most(digits(answer.bound, 4), answer.gap)}"),
     ]
     if answer.level_bound is not None:
-        level = (
-            f"{answer.level:.1%} of its rate alone per part, {_at_most(f'{answer.level_bound:.1%}', answer.level_gap)}"
-        )
-        head.append(("least", level))
+        most = _at_most(f"{answer.level_bound:.1%}", answer.level_gap)
+        head.append(("least", f"{answer.level:.1%} of its rate alone per part, {most}"))
     yield _headed(*head)
     yield Text()
     yield _tenant_table(answer)
     yield section("GPUs", _gpu_table(answer))
     yield section("properties", Group(*(Text(f" {line}") for line in holds(found))))
     if found.envy is not None and 1 < len(answer.shares) <= MAX_TENANTS:
-        yield section(
-            "envy: own rate with as many GPUs as the other, per part, over one's own",
-            _envy_table([share.name for share in answer.shares], envies(found)),
-        )
+        title = "envy: own rate with as many GPUs as the other, per part, over one's own"
+        yield section(title, _envy_table([share.name for share in answer.shares], envies(found)))
     if len(found.answers) > 1:
         yield section("rules compared", _tenant_rule_table(found))
 
@@ -268,17 +270,19 @@ def _at_most(bound: str, gap: float) -> str:
     return f"at most {bound} (gap {percent(gap)})" if math.isfinite(gap) else "no bound yet"
 
 
-def _tenant_table(answer: FleetShares) -> Table:
-    made = table("'tenant", "parts", "requests/s", "alone", "of alone", "its part", "over it", "value", "replicas")
-    for share in answer.shares:
-        over = share.over_part
-        made.add_row(
-            share.name, digits(share.weight), digits(share.rate, 4), digits(share.alone, 4), percent(share.normalised),
-            digits(share.part, 4),
-            Text(f"{over:.2f}x" if math.isfinite(over) else "-", style="red" if over < 1.0 - EPSILON else ""),
-            digits(share.value, 4), str(len(share.plan.replicas)) if share.plan is not None else "none",
-        )  # fmt: skip
-    return made
+def _tenant_table(answer: FleetShares) -> RenderableType:
+    return table_of(
+        answer.shares,
+        ("'tenant", lambda one: one.name),
+        ("parts", lambda one: digits(one.weight)),
+        ("requests/s", lambda one: digits(one.rate, 4)),
+        ("alone", lambda one: digits(one.alone, 4)),
+        ("of alone", lambda one: percent(one.normalised)),
+        ("its part", lambda one: digits(one.part, 4)),
+        ("over it", lambda one: _times(one.over_part)),
+        ("value", lambda one: digits(one.value, 4)),
+        ("replicas", lambda one: "none" if one.plan is None else str(len(one.plan.replicas))),
+    )
 
 
 def _gpu_table(answer: FleetShares) -> Table:
@@ -293,16 +297,14 @@ def envies(found: SharedFleet) -> list[list[float]]:
     Values above 1 are envy.
     """
     shares = found.answers[0].shares
+
+    def over(a: float, b: float) -> float:
+        return a / b if b > 0.0 else math.inf if a > 0.0 else 1.0
+
     return [
-        [_over(cell.rate / shares[j].weight, shares[i].rate / shares[i].weight) for j, cell in enumerate(row)]
+        [over(cell.rate / shares[j].weight, shares[i].rate / shares[i].weight) for j, cell in enumerate(row)]
         for i, row in enumerate(found.envy or ())
     ]
-
-
-def _over(a: float, b: float) -> float:
-    if b > 0.0:
-        return a / b
-    return math.inf if a > 0.0 else 1.0
 
 
 def holds(found: SharedFleet) -> list[str]:
@@ -318,40 +320,28 @@ def holds(found: SharedFleet) -> list[str]:
 
 
 def _equality(answer: FleetShares) -> str:
-    levels = [share.normalised / share.weight for share in answer.shares]
-    if max(levels) - min(levels) <= EPSILON * max(levels):
+    levels = {share.name: share.normalised / share.weight for share in answer.shares}
+    most, least = max(levels, key=levels.__getitem__), min(levels, key=levels.__getitem__)
+    if levels[most] - levels[least] <= EPSILON * levels[most]:
         return "yes: every tenant has the same share of its rate alone, per part"
-    most = answer.shares[levels.index(max(levels))].name
-    least = answer.shares[levels.index(min(levels))].name
-    high, low = _told_apart(max(levels), min(levels))
+    # As many decimals as it takes to show that they differ.
+    shown = [(f"{levels[most]:.{n}%}", f"{levels[least]:.{n}%}") for n in range(1, _MOST_DECIMALS + 1)]
+    high, low = next((pair for pair in shown if pair[0] != pair[1]), shown[-1])
     return f"no: {most} has {high} of its rate alone per part, {least} {low}"
 
 
-def _told_apart(high: float, low: float) -> tuple[str, str]:
-    """Return two different shares in per cent, with as many decimals as it takes to show that they differ."""
-    for decimals in range(1, _MOST_DECIMALS):
-        shown = f"{high:.{decimals}%}", f"{low:.{decimals}%}"
-        if shown[0] != shown[1]:
-            return shown
-    return f"{high:.{_MOST_DECIMALS}%}", f"{low:.{_MOST_DECIMALS}%}"
-
-
 def _envy_lines(found: SharedFleet) -> Iterator[str]:
-    shares, table, proven = found.answers[0].shares, envies(found), True
-    is_free = True
-    for i, row in enumerate(table):
-        for j, envy in enumerate(row):
-            if i == j:
-                continue
-            if envy > 1.0 + EPSILON:
-                is_free = False
-                times = f"{envy:.2f} times its rate" if math.isfinite(envy) else "more than nothing"
-                yield f"no: {shares[i].name} would serve {times} with as many GPUs as {shares[j].name}, per part"
-            assert found.envy is not None
-            ceiling = found.envy[i][j].bound / shares[j].weight
-            proven = proven and ceiling <= shares[i].rate / shares[i].weight * (1.0 + EPSILON)
+    assert found.envy is not None, "it was searched"
+    shares, envy, is_free, is_proven = found.answers[0].shares, envies(found), True, True
+    for i, j in permutations(range(len(shares)), 2):
+        if envy[i][j] > 1.0 + EPSILON:
+            is_free = False
+            times = f"{envy[i][j]:.2f} times its rate" if math.isfinite(envy[i][j]) else "more than nothing"
+            yield f"no: {shares[i].name} would serve {times} with as many GPUs as {shares[j].name}, per part"
+        ceiling = found.envy[i][j].bound / shares[j].weight
+        is_proven = is_proven and ceiling <= shares[i].rate / shares[i].weight * (1.0 + EPSILON)
     if is_free:
-        yield "yes: no tenant envies another" + ("" if proven else ", as far as the search shows")
+        yield "yes: no tenant envies another" + ("" if is_proven else ", as far as the search shows")
 
 
 def lost_to_fairness(found: SharedFleet, answer: FleetShares) -> float | None:
@@ -360,17 +350,16 @@ def lost_to_fairness(found: SharedFleet, answer: FleetShares) -> float | None:
     return None if not best else max(0.0, 1.0 - answer.value / best)
 
 
-def _tenant_rule_table(found: SharedFleet) -> Table:
-    made = table("'rule", "value", "lost", "gap", "least of alone", "least over its part")
-    for answer in found.answers:
-        lost = lost_to_fairness(found, answer)
-        over = min(share.over_part for share in answer.shares)
-        gap = percent(answer.gap) if math.isfinite(answer.gap) else "-"
-        made.add_row(
-            answer.rule.value, digits(answer.value, 4), "" if lost is None else percent(lost), gap,
-            f"{answer.level:.1%}", f"{over:.2f}x" if math.isfinite(over) else "-",
-        )  # fmt: skip
-    return made
+def _tenant_rule_table(found: SharedFleet) -> RenderableType:
+    return table_of(
+        found.answers,
+        ("'rule", lambda one: one.rule.value),
+        ("value", lambda one: digits(one.value, 4)),
+        ("lost", lambda one: "" if (lost := lost_to_fairness(found, one)) is None else percent(lost)),
+        ("gap", lambda one: percent(one.gap) if math.isfinite(one.gap) else "-"),
+        ("least of alone", lambda one: f"{one.level:.1%}"),
+        ("least over its part", lambda one: _times(min(share.over_part for share in one.shares)).plain),
+    )
 
 
 def tenants_document(found: SharedFleet) -> dict[str, Any]:

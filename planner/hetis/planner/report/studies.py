@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from rich.console import Group, RenderableType
@@ -13,7 +13,7 @@ from hetis.planner.report.figures import digits, percent, plural, seconds
 from hetis.planner.report.tables import facts, section, table
 from hetis.planner.use_cases.robustness.study import Regret, Robustness, RunnerUpPlan, Spread
 from hetis.solver.errors import InfeasibleError
-from hetis.solver.placement.infeasible import Conflict, ExplainedInfeasibleError, Relaxation
+from hetis.solver.placement.infeasible import ExplainedInfeasibleError
 from hetis.solver.plan import Objective, ObjectiveKind
 
 MAX_CORNERS = 5  # corners shown; JSON has all
@@ -22,31 +22,27 @@ MAX_SHAPES = 3  # shapes shown per runner-up
 
 def render_robustness(robustness: Robustness, objective: Objective) -> RenderableType:
     title = f"Every coefficient of the profiles off by up to {percent(robustness.error)}"
-    return section(title, Group(*_parts(robustness, objective)))
-
-
-def _parts(robustness: Robustness, objective: Objective) -> Iterator[RenderableType]:
-    yield _spreads(robustness, objective)
-    yield facts(_facts(robustness, objective))
+    parts: list[RenderableType] = [_spreads(robustness, objective), facts(_facts(robustness, objective))]
     if robustness.corners:
-        yield Text("Corner cases, the slowest first", style="dim")
-        yield _corners(robustness)
+        parts += [Text("Corner cases, the slowest first", style="dim"), _corners(robustness)]
     if not robustness.complete:
-        yield Text("the time limit or Ctrl-C ended the study before it was complete", style="yellow")
+        parts.append(Text("the time limit or Ctrl-C ended the study before it was complete", style="yellow"))
+    return section(title, Group(*parts))
 
 
 def _spreads(robustness: Robustness, objective: Objective) -> Table:
-    def row(name: str, spread: Spread, words: Callable[[float], str]) -> list[str]:
-        return [name, *map(words, (spread.planned, spread.p5, spread.median, spread.p95, spread.worst))]
-
     def rate(value: float) -> str:
         return f"{digits(value)}/s"
 
-    rows = [row("Throughput" if objective.kind is ObjectiveKind.THROUGHPUT else "Goodput", robustness.rate, rate)]
-    if has_limits(objective):
-        rows.append(row("  within limits", robustness.rate_within, rate))
-    rows += [row("TTFT p95", robustness.ttft_s, seconds), row("TPOT mean", robustness.tpot_s, seconds)]
-    return table("'", "planned", "p5", "median", "p95", "worst", rows=rows, fixed=True)
+    kind = "Throughput" if objective.kind is ObjectiveKind.THROUGHPUT else "Goodput"
+    rows: list[tuple[str, Spread, Callable[[float], str]]] = [
+        (kind, robustness.rate, rate),
+        *([("  within limits", robustness.rate_within, rate)] if has_limits(objective) else []),
+        ("TTFT p95", robustness.ttft_s, seconds),
+        ("TPOT mean", robustness.tpot_s, seconds),
+    ]
+    cells = ((name, *map(words, (of.planned, of.p5, of.median, of.p95, of.worst))) for name, of, words in rows)
+    return table("'", "planned", "p5", "median", "p95", "worst", rows=cells, fixed=True)
 
 
 def has_limits(objective: Objective) -> bool:
@@ -77,14 +73,12 @@ def _regret(regret: Regret) -> str:
 def _runner_up(runner_up: RunnerUpPlan, planned: float) -> str:
     shapes = [f"{count} × ({shape})" for shape, count in runner_up.replicas.items()]
     more = f" and {plural(len(shapes) - MAX_SHAPES, 'more shape')}" if len(shapes) > MAX_SHAPES else ""
-    text = f"{digits(runner_up.rate)} requests/s"
-    if planned > 0:
-        text += f" ({100 * (runner_up.rate / planned - 1):+.1f}%)"
-    text += f": {', '.join(shapes[:MAX_SHAPES])}{more}; "
-    if runner_up.better == 0:
-        return text + "better in none of the samples"
-    gains = f"by {percent(runner_up.mean_gain)} on average, {percent(runner_up.most_gain)} at most"
-    return text + f"better in {percent(runner_up.better)} of the samples, {gains}"
+    less = f" ({100 * (runner_up.rate / planned - 1):+.1f}%)" if planned > 0 else ""
+    better = "none of the samples"
+    if runner_up.better:
+        gains = f"by {percent(runner_up.mean_gain)} on average, {percent(runner_up.most_gain)} at most"
+        better = f"{percent(runner_up.better)} of the samples, {gains}"
+    return f"{digits(runner_up.rate)} requests/s{less}: {', '.join(shapes[:MAX_SHAPES])}{more}; better in {better}"
 
 
 def _corners(robustness: Robustness) -> Table:
@@ -103,28 +97,30 @@ def _corners(robustness: Robustness) -> Table:
     return made
 
 
-def infeasible_parts(error: InfeasibleError) -> Mapping[str, Any]:
+def infeasible_parts(error: InfeasibleError) -> dict[str, Any]:
     """Return ``reasons`` as sentences, and ``conflicts`` and ``relaxations`` if the solver found them."""
+    reasons = {"reasons": list(error.reasons)}
     if not isinstance(error, ExplainedInfeasibleError):
-        return {"reasons": list(error.reasons)}
-    return {
-        "reasons": list(error.reasons),
-        "conflicts": [_conflict(conflict) for conflict in error.why.conflicts],
-        "relaxations": [_relaxation(relaxation) for relaxation in error.why.relaxations if relaxation.is_tried],
-    }
-
-
-def _conflict(conflict: Conflict) -> dict[str, Any]:
-    members = [
-        {"subject": one.subject.name.lower(), "name": str(one), "value": one.value or None} for one in conflict.members
-    ]
-    return {"members": members, "minimal": conflict.is_minimal}
-
-
-def _relaxation(relaxation: Relaxation) -> dict[str, Any]:
-    return {
-        "of": None if relaxation.about is None else str(relaxation.about),
-        "change": relaxation.change,
-        "option": relaxation.option or None,
-        "usd_per_hour": relaxation.usd_per_hour,
+        return reasons
+    return reasons | {
+        "conflicts": [
+            {
+                "members": [
+                    {"subject": one.subject.name.lower(), "name": str(one), "value": one.value or None}
+                    for one in conflict.members
+                ],
+                "minimal": conflict.is_minimal,
+            }
+            for conflict in error.why.conflicts
+        ],
+        "relaxations": [
+            {
+                "of": None if one.about is None else str(one.about),
+                "change": one.change,
+                "option": one.option or None,
+                "usd_per_hour": one.usd_per_hour,
+            }
+            for one in error.why.relaxations
+            if one.is_tried
+        ],
     }

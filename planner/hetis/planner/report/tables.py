@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple, ParamSpec, TypeVar
 
 from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
@@ -12,6 +12,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from hetis.planner.report.blocks import Column, Grid, grid_of
 from hetis.planner.report.figures import digits, percent
 
 if TYPE_CHECKING:
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
 
 P = ParamSpec("P")
 T = TypeVar("T")
-Column = tuple[str, Callable[[T], RenderableType]]  # a header as in `table`, and what its cells show of an item
 _ENDLESS = 10_000  # columns, more than any table has
 ROUNDED = 0.02  # by which a share may differ from the fraction that it is called
 
@@ -34,7 +34,9 @@ def as_group(parts: Callable[P, Iterator[RenderableType]]) -> Callable[P, Group]
     return grouped
 
 
-def table(*columns: str, rows: Iterable[Iterable[RenderableType]] = (), fixed: bool = False) -> Table:
+def table(
+    *columns: str, rows: Iterable[Iterable[RenderableType]] = (), fixed: bool = False, strong: int | None = None
+) -> Table:
     """Return a table without lines.
 
     Args:
@@ -42,6 +44,7 @@ def table(*columns: str, rows: Iterable[Iterable[RenderableType]] = (), fixed: b
             its words must not be broken (``<GPU``); other columns contain right-aligned numbers.
         rows: the cells of each row.
         fixed: whether numbers must not be broken, either.
+        strong: the most important row.
     """
     made = Table(box=None, padding=(0, 1), header_style="dim", pad_edge=False)
     for head in columns:
@@ -49,16 +52,19 @@ def table(*columns: str, rows: Iterable[Iterable[RenderableType]] = (), fixed: b
         made.add_column(
             head[1:] if is_text else head, justify="left" if is_text else "right", overflow="fold", no_wrap=is_fixed
         )
-    for row in rows:
-        made.add_row(*row)
+    for number, row in enumerate(rows):
+        made.add_row(*row, style="bold" if number == strong else "")
     return made
 
 
-def table_of(items: Iterable[T], *columns: Column[T], fixed: bool = False) -> Table:
-    """Return a `table` with a row for each item."""
-    return table(
-        *(head for head, _ in columns), rows=([cell(item) for _, cell in columns] for item in items), fixed=fixed
-    )
+def table_of(
+    items: Iterable[T], *columns: Column[T] | None, fixed: bool = False, most: int | None = None, noun: str = "row"
+) -> RenderableType:
+    """Return a `table` of a `grid_of`; if there are more than ``most`` items, of the first, and their number."""
+    every = list(items)
+    grid = grid_of(every[:most], *columns)
+    made = table(*grid.columns, rows=grid.rows, fixed=fixed)
+    return made if most is None else first_rows(made, len(every), most, noun)
 
 
 def grid(*wraps: bool, rows: Iterable[Iterable[RenderableType]], gap: int = 2) -> Table:
@@ -91,6 +97,16 @@ def section(title: str, body: RenderableType, *, style: str = "bold") -> Rendera
     return Group(Text(f"\n{title}", style=style), Padding(body, (0, 0, 0, 1)))
 
 
+def drawn(grid: Grid) -> Table | Narrowing:
+    """Return a table that pages show, too: without broken words if columns may be left out, else with folded text."""
+    return Narrowing(grid) if grid.least else table(*grid.columns, rows=grid.rows, fixed=True, strong=grid.strong)
+
+
+def titled(grid: Grid) -> RenderableType:
+    """Return a table that pages show, too, with its title and note."""
+    return section(grid.title, Group(drawn(grid), *([Text(grid.note)] if grid.note else [])))
+
+
 class SimulationRemarks(NamedTuple):
     """How a plan was simulated.
 
@@ -117,10 +133,6 @@ class SimulationRemarks(NamedTuple):
             found.append("runs too short to fill the seats: later requests may be slower")
         return found
 
-    def text(self) -> Text:
-        """Return the lines, each after a line break."""
-        return Text("".join(f"\n{line}" for line in self.lines()), style="yellow" if self.too_short else "dim")
-
 
 def _part_words(share: float) -> str:
     """Return ``1/8 of its replicas at 1/8 of the rate``, or per cent where the share is no such fraction."""
@@ -129,24 +141,40 @@ def _part_words(share: float) -> str:
     return f"{words} of its replicas at {words} of the rate"
 
 
+class SimulatedWords(NamedTuple):
+    """What a simulation found: a word, what follows it in a sentence, and how the plan was simulated."""
+
+    word: str
+    style: str
+    rest: str
+    remarks: SimulationRemarks = SimulationRemarks(None, False, False)
+
+    def text(self) -> Text:
+        """Return the sentence, and each remark in a line of its own."""
+        remarks = "".join(f"\n{line}" for line in self.remarks.lines())
+        return Text.assemble(
+            (self.word, self.style), self.rest, (remarks, "yellow" if self.remarks.too_short else "dim")
+        )
+
+
 def kept_words(
     rate_rps: float, latencies: Iterable[str], share: str, kept_rps: float | None, remarks: SimulationRemarks
-) -> Text:  # fmt: skip
-    """Return a sentence about a simulated plan that keeps its limits: latencies, and the share of requests in time."""
-    words = f" at {digits(rate_rps, 4)} requests/s: {', '.join(latencies)}; {share}{kept_beyond(rate_rps, kept_rps)}"
-    return Text.assemble(("limits kept", "yellow" if remarks.too_short else "green"), words, remarks.text())
+) -> SimulatedWords:
+    """Return words on a simulated plan that keeps its limits: latencies, the share of requests in time, and the highest
+    rate that kept the limits if it is above the planned one.
+    """
+    beyond = "" if kept_rps is None or kept_rps <= rate_rps else f"; kept up to {digits(kept_rps, 4)}"
+    rest = f" at {digits(rate_rps, 4)} requests/s: {', '.join(latencies)}; {share}{beyond}"
+    return SimulatedWords("limits kept", "yellow" if remarks.too_short else "green", rest, remarks)
 
 
-def missed_words(rate_rps: float, misses: Iterable[str], kept_rps: float | None, remarks: SimulationRemarks) -> Text:
-    """Return a sentence about a simulated plan that misses limits."""
+def missed_words(
+    rate_rps: float, misses: Iterable[str], kept_rps: float | None, remarks: SimulationRemarks
+) -> SimulatedWords:
+    """Return words on a simulated plan that misses limits."""
     least = "no rate tried keeps them" if kept_rps is None else f"kept up to {digits(kept_rps, 4)}"
-    words = f" at {digits(rate_rps, 4)} requests/s: {', '.join(misses)}; {least}"
-    return Text.assemble(("MISSED", "bold red"), words, remarks.text())
-
-
-def kept_beyond(rate_rps: float, kept_rps: float | None) -> str:
-    """Return a clause about the highest rate that kept the limits if it is above the planned one; otherwise empty."""
-    return "" if kept_rps is None or kept_rps <= rate_rps else f"; kept up to {digits(kept_rps, 4)}"
+    rest = f" at {digits(rate_rps, 4)} requests/s: {', '.join(misses)}; {least}"
+    return SimulatedWords("MISSED", "bold red", rest, remarks)
 
 
 def first_rows(body: RenderableType, count: int, shown: int, noun: str) -> RenderableType:
@@ -157,62 +185,39 @@ def first_rows(body: RenderableType, count: int, shown: int, noun: str) -> Rende
     return Group(body, Text(f"… and {rest:,} more {noun}{'' if rest == 1 else 's'} (-o json has all)", style="dim"))
 
 
-def narrowing_of(items: Iterable[T], *columns: Column[T], least: Sequence[str]) -> Narrowing:
-    """Return a `narrowing` with a row for each item."""
-    return narrowing(
-        *(head for head, _ in columns), rows=[[cell(one) for _, cell in columns] for one in items], least=least
-    )
-
-
-def narrowing(*columns: str, rows: Sequence[Sequence[RenderableType]], least: Sequence[str]) -> Narrowing:
-    """Return a `table` without broken words: a narrow console gets headers of several lines, then fewer columns.
-
-    ``least`` names the columns that may be left out, the least important one first.
-    """
-    names = [column.lstrip("'<") for column in columns]
-
-    def draw(without: frozenset[int]) -> Table:
-        kept = [number for number in range(len(columns)) if number not in without]
-        made = table(*(columns[number] for number in kept), rows=([row[number] for number in kept] for row in rows))
-        for column in made.columns:
-            column.no_wrap, column.vertical = True, "bottom"
-        return made
-
-    return Narrowing(draw, {names.index(name): name for name in least if name in names}, stacks=True)
-
-
 class Narrowing:
-    """A table that leaves out columns where the console is too narrow for all, and says which.
+    """A grid without broken words. A narrow console gets headers of several lines, then fewer columns, and is told."""
 
-    Args:
-        draw: returns the table without the columns at these positions.
-        optional: the name of each column that may be left out by its position, the least important one first.
-        stacks: whether headers are broken between their words before any column is left out.
-    """
-
-    def __init__(
-        self, draw: Callable[[frozenset[int]], Table], optional: Mapping[int, str], *, stacks: bool = False
-    ) -> None:
-        self._draw = draw
-        self._optional = optional
-        self._stacks = stacks
+    def __init__(self, grid: Grid) -> None:
+        self._grid = grid
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         def fits(made: Table) -> bool:
             return Measurement.get(console, options.update(max_width=_ENDLESS), made).maximum <= options.max_width
 
-        least = list(self._optional)
-        for count in range(len(least) + 1):
-            made = self._draw(frozenset(least[:count]))
-            if self._stacks and not fits(made):
+        names = [head.lstrip("'<") for head in self._grid.columns]
+        optional = [names.index(name) for name in self._grid.least if name in names]
+        for count in range(len(optional) + 1):
+            made = self._table(optional[:count])
+            if not fits(made) and not self._grid.tight:
                 for column in made.columns:
                     column.header = str(column.header).replace(" ", "\n")
             if fits(made):
                 break
         yield made
         if count:
-            names = ", ".join(self._optional[position] for position in sorted(least[:count]))
-            yield Text(f"not shown, for lack of width: {names} (-o json has all)", style="dim")
+            left_out = ", ".join(names[number].replace("\n", " ") for number in sorted(optional[:count]))
+            yield Text(f"not shown, for lack of width: {left_out} (-o json has all)", style="dim")
+
+    def _table(self, without: Collection[int]) -> Table:
+        kept = [number for number in range(len(self._grid.columns)) if number not in without]
+        rows = ([row[number] for number in kept] for row in self._grid.rows)
+        made = table(*(self._grid.columns[number] for number in kept), rows=rows, strong=self._grid.strong)
+        if self._grid.tight:
+            made.padding = (0, 1, 0, 0)
+        for column in made.columns:
+            column.no_wrap, column.vertical = True, "bottom"
+        return made
 
 
 class Unbroken:

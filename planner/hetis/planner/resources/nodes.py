@@ -7,7 +7,7 @@ from bisect import bisect_right
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from copy import deepcopy
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 from hetis.formats import catalogue
@@ -49,7 +49,6 @@ class NodeViews:
     cluster: ClusterRecord
     declared: Declared  # parsed document of the cluster
     records: Mapping[str, NodeRecord]  # all nodes, or only the requested ones, by node id
-    replicas: Mapping[str, Sequence[str]]  # names of replicas by node id
     live: Mapping[str, LiveNode]  # all nodes, or only the requested ones, by node id
 
     def exists(self, node: str) -> bool:
@@ -79,8 +78,8 @@ class NodeViews:
         message.state = self.state(node)
         message.etag = etag_of(record)
         del message.devices[:], message.replicas[:]
-        message.replicas.extend(self.replicas.get(node, ()))
         if live is not None:
+            message.replicas.extend(live.replicas)
             message.devices.extend(live.devices)
             if live.agent_version:  # not stored for undeclared nodes
                 message.agent_version, message.engine_address = live.agent_version, live.engine_address
@@ -115,75 +114,29 @@ class NodeReader:
     _store: Store
     _fleet: LiveFleet
     _fleets: DeclaredFleets
-    _places: ReplicaPlaces = field(default_factory=lambda: ReplicaPlaces())
 
     async def read(self, cluster: str, nodes: Collection[str] | None = None) -> NodeViews:
         """Read the nodes of ``clusters/{cluster}``, with the states of these node ids or, if None, of all nodes.
 
         Reading all nodes of a large fleet is noticeably slow. Raises NOT_FOUND if there is no such cluster.
         """
-        record, kept, replicas = await self._store.read(lambda tx: _read(tx, cluster, nodes, self._places))
+        record, kept = await self._store.read(lambda tx: _read(tx, cluster, nodes))
         declared = await self._fleets.of(record)
         if nodes is None:
             live = {last_part(name): node for name, node in self._fleet.nodes_of(cluster).items()}
         else:
             found = ((node, self._fleet.node_view(node_name(cluster, node))) for node in nodes)
             live = {node: view for node, view in found if view is not None}
-        return NodeViews(cluster=record, declared=declared, records=kept, replicas=replicas, live=live)
+        return NodeViews(cluster=record, declared=declared, records=kept, live=live)
 
 
-def _read(
-    tx: Reader, cluster: str, nodes: Collection[str] | None, places: ReplicaPlaces
-) -> tuple[ClusterRecord, dict[str, NodeRecord], Mapping[str, Sequence[str]]]:
+def _read(tx: Reader, cluster: str, nodes: Collection[str] | None) -> tuple[ClusterRecord, dict[str, NodeRecord]]:
     record = tx.clusters.require(cluster)
     if nodes is None or len(nodes) > _MOST_BY_NAME:
         kept = tx.nodes.all(cluster=cluster)
     else:
         kept = tx.nodes.all(name=[node_name(cluster, node) for node in nodes])
-    return record, {last_part(node.name): node for node in kept}, places.read(tx, cluster)
-
-
-_AT_ONCE = 500  # names per query
-
-
-class ReplicaPlaces:
-    """The names of replicas by node id, for each requested cluster. Must be used only in the store's thread."""
-
-    def __init__(self) -> None:
-        self._by_cluster: dict[str, _Places] = {}
-
-    def read(self, tx: Reader, cluster: str) -> Mapping[str, Sequence[str]]:
-        """Return the names as of this transaction, in a mapping that must not be modified."""
-        present = tx.replicas.versions(cluster=cluster)
-        if not present:
-            self._by_cluster.pop(cluster, None)
-            return {}
-        places = self._by_cluster.setdefault(cluster, _Places())
-        places.update(tx, present)
-        return places.by_node
-
-
-class _Places:
-    def __init__(self) -> None:
-        self.by_node: Mapping[str, Sequence[str]] = {}
-        self._versions: dict[str, int] = {}
-        self._nodes: dict[str, tuple[str, ...]] = {}
-
-    def update(self, tx: Reader, present: dict[str, int]) -> None:
-        if present == self._versions:
-            return
-        changed = [name for name, version in present.items() if self._versions.get(name) != version]
-        nodes = {name: found for name, found in self._nodes.items() if name in present}
-        for start in range(0, len(changed), _AT_ONCE):
-            for replica in tx.replicas.all(name=changed[start : start + _AT_ONCE]):
-                nodes[replica.name] = tuple(last_part(node) for node in replica.body.nodes)
-        if nodes != self._nodes:
-            by_node = dict[str, list[str]]()  # a new mapping, since readers may still hold the old one
-            for name in sorted(nodes):
-                for node in nodes[name]:
-                    by_node.setdefault(node, []).append(name)
-            self.by_node, self._nodes = by_node, nodes
-        self._versions = present
+    return record, {last_part(node.name): node for node in kept}
 
 
 MAX_DIFFERENCES = 10_000

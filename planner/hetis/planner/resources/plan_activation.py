@@ -17,10 +17,11 @@ from hetis.planner.failures import Reason, ServiceError
 from hetis.planner.fleet.fleet import LiveFleet
 from hetis.planner.fleet.hubs import Hubs
 from hetis.planner.fleet.replica import devices_of, nodes_of
+from hetis.planner.fleet.stored_plans import StoredPlans, plan_state
 from hetis.planner.resources.checks import check, require_etag
 from hetis.planner.resources.committing import Publish, answered_before, change_once
 from hetis.planner.resources.in_force import IN_FORCE, how_to_withdraw, past, publish_change
-from hetis.planner.resources.plan_documents import PlanDocuments, plan_state, require_gpus
+from hetis.planner.resources.plan_documents import require_gpus
 from hetis.planner.resources.plans import MOST_BYTES, load_bytes_of
 from hetis.planner.store import ClusterRecord, PlanRecord, Reader, ReplicaRecord, Store, Transaction, etag_of
 from hetis.planner.threads import run_in_thread_gc_paused
@@ -38,7 +39,7 @@ class PlanActivation:
     _hubs: Hubs
     _fleet: LiveFleet
     _fleets: DeclaredFleets
-    _documents: PlanDocuments
+    _stored: StoredPlans
 
     async def activate(self, request: pb2.ActivatePlanRequest) -> pb2.ActivatePlanResponse:
         check(request, name=names.PLAN)
@@ -76,13 +77,13 @@ class PlanActivation:
 
     async def _target(self, name: str) -> Target:
         """Return the plan with everything that is slow to compute. Raises NOT_FOUND, PLAN_STATE, INVENTORY_MISMATCH."""
-        answered = await self._documents.answered(name)
+        answered = await self._stored.answered(name)
         cluster = await self._store.read(lambda reader: reader.clusters.require(answered.record.cluster))
         declared = await self._fleets.of(cluster)
 
         def prepare() -> Target:
             require_gpus(cluster.name, declared.value, answered.plan.replicas)
-            load_bytes = load_bytes_of(answered.found)
+            load_bytes = load_bytes_of(answered.problem.model)
             return Target(
                 record=answered.record,
                 shapes=tuple(replica_to_proto(one, answered.plan) for one in answered.plan.replicas),

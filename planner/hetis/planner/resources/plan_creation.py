@@ -20,6 +20,7 @@ from hetis.planner.convert.plans import progress_to_proto, result_to_proto
 from hetis.planner.failures import Reason, ServiceError, invalid_document
 from hetis.planner.fleet.fleet import LiveFleet
 from hetis.planner.fleet.hubs import Hubs
+from hetis.planner.fleet.stored_plans import SEARCHING
 from hetis.planner.jobs.messages import (
     CalledOff,
     Crashed,
@@ -31,7 +32,7 @@ from hetis.planner.jobs.messages import (
 from hetis.planner.jobs.pool import Begun, PooledSearch, SolverPool
 from hetis.planner.resources.checks import Checks
 from hetis.planner.resources.committing import Publish, answered_before, change_once, to_the_end
-from hetis.planner.resources.plan_documents import SEARCHING, ImportedPlan, checked, read_plan, require_gpus
+from hetis.planner.resources.plan_documents import ImportedPlan, checked, read_plan, require_gpus
 from hetis.planner.resources.plan_specs import (
     SPEC,
     ReadSpec,

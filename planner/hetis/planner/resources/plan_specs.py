@@ -22,7 +22,7 @@ from hetis.planner.jobs.messages import PosedProblem
 from hetis.planner.resources.checks import Checks
 from hetis.planner.store import ClusterRecord, ProfileRecord, etag_of
 from hetis.planner.use_cases import service_level
-from hetis.planner.use_cases.place import PlacementSettings
+from hetis.planner.use_cases.placement_settings import PlacementSettings
 from hetis.planner.use_cases.precision import gpu_types_of, in_precision
 from hetis.planner.use_cases.record.forms import PLACES
 from hetis.planner.use_cases.request import LIMITS
@@ -46,6 +46,7 @@ from hetis.solver.profile import Profile
 from hetis.solver.workload import Workload
 from hetis.v1 import plan_pb2, replica_pb2
 
+T = TypeVar("T")
 V = TypeVar("V", ModelSpec, Workload)
 SPEC = "plan.spec"
 LEAST_TIME_S = 0.01
@@ -184,6 +185,14 @@ class _SpecReader:
     def require(self, is_right: bool, field: str, description: str) -> bool:
         return self.checks.require(is_right, f"{SPEC}.{field}", description)
 
+    def attempt(self, field: str, read: Callable[[], T]) -> T | None:
+        """Return what ``read`` returns, or None if it finds the field wrong."""
+        try:
+            return read()
+        except (InvalidProblemError, ValueError) as error:
+            self.require(False, field, str(error))
+            return None
+
     def choice(self, field: str, value: str, known: Collection[str]) -> bool:
         hint = did_you_mean(value[:80], known)
         return self.require(value in known, field, f"is {value[:80]!r}, must be one of {', '.join(known)}{hint}")
@@ -195,18 +204,16 @@ class _SpecReader:
         objective = objective_from_proto(
             spec.objective, f"{SPEC}.objective", lambda path, text: checks.require(False, path, text)
         )
-        settings, engine_settings, level = self._settings(), self._engine_settings(), self._service_level(objective)
+        settings, engine_settings = self._settings(objective), self._engine_settings()
+        level = self._service_level(objective)
         texts: tuple[tuple[str, str, Callable[[str], object]], ...] = (
             ("weights", spec.weights, lambda text: chosen_precision(text, PRECISIONS)),
             ("kv", spec.kv, lambda text: chosen_precision(text, KV_PRECISIONS)),
             ("mtp", spec.mtp, drafts),
         )
         for name, requested, parse in texts:
-            try:
-                if requested:
-                    parse(requested)
-            except ValueError as error:
-                self.require(False, name, str(error))
+            if requested:
+                self.attempt(name, partial(parse, requested))
         num = len(spec.profiles)
         self.require(num <= MOST_PROFILES, "profiles", f"has {num} entries, at most {MOST_PROFILES} are allowed")
         for position, profile in enumerate(spec.profiles[:MOST_PROFILES]):
@@ -240,7 +247,7 @@ class _SpecReader:
             self.require(False, field, problem)
             return None
 
-    def _settings(self) -> PlacementSettings:
+    def _settings(self, objective: Objective) -> PlacementSettings:
         from hetis.solver.placement.families import STRATEGIES
         from hetis.solver.placement.rungs import RUNGS
 
@@ -249,10 +256,7 @@ class _SpecReader:
         is_known = self.choice("strategy", strategy, STRATEGIES)
         roles = self._roles()
         if is_known and roles:
-            try:
-                family_of(strategy, roles)
-            except InvalidProblemError as error:
-                self.require(False, "roles", str(error))
+            self.attempt("roles", partial(family_of, strategy, roles))
         engine = self._engine() if is_known else None
         if spec.survive:
             self.choice("survive", spec.survive, PLACES)
@@ -262,10 +266,9 @@ class _SpecReader:
             self.choice("target", spec.target, [target.value for target in ExportTarget])
         worth = spec.worth if spec.HasField("worth") else defaults.worth
         self.require(0 <= worth < 1, "worth", f"is {worth:g}, must be from 0 to below 1")
-        demands = plan_pb2.OBJECTIVE_KIND_COST, plan_pb2.OBJECTIVE_KIND_GPUS
         self.require(0 <= spec.keep <= 1, "keep", f"is {spec.keep:g}, must be from 0 to 1")
         message = "is set, but there is no rate to maximise that survives a loss"
-        is_kept = bool(spec.survive) and spec.objective.kind not in demands
+        is_kept = bool(spec.survive) and objective.maximises
         self.require(not spec.keep or is_kept, "keep", message)
         gap = spec.gap_target if spec.HasField("gap_target") else defaults.gap_target
         self.require(0 <= gap <= 1, "gap_target", f"is {gap:g}, must be from 0 to 1")
@@ -314,13 +317,9 @@ class _SpecReader:
         if not self.require(spec.max_stages <= MOST_STAGES, "max_stages", message):
             return None
         limits = {name: getattr(spec, name) or None for name in LIMITS}
-        try:
-            rules = engine_rules(spec.engine or None, strategy, **limits)
-            family_of(strategy, engine=rules)
-        except InvalidProblemError as error:
-            self.require(False, "engine", str(error))
-            return None
-        return rules
+        rules = self.attempt("engine", partial(engine_rules, spec.engine or None, strategy, **limits))
+        family = self.attempt("engine", partial(family_of, strategy, engine=rules)) if rules is not None else None
+        return None if family is None else rules
 
     def _service_level(self, objective: Objective) -> ServiceLevel:
         """Return the level that simulated traffic must keep; the default after an error."""
@@ -337,13 +336,11 @@ class _SpecReader:
             ("tpot_statistic", None, tpot, None),
             ("attainment", ttft, tpot, spec.attainment or None),
         ):
-            try:
-                level = service_level.requested_level(
-                    ttft=own_ttft, tpot=own_tpot, attainment=attainment, objective=objective, verify=verify
-                )
-            except InvalidProblemError as error:
-                self.require(False, field, str(error))
+            requested = partial(service_level.requested_level, ttft=own_ttft, tpot=own_tpot, attainment=attainment)
+            read = partial(requested, objective=objective, verify=verify)
+            if (found := self.attempt(field, read)) is None:
                 return service_level.DEFAULT
+            level = found
         return level
 
     def _engine_settings(self) -> EngineSettings:
@@ -355,8 +352,5 @@ class _SpecReader:
         }
         found = NOTHING_SET
         for name, value in given.items():
-            try:
-                found = replace(found, **{name: value})
-            except InvalidProblemError as error:
-                self.require(False, name, str(error))
+            found = self.attempt(name, partial(replace, found, **{name: value})) or found
         return found

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 from hetis.planner.convert import names
@@ -14,24 +14,21 @@ from hetis.planner.convert.plans import complete, explanation_to_proto, replica_
 from hetis.planner.failures import Reason, ServiceError, invalid_field, not_found
 from hetis.planner.fleet.fleet import LiveFleet
 from hetis.planner.fleet.hubs import Hubs
+from hetis.planner.fleet.stored_plans import SEARCHING, StoredPlans, plan_state, require_answer
 from hetis.planner.resources.checks import Checks, check, require_etag
 from hetis.planner.resources.committing import Publish, change_once
 from hetis.planner.resources.in_force import IN_FORCE, how_to_withdraw, is_withdrawable, publish_change, withdraw
 from hetis.planner.resources.pages import read_page
 from hetis.planner.resources.plan_creation import PlanSearches, forget_problem
-from hetis.planner.resources.plan_documents import (
-    SEARCHING,
-    PlanDocuments,
-    is_settled,
-    plan_state,
-    require_answer,
-)
+from hetis.planner.resources.plan_documents import is_settled
 from hetis.planner.store import PlanRecord, Reader, Store, Transaction
 from hetis.planner.threads import run_in_thread_gc_paused
 from hetis.planner.use_cases.record.parts import MadeFrom, Requested
 from hetis.planner.use_cases.saved_plans import PlanAndProblem
 from hetis.planner.watching import LeftBehindError
+from hetis.solver.model import ModelSpec
 from hetis.solver.plan import Plan, ReplicaPlan
+from hetis.solver.replanning.change import Holding, holdings_of
 from hetis.v1 import plan_pb2, view_pb2
 from hetis.v1 import plan_service_pb2 as pb2
 from hetis.v1.replica_pb2 import ReplicaPlan as ReplicaMessage
@@ -47,7 +44,7 @@ class Plans:
     _hubs: Hubs
     _fleet: LiveFleet
     _searches: PlanSearches
-    _documents: PlanDocuments
+    _stored: StoredPlans
 
     async def get(self, request: pb2.GetPlanRequest) -> pb2.GetPlanResponse:
         check(request, name=names.PLAN)
@@ -56,7 +53,7 @@ class Plans:
             return pb2.GetPlanResponse(plan=self._basic(record))
         plan = full_view(record, self._searches.progress_of(record.name))
         if record.body.HasField("result"):
-            answered = await self._documents.of(record)
+            answered = await self._stored.of(record)
             await run_in_thread_gc_paused(complete, plan, answered.plan, answered.document)
         return pb2.GetPlanResponse(plan=plan)
 
@@ -152,7 +149,7 @@ class Plans:
         from hetis.solver.placement.explanation import explain_plan
 
         check(request, name=names.PLAN)
-        answered = await self._documents.answered(request.name)
+        answered = await self._stored.answered(request.name)
 
         def explained() -> pb2.ExplainPlanResponse:
             return explanation_to_proto(answered.plan, explain_plan(answered.plan, answered.problem))
@@ -161,8 +158,8 @@ class Plans:
 
     async def diff(self, request: pb2.DiffPlansRequest) -> pb2.DiffPlansResponse:
         check(request, name=names.PLAN, other=names.PLAN)
-        one = await self._documents.answered(request.name)
-        other = await self._documents.answered(request.other)
+        one = await self._stored.answered(request.name)
+        other = await self._stored.answered(request.other)
         return await run_in_thread_gc_paused(compare, one.found, other.found)
 
     async def read_document(self, request: pb2.ReadPlanDocumentRequest) -> AsyncIterator[pb2.ReadPlanDocumentResponse]:
@@ -227,8 +224,8 @@ def compare(one: PlanAndProblem, other: PlanAndProblem) -> pb2.DiffPlansResponse
         other_unit=other.plan.result.unit,
         changed_inputs=sorted(_changed_inputs(one.plan, other.plan)),
     )
-    load_bytes = load_bytes_of(other)
     added = (d for d in response.replicas if d.kind == _Kind.REPLICA_DIFFERENCE_KIND_ADDED)
+    load_bytes = load_bytes_of(other.problem.model)
     response.load_bytes = sum(load_bytes(other.plan.replicas[difference.other_index]) for difference in added)
     if response.ByteSize() > MOST_BYTES:
         raise ServiceError(
@@ -335,22 +332,12 @@ def _digests(digests: Mapping[str, Any]) -> dict[str, str]:
     return found
 
 
-def load_bytes_of(found: PlanAndProblem) -> Callable[[ReplicaPlan], int]:
-    """Return a function for the bytes that a replica of this plan loads; it computes equal shapes only once."""
-    from hetis.solver.placement.explanation.replica_view import replica_views
-
-    known: dict[tuple[object, ...], int] = {}
+def load_bytes_of(model: ModelSpec) -> Callable[[ReplicaPlan], int]:
+    """Return a function for the bytes of weights that the GPUs of a replica load; equal shards are computed once."""
+    weight_bytes = cache(partial(Holding.weight_bytes, model=model))
 
     def load_bytes(replica: ReplicaPlan) -> int:
-        shape = _shape(replica)
-        if shape not in known:
-            views = replica_views(replace(found.plan, replicas=(replica,)), found.problem)
-            known[shape] = sum(bar.num_devices * bar.weight_bytes for view in views for bar in view.memory())
-        return known[shape]
+        held = (replace(one, rank=min(one.rank, 0)) for _, one in holdings_of(replica))
+        return round(sum(map(weight_bytes, held)))
 
     return load_bytes
-
-
-def _shape(replica: ReplicaPlan) -> tuple[object, ...]:
-    """Return what determines the weights: layers and GPU types, but not the names of the GPUs."""
-    return tuple((s.gpu, s.tp, s.copies, s.first_layer, s.num_layers) for s in replica.stages)

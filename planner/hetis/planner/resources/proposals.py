@@ -23,11 +23,11 @@ from hetis.planner.convert.plans import role_of
 from hetis.planner.failures import Reason, ServiceError
 from hetis.planner.fleet.fleet import LiveFleet
 from hetis.planner.fleet.replica import dense_devices_of, nodes_of
-from hetis.planner.fleet.settings import ProposalPolicy, proposal_policy
+from hetis.planner.fleet.settings import ProposalPolicy, policy_from
+from hetis.planner.fleet.stored_plans import SEARCHING, AnsweredPlan, StoredPlans
 from hetis.planner.fleet.views import Clock, FleetObserver
 from hetis.planner.resources.plan_activation import PlanActivation
 from hetis.planner.resources.plan_creation import PlanCreation
-from hetis.planner.resources.plan_documents import SEARCHING, AnsweredPlan, PlanDocuments
 from hetis.planner.resources.plans import Plans
 from hetis.planner.store import PlanRecord, Store, etag_of
 from hetis.solver.cluster import node_of
@@ -53,7 +53,7 @@ class StoredPlacements:
     _plans: Plans
     _creation: PlanCreation
     _activation: PlanActivation
-    _documents: PlanDocuments
+    _stored: StoredPlans
     _kept: dict[str, plan_pb2.Plan] = field(default_factory=dict)
 
     async def plan_in_force(self, cluster: str) -> plan_pb2.Plan | None:
@@ -96,7 +96,7 @@ class StoredPlacements:
         record = await self._store.read(lambda reader: reader.plans.get(plan))
         if record is None or not record.body.HasField("result"):
             return frozenset()
-        groups = (await self._documents.of(record)).problem.cluster.node_groups
+        groups = (await self._stored.of(record)).problem.cluster.node_groups
         return frozenset(group.node_name(index) for group in groups for index in range(group.count))
 
     async def propose(self, cluster: str, spec: plan_pb2.PlanSpec, reason: str) -> str:
@@ -118,7 +118,7 @@ class StoredPlacements:
     async def answered(self, plan: str) -> AnsweredPlan | None:
         """Return a plan with its document; None if it was deleted."""
         record = await self._store.read(lambda reader: reader.plans.get(plan))
-        return None if record is None else await self._documents.of(record)
+        return None if record is None else await self._stored.of(record)
 
     async def activate(self, plan: str) -> None:
         """Activate a plan. Raises ServiceError if that is impossible now."""
@@ -189,7 +189,7 @@ class PlacementProposals(FleetObserver):
             self._take_change(name, known)
             if known.is_settled:
                 continue
-            patience_s = proposal_policy(self._fleet.policy_of(name)).patience_s
+            patience_s = policy_from(ProposalPolicy, self._fleet.policy_of(name)).patience_s
             try:
                 wait_s = await self._look(name, known)
             except (ServiceError, InvalidProblemError) as error:  # for example, the remaining GPUs do not run the model
@@ -207,7 +207,7 @@ class PlacementProposals(FleetObserver):
 
     async def _look(self, name: str, known: _Cluster) -> float | None:
         """Look at a cluster; return the seconds until the next look, or None if none is needed."""
-        policy = proposal_policy(self._fleet.policy_of(name))
+        policy = policy_from(ProposalPolicy, self._fleet.policy_of(name))
         if policy.mode == cluster_pb2.REACTION_MODE_OFF:
             return None
         nodes = known.nodes

@@ -14,12 +14,12 @@ from hetis.planner.convert.plans import replica_from_proto, role_of
 from hetis.planner.convert.traffic import MINUTE_S, TrafficWindow, traffic_from_proto
 from hetis.planner.failures import ServiceError
 from hetis.planner.fleet.fleet import LiveFleet
+from hetis.planner.fleet.stored_plans import AnsweredPlan, StoredPlans
 from hetis.planner.fleet.traffic import TrafficWindows, is_kept, of_role
 from hetis.planner.fleet.views import Clock, FleetObserver
 from hetis.planner.loop.speeds import SLOW, ExpectedTimes, MeasuredReplica, Speed, SpeedSample, speeds
 from hetis.planner.resources.checks import check
-from hetis.planner.resources.plan_documents import AnsweredPlan, PlanDocuments
-from hetis.planner.store import PlanRecord, Reader, Store, TrafficRecord, Transaction
+from hetis.planner.store import Store, TrafficRecord, Transaction
 from hetis.planner.threads import run_in_thread_gc_paused
 from hetis.solver.errors import InvalidProblemError
 from hetis.solver.plan import Role
@@ -74,7 +74,7 @@ class MeasuredTraffic(FleetObserver):
 
     _store: Store
     _fleet: LiveFleet
-    _documents: PlanDocuments
+    _stored: StoredPlans
     _clock: Clock
     _latest: dict[str, tuple[float, report_pb2.ReplicaReport]] = field(default_factory=dict)
     _sources: dict[str, _Source] = field(default_factory=dict)
@@ -147,7 +147,7 @@ class MeasuredTraffic(FleetObserver):
                 record = await self._store.read(lambda reader: reader.plans.get(live.plan))
             if live is None or record is None:
                 return None
-            model = (await self._documents.of(record)).problem.model.name
+            model = (await self._stored.of(record)).problem.model.name
             self._sources[replica] = _Source(model, role_of(live.shape))
         return self._sources[replica]
 
@@ -175,13 +175,7 @@ class MeasuredTraffic(FleetObserver):
 
     async def plan_in_force(self, cluster: str) -> AnsweredPlan | None:
         """Return the plan that is in force or being activated."""
-
-        def read(reader: Reader) -> PlanRecord | None:
-            found = reader.clusters.get(cluster)
-            return None if found is None or not found.active_plan else reader.plans.get(found.active_plan)
-
-        record = await self._store.read(read)
-        return None if record is None else await self._documents.of(record)
+        return await self._stored.in_force(cluster)
 
     def _since(self, cluster: str, model: str, since_s: float) -> TrafficSketch:
         windows = self._clusters[cluster].windows() if cluster in self._clusters else []

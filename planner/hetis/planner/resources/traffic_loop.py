@@ -23,7 +23,8 @@ from hetis.planner.convert.names import seconds_of, timestamp
 from hetis.planner.convert.traffic import MINUTE_S
 from hetis.planner.failures import ServiceError
 from hetis.planner.fleet.fleet import LiveFleet
-from hetis.planner.fleet.settings import TrafficPolicy, traffic_policy
+from hetis.planner.fleet.settings import TrafficPolicy, policy_from
+from hetis.planner.fleet.stored_plans import AnsweredPlan
 from hetis.planner.fleet.views import Clock
 from hetis.planner.jobs.apart import call_apart
 from hetis.planner.loop.decision import Decision, InForce, LoopSettings, Verdict, decide, is_short, solve
@@ -32,7 +33,6 @@ from hetis.planner.loop.forecast import History, Window
 from hetis.planner.loop.speeds import corrections
 from hetis.planner.resources.nodes import NodeReader
 from hetis.planner.resources.plan_creation import PlanCreation
-from hetis.planner.resources.plan_documents import AnsweredPlan
 from hetis.planner.resources.proposals import StoredPlacements
 from hetis.planner.resources.traffic import MeasuredTraffic
 from hetis.planner.threads import run_in_daemon_thread
@@ -124,7 +124,7 @@ class TrafficLoop:
         self._loops = {name: self._loops.get(name, _Loop()) for name in names}
         for name, loop in sorted(self._loops.items()):
             try:
-                await self._look(name, loop, traffic_policy(self._fleet.policy_of(name)))
+                await self._look(name, loop, policy_from(TrafficPolicy, self._fleet.policy_of(name)))
             except (ServiceError, HetisError) as error:  # for example, the plan has no re-planning
                 _log.warning("no decision about the traffic of %s: %s", name, error)
             except Exception:

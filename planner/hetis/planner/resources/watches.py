@@ -7,12 +7,9 @@ a state is read once per change.
 
 from __future__ import annotations
 
-import asyncio
-from collections import OrderedDict
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Sequence
 from copy import deepcopy
-from dataclasses import dataclass, field, replace
-from weakref import WeakKeyDictionary
+from dataclasses import dataclass, replace
 
 from google.protobuf.message import Message
 
@@ -31,7 +28,7 @@ from hetis.planner.fleet.fleet import LiveFleet
 from hetis.planner.fleet.hubs import ClusterHub, Hubs
 from hetis.planner.fleet.views import show_live
 from hetis.planner.resources.checks import check
-from hetis.planner.resources.nodes import NodeReader
+from hetis.planner.resources.nodes import NodeReader, NodeViews
 from hetis.planner.resources.pages import read_page, read_page_request
 from hetis.planner.store import ClusterRecord, Reader, ReplicaRecord, Store
 from hetis.planner.watching import Event, LeftBehindError
@@ -88,8 +85,7 @@ class RunningResources:
 
 
 Response = pb.WatchClusterResponse
-_KEPT_ENCODED = 1_000  # responses kept per cluster; others are encoded again
-_KEPT = 10_000  # nodes kept per cluster, about a kilobyte each; others are read again
+ClusterEvent = Event[tuple[str, str], Message]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -124,10 +120,6 @@ class ClusterWatches:
     _hubs: Hubs
     _fleet: LiveFleet
     _reader: NodeReader
-    _shown: ShownNodes = field(init=False)
-
-    def __post_init__(self) -> None:
-        self._shown = ShownNodes(self._reader)
 
     async def watch(self, request: pb.WatchClusterRequest) -> AsyncIterator[Response | bytes]:
         """Yield changes until the cluster is deleted (NOT_FOUND), or the planner shuts down (DRAINING) or its term is
@@ -197,48 +189,45 @@ class ClusterWatches:
     async def _changes(
         self, hub: ClusterHub, here: ResumeToken, name: str, after: int, *, is_resumed: bool
     ) -> AsyncIterator[Response | bytes]:
-        """Yield the changes after ``after``, each encoded once for all watchers of the hub.
+        """Yield the changes after ``after``, each read and encoded once for all watchers of the hub.
 
         With ``is_resumed``, also announce when the watcher has caught up.
         """
         async for events in hub.watch(after):
-            shown = self._shown.of(hub)
-            known = {event.sequence: shown.encoded.get(event.sequence) for event in events}
-            changed = {
-                last_part(event.key[1]): event.sequence
-                for event in events
-                if event.key[0] == "node" and known[event.sequence] is None
-            }
-            nodes = await self._shown.read(hub, name, changed) if changed else {}
-            for event in events:
-                content = known[event.sequence] or shown.encoded.get(event.sequence)
-                if content is None:
-                    content = self._encoded(event, here, nodes)
-                    shown.keep_encoded(event.sequence, content)
+            for content in await self._encoded(hub, here, name, events):
                 if content:
                     yield content
             if is_resumed:
                 is_resumed = False
                 yield self._caught_up(here.at(events[-1].sequence if events else after))
 
-    def _encoded(
-        self, event: Event[tuple[str, str], Message], here: ResumeToken, nodes: Mapping[str, cluster_pb2.Node | None]
-    ) -> bytes:
-        """Return the response about an event, empty if there is none."""
-        response = self._response(event, nodes)
-        if response is None:
-            return b""
-        response.resume_token = here.at(event.sequence).to_text()
-        response.event_time.CopyFrom(timestamp(event.time_s))
-        return response.SerializeToString()
+    async def _encoded(
+        self, hub: ClusterHub, here: ResumeToken, name: str, events: Sequence[ClusterEvent]
+    ) -> list[bytes]:
+        """Return the responses about these events; an empty one stands for an event of which there is nothing to say.
 
-    def _response(
-        self, event: Event[tuple[str, str], Message], nodes: Mapping[str, cluster_pb2.Node | None]
-    ) -> Response | None:
+        Raises NOT_FOUND if there is no such cluster any more.
+        """
+        async with hub.encoding:  # concurrent watchers then find what the first one encodes
+            found = {event.sequence: hub.encoded.get(event.sequence) for event in events}
+            new = [event for event in events if found[event.sequence] is None]
+            nodes = [last_part(event.key[1]) for event in new if event.key[0] == "node"]
+            views = await self._reader.read(name, nodes) if nodes else None
+            for event in new:
+                response = self._response(event, views)
+                if response is not None:
+                    response.resume_token = here.at(event.sequence).to_text()
+                    response.event_time.CopyFrom(timestamp(event.time_s))
+                content = b"" if response is None else response.SerializeToString()
+                found[event.sequence] = content
+                hub.keep_encoded(event.sequence, content)
+            return [content for content in found.values() if content is not None]
+
+    def _response(self, event: ClusterEvent, views: NodeViews | None) -> Response | None:
         kind, name = event.key
-        if kind == "node":
-            node = nodes[last_part(name)]
-            return Response(removed_node=name) if node is None else Response(node=node)
+        if kind == "node" and views is not None:
+            node = last_part(name)
+            return Response(node=views.node(node, BASIC)) if views.exists(node) else Response(removed_node=name)
         match event.value:
             case None if kind == "replica":
                 return Response(removed_replica=name)
@@ -251,62 +240,3 @@ class ClusterWatches:
             case redispatch_pb2.Redispatch() as redispatch:
                 return Response(redispatch=basic_redispatch(redispatch))
         return None
-
-
-class ShownNodes:
-    """The nodes of all clusters in the view BASIC, in a state at least as new as their last event.
-
-    Also the encoded responses about the last events, which are the same for all watchers.
-    """
-
-    def __init__(self, reader: NodeReader) -> None:
-        self._reader = reader
-        self._of: WeakKeyDictionary[ClusterHub, _Shown] = WeakKeyDictionary()
-
-    def of(self, hub: ClusterHub) -> _Shown:
-        return self._of.setdefault(hub, _Shown())
-
-    async def read(
-        self, hub: ClusterHub, cluster: str, events: Mapping[str, int]
-    ) -> Mapping[str, cluster_pb2.Node | None]:
-        """Return the nodes by id, in a mapping that must not be modified; None for a node that is gone.
-
-        Args:
-            hub: the cluster's hub; sequences of another hub do not apply.
-            events: sequence of the last event of each node.
-
-        Raises:
-            ServiceError: NOT_FOUND if there is no such cluster.
-        """
-        shown = self.of(hub)
-        async with shown.reading:  # concurrent callers then find the nodes that the first one reads
-            found = {node: shown.nodes[node][1] for node, sequence in events.items() if shown.has(node, sequence)}
-            missing = [node for node in events if node not in found]
-            if missing:
-                views = await self._reader.read(cluster, missing)
-                for node in missing:
-                    found[node] = views.node(node, BASIC) if views.exists(node) else None
-                    shown.keep(node, events[node], found[node])
-        return found
-
-
-class _Shown:
-    def __init__(self) -> None:
-        self.reading = asyncio.Lock()
-        self.nodes: OrderedDict[str, tuple[int, cluster_pb2.Node | None]] = OrderedDict()
-        self.encoded: OrderedDict[int, bytes] = OrderedDict()  # by sequence; empty: nothing to send
-
-    def has(self, node: str, sequence: int) -> bool:
-        kept = self.nodes.get(node)
-        return kept is not None and kept[0] >= sequence
-
-    def keep(self, node: str, sequence: int, message: cluster_pb2.Node | None) -> None:
-        self.nodes[node] = (sequence, message)
-        self.nodes.move_to_end(node)
-        if len(self.nodes) > _KEPT:
-            self.nodes.popitem(last=False)
-
-    def keep_encoded(self, sequence: int, content: bytes) -> None:
-        self.encoded[sequence] = content
-        if len(self.encoded) > _KEPT_ENCODED:
-            self.encoded.popitem(last=False)

@@ -12,6 +12,7 @@ from hetis.planner.fleet.fleet import LiveFleet
 from hetis.planner.fleet.hubs import Hubs
 from hetis.planner.fleet.redispatching.loop import RedispatchLoop
 from hetis.planner.fleet.settings import FleetCounters, FleetSettings
+from hetis.planner.fleet.stored_plans import StoredPlans
 from hetis.planner.fleet.views import Clock
 from hetis.planner.jobs.pool import PoolSettings, SolverPool
 from hetis.planner.resources import dispatch
@@ -20,19 +21,17 @@ from hetis.planner.resources.clusters import Clusters
 from hetis.planner.resources.nodes import NodeReader, Nodes
 from hetis.planner.resources.plan_activation import PlanActivation
 from hetis.planner.resources.plan_creation import PlanCreation, PlanSearches
-from hetis.planner.resources.plan_documents import PlanDocuments
 from hetis.planner.resources.plan_specs import SearchLimits
 from hetis.planner.resources.plans import Plans
 from hetis.planner.resources.profiles import Profiles
 from hetis.planner.resources.proposals import PlacementProposals, StoredPlacements
+from hetis.planner.resources.retention import Retention
 from hetis.planner.resources.traffic import MeasuredTraffic
 from hetis.planner.resources.traffic_loop import TrafficLoop
 from hetis.planner.resources.watches import ClusterWatches, RunningResources
 from hetis.planner.service.audit_refusals import AuditRefusals
 from hetis.planner.service.loops import Loops
-from hetis.planner.service.methods import SERVICES
 from hetis.planner.service.observability.overview import KvHistories, Overviews
-from hetis.planner.service.servicers import servicing
 from hetis.planner.service.settings import PlannerConfig
 from hetis.planner.store import Store
 from hetis.planner.threads import run_in_daemon_thread
@@ -72,9 +71,16 @@ class Term:
             lease_s=config.agents.lease,
             suspect_s=_SUSPECT_HEARTBEATS * config.agents.heartbeat,
         )
-        declared = DeclaredFleets()
+        declared, stored = DeclaredFleets(), StoredPlans(store)
         self._fleet = fleet = LiveFleet(
-            store, hubs, epoch=epoch, settings=fleet_settings, clock=clock, counters=counters, declared=declared
+            store,
+            hubs,
+            epoch=epoch,
+            settings=fleet_settings,
+            clock=clock,
+            plans=stored,
+            counters=counters,
+            declared=declared,
         )
         self._loop = RedispatchLoop(fleet, clock=clock)
         fleet.add_observer(self._loop)
@@ -84,20 +90,20 @@ class Term:
         clusters = Clusters(store, hubs, fleet, declared, searches.cluster_deleted)
         nodes = Nodes(store, hubs, fleet, reader)
         running = RunningResources(store, fleet)
-        documents = PlanDocuments(store)
         limits = SearchLimits(time_s=config.solver.max_search)
         creation = PlanCreation(store, hubs, fleet, declared, self._pool, searches, limits)
-        plans = Plans(store, hubs, fleet, searches, documents)
-        activation = PlanActivation(store, hubs, fleet, declared, documents)
-        placements = StoredPlacements(store, plans, creation, activation, documents)
+        plans = Plans(store, hubs, fleet, searches, stored)
+        activation = PlanActivation(store, hubs, fleet, declared, stored)
+        placements = StoredPlacements(store, plans, creation, activation, stored)
         self._proposals = PlacementProposals(fleet, placements, clock=clock)
         fleet.add_observer(self._proposals)
-        self._traffic = MeasuredTraffic(store, fleet, documents, clock)
+        self._retention = Retention(store, placements, config.retention.plans, config.retention.audit)
+        self._traffic = MeasuredTraffic(store, fleet, stored, clock)
         fleet.add_observer(self._traffic)
         self._traffic_loop = TrafficLoop(fleet, reader, self._traffic, placements, creation, clock)
         self._traffic.decision_of = self._traffic_loop.decision_of
 
-        parts = SimpleNamespace(
+        self.parts = SimpleNamespace(
             clusters=clusters,
             nodes=nodes,
             running=running,
@@ -111,7 +117,6 @@ class Term:
             audited=AuditedChanges(store),
             connect_node=lambda requests: fleet.connect(present_caller(), requests),  # as the node in its credentials
         )
-        self.servicings = tuple(servicing(service, parts) for service in SERVICES)
         self._kv = kv = KvHistories(lambda: fleet.cluster_names, fleet.kv_in_use)
         self.overviews = Overviews(
             store,
@@ -149,6 +154,7 @@ class Term:
         self._loops.start("the KV history", self._kv.run())
         self._loops.start("measured traffic", self._traffic.run())
         self._loops.start("decisions about traffic", self._traffic_loop.run())
+        self._loops.start("retention", self._retention.run())
         await self._searches.resume()
         self._pool.start()
         self._loops.start("the solver slots", self._pool.until_failed())

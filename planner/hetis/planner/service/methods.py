@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Enum
+from operator import attrgetter
+from typing import Any
 
 from hetis.planner.callers import CallerRole, Identity
 from hetis.planner.failures import Reason, ServiceError
@@ -19,11 +21,15 @@ class AnsweredBy(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Method:
-    """One method; ``handler`` is what carries it out, as a path in the parts of a term (`servicing`)."""
+    """One method; ``handler`` is what carries it out, as a path in the parts of a term."""
 
     role: CallerRole
     handler: str
     answered_by: AnsweredBy = AnsweredBy.LEADER
+
+    def carry_out(self, parts: object, request: Any) -> Any:
+        """Return the answer of the parts of a term to a request: an awaitable, or an iterator of a stream's answers."""
+        return attrgetter(self.handler)(parts)(request)
 
     @property
     def is_read(self) -> bool:

@@ -183,6 +183,8 @@ async def run_planner(
         loops.start("reloading files", keep_fresh(access.refreshed, config.reload, then=look_at_credentials))
         loops.start("counting connections", connections.run())
         loops.start("watching the event loop", metrics.watch_loop())
+        if config.backups is not None:
+            loops.start("watching backups", metrics.watch_backups(config.backups, config.reload))
         failing = asyncio.create_task(show_failure(loops, server))
         stack.callback(failing.cancel)
         _say_ready(addresses, page_address, config, as_json=ready_json)

@@ -171,6 +171,13 @@ class LeadershipPart(DocumentPart):
     advertise: Annotated[list[Address], BeforeValidator(_listed)] = Field(default_factory=list)
 
 
+class RetentionPart(DocumentPart):
+    """After how long plans that are not in use, and lines of the audit log, are deleted; by default never."""
+
+    plans: Annotated[Seconds, Field(ge=3600, le=1e9)] | None = None
+    audit: Annotated[Seconds, Field(ge=3600, le=1e9)] | None = None
+
+
 class TelemetryPart(DocumentPart):
     """Export of traces, by OTLP over gRPC."""
 
@@ -180,7 +187,8 @@ class TelemetryPart(DocumentPart):
 class PlannerConfig(DocumentPart):
     """The configuration of a planner. Times are seconds inside, ``30s`` in files.
 
-    ``reload`` is how often certificate and token files are checked for changes.
+    ``reload`` is how often certificate and token files are checked for changes; ``backups`` is the folder in which
+    backups are made, so that the time of the newest is a metric.
     """
 
     api_version: Annotated[Literal["hetis/v1"], Field(alias="apiVersion")]
@@ -199,6 +207,8 @@ class PlannerConfig(DocumentPart):
     log: LogPart = LogPart()
     agents: AgentsPart = AgentsPart()
     leadership: LeadershipPart = LeadershipPart()
+    backups: FilePath | None = None
+    retention: RetentionPart = RetentionPart()
     telemetry: TelemetryPart = TelemetryPart()
     drain_timeout: Annotated[Seconds, Field(ge=0, le=3600)] = 30.0
 

@@ -26,7 +26,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from hetis.commands.endpoints import is_ip, joined
 from hetis.planner.failures import ServiceError
-from hetis.planner.report.page.blocks import live_script_policy
+from hetis.planner.report.page.rendering import live_script_policy
 from hetis.planner.service.observability.metrics import CONTENT_TYPE, ServiceMetrics
 from hetis.planner.service.server import AddressError
 from hetis.planner.service.settings import split_address

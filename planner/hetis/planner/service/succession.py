@@ -9,7 +9,7 @@ import os
 import socket
 import threading
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -24,9 +24,10 @@ from hetis.planner.service.assembly import Term
 from hetis.planner.service.audit_refusals import AuditRefusals
 from hetis.planner.service.exit_codes import ServiceExitCode
 from hetis.planner.service.loops import Loops
-from hetis.planner.service.methods import METHODS, AnsweredBy, needs_leader
+from hetis.planner.service.methods import SERVICES, AnsweredBy, Method, needs_leader
 from hetis.planner.service.observability.metrics import FleetCollector, StoreCollector
 from hetis.planner.service.observability.overview import ClusterNow, Overview
+from hetis.planner.service.servicers import servicing
 from hetis.planner.service.settings import PlannerConfig, default_store
 from hetis.planner.store import AuditedChange, Lease, Store, StoreError, Transaction
 
@@ -78,10 +79,7 @@ class Succession:
         self._is_over = asyncio.Event()
         self._unusable: StoreError | None = None
         self.collectors = tuple(collectors)
-        self.servicings = tuple(
-            replace(found, servicer=CurrentTermServicer(self, position))
-            for position, found in enumerate(self._standby.servicings)
-        )
+        self.servicings = tuple(servicing(service, self._answer) for service in SERVICES)
 
     @property
     def present(self) -> Term:
@@ -100,6 +98,12 @@ class Succession:
     def leader_address(self) -> str:
         """The addresses of another planner that leads, separated by commas; empty if they are unknown."""
         return self._store.leadership.not_leader().metadata.get("leader_address", "")
+
+    def _answer(self, method: Method, request: Any, context: Any) -> Any:
+        """Answer a call in the present term; a standby says that it lacks what only the leader knows."""
+        if method.answered_by is AnsweredBy.ANY_IN_PART and not self.leads:
+            context.set_trailing_metadata(((STANDBY_ANSWER, self.leader_address),))
+        return method.carry_out(self.present.parts, request)
 
     async def start(self) -> None:
         """Lead, or start to stand by. Raises NOT_LEADER if it should not stand by, or STORE_UNAVAILABLE."""
@@ -243,27 +247,6 @@ class Succession:
             task.cancel()
         if task.done() and not task.cancelled() and (error := task.exception()) is not None:
             _log.error("%s ended with an error", what, exc_info=error)
-
-
-class CurrentTermServicer:
-    """A servicer that passes each call to the same service of the present term."""
-
-    def __init__(self, succession: Succession, position: int) -> None:
-        self._succession = succession
-        self._position = position
-
-    def __getattr__(self, method: str) -> Callable[[Any, Any], Awaitable[Any] | AsyncIterator[Any]]:
-        service = self._succession.present.servicings[self._position].service
-        is_live = METHODS[f"/{service}/{method}"].answered_by is AnsweredBy.ANY_IN_PART
-
-        def answer(request: Any, context: Any) -> Awaitable[Any] | AsyncIterator[Any]:
-            if is_live and not self._succession.leads:
-                context.set_trailing_metadata(((STANDBY_ANSWER, self._succession.leader_address),))
-            servicer = self._succession.present.servicings[self._position].servicer
-            found: Awaitable[Any] | AsyncIterator[Any] = getattr(servicer, method)(request, context)
-            return found
-
-        return answer
 
 
 async def open_planner(config: PlannerConfig) -> Succession:

@@ -1,4 +1,4 @@
-"""The audit log: who changed what, when, and with what outcome. Lines are only ever added.
+"""The audit log: who changed what, when, and with what outcome. Lines are only ever added, and the oldest deleted.
 
 The hash of a line covers the hash of the line before it, so a line that was changed, removed or inserted breaks the
 chain from there on. An attacker who can write to the database can forge the whole chain or cut off its end; to detect
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
@@ -19,6 +20,10 @@ import hetis.planner.store.records as records
 
 OK = "OK"
 REPEATED = "REPEATED"
+FORGET = "ForgetAuditedChanges"  # the method of lines about the lines that were deleted because of their age
+PLANNER = "planner"  # who deletes them
+_GONE = re.compile(r"auditedChanges/(\d{1,18})/([0-9a-f]{64})")
+MOST_FORGOTTEN = 50_000  # lines deleted in one transaction
 _PAGE = 1000
 
 
@@ -123,9 +128,35 @@ class AuditLog:
         self._connection.execute(sa.insert(records.audit).values(values))
         return line
 
+    def forget_before(self, oldest_s: float, *, time_s: float) -> int:
+        """Delete up to `MOST_FORGOTTEN` lines that precede the first one since ``oldest_s``; return their number.
+
+        A further line tells the number and the hash of the last one that is deleted, from which the chain goes on. It
+        requires a write transaction; ``time_s`` is now.
+        """
+        table = records.audit
+        last, (forgotten, _) = self.last(), self._forgotten()
+        since = sa.select(sa.func.min(table.c.number)).where(table.c.time_s >= oldest_s)
+        first_kept = self._connection.execute(since).scalar_one_or_none() or (0 if last is None else last.number)
+        first_kept = min(first_kept, forgotten + MOST_FORGOTTEN + 1)
+        if first_kept <= forgotten + 1:
+            return 0
+        [gone] = self.page(first_kept - 2, 1)
+        resource = f"auditedChanges/{gone.number}/{gone.hash}"
+        self.append(AuditedChange(caller=PLANNER, role=PLANNER, method=FORGET, resource=resource), time_s=time_s)
+        return self._connection.execute(sa.delete(table).where(table.c.number < first_kept)).rowcount
+
+    def _forgotten(self) -> tuple[int, str]:
+        """Return the number and the hash of the last line that was deleted because of its age; 0 if none was."""
+        table = records.audit
+        query = sa.select(table.c.resource).where(table.c.method == FORGET).order_by(table.c.number.desc()).limit(1)
+        told: str | None = self._connection.execute(query).scalar_one_or_none()
+        found = _GONE.fullmatch(told or "")
+        return (int(found[1]), found[2]) if found else (0, "")
+
     def first_wrong(self) -> int | None:
         """Return the number of the first line that was altered or does not follow its predecessor, or None."""
-        number, before = 0, ""
+        number, before = self._forgotten()
         for line in self.lines():
             if line.number != number + 1 or line.hash != line.expected_hash(before):
                 return number + 1

@@ -14,7 +14,8 @@ from typing import NamedTuple
 from hetis.formats.errors import internal_error
 from hetis.planner.use_cases.climbing import Carriers, Climbed
 from hetis.planner.use_cases.grouping import shapes_of
-from hetis.planner.use_cases.place import PlacementSettings, make_plan, simulated_plan
+from hetis.planner.use_cases.place import make_plan, simulated_plan
+from hetis.planner.use_cases.placement_settings import PlacementSettings
 from hetis.planner.use_cases.precision import for_engine
 from hetis.planner.use_cases.prices import price_of_plan
 from hetis.planner.use_cases.record.parts import Requested, Verified
@@ -59,15 +60,12 @@ class Searches:
     carriers: Carriers | None = None
     has_default: bool = False
 
-    def problem(self, strategy: str) -> PlacementProblem:
-        """Return the problem that these inputs define for another strategy, with all of its roles."""
-        return replace(self.settings, strategy=strategy, roles=()).problem(self.loaded.inputs, self.objective)
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Compared:
     """The outcome of one strategy. ``status`` is its plan's, or what went wrong; ``reasons`` give details.
 
+    ``problem`` is what the plan solves or, without one, what was to be solved; None: the inputs pose no problem.
     ``engine`` is the engine of its plans, or None for published heuristics; ``is_only_engine`` if none was asked for;
     ``is_default`` if it is the plan of the rung that `place` chooses.
     """
@@ -77,9 +75,10 @@ class Compared:
     is_only_engine: bool = False
     is_default: bool = False
     status: str
+    problem: PlacementProblem | None = None
     plan: Plan | None = None
     reasons: tuple[str, ...] = ()
-    solve_s: float
+    solve_s: float = 0.0
 
     @property
     def name(self) -> str:
@@ -124,10 +123,7 @@ def compare_strategies(
         container = CONTAINERS.get(strategy)
         if container in found and found[strategy].plan is not None:
             note = f"the plan was found by strategy {strategy}, whose plans are all of {container}"
-            problem = asked.problem(container)
-            if (own := found[container].plan) is not None:
-                problem = problem_of(own, problem)
-            found[container] = _with_better_plan(found[container], found[strategy].plan, problem, note)
+            found[container] = _with_better_plan(found[container], found[strategy].plan, note)
     plans = {name: compared.plan for name, compared in found.items() if compared.plan is not None}
     default = _default(asked, plans[DEFAULT_STRATEGY]) if asked.has_default and DEFAULT_STRATEGY in plans else ()
     return (*default, *(_with_best_bound(found[strategy], plans) for strategy in dict.fromkeys(strategies)))
@@ -154,26 +150,19 @@ def compare_engines(
     """
     published = [name for name in strategies if STRATEGIES[name].is_published]
     searched = [name for name in strategies if name not in published]
-    found = dict[tuple[bool, str, str | None], Compared]()
+    found, total = list[Compared](), len(searched) + len(published)
     for number, (name, rules) in enumerate(engines.items() if searched else (), start=1):
         told = asked.report
         if len(engines) > 1:
             told = one_of_several(told, number, len(engines), f"for {name}, ")
         own = replace(asked, settings=replace(asked.settings, engine=rules), report=told)
-        for outcome in compare_strategies(own, searched, total=len(searched) + len(published)):
-            found[outcome.is_default, outcome.strategy, name] = replace(outcome, engine=name)
+        found += (replace(outcome, engine=name) for outcome in compare_strategies(own, searched, total=total))
     unbound = replace(asked, settings=replace(asked.settings, engine=None))
-    for outcome in compare_strategies(
-        unbound, published, first=len(searched) + 1, total=len(searched) + len(published)
-    ):
-        found[False, outcome.strategy, None] = outcome
-    order: list[tuple[bool, str, str | None]] = [
-        (default, one, name)
-        for one in dict.fromkeys(strategies)
-        for default in (True, False)
-        for name in (*engines, None)
-    ]
-    return tuple(found[key] for key in order if key in found)
+    found += compare_strategies(unbound, published, first=len(searched) + 1, total=total)
+    names, known = list(strategies), (*engines, None)
+    return tuple(
+        sorted(found, key=lambda one: (names.index(one.strategy), not one.is_default, known.index(one.engine)))
+    )
 
 
 def simulate_plans(
@@ -188,24 +177,24 @@ def simulate_plans(
     """
     found = []
     for number, outcome in enumerate(compared, start=1):
-        if outcome.plan is not None:
+        if outcome.plan is not None and outcome.problem is not None:
             rules = None if outcome.engine is None else engines[outcome.engine]
             settings = replace(asked.settings, strategy=outcome.strategy, engine=rules)
             told = one_of_several(asked.report, number, len(compared), f"{outcome.name}: ")
-            loaded = for_engine(asked.loaded, settings.engine)
-            own = replace(asked, loaded=loaded, settings=settings, report=told)
-            outcome = _simulated(outcome, outcome.plan, own, level)
+            own = replace(asked, loaded=for_engine(asked.loaded, rules), settings=settings, report=told)
+            outcome = _simulated(outcome, outcome.plan, outcome.problem, own, level)
         found.append(outcome)
     return tuple(found)
 
 
-def _simulated(outcome: Compared, plan: Plan, asked: Searches, level: ServiceLevel) -> Compared:
+def _simulated(
+    outcome: Compared, plan: Plan, problem: PlacementProblem, asked: Searches, level: ServiceLevel
+) -> Compared:  # fmt: skip
     settings, whole = asked.settings, asked.budget()
-    problem = problem_of(plan, settings.problem(asked.loaded.inputs, asked.objective))
     try:
         made = simulated_plan(
-            Climbed(plan=plan, problem=problem, rung=Requested.of(plan).rung), asked.loaded, settings, level=level,
-            budget=replace(whole, time_limit_s=math.inf, work_limit=ITERATIONS),
+            Climbed(plan=plan, problem=problem_of(plan, problem), rung=Requested.of(plan).rung), asked.loaded, settings,
+            level=level, budget=replace(whole, time_limit_s=math.inf, work_limit=ITERATIONS),
             report=asked.report, losses=False, again=not STRATEGIES[settings.strategy].is_published,
         )  # fmt: skip
     except HetisError as error:
@@ -277,21 +266,19 @@ def _containers(strategy: str) -> list[str]:
 def planned(asked: Searches) -> Compared:
     """Return the outcome of one search, by the strategy of the settings: its plan, or why there is none."""
     loaded, settings, budget = asked.loaded, asked.settings, asked.budget()
-    name = settings.strategy
+    none = Compared(strategy=settings.strategy, status=NO_PLAN)
     try:
         loaded = for_engine(loaded, settings.engine)
     except InvalidProblemError as error:
-        return Compared(strategy=name, status=NO_PLAN, reasons=(str(error),), solve_s=0.0)
+        return replace(none, reasons=(str(error),))
     if settings.engine is None and loaded.inputs.model.precisions:
-        reason = "a published heuristic plans for one precision, and this model has several"
-        return Compared(strategy=name, status=NO_PLAN, reasons=(reason,), solve_s=0.0)
+        return replace(none, reasons=("a published heuristic plans for one precision, and this model has several",))
     problem = settings.problem(loaded.inputs, asked.objective)
+    none = replace(none, problem=problem)
     if budget.cancelled.is_set():
-        return Compared(strategy=name, status=NO_PLAN, reasons=("interrupted before it ran",), solve_s=0.0)
-    ignored = constraints_ignored(name, problem.constraints)
-    if ignored:
-        reasons = tuple(f"it cannot keep {described(each)}" for each in ignored)
-        return Compared(strategy=name, status=NO_PLAN, reasons=reasons, solve_s=0.0)
+        return replace(none, reasons=("interrupted before it ran",))
+    if ignored := constraints_ignored(settings.strategy, problem.constraints):
+        return replace(none, reasons=tuple(f"it cannot keep {described(each)}" for each in ignored))
 
     try:
         made = make_plan(
@@ -314,20 +301,20 @@ def planned(asked: Searches) -> Compared:
         headline, lines = internal_error(error)  # in one strategy, which must not cost the plans of the others
         status, reasons = FAILED, (headline, *lines)
     else:
-        plan = made.plan
-        return Compared(strategy=name, status=plan.result.status.value, plan=plan, solve_s=budget.elapsed_s())
-    return Compared(strategy=name, status=status, reasons=reasons, solve_s=budget.elapsed_s())
+        status, reasons = made.plan.result.status.value, ()
+        none = replace(none, plan=made.plan, problem=made.problem)
+    return replace(none, status=status, reasons=reasons, solve_s=budget.elapsed_s())
 
 
-def _with_better_plan(container: Compared, contained: Plan | None, problem: PlacementProblem, note: str) -> Compared:
+def _with_better_plan(container: Compared, contained: Plan | None, note: str) -> Compared:
     """Return the container with a contained family's plan if its own search ended with a worse one.
 
     ``note`` is added to that plan.
 
     Bound and prices remain the container's. Every search has a time limit, so a heuristic may beat a truncated search.
     """
-    own = container.plan
-    if own is None or contained is None or not _is_better(contained, own.result.value):
+    own, problem = container.plan, container.problem
+    if own is None or problem is None or contained is None or not _is_better(contained, own.result.value):
         return container
     duals = [price.dual for price in own.prices]
     result = _with_bound(replace(contained.result, solve_s=own.result.solve_s), own.result.bound, own.objective)
@@ -341,7 +328,7 @@ def _with_better_plan(container: Compared, contained: Plan | None, problem: Plac
         notes=(*own.notes, note),
         inputs=own.inputs,
     )
-    if check_plan(better, problem):
+    if check_plan(better, problem_of(own, problem)):
         return container
     return replace(container, plan=better, status=better.result.status.value)
 
@@ -389,13 +376,13 @@ def _with_bound(result: SolveResult, bound: float, objective: Objective) -> Solv
     return replace(result, bound=bound, gap=gap)
 
 
-def figures_of(plan: Plan, inputs: Inputs | PlacementProblem, *, rate_rps: float | None = None) -> Figures:
-    """Return the figures of a plan at ``rate_rps``, or at the planned rate if that is None.
+def figures_of(plan: Plan, inputs: Inputs | PlacementProblem) -> Figures:
+    """Return the figures of a plan at its planned rate.
 
     Raises:
         DocumentError: the objective that was requested is not usable.
     """
-    rate = plan.planned_rate() if rate_rps is None else rate_rps
+    rate = plan.planned_rate()
     usd = price_of_plan(plan, inputs.cluster)
     moments = inputs.workload.clipped_to(inputs.model.max_position).moments()
     output_per_s, cost_rps = rate * moments.mean_output, cost_rate(plan)

@@ -1,7 +1,7 @@
-"""`hetis-plan place`, step by step: `load` -> `pose` -> `search` (which binds) -> `describe` -> `check` -> report.
+"""`hetis-plan place`, step by step: `pose` -> `search` (which binds) -> `describe` -> `check` -> simulation -> report.
 
-`place` takes a loaded problem through these steps, and adds the requested studies of the plan. `make_plan` is its core,
-which `compare` and the service's solver jobs share. `hetis.planner.report.plan` draws the result of `place`.
+A `PosedPlacement` takes a problem through these steps, and adds the requested studies of the plan. `make_plan` is its
+core, which `compare` and the service's solver jobs share. `hetis.planner.report.plan` draws the result.
 """
 
 from __future__ import annotations
@@ -9,110 +9,38 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from hetis.planner.use_cases import service_level
-from hetis.planner.use_cases.climbing import (
-    DEFAULT_WORTH,
-    HIGHEST,
-    LEAST_LAYERS,
-    Carriers,
-    Climbed,
-    Climbing,
-    climb,
-    gain_of,
-    keeps_less,
-    with_least_layers,
-)
+from hetis.planner.use_cases.climbing import Carriers, Climbed, climb, gain_of, keeps_less, with_least_layers
+from hetis.planner.use_cases.describing import describe
 from hetis.planner.use_cases.engine_values import with_engine_values
 from hetis.planner.use_cases.idle import with_uses_of_idle
-from hetis.planner.use_cases.listing import kinds_in_a_zone, refuse_unlisted, stages_to_list
-from hetis.planner.use_cases.precision import for_engine, in_precision, notes_on_exchange
-from hetis.planner.use_cases.prices import catalogue_market, constraint_prices, with_prices
-from hetis.planner.use_cases.record.forms import MAY_DIFFER, RungFound
-from hetis.planner.use_cases.record.parts import MadeFrom, Requested, Rungs, Surviving, Verified
-from hetis.planner.use_cases.record.versions import installed_versions
+from hetis.planner.use_cases.placement_settings import PlacementSettings, settings_of
+from hetis.planner.use_cases.precision import for_engine, in_precision
+from hetis.planner.use_cases.prices import catalogue_market, with_constraint_prices
+from hetis.planner.use_cases.record.forms import RungFound
+from hetis.planner.use_cases.record.parts import Requested, Rungs, Surviving, Verified
 from hetis.planner.use_cases.request import PlacementRequest, path_or_value, ratio_of
-from hetis.planner.use_cases.robustness.profile_errors import profile_notes, with_profile_errors
+from hetis.planner.use_cases.robustness.profile_errors import with_profile_errors
 from hetis.planner.use_cases.robustness.study import Robustness, study, with_robustness
 from hetis.planner.use_cases.saved_plans import problem_of
 from hetis.planner.use_cases.service_level import ServiceLevel
-from hetis.planner.use_cases.sources import Inputs, LoadedInputs, engine_rules, engine_settings, load_inputs
+from hetis.planner.use_cases.sources import LoadedInputs, engine_settings, load_inputs
 from hetis.planner.use_cases.surviving import check_survival, most_left, surviving_plan, with_losses
 from hetis.planner.use_cases.verification import classes, equal_stages
 from hetis.planner.use_cases.verification.rates import ITERATIONS, kept_plan, simulation_report
 from hetis.solver.budget import Budget, Report, SearchSettings, silent
 from hetis.solver.errors import InfeasibleError, InvalidProblemError, UncheckedPlanError
-from hetis.solver.plan import DEFAULT_STRATEGY, DEFAULT_TIME_LIMIT_S, Objective, Plan, Role
-from hetis.solver.problem import EngineRules, PlacementProblem
+from hetis.solver.plan import DEFAULT_STRATEGY, Objective, Plan
+from hetis.solver.problem import PlacementProblem
 from hetis.solver.search_clock import search_seconds
 from hetis.solver.workload import Workload
 
 if TYPE_CHECKING:
     from hetis.solver.placement.infeasible import Market
     from hetis.solver.planning import ConstraintPrice
-
-CUT_SHORT = 0.5  # share of the time limit of a search that its gap shows to have been cut short
-ONE_TOKEN = "requests have one output token, so that a limit on TPOT does not apply"
-KV_IS_FOR_ENGINES = "engines must be configured to transfer KV along the routes"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PlacementSettings:
-    """Settings of the search, all of which are recorded in ``plan.inputs``.
-
-    ``roles``: those that replicas may have; empty: all roles of the strategy. ``engine``: the engine whose rules plans
-    must obey; None: any engine. ``keep_stages``: whether to search pipelines of as many stages as its rules have; if
-    not, of fewer where those are too many to list (`listing`). ``simplest_within``: the share of the optimum that the
-    simplest plan may lose. ``survive``: ``node`` or ``zone`` if most, or the demand, must be served even if any
-    one of them is lost; empty: neither. ``keep``: the share of its rate that must then be left. ``rung``, ``worth``,
-    ``target`` and ``least_layers`` are those of `Climbing`; other strategies than the default one are searched whole
-    unless a rung is requested.
-    """
-
-    strategy: str = DEFAULT_STRATEGY
-    roles: tuple[Role, ...] = ()
-    engine: EngineRules | None = None
-    keep_stages: bool = False
-    time_limit_s: float = DEFAULT_TIME_LIMIT_S
-    gap_target: float = 0.001
-    seed: int = 0
-    simplest_within: float = 0.0
-    survive: str = ""
-    keep: float | None = None
-    rung: str = ""
-    worth: float = DEFAULT_WORTH
-    target: str = ""
-    least_layers: int = LEAST_LAYERS
-
-    def climbing(self, carriers: Carriers | None = None) -> Climbing:
-        """Return how the rung is chosen."""
-        rung = self.rung or ("" if self.strategy == DEFAULT_STRATEGY else HIGHEST)
-        return Climbing(
-            rung=rung, worth=self.worth, target=self.target, least_layers=self.least_layers, carriers=carriers,
-            survive=self.survive, by_what_is_left=bool(self.survive) and self.keep is None,
-        )  # fmt: skip
-
-    def problem(self, inputs: Inputs, objective: Objective, *, least_stages: int = 1) -> PlacementProblem:
-        """Return the problem that these inputs define, with the strategy's family of plans.
-
-        Its engine has fewer stages than ``engine`` if those are too many to list, but at least ``least_stages``.
-
-        Raises:
-            InvalidProblemError: the inputs contradict each other, the strategy lacks one of the roles, or stages that
-                must be kept are too many.
-        """
-        problem = inputs.problem(objective, self.strategy, self.roles, self.engine)
-        if self.engine is None:
-            return problem
-        if self.keep_stages:
-            refuse_unlisted(problem)
-            return problem
-        stages = max(stages_to_list(problem), least_stages)
-        if stages >= self.engine.max_stages:
-            return problem
-        return inputs.problem(objective, self.strategy, self.roles, replace(self.engine, max_stages=stages))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -123,11 +51,6 @@ class PlacedPlan:
     problem: PlacementProblem  # that of the plan's rung
     robustness: Robustness | None = None
     prices: tuple[ConstraintPrice, ...] = ()
-
-
-def load(request: PlacementRequest) -> LoadedInputs:
-    """Read the files and names of a request, for its engine, as `read_inputs`."""
-    return for_engine(read_inputs(request), engine_rules(request.engine, request.strategy, **request.limits))
 
 
 def read_inputs(request: PlacementRequest) -> LoadedInputs:
@@ -158,38 +81,18 @@ def read_inputs(request: PlacementRequest) -> LoadedInputs:
     return in_precision(loaded, weights=request.weights, kv=request.kv, mtp=request.mtp)
 
 
-def settings_of(request: PlacementRequest) -> PlacementSettings:
-    """Return the settings of a request's search.
+def pose(request: PlacementRequest, carriers: Carriers | None = None) -> PosedPlacement:
+    """Read the files and names of a request for its engine, and return the problem that they define.
+
+    ``carriers`` says which export targets carry a plan, without which its rung is not the default.
 
     Raises:
-        InvalidProblemError: there is no such engine, or limits are specified for any engine.
-    """
-    return PlacementSettings(
-        strategy=request.strategy,
-        roles=request.all_roles,
-        engine=engine_rules(request.engine, request.strategy, **request.limits),
-        keep_stages=request.max_stages is not None,
-        time_limit_s=request.time_limit_s,
-        gap_target=ratio_of(request.gap),
-        seed=request.seed,
-        simplest_within=ratio_of(request.simplest_within),
-        survive=request.survive,
-        keep=None if request.keep is None else ratio_of(request.keep),
-        rung=request.rung,
-        worth=ratio_of(request.worth),
-        target=request.target,
-        least_layers=LEAST_LAYERS if request.min_layers is None else 1,
-    )
-
-
-def pose(request: PlacementRequest, loaded: LoadedInputs) -> PlacementProblem:
-    """Return the problem: the inputs, the objective, and the strategy's family of plans.
-
-    Raises:
+        DocumentError: contains the problems of all inputs.
         InvalidProblemError: the inputs contradict each other, the strategy lacks one of the roles, or there is no
             demand that could survive a loss.
     """
     settings = settings_of(request)
+    loaded = for_engine(read_inputs(request), settings.engine)
     problem = settings.problem(loaded.inputs, request.goal)
     check_survival(problem, settings.survive, settings.keep)
     if classes.cuts_of(request.classes, loaded.inputs.workload) and request.classes:
@@ -200,131 +103,105 @@ def pose(request: PlacementRequest, loaded: LoadedInputs) -> PlacementProblem:
                 )
         if problem.family.engine is None:
             raise InvalidProblemError(f"--classes {request.classes}: strategy {request.strategy} knows no classes")
-    return problem
+    return PosedPlacement(request=request, loaded=loaded, problem=problem, settings=settings, carriers=carriers)
 
 
-def prove(
-    request: PlacementRequest,
-    loaded: LoadedInputs,
-    problem: PlacementProblem,
-    *,
-    cancelled: threading.Event,
-    report: Report,
-    carriers: Carriers | None = None,
-) -> Climbed:
-    """Search, describe and check a plan: the answer by the cost model, before any simulation.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PosedPlacement:
+    """A request with its inputs and its problem, and the steps from there to a plan, until they are ``cancelled``."""
 
-    ``carriers`` says which export targets carry a plan, without which its rung is not the default.
+    request: PlacementRequest
+    loaded: LoadedInputs
+    problem: PlacementProblem
+    settings: PlacementSettings
+    carriers: Carriers | None
+    cancelled: threading.Event = field(default_factory=threading.Event)
 
-    Raises:
-        InfeasibleError: no plan of the family exists; names GPUs of the catalogue that could be added.
-        NoPlanFoundError: the search stopped before a plan was found.
-        UncheckedPlanError: the plan fails the independent checker.
-    """
-    settings = settings_of(request)
-    return make_plan(
-        loaded,
-        problem,
-        settings,
-        budget=_budget(settings.time_limit_s, cancelled),
-        report=report,
-        market=catalogue_market,
-        beside_equal_stages=True,
-        beside_engines=request.other_engines,
-        requested=request.goal,
-        carriers=carriers,
-    )
+    def place(self, report: Report) -> PlacedPlan:
+        """Find a plan and verify it, as `prove` and `verify`."""
+        return self.verify(self.prove(report), report)
 
+    def prove(self, report: Report) -> Climbed:
+        """Search, describe and check a plan: the answer by the cost model, before any simulation.
 
-def verify(
-    made: Climbed,
-    request: PlacementRequest,
-    loaded: LoadedInputs,
-    *,
-    cancelled: threading.Event,
-    report: Report,
-    carriers: Carriers | None = None,
-) -> PlacedPlan:
-    """Simulate, price and study a plan of `prove` as requested: its value becomes the rate that it keeps in simulation.
-
-    Simulations share a limit; a study and the prices each have the time limit of a search.
-
-    Raises:
-        UncheckedPlanError: the plan, or that of a simpler rung which keeps more, fails the independent checker.
-    """
-    settings = settings_of(request)
-    if request.verify:
-        budget = replace(_budget(request.simulation_limit_s, cancelled), work_limit=request.simulated_tens * ITERATIONS)
-        made = simulated_plan(made, loaded, settings, level=request.service_level, budget=budget, report=report)
-    made = _with_classes(made, request, loaded, _budget(settings.time_limit_s, cancelled), report, carriers)
-    plan, problem = made.plan, made.problem
-    again = SearchSettings(
-        budget=_budget(settings.time_limit_s, cancelled), gap_target=settings.gap_target, seed=settings.seed,
-        report=report,
-    )  # fmt: skip
-    prices = constraint_prices(plan, problem, again) if request.price_pins else ()
-    plan = with_prices(plan, prices)
-    if request.profile_error is None or not plan.replicas:
-        return PlacedPlan(plan=plan, problem=problem, prices=prices)
-    found = study(
-        plan, problem, error=ratio_of(request.profile_error), seed=settings.seed,
-        budget=_budget(settings.time_limit_s, cancelled), report=report,
-    )  # fmt: skip
-    return PlacedPlan(plan=with_robustness(plan, found), problem=problem, robustness=found, prices=prices)
-
-
-def place(
-    request: PlacementRequest,
-    loaded: LoadedInputs,
-    problem: PlacementProblem,
-    *,
-    cancelled: threading.Event,
-    report: Report,
-    carriers: Carriers | None = None,
-) -> PlacedPlan:
-    """Find a plan and verify it, as `prove` and `verify`."""
-    made = prove(request, loaded, problem, cancelled=cancelled, report=report, carriers=carriers)
-    return verify(made, request, loaded, cancelled=cancelled, report=report, carriers=carriers)
-
-
-def _budget(time_limit_s: float, cancelled: threading.Event) -> Budget:
-    return Budget(time_limit_s=time_limit_s, clock=search_seconds, cancelled=cancelled)
-
-
-def _with_classes(
-    made: Climbed, request: PlacementRequest, loaded: LoadedInputs, budget: Budget, report: Report,
-    carriers: Carriers | None,
-) -> Climbed:  # fmt: skip
-    """Return the plan with pools of classes of requests, on the same rung, if it is worth them (`classes.choose`).
-
-    Raises:
-        UncheckedPlanError: it fails the independent checker.
-    """
-    workload, settings = loaded.inputs.workload, settings_of(request)
-    cuts = classes.cuts_of(request.classes, workload)
-    if not cuts or not made.plan.replicas or request.survive or request.profile_error or budget.is_spent():
-        return made
-    requested = loaded.inputs.applicable_limits(request.goal)
-
-    def find(posed: PlacementProblem) -> Plan:
-        plan, own = search(posed, settings, budget=budget, report=report), posed.workload.classes
-        of_classes = replace(loaded, inputs=replace(loaded.inputs, workload=replace(workload, classes=own)))
-        plan = describe(plan, of_classes, posed, settings, requested, rung=made.rung)
-        check(plan, posed)
-        return with_losses(replace(plan, notes=(*plan.notes, classes.NEEDS_ROUTER)), posed)
-
-    def verified(one: classes.WithClasses) -> Plan:
-        return kept_plan(
-            with_service_level(one.plan, request.service_level), one.problem, seed=settings.seed,
-            budget=_budget(request.simulation_limit_s, budget.cancelled), report=simulation_report(one.plan, report),
+        Raises:
+            InfeasibleError: no plan of the family exists; names GPUs of the catalogue that could be added.
+            NoPlanFoundError: the search stopped before a plan was found.
+            UncheckedPlanError: the plan fails the independent checker.
+        """
+        return make_plan(
+            self.loaded, self.problem, self.settings, budget=self._budget(), report=report, market=catalogue_market,
+            beside_equal_stages=True, beside_engines=self.request.other_engines, requested=self.request.goal,
+            carriers=self.carriers,
         )  # fmt: skip
 
-    found = classes.choose(
-        classes.WithClasses(plan=made.plan, problem=made.problem), requested, cuts, find, worth=settings.worth,
-        seed=settings.seed, budget=budget, report=report, carriers=carriers, target=settings.target,
-        verified=verified if request.verify else None,
-    )  # fmt: skip
-    return replace(made, plan=found.plan, problem=found.problem)
+    def verify(self, made: Climbed, report: Report) -> PlacedPlan:
+        """Simulate, price and study a plan of `prove` as requested: its value becomes the rate kept in simulation.
+
+        Simulations share a limit; a study and the prices each have the time limit of a search.
+
+        Raises:
+            UncheckedPlanError: the plan, or that of a simpler rung which keeps more, fails the independent checker.
+        """
+        request, seed = self.request, self.settings.seed
+        if request.verify:
+            made = simulated_plan(
+                made, self.loaded, self.settings, level=request.service_level, budget=self._budget_to_simulate(),
+                report=report,
+            )  # fmt: skip
+        made = self._with_classes(made, self._budget(), report)
+        plan, problem = made.plan, made.problem
+        prices: tuple[ConstraintPrice, ...] = ()
+        if request.price_pins:
+            search = SearchSettings(
+                budget=self._budget(), gap_target=self.settings.gap_target, seed=seed, report=report
+            )  # fmt: skip
+            plan, prices = with_constraint_prices(plan, problem, search)
+        if request.profile_error is None or not plan.replicas:
+            return PlacedPlan(plan=plan, problem=problem, prices=prices)
+        error = ratio_of(request.profile_error)
+        found = study(plan, problem, error=error, seed=seed, budget=self._budget(), report=report)
+        return PlacedPlan(plan=with_robustness(plan, found), problem=problem, robustness=found, prices=prices)
+
+    def _budget(self, time_limit_s: float | None = None) -> Budget:
+        limit_s = self.settings.time_limit_s if time_limit_s is None else time_limit_s
+        return Budget(time_limit_s=limit_s, clock=search_seconds, cancelled=self.cancelled)
+
+    def _budget_to_simulate(self) -> Budget:
+        budget = self._budget(self.request.simulation_limit_s)
+        return replace(budget, work_limit=self.request.simulated_tens * ITERATIONS)
+
+    def _with_classes(self, made: Climbed, budget: Budget, report: Report) -> Climbed:
+        """Return the plan with pools of classes of requests, on the same rung, if it is worth them (`classes.choose`).
+
+        Raises:
+            UncheckedPlanError: it fails the independent checker.
+        """
+        request, settings, workload = self.request, self.settings, self.loaded.inputs.workload
+        cuts = classes.cuts_of(request.classes, workload)
+        if not cuts or not made.plan.replicas or request.survive or request.profile_error or budget.is_spent():
+            return made
+        requested = self.loaded.inputs.applicable_limits(request.goal)
+
+        def find(posed: PlacementProblem) -> Plan:
+            plan, own = search(posed, settings, budget=budget, report=report), posed.workload.classes
+            inputs = replace(self.loaded.inputs, workload=replace(workload, classes=own))
+            plan = describe(plan, replace(self.loaded, inputs=inputs), posed, settings, requested, rung=made.rung)
+            check(plan, posed)
+            return with_losses(replace(plan, notes=(*plan.notes, classes.NEEDS_ROUTER)), posed)
+
+        def verified(one: classes.WithClasses) -> Plan:
+            return kept_plan(
+                with_service_level(one.plan, request.service_level), one.problem, seed=settings.seed,
+                budget=self._budget(request.simulation_limit_s), report=simulation_report(one.plan, report),
+            )  # fmt: skip
+
+        found = classes.choose(
+            classes.WithClasses(plan=made.plan, problem=made.problem), requested, cuts, find, worth=settings.worth,
+            seed=settings.seed, budget=budget, report=report, carriers=self.carriers, target=settings.target,
+            verified=verified if request.verify else None,
+        )  # fmt: skip
+        return replace(made, plan=found.plan, problem=found.problem)
 
 
 def make_plan(
@@ -495,33 +372,6 @@ def search(
     )
 
 
-def describe(
-    plan: Plan, loaded: LoadedInputs, problem: PlacementProblem, settings: PlacementSettings,
-    requested: Objective | None = None, *, rung: str = "",
-) -> Plan:  # fmt: skip
-    """Add its inputs to a plan, and notes about its links and profiles; ``requested`` as in `make_plan`."""
-    from hetis.solver.placement.explanation import link_sentences
-
-    routed = (KV_IS_FOR_ENGINES, *link_sentences(plan, problem)) if plan.kv_routes else ()
-    lengths = () if loaded.inputs.has_tpot else (ONE_TOKEN,)
-    notes = (
-        *plan.notes, *notes_on_stages(problem, settings), *loaded.notes, *lengths, *routed, *profile_notes(problem),
-        *notes_on_exchange(plan, problem),
-    )  # fmt: skip
-    return with_inputs(replace(plan, notes=notes), loaded, settings, problem, requested or plan.objective, rung=rung)
-
-
-def notes_on_stages(problem: PlacementProblem, settings: PlacementSettings) -> tuple[str, ...]:
-    """Return a note if the problem's pipelines have fewer stages than the engine allows."""
-    engine, of_engine = problem.family.engine, settings.engine
-    if engine is None or of_engine is None or engine.max_stages >= of_engine.max_stages:
-        return ()
-    return (
-        f"pipelines of up to {engine.max_stages} stage{'s' * (engine.max_stages > 1)}, not {of_engine.max_stages}: "
-        f"{kinds_in_a_zone(problem)} kinds of GPUs in a zone; --max-stages allows more",
-    )
-
-
 def check(plan: Plan, problem: PlacementProblem) -> None:
     """Derive every number of the plan again, by code that shares nothing with the search.
 
@@ -543,35 +393,3 @@ def _require_demand(goal: Objective, workload: Workload) -> None:
     if not goal.maximises and goal.demand_rps is None:
         hint = "" if workload.rate_rps is None else f"; {workload.name} arrives at {workload.rate_rps:.4g} requests/s"
         raise InvalidProblemError(f"objective {goal.kind} needs a demanded rate: --rate{hint}")
-
-
-def with_inputs(
-    plan: Plan, loaded: LoadedInputs, settings: PlacementSettings, problem: PlacementProblem, requested: Objective,
-    *, rung: str = "",
-) -> Plan:  # fmt: skip
-    """Return a plan for the problem with a record of what it was made from, and of what was requested.
-
-    ``rung`` is that of the problem's family.
-    """
-    planned = plan.objective
-    own = {name: (getattr(requested, name), getattr(planned, name)) for name in MAY_DIFFER}
-    request = Requested(
-        roles=problem.family.roles,
-        engine=problem.family.engine,
-        engine_settings=problem.family.engine_settings,
-        constraints=tuple(map(str, problem.constraints)),
-        seed=settings.seed,
-        gap_target=settings.gap_target,
-        time_limit_s=settings.time_limit_s,
-        simplest_within=settings.simplest_within,
-        survive=settings.survive,
-        rung=rung,
-        of_objective={name: given for name, (given, value) in own.items() if given != value},
-    )
-    made_from = MadeFrom(
-        versions=installed_versions(),
-        origins=loaded.origins,
-        digests=loaded.inputs.digests(),
-        documents=loaded.inputs.documents(),
-    )
-    return made_from.on(request.on(plan))

@@ -19,16 +19,15 @@ if TYPE_CHECKING:
     from hetis.solver.planning import ConstraintPrice
 
 
-def constraint_prices(plan: Plan, problem: PlacementProblem, search: SearchSettings) -> tuple[ConstraintPrice, ...]:
-    """Return the cost of every constraint; empty if the problem has none."""
+def with_constraint_prices(
+    plan: Plan, problem: PlacementProblem, search: SearchSettings
+) -> tuple[Plan, tuple[ConstraintPrice, ...]]:  # fmt: skip
+    """Return the plan with the cost of every constraint, and these; none if the problem has no constraints."""
     if not problem.constraints:
-        return ()
+        return plan, ()
     from hetis.solver.planning import price_constraints
 
-    return price_constraints(problem, plan, search)
-
-
-def with_prices(plan: Plan, prices: Sequence[ConstraintPrice]) -> Plan:
+    prices = price_constraints(problem, plan, search)
     rows = [
         {
             "constraints": [str(each) for each in price.constraints],
@@ -38,7 +37,7 @@ def with_prices(plan: Plan, prices: Sequence[ConstraintPrice]) -> Plan:
         }
         for price in prices
     ]
-    return ConstraintCosts(prices=rows).on(plan) if rows else plan
+    return ConstraintCosts(prices=tuple(rows)).on(plan), prices
 
 
 def catalogue_market() -> Sequence[Offer]:

@@ -1,4 +1,4 @@
-"""A request for a plan: every field with its type, default and help, stated once.
+"""A request for a plan: every field with its type, kind, default and help, stated once.
 
 Options of `hetis-plan place`, and of other verbs that plan, are made from these fields, and with them the names in
 ``hetis.toml`` (`hetis.planner.cli.parameters.requests`); so are the arguments of `hetis.place`
@@ -9,11 +9,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import KW_ONLY, dataclass, field, fields
-from typing import TYPE_CHECKING, Any, Literal, TypeVar, dataclass_transform
+from dataclasses import KW_ONLY, dataclass, fields
+from enum import Enum, auto
+from functools import cache, partial
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, dataclass_transform, get_type_hints
 
+from hetis.commands.groups import option
 from hetis.formats.units import parse_duration, parse_limit, parse_ratio
 from hetis.planner.use_cases.service_level import DEFAULT, ServiceLevel, Statistic, requested_level
+from hetis.solver.goals import GoalName
 from hetis.solver.plan import DEFAULT_STRATEGY, DEFAULT_TIME_LIMIT_S, Objective, ObjectiveKind, Role
 
 if TYPE_CHECKING:
@@ -25,7 +29,6 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 # Tests keep these names in step with the enumerations and catalogues that they are from.
-Goal = Literal["goodput", "throughput", "cost", "gpus"]
 RoleName = Literal["unified", "prefill", "decode"]
 StatisticName = Literal["mean", "p50", "p90", "p95", "p99"]
 Loss = Literal["node", "zone"]
@@ -39,7 +42,41 @@ StrategyName = Literal[
 ]  # fmt: skip
 EngineName = Literal["vllm-hetis", "vllm", "sglang"]
 Path = str | os.PathLike[str]
+
+
+class Kind(Enum):
+    """What values of a type may be, if that is more than the type says; how command lines and programs check it."""
+
+    CLUSTER = auto()
+    MODEL = auto()
+    WORKLOAD = auto()
+    FILE = auto()
+    WEIGHTS = auto()
+    KV = auto()
+    DRAFTS = auto()
+    DEMAND = auto()
+    RATE = auto()
+    TTFT = auto()
+    TPOT = auto()
+    SECONDS = auto()
+    SHARE = auto()  # above 0
+    BELOW_ONE = auto()
+    GAP = auto()
+    HIT_RATE = auto()
+    COUNT = auto()
+    COUNT_OR_ZERO = auto()
+    TOKENS = auto()
+
+
 Quantity = float | str  # a number, or text with a unit
+File = Annotated[Path, Kind.FILE]
+Demand = Annotated[float, Kind.DEMAND]
+Rate = Annotated[float, Kind.RATE]
+Share = Annotated[Quantity, Kind.SHARE]
+BelowOne = Annotated[Quantity, Kind.BELOW_ONE]
+Seconds = Annotated[Quantity, Kind.SECONDS]
+Count = Annotated[int, Kind.COUNT]
+CountOrZero = Annotated[int, Kind.COUNT_OR_ZERO]
 
 NO_LIMIT = float("inf")
 DEFAULT_TTFT_S = 2.0
@@ -47,18 +84,10 @@ DEFAULT_TPOT_S = 0.1
 LEAST_TO_SIMULATE_S = 30.0  # however short the time limit; most plans of small fleets need seconds
 TO_SIMULATE_S = 120.0  # if no time limit was requested: a plan with attention workers that misses a limit needs minutes
 LIMITS = ("max_stages", "max_gpus", "min_layers", "max_nodes")  # the fields of `EngineRules` that users may set
+_input, _goal, _search, _result = (partial(option, panel=name) for name in ("Inputs", "Goal", "Search", "Result"))
 
 
-def given(usage: str, *, panel: str, shown: str | Literal[True] = True, default: Any = ...) -> Any:
-    """Declare a field: its option, the form of its value and its help as ``--rate R: Demanded requests/s.``
-
-    ``panel`` is its part of the help, and ``shown`` the default as displayed there. Without ``default`` it is needed.
-    """
-    metadata = {"usage": usage, "panel": panel, "shown": shown}
-    return field(metadata=metadata) if default is ... else field(default=default, metadata=metadata)
-
-
-@dataclass_transform(frozen_default=True, field_specifiers=(given,))
+@dataclass_transform(frozen_default=True, field_specifiers=(option,))
 def request(kind: type[T]) -> type[T]:
     return dataclass(frozen=True)(kind)
 
@@ -70,248 +99,182 @@ class PlacementRequest:
     Some checks need others to be known; `hetis.planner.use_cases.place` makes those.
     """
 
-    cluster: Cluster | Path = given("--cluster -c FILE: The fleet.", panel="Inputs")
-    model: ModelSpec | Path = given(
+    cluster: Annotated[Cluster | Path, Kind.CLUSTER] = option("--cluster -c FILE: The fleet.", ..., panel="Inputs")
+    model: Annotated[ModelSpec | Path, Kind.MODEL] = option(
         "--model -m NAME|FILE: A name of `catalog models`, a ModelSpec file, or a Hugging Face config.json.",
+        ...,
         panel="Inputs",
     )
-    workload: Workload | Path = given(
+    workload: Annotated[Workload | Path, Kind.WORKLOAD] = option(
         "--workload -w NAME|FILE|P/O: "
         "A name of `catalog workloads`, a Workload file, a trace, or mean lengths such as 8000/300.",
+        ...,
         panel="Inputs",
     )
     _: KW_ONLY
-    classes: str = given(
+    classes: str = _input(
         "--classes CUTS: "
         "Try pools for classes of requests by prompt length, cut at percentiles: p90, p50,p90, auto (what pays), none.",
-        panel="Inputs",
+        "",
         shown="the workload's",
-        default="",
     )
-    prefix_hit_rate: Quantity | None = given(
+    prefix_hit_rate: Annotated[Quantity, Kind.HIT_RATE] | None = _input(
         "--prefix-hit-rate SHARE|trace: "
         "Share of prompt tokens that prefix caches hold: 0.4, 40%, or trace to count it by a Mooncake trace's hash "
         "ids.",
-        panel="Inputs",
         shown="the workload's, or 0",
-        default=None,
     )
-    weights: str | None = given(
+    weights: Annotated[str, Kind.WEIGHTS] | None = _input(
         "--weights P[,GPU=P...]: "
         "Precision of the weights, in general and per GPU type: bf16, fp8, int8, int4, awq-int4, gptq-int4, "
         "mxfp4, nvfp4, bnb-int4, bnb-int8, fbgemm-fp8.",
-        panel="Inputs",
         shown="the checkpoint's",
-        default=None,
     )
-    kv: str | None = given(
+    kv: Annotated[str, Kind.KV] | None = _input(
         "--kv P[,GPU=P...]: Precision of the KV cache, in general and per GPU type: bf16 or fp8.",
-        panel="Inputs",
         shown="the checkpoint's",
-        default=None,
     )
-    mtp: str | None = given(
+    mtp: Annotated[str, Kind.DRAFTS] | None = _input(
         "--mtp K:RATE: "
         "Multi-token prediction by layers of the model: K drafts per step and their acceptance rate, such as 1:0.85.",
-        panel="Inputs",
         shown="no drafts",
-        default=None,
     )
-    profiles: Sequence[Path] = given(
-        "--profile FILE: Profile of a GPU type; repeatable. Other types use their shipped profile, or are modelled.",
-        panel="Inputs",
-        default=(),
+    profiles: Sequence[File] = _input(
+        "--profile FILE: Profile of a GPU type; repeatable. Other types use their shipped profile, or are modelled.", ()
     )
-    objective: Goal = given(
-        f"--objective GOAL: Objective of the plan: {', '.join(ObjectiveKind)}.", panel="Goal", default="goodput"
+    objective: GoalName = _goal(f"--objective GOAL: Objective of the plan: {', '.join(ObjectiveKind)}.", "goodput")
+    rate: Demand | None = _goal(
+        "--rate R: Demanded requests/s; required by the objectives cost and gpus. Others show whether it is met."
     )
-    rate: float | None = given(
-        "--rate R: Demanded requests/s; required by the objectives cost and gpus. Others show whether it is met.",
-        panel="Goal",
-        default=None,
+    ttft: Annotated[Quantity, Kind.TTFT] | None = _goal(  # None: no limit
+        "--ttft TIME|none: Limit of the p95 time to first token.", "default", shown="2s; throughput: none"
     )
-    ttft: Quantity | None = given(  # None: no limit
-        "--ttft TIME|none: Limit of the p95 time to first token.",
-        panel="Goal",
-        shown="2s; throughput: none",
-        default="default",
+    tpot: Annotated[Quantity, Kind.TPOT] | None = _goal(
+        "--tpot TIME|none: Limit of the mean time per output token.", "default", shown="100ms; throughput: none"
     )
-    tpot: Quantity | None = given(
-        "--tpot TIME|none: Limit of the mean time per output token.",
-        panel="Goal",
-        shown="100ms; throughput: none",
-        default="default",
+    ttft_statistic: StatisticName | None = _goal(
+        "--ttft-statistic: Statistic of TTFT that must keep its limit in simulation.", shown=DEFAULT.ttft
     )
-    ttft_statistic: StatisticName | None = given(
-        "--ttft-statistic: Statistic of TTFT that must keep its limit in simulation.",
-        panel="Goal",
-        shown=DEFAULT.ttft,
-        default=None,
+    tpot_statistic: StatisticName | None = _goal(
+        "--tpot-statistic: Statistic of TPOT that must keep its limit in simulation.", shown=DEFAULT.tpot
     )
-    tpot_statistic: StatisticName | None = given(
-        "--tpot-statistic: Statistic of TPOT that must keep its limit in simulation.",
-        panel="Goal",
-        shown=DEFAULT.tpot,
-        default=None,
-    )
-    attainment: Quantity | None = given(
+    attainment: Share | None = _goal(
         "--attainment SHARE: "
-        "Share of simulated requests that must keep all limits (SLO attainment), instead of statistics; such as 90%.",
-        panel="Goal",
-        default=None,
+        "Share of simulated requests that must keep all limits (SLO attainment), instead of statistics; such as 90%."
     )
-    pin: Sequence[str] = given(
+    pin: Sequence[str] = _goal(
         "--pin CONSTRAINT: "
         "node=|type=|zone= and :use=N (at least N GPUs in use) or :as=worker, primary, prefill, decode, unified "
         "(nothing else); replicas=N or N..M; usd=..N per hour; gpus=..N. Repeatable.",
-        panel="Goal",
-        default=(),
+        (),
     )
-    forbid: Sequence[str] = given(
+    forbid: Sequence[str] = _goal(
         "--forbid CONSTRAINT: "
         "gpu=NODE/INDEX, node=, type=, zone= (not used, or not :as=worker, ...); tp=N; workers; shared-experts. "
         "Repeatable.",
-        panel="Goal",
-        default=(),
+        (),
     )
-    price_pins: bool = given(
-        "--price-pins: Solve again without each --pin and --forbid to show what the objective would gain.",
-        panel="Goal",
-        default=False,
+    price_pins: bool = _goal(
+        "--price-pins: Solve again without each --pin and --forbid to show what the objective would gain.", False
     )
-    survive: Loss | Literal[""] = given(
+    survive: Literal["", Loss] = _goal(
         "--survive: "
         "Serve most after losing any one node or zone or, with --objective cost or gpus, still serve --rate.",
-        panel="Goal",
-        default="",
+        "",
     )
-    keep: Quantity | None = given(
-        "--keep SHARE: With --survive: serve most of all plans of which at least this share is left.",
-        panel="Goal",
-        default=None,
+    keep: Share | None = _goal(
+        "--keep SHARE: With --survive: serve most of all plans of which at least this share is left."
     )
-    rung: RungName | Literal[""] = given(
+    rung: Literal["", RungName] = _search(
         "--rung NAME: "
         "The most complex replicas: node (each in one node), pipelines (over several), apart (prefill and decode), or "
         "workers (for attention).",
-        panel="Search",
+        "",
         shown="the highest that is worth it",
-        default="",
     )
-    worth: Quantity = given(
+    worth: BelowOne = _search(
         "--worth SHARE: "
         "What a higher rung must gain to be the default: more requests/s, or the demand for less, also under the "
         "profiles' errors, with no less left without the worst node.",
-        panel="Search",
-        default="10%",
+        "10%",
     )
-    target: Target | Literal[""] = given(
-        "--for TARGET: Only plans that this export target carries wholly.",
-        panel="Search",
-        shown="any target",
-        default="",
+    target: Literal["", Target] = _search(
+        "--for TARGET: Only plans that this export target carries wholly.", "", shown="any target"
     )
-    strategy: StrategyName = given(
-        "--strategy NAME: Family of plans to search, a name of `catalog strategies`.",
-        panel="Search",
-        default=DEFAULT_STRATEGY,
+    strategy: StrategyName = _search(
+        "--strategy NAME: Family of plans to search, a name of `catalog strategies`.", DEFAULT_STRATEGY
     )
-    roles: Sequence[RoleName] = given(
+    roles: Sequence[RoleName] = _search(
         "--roles ROLE,...: Roles that replicas may have: unified, or prefill,decode, or all three.",
-        panel="Search",
+        (),
         shown="all that the strategy has",
-        default=(),
     )
-    engine: EngineName | None = given(
+    engine: EngineName | None = _search(
         "--engine NAME: Plan only what this engine can run: vllm-hetis (with attention workers), vllm or sglang.",
-        panel="Search",
         shown="vllm-hetis; none for published heuristics",
-        default=None,
     )
-    max_stages: int | None = given(
+    max_stages: Count | None = _search(
         "--max-stages N: Maximum stages of a replica, in plans for an engine.",
-        panel="Search",
         shown="8; fewer where kinds of GPUs are many",
-        default=None,
+        min=1,
+        max=16,
     )
-    max_gpus: int | None = given(
-        "--max-gpus N: Maximum GPUs of a replica including attention workers, in plans for an engine.",
-        panel="Search",
-        default=None,
+    max_gpus: Count | None = _search(
+        "--max-gpus N: Maximum GPUs of a replica including attention workers, in plans for an engine.", min=1
     )
-    min_layers: int | None = given(
+    min_layers: Count | None = _search(
         "--min-layers-per-stage N: Minimum layers of a stage, in plans for an engine.",
-        panel="Search",
         shown="4 of each of several stages, unless nothing else fits",
-        default=None,
+        min=1,
     )
-    max_nodes: int | None = given(
+    max_nodes: Count | None = _search(
         "--max-nodes-per-replica N: Maximum nodes of a replica including attention workers, in plans for an engine.",
-        panel="Search",
-        default=None,
+        min=1,
     )
-    max_num_seqs: int | None = given(
-        "--max-num-seqs N: Maximum requests that an engine runs at once (a replica, or each copy that shares experts).",
-        panel="Search",
-        default=None,
+    max_num_seqs: Count | None = _search(
+        "--max-num-seqs N: Maximum requests that an engine runs at once (a replica, or each copy that shares experts)."
     )
-    chunk_tokens: Sequence[int] = given(
+    chunk_tokens: Sequence[Count] = _search(
         "--chunk-tokens N[,N...]: Prompt tokens per iteration: vLLM's --max-num-batched-tokens less what decodes.",
-        panel="Search",
+        (),
         shown="256,512,2048",
-        default=(),
     )
-    kv_blocks: int | None = given(
+    kv_blocks: Count | None = _search(
         "--kv-blocks N: "
         "Maximum KV blocks of 16 tokens of an engine (of each copy that shares experts), as --num-gpu-blocks-override.",
-        panel="Search",
         shown="what memory allows",
-        default=None,
     )
-    min_context: int | None = given(
+    min_context: Annotated[int, Kind.TOKENS] | None = _search(
         "--min-context N: Tokens of the longest request for which every replica has room, such as 32k.",
-        panel="Search",
         shown="as it comes",
-        default=None,
     )
-    gpu_memory_utilization: Quantity | None = given(
+    gpu_memory_utilization: Share | None = _search(
         "--gpu-memory-utilization SHARE: Share of the GPUs' memory that engines take.",
-        panel="Search",
         shown="the engine's: 0.92 of vLLM",
-        default=None,
     )
-    simplest_within: Quantity = given(
+    simplest_within: BelowOne = _search(
         "--simplest-within SHARE: "
         "Loss against the best plan, such as 10%, to accept for the simplest plan: least lost with a node, few shapes.",
-        panel="Search",
-        default="0",
+        "0",
     )
-    time_limit: Quantity | None = given(
-        "--time-limit TIME: Return the best plan found by then.",
-        panel="Search",
-        shown=f"{DEFAULT_TIME_LIMIT_S:g}s",
-        default=None,
+    time_limit: Seconds | None = _search(
+        "--time-limit TIME: Return the best plan found by then.", shown=f"{DEFAULT_TIME_LIMIT_S:g}s"
     )
-    gap: Quantity = given(
-        "--gap GAP: Stop when the plan is proven this close to the best; 0.5% or 0.005.", panel="Search", default="0.1%"
+    gap: Annotated[Quantity, Kind.GAP] = _search(
+        "--gap GAP: Stop when the plan is proven this close to the best; 0.5% or 0.005.", "0.1%"
     )
-    seed: int = given("--seed N: Random seed; the same seed gives the same plan.", panel="Search", default=0)
-    profile_error: Quantity | None = given(
+    seed: CountOrZero = _search("--seed N: Random seed; the same seed gives the same plan.", 0, min=0)
+    profile_error: BelowOne | None = _search(
         "--profile-error ERROR: Also show how the plan fares when every profile coefficient is off by up to "
-        "this: 20% or 0.2.",
-        panel="Search",
-        default=None,
+        "this: 20% or 0.2."
     )
-    verify: bool = given(
-        "--verify/--no-verify: Simulate the plan at its planned rate and report whether the limits are kept.",
-        panel="Result",
-        default=True,
+    verify: bool = _result(
+        "--verify/--no-verify: Simulate the plan at its planned rate and report whether the limits are kept.", True
     )
-    other_engines: bool = given(
+    other_engines: bool = _result(
         "--other-engines/--no-other-engines: "
         "Show what plans for other engines reach, found in a tenth of the time limit.",
-        panel="Result",
-        default=True,
+        True,
     )
 
     @property
@@ -374,6 +337,14 @@ class PlacementRequest:
 
 
 FIELDS = {one.name: one for one in fields(PlacementRequest)}
+
+
+@cache
+def types_of_fields() -> dict[str, Any]:
+    """Return the types of the fields, with the kinds of their values; documents, which load much, are of any type."""
+    documents = dict.fromkeys(("Cluster", "ModelSpec", "Workload"), object)
+    hints = get_type_hints(PlacementRequest, localns=documents, include_extras=True)
+    return {name: hints[name] for name in FIELDS}
 
 
 def path_or_value(given: T | Path) -> T | str:

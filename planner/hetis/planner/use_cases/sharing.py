@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import chain
 
 import numpy as np
 
@@ -15,10 +14,11 @@ from hetis.formats.fields import read_data
 from hetis.formats.positions import Text
 from hetis.formats.tenants import FleetTenantPart, ShareInputs, parse_tenants
 from hetis.planner.use_cases.climbing import Carriers, climb
-from hetis.planner.use_cases.place import KV_IS_FOR_ENGINES, ONE_TOKEN, PlacementSettings, search, with_inputs
+from hetis.planner.use_cases.describing import describe
+from hetis.planner.use_cases.place import search
+from hetis.planner.use_cases.placement_settings import PlacementSettings
 from hetis.planner.use_cases.precision import for_engine
 from hetis.planner.use_cases.request import objective
-from hetis.planner.use_cases.robustness.profile_errors import profile_notes
 from hetis.planner.use_cases.sources import LoadedInputs, engine_rules, family_of, load_inputs
 from hetis.profiler.defaults import default_profile
 from hetis.solver.budget import Budget, Progress, Report, one_of_several
@@ -189,12 +189,10 @@ def _finished(
                 f"tenant {tenant.name} shares the fleet with {others} by the rule {rule}; the bound is what it could "
                 "serve with the whole fleet to itself",
             )  # fmt: skip
-            routed = (KV_IS_FOR_ENGINES,) if plan.kv_routes else ()
-            lengths = () if inputs.inputs.has_tpot else (ONE_TOKEN,)
-            notes = tuple(chain(plan.notes, shared, lengths, routed, profile_notes(tenant.problem)))
             of_others = {name: own for name, own in held.items() if name != tenant.name}
-            plan = replace(plan, inputs={OTHER_TENANTS: of_others} if of_others else {}, notes=notes)
-            plan = with_inputs(plan, inputs, settings, tenant.problem, asked, rung=rung)
+            held_by = {OTHER_TENANTS: of_others} if of_others else {}
+            plan = replace(plan, inputs=held_by, notes=(*plan.notes, *shared))
+            plan = describe(plan, inputs, tenant.problem, settings, asked, rung=rung)
         shares.append(replace(share, plan=plan))
     answer = replace(answer, shares=tuple(shares))
     if wrong := check_fleet_shares(search.tenancy, answer):

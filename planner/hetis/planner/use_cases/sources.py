@@ -181,14 +181,21 @@ def engine_rules(name: str | None, strategy: str, **limits: int | None) -> Engin
     Raises:
         InvalidProblemError: there is no such engine, or limits are specified for a published heuristic.
     """
-    from hetis.solver.placement.families import DEFAULT_ENGINE, STRATEGIES, run_by
+    from hetis.solver.placement.families import DEFAULT_ENGINE, STRATEGIES
+
+    if name is not None or not STRATEGIES[strategy].is_published:
+        return rules_of_engine(name or DEFAULT_ENGINE, **limits)
+    if any(limit is not None for limit in limits.values()):
+        raise InvalidProblemError(f"limits on replicas apply to an engine's plans, not to strategy {strategy}")
+    return None
+
+
+def rules_of_engine(name: str, **limits: int | None) -> EngineRules:
+    """Return the rules of a named engine with limits. Raises InvalidProblemError: there is no such engine."""
+    from hetis.solver.placement.families import run_by
 
     given: dict[str, Any] = {limit: value for limit, value in limits.items() if value is not None}
-    if name is None and STRATEGIES[strategy].is_published:
-        if given:
-            raise InvalidProblemError(f"limits on replicas apply to an engine's plans, not to strategy {strategy}")
-        return None
-    rules = named(EngineRules(name="", **given), name or DEFAULT_ENGINE)
+    rules = named(EngineRules(name="", **given), name)
     run_by(Family(), rules)
     return rules
 

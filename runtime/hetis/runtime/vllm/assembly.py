@@ -28,10 +28,11 @@ from hetis.runtime.vllm.calibration import (
     fit_calls,
     head_shape,
 )
-from hetis.runtime.vllm.head_map import LayerCall, StepRequests, part_of, slots_of
+from hetis.runtime.vllm.head_map import LayerCall
 from hetis.runtime.vllm.rank import Rank
 from hetis.runtime.vllm.scheduler import EngineShape
 from hetis.runtime.vllm.settings import VARIABLE, PluginSettings, require_whole_pages
+from hetis.runtime.vllm.step_tensors import LocalSequences, StepLimits
 from hetis.runtime.vllm.steps import LOCAL
 from hetis.runtime.vllm.workers import BlockStore, ConnectedWorkers
 
@@ -82,28 +83,36 @@ def _measured(
 ) -> TimedCall:
     """Return the median call of one layer with this many virtual sequences, each of its own request."""
     impl, width = layers[0].impl, -(-context // block_tokens)
-    counts, lasts = np.ones(sequences, np.int64), np.full(sequences, context, np.int64)
-    requests = StepRequests(rows=np.arange(sequences, dtype=np.int64), counts=counts, lasts=lasts)
-    part = part_of(requests, np.ones((sequences, 1), np.bool_))
-    tables = 1 + np.arange(sequences * width, dtype=np.int32).reshape(sequences, width)
     device, dtype = layers[0].kv_cache.device, layers[0].kv_cache.dtype
-    slots = torch.from_numpy(slots_of(part, tables, block_tokens)).to(device)
+    tables = 1 + torch.arange(sequences * width, dtype=torch.int32).view(sequences, width)
+    slots = tables[:, (context - 1) // block_tokens].long() * block_tokens + (context - 1) % block_tokens
     starts = torch.arange(sequences + 1, dtype=torch.int32)
     ends = torch.full((sequences,), context, dtype=torch.int32)
+    local = LocalSequences(
+        tables=tables.to(device),
+        slots=slots.to(device),
+        starts=starts.to(device),
+        lasts=ends.to(device),
+        starts_cpu=starts,
+        lasts_cpu=ends,
+        is_in_order=True,
+        max_query_len=1,
+        max_seq_len=context,
+    )
     common = CommonAttentionMetadata(
-        query_start_loc=starts.to(device),
+        query_start_loc=local.starts,
         query_start_loc_cpu=starts,
-        seq_lens=ends.to(device),
+        seq_lens=local.lasts,
         num_reqs=sequences,
         num_actual_tokens=sequences,
         max_query_len=1,
         max_seq_len=context,
-        block_table_tensor=torch.from_numpy(tables).to(device),
-        slot_mapping=slots,
+        block_table_tensor=local.tables,
+        slot_mapping=local.slots,
         is_prefilling=torch.zeros(sequences, dtype=torch.bool),
         seq_lens_cpu_upper_bound=ends,
     )
-    metadata = builder.build_base(part, common.block_table_tensor, slots, common)
+    metadata = builder.build_base(local, common)
     q = torch.zeros(sequences, impl.num_heads, impl.head_size, dtype=dtype, device=device)
     kv = torch.zeros(sequences, 1, impl.head_size, dtype=dtype, device=device)
     out = torch.empty_like(q)
@@ -112,7 +121,7 @@ def _measured(
         for _ in range(1 + _ROUNDS):
             for layer in layers:
                 begun_s = clock()
-                layer.impl.attend_here(LayerCall(layer, q, kv, kv, layer.kv_cache, out), slots, metadata)
+                layer.impl.attend_here(LayerCall(layer, q, kv, kv, layer.kv_cache, out), local.slots, metadata)
                 if device.type == "cuda":
                     torch.cuda.synchronize(device)
                 taken_s.append(clock() - begun_s)
@@ -193,8 +202,19 @@ def make_rank(vllm_config: VllmConfig, cache: KVCacheConfig, settings: PluginSet
         spec.block_size,
         ConnectedWorkers([worker.name for worker in settings.workers], join, epoch=epoch),
         BlockStore(layers, spec.block_size),
+        limits=limits_of(vllm_config, spec.block_size),
         copy_bytes_per_step=settings.redispatch.copy_bytes_per_step,
         calibrations=calibrations,
+    )
+
+
+def limits_of(vllm_config: VllmConfig, block_tokens: int) -> StepLimits:
+    """Return the largest step that vLLM makes, graphs of padded ones included."""
+    scheduler, padded = vllm_config.scheduler_config, vllm_config.compilation_config.max_cudagraph_capture_size or 0
+    return StepLimits(
+        requests=scheduler.max_num_seqs,
+        tokens=max(scheduler.max_num_batched_tokens, padded),
+        blocks=-(-vllm_config.model_config.max_model_len // block_tokens),
     )
 
 

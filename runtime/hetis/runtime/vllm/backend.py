@@ -11,23 +11,29 @@ from copy import copy
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
-import numpy as np
 import torch
 from vllm.config.compilation import CUDAGraphMode
+from vllm.forward_context import get_forward_context, is_forward_context_available
 from vllm.v1.attention.backend import AttentionCGSupport, AttentionImpl, AttentionMetadataBuilder, AttentionType
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
 from vllm.v1.kv_cache_interface import ChunkedLocalAttentionSpec
 
 from hetis.runtime.vllm.blocks import HeadGroupSpec
-from hetis.runtime.vllm.head_map import LayerCall, VirtualBatch
+from hetis.runtime.vllm.head_map import LayerCall
 from hetis.runtime.vllm.plugin import CONNECTOR, vllm_version
-from hetis.runtime.vllm.rank import current_rank
-from hetis.runtime.vllm.settings import VARIABLE, SettingsError
+from hetis.runtime.vllm.rank import current_rank, has_rank
+from hetis.runtime.vllm.settings import VARIABLE, SettingsError, read_settings
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.v1.attention.backend import AttentionBackend, CommonAttentionMetadata
     from vllm.v1.kv_cache_interface import AttentionSpec
+
+    from hetis.runtime.vllm.rank import Rank
+    from hetis.runtime.vllm.step_tensors import LocalSequences, Step
+
+
+WHOLE_STEPS = "0.32."  # the version of vLLM whose order of calls `veto_replay` was tried with
 
 
 class UnsupportedModelError(ValueError):
@@ -36,58 +42,85 @@ class UnsupportedModelError(ValueError):
 
 @dataclass(slots=True, eq=False)
 class HeadGroupMetadata:
-    """A step as vLLM describes it. The first layer works out what it means for head groups."""
+    """A step as the layers of one builder compute it."""
 
-    common: CommonAttentionMetadata
-    builder: HeadGroupBuilder
+    rank: Rank
+    step: Step
+    base: Any  # the base backend's metadata of what is computed here; None: nothing is
 
 
 class HeadGroupBuilder(AttentionMetadataBuilder):  # type: ignore[misc]
-    """Keeps vLLM's description of a step, and has the base backend's builder describe the virtual sequences."""
+    """Has the rank find out where a step's head groups are, and the base backend describe those that are here."""
 
     base_backend: ClassVar[type[AttentionBackend]]
-    # The exchange differs from step to step, so graphs are captured only between attentions.
-    _cudagraph_support = AttentionCGSupport.NEVER
 
     def __init__(
         self, kv_cache_spec: HeadGroupSpec, layer_names: list[str], vllm_config: VllmConfig, device: torch.device
     ) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         require_connector(vllm_config)
-        described = _of_virtual_sequences(vllm_config, kv_cache_spec.head_groups)
+        self._whole_steps = self.get_cudagraph_support(vllm_config, kv_cache_spec) is not AttentionCGSupport.NEVER
+        described = _of_virtual_sequences(vllm_config, kv_cache_spec.head_groups, whole_steps=self._whole_steps)
         self._base = self.base_backend.get_builder_cls()(kv_cache_spec, layer_names, described, device)
+
+    @classmethod
+    def get_cudagraph_support(cls, vllm_config: VllmConfig, kv_cache_spec: HeadGroupSpec) -> AttentionCGSupport:
+        """Return what the base backend supports of decode steps as one graph, if that is wanted; see `veto_replay`."""
+        settings = read_settings()
+        if settings is None or settings.graphs != "full" or not vllm_version().startswith(WHOLE_STEPS):
+            return AttentionCGSupport.NEVER
+        base = cls.base_backend.get_builder_cls().get_cudagraph_support(vllm_config, kv_cache_spec)
+        return min(base, AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE, key=lambda one: one.value)
 
     def build(
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
-    ) -> HeadGroupMetadata:
-        return HeadGroupMetadata(common_attn_metadata, self)
+    ) -> HeadGroupMetadata | None:
+        if self._is_profiling():
+            return None
+        rank = current_rank()
+        step = rank.begin(common_attn_metadata)
+        base = None if step.local is None else self.build_base(step.local, common_attn_metadata)
+        return HeadGroupMetadata(rank, step, base)
 
-    def build_base(
-        self, part: VirtualBatch, tables: torch.Tensor, slots: torch.Tensor, common: CommonAttentionMetadata
-    ) -> Any:
-        """Return the base backend's metadata for the virtual sequences of ``part``, with block tables [N, width]."""
-        starts = torch.from_numpy(part.starts.astype(np.int32))
-        lasts = torch.from_numpy(part.lasts.astype(np.int32))
-        device = common.query_start_loc.device
-        described = replace(
-            common,
-            query_start_loc=starts.to(device),
-            query_start_loc_cpu=starts,
-            seq_lens=lasts.to(device),
-            num_reqs=len(part),
-            num_actual_tokens=part.num_tokens,
-            max_query_len=int(part.counts.max()),
-            max_seq_len=int(part.lasts.max()),
-            block_table_tensor=tables,
-            slot_mapping=slots,
-            positions=None,
-            is_prefilling=None if common.is_prefilling is None else common.is_prefilling[part.requests],
-            seq_lens_cpu_upper_bound=lasts,
-            req_idx=None,
-            _num_computed_tokens_cache=None,  # both caches are per request
-            _token_to_req_indices_cache=None,
-        )
-        return self._base.build(0, described)
+    def build_for_cudagraph_capture(self, common_attn_metadata: CommonAttentionMetadata) -> HeadGroupMetadata | None:
+        if self._is_profiling():
+            return None
+        rank = current_rank()
+        step = rank.begin(common_attn_metadata)
+        assert step.local is not None, "graphs are captured before any request comes"
+        rank.capturing()
+        base = self._base.build_for_cudagraph_capture(_described(step.local, common_attn_metadata))
+        return HeadGroupMetadata(rank, step, base)
+
+    def _is_profiling(self) -> bool:
+        """Return whether vLLM measures the memory of graphs of whole steps, before there is KV and a connector."""
+        return self._whole_steps and not has_rank()
+
+    def build_base(self, local: LocalSequences, common: CommonAttentionMetadata) -> Any:
+        """Return the base backend's metadata for virtual sequences."""
+        return self._base.build(0, _described(local, common))
+
+
+def _described(local: LocalSequences, common: CommonAttentionMetadata) -> CommonAttentionMetadata:
+    """Return vLLM's description of a step as if the virtual sequences were its requests."""
+    return replace(
+        common,
+        query_start_loc=local.starts,
+        query_start_loc_cpu=local.starts_cpu,
+        seq_lens=local.lasts,
+        num_reqs=len(local),
+        num_actual_tokens=local.num_tokens,
+        max_query_len=local.max_query_len,
+        max_seq_len=local.max_seq_len,
+        block_table_tensor=local.tables,
+        slot_mapping=local.slots,
+        positions=None,
+        is_prefilling=local.of_requests(common.is_prefilling),
+        seq_lens_cpu_upper_bound=local.lasts_cpu,
+        req_idx=None,
+        _num_computed_tokens_cache=None,  # both caches are per request
+        _token_to_req_indices_cache=None,
+    )
 
 
 class HeadGroupImpl(AttentionImpl):  # type: ignore[misc]
@@ -155,7 +188,7 @@ class HeadGroupImpl(AttentionImpl):  # type: ignore[misc]
     ) -> torch.Tensor:
         """Compute the attention of one layer: query [T, H, d], key and value [T, G, d], into output [T, H, d]."""
         if attn_metadata is not None:  # otherwise vLLM is measuring memory
-            current_rank().attend(self, LayerCall(layer, query, key, value, kv_cache, output), attn_metadata)
+            attn_metadata.rank.attend(self, LayerCall(layer, query, key, value, kv_cache, output), attn_metadata)
         return output
 
     def attend_here(self, call: LayerCall, slots: torch.Tensor, metadata: Any) -> None:
@@ -178,21 +211,46 @@ def require_connector(vllm_config: VllmConfig) -> None:
         raise SettingsError(f"hetis: kv_connector in --kv-transfer-config is {found}, must be {CONNECTOR}: {how}")
 
 
-def _of_virtual_sequences(vllm_config: VllmConfig, head_groups: int) -> VllmConfig:
+def _of_virtual_sequences(vllm_config: VllmConfig, head_groups: int, *, whole_steps: bool) -> VllmConfig:
     """Return the configuration as a base builder should see it, which sizes its buffers by sequences and tokens.
 
     Each request is ``head_groups`` sequences with one KV head, by which TRITON_ATTN chooses its kernel, and each token
-    as many rows. No graph of a whole step is captured.
+    as many rows, also in graphs of whole steps, if there are any.
     """
     described = copy(vllm_config)
-    described.compilation_config = copy(vllm_config.compilation_config)
-    described.compilation_config.cudagraph_mode = CUDAGraphMode.NONE
+    described.compilation_config = compiled = copy(vllm_config.compilation_config)
+    if whole_steps:
+        sizes = compiled.cudagraph_capture_sizes
+        compiled.cudagraph_capture_sizes = sizes and [size * head_groups for size in sizes]
+        compiled.max_cudagraph_capture_size = (compiled.max_cudagraph_capture_size or 0) * head_groups
+    else:
+        compiled.cudagraph_mode = CUDAGraphMode.NONE
     described.model_config = copy(vllm_config.model_config)
     described.model_config.get_num_kv_heads = lambda *_, **__: 1
     described.scheduler_config = copy(vllm_config.scheduler_config)
     described.scheduler_config.max_num_seqs *= head_groups
     described.scheduler_config.max_num_batched_tokens *= head_groups
     return described
+
+
+def veto_replay(rank: Rank, vllm_config: VllmConfig) -> None:
+    """Have vLLM compute a step between its attentions that it would replay as one graph, unless that graph is right.
+
+    vLLM chooses by the shape of a step alone, before the connector is told of it. It calls this within the step's
+    forward context, of which its wrappers of graphs read the choice afterwards.
+    """
+    if not is_forward_context_available():
+        return
+    context = get_forward_context()
+    if context.cudagraph_runtime_mode is not CUDAGraphMode.FULL or rank.can_replay:
+        return
+    rank.must_attend()
+    if vllm_config.compilation_config.cudagraph_mode.mixed_mode() is CUDAGraphMode.PIECEWISE:
+        # Of every size that has a graph of the whole step, there are graphs of its pieces.
+        context.cudagraph_runtime_mode = CUDAGraphMode.PIECEWISE
+        context.batch_descriptor = replace(context.batch_descriptor, num_reqs=None, uniform=False)
+    else:
+        context.cudagraph_runtime_mode = CUDAGraphMode.NONE
 
 
 def composed(base: type[AttentionBackend], name: str, path: str) -> type[AttentionBackend]:

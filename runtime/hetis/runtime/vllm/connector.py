@@ -150,6 +150,12 @@ class HetisConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         assert isinstance(kv_connector_metadata, StepMetadata)
         self._here.apply(kv_connector_metadata.plan)
 
+    def bind_connector_metadata(self, connector_metadata: KVConnectorMetadata) -> None:
+        from hetis.runtime.vllm.backend import veto_replay
+
+        super().bind_connector_metadata(connector_metadata)
+        veto_replay(self._here, self._vllm_config)
+
     def start_load_kv(self, forward_context: Any, **_: Any) -> None:
         """Do nothing: no KV is loaded."""
 

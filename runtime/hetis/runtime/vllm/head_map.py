@@ -7,7 +7,7 @@ batch (computed here, or by one worker) is a list of such rows.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
@@ -28,7 +28,7 @@ Bools = npt.NDArray[np.bool_]
 class StepRequests:
     """The requests of a step, in the order of vLLM's batch."""
 
-    rows: IntArray  # rows of the head map, shape [R]; -1 if vLLM runs a dummy
+    rows: IntArray  # rows of the head map, shape [R]; 0 if vLLM runs a dummy
     counts: IntArray  # tokens of this step, shape [R]
     lasts: IntArray  # tokens after this step, shape [R]
 
@@ -100,11 +100,21 @@ def slots_of(part: VirtualBatch, tables: Table, block_tokens: int) -> IntArray:
     return blocks * block_tokens + part.positions % block_tokens
 
 
+NOWHERE = -1  # the device of head groups that nobody computes
+
+
 class RankHeadMap:
-    """Rows of requests, found by their anchors. Kept up to date by the events of `StepPlan`."""
+    """Rows of requests, found by their anchors. Kept up to date by the events of `StepPlan`.
+
+    Row 0 is nobody's: that of anchors which no request has, whose groups are nowhere and whose blocks are vLLM's block
+    0, which holds nothing.
+    """
 
     def __init__(self, head_groups: int, num_blocks: int, *, rows: int = 16, width: int = 16) -> None:
-        self.devices = np.zeros((rows, head_groups), np.int64)  # device of each head group, shape [rows, G]
+        self.head_groups = head_groups
+        # Device of each head group, shape [rows, G]; of a row without a request `LOCAL`
+        self.devices = np.zeros((rows, head_groups), np.int64)
+        self.devices[0] = NOWHERE
         # Blocks of each local head group, shape [rows, G, width]
         self.tables: Table = np.zeros((rows, head_groups, width), np.int32)
         self.numbers = np.zeros(rows, np.int64)  # number of each request, as workers know it, shape [rows]
@@ -112,8 +122,16 @@ class RankHeadMap:
         # Requests that lost KV: void until they are recomputed from their first token, shape [rows]
         self.must_restart = np.zeros(rows, np.bool_)
         self.anchors = np.full(rows, -1, np.int64)
-        self.row_of = np.full(num_blocks, -1, np.int64)  # row of each anchor, -1 if there is none, shape [blocks]
-        self._free = list(range(rows - 1, -1, -1))
+        self.row_of = np.zeros(num_blocks, np.int64)  # row of each anchor, shape [blocks]
+        self._free = list(range(rows - 1, 0, -1))
+        # What a copy of ``row_of``, followed by ``tables``, lacks: places in it, and the numbers from there on. None:
+        # there is no copy.
+        self.changes: list[tuple[int, Sequence[int]]] | None = None
+
+    @property
+    def is_local(self) -> bool:
+        """Return whether the KV of every request is here, all of it, and valid."""
+        return bool(self.devices.max() <= LOCAL) and not self.must_restart.any()
 
     def admit(self, event: Admitted) -> None:
         if not self._free:
@@ -122,17 +140,25 @@ class RankHeadMap:
         self.row_of[event.anchor], self.anchors[row] = row, event.anchor
         self.devices[row], self.numbers[row] = event.devices, event.number
         self.must_restart[row], self.tokens[row] = False, 0
+        if self.changes is not None:
+            self.changes.append((event.anchor, (row,)))
 
     def remove(self, event: Gone) -> None:
         row = self._row(event.anchor)
-        self.row_of[event.anchor] = self.anchors[row] = -1
+        self.row_of[event.anchor], self.anchors[row] = 0, -1
+        self.devices[row], self.must_restart[row] = LOCAL, False
         self._free.append(row)
+        if self.changes is not None:
+            self.changes.append((event.anchor, (0,)))
 
     def grow(self, event: Grown) -> None:
         row, last = self._row(event.anchor), event.first + len(event.blocks)
         while last > self.tables.shape[2]:
             self.tables = np.concatenate([self.tables, np.zeros_like(self.tables)], axis=2)
         self.tables[row, event.group, event.first : last] = event.blocks
+        if self.changes is not None:
+            place = np.ravel_multi_index((row, event.group, event.first), self.tables.shape)
+            self.changes.append((len(self.row_of) + int(place), event.blocks))
 
     def rehome(self, event: Rehomed) -> None:
         row = self._row(event.anchor)
@@ -141,7 +167,7 @@ class RankHeadMap:
     def row(self, anchor: int) -> int | None:
         """Return the row of an anchor, or None if the request is gone."""
         row = int(self.row_of[anchor])
-        return None if row < 0 else row
+        return row or None
 
     def with_groups_on(self, device: int) -> IntArray:
         """Return the rows of the requests that have head groups on a device."""
@@ -160,7 +186,7 @@ class RankHeadMap:
 
     def _row(self, anchor: int) -> int:
         row = int(self.row_of[anchor])
-        assert row >= 0, f"no request has anchor {anchor}"
+        assert row, f"no request has anchor {anchor}"
         return row
 
     def _add_rows(self) -> None:
@@ -173,25 +199,6 @@ class RankHeadMap:
 
 
 # --- a step
-
-
-class BaseBuilder(Protocol):
-    """Describes virtual sequences to vLLM's own backend."""
-
-    def build_base(self, part: VirtualBatch, tables: torch.Tensor, slots: torch.Tensor, common: Any) -> Any:
-        """Return the metadata of ``part``, whose block tables are [N, width]; ``common`` is vLLM's of the step."""
-
-
-class StepDescription(Protocol):
-    """A step as vLLM describes it."""
-
-    @property
-    def common(self) -> Any:
-        """vLLM's `CommonAttentionMetadata`."""
-
-    @property
-    def builder(self) -> BaseBuilder:
-        """Describes the part of the step that is computed here."""
 
 
 class LayerCall(NamedTuple):
@@ -231,7 +238,7 @@ class LayerTimes:
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class Remote:
-    """One worker's part of a step: rows ``begin`` to ``end - 1`` of those sorted by device."""
+    """One worker's part of a step: rows ``begin`` to ``end - 1`` of those for workers, sorted by device."""
 
     device: int
     part: VirtualBatch
@@ -250,22 +257,6 @@ class Sorting:
     order: torch.Tensor  # rows of ``query.view(T G, r, d)``: those computed here first, then those of each worker
     # Position in ``order`` of each row of ``query.view(T G, r, d)``; its length if the row is void
     places: torch.Tensor
-
-
-@dataclass(slots=True, kw_only=True, eq=False)
-class Batch:
-    """A step as this rank computes it."""
-
-    common: Any  # vLLM's description, the same for all layers of the step
-    requests: StepRequests
-    num_tokens: int
-    local: VirtualBatch
-    tables: torch.Tensor
-    slots: torch.Tensor
-    remotes: list[Remote]
-    sorting: Sorting | None  # None if all rows are computed here
-    base: dict[int, Any] = field(default_factory=dict)  # metadata of vLLM's backend, by builder
-    layers: LayerTimes = field(default_factory=LayerTimes)  # times of the layers computed here
 
 
 # Queries at a time: all of a prompt's would need memory that grows with the square of its length.

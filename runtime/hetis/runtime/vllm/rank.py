@@ -14,6 +14,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,9 +22,10 @@ import torch
 from hetis.runtime.attention.device import DeviceStep
 from hetis.runtime.attention.kv import DeviceError, KvShape, SequenceKey
 from hetis.runtime.vllm.calibration import Calibration, token_bytes
-from hetis.runtime.vllm.costs import OVER_READING, LayerTime
+from hetis.runtime.vllm.costs import LayerTime
+from hetis.runtime.vllm.exchange import Exchange
 from hetis.runtime.vllm.head_map import (
-    Batch,
+    NOWHERE,
     IntArray,
     LayerCall,
     LayerTimes,
@@ -31,13 +33,12 @@ from hetis.runtime.vllm.head_map import (
     RankHeadMap,
     Remote,
     Sorting,
-    StepDescription,
     StepRequests,
-    VirtualBatch,
     attend_directly,
     part_of,
     slots_of,
 )
+from hetis.runtime.vllm.step_tensors import Step, StepDescription, StepLimits, StepTensors
 from hetis.runtime.vllm.steps import LOCAL, Admitted, Gone, Grown, MoveStep, RankReport, Rehomed, StepPlan, WorkerReport
 from hetis.runtime.vllm.workers import BlockStore, ConnectedWorkers, KvMigrator
 
@@ -49,6 +50,11 @@ def current_rank() -> Rank:
     if _rank is None:
         raise RuntimeError("hetis needs its connector: start vLLM with --kv-transfer-config as docs/vllm.md says")
     return _rank
+
+
+def has_rank() -> bool:
+    """Return whether the connector has made a rank."""
+    return _rank is not None
 
 
 def set_current_rank(rank: Rank | None) -> None:
@@ -74,6 +80,7 @@ class Rank:
         workers: ConnectedWorkers,
         store: BlockStore,
         *,
+        limits: StepLimits,
         copy_bytes_per_step: int,
         calibrations: dict[int, Calibration] | None = None,
         clock: Callable[[], float] = time.perf_counter,
@@ -86,14 +93,20 @@ class Rank:
         # Copies of head groups in flight
         self.migrator = KvMigrator(self.heads, workers, shape, store, bytes_per_step=copy_bytes_per_step)
         self._shape, self._layers, self._clock = shape, layers, clock
-        self._head_groups, self._block_tokens = head_groups, block_tokens
-        self._batch: Batch | None = None
-        self._plan, self._step = -1, 0
+        self._head_groups, self._block_tokens, self._limits = head_groups, block_tokens, limits
+        self._tensors: StepTensors | None = None
+        self._current: Step | None = None
+        self._plan, self._number = -1, 0
+        # Where captured graphs read a step (`StepTensors.addresses`)
+        self.captured: set[tuple[int, ...]] = set()
+        self._unread: IntArray | None = None  # tokens after the last step of the requests that only the device knows
         self._void: set[int] = set()  # anchors of this step's void requests
-        self._reports: dict[int, WorkerReport] = {}
         self._calibrations = {} if calibrations is None else calibrations
+        self._exchange = Exchange(workers, self._lose, self._calibrations, clock)
+        self._reports: dict[int, WorkerReport] = {}  # of workers that came or were lost
         self._joined: set[int] = set()
-        self._taken: dict[int, deque[tuple[VirtualBatch, LayerTimes]]] = {}  # decode-only parts, by device
+        # Of steps that only decoded on a device: sequences, their tokens, times
+        self._taken: dict[int, deque[tuple[int, int, LayerTimes]]] = {}
         self._reported_s = clock()
 
     # --- between steps
@@ -103,6 +116,7 @@ class Rank:
         if plan.number == self._plan:
             return
         self._plan = plan.number
+        self._read_requests()
         self._abandon()
         self._void.clear()
         for device in self.workers.advance():
@@ -128,17 +142,38 @@ class Rank:
 
     def finish_step(self) -> None:
         """End the step after all layers."""
-        batch, self._batch = self._batch, None
-        if batch is not None:
-            known = batch.requests.rows >= 0
-            self.heads.tokens[batch.requests.rows[known]] = batch.requests.lasts[known]
-            self.heads.tokens[self.heads.must_restart] = 0  # none of their KV is worth copying
-            self._remember(LOCAL, batch.local, batch.layers)
-            for remote in batch.remotes:
-                if (device := self.workers.get(remote.device)) is not None:
-                    with self._guarded(remote.device):
-                        device.finish(self._step)
-                    self._remember(remote.device, remote.part, remote.layers)
+        step, self._current = self._current, None
+        if step is None:
+            return
+        if step.must_attend:
+            raise RuntimeError("vLLM replayed a graph for a step that it does not compute: set graphs: piecewise")
+        if (local := step.local) is not None:
+            self._remember(LOCAL, len(local), local.num_tokens, local.lasts_cpu, step.layers)
+        if (requests := step.requests) is None:
+            assert local is not None, "with all groups here something is computed here"
+            self._unread = step.common.seq_lens_cpu_upper_bound[: step.common.num_reqs].numpy().astype(np.int64)
+            return
+        self._set_tokens(requests.rows, requests.lasts)
+        for remote in step.remotes:
+            part = remote.part
+            if (device := self.workers.get(remote.device)) is not None:
+                with self._guarded(remote.device):
+                    device.finish(self._number)
+                self._remember(remote.device, len(part), part.num_tokens, part.lasts, remote.layers)
+
+    def _read_requests(self) -> None:
+        """Note the tokens of the requests of a step of which only the device knew which they are.
+
+        By now vLLM has read what that step sampled, so nothing is waited for.
+        """
+        if self._unread is not None and self._tensors is not None:
+            lasts, self._unread = self._unread, None
+            self._set_tokens(self.heads.row_of[self._tensors.read_anchors(len(lasts))], lasts)
+
+    def _set_tokens(self, rows: IntArray, lasts: IntArray) -> None:
+        self.heads.tokens[rows] = lasts
+        self.heads.tokens[self.heads.must_restart] = 0  # none of their KV is worth copying
+        self.heads.tokens[0] = 0  # of nobody
 
     def take_void(self) -> set[int]:
         """Return the anchors of this step's requests whose outputs must not be used."""
@@ -152,6 +187,8 @@ class Rank:
         now_s = self._clock()
         if now_s - self._reported_s >= REPORT_S or any(one.blocks == 0 for one in self._reports.values()):
             self._reported_s = now_s
+            for device, exchanged in self._exchange.take_counts().items():
+                self._reports.setdefault(device, WorkerReport(0)).exchanged = exchanged
             for device, one in self._reports.items():
                 one.blocks = self.blocks(device)
             report.devices, self._reports = self._reports, {}
@@ -176,108 +213,168 @@ class Rank:
 
     # --- a step
 
-    def attend(self, impl: LocalAttention, call: LayerCall, metadata: StepDescription) -> None:
-        """Compute the attention of one layer over all head groups, wherever they live."""
-        batch = self._batch
-        if batch is None or batch.common is not metadata.common:
-            batch = self._begin(metadata)
-        tokens, groups, d = batch.num_tokens, self._head_groups, self._shape.head_dim
-        query, key, value, output = call.q, call.k, call.v, call.out
-        if tokens < output.size(0):
-            output[tokens:].zero_()
-            query, key, value, output = (x[:tokens] for x in (query, key, value, output))
-
-        def attend_here(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor) -> None:
-            base = batch.base.get(id(metadata.builder))
-            if base is None:
-                base = batch.base[id(metadata.builder)] = metadata.builder.build_base(
-                    batch.local, batch.tables, batch.slots, metadata.common
-                )
-            begun_s = self._clock()
-            impl.attend_here(LayerCall(call.layer, q, k, v, call.kv_cache, out), batch.slots, base)
-            if not out.is_cuda:  # on a GPU the call returns before it is done
-                taken_s = self._clock() - begun_s
-                batch.layers.add(taken_s, taken_s)
-
-        if batch.sorting is None and batch.local.is_in_order:
-            rows = tokens * groups
-            k, v = key.reshape(rows, 1, d), value.reshape(rows, 1, d)
-            attend_here(query.reshape(rows, -1, d), k, v, output.view(rows, -1, d))
-            return
-        q, out = query.view(tokens, groups, -1, d), output.view(tokens, groups, -1, d)
-        k, v = key.view(tokens, groups, 1, d), value.view(tokens, groups, 1, d)
-        if batch.sorting is not None:
-            number, qkv = self._layers[call.layer.layer_name], torch.cat([q, k, v], dim=2)
-            self._attend_everywhere(batch, batch.sorting, number, qkv, attend_here, out)
-        else:
-            q, k, v = (x.transpose(0, 1).flatten(0, 1) for x in (q, k, v))
-            by_group = torch.empty_like(q)
-            attend_here(q, k, v, by_group)
-            out.copy_(by_group.view(groups, tokens, -1, d).transpose(0, 1))
-
-    def _begin(self, metadata: StepDescription) -> Batch:
-        """Determine where each head group of this step lives, and announce the step to the workers."""
+    def begin(self, common: Any) -> Step:
+        """Return the step that vLLM describes, announced to the workers that take part. All layers share it."""
+        if self._current is not None and self._current.common is common:
+            return self._current
+        self._read_requests()
         self._abandon()  # a step that was never finished: vLLM may warm up without the connector
-        self._step += 1
-        common = metadata.common
-        num, bound = common.num_reqs, common.seq_lens_cpu_upper_bound
+        self._number += 1
+        device = common.query_start_loc.device
+        if self._tensors is None or self._tensors.device != device:
+            self._tensors = StepTensors(self.heads, self._limits, self._block_tokens, device)
+        if self.heads.is_local and self.migrator.is_idle and common.seq_lens_cpu_upper_bound is not None:
+            local = self._tensors.gather(common)
+            self._current = Step(common=common, num_tokens=local.num_tokens // self._head_groups, local=local)
+        else:
+            self._current = self._distributed(common, self._tensors)
+        self._current.is_timed = device.type == "cpu"
+        return self._current
+
+    @property
+    def can_replay(self) -> bool:
+        """Return whether a graph captured over a step may compute the present one: all groups are here, each request
+        has one token, and the graph reads this step.
+        """
+        step, tensors = self._current, self._tensors
+        if step is None or step.requests is not None or step.local is None or tensors is None:
+            return False
+        return step.local.is_in_order and tensors.addresses in self.captured
+
+    def capturing(self) -> None:
+        """Note where a graph that is captured now will read its steps."""
+        if self._tensors is not None:
+            self.captured.add(self._tensors.addresses)
+
+    def must_attend(self) -> None:
+        """Make a step fail that ends without having been computed by `attend`."""
+        if self._current is not None:
+            self._current.must_attend = True
+
+    def _distributed(self, common: Any, tensors: StepTensors) -> Step:
+        """Determine where each head group of a step lives, which takes the host to know the requests."""
+        starts = common.query_start_loc_cpu[: common.num_reqs + 1].numpy().astype(np.int64)
+        counts = starts[1:] - starts[:-1]
+        num = int(np.count_nonzero(counts))  # without the padding behind
+        bound = common.seq_lens_cpu_upper_bound
         anchors = common.block_table_tensor[:num, 0].cpu().numpy()
-        starts = common.query_start_loc_cpu[: num + 1].numpy().astype(np.int64)
         requests = StepRequests(
             rows=self.heads.row_of[anchors],
-            counts=starts[1:] - starts[:-1],
+            counts=counts[:num],
             # vLLM's bound is on the CPU already, and exact unless drafts are scheduled ahead.
             lasts=(common.seq_lens if bound is None else bound)[:num].cpu().numpy().astype(np.int64),
         )
-        known = requests.rows >= 0
         self.migrator.rewind(requests.rows, requests.firsts)
-        devices = np.where(known[:, None], self.heads.devices[requests.rows], -1)
+        devices = self.heads.devices[requests.rows]
         if self.heads.must_restart.any():
-            self.heads.must_restart[requests.rows[known & (requests.firsts == 0)]] = False
-            void = known & self.heads.must_restart[requests.rows]
-            devices[void] = -1
+            self.heads.must_restart[requests.rows[requests.firsts == 0]] = False
+            void = self.heads.must_restart[requests.rows]
+            devices[void] = NOWHERE
             self._void.update(anchors[void].tolist())
-        local = part_of(requests, devices == LOCAL)
-        device, num_tokens = common.query_start_loc.device, int(starts[-1])
-        rows = requests.rows[local.requests]
-        width = int(-(-local.lasts.max(initial=1) // self._block_tokens))
-        tables = self.heads.tables[rows, local.groups, :width]
-        remotes = [] if local.is_everything else self._remotes(requests, devices, local.num_tokens)
-        self._batch = batch = Batch(
-            common=common,
-            requests=requests,
-            num_tokens=num_tokens,
-            local=local,
-            tables=torch.from_numpy(tables).to(device),
-            slots=torch.from_numpy(slots_of(local, tables, self._block_tokens)).to(device),
-            remotes=remotes,
-            sorting=None if local.is_everything else self._sorting(num_tokens, local, remotes, device),
-        )
-        for remote in batch.remotes:
+        part = part_of(requests, devices == LOCAL)
+        num_tokens, local = int(starts[num]), None
+        if len(part):
+            width = int(-(-part.lasts.max() // self._block_tokens))
+            tables = self.heads.tables[requests.rows[part.requests], part.groups, :width]
+            local = tensors.put(part, tables, slots_of(part, tables, self._block_tokens))
+        remotes = [] if part.is_everything else self._remotes(requests, devices)
+        sorting = None if part.is_everything else tensors.sort(num_tokens, [part, *(one.part for one in remotes)])
+        for remote in remotes:
             self._announce(remote, requests)
-        return batch
+        return Step(
+            common=common, num_tokens=num_tokens, local=local, requests=requests, remotes=remotes, sorting=sorting
+        )
 
-    def _remotes(self, requests: StepRequests, devices: IntArray, begin: int) -> list[Remote]:
-        """Return the workers' parts of a step; ``devices`` is [R, G]. Their rows begin at ``begin``."""
-        remotes = []
-        for number in sorted(set(devices.ravel().tolist()) - {-1, LOCAL}):
+    def attend(self, impl: LocalAttention, call: LayerCall, metadata: StepDescription) -> None:
+        """Compute the attention of one layer over all head groups, wherever they live."""
+        step, base = metadata.step, metadata.base
+        step.must_attend = False
+        tokens, groups, d = step.num_tokens, self._head_groups, self._shape.head_dim
+        query, key, value, output = call.q, call.k, call.v, call.out
+        if tokens < output.size(0):
+            output[tokens:].zero_()
+            query, key, value, output = query[:tokens], key[:tokens], value[:tokens], output[:tokens]
+        qkv = torch.cat(
+            (query.view(tokens, groups, -1, d), key.view(tokens, groups, 1, d), value.view(tokens, groups, 1, d)), 2
+        )
+        out = output.view(tokens, groups, -1, d)
+        if step.sorting is not None:
+            self._attend_everywhere(step, step.sorting, impl, call, base, qkv.flatten(0, 1), out.flatten(0, 1))
+        elif step.local is not None and step.local.is_in_order:
+            self._attend_here(step, impl, call, base, qkv.flatten(0, 1), out.flatten(0, 1))
+        else:
+            by_group = torch.empty_like(out.transpose(0, 1), memory_format=torch.contiguous_format)
+            rows = qkv.transpose(0, 1).flatten(0, 1)
+            self._attend_here(step, impl, call, base, rows, by_group.flatten(0, 1))
+            out.copy_(by_group.transpose(0, 1))
+
+    def _attend_everywhere(
+        self,
+        step: Step,
+        sorting: Sorting,
+        impl: LocalAttention,
+        call: LayerCall,
+        base: Any,
+        qkv: torch.Tensor,
+        out: torch.Tensor,
+    ) -> None:
+        """Compute attention together with workers: qkv [T G, r + 2, d] into out [T G, r, d]."""
+        here = 0 if step.local is None else step.local.num_tokens
+        rows = qkv.index_select(0, sorting.order)
+        results = out.new_empty(len(rows) + 1, *out.shape[1:])
+        results[-1] = 0  # the last row stands for all void rows
+
+        def meanwhile() -> None:
+            if here:
+                self._attend_here(step, impl, call, base, rows[:here], results[:here])
+
+        layer = self._layers[call.layer.layer_name]
+        for remote in self._exchange.attend(step.remotes, layer, rows[here:], results[here:-1], meanwhile):
+            self._make_up(remote, layer, rows[here:], results[here:-1], step)
+        torch.index_select(results, 0, sorting.places, out=out)
+
+    def _make_up(self, remote: Remote, layer: int, qkv: torch.Tensor, out: torch.Tensor, step: Step) -> None:
+        """Compute the requests that begin in this step here, and void the others, as the worker is lost."""
+        part, requests = remote.part, step.requests
+        assert requests is not None, "a step with workers knows its requests"
+        for sequence in range(len(part)):
+            first, last = int(part.starts[sequence]), int(part.starts[sequence + 1])
+            rows = slice(remote.begin + first, remote.begin + last)
+            row = int(requests.rows[part.requests[sequence]])
+            self.heads.must_restart[row] = True
+            if part.positions[first] == 0:
+                q, k, v = qkv[rows, :-2], qkv[rows, -2], qkv[rows, -1]
+                out[rows] = attend_directly(q, k, v, self._shape, layer).to(out)
+            else:
+                out[rows] = 0
+                self._void.add(int(self.heads.anchors[row]))
+
+    def _attend_here(
+        self, step: Step, impl: LocalAttention, call: LayerCall, base: Any, qkv: torch.Tensor, out: torch.Tensor
+    ) -> None:
+        """Have vLLM's backend compute virtual sequences: qkv [V, r + 2, d] into out [V, r, d]."""
+        assert step.local is not None
+        begun_s = self._clock() if step.is_timed else 0.0
+        own = LayerCall(call.layer, qkv[:, :-2], qkv[:, -2:-1], qkv[:, -1:], call.kv_cache, out)
+        impl.attend_here(own, step.local.slots, base)
+        if step.is_timed:
+            taken_s = self._clock() - begun_s
+            step.layers.add(taken_s, taken_s)
+
+    def _remotes(self, requests: StepRequests, devices: IntArray) -> list[Remote]:
+        """Return the workers' parts of a step; ``devices`` is [R, G]."""
+        remotes, begin = [], 0
+        for number in sorted(set(devices.ravel().tolist()) - {NOWHERE, LOCAL}):
             part = part_of(requests, devices == number)
-            end = begin + part.num_tokens
-            remotes.append(Remote(device=number, part=part, begin=begin, end=end))
-            begin = end
+            remotes.append(Remote(device=number, part=part, begin=begin, end=begin + part.num_tokens))
+            begin += part.num_tokens
         return remotes
-
-    def _sorting(self, tokens: int, local: VirtualBatch, remotes: list[Remote], device: torch.device) -> Sorting:
-        order = np.concatenate([local.rows, *(remote.part.rows for remote in remotes)])
-        places = np.full(tokens * self._head_groups, len(order), np.int64)
-        places[order] = np.arange(len(order))
-        return Sorting(order=torch.from_numpy(order).to(device), places=torch.from_numpy(places).to(device))
 
     def _announce(self, remote: Remote, requests: StepRequests) -> None:
         part = remote.part
         step = DeviceStep(
             epoch=self.workers.epoch,
-            number=self._step,
+            number=self._number,
             requests=self.heads.numbers[requests.rows[part.requests]],
             incarnations=np.zeros(len(part), np.int64),
             heads=part.groups,
@@ -289,91 +386,18 @@ class Rank:
             with self._guarded(remote.device):
                 device.begin(step)
 
-    def _attend_everywhere(
-        self,
-        batch: Batch,
-        sorting: Sorting,
-        layer: int,
-        qkv: torch.Tensor,
-        attend_here: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], None],
-        out: torch.Tensor,
+    def _remember(
+        self, device: int, sequences: int, tokens: int, lasts: torch.Tensor | IntArray, layers: LayerTimes
     ) -> None:
-        """Compute attention together with workers: qkv [T, G, r + 2, d] into out [T, G, r, d]."""
-        qkv = qkv.flatten(0, 1).index_select(0, sorting.order)
-        # The last row stands for all void rows.
-        results = out.new_empty(len(qkv) + 1, *out.shape[2:])
-        results[-1] = 0
-        for remote in batch.remotes:
-            self._ask(remote, layer, qkv[remote.begin : remote.end])
-        if here := batch.local.num_tokens:
-            q, k, v = (x[:here].contiguous() for x in (qkv[:, :-2], qkv[:, -2:-1], qkv[:, -1:]))
-            attend_here(q, k, v, results[:here])
-        for remote in batch.remotes:
-            rows = slice(remote.begin, remote.end)
-            self._answer(remote, layer, qkv[rows], results[rows], batch)
-        torch.index_select(results, 0, sorting.places, out=out.flatten(0, 1))
-
-    def _ask(self, remote: Remote, layer: int, qkv: torch.Tensor) -> None:
-        remote.pending = None
-        device = self.workers.get(remote.device)
-        if device is None:
-            return
-        remote.requested_s = self._clock()
-        with self._guarded(remote.device):
-            remote.pending = device.attend(layer, qkv)
-        remote.sent_s = self._clock()
-        report = self._reports.get(remote.device)
-        if report is None:
-            report = self._reports[remote.device] = WorkerReport(self.blocks(remote.device))
-        report.exchanged.bytes_sent += qkv.nbytes
-
-    def _answer(self, remote: Remote, layer: int, qkv: torch.Tensor, out: torch.Tensor, batch: Batch) -> None:
-        """Put a worker's outputs in their place, or make up for them."""
-        waits_s = self._clock()
-        if remote.pending is not None:
-            with self._guarded(remote.device):
-                answer = remote.pending.wait()
-                self._time(remote, waits_s)
-                out.copy_(answer)
-                exchanged = self._reports[remote.device].exchanged
-                exchanged.exchanges += 1
-                exchanged.exchange_s += self._clock() - remote.requested_s
-                exchanged.bytes_received += answer.nbytes
-                return
-        self._make_up(remote, layer, qkv, out, batch)
-
-    def _make_up(self, remote: Remote, layer: int, qkv: torch.Tensor, out: torch.Tensor, batch: Batch) -> None:
-        """Compute the requests that begin in this step here, and void the others, as the worker is lost."""
-        part = remote.part
-        for sequence in range(len(part)):
-            rows = slice(int(part.starts[sequence]), int(part.starts[sequence + 1]))
-            request = int(part.requests[sequence])
-            row = int(batch.requests.rows[request])
-            self.heads.must_restart[row] = True
-            if part.positions[rows.start] == 0:
-                q, k, v = qkv[rows, :-2], qkv[rows, -2], qkv[rows, -1]
-                out[rows] = attend_directly(q, k, v, self._shape, layer).to(out)
-            else:
-                out[rows] = 0
-                self._void.add(int(self.heads.anchors[row]))
-
-    def _time(self, remote: Remote, waits_s: float) -> None:
-        """Record how long a worker took. An answer that was already there, maybe for long, only gives a bound."""
-        got_s, calibration = self._clock(), self._calibrations.get(remote.device)
-        read_s = 0.0 if calibration is None else calibration.read_s
-        most_s = got_s - remote.requested_s
-        was_late = got_s - waits_s > OVER_READING * read_s
-        remote.layers.add(most_s if was_late else most_s - (waits_s - remote.sent_s), most_s)
-
-    def _remember(self, device: int, part: VirtualBatch, layers: LayerTimes) -> None:
         """Keep the times of a step on a device for the next report, if it only decoded there."""
-        if layers.count and part.num_tokens == len(part):
-            self._taken.setdefault(device, deque(maxlen=MOST_TAKEN)).append((part, layers))
+        if layers.count and tokens == sequences:
+            taken = self._taken.setdefault(device, deque(maxlen=MOST_TAKEN))
+            taken.append((sequences, int(lasts.sum()), layers))
 
-    def _time_taken(self, part: VirtualBatch, layers: LayerTimes) -> LayerTime:
+    def _time_taken(self, sequences: int, tokens: int, layers: LayerTimes) -> LayerTime:
         return LayerTime(
-            heads=len(part) * self._shape.queries_per_group,
-            kv_bytes=float(part.lasts.sum()) * token_bytes(self._shape),
+            heads=sequences * self._shape.queries_per_group,
+            kv_bytes=float(tokens) * token_bytes(self._shape),
             least_s=layers.least_s / layers.count,
             most_s=layers.most_s / layers.count,
         )
@@ -394,11 +418,11 @@ class Rank:
 
     def _abandon(self) -> None:
         """Forget a step that was begun and never finished, for example of a dummy run."""
-        batch, self._batch = self._batch, None
-        for remote in batch.remotes if batch is not None else ():
+        step, self._current = self._current, None
+        for remote in step.remotes if step is not None else ():
             if (device := self.workers.get(remote.device)) is not None:
                 with self._guarded(remote.device):
-                    device.abort(self._step)
+                    device.abort(self._number)
 
     @contextmanager
     def _guarded(self, number: int | None = None) -> Iterator[None]:

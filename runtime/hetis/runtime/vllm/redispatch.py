@@ -15,6 +15,10 @@ from hetis.solver.redispatch.triggers import Watch, triggers
 if TYPE_CHECKING:
     from hetis.runtime.vllm.settings import EngineRedispatchSettings
 
+CALM_STEPS = 8192
+REST_STEPS = 16  # the shortest rest of two devices after a return, before it is doubled
+MOST_RETURNS = 8
+
 
 class Redispatch:
     """Examines one engine's requests at a fixed interval of steps, and makes the moves that pay.
@@ -38,6 +42,7 @@ class Redispatch:
         self._watch = Watch()
         # By request: the step from which on it may move for balance again, and how often it has done so
         self._rests: dict[str, tuple[float, int]] = {}
+        self._returns = Returns()
 
     def advance(self) -> None:
         """Count a step. If it is time, begin the moves of the first wave; later waves come with later looks."""
@@ -45,6 +50,7 @@ class Redispatch:
         allocator = self._allocator
         if allocator.state.stage.num_devices == 1:
             return  # there is nowhere to go
+        self._returns.forget(self._steps)
         due = self._settings.enabled and self._steps % self._settings.every_steps == 0
         if not due or not allocator.running or allocator.moves:
             return
@@ -57,7 +63,9 @@ class Redispatch:
         running = set(allocator.running)
         self._rests = {name: rest for name, rest in self._rests.items() if name in running}
         plan = Redispatcher(dispatcher).solve(problem)
-        moves = [move for move in plan.moves if move.wave == 0 and not self._rests_still(move)]
+        first = [move for move in plan.moves if move.wave == 0]
+        allow, step = self._returns.allow, self._steps
+        moves = [move for move in first if not self._rests_still(move) and allow(move, step)]
         self._watch.looked(snapshot, fired, moved=bool(moves))
         allocator.state.mark_seen()
         for move in moves:
@@ -66,6 +74,7 @@ class Redispatch:
             if self._begin_move(move.request, groups, move.target) is not None and move.payback_steps is not None:
                 _, times = self._rests.get(move.request, (0.0, 0))
                 self._rests[move.request] = self._steps + move.payback_steps * 2**times, times + 1
+                self._returns.began(move, self._steps)
 
     def _rests_still(self, move: Move) -> bool:
         """Return whether a move for balance has to wait until an earlier one of its request has paid back its cost.
@@ -74,3 +83,40 @@ class Redispatch:
         that its heads come to rest.
         """
         return move.reason is MoveReason.BALANCE and self._steps < self._rests.get(move.request, (0.0, 0))[0]
+
+
+class Returns:
+    """Moves for balance that were taken back: a sign that costs were not what they had seemed before the move.
+
+    Then no such move is made between the two devices, of later requests either, until a rest is over: as long as the
+    move takes to pay back what it costs, and `REST_STEPS` at least, doubled for every return of late.
+    """
+
+    def __init__(self) -> None:
+        self._last: dict[str, tuple[int, int]] = {}  # the last source and target, by request
+        self._counts: dict[frozenset[int], int] = {}  # returns, by pair of devices
+        self._rests: dict[frozenset[int], float] = {}  # the step at which a pair's rest is over
+        self._since = 0  # the step at which returns were last counted, or forgotten
+
+    def allow(self, move: Move, step: int) -> bool:
+        """Return whether a move may begin."""
+        return move.reason is not MoveReason.BALANCE or step >= self._rests.get(_pair(move), 0)
+
+    def began(self, move: Move, step: int) -> None:
+        """Count a move for balance that has begun."""
+        if move.payback_steps is not None and self._last.get(move.request) == (move.target, move.source):
+            pair = _pair(move)
+            count = self._counts[pair] = min(self._counts.get(pair, 0) + 1, MOST_RETURNS)
+            self._since, self._rests[pair] = step, step + max(move.payback_steps, REST_STEPS) * 2**count
+        self._last[move.request] = move.source, move.target
+
+    def forget(self, step: int) -> None:
+        """Forget a return of every pair after `CALM_STEPS` without one."""
+        if step - self._since >= CALM_STEPS:
+            self._since = step
+            self._counts = {pair: count - 1 for pair, count in self._counts.items() if count > 1}
+            self._last.clear()
+
+
+def _pair(move: Move) -> frozenset[int]:
+    return frozenset((move.source, move.target))

@@ -95,6 +95,9 @@ class PluginSettings(_Document):
     page_tokens: int = Field(default=16, ge=1, le=1024)
     # vLLM's attention backend for groups on the ranks. None: the platform's first choice.
     base_backend: Literal["FLASH_ATTN", "FLASHINFER", "TRITON_ATTN"] | None = None
+    # Steps of a GPU that are CUDA graphs: those between attentions (``piecewise``), or also a whole decode step all of
+    # whose head groups are on the rank (``full``; not measured on a GPU yet, vLLM 0.32 only)
+    graphs: Literal["piecewise", "full"] = "piecewise"
     dispatch: DispatchSettings = DispatchSettings()
     redispatch: EngineRedispatchSettings = EngineRedispatchSettings()
     executor: Path | None = None  # Unix socket on which the node's agent reaches the engine. None: no agent steers it.

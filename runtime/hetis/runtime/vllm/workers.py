@@ -214,6 +214,11 @@ class KvMigrator:
         self._copied: set[int] = set()
         self._failed: set[int] = set()
 
+    @property
+    def is_idle(self) -> bool:
+        """Return whether no move is in flight."""
+        return not self._open
+
     def take(self, step: MoveStep) -> None:
         """Begin, commit or abort a move. Raises DeviceError, after which the worker must be declared lost."""
         move = step.move

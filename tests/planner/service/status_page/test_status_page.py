@@ -6,9 +6,11 @@ import asyncio
 import base64
 import hashlib
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import pytest
 
@@ -355,6 +357,25 @@ def test_metrics_say_when_credentials_expire() -> None:
     assert b"hetis_planner_tokens_expired 1.0" in text
     assert b'hetis_planner_certificate_expiry_seconds{file="a.pem"} 40.0' in text
     assert b"process_resident_memory_bytes" in metrics.text()
+
+
+async def test_metrics_say_when_the_newest_backup_was_made(tmp_path: Path) -> None:
+    name = f'hetis_planner_backup_seconds{{folder="{tmp_path}"}}'
+
+    async def shown() -> str:
+        metrics = ServiceMetrics("1")
+        assert name not in metrics.text().decode()  # without a folder, no alert
+        watching = asyncio.create_task(metrics.watch_backups(str(tmp_path), 60.0))
+        while name not in metrics.text().decode():
+            await asyncio.sleep(0.01)
+        watching.cancel()
+        return metrics.text().decode().partition(f"{name} ")[2].partition("\n")[0]
+
+    assert await shown() == "0.0"
+    for number, file in enumerate(("one.db", "two.db", ".two.db.7.tmp")):
+        (tmp_path / file).touch()
+        os.utime(tmp_path / file, (1000.0 + number, 1000.0 + number))
+    assert await shown() == "1001.0"
 
 
 @pytest.mark.parametrize("method", ["POST", "PUT", "DELETE", "PATCH"])

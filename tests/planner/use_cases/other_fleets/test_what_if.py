@@ -14,16 +14,17 @@ from hetis.formats.catalogue import find_gpu
 from hetis.formats.errors import DocumentError
 from hetis.planner.cli.app import run
 from hetis.planner.cli.exit_codes import ExitCode
-from hetis.planner.report.comparison import verdict_words
+from hetis.planner.report.what_if import verdict_words
 from hetis.planner.use_cases.compare import Compared
 from hetis.planner.use_cases.other_fleets.additions import FleetChange
-from hetis.planner.use_cases.other_fleets.what_if import Side, WhatIf, _kind_of_change, _posed, changed_inputs
-from hetis.planner.use_cases.place import PlacementSettings
+from hetis.planner.use_cases.other_fleets.what_if import Side, WhatIf, _kind_of_change, changed_inputs
+from hetis.planner.use_cases.placement_settings import PlacementSettings
+from hetis.planner.use_cases.precision import for_engine
 from hetis.planner.use_cases.sources import LoadedInputs, load_inputs
 from hetis.solver.advice import Addition, Change, NodeShape, Proven, difference
 from hetis.solver.constraints import WithoutTp
 from hetis.solver.plan import Objective, ObjectiveKind
-from hetis.solver.problem import EngineRules
+from hetis.solver.problem import EngineRules, PlacementProblem
 from tests.planner.command_line import invoke
 
 FLEET = """apiVersion: hetis/v1
@@ -182,10 +183,7 @@ def test_what_was_not_found_is_not_said_to_be_impossible(
 ) -> None:
     loaded, objective = inputs_on(tmp_path, H100S), Objective(kind=ObjectiveKind.COST, demand_rps=1.0)
     outcome = Compared(strategy="hexgen", status="unknown", solve_s=0.0)
-    one, other = (
-        Side(loaded=loaded, problem=None, outcome=outcome, proven=proven, usd_per_hour=None)
-        for proven in (before, after)
-    )
+    one, other = (Side(loaded=loaded, outcome=outcome, proven=proven, usd_per_hour=None) for proven in (before, after))
     found = WhatIf(
         objective=objective, change=FleetChange(shape=NodeShape(zone="default")), before=one, after=other,
         difference=difference(before, after, maximises=False, change=Change.OTHER), plan_change=None,
@@ -292,8 +290,12 @@ def narrows(before: LoadedInputs, **change: Any) -> list[Change]:
     shape = NodeShape(gpus_per_node=1, zone=before.inputs.cluster.zones()[0])
     after = changed_inputs(before, FleetChange(shape=shape, **change))
     settings = PlacementSettings(engine=EngineRules(name="vllm-hetis"))
-    old, new = (_posed(loaded, Objective(), settings) for loaded in (before, after))
+    old, new = (posed(loaded, settings) for loaded in (before, after))
     return [_kind_of_change(old, new), _kind_of_change(new, old)]
+
+
+def posed(loaded: LoadedInputs, settings: PlacementSettings) -> PlacementProblem:
+    return settings.problem(for_engine(loaded, settings.engine).inputs, Objective())
 
 
 def inputs_on(folder: Path, nodes: str, network: str = "", model: str = "Llama-3.1-8B") -> LoadedInputs:
@@ -314,7 +316,7 @@ def test_more_nodes_keep_all_plans_and_fewer_keep_none_that_is_new(tmp_path: Pat
 
 
 def test_a_constraint_more_leaves_fewer_plans_and_without_a_problem_nothing_is_known(tmp_path: Path) -> None:
-    problem = _posed(inputs_on(tmp_path, H100S), Objective(), PlacementSettings(engine=EngineRules(name="vllm-hetis")))
+    problem = posed(inputs_on(tmp_path, H100S), PlacementSettings(engine=EngineRules(name="vllm-hetis")))
     constrained = replace(problem, constraints=(*problem.constraints, WithoutTp(tp=2)))
     assert _kind_of_change(problem, constrained) is Change.SHRUNK
     assert _kind_of_change(constrained, problem) is Change.GROWN

@@ -13,9 +13,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from benchmarks.measuring.seats import with_more_seats
 from hetis.planner.report.explanation import render_explanation
 from hetis.planner.report.figures import seconds
-from hetis.planner.use_cases.simulation.engine_settings import with_more_seats
 from hetis.planner.use_cases.simulation.simulate import Question, answer, default_rate
 from hetis.simulator.arrivals import Arrivals, Load
 from hetis.simulator.running import never, silent

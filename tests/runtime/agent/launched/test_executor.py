@@ -2,59 +2,38 @@
 
 from __future__ import annotations
 
-import asyncio
-import errno
 import os
 import signal
 import threading
-import time
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import aclosing, asynccontextmanager
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from hetis.runtime.agent.launched import processes
-from hetis.runtime.agent.launched.executor import Front, LaunchExecutor, num_at_work
-from hetis.runtime.agent.launched.processes import OLD_LOGS, end_leftovers
+from hetis.runtime.agent.launched.executor import Front, num_at_work
+from hetis.runtime.agent.launched.processes import OLD_LOGS
 from hetis.runtime.agent.pressure import EngineNews, EngineReading, ScrapeState
 from hetis.runtime.moves.refusals import RefusedError
 from hetis.v1.change_pb2 import Change, ChangeOutcome
 from hetis.v1.executor_service_pb2 import (
     AbortMovesRequest,
-    ApplyAssignmentRequest,
     FlipMovesRequest,
     ReadHeadMapsRequest,
     ReserveMovesRequest,
-    WatchReportsResponse,
 )
 from hetis.v1.failure_pb2 import ErrorReason
-from hetis.v1.report_pb2 import AssignmentState, ReplicaReport
 from tests.runtime.agent.launched.assigning import (
-    DRAIN,
     LOAD,
-    NODE,
     REPLICA,
     SERVE,
     applying,
-    asked,
     assigned,
     control,
-    fake_settings,
     lives,
     removing,
     replica_on,
 )
-from tests.runtime.launch.launching import is_gone
-
-LIMIT_S = 120.0  # on a busy machine
-OTHER = "clusters/c/replicas/p-1"
-
-
-def state(name: str) -> AssignmentState.ValueType:
-    return AssignmentState.Value(f"ASSIGNMENT_STATE_{name}")
+from tests.runtime.agent.launched.executing import OTHER, node_in
 
 
 @pytest.mark.parametrize(
@@ -107,84 +86,6 @@ def test_an_engine_serves_if_it_lists_a_model_or_asks_for_a_key(status: int, bod
         thread.start()
         assert Front(f"127.0.0.1:{server.server_port}").serves_a_model() is serves
         thread.join()
-
-
-class Node:
-    """An executor of fake engines, and its reports."""
-
-    def __init__(
-        self, folder: Path, clock: Callable[[], float] = time.monotonic, *, name: str = NODE, **settings: Any
-    ) -> None:
-        self.folder = folder
-        self.settings = fake_settings(folder, **settings)
-        self.executor = LaunchExecutor(self.settings, node=name, folder=folder / "engines", clock=clock)
-
-    async def report(self) -> WatchReportsResponse:
-        """Return the current report."""
-        return await self.until(lambda _: True)
-
-    async def apply(self, request: ApplyAssignmentRequest) -> str:
-        answer = await self.executor.call(request)
-        return AssignmentState.Name(answer.state).removeprefix("ASSIGNMENT_STATE_")
-
-    async def until(self, holds: Callable[[WatchReportsResponse], bool]) -> WatchReportsResponse:
-        """Return the first report for which ``holds`` is true."""
-        last = None
-        try:
-            async with asyncio.timeout(LIMIT_S), aclosing(self.executor.watch_reports(0.01)) as reports:  # type: ignore[type-var]
-                async for report in reports:
-                    last = report
-                    if holds(report):
-                        return report
-        except TimeoutError:
-            pass
-        raise AssertionError(f"waited in vain; last report {last}; lives {lives(self.folder)}")
-
-    async def until_state(self, name: str, replica: str = REPLICA) -> ReplicaReport:
-        """Return the first report of a replica in a state."""
-
-        def found(report: WatchReportsResponse) -> list[ReplicaReport]:
-            return [one for one in report.replicas if (one.replica, one.assignment_state) == (replica, state(name))]
-
-        return found(await self.until(lambda report: bool(found(report))))[0]
-
-    async def until_lives(self, *expected: str) -> None:
-        await wait_until(
-            lambda: lives(self.folder) == list(expected), lambda: f"{lives(self.folder)} are not {expected}"
-        )
-
-    async def until_asked(self, running: int) -> None:
-        """Wait until the engine's metrics reported this many running requests twice more; one may predate the call."""
-        before = len(asked(self.folder))
-        await wait_until(lambda: asked(self.folder)[before:].count(str(running)) >= 2, lambda: "nobody asks")
-
-    def sessions(self) -> list[int]:
-        """Return the leaders of the recorded sessions."""
-        return sorted(int(file.name) for file in (self.folder / "engines" / "sessions").glob("*"))
-
-
-async def wait_until(holds: Callable[[], bool], what: Callable[[], str]) -> None:
-    deadline_s = time.monotonic() + LIMIT_S
-    while not holds():
-        assert time.monotonic() < deadline_s, what()
-        await asyncio.sleep(0.02)
-
-
-@asynccontextmanager
-async def node_in(folder: Path, **settings: Any) -> AsyncIterator[Node]:
-    node = Node(folder, **settings)
-    try:
-        yield node
-    finally:
-        control(folder)
-        await node.executor.close()
-
-
-def run(story: Awaitable[None]) -> None:
-    async def whole() -> None:
-        await story
-
-    asyncio.run(whole())
 
 
 async def test_an_assignment_is_loading_until_the_engine_is_well_and_serves_only_when_it_is_to(tmp_path: Path) -> None:
@@ -275,49 +176,6 @@ async def test_a_program_that_is_not_there_is_a_failure_that_names_it(
         assert (await node.until_state("FAILED")).failure.message == "no-such-vllm: No such file or directory"
 
 
-async def test_requests_that_run_end_before_a_withdrawn_engine_is_told_to(tmp_path: Path) -> None:
-    async with node_in(tmp_path) as node:
-        control(tmp_path, running=2)
-        await node.apply(applying(assigned()))
-        await node.until(lambda report: report.replicas[0].num_running == 2)
-        await node.apply(applying(assigned(replica_on("a/1"), goal=DRAIN), 2))  # it does not move before it ends
-        assert (await node.until_state("DRAINING")).num_running == 2
-        assert await node.apply(removing(generation=3)) == "STOPPED"
-        assert not (await node.until(lambda report: not report.replicas)).devices
-        assert await node.apply(applying(assigned(name=OTHER))) == "LOADING", "its GPU is not free yet"
-        for running in (2, 1):
-            control(tmp_path, running=running)
-            await node.until_asked(running)
-        assert lives(tmp_path) == ["started"]
-        control(tmp_path, running=0)
-        await node.until_state("SERVING", OTHER)
-        assert lives(tmp_path) == ["started", "told 0", "started"]
-
-
-async def test_a_drain_does_not_wait_for_ever(tmp_path: Path) -> None:
-    async with node_in(tmp_path, drain_timeout="1s") as node:
-        control(tmp_path, running=2)
-        await node.apply(applying(assigned()))
-        await node.until_state("SERVING")
-        await node.apply(removing())
-        await node.until_lives("started", "told 2")
-
-
-async def test_routers_have_time_to_hear_of_a_drain(tmp_path: Path) -> None:
-    now_s = float(round(time.monotonic()))  # sums of whole seconds are exact
-    node = Node(tmp_path, lambda: now_s, router_delay="1h")
-    try:
-        await node.apply(applying(assigned()))
-        await node.until_state("SERVING")
-        assert await node.apply(applying(assigned(goal=DRAIN), 2)) == "SERVING"
-        now_s += 3599
-        assert (await node.report()).replicas[0].assignment_state == state("SERVING")
-        now_s += 1
-        assert (await node.report()).replicas[0].assignment_state == state("DRAINING")
-    finally:
-        await node.executor.close()
-
-
 async def test_a_replica_that_changes_is_started_anew_once_the_old_one_is_gone(tmp_path: Path) -> None:
     async with node_in(tmp_path) as node:
         await node.apply(applying(assigned(replica_on("a/0"))))
@@ -338,54 +196,6 @@ async def test_replicas_on_other_gpus_do_not_wait_for_each_other(tmp_path: Path)
         found = await node.until_state("SERVING", OTHER)
         assert found.endpoint == f"127.0.0.1:{node.settings.port + 1}"
         assert lives(tmp_path) == ["started", "started"], "the first still drains"
-
-
-async def test_what_does_not_serve_has_nothing_to_drain(tmp_path: Path) -> None:
-    async with node_in(tmp_path) as node:
-        control(tmp_path, loading=True, running=1)
-        await node.apply(applying(assigned()))
-        await node.until_lives("started")
-        assert await node.apply(applying(assigned(goal=DRAIN), 2)) == "STOPPED"
-        await node.apply(removing(generation=3))
-        await node.until_lives("started", "told 1")
-
-
-async def test_what_is_to_drain_is_not_started_for_that(tmp_path: Path) -> None:
-    """After a restart, the agent applies the last assignments again."""
-    async with node_in(tmp_path) as node:
-        assert await node.apply(applying(assigned(goal=DRAIN), 2)) == "STOPPED"
-        await node.until_state("STOPPED")
-        await asyncio.sleep(0.2)
-        assert not lives(tmp_path)
-        assert await node.apply(applying(assigned(goal=SERVE), 3)) == "LOADING"
-        await node.until_lives("started")
-
-
-async def test_an_engine_whose_session_cannot_be_recorded_is_ended(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    write_text = Path.write_text
-
-    def failing(path: Path, *args: Any, **kwargs: Any) -> int:
-        if path.parent.name == "sessions":
-            raise OSError(errno.ENOSPC, "No space left on device")
-        return write_text(path, *args, **kwargs)
-
-    started = list[int]()
-    start = processes.start
-
-    def starting(command: Any, log: Path) -> Any:
-        found = start(command, log)
-        started.append(found.pid)
-        return found
-
-    monkeypatch.setattr(Path, "write_text", failing)
-    monkeypatch.setattr(processes, "start", starting)
-    async with node_in(tmp_path) as node:
-        await node.apply(applying(assigned()))
-        await wait_until(lambda: len(started) > 1, lambda: "it is tried again")
-        first = started[0]
-        await wait_until(lambda: is_gone(first), lambda: f"{first} still runs")
 
 
 async def test_old_planners_and_old_generations_are_refused(tmp_path: Path) -> None:
@@ -419,52 +229,3 @@ async def test_heads_do_not_move_in_a_replica_without_attention_workers(tmp_path
             await node.executor.call(ReadHeadMapsRequest(replica="another"))
         aborted = await node.executor.call(AbortMovesRequest(epoch=1, change_id="c"))
         assert aborted.outcome == ChangeOutcome.CHANGE_OUTCOME_ABORTED
-
-
-async def test_closing_lets_requests_end_and_leaves_no_process_behind(tmp_path: Path) -> None:
-    node = Node(tmp_path)
-    control(tmp_path, running=1)
-    await node.apply(applying(assigned()))
-    await node.until_state("SERVING")
-    (leader,) = node.sessions()
-    closing = asyncio.create_task(node.executor.close())
-    await node.until_asked(1)
-    assert lives(tmp_path) == ["started"]
-    control(tmp_path)
-    await closing
-    assert lives(tmp_path) == ["started", "told 0"]
-    assert is_gone(leader)
-    assert node.sessions() == []
-
-
-async def test_a_second_signal_does_not_wait_for_requests(tmp_path: Path) -> None:
-    node = Node(tmp_path)
-    control(tmp_path, running=1)
-    await node.apply(applying(assigned()))
-    await node.until_state("SERVING")
-    (leader,) = node.sessions()
-    closing = asyncio.create_task(node.executor.close())
-    await node.until_asked(1)
-    closing.cancel()
-    with pytest.raises(asyncio.CancelledError):
-        await closing
-    assert is_gone(leader)
-
-
-async def test_what_is_left_of_an_agent_before_is_ended_and_nobody_elses(tmp_path: Path) -> None:
-    node = Node(tmp_path)
-    await node.apply(applying(assigned()))
-    await node.until_state("SERVING")
-    (leader,) = node.sessions()
-    sessions = tmp_path / "engines" / "sessions"
-    noted = (sessions / str(leader)).read_text()
-    (sessions / str(leader)).write_text(noted + "1")  # the leader's process id, but not its start time
-    assert end_leftovers(sessions, grace_s=0.0) == []
-    assert not is_gone(leader)
-    (sessions / str(leader)).write_text("another-boot " + noted.partition(" ")[2])
-    assert end_leftovers(sessions, grace_s=0.0) == []
-    (sessions / str(leader)).write_text(noted)
-    assert await asyncio.to_thread(end_leftovers, sessions, grace_s=0.0) == [leader]
-    assert node.sessions() == []
-    assert is_gone(leader)
-    await node.executor.close()

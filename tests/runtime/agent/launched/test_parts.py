@@ -202,7 +202,7 @@ def test_the_other_side_of_an_exchange_decides_dtype_and_attention_backend() -> 
 
 
 def test_a_replica_whose_prompts_its_engine_would_refuse_is_not_started() -> None:
-    """`tests/engines/test_layout.py` tests the reasons."""
+    """`tests/engines/test_refusals.py` tests the reasons."""
     sender = KvPartner(role=ReplicaRole.REPLICA_ROLE_PREFILL, gpu_types=["L4"], tp=16)
     with pytest.raises(RefusedError, match="it decodes in TP1, and prompts come from TP16"):
         part_of(assigned(DECODES[0], node="d", kv_partners=[sender]), settings_of(), node="d", folder=FOLDER)

@@ -28,7 +28,7 @@ from hetis.v1.executor_service_pb2 import (
 from hetis.v1.failure_pb2 import ErrorReason
 from tests.engines.plans import plan_of, stage_of
 from tests.runtime.agent.launched.assigning import applying, assigned, control
-from tests.runtime.agent.launched.test_executor import Node
+from tests.runtime.agent.launched.executing import Node
 from tests.runtime.vllm.scheduling import EVERYTHING, NAMES, REPLICA, World, seconds
 from tests.runtime.vllm.test_executing import Stepping
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Annotated, Any
 
 import typer
@@ -88,7 +89,11 @@ def spelled(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
 
-def given_in(*groups: Any) -> dict[str, str]:
-    """Return the options of groups that have values from the command line, by their fields."""
-    named = (one for kind in groups for one in fields(kind) if one.name in command_line.given.get())
-    return {one.name: one.metadata["option"].default for one in named}  # typer takes the first name for the default
+def given_in(*groups_of_options: Any, renamed: Mapping[str, str] = MappingProxyType({})) -> dict[str, str]:
+    """Return the options of groups that have values from the command line, by their fields.
+
+    ``renamed`` are the parameters of fields with other names.
+    """
+    given = command_line.given.get()
+    named = (one for kind in groups_of_options for one in fields(kind) if renamed.get(one.name, one.name) in given)
+    return {one.name: groups.names_of(one.metadata["option"]["usage"])[0] for one in named}

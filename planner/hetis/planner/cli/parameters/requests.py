@@ -2,77 +2,53 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, make_dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, TypeAlias
-
-import typer
+from types import NoneType
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias, cast, get_args, get_origin
 
 from hetis.commands import groups
-from hetis.commands import verb as command_line
 from hetis.planner.cli.parameters import values
-from hetis.planner.use_cases.request import (
-    FIELDS,
-    LIMITS,
-    Goal,
-    Loss,
-    PlacementRequest,
-    RungName,
-    StatisticName,
-    Target,
-)
-from hetis.solver.plan import DEFAULT_STRATEGY
-
-if TYPE_CHECKING:
-    from hetis.solver.problem import EngineRules
+from hetis.planner.cli.parameters.options import given_in
+from hetis.planner.use_cases.request import FIELDS, LIMITS, Kind, PlacementRequest, types_of_fields
 
 NAMES = {"profiles": "profile"}  # parameters whose names differ from those of fields, by which variables set them
 
-# How values on the command line are read: by a parser, or by typer from a type. Fields of one value that is a text
-# need neither.
-_READ: Mapping[str, Mapping[str, Any]] = {
-    "model": {"autocompletion": values.model_names},
-    "workload": {"autocompletion": values.workload_names},
-    "prefix_hit_rate": {"parser": values.prefix_hit_rate},
-    "weights": {"parser": values.weights, "autocompletion": values.weights_names},
-    "kv": {"parser": values.kv, "autocompletion": values.kv_names},
-    "mtp": {"parser": values.mtp},
-    "profiles": {"type": list[str]},
-    "objective": {"type": Goal},
-    "rate": {"parser": values.demand},
-    "ttft": {"parser": values.ttft_limit},
-    "tpot": {"parser": values.tpot_limit},
-    "ttft_statistic": {"type": StatisticName},
-    "tpot_statistic": {"type": StatisticName},
-    "attainment": {"parser": values.share},
-    "pin": {"type": list[str], "autocompletion": values.pinned_things},
-    "forbid": {"type": list[str], "autocompletion": values.forbidden_things},
-    "price_pins": {"type": bool},
-    "survive": {"type": Loss},
-    "keep": {"parser": values.share},
-    "rung": {"type": RungName},
-    "worth": {"parser": values.below_one},
-    "target": {"type": Target},
-    "strategy": {"parser": values.strategy, "autocompletion": values.strategy_names},
-    "roles": {"parser": values.roles, "autocompletion": values.role_names},
-    "engine": {"parser": values.engine, "autocompletion": values.engine_names},
-    "max_stages": {"type": int, "min": 1, "max": 16},
-    "max_gpus": {"type": int, "min": 1},
-    "min_layers": {"type": int, "min": 1},
-    "max_nodes": {"type": int, "min": 1},
-    "max_num_seqs": {"parser": values.setting},
-    "chunk_tokens": {"parser": values.chunks},
-    "kv_blocks": {"parser": values.setting},
-    "min_context": {"parser": values.tokens},
-    "gpu_memory_utilization": {"parser": values.share},
-    "simplest_within": {"parser": values.below_one},
-    "time_limit": {"parser": values.positive_duration},
-    "gap": {"parser": values.gap},
-    "seed": {"type": int, "min": 0},
-    "profile_error": {"parser": values.below_one},
-    "verify": {"type": bool},
-    "other_engines": {"type": bool},
+# Values of other kinds are texts, or numbers that the field's declaration limits.
+_PARSERS: Mapping[Kind, Callable[[str], Any]] = {
+    Kind.HIT_RATE: values.prefix_hit_rate,
+    Kind.WEIGHTS: values.weights,
+    Kind.KV: values.kv,
+    Kind.DRAFTS: values.mtp,
+    Kind.DEMAND: values.demand,
+    Kind.TTFT: values.ttft_limit,
+    Kind.TPOT: values.tpot_limit,
+    Kind.SHARE: values.share,
+    Kind.BELOW_ONE: values.below_one,
+    Kind.GAP: values.gap,
+    Kind.SECONDS: values.positive_duration,
+    Kind.TOKENS: values.tokens,
+}
+# Fields whose lists or names have forms of their own.
+_OWN_PARSERS: Mapping[str, Callable[[str], Any]] = {
+    "strategy": values.strategy,
+    "roles": values.roles,
+    "engine": values.engine,
+    "max_num_seqs": values.setting,
+    "chunk_tokens": values.chunks,
+    "kv_blocks": values.setting,
+}
+_COMPLETIONS: Mapping[str, Callable[[str], list[str]]] = {
+    "model": values.model_names,
+    "workload": values.workload_names,
+    "weights": values.weights_names,
+    "kv": values.kv_names,
+    "pin": values.pinned_things,
+    "forbid": values.forbidden_things,
+    "strategy": values.strategy_names,
+    "roles": values.role_names,
+    "engine": values.engine_names,
 }
 
 
@@ -83,17 +59,24 @@ def requested(name: str, **others: Any) -> Any:
     """
     one = FIELDS[name]
     default = ... if one.default is MISSING else None if one.default in ((), "", "default") else one.default
-    how = {how: value for how, value in _READ.get(name, {}).items() if how != "type"}
-    declared = {"default": default, "panel": one.metadata["panel"], "shown": one.metadata["shown"], **how}
-    return groups.option(one.metadata["usage"], **(declared | others))
+    how = {"default": default, "parser": _reading(name)[1], "autocompletion": _COMPLETIONS.get(name)}
+    return groups.option(**(one.metadata["option"] | how | others))
 
 
-def _type_of(name: str) -> Any:
-    """Return the type by which typer reads a field; any, if it has a parser."""
-    if "parser" in (read := _READ.get(name, {})):
-        return Any
-    kind = read.get("type", str)
-    return kind | None if FIELDS[name].default in (None, (), "") else kind
+def _reading(name: str) -> tuple[Any, Callable[[str], Any] | None]:
+    """Return the type by which typer reads a field, and its parser, with which the type does not matter."""
+    kind: Any = types_of_fields()[name]
+    is_optional = FIELDS[name].default in (None, (), "")
+    if NoneType in get_args(kind):
+        kind = get_args(kind)[0]
+    if get_origin(kind) is Literal:
+        kind = cast(Any, Literal)[tuple(filter(None, get_args(kind)))]
+    of, *kinds = get_args(kind) if get_origin(kind) is Annotated else [kind]
+    parser = _OWN_PARSERS.get(name) or next((_PARSERS[each] for each in kinds if each in _PARSERS), None)
+    if parser is not None:
+        return Any, parser
+    of = list[str] if get_origin(of) is Sequence else str if kinds and of is not int else of
+    return of | None if is_optional else of, None
 
 
 def request_options(*names: str, **others: Any) -> Any:
@@ -101,10 +84,10 @@ def request_options(*names: str, **others: Any) -> Any:
 
     Options that are not given have the field's default. ``others`` are optional fields that are declared otherwise.
     """
+    types = {name: _reading(name)[0] for name in names}
     declared = [
-        (NAMES.get(name, name), _type_of(name) | None if name in others else _type_of(name), option)
-        for name in names
-        for option in [others.get(name) or requested(name)]
+        (NAMES.get(name, name), kind | None if name in others else kind, others.get(name) or requested(name))
+        for name, kind in types.items()
     ]
     made = make_dataclass("RequestOptions", declared, kw_only=True, eq=False, repr=False)
 
@@ -156,33 +139,4 @@ else:
 
 def options_given() -> dict[str, str]:
     """Return the options of request fields that the command line gives, by the fields."""
-    given = command_line.given.get()
-    option = {name: one.metadata["usage"].split()[0].rstrip(":") for name, one in FIELDS.items()}
-    return {name: option[name] for name in FIELDS if NAMES.get(name, name) in given}
-
-
-def engine_of(request: PlacementRequest) -> EngineRules | None:
-    """Return the rules of the requested engine; None for published heuristics.
-
-    Raises:
-        typer.BadParameter: there is no such engine, or limits are specified for a published heuristic.
-    """
-    return engine_rules(request.engine, request.strategy, request.limits)
-
-
-def rules_of_engine(name: str, limits: Mapping[str, int | None]) -> EngineRules:
-    """Return the rules of a named engine and the limits."""
-    rules = engine_rules(name, DEFAULT_STRATEGY, limits)
-    assert rules is not None, "it is named"
-    return rules
-
-
-def engine_rules(name: str | None, strategy: str, limits: Mapping[str, int | None]) -> EngineRules | None:
-    """Return the rules of ``--engine`` and the limits, as `engine_of`."""
-    from hetis.planner.use_cases.sources import engine_rules as rules_of
-    from hetis.solver.errors import InvalidProblemError
-
-    try:
-        return rules_of(name, strategy, **limits)
-    except InvalidProblemError as error:
-        raise typer.BadParameter(str(error)) from None
+    return given_in(PlacementRequest, renamed=NAMES)

@@ -5,9 +5,9 @@ Catalogues and strategies are loaded when a value is read or completed, so that 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from datetime import datetime
+from functools import partial
 from typing import Literal, TypeVar
 
 import typer
@@ -33,6 +33,20 @@ T = TypeVar("T")
 # --- quantities
 
 
+def _parsed(parse: Callable[[str], T], text: str) -> T:
+    try:
+        return parse(text)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+
+
+duration = partial(_parsed, parse_duration)  # may be 0: ``30h``
+moment = partial(_parsed, parse_moment)  # ISO 8601, which is UTC without a zone
+ratio = partial(_parsed, parse_ratio)  # ``0.5%`` or ``0.005``
+size = partial(_parsed, parse_bytes)
+bandwidth = partial(_parsed, parse_link_bandwidth)  # bytes per second: ``100Gbps`` or ``2GB/s``
+
+
 def ttft_limit(text: str) -> float:
     """Parse a limit on the time to first token in seconds; `NO_LIMIT` for ``none``."""
     return _limit(text, "TTFT")
@@ -54,16 +68,6 @@ def positive_duration(text: str) -> float:
     return _positive(_parsed(parse_duration, text), text)
 
 
-def duration(text: str) -> float:
-    """Parse a duration that may be 0: ``30h``."""
-    return _parsed(parse_duration, text)
-
-
-def moment(text: str) -> datetime:
-    """Parse an ISO 8601 time, which is UTC without a zone."""
-    return _parsed(parse_moment, text)
-
-
 def device_at(text: str, option: str) -> tuple[str, float]:
     """Parse a device and a time in seconds, the value of an ``option``: ``a100/0@30s``."""
     device, at, time = text.rpartition("@")
@@ -73,11 +77,6 @@ def device_at(text: str, option: str) -> tuple[str, float]:
         return device, _parsed(parse_duration, time)
     except typer.BadParameter as error:
         raise typer.BadParameter(f"{text!r}: {error}", param_hint=f"'{option}'") from None
-
-
-def ratio(text: str) -> float:
-    """Parse a ratio: ``0.5%`` or ``0.005``."""
-    return _parsed(parse_ratio, text)
 
 
 def gap(text: str) -> float:
@@ -118,10 +117,6 @@ def _percent(text: str, value: float) -> str:
     return f", did you mean {text.strip()}%?" if is_plain and 1 < value <= 100 else ""
 
 
-def size(text: str) -> int:
-    return _parsed(parse_bytes, text)
-
-
 def tokens(text: str) -> int:
     """Parse a number of tokens: ``32768``, ``32k`` (of 1,024), ``1m``."""
     digits, factor = text.strip().lower(), 1
@@ -136,11 +131,6 @@ def tokens(text: str) -> int:
 def fitted_engine(text: str) -> str:
     """Parse the name of an engine whose memory is known."""
     return one_of(text, ("vllm", "vllm-hetis", "sglang"))
-
-
-def bandwidth(text: str) -> float:
-    """Parse bytes per second: ``100Gbps`` or ``2GB/s``."""
-    return _parsed(parse_link_bandwidth, text)
 
 
 def rate(text: str) -> float:
@@ -158,13 +148,6 @@ def demand(text: str) -> float:
     if value < LEAST_DEMAND_RPS:
         raise typer.BadParameter(f"{text!r} is too low, must be at least {LEAST_DEMAND_RPS:g}")
     return value
-
-
-def _parsed(parse: Callable[[str], T], text: str) -> T:
-    try:
-        return parse(text)
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from None
 
 
 def _positive(value: float, text: str) -> float:
@@ -189,12 +172,7 @@ def strategy(text: str) -> str:
 
 def strategies(text: str) -> Names:
     """Parse names of strategies separated by commas, each once; ``all`` for every one."""
-    names = [name.strip() for name in text.split(",")]
-    if names == [ALL]:
-        return Names(tuple(_strategies()))
-    if ALL in names:
-        raise typer.BadParameter(f"{text!r} combines {ALL} with names: give {ALL} alone, or names")
-    return Names(tuple(dict.fromkeys(map(strategy, names))))
+    return _several(text, _strategies(), strategy)
 
 
 def engine(text: str) -> str:
@@ -208,8 +186,16 @@ def engine(text: str) -> str:
 
 def engines(text: str) -> Names:
     """Parse names of engines separated by commas, each once; ``all`` for every one."""
-    names = _engines() if text == ALL else (engine(name.strip()) for name in text.split(","))
-    return Names(tuple(dict.fromkeys(names)))
+    return _several(text, _engines(), engine)
+
+
+def _several(text: str, known: Sequence[str], read: Callable[[str], str]) -> Names:
+    names = [name.strip() for name in text.split(",")]
+    if names == [ALL]:
+        return Names(tuple(known))
+    if ALL in names:
+        raise typer.BadParameter(f"{text!r} combines {ALL} with names: give {ALL} alone, or names")
+    return Names(tuple(dict.fromkeys(map(read, names))))
 
 
 def roles(text: str) -> frozenset[Role]:
@@ -314,10 +300,6 @@ def added_gpus(incomplete: str) -> list[str]:
     return [f"{count}x{name}" for name in gpu_names(gpu)] if times and count.isdecimal() else []
 
 
-def market_names(incomplete: str) -> list[str]:
-    return _last_of_list(incomplete, gpu_names)
-
-
 def meant_gpus(incomplete: str) -> list[str]:
     """Return what ``a100=A100`` can become; the name in front is that of a tool."""
     name, equals, gpu = incomplete.partition("=")
@@ -344,14 +326,6 @@ def _constraint(incomplete: str, names: Iterable[str], extras: Iterable[str]) ->
     return _completing(incomplete, names)
 
 
-def weights_names(incomplete: str) -> list[str]:
-    return _last_of_list(incomplete, lambda last: _precision(last, PRECISIONS))
-
-
-def kv_names(incomplete: str) -> list[str]:
-    return _last_of_list(incomplete, lambda last: _precision(last, KV_PRECISIONS))
-
-
 def _precision(incomplete: str, known: Iterable[str]) -> list[str]:
     gpu, equals, name = incomplete.rpartition("=")
     if equals:
@@ -359,22 +333,22 @@ def _precision(incomplete: str, known: Iterable[str]) -> list[str]:
     return [*_completing(name, known), *(f"{one}=" for one in gpu_names(name) if name)]
 
 
-def role_names(incomplete: str) -> list[str]:
-    return _last_of_list(incomplete, lambda last: _completing(last, Role))
+def _in_list(complete: Callable[[str], list[str]]) -> Callable[[str], list[str]]:
+    """Return the completion of the last item of a list with commas, by none that is in the list already."""
+
+    def completed(incomplete: str) -> list[str]:
+        before, comma, last = incomplete.rpartition(",")
+        return [f"{before}{comma}{word}" for word in complete(last) if word not in before.split(",")]
+
+    return completed
 
 
-def lists_of_engines(incomplete: str) -> list[str]:
-    return _last_of_list(incomplete, lambda last: _completing(last, (*_engines(), ALL)))
-
-
-def lists_of_strategies(incomplete: str) -> list[str]:
-    return _last_of_list(incomplete, lambda last: _completing(last, (*_strategies(), ALL)))
-
-
-def _last_of_list(incomplete: str, complete: Callable[[str], list[str]]) -> list[str]:
-    """Return the completions of the last item of a list with commas, none of which is in the list already."""
-    before, comma, last = incomplete.rpartition(",")
-    return [f"{before}{comma}{word}" for word in complete(last) if word not in before.split(",")]
+market_names = _in_list(gpu_names)
+weights_names = _in_list(lambda last: _precision(last, PRECISIONS))
+kv_names = _in_list(lambda last: _precision(last, KV_PRECISIONS))
+role_names = _in_list(lambda last: _completing(last, Role))
+lists_of_engines = _in_list(lambda last: _completing(last, (*_engines(), ALL)))
+lists_of_strategies = _in_list(lambda last: _completing(last, (*_strategies(), ALL)))
 
 
 def _in_typed_case(incomplete: str, names: Iterable[str]) -> list[str]:

@@ -21,9 +21,9 @@ from hetis.planner.cli.exit_codes import ExitCode
 from hetis.planner.cli.outputs import STDOUT, refuse_unwritable
 from hetis.planner.cli.parameters import options
 from hetis.planner.cli.parameters.requests import options_given
-from hetis.planner.cli.server.resource_views import list_data, plan_summary, resource_data
+from hetis.planner.cli.server.resource_views import list_data
 from hetis.planner.cli.server.server_verb import called, fetched, full_name, id_of
-from hetis.planner.cli.server.waiting import outcome, wait_for_plan
+from hetis.planner.cli.server.waiting import outcome, show_plan, wait_for_plan
 from hetis.planner.client import CallError, Client, document_of_file
 from hetis.planner.convert.plan_specs import spec_from_request
 from hetis.planner.use_cases.record.parts import MadeFrom
@@ -314,11 +314,8 @@ class Applying:
 
     def _stopped_by_another(self, plan: plan_pb2.Plan) -> ExitCode:
         """Tell that someone cancelled the search; whether its best plan is good enough is for a person to decide."""
-        undone = [
-            what
-            for what, requested in (("activated", self.requested.activate), ("saved", self.requested.out))
-            if requested
-        ]
+        wishes = {"activated": self.requested.activate, "saved": self.requested.out}
+        undone = [what for what, wish in wishes.items() if wish]
         self.terminal.error(
             f"the search for {plan.name} was cancelled: its best plan so far was kept"
             + (f", and not {' or '.join(undone)}" if undone else ""),
@@ -373,5 +370,5 @@ class Applying:
         return outcome(self.terminal, self.client, plan, activated=not self.requested.no_wait)
 
     def _show(self, plan: plan_pb2.Plan, steps: Any = (), *, code: ExitCode = ExitCode.OK) -> ExitCode:
-        self.terminal.emit(lambda: resource_data(plan), lambda: plan_summary(plan, steps))
+        show_plan(self.terminal, plan, steps)
         return code

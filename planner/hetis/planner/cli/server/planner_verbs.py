@@ -2,14 +2,8 @@
 
 from __future__ import annotations
 
-import signal
-import sys
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from datetime import datetime
-from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
@@ -42,7 +36,7 @@ GetFormat = Literal["table", "wide", "json", "yaml", "name"]  # `OutputFormat`, 
 
 @group
 class ShownOptions(InCluster):
-    output_format: GetFormat = option("--output -o: Output format.", "table")
+    form: GetFormat = option("--output -o: Output format.", "table")
 
 
 @server_verb(prints_data=False)
@@ -62,7 +56,7 @@ def get(
 
     A full name contains both kind and name: `get plans/night`, `get clusters/paper/nodes/a100-0`.
     """
-    what, form = collection(kind), shown.output_format
+    what, form = collection(kind), shown.form
     terminal = replace(terminal, output=OutputFormat(form) if form in ("json", "yaml") else OutputFormat.TABLE)
     in_use.set(terminal)  # for failures
     wanted = kind if "/" in kind else name
@@ -112,7 +106,6 @@ def listed(client: Client, what: str, cluster: str) -> list[Any]:
 # --- watch
 
 MAX_DIFFERENCES = 20  # differences shown one by one; a fleet that is not there yet has thousands
-AGAIN_S = 0.5  # pause between an interrupt that was lost and the next one
 
 
 @server_verb()
@@ -128,14 +121,13 @@ def watch(
     A plan is followed on stderr and printed at its end. A cluster is printed line by line as things happen, with
     `-o json` one JSON object per line. Both go on after a lost connection.
     """
-    from hetis.planner.cli.server.resource_views import plan_summary, resource_data
-    from hetis.planner.cli.server.waiting import outcome, wait_for_plan
+    from hetis.planner.cli.server.waiting import outcome, show_plan, wait_for_plan
     from hetis.v1 import plan_pb2
 
     if what.startswith("clusters/"):
         return _watch_cluster(terminal, client, what)
     plan = wait_for_plan(terminal, client, full_name("plans", what), exists=False)
-    terminal.emit(lambda: resource_data(plan), lambda: plan_summary(plan))
+    show_plan(terminal, plan)
     return outcome(terminal, client, plan, activated=plan.activation != plan_pb2.ACTIVATION_STATE_INACTIVE)
 
 
@@ -144,44 +136,16 @@ def _watch_cluster(terminal: Terminal, client: Client, name: str) -> ExitCode:
 
     from hetis.planner.cli.server.resource_views import lines_of_event, resource_data
 
-    with interrupts_that_arrive():
-        for event in client.watch_cluster(name):
-            if terminal.output is OutputFormat.JSON:
-                print(json.dumps(resource_data(event)), flush=True)
-            elif terminal.output is OutputFormat.YAML:
-                print("---", flush=True)
-                terminal.emit(lambda event=event: resource_data(event), lambda: "")  # type: ignore[misc]
-            else:
-                for said in lines_of_event(event):
-                    terminal.emit(dict, lambda said=said: said, width=WIDE)  # type: ignore[misc]
+    for event in client.watch_cluster(name):
+        if terminal.output is OutputFormat.JSON:
+            print(json.dumps(resource_data(event)), flush=True)
+        elif terminal.output is OutputFormat.YAML:
+            print("---", flush=True)
+            terminal.emit(lambda event=event: resource_data(event), lambda: "")  # type: ignore[misc]
+        else:
+            for said in lines_of_event(event):
+                terminal.emit(dict, lambda said=said: said, width=WIDE)  # type: ignore[misc]
     return ExitCode.OK  # the watch of a cluster ends with Ctrl-C or an error
-
-
-@contextmanager
-def interrupts_that_arrive() -> Iterator[None]:
-    """Raise KeyboardInterrupt repeatedly after Ctrl-C, until one propagates out of the context.
-
-    Python drops an exception that is raised in a finaliser or in a callback of a weak reference, as the import system
-    uses them, so one Ctrl-C at the wrong moment would be lost and a watch would never end. An interrupt that propagates
-    is not repeated: raised once more while this context ends, it would leave the timer running and come again later.
-    """
-
-    def handle(number: int, frame: FrameType | None) -> None:
-        signal.setitimer(signal.ITIMER_REAL, AGAIN_S)
-        is_on_its_way = isinstance(sys.exc_info()[1], KeyboardInterrupt)
-        if number == signal.SIGINT or not is_on_its_way:  # a second Ctrl-C is intentional
-            signal.default_int_handler(signal.SIGINT, frame)
-
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGALRM)}
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0.0)
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 @server_verb()
@@ -329,7 +293,7 @@ def apply(
     """
     from hetis.planner.cli.server.applying import Applying, PlacementOptions
 
-    requests.engine_of(request)
+    request.check()
     return Applying(terminal=terminal, client=client, requested=given).run(what or [], PlacementOptions(request))
 
 
@@ -353,8 +317,7 @@ def rollback(
 
     The request names the plan to roll back, so that repeating it does not roll back twice.
     """
-    from hetis.planner.cli.server.resource_views import plan_summary, resource_data
-    from hetis.planner.cli.server.waiting import outcome, wait_for_plan
+    from hetis.planner.cli.server.waiting import outcome, show_plan, wait_for_plan
     from hetis.v1 import plan_service_pb2
 
     if plan is None:
@@ -368,7 +331,7 @@ def rollback(
     terminal.say("nothing was changed" if how.dry_run else f"rolling back from {request.name} to {earlier.name}")
     if waits:
         earlier = wait_for_plan(terminal, client, earlier.name)
-    terminal.emit(lambda: resource_data(earlier), lambda: plan_summary(earlier, answer.steps))
+    show_plan(terminal, earlier, answer.steps)
     return outcome(terminal, client, earlier, activated=waits)
 
 
@@ -382,8 +345,7 @@ def cancel(
 
     Also withdraws a plan in force, if there is no earlier plan to roll back to and nothing serves.
     """
-    from hetis.planner.cli.server.resource_views import plan_summary, resource_data
-    from hetis.planner.cli.server.waiting import outcome, wait_for_plan
+    from hetis.planner.cli.server.waiting import outcome, show_plan, wait_for_plan
     from hetis.v1 import plan_pb2, plan_service_pb2
 
     request = plan_service_pb2.CancelPlanRequest(name=full_name("plans", plan))
@@ -399,5 +361,5 @@ def cancel(
         otherwise = f"wait: hetis-plan watch {ended.name}" if is_coming else "or stop the agents first"
         return refuse(terminal, ExitCode.CONFLICT, f"{ended.name} {is_what}: {why}", [way_out, otherwise])
     ended = wait_for_plan(terminal, client, request.name)
-    terminal.emit(lambda: resource_data(ended), lambda: plan_summary(ended))
+    show_plan(terminal, ended)
     return outcome(terminal, client, ended)

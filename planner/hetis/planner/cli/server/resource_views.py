@@ -1,4 +1,4 @@
-"""Resources of the planner as data, tables and lines; and waiting for a plan, whose outcome becomes an exit code."""
+"""Resources of the planner as data, tables and lines."""
 
 from __future__ import annotations
 
@@ -313,7 +313,7 @@ def _simulated(found: plan_pb2.Verification, spec: plan_pb2.PlanSpec) -> Text:
     share = found.share if found.HasField("share") else None
     remarks = SimulationRemarks(share, found.too_short, found.dispatched)
     if not found.kept:
-        return missed_words(found.rate_rps, found.misses, kept_rps, remarks)
+        return missed_words(found.rate_rps, found.misses, kept_rps, remarks).text()
     ttft_s = found.ttft_s if found.HasField("ttft_s") else found.ttft_p95_s
     tpot_s = found.tpot_s if found.HasField("tpot_s") else found.tpot_mean_s
     latencies = (
@@ -321,7 +321,7 @@ def _simulated(found: plan_pb2.Verification, spec: plan_pb2.PlanSpec) -> Text:
         f"TPOT {spec.tpot_statistic or 'mean'} {seconds(tpot_s)}",
     )
     within = f"{percent(found.attainment)} of the requests within all limits"
-    return kept_words(found.rate_rps, latencies, within, kept_rps, remarks)
+    return kept_words(found.rate_rps, latencies, within, kept_rps, remarks).text()
 
 
 def node_table(nodes: Sequence[cluster_pb2.Node]) -> RenderableType:

@@ -11,6 +11,7 @@ import typer
 from hetis.commands.terminal import Terminal
 from hetis.planner.cli.exit_codes import ExitCode
 from hetis.planner.cli.failures import refuse
+from hetis.planner.cli.outputs import write_out
 from hetis.planner.cli.parameters.options import group, option
 from hetis.planner.cli.server.server_verb import chosen_cluster, server_verb
 
@@ -97,16 +98,12 @@ def _set_mode(client: Client, cluster: str, mode: Mode) -> None:
 
 def _write(terminal: Terminal, model: ModelTraffic, last_s: float, given: TrafficOptions) -> ExitCode:
     from hetis.formats.documents import dump
-    from hetis.formats.files import write_atomically
 
     measured = model.last(last_s)
     if not (measured.prompt_tokens.count and measured.output_tokens.count):
         return refuse(terminal, ExitCode.CONFLICT, f"no request of {model.name} ended in the last {given.last}")
     text = dump(measured.workload(f"{model.name}, last {given.last}"))
-    if given.out == "-":
-        terminal.write(text)
-    else:
-        write_atomically(str(given.out), text)
+    write_out(terminal, given.out or "-", text)
     terminal.say(
         f"{measured.prompt_tokens.count:.0f} requests in {measured.seconds / 3600:.3g} h, {measured.rate_per_s:.4g}/s, "
         f"{measured.prompt_tokens.mean:.0f}/{measured.output_tokens.mean:.0f} tokens on average; prompts and outputs "

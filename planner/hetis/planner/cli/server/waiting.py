@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from hetis.commands.terminal import Terminal
 from hetis.planner.cli.exit_codes import ExitCode
 from hetis.planner.cli.searching import SparseLines, describe, news_on_stderr
-from hetis.planner.cli.server.resource_views import is_searched
+from hetis.planner.cli.server.resource_views import is_searched, plan_summary, resource_data
 from hetis.planner.cli.server.server_verb import fetched
 from hetis.planner.client import CallError, Client
 from hetis.planner.convert.names import word_of
@@ -59,6 +60,11 @@ def wait_for_plan(
     if search.has_found and _has_no_plan(ended):
         terminal.say(f"the best plan so far of {name} is lost: its planner or solver ended before it was saved")
     return ended
+
+
+def show_plan(terminal: Terminal, plan: plan_pb2.Plan, steps: Any = ()) -> None:
+    """Print a plan, and the ``steps`` of its activation."""
+    terminal.emit(lambda: resource_data(plan), lambda: plan_summary(plan, steps))
 
 
 class _FollowedSearch:

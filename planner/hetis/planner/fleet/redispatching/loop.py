@@ -23,7 +23,7 @@ from hetis.planner.fleet.agents.head_maps import HeadMaps
 from hetis.planner.fleet.fleet import LiveFleet
 from hetis.planner.fleet.redispatching.planning import FoundMoves, StageLook, StagePlanner
 from hetis.planner.fleet.redispatching.watched import Place, WatchedReplica
-from hetis.planner.fleet.settings import RedispatchPolicy, redispatch_policy
+from hetis.planner.fleet.settings import RedispatchPolicy, policy_from
 from hetis.planner.fleet.views import Clock, FleetObserver, LiveReplica
 from hetis.planner.threads import run_in_daemon_thread
 from hetis.solver.errors import HetisError
@@ -73,7 +73,7 @@ class RedispatchLoop(FleetObserver):
             return
         view = self._fleet.replica_view(redispatch.replica)
         if was_aborted and view is not None:
-            policy = redispatch_policy(self._fleet.policy_of(cluster_of(view.name)))
+            policy = policy_from(RedispatchPolicy, self._fleet.policy_of(cluster_of(view.name)))
             watched.put_off(policy, now_s=self._clock.monotonic())
         self._wake.set()
 
@@ -216,7 +216,7 @@ class RedispatchLoop(FleetObserver):
         if view is None or not view.stages:
             self._watched.pop(name, None)
             return None
-        policy = redispatch_policy(self._fleet.policy_of(cluster_of(view.name)))
+        policy = policy_from(RedispatchPolicy, self._fleet.policy_of(cluster_of(view.name)))
         if policy.is_off or view.state not in _WATCHED:
             return None
         watched = self._watched.get(name)

@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from hetis.planner.report.blocks import COLORS, Chart, CurveBlock, Tick
 from hetis.planner.report.figures import digits
-from hetis.planner.report.page.blocks import COLORS, Chart, CurveBlock, Tick
 from hetis.planner.report.simulation.pictures import Line, Panel
 from hetis.simulator.values import FloatArray
 
@@ -44,10 +44,7 @@ def chart_of(panel: Panel) -> Chart:
             upper, lower = y_at(line.y[chosen] + half), y_at(np.maximum(line.y[chosen] - half, 0.0))
             spread = _path(np.concatenate([x, x[::-1]]), np.concatenate([upper, lower[::-1]])) + "Z"
             dots = [(round(float(a), 1), round(float(b), 1)) for a, b in zip(x, y, strict=True)][:MAX_DOTS]
-        return CurveBlock(
-            name=line.name, color=number % COLORS, dashed=number >= COLORS, path=_path(x, y), spread=spread,
-            dots=tuple(dots),
-        )  # fmt: skip
+        return CurveBlock(line.name, number % COLORS, number >= COLORS, _path(x, y), spread, dots)
 
     return Chart(
         title=panel.title,
@@ -55,10 +52,10 @@ def chart_of(panel: Panel) -> Chart:
         y_title=panel.y_title,
         width=WIDTH,
         height=HEIGHT,
-        x_ticks=tuple(Tick(at=_one(x_at, value), text=text) for value, text in x_axis.ticks()),
-        y_ticks=tuple(Tick(at=_one(y_at, value), text=text) for value, text in y_axis.ticks()),
-        curves=tuple(curve(number, line) for number, line in enumerate(panel.lines) if len(line.x)),
-        limits=tuple(Tick(at=_one(y_at, limit), text=f"limit {digits(limit)}") for limit in panel.limits),
+        x_ticks=[Tick(_one(x_at, value), text) for value, text in x_axis.ticks()],
+        y_ticks=[Tick(_one(y_at, value), text) for value, text in y_axis.ticks()],
+        curves=[curve(number, line) for number, line in enumerate(panel.lines) if len(line.x)],
+        limits=[Tick(_one(y_at, limit), f"limit {digits(limit)}") for limit in panel.limits],
     )
 
 

@@ -6,12 +6,13 @@ import itertools
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
+from hetis.planner.report.blocks import COLORS, PLAIN, FleetMap, GpuCell, NodeCard, ZoneMap
 from hetis.planner.report.explanation import idle_name
 from hetis.planner.report.figures import plural
-from hetis.planner.report.page.blocks import COLORS, PLAIN, FleetMap, GpuCell, NodeCard, ZoneMap
+from hetis.planner.report.replica import replica_name
 from hetis.planner.use_cases.grouping import ReplicaGroup, abbreviate, group_replicas
 from hetis.solver.cluster import Cluster, NodeGroup
-from hetis.solver.plan import AttentionWorkerPool, Explanation, Plan, ReplicaPlan, Role, StagePlan
+from hetis.solver.plan import Explanation, Plan, ReplicaPlan, Role
 
 MAX_NODES = 60  # cards per zone; further ones are only counted
 ROW = 4  # GPUs per row of a node's card
@@ -45,11 +46,6 @@ def shape_letter(number: int) -> str:
     return (shape_letter(number // 26 - 1) if number >= 26 else "") + chr(ord("A") + number % 26)
 
 
-def replica_name(number: int, role: Role) -> str:
-    """Return a replica's name as ``Replica 0``, ``Replica 3 (decode)``."""
-    return f"Replica {number}" if role is Role.UNIFIED else f"Replica {number} ({role})"
-
-
 def _held(plan: Plan) -> dict[str, GpuCell]:
     """Return the cells of the GPUs that other tenants hold."""
     cells = {name: GpuCell(role="idle", color=PLAIN, lines=(f"of {name}",)) for name in plan.other_tenants()}
@@ -65,30 +61,20 @@ def _duties(plan: Plan, groups: tuple[ReplicaGroup, ...], *, named: bool) -> Ite
 
 
 def replica_duties(replica: ReplicaPlan, name: str, color: int) -> Iterator[tuple[str, GpuCell]]:
+    """Yield the cell of every GPU of a replica, which is called ``name``."""
+    role = "" if replica.role is Role.UNIFIED else f"{replica.role}, "
     for number, stage in enumerate(replica.stages):
         pools = [pool for pool in replica.attention_workers if pool.stage == number]
-        duty = GpuCell(role="stage", color=color, lines=_stage_lines(name, number, stage, pools, replica))
-        yield from ((device, duty) for device in stage.devices)
+        every = stage.kv_head_groups_kept + sum(pool.kv_head_groups for pool in pools)
+        heads = f", {stage.kv_head_groups_kept} of {every} heads" if pools else ""
+        layers = f"{role}layers {stage.first_layer}–{stage.first_layer + stage.num_layers - 1}"
+        lines = (f"{name} stage {number + 1}", layers, f"{replica.parallel_sizes(stage)}{heads}")
+        yield from dict.fromkeys(stage.devices, GpuCell(role="stage", color=color, lines=lines)).items()
         for pool in pools:
-            every = stage.kv_head_groups_kept + sum(one.kv_head_groups for one in pools)
             stages = "all stages" if pool.shared else f"stage {number + 1}"
             together = f", {len(pool.devices)} cards" if len(pool.devices) > 1 else ""
             lines = (f"{name} {stages}", f"attention{together}", f"{pool.kv_head_groups} of {every} heads")
-            helping = GpuCell(role="worker", color=color, lines=lines)
-            yield from ((device, helping) for device in pool.devices)
-
-
-def _stage_lines(
-    name: str, number: int, stage: StagePlan, pools: list[AttentionWorkerPool], replica: ReplicaPlan
-) -> tuple[str, ...]:
-    last = stage.first_layer + stage.num_layers - 1
-    role = "" if replica.role is Role.UNIFIED else f"{replica.role}, "
-    shape = replica.parallel_sizes(stage)
-    lines = [f"{name} stage {number + 1}", f"{role}layers {stage.first_layer}–{last}", shape]
-    if pools:
-        every = stage.kv_head_groups_kept + sum(pool.kv_head_groups for pool in pools)
-        lines[2] += f", {stage.kv_head_groups_kept} of {every} heads"
-    return tuple(lines)
+            yield from dict.fromkeys(pool.devices, GpuCell(role="worker", color=color, lines=lines)).items()
 
 
 def _legend(plan: Plan, groups: tuple[ReplicaGroup, ...], *, named: bool) -> Iterator[tuple[str, int]]:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -27,8 +27,7 @@ _DASHES = ("-", "--", ":")  # when the colours come again
 _MAX_POINTS = 2000  # points per line: more cannot be distinguished
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Line:
+class Line(NamedTuple):
     """A line of points; ``spread`` is the half width of the interval around each point, or None."""
 
     name: str
@@ -37,15 +36,14 @@ class Line:
     spread: FloatArray | None = None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Panel:
+class Panel(NamedTuple):
     """One picture; ``limits`` are drawn across it."""
 
     title: str
     x_title: str
     y_title: str
-    lines: tuple[Line, ...]
-    limits: tuple[float, ...] = ()
+    lines: Sequence[Line]
+    limits: Sequence[float] = ()
     log_x: bool = False
 
 
@@ -62,10 +60,8 @@ def picture(simulated: Simulated, plan: Plan, *, form: str) -> bytes:
 
 def model_and_cluster(plan: Plan) -> tuple[str, str]:
     """Return the names of a plan's model and cluster, or what they are if the plan does not contain them."""
-    made_from = MadeFrom.of(plan)
-    return str(made_from.document("model").get("name", "model")), str(
-        made_from.document("cluster").get("name", "cluster")
-    )
+    model, cluster = (str(MadeFrom.of(plan).document(kind).get("name", kind)) for kind in ("model", "cluster"))
+    return model, cluster
 
 
 def panels_of(simulated: Simulated, plan: Plan) -> tuple[Panel, ...]:
@@ -83,63 +79,40 @@ def panels_of_sweep(swept: RateSweep, limits: Objective, verdicts: Sequence[Leve
     """
     rates = np.array([point.rate_rps for point in swept.points])
     bounds, of_verdicts = limits_of(limits), verdicts or (None,) * len(swept.points)
-    panels = list[tuple[str, list[Estimate], str, float | None]]()
-    panels.append(("Throughput", [point.summary.throughput_rps for point in swept.points], "requests/s", None))
-    latencies = [
-        simulated_latencies(*of) for of in zip((one.summary for one in swept.points), of_verdicts, strict=True)
-    ]
-    for found in zip(*latencies, strict=True):
-        name, limit_s = f"{found[0].statistic} {found[0].latency}", bounds.get(found[0].latency)
-        panels.append((name, [one.estimate for one in found], "s", limit_s))
-    if shares := [share for one in verdicts if (share := one.of(None)) is not None]:
-        panels.append(("Requests within all limits", [one.estimate for one in shares], "share", shares[0].limit))
-    for title, estimates, y_title, limit in panels:
+
+    def panel(title: str, unit: str, estimates: Sequence[Estimate], limit: float | None = None) -> Panel:
         half_widths = np.nan_to_num(np.array([estimate.half_width for estimate in estimates]))
-        line = Line(name=title, x=rates, y=np.array([estimate.value for estimate in estimates]), spread=half_widths)
-        yield Panel(
-            title=title,
-            x_title="requests/s arriving",
-            y_title=y_title,
-            lines=(line,),
-            limits=(limit,) if limit is not None else (),
-        )
+        line = Line(title, rates, np.array([estimate.value for estimate in estimates]), half_widths)
+        return Panel(title, "requests/s arriving", unit, (line,), () if limit is None else (limit,))
+
+    yield panel("Throughput", "requests/s", [point.summary.throughput_rps for point in swept.points])
+    summaries = (point.summary for point in swept.points)
+    latencies = [simulated_latencies(*of) for of in zip(summaries, of_verdicts, strict=True)]
+    for found in zip(*latencies, strict=True):
+        name = f"{found[0].statistic} {found[0].latency}"
+        yield panel(name, "s", [one.estimate for one in found], bounds.get(found[0].latency))
+    if shares := [share for one in verdicts if (share := one.of(None)) is not None]:
+        yield panel("Requests within all limits", "share", [one.estimate for one in shares], shares[0].limit)
 
 
 def _of_run(simulated: Simulated, run: Run, plan: Plan) -> Iterator[Panel]:
-    limits = simulated.question.limits
-    yield Panel(
-        title="Latencies of requests",
-        x_title="s",
-        y_title="share of requests",
-        lines=(
-            _cumulative("TTFT", run.first_token_s - run.arrival_s),
-            _cumulative("TPOT", (run.finished_s - run.first_token_s) / np.maximum(run.output_tokens - 1, 1)),
-            _cumulative("queueing", run.admitted_s - run.arrival_s),
-        ),
-        log_x=True,
-    )
-    yield Panel(
-        title="Time to first token by arrival",
-        x_title="arrival, s",
-        y_title="s",
-        lines=(_thinned("TTFT", run.arrival_s, run.first_token_s - run.arrival_s),),
-        limits=(limits.ttft_limit_s,) if limits.ttft_limit_s is not None else (),
-    )
-    yield Panel(
-        title="Requests",
-        x_title="s",
-        y_title="requests",
-        lines=(_level("waiting", run.arrival_s, run.admitted_s), _level("running", run.admitted_s, run.finished_s)),
-    )
+    limit_s, ttft_s = simulated.question.limits.ttft_limit_s, run.first_token_s - run.arrival_s
+    tpot_s = (run.finished_s - run.first_token_s) / np.maximum(run.output_tokens - 1, 1)
+    queueing_s = run.admitted_s - run.arrival_s
+    latencies = (("TTFT", ttft_s), ("TPOT", tpot_s), ("queueing", queueing_s))
+    lines = [_cumulative(name, values_s) for name, values_s in latencies]
+    yield Panel("Latencies of requests", "s", "share of requests", lines, log_x=True)
+    by_arrival = (_thinned("TTFT", run.arrival_s, ttft_s),)
+    yield Panel("Time to first token by arrival", "arrival, s", "s", by_arrival, () if limit_s is None else (limit_s,))
+    levels = (("waiting", run.arrival_s, run.admitted_s), ("running", run.admitted_s, run.finished_s))
+    yield Panel("Requests", "s", "requests", [_level(*one) for one in levels])
     if run.series is not None:
-        groups = device_groups(plan)
-        members: dict[str, list[int]] = {}
+        groups, members = device_groups(plan), defaultdict[str, list[int]](list)
         for number, device in enumerate(run.series.devices):
-            members.setdefault(groups.get(device, device), []).append(number)
+            members[groups.get(device, device)].append(number)
         for title, values in (("KV in use", run.series.kv_used_fraction), ("Busy", run.series.busy_fraction)):
             means = ((f"{len(of)} × {name}", values[:, of].mean(axis=1)) for name, of in members.items())
-            lines = tuple(Line(name=name, x=run.series.times_s, y=mean) for name, mean in means)
-            yield Panel(title=title, x_title="s", y_title="share", lines=lines)
+            yield Panel(title, "s", "share", [Line(name, run.series.times_s, mean) for name, mean in means])
 
 
 def _cumulative(name: str, values: FloatArray) -> Line:
@@ -158,7 +131,7 @@ def _level(name: str, begins: FloatArray, ends: FloatArray) -> Line:
 
 def _thinned(name: str, x: FloatArray, y: FloatArray) -> Line:
     chosen = np.linspace(0, len(x) - 1, min(len(x), _MAX_POINTS)).astype(np.int64)
-    return Line(name=name, x=x[chosen], y=y[chosen])
+    return Line(name, x[chosen], y[chosen])
 
 
 def _dash(number: int) -> str:

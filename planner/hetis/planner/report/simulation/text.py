@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 from rich.console import Group, RenderableType
 from rich.table import Table
@@ -31,15 +31,14 @@ NAMED = 4  # devices named in a sentence
 
 @as_group
 def render_simulation(simulated: Simulated, plan: Plan) -> Iterator[RenderableType]:
+    verdict, swept, at = simulated.verdict, simulated.sweep, ""
     yield _title(simulated, plan)
     yield facts(_facts(simulated, plan))
-    if simulated.sweep is not None:
-        yield section("Rates tried", _points(simulated))
-    at = ""
-    if (found := simulated.sweep) is not None:
-        at = f" at {digits(found.goodput_rps or found.points[0].rate_rps, 4)} requests/s"
-    if simulated.verdict is not None and simulated.verdict.limits:
-        yield section(f"Limits{at}", _limits(simulated.verdict, simulated.question.limits))
+    if swept is not None:
+        yield section("Rates tried", _points(swept, simulated.verdicts))
+        at = f" at {digits(swept.goodput_rps or swept.points[0].rate_rps, 4)} requests/s"
+    if verdict is not None and verdict.limits:
+        yield section(f"Limits{at}", _limits(verdict, simulated.question.limits))
     yield section("Expected and simulated", _comparison(simulated, plan))
     yield section(f"Latencies{at}", _latencies(simulated))
     yield section("What happened", _events(simulated))
@@ -79,7 +78,7 @@ def simulation_document(simulated: Simulated, plan: Plan) -> dict[str, Any]:
         throughput_rps=summary.throughput_rps.value,
         goodput_rps=simulated.sweep and simulated.sweep.goodput_rps,
         planned=simulated.prediction,
-        ratios={name: ratio for name, _, _, ratio in _compared(simulated)},
+        ratios={one.name: one.ratio for one in _compared(simulated)},
         agrees=_agreement(simulated),
         summary=summary,
         runs=simulated.runs,
@@ -140,43 +139,57 @@ def _title(simulated: Simulated, plan: Plan) -> Text:
     return title.append(_traffic("", lengths.prefix_hit_rate))
 
 
-def _facts(simulated: Simulated, plan: Plan) -> Iterator[tuple[str, RenderableType]]:
+def _facts(simulated: Simulated, plan: Plan) -> list[tuple[str, RenderableType]]:
     question, summary = simulated.question, simulated.summary
-    yield "Arrivals", _arrivals(simulated)
-    if simulated.sweep is not None:
-        yield "Goodput", _goodput(simulated)
-    if math.isfinite(summary.throughput_rps.value):
-        tokens = digits(summary.prompt_tokens_per_s), digits(summary.output_tokens_per_s)
-        throughput = (f"{_with_interval(summary.throughput_rps)} requests/s", "bold green")
-        yield "Throughput", Text.assemble(throughput, f"  {tokens[0]} prompt and {tokens[1]} output tokens/s")
-    else:
-        yield "Throughput", Text("unknown", "yellow")
-    if (doubt := _doubt(simulated)) is not None:
-        yield "", Text(doubt, "yellow")
+    attainment, engines = None, None
     if not math.isnan(summary.attainment) and question.load.arrivals is not Arrivals.SATURATED:
         limits = "both limits" if len(limits_of(question.limits)) == 2 else "the limit"
-        yield "Attainment", f"{percent(summary.attainment)} of the requests kept {limits}"
-    if (words := service_level_words(simulated)) is not None:
-        yield "Service level", words
+        attainment = f"{percent(summary.attainment)} of the requests kept {limits}"
     clipped = f"; {simulated.num_clipped:,} requests clipped to the model's context" if simulated.num_clipped else ""
     measured = f"{plural(summary.counts.measured, 'request')} over {seconds(summary.window_s)} per run"
-    yield "Measured", f"{measured}, after {seconds(summary.warm_up_s)} of warm-up{clipped}"
-    settings = question.settings
-    lockstep = sum(one.expert_parallel for one in plan.replicas)
-    parts = [f"micro-batches {settings.discipline}"] if lockstep < len(plan.replicas) else []
-    parts += ["copies that share experts iterate together"] if lockstep else []
-    parts += [f"{settings.router} router"]
-    parts += ["paced prompts"] if settings.chunks == "paced" else []
-    parts += [] if settings.dispatch else ["no head-level dispatch"]
-    parts += ["no re-dispatch"] if settings.dispatch and not settings.redispatch else []
-    parts += [plural(len(settings.faults), "fault")] if settings.faults else []
-    yield "Settings", ", ".join(parts)
     if question.engine_settings:
-        yield "Engines", f"started with {question.engine_settings.describe()}: {'; '.join(question.changes)}"
-    if not simulated.complete:
-        yield "", Text("stopped early: the figures cover only what was simulated", "yellow")
-    if not simulated.precise:
-        yield "", Text(f"not yet stable: the widest interval is {percent(simulated.precision)}", "yellow")
+        engines = f"started with {question.engine_settings.describe()}: {'; '.join(question.changes)}"
+    stopped = "" if simulated.complete else "stopped early: the figures cover only what was simulated"
+    unstable = "" if simulated.precise else f"not yet stable: the widest interval is {percent(simulated.precision)}"
+    every: list[tuple[str, str | Text | None]] = [
+        ("Arrivals", _arrivals(simulated)),
+        ("Goodput", None if simulated.sweep is None else _goodput(simulated)),
+        ("Throughput", _throughput(simulated)),
+        ("", Text(_doubt(simulated) or "", "yellow")),
+        ("Attainment", attainment),
+        ("Service level", service_level_words(simulated)),
+        ("Measured", f"{measured}, after {seconds(summary.warm_up_s)} of warm-up{clipped}"),
+        ("Settings", ", ".join(_settings(simulated, plan))),
+        ("Engines", engines),
+        ("", Text(stopped, "yellow")),
+        ("", Text(unstable, "yellow")),
+    ]
+    return [(name, fact) for name, fact in every if fact]
+
+
+def _throughput(simulated: Simulated) -> Text:
+    summary = simulated.summary
+    if not math.isfinite(summary.throughput_rps.value):
+        return Text("unknown", "yellow")
+    tokens = f"{digits(summary.prompt_tokens_per_s)} prompt and {digits(summary.output_tokens_per_s)} output tokens/s"
+    return Text.assemble((f"{_with_interval(summary.throughput_rps)} requests/s", "bold green"), f"  {tokens}")
+
+
+def _settings(simulated: Simulated, plan: Plan) -> Iterator[str]:
+    settings, lockstep = simulated.question.settings, sum(one.expert_parallel for one in plan.replicas)
+    if lockstep < len(plan.replicas):
+        yield f"micro-batches {settings.discipline}"
+    if lockstep:
+        yield "copies that share experts iterate together"
+    yield f"{settings.router} router"
+    if settings.chunks == "paced":
+        yield "paced prompts"
+    if not settings.dispatch:
+        yield "no head-level dispatch"
+    elif not settings.redispatch:
+        yield "no re-dispatch"
+    if settings.faults:
+        yield plural(len(settings.faults), "fault")
 
 
 def _doubt(simulated: Simulated) -> str | None:
@@ -246,9 +259,8 @@ def _unsure(found: RateSweep) -> str:
     return " (unsure)" if sure_rps is None else f" (unsure above {digits(sure_rps, 4)})"
 
 
-def _points(simulated: Simulated) -> Table:
-    assert simulated.sweep is not None
-    points = [*zip(simulated.sweep.points, simulated.verdicts, strict=True)]
+def _points(swept: RateSweep, verdicts: Sequence[LevelVerdict]) -> Table:
+    points = list(zip(swept.points, verdicts, strict=True))
     names = [one.name for one in simulated_latencies(points[0][0].summary, points[0][1])]
     rows: Iterator[tuple[str | Text, ...]] = (
         (
@@ -256,14 +268,14 @@ def _points(simulated: Simulated) -> Table:
             digits(point.summary.throughput_rps.value, 4),
             *(_seconds_with_interval(one.estimate) for one in simulated_latencies(point.summary, verdict)),
             percent(point.summary.attainment) if (share := verdict.of(None)) is None else _share(share),
-            _verdict(point),
+            _point_word(point),
         )
         for point, verdict in points
     )
     return table("requests/s", "served", *names, "attained", "'", rows=rows, fixed=True)
 
 
-def _verdict(point: Point) -> Text:
+def _point_word(point: Point) -> Text:
     if point.summary.steady is False:
         return Text("not sustained", style="yellow")
     words = "within" if point.within else "misses"
@@ -271,15 +283,14 @@ def _verdict(point: Point) -> Text:
 
 
 def _limits(verdict: LevelVerdict, limits: Objective) -> Table:
-    made = table("'", "asked", "simulated", "'", fixed=True)
+    made, share = table("'", "asked", "simulated", "'", fixed=True), verdict.of(None)
     for one in verdict.limits:
-        if one.latency is None:
-            given, reached = f"{100 * one.limit:g}%", _share(one, with_interval=True)
-            made.add_row("Requests within all limits", given, reached, _verdict_word(one))
-        else:
-            name, reached = f"{one.latency} {one.statistic}", _seconds_with_interval(one.estimate)
-            made.add_row(name, seconds(one.limit), reached, _verdict_word(one))
-    if (share := verdict.of(None)) is not None:
+        of_share = one.latency is None
+        name = "Requests within all limits" if of_share else f"{one.latency} {one.statistic}"
+        given = f"{100 * one.limit:g}%" if of_share else seconds(one.limit)
+        reached = _share(one, with_interval=True) if of_share else _seconds_with_interval(one.estimate)
+        made.add_row(name, given, reached, _verdict_word(one))
+    if share is not None:
         for latency, limit_s in limits_of(limits).items():
             within = share_within(1.0 - verdict.missed[latency], share.limit)
             made.add_row(f"  {latency} within {seconds(limit_s)}", "", within, "", style="dim")
@@ -296,68 +307,77 @@ def _share(one: LimitVerdict, *, with_interval: bool = False) -> str:
     return f"{text.removesuffix('%')} ± {digits(100 * one.estimate.half_width, 2)}%"
 
 
-def _compared(simulated: Simulated) -> list[tuple[str, float, Estimate, float]]:
-    """Return name, planned value, simulated value and their ratio, for the figures that plan and run both have.
+class _Compared(NamedTuple):
+    """A figure that plan and run both have."""
+
+    name: str
+    planned: float
+    found: Estimate
+
+    @property
+    def ratio(self) -> float:
+        return self.found.value / self.planned if self.planned and math.isfinite(self.planned) else math.nan
+
+
+def _compared(simulated: Simulated) -> list[_Compared]:
+    """Return the figures that plan and run both have.
 
     Below saturation a plan promises only to serve what arrives, so its throughput is compared with that.
     """
     summary, planned, load = simulated.summary, simulated.prediction, simulated.question.load
     below = load.arrivals is not Arrivals.SATURATED or simulated.sweep is not None
     expected = min(planned.rate_rps, summary.arrival_rps) if below else planned.rate_rps
-    rows = [("throughput", expected, summary.throughput_rps)]
+    rows = [_Compared("throughput", expected, summary.throughput_rps)]
     if below:
-        rows.append(("ttft_p95", planned.ttft_s, summary.ttft_p95_s))
+        rows.append(_Compared("ttft_p95", planned.ttft_s, summary.ttft_p95_s))
     if not (summary.counts.measured and math.isnan(summary.tpot_s.mean)):  # requests of one output token have no TPOT
-        rows.append(("tpot_mean", planned.tpot_s, summary.mean_tpot_s))
-    return [(name, p, s, s.value / p if p and math.isfinite(p) else math.nan) for name, p, s in rows]
+        rows.append(_Compared("tpot_mean", planned.tpot_s, summary.mean_tpot_s))
+    return rows
 
 
 def _agreement(simulated: Simulated) -> bool | None:
     """Return whether throughput is within `AGREES` of the planned value, or None if the run is too short to tell."""
-    ratio = _compared(simulated)[0][3]
+    ratio = _compared(simulated)[0].ratio
     return abs(ratio - 1) <= AGREES if math.isfinite(ratio) and simulated.summary.steady is not None else None
 
 
-_NAMES = {"throughput": "Throughput", "ttft_p95": "TTFT p95", "tpot_mean": "TPOT mean"}
-
-
 def _comparison(simulated: Simulated, plan: Plan) -> RenderableType:
-    made, compared = table("'", "expected", "simulated", "ratio", "'", fixed=True), _compared(simulated)
-    for name, planned, found, ratio in compared:
-        rate = name == "throughput"
-        judged = ""
-        if rate and (agrees := _agreement(simulated)) is not None:
-            judged = f"{'within' if agrees else 'not within'} {percent(AGREES)}"
-        made.add_row(
-            _NAMES[name],
-            f"{digits(planned, 4)}/s" if rate else seconds(planned),
-            _rate_with_interval(found) if rate else _seconds_with_interval(found),
-            f"{ratio:.3f}" if math.isfinite(ratio) else "",
-            judged,
-        )
-    note, planned_rps = "", simulated.prediction.rate_rps
-    if compared[0][1] < planned_rps:
-        note = (
-            "Expected throughput is the rate at which the measured requests arrived; saturated, the plan serves "
-            f"{digits(planned_rps, 4)}/s. "
-        )
-    if any(name == "tpot_mean" for name, *_ in compared):
-        note += "The expected TPOT is that of the saturated fleet, the expected TTFT that at the planned utilisation."
+    throughput, *latencies = _compared(simulated)
+
+    def ratio(of: _Compared) -> str:
+        return f"{of.ratio:.3f}" if math.isfinite(of.ratio) else ""
+
+    agrees, found = _agreement(simulated), _with_interval(throughput.found)
+    found += "/s" if math.isfinite(throughput.found.value) else ""
+    judged = "" if agrees is None else f"{'within' if agrees else 'not within'} {percent(AGREES)}"
+    rows = [("Throughput", f"{digits(throughput.planned, 4)}/s", found, ratio(throughput), judged)]
+    for one in latencies:
+        name = one.name.upper().replace("_P95", " p95").replace("_MEAN", " mean")
+        rows.append((name, seconds(one.planned), _seconds_with_interval(one.found), ratio(one), ""))
+    made = table("'", "expected", "simulated", "ratio", "'", rows=rows, fixed=True)
+    return Group(made, Text(" ".join(_expected_words(simulated, plan)), style="dim"))
+
+
+def _expected_words(simulated: Simulated, plan: Plan) -> Iterator[str]:
+    """Yield what the expected values are."""
+    compared, planned_rps = _compared(simulated), simulated.prediction.rate_rps
+    if compared[0].planned < planned_rps:
+        yield "Expected throughput is the rate at which the measured requests arrived;"
+        yield f"saturated, the plan serves {digits(planned_rps, 4)}/s."
+    if any(one.name == "tpot_mean" for one in compared):
+        yield "The expected TPOT is that of the saturated fleet, the expected TTFT that at the planned utilisation."
     else:
-        note += "The expected TTFT is that at the planned utilisation."
+        yield "The expected TTFT is that at the planned utilisation."
     planned_for, lengths = MadeFrom.of(plan).document("workload"), simulated.question.load.lengths
     if "name" in planned_for:
         made_for = _traffic(str(planned_for["name"]), planned_for.get("prefix_hit_rate") or 0.0)
         if made_for != (simulated_for := _traffic(lengths.name, lengths.prefix_hit_rate)):
-            note += f" They are those for {made_for}, for which the plan was made, not for {simulated_for}."
+            yield f"They are those for {made_for}, for which the plan was made, not for {simulated_for}."
     if simulated.question.engine_settings:
-        note += " These values are those of the cost model for these GPUs and layers with these engine settings."
+        yield "These values are those of the cost model for these GPUs and layers with these engine settings."
     elif more := dict.fromkeys(one.seats for one in plan.replicas if one.seats > one.planned_seats):
-        note += (
-            f" They are those with all requests that engines may run at once (up to {' or '.join(map(str, more))}), "
-            "more than the plan's seats, to which the plan's own figures refer."
-        )
-    return Group(made, Text(note, style="dim"))
+        yield f"They are those with all requests that engines may run at once (up to {' or '.join(map(str, more))}),"
+        yield "more than the plan's seats, to which the plan's own figures refer."
 
 
 def _traffic(name: str, hits: float) -> str:
@@ -379,26 +399,23 @@ def _latencies(simulated: Simulated) -> Table:
 
 def _events(simulated: Simulated) -> Text:
     counts = simulated.summary.counts
-    parts = [f"{counts.finished:,} of {plural(counts.arrived, 'request')} finished"]
-    parts += [f"{counts.rejected:,} rejected: no replica can hold them"] if counts.rejected else []
-    parts += [f"{counts.unfinished:,} unfinished"] if counts.unfinished else []
-    parts.append(plural(counts.preemptions, "preemption"))
-    if counts.migrations:
-        parts.append(f"{plural(counts.migrations, 'migration')} ({gigabytes(counts.migrated_bytes)})")
-    parts += [plural(counts.kv_transfers, "KV transfer")] if counts.kv_transfers else []
-    parts.append(plural(counts.iterations, "iteration"))
-    return Text("; ".join(parts))
+    migrations = f"{plural(counts.migrations, 'migration')} ({gigabytes(counts.migrated_bytes)})"
+    parts = (
+        f"{counts.finished:,} of {plural(counts.arrived, 'request')} finished",
+        counts.rejected and f"{counts.rejected:,} rejected: no replica can hold them",
+        counts.unfinished and f"{counts.unfinished:,} unfinished",
+        plural(counts.preemptions, "preemption"),
+        counts.migrations and migrations,
+        counts.kv_transfers and plural(counts.kv_transfers, "KV transfer"),
+        plural(counts.iterations, "iteration"),
+    )
+    return Text("; ".join(part for part in parts if part))
 
 
 def _devices(simulated: Simulated, plan: Plan) -> Table:
     uses = grouped_use(plan, simulated.summary.devices)
     rows = ((use.device, percent(use.kv_mean), percent(use.kv_max), percent(use.busy_mean)) for use in uses)
     return table("'", "KV in use", "highest", "busy", rows=rows, fixed=True)
-
-
-def _rate_with_interval(estimate: Estimate) -> str:
-    text = _with_interval(estimate)
-    return f"{text}/s" if math.isfinite(estimate.value) else text
 
 
 def _with_interval(estimate: Estimate) -> str:

@@ -6,9 +6,11 @@ import asyncio
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import fields
 from functools import cache, partial
 from itertools import accumulate
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Metric, ProcessCollector, generate_latest
@@ -77,6 +79,9 @@ class ServiceMetrics:
             "hetis_planner_certificate_expiry_seconds",
             "Unix time of the earliest certificate expiry in a file.",
             ["file"],
+        )
+        self._backup = gauge(
+            "hetis_planner_backup_seconds", "Unix time of the newest backup in a folder; 0 if it has none.", ["folder"]
         )
         self.connections_closed = counter(
             "hetis_planner_connections_closed", "Connections closed because their host had too many."
@@ -151,6 +156,12 @@ class ServiceMetrics:
         for file, end_s in certificates_s.items():
             self._certificate_expiry.labels(file).set(end_s)
 
+    async def watch_backups(self, folder: str, interval_s: float) -> None:
+        """Set the time of the newest backup in a folder until cancelled."""
+        while True:
+            self._backup.labels(folder).set(await asyncio.to_thread(_newest_s, folder))
+            await asyncio.sleep(interval_s)
+
     async def watch_loop(
         self, *, clock: Callable[[], float] = time.monotonic, sleep: Callable[[float], Awaitable[None]] = asyncio.sleep
     ) -> None:
@@ -167,6 +178,12 @@ class ServiceMetrics:
         lags_s.append((now_s, lag_s))
         while lags_s[0][0] <= now_s - LAG_WINDOW_S:
             lags_s.popleft()
+
+
+def _newest_s(folder: str) -> float:
+    with suppress(OSError):  # a file is gone in the meantime, or the folder is not readable
+        return max((found.stat().st_mtime for found in Path(folder).glob("*.db")), default=0.0)
+    return 0.0
 
 
 class FleetCollector(Collector):

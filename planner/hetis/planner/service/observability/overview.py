@@ -21,7 +21,7 @@ from hetis.planner.convert.names import word_of
 from hetis.planner.failures import Reason, ServiceError
 from hetis.planner.fleet.fleet import LiveFleet
 from hetis.planner.fleet.hubs import Hubs
-from hetis.planner.fleet.settings import redispatch_policy
+from hetis.planner.fleet.settings import RedispatchPolicy, policy_from
 from hetis.planner.fleet.views import LiveNode, LiveReplica
 from hetis.planner.jobs.pool import SolverPool
 from hetis.planner.resources.clusters import Clusters
@@ -281,7 +281,7 @@ class Overviews:
             replicas=self.fleet.replicas_of(name),
             redispatches=[message for message in moved if isinstance(message, redispatch_pb2.Redispatch)],
             kv=self.kv.of(name).snapshot(),
-            high_water=redispatch_policy(self.fleet.policy_of(name)).high_water,
+            high_water=policy_from(RedispatchPolicy, self.fleet.policy_of(name)).high_water,
             now_s=time.time(),
             traffic=TrafficNow() if self.traffic is None else self.traffic.now(name),
         )

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 
 import numpy as np
@@ -17,11 +17,11 @@ from hetis.planner.convert.plans import replica_from_proto
 from hetis.planner.convert.stages import trigger_from_proto
 from hetis.planner.fleet.replica import devices_of
 from hetis.planner.fleet.views import LiveNode, LiveReplica
-from hetis.planner.report.figures import digits, gigabytes, plural, seconds
-from hetis.planner.report.page.blocks import (
+from hetis.planner.report.blocks import (
     COLORS,
     PLAIN,
     Block,
+    Column,
     FleetMap,
     GpuCell,
     Grid,
@@ -36,9 +36,11 @@ from hetis.planner.report.page.blocks import (
     Tile,
     Tiles,
     ZoneMap,
-    render_page,
+    grid_of,
 )
+from hetis.planner.report.figures import digits, gigabytes, plural, seconds
 from hetis.planner.report.page.fleet_map import IDLE, replica_duties
+from hetis.planner.report.page.rendering import render_page
 from hetis.planner.service.observability.overview import (
     NUM_SAMPLES,
     SAMPLE_S,
@@ -50,7 +52,7 @@ from hetis.planner.service.observability.overview import (
 )
 from hetis.planner.service.observability.traffic_blocks import traffic_blocks
 from hetis.solver.cluster import node_of
-from hetis.v1 import cluster_pb2, redispatch_pb2, replica_pb2
+from hetis.v1 import cluster_pb2, redispatch_pb2, replica_pb2, report_pb2
 
 MAX_CLUSTERS = 4  # shown in full on the first page; the others have pages of their own
 MAX_NODES = 36  # drawn per cluster
@@ -83,7 +85,11 @@ def status_html(
 def _clock(overview: Overview, clusters: Sequence[ClusterNow]) -> str:
     """Return the time to the minute, so that the page stays the same while nothing happens."""
     now_s = max((one.now_s for one in clusters), default=overview.leader_since_s)
-    return datetime.fromtimestamp(now_s, UTC).strftime("%Y-%m-%d %H:%M UTC")
+    return _minute(now_s)
+
+
+def _minute(time_s: float) -> str:
+    return datetime.fromtimestamp(time_s, UTC).strftime("%Y-%m-%d %H:%M UTC")
 
 
 # --- the planner
@@ -110,31 +116,18 @@ def _planner_section(overview: Overview, clusters: Sequence[ClusterNow], *, vers
 
 
 def _planner_tiles(overview: Overview, *, is_ready: bool) -> Iterator[Tile]:
-    since = ""
+    since = f"epoch {overview.epoch}"
     if overview.leads and overview.leader_since_s:
-        began = datetime.fromtimestamp(overview.leader_since_s, UTC).strftime("%Y-%m-%d %H:%M UTC")
-        since = f"epoch {overview.epoch}, since {began}"
-    yield Tile(
-        label="This planner",
-        value="ready" if is_ready else "not ready",
-        note=since or f"epoch {overview.epoch}",
-        tone="good" if is_ready else "bad",
-    )
-    away = overview.store_answered_s_ago >= STORE_AWAY_S
-    yield Tile(
-        label="Store",
-        value="not responding" if away else "responding",
-        note=f"last response {seconds(overview.store_answered_s_ago)} ago" if away else "",
-        tone="bad" if away else "good",
-    )
-    yield Tile(
-        label="Searches",
-        value=f"{overview.searching:,}",
-        unit=f"of {overview.solver_processes:,} at a time",
-        note=f"{overview.queued:,} waiting",
-    )
+        since += f", since {_minute(overview.leader_since_s)}"
+    yield Tile("This planner", "ready" if is_ready else "not ready", note=since, tone="good" if is_ready else "bad")
+    if (ago_s := overview.store_answered_s_ago) >= STORE_AWAY_S:
+        yield Tile("Store", "not responding", note=f"last response {seconds(ago_s)} ago", tone="bad")
+    else:
+        yield Tile("Store", "responding", tone="good")
+    at_a_time, queued = f"of {overview.solver_processes:,} at a time", f"{overview.queued:,} waiting"
+    yield Tile("Searches", f"{overview.searching:,}", at_a_time, queued)
     plans = ", ".join(f"{count:,} {_lower(state)}" for state, count in overview.num_plans.items())
-    yield Tile(label="Plans", value=f"{sum(overview.num_plans.values()):,}", note=plans)
+    yield Tile("Plans", f"{sum(overview.num_plans.values()):,}", note=plans)
 
 
 # --- a cluster
@@ -143,8 +136,7 @@ def _planner_tiles(overview: Overview, *, is_ready: bool) -> Iterator[Tile]:
 def _cluster_section(cluster: ClusterNow, counted: ClusterOverview | None) -> Section:
     colors = {replica.name: number % COLORS for number, replica in enumerate(cluster.replicas)}
     records = cluster.kv.records(MAX_STRIPS)
-    blocks: list[Block] = [Tiles(tiles=tuple(_cluster_tiles(cluster, records)))]
-    blocks.append(_map(cluster, colors))
+    blocks: list[Block] = [Tiles(tiles=tuple(_cluster_tiles(cluster, records))), _map(cluster, colors)]
     if cluster.replicas:
         blocks.append(_replicas(cluster))
     blocks += traffic_blocks(cluster.traffic)
@@ -159,47 +151,28 @@ def _cluster_section(cluster: ClusterNow, counted: ClusterOverview | None) -> Se
 
 def _cluster_tiles(cluster: ClusterNow, records: Sequence[KvRecord]) -> Iterator[Tile]:
     nodes = Counter(word_of(cluster_pb2.NodeState, node.state) for node in cluster.nodes.values())
-    lost = nodes["LOST"] + nodes["SUSPECT"]
     other = ", ".join(f"{count:,} {_lower(state)}" for state, count in nodes.items() if state != "READY")
-    yield Tile(
-        label="Nodes ready",
-        value=f"{nodes['READY']:,}",
-        unit=f"of {sum(nodes.values()):,}",
-        note=other,
-        tone="bad" if lost else "",
-    )
+    tone = "bad" if nodes["LOST"] + nodes["SUSPECT"] else ""
+    yield Tile("Nodes ready", f"{nodes['READY']:,}", f"of {sum(nodes.values()):,}", other, tone)
     states = Counter(word_of(replica_pb2.ReplicaState, replica.state) for replica in cluster.replicas)
     notes = [f"{count:,} {_lower(state)}" for state, count in states.items() if state not in ("SERVING", "DEGRADED")]
     if states["DEGRADED"]:
         notes.insert(0, f"{states['DEGRADED']:,} of them degraded by a lost attention worker")
-    yield Tile(
-        label="Replicas serving",
-        value=f"{states['SERVING'] + states['DEGRADED']:,}",
-        unit=f"of {len(cluster.replicas):,}",
-        note=", ".join(notes),
-        tone="bad" if states["DEGRADED"] or states["FAILED"] else "",
-    )
+    serving, tone = states["SERVING"] + states["DEGRADED"], "bad" if states["DEGRADED"] or states["FAILED"] else ""
+    yield Tile("Replicas serving", f"{serving:,}", f"of {len(cluster.replicas):,}", ", ".join(notes), tone)
     reports = [replica.report for replica in cluster.replicas if replica.report is not None]
-    yield Tile(
-        label="Requests",
-        value=f"{sum(report.num_running for report in reports):,}",
-        unit="running",
-        note=f"{sum(report.num_waiting for report in reports):,} waiting, "
-        f"{sum(report.num_finished for report in reports):,} finished",
+    running, waiting, finished = (
+        sum(getattr(report, name) for report in reports) for name in ("num_running", "num_waiting", "num_finished")
     )
+    yield Tile("Requests", f"{running:,}", "running", f"{waiting:,} waiting, {finished:,} finished")
     fullest = max((one for one in records if not math.isnan(one.now)), key=lambda one: one.now, default=None)
     if fullest is not None:
         tone = "bad" if fullest.now >= (cluster.high_water or FULL) else ""
-        label = "KV of the fullest device"
-        yield Tile(label=label, value=_whole(fullest.now), note=fullest.device, tone=tone)
+        yield Tile("KV of the fullest device", _whole(fullest.now), note=fullest.device, tone=tone)
     ends = Counter(_state(one) for one in cluster.redispatches)
     under_way = sum(ends[state] for state in _UNDER_WAY)
-    yield Tile(
-        label="Re-dispatches",
-        value=f"{ends['DONE']:,}",
-        unit="done",
-        note=f"{under_way:,} in progress, {ends['ABORTED']:,} aborted, in this term",
-    )
+    note = f"{under_way:,} in progress, {ends['ABORTED']:,} aborted, in this term"
+    yield Tile("Re-dispatches", f"{ends['DONE']:,}", "done", note)
 
 
 # --- the map
@@ -251,40 +224,28 @@ def _cell(device: str, index: int, duties: Mapping[str, GpuCell], full: Mapping[
 
 
 def _replicas(cluster: ClusterNow) -> Grid:
-    rows, bad = list[tuple[str, ...]](), list[int]()
-    for number, replica in enumerate(cluster.replicas[:MAX_REPLICAS]):
-        state = word_of(replica_pb2.ReplicaState, replica.state)
-        if state in ("DEGRADED", "FAILED"):
-            bad.append(number)
-        rows.append(_replica_row(number, replica, state))
+    states = [word_of(replica_pb2.ReplicaState, replica.state) for replica in cluster.replicas]
     rest = len(cluster.replicas) - MAX_REPLICAS
-    return Grid(
+
+    def reported(head: str, cell: Callable[[report_pb2.ReplicaReport], str]) -> Column[tuple[int, LiveReplica]]:
+        return head, lambda one: "" if one[1].report is None else cell(one[1].report)
+
+    return grid_of(
+        list(enumerate(cluster.replicas))[:MAX_REPLICAS],
+        ("'", lambda one: f"R{one[0]}"),
+        ("'replica", lambda one: last_part(one[1].name)),
+        ("'plan", lambda one: last_part(one[1].plan)),
+        ("'state", lambda one: _lower(states[one[0]]) + (", moving heads" if one[1].redispatch else "")),
+        ("GPUs", lambda one: f"{len(devices_of(one[1].shape)):,}"),
+        reported("running", lambda report: f"{report.num_running:,}"),
+        reported("waiting", lambda report: f"{report.num_waiting:,}"),
+        reported("TTFT", lambda report: seconds(report.ttft_s) if report.ttft_s else ""),
+        reported("TPOT", lambda report: seconds(report.tpot_s) if report.tpot_s else ""),
+        reported("preempted", lambda report: f"{report.num_preempted:,}"),
+        ("generation", lambda one: f"{one[1].generation:,}"),
         title="Replicas",
-        columns=(
-            *("'", "'replica", "'plan", "'state"),
-            *("GPUs", "running", "waiting", "TTFT", "TPOT", "preempted", "generation"),
-        ),
-        rows=tuple(rows),
-        bad=tuple(bad),
+        bad=[number for number, state in enumerate(states) if state in ("DEGRADED", "FAILED")],
         note=f"and {plural(rest, 'more replica')}" if rest > 0 else "",
-    )
-
-
-def _replica_row(number: int, replica: LiveReplica, state: str) -> tuple[str, ...]:
-    report = replica.report
-    moving = ", moving heads" if replica.redispatch else ""
-    return (
-        f"R{number}",
-        last_part(replica.name),
-        last_part(replica.plan),
-        f"{_lower(state)}{moving}",
-        f"{len(devices_of(replica.shape)):,}",
-        "" if report is None else f"{report.num_running:,}",
-        "" if report is None else f"{report.num_waiting:,}",
-        "" if report is None or not report.ttft_s else seconds(report.ttft_s),
-        "" if report is None or not report.tpot_s else seconds(report.tpot_s),
-        "" if report is None else f"{report.num_preempted:,}",
-        f"{replica.generation:,}",
     )
 
 
@@ -301,19 +262,10 @@ def _pressure(cluster: ClusterNow, colors: Mapping[str, int], records: Sequence[
     xs = _WIDTH * (1.0 - (last_s - times_s) / span_s)
     rows = []
     for record in records:
-        line, area = _paths(xs, record.shares)
         now = "no report" if math.isnan(record.now) else f"{_whole(record.now)} now"
         tone = "bad" if record.now >= (cluster.high_water or FULL) else ""
-        rows.append(
-            Strip(
-                label=record.device,
-                text=f"{now}, peak {_whole(record.peak)}",
-                color=owners.get(record.device, PLAIN),
-                line=line,
-                area=area,
-                tone=tone,
-            )
-        )
+        color, text = owners.get(record.device, PLAIN), f"{now}, peak {_whole(record.peak)}"
+        rows.append(Strip(record.device, text, color, *_paths(xs, record.shares), tone))
     moments = [
         round(_WIDTH * (1.0 - (last_s - one.create_time.ToMicroseconds() / 1e6) / span_s), 1)
         for one in cluster.redispatches
@@ -328,12 +280,12 @@ def _pressure(cluster: ClusterNow, colors: Mapping[str, int], records: Sequence[
         title="KV in use, by device",
         intro=f"Share of the KV blocks that cannot be dropped, every {SAMPLE_S:g} s; the planner keeps the last "
         f"{NUM_SAMPLES * SAMPLE_S / 60:.0f} minutes of its term.",
-        rows=tuple(rows),
+        rows=rows,
         width=_WIDTH,
         height=_HEIGHT,
-        ticks=tuple(_ticks(span_s)),
+        ticks=list(_ticks(span_s)),
         limit=None if cluster.high_water is None else round(_y_of(cluster.high_water), 1),
-        moments=tuple(at for at in moments if 0 <= at <= _WIDTH),
+        moments=[at for at in moments if 0 <= at <= _WIDTH],
         note=" ".join(notes),
     )
 
@@ -361,7 +313,7 @@ def _ticks(span_s: float) -> Iterator[Tick]:
     for part in (0.0, 0.5, 1.0):
         ago_s = span_s * (1.0 - part)
         text = "now" if not ago_s else f"{ago_s / 60:.1f} min ago" if ago_s >= 60 else f"{ago_s:.0f} s ago"
-        yield Tick(at=_WIDTH * part, text=text)
+        yield Tick(_WIDTH * part, text)
 
 
 # --- re-dispatches
@@ -372,29 +324,20 @@ def _redispatches(cluster: ClusterNow) -> Block:
         return Sentences(title="Re-dispatches", lines=("None yet in this term.",))
     numbers = {replica.name: f"R{number}" for number, replica in enumerate(cluster.replicas)}
     newest = sorted(cluster.redispatches, key=lambda one: one.create_time.ToMicroseconds(), reverse=True)
-    rows, bad = list[tuple[str, ...]](), list[int]()
-    for number, one in enumerate(newest[:MAX_REDISPATCHES]):
-        if _state(one) == "ABORTED":
-            bad.append(number)
-        rows.append(
-            (
-                one.create_time.ToDatetime().strftime("%H:%M:%S"),
-                numbers.get(one.replica, last_part(one.replica)),
-                ", ".join(_trigger(trigger) for trigger in one.triggers),
-                f"{one.num_moves:,}",
-                gigabytes(one.kv_bytes),
-                f"{seconds(one.makespan_before_s)} → {seconds(one.makespan_after_s)}",
-                _ended(one),
-            )
-        )
-    rest = len(newest) - len(rows)
-    return Grid(
+    shown, rest = newest[:MAX_REDISPATCHES], len(newest) - MAX_REDISPATCHES
+    return grid_of(
+        shown,
+        ("'at", lambda one: one.create_time.ToDatetime().strftime("%H:%M:%S")),
+        ("'replica", lambda one: numbers.get(one.replica, last_part(one.replica))),
+        ("'because", lambda one: ", ".join(map(_trigger, one.triggers))),
+        ("moves", lambda one: f"{one.num_moves:,}"),
+        ("KV", lambda one: gigabytes(one.kv_bytes)),
+        ("time per layer", lambda one: f"{seconds(one.makespan_before_s)} → {seconds(one.makespan_after_s)}"),
+        ("'state", _ended),
         title="Re-dispatches",
         intro="Head groups moved while requests were running, latest first; times are in UTC.",
-        columns=("'at", "'replica", "'because", "moves", "KV", "time per layer", "'state"),
-        rows=tuple(rows),
-        bad=tuple(bad),
-        strong=next((i for i, one in enumerate(newest[: len(rows)]) if _state(one) in _UNDER_WAY), None),
+        bad=[number for number, one in enumerate(shown) if _state(one) == "ABORTED"],
+        strong=next((number for number, one in enumerate(shown) if _state(one) in _UNDER_WAY), None),
         note=f"and {plural(rest, 'earlier one')}" if rest > 0 else "",
     )
 

@@ -14,7 +14,7 @@ from hetis.planner.convert.traffic import (
     traffic_cells,
 )
 from hetis.planner.loop.speeds import Speed
-from hetis.planner.report.page.blocks import Block, Grid, Sentences
+from hetis.planner.report.blocks import Block, Grid, Sentences
 from hetis.planner.resources.traffic import TrafficNow
 
 

@@ -4,21 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 from hetis.formats.documents import load_cluster, load_model, load_workload
 from hetis.formats.errors import DocumentError, Problem, attempt, single_problem
 from hetis.formats.traces import PrefixHitRate
 from hetis.formats.workload import with_prefix_hits
+from hetis.planner.use_cases.describing import describe
 from hetis.planner.use_cases.other_fleets.what_if import with_cluster
-from hetis.planner.use_cases.place import (
-    KV_IS_FOR_ENGINES,
-    PlacementSettings,
-    with_inputs,
-    with_service_level,
-)
+from hetis.planner.use_cases.place import with_service_level
+from hetis.planner.use_cases.placement_settings import PlacementSettings
 from hetis.planner.use_cases.precision import for_engine
 from hetis.planner.use_cases.record.parts import MadeFrom, Requested
-from hetis.planner.use_cases.robustness.profile_errors import profile_notes, with_profile_errors
+from hetis.planner.use_cases.robustness.profile_errors import with_profile_errors
 from hetis.planner.use_cases.saved_plans import (
     PlanAndProblem,
     differing_fields,
@@ -35,7 +33,7 @@ from hetis.solver.constraints import Constraints, misfits
 from hetis.solver.errors import UncheckedPlanError
 from hetis.solver.model import ModelSpec
 from hetis.solver.placement.rungs import RUNGS
-from hetis.solver.plan import PLANNED_UTILISATION, Objective, Plan, Role
+from hetis.solver.plan import PLANNED_UTILISATION, Objective, Plan
 from hetis.solver.problem import PlacementProblem
 from hetis.solver.replanning.change import ChangeCosts, Fate, ReplanningProblem
 from hetis.solver.replanning.replanner import Replanning, keeps, solve_replanning
@@ -261,27 +259,18 @@ def replan(
     settings = posed.settings
     question = ReplanningProblem(running=posed.running, problem=posed.problem, costs=costs, max_moves=max_moves)
 
-    def solve(question: ReplanningProblem) -> Replanning:
-        return solve_replanning(
-            question,
-            strategy=settings.strategy,
-            budget=budget,
-            gap_target=settings.gap_target,
-            seed=settings.seed,
-            report=report,
-        )
-
+    solve = partial(
+        solve_replanning, strategy=settings.strategy, budget=budget, gap_target=settings.gap_target,
+        seed=settings.seed, report=report,
+    )  # fmt: skip
     found = solve(question)
     if too_wide(found.plan, posed.problem):  # the search counts the fewest nodes on which a replica's GPUs fit
         posed = replace(posed, problem=on_any_nodes(posed.problem), settings=replace(settings, rung=""))
         question = replace(question, problem=posed.problem)
         found = solve(question)
         found = replace(found, plan=replace(found.plan, notes=(*found.plan.notes, ON_ANY_NODES)))
-    split = any(replica.role is not Role.UNIFIED for replica in found.plan.replicas)
-    notes = (*found.plan.notes, *posed.loaded.notes, NOTE, *((KV_IS_FOR_ENGINES,) if split else ()))
-    notes += profile_notes(posed.problem)
-    plan = _with_kept_settings(replace(found.plan, notes=notes), found, posed.running)
-    plan = with_inputs(plan, posed.loaded, settings, posed.problem, posed.asked, rung=posed.settings.rung)
+    plan = _with_kept_settings(replace(found.plan, notes=(*found.plan.notes, NOTE)), found, posed.running)
+    plan = describe(plan, posed.loaded, posed.problem, settings, posed.asked, rung=posed.settings.rung)
     plan = with_service_level(plan, Requested.of(posed.running).service_level)
     if (survival := survival_of(plan, posed)) is not None:
         plan = replace(with_losses(plan, posed.problem), notes=(*plan.notes, str(survival)))

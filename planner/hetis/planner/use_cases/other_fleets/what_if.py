@@ -14,10 +14,9 @@ from typing import Any, TypeVar
 
 from hetis.planner.use_cases.compare import FAILED, NO_PLAN, Compared, Searches, planned
 from hetis.planner.use_cases.other_fleets.additions import FleetChange
-from hetis.planner.use_cases.place import PlacementSettings
-from hetis.planner.use_cases.precision import for_engine
+from hetis.planner.use_cases.placement_settings import PlacementSettings
 from hetis.planner.use_cases.record.parts import MadeFrom, Requested
-from hetis.planner.use_cases.saved_plans import PlanAndProblem, problem_of
+from hetis.planner.use_cases.saved_plans import PlanAndProblem
 from hetis.planner.use_cases.sources import LoadedInputs
 from hetis.profiler.defaults import default_profile
 from hetis.solver.advice import (
@@ -34,7 +33,7 @@ from hetis.solver.advice import (
 from hetis.solver.budget import Budget, Report, one_of_several
 from hetis.solver.cluster import Cluster
 from hetis.solver.constraints import Constraint, Exclude, RestrictRole, Unit
-from hetis.solver.errors import InvalidProblemError, UncheckedPlanError
+from hetis.solver.errors import UncheckedPlanError
 from hetis.solver.plan import Objective, Status
 from hetis.solver.problem import PlacementProblem
 from hetis.solver.replanning.change import PlanChange, plan_change
@@ -46,12 +45,10 @@ T = TypeVar("T")
 class Side:
     """One of the two fleets: its plan, and what the plan proves.
 
-    ``problem`` is what was solved; None: the inputs pose none. ``usd_per_hour`` is the price of the whole fleet; None:
-    at least one GPU has no price.
+    ``usd_per_hour`` is the price of the whole fleet; None: at least one GPU has no price.
     """
 
     loaded: LoadedInputs
-    problem: PlacementProblem | None
     outcome: Compared
     proven: Proven
     usd_per_hour: float | None
@@ -218,25 +215,13 @@ def _solver(asked: Searches, *, count: int) -> Callable[[LoadedInputs, str], Sid
         else:
             proved = outcome.status == Status.INFEASIBLE.value
             proven = Proven(value=nothing, bound=nothing if proved else anything)
-        usd_per_hour = usd_per_hour_of(loaded.inputs.cluster)
-        problem = _posed(loaded, asked.objective, asked.settings)
-        if problem is not None and outcome.plan is not None:
-            problem = problem_of(outcome.plan, problem)
-        return Side(loaded=loaded, problem=problem, outcome=outcome, proven=proven, usd_per_hour=usd_per_hour)
+        return Side(loaded=loaded, outcome=outcome, proven=proven, usd_per_hour=usd_per_hour_of(loaded.inputs.cluster))
 
     return side
 
 
-def _posed(loaded: LoadedInputs, objective: Objective, settings: PlacementSettings) -> PlacementProblem | None:
-    """Return the problem that `planned` solves; None: the inputs contradict each other."""
-    try:
-        return settings.problem(for_engine(loaded, settings.engine).inputs, objective)
-    except InvalidProblemError:
-        return None
-
-
 def _difference(before: Side, after: Side, objective: Objective) -> Difference:
-    change = _kind_of_change(before.problem, after.problem)
+    change = _kind_of_change(before.outcome.problem, after.outcome.problem)
     return difference(before.proven, after.proven, maximises=objective.maximises, change=change)
 
 
@@ -276,10 +261,10 @@ def _is_on_others(constraint: Constraint, types: Collection[str]) -> bool:
 
 
 def _plan_change(before: Side, after: Side) -> PlanChange | None:
-    old, new = before.outcome.plan, after.outcome.plan
-    if old is None or new is None or before.problem is None:
+    old, new, problem = before.outcome.plan, after.outcome.plan, before.outcome.problem
+    if old is None or new is None or problem is None:
         return None
-    return plan_change(old, new, before.problem.model, before.problem.moments())
+    return plan_change(old, new, problem.model, problem.moments())
 
 
 def changed_inputs(loaded: LoadedInputs, change: FleetChange) -> LoadedInputs:

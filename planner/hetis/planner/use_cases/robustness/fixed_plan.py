@@ -182,42 +182,6 @@ class FixedPlan:
             narrowed._engines[group] = tuple(kept)
         return narrowed
 
-    def latency_s(self, profiles: Profiles, load: float) -> float:
-        """Return the mean seconds of a whole request (p95 TTFT + mean output x TPOT) at a ``load`` in requests/s.
-
-        Replicas take a share of the load in proportion to their maximum rates, and each runs with the engine settings
-        that carry its share with the least latency. The result is infinite if the plan cannot carry the load.
-        """
-        problem = self._under(profiles)
-        paces = [
-            [
-                self._pace(problem, group, replace(engine.shape, micro_batch=size))
-                for engine in self._engines_of(group)
-                for size in engine.sizes
-            ]
-            for group in self.groups
-        ]
-        most = [max(pace.rate for pace in of_group) for of_group in paces]
-        rates = list(zip(self.groups, most, strict=True))
-        unified, routed = self._traffic.served(rates)
-        total = (unified + routed) * self._planned_share
-        if load > total * WITHIN:
-            return math.inf
-        latency = 0.0
-        for group, of_group, rate in zip(self.groups, paces, most, strict=True):
-            role = group.shape.role
-            of_role = sum(other.count * r for other, r in rates if other.shape.role is role)
-            traffic = unified if role is Role.UNIFIED else routed  # total over all replicas of the role
-            if traffic == 0:
-                continue
-            soonest = min(
-                pace.ttft_s + self._moments.mean_output * pace.tpot_s  # a prefill replica has no TPOT, and so on
-                for pace in of_group
-                if pace.rate * WITHIN >= rate * (traffic / of_role) * load / total
-            )
-            latency += soonest * (group.count * rate / of_role) * traffic / (unified + routed)
-        return latency
-
     def _under(self, profiles: Profiles) -> PlacementProblem:
         return replace(self._problem, profiles={**self._problem.profiles, **profiles})
 

@@ -5,13 +5,10 @@ from __future__ import annotations
 import threading
 from dataclasses import replace
 
-from hetis.planner.use_cases.grouping import shapes_of
 from hetis.planner.use_cases.record.forms import Searched
-from hetis.planner.use_cases.record.parts import EqualStages, Requested
-from hetis.planner.use_cases.verification.outcome import promising
+from hetis.planner.use_cases.record.parts import EqualStages
 from hetis.solver.budget import Budget, SearchSettings
 from hetis.solver.constraints import WithoutTp
-from hetis.solver.errors import HetisError
 from hetis.solver.plan import Plan, Role
 from hetis.solver.problem import PlacementProblem
 from hetis.solver.search_clock import search_seconds
@@ -67,29 +64,3 @@ def with_values(plan: Plan, problem: PlacementProblem, seed: int, cancelled: thr
     if best is not None and best.value is not None and values:  # few utilisations are tried, so the smaller may win
         best = Searched(max(best.value, *values) if problem.objective.maximises else min(best.value, *values))
     return EqualStages(best=best, by_size=known).on(plan)
-
-
-def plan_of(plan: Plan, problem: PlacementProblem, seed: int, budget: Budget) -> Plan | None:
-    """Return the best plan of equal stages, for the service level of another plan; None: none was found in time."""
-    from hetis.solver.placement.families import STRATEGIES
-    from hetis.solver.planning import solve_placement
-
-    own = Budget(time_limit_s=SEARCH_S, clock=search_seconds, callers=budget, explains=False)
-    uniform = replace(problem, family=STRATEGIES[UNIFORM].restrict(problem.family))
-    try:
-        found = solve_placement(uniform, strategy=UNIFORM, budget=own, seed=seed)
-    except HetisError:  # a pin may exclude equal stages
-        return None
-    level = Requested(service_level=Requested.of(plan).service_level)
-    return None if own.is_spent() else promising(level.on(replace(found, inputs={})))
-
-
-def other_plan(plan: Plan, problem: PlacementProblem, seed: int, budget: Budget) -> Plan | None:
-    """Return the best plan of equal stages, for the service level of another plan.
-
-    None: these are not in the problem's family, they are the other plan's own stages, or none were found in time.
-    """
-    if Role.UNIFIED not in problem.family.roles:
-        return None
-    found = plan_of(plan, problem, seed, budget)
-    return None if found is None or shapes_of(found) == shapes_of(plan) else found

@@ -79,10 +79,6 @@ class TriedRate:
 RunReport = Callable[[float, int, int], None]
 
 
-def no_progress(rate_rps: float, given: int, total: int, /) -> None:
-    """Report nothing."""
-
-
 def simulation_report(plan: Plan, report: SearchReport) -> RunReport:
     """Return a callback that reports simulations as progress of the search, for each quarter of a run's requests."""
     started_s, reported = time.monotonic() - plan.result.solve_s, (0.0, 0, 0)
