@@ -24,6 +24,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -127,7 +128,7 @@ def cases(path: Path, extent: Extent) -> Iterator[Case]:
 
 def _sketched(requests: Workload) -> Workload:
     """Return requests as they are measured: the planner knows no more of their lengths."""
-    lengths = dict[str, Histogram]()
+    lengths = dict[str, Any]()
     for name in ("prompt_tokens", "output_tokens"):
         lengths[name] = sum(
             (Histogram.of_values(TOKENS, [getattr(one, name)]).times(one.weight) for one in requests.bins),

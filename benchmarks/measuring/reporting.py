@@ -96,7 +96,7 @@ class _Documents:
 
 def _sketch(clock_s: float) -> TrafficSketch:
     """Return what a replica has counted until then, spread over some buckets."""
-    counted = {
+    counted: dict[str, Any] = {
         name: Histogram.of_values(scale, [VALUES[name] * factor for factor in (0.2, 0.5, 1.0, 2.3)]).times(
             RATE_RPS * clock_s / 4
         )
