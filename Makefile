@@ -34,7 +34,7 @@ VLLM_NUMBA ?= $(shell grep --extended-regexp '^(numba|llvmlite)==' constraints.t
 help:
 	@echo "make demo    plan two H100 with eight P100 for long prompts (sets up $(VENV))"
 	@echo "make demo-cluster  a planner and twelve agents on this machine: load, a slow card, a dead node"
-	@echo "make demo-traffic  traffic doubles and falls again: the planner follows with another plan (ten minutes)"
+	@echo "make demo-traffic  traffic doubles and falls again: the planner follows with another plan (minutes)"
 	@echo "make demo-serve    planner, agent, vLLM in two stages, workers: heads of a chat move, a worker dies, the answer is exact"
 	@echo "make demo-vllm     a plan in force: agents start vLLM, nginx in front, one is killed, another plan; no request fails"
 	@echo "make test    run all tests (PYTEST='-k name' narrows)"

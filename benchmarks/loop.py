@@ -1,16 +1,21 @@
 """Following traffic: what the loop saves and keeps beside a static plan, threshold scaling and a perfect forecast.
 
-    python -m benchmarks.loop [TRACE ...] [--days N] [--quick] [--json]
+    python -m benchmarks.loop [TRACE ...] [--full] [--quick] [--json]
 
-Every case is days of virtual time, after a week of history, of Llama-3.1-8B on `examples/pool.yaml` for least cost: a
-composed week (`hetis.planner.loop.curves`) with the lengths of a trace and its unevenness inside the hours; the same
-with a flash crowd, prompts that become longer, and a lost node; and even traffic, in which nothing should change. Rates
-are such that the peak takes most of the pool.
+Every case is virtual time, after a week of history, of Llama-3.1-8B on `examples/pool.yaml` for least cost: a day of a
+composed week (`hetis.planner.loop.curves`) with the lengths of a trace, as sketches of traffic tell them, and its
+unevenness inside the hours; and a steady rate, at which nothing should change. ``--full`` has the whole week, and a day
+with a flash crowd, prompts that become longer, and a lost node. Rates are such that the peak takes most of the pool.
+Replicas serve by themselves, so that threshold scaling can scale them.
 
 ``saved`` is of the static plan's cost, ``of_perfect`` relative to what the same decisions save if they know all rates
-to come. ``outside`` is the share of requests outside the limits: all that come while the rate is above what keeps them,
-or while a queue lasts. ``drifts`` are alarms. ``kept`` says how many of a morning's plans keep the limits in simulated
-traffic at the highest rate that each of them carried.
+to come: for as long as the loop looks ahead, or for the hour over which the costs of a change are repaid (``of_hour``).
+``outside`` is the share of requests outside the limits: all that come while the rate is above what keeps them, or while
+a queue lasts. ``drifts`` are alarms. ``kept`` says how many of a morning's plans keep the limits in simulated traffic
+at the highest rate that each of them carried.
+
+The last row is the planner's own cost of taking in the sketches of 1,000 replicas every few seconds, without gRPC:
+``cores`` that are busy, and the memory that is kept of them.
 """
 
 from __future__ import annotations
@@ -19,18 +24,21 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from benchmarks.measuring import rows
 from benchmarks.measuring.instances import EXAMPLES
+from benchmarks.measuring.reporting import Reporting, report_for
 from benchmarks.measuring.rows import Row
+from hetis.formats.documents import load_workload
 from hetis.formats.traces import read_trace
-from hetis.planner.loop.curves import STEP_S, UNEVEN_S, TrafficCurve, composed_curve, unevenness
+from hetis.planner.loop.curves import STEP_S, TrafficCurve, composed_curve, unevenness
 from hetis.planner.loop.decision import LoopSettings, kept_rate
 from hetis.planner.loop.drift import DAY_S
-from hetis.planner.loop.rehearsal import NodeEvent, Rehearsal
-from hetis.planner.loop.rivals import rehearse_all
+from hetis.planner.loop.rehearsal import LoopFollower, NodeEvent, Rehearsal, RememberingSearch, rehearse
+from hetis.planner.loop.rivals import plan_for_peak, rehearse_all
 from hetis.planner.report.rehearsals import saving
 from hetis.planner.use_cases.describing import describe
 from hetis.planner.use_cases.place import search
@@ -39,13 +47,17 @@ from hetis.planner.use_cases.saved_plans import PlanAndProblem
 from hetis.planner.use_cases.sources import engine_rules, load_inputs
 from hetis.planner.use_cases.verification.rates import simulated_at
 from hetis.solver.budget import Budget, silent
-from hetis.solver.plan import DEFAULT_STRATEGY, Objective
+from hetis.solver.plan import DEFAULT_STRATEGY, Objective, Role
+from hetis.solver.traffic import TOKENS, Histogram, TrafficSketch
+from hetis.solver.workload import Workload
 
 TRACES = [Path("../shared/data/traces/azure_conv_2023.csv.gz")]
-MODEL, SETTINGS = "Llama-3.1-8B", PlacementSettings(engine=engine_rules("vllm", DEFAULT_STRATEGY, max_stages=1))
+MODEL = "Llama-3.1-8B"
+SETTINGS = PlacementSettings(engine=engine_rules("vllm", DEFAULT_STRATEGY, max_stages=1), roles=(Role.UNIFIED,))
 SHARE = 0.75  # of the pool's goodput, that the highest rate takes
 UTILISATIONS = (0.8,)
 MORNING_S = 6 * 3600.0, 11 * 3600.0
+REPLICAS, REPORTED_S = 1000, 3600.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,43 +73,68 @@ class Case:
 def main() -> None:
     parser = rows.parser("benchmarks.loop", __doc__)
     parser.add_argument("traces", nargs="*", type=Path, metavar="TRACE", help="requests with arrival times")
-    parser.add_argument("--days", type=int, default=7, metavar="N", help="days of the week that are followed")
+    parser.add_argument("--full", action="store_true", help="a week, and a day with all that happens: an hour or more")
     arguments = parser.parse_args()
-    days = 1 if arguments.quick else max(1, arguments.days)
-    rows.show(all_rows(arguments.traces or TRACES, days=days, only=arguments.only), arguments, name="loop")
+    extent = Extent(hours=168.0, drifts=True) if arguments.full else Extent(hours=2.0 if arguments.quick else 24.0)
+    found = all_rows(arguments.traces or TRACES, extent, only=arguments.only)
+    rows.show(found, arguments, name="loop")
 
 
-def all_rows(traces: Sequence[Path], *, days: int, only: str = "") -> Iterator[Row]:
-    """Yield the rows of every case whose name contains ``only``."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Extent:
+    """How much is followed: hours of the week, and whether there is a day with all that happens."""
+
+    hours: float
+    drifts: bool = False
+
+
+def all_rows(traces: Sequence[Path], extent: Extent, *, only: str = "") -> Iterator[Row]:
+    """Yield the rows of every case whose name contains ``only``, and of what reports cost."""
     for path in traces:
-        for case in cases(path, days=days):
+        for case in cases(path, extent):
             if only in case.name:
                 yield from case_rows(case)
+    if only in (name := f"{REPLICAS:,} replicas report"):
+        yield _reporting_row(name, REPORTED_S if extent.hours > 2 else REPORTED_S / 20)
 
 
-def cases(path: Path, *, days: int) -> Iterator[Case]:
+def cases(path: Path, extent: Extent) -> Iterator[Case]:
     """Yield the cases of a trace; without the file, as in a fresh checkout, traffic is 500/100 and hours are even."""
-    name, workload, uneven = "500/100", "500/100", None
+    workload: str | Workload = "500/100"
+    name, uneven = "500/100", None
     if path.exists():
-        name, workload, uneven = path.name.partition(".")[0], str(path), unevenness(read_trace(path).arrival_s)
+        name, uneven = path.name.partition(".")[0], unevenness(read_trace(path).arrival_s)
+        workload = _sketched(load_workload(str(path)))
     loaded = load_inputs(cluster=str(EXAMPLES / "pool.yaml"), model=MODEL, workload=workload)
     problem = SETTINGS.problem(loaded.inputs, Objective())
     plan = describe(search(problem, SETTINGS, budget=Budget(), report=silent), loaded, problem, SETTINGS)
     whole = PlanAndProblem(plan=plan, inputs=loaded.inputs, problem=problem, warnings=())
-    week = composed_curve(problem.workload, days=days, peak_rps=1.0, uneven=uneven, seed=1)
-    yield Case(name=f"{name}, {days} days", whole=whole, curve=_scaled(week, whole))
-    drifting = composed_curve(problem.workload, days=min(days, 3), peak_rps=1.0, uneven=uneven, seed=2)
+    week = composed_curve(problem.workload, days=7, peak_rps=1.0, uneven=uneven, seed=1)
+    week = replace(week, rates=week.rates[: round((week.start_s + 3600 * extent.hours) / STEP_S)])
+    yield Case(name=f"{name}, {extent.hours:g} hours", whole=whole, curve=_scaled(week, whole))
+    steady = np.ones(round((DAY_S + 3600 * min(24.0, extent.hours)) / STEP_S))
+    flat = TrafficCurve(name="steady", rates=steady, mixes=((0.0, problem.workload),), start_s=DAY_S)
+    yield Case(name=f"{name}, steady", whole=whole, curve=_scaled(flat, whole))
+    if not extent.drifts:
+        return
+    drifting = composed_curve(problem.workload, days=1, peak_rps=1.0, uneven=uneven, seed=2)
     start_s, length_s = drifting.start_s, drifting.end_s - drifting.start_s
     drifting = drifting.with_burst(start_s + 0.15 * length_s, 1200, 1.5)
     drifting = drifting.with_burst(start_s + 0.65 * length_s, DAY_S, 1.15)
     drifting = drifting.with_lengths(start_s + 0.5 * length_s, prompts=1.3, outputs=1.0)
     lost = NodeEvent(at_s=0.35 * length_s, node="l40s-0"), NodeEvent(at_s=0.4 * length_s, node="l40s-0", joins=True)
     yield Case(name=f"{name}, drifting", whole=whole, curve=_scaled(drifting, whole), events=lost)
-    even = np.ones(round((DAY_S + min(length_s, DAY_S)) / STEP_S))
-    if uneven is not None:
-        even *= np.resize(np.repeat(uneven, round(UNEVEN_S / STEP_S)), len(even))
-    flat = TrafficCurve(name="even", rates=even, mixes=((0.0, problem.workload),), start_s=DAY_S)
-    yield Case(name=f"{name}, even", whole=whole, curve=_scaled(flat, whole))
+
+
+def _sketched(requests: Workload) -> Workload:
+    """Return requests as they are measured: the planner knows no more of their lengths."""
+    lengths = dict[str, Any]()
+    for name in ("prompt_tokens", "output_tokens"):
+        lengths[name] = sum(
+            (Histogram.of_values(TOKENS, [getattr(one, name)]).times(one.weight) for one in requests.bins),
+            Histogram(scale=TOKENS),
+        )
+    return TrafficSketch(**lengths).workload(requests.name)
 
 
 def _scaled(curve: TrafficCurve, whole: PlanAndProblem) -> TrafficCurve:
@@ -117,20 +154,47 @@ def case_rows(case: Case) -> Iterator[Row]:
     for one in rehearse_all(case.whole, case.curve, LoopSettings(), events=case.events, utilisations=UTILISATIONS):
         print(f"  {case.name}: {one.name}", file=sys.stderr, flush=True)
         found.append(one)
-    static, perfect = found[0], next(one for one in found if one.name == "perfect forecast")
-    most = saving(perfect, static)
+    found.insert(-1, _knowing_an_hour(case))
+    static, named = found[0], {one.name: saving(one, found[0]) for one in found}
     for one in found:
         yield {
+            **dict.fromkeys(_COLUMNS),
             "name": f"{case.name}: {one.name}",
             "usd": one.usd,
             "gpu_hours": one.gpu_hours,
             "saved": saving(one, static),
-            "of_perfect": saving(one, static) / most if most > 0 else None,
+            "of_perfect": _ratio(named[one.name], named["perfect forecast"]),
+            "of_hour": _ratio(named[one.name], named[AN_HOUR]),
             "outside": one.outside,
             "changes": len(one.changes),
             "drifts": one.alarms,
-            "kept": _kept(one, case) if one.name == "loop" and case.name.endswith("days") else None,
+            "kept": _kept(one, case) if one.name == "loop" and case.name.endswith("hours") else None,
         }
+
+
+AN_HOUR = "perfect forecast of an hour"
+_COLUMNS = (
+    *("name", "usd", "gpu_hours", "saved", "of_perfect", "of_hour", "outside", "changes", "drifts", "kept"),
+    *("cores", "kept_mib"),
+)
+
+
+def _knowing_an_hour(case: Case) -> Rehearsal:
+    settings = LoopSettings()
+    settings = replace(settings, look_ahead_s=settings.costs.horizon_s)
+    follower = LoopFollower(settings, RememberingSearch(), case.curve)
+    follower.name = AN_HOUR
+    return rehearse(plan_for_peak(case.whole, case.curve, settings), case.curve, follower, events=case.events)
+
+
+def _ratio(saved: float, most: float) -> float | None:
+    """Return a share of a saving; None if that is too little to be a measure."""
+    return saved / most if most > 0.01 else None
+
+
+def _reporting_row(name: str, seconds: float) -> Row:
+    found: Reporting = report_for(REPLICAS, seconds)
+    return {**dict.fromkeys(_COLUMNS), "name": name, "cores": found.cores, "kept_mib": found.kept_bytes / 2**20}
 
 
 def _kept(loop: Rehearsal, case: Case) -> str:

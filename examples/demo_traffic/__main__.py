@@ -1,4 +1,4 @@
-"""Plans that follow traffic: ``python -m examples.demo_traffic`` (or ``make demo-traffic``), in ten minutes or so.
+"""Plans that follow traffic: ``python -m examples.demo_traffic`` (or ``make demo-traffic``), in a few minutes.
 
 A planner and five agents with simulated engines. The plan has the fewest cards for the traffic. Traffic doubles and its
 prompts lengthen: the planner notices, proposes a plan with a bound, activates it. Traffic falls: cards are given back.
@@ -6,6 +6,7 @@ prompts lengthen: the planner notices, proposes a plan with a bound, activates i
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 import tempfile
@@ -13,6 +14,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from google.protobuf.duration_pb2 import Duration
 
@@ -23,23 +25,26 @@ from hetis.v1 import cluster_pb2, cluster_service_pb2, document_pb2, plan_pb2, p
 from hetis.v1.traffic_pb2 import ClusterTraffic
 
 NODES = [f"l4-{number}" for number in range(5)]
-RATE_RPS, PROMPT_TOKENS, OUTPUT_TOKENS = 1.5, 1000, 200
+RATE_RPS, PROMPT_TOKENS, OUTPUT_TOKENS = 6.0, 250, 50
 SERVING = (replica_pb2.REPLICA_STATE_SERVING, replica_pb2.REPLICA_STATE_DEGRADED)
 PATIENCE_S = 900.0
 
 
 class Story:
-    """The story. Every engine gets its share of the traffic, as a router would give it."""
+    """The story, which returns what was seen. Every engine gets its share of the traffic, as a router would give it."""
 
     def __init__(self, processes: Processes, teller: Teller, folder: Path) -> None:
         self._processes, self._teller, self._control = processes, teller, folder / "control.json"
         self._rate_rps, self._prompt_tokens = 0.0, PROMPT_TOKENS
         self._client: Client
 
-    def tell(self) -> None:
-        """Tell the whole story. Raises ProcessError if something does not happen in time."""
+    def tell(self, *, short: bool = False) -> list[dict[str, Any]]:
+        """Tell the story, or up to the first change, and return the changes.
+
+        Raises ProcessError if something does not happen in time.
+        """
         teller = self._teller
-        teller.chapter("A planner, five agents, and the fewest cards for 1.8 requests/s")
+        teller.chapter(f"A planner, five agents, and the fewest cards for {1.2 * RATE_RPS:g} requests/s")
         self._start()
         self._client.wait("plans/demo")
         self._tell_plan()
@@ -47,12 +52,14 @@ class Story:
         self._until(lambda: bool(self._traffic().decision.reason), "the planner has decided")
         teller.say(self._traffic().decision.reason)
         teller.chapter("Traffic doubles, and its prompts lengthen")
-        self._arrive(2 * RATE_RPS, 1600)
-        self._tell_change()
-        teller.chapter("Traffic falls to a quarter of that")
-        self._arrive(RATE_RPS / 2, PROMPT_TOKENS)
-        self._tell_change()
+        self._arrive(2 * RATE_RPS, 8 * PROMPT_TOKENS // 5)
+        changes = [self._tell_change()]
+        if not short:
+            teller.chapter("Traffic falls to a quarter of that")
+            self._arrive(RATE_RPS / 2, PROMPT_TOKENS)
+            changes.append(self._tell_change())
         self._client.close()
+        return changes
 
     def _start(self) -> None:
         self._arrive(0.0, PROMPT_TOKENS)
@@ -84,23 +91,26 @@ class Story:
         self._client.wait("plans/demo")
         self._client.plans.ActivatePlan(plan_service_pb2.ActivatePlanRequest(name="plans/demo"))
 
-    def _tell_change(self) -> None:
-        """Wait until another plan is in force, and tell why and how."""
+    def _tell_change(self) -> dict[str, Any]:
+        """Wait until another plan is in force, tell why and how, and return that."""
         before, since_s = self._in_force(), time.monotonic()
         self._until(lambda: self._in_force() != before, "the planner activates another plan")
-        self._teller.say(f"after {time.monotonic() - since_s:.0f} s: {self._traffic().decision.reason}")
+        after_s, reason = time.monotonic() - since_s, self._traffic().decision.reason
+        self._teller.say(f"after {after_s:.0f} s: {reason}")
         request = plan_service_pb2.GetPlanRequest(name=self._in_force())
         gains = self._client.plans.GetPlan(request).plan.traffic_proposal
         self._teller.say(f"{gains.gain:.3g} {gains.unit} gained, at most {gains.bound:.3g} can be")
         for step in gains.steps:
             self._teller.say(step)
         self._until(lambda: self._client.wait(self._in_force()).activation == plan_pb2.ACTIVATION_STATE_ACTIVE, "it is")
-        self._tell_plan()
+        told = {"after_s": after_s, "reason": reason, "gain": gains.gain, "bound": gains.bound, "steps": [*gains.steps]}
+        return {**told, "cards": self._tell_plan()}
 
-    def _tell_plan(self) -> None:
+    def _tell_plan(self) -> int:
         name = self._in_force()
         plan = self._client.plans.GetPlan(plan_service_pb2.GetPlanRequest(name=name)).plan
         self._teller.say(f"{name} is in force: {plan.result.num_gpus} of {len(NODES)} cards")
+        return plan.result.num_gpus
 
     def _in_force(self) -> str:
         request = cluster_service_pb2.GetClusterRequest(name=CLUSTER)
@@ -131,14 +141,20 @@ class Story:
 
 
 def main() -> int:
-    teller = Teller(sys.stdout)
+    parser = argparse.ArgumentParser(prog="python -m examples.demo_traffic", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--json", action="store_true", help="print the changes as JSON on stdout; the story on stderr")
+    parser.add_argument("--short", action="store_true", help="end after the first change")
+    options = parser.parse_args()
+    teller = Teller(sys.stderr if options.json else sys.stdout)
     with tempfile.TemporaryDirectory(prefix="hetis-demo-") as folder, Processes(Path(folder)) as processes:
         try:
-            Story(processes, teller, Path(folder)).tell()
+            changes = Story(processes, teller, Path(folder)).tell(short=options.short)
         except (ProcessError, CallError) as error:
             print(f"error: {error}", file=sys.stderr)
             return 1
     teller.say("Done; every process has been stopped.")
+    if options.json:
+        print(json.dumps(changes, indent=2))
     return 0
 
 

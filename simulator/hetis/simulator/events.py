@@ -82,7 +82,9 @@ class FleetLinks:
 
 def transfer(now_s: float, seconds: float, *ends: SharedLink) -> float:
     """Occupy all ``ends`` for ``seconds`` as soon as all of them are free; return the time of completion."""
-    start_s = max(now_s, *(end.free_s for end in ends))
+    start_s = now_s
+    for end in ends:
+        start_s = end.free_s if end.free_s > start_s else start_s
     for end in ends:
         end.free_s = start_s + seconds
         end.busy_s += seconds

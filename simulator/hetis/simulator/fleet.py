@@ -13,17 +13,18 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
-from hetis.simulator.events import Events, FleetLinks, transfer
+from hetis.simulator.events import Events, FleetLinks, SharedLink, transfer
 from hetis.simulator.micro_batch import MicroBatch, SimulatedStageCopy
 from hetis.simulator.replica import Outside, ReplicaRun
 from hetis.simulator.routers import RangeRouter, Router
+from hetis.simulator.timing import Wire
 from hetis.simulator.values import Request, RequestLog, SaturatingSource
 from hetis.solver.check.replica_shapes import Fleet as Devices
 from hetis.solver.check.replica_shapes import slowest
 from hetis.solver.cluster import Link
 from hetis.solver.errors import InvalidProblemError
-from hetis.solver.model import ModelSpec
 from hetis.solver.plan import Plan
 from hetis.solver.problem import PlacementProblem
 
@@ -65,7 +66,7 @@ class KvTransfers:
         self._network = problem.cluster.network
         self._zones = [devices.zones_of(one.devices())[0] for one in plan.replicas]
         self._devices, self._of_replica = devices, [one.devices() for one in plan.replicas]
-        self._kv_links: dict[tuple[str, int], Link] = {}
+        self._paths: dict[tuple[MicroBatch, MicroBatch], _Path] = {}
         self._links = links
         self._routes: dict[int, list[_Route]] = {}
         self.senders: dict[int, list[ReplicaRun]] = {}
@@ -101,14 +102,10 @@ class KvTransfers:
 
     def take_prompt(self, now_s: float, replica: ReplicaRun, batch: MicroBatch, request: int) -> bool:
         """Send the KV of a finished prompt; return False if it decodes on the same replica."""
-        expected = self._expected.get(request)
-        if expected is None:
+        if request not in self._expected:
             return False
         batch.sending.add(request)
-        landed_s = max(
-            now_s + self._landing_s(replica, batch, request, expected), self._sent_s(replica, batch, request, expected)
-        )
-        self._events.at(landed_s, self._land, replica, batch, request)
+        self._events.at(self._landed_s(now_s, replica, batch, request), self._land, replica, batch, request)
         return True
 
     def cancel(self, request: int) -> None:
@@ -138,62 +135,89 @@ class KvTransfers:
 
     # --- time
 
+    def _path(self, sender: ReplicaRun, batch: MicroBatch, expected: _Expected) -> _Path:
+        """Return what the KV of a micro-batch's prompts passes on its way to one that decodes."""
+        path = self._paths.get((batch, expected.batch))
+        if path is None:
+            model, receiver = self._models[sender.number], expected.replica
+            wires = dict[tuple[str, int, Link], Wire]()
+
+            def wire(copy: SimulatedStageCopy, other: ReplicaRun) -> Wire:
+                shape, link = copy.timing.shape, self._kv_link(copy, other)
+                return wires.setdefault((shape.gpu, shape.tp, link), copy.timing.wire(link))
+
+            def coming(copy: SimulatedStageCopy) -> Iterator[_Part]:
+                """Yield what enters one copy: kept groups go to its ranks, the others directly to its cards."""
+                timing, pool = copy.timing, copy.timing.shape.pool
+                away, each = 0 if pool is None else pool.head_groups * timing.shape.tp, model.kv_bytes_per_token_group()
+                kept = model.head_groups - away
+                if kept:  # otherwise no KV is sent to the ranks, and their links are not used
+                    end = self._links.coming(copy.devices[0])
+                    yield _Part(end, timing.layers, wire(copy, sender), kept, model.state_bytes(), each)
+                for card in copy.cards if pool is not None else ():
+                    assert pool is not None, "it has the card"
+                    over = copy.timing.wire(pool.link)
+                    yield _Part(self._links.coming(card), timing.layers, over, away, 0.0, each, pool.cards)
+
+            zones = self._zones[sender.number], self._zones[receiver.number]
+            is_afar = zones[0] != zones[1]
+            self._paths[batch, expected.batch] = path = _Path(
+                leaving=[(self._links.leaving(c.devices[0]), c.timing.layers, wire(c, receiver)) for c in batch.copies],
+                coming=[part for copy in expected.batch.copies for part in coming(copy)],
+                between=(self._links.between(*zones), self._network.zone_link(*zones)) if is_afar else None,
+            )
+        return path
+
     def _kv_link(self, copy: SimulatedStageCopy, other: ReplicaRun) -> Link:
         """Return the link of a stage copy, or a slower one that it has to a node of the replica at the other end."""
-        key = copy.devices[0], other.number
-        if key not in self._kv_links:
-            explicit = self._devices.node_links(copy.devices, self._of_replica[other.number])
-            self._kv_links[key] = slowest([copy.timing.shape.hop_link, *explicit])
-        return self._kv_links[key]
+        explicit = self._devices.node_links(copy.devices, self._of_replica[other.number])
+        return slowest([copy.timing.shape.hop_link, *explicit])
 
-    def _landing_s(self, replica: ReplicaRun, batch: MicroBatch, request: int, expected: _Expected) -> float:
-        """Return the time for the last layer of the last chunk, on the slowest stage."""
-        target = self._log.target[request]
-        model = self._models[replica.number]
-        num_bytes = _layer_bytes(model, target, min(1.0, replica.batching.chunk_tokens / target))
-        links = [(copy, self._kv_link(copy, expected.replica)) for copy in batch.copies]
-        return max(float(copy.timing.cost.transfer_s(num_bytes, link)) + link.latency_s for copy, link in links)
-
-    def _sent_s(self, replica: ReplicaRun, batch: MicroBatch, request: int, expected: _Expected) -> float:
-        """Return when the KV has passed all its links."""
-        tokens, begun_s, model = self._log.target[request], expected.begun_s, self._models[replica.number]
-        chunks = math.ceil(tokens / replica.batching.chunk_tokens)
-        ends = list[float]()
-        for copy in batch.copies:
-            timing = copy.timing
-            link = self._kv_link(copy, expected.replica)
-            part_s = float(timing.cost.transfer_s(_layer_bytes(model, tokens, 1.0 / chunks), link))
-            leaving = self._links.leaving(copy.devices[0])
-            ends.append(transfer(begun_s, timing.layers * chunks * part_s, leaving))
-        for copy in expected.batch.copies:
-            ends.extend(self._received(begun_s, copy, model, tokens, replica))
-        zones = self._zones[replica.number], self._zones[expected.replica.number]
-        if zones[0] != zones[1]:
-            seconds = model.prompt_kv_bytes(tokens) / self._network.zone_link(*zones).bytes_per_s
-            ends.append(transfer(begun_s, seconds, self._links.between(*zones)))
-        return max(ends)
-
-    def _received(
-        self, begun_s: float, copy: SimulatedStageCopy, model: ModelSpec, tokens: int, sender: ReplicaRun
-    ) -> Iterator[float]:
-        """Yield when a prompt's KV is in one copy: kept groups go to its ranks, the others directly to its cards."""
-        timing = copy.timing
-        pool, group_bytes = timing.shape.pool, tokens * model.kv_bytes_per_token_group()
-        away = 0 if pool is None else pool.head_groups * timing.shape.tp
-        kept = model.head_groups - away
-        if kept:  # otherwise no KV is sent to the ranks, and their links are not used
-            num_bytes = kept * group_bytes + model.state_bytes()
-            layer_s = float(timing.cost.transfer_s(num_bytes, self._kv_link(copy, sender)))
-            yield transfer(begun_s, timing.layers * layer_s, self._links.coming(copy.devices[0]))
-        if pool is not None:
-            layer_s = float(timing.cost.transfer_s(away * group_bytes / pool.cards, pool.link))
-            for card in copy.cards:
-                yield transfer(begun_s, timing.layers * layer_s, self._links.coming(card))
+    def _landed_s(self, now_s: float, replica: ReplicaRun, batch: MicroBatch, request: int) -> float:
+        """Return when a finished prompt's KV is there: its last chunk's last layer, and all else over all links."""
+        expected, tokens, model = self._expected[request], self._log.target[request], self._models[replica.number]
+        path, chunk_tokens = self._path(replica, batch, expected), replica.batching.chunk_tokens
+        chunks, begun_s = math.ceil(tokens / chunk_tokens), expected.begun_s
+        layer_bytes = tokens * model.head_groups * model.kv_bytes_per_token_group() + model.state_bytes()
+        last_bytes, part_bytes = min(1.0, chunk_tokens / tokens) * layer_bytes, 1.0 / chunks * layer_bytes
+        times = dict[Wire, tuple[float, float]]()  # of the last chunk, and of each
+        landed_s = now_s
+        for end, layers, wire in path.leaving:
+            of_wire = times.get(wire)
+            if of_wire is None:
+                of_wire = wire.seconds(last_bytes) + wire.latency_s, wire.seconds(part_bytes)
+                times[wire] = of_wire
+                landed_s = max(landed_s, now_s + of_wire[0])
+            sent_s = transfer(begun_s, layers * chunks * of_wire[1], end)
+            landed_s = sent_s if sent_s > landed_s else landed_s
+        for part in path.coming:
+            num_bytes = part.groups * (tokens * part.group_bytes) / part.cards + part.state_bytes
+            landed_s = max(landed_s, transfer(begun_s, part.layers * part.wire.seconds(num_bytes), part.end))
+        if path.between is not None:
+            end, link = path.between
+            landed_s = max(landed_s, transfer(begun_s, model.prompt_kv_bytes(tokens) / link.bytes_per_s, end))
+        return landed_s
 
 
-def _layer_bytes(model: ModelSpec, tokens: int, share: float) -> float:
-    """Return the bytes per layer that a share of a prompt of ``tokens`` needs: KV, and as much of its state."""
-    return share * (tokens * model.head_groups * model.kv_bytes_per_token_group() + model.state_bytes())
+class _Part(NamedTuple):
+    """One end of what enters a copy of a stage: some head groups of every layer, shared by a number of cards."""
+
+    end: SharedLink
+    layers: int
+    wire: Wire
+    groups: int
+    state_bytes: float
+    group_bytes: float  # of a token and layer
+    cards: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class _Path:
+    """What the KV of a prompt passes: the ends that it leaves, those at which it arrives, and a link between zones."""
+
+    leaving: Sequence[tuple[SharedLink, int, Wire]]  # with the layers
+    coming: Sequence[_Part]
+    between: tuple[SharedLink, Link] | None
 
 
 class SimulatedFleet(Outside):
@@ -223,7 +247,7 @@ class SimulatedFleet(Outside):
 
     def serve_all(self, source: SaturatingSource) -> None:
         """Serve a source in which requests are always waiting."""
-        self._source = source
+        self._source, self.always_has_requests = source, True
         for replica in self.takers:
             replica.wake(0.0)
 

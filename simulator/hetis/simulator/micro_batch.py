@@ -217,23 +217,44 @@ class Discipline:
 class Apart(Discipline):
     """The discipline that keeps micro-batches separate; a copy serves them in order of arrival.
 
-    The time when a copy is free is therefore its only state, and a visit to a stage is a single event.
+    The time when a copy is free is therefore its only state, and a visit to a stage is a single event. Where every
+    stage has one copy, iterations arrive everywhere in the order in which they start, so that the whole pass is one
+    event, if nothing looks at copies (``passes_at_once``) or shares their cards in the meantime.
     """
 
     keeps_order = True
 
+    def __init__(
+        self, events: Events, log: RequestLog, done: Done, *, traced: bool, passes_at_once: bool = False
+    ) -> None:
+        super().__init__(events, log, done, traced=traced)
+        self._passes_at_once = passes_at_once and not traced
+
     def start(self, now_s: float, batch: MicroBatch) -> None:
         decoding, attended, tokens, pairs, read, rows = batch.contents
-        batch.seconds = [
-            copy.timing.seconds(decoding, attended, tokens, pairs, read, rows) for copy in batch.copies
-        ]  # fmt: skip
+        batch.seconds = seconds = list[float]()
+        before: StageTiming | None = None
+        for copy in batch.copies:
+            if copy.timing is before:  # as equal stages have
+                seconds.append(seconds[-1])
+            else:
+                before = copy.timing
+                seconds.append(before.seconds(decoding, attended, tokens, pairs, read, rows))
         if batch.pools:
             for stage, load in batch.loads.items():
                 pool = batch.copies[stage].pool
                 assert pool is not None
                 beside_s = batch.copies[stage].timing.beside_layers_s(decoding + tokens, rows)
                 batch.seconds[stage] += pool.seconds([load], [batch], batch.seconds[stage] - beside_s)
-        self._arrive(now_s, batch, 0)
+        if self._passes_at_once:
+            end_s = now_s
+            for copy, stage_s in zip(batch.copies, batch.seconds, strict=True):
+                end_s = (copy.free_s if copy.free_s > end_s else end_s) + stage_s
+                copy.free_s = end_s
+                copy.busy_s += stage_s
+            self._events.at(end_s, self._done, batch)
+        else:
+            self._arrive(now_s, batch, 0)
 
     def _arrive(self, now_s: float, batch: MicroBatch, stage: int) -> None:
         if not batch.alive:

@@ -92,6 +92,8 @@ class Batching:
 class Outside:
     """What a replica calls in the fleet; this base class is for a replica on its own."""
 
+    always_has_requests = False  # whether `pull` may return any
+
     def pull(self, now_s: float) -> int | None:
         """Return the next request of a source that always has one."""
         return None
@@ -194,11 +196,20 @@ class ReplicaRun:
         self.wake(now_s)
 
     def wake(self, now_s: float) -> None:
-        """Have idle micro-batches check for work again."""
+        """Have idle micro-batches check for work again, if there is any that they could start."""
         if self._idle:
             for index in sorted(self._idle):
-                if index in self._idle:
+                if index in self._idle and self._has_work():
                     self.form(now_s, self.batches[index])
+
+    def _has_work(self) -> bool:
+        """Return whether a prompt waits or is under way; what else an idle micro-batch gets, it starts at once."""
+        if self.queue or self.outside.always_has_requests:
+            return True
+        for batch in self.batches:  # noqa: SIM110 (any() takes twice as long, and this is called at every event)
+            if batch.prefilling:
+                return True
+        return False
 
     def set_idle(self, batch: MicroBatch) -> None:
         """Mark a micro-batch as having no iteration under way."""

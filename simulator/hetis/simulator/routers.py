@@ -47,11 +47,15 @@ class LeastWork:
 
     def __init__(self, seed: int) -> None:
         self._turns = _Turns(seed)
+        self._seen: Sequence[ReplicaRun] = ()
+        self._kinds: dict[int, list[ReplicaRun]] = {}
 
     def __call__(self, replicas: Sequence[ReplicaRun]) -> ReplicaRun:
-        kinds: dict[int, list[ReplicaRun]] = {}
-        for replica in replicas:
-            kinds.setdefault(int(replica.decodes), []).append(replica)
+        if replicas is not self._seen:  # usually they are all that take prompts
+            self._seen, self._kinds = replicas, {}
+            for replica in replicas:
+                self._kinds.setdefault(int(replica.decodes), []).append(replica)
+        kinds = self._kinds
         if len(kinds) > 1:
             rates = {kind: sum(replica.rate for replica in alike) for kind, alike in kinds.items()}
             return min(kinds[self._turns.next(rates)], key=_work_s)

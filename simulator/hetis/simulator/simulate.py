@@ -6,6 +6,7 @@ import math
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 
@@ -80,10 +81,19 @@ class Builder:
             log=self._log,
             stages=stages,
         )
-        discipline: type[Apart | Greedy | Lockstep] = Greedy if self._settings.discipline == "greedy" else Apart
+        discipline: type[Apart | Greedy | Lockstep] | partial[Apart]
+        discipline = partial(Apart, passes_at_once=self._passes_at_once(replica))
+        discipline = Greedy if self._settings.discipline == "greedy" else discipline
         discipline = Lockstep if one.expert_parallel else discipline
         replica.discipline = discipline(self._events, self._log, replica.done, traced=self._settings.trace)
         return replica
+
+    def _passes_at_once(self, replica: ReplicaRun) -> bool:
+        """Return whether nothing interferes with a micro-batch on its way through the stages of a replica."""
+        is_watched = bool(self._settings.faults) or self._settings.sample_every_s is not None
+        copies = [copies for copies in replica.stages if len(copies) > 1]
+        shared = (copy.pool.is_shared for copies in replica.stages for copy in copies if copy.pool is not None)
+        return not is_watched and not copies and not any(shared)
 
     def _batching(self, one: ReplicaPlan, number: int, shape: ReplicaShape) -> Batching:
         b, chunk = one.micro_batch, math.ceil(one.chunk_tokens / _steps(one, self.problem.model))

@@ -8,6 +8,7 @@ attention is a maximum of affine functions, whose coefficients are computed once
 from __future__ import annotations
 
 from hetis.solver.check.replica_shapes import StageShape
+from hetis.solver.cluster import Link
 from hetis.solver.cost import DeviceCost, rank_shape
 from hetis.solver.model import ModelSpec
 from hetis.solver.plugin_time import NO_PLUGIN
@@ -46,6 +47,23 @@ def _decode_pieces(profile: Profile, model: ModelSpec, tp: int) -> tuple[Piece, 
     return fit_of(profile, Op.DECODE_ATTENTION, model, tp).pieces
 
 
+class Wire:
+    """Messages of one GPU type over a link: `DeviceCost.transfer_s` of one message at a time."""
+
+    __slots__ = ("_bytes_per_s", "_pieces", "latency_s")
+
+    def __init__(self, fit: Fit, link: Link) -> None:
+        self._pieces = [(p.fixed_s, p.byte_s, p.wire) for p in fit.pieces]
+        self._bytes_per_s, self.latency_s = link.bytes_per_s, link.latency_s
+
+    def seconds(self, num_bytes: float) -> float:
+        """Return the seconds of a message without the link's latency; 0 for an empty one."""
+        if num_bytes <= 0.0:
+            return 0.0
+        wire_s = num_bytes / self._bytes_per_s
+        return max([fixed_s + byte_s * num_bytes + wire * wire_s for fixed_s, byte_s, wire in self._pieces])
+
+
 class StageTiming:
     """Seconds of an iteration on one copy of a stage, without the decode attention of stages that have a pool.
 
@@ -56,8 +74,23 @@ class StageTiming:
     """
 
     __slots__ = (
-        "_beside", "_chunk", "_decode", "_dense", "_drafting", "_head", "_is_first", "_is_last", "_step_tokens",
-        "_table", "cost", "layers", "mixed_factor", "plugin", "shape", "steps",
+        "_beside",
+        "_chunk",
+        "_decode",
+        "_dense",
+        "_drafting",
+        "_head",
+        "_is_first",
+        "_is_last",
+        "_profile",
+        "_step_tokens",
+        "_table",
+        "cost",
+        "layers",
+        "mixed_factor",
+        "plugin",
+        "shape",
+        "steps",
     )  # fmt: skip
 
     def __init__(
@@ -66,6 +99,7 @@ class StageTiming:
     ) -> None:  # fmt: skip
         self.steps = steps
         model, profile = problem.model, problem.profiles[shape.gpu]
+        self._profile = profile
         rank = rank_shape(model, shape.tp, attention_dp)
         assert rank is not None, "the plan's structure was checked"
         moments = problem.workload.moments(block_tokens=problem.assumptions.block_tokens)
@@ -122,21 +156,8 @@ class StageTiming:
             others: tokens of the other copies that share experts with this one (see `tokens`).
         """
         steps = self.steps
-        if steps == 1.0:
-            return self._iteration_s(decoding, attended, chunk_tokens, chunk_pairs, chunk_read, rows, others)
-        whole = round(steps * chunk_tokens)
-        return self._iteration_s(decoding, attended, whole, steps * chunk_pairs, chunk_read, rows, others) / steps
-
-    def tokens(self, contents: tuple[int, float, int, float, float, int]) -> int:
-        """Return the number of tokens in a whole iteration, given the contents of one of its steps."""
-        decoding, _, chunk_tokens, _, _, _ = contents
-        return decoding * self._step_tokens + round(self.steps * chunk_tokens)
-
-    def _iteration_s(
-        self, decoding: int, attended: float, chunk_tokens: int, chunk_pairs: float, chunk_read: float, rows: int,
-        others: int,
-    ) -> float:  # fmt: skip
-        """Return the seconds of a whole iteration."""
+        if steps != 1.0:
+            chunk_tokens, chunk_pairs = round(steps * chunk_tokens), steps * chunk_pairs
         tokens = decoding * self._step_tokens + chunk_tokens
         total = self._table.get((tokens, others))
         if total is None:
@@ -157,7 +178,16 @@ class StageTiming:
             total += most
         if self._is_last:
             total += self._head_s(rows + decoding * (self._step_tokens - 1)) + self._drafting_s(decoding)
-        return total
+        return total if steps == 1.0 else total / steps
+
+    def wire(self, link: Link) -> Wire:
+        """Return the times of messages from or to this stage over a link."""
+        return Wire(fit_of(self._profile, Op.TRANSFER, self.cost.model, self.shape.tp), link)
+
+    def tokens(self, contents: tuple[int, float, int, float, float, int]) -> int:
+        """Return the number of tokens in a whole iteration, given the contents of one of its steps."""
+        decoding, _, chunk_tokens, _, _, _ = contents
+        return decoding * self._step_tokens + round(self.steps * chunk_tokens)
 
     def _drafting_s(self, decoding: int) -> float:
         found = self._drafting.get(decoding)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Any, NamedTuple
 
@@ -38,6 +38,7 @@ class Lanes(NamedTuple):
 
 
 ALONE = Lanes()
+OPTIMAL_GAP = 1e-6  # up to which a plan is called optimal
 PLANNED_UTILISATION = 0.9  # of plans whose utilisation is not chosen
 # The defaults of a search: its strategy (`hetis.solver.placement.families`), and its seconds.
 DEFAULT_STRATEGY, DEFAULT_TIME_LIMIT_S = "hetis", 60.0
@@ -258,6 +259,12 @@ class SolveResult:
     @property
     def lanes(self) -> Lanes:
         return Lanes(self.unified_lanes, self.prefill_lanes)
+
+    def bounded_by(self, bound: float) -> SolveResult:
+        """Return the result with the bound of a more general problem, and the gap and status that follow from it."""
+        gap = abs(self.value - bound) / abs(self.value) if self.value else math.inf
+        gap = 0.0 if self.value == bound else gap  # GPUs may cost nothing
+        return replace(self, bound=bound, gap=gap, status=Status.OPTIMAL if gap <= OPTIMAL_GAP else Status.FEASIBLE)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

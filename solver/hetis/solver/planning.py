@@ -20,7 +20,13 @@ from hetis.solver.placement.infeasible import Market
 from hetis.solver.placement.losses.survival import Survive
 from hetis.solver.placement.outcome import rate_bound, sound_bound
 from hetis.solver.placement.replicas.tabulation import build_cost_tables
-from hetis.solver.placement.solve import in_objective_units, objective_scale, solve_family, solve_surviving_family
+from hetis.solver.placement.rungs import Known
+from hetis.solver.placement.solve import (
+    in_objective_units,
+    objective_scale,
+    solve_family,
+    solve_surviving_family,
+)
 from hetis.solver.plan import Plan
 from hetis.solver.problem import PlacementProblem
 
@@ -28,7 +34,7 @@ from hetis.solver.problem import PlacementProblem
 def solve_placement(
     problem: PlacementProblem, *, strategy: str = "hetis", budget: Budget | None = None, gap_target: float = 0.001,
     seed: int = 0, report: Report = silent, market: Market | None = None,
-    simplest_within: float = 0.0,
+    simplest_within: float = 0.0, known: Known | None = None,
 ) -> Plan:  # fmt: skip
     """Choose replicas for a fleet so that the objective is best, and prove how good the choice is.
 
@@ -39,6 +45,9 @@ def solve_placement(
     With ``simplest_within``, the plan is the simplest of those of an engine's family that lose no more than this share
     of the best value (`placement/losses/simplicity.py`). Its notes state its points, with a bound, and the loss; the
     plan's bound is that on the best.
+
+    A plan of a smaller family may be ``known``, which is returned with the bound of this one if nothing better is found
+    where the utilisation is chosen.
 
     Raises:
         InvalidProblemError: unknown strategy, an objective without its demand, or a constraint that cannot be met.
@@ -57,7 +66,9 @@ def solve_placement(
     if STRATEGIES[strategy].is_published:
         plan = _by_published_heuristic(problem, settings)
     else:
-        plan = solve_family(problem, settings, market, simplest_within)
+        if known is not None:
+            known = known._replace(family=STRATEGIES[strategy].restrict(known.family))
+        plan = solve_family(problem, settings, market, simplest_within, known)
     return replace(plan, family=problem.describe_family())
 
 

@@ -8,9 +8,15 @@ The *seats* are the servers of a queue whose rate depends on the number of reque
 serves what the cost model gives it with batches of n / M (a flow-equivalent server: Chandy, Herzog and Woo 1975). Under
 Poisson arrivals the number in flight is a birth-and-death process. Its tail, in which requests wait, decays more slowly
 the more the time in a seat varies (Allen and Cunneen's factor). A seat of a decode replica is taken when the prompt
-begins in a prefill replica. The *lanes* are the replicas, each of which computes prompts one by one, since chunks
-follow each other through its pipeline; their waits have the same factor and Sakasegawa's probability. A request waits
-for both at once, as if they were independent.
+begins in a prefill replica.
+
+The *lanes* are the replicas, each of which computes prompts one by one, since chunks follow each other through its
+pipeline. A router knows how many requests a replica has, and not how much of a prompt is left. So lanes receive prompts
+in turn, each is a queue GI/G/1 of its own (with the correction of Kraemer and Langenbach-Belz), and who finds his lane
+taken waits for the rest of the prompt that is computed there. Only queues that are longer than chance explains, the
+root of the requests that a replica holds, does a router balance: beyond that, lanes wait as one queue with many servers
+(Sakasegawa's probability). For one lane and Poisson arrivals the mean wait is exactly that of Pollaczek and Khinchine.
+A request waits for seat and lane at once, as if they were independent.
 
 Search and checker derive seats and lanes each for itself. See "Waiting for a seat" in docs/cost-model.md.
 """
@@ -29,6 +35,7 @@ FloatArray = npt.NDArray[np.float64]
 MOST_STATES = 20_000  # numbers of requests in flight that are told apart
 LATE = 0.05  # share of the requests that wait for longer than the p95
 PRECISION = 1e-7  # of a p95, relatively
+PARTS = 16  # into which what is left of a prompt is divided
 TOLERANCE = 1e-3  # of the highest rate within a limit
 
 
@@ -61,7 +68,8 @@ class EqualPrefills:
     """Replicas of one shape that compute prompts, one after the other; each is a lane of the queue."""
 
     lanes: int  # of all of them
-    prompt_s: float  # mean seconds for which a prompt occupies a lane
+    occupied_s: FloatArray  # seconds for which each prompt of the workload occupies a lane
+    held: float  # requests that each holds at once
     rate_rps: float  # requests/s that they serve, in proportion to which prompts come to them
     alone_s: FloatArray  # seconds of every prompt of the workload, alone in its chunks
     crowded_s: FloatArray  # seconds of every prompt in chunks that other prompts fill
@@ -84,6 +92,9 @@ class Wait:
             return np.zeros_like(than_s)
         decay = np.ones_like(than_s) if math.isinf(self.mean_s) else np.exp(-than_s / self.mean_s)
         return self.probability * decay
+
+
+NEVER = Wait(probability=0.0, mean_s=0.0)
 
 
 class SharedQueue:
@@ -118,9 +129,16 @@ class SharedQueue:
         saturated = [one.count * one.rates[-1] for one in replicas]
         self._holding_cv2 = float(np.average([one.holding_cv2 for one in replicas], weights=saturated))
         self._lanes = sum(one.lanes for one in prefills)
+        means_s = [float(weights @ one.occupied_s) for one in prefills]
         # Prompts/s that all lanes compute; of prompts that take no time, any number.
-        self._prompts_rps = sum(one.lanes / one.prompt_s if one.prompt_s else math.inf for one in prefills)
+        self._prompts_rps = sum(
+            one.lanes / mean if mean else math.inf for one, mean in zip(prefills, means_s, strict=True)
+        )
         self.rate_rps = sum(one.rate_rps for one in prefills)
+        self._held = float(np.average([one.held for one in prefills], weights=[one.lanes for one in prefills]))
+        rests = [_rest_of(weights, one.occupied_s) for one in prefills]
+        self._rest_s = np.repeat([seconds for seconds, _ in rests], len(weights), axis=0)  # [prompts, parts]
+        self._rest_weights = np.repeat([shares for _, shares in rests], len(weights), axis=0)
         self._alone_s = np.concatenate([one.alone_s for one in prefills])
         self._crowded_s = np.concatenate([one.crowded_s for one in prefills])
         self._weights = np.concatenate([one.rate_rps / self.rate_rps * weights for one in prefills])
@@ -149,29 +167,70 @@ class SharedQueue:
         must_wait = full / (self._step * float(shares[:-1].sum()) + full)
         return Wait(probability=must_wait, mean_s=varies / (most_rps - rate_rps))
 
-    def for_lanes(self, rate_rps: float) -> Wait:
-        """Return the wait for a lane at a rate of arrivals."""
-        utilisation = rate_rps / self._prompts_rps
-        if utilisation >= 1.0:
-            return Wait(probability=1.0, mean_s=math.inf)
-        must_wait = utilisation ** (math.sqrt(2.0 * (self._lanes + 1)) - 1.0)
-        return Wait(
-            probability=must_wait,
-            mean_s=(self._arrival_cv2 + self._computed_cv2) / 2.0 / (self._prompts_rps - rate_rps),
-        )
+    def for_lanes(self, rate_rps: float) -> tuple[float, Wait]:
+        """Return the probability of finding a prompt in one's lane, and then the wait for those that wait there."""
+        if math.isinf(self._prompts_rps):
+            return 0.0, NEVER
+        if rate_rps >= self._prompts_rps:
+            return 1.0, Wait(probability=1.0, mean_s=math.inf)
+        taken, prompt_s = rate_rps / self._prompts_rps, self._lanes / self._prompts_rps
+        cv2 = self._arrival_cv2 / self._lanes  # of the gaps between prompts of one lane, which come in turn
+        blind_s = taken / (1.0 - taken) * (cv2 + self._computed_cv2) / 2.0 * prompt_s
+        blind_s *= _correction(taken, cv2, self._computed_cv2)
+        pooled_s = taken ** (math.sqrt(2.0 * (self._lanes + 1)) - 1.0) * (self._arrival_cv2 + self._computed_cv2) / 2.0
+        pooled_s = pooled_s / (self._prompts_rps - rate_rps) + math.sqrt(self._held) * prompt_s
+        wait_s, rest_s = min(blind_s, pooled_s), prompt_s * (1.0 + self._computed_cv2) / 2.0
+        behind_s = max(0.0, wait_s - taken * rest_s) / taken**2
+        return min(taken, wait_s / rest_s), Wait(probability=taken, mean_s=behind_s)
+
+    def late_in_lane(self, rate_rps: float) -> Callable[[float], float]:
+        """Return a function of a time: the probability that the wait for a lane is longer."""
+        return self._late(rate_rps, NEVER, np.zeros_like(self._alone_s))
 
     def late_first_tokens(self, rate_rps: float) -> Callable[[float], float]:
         """Return a function of a time: the probability that TTFT is longer, at a rate of arrivals."""
-        seat, lane = self.for_seats(rate_rps), self.for_lanes(rate_rps)
         crowded = min(1.0, rate_rps / self._prompts_rps)
         prompts_s = crowded * self._crowded_s + (1.0 - crowded) * self._alone_s
+        return self._late(rate_rps, self.for_seats(rate_rps), prompts_s)
+
+    def _late(self, rate_rps: float, seat: Wait, prompts_s: FloatArray) -> Callable[[float], float]:
+        taken, lane = self.for_lanes(rate_rps)
 
         def late(than_s: float) -> float:
-            left_s = np.maximum(0.0, than_s - prompts_s)
-            by_seat, by_lane = seat.are_longer(left_s), lane.are_longer(left_s)
-            return float(self._weights @ np.where(prompts_s > than_s, 1.0, by_seat + by_lane - by_seat * by_lane))
+            left_s = than_s - prompts_s
+            by_seat = np.where(left_s < 0.0, 1.0, seat.are_longer(np.maximum(0.0, left_s)))
+            behind_s = left_s[:, None] - self._rest_s
+            by_others = np.where(behind_s < 0.0, 1.0, lane.are_longer(np.maximum(0.0, behind_s)))
+            by_lane = taken * (self._rest_weights * by_others).sum(axis=1)
+            return float(self._weights @ (by_seat + by_lane - by_seat * by_lane))
 
         return late
+
+
+def _correction(taken: float, arrival_cv2: float, service_cv2: float) -> float:
+    """Return the factor on a wait in GI/G/1 of Kraemer and Langenbach-Belz (1976)."""
+    varies = arrival_cv2 + service_cv2
+    if arrival_cv2 > 1.0:
+        return math.exp(-(1.0 - taken) * (arrival_cv2 - 1.0) / (varies + 3.0 * service_cv2))
+    if not varies:
+        return 0.0 if taken < 1.0 else 1.0
+    return math.exp(-2.0 * (1.0 - taken) / (3.0 * taken) * (1.0 - arrival_cv2) ** 2 / varies)
+
+
+def _rest_of(weights: FloatArray, seconds: FloatArray) -> tuple[FloatArray, FloatArray]:
+    """Return what is left of the prompt that an arriving one finds in its lane, in `PARTS` seconds with their shares.
+
+    ``P(rest > x) = E max(0, S - x) / E S`` of the times S of prompts, which have these weights.
+    """
+    longest_s, mean_s = float(seconds.max(initial=0.0)), float(weights @ seconds)
+    if not mean_s:
+        return np.zeros(PARTS), np.full(PARTS, 1.0 / PARTS)
+    edges_s = np.linspace(0.0, longest_s, PARTS + 1)
+    longer_s = np.maximum(0.0, seconds - edges_s[:, None])  # than each edge, of every prompt
+    tail, areas_s = longer_s @ weights / mean_s, -np.diff(longer_s**2 @ weights) / 2.0 / mean_s  # and its integrals
+    shares = -np.diff(tail)
+    inside_s = (areas_s - tail[1:] * np.diff(edges_s)) / np.maximum(shares, 1e-300)  # mean distance from the lower edge
+    return edges_s[:-1] + inside_s, shares
 
 
 class RequestQueue:
@@ -189,29 +248,36 @@ class RequestQueue:
     def at(self, rate_rps: float) -> Queueing:
         """Return the waits under Poisson arrivals at this rate."""
         seats = [(share, one.for_seats(share * rate_rps)) for share, one in self._queues]
-        lanes = [(share, one.for_lanes(share * rate_rps)) for share, one in self._queues]
+        lanes = [(share, one.late_in_lane(share * rate_rps)) for share, one in self._queues]
         return Queueing(
             seats=self.seats,
             rate_rps=rate_rps,
             must_wait=sum(share * wait.probability for share, wait in seats),
             seat_p95_s=_p95(lambda than_s: sum(share * wait.is_longer(than_s) for share, wait in seats)),
-            lane_p95_s=_p95(lambda than_s: sum(share * wait.is_longer(than_s) for share, wait in lanes)),
+            lane_p95_s=_p95(lambda than_s: sum(share * late(than_s) for share, late in lanes)),
             ttft_p95_s=self.ttft_p95_s(rate_rps),
         )
 
     def ttft_p95_s(self, rate_rps: float) -> float:
         """Return p95 TTFT under Poisson arrivals at this rate."""
+        return _p95(self._late(rate_rps))
+
+    def _late(self, rate_rps: float) -> Callable[[float], float]:
         parts = [(share, one.late_first_tokens(share * rate_rps)) for share, one in self._queues]
-        return _p95(lambda than_s: sum(share * late(than_s) for share, late in parts))
+        return lambda than_s: sum(share * late(than_s) for share, late in parts)
+
+    def keeps(self, rate_rps: float, ttft_s: float) -> bool:
+        """Return whether p95 TTFT is within a limit."""
+        return self._late(rate_rps)(ttft_s) <= LATE
 
     def highest_rate(self, most_rps: float, ttft_s: float) -> float:
         """Return the highest rate up to ``most_rps`` with p95 TTFT within ``ttft_s``; 0 if there is none."""
         low, high = 0.0, most_rps
-        if self.ttft_p95_s(high) <= ttft_s:
+        if self.keeps(high, ttft_s):
             return high
         while high - low > TOLERANCE * high and high > TOLERANCE * most_rps:
             middle = (low + high) / 2.0
-            low, high = (middle, high) if self.ttft_p95_s(middle) <= ttft_s else (low, middle)
+            low, high = (middle, high) if self.keeps(middle, ttft_s) else (low, middle)
         return low
 
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
-from hetis.planner.loop.decision import InForce, LoopSettings, Verdict, decide, kept_rate
+from hetis.planner.loop.decision import InForce, LoopSettings, Verdict, decide, is_short, kept_rate
 from hetis.planner.loop.drift import Drift
 from hetis.planner.loop.forecast import Window
 from hetis.planner.use_cases.prices import price_of_plan
@@ -117,6 +118,40 @@ def test_a_drift_of_the_rate_is_believed_before_the_history() -> None:
     found = decide(steady(8.0), in_force(8.2), LoopSettings(), drift=drift)
     assert found.verdict is Verdict.CHANGE
     assert kept_rate(found.next.plan, found.next.problem) >= 14.0 * (1 - 1e-6)
+
+
+def test_an_alarm_about_the_rate_is_forgotten_once_the_recent_rate_shows_it() -> None:
+    history = steady(8.0)
+    drift = Drift(what="rate", rises=True, value=14.0, band=(7.0, 9.0), since_s=history.end_s - 601)
+    assert decide(history, in_force(8.2), LoopSettings(), drift=drift).verdict is Verdict.KEEP
+
+
+def test_a_shortage_is_seen_in_the_last_minutes_before_a_question_is_due() -> None:
+    minutes = np.full(180, 8.0)
+    history, settings = replace(steady(8.0), minutes=minutes), LoopSettings()
+    assert not is_short(history, 8.2, settings)
+    assert is_short(history, 7.0, settings)
+    assert is_short(replace(history, minutes=np.append(minutes, [12.0, 12.0])), 8.2, settings)
+    assert not is_short(replace(history, minutes=np.zeros(0)), 0.0, settings)  # nothing is known yet
+
+
+def test_a_peak_beyond_the_time_that_is_looked_ahead_keeps_no_cards() -> None:
+    day = np.full(288, 4.0)
+    day[6:14] = 12.0  # every day, half an hour from now
+    history = replace(steady(4.0), rates=np.tile(day, 10))
+    soon, later = (decide(history, in_force(12.5), LoopSettings(look_ahead_s=look_s)) for look_s in (900.0, 3600.0))
+    kept = [kept_rate(one.next.plan, one.next.problem) for one in (soon, later)]
+    assert kept[0] < 8
+    assert kept[1] >= 12 * (1 - 1e-6)
+
+
+def test_what_is_expected_has_the_dispersion_of_recent_counts() -> None:
+    windows = tuple(
+        Window(start_s=60.0 * k, traffic=TrafficSketch(seconds=60, arrivals=480 + 120 * (k % 2))) for k in range(30)
+    )
+    found = decide(replace(steady(8.0), recent=windows), in_force(8.2), LoopSettings())
+    assert found.expected.dispersion == pytest.approx(120**2 / 2 / 540, rel=0.01)
+    assert found.expected.high_rps >= found.capacity_rps
 
 
 def test_most_goodput_changes_nothing_while_requests_are_the_same() -> None:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from hetis.planner.loop.curves import composed_curve
-from hetis.planner.loop.forecast import BIN_S, History, Window, forecast, with_hours
+from hetis.planner.loop.forecast import BIN_S, MINUTE_S, History, Window, forecast, with_hours
 from hetis.solver.errors import InvalidProblemError
 from hetis.solver.traffic import TrafficSketch
 from hetis.solver.workload import FloatArray, LengthBin, Workload
@@ -97,3 +97,31 @@ def test_without_traffic_there_is_no_forecast() -> None:
         forecast(History(end_s=0, rates=np.full(5, np.nan)), 900, 0.96)
     with pytest.raises(InvalidProblemError, match="coverage is 1, must be at least"):
         forecast(History(end_s=0, rates=np.ones(5)), 900, 1.0)
+
+
+def test_minutes_are_kept_in_their_places_and_a_partial_one_counts_by_its_rate() -> None:
+    now_s = 10_000 * MINUTE_S
+    starts = [now_s - MINUTE_S * back for back in (6, 5, 3, 2, 1)]
+    seconds = [60.0, 60.0, 60.0, 60.0, 30.0]
+    windows = [
+        Window(start_s=start, traffic=TrafficSketch(seconds=each, arrivals=each * number))
+        for number, (start, each) in enumerate(zip(starts, seconds, strict=True), 1)
+    ]
+    found = History.of_windows(windows, now_s)
+    np.testing.assert_array_equal(found.minutes, [1.0, 2.0, np.nan, 3.0, 4.0, 5.0])
+    assert found.by_minutes() is not None
+    assert History.of_windows(windows[:4], now_s).by_minutes() is None  # too few
+    assert found.dispersion() == pytest.approx(60**2 / 2 / 150)  # of whole minutes alone
+
+
+def test_chance_is_no_error_of_a_steady_rate_and_demand_still_is() -> None:
+    rng = np.random.default_rng(1)
+    steady = rng.poisson(np.full(180, 8.0 * MINUTE_S)) / MINUTE_S
+    restless = steady * np.where(np.arange(180) // 5 % 2, 1.4, 1.0)
+    over = [
+        found.high_rps / found.expected_rps - 1
+        for rates in (steady, restless)
+        for found in [forecast(History(end_s=0.0, rates=rates, bin_s=MINUTE_S), 120.0, 0.95)]
+    ]
+    assert over[0] < 0.06
+    assert over[1] > 0.2

@@ -12,7 +12,7 @@ from hetis.planner.loop.speeds import ExpectedTimes, MeasuredReplica, SpeedSampl
 from hetis.planner.use_cases.robustness.profile_errors import scaled
 from hetis.solver.errors import InvalidProblemError
 from hetis.solver.plan import ReplicaPlan, Role
-from tests.planner.use_cases.test_robustness import planned, posed
+from tests.planner.use_cases.robustness.studied import planned, posed
 
 
 @cache

@@ -22,7 +22,7 @@ from hetis.planner.use_cases.sources import Inputs
 from hetis.solver.plan import Plan
 from hetis.solver.traffic import SECONDS, TOKENS, Histogram, TrafficSketch
 from hetis.v1 import cluster_pb2, plan_pb2
-from tests.planner.use_cases.test_robustness import planned, posed
+from tests.planner.use_cases.robustness.studied import planned, posed
 
 CLUSTER = "clusters/a"
 START_S = 100 * MINUTE_S
@@ -215,6 +215,29 @@ async def test_traffic_that_doubles_is_noticed_within_a_minute(monkeypatch: pyte
     await world.pass_time(60)
     ((_, drift),) = world.asked
     assert "requests/s arrive, 0.5 to 4 were expected" in str(drift)
+
+
+async def test_the_last_alarm_about_the_rate_is_told_with_the_next_question(monkeypatch: pytest.MonkeyPatch) -> None:
+    world = World(monkeypatch)
+    more = replace(world.keep(), capacity_rps=20.0, expected=Expected(low_rps=0.5, high_rps=20.0))
+    world.answer = lambda: world.keep() if world.asked[-1][1] is None else more
+    await world.pass_time(600)
+    world.rate = 8.0
+    await world.pass_time(400)
+    alarm, again = world.asked[-2:]
+    assert alarm[1] is not None
+    assert again == (alarm[0] + 300, alarm[1])
+
+
+async def test_a_shortage_that_comes_slowly_is_asked_about_within_a_minute(monkeypatch: pytest.MonkeyPatch) -> None:
+    world = World(monkeypatch)
+    world.answer = lambda: replace(world.keep(), expected=Expected(low_rps=0.0, high_rps=1e3))  # no drift
+    await world.pass_time(600)
+    asked = len(world.asked)
+    world.rate = 5.0  # the plan keeps its limits up to 4
+    await world.pass_time(160)
+    assert len(world.asked) > asked
+    assert world.asked[-1][1] is None
 
 
 async def test_off_asks_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -284,10 +284,11 @@ class FollowOptions:
     """What the loop may do."""
 
     every: float = _follow("--every TIME: Time between two regular decisions.", "5min")
-    coverage: float = _follow("--coverage SHARE: Probability with which forecasts contain what comes.", "92%")
+    coverage: float = _follow("--coverage SHARE: Probability of keeping what comes within minutes.", "95%")
+    look_ahead: float = _follow("--look-ahead TIME: Time whose likely peak a change is made for.", "15min")
     threshold: float = _follow("--threshold SHARE: Utilisation that threshold scaling keeps.", "70%")
     max_moves: int | None = _follow("--max-moves N: Maximum GPUs whose work one change may change.", min=0)
-    horizon: float = _follow("--horizon TIME: How far to forecast, and how long a plan is expected to last.", "1h")
+    horizon: float = _follow("--horizon TIME: Time over which the costs of a change are repaid.", "1h")
     restart: float = _follow("--restart TIME: Time to restart an engine, excluding loading weights.", "30s")
     load: float = _follow("--load BANDWIDTH: Rate at which each GPU loads its weights.", "2GB/s")
 
@@ -316,7 +317,7 @@ def rehearse(
         return ExitCode.INVALID
     settings = LoopSettings(
         costs=ChangeCosts(horizon_s=follow.horizon, restart_s=follow.restart, load_bytes_per_s=follow.load),
-        every_s=follow.every, coverage=follow.coverage, max_moves=follow.max_moves,
+        every_s=follow.every, coverage=follow.coverage, look_ahead_s=follow.look_ahead, max_moves=follow.max_moves,
     )  # fmt: skip
     curve = _curve(found, wanted)
     events = _node_events(found, wanted)

@@ -99,7 +99,7 @@ class TrafficPolicy:
     """The part of a `ClusterPolicy` about changes of traffic."""
 
     mode: Mode.ValueType = _from("traffic", Mode.REACTION_MODE_ADVISORY)
-    changes_per_hour: int = _from("traffic_changes_per_hour", 4)
+    changes_per_hour: int = _from("traffic_changes_per_hour", 12)
     cool_down_s: float = _from("traffic_cool_down", 600.0)
 
 

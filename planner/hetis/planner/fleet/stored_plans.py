@@ -27,6 +27,7 @@ from hetis.v1 import document_pb2, plan_pb2, replica_pb2
 
 SEARCHING = frozenset({plan_pb2.PLAN_STATE_QUEUED, plan_pb2.PLAN_STATE_SOLVING})
 _MOST_KEPT_BYTES = 64 << 20  # limit on the cached documents
+_ERROR_BYTES = 1 << 10  # what the error of an unreadable document counts for
 _UNREADABLE = (Reason.ERROR_REASON_NOT_FOUND, Reason.ERROR_REASON_PLAN_STATE)
 _log = logging.getLogger("hetis.planner.fleet")
 
@@ -137,7 +138,8 @@ def plan_state(record: PlanRecord, what: str) -> ServiceError:
 def _parsed(record: PlanRecord, document: bytes) -> AnsweredPlan | DocumentError:
     try:
         plan = from_data(json.loads(document), name=record.name)
-        assert isinstance(plan, Plan)
+        if not isinstance(plan, Plan):
+            raise single_problem(record.name, f"is a {type(plan).__name__}, expected a Plan")
         return AnsweredPlan(record=record, document=document, found=problem_of_plan(plan, record.name))
     except DocumentError as error:
         _log.error("a plan's document cannot be read", extra={"plan": record.name, "why": str(error)})
@@ -148,4 +150,4 @@ def _parsed(record: PlanRecord, document: bytes) -> AnsweredPlan | DocumentError
 
 
 def _num_bytes(kept: AnsweredPlan | DocumentError) -> int:
-    return 0 if isinstance(kept, DocumentError) else len(kept.document)
+    return _ERROR_BYTES if isinstance(kept, DocumentError) else len(kept.document)

@@ -49,11 +49,15 @@ class ShareBand:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Expected:
-    """What is expected of traffic: bands of its rate in requests/s, and of its mix."""
+    """What is expected of traffic: bands of its rate in requests/s, and of its mix.
+
+    ``dispersion`` is the variance of counts over their mean.
+    """
 
     low_rps: float
     high_rps: float
     shares: tuple[ShareBand, ...] = ()
+    dispersion: float = 1.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -134,7 +138,7 @@ class DriftTest:
     since: dict[tuple[str, float, bool], _Since] = field(default_factory=dict)
     drift: Drift | None = None
 
-    def after(self, now_s: float, sketch: TrafficSketch, expected: Expected, phi: float = 1.0) -> DriftTest:
+    def after(self, now_s: float, sketch: TrafficSketch, expected: Expected) -> DriftTest:
         """Return the test after the traffic of one more window, which ends now."""
         cases = list(_cases(sketch, expected))
         limit = math.log(len(cases) * DAY_S / self.window_s / self.false_alarms_per_day * len(RATIOS))
@@ -146,7 +150,7 @@ class DriftTest:
         highest = limit
         for case in cases:
             before = self.statistics.get(case.key, np.full(len(RATIOS), -math.inf))
-            statistics[case.key] = after = np.logaddexp(0.0, before) + case.log_ratios / phi
+            statistics[case.key] = after = np.logaddexp(0.0, before) + case.log_ratios / expected.dispersion
             begun = self.since.get(case.key, _Since())
             if before.max() <= 0.0:  # what came before speaks against a change
                 begun = _Since(since_s=now_s - sketch.seconds)

@@ -13,6 +13,10 @@ probability as far as the next error is like the past ones (split conformal pred
 were the best ones for that coverage is taken (`_score`). Too few errors for the rank, they are taken as normal with a
 prior (`PRIOR`), which decides while nothing is known. The lower end is that of the lowest rate, likewise.
 
+What is forecast is a rate, what was measured are counts. Of a steady rate, counts n of a bin and their mean over the b
+bins of the level make errors of mean square (1 + 1/b) / n by chance alone. Quantiles are multiplied by
+sqrt(1 - that / the mean square of e), so that at low rates chance does not pass for demand (plans have room for it).
+
 Seasonal naive forecasts are what every other method is measured by (Hyndman and Athanasopoulos 2021, 5.2); what counts
 here is that the interval is honest, whatever rule makes it. No library is used: those that fit more refined methods
 take seconds where this takes a millisecond, and their intervals are of one bin rather than of a peak.
@@ -22,7 +26,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import product
 from statistics import NormalDist
 
@@ -34,10 +38,12 @@ from hetis.solver.errors import InvalidProblemError
 from hetis.solver.traffic import TrafficSketch
 from hetis.solver.workload import FloatArray
 
-BIN_S = 300.0
+BIN_S, MINUTE_S = 300.0, 60.0
 LEVEL_BINS = 2  # the last bins, whose mean is the recent level
 SMOOTHED = 3  # bins over which seasons are averaged
 KEPT_S = 15 * DAY_S  # history that is used: two weeks, and a day before
+MINUTES_KEPT_S = 3 * 3600.0
+LEAST_MINUTES = 5  # that must be known for a forecast by minutes
 PRIOR = 10, 0.15  # weight in past errors, and relative error, that are assumed while nothing is known
 ASKED_EVERY = 2  # bins; neighbouring ones have nearly the same errors
 LEAST_ERRORS = 24  # from which on a season is used: four hours of them
@@ -59,11 +65,13 @@ class History:
 
     Attributes:
         rates: requests/s by bin, at most `KEPT_S` of them; NaN where nothing was observed.
+        minutes: requests/s of the last minutes, at most `MINUTES_KEPT_S` of them; NaN likewise.
         recent: consecutive windows of the last hour or so, the earliest first.
     """
 
     end_s: float
     rates: FloatArray
+    minutes: FloatArray = field(default_factory=lambda: np.zeros(0))
     recent: tuple[Window, ...] = ()
     bin_s: float = BIN_S
 
@@ -82,7 +90,20 @@ class History:
         spans = np.array([(one.start_s - start_s, one.traffic.seconds) for one in long]).reshape(-1, 2) / BIN_S
         rates = with_hours(fine, spans, np.array([one.traffic.rate_per_s for one in long]))
         recent = [one for one in windows if one.start_s >= now_s - recent_s and one.traffic.seconds < BIN_S]
-        return cls(end_s=now_s, rates=rates, recent=tuple(sorted(recent, key=lambda one: one.start_s)))
+        latest = [one for one in short if one.start_s >= now_s - MINUTES_KEPT_S]
+        last = max((one.start_s for one in latest), default=now_s)
+        minutes = np.full(round(min(MINUTES_KEPT_S, last - first + MINUTE_S) / MINUTE_S) if latest else 0, np.nan)
+        for one in latest:
+            if (back := round((last - one.start_s) / MINUTE_S)) < len(minutes):
+                minutes[len(minutes) - 1 - back] = one.traffic.rate_per_s
+        recent.sort(key=lambda one: one.start_s)
+        return cls(end_s=now_s, rates=rates, minutes=minutes, recent=tuple(recent))
+
+    def by_minutes(self) -> History | None:
+        """Return the last hours in minutes; None if too few are known."""
+        if np.count_nonzero(~np.isnan(self.minutes)) < LEAST_MINUTES:
+            return None
+        return History(end_s=self.end_s, rates=self.minutes, bin_s=MINUTE_S)
 
     def traffic_since(self, start_s: float) -> TrafficSketch:
         """Return the whole traffic since a time, as far as it is kept."""
@@ -90,8 +111,12 @@ class History:
         return sum(parts[1:], parts[0]) if parts else TrafficSketch()
 
     def dispersion(self) -> float:
-        """Return the variance of the arrivals in a recent window over their mean; 1 is Poisson."""
-        return dispersion([one.traffic.arrivals for one in self.recent])
+        """Return the variance of the arrivals in a recent window over their mean; 1 is Poisson.
+
+        Windows that are not complete are left out.
+        """
+        whole_s = 0.99 * max((one.traffic.seconds for one in self.recent), default=0.0)
+        return dispersion([one.traffic.arrivals for one in self.recent if one.traffic.seconds >= whole_s])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -148,10 +173,19 @@ def forecast(history: History, horizon_s: float, coverage: float, level_rps: flo
     now = rule.at(len(rates), level_rps)
     return Forecast(
         until_s=history.end_s + horizon_s, expected_rps=float(now.max()),
-        low_rps=float(now.min()) * math.exp(-_quantile(-down, coverage)),
-        high_rps=float(now.max()) * math.exp(_quantile(up, coverage)), coverage=coverage, rule=rule.name,
+        low_rps=float(now.min()) * math.exp(-_quantile(-down, coverage) * _beyond_chance(down, rates, history.bin_s)),
+        high_rps=float(now.max()) * math.exp(_quantile(up, coverage) * _beyond_chance(up, rates, history.bin_s)),
+        coverage=coverage, rule=rule.name,
         errors=len(up),
     )  # fmt: skip
+
+
+def _beyond_chance(errors: FloatArray, rates: FloatArray, bin_s: float) -> float:
+    """Return the part of errors that is not that of counting; 1 while too few are known."""
+    if len(errors) < LEAST_ERRORS or not (square := float(errors @ errors) / len(errors)):
+        return 1.0
+    by_chance = (1 + 1 / LEVEL_BINS) / (float(rates.mean()) * bin_s)
+    return math.sqrt(max(0.0, 1 - by_chance / square))
 
 
 def _score(errors: FloatArray, common: int, coverage: float) -> float:

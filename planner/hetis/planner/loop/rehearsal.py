@@ -23,13 +23,23 @@ from typing import NamedTuple, Protocol
 import numpy as np
 
 from hetis.planner.loop.curves import STEP_S, TrafficCurve
-from hetis.planner.loop.decision import LEVEL_S, InForce, LoopSettings, Verdict, decide, kept_rate, solve
-from hetis.planner.loop.drift import Drift, DriftTest, Expected, dispersion
-from hetis.planner.loop.forecast import BIN_S, KEPT_S, Forecast, History, Window, with_hours
+from hetis.planner.loop.decision import InForce, LoopSettings, Verdict, decide, is_short, kept_rate, solve
+from hetis.planner.loop.drift import Drift, DriftTest, Expected
+from hetis.planner.loop.forecast import (
+    BIN_S,
+    KEPT_S,
+    MINUTE_S,
+    MINUTES_KEPT_S,
+    Forecast,
+    History,
+    Window,
+    with_hours,
+)
 from hetis.planner.use_cases.other_fleets.replan import PosedReplan
 from hetis.planner.use_cases.saved_plans import PlanAndProblem
 from hetis.solver.advice import without_nodes
 from hetis.solver.cluster import Cluster, node_of
+from hetis.solver.placement.utilisation import GRID
 from hetis.solver.plan import ReplicaPlan
 from hetis.solver.replanning.replanner import Replanning
 from hetis.solver.replanning.transition import Action, Step
@@ -37,7 +47,7 @@ from hetis.solver.traffic import TOKENS, Histogram, TrafficSketch
 from hetis.solver.workload import FloatArray, Workload
 
 WINDOW_S = 20.0  # between two looks of the planner at what agents report
-RECENT_S, MINUTES_KEPT_S = 3600.0, 3 * 3600  # of whole windows, and of minutes before they are hours
+RECENT_S = 3600.0  # of whole windows
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,12 +87,16 @@ class Answer(NamedTuple):
 
 
 class Follower(Protocol):
-    """A way to follow traffic; it is asked every ``every_s``, and at events."""
+    """A way to follow traffic; it is asked every ``every_s``, at events and, looked at every ``watch_s``, in haste."""
 
     name: str
     every_s: float
+    watch_s: float
 
     def ask(self, view: View) -> Answer: ...
+
+    def is_hasty(self, view: View) -> bool:
+        """Return whether to ask now."""
 
     def drift_test(self) -> DriftTest | None:
         """Return a new test of what its last answer expected; None: it has none."""
@@ -124,7 +138,7 @@ class RememberingSearch:
     """A search that a rehearsal of many days can afford: it answers no question twice.
 
     Demands are rounded up to a percent. The least cost of a demand does not fall if the demand rises, so that the bound
-    for one is a bound for all higher ones.
+    for one is a bound for all higher ones, as saturated rates.
     """
 
     def __init__(self) -> None:
@@ -141,11 +155,13 @@ class RememberingSearch:
         if key not in self._solved:
             self._solved[key] = found = solve(posed, settings)
             if demand is not None:
-                self._bounds.setdefault(_kind(posed), []).append((demand, found.plan.result.bound))
+                self._bounds.setdefault(_kind(posed), []).append(
+                    (demand / found.plan.result.utilisation, found.plan.result.bound)
+                )
         return self._solved[key]
 
     def least(self, posed: PosedReplan) -> float:
-        demand = posed.problem.objective.demand_rps or 0.0
+        demand = (posed.problem.objective.demand_rps or 0.0) / GRID[-1]
         return max((bound for lower, bound in self._bounds.get(_kind(posed), ()) if lower <= demand), default=0.0)
 
 
@@ -160,18 +176,26 @@ class LoopFollower:
 
     def __init__(self, settings: LoopSettings, search: RememberingSearch, truth: TrafficCurve | None = None) -> None:
         self.name = "loop" if truth is None else "perfect forecast"
-        self.every_s = settings.every_s
+        self.every_s, self.watch_s = settings.every_s, settings.watch_s
         self._settings, self._search, self._truth = settings, search, truth
+        self._capacity_rps = math.inf  # from which on there is a shortage
 
     def ask(self, view: View) -> Answer:
         found = decide(
             view.history(), view.in_force, self._settings, drift=view.drift, ahead=self._ahead(view.now_s),
             solve=self._search.solve, least=self._search.least,
         )  # fmt: skip
+        self._capacity_rps = math.inf if found.verdict is Verdict.CANNOT else found.capacity_rps
         change = None
         if found.verdict is Verdict.CHANGE and found.found is not None:
             change = Change(next=found.next, steps=found.found.transition.steps, reason=found.reason)
         return Answer(change, found.next, found.expected)
+
+    def is_hasty(self, view: View) -> bool:
+        if self._truth is not None:
+            soon = self._truth.rates_within(view.now_s, view.now_s + self._settings.lead_s)
+            return self._capacity_rps < float(soon.max())
+        return is_short(view.history(), self._capacity_rps, self._settings)
 
     def drift_test(self) -> DriftTest | None:
         return self._settings.drift_test(WINDOW_S)
@@ -213,9 +237,8 @@ class _Rehearsing:
         self._in_force = InForce(found=start, fleet=self._whole, since_s=-math.inf)
         self._test: DriftTest | None = None
         self._expected: Expected | None = None
-        self._drift: Drift | None = None  # of the rate, not so long ago
-        self._phi = 1.0
-        self._asked_s, self._is_due = -math.inf, True
+        self._drift: Drift | None = None  # the last one, unless it was of the mix
+        self._asked_s, self._looked_s, self._is_due = -math.inf, -math.inf, True
         self._changes, self._alarms = list[Asked](), 0
 
     def run(self, progress: Callable[[float], None]) -> Rehearsal:
@@ -238,7 +261,7 @@ class _Rehearsing:
             usd += price * WINDOW_S / 3600
             sketch = self._log.measure(now_s, in_full=self._expected is not None)
             if self._test is not None and self._expected is not None and not serving.is_changing:
-                self._test = self._test.after(now_s + WINDOW_S, sketch, self._expected, self._phi)
+                self._test = self._test.after(now_s + WINDOW_S, sketch, self._expected)
             self._advance(now_s + WINDOW_S)
             progress(now_s)
         return Rehearsal(
@@ -263,18 +286,18 @@ class _Rehearsing:
         drift = None if self._test is None else self._test.drift
         if drift is not None:
             self._drift = None if drift.is_of_mix else drift
-        elif self._drift is not None and now_s - self._drift.since_s > LEVEL_S:
-            self._drift = None
-        if not self._is_due and drift is None and now_s - self._asked_s < self._follower.every_s:
-            return
         history = partial(self._log.history, now_s)
-        answer = self._follower.ask(
-            View(now_s, history, self._in_force, drift or self._drift, self._log.last_minute_rps())
-        )
+        view = View(now_s, history, self._in_force, drift or self._drift, self._log.last_minute_rps())
+        if not self._is_due and drift is None and now_s - self._asked_s < self._follower.every_s:
+            if now_s - max(self._asked_s, self._looked_s) < self._follower.watch_s:
+                return
+            self._looked_s = now_s
+            if not self._follower.is_hasty(view):
+                return
+        answer = self._follower.ask(view)
         self._asked_s, self._is_due = now_s, False
         self._alarms += drift is not None
         self._expected = answer.expected
-        self._phi = self._log.dispersion() if answer.expected is not None else 1.0
         if self._test is None or drift is not None:
             self._test = self._follower.drift_test()
         if answer.change is None:
@@ -400,15 +423,15 @@ class _TrafficLog:
         bins = min(self._count // each, round(KEPT_S / BIN_S))
         rates = self._arrivals[self._count - bins * each : self._count].reshape(bins, each).sum(axis=1) / BIN_S
         hour = round(3600 / BIN_S)
-        hours = max(0, bins - MINUTES_KEPT_S // round(BIN_S)) // hour
+        hours = max(0, bins - round(MINUTES_KEPT_S / BIN_S)) // hour
         if hours:
             fine, spans = rates.copy(), np.array([(n * hour, hour) for n in range(hours)], dtype=float)
             fine[: hours * hour] = np.nan
             rates = with_hours(fine, spans, rates[: hours * hour].reshape(hours, hour).mean(axis=1))
-        return History(end_s=now_s, rates=rates, recent=tuple(self._recent))
-
-    def dispersion(self) -> float:
-        return dispersion([one.traffic.arrivals for one in self._recent])
+        each = round(MINUTE_S / WINDOW_S)
+        num = min(self._count // each, round(MINUTES_KEPT_S / MINUTE_S))
+        minutes = self._arrivals[self._count - num * each : self._count].reshape(num, each).sum(axis=1) / MINUTE_S
+        return History(end_s=now_s, rates=rates, minutes=minutes, recent=tuple(self._recent))
 
     def last_minute_rps(self) -> float:
         last = self._arrivals[max(0, self._count - round(60 / WINDOW_S)) : self._count]

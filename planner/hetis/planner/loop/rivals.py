@@ -47,10 +47,13 @@ STABLE_S = 300.0
 class Static:
     """A plan that never changes."""
 
-    name, every_s = "static", math.inf
+    name, every_s, watch_s = "static", math.inf, math.inf
 
     def ask(self, view: View) -> Answer:
         return Answer(None, view.in_force.found, None)
+
+    def is_hasty(self, view: View) -> bool:
+        return False
 
     def drift_test(self) -> DriftTest | None:
         return None
@@ -59,7 +62,7 @@ class Static:
 class ThresholdScaling:
     """Follows traffic with replicas of a plan for the peak."""
 
-    every_s = 20.0
+    every_s, watch_s = 20.0, math.inf
 
     def __init__(self, peak: PlanAndProblem, costs: ChangeCosts, utilisation: float) -> None:
         """Raises InvalidProblemError if the plan's replicas do not serve by themselves."""
@@ -95,11 +98,14 @@ class ThresholdScaling:
         following = replace(found, plan=replace(self._peak.plan, replicas=tuple(after)))
         return Answer(Change(next=following, steps=self._steps(running, found, after), reason=""), following, None)
 
+    def is_hasty(self, view: View) -> bool:
+        return False
+
     def drift_test(self) -> DriftTest | None:
         return None
 
     def _capacity(self, replicas: Sequence[ReplicaPlan]) -> float:
-        return self._peak.problem.planned_share * sum(one.rate for one in replicas)
+        return self._peak.plan.planned_share * sum(one.rate for one in replicas)
 
     def _steps(
         self, running: Sequence[ReplicaPlan], before: PlanAndProblem, after: Sequence[ReplicaPlan]

@@ -60,7 +60,7 @@ def rung_grid(plan: Plan, *, on_page: bool = False) -> Grid | None:
         if_new("'carried by", lambda one: _targets(one, len(one.targets or ()) if on_page else FEW)),
         title="Rungs of complexity",
         intro="The best plan of each: replicas in one node, layers over nodes, prefill and decode apart, workers.",
-        note=next_rung(found, plan) or "",
+        note=other_rungs(found, plan),
         strong=chosen,
         bad=[n for n, one in enumerate(found) if n != chosen and one.rate_rps and left_share(one) < LITTLE_LEFT],
         least=("shapes", "USD/h", "carried by"),
@@ -88,19 +88,22 @@ def left_share(one: RungFound) -> float:
     return (one.left_rps or 0.0) / one.rate_rps if one.rate_rps else 0.0
 
 
-def next_rung(found: Sequence[RungFound], plan: Plan) -> str | None:
-    """Return what the next rung with a better plan would buy and cost; None: there is none."""
+def other_rungs(found: Sequence[RungFound], plan: Plan) -> str:
+    """Return what the next rung with a better plan would buy and cost, and what the next simpler one would."""
     names = [one.name for one in found]
     mine = next(one for one in found if one.is_chosen)
-    above = (one for one in found[names.index(mine.name) + 1 :] if one.value is not None and one.of == one.name)
-    other = next((one for one in above), None)
-    if other is None or other.value is None or mine.value is None:
-        return None
-    rung, unit = RUNGS[other.name], plan.result.unit
+    own, at = [one for one in found if one.value is not None and one.of == one.name], names.index(mine.name)
+    above = next((one for one in own if names.index(one.name) > at), None)
+    below = next((one for one in reversed(own) if names.index(one.name) < at and one.name != mine.of), None)
+    return "\n".join(_other_rung(mine, other, plan) for other in (above, below) if other is not None and mine.value)
+
+
+def _other_rung(mine: RungFound, other: RungFound, plan: Plan) -> str:
+    rung, unit, value, own = RUNGS[other.name], plan.result.unit, other.value or 0.0, mine.value or 0.0
     if plan.objective.maximises:
-        gain = f"{other.value / mine.value - 1.0:+.1%} {unit}"
+        gain = f"{value / own - 1.0:+.1%} {unit}"
     else:
-        gain = f"{with_unit(other.value, unit)} instead of {digits(mine.value, 4)}"
+        gain = f"{with_unit(value, unit)} instead of {digits(own, 4)}"
     over = f" over up to {plural(other.nodes, 'node')} each" if other.nodes and other.nodes > 1 else ""
     left = f"left after a loss {percent(left_share(mine))} -> {percent(left_share(other))}"
     return f"--rung {other.name}: {gain} with {rung.summary}{over}; {left}; needs {rung.needs}"

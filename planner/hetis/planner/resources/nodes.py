@@ -23,7 +23,7 @@ from hetis.planner.fleet.views import LiveNode
 from hetis.planner.resources.checks import Checks, check, require_etag
 from hetis.planner.resources.committing import Publish, answered_before, change_once, to_the_end, write_down
 from hetis.planner.resources.pages import read_page_request
-from hetis.planner.store import ClusterRecord, NodeRecord, Reader, Store, Transaction, etag_of
+from hetis.planner.store import ClusterRecord, NodeRecord, Store, Transaction, etag_of
 from hetis.planner.threads import run_in_thread_gc_paused
 from hetis.solver.advice import network_between
 from hetis.solver.cluster import Cluster, GpuSlots, GpuType, NodeGroup, indices_of
@@ -120,23 +120,17 @@ class NodeReader:
 
         Reading all nodes of a large fleet is noticeably slow. Raises NOT_FOUND if there is no such cluster.
         """
-        record, kept = await self._store.read(lambda tx: _read(tx, cluster, nodes))
+        is_of_few = nodes is not None and len(nodes) <= _MOST_BY_NAME
+        which = {"name": [node_name(cluster, node) for node in nodes or ()]} if is_of_few else {"cluster": [cluster]}
+        record, kept = await self._store.read(lambda tx: (tx.clusters.require(cluster), tx.nodes.all(**which)))
+        records = {last_part(node.name): node for node in kept}
         declared = await self._fleets.of(record)
         if nodes is None:
             live = {last_part(name): node for name, node in self._fleet.nodes_of(cluster).items()}
         else:
             found = ((node, self._fleet.node_view(node_name(cluster, node))) for node in nodes)
             live = {node: view for node, view in found if view is not None}
-        return NodeViews(cluster=record, declared=declared, records=kept, live=live)
-
-
-def _read(tx: Reader, cluster: str, nodes: Collection[str] | None) -> tuple[ClusterRecord, dict[str, NodeRecord]]:
-    record = tx.clusters.require(cluster)
-    if nodes is None or len(nodes) > _MOST_BY_NAME:
-        kept = tx.nodes.all(cluster=cluster)
-    else:
-        kept = tx.nodes.all(name=[node_name(cluster, node) for node in nodes])
-    return record, {last_part(node.name): node for node in kept}
+        return NodeViews(cluster=record, declared=declared, records=records, live=live)
 
 
 MAX_DIFFERENCES = 10_000

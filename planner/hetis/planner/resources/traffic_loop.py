@@ -1,15 +1,17 @@
 """From measured traffic to the next plan: when to ask, proposals, and changes that the planner makes itself.
 
 The question is `hetis.planner.loop.decide`. It is asked every few minutes, and as soon as traffic has drifted from
-what the last answer expects. A change is proposed as a plan with its gain, bound, steps and expiry. AUTOMATIC activates
-it, within the changes per hour, and goes back if measured attainment falls although no more arrives than the earlier
-plan could serve; then it only advises for `WARY_S`. All state but plans lives in memory: a new leader asks anew.
+what the last answer expects or a shortage is near. A change is proposed as a plan with its gain, bound, steps and
+expiry. AUTOMATIC activates it, within the changes per hour, and goes back if measured attainment falls although no more
+arrives than the earlier plan could serve; then it only advises for `WARY_S`. All state but plans lives in memory: a new
+leader asks anew.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import math
 from collections import Counter
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
@@ -25,8 +27,8 @@ from hetis.planner.fleet.settings import TrafficPolicy, policy_from
 from hetis.planner.fleet.stored_plans import AnsweredPlan
 from hetis.planner.fleet.views import Clock
 from hetis.planner.jobs.apart import call_apart
-from hetis.planner.loop.decision import Decision, InForce, LoopSettings, Verdict, decide, solve
-from hetis.planner.loop.drift import DriftTest, Expected, expected_shares
+from hetis.planner.loop.decision import Decision, InForce, LoopSettings, Verdict, decide, is_short, solve
+from hetis.planner.loop.drift import Drift, DriftTest, Expected, expected_shares
 from hetis.planner.loop.forecast import History, Window
 from hetis.planner.loop.speeds import corrections
 from hetis.planner.resources.nodes import NodeReader
@@ -71,7 +73,9 @@ class _Loop:
     """The state of one cluster, of which ``plan`` is in force since ``since_s``.
 
     Attributes:
-        asked_s: when the question was last asked. ``test``: that of drift from what is ``expected`` since then.
+        asked_s: when the question was last asked; ``looked_s``: or a shortage looked for.
+        capacity_rps: rate from which on there is a shortage that may have an answer.
+        test: that of drift from what is ``expected``; ``drift``: the last alarm, unless it was of the mix.
         seen: the traffic up to the last look, of all replicas since the planner's start.
         proposal: the open proposal, which expires at ``expires_s``; empty if there is none.
         changes_s: times of the changes that the planner made itself.
@@ -82,7 +86,10 @@ class _Loop:
     since_s: float = 0.0
     found: PlanAndProblem | None = None
     asked_s: float = 0.0
+    looked_s: float = 0.0
+    capacity_rps: float = math.inf
     test: DriftTest | None = None
+    drift: Drift | None = None
     seen: TrafficSketch | None = None
     expected: Expected | None = None
     shown: traffic_pb2.TrafficDecision | None = None
@@ -159,8 +166,10 @@ class TrafficLoop:
         if loop.expected is not None and latest is not None and latest.seconds > 0 and not loop.proposal:
             test = loop.test or self._settings.drift_test(STEP_S)
             loop.test = test = test.after(now_s, latest, loop.expected)
-            drift = test.drift
-        if drift is None and now_s - loop.asked_s < self._settings.every_s:
+            if (drift := test.drift) is not None:
+                loop.test, loop.drift = None, None if drift.is_of_mix else drift
+        is_due = drift is not None or now_s - loop.asked_s >= self._settings.every_s
+        if not is_due and (loop.proposal or now_s - loop.looked_s < self._settings.watch_s):
             return
         history = History.of_windows(
             [
@@ -172,7 +181,11 @@ class TrafficLoop:
         )
         if drift is None and bool(np.isnan(history.rates).all()):
             return  # the first minutes
-        loop.asked_s, loop.test = now_s, None
+        loop.looked_s = now_s
+        if not is_due and not is_short(history, loop.capacity_rps, self._settings):
+            return
+        loop.asked_s = now_s
+        drift = drift or loop.drift
         costs = replace(self._settings, cool_down_s=policy.cool_down_s)
         in_force = InForce(
             found=self._corrected(cluster, loop.found or answered.found),
@@ -190,7 +203,7 @@ class TrafficLoop:
         body = answered.record.body
         loop.plan, loop.found = answered.record.name, answered.found
         loop.since_s = seconds_of(body.activate_time) if body.HasField("activate_time") else 0.0
-        loop.asked_s, loop.test, loop.seen = 0.0, None, None
+        loop.asked_s, loop.test, loop.seen, loop.capacity_rps = 0.0, None, None, math.inf
         objective = answered.plan.objective
         high_rps = answered.plan.result.value if objective.maximises else objective.demand_rps
         shares = expected_shares(answered.problem.workload, self._settings.tolerance)
@@ -223,6 +236,7 @@ class TrafficLoop:
         self, cluster: str, loop: _Loop, answered: AnsweredPlan, decision: Decision, policy: TrafficPolicy, now_s: float
     ) -> None:
         loop.expected = decision.expected
+        loop.capacity_rps = math.inf if decision.verdict is Verdict.CANNOT else decision.capacity_rps
         if decision.verdict is not Verdict.CHANGE or decision.found is None:
             await self._withdraw(loop)
             # The requests as they come now; corrections of profiles are made anew each time.

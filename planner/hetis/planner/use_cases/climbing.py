@@ -24,7 +24,7 @@ from hetis.solver.advice import worst_loss
 from hetis.solver.budget import Budget
 from hetis.solver.cluster import node_of
 from hetis.solver.errors import InfeasibleError, NoPlanFoundError
-from hetis.solver.placement.rungs import RUNGS, lowest_rung, rungs_of
+from hetis.solver.placement.rungs import RUNGS, Known, lowest_rung, rungs_of
 from hetis.solver.plan import AttentionWorkerPool, Plan, ReplicaPlan, StagePlan
 from hetis.solver.problem import PlacementProblem
 from hetis.solver.profile import Fit
@@ -36,7 +36,8 @@ MISSED = 2  # of these in which a rung may gain too little
 SAME = 1e-6  # ratio below which two values are the same
 HIGHEST = next(reversed(RUNGS))
 
-Find = Callable[[PlacementProblem, Budget], Plan]  # raises InfeasibleError, NoPlanFoundError
+# Returns the best plan of a problem, which may be that of a smaller family; raises InfeasibleError, NoPlanFoundError.
+Find = Callable[[PlacementProblem, Budget, Known | None], Plan]
 Carriers = Callable[[Plan, PlacementProblem], Mapping[str, Sequence[str]]]  # by export target: why not all of a plan
 
 
@@ -95,7 +96,7 @@ def climb(find: Find, budget: Budget, problem: PlacementProblem, strategy: str, 
     families = found.families
     top = next((name for name in reversed(families) if _is_up_to(name, how.rung)), [*families][-1])
     posed = replace(problem, family=families[top])
-    return Climbed(plan=find(posed, budget), problem=posed, rung=top)
+    return Climbed(plan=find(posed, budget, None), problem=posed, rung=top)
 
 
 def _is_below(name: str, other: str) -> bool:
@@ -124,6 +125,15 @@ def with_least_layers(problem: PlacementProblem, least: int) -> PlacementProblem
     return replace(problem, family=replace(problem.family, engine=replace(engine, min_layers=least)))
 
 
+def _no_worse(plan: Plan, below: Plan, how: Climbing) -> Plan:
+    """Return the plan of a rung, or that of the rung below if it is better, with the bound of this one."""
+    if how.survive or gain_of(below, plan) <= SAME:
+        return plan
+    tightest = max if plan.objective.maximises else min
+    bound = tightest(plan.result.bound, below.result.value)
+    return replace(below, family=plan.family, result=below.result.bounded_by(bound))
+
+
 class _Rungs:
     """The plans of the rungs of one problem."""
 
@@ -134,10 +144,14 @@ class _Rungs:
         self._why_not = dict[str, str]()
         for number, (name, family) in enumerate(self.families.items()):
             own = budget.share(1.0 / (len(self.families) - number), explains=False)
+            below = next(reversed(self.plans), "")
+            known = Known(self.plans[below], self.families[below]) if below else None
             try:
-                self.plans[name] = find(replace(problem, family=family), own)
+                plan = find(replace(problem, family=family), own, known)
             except (InfeasibleError, NoPlanFoundError) as error:
                 self._why_not[name] = str(error)
+                continue
+            self.plans[name] = plan if known is None else _no_worse(plan, known.plan, how)
 
     def chosen(self) -> Climbed:
         """Return the plan of the requested rung, or of the highest that is worth it."""

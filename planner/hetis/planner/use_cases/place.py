@@ -33,6 +33,7 @@ from hetis.planner.use_cases.verification import classes, equal_stages
 from hetis.planner.use_cases.verification.rates import ITERATIONS, kept_plan, simulation_report
 from hetis.solver.budget import Budget, Report, SearchSettings, silent
 from hetis.solver.errors import InfeasibleError, InvalidProblemError, UncheckedPlanError
+from hetis.solver.placement.rungs import Known
 from hetis.solver.plan import DEFAULT_STRATEGY, Objective, Plan
 from hetis.solver.problem import PlacementProblem
 from hetis.solver.search_clock import search_seconds
@@ -236,11 +237,11 @@ def make_plan(
 
     survive = settings.survive
 
-    def find(posed: PlacementProblem, own: Budget) -> Plan:
+    def find(posed: PlacementProblem, own: Budget, known: Known | None = None) -> Plan:
         on_search()
         if survive:
             return surviving_plan(survivors(settings, own, report), posed, survive, settings.keep)
-        return search(posed, settings, budget=own, report=report, market=market)
+        return search(posed, settings, budget=own, report=report, market=market, known=known)
 
     try:
         if problem.family.engine is None:
@@ -350,9 +351,11 @@ def _checked(plan: Plan, problem: PlacementProblem, *, losses: bool) -> Plan:
 
 def search(
     problem: PlacementProblem, settings: PlacementSettings, *, budget: Budget, report: Report,
-    market: Market | None = None,
+    market: Market | None = None, known: Known | None = None,
 ) -> Plan:  # fmt: skip
     """Find the best plan of the strategy's family and bind it to named GPUs, by `hetis.solver.planning`.
+
+    It may be the ``known`` one of a smaller family.
 
     Raises:
         InfeasibleError: no plan of the family exists.
@@ -369,6 +372,7 @@ def search(
         report=report,
         market=market,
         simplest_within=settings.simplest_within,
+        known=known,
     )
 
 

@@ -25,6 +25,7 @@ from hetis.solver.budget import Budget, Progress, Report, one_of_several
 from hetis.solver.cluster import Cluster, GpuSlots, Link, Network, NodeGroup
 from hetis.solver.errors import InfeasibleError, InvalidProblemError, NoPlanFoundError, UncheckedPlanError
 from hetis.solver.model import ModelSpec
+from hetis.solver.placement.rungs import Known
 from hetis.solver.plan import DEFAULT_STRATEGY, OTHER_TENANTS, Objective, ObjectiveKind, Plan
 from hetis.solver.problem import PlacementProblem
 from hetis.solver.shares.fair_shares import solve_shares
@@ -117,8 +118,8 @@ def on_rungs(
     for number, tenant in enumerate(loaded.tenancy.tenants):
         told = one_of_several(report, number + 1, len(loaded.inputs), f"{tenant.name} alone: ")
 
-        def find(posed: PlacementProblem, own: Budget, told: Report = told) -> Plan:
-            return search(posed, settings, budget=own, report=told)
+        def find(posed: PlacementProblem, own: Budget, known: Known | None, told: Report = told) -> Plan:
+            return search(posed, settings, budget=own, report=told, known=known)
 
         own = budget.share(TO_CLIMB / (len(loaded.inputs) - number), explains=False)
         try:

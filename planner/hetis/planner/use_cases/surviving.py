@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from hetis.planner.use_cases.record.parts import Losses, Requested, Surviving
 from hetis.solver.advice import worst_loss
 from hetis.solver.errors import InfeasibleError, InvalidProblemError, NoPlanFoundError
-from hetis.solver.plan import ObjectiveKind, Plan, SolveResult, Status
+from hetis.solver.plan import ObjectiveKind, Plan
 from hetis.solver.problem import PlacementProblem
 
 if TYPE_CHECKING:
@@ -90,7 +90,7 @@ def surviving_plan(find: Find, problem: PlacementProblem, place: str, keep: floa
     left = left_without(plan, problem, place)
     what = f"{left:.4g} requests/s are left when any one {place} is lost"
     if not problem.objective.maximises:
-        plan = replace(plan, objective=problem.objective, result=bounded_by(plan.result, first.bound))
+        plan = replace(plan, objective=problem.objective, result=plan.result.bounded_by(first.bound))
         what += f", of {demand:.4g} that are demanded"
     elif bound is not None:
         what += f"; no plan leaves more than {max(bound, left):.4g}"
@@ -132,12 +132,3 @@ def most_left(find: Find, problem: PlacementProblem, place: str) -> Plan | None:
         return surviving_plan(find, replace(problem, objective=goal), place, None)
     except (InfeasibleError, NoPlanFoundError):
         return None
-
-
-def bounded_by(result: SolveResult, bound: float) -> SolveResult:
-    """Return a result with the bound of a more general problem, and the gap and status that follow from it."""
-    from hetis.solver.placement.solve import OPTIMAL_GAP
-
-    distance = abs(result.value - bound)
-    gap = distance / abs(result.value) if result.value else (math.inf if distance else 0.0)  # GPUs may cost nothing
-    return replace(result, bound=bound, gap=gap, status=Status.OPTIMAL if gap <= OPTIMAL_GAP else Status.FEASIBLE)

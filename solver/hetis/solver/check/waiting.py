@@ -125,13 +125,15 @@ class _Building:
         full, last = np.divmod(self._computed, size)
         return EqualPrefills(
             lanes=len(group.numbers) * one.attention_dp,
-            prompt_s=self._moments.mean_computed / size * slot_s,
+            occupied_s=self._computed / size * slot_s,
+            held=max(1.0, one.micro_batch, size / self._moments.mean_computed) * one.in_flight / one.attention_dp,
             rate_rps=sum(self._sent_rps[number] for number in group.numbers),
             # A last chunk that is not full is as far behind the one before it as if it were: that one is in its way.
             alone_s=np.where(last > 0, full, full - 1) * derived.busiest_chunk_s
             + np.where(last > 0, np.interp(last, sizes, seconds), derived.chunk_s)
             + derived.landing_s,
-            crowded_s=(np.ceil(self._computed / size) - 1) * slot_s + round_trip_s + derived.landing_s,
+            # Chunks that others fill, too, begin anywhere in a prompt: as many of them as it takes, and one more.
+            crowded_s=self._computed / size * slot_s + round_trip_s + derived.landing_s,
         )
 
     def _seats(self, group: _Group, under_way_s: FloatArray) -> EqualReplicas:

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 
@@ -19,11 +20,14 @@ from hetis.solver.placement.constraint_rows import Pins
 from hetis.solver.placement.fleet import IntArray
 from hetis.solver.placement.replicas.kinds import Kind, kind_of_parts, shared_places
 from hetis.solver.placement.replicas.pipelines import (
+    FreeTimes,
     MixSweep,
     Shape,
     StageTimes,
     Workers,
     best_splits,
+    chunk_caps,
+    free_times,
     least_layers,
     least_nodes,
     shapes_of,
@@ -38,6 +42,7 @@ from hetis.solver.placement.replicas.template import Template
 
 TOGETHER = 256  # compositions that are evaluated together
 MARGIN = 1.03  # ratio to the needed interval up to which replicas are kept for other zones and later prices
+MOST_SHARED = 1_000_000  # lower bounds of an evaluator that are kept for other utilisations
 EVERY_MIX = 1.0 + 1e-7  # ratio to the longest interval up to which a mix is tried
 
 
@@ -48,8 +53,11 @@ class Evaluator:
     has this interval and is described by ``found`` [C, 4]: mix, first and last stage, head groups given away.
     """
 
-    def __init__(self, costs: CostTables, shape: Shape, mixes: IntArray, workers: Workers | None) -> None:
+    def __init__(
+        self, costs: CostTables, shape: Shape, mixes: IntArray, workers: Workers | None, number: int | None = None
+    ) -> None:
         self.costs, self.shape, self.mixes, self.workers = costs, shape, mixes, workers
+        self._key = None if number is None else ("times", number, mixes.tobytes())
         self._num_layers, self._least = costs.scopes[shape.scope].tables.num_layers, least_layers(costs)
         self.is_known = np.zeros(len(shape.counts), dtype=bool)
         self.found = np.full((len(shape.counts), 4), -1, dtype=np.int64)
@@ -63,9 +71,9 @@ class Evaluator:
         """Return lower bounds by composition and mix if there are workers, otherwise by row of the sweep."""
         if self.workers is not None:
             return shortest_with(self.costs, self.shape, counts, self.mixes, self.workers)
-        sweep, times = self._without_workers
-        found_s = times.shortest_s(self._num_layers, counts)
-        return np.where(found_s > self._longest_s(sweep) * EVERY_MIX, np.inf, found_s)
+        free, times = self._free, self._without_workers[1]
+        found_s = np.where(times.have_room(self._num_layers, counts), free.shortest_s, np.inf)
+        return np.where(found_s > self._longest_s(free.sweep) * EVERY_MIX, np.inf, found_s)
 
     def _longest_s(self, sweep: MixSweep) -> FloatArray:
         tables = self.costs.scopes[self.shape.scope].tables
@@ -73,9 +81,24 @@ class Evaluator:
 
     @cached_property
     def _without_workers(self) -> tuple[MixSweep, StageTimes]:
-        costs = self.costs.of_scope(self.shape.scope)
-        sweep = sweep_of(costs, self.shape.depth, self.mixes, np.zeros(1, dtype=np.int64))
-        return sweep, stage_times(self.costs, self.shape, sweep, None)
+        free = self._free
+        return free.sweep, free.times.within(chunk_caps(self.costs, self.shape, free.sweep))
+
+    @cached_property
+    def _free(self) -> _Free:
+        """What does not depend on limits on latency, without workers: the same at all utilisations."""
+        free: _Free | None = None if self._key is None else self.costs.shared.get(self._key)
+        if free is None:
+            costs = self.costs.of_scope(self.shape.scope)
+            sweep = sweep_of(costs, self.shape.depth, self.mixes, np.zeros(1, dtype=np.int64))
+            times = free_times(self.costs, self.shape, sweep, None)
+            shortest_s = times.within(np.full(len(sweep.mixes), np.inf)).fractional_s(
+                self._num_layers, self.shape.counts
+            )
+            free = _Free(sweep, times, shortest_s)
+            if self._key is not None and shortest_s.size <= MOST_SHARED:
+                self.costs.shared[self._key] = free
+        return free
 
     def evaluate(self, which: IntArray, needed_s: FloatArray) -> None:
         """Find the best replica of compositions [W] whose interval may be shorter than needed [W]."""
@@ -90,7 +113,11 @@ class Evaluator:
         """Find the best replica of compositions [W] whose interval is shorter than ``worse_s`` [W]."""
         counts = self.shape.counts[which]
         sweep, times = self._without_workers if self.workers is None else self._with_workers(counts, worse_s)
-        lower_s, longest_s = times.shortest_s(self._num_layers, counts), self._longest_s(sweep) * EVERY_MIX
+        longest_s = self._longest_s(sweep) * EVERY_MIX
+        if self.workers is None:
+            lower_s = np.where(times.have_room(self._num_layers, counts), self._free.shortest_s[which], np.inf)
+        else:
+            lower_s = times.shortest_s(self._num_layers, counts)
         some = np.flatnonzero(np.any(lower_s < np.minimum(worse_s[:, None], longest_s), axis=0))
         if not len(some):
             self.shortest_s[which] = np.maximum(self.shortest_s[which], worse_s)
@@ -114,11 +141,20 @@ class Evaluator:
         return sweep, stage_times(self.costs, self.shape, sweep, self.workers)
 
 
+class _Free(NamedTuple):
+    """Times of a sweep, and lower bounds on the interval of every composition [C, X], without limits on latency."""
+
+    sweep: MixSweep
+    times: FreeTimes
+    shortest_s: FloatArray
+
+
 @dataclass(frozen=True, slots=True)
 class Candidates:
     """Replicas of a shape on one side of the master, one for each composition.
 
-    ``fits`` [C]: whether the fleet has room for it; ``is_enumerated`` [C]: whether it is a column.
+    ``fits`` [C]: whether the fleet has room for it; ``is_enumerated`` [C]: whether it is a column. ``key`` is the same
+    in the candidates of the same tables at another utilisation.
     """
 
     costs: CostTables
@@ -128,6 +164,7 @@ class Candidates:
     evaluator: Evaluator
     fits: BoolArray
     is_enumerated: BoolArray
+    key: Hashable
 
     def worth(self, row_prices: FloatArray) -> FloatArray:
         """Return the value of the GPUs of every composition; [C]."""
@@ -188,14 +225,15 @@ def candidates_of(costs: CostTables, pins: Pins | None = None) -> tuple[list[Can
         place = None if workers is None else (_place_in_zone(costs, workers.device_class), workers.size)
         alike = kinds[shape.scope], shape.depth, _ranks(costs, shape), compositions[number], mixes.tobytes(), place
         if alike not in evaluators:
-            evaluators[alike] = Evaluator(costs, shape, mixes, workers)
+            evaluators[alike] = Evaluator(costs, shape, mixes, workers, number)
         taken = uses[number] + _taken_by_workers(costs, shape, workers)
         fits = np.all(taken <= costs.resources.limits, axis=1)
         if pins is not None:
             fits &= pins.allow_one(taken)
         if engine.max_nodes is not None:
             fits &= least_nodes(costs, shape, workers, places) <= engine.max_nodes
-        return Candidates(costs, shape, side, workers, evaluators[alike], fits, np.zeros(len(fits), dtype=bool))
+        is_enumerated, key = np.zeros(len(fits), dtype=bool), (number, side, workers)
+        return Candidates(costs, shape, side, workers, evaluators[alike], fits, is_enumerated, key)
 
     mixes_of = {
         (number, dp): _mixes_by_side(costs, number, dp) for number in kinds for dp in sorted({1, *costs.rank_dp})

@@ -8,6 +8,7 @@ Compositions whose lower bound on the interval rules both out are never evaluate
 from __future__ import annotations
 
 from bisect import bisect_right
+from collections.abc import Hashable
 from dataclasses import dataclass
 from functools import cached_property
 from operator import itemgetter
@@ -21,8 +22,10 @@ from hetis.solver.placement.constraint_rows import Pins
 from hetis.solver.placement.fleet import IntArray
 from hetis.solver.placement.policy import POLICY, RELAXATION_TOLERANCE
 from hetis.solver.placement.replicas.kinds import Kind
-from hetis.solver.placement.replicas.tables import CostTables, FloatArray
+from hetis.solver.placement.replicas.tables import BoolArray, CostTables, FloatArray
 from hetis.solver.placement.replicas.template import Template
+
+JOINED = "joined"  # the key of what `CostTables.shared` knows of relaxations at other utilisations
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +63,10 @@ class EnumeratedColumns:
         self.row_costs = row_costs
         self.without_workers, self._with_workers = candidates_of(costs, pins)
         self.columns: Columns | None = None
+        # Compositions that joined the relaxation at another utilisation, and those that do at this one, by candidates.
+        self._before: dict[Hashable, BoolArray] = costs.shared.get(JOINED, {})
+        self._joined: dict[Hashable, BoolArray] = {}
+        costs.shared[JOINED] = self._joined
         self._blocks = list[tuple[int, Candidates, IntArray]]()  # the first column's number, then compositions [K]
 
     @cached_property
@@ -76,15 +83,35 @@ class EnumeratedColumns:
         self.columns = more if self.columns is None else self.columns.followed_by(more)
         candidates.is_enumerated[which] = True
 
+    @property
+    def is_prepared(self) -> bool:
+        """Return whether the relaxation begins with what it had at another utilisation."""
+        return bool(self._before)
+
+    def _join(self, each: Candidates, which: IntArray) -> None:
+        """Add known replicas to the relaxation."""
+        self.add(each, which)
+        if len(which):
+            self._joined.setdefault(each.key, np.zeros(len(each.fits), dtype=bool))[which] = True
+
     def list_first(self, costs: CostTables, budget: Budget) -> None:
-        """List replicas that are worth their GPUs if a GPU is worth about its memory bandwidth."""
+        """List replicas that are worth their GPUs if a GPU is worth about its memory bandwidth.
+
+        If the same tables were searched at another utilisation, those that joined its relaxation are listed instead.
+        """
+        for each in self.candidates if self._before else ():
+            which = np.flatnonzero(self._before.get(each.key, np.zeros(0, dtype=bool)))
+            if len(which) and not budget.is_spent():
+                self._join(each, each.found_among(which, np.full(len(which), np.inf)))
+        if self.columns is not None:
+            return
         prices = first_prices(costs)
         for each in self.without_workers:
             if not budget.is_spent():
                 ratio = each.evaluator.shortest_s * each.worth(prices + self.row_costs)
                 which = np.argsort(ratio)[: POLICY.first]
                 which = which[each.fits[which] & np.isfinite(ratio[which])]
-                self.add(each, each.found_among(which, np.full(len(which), np.inf)))
+                self._join(each, each.found_among(which, np.full(len(which), np.inf)))
 
     def list_improving(self, prices: ColumnPrices | None, budget: Budget) -> bool:
         """List replicas that improve the optimum (None: any); return whether the whole family has none."""
@@ -97,7 +124,7 @@ class EnumeratedColumns:
                     by_side.setdefault(each.side, []).append(reduced)
                 most = {side: _smallest(np.concatenate(parts), POLICY.added) for side, parts in by_side.items()}
                 for each, which, reduced in found:
-                    self.add(each, which[reduced <= most[each.side]])
+                    self._join(each, which[reduced <= most[each.side]])
                 return False
             if is_whole:
                 return True
@@ -145,6 +172,10 @@ class EnumeratedColumns:
         """Return the replica behind a column."""
         candidates, composition = self._behind(column)
         return candidates.template(composition)
+
+    def has_workers(self, column: int) -> bool:
+        """Return whether the replica behind a column has attention workers."""
+        return self._behind(column)[0].workers is not None
 
     def kind(self, column: int) -> Kind:
         """Return the GPUs that the replica behind a column takes."""

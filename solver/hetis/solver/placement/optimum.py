@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 
@@ -37,21 +38,34 @@ from hetis.solver.placement.replicas.tables import BoolArray, CostTables, FloatA
 from hetis.solver.placement.replicas.template import Template
 
 
+class Beyond(NamedTuple):
+    """What a plan must exceed to be of use: a saturated rate that serves as much as a known plan keeps.
+
+    If workers are all that the family adds to that of the known plan (``adds_workers``), its search found what is
+    served without any, and the relaxation must have some.
+    """
+
+    rate: float = 0.0
+    adds_workers: bool = False
+
+
+ANY = Beyond()
+
+
 def search_enumerated(
-    costs: CostTables, master: Master, settings: SearchSettings, simplest_within: float = 0.0, above: float = 0.0
+    costs: CostTables, master: Master, settings: SearchSettings, simplest_within: float = 0.0, beyond: Beyond = ANY
 ) -> Outcome | None:
     """Return the best plan of an engine's family with a bound, or None if the family has none.
 
     With ``simplest_within``, return the simplest plan of those that lose no more than this share of the best value
-    (`simplicity.py`). The bound remains that on the best. With ``above``, a rate, also None if the relaxation proves
-    that no plan has a higher one.
+    (`simplicity.py`). The bound remains that on the best. It is also None if no plan is ``beyond`` what is known.
 
     Raises:
         InvalidProblemError: the family is too large to enumerate, or the model may not be cut everywhere.
         NoPlanFoundError: no plan was found in time, nor proved impossible.
     """
     searching = _Search(costs, master, settings)
-    best = searching.run(above)
+    best = searching.run(beyond)
     return best if best is None or not simplest_within else searching.simpler(best, simplest_within)
 
 
@@ -98,12 +112,12 @@ class _Search:
         self.incumbent: MilpSolution | None = None
         self.relaxed: LpSolution | None = None
 
-    def run(self, above: float = 0.0) -> Outcome | None:
-        """Return the best plan; None: there is none, or none above this rate."""
+    def run(self, beyond: Beyond) -> Outcome | None:
+        """Return the best plan; None: there is none, or none beyond what is known."""
         engine = self.costs.problem.family.engine
-        self._relax(chooses=not above)
-        if above:
-            if self.is_complete and self.bound <= above:
+        self._relax(chooses=not beyond.rate)
+        if beyond.rate:
+            if self.is_complete and (self.bound <= beyond.rate or (beyond.adds_workers and not self._uses_workers())):
                 return None
             self._choose_relaxed()
         if engine is not None and engine.max_nodes is not None:
@@ -112,6 +126,11 @@ class _Search:
             for attempt in self.policy.attempts:
                 self._choose(attempt)
         return self._outcome()
+
+    def _uses_workers(self) -> bool:
+        """Return whether the relaxation has replicas with attention workers."""
+        used = () if self.relaxed is None else np.flatnonzero(self.relaxed.counts > 0.0)
+        return any(self.enumerated.has_workers(int(column)) for column in used)
 
     def relaxed_bound(self) -> float:
         """Solve the relaxation alone, and return its bound."""
@@ -148,7 +167,8 @@ class _Search:
             lp = self._solve_relaxation()
             if number == 0 and chooses:
                 self._round_down()
-                self._choose(self.policy.begins)
+                if not self.enumerated.is_prepared:
+                    self._choose(self.policy.begins)
             if self.budget.is_spent():
                 break
             if self.enumerated.list_improving(None if lp is None else self._prices(lp), self.budget):

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from hetis.solver.cluster import node_of
 from hetis.solver.errors import InvalidProblemError
 from hetis.solver.placement.families import STRATEGIES
-from hetis.solver.plan import ReplicaPlan, Role
+from hetis.solver.plan import Plan, ReplicaPlan, Role
 from hetis.solver.problem import Family
 
 
@@ -94,6 +95,13 @@ RUNGS = {  # from the simplest
         ),
     )
 }
+
+
+class Known(NamedTuple):
+    """A plan that is the best of a smaller family, by its search."""
+
+    plan: Plan
+    family: Family
 
 
 def rungs_of(family: Family, strategy: str = "hetis") -> dict[str, Family]:

@@ -10,7 +10,7 @@ from hetis.solver.errors import NoPlanFoundError
 from hetis.solver.placement.columns import columns_of, distinct
 from hetis.solver.placement.master import UNDECIDED, Master, master_of
 from hetis.solver.placement.nodes import NodeProgram, counts_of_kinds
-from hetis.solver.placement.optimum import bound_enumerated, search_enumerated
+from hetis.solver.placement.optimum import ANY, Beyond, bound_enumerated, search_enumerated
 from hetis.solver.placement.outcome import Outcome, rate_bound, sound_bound
 from hetis.solver.placement.replicas.equal_stages import uniform_templates
 from hetis.solver.placement.replicas.kinds import kind_of
@@ -18,7 +18,7 @@ from hetis.solver.placement.replicas.tables import CostTables
 
 
 def search(
-    costs: CostTables, settings: SearchSettings, *, simplest_within: float = 0.0, above: float = 0.0
+    costs: CostTables, settings: SearchSettings, *, simplest_within: float = 0.0, beyond: Beyond = ANY
 ) -> Outcome | None:
     """Return the best replicas found with a bound, or None if the family is empty or the budget ended before a plan.
 
@@ -30,7 +30,7 @@ def search(
     master, budget = master_of(costs), settings.budget
     if not costs.problem.family.uneven_layers:
         return _enumerate_uniform(costs, master, settings)
-    outcome = search_enumerated(costs, master, settings, simplest_within, above)
+    outcome = search_enumerated(costs, master, settings, simplest_within, beyond)
     is_short = budget.is_spent() and not simplest_within
     if is_short and (outcome is None or abs(outcome.bound - outcome.value) > settings.gap_target * outcome.value):
         return _better(outcome, _first_plan(costs, settings), master)

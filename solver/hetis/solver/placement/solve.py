@@ -20,6 +20,7 @@ from hetis.solver.placement.fleet import FloatArray, class_prices
 from hetis.solver.placement.infeasible import Market, infeasible
 from hetis.solver.placement.losses.survival import Survive, search_surviving
 from hetis.solver.placement.master import demanded_rate, row_costs_of
+from hetis.solver.placement.optimum import Beyond
 from hetis.solver.placement.outcome import Outcome, is_out_of_reach
 from hetis.solver.placement.replicas.kinds import Layout
 from hetis.solver.placement.replicas.stage_cost import state_on_rank
@@ -35,10 +36,12 @@ from hetis.solver.placement.replicas.template import (
     use_of,
     with_fewest_in_flight,
 )
+from hetis.solver.placement.rungs import Known
 from hetis.solver.placement.search import bound_of, equal_stages, search
-from hetis.solver.placement.utilisation import KeptOutcome, chooses_utilisation, loosest, search_kept
+from hetis.solver.placement.utilisation import KeptOutcome, Unbeaten, chooses_utilisation, loosest, search_kept
 from hetis.solver.placement.waits import Kept, kept_by, lanes_of
 from hetis.solver.plan import (
+    OPTIMAL_GAP,
     AttentionWorkerPool,
     ClassPrice,
     KvRoute,
@@ -51,30 +54,39 @@ from hetis.solver.plan import (
 )
 from hetis.solver.problem import PlacementProblem
 
-OPTIMAL_GAP = 1e-6
-
 
 def solve_family(
-    problem: PlacementProblem, settings: SearchSettings, market: Market | None = None, simplest_within: float = 0.0
-) -> Plan:
+    problem: PlacementProblem, settings: SearchSettings, market: Market | None = None, simplest_within: float = 0.0,
+    known: Known | None = None,
+) -> Plan:  # fmt: skip
     """Solve as `hetis.solver.planning.solve_placement` does, with one of our own strategies and the problem's family.
 
-    The search ends when the gap is small enough, the time is up or no remaining column could help.
+    The search ends when the gap is small enough, the time is up or no remaining column could help. If the family only
+    adds attention workers to that of a known plan, these must improve a relaxation before whole counts are searched.
 
     Raises:
         InvalidProblemError: the family has no engine's rules.
     """
 
-    def found_by(costs: CostTables, settings: SearchSettings) -> KeptOutcome | None:
-        def find(tables: CostTables, above: float = 0.0) -> Outcome | None:
-            return search(tables, settings, simplest_within=simplest_within, above=above)
+    known = known if chooses_utilisation(problem) and problem.objective.maximises and not simplest_within else None
+    kept = 0.0 if known is None else known.plan.result.value
+    adds_workers = known is not None and replace(known.family, max_pool=problem.family.max_pool) == problem.family
+
+    def found_by(costs: CostTables, settings: SearchSettings) -> KeptOutcome | Unbeaten | None:
+        def find(tables: CostTables, above: float = 0.0, gap: float = 0.0) -> Outcome | None:
+            own = replace(settings, gap_target=max(settings.gap_target, gap))
+            return search(tables, own, simplest_within=simplest_within, beyond=Beyond(above, adds_workers))
 
         if not chooses_utilisation(problem):
             outcome = find(costs)
             return None if outcome is None else KeptOutcome(costs, outcome)
-        return search_kept(costs, settings, find, lambda tables: bound_of(tables, settings))
+        return search_kept(costs, settings, find, lambda tables: bound_of(tables, settings), kept)
 
-    return _solved(problem, settings, market, found_by, simplest_within)[0]
+    found = _solved(problem, settings, market, found_by, simplest_within)
+    if not isinstance(found, Unbeaten):
+        return found[0]
+    assert known is not None, "it is not beaten"
+    return replace(known.plan, result=known.plan.result.bounded_by(found.bound))
 
 
 def solve_surviving_family(
@@ -90,15 +102,17 @@ def solve_surviving_family(
         outcome = search_surviving(costs, survive, settings)
         return None if outcome is None else KeptOutcome(costs, outcome)
 
-    plan, outcome = _solved(problem, settings, market, found_by, survive.simplest_within, survives=True)
+    found = _solved(problem, settings, market, found_by, survive.simplest_within, survives=True)
+    assert not isinstance(found, Unbeaten), "no plan is known"
+    plan, outcome = found
     return plan, None if outcome.left_bound is None else objective_scale(problem) * outcome.left_bound
 
 
 def _solved(
     problem: PlacementProblem, settings: SearchSettings, market: Market | None,
-    found_by: Callable[[CostTables, SearchSettings], KeptOutcome | None], simplest_within: float = 0.0,
+    found_by: Callable[[CostTables, SearchSettings], KeptOutcome | Unbeaten | None], simplest_within: float = 0.0,
     *, survives: bool = False,
-) -> tuple[Plan, Outcome]:  # fmt: skip
+) -> tuple[Plan, Outcome] | Unbeaten:  # fmt: skip
     """Return the outcome of a search as a plan with named GPUs, and the outcome itself."""
     chooses = not survives and chooses_utilisation(problem)
     if problem.family.engine is None:
@@ -115,6 +129,8 @@ def _solved(
     found = found_by(costs, settings)
     if found is None:
         raise settings.stopped() if settings.budget.is_spent() else infeasible(problem, settings, market)
+    if isinstance(found, Unbeaten):
+        return found
     costs, outcome = found
 
     spreads = survives or outcome.simplicity is not None
@@ -201,9 +217,14 @@ def equal_stages_value(problem: PlacementProblem, settings: SearchSettings) -> f
     costs = build_cost_tables(searched)
     found: KeptOutcome | None = None
     if chooses_utilisation(problem):
-        found = search_kept(
-            costs, settings, lambda tables, _: equal_stages(tables, settings), lambda tables: bound_of(tables, settings)
+        kept = search_kept(
+            costs,
+            settings,
+            lambda tables, *_: equal_stages(tables, settings),
+            lambda tables: bound_of(tables, settings),
         )
+        assert not isinstance(kept, Unbeaten), "no plan is known"
+        found = kept
     elif (outcome := equal_stages(costs, settings)) is not None:
         found = KeptOutcome(costs, outcome)
     return None if found is None else objective_scale(found.costs.problem) * found.outcome.value

@@ -34,9 +34,10 @@ RESERVED = (0.25, 0.5)  # shares of the limit on TTFT that are set aside for wai
 MORE_RESERVES = 1  # further shares, between those that keep most
 WAITING = 0.8  # utilisation at which they are set aside
 NEARLY = 0.97  # ratio to a utilisation below which plans found for it do not keep it
+NEAR = 0.004  # gap of whole counts while waits decide what is kept, whose bound is that of relaxations
 CLOSE = 1.01  # ratio of a bound to what is kept from which on further plans are not worth their time
 
-Find = Callable[[CostTables, float], Outcome | None]
+Find = Callable[[CostTables, float, float], Outcome | None]  # of what serves more than a saturated rate; to a gap
 BoundOf = Callable[[CostTables], float]
 
 
@@ -45,6 +46,12 @@ class KeptOutcome(NamedTuple):
 
     costs: CostTables
     outcome: Outcome
+
+
+class Unbeaten(NamedTuple):
+    """The bound on what is kept, if nothing better than a known plan was found."""
+
+    bound: float
 
 
 def chooses_utilisation(problem: PlacementProblem) -> bool:
@@ -72,14 +79,16 @@ def most_lanes(costs: CostTables) -> Lanes:
     return Lanes(most, most)
 
 
-def search_kept(costs: CostTables, settings: SearchSettings, find: Find, bound_of: BoundOf) -> KeptOutcome | None:
+def search_kept(
+    costs: CostTables, settings: SearchSettings, find: Find, bound_of: BoundOf, known: float = 0.0
+) -> KeptOutcome | Unbeaten | None:
     """Return the outcome that keeps most or, if a rate is demanded, the best that keeps it; None: there is none.
 
-    ``find`` searches at the utilisation of tables for what serves more than a saturated rate, and ``bound_of`` returns
-    a bound without whole counts, in the unit of outcomes.
+    ``find`` searches at the utilisation of tables, and ``bound_of`` returns a bound without whole counts, in the unit
+    of outcomes. If the rate is maximised, a plan may be known that keeps a rate, and only better ones count.
     """
     if costs.problem.objective.maximises:
-        return _Most(costs, settings, find, bound_of).run()
+        return _Most(costs, settings, find, bound_of, known).run()
     return _Least(costs, settings, find, bound_of).run()
 
 
@@ -112,23 +121,25 @@ class _Cells:
     def limit_s(self) -> float | None:
         return self.costs.problem.objective.ttft_limit_s
 
-    def searched(self, utilisation: float, reserved: float = 0.0, *, above: float = 0.0) -> _Found | None:
+    def searched(
+        self, utilisation: float, reserved: float = 0.0, *, above: float = 0.0, gap: float = 0.0
+    ) -> _Found | None:
         """Return what a search at a utilisation found, at the one that it keeps; raises as `outcome_of`.
 
         None: there is no plan, or none that keeps more than ``above``.
         """
         tables = self.costs.at(utilisation, self.lanes, reserved * (self.limit_s or 0.0))
-        outcome = self.outcome_of(tables, above / GRID[-1])
+        outcome = self.outcome_of(tables, above / GRID[-1], gap)
         return None if outcome is None else _Found(outcome, kept_by(tables, outcome, GRID[-1]))
 
-    def outcome_of(self, tables: CostTables, above: float = 0.0) -> Outcome | None:
+    def outcome_of(self, tables: CostTables, above: float = 0.0, gap: float = 0.0) -> Outcome | None:
         """Return the outcome of a search with these tables for what serves more than a saturated rate.
 
         Raises:
             NoPlanFoundError: the time is up, and no earlier search found a plan either.
         """
         try:
-            outcome = self.find(tables, above)
+            outcome = self.find(tables, above, gap)
         except NoPlanFoundError:
             if not self.has_found:
                 raise
@@ -149,61 +160,63 @@ class _Cells:
 class _Most(_Cells):
     """The search for the highest kept rate."""
 
-    def run(self) -> KeptOutcome | None:
+    def __init__(
+        self, costs: CostTables, settings: SearchSettings, find: Find, bound_of: BoundOf, known: float
+    ) -> None:
+        super().__init__(costs, settings, find, bound_of)
+        self._best: _Found | None = None
+        self._kept = known  # by the best plan that is known
+
+    def run(self) -> KeptOutcome | Unbeaten | None:
         if self.limit_s is None:
             found = self.searched(GRID[-1])
             return None if found is None else self._answer(found, GRID[-1] * found.outcome.bound)
-        most, best = self.bound_at(GRID[0]), None
+        most = self.bound_at(GRID[0])
         for utilisation in TRIED:
-            if best is not None and (utilisation * most <= CLOSE * best.kept or self._is_over()):
+            if self._kept and (utilisation * most <= CLOSE * self._kept or self._is_over()):
                 break
-            lanes, found = self.lanes, self.searched(utilisation, above=0.0 if best is None else best.kept)
-            best = self._better(best, found)
+            lanes, found = self.lanes, self._improved(utilisation)
             is_overrated = found is not None and found.utilisation < NEARLY * utilisation
             if is_overrated and self.lanes != lanes and not self._is_over():
-                # Now with the lanes that such plans have.
-                best = self._better(best, self.searched(utilisation, above=0.0 if best is None else best.kept))
-        if best is None:
-            best = self.searched(GRID[0])
-        if best is None:
+                self._improved(utilisation)  # now with the lanes that such plans have
+            elif found is not None and not is_overrated and not self._is_over():
+                self._improved(utilisation, gap=0.0)  # waits are no matter, so whole counts decide
+        if not self._kept:
+            self._improved(GRID[0])
+        if not self._kept:
             return None
-        best = self._with_reserve(best, most)
-        return self._answer(best, self._bound(best, most))
+        self._leave_time_to_wait(most)
+        bound = self._bound(most)
+        return Unbeaten(max(bound, self._kept)) if self._best is None else self._answer(self._best, bound)
 
-    def _bound(self, best: _Found, most: float) -> float:
+    def _improved(self, utilisation: float, reserved: float = 0.0, *, gap: float = NEAR) -> _Found | None:
+        """Return what a search at a utilisation found; it replaces the best plan if it keeps more."""
+        found = self.searched(utilisation, reserved, above=self._kept, gap=gap)
+        if found is not None and found.kept > self._kept:
+            self._best, self._kept = found, found.kept
+        return found
+
+    def _bound(self, most: float) -> float:
         """Return a bound on kept rates, given one on saturated rates at the lowest utilisation."""
         bound = GRID[0] * most
         for low, high in reversed(list(pairwise(GRID))):
-            if high * most <= max(bound, best.kept):
+            if high * most <= max(bound, self._kept):
                 break
-            bound = max(bound, high * (most if high * most <= CLOSE * best.kept else self.bound_at(low)))
+            bound = max(bound, high * (most if high * most <= CLOSE * self._kept else self.bound_at(low)))
         return bound
 
-    def _with_reserve(self, best: _Found, most: float) -> _Found:
-        """Return a better plan of replicas that leave more time for waiting, if there is one."""
-        tried = dict[float, _Found | None]({0.0: best})
+    def _leave_time_to_wait(self, most: float) -> None:
+        """Search for better plans of replicas that leave more of the limit for waiting."""
+        kept = {0.0: self._kept}  # by share of the limit
         for number in range(len(RESERVED) + MORE_RESERVES):
-            if GRID[-1] * most <= CLOSE * best.kept or self._is_over():
+            if GRID[-1] * most <= CLOSE * self._kept or self._is_over():
                 break
-            reserved = RESERVED[number] if number < len(RESERVED) else self._between(tried)
-            tried[reserved] = self.searched(WAITING, reserved, above=best.kept)
-            best = self._better(best, tried[reserved]) or best
-        return best
-
-    def _between(self, tried: Mapping[float, _Found | None]) -> float:
-        """Return the share halfway between the best one tried and the better one of its neighbours."""
-        kept = {share: 0.0 if one is None else one.kept for share, one in sorted(tried.items())}
-        shares = list(kept)
-        at = shares.index(max(kept, key=lambda share: kept[share]))
-        near = [shares[i] for i in (at - 1, at + 1) if 0 <= i < len(shares)]
-        return (shares[at] + max(near, key=lambda share: kept[share])) / 2.0
+            reserved = RESERVED[number] if number < len(RESERVED) else _between(kept)
+            found = self._improved(WAITING, reserved)
+            kept[reserved] = 0.0 if found is None else found.kept
 
     def _is_over(self) -> bool:
         return self.settings.budget.is_spent()
-
-    def _better(self, one: _Found | None, other: _Found | None) -> _Found | None:
-        found = [each for each in (one, other) if each is not None]
-        return max(found, key=lambda each: each.kept, default=None)
 
     def _answer(self, found: _Found, bound: float) -> KeptOutcome:
         """Return an outcome whose bound, times its utilisation, is that on what is kept."""
@@ -212,6 +225,14 @@ class _Most(_Cells):
         over = max(bound, found.kept) / used if used else np.inf
         outcome = replace(found.outcome, bound=max(over, found.outcome.value))
         return KeptOutcome(tables, outcome)
+
+
+def _between(kept: Mapping[float, float]) -> float:
+    """Return the share halfway between the one that keeps most and the better one of its neighbours."""
+    shares = sorted(kept)
+    at = shares.index(max(shares, key=lambda share: kept[share]))
+    near = [shares[i] for i in (at - 1, at + 1) if 0 <= i < len(shares)]
+    return (shares[at] + max(near, key=lambda share: kept[share])) / 2.0
 
 
 class _Least(_Cells):

@@ -180,10 +180,14 @@ class _Queues:
         last_s = np.interp(self._computed - before * mix.chunk_tokens, sizes, seconds)
         return EqualPrefills(
             lanes=count * mix.attention_dp,
-            prompt_s=self._costs.moments.mean_computed / mix.chunk_tokens * times.slot_s,
+            occupied_s=self._computed / mix.chunk_tokens * times.slot_s,
+            held=max(float(mix.micro_batch), max(1.0, mix.chunk_tokens / self._costs.moments.mean_computed))
+            * self._in_flight(template)
+            / mix.attention_dp,
             rate_rps=share * count * template.rate,
             alone_s=before * times.busiest_s + last_s + landed_s,
-            crowded_s=before * times.slot_s + times.round_trip_s + landed_s,
+            # Among others it begins anywhere in a chunk, and ends that much later.
+            crowded_s=self._computed / mix.chunk_tokens * times.slot_s + times.round_trip_s + landed_s,
         )
 
     def _chunks(self, template: Template) -> list[tuple[int, float]]:

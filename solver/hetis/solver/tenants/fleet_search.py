@@ -21,8 +21,8 @@ from hetis.solver.placement.outcome import Outcome, sound_bound
 from hetis.solver.placement.policy import RELAXATION_TOLERANCE
 from hetis.solver.placement.replicas.tables import BoolArray, CostTables, FloatArray
 from hetis.solver.placement.replicas.template import Template
-from hetis.solver.placement.solve import OPTIMAL_GAP, plan_of
-from hetis.solver.plan import Plan, Status
+from hetis.solver.placement.solve import plan_of
+from hetis.solver.plan import OPTIMAL_GAP, Plan, Status
 from hetis.solver.tenants.joint_master import (
     TenantColumns,
     TenantsChoice,

@@ -108,7 +108,8 @@ def within(costs: CostTables, limits: IntArray) -> CostTables:
         return tables._replace(available=np.minimum(tables.available, counts))
 
     resources = Resources(costs.resources.rows, np.minimum(costs.resources.limits, limits))
-    return replace(costs, resources=resources, scopes=tuple(scope.changed(narrowed) for scope in costs.scopes))
+    scopes = tuple(scope.changed(narrowed) for scope in costs.scopes)
+    return replace(costs, resources=resources, scopes=scopes, shared={})
 
 
 def part_of(limits: IntArray, claim: float) -> IntArray:

@@ -114,7 +114,7 @@ def test_a_plan_with_classes_is_taken_where_it_is_worth_them(files: Path) -> Non
     found = load_plan_and_problem(str(files / "plan.json"))
     assert check_plan(found.plan, found.problem) == ()
     assert found.plan == load_plan(files / "plan.json")
-    dear = placed(files, "--worth", "90%")
+    dear = placed(files, "--worth", "90%", "--rung", without["inputs"]["rung"])  # which would not be worth it either
     assert dear["classes"] == []
     assert dear["result"]["value"] == without["result"]["value"]
     assert "90% more is worth" in dear["inputs"]["classes_why_not"]

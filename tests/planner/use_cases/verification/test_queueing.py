@@ -45,14 +45,16 @@ def servers(seats: int, service_s: float, *, count: int = 1, cv2: float = 1.0, b
 def prefills(lanes: int = 1, *, prompt_s: float = 0.0, alone_s: float = 0.0, rate: float = 1.0) -> EqualPrefills:
     """Return lanes that compute prompts of one length, for twice as long if they are crowded."""
     return EqualPrefills(
-        lanes=lanes, prompt_s=prompt_s, rate_rps=rate, alone_s=np.array([alone_s]), crowded_s=np.array([2 * alone_s])
-    )
+        lanes=lanes, occupied_s=np.array([prompt_s]), held=4.0, rate_rps=rate, alone_s=np.array([alone_s]),
+        crowded_s=np.array([2 * alone_s]),
+    )  # fmt: skip
 
 
-def shared_queue(*parts: EqualReplicas | EqualPrefills) -> SharedQueue:
+def shared_queue(*parts: EqualReplicas | EqualPrefills, arrival_cv2: float = 1.0) -> SharedQueue:
+    """Return the queue of prompts of one length."""
     seats = [part for part in parts if isinstance(part, EqualReplicas)]
     lanes = [part for part in parts if isinstance(part, EqualPrefills)] or [prefills()]
-    return SharedQueue(seats, lanes, np.ones(1), computed_cv2=1.0)
+    return SharedQueue(seats, lanes, np.ones(1), 0.0, arrival_cv2)
 
 
 def queue_of(*parts: EqualReplicas | EqualPrefills) -> RequestQueue:
@@ -141,27 +143,54 @@ def test_a_slow_replica_with_many_lanes_is_no_help_to_a_fast_one_with_few() -> N
     assert queue_of(fast, slow, quick, long).at(110.0).lane_p95_s == math.inf
 
 
-def test_prompts_wait_for_a_lane_as_for_a_server() -> None:
-    """With one lane, Sakasegawa's probability of waiting is its utilisation, as in M/M/1."""
+def mean_in_lane(queue: SharedQueue, rate_rps: float) -> float:
+    """Return the mean wait for a lane: the integral of the probability of longer waits."""
+    late, times = queue.late_in_lane(rate_rps), np.linspace(0.0, 40.0, 20_001)
+    return float(np.trapezoid([late(float(time_s)) for time_s in times], times))
+
+
+@pytest.mark.parametrize("taken", [0.1, 0.5, 0.9])
+@pytest.mark.parametrize("spread", [0.0, 0.9])
+def test_one_lane_makes_prompts_wait_as_pollaczek_and_khinchine_say(taken: float, spread: float) -> None:
+    occupied_s, weights = np.array([1.0 - spread, 1.0 + spread]), np.array([0.5, 0.5])
+    lane = EqualPrefills(
+        lanes=1, occupied_s=occupied_s, held=1.0, rate_rps=1.0, alone_s=np.zeros(2), crowded_s=np.zeros(2)
+    )
+    queue = SharedQueue([servers(1000, 1.0)], [lane], weights, spread**2)
+    assert mean_in_lane(queue, taken) == pytest.approx(taken / (1 - taken) * (1 + spread**2) / 2, rel=0.02)
+    rest = queue.late_in_lane(1e-6)
+    for time_s in (0.0, 0.5, 1.0, 1.5):  # hardly anyone waits behind another
+        left = float(weights @ np.maximum(0.0, occupied_s - time_s))
+        assert rest(time_s) / 1e-6 == pytest.approx(left, abs=0.05)
+
+
+def test_prompts_wait_for_a_lane() -> None:
     queue = queue_of(servers(1000, 1.0), prefills(prompt_s=0.5, alone_s=2.0))
     found = queue.at(1.6)
     assert found.seat_p95_s == 0.0
-    assert found.lane_p95_s == pytest.approx(0.5 / 0.2 * math.log(20 * 0.8))
     prompt_s = 0.8 * 4.0 + 0.2 * 2.0  # the lane is taken, and chunks are full, for 80% of the time
     assert found.ttft_p95_s == pytest.approx(prompt_s + found.lane_p95_s)
-    shared = queue_of(servers(1000, 1.0, count=4), prefills(4, prompt_s=0.5, alone_s=2.0)).at(4 * 1.6)
-    assert shared.lane_p95_s < found.lane_p95_s / 4, "a router finds the free one of four"
     assert queue.at(2.0).ttft_p95_s == math.inf
+
+
+def test_several_lanes_wait_less_and_more_if_requests_come_in_bursts() -> None:
+    """In turn, prompts come to each lane more evenly; and what queues up for one of many lanes goes to another."""
+    parts = servers(1000, 1.0, count=4), prefills(4, prompt_s=0.5, alone_s=2.0)
+    one, four, many = (
+        mean_in_lane(shared_queue(servers(9999, 1.0), prefills(n, prompt_s=0.5)), 2 * n * 0.95) for n in (1, 4, 64)
+    )
+    assert many < four < one / 2
+    calm, bursts = (RequestQueue(shared_queue(*parts, arrival_cv2=cv2)).at(7.0).lane_p95_s for cv2 in (1.0, 9.0))
+    assert bursts > 1.5 * calm
 
 
 def test_a_request_that_has_no_seat_may_have_no_lane_either() -> None:
     """Both waits count as if they were independent, so that one of them is longer more often than each."""
-    found = queue_of(servers(4, 1.0), prefills(prompt_s=0.25)).at(3.6)
+    queue = shared_queue(servers(4, 1.0), prefills(prompt_s=0.25))
+    found = RequestQueue(queue).at(3.6)
     longest = max(found.seat_p95_s, found.lane_p95_s)
-    assert min(found.seat_p95_s, found.lane_p95_s) > 0.5 * longest
     assert longest < found.ttft_p95_s < found.seat_p95_s + found.lane_p95_s
-    seat_s, lane_s = found.ttft_p95_s * (4 - 3.6), found.ttft_p95_s * (4 - 3.6)
-    by_seat, by_lane = erlang_c(4, 3.6) * math.exp(-seat_s), 0.9 * math.exp(-lane_s)
+    by_seat, by_lane = queue.for_seats(3.6).is_longer(found.ttft_p95_s), queue.late_in_lane(3.6)(found.ttft_p95_s)
     assert by_seat + by_lane - by_seat * by_lane == pytest.approx(0.05, rel=1e-4)
 
 
@@ -284,7 +313,8 @@ def test_a_seat_of_a_decode_replica_is_held_from_the_prompt_on(apart: tuple[Plan
     plan, problem = apart
     prefill, one = (next(each for each in plan.replicas if each.role is role) for role in (Role.PREFILL, Role.DECODE))
     derived = Rederivation(problem).of(replica_shape(prefill, problem, Fleet.of(problem.cluster)))
-    under_way_s = [chunks * derived.chunk_s + derived.landing_s for chunks in (2, 2, 5)]
+    chunks = [tokens / prefill.chunk_tokens + 1 for tokens in (100, 100, 300)]  # full of other prompts, too
+    under_way_s = [number * derived.chunk_s + derived.landing_s for number in chunks]
     rates = np.array(rates_of(one, problem))
     in_flight = np.array([*(np.arange(1, 5) + rates * np.mean(under_way_s)), 5.0])
     held_s = in_flight / np.array([*rates, rates[-1]])

@@ -13,6 +13,9 @@ PRECISE = 1 / 32  # the search ends when a rate that misses a limit is so little
 LESS = (0.97, 0.94, 0.91, 0.85, 0.7, 0.5)  # shares of a rate that kept in short runs but not in long ones
 COARSE = 0.07  # a larger step between two of these shares is searched for a rate in between; also the step above it
 MOST_HIGHER = 5  # such steps above a rate that kept in long runs at once
+USED_UP = -0.02  # excess from which on a kept rate is the highest for all that short runs can tell
+BY_CHANCE = 0.05  # by which the excesses of two runs may differ
+INSIDE = 0.3  # share of a bracket that every step leaves out at least
 
 
 class StoppedError(Exception):
@@ -42,10 +45,15 @@ class LowerRates:
     Args:
         seems_sure: whether short runs at a rate keep the limits by more than chance; None: they do, perhaps by chance.
         is_sure: whether long ones do. The wide intervals of short runs exclude rates that long runs show to be kept.
+        excess: by how much of its limit a latency of a short run is above it at most, up to chance (negative: below);
+            None: not known, such as where requests queue up without end. It grows ever faster with the rate.
     """
 
-    def __init__(self, seems_sure: Callable[[float], bool | None], is_sure: Callable[[float], bool]) -> None:
-        self._short, self._long = seems_sure, is_sure
+    def __init__(
+        self, seems_sure: Callable[[float], bool | None], is_sure: Callable[[float], bool],
+        excess: Callable[[float], float | None] = lambda _: None,
+    ) -> None:  # fmt: skip
+        self._short, self._long, self._excess = seems_sure, is_sure, excess
         self._likely: list[float] = []  # rates that short runs keep by more than chance
         self._perhaps: list[float] = []  # rates that short runs keep, perhaps by chance
         self._excluded_rps = math.inf  # lowest rate that short runs miss by more than chance
@@ -65,12 +73,16 @@ class LowerRates:
         limit at any rate, long runs decide on each of them.
         """
         low, undecided = missed_rps, list[tuple[float, float]]()  # rates, each with the next higher one
+        before: float | None = None  # the rate above the lowest that was missed
         guess = min(1.0, likely_rps / missed_rps)
         for share in BELOW if guess >= BELOW[0] else (guess, *(guess * share for share in NEAR)):
             low, high = max(share * missed_rps, at_least_rps), low
             if low >= high:
                 break
-            seems_sure = self._seems_sure(low)
+            if before is not None and self._misses_too(low, high, before):
+                low = high
+                continue
+            before, seems_sure = high, self._seems_sure(low)
             if seems_sure:
                 return self._sure_near(self._highest_likely(low, high), at_least_rps=at_least_rps, below_rps=missed_rps)
             if seems_sure is None:
@@ -81,9 +93,22 @@ class LowerRates:
     def _highest_likely(self, low: float, high: float) -> float:
         """Return the highest rate found that short runs keep, as they do the lower of these rates."""
         while high - low > PRECISE * high:
-            middle = (low + high) / 2.0
+            below, above, share = self._excess(low), self._excess(high), 0.5
+            if below is not None and USED_UP <= below <= 0.0:
+                break
+            if below is not None and above is not None and below < 0.0 < above:
+                share = min(1.0 - INSIDE, max(INSIDE, -below / (above - below)))
+            middle = low + share * (high - low)
             low, high = (middle, high) if self._seems_sure(middle) else (low, middle)
         return low
+
+    def _misses_too(self, rate_rps: float, missed_rps: float, higher_rps: float) -> bool:
+        """Return whether a rate below two missed ones must miss, too: the excess falls no faster below them."""
+        lower, higher = self._excess(missed_rps), self._excess(higher_rps)
+        if lower is None or higher is None or lower <= 0.0:
+            return False
+        steepness = (max(0.0, higher - lower) + BY_CHANCE) / (higher_rps - missed_rps)
+        return lower > steepness * (missed_rps - rate_rps)
 
     def _sure_near(self, rate_rps: float, *, at_least_rps: float, below_rps: float) -> float | None:
         """Return the highest rate found that keeps the limits in long runs, if ``rate_rps`` does in short ones.

@@ -10,7 +10,6 @@ from hetis.planner.use_cases.record.forms import Verification
 from hetis.planner.use_cases.record.parts import Requested, Surviving, Verified
 from hetis.planner.use_cases.service_level import Latency, Statistic, limits_of, share_within
 from hetis.planner.use_cases.simulation.simulate import default_rate
-from hetis.planner.use_cases.surviving import bounded_by
 from hetis.simulator.values import Settings
 from hetis.solver.budget import Budget
 from hetis.solver.check.rederive import Rederivation
@@ -63,7 +62,7 @@ def restated(plan: Plan, problem: PlacementProblem, utilisation: float) -> Plan:
         return replace(one, ttft_s=one.ttft_s + new_s - old_s if math.isfinite(old_s) else new_s)
 
     value = utilisation * plan.served_rate()
-    result = bounded_by(replace(plan.result, value=value), max(plan.result.bound, value))
+    result = replace(plan.result, value=value).bounded_by(max(plan.result.bound, value))
     if plan.result.status is Status.INTERRUPTED:
         result = replace(result, status=Status.INTERRUPTED)
     replicas = tuple(at_utilisation(number, one) for number, one in enumerate(plan.replicas))

@@ -50,12 +50,13 @@ UNLIMITED = Objective(ttft_limit_s=None, tpot_limit_s=None)
 LONGER = 2  # factor of the requests in a run that decides where limits are close
 PROBE = 500  # requests of the run before it, which only shows that a limit is missed by far
 BY_FAR = 1.1  # times the limit, above which a probe's whole interval is
-ITERATIONS = 2_000_000  # iterations of stages that all simulations of a plan may take: about ten seconds
+ITERATIONS = 2_000_000  # iterations of stages that all simulations of a plan may take: about six seconds
 PER_REQUEST = 20.0  # iterations that take as long as a request's arrival, routing and record
 PART = 0.2  # of all iterations, which one run may take
 WORKER_ITERATIONS = 3.0  # an iteration with attention workers takes as long as so many without
 BY_CHANCE = 0.02  # share of a limit above which an excess is no chance, however wide the interval
 HIGHER = (1.5, 1.2, 1.15, 1.1, 1.05)  # factors of the planned rate, which are tried if it is kept, up to the bound
+WORTH_TRYING = 1.01  # ratio of the highest rate to the planned one
 MOST_GROWTH = 0.02  # seconds by which the wait may grow per second at these rates
 LONG_RUN = 10_000  # requests of a run at these rates, unless that is more than `LONGER` times the ordinary number
 
@@ -219,6 +220,7 @@ class _Runs:
             enough_of(part.plan),
             longest_of(part.plan),
         )
+        self._most_rps = MOST_UTILISATION * plan.served_rate()
         self._too_short = not are_filled(part.plan, to_fill)
         self._settings = AS_PLANNED
         self._compiling = lambda: report(self._planned_rps, 0, 0)
@@ -237,16 +239,17 @@ class _Runs:
 
         @cache
         def simulate(settings: Settings, rate_rps: float, *lengths: int, traffic: int) -> TriedRate:
-            if min(lengths) < 2 * PROBE:
-                return run(settings, rate_rps, *lengths, traffic=traffic)
-            before = budget.work
-            probe = run(settings, rate_rps, PROBE, traffic=traffic)
-            if probe.missed_by_far:
-                return probe
-            self._each = max(self._each, (budget.work - before) / PROBE)
+            before, is_long = budget.work, min(lengths) >= 2 * PROBE
+            if is_long and rate_rps >= self._planned_rps:  # lower rates are hardly missed by far
+                probe = run(settings, rate_rps, PROBE, traffic=traffic)
+                self._each = max(self._each, (budget.work - before) / PROBE)
+                if probe.missed_by_far:
+                    return probe
             part = PART / WORKER_ITERATIONS if _has_workers(plan) else PART
             most = max(PROBE, int(part * budget.work_limit / self._each)) if budget.work_limit < math.inf else math.inf
-            return run(settings, rate_rps, *(int(min(one, most)) for one in lengths), traffic=traffic)
+            return run(
+                settings, rate_rps, *(int(min(one, most)) if is_long else one for one in lengths), traffic=traffic
+            )
 
         self._simulate, self._budget = simulate, budget
 
@@ -309,11 +312,13 @@ class _Runs:
 
     def _higher(self, found: TriedRate) -> float:
         """Return the highest rate tried, up to the plan's bound, that is kept for sure; the planned one if none is."""
-        most_rps = min(self._plan.result.bound, MOST_UTILISATION * self._plan.served_rate())
-        may = _may_keep_more(self._plan, found) and not self._too_short and self._are_cheap()
-        higher = [factor * self._planned_rps for factor in HIGHER if factor * self._planned_rps <= most_rps]
+        most_rps = min(self._plan.result.bound, self._most_rps)
+        may, planned_rps = _may_keep_more(self._plan, found) and not self._too_short, self._planned_rps
+        higher = [factor * planned_rps for factor in HIGHER if factor * planned_rps <= most_rps]
+        if not self._are_cheap() or not higher:  # one rate is all that there is time, or room, for
+            higher = [most_rps] if planned_rps * WORTH_TRYING <= most_rps < HIGHER[-1] * planned_rps else higher[-1:]
         with suppress(StoppedError):
-            return next((rate_rps for rate_rps in higher if may and self._is_calm(rate_rps)), self._planned_rps)
+            return next((rate_rps for rate_rps in higher if may and self._is_calm(rate_rps)), planned_rps)
         return self._planned_rps
 
     def _longest_at(self, rate_rps: float) -> TriedRate:
@@ -352,7 +357,8 @@ class _Runs:
         return all(self._at(rate_rps, self._longer, other=other).sure for other in (False, True))
 
     def _is_calm(self, rate_rps: float) -> bool:
-        runs = (self._at(rate_rps, self._long, self._longer, other=other) for other in (False, True))
+        lengths = (self._long, self._longer) if self._are_cheap() else (self._ordinary,)
+        runs = (self._at(rate_rps, *lengths, other=other) for other in (False, True))
         return all(run.sure and hardly_grows(run.summary) for run in runs)
 
     def _lower(self, found: TriedRate) -> KeptRate | None:
@@ -362,10 +368,20 @@ class _Runs:
         """
 
         def seems_sure(rate_rps: float) -> bool | None:
+            if rate_rps > self._most_rps:
+                return False
             found = self._at(rate_rps, self._ordinary)
             return found.sure or (None if found.within else False)
 
-        search = LowerRates(seems_sure, self._is_sure)
+        def excess(rate_rps: float) -> float | None:
+            if rate_rps > self._most_rps:
+                return None
+            tried = self._at(rate_rps, self._ordinary)
+            most = max((one.high / one.limit for one in tried.measured.limited if one.limit), default=math.inf) - 1.0
+            is_known = tried.summary.steady is not False and math.isfinite(most) and tried.sure == (most <= 0.0)
+            return most if is_known else None
+
+        search = LowerRates(seems_sure, self._is_sure, excess)
         try:
             rate_rps = search.highest(self._planned_rps, 0.0)
         except StoppedError:

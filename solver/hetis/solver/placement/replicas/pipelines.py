@@ -117,12 +117,54 @@ class StageTimes(NamedTuple):
 
         The bound is inf if the stages have no room for all layers.
         """
+        return np.where(self.have_room(num_layers, counts), self.fractional_s(num_layers, counts), np.inf)
+
+    def have_room(self, num_layers: int, counts: IntArray) -> BoolArray:
+        """Return whether the stages of compositions have room for all layers; [C, X]."""
         room = counts.astype(float) @ self.most.max(axis=2).T.astype(float)  # numpy multiplies integers slowly
-        return np.where(room < num_layers, np.inf, _shortest_s(num_layers, counts, self.layer_s, self.fixed_s.min(2)))
+        return np.asarray(room >= num_layers)
+
+    def fractional_s(self, num_layers: int, counts: IntArray) -> FloatArray:
+        """Return the lower bounds wherever there is room; [C, X]."""
+        return _shortest_s(num_layers, counts, self.layer_s, self.fixed_s.min(2))
+
+
+class FreeTimes(NamedTuple):
+    """`StageTimes` without limits on latency.
+
+    ``most`` [X, R, 4] are the repeated layers that fit in memory, and of an iteration with a chunk there are seconds
+    per layer [X, R] and besides [X, R, 4].
+    """
+
+    layer_s: FloatArray
+    fixed_s: FloatArray
+    most: FloatArray
+    chunk_s: FloatArray
+    beside_s: FloatArray
+
+    def within(self, chunk_cap_s: FloatArray) -> StageTimes:
+        """Return the times with the layers that fit in the longest time of a stage with a chunk; [X]."""
+        most, cap_s = self.most, chunk_cap_s[:, None, None]
+        if np.isfinite(cap_s).any():
+            with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+                in_time = (cap_s - self.beside_s) / self.chunk_s[:, :, None] + ROUNDING
+            most = np.where(np.isfinite(cap_s), np.minimum(most, in_time), most)
+        return StageTimes(self.layer_s, self.fixed_s, np.maximum(0.0, most).astype(np.int64))
 
 
 def stage_times(costs: CostTables, shape: Shape, sweep: MixSweep, workers: Workers | None) -> StageTimes:
     """Return the times of a shape's stages for a whole sweep; workers need unified mixes."""
+    return free_times(costs, shape, sweep, workers).within(chunk_caps(costs, shape, sweep))
+
+
+def chunk_caps(costs: CostTables, shape: Shape, sweep: MixSweep) -> FloatArray:
+    """Return the longest time of a stage with a chunk that keeps the limits; [X]."""
+    tables = costs.scopes[shape.scope].tables
+    return np.asarray(tables.trip_cap[sweep.mixes, shape.in_flight_index] / shape.depth)
+
+
+def free_times(costs: CostTables, shape: Shape, sweep: MixSweep, workers: Workers | None) -> FreeTimes:
+    """Return the times of a shape's stages for a whole sweep, whatever the limits on latency are."""
     t, f, s, x = costs.scopes[shape.scope].tables, shape.in_flight_index, shape.ranks, sweep.mixes[:, None]
     groups, given = t.rank_groups[s], sweep.groups[:, None]
     kept, on_cards = kept_bytes(t, x, f, s, given), np.full((len(x), len(s)), np.inf)
@@ -139,17 +181,13 @@ def stage_times(costs: CostTables, shape: Shape, sweep: MixSweep, workers: Worke
     most = np.minimum(layers_on_rank(t, x, f, s, kept), on_cards[:, :, None])
     if workers is not None:
         most[:, :, [FIRST, BOTH]] = np.minimum(most[:, :, [FIRST, BOTH]], on_cards[:, :, None] - t.prefix_layers)
-    chunk_cap_s = (t.trip_cap[x, f] / shape.depth)[:, :, None]
-    if np.isfinite(chunk_cap_s).any():
-        with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
-            beside_s = fixed_by_role(t, t.chunk, x, s, chunk_s, 0.0, has_pool)
-            in_time = (chunk_cap_s - beside_s) / chunk_s[:, :, None] + ROUNDING
-        most = np.where(np.isfinite(chunk_cap_s), np.minimum(most, in_time), most)
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+        beside_s = fixed_by_role(t, t.chunk, x, s, chunk_s, 0.0, has_pool)
     longer = 1.0 + slack(
         iterations_of(t, x, f), layer_s, chunk_s, sweep.least_slack[:, None], sweep.unevenness[:, None]
     )
-    return StageTimes(
-        layer_s=layer_s * longer, fixed_s=fixed_s * longer[:, :, None], most=np.maximum(0.0, most).astype(np.int64)
+    return FreeTimes(
+        layer_s=layer_s * longer, fixed_s=fixed_s * longer[:, :, None], most=most, chunk_s=chunk_s, beside_s=beside_s
     )
 
 

@@ -9,10 +9,10 @@ first and last). A stage's cost then takes a few look-ups (`stage_cost.py`). `ta
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -206,6 +206,8 @@ class CostTables:
     scopes: tuple[Scope, ...]
     routes: Routes
     ranges: tuple[CostTables, ...] = ()
+    # What searches of these tables have found that no limit on latency changes, see `candidates` and `enumeration`.
+    shared: dict[Hashable, Any] = field(default_factory=dict, compare=False, repr=False)
 
     def of_scope(self, scope: int) -> CostTables:
         """Return the tables whose mixes, averages and limits are those of the requests that a scope's replicas serve.
@@ -221,7 +223,7 @@ class CostTables:
     def at(self, utilisation: float, lanes: Lanes = ALONE, reserved_s: float = 0.0) -> CostTables:
         """Return the tables of plans that serve this share of their saturated rate, with so many replicas together.
 
-        Of the limit on TTFT, ``reserved_s`` are set aside for waiting.
+        Of the limit on TTFT, ``reserved_s`` are set aside for waiting. What is ``shared`` stays so.
         """
         problem = self.problem.at(utilisation, lanes)
 

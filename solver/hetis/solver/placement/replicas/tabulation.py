@@ -35,7 +35,7 @@ def build_cost_tables(problem: PlacementProblem) -> CostTables:
         return _tables_of_range(problem)
     ranges = [_tables_of_range(problem.of_classes(names), len(problem.ranges())) for names in problem.ranges()]
     scopes = tuple(scope.of_range(number) for number, one in enumerate(ranges) for scope in one.scopes)
-    return replace(ranges[0], problem=problem, scopes=scopes, ranges=tuple(ranges))
+    return replace(ranges[0], problem=problem, scopes=scopes, ranges=tuple(ranges), shared={})
 
 
 def _tables_of_range(problem: PlacementProblem, num_ranges: int = 1) -> CostTables:

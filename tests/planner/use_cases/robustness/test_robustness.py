@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import threading
-from functools import cache
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from hetis.formats.documents import load_cluster, load_model, load_plan, load_workload, to_data
+from hetis.formats.documents import load_plan, to_data
 from hetis.planner.cli.app import run
 from hetis.planner.cli.exit_codes import ExitCode
 from hetis.planner.use_cases.place import make_plan
@@ -22,13 +20,9 @@ from hetis.planner.use_cases.robustness import study as robustness
 from hetis.planner.use_cases.robustness.fixed_plan import FixedPlan, Performance, Profiles, structure_of
 from hetis.planner.use_cases.robustness.profile_errors import (
     corners,
-    outside_regions,
     perturbed,
     predicted,
     profile_notes,
-    scaled,
-    tp_sizes,
-    used_fits,
     with_profile_errors,
 )
 from hetis.planner.use_cases.robustness.study import (
@@ -46,48 +40,13 @@ from hetis.profiler.ranges import ENGINE_ERROR, MOST_ERROR, UNKNOWN_ERROR
 from hetis.profiler.roofline import modelled_profile
 from hetis.solver.budget import Budget, Progress, silent
 from hetis.solver.check import check_plan
-from hetis.solver.check.rederive import Rederivation
-from hetis.solver.cluster import Link
-from hetis.solver.errors import NoPlanFoundError
-from hetis.solver.model import DraftShape
-from hetis.solver.placement.families import run_by
-from hetis.solver.plan import Objective, ObjectiveKind, Plan, Role
+from hetis.solver.plan import Objective, ObjectiveKind, Plan
 from hetis.solver.planning import solve_placement
-from hetis.solver.problem import MICRO_BATCHES, EngineRules, Family, PlacementProblem
-from hetis.solver.profile import Fit, FitRegion, FitScope, Op, Profile, Source
+from hetis.solver.problem import EngineRules, PlacementProblem
+from hetis.solver.profile import Op, Source
 from tests.models import replace
 from tests.planner.command_line import EXAMPLES
-from tests.solver.check import test_roles as test_check_roles
-
-FLEETS = ("paper", "h100-p100", "split")  # without and with attention workers; prefill and decode apart
-
-
-@cache
-def posed(fleet: str) -> PlacementProblem:
-    cluster = load_cluster(EXAMPLES / f"{'h100-l4' if fleet == 'split' else fleet}.yaml")
-    # Half of the settings that are tried: pricing tries all of them, again and again.
-    family = run_by(Family(micro_batches=MICRO_BATCHES[::2]), EngineRules(name="vllm-hetis"))
-    model, goal = load_model("Llama-2-70B"), Objective(ttft_limit_s=4.0)
-    if fleet == "split":
-        family, goal = replace(family, roles=(Role.PREFILL, Role.DECODE)), replace(goal, ttft_limit_s=30.0)
-    names = {slots.gpu for group in cluster.node_groups for slots in group.gpus}
-    return PlacementProblem(
-        cluster=cluster,
-        model=model,
-        workload=load_workload("azure_conv_2023"),
-        profiles={name: modelled_profile(cluster.gpu_types[name]) for name in names},
-        objective=goal,
-        family=family,
-    )
-
-
-@cache
-def planned(fleet: str) -> Plan:
-    return solve_placement(posed(fleet))
-
-
-def never(_problem: PlacementProblem, _strategy: str, _budget: Budget) -> Plan:
-    raise NoPlanFoundError("not asked for")
+from tests.planner.use_cases.robustness.studied import FLEETS, never, planned, posed
 
 
 def studied(fleet: str, error: float, *, seed: int = 0, samples: int = 12) -> Robustness:
@@ -96,109 +55,6 @@ def studied(fleet: str, error: float, *, seed: int = 0, samples: int = 12) -> Ro
 
 
 # --- pricing
-
-
-@pytest.mark.parametrize("fleet", FLEETS)
-def test_the_own_profiles_give_what_the_plan_says(fleet: str) -> None:
-    plan, problem = planned(fleet), posed(fleet)
-    reach = FixedPlan(plan, problem).as_planned(problem.profiles)
-    assert reach.rate == pytest.approx(plan.result.value, rel=1e-9)
-    assert reach.ttft_s == pytest.approx(max(r.ttft_s for r in plan.replicas), rel=1e-9)
-    assert reach.tpot_s == pytest.approx(max(r.tpot_s for r in plan.replicas), rel=1e-9)
-
-
-@pytest.mark.parametrize("fleet", FLEETS)
-def test_doubling_all_times_halves_the_rate_and_doubles_latencies(fleet: str) -> None:
-    """Links have latencies that are in no profile: without them all times double."""
-    problem = posed(fleet)
-    network = replace(problem.cluster.network, default=replace(problem.cluster.network.default, latency_s=0.0))
-    groups = tuple(
-        replace(group, nic=None if group.nic is None else replace(group.nic, latency_s=0.0))
-        for group in problem.cluster.node_groups
-    )
-    problem = replace(problem, cluster=replace(problem.cluster, network=network, node_groups=groups))
-    fixed = FixedPlan(planned(fleet), problem)
-    once, twice = fixed.as_planned(problem.profiles), fixed.as_planned(scaled(problem.profiles, 2.0))
-    assert twice.rate == pytest.approx(once.rate / 2, rel=1e-9)
-    assert twice.ttft_s == pytest.approx(2 * once.ttft_s, rel=1e-9)
-    assert twice.tpot_s == pytest.approx(2 * once.tpot_s, rel=1e-9)
-
-
-def test_a_split_plan_serves_what_both_sides_and_the_links_between_zones_let_through() -> None:
-    """Prefill in the east, decode in both zones: on a slow link the west decodes what the link brings, no more."""
-    for between in (Link(bytes_per_s=4e8, latency_s=1e-3), Link(bytes_per_s=2e5, latency_s=1e-3)):
-        problem = test_check_roles.the_problem(between=between)
-        plan = test_check_roles.sound(problem)
-        prefill, east, west, unified = (replica.rate for replica in plan.replicas)
-        over_link = between.bytes_per_s / (120 * 6 * 2 * 256)  # requests/s; a prompt's KV has P L G kvb bytes
-        routed = min(prefill, east + min(west, over_link))
-        found = FixedPlan(plan, problem)
-        assert found.as_planned({}).rate == pytest.approx(plan.result.utilisation * (unified + routed))
-
-
-@pytest.mark.parametrize("fleet", FLEETS)
-def test_fits_of_other_models_change_nothing(fleet: str) -> None:
-    problem, plan = posed(fleet), planned(fleet)
-    foreign = {
-        gpu: replace(
-            profile,
-            fits=(*(replace(fit, scope=FitScope(model="another")) for fit in scaled_fits(profile)), *profile.fits),
-        )
-        for gpu, profile in problem.profiles.items()
-    }
-    kept = used_fits(foreign, problem.model, tp_sizes(plan, problem))
-    assert all(len(kept[gpu].fits) <= len(profile.fits) for gpu, profile in problem.profiles.items())
-    fixed = FixedPlan(plan, problem)
-    assert fixed.as_planned(kept) == fixed.as_planned(problem.profiles)
-
-
-def scaled_fits(profile: Profile) -> tuple[Fit, ...]:
-    return scaled({profile.gpu: profile}, 3.0)[profile.gpu].fits
-
-
-@pytest.mark.parametrize("fleet", FLEETS)
-def test_within_limits_a_plan_meets_them_or_serves_nothing(fleet: str) -> None:
-    problem, plan = posed(fleet), planned(fleet)
-    fixed = FixedPlan(plan, problem)
-    for factor in (0.5, 0.9, 1.0, 1.1, 1.5, 3.0, 100.0):
-        profiles = scaled(problem.profiles, factor)
-        reach, kept = fixed.within_limits(profiles), fixed.as_planned(profiles)
-        assert not reach.misses(problem.objective)
-        assert reach.rate >= kept.rate * (1 - 1e-9) or kept.misses(problem.objective)
-    assert reach.rate == 0.0  # a hundred times slower: no batch is within the limits
-
-
-def test_engine_settings_chosen_anew_are_the_best_of_all_that_fit() -> None:
-    problem, plan = posed("paper"), planned("paper")
-    slower = replace(problem, profiles=scaled(problem.profiles, 1.15)).at(plan.result.utilisation, plan.result.lanes)
-    fixed = FixedPlan(plan, problem)
-    assert fixed.as_planned(slower.profiles).misses(problem.objective), "or nothing would be chosen anew"
-    rederivation, (group,), best = Rederivation(slower), fixed.groups, 0.0
-    for b, m, c in itertools.product(
-        problem.family.micro_batches, problem.family.in_flight, problem.family.chunk_tokens
-    ):
-        derived = rederivation.of(replace(group.shape, micro_batch=b, in_flight=m, chunk_tokens=c))
-        is_allowed = m == 1 or m >= sum(stage.copies for stage in group.shape.stages)
-        reach = Performance(
-            rate=plan.result.utilisation * len(plan.replicas) * derived.rate,
-            ttft_s=derived.ttft_s(derived.t_s),
-            tpot_s=derived.t_s * derived.tpot_per_t,
-        )
-        if is_allowed and derived.fits and not reach.misses(problem.objective):
-            best = max(best, reach.rate)
-    assert fixed.within_limits(slower.profiles).rate == pytest.approx(best, rel=1e-9)
-
-
-@pytest.mark.parametrize("fleet", FLEETS)
-def test_a_few_engine_settings_do_nearly_as_well_as_all(fleet: str) -> None:
-    problem = posed(fleet)
-    fixed = FixedPlan(planned(fleet), problem)
-    near = fixed.near([scaled(problem.profiles, factor) for factor in (1.0, 1.2, 0.8)])
-    rng = np.random.default_rng(1)
-    for _ in range(5):
-        profiles = perturbed(problem.profiles, 0.2, rng)
-        some, every = near.within_limits(profiles).rate, fixed.within_limits(profiles).rate
-        assert 0.97 * every <= some <= every * (1 + 1e-9)
 
 
 # --- perturbing
@@ -429,82 +285,6 @@ def test_what_is_written_into_a_plan_is_read_again() -> None:
 
 
 # --- regions and origins
-
-
-def in_region(problem: PlacementProblem, op: Op, region: FitRegion) -> PlacementProblem:
-    profiles = {
-        gpu: replace(profile, fits=tuple(replace(fit, region=region) if fit.op is op else fit for fit in profile.fits))
-        for gpu, profile in problem.profiles.items()
-    }
-    return replace(problem, profiles=profiles)
-
-
-def test_a_plan_inside_every_region_needs_no_note() -> None:
-    wide = in_region(posed("paper"), Op.DENSE, FitRegion(tokens=(1, 100_000)))
-    assert outside_regions(planned("paper"), wide) == ()
-
-
-def test_a_fit_outside_its_region_is_named_with_both_numbers_once_per_gpu_and_operator() -> None:
-    plan, problem = planned("h100-p100"), posed("h100-p100")
-    batch = plan.replicas[0].micro_batch
-    narrow = in_region(problem, Op.DECODE_ATTENTION, FitRegion(batch=(1, 4), context_tokens=(1, 1e6)))
-    notes = outside_regions(plan, narrow)
-    assert notes == tuple(
-        f"outside the region of its fit: decode_attention of {gpu} at {batch} requests, measured 1 to 4"
-        for gpu in ("H100-SXM-80GB", "P100-PCIe-12GB")
-    )
-    assert outside_regions(plan, in_region(problem, Op.DENSE, FitRegion(tokens=(1, 8))))[0].endswith("measured 1 to 8")
-
-
-def test_drafts_are_among_the_tokens_of_an_iteration() -> None:
-    plan, problem = planned("h100-p100"), posed("h100-p100")
-    drafting = replace(problem, model=replace(problem.model, draft=DraftShape(tokens=3, acceptance=0.5)))
-    tokens = 4 * plan.replicas[0].micro_batch + plan.replicas[0].chunk_tokens
-    (note, *_) = outside_regions(plan, in_region(drafting, Op.DENSE, FitRegion(tokens=(1, 8))))
-    assert f" at {tokens:,} tokens, measured 1 to 8" in note
-
-
-def test_a_chunk_over_a_past_that_was_not_measured_is_named_with_the_past() -> None:
-    """The average chunk of Azure's conversations attends to a tokens on average, half of which are its own."""
-    plan, problem = planned("h100-p100"), posed("h100-p100")
-    moments = problem.workload.clipped_to(problem.model.max_position).moments(
-        block_tokens=problem.assumptions.block_tokens
-    )
-    past = moments.prefill_pairs / moments.mean_prompt - plan.replicas[0].chunk_tokens / 2
-    assert past > 10
-    (note,) = outside_regions(plan, in_region(problem, Op.PREFILL_ATTENTION, FitRegion(past_tokens=(0, 0))))
-    assert note == (
-        f"outside the region of its fit: prefill_attention of H100-SXM-80GB at {past:,.0f} earlier tokens "
-        "read per request, measured without any"
-    )
-    assert outside_regions(plan, in_region(problem, Op.PREFILL_ATTENTION, FitRegion(past_tokens=(0, 1e4)))) == ()
-
-
-def test_a_window_is_what_is_read_of_a_context() -> None:
-    plan, problem = planned("h100-p100"), posed("h100-p100")
-    windowed = replace(problem, model=replace(problem.model, sliding_window=64))
-    notes = outside_regions(plan, in_region(windowed, Op.DECODE_ATTENTION, FitRegion(context_tokens=(256, 4096))))
-    assert notes
-    assert all(" at 64 tokens read per request, measured 256 to 4,096" in note for note in notes)
-
-
-def test_kv_beyond_what_any_call_read_is_named_though_batch_and_context_are_inside() -> None:
-    plan, problem = planned("h100-p100"), posed("h100-p100")
-    region = FitRegion(batch=(1, 1e6), context_tokens=(1, 1e6), kv_bytes=(1, 1e5))
-    notes = outside_regions(plan, in_region(problem, Op.DECODE_ATTENTION, region))
-    assert len(notes) == 2
-    assert all("MB of KV, measured 1e-06 to 0.1" in note for note in notes)
-
-
-def test_kv_that_a_cache_served_is_named_once_per_gpu_though_smaller_kv_was_fitted() -> None:
-    """Regions of decode attention begin above the cache: a plan with a small batch has the note, and no warning."""
-    plan, problem = planned("h100-p100"), posed("h100-p100")
-    region = FitRegion(batch=(1, 1e6), context_tokens=(1, 1e6), kv_bytes=(1e12, 2e12))
-    notes = outside_regions(plan, in_region(problem, Op.DECODE_ATTENTION, region))
-    assert len(notes) == 2
-    for note, gpu in zip(notes, ("H100-SXM-80GB", "P100-PCIe-12GB"), strict=True):
-        assert note.startswith(f"outside the region of its fit: decode_attention of {gpu} at ")
-        assert note.endswith(" MB of KV, measured 1,000,000 to 2,000,000")
 
 
 def test_notes_name_the_origin_of_profiles() -> None:
