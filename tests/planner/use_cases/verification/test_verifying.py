@@ -22,7 +22,7 @@ from hetis.planner.report.figures import digits
 from hetis.planner.report.page.pages import ShownPlan, plans_page
 from hetis.planner.report.plan import render_plan
 from hetis.planner.use_cases.climbing import Climbed
-from hetis.planner.use_cases.place import simulated_plan
+from hetis.planner.use_cases.place import PosedPlacement, simulated_plan
 from hetis.planner.use_cases.placement_settings import PlacementSettings
 from hetis.planner.use_cases.record.parts import Verified
 from hetis.planner.use_cases.request import PlacementRequest
@@ -368,8 +368,8 @@ def test_a_time_limit_that_is_given_limits_the_simulation_too(
 ) -> None:
     asked = list[PlacementRequest]()
 
-    def finish(_terminal: object, request: PlacementRequest, *_: object) -> ExitCode:
-        asked.append(request)
+    def finish(_terminal: object, posed: PosedPlacement, *_: object) -> ExitCode:
+        asked.append(posed.request)
         return ExitCode.OK
 
     monkeypatch.setattr(placing_verb, "finish", finish)
