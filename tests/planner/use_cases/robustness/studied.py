@@ -22,7 +22,7 @@ FLEETS = ("paper", "h100-p100", "split")  # without and with attention workers; 
 def posed(fleet: str) -> PlacementProblem:
     cluster = load_cluster(EXAMPLES / f"{'h100-l4' if fleet == 'split' else fleet}.yaml")
     # Half of the settings that are tried: pricing tries all of them, again and again.
-    family = run_by(Family(micro_batches=MICRO_BATCHES[::2]), EngineRules(name="vllm-hetis"))
+    family = run_by(Family(micro_batches=MICRO_BATCHES[::2], roles=(Role.UNIFIED,)), EngineRules(name="vllm-hetis"))
     model, goal = load_model("Llama-2-70B"), Objective(ttft_limit_s=4.0)
     if fleet == "split":
         family, goal = replace(family, roles=(Role.PREFILL, Role.DECODE)), replace(goal, ttft_limit_s=30.0)
