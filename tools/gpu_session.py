@@ -24,8 +24,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.measuring.vllm_engine import TINY, write_model
-from benchmarks.vllm import ROOT, ROOTS
+from benchmarks.measuring.vllm_engine import write_model
+from benchmarks.vllm import ROOT, ROOTS, TINY
 
 LLAMA_8B = {  # without weights: vLLM makes the same random ones each time
     "architectures": ["LlamaForCausalLM"],

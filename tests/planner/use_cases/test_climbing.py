@@ -13,16 +13,17 @@ from pathlib import Path
 import pytest
 
 from hetis.planner.export.carrying import not_carried
+from hetis.planner.use_cases import climbing
 from hetis.planner.use_cases.climbing import Carriers, Climbed, climb, gain_of, gains_under_errors
 from hetis.planner.use_cases.place import pose, search
 from hetis.planner.use_cases.placement_settings import settings_of
 from hetis.planner.use_cases.record.forms import RungFound
 from hetis.planner.use_cases.request import PlacementRequest
-from hetis.solver.advice import worst_node
+from hetis.solver.advice import Loss, worst_loss, worst_node
 from hetis.solver.budget import Budget, silent
 from hetis.solver.errors import InfeasibleError
 from hetis.solver.placement.rungs import RUNGS, Known, lowest_rung
-from hetis.solver.plan import Plan
+from hetis.solver.plan import Plan, Role
 from hetis.solver.problem import PlacementProblem
 
 TARGETS = ("vllm", "llm-d")
@@ -105,6 +106,20 @@ def test_a_gain_must_hold_under_the_profiles_errors() -> None:
     assert gains[2] < between < gain_of(made.plan, node)
     assert climbed(worth=between).rung != "apart"
     assert list(gains_under_errors(node, node, made.problem)) == pytest.approx([0.0] * len(gains))
+
+
+def test_a_rung_whose_worst_loss_takes_more_than_half_is_not_the_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    def two_fifths(plan: Plan, problem: PlacementProblem, place: str) -> Loss | None:
+        lost = worst_loss(plan, problem, place)
+        is_unified = all(one.role is Role.UNIFIED for one in plan.replicas)
+        return lost if lost is None or is_unified else replace(lost, rate=0.4 * lost.whole)
+
+    monkeypatch.setattr(climbing, "worst_loss", two_fifths)
+    made = climbed.__wrapped__()
+    apart, node = by_name(made)["apart"], by_name(made)["node"]
+    assert apart.left_share == pytest.approx(0.4)
+    assert (apart.left_rps or 0.0) > (node.left_rps or 0.0) > 0.0
+    assert made.rung == "node"
 
 
 def test_a_rung_that_no_target_carries_is_not_the_default() -> None:

@@ -150,9 +150,9 @@ def test_the_host_waits_for_nothing_while_all_groups_are_here() -> None:
 @pytest.mark.skipif(find_spec("triton") is None, reason="NOT TESTED: Triton is not installed (extra dev)")
 def test_the_kernel_gathers_the_same() -> None:
     """In Triton's interpreter, which must be enabled before Triton is imported."""
-    command = [sys.executable, "-m", "tests.runtime.vllm.test_step_tensors"]
+    command = [sys.executable, "-m", "tests.runtime.vllm.rank.test_step_tensors"]
     environment = os.environ | {"TRITON_INTERPRET": "1"}
-    root = Path(__file__).parents[3]
+    root = Path(__file__).parents[4]
     done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (0, "the same\n"), done.stderr
 

@@ -21,7 +21,7 @@ from hetis.runtime.vllm.head_map import LayerCall, attend_directly
 from hetis.runtime.vllm.steps import LOCAL, Admitted, GroupMove, MoveStep, StepPlan
 from hetis.runtime.vllm.workers import ConnectedWorkers
 from tests.runtime.vllm.paced import FakeClock
-from tests.runtime.vllm.rank_world import (
+from tests.runtime.vllm.rank.rank_world import (
     DIM,
     GROUPS,
     LAYERS,
