@@ -142,7 +142,10 @@ def _solved(
     chosen = [(with_fewest_in_flight(tables, template), count) for template, count in serving.chosen]
     templates = [template for template, count in chosen for _ in range(count)]
     layouts = [layout for template, count in serving.chosen for layout in _layouts(serving, template, count)]
-    bound_stages = bind(tables, templates, seed=settings.seed, budget=settings.budget, spreads=spreads, layouts=layouts)
+    roles = [tables.mixes[template.mix].role for template in templates]
+    bound_stages = bind(
+        tables, templates, seed=settings.seed, budget=settings.budget, spreads=spreads, layouts=layouts, roles=roles
+    )
     plan = plan_of(tables, settings.strategy, serving, templates, bound_stages, settings.budget, spreads=kv_spreads)
     plan = replace(plan, result=replace(plan.result, queued_ttft_s=keeps.ttft_s))
     plan = _with_seats(plan, [keeps.seats.get(template, 0) for template in templates])
