@@ -57,7 +57,7 @@ SETTINGS = PlacementSettings(engine=engine_rules("vllm", DEFAULT_STRATEGY, max_s
 SHARE = 0.75  # of the pool's goodput, that the highest rate takes
 UTILISATIONS = (0.8,)
 MORNING_S = 6 * 3600.0, 11 * 3600.0
-REPLICAS, REPORTED_S = 1000, 3600.0
+REPLICAS, REPORTED_S = 1000, 600.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

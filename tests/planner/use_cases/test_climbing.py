@@ -13,16 +13,17 @@ from pathlib import Path
 import pytest
 
 from hetis.planner.export.carrying import not_carried
+from hetis.planner.use_cases import climbing
 from hetis.planner.use_cases.climbing import Carriers, Climbed, climb, gain_of, gains_under_errors
 from hetis.planner.use_cases.place import pose, search
 from hetis.planner.use_cases.placement_settings import settings_of
 from hetis.planner.use_cases.record.forms import RungFound
 from hetis.planner.use_cases.request import PlacementRequest
-from hetis.solver.advice import worst_node
+from hetis.solver.advice import Loss, worst_loss, worst_node
 from hetis.solver.budget import Budget, silent
 from hetis.solver.errors import InfeasibleError
 from hetis.solver.placement.rungs import RUNGS, Known, lowest_rung
-from hetis.solver.plan import Plan
+from hetis.solver.plan import Plan, Role
 from hetis.solver.problem import PlacementProblem
 
 TARGETS = ("vllm", "llm-d")
@@ -107,6 +108,20 @@ def test_a_gain_must_hold_under_the_profiles_errors() -> None:
     assert list(gains_under_errors(node, node, made.problem)) == pytest.approx([0.0] * len(gains))
 
 
+def test_a_rung_whose_worst_loss_takes_more_than_half_is_not_the_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    def two_fifths(plan: Plan, problem: PlacementProblem, place: str) -> Loss | None:
+        lost = worst_loss(plan, problem, place)
+        is_unified = all(one.role is Role.UNIFIED for one in plan.replicas)
+        return lost if lost is None or is_unified else replace(lost, rate=0.4 * lost.whole)
+
+    monkeypatch.setattr(climbing, "worst_loss", two_fifths)
+    made = climbed.__wrapped__()
+    apart, node = by_name(made)["apart"], by_name(made)["node"]
+    assert apart.left_share == pytest.approx(0.4)
+    assert (apart.left_rps or 0.0) > (node.left_rps or 0.0) > 0.0
+    assert made.rung == "node"
+
+
 def test_a_rung_that_no_target_carries_is_not_the_default() -> None:
     made = climbed(carriers=only_whole_nodes)
     assert made.rung == "node"
@@ -127,6 +142,11 @@ def test_a_requested_rung_has_the_best_plan_up_to_it(name: str) -> None:
     assert RUNGS[made.rung].max_nodes == RUNGS[name].max_nodes
     assert all(map(RUNGS[name].allows, made.plan.replicas))
     assert made.plan.result.value == by_name(climbed())[name].value
+
+
+def test_a_higher_rung_keeps_no_less_than_the_one_below() -> None:
+    kept = [one.value for one in climbed(workload="azure_conv_2023").rungs if one.value is not None]
+    assert kept == sorted(kept)
 
 
 def test_stages_of_few_layers_are_refused_unless_nothing_else_fits() -> None:

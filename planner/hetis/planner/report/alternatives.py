@@ -9,9 +9,8 @@ from collections.abc import Callable, Sequence
 from rich.text import Text
 
 from hetis.planner.report.blocks import Cell, Column, Grid, grid_of
-from hetis.planner.report.figures import digits, percent, plural, seconds, with_unit
-from hetis.planner.report.promises import LITTLE_LEFT
-from hetis.planner.use_cases.record.forms import RungFound
+from hetis.planner.report.figures import digits, percent, percent_at_least, plural, seconds, with_unit
+from hetis.planner.use_cases.record.forms import LITTLE_LEFT, RungFound
 from hetis.planner.use_cases.record.parts import Classes, Requested, Rungs, Surviving
 from hetis.solver.placement.rungs import RUNGS
 from hetis.solver.plan import Plan, RunnerUp
@@ -42,7 +41,7 @@ def rung_grid(plan: Plan, *, on_page: bool = False) -> Grid | None:
         return Text(words, style="dim") if words else digits(one.rate_rps or 0.0, 4)
 
     def left(one: RungFound) -> Text:
-        return Text(percent(left_share(one)), style="red" if left_share(one) < LITTLE_LEFT else "")
+        return Text(percent_at_least(one.left_share), style="red" if one.left_share < LITTLE_LEFT else "")
 
     def if_new(head: str, cell: Callable[[RungFound], Cell]) -> Column[RungFound]:
         return head, lambda one: "" if _nothing_new(one, found) else cell(one)
@@ -62,7 +61,7 @@ def rung_grid(plan: Plan, *, on_page: bool = False) -> Grid | None:
         intro="The best plan of each: replicas in one node, layers over nodes, prefill and decode apart, workers.",
         note=other_rungs(found, plan),
         strong=chosen,
-        bad=[n for n, one in enumerate(found) if n != chosen and one.rate_rps and left_share(one) < LITTLE_LEFT],
+        bad=[n for n, one in enumerate(found) if n != chosen and one.rate_rps and one.left_share < LITTLE_LEFT],
         least=("shapes", "USD/h", "carried by"),
     )
 
@@ -83,11 +82,6 @@ def _targets(one: RungFound, most: int) -> str:
     return ", ".join(one.targets) or "no export"
 
 
-def left_share(one: RungFound) -> float:
-    """Return the share of its rate that a rung's plan keeps without the worst node."""
-    return (one.left_rps or 0.0) / one.rate_rps if one.rate_rps else 0.0
-
-
 def other_rungs(found: Sequence[RungFound], plan: Plan) -> str:
     """Return what the next rung with a better plan would buy and cost, and what the next simpler one would."""
     names = [one.name for one in found]
@@ -105,7 +99,7 @@ def _other_rung(mine: RungFound, other: RungFound, plan: Plan) -> str:
     else:
         gain = f"{with_unit(value, unit)} instead of {digits(own, 4)}"
     over = f" over up to {plural(other.nodes, 'node')} each" if other.nodes and other.nodes > 1 else ""
-    left = f"left after a loss {percent(left_share(mine))} -> {percent(left_share(other))}"
+    left = f"left after a loss {percent_at_least(mine.left_share)} -> {percent_at_least(other.left_share)}"
     return f"--rung {other.name}: {gain} with {rung.summary}{over}; {left}; needs {rung.needs}"
 
 

@@ -13,7 +13,7 @@ from hetis.planner.report.figures import digits, percent, percent_at_least, perc
 from hetis.planner.report.replica import known_model
 from hetis.planner.report.tables import SimulatedWords, SimulationRemarks, kept_words, missed_words
 from hetis.planner.use_cases.compare import kept_of
-from hetis.planner.use_cases.record.forms import EngineValue, Predicted
+from hetis.planner.use_cases.record.forms import LITTLE_LEFT, EngineValue, Predicted
 from hetis.planner.use_cases.record.parts import (
     EqualStages,
     Losses,
@@ -27,7 +27,6 @@ from hetis.planner.use_cases.service_level import DEFAULT, Latency, limits_of
 from hetis.planner.use_cases.verification.outcome import MISSES_AT, OUT_OF_TIME, attained, misses, stopped_simulation_of
 from hetis.solver.plan import ObjectiveKind, Plan, Role, Status
 
-LITTLE_LEFT = 0.5  # share below which what a loss leaves is red
 SAME_RATE = 1e-6  # relative difference of two rates that rounding may cause
 PROVED = 0.005  # relative difference of a bound from another engine's value up to which it is not mentioned
 NEARLY = 0.95  # share of the slowest replica's latency from which another replica counts as equally slow

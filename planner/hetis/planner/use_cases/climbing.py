@@ -1,7 +1,8 @@
 """Climbing rungs: the best plan of each rung, each with its own bound, and the rung whose complexity is worth it.
 
 A rung above another is chosen by default only if its plan gains at least a share of what is kept, also under errors of
-the profiles (the same draws for both plans), if no less is left without the worst node, and if an export carries it.
+the profiles (the same draws for both plans), if no less is left without the worst node, nor less than half of its
+service, and if an export carries it.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import numpy as np
 
 from hetis.planner.use_cases.grouping import group_replicas, shapes_of
 from hetis.planner.use_cases.prices import price_of_plan
-from hetis.planner.use_cases.record.forms import RungFound
+from hetis.planner.use_cases.record.forms import LITTLE_LEFT, RungFound
 from hetis.planner.use_cases.record.parts import Verified
 from hetis.planner.use_cases.robustness.fixed_plan import FixedPlan
 from hetis.planner.use_cases.robustness.profile_errors import scaled_by, tp_sizes, used_fits
@@ -208,6 +209,8 @@ class _Rungs:
         if self._how.by_what_is_left and plan.objective.maximises and other.left_rps:
             gain = (row.left_rps or 0.0) / other.left_rps - 1.0
         if gain < self._how.worth or (row.left_rps or 0.0) < (other.left_rps or 0.0) * (1.0 - SAME):
+            return False
+        if not self._how.by_what_is_left and row.left_share < min(LITTLE_LEFT, other.left_share * (1.0 - SAME)):
             return False
         gains = gains_under_errors(plan, simpler, replace(self._problem, objective=plan.objective))
         too_small = (number for number, gain in enumerate(gains) if gain < self._how.worth)

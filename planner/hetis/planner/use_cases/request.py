@@ -195,7 +195,7 @@ class PlacementRequest:
     worth: BelowOne = _search(
         "--worth SHARE: "
         "What a higher rung must gain to be the default: more requests/s, or the demand for less, also under the "
-        "profiles' errors, with no less left without the worst node.",
+        "profiles' errors, with no less left without the worst node, nor less than half of its service.",
         "10%",
     )
     target: Literal["", Target] = _search(

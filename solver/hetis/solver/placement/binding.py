@@ -22,10 +22,12 @@ from hetis.solver.cluster import NodeGroup
 from hetis.solver.errors import UnboundPlanError
 from hetis.solver.highs import linear_program, quiet_highs
 from hetis.solver.placement.fleet import DeviceClass, IntArray
+from hetis.solver.placement.losses.spreading import ClassNode, Piece, Rates, spread_out
 from hetis.solver.placement.nodes import pack, pack_within
 from hetis.solver.placement.replicas.kinds import Layout, kind_of, shared_places
 from hetis.solver.placement.replicas.tables import CostTables
 from hetis.solver.placement.replicas.template import Template
+from hetis.solver.plan import Role
 
 # Time limits only guard: nodes of the search trees end these programs, so that equal parts are bound alike everywhere.
 PACKING_S, PACKING_SHARE = 20.0, 0.1  # minimum seconds for a class, and its share of the time left
@@ -55,13 +57,13 @@ class BoundStage:
 
 def bind(
     costs: CostTables, templates: Sequence[Template], *, seed: int = 0, budget: Budget | None = None,
-    spreads: bool = False, layouts: Sequence[Layout] = (),
+    spreads: bool = False, layouts: Sequence[Layout] = (), roles: Sequence[Role] = (),
 ) -> list[list[BoundStage]]:  # fmt: skip
     """Return named GPUs for every stage of every template, in order; first fit if the budget leaves no time.
 
-    If it ``spreads``, replicas have the nodes of their ``layouts``, if any, and the loss of a node takes as few
-    requests/s as possible: of the nodes with room, any other replica goes to the one whose replicas have the least
-    rate.
+    With the ``roles`` of the templates, replicas are exchanged between nodes such that the worst loss of one takes
+    less; no replica has more nodes than before. If it ``spreads``, replicas may have more of them: those of their
+    ``layouts``, if any, and any other goes, of the nodes with room, to the one whose replicas have the least rate.
 
     Raises:
         UnboundPlanError: the templates do not fit in the fleet's nodes.
@@ -76,12 +78,34 @@ def bind(
         nodes = _within(costs, templates, parts, most_nodes, seed)
     else:
         nodes = _on_few_nodes(costs, parts, seed, budget)
+    if roles and nodes is not spread:
+        nodes = _exchanged(costs, parts, nodes, Rates([template.rate for template in templates], roles))
     names = _Names(costs)
     bound = [[BoundStage() for _ in template.stages] for template in templates]
     for part, node in zip(parts, nodes, strict=True):
         stage = bound[part.replica][part.stage]
         (stage.workers if part.is_worker else stage.devices).extend(names.take(part.device_class, node, part.size))
     return bound
+
+
+def _exchanged(costs: CostTables, parts: Sequence[BoundPart], nodes: Sequence[int], rates: Rates) -> list[int]:
+    """Return a node for every part after exchanges in classes that have their nodes to themselves."""
+    found = list(nodes)
+    for device_class in _alone(costs):
+        c = costs.classes[device_class]
+        members = defaultdict[tuple[int, int], list[int]](list)  # the parts of a replica in a node
+        for i, part in enumerate(parts):
+            if part.device_class == device_class:
+                members[nodes[i], part.replica].append(i)
+        held = [ClassNode(c.gpus_per_node) for _ in range(c.num_nodes)]
+        for (node, replica), own in members.items():
+            size = sum(parts[i].size for i in own)
+            held[node].free -= size
+            held[node].pieces[replica] = Piece(size, tuple(own))
+        for node, after in enumerate(spread_out(held, rates)):
+            for i in (i for piece in after.pieces.values() for i in piece.parts):
+                found[i] = node
+    return found
 
 
 def _most_nodes(costs: CostTables, parts: Sequence[BoundPart], nodes: Sequence[int]) -> int:
@@ -161,16 +185,22 @@ def _parts_of(costs: CostTables, replica: int, template: Template) -> Iterable[B
             yield BoundPart(replica, index, True, stage.pool_class, 1)
 
 
+def _alone(costs: CostTables) -> list[int]:
+    """Return the classes whose nodes have no GPUs of another class."""
+    classes_of = Counter(group.name for c in costs.classes for group in c.groups)
+    return [k for k, c in enumerate(costs.classes) if all(classes_of[group.name] == 1 for group in c.groups)]
+
+
 def _packed(costs: CostTables, parts: Sequence[BoundPart], nodes: list[int], seed: int, budget: Budget) -> set[int]:
     """Move parts to the fewest nodes, for classes that have their nodes to themselves; return those that succeeded."""
-    classes_of = Counter(group.name for c in costs.classes for group in c.groups)
     done = set[int]()
-    for device_class, c in enumerate(costs.classes):
+    for device_class in _alone(costs):
+        c = costs.classes[device_class]
         members = defaultdict[int, list[int]](list)
         for i, part in enumerate(parts):
             if part.device_class == device_class:
                 members[part.replica].append(i)
-        if not members or budget.is_spent() or any(classes_of[group.name] > 1 for group in c.groups):
+        if not members or budget.is_spent():
             continue
         packing = pack(
             [[parts[i].size for i in mine] for mine in members.values()],

@@ -20,8 +20,7 @@ from hetis.solver.placement.fleet import FloatArray, class_prices
 from hetis.solver.placement.infeasible import Market, infeasible
 from hetis.solver.placement.losses.survival import Survive, search_surviving
 from hetis.solver.placement.master import demanded_rate, row_costs_of
-from hetis.solver.placement.optimum import Beyond
-from hetis.solver.placement.outcome import Outcome, is_out_of_reach
+from hetis.solver.placement.outcome import Beyond, Outcome, is_out_of_reach
 from hetis.solver.placement.replicas.kinds import Layout
 from hetis.solver.placement.replicas.stage_cost import state_on_rank
 from hetis.solver.placement.replicas.tables import CostTables
@@ -142,7 +141,10 @@ def _solved(
     chosen = [(with_fewest_in_flight(tables, template), count) for template, count in serving.chosen]
     templates = [template for template, count in chosen for _ in range(count)]
     layouts = [layout for template, count in serving.chosen for layout in _layouts(serving, template, count)]
-    bound_stages = bind(tables, templates, seed=settings.seed, budget=settings.budget, spreads=spreads, layouts=layouts)
+    roles = [tables.mixes[template.mix].role for template in templates]
+    bound_stages = bind(
+        tables, templates, seed=settings.seed, budget=settings.budget, spreads=spreads, layouts=layouts, roles=roles
+    )
     plan = plan_of(tables, settings.strategy, serving, templates, bound_stages, settings.budget, spreads=kv_spreads)
     plan = replace(plan, result=replace(plan.result, queued_ttft_s=keeps.ttft_s))
     plan = _with_seats(plan, [keeps.seats.get(template, 0) for template in templates])

@@ -16,6 +16,8 @@ from hetis.planner.use_cases.robustness.profile_errors import (
 )
 from hetis.solver.check.rederive import Rederivation
 from hetis.solver.cluster import Link
+from hetis.solver.plan import Role
+from hetis.solver.planning import solve_placement
 from hetis.solver.profile import Fit, FitScope, Profile
 from tests.models import replace
 from tests.planner.use_cases.robustness.studied import FLEETS, planned, posed
@@ -93,7 +95,8 @@ def test_within_limits_a_plan_meets_them_or_serves_nothing(fleet: str) -> None:
 
 
 def test_engine_settings_chosen_anew_are_the_best_of_all_that_fit() -> None:
-    problem, plan = posed("paper"), planned("paper")
+    problem = replace(posed("paper"), family=replace(posed("paper").family, roles=(Role.UNIFIED,)))
+    plan = solve_placement(problem)  # two equal replicas
     slower = replace(problem, profiles=scaled(problem.profiles, 1.15)).at(plan.result.utilisation, plan.result.lanes)
     fixed = FixedPlan(plan, problem)
     assert fixed.as_planned(slower.profiles).misses(problem.objective), "or nothing would be chosen anew"

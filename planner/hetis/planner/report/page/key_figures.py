@@ -11,6 +11,7 @@ from hetis.planner.report.blocks import Bar, Scale, Tile
 from hetis.planner.report.figures import digits, percent, percent_at_least, plural, seconds, with_unit
 from hetis.planner.use_cases.compare import cost_rate, figures_of
 from hetis.planner.use_cases.prices import price_of_idle
+from hetis.planner.use_cases.record.forms import LITTLE_LEFT
 from hetis.planner.use_cases.record.parts import EqualStages, Losses, Verified
 from hetis.planner.use_cases.verification.outcome import limited_latencies
 from hetis.solver.plan import ObjectiveKind, Plan
@@ -49,7 +50,7 @@ def key_tiles(plan: Plan, problem: PlacementProblem) -> Iterator[Tile]:
         value, unit = (
             (percent_at_least(loss.share), "at least still served") if loss.rate else ("nothing", "still served")
         )
-        tone = "bad" if loss.share < promises.LITTLE_LEFT else ""
+        tone = "bad" if loss.share < LITTLE_LEFT else ""
         yield Tile(f"After losing any one {place}", value, unit, f"worst: {loss.name}", tone)
 
 

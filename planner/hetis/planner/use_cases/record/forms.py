@@ -277,6 +277,9 @@ class Verification:
         return self.tpot_mean_s if self.tpot_s is None else self.tpot_s
 
 
+LITTLE_LEFT = 0.5  # share of its service that a loss has to leave: less is red, and not a default
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RungFound:
     """What the best plan of a rung reaches.
@@ -313,6 +316,11 @@ class RungFound:
     def __post_init__(self) -> None:
         if not self.why_not and None in (self.value, self.rate_rps, self.gpus, self.left_rps):
             raise ValueError(f"rung {self.name} has neither figures nor a reason for having none")
+
+    @property
+    def left_share(self) -> float:
+        """Return the share of its rate that the plan keeps without the worst node."""
+        return (self.left_rps or 0.0) / self.rate_rps if self.rate_rps else 0.0
 
 
 # --- pools of classes of requests
