@@ -197,19 +197,13 @@ class ReplicaRun:
 
     def wake(self, now_s: float) -> None:
         """Have idle micro-batches check for work again, if there is any that they could start."""
-        if self._idle:
-            for index in sorted(self._idle):
-                if index in self._idle and self._has_work():
-                    self.form(now_s, self.batches[index])
+        for index in sorted(self._idle):
+            if index in self._idle and self._has_work():
+                self.form(now_s, self.batches[index])
 
     def _has_work(self) -> bool:
         """Return whether a prompt waits or is under way; what else an idle micro-batch gets, it starts at once."""
-        if self.queue or self.outside.always_has_requests:
-            return True
-        for batch in self.batches:  # noqa: SIM110 (any() takes twice as long, and this is called at every event)
-            if batch.prefilling:
-                return True
-        return False
+        return bool(self.queue) or self.outside.always_has_requests or any(one.prefilling for one in self.batches)
 
     def set_idle(self, batch: MicroBatch) -> None:
         """Mark a micro-batch as having no iteration under way."""

@@ -125,3 +125,10 @@ def test_chance_is_no_error_of_a_steady_rate_and_demand_still_is() -> None:
     ]
     assert over[0] < 0.06
     assert over[1] > 0.2
+
+
+def test_the_start_of_a_service_does_not_widen_the_first_forecasts() -> None:
+    minutes = np.array([0.0, 0.1, 2.0, *[12.0] * 20])
+    for known in range(5, len(minutes) + 1):
+        found = forecast(History(end_s=0.0, rates=minutes[:known], bin_s=MINUTE_S), 120.0, 0.95)
+        assert found.high_rps < 1.5 * 12

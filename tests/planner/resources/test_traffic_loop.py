@@ -17,6 +17,7 @@ from hetis.planner.fleet.views import Clock
 from hetis.planner.loop.decision import Decision, LoopSettings, Verdict
 from hetis.planner.loop.drift import Expected
 from hetis.planner.resources.traffic_loop import JUDGED_S, SETTLE_S, STEP_S, TrafficLoop
+from hetis.planner.use_cases.robustness.fixed_plan import structure_of
 from hetis.planner.use_cases.saved_plans import PlanAndProblem
 from hetis.planner.use_cases.sources import Inputs
 from hetis.solver.plan import Plan
@@ -204,7 +205,8 @@ async def test_it_asks_every_few_minutes_and_forgets_what_earlier_leaders_propos
     decision = world.loop.decision_of(CLUSTER)
     assert decision is not None
     assert decision.reason == "Nothing to gain."
-    assert [(one.desired, one.in_force) for one in decision.desired] == [(2, 2)]
+    wanted = {one.shape: (one.desired, one.in_force) for one in decision.desired}
+    assert wanted == {shape: (count, count) for shape, count in structure_of(planned("paper")).items()}
 
 
 async def test_traffic_that_doubles_is_noticed_within_a_minute(monkeypatch: pytest.MonkeyPatch) -> None:

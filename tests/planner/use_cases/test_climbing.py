@@ -144,6 +144,11 @@ def test_a_requested_rung_has_the_best_plan_up_to_it(name: str) -> None:
     assert made.plan.result.value == by_name(climbed())[name].value
 
 
+def test_a_higher_rung_keeps_no_less_than_the_one_below() -> None:
+    kept = [one.value for one in climbed(workload="azure_conv_2023").rungs if one.value is not None]
+    assert kept == sorted(kept)
+
+
 def test_stages_of_few_layers_are_refused_unless_nothing_else_fits() -> None:
     strict = climbed(workload="azure_conv_2023", rung="apart").plan
     freely = climbed(workload="azure_conv_2023", rung="apart", min_layers=1).plan

@@ -13,6 +13,7 @@ from hetis.solver.check.rederive import Rederivation
 from hetis.solver.check.replica_shapes import Fleet, replica_shape
 from hetis.solver.check.waiting import request_queue
 from hetis.solver.placement.families import run_by
+from hetis.solver.placement.rungs import Known
 from hetis.solver.plan import Lanes, Objective, ObjectiveKind, Plan, StagePlan
 from hetis.solver.planning import solve_placement
 from hetis.solver.problem import Assumptions, EngineRules, Family, PlacementProblem
@@ -114,6 +115,19 @@ def test_looser_limits_and_more_gpus_keep_no_less(limit_s: float, workload: int,
     here = bound(limit_s, num_gpus)
     assert bound(2 * limit_s, num_gpus) >= here * (1 - 1e-6)
     assert bound(limit_s, num_gpus + 1) >= here * (1 - 1e-6)
+
+
+def test_a_known_plan_of_a_smaller_family_is_the_answer_unless_more_is_kept() -> None:
+    problem = one_stage(0.05)
+    poorer = replace(problem, family=replace(problem.family, micro_batches=(1, 2)))
+    little, best = solve_placement(poorer), solve_placement(problem)
+    assert little.result.value < best.result.value
+    beaten = solve_placement(problem, known=Known(little, poorer.family))
+    assert (beaten.result.value, beaten.replicas) == (best.result.value, best.replicas)
+    again = solve_placement(problem, known=Known(best, poorer.family))
+    assert again.replicas == best.replicas
+    assert again.result.value == best.result.value <= again.result.bound == pytest.approx(best.result.bound)
+    assert not check_plan(again, problem)
 
 
 def test_bursts_keep_less_of_a_tight_limit() -> None:

@@ -270,10 +270,11 @@ def _came(rates: FloatArray, ahead: int) -> tuple[FloatArray, FloatArray]:
 def _quantile(errors: FloatArray, coverage: float) -> float:
     """Return what the next error is at most, with probability ``coverage``, as far as it is like these."""
     n = len(errors)
-    if (rank := math.ceil((n + 1) * coverage)) <= n:
+    if n >= 2 * LEAST_ERRORS and (rank := math.ceil((n + 1) * coverage)) <= n:
         return float(np.sort(errors)[rank - 1])
     weight, spread = PRIOR
-    variance = (weight * spread**2 + float(errors @ errors)) / (weight + n)
+    usual = np.clip(errors, -2 * spread, 2 * spread)  # a service's start is none of its usual changes
+    variance = (weight * spread**2 + float(usual @ usual)) / (weight + n)
     return NormalDist().inv_cdf(coverage) * math.sqrt(variance)
 
 

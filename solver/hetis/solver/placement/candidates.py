@@ -20,22 +20,24 @@ from hetis.solver.placement.constraint_rows import Pins
 from hetis.solver.placement.fleet import IntArray
 from hetis.solver.placement.replicas.kinds import Kind, kind_of_parts, shared_places
 from hetis.solver.placement.replicas.pipelines import (
+    best_splits,
+    least_layers,
+    least_nodes,
+    shapes_of,
+    shortest_with,
+    template_of_pipeline,
+    workers_of,
+)
+from hetis.solver.placement.replicas.stage_times import (
     FreeTimes,
     MixSweep,
     Shape,
     StageTimes,
     Workers,
-    best_splits,
     chunk_caps,
     free_times,
-    least_layers,
-    least_nodes,
-    shapes_of,
-    shortest_with,
     stage_times,
     sweep_of,
-    template_of_pipeline,
-    workers_of,
 )
 from hetis.solver.placement.replicas.tables import BoolArray, CostTables, FloatArray
 from hetis.solver.placement.replicas.template import Template

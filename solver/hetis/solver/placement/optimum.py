@@ -19,7 +19,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import NamedTuple
 
 import numpy as np
 
@@ -32,24 +31,10 @@ from hetis.solver.placement.losses.loss_rows import Within
 from hetis.solver.placement.losses.simplicity import simplest
 from hetis.solver.placement.master import UNDECIDED, LpSolution, Master, MilpSolution, settled
 from hetis.solver.placement.nodes import NodeProgram, counts_of_kinds
-from hetis.solver.placement.outcome import Outcome, rate_bound, relative_gap, sound_bound
+from hetis.solver.placement.outcome import ANY, Beyond, Outcome, rate_bound, relative_gap, sound_bound
 from hetis.solver.placement.policy import POLICY, RELAXATION_TOLERANCE, Attempt
 from hetis.solver.placement.replicas.tables import BoolArray, CostTables, FloatArray
 from hetis.solver.placement.replicas.template import Template
-
-
-class Beyond(NamedTuple):
-    """What a plan must exceed to be of use: a saturated rate that serves as much as a known plan keeps.
-
-    If workers are all that the family adds to that of the known plan (``adds_workers``), its search found what is
-    served without any, and the relaxation must have some.
-    """
-
-    rate: float = 0.0
-    adds_workers: bool = False
-
-
-ANY = Beyond()
 
 
 def search_enumerated(
@@ -117,7 +102,7 @@ class _Search:
         engine = self.costs.problem.family.engine
         self._relax(chooses=not beyond.rate)
         if beyond.rate:
-            if self.is_complete and (self.bound <= beyond.rate or (beyond.adds_workers and not self._uses_workers())):
+            if self.is_complete and (self.bound <= beyond.rate or beyond.adds_workers > self._uses_workers()):
                 return None
             self._choose_relaxed()
         if engine is not None and engine.max_nodes is not None:
@@ -129,11 +114,10 @@ class _Search:
 
     def _uses_workers(self) -> bool:
         """Return whether the relaxation has replicas with attention workers."""
-        used = () if self.relaxed is None else np.flatnonzero(self.relaxed.counts > 0.0)
-        return any(self.enumerated.has_workers(int(column)) for column in used)
+        used = [] if self.relaxed is None else np.flatnonzero(self.relaxed.counts > 0.0).tolist()
+        return any(map(self.enumerated.has_workers, used))
 
     def relaxed_bound(self) -> float:
-        """Solve the relaxation alone, and return its bound."""
         self._relax(chooses=False)
         return self.bound
 
@@ -165,10 +149,9 @@ class _Search:
         self.enumerated.list_first(self.costs, self.budget)
         for number in range(self.policy.most_rounds):
             lp = self._solve_relaxation()
-            if number == 0 and chooses:
+            if number == 0 and chooses and not self.enumerated.is_prepared:
                 self._round_down()
-                if not self.enumerated.is_prepared:
-                    self._choose(self.policy.begins)
+                self._choose(self.policy.begins)
             if self.budget.is_spent():
                 break
             if self.enumerated.list_improving(None if lp is None else self._prices(lp), self.budget):

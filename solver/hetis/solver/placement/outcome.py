@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 
@@ -75,6 +76,20 @@ class Outcome:
     layouts: Mapping[Template, Sequence[Layout]] = field(default_factory=dict)  # of each one's replicas, if chosen
     simplicity: Simplicity | None = None
     best_value: float | None = None  # if a simpler outcome replaced the best
+
+
+class Beyond(NamedTuple):
+    """What a plan must exceed to be of use: a saturated rate that serves as much as a known plan keeps.
+
+    If workers are all that the family adds to that of the known plan (``adds_workers``), its search found what is
+    served without any, and the relaxation must have some.
+    """
+
+    rate: float = 0.0
+    adds_workers: bool = False
+
+
+ANY = Beyond()
 
 
 # --- bounds from dense work

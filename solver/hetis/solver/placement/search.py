@@ -10,8 +10,8 @@ from hetis.solver.errors import NoPlanFoundError
 from hetis.solver.placement.columns import columns_of, distinct
 from hetis.solver.placement.master import UNDECIDED, Master, master_of
 from hetis.solver.placement.nodes import NodeProgram, counts_of_kinds
-from hetis.solver.placement.optimum import ANY, Beyond, bound_enumerated, search_enumerated
-from hetis.solver.placement.outcome import Outcome, rate_bound, sound_bound
+from hetis.solver.placement.optimum import bound_enumerated, search_enumerated
+from hetis.solver.placement.outcome import ANY, Beyond, Outcome, rate_bound, sound_bound
 from hetis.solver.placement.replicas.equal_stages import uniform_templates
 from hetis.solver.placement.replicas.kinds import kind_of
 from hetis.solver.placement.replicas.tables import CostTables

@@ -20,8 +20,7 @@ from hetis.solver.placement.fleet import FloatArray, class_prices
 from hetis.solver.placement.infeasible import Market, infeasible
 from hetis.solver.placement.losses.survival import Survive, search_surviving
 from hetis.solver.placement.master import demanded_rate, row_costs_of
-from hetis.solver.placement.optimum import Beyond
-from hetis.solver.placement.outcome import Outcome, is_out_of_reach
+from hetis.solver.placement.outcome import Beyond, Outcome, is_out_of_reach
 from hetis.solver.placement.replicas.kinds import Layout
 from hetis.solver.placement.replicas.stage_cost import state_on_rank
 from hetis.solver.placement.replicas.tables import CostTables

@@ -10,7 +10,8 @@ from dataclasses import replace
 import numpy as np
 
 from hetis.solver.placement.fleet import IntArray
-from hetis.solver.placement.replicas.pipelines import Shape, is_run_by_engine, stage_times, sweep_of
+from hetis.solver.placement.replicas.pipelines import is_run_by_engine
+from hetis.solver.placement.replicas.stage_times import Shape, stage_times, sweep_of
 from hetis.solver.placement.replicas.tables import BOTH, FIRST, LAST, PLAIN, CostTables
 from hetis.solver.placement.replicas.template import Template, TemplateStage, interval_of
 
