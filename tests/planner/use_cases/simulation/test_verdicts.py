@@ -403,7 +403,10 @@ def test_a_simulation_from_python_follows_the_level(saved: Path) -> None:
 @pytest.mark.parametrize(
     ("given", "words"),
     [
-        ({"ttft_statistic": "p98"}, "simulate: ttft_statistic: unknown statistic 'p98'"),
+        (
+            {"ttft_statistic": "p98"},
+            "simulate: ttft_statistic: unknown ttft_statistic 'p98', expected one of mean, p50",
+        ),
         ({"attainment": 1.5}, "simulate: attainment: is 1.5, must be above 0 and at most 1"),
         ({"attainment": 0.9, "tpot_statistic": "p99"}, "leave out tpot_statistic"),
     ],
