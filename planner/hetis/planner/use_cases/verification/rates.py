@@ -40,7 +40,7 @@ from hetis.simulator.values import Settings
 from hetis.solver.budget import Budget, Progress
 from hetis.solver.budget import Report as SearchReport
 from hetis.solver.check.result import MOST_UTILISATION
-from hetis.solver.plan import Objective, ObjectiveKind, Plan
+from hetis.solver.plan import Objective, ObjectiveKind, Plan, Role
 from hetis.solver.problem import PlacementProblem
 
 TURNS = 8  # how many times a run replaces all the requests that a plan holds at once
@@ -318,8 +318,17 @@ class _Runs:
         if not self._are_cheap() or not higher:  # one rate is all that there is time, or room, for
             higher = [most_rps] if planned_rps * WORTH_TRYING <= most_rps < HIGHER[-1] * planned_rps else higher[-1:]
         with suppress(StoppedError):
-            return next((rate_rps for rate_rps in higher if may and self._is_calm(rate_rps)), planned_rps)
+            calm = (rate for rate in higher if may and self._may_promise(rate) and self._is_calm(rate))
+            return next(calm, planned_rps)
         return self._planned_rps
+
+    def _may_promise(self, rate_rps: float) -> bool:
+        """Return whether each replica's own TTFT, as a plan of this rate states it, keeps the limit."""
+        limit_s = self._plan.objective.ttft_limit_s
+        if limit_s is None or not self._is_value:
+            return True
+        stated = restated(self._plan, self._problem, rate_rps / self._plan.served_rate())
+        return all(one.ttft_s <= limit_s for one in stated.replicas if one.role is not Role.DECODE)
 
     def _longest_at(self, rate_rps: float) -> TriedRate:
         """Return the longest run at a rate that was simulated before."""
