@@ -295,6 +295,13 @@ def test_vllm_prefills_in_several_stages_only_where_layers_keep_all_kv(model: Mo
     )
 
 
+def test_stages_of_a_replica_have_gpus_of_one_vendor() -> None:
+    first, second = SPLIT
+    plan = plan_of(first, replace(second, gpu="MI300X-192GB"), in_flight=2)
+    for engine in (Engine.VLLM, Engine.SGLANG):
+        assert "an engine needs GPUs of a single vendor" in "; ".join(refused(plan, engine=engine))
+
+
 def test_sglang_does_not_draft_in_a_pipeline() -> None:
     plan = plan_of(*SPLIT, in_flight=2)
     assert layout_of(plan, 0, DRAFTING, engine=Engine.VLLM).draft_tokens == 1
