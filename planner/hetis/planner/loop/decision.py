@@ -62,8 +62,8 @@ class LoopSettings:
         costs: what a change costs. Its horizon is the time over which that is repaid.
         every_s: time between two regular questions.
         watch_s: time between two looks for a shortage.
-        coverage: probability with which demand until the next look can be answered is at most what is kept. More lasts
-            about as long: so the default leaves 1% or so of the requests outside the limits in restless hours.
+        coverage: probability with which demand until the next look can be answered is at most what is kept, before what
+            chance may have added is taken off.
         look_ahead_s: time for whose demand a change is made.
         lasting: probability with which that demand is at most what is planned for.
         false_alarms_per_day: probability at most of an alarm about drift in a day without any.
