@@ -49,7 +49,7 @@ def ways_in(plan: Plan, idle: str) -> dict[str, float]:
         pytest.param(
             "L4", 2, "Qwen2.5-32B", "4000/500",
             marks=pytest.mark.xfail(
-                strict=True, reason="all replicas of a plan have one utilisation, at which the TTFT of these L4 is too long"
+                strict=True, reason="all replicas have one utilisation, at which the TTFT of these L4 is too long"
             ),
         ),
     ],
