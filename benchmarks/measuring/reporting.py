@@ -88,6 +88,9 @@ async def _report_for(folder: Path, replicas: int, seconds: float) -> tuple[floa
 
 
 class _Documents:
+    async def in_force(self, cluster: str) -> None:
+        """Return that no plan is in force, whose replicas would be compared with their profiles once a minute."""
+
     async def of(self, record: object) -> Any:
         return SimpleNamespace(
             record=record, problem=SimpleNamespace(model=SimpleNamespace(name="tiny"), workload=None)

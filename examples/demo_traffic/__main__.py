@@ -25,7 +25,7 @@ from hetis.v1 import cluster_pb2, cluster_service_pb2, document_pb2, plan_pb2, p
 from hetis.v1.traffic_pb2 import ClusterTraffic
 
 NODES = [f"l4-{number}" for number in range(5)]
-RATE_RPS, PROMPT_TOKENS, OUTPUT_TOKENS = 6.0, 250, 50
+RATE_RPS, PROMPT_TOKENS, OUTPUT_TOKENS = 1.5, 1000, 200
 SERVING = (replica_pb2.REPLICA_STATE_SERVING, replica_pb2.REPLICA_STATE_DEGRADED)
 PATIENCE_S = 900.0
 
