@@ -1,6 +1,6 @@
 """Following traffic: what the loop saves and keeps beside a static plan, threshold scaling and a perfect forecast.
 
-    python -m benchmarks.loop [TRACE ...] [--full] [--quick] [--json]
+    python -m benchmarks.loop [--quick] [--json] [--full] [TRACE ...]
 
 Every case is virtual time, after a week of history, of Llama-3.1-8B on `examples/pool.yaml` for least cost: a day of a
 composed week (`hetis.planner.loop.curves`) with the lengths of a trace, as sketches of traffic tell them, and its
