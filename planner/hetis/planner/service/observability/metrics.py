@@ -159,7 +159,8 @@ class ServiceMetrics:
     async def watch_backups(self, folder: str, interval_s: float) -> None:
         """Set the time of the newest backup in a folder until cancelled."""
         while True:
-            self._backup.labels(folder).set(await asyncio.to_thread(_newest_s, folder))
+            newest_s = await asyncio.to_thread(_newest_s, folder)
+            self._backup.labels(folder).set(newest_s)  # not before it is known: a label alone reads 0
             await asyncio.sleep(interval_s)
 
     async def watch_loop(
