@@ -220,9 +220,11 @@ def layout_of_replica(
     room = KvRoom.of(kv_tokens, replica, model, dtype)
     cards = [tuple(room.cards(replica, i)) for i in range(len(replica.stages))]
     parts: list[StagePlan | AttentionWorkerPool] = [*replica.stages, *replica.attention_workers]
-    vendors = {device: kind_of(part.gpu, own_types or {}).vendor for part in parts for device in part.devices}
-    names = [stage.gpu for stage in replica.stages] + [gpu for partner in partners for gpu in partner.gpus]
-    gpus = {name: kind_of(name, own_types or {}) for name in names}
+    own, vendors = own_types or {}, dict[str, str]()
+    for part in parts:
+        vendors |= dict.fromkeys(part.devices, kind_of(part.gpu, own).vendor)
+    names = dict.fromkeys([stage.gpu for stage in replica.stages] + [gpu for one in partners for gpu in one.gpus])
+    gpus = {name: kind_of(name, own) for name in names}
     backend = common_backend(model, gpus.values(), engine.value) if partners else ""
     wrong = [
         *unlike_vendors(replica, gpus, set(vendors.values())),

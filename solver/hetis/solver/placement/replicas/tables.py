@@ -21,10 +21,11 @@ from hetis.solver.cost import (
     Mix,
     Regime,
     chunk_spread,
+    chunks_ahead,
     regime_together,
     regimes,
     tpot_per_interval,
-    ttft_round_trips,
+    ttft_s,
 )
 from hetis.solver.placement.fleet import DeviceClass, IntArray, Part, Resources, Routes
 from hetis.solver.plan import ALONE, Lanes, Role
@@ -122,14 +123,12 @@ def latency_caps(
     objective, in_flight = problem.objective, problem.family.in_flight
     interval_s, round_trip_s = np.full((2, len(mixes), len(in_flight)), np.inf)
     for x, mix in enumerate(mixes):
+        ahead = chunks_ahead(moments, problem.assumptions, mix)
         for f, m in enumerate(in_flight):
             if objective.tpot_limit_s is not None and mix.role is not Role.PREFILL:
                 interval_s[x, f] = objective.tpot_limit_s / tpot_per_interval(problem.model, mix, m)
             if objective.ttft_limit_s is not None and mix.role is not Role.DECODE:
-                trips, limit_s = (
-                    ttft_round_trips(moments, problem.assumptions, mix, m),
-                    objective.ttft_limit_s - reserved_s,
-                )
+                trips, limit_s = ttft_s(ahead, 1.0, 1.0 / m), objective.ttft_limit_s - reserved_s
                 longest_s = max(0.0, limit_s - float(landing_s[x])) / (trips * m / mix.iterations)
                 interval_s[x, f] = min(interval_s[x, f], longest_s)
                 if mix.role is Role.UNIFIED:
