@@ -61,7 +61,11 @@ def rung_grid(plan: Plan, *, on_page: bool = False) -> Grid | None:
         intro="The best plan of each: replicas in one node, layers over nodes, prefill and decode apart, workers.",
         note=other_rungs(found, plan),
         strong=chosen,
-        bad=[n for n, one in enumerate(found) if n != chosen and one.rate_rps and one.left_share < LITTLE_LEFT],
+        bad=[
+            n
+            for n, one in enumerate(found)
+            if n != chosen and not _nothing_new(one, found) and one.left_share < LITTLE_LEFT
+        ],
         least=("shapes", "USD/h", "carried by"),
     )
 
