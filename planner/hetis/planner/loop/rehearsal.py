@@ -419,19 +419,21 @@ class _TrafficLog:
 
     def history(self, now_s: float) -> History:
         """Return what the planner's store has: minutes of the last hours, and hours of two weeks."""
-        each = round(BIN_S / WINDOW_S)
-        bins = min(self._count // each, round(KEPT_S / BIN_S))
-        rates = self._arrivals[self._count - bins * each : self._count].reshape(bins, each).sum(axis=1) / BIN_S
-        hour = round(3600 / BIN_S)
-        hours = max(0, bins - round(MINUTES_KEPT_S / BIN_S)) // hour
+        rates, hour = self._rates(BIN_S, KEPT_S), round(3600 / BIN_S)
+        hours = max(0, len(rates) - round(MINUTES_KEPT_S / BIN_S)) // hour
         if hours:
             fine, spans = rates.copy(), np.array([(n * hour, hour) for n in range(hours)], dtype=float)
             fine[: hours * hour] = np.nan
             rates = with_hours(fine, spans, rates[: hours * hour].reshape(hours, hour).mean(axis=1))
-        each = round(MINUTE_S / WINDOW_S)
-        num = min(self._count // each, round(MINUTES_KEPT_S / MINUTE_S))
-        minutes = self._arrivals[self._count - num * each : self._count].reshape(num, each).sum(axis=1) / MINUTE_S
+        minutes = self._rates(MINUTE_S, MINUTES_KEPT_S)
         return History(end_s=now_s, rates=rates, minutes=minutes, recent=tuple(self._recent))
+
+    def _rates(self, bin_s: float, kept_s: float) -> FloatArray:
+        """Return the rates of arrivals in the last whole bins, at most those of the time for which they are kept."""
+        each = round(bin_s / WINDOW_S)
+        bins = min(self._count // each, round(kept_s / bin_s))
+        counts: FloatArray = self._arrivals[self._count - bins * each : self._count].reshape(bins, each).sum(axis=1)
+        return counts / bin_s
 
     def last_minute_rps(self) -> float:
         last = self._arrivals[max(0, self._count - round(60 / WINDOW_S)) : self._count]
