@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -37,11 +38,18 @@ network: {bandwidth: 100Gbps, latency: 20us}
 HEADER = "arrival_s,prompt_tokens,output_tokens\n"
 
 
-@pytest.fixture(scope="module", autouse=True)
-def no_mixed_factor() -> Iterator[None]:
-    """Count prefill and decode attention as their sum: rates and seats here are those of plans that the sum gives."""
+@contextmanager
+def summed() -> Iterator[None]:
+    """Count prefill and decode attention as their sum."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(engines, "_FLASH_ATTENTION_2", ())
+        yield
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_mixed_factor() -> Iterator[None]:
+    """Rates and seats here are those of plans that the sum gives."""
+    with summed():
         yield
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -14,22 +12,13 @@ from hetis.planner.use_cases.verification.rates import (
     TriedRate,
     simulated_at,
 )
-from hetis.profiler import engines
 from hetis.simulator.metrics import Summary
 from hetis.simulator.running import silent
 from hetis.solver.budget import Budget
 from hetis.solver.plan import Objective
 from tests.planner.command_line import invoke
-from tests.planner.use_cases.simulation.test_simulate import CLUSTER
+from tests.planner.use_cases.simulation.test_simulate import CLUSTER, summed
 from tests.planner.use_cases.verification.verifying import Placed
-
-
-@contextmanager
-def summed() -> Iterator[None]:
-    """Count prefill and decode attention as their sum, as `no_mixed_factor` does for the tests of a module."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(engines, "_FLASH_ATTENTION_2", ())
-        yield
 
 
 @pytest.fixture(scope="session")

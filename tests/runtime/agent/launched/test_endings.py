@@ -117,14 +117,20 @@ async def test_an_engine_whose_session_cannot_be_recorded_is_ended(
         await wait_until(lambda: is_gone(first), lambda: f"{first} still runs")
 
 
-async def test_closing_lets_requests_end_and_leaves_no_process_behind(tmp_path: Path) -> None:
-    node = Node(tmp_path)
-    control(tmp_path, running=1)
+async def closing_while_it_serves(folder: Path) -> tuple[Node, int, asyncio.Task[None]]:
+    """Return a node with a request under way that is being closed, its engine's process, and the closing."""
+    node = Node(folder)
+    control(folder, running=1)
     await node.apply(applying(assigned()))
     await node.until_state("SERVING")
     (leader,) = node.sessions()
     closing = asyncio.create_task(node.executor.close())
     await node.until_asked(1)
+    return node, leader, closing
+
+
+async def test_closing_lets_requests_end_and_leaves_no_process_behind(tmp_path: Path) -> None:
+    node, leader, closing = await closing_while_it_serves(tmp_path)
     assert lives(tmp_path) == ["started"]
     control(tmp_path)
     await closing
@@ -134,13 +140,7 @@ async def test_closing_lets_requests_end_and_leaves_no_process_behind(tmp_path: 
 
 
 async def test_a_second_signal_does_not_wait_for_requests(tmp_path: Path) -> None:
-    node = Node(tmp_path)
-    control(tmp_path, running=1)
-    await node.apply(applying(assigned()))
-    await node.until_state("SERVING")
-    (leader,) = node.sessions()
-    closing = asyncio.create_task(node.executor.close())
-    await node.until_asked(1)
+    _, leader, closing = await closing_while_it_serves(tmp_path)
     closing.cancel()
     with pytest.raises(asyncio.CancelledError):
         await closing
