@@ -231,6 +231,11 @@ class PlacementRequest:
         "--max-nodes-per-replica N: Maximum nodes of a replica including attention workers, in plans for an engine.",
         min=1,
     )
+    kv_between_vendors: bool = _search(
+        "--kv-between-vendors: Let prefill replicas send KV to GPUs of other vendors (vLLM; 16-bit KV, by Triton's "
+        "kernels).",
+        False,
+    )
     max_num_seqs: Count | None = _search(
         "--max-num-seqs N: Maximum requests that an engine runs at once (a replica, or each copy that shares experts)."
     )

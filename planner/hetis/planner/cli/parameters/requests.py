@@ -106,7 +106,7 @@ LEVEL = ("ttft_statistic", "tpot_statistic", "attainment")
 CONSTRAINTS = ("pin", "forbid", "rung")
 FAMILY = ("strategy", "roles", "engine")
 RUNGS = ("rung", "worth", "target")
-REPLICAS = (*LIMITS, "max_num_seqs", "chunk_tokens", "kv_blocks")
+REPLICAS = (*LIMITS, "kv_between_vendors", "max_num_seqs", "chunk_tokens", "kv_blocks")
 MEMORY = ("min_context", "gpu_memory_utilization")
 SEARCH = ("time_limit", "gap", "seed")
 
