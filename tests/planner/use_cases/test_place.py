@@ -94,12 +94,6 @@ def test_the_three_forms_hold_the_same(solver: Solver, capsys: pytest.CaptureFix
     assert "1.350 requests/s" in capsys.readouterr().out
 
 
-def test_quiet_leaves_stderr_empty(solver: Solver, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    solver(PLAN)
-    assert run([*INPUTS, "-q", "--out", str(tmp_path / "plan.json")]) == ExitCode.OK
-    assert capsys.readouterr().err == ""
-
-
 def test_an_infeasible_problem_is_a_document_with_reasons(solver: Solver, capsys: pytest.CaptureFixture[str]) -> None:
     solver(InfeasibleError(("weights take 140 GB, the fleet has 48 GB", "TTFT is 3 s at least")))
     assert run([*INPUTS, "-o", "json"]) == ExitCode.INFEASIBLE
@@ -281,14 +275,6 @@ def test_a_second_profile_of_a_gpu_type_is_refused(tmp_path: Path, capsys: pytes
     assert run([*INPUTS, "--profile", one, "--profile", two]) == ExitCode.INVALID
     said = capsys.readouterr().err
     assert f"two.yaml: gpu: is a second profile of P100-PCIe-12GB, the first is {one}: give only one" in said
-
-
-@pytest.mark.parametrize("kind", ["cost", "gpus"])
-def test_cost_and_gpus_need_a_rate(kind: str, capsys: pytest.CaptureFixture[str]) -> None:
-    inputs = INPUTS[: INPUTS.index("-w")]
-    assert run([*inputs, "--objective", kind, "--workload", "azure_conv_2023"]) == ExitCode.INVALID
-    err = capsys.readouterr().err
-    assert f"objective {kind} needs a demanded rate: --rate; azure_conv_2023 arrives at 5.53" in err
 
 
 def test_a_rate_below_what_a_search_can_tell_from_none_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
