@@ -96,16 +96,19 @@ def test_every_violation_of_the_planner_is_told_with_its_line(planner: FakePlann
 
 
 @pytest.mark.parametrize("workload", ["8000/300", "azure_conv_2023"])
-def test_a_workload_with_prefix_hits_is_sent_as_a_document(
-    workload: str, planner: FakePlanner, hetis_plan: Run
+@pytest.mark.parametrize(
+    ("option", "text", "field", "value"),
+    [("--prefix-hit-rate", "40%", "prefix_hit_rate", 0.4), ("--burstiness", "2", "burstiness", 2.0)],
+)
+def test_a_workload_with_traffic_of_its_own_is_sent_as_a_document(
+    workload: str, option: str, text: str, field: str, value: float, planner: FakePlanner, hetis_plan: Run
 ) -> None:
-    asked = ["apply", *PROBLEM[:-1], workload, "--prefix-hit-rate", "40%"]
-    hetis_plan(*asked)
+    hetis_plan("apply", *PROBLEM[:-1], workload, option, text)
     spec = last_request(planner, plan_service_pb2.CreatePlanRequest).plan.spec
     assert spec.workload_name == ""
     assert spec.workload_document.kind == document_pb2.DOCUMENT_KIND_WORKLOAD
     document = json.loads(spec.workload_document.content)
-    assert (document["name"], document["prefix_hit_rate"]) == (workload, 0.4)
+    assert (document["name"], document[field]) == (workload, value)
 
 
 def test_a_problem_is_solved_by_the_planner(planner: FakePlanner, hetis_plan: Run) -> None:

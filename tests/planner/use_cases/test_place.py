@@ -60,13 +60,23 @@ def test_a_plan_is_printed_and_saved(solver: Solver, tmp_path: Path, capsys: pyt
     assert f"saved {tmp_path / 'plan.json'}" in captured.err
 
 
-def test_the_problem_has_the_hit_rate_that_was_given() -> None:
-    request = PlacementRequest(cluster=INPUTS[3], model=INPUTS[5], workload=INPUTS[7], prefix_hit_rate=0.4)
-    posed, without = placing.pose(request), placing.pose(replace(request, prefix_hit_rate=None))
-    assert posed.loaded.inputs.workload.prefix_hit_rate == 0.4
-    assert posed.problem.workload.prefix_hit_rate == 0.4
-    assert posed.loaded.inputs.documents()["workload"]["prefix_hit_rate"] == 0.4
-    assert "prefix_hit_rate" not in without.loaded.inputs.documents()["workload"]
+@pytest.mark.parametrize(("field", "value"), [("prefix_hit_rate", 0.4), ("burstiness", 2.0), ("burstiness", 0.0)])
+def test_the_problem_has_what_was_given_of_the_traffic(field: str, value: float) -> None:
+    request = PlacementRequest(cluster=INPUTS[3], model=INPUTS[5], workload=INPUTS[7], **{field: value})
+    posed, without = placing.pose(request), placing.pose(replace(request, **{field: None}))
+    assert getattr(posed.loaded.inputs.workload, field) == value
+    assert getattr(posed.problem.workload, field) == value
+    assert posed.loaded.inputs.documents()["workload"][field] == value
+    assert field not in without.loaded.inputs.documents()["workload"]
+
+
+def test_bursts_cost_rate(capsys: pytest.CaptureFixture[str]) -> None:
+    values = []
+    for burstiness in ("0", "1", "3"):
+        assert run([*INPUTS, "--ttft", "500ms", "--burstiness", burstiness, "--no-verify", "-o", "json"]) == ExitCode.OK
+        values.append(json.loads(capsys.readouterr().out)["result"]["value"])
+    assert values == sorted(values, reverse=True)
+    assert values[0] > values[2]
 
 
 @pytest.mark.parametrize(
