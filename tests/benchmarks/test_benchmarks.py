@@ -22,7 +22,7 @@ from tools import tables
 ROOT = Path(__file__).parents[2]
 QUICK = ("attention_workers", "coverage", "dispatch", "redispatch", "sharing")
 # Their quick forms take ten CPU seconds and more, so that only `make soak` runs them.
-SLOW = ("classes", "kept", "loop", "paper", "placement", "published", "rungs", "simulation")
+SLOW = ("classes", "kept", "loop", "paper", "placement", "published", "rungs")
 WITHOUT_TABLE = ("kept", "loop")  # not measured on an idle machine yet
 LIMIT_S = 300  # far above any benchmark's time; ends only one that hangs
 
