@@ -145,18 +145,6 @@ def test_what_a_vendor_has_no_image_for_is_refused() -> None:
     assert any("it has GPUs of AMD: Dynamo's images are for NVIDIA's" in line for line in made.lost)
 
 
-def test_replicas_that_are_left_out_for_one_reason_share_its_warning() -> None:
-    devices = ["a/0", "a/1", "b/0", "a/2"]
-    gpus = ["MI300X-192GB" if device.startswith("a") else "H100-SXM-80GB" for device in devices]
-    plan = made_of(*(replica(on(device, gpu=gpu)) for device, gpu in zip(devices, gpus, strict=True)))
-    why = "it has GPUs of AMD: Dynamo's images are for NVIDIA's"
-    made = exported(plan, ExportTarget.DYNAMO, engine=Engine.VLLM, image="")
-    assert [line for line in made.lost if "AMD" in line] == [f"each of replicas 0-1,3: {why}"]
-    with pytest.raises(NotExportableError) as caught:
-        exported(made_of(*plan.replicas[:2]), ExportTarget.DYNAMO, engine=Engine.VLLM, image="")
-    assert caught.value.reasons[0] == f"each of replicas 0-1: {why}"
-
-
 def test_the_chart_of_llm_d_is_told_the_vendor() -> None:
     made = exported(TWO_VENDORS, ExportTarget.LLM_D, engine=Engine.VLLM, image="")
     values = {path: yaml.safe_load(text) for path, text in made.files.items() if "values" in path}

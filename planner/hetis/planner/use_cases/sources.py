@@ -249,11 +249,11 @@ class LoadedInputs:
 
 def load_inputs(
     *, cluster: str | Cluster, model: str | ModelSpec, workload: str | Workload, profiles: Sequence[str] = (),
-    prefix_hit_rate: PrefixHitRate | None = None,
+    prefix_hit_rate: PrefixHitRate | None = None, burstiness: float | None = None,
 ) -> LoadedInputs:  # fmt: skip
     """Read those inputs of a placement that are not values; GPU types without a file get `default_profile`.
 
-    ``prefix_hit_rate`` replaces the workload's own.
+    ``prefix_hit_rate`` and ``burstiness`` replace the workload's own.
 
     Raises:
         DocumentError: contains the problems of all inputs; or those of GPU types in a cluster file that have no profile
@@ -271,6 +271,7 @@ def load_inputs(
         problems += impossible_profiles(measured, fleet.gpu_types)
     if problems or fleet is None or spec is None or traffic is None:
         raise DocumentError(problems)
+    traffic = traffic if burstiness is None else replace(traffic, burstiness=burstiness)
     by_gpu = _profiles_of(fleet, measured, cluster)
     hostless = [gpu for gpu in by_gpu if gpu in measured and not _has_measured_host(measured[gpu][1])]
     mixes = bool(hostless) and len(by_gpu) > len(measured)

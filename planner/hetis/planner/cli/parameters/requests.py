@@ -22,6 +22,7 @@ _PARSERS: Mapping[Kind, Callable[[str], Any]] = {
     Kind.KV: values.kv,
     Kind.DRAFTS: values.mtp,
     Kind.DEMAND: values.demand,
+    Kind.BURSTINESS: values.burstiness,
     Kind.TTFT: values.ttft_limit,
     Kind.TPOT: values.tpot_limit,
     Kind.SHARE: values.share,
@@ -100,7 +101,7 @@ def request_options(*names: str, **others: Any) -> Any:
     return made
 
 
-INPUTS = ("cluster", "model", "workload", "prefix_hit_rate", "weights", "kv", "mtp", "profiles")
+INPUTS = ("cluster", "model", "workload", "prefix_hit_rate", "burstiness", "weights", "kv", "mtp", "profiles")
 GOAL = ("objective", "rate", "ttft", "tpot")
 LEVEL = ("ttft_statistic", "tpot_statistic", "attainment")
 CONSTRAINTS = ("pin", "forbid", "rung")
