@@ -18,13 +18,14 @@ from hetis.solver.constraints import Constraint, Constraints, Exclude, RestrictR
 from hetis.solver.errors import InfeasibleError, InvalidProblemError, NoPlanFoundError
 from hetis.solver.model import ModelSpec
 from hetis.solver.placement.families import ENGINES, beyond
-from hetis.solver.placement.rungs import RUNGS
+from hetis.solver.placement.rungs import RUNGS, Known
 from hetis.solver.plan import Plan, Role
 from hetis.solver.plugin_time import NO_PLUGIN
 from hetis.solver.problem import EngineRules, Family, PlacementProblem
 from hetis.solver.search_clock import search_seconds
 
 SHARE = 0.1  # share of the time limit that all these searches may take
+SEARCHES = 2  # of each engine: a comparison needs no more, whose plan a search for that engine betters
 
 
 def with_engine_values(
@@ -149,11 +150,14 @@ def _searched(
 
     if budget.is_spent():
         return replace(known, why_not="no time was left")
+    # What it runs of the plan's own engine needs no search.
+    known_plan = None if known.value is None else Known(plan, replace(problem.family, engine=own))
     simplest_within = Requested.of(plan).simplest_within  # or it would seem to reach what was given up for that
     try:
         other = solve_placement(
-            problem, strategy=plan.strategy, budget=budget, seed=seed, simplest_within=simplest_within
-        )
+            problem, strategy=plan.strategy, budget=budget, seed=seed, simplest_within=simplest_within,
+            known=known_plan, most_searches=SEARCHES,
+        )  # fmt: skip
     except InvalidProblemError as error:  # such as too many pipelines to list, if it runs more types of GPUs
         return replace(known, why_not=str(error))
     except InfeasibleError as error:
