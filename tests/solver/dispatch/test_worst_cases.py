@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 
+from benchmarks.measuring.whole_groups import solve_exactly
 from hetis.solver.dispatch.dispatch_problem import DispatchProblem
 from hetis.solver.dispatch.dispatcher import solve_dispatch
-from hetis.solver.dispatch.exact import solve_exactly
 from tests.solver.dispatch.instances import LoadKind, random_problem
 
 
