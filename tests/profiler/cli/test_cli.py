@@ -7,25 +7,22 @@ import json
 import re
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import get_args
 
 import pytest
 
-from hetis.formats.catalogue import find_gpu, find_model
+from hetis.formats.catalogue import find_gpu
 from hetis.formats.measurements import save_measurements
 from hetis.formats.profile import load_profile, profile_to_data
 from hetis.profiler.cli.exit_codes import ProfileExitCode
 from hetis.profiler.cli.measurements import Format
 from hetis.profiler.defaults import default_profile
-from hetis.profiler.pictures import typical_times
-from hetis.solver.profile import Op
 from tests.command_line import environment
 from tests.profiler.cli.measured_files import GPU, with_mixed_batches, write_files
 from tests.profiler.command_line import COMMAND, hetis_profile, invoke
 
-VERBS = ("run", "import", "fit", "model", "calibrate", "show", "compare", "plot", "check")
+VERBS = ("run", "import", "fit", "model", "calibrate", "show", "check")
 DATA = Path(__file__).parents[4] / "shared" / "data" / "profiles"
 
 
@@ -48,7 +45,7 @@ def test_every_verb_explains_itself_in_80_columns(verb: str) -> None:
 def test_help_answers_without_numpy_or_torch() -> None:
     program = (
         "import sys; from hetis.profiler.cli.app import run; run(['--help']);"
-        "print(sorted({'torch', 'numpy', 'pydantic', 'matplotlib', 'yaml'} & set(sys.modules)), file=sys.stderr)"
+        "print(sorted({'torch', 'numpy', 'pydantic', 'yaml'} & set(sys.modules)), file=sys.stderr)"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stderr.strip() == "[]"
@@ -111,8 +108,6 @@ def test_fit_and_show_tell_how_much_longer_decode_attention_takes_beside_a_chunk
     shown = capsys.readouterr().out
     assert max(map(len, shown.splitlines())) <= 80
     assert shown.count("x 2.5 beside a chunk") == 1
-    assert invoke("plot", out, raw, "--out", folder / "mixed.png", "--cluster", cluster) == ProfileExitCode.OK
-    assert invoke("compare", out, out) == ProfileExitCode.OK
 
 
 def test_a_gpu_type_that_nobody_defines_is_explained(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -202,33 +197,6 @@ def test_show_names_the_errors_that_plans_assume(
     assert any("±25%" in line for line in lines)  # experts state no error
 
 
-def test_compare_uses_the_fits_of_plans(capsys: pytest.CaptureFixture[str]) -> None:
-    model, ours = find_model("DeepSeek-V3").model, default_profile(find_gpu("H20").gpu)[1]
-    assert invoke("compare", "H20", "H100-SXM-80GB", "-m", "DeepSeek-V3", "-o", "json") == ProfileExitCode.OK
-    times = {(p["op"], p["point"]): p["a_s"] for p in json.loads(capsys.readouterr().out)["points"]}
-    attention = ours.fit(Op.DECODE_ATTENTION, model, 1)
-    assert attention.scope.queries_per_group == 128
-    tokens = 128 * 2048
-    features = {"flops": model.decode_attention_flops(2048.0, 128.0) * 128, "num_bytes": 1152.0 * tokens}
-    assert times["decode_attention", "batch 128, context 2048"] == attention.seconds(**features, heads=128.0 * 128)
-    without = replace(ours, fits=tuple(fit for fit in ours.fits if fit.op is not Op.EXPERTS))
-    (in_dense,) = (s for op, point, s in typical_times(without, model, 1) if (op, point) == (Op.DENSE, "4096 tokens"))
-    assert times["dense", "4096 tokens"] != pytest.approx(in_dense, rel=0.01)
-
-
-def test_compare_counts_the_states_of_linear_attention() -> None:
-    """They are read and written in every decode step, as in plans."""
-    model, profile = find_model("Qwen3.5-27B").model, default_profile(find_gpu("H20").gpu)[1]
-    fit = profile.fit(Op.DECODE_ATTENTION, model, 2)
-    times = {(op, point): seconds for op, point, seconds in typical_times(profile, model, 2)}
-    features = {
-        "flops": model.decode_attention_flops(model.attended_tokens(1024), 1.0) * 32 * 12 + 32 * model.scan_flops(1024),
-        "num_bytes": 32 * (2 * model.read_tokens(1024) * model.kv_bytes_per_token_group() + model.state_bytes()),
-    }  # of two ranks, each has half of the 24 heads, the 4 groups and the states, which are read and written
-    assert times[Op.DECODE_ATTENTION, "batch 32, context 1024"] == pytest.approx(fit.seconds(**features, heads=32 * 12))
-    assert model.state_bytes() > 0
-
-
 def test_check_warns_of_latent_attention_above_the_peaks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A profile with it is used: which kernels there may be for it, nobody knows."""
     data = profile_to_data(default_profile(find_gpu("H20").gpu)[1])
@@ -265,41 +233,6 @@ def test_model_names_the_nearest_architecture(tmp_path: Path, capsys: pytest.Cap
     asked = ("model", "Own", "--cluster", cluster, "--out", tmp_path / "p.json")
     assert invoke(*asked) == ProfileExitCode.INVALID
     assert ", did you mean Hopper?" in capsys.readouterr().err
-
-
-def test_compare_gives_times_and_ratios(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    mine = folder / "profile.json"
-    assert invoke("compare", mine, mine, "-o", "json") == ProfileExitCode.OK
-    points = json.loads(capsys.readouterr().out)["points"]
-    assert {point["op"] for point in points} >= {"dense", "prefill_attention", "decode_attention", "transfer"}
-    assert all(point["ratio"] == 1.0 for point in points)
-    assert invoke("compare", mine, mine) == ProfileExitCode.OK
-    assert max(map(len, capsys.readouterr().out.splitlines())) <= 80
-
-
-@pytest.mark.parametrize("suffix", ["png", "html"])
-def test_plot_draws_every_operator(folder: Path, suffix: str, capsys: pytest.CaptureFixture[str]) -> None:
-    out = folder / f"picture.{suffix}"
-    arguments = (folder / "profile.json", folder / "raw.json", "--out", out, "-c", folder / "cluster.yaml")
-    assert invoke("plot", *arguments, "-o", "json") == ProfileExitCode.OK
-    pairs = {pair["title"]: pair for pair in json.loads(capsys.readouterr().out)["pairs"]}
-    assert len(pairs) == 4
-    assert all(pair["mape"] < 0.1 for pair in pairs.values())
-    content = out.read_bytes()
-    assert content.startswith(b"\x89PNG" if suffix == "png" else b"<!doctype html>")
-    assert len(content) > 20_000
-
-
-def test_plot_refuses_other_forms(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = (folder / "profile.json", folder / "raw.json", "--out", folder / "x.pdf")
-    assert invoke("plot", *arguments) == ProfileExitCode.INVALID
-    assert "must end in .png or .html" in capsys.readouterr().err
-
-
-def test_plot_refuses_measurements_of_another_gpu(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert invoke("plot", "L4", folder / "raw.json", "--out", folder / "x.png") == ProfileExitCode.INVALID
-    assert f"{folder / 'raw.json'}: gpu: is {GPU}, the profile is of L4" in capsys.readouterr().err
-    assert not (folder / "x.png").exists()
 
 
 def test_check_accepts_what_the_card_can_do(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -346,7 +279,6 @@ def test_check_refuses_what_no_card_can_do(folder: Path, capsys: pytest.CaptureF
         (("run", "--out", "x.json", "--time-limit", "500ms"), ProfileExitCode.INVALID, "is 500ms, must be >= 1s"),
         (("run", "--out", "."), ProfileExitCode.INVALID, "is a folder, expected the name of a file"),
         (("fit", "raw.json", "--out", "no/folder.json"), ProfileExitCode.INVALID, "no folder no"),
-        (("compare", "L40S", "A40", "--tp", "3"), ProfileExitCode.INVALID, "--tp is 3, must divide the 32 query heads"),
         (("fit",), ProfileExitCode.INVALID, "Missing"),
     ],
 )

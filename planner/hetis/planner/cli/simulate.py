@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import typer
 
-from hetis.commands.pictures import FORMS
 from hetis.commands.terminal import Terminal
 from hetis.formats.errors import DocumentError
 from hetis.formats.files import write_atomically
@@ -34,7 +33,7 @@ if TYPE_CHECKING:
 
 SIMULATE_EXAMPLES = """Examples:\n
 hetis-plan simulate plan.json --seeds 5\n
-hetis-plan simulate plan.json --trace requests.csv --rate 2 --plot run.html\n
+hetis-plan simulate plan.json --trace requests.csv --rate 2 --html run.html\n
 hetis-plan simulate plan.json --attainment 99% --seeds 3\n
 hetis-plan simulate plan.json --sweep --ttft 2s --tpot 100ms\n
 hetis-plan simulate plan.json --saturate -o json | jq .throughput_rps"""
@@ -134,7 +133,6 @@ class SimulateOptions:
     faults: str | None = _fleet("--faults FILE: Failures and joins as CSV: at_s,device,event (fail or join).")
     perfetto: Path | None = _result("--perfetto FILE: Timeline of every stage in the first run, for ui.perfetto.dev.")
     requests_csv: Path | None = _result("--requests-csv FILE: One row per request of the first run.")
-    plot: Path | None = _result("--plot FILE: Charts of the first run or of the sweep, as .html or .png.")
     html: Path | None = options.html_option()
 
     def without_contradictions(self) -> SimulateOptions:
@@ -162,15 +160,10 @@ class SimulateOptions:
         return bool(getattr(self, name) != getattr(SimulateOptions, name))
 
     def refuse_unwritable(self) -> None:
-        for name in ("perfetto", "requests_csv", "plot"):
+        for name in ("perfetto", "requests_csv"):
             outputs.refuse_stdout(options.spelled(name), getattr(self, name))
             outputs.refuse_unwritable(getattr(self, name))
-        if (plot := self.plot) is not None:
-            if plot.suffix not in FORMS:
-                known = " or ".join(FORMS)
-                raise typer.BadParameter(f"{plot} is not a picture: --plot needs a file name that ends in {known}")
-            outputs.refuse_missing_library("matplotlib", extra="plots", wanted_by=f"--plot {plot}")
-        outputs.refuse_page(self.html, beside=self.plot)
+        outputs.refuse_page(self.html)
 
 
 @verb()
@@ -222,7 +215,7 @@ def simulate(terminal: Terminal, plan: PlanArgument, *, wanted: SimulateOptions)
     started = at_settings(found.plan, found.problem, given)
     found = replace(found, plan=started.plan, problem=started.problem)
     num_requests = wanted.requests or simulating.default_requests(found.plan, load, level)
-    files = (wanted.perfetto, wanted.requests_csv, wanted.plot, wanted.html)
+    files = (wanted.perfetto, wanted.requests_csv, wanted.html)
     faults = _faults(wanted, found.plan, found.problem)
     spacing_s = None if wanted.sweep else simulating.sample_spacing_s(found.plan, load, num_requests, faults)
     question = simulating.Question(
@@ -329,10 +322,6 @@ def _save(terminal: Terminal, simulated: Simulated, found: PlanAndProblem, wante
             write(wanted.perfetto, perfetto_json(run))
         if wanted.requests_csv is not None and run is not None:
             write(wanted.requests_csv, requests_csv(run))
-        if wanted.plot is not None:
-            from hetis.planner.report.simulation.pictures import picture
-
-            write(wanted.plot, picture(simulated, found.plan, form=wanted.plot.suffix))
         outputs.save_page(terminal, lambda: simulation_page(simulated, found.plan, found.problem), wanted.html)
     except DocumentError as error:
         terminal.error("some files were not saved", [str(problem) for problem in error.problems])
