@@ -22,7 +22,6 @@ from hetis.planner.cli.app import run as run_verb
 from hetis.planner.cli.exit_codes import ExitCode
 from hetis.planner.cli.parameters.defaults import OWN_MEANING, default_map
 from hetis.planner.report.comparison import PUBLISHED_MEANS
-from hetis.runtime.launch.main import app as launch_app
 from tests.command_line import environment
 from tests.planner import plans
 from tests.planner.command_line import COMMAND, hetis_plan_here, invoke, unfolded
@@ -380,14 +379,6 @@ def test_the_answer_comes_first_with_its_cost(folder: Path) -> None:
     order = ["Goodput", "Cost", "TTFT p95", "Fleet", "Bound", "Solved"]
     assert [name for name in names if name in order] == order
     assert " USD per million output tokens" in done.stdout
-
-
-@pytest.mark.parametrize("name", ["ray", "kubernetes"])
-def test_help_shows_what_is_in_brackets(name: str) -> None:
-    from typer.testing import CliRunner
-
-    shown = CliRunner().invoke(launch_app, [name, "--help"], env={"COLUMNS": "200"}).output
-    assert ("'hetis[ray]'" in shown) == (name == "ray")
 
 
 def test_the_sample_is_planned(tmp_path: Path) -> None:
