@@ -148,7 +148,7 @@ LOADERS: dict[str, tuple[Callable[[str], object], str, tuple[str, ...]]] = {
     "trace_log": (_trace, ".log", ()),
     "state": (documents.load_state, "", ("tests/bad_input/state_*",)),
     "requests": (documents.load_requests, "", ("tests/bad_input/requests_*",)),
-    "tenants": (documents.load_tenants, "", ("tests/bad_input/tenants_*", "examples/tenants.yaml")),
+    "tenants": (documents.load_tenants, "", ("tests/bad_input/tenants_*", "examples/three-models.yaml")),
     "inventory": (_fleet, "", ("tests/formats/discovery/inputs/*.[jctx]*",)),
     "faults": (load_faults, ".csv", ("tests/bad_input/faults_*",)),
     "measurements": (load_measurements, "", ()),

@@ -120,10 +120,10 @@ def test_validate_counts_one_request_and_one_tenant(tmp_path: Path) -> None:
         "apiVersion: hetis/v1\nkind: DispatchRequests\nrequests: [{id: a, context_tokens: 9, output_tokens: 9}]\n"
     )
     (tmp_path / "tenants.yaml").write_text(
-        "apiVersion: hetis/v1\nkind: ShareProblem\ngpus: {L4: 1}\ntenants: [{name: a, speedups: {L4: 1}}]\n"
+        "apiVersion: hetis/v1\nkind: Tenants\ntenants: [{name: a, model: Llama-3.1-8B, workload: 1024/256}]\n"
     )
     result = invoke("validate", str(tmp_path / "requests.yaml"), str(tmp_path / "tenants.yaml"))
-    counts = re.findall(r"(?:DispatchRequests|ShareProblem)\s+(.+)", result.stdout)
+    counts = re.findall(r"(?:DispatchRequests|Tenants)\s+(.+)", result.stdout)
     assert [count.strip() for count in counts] == ["1 request", "1 tenant"]
 
 

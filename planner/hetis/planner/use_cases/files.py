@@ -21,7 +21,7 @@ from hetis.formats.files import read_text
 from hetis.formats.models.document import is_config
 from hetis.formats.positions import Text, parse_text
 from hetis.formats.saved_state import SavedState
-from hetis.formats.tenants import FleetTenants, ShareInputs
+from hetis.formats.tenants import FleetTenants
 from hetis.formats.traces import ENDINGS, Trace, read_trace, spaced, trace_text
 from hetis.formats.traces.forms import CountTokens
 from hetis.formats.traces.rows import CSV_ENDINGS, JSONL_ENDINGS, characters_counter
@@ -89,7 +89,7 @@ def _name(value: Value) -> str:
             return f"{value.strategy}, {counted(len(value.replicas), 'replica')}"
         case NewRequests():
             return counted(len(value.requests), "request")
-        case ShareInputs() | FleetTenants():
+        case FleetTenants():
             return counted(len(value.tenants), "tenant")
 
 
