@@ -31,7 +31,6 @@ from hetis.planner.convert.stages import stage_from_proto
 from hetis.planner.failures import ServiceError
 from hetis.planner.service.identity.credentials import Tokens
 from hetis.planner.service.settings import load_config
-from hetis.profiler.importers import FORMATS, import_tables
 from hetis.runtime.agent.pressure import ScrapeState, read_text
 from hetis.runtime.vllm.settings import SettingsError, load_settings
 from hetis.simulator.records import load_faults
@@ -41,6 +40,7 @@ from hetis.solver.plan import Plan
 from hetis.solver.workload import Workload
 from hetis.v1 import document_pb2, plan_pb2, stage_pb2
 from tests.fuzz.http_bytes import ask_agent, ask_page, read_engine
+from tools.simulator_tables import READERS, import_tables
 
 ROOT = Path(__file__).parents[2]
 CORPUS = Path(__file__).parent / "corpus"
@@ -160,7 +160,7 @@ TARGETS: Mapping[str, Target] = {
         name: Target(read=partial(_from_file, load, name, suffix), seeds=seeds)
         for name, (load, suffix, seeds) in LOADERS.items()
     },
-    **{f"import_{form}": Target(read=partial(_from_file, partial(_table, form), form, ".csv")) for form in FORMATS},
+    **{f"import_{form}": Target(read=partial(_from_file, partial(_table, form), form, ".csv")) for form in READERS},
     "text": Target(read=_text, seeds=("tests/bad_input/cluster_*",)),
     "request_cluster": Target(read=partial(_document, Cluster), seeds=("tests/bad_input/cluster_*",)),
     "request_plan": Target(read=partial(_document, Plan), seeds=("tests/bad_input/plan_*",)),
