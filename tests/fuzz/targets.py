@@ -138,7 +138,6 @@ def _trace(path: str) -> None:
 LOADERS: dict[str, tuple[Callable[[str], object], str, tuple[str, ...]]] = {
     "cluster": (documents.load_cluster, "", ("tests/bad_input/cluster_*", "examples/paper.yaml")),
     "model": (documents.load_model, "", ("tests/bad_input/model_*",)),
-    "gguf": (documents.load_model, ".gguf", ()),
     "profile": (documents.load_profile, "", ("tests/bad_input/profile_*",)),
     "plan": (documents.load_plan, "", ("tests/bad_input/plan_*",)),
     "workload": (documents.load_workload, "", ("tests/bad_input/workload_*.yaml",)),

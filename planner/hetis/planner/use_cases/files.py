@@ -49,7 +49,7 @@ class Validation:
 
 
 def validate_file(path: str) -> Validation:
-    """Read a file as the kind that it states; traces, GGUF files and Hugging Face configs as `load_workload` and
+    """Read a file as the kind that it states; traces and Hugging Face configs as `load_workload` and
     `load_model` recognise them.
     """
     try:
@@ -72,8 +72,6 @@ def _without_profile(cluster: Cluster) -> Iterator[str]:
 def _load_any(path: str) -> Value:
     if path.endswith(ENDINGS):
         return load_workload(path)
-    if path.lower().endswith(".gguf"):
-        return load_model(path)
     if path.endswith(".json") and is_config(path, read_data(path)[0]):
         return load_model(path)
     return load(path)
