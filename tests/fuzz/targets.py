@@ -33,7 +33,6 @@ from hetis.planner.service.identity.credentials import Tokens
 from hetis.planner.service.settings import load_config
 from hetis.runtime.agent.pressure import ScrapeState, read_text
 from hetis.runtime.vllm.settings import SettingsError, load_settings
-from hetis.simulator.records import load_faults
 from hetis.solver.cluster import Cluster
 from hetis.solver.errors import HetisError, InvalidProblemError
 from hetis.solver.plan import Plan
@@ -149,7 +148,6 @@ LOADERS: dict[str, tuple[Callable[[str], object], str, tuple[str, ...]]] = {
     "requests": (documents.load_requests, "", ("tests/bad_input/requests_*",)),
     "tenants": (documents.load_tenants, "", ("tests/bad_input/tenants_*", "examples/three-models.yaml")),
     "inventory": (_fleet, "", ("tests/formats/discovery/inputs/*.[jctx]*",)),
-    "faults": (load_faults, ".csv", ("tests/bad_input/faults_*",)),
     "measurements": (load_measurements, "", ()),
     "planner_config": (partial(load_config, environment={}), "", ("examples/service/*.yaml",)),
     "tokens": (Tokens.load, ".yaml", ()),

@@ -44,7 +44,7 @@ CONTRADICTIONS = (  # pairs of fields, and the message
     *(("saturate", name, "{} and {} cannot be combined") for name in ("rate", "recorded", "sweep", *LEVELS)),
     *(("sweep", name, "{} and {} cannot be combined") for name in ("rate", "recorded", "until_stable")),
     *(("cv", name, "{} applies to random arrivals, not to {}") for name in ("recorded", "saturate")),
-    *((name, "sweep", "{} shows a single run, not {}") for name in ("perfetto", "requests_csv")),
+    ("requests_csv", "sweep", "{} shows a single run, not {}"),
 )
 Router = Literal["least-work", "weighted", "fewest-requests", "fewest-tokens"]
 _traffic, _goal, _runs, _fleet, _result = map(panel, ("Traffic", "Goal", "Runs", "Fleet", "Result"))
@@ -130,8 +130,6 @@ class SimulateOptions:
     )
     fail: list[str] | None = _fleet("--fail DEVICE@TIME: A device fails, such as a100/0@30s; repeatable.")
     join: list[str] | None = _fleet("--join DEVICE@TIME: A device that failed comes back; repeatable.")
-    faults: str | None = _fleet("--faults FILE: Failures and joins as CSV: at_s,device,event (fail or join).")
-    perfetto: Path | None = _result("--perfetto FILE: Timeline of every stage in the first run, for ui.perfetto.dev.")
     requests_csv: Path | None = _result("--requests-csv FILE: One row per request of the first run.")
     html: Path | None = options.html_option()
 
@@ -160,9 +158,8 @@ class SimulateOptions:
         return bool(getattr(self, name) != getattr(SimulateOptions, name))
 
     def refuse_unwritable(self) -> None:
-        for name in ("perfetto", "requests_csv"):
-            outputs.refuse_stdout(options.spelled(name), getattr(self, name))
-            outputs.refuse_unwritable(getattr(self, name))
+        outputs.refuse_stdout("--requests-csv", self.requests_csv)
+        outputs.refuse_unwritable(self.requests_csv)
         outputs.refuse_page(self.html)
 
 
@@ -215,7 +212,7 @@ def simulate(terminal: Terminal, plan: PlanArgument, *, wanted: SimulateOptions)
     started = at_settings(found.plan, found.problem, given)
     found = replace(found, plan=started.plan, problem=started.problem)
     num_requests = wanted.requests or simulating.default_requests(found.plan, load, level)
-    files = (wanted.perfetto, wanted.requests_csv, wanted.html)
+    files = (wanted.requests_csv, wanted.html)
     faults = _faults(wanted, found.plan, found.problem)
     spacing_s = None if wanted.sweep else simulating.sample_spacing_s(found.plan, load, num_requests, faults)
     question = simulating.Question(
@@ -231,7 +228,6 @@ def simulate(terminal: Terminal, plan: PlanArgument, *, wanted: SimulateOptions)
             theta=wanted.theta,
             faults=faults,
             sample_every_s=spacing_s,
-            trace=wanted.perfetto is not None,
         ),
         limits=limits,
         service_level=level,
@@ -272,7 +268,6 @@ def _limits(objective: Objective, wanted: SimulateOptions) -> Objective:
 
 def _faults(wanted: SimulateOptions, plan: Plan, problem: PlacementProblem) -> tuple[Fault, ...]:
     from hetis.planner.use_cases.simulation.simulate import faults_of
-    from hetis.simulator.records import load_faults
     from hetis.simulator.values import Fault
 
     given = [
@@ -281,8 +276,7 @@ def _faults(wanted: SimulateOptions, plan: Plan, problem: PlacementProblem) -> t
         for device, at_s in (values.device_at(text, option) for text in texts or ())
     ]
     named = faults_of(given, plan, problem, source="--fail, --join")
-    listed = () if wanted.faults is None else faults_of(load_faults(wanted.faults), plan, problem, source=wanted.faults)
-    return tuple(sorted(named + listed, key=lambda fault: fault.at_s))
+    return tuple(sorted(named, key=lambda fault: fault.at_s))
 
 
 def _finish(terminal: Terminal, found: PlanAndProblem, question: Question, wanted: SimulateOptions) -> ExitCode:
@@ -310,7 +304,7 @@ def _finish(terminal: Terminal, found: PlanAndProblem, question: Question, wante
 def _save(terminal: Terminal, simulated: Simulated, found: PlanAndProblem, wanted: SimulateOptions) -> bool:
     """Save before printing, so that the files are saved even if the reader of stdout goes away."""
     from hetis.planner.report.page.pages import simulation_page
-    from hetis.simulator.records import perfetto_json, requests_csv
+    from hetis.simulator.records import requests_csv
 
     def write(path: Path, content: str | bytes) -> None:
         write_atomically(path, content)
@@ -318,8 +312,6 @@ def _save(terminal: Terminal, simulated: Simulated, found: PlanAndProblem, wante
 
     run = simulated.run
     try:
-        if wanted.perfetto is not None and run is not None:
-            write(wanted.perfetto, perfetto_json(run))
         if wanted.requests_csv is not None and run is not None:
             write(wanted.requests_csv, requests_csv(run))
         outputs.save_page(terminal, lambda: simulation_page(simulated, found.plan, found.problem), wanted.html)
