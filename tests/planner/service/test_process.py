@@ -28,7 +28,6 @@ from tests.planner.service.fakes import open_fake
 from tests.planner.service.process import REAL, Process, finished, finished_here
 
 LOCAL = ("--listen", "127.0.0.1:0", "--status-page", "127.0.0.1:0", "--ready-json")
-ROOT = Path(__file__).parents[3]
 
 
 def test_it_says_where_it_listens_and_stops_when_asked_to(tmp_path: Path) -> None:
@@ -110,27 +109,6 @@ def test_a_planner_that_still_compiles_stops_when_asked_to(tmp_path: Path) -> No
     assert '"stopped"' in stderr
 
 
-def test_a_store_of_another_planner_is_exit_9(tmp_path: Path) -> None:
-    with Process(LOCAL, folder=tmp_path, environment={"FAKE_STORE": "held"}) as planner:
-        code, stderr = planner.end()
-    assert (code, stderr) == (ServiceExitCode.STORE, "error: the store hetis.db is held by another planner\n")
-
-
-def test_a_bad_configuration_is_exit_2_and_lists_everything(tmp_path: Path) -> None:
-    file = tmp_path / "planner.yaml"
-    file.write_text("apiVersion: hetis/v1\nkind: PlannerConfig\nlistn: x\nsolver: {queue: 0}\n")
-    code, stdout, stderr, _ = finished(
-        ("--config", "planner.yaml", "--log-format", "xml"), folder=tmp_path, HETIS_AGENTS__LEASE="soon"
-    )
-    assert (code, stdout) == (ServiceExitCode.INVALID, "")
-    assert sorted(line.removeprefix("error:").strip() for line in stderr.splitlines()) == [
-        "--log-format: 'xml' is not one of json, text",
-        "HETIS_AGENTS__LEASE: 'soon' is not a duration: expected a number and one of ns, us, ms, s, min, h",
-        "planner.yaml:3: listn: unknown field, did you mean listen?",
-        "planner.yaml:4: solver.queue: is 0, must be >= 1",
-    ]
-
-
 @pytest.mark.parametrize(("limit", "processes", "least"), [(6, 1, 256), (64, 1, 256), (256, 3, 320), (1000, 200, 1024)])
 def test_a_planner_with_too_few_descriptors_says_how_many_it_needs(
     limit: int, processes: int, least: int, tmp_path: Path
@@ -172,18 +150,6 @@ def test_check_finds_bad_certificates_and_tokens_without_starting(tmp_path: Path
     code, _, stderr = finished_here((*options[:3], "--set", f"tls.key={tmp_path}/other.key"), folder=tmp_path)
     assert code == ServiceExitCode.INVALID
     assert f"other.key: does not match the certificate {certificate}" in stderr
-
-
-def test_check_refuses_an_advertised_address_that_clients_would_refuse(tmp_path: Path) -> None:
-    certificate, key = write(tmp_path, Authority().server_for("*.hetis.example"))
-    options = ["--check"]
-    for setting in (f"tls.certificate={certificate}", f"tls.key={key}"):
-        options += ["--set", setting]
-    right, wrong = (f"leadership.advertise=a.{domain}:8470" for domain in ("hetis.example", "example"))
-    assert finished_here((*options, "--set", right), folder=tmp_path)[0] == ServiceExitCode.OK
-    code, _, stderr = finished_here((*options, "--set", wrong), folder=tmp_path)
-    assert code == ServiceExitCode.INVALID
-    assert stderr.startswith(f"error: {certificate}: is not for a.example, which leadership.advertise names")
 
 
 def test_everything_wrong_is_said_at_once_also_of_files(tmp_path: Path) -> None:
@@ -237,22 +203,6 @@ def test_a_handshake_that_fails_puts_no_line_of_another_form_into_the_log(tmp_pa
     ]
 
 
-def test_without_credentials_it_does_not_listen_for_other_machines(tmp_path: Path) -> None:
-    code, _, stderr, _ = finished(("--listen", "0.0.0.0:0"), folder=tmp_path)
-    assert code == ServiceExitCode.INVALID
-    assert stderr.startswith("error: --listen: 0.0.0.0:0 can be reached from other machines, which requires")
-
-
-def test_the_configuration_in_force_is_printed_without_secrets(tmp_path: Path) -> None:
-    code, stdout, _ = finished_here(
-        ("--print-config", "--store", "postgresql://me:secret@db/hetis"), folder=tmp_path, HETIS_SOLVER__QUEUE="9"
-    )
-    assert code == ServiceExitCode.OK
-    assert "secret" not in stdout
-    assert "store: postgresql://me:***@db/hetis" in stdout
-    assert "queue: 9" in stdout
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -282,19 +232,6 @@ def test_a_token_that_makes_no_sense_is_not_made(
     assert (code, printed.out) == (ServiceExitCode.INVALID, "")
     assert message in printed.err
     assert not (tmp_path / "t.yaml").exists()
-
-
-def test_help_has_examples_and_exit_codes(tmp_path: Path) -> None:
-    code, stdout, _, _ = finished(("--help",), folder=tmp_path)
-    assert code == ServiceExitCode.OK
-    words = " ".join(stdout.split())
-    for expected in (
-        "hetis-planner --config planner.yaml --check",
-        "HETIS_LOG__LEVEL",
-        "Exit codes: 0",
-        "token create",
-    ):
-        assert expected in words
 
 
 def test_nothing_heavy_is_imported_for_help() -> None:

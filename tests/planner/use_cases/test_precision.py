@@ -153,8 +153,18 @@ def test_a_fleet_of_several_vendors_is_told_that_replicas_stay_apart(folder: Pat
     loaded = load_inputs(cluster="fleet.yaml", model="Meta-Llama-3-8B", workload="1024/256")
     said = "a replica, and the KV that it exchanges, stays with GPUs of one vendor "
     said += "(NVIDIA: A100-SXM-40GB; AMD: MI300X-192GB)"
-    assert said in for_engine(loaded, engine_rules("vllm", "hetis")).notes
-    assert said not in for_engine(loaded, None).notes
+    assert (
+        f"{said}; --kv-between-vendors lets KV go between them"
+        in for_engine(loaded, engine_rules("vllm", "hetis")).notes
+    )
+    assert said in for_engine(loaded, engine_rules("sglang", "hetis")).notes
+    assert not any("vendor" in note for note in for_engine(loaded, None).notes)
+    across = engine_rules("vllm", "hetis", kv_between_vendors=True)
+    (told,) = (note for note in for_engine(loaded, across).notes if "vendor" in note)
+    assert told.startswith("a replica stays with GPUs of one vendor")
+    assert "KV of 16 bits may go between NVIDIA, AMD, Intel" in told
+    with pytest.raises(InvalidProblemError, match="KV between vendors is not known to work in sglang"):
+        engine_rules("sglang", "hetis", kv_between_vendors=True)
 
 
 def test_where_no_gpu_runs_it_the_reasons_are_the_answer(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

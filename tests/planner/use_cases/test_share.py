@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, get_args
+from typing import get_args
 
 import pytest
 
 from hetis.formats.documents import load_plan
 from hetis.planner.cli.sharing import ShareRule
-from hetis.planner.report.sharing import holds
 from hetis.planner.use_cases.describing import ONE_TOKEN
 from hetis.planner.use_cases.record.parts import Requested
 from hetis.solver.tenants.tenancy import TenantRule
@@ -93,34 +91,6 @@ def assert_plans_know_of_each_other(folder: Path) -> None:
     assert f"{len(held['chat'])} held by other tenants" in page.read_text()
     assert "of chat" in page.read_text()
     assert page.read_text().count(" with the fleet to itself") == len(plans)
-
-
-def test_the_table_fits_80_columns_and_says_what_holds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hetis.planner.cli.searching.PLAIN_INTERVAL_S", 0.0)
-    result = invoke("share", written(tmp_path), "-c", FLEET, "--rule", "sharing-incentive")
-    assert result.exit_code == 0, result.output
-    assert all(f" {number} of 5, " in result.stderr for number in range(1, 6)), "four rules and envy"
-    table = result.stdout
-    assert "yes: no tenant is worse off than on its own part of the fleet" in table
-    assert "rules compared" in table
-    assert all(len(line) <= 80 for line in table.splitlines())
-
-
-@pytest.mark.parametrize(
-    ("rates", "said"),
-    [
-        ((0.2576, 0.5150), "no: b has 51.5% of its rate alone per part, a 25.8%"),
-        ((0.25816, 0.25764), "no: a has 25.82% of its rate alone per part, b 25.76%"),
-        ((0.2576, 0.2576), "yes: every tenant has the same share of its rate alone, per part"),
-    ],
-)
-def test_shares_that_differ_are_shown_with_decimals_that_differ(rates: tuple[float, float], said: str) -> None:
-    shares = [
-        SimpleNamespace(name=name, normalised=rate, weight=1.0, over_part=1.0)
-        for name, rate in zip("ab", rates, strict=True)
-    ]
-    found: Any = SimpleNamespace(answers=[SimpleNamespace(shares=shares)], envy=None)
-    assert holds(found)[1] == said
 
 
 def test_only_what_is_asked_for_is_computed(tmp_path: Path) -> None:

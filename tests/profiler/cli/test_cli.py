@@ -8,7 +8,6 @@ import re
 import subprocess
 import sys
 from pathlib import Path
-from typing import get_args
 
 import pytest
 
@@ -16,13 +15,10 @@ from hetis.formats.catalogue import find_gpu
 from hetis.formats.measurements import save_measurements
 from hetis.formats.profile import load_profile, profile_to_data
 from hetis.profiler.cli.exit_codes import ProfileExitCode
-from hetis.profiler.cli.measurements import Format
 from hetis.profiler.defaults import default_profile
-from tests.command_line import environment
 from tests.profiler.cli.measured_files import GPU, with_mixed_batches, write_files
-from tests.profiler.command_line import COMMAND, hetis_profile, invoke
+from tests.profiler.command_line import hetis_profile, invoke
 
-VERBS = ("run", "import", "fit", "model", "calibrate", "show", "check")
 DATA = Path(__file__).parents[4] / "shared" / "data" / "profiles"
 
 
@@ -35,13 +31,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return where
 
 
-@pytest.mark.parametrize("verb", VERBS)
-def test_every_verb_explains_itself_in_80_columns(verb: str) -> None:
-    done = hetis_profile(verb, "--help")
-    assert done.returncode == 0, done.stderr
-    assert max(map(len, done.stdout.splitlines())) <= 80
-
-
 def test_help_answers_without_numpy_or_torch() -> None:
     program = (
         "import sys; from hetis.profiler.cli.app import run; run(['--help']);"
@@ -49,18 +38,6 @@ def test_help_answers_without_numpy_or_torch() -> None:
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stderr.strip() == "[]"
-
-
-def test_the_help_lists_every_exit_code() -> None:
-    text = " ".join(hetis_profile("--help").stdout.split())
-    for code in ProfileExitCode:
-        assert f"{code.value} {code.meaning.partition(',')[0]}" in text
-
-
-def test_formats_are_those_of_the_importers() -> None:
-    from hetis.profiler.importers import READERS
-
-    assert get_args(Format) == tuple(READERS)
 
 
 def test_fit_reports_held_out_errors_by_operator_and_region(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -72,17 +49,6 @@ def test_fit_reports_held_out_errors_by_operator_and_region(folder: Path, capsys
     assert report["by_region"]["decode_attention"]
     assert (folder / "again.json").read_bytes() == (folder / "profile.json").read_bytes()
     assert load_profile(folder / "again.json").gpu == GPU
-
-
-def test_fit_prints_a_table_of_80_columns(
-    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("COLUMNS", "80")
-    arguments = (folder / "raw.json", "--out", folder / "again.json", "--cluster", folder / "cluster.yaml")
-    assert invoke("fit", *arguments) == ProfileExitCode.OK
-    text = capsys.readouterr().out
-    assert "decode" in text
-    assert max(map(len, text.splitlines())) <= 80
 
 
 def test_fit_and_show_tell_how_much_longer_decode_attention_takes_beside_a_chunk(
@@ -108,20 +74,6 @@ def test_fit_and_show_tell_how_much_longer_decode_attention_takes_beside_a_chunk
     shown = capsys.readouterr().out
     assert max(map(len, shown.splitlines())) <= 80
     assert shown.count("x 2.5 beside a chunk") == 1
-
-
-def test_a_gpu_type_that_nobody_defines_is_explained(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert invoke("fit", folder / "raw.json", "--out", folder / "none.json") == ProfileExitCode.INVALID
-    assert "--cluster" in capsys.readouterr().err
-    assert not (folder / "none.json").exists()
-
-
-def test_a_file_that_is_given_twice_is_not_another_source(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    raw = folder / "raw.json"
-    again = folder / ".." / folder.name / "raw.json"
-    code = invoke("fit", raw, again, "--out", folder / "none.json", "--cluster", folder / "cluster.yaml")
-    assert code == ProfileExitCode.INVALID
-    assert f"{again}: is given twice" in " ".join(capsys.readouterr().err.split())
 
 
 def test_all_broken_files_are_named_at_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -170,20 +122,6 @@ def test_a_gpu_has_the_profile_that_plans_use(capsys: pytest.CaptureFixture[str]
     assert json.loads(capsys.readouterr().out) == profile_to_data(default_profile(find_gpu("H20").gpu)[1])
 
 
-@pytest.mark.parametrize("gpu", ["H20", "H100-SXM-80GB"])
-def test_show_names_the_errors_that_plans_assume(
-    gpu: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("COLUMNS", "80")
-    assert invoke("show", gpu) == ProfileExitCode.OK
-    lines = capsys.readouterr().out.splitlines()
-    assert max(map(len, lines)) <= 80
-    dense, below = lines[3:5]
-    assert dense.split()[0] == "dense"
-    assert ("14.2%" in dense, "±60%" in below) == (gpu == "H20", gpu == "H20")
-    assert any("±25%" in line for line in lines)  # experts state no error
-
-
 def test_check_warns_of_latent_attention_above_the_peaks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A profile with it is used: which kernels there may be for it, nobody knows."""
     data = profile_to_data(default_profile(find_gpu("H20").gpu)[1])
@@ -210,32 +148,12 @@ def test_model_writes_a_profile_that_can_be_shown(tmp_path: Path, capsys: pytest
     assert load_profile(out) == default_profile(find_gpu("T4").gpu)[1]
 
 
-def test_model_names_the_nearest_architecture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    cluster = tmp_path / "own.yaml"
-    gpu = "{memory: 64GiB, memory_bandwidth: 1.6TB/s, fp16: 320TFLOPS, architecture: Hoper}"
-    cluster.write_text(
-        f"{{apiVersion: hetis/v1, kind: Cluster, name: own, gpu_types: {{Own: {gpu}}}, nodes: [{{name: a, gpus: "
-        "[{type: Own}]}], network: {bandwidth: 100Gbps, latency: 20us}}"
-    )
-    asked = ("model", "Own", "--cluster", cluster, "--out", tmp_path / "p.json")
-    assert invoke(*asked) == ProfileExitCode.INVALID
-    assert ", did you mean Hopper?" in capsys.readouterr().err
-
-
 def test_check_accepts_what_the_card_can_do(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert (
         invoke("check", folder / "profile.json", "--cluster", folder / "cluster.yaml", "-o", "json")
         == ProfileExitCode.OK
     )
     assert json.loads(capsys.readouterr().out)["broken"] == []
-
-
-@pytest.mark.parametrize("gpu", ["A100-SXM-80GB", "NVIDIA A100-SXM4-80GB", "H200-SXM-141GB"])
-def test_check_takes_the_name_of_a_gpu(gpu: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert invoke("check", gpu, "-o", "json") == ProfileExitCode.OK
-    assert json.loads(capsys.readouterr().out)["broken"] == []
-    assert invoke("check", "A100-SXM-80") == ProfileExitCode.INVALID
-    assert "is neither a file nor a GPU type" in capsys.readouterr().err
 
 
 def test_check_refuses_what_no_card_can_do(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -281,17 +199,6 @@ def test_what_is_wrong_is_said_without_a_traceback(arguments: tuple[str, ...], c
     assert not done.stdout
 
 
-def test_a_missing_torch_is_said_with_what_installs_it(tmp_path: Path) -> None:
-    program = (
-        "import sys; sys.modules['torch'] = None; from hetis.profiler.cli.app import run;"
-        f"sys.exit(run(['run', '--quick', '--out', {str(tmp_path / 'x.json')!r}]))"
-    )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
-    assert done.returncode == ProfileExitCode.INTERNAL
-    assert "torch is not installed: pip install 'hetis[profiler]'" in done.stderr
-    assert not list(tmp_path.iterdir())
-
-
 def test_a_run_interrupted_before_its_first_point_leaves_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -313,51 +220,6 @@ def test_an_interrupted_run_is_not_started_over(tmp_path: Path) -> None:
     done = hetis_profile("run", "--quick", "--out", "x.json", cwd=tmp_path)
     assert done.returncode == ProfileExitCode.INVALID
     assert "continue with --resume, or delete it" in done.stderr
-
-
-def test_a_closed_pipe_is_no_error() -> None:
-    command = " ".join(COMMAND)
-    done = subprocess.run(
-        ["bash", "-c", f"set -o pipefail; {command} show L4 -o json | head -c 1"],
-        capture_output=True,
-        text=True,
-        env=environment(),
-        check=False,
-    )
-    assert "Traceback" not in done.stderr
-    assert done.returncode in (0, ProfileExitCode.BROKEN_PIPE)
-
-
-def test_errors_that_nobody_reads_to_their_end_have_the_code_of_a_closed_pipe(tmp_path: Path) -> None:
-    table = tmp_path / "table.csv"
-    table.write_text("device,gemm_dtype,m,n,k,latency_ms\n" + 3000 * "NVIDIA L40S,bfloat16,1,32,32,nan\n")
-    arguments = "import table.csv --format aiconfigurator --out raw.json"
-    # The reader ends before the first of a hundred lines is written.
-    done = subprocess.run(
-        ["bash", "-c", f"(sleep 0.01; {' '.join(COMMAND)} {arguments}; echo $? >code) 2>&1 | true"],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        env=environment(),
-        check=True,
-    )
-    assert not done.stderr
-    assert int((tmp_path / "code").read_text()) == ProfileExitCode.BROKEN_PIPE
-
-
-def test_more_problems_than_are_shown_are_mentioned(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    table = tmp_path / "table.csv"
-    header, row = "device,gemm_dtype,m,n,k,latency_ms\n", "NVIDIA L40S,bfloat16,1,32,32,nan\n"
-    for count, headline in (
-        (100, "error: 100 problems in the input"),
-        (101, "error: more than 100 problems in the input"),
-    ):
-        table.write_text(header + count * row)
-        asked = ("import", table, "--format", "aiconfigurator", "--out", tmp_path / "raw.json")
-        assert invoke(*asked) == ProfileExitCode.INVALID
-        first, *others = capsys.readouterr().err.splitlines()
-        assert first == headline
-        assert len(others) == 100
 
 
 @pytest.mark.skipif(not DATA.is_dir(), reason="the shared data are not here")

@@ -87,7 +87,12 @@ def _lacking(plan: Plan, problem: PlacementProblem, rules: EngineRules) -> tuple
     refused = refused_by(problem.model, problem.cluster, rules.name)
     features = beyond(plan.replicas, rules, problem.cluster, problem.model)
     on_refused = (f"stages on {gpu}" for gpu in refused if gpu in used)
-    return (*features, *_barred_workers(plan, problem, rules), *_across_vendors(plan, problem.cluster), *on_refused)
+    return (
+        *features,
+        *_barred_workers(plan, problem, rules),
+        *_across_vendors(plan, rules, problem.cluster),
+        *on_refused,
+    )
 
 
 def _barred_workers(plan: Plan, problem: PlacementProblem, rules: EngineRules) -> Iterator[str]:
@@ -98,12 +103,13 @@ def _barred_workers(plan: Plan, problem: PlacementProblem, rules: EngineRules) -
         yield "attention workers for this model"
 
 
-def _across_vendors(plan: Plan, cluster: Cluster) -> Iterator[str]:
-    """Yield what keeps to no single vendor, which every engine needs (`PlacementProblem.build_of`)."""
+def _across_vendors(plan: Plan, rules: EngineRules, cluster: Cluster) -> Iterator[str]:
+    """Yield what keeps to no single vendor, which every engine needs (`PlacementProblem.build_of` and `kv_of`)."""
     vendors = [{cluster.gpu_types[stage.gpu].vendor for stage in replica.stages} for replica in plan.replicas]
     if any(len(each) > 1 for each in vendors):
         yield "replicas on GPUs of several vendors"
-    if any(vendors[route.prefill] != vendors[route.decode] for route in plan.kv_routes):
+    ends = {frozenset(vendors[route.prefill] | vendors[route.decode]) for route in plan.kv_routes}
+    if any(len(each) > 1 and not each <= set(rules.kv_vendors) for each in ends):
         yield "KV exchanged by GPUs of several vendors"
 
 

@@ -66,6 +66,7 @@ def read_inputs(request: PlacementRequest) -> LoadedInputs:
         workload=path_or_value(request.workload),
         profiles=[str(os.fspath(path)) for path in request.profiles],
         prefix_hit_rate=request.hit_rate,
+        burstiness=request.burstiness,
     ).with_constraints(pins=request.pin, forbids=request.forbid)  # fmt: skip
     share = request.gpu_memory_utilization
     settings = engine_settings(

@@ -56,6 +56,7 @@ class Kind(Enum):
     DRAFTS = auto()
     DEMAND = auto()
     RATE = auto()
+    BURSTINESS = auto()
     TTFT = auto()
     TPOT = auto()
     SECONDS = auto()
@@ -123,6 +124,11 @@ class PlacementRequest:
         "Share of prompt tokens that prefix caches hold: 0.4, 40%, or trace to count it by a Mooncake trace's hash "
         "ids.",
         shown="the workload's, or 0",
+    )
+    burstiness: Annotated[float, Kind.BURSTINESS] | None = _input(
+        "--burstiness CV: "
+        "Coefficient of variation of the gaps between arrivals: 1 at random (Poisson), above 1 in bursts; at most 10.",
+        shown="the workload's, or 1",
     )
     weights: Annotated[str, Kind.WEIGHTS] | None = _input(
         "--weights P[,GPU=P...]: "
@@ -230,6 +236,11 @@ class PlacementRequest:
     max_nodes: Count | None = _search(
         "--max-nodes-per-replica N: Maximum nodes of a replica including attention workers, in plans for an engine.",
         min=1,
+    )
+    kv_between_vendors: bool = _search(
+        "--kv-between-vendors: Let prefill replicas send KV to GPUs of other vendors (vLLM; 16-bit KV, by Triton's "
+        "kernels).",
+        False,
     )
     max_num_seqs: Count | None = _search(
         "--max-num-seqs N: Maximum requests that an engine runs at once (a replica, or each copy that shares experts)."

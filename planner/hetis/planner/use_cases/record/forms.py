@@ -113,7 +113,10 @@ def read_engine(data: Any) -> EngineRules | None:
 
 def engine_from_data(data: Mapping[str, Any]) -> EngineRules:
     """Return the rules from which `asdict` made data; earlier versions charged nothing for the plugin."""
-    return EngineRules(**{**data, "plugin": PluginTime(**data.get("plugin", {}))})
+    vendors = data.get("kv_vendors", ())
+    if not isinstance(vendors, list | tuple) or not all(isinstance(vendor, str) for vendor in vendors):
+        raise TypeError(f"kv_vendors is {shown(vendors)}, must be a list of vendors")
+    return EngineRules(**{**data, "plugin": PluginTime(**data.get("plugin", {})), "kv_vendors": tuple(vendors)})
 
 
 def engine_settings_from_data(data: Any) -> EngineSettings:
