@@ -25,18 +25,12 @@ from hetis.solver.errors import InvalidProblemError
 from hetis.solver.placement.families import run_by
 from hetis.solver.plan import Role
 from hetis.solver.problem import MOST_SETTING, EngineRules, EngineSettings
+from tests.fleets import fleet
 from tests.planner.command_line import invoke
 from tests.simulator.replica.test_lockstep import problem_of, sharing
 from tests.simulator.small_plans import equal_requests, pipeline, plan_of, small_problem
 
-CLUSTER = """\
-apiVersion: hetis/v1
-kind: Cluster
-name: small
-nodes:
-  - {name: a100, gpus: [{type: A100-PCIe-80GB, count: 2}]}
-network: {bandwidth: 100Gbps, latency: 20us}
-"""
+CLUSTER = fleet("small", "a100: 2 A100-PCIe-80GB")
 INPUTS = ("-c", "small.yaml", "-m", "Meta-Llama-3-8B", "-w", "1024/256")
 FAST = ("--no-other-engines", "--no-verify", "-q", "-o", "json")
 KEPT = {"max_num_seqs": 24, "chunk_tokens": [384], "kv_blocks": 2000}

@@ -25,16 +25,10 @@ from hetis.simulator.arrivals import Arrivals, Load
 from hetis.simulator.metrics import prediction_of
 from hetis.simulator.values import Fault
 from tests.command_line import environment
+from tests.fleets import fleet
 from tests.planner.command_line import COMMAND, hetis_plan, invoke
 
-CLUSTER = """\
-apiVersion: hetis/v1
-kind: Cluster
-name: two
-nodes:
-  - {name: a100, gpus: [{type: A100-PCIe-80GB, count: 2}]}
-network: {bandwidth: 100Gbps, latency: 20us}
-"""
+CLUSTER = fleet("two", "a100: 2 A100-PCIe-80GB")
 HEADER = "arrival_s,prompt_tokens,output_tokens\n"
 
 
