@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from hetis.formats.documents import dump
 from hetis.formats.errors import DocumentError
 from hetis.formats.models.document import load_model
 from hetis.solver.model import Experts, ModelSpec
@@ -133,6 +134,13 @@ def test_a_token_at_a_million_takes_a_quarter_of_the_flops_of_before() -> None:
     then = 2 * (before.active_params() - before.embedding_params)
     then += layers * (2 * 2048 * 128 * (512 + 64 + 512) + 2 * x * indexer.heads * indexer.head_dim)
     assert now / then == pytest.approx(0.27, abs=0.01)
+
+
+@pytest.mark.parametrize("name", [PRO, FLASH])
+def test_a_compressed_model_is_the_same_after_saving(tmp_path: Path, name: str) -> None:
+    model = load_model(FOLDER / f"{name}.json")
+    (tmp_path / "model.yaml").write_text(dump(model))
+    assert load_model(tmp_path / "model.yaml") == model
 
 
 def test_layers_as_transformers_names_them_are_the_same_model(tmp_path: Path) -> None:

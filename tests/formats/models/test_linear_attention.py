@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from hetis.formats.documents import dump
 from hetis.formats.errors import DocumentError
 from hetis.formats.layers import described_in_short
 from hetis.formats.models.config_json import Config
@@ -74,6 +75,13 @@ def test_published_counts_leave_out_embeddings_and_the_lm_head() -> None:
     assert (kimi.params() - 2 * kimi.embedding_params) / 1e9 == pytest.approx(48, rel=0.01)
     assert round((kimi.active_params() - 2 * kimi.embedding_params) / 1e9) == 3
     assert (minimax.active_params() - 2 * minimax.embedding_params) / 1e9 == pytest.approx(45.9, rel=0.001)
+
+
+@pytest.mark.parametrize("name", [KIMI, MINIMAX])
+def test_a_model_with_states_is_the_same_after_saving(tmp_path: Path, name: str) -> None:
+    model = load_model(FOLDER / f"{name}.json")
+    (tmp_path / "model.yaml").write_text(dump(model))
+    assert load_model(tmp_path / "model.yaml") == model
 
 
 def kinds(numbers: list[int], num_layers: int) -> list[str]:

@@ -22,19 +22,13 @@ from hetis.planner.cli.app import run as run_verb
 from hetis.planner.cli.exit_codes import ExitCode
 from hetis.planner.cli.parameters.defaults import OWN_MEANING, default_map
 from tests.command_line import environment
+from tests.fleets import fleet
 from tests.planner.command_line import COMMAND, hetis_plan_here, invoke
 from tests.planner.html_pages import ReadPage
 
 ROOT = Path(__file__).parents[3]
 GROUP: Any = typer.main.get_command(app)
-CLUSTER = """\
-apiVersion: hetis/v1
-kind: Cluster
-name: four
-nodes:
-  - {name: rack-with-a-long-name, count: 4, gpus: [{type: A100-PCIe-80GB, count: 1}]}
-network: {bandwidth: 100Gbps, latency: 20us}
-"""
+CLUSTER = fleet("four", "4 rack-with-a-long-name: 1 A100-PCIe-80GB")
 INPUTS = ("-c", "cluster.yaml", "-m", "Llama-2-7B", "-w", "500/100", "--time-limit", "5s")
 
 
@@ -203,7 +197,6 @@ SAME_IN_OTHER_WORDS = {
     "prefix-hit-rate": {"simulate"},
     "seed": {"simulate"},
     "theta": {"redispatch"},
-    "time-limit": {"dispatch"},
     "workload": {"replan"},
 }
 

@@ -13,17 +13,10 @@ import pytest
 
 from hetis.solver.placement.families import STRATEGIES
 from tests.command_line import environment
+from tests.fleets import fleet
 from tests.planner.command_line import COMMAND, hetis_plan, hetis_plan_here
 
-SMALL = """\
-apiVersion: hetis/v1
-kind: Cluster
-name: small
-nodes:
-  - {name: a100, gpus: [{type: A100-PCIe-80GB, count: 2}]}
-  - {name: l4, count: 2, gpus: [{type: L4, count: 2}]}
-network: {bandwidth: 100Gbps, latency: 20us}
-"""
+SMALL = fleet("small", "a100: 2 A100-PCIe-80GB", "2 l4: 2 L4")
 # A workload that is simulated quickly.
 INPUTS = ("--cluster", "small.yaml", "--model", "Meta-Llama-3-8B", "--workload", "humaneval_lengths")
 # The promised keys of the JSON form.
@@ -219,20 +212,16 @@ def test_strategies_and_roles_that_do_not_exist_are_refused(
     assert says in " ".join(done.stderr.replace("│", " ").split())
 
 
-MANY_GPUS = """\
-apiVersion: hetis/v1
-kind: Cluster
-name: many-gpus
-nodes:
-  - {name: h100, count: 8, gpus: [{type: H100-SXM-80GB, count: 8}]}
-  - {name: a100, count: 8, gpus: [{type: A100-SXM-80GB, count: 8}]}
-  - {name: l40s, count: 16, gpus: [{type: L40S, count: 4}]}
-  - {name: l4, count: 16, gpus: [{type: L4, count: 4}]}
-  - {name: v100, count: 8, gpus: [{type: V100-SXM2-32GB, count: 8}]}
-  - {name: a10, count: 16, gpus: [{type: A10G, count: 4}]}
-  - {name: r3090, count: 16, gpus: [{type: RTX-3090, count: 4}]}
-network: {bandwidth: 100Gbps, latency: 20us}
-"""  # the first plan takes seconds, a proof minutes
+MANY_GPUS = fleet(
+    "many-gpus",
+    "8 h100: 8 H100-SXM-80GB",
+    "8 a100: 8 A100-SXM-80GB",
+    "16 l40s: 4 L40S",
+    "16 l4: 4 L4",
+    "8 v100: 8 V100-SXM2-32GB",
+    "16 a10: 4 A10G",
+    "16 r3090: 4 RTX-3090",
+)
 
 
 def test_ctrl_c_saves_and_prints_the_incumbent(tmp_path: Path) -> None:

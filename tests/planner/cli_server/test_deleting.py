@@ -36,6 +36,17 @@ def test_resources_are_named_as_in_get(
     assert all(request.request_id for request in fleet.requests), "a retry deletes nothing twice"
 
 
+def test_a_cluster_is_deleted_once_no_plan_is_in_force(fleet: FakePlanner, hetis_plan: Run) -> None:
+    assert hetis_plan("delete", "clusters", "paper", code=ExitCode.CONFLICT) == (
+        "",
+        "error: clusters/paper is in use (RESOURCE_IN_USE)\n"
+        "  once nothing serves, take its plan out of force: hetis-plan cancel plans/night\n",
+    )
+    fleet.clusters["clusters/paper"].active_plan = ""
+    hetis_plan("delete", "cluster", "paper")
+    assert not fleet.clusters
+
+
 def test_what_is_refused_is_one_error_each_and_the_others_are_deleted(fleet: FakePlanner, hetis_plan: Run) -> None:
     words = ("delete", "plans/night", "plans/none", "plans/day", "profiles/l4")
     shown = hetis_plan(*words, code=ExitCode.CONFLICT)  # the code of the first refusal
@@ -97,6 +108,21 @@ def test_a_dry_run_lists_the_plans_that_a_cluster_takes_with_it(fleet: FakePlann
     assert (len(fleet.plans), len(fleet.clusters)) == (2, 1)
 
 
+def test_a_missing_role_keeps_nothing_else_from_being_deleted(fleet: FakePlanner, hetis_plan: Run) -> None:
+    """Orchestrators may delete plans, but not profiles; that is the API's decision."""
+    metadata = {"needed": "admin", "role": "orchestrator"}
+
+    def fail(method: str, context: Any) -> None:
+        if method == "DeleteProfile":
+            refuse(context, code_pb2.PERMISSION_DENIED, "ROLE", "not with this role", metadata=metadata)
+
+    fleet.fail = fail
+    assert hetis_plan("delete", "profiles/l4", "plans/day", code=ExitCode.INVALID) == (
+        "plans/day  deleted\n",
+        "error: not with this role (ROLE)\n  the call needs role admin, these credentials have role orchestrator\n",
+    )
+
+
 def test_after_a_failure_of_the_planner_nothing_more_is_tried(fleet: FakePlanner, hetis_plan: Run) -> None:
     def fail(method: str, context: Any) -> None:
         if method == "DeleteProfile":
@@ -128,6 +154,22 @@ def test_what_may_have_been_deleted_without_an_answer_is_named(
     assert told.out == "plans/day  deleted\n"
     assert "warning: no answer came: profiles/l4 may have been deleted\nwarning: not tried: plans/night\n" in told.err
     assert "may have been" not in hetis_plan("delete", "profiles/l4", "--dry-run", code=ExitCode.UNREACHABLE).err
+
+
+def test_what_a_planner_that_ends_during_the_call_may_have_deleted_is_named(
+    fleet: FakePlanner, hetis_plan: Run
+) -> None:
+    """In the past only that the planner is unreachable. gRPC retries: a refused connection is the last attempt's."""
+
+    def fail(method: str, context: Any) -> None:
+        if method == "DeletePlan" and fleet.calls[method] == 1:
+            fleet.plans.pop("plans/day")
+        refuse(context, code_pb2.UNAVAILABLE, "", "Socket closed")
+
+    fleet.fail = fail
+    told = hetis_plan("delete", "plans/day", "plans/night", code=ExitCode.UNREACHABLE)
+    said = "warning: no answer came: plans/day may have been deleted\nwarning: not tried: plans/night\n"
+    assert (told.out, told.err.startswith(said)) == ("", True), told.err
 
 
 @pytest.mark.parametrize(

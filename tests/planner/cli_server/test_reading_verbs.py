@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import socket
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -181,6 +182,56 @@ def test_a_planner_that_does_not_answer_is_named_and_the_next_one_asked(
         shown = hetis_plan("status", "--server", address, code=ExitCode.UNREACHABLE)
         assert shown.err.startswith(f"waiting for an answer from the planner at {address}\nerror: ")
         assert hetis_plan("status", "--server", address, "-q", code=ExitCode.UNREACHABLE).err.startswith("error: ")
+
+
+@pytest.mark.parametrize("what", ["plans/night", "clusters/paper"])
+def test_a_watch_says_that_nobody_is_there_and_ends(
+    hetis_plan: Run, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    monkeypatch.setenv("HETIS_SERVER", "127.0.0.1:1")
+    monkeypatch.setattr("hetis.planner.client.errors.REPORTED_AFTER_S", 0.1)
+    monkeypatch.setattr("hetis.planner.cli.server.server_verb.LONGEST_SILENCE_S", 1.0)
+    monkeypatch.setattr("hetis.planner.client.channels.CHANNEL_OPTIONS", (("grpc.enable_retries", 0),))
+    captured = hetis_plan("watch", what, "-o", "json", code=ExitCode.UNREACHABLE)
+    assert json.loads(captured.out)["reason"] == "UNAVAILABLE"  # the only document
+    warning, error, _advice = captured.err.splitlines()
+    assert warning == "warning: the planner at 127.0.0.1:1 is unreachable; retrying for up to 1 s"
+    assert error.startswith("error: the planner at 127.0.0.1:1 is unreachable: ")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--server", "planner"], "'planner' is not an address of a planner, expected HOST:PORT"),
+        (["--server", "planner.example:8470", "--cert", "c.pem"], "a client certificate needs its key"),
+        (["--token-file", "/nowhere/token"], "/nowhere/token: No such file or directory"),
+    ],
+)
+def test_connections_that_cannot_be_are_refused(hetis_plan: Run, arguments: list[str], said: str) -> None:
+    assert said in " ".join(hetis_plan("status", *arguments, code=ExitCode.INVALID).err.replace("│", " ").split())
+
+
+@pytest.mark.parametrize("content", ["", "\n", "two words\n"], ids=["nothing", "a blank line", "no token"])
+def test_a_token_file_without_a_token_is_refused_before_any_call(
+    fleet: FakePlanner,
+    hetis_plan: Run,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    content: str,
+) -> None:
+    (tmp_path / "token").write_text(content)
+    monkeypatch.chdir(tmp_path)
+    shown = hetis_plan("get", "plans", "--token-file", "token", code=ExitCode.INVALID)
+    assert "Invalid value: token: holds no token" in shown.err
+    assert not fleet.calls
+
+
+def test_credentials_that_do_not_do_are_told(fleet: FakePlanner, hetis_plan: Run) -> None:
+    fleet.fail = lambda method, context: refuse(
+        context, 7, "ROLE", "viewer may not do this", metadata={"role": "viewer", "needed": "orchestrator"}
+    )
+    shown = hetis_plan("get", "plans", code=ExitCode.INVALID)
+    assert "needs role orchestrator, these credentials have role viewer" in shown.err
 
 
 def test_a_plan_is_watched_to_its_end(planner: FakePlanner, hetis_plan: Run) -> None:

@@ -35,6 +35,23 @@ def test_a_silent_node_is_first_suspect_then_lost_and_ready_when_it_is_heard() -
     assert found.state("a") == READY
 
 
+def test_a_node_whose_stream_broke_is_suspect_at_once_and_keeps_its_lease() -> None:
+    found = leases()
+    found.connect("a", now_s=0.0)
+    found.renew("a", now_s=4.0)
+    assert found.disconnect("a")
+    assert found.state("a") == SUSPECT
+    assert found.expire(8.9) == []
+    assert found.expire(9.0) == ["a"]
+    assert found.state("a") == LOST
+
+
+def test_a_node_that_was_never_connected_is_not_lost() -> None:
+    found = leases()
+    assert found.expire(1e9) == []
+    assert found.state("a") == EXPECTED
+
+
 def test_after_a_restart_known_nodes_have_a_lease_to_come_back() -> None:
     found = Leases(suspect_s=2.0, lease_s=5.0)
     found.declare(["a", "b"], now_s=100.0, known=["a"])

@@ -23,19 +23,12 @@ from hetis.solver.cluster import Link
 from hetis.solver.constraints import Exclude, Selection, Unit
 from hetis.solver.plan import Explanation, IdleGpus
 from hetis.solver.problem import EngineRules, EngineSettings
+from tests.fleets import fleet
 from tests.planner import plans
 from tests.planner.command_line import EXAMPLES, hetis_plan_here, invoke
 from tests.planner.html_pages import ReadPage
 
-CLUSTER = """\
-apiVersion: hetis/v1
-kind: Cluster
-name: two-types
-nodes:
-  - {name: a100, gpus: [{type: A100-PCIe-80GB, count: 2}]}
-  - {name: t4, count: 2, gpus: [{type: T4, count: 1}]}
-network: {bandwidth: 100Gbps, latency: 20us}
-"""
+CLUSTER = fleet("two-types", "a100: 2 A100-PCIe-80GB", "2 t4: 1 T4")
 INPUTS = ("-c", "cluster.yaml", "-m", "Llama-2-7B", "-w", "500/100", "--time-limit", "5s")
 
 

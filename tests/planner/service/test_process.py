@@ -109,6 +109,12 @@ def test_a_planner_that_still_compiles_stops_when_asked_to(tmp_path: Path) -> No
     assert '"stopped"' in stderr
 
 
+def test_a_store_of_another_planner_is_exit_9(tmp_path: Path) -> None:
+    with Process(LOCAL, folder=tmp_path, environment={"FAKE_STORE": "held"}) as planner:
+        code, stderr = planner.end()
+    assert (code, stderr) == (ServiceExitCode.STORE, "error: the store hetis.db is held by another planner\n")
+
+
 @pytest.mark.parametrize(("limit", "processes", "least"), [(6, 1, 256), (64, 1, 256), (256, 3, 320), (1000, 200, 1024)])
 def test_a_planner_with_too_few_descriptors_says_how_many_it_needs(
     limit: int, processes: int, least: int, tmp_path: Path
@@ -201,6 +207,22 @@ def test_a_handshake_that_fails_puts_no_line_of_another_form_into_the_log(tmp_pa
     assert [line for line in stderr.splitlines() if not line.startswith("{")] == [
         line for line in stderr.splitlines() if line.startswith("hetis-planner listens on")
     ]
+
+
+def test_without_credentials_it_does_not_listen_for_other_machines(tmp_path: Path) -> None:
+    code, _, stderr, _ = finished(("--listen", "0.0.0.0:0"), folder=tmp_path)
+    assert code == ServiceExitCode.INVALID
+    assert stderr.startswith("error: --listen: 0.0.0.0:0 can be reached from other machines, which requires")
+
+
+def test_the_configuration_in_force_is_printed_without_secrets(tmp_path: Path) -> None:
+    code, stdout, _ = finished_here(
+        ("--print-config", "--store", "postgresql://me:secret@db/hetis"), folder=tmp_path, HETIS_SOLVER__QUEUE="9"
+    )
+    assert code == ServiceExitCode.OK
+    assert "secret" not in stdout
+    assert "store: postgresql://me:***@db/hetis" in stdout
+    assert "queue: 9" in stdout
 
 
 @pytest.mark.parametrize(

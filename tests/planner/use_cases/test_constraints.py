@@ -11,16 +11,9 @@ import yaml
 
 from hetis.planner.cli.app import run
 from hetis.planner.cli.exit_codes import ExitCode
+from tests.fleets import fleet
 
-SMALL = """\
-apiVersion: hetis/v1
-kind: Cluster
-name: small
-nodes:
-  - {name: a100, gpus: [{type: A100-PCIe-80GB, count: 2}]}
-  - {name: l4, count: 2, gpus: [{type: L4, count: 1}]}
-network: {bandwidth: 100Gbps, latency: 20us}
-"""
+SMALL = fleet("small", "a100: 2 A100-PCIe-80GB", "2 l4: 1 L4")
 
 Run = tuple[ExitCode, dict[str, Any]]
 

@@ -16,17 +16,10 @@ from hetis.planner.use_cases.precision import for_engine, in_precision
 from hetis.planner.use_cases.sources import engine_rules, load_inputs
 from hetis.solver.errors import InvalidProblemError
 from hetis.solver.profile import Op
+from tests.fleets import fleet
 
 HUGGINGFACE = Path(__file__).parents[2] / "formats" / "huggingface"
-FLEET = """\
-apiVersion: hetis/v1
-kind: Cluster
-name: old and new
-nodes:
-  - {name: a100, gpus: [{type: A100-SXM-40GB, count: 1}]}
-  - {name: v100, gpus: [{type: V100-SXM2-32GB, count: 2}]}
-network: {bandwidth: 100Gbps, latency: 20us}
-"""
+FLEET = fleet("old and new", "a100: 1 A100-SXM-40GB", "v100: 2 V100-SXM2-32GB")
 REASON = "needs compute capability 7.5 or higher for fp8 weights, V100-SXM2-32GB (Volta) has 7"
 
 
@@ -253,16 +246,7 @@ def test_where_an_engine_runs_on_no_gpu_others_are_offered(
     assert instead in said
 
 
-MIXED = """\
-apiVersion: hetis/v1
-kind: Cluster
-name: mixed
-nodes:
-  - {name: h100, gpus: [{type: H100-SXM-80GB, count: 4}]}
-  - {name: a100, gpus: [{type: A100-SXM-40GB, count: 4}]}
-  - {name: l4, gpus: [{type: L4, count: 2}]}
-network: {bandwidth: 100Gbps, latency: 20us}
-"""
+MIXED = fleet("mixed", "h100: 4 H100-SXM-80GB", "a100: 4 A100-SXM-40GB", "l4: 2 L4")
 
 TWO_TYPES = ("--pin", "replicas=1", "--rung", "pipelines")
 

@@ -17,7 +17,6 @@ from hetis.planner.cli.exit_codes import ExitCode
 from hetis.planner.cli.parameters.values import MOST_SETTING as MOST_GIVEN
 from hetis.planner.library.placing import load_plan as plan_from_file
 from hetis.planner.library.placing import place as place_in_python
-from hetis.planner.use_cases.robustness.fixed_plan import FixedPlan
 from hetis.planner.use_cases.saved_plans import load_plan_and_problem, problem_of_plan
 from hetis.planner.use_cases.simulation.engine_settings import at_settings
 from hetis.simulator.simulate import simulate
@@ -26,18 +25,12 @@ from hetis.solver.errors import InvalidProblemError
 from hetis.solver.placement.families import run_by
 from hetis.solver.plan import Role
 from hetis.solver.problem import MOST_SETTING, EngineRules, EngineSettings
+from tests.fleets import fleet
 from tests.planner.command_line import invoke
 from tests.simulator.replica.test_lockstep import problem_of, sharing
 from tests.simulator.small_plans import equal_requests, pipeline, plan_of, small_problem
 
-CLUSTER = """\
-apiVersion: hetis/v1
-kind: Cluster
-name: small
-nodes:
-  - {name: a100, gpus: [{type: A100-PCIe-80GB, count: 2}]}
-network: {bandwidth: 100Gbps, latency: 20us}
-"""
+CLUSTER = fleet("small", "a100: 2 A100-PCIe-80GB")
 INPUTS = ("-c", "small.yaml", "-m", "Meta-Llama-3-8B", "-w", "1024/256")
 FAST = ("--no-other-engines", "--no-verify", "-q", "-o", "json")
 KEPT = {"max_num_seqs": 24, "chunk_tokens": [384], "kv_blocks": 2000}
@@ -304,11 +297,6 @@ def test_what_stands_beside_a_plan_keeps_to_them_too() -> None:
     values = {row["engine"]: row["value"] for row in kept["inputs"]["engine_values"]}
     assert values.keys() == {"vllm-hetis", "sglang"}
     assert all(value is None or value < free for value in values.values())
-    found = load_plan_and_problem("kept.json")
-    fixed = FixedPlan(found.plan, found.problem)
-    shapes = [engine.shape for group in fixed.groups for engine in fixed._new_engines(group)]
-    assert shapes
-    assert all(shape.micro_batch * shape.in_flight <= 24 for shape in shapes)
 
 
 def test_the_command_line_has_the_solvers_limit() -> None:
