@@ -90,12 +90,11 @@ Clients use the Service `{name}`, port 8000: nginx, which sends requests to all 
 def deployment_of(launchable: Launchable, one: LaunchableReplica) -> Deployment:
     # Not only the partners in the plan's routes: routers choose the two replicas of a request one after the other.
     partner = {Role.PREFILL: Role.DECODE, Role.DECODE: Role.PREFILL}.get(one.plan.role)
-    partners = (launchable.name_of(each) for each in launchable.replicas.values() if each.plan.role is partner)
     return Deployment(
         name=launchable.name_of(one),
         image=engine_image(launchable, one),
         worker_image=worker_image(launchable, one),
-        kv_partners=tuple(partners),
+        kv_partners=() if partner is None else launchable.names_by_role.get(partner, ()),
         part_of=launchable.settings.name,
         copies=one.copies,
         nodes=one.nodes if one.equals else (),

@@ -17,8 +17,8 @@ from hetis.planner.use_cases.grouping import group_replicas, shapes_of
 from hetis.planner.use_cases.prices import price_of_plan
 from hetis.planner.use_cases.record.forms import LITTLE_LEFT, RungFound
 from hetis.planner.use_cases.record.parts import Verified
-from hetis.planner.use_cases.robustness.fixed_plan import FixedPlan
-from hetis.planner.use_cases.robustness.profile_errors import Profiles, scaled_by, tp_sizes, used_fits
+from hetis.planner.use_cases.robustness.fixed_plan import FixedPlan, Profiles
+from hetis.planner.use_cases.robustness.profile_errors import scaled_by, tp_sizes, used_fits
 from hetis.profiler.ranges import range_factors
 from hetis.solver.advice import worst_loss
 from hetis.solver.budget import Budget
@@ -286,7 +286,8 @@ def gains_under_errors(plan: Plan, other: Plan, problem: PlacementProblem, worth
     gpus = sorted(mine.gpus | its.gpus)
     sizes = tp_sizes(plan, problem) | tp_sizes(other, problem)
     profiles = used_fits({gpu: problem.profiles[gpu] for gpu in gpus}, problem.model, sizes)
-    fastest, slowest = (scaled_by(profiles, lambda _gpu, fit, end=end: range_factors(fit)[end]) for end in (0, 1))
+    fastest = scaled_by(profiles, lambda _gpu, fit: range_factors(fit)[0])
+    slowest = scaled_by(profiles, lambda _gpu, fit: range_factors(fit)[1])
 
     def gains(under: Profiles, others: Profiles) -> bool:
         rate, least = _worth_of(mine.as_planned(under).rate, plan), _worth_of(its.as_planned(others).rate, other)
