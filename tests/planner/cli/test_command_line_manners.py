@@ -197,7 +197,6 @@ SAME_IN_OTHER_WORDS = {
     "prefix-hit-rate": {"simulate"},
     "seed": {"simulate"},
     "theta": {"redispatch"},
-    "time-limit": {"dispatch"},
     "workload": {"replan"},
 }
 

@@ -223,11 +223,11 @@ def test_a_budget_is_spent_on_two_devices_that_are_equally_slow() -> None:
 # --- output
 
 RUNS = {
-    "dispatch": ["dispatch", "--state", A100_L4, "--requests", REQUESTS, "--explain"],
-    "empty": ["dispatch", "--state", A100_L4, "--explain"],
-    "unplaced": ["dispatch", "--state", DRIFTED, "--request", "2000000/10", "--explain"],
-    "drifted": ["redispatch", "--state", DRIFTED, "--explain"],
-    "draining": ["redispatch", "--state", DRAINING, "--explain"],
+    "dispatch": ["dispatch", "--state", A100_L4, "--requests", REQUESTS],
+    "empty": ["dispatch", "--state", A100_L4],
+    "unplaced": ["dispatch", "--state", DRIFTED, "--request", "2000000/10"],
+    "drifted": ["redispatch", "--state", DRIFTED],
+    "draining": ["redispatch", "--state", DRAINING],
 }
 
 
@@ -237,5 +237,4 @@ def test_tables_fit_80_columns_and_yaml_is_the_json(arguments: list[str]) -> Non
     assert max(len(line) for line in table.splitlines()) <= 80
     code, document = answer(*arguments)
     assert yaml.safe_load(invoke(*arguments, "-o", "yaml").stdout) == document
-    assert len(document["explanation"]) >= 3
     assert code in (ExitCode.OK, ExitCode.INFEASIBLE)

@@ -15,7 +15,6 @@ import yaml
 from hetis.formats.documents import kind_of, load, load_cluster
 from hetis.planner.cli.app import run
 from hetis.planner.cli.files import FILE_KINDS, SAMPLES, Catalogue
-from tests.formats.models import test_gguf
 from tests.formats.traces import test_trace_forms
 from tests.planner.command_line import EXAMPLES, invoke
 from tools.reference import FILE_EXAMPLES
@@ -71,7 +70,6 @@ CONFIG = {
         ("config.json", json.dumps(CONFIG), "ModelSpec"),
         ("llama-config.json", json.dumps({**CONFIG, "model_type": "llama"}), "ModelSpec"),
         ("llama.json", json.dumps(CONFIG), "ModelSpec"),
-        ("a.gguf", test_gguf.gguf(test_gguf.LLAMA, test_gguf.TENSORS), "ModelSpec"),
     ],
 )
 def test_validate_reads_whatever_place_reads(name: str, content: str | bytes, kind: str, tmp_path: Path) -> None:

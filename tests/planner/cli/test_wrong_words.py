@@ -136,7 +136,7 @@ def test_a_second_value_of_one_option_is_refused(arguments: str, said: str, caps
         (serve, "--config a --config b", "takes one value, and has 2: a, b"),
         (launch, "show plan.json --dtype auto --dtype float16", "'--dtype': takes one value, and has 2: auto, float16"),
         (launch, "show --dtype float8", "is not one of auto, bfloat16, float16, float32, did you mean float32?"),
-        (profile, "import --format vidu", "'vidu' is not one of aiconfigurator, vidur, splitwise, llmservingsim"),
+        (profile, "import --format vidu", "'vidu' is not one of aiconfigurator"),
         (serve, "token create --file t --role agnt", "'agnt' is not one of viewer, orchestrator, admin, agent"),
     ],
 )

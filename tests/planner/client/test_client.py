@@ -126,7 +126,7 @@ async def test_errors_bring_their_details(planner: FakePlanner, kind: Kind) -> N
 
 def test_an_error_that_grpc_raises_itself_has_no_reason(planner: FakePlanner) -> None:
     with Client(planner.address) as client, pytest.raises(CallError) as caught:
-        client.plans.ExplainPlan(plan_service_pb2.ExplainPlanRequest(name="plans/x"))  # the fake planner has none
+        client.clusters.DrainNode(cluster_service_pb2.DrainNodeRequest(name="x"))  # the fake planner has none
     assert caught.value.reason == ""
     assert caught.value.code is grpc.StatusCode.UNIMPLEMENTED
 

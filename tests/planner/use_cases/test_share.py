@@ -57,6 +57,20 @@ def test_every_tenant_gets_a_plan_that_the_checker_passes(tmp_path: Path) -> Non
     assert_plans_know_of_each_other(tmp_path / "new")
 
 
+def test_shares_of_oef_are_shown_at_the_rates_that_they_reach(tmp_path: Path) -> None:
+    asked = ("share", written(tmp_path), "-c", FLEET, "--oef", "--no-others", "--no-envy")
+    shown = invoke(*asked).stdout
+    assert "OEF: shares by one speed-up per GPU type" in shown
+    assert max(map(len, shown.splitlines())) <= 80
+    document = json.loads(invoke(*asked, "-o", "json").stdout)
+    assert [one["rule"] for one in document["oef"]] == ["oef-cooperative", "oef-non-cooperative"]
+    gpus = {"H100-SXM-80GB x2": 2, "L4 x4": 8}
+    for one in document["oef"]:
+        assert one["value"] == pytest.approx(sum(tenant["normalised"] for tenant in one["tenants"]))
+        for gpu, count in gpus.items():
+            assert sum(tenant["shares"][gpu] for tenant in one["tenants"]) <= count * (1 + 1e-9)
+
+
 def assert_plans_know_of_each_other(folder: Path) -> None:
     """Assert that no view of a tenant's plan calls the other's GPUs idle, or takes the bound alone for a gap."""
     plans = {name: load_plan(str(folder / f"{name}.json")) for name in ("chat", "drafts")}

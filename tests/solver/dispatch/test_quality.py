@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from benchmarks.measuring.whole_groups import solve_exactly
 from hetis.solver.dispatch.dispatcher import solve_dispatch
-from hetis.solver.dispatch.exact import solve_exactly
 from tests.solver.dispatch.instances import random_problem
 
 

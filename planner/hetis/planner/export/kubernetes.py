@@ -131,7 +131,7 @@ def check_cluster_options(launchable: Launchable, *, has_own_front: bool = False
     deployment = replace(deployment_of(launchable, one), image="-", worker_image="-")  # checked for each vendor
     if has_own_front:
         deployment = replace(deployment, insecure=deployment.insecure or not deployment.api_key_secret)
-    wrong = deployment.wrong(one.serving.model, has_workers=launchable.has_workers, model_option="--model")
+    wrong = deployment.wrong(one.serving.model, has_workers=launchable.has_workers)
     missing = [] if has_own_front else missing_images(launchable)
     if wrong := [*missing, *wrong]:
         raise DocumentError(Problem(file="export", message=message) for message in wrong)

@@ -275,10 +275,6 @@ class PlacementRequest:
         "--gap GAP: Stop when the plan is proven this close to the best; 0.5% or 0.005.", "0.1%"
     )
     seed: CountOrZero = _search("--seed N: Random seed; the same seed gives the same plan.", 0, min=0)
-    profile_error: BelowOne | None = _search(
-        "--profile-error ERROR: Also show how the plan fares when every profile coefficient is off by up to "
-        "this: 20% or 0.2."
-    )
     verify: bool = _result(
         "--verify/--no-verify: Simulate the plan at its planned rate and report whether the limits are kept.", True
     )

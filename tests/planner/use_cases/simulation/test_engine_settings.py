@@ -15,7 +15,6 @@ from hetis.formats.errors import DocumentError
 from hetis.planner.cli.app import run
 from hetis.planner.cli.exit_codes import ExitCode
 from hetis.planner.cli.parameters.values import MOST_SETTING as MOST_GIVEN
-from hetis.planner.use_cases.robustness.fixed_plan import FixedPlan
 from hetis.planner.use_cases.saved_plans import load_plan_and_problem, problem_of_plan
 from hetis.planner.use_cases.simulation.engine_settings import at_settings
 from hetis.simulator.simulate import simulate
@@ -271,11 +270,6 @@ def test_what_stands_beside_a_plan_keeps_to_them_too() -> None:
     values = {row["engine"]: row["value"] for row in kept["inputs"]["engine_values"]}
     assert values.keys() == {"vllm-hetis", "sglang"}
     assert all(value is None or value < free for value in values.values())
-    found = load_plan_and_problem("kept.json")
-    fixed = FixedPlan(found.plan, found.problem)
-    shapes = [engine.shape for group in fixed.groups for engine in fixed._new_engines(group)]
-    assert shapes
-    assert all(shape.micro_batch * shape.in_flight <= 24 for shape in shapes)
 
 
 def test_the_command_line_has_the_solvers_limit() -> None:

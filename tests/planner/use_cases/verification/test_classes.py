@@ -112,7 +112,7 @@ def test_a_plan_with_classes_is_taken_where_it_is_worth_them(files: Path) -> Non
     assert placed(files, "--for", "kubernetes")["classes"] == []
 
 
-@pytest.mark.parametrize("option", [("--survive", "node"), ("--profile-error", "20%"), ("--strategy", "hexgen-paper")])
+@pytest.mark.parametrize("option", [("--survive", "node"), ("--strategy", "hexgen-paper")])
 def test_what_knows_no_classes_is_refused(
     option: tuple[str, str], files: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

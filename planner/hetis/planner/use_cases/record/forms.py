@@ -229,17 +229,14 @@ class Predicted:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Errors:
-    """What the errors of a plan's profiles mean: the range that they leave, and the study of larger ones."""
+    """What the errors of a plan's profiles mean: the range that they leave."""
 
     predicted: Predicted | None = None
-    robustness: Any = None  # the JSON value of a `Robustness`
 
 
 def read_errors(data: Any) -> Errors:
     found = read_as(Mapping[str, Any], data)
-    return Errors(
-        predicted=_items(Predicted, [("", found.get("predicted"))]).get(""), robustness=found.get("robustness")
-    )
+    return Errors(predicted=_items(Predicted, [("", found.get("predicted"))]).get(""))
 
 
 def errors_data(errors: Errors) -> dict[str, Any]:
