@@ -73,6 +73,19 @@ def command_lines() -> Iterator[CommandLine]:
                         yield CommandLine(page.name, line.strip())
 
 
+RUNBOOK = "From installation to recovery, in commands"
+_BLOCK = re.compile(r"[Oo]n ((?:`[a-z0-9-]+`(?:, )?)+)[^`]*?:\n\n```bash\n(.*?)^```", re.DOTALL | re.MULTILINE)
+
+
+def runbook() -> Iterator[tuple[list[str], str]]:
+    """Yield the blocks of the runbook in order, each with the machines on which it runs one after another."""
+    text = (ROOT / "docs" / "operations.md").read_text(encoding="utf-8")
+    section = text.partition(f"## {RUNBOOK}\n")[2].partition("\n## ")[0]
+    found = _BLOCK.findall(section)
+    assert len(found) == section.count("```bash"), "a block says on no machine where it runs"
+    yield from ((re.findall(r"`([a-z0-9-]+)`", names), block) for names, block in found)
+
+
 def _without_shell(words: list[str]) -> list[str]:
     """Return the program's words, without the shell's variable assignments and redirections."""
     kept: list[str] = []
