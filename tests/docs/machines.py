@@ -67,7 +67,9 @@ class Machine:
         assert done.returncode == 0, (
             f"on {self.name}:\n{block}\nends with {done.returncode}\n{done.stdout}{self.logs()}"
         )
-        self._exported += re.findall(r"^export [^\n]*$|^\w+\(\) \{.*?^\}$", self._written(block), re.MULTILINE | re.DOTALL)
+        self._exported += re.findall(
+            r"^export [^\n]*$|^\w+\(\) \{.*?^\}$", self._written(block), re.MULTILINE | re.DOTALL
+        )
         return done.stdout
 
     def code_of(self, line: str) -> int:
