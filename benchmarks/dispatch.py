@@ -34,6 +34,7 @@ from numba import njit
 from benchmarks.measuring import rows
 from benchmarks.measuring.instances import fleet
 from benchmarks.measuring.rows import Row
+from benchmarks.measuring.whole_groups import improve_plan, solve_exactly
 from hetis.formats.documents import load_model
 from hetis.profiler.roofline import modelled_profile
 from hetis.solver.budget import Budget
@@ -48,7 +49,6 @@ from hetis.solver.dispatch.dispatch_problem import (
     Stage,
 )
 from hetis.solver.dispatch.dispatcher import Dispatcher
-from hetis.solver.dispatch.exact import improve_plan, solve_exactly
 from hetis.solver.dispatch.loaded_stage import LoadedStage, costs_of, empty_placement, makespan, running_load
 from hetis.solver.dispatch.local_search import place_rest
 from hetis.solver.dispatch.lp import LpProblem, RelaxationModel

@@ -34,7 +34,7 @@ NOT_RUN = {
     r"python -m tools\.efficiency ": "its tables are not in the repository; tests/profiler/test_efficiency.py",
     r"grpcurl ": "a program of others; tests/planner/client calls the same method",
     r"kubectl |helm ": "a Kubernetes cluster; tests/deploy renders the chart",
-    r"srun |hetis-launch ray ": "a cluster of Slurm or Ray; tests/runtime/launch/test_ray.py has a Ray of its own",
+    r"srun ": "a cluster of Slurm",
     r"cat > workers\.yaml|export HETIS_VLLM_|vllm serve ": "vLLM on a GPU; tests/runtime/vllm has it on a CPU",
     r"hetis-worker |hetis-profile run --device cuda": "a GPU; tests/runtime/worker and tests/profiler have a CPU",
     r"bash exported/|curl http://10\.": "the machines of the tutorial; tests/planner/export reads the scripts",
@@ -43,7 +43,7 @@ NOT_RUN = {
 }
 # Prefixes of lines that another test runs.
 RUN_ELSEWHERE = {
-    r"hetis-launch (show|kubernetes) .*models/tiny": "tests/runtime/launch/test_command.py",
+    r"hetis-launch show .*models/tiny": "tests/runtime/launch/test_command.py",
     r"hetis-launch processes .*--all-here": "tests/runtime/launch/test_command.py",
     r"hetis-profile (run --device cpu|fit|check) ": "tests/profiler/cli/test_end_to_end.py",
     r"hetis-profile calibrate ": "tests/profiler/cli/test_calibrate.py",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from dataclasses import fields
 
 import numpy as np
 import pytest
@@ -13,7 +12,7 @@ from hypothesis import strategies as st
 
 from hetis.simulator.simulate import simulate
 from hetis.simulator.timing import StageTiming
-from hetis.simulator.values import Fault, Request, Run, Settings
+from hetis.simulator.values import Fault, Request, Settings
 from hetis.solver.check.replica_shapes import Fleet, replica_shape
 from hetis.solver.errors import InvalidProblemError
 from hetis.solver.plan import Plan
@@ -109,26 +108,6 @@ def test_every_request_is_served_once_in_order_and_all_blocks_come_back(
         assert np.all((run.series.kv_used_fraction >= 0) & (run.series.kv_used_fraction <= 1))
         assert np.all(run.series.kv_used_fraction[-1] == 0)
         assert np.all(np.diff(run.series.times_s) > 0)
-
-
-@given(cases())
-@settings(max_examples=15)
-def test_the_same_arguments_give_the_same_run(case: tuple[Plan, PlacementProblem, list[Request], Settings]) -> None:
-    plan, problem, requests, chosen = case
-    first, second = (simulate(plan, problem, requests, replace(chosen, trace=True)) for _ in range(2))
-    for field in fields(Run):
-        if field.name != "series":
-            np.testing.assert_equal(getattr(first, field.name), getattr(second, field.name))
-
-
-def test_little_memory_evicts_and_still_serves_everything() -> None:
-    problem = small_problem(usable_bytes=11_800_000)
-    plan = plan_of(pipeline(problem, 6, micro_batch=16, in_flight=2))
-    run = simulate(plan, problem, equal_requests(60, prompt=20, output=80), AS_PLANNED)
-    assert run.num_preemptions > 0
-    assert run.num_preemptions == run.preemptions.sum()
-    assert run.generated_tokens == 60 * 80
-    assert run.prefilled_tokens > 60 * 20
 
 
 def with_prefix(requests: list[Request], tokens: int) -> list[Request]:

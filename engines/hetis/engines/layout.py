@@ -228,7 +228,7 @@ def layout_of_replica(
     backend = common_backend(model, gpus.values(), engine.value) if partners else ""
     wrong = [
         *unlike_vendors(replica, gpus, set(vendors.values())),
-        *no_backend(model, gpus, backend),
+        *no_backend(model, gpus, backend, engine),
         *other_model(planned, replica, model),
         *impossible(replica, partners, model, engine, dtype),
         *uneven(cards),

@@ -11,10 +11,11 @@ from functools import partial
 import numpy as np
 
 from hetis.simulator.attention_workers import PoolCopy, PoolTiming, SharedCard
+from hetis.simulator.disciplines import Apart, Greedy, Lockstep
 from hetis.simulator.events import Events, FleetLinks
 from hetis.simulator.fleet import Faults, KvTransfers, SimulatedFleet
 from hetis.simulator.kv_memory import KvGrowth, KvRoom, card_room_bytes, group_blocks, rank_room_bytes
-from hetis.simulator.micro_batch import Apart, Greedy, Lockstep, SimulatedStageCopy
+from hetis.simulator.micro_batch import SimulatedStageCopy
 from hetis.simulator.replica import Batching, ReplicaRun
 from hetis.simulator.routers import RangeRouter, router_of
 from hetis.simulator.timing import StageTiming
@@ -82,7 +83,7 @@ class Builder:
             stages=stages,
         )
         discipline: type[Apart | Greedy | Lockstep] | partial[Apart]
-        discipline = partial(Apart, passes_at_once=self._passes_at_once(replica))
+        discipline = partial(Apart, passes_at_once=self._passes_at_once(replica), is_alone=one.in_flight == 1)
         discipline = Greedy if self._settings.discipline == "greedy" else discipline
         discipline = Lockstep if one.expert_parallel else discipline
         replica.discipline = discipline(self._events, self._log, replica.done, traced=self._settings.trace)
@@ -387,6 +388,8 @@ def simulate(plan: Plan, problem: PlacementProblem, requests: Requests, settings
     else:
         fleet.serve(iter(requests))
     end_s = events.run(math.inf if settings.horizon_s is None else settings.horizon_s)
+    for replica in fleet.replicas:
+        replica.discipline.interrupt()
     if events.is_empty:
         _check_all_is_given_back(fleet)
     return log.run(end_s, None if sampler is None else sampler.series(end_s))

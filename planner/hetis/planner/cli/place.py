@@ -132,14 +132,11 @@ def _print(terminal: Terminal, proven: Plan, answer: PlacedPlan) -> None:
 
     from hetis.formats.documents import to_data
     from hetis.planner.report.plan import render_constraint_prices, render_verified
-    from hetis.planner.report.studies import render_robustness
 
     def tables() -> RenderableType:
         parts: list[RenderableType] = [render_verified(proven, answer.plan, wide=terminal.is_wide)]
         if answer.prices:
             parts.append(render_constraint_prices(answer.prices, answer.plan.result.unit))
-        if answer.robustness is not None:
-            parts.append(render_robustness(answer.robustness, answer.plan.objective))
         return Group(*parts)
 
     terminal.emit(lambda: to_data(answer.plan), tables)

@@ -90,12 +90,11 @@ Clients use the Service `{name}`, port 8000: nginx, which sends requests to all 
 def deployment_of(launchable: Launchable, one: LaunchableReplica) -> Deployment:
     # Not only the partners in the plan's routes: routers choose the two replicas of a request one after the other.
     partner = {Role.PREFILL: Role.DECODE, Role.DECODE: Role.PREFILL}.get(one.plan.role)
-    partners = (launchable.name_of(each) for each in launchable.replicas.values() if each.plan.role is partner)
     return Deployment(
         name=launchable.name_of(one),
         image=engine_image(launchable, one),
         worker_image=worker_image(launchable, one),
-        kv_partners=tuple(partners),
+        kv_partners=() if partner is None else launchable.names_by_role.get(partner, ()),
         part_of=launchable.settings.name,
         copies=one.copies,
         nodes=one.nodes if one.equals else (),
@@ -131,7 +130,7 @@ def check_cluster_options(launchable: Launchable, *, has_own_front: bool = False
     deployment = replace(deployment_of(launchable, one), image="-", worker_image="-")  # checked for each vendor
     if has_own_front:
         deployment = replace(deployment, insecure=deployment.insecure or not deployment.api_key_secret)
-    wrong = deployment.wrong(one.serving.model, has_workers=launchable.has_workers, model_option="--model")
+    wrong = deployment.wrong(one.serving.model, has_workers=launchable.has_workers)
     missing = [] if has_own_front else missing_images(launchable)
     if wrong := [*missing, *wrong]:
         raise DocumentError(Problem(file="export", message=message) for message in wrong)

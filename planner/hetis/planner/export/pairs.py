@@ -3,7 +3,8 @@
 A plan's routes say which replicas exchange KV. Some routers choose the two replicas of a request separately. That is
 harmless where the KV of every pair takes the same links. If nodes have explicit links, replicas were planned for those
 to their partners, in sets of nodes; a prefill replica sends to other zones only if the plan says so; and engines of
-different vendors or precisions, or with different connectors, cannot read each other's KV.
+different precisions or connectors cannot read each other's KV, nor can those of different vendors unless both are told
+the same attention backend.
 """
 
 from __future__ import annotations
@@ -55,10 +56,12 @@ def _are_unlike(launchable: Launchable, pair: Pair) -> bool:
     """
 
     def kind(one: LaunchableReplica) -> tuple[object, ...]:
-        return launchable.model.on(one.plan.stages[0].gpu), one.layout.vendor, one.layout.pushes_kv
+        return launchable.model.on(one.plan.stages[0].gpu), one.layout.pushes_kv
 
     prefill, decode = (launchable.replicas[number] for number in pair)
-    return kind(prefill) != kind(decode)
+    told = {one.layout.attention_backend for one in (prefill, decode)}
+    are_told_one = len(told) == 1 and told != {""}
+    return kind(prefill) != kind(decode) or (prefill.layout.vendor != decode.layout.vendor and not are_told_one)
 
 
 def _are_apart(plan: Plan, fleet: Fleet, pair: Pair) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -140,6 +140,14 @@ class Launchable:
     @cached_property
     def has_roles(self) -> bool:
         return any(one.plan.role is not Role.UNIFIED for one in self.replicas.values())
+
+    @cached_property
+    def names_by_role(self) -> Mapping[Role, tuple[str, ...]]:
+        """Return the names of the replicas of each role."""
+        found = defaultdict[Role, list[str]](list)
+        for one in self.replicas.values():
+            found[one.plan.role].append(self.name_of(one))
+        return {role: tuple(names) for role, names in found.items()}
 
     def by_node(self) -> dict[str, list[tuple[int, LaunchableReplica]]]:
         """Return, for every node, the replicas with processes there, and their positions in the plan."""

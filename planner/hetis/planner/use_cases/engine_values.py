@@ -18,13 +18,14 @@ from hetis.solver.constraints import Constraint, Constraints, Exclude, RestrictR
 from hetis.solver.errors import InfeasibleError, InvalidProblemError, NoPlanFoundError
 from hetis.solver.model import ModelSpec
 from hetis.solver.placement.families import ENGINES, beyond
-from hetis.solver.placement.rungs import RUNGS
+from hetis.solver.placement.rungs import RUNGS, Known
 from hetis.solver.plan import Plan, Role
 from hetis.solver.plugin_time import NO_PLUGIN
 from hetis.solver.problem import EngineRules, Family, PlacementProblem
 from hetis.solver.search_clock import search_seconds
 
 SHARE = 0.1  # share of the time limit that all these searches may take
+SEARCHES = 2  # of each engine: a comparison needs no more, whose plan a search for that engine betters
 
 
 def with_engine_values(
@@ -87,7 +88,12 @@ def _lacking(plan: Plan, problem: PlacementProblem, rules: EngineRules) -> tuple
     refused = refused_by(problem.model, problem.cluster, rules.name)
     features = beyond(plan.replicas, rules, problem.cluster, problem.model)
     on_refused = (f"stages on {gpu}" for gpu in refused if gpu in used)
-    return (*features, *_barred_workers(plan, problem, rules), *_across_vendors(plan, problem.cluster), *on_refused)
+    return (
+        *features,
+        *_barred_workers(plan, problem, rules),
+        *_across_vendors(plan, rules, problem.cluster),
+        *on_refused,
+    )
 
 
 def _barred_workers(plan: Plan, problem: PlacementProblem, rules: EngineRules) -> Iterator[str]:
@@ -98,12 +104,13 @@ def _barred_workers(plan: Plan, problem: PlacementProblem, rules: EngineRules) -
         yield "attention workers for this model"
 
 
-def _across_vendors(plan: Plan, cluster: Cluster) -> Iterator[str]:
-    """Yield what keeps to no single vendor, which every engine needs (`PlacementProblem.build_of`)."""
+def _across_vendors(plan: Plan, rules: EngineRules, cluster: Cluster) -> Iterator[str]:
+    """Yield what keeps to no single vendor, which every engine needs (`PlacementProblem.build_of` and `kv_of`)."""
     vendors = [{cluster.gpu_types[stage.gpu].vendor for stage in replica.stages} for replica in plan.replicas]
     if any(len(each) > 1 for each in vendors):
         yield "replicas on GPUs of several vendors"
-    if any(vendors[route.prefill] != vendors[route.decode] for route in plan.kv_routes):
+    ends = {frozenset(vendors[route.prefill] | vendors[route.decode]) for route in plan.kv_routes}
+    if any(len(each) > 1 and not each <= set(rules.kv_vendors) for each in ends):
         yield "KV exchanged by GPUs of several vendors"
 
 
@@ -143,11 +150,14 @@ def _searched(
 
     if budget.is_spent():
         return replace(known, why_not="no time was left")
+    # What it runs of the plan's own engine needs no search.
+    known_plan = None if known.value is None else Known(plan, replace(problem.family, engine=own))
     simplest_within = Requested.of(plan).simplest_within  # or it would seem to reach what was given up for that
     try:
         other = solve_placement(
-            problem, strategy=plan.strategy, budget=budget, seed=seed, simplest_within=simplest_within
-        )
+            problem, strategy=plan.strategy, budget=budget, seed=seed, simplest_within=simplest_within,
+            known=known_plan, most_searches=SEARCHES,
+        )  # fmt: skip
     except InvalidProblemError as error:  # such as too many pipelines to list, if it runs more types of GPUs
         return replace(known, why_not=str(error))
     except InfeasibleError as error:
