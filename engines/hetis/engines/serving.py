@@ -17,7 +17,9 @@ from hetis.formats.models.dtypes import kv_of
 from hetis.solver.model import ModelSpec
 from hetis.solver.plan import Role
 
-TELL_KV = "if the checkpoint declares fewer, set it for the engine (hetis-plan export ... -- --kv-cache-dtype bfloat16)"
+TELL_KV = (
+    "if the checkpoint declares fewer, set it for the engine (hetis-plan export, after --: --kv-cache-dtype bfloat16)"
+)
 SERVE = ("vllm", "serve")
 MASTER_PORT, KV_PORT = 29501, 5600
 # Between the master or KV ports of replicas: SGLang takes those after its own for its processes, and copies of a
