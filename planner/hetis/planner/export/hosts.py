@@ -397,7 +397,7 @@ replica is one job on the plan's nodes; when one of its processes ends, the job 
 address; `VLLM_API_KEY` in the environment of `sbatch` is the key that clients send. Where replicas have attention
 workers, `worker.key` in this folder is their key, mode 0600.
 
-A job has 4 CPUs for each of its GPUs, and the memory that your partition gives unless it is changed. `sbatch` reads other
+A job has 4 CPUs for each of its GPUs, and the memory that your partition gives by default. `sbatch` reads other
 numbers from its environment: `SBATCH_CPUS_PER_GPU=16 SBATCH_MEM_PER_GPU=100G ./submit.sh`. Partition and time are given
 with `export --sbatch '--partition=gpu --time=7-0'`; jobs are queued again after the loss of a node. vLLM needs at least
 two CPUs, and one for each GPU. What a job says

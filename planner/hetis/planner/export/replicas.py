@@ -351,7 +351,8 @@ def _other_checkpoint(used: Sequence[str], requested: str, planned: str, setting
             "--model to such a checkpoint"
         )
     if _TUNED.search(requested) and not _TUNED.search(settings.model):
-        yield f"the plan is for {requested}, but the checkpoint is {settings.model}: set --model to the tuned checkpoint"
+        tuned = "set --model to the tuned checkpoint"
+        yield f"the plan is for {requested}, but the checkpoint is {settings.model}: {tuned}"
 
 
 def images_in(text: str) -> list[tuple[str, str]]:
