@@ -95,7 +95,7 @@ def rotate_token(path: str, *, name: str, valid_days: str) -> None:
     """Print a further token of the same caller on stdout, and on stderr what to do with the earlier ones."""
     bearer, expires = Tokens.load(path).bearer(name), datetime.now(UTC) + _days(valid_days)
     if bearer is None:
-        raise single_problem(path, f"has no token of the name {name}: hetis-planner token create makes one")
+        raise single_problem(path, f"has no token of the name {name}; hetis-planner token create makes one")
     role, show = CallerRole(bearer.role), partial(print, flush=True)
     create_token(path, name=name, role=role, scope=bearer.scope, expires=expires, hand_over=show, is_further=True)
     ends = expires.isoformat(timespec="seconds")

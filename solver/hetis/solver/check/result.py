@@ -96,8 +96,10 @@ def check_routes(plan: Plan, problem: PlacementProblem, fleet: Fleet) -> list[Vi
             flow[route.decode] += route.rate
     for number, rate in sorted(flow.items()):
         replica = plan.replicas[number]
-        if rate > replica.rate * (1 + RELATIVE):
+        share = plan.result.prefill_load if replica.role is Role.PREFILL else 1.0
+        if rate > share * replica.rate * (1 + RELATIVE):
             message = f"routes take {rate:.9g} requests/s, the {replica.role} replica's rate is {replica.rate:.9g}"
+            message += f", of which it is sent {share:.9g}" if share < 1.0 else ""
             violations += at(f"replica {number}", [(Rule.ROUTE_RATE, message)])
     return violations
 
@@ -267,6 +269,8 @@ def _check_finite(plan: Plan) -> Iterator[Broken]:
     numbers += [(f"dual of {price.gpu} in {price.zone}", price.dual) for price in plan.prices]
     if not 0 <= result.utilisation <= MOST_UTILISATION:
         yield Rule.VALUE, f"utilisation is {result.utilisation:.9g}, must be from 0 to {MOST_UTILISATION:g}"
+    if not 0 < result.prefill_load <= 1:
+        yield Rule.VALUE, f"load of prefill replicas is {result.prefill_load:.9g}, must be above 0 and at most 1"
     replicas = Counter(one.role for one in plan.replicas)
     for role, lanes in ((Role.UNIFIED, result.unified_lanes), (Role.PREFILL, result.prefill_lanes)):
         if not 1 <= lanes <= max(1, replicas[role]):

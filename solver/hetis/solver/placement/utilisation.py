@@ -6,6 +6,9 @@ found serves as much as keeps them. Two more choices follow from that: some of t
 (`RESERVED`), which excludes replicas whose own iterations use it up, and a plan may serve more than the u it was
 searched for.
 
+Prompts that wait make TTFT long, while decode replicas keep TPOT at any utilisation. So prefill replicas may have a
+lower one than the plan: the share ``prefill_load`` of it (`Lanes`), which scales their rates in the master.
+
 Caps at a lower u exclude fewer replicas. So a plan that serves between two neighbours u < u' of the grid serves at most
 u' times the bound at u, and the largest of these products bounds every plan. Cells whose product is no larger than what
 is known are not searched.
@@ -98,6 +101,8 @@ class _Found:
 
     outcome: Outcome
     keeps: Kept
+    lanes: Lanes
+    reserved: float  # share of the limit that was set aside
 
     @property
     def utilisation(self) -> float:
@@ -122,15 +127,18 @@ class _Cells:
         return self.costs.problem.objective.ttft_limit_s
 
     def searched(
-        self, utilisation: float, reserved: float = 0.0, *, above: float = 0.0, gap: float = 0.0
+        self, utilisation: float, reserved: float = 0.0, load: float = 1.0, *, above: float = 0.0, gap: float = 0.0
     ) -> _Found | None:
         """Return what a search at a utilisation found, at the one that it keeps; raises as `outcome_of`.
 
-        None: there is no plan, or none that keeps more than ``above``.
+        None: there is no plan, or none that keeps more than ``above``. Prefill replicas have the share ``load`` of it.
         """
-        tables = self.costs.at(utilisation, self.lanes, reserved * (self.limit_s or 0.0))
+        lanes = self.lanes._replace(prefill_load=load)
+        tables = self.costs.at(utilisation, lanes, reserved * (self.limit_s or 0.0))
         outcome = self.outcome_of(tables, above / GRID[-1], gap)
-        return None if outcome is None else _Found(outcome, kept_by(tables, outcome, GRID[-1]))
+        if outcome is None:
+            return None
+        return _Found(outcome, kept_by(tables, outcome, GRID[-1]), lanes_of(tables, outcome), reserved)
 
     def outcome_of(self, tables: CostTables, above: float = 0.0, gap: float = 0.0) -> Outcome | None:
         """Return the outcome of a search with these tables for what serves more than a saturated rate.
@@ -149,9 +157,11 @@ class _Cells:
         return outcome
 
     def bound_at(self, utilisation: float) -> float:
-        """Return a bound on saturated rates at a utilisation and all higher ones."""
+        """Return a bound on saturated rates at a utilisation and all higher ones, whatever the load of prefill is."""
         if utilisation not in self._bounds:
-            tables = self.costs.at(utilisation, most_lanes(self.costs))
+            lanes = most_lanes(self.costs)
+            unloaded = self.costs.at(utilisation, lanes._replace(prefill_load=GRID[0]))
+            tables = replace(unloaded, problem=self.costs.problem.at(utilisation, lanes))
             spent = self.settings.budget.is_spent()
             self._bounds[utilisation] = rate_bound(tables) if spent else self._bound_of(tables)
         return self._bounds[utilisation]
@@ -166,6 +176,7 @@ class _Most(_Cells):
         super().__init__(costs, settings, find, bound_of)
         self._best: _Found | None = None
         self._kept = known  # by the best plan that is known
+        self._num_searches = 0
 
     def run(self) -> KeptOutcome | Unbeaten | None:
         if self.limit_s is None:
@@ -186,12 +197,26 @@ class _Most(_Cells):
         if not self._kept:
             return None
         self._leave_time_to_wait(most)
+        self._relieve_prefill(most)
         bound = self._bound(most)
         return Unbeaten(max(bound, self._kept)) if self._best is None else self._answer(self._best, bound)
 
-    def _improved(self, utilisation: float, reserved: float = 0.0, *, gap: float = NEAR) -> _Found | None:
+    def _relieve_prefill(self, most: float) -> None:
+        """Search for better plans whose prefill replicas have a lower utilisation than the others."""
+        if self._best is None or not self._best.outcome.flows.any():
+            return
+        load = self._best.utilisation / GRID[-1]
+        for each in (load, (1.0 + load) / 2.0) if load < NEARLY else ():
+            if GRID[-1] * most <= CLOSE * self._kept or self._is_over():
+                break
+            self._improved(GRID[-1], self._best.reserved, each)
+
+    def _improved(
+        self, utilisation: float, reserved: float = 0.0, load: float = 1.0, *, gap: float = NEAR
+    ) -> _Found | None:
         """Return what a search at a utilisation found; it replaces the best plan if it keeps more."""
-        found = self.searched(utilisation, reserved, above=self._kept, gap=gap)
+        found = self.searched(utilisation, reserved, load, above=self._kept, gap=gap)
+        self._num_searches += 1
         if found is not None and found.kept > self._kept:
             self._best, self._kept = found, found.kept
         return found
@@ -216,12 +241,13 @@ class _Most(_Cells):
             kept[reserved] = 0.0 if found is None else found.kept
 
     def _is_over(self) -> bool:
-        return self.settings.budget.is_spent()
+        most = self.settings.most_searches
+        return (most is not None and self._num_searches >= most) or self.settings.budget.is_spent()
 
     def _answer(self, found: _Found, bound: float) -> KeptOutcome:
         """Return an outcome whose bound, times its utilisation, is that on what is kept."""
         used = found.utilisation
-        tables = self.costs.at(used, lanes_of(self.costs, found.outcome))
+        tables = self.costs.at(used, found.lanes)
         over = max(bound, found.kept) / used if used else np.inf
         outcome = replace(found.outcome, bound=max(over, found.outcome.value))
         return KeptOutcome(tables, outcome)
