@@ -21,6 +21,8 @@ processes over a minute.
 compares the last part with the second: memory as a share, p99 as a ratio. This p99 covers the calls during which, and
 for 2 s before which, the machine's host kept less than a twentieth of a processor from it.
 
+``GetPlan beside a flood`` has the reads of 50 calls/s while agents send more reports than the planner reads.
+
 ``change`` rows count from the writing of the report that shows the need to the named step; ``DONE`` is durable and
 timed by the planner's clock.
 """
@@ -74,6 +76,8 @@ async def measure(extent: Extent) -> AsyncIterator[Row]:
         async for row in changes(bench):
             yield row
         async for row in reports(bench):
+            yield row
+        async for row in floods(bench):
             yield row
 
 
@@ -268,6 +272,28 @@ async def reports(bench: Bench) -> AsyncIterator[Row]:
         )
         if is_saturated:
             break
+    await bench.set_rate(0)
+
+
+FLOOD_READS_PER_S = 50.0
+FLOODS = ((0.0, 0), (7_000.0, 1), (10_000.0, 500))  # reports per second, of so many agents
+
+
+async def floods(bench: Bench) -> AsyncIterator[Row]:
+    """Measure reads beside agents that send more reports than the planner reads, and without them in the same run."""
+    read = timed_call(lambda: bench.client.plans.GetPlan(plan_service_pb2.GetPlanRequest(name=PLAN)))
+    for rate, agents in FLOODS:
+        await bench.set_rate(rate, agents=agents or None)
+        before, sent = await bench.behind(), await asyncio.to_thread(bench.crowd.counts)
+        with Watched(bench.planner) as watched:
+            found = await paced(read, per_s=FLOOD_READS_PER_S, seconds=bench.extent.report_s)
+        after, sent_then = await bench.behind(), await asyncio.to_thread(bench.crowd.counts)
+        of = f"a flood of {rate:g} reports/s by {agents} agents" if agents else "no flood"
+        read_per_s, sent_per_s = (
+            (b - a) / watched.seconds for a, b in ((before[0], after[0]), (sent.sent, sent_then.sent))
+        )
+        note = f"{sent_per_s:.0f} reports/s sent, {read_per_s:.0f} processed"
+        yield bench.latency_row(f"GetPlan beside {of}", found, at_once=1, watched=watched, note=note)
     await bench.set_rate(0)
 
 

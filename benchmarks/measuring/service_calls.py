@@ -14,6 +14,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
@@ -309,9 +310,9 @@ class Bench:
                 raise RuntimeError(f"the plan cannot be activated: {found.activation_progress.failure}")
             await asyncio.sleep(0.1)
 
-    async def set_rate(self, reports_per_s: float) -> None:
-        """Set the rate of the agents in the other process."""
-        await asyncio.to_thread(self.crowd.set_rate, reports_per_s)
+    async def set_rate(self, reports_per_s: float, *, agents: int | None = None) -> None:
+        """Set the rate of the agents, or of so many of them, in the other process."""
+        await asyncio.to_thread(partial(self.crowd.set_rate, reports_per_s, agents=agents))
 
     async def behind(self) -> tuple[float, float]:
         """Return how many reports the planner has processed so far, and how many sent ones it has not."""
