@@ -52,7 +52,8 @@ def next_iterations(now_s: float, batch: MicroBatch) -> DecodeRun | None:
     if num < FEWEST:
         return None
     steps = np.arange(batch.step, batch.step + num)
-    taken = np.take(batch.phases, steps, mode="wrap") + np.take(batch.late_phases, steps, mode="wrap")
+    phases, late_phases = np.array(batch.phases), np.array(batch.late_phases)
+    taken = phases[steps % len(phases)] + late_phases[steps % len(late_phases)]
     taken[0] = 0  # it has them
     blocks = np.cumsum(taken)
     free = min((room.total - room.used for room in batch.rooms), default=int(blocks[-1]))

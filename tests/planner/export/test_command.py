@@ -15,7 +15,7 @@ from hetis.formats.plan import plan_to_data
 from hetis.planner.cli.app import run
 from hetis.planner.cli.exit_codes import ExitCode
 from hetis.solver.plan import Plan
-from tests.planner.export.plans import PLANS, STAGE_COPIES, made_of, on
+from tests.planner.export.plans import PLANS, STAGE_COPIES, made_of
 
 
 @pytest.fixture
@@ -189,25 +189,6 @@ def test_a_plan_without_its_model_is_refused(tmp_path: Path, capsys: pytest.Capt
     code = run(["export", str(tmp_path / "plan.json"), "--to", "vllm"])
     assert code == ExitCode.INVALID
     assert "Traceback" not in capsys.readouterr().err
-
-
-def test_clients_name_no_option_of_an_engine_by_the_plans_model(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Where replicas have checkpoints of several precisions, engines get the model's name for their clients."""
-    plan = PLANS["unlike replicas"]
-    fast = replace(plan.replicas[2], stages=(on("b/0", gpu="H100"),))
-    data = plan_to_data(made_of(*plan.replicas[:2], fast))
-    data["inputs"]["documents"]["model"] |= {
-        "name": "--config=/tmp/evil.yaml",
-        "precisions": {"H100": {"weights": "fp8"}},
-    }
-    path = tmp_path / "plan.json"
-    path.write_text(json.dumps(data), encoding="utf-8")
-    assert run(["export", str(path), "--to", "vllm", "--model", "/models/tiny-{weights}"]) == ExitCode.INVALID
-    said = capsys.readouterr()
-    assert "evil" not in said.out
-    assert "inputs.documents.model.name is '--config=/tmp/evil.yaml', must be a name" in said.err
 
 
 def test_an_altered_plan_is_exported_with_a_warning(

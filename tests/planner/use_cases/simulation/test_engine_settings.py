@@ -15,8 +15,6 @@ from hetis.formats.errors import DocumentError
 from hetis.planner.cli.app import run
 from hetis.planner.cli.exit_codes import ExitCode
 from hetis.planner.cli.parameters.values import MOST_SETTING as MOST_GIVEN
-from hetis.planner.library.placing import load_plan as plan_from_file
-from hetis.planner.library.placing import place as place_in_python
 from hetis.planner.use_cases.saved_plans import load_plan_and_problem, problem_of_plan
 from hetis.planner.use_cases.simulation.engine_settings import at_settings
 from hetis.simulator.simulate import simulate
@@ -162,19 +160,6 @@ def test_a_change_of_the_fleet_is_planned_at_them() -> None:
     assert kept["before"]["result"]["value"] < free["before"]["result"]["value"]
 
 
-def test_exports_start_engines_as_planned() -> None:
-    plan = load_plan("kept.json")
-    assert run(["export", "kept.json", "--to", "vllm", "--model", "/m", "--out", "flags", "-q"]) == ExitCode.OK
-    words = " ".join(path.read_text() for path in sorted(Path("flags").rglob("*.sh"))).replace("\\\n", " ").split()
-    for replica in plan.replicas:
-        seats = replica.micro_batch * replica.in_flight
-        assert words[words.index("--max-num-seqs") + 1] == str(seats)
-        assert words[words.index("--max-num-batched-tokens") + 1] == str(384 + seats)
-    # A block of Llama 3 8B has 16 tokens, keys and values of 8 heads of 128 numbers of 2 bytes, in every layer.
-    layers = max(stage.num_layers // stage.tp for stage in plan.replicas[0].stages)
-    assert int(words[words.index("--kv-cache-memory-bytes") + 1]) <= 2000 * 16 * 2 * 8 * 128 * 2 * layers
-
-
 # --- simulations
 
 
@@ -277,18 +262,6 @@ def test_a_plan_at_settings_is_simulated_at_them() -> None:
     lost = replace(found.plan, replicas=(replace(found.plan.replicas[0], in_flight=0),))
     with pytest.raises(InvalidProblemError, match="plan cannot be simulated: replica 0"):
         at_settings(lost, found.problem, EngineSettings(kv_blocks=5))
-
-
-def test_programs_give_the_same_settings() -> None:
-    plan = place_in_python(
-        "small.yaml", "Meta-Llama-3-8B", "1024/256", engine="vllm", max_num_seqs=24, chunk_tokens=[384],
-        kv_blocks=2000, verify=False, other_engines=False,
-    )  # fmt: skip
-    assert plan.value.inputs["engine_settings"] == KEPT
-    assert plan.result.value == pytest.approx(load_plan("kept.json").result.value)
-    free = plan_from_file("free.json")
-    found = free.simulate(requests=200, rate=1.0, max_num_seqs=8, chunk_tokens=128, kv_blocks=900)
-    assert set(found.to_dict()["engine_settings"]) == {"max_num_seqs", "chunk_tokens", "kv_blocks", "changes"}
 
 
 def test_what_stands_beside_a_plan_keeps_to_them_too() -> None:

@@ -308,19 +308,3 @@ def test_a_simulation_from_python_follows_the_level(saved: Path) -> None:
     (row,) = own.to_frame().to_dict("records")
     assert (row["within"], row["attainment"]) == (False, own.summary.attainment)
     assert plan.simulate(**at, attainment="40%").kept
-
-
-@pytest.mark.parametrize(
-    ("given", "words"),
-    [
-        (
-            {"ttft_statistic": "p98"},
-            "simulate: ttft_statistic: unknown ttft_statistic 'p98', expected one of mean, p50",
-        ),
-        ({"attainment": 1.5}, "simulate: attainment: is 1.5, must be above 0 and at most 1"),
-        ({"attainment": 0.9, "tpot_statistic": "p99"}, "leave out tpot_statistic"),
-    ],
-)
-def test_a_level_that_makes_no_sense_is_refused_from_python(saved: Path, given: dict[str, Any], words: str) -> None:
-    with pytest.raises(hetis.HetisError, match=words):
-        hetis.load_plan(saved).simulate(**given)
