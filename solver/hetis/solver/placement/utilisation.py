@@ -89,8 +89,8 @@ def search_kept(
     """Return the outcome that keeps most or, if a rate is demanded, the best that keeps it; None: there is none.
 
     ``find`` searches at the utilisation of tables, and ``bound_of`` returns a bound without whole counts, in the unit
-    of outcomes. If the rate is maximised, a plan may be known that keeps a rate, and only better ones count. Then plans of
-    a ``quick`` search of a smaller family count first: those of the highest saturated rates may keep less.
+    of outcomes. If the rate is maximised, a plan may be known that keeps a rate, and only better ones count. Then the
+    plans of a ``quick`` search of a smaller family count first: those of the highest saturated rates may keep less.
     """
     if costs.problem.objective.maximises:
         searching = _Most(costs, settings, find, bound_of, known)
