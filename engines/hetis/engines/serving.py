@@ -18,7 +18,7 @@ from hetis.solver.model import ModelSpec
 from hetis.solver.plan import Role
 
 TELL_KV = (
-    "if the checkpoint declares fewer, set it for the engine (hetis-plan export, after --: --kv-cache-dtype bfloat16)"
+    "if the checkpoint declares fewer, set it for the engine (after -- of hetis-plan export: --kv-cache-dtype bfloat16)"
 )
 SERVE = ("vllm", "serve")
 MASTER_PORT, KV_PORT = 29501, 5600
