@@ -18,6 +18,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from benchmarks.measuring import rows
 from benchmarks.measuring.rows import Row
@@ -51,6 +52,8 @@ def found(arguments: argparse.Namespace) -> Iterator[Row]:
     more = [path for folder in arguments.configs for path in sorted(folder.rglob("config.json"))]
     if more:
         yield _row("further configs", more, _is_model_right)
+    if not arguments.quick:
+        yield from _architectures()
     cards = _table("cards.csv")
     yield _row("names of cards", list(cards), partial(_is_card_right, cards))
     nodes = [path for folder in arguments.nodes for path in sorted(folder.rglob("*")) if path.suffix in _OF_NODES]
@@ -102,6 +105,48 @@ def _is_card_right(cards: dict[str, str], name: Path | str) -> bool:
         if wanted or error.candidates:
             raise
         return True
+
+
+def _architectures() -> Iterator[Row]:
+    """Yield the row of all decoders of transformers, by their default configs and the parameters of their classes."""
+    try:
+        from transformers.models.auto import modeling_auto
+    except ImportError:
+        return
+    causal = set(modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+    families = sorted(causal | set(modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES))
+    with tempfile.TemporaryDirectory() as folder:
+        counted = {family: found for family in families if (found := parameters_of(family)) is not None}
+        for family, (data, _) in counted.items():
+            (Path(folder) / f"{family}.json").write_text(json.dumps(data, default=str))
+
+        def is_right(family: Path | str) -> bool:
+            model = load_model(Path(folder) / f"{family}.json")
+            return abs(model.params() / counted[str(family)][1] - 1.0) <= WITHIN
+
+        yield _row("architectures of transformers", list(counted), is_right)
+
+
+def parameters_of(family: str, **fields: Any) -> tuple[dict[str, Any], int] | None:
+    """Return the default config of a family with some ``fields``, and the parameters of its model in transformers.
+
+    None if it is not installed, no decoder, or cannot be built from its defaults.
+    """
+    try:
+        import torch
+        from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+        from transformers.models.auto import modeling_auto
+
+        config = AutoConfig.for_model(family, **fields)
+        has_images = family in modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+        with torch.device("meta"):
+            model = (AutoModelForImageTextToText if has_images else AutoModelForCausalLM).from_config(config)
+    except Exception:  # classes raise errors of all types where defaults contradict each other
+        return None
+    if config.is_encoder_decoder:
+        return None
+    params = sum(one.numel() for one in {id(one): one for one in model.parameters()}.values())
+    return config.to_dict() | {"architectures": [type(model).__name__], "model_type": family}, params
 
 
 def _are_nodes_read(path: Path | str) -> bool | None:
