@@ -7,9 +7,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from hetis.planner.loop.decision import InForce, LoopSettings, Verdict, decide, is_short, kept_rate
+from hetis.planner.loop.decision import InForce, Verdict, decide, is_short, kept_rate
 from hetis.planner.loop.drift import Drift
 from hetis.planner.loop.forecast import Window
+from hetis.planner.loop.settings import LoopSettings
 from hetis.planner.use_cases.prices import price_of_plan
 from hetis.solver.advice import without_nodes
 from hetis.solver.check import check_plan
