@@ -124,11 +124,13 @@ class PrimaryRun:
         for stage in self.stages.values():
             stage.slowness = slow_of(stage, control.slow)
         self._admitted_tokens = 0
-        if serves and self.assignment.goal == AssignmentGoal.ASSIGNMENT_GOAL_SERVE:
+        goal = self.assignment.goal
+        if serves and goal == AssignmentGoal.ASSIGNMENT_GOAL_SERVE:
             self._arrive(now_s, control)
-            self._admit_waiting(now_s)
         else:
             self._next_arrival_s = None
+        if serves and goal in (AssignmentGoal.ASSIGNMENT_GOAL_SERVE, AssignmentGoal.ASSIGNMENT_GOAL_DRAIN):
+            self._admit_waiting(now_s)  # a replica that drains ends what waits, too
         if not self.running or control.pause:
             self.next_step_s = now_s + IDLE_S
             return

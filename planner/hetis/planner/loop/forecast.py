@@ -48,7 +48,8 @@ PRIOR = 10, 0.15  # weight in past errors, and relative error, that are assumed 
 ASKED_EVERY = 2  # bins; neighbouring ones have nearly the same errors
 LEAST_ERRORS = 24  # from which on a season is used: four hours of them
 LEAST_RPS = 1e-3
-CHANCE_OF_SHORTAGE = 2.0  # standard deviations of counting requests, by which less must be short already
+# Standard deviations of counting requests: by which less must be short already, in the next minutes or right now
+CHANCE_OF_SHORTAGE, CHANCE_OF_JUMP = 2.0, 4.0
 SEASONS = {"yesterday": (1,), "last week": (7,), "the last seven days": tuple(range(1, 8))}
 
 
@@ -101,7 +102,7 @@ class History:
         return cls(end_s=now_s, rates=rates, minutes=minutes, recent=tuple(recent))
 
     def rate_now_rps(self) -> float:
-        """Return what the rate of the last minute is at least: the highest lower end (`CHANCE_OF_SHORTAGE`) of the last
+        """Return what the rate of the last minute is at least: the highest lower end (`CHANCE_OF_JUMP`) of the last
         windows together, of which the very last one shows a jump first.
         """
         counted, seconds, least = 0.0, 0.0, 0.0
@@ -109,7 +110,7 @@ class History:
             if (seconds := seconds + one.traffic.seconds) > 1.01 * MINUTE_S:
                 break
             counted += one.traffic.arrivals
-            least = max(least, (counted - CHANCE_OF_SHORTAGE * math.sqrt(counted)) / max(seconds, 1.0))
+            least = max(least, (counted - CHANCE_OF_JUMP * math.sqrt(counted)) / max(seconds, 1.0))
         return least
 
     @property

@@ -13,6 +13,7 @@ import asyncio
 import logging
 import math
 from collections import Counter, deque
+from collections.abc import Iterable
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
 
@@ -25,7 +26,7 @@ from hetis.planner.fleet.settings import TrafficPolicy, policy_from
 from hetis.planner.fleet.stored_plans import AnsweredPlan
 from hetis.planner.fleet.views import Clock
 from hetis.planner.jobs.apart import call_apart
-from hetis.planner.loop.decision import Decision, InForce, Verdict, decide, is_short, solve
+from hetis.planner.loop.decision import LEAST_ENDED, Decision, InForce, Verdict, decide, is_short, solve
 from hetis.planner.loop.drift import LATE_S, Drift, DriftTest, Expected, expected_shares, late
 from hetis.planner.loop.forecast import History, Window
 from hetis.planner.loop.settings import LoopSettings
@@ -168,7 +169,7 @@ class TrafficLoop:
         await self._judge(cluster, loop, answered, now_s)
         if now_s < loop.free_s:
             return
-        is_due = loop.alarm is not None or now_s >= loop.due_s
+        is_due = now_s >= loop.due_s or (loop.alarm is not None and _is_measured(loop.alarm, loop.looks, now_s))
         if not is_due and (loop.proposal or now_s - loop.looked_s < self._settings.watch_s):
             return
         minutes = [
@@ -335,6 +336,12 @@ class TrafficLoop:
         """Withdraw what earlier leaders proposed because of traffic: their reasons are lost."""
         for name in await self._placements.open_proposals(cluster, of_traffic=True):
             await self._placements.withdraw(name)
+
+
+def _is_measured(alarm: Drift, looks: Iterable[Window], now_s: float) -> bool:
+    """Return whether an alarm can be answered: lengths that are new are measured from some requests, for a minute."""
+    ended = math.fsum(one.traffic.prompt_tokens.count for one in looks if one.start_s >= alarm.since_s - 1e-6)
+    return not alarm.is_of_mix or ended >= LEAST_ENDED or now_s - alarm.since_s >= LEAST_ASK_S
 
 
 def _solve_apart(posed: PosedReplan, settings: LoopSettings) -> Replanning:
