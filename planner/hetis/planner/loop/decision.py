@@ -16,9 +16,10 @@ one. Both are of rates. The rate of the last minutes is known up to the chance o
 chance alone neither takes nor gives back anything, the latter is less and D more by some standard deviations of it.
 
 The answer is a re-planning (docs/replanning.md): its value counts what the change costs, its bound is one on every
-change of the family, and its steps keep the capacity as high as any order can. A shortage is ended whatever that
-costs. Any other change must gain `LoopSettings.least_gain` of what the plan in force yields, net of the change: what
-noise gains and loses again is less, so that it moves nothing. Nor may it serve less on the way than the near demand.
+change of the family, and its steps keep the capacity as high as any order can. A shortage is ended whatever that costs,
+by a plan whose way there serves what serves now, or the demand, if one is found. Any other change must gain
+`LoopSettings.least_gain` of what the plan in force yields, net of the change: what noise gains and loses again is less,
+so that it moves nothing. Nor may it serve less on the way than the near demand.
 """
 
 from __future__ import annotations
