@@ -88,9 +88,9 @@ def test_a_way_that_serves_less_gives_way_to_one_whose_replicas_stay() -> None:
 
 
 def test_first_tokens_that_are_late_count_the_plan_as_slow_as_it_serves() -> None:
-    """It serves 4 of 6 requests/s though its model says 8: twice as much is planned for."""
+    """It serves 5 of 6 requests/s though its model says more: by so much more is planned for."""
     history = steady(6.0)
-    firsts = Histogram.of_values(SECONDS, [30.0] * 40)
+    firsts = Histogram.of_values(SECONDS, [30.0] * 50)
     windows = tuple(
         Window(start_s=history.end_s - 10 * k, traffic=TrafficSketch(seconds=10, arrivals=60, ttft_s=firsts))
         for k in range(6, 0, -1)
@@ -98,10 +98,10 @@ def test_first_tokens_that_are_late_count_the_plan_as_slow_as_it_serves() -> Non
     history = replace(history, recent=windows)
     alarm = Drift(what="ttft_s", rises=True, value=1.0, band=(0.0, 0.5), since_s=history.end_s - 60, edge=5.0)
     usual, slow = (decide(history, in_force(8.2), LoopSettings(), drift=one) for one in (None, alarm))
-    assert usual.verdict is Verdict.KEEP
-    assert slow.capacity_rps == pytest.approx(4.0)
+    assert usual.capacity_rps > 6.0
+    assert slow.capacity_rps == pytest.approx(5.0)
     assert slow.verdict is Verdict.CHANGE
-    assert kept_rate(slow.next.plan, slow.next.problem) >= 6.0 * usual.capacity_rps / 4.0 * (1 - 1e-6)
+    assert kept_rate(slow.next.plan, slow.next.problem) >= 6.0 * usual.capacity_rps / 5.0 * (1 - 1e-6)
 
 
 def test_cards_go_back_when_demand_falls_and_the_saving_is_bounded() -> None:
