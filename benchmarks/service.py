@@ -1,6 +1,6 @@
 """The planner under load: connected agents, reports, re-dispatches, durable writes.
 
-    python -m benchmarks.service [--quick] [--json] [--agents N] [--profile FILE]
+    python -m benchmarks.service [--quick] [--json] [--agents N]
     python -m benchmarks.service --soak MINUTES [--agents N]
 
 One real `hetis-planner` (SQLite, no TLS) serves agents on real gRPC streams, each with its own TCP connection. Most of
@@ -21,9 +21,10 @@ processes over a minute.
 compares the last part with the second: memory as a share, p99 as a ratio. This p99 covers the calls during which, and
 for 2 s before which, the machine's host kept less than a twentieth of a processor from it.
 
+``GetPlan beside a flood`` has the reads of 50 calls/s while agents send more reports than the planner reads.
+
 ``change`` rows count from the writing of the report that shows the need to the named step; ``DONE`` is durable and
 timed by the planner's clock.
-``--profile`` writes a cProfile of the planner, which makes it about twice as slow.
 """
 
 from __future__ import annotations
@@ -35,7 +36,6 @@ import uuid
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 
@@ -63,9 +63,9 @@ MANY = 10_000  # number of agents to which costs are extrapolated
 MOST_CORES, MOST_LAG_S = 0.95, 1.0  # beyond either, the planner counts as saturated
 
 
-async def measure(extent: Extent, profile: Path | None) -> AsyncIterator[Row]:
+async def measure(extent: Extent) -> AsyncIterator[Row]:
     """Measure everything in sequence on one planner."""
-    async with opened(extent, profile) as bench:
+    async with opened(extent) as bench:
         await bench.create_cluster()
         async for row in connections(bench):
             yield row
@@ -77,14 +77,16 @@ async def measure(extent: Extent, profile: Path | None) -> AsyncIterator[Row]:
             yield row
         async for row in reports(bench):
             yield row
+        async for row in floods(bench):
+            yield row
 
 
 SOAK_REPORTS_PER_S, SOAK_READS_PER_S, SOAK_PARTS = 500.0, 200.0, 12
 
 
-async def soak(extent: Extent, profile: Path | None, *, minutes: float) -> AsyncIterator[Row]:
+async def soak(extent: Extent, *, minutes: float) -> AsyncIterator[Row]:
     """Apply one load for a long time, to see whether memory or latencies grow."""
-    async with opened(extent, profile) as bench:
+    async with opened(extent) as bench:
         await bench.create_cluster()
         await bench.connect()
         await bench.until_quiet()
@@ -273,13 +275,35 @@ async def reports(bench: Bench) -> AsyncIterator[Row]:
     await bench.set_rate(0)
 
 
-Measure = Callable[[Extent, Path | None], AsyncIterator[Row]]
+FLOOD_READS_PER_S = 50.0
+FLOODS = ((0.0, 0), (7_000.0, 1), (10_000.0, 500))  # reports per second, of so many agents
 
 
-def all_rows(extent: Extent, profile: Path | None, what: Measure = measure) -> Iterator[Row]:
+async def floods(bench: Bench) -> AsyncIterator[Row]:
+    """Measure reads beside agents that send more reports than the planner reads, and without them in the same run."""
+    read = timed_call(lambda: bench.client.plans.GetPlan(plan_service_pb2.GetPlanRequest(name=PLAN)))
+    for rate, agents in FLOODS:
+        await bench.set_rate(rate, agents=agents or None)
+        before, sent = await bench.behind(), await asyncio.to_thread(bench.crowd.counts)
+        with Watched(bench.planner) as watched:
+            found = await paced(read, per_s=FLOOD_READS_PER_S, seconds=bench.extent.report_s)
+        after, sent_then = await bench.behind(), await asyncio.to_thread(bench.crowd.counts)
+        of = f"a flood of {rate:g} reports/s by {agents} agents" if agents else "no flood"
+        read_per_s, sent_per_s = (
+            (b - a) / watched.seconds for a, b in ((before[0], after[0]), (sent.sent, sent_then.sent))
+        )
+        note = f"{sent_per_s:.0f} reports/s sent, {read_per_s:.0f} processed"
+        yield bench.latency_row(f"GetPlan beside {of}", found, at_once=1, watched=watched, note=note)
+    await bench.set_rate(0)
+
+
+Measure = Callable[[Extent], AsyncIterator[Row]]
+
+
+def all_rows(extent: Extent, what: Measure = measure) -> Iterator[Row]:
     """Yield the rows as they are measured."""
     with asyncio.Runner() as runner:
-        found = what(extent, profile)
+        found = what(extent)
         try:
             while True:
                 try:
@@ -294,7 +318,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = rows.parser("benchmarks.service", __doc__)
     parser.add_argument("--agents", type=int, metavar="N", help="instead of 3,000, or 100 with --quick")
     parser.add_argument("--soak", type=float, metavar="MINUTES", help="one load for so long")
-    parser.add_argument("--profile", type=Path, metavar="FILE", help="a cProfile of the planner")
     arguments = parser.parse_args(argv)
     extent = QUICK if arguments.quick else Extent()
     if arguments.agents is not None:
@@ -302,7 +325,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             parser.error(f"--agents {arguments.agents}: two cells have 18")
         extent = replace(extent, agents=arguments.agents)
     what: Measure = measure if arguments.soak is None else partial(soak, minutes=arguments.soak)
-    found = all_rows(extent, arguments.profile, what)
+    found = all_rows(extent, what)
     rows.show((row for row in found if arguments.only in str(row["name"])), arguments, name="service")
 
 

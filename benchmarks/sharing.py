@@ -9,9 +9,8 @@ over the rate on the tenant's own part of every GPU class. ``envy`` is the large
 many GPUs as another tenant has, per part. ``promise`` states what the rule promises and whether it held, or gives the
 counter-example.
 
-Rows called *linear* are the shares of `hetis-plan fair` from one speed-up per GPU type, rounded down to whole GPUs, on
-which every tenant is then placed separately. They show what is fair and best on paper at the rates that replicas really
-reach.
+Rows of *oef* are OEF's shares from one speed-up per GPU type (`share --oef`), rounded down to whole GPUs, on which
+every tenant is then placed separately: what is fair and best on paper at the rates that replicas really reach.
 """
 
 from __future__ import annotations
@@ -34,14 +33,12 @@ from hetis.solver.placement.families import DEFAULT_ENGINE
 from hetis.solver.placement.fleet import IntArray
 from hetis.solver.placement.replicas.tables import FloatArray
 from hetis.solver.problem import EngineRules
-from hetis.solver.shares.fair_shares import solve_shares
-from hetis.solver.shares.share_problem import FairnessRule, GpuShare, ShareJob, ShareProblem, ShareTenant
-from hetis.solver.tenants.fleet_search import PART_SECONDS, FleetSearch
-from hetis.solver.tenants.tenancy import FleetShares, Tenancy, Tenant, TenantRule
+from hetis.solver.tenants.fleet_search import FleetSearch
+from hetis.solver.tenants.oef import OefOutcome, OefRule, oef_outcomes
+from hetis.solver.tenants.tenancy import FleetShares, Tenancy, TenantRule
 
 GAP = 0.01
 EPSILON = 1e-6
-LINEAR = (FairnessRule.COOPERATIVE, FairnessRule.NON_COOPERATIVE, FairnessRule.EQUAL)
 # Efficiency comes last, because it may reuse the solutions of all other rules.
 RULES = (TenantRule.MAX_MIN, TenantRule.EQUAL_THROUGHPUT, TenantRule.SHARING_INCENTIVE, TenantRule.EFFICIENCY)
 
@@ -67,7 +64,7 @@ def main() -> None:
 
 
 def all_rows(*, quick: bool, only: str = "") -> Iterator[Row]:
-    """Yield a row per rule, then the shares from one speed-up per GPU type."""
+    """Yield a row per rule, then OEF's shares."""
     name, tenancy = _case(quick=quick)
     if only not in name:
         return
@@ -76,9 +73,8 @@ def all_rows(*, quick: bool, only: str = "") -> Iterator[Row]:
     best = answers[TenantRule.EFFICIENCY].value
     for rule, answer in answers.items():
         yield _rule_row(f"{name}: {rule}", search, answer, best)
-    problem = linear_problem(search)
-    for linear in LINEAR:
-        yield _linear_row(f"{name}: linear {linear}", search, problem, linear, best)
+    for found in oef_outcomes(search):
+        yield _oef_row(f"{name}: {found.rule}", search, found, best)
 
 
 def _case(*, quick: bool) -> tuple[str, Tenancy]:
@@ -164,77 +160,46 @@ def _over(a: FloatArray, b: FloatArray) -> FloatArray:
         return np.where(a > 0.0, a / b, 0.0)
 
 
-# --- shares from one speed-up per GPU type on the same fleet
+# --- OEF's shares on the same fleet
 
 
-def linear_problem(search: FleetSearch) -> ShareProblem:
-    """Return the sharing problem whose speed-ups are the rates per GPU on each class of GPUs alone."""
-    costs = search.replicas[0].costs
-    tenants = []
-    for solver in search.replicas:
-        speedups = []
-        for g, c in enumerate(costs.classes):
-            here = np.array([row[0] == g for row in costs.resources.rows])
-            only = np.where(here, search.limits, 0)
-            speedups.append(_alone(search, solver.tenant, only) / c.available)
-        job = ShareJob(name="serve", speedups=tuple(speedups))
-        tenants.append(ShareTenant(name=solver.tenant.name, weight=solver.tenant.weight, jobs=(job,)))
-    gpus = tuple(GpuShare(gpu=f"{g} {c.gpu}", count=c.available) for g, c in enumerate(costs.classes))
-    return ShareProblem(gpus=gpus, tenants=tuple(tenants))
-
-
-def _alone(search: FleetSearch, tenant: Tenant, limits: IntArray) -> float:
-    one = next(c for c in search.replicas if c.tenant is tenant)
-    return one.reach(limits, Budget(time_limit_s=PART_SECONDS, clock=time.process_time)).rate
-
-
-def _linear_row(name: str, search: FleetSearch, problem: ShareProblem, rule: FairnessRule, best: float) -> Row:
-    """Return the row of the linear shares in whole GPUs, at the rates that are really reached there."""
-    shares = solve_shares(problem, rule)
-    whole = np.floor(shares.amounts + EPSILON).astype(np.int64)
-    rows_of = [g for g, _ in search.replicas[0].costs.resources.rows]
-    limits = [np.minimum(search.limits, amounts[rows_of]) for amounts in whole]
-    tenants = [solver.tenant for solver in search.replicas]
-    weights = np.array([tenant.weight for tenant in tenants])
-    with_others = np.array([[_alone(search, tenant, limit) for limit in limits] for tenant in tenants])
-    rates = np.diag(with_others)
-    outcome = Outcome(
-        normalised=rates / np.array([reach.rate for reach in search.alone]),
-        over_part=_over(rates, np.array([reach.rate for reach in search.parts])),
-        envy=_over(with_others / weights, (rates / weights)[:, None]),
-    )
-    names = [tenant.name for tenant in tenants]
+def _oef_row(name: str, search: FleetSearch, found: OefOutcome, best: float) -> Row:
+    """Return the row of OEF's shares in whole GPUs, at the rates that are really reached there."""
+    weights = np.array([tenant.weight for tenant in search.tenants])
+    names = [tenant.name for tenant in search.tenants]
+    with_others = np.array([[search.reach(one, limits, "").rate for limits in found.limits] for one in search.replicas])
+    envy = _over(with_others / weights, (found.rates / weights)[:, None])
+    outcome = Outcome(normalised=found.normalised, over_part=found.over_part, envy=envy)
     broken = []
-    if rule is FairnessRule.NON_COOPERATIVE:
+    if found.rule is OefRule.NON_COOPERATIVE:
         per_part = outcome.normalised / weights
         broken.append(f"equal: broken, {per_part.min():.1%} to {per_part.max():.1%} of the rate alone")
-    if rule is FairnessRule.COOPERATIVE:
+    else:
         envied = _worst_envy(outcome.envy) > 1.0 + EPSILON
         broken.append(f"no envy: broken, {_who_envies(outcome.envy, names)}" if envied else "no envy: held")
     if not _no_worse(outcome):
         worst = int(np.argmin(outcome.over_part))
         broken.append(f"{names[worst]} has {outcome.over_part[worst]:.2f} of its part's rate")
-    value = float(outcome.normalised.sum())
     return {
         "name": name,
         "status": "feasible",
-        "value": value,
+        "value": found.value,
         "gap": None,
-        "lost": max(0.0, 1.0 - value / best),
-        "least": float((outcome.normalised / weights).min()),
+        "lost": max(0.0, 1.0 - found.value / best),
+        "least": found.level,
         "least_gap": None,
         "over_part": float(outcome.over_part.min()),
         "envy": _worst_envy(outcome.envy),
-        "rates": ", ".join(f"{n} {rate:.4g}" for n, rate in zip(names, rates, strict=True)),
-        "gpus": "; ".join(f"{n} {_whole(problem, amounts)}" for n, amounts in zip(names, whole, strict=True)),
-        "promise": "; ".join(broken) or "nothing is broken",
+        "rates": ", ".join(f"{n} {rate:.4g}" for n, rate in zip(names, found.rates, strict=True)),
+        "gpus": "; ".join(f"{n} {_whole(found, gpus)}" for n, gpus in zip(names, found.gpus, strict=True)),
+        "promise": "; ".join(broken),
         "envy_seconds": None,
     }
 
 
-def _whole(problem: ShareProblem, amounts: IntArray) -> str:
-    named = zip(amounts.tolist(), problem.gpus, strict=True)
-    return " + ".join(f"{count} {gpu.gpu.partition(' ')[2]}" for count, gpu in named if count) or "none"
+def _whole(found: OefOutcome, gpus: IntArray) -> str:
+    named = zip(gpus.tolist(), found.classes, strict=True)
+    return " + ".join(f"{count} {name}" for count, name in named if count) or "none"
 
 
 if __name__ == "__main__":

@@ -43,7 +43,7 @@ EXTRAS = {
         "alembic",
         "prometheus_client",
     ),
-    *("torch", "matplotlib", "pyarrow"),
+    *("torch", "pyarrow"),
 }
 # Folders that the base install has and does not use: the profiler's command line, and its measuring modules.
 ROOMS_OF_EXTRAS = {("profiler", room) for room in ("cli", "measure")}
@@ -157,9 +157,7 @@ COMMANDS = {
 
 
 # Of what commands share, what others may import: none of it loads typer or rich.
-FOR_OTHERS = {
-    f"hetis.commands{module}" for module in ("", ".endpoints", ".exit_codes", ".groups", ".pictures", ".x509")
-}
+FOR_OTHERS = {f"hetis.commands{module}" for module in ("", ".endpoints", ".exit_codes", ".groups", ".x509")}
 
 
 def test_only_commands_import_what_commands_share() -> None:

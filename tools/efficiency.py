@@ -34,7 +34,6 @@ from hetis.profiler.fit.errors import SERVING, error_stats, within
 from hetis.profiler.fit.pieces import fit_points
 from hetis.profiler.fit.points import FEATURES, Points
 from hetis.profiler.fitting import Coefficients, mape, predict, rounded
-from hetis.profiler.importers import import_tables
 from hetis.profiler.roofline import (
     NVFP4_BYTES,
     Architecture,
@@ -54,6 +53,7 @@ from tools.efficiency_file import to_json
 from tools.left_out import Operator, Pieces, Tables, joined
 from tools.modelled_tables import Pair, modelled_tables
 from tools.profiles import SOURCES, measurements_for
+from tools.simulator_tables import import_tables
 from tools.unmeasured import BOARDS, H200_SHARE, MEMORY, RELATIVES, Board
 
 _AIC = "aiconfigurator-core 0.12.0 (Apache-2.0)"

@@ -18,12 +18,12 @@ from hetis.profiler.fit.attention import LAUNCH_S, decode_points
 from hetis.profiler.fit.errors import SERVING, within
 from hetis.profiler.fit.points import CACHE_BYTES, FEATURES, Points, tables_of
 from hetis.profiler.fitting import FloatArray
-from hetis.profiler.importers import import_tables
 from hetis.profiler.importers.reading import read_sheet
 from hetis.profiler.roofline import Efficiencies, OpEfficiency, RelativePiece, modelled_profile
 from hetis.solver.cluster import GpuType
 from hetis.solver.profile import Fit, FitScope, Op, Profile
 from tools.profiles import ENGINE_TABLE, measurements_for
+from tools.simulator_tables import import_tables
 from tools.whole_engine import EngineTime, engine_times
 
 LLAMA_2_70B = "meta-llama/Llama-2-70b-hf"

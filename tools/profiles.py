@@ -18,11 +18,11 @@ from hetis.formats.measurements import Measurements
 from hetis.profiler import defaults
 from hetis.profiler.defaults import FOLDER, profile_text
 from hetis.profiler.fit import FittedProfile, fit_profile
-from hetis.profiler.importers import import_tables
 from hetis.solver.errors import HetisError
 from hetis.solver.profile import Op
 from tools import tables
 from tools.profile_tables import OverPast, over_past, profile_tables
+from tools.simulator_tables import import_tables
 
 _AIC = "aic_{}_{}.csv.gz"
 _KINDS = ("comm", "context_attention", "gemm", "generation_attention")

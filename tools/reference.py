@@ -182,7 +182,6 @@ FILE_EXAMPLES = {
     "Profile": "examples/files/profile.yaml",
     "DispatchState": "examples/dispatch/a100-l4.yaml",
     "DispatchRequests": "examples/dispatch/requests.yaml",
-    "ShareProblem": "examples/tenants.yaml",
     "Tenants": "examples/three-models.yaml",
 }
 

@@ -14,7 +14,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
 
 import numpy as np
 
@@ -310,9 +310,9 @@ class Bench:
                 raise RuntimeError(f"the plan cannot be activated: {found.activation_progress.failure}")
             await asyncio.sleep(0.1)
 
-    async def set_rate(self, reports_per_s: float) -> None:
-        """Set the rate of the agents in the other process."""
-        await asyncio.to_thread(self.crowd.set_rate, reports_per_s)
+    async def set_rate(self, reports_per_s: float, *, agents: int | None = None) -> None:
+        """Set the rate of the agents, or of so many of them, in the other process."""
+        await asyncio.to_thread(partial(self.crowd.set_rate, reports_per_s, agents=agents))
 
     async def behind(self) -> tuple[float, float]:
         """Return how many reports the planner has processed so far, and how many sent ones it has not."""
@@ -386,14 +386,14 @@ def percentiles(seconds: Sequence[float]) -> dict[str, Cell]:
 
 
 @asynccontextmanager
-async def opened(extent: Extent, profile: Path | None) -> AsyncIterator[Bench]:
+async def opened(extent: Extent) -> AsyncIterator[Bench]:
     """Yield a planner that has just started and a process for agents; both are stopped at the end."""
     fleet = cell_fleet(extent.agents)
     most_files = raise_file_limit()
     if most_files < extent.agents + 100:
         raise RuntimeError(f"{extent.agents} agents need as many files, and {most_files} are allowed: ulimit -Hn")
     async with AsyncExitStack() as stack:
-        planner = stack.enter_context(PlannerProcess(profile=profile))
+        planner = stack.enter_context(PlannerProcess())
         client = await stack.enter_async_context(AsyncClient(planner.address))
         crowd = stack.enter_context(Crowd())
         bench = Bench(planner, client, crowd, fleet, extent)

@@ -52,9 +52,12 @@ class Crowd:
         """Connect an agent for each node (id, number of GPUs), and return the seconds that it took."""
         return float(self._say({"address": address, "cluster": cluster, "nodes": list(nodes)})["seconds"])
 
-    def set_rate(self, reports_per_s: float) -> None:
-        """Set the rate of all agents' reports, sent in turn. Agents that are silent for long send heartbeats, too."""
-        self._say({"rate": reports_per_s})
+    def set_rate(self, reports_per_s: float, *, agents: int | None = None) -> None:
+        """Set the rate of the reports of all agents, or of the first ``agents``, sent in turn.
+
+        Agents that are silent for long send heartbeats, too.
+        """
+        self._say({"rate": reports_per_s, "reporting": agents})
 
     def counts(self) -> CrowdCounts:
         return CrowdCounts(**self._say({}))
@@ -75,6 +78,7 @@ class Sending:
     def __init__(self, agents: Sequence[ScriptedAgent]) -> None:
         self.agents = agents
         self.rate_per_s = 0.0
+        self.num_reporting = len(agents)
         self._due = asyncio.Queue[ScriptedAgent]()
         self._owed = 0.0
         self._turn = 0
@@ -95,7 +99,7 @@ class Sending:
                 then_s = now_s
                 while self._owed >= 1:
                     self._owed -= 1
-                    self._due.put_nowait(self.agents[self._turn % len(self.agents)])
+                    self._due.put_nowait(self.agents[self._turn % self.num_reporting])
                     self._turn += 1
 
     async def _write(self) -> None:
@@ -143,6 +147,7 @@ async def _serve() -> None:
         elif "rate" in message:
             assert sending is not None
             sending.rate_per_s = message["rate"]
+            sending.num_reporting = min(message["reporting"] or len(agents), len(agents))
             answer = {}
         else:
             answer = {

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import json
-import math
 import runpy
 import subprocess
 import sys
@@ -15,7 +14,7 @@ from typing import Any
 import pytest
 
 from benchmarks import redispatch as redispatch_benchmark
-from benchmarks.measuring import drift, instances, rows, solving
+from benchmarks.measuring import drift, solving
 from hetis.solver.budget import Progress
 from hetis.solver.plan import Objective, ObjectiveKind, Plan, SolveResult, Status
 from tools import tables
@@ -23,7 +22,7 @@ from tools import tables
 ROOT = Path(__file__).parents[2]
 QUICK = ("attention_workers", "coverage", "dispatch", "redispatch", "sharing")
 # Their quick forms take ten CPU seconds and more, so that only `make soak` runs them.
-SLOW = ("classes", "kept", "loop", "paper", "placement", "published", "rungs", "simulation")
+SLOW = ("classes", "kept", "loop", "paper", "placement", "published", "rungs")
 WITHOUT_TABLE = ("kept", "loop")  # not measured on an idle machine yet
 LIMIT_S = 300  # far above any benchmark's time; ends only one that hangs
 
@@ -131,21 +130,6 @@ def test_a_gap_counts_only_against_a_bound_of_the_whole_family() -> None:
     assert solving.time_to_gap([], plan_of_gap(0.004), 6.0, 0.01) == 6.0
 
 
-def test_unbounded_gaps_are_null_in_json_and_dashes_in_tables(capsys: pytest.CaptureFixture[str]) -> None:
-    row = {"name": "a", "gap": math.inf, "seconds": 1.0}
-    as_json = rows.parser("benchmarks.a", None).parse_args(["--json"])
-    rows.show([row], as_json, name="a")
-    assert json.loads(capsys.readouterr().out) == {"name": "a", "gap": None, "seconds": 1.0}
-    assert rows.table([row]).splitlines()[1].split() == ["a", "-", "1.000"]
-
-
 @pytest.mark.parametrize("name", sorted({*QUICK, *SLOW} - {*WITHOUT_TABLE}))
 def test_every_benchmark_has_a_table(name: str) -> None:
     assert tables.path_of(name).is_file()
-
-
-@pytest.mark.parametrize("count", range(1, 9))
-def test_fleets_of_any_number_of_types_have_the_same_size(count: int) -> None:
-    cluster = instances.of_types(count, 1024)
-    assert cluster.num_gpus() == 1024
-    assert len(cluster.types_used()) == count

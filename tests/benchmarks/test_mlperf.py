@@ -10,10 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.accuracy import mlperf, mlperf_rows
+from benchmarks.accuracy import mlperf
 from benchmarks.accuracy.mlperf_rows import COLUMNS, Submission, pose
 from benchmarks.accuracy.published_points import NotPosedError, read_rows
-from hetis.solver.plan import ObjectiveKind
 from tests.benchmarks.published import table_of
 
 ROW = {
@@ -78,34 +77,6 @@ def test_a_run_under_both_accuracy_targets_counts_once() -> None:
     assert dict(skipped) == {"the same run under another accuracy target": 1}
 
 
-def test_a_workload_has_the_lengths_of_the_data_set_and_of_the_answers() -> None:
-    moments = pose(row()).system.workload(292.5).moments()
-    assert moments.mean_prompt == pytest.approx(222.3, abs=0.1)
-    assert moments.mean_output == pytest.approx(292.5)
-    tenths = replace(pose(row()).system, benchmark="deepseek-r1").workload(3700.0)
-    moments = tenths.moments()
-    assert len(tenths.bins) == 10
-    assert moments.mean_prompt == pytest.approx(804, abs=1)
-    assert moments.mean_output == pytest.approx(3700)
-    # Long answers are in flight for longer: their mean context differs from that of a mean answer.
-    assert moments.resident_context > 2 * (804 + 3700 / 2) * 0.9
-
-
-def test_an_engine_handles_whole_answers_steps_or_tokens() -> None:
-    system = pose(row()).system
-    assert system.stream_interval(292.5) == 293
-    assert replace(system, benchmark="deepseek-r1").stream_interval(3700) == 1
-    assert replace(system, engine="vllm").stream_interval(300) == 1
-    assert replace(system, engine="vllm", gpu="MI300X-192GB").stream_interval(300) == mlperf_rows.AMD_STEPS
-
-
-def test_arrivals_have_the_limits_of_mlperf() -> None:
-    offline, server, interactive = (pose(row(Scenario=name)).system.objective for name in mlperf_rows.SCENARIOS)
-    assert (offline.kind, offline.ttft_limit_s, offline.tpot_limit_s) == (ObjectiveKind.THROUGHPUT, None, None)
-    assert (server.kind, server.ttft_limit_s, server.tpot_limit_s) == (ObjectiveKind.GOODPUT, 2.0, 0.2)
-    assert (interactive.ttft_limit_s, interactive.tpot_limit_s) == (0.45, 0.04)
-
-
 def planned(*submissions: Submission) -> mlperf.Outcome:
     plan, rates = mlperf.plan_of(submissions)
     return mlperf.Outcome(submissions=submissions, plan=plan, rates=rates)
@@ -129,18 +100,6 @@ def test_a_node_is_planned_as_submitters_ran_it() -> None:
     assert shown["in_range"] == "yes"
     faster = replace(outcome, rates=replace(outcome.rates, high=0.9 * outcome.best / 128.0))
     assert [one["in_range"] for one in mlperf.group_rows([faster])] == ["no"]
-
-
-@pytest.mark.parametrize(
-    ("accelerator", "weights", "profile"),
-    [("NVIDIA H100-SXM-80GB", "fp8", "measured"), ("NVIDIA B200-SXM-180GB", "fp4", "timed"),
-     ("AMD Instinct MI300X 192GB HBM3", "fp8", "relatives")],
-)  # fmt: skip
-def test_a_profile_is_measured_or_modelled_from_kernels_of_the_card_or_of_relatives(
-    accelerator: str, weights: str, profile: str
-) -> None:
-    posed = pose(row(Accelerator=accelerator, weight_data_types=weights))
-    assert planned(posed).profile == profile
 
 
 def test_totals_by_hand() -> None:
@@ -172,13 +131,6 @@ def test_the_command_counts_every_row_once(
     shown = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [(one["n"], one["best"], one["median"]) for one in shown if "plan" in one] == [(2, 5777, 5389)]
     assert [(one["coverage"], one["n"]) for one in shown if "coverage" in one] == [("posed", 2), ("skipped", 1)]
-
-
-def test_a_model_that_fits_no_node_is_skipped(tmp_path: Path) -> None:
-    large = row(**RED_HAT | {"UsedModel": "llama3.1-405b", "Accuracy": "TOKENS_PER_SAMPLE: 650"})
-    outcomes, skipped = mlperf.predicted([large])
-    assert not outcomes
-    assert [reason.partition(":")[0] for reason in skipped] == ["no plan"]
 
 
 def test_a_table_that_is_missing_broken_or_another_says_so(

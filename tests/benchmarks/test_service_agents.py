@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import itertools
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from typing import Any, cast
@@ -13,8 +12,6 @@ import pytest
 
 from benchmarks.measuring import scripted_agent
 from benchmarks.measuring.scripted_agent import ScriptedAgent
-from benchmarks.measuring.service_calls import paced
-from hetis.planner.client import CallError
 from hetis.v1 import agent_service_pb2 as pb
 from hetis.v1 import agent_service_pb2_grpc, change_pb2, replica_pb2, report_pb2
 
@@ -120,39 +117,3 @@ async def test_an_agent_whose_connection_ends_comes_back_as_the_same_and_says_wh
         assert [replica.replica for replica in reports[0].replicas] == [REPLICA]
         while agent.num_reconnects < 2:  # the agent has not received the last Welcome yet
             await asyncio.sleep(0)
-
-
-async def test_what_is_sent_between_two_streams_is_not_counted_and_ends_nothing() -> None:
-    left = asyncio.Event()
-
-    async def wait(_: Stream) -> None:
-        await left.wait()
-
-    async with agent_of(wait) as (agent, planner):
-        left.set()
-        while agent.is_connected:
-            await agent.report()  # even if the stream has ended and the agent has not noticed
-            await asyncio.sleep(0)
-        before = agent.num_sent
-        await agent.report()
-        await agent.heartbeat()
-        assert agent.num_sent == before
-        await planner.is_done.wait()
-        while not agent.is_connected:
-            await asyncio.sleep(0)
-        await agent.report()
-        assert agent.num_sent == before + 1
-
-
-async def test_calls_that_fail_are_counted_and_end_no_measurement() -> None:
-    async def call(seconds: list[float]) -> None:
-        match next(numbers):
-            case 0:
-                seconds.append(0.0)
-            case _:
-                raise CallError("no answer within 10 s", code=grpc.StatusCode.DEADLINE_EXCEEDED)
-
-    numbers = itertools.count()
-    found = await paced(call, per_s=1000.0, seconds=0.01)
-    assert (len(found.seconds), len(found.failures)) == (1, 9)
-    assert str(found.failures[0]) == "no answer within 10 s"

@@ -12,20 +12,17 @@ from typing import Any
 import pytest
 
 from benchmarks.accuracy import serving_points, silicon
-from benchmarks.accuracy.closed_loop import Engine, Load, closed_loop
 from benchmarks.accuracy.published_points import NotPosedError
 from benchmarks.accuracy.published_settings import (
     Graphs,
     Run,
     Settings,
-    eager_layer_s,
     settings_elsewhere,
     settings_of,
     with_ranks,
 )
 from benchmarks.accuracy.serving_points import ServingPoint, posed
 from hetis.formats import catalogue
-from hetis.profiler.engines import ENGINES
 from hetis.solver.cost import DeviceCost, intra_link, rank_shape
 from hetis.solver.workload import LengthBin, moments_of
 from tests.benchmarks.published import table_of
@@ -81,15 +78,6 @@ def test_a_row_is_posed_as_it_says() -> None:
     assert pose(row(backend="sglang")).shortest == 1.0
 
 
-def test_copies_that_share_experts_are_counted_by_the_name_of_the_run() -> None:
-    """Some dumps multiply sizes: a run on four GPUs, each a copy, appears elsewhere with 4 times 4 ranks."""
-    named = {"id": "made_up_agg_8192x1024_c64_tp4_ep4_1322", "attention_dp_size": "4", "moe_ep_size": "16"}
-    point = pose(row(model_path="Qwen/Qwen3-235B-A22B-FP8", tp_size="4", **named))
-    assert (point.tp, point.copies, point.requests, point.has_whole_experts) == (1, 4, 16, True)
-    beside = silicon.beside_row(point)
-    assert (beside["tp_size"], beside["attention_dp_size"], beside["moe_ep_size"]) == ("1", "4", "4")
-
-
 def test_what_the_model_cannot_express_is_skipped_with_its_reason() -> None:
     assert "workers are not recorded" in reason(mode="disagg")
     assert "experts that all ranks slice" in reason(attention_dp_size="2", id="made_up_c4_tp2_ep1_3")
@@ -105,11 +93,6 @@ def test_what_the_model_cannot_express_is_skipped_with_its_reason() -> None:
     assert reason(silicon_tpot_ms="") == "silicon_tpot_ms is not recorded"
     assert reason(batch_size="", silicon_data_source="") == "requests in flight are not recorded"
     assert reason(isl="0") == "isl is not recorded"
-
-
-def test_a_measurement_in_two_dumps_counts_once() -> None:
-    rows = [row(), row(id="2"), row(id="3", silicon_tpot_ms="6.501"), row(id="4", silicon_tpot_ms="7")]
-    assert [isinstance(one, ServingPoint) for one in posed(rows)] == [True, False, False, True]
 
 
 def test_of_two_runs_that_rows_do_not_tell_apart_the_faster_one_drafted() -> None:
@@ -228,24 +211,6 @@ def test_settings_are_those_of_the_published_scripts() -> None:
     assert settings_elsewhere("trtllm", runtime).graphs is Graphs.NONE
 
 
-def test_ranks_that_rows_of_2025_leave_out_are_those_of_the_configuration() -> None:
-    """16 requests on 4 GPUs have slices of all experts, 64 have whole ones, and 256 have data-parallel attention."""
-    run = Run(
-        engine="trtllm", image="", date="2025-11-02", model="DeepSeek-R1", gpu="B200-SXM-180GB", precision="fp4", tp=4,
-        experts=1, copies=1, requests=16, prompt_tokens=1024, output_tokens=1024,
-    )  # fmt: skip
-
-    def ranks(**fields: Any) -> tuple[int, int, int]:
-        found = with_ranks(replace(run, **fields))
-        return found.experts, found.copies, found.requests
-
-    assert [ranks(requests=n) for n in (16, 64, 256)] == [(1, 1, 16), (4, 1, 64), (4, 4, 64)]
-    assert [ranks(requests=n, prompt_tokens=8192) for n in (4, 64)] == [(4, 1, 4), (4, 4, 16)]
-    assert [ranks(tp=8, requests=n, output_tokens=8192) for n in (16, 32)] == [(1, 1, 16), (8, 1, 32)]
-    assert ranks(engine="sglang") == (4, 1, 16)
-    assert ranks(date="2026-02-03", requests=256) == ranks(precision="fp8", requests=256) == (1, 1, 256)
-
-
 def test_ranks_of_vllm_are_those_that_its_scripts_start() -> None:
     """Only one configuration of MiniMax-M2.5 has attention data parallelism, whatever rows state."""
     run = Run(
@@ -279,23 +244,6 @@ def test_iterations_with_more_tokens_than_graphs_are_started_by_the_host() -> No
     assert seconds(13, 0.0, 500, 0.0, 0.0, 14, 0) == pytest.approx(32 * 28 * 21e-6)
 
 
-def test_an_engine_without_graphs_takes_what_its_host_takes() -> None:
-    """A request of 64 tokens decodes at the speed at which Python launches the kernels of 32 layers."""
-    fields = {"silicon_data_source": "image=nvcr.io/nvidia/ai-dynamo/tensorrtllm-runtime:0.9.0", "batch_size": "1"}
-    point = pose(row(**fields, backend="trtllm"))
-    assert silicon.predict(point).tpot_s == pytest.approx(32 * eager_layer_s("trtllm", point.model))
-
-
-def test_piecewise_graphs_leave_attention_to_the_host() -> None:
-    """Latent attention of decoding requests takes separate calls beside that of prompts."""
-    model, call_s = pose(row(**mtp_row())).model, 25e-6
-    assert eager_layer_s("trtllm", model) == pytest.approx(56 * call_s)
-    assert eager_layer_s("trtllm", model, mixes=True) == pytest.approx(64 * call_s)
-    assert eager_layer_s("trtllm", model, mixes=True, attention_only=True) == pytest.approx(44 * call_s)
-    dense = pose(row()).model
-    assert eager_layer_s("trtllm", dense, mixes=True) == eager_layer_s("trtllm", dense) == pytest.approx(28 * call_s)
-
-
 def test_first_tokens_of_models_with_experts_take_what_those_of_dense_ones_took_outside() -> None:
     """Dense points measured 20 ms more than predicted without reading time, those with experts 50 ms with much."""
     dense, moe = row(batch_size="1"), row(batch_size="1", model_path="Qwen/Qwen3-30B-A3B")
@@ -309,17 +257,6 @@ def test_first_tokens_of_models_with_experts_take_what_those_of_dense_ones_took_
     ]
     assert [silicon.outside_iterations([one]) for one in found] == [(0, 0.02), (last, 0.05)]
     assert [(one.ttft_s, one.tpot_s) for one in silicon.answered(found)] == [(9.05, 0.01 * last), (9.02, 0.0)]
-
-
-@pytest.mark.parametrize("engine", list(ENGINES))
-def test_a_table_of_one_kind_has_the_usual_time_outside_of_iterations(engine: str) -> None:
-    """So a prediction does not depend on what else is asked, nor on the measured times of a table of its own."""
-    for model_path, kind in (("Qwen/Qwen3-32B", "dense"), ("Qwen/Qwen3-30B-A3B", "moe")):
-        point = pose(row(batch_size="1", model_path=model_path, backend=engine))
-        assert point.kind == kind
-        readings = tuple(silicon.Outcome(point=point, ttft_s=s, tpot_s=1.0, seats=9) for s in silicon.READINGS_S)
-        (found,) = silicon.answered([readings])
-        assert found.ttft_s == pytest.approx(sum(silicon.USUAL_S[engine, kind]))
 
 
 def outcome(tpot: float, ttft: float, **fields: str) -> silicon.Outcome:
@@ -349,20 +286,6 @@ def test_statistics_by_hand() -> None:
     assert both["peer_ttft_mape"] == 0.0
 
 
-def test_groups_have_the_promised_columns() -> None:
-    outcomes = [outcome(1.0, 1.0), outcome(1.0, 1.0, model_path="Qwen/Qwen3-30B-A3B")]
-    groups = list(silicon.group_rows(outcomes, None))
-    assert [(g["gpu"], g["model"], g["kind"], g["n"]) for g in groups[:2]] == [
-        ("H100-SXM-80GB", "Llama-3.1-8B", "dense", 1), ("H100-SXM-80GB", "Qwen3-30B-A3B", "moe", 1),
-    ]  # fmt: skip
-    calibration = outcome(1.0, 1.0, model_path="Qwen/Qwen3-32B", tp_size="2")
-    with_it = list(silicon.group_rows([*outcomes, calibration], None))
-    assert [g["split"] for g in with_it if g["model"] == "Qwen3-32B"] == ["calibration"]
-    assert [g["n"] for g in with_it if g["gpu"] == "all"] == [1, 1]
-    promised = {"gpu", "engine", "model", "kind", "mode", "n", "tpot_mape", "tpot_bias", "ttft_mape"}
-    assert all(promised <= group.keys() for group in groups)
-
-
 def run(monkeypatch: pytest.MonkeyPatch, *words: str) -> None:
     monkeypatch.setattr(sys, "argv", ["silicon", *words])
     silicon.main()
@@ -377,25 +300,3 @@ def test_the_command_counts_every_row_once(
     coverage = [(one["coverage"], one["n"]) for one in shown if "coverage" in one]
     assert coverage == [("covered", 2), ("skipped", 1)]
     assert sum(one["n"] for one in shown if one.get("gpu") == "all") == 2
-
-
-def test_a_peer_that_cannot_be_started_says_so() -> None:
-    with pytest.raises(SystemExit, match="/no/such/python: aiconfigurator did not answer"):
-        silicon.peer_answers("/no/such/python", [pose(row())])
-
-
-def test_fewer_seats_never_serve_sooner() -> None:
-    point = pose(row(batch_size="16", model_path="meta-llama/Llama-3.1-8B"))
-    timing, seats = silicon.stage_of(point, 8192)
-    load = Load(in_flight=16, total=64, prompt_tokens=512, output_tokens=64)
-    engine = Engine(chunk_tokens=8192, seats=seats, mixes=True)
-    waits = [
-        closed_loop(load, replace(engine, seats=n), timing.seconds, point.model.attended_tokens)[0] for n in (2, 4, 16)
-    ]
-    assert waits == sorted(waits, reverse=True)
-
-
-def test_a_model_whose_accepted_drafts_are_not_known_is_skipped() -> None:
-    point = replace(pose(ROW), label="of others", settings=replace(pose(ROW).settings, draft_tokens=2))
-    with pytest.raises(NotPosedError, match="how many of 2 drafts of of others are accepted is not known"):
-        silicon.predict(point)

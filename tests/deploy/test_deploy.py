@@ -166,11 +166,11 @@ def commands(app: typer.Typer) -> dict[str, set[str]]:
 def test_units_use_options_that_exist() -> None:
     for unit in UNITS:
         for line in settings_of(unit).get("ExecStart", ()):
-            if match := re.search(r"/usr/bin/hetis-planner( [a-z]+)?(.*)", line):
+            if match := re.search(r"/opt/hetis/bin/hetis-planner( [a-z]+)?(.*)", line):
                 known = commands(planner_app)[(match[1] or "").strip()]
                 assert set(re.findall(r"--[a-z-]+", match[2])) <= known, line
             else:
-                assert line == "/usr/bin/hetis-agent", line
+                assert line == "/opt/hetis/bin/hetis-agent", line
 
 
 def test_old_backups_and_what_killed_ones_have_left_are_deleted(tmp_path: Path) -> None:
@@ -188,7 +188,7 @@ def test_old_backups_and_what_killed_ones_have_left_are_deleted(tmp_path: Path) 
 @pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="NOT CHECKED: systemd-analyze is not installed")
 def test_systemd_understands_the_units(tmp_path: Path) -> None:
     for unit in UNITS:
-        text = re.sub(r"/usr/bin/hetis-\w+", "/bin/true", unit.read_text(encoding="utf-8"))
+        text = re.sub(r"/opt/hetis/bin/hetis-\w+", "/bin/true", unit.read_text(encoding="utf-8"))
         (tmp_path / unit.name).write_text(text, encoding="utf-8")
     paths = [str(tmp_path / unit.name) for unit in UNITS]
     done = subprocess.run(["systemd-analyze", "verify", *paths], capture_output=True, text=True, check=False)

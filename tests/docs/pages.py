@@ -62,15 +62,32 @@ def outputs() -> dict[CommandLine, list[str]]:
     return found
 
 
-def command_lines() -> Iterator[CommandLine]:
+def command_lines(*, is_with_runbook: bool = True) -> Iterator[CommandLine]:
     """Yield every line of every bash block, with continued lines joined."""
     for page in PAGES:
-        for kind, text in fences(page.read_text(encoding="utf-8")):
+        content = page.read_text(encoding="utf-8")
+        for kind, text in fences(content if is_with_runbook else content.replace(_runbook_of(content), "")):
             if kind == "bash":
                 joined = _HERE.sub(r"\\1", text).replace("\\\n", " ")
                 for line in joined.splitlines():
                     if line.strip() and not line.strip().startswith("#"):
                         yield CommandLine(page.name, line.strip())
+
+
+RUNBOOK = "From installation to recovery, in commands"
+_BLOCK = re.compile(r"[Oo]n ((?:`[a-z0-9-]+`(?:, )?)+)[^`]*?:\n\n```bash\n(.*?)^```", re.DOTALL | re.MULTILINE)
+
+
+def runbook() -> Iterator[tuple[list[str], str]]:
+    """Yield the blocks of the runbook in order, each with the machines on which it runs one after another."""
+    section = _runbook_of((ROOT / "docs" / "operations.md").read_text(encoding="utf-8"))
+    found = _BLOCK.findall(section)
+    assert len(found) == section.count("```bash"), "a block says on no machine where it runs"
+    yield from ((re.findall(r"`([a-z0-9-]+)`", names), block) for names, block in found)
+
+
+def _runbook_of(text: str) -> str:
+    return text.partition(f"## {RUNBOOK}\n")[2].partition("\n## ")[0]
 
 
 def _without_shell(words: list[str]) -> list[str]:

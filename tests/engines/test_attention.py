@@ -25,8 +25,8 @@ T4, A100, L40S, H100, B200, RTX5090 = 7.5, 8.0, 8.9, 9.0, 10.0, 12.0
 
 
 def kinds_at(capabilities: set[float]) -> list[GpuKind]:
-    """Return kinds of GPUs, one of them of a vendor without recorded capabilities."""
-    return [GpuKind("AMD", None), *(GpuKind("NVIDIA", one) for one in capabilities)]
+    """Return kinds of GPUs, one of them without a recorded capability."""
+    return [GpuKind("NVIDIA", None), *(GpuKind("NVIDIA", one) for one in capabilities)]
 
 
 @pytest.mark.parametrize(
@@ -60,11 +60,27 @@ def kinds_at(capabilities: set[float]) -> list[GpuKind]:
         (replace(LLAMA, head_dim=256), {H100, B200}, "TRITON_ATTN"),  # FLASH_ATTN has different page sizes
         (replace(LLAMA, head_dim=256), {H100, A100}, ""),
         *((model, {B200}, "") for model in (LLAMA, FP8, GPT_OSS, GEMMA_3, DEEPSEEK)),
-        *((model, set[float](), "") for model in (LLAMA, SPARSE)),  # AMD alone
+        *((model, set[float](), "") for model in (LLAMA, SPARSE)),
     ],
 )
 def test_vllm_is_told_a_backend_that_runs_on_all(model: ModelSpec, capabilities: set[float], told: str | None) -> None:
     assert common_backend(model, kinds_at(capabilities), "vllm") == told
+
+
+@pytest.mark.parametrize(
+    ("model", "told"),
+    [
+        *((model, "TRITON_ATTN") for model in (LLAMA, GPT_OSS, GEMMA_3, MISTRAL_3)),
+        (DEEPSEEK, "TRITON_MLA"),
+        *((model, None) for model in (FP8, SPARSE, COMPRESSED, QWEN)),
+    ],
+)
+def test_vendors_have_tritons_kernels_in_common(model: ModelSpec, told: str | None) -> None:
+    kinds = [GpuKind("AMD", None), GpuKind("NVIDIA", H100), GpuKind("NVIDIA", A100)]
+    assert common_backend(model, kinds, "vllm") == told
+    assert common_backend(model, kinds, "sglang") is None
+    assert common_backend(model, [*kinds, GpuKind("Huawei", None)], "vllm") is None
+    assert common_backend(model, [GpuKind("AMD", None)] * 2, "vllm") == ""
 
 
 def test_only_the_images_of_gemma_3_are_not_divided() -> None:

@@ -19,7 +19,6 @@ from hetis.runtime.transport.keys import VARIABLE as KEY_VARIABLE
 from hetis.runtime.vllm.settings import load_settings
 from hetis.runtime.worker.main import read_options
 from hetis.solver.plan import Role
-from tests.command_line import command_of, run_command
 from tests.engines.plans import MODEL, POOL, plan_of, sharing, stage_of
 from tests.planner.export.reading import nodes_of
 
@@ -272,21 +271,13 @@ def test_pods_cannot_share_a_gpu() -> None:
 
 
 def test_all_that_is_wrong_is_said_at_once() -> None:
-    done = run_command(
-        command_of("hetis.runtime.launch"),
-        *("kubernetes", "--name", "A_", "--namespace", "-", "--model-path", "models", "--model-claim", "m"),
-        *("--", "--port", "1"),
-    )
-    assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.splitlines() == [
-        "hetis-launch: --name is 'A_', must be 1 to 40 lower-case letters, digits and -, starting with a letter",
-        "hetis-launch: --namespace is '-', must be 1 to 63 lower-case letters, digits and -",
-        "hetis-launch: --image is missing: vLLM with the plugin, as docker/vllm.Dockerfile makes it",
-        "hetis-launch: --worker-image is missing: as docker/worker.Dockerfile makes it",
-        "hetis-launch: --worker-key-secret is missing: the key of vLLM and its workers",
-        "hetis-launch: --model-path is 'models', must be like /models/NAME",
-        "hetis-launch: give --api-key-secret, or --insecure to serve without a key",
-        "hetis-launch: --port cannot be passed to vLLM: hetis-launch sets it",
-        "hetis-launch: --model is missing: give a folder with config.json, or a model name for vLLM",
-        "hetis-launch: --plan is missing: give a plan file from hetis-plan place",
+    wrong = Deployment(name="A_", namespace="-", model_claim="m", image="", worker_image="")
+    assert wrong.wrong("models", has_workers=True) == [
+        "--name is 'A_', must be 1 to 40 lower-case letters, digits and -, starting with a letter",
+        "--namespace is '-', must be 1 to 63 lower-case letters, digits and -",
+        "--image is missing: vLLM with the plugin, as docker/vllm.Dockerfile makes it",
+        "--worker-image is missing: as docker/worker.Dockerfile makes it",
+        "--worker-key-secret is missing: the key of vLLM and its workers",
+        "--model is 'models', must be like /models/NAME",
+        "give --api-key-secret, or --insecure to serve without a key",
     ]

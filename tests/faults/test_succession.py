@@ -25,6 +25,7 @@ from hetis.v1.agent_service_pb2 import ConnectNodeRequest, Hello
 from hetis.v1.agent_service_pb2_grpc import AgentServiceStub
 from hetis.v1.cluster_service_pb2_grpc import ClusterServiceStub
 from tests.faults.proxy import Proxy
+from tests.fleets import fleet
 from tests.planner.service.process import REAL, Process
 from tests.planner.service.serving import details_of
 
@@ -34,14 +35,7 @@ OPTIONS = (
     *("--listen", "127.0.0.1:0", "--status-page", "127.0.0.1:0", "--ready-json"),
     *("--set", "solver.processes=1", "--set", f"leadership.lease={LEASE_S:g}s"),
 )
-FLEET = """
-apiVersion: hetis/v1
-kind: Cluster
-name: small
-nodes:
-- {name: a, gpus: [{type: L4, count: 2}]}
-network: {bandwidth: 100Gbps, latency: 20us}
-"""
+FLEET = fleet("small", "a: 2 L4")
 
 
 class Planner(Process):

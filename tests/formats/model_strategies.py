@@ -8,19 +8,9 @@ from hypothesis import strategies as st
 
 from hetis.formats.models.dtypes import PRECISIONS
 from hetis.solver.model import (
-    Compressed,
-    Dense,
     DraftShape,
-    Experts,
     GpuPrecision,
-    Grouped,
-    Indexer,
-    Latent,
-    Layer,
-    Mixer,
-    Mlp,
     ModelSpec,
-    Recurrent,
 )
 from tests.models import model_of, shape_of
 
@@ -151,81 +141,4 @@ def models(draw: st.DrawFn) -> ModelSpec:
         moe=moe if draw(st.booleans()) else None,
         forbidden_cuts=frozenset(draw(st.sets(st.integers(0, layers - 1), max_size=3))),
         precisions=draw(precisions()),
-    )
-
-
-INDEXERS = st.builds(
-    Indexer, top_tokens=SMALL, heads=SMALL, head_dim=SMALL, key_bytes=st.floats(min_value=0.5, max_value=1e4)
-)
-
-
-@st.composite
-def mixers(draw: st.DrawFn) -> Mixer:
-    """A kind of attention, with everything that a model in short cannot have."""
-    heads = draw(SMALL)
-    kind = draw(st.sampled_from((Grouped, Latent, Compressed, Recurrent)))
-    if kind is Grouped:
-        return Grouped(
-            query_heads=heads * draw(SMALL),
-            kv_heads=heads,
-            head_dim=draw(SMALL),
-            value_dim=draw(st.none() | SMALL),
-            window=draw(st.none() | SMALL),
-            gated=draw(st.booleans()),
-            key_is_value=draw(st.booleans()),
-            has_own_kv=draw(st.booleans()),
-            indexer=draw(st.none() | INDEXERS),
-        )
-    if kind is Latent:
-        ranks = ("kv_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim", "q_lora_rank")
-        return Latent(
-            query_heads=heads,
-            **{name: draw(SMALL) for name in ranks},
-            gated=draw(st.booleans()),
-            indexer=draw(st.none() | INDEXERS),
-            has_own_indexer=draw(st.booleans()),
-        )
-    if kind is Compressed:
-        sizes = ("head_dim", "window", "q_lora_rank", "o_lora_rank")
-        return Compressed(
-            query_heads=heads,
-            **{name: draw(SMALL) for name in sizes},
-            ratio=draw(st.none() | SMALL),
-            indexer=draw(st.none() | INDEXERS),
-            rope_head_dim=0,
-            o_groups=heads,
-        )
-    state = {
-        "request_bytes": draw(st.floats(min_value=1, max_value=1e9)),
-        "flops": draw(NOT_NEGATIVE.filter(_is_small)),
-    }
-    return Recurrent(weights=draw(SMALL), heads=draw(st.none() | SMALL), **state)
-
-
-def _is_small(value: float) -> bool:
-    return value <= 1e15
-
-
-MLPS: st.SearchStrategy[Mlp] = st.builds(Dense, width=SMALL, gated=st.booleans()) | st.builds(
-    Experts,
-    count=st.integers(8, 64),
-    active=st.integers(1, 8),
-    width=SMALL,
-    shared_width=st.integers(0, 64),
-    latent=st.none() | SMALL,
-    gated=st.booleans(),
-)
-
-
-LAYERS = st.builds(Layer, mixers=st.lists(mixers(), max_size=2).map(tuple), mlps=st.lists(MLPS, max_size=2).map(tuple))
-
-
-@st.composite
-def listed_models(draw: st.DrawFn) -> ModelSpec:
-    """A model whose layers are listed in its file."""
-    plain = Layer(mixers=(Grouped(query_heads=2, kv_heads=1, head_dim=8),), mlps=(draw(MLPS),))
-    kinds = [plain, *draw(st.lists(LAYERS, max_size=3))]
-    layers = [plain, *draw(st.lists(st.sampled_from(kinds), max_size=12))]
-    return ModelSpec(
-        name=draw(TITLES), layers=tuple(draw(st.permutations(layers))), hidden=draw(SMALL), vocab=draw(SMALL)
     )

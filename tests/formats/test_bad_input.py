@@ -18,7 +18,6 @@ from hetis.formats.documents import (
     load_workload,
 )
 from hetis.formats.errors import DocumentError
-from hetis.simulator.records import load_faults
 
 FOLDER = Path(__file__).parent.parent / "bad_input"
 FILES = sorted(path.name for path in FOLDER.iterdir() if path.suffix != ".expected")
@@ -30,7 +29,6 @@ LOADERS: dict[str, Callable[[str], object]] = {  # by the first word of the file
     "plan": load_plan,
     "state": load_state,
     "requests": load_requests,
-    "faults": load_faults,
     "tenants": load_tenants,
 }
 

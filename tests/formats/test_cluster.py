@@ -21,40 +21,6 @@ def cluster_of(folder: Path, nodes: str, network: str = NETWORK, more: str = "")
     return load_cluster(path)
 
 
-def test_the_paper_cluster_is_the_one_of_the_paper() -> None:
-    cluster = load_cluster(EXAMPLES / "paper.yaml")
-    assert cluster.name == "paper"
-    assert [device.name for device in cluster.devices()] == [
-        *(f"a100/{i}" for i in range(4)),
-        *("r3090-0/0", "r3090-0/1", "r3090-1/0", "r3090-1/1"),
-        *(f"p100/{i}" for i in range(4)),
-    ]
-    assert cluster.network.default == Link(bytes_per_s=12.5e9, latency_s=20e-6)
-
-
-@pytest.mark.parametrize(
-    ("name", "gpus", "types", "zones"),
-    [
-        ("paper", 12, 3, 1),
-        ("fleet-160", 160, 5, 1),
-        ("fleet-10000", 10_000, 8, 3),
-        ("fleet-1000000", 1_000_000, 8, 3),
-        ("h100-l4", 10, 2, 1),
-        ("h100-p100", 10, 2, 1),
-    ],
-)
-def test_examples_hold_what_their_names_say(name: str, gpus: int, types: int, zones: int) -> None:
-    cluster = load_cluster(EXAMPLES / f"{name}.yaml")
-    assert cluster.name == name
-    assert (cluster.num_gpus(), len(cluster.gpu_types), len(cluster.zones())) == (gpus, types, zones)
-
-
-@pytest.mark.parametrize("name", ["fleet-160", "fleet-10000", "fleet-1000000"])
-def test_every_gpu_of_a_fleet_has_a_price(name: str) -> None:
-    cluster = load_cluster(EXAMPLES / f"{name}.yaml")
-    assert all(cluster.price_of(slots) is not None for group in cluster.node_groups for slots in group.gpus)
-
-
 def test_aliases_become_catalogue_names(tmp_path: Path) -> None:
     cluster = cluster_of(tmp_path, "nodes: [{name: a, gpus: [{type: a100_80gb_sxm, count: 8}, {type: '3090'}]}]\n")
     assert [(slots.gpu, slots.count) for slots in cluster.node_groups[0].gpus] == [

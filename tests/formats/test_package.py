@@ -39,7 +39,6 @@ def test_public_names_of_documents() -> None:
         "load_plan",
         "load_profile",
         "load_requests",
-        "load_share_problem",
         "load_state",
         "load_tenants",
         "load_workload",

@@ -118,15 +118,7 @@ def test_an_unknown_kind_has_no_schema() -> None:
         json_schema("Clusters")
 
 
-SPEEDUPS = {"A": 1.0, "B": 2.5}
 OF_TENANTS = {
-    "ShareProblem": {
-        "gpus": {"A": 3, "B": 4},
-        "tenants": [
-            {"name": "x", "speedups": SPEEDUPS, "workload": "8000/300"},
-            {"name": "y", "weight": 2.0, "jobs": [{"name": "j", "model": "M", "workload": "W", "min_gpus": 2}]},
-        ],
-    },
     "Tenants": {
         "tenants": [
             {"name": "x", "model": "M", "workload": "W", "worth": 2.0, "ttft": "none", "tpot": "50ms"},

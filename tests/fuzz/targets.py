@@ -31,16 +31,15 @@ from hetis.planner.convert.stages import stage_from_proto
 from hetis.planner.failures import ServiceError
 from hetis.planner.service.identity.credentials import Tokens
 from hetis.planner.service.settings import load_config
-from hetis.profiler.importers import FORMATS, import_tables
 from hetis.runtime.agent.pressure import ScrapeState, read_text
 from hetis.runtime.vllm.settings import SettingsError, load_settings
-from hetis.simulator.records import load_faults
 from hetis.solver.cluster import Cluster
 from hetis.solver.errors import HetisError, InvalidProblemError
 from hetis.solver.plan import Plan
 from hetis.solver.workload import Workload
 from hetis.v1 import document_pb2, plan_pb2, stage_pb2
 from tests.fuzz.http_bytes import ask_agent, ask_page, read_engine
+from tools.simulator_tables import READERS, import_tables
 
 ROOT = Path(__file__).parents[2]
 CORPUS = Path(__file__).parent / "corpus"
@@ -138,7 +137,6 @@ def _trace(path: str) -> None:
 LOADERS: dict[str, tuple[Callable[[str], object], str, tuple[str, ...]]] = {
     "cluster": (documents.load_cluster, "", ("tests/bad_input/cluster_*", "examples/paper.yaml")),
     "model": (documents.load_model, "", ("tests/bad_input/model_*",)),
-    "gguf": (documents.load_model, ".gguf", ()),
     "profile": (documents.load_profile, "", ("tests/bad_input/profile_*",)),
     "plan": (documents.load_plan, "", ("tests/bad_input/plan_*",)),
     "workload": (documents.load_workload, "", ("tests/bad_input/workload_*.yaml",)),
@@ -148,9 +146,8 @@ LOADERS: dict[str, tuple[Callable[[str], object], str, tuple[str, ...]]] = {
     "trace_log": (_trace, ".log", ()),
     "state": (documents.load_state, "", ("tests/bad_input/state_*",)),
     "requests": (documents.load_requests, "", ("tests/bad_input/requests_*",)),
-    "tenants": (documents.load_tenants, "", ("tests/bad_input/tenants_*", "examples/tenants.yaml")),
+    "tenants": (documents.load_tenants, "", ("tests/bad_input/tenants_*", "examples/three-models.yaml")),
     "inventory": (_fleet, "", ("tests/formats/discovery/inputs/*.[jctx]*",)),
-    "faults": (load_faults, ".csv", ("tests/bad_input/faults_*",)),
     "measurements": (load_measurements, "", ()),
     "planner_config": (partial(load_config, environment={}), "", ("examples/service/*.yaml",)),
     "tokens": (Tokens.load, ".yaml", ()),
@@ -160,7 +157,7 @@ TARGETS: Mapping[str, Target] = {
         name: Target(read=partial(_from_file, load, name, suffix), seeds=seeds)
         for name, (load, suffix, seeds) in LOADERS.items()
     },
-    **{f"import_{form}": Target(read=partial(_from_file, partial(_table, form), form, ".csv")) for form in FORMATS},
+    **{f"import_{form}": Target(read=partial(_from_file, partial(_table, form), form, ".csv")) for form in READERS},
     "text": Target(read=_text, seeds=("tests/bad_input/cluster_*",)),
     "request_cluster": Target(read=partial(_document, Cluster), seeds=("tests/bad_input/cluster_*",)),
     "request_plan": Target(read=partial(_document, Plan), seeds=("tests/bad_input/plan_*",)),

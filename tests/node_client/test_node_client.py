@@ -15,18 +15,12 @@ from typing import Any
 
 import pytest
 
+from tests.fleets import fleet
 from tests.planner.service.process import REAL, Process
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
-CLUSTER = """\
-apiVersion: hetis/v1
-kind: Cluster
-name: two-nodes
-nodes:
-  - {name: l4, count: 2, gpus: [{type: L4, count: 2}]}
-network: {bandwidth: 25Gbps, latency: 20us}
-"""
+CLUSTER = fleet("two-nodes", "2 l4: 2 L4", network="{bandwidth: 25Gbps, latency: 20us}")
 
 
 @pytest.fixture(scope="module")

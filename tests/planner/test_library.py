@@ -29,6 +29,7 @@ from hetis.planner.use_cases.place import PosedPlacement
 from hetis.planner.use_cases.record.parts import Verified
 from hetis.planner.use_cases.request import PlacementRequest
 from hetis.solver.plan import ObjectiveKind
+from tests.fleets import fleet
 from tests.planner.command_line import EXAMPLES, hetis_plan_here
 from tests.planner.html_pages import ReadPage
 
@@ -36,14 +37,7 @@ NAMES = [
     "Client", "Export", "HetisError", "InfeasibleError", "NoPlanFoundError", "Plan", "Simulation", "__version__",
     "load_cluster", "load_plan", "place",
 ]  # fmt: skip
-CLUSTER = """\
-apiVersion: hetis/v1
-kind: Cluster
-name: two
-nodes:
-  - {name: a100, gpus: [{type: A100-PCIe-80GB, count: 2}]}
-network: {bandwidth: 100Gbps, latency: 20us}
-"""
+CLUSTER = fleet("two", "a100: 2 A100-PCIe-80GB")
 # Nothing that may be missing from an installation, and nothing that takes time.
 BARE_PROGRAM = """
 import sys

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from hetis.formats.errors import DocumentError
 from hetis.formats.measurements import measurements_to_data
-from hetis.profiler.importers import import_tables
 from tests.profiler.small_tables import SMALL_TABLES
+from tools.simulator_tables import import_tables
 
 NONSENSE = (
     "", "abc", "-1", "0", "0.5", "1e400", "-1e400", "nan", "1_0", "９", "9" * 30, "1e15", "1e-300", "True", "yes", '"',

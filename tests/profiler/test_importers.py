@@ -10,7 +10,8 @@ import pytest
 
 from hetis.formats.errors import DocumentError
 from hetis.formats.measurements import MeasuredOp
-from hetis.profiler.importers import import_tables, reading
+from hetis.profiler.importers import reading
+from tools.simulator_tables import import_tables
 
 GEMM = "device,gemm_dtype,m,n,k,latency_ms\n"
 DECODE = "device,kernel_source,head_dim,num_heads,num_key_value_heads,batch_size,kv_len,latency_ms\n"

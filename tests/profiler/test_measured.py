@@ -12,8 +12,8 @@ from hetis.formats.catalogue import find_gpu, find_model
 from hetis.formats.measurements import load_measurements
 from hetis.profiler.defaults import shipped_profile
 from hetis.profiler.fit import fit_profile
-from hetis.profiler.pictures import typical_times
 from hetis.solver.profile import Op, Source
+from tests.profiler.typical_times import typical_times
 
 MEASURED = Path(__file__).parent / "measured" / "h100-sxm.json.gz"
 

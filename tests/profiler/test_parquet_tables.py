@@ -11,9 +11,9 @@ import pytest
 
 from hetis.formats.errors import DocumentError
 from hetis.formats.measurements import load_measurements, measurements_to_data
-from hetis.profiler.importers import import_tables
 from tests.profiler.command_line import invoke
 from tests.profiler.small_tables import OWN_ATTENTION, SMALL_TABLES
+from tools.simulator_tables import import_tables
 
 pa: Any = pytest.importorskip("pyarrow")
 parquet: Any = pytest.importorskip("pyarrow.parquet")

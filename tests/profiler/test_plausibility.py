@@ -17,13 +17,13 @@ from hetis.formats.measurements import MeasuredBy, MeasuredOp, Measurements, Tab
 from hetis.profiler.defaults import default_profile, shipped_gpus, shipped_profile
 from hetis.profiler.engines import ENGINES, for_engine
 from hetis.profiler.fit import fit_profile
-from hetis.profiler.importers import import_tables
 from hetis.profiler.plausibility import STEP_SECONDS, roofline_seconds, unit_doubt
 from hetis.profiler.possible import above_peaks, implausible_fits, impossible
 from hetis.profiler.roofline import modelled_profile
 from hetis.solver.errors import InvalidProblemError
 from hetis.solver.profile import Fit, Op, Piece, Profile
 from tests.profiler.small_tables import SMALL_TABLES
+from tools.simulator_tables import import_tables
 
 A100 = catalogue.find_gpu("A100-SXM-80GB").gpu
 WRONG = pytest.mark.parametrize("factor", [1e3, 1e-3], ids=["too slow", "too fast"])

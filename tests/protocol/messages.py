@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from typing import Any
 
 from google.protobuf import descriptor, message, message_factory
@@ -16,7 +17,9 @@ LARGE = (2**32, 2**63 - 1)
 DEPTH = 4
 
 
-def random_message(kind: descriptor.Descriptor, dice: random.Random, depth: int = 0) -> message.Message:
+def random_message(
+    kind: descriptor.Descriptor, dice: random.Random, depth: int = 0, texts: Sequence[str] = TEXTS
+) -> message.Message:
     """Return a message that can be sent, whose contents need not make sense."""
     made = message_factory.GetMessageClass(kind)()
     for field in kind.fields:
@@ -26,24 +29,24 @@ def random_message(kind: descriptor.Descriptor, dice: random.Random, depth: int 
             continue
         times = dice.choice((0, 1, 1, 2)) if field.is_repeated else 1
         if field.message_type is not None:
-            parts = [random_message(field.message_type, dice, depth + 1) for _ in range(times)]
+            parts = [random_message(field.message_type, dice, depth + 1, texts) for _ in range(times)]
             if field.is_repeated:
                 getattr(made, field.name).extend(parts)
             else:
                 getattr(made, field.name).CopyFrom(parts[0])
         elif field.is_repeated:
-            getattr(made, field.name).extend([random_value(field, dice) for _ in range(times)])
+            getattr(made, field.name).extend([random_value(field, dice, texts) for _ in range(times)])
         else:
-            setattr(made, field.name, random_value(field, dice))
+            setattr(made, field.name, random_value(field, dice, texts))
     return made
 
 
-def random_value(field: descriptor.FieldDescriptor, dice: random.Random) -> Any:
+def random_value(field: descriptor.FieldDescriptor, dice: random.Random, texts: Sequence[str]) -> Any:
     match field.cpp_type:
         case field.CPPTYPE_STRING if field.type == field.TYPE_BYTES:
             return dice.choice((b"", b"\xff\xfe", b"kind: Cluster", b"{}", b"a" * 1000))
         case field.CPPTYPE_STRING:
-            return dice.choice(TEXTS)
+            return dice.choice(texts)
         case field.CPPTYPE_BOOL:
             return dice.random() < 0.5
         case field.CPPTYPE_ENUM:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 
 from hetis.v1.change_pb2 import ChangePhase
-from tests.planner.fleet.samples import CLUSTER, REPLICA
+from tests.planner.fleet.samples import REPLICA
 from tests.protocol.healed import OPEN
 from tests.protocol.planner_host import NODES, PRIMARY, WORKERS
 from tests.protocol.test_every_message import numbers, recorded
 from tests.protocol.transport import Fate
-from tests.protocol.world import BUSY, PREPARE_S, STILL, State, World
+from tests.protocol.world import PREPARE_S, STILL, State, World
 
 SLACK_S = 3.0  # time for engines to reach each other after the deadline
 FEW = (0, 3, 8, 12, 17, 19, 22)  # messages of a re-dispatch, one in each phase
@@ -92,18 +92,6 @@ def test_nodes_that_cannot_ask_how_a_change_ended_do_not_guess() -> None:
         assert world.redispatches()[change_id] == State.REDISPATCH_STATE_DONE
 
 
-def test_requests_come_and_end_without_a_planner() -> None:
-    with World() as world:
-        world.serve()
-        world.kill_planner()
-        world.engines[PRIMARY].control = BUSY
-        (held,) = world.engines[PRIMARY].engine._held.values()
-        assert held.primary is not None
-        world.advance(120.0)
-        assert held.primary.num_finished > 40
-        world.heal()
-
-
 @pytest.mark.parametrize("seconds", [0.02, 0.3, 0.55, 0.62])
 def test_a_planner_that_was_replaced_changes_nothing(seconds: float) -> None:
     """The old planner continues with its streams and its change while another leads, to which nodes move one by one."""
@@ -129,31 +117,6 @@ def test_a_planner_that_was_replaced_changes_nothing(seconds: float) -> None:
         world.check_another_works()
 
 
-def test_the_old_planner_is_sent_away_by_agents_that_know_better() -> None:
-    with World() as world:
-        world.serve()
-        world.take_over()
-        for node in NODES:
-            world.cut(node)
-        assert world.planner is not None
-        term = world.planner.epoch
-        world.until(
-            lambda: all(agent.core.newest_epoch == term for agent in world.agents.values()),
-            30.0,
-            "all obey the new one",
-        )
-        epoch = world.agents[PRIMARY].core.newest_epoch
-        first = len(world.network.log)
-        world.to_zombie.update(NODES)
-        for node in NODES:
-            world.cut(node)
-        world.advance(10.0)
-        told = [seen for seen in world.network.log[first:] if seen.way.value == "down" and seen.kind != "end"]
-        assert not told, "the old planner talked to an agent that had obeyed a newer one"
-        assert world.agents[PRIMARY].core.newest_epoch == epoch
-        world.heal()
-
-
 def test_engines_hear_of_an_engine_that_moved_while_the_planner_was_away() -> None:
     with World() as world:
         world.serve()
@@ -177,18 +140,3 @@ def test_a_worker_that_restarts_faster_than_it_reports_is_noticed() -> None:
             world.restart_engine(node)
         world.advance(30.0)
         assert not world.ledger.holes(world.engines, of_wounded=True)
-
-
-def test_a_re_dispatch_is_durable_when_the_fleet_says_so() -> None:
-    with World() as world:
-        world.serve()
-        change_id = world.between_workers()
-        assert change_id in world.acknowledged
-        world.kill_planner()
-        world.start_planner()
-        assert world.redispatches()[change_id] not in (State.REDISPATCH_STATE_UNSPECIFIED, State.REDISPATCH_STATE_DONE)
-        world.heal()
-        name = f"{CLUSTER}/redispatches/{change_id}"
-        assert world.planner is not None
-        record = world.loop.run(world.planner.store.read(lambda tx: tx.redispatches.require(name)))
-        assert record.state == State.REDISPATCH_STATE_ABORTED

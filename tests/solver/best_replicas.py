@@ -50,6 +50,16 @@ def builds_of(problem: PlacementProblem) -> dict[Build, set[str]]:
     return found
 
 
+def kv_of(problem: PlacementProblem, build: Build) -> Build:
+    """Return the build, with one name for all vendors between which its KV may go."""
+    (_, _, kv_bytes), vendor = build
+    engine, model = problem.family.engine, problem.model
+    states = sum(mixer.state_bytes(kv_bytes) for mixer, _ in model.mixers)
+    names = {mixer.kernel.value for mixer, _ in model.mixers} | ({"sparse"} if model.indexer else set())
+    goes = engine is not None and vendor in engine.kv_vendors and kv_bytes == 2 and not states
+    return (build[0], "any") if goes and names in ({"grouped"}, {"latent"}) else build
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Wanted:
     """A replica's role, its build, its zone and those to which its KV may go, and its share of the fleet.

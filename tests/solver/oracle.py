@@ -15,7 +15,16 @@ from scipy.optimize import linprog
 
 from hetis.solver.plan import ObjectiveKind, Role
 from hetis.solver.problem import PlacementProblem
-from tests.solver.best_replicas import Need, StageOption, Wanted, best_replica_of_need, builds_of, combine, fits_nodes
+from tests.solver.best_replicas import (
+    Need,
+    StageOption,
+    Wanted,
+    best_replica_of_need,
+    builds_of,
+    combine,
+    fits_nodes,
+    kv_of,
+)
 from tests.solver.device_classes import DeviceClass, device_classes
 
 
@@ -55,9 +64,9 @@ def is_one_type_per_role(problem: PlacementProblem, wanted: list[Wanted]) -> boo
 
 def served_rate(problem: PlacementProblem, wanted: list[Wanted], rates: Mapping[Wanted, float]) -> float:
     """Return the requests/s of unified replicas, plus the most that prefill and decode replicas serve together."""
-    builds = dict.fromkeys(w.build for w in wanted)
-    if len(builds) > 1:  # replicas of different builds cannot exchange KV
-        alike = ([w for w in wanted if w.build == build] for build in builds)
+    kinds = dict.fromkeys(kv_of(problem, w.build) for w in wanted)
+    if len(kinds) > 1:  # replicas of different builds cannot exchange KV
+        alike = ([w for w in wanted if kv_of(problem, w.build) == kind] for kind in kinds)
         return sum(served_rate(problem, some, rates) for some in alike)
     total = sum(rates[w] for w in wanted if w.role is Role.UNIFIED)
     for exchange in dict.fromkeys(w.exchange for w in wanted):
@@ -79,11 +88,12 @@ def greatest_flow(
     model, zones, network = problem.model, problem.cluster.zones(), problem.cluster.network
     kv_bytes = problem.workload.moments().mean_prompt * model.num_layers * model.head_groups
     kv_bytes *= model.kv_bytes_per_token_group()
+    num_kinds = len({kv_of(problem, build) for build in builds_of(problem)})
     pairs = [
         (i, j)
         for i, (s, _) in enumerate(sending)
         for j, (r, _) in enumerate(receiving)
-        if r.zone in s.kv_zones and (r.zone == s.zone or len(builds_of(problem)) == 1)
+        if r.zone in s.kv_zones and (r.zone == s.zone or num_kinds == 1)
     ]
     if not pairs:
         return 0.0

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from hetis.solver.check import Rule, check_plan
@@ -37,7 +37,6 @@ from tests.solver.instances import (
 )
 from tests.solver.oracle import best_plan_value
 from tests.solver.searching import plan_or_none, worth
-from tests.solver.specified import EVERY, is_soon_solved, solve_specification
 
 REL = 1e-6
 ON_AN_ENGINE = run_by(
@@ -52,13 +51,6 @@ some_settings = st.builds(
     max_num_seqs=st.none() | st.integers(1, 40),
     chunk_tokens=st.sampled_from([(), (32,), (48, 96)]),
     kv_blocks=st.none() | st.integers(5, 400),
-)
-
-tight_settings = st.builds(
-    EngineSettings,
-    max_num_seqs=st.sampled_from((None, 3, 5, 7, 8)),  # for micro-batches of 4, one or two in flight
-    chunk_tokens=st.sampled_from([(), (32,), (48, 96)]),
-    kv_blocks=st.sampled_from((None, 20, 60, 120)),
 )
 
 
@@ -99,24 +91,6 @@ def test_settings_that_nothing_reaches_change_nothing(data: st.DataObject) -> No
     assume(not problem.model.forbidden_cuts)
     loose = at(problem, max_num_seqs=10**6, kv_blocks=10**9)  # no card has memory for that many
     assert value_of(loose) == pytest.approx(value_of(problem), rel=REL)
-
-
-@EVERY
-def test_the_specification_finds_the_same(every: bool) -> None:
-    family = replace(UNIFIED, max_pool=1, tp_sizes=(1, 2), attention_dp=())
-    num = 20 if every else 6
-
-    @settings(max_examples=num, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
-    @given(problem=problems(max_gpus=2, family=family), chosen=tight_settings)
-    def agrees(problem: PlacementProblem, chosen: EngineSettings) -> None:
-        posed = replace(problem, family=replace(family, micro_batches=(4,)).at(chosen))
-        assume(every or is_soon_solved(posed))
-        slots = posed.cluster.num_gpus()
-        found = solve_specification(posed, num_replicas=slots, num_stages=slots)
-        assert found == pytest.approx(best_plan_value(posed), rel=REL)
-        assert worth(plan_or_none(posed), posed) == pytest.approx(found, rel=REL)
-
-    agrees()
 
 
 ROOMY = make_problem(

@@ -8,11 +8,14 @@ Replicas on different GPUs are therefore configured with one backend that runs o
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from hetis.engines.gpus import GpuKind
 from hetis.solver.model import Kernel, ModelSpec
 
+# Vendors on whose GPUs vLLM runs Triton's attention kernels (`get_attn_backend_cls` in vllm/platforms), whose KV is
+# alike wherever they run. Moreh (H100 and MI300X) and Mooncake have sent KV from one vendor to another.
+KV_VENDORS: Mapping[str, tuple[str, ...]] = dict.fromkeys(("vllm", "vllm-hetis"), ("NVIDIA", "AMD", "Intel"))
 TRITON_FP8 = 8.9  # lowest compute capability with Triton's FP8
 _DATACENTER_BLACKWELL = 10  # major compute capability of B200 and B300
 _FLASHINFER_HEADS = (64, 128, 256)
@@ -26,6 +29,9 @@ def common_backend(model: ModelSpec, kinds: Iterable[GpuKind], engine: str) -> s
     Empty: all of them use the same one by default. None: no backend runs on all of them. Every engine other than
     ``sglang`` is vLLM, with or without the plugin.
     """
+    kinds = tuple(kinds)
+    if len(vendors := {kind.vendor for kind in kinds}) > 1:
+        return _between(vendors, model, engine)
     capabilities = {kind.capability for kind in kinds if kind.capability is not None}
     if not capabilities:  # nothing is recorded about any of the GPUs
         return ""
@@ -51,6 +57,14 @@ def common_backend(model: ModelSpec, kinds: Iterable[GpuKind], engine: str) -> s
         return "FLASH_ATTN" if model.head_dim < 256 else "TRITON_ATTN"
     # FlashAttention reads FP8 KV with head dimensions of up to 128 on Blackwell, and not at all below Hopper.
     return "FLASHINFER" if model.head_dim in _FLASHINFER_HEADS else _triton(model, capabilities)
+
+
+def _between(vendors: set[str], model: ModelSpec, engine: str) -> str | None:
+    """Return the backend whose KV GPUs of several vendors keep alike; `PlacementProblem.kv_of` has the conditions."""
+    if not vendors <= set(KV_VENDORS.get(engine, ())) or model.kv_bytes != 2 or model.state_bytes() > 0.0:
+        return None
+    by_kernel = {frozenset({Kernel.GROUPED}): "TRITON_ATTN", frozenset({Kernel.LATENT}): "TRITON_MLA"}
+    return by_kernel.get(model.kernels)
 
 
 def reads_fp8_by_triton(model: ModelSpec) -> bool:

@@ -51,10 +51,10 @@ class Deployment(ClusterSettings):
     part_of: str = ""  # name of what the replica belongs to, in the label of its pods; empty: none
     model_bytes: float = 0.0  # what an engine without a cache downloads; 0: unknown
 
-    def wrong(self, model: str, *, has_workers: bool = True, model_option: str = "--model-path") -> list[str]:
+    def wrong(self, model: str, *, has_workers: bool) -> list[str]:
         """Return what is wrong with these settings, in terms of the command-line options.
 
-        ``model`` is the path of the model in the pod, or its name, the value of ``model_option``.
+        ``model`` is the path of the model in the pod, or its name, the value of ``--model``.
         """
         wrong = []
         if not _NAME.fullmatch(self.name):
@@ -71,9 +71,9 @@ class Deployment(ClusterSettings):
             wrong.append("--worker-key-secret is missing: the key of vLLM and its workers")
         path = PurePosixPath(model)
         if self.model_claim and (not path.is_absolute() or len(path.parts) < 3):
-            wrong.append(f"{model_option} is {model!r}, must be like /models/NAME")
+            wrong.append(f"--model is {model!r}, must be like /models/NAME")
         elif self.model_claim and str(path.parent) in _OWN_MOUNTS:
-            wrong.append(f"{model_option} is {model!r}: {path.parent} is mounted by pods for their own files")
+            wrong.append(f"--model is {model!r}: {path.parent} is mounted by pods for their own files")
         objects = {"--api-key-secret": self.api_key_secret, "--worker-key-secret": self.worker_key_secret}
         wrong += wrong_objects({**objects, "--model-claim": self.model_claim})
         wrong += wrong_cache("--model-cache", self.model_cache)

@@ -184,10 +184,12 @@ def _with_resources(layout: Layout, cluster: Any) -> Layout:
     if not named:
         return layout
 
-    def told(processes: Iterable[Process]) -> tuple[Process, ...]:
+    def with_resources(processes: Iterable[Process]) -> tuple[Process, ...]:
         return tuple(replace(process, resource=named.get(process.node, "")) for process in processes)
 
-    return replace(layout, servers=told(layout.servers), attention_workers=told(layout.attention_workers))
+    return replace(
+        layout, servers=with_resources(layout.servers), attention_workers=with_resources(layout.attention_workers)
+    )
 
 
 def layout_of_replica(
@@ -228,7 +230,7 @@ def layout_of_replica(
     backend = common_backend(model, gpus.values(), engine.value) if partners else ""
     wrong = [
         *unlike_vendors(replica, gpus, set(vendors.values())),
-        *no_backend(model, gpus, backend),
+        *no_backend(model, gpus, backend, engine),
         *other_model(planned, replica, model),
         *impossible(replica, partners, model, engine, dtype),
         *uneven(cards),

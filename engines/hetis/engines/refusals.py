@@ -30,15 +30,13 @@ def unlike_vendors(replica: ReplicaPlan, gpus: Mapping[str, GpuKind], vendors: s
     own = dict.fromkeys(gpus[stage.gpu].vendor for stage in replica.stages)
     if len(own) > 1:
         yield f"it has stages on GPUs of {' and '.join(own)}: an engine needs GPUs of a single vendor"
-    elif others := sorted({kind.vendor for kind in gpus.values()} - own.keys()):
-        yield f"it exchanges KV with GPUs of {' and '.join(others)}, its own are {''.join(own)}'s"
 
 
-def no_backend(model: ModelSpec, gpus: Mapping[str, GpuKind], backend: str | None) -> Iterator[str]:
+def no_backend(model: ModelSpec, gpus: Mapping[str, GpuKind], backend: str | None, engine: Engine) -> Iterator[str]:
     if backend is None:
         yield (
-            f"it exchanges KV between {', '.join(sorted(gpus))}, and no attention backend of vLLM runs {model.name} on "
-            "all of them"
+            f"it exchanges KV between {', '.join(sorted(gpus))}, and no attention backend of {engine.program} runs "
+            f"{model.name} on all of them"
         )
 
 

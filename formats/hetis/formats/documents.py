@@ -21,7 +21,7 @@ from hetis.formats.plan import PLAN, load_plan
 from hetis.formats.positions import FLOAT, Text
 from hetis.formats.profile import PROFILE, load_profile
 from hetis.formats.saved_state import SavedState
-from hetis.formats.tenants import SHARE_PROBLEM, TENANTS, FleetTenants, ShareInputs, load_share_problem, load_tenants
+from hetis.formats.tenants import TENANTS, FleetTenants, load_tenants
 from hetis.formats.workload import WORKLOAD, load_workload
 from hetis.solver.cluster import Cluster
 from hetis.solver.model import ModelSpec
@@ -36,16 +36,14 @@ else:
 
 __all__ = ["KINDS", "Value", "digest", "dump", "dump_data", "from_data", "json_schema", "kind_of", "load", "to_data"]
 __all__ += ["load_cluster", "load_model", "load_plan", "load_profile", "load_requests"]
-__all__ += ["load_share_problem", "load_state", "load_tenants", "load_workload", "write_atomically", "yaml_text"]
-Value = Cluster | ModelSpec | Workload | Profile | Plan | SavedState | NewRequests | ShareInputs | FleetTenants
+__all__ += ["load_state", "load_tenants", "load_workload", "write_atomically", "yaml_text"]
+Value = Cluster | ModelSpec | Workload | Profile | Plan | SavedState | NewRequests | FleetTenants
 
 _NOT_UTF_8 = re.compile("[\ud800-\udfff]")  # bytes that are not UTF-8, as Python represents them (os.fsdecode)
 
 _KINDS: dict[str, Kind[Any]] = {
     kind.name: kind
-    for kind in (
-        *(CLUSTER, MODEL_SPEC, WORKLOAD, PROFILE, PLAN, DISPATCH_STATE, DISPATCH_REQUESTS, SHARE_PROBLEM, TENANTS),
-    )
+    for kind in (*(CLUSTER, MODEL_SPEC, WORKLOAD, PROFILE, PLAN, DISPATCH_STATE, DISPATCH_REQUESTS, TENANTS),)
 }
 KINDS = tuple(_KINDS)
 

@@ -29,7 +29,7 @@ class ResultPart(DocumentPart):
     """The quality of the plan; ``gap`` is ``|bound - value| / |value|``.
 
     ``utilisation`` is the share of the saturated rate that is served within the limits, the lanes how many replicas
-    of a role share prompts.
+    of a role share prompts, and ``prefill_load`` the utilisation of prefill replicas over that of the plan.
     """
 
     status: Literal["optimal", "feasible", "infeasible", "interrupted"]
@@ -42,6 +42,7 @@ class ResultPart(DocumentPart):
     utilisation: Annotated[float, Field(ge=0, le=1)] = PLANNED_UTILISATION
     unified_lanes: Whole = 1
     prefill_lanes: Whole = 1
+    prefill_load: Annotated[float, Field(gt=0, le=1)] = 1.0
     queued_ttft_s: Seconds | None = None
 
 

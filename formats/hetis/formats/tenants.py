@@ -1,6 +1,4 @@
-"""Files of tenants: Tenants share a fleet, each with a model, its traffic, limits and a claim; a ShareProblem has GPU
-types and the tenants' speed-ups on them, given or to be derived from a model.
-"""
+"""Files of tenants that share a fleet, each with a model, its traffic, limits and a claim."""
 
 from __future__ import annotations
 
@@ -12,26 +10,20 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, WithJsonSchema
 
 from hetis.formats import units
-from hetis.formats.errors import did_you_mean, shown
+from hetis.formats.errors import shown
 from hetis.formats.fields import (
     Document,
     DocumentPart,
     Found,
     Name,
-    Title,
     duplicates,
     entries,
     kind_of,
-    mapping,
-    plain,
     present,
-    value_of,
 )
 
 MAX_TENANTS = 64
 NO_LIMIT = "none"
-MAX_GPUS = 1_000_000
-MAX_CLAIMANTS = 400  # jobs of all tenants: the number of envy constraints grows with their square
 
 
 def _seconds(value: object) -> object:
@@ -110,127 +102,3 @@ def _check_tenants(data: Mapping[str, Any]) -> Found:
 
 TENANTS = kind_of(TenantsDocument, FleetTenants, to_value=_to_tenants, to_data=_tenants_data, check=_check_tenants)
 load_tenants, parse_tenants = TENANTS.load, TENANTS.parse
-
-
-# --- ShareProblem
-
-
-Speedup = Annotated[float, Field(ge=0, le=1e8)]  # beyond this, linear programs for shares lose precision
-Weight = Annotated[float, Field(ge=1e-4, le=1e4)]
-MinGpus = Annotated[int, Field(ge=1, le=MAX_GPUS)]
-
-
-class SharedJobPart(DocumentPart):
-    """A kind of work: ``speedups`` per GPU type in any unit, or ``model`` and ``workload`` to derive them."""
-
-    name: Title
-    speedups: dict[str, Speedup] | None = None
-    model: str | None = None
-    workload: str | None = None
-    min_gpus: MinGpus = 1
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SharingTenant:
-    name: str
-    weight: float
-    jobs: tuple[SharedJobPart, ...]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ShareInputs:
-    """The content of a ShareProblem file: GPUs by type name, GPUs per node, and the tenants."""
-
-    gpus: Mapping[str, int]
-    gpus_per_node: int
-    tenants: tuple[SharingTenant, ...]
-
-
-class SharingTenantPart(DocumentPart):
-    """A tenant with a claim to ``weight`` parts. A single kind of work is given here, several in ``jobs``."""
-
-    name: Title
-    weight: Weight = 1.0
-    speedups: dict[str, Speedup] | None = None
-    model: str | None = None
-    workload: str | None = None
-    min_gpus: MinGpus = 1
-    jobs: Annotated[list[SharedJobPart], Field(min_length=1)] | None = None
-
-
-class ShareProblemDocument(Document):
-    """GPUs by type, and the tenants that share them. ``gpus_per_node`` is used when speed-ups are derived."""
-
-    kind: Literal["ShareProblem"]
-    gpus: Annotated[dict[Title, Annotated[int, Field(ge=1, le=MAX_GPUS)]], Field(min_length=1)]
-    gpus_per_node: Annotated[int, Field(ge=1, le=64)] = 8
-    tenants: Annotated[list[SharingTenantPart], Field(min_length=1)]
-
-
-def _to_inputs(document: ShareProblemDocument) -> ShareInputs:
-    def tenant(part: SharingTenantPart) -> SharingTenant:
-        jobs = part.jobs or [SharedJobPart(**part.model_dump(include=set(SharedJobPart.model_fields)))]
-        return SharingTenant(name=part.name, weight=part.weight, jobs=tuple(jobs))
-
-    return value_of(ShareInputs, document, tenants=tuple(map(tenant, document.tenants)))
-
-
-def _inputs_data(inputs: ShareInputs) -> dict[str, Any]:
-    def job(one: SharedJobPart) -> dict[str, Any]:
-        return {
-            "name": one.name,
-            "min_gpus": one.min_gpus,
-            **one.model_dump(exclude={"name", "min_gpus"}, exclude_none=True),
-        }
-
-    tenants = [plain(tenant) | {"jobs": [job(one) for one in tenant.jobs]} for tenant in inputs.tenants]
-    return {**plain(inputs), "tenants": tenants}
-
-
-def _check_shares(data: Mapping[str, Any]) -> Found:
-    """Yield problems with duplicate names and with speed-ups that are missing, given twice, or for unknown GPUs."""
-    gpus, tenants = mapping(data.get("gpus")), entries(data.get("tenants"))
-    yield from duplicates(("tenants",), tenants, "name", "tenant")
-    claimants = 0
-    for i, tenant in tenants:
-        where = ("tenants", i)
-        jobs = tenant.get("jobs")
-        if not isinstance(jobs, list):
-            claimants += 1
-            yield from _check_work(tenant, where, gpus)
-            continue
-        claimants += len(jobs)
-        for field in ("speedups", "model", "workload", "min_gpus"):
-            if field in tenant:
-                yield (*where, field), "cannot be combined with jobs: give it in each job"
-        yield from duplicates((*where, "jobs"), entries(jobs), "name", "job")
-        for j, job in entries(jobs):
-            yield from _check_work(job, (*where, "jobs", j), gpus)
-    if claimants > MAX_CLAIMANTS:
-        yield ("tenants",), f"have {claimants} jobs in all, at most {MAX_CLAIMANTS} can be shared among"
-
-
-def _check_work(work: Mapping[str, Any], where: tuple[str | int, ...], gpus: Mapping[str, Any]) -> Found:
-    speedups, model = work.get("speedups"), work.get("model")
-    if speedups is None and model is None:
-        yield where, "has neither speedups nor a model to derive them"
-    if speedups is not None and model is not None:
-        yield (*where, "model"), "cannot be combined with speedups: give one of them"
-    if model is not None and work.get("workload") is None:
-        yield where, "workload is missing: speed-ups of a model depend on its traffic"
-    if isinstance(speedups, dict):
-        for gpu in speedups:
-            if gpu not in gpus:
-                hint = did_you_mean(str(gpu), [str(known) for known in gpus])
-                yield (*where, "speedups", gpu), f"GPU type {shown(gpu)} is not in gpus{hint}"
-        for gpu in gpus:
-            if gpu not in speedups:
-                yield (*where, "speedups"), f"has none for {gpu}; 0 where it cannot run"
-        if speedups and all(value == 0 for value in speedups.values()):
-            yield (*where, "speedups"), "are all 0, so it cannot run on any GPU type"
-
-
-SHARE_PROBLEM = kind_of(
-    ShareProblemDocument, ShareInputs, to_value=_to_inputs, to_data=_inputs_data, check=_check_shares
-)
-load_share_problem = SHARE_PROBLEM.load

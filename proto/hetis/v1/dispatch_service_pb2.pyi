@@ -59,8 +59,6 @@ class _DispatchPathEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Dispatch
     """Chains on mixtures of rows, optimal up to a tolerance."""
     DISPATCH_PATH_LP: _DispatchPath.ValueType  # 3
     """As a linear program."""
-    DISPATCH_PATH_MILP: _DispatchPath.ValueType  # 4
-    """As an integer program."""
 
 class DispatchPath(_DispatchPath, metaclass=_DispatchPathEnumTypeWrapper):
     """How a dispatch was answered."""
@@ -73,8 +71,6 @@ DISPATCH_PATH_MIXED: DispatchPath.ValueType  # 2
 """Chains on mixtures of rows, optimal up to a tolerance."""
 DISPATCH_PATH_LP: DispatchPath.ValueType  # 3
 """As a linear program."""
-DISPATCH_PATH_MILP: DispatchPath.ValueType  # 4
-"""As an integer program."""
 Global___DispatchPath: _TypeAlias = DispatchPath  # noqa: Y015
 
 @_typing.final

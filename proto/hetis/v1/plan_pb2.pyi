@@ -424,6 +424,7 @@ class PlanSpec(_message.Message):
     WORTH_FIELD_NUMBER: _builtins.int
     TARGET_FIELD_NUMBER: _builtins.int
     KEEP_FIELD_NUMBER: _builtins.int
+    KV_BETWEEN_VENDORS_FIELD_NUMBER: _builtins.int
     model_name: _builtins.str
     """A name of the catalogue, such as `Llama-2-70B`."""
     workload_name: _builtins.str
@@ -496,6 +497,10 @@ class PlanSpec(_message.Message):
     """Share of the plan's rate that has to be left after the loss, with `survive`, if the rate is maximised; at most 1. 0:
     as much as possible is left.
     """
+    kv_between_vendors: _builtins.bool
+    """Prefill replicas may send KV to GPUs of other vendors, where the engine's kernels keep it alike (vLLM, KV of 16 bits).
+    Not with published heuristics. False: KV stays with GPUs of one vendor.
+    """
     @_builtins.property
     def model_document(self) -> _document_pb2.Document:
         """A ModelSpec document."""
@@ -566,10 +571,11 @@ class PlanSpec(_message.Message):
         worth: _builtins.float | None = ...,
         target: _builtins.str = ...,
         keep: _builtins.float = ...,
+        kv_between_vendors: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_gap_target", b"_gap_target", "_worth", b"_worth", "gap_target", b"gap_target", "model", b"model", "model_document", b"model_document", "model_name", b"model_name", "objective", b"objective", "time_limit", b"time_limit", "workload", b"workload", "workload_document", b"workload_document", "workload_name", b"workload_name", "worth", b"worth"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_gap_target", b"_gap_target", "_worth", b"_worth", "attainment", b"attainment", "chunk_tokens", b"chunk_tokens", "engine", b"engine", "gap_target", b"gap_target", "keep", b"keep", "kv", b"kv", "kv_blocks", b"kv_blocks", "max_gpus", b"max_gpus", "max_nodes", b"max_nodes", "max_num_seqs", b"max_num_seqs", "max_stages", b"max_stages", "min_layers", b"min_layers", "model", b"model", "model_document", b"model_document", "model_name", b"model_name", "mtp", b"mtp", "objective", b"objective", "profiles", b"profiles", "roles", b"roles", "rung", b"rung", "seed", b"seed", "skip_verification", b"skip_verification", "strategy", b"strategy", "survive", b"survive", "target", b"target", "time_limit", b"time_limit", "tpot_statistic", b"tpot_statistic", "ttft_statistic", b"ttft_statistic", "weights", b"weights", "workload", b"workload", "workload_document", b"workload_document", "workload_name", b"workload_name", "worth", b"worth"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_gap_target", b"_gap_target", "_worth", b"_worth", "attainment", b"attainment", "chunk_tokens", b"chunk_tokens", "engine", b"engine", "gap_target", b"gap_target", "keep", b"keep", "kv", b"kv", "kv_between_vendors", b"kv_between_vendors", "kv_blocks", b"kv_blocks", "max_gpus", b"max_gpus", "max_nodes", b"max_nodes", "max_num_seqs", b"max_num_seqs", "max_stages", b"max_stages", "min_layers", b"min_layers", "model", b"model", "model_document", b"model_document", "model_name", b"model_name", "mtp", b"mtp", "objective", b"objective", "profiles", b"profiles", "roles", b"roles", "rung", b"rung", "seed", b"seed", "skip_verification", b"skip_verification", "strategy", b"strategy", "survive", b"survive", "target", b"target", "time_limit", b"time_limit", "tpot_statistic", b"tpot_statistic", "ttft_statistic", b"ttft_statistic", "weights", b"weights", "workload", b"workload", "workload_document", b"workload_document", "workload_name", b"workload_name", "worth", b"worth"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__gap_target: _TypeAlias = _typing.Literal["gap_target"]  # noqa: Y015
     _WhichOneofArgType__gap_target: _TypeAlias = _typing.Literal["_gap_target", b"_gap_target"]  # noqa: Y015

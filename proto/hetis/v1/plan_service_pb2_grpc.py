@@ -66,16 +66,6 @@ class PlanServiceStub:
                 request_serializer=hetis_dot_v1_dot_plan__service__pb2.CancelPlanRequest.SerializeToString,
                 response_deserializer=hetis_dot_v1_dot_plan__service__pb2.CancelPlanResponse.FromString,
                 _registered_method=True)
-        self.ExplainPlan = channel.unary_unary(
-                '/hetis.v1.PlanService/ExplainPlan',
-                request_serializer=hetis_dot_v1_dot_plan__service__pb2.ExplainPlanRequest.SerializeToString,
-                response_deserializer=hetis_dot_v1_dot_plan__service__pb2.ExplainPlanResponse.FromString,
-                _registered_method=True)
-        self.DiffPlans = channel.unary_unary(
-                '/hetis.v1.PlanService/DiffPlans',
-                request_serializer=hetis_dot_v1_dot_plan__service__pb2.DiffPlansRequest.SerializeToString,
-                response_deserializer=hetis_dot_v1_dot_plan__service__pb2.DiffPlansResponse.FromString,
-                _registered_method=True)
         self.ReadPlanDocument = channel.unary_stream(
                 '/hetis.v1.PlanService/ReadPlanDocument',
                 request_serializer=hetis_dot_v1_dot_plan__service__pb2.ReadPlanDocumentRequest.SerializeToString,
@@ -149,21 +139,6 @@ class PlanServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
-    def ExplainPlan(self, request, context):
-        """Why a plan is as it is. Role viewer. Fails with NOT_FOUND, PLAN_STATE (no answer).
-        """
-        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
-        context.set_details('Method not implemented!')
-        raise NotImplementedError('Method not implemented!')
-
-    def DiffPlans(self, request, context):
-        """What changes from one plan to another: replicas, GPUs, value. Role viewer. Fails with NOT_FOUND, PLAN_STATE (no
-        answer).
-        """
-        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
-        context.set_details('Method not implemented!')
-        raise NotImplementedError('Method not implemented!')
-
     def ReadPlanDocument(self, request, context):
         """The Plan document, whatever its size, in pieces. Role viewer. Fails with NOT_FOUND, PLAN_STATE (no answer).
         """
@@ -222,16 +197,6 @@ def add_PlanServiceServicer_to_server(servicer, server):
                     servicer.CancelPlan,
                     request_deserializer=hetis_dot_v1_dot_plan__service__pb2.CancelPlanRequest.FromString,
                     response_serializer=hetis_dot_v1_dot_plan__service__pb2.CancelPlanResponse.SerializeToString,
-            ),
-            'ExplainPlan': grpc.unary_unary_rpc_method_handler(
-                    servicer.ExplainPlan,
-                    request_deserializer=hetis_dot_v1_dot_plan__service__pb2.ExplainPlanRequest.FromString,
-                    response_serializer=hetis_dot_v1_dot_plan__service__pb2.ExplainPlanResponse.SerializeToString,
-            ),
-            'DiffPlans': grpc.unary_unary_rpc_method_handler(
-                    servicer.DiffPlans,
-                    request_deserializer=hetis_dot_v1_dot_plan__service__pb2.DiffPlansRequest.FromString,
-                    response_serializer=hetis_dot_v1_dot_plan__service__pb2.DiffPlansResponse.SerializeToString,
             ),
             'ReadPlanDocument': grpc.unary_stream_rpc_method_handler(
                     servicer.ReadPlanDocument,
@@ -413,60 +378,6 @@ class PlanService:
             '/hetis.v1.PlanService/CancelPlan',
             hetis_dot_v1_dot_plan__service__pb2.CancelPlanRequest.SerializeToString,
             hetis_dot_v1_dot_plan__service__pb2.CancelPlanResponse.FromString,
-            options,
-            channel_credentials,
-            insecure,
-            call_credentials,
-            compression,
-            wait_for_ready,
-            timeout,
-            metadata,
-            _registered_method=True)
-
-    @staticmethod
-    def ExplainPlan(request,
-            target,
-            options=(),
-            channel_credentials=None,
-            call_credentials=None,
-            insecure=False,
-            compression=None,
-            wait_for_ready=None,
-            timeout=None,
-            metadata=None):
-        return grpc.experimental.unary_unary(
-            request,
-            target,
-            '/hetis.v1.PlanService/ExplainPlan',
-            hetis_dot_v1_dot_plan__service__pb2.ExplainPlanRequest.SerializeToString,
-            hetis_dot_v1_dot_plan__service__pb2.ExplainPlanResponse.FromString,
-            options,
-            channel_credentials,
-            insecure,
-            call_credentials,
-            compression,
-            wait_for_ready,
-            timeout,
-            metadata,
-            _registered_method=True)
-
-    @staticmethod
-    def DiffPlans(request,
-            target,
-            options=(),
-            channel_credentials=None,
-            call_credentials=None,
-            insecure=False,
-            compression=None,
-            wait_for_ready=None,
-            timeout=None,
-            metadata=None):
-        return grpc.experimental.unary_unary(
-            request,
-            target,
-            '/hetis.v1.PlanService/DiffPlans',
-            hetis_dot_v1_dot_plan__service__pb2.DiffPlansRequest.SerializeToString,
-            hetis_dot_v1_dot_plan__service__pb2.DiffPlansResponse.FromString,
             options,
             channel_credentials,
             insecure,

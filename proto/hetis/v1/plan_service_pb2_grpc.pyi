@@ -60,12 +60,6 @@ class PlanServiceStub:
     cluster serves or drains: it has not come up, or all its nodes are gone. Otherwise the plan stays as it is. Role
     orchestrator. Fails with NOT_FOUND, ETAG_MISMATCH, REQUEST_ID_REUSED.
     """
-    ExplainPlan: _grpc.UnaryUnaryMultiCallable[_plan_service_pb2.ExplainPlanRequest, _plan_service_pb2.ExplainPlanResponse]
-    """Why a plan is as it is. Role viewer. Fails with NOT_FOUND, PLAN_STATE (no answer)."""
-    DiffPlans: _grpc.UnaryUnaryMultiCallable[_plan_service_pb2.DiffPlansRequest, _plan_service_pb2.DiffPlansResponse]
-    """What changes from one plan to another: replicas, GPUs, value. Role viewer. Fails with NOT_FOUND, PLAN_STATE (no
-    answer).
-    """
     ReadPlanDocument: _grpc.UnaryStreamMultiCallable[_plan_service_pb2.ReadPlanDocumentRequest, _plan_service_pb2.ReadPlanDocumentResponse]
     """The Plan document, whatever its size, in pieces. Role viewer. Fails with NOT_FOUND, PLAN_STATE (no answer)."""
     ActivatePlan: _grpc.UnaryUnaryMultiCallable[_plan_service_pb2.ActivatePlanRequest, _plan_service_pb2.ActivatePlanResponse]
@@ -111,12 +105,6 @@ class PlanServiceAsyncStub(PlanServiceStub):
     Of a plan in force, withdraws the activation (to INACTIVE) while there is no earlier plan and no replica of the
     cluster serves or drains: it has not come up, or all its nodes are gone. Otherwise the plan stays as it is. Role
     orchestrator. Fails with NOT_FOUND, ETAG_MISMATCH, REQUEST_ID_REUSED.
-    """
-    ExplainPlan: _aio.UnaryUnaryMultiCallable[_plan_service_pb2.ExplainPlanRequest, _plan_service_pb2.ExplainPlanResponse]  # type: ignore[assignment]
-    """Why a plan is as it is. Role viewer. Fails with NOT_FOUND, PLAN_STATE (no answer)."""
-    DiffPlans: _aio.UnaryUnaryMultiCallable[_plan_service_pb2.DiffPlansRequest, _plan_service_pb2.DiffPlansResponse]  # type: ignore[assignment]
-    """What changes from one plan to another: replicas, GPUs, value. Role viewer. Fails with NOT_FOUND, PLAN_STATE (no
-    answer).
     """
     ReadPlanDocument: _aio.UnaryStreamMultiCallable[_plan_service_pb2.ReadPlanDocumentRequest, _plan_service_pb2.ReadPlanDocumentResponse]  # type: ignore[assignment]
     """The Plan document, whatever its size, in pieces. Role viewer. Fails with NOT_FOUND, PLAN_STATE (no answer)."""
@@ -196,24 +184,6 @@ class PlanServiceServicer(metaclass=_abc_1.ABCMeta):
         Of a plan in force, withdraws the activation (to INACTIVE) while there is no earlier plan and no replica of the
         cluster serves or drains: it has not come up, or all its nodes are gone. Otherwise the plan stays as it is. Role
         orchestrator. Fails with NOT_FOUND, ETAG_MISMATCH, REQUEST_ID_REUSED.
-        """
-
-    @_abc_1.abstractmethod
-    def ExplainPlan(
-        self,
-        request: _plan_service_pb2.ExplainPlanRequest,
-        context: _ServicerContext,
-    ) -> _typing.Union[_plan_service_pb2.ExplainPlanResponse, _abc.Awaitable[_plan_service_pb2.ExplainPlanResponse]]:
-        """Why a plan is as it is. Role viewer. Fails with NOT_FOUND, PLAN_STATE (no answer)."""
-
-    @_abc_1.abstractmethod
-    def DiffPlans(
-        self,
-        request: _plan_service_pb2.DiffPlansRequest,
-        context: _ServicerContext,
-    ) -> _typing.Union[_plan_service_pb2.DiffPlansResponse, _abc.Awaitable[_plan_service_pb2.DiffPlansResponse]]:
-        """What changes from one plan to another: replicas, GPUs, value. Role viewer. Fails with NOT_FOUND, PLAN_STATE (no
-        answer).
         """
 
     @_abc_1.abstractmethod

@@ -22,27 +22,36 @@ class Events:
         now_s: time of the current event; ``before_s``: that of the one before it.
     """
 
-    __slots__ = ("_heap", "_order", "before_s", "now_s")
+    __slots__ = ("_cancelled", "_heap", "_order", "before_s", "now_s")
 
     def __init__(self) -> None:
         self._heap: list[tuple[float, int, Action, tuple[Any, ...]]] = []
         self._order = 0
+        self._cancelled: set[int] = set()
         self.now_s = self.before_s = 0.0
 
     @property
     def is_empty(self) -> bool:
         """Return whether nothing more is scheduled."""
-        return not self._heap
+        return len(self._heap) == len(self._cancelled)
 
-    def at(self, time_s: float, action: Action, *arguments: Any) -> None:
-        """Schedule ``action(time_s, *arguments)``; the time must not be in the past."""
+    def at(self, time_s: float, action: Action, *arguments: Any) -> int:
+        """Schedule ``action(time_s, *arguments)`` and return its number; the time must not be in the past."""
         self._order += 1
         heapq.heappush(self._heap, (time_s, self._order, action, arguments))
+        return self._order
+
+    def cancel(self, number: int) -> None:
+        """Cancel an event that is scheduled."""
+        self._cancelled.add(number)
 
     def run(self, until_s: float = math.inf) -> float:
         """Run all events up to ``until_s``; return the time of the end."""
-        heap, pop = self._heap, heapq.heappop
+        heap, pop, cancelled = self._heap, heapq.heappop, self._cancelled
         while heap:
+            if cancelled and heap[0][1] in cancelled:
+                cancelled.discard(pop(heap)[1])
+                continue
             if heap[0][0] > until_s:
                 self.now_s = until_s
                 break

@@ -1,5 +1,4 @@
-"""Micro-batches, the requests that pass through the pipeline together, and the order in which they use copies of
-stages.
+"""Micro-batches, the requests that pass through the pipeline together, and what they hold on copies of stages.
 
 Decoding requests all grow by one token per iteration, so a micro-batch handles requests individually only when they
 join, need a new KV block (it counts, by remainder, how many do so in which iteration), or finish: sums are updated at
@@ -9,13 +8,11 @@ no cost per request.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
 
 from hetis.simulator.attention_workers import PoolCopy, PoolLoad
-from hetis.simulator.events import Events
 from hetis.simulator.kv_memory import KvGrowth, KvRoom
 from hetis.simulator.timing import StageTiming
-from hetis.simulator.values import RequestLog, TraceEvent
+from hetis.simulator.values import RequestLog
 
 
 class SimulatedStageCopy:
@@ -30,12 +27,10 @@ class SimulatedStageCopy:
         is_up: whether all its devices work.
         free_s: time when its assigned work is done.
         busy_s: seconds of work assigned so far.
-        waiting, serving: micro-batches that wait or run, unless they are kept apart.
     """
 
     __slots__ = (
-        "busy_s", "cards", "devices", "free_s", "is_up", "pool", "ranks", "room", "serving", "stage", "timing", "track",
-        "waiting",
+        "busy_s", "cards", "devices", "free_s", "is_up", "pool", "ranks", "room", "stage", "timing", "track",
     )  # fmt: skip
 
     def __init__(
@@ -47,8 +42,6 @@ class SimulatedStageCopy:
         self.room, self.pool = room, pool
         self.is_up = True
         self.free_s = self.busy_s = 0.0
-        self.waiting: list[MicroBatch] = []
-        self.serving: list[MicroBatch] = []
 
     def busy_until(self, now_s: float) -> float:
         """Return the seconds of work done by now; assigned work is done without pauses."""
@@ -79,19 +72,21 @@ class MicroBatch:
         contents: the current iteration, as arguments of `StageTiming.seconds`.
         rooms: KV blocks of the copies that count blocks of whole requests.
         pools: pools of the other copies, with this micro-batch's load on their devices; ``loads`` is the same by stage.
+        only_decodes: whether its next iterations only decode, until something comes from outside the replica.
         alive: False once one of its copies has failed: its remaining scheduled events are void.
     """
 
     __slots__ = (
         "alive", "attended", "by_phase", "chunk", "contents", "copies", "decoding", "finishing", "growing", "growth",
-        "idle", "index", "late_phases", "leaving_window", "loads", "phases", "pools", "prefilling", "ready", "reserved",
-        "rooms", "seconds", "sending", "step",
+        "idle", "index", "late_phases", "leaving_window", "loads", "only_decodes", "phases", "pools", "prefilling",
+        "ready", "reserved", "rooms", "seconds", "sending", "step",
     )  # fmt: skip
 
     def __init__(self, index: int, copies: tuple[SimulatedStageCopy, ...], growth: KvGrowth) -> None:
         self.index, self.copies, self.growth = index, copies, growth
         self.step = 0
         self.idle = self.alive = True
+        self.only_decodes = False
         self.decoding: dict[int, int] = {}
         self.attended, self.growing = 0.0, 0
         self.phases = [0] * growth.block_tokens
@@ -185,192 +180,74 @@ class MicroBatch:
         cached = ((one, growth.cached(context), growth.cached(context + 1)) for one, context in contexts)
         return [(one, after) for one, before, after in cached if after > before and not before % block]
 
+    def growth_of_attended(self) -> float:
+        """Return how many more tokens are attended to in every further step."""
+        growth = self.growth
+        return growth.first_slope * self.growing + growth.slope * (len(self.decoding) - self.growing)
+
     def grow(self) -> None:
         """Extend every decoding request's attention by one token."""
         growth = self.growth
-        self.attended += growth.first_slope * self.growing + growth.slope * (len(self.decoding) - self.growing)
+        self.attended += self.growth_of_attended()
         for _, load in self.pools:
             load.grow(growth)
 
 
-Done = Callable[[float, MicroBatch], None]
+class Holdings:
+    """Takes and frees blocks on all copies on which a micro-batch runs, or on none of them.
 
-
-class Discipline:
-    """The order in which a replica's micro-batches pass through its stages.
-
-    Attributes:
-        keeps_order: whether iterations leave every stage in the order in which they were started, so that chunks of a
-            prompt may follow each other through the pipeline.
+    Copies without a pool count blocks of whole requests (`KvRoom`). Copies with a pool use dispatch (`PoolCopy`), which
+    takes all blocks of a prompt at once; they also count whole requests if the engine's number of blocks is fixed.
     """
 
-    keeps_order = False
+    def __init__(self, log: RequestLog, growth: KvGrowth) -> None:
+        self._log, self._growth = log, growth
 
-    def __init__(self, events: Events, log: RequestLog, done: Done, *, traced: bool) -> None:
-        self._events, self._log, self._done, self._traced = events, log, done, traced
+    def promise(self, batch: MicroBatch, request: int, spare: int) -> bool:
+        """Reserve blocks for a prompt, with ``spare`` left free on every copy that holds anything; False: no room."""
+        target = self._log.target[request]
+        blocks = self._growth.blocks(target)
+        for room in batch.rooms:
+            if not room.admits(blocks, spare):
+                return False
+        for number, (pool, load) in enumerate(batch.pools):
+            if not pool.place(load, request, self._growth.cached(target)):
+                for other, _ in batch.pools[:number]:
+                    other.remove(request)
+                return False
+        for room in batch.rooms:
+            room.promised += blocks
+        return True
 
-    def start(self, now_s: float, batch: MicroBatch) -> None:
-        """Send an iteration, given by the batch's ``contents``, to the first stage."""
-        raise NotImplementedError
+    def fill(self, batch: MicroBatch, filled: int, tokens: int) -> bool:
+        """Use promised blocks for ``tokens`` more of a prompt; False if the growth of other requests has used them."""
+        blocks = self._growth.blocks(filled + tokens) - self._growth.blocks(filled)
+        if not blocks:
+            return True
+        for room in batch.rooms:
+            if room.used + blocks > room.total:
+                return False
+        for room in batch.rooms:
+            room.used += blocks
+            room.promised -= blocks
+        return True
 
+    def grow(self, batch: MicroBatch, blocks: int) -> bool:
+        """Take this number of blocks for decoding requests; False if any copy has too few."""
+        for room in batch.rooms:
+            if room.used + blocks > room.total:
+                return False
+        for room in batch.rooms:
+            room.used += blocks
+        return True
 
-class Apart(Discipline):
-    """The discipline that keeps micro-batches separate; a copy serves them in order of arrival.
-
-    The time when a copy is free is therefore its only state, and a visit to a stage is a single event. Where every
-    stage has one copy, iterations arrive everywhere in the order in which they start, so that the whole pass is one
-    event, if nothing looks at copies (``passes_at_once``) or shares their cards in the meantime.
-    """
-
-    keeps_order = True
-
-    def __init__(
-        self, events: Events, log: RequestLog, done: Done, *, traced: bool, passes_at_once: bool = False
-    ) -> None:
-        super().__init__(events, log, done, traced=traced)
-        self._passes_at_once = passes_at_once and not traced
-
-    def start(self, now_s: float, batch: MicroBatch) -> None:
-        decoding, attended, tokens, pairs, read, rows = batch.contents
-        batch.seconds = seconds = list[float]()
-        before: StageTiming | None = None
-        for copy in batch.copies:
-            if copy.timing is before:  # as equal stages have
-                seconds.append(seconds[-1])
-            else:
-                before = copy.timing
-                seconds.append(before.seconds(decoding, attended, tokens, pairs, read, rows))
-        if batch.pools:
-            for stage, load in batch.loads.items():
-                pool = batch.copies[stage].pool
-                assert pool is not None
-                beside_s = batch.copies[stage].timing.beside_layers_s(decoding + tokens, rows)
-                batch.seconds[stage] += pool.seconds([load], [batch], batch.seconds[stage] - beside_s)
-        if self._passes_at_once:
-            end_s = now_s
-            for copy, stage_s in zip(batch.copies, batch.seconds, strict=True):
-                end_s = (copy.free_s if copy.free_s > end_s else end_s) + stage_s
-                copy.free_s = end_s
-                copy.busy_s += stage_s
-            self._events.at(end_s, self._done, batch)
-        else:
-            self._arrive(now_s, batch, 0)
-
-    def _arrive(self, now_s: float, batch: MicroBatch, stage: int) -> None:
-        if not batch.alive:
-            return
-        copies = batch.copies
-        if stage == len(copies):
-            self._done(now_s, batch)
-            return
-        copy = copies[stage]
-        start_s = copy.free_s if copy.free_s > now_s else now_s
-        seconds = batch.seconds[stage]
-        end_s = start_s + seconds
-        if copy.pool is not None and copy.pool.is_shared:
-            end_s = copy.pool.after_others(start_s, end_s, [batch.loads[stage]])
-            seconds = end_s - start_s
-        copy.free_s = end_s
-        copy.busy_s += seconds
-        if self._traced:
-            self._log.trace_events.append(_bar(copy, [batch], start_s, seconds))
-        self._events.at(end_s, self._arrive, batch, stage + 1)
-
-
-class Greedy(Discipline):
-    """The discipline in which a copy takes all waiting micro-batches at once; they leave and stay together."""
-
-    def start(self, now_s: float, batch: MicroBatch) -> None:
-        self._arrive(now_s, batch, 0)
-
-    def _arrive(self, now_s: float, batch: MicroBatch, stage: int) -> None:
-        copy = batch.copies[stage]
-        copy.waiting.append(batch)
-        if not copy.serving:
-            # Serve in a separate event, to include others that arrive at the same time.
-            copy.serving = copy.waiting
-            self._events.at(now_s, self._serve, copy)
-
-    def _serve(self, now_s: float, copy: SimulatedStageCopy) -> None:
-        copy.serving, copy.waiting = [batch for batch in copy.waiting if batch.alive], []
-        if not copy.serving:
-            return
-        parts = [batch.contents for batch in copy.serving]
-        together = parts[0] if len(parts) == 1 else tuple(map(sum, zip(*parts, strict=True)))
-        seconds = copy.timing.seconds(*together)
-        if copy.pool is not None:
-            decoding, _, tokens, _, _, rows = together
-            layers_s = seconds - copy.timing.beside_layers_s(decoding + tokens, rows)
-            loads = [batch.loads[copy.stage] for batch in copy.serving]
-            seconds += copy.pool.seconds(loads, copy.serving, layers_s)
-            if copy.pool.is_shared:
-                seconds = copy.pool.after_others(now_s, now_s + seconds, loads) - now_s
-        copy.free_s = now_s + seconds
-        copy.busy_s += seconds
-        if self._traced:
-            self._log.trace_events.append(_bar(copy, copy.serving, now_s, seconds))
-        self._events.at(copy.free_s, self._leave, copy)
-
-    def _leave(self, now_s: float, copy: SimulatedStageCopy) -> None:
-        served, copy.serving = copy.serving, []
-        if copy.waiting:
-            copy.serving = copy.waiting
-            self._events.at(now_s, self._serve, copy)
-        for batch in served:
-            if not batch.alive:
-                continue
-            if copy.stage + 1 < len(batch.copies):
-                self._arrive(now_s, batch, copy.stage + 1)
-            else:
-                self._done(now_s, batch)
-
-
-class Lockstep(Discipline):
-    """The discipline of copies that share experts: those with work iterate together, all as long as the slowest."""
-
-    def __init__(self, events: Events, log: RequestLog, done: Done, *, traced: bool) -> None:
-        super().__init__(events, log, done, traced=traced)
-        self._waiting, self._serving = list[MicroBatch](), list[MicroBatch]()
-
-    def start(self, now_s: float, batch: MicroBatch) -> None:
-        self._waiting.append(batch)
-        self._begin(now_s)
-
-    def _begin(self, now_s: float) -> None:
-        if self._waiting and not self._serving:
-            self._serving = self._waiting
-            self._events.at(now_s, self._serve)  # in a separate event, to include others that start at the same time
-
-    def _serve(self, now_s: float) -> None:
-        self._serving, self._waiting = [batch for batch in self._waiting if batch.alive], []
-        if not self._serving:
-            return
-        timings = [batch.copies[0].timing for batch in self._serving]
-        tokens = [timing.tokens(batch.contents) for timing, batch in zip(timings, self._serving, strict=True)]
-        together = sum(tokens)
-        seconds = max(
-            timing.seconds(*batch.contents, together - own)
-            for timing, batch, own in zip(timings, self._serving, tokens, strict=True)
-        )
-        for batch in self._serving:
-            copy = batch.copies[0]
-            copy.free_s = now_s + seconds
-            copy.busy_s += seconds
-            if self._traced:
-                self._log.trace_events.append(_bar(copy, [batch], now_s, seconds))
-        self._events.at(now_s + seconds, self._leave)
-
-    def _leave(self, now_s: float) -> None:
-        served, self._serving = self._serving, []
-        for batch in served:
-            if batch.alive:
-                self._done(now_s, batch)
-        self._begin(now_s)  # for micro-batches that have arrived meanwhile, if none of the served ones goes on
-
-
-def _bar(copy: SimulatedStageCopy, batches: list[MicroBatch], start_s: float, seconds: float) -> TraceEvent:
-    decoding = sum(batch.contents[0] for batch in batches)
-    chunk = sum(batch.contents[2] for batch in batches)
-    names = "+".join(str(batch.index) for batch in batches)
-    arguments = (("decoding", float(decoding)), ("chunk_tokens", float(chunk)))
-    return TraceEvent(copy.track, f"micro-batch {names}", start_s, seconds, arguments)
+    def release(self, batch: MicroBatch, request: int, context: int, *, extra_blocks: int = 0) -> None:
+        """Free the blocks of a request with ``context`` tokens, and those still promised to its prompt."""
+        growth, target = self._growth, self._log.target[request]
+        blocks = growth.blocks(context) + extra_blocks
+        promised = growth.blocks(target) - growth.blocks(context) if context < target else 0
+        for room in batch.rooms:
+            room.used -= blocks
+            room.promised -= promised
+        for pool, _ in batch.pools:
+            pool.remove(request)

@@ -7,71 +7,12 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from hetis.simulator.disciplines import Discipline
 from hetis.simulator.kv_memory import KvGrowth
-from hetis.simulator.micro_batch import Discipline, MicroBatch, SimulatedStageCopy
+from hetis.simulator.micro_batch import Holdings, MicroBatch, SimulatedStageCopy
 from hetis.simulator.values import RequestLog
 
 NO_LIMIT = 1 << 40  # blocks, or tokens
-
-
-class Holdings:
-    """Takes and frees blocks on all copies on which a micro-batch runs, or on none of them.
-
-    Copies without a pool count blocks of whole requests (`KvRoom`). Copies with a pool use dispatch (`PoolCopy`), which
-    takes all blocks of a prompt at once; they also count whole requests if the engine's number of blocks is fixed.
-    """
-
-    def __init__(self, log: RequestLog, growth: KvGrowth) -> None:
-        self._log, self._growth = log, growth
-
-    def promise(self, batch: MicroBatch, request: int, spare: int) -> bool:
-        """Reserve blocks for a prompt, with ``spare`` left free on every copy that holds anything; False: no room."""
-        target = self._log.target[request]
-        blocks = self._growth.blocks(target)
-        for room in batch.rooms:
-            if not room.admits(blocks, spare):
-                return False
-        for number, (pool, load) in enumerate(batch.pools):
-            if not pool.place(load, request, self._growth.cached(target)):
-                for other, _ in batch.pools[:number]:
-                    other.remove(request)
-                return False
-        for room in batch.rooms:
-            room.promised += blocks
-        return True
-
-    def fill(self, batch: MicroBatch, filled: int, tokens: int) -> bool:
-        """Use promised blocks for ``tokens`` more of a prompt; False if the growth of other requests has used them."""
-        blocks = self._growth.blocks(filled + tokens) - self._growth.blocks(filled)
-        if not blocks:
-            return True
-        for room in batch.rooms:
-            if room.used + blocks > room.total:
-                return False
-        for room in batch.rooms:
-            room.used += blocks
-            room.promised -= blocks
-        return True
-
-    def grow(self, batch: MicroBatch, blocks: int) -> bool:
-        """Take this number of blocks for decoding requests; False if any copy has too few."""
-        for room in batch.rooms:
-            if room.used + blocks > room.total:
-                return False
-        for room in batch.rooms:
-            room.used += blocks
-        return True
-
-    def release(self, batch: MicroBatch, request: int, context: int, *, extra_blocks: int = 0) -> None:
-        """Free the blocks of a request with ``context`` tokens, and those still promised to its prompt."""
-        growth, target = self._growth, self._log.target[request]
-        blocks = growth.blocks(context) + extra_blocks
-        promised = growth.blocks(target) - growth.blocks(context) if context < target else 0
-        for room in batch.rooms:
-            room.used -= blocks
-            room.promised -= promised
-        for pool, _ in batch.pools:
-            pool.remove(request)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -191,6 +132,7 @@ class ReplicaRun:
 
     def offer(self, now_s: float, request: int) -> None:
         """Queue a request here."""
+        self.discipline.interrupt()
         self._take(request)
         self.queue.append(request)
         self.wake(now_s)
@@ -212,6 +154,7 @@ class ReplicaRun:
 
     def expect(self, request: int) -> MicroBatch | None:
         """Reserve a seat and blocks for a request that is prefilled elsewhere; None if there is no room."""
+        self.discipline.interrupt()
         for batch in sorted(self.batches, key=MicroBatch.seats_taken):
             if batch.seats_taken() >= self._most_seats:
                 return None
@@ -224,6 +167,7 @@ class ReplicaRun:
 
     def land(self, now_s: float, batch: MicroBatch, request: int) -> None:
         """Receive the KV of an expected request; the user gets the token that its prompt has produced."""
+        self.discipline.interrupt()
         self.log.show_first_token(request, now_s)
         batch.reserved.discard(request)
         batch.ready.append(request)
@@ -269,6 +213,10 @@ class ReplicaRun:
             batch.idle = False
             self._idle.discard(batch.index)
         batch.contents = (num, batch.attended, tokens, pairs, read, num + last)
+        # No prompt may start with its next iterations either, unless something comes from outside.
+        batch.only_decodes = not (tokens or batch.prefilling or self.outside.always_has_requests) and (
+            not self.queue or batch.seats_taken() >= self._most_seats
+        )
         log.iterations += 1
         log.prefilled += tokens
         self.discipline.start(now_s, batch)

@@ -7,6 +7,9 @@ attention is a maximum of affine functions, whose coefficients are computed once
 
 from __future__ import annotations
 
+import numpy as np
+
+from hetis.simulator.values import FloatArray
 from hetis.solver.check.replica_shapes import StageShape
 from hetis.solver.cluster import Link
 from hetis.solver.cost import DeviceCost, rank_shape
@@ -179,6 +182,20 @@ class StageTiming:
         if self._is_last:
             total += self._head_s(rows + decoding * (self._step_tokens - 1)) + self._drafting_s(decoding)
         return total if steps == 1.0 else total / steps
+
+    def decode_seconds(self, decoding: int, attended: FloatArray) -> FloatArray:
+        """Return `seconds` of iterations without a chunk whose requests attend to these numbers of tokens."""
+        others_s = self.seconds(decoding, 0.0, 0, 0.0, 0.0, decoding)  # tabulates what depends on tokens alone
+        if not self._decode:
+            return np.full(len(attended), others_s)
+        tokens = decoding * self._step_tokens
+        most = np.zeros(len(attended))
+        for fixed, per_request, per_token in self._decode:
+            np.maximum(most, fixed + per_request * decoding + per_token * attended, out=most)
+        total = self._table[tokens, 0] + most
+        if self._is_last:
+            total = total + (self._head_s(tokens) + self._drafting_s(decoding))
+        return total if self.steps == 1.0 else total / self.steps
 
     def wire(self, link: Link) -> Wire:
         """Return the times of messages from or to this stage over a link."""

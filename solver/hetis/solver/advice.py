@@ -376,9 +376,9 @@ def _worst(plan: Plan, problem: PlacementProblem, place_of: Callable[[str, str],
 
 
 def _build_numbers(plan: Plan, problem: PlacementProblem) -> dict[str, int]:
-    """Return a number for the build of each GPU type that computes layers; types of equal builds share it."""
+    """Return a number for the KV of each GPU type that computes layers; types that may exchange it share it."""
     gpus = dict.fromkeys(replica.stages[0].gpu for replica in plan.replicas)
-    builds = {gpu: problem.build_of(gpu) for gpu in gpus}
+    builds = {gpu: problem.kv_of(problem.build_of(gpu)) for gpu in gpus}
     numbers = {build: number for number, build in enumerate(dict.fromkeys(builds.values()))}
     return {gpu: numbers[build] for gpu, build in builds.items()}
 

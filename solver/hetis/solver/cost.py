@@ -604,7 +604,7 @@ def chunks_ahead(moments: WorkloadMoments, assumptions: Assumptions, mix: Mix) -
     if mix.role is Role.DECODE:
         return 0.0
     own = math.ceil(moments.p95_computed / mix.chunk_tokens) - 1
-    utilisation = assumptions.planned_utilisation * mix.chunk_share
+    utilisation = assumptions.planned_utilisation * assumptions.lanes.load(mix.role) * mix.chunk_share
     lanes = assumptions.lanes.of(mix.role)
     must_wait = utilisation ** (math.sqrt(2.0 * (mix.attention_dp * lanes + 1)) - 1.0)
     if P95_TAIL * must_wait <= 1.0:

@@ -28,13 +28,22 @@ class Role(StrEnum):
 
 
 class Lanes(NamedTuple):
-    """How many replicas of each role compute prompts together: a router chooses one that is free."""
+    """How many replicas of each role compute prompts together: a router chooses one that is free.
+
+    ``prefill_load`` is the utilisation of prefill replicas as a share of the plan's, at most 1: prompts that wait for
+    them make p95 TTFT long, while decode replicas keep TPOT at any utilisation.
+    """
 
     unified: int = 1
     prefill: int = 1
+    prefill_load: float = 1.0
 
     def of(self, role: Role) -> int:
         return self.prefill if role is Role.PREFILL else self.unified
+
+    def load(self, role: Role) -> float:
+        """Return the utilisation of the replicas of a role as a share of the plan's."""
+        return self.prefill_load if role is Role.PREFILL else 1.0
 
 
 ALONE = Lanes()
@@ -239,9 +248,10 @@ class SolveResult:
     """The quality of a plan; ``gap`` is ``|bound - value| / |value|``.
 
     ``utilisation`` is the share of its saturated rate that a plan serves within its limits: of the highest goodput its
-    value, and otherwise what may be demanded of it. ``lanes`` are the replicas of
-    each role that p95 TTFT assumes to share their prompts, at most as many as there are. ``queued_ttft_s`` is p95 TTFT
-    of all requests together, with the wait for a seat; None if that was not considered.
+    value, and otherwise what may be demanded of it. Routes send a prefill replica no more than the share
+    ``prefill_load`` of its rate. ``lanes`` are that and the replicas of each role that p95 TTFT assumes to share their
+    prompts, at most as many as there are. ``queued_ttft_s`` is p95 TTFT of all requests together, with the wait for a
+    seat; None if that was not considered.
     """
 
     status: Status
@@ -254,11 +264,12 @@ class SolveResult:
     utilisation: float = PLANNED_UTILISATION
     unified_lanes: int = 1
     prefill_lanes: int = 1
+    prefill_load: float = 1.0
     queued_ttft_s: float | None = None
 
     @property
     def lanes(self) -> Lanes:
-        return Lanes(self.unified_lanes, self.prefill_lanes)
+        return Lanes(self.unified_lanes, self.prefill_lanes, self.prefill_load)
 
     def bounded_by(self, bound: float) -> SolveResult:
         """Return the result with the bound of a more general problem, and the gap and status that follow from it."""

@@ -19,7 +19,7 @@ from hetis.solver.constraints import (
     described,
 )
 from hetis.solver.errors import InvalidProblemError
-from hetis.solver.model import ModelSpec
+from hetis.solver.model import Kernel, ModelSpec
 from hetis.solver.node_links import NodeLinks, node_links_of
 from hetis.solver.plan import ALONE, PLANNED_UTILISATION, ClassShare, Lanes, Objective, ReplicaPlan, Role
 from hetis.solver.plugin_time import NO_PLUGIN, PluginTime
@@ -87,10 +87,10 @@ class EngineRules:
 
     All stages have the same TP size, the model in one precision, GPUs of one vendor (NCCL, RCCL and oneCCL do not
     interoperate), and no copies, with as many micro-batches in flight as stages. KV is handed over between replicas of
-    one precision and vendor. Attention workers belong to unified replicas only (the plugin replaces the connector that
-    transfers KV), whose KV has 16 bits; they may be of any vendor. Heads go to the same worker in all stages, so all
-    stages have equally many workers of one device class and give them equally many head groups of every rank. Where
-    prefill and decode are apart, fewer stages may be allowed, see `stages_of`.
+    one precision, and of one vendor or several of ``kv_vendors``. Attention workers belong to unified replicas only
+    (the plugin replaces the connector that transfers KV), whose KV has 16 bits; they may be of any vendor. Heads go to
+    the same worker in all stages, so all stages have equally many workers of one device class and give them equally
+    many head groups of every rank. Where prefill and decode are apart, fewer stages may be allowed, see `stages_of`.
 
     Attributes:
         name: the engine.
@@ -102,6 +102,7 @@ class EngineRules:
             fewest nodes on which a replica's GPUs fit, so the bound considers each replica on its own; plans respect
             the limit.
         plugin: what attention workers cost the hosts of a replica that has them.
+        kv_vendors: vendors between whose GPUs KV may go, if their kernels keep it alike (`PlacementProblem.kv_of`).
     """
 
     name: str
@@ -111,6 +112,7 @@ class EngineRules:
     min_layers: int = 1
     max_nodes: int | None = None
     plugin: PluginTime = NO_PLUGIN
+    kv_vendors: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for field_name in ("max_stages", "max_pooled_stages", "max_gpus", "min_layers", "max_nodes"):
@@ -341,6 +343,8 @@ class Family:
 
 APART = "replicas, and the KV that they exchange inside a zone, with GPUs of one vendor and one precision"
 """Description of families whose GPUs have several builds."""
+ACROSS = "replicas with GPUs of one vendor and one precision"
+"""Description of families whose GPUs have several builds, where all KV may go from one vendor to another."""
 _HOPS = (
     "with each hop charged at most the slowest explicit link between nodes of its replica, and KV that is handed over "
 )
@@ -356,7 +360,7 @@ or `EXPLICIT_LINKS`."""
 
 
 class Build(NamedTuple):
-    """The common properties of the GPUs that compute a replica's layers, also with those that exchange KV with them."""
+    """The common properties of the GPUs that compute a replica's layers; for exchanges of KV see `kv_of`."""
 
     model: ModelSpec  # the model in a single precision
     vendor: str  # vendor of the GPUs; empty: any
@@ -397,7 +401,11 @@ class PlacementProblem:
 
     def describe_family(self) -> str:
         """Return the plans that are searched in one sentence: those of the family that meet the constraints."""
-        parts = [self.family.describe(self.model), *([APART] if len(self.builds()) > 1 else ())]
+        num_builds, num_kinds = len(self.builds()), len({self.kv_of(build) for build in self.builds()})
+        apart = [] if num_builds < 2 else [ACROSS if num_kinds < 2 else APART]
+        if num_kinds < num_builds and (engine := self.family.engine):
+            apart.append(f"KV also from one to another of {', '.join(engine.kv_vendors)}")
+        parts = [self.family.describe(self.model), *apart]
         if self.workload.classes:
             parts.append(f"for all requests, or those of one of the classes {', '.join(self.workload.shares())}")
         if self.cluster.network.between_nodes:
@@ -442,6 +450,18 @@ class PlacementProblem:
         """
         own, builds = self._build_of(gpu), self.builds()
         return own if own in builds or not builds else builds[0]
+
+    def kv_of(self, build: Build) -> Build:
+        """Return what builds that may exchange KV have in common: the model in one precision, and the vendors.
+
+        KV goes between vendors only where a kernel of both keeps it alike: grouped-query and latent attention in 16
+        bits (Triton's kernels of vLLM; FP8 of CDNA3 is another format than NVIDIA's), without states.
+        """
+        engine, model = self.family.engine, build.model
+        if engine is None or build.vendor not in engine.kv_vendors or model.kv_bytes != 2 or model.state_bytes() > 0.0:
+            return build
+        is_alike = model.kernels <= {Kernel.GROUPED} or model.kernels <= {Kernel.LATENT}
+        return build._replace(vendor=" ".join(engine.kv_vendors)) if is_alike else build
 
     def builds(self) -> tuple[Build, ...]:
         """Return the builds of the GPUs that may compute layers."""

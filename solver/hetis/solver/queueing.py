@@ -136,9 +136,7 @@ class SharedQueue:
         )
         self.rate_rps = sum(one.rate_rps for one in prefills)
         self._held = float(np.average([one.held for one in prefills], weights=[one.lanes for one in prefills]))
-        rests = [_rest_of(weights, one.occupied_s) for one in prefills]
-        self._rest_s = np.repeat([seconds for seconds, _ in rests], len(weights), axis=0)  # [prompts, parts]
-        self._rest_weights = np.repeat([shares for _, shares in rests], len(weights), axis=0)
+        self._rests = [_rest_of(weights, one.occupied_s) for one in prefills]  # of each, found by as many prompts
         self._alone_s = np.concatenate([one.alone_s for one in prefills])
         self._crowded_s = np.concatenate([one.crowded_s for one in prefills])
         self._weights = np.concatenate([one.rate_rps / self.rate_rps * weights for one in prefills])
@@ -196,12 +194,13 @@ class SharedQueue:
     def _late(self, rate_rps: float, seat: Wait, prompts_s: FloatArray) -> Callable[[float], float]:
         taken, lane = self.for_lanes(rate_rps)
 
+        behind = [_behind_parts(lane, rest_s, shares) for rest_s, shares in self._rests]
+
         def late(than_s: float) -> float:
             left_s = than_s - prompts_s
             by_seat = np.where(left_s < 0.0, 1.0, seat.are_longer(np.maximum(0.0, left_s)))
-            behind_s = left_s[:, None] - self._rest_s
-            by_others = np.where(behind_s < 0.0, 1.0, lane.are_longer(np.maximum(0.0, behind_s)))
-            by_lane = taken * (self._rest_weights * by_others).sum(axis=1)
+            each = zip(behind, np.split(left_s, len(behind)), strict=True)
+            by_lane = taken * np.concatenate([are_longer(than) for are_longer, than in each])
             return float(self._weights @ (by_seat + by_lane - by_seat * by_lane))
 
         return late
@@ -230,7 +229,30 @@ def _rest_of(weights: FloatArray, seconds: FloatArray) -> tuple[FloatArray, Floa
     tail, areas_s = longer_s @ weights / mean_s, -np.diff(longer_s**2 @ weights) / 2.0 / mean_s  # and its integrals
     shares = -np.diff(tail)
     inside_s = (areas_s - tail[1:] * np.diff(edges_s)) / np.maximum(shares, 1e-300)  # mean distance from the lower edge
-    return edges_s[:-1] + inside_s, shares
+    return np.clip(edges_s[:-1] + inside_s, edges_s[:-1], edges_s[1:]), shares  # rounding leaves no part
+
+
+def _behind_parts(wait: Wait, rest_s: FloatArray, shares: FloatArray) -> Callable[[FloatArray], FloatArray]:
+    """Return a function of times: the probabilities that one of some rests (ascending), and a wait after it, is longer.
+
+    ``S_j = shares_j + S_(j-1) exp(-(rest_j - rest_(j-1)) / mean)`` sums up the rests that have ended after the j-th, so
+    that each time takes one exponential, not one for each rest.
+    """
+    ended, decays = np.zeros(len(rest_s) + 1), np.zeros(len(rest_s) + 1)
+    if wait.probability and wait.mean_s:
+        decays[2:] = np.exp(-np.diff(rest_s) / wait.mean_s)
+        for j, share in enumerate(shares, start=1):
+            ended[j] = wait.probability * share + decays[j] * ended[j - 1]
+    going_on = np.append(np.cumsum(shares[::-1])[::-1], 0.0)
+    since_s = np.concatenate(([0.0], rest_s))
+
+    def are_longer(than_s: FloatArray) -> FloatArray:
+        j = np.searchsorted(rest_s, than_s, side="right")
+        if not wait.mean_s or math.isinf(wait.mean_s):
+            return np.asarray(going_on[j] + ended[j])
+        return np.asarray(going_on[j] + ended[j] * np.exp(-np.maximum(0.0, than_s - since_s[j]) / wait.mean_s))
+
+    return are_longer
 
 
 class RequestQueue:
@@ -288,9 +310,19 @@ def _p95(share_longer: Callable[[float], float]) -> float:
     if share_longer(math.inf) > LATE:
         return math.inf
     low, high = 0.0, 1.0
-    while share_longer(high) > LATE:
-        low, high = high, 2.0 * high
+    above, below = share_longer(low) - LATE, share_longer(high) - LATE
+    while below > 0.0:
+        low, high, above, below = high, 2.0 * high, below, share_longer(2.0 * high) - LATE
+    number = 0
     while high - low > PRECISION * high:
-        middle = (low + high) / 2.0
-        low, high = (middle, high) if share_longer(middle) > LATE else (low, middle)
+        # Between the ends in proportion to the excesses, both sides of that within the precision; else in the middle.
+        middle, number = (low + high) / 2.0, number + 1
+        if number % 3:
+            middle = low + (high - low) * above / (above - below)
+            middle = min(max(middle + (PRECISION if number % 3 == 1 else -PRECISION) * high / 2, low), high)
+        excess = share_longer(middle) - LATE
+        if excess > 0.0:
+            low, above = middle, excess
+        else:
+            high, below = middle, excess
     return high

@@ -16,9 +16,7 @@ from hypothesis import strategies as st
 
 from hetis.formats.documents import dump
 from hetis.planner.cli.app import run
-from hetis.planner.use_cases.record.parts import Requested
 from hetis.planner.use_cases.sources import load_inputs
-from hetis.solver.problem import EngineRules
 from tests.planner import plans
 from tests.planner.command_line import EXAMPLES
 
@@ -102,52 +100,6 @@ def test_inputs_that_were_changed_after_planning_are_noticed(tmp_path: Path) -> 
     (tmp_path / "plan.json").write_text(json.dumps(document))
     _, err = messages("check", str(tmp_path / "plan.json"))
     assert "warning: the inputs saved in the plan differ from those it was made from" in err
-
-
-def test_an_unknown_strategy_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "plan.json").write_text(dump(replace(GOOD, strategy="hexgem"), "json"))
-    code, err = messages("check", str(tmp_path / "plan.json"))
-    assert code == 2
-    assert "unknown strategy hexgem" in err
-    assert "did you mean hexgen?" in err
-
-
-@pytest.mark.parametrize(
-    ("name", "value", "words"),
-    [
-        ("max_pooled_stages", None, "max_pooled_stages is null, must be a whole number"),
-        ("min_layers", None, "min_layers is null, must be a whole number"),
-        ("max_stages", 2.5, "max_stages is 2.5, must be a whole number"),
-        ("max_gpus", "8", "max_gpus is '8', must be a whole number or null"),
-    ],
-)
-def test_a_limit_of_an_engine_is_a_number(name: str, value: Any, words: str, tmp_path: Path) -> None:
-    engine = {"name": "vllm-hetis", "max_gpus": None, "max_nodes": None}
-    assert Requested.of(replace(GOOD, inputs={"engine": engine})).engine == EngineRules(name="vllm-hetis")
-    inputs = {**GOOD.inputs, "engine": {**engine, name: value}}
-    (tmp_path / "plan.json").write_text(dump(replace(GOOD, inputs=inputs), "json"))
-    for verb in ("check", "explain"):
-        code, err = messages(verb, str(tmp_path / "plan.json"))
-        assert code == 2
-        assert f"inputs.engine.{words}" in " ".join(err.split())
-
-
-@pytest.mark.parametrize(
-    ("level", "words"),
-    [
-        ({"ttft": "p42", "tpot": "mean", "attainment": None}, "ttft is 'p42', must be one of mean, p50, p90, p95, p99"),
-        ({"ttft": "p95", "tpot": ["mean"], "attainment": None}, "tpot is a list, must be one of"),
-        ({"ttft": "p95", "tpot": "mean", "attainment": 1.5}, "attainment is 1.5, must be null, or above 0"),
-        ({"ttft": "p95"}, "must have ttft, tpot, attainment, and nothing else"),
-    ],
-)
-def test_an_unreadable_service_level_is_refused(level: dict[str, Any], words: str, tmp_path: Path) -> None:
-    inputs = {**GOOD.inputs, "service_level": level}
-    (tmp_path / "plan.json").write_text(dump(replace(GOOD, inputs=inputs), "json"))
-    for verb in ("check", "explain"):
-        code, err = messages(verb, str(tmp_path / "plan.json"))
-        assert code == 2
-        assert f"inputs.service_level: {words}" in " ".join(err.split())
 
 
 def test_a_goal_without_its_demand_names_the_plan(tmp_path: Path) -> None:

@@ -21,23 +21,14 @@ from hetis.planner.cli.app import app
 from hetis.planner.cli.app import run as run_verb
 from hetis.planner.cli.exit_codes import ExitCode
 from hetis.planner.cli.parameters.defaults import OWN_MEANING, default_map
-from hetis.planner.report.comparison import PUBLISHED_MEANS
-from hetis.runtime.launch.main import app as launch_app
 from tests.command_line import environment
-from tests.planner import plans
-from tests.planner.command_line import COMMAND, hetis_plan_here, invoke, unfolded
+from tests.fleets import fleet
+from tests.planner.command_line import COMMAND, hetis_plan_here, invoke
 from tests.planner.html_pages import ReadPage
 
 ROOT = Path(__file__).parents[3]
 GROUP: Any = typer.main.get_command(app)
-CLUSTER = """\
-apiVersion: hetis/v1
-kind: Cluster
-name: four
-nodes:
-  - {name: rack-with-a-long-name, count: 4, gpus: [{type: A100-PCIe-80GB, count: 1}]}
-network: {bandwidth: 100Gbps, latency: 20us}
-"""
+CLUSTER = fleet("four", "4 rack-with-a-long-name: 1 A100-PCIe-80GB")
 INPUTS = ("-c", "cluster.yaml", "-m", "Llama-2-7B", "-w", "500/100", "--time-limit", "5s")
 
 
@@ -94,12 +85,6 @@ def test_no_color_is_plain_even_on_a_terminal(folder: Path, monkeypatch: pytest.
     assert "\x1b" in shown["not"]
 
 
-def test_names_are_whole_on_a_narrow_terminal(folder: Path) -> None:
-    done = hetis_plan_here("place", *INPUTS, "--strategy", "uniform", "--no-verify", cwd=folder)
-    assert done.stdout.count("A100-PCIe-80GB") >= 2
-    assert max(len(line) for line in done.stdout.splitlines()) <= 80
-
-
 @pytest.mark.parametrize("verb", [*GROUP.commands, "cluster.discover"])
 def test_help_cuts_no_word_off_on_a_narrow_terminal(verb: str) -> None:
     """An option whose name ends in an ellipsis cannot be typed."""
@@ -126,21 +111,6 @@ def test_a_failure_is_data_where_data_is_asked_for(folder: Path) -> None:
         assert "nowhere.json" in found["details"][0]
         assert "nowhere.json" in done.stderr
     assert hetis_plan_here("explain", "nowhere.json", cwd=folder).stdout == ""
-
-
-def test_a_problem_without_a_plan_is_one_document(folder: Path) -> None:
-    done = hetis_plan_here("place", *INPUTS, "--tpot", "10us", "-o", "json", cwd=folder)
-    assert done.returncode == ExitCode.INFEASIBLE
-    assert json.loads(done.stdout)["result"]["status"] == "infeasible"
-
-
-def test_compare_says_what_its_rows_are(folder: Path) -> None:
-    done = hetis_plan_here("compare", *INPUTS, "--strategies", "uniform,hexgen-paper", cwd=folder)
-    assert done.returncode == 0, done.stderr
-    words = " ".join(done.stdout.split())
-    assert PUBLISHED_MEANS in words
-    assert "HexGen's own heuristic" in words
-    assert "1 of 2, " in done.stderr
 
 
 # --- defaults
@@ -227,7 +197,6 @@ SAME_IN_OTHER_WORDS = {
     "prefix-hit-rate": {"simulate"},
     "seed": {"simulate"},
     "theta": {"redispatch"},
-    "time-limit": {"dispatch"},
     "workload": {"replan"},
 }
 
@@ -286,17 +255,6 @@ def test_a_cluster_for_all_verbs_is_no_name_of_a_cluster_on_a_planner(home: Path
     options = {verb: {"cluster": option} for verb in ("place", "agents", "apply")}
     (home / "project/hetis.toml").write_text('cluster = "fleet.yaml"\n[agents]\ncluster = "night"\n')
     assert default_map(options, Path.cwd()) == {"place": {"cluster": "fleet.yaml"}, "agents": {"cluster": "night"}}
-
-
-def test_a_profile_for_all_verbs_does_not_stop_dispatching_in_a_plan(
-    home: Path, folder: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """A plan contains its profiles."""
-    (home / "project/hetis.toml").write_text('profile = "measured.yaml"\n')
-    call = ["dispatch", "--plan", str(folder / "plan.json"), "--request", "300/100"]
-    assert run_verb(call) == ExitCode.OK, capsys.readouterr().err
-    assert run_verb([*call, "--profile", "other.yaml"]) == ExitCode.INVALID
-    assert "--profile needs --state" in unfolded(capsys.readouterr().err)
 
 
 @pytest.mark.parametrize("cannot_be_read", ["home", "project", "nobody"])
@@ -373,24 +331,6 @@ def test_a_wrong_file_of_defaults_does_not_stand_in_the_way_of_help(
 # --- what people read first
 
 
-def test_the_answer_comes_first_with_its_cost(folder: Path) -> None:
-    """Rate, cost and gain come first; proofs and the search come after."""
-    done = hetis_plan_here("explain", "plan.json", cwd=folder)
-    assert done.returncode == 0, done.stderr
-    names = [line.split("  ")[0] for line in done.stdout.splitlines()[1:13]]
-    order = ["Goodput", "Cost", "TTFT p95", "Fleet", "Bound", "Solved"]
-    assert [name for name in names if name in order] == order
-    assert " USD per million output tokens" in done.stdout
-
-
-@pytest.mark.parametrize("name", ["ray", "kubernetes"])
-def test_help_shows_what_is_in_brackets(name: str) -> None:
-    from typer.testing import CliRunner
-
-    shown = CliRunner().invoke(launch_app, [name, "--help"], env={"COLUMNS": "200"}).output
-    assert ("'hetis[ray]'" in shown) == (name == "ray")
-
-
 def test_the_sample_is_planned(tmp_path: Path) -> None:
     assert hetis_plan_here("init", cwd=tmp_path).returncode == 0
     inputs = ("-c", "cluster.yaml", "-m", "Llama-2-70B", "-w", "workload.yaml")
@@ -431,13 +371,3 @@ def test_the_tour_runs_verbatim(tmp_path: Path) -> None:
         )
         assert done.returncode == 0, f"{command}\n{done.stderr}"
     assert "Under simulated traffic" in ReadPage((tmp_path / "report.html").read_text()).text
-
-
-def test_a_shape_of_many_replicas_names_them_all(capsys: pytest.CaptureFixture[str]) -> None:
-    from hetis.commands.terminal import OutputFormat, Terminal
-    from hetis.planner.report.plan import render_plan
-
-    plan = plans.plan(*(plans.deep_replica(2, node) for node in range(3)))
-    Terminal(output=OutputFormat.WIDE).emit(dict, lambda: render_plan(plan, wide=True))
-    shown = capsys.readouterr().out
-    assert "p100-2-0/0 | p100-2-1/0" in shown

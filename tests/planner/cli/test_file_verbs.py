@@ -15,7 +15,6 @@ import yaml
 from hetis.formats.documents import kind_of, load, load_cluster
 from hetis.planner.cli.app import run
 from hetis.planner.cli.files import FILE_KINDS, SAMPLES, Catalogue
-from tests.formats.models import test_gguf
 from tests.formats.traces import test_trace_forms
 from tests.planner.command_line import EXAMPLES, invoke
 from tools.reference import FILE_EXAMPLES
@@ -29,14 +28,6 @@ def test_init_writes_files_that_validate(tmp_path: Path) -> None:
     assert [entry["ok"] for entry in json.loads(result.stdout)] == [True, True]
 
 
-def test_init_says_which_folder_it_makes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    made = tmp_path / "new" / "fleet"
-    assert run(["init", str(made)]) == 0
-    assert capsys.readouterr().err.splitlines()[0] == f"created the folder {made}"
-    assert run(["init", str(made), "--force"]) == 0
-    assert "made" not in capsys.readouterr().err
-
-
 def test_init_names_every_file_it_would_overwrite(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name in SAMPLES:
         (tmp_path / name).write_text("mine")
@@ -44,12 +35,6 @@ def test_init_names_every_file_it_would_overwrite(tmp_path: Path, capsys: pytest
     err = capsys.readouterr().err
     assert all(f"{tmp_path / name}: already exists; --force overwrites it" in err for name in SAMPLES)
     assert {(tmp_path / name).read_text() for name in SAMPLES} == {"mine"}
-
-
-def test_init_overwrites_when_told_to(tmp_path: Path) -> None:
-    (tmp_path / "cluster.yaml").write_text("mine")
-    assert invoke("init", str(tmp_path), "--force").exit_code == 0
-    assert (tmp_path / "cluster.yaml").read_text() == SAMPLES["cluster.yaml"]
 
 
 def test_every_example_is_valid() -> None:
@@ -85,7 +70,6 @@ CONFIG = {
         ("config.json", json.dumps(CONFIG), "ModelSpec"),
         ("llama-config.json", json.dumps({**CONFIG, "model_type": "llama"}), "ModelSpec"),
         ("llama.json", json.dumps(CONFIG), "ModelSpec"),
-        ("a.gguf", test_gguf.gguf(test_gguf.LLAMA, test_gguf.TENSORS), "ModelSpec"),
     ],
 )
 def test_validate_reads_whatever_place_reads(name: str, content: str | bytes, kind: str, tmp_path: Path) -> None:
@@ -113,18 +97,6 @@ def test_validate_lists_all_problems_of_all_files(tmp_path: Path) -> None:
             assert problem["message"] in result.stderr
     assert "did you mean nodes?" in result.stderr
     assert "no such file" in result.stderr
-
-
-def test_validate_counts_one_request_and_one_tenant(tmp_path: Path) -> None:
-    (tmp_path / "requests.yaml").write_text(
-        "apiVersion: hetis/v1\nkind: DispatchRequests\nrequests: [{id: a, context_tokens: 9, output_tokens: 9}]\n"
-    )
-    (tmp_path / "tenants.yaml").write_text(
-        "apiVersion: hetis/v1\nkind: ShareProblem\ngpus: {L4: 1}\ntenants: [{name: a, speedups: {L4: 1}}]\n"
-    )
-    result = invoke("validate", str(tmp_path / "requests.yaml"), str(tmp_path / "tenants.yaml"))
-    counts = re.findall(r"(?:DispatchRequests|ShareProblem)\s+(.+)", result.stdout)
-    assert [count.strip() for count in counts] == ["1 request", "1 tenant"]
 
 
 def test_validate_warns_of_gpus_that_no_plan_can_use_yet(tmp_path: Path) -> None:
@@ -158,12 +130,6 @@ def test_every_kind_has_a_json_schema(kind: str) -> None:
     jsonschema.Draft202012Validator.check_schema(json.loads(result.stdout))
 
 
-def test_the_wide_catalogue_of_gpus_has_every_peak_and_the_board_power() -> None:
-    head, row = invoke("catalog", "gpus", "H100-SXM-80GB", "-o", "wide").stdout.splitlines()
-    assert {"FP8", "PCIe", "TDP"} <= set(head.split())
-    assert "700 W" in row
-
-
 @pytest.mark.parametrize("which", [which for which in get_args(Catalogue) if which != "add"])
 def test_catalogues_print_the_same_entries_in_every_form(which: str) -> None:
     as_json = json.loads(invoke("catalog", which, "-o", "json").stdout)
@@ -173,21 +139,6 @@ def test_catalogues_print_the_same_entries_in_every_form(which: str) -> None:
     table = invoke("catalog", which).stdout
     assert len(table.splitlines()) >= len(as_json)
     assert max(map(len, table.splitlines())) <= 80
-
-
-@pytest.mark.parametrize(("which", "part"), [("gpus", "gpu"), ("models", "model")])
-def test_a_catalogue_breaks_no_name_on_a_narrow_terminal(which: str, part: str) -> None:
-    """Names are there to be copied; columns that do not fit beside them are left out, and told."""
-    names = [entry[part]["name"] for entry in json.loads(invoke("catalog", which, "-o", "json").stdout)]
-    lines = invoke("catalog", which).stdout.splitlines()
-    assert [line.split()[0] for line in lines[1 : len(names) + 1]] == names
-    assert lines[-1].startswith("not shown, for lack of width: ")
-
-
-def test_a_catalogue_can_be_narrowed() -> None:
-    names = [entry["gpu"]["name"] for entry in json.loads(invoke("catalog", "gpus", "A100", "-o", "json").stdout)]
-    assert names
-    assert all("A100" in name for name in names)
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
@@ -258,15 +209,6 @@ def test_version_names_hetis_and_its_libraries() -> None:
     assert {"hetis", "python", "numpy", "highspy", "numba"} <= versions.keys()
     assert re.match(r"hetis \d+\.\d+", invoke("version").stdout)
     assert invoke("--version").stdout == f"hetis-plan {versions['hetis']}\n"
-
-
-def test_an_unknown_kind_names_the_known_ones_and_the_nearest() -> None:
-    result = invoke("schema", "clustr")
-    assert result.exit_code == 2
-    said = " ".join(result.stderr.replace("│", " ").split())
-    assert "'clustr' is not one of Cluster, ModelSpec, " in said
-    assert "did you mean Cluster?" in said
-    assert "Value error" not in said
 
 
 FIGURES = ("--memory", "24GiB", "--memory-bandwidth", "960GB/s", "--fp16", "122TFLOPS", "--pcie", "32GB/s")

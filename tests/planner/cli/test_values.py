@@ -71,6 +71,9 @@ def test_nonsense_is_a_usage_error(parse: Callable[[str], float], text: str) -> 
         (values.below_one, "20", "'20' is out of range, must be at least 0% and below 100%, did you mean 20%?"),
         (values.below_one, "1", "'1' is out of range, must be at least 0% and below 100%"),
         (values.below_one, "100", "'100' is out of range, must be at least 0% and below 100%"),
+        (values.burstiness, "11", "'11' is out of range, must be from 0 to 10"),
+        (values.burstiness, "nan", "'nan' is out of range, must be from 0 to 10"),
+        (values.burstiness, "high", "'high' is not a number"),
         (
             values.prefix_hit_rate,
             "40",

@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from google.rpc import code_pb2
 
-from hetis.formats.catalogue import find_gpu
-from hetis.formats.documents import dump
 from hetis.planner.cli.exit_codes import ExitCode
-from hetis.profiler.roofline import modelled_profile
 from hetis.v1 import document_pb2, failure_pb2, plan_pb2, plan_service_pb2, replica_pb2
 from tests.planner.cli_server.conftest import EXAMPLES, Run
 from tests.planner.client.fake_planner import FakePlanner, refuse, searching
@@ -37,16 +33,6 @@ def test_a_cluster_file_is_created_then_updated(planner: FakePlanner, hetis_plan
     assert hetis_plan("apply", PAPER).out == f"{name}  updated\n"
     assert planner.calls["UpdateCluster"] == 1
     planner.clusters[name].document.digest = "sha256:1"  # as the real planner, which sees that nothing changed
-
-
-def test_a_profile_that_no_gpu_of_the_cluster_can_have_is_refused_before_any_call(
-    planner: FakePlanner, hetis_plan: Run, tmp_path: Path
-) -> None:
-    path = tmp_path / "p.yaml"
-    path.write_text(dump(replace(modelled_profile(find_gpu("RTX-3090").gpu), usable_bytes=10**15)))
-    shown = hetis_plan("apply", *PROBLEM, "--profile", str(path), code=ExitCode.INVALID)
-    assert f"{path}: usable_bytes is 1PB, more than the 24GiB of a RTX-3090" in shown.err
-    assert planner.clusters == {}
 
 
 def test_a_cluster_of_another_name_with_the_same_id_is_not_replaced_by_accident(
@@ -109,27 +95,20 @@ def test_every_violation_of_the_planner_is_told_with_its_line(planner: FakePlann
     )
 
 
-def test_a_name_that_the_planner_refuses_is_that_of_its_option(planner: FakePlanner, hetis_plan: Run) -> None:
-    planner.fail = lambda method, context: (
-        refuse(context, code_pb2.INVALID_ARGUMENT, "INVALID_FIELD", "one", violations=(("plan_id", "is 'Night_1'"),))
-        if method == "CreatePlan"
-        else None
-    )
-    shown = hetis_plan(*["apply", *PROBLEM, "--name", "Night_1"], code=ExitCode.INVALID)
-    assert shown.err.endswith("1 problem in the request (INVALID_FIELD)\n  --name: is 'Night_1'\n")
-
-
 @pytest.mark.parametrize("workload", ["8000/300", "azure_conv_2023"])
-def test_a_workload_with_prefix_hits_is_sent_as_a_document(
-    workload: str, planner: FakePlanner, hetis_plan: Run
+@pytest.mark.parametrize(
+    ("option", "text", "field", "value"),
+    [("--prefix-hit-rate", "40%", "prefix_hit_rate", 0.4), ("--burstiness", "2", "burstiness", 2.0)],
+)
+def test_a_workload_with_traffic_of_its_own_is_sent_as_a_document(
+    workload: str, option: str, text: str, field: str, value: float, planner: FakePlanner, hetis_plan: Run
 ) -> None:
-    asked = ["apply", *PROBLEM[:-1], workload, "--prefix-hit-rate", "40%"]
-    hetis_plan(*asked)
+    hetis_plan("apply", *PROBLEM[:-1], workload, option, text)
     spec = last_request(planner, plan_service_pb2.CreatePlanRequest).plan.spec
     assert spec.workload_name == ""
     assert spec.workload_document.kind == document_pb2.DOCUMENT_KIND_WORKLOAD
     document = json.loads(spec.workload_document.content)
-    assert (document["name"], document["prefix_hit_rate"]) == (workload, 0.4)
+    assert (document["name"], document[field]) == (workload, value)
 
 
 def test_a_problem_is_solved_by_the_planner(planner: FakePlanner, hetis_plan: Run) -> None:
@@ -160,13 +139,6 @@ def test_a_problem_is_solved_by_the_planner(planner: FakePlanner, hetis_plan: Ru
     assert "gap 0.19%" in captured.out
     assert "MISSED at 1.610 requests/s: TTFT p95 3.4 s of 2 s; kept up to 1.500" in " ".join(captured.out.split())
     assert planner.calls["ActivatePlan"] == 0
-
-
-def test_a_share_of_the_requests_or_no_simulation_is_asked_for(planner: FakePlanner, hetis_plan: Run) -> None:
-    hetis_plan("apply", *PROBLEM, "--attainment", "90%", "--no-wait")
-    assert last_request(planner, plan_service_pb2.CreatePlanRequest).plan.spec.attainment == 0.9
-    hetis_plan("apply", *PROBLEM, "--no-verify", "--no-wait")
-    assert last_request(planner, plan_service_pb2.CreatePlanRequest).plan.spec.skip_verification
 
 
 def test_a_solved_plan_is_activated_saved_and_printed_as_data(

@@ -165,31 +165,6 @@ def test_a_leader_that_has_no_reports_yet_is_waited_for(
     assert "not reported" not in "".join(left_out)
 
 
-def test_a_list_is_kept_if_no_agent_reports_in_time(
-    served: FakePlanner, hetis_plan: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    monkeypatch.setattr("hetis.planner.cli.export.LISTED_AGAIN_S", 0.01)
-    monkeypatch.setattr("hetis.planner.cli.export.HEARD_WITHIN_S", 0.1)
-    out, ran = tmp_path / "hetis.conf", tmp_path / "ran"
-    out.write_text(NGINX)
-    for one in served.replicas.values():
-        one.ClearField("report")
-    command = ("upstreams", "--out", str(out), "--run", f"touch {ran}")
-    told = hetis_plan(*command, code=ExitCode.UNREACHABLE).err
-    assert f"error: {out} was not written: the planner does not know yet where anything serves\n" in told
-    assert "warning: left out, because their agents have not reported to the planner: r-1, r-2, r-7\n" in told
-    served.events = events(None, replica(2, 2.0))
-
-    def called(method: str, context: Any) -> None:
-        if method == "WatchCluster" and served.calls[method] > 1:
-            end_watch(context)
-
-    served.fail = called
-    assert f"warning: {out} was not written" in hetis_plan(*command, "--follow", code=ExitCode.INVALID).err
-    assert out.read_text() == NGINX
-    assert not ran.exists()
-
-
 @pytest.fixture
 def partly_heard(served: FakePlanner, monkeypatch: pytest.MonkeyPatch) -> FakePlanner:
     """Return the planner when it has just taken the lead: of two agents it has not heard yet."""

@@ -19,17 +19,16 @@ import pytest
 from google.rpc import code_pb2
 
 from examples.processes import free_ports
-from hetis.planner.client import CallError, Client, Connection, document_of_file
+from hetis.planner.client import CallError, Client, Connection
 from hetis.planner.client.connection import SERVICE_CONFIG
 from hetis.v1 import (
     cluster_pb2,
     cluster_service_pb2,
-    document_pb2,
     plan_pb2,
     plan_service_pb2,
 )
 from tests.planner.client.either import EITHER, Kind, done, items, opened
-from tests.planner.client.fake_planner import FakePlanner, ready, refuse, searching, serving
+from tests.planner.client.fake_planner import FakePlanner, ready, refuse, searching
 
 ROOT = Path(__file__).parents[3]
 
@@ -127,7 +126,7 @@ async def test_errors_bring_their_details(planner: FakePlanner, kind: Kind) -> N
 
 def test_an_error_that_grpc_raises_itself_has_no_reason(planner: FakePlanner) -> None:
     with Client(planner.address) as client, pytest.raises(CallError) as caught:
-        client.plans.ExplainPlan(plan_service_pb2.ExplainPlanRequest(name="plans/x"))  # the fake planner has none
+        client.clusters.DrainNode(cluster_service_pb2.DrainNodeRequest(name="x"))  # the fake planner has none
     assert caught.value.reason == ""
     assert caught.value.code is grpc.StatusCode.UNIMPLEMENTED
 
@@ -233,19 +232,6 @@ async def test_a_document_comes_whole_although_the_connection_breaks(planner: Fa
         assert await done(client.read_plan_document("plans/night")) == content
 
 
-def test_a_watch_goes_on_when_the_planner_was_restarted() -> None:
-    planner, port = FakePlanner(), free_ports()
-    planner.plans["plans/night"] = plan_pb2.Plan(name="plans/night", state=plan_pb2.PLAN_STATE_QUEUED)
-    planner.searches = [(0.0, searching(1.2, 1.7)), (0.3, ready())]
-    with Client(f"127.0.0.1:{port}") as client:
-        with serving(planner, port=port):
-            watch = client.watch_plan("plans/night")
-            assert next(watch).sequence == 1
-        with serving(planner, port=port):
-            assert [response.sequence for response in watch] == [2, 900]
-    assert planner.calls["WatchPlan"] == 2
-
-
 def test_details_that_cannot_be_read_do_no_harm(planner: FakePlanner) -> None:
     def fail(_method: str, context: grpc.ServicerContext) -> None:
         context.set_trailing_metadata((("grpc-status-details-bin", b"\xff\xff\xff"),))
@@ -306,12 +292,6 @@ def test_only_this_machine_is_spoken_to_in_the_clear_unless_that_is_asked_for() 
     assert not Connection(address="localhost:8470", ca=Path("ca.pem")).is_plain
 
 
-def test_files_may_be_named_by_texts(tmp_path: Path) -> None:
-    token: Any = str(tmp_path / "token")
-    (tmp_path / "token").write_text("secret")
-    assert Connection(address="127.0.0.1:1", token_file=token).metadata() == [("authorization", "Bearer secret")]
-
-
 def test_a_token_file_is_read_for_every_call(planner: FakePlanner, tmp_path: Path) -> None:
     token = tmp_path / "token"
     with Client(planner.address, token_file=token) as client:
@@ -337,11 +317,3 @@ def test_the_service_config_is_the_documented_one() -> None:
     documented = re.search(r"```json\n(\{\"methodConfig\".*?)```", text, re.DOTALL)
     assert documented is not None
     assert json.loads(documented[1]) == SERVICE_CONFIG
-
-
-def test_a_file_becomes_a_document_as_it_is(tmp_path: Path) -> None:
-    path = tmp_path / "fleet.yaml"
-    path.write_text("kind: Cluster # comment\n")
-    document = document_of_file(path, document_pb2.DOCUMENT_KIND_CLUSTER)
-    assert document.content == b"kind: Cluster # comment\n"
-    assert document.source_name == str(path)

@@ -14,6 +14,7 @@ from hetis.planner.convert.stages import merged, stage_from_proto, stages_of_rep
 from hetis.planner.use_cases.dispatch.stages import stage_times
 from hetis.planner.use_cases.saved_plans import load_plan_and_problem
 from hetis.v1.stage_pb2 import AttentionPiece, HeadShape, StageDevice, StageModel
+from tests.fleets import fleet
 
 HEADS = HeadShape(
     head_groups=8, queries_per_group=4, kv_bytes_per_token=256, exchange_bytes_per_head=320, block_tokens=16
@@ -84,13 +85,7 @@ def test_the_network_card_of_no_stage_is_underrated() -> None:
         assert taken_s >= max(n * (s + byte_s * 320 * heads) for n, byte_s, s in cards) * (1 - 1e-9)
 
 
-CLUSTER = """
-apiVersion: hetis/v1
-kind: Cluster
-name: demo
-nodes: [{name: box, gpus: [{type: L4, count: 2}, {type: T4, count: 2}]}]
-network: {bandwidth: 10Gbps, latency: 20us}
-"""
+CLUSTER = fleet("demo", "box: 2 L4 + 2 T4", network="{bandwidth: 10Gbps, latency: 20us}")
 
 
 def test_a_plan_for_an_engine_has_one_head_map(tmp_path: Path) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import yaml
@@ -22,9 +21,6 @@ from tests.planner.export.plans import (
     on,
     replica,
 )
-
-DOCKER = Path(__file__).parents[3] / "docker"
-
 
 SETTINGS = ExportSettings(
     model="/models/tiny",

@@ -14,10 +14,8 @@ import yaml
 from hetis.formats.plan import plan_to_data
 from hetis.planner.cli.app import run
 from hetis.planner.cli.exit_codes import ExitCode
-from hetis.planner.export import ExportTarget
 from hetis.solver.plan import Plan
-from tests.planner.export.exporting import IN_CLUSTERS
-from tests.planner.export.plans import PLANS, STAGE_COPIES, made_of, on
+from tests.planner.export.plans import PLANS, STAGE_COPIES, made_of
 
 
 @pytest.fixture
@@ -193,25 +191,6 @@ def test_a_plan_without_its_model_is_refused(tmp_path: Path, capsys: pytest.Capt
     assert "Traceback" not in capsys.readouterr().err
 
 
-def test_clients_name_no_option_of_an_engine_by_the_plans_model(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Where replicas have checkpoints of several precisions, engines get the model's name for their clients."""
-    plan = PLANS["unlike replicas"]
-    fast = replace(plan.replicas[2], stages=(on("b/0", gpu="H100"),))
-    data = plan_to_data(made_of(*plan.replicas[:2], fast))
-    data["inputs"]["documents"]["model"] |= {
-        "name": "--config=/tmp/evil.yaml",
-        "precisions": {"H100": {"weights": "fp8"}},
-    }
-    path = tmp_path / "plan.json"
-    path.write_text(json.dumps(data), encoding="utf-8")
-    assert run(["export", str(path), "--to", "vllm", "--model", "/models/tiny-{weights}"]) == ExitCode.INVALID
-    said = capsys.readouterr()
-    assert "evil" not in said.out
-    assert "inputs.documents.model.name is '--config=/tmp/evil.yaml', must be a name" in said.err
-
-
 def test_an_altered_plan_is_exported_with_a_warning(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -228,47 +207,6 @@ def test_an_altered_plan_is_exported_with_a_warning(
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(placed.read_bytes())))
     assert run(["export", "-", "--to", "vllm"]) == 0, "standard input is read once"
     assert "does not pass `hetis-plan check`" in capsys.readouterr().err
-
-
-def test_a_key_that_nothing_asks_for_is_said_to_be_lost(plan_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(["export", str(plan_file), "--to", "dynamo", "--api-key-secret", "keys"]) == 0
-    assert "Dynamo's front end, which asks for no key" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("target", sorted(set(ExportTarget) - IN_CLUSTERS))
-def test_secrets_outside_kubernetes_are_mistakes_with_what_to_do_instead(
-    plan_file: Path, capsys: pytest.CaptureFixture[str], target: ExportTarget
-) -> None:
-    given = ["--api-key-secret", "keys", "--hf-token-secret", "hub", "--worker-key-secret", "worker"]
-    assert run(["export", str(plan_file), "--to", target, *given]) == ExitCode.INVALID
-    key = {"sglang": "give the engine --api-key after --", "ray": "it asks for no key"}
-    environment = f"in the environment of {'docker compose or in .env' if target == 'compose' else 'its processes'}"
-    has_workers = target not in ("sglang", "ray")
-    worker_key = "put the key into worker.key beside its files" if has_workers else "it starts no attention workers"
-    reads = f"--to {target} reads no Secrets of Kubernetes"
-    assert capsys.readouterr().err.splitlines()[1:] == [
-        f"  export: --api-key-secret: {reads}, {key.get(target, f'set VLLM_API_KEY {environment}')}",
-        f"  export: --hf-token-secret: {reads}, set HF_TOKEN {environment}",
-        f"  export: --worker-key-secret: {reads}, {worker_key}",
-    ]
-
-
-@pytest.mark.parametrize("target", sorted(IN_CLUSTERS))
-def test_addresses_and_ports_of_nodes_are_mistakes_in_kubernetes(
-    plan_file: Path, capsys: pytest.CaptureFixture[str], target: ExportTarget
-) -> None:
-    words = ["export", str(plan_file), "--to", target, "--insecure", "--port"]
-    for address in ("a=10.0.0.1", "a"):
-        wrong = ["--node-address", address, "--hf-token-secret", "hub:a b", "--model-claim", "M_M"]
-        assert run([*words, "9000", *wrong]) == ExitCode.INVALID
-        assert capsys.readouterr().err.splitlines()[1:] == [
-            f"  export: --port is 9000: --to {target} serves at port 8000",
-            f"  export: --node-address: --to {target} takes none, pods have addresses of their own",
-            "  export: --model-claim is 'M_M', must be the name of an object: lower-case letters, digits, - and .",
-            "  export: --hf-token-secret is 'hub:a b', must be SECRET or SECRET:KEY, with letters, digits, -, _ and . "
-            "in KEY",
-        ]
-    assert run([*words, "8000"]) == ExitCode.OK
 
 
 @pytest.mark.parametrize(
@@ -290,6 +228,11 @@ def test_addresses_and_ports_of_nodes_are_mistakes_in_kubernetes(
         (["--to", "compose", "--image", "a b"], "an image name has spaces"),
         (["--to", "vllm", "--model-claim", "c"], "--model-claim is c: --to vllm has no pods"),
         (["--to", "slurm", "--image", "i"], "--image is i: --to slurm has no containers"),
+        (["--to", "vllm", "--api-key-secret", "k"], "--to vllm reads no Secrets of Kubernetes, set VLLM_API_KEY"),
+        (["--to", "sglang", "--hf-token-secret", "k"], "--to sglang reads no Secrets of Kubernetes, set HF_TOKEN"),
+        (["--to", "compose", "--worker-key-secret", "k"], "put the key into worker.key beside its files"),
+        (["--to", "lws", "--insecure", "--port", "9000"], "--port is 9000: --to lws serves at port 8000"),
+        (["--to", "lws", "--insecure", "--node-address", "a"], "takes none, pods have addresses of their own"),
     ],
 )
 def test_wrong_options_are_mistakes_of_the_caller(

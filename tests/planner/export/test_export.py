@@ -77,20 +77,6 @@ def test_layers_and_gpus_are_read_back_as_planned(target: ExportTarget, name: st
         assert made.rate == pytest.approx(PLANS[name].served_rate())
 
 
-def test_the_readme_of_a_large_fleet_has_rates_without_an_exponent() -> None:
-    fast = replace(PLANS["unlike replicas"].replicas[0], rate=21_432.6)
-    readme = exported(made_of(fast), ExportTarget.VLLM).files["README.md"]
-    assert "serves 21,433 requests/s saturated, what is exported 21,433." in readme
-
-
-def test_the_readme_lists_each_gpu_once_and_says_which_are_attention_workers() -> None:
-    """A worker's GPU serves both ranks of its stage, with a process for each."""
-    readme = exported(PLANS["workers of stages"], ExportTarget.VLLM).files["README.md"]
-    assert "| a/0,1; c/2,3; attention workers: b/0; c/4 |" in readme
-    readme = exported(PLANS["attention workers"], ExportTarget.VLLM).files["README.md"]
-    assert "| a/0; attention workers: b/0,1 |" in readme
-
-
 def test_pods_of_several_further_stages_learn_which_node_they_are_on() -> None:
     made = exported(made_of(replica(*THREE, in_flight=3)), ExportTarget.LWS)
     found = [one for each in reading.manifests(made.files) for one in containers_in(each) if "$HETIS_NODE" in str(one)]
@@ -273,19 +259,6 @@ def test_the_name_of_a_file_is_not_taken_for_a_checkpoint(model: str) -> None:
     assert (why in "".join(made.lost)) == (why in made.files["README.md"]) == (model == "tiny")
 
 
-def test_gpus_of_a_mixed_node_are_chosen_by_others() -> None:
-    chooses = {
-        **dict.fromkeys(IN_CLUSTERS, "which of them a pod gets, the device plugin decides"),
-        ExportTarget.SLURM: "which of them a step gets, Slurm decides",
-        ExportTarget.RAY: "which of them a rank gets, Ray decides",
-    }
-    for target in ExportTarget:
-        if target is not ExportTarget.SGLANG:
-            said = (f"node a has A100 and L4: {chooses[target]}",) if target in chooses else ()
-            assert exported(PLANS["stages of a node"], target).lost == said
-    assert exported(PLANS["one GPU"], ExportTarget.KUBERNETES).lost == ()
-
-
 # No target carries these with the same engine.
 NOWHERE = ("which SGLang does not support", "no partner is left")
 
@@ -390,15 +363,6 @@ def test_pods_are_not_killed_while_the_engine_drains_as_told(target: ExportTarge
     if not by_operator:
         assert grace("stages of two nodes", "--shutdown-timeout", "300") == {355}
         assert grace("attention workers", "--shutdown-timeout", "300") == {355, 55}, "workers drain nothing"
-
-
-def test_releases_of_llm_d_are_installed_where_their_services_are() -> None:
-    made = exported(PLANS["unlike replicas"], ExportTarget.LLM_D, namespace="serving")
-    releases = re.findall(
-        r"(?m)^helm upgrade --install (\S+) .* --namespace serving --values (\S+)$", made.files["README.md"]
-    )
-    assert releases == [(f"hetis-r{i}", f"values-r{i}.yaml") for i in range(3)]
-    assert {values for _, values in releases} <= made.files.keys()
 
 
 def test_dynamos_operator_alone_gives_pods_shared_memory() -> None:

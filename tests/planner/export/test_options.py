@@ -16,7 +16,7 @@ from hetis.planner.export.replicas import ExportSettings
 from hetis.planner.export.targets import ENGINES, export_plan, export_wanted
 from hetis.solver.model import DraftShape
 from tests.planner.export import reading
-from tests.planner.export.exporting import DOCKER, IN_CLUSTERS, READERS, SETTINGS, containers_in, exported
+from tests.planner.export.exporting import IN_CLUSTERS, READERS, SETTINGS, containers_in, exported
 from tests.planner.export.plans import (
     PLANS,
     WITH_WORKERS,
@@ -76,14 +76,6 @@ def test_a_draft_is_a_mapping_for_ray() -> None:
     (application,) = yaml.safe_load(made.files["serve.yaml"])["applications"]
     arguments = application["args"]["llm_configs"][0]["engine_kwargs"]
     assert arguments["speculative_config"] == {"method": "mtp", "num_speculative_tokens": 1}
-
-
-def test_compose_says_who_must_own_the_key() -> None:
-    """The key is mounted with its owner and mode, and read by the user of our images."""
-    readme = exported(PLANS["attention workers"], ExportTarget.COMPOSE).files["README.md"]
-    [user] = re.findall(r"chown (\d+) worker.key", readme)
-    for image in ("vllm", "worker"):
-        assert f"USER {user}:{user}" in (DOCKER / f"{image}.Dockerfile").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("name", sorted(WITH_WORKERS))
@@ -204,12 +196,6 @@ def test_workers_get_no_token() -> None:
     made = exported(PLANS["attention workers"], ExportTarget.KUBERNETES, hf_token_secret="hub")
     found = [each for one in reading.manifests(made.files) for each in containers_in(one)]
     assert {(each["name"], "HF_TOKEN" in str(each["env"])) for each in found} == {("vllm", True), ("worker", False)}
-
-
-@pytest.mark.parametrize("target", [ExportTarget.COMPOSE, ExportTarget.KUBERNETES])
-def test_text_that_other_readers_of_yaml_take_for_a_number_is_quoted(target: ExportTarget) -> None:
-    files = exported(next(iter(PLANS.values())), target, served_name="1e5").files
-    assert any("'1e5'" in text for text in files.values())
 
 
 @pytest.mark.parametrize("target", READERS)

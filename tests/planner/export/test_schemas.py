@@ -14,7 +14,6 @@ import yaml
 from kubernetes_validate.utils import all_versions, schema_contents
 from referencing import Registry, Resource
 
-from hetis.engines.versions import Engine
 from hetis.planner.export import ExportTarget
 from hetis.planner.export.replicas import NotExportableError
 from tests.planner.export import reading, schemas
@@ -67,14 +66,6 @@ def test_compose_takes_every_file(name: str) -> None:
         compose = compose_spec.PyCompose.from_json(json.dumps(whole))
         compose.validate()
         assert sorted(compose.service_names()) == sorted(whole["services"])
-
-
-def test_what_compose_does_not_know_is_found() -> None:
-    made = exported(PLANS["one GPU"], ExportTarget.COMPOSE)
-    whole = yaml.safe_load(made.files["a/compose.yaml"])
-    whole["services"]["r0-vllm"]["restart"] = "sometimes"
-    with pytest.raises(ValueError, match="unknown variant `sometimes`"):
-        compose_spec.PyCompose.from_json(json.dumps(whole)).validate()
 
 
 def pods_in(schema: Any, value: Any) -> Iterator[tuple[str, Any]]:
@@ -133,16 +124,6 @@ OWN_KINDS = {
     ExportTarget.KSERVE: {"LLMInferenceService", "LLMInferenceServiceConfig"},
     ExportTarget.DYNAMO: {"DynamoGraphDeployment"},
 }
-
-
-def test_sglang_is_a_server_of_operators_too() -> None:
-    for target in (ExportTarget.KUBERNETES, ExportTarget.LWS, ExportTarget.KSERVE, ExportTarget.DYNAMO):
-        for name in ("stages of two nodes", "unlike replicas"):
-            if (target, name) != (ExportTarget.DYNAMO, "stages of two nodes"):
-                made = exported(PLANS[name], target, engine=Engine.SGLANG, api_key_secret="api", insecure=False)
-                for one in reading.manifests(made.files):
-                    check_object(one)
-                assert "SGLANG_PP_LAYER_PARTITION" in str(made.files) or name == "unlike replicas"
 
 
 @pytest.mark.parametrize("name", sorted(set(PLANS) - {"workers of stages"}))

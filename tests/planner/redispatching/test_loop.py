@@ -14,8 +14,6 @@ from hetis.planner.convert.stages import snapshot_from_proto, stage_from_proto
 from hetis.planner.failures import Reason, ServiceError
 from hetis.planner.fleet.agents.head_maps import HeadMaps
 from hetis.planner.fleet.redispatching.loop import RedispatchLoop
-from hetis.planner.fleet.views import FleetObserver
-from hetis.planner.resources.proposals import PlacementProposals
 from hetis.solver.redispatch.triggers import makespan_s
 from hetis.v1 import cluster_pb2, head_map_pb2, redispatch_pb2, report_pb2
 from tests.planner.redispatching.messages import apply_moves, head_map_message, load_message, stage_message
@@ -352,8 +350,3 @@ async def test_the_loop_runs_by_itself() -> None:
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
-
-
-def told_by_the_fleet(loop: RedispatchLoop, proposals: PlacementProposals) -> tuple[FleetObserver, FleetObserver]:
-    """Let mypy prove that loop and proposals are observers of the fleet."""
-    return loop, proposals

@@ -5,43 +5,30 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import replace
-from importlib.resources import files
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from hetis.formats.documents import load_cluster, load_plan
 from hetis.planner.report.alternatives import reason_words, shape_words
-from hetis.planner.report.blocks import COLORS, Waterfalls
+from hetis.planner.report.blocks import Waterfalls
 from hetis.planner.report.figures import digits
 from hetis.planner.report.goals import differences, is_one_question
-from hetis.planner.report.page.axes import chart_of
 from hetis.planner.report.page.fleet_map import fleet_map, shape_letter
-from hetis.planner.report.page.key_figures import key_tiles
 from hetis.planner.report.page.pages import ShownPlan, plans_page
 from hetis.planner.report.page.plan_section import plan_blocks
-from hetis.planner.report.promises import simple_setups
-from hetis.planner.report.simulation.pictures import _COLORS, Line, Panel, _dash
 from hetis.planner.use_cases.compare import figures_of
 from hetis.planner.use_cases.saved_plans import inputs_from_documents, load_plan_and_problem
 from hetis.solver.cluster import Link
 from hetis.solver.constraints import Exclude, Selection, Unit
-from hetis.solver.plan import Explanation, IdleGpus, Objective, ObjectiveKind
+from hetis.solver.plan import Explanation, IdleGpus
 from hetis.solver.problem import EngineRules, EngineSettings
+from tests.fleets import fleet
 from tests.planner import plans
 from tests.planner.command_line import EXAMPLES, hetis_plan_here, invoke
 from tests.planner.html_pages import ReadPage
 
-CLUSTER = """\
-apiVersion: hetis/v1
-kind: Cluster
-name: two-types
-nodes:
-  - {name: a100, gpus: [{type: A100-PCIe-80GB, count: 2}]}
-  - {name: t4, count: 2, gpus: [{type: T4, count: 1}]}
-network: {bandwidth: 100Gbps, latency: 20us}
-"""
+CLUSTER = fleet("two-types", "a100: 2 A100-PCIe-80GB", "2 t4: 1 T4")
 INPUTS = ("-c", "cluster.yaml", "-m", "Llama-2-7B", "-w", "500/100", "--time-limit", "5s")
 
 
@@ -84,35 +71,10 @@ def test_a_page_says_what_the_plan_says(folder: Path) -> None:
         assert note in text
 
 
-def test_simpler_setups_are_no_better_than_the_best_of_them(folder: Path) -> None:
-    plan = load_plan(str(folder / "plan.json"))
-    simple = plan.inputs["simple_setups"]
-    assert list(simple) == ["1", "2"], "no node has more GPUs of a type"
-    assert all(value is None or value <= plan.inputs["equal_stages_value"] for value in simple.values())
-    said = simple_setups(replace(plan, inputs={"simple_setups": {"2": 0.85 * plan.result.value, "8": None}}))
-    assert said[0].startswith("TP2 in every replica: ")
-    assert said[0].endswith(", 15% less")
-    assert said[1] == "TP8 in every replica: none that keeps the limits"
-    assert simple_setups(plan)[0] in whole((folder / "placed.html").read_text()).text
-    unsimulated = simple_setups(plan)[0].removesuffix(" by the model")
-    assert unsimulated in " ".join(hetis_plan_here("place", *INPUTS, "--no-verify", cwd=folder).stdout.split())
-
-
 def test_report_makes_the_page_that_place_makes(folder: Path) -> None:
     done = hetis_plan_here("report", "plan.json", "--out", "-", cwd=folder)
     assert done.returncode == 0, done.stderr
     assert done.stdout == (folder / "placed.html").read_text()
-
-
-def test_curves_of_a_simulation_have_the_limits_across(folder: Path) -> None:
-    done = hetis_plan_here("report", "plan.json", "--simulate", "--out", "curves.html", cwd=folder)
-    assert done.returncode == 0, done.stderr
-    page = (folder / "curves.html").read_text()
-    text = whole(page).text
-    assert "Under simulated traffic" in text
-    assert "limit 2.00" in text
-    assert "limit 0.100" in text
-    assert len(re.findall(r"<circle ", page)) == 3 * 8  # throughput, TTFT and TPOT at every rate
 
 
 def test_plans_are_compared_before_each_is_shown(folder: Path) -> None:
@@ -145,21 +107,6 @@ def test_plans_that_answer_different_questions_are_not_ranked(folder: Path) -> N
     beside = page[: page.index('id="plan-1"')]
     assert 'class="strong"' not in beside
     assert "by the model, requests/s" in beside
-
-
-def test_plans_with_different_goals_share_no_scale(folder: Path) -> None:
-    found = load_plan_and_problem(str(folder / "plan.json"))
-    objective = Objective(kind=ObjectiveKind.COST, demand_rps=12.0)
-    cheap = replace(found.plan, objective=objective, result=replace(found.plan.result, objective=ObjectiveKind.COST))
-    shown = [
-        ShownPlan(name="most", plan=found.plan, problem=found.problem),
-        ShownPlan(name="least", plan=cheap, problem=replace(found.problem, objective=objective)),
-    ]
-    page = plans_page(shown)
-    text = whole(page).text
-    assert "Objective goodput: most; cost for 12.0 requests/s: least" in text
-    assert "by the model" not in page[: page.index('id="plan-1"')].replace("from the model", "")
-    assert f"{digits(cheap.result.bound)} USD/h" in text
 
 
 def test_differences_of_problems_are_found_wherever_they_are(folder: Path) -> None:
@@ -213,16 +160,6 @@ def test_names_of_documents_cannot_write_html(folder: Path) -> None:
     assert evil in whole(page).text
 
 
-def test_errors_of_profiles_in_no_form_of_ours_are_not_shown(folder: Path) -> None:
-    found = load_plan_and_problem(str(folder / "plan.json"))
-    known = found.plan.inputs["profile_errors"]["predicted"]
-    words = {gpu: dict.fromkeys(errors, "x") for gpu, errors in known["errors"].items()}
-    for changes in ({"errors": words}, {"assumed": None}):
-        inputs = {**found.plan.inputs, "profile_errors": {"predicted": {**known, **changes}}}
-        plan = replace(found.plan, inputs=inputs)
-        assert "Profiles and their errors" in plans_page([ShownPlan(name="The plan", plan=plan, problem=found.problem)])
-
-
 def test_a_missed_limit_is_said_first(folder: Path) -> None:
     found = load_plan_and_problem(str(folder / "plan.json"))
     missed = {**found.plan.inputs["verification"], "kept": False, "ttft_p95_s": 9.5, "kept_rps": None}
@@ -253,24 +190,6 @@ def test_a_loss_of_more_than_half_is_red_and_rungs_stand_side_by_side(folder: Pa
         assert "pipelines 9.000 8.500 4.00 4 20% 2 2" in text
 
 
-def test_idle_gpus_have_a_price(folder: Path) -> None:
-    found = load_plan_and_problem(str(folder / "plan.json"))
-    fewer = replace(found.plan, replicas=found.plan.replicas[:1], runners_up=(), prices=())
-    idle = found.problem.cluster.num_gpus() - len(fewer.devices())
-    [tile] = [tile for tile in key_tiles(fewer, found.problem) if tile.label == "GPUs in use"]
-    assert re.search(rf"{idle} idle for [\d.]+ USD/h", tile.note)
-
-
-def test_a_page_says_that_a_demand_is_not_met(folder: Path) -> None:
-    found = load_plan_and_problem(str(folder / "plan.json"))
-    for ratio, is_met in ((0.5, True), (2.0, False)):
-        asked = replace(found.plan.objective, demand_rps=ratio * found.plan.result.value)
-        shown = ShownPlan(name="The plan", plan=replace(found.plan, objective=asked), problem=found.problem)
-        text = whole(plans_page([shown])).text
-        assert "Demand" in text
-        assert ("not met" in text[: text.index("How good it is")]) is not is_met
-
-
 def test_the_map_shows_every_gpu_with_what_it_does() -> None:
     cluster = load_cluster(str(EXAMPLES / "paper.yaml"))
     plan = plans.plan(plans.paper_replica())
@@ -287,14 +206,6 @@ def test_the_map_shows_every_gpu_with_what_it_does() -> None:
     assert nodes["a100"][0].lines == ("R0 stage 1", "layers 0–51", "TP4, 1 of 2 heads")
     assert nodes["p100"][3].lines == ("R0 stage 1", "attention, 2 cards", "1 of 2 heads")
     assert drawn.idle == (("4 × RTX-3090", "too slow"),)
-
-
-def test_a_fleet_of_many_equal_nodes_is_drawn_in_a_few() -> None:
-    cluster = load_cluster(str(EXAMPLES / "fleet-10000.yaml"))
-    plan = plans.plan(plans.replica(plans.stage("L4", tp=1, first=0, layers=80, devices=("nowhere/0",))))
-    explanation = Explanation(memory=(), stage_times=(), bottlenecks=(), idle=(), attention_workers="")
-    drawn = fleet_map(plan, cluster, explanation)
-    assert sum(len(zone.nodes) for zone in drawn.zones) == len(cluster.node_groups)
 
 
 def test_many_replicas_are_called_by_their_shape() -> None:
@@ -343,12 +254,6 @@ def test_what_to_buy_next_is_found_by_solving_again(folder: Path) -> None:
     assert "--buy-next" not in text
 
 
-def test_a_page_without_the_market_says_how_to_find_what_to_buy_next(folder: Path) -> None:
-    found = load_plan_and_problem(str(folder / "plan.json"))
-    page = plans_page([ShownPlan(name="The plan", plan=found.plan, problem=found.problem)])
-    assert "for every type on the market: hetis-plan report --buy-next." in whole(page).text
-
-
 def test_shapes_and_reasons_are_said_in_words() -> None:
     shape = "H100-SXM-80GB TP8 x1 L60 | L4 TP1 x2 L20 (+3 T4 attention workers)"
     assert shape_words(shape) == (
@@ -376,31 +281,6 @@ def test_a_page_that_cannot_be_is_refused_before_the_work(folder: Path) -> None:
         assert words in " ".join(done.stderr.replace("│", " ").split())
 
 
-def test_colors_have_the_contrast_that_wcag_asks_for() -> None:
-    """Level AA: 4.5 for text (1.4.3), 3 for the bars and curves on their ground (1.4.11), in both modes."""
-    css = files("hetis.planner.report.page").joinpath("page.css").read_text()
-    pairs = re.findall(r"--(\w+): light-dark\(#(\w{6}), #(\w{6})\)", css)
-    for mode in (1, 2):
-        color = {pair[0]: _luminance(pair[mode]) for pair in pairs}
-        for ground in ("paper", "raised", "s9"):
-            for ink in ("ink", "soft", "accent", "good", "bad"):
-                assert _contrast(color[ink], color[ground]) >= 4.5, (ink, ground)
-        for series in range(8):
-            assert _contrast(color[f"s{series}"], color["s9"]) >= 3.0, series
-            assert _contrast(color[f"s{series}"], color["paper"]) >= 3.0, series
-            assert _contrast(color["ink"], color[f"t{series}"]) >= 4.5, series
-
-
-def _luminance(color: str) -> float:
-    parts = (int(color[at : at + 2], 16) / 255.0 for at in (0, 2, 4))
-    red, green, blue = (part / 12.92 if part <= 0.03928 else ((part + 0.055) / 1.055) ** 2.4 for part in parts)
-    return 0.2126 * red + 0.7152 * green + 0.0722 * blue
-
-
-def _contrast(one: float, other: float) -> float:
-    return (max(one, other) + 0.05) / (min(one, other) + 0.05)
-
-
 def test_a_plan_whose_figures_are_wrong_is_not_shown_without_a_warning(folder: Path) -> None:
     plan = json.loads((folder / "plan.json").read_text())
     plan["result"]["value"] *= 2
@@ -412,36 +292,9 @@ def test_a_plan_whose_figures_are_wrong_is_not_shown_without_a_warning(folder: P
             assert ("does not pass `hetis-plan check`: result: value is" in " ".join(result.stderr.split())) == is_told
 
 
-@pytest.mark.parametrize("ignored", [("--count", "2"), ("--time-limit", "5s")])
-def test_options_of_what_to_buy_are_not_ignored_without_it(folder: Path, ignored: tuple[str, ...]) -> None:
-    result = invoke("report", str(folder / "plan.json"), *ignored, "--out", str(folder / "ignored.html"))
-    assert result.exit_code == 2
-    assert f"{ignored[0]} needs --buy-next" in result.stderr
-
-
-def test_a_library_that_is_missing_is_missed_before_the_work(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    for arguments, extra in (
-        (["report", str(folder / "plan.json"), "--out", str(folder / "never.html")], "hetis[planner]"),
-        (["simulate", str(folder / "plan.json"), "--plot", str(folder / "never.html")], "hetis[plots]"),
-    ):
-        result = invoke(*arguments)
-        assert result.exit_code == 2
-        assert f"pip install '{extra}'" in " ".join(result.output.replace("│", " ").split())
-    assert not (folder / "never.html").exists()
-
-
 def test_out_to_standard_output_prints_the_plan_and_no_table(folder: Path) -> None:
     done = hetis_plan_here("place", *INPUTS, "--no-verify", "--out", "-", cwd=folder)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["kind"] == "Plan"
     again = hetis_plan_here("replan", "--from", "plan.json", "-c", "cluster.yaml", "--out", "-", cwd=folder)
     assert json.loads(again.stdout)["kind"] == "Plan"
-
-
-def test_lines_of_one_colour_differ_in_their_dashes() -> None:
-    lines = tuple(Line(name=f"line {i}", x=np.array([0.0, 1.0]), y=np.array([0.0, i + 1.0])) for i in range(COLORS + 1))
-    curves = chart_of(Panel(title="many", x_title="s", y_title="share", lines=lines)).curves
-    assert len({(curve.color, curve.dashed) for curve in curves}) == COLORS + 1
-    styles = {(number % len(_COLORS), _dash(number)) for number in range(2 * len(_COLORS) + 1)}
-    assert len(styles) == 2 * len(_COLORS) + 1

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, replace
+from dataclasses import replace
 
 import pytest
 from rich.console import Console, RenderableType
 
 from hetis.commands.terminal import _ASCII
-from hetis.planner.report import plan as plan_report
-from hetis.planner.report import promises
 from hetis.planner.report.alternatives import distinct_runners_up
 from hetis.planner.report.explanation import memory_shares, render_explanation, time_shares
-from hetis.planner.report.goals import limits_words
 from hetis.planner.report.plan import MAX_SHAPES, render_plan
 from hetis.planner.report.promises import beside_engines, beside_equal_stages, misses_demand, simple_setups, verdict
 from hetis.planner.use_cases.grouping import group_replicas
@@ -105,18 +102,6 @@ def test_parts_of_a_chart_have_different_signs_in_ascii_too() -> None:
         assert len(set(signs)) == len(shares) + 1
 
 
-def test_equal_stages_beside_a_plan_without_unified_replicas_are_said_to_be_excluded() -> None:
-    plan = plans.split_plan()
-    split = {"roles": ["prefill", "decode"], "equal_stages_value": 1.62, "simple_setups": {"2": 1.62}}
-    for roles, excluded in ((split["roles"], True), (["unified", "prefill", "decode"], False)):
-        text = text_of(render_plan(replace(plan, inputs={**split, "roles": roles})), width=120)
-        assert (
-            "1.620 requests/s by unified replicas of equal stages, which --roles excludes; this plan" in text
-        ) is excluded
-        assert ("Simpler setups by unified replicas, which --roles excludes" in text) is excluded
-        assert ("1.620 requests/s by replicas of equal stages; this plan" in text) is not excluded
-
-
 def test_what_other_engines_reach_is_said_with_what_keeps_them_apart() -> None:
     """The plan's value is 1.35; for costs more and less are reversed."""
     rows = [
@@ -152,51 +137,6 @@ def test_what_other_engines_reach_is_said_with_what_keeps_them_apart() -> None:
     ):  # fmt: skip
         assert beside_engines(replace(plan, inputs={**plan.inputs, "engine_values": [row]})) == [words]
     assert beside_engines(replace(plan, inputs={**plan.inputs, "engine_values": [{"of": "another version"}]})) == []
-
-
-def test_explain_names_the_devices_of_every_stage_and_its_workers() -> None:
-    plan = PLANS["paper"]
-    shown = text_of(render_explanation(plan, plans.explanation(plan)))
-    table = shown[shown.index("memory of one GPU") : shown.index("unusable")]
-    assert [line.split()[-1] for line in table.splitlines() if "█" in line or "▒" in line] == [
-        "a100/[0-3]", "r3090-[0-1]/[0-1]", "p100/[0-1]", "p100/[2-3]",
-    ]  # fmt: skip
-
-
-def test_explain_names_the_devices_of_a_few_equal_replicas_and_wide_those_of_all() -> None:
-    replica = plans.paper_replica()
-    first = replace(replica.stages[0], devices=("n0/0",))
-    many = [replace(replica, stages=(replace(first, devices=(f"n{i}/0",)),), attention_workers=()) for i in range(20)]
-    plan = replace(plans.plan(replica), replicas=tuple(many))
-    explanation = plans.explanation(plan)
-    shown, wide = (
-        text_of(render_explanation(plan, explanation)),
-        text_of(render_explanation(plan, explanation, wide=True)),
-    )
-    assert "n11/0" in shown
-    assert "n12/0" not in shown
-    assert "… and those of 8 more replicas (-o wide has all)" in shown
-    assert "n19/0" in wide
-    assert "more replicas" not in wide
-
-
-def test_at_80_columns_names_in_legends_stay_whole() -> None:
-    plan = PLANS["paper"]
-    assert " - other" in text_of(render_explanation(plan, plans.explanation(plan))), "glyph and name on one line"
-
-
-HEADERS = """GiB unusable engine weights KV activations free nominal,
-% of stage dense all-reduce prefill decode att. transfer other, GPU per node there used workers idle marginal price"""
-
-
-@pytest.mark.parametrize("width", range(44, 84, 4))
-def test_on_a_narrow_terminal_headers_break_between_words_and_columns_are_left_out(width: int) -> None:
-    plan = PLANS["paper"]
-    shown = text_of(render_explanation(plan, plans.explanation(plan)), width=width)
-    heads = [line.split() for line in shown.splitlines() if line.startswith((" GiB ", " stage  ", " % of", " GPU  "))]
-    assert len(heads) == 3, "of memory, time and prices"
-    assert {word for head in heads for word in head} <= set(HEADERS.replace(",", "").split())
-    assert ("nominal (-o json" in " ".join(shown.split())) == (width < 72)
 
 
 @pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS.keys())
@@ -267,33 +207,6 @@ def test_a_bar_says_if_its_limit_is_for_another_statistic(level: ServiceLevel, l
         assert line.partition("%")[2] == words
 
 
-def test_the_table_view_names_value_bound_gap_and_limits() -> None:
-    text = text_of(render_plan(PLANS["paper"]))
-    for part in ("1.350 requests/s", "1.357 requests/s", "gap 0.52%", "99.8 ms of 100 ms", "100% binds"):
-        assert part in text
-
-
-def test_the_table_view_shows_stages_workers_and_devices() -> None:
-    text = text_of(render_plan(PLANS["paper"]))
-    for part in ("TP2 ×2", "0–51 (52)", "1 of 2", "a100/[0-3]", "p100/[2-3]", "r3090-[0-1]/[0-1]"):
-        assert part in text
-
-
-def test_the_table_view_shows_roles_and_routes_at_a_glance() -> None:
-    lines = text_of(render_plan(PLANS["roles"])).splitlines()
-    text = "\n".join(lines)
-    assert "6 replicas (1 unified, 3 prefill, 2 decode) on " in " ".join(text.split())
-    assert "requests/s: prefill 3.00, decode 2.60, routed 2.60, unified 1.50" in text
-    assert "3 equal replicas, prefill  1.000 requests/s saturated each, 3.000 together" in text
-    assert "Replica 3 decode  1.600 requests/s saturated · room for " in text
-    assert "TTFT 1.21 s until the KV arrives · 4 prompts in flight · chunks of 512" in text
-    assert "TPOT 99.8 ms · 64 decoding = 16 × 4 in flight\n" in text
-    assert "sends KV to east, west" in text
-    routes = [line.split() for line in lines[lines.index("KV routes") + 2 :]]
-    assert routes[0][:5] + routes[0][-3:] == ["replicas", "0-2", "(L4)", "replica", "3", "1.600", "53%", "100%"]
-    assert "prefill" not in text_of(render_plan(PLANS["paper"])).partition("Searched")[0]
-
-
 def test_the_explanation_shows_the_wire_of_replicas_that_have_one() -> None:
     text = " ".join(text_of(render_explanation(PLANS["roles"], plans.explanation(PLANS["roles"]))).split())
     assert "Replica 0 (prefill) and 2 like it" in text
@@ -317,16 +230,6 @@ def test_the_verdict_claims_what_is_proven_and_no_more(name: str, words: str) ->
     assert verdict(PLANS[name]) == words
 
 
-def test_the_verdict_names_the_statistics_of_the_bound_if_others_are_asked_for() -> None:
-    level = ServiceLevel(ttft=Statistic.P50)
-    for name, words in (
-        ("optimal", "proven optimal for p95 TTFT and mean TPOT: no plan of the family is better"),
-        ("paper", "proven for p95 TTFT and mean TPOT: no plan of the family is over 0.52% better"),
-    ):
-        plan = replace(PLANS[name], inputs={**PLANS[name].inputs, "service_level": asdict(level)})
-        assert verdict(plan) == words
-
-
 def test_the_bound_of_a_tenant_is_of_the_whole_fleet_to_itself() -> None:
     shared = replace(PLANS["paper"], inputs={**PLANS["paper"].inputs, OTHER_TENANTS: {"chat": ["l4-0/0"]}})
     words = "proven: even with the whole fleet to itself not over 0.52% better"
@@ -337,83 +240,12 @@ def test_the_bound_of_a_tenant_is_of_the_whole_fleet_to_itself() -> None:
     assert "with the whole fleet to itself gap 0.52%" in shown
 
 
-def test_an_unproven_plan_is_called_that() -> None:
-    result = replace(PLANS["paper"].result, bound=float("inf"), gap=float("inf"))
-    assert verdict(replace(PLANS["paper"], result=result)) == "no bound: it is unknown how much better a plan could be"
-    result = replace(PLANS["cost"].result, bound=0.0, gap=1.0)
-    assert verdict(replace(PLANS["cost"], result=result)) == "no bound: it is unknown how much cheaper a plan could be"
-
-
-def test_a_short_limit_is_in_milliseconds() -> None:
-    objective = replace(PLANS["paper"].objective, ttft_limit_s=0.001, tpot_limit_s=0.0005)
-    assert limits_words(objective) == "TTFT p95 up to 1 ms, TPOT up to 0.5 ms"
-    assert limits_words(replace(objective, ttft_limit_s=0.7)) == "TTFT p95 up to 0.7 s, TPOT up to 0.5 ms"
-
-
 def test_equal_replicas_are_grouped_and_none_is_lost() -> None:
     replicas = plans.large_replicas(65)
     groups = group_replicas(replicas)
     assert sorted(number for group in groups for number in group.numbers) == list(range(65))
     assert len(groups) == 30
     assert sum(group.rate for group in groups) == pytest.approx(sum(replica.rate for replica in replicas))
-
-
-def test_prices_too_small_to_show_are_not_shown_as_zero() -> None:
-    prices = tuple(replace(price, dual=1.7e-6) for price in PLANS["paper"].prices)
-    assert " < 0.0001/s" in text_of(render_plan(replace(PLANS["paper"], prices=prices)))
-
-
-def test_prices_are_not_called_bounds() -> None:
-    for plan in (PLANS["paper"], PLANS["cost"]):
-        for text in (text_of(render_plan(plan)), text_of(render_explanation(plan, plans.explanation(plan)))):
-            assert "marginal price" in text
-            assert "≤" not in text
-            assert "one more adds" not in text
-    text = " ".join(text_of(render_explanation(PLANS["paper"], plans.explanation(PLANS["paper"]))).split())
-    assert "The marginal price is what one GPU of the class adds" in text
-    assert "One more GPU may add more than that" in text
-
-
-def test_what_was_searched_is_said_in_plain_lines_and_exactly_by_explain() -> None:
-    rules = {"name": "vllm-hetis", "max_stages": 8}
-    plan = replace(PLANS["paper"], inputs={"engine": rules, "roles": ["unified"]}, family="stages of " + "x " * 300)
-    shown = text_of(render_plan(plan))
-    assert len(shown[shown.index("Searched") :].splitlines()) <= 6
-    words = " ".join(shown.split())
-    assert "Strategy hetis: every shape: mixed types, uneven layers, attention workers" in words
-    assert "only unified replicas. Of these, what vllm-hetis runs: replicas of up to 8 stages in one zone." in words
-    for exact in (render_plan(plan, wide=True), render_explanation(plan, plans.explanation(plan))):
-        assert plan.family.strip() in " ".join(text_of(exact).split())
-    assert plan.family.strip() in " ".join(text_of(render_plan(replace(plan, strategy="of another version"))).split())
-
-
-@pytest.mark.parametrize(("rate", "is_red"), [(0.2, True), (0.6, False)])
-def test_a_loss_of_more_than_half_is_red(rate: float, is_red: bool) -> None:
-    losses = {"node": {"name": "a100-0", "rate": rate, "whole": 1.0}}
-    plan = replace(PLANS["paper"], inputs={**PLANS["paper"].inputs, "losses": losses})
-    facts = dict(plan_report._facts(plan))
-    assert (str(getattr(facts["Losses"], "style", "")) == "red") == is_red
-
-
-def test_gpus_without_bfloat16_are_said_to_compute_in_float16() -> None:
-    plan = PLANS["paper"]
-    inputs = load_inputs(cluster=str(EXAMPLES / "paper.yaml"), model="Llama-2-70B", workload="1024/256").inputs
-    made = replace(plan, inputs={"documents": inputs.documents()})
-    stage = made.replicas[0].stages[0]
-
-    def words(*gpus: str) -> str | None:
-        stages = tuple(replace(stage, gpu=gpu) for gpu in gpus)
-        return promises.precision(replace(made, replicas=(replace(made.replicas[0], stages=stages),)))
-
-    assert words("A100-PCIe-80GB", "T4") == "weights bf16, KV bf16; fp16 for bf16 on T4"
-    assert words("A100-PCIe-80GB") == "weights bf16, KV bf16"
-
-
-def test_equal_stages_of_a_runner_up_are_told_once() -> None:
-    runner = replace(PLANS["paper"].runners_up[0], shape="L4 TP4 x1 L40 | L4 TP4 x1 L40 | V100 TP8 x1 L1")
-    shown = " ".join(text_of(render_plan(replace(PLANS["paper"], runners_up=(runner,)))).split())
-    assert "2 stages of 40 layers," in shown
-    assert "then 1 layer" in shown
 
 
 def test_layers_of_a_runner_up_are_those_of_the_plan_file() -> None:
@@ -423,25 +255,3 @@ def test_layers_of_a_runner_up_are_those_of_the_plan_file() -> None:
     for shape in ("decode: L4 TP8 x1 L89", "L4 TP8 x1 L92"):
         runner = replace(plan.runners_up[0], shape=shape)
         assert [one.shape for one in distinct_runners_up(replace(plan, runners_up=(runner,)))] == [shape]
-
-
-@pytest.mark.parametrize(
-    ("model", "unit"), [("Llama-2-70B", "tokens"), ("google/gemma-2-27b", "tokens in every layer")]
-)
-def test_kv_room_of_a_model_with_windows_says_in_which_layers(model: str, unit: str) -> None:
-    inputs = load_inputs(cluster=str(EXAMPLES / "paper.yaml"), model=model, workload="1024/256").inputs
-    plan = replace(PLANS["paper"], inputs={"documents": inputs.documents()})
-    [line] = (line for line in text_of(render_plan(plan), width=120).splitlines() if " · room for " in line)
-    assert line.rstrip().endswith(f"room for 123k {unit}")
-
-
-def test_runners_up_that_differ_in_nodes_alone_are_told_once() -> None:
-    runner = replace(PLANS["paper"].runners_up[0], shape="L4 TP4 x1 L81")
-    others = (replace(runner, rate=runner.rate * (1 + 1e-9)), replace(runner, rate=runner.rate / 2))
-    assert text_of(render_plan(replace(PLANS["paper"], runners_up=(runner, *others)))).count("81 layers on 4 × L4") == 2
-
-
-def test_the_explanation_shows_memory_time_prices_and_idle_gpus() -> None:
-    text = text_of(render_explanation(PLANS["paper"], plans.explanation(PLANS["paper"])))
-    for part in ("memory of one GPU", "34.0", "bottleneck", " 0.287/s", "1 × P100-PCIe-12GB", "1.42 without"):
-        assert part in text

@@ -42,19 +42,12 @@ from hetis.v1 import (
     profile_service_pb2_grpc,
     replica_pb2,
 )
+from tests.fleets import fleet
 
 T = TypeVar("T")
 STATE = cluster_pb2.NodeState
 
-CLUSTER = """\
-apiVersion: hetis/v1
-kind: Cluster
-name: fleet
-nodes:
-  - {name: a100, gpus: [{type: A100-SXM-80GB, count: 2}]}
-  - {name: l4, count: 3, gpus: [{type: L4, count: 2}]}
-network: {bandwidth: 100Gbps, latency: 20us}
-"""
+CLUSTER = fleet("fleet", "a100: 2 A100-SXM-80GB", "3 l4: 2 L4")
 
 
 def document(text: str = CLUSTER, name: str = "fleet.yaml") -> document_pb2.Document:

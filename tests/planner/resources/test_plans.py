@@ -31,9 +31,7 @@ from tests.planner.resources.served import live_node, refused
 READY, INFEASIBLE = plan_pb2.PLAN_STATE_READY, plan_pb2.PLAN_STATE_INFEASIBLE
 
 
-async def test_a_plan_is_put_together_and_explained_beside_the_event_loop(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_a_plan_is_put_together_beside_the_event_loop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A cluster of 10,000 GPUs takes long enough to block all other callers."""
     threads = list[tuple[str, bool]]()
 
@@ -44,16 +42,13 @@ async def test_a_plan_is_put_together_and_explained_beside_the_event_loop(
 
         return note
 
-    for name in ("complete", "explanation_to_proto", "compare"):
-        monkeypatch.setattr(plans, name, noted(name, getattr(plans, name)))
+    monkeypatch.setattr(plans, "complete", noted("complete", plans.complete))
 
     async with planner_in(tmp_path) as planner:
         await planner.create("night")
         await planner.solved("plans/night")
         await planner.get("plans/night")
-        await planner.call("ExplainPlan", pb2.ExplainPlanRequest(name="plans/night"))
-        await planner.call("DiffPlans", pb2.DiffPlansRequest(name="plans/night", other="plans/night"))
-        assert threads == [("complete", False), ("explanation_to_proto", False), ("compare", False)]
+        assert threads == [("complete", False)]
 
 
 async def read_document(planner: Planner, name: str, offset: int = 0) -> bytes:
@@ -61,7 +56,7 @@ async def read_document(planner: Planner, name: str, offset: int = 0) -> bytes:
     return b"".join([piece.content async for piece in pieces])
 
 
-async def test_a_plan_is_solved_watched_read_explained_and_forgotten(tmp_path: Path) -> None:
+async def test_a_plan_is_solved_watched_read_and_forgotten(tmp_path: Path) -> None:
     async with planner_in(tmp_path) as planner:
         made = await planner.create("night")
         assert (made.name, made.state) == ("plans/night", plan_pb2.PLAN_STATE_QUEUED)
@@ -90,15 +85,6 @@ async def test_a_plan_is_solved_watched_read_explained_and_forgotten(tmp_path: P
         assert await read_document(planner, "plans/night") == content
         assert await read_document(planner, "plans/night", 10) == content[10:]
 
-        explained = await planner.call("ExplainPlan", pb2.ExplainPlanRequest(name="plans/night"))
-        assert explained.memory
-        assert explained.stage_times
-        assert explained.attention_workers
-        same = await planner.call("DiffPlans", pb2.DiffPlansRequest(name="plans/night", other="plans/night"))
-        assert {d.kind for d in same.replicas} == {pb2.REPLICA_DIFFERENCE_KIND_KEPT}
-        assert same.load_bytes == 0
-        assert not same.changed_inputs
-
         listed = await planner.call("ListPlans", pb2.ListPlansRequest(cluster="clusters/paper", states=[READY]))
         assert [plan.name for plan in listed.plans] == ["plans/night"]
         await planner.call("DeletePlan", pb2.DeletePlanRequest(name="plans/night", etag=full.etag))
@@ -116,14 +102,10 @@ async def test_a_plan_of_another_version_is_said_to_be_one(tmp_path: Path) -> No
         document["replicas"][0]["colour"] = "red"
         newer = json.dumps(document).encode()
         await planner.store.write(lambda tx: tx.plan_documents.put("plans/night", newer))
-        for call in (
-            planner.call("ExplainPlan", pb2.ExplainPlanRequest(name="plans/night")),
-            planner.call("ActivatePlan", pb2.ActivatePlanRequest(name="plans/night")),
-        ):
-            failure = await refused(call)
-            assert failure.reason == "PLAN_STATE"
-            assert failure.message.startswith("plans/night is READY and was made by another version of hetis")
-            assert "replicas[0].colour: unknown field" in failure.message
+        failure = await refused(planner.call("ActivatePlan", pb2.ActivatePlanRequest(name="plans/night")))
+        assert failure.reason == "PLAN_STATE"
+        assert failure.message.startswith("plans/night is READY and was made by another version of hetis")
+        assert "replicas[0].colour: unknown field" in failure.message
 
 
 async def test_plans_are_listed_by_known_states_however_often_each_is_named(tmp_path: Path) -> None:
@@ -181,22 +163,16 @@ async def test_plans_keep_to_the_engine_that_is_asked_for(tmp_path: Path) -> Non
             "default": "vllm-hetis", "stock": "vllm", "small": "vllm", "free": None, "set": "vllm", "fp8": "vllm",
             "each": "vllm", "drafts": "vllm",
         }  # fmt: skip
-        changed = await planner.call("DiffPlans", pb2.DiffPlansRequest(name="plans/stock", other="plans/small"))
-        assert list(changed.changed_inputs) == ["engine"]
-        changed = await planner.call("DiffPlans", pb2.DiffPlansRequest(name="plans/stock", other="plans/set"))
-        assert list(changed.changed_inputs) == ["engine_settings"]
-        changed = await planner.call("DiffPlans", pb2.DiffPlansRequest(name="plans/stock", other="plans/free"))
-        assert "constraints" in changed.changed_inputs, changed
 
 
-async def test_what_cannot_be_is_infeasible_with_reasons_and_nothing_to_explain(tmp_path: Path) -> None:
+async def test_what_cannot_be_is_infeasible_with_reasons_and_has_no_document(tmp_path: Path) -> None:
     async with planner_in(tmp_path) as planner:
         await planner.create("no", objective=plan_pb2.Objective(tpot_limit_s=1e-6))
         plan = await planner.solved("plans/no")
         assert plan.state == INFEASIBLE
         assert plan.infeasible_reasons
         assert not plan.HasField("result")
-        refusal = await refused(planner.call("ExplainPlan", pb2.ExplainPlanRequest(name="plans/no")))
+        refusal = await refused(planner.call("ActivatePlan", pb2.ActivatePlanRequest(name="plans/no")))
         assert (refusal.code, refusal.reason) == (grpc.StatusCode.FAILED_PRECONDITION, "PLAN_STATE")
         assert refusal.metadata == {"name": "plans/no", "state": "INFEASIBLE"}
 
@@ -399,8 +375,6 @@ async def test_stored_profiles_are_used_the_newest_first_unless_they_are_named(t
         for plan_id, used in (("newest", "profiles/p2"), ("named", "profiles/p1")):
             origins = json.loads(await read_document(planner, f"plans/{plan_id}"))["inputs"]["origins"]["profiles"]
             assert origins == {"A100-PCIe-80GB": "fitted", "RTX-3090": used, "P100-PCIe-12GB": "modelled"}
-        diff = await planner.call("DiffPlans", pb2.DiffPlansRequest(name="plans/newest", other="plans/named"))
-        assert diff.changed_inputs == ["documents.profiles.RTX-3090"]
         twice = await refused(planner.call("CreatePlan", create_request(profiles=["profiles/p1", "profiles/p2"])))
         assert twice.fields.keys() == {"plan.spec.profiles[1]"}
         unknown = await refused(planner.call("CreatePlan", create_request(profiles=["profiles/p3"])))

@@ -27,19 +27,13 @@ from hetis.v1 import (
 from hetis.v1.agent_service_pb2_grpc import AgentServiceStub
 from hetis.v1.cluster_service_pb2_grpc import ClusterServiceStub
 from hetis.v1.plan_service_pb2_grpc import PlanServiceStub
+from tests.fleets import fleet
 from tests.planner.service.process import REAL, Process
 from tests.planner.service.serving import reason_of
 from tests.planner.store import samples
 
 OPTIONS = ("--listen", "127.0.0.1:0", "--status-page", "127.0.0.1:0", "--ready-json", "--set", "solver.processes=1")
-FLEET = """
-apiVersion: hetis/v1
-kind: Cluster
-name: small
-nodes:
-- {name: a, gpus: [{type: L4, count: 2}]}
-network: {bandwidth: 100Gbps, latency: 20us}
-"""
+FLEET = fleet("small", "a: 2 L4")
 NODE = "clusters/small/nodes/a"
 
 

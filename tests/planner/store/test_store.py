@@ -46,49 +46,6 @@ async def test_every_kind_of_record_comes_back_as_it_was_written(url: str, store
     assert await store.read(lambda tx: tx.plan_documents.get("plans/q")) is None
 
 
-async def test_work_that_raises_changes_nothing(url: str, stores: Stores) -> None:
-    def half(tx: Transaction) -> None:
-        tx.clusters.insert(samples.cluster("clusters/a"))
-        tx.plan_documents.put("plans/p", b"half")
-        raise Stopped
-
-    class Stopped(Exception):  # noqa: N818
-        pass
-
-    store = await stores.announced(url)
-    with pytest.raises(Stopped):
-        await store.write(half)
-    assert await store.read(lambda tx: (tx.clusters.all(), tx.plan_documents.get("plans/p"))) == ([], None)
-
-
-async def test_an_update_of_what_has_changed_meanwhile_is_refused(url: str, stores: Stores) -> None:
-    store = await stores.announced(url)
-    first = await store.write(lambda tx: tx.clusters.insert(samples.cluster("clusters/a")))
-    second = await store.write(lambda tx: tx.clusters.update(dataclasses.replace(first, active_plan="plans/p")))
-    assert (etag_of(first), etag_of(second), etag_of(None)) == ("v1", "v2", "v0")
-    with pytest.raises(ServiceError, match="etag is v2, the call has v1") as caught:
-        await store.write(lambda tx: tx.clusters.update(first))
-    assert caught.value.reason_name == "ETAG_MISMATCH"
-    assert caught.value.metadata == {"name": "clusters/a", "etag": "v2"}
-    assert await store.read(lambda tx: tx.clusters.require("clusters/a")) == second
-
-
-async def test_names_are_given_once_and_must_exist(url: str, stores: Stores) -> None:
-    missing = samples.cluster("clusters/b")
-    calls = [
-        (lambda tx: tx.clusters.insert(samples.cluster("clusters/a")), "ALREADY_EXISTS", "clusters/a"),
-        (lambda tx: tx.clusters.update(missing), "NOT_FOUND", "clusters/b"),
-        (lambda tx: tx.clusters.delete("clusters/b"), "NOT_FOUND", "clusters/b"),
-        (lambda tx: tx.clusters.require("clusters/b"), "NOT_FOUND", "clusters/b"),
-    ]
-    store = await stores.announced(url)
-    await store.write(lambda tx: tx.clusters.insert(samples.cluster("clusters/a")))
-    for call, reason, name in calls:
-        with pytest.raises(ServiceError) as caught:
-            await store.write(call)
-        assert (caught.value.reason_name, caught.value.metadata) == (reason, {"name": name})
-
-
 async def test_records_come_by_name_in_byte_order_or_the_newest_first(url: str, stores: Stores) -> None:
     names = sorted(f"clusters/{word}" for word in ["a-b", "ab", "a", "B", "a0", "é", "z", "a-", "a--b"])
 

@@ -7,20 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
 from hetis.planner.cli.app import run
 from hetis.planner.cli.exit_codes import ExitCode
+from tests.fleets import fleet
 
-SMALL = """\
-apiVersion: hetis/v1
-kind: Cluster
-name: small
-nodes:
-  - {name: a100, gpus: [{type: A100-PCIe-80GB, count: 2}]}
-  - {name: l4, count: 2, gpus: [{type: L4, count: 1}]}
-network: {bandwidth: 100Gbps, latency: 20us}
-"""
+SMALL = fleet("small", "a100: 2 A100-PCIe-80GB", "2 l4: 1 L4")
 
 Run = tuple[ExitCode, dict[str, Any]]
 
@@ -108,30 +100,6 @@ def test_what_excludes_what_is_data_too(folder: Path, capsys: pytest.CaptureFixt
         "--pin type=A100-PCIe-80GB:as=worker",
     ]
     assert {relaxation["of"] for relaxation in document["relaxations"]} == {m["name"] for m in conflict["members"]}
-
-
-def test_weights_that_do_not_fit_are_counted_and_gpus_to_add_named(
-    folder: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """The fleet has two A100 fewer than the model needs."""
-    cluster = yaml.safe_load(SMALL)
-    cluster["nodes"] = cluster["nodes"][:1]
-    cluster["nodes"][0]["gpus"][0]["count"] = 1
-    (folder / "small.yaml").write_text(yaml.safe_dump(cluster))
-    code, document = place(capsys, model="Llama-2-70B")
-    assert code == ExitCode.INFEASIBLE
-    assert "needs 128.5 GiB for weights alone; this fleet has " in document["reasons"][0]
-    assert [member["subject"] for member in document["conflicts"][0]["members"]] == ["memory"]
-    changes = {relaxation["change"]: relaxation["usd_per_hour"] for relaxation in document["relaxations"]}
-    assert "8-bit weights (fp8 or int8)" in changes
-    added = [change for change in changes if change.startswith("add ")]
-    assert added
-    rents = [changes[change] for change in added]
-    assert rents == sorted(rents)
-    count, gpu = added[0].split()[1:]
-    cluster["nodes"].append({"name": "more", "gpus": [{"type": gpu, "count": int(count)}]})
-    (folder / "small.yaml").write_text(yaml.safe_dump(cluster))
-    assert place(capsys, model="Llama-2-70B")[0] == ExitCode.OK
 
 
 def test_strategies_are_compared_under_the_same_constraints(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

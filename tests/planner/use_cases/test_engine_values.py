@@ -23,16 +23,9 @@ from hetis.planner.use_cases.sources import LoadedInputs, engine_rules, load_inp
 from hetis.solver.budget import Budget, silent
 from hetis.solver.plan import AttentionWorkerPool, KvRoute, ObjectiveKind, Plan, Role
 from hetis.solver.problem import PlacementProblem
+from tests.fleets import fleet
 
-FLEET = """\
-apiVersion: hetis/v1
-kind: Cluster
-name: workers pay here
-nodes:
-  - {name: h100, gpus: [{type: H100-SXM-80GB, count: 1}]}
-  - {name: p100, gpus: [{type: P100-PCIe-12GB, count: 2}]}
-network: {bandwidth: 100Gbps, latency: 20us}
-"""
+FLEET = fleet("workers pay here", "h100: 1 H100-SXM-80GB", "p100: 2 P100-PCIe-12GB")
 RELATIVE = 1e-6
 
 

@@ -16,17 +16,10 @@ from hetis.planner.use_cases.precision import for_engine, in_precision
 from hetis.planner.use_cases.sources import engine_rules, load_inputs
 from hetis.solver.errors import InvalidProblemError
 from hetis.solver.profile import Op
+from tests.fleets import fleet
 
 HUGGINGFACE = Path(__file__).parents[2] / "formats" / "huggingface"
-FLEET = """\
-apiVersion: hetis/v1
-kind: Cluster
-name: old and new
-nodes:
-  - {name: a100, gpus: [{type: A100-SXM-40GB, count: 1}]}
-  - {name: v100, gpus: [{type: V100-SXM2-32GB, count: 2}]}
-network: {bandwidth: 100Gbps, latency: 20us}
-"""
+FLEET = fleet("old and new", "a100: 1 A100-SXM-40GB", "v100: 2 V100-SXM2-32GB")
 REASON = "needs compute capability 7.5 or higher for fp8 weights, V100-SXM2-32GB (Volta) has 7"
 
 
@@ -153,8 +146,18 @@ def test_a_fleet_of_several_vendors_is_told_that_replicas_stay_apart(folder: Pat
     loaded = load_inputs(cluster="fleet.yaml", model="Meta-Llama-3-8B", workload="1024/256")
     said = "a replica, and the KV that it exchanges, stays with GPUs of one vendor "
     said += "(NVIDIA: A100-SXM-40GB; AMD: MI300X-192GB)"
-    assert said in for_engine(loaded, engine_rules("vllm", "hetis")).notes
-    assert said not in for_engine(loaded, None).notes
+    assert (
+        f"{said}; --kv-between-vendors lets KV go between them"
+        in for_engine(loaded, engine_rules("vllm", "hetis")).notes
+    )
+    assert said in for_engine(loaded, engine_rules("sglang", "hetis")).notes
+    assert not any("vendor" in note for note in for_engine(loaded, None).notes)
+    across = engine_rules("vllm", "hetis", kv_between_vendors=True)
+    (told,) = (note for note in for_engine(loaded, across).notes if "vendor" in note)
+    assert told.startswith("a replica stays with GPUs of one vendor")
+    assert "KV of 16 bits may go between NVIDIA, AMD, Intel" in told
+    with pytest.raises(InvalidProblemError, match="KV between vendors is not known to work in sglang"):
+        engine_rules("sglang", "hetis", kv_between_vendors=True)
 
 
 def test_where_no_gpu_runs_it_the_reasons_are_the_answer(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -243,16 +246,7 @@ def test_where_an_engine_runs_on_no_gpu_others_are_offered(
     assert instead in said
 
 
-MIXED = """\
-apiVersion: hetis/v1
-kind: Cluster
-name: mixed
-nodes:
-  - {name: h100, gpus: [{type: H100-SXM-80GB, count: 4}]}
-  - {name: a100, gpus: [{type: A100-SXM-40GB, count: 4}]}
-  - {name: l4, gpus: [{type: L4, count: 2}]}
-network: {bandwidth: 100Gbps, latency: 20us}
-"""
+MIXED = fleet("mixed", "h100: 4 H100-SXM-80GB", "a100: 4 A100-SXM-40GB", "l4: 2 L4")
 
 TWO_TYPES = ("--pin", "replicas=1", "--rung", "pipelines")
 

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, get_args
+from typing import get_args
 
 import pytest
 
 from hetis.formats.documents import load_plan
 from hetis.planner.cli.sharing import ShareRule
-from hetis.planner.report.sharing import holds
 from hetis.planner.use_cases.describing import ONE_TOKEN
 from hetis.planner.use_cases.record.parts import Requested
 from hetis.solver.tenants.tenancy import TenantRule
@@ -59,6 +57,20 @@ def test_every_tenant_gets_a_plan_that_the_checker_passes(tmp_path: Path) -> Non
     assert_plans_know_of_each_other(tmp_path / "new")
 
 
+def test_shares_of_oef_are_shown_at_the_rates_that_they_reach(tmp_path: Path) -> None:
+    asked = ("share", written(tmp_path), "-c", FLEET, "--oef", "--no-others", "--no-envy")
+    shown = invoke(*asked).stdout
+    assert "OEF: shares by one speed-up per GPU type" in shown
+    assert max(map(len, shown.splitlines())) <= 80
+    document = json.loads(invoke(*asked, "-o", "json").stdout)
+    assert [one["rule"] for one in document["oef"]] == ["oef-cooperative", "oef-non-cooperative"]
+    gpus = {"H100-SXM-80GB x2": 2, "L4 x4": 8}
+    for one in document["oef"]:
+        assert one["value"] == pytest.approx(sum(tenant["normalised"] for tenant in one["tenants"]))
+        for gpu, count in gpus.items():
+            assert sum(tenant["shares"][gpu] for tenant in one["tenants"]) <= count * (1 + 1e-9)
+
+
 def assert_plans_know_of_each_other(folder: Path) -> None:
     """Assert that no view of a tenant's plan calls the other's GPUs idle, or takes the bound alone for a gap."""
     plans = {name: load_plan(str(folder / f"{name}.json")) for name in ("chat", "drafts")}
@@ -79,34 +91,6 @@ def assert_plans_know_of_each_other(folder: Path) -> None:
     assert f"{len(held['chat'])} held by other tenants" in page.read_text()
     assert "of chat" in page.read_text()
     assert page.read_text().count(" with the fleet to itself") == len(plans)
-
-
-def test_the_table_fits_80_columns_and_says_what_holds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hetis.planner.cli.searching.PLAIN_INTERVAL_S", 0.0)
-    result = invoke("share", written(tmp_path), "-c", FLEET, "--rule", "sharing-incentive")
-    assert result.exit_code == 0, result.output
-    assert all(f" {number} of 5, " in result.stderr for number in range(1, 6)), "four rules and envy"
-    table = result.stdout
-    assert "yes: no tenant is worse off than on its own part of the fleet" in table
-    assert "rules compared" in table
-    assert all(len(line) <= 80 for line in table.splitlines())
-
-
-@pytest.mark.parametrize(
-    ("rates", "said"),
-    [
-        ((0.2576, 0.5150), "no: b has 51.5% of its rate alone per part, a 25.8%"),
-        ((0.25816, 0.25764), "no: a has 25.82% of its rate alone per part, b 25.76%"),
-        ((0.2576, 0.2576), "yes: every tenant has the same share of its rate alone, per part"),
-    ],
-)
-def test_shares_that_differ_are_shown_with_decimals_that_differ(rates: tuple[float, float], said: str) -> None:
-    shares = [
-        SimpleNamespace(name=name, normalised=rate, weight=1.0, over_part=1.0)
-        for name, rate in zip("ab", rates, strict=True)
-    ]
-    found: Any = SimpleNamespace(answers=[SimpleNamespace(shares=shares)], envy=None)
-    assert holds(found)[1] == said
 
 
 def test_only_what_is_asked_for_is_computed(tmp_path: Path) -> None:

@@ -12,15 +12,9 @@ import pytest
 
 from hetis.planner.cli.app import run
 from hetis.planner.cli.exit_codes import ExitCode
+from tests.fleets import fleet
 
-FLEET = """\
-apiVersion: hetis/v1
-kind: Cluster
-name: small
-nodes:
-  - {name: l4, count: 6, gpus: [{type: L4, count: 1}]}
-network: {bandwidth: 100Gbps, latency: 20us}
-"""
+FLEET = fleet("small", "6 l4: 1 L4")
 
 
 @pytest.fixture

@@ -114,18 +114,6 @@ def test_without_a_file_the_profile_of_plans_for_vllm_is_corrected(
     assert (before["step"], before["sequence"]) == (ENGINES["vllm"].step_s, ENGINES["vllm"].sequence_s)
 
 
-def test_the_table_has_80_columns(
-    log: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("COLUMNS", "80")
-    arguments = ("--from-vllm", log, "--model", MODEL, "--gpu", GPU, "--out", tmp_path / "p.json")
-    assert invoke("calibrate", *arguments) == ProfileExitCode.OK
-    text = capsys.readouterr().out
-    assert max(map(len, text.splitlines())) <= 80
-    for word in ("decode", "mixed", "all", "time of kernels, times", "host, each sequence"):
-        assert word in text
-
-
 def cpu() -> dict[str, Any]:
     """Return a profile of kernels that take 30 times as long as those of an L40S, and for FLOPs another 30 times."""
     shipped = shipped_profile("L40S")
@@ -176,33 +164,6 @@ def test_a_servers_metrics_correct_what_they_tell(
     assert report["errors"][-1]["after"]["mape"] < 0.001 < report["errors"][-1]["before"]["mape"]
 
 
-def test_the_logs_degree_counts_unless_another_is_given(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:  # fmt: skip
-    path = tmp_path / "two.log"
-    path.write_text(
-        write_log(tmp_path / "one.log", count=100).read_text().replace("parallel_size=1, p", "parallel_size=2, p")
-    )
-    arguments = ("--from-vllm", path, "--model", MODEL, "--gpu", GPU, "--out", tmp_path / "p.json")
-    invoke("calibrate", *arguments, "-o", "json")
-    assert json.loads(capsys.readouterr().out)["tp"] == 2
-    assert invoke("calibrate", *arguments, "--tp", "4") == ProfileExitCode.INVALID
-    assert "--tp is 4, that of the server in the log is 2" in capsys.readouterr().err
-
-
-def test_the_precision_served_is_that_of_the_weights(log: Path, tmp_path: Path) -> None:
-    """A log of 8-bit weights corrects the kernels for them, and leaves those of 16 bits alone."""
-    arguments = ("--from-vllm", log, "--model", MODEL, "--gpu", GPU, "--weights", "FP8", "--out", tmp_path / "p.json")
-    assert invoke("calibrate", *arguments, "-q") == ProfileExitCode.OK
-    shipped = shipped_profile(GPU)
-    assert shipped is not None
-    dense = [
-        [one for one in profile_to_data(profile)["fits"] if one["op"] == "dense" and "scope" not in one]
-        for profile in (shipped, load_profile(tmp_path / "p.json"))
-    ]
-    assert dense[0] == dense[1]
-
-
 def test_a_correction_that_no_gpu_reaches_is_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:  # fmt: skip
@@ -244,22 +205,6 @@ def test_the_log_and_the_options_are_of_one_server(
         assert said in err
     else:
         assert "server" not in err.partition("was not written")[0].partition("check that")[0]
-
-
-def test_all_wrong_options_are_named_at_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    wrong = ("-m", "Lama-9", "--gpu", "L40X", "--weights", "fp9", "--kv", "fp3", "--out", tmp_path / "no/p.json")
-    assert invoke("calibrate", "--from-vllm", tmp_path / "none.log", *wrong) == 2
-    headline, *lines = capsys.readouterr().err.splitlines()
-    assert headline == "error: 6 problems in the input"
-    parts = (
-        "L40X: unknown GPU 'L40X', did you mean L40",
-        "unknown model 'Lama-9'",
-        "none.log: no such file",
-        "--weights: precision: 'fp9' is not one of ",
-        "--kv: precision: 'fp3' is not one of ",
-        "no/p.json: cannot be written: no folder ",
-    )
-    assert [part in found for found, part in zip(lines, parts, strict=True)] == [True] * 6
 
 
 @pytest.mark.parametrize(

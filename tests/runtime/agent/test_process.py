@@ -341,22 +341,6 @@ def test_an_agent_says_in_its_own_words_what_is_wrong_with_its_certificates(proc
     assert [line for line in processes.log().splitlines() if not form.match(line)] == []
 
 
-def test_help_names_every_source_of_devices() -> None:
-    ended = run_here(hetis_agent, "--help", COLUMNS="160", TERM="dumb")
-    assert "simulated:TYPE:COUNT" in ended.stdout
-
-
-def test_an_agent_beside_vllm_says_which_extra_it_lacks() -> None:
-    """The extra `vllm` has what the command line needs, but not the library of the metrics."""
-    program = (
-        "import sys; sys.modules['prometheus_client'] = None;"
-        f"sys.argv = ['', '--node', {NODE + 'p'!r}]; from hetis.runtime.agent.__main__ import main; main()"
-    )
-    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False)
-    said = "hetis-agent: prometheus_client is not installed: pip install 'hetis[agent]'\n"
-    assert (ended.returncode, ended.stderr) == (1, said)
-
-
 def test_the_agent_imports_without_solver_libraries() -> None:
     blocked = ["cvxpy", "torch", "highspy", "numba", "sqlalchemy"]
     program = f"""

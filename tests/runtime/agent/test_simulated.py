@@ -14,7 +14,7 @@ from examples.simulated_engine.replica import Control
 from examples.simulated_engine.stage import AdmissionRule, ProportionalAdmission, SolverAdmission
 from hetis.runtime.moves.changes import MOST_ABORTED, REMEMBERED_S
 from hetis.runtime.moves.refusals import RefusedError, reason_name
-from hetis.v1.change_pb2 import Change, ChangePhase, ChangeStatus
+from hetis.v1.change_pb2 import Change, ChangePhase
 from hetis.v1.executor_service_pb2 import (
     AbortMovesRequest,
     ApplyAssignmentRequest,
@@ -23,7 +23,6 @@ from hetis.v1.executor_service_pb2 import (
     FlipMovesResponse,
     ReleaseMovesRequest,
     ReserveMovesRequest,
-    WatchReportsResponse,
 )
 from hetis.v1.head_map_pb2 import Move, MoveReason
 from hetis.v1.replica_pb2 import AssignmentGoal, DeviceCondition
@@ -60,12 +59,6 @@ def engine() -> SimulatedEngine:
     """An engine with requests at 5 s."""
     engine = engine_with()
     engine.step(5.0)
-    return engine
-
-
-def worker_engine() -> SimulatedEngine:
-    engine = SimulatedEngine("w", 1, engine_id="e")
-    engine.apply_assignment(ApplyAssignmentRequest(epoch=1, generation=1, assignment=assignment("w")), 0.0)
     return engine
 
 
@@ -122,16 +115,6 @@ def refused(reason: str) -> Iterator[None]:
     with pytest.raises(RefusedError) as refusal:
         yield
     assert reason_name(refusal.value.failure) == reason
-
-
-def test_equal_seeds_make_equal_runs() -> None:
-    runs = []
-    for seed in (1, 1, 2):
-        engine = engine_with(seed=seed)
-        engine.step(20.0)
-        runs.append((engine.head_maps(REPLICA), replica(engine, 20.0)))
-    assert runs[0] == runs[1]
-    assert runs[0] != runs[2]
 
 
 def test_a_slow_device_is_observed_slower_than_predicted_and_slows_the_steps() -> None:
@@ -269,29 +252,6 @@ def test_what_was_not_flipped_is_not_released_by_whoever_waits_for_the_flip(engi
     assert (status.phase, status.generation) == (ChangePhase.CHANGE_PHASE_ABORTED, 1)
 
 
-def test_a_source_that_is_not_the_authority_gives_up_or_releases_and_never_both() -> None:
-    """A worker follows the reported outcome of the flip; it does not release what it has given up."""
-    for first in ("abort", "release"):
-        worker = worker_engine()
-        what = change()
-        worker.reserve_moves(ReserveMovesRequest(epoch=1, change=what, parts=[SOURCE]), 1.0)
-        abort = AbortMovesRequest(epoch=1, change_id=what.change_id)
-        release = ReleaseMovesRequest(epoch=1, change_id=what.change_id, generation=2)
-        if first == "abort":
-            assert worker.abort_moves(abort, 1.0).outcome == ABORTED
-            with pytest.raises(RefusedError, match="was not flipped"):
-                worker.release_moves(release, 1.0)
-        else:
-            worker.release_moves(release, 1.0)
-            assert worker.abort_moves(abort, 1.0).outcome == FLIPPED
-
-
-def test_an_engine_without_the_head_map_is_no_authority() -> None:
-    worker = worker_engine()
-    with pytest.raises(RefusedError, match=r"the primary of .* is not on this node"):
-        worker.reserve_moves(ReserveMovesRequest(epoch=1, change=change(), parts=[AUTHORITY]), 1.0)
-
-
 def test_a_change_that_the_engine_aborts_itself_is_forgotten_like_any_other() -> None:
     """The agent hears of it by a report or by the answer to the flip, and sends no AbortMoves then."""
     engine = engine_with(control=Control())
@@ -316,20 +276,6 @@ def test_a_change_that_the_engine_aborts_itself_is_forgotten_like_any_other() ->
     assert [status.change_id for status in engine.report(0.0).changes] == [flipped.change_id]
 
 
-@pytest.mark.parametrize("phase", [ChangePhase.CHANGE_PHASE_FLIPPED, ChangePhase.CHANGE_PHASE_ABORTED])
-def test_a_change_whose_end_the_authority_tells_is_forgotten_like_any_other(phase: ChangePhase.ValueType) -> None:
-    worker = worker_engine()
-    what = change()
-    worker.reserve_moves(ReserveMovesRequest(epoch=1, change=what, parts=[TARGET]), 1.0)
-    said = ChangeStatus(change_id=what.change_id, replica=REPLICA, phase=phase, generation=2)
-    worker.hear(REPLICA, WatchReportsResponse(changes=[said]))
-    worker.step(2.0)
-    worker.step(1.0 + REMEMBERED_S)
-    assert len(worker.report(0.0).changes) == 1
-    worker.step(2.0 + REMEMBERED_S)
-    assert not worker.report(0.0).changes
-
-
 def test_only_the_last_of_many_aborted_changes_are_reported(engine: SimulatedEngine) -> None:
     """A report is limited to 4 MiB. Open and flipped changes are always in it, however old they are."""
     flipped = ready(engine, 5.0)
@@ -344,47 +290,6 @@ def test_only_the_last_of_many_aborted_changes_are_reported(engine: SimulatedEng
     said = [status.change_id for status in engine.report(5.5).changes]
     assert len(said) == MOST_ABORTED + 2
     assert (said[0], *said[-2:]) == (flipped.change_id, what.change_id, last.change_id)
-
-
-def test_copying_takes_as_long_as_the_link_says(engine: SimulatedEngine) -> None:
-    move = allowed_move(engine, kv_bytes=2e10)
-    what = change(moves=[move])
-    parts = [AUTHORITY, SOURCE if move.source == "p/0" else TARGET]
-    if "p/0" not in (move.source, move.target):
-        pytest.skip("the move is between two workers")
-    answer = engine.reserve_moves(ReserveMovesRequest(epoch=1, change=what, parts=parts), 5.0)
-    assert answer.copy_bytes == 20_000_000_000
-    found = engine.copy_moves(CopyMovesRequest(epoch=1, change_id=what.change_id), 5.0)
-    engine.step(6.0)  # 2e10 bytes at 1e-10 s each: 2 s
-    assert found.status.copied_bytes == 10_000_000_000
-    with pytest.raises(RefusedError, match="are not complete yet"):
-        flip(engine, what, 6.0)
-    engine.step(7.01)
-    flip(engine, what, 7.01)
-
-
-def test_a_request_that_ends_is_left_out_and_the_others_go_on() -> None:
-    engine = engine_with(control=Control(**{**vars_of(BUSY), "output_tokens": 100.0}))
-    engine.step(5.0)
-    requests = engine.head_maps(REPLICA).head_maps[0].requests
-    order = sorted(range(len(requests)), key=lambda i: requests[i].remaining_tokens)
-    moves = [allowed_move(engine, number=i, kv_bytes=0) for i in (order[0], order[-1])]
-    what = change(timeout_s=60, moves=moves)
-    engine.reserve_moves(ReserveMovesRequest(epoch=1, change=what, parts=[AUTHORITY]), 5.0)
-    wait_s = (requests[order[0]].remaining_tokens + 3) * 0.03
-    engine.step(5.0 + wait_s)
-    flip(engine, what, 5.0 + wait_s)
-    engine.step(5.2 + wait_s)
-    answer = flipped(engine, what)
-    assert answer.outcome == FLIPPED
-    assert [(left.number, reason_name(left.failure)) for left in answer.moves] == [(order[0], "REQUEST_GONE")]
-
-
-def test_a_reserve_that_comes_after_the_abort_is_refused(engine: SimulatedEngine) -> None:
-    what = change(moves=[allowed_move(engine)])
-    engine.abort_moves(AbortMovesRequest(epoch=1, change_id=what.change_id), 5.0)
-    with refused("CHANGE_PHASE"):
-        engine.reserve_moves(ReserveMovesRequest(epoch=1, change=what, parts=[AUTHORITY]), 5.0)
 
 
 @pytest.mark.parametrize(

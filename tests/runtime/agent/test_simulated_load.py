@@ -63,26 +63,6 @@ def test_a_prefill_replica_serves_without_a_decode_request_and_stops_when_it_is_
     assert answer.state == AssignmentState.ASSIGNMENT_STATE_STOPPED
 
 
-def test_as_many_requests_run_at_once_as_the_plan_lets_an_engine_run() -> None:
-    engine = SimulatedEngine("p", 4, engine_id="e")
-    engine.control = Control(rate_rps=1000, prompt_tokens=10, output_tokens=5000, load_s=0)
-    what = assignment(model=stage_model(blocks=4000))
-    what.shape.micro_batch, what.shape.in_flight, what.shape.max_num_seqs = 2, 1, 5
-    engine.apply_assignment(ApplyAssignmentRequest(epoch=1, generation=1, assignment=what), 0.0)
-    engine.step(1.0)
-    assert replica(engine, 1.0).num_running == 5
-
-
-def test_requests_of_a_decode_replica_come_as_the_plan_promises() -> None:
-    engine = SimulatedEngine("p", 4, engine_id="e")
-    engine.control = Control(load_ratio=0.9, prompt_tokens=100, output_tokens=50, load_s=0)
-    what = assignment(model=stage_model(blocks=4000))
-    what.shape.role = ReplicaRole.REPLICA_ROLE_DECODE
-    engine.apply_assignment(ApplyAssignmentRequest(epoch=1, generation=1, assignment=what), 0.0)
-    engine.step(60.0)
-    assert replica(engine, 60.0).num_finished > 100
-
-
 def test_requests_come_run_and_finish() -> None:
     engine = engine_with(stage_model(blocks=20_000))
     engine.step(60.0)

@@ -136,14 +136,3 @@ def test_vllm_has_every_name_that_the_plugin_uses() -> None:
     command = [PYTHON, "-m", "tests.runtime.vllm.names"]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
     assert done.stdout.partition("names:")[2].split() == []
-
-
-def test_dispatch_by_the_solver_where_the_pool_is_short(llama: Path, tmp_path: Path) -> None:
-    act = {"act": "pressure", "seed": 2, "count": 10, "tokens": 50}
-    [stock] = run_engine(llama, [act], config=None, block_size=32, num_gpu_blocks_override=24)
-    with workers(tmp_path, 1) as (_, addresses):
-        config = config_of(tmp_path, [addresses], policy="solver")
-        [ours] = run_engine(llama, [act], config=config, block_size=32, num_gpu_blocks_override=96)
-    assert ours["tokens"] == stock["tokens"]
-    assert stock["preempted"] > 0
-    assert ours["preempted"] == 0, "groups went to the worker instead"

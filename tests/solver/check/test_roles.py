@@ -115,6 +115,10 @@ def test_kv_for_an_engine_stays_with_one_vendor_and_in_one_zone_where_there_are_
         ("route 1", "leads from zone east to west, must stay in one: GPUs of 2 vendors or precisions compute"),
     ]
     assert messages(replace(problem, cluster=of_two)) == [], "any engine knows no vendors"
+    across = replace(engine.family, engine=replace(rules_of, kv_vendors=("NVIDIA", "AMD")))
+    assert messages(replace(engine, cluster=of_two, family=across)) == []
+    to_intel = replace(engine.family, engine=replace(rules_of, kv_vendors=("NVIDIA", "Intel")))
+    assert messages(replace(engine, cluster=of_two, family=to_intel)) == messages(replace(engine, cluster=of_two))
     barred = tuple(
         RestrictRole(gpus=Selection(unit=Unit.TYPE, name=name), duty=Duty.PRIMARY, only=False) for name in "BC"
     )

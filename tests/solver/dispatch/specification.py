@@ -11,9 +11,11 @@ import cvxpy
 import numpy as np
 
 from hetis.solver.dispatch.dispatch_problem import DispatchProblem, FloatArray
-from tests.solver.specified import modelling
 
 cp: Any = cvxpy  # its annotations cover only half of its exports
+
+modelling = np.errstate(over="ignore", invalid="ignore")
+"""For functions that use cvxpy, which finds shapes by summing uninitialised memory: numpy warns of what that holds."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from benchmarks.measuring.whole_groups import admit_exactly, solve_exactly
 from hetis.solver.budget import Budget
 from hetis.solver.dispatch.admission import (
     MOST_WORK,
@@ -32,7 +33,6 @@ from hetis.solver.dispatch.dispatch_problem import (
     Resource,
 )
 from hetis.solver.dispatch.dispatcher import solve_dispatch
-from hetis.solver.dispatch.exact import admit_exactly, solve_exactly
 from tests.solver.dispatch.instances import problems, random_problem
 from tests.solver.dispatch.oracle import assert_feasible, best_makespan
 from tests.solver.dispatch.test_inputs import requests_of, stage_of

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from benchmarks.measuring.whole_groups import improve_plan, solve_exactly
 from hetis.solver.dispatch.certificate import Multipliers, proven_bound
 from hetis.solver.dispatch.dispatch_problem import (
     DeviceLoad,
@@ -21,7 +22,6 @@ from hetis.solver.dispatch.dispatch_problem import (
     Stage,
 )
 from hetis.solver.dispatch.dispatcher import Dispatcher, solve_dispatch
-from hetis.solver.dispatch.exact import improve_plan, solve_exactly
 from hetis.solver.dispatch.loaded_stage import LoadedStage, costs_of, running_load
 from tests.solver.dispatch.instances import problems, random_problem
 from tests.solver.dispatch.oracle import assert_feasible, best_makespan, makespan_of

@@ -113,36 +113,6 @@ def test_scattered_blocks_are_no_room() -> None:
     assert str(plan.unplaced[0]) == ("request r0: 1 head groups fit on no device; the free blocks are too scattered")
 
 
-def test_equal_requests_are_welcome() -> None:
-    _, plan = solve(stage_of(3), [1000] * 3, requests_of(*[400] * 6))
-    assert plan.groups.sum(axis=0).tolist() == [8, 8, 8]
-    assert plan.gap == pytest.approx(0.0, abs=1e-9)
-
-
-def test_a_request_listed_twice_is_an_error() -> None:
-    with pytest.raises(InvalidProblemError, match=r"^request a is listed 2 times$"):
-        Requests(ids=("a", "a"), context_tokens=np.array([1, 2]), growth_tokens=np.array([0, 0]))
-
-
-def test_errors_name_the_thing_and_the_limit() -> None:
-    with pytest.raises(
-        InvalidProblemError, match=r"^context_tokens is 0, must be a whole number >= 1 and <= 2147483648$"
-    ):
-        requests_of(0)
-    with pytest.raises(InvalidProblemError, match=r"^d1: head_s is -1.0, must be finite and >= 0$"):
-        replace(stage_of(2), head_s=np.array([[1.0], [-1.0]]))
-    with pytest.raises(InvalidProblemError, match=r"^kv_byte_s has shape \(1, 1\), must be \(2, 1\)$"):
-        replace(stage_of(2), kv_byte_s=np.ones((1, 1)))
-    with pytest.raises(InvalidProblemError, match=r"^device a is listed 2 times$"):
-        replace(stage_of(2), devices=("a", "a"))
-    with pytest.raises(InvalidProblemError, match=r"^tp of the primary is 3, must be a divisor or a multiple of 4"):
-        stage_of(2, primary=Primary(device=0, tp=3))
-    with pytest.raises(InvalidProblemError, match=r"^primary device is 2, must be one of 2 devices$"):
-        stage_of(2, primary=Primary(device=2))
-    with pytest.raises(InvalidProblemError, match=r"^the load is of 3 devices, the stage has 2$"):
-        DispatchProblem(stage=stage_of(2), load=DeviceLoad.idle(np.zeros(3, np.int64)), requests=requests_of(1))
-
-
 @pytest.mark.parametrize(
     ("field", "values", "value"),
     [

@@ -22,10 +22,8 @@ from hetis.solver.dispatch.dispatch_problem import (
     Path,
     Primary,
     Requests,
-    Resource,
     ShadowPrices,
     Stage,
-    Unplaced,
 )
 from hetis.solver.dispatch.snapshot import DeviceSnapshot, DeviceStatus, PreparedMove, StateSnapshot, check_groups
 from hetis.solver.errors import InvalidProblemError
@@ -263,16 +261,6 @@ def plan(makespan_s: float, bound_s: float) -> DispatchPlan:
 )
 def test_the_gap_is_what_the_makespan_is_above_the_bound(makespan_s: float, bound_s: float, gap: float) -> None:
     assert plan(makespan_s, bound_s).gap == gap
-
-
-def test_what_waits_says_why() -> None:
-    waits = Unplaced(request=0, id="a", resource=Resource.WHOLE_GROUPS, missing=3, proved=False)
-    assert str(waits) == "request a: no room was found for 3 head groups; that there is none is unproved"
-    assert str(replace(waits, proved=True)).endswith(
-        "3 head groups fit on no device; the free blocks are too scattered"
-    )
-    short = replace(waits, resource=Resource.KV_BLOCKS)
-    assert str(short) == "request a: 3 KV blocks per layer are missing"
 
 
 def test_the_limits_keep_sums_of_whole_numbers_within_64_bits() -> None:

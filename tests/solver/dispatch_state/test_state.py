@@ -9,7 +9,6 @@ import pytest
 
 from hetis.solver.dispatch.dispatch_problem import Requests
 from hetis.solver.dispatch.dispatcher import Dispatcher
-from hetis.solver.dispatch.snapshot import PreparedMove
 from hetis.solver.dispatch.state import DispatchState
 from hetis.solver.errors import InvalidProblemError
 from tests.solver.dispatch_state.stages import stage
@@ -129,20 +128,6 @@ def test_mistakes_of_the_caller_are_named() -> None:
     state.drain_device(2)
     with pytest.raises(InvalidProblemError, match="d2 is draining and takes no head groups"):
         state.prepare_move("a", groups=1, source=0, target=2)
-
-
-def test_a_snapshot_checks_itself() -> None:
-    good = two_requests().snapshot()
-    with pytest.raises(InvalidProblemError, match="d2: 2 KV blocks are in use of 1"):
-        replace(good, devices=(*good.devices[:2], replace(good.devices[2], total_blocks=1)))
-    with pytest.raises(InvalidProblemError, match="request a: 3 groups are leaving d1, which holds 1"):
-        replace(good, moves=(PreparedMove(number=0, request="a", groups=3, source=1, target=0),))
-    with pytest.raises(InvalidProblemError, match="request a is listed 2 times"):
-        replace(good, ids=("a", "a"))
-    with pytest.raises(InvalidProblemError, match="the stage has d0, d1, d2"):
-        replace(good, devices=good.devices[:2])
-    with pytest.raises(InvalidProblemError, match="high_water is 0"):
-        replace(good.devices[0], high_water=0.0)
 
 
 def test_later_changes_leave_a_snapshot_as_it_is() -> None:

@@ -125,6 +125,45 @@ def test_the_plan_found_is_the_best_with_gpus_of_several_vendors(data: st.DataOb
     assert value_of(problem, strategy) == pytest.approx(best_plan_value(problem), rel=REL)
 
 
+@settings(max_examples=EXAMPLES)
+@given(data=st.data())
+def test_the_plan_found_is_the_best_where_kv_goes_between_vendors(data: st.DataObject) -> None:
+    problem = a_problem(data)
+    assume(len(problem.cluster.gpu_types) > 1)
+    family = replace(problem.family, roles=(Role.PREFILL, Role.DECODE), max_pool=0)
+    problem = replace(with_vendors(problem, A="AMD", C="AMD"), family=family)
+    apart = value_of(problem)
+    across = with_kv_between(problem, *data.draw(st.sampled_from([("NVIDIA", "AMD"), ("NVIDIA", "Intel")])))
+    if data.draw(st.booleans()):
+        across = in_precisions(data, across)
+        assert value_of(across) == pytest.approx(best_plan_value(across), rel=REL)
+        return
+    value = value_of(across)
+    assert value == pytest.approx(best_plan_value(across), rel=REL)
+    assert value >= apart * (1 - REL) if problem.objective.maximises else value <= apart * (1 + REL)
+
+
+def test_kv_goes_from_one_vendor_and_zone_to_another() -> None:
+    """Each zone has a GPU that is for one role only, so nothing is served unless KV goes between them."""
+    nodes = [make_node("a", "A", zone="east"), make_node("b", "B", zone="west")]
+    apart = replace(PLAIN, roles=(Role.PREFILL, Role.DECODE))
+    problem = with_vendors(make_problem(nodes, family=apart, network=TWO_ZONES), B="AMD")
+    assert value_of(problem) == 0
+    across = with_kv_between(problem, "NVIDIA", "AMD")
+    assert value_of(across) == pytest.approx(best_plan_value(across), rel=REL)
+    assert value_of(across) > 0
+    assert APART not in across.describe_family()
+    assert "KV also from one to another of NVIDIA, AMD" in across.describe_family()
+    eight_bits = replace(across, model=replace(across.model, kv_bytes=1.0))
+    assert value_of(eight_bits) == 0, "FP8 differs between vendors"
+
+
+def with_kv_between(problem: PlacementProblem, *vendors: str) -> PlacementProblem:
+    engine = problem.family.engine
+    assert engine is not None
+    return replace(problem, family=replace(problem.family, engine=replace(engine, kv_vendors=vendors)))
+
+
 def with_vendors(problem: PlacementProblem, **vendors: str) -> PlacementProblem:
     types = problem.cluster.gpu_types
     changed = {name: replace(gpu, vendor=vendors.get(name, gpu.vendor)) for name, gpu in types.items()}

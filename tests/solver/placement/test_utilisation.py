@@ -14,7 +14,7 @@ from hetis.solver.check.replica_shapes import Fleet, replica_shape
 from hetis.solver.check.waiting import request_queue
 from hetis.solver.placement.families import run_by
 from hetis.solver.placement.rungs import Known
-from hetis.solver.plan import Lanes, Objective, ObjectiveKind, Plan, StagePlan
+from hetis.solver.plan import KvRoute, Lanes, Objective, ObjectiveKind, Plan, ReplicaPlan, Role, StagePlan
 from hetis.solver.planning import solve_placement
 from hetis.solver.problem import Assumptions, EngineRules, Family, PlacementProblem
 from tests.solver.claimed_plans import claimed, plan_of, unclaimed
@@ -99,6 +99,82 @@ def test_what_is_kept_is_what_brute_force_finds(workload: int, burstiness: float
     assert not check_plan(plan, problem)
     assert plan.result.value >= NEARLY * best
     assert plan.result.bound >= best * (1 - 1e-9)
+
+
+def apart(limit_s: float, num_gpus: int) -> PlacementProblem:
+    """A problem of replicas of one GPU each that prefill or decode."""
+    problem = one_stage(limit_s, num_gpus, workload=1)
+    return replace(problem, family=replace(problem.family, roles=(Role.PREFILL, Role.DECODE)))
+
+
+def most_apart(problem: PlacementProblem, num_gpus: int) -> float:
+    """Return the highest rate of equal prefill and equal decode replicas, each side at a utilisation of its own."""
+    best, layers, fleet = 0.0, problem.model.num_layers, Fleet.of(problem.cluster)
+    limit_s = problem.objective.ttft_limit_s
+    assert limit_s is not None
+
+    def replica(node: int, role: Role, micro_batch: int, chunk: int) -> ReplicaPlan:
+        stage = StagePlan(
+            gpu="A", tp=1, copies=1, first_layer=0, num_layers=layers, devices=(f"node-{node}/0",),
+            kv_head_groups_kept=problem.model.head_groups,
+        )  # fmt: skip
+        zones = problem.cluster.zones() if role is Role.PREFILL else ()
+        bare = unclaimed(stage, in_flight=1, role=role, kv_zones=zones)
+        return claimed(replace(bare, micro_batch=micro_batch, chunk_tokens=chunk), problem)
+
+    for senders in range(1, num_gpus):
+        for chunk in problem.family.chunk_tokens:
+            for b in problem.family.micro_batches:
+                sending = [replica(node, Role.PREFILL, 0, chunk) for node in range(senders)]
+                receiving = [replica(node, Role.DECODE, b, 0) for node in range(senders, num_gpus)]
+                total = min(sum(one.rate for one in sending), sum(one.rate for one in receiving))
+                each = total / senders / (num_gpus - senders)
+                routes = tuple(
+                    KvRoute(prefill=i, decode=j, rate=each)
+                    for i in range(senders) for j in range(senders, num_gpus)
+                )  # fmt: skip
+                plan = plan_of(problem, *sending, *receiving, routes=routes)
+                shape = replica_shape(receiving[0], problem, fleet)
+                queue = request_queue(plan, problem)
+                if queue is None or not Rederivation(problem).of(shape).fits:
+                    continue
+                shape, prompts_rps = replica_shape(sending[0], problem, fleet), sum(one.rate for one in sending)
+
+                def keeps(rate: float) -> bool:
+                    lanes = Lanes(prefill=senders)  # noqa: B023
+                    derived = Rederivation(problem.at(rate / prompts_rps, lanes)).of(shape)  # noqa: B023
+                    return derived.ttft_s(derived.t_s) <= limit_s and queue.ttft_p95_s(rate) <= limit_s  # noqa: B023
+
+                low, high = 0.0, MOST * total
+                if keeps(high):
+                    low = high
+                while high - low > PRECISE * total:
+                    middle = (low + high) / 2
+                    low, high = (middle, high) if keeps(middle) else (low, middle)
+                best = max(best, low)
+    return best
+
+
+@pytest.mark.parametrize("num_gpus", [2, 3, 5])
+@pytest.mark.parametrize("limit_s", [0.02, 0.03, 0.1])
+def test_prefill_and_decode_replicas_have_utilisations_of_their_own(limit_s: float, num_gpus: int) -> None:
+    problem = apart(limit_s, num_gpus)
+    best = most_apart(problem, num_gpus)
+    if best == 0.0:
+        return
+    plan = solve_placement(problem)
+    assert not check_plan(plan, problem)
+    assert plan.result.value >= NEARLY * best
+    assert plan.result.bound >= best * (1 - 1e-9)
+
+
+def test_routes_send_no_more_than_the_load_of_a_prefill_replica() -> None:
+    problem = apart(0.1, 3)
+    plan = solve_placement(problem)
+    less = replace(plan, result=replace(plan.result, prefill_load=0.01))
+    assert Rule.ROUTE_RATE in {each.rule for each in check_plan(less, problem)}
+    none = replace(plan, result=replace(plan.result, prefill_load=1.5))
+    assert Rule.VALUE in {each.rule for each in check_plan(none, problem)}
 
 
 @settings(max_examples=8)

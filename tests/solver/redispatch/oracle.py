@@ -10,9 +10,7 @@ import numpy as np
 
 from hetis.solver.dispatch.dispatch_problem import FloatArray, IntArray
 from hetis.solver.dispatch.snapshot import DeviceStatus, StateSnapshot
-from hetis.solver.redispatch.moves import steps_between
 from hetis.solver.redispatch.redispatch_problem import RedispatchProblem
-from hetis.solver.redispatch.redispatch_tables import tables_of
 
 
 def least_objective_s(problem: RedispatchProblem, *, horizons: tuple[int, ...], short_s: FloatArray) -> float:
@@ -26,59 +24,6 @@ def least_objective_s(problem: RedispatchProblem, *, horizons: tuple[int, ...], 
         if is_allowed(problem, x):
             best = min(best, objective_s(problem, x, horizons=horizons, short_s=short_s))
     return best
-
-
-def reachable(problem: RedispatchProblem) -> list[IntArray]:
-    """Return all placements that moves can reach, each step a new row of one request with room for the arriving groups.
-
-    The source still holds its blocks then. Intermediate moves may exceed the budget, but the result keeps it.
-    """
-    snapshot = problem.snapshot
-    stage, names = snapshot.stage, range(len(snapshot.ids))
-    blocks = [blocks_of(snapshot, j, 0) for j in names]
-    totals = [device.total_blocks for device in snapshot.devices]
-    if not any(device.status is DeviceStatus.DRAINING for device in snapshot.devices):
-        before = snapshot.used_blocks().tolist()
-        marks = [max(b, int(d.high_water * d.total_blocks)) for b, d in zip(before, snapshot.devices, strict=True)]
-        totals = marks
-    takes = [device.status is DeviceStatus.OK for device in snapshot.devices]
-    unit = [stage.primary_groups if stage.has_primary_at(i) else 1 for i in range(stage.num_devices)]
-    rows = list(_spreads(stage.heads.head_groups, stage.num_devices))
-    rows = [row for row in rows if all(n % u == 0 for n, u in zip(row, unit, strict=True))]
-    start = tuple(tuple(row) for row in snapshot.groups.tolist())
-    seen, waiting = {start}, [start]
-    while waiting:
-        x = waiting.pop()
-        room = [t - sum(b * row[i] for b, row in zip(blocks, x, strict=True)) for i, t in enumerate(totals)]
-        for j, row in itertools.product(names, rows):
-            arrive = [n - m for n, m in zip(row, x[j], strict=True)]
-            if all(n <= 0 or (takes[i] and n * blocks[j] <= room[i]) for i, n in enumerate(arrive)):
-                y = (*x[:j], row, *x[j + 1 :])
-                if y not in seen:
-                    seen.add(y)
-                    waiting.append(y)
-    return [x for x in (np.array(y, np.int64) for y in seen) if is_allowed(problem, x)]
-
-
-def all_moves_pay(
-    problem: RedispatchProblem, x: IntArray, *, horizons: tuple[int, ...], short_s: FloatArray
-) -> bool:  # fmt: skip
-    """Return whether each move on the direct way to ``x`` saves more than its copy takes, given all others."""
-    snapshot, tables = problem.snapshot, tables_of(problem)
-    for step in steps_between(tables, snapshot.groups, x):
-        without, copy_s = x.copy(), 0.0
-        for groups, source, target in step.parts:
-            without[step.j, source] += groups
-            without[step.j, target] -= groups
-            slower = max(problem.link_byte_s[source], problem.link_byte_s[target])
-            copy_s += groups * bytes_per_group(problem, step.j) * slower
-        saved_s = makespan_s(snapshot, without) - makespan_s(snapshot, x)
-        saved_s += short_cost_s(problem, without, horizons=horizons, short_s=short_s)
-        saved_s -= short_cost_s(problem, x, horizons=horizons, short_s=short_s)
-        steps = max(1.0, problem.patience * int(snapshot.remaining_tokens[step.j]))
-        if saved_s < copy_s / (problem.num_layers * steps):
-            return False
-    return True
 
 
 def is_allowed(problem: RedispatchProblem, x: IntArray) -> bool:

@@ -14,7 +14,7 @@ import numpy as np
 from hetis.solver.dispatch.dispatch_problem import BoolArray, FloatArray
 from hetis.solver.dispatch.snapshot import DeviceStatus
 from hetis.solver.redispatch.redispatch_problem import RedispatchProblem
-from tests.solver.specified import modelling
+from tests.solver.dispatch.specification import modelling
 
 cp: Any = cvxpy  # its annotations cover only half of its exports
 

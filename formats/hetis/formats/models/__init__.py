@@ -1,1 +1,1 @@
-"""Models: their files, and all other ways to specify one: Hugging Face folders and GGUF files."""
+"""Models: their files, and all other ways to specify one: Hugging Face folders."""

@@ -1,4 +1,4 @@
-"""Model files, and all other ways to specify a model: the catalogue, Hugging Face folders and GGUF files."""
+"""Model files, and all other ways to specify a model: the catalogue and Hugging Face folders."""
 
 from __future__ import annotations
 
@@ -149,23 +149,19 @@ def load_model(ref: str | os.PathLike[str], *, notes: list[str] | None = None) -
     of them).
 
     ``ref``: a catalogue name or alias (``Llama-2-70B``); the path of a ModelSpec file (``-``: standard input), of a
-    Hugging Face ``config.json``, of a folder with one, or of a GGUF file. A catalogue name takes precedence over a path
+    Hugging Face ``config.json``, or of a folder with one. A catalogue name takes precedence over a path
     of the same spelling; write ``./NAME`` for the path. ``notes`` gets sentences about what was assumed.
     """
     text = os.fspath(ref)
     try:
         return catalogue.find_model(text).model
     except catalogue.UnknownNameError as error:
-        if not (text == "-" or text.endswith((".json", ".yaml", ".yml", ".gguf")) or os.path.exists(text)):
+        if not (text == "-" or text.endswith((".json", ".yaml", ".yml")) or os.path.exists(text)):
             raise DocumentError([Problem(file="model", message=f"{error} (and no such file exists)")]) from None
     if os.path.isdir(text):
         if not (Path(text) / _CONFIG).exists():
             raise single_problem(text, f"is a folder without {_CONFIG}, so it is not a Hugging Face model{_base(text)}")
         text = str(Path(text) / _CONFIG)
-    if text.lower().endswith(".gguf"):
-        from hetis.formats.models.gguf import load_gguf
-
-        return _as_saved(load_gguf(text), Text(file=text, text=None))
     data, source = read_data(text)
     if is_config(text, data):
         from hetis.formats.models.huggingface import model_from_config

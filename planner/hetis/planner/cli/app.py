@@ -48,7 +48,6 @@ VERBS: dict[str, tuple[Any, ...]] = {
         (plans.explain, "explain plan.json", "explain plan.json -o wide"),
         (plans.report, plans.REPORT_EXAMPLES),
         (plans.check, "check plan.json", "check plan.json -o json"),
-        (sharing.fair, sharing.FAIR_EXAMPLES),
         (sharing.share, sharing.SHARE_EXAMPLES),
         (simulate.simulate, simulate.SIMULATE_EXAMPLES),
         (export.export, export.EXPORT_EXAMPLES),

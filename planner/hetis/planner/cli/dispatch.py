@@ -12,23 +12,17 @@ from hetis.planner.cli.exit_codes import ExitCode
 from hetis.planner.cli.parameters import options, values
 from hetis.planner.cli.parameters.options import group, panel, verb
 from hetis.planner.cli.parameters.requests import requested
-from hetis.planner.cli.searching import Interruptible
 
 if TYPE_CHECKING:
     from hetis.planner.use_cases.dispatch.stages import CostedStage
 
 DISPATCH_EXAMPLES = """Examples:\n
-hetis-plan dispatch --state examples/dispatch/a100-l4.yaml --request 8000/300 --explain\n
+hetis-plan dispatch --state examples/dispatch/a100-l4.yaml --request 8000/300\n
 hetis-plan dispatch --plan plan.json --request 8000/300"""
 REDISPATCH_EXAMPLES = """Examples:\n
-hetis-plan redispatch --state examples/dispatch/drifted.yaml --explain\n
+hetis-plan redispatch --state examples/dispatch/drifted.yaml\n
 hetis-plan redispatch --state examples/dispatch/draining.yaml --budget 10GiB"""
 _input, _search, _result = map(panel, ("Inputs", "Search", "Result"))
-
-
-@group
-class StateOptions:
-    explain: bool = _result("--explain: Explain the decision in words.", False)
 
 
 @group
@@ -42,9 +36,6 @@ class RequestOptions:
         "--request CONTEXT/OUTPUT: A new request by its token counts, such as 8000/300; repeatable."
     )
     profile: list[str] | None = requested("profiles")
-    exact: bool = _search("--exact: Solve for the best whole head groups (MILP).", False)
-    time_limit: float = _search("--time-limit TIME: Time limit of --exact.", "10s")
-    seed: int = requested("seed")
 
     def load(self) -> CostedStage:
         """Load the stage from the state file or the plan, whichever was specified.
@@ -65,28 +56,23 @@ class RequestOptions:
 
 
 @verb()
-def dispatch(terminal: Terminal, *, given: RequestOptions, answer: StateOptions) -> ExitCode:
+def dispatch(terminal: Terminal, *, given: RequestOptions) -> ExitCode:
     """Place the head groups of new requests on the devices of one stage, with a bound on the optimum.
 
     The stage comes from a DispatchState file, or is taken empty from a placement plan.
 
     Requests that find no room are listed with what they lack and the others placed; the exit code is 3 then.
     """
-    from hetis.planner.report.dispatch import dispatch_document, explain_dispatch, render_dispatch
+    from hetis.planner.report.dispatch import dispatch_document, render_dispatch
     from hetis.planner.use_cases.dispatch.answers import dispatch_requests
     from hetis.planner.use_cases.dispatch.stages import load_new_requests
 
     loaded = given.load()
     arrivals = load_new_requests(loaded, file=given.requests, words=given.request or ())
     announce_compilation(terminal)
-    long = Interruptible(terminal, time_limit_s=given.time_limit)
-    found = long.do(
-        lambda: dispatch_requests(loaded, arrivals, exact=given.exact, budget=long.budget(), seed=given.seed),
-        stopping="with the best placement so far",
-    )
-    sentences = tuple(explain_dispatch(found)) if answer.explain else None
-    terminal.emit(lambda: dispatch_document(found, sentences), lambda: render_dispatch(found, sentences))
-    return long.code(ExitCode.INFEASIBLE if found.plan.unplaced else ExitCode.OK)
+    found = dispatch_requests(loaded, arrivals)
+    terminal.emit(lambda: dispatch_document(found), lambda: render_dispatch(found))
+    return ExitCode.INFEASIBLE if found.plan.unplaced else ExitCode.OK
 
 
 def announce_compilation(terminal: Terminal) -> None:
@@ -122,22 +108,18 @@ class RedispatchOptions:
     refill: float | None = _search(
         "--refill TIME: Time to prefill one token of an evicted request again.", shown="400us"
     )
-
-
-@group
-class MoveOptions(StateOptions):
     strict: bool = _result(
         "--strict: Exit 5 if devices remain short of KV blocks or draining devices still hold some.", False
     )
 
 
 @verb()
-def redispatch(terminal: Terminal, *, given: RedispatchOptions, answer: MoveOptions) -> ExitCode:
+def redispatch(terminal: Terminal, *, given: RedispatchOptions) -> ExitCode:
     """Find the moves of running head groups that pay off, in an order that memory allows.
 
     Moves are found whether or not a trigger has fired; the report lists the triggers that have fired.
     """
-    from hetis.planner.report.dispatch import explain_redispatch, redispatch_document, render_redispatch
+    from hetis.planner.report.dispatch import redispatch_document, render_redispatch
     from hetis.planner.use_cases.dispatch.answers import redispatch_stage
     from hetis.planner.use_cases.dispatch.stages import load_stage
 
@@ -152,9 +134,8 @@ def redispatch(terminal: Terminal, *, given: RedispatchOptions, answer: MoveOpti
         ahead_steps=given.ahead,
         refill_token_s=given.refill,
     )
-    sentences = tuple(explain_redispatch(found)) if answer.explain else None
-    terminal.emit(lambda: redispatch_document(found, sentences), lambda: render_redispatch(found, sentences))
-    if answer.strict and found.plan.short_after >= 1:
+    terminal.emit(lambda: redispatch_document(found), lambda: render_redispatch(found))
+    if given.strict and found.plan.short_after >= 1:
         terminal.error(f"{found.plan.short_after:,.0f} KV blocks remain short or on draining devices")
         return ExitCode.MISSED
     return ExitCode.OK

@@ -211,8 +211,7 @@ def validate(
 
 
 FileKind = Literal[
-    "Cluster", "ModelSpec", "Workload", "Profile", "Plan", "DispatchState", "DispatchRequests", "ShareProblem",
-    "Tenants",
+    "Cluster", "ModelSpec", "Workload", "Profile", "Plan", "DispatchState", "DispatchRequests", "Tenants",
 ]  # fmt: skip
 FILE_KINDS = get_args(FileKind)
 

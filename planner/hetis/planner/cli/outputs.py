@@ -45,7 +45,7 @@ def refuse_unwritable(path: Path | None) -> None:
 
 
 def refuse_stdout(name: str, path: Path | None, *, needed: str = "a file") -> None:
-    """Reject ``-`` for an option whose output cannot go to standard output, such as ``--perfetto``."""
+    """Reject ``-`` for an option whose output cannot go to standard output, such as ``--requests-csv``."""
     if path == STDOUT:
         raise typer.BadParameter(f"{name} needs {needed}: it cannot write to standard output (-)")
 

@@ -1,4 +1,4 @@
-"""Verbs for tenants: ``share`` plans one fleet for several models, ``fair`` shares GPU types."""
+"""``hetis-plan share``: one fleet planned for several models."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import typer
 from hetis.commands.terminal import Terminal
 from hetis.planner.cli import outputs
 from hetis.planner.cli.exit_codes import ExitCode
-from hetis.planner.cli.failures import refuse, report_no_plan
+from hetis.planner.cli.failures import report_no_plan
 from hetis.planner.cli.parameters import options
 from hetis.planner.cli.parameters.options import group, option, verb
 from hetis.planner.cli.parameters.requests import requested
@@ -22,15 +22,10 @@ from hetis.solver.errors import NoPlanFoundError
 SHARE_EXAMPLES = """Examples:\n
   hetis-plan share examples/three-models.yaml -c examples/fleet-160.yaml\n
   hetis-plan share examples/three-models.yaml -c examples/fleet-160.yaml --rule sharing-incentive --out plans"""
-FAIR_EXAMPLES = """Examples:\n
-  hetis-plan fair examples/tenants.yaml\n
-  hetis-plan fair examples/tenants.yaml --rule non-cooperative --claims 50\n
-  hetis-plan fair examples/tenants.yaml --rounds 12 -o json"""
 
 
-# Tests keep these in step with `TenantRule` and `FairnessRule` of the solver, which are slow to import.
+# A test keeps these in step with `TenantRule` of the solver, which is slow to import.
 ShareRule = Literal["efficiency", "equal-throughput", "max-min", "sharing-incentive"]
-FairRule = Literal["cooperative", "non-cooperative", "gavel", "gandiva-fair", "equal-split"]
 
 
 @group
@@ -40,6 +35,9 @@ class ShareOptions:
     rule: ShareRule = option("--rule: Fairness rule.", "max-min")
     others: bool = option("--others/--no-others: Also share by the other rules for comparison.", True)
     envy: bool = option("--envy/--no-envy: Also place each tenant on every other tenant's GPUs, to measure envy.", True)
+    oef: bool = option(
+        "--oef: Also show OEF's shares, from one speed-up per GPU type, at the rates that they reach.", False
+    )
     strategy: str = requested("strategy")
     engine: str | None = requested("engine")
     rung: RungName | None = requested("rung")
@@ -57,7 +55,7 @@ def share(
     terminal: Terminal,
     file: Annotated[str, typer.Argument(metavar="FILE", help="A Tenants file, or - for standard input.")],
     *,
-    asked: ShareOptions,
+    options: ShareOptions,
 ) -> ExitCode:
     """Share one fleet among tenants with different models, and plan every tenant's replicas.
 
@@ -71,27 +69,28 @@ def share(
     from hetis.planner.use_cases.sources import engine_rules
     from hetis.solver.tenants.tenancy import TenantRule
 
-    out = asked.out
+    out = options.out
     settings = PlacementSettings(
-        strategy=asked.strategy, engine=engine_rules(asked.engine, asked.strategy),
-        time_limit_s=asked.time_limit, gap_target=asked.gap, seed=asked.seed, rung=asked.rung or "",
+        strategy=options.strategy, engine=engine_rules(options.engine, options.strategy),
+        time_limit_s=options.time_limit, gap_target=options.gap, seed=options.seed, rung=options.rung or "",
     )  # fmt: skip
-    loaded = load_tenancy(file, cluster=asked.cluster, profiles=asked.profile or (), settings=settings)
+    loaded = load_tenancy(file, cluster=options.cluster, profiles=options.profile or (), settings=settings)
     outputs.refuse_unwritable_plans(out, [tenant.name for tenant in loaded.tenancy.tenants])
-    if asked.dry_run:
+    if options.dry_run:
         given = zip(loaded.inputs, loaded.tenancy.tenants, strict=True)
         return outputs.say_what_would_be_solved(
-            terminal, [(one.inputs, tenant.problem.objective) for one, tenant in given], strategies=[asked.strategy],
-            time_limit_s=asked.time_limit,
+            terminal, [(one.inputs, tenant.problem.objective) for one, tenant in given], strategies=[options.strategy],
+            time_limit_s=options.time_limit,
         )  # fmt: skip
-    first = TenantRule(asked.rule)
-    rules = (first, *(other for other in TenantRule if other is not first and asked.others))
-    long = Interruptible(terminal, time_limit_s=asked.time_limit)
+    first = TenantRule(options.rule)
+    rules = (first, *(other for other in TenantRule if other is not first and options.others))
+    long = Interruptible(terminal, time_limit_s=options.time_limit)
 
     def work(report: Report) -> SharedFleet:
         return share_out_fleet(
-            loaded, rules, settings, with_envy=asked.envy, budget=long.budget(), report=report, carriers=not_carried
-        )
+            loaded, rules, settings, with_envy=options.envy, with_oef=options.oef, budget=long.budget(), report=report,
+            carriers=not_carried,
+        )  # fmt: skip
 
     try:
         found = long.search(work, unit="of value", so_far="the best shares")
@@ -104,56 +103,4 @@ def share(
             if one.plan is None:
                 terminal.say(f"{one.name} has no replica under this rule: no plan was saved for it")
     terminal.emit(lambda: tenants_document(found), lambda: render_tenants(found))
-    return long.code()
-
-
-# --- fair
-
-
-@group
-class FairOptions:
-    rule: FairRule = option("--rule: Fairness rule. The other rules are compared below the shares.", "cooperative")
-    rounds: int = option("--rounds: Also list whole GPUs for this many rounds.", 0, min=0, max=10_000)
-    claims: int = option(
-        "--claims: Also try this many false claims per job, higher and lower, and show who gains.", 0, min=0, max=10_000
-    )
-
-
-@verb()
-def fair(
-    terminal: Terminal,
-    file: Annotated[str, typer.Argument(metavar="FILE", help="A ShareProblem file, or - for standard input.")],
-    *,
-    asked: FairOptions,
-) -> ExitCode:
-    """Share GPUs of several types among tenants, and show which fairness properties hold.
-
-    Cooperative shares (OEF) have the most total value without envy; non-cooperative ones make it useless to claim
-    larger speed-ups than one has. Speed-ups stand in the file, or come from placements of a model on each GPU type.
-
-    Ctrl-C once shows what is known after the present step, if all speed-ups are; Ctrl-C twice exits at once.
-    """
-    from hetis.formats.documents import load_share_problem
-    from hetis.planner.report.sharing import fair_document, render_fair
-    from hetis.planner.use_cases.sharing import Sharing, share_out
-    from hetis.solver.shares.share_problem import FairnessRule
-
-    inputs = load_share_problem(file)
-    first = FairnessRule(asked.rule)
-    rules = (first, *(other for other in FairnessRule if other is not first))
-    long = Interruptible(terminal)
-
-    def work() -> Sharing:
-        given = {"rounds": asked.rounds, "claims": asked.claims}
-        return share_out(inputs, rules, budget=long.budget(), tell=terminal.say, **given)
-
-    try:
-        found = long.do(work, stopping="after this step")
-    except NoPlanFoundError:
-        return refuse(
-            terminal, ExitCode.INTERRUPTED, "stopped before all speed-ups were derived, so there are no shares"
-        )
-    terminal.emit(lambda: fair_document(found), lambda: render_fair(found))
-    if long.cancelled.is_set():
-        terminal.warn("stopped early: further rules, rounds and false claims may be missing")
     return long.code()

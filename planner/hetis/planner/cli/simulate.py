@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import typer
 
-from hetis.commands.pictures import FORMS
 from hetis.commands.terminal import Terminal
 from hetis.formats.errors import DocumentError
 from hetis.formats.files import write_atomically
@@ -34,7 +33,7 @@ if TYPE_CHECKING:
 
 SIMULATE_EXAMPLES = """Examples:\n
 hetis-plan simulate plan.json --seeds 5\n
-hetis-plan simulate plan.json --trace requests.csv --rate 2 --plot run.html\n
+hetis-plan simulate plan.json --trace requests.csv --rate 2 --html run.html\n
 hetis-plan simulate plan.json --attainment 99% --seeds 3\n
 hetis-plan simulate plan.json --sweep --ttft 2s --tpot 100ms\n
 hetis-plan simulate plan.json --saturate -o json | jq .throughput_rps"""
@@ -45,7 +44,7 @@ CONTRADICTIONS = (  # pairs of fields, and the message
     *(("saturate", name, "{} and {} cannot be combined") for name in ("rate", "recorded", "sweep", *LEVELS)),
     *(("sweep", name, "{} and {} cannot be combined") for name in ("rate", "recorded", "until_stable")),
     *(("cv", name, "{} applies to random arrivals, not to {}") for name in ("recorded", "saturate")),
-    *((name, "sweep", "{} shows a single run, not {}") for name in ("perfetto", "requests_csv")),
+    ("requests_csv", "sweep", "{} shows a single run, not {}"),
 )
 Router = Literal["least-work", "weighted", "fewest-requests", "fewest-tokens"]
 _traffic, _goal, _runs, _fleet, _result = map(panel, ("Traffic", "Goal", "Runs", "Fleet", "Result"))
@@ -103,10 +102,6 @@ class SimulateOptions:
         shown=f"{DEFAULT_PRECISION:.0%}",
     )
     threads: int = _runs("--threads: Runs to simulate in parallel, as processes; 0 means one per core.", 0, min=0)
-    greedy: bool = _fleet(
-        "--greedy: Stages take all waiting requests instead of keeping micro-batches separate.", False
-    )
-    paced: bool = _fleet("--paced: Limit prompt chunks to what keeps the batch slots filled.", False)
     router: Router = _fleet("--router: Policy that routes requests to replicas.", "least-work")
     no_dispatch: bool = _fleet(
         "--no-dispatch: Split head groups as planned instead of dispatching each request.", False
@@ -131,10 +126,7 @@ class SimulateOptions:
     )
     fail: list[str] | None = _fleet("--fail DEVICE@TIME: A device fails, such as a100/0@30s; repeatable.")
     join: list[str] | None = _fleet("--join DEVICE@TIME: A device that failed comes back; repeatable.")
-    faults: str | None = _fleet("--faults FILE: Failures and joins as CSV: at_s,device,event (fail or join).")
-    perfetto: Path | None = _result("--perfetto FILE: Timeline of every stage in the first run, for ui.perfetto.dev.")
     requests_csv: Path | None = _result("--requests-csv FILE: One row per request of the first run.")
-    plot: Path | None = _result("--plot FILE: Charts of the first run or of the sweep, as .html or .png.")
     html: Path | None = options.html_option()
 
     def without_contradictions(self) -> SimulateOptions:
@@ -162,15 +154,9 @@ class SimulateOptions:
         return bool(getattr(self, name) != getattr(SimulateOptions, name))
 
     def refuse_unwritable(self) -> None:
-        for name in ("perfetto", "requests_csv", "plot"):
-            outputs.refuse_stdout(options.spelled(name), getattr(self, name))
-            outputs.refuse_unwritable(getattr(self, name))
-        if (plot := self.plot) is not None:
-            if plot.suffix not in FORMS:
-                known = " or ".join(FORMS)
-                raise typer.BadParameter(f"{plot} is not a picture: --plot needs a file name that ends in {known}")
-            outputs.refuse_missing_library("matplotlib", extra="plots", wanted_by=f"--plot {plot}")
-        outputs.refuse_page(self.html, beside=self.plot)
+        outputs.refuse_stdout("--requests-csv", self.requests_csv)
+        outputs.refuse_unwritable(self.requests_csv)
+        outputs.refuse_page(self.html)
 
 
 @verb()
@@ -222,7 +208,7 @@ def simulate(terminal: Terminal, plan: PlanArgument, *, wanted: SimulateOptions)
     started = at_settings(found.plan, found.problem, given)
     found = replace(found, plan=started.plan, problem=started.problem)
     num_requests = wanted.requests or simulating.default_requests(found.plan, load, level)
-    files = (wanted.perfetto, wanted.requests_csv, wanted.plot, wanted.html)
+    files = (wanted.requests_csv, wanted.html)
     faults = _faults(wanted, found.plan, found.problem)
     spacing_s = None if wanted.sweep else simulating.sample_spacing_s(found.plan, load, num_requests, faults)
     question = simulating.Question(
@@ -230,15 +216,12 @@ def simulate(terminal: Terminal, plan: PlanArgument, *, wanted: SimulateOptions)
         num_requests=num_requests,
         seeds=tuple(range(wanted.seed, wanted.seed + wanted.seeds)),
         settings=Settings(
-            discipline="greedy" if wanted.greedy else "apart",
-            chunks="paced" if wanted.paced else "planned",
             router=wanted.router,
             dispatch=not wanted.no_dispatch,
             redispatch=not wanted.no_redispatch and not wanted.no_dispatch,
             theta=wanted.theta,
             faults=faults,
             sample_every_s=spacing_s,
-            trace=wanted.perfetto is not None,
         ),
         limits=limits,
         service_level=level,
@@ -279,7 +262,6 @@ def _limits(objective: Objective, wanted: SimulateOptions) -> Objective:
 
 def _faults(wanted: SimulateOptions, plan: Plan, problem: PlacementProblem) -> tuple[Fault, ...]:
     from hetis.planner.use_cases.simulation.simulate import faults_of
-    from hetis.simulator.records import load_faults
     from hetis.simulator.values import Fault
 
     given = [
@@ -288,8 +270,7 @@ def _faults(wanted: SimulateOptions, plan: Plan, problem: PlacementProblem) -> t
         for device, at_s in (values.device_at(text, option) for text in texts or ())
     ]
     named = faults_of(given, plan, problem, source="--fail, --join")
-    listed = () if wanted.faults is None else faults_of(load_faults(wanted.faults), plan, problem, source=wanted.faults)
-    return tuple(sorted(named + listed, key=lambda fault: fault.at_s))
+    return tuple(sorted(named, key=lambda fault: fault.at_s))
 
 
 def _finish(terminal: Terminal, found: PlanAndProblem, question: Question, wanted: SimulateOptions) -> ExitCode:
@@ -317,7 +298,7 @@ def _finish(terminal: Terminal, found: PlanAndProblem, question: Question, wante
 def _save(terminal: Terminal, simulated: Simulated, found: PlanAndProblem, wanted: SimulateOptions) -> bool:
     """Save before printing, so that the files are saved even if the reader of stdout goes away."""
     from hetis.planner.report.page.pages import simulation_page
-    from hetis.simulator.records import perfetto_json, requests_csv
+    from hetis.simulator.records import requests_csv
 
     def write(path: Path, content: str | bytes) -> None:
         write_atomically(path, content)
@@ -325,14 +306,8 @@ def _save(terminal: Terminal, simulated: Simulated, found: PlanAndProblem, wante
 
     run = simulated.run
     try:
-        if wanted.perfetto is not None and run is not None:
-            write(wanted.perfetto, perfetto_json(run))
         if wanted.requests_csv is not None and run is not None:
             write(wanted.requests_csv, requests_csv(run))
-        if wanted.plot is not None:
-            from hetis.planner.report.simulation.pictures import picture
-
-            write(wanted.plot, picture(simulated, found.plan, form=wanted.plot.suffix))
         outputs.save_page(terminal, lambda: simulation_page(simulated, found.plan, found.problem), wanted.html)
     except DocumentError as error:
         terminal.error("some files were not saved", [str(problem) for problem in error.problems])

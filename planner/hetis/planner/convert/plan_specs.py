@@ -10,7 +10,7 @@ from hetis.v1 import plan_pb2
 # Fields with the same name and value in a request and in a PlanSpec, in which 0 and empty stand for the default.
 SAME = (
     *("weights", "kv", "mtp", "strategy", "engine", *LIMITS, "max_num_seqs", "kv_blocks", "survive"),
-    *("rung", "target"),
+    *("kv_between_vendors", "rung", "target"),
     *("ttft_statistic", "tpot_statistic"),
 )
 

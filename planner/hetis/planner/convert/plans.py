@@ -1,4 +1,4 @@
-"""Messages for plans, their replicas, routes and roles, and back; the two views of a plan, and its explanation."""
+"""Messages for plans, their replicas, routes and roles, and back; the two views of a plan."""
 
 from __future__ import annotations
 
@@ -21,8 +21,6 @@ from hetis.solver.cluster import GpuType
 from hetis.solver.plan import (
     LEAST_DEMAND_RPS,
     AttentionWorkerPool,
-    Explanation,
-    MemoryBar,
     Objective,
     ObjectiveKind,
     Plan,
@@ -30,7 +28,7 @@ from hetis.solver.plan import (
     Role,
     StagePlan,
 )
-from hetis.v1 import document_pb2, plan_pb2, plan_service_pb2, replica_pb2
+from hetis.v1 import document_pb2, plan_pb2, replica_pb2
 
 TO_PROTO = {role: replica_pb2.ReplicaRole.Value(f"REPLICA_ROLE_{role.name}") for role in Role}
 FROM_PROTO = {value: role for role, value in TO_PROTO.items()}
@@ -241,22 +239,3 @@ def _limit_s(message: plan_pb2.Objective, name: str, field: str, wrong: Wrong) -
         wrong(f"{field}.{limit}", f"is {seconds:g}, must be above 0 and finite; {unlimited} lifts it")
         return None
     return seconds
-
-
-def explanation_to_proto(plan: Plan, explanation: Explanation) -> plan_service_pb2.ExplainPlanResponse:
-    return message_of(
-        plan_service_pb2.ExplainPlanResponse,
-        explanation,
-        memory=map(_memory, explanation.memory),
-        stage_times=_messages(plan_service_pb2.StageTime, explanation.stage_times),
-        idle=_messages(plan_service_pb2.IdleGpus, explanation.idle),
-        prices=_messages(plan_pb2.ClassPrice, plan.prices),
-        runners_up=_messages(plan_service_pb2.RunnerUp, plan.runners_up),
-        notes=plan.notes,
-    )
-
-
-def _memory(bar: MemoryBar) -> plan_service_pb2.MemoryBar:
-    free_bytes = max(0, bar.free_bytes)  # parts are rounded: a full card may exceed its size by some bytes
-    is_attention_worker = bar.role != "primary"
-    return message_of(plan_service_pb2.MemoryBar, bar, is_attention_worker=is_attention_worker, free_bytes=free_bytes)

@@ -90,12 +90,11 @@ Clients use the Service `{name}`, port 8000: nginx, which sends requests to all 
 def deployment_of(launchable: Launchable, one: LaunchableReplica) -> Deployment:
     # Not only the partners in the plan's routes: routers choose the two replicas of a request one after the other.
     partner = {Role.PREFILL: Role.DECODE, Role.DECODE: Role.PREFILL}.get(one.plan.role)
-    partners = (launchable.name_of(each) for each in launchable.replicas.values() if each.plan.role is partner)
     return Deployment(
         name=launchable.name_of(one),
         image=engine_image(launchable, one),
         worker_image=worker_image(launchable, one),
-        kv_partners=tuple(partners),
+        kv_partners=() if partner is None else launchable.names_by_role.get(partner, ()),
         part_of=launchable.settings.name,
         copies=one.copies,
         nodes=one.nodes if one.equals else (),
@@ -131,7 +130,7 @@ def check_cluster_options(launchable: Launchable, *, has_own_front: bool = False
     deployment = replace(deployment_of(launchable, one), image="-", worker_image="-")  # checked for each vendor
     if has_own_front:
         deployment = replace(deployment, insecure=deployment.insecure or not deployment.api_key_secret)
-    wrong = deployment.wrong(one.serving.model, has_workers=launchable.has_workers, model_option="--model")
+    wrong = deployment.wrong(one.serving.model, has_workers=launchable.has_workers)
     missing = [] if has_own_front else missing_images(launchable)
     if wrong := [*missing, *wrong]:
         raise DocumentError(Problem(file="export", message=message) for message in wrong)
@@ -229,11 +228,11 @@ class PodGroup:
         return 1 + len(self._further)
 
     def why_not(self) -> tuple[str, ...]:
-        """Return why workers made from one template cannot be told apart; empty if they can."""
+        """Return why workers made from one template cannot be distinguished; empty if they can."""
         nodes = [process.node for process in self._further]
         twice = sorted({node for node in nodes if nodes.count(node) > 1})
         return tuple(
-            f"several further stages are on {node}: pods of one template are told apart by their nodes"
+            f"several further stages are on {node}: pods of one template are distinguished by their nodes"
             for node in twice
         ) + _unlike_resources(self._further)
 
@@ -336,7 +335,7 @@ def replica_objects(
 ) -> list[dict[str, Any]]:
     """Return all objects of one replica, in an order in which they can be applied.
 
-    Pods of a group are told apart by their nodes; where that is impossible, each has a StatefulSet, as in plain
+    Pods of a group are distinguished by their nodes; where that is impossible, each has a StatefulSet, as in plain
     Kubernetes, whose probes start all of them again when one is lost.
     """
     group = PodGroup(launchable, one)

@@ -49,7 +49,7 @@ from hetis.solver.cluster import Cluster
 from hetis.solver.errors import HetisError, InfeasibleError
 from hetis.solver.model import ModelSpec
 from hetis.solver.plan import LEAST_DEMAND_RPS
-from hetis.solver.workload import Workload
+from hetis.solver.workload import MOST_BURSTINESS, Workload
 
 P = ParamSpec("P")
 A = TypeVar("A")
@@ -267,6 +267,7 @@ _CHECKS: Mapping[Kind, tuple[Any, ...]] = {
     Kind.DRAFTS: (AfterValidator(_as_drafts),),
     Kind.DEMAND: (BeforeValidator(_plain), Field(ge=LEAST_DEMAND_RPS, allow_inf_nan=False)),
     Kind.RATE: (BeforeValidator(_plain), Field(gt=0, allow_inf_nan=False)),
+    Kind.BURSTINESS: (BeforeValidator(_plain), Field(ge=0, le=MOST_BURSTINESS, allow_inf_nan=False)),
     Kind.TTFT: (_limit_on("TTFT"),),
     Kind.TPOT: (_limit_on("TPOT"),),
     Kind.SECONDS: (PlainValidator(_seconds),),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from typing import TypeVar
 
 from hetis.formats.documents import digest
@@ -22,12 +22,15 @@ from hetis.planner.resources.checks import check, require_etag
 from hetis.planner.resources.committing import Publish, answered_before, change_once
 from hetis.planner.resources.in_force import IN_FORCE, how_to_withdraw, past, publish_change
 from hetis.planner.resources.plan_documents import require_gpus
-from hetis.planner.resources.plans import MOST_BYTES, load_bytes_of
 from hetis.planner.store import ClusterRecord, PlanRecord, Reader, ReplicaRecord, Store, Transaction, etag_of
 from hetis.planner.threads import run_in_thread_gc_paused
+from hetis.solver.model import ModelSpec
+from hetis.solver.plan import ReplicaPlan
+from hetis.solver.replanning.change import Holding, holdings_of
 from hetis.v1 import plan_pb2, replica_pb2
 from hetis.v1 import plan_service_pb2 as pb2
 
+MOST_BYTES = (4 << 20) - (16 << 10)  # in an answer
 R = TypeVar("R", pb2.ActivatePlanResponse, pb2.RollbackPlanResponse)
 
 
@@ -366,3 +369,14 @@ def earlier_after(cluster: ClusterRecord, plan: PlanRecord, before: PlanRecord |
     was_up = before is not None and before.activation != plan_pb2.ACTIVATION_STATE_FAILED
     earlier = before.name if before is not None and was_up else cluster.earlier_plan
     return "" if earlier == plan.name else earlier
+
+
+def load_bytes_of(model: ModelSpec) -> Callable[[ReplicaPlan], int]:
+    """Return a function for the bytes of weights that the GPUs of a replica load; equal shards are computed once."""
+    weight_bytes = cache(partial(Holding.weight_bytes, model=model))
+
+    def load_bytes(replica: ReplicaPlan) -> int:
+        held = (replace(one, rank=min(one.rank, 0)) for _, one in holdings_of(replica))
+        return round(sum(map(weight_bytes, held)))
+
+    return load_bytes

@@ -317,7 +317,9 @@ class _SpecReader:
         if not self.require(spec.max_stages <= MOST_STAGES, "max_stages", message):
             return None
         limits = {name: getattr(spec, name) or None for name in LIMITS}
-        rules = self.attempt("engine", partial(engine_rules, spec.engine or None, strategy, **limits))
+        across = spec.kv_between_vendors
+        made = partial(engine_rules, spec.engine or None, strategy, kv_between_vendors=across, **limits)
+        rules = self.attempt("engine", made)
         family = self.attempt("engine", partial(family_of, strategy, engine=rules)) if rules is not None else None
         return None if family is None else rules
 

@@ -95,7 +95,7 @@ def rotate_token(path: str, *, name: str, valid_days: str) -> None:
     """Print a further token of the same caller on stdout, and on stderr what to do with the earlier ones."""
     bearer, expires = Tokens.load(path).bearer(name), datetime.now(UTC) + _days(valid_days)
     if bearer is None:
-        raise single_problem(path, f"has no token of the name {name}: hetis-planner token create makes one")
+        raise single_problem(path, f"has no token of the name {name}; hetis-planner token create makes one")
     role, show = CallerRole(bearer.role), partial(print, flush=True)
     create_token(path, name=name, role=role, scope=bearer.scope, expires=expires, hand_over=show, is_further=True)
     ends = expires.isoformat(timespec="seconds")
@@ -132,15 +132,12 @@ def _days(text: str) -> timedelta:
 def report(error: Exception) -> ServiceExitCode:
     """Print the error on stderr, never a traceback, and return its exit code."""
     from hetis.planner.failures import ServiceError
-    from hetis.planner.service.observability.telemetry import MissingExtraError
     from hetis.planner.service.server import AddressError
     from hetis.planner.store.opening import StoreError
 
     match error:
         case DocumentError():
             code, lines = ServiceExitCode.INVALID, [str(problem) for problem in error.problems]
-        case MissingExtraError():
-            code, lines = ServiceExitCode.INVALID, [str(error)]
         case AddressError():
             code, lines = ServiceExitCode.ADDRESS, [str(error)]
         case ServiceError() | StoreError():

@@ -72,8 +72,6 @@ SERVICES: dict[str, dict[str, Method]] = {
         "DeletePlan": Method(_ORCHESTRATOR, "plans.delete"),
         "WatchPlan": Method(_VIEWER, "plans.watch"),
         "CancelPlan": Method(_ORCHESTRATOR, "plans.cancel"),
-        "ExplainPlan": Method(_VIEWER, "plans.explain", _ANY),
-        "DiffPlans": Method(_VIEWER, "plans.diff", _ANY),
         "ReadPlanDocument": Method(_VIEWER, "plans.read_document", _ANY),
         "ActivatePlan": Method(_ORCHESTRATOR, "activation.activate"),
         "RollbackPlan": Method(_ORCHESTRATOR, "activation.rollback"),

@@ -189,7 +189,7 @@ def _copied(file: Path, folder: Path) -> Path:
     found, copied = Path(os.path.realpath(file)), folder / "backup.db"
     lock, log = FileLock(found), found.with_name(f"{found.name}-wal")
     if lock.exists() and not lock.take():
-        raise StoreError(f"{file} is the store of a running planner: make a backup with hetis-planner backup")
+        raise StoreError(f"{file} is the store of a running planner; back it up: hetis-planner backup FILE")
     try:
         for source, target in ((found, copied), (log, copied.with_name(f"{copied.name}-wal"))):
             if source is found or source.exists():

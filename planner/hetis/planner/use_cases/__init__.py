@@ -1,1 +1,1 @@
-"""The use cases, each from files to a result: place, compare, what-if, replan, share, simulate, robustness."""
+"""The use cases, each from files to a result: place, compare, what-if, replan, share, simulate."""

@@ -18,13 +18,14 @@ from hetis.solver.constraints import Constraint, Constraints, Exclude, RestrictR
 from hetis.solver.errors import InfeasibleError, InvalidProblemError, NoPlanFoundError
 from hetis.solver.model import ModelSpec
 from hetis.solver.placement.families import ENGINES, beyond
-from hetis.solver.placement.rungs import RUNGS
+from hetis.solver.placement.rungs import RUNGS, Known
 from hetis.solver.plan import Plan, Role
 from hetis.solver.plugin_time import NO_PLUGIN
 from hetis.solver.problem import EngineRules, Family, PlacementProblem
 from hetis.solver.search_clock import search_seconds
 
 SHARE = 0.1  # share of the time limit that all these searches may take
+SEARCHES = 2  # of each engine: a comparison needs no more, whose plan a search for that engine betters
 
 
 def with_engine_values(
@@ -37,25 +38,25 @@ def with_engine_values(
     """
     budget = Budget(time_limit_s=SHARE * time_limit_s, clock=search_seconds, cancelled=cancelled)
 
-    def told(engine: str) -> None:
+    def started(engine: str) -> None:
         spent_s = plan.result.solve_s + budget.elapsed_s()
         report(Progress(phase=f"plans for {engine}", elapsed_s=spent_s, incumbent=plan.result.value))
 
-    return OtherEngines(values=tuple(_values(plan, problem, seed, budget, told))).on(plan)
+    return OtherEngines(values=tuple(_values(plan, problem, seed, budget, started))).on(plan)
 
 
 def _values(
-    plan: Plan, problem: PlacementProblem, seed: int, budget: Budget, told: Callable[[str], None]
+    plan: Plan, problem: PlacementProblem, seed: int, budget: Budget, started: Callable[[str], None]
 ) -> Iterator[EngineValue]:
     own, known = problem.family.engine, dict[Hashable, EngineValue]()
     assert own is not None, "it is the engine that others are compared with"
     of_engine = partial(constraints_of, problem.model, problem.cluster)
-    asked = [each for each in problem.constraints if each not in of_engine(own.name)]
+    own_constraints = [each for each in problem.constraints if each not in of_engine(own.name)]
     for name in ENGINES:
         if name == own.name:
             continue
         rules = named(own, name)
-        constraints: Constraints = tuple(dict.fromkeys((*of_engine(name), *asked)))
+        constraints: Constraints = tuple(dict.fromkeys((*of_engine(name), *own_constraints)))
         family = family_of(plan.strategy, problem.family.roles, rules, problem.family.engine_settings)
         if rung := Requested.of(plan).rung:
             family = RUNGS[rung].restrict(family, plan.strategy)
@@ -73,7 +74,7 @@ def _values(
             ):
                 found = replace(found, bound=plan.result.bound)
             else:
-                told(name)
+                started(name)
                 other = replace(problem, family=family, constraints=constraints, memories=memories)
                 found = _searched(found, plan, other, own, seed, budget)
                 found = _by_equal_stages(found, plan, other, own, seed, budget.cancelled, is_known=has_its_memory)
@@ -87,7 +88,12 @@ def _lacking(plan: Plan, problem: PlacementProblem, rules: EngineRules) -> tuple
     refused = refused_by(problem.model, problem.cluster, rules.name)
     features = beyond(plan.replicas, rules, problem.cluster, problem.model)
     on_refused = (f"stages on {gpu}" for gpu in refused if gpu in used)
-    return (*features, *_barred_workers(plan, problem, rules), *_across_vendors(plan, problem.cluster), *on_refused)
+    return (
+        *features,
+        *_barred_workers(plan, problem, rules),
+        *_across_vendors(plan, rules, problem.cluster),
+        *on_refused,
+    )
 
 
 def _barred_workers(plan: Plan, problem: PlacementProblem, rules: EngineRules) -> Iterator[str]:
@@ -98,12 +104,13 @@ def _barred_workers(plan: Plan, problem: PlacementProblem, rules: EngineRules) -
         yield "attention workers for this model"
 
 
-def _across_vendors(plan: Plan, cluster: Cluster) -> Iterator[str]:
-    """Yield what keeps to no single vendor, which every engine needs (`PlacementProblem.build_of`)."""
+def _across_vendors(plan: Plan, rules: EngineRules, cluster: Cluster) -> Iterator[str]:
+    """Yield what keeps to no single vendor, which every engine needs (`PlacementProblem.build_of` and `kv_of`)."""
     vendors = [{cluster.gpu_types[stage.gpu].vendor for stage in replica.stages} for replica in plan.replicas]
     if any(len(each) > 1 for each in vendors):
         yield "replicas on GPUs of several vendors"
-    if any(vendors[route.prefill] != vendors[route.decode] for route in plan.kv_routes):
+    ends = {frozenset(vendors[route.prefill] | vendors[route.decode]) for route in plan.kv_routes}
+    if any(len(each) > 1 and not each <= set(rules.kv_vendors) for each in ends):
         yield "KV exchanged by GPUs of several vendors"
 
 
@@ -143,11 +150,14 @@ def _searched(
 
     if budget.is_spent():
         return replace(known, why_not="no time was left")
+    # What it runs of the plan's own engine needs no search.
+    known_plan = None if known.value is None else Known(plan, replace(problem.family, engine=own))
     simplest_within = Requested.of(plan).simplest_within  # or it would seem to reach what was given up for that
     try:
         other = solve_placement(
-            problem, strategy=plan.strategy, budget=budget, seed=seed, simplest_within=simplest_within
-        )
+            problem, strategy=plan.strategy, budget=budget, seed=seed, simplest_within=simplest_within,
+            known=known_plan, most_searches=SEARCHES,
+        )  # fmt: skip
     except InvalidProblemError as error:  # such as too many pipelines to list, if it runs more types of GPUs
         return replace(known, why_not=str(error))
     except InfeasibleError as error:

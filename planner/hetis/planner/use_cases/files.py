@@ -21,7 +21,7 @@ from hetis.formats.files import read_text
 from hetis.formats.models.document import is_config
 from hetis.formats.positions import Text, parse_text
 from hetis.formats.saved_state import SavedState
-from hetis.formats.tenants import FleetTenants, ShareInputs
+from hetis.formats.tenants import FleetTenants
 from hetis.formats.traces import ENDINGS, Trace, read_trace, spaced, trace_text
 from hetis.formats.traces.forms import CountTokens
 from hetis.formats.traces.rows import CSV_ENDINGS, JSONL_ENDINGS, characters_counter
@@ -49,7 +49,7 @@ class Validation:
 
 
 def validate_file(path: str) -> Validation:
-    """Read a file as the kind that it states; traces, GGUF files and Hugging Face configs as `load_workload` and
+    """Read a file as the kind that it states; traces and Hugging Face configs as `load_workload` and
     `load_model` recognise them.
     """
     try:
@@ -72,8 +72,6 @@ def _without_profile(cluster: Cluster) -> Iterator[str]:
 def _load_any(path: str) -> Value:
     if path.endswith(ENDINGS):
         return load_workload(path)
-    if path.lower().endswith(".gguf"):
-        return load_model(path)
     if path.endswith(".json") and is_config(path, read_data(path)[0]):
         return load_model(path)
     return load(path)
@@ -89,7 +87,7 @@ def _name(value: Value) -> str:
             return f"{value.strategy}, {counted(len(value.replicas), 'replica')}"
         case NewRequests():
             return counted(len(value.requests), "request")
-        case ShareInputs() | FleetTenants():
+        case FleetTenants():
             return counted(len(value.tenants), "tenant")
 
 

@@ -24,7 +24,6 @@ from hetis.planner.use_cases.record.forms import RungFound
 from hetis.planner.use_cases.record.parts import Requested, Rungs, Surviving, Verified
 from hetis.planner.use_cases.request import PlacementRequest, path_or_value, ratio_of
 from hetis.planner.use_cases.robustness.profile_errors import with_profile_errors
-from hetis.planner.use_cases.robustness.study import Robustness, study, with_robustness
 from hetis.planner.use_cases.saved_plans import problem_of
 from hetis.planner.use_cases.service_level import ServiceLevel
 from hetis.planner.use_cases.sources import LoadedInputs, engine_settings, load_inputs
@@ -46,11 +45,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlacedPlan:
-    """A plan that passed the checker, with its studies."""
+    """A plan that passed the checker, with the prices of its constraints."""
 
     plan: Plan
     problem: PlacementProblem  # that of the plan's rung
-    robustness: Robustness | None = None
     prices: tuple[ConstraintPrice, ...] = ()
 
 
@@ -68,6 +66,7 @@ def read_inputs(request: PlacementRequest) -> LoadedInputs:
         workload=path_or_value(request.workload),
         profiles=[str(os.fspath(path)) for path in request.profiles],
         prefix_hit_rate=request.hit_rate,
+        burstiness=request.burstiness,
     ).with_constraints(pins=request.pin, forbids=request.forbid)  # fmt: skip
     share = request.gpu_memory_utilization
     settings = engine_settings(
@@ -97,11 +96,8 @@ def pose(request: PlacementRequest, carriers: Carriers | None = None) -> PosedPl
     problem = settings.problem(loaded.inputs, request.goal)
     check_survival(problem, settings.survive, settings.keep)
     if classes.cuts_of(request.classes, loaded.inputs.workload) and request.classes:
-        for option, given in (("survive", request.survive), ("profile-error", request.profile_error)):
-            if given:
-                raise InvalidProblemError(
-                    f"--classes {request.classes} and --{option}: only plans without classes have it"
-                )
+        if request.survive:
+            raise InvalidProblemError(f"--classes {request.classes} and --survive: only plans without classes have it")
         if problem.family.engine is None:
             raise InvalidProblemError(f"--classes {request.classes}: strategy {request.strategy} knows no classes")
     return PosedPlacement(request=request, loaded=loaded, problem=problem, settings=settings, carriers=carriers)
@@ -137,9 +133,9 @@ class PosedPlacement:
         )  # fmt: skip
 
     def verify(self, made: Climbed, report: Report) -> PlacedPlan:
-        """Simulate, price and study a plan of `prove` as requested: its value becomes the rate kept in simulation.
+        """Simulate and price a plan of `prove` as requested: its value becomes the rate kept in simulation.
 
-        Simulations share a limit; a study and the prices each have the time limit of a search.
+        Simulations share a limit; the prices have the time limit of a search.
 
         Raises:
             UncheckedPlanError: the plan, or that of a simpler rung which keeps more, fails the independent checker.
@@ -158,11 +154,7 @@ class PosedPlacement:
                 budget=self._budget(), gap_target=self.settings.gap_target, seed=seed, report=report
             )  # fmt: skip
             plan, prices = with_constraint_prices(plan, problem, search)
-        if request.profile_error is None or not plan.replicas:
-            return PlacedPlan(plan=plan, problem=problem, prices=prices)
-        error = ratio_of(request.profile_error)
-        found = study(plan, problem, error=error, seed=seed, budget=self._budget(), report=report)
-        return PlacedPlan(plan=with_robustness(plan, found), problem=problem, robustness=found, prices=prices)
+        return PlacedPlan(plan=plan, problem=problem, prices=prices)
 
     def _budget(self, time_limit_s: float | None = None) -> Budget:
         limit_s = self.settings.time_limit_s if time_limit_s is None else time_limit_s
@@ -180,7 +172,7 @@ class PosedPlacement:
         """
         request, settings, workload = self.request, self.settings, self.loaded.inputs.workload
         cuts = classes.cuts_of(request.classes, workload)
-        if not cuts or not made.plan.replicas or request.survive or request.profile_error or budget.is_spent():
+        if not cuts or not made.plan.replicas or request.survive or budget.is_spent():
             return made
         requested = self.loaded.inputs.applicable_limits(request.goal)
 

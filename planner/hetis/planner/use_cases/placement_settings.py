@@ -78,7 +78,9 @@ def settings_of(request: PlacementRequest) -> PlacementSettings:
     return PlacementSettings(
         strategy=request.strategy,
         roles=request.all_roles,
-        engine=engine_rules(request.engine, request.strategy, **request.limits),
+        engine=engine_rules(
+            request.engine, request.strategy, kv_between_vendors=request.kv_between_vendors, **request.limits
+        ),
         keep_stages=request.max_stages is not None,
         time_limit_s=request.time_limit_s,
         gap_target=ratio_of(request.gap),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import replace
 
-from hetis.engines.attention import common_backend
+from hetis.engines.attention import KV_VENDORS, common_backend
 from hetis.engines.gpus import VENDORS, kind_of_type
 from hetis.engines.precision import SUPPORT, Refusal, refusal_of, remarks
 from hetis.engines.serving import TELL_KV
@@ -85,9 +85,9 @@ def for_engine(loaded: LoadedInputs, engine: EngineRules | None) -> LoadedInputs
     Raises:
         InvalidProblemError: no GPU is left; the message contains the reasons.
     """
-    inputs, name = loaded.inputs, None if engine is None else engine.name
-    if name is None or name not in SUPPORT:
+    if engine is None or engine.name not in SUPPORT:
         return loaded
+    inputs, name = loaded.inputs, engine.name
     refused = refused_by(inputs.model, inputs.cluster, name)
     gpus = gpu_types_of(inputs.cluster)
     if len(refused) == len(gpus):
@@ -107,7 +107,8 @@ def for_engine(loaded: LoadedInputs, engine: EngineRules | None) -> LoadedInputs
     ]
     if len(vendors) > 1:
         listed = "; ".join(f"{vendor}: {', '.join(its)}" for vendor, its in vendors.items())
-        notes.append(f"a replica, and the KV that it exchanges, stays with GPUs of one vendor ({listed})")
+        also = ", and the KV that it exchanges," if not engine.kv_vendors else ""
+        notes.append(f"a replica{also} stays with GPUs of one vendor ({listed}){_kv_between(engine)}")
     for model in dict.fromkeys(map(inputs.model.on, gpus)):
         runs = {gpu: kind for gpu, kind in gpus.items() if gpu not in refused and inputs.model.on(gpu) == model}
         notes += remarks(model, runs, name)
@@ -115,6 +116,16 @@ def for_engine(loaded: LoadedInputs, engine: EngineRules | None) -> LoadedInputs
     return replace(
         loaded, inputs=replace(inputs, constraints=constraints), notes=tuple(dict.fromkeys((*loaded.notes, *notes)))
     )
+
+
+def _kv_between(engine: EngineRules) -> str:
+    """Return what the note on vendors says of KV that goes between them."""
+    if engine.kv_vendors:
+        return (
+            f"; KV of 16 bits may go between {', '.join(engine.kv_vendors)}: others have shown it, hetis has not "
+            "run it, and times are those of each GPU's usual kernels"
+        )
+    return "; --kv-between-vendors lets KV go between them" if engine.name in KV_VENDORS else ""
 
 
 def _shared(refusals: Iterable[Refusal]) -> Iterator[str]:

@@ -56,6 +56,7 @@ class Kind(Enum):
     DRAFTS = auto()
     DEMAND = auto()
     RATE = auto()
+    BURSTINESS = auto()
     TTFT = auto()
     TPOT = auto()
     SECONDS = auto()
@@ -123,6 +124,11 @@ class PlacementRequest:
         "Share of prompt tokens that prefix caches hold: 0.4, 40%, or trace to count it by a Mooncake trace's hash "
         "ids.",
         shown="the workload's, or 0",
+    )
+    burstiness: Annotated[float, Kind.BURSTINESS] | None = _input(
+        "--burstiness CV: "
+        "Coefficient of variation of the gaps between arrivals: 1 at random (Poisson), above 1 in bursts; at most 10.",
+        shown="the workload's, or 1",
     )
     weights: Annotated[str, Kind.WEIGHTS] | None = _input(
         "--weights P[,GPU=P...]: "
@@ -231,6 +237,11 @@ class PlacementRequest:
         "--max-nodes-per-replica N: Maximum nodes of a replica including attention workers, in plans for an engine.",
         min=1,
     )
+    kv_between_vendors: bool = _search(
+        "--kv-between-vendors: Let prefill replicas send KV to GPUs of other vendors (vLLM; 16-bit KV, by Triton's "
+        "kernels).",
+        False,
+    )
     max_num_seqs: Count | None = _search(
         "--max-num-seqs N: Maximum requests that an engine runs at once (a replica, or each copy that shares experts)."
     )
@@ -264,10 +275,6 @@ class PlacementRequest:
         "--gap GAP: Stop when the plan is proven this close to the best; 0.5% or 0.005.", "0.1%"
     )
     seed: CountOrZero = _search("--seed N: Random seed; the same seed gives the same plan.", 0, min=0)
-    profile_error: BelowOne | None = _search(
-        "--profile-error ERROR: Also show how the plan fares when every profile coefficient is off by up to "
-        "this: 20% or 0.2."
-    )
     verify: bool = _result(
         "--verify/--no-verify: Simulate the plan at its planned rate and report whether the limits are kept.", True
     )

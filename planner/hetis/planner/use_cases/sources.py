@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, TypeVar
 
+from hetis.engines.attention import KV_VENDORS
 from hetis.engines.memory import memory_of, rank_memories
 from hetis.engines.versions import Engine
 from hetis.formats.catalogue import gpu_types, other_vendor
@@ -173,19 +174,27 @@ def family_of(
     return (family if engine is None else run_by(family, engine)).at(engine_settings)
 
 
-def engine_rules(name: str | None, strategy: str, **limits: int | None) -> EngineRules | None:
+def engine_rules(
+    name: str | None, strategy: str, *, kv_between_vendors: bool = False, **limits: int | None
+) -> EngineRules | None:
     """Return the rules of the requested engine, by default of vLLM with the plugin; None for published heuristics.
 
     ``limits`` on every replica are in addition to the engine's rules, by its fields' names; None: the engine's own.
 
     Raises:
-        InvalidProblemError: there is no such engine, or limits are specified for a published heuristic.
+        InvalidProblemError: there is no such engine, it cannot send KV between vendors, or limits are specified for a
+            published heuristic.
     """
     from hetis.solver.placement.families import DEFAULT_ENGINE, STRATEGIES
 
     if name is not None or not STRATEGIES[strategy].is_published:
-        return rules_of_engine(name or DEFAULT_ENGINE, **limits)
-    if any(limit is not None for limit in limits.values()):
+        rules = rules_of_engine(name or DEFAULT_ENGINE, **limits)
+        if not kv_between_vendors:
+            return rules
+        if rules.name not in KV_VENDORS:
+            raise InvalidProblemError(f"KV between vendors is not known to work in {rules.name}")
+        return replace(rules, kv_vendors=KV_VENDORS[rules.name])
+    if kv_between_vendors or any(limit is not None for limit in limits.values()):
         raise InvalidProblemError(f"limits on replicas apply to an engine's plans, not to strategy {strategy}")
     return None
 
@@ -202,7 +211,8 @@ def rules_of_engine(name: str, **limits: int | None) -> EngineRules:
 
 def named(rules: EngineRules, name: str) -> EngineRules:
     """Return the same limits for another engine, with what attention workers cost its hosts."""
-    return replace(rules, name=name, plugin=PLUGINS.get(name, NO_PLUGIN))
+    kv_vendors = KV_VENDORS.get(name, ()) if rules.kv_vendors else ()
+    return replace(rules, name=name, plugin=PLUGINS.get(name, NO_PLUGIN), kv_vendors=kv_vendors)
 
 
 def ordered(roles: Iterable[Role]) -> tuple[Role, ...]:
@@ -239,11 +249,11 @@ class LoadedInputs:
 
 def load_inputs(
     *, cluster: str | Cluster, model: str | ModelSpec, workload: str | Workload, profiles: Sequence[str] = (),
-    prefix_hit_rate: PrefixHitRate | None = None,
+    prefix_hit_rate: PrefixHitRate | None = None, burstiness: float | None = None,
 ) -> LoadedInputs:  # fmt: skip
     """Read those inputs of a placement that are not values; GPU types without a file get `default_profile`.
 
-    ``prefix_hit_rate`` replaces the workload's own.
+    ``prefix_hit_rate`` and ``burstiness`` replace the workload's own.
 
     Raises:
         DocumentError: contains the problems of all inputs; or those of GPU types in a cluster file that have no profile
@@ -261,6 +271,7 @@ def load_inputs(
         problems += impossible_profiles(measured, fleet.gpu_types)
     if problems or fleet is None or spec is None or traffic is None:
         raise DocumentError(problems)
+    traffic = traffic if burstiness is None else replace(traffic, burstiness=burstiness)
     by_gpu = _profiles_of(fleet, measured, cluster)
     hostless = [gpu for gpu in by_gpu if gpu in measured and not _has_measured_host(measured[gpu][1])]
     mixes = bool(hostless) and len(by_gpu) > len(measured)

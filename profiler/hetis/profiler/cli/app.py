@@ -17,8 +17,10 @@ from hetis.profiler.cli.measurements import RUN_EXAMPLES, import_tables
 from hetis.profiler.cli.measurements import run as run_verb
 
 # Where a missing module can be obtained.
-_EXTRAS = dict.fromkeys(("pyarrow", "matplotlib"), "'hetis[profiler]'")
-_EXTRAS["torch"] = "'hetis[profiler]', or torch as pytorch.org describes for your GPU"
+_EXTRAS = {
+    "pyarrow": "'hetis[profiler]'",
+    "torch": "'hetis[profiler]', or torch as pytorch.org describes for your GPU",
+}
 
 app = typer.Typer(
     name="hetis-profile",
@@ -34,7 +36,7 @@ app.command("import", rich_help_panel="Measurements")(import_tables)
 app.command(rich_help_panel="Profiles", epilog=profiles.FIT_EXAMPLES)(profiles.fit)
 app.command(rich_help_panel="Profiles")(profiles.model)
 app.command(rich_help_panel="Profiles", epilog=CALIBRATE_EXAMPLES)(calibrate)
-for look in (profiles.show, profiles.compare, profiles.plot, profiles.check):
+for look in (profiles.show, profiles.check):
     app.command(rich_help_panel="Inspect")(look)
 
 

@@ -198,8 +198,8 @@ def _run_table(result: RunResult, out: Path) -> RenderableType:
     return Group(Text(f"{result.measurements.gpu} -> {out}"), table, Text(left))
 
 
-# Tools that wrote tables; a test keeps this in step with `hetis.profiler.importers.FORMATS`.
-Format = Literal["aiconfigurator", "vidur", "splitwise", "llmservingsim"]
+# Tools that wrote tables; a test keeps this in step with `hetis.profiler.importers.READERS`.
+Format = Literal["aiconfigurator"]
 
 
 @verb()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -117,84 +117,6 @@ def show(terminal: Terminal, profile: GpuOrFileArgument) -> ProfileExitCode:
     for fit in found.fits:
         scope = ", ".join(scope_words(fit.scope)) or "any"
         terminal.detail(f"{fit.op.value} ({scope}): {fit.provenance.origin}")
-    return ProfileExitCode.OK
-
-
-@verb()
-def compare(
-    terminal: Terminal,
-    a: GpuOrFileArgument,
-    b: GpuOrFileArgument,
-    model: Annotated[
-        str, typer.Option("--model", "-m", metavar="NAME|FILE", help="Model whose layer to compare.")
-    ] = "meta-llama/Llama-3.1-8B",
-    tp: Annotated[int, typer.Option("--tp", min=1, help="Tensor-parallel degree.")] = 1,
-) -> ProfileExitCode:
-    """Compare the times of two profiles over typical points of one layer; ratio: B's over A's."""
-    from rich.console import Group
-    from rich.text import Text
-
-    from hetis.formats.models.document import load_model
-    from hetis.profiler.pictures import typical_times
-
-    spec, first, second = load_model(model), profile_of(a), profile_of(b)
-    both = zip(typical_times(first, spec, tp), typical_times(second, spec, tp), strict=True)
-    rows = [(op.value, point, a_s, b_s) for (op, point, a_s), (_, _, b_s) in both if a_s and b_s]  # 0: no fit for it
-
-    def document() -> dict[str, Any]:
-        points = [{"op": op, "point": point, "a_s": x, "b_s": y, "ratio": y / x} for op, point, x, y in rows]
-        return {"a": first.gpu, "b": second.gpu, "model": spec.name, "tp": tp, "points": points}
-
-    def table() -> RenderableType:
-        found = table_of(("op", "point"), ("A", "B", "B/A"))
-        for op, point, x, y in rows:
-            found.add_row(op, point, seconds_text(x), seconds_text(y), f"{y / x:.3g}")
-        title = f"one layer of {spec.name} at TP {tp}"
-        return Group(Text(title, style="bold"), Text(f"A: {a} ({first.gpu})\nB: {b} ({second.gpu})"), found)
-
-    terminal.emit(document, table)
-    return ProfileExitCode.OK
-
-
-@verb()
-def plot(
-    terminal: Terminal,
-    profile: GpuOrFileArgument,
-    raw: Annotated[list[Path], typer.Argument(metavar="RAW...", help="Measurements to compare it with.")],
-    out: Annotated[Path, typer.Option("--out", metavar="FILE", help="Chart to write: .png or .html.")],
-    cluster: ClusterOption = None,
-) -> ProfileExitCode:
-    """Plot measured against fitted times, and the residuals of each region.
-
-    Needs matplotlib, and neither a browser nor a network.
-    """
-    from hetis.commands.pictures import FORMS
-    from hetis.formats.errors import single_problem
-    from hetis.formats.files import write_atomically
-    from hetis.profiler.pictures import pairs_of, picture
-
-    if out.suffix not in FORMS:
-        raise single_problem(str(out), "the name of the chart must end in .png or .html")
-    require_outputs(out)
-    found = profile_of(profile)
-    pairs = pairs_of(found, load_all(raw, gpu=found.gpu), gpu_type(found.gpu, cluster))
-    if not pairs:
-        raise single_problem(str(raw[0]), f"holds nothing that the profile of {found.gpu} has a comparable fit for")
-    title = f"{found.gpu}: {Path(profile).name} against {', '.join(path.name for path in raw)}"
-    write_atomically(out, picture(pairs, title, out.suffix))
-
-    def table() -> RenderableType:
-        title = f"{found.gpu} -> {out}"
-        drawn = table_of(("what",), ("points", "MAPE", "bias"), title=title, title_justify="left")
-        for one in pairs:
-            drawn.add_row(one.title, f"{len(one.measured):,}", f"{one.mape:.1%}", f"{one.bias:+.1%}")
-        return drawn
-
-    document = [
-        {"title": one.title, "points": len(one.measured), "mape": round(one.mape, 4), "bias": round(one.bias, 4)}
-        for one in pairs
-    ]
-    terminal.emit(lambda: {"out": str(out), "pairs": document}, table)
     return ProfileExitCode.OK
 
 

@@ -1,4 +1,4 @@
-"""Converts other tools' tables to measurements: ``import_tables("vidur", [path, ...])``."""
+"""Converts other tools' tables to measurements: ``import_tables("aiconfigurator", [path, ...])``."""
 
 from __future__ import annotations
 
@@ -7,24 +7,21 @@ from pathlib import Path
 
 from hetis.formats.errors import DocumentError, Problem
 from hetis.formats.measurements import Measurements
-from hetis.profiler.importers import aiconfigurator, simulators
+from hetis.profiler.importers import aiconfigurator
 from hetis.profiler.importers.reading import Collection, Sheet, read_sheet
 
-_IMPORTERS: Mapping[str, Callable[[Sheet, Collection], None]] = {
-    "aiconfigurator": aiconfigurator.read,
-    "vidur": simulators.read_vidur,
-    "splitwise": simulators.read_splitwise,
-    "llmservingsim": simulators.read_llmservingsim,
-}
-FORMATS = tuple(_IMPORTERS)
+TableReader = Callable[[Sheet, Collection], None]
+READERS: Mapping[str, TableReader] = {"aiconfigurator": aiconfigurator.read}  # by the tool that made the tables
 
 
-def import_tables(form: str, files: Sequence[str | Path]) -> list[Measurements]:
+def import_tables(
+    form: str, files: Sequence[str | Path], *, readers: Mapping[str, TableReader] = READERS
+) -> list[Measurements]:
     """Return the measurements of all ``files`` together: one per GPU, engine, version and host, in a fixed order.
     Raises DocumentError with every problem of every file (file, row, column, value and limit); nothing is returned in
-    part. ``form`` is one of `FORMATS`.
+    part. ``form`` is one of the ``readers``.
     """
-    collection, problems, has_more, read = Collection(), list[Problem](), False, _IMPORTERS[form]
+    collection, problems, has_more, read = Collection(), list[Problem](), False, readers[form]
     for file in files:
         try:
             sheet = read_sheet(Path(file), check=lambda without_rows: read(without_rows, Collection()))

@@ -6,8 +6,7 @@ import logging
 import shlex
 import sys
 import traceback
-from collections.abc import Callable, Collection, Iterable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -37,11 +36,6 @@ hetis-launch show --plan plan.json --model /models/Llama-3.2-1B --node-address g
 hetis-launch processes --plan plan.json --model models/tiny --all-here --device cpu --kv-tokens 20000 -- --port 8080
 
 srun --ntasks-per-node 1 hetis-launch processes --plan plan.json --model /models/Llama-3.2-1B --key-file worker.key
-
-hetis-launch ray --plan plan.json --model /models/Llama-3.2-1B --address auto
-
-hetis-launch kubernetes --plan plan.json --model /models/Llama-3.2-1B --image registry.example/hetis-vllm:1
---worker-image registry.example/hetis-worker:1 --worker-key-secret hetis-worker --insecure | kubectl apply -f -
 
 Exit codes: 0 stopped as requested · 1 failed · 2 invalid options, plan or model · 3 not possible with this plan, or its
 nodes are missing · 141 broken pipe
@@ -174,67 +168,6 @@ def processes(
     raise SystemExit(run_here(ours))
 
 
-@command
-def ray(
-    replica: PlacedReplica,
-    address: Annotated[
-        str, Option(help="Address of the Ray cluster: auto, HOST:PORT, ray://HOST:PORT, or local to start one.")
-    ] = "auto",
-    start_timeout: Annotated[float, Option(help="Seconds to wait for Ray to reserve the resources.")] = 60.0,
-    vllm_options: VllmOptions = None,
-) -> None:
-    """Run the processes in a placement group of Ray, and start again what fails. Needs pip install 'hetis\\[ray]'."""
-    addresses = replica.addresses(replica.folder.resolve())
-    layout, serving = _read(replica, vllm_options, executor=replica.executor, named=addresses.hosts)
-    _set_up_logs()
-    try:
-        from hetis.runtime.launch.on_ray import run_on_ray
-    except ModuleNotFoundError as error:
-        if error.name is None or error.name.partition(".")[0] != "ray":
-            raise
-        raise OptionError("Ray is not installed here: pip install 'hetis[ray]'") from None
-    raise SystemExit(run_on_ray(layout, serving, addresses, address=address, start_s=start_timeout))
-
-
-@group
-class ClusterOptions:
-    """The options of objects of Kubernetes: fields of `Deployment`, and the model's path in it."""
-
-    name: str = option("--name: Name of the replica, and prefix of the names of objects.", "hetis")
-    namespace: str = option("--namespace: Kubernetes namespace. Default: kubectl's.", "")
-    image: str = option("--image: Image of vLLM with the plugin. Required.", "")
-    worker_image: str = option("--worker-image: Image with hetis[worker]. Required.", "")
-    model_path: str = option("--model-path: Path of the model in the pod. Default: the value of --model.", "")
-    model_claim: str = option(
-        "--model-claim: PersistentVolumeClaim with the models, mounted at the parent of --model-path.", ""
-    )
-    api_key_secret: str = option("--api-key-secret: Secret whose api-key clients must send.", "")
-    hf_token_secret: str = option(
-        "--hf-token-secret SECRET[:KEY]: "
-        "Secret with the token by which vLLM downloads gated models, under KEY or HF_TOKEN.",
-        "",
-    )
-    model_cache: str = option("--model-cache CLAIM|/PATH: Where engines keep the models that they download.", "")
-    worker_key_secret: str = option("--worker-key-secret: Secret that holds the workers' worker-key. Required.", "")
-    insecure: bool = option(
-        "--insecure/--no-insecure: Require no API key: any client in the cluster can send requests.", False
-    )
-
-
-@command
-def kubernetes(replica: LaunchReplica, cluster: ClusterOptions, vllm_options: VllmOptions = None) -> None:
-    """Print objects for `kubectl apply -f -`: a pod per process on the plan's node, and Services."""
-    import yaml
-
-    from hetis.engines.cluster import Deployment
-    from hetis.engines.kubernetes import SET_HERE, manifests_of
-
-    path = cluster.model_path or replica.model
-    deployment = Deployment(**{name: value for name, value in vars(cluster).items() if name != "model_path"})
-    layout, serving = _read(replica, vllm_options, set_here=SET_HERE, wrong=deployment.wrong(path))
-    yaml.safe_dump_all(manifests_of(layout, replace(serving, model=path), deployment), sys.stdout, sort_keys=False)
-
-
 def main() -> int:
     """Run the command line of this process, and return the exit code."""
     return run_application(app, "hetis-launch", sys.argv[1:], _report_failure)
@@ -251,15 +184,12 @@ def _report_failure(error: Exception) -> int:
             return _fail(str(error).splitlines(), EXIT_INVALID)
         case LayoutError():
             return _fail(error.messages, EXIT_NOT_POSSIBLE)
-        case ConnectionError():
-            return _fail([str(error)], EXIT_FAILED)
     traceback.print_exception(error)
     return EXIT_FAILED
 
 
 def _read(
     given: LaunchReplica, vllm_options: Sequence[str] | None, *, executor: str = "", named: Iterable[str] = (),
-    set_here: Sequence[str] = (), wrong: Sequence[str] = (),
 ) -> tuple[Layout, Serving]:  # fmt: skip
     """Return the layout of the replica that the options name, and the settings to serve it with.
 
@@ -268,8 +198,6 @@ def _read(
     Args:
         executor: Unix socket of the node's agent.
         named: nodes for which an address was passed.
-        set_here: options of vLLM that are set in another way, besides those that always are.
-        wrong: other problems with the options, to be reported with the rest.
 
     Raises:
         OptionError: options are wrong. It names all of them.
@@ -283,7 +211,7 @@ def _read(
     from hetis.formats.documents import load_plan
 
     options = tuple(vllm_options or ())
-    found = [*wrong, *_wrong_options(options, set_here)]
+    found = _wrong_options(options)
     try:
         program = tuple(shlex.split(given.vllm) or program_of(given.engine))
     except ValueError as error:
@@ -329,11 +257,11 @@ def _note_other_replicas(plan: Plan, number: int) -> None:
         )
 
 
-def _wrong_options(options: Sequence[str], set_here: Collection[str]) -> list[str]:
-    from hetis.engines.serving import decided_in, names_of
+def _wrong_options(options: Sequence[str]) -> list[str]:
+    from hetis.engines.serving import decided_in
 
     users = {"--served-model-name", "--host", "--port"}  # these are left to the user, unlike in an export
-    ours = (decided_in(options) - users) | (names_of(options) & set(set_here))
+    ours = decided_in(options) - users
     wrong = [f"{name} cannot be passed to vLLM: hetis-launch sets it" for name in sorted(ours)]
     if options and not options[0].startswith("-"):
         wrong.append(f"{options[0]!r} is not an option; options of vLLM go after --")

@@ -1,7 +1,6 @@
 """The processes of a replica on this machine: started, kept running as long as vLLM is to run, and ended with this one.
 
-All decisions are in `Supervision`, which has no processes and no clock. `supervise` applies them with any function
-that starts a command, on this machine or in an actor of Ray.
+All decisions are in `Supervision`, which has no processes and no clock. `supervise` applies them.
 """
 
 from __future__ import annotations

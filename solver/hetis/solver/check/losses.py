@@ -69,7 +69,7 @@ def left_without(plan: Plan, problem: PlacementProblem, place: str) -> Mapping[s
     return found
 
 
-Site = tuple[str, Hashable]  # a zone and a build, in which KV flows freely
+Site = tuple[str, Hashable]  # a zone and a kind of KV, in which KV flows freely
 
 
 def _served_by(plan: Plan, problem: PlacementProblem, zone_of: Mapping[str, str], remains: list[bool]) -> float:
@@ -88,7 +88,8 @@ def _served_by(plan: Plan, problem: PlacementProblem, zone_of: Mapping[str, str]
 def _served_together(plan: Plan, problem: PlacementProblem, zone_of: Mapping[str, str], remains: list[bool]) -> float:
     """Return the most requests/s of the replicas that remain, which serve the same classes."""
     sites: list[Site] = [
-        (zone_of[node_of(replica.devices()[0])], problem.build_of(replica.stages[0].gpu)) for replica in plan.replicas
+        (zone_of[node_of(replica.devices()[0])], problem.kv_of(problem.build_of(replica.stages[0].gpu)))
+        for replica in plan.replicas
     ]
     room: defaultdict[Hashable, defaultdict[Hashable, float]] = defaultdict(lambda: defaultdict(float))
     unified = 0.0

@@ -16,9 +16,9 @@ from hetis.solver.cluster import Link, NodeGroup
 from hetis.solver.constraints import Duty, RestrictRole, in_words
 from hetis.solver.model import ModelSpec
 from hetis.solver.plan import ClassPrice, KvRoute, Plan, Role, Status
-from hetis.solver.problem import APART, EXPLICIT_LINKS, LINKS_TO_ANY, OWN_LINKS, QUICK_LINKS, PlacementProblem
+from hetis.solver.problem import APART, EXPLICIT_LINKS, LINKS_TO_ANY, OWN_LINKS, QUICK_LINKS, Build, PlacementProblem
 
-_Kind = tuple[ModelSpec, str]  # the model in one precision, and a vendor
+_Kind = tuple[ModelSpec, str]  # the model in one precision, and the vendors between which its KV may go
 OPTIMAL_GAP = 1e-6
 RELATIVE = 1e-6  # rounding of a value or a gap
 BOUND_ROUNDING = 1e-9
@@ -96,8 +96,10 @@ def check_routes(plan: Plan, problem: PlacementProblem, fleet: Fleet) -> list[Vi
             flow[route.decode] += route.rate
     for number, rate in sorted(flow.items()):
         replica = plan.replicas[number]
-        if rate > replica.rate * (1 + RELATIVE):
+        share = plan.result.prefill_load if replica.role is Role.PREFILL else 1.0
+        if rate > share * replica.rate * (1 + RELATIVE):
             message = f"routes take {rate:.9g} requests/s, the {replica.role} replica's rate is {replica.rate:.9g}"
+            message += f", of which it is sent {share:.9g}" if share < 1.0 else ""
             violations += at(f"replica {number}", [(Rule.ROUTE_RATE, message)])
     return violations
 
@@ -132,9 +134,10 @@ def _check_route(
     if problem.family.engine is None:
         return
     types = problem.cluster.gpu_types
-    vendors = [types[gpu].vendor for gpu in gpus if gpu in types]
-    if len(set(vendors)) > 1:
-        yield Rule.ROUTE, f"leads from {gpus[0]} ({vendors[0]}) to {gpus[1]} ({vendors[1]}), must stay with one vendor"
+    known = [gpu for gpu in gpus if gpu in types]
+    if len({_kind_of(gpu, problem) for gpu in known}) > 1:
+        named = " to ".join(f"{gpu} ({types[gpu].vendor})" for gpu in known)
+        yield Rule.ROUTE, f"leads from {named}, must stay with one vendor"
     if (own := _zone_of(sender.devices(), fleet)) != zone and len(kinds()) > 1:
         yield (
             Rule.ROUTE,
@@ -142,11 +145,17 @@ def _check_route(
         )
 
 
+def _kind_of(gpu: str, problem: PlacementProblem) -> _Kind:
+    """Return what a GPU's KV has in common with that of those with which it may be exchanged."""
+    model, vendor = problem.model.on(gpu), problem.cluster.gpu_types[gpu].vendor
+    return problem.kv_of(Build(model, vendor))
+
+
 def _computing_kinds(problem: PlacementProblem, fleet: Fleet) -> set[_Kind]:
-    """Return the precisions and vendors of the GPUs that may compute layers."""
+    """Return the kinds of KV of the GPUs that may compute layers."""
 
     def kinds_of(names: Iterable[str]) -> set[_Kind]:
-        return {(problem.model.on(gpu), problem.cluster.gpu_types[gpu].vendor) for gpu in names}
+        return {_kind_of(gpu, problem) for gpu in names}
 
     everywhere = kinds_of(problem.cluster.types_used())
     if len(everywhere) < 2:
@@ -260,6 +269,8 @@ def _check_finite(plan: Plan) -> Iterator[Broken]:
     numbers += [(f"dual of {price.gpu} in {price.zone}", price.dual) for price in plan.prices]
     if not 0 <= result.utilisation <= MOST_UTILISATION:
         yield Rule.VALUE, f"utilisation is {result.utilisation:.9g}, must be from 0 to {MOST_UTILISATION:g}"
+    if not 0 < result.prefill_load <= 1:
+        yield Rule.VALUE, f"load of prefill replicas is {result.prefill_load:.9g}, must be above 0 and at most 1"
     replicas = Counter(one.role for one in plan.replicas)
     for role, lanes in ((Role.UNIFIED, result.unified_lanes), (Role.PREFILL, result.prefill_lanes)):
         if not 1 <= lanes <= max(1, replicas[role]):

@@ -233,6 +233,8 @@ def chunks_ahead(setting: Setting) -> float:
     C, moments = setting.chunk_tokens, setting.moments
     servers = setting.attention_dp * setting.problem.assumptions.lanes.of(setting.role)
     q = setting.problem.assumptions.planned_utilisation * setting.chunk_share
+    if setting.role is Role.PREFILL:
+        q *= setting.problem.assumptions.lanes.prefill_load
     if q >= 1:
         return math.inf
     p_wait = q ** (math.sqrt(2 * (servers + 1)) - 1)

@@ -286,13 +286,11 @@ class Path(StrEnum):
     ``mixed``: two rows at once bind some devices (affine pieces, memory, the primary's network card). The chain was
     solved on mixtures of the two, and is optimal up to the requested tolerance.
     ``lp``: HiGHS solved the relaxation.
-    ``milp``: HiGHS searched whole head groups (`solve_exactly`).
     """
 
     CHAIN = "chain"
     MIXED = "mixed"
     LP = "lp"
-    MILP = "milp"
 
 
 class Resource(StrEnum):

@@ -100,8 +100,7 @@ class Dispatcher:
         come from rounding down, giving the rest to the marginal device, and a local search. Requests for which memory
         is too short are named in ``unplaced``; the others are placed as if those had not come.
 
-        ``admission`` replaces the quick decision on which requests are placed; `hetis.solver.dispatch.exact` proves
-        its decision.
+        ``admission`` replaces the quick decision on which requests are placed.
 
         Raises:
             InvalidProblemError: the load is for a different number of devices.

@@ -168,6 +168,11 @@ class Candidates:
     is_enumerated: BoolArray
     key: Hashable
 
+    @property
+    def load(self) -> float:
+        """The share of its rate that a replica may be sent, see `Lanes`."""
+        return self.costs.problem.assumptions.lanes.load(self.costs.mixes[self.evaluator.mixes[0]].role)
+
     def worth(self, row_prices: FloatArray) -> FloatArray:
         """Return the value of the GPUs of every composition; [C]."""
         worth = self.shape.counts @ (self.costs.group_use[self.shape.ranks] @ row_prices)
@@ -189,7 +194,8 @@ class Candidates:
     def columns(self, which: IntArray, row_costs: FloatArray) -> Columns:
         """Return known replicas as columns."""
         uses = self.shape.counts[which] @ self.costs.group_use[self.shape.ranks] + self._beside()
-        return Columns(1.0 / self.evaluator.shortest_s[which], uses @ row_costs, uses, np.full(len(which), self.side))
+        rates = self.load / self.evaluator.shortest_s[which]
+        return Columns(rates, uses @ row_costs, uses, np.full(len(which), self.side))
 
     def kind(self, composition: int) -> Kind:
         """Return the GPUs that a replica takes."""

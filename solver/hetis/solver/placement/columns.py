@@ -86,7 +86,9 @@ def columns_of(costs: CostTables, templates: Sequence[Template], row_costs: Floa
     uses: IntArray = np.array([use_of(costs, template) for template in templates], dtype=np.int64)
     uses = uses.reshape(len(templates), len(costs.resources.rows))
     sides = np.array([costs.side_of(template.scope, template.mix) for template in templates], dtype=np.int64)
-    return Columns(np.array([template.rate for template in templates]), uses @ row_costs, uses, sides)
+    load = costs.problem.assumptions.lanes.load
+    rates = [template.rate * load(costs.mixes[template.mix].role) for template in templates]
+    return Columns(np.array(rates), uses @ row_costs, uses, sides)
 
 
 @dataclass(frozen=True, slots=True)

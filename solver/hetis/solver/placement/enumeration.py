@@ -45,7 +45,8 @@ class ColumnPrices:
 
         With ``slack`` the interval is the one below which a replica loses at most ``slack``.
         """
-        worth, price = each.worth(self.side_prices[each.side]) + self.replica_price, self.rate_prices[each.side]
+        worth = each.worth(self.side_prices[each.side]) + self.replica_price
+        price = self.rate_prices[each.side] * each.load
         least, gains = (
             worth * (1.0 + RELAXATION_TOLERANCE),
             worth < -RELAXATION_TOLERANCE * np.abs(worth).max(initial=0.0),
@@ -153,7 +154,7 @@ class EnumeratedColumns:
                 return found, False
             better = each.found_among(which, needed_s[which])
             if len(better):
-                price = 0.0 if prices is None else prices.rate_prices[each.side]
+                price = 0.0 if prices is None else prices.rate_prices[each.side] * each.load
                 found.append((each, better, worth[better] - price / each.evaluator.shortest_s[better]))
         return found, is_whole
 

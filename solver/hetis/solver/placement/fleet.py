@@ -240,14 +240,14 @@ UNIFIED = 0  # the side of unified replicas
 class Routes:
     """The sides of a problem's master and the routes between them; Z zones.
 
-    If a fleet has several builds, each zone counts once for each, and no link carries KV from one to another. The
+    If KV is of several kinds, each zone counts once for each, and no link carries KV from one to another. The
     places beside whole zones follow as further zones of the same name, and no link carries KV from or to them.
 
     Attributes:
         zones: names, in the cluster's order.
         splits_roles: whether the family has prefill and decode replicas; otherwise there is one side and no route.
         capacity: requests/s whose KV the link from zone to zone carries, shape [Z, Z]; inf inside a zone.
-        beside: the places beside whole zones with their build, which are the last in ``zones``.
+        beside: the places beside whole zones with their kind of KV, which are the last in ``zones``.
         num_left_out: how many further places are not searched (`MOST_PARTS`).
         num_ranges: ranges of classes; ``zones`` are those of all requests, repeated for each further range.
     """
@@ -261,15 +261,15 @@ class Routes:
 
     @property
     def whole_zones(self) -> tuple[str, ...]:
-        """Return the first of ``zones``: whole ones, each once for each build."""
+        """Return the first of ``zones``: whole ones, each once for each kind of KV."""
         return self.zones[: len(self.zones) // self.num_ranges - len(self.beside)]
 
-    def place(self, part: Part, build: int, number: int = 0) -> int:
-        """Return the number in ``zones`` of a place, build and range; a part without blocks is a whole zone."""
+    def place(self, part: Part, kv: int, number: int = 0) -> int:
+        """Return the number in ``zones`` of a place, kind of KV and range; a part without blocks is a whole zone."""
         first = number * (len(self.zones) // self.num_ranges)
         if part.blocks is None:
-            return first + self.zones.index(part.zones[0]) + build
-        return first + len(self.whole_zones) + self.beside.index((part, build))
+            return first + self.zones.index(part.zones[0]) + kv
+        return first + len(self.whole_zones) + self.beside.index((part, kv))
 
     @property
     def num_sides(self) -> int:
@@ -298,18 +298,18 @@ class Routes:
 
 
 def routes_of(
-    problem: PlacementProblem, moments: WorkloadMoments, num_builds: int,
+    problem: PlacementProblem, moments: WorkloadMoments, num_kinds: int,
     places: Sequence[Part] = (), num_left_out: int = 0, num_ranges: int = 1,
 ) -> Routes:  # fmt: skip
     """Return the routes of a problem, which do not depend on its replicas; ``places`` are those beside whole zones."""
     network, zones, model = problem.cluster.network, problem.cluster.zones(), problem.model
-    if num_builds > 1:
-        wholes = tuple(zone for zone in zones for _ in range(num_builds))
+    if num_kinds > 1:
+        wholes = tuple(zone for zone in zones for _ in range(num_kinds))
         capacity = np.zeros((len(wholes), len(wholes)))
     else:
         wholes, num_bytes = zones, model.prompt_kv_bytes(moments.mean_prompt)
         capacity = np.array([[network.zone_link(a, b).bytes_per_s / num_bytes for b in zones] for a in zones])
-    beside = tuple((place, build) for place in places for build in range(num_builds))
+    beside = tuple((place, kv) for place in places for kv in range(num_kinds))
     named = (*wholes, *(place.zones[0] for place, _ in beside)) * num_ranges
     capacity = np.pad(capacity, (0, len(named) - len(capacity)))
     np.fill_diagonal(capacity, np.inf)

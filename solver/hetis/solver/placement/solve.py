@@ -79,7 +79,9 @@ def solve_family(
         if not chooses_utilisation(problem):
             outcome = find(costs)
             return None if outcome is None else KeptOutcome(costs, outcome)
-        return search_kept(costs, settings, find, lambda tables: bound_of(tables, settings), kept)
+        is_unified = problem.family.roles == (Role.UNIFIED,) and problem.family.uneven_layers and not simplest_within
+        quick = (lambda tables, *_: equal_stages(tables, settings)) if is_unified else None
+        return search_kept(costs, settings, find, lambda tables: bound_of(tables, settings), kept, quick)
 
     found = _solved(problem, settings, market, found_by, simplest_within)
     if not isinstance(found, Unbeaten):
@@ -285,6 +287,7 @@ def plan_of(
             utilisation=problem.assumptions.planned_utilisation,
             unified_lanes=problem.assumptions.lanes.unified,
             prefill_lanes=problem.assumptions.lanes.prefill,
+            prefill_load=problem.assumptions.lanes.prefill_load,
         ),
         objective=problem.objective,
         replicas=tuple(replicas),
@@ -392,7 +395,8 @@ def kv_routes(
     filled in turn, which gives few routes: fewer than there are replicas, for every pair of zones. If it ``spreads``,
     each replica takes its share instead, and none is idle if any on its side is not.
     """
-    left = [template.rate for template in templates]
+    load = costs.problem.assumptions.lanes.load
+    left = [template.rate * load(costs.mixes[template.mix].role) for template in templates]
     on_side: dict[int, list[int]] = {}
     for i, template in enumerate(templates):
         on_side.setdefault(costs.side_of(template.scope, template.mix), []).append(i)

@@ -6,6 +6,9 @@ found serves as much as keeps them. Two more choices follow from that: some of t
 (`RESERVED`), which excludes replicas whose own iterations use it up, and a plan may serve more than the u it was
 searched for.
 
+Prompts that wait make TTFT long, while decode replicas keep TPOT at any utilisation. So prefill replicas may have a
+lower one than the plan: the share ``prefill_load`` of it (`Lanes`), which scales their rates in the master.
+
 Caps at a lower u exclude fewer replicas. So a plan that serves between two neighbours u < u' of the grid serves at most
 u' times the bound at u, and the largest of these products bounds every plan. Cells whose product is no larger than what
 is known are not searched.
@@ -80,15 +83,20 @@ def most_lanes(costs: CostTables) -> Lanes:
 
 
 def search_kept(
-    costs: CostTables, settings: SearchSettings, find: Find, bound_of: BoundOf, known: float = 0.0
-) -> KeptOutcome | Unbeaten | None:
+    costs: CostTables, settings: SearchSettings, find: Find, bound_of: BoundOf, known: float = 0.0,
+    quick: Find | None = None,
+) -> KeptOutcome | Unbeaten | None:  # fmt: skip
     """Return the outcome that keeps most or, if a rate is demanded, the best that keeps it; None: there is none.
 
     ``find`` searches at the utilisation of tables, and ``bound_of`` returns a bound without whole counts, in the unit
-    of outcomes. If the rate is maximised, a plan may be known that keeps a rate, and only better ones count.
+    of outcomes. If the rate is maximised, a plan may be known that keeps a rate, and only better ones count. Then the
+    plans of a ``quick`` search of a smaller family count first: those of the highest saturated rates may keep less.
     """
     if costs.problem.objective.maximises:
-        return _Most(costs, settings, find, bound_of, known).run()
+        searching = _Most(costs, settings, find, bound_of, known)
+        if quick is not None and searching.limit_s is not None:
+            searching.begin_with(_Most(costs, settings, quick, lambda _: np.inf, known))
+        return searching.run()
     return _Least(costs, settings, find, bound_of).run()
 
 
@@ -98,6 +106,8 @@ class _Found:
 
     outcome: Outcome
     keeps: Kept
+    lanes: Lanes
+    reserved: float  # share of the limit that was set aside
 
     @property
     def utilisation(self) -> float:
@@ -122,15 +132,18 @@ class _Cells:
         return self.costs.problem.objective.ttft_limit_s
 
     def searched(
-        self, utilisation: float, reserved: float = 0.0, *, above: float = 0.0, gap: float = 0.0
+        self, utilisation: float, reserved: float = 0.0, load: float = 1.0, *, above: float = 0.0, gap: float = 0.0
     ) -> _Found | None:
         """Return what a search at a utilisation found, at the one that it keeps; raises as `outcome_of`.
 
-        None: there is no plan, or none that keeps more than ``above``.
+        None: there is no plan, or none that keeps more than ``above``. Prefill replicas have the share ``load`` of it.
         """
-        tables = self.costs.at(utilisation, self.lanes, reserved * (self.limit_s or 0.0))
+        lanes = self.lanes._replace(prefill_load=load)
+        tables = self.costs.at(utilisation, lanes, reserved * (self.limit_s or 0.0))
         outcome = self.outcome_of(tables, above / GRID[-1], gap)
-        return None if outcome is None else _Found(outcome, kept_by(tables, outcome, GRID[-1]))
+        if outcome is None:
+            return None
+        return _Found(outcome, kept_by(tables, outcome, GRID[-1]), lanes_of(tables, outcome), reserved)
 
     def outcome_of(self, tables: CostTables, above: float = 0.0, gap: float = 0.0) -> Outcome | None:
         """Return the outcome of a search with these tables for what serves more than a saturated rate.
@@ -149,9 +162,11 @@ class _Cells:
         return outcome
 
     def bound_at(self, utilisation: float) -> float:
-        """Return a bound on saturated rates at a utilisation and all higher ones."""
+        """Return a bound on saturated rates at a utilisation and all higher ones, whatever the load of prefill is."""
         if utilisation not in self._bounds:
-            tables = self.costs.at(utilisation, most_lanes(self.costs))
+            lanes = most_lanes(self.costs)
+            unloaded = self.costs.at(utilisation, lanes._replace(prefill_load=GRID[0]))
+            tables = replace(unloaded, problem=self.costs.problem.at(utilisation, lanes))
             spent = self.settings.budget.is_spent()
             self._bounds[utilisation] = rate_bound(tables) if spent else self._bound_of(tables)
         return self._bounds[utilisation]
@@ -166,11 +181,26 @@ class _Most(_Cells):
         super().__init__(costs, settings, find, bound_of)
         self._best: _Found | None = None
         self._kept = known  # by the best plan that is known
+        self._num_searches = 0
+
+    def begin_with(self, other: _Most) -> None:
+        """Begin with the best plan of another search."""
+        other.search()
+        if other._best is not None:
+            self._best, self._kept, self.has_found = other._best, other._kept, True
 
     def run(self) -> KeptOutcome | Unbeaten | None:
         if self.limit_s is None:
             found = self.searched(GRID[-1])
             return None if found is None else self._answer(found, GRID[-1] * found.outcome.bound)
+        most = self.search()
+        if not self._kept:
+            return None
+        bound = self._bound(most)
+        return Unbeaten(max(bound, self._kept)) if self._best is None else self._answer(self._best, bound)
+
+    def search(self) -> float:
+        """Search for the best plan; return a bound on saturated rates."""
         most = self.bound_at(GRID[0])
         for utilisation in TRIED:
             if self._kept and (utilisation * most <= CLOSE * self._kept or self._is_over()):
@@ -183,15 +213,27 @@ class _Most(_Cells):
                 self._improved(utilisation, gap=0.0)  # waits are no matter, so whole counts decide
         if not self._kept:
             self._improved(GRID[0])
-        if not self._kept:
-            return None
-        self._leave_time_to_wait(most)
-        bound = self._bound(most)
-        return Unbeaten(max(bound, self._kept)) if self._best is None else self._answer(self._best, bound)
+        if self._kept:
+            self._leave_time_to_wait(most)
+            self._relieve_prefill(most)
+        return most
 
-    def _improved(self, utilisation: float, reserved: float = 0.0, *, gap: float = NEAR) -> _Found | None:
+    def _relieve_prefill(self, most: float) -> None:
+        """Search for better plans whose prefill replicas have a lower utilisation than the others."""
+        if self._best is None or not self._best.outcome.flows.any():
+            return
+        load = self._best.utilisation / GRID[-1]
+        for each in (load, (1.0 + load) / 2.0) if load < NEARLY else ():
+            if GRID[-1] * most <= CLOSE * self._kept or self._is_over():
+                break
+            self._improved(GRID[-1], self._best.reserved, each)
+
+    def _improved(
+        self, utilisation: float, reserved: float = 0.0, load: float = 1.0, *, gap: float = NEAR
+    ) -> _Found | None:
         """Return what a search at a utilisation found; it replaces the best plan if it keeps more."""
-        found = self.searched(utilisation, reserved, above=self._kept, gap=gap)
+        found = self.searched(utilisation, reserved, load, above=self._kept, gap=gap)
+        self._num_searches += 1
         if found is not None and found.kept > self._kept:
             self._best, self._kept = found, found.kept
         return found
@@ -216,12 +258,13 @@ class _Most(_Cells):
             kept[reserved] = 0.0 if found is None else found.kept
 
     def _is_over(self) -> bool:
-        return self.settings.budget.is_spent()
+        most = self.settings.most_searches
+        return (most is not None and self._num_searches >= most) or self.settings.budget.is_spent()
 
     def _answer(self, found: _Found, bound: float) -> KeptOutcome:
         """Return an outcome whose bound, times its utilisation, is that on what is kept."""
         used = found.utilisation
-        tables = self.costs.at(used, lanes_of(self.costs, found.outcome))
+        tables = self.costs.at(used, found.lanes)
         over = max(bound, found.kept) / used if used else np.inf
         outcome = replace(found.outcome, bound=max(over, found.outcome.value))
         return KeptOutcome(tables, outcome)

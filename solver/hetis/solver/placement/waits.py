@@ -42,7 +42,8 @@ def lanes_of(costs: CostTables, outcome: Outcome) -> Lanes:
     count = Counter[Role]()
     for template, number in outcome.chosen:
         count[costs.mixes[template.mix].role] += number
-    return Lanes(max(1, count[Role.UNIFIED]), max(1, count[Role.PREFILL]))
+    load = costs.problem.assumptions.lanes.prefill_load
+    return Lanes(max(1, count[Role.UNIFIED]), max(1, count[Role.PREFILL]), load)
 
 
 class Kept(NamedTuple):

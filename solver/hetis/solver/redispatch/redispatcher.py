@@ -42,7 +42,7 @@ from hetis.solver.redispatch.triggers import ideal_dispatch
 
 MOST_ROUNDS = 8
 # Gap to the bound above which the search goes beyond its local optimum. At 0.05, a tenth more of 10,000 tiny stages
-# were over 0.5% above brute force (tests/solver/redispatch/test_worst_cases.py); below 0.02 hardly another one is.
+# were over 0.5% above brute force; below 0.02 hardly another one is.
 WIDE = 0.02
 # Attempts of ruin and recreate: this many divided by requests times devices, within the limits.
 PERTURBING, FEWEST, MOST = 40_000, 100, 2_000

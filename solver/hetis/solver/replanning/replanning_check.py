@@ -130,9 +130,9 @@ def _most_handed_over(problem: PlacementProblem, replicas: Sequence[ReplicaPlan]
     fleet, model, graph = Fleet.of(problem.cluster), problem.model, nx.DiGraph()
     graph.add_nodes_from(("source", "sink"))
     prompt_bytes = model.prompt_kv_bytes(problem.moments().mean_prompt)
-    received = defaultdict[tuple[str, Build], float](float)  # by all decode replicas of a zone and build
+    received = defaultdict[tuple[str, Build], float](float)  # by all decode replicas of a zone and kind of KV
     for number, (replica, rate) in enumerate(zip(replicas, rates, strict=True)):
-        zone, build = fleet.zones_of(replica.devices())[0], problem.build_of(replica.stages[0].gpu)
+        zone, build = fleet.zones_of(replica.devices())[0], problem.kv_of(problem.build_of(replica.stages[0].gpu))
         if replica.role is Role.DECODE:
             received[zone, build] += rate
         elif replica.role is Role.PREFILL:

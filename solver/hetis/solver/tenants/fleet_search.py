@@ -81,7 +81,7 @@ class FleetSearch:
         self.limits = self.replicas[0].costs.resources.limits
         self.alone = tuple(self._alone(one) for one in self.replicas)
         self.parts = tuple(
-            self._reach(one, part_of(self.limits, claim), f"{one.tenant.name} on its part of the fleet")
+            self.reach(one, part_of(self.limits, claim), f"{one.tenant.name} on its part of the fleet")
             for one, claim in zip(self.replicas, tenancy.claims, strict=True)
         )
         for one, *reaches in zip(self.replicas, self.alone, self.parts, strict=True):
@@ -99,7 +99,7 @@ class FleetSearch:
 
     def _alone(self, one: TenantReplicas) -> TenantReach:
         name = one.tenant.name
-        found = self._reach(one, self.limits, f"{name} alone on the whole fleet")
+        found = self.reach(one, self.limits, f"{name} alone on the whole fleet")
         if found.rate > 0.0:
             return found
         if self.budget.is_spent() or found.bound > 0.0:
@@ -109,7 +109,8 @@ class FleetSearch:
         why = why_infeasible(one.tenant.problem, settings)
         raise ExplainedInfeasibleError((nobody, *why.reasons), why)
 
-    def _reach(self, one: TenantReplicas, limits: IntArray, phase: str) -> TenantReach:
+    def reach(self, one: TenantReplicas, limits: IntArray, phase: str) -> TenantReach:
+        """Return a tenant's rate with these amounts of every row of the inventory."""
         self.report(Progress(phase=phase, elapsed_s=self.budget.elapsed_s()))
         budget = self.budget
         if not np.array_equal(limits, self.limits):
@@ -357,7 +358,7 @@ class FleetSearch:
         def cell(one: TenantReplicas, own: TenantShare, other: TenantShare, use: IntArray) -> EnvyCell:
             if own is other:
                 return EnvyCell(rate=own.placed, bound=own.placed)
-            reach = self._reach(one, use, f"{one.tenant.name} with the GPUs of {other.name}")
+            reach = self.reach(one, use, f"{one.tenant.name} with the GPUs of {other.name}")
             return EnvyCell(rate=reach.rate, bound=reach.bound)
 
         return tuple(

@@ -14,18 +14,13 @@ from pathlib import Path
 
 import pytest
 
-from hetis.planner.convert.traffic import MINUTE_S, TrafficWindow
 from hetis.planner.fleet.views import LiveReplica
-from hetis.planner.loop.speeds import Speed
-from hetis.planner.resources.traffic import TrafficNow
 from hetis.planner.service.observability.metrics import LOOK_S, ServiceMetrics
 from hetis.planner.service.observability.overview import NUM_SAMPLES, ClusterNow, KvHistory, Overview
 from hetis.planner.service.observability.status_html import status_html
 from hetis.planner.service.server import AddressError
 from hetis.planner.service.status_page import PageLimits, Recent, StatusPage, status_app
-from hetis.solver.traffic import TrafficSketch
 from hetis.v1 import cluster_pb2, redispatch_pb2, replica_pb2, report_pb2
-from hetis.v1.traffic_pb2 import TrafficDecision
 from tests.planner.html_pages import ReadPage
 from tests.planner.resources.served import live_node
 from tests.planner.service.fakes import FakePlanner
@@ -67,26 +62,6 @@ async def page(
     )
     await made.start(app)
     return made, address
-
-
-async def test_no_library_that_is_installed_takes_a_connection_over(monkeypatch: pytest.MonkeyPatch) -> None:
-    """uvicorn would hand connections to any installed WebSocket library, where they are neither counted nor limited."""
-    taken = list[object]()
-    monkeypatch.setattr("uvicorn.protocols.websockets.auto.AutoWebSocketsProtocol", lambda **_: taken.append(1))
-
-    served, address = await page()
-    host, port = address.rsplit(":", 1)
-    reader, writer = await asyncio.open_connection(host, int(port))
-    writer.write(
-        b"GET /healthz HTTP/1.1\r\nHost: localhost\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n"
-        b"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n"
-    )
-    writer.write_eof()
-    answer = await reader.read()
-    writer.close()
-    await served.stop()
-    assert answer.startswith(b"HTTP/1.1 200 ")
-    assert taken == []
 
 
 async def test_the_page_shows_the_planner_and_its_clusters() -> None:
@@ -207,16 +182,6 @@ async def test_answers_are_made_one_at_a_time_and_kept_for_a_second() -> None:
     await ask_for("c")
 
 
-def test_a_snapshot_of_the_kv_does_not_change_with_later_samples() -> None:
-    history = KvHistory()
-    history.add(1.0, [("a/0", 0.25)])
-    snapshot = history.snapshot()
-    history.add(2.0, [("a/0", 0.5), ("b/0", 0.75)])
-    assert snapshot.now() == {"a/0": 0.25}
-    assert [record.device for record in snapshot.records(9)] == ["a/0"]
-    assert history.now() == {"a/0": 0.5, "b/0": 0.75}
-
-
 def test_the_page_shows_what_runs_as_it_is_now() -> None:
     """Replicas with their states, the devices with their KV, a re-dispatch in progress; the store is not read."""
     text = ReadPage(status_html(OVERVIEW, [running_cluster()], version="1", is_ready=True)).text
@@ -243,24 +208,6 @@ def test_a_large_fleet_has_a_page_of_bounded_size() -> None:
     text = ReadPage(html).text
     assert "1,968 others are less full" in text
     assert "more nodes" in text
-
-
-def test_measured_traffic_has_windows_speeds_and_the_decision() -> None:
-    traffic = TrafficSketch(seconds=60.0, arrivals=120.0)
-    window = TrafficWindow(model="tiny", span_s=MINUTE_S, start_s=6_000, traffic=traffic)
-    slow = Speed(
-        replica="clusters/c/replicas/r", gpus=("L4",), tpot_s=0.03, expected_s=0.02, correction=1.5, error=0.1,
-        is_slow=True, devices=("a/0",),
-    )  # fmt: skip
-    decision = TrafficDecision(reason="More is expected.", plan="plans/n")
-    decision.desired.add(shape="2xL4", desired=3, in_force=2)
-    now = TrafficNow(windows=[window], speeds=[slow], decision=decision)
-    text = ReadPage(status_html(OVERVIEW, [replace(running_cluster(), traffic=now)], version="1", is_ready=True)).text
-    assert "Measured traffic" in text
-    assert "1.50 ± 0.10" in text
-    assert "slow: a/0" in text
-    assert "More is expected." in text
-    assert "3 (in force: 2) × 2xL4" in text
 
 
 OVERVIEW = Overview(epoch=3, leader_since_s=1_800_000_000.0, num_plans={}, queued=0, searching=0, solver_processes=1)

@@ -15,16 +15,10 @@ from hetis.planner.cli.app import run
 from hetis.planner.cli.exit_codes import ExitCode
 from hetis.profiler.roofline import modelled_profile
 from hetis.solver.errors import UncheckedPlanError
+from tests.fleets import fleet
 from tests.planner.command_line import invoke
 
-FLEET = """apiVersion: hetis/v1
-kind: Cluster
-name: small
-nodes:
-  - {name: l4, count: 3, gpus: [{type: L4, count: 1}]}
-  - {name: t4, gpus: [{type: T4, count: 2}]}
-network: {bandwidth: 100Gbps, latency: 20us}
-"""
+FLEET = fleet("small", "3 l4: 1 L4", "t4: 2 T4")
 PROBLEM = ["-m", "Llama-2-7B", "-w", "256/64", "--strategy", "hexgen"]
 
 

@@ -25,16 +25,10 @@ from hetis.solver.advice import Addition, Change, NodeShape, Proven, difference
 from hetis.solver.constraints import WithoutTp
 from hetis.solver.plan import Objective, ObjectiveKind
 from hetis.solver.problem import EngineRules, PlacementProblem
+from tests.fleets import fleet
 from tests.planner.command_line import invoke
 
-FLEET = """apiVersion: hetis/v1
-kind: Cluster
-name: small
-nodes:
-  - {name: l4, count: 2, gpus: [{type: L4, count: 1}]}
-  - {name: t4, gpus: [{type: T4, count: 1}]}
-network: {bandwidth: 100Gbps, latency: 20us}
-"""
+FLEET = fleet("small", "2 l4: 1 L4", "t4: 1 T4")
 
 
 @pytest.fixture

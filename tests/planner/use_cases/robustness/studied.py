@@ -6,8 +6,6 @@ from functools import cache
 
 from hetis.formats.documents import load_cluster, load_model, load_workload
 from hetis.profiler.roofline import modelled_profile
-from hetis.solver.budget import Budget
-from hetis.solver.errors import NoPlanFoundError
 from hetis.solver.placement.families import run_by
 from hetis.solver.plan import Objective, Plan, Role
 from hetis.solver.planning import solve_placement
@@ -40,7 +38,3 @@ def posed(fleet: str) -> PlacementProblem:
 @cache
 def planned(fleet: str) -> Plan:
     return solve_placement(posed(fleet))
-
-
-def never(_problem: PlacementProblem, _strategy: str, _budget: Budget) -> Plan:
-    raise NoPlanFoundError("not asked for")

@@ -15,9 +15,6 @@ from hetis.formats.errors import DocumentError
 from hetis.planner.cli.app import run
 from hetis.planner.cli.exit_codes import ExitCode
 from hetis.planner.cli.parameters.values import MOST_SETTING as MOST_GIVEN
-from hetis.planner.library.placing import load_plan as plan_from_file
-from hetis.planner.library.placing import place as place_in_python
-from hetis.planner.use_cases.robustness.fixed_plan import FixedPlan
 from hetis.planner.use_cases.saved_plans import load_plan_and_problem, problem_of_plan
 from hetis.planner.use_cases.simulation.engine_settings import at_settings
 from hetis.simulator.simulate import simulate
@@ -26,18 +23,12 @@ from hetis.solver.errors import InvalidProblemError
 from hetis.solver.placement.families import run_by
 from hetis.solver.plan import Role
 from hetis.solver.problem import MOST_SETTING, EngineRules, EngineSettings
+from tests.fleets import fleet
 from tests.planner.command_line import invoke
 from tests.simulator.replica.test_lockstep import problem_of, sharing
 from tests.simulator.small_plans import equal_requests, pipeline, plan_of, small_problem
 
-CLUSTER = """\
-apiVersion: hetis/v1
-kind: Cluster
-name: small
-nodes:
-  - {name: a100, gpus: [{type: A100-PCIe-80GB, count: 2}]}
-network: {bandwidth: 100Gbps, latency: 20us}
-"""
+CLUSTER = fleet("small", "a100: 2 A100-PCIe-80GB")
 INPUTS = ("-c", "small.yaml", "-m", "Meta-Llama-3-8B", "-w", "1024/256")
 FAST = ("--no-other-engines", "--no-verify", "-q", "-o", "json")
 KEPT = {"max_num_seqs": 24, "chunk_tokens": [384], "kv_blocks": 2000}
@@ -169,19 +160,6 @@ def test_a_change_of_the_fleet_is_planned_at_them() -> None:
     assert kept["before"]["result"]["value"] < free["before"]["result"]["value"]
 
 
-def test_exports_start_engines_as_planned() -> None:
-    plan = load_plan("kept.json")
-    assert run(["export", "kept.json", "--to", "vllm", "--model", "/m", "--out", "flags", "-q"]) == ExitCode.OK
-    words = " ".join(path.read_text() for path in sorted(Path("flags").rglob("*.sh"))).replace("\\\n", " ").split()
-    for replica in plan.replicas:
-        seats = replica.micro_batch * replica.in_flight
-        assert words[words.index("--max-num-seqs") + 1] == str(seats)
-        assert words[words.index("--max-num-batched-tokens") + 1] == str(384 + seats)
-    # A block of Llama 3 8B has 16 tokens, keys and values of 8 heads of 128 numbers of 2 bytes, in every layer.
-    layers = max(stage.num_layers // stage.tp for stage in plan.replicas[0].stages)
-    assert int(words[words.index("--kv-cache-memory-bytes") + 1]) <= 2000 * 16 * 2 * 8 * 128 * 2 * layers
-
-
 # --- simulations
 
 
@@ -286,29 +264,12 @@ def test_a_plan_at_settings_is_simulated_at_them() -> None:
         at_settings(lost, found.problem, EngineSettings(kv_blocks=5))
 
 
-def test_programs_give_the_same_settings() -> None:
-    plan = place_in_python(
-        "small.yaml", "Meta-Llama-3-8B", "1024/256", engine="vllm", max_num_seqs=24, chunk_tokens=[384],
-        kv_blocks=2000, verify=False, other_engines=False,
-    )  # fmt: skip
-    assert plan.value.inputs["engine_settings"] == KEPT
-    assert plan.result.value == pytest.approx(load_plan("kept.json").result.value)
-    free = plan_from_file("free.json")
-    found = free.simulate(requests=200, rate=1.0, max_num_seqs=8, chunk_tokens=128, kv_blocks=900)
-    assert set(found.to_dict()["engine_settings"]) == {"max_num_seqs", "chunk_tokens", "kv_blocks", "changes"}
-
-
 def test_what_stands_beside_a_plan_keeps_to_them_too() -> None:
     free = load_plan("free.json").result.value
     kept = document("place", *INPUTS, *GIVEN, "--engine", "vllm", "--no-verify", "-q", "-o", "json")
     values = {row["engine"]: row["value"] for row in kept["inputs"]["engine_values"]}
     assert values.keys() == {"vllm-hetis", "sglang"}
     assert all(value is None or value < free for value in values.values())
-    found = load_plan_and_problem("kept.json")
-    fixed = FixedPlan(found.plan, found.problem)
-    shapes = [engine.shape for group in fixed.groups for engine in fixed._new_engines(group)]
-    assert shapes
-    assert all(shape.micro_batch * shape.in_flight <= 24 for shape in shapes)
 
 
 def test_the_command_line_has_the_solvers_limit() -> None:

@@ -13,8 +13,7 @@ import numpy as np
 import pytest
 
 import hetis
-from hetis.planner.report.figures import digits, seconds
-from hetis.planner.report.simulation.pictures import panels_of
+from hetis.planner.report.figures import digits
 from hetis.planner.report.simulation.text import _goodput
 from hetis.planner.use_cases.saved_plans import load_plan_and_problem
 from hetis.planner.use_cases.service_level import DEFAULT, Latency, ServiceLevel, Statistic
@@ -32,7 +31,7 @@ from hetis.solver.budget import Budget
 from hetis.solver.errors import InvalidProblemError
 from hetis.solver.plan import Objective, Plan
 from hetis.solver.problem import PlacementProblem
-from tests.planner.command_line import hetis_plan, invoke
+from tests.planner.command_line import invoke
 from tests.planner.use_cases.simulation.test_simulate import CLUSTER, no_mixed_factor, simulated
 
 __all__ = ["no_mixed_factor"]  # for every test here, too
@@ -196,27 +195,6 @@ def test_few_whole_runs_in_memory_change_nothing(pair: Placed, monkeypatch: pyte
     assert (in_turn.run.finished_s == at_once.run.finished_s).all(), "it is the first run"
 
 
-def test_processes_give_the_same_verdict(saved: Path, tmp_path: Path) -> None:
-    arguments = ("simulate", str(saved), "--requests", "200", "--seeds", "3", "-o", "json")
-    traced = ("--perfetto", str(tmp_path / "p.json"))
-    apart = hetis_plan(*arguments, "--threads", "2", *traced)
-    assert apart.returncode == 0, apart.stderr
-    here = hetis_plan(*arguments, "--threads", "1")
-    left_out = ("settings",)  # whether a trace is recorded
-    assert {**json.loads(apart.stdout), **dict.fromkeys(left_out)} == {
-        **json.loads(here.stdout), **dict.fromkeys(left_out)
-    }  # fmt: skip
-    assert {"X", "M"} <= {event["ph"] for event in json.loads((tmp_path / "p.json").read_text())["traceEvents"]}
-
-
-@pytest.mark.parametrize("rate_rps", [5.0, 25.0, 60.0])
-@pytest.mark.parametrize("ttft_limit_s", [None, 0.12, 2.0])
-def test_the_default_level_is_that_of_the_summary(pair: Placed, rate_rps: float, ttft_limit_s: float | None) -> None:
-    limits = replace(LIMITS, ttft_limit_s=ttft_limit_s)
-    found = answered(pair, asked(pair, DEFAULT, rate_rps=rate_rps, limits=limits))
-    assert found.kept is found.summary.within(limits)
-
-
 # --- a sweep
 
 
@@ -235,33 +213,6 @@ def test_a_sweep_searches_by_the_level(pair: Placed, level: ServiceLevel) -> Non
     assert found.verdict == found.verdicts[at]
 
 
-def test_a_harder_level_has_a_lower_goodput(pair: Placed) -> None:
-    levels, limits = (ServiceLevel(ttft=P50), DEFAULT, ServiceLevel(ttft=P99)), replace(LIMITS, tpot_limit_s=None)
-    swept = [answered(pair, asked(pair, one, limits=limits, sweeps=True, tolerance=0.02)).sweep for one in levels]
-    rates = [one.goodput_rps for one in swept if one is not None]
-    assert rates[0] > rates[1] > rates[2] > 0
-
-
-def test_a_sweep_is_shown_in_the_statistics_of_the_level(saved: Path) -> None:
-    sweep = ("--sweep", "--requests", "300", "--tolerance", "20%")
-    tails = table(saved, *sweep, "--ttft-statistic", "p99", "--tpot-statistic", "p90")
-    flat = " ".join(tails.split())
-    assert "requests/s within p99 TTFT 200 ms and p90 TPOT 50.0 ms" in flat
-    assert "served TTFT p99 TPOT p90 attained" in flat
-    share = " ".join(table(saved, *sweep).split())
-    assert "requests/s within TTFT 200 ms and TPOT 50.0 ms for 90% of the requests" in share
-    assert "served TTFT p95 TPOT mean attained" in share
-    assert "Service level" not in share, "the rates have verdicts of their own"
-
-    at_tails = simulated(saved, *sweep, "--ttft-statistic", "p99", "--tpot-statistic", "p90")
-    for point in at_tails["sweep"]["points"]:
-        ttft, tpot = (one["value"] for one in point["verdicts"])
-        row = next(line for line in tails.splitlines() if line.startswith(f"      {point['rate_rps']:.2f} "))
-        assert f" {seconds(ttft)} " in row
-        assert f" {seconds(tpot)} " in row
-        assert point["summary"]["ttft_p95_s"]["value"] < ttft
-
-
 def test_a_sweep_says_up_to_which_rate_its_goodput_is_sure(pair: Placed) -> None:
     found = answered(pair, asked(pair, DEFAULT, limits=UNLIMITED, num_requests=300, sweeps=True, tolerance=0.2))
     assert found.sweep.beyond_rps is not None
@@ -278,16 +229,6 @@ def test_a_sweep_says_up_to_which_rate_its_goodput_is_sure(pair: Placed) -> None
         f"{digits(goodput_rps, 4)} requests/s carried (unsure above {digits(goodput_rps / 2, 4)}){beyond}"
     )
     assert shown(False, False) == f"{digits(goodput_rps, 4)} requests/s carried (unsure){beyond}"
-
-
-def test_the_picture_of_a_sweep_has_the_limits_of_the_level(pair: Placed) -> None:
-    def panels(level: ServiceLevel) -> dict[str, tuple[float, ...]]:
-        found = answered(pair, asked(pair, level, num_requests=300, sweeps=True, tolerance=0.2))
-        return {panel.title: panel.limits for panel in panels_of(found, pair[0])}
-
-    assert panels(DEFAULT) == {"Throughput": (), "p95 TTFT": (0.2,), "mean TPOT": (0.05,)}
-    assert panels(TAILS) == {"Throughput": (), "p99 TTFT": (0.2,), "p90 TPOT": (0.05,)}
-    assert panels(SHARE) == {**panels(DEFAULT), "Requests within all limits": (0.9,)}
 
 
 # --- what is printed
@@ -320,45 +261,6 @@ def test_a_saturated_fleet_gets_no_requests_to_measure_a_share(saved: Path, tmp_
     strict.write_text(json.dumps(document))
     result = invoke("simulate", str(strict), "--threads", "1", "--saturate", "-o", "json")
     assert json.loads(result.stdout)["load"]["requests"] < 40_000
-
-
-def test_the_table_says_what_was_asked_and_what_was_simulated(saved: Path) -> None:
-    kept = table(saved, "--requests", "2000", "--rate", "10")
-    flat = " ".join(kept.split())
-    assert "Service level kept: 90% of the requests within all limits" in flat
-    assert "Requests within all limits 90% 100.0 ± 0.15% kept" in flat  # no miss of 2,000: up to 3 / 2,000 by chance
-    assert "TTFT within 200 ms 100.0% TPOT within 50.0 ms 100.0%" in flat
-    assert "of the requests kept both limits" in flat
-    for words in ("Attainment", "Expected and simulated", "TTFT p95", "TPOT mean", "Latencies"):
-        assert words in kept
-    missed = " ".join(table(saved, "--requests", "2000", "--rate", "10", "--ttft", "10ms").split())
-    assert "Service level MISSED: 90% of the requests within all limits Measured" in missed
-    assert "Requests within all limits 90% 0.0 ± " in missed
-    piled = " ".join(table(saved, "--requests", "1000", "--rate", "90", "--tpot", "none").split())
-    assert "MISSED: 90% of the requests within all limits; the load is not carried" in piled
-    assert "of the requests kept the limit " in piled
-    doubtful = " ".join(table(saved, "--requests", "60", "--rate", "90", "--tpot", "none").split())
-    assert "too short" in doubtful
-    assert "the load is not carried" not in doubtful, "the run cannot tell"
-    assert "; the load does not seem to be carried" in doubtful
-    tail = " ".join(table(saved, "--requests", "2000", "--rate", "10", "--ttft-statistic", "p99").split())
-    assert "Service level kept: p99 of TTFT and mean of TPOT within their limits" in tail
-    assert "Limits asked simulated TTFT p99 200 ms " in tail
-    alone = " ".join(
-        table(saved, "--requests", "200", "--rate", "10", "--ttft-statistic", "p50", "--tpot", "none").split()
-    )
-    assert "Service level kept, unsure: p50 of TTFT within its limit" in alone
-    one = " ".join(table(saved, "--requests", "1").split())
-    assert "Service level not decided: 90%" in one
-    unlimited = table(saved, "--requests", "200", "--ttft", "none", "--tpot", "none")
-    assert "Service level" not in unlimited
-    assert "Limits" not in unlimited
-
-
-def test_the_page_has_the_verdict(saved: Path, tmp_path: Path) -> None:
-    page = tmp_path / "page.html"
-    table(saved, "--requests", "2000", "--rate", "10", "--html", str(page))
-    assert "Service level kept: 90% of the requests within all limits." in page.read_text()
 
 
 def test_until_stable_waits_for_the_intervals_of_the_level(pair: Placed) -> None:
@@ -398,19 +300,3 @@ def test_a_simulation_from_python_follows_the_level(saved: Path) -> None:
     (row,) = own.to_frame().to_dict("records")
     assert (row["within"], row["attainment"]) == (False, own.summary.attainment)
     assert plan.simulate(**at, attainment="40%").kept
-
-
-@pytest.mark.parametrize(
-    ("given", "words"),
-    [
-        (
-            {"ttft_statistic": "p98"},
-            "simulate: ttft_statistic: unknown ttft_statistic 'p98', expected one of mean, p50",
-        ),
-        ({"attainment": 1.5}, "simulate: attainment: is 1.5, must be above 0 and at most 1"),
-        ({"attainment": 0.9, "tpot_statistic": "p99"}, "leave out tpot_statistic"),
-    ],
-)
-def test_a_level_that_makes_no_sense_is_refused_from_python(saved: Path, given: dict[str, Any], words: str) -> None:
-    with pytest.raises(hetis.HetisError, match=words):
-        hetis.load_plan(saved).simulate(**given)

@@ -17,23 +17,14 @@ from hetis.planner.use_cases.verification import classes
 from hetis.solver.check import check_plan
 from hetis.solver.errors import InvalidProblemError
 from hetis.solver.workload import LengthBin, Workload
+from tests.fleets import fleet
 
 LENGTHS = ((100, 50), (1_000, 30), (8_000, 15), (20_000, 5))
 TRAFFIC = Workload(
     name="tail",
     bins=tuple(LengthBin(prompt_tokens=p, output_tokens=100, weight=w) for p, w in LENGTHS),
 )
-FLEET = """
-apiVersion: hetis/v1
-kind: Cluster
-name: mixed
-nodes:
-  - {name: h, gpus: [{type: H100-SXM-80GB, count: 2}]}
-  - {name: a, gpus: [{type: A100-PCIe-80GB, count: 2}]}
-  - {name: l, count: 2, gpus: [{type: L4, count: 4}]}
-  - {name: t, count: 2, gpus: [{type: RTX-3090, count: 2}]}
-network: {bandwidth: 100Gbps, latency: 20us}
-"""
+FLEET = fleet("mixed", "h: 2 H100-SXM-80GB", "a: 2 A100-PCIe-80GB", "2 l: 4 L4", "2 t: 2 RTX-3090")
 
 
 def bounds(text: str, workload: Workload = TRAFFIC) -> dict[str, list[int | None]]:
@@ -121,7 +112,7 @@ def test_a_plan_with_classes_is_taken_where_it_is_worth_them(files: Path) -> Non
     assert placed(files, "--for", "kubernetes")["classes"] == []
 
 
-@pytest.mark.parametrize("option", [("--survive", "node"), ("--profile-error", "20%"), ("--strategy", "hexgen-paper")])
+@pytest.mark.parametrize("option", [("--survive", "node"), ("--strategy", "hexgen-paper")])
 def test_what_knows_no_classes_is_refused(
     option: tuple[str, str], files: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -13,7 +13,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from benchmarks.measuring.seats import with_more_seats
 from hetis.planner.report.explanation import render_explanation
 from hetis.planner.report.figures import seconds
 from hetis.planner.use_cases.simulation.simulate import Question, answer, default_rate
@@ -30,6 +29,7 @@ from hetis.solver.planning import solve_placement
 from hetis.solver.problem import EngineSettings, PlacementProblem
 from hetis.solver.queueing import EqualPrefills, EqualReplicas, Queueing, RequestQueue, SharedQueue
 from tests.planner.report.test_reports import text_of
+from tests.simulator.more_seats import with_more_seats
 from tests.solver.instances import ENGINE, SMALL_FAMILY, make_node, make_problem, make_profile, make_workload
 
 NO_LIMITS = Objective(ttft_limit_s=None, tpot_limit_s=None)

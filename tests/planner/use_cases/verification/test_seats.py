@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from benchmarks.measuring.seats import with_more_seats
 from hetis.planner.use_cases.record.parts import Verified
 from hetis.planner.use_cases.simulation.engine_settings import at_settings, with_all_seats
 from hetis.planner.use_cases.simulation.simulate import Question, answer, default_rate, seats_of
@@ -17,6 +16,7 @@ from hetis.solver.plan import Plan, Role
 from hetis.solver.problem import EngineSettings
 from tests.planner.use_cases.simulation.test_simulate import no_mixed_factor
 from tests.planner.use_cases.verification.verifying import Placed, at_rate, no_progress
+from tests.simulator.more_seats import with_more_seats
 
 __all__ = ["no_mixed_factor"]  # for every test here, too
 

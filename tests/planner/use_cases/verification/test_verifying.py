@@ -293,7 +293,10 @@ def test_a_rate_that_only_short_runs_kept_in_time_is_shown_with_a_note(
     assert verification.kept
     assert found.result.value == pytest.approx(0.79 * planned_rps, rel=0.02)
     assert f"{digits(found.result.value, 4)} requests/s kept in simulation" in drawn(found)
-    note = f"{found.result.value:.4g} requests/s kept the limits in a run of 4,000 requests, which longer runs have not"
+    num = num_requests_of(plan)
+    note = (
+        f"{found.result.value:.4g} requests/s kept the limits in a run of {num:,} requests, which longer runs have not"
+    )
     assert [note in one for one in found.notes] == [True] * (not in_time)
 
 
@@ -414,3 +417,25 @@ def test_a_wait_that_grows_by_chance_at_most_is_calm(
 
 
 # --- plans with more seats than runs can fill
+
+
+@pytest.mark.parametrize("latency", ["ttft", "tpot"])
+def test_a_plan_that_misses_a_limit_by_a_tenth_is_found_out_by_any_traffic(pair: Placed, latency: str) -> None:
+    plan, problem = at_rate(*pair, 0.85), pair[1]  # at 98% of what is served at most, waits take hours to settle
+    rate_rps, unlimited = default_rate(plan, problem), Objective(ttft_limit_s=None, tpot_limit_s=None)
+    options: dict[str, Any] = {"budget": Budget(), "report": silent, "lengths": (20_000,)}
+    in_truth = simulated_at(plan, problem, rate_rps, unlimited, seed=99, **options)
+    assert in_truth is not None
+    seconds = in_truth.summary.ttft_p95_s.value if latency == "ttft" else in_truth.summary.mean_tpot_s.value
+
+    def kept_at(limit_s: float) -> list[bool]:
+        limits = replace(plan.objective, **{"ttft_limit_s": None, "tpot_limit_s": None, f"{latency}_limit_s": limit_s})
+        limited = replace(plan, objective=limits)
+        budgets = [Budget(work_limit=rates.ITERATIONS) for _ in range(8)]
+        return [
+            rates._Runs(limited, problem, seed, budget, no_progress)._planned().kept
+            for seed, budget in enumerate(budgets)
+        ]
+
+    assert not any(kept_at(seconds / 1.1))
+    assert all(kept_at(seconds * 1.15))

@@ -45,7 +45,6 @@ OWN_MEANING: Mapping[str, frozenset[str]] = {
     "rate": frozenset({"simulate", "convert", "rehearse"}),
     "requests": frozenset({"simulate", "dispatch"}),
     "seed": frozenset({"rehearse"}),
-    "rule": frozenset({"fair", "share"}),
     "strict": frozenset({"export", "redispatch"}),
     "to": frozenset({"export", "upstreams"}),
     "trace": frozenset({"rehearse"}),

@@ -22,6 +22,7 @@ _PARSERS: Mapping[Kind, Callable[[str], Any]] = {
     Kind.KV: values.kv,
     Kind.DRAFTS: values.mtp,
     Kind.DEMAND: values.demand,
+    Kind.BURSTINESS: values.burstiness,
     Kind.TTFT: values.ttft_limit,
     Kind.TPOT: values.tpot_limit,
     Kind.SHARE: values.share,
@@ -100,13 +101,13 @@ def request_options(*names: str, **others: Any) -> Any:
     return made
 
 
-INPUTS = ("cluster", "model", "workload", "prefix_hit_rate", "weights", "kv", "mtp", "profiles")
+INPUTS = ("cluster", "model", "workload", "prefix_hit_rate", "burstiness", "weights", "kv", "mtp", "profiles")
 GOAL = ("objective", "rate", "ttft", "tpot")
 LEVEL = ("ttft_statistic", "tpot_statistic", "attainment")
 CONSTRAINTS = ("pin", "forbid", "rung")
 FAMILY = ("strategy", "roles", "engine")
 RUNGS = ("rung", "worth", "target")
-REPLICAS = (*LIMITS, "max_num_seqs", "chunk_tokens", "kv_blocks")
+REPLICAS = (*LIMITS, "kv_between_vendors", "max_num_seqs", "chunk_tokens", "kv_blocks")
 MEMORY = ("min_context", "gpu_memory_utilization")
 SEARCH = ("time_limit", "gap", "seed")
 

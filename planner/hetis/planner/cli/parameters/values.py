@@ -23,6 +23,7 @@ from hetis.formats.units import (
     parse_ratio,
 )
 from hetis.solver.plan import LEAST_DEMAND_RPS, Role
+from hetis.solver.workload import MOST_BURSTINESS
 
 NO_LIMIT = float("inf")
 ALL = "all"
@@ -100,6 +101,17 @@ def share(text: str) -> float:
 def prefix_hit_rate(text: str) -> float | Literal["trace"]:
     """Parse a share of prompt tokens below 1 (``0.4`` or ``40%``), or ``trace``."""
     return "trace" if text.strip().lower() == "trace" else below_one(text, ", or trace")
+
+
+def burstiness(text: str) -> float:
+    """Parse a coefficient of variation of at least 0."""
+    try:
+        value = float(text)
+    except ValueError:
+        raise typer.BadParameter(f"{text!r} is not a number") from None
+    if not 0 <= value <= MOST_BURSTINESS:
+        raise typer.BadParameter(f"{text!r} is out of range, must be from 0 to {MOST_BURSTINESS:g}")
+    return value
 
 
 def below_one(text: str, otherwise: str = "") -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -175,10 +175,13 @@ class PlacementOptions:
         else:  # a file; if there is none, `load_model` raises with the nearest name
             found = load_model(model)
             spec.model_document.CopyFrom(_content(model, found, document_pb2.DOCUMENT_KIND_MODEL_SPEC))
-        if request.prefix_hit_rate is None and (name := _workload_name(workload)) is not None:
+        is_as_named = request.prefix_hit_rate is None and request.burstiness is None
+        if is_as_named and (name := _workload_name(workload)) is not None:
             spec.workload_name = name
         else:
             traffic = load_workload(workload, prefix_hit_rate=request.hit_rate)
+            if request.burstiness is not None:
+                traffic = replace(traffic, burstiness=request.burstiness)
             spec.workload_document.CopyFrom(_content(workload, traffic, document_pb2.DOCUMENT_KIND_WORKLOAD))
         return spec
 

@@ -215,7 +215,7 @@ def _prices(plan: Plan, *, has_market: bool) -> Grid:
     note = "The marginal price is what one GPU of the class is worth where fractions of replicas are allowed."
     if not has_market:
         note += (
-            " What to buy next is found by solving again for every type on the market: hetis-plan report --buy-next."
+            " What to buy next is found by solving again for every type on the market, by hetis-plan report --buy-next."
         )
     found = price_grid(plan)
     return replace(found, title="Value of the GPUs", note=" ".join(filter(None, (found.note, note))))

@@ -1,14 +1,13 @@
-"""Pictures of a simulation, as panels of lines that pages draw too, and as files."""
+"""Pictures of a simulation, as panels of lines that pages draw."""
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
-from hetis.commands.pictures import file_of
 from hetis.planner.use_cases.grouping import device_groups
 from hetis.planner.use_cases.record.parts import MadeFrom
 from hetis.planner.use_cases.service_level import limits_of
@@ -19,11 +18,6 @@ from hetis.simulator.steadiness import Estimate
 from hetis.simulator.values import FloatArray, Run
 from hetis.solver.plan import Objective, Plan
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
-_COLORS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#000000")  # the palette of Okabe and Ito
-_DASHES = ("-", "--", ":")  # when the colours come again
 _MAX_POINTS = 2000  # points per line: more cannot be distinguished
 
 
@@ -45,17 +39,6 @@ class Panel(NamedTuple):
     lines: Sequence[Line]
     limits: Sequence[float] = ()
     log_x: bool = False
-
-
-def picture(simulated: Simulated, plan: Plan, *, form: str) -> bytes:
-    """Return a file of one of `hetis.commands.pictures.FORMS`.
-
-    Raises:
-        ModuleNotFoundError: matplotlib is not installed.
-    """
-    model, cluster = model_and_cluster(plan)
-    title = f"{model} on {cluster} under {simulated.question.load.lengths.name}, simulated"
-    return file_of(_figure(panels_of(simulated, plan)), title, form)
 
 
 def model_and_cluster(plan: Plan) -> tuple[str, str]:
@@ -132,28 +115,3 @@ def _level(name: str, begins: FloatArray, ends: FloatArray) -> Line:
 def _thinned(name: str, x: FloatArray, y: FloatArray) -> Line:
     chosen = np.linspace(0, len(x) - 1, min(len(x), _MAX_POINTS)).astype(np.int64)
     return Line(name, x[chosen], y[chosen])
-
-
-def _dash(number: int) -> str:
-    return _DASHES[number // len(_COLORS) % len(_DASHES)]
-
-
-def _figure(panels: Sequence[Panel]) -> Figure:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(9, 2.8 * len(panels) + 0.6), layout="constrained")
-    for axis, panel in zip(figure.subplots(len(panels), 1, squeeze=False)[:, 0], panels, strict=True):
-        for number, line in enumerate(panel.lines):
-            color = _COLORS[number % len(_COLORS)]
-            if line.spread is None:
-                axis.plot(line.x, line.y, _dash(number), color=color, label=line.name, linewidth=1)
-            else:
-                axis.errorbar(line.x, line.y, yerr=line.spread, color=color, label=line.name, marker="o", capsize=2)
-        for limit in panel.limits:
-            axis.axhline(limit, color="#888888", linestyle=":", linewidth=1)
-        scale = "log" if panel.log_x else "linear"
-        axis.set(title=panel.title, xlabel=panel.x_title, ylabel=panel.y_title, xscale=scale)
-        axis.set_ylim(bottom=0)
-        if [line.name for line in panel.lines] != [panel.title]:
-            axis.legend(fontsize="x-small")
-    return figure

@@ -9,7 +9,6 @@ from itertools import groupby
 
 from hetis.formats.dispatch_state import NewRequests
 from hetis.planner.use_cases.dispatch.stages import CostedStage, StepTimes, times_of
-from hetis.solver.budget import Budget
 from hetis.solver.dispatch.dispatch_problem import DispatchPlan, DispatchProblem
 from hetis.solver.dispatch.snapshot import StateSnapshot
 from hetis.solver.dispatch.state import DispatchState
@@ -52,19 +51,13 @@ def is_compiled() -> bool:
     return is_cached(running_load)
 
 
-def dispatch_requests(
-    stage: CostedStage, requests: NewRequests, *, exact: bool = False, budget: Budget | None = None, seed: int = 0
-) -> Dispatched:
-    """Place new requests.
-
-    With ``exact``, search whole head groups until the plan is proven optimal or the budget is spent.
-    """
+def dispatch_requests(stage: CostedStage, requests: NewRequests) -> Dispatched:
+    """Place new requests."""
     from hetis.solver.dispatch.dispatcher import solve_dispatch
-    from hetis.solver.dispatch.exact import solve_exactly
 
     arrivals = requests.to_solver()
     problem = DispatchProblem(stage=stage.snapshot.stage, load=stage.snapshot.load(), requests=arrivals)
-    plan = solve_exactly(problem, budget=budget, seed=seed) if exact else solve_dispatch(problem)
+    plan = solve_dispatch(problem)
     state = DispatchState.of(stage.snapshot)
     state.admit(arrivals, plan)
     reached = state.snapshot()

@@ -113,7 +113,12 @@ def read_engine(data: Any) -> EngineRules | None:
 
 def engine_from_data(data: Mapping[str, Any]) -> EngineRules:
     """Return the rules from which `asdict` made data; earlier versions charged nothing for the plugin."""
-    return EngineRules(**{**data, "plugin": PluginTime(**data.get("plugin", {}))})
+    if not isinstance(data, Mapping):
+        raise TypeError(f"is a {type(data).__name__}, must have names and numbers")
+    vendors = data.get("kv_vendors", ())
+    if not isinstance(vendors, list | tuple) or not all(isinstance(vendor, str) for vendor in vendors):
+        raise TypeError(f"kv_vendors is {shown(vendors)}, must be a list of vendors")
+    return EngineRules(**{**data, "plugin": PluginTime(**data.get("plugin", {})), "kv_vendors": tuple(vendors)})
 
 
 def engine_settings_from_data(data: Any) -> EngineSettings:
@@ -226,17 +231,14 @@ class Predicted:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Errors:
-    """What the errors of a plan's profiles mean: the range that they leave, and the study of larger ones."""
+    """What the errors of a plan's profiles mean: the range that they leave."""
 
     predicted: Predicted | None = None
-    robustness: Any = None  # the JSON value of a `Robustness`
 
 
 def read_errors(data: Any) -> Errors:
     found = read_as(Mapping[str, Any], data)
-    return Errors(
-        predicted=_items(Predicted, [("", found.get("predicted"))]).get(""), robustness=found.get("robustness")
-    )
+    return Errors(predicted=_items(Predicted, [("", found.get("predicted"))]).get(""))
 
 
 def errors_data(errors: Errors) -> dict[str, Any]:

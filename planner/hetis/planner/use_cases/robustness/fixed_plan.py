@@ -11,15 +11,13 @@ on coefficients, so a plan that fits always fits.
 from __future__ import annotations
 
 import math
-from bisect import bisect_left
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from copy import copy
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
 from hetis.planner.use_cases.grouping import group_replicas
-from hetis.solver.check.rederive import Derived, derive
+from hetis.solver.check.rederive import Derived, completion_seconds, derive
 from hetis.solver.check.replica_shapes import Fleet, ReplicaShape, replica_shape
 from hetis.solver.check.setting import Setting
 from hetis.solver.cluster import node_of
@@ -66,8 +64,6 @@ def describe(replica: ReplicaPlan) -> str:
 
 
 WITHIN = 1 + 1e-6  # limits are compared up to rounding
-COARSE = 3  # every third micro-batch size is a starting point of the search for the best one
-NEAREST = 8  # engine settings that are kept for many samples, see `FixedPlan.near`
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,34 +82,18 @@ class Performance:
         )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EngineTuning:
-    """Engine settings that may change without a new plan: micro-batches in flight, chunk, and micro-batch sizes."""
-
-    shape: ReplicaShape  # a replica with these settings, and the best micro-batch size under the problem's own profiles
-    sizes: tuple[int, ...]  # micro-batch sizes that fit in memory, ascending, including that of ``shape``
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Pace(Performance):
-    """The pace of one replica at one micro-batch size."""
-
-    micro_batch: int
-
-
-NOTHING = _Pace(rate=0.0, ttft_s=0.0, tpot_s=0.0, micro_batch=0)
+NOTHING = Performance(rate=0.0, ttft_s=0.0, tpot_s=0.0)
 
 
 class FixedPlan:
     """A plan that can be priced under different profiles; GPU types without one keep the problem's profile."""
 
-    def __init__(self, plan: Plan, problem: PlacementProblem, *, made_with: Profiles | None = None) -> None:
+    def __init__(self, plan: Plan, problem: PlacementProblem) -> None:
         """Prepare a plan for pricing.
 
         Args:
             plan: a plan of valid structure, as `check_plan` requires.
             problem: its cluster, model, workload and objective, and the profiles for the pricing.
-            made_with: the profiles with which the plan was made; None: those of the problem.
         """
         if plan.classes:
             raise InvalidProblemError("what errors of profiles do to pools of classes of requests is not known")
@@ -121,9 +101,7 @@ class FixedPlan:
         workload = problem.workload.clipped_to(problem.model.max_position)
         self._moments: WorkloadMoments = workload.moments(block_tokens=problem.assumptions.block_tokens)
         self._traffic = Traffic(problem, self._moments)
-        self.groups = tuple(self._groups(plan, self._under(made_with or {})))
-        self._engines: dict[Group, tuple[EngineTuning, ...]] = {}  # filled on first use
-        self.structure = structure_of(plan)
+        self.groups = tuple(self._groups(plan))
 
     @property
     def gpus(self) -> frozenset[str]:
@@ -143,14 +121,15 @@ class FixedPlan:
         paces = {key: self._pace(problem, group, group.shape) for key, group in alike.items()}  # zones have like groups
         return self._sum((group, paces[group.shape, group.claimed]) for group in self.groups)
 
-    def within_limits(self, profiles: Profiles) -> Performance:
-        """Return the performance with the engine settings that give the highest rate within the limits.
-
-        They are chosen for each replica. A replica that meets the limits with no setting serves nothing, and has no
-        latency.
-        """
-        problem = self._under(profiles)
-        return self._sum((group, self._best(problem, group)) for group in self.groups)
+    def planned_rate(self, profiles: Profiles) -> float:
+        """Return the rate of `as_planned`, which needs no latencies."""
+        problem, rates = self._under(profiles), dict[tuple[ReplicaShape, float], float]()
+        for group in self.groups:
+            if (key := (group.shape, group.claimed)) not in rates:
+                setting = Setting.of(problem, self._moments, group.shape)
+                rates[key] = group.claimed / completion_seconds(setting, group.shape)
+        unified, routed = self._traffic.served([(group, rates[group.shape, group.claimed]) for group in self.groups])
+        return self._planned_share * (unified + routed)
 
     def as_started(self, profiles: Profiles) -> Performance:
         """Return the performance with the engines' settings as they are, at the highest rate within the limits.
@@ -158,34 +137,18 @@ class FixedPlan:
         At lower rates than the saturated one fewer requests are in flight. A replica that meets the limits at no rate
         serves nothing.
         """
-        problem, paces = self._under(profiles), dict[tuple[ReplicaShape, float], _Pace]()
+        problem, paces = self._under(profiles), dict[tuple[ReplicaShape, float], Performance]()
         for group in self.groups:
             if (key := (group.shape, group.claimed)) not in paces:
                 most = group.shape.micro_batch
                 sizes = sorted({*(size for size in problem.family.micro_batches if size < most), most})
-                paces[key] = self._best_of(problem, group, EngineTuning(shape=group.shape, sizes=tuple(sizes)))
+                paces[key] = self._best_of(problem, group, sizes)
         return self._sum((group, paces[group.shape, group.claimed]) for group in self.groups)
-
-    def near(self, some: Sequence[Profiles]) -> FixedPlan:
-        """Return the plan with a few engine settings to choose from: the best ones under each of these profiles.
-
-        It is meant for many samples around these profiles; `within_limits` may then find a slightly lower rate.
-        """
-        narrowed = copy(self)
-        narrowed._engines = {}
-        for group in self.groups:
-            kept: dict[EngineTuning, None] = {}
-            for profiles in some:
-                problem, engines = self._under(profiles), self._engines_of(group)
-                rates = {engine: self._best_of(problem, group, engine).rate for engine in engines}
-                kept |= dict.fromkeys(sorted(engines, key=lambda engine: -rates[engine])[:NEAREST])
-            narrowed._engines[group] = tuple(kept)
-        return narrowed
 
     def _under(self, profiles: Profiles) -> PlacementProblem:
         return replace(self._problem, profiles={**self._problem.profiles, **profiles})
 
-    def _groups(self, plan: Plan, made_for: PlacementProblem) -> Iterator[Group]:
+    def _groups(self, plan: Plan) -> Iterator[Group]:
         cluster = self._problem.cluster
         zone_of = {group.node_name(i): group.zone for group in cluster.node_groups for i in range(group.count)}
         by_zones: dict[tuple[str, ...], list[ReplicaPlan]] = {}
@@ -199,84 +162,25 @@ class FixedPlan:
             shape = replica_shape(group.first, self._problem, fleet)
             claimed = 1.0
             if fleet.has_uneven_links:
-                claimed = min(1.0, group.first.rate * self._derive(made_for, shape).t_s)
+                claimed = min(1.0, group.first.rate * self._derive(self._problem, shape).t_s)
             yield Group(
                 count=len(group.numbers), shape=shape, claimed=claimed, zones=zones, kv_zones=group.first.kv_zones
             )
 
-    def _engines_of(self, group: Group) -> tuple[EngineTuning, ...]:
-        if group not in self._engines:
-            self._engines[group] = tuple(self._new_engines(group))
-        return self._engines[group]
-
-    def _new_engines(self, group: Group) -> Iterator[EngineTuning]:
-        """Yield all settings of the family that fit in memory, the planned one first."""
-        planned, family, settings = group.shape, self._problem.family, self._problem.family.engine_settings
-        copies = sum(stage.copies for stage in planned.stages)
-        sizes = [0] if planned.role is Role.PREFILL else sorted({*family.micro_batches, planned.micro_batch})
-        chunks = [0] if planned.role is Role.DECODE else family.chunk_tokens
-        engines = planned.attention_dp  # as many batches are in flight as copies share their experts
-        depths = family.in_flight if engines == 1 else (engines,)
-        pairs = [(m, c) for m in depths for c in chunks if m == 1 or m >= copies]
-        for m, c in dict.fromkeys([(planned.in_flight, planned.chunk_tokens), *pairs]):
-            shape = replace(planned, in_flight=m, chunk_tokens=c)
-            allowed = [b for b in sizes if settings.allows(micro_batch=b, in_flight=m // engines)]
-            fits = self._num_fitting(shape, allowed)
-            if (m, c) == (planned.in_flight, planned.chunk_tokens):
-                fits = max(fits, sizes.index(planned.micro_batch) + 1)  # the checker accepted it, up to rounding
-            if fits:
-                engine = EngineTuning(shape=replace(shape, micro_batch=sizes[fits - 1]), sizes=tuple(sizes[:fits]))
-                # The rate may have several maxima: take the best of a few sizes, and climb from there.
-                starts = [replace(engine, shape=replace(shape, micro_batch=b)) for b in engine.sizes[::COARSE]]
-                at_starts = [self._pace(self._problem, group, start.shape) for start in starts]
-                rates = [pace.rate if self._is_within(pace) else 0.0 for pace in at_starts]
-                start = starts[rates.index(max(rates))]
-                best = self._best_of(self._problem, group, start)
-                yield engine if best is NOTHING else replace(start, shape=replace(shape, micro_batch=best.micro_batch))
-
-    def _num_fitting(self, shape: ReplicaShape, sizes: Sequence[int]) -> int:
-        """Return how many sizes fit in memory, from the smallest: more requests never need less."""
-
-        def is_too_large(size: int) -> bool:
-            return not self._derive(self._problem, replace(shape, micro_batch=size)).fits
-
-        return bisect_left(sizes, True, key=is_too_large)
-
     def _derive(self, problem: PlacementProblem, shape: ReplicaShape) -> Derived:
         return derive(Setting.of(problem, self._moments, shape), shape)
 
-    def _pace(self, problem: PlacementProblem, group: Group, shape: ReplicaShape) -> _Pace:
+    def _pace(self, problem: PlacementProblem, group: Group, shape: ReplicaShape) -> Performance:
         derived = self._derive(problem, shape)
         t_s = derived.t_s / group.claimed
-        return _Pace(
-            rate=1.0 / t_s, ttft_s=derived.ttft_s(t_s), tpot_s=t_s * derived.tpot_per_t, micro_batch=shape.micro_batch
-        )
+        return Performance(rate=1.0 / t_s, ttft_s=derived.ttft_s(t_s), tpot_s=t_s * derived.tpot_per_t)
 
-    def _best(self, problem: PlacementProblem, group: Group) -> _Pace:
-        return max((self._best_of(problem, group, e) for e in self._engines_of(group)), key=lambda pace: pace.rate)
+    def _best_of(self, problem: PlacementProblem, group: Group, sizes: Sequence[int]) -> Performance:
+        """Return the performance at the largest of the micro-batch ``sizes`` that keeps the limits."""
+        paces = (self._pace(problem, group, replace(group.shape, micro_batch=size)) for size in reversed(sizes))
+        return next((pace for pace in paces if not pace.misses(self._problem.objective)), NOTHING)
 
-    def _best_of(self, problem: PlacementProblem, group: Group, engine: EngineTuning) -> _Pace:
-        """Decrease the size from the engine's until the limits hold, or increase it while the rate grows."""
-
-        def at(size: int) -> _Pace:
-            return self._pace(problem, group, replace(engine.shape, micro_batch=size))
-
-        sizes, start = engine.sizes, engine.sizes.index(engine.shape.micro_batch)
-        pace = at(sizes[start])
-        if not self._is_within(pace):
-            smaller = (at(size) for size in reversed(sizes[:start]))
-            return next(filter(self._is_within, smaller), NOTHING)
-        for size in sizes[start + 1 :]:
-            larger = at(size)
-            if larger.rate <= pace.rate or not self._is_within(larger):
-                break
-            pace = larger
-        return pace
-
-    def _is_within(self, pace: _Pace) -> bool:
-        return not pace.misses(self._problem.objective)
-
-    def _sum(self, paces: Iterator[tuple[Group, _Pace]]) -> Performance:
+    def _sum(self, paces: Iterator[tuple[Group, Performance]]) -> Performance:
         found = list(paces)
         unified, routed = self._traffic.served([(group, pace.rate) for group, pace in found])
         return Performance(

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-
-import numpy as np
 
 from hetis.planner.use_cases.grouping import group_replicas
 from hetis.planner.use_cases.record.forms import Errors, Predicted, Range
@@ -21,14 +19,6 @@ from hetis.solver.workload import WorkloadMoments
 Factor = Callable[[str, Fit], float]  # the factor for a fit's times on a GPU type
 
 COEFFICIENTS = ("fixed_s", "flop_s", "byte_s", "token_s", "head_s", "wire")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Corner:
-    """A corner case: everything of one kind is off by the whole error, in one direction."""
-
-    name: str
-    profiles: Profiles
 
 
 def tp_sizes(plan: Plan, problem: PlacementProblem) -> frozenset[int]:
@@ -60,9 +50,9 @@ def used_fits(profiles: Profiles, model: ModelSpec, sizes: Iterable[int]) -> dic
     return {gpu: replace(profile, fits=kept(profile)) for gpu, profile in profiles.items()}
 
 
-def scaled(profiles: Profiles, factor: float, *, only: Op | None = None) -> dict[str, Profile]:
-    """Multiply all times, or only those of one operator, by ``factor``."""
-    return scaled_by(profiles, lambda _gpu, fit: factor if only in (None, fit.op) else 1.0)
+def scaled(profiles: Profiles, factor: float) -> dict[str, Profile]:
+    """Multiply all times by ``factor``."""
+    return scaled_by(profiles, lambda _gpu, _fit: factor)
 
 
 def scaled_by(profiles: Profiles, factor: Factor) -> dict[str, Profile]:
@@ -71,36 +61,6 @@ def scaled_by(profiles: Profiles, factor: Factor) -> dict[str, Profile]:
         gpu: replace(profile, fits=tuple(_scaled(fit, factor(gpu, fit)) for fit in profile.fits))
         for gpu, profile in profiles.items()
     }
-
-
-def perturbed(profiles: Profiles, error: float, rng: np.random.Generator) -> dict[str, Profile]:
-    """Multiply every coefficient of every fit by its own factor, uniform between ``1 - error`` and ``1 + error``.
-
-    Numbers are drawn in the order of GPU names and fits, even for coefficients that are zero, so that equal seeds give
-    equal errors to a GPU type.
-    """
-
-    def piece(old: Piece) -> Piece:
-        factors = rng.uniform(1.0 - error, 1.0 + error, len(COEFFICIENTS))
-        return Piece(**{name: getattr(old, name) * float(f) for name, f in zip(COEFFICIENTS, factors, strict=True)})
-
-    return {
-        gpu: replace(
-            profiles[gpu], fits=tuple(replace(fit, pieces=tuple(map(piece, fit.pieces))) for fit in profiles[gpu].fits)
-        )
-        for gpu in sorted(profiles)
-    }
-
-
-def corners(profiles: Profiles, error: float, *, gpus: Collection[str]) -> Iterator[Corner]:
-    """Yield cases in which everything, one operator, or one of ``gpus`` is slower or faster by ``error``."""
-    ops = [op for op in Op if any(fit.op is op for profile in profiles.values() for fit in profile.fits)]
-    for word, factor in (("slower", 1.0 + error), ("faster", 1.0 - error)):
-        yield Corner(name=f"everything {word}", profiles=scaled(profiles, factor))
-        for name in sorted(gpus) if len(gpus) > 1 else ():
-            yield Corner(name=f"{name} {word}", profiles={**profiles, **scaled({name: profiles[name]}, factor)})
-        for op in ops:
-            yield Corner(name=f"{op.value} {word}", profiles=scaled(profiles, factor, only=op))
 
 
 def _scaled(fit: Fit, factor: float) -> Fit:

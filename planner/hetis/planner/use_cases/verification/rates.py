@@ -44,13 +44,13 @@ from hetis.solver.plan import Objective, ObjectiveKind, Plan, Role
 from hetis.solver.problem import PlacementProblem
 
 TURNS = 8  # how many times a run replaces all the requests that a plan holds at once
-FEWEST = 4_000  # requests per run: with few seats, the p95 TTFT depends on the few bursts of long requests in a run
+FEWEST = 2_000  # requests per run: with few seats, the p95 TTFT depends on the few bursts of long requests in a run
 FILLS = 2  # how many times at least, if that is not too much: while most seats are empty, TPOT looks too good
 UNLIMITED = Objective(ttft_limit_s=None, tpot_limit_s=None)
 LONGER = 2  # factor of the requests in a run that decides where limits are close
 PROBE = 500  # requests of the run before it, which only shows that a limit is missed by far
 BY_FAR = 1.1  # times the limit, above which a probe's whole interval is
-ITERATIONS = 2_000_000  # iterations of stages that all simulations of a plan may take: about six seconds
+ITERATIONS = 1_000_000  # iterations of stages that all simulations of a plan may take: about three seconds
 PER_REQUEST = 20.0  # iterations that take as long as a request's arrival, routing and record
 PART = 0.2  # of all iterations, which one run may take
 WORKER_ITERATIONS = 3.0  # an iteration with attention workers takes as long as so many without
@@ -58,7 +58,7 @@ BY_CHANCE = 0.02  # share of a limit above which an excess is no chance, however
 HIGHER = (1.5, 1.2, 1.15, 1.1, 1.05)  # factors of the planned rate, which are tried if it is kept, up to the bound
 WORTH_TRYING = 1.01  # ratio of the highest rate to the planned one
 MOST_GROWTH = 0.02  # seconds by which the wait may grow per second at these rates
-LONG_RUN = 10_000  # requests of a run at these rates, unless that is more than `LONGER` times the ordinary number
+LONG_RUN = 5_000  # requests of a run at these rates, unless that is more than `LONGER` times the ordinary number
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -134,15 +134,15 @@ class _Most(NamedTuple):
     to_fill: int
 
 
-WITHOUT_WORKERS = _Most(ordinary=8_000, deciding=16_000, to_fill=12_000)
-WITH_WORKERS = _Most(ordinary=4_000, deciding=8_000, to_fill=8_000)  # each request takes several times as long
+WITHOUT_WORKERS = _Most(ordinary=4_000, deciding=8_000, to_fill=6_000)
+WITH_WORKERS = _Most(ordinary=2_000, deciding=4_000, to_fill=4_000)  # each request takes several times as long
 
 
 def num_requests_of(plan: Plan) -> int:
     """Return the number of requests per run: enough to fill the plan several times over, within seconds."""
     most, seats = most_requests_of(plan), seats_of(plan)
-    fewest = max(FEWEST, Requested.of(plan).service_level.requests(most.deciding))
-    return min(max(fewest, TURNS * seats), max(most.ordinary, min(most.to_fill, FILLS * seats)))
+    for_level = min(Requested.of(plan).service_level.requests(most.deciding), most.deciding)
+    return max(for_level, min(max(FEWEST, TURNS * seats), max(most.ordinary, min(most.to_fill, FILLS * seats))))
 
 
 def longest_of(plan: Plan) -> int:
@@ -267,8 +267,7 @@ class _Runs:
             kept = None if found.kept else self._lower(found)
             return self._recorded(found, self._planned_rps if found.kept else None if kept is None else kept.rate_rps)
         if found.kept:
-            rate_rps = self._higher(found)
-            return self._recorded(found if rate_rps == self._planned_rps else self._longest_at(rate_rps), rate_rps)
+            return self._recorded(*self._higher(found))
         try:
             kept = self._lower(found)
         except StoppedError:
@@ -310,17 +309,24 @@ class _Runs:
                 found = found if other.kept else other
         return found
 
-    def _higher(self, found: TriedRate) -> float:
-        """Return the highest rate tried, up to the plan's bound, that is kept for sure; the planned one if none is."""
+    def _higher(self, found: TriedRate) -> tuple[TriedRate, float]:
+        """Return the run at the highest rate tried, up to the plan's bound, that is kept for sure, and this rate.
+
+        If none is, return the one ``found`` at the planned rate. Higher rates get other traffic than that one.
+        """
         most_rps = min(self._plan.result.bound, self._most_rps)
         may, planned_rps = _may_keep_more(self._plan, found) and not self._too_short, self._planned_rps
         higher = [factor * planned_rps for factor in HIGHER if factor * planned_rps <= most_rps]
         if not self._are_cheap() or not higher:  # one rate is all that there is time, or room, for
             higher = [most_rps] if planned_rps * WORTH_TRYING <= most_rps < HIGHER[-1] * planned_rps else higher[-1:]
+        lengths = (self._long, self._longer) if self._are_cheap() else (self._ordinary,)
         with suppress(StoppedError):
-            calm = (rate for rate in higher if may and self._may_promise(rate) and self._is_calm(rate))
-            return next(calm, planned_rps)
-        return self._planned_rps
+            for rate_rps in higher if may else ():
+                if self._may_promise(rate_rps):
+                    tried = self._at(rate_rps, *lengths, other=True)
+                    if tried.sure and hardly_grows(tried.summary):
+                        return tried, rate_rps
+        return found, planned_rps
 
     def _may_promise(self, rate_rps: float) -> bool:
         """Return whether each replica's own TTFT, as a plan of this rate states it, keeps the limit."""
@@ -364,11 +370,6 @@ class _Runs:
         A search for the highest rate finds rates that are kept by luck.
         """
         return all(self._at(rate_rps, self._longer, other=other).sure for other in (False, True))
-
-    def _is_calm(self, rate_rps: float) -> bool:
-        lengths = (self._long, self._longer) if self._are_cheap() else (self._ordinary,)
-        runs = (self._at(rate_rps, *lengths, other=other) for other in (False, True))
-        return all(run.sure and hardly_grows(run.summary) for run in runs)
 
     def _lower(self, found: TriedRate) -> KeptRate | None:
         """Search for the highest rate below the planned one, at which ``found`` misses limits, that keeps them.

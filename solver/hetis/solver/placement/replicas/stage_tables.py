@@ -33,10 +33,14 @@ from hetis.solver.workload import WorkloadMoments
 
 
 class BuildClasses(NamedTuple):
-    """The model in the precision of a build, and the classes that compute in it (None: all)."""
+    """The model in the precision of a build, and the classes that compute in it (None: all).
+
+    ``kv`` numbers what builds that may exchange KV have in common (`PlacementProblem.kv_of`), from 0.
+    """
 
     model: ModelSpec
     primaries: frozenset[int] | None
+    kv: int = 0
 
 
 class _MixNumbers(NamedTuple):
@@ -117,7 +121,7 @@ class StageTables:
 
     def tables(self, build: BuildClasses, part: Part, place: Part | None = None) -> Tables:
         """Return the tables of replicas of one build in this part of the fleet, with KV exchanged in ``place``."""
-        family, (model, primaries), zones = self.problem.family, build, part.zones
+        family, (model, primaries, _), zones = self.problem.family, build, part.zones
         rows = [self._rank_rows(self.devices[s], self.classes[i]) for s, (i, _) in enumerate(self.ranks)]
         stack = {name: np.array([row[name] for row in rows]).T.copy() for name in (rows[0] if rows else {})}
         hops = np.array(

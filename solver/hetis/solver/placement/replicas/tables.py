@@ -141,14 +141,15 @@ class Scope:
 
     ``primaries`` are the device classes whose GPUs may compute layers, those of a build (numbered from 0); None: all of
     them. Tables for the links in this part are made on first use. Prefill and decode replicas exchange KV in ``place``,
-    by default the whole zone, of which the part is a part. ``number`` is that of the range of classes that they serve.
+    by default the whole zone, of which the part is a part, with those whose KV is of the same kind (``kv``).
+    ``number`` is that of the range of classes that they serve.
     """
 
     def __init__(
         self, part: Part, roles: tuple[Role, ...], tabulate: Callable[[], Tables],
-        primaries: frozenset[int] | None = None, build: int = 0, place: Part | None = None, number: int = 0,
+        primaries: frozenset[int] | None = None, kv: int = 0, place: Part | None = None, number: int = 0,
     ) -> None:  # fmt: skip
-        self.part, self.roles, self.primaries, self.build, self.number = part, roles, primaries, build, number
+        self.part, self.roles, self.primaries, self.kv, self.number = part, roles, primaries, kv, number
         self.place = place or Part(part.zones)
         self._tabulate = tabulate
 
@@ -171,13 +172,13 @@ class Scope:
     def changed(self, change: Callable[[Tables], Tables]) -> Scope:
         """Return the scope with ``change`` applied to its tables when they are made."""
         return Scope(
-            self.part, self.roles, lambda: change(self.tables), self.primaries, self.build, self.place, self.number
+            self.part, self.roles, lambda: change(self.tables), self.primaries, self.kv, self.place, self.number
         )  # fmt: skip
 
     def of_range(self, number: int) -> Scope:
         """Return the scope for a range of classes."""
         tables = lambda: self.tables  # noqa: E731
-        return Scope(self.part, self.roles, tables, self.primaries, self.build, self.place, number)
+        return Scope(self.part, self.roles, tables, self.primaries, self.kv, self.place, number)
 
     def without(self, out: BoolArray) -> Scope:
         """Return the scope without the GPUs of the classes marked in ``out`` [N]."""
@@ -257,5 +258,5 @@ class CostTables:
         x, here = self.mixes[mix], self.scopes[scope]
         if x.role is Role.UNIFIED:
             return self.routes.unified(here.number)
-        place = self.routes.place(here.place, here.build, here.number)
+        place = self.routes.place(here.place, here.kv, here.number)
         return self.routes.side(x.role, place, sends_afar=x.sends_afar)

@@ -43,8 +43,9 @@ def _tables_of_range(problem: PlacementProblem, num_ranges: int = 1) -> CostTabl
     moments = problem.workload.clipped_to(model.max_position).moments(block_tokens=problem.assumptions.block_tokens)
     classes = device_classes(problem.cluster, problem.constraint_index, problem.node_links)
     zones, builds = problem.cluster.zones(), _builds(problem, classes)
-    # If there are several builds, KV is only handed over inside a zone.
-    mixes = tuple(_mixes(family, model, moments, len(zones) if len(builds) == 1 else 1))
+    num_kinds = 1 + max(build.kv for build in builds)
+    # If KV is of several kinds, it is only handed over inside a zone.
+    mixes = tuple(_mixes(family, model, moments, len(zones) if num_kinds == 1 else 1))
     sizes = [
         (i, tp)
         for i, c in enumerate(classes)
@@ -81,7 +82,7 @@ def _tables_of_range(problem: PlacementProblem, num_ranges: int = 1) -> CostTabl
         card_use=np.array([resources.of_group(i, 1) for i in range(len(classes))], dtype=np.int64),
         pool_sizes=pool_sizes,
         scopes=(*_scopes(family, zones, classes, builds, tabulation), *_scopes_of_places(places, builds, tabulation)),
-        routes=routes_of(problem, moments, len(builds), [place for place, _ in places], num_left_out, num_ranges),
+        routes=routes_of(problem, moments, num_kinds, [place for place, _ in places], num_left_out, num_ranges),
     )
 
 
@@ -132,9 +133,9 @@ def _scopes_of_part(
         may = tuple(DUTY_OF_ROLE[role] not in c.constraints.barred for c in tabulation.classes)
         alike.setdefault(may, []).append(role)
     for may, some in alike.items():
-        for number, build in enumerate(builds):
+        for build in builds:
             tables = partial(tabulation.tables, build, part, place)
-            whole = Scope(part, tuple(some), tables, primaries=build.primaries, build=number, place=place)
+            whole = Scope(part, tuple(some), tables, primaries=build.primaries, kv=build.kv, place=place)
             yield whole if all(may) else whole.without(np.array([not each for each in may]))
 
 
@@ -145,4 +146,8 @@ def _builds(problem: PlacementProblem, classes: tuple[DeviceClass, ...]) -> tupl
         alike.setdefault(problem.build_of(c.gpu), set()).add(i)
     if len(alike) < 2:
         return tuple(BuildClasses(build.model, None) for build in alike) or (BuildClasses(problem.model, None),)
-    return tuple(BuildClasses(build.model, frozenset(chosen)) for build, chosen in alike.items())
+    kinds = list(dict.fromkeys(map(problem.kv_of, alike)))
+    return tuple(
+        BuildClasses(build.model, frozenset(chosen), kinds.index(problem.kv_of(build)))
+        for build, chosen in alike.items()
+    )

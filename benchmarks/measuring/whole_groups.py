@@ -1,4 +1,4 @@
-"""Dispatch with more time: admission with proofs, then local search from the fast plan, then a MILP of whole groups."""
+"""The best dispatch known: admission with proofs, local search from the fast plan, a MILP of whole groups."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 
 from hetis.solver.budget import Budget
 from hetis.solver.dispatch.admission import NOT_FOUND, PLACED, SCATTERED, Admission, PackingProblem, admit, admit_from
-from hetis.solver.dispatch.dispatch_problem import DispatchPlan, DispatchProblem, FloatArray, IntArray, Path
+from hetis.solver.dispatch.dispatch_problem import DispatchPlan, DispatchProblem, FloatArray, IntArray
 from hetis.solver.dispatch.dispatcher import Dispatcher
 from hetis.solver.dispatch.loaded_stage import (
     ALWAYS,
@@ -183,7 +183,7 @@ def _by_milp(
         if found_s < makespan_s:
             groups, makespan_s = _spread(found, order, plan), found_s
     bound = min(max(plan.bound_s, bound), makespan_s)  # HiGHS proves its bound only up to a tolerance
-    return replace(plan, groups=groups, makespan_s=makespan_s, bound_s=bound, path=Path.MILP)
+    return replace(plan, groups=groups, makespan_s=makespan_s, bound_s=bound)
 
 
 class _Milp(NamedTuple):

@@ -1,10 +1,11 @@
 """Tables that simulators publish: vidur's, LLMServingSim's and Splitwise's (microsoft/vidur, casys-kaist/LLMServingSim,
-Mutinifni/splitwise-sim; MIT).
+Mutinifni/splitwise-sim; MIT), from which shipped profiles are made.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +14,8 @@ import numpy as np
 from hetis.formats import catalogue
 from hetis.formats.errors import DocumentError, Problem, single_problem
 from hetis.formats.files import read_text
-from hetis.formats.measurements import MeasuredBy, MeasuredOp
+from hetis.formats.measurements import MeasuredBy, MeasuredOp, Measurements
+from hetis.profiler import importers
 from hetis.profiler.fit.errors import SERVING
 from hetis.profiler.importers.reading import Collection, Sheet, SheetRow, catalogue_name
 from hetis.solver.model import Kernel, ModelSpec
@@ -357,3 +359,16 @@ def _params(model: ModelSpec, op: str) -> int | None:
         return heads[op] * model.head_dim * model.hidden
     matrices = {"gate_proj": 1, "up_proj": 1, "down_proj": 1, "gate_up_proj": 2}
     return matrices[op] * model.plain_layer[1].width * model.hidden if op in matrices else None
+
+
+READERS = {
+    **importers.READERS,
+    "vidur": read_vidur,
+    "splitwise": read_splitwise,
+    "llmservingsim": read_llmservingsim,
+}
+
+
+def import_tables(form: str, files: Sequence[str | Path]) -> list[Measurements]:
+    """Return the measurements in tables of simulators, too, as `hetis.profiler.importers.import_tables` does."""
+    return importers.import_tables(form, files, readers=READERS)

@@ -1,0 +1,29 @@
+"""Dispatch is near the optimum that HiGHS proves in whole groups, over random stages of every kind."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from benchmarks.measuring.whole_groups import solve_exactly
+from hetis.solver.dispatch.dispatcher import solve_dispatch
+from tests.solver.dispatch.instances import random_problem
+
+
+def test_quality_over_small_stages_of_every_kind_is_as_the_search_found_it() -> None:
+    rng = np.random.default_rng(9058)
+    gaps = list[float]()
+    while len(gaps) < 60:
+        problem = random_problem(
+            rng,
+            num_devices=int(rng.integers(2, 9)),
+            num_requests=int(rng.integers(1, 6)),
+            pieces=int(rng.integers(1, 4)),
+            head_groups=int(rng.choice([1, 2, 4, 8])),
+            tp=[None, 1, 2, 4][int(rng.integers(4))],
+            free_ratio=[None, 3.0, 1.3, 1.05][int(rng.integers(4))],
+        )
+        plan, best = solve_dispatch(problem), solve_exactly(problem)
+        if [u.request for u in plan.unplaced] == [u.request for u in best.unplaced] and plan.groups.any():
+            gaps.append(plan.makespan_s / best.makespan_s - 1)
+    assert np.mean(gaps) < 0.003
+    assert np.quantile(gaps, 0.95) < 0.015
