@@ -28,7 +28,7 @@ from hetis.v1.traffic_pb2 import ClusterTraffic
 
 NODES = [f"l4-{number}" for number in range(5)]
 # Enough requests that a minute tells a doubling from chance
-RATE_RPS, PROMPT_TOKENS, OUTPUT_TOKENS, TTFT_LIMIT_S = 5.0, 500, 60, 5.0
+RATE_RPS, PROMPT_TOKENS, OUTPUT_TOKENS, TTFT_LIMIT_S = 4.0, 500, 60, 5.0
 LENGTHEN = 1.6
 PROMPT_TOKEN_S = 1.5e-4  # of an L4 that computes prompts of an 8B model
 IN_TIME = 0.95  # share of the first tokens of a minute that the limit of TTFT is of

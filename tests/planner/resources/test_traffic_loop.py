@@ -14,14 +14,14 @@ from hetis.planner.convert.traffic import MINUTE_S, TrafficWindow
 from hetis.planner.failures import Reason, ServiceError
 from hetis.planner.fleet.traffic import TrafficWindows
 from hetis.planner.fleet.views import Clock
-from hetis.planner.loop.decision import Decision, Verdict
+from hetis.planner.loop.decision import Decision, InForce, Verdict
 from hetis.planner.loop.drift import Expected
 from hetis.planner.loop.settings import LoopSettings
 from hetis.planner.resources.traffic_loop import JUDGED_S, SETTLE_S, STEP_S, TrafficLoop
 from hetis.planner.use_cases.robustness.fixed_plan import structure_of
 from hetis.planner.use_cases.saved_plans import PlanAndProblem
 from hetis.planner.use_cases.sources import Inputs
-from hetis.solver.plan import Plan
+from hetis.solver.plan import ObjectiveKind, Plan
 from hetis.solver.traffic import SECONDS, TOKENS, Histogram, TrafficSketch
 from hetis.v1 import cluster_pb2, plan_pb2
 from tests.planner.use_cases.robustness.studied import planned, posed
@@ -98,7 +98,8 @@ class World:
 
     # --- decisions
 
-    def _decide(self, history: object, in_force: object, settings: LoopSettings, **given: Any) -> Decision:
+    def _decide(self, history: object, in_force: InForce, settings: LoopSettings, **given: Any) -> Decision:
+        self.told = in_force
         self.asked.append((self.clock.now_s, given["drift"]))
         return self.answer()
 
@@ -130,6 +131,7 @@ class World:
             return None
         body = plan_pb2.Plan()
         body.activate_time.FromSeconds(int(self.since_s))
+        body.spec.objective.kind = self.requested
         record = SimpleNamespace(name=self.in_force, body=body, activation=ACTIVE)
         return await self._answered(self.in_force, record)
 
@@ -171,6 +173,7 @@ class World:
     # --- time
 
     rate, ttft_s = 2.0, 0.1
+    requested = plan_pb2.OBJECTIVE_KIND_UNSPECIFIED
 
     async def pass_time(self, seconds: float) -> None:
         for _ in range(round(seconds / STEP_S)):
@@ -275,6 +278,18 @@ async def test_a_shortage_that_comes_slowly_is_asked_about_within_a_minute(monke
     await world.pass_time(160)
     assert len(world.asked) > asked
     assert world.asked[-1][1] is None
+
+
+async def test_the_objective_is_the_requested_one_after_a_plan_for_all_that_the_fleet_serves(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Else no card would go back once traffic falls."""
+    world = World(monkeypatch)
+    world.requested = plan_pb2.OBJECTIVE_KIND_COST
+    await world.pass_time(400)
+    assert planned("paper").objective.kind is ObjectiveKind.GOODPUT
+    objective = world.told.found.plan.objective
+    assert (objective.kind, objective.demand_rps) == (ObjectiveKind.COST, 4.0)
 
 
 async def test_off_asks_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,16 +25,7 @@ import numpy as np
 from hetis.planner.loop.curves import STEP_S, TrafficCurve
 from hetis.planner.loop.decision import InForce, Verdict, decide, is_short, kept_rate, solve
 from hetis.planner.loop.drift import Drift, DriftTest, Expected
-from hetis.planner.loop.forecast import (
-    BIN_S,
-    KEPT_S,
-    MINUTE_S,
-    MINUTES_KEPT_S,
-    Forecast,
-    History,
-    Window,
-    with_hours,
-)
+from hetis.planner.loop.forecast import BIN_S, KEPT_S, MINUTE_S, MINUTES_KEPT_S, Forecast, History, Window, with_hours
 from hetis.planner.loop.settings import LoopSettings
 from hetis.planner.use_cases.other_fleets.replan import PosedReplan
 from hetis.planner.use_cases.saved_plans import PlanAndProblem

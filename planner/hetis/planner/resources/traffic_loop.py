@@ -19,6 +19,7 @@ from dataclasses import dataclass, field, replace
 
 from hetis.planner.convert.documents import document_of
 from hetis.planner.convert.names import seconds_of, timestamp
+from hetis.planner.convert.plans import OBJECTIVE_KINDS
 from hetis.planner.convert.traffic import MINUTE_S
 from hetis.planner.failures import ServiceError
 from hetis.planner.fleet.fleet import LiveFleet
@@ -219,11 +220,11 @@ class TrafficLoop:
     def _begin(self, loop: _Loop, answered: AnsweredPlan) -> None:
         """Begin with another plan in force."""
         body = answered.record.body
-        loop.plan, loop.found = answered.record.name, answered.found
+        loop.plan, loop.found = answered.record.name, _of_cluster(answered)
         loop.since_s = seconds_of(body.activate_time) if body.HasField("activate_time") else 0.0
         loop.due_s = loop.free_s = 0.0
         loop.test, loop.alarm, loop.seen, loop.capacity_rps = None, None, None, math.inf
-        objective = answered.plan.objective
+        objective = loop.found.plan.objective
         high_rps = answered.plan.result.value if objective.maximises else objective.demand_rps
         shares = expected_shares(answered.problem.workload, self._settings.tolerance)
         loop.expected = Expected(low_rps=0.0, high_rps=high_rps or 0.0, shares=shares)
@@ -336,6 +337,20 @@ class TrafficLoop:
         """Withdraw what earlier leaders proposed because of traffic: their reasons are lost."""
         for name in await self._placements.open_proposals(cluster, of_traffic=True):
             await self._placements.withdraw(name)
+
+
+def _of_cluster(answered: AnsweredPlan) -> PlanAndProblem:
+    """Return the plan in force with the objective that was requested: out of a shortage that no plan of the fleet ends,
+    the planner changes to one for the most goodput, from which cards are to go back all the same.
+    """
+    plan = answered.plan
+    kind = next(
+        (k for k, number in OBJECTIVE_KINDS.items() if number == answered.record.body.spec.objective.kind), None
+    )
+    if kind in (None, plan.objective.kind) or not plan.objective.maximises:
+        return answered.found
+    objective = replace(plan.objective, kind=kind, demand_rps=plan.result.value)
+    return replace(answered.found, plan=replace(plan, objective=objective))
 
 
 def _is_measured(alarm: Drift, looks: Iterable[Window], now_s: float) -> bool:
