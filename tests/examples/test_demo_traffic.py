@@ -7,9 +7,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.mark.soak
 def test_traffic_that_doubles_is_followed_by_a_plan_with_a_bound() -> None:
     command = [sys.executable, "-m", "examples.demo_traffic", "--json", "--short"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=1200, check=False)
