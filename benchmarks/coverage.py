@@ -1,23 +1,23 @@
 """How much of what people serve, and of what they own, is read right: models, cards, labels of nodes, logs.
 
-    python -m benchmarks.coverage [--quick] [--json] [--configs FOLDER ...] [--nodes FOLDER ...]
+    python -m benchmarks.coverage [--quick] [--json]
 
 A row has the inputs of one kind: ``read``, of these ``right`` where the right answer is known (parameters within 1% of
 the published ones, the card that a name means), and ``refused``; ``wrong`` names those that are read and not right. A
 name that the catalogue rightly lacks counts as right if it is refused without another card as a hint. Configs are the
-published ones in ``tests/formats``, and any ``config.json`` below further folders; nodes are files that
-``cluster discover`` reads, below further folders.
+published ones in ``tests/formats``. The default configs of all decoders in transformers are compared with the classes
+themselves, which torch builds without memory; those that contradict themselves are left out.
 """
 
 from __future__ import annotations
 
-import argparse
 import csv
 import json
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from benchmarks.measuring import rows
 from benchmarks.measuring.rows import Row
@@ -33,29 +33,21 @@ TESTS = Path(__file__).parents[1] / "tests" / "formats"
 KNOWN = Path(__file__).parent / "known"
 REQUESTS = ((0.0, 374, 44), (3.0, 396, 109), (4.0, 879, 55))  # of every log: arrival in seconds, tokens in and out
 WITHIN = 0.01
-_OF_NODES = (".json", ".xml", ".txt")
 
 
 def main() -> None:
-    parser = rows.parser("benchmarks.coverage", __doc__)
-    parser.add_argument("--configs", nargs="*", type=Path, default=[], metavar="FOLDER", help="more configs of models")
-    parser.add_argument("--nodes", nargs="*", type=Path, default=[], metavar="FOLDER", help="more files of nodes")
-    arguments = parser.parse_args()
-    rows.show(found(arguments), arguments, name="coverage")
+    arguments = rows.parser("benchmarks.coverage", __doc__).parse_args()
+    rows.show(found(with_transformers=not arguments.quick), arguments, name="coverage")
 
 
-def found(arguments: argparse.Namespace) -> Iterator[Row]:
-    """Yield a row for each kind of input."""
+def found(*, with_transformers: bool) -> Iterator[Row]:
+    """Yield a row for each kind of input; that of transformers takes minutes."""
     configs = [*sorted((TESTS / "huggingface").glob("*.json")), *sorted((TESTS / "layered").glob("*.json"))]
     yield _row("configs of models", configs, _is_model_right)
-    more = [path for folder in arguments.configs for path in sorted(folder.rglob("config.json"))]
-    if more:
-        yield _row("further configs", more, _is_model_right)
+    if with_transformers:
+        yield from _architectures()
     cards = _table("cards.csv")
     yield _row("names of cards", list(cards), partial(_is_card_right, cards))
-    nodes = [path for folder in arguments.nodes for path in sorted(folder.rglob("*")) if path.suffix in _OF_NODES]
-    if nodes:
-        yield _row("files of nodes", nodes, _are_nodes_read)
     with tempfile.TemporaryDirectory() as folder:
         labels = (KNOWN / "nodes.jsonl").read_text(encoding="utf-8").splitlines()
         yield _row("labels of nodes", labels, partial(_is_label_right, Path(folder)))
@@ -104,9 +96,46 @@ def _is_card_right(cards: dict[str, str], name: Path | str) -> bool:
         return True
 
 
-def _are_nodes_read(path: Path | str) -> bool | None:
-    read_inventory([str(path)])
-    return None
+def _architectures() -> Iterator[Row]:
+    """Yield the row of all decoders of transformers, by their default configs and the parameters of their classes."""
+    try:
+        from transformers.models.auto import modeling_auto
+    except ImportError:
+        return
+    causal = set(modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+    families = sorted(causal | set(modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES))
+    with tempfile.TemporaryDirectory() as folder:
+        counted = {family: found for family in families if (found := parameters_of(family)) is not None}
+        for family, (data, _) in counted.items():
+            (Path(folder) / f"{family}.json").write_text(json.dumps(data, default=str))
+
+        def is_right(family: Path | str) -> bool:
+            model = load_model(Path(folder) / f"{family}.json")
+            return abs(model.params() / counted[str(family)][1] - 1.0) <= WITHIN
+
+        yield _row("architectures of transformers", list(counted), is_right)
+
+
+def parameters_of(family: str, **fields: Any) -> tuple[dict[str, Any], int] | None:
+    """Return the default config of a family with some ``fields``, and the parameters of its model in transformers.
+
+    None if it is not installed, no decoder, or cannot be built from its defaults.
+    """
+    try:
+        import torch
+        from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+        from transformers.models.auto import modeling_auto
+
+        config = AutoConfig.for_model(family, **fields)
+        has_images = family in modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+        with torch.device("meta"):
+            model = (AutoModelForImageTextToText if has_images else AutoModelForCausalLM).from_config(config)
+    except Exception:  # classes raise errors of all types where defaults contradict each other
+        return None
+    if config.is_encoder_decoder:
+        return None
+    params = sum(one.numel() for one in {id(one): one for one in model.parameters()}.values())
+    return config.to_dict() | {"architectures": [type(model).__name__], "model_type": family}, params
 
 
 def _is_label_right(folder: Path, line: Path | str) -> bool:

@@ -5,11 +5,10 @@
 A row covers thousands of instances of one size with different arrivals, running loads and mixes of GPUs. ``p50_ms`` and
 ``p99_ms`` cover building the problem from arrays, solving the relaxation, rounding and improving. ``path`` is the share
 of instances that took each path. The same instances are solved by HiGHS alone (the relaxation from arrays, at the
-fastest of several settings), by cvxpy with HiGHS (the relaxation, at the faster of a new and a parametrised problem;
-the new one is ``cvxpy_new_p50_ms``), and by compiled greedy water filling, which gives each whole group to the device
-that finishes it first. ``mean_gap_to_relaxation`` is the gap to the certified bound. ``mean_gap_to_best`` is the gap to
-the best whole-group plan known, from a MILP and a longer local search, over ``judged`` instances. ``p50_``, ``p95_``,
-``p99_`` and ``max_`` are quantiles of the same gap.
+fastest of several settings), and by cvxpy with HiGHS (the relaxation, as a parametrised problem).
+``mean_gap_to_relaxation`` is the gap to the certified bound. ``mean_gap_to_best`` is the gap to the best whole-group
+plan known, from a MILP and a longer local search, over ``judged`` instances. ``p50_``, ``p95_``, ``p99_`` and ``max_``
+are quantiles of the same gap.
 
 Loads: *balanced*, all devices end within what the arrivals will fill; *imbalanced*, the running load decides which
 is slowest; *nearly full*, balanced with 1.2 times the KV blocks that the arrivals need, unevenly spread. The GPUs are
@@ -18,7 +17,6 @@ those of the catalogue with modelled profiles; with three pieces, cost curves be
 
 from __future__ import annotations
 
-import math
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -29,7 +27,6 @@ import cvxpy
 import highspy
 import numpy as np
 import numpy.typing as npt
-from numba import njit
 
 from benchmarks.measuring import rows
 from benchmarks.measuring.instances import fleet
@@ -43,14 +40,12 @@ from hetis.solver.dispatch.dispatch_problem import (
     DispatchPlan,
     DispatchProblem,
     HeadShape,
-    IntArray,
     Primary,
     Requests,
     Stage,
 )
 from hetis.solver.dispatch.dispatcher import Dispatcher
-from hetis.solver.dispatch.loaded_stage import LoadedStage, costs_of, empty_placement, makespan, running_load
-from hetis.solver.dispatch.local_search import place_rest
+from hetis.solver.dispatch.loaded_stage import costs_of, running_load
 from hetis.solver.dispatch.lp import LpProblem, RelaxationModel
 from hetis.solver.profile import Op
 
@@ -234,12 +229,10 @@ def measured(case: Case) -> Row:
     dispatched = dispatch_all(case)
     # All instances share a stage, so solvers may reuse what does not change.
     compared = [timed.problem for timed in dispatched[::STAGES]][: case.compared]
-    greedy = [water_filling(timed.problem) for timed in dispatched]
     setting, highs_s = best_of({name: highs_seconds(compared, name, options) for name, options in SETTINGS.items()})
-    forms = {"new": cvxpy_seconds(compared[:6], again=False), "parametrised": cvxpy_seconds(compared, again=True)}
-    form, cvxpy_s = best_of(forms)
+    cvxpy_s = cvxpy_seconds(compared)
     seconds = [timed.seconds for timed in dispatched]
-    to_best, greedy_to_best = gaps_to_best(case, dispatched, [plan_s for plan_s, _ in greedy])
+    to_best = gaps_to_best(case, dispatched)
     to_relaxation = [timed.plan.gap for timed in dispatched]
     p50 = float(np.median(seconds))
     return {
@@ -253,19 +246,14 @@ def measured(case: Case) -> Row:
         "p99_ms": 1e3 * float(np.percentile(seconds, 99)),
         "highs_p50_ms": 1e3 * highs_s,
         "cvxpy_p50_ms": 1e3 * cvxpy_s,
-        "cvxpy_new_p50_ms": 1e3 * forms["new"],
-        "greedy_p50_ms": 1e3 * float(np.median([greedy_s for _, greedy_s in greedy])),
-        "speedup_vs_highs": highs_s / p50,
-        "speedup_vs_cvxpy": cvxpy_s / p50,
         "mean_gap_to_relaxation": float(np.mean(to_relaxation)),
         **quantiles(to_relaxation, "gap_to_relaxation"),
         "mean_gap_to_best": float(np.mean(to_best)),
         **quantiles(to_best, "gap_to_best"),
-        "greedy_gap_to_best": float(np.mean(greedy_to_best)),
         "judged": len(to_best),
         "unplaced": sum(len(timed.plan.unplaced) for timed in dispatched),
         "instances": case.instances,
-        "note": f"HiGHS: {setting}; cvxpy: {form} problem",
+        "note": f"HiGHS: {setting}",
     }
 
 
@@ -287,20 +275,16 @@ def dispatch_all(case: Case) -> list[Timed]:
     return result
 
 
-def gaps_to_best(
-    case: Case, dispatched: Sequence[Timed], greedy: Sequence[float]
-) -> tuple[list[float], list[float]]:  # fmt: skip
-    """Return the gaps of plan and greedy to the best plan known, for the judged instances."""
-    ours, theirs = [], []
-    for timed, greedy_s in list(zip(dispatched, greedy, strict=True))[: case.judged]:
+def gaps_to_best(case: Case, dispatched: Sequence[Timed]) -> list[float]:
+    """Return the gaps of plans to the best plan known, for the judged instances."""
+    gaps = []
+    for timed in dispatched[: case.judged]:
         budget = Budget(time_limit_s=case.judge_s, clock=time.monotonic)
         best = improve_plan(timed.problem, timed.plan, budget=budget).makespan_s
         budget = Budget(time_limit_s=case.judge_s, clock=time.monotonic)
-        best = min(best, solve_exactly(timed.problem, budget=budget).makespan_s, greedy_s)
-        ours.append(timed.plan.makespan_s / best - 1)
-        if math.isfinite(greedy_s):
-            theirs.append(greedy_s / best - 1)
-    return ours, theirs or [math.nan]
+        best = min(best, solve_exactly(timed.problem, budget=budget).makespan_s)
+        gaps.append(timed.plan.makespan_s / best - 1)
+    return gaps
 
 
 def quantiles(values: Sequence[float], name: str) -> dict[str, float]:
@@ -322,22 +306,6 @@ def shares(names: Iterator[str]) -> str:
 
 
 # --- other solvers
-
-
-def water_filling(problem: DispatchProblem) -> tuple[float, float]:
-    """Return makespan (infinite if a group finds no room) and thread CPU seconds."""
-    costs = costs_of(problem.stage)
-    load, contexts = problem.load, problem.requests.context_tokens[::-1].copy()  # the fill starts with the last request
-    blocks = problem.requests.blocks(problem.stage.heads.block_tokens)[::-1].copy()
-    started = time.thread_time()
-    seconds = _water_filling(running_load(costs, load.heads, load.kv_bytes), load.free_blocks, contexts, blocks)
-    return seconds, time.thread_time() - started
-
-
-@njit(nogil=True)  # type: ignore[untyped-decorator, unused-ignore]  # typed in some versions of numba
-def _water_filling(stage: LoadedStage, free_blocks: IntArray, contexts: IntArray, blocks: IntArray) -> float:
-    placement = empty_placement(stage, free_blocks, contexts, blocks)
-    return makespan(stage, placement) if place_rest(stage, placement) else np.inf
 
 
 def highs_seconds(problems: Sequence[DispatchProblem], name: str, options: dict[str, Any]) -> float:
@@ -369,19 +337,13 @@ def highs_seconds(problems: Sequence[DispatchProblem], name: str, options: dict[
     return float(np.median(seconds))
 
 
-def cvxpy_seconds(problems: Sequence[DispatchProblem], *, again: bool) -> float:
-    """Return the median thread CPU seconds of the same program in cvxpy.
-
-    With ``again``, one parametrised problem, compiled beforehand, serves all instances.
-    """
+def cvxpy_seconds(problems: Sequence[DispatchProblem]) -> float:
+    """Return the median thread CPU seconds of the same program in cvxpy, by one parametrised problem for all."""
     solve = _cvxpy_problem(problems[0])
-    if again:
-        solve(problems[0])
+    solve(problems[0])  # compiles it
     seconds = []
     for problem in problems[1:] or problems:
         started = time.thread_time()
-        if not again:
-            solve = _cvxpy_problem(problem)
         solve(problem)
         seconds.append(time.thread_time() - started)
     return float(np.median(seconds))

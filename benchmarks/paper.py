@@ -1,7 +1,6 @@
 """The comparison of the Hetis paper, simulated: every strategy on its cluster, models and traces.
 
-    python -m benchmarks.paper [--quick] [--json] [--only TEXT] [--objective throughput|goodput] [--seeds K]
-                              [--turns N] [--time-limit S]
+    python -m benchmarks.paper [--quick] [--json] [--only TEXT] [--seeds K]
 
 The cluster is `examples/paper.yaml` (4 A100-80GB, 4 RTX 3090, 4 P100). Lengths are those of the catalogue's ShareGPT
 (first turns), HumanEval and LongBench, clipped to each model's context; `clipped` is the share that was clipped. Every
@@ -49,10 +48,7 @@ TRACES = {
     "HumanEval": "humaneval_lengths",
     "LongBench": "longbench_lengths",
 }
-OBJECTIVES = {
-    "throughput": Objective(kind=ObjectiveKind.THROUGHPUT, ttft_limit_s=None, tpot_limit_s=None),
-    "goodput": Objective(),
-}
+OBJECTIVE = Objective(kind=ObjectiveKind.THROUGHPUT, ttft_limit_s=None, tpot_limit_s=None)
 TIME_LIMIT_S = 30.0  # CPU seconds, so that other work on the machine does not cut searches short
 ROUTERS = {  # routing rules of strategies whose papers have their own
     "hexgen-paper": Settings(router="fewest-requests"),
@@ -87,23 +83,17 @@ class Outcome:
 def main() -> None:
     """Print one row per model, trace and strategy."""
     parser = rows.parser("benchmarks.paper", __doc__)
-    parser.add_argument("--objective", choices=list(OBJECTIVES), default="throughput", help="what all plan for")
     parser.add_argument("--seeds", type=int, default=5, help="runs of every load")
-    parser.add_argument("--turns", type=int, default=TURNS, help="so often a plan's seats are filled anew in a run")
-    parser.add_argument("--time-limit", type=float, default=TIME_LIMIT_S, help="CPU seconds of every search")
     parser.add_argument("--processes", type=int, default=0, help="runs at once; 0: all cores")
     arguments = parser.parse_args()
     found = cases(
-        OBJECTIVES[arguments.objective], quick=arguments.quick, only=arguments.only, seeds=arguments.seeds,
-        turns=arguments.turns, processes=1 if arguments.quick else arguments.processes,
-        time_limit_s=min(arguments.time_limit, QUICK_S) if arguments.quick else arguments.time_limit,
+        quick=arguments.quick, only=arguments.only, seeds=arguments.seeds,
+        processes=1 if arguments.quick else arguments.processes,
     )  # fmt: skip
     rows.show(found, arguments, name="paper")
 
 
-def cases(
-    objective: Objective, *, quick: bool, only: str, seeds: int, turns: int, processes: int, time_limit_s: float
-) -> Iterator[Row]:  # fmt: skip
+def cases(*, quick: bool, only: str, seeds: int, processes: int) -> Iterator[Row]:
     """Yield the rows of every model and trace; with ``quick``, of only one, with two seeds and short runs."""
     compile_searches()
     for model in MODELS[:1] if quick else MODELS:
@@ -111,15 +101,15 @@ def cases(
             names = {strategy: f"{model}, {trace}, {strategy}" for strategy in STRATEGIES}
             if not any(only in name for name in names.values()):
                 continue
-            posed = problem(example("paper"), model=model, workload=workload, objective=objective)
+            posed = problem(example("paper"), model=model, workload=workload, objective=OBJECTIVE)
             outcomes = simulated(
                 posed,
                 workload,
                 seeds=2 if quick else seeds,
-                turns=1 if quick else turns,
+                turns=1 if quick else TURNS,
                 at_least=20 if quick else MIN_REQUESTS,
                 processes=processes,
-                time_limit_s=time_limit_s,
+                time_limit_s=QUICK_S if quick else TIME_LIMIT_S,
             )
             found = (row(names[one.strategy], one, outcomes, posed) for one in outcomes)
             yield from (one for one in found if only in str(one["name"]))
@@ -147,7 +137,7 @@ def simulated(
 
 def compile_searches() -> None:
     """Plan a small case once with every strategy, so that no measured time includes compiling."""
-    posed = problem(example("paper"), model="Llama-13B", objective=OBJECTIVES["throughput"])
+    posed = problem(example("paper"), model="Llama-13B", objective=OBJECTIVE)
     for strategy in STRATEGIES:
         budget = Budget(time_limit_s=COMPILING_S, clock=time.process_time)
         with contextlib.suppress(NoPlanFoundError):

@@ -1,6 +1,6 @@
 """The planner under load: connected agents, reports, re-dispatches, durable writes.
 
-    python -m benchmarks.service [--quick] [--json] [--agents N] [--profile FILE]
+    python -m benchmarks.service [--quick] [--json] [--agents N]
     python -m benchmarks.service --soak MINUTES [--agents N]
 
 One real `hetis-planner` (SQLite, no TLS) serves agents on real gRPC streams, each with its own TCP connection. Most of
@@ -25,7 +25,6 @@ for 2 s before which, the machine's host kept less than a twentieth of a process
 
 ``change`` rows count from the writing of the report that shows the need to the named step; ``DONE`` is durable and
 timed by the planner's clock.
-``--profile`` writes a cProfile of the planner, which makes it about twice as slow.
 """
 
 from __future__ import annotations
@@ -37,7 +36,6 @@ import uuid
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 
@@ -65,9 +63,9 @@ MANY = 10_000  # number of agents to which costs are extrapolated
 MOST_CORES, MOST_LAG_S = 0.95, 1.0  # beyond either, the planner counts as saturated
 
 
-async def measure(extent: Extent, profile: Path | None) -> AsyncIterator[Row]:
+async def measure(extent: Extent) -> AsyncIterator[Row]:
     """Measure everything in sequence on one planner."""
-    async with opened(extent, profile) as bench:
+    async with opened(extent) as bench:
         await bench.create_cluster()
         async for row in connections(bench):
             yield row
@@ -86,9 +84,9 @@ async def measure(extent: Extent, profile: Path | None) -> AsyncIterator[Row]:
 SOAK_REPORTS_PER_S, SOAK_READS_PER_S, SOAK_PARTS = 500.0, 200.0, 12
 
 
-async def soak(extent: Extent, profile: Path | None, *, minutes: float) -> AsyncIterator[Row]:
+async def soak(extent: Extent, *, minutes: float) -> AsyncIterator[Row]:
     """Apply one load for a long time, to see whether memory or latencies grow."""
-    async with opened(extent, profile) as bench:
+    async with opened(extent) as bench:
         await bench.create_cluster()
         await bench.connect()
         await bench.until_quiet()
@@ -299,13 +297,13 @@ async def floods(bench: Bench) -> AsyncIterator[Row]:
     await bench.set_rate(0)
 
 
-Measure = Callable[[Extent, Path | None], AsyncIterator[Row]]
+Measure = Callable[[Extent], AsyncIterator[Row]]
 
 
-def all_rows(extent: Extent, profile: Path | None, what: Measure = measure) -> Iterator[Row]:
+def all_rows(extent: Extent, what: Measure = measure) -> Iterator[Row]:
     """Yield the rows as they are measured."""
     with asyncio.Runner() as runner:
-        found = what(extent, profile)
+        found = what(extent)
         try:
             while True:
                 try:
@@ -320,7 +318,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = rows.parser("benchmarks.service", __doc__)
     parser.add_argument("--agents", type=int, metavar="N", help="instead of 3,000, or 100 with --quick")
     parser.add_argument("--soak", type=float, metavar="MINUTES", help="one load for so long")
-    parser.add_argument("--profile", type=Path, metavar="FILE", help="a cProfile of the planner")
     arguments = parser.parse_args(argv)
     extent = QUICK if arguments.quick else Extent()
     if arguments.agents is not None:
@@ -328,7 +325,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             parser.error(f"--agents {arguments.agents}: two cells have 18")
         extent = replace(extent, agents=arguments.agents)
     what: Measure = measure if arguments.soak is None else partial(soak, minutes=arguments.soak)
-    found = all_rows(extent, arguments.profile, what)
+    found = all_rows(extent, what)
     rows.show((row for row in found if arguments.only in str(row["name"])), arguments, name="service")
 
 

@@ -1,7 +1,6 @@
 """vLLM with the plugin against stock vLLM on a CPU: seconds and tokens for the same answers.
 
-    python -m benchmarks.vllm [--quick] [--json] [--only TEXT] [--engines LIST] [--rounds N] [--model FOLDER]
-                              [--python PYTHON]
+    python -m benchmarks.vllm [--quick] [--json] [--only TEXT] [--rounds N] [--python PYTHON]
 
 Engines: *stock*; *local*, the plugin without workers; *shm* and *tcp* with one to three attention workers, each a
 process with one thread. Every engine is one process with one thread and runs vLLM in eager mode. A round sends each the
@@ -30,7 +29,7 @@ import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -267,22 +266,15 @@ def main() -> None:
     """Run the command line."""
     parser = rows.parser("benchmarks.vllm", __doc__)
     rows.add_rounds(parser, "rounds that count; 3, with --quick 1")
-    parser.add_argument("--engines", metavar="LIST", help="only these beside stock: say local,shm1,shm3")
-    parser.add_argument("--model", metavar="FOLDER", type=Path, help="a checkpoint instead of a random Llama of 40M")
     parser.add_argument("--python", metavar="PYTHON", type=Path, default=ROOT / ".venv-vllm" / "bin" / "python")
     arguments = parser.parse_args()
     if not arguments.python.exists():
         parser.error(f"{arguments.python} is not there: make vllm, or say --python")
     quick = arguments.quick
     cases = [case for case in (QUICK if quick else FULL) if arguments.only in case.name]
-    if arguments.engines is not None:
-        names = {"stock0", *(name if name[-1:].isdigit() else f"{name}0" for name in arguments.engines.split(","))}
-        cases = [replace(case, engines=[e for e in case.engines if f"{e[0]}{e[1]}" in names]) for case in cases]
     with tempfile.TemporaryDirectory() as folder:
-        model, size = arguments.model, TINY if quick else HALF
-        if model is None:
-            model = Path(folder)
-            write_model(model, size, most_tokens=2048)
+        model = Path(folder)
+        write_model(model, TINY if quick else HALF, most_tokens=2048)
         vocab = json.loads((model / "config.json").read_text())["vocab_size"]
         rounds = arguments.rounds or (1 if quick else 3)
         answers = run(cases, model, vocab, arguments.python, rounds)

@@ -15,7 +15,6 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 
@@ -387,14 +386,14 @@ def percentiles(seconds: Sequence[float]) -> dict[str, Cell]:
 
 
 @asynccontextmanager
-async def opened(extent: Extent, profile: Path | None) -> AsyncIterator[Bench]:
+async def opened(extent: Extent) -> AsyncIterator[Bench]:
     """Yield a planner that has just started and a process for agents; both are stopped at the end."""
     fleet = cell_fleet(extent.agents)
     most_files = raise_file_limit()
     if most_files < extent.agents + 100:
         raise RuntimeError(f"{extent.agents} agents need as many files, and {most_files} are allowed: ulimit -Hn")
     async with AsyncExitStack() as stack:
-        planner = stack.enter_context(PlannerProcess(profile=profile))
+        planner = stack.enter_context(PlannerProcess())
         client = await stack.enter_async_context(AsyncClient(planner.address))
         crowd = stack.enter_context(Crowd())
         bench = Bench(planner, client, crowd, fleet, extent)

@@ -1,13 +1,10 @@
 """`hetis-planner` as a separate process, with its CPU time, memory and messages.
 
-Run as a module, this is the planner under cProfile, which writes its results to the file named by `PROFILE`.
-
 Its fleet has equal cells, and a plan that gives each cell a replica, built from the proven plan of one cell.
 """
 
 from __future__ import annotations
 
-import cProfile
 import json
 import os
 import re
@@ -41,7 +38,6 @@ from hetis.solver.plan import DEFAULT_STRATEGY, ClassPrice, Objective, Plan, Rep
 from hetis.v1 import document_pb2
 
 ROOT = Path(__file__).parents[2]
-PROFILE = "HETIS_BENCHMARK_PROFILE"  # environment variable that the planner does not read
 _TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 
 
@@ -52,23 +48,19 @@ class PlannerProcess:
         address: `host:port` of gRPC.
     """
 
-    def __init__(self, *arguments: str, profile: Path | None = None) -> None:
-        """Start the planner. ``profile`` is where to write a cProfile of it, which makes it about twice as slow."""
-        self._arguments, self._profile = arguments, profile
+    def __init__(self, *arguments: str) -> None:
+        self._arguments = arguments
 
     def __enter__(self) -> PlannerProcess:
         self._folder = tempfile.TemporaryDirectory(prefix="hetis-benchmark-")
         store = f"sqlite:///{self._folder.name}/planner.db"
         self._log = open(Path(self._folder.name) / "log", "w+")  # closed with the planner
         environment = {name: value for name, value in os.environ.items() if not name.startswith("HETIS_")}
-        if self._profile is not None:
-            environment[PROFILE] = str(self._profile.absolute())
-        module = "hetis.planner.service.main" if self._profile is None else __name__
         options = ("--listen", "127.0.0.1:0", "--status-page", "127.0.0.1:0", "--store", store, "--ready-json")
         # Writes are timed, not limited: on a fast disk there are more of them per second than one caller may make.
         settings = ("--set", "solver.processes=1", "--set", "writes.per_second=1e6")
         self._process = subprocess.Popen(
-            [sys.executable, "-m", module, *options, *settings, *self._arguments],
+            [sys.executable, "-m", "hetis.planner.service.main", *options, *settings, *self._arguments],
             stdout=subprocess.PIPE,
             stderr=self._log,
             text=True,
@@ -195,22 +187,6 @@ def raise_file_limit() -> int:
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     return most
-
-
-def _run_under_profile() -> int:
-    from hetis.planner.service.command import run
-
-    profile = cProfile.Profile()
-    code = 1
-    try:
-        code = profile.runcall(run, sys.argv[1:])
-    finally:
-        profile.dump_stats(os.environ.pop(PROFILE))
-    return code
-
-
-if __name__ == "__main__":
-    sys.exit(_run_under_profile())
 
 
 WORKERS = 8  # per cell

@@ -21,7 +21,7 @@ TINY = Extent(agents=20, idle_s=0.3, report_s=1.5, rates=(50,), beside_rate=20, 
 
 @pytest.fixture(scope="module")
 def found() -> Sequence[Row]:
-    return list(service.all_rows(TINY, None))
+    return list(service.all_rows(TINY))
 
 
 def row(found: Sequence[Row], name: str) -> Row:

@@ -20,13 +20,10 @@ DEVICES = ("big-0/0", "big-1/0", "big-2/0", "big-4/0", "small-0/0", "small-1/0",
 
 @given(
     st.lists(st.tuples(st.sampled_from(DEVICES), st.floats(0, 0.4), st.floats(0.001, 0.2)), min_size=1, max_size=6),
-    st.sampled_from(["apart", "greedy"]),
     st.booleans(),
 )
 @settings(max_examples=40)
-def test_whatever_fails_and_comes_back_nothing_is_lost(
-    outages: list[tuple[str, float, float]], discipline: str, dispatch: bool
-) -> None:
+def test_whatever_fails_and_comes_back_nothing_is_lost(outages: list[tuple[str, float, float]], dispatch: bool) -> None:
     problem = small_problem(model=make_model(kv_heads=4))
     plan = plan_of(
         pipeline(problem, 2, 4, copies=(2, 1), in_flight=4, pool=(2, 1)), pipeline(problem, 3, 3, first=4)
@@ -36,7 +33,7 @@ def test_whatever_fails_and_comes_back_nothing_is_lost(
         for device, at_s, for_s in outages
         for fault in (Fault(at_s=at_s, device=device), Fault(at_s=at_s + for_s, device=device, joins=True))
     )
-    chosen = Settings(discipline=discipline, dispatch=dispatch, faults=faults)  # type: ignore[arg-type]
+    chosen = Settings(dispatch=dispatch, faults=faults)
     requests = equal_requests(60, prompt=60, output=30, every_s=5e-3)
     run = simulate(plan, problem, requests, chosen)  # asserts that all blocks are returned
     assert not np.isnan(run.finished_s).any()

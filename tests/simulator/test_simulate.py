@@ -19,7 +19,7 @@ from hetis.solver.plan import Plan
 from hetis.solver.problem import PlacementProblem
 from tests.models import replace
 from tests.simulator.small_plans import equal_requests, pipeline, plan_of, small_problem
-from tests.solver.instances import make_model, make_profile, make_workload
+from tests.solver.instances import make_model, make_workload
 
 AS_PLANNED = Settings(dispatch=False, redispatch=False)
 
@@ -74,7 +74,6 @@ def cases(draw: st.DrawFn) -> tuple[Plan, PlacementProblem, list[Request], Setti
         for share in [draw(shares)]
     ]
     chosen = Settings(
-        discipline=draw(st.sampled_from(["apart", "greedy"])),
         router=draw(st.sampled_from(["least-work", "weighted", "fewest-requests", "fewest-tokens"])),
         dispatch=False,
         redispatch=False,
@@ -241,42 +240,6 @@ def test_a_closed_pipeline_of_equal_iterations_runs_at_the_limit_of_theory(
     busiest_s = max(u / c for u, c in zip(seconds, copies, strict=True))
     limit = min(in_flight / sum(seconds), 1 / busiest_s)
     assert rate == pytest.approx(limit, rel=0.02)
-
-
-def test_greedy_and_apart_are_the_same_for_one_micro_batch() -> None:
-    problem = small_problem()
-    plan = plan_of(pipeline(problem, 2, 4, in_flight=1))
-    requests = equal_requests(30, prompt=30, output=20, every_s=0.002)
-    apart, greedy = (
-        simulate(plan, problem, requests, replace(AS_PLANNED, discipline=discipline))
-        for discipline in ("apart", "greedy")
-    )
-    np.testing.assert_allclose(apart.finished_s, greedy.finished_s)
-
-
-def test_greedy_micro_batches_stay_together_once_they_have_met() -> None:
-    problem = small_problem()
-    plan = plan_of(pipeline(problem, 2, 4, in_flight=4))
-    greedy = replace(AS_PLANNED, discipline="greedy", trace=True)
-    run = simulate(plan, problem, Waiting(40, prompt=32, output=30), greedy)
-    together = [event for event in run.trace_events if "+" in event.name]
-    assert len(together) > len(run.trace_events) / 4
-
-
-def test_paced_chunks_keep_a_tight_pipeline_going() -> None:
-    # As many micro-batches as stages, and chunks that take far longer than decoding: a micro-batch with one delays the
-    # others at every stage. The same prompts in small pieces do not. Outputs differ, so that chunks do not coincide.
-    workload = make_workload((400, 400))
-    problem = small_problem(workload=workload, usable_bytes=400_000_000)
-    slow = make_profile("big", flops=2e10, usable_bytes=400_000_000)
-    problem = replace(problem, profiles={**problem.profiles, "big": slow})
-    plan = plan_of(pipeline(problem, 2, 2, 2, micro_batch=4, in_flight=3, chunk_tokens=400))
-    outputs = np.random.default_rng(1).integers(1, 800, 150).tolist()
-    requests = [Request(id=n, arrival_s=0.0, prompt_tokens=400, output_tokens=o) for n, o in enumerate(outputs)]
-    planned, paced = (
-        simulate(plan, problem, requests, replace(AS_PLANNED, chunks=chunks)) for chunks in ("planned", "paced")
-    )
-    assert paced.end_s < 0.9 * planned.end_s
 
 
 def test_a_run_ends_at_its_horizon_with_what_there_is() -> None:

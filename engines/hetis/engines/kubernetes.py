@@ -293,11 +293,11 @@ class ReplicaObjects:
 
     def worker(self, process: Process) -> list[dict[str, Any]]:
         name = self._names[process.name]
-        told = worker_settings(process, listen=f"{ANY}:{WORKER_PORT}", device=self._serving.device)
+        settings = worker_settings(process, listen=f"{ANY}:{WORKER_PORT}", device=self._serving.device)
         container = {
             "name": "worker",
             "image": self._of.worker_image,
-            "command": [*WORKER, *(word for setting in told.items() for word in setting)],
+            "command": [*WORKER, *(word for setting in settings.items() for word in setting)],
             "env": secret_variable(KEY_VARIABLE, self._of.worker_key_secret, "worker-key"),
             "ports": [{"name": "frames", "containerPort": WORKER_PORT}],
             "volumeMounts": [],

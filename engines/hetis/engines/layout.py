@@ -184,10 +184,12 @@ def _with_resources(layout: Layout, cluster: Any) -> Layout:
     if not named:
         return layout
 
-    def told(processes: Iterable[Process]) -> tuple[Process, ...]:
+    def with_resources(processes: Iterable[Process]) -> tuple[Process, ...]:
         return tuple(replace(process, resource=named.get(process.node, "")) for process in processes)
 
-    return replace(layout, servers=told(layout.servers), attention_workers=told(layout.attention_workers))
+    return replace(
+        layout, servers=with_resources(layout.servers), attention_workers=with_resources(layout.attention_workers)
+    )
 
 
 def layout_of_replica(

@@ -18,7 +18,7 @@ from hetis.solver.model import ModelSpec
 from hetis.solver.plan import Role
 
 TELL_KV = (
-    "if the checkpoint declares fewer, set it for the engine (hetis-plan export, after --: --kv-cache-dtype bfloat16)"
+    "if the checkpoint declares fewer, set it for the engine (after -- of hetis-plan export: --kv-cache-dtype bfloat16)"
 )
 SERVE = ("vllm", "serve")
 MASTER_PORT, KV_PORT = 29501, 5600
@@ -351,48 +351,48 @@ def words_of(options: Mapping[str, str]) -> list[str]:
 def sglang_arguments(layout: Layout, serving: Serving, number: int, meeting: Meeting) -> tuple[str, ...]:
     # With data-parallel attention SGLang divides ranks, requests and chunks by the number of copies.
     stages, copies = len(layout.layers), layout.data_parallel
-    told = {"--model-path": serving.model}
+    options = {"--model-path": serving.model}
     if serving.served_name:
-        told["--served-model-name"] = serving.served_name
+        options["--served-model-name"] = serving.served_name
     if layout.tensor_parallel * copies > 1:
-        told["--tp-size"] = str(layout.tensor_parallel * copies)
+        options["--tp-size"] = str(layout.tensor_parallel * copies)
     if copies > 1:
-        told |= {"--dp-size": str(copies), "--ep-size": str(layout.tensor_parallel * copies)}
-        told["--enable-dp-attention"] = ""
+        options |= {"--dp-size": str(copies), "--ep-size": str(layout.tensor_parallel * copies)}
+        options["--enable-dp-attention"] = ""
     if stages > 1:
-        told["--pp-size"] = str(stages)
+        options["--pp-size"] = str(stages)
     if len(layout.servers) > 1:
-        told |= {"--nnodes": str(len(layout.servers)), "--node-rank": str(number)}
+        options |= {"--nnodes": str(len(layout.servers)), "--node-rank": str(number)}
     if layout.meets:  # without an address, copies take the ports next to the HTTP port
-        told["--dist-init-addr"] = joined(meeting.host, meeting.port)
-    told["--max-running-requests"] = str(layout.seats * copies)
+        options["--dist-init-addr"] = joined(meeting.host, meeting.port)
+    options["--max-running-requests"] = str(layout.seats * copies)
     if stages > 1 and layout.micro_batch:
-        told["--pp-max-micro-batch-size"] = str(layout.micro_batch)
+        options["--pp-max-micro-batch-size"] = str(layout.micro_batch)
     if layout.chunk_tokens:
-        told["--chunked-prefill-size"] = str(layout.chunk_tokens * copies)
+        options["--chunked-prefill-size"] = str(layout.chunk_tokens * copies)
     if (dtype := serving.dtype_of(layout.dtype)) != "auto":
-        told["--dtype"] = dtype
+        options["--dtype"] = dtype
     if kv_dtype := kv_dtype_of(layout, serving):
-        told[KV_DTYPE] = {"fp8": "fp8_e4m3"}.get(kv_dtype, kv_dtype)
+        options[KV_DTYPE] = {"fp8": "fp8_e4m3"}.get(kv_dtype, kv_dtype)
     if backend := _attention_backend(layout, serving):
-        told["--attention-backend"] = backend
+        options["--attention-backend"] = backend
     if serving.limits_kv:
         if layout.utilisation is not None and serving.device == "cuda":
-            told["--mem-fraction-static"] = f"{layout.utilisation:g}"
+            options["--mem-fraction-static"] = f"{layout.utilisation:g}"
         if layout.fixes_kv:  # otherwise SGLang finds its own
-            told["--max-total-tokens"] = str(layout.kv_tokens)
+            options["--max-total-tokens"] = str(layout.kv_tokens)
         if layout.context_tokens is not None:
-            told["--context-length"] = str(layout.context_tokens)
+            options["--context-length"] = str(layout.context_tokens)
     if layout.draft_tokens:
-        told |= {"--speculative-algorithm": "EAGLE", "--speculative-eagle-topk": "1"}
-        told["--speculative-num-steps"] = str(layout.draft_tokens)
-        told["--speculative-num-draft-tokens"] = str(layout.draft_tokens + 1)
+        options |= {"--speculative-algorithm": "EAGLE", "--speculative-eagle-topk": "1"}
+        options["--speculative-num-steps"] = str(layout.draft_tokens)
+        options["--speculative-num-draft-tokens"] = str(layout.draft_tokens + 1)
     if layout.role is not Role.UNIFIED:
-        told |= {"--disaggregation-mode": layout.role.value, "--disaggregation-transfer-backend": "nixl"}
+        options |= {"--disaggregation-mode": layout.role.value, "--disaggregation-transfer-backend": "nixl"}
     if layout.role is Role.PREFILL:
-        told["--disaggregation-bootstrap-port"] = str(meeting.kv_port)
+        options["--disaggregation-bootstrap-port"] = str(meeting.kv_port)
     users = names_of(own := without_kv_dtype(serving.options))
-    words = [word for name, value in told.items() if name not in users for word in (name, value) if word]
+    words = [word for name, value in options.items() if name not in users for word in (name, value) if word]
     return (*serving.program, *words, "--enable-metrics", *own)
 
 

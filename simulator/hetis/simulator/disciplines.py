@@ -130,56 +130,8 @@ class Apart(Discipline):
         copy.free_s = end_s
         copy.busy_s += seconds
         if self._traced:
-            self._log.trace_events.append(_bar(copy, [batch], start_s, seconds))
+            self._log.trace_events.append(_bar(copy, batch, start_s, seconds))
         self._events.at(end_s, self._arrive, batch, stage + 1)
-
-
-class Greedy(Discipline):
-    """The discipline in which a copy takes all waiting micro-batches at once; they leave and stay together."""
-
-    def start(self, now_s: float, batch: MicroBatch) -> None:
-        self._arrive(now_s, batch, 0)
-
-    def _arrive(self, now_s: float, batch: MicroBatch, stage: int) -> None:
-        copy = batch.copies[stage]
-        copy.waiting.append(batch)
-        if not copy.serving:
-            # Serve in a separate event, to include others that arrive at the same time.
-            copy.serving = copy.waiting
-            self._events.at(now_s, self._serve, copy)
-
-    def _serve(self, now_s: float, copy: SimulatedStageCopy) -> None:
-        copy.serving, copy.waiting = [batch for batch in copy.waiting if batch.alive], []
-        if not copy.serving:
-            return
-        parts = [batch.contents for batch in copy.serving]
-        together = parts[0] if len(parts) == 1 else tuple(map(sum, zip(*parts, strict=True)))
-        seconds = copy.timing.seconds(*together)
-        if copy.pool is not None:
-            decoding, _, tokens, _, _, rows = together
-            layers_s = seconds - copy.timing.beside_layers_s(decoding + tokens, rows)
-            loads = [batch.loads[copy.stage] for batch in copy.serving]
-            seconds += copy.pool.seconds(loads, copy.serving, layers_s)
-            if copy.pool.is_shared:
-                seconds = copy.pool.after_others(now_s, now_s + seconds, loads) - now_s
-        copy.free_s = now_s + seconds
-        copy.busy_s += seconds
-        if self._traced:
-            self._log.trace_events.append(_bar(copy, copy.serving, now_s, seconds))
-        self._events.at(copy.free_s, self._leave, copy)
-
-    def _leave(self, now_s: float, copy: SimulatedStageCopy) -> None:
-        served, copy.serving = copy.serving, []
-        if copy.waiting:
-            copy.serving = copy.waiting
-            self._events.at(now_s, self._serve, copy)
-        for batch in served:
-            if not batch.alive:
-                continue
-            if copy.stage + 1 < len(batch.copies):
-                self._arrive(now_s, batch, copy.stage + 1)
-            else:
-                self._done(now_s, batch)
 
 
 class Lockstep(Discipline):
@@ -214,7 +166,7 @@ class Lockstep(Discipline):
             copy.free_s = now_s + seconds
             copy.busy_s += seconds
             if self._traced:
-                self._log.trace_events.append(_bar(copy, [batch], now_s, seconds))
+                self._log.trace_events.append(_bar(copy, batch, now_s, seconds))
         self._events.at(now_s + seconds, self._leave)
 
     def _leave(self, now_s: float) -> None:
@@ -225,9 +177,6 @@ class Lockstep(Discipline):
         self._begin(now_s)  # for micro-batches that have arrived meanwhile, if none of the served ones goes on
 
 
-def _bar(copy: SimulatedStageCopy, batches: list[MicroBatch], start_s: float, seconds: float) -> TraceEvent:
-    decoding = sum(batch.contents[0] for batch in batches)
-    chunk = sum(batch.contents[2] for batch in batches)
-    names = "+".join(str(batch.index) for batch in batches)
-    arguments = (("decoding", float(decoding)), ("chunk_tokens", float(chunk)))
-    return TraceEvent(copy.track, f"micro-batch {names}", start_s, seconds, arguments)
+def _bar(copy: SimulatedStageCopy, batch: MicroBatch, start_s: float, seconds: float) -> TraceEvent:
+    arguments = (("decoding", float(batch.contents[0])), ("chunk_tokens", float(batch.contents[2])))
+    return TraceEvent(copy.track, f"micro-batch {batch.index}", start_s, seconds, arguments)

@@ -27,12 +27,10 @@ class SimulatedStageCopy:
         is_up: whether all its devices work.
         free_s: time when its assigned work is done.
         busy_s: seconds of work assigned so far.
-        waiting, serving: micro-batches that wait or run, unless they are kept apart.
     """
 
     __slots__ = (
-        "busy_s", "cards", "devices", "free_s", "is_up", "pool", "ranks", "room", "serving", "stage", "timing", "track",
-        "waiting",
+        "busy_s", "cards", "devices", "free_s", "is_up", "pool", "ranks", "room", "stage", "timing", "track",
     )  # fmt: skip
 
     def __init__(
@@ -44,8 +42,6 @@ class SimulatedStageCopy:
         self.room, self.pool = room, pool
         self.is_up = True
         self.free_s = self.busy_s = 0.0
-        self.waiting: list[MicroBatch] = []
-        self.serving: list[MicroBatch] = []
 
     def busy_until(self, now_s: float) -> float:
         """Return the seconds of work done by now; assigned work is done without pauses."""

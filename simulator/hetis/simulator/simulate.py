@@ -11,7 +11,7 @@ from functools import partial
 import numpy as np
 
 from hetis.simulator.attention_workers import PoolCopy, PoolTiming, SharedCard
-from hetis.simulator.disciplines import Apart, Greedy, Lockstep
+from hetis.simulator.disciplines import Apart, Lockstep
 from hetis.simulator.events import Events, FleetLinks
 from hetis.simulator.fleet import Faults, KvTransfers, SimulatedFleet
 from hetis.simulator.kv_memory import KvGrowth, KvRoom, card_room_bytes, group_blocks, rank_room_bytes
@@ -36,9 +36,6 @@ _OF_THE_SEARCH = frozenset((
     Rule.SETTING, Rule.MAX_NUM_SEQS, Rule.IN_FLIGHT, Rule.EQUAL_LAYERS, Rule.ONE_TYPE, Rule.POOL_SIZE, Rule.COPIES,
     Rule.SHARED_POOL,
 ))  # fmt: skip
-
-
-PACE = 1.2  # prompt tokens of a paced iteration over those that keep seats filled on average; > 1 because lengths vary
 
 
 class Builder:
@@ -82,9 +79,8 @@ class Builder:
             log=self._log,
             stages=stages,
         )
-        discipline: type[Apart | Greedy | Lockstep] | partial[Apart]
+        discipline: type[Lockstep] | partial[Apart]
         discipline = partial(Apart, passes_at_once=self._passes_at_once(replica), is_alone=one.in_flight == 1)
-        discipline = Greedy if self._settings.discipline == "greedy" else discipline
         discipline = Lockstep if one.expert_parallel else discipline
         replica.discipline = discipline(self._events, self._log, replica.done, traced=self._settings.trace)
         return replica
@@ -113,8 +109,6 @@ class Builder:
         else:
             moments = self._moments[one.classes]
             prompt, iterations = moments.mean_computed, moments.mean_output / b
-            if self._settings.chunks == "paced":
-                chunk = min(chunk, max(1, math.ceil(PACE * prompt / iterations)))
             ahead = max(1, math.ceil(max(1.0, prompt / chunk) / max(iterations, prompt / chunk)))
         most = self.problem.family.engine_settings.max_num_seqs
         if most is not None and one.role is not Role.DECODE:  # engines count a request from its first chunk on

@@ -74,13 +74,6 @@ class Settings:
     """Settings of the simulation of a plan."""
 
     seed: int = 0  # seed of all random choices (ties of the router)
-    # ``apart``: the micro-batches of a replica stay separate and take turns on a stage's copies, as the placement model
-    # assumes; ``greedy``: a stage takes all waiting requests at once.
-    discipline: Literal["apart", "greedy"] = "apart"
-    # ``planned``: an iteration carries up to the plan's C tokens of prompts while any are waiting; ``paced``: only as
-    # many as keep the seats filled on average, so that iterations are alike and pipelines with few micro-batches do not
-    # wait for long ones. Prompts then take more iterations.
-    chunks: Literal["planned", "paced"] = "planned"
     # ``least-work``: a request goes to the replica with the least work waiting and running relative to its planned
     # rate; prefill replicas and those that also decode take turns in proportion to their planned rates; ``weighted``:
     # to each in proportion to its planned rate, regardless of its queue; ``fewest-requests`` and ``fewest-tokens``: to
@@ -93,7 +86,7 @@ class Settings:
     theta: float = 0.5  # deviation of a stage's attention time above which re-dispatch examines it
     faults: tuple[Fault, ...] = ()  # devices that fail and return
     sample_every_s: float | None = None  # spacing of the series per device; None: no series
-    trace: bool = False  # whether to record the work of every stage copy, for Perfetto
+    trace: bool = False  # whether to record the work of every stage copy
     horizon_s: float | None = None  # the run ends at this time at the latest; None: when all requests have finished
 
     def __post_init__(self) -> None:
@@ -107,7 +100,7 @@ class Settings:
 
 @dataclass(frozen=True, slots=True)
 class TraceEvent:
-    """One bar of a Perfetto trace: work of ``track`` (a stage copy) starting at ``start_s``."""
+    """One bar of a trace: work of ``track`` (a stage copy) starting at ``start_s``."""
 
     track: str
     name: str

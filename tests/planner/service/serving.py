@@ -16,7 +16,7 @@ from hetis.planner.service.calls import Calls
 from hetis.planner.service.identity.credentials import Authenticator, Credentials, NoCredentials, Tokens
 from hetis.planner.service.limits import WriteRates
 from hetis.planner.service.observability.metrics import ServiceMetrics
-from hetis.planner.service.observability.telemetry import Telemetry, Traces
+from hetis.planner.service.observability.telemetry import Telemetry
 from hetis.planner.service.server import PlannerServer
 from tests.planner.service.fakes import FakePlanner
 
@@ -39,13 +39,12 @@ async def served(
     authenticator: Authenticator | None = None,
     server_credentials: grpc.ServerCredentials | None = None,
     channel_credentials: grpc.ChannelCredentials | None = None,
-    traces: Traces | None = None,
     writes: WriteRates | None = None,
     max_connections: int | None = None,
 ) -> AsyncIterator[Served]:
     planner = FakePlanner()
     metrics = ServiceMetrics("0")
-    calls = Calls(authenticator or NoCredentials(), Telemetry(metrics, traces), writes=writes)
+    calls = Calls(authenticator or NoCredentials(), Telemetry(metrics), writes=writes)
     credentials = None if server_credentials is None else lambda: server_credentials
     server = PlannerServer(planner.servicings, calls, credentials=credentials, max_connections=max_connections)
     address = server.listen("127.0.0.1:0")

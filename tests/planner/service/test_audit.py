@@ -121,14 +121,14 @@ async def test_what_is_refused_is_told_with_its_caller_and_reason(tmp_path: Path
 
 
 def test_what_a_caller_wrote_is_printable_in_the_line_of_its_refusal() -> None:
-    record = CallRecord("/hetis.v1.ClusterService/DeleteCluster", "", None, is_stream=False)
+    record = CallRecord("/hetis.v1.ClusterService/DeleteCluster", "", is_stream=False)
     record.requests(pb.DeleteClusterRequest(name="clusters/a\0b\x1b[2J", request_id="\u202ex\n"))
     line = record.refused_change()
     assert (line.resource, line.request_id) == ("clusters/a\\u0000b\\u001b[2J", "\\u202ex\\u000a")
 
 
 def test_what_was_to_be_created_has_its_whole_name_in_the_line_of_its_refusal() -> None:
-    record = CallRecord("/hetis.v1.ClusterService/CreateCluster", "", None, is_stream=False)
+    record = CallRecord("/hetis.v1.ClusterService/CreateCluster", "", is_stream=False)
     record.requests(pb.CreateClusterRequest(cluster_id="night", cluster=cluster_pb2.Cluster(document=document())))
     assert record.refused_change().resource == "clusters/night"
 

@@ -244,7 +244,7 @@ def test_the_line_of_a_refused_agent_names_its_node(caplog: pytest.LogCaptureFix
     """Otherwise the log of two agents with the token of a cluster does not say which node they both claim to be."""
     caplog.set_level(logging.INFO, "hetis")
     metrics = ServiceMetrics("test")
-    record = Telemetry(metrics).begin("/hetis.v1.AgentService/ConnectNode", "ipv4:127.0.0.1:1", (), is_stream=True)
+    record = Telemetry(metrics).begin("/hetis.v1.AgentService/ConnectNode", "ipv4:127.0.0.1:1", is_stream=True)
     metadata = {"node": "clusters/c/nodes/n"}
     record.failed(ServiceError(Reason.ERROR_REASON_NODE_IN_USE, "another agent is connected", metadata=metadata))
     record.end(grpc.StatusCode.ABORTED, metrics)

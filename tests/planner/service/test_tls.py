@@ -187,7 +187,7 @@ async def test_each_address_has_the_certificate_and_its_successor(tmp_path: Path
     old, new = Authority("old"), Authority("new")
     files = certificates(tmp_path, old)
     planner = FakePlanner()
-    calls = Calls(NoCredentials(), Telemetry(ServiceMetrics("0"), None))
+    calls = Calls(NoCredentials(), Telemetry(ServiceMetrics("0")))
     server = PlannerServer(planner.servicings, calls, credentials=files.credentials)
     addresses = [server.listen("127.0.0.1:0") for _ in range(2)]
     await server.start()

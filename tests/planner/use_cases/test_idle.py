@@ -1,4 +1,4 @@
-"""What idle GPUs would add: the whole fleet, planned anew with the option that a note names, gains at least that."""
+"""Plans beside what equal stages keep: a rung that has these keeps no less, and idle GPUs add what a note says."""
 
 from __future__ import annotations
 
@@ -64,6 +64,31 @@ def test_idle_gpus_add_what_the_plan_says(tmp_path: Path, idle: str, count: int,
         name, value = option.removeprefix("--").split()
         found = proven(replace(asked, **{name: value}))  # type: ignore[arg-type]
         assert found.result.value >= plan.result.value + more * (1.0 - ROUNDED), option
+
+
+MIXED = """\
+apiVersion: hetis/v1
+kind: Cluster
+name: three types
+nodes:
+  - {name: a, count: 2, gpus: [{type: MI300X, count: 8}]}
+  - {name: b, count: 2, gpus: [{type: H100-SXM-80GB, count: 8}]}
+  - {name: c, count: 4, gpus: [{type: L40S, count: 8}]}
+network: {bandwidth: 100Gbps, latency: 20us}
+"""
+
+
+@pytest.mark.parametrize("rung", ["node", "pipelines"])
+def test_a_rung_keeps_no_less_than_equal_stages_on_it(tmp_path: Path, rung: str) -> None:
+    """Plans of higher saturated rates than these have fewer seats, for which requests wait."""
+    path = tmp_path / "fleet.yaml"
+    path.write_text(MIXED, encoding="utf-8")
+    plan = proven(
+        PlacementRequest(
+            cluster=str(path), model="Llama-3.1-70B", workload="azure_conv_2023", rung=rung, other_engines=False
+        )
+    )
+    assert plan.result.value >= plan.inputs["equal_stages_value"] * (1.0 - 1e-9)
 
 
 def test_nothing_is_said_of_gpus_in_use_or_of_plans_for_a_demand(tmp_path: Path) -> None:

@@ -199,7 +199,7 @@ class NextPlanOptions:
 
 @verb()
 def replan(
-    terminal: Terminal, *, asked: ReplanOptions, search: requests.SearchOptions, answer: NextPlanOptions
+    terminal: Terminal, *, chosen: ReplanOptions, search: requests.SearchOptions, answer: NextPlanOptions
 ) -> ExitCode:
     """Re-plan from a running plan: keep what is worth keeping, include the cost of the change, and order its steps.
 
@@ -216,10 +216,10 @@ def replan(
     outputs.refuse_unwritable(answer.out)
     outputs.refuse_page(answer.html, beside=answer.out)
     posed = replanning.load_replanning(
-        running=asked.running, cluster=asked.cluster, workload=asked.workload, model=asked.model,
-        profiles=asked.profile or (), rate_rps=asked.rate,
-        settings=replace(settings_of(search), rung=asked.rung or ""),
-        prefix_hit_rate=asked.prefix_hit_rate,
+        running=chosen.running, cluster=chosen.cluster, workload=chosen.workload, model=chosen.model,
+        profiles=chosen.profile or (), rate_rps=chosen.rate,
+        settings=replace(settings_of(search), rung=chosen.rung or ""),
+        prefix_hit_rate=chosen.prefix_hit_rate,
     )  # fmt: skip
     for warning in posed.warnings:
         terminal.warn(warning)
@@ -228,11 +228,11 @@ def replan(
             terminal, [(posed.loaded.inputs, posed.problem.objective)], strategies=[posed.settings.strategy],
             time_limit_s=search.time_limit_s, engine=posed.problem.family.engine,
         )  # fmt: skip
-    costs = ChangeCosts(horizon_s=asked.horizon, restart_s=asked.restart, load_bytes_per_s=asked.load)
+    costs = ChangeCosts(horizon_s=chosen.horizon, restart_s=chosen.restart, load_bytes_per_s=chosen.load)
     long = Interruptible(terminal, time_limit_s=search.time_limit_s)
     found = long.search(
         lambda report: replanning.replan(
-            posed, costs, asked.max_moves, verify=answer.verify, budget=long.budget(), report=report
+            posed, costs, chosen.max_moves, verify=answer.verify, budget=long.budget(), report=report
         ),
         unit=posed.problem.objective.unit,
         so_far="the best answer",

@@ -184,7 +184,7 @@ def compare(
     terminal: Terminal,
     *,
     request: requests.CompareOptions,
-    asked: ComparedOptions,
+    chosen: ComparedOptions,
     results: ComparisonOutputOptions,
 ) -> ExitCode:
     """Plan by several strategies, or for several engines, and show the plans side by side, checked and simulated alike.
@@ -205,13 +205,13 @@ def compare(
     from hetis.planner.use_cases.sources import rules_of_engine
     from hetis.solver.placement.families import DEFAULT_ENGINE, STRATEGIES
 
-    engines = (DEFAULT_ENGINE,) if asked.engine is None else asked.engine.names
+    engines = (DEFAULT_ENGINE,) if chosen.engine is None else chosen.engine.names
     unless = DEFAULT_STRATEGY if len(engines) > 1 else values.ALL
-    names = (asked.strategies or values.strategies(unless)).names
+    names = (chosen.strategies or values.strategies(unless)).names
     rules = {name: rules_of_engine(name, **request.limits) for name in engines}
     published = [name for name in names if STRATEGIES[name].is_published]
     searched = [name for name in names if name not in published]
-    plans = names if asked.engine is None else [*published, *(f"{name}-{one}" for name in searched for one in rules)]
+    plans = names if chosen.engine is None else [*published, *(f"{name}-{one}" for name in searched for one in rules)]
     outputs.refuse_unwritable_plans(results.out, plans)
     outputs.refuse_page(results.html)
     level, loaded, objective = request.service_level, read_inputs(request), request.goal
@@ -232,7 +232,7 @@ def compare(
         found = compare_engines(searches, names, rules)
         if request.verify:
             found = simulate_plans(found, searches, rules, level)
-        return found if asked.engine is not None else tuple(replace(outcome, is_only_engine=True) for outcome in found)
+        return found if chosen.engine is not None else tuple(replace(outcome, is_only_engine=True) for outcome in found)
 
     compared = long.search(work, unit=objective.unit, so_far="the plans")
     if results.out is not None:

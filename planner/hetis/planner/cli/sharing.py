@@ -55,7 +55,7 @@ def share(
     terminal: Terminal,
     file: Annotated[str, typer.Argument(metavar="FILE", help="A Tenants file, or - for standard input.")],
     *,
-    asked: ShareOptions,
+    options: ShareOptions,
 ) -> ExitCode:
     """Share one fleet among tenants with different models, and plan every tenant's replicas.
 
@@ -69,26 +69,26 @@ def share(
     from hetis.planner.use_cases.sources import engine_rules
     from hetis.solver.tenants.tenancy import TenantRule
 
-    out = asked.out
+    out = options.out
     settings = PlacementSettings(
-        strategy=asked.strategy, engine=engine_rules(asked.engine, asked.strategy),
-        time_limit_s=asked.time_limit, gap_target=asked.gap, seed=asked.seed, rung=asked.rung or "",
+        strategy=options.strategy, engine=engine_rules(options.engine, options.strategy),
+        time_limit_s=options.time_limit, gap_target=options.gap, seed=options.seed, rung=options.rung or "",
     )  # fmt: skip
-    loaded = load_tenancy(file, cluster=asked.cluster, profiles=asked.profile or (), settings=settings)
+    loaded = load_tenancy(file, cluster=options.cluster, profiles=options.profile or (), settings=settings)
     outputs.refuse_unwritable_plans(out, [tenant.name for tenant in loaded.tenancy.tenants])
-    if asked.dry_run:
+    if options.dry_run:
         given = zip(loaded.inputs, loaded.tenancy.tenants, strict=True)
         return outputs.say_what_would_be_solved(
-            terminal, [(one.inputs, tenant.problem.objective) for one, tenant in given], strategies=[asked.strategy],
-            time_limit_s=asked.time_limit,
+            terminal, [(one.inputs, tenant.problem.objective) for one, tenant in given], strategies=[options.strategy],
+            time_limit_s=options.time_limit,
         )  # fmt: skip
-    first = TenantRule(asked.rule)
-    rules = (first, *(other for other in TenantRule if other is not first and asked.others))
-    long = Interruptible(terminal, time_limit_s=asked.time_limit)
+    first = TenantRule(options.rule)
+    rules = (first, *(other for other in TenantRule if other is not first and options.others))
+    long = Interruptible(terminal, time_limit_s=options.time_limit)
 
     def work(report: Report) -> SharedFleet:
         return share_out_fleet(
-            loaded, rules, settings, with_envy=asked.envy, with_oef=asked.oef, budget=long.budget(), report=report,
+            loaded, rules, settings, with_envy=options.envy, with_oef=options.oef, budget=long.budget(), report=report,
             carriers=not_carried,
         )  # fmt: skip
 

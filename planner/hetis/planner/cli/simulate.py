@@ -102,10 +102,6 @@ class SimulateOptions:
         shown=f"{DEFAULT_PRECISION:.0%}",
     )
     threads: int = _runs("--threads: Runs to simulate in parallel, as processes; 0 means one per core.", 0, min=0)
-    greedy: bool = _fleet(
-        "--greedy: Stages take all waiting requests instead of keeping micro-batches separate.", False
-    )
-    paced: bool = _fleet("--paced: Limit prompt chunks to what keeps the batch slots filled.", False)
     router: Router = _fleet("--router: Policy that routes requests to replicas.", "least-work")
     no_dispatch: bool = _fleet(
         "--no-dispatch: Split head groups as planned instead of dispatching each request.", False
@@ -220,8 +216,6 @@ def simulate(terminal: Terminal, plan: PlanArgument, *, wanted: SimulateOptions)
         num_requests=num_requests,
         seeds=tuple(range(wanted.seed, wanted.seed + wanted.seeds)),
         settings=Settings(
-            discipline="greedy" if wanted.greedy else "apart",
-            chunks="paced" if wanted.paced else "planned",
             router=wanted.router,
             dispatch=not wanted.no_dispatch,
             redispatch=not wanted.no_redispatch and not wanted.no_dispatch,

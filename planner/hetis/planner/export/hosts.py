@@ -171,20 +171,20 @@ def write_hetis_launch(launchable: Launchable) -> Written:
 
 def words(launchable: Launchable, number: int, one: LaunchableReplica, node: str) -> list[str]:
     addresses, settings = one.addresses, launchable.settings
-    told = ["hetis-launch", "processes", "--plan", PLAN_FILE, "--replica", str(number), "--model", one.serving.model]
-    told += ["--engine", launchable.engine.value, "--node", node, "--folder", one.name]
+    words = ["hetis-launch", "processes", "--plan", PLAN_FILE, "--replica", str(number), "--model", one.serving.model]
+    words += ["--engine", launchable.engine.value, "--node", node, "--folder", one.name]
     if one.layout.fixes_kv or settings.device.value != "cuda":
-        told += ["--kv-tokens", str(one.layout.kv_tokens)]
-    told += _if_set("--dtype", settings.dtype, "auto")
-    told += _if_set("--device", settings.device.value, "cuda")
-    told += _if_set("--vllm", shlex.join(shlex.split(settings.program)), "")
+        words += ["--kv-tokens", str(one.layout.kv_tokens)]
+    words += _if_set("--dtype", settings.dtype, "auto")
+    words += _if_set("--device", settings.device.value, "cuda")
+    words += _if_set("--vllm", shlex.join(shlex.split(settings.program)), "")
     for name in dict.fromkeys(process.node for process in one.layout.processes):
         if name in settings.hosts:
-            told += ["--node-address", f"{name}={settings.hosts[name]}"]
-    told += ["--worker-port", str(addresses.worker_port), "--master-port", str(addresses.master_port)]
-    told += ["--kv-port", str(addresses.kv_port), "--key-file", addresses.key_file, "--"]
-    told += ["--host", addresses.host(one.front_node), "--port", str(one.port)]
-    return [*told, *_if_set("--served-model-name", settings.served_name, ""), *settings.engine_options]
+            words += ["--node-address", f"{name}={settings.hosts[name]}"]
+    words += ["--worker-port", str(addresses.worker_port), "--master-port", str(addresses.master_port)]
+    words += ["--kv-port", str(addresses.kv_port), "--key-file", addresses.key_file, "--"]
+    words += ["--host", addresses.host(one.front_node), "--port", str(one.port)]
+    return [*words, *_if_set("--served-model-name", settings.served_name, ""), *settings.engine_options]
 
 
 def _if_set(name: str, value: str, unset: str) -> Iterable[str]:
@@ -385,8 +385,8 @@ def _step(one: LaunchableReplica, command: Command, nodes: list[str]) -> Iterato
     kind = "further stage" if process.kind is ProcessKind.SERVER_STAGE else process.kind.value
     devices = ",".join(f"{process.node}/{gpu}" for gpu in process.gpus)
     yield f"# {kind} {process.name} on {devices}"
-    told = [f"{name}={shlex.quote(text)}" for name, text in environment.items()]
-    yield " ".join([*map(shlex.quote, step), "env", *told, shlex.join(command.shown), "&"])
+    words = [f"{name}={shlex.quote(text)}" for name, text in environment.items()]
+    yield " ".join([*map(shlex.quote, step), "env", *words, shlex.join(command.shown), "&"])
 
 
 _STOP = """stop() { trap - EXIT; kill $(jobs -p) 2>/dev/null || true; wait || true; }
@@ -397,7 +397,7 @@ replica is one job on the plan's nodes; when one of its processes ends, the job 
 address; `VLLM_API_KEY` in the environment of `sbatch` is the key that clients send. Where replicas have attention
 workers, `worker.key` in this folder is their key, mode 0600.
 
-A job has 4 CPUs for each of its GPUs, and the memory that your partition gives if not asked. `sbatch` reads other
+A job has 4 CPUs for each of its GPUs, and the memory that your partition gives by default. `sbatch` reads other
 numbers from its environment: `SBATCH_CPUS_PER_GPU=16 SBATCH_MEM_PER_GPU=100G ./submit.sh`. Partition and time are given
 with `export --sbatch '--partition=gpu --time=7-0'`; jobs are queued again after the loss of a node. vLLM needs at least
 two CPUs, and one for each GPU. What a job says

@@ -228,11 +228,11 @@ class PodGroup:
         return 1 + len(self._further)
 
     def why_not(self) -> tuple[str, ...]:
-        """Return why workers made from one template cannot be told apart; empty if they can."""
+        """Return why workers made from one template cannot be distinguished; empty if they can."""
         nodes = [process.node for process in self._further]
         twice = sorted({node for node in nodes if nodes.count(node) > 1})
         return tuple(
-            f"several further stages are on {node}: pods of one template are told apart by their nodes"
+            f"several further stages are on {node}: pods of one template are distinguished by their nodes"
             for node in twice
         ) + _unlike_resources(self._further)
 
@@ -335,7 +335,7 @@ def replica_objects(
 ) -> list[dict[str, Any]]:
     """Return all objects of one replica, in an order in which they can be applied.
 
-    Pods of a group are told apart by their nodes; where that is impossible, each has a StatefulSet, as in plain
+    Pods of a group are distinguished by their nodes; where that is impossible, each has a StatefulSet, as in plain
     Kubernetes, whose probes start all of them again when one is lost.
     """
     group = PodGroup(launchable, one)

@@ -132,10 +132,10 @@ def values_of(launchable: Launchable, one: LaunchableReplica, labels: Mapping[st
 def _accelerator(process: Process) -> dict[str, Any]:
     """Return the chart's field, without which it adds ``nvidia.com/gpu`` to the container's own resources."""
     kind = process.vendor.lower()
-    told: dict[str, Any] = {} if kind == "nvidia" else {"type": kind}
+    accelerator: dict[str, Any] = {} if kind == "nvidia" else {"type": kind}
     if process.resource:
-        told["resources"] = {kind: process.resource}
-    return {"accelerator": told} if told else {}
+        accelerator["resources"] = {kind: process.resource}
+    return {"accelerator": accelerator} if accelerator else {}
 
 
 def _front(launchable: Launchable, one: LaunchableReplica) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 A plan's routes say which replicas exchange KV. Some routers choose the two replicas of a request separately. That is
 harmless where the KV of every pair takes the same links. If nodes have explicit links, replicas were planned for those
 to their partners, in sets of nodes; a prefill replica sends to other zones only if the plan says so; and engines of
-different precisions or connectors cannot read each other's KV, nor can those of different vendors unless both are told
+different precisions or connectors cannot read each other's KV, nor can those of different vendors unless both have
 the same attention backend.
 """
 
@@ -59,9 +59,9 @@ def _are_unlike(launchable: Launchable, pair: Pair) -> bool:
         return launchable.model.on(one.plan.stages[0].gpu), one.layout.pushes_kv
 
     prefill, decode = (launchable.replicas[number] for number in pair)
-    told = {one.layout.attention_backend for one in (prefill, decode)}
-    are_told_one = len(told) == 1 and told != {""}
-    return kind(prefill) != kind(decode) or (prefill.layout.vendor != decode.layout.vendor and not are_told_one)
+    backends = {one.layout.attention_backend for one in (prefill, decode)}
+    have_one = len(backends) == 1 and backends != {""}
+    return kind(prefill) != kind(decode) or (prefill.layout.vendor != decode.layout.vendor and not have_one)
 
 
 def _are_apart(plan: Plan, fleet: Fleet, pair: Pair) -> bool:
@@ -106,8 +106,12 @@ def _advice(launchable: Launchable) -> str:
     """Return how to keep to the plan, if its routes join replicas to several groups."""
     names = {number: one.name for number, one in launchable.replicas.items()}
     groups = [[names[n] for n in group if n in names] for group in launchable.plan.joined_by_routes()]
-    told = ["+".join(group) for group in groups if group]
-    if len(told) < 2:
+    names_of_groups = ["+".join(group) for group in groups if group]
+    if len(names_of_groups) < 2:
         return ""
-    which = ", ".join(told) if len(told) <= _MOST_NAMED else f"the {len(told)} groups that its routes join"
+    which = (
+        ", ".join(names_of_groups)
+        if len(names_of_groups) <= _MOST_NAMED
+        else f"the {len(names_of_groups)} groups that its routes join"
+    )
     return f": a router of its own for each of {which} keeps to the plan"

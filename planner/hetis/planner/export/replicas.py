@@ -248,8 +248,8 @@ def launchable(plan: Plan, model: ModelSpec, settings: ExportSettings) -> Launch
     engine = settings.engine or (Engine.VLLM_HETIS if has_workers else Engine.VLLM)
     if len(used := weights_used(plan, model)) > 1 and WEIGHTS not in settings.model:
         raise NotExportableError((f"the plan has weights in {' and '.join(used)}: --model must contain {WEIGHTS}",))
-    asked = MadeFrom.of(plan).model
-    changes = list(_other_checkpoint(used, asked, model.name, settings))
+    requested = MadeFrom.of(plan).model
+    changes = list(_other_checkpoint(used, requested, model.name, settings))
     replicas, left_out = dict[int, LaunchableReplica](), dict[int, tuple[str, ...]]()
     fronts, meetings, kv_ports, workers = Counter[str](), Counter[str](), Counter[str](), 0
     exchanging = kv_partners(plan)
@@ -334,7 +334,7 @@ def weights_used(plan: Plan, model: ModelSpec) -> list[str]:
     return list(dict.fromkeys(weights_of(model.on(gpu)) for gpu in gpus))
 
 
-def _other_checkpoint(used: Sequence[str], asked: str, planned: str, settings: ExportSettings) -> Iterator[str]:
+def _other_checkpoint(used: Sequence[str], requested: str, planned: str, settings: ExportSettings) -> Iterator[str]:
     """Yield a sentence if a checkpoint that the catalogue knows differs from the plan in its weights or tuning, or if
     the planned name is that of a file or a folder rather than of a checkpoint.
     """
@@ -350,8 +350,9 @@ def _other_checkpoint(used: Sequence[str], asked: str, planned: str, settings: E
             f"{settings.model} is stored in {kept}, but the plan needs weights in {' and '.join(used)}: set "
             "--model to such a checkpoint"
         )
-    if _TUNED.search(asked) and not _TUNED.search(settings.model):
-        yield f"the plan is for {asked}, but the checkpoint is {settings.model}: set --model to the tuned checkpoint"
+    if _TUNED.search(requested) and not _TUNED.search(settings.model):
+        tuned = "set --model to the tuned checkpoint"
+        yield f"the plan is for {requested}, but the checkpoint is {settings.model}: {tuned}"
 
 
 def images_in(text: str) -> list[tuple[str, str]]:

@@ -6,7 +6,7 @@ Rates are kept in bins of some minutes. For the bins of the next horizon, seven 
     season   the rate of the same time yesterday, a week ago, or on average of the last seven days, each of them
              times (recent / its rate before that time) ^ kappa,  kappa = 1 or 0
 
-and the prediction of the horizon is their peak. At every second bin of the last two weeks each rule is asked the same
+and the prediction of the horizon is their peak. At every second bin of the last two weeks each rule gets the same
 question again; e = log(peak that came / peak predicted) are its errors. The upper end of its interval is the prediction
 times exp(the quantile of e at ``coverage``), by the (n + 1)-st rank, so that what comes is at most that with this
 probability as far as the next error is like the past ones (split conformal prediction: Vovk 2005). The rule whose ends
@@ -161,15 +161,15 @@ def forecast(history: History, horizon_s: float, coverage: float, level_rps: flo
         rates = np.array([level_rps])
     ahead = max(1, math.ceil(horizon_s / history.bin_s))
     peaks, lows = _came(rates, ahead)
-    asked = list[tuple[_Rule, FloatArray, FloatArray]]()
+    candidates = list[tuple[_Rule, FloatArray, FloatArray]]()
     for rule in _rules(rates, history.bin_s, ahead, is_level_known=level_rps is not None):
         bins, past = rule.past()
         up: FloatArray = np.log(peaks[bins] / past.max(axis=1))
         down: FloatArray = np.log(lows[bins] / past.min(axis=1))
-        if not asked or len(up) >= LEAST_ERRORS:
-            asked.append((rule, up, down))
-    common = min(len(up) for _, up, _ in asked)
-    rule, up, down = min(asked, key=lambda one: _score(one[1], common, coverage))
+        if not candidates or len(up) >= LEAST_ERRORS:
+            candidates.append((rule, up, down))
+    common = min(len(up) for _, up, _ in candidates)
+    rule, up, down = min(candidates, key=lambda one: _score(one[1], common, coverage))
     now = rule.at(len(rates), level_rps)
     return Forecast(
         until_s=history.end_s + horizon_s, expected_rps=float(now.max()),

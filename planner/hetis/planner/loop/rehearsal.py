@@ -150,7 +150,7 @@ class RememberingSearch:
         if demand is not None:
             demand = math.exp(math.ceil(math.log(demand) / 0.01) * 0.01)
             objective = replace(posed.problem.objective, demand_rps=demand)
-            posed = replace(posed, problem=replace(posed.problem, objective=objective), asked=objective)
+            posed = replace(posed, problem=replace(posed.problem, objective=objective), requested=objective)
         key = posed.running.replicas, demand, _kind(posed)
         if key not in self._solved:
             self._solved[key] = found = solve(posed, settings)

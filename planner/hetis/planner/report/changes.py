@@ -187,7 +187,7 @@ def _facts(found: Replanning, posed: PosedReplan, costs: ChangeCosts) -> list[tu
         ("Net", f"{with_unit(found.value, unit)}  change counted, over {_seconds_or_hours(costs.horizon_s)}"),
         ("Bound", f"{with_unit(found.bound, unit)}  gap {percent(found.gap)}, {proof}"),
         ("From scratch", fresh),
-        ("Demand", demand_words(found.plan, posed.asked.demand_rps)),
+        ("Demand", demand_words(found.plan, posed.requested.demand_rps)),
         ("Survives", survives),
         ("Simulated", None if simulated is None else simulated.text()),
         ("Costs", change_cost_words(costs)),

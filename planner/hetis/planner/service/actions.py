@@ -132,15 +132,12 @@ def _days(text: str) -> timedelta:
 def report(error: Exception) -> ServiceExitCode:
     """Print the error on stderr, never a traceback, and return its exit code."""
     from hetis.planner.failures import ServiceError
-    from hetis.planner.service.observability.telemetry import MissingExtraError
     from hetis.planner.service.server import AddressError
     from hetis.planner.store.opening import StoreError
 
     match error:
         case DocumentError():
             code, lines = ServiceExitCode.INVALID, [str(problem) for problem in error.problems]
-        case MissingExtraError():
-            code, lines = ServiceExitCode.INVALID, [str(error)]
         case AddressError():
             code, lines = ServiceExitCode.ADDRESS, [str(error)]
         case ServiceError() | StoreError():

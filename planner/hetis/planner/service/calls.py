@@ -142,9 +142,7 @@ class Calls(grpc.aio.ServerInterceptor):
         answer = stream if handler.response_streaming else unary
 
         async def handle(requests: Any, context: Context) -> None:
-            record = self._telemetry.begin(
-                method, context.peer(), context.invocation_metadata() or (), is_stream=handler.response_streaming
-            )
+            record = self._telemetry.begin(method, context.peer(), is_stream=handler.response_streaming)
 
             async def read() -> Any:
                 return requests if handler.request_streaming else await _first_message(context, decode, record)

@@ -30,7 +30,7 @@ from hetis.planner.service.identity.credentials import Authenticator, Credential
 from hetis.planner.service.limits import ConnectionLimits, ConnectionWatch, WriteRates, ports_of, reserved_for_page
 from hetis.planner.service.loops import Loops
 from hetis.planner.service.observability.metrics import ServiceMetrics
-from hetis.planner.service.observability.telemetry import Telemetry, open_traces
+from hetis.planner.service.observability.telemetry import Telemetry
 from hetis.planner.service.server import PlannerServer
 from hetis.planner.service.settings import OFF, PlannerConfig, is_socket_path, split_address, without_password
 from hetis.planner.service.status_page import PageLimits, StatusPage, status_app
@@ -115,7 +115,6 @@ async def run_planner(
     Raises:
         DocumentError: a certificate or the token file cannot be used.
         AddressError: the planner cannot listen on an address.
-        MissingExtraError: traces are configured, but OpenTelemetry is missing.
         ServiceError: the store cannot be opened, or another planner leads.
     """
     signals = StopSignals()
@@ -124,14 +123,11 @@ async def run_planner(
     access = Access(config)
     for warning in (*access.warnings, *map(str, problems_of_names(config))):
         _log.warning(warning)
-    traces = open_traces(config.telemetry.otlp_endpoint, version)
     metrics = ServiceMetrics(version)
     async with AsyncExitStack() as stack:
         stack.callback(signals.close)
-        if traces is not None:
-            stack.push_async_callback(asyncio.to_thread, traces.close)
         writes = WriteRates(per_s=config.writes.per_second, burst=config.writes.burst)
-        calls = Calls(access.authenticator(time.time), Telemetry(metrics, traces), writes=writes)
+        calls = Calls(access.authenticator(time.time), Telemetry(metrics), writes=writes)
         credentials = access.certificates.credentials if access.certificates is not None else None
         server = PlannerServer((), calls, credentials=credentials, max_connections=limits.of_all)
         stack.push_async_callback(server.stop_at_once)

@@ -68,12 +68,6 @@ def _store_url(value: str) -> str:
     return value
 
 
-def _endpoint(value: str) -> str:
-    if not value.startswith(("http://", "https://")):
-        raise ValueError(f"{value!r} is not an endpoint: write http://host:4317 or https://host:4317")
-    return value
-
-
 def _domain(value: str) -> str:
     if not value or any(not (c.isascii() and (c.islower() or c.isdigit() or c in ".-_")) for c in value):
         raise ValueError(f"{value!r} is not a trust domain: use only a-z, 0-9, '.', '-' and '_'")
@@ -178,12 +172,6 @@ class RetentionPart(DocumentPart):
     audit: Annotated[Seconds, Field(ge=3600, le=1e9)] | None = None
 
 
-class TelemetryPart(DocumentPart):
-    """Export of traces, by OTLP over gRPC."""
-
-    otlp_endpoint: Annotated[str, AfterValidator(_endpoint)] | None = None
-
-
 class PlannerConfig(DocumentPart):
     """The configuration of a planner. Times are seconds inside, ``30s`` in files.
 
@@ -209,7 +197,6 @@ class PlannerConfig(DocumentPart):
     leadership: LeadershipPart = LeadershipPart()
     backups: FilePath | None = None
     retention: RetentionPart = RetentionPart()
-    telemetry: TelemetryPart = TelemetryPart()
     drain_timeout: Annotated[Seconds, Field(ge=0, le=3600)] = 30.0
 
     @property

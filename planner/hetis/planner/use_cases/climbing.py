@@ -290,7 +290,7 @@ def gains_under_errors(plan: Plan, other: Plan, problem: PlacementProblem, worth
     slowest = scaled_by(profiles, lambda _gpu, fit: range_factors(fit)[1])
 
     def gains(under: Profiles, others: Profiles) -> bool:
-        rate, least = _worth_of(mine.as_planned(under).rate, plan), _worth_of(its.as_planned(others).rate, other)
+        rate, least = _worth_of(mine.planned_rate(under), plan), _worth_of(its.planned_rate(others), other)
         return rate >= (1.0 + worth) * least
 
     if gains(slowest, fastest):

@@ -66,7 +66,7 @@ class Compared:
     """The outcome of one strategy. ``status`` is its plan's, or what went wrong; ``reasons`` give details.
 
     ``problem`` is what the plan solves or, without one, what was to be solved; None: the inputs pose no problem.
-    ``engine`` is the engine of its plans, or None for published heuristics; ``is_only_engine`` if none was asked for;
+    ``engine`` is the engine of its plans, or None for published heuristics; ``is_only_engine`` if none was requested;
     ``is_default`` if it is the plan of the rung that `place` chooses.
     """
 
@@ -104,7 +104,7 @@ class Figures:
 
 
 def compare_strategies(
-    asked: Searches, strategies: Sequence[str], *, first: int = 1, total: int | None = None
+    searches: Searches, strategies: Sequence[str], *, first: int = 1, total: int | None = None
 ) -> tuple[Compared, ...]:
     """Return the outcome of every strategy, in the order passed.
 
@@ -117,29 +117,33 @@ def compare_strategies(
     """
     found: dict[str, Compared] = {}
     for number, strategy in enumerate(ordered := _contained_first(strategies), start=first):
-        told = one_of_several(asked.report, number, total or len(ordered), f"{strategy}: ")
-        found[strategy] = planned(replace(asked, settings=replace(asked.settings, strategy=strategy), report=told))
+        report = one_of_several(searches.report, number, total or len(ordered), f"{strategy}: ")
+        found[strategy] = planned(
+            replace(searches, settings=replace(searches.settings, strategy=strategy), report=report)
+        )
     for strategy in _contained_first(strategies):
         container = CONTAINERS.get(strategy)
         if container in found and found[strategy].plan is not None:
             note = f"the plan was found by strategy {strategy}, whose plans are all of {container}"
             found[container] = _with_better_plan(found[container], found[strategy].plan, note)
     plans = {name: compared.plan for name, compared in found.items() if compared.plan is not None}
-    default = _default(asked, plans[DEFAULT_STRATEGY]) if asked.has_default and DEFAULT_STRATEGY in plans else ()
+    default = _default(searches, plans[DEFAULT_STRATEGY]) if searches.has_default and DEFAULT_STRATEGY in plans else ()
     return (*default, *(_with_best_bound(found[strategy], plans) for strategy in dict.fromkeys(strategies)))
 
 
-def _default(asked: Searches, highest: Plan) -> tuple[Compared, ...]:
+def _default(searches: Searches, highest: Plan) -> tuple[Compared, ...]:
     """Return the outcome of the rung that `place` chooses, unless it is the plan of the highest."""
-    told = one_of_several(asked.report, 1, 1, f"{DEFAULT_NAME}: ")
-    chosen = planned(replace(asked, settings=replace(asked.settings, strategy=DEFAULT_STRATEGY, rung=""), report=told))
+    report = one_of_several(searches.report, 1, 1, f"{DEFAULT_NAME}: ")
+    chosen = planned(
+        replace(searches, settings=replace(searches.settings, strategy=DEFAULT_STRATEGY, rung=""), report=report)
+    )
     if chosen.plan is None or shapes_of(chosen.plan) == shapes_of(highest):
         return ()
     return (replace(chosen, is_default=True),)
 
 
 def compare_engines(
-    asked: Searches, strategies: Sequence[str], engines: Mapping[str, EngineRules]
+    searches: Searches, strategies: Sequence[str], engines: Mapping[str, EngineRules]
 ) -> tuple[Compared, ...]:
     """Return `compare_strategies` for each engine, ordered by strategy and then by engine as passed.
 
@@ -152,12 +156,12 @@ def compare_engines(
     searched = [name for name in strategies if name not in published]
     found, total = list[Compared](), len(searched) + len(published)
     for number, (name, rules) in enumerate(engines.items() if searched else (), start=1):
-        told = asked.report
+        report = searches.report
         if len(engines) > 1:
-            told = one_of_several(told, number, len(engines), f"for {name}, ")
-        own = replace(asked, settings=replace(asked.settings, engine=rules), report=told)
+            report = one_of_several(report, number, len(engines), f"for {name}, ")
+        own = replace(searches, settings=replace(searches.settings, engine=rules), report=report)
         found += (replace(outcome, engine=name) for outcome in compare_strategies(own, searched, total=total))
-    unbound = replace(asked, settings=replace(asked.settings, engine=None))
+    unbound = replace(searches, settings=replace(searches.settings, engine=None))
     found += compare_strategies(unbound, published, first=len(searched) + 1, total=total)
     names, known = list(strategies), (*engines, None)
     return tuple(
@@ -166,7 +170,7 @@ def compare_engines(
 
 
 def simulate_plans(
-    compared: Sequence[Compared], asked: Searches, engines: Mapping[str, EngineRules], level: ServiceLevel
+    compared: Sequence[Compared], searches: Searches, engines: Mapping[str, EngineRules], level: ServiceLevel
 ) -> tuple[Compared, ...]:
     """Return the outcomes of `compare_engines` with their plans simulated.
 
@@ -179,23 +183,24 @@ def simulate_plans(
     for number, outcome in enumerate(compared, start=1):
         if outcome.plan is not None and outcome.problem is not None:
             rules = None if outcome.engine is None else engines[outcome.engine]
-            settings = replace(asked.settings, strategy=outcome.strategy, engine=rules)
-            told = one_of_several(asked.report, number, len(compared), f"{outcome.name}: ")
-            own = replace(asked, loaded=for_engine(asked.loaded, rules), settings=settings, report=told)
+            settings = replace(searches.settings, strategy=outcome.strategy, engine=rules)
+            report = one_of_several(searches.report, number, len(compared), f"{outcome.name}: ")
+            own = replace(searches, loaded=for_engine(searches.loaded, rules), settings=settings, report=report)
             outcome = _simulated(outcome, outcome.plan, outcome.problem, own, level)
         found.append(outcome)
     return tuple(found)
 
 
 def _simulated(
-    outcome: Compared, plan: Plan, problem: PlacementProblem, asked: Searches, level: ServiceLevel
+    outcome: Compared, plan: Plan, problem: PlacementProblem, searches: Searches, level: ServiceLevel
 ) -> Compared:  # fmt: skip
-    settings, whole = asked.settings, asked.budget()
+    settings, whole = searches.settings, searches.budget()
     try:
         made = simulated_plan(
-            Climbed(plan=plan, problem=problem_of(plan, problem), rung=Requested.of(plan).rung), asked.loaded, settings,
+            Climbed(plan=plan, problem=problem_of(plan, problem), rung=Requested.of(plan).rung), searches.loaded,
+            settings,
             level=level, budget=replace(whole, time_limit_s=math.inf, work_limit=ITERATIONS),
-            report=asked.report, losses=False, again=not STRATEGIES[settings.strategy].is_published,
+            report=searches.report, losses=False, again=not STRATEGIES[settings.strategy].is_published,
         )  # fmt: skip
     except HetisError as error:
         violations = error.violations if isinstance(error, UncheckedPlanError) else ()
@@ -263,9 +268,9 @@ def _containers(strategy: str) -> list[str]:
     return found
 
 
-def planned(asked: Searches) -> Compared:
+def planned(searches: Searches) -> Compared:
     """Return the outcome of one search, by the strategy of the settings: its plan, or why there is none."""
-    loaded, settings, budget = asked.loaded, asked.settings, asked.budget()
+    loaded, settings, budget = searches.loaded, searches.settings, searches.budget()
     none = Compared(strategy=settings.strategy, status=NO_PLAN)
     try:
         loaded = for_engine(loaded, settings.engine)
@@ -273,7 +278,7 @@ def planned(asked: Searches) -> Compared:
         return replace(none, reasons=(str(error),))
     if settings.engine is None and loaded.inputs.model.precisions:
         return replace(none, reasons=("a published heuristic plans for one precision, and this model has several",))
-    problem = settings.problem(loaded.inputs, asked.objective)
+    problem = settings.problem(loaded.inputs, searches.objective)
     none = replace(none, problem=problem)
     if budget.cancelled.is_set():
         return replace(none, reasons=("interrupted before it ran",))
@@ -282,8 +287,8 @@ def planned(asked: Searches) -> Compared:
 
     try:
         made = make_plan(
-            loaded, problem, settings, budget=budget, report=asked.report, requested=asked.objective,
-            carriers=asked.carriers,
+            loaded, problem, settings, budget=budget, report=searches.report, requested=searches.objective,
+            carriers=searches.carriers,
         )  # fmt: skip
     except InfeasibleError as error:
         status, reasons = Status.INFEASIBLE.value, error.reasons

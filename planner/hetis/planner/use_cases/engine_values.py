@@ -38,25 +38,25 @@ def with_engine_values(
     """
     budget = Budget(time_limit_s=SHARE * time_limit_s, clock=search_seconds, cancelled=cancelled)
 
-    def told(engine: str) -> None:
+    def started(engine: str) -> None:
         spent_s = plan.result.solve_s + budget.elapsed_s()
         report(Progress(phase=f"plans for {engine}", elapsed_s=spent_s, incumbent=plan.result.value))
 
-    return OtherEngines(values=tuple(_values(plan, problem, seed, budget, told))).on(plan)
+    return OtherEngines(values=tuple(_values(plan, problem, seed, budget, started))).on(plan)
 
 
 def _values(
-    plan: Plan, problem: PlacementProblem, seed: int, budget: Budget, told: Callable[[str], None]
+    plan: Plan, problem: PlacementProblem, seed: int, budget: Budget, started: Callable[[str], None]
 ) -> Iterator[EngineValue]:
     own, known = problem.family.engine, dict[Hashable, EngineValue]()
     assert own is not None, "it is the engine that others are compared with"
     of_engine = partial(constraints_of, problem.model, problem.cluster)
-    asked = [each for each in problem.constraints if each not in of_engine(own.name)]
+    own_constraints = [each for each in problem.constraints if each not in of_engine(own.name)]
     for name in ENGINES:
         if name == own.name:
             continue
         rules = named(own, name)
-        constraints: Constraints = tuple(dict.fromkeys((*of_engine(name), *asked)))
+        constraints: Constraints = tuple(dict.fromkeys((*of_engine(name), *own_constraints)))
         family = family_of(plan.strategy, problem.family.roles, rules, problem.family.engine_settings)
         if rung := Requested.of(plan).rung:
             family = RUNGS[rung].restrict(family, plan.strategy)
@@ -74,7 +74,7 @@ def _values(
             ):
                 found = replace(found, bound=plan.result.bound)
             else:
-                told(name)
+                started(name)
                 other = replace(problem, family=family, constraints=constraints, memories=memories)
                 found = _searched(found, plan, other, own, seed, budget)
                 found = _by_equal_stages(found, plan, other, own, seed, budget.cancelled, is_known=has_its_memory)

@@ -32,13 +32,13 @@ TO_CLIMB = 0.25  # share of the time for choosing the tenants' rungs
 class LoadedTenants:
     """The tenants in a file with their cluster, and the inputs of each tenant in the file's order.
 
-    ``asked``: each tenant's objective as requested, of which limits that do not apply to its requests are not in its
+    ``requested``: the objective of each tenant, of which limits that do not apply to its requests are not in its
     problem's.
     """
 
     tenancy: Tenancy
     inputs: tuple[LoadedInputs, ...]
-    asked: tuple[Objective, ...]
+    requested: tuple[Objective, ...]
     rungs: tuple[str, ...] = ()  # of each tenant's plans; empty: not chosen yet
 
 
@@ -76,15 +76,15 @@ def load_tenancy(
             problems += [_in_file(problem, index, tenant, source) for problem in error.problems]
     if problems:
         raise DocumentError(list(dict.fromkeys(problems)))
-    asked = tuple(
+    requested = tuple(
         objective(ObjectiveKind(one.objective), ttft_s=one.ttft, tpot_s=one.tpot, demand_rps=None) for one in given
     )
-    problems_of = (settings.problem(loaded.inputs, goal) for loaded, goal in zip(found, asked, strict=True))
+    problems_of = (settings.problem(loaded.inputs, goal) for loaded, goal in zip(found, requested, strict=True))
     tenants = tuple(
         Tenant(name=one.name, problem=problem, weight=one.weight, worth=one.worth)
         for one, problem in zip(given, problems_of, strict=True)
     )
-    return LoadedTenants(tenancy=Tenancy(tenants=tenants), inputs=tuple(found), asked=asked)
+    return LoadedTenants(tenancy=Tenancy(tenants=tenants), inputs=tuple(found), requested=requested)
 
 
 def _in_file(problem: Problem, index: int, tenant: FleetTenantPart, source: Text) -> Problem:
@@ -105,10 +105,10 @@ def on_rungs(
     """
     tenants, rungs = list[Tenant](), list[str]()
     for number, tenant in enumerate(loaded.tenancy.tenants):
-        told = one_of_several(report, number + 1, len(loaded.inputs), f"{tenant.name} alone: ")
+        reporter = one_of_several(report, number + 1, len(loaded.inputs), f"{tenant.name} alone: ")
 
-        def find(posed: PlacementProblem, own: Budget, known: Known | None, told: Report = told) -> Plan:
-            return search(posed, settings, budget=own, report=told, known=known)
+        def find(posed: PlacementProblem, own: Budget, known: Known | None, reporter: Report = reporter) -> Plan:
+            return search(posed, settings, budget=own, report=reporter, known=known)
 
         own = budget.share(TO_CLIMB / (len(loaded.inputs) - number), explains=False)
         try:
@@ -138,21 +138,21 @@ def share_out_fleet(
     loaded = on_rungs(loaded, settings, budget=budget, report=report, carriers=carriers)
     number, count = 1, len(rules) + with_envy
 
-    def told(progress: Progress) -> None:
+    def reporter(progress: Progress) -> None:
         one_of_several(report, number, count)(progress)
 
     search = FleetSearch(
         loaded.tenancy, strategy=settings.strategy, budget=budget, gap_target=settings.gap_target, seed=settings.seed,
-        report=told,
+        report=reporter,
     )  # fmt: skip
     first, *others = rules
-    answers = [_finished(search, loaded, first, settings, told)]
+    answers = [_finished(search, loaded, first, settings, reporter)]
     for rule in others:
         if budget.is_spent():
             break
         number += 1
         try:
-            answers.append(_finished(search, loaded, rule, settings, told))
+            answers.append(_finished(search, loaded, rule, settings, reporter))
         except NoPlanFoundError:
             break  # the time is up; the answers so far suffice
     number = count
@@ -171,8 +171,8 @@ def _finished(
     answer = search.share(rule)
     held = {share.name: list(share.plan.devices()) if share.plan else [] for share in answer.shares}
     shares = []
-    each = zip(answer.shares, search.tenants, loaded.inputs, loaded.asked, loaded.rungs, strict=True)
-    for share, tenant, inputs, asked, rung in each:
+    each = zip(answer.shares, search.tenants, loaded.inputs, loaded.requested, loaded.rungs, strict=True)
+    for share, tenant, inputs, requested, rung in each:
         plan = share.plan
         if plan is not None:
             others = " and ".join(other.name for other in search.tenants if other.name != tenant.name)
@@ -183,7 +183,7 @@ def _finished(
             of_others = {name: own for name, own in held.items() if name != tenant.name}
             held_by = {OTHER_TENANTS: of_others} if of_others else {}
             plan = replace(plan, inputs=held_by, notes=(*plan.notes, *shared))
-            plan = describe(plan, inputs, tenant.problem, settings, asked, rung=rung)
+            plan = describe(plan, inputs, tenant.problem, settings, requested, rung=rung)
         shares.append(replace(share, plan=plan))
     answer = replace(answer, shares=tuple(shares))
     if wrong := check_fleet_shares(search.tenancy, answer):

@@ -150,10 +150,20 @@ class Rederivation:
         return self._derived[shape]
 
 
+def completion_seconds(setting: Setting, shape: ReplicaShape) -> float:
+    """Return the seconds between completions of one replica."""
+    last = len(shape.stages) - 1
+    stage_s = [
+        stage_seconds(setting, stage, is_first=i == 0, is_last=i == last) for i, stage in enumerate(shape.stages)
+    ]
+    card_s = [busy_seconds(setting, shape, positions) for positions in shape.shared_by]
+    return seconds_between_completions(setting, shape.stages, stage_s, card_s)
+
+
 def derive(setting: Setting, shape: ReplicaShape) -> Derived:
     """Apply the cost model to one replica."""
     last = len(shape.stages) - 1
-    stage_s, room, memory = [], math.inf, list[MemoryUse]()
+    room, memory = math.inf, list[MemoryUse]()
     slowest = shape.stages if shape.slowest_link is None else [_with_link(s, shape.slowest_link) for s in shape.stages]
 
     def must_hold(where: str, rule: Rule, usable: float, num_bytes: float) -> None:
@@ -164,16 +174,13 @@ def derive(setting: Setting, shape: ReplicaShape) -> Derived:
 
     for i, stage in enumerate(shape.stages):
         is_first, is_last = i == 0, i == last
-        stage_s.append(stage_seconds(setting, stage, is_first=is_first, is_last=is_last))
         room = min(room, stage.copies * kv_room_of_a_copy(setting, stage, is_first=is_first, is_last=is_last))
         num_bytes = rank_bytes(setting, stage, is_first=is_first, is_last=is_last)
         must_hold(f"stage {i + 1}", Rule.RANK_MEMORY, usable_bytes(setting, stage), num_bytes)
         if (pool := stage.pool) is not None:
             num_bytes = worker_bytes(setting, stage, pool, is_first=is_first)
             must_hold(f"attention workers of stage {i + 1}", Rule.WORKER_MEMORY, of_card(pool), num_bytes)
-    card_s = []
     for positions in shape.shared_by:
-        card_s.append(busy_seconds(setting, shape, positions))
         room = min(room, kv_room_of_shared_card(setting, shape, positions))
         where = f"attention workers of stages {', '.join(str(i + 1) for i in positions)}"
         num_bytes = shared_card_bytes(setting, shape, positions)
@@ -181,7 +188,7 @@ def derive(setting: Setting, shape: ReplicaShape) -> Derived:
     chunk_s, busiest_s = replica_chunk_seconds(setting, shape.stages)
     slowest_chunk_s, slowest_busiest_s = replica_chunk_seconds(setting, slowest)
     return Derived(
-        t_s=seconds_between_completions(setting, shape.stages, stage_s, card_s),
+        t_s=completion_seconds(setting, shape),
         tpot_per_t=tpot_per_t(setting),
         prefills=setting.role is not Role.DECODE,
         chunks_ahead=chunks_ahead(setting),

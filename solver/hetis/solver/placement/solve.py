@@ -79,7 +79,9 @@ def solve_family(
         if not chooses_utilisation(problem):
             outcome = find(costs)
             return None if outcome is None else KeptOutcome(costs, outcome)
-        return search_kept(costs, settings, find, lambda tables: bound_of(tables, settings), kept)
+        is_unified = problem.family.roles == (Role.UNIFIED,) and problem.family.uneven_layers and not simplest_within
+        quick = (lambda tables, *_: equal_stages(tables, settings)) if is_unified else None
+        return search_kept(costs, settings, find, lambda tables: bound_of(tables, settings), kept, quick)
 
     found = _solved(problem, settings, market, found_by, simplest_within)
     if not isinstance(found, Unbeaten):

@@ -83,15 +83,20 @@ def most_lanes(costs: CostTables) -> Lanes:
 
 
 def search_kept(
-    costs: CostTables, settings: SearchSettings, find: Find, bound_of: BoundOf, known: float = 0.0
-) -> KeptOutcome | Unbeaten | None:
+    costs: CostTables, settings: SearchSettings, find: Find, bound_of: BoundOf, known: float = 0.0,
+    quick: Find | None = None,
+) -> KeptOutcome | Unbeaten | None:  # fmt: skip
     """Return the outcome that keeps most or, if a rate is demanded, the best that keeps it; None: there is none.
 
     ``find`` searches at the utilisation of tables, and ``bound_of`` returns a bound without whole counts, in the unit
-    of outcomes. If the rate is maximised, a plan may be known that keeps a rate, and only better ones count.
+    of outcomes. If the rate is maximised, a plan may be known that keeps a rate, and only better ones count. Then the
+    plans of a ``quick`` search of a smaller family count first: those of the highest saturated rates may keep less.
     """
     if costs.problem.objective.maximises:
-        return _Most(costs, settings, find, bound_of, known).run()
+        searching = _Most(costs, settings, find, bound_of, known)
+        if quick is not None and searching.limit_s is not None:
+            searching.begin_with(_Most(costs, settings, quick, lambda _: np.inf, known))
+        return searching.run()
     return _Least(costs, settings, find, bound_of).run()
 
 
@@ -178,10 +183,24 @@ class _Most(_Cells):
         self._kept = known  # by the best plan that is known
         self._num_searches = 0
 
+    def begin_with(self, other: _Most) -> None:
+        """Begin with the best plan of another search."""
+        other.search()
+        if other._best is not None:
+            self._best, self._kept, self.has_found = other._best, other._kept, True
+
     def run(self) -> KeptOutcome | Unbeaten | None:
         if self.limit_s is None:
             found = self.searched(GRID[-1])
             return None if found is None else self._answer(found, GRID[-1] * found.outcome.bound)
+        most = self.search()
+        if not self._kept:
+            return None
+        bound = self._bound(most)
+        return Unbeaten(max(bound, self._kept)) if self._best is None else self._answer(self._best, bound)
+
+    def search(self) -> float:
+        """Search for the best plan; return a bound on saturated rates."""
         most = self.bound_at(GRID[0])
         for utilisation in TRIED:
             if self._kept and (utilisation * most <= CLOSE * self._kept or self._is_over()):
@@ -194,12 +213,10 @@ class _Most(_Cells):
                 self._improved(utilisation, gap=0.0)  # waits are no matter, so whole counts decide
         if not self._kept:
             self._improved(GRID[0])
-        if not self._kept:
-            return None
-        self._leave_time_to_wait(most)
-        self._relieve_prefill(most)
-        bound = self._bound(most)
-        return Unbeaten(max(bound, self._kept)) if self._best is None else self._answer(self._best, bound)
+        if self._kept:
+            self._leave_time_to_wait(most)
+            self._relieve_prefill(most)
+        return most
 
     def _relieve_prefill(self, most: float) -> None:
         """Search for better plans whose prefill replicas have a lower utilisation than the others."""

@@ -31,7 +31,7 @@ from hetis.solver.budget import Budget
 from hetis.solver.errors import InvalidProblemError
 from hetis.solver.plan import Objective, Plan
 from hetis.solver.problem import PlacementProblem
-from tests.planner.command_line import hetis_plan, invoke
+from tests.planner.command_line import invoke
 from tests.planner.use_cases.simulation.test_simulate import CLUSTER, no_mixed_factor, simulated
 
 __all__ = ["no_mixed_factor"]  # for every test here, too
@@ -193,14 +193,6 @@ def test_few_whole_runs_in_memory_change_nothing(pair: Placed, monkeypatch: pyte
     parts_of = attrgetter("verdict", "summary", "runs")
     assert repr(parts_of(in_turn)) == repr(parts_of(at_once))  # since Python 3.13 a NaN makes equal values unequal
     assert (in_turn.run.finished_s == at_once.run.finished_s).all(), "it is the first run"
-
-
-def test_processes_give_the_same_verdict(saved: Path) -> None:
-    arguments = ("simulate", str(saved), "--requests", "200", "--seeds", "3", "-o", "json")
-    apart = hetis_plan(*arguments, "--threads", "2")
-    assert apart.returncode == 0, apart.stderr
-    here = hetis_plan(*arguments, "--threads", "1")
-    assert json.loads(apart.stdout) == json.loads(here.stdout)
 
 
 # --- a sweep

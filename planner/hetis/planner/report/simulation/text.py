@@ -178,12 +178,10 @@ def _throughput(simulated: Simulated) -> Text:
 def _settings(simulated: Simulated, plan: Plan) -> Iterator[str]:
     settings, lockstep = simulated.question.settings, sum(one.expert_parallel for one in plan.replicas)
     if lockstep < len(plan.replicas):
-        yield f"micro-batches {settings.discipline}"
+        yield "micro-batches apart"
     if lockstep:
         yield "copies that share experts iterate together"
     yield f"{settings.router} router"
-    if settings.chunks == "paced":
-        yield "paced prompts"
     if not settings.dispatch:
         yield "no head-level dispatch"
     elif not settings.redispatch:

@@ -1,4 +1,4 @@
-"""Telemetry: log lines, traces, and the record of every call."""
+"""Telemetry: log lines, and the record of every call."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ import math
 import re
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import grpc
 from google.protobuf.message import Message
@@ -20,10 +20,6 @@ from hetis.planner.failures import Reason, ServiceError
 from hetis.planner.resources.committing import named_in
 from hetis.planner.service.observability.metrics import ServiceMetrics
 from hetis.planner.store import AuditedChange
-
-if TYPE_CHECKING:
-    from opentelemetry.sdk.trace import TracerProvider
-
 
 _STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName", "color_message"}
 REPEAT_S = 30.0
@@ -146,79 +142,6 @@ def _printable(text: str) -> str:
     return text if text.isprintable() else "".join(c if c.isprintable() else f"\\u{ord(c):04x}" for c in text)
 
 
-class MissingExtraError(Exception):
-    """Traces are configured, but OpenTelemetry is not installed."""
-
-
-class Traces:
-    """Spans of OpenTelemetry, as children of the caller's ``traceparent``."""
-
-    def __init__(self, provider: TracerProvider) -> None:
-        from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
-
-        self._provider = provider
-        self._tracer = provider.get_tracer("hetis.planner")
-        self._propagator = TraceContextTextMapPropagator()
-
-    def begin(self, method: str, metadata: Metadata) -> Span:
-        from opentelemetry import trace
-
-        names = ("traceparent", "tracestate")
-        carrier = {key: value for key, value in metadata if key in names and isinstance(value, str)}
-        service, _, name = method.removeprefix("/").partition("/")
-        span = self._tracer.start_span(
-            f"{service}/{name}",
-            context=self._propagator.extract(carrier),
-            kind=trace.SpanKind.SERVER,
-            attributes={"rpc.system": "grpc", "rpc.service": service, "rpc.method": name},
-        )
-        return Span(span)
-
-    def close(self) -> None:
-        self._provider.shutdown()
-
-
-class Span:
-    """The OpenTelemetry span of one call."""
-
-    def __init__(self, span: Any) -> None:
-        from opentelemetry import context, trace
-
-        self._span = span
-        self._detach = context.detach
-        self._token = context.attach(trace.set_span_in_context(span))
-        self.trace_id = format(span.get_span_context().trace_id, "032x")
-
-    def end(self, code: str, *, is_error: bool) -> None:
-        from opentelemetry.trace import Status, StatusCode
-
-        self._span.set_attribute("rpc.grpc.status_code", code)
-        if is_error:
-            self._span.set_status(Status(StatusCode.ERROR, code))
-        self._span.end()
-        self._detach(self._token)
-
-
-def open_traces(endpoint: str | None, version: str) -> Traces | None:
-    """Return traces to an OTLP endpoint if there is one. Raises MissingExtraError if OpenTelemetry is missing."""
-    if endpoint is None:
-        return None
-    try:
-        from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter
-        from opentelemetry.sdk.resources import Resource
-        from opentelemetry.sdk.trace import TracerProvider
-        from opentelemetry.sdk.trace.export import BatchSpanProcessor
-    except ModuleNotFoundError as error:
-        raise MissingExtraError(f"traces need {error.name}: pip install 'hetis[planner,otel]'") from None
-    provider = TracerProvider(
-        resource=Resource.create({"service.name": "hetis-planner", "service.version": version}), shutdown_on_exit=False
-    )
-    exporter = OTLPSpanExporter(endpoint=endpoint, insecure=endpoint.startswith("http://"), timeout=5)
-    provider.add_span_processor(BatchSpanProcessor(exporter))
-    return Traces(provider)
-
-
-Metadata = Iterable[tuple[str, str | bytes]]
 _log = logging.getLogger("hetis.planner.calls")
 _NAMING = ("name", "cluster", "replica", "plan", "profile", "parent")
 _IDS = {"cluster_id": "clusters", "plan_id": "plans", "profile_id": "profiles"}  # by field with a new resource's id
@@ -229,13 +152,12 @@ _OUR_FAULT = {grpc.StatusCode.INTERNAL, grpc.StatusCode.UNKNOWN}
 class CallRecord:
     """The record of one call, from its start to its end."""
 
-    def __init__(self, method: str, peer: str, span: Span | None, *, is_stream: bool) -> None:
+    def __init__(self, method: str, peer: str, *, is_stream: bool) -> None:
         self.method = method
         self.caller = self.reason = ""
         self._role = self._request_name = self._request_id = ""
         self._quota = ""  # the quota that was used up
         self._peer = peer
-        self._span = span
         self.is_stream = is_stream
         self._began = time.perf_counter()
 
@@ -280,8 +202,6 @@ class CallRecord:
             metrics.call_failed(self.reason)
         if self._quota:
             metrics.quota_exceeded(self.caller, self._quota)
-        if self._span is not None:
-            self._span.end(code.name, is_error=code in _OUR_FAULT)
         level = logging.INFO
         if code in _OUR_FAULT:
             level = logging.ERROR
@@ -299,7 +219,6 @@ class CallRecord:
                     "caller": self.caller,
                     "peer": self._peer,
                     "request": self._request_name,
-                    "trace": "" if self._span is None else self._span.trace_id,
                 },
             )
 
@@ -315,11 +234,9 @@ def _name_of_new(request: Message) -> str:
 class Telemetry:
     """Creates call records."""
 
-    def __init__(self, metrics: ServiceMetrics, traces: Traces | None = None) -> None:
+    def __init__(self, metrics: ServiceMetrics) -> None:
         self.metrics = metrics
-        self._traces = traces
 
-    def begin(self, method: str, peer: str, metadata: Metadata, *, is_stream: bool) -> CallRecord:
+    def begin(self, method: str, peer: str, *, is_stream: bool) -> CallRecord:
         self.metrics.call_began(method)
-        span = None if self._traces is None else self._traces.begin(method, metadata)
-        return CallRecord(method, peer, span, is_stream=is_stream)
+        return CallRecord(method, peer, is_stream=is_stream)

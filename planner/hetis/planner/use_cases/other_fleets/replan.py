@@ -47,24 +47,24 @@ NOTE = "re-planned from a running plan; value and bound are those of the fleet, 
 class PosedReplan:
     """A problem of re-planning. ``warnings`` point out oddities of the running plan.
 
-    ``asked`` is the objective as requested, of which limits that do not apply to the requests are not in the problem's.
+    ``requested`` is the objective, of which limits that do not apply to the requests are not in the problem's.
     ``survived`` is the kind of place without any one of which the running plan had to serve its demand; empty: none.
     """
 
     running: Plan
     loaded: LoadedInputs
     problem: PlacementProblem
-    asked: Objective
+    requested: Objective
     survived: str
     settings: PlacementSettings
     warnings: tuple[str, ...]
 
 
-def _of_another_model(planned: ModelSpec, asked: ModelSpec) -> str:
-    """Return why a plan is not one of the model that was asked for, which may have the same name."""
-    if planned.name != asked.name:
-        return f"is a plan of {planned.name}, not of {asked.name} as --model says"
-    others = ", ".join(differing_fields(planned, asked))
+def _of_another_model(planned: ModelSpec, requested: ModelSpec) -> str:
+    """Return why a plan is not one of the requested model, which may have the same name."""
+    if planned.name != requested.name:
+        return f"is a plan of {planned.name}, not of {requested.name} as --model says"
+    others = ", ".join(differing_fields(planned, requested))
     return f"is a plan of {planned.name} with other {others} than --model says; without --model it is kept"
 
 
@@ -158,7 +158,7 @@ def pose_replanning(
     warnings += dropped
     problem = problem.at(min(PLANNED_UTILISATION, found.plan.result.utilisation or PLANNED_UTILISATION))
     return PosedReplan(
-        running=found.plan, loaded=loaded, problem=problem, asked=objective, survived=survived, settings=settings,
+        running=found.plan, loaded=loaded, problem=problem, requested=objective, survived=survived, settings=settings,
         warnings=tuple(warnings),
     )  # fmt: skip
 
@@ -185,7 +185,7 @@ def survival_of(plan: Plan, posed: PosedReplan) -> Survival | None:
     if not posed.survived:
         return None
     left_rps = left_without(plan, posed.problem, posed.survived)
-    return Survival(place=posed.survived, demand_rps=posed.asked.demand_rps or 0.0, left_rps=left_rps)
+    return Survival(place=posed.survived, demand_rps=posed.requested.demand_rps or 0.0, left_rps=left_rps)
 
 
 def too_wide(plan: Plan, problem: PlacementProblem) -> bool:
@@ -270,7 +270,7 @@ def replan(
         found = solve(question)
         found = replace(found, plan=replace(found.plan, notes=(*found.plan.notes, ON_ANY_NODES)))
     plan = _with_kept_settings(replace(found.plan, notes=(*found.plan.notes, NOTE)), found, posed.running)
-    plan = describe(plan, posed.loaded, posed.problem, settings, posed.asked, rung=posed.settings.rung)
+    plan = describe(plan, posed.loaded, posed.problem, settings, posed.requested, rung=posed.settings.rung)
     plan = with_service_level(plan, Requested.of(posed.running).service_level)
     if (survival := survival_of(plan, posed)) is not None:
         plan = replace(with_losses(plan, posed.problem), notes=(*plan.notes, str(survival)))
@@ -281,7 +281,7 @@ def replan(
         raise UncheckedPlanError(tuple(violations))
     plan = with_profile_errors(plan, posed.problem)
     if verify:
-        told = simulation_report(plan, report)
+        reporter = simulation_report(plan, report)
         unlimited = Budget(cancelled=budget.cancelled)
-        plan = kept_plan(plan, posed.problem, seed=settings.seed, budget=unlimited, report=told)
+        plan = kept_plan(plan, posed.problem, seed=settings.seed, budget=unlimited, report=reporter)
     return replace(found, plan=plan)

@@ -96,27 +96,27 @@ class BuyNext:
     left_out: tuple[str, ...]  # types for which no time was left, or which were cancelled
 
 
-def what_if(asked: Searches, change: FleetChange) -> WhatIf:
+def what_if(searches: Searches, change: FleetChange) -> WhatIf:
     """Solve for the present and for the changed fleet, each with a budget of its own.
 
     Raises:
         InvalidProblemError: a node is unknown, a type has no profile, or no node is left.
         UncheckedPlanError: a plan fails the independent checker.
     """
-    side = _solver(asked, count=2)
-    changed = changed_inputs(asked.loaded, change)
-    before, after = side(asked.loaded, "before"), side(changed, "after")
+    side = _solver(searches, count=2)
+    changed = changed_inputs(searches.loaded, change)
+    before, after = side(searches.loaded, "before"), side(changed, "after")
     return WhatIf(
-        objective=asked.objective,
+        objective=searches.objective,
         change=change,
         before=before,
         after=after,
-        difference=_difference(before, after, asked.objective),
+        difference=_difference(before, after, searches.objective),
         plan_change=_plan_change(before, after),
     )
 
 
-def buy_next(asked: Searches, market: Sequence[Addition], shape: NodeShape) -> BuyNext:
+def buy_next(searches: Searches, market: Sequence[Addition], shape: NodeShape) -> BuyNext:
     """Solve again with each type of the market added, starting with the type of the highest dual per dollar.
 
     Once a budget is cancelled, the remaining types are left out and named in the result.
@@ -125,9 +125,9 @@ def buy_next(asked: Searches, market: Sequence[Addition], shape: NodeShape) -> B
         InvalidProblemError: a type has no profile, and none can be modelled.
         UncheckedPlanError: a plan fails the independent checker.
     """
-    side, objective = _solver(asked, count=1 + len(market)), asked.objective
-    fleets = {a.gpu.name: changed_inputs(asked.loaded, FleetChange(add=(a,), shape=shape)) for a in market}
-    before = side(asked.loaded, "before")
+    side, objective = _solver(searches, count=1 + len(market)), searches.objective
+    fleets = {a.gpu.name: changed_inputs(searches.loaded, FleetChange(add=(a,), shape=shape)) for a in market}
+    before = side(searches.loaded, "before")
     duals = _duals(before)
     offers, left_out = [], []
     for addition in sorted(market, key=lambda a: -_per_dollar(duals.get(a.gpu.name, 0.0), _price(a))):
@@ -171,8 +171,8 @@ def buy_next_to_plan(
         strategy=plan.strategy, roles=family.roles, engine=family.engine, time_limit_s=time_limit_s,
         rung=Requested.of(plan).rung, least_layers=1,
     )  # fmt: skip
-    asked = Searches(loaded=loaded, objective=plan.objective, settings=settings, budget=budget, report=report)
-    return buy_next(asked, market, shape)
+    searches = Searches(loaded=loaded, objective=plan.objective, settings=settings, budget=budget, report=report)
+    return buy_next(searches, market, shape)
 
 
 def _price(addition: Addition) -> float | None:
@@ -191,20 +191,20 @@ def _duals(side: Side) -> dict[str, float]:
     return duals
 
 
-def _solver(asked: Searches, *, count: int) -> Callable[[LoadedInputs, str], Side]:
+def _solver(searches: Searches, *, count: int) -> Callable[[LoadedInputs, str], Side]:
     """Return a function that solves for each of ``count`` fleets, and numbers them in its progress reports.
 
     All are planned on the rung that the first one is worth, unless another fleet has no plan there.
     """
-    numbers, rung = itertools.count(1), asked.settings.rung
-    nothing, anything = (0.0, math.inf) if asked.objective.maximises else (math.inf, 0.0)
+    numbers, rung = itertools.count(1), searches.settings.rung
+    nothing, anything = (0.0, math.inf) if searches.objective.maximises else (math.inf, 0.0)
 
     def side(loaded: LoadedInputs, name: str) -> Side:
         nonlocal rung
-        told = one_of_several(asked.report, next(numbers), count, f"{name}: ")
-        own = replace(asked, loaded=loaded, report=told)
-        outcome = planned(replace(own, settings=replace(asked.settings, rung=rung)))
-        if outcome.plan is None and rung != asked.settings.rung:
+        report = one_of_several(searches.report, next(numbers), count, f"{name}: ")
+        own = replace(searches, loaded=loaded, report=report)
+        outcome = planned(replace(own, settings=replace(searches.settings, rung=rung)))
+        if outcome.plan is None and rung != searches.settings.rung:
             outcome = planned(own)
         if outcome.plan is not None:
             rung = rung or Requested.of(outcome.plan).rung

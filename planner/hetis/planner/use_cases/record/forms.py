@@ -113,6 +113,8 @@ def read_engine(data: Any) -> EngineRules | None:
 
 def engine_from_data(data: Mapping[str, Any]) -> EngineRules:
     """Return the rules from which `asdict` made data; earlier versions charged nothing for the plugin."""
+    if not isinstance(data, Mapping):
+        raise TypeError(f"is a {type(data).__name__}, must have names and numbers")
     vendors = data.get("kv_vendors", ())
     if not isinstance(vendors, list | tuple) or not all(isinstance(vendor, str) for vendor in vendors):
         raise TypeError(f"kv_vendors is {shown(vendors)}, must be a list of vendors")

@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 
 from hetis.planner.use_cases.grouping import group_replicas
-from hetis.solver.check.rederive import Derived, derive
+from hetis.solver.check.rederive import Derived, completion_seconds, derive
 from hetis.solver.check.replica_shapes import Fleet, ReplicaShape, replica_shape
 from hetis.solver.check.setting import Setting
 from hetis.solver.cluster import node_of
@@ -120,6 +120,16 @@ class FixedPlan:
             problem = replace(problem, family=replace(problem.family, engine=replace(engine, plugin=plugin)))
         paces = {key: self._pace(problem, group, group.shape) for key, group in alike.items()}  # zones have like groups
         return self._sum((group, paces[group.shape, group.claimed]) for group in self.groups)
+
+    def planned_rate(self, profiles: Profiles) -> float:
+        """Return the rate of `as_planned`, which needs no latencies."""
+        problem, rates = self._under(profiles), dict[tuple[ReplicaShape, float], float]()
+        for group in self.groups:
+            if (key := (group.shape, group.claimed)) not in rates:
+                setting = Setting.of(problem, self._moments, group.shape)
+                rates[key] = group.claimed / completion_seconds(setting, group.shape)
+        unified, routed = self._traffic.served([(group, rates[group.shape, group.claimed]) for group in self.groups])
+        return self._planned_share * (unified + routed)
 
     def as_started(self, profiles: Profiles) -> Performance:
         """Return the performance with the engines' settings as they are, at the highest rate within the limits.
