@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from hetis.formats.errors import shown
-from hetis.formats.models.config_json import Config
+from hetis.formats.models.config_json import NUM_EXPERTS, Config
 
 # Names of one thing in different families, the usual one first.
 NAMES = {
@@ -13,7 +13,7 @@ NAMES = {
     "intermediate_size": ("dense_intermediate_size", "block_ff_dim", "intermediate_size", "ffn_hidden_size"),
     "head_dim": ("head_dim", "attention_head_dim"),
     "max_position_embeddings": ("max_position_embeddings", "model_max_length", "max_sequence_length", "max_seq_len"),
-    "num_experts": ("num_experts", "n_routed_experts", "num_local_experts", "moe_num_experts"),
+    "num_experts": NUM_EXPERTS,
     "num_experts_per_tok": (
         *("num_experts_per_tok", "num_experts_per_token", "top_k_experts", "moe_topk", "moe_top_k", "moe_k"),
     ),
