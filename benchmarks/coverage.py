@@ -5,7 +5,8 @@
 A row has the inputs of one kind: ``read``, of these ``right`` where the right answer is known (parameters within 1% of
 the published ones, the card that a name means), and ``refused``; ``wrong`` names those that are read and not right. A
 name that the catalogue rightly lacks counts as right if it is refused without another card as a hint. Configs are the
-published ones in ``tests/formats``.
+published ones in ``tests/formats``. The default configs of all decoders in transformers are compared with the classes
+themselves, which torch builds without memory; those that contradict themselves are left out.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from benchmarks.measuring import rows
 from benchmarks.measuring.rows import Row
@@ -35,13 +37,15 @@ WITHIN = 0.01
 
 def main() -> None:
     arguments = rows.parser("benchmarks.coverage", __doc__).parse_args()
-    rows.show(found(), arguments, name="coverage")
+    rows.show(found(with_transformers=not arguments.quick), arguments, name="coverage")
 
 
-def found() -> Iterator[Row]:
-    """Yield a row for each kind of input."""
+def found(*, with_transformers: bool) -> Iterator[Row]:
+    """Yield a row for each kind of input; that of transformers takes minutes."""
     configs = [*sorted((TESTS / "huggingface").glob("*.json")), *sorted((TESTS / "layered").glob("*.json"))]
     yield _row("configs of models", configs, _is_model_right)
+    if with_transformers:
+        yield from _architectures()
     cards = _table("cards.csv")
     yield _row("names of cards", list(cards), partial(_is_card_right, cards))
     with tempfile.TemporaryDirectory() as folder:
@@ -90,6 +94,48 @@ def _is_card_right(cards: dict[str, str], name: Path | str) -> bool:
         if wanted or error.candidates:
             raise
         return True
+
+
+def _architectures() -> Iterator[Row]:
+    """Yield the row of all decoders of transformers, by their default configs and the parameters of their classes."""
+    try:
+        from transformers.models.auto import modeling_auto
+    except ImportError:
+        return
+    causal = set(modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+    families = sorted(causal | set(modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES))
+    with tempfile.TemporaryDirectory() as folder:
+        counted = {family: found for family in families if (found := parameters_of(family)) is not None}
+        for family, (data, _) in counted.items():
+            (Path(folder) / f"{family}.json").write_text(json.dumps(data, default=str))
+
+        def is_right(family: Path | str) -> bool:
+            model = load_model(Path(folder) / f"{family}.json")
+            return abs(model.params() / counted[str(family)][1] - 1.0) <= WITHIN
+
+        yield _row("architectures of transformers", list(counted), is_right)
+
+
+def parameters_of(family: str, **fields: Any) -> tuple[dict[str, Any], int] | None:
+    """Return the default config of a family with some ``fields``, and the parameters of its model in transformers.
+
+    None if it is not installed, no decoder, or cannot be built from its defaults.
+    """
+    try:
+        import torch
+        from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+        from transformers.models.auto import modeling_auto
+
+        config = AutoConfig.for_model(family, **fields)
+        has_images = family in modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+        with torch.device("meta"):
+            model = (AutoModelForImageTextToText if has_images else AutoModelForCausalLM).from_config(config)
+    except Exception:  # classes raise errors of all types where defaults contradict each other
+        return None
+    if config.is_encoder_decoder:
+        return None
+    params = sum(one.numel() for one in {id(one): one for one in model.parameters()}.values())
+    return config.to_dict() | {"architectures": [type(model).__name__], "model_type": family}, params
 
 
 def _is_label_right(folder: Path, line: Path | str) -> bool:

@@ -412,13 +412,18 @@ def _described(family: Any, labels: Sequence[str]) -> Described:
 
 def _planner_metrics() -> Iterator[Described]:
     from hetis.planner.fleet.settings import FleetCounters
-    from hetis.planner.service.observability.metrics import FleetCollector, ServiceMetrics, StoreCollector
+    from hetis.planner.service.observability.metrics import (
+        FleetCollector,
+        HandshakeCollector,
+        ServiceMetrics,
+        StoreCollector,
+    )
     from hetis.planner.store import Lease
     from hetis.planner.store.health import StoreHealth
 
     yield from _of_registry(ServiceMetrics("").registry)
     store = StoreCollector(StoreHealth(lambda: 0.0), Lease(0.0))
-    for collector in (FleetCollector(FleetCounters()), store):
+    for collector in (FleetCollector(FleetCounters()), HandshakeCollector(), store):
         for family in collector.collect():
             yield _described(family, getattr(family, "_labelnames", ()))
 

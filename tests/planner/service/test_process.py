@@ -8,13 +8,15 @@ import json
 import os
 import re
 import signal
-import socket
 import sys
 import time
+import urllib.request
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import grpc
 import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from hetis.planner.service.command import run
 from hetis.planner.service.exit_codes import ServiceExitCode
@@ -23,7 +25,7 @@ from hetis.planner.service.settings import Given, PlannerConfig, load_config
 from hetis.planner.service.succession import Succession
 from hetis.v1 import plan_service_pb2 as plans
 from hetis.v1.plan_service_pb2_grpc import PlanServiceStub
-from tests.planner.service.certificates import Authority, write
+from tests.planner.service.certificates import Authority, Signed, write
 from tests.planner.service.fakes import open_fake
 from tests.planner.service.process import REAL, Process, finished, finished_here
 
@@ -192,21 +194,49 @@ def test_it_serves_with_tls_and_a_token_on_every_address(tmp_path: Path) -> None
     assert token not in stderr
 
 
-def test_a_handshake_that_fails_puts_no_line_of_another_form_into_the_log(tmp_path: Path) -> None:
-    certificate, key = write(tmp_path, Authority().server())
-    files = ("--set", f"tls.certificate={certificate}", "--set", f"tls.key={key}")
-    options = ("--listen", "127.0.0.1:0", "--status-page", "off", "--store", f"sqlite:///{tmp_path}/hetis.db")
-    with Process((*options, *files, "--ready-json"), folder=tmp_path, module=REAL) as process:
-        host, _, port = process.ready()["listen"][0].rpartition(":")
-        with socket.create_connection((host, int(port)), timeout=30) as stranger:
-            stranger.sendall(b"GET / HTTP/1.1\r\n\r\n")
-            while stranger.recv(4096):
-                pass
+def test_a_handshake_that_fails_is_logged_with_the_peer_and_the_reason_and_counted(tmp_path: Path) -> None:
+    ours, other = Authority(), Authority("other")
+    certificate, key = write(tmp_path, ours.server())
+    (tmp_path / "ca.pem").write_bytes(ours.pem)
+    files = {"certificate": certificate, "key": key, "client_ca": tmp_path / "ca.pem"}
+    settings = [word for name, path in files.items() for word in ("--set", f"tls.{name}={path}")]
+    options = ("--listen", "127.0.0.1:0", "--status-page", "127.0.0.1:0", "--store", f"sqlite:///{tmp_path}/hetis.db")
+    late = datetime.now(UTC) - timedelta(minutes=10)
+    name = "spiffe://hetis/viewer/me"
+    peers = {
+        "EXPIRED": grpc.ssl_channel_credentials(ours.pem, *pair(ours.client(name, until=late))),
+        "UNKNOWN_AUTHORITY": grpc.ssl_channel_credentials(ours.pem, *pair(other.client(name))),
+        "NO_CERTIFICATE": grpc.ssl_channel_credentials(ours.pem),
+        "NOT_TLS": None,
+    }
+    with Process((*options, *settings, "--ready-json"), folder=tmp_path, module=REAL) as process:
+        ready = process.ready()
+        (address,) = ready["listen"]
+        call = health_pb2.HealthCheckRequest()
+        for reason, credentials in peers.items():
+            channel = grpc.secure_channel(address, credentials) if credentials else grpc.insecure_channel(address)
+            with channel, pytest.raises(grpc.RpcError):
+                health_pb2_grpc.HealthStub(channel).Check(call, timeout=5)
+            process.until_said(f'"reason": "{reason}"')
+        honest = grpc.secure_channel(address, grpc.ssl_channel_credentials(ours.pem, *pair(ours.client(name))))
+        with honest:
+            assert health_pb2_grpc.HealthStub(honest).Check(call, timeout=30).status == 1
+        with urllib.request.urlopen(f"{ready['status_page']}metrics", timeout=30) as page:
+            metrics = page.read().decode()
         process.signal(signal.SIGTERM)
         _, stderr = process.end()
-    assert [line for line in stderr.splitlines() if not line.startswith("{")] == [
-        line for line in stderr.splitlines() if line.startswith("hetis-planner listens on")
-    ]
+    for reason in peers:
+        assert re.search(rf'hetis_planner_handshakes_failed_total{{reason="{reason}"}} [1-9]', metrics)
+    (said, *others) = [line for line in stderr.splitlines() if not line.startswith("{")]
+    assert said.startswith("hetis-planner listens on")
+    assert not others, "lines in the form of gRPC's core"
+    logged = [json.loads(line) for line in stderr.splitlines() if "handshake failed" in line]
+    assert [(one["host"], one["reason"]) for one in logged] == [("127.0.0.1", reason) for reason in peers]
+    assert all(one["meaning"].startswith("the peer") for one in logged)
+
+
+def pair(signed: Signed) -> tuple[bytes, bytes]:
+    return signed.key, signed.certificate
 
 
 def test_without_credentials_it_does_not_listen_for_other_machines(tmp_path: Path) -> None:

@@ -162,11 +162,20 @@ def tower_params(vision: Config, *, projection: int, gated: bool) -> int:
         deepstack = vision.data.get("deepstack_visual_indexes")
         mergers = 1 + (len(deepstack) if isinstance(deepstack, list) else 0)
         return layers * layer + patches + mergers * merged * (merged + vision.whole("out_hidden_size"))
+    if "spatial_merge_size" in vision.data and projection:  # patches are merged without a size of their own
+        merged = hidden * vision.whole("spatial_merge_size") ** 2
+        return layers * layer + patches + merged * (merged + projection)
     return layers * layer + patches + hidden * projection
 
 
-def tower_of_any_kind(vision: Config, hidden: int) -> int:
-    """Return the parameters of a vision tower by the usual names of its fields; 0 if it has others."""
+def towers_of_any_kind(config: Config, hidden: int) -> int:
+    """Return the parameters of the towers for images and sound that a config describes."""
+    parts = (config.part("vision_config"), config.part("audio_config"))
+    return sum(_tower_of_any_kind(part, hidden) for part in parts if part is not None)
+
+
+def _tower_of_any_kind(vision: Config, hidden: int) -> int:
+    """Return the parameters of a tower by the usual names of its fields; 0 if it has others."""
     own = Config(dict(vision.data), vision.source)
     for name, others in _TOWER_NAMES.items():
         value = next((own.data[each] for each in (name, *others) if own.data.get(each) is not None), None)
@@ -192,18 +201,17 @@ def _glm_tower(vision: Config) -> int:
     is that of the MLP that merges patches (transformers, ``Glm4vVisionBlock`` and ``Glm4vVisionPatchMerger``).
     """
     hidden, out = vision.whole("hidden_size"), vision.whole("out_hidden_size")
-    layers = vision.whole("num_hidden_layers", vision.whole("depth", 24))
-    merger = (
-        out * out
-        + 3 * out * vision.whole("intermediate_size")
-        + hidden * out * vision.whole("spatial_merge_size", 2) ** 2
-    )
+    layers, width = vision.whole("num_hidden_layers", vision.whole("depth", 24)), vision.whole("intermediate_size")
+    inner, merged = (out, width)
+    if vision.data["model_type"] == "glm_ocr_vision":  # `GlmOcrVisionModel`: the usual width, and a merger of its own
+        inner, merged = width, out * vision.whole("in_channels", 3)
+    merger = out * out + 3 * out * merged + hidden * out * vision.whole("spatial_merge_size", 2) ** 2
     patches = 3 * vision.whole("patch_size", 14) ** 2 * vision.whole("temporal_patch_size", 2) * hidden
-    return layers * (4 * hidden * hidden + 3 * hidden * out) + merger + patches
+    return layers * (4 * hidden * hidden + 3 * hidden * inner) + merger + patches
 
 
 _TOWER_NAMES = {
-    "hidden_size": ("vt_hidden_size", "width", "embed_dim"),
-    "num_hidden_layers": ("depth", "vt_num_hidden_layers", "layers", "num_layers"),
-    "intermediate_size": ("vt_intermediate_size",),
+    "hidden_size": ("vt_hidden_size", "width", "embed_dim", "d_model"),
+    "num_hidden_layers": ("depth", "vt_num_hidden_layers", "layers", "num_layers", "encoder_layers"),
+    "intermediate_size": ("vt_intermediate_size", "encoder_ffn_dim"),
 }

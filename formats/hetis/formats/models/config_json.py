@@ -30,6 +30,8 @@ class LinearLayers(NamedTuple):
 
 
 NO_LINEAR_LAYERS = LinearLayers()
+# Names of the number of a layer's experts. Transformers 5 writes another one than its earlier versions did.
+NUM_EXPERTS = ("num_experts", "n_routed_experts", "num_local_experts", "moe_num_experts")
 
 
 @dataclass(slots=True)
@@ -119,10 +121,15 @@ class Config:
 
     def experts(self, num: str, active: str, defaults: tuple[int | None, int | None] = (None, None)) -> dict[str, int]:
         """Return the numbers of a layer's experts and of those that a token activates, by their names in `MoeShape`."""
+        num = self.experts_name(num)
         num_experts, active_experts = self.whole(num, defaults[0]), self.whole(active, defaults[1])
         if active_experts > num_experts:
             self.refuse(active, f"is {active_experts}, must be at most {num} ({num_experts})")
         return {"num_experts": num_experts, "active_experts": active_experts}
+
+    def experts_name(self, usual: str) -> str:
+        """Return the name under which the number of experts is given, or a family's usual one if it is not."""
+        return next((name for name in (usual, *NUM_EXPERTS) if self.data.get(name) is not None), usual)
 
     def refuse_contradiction(self, name: str, layer: int) -> None:
         """Refuse another list of the kinds of layers than ``layer_types``, from which it differs about one of them."""

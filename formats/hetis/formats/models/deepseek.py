@@ -22,7 +22,7 @@ def kimi_linear(config: Config, name: str) -> ModelSpec | None:
         if config.data.get(own):
             config.refuse(own, f"is {shown(config.data[own])}, but what it adds to Kimi Linear is not modelled")
     common, mla, moe = common_fields(config, name), mla_of(config), None
-    if config.data.get("num_experts") is not None:
+    if config.data.get(config.experts_name("num_experts")) is not None:
         if config.whole("moe_layer_freq", 1) != 1:
             config.refuse("moe_layer_freq", "only models with experts in every layer after the first (1) are supported")
         moe = dict(
@@ -60,7 +60,7 @@ def deepseek(config: Config, name: str, indexer: Shape | None = None) -> ModelSp
     mla = mla_of(config)
     common = common_fields(config, name) | {"head_dim": mla["qk_nope_head_dim"] + mla["qk_rope_head_dim"]}
     moe = None
-    if config.data.get("n_routed_experts") is not None:
+    if config.data.get(config.experts_name("n_routed_experts")) is not None:
         if config.whole("moe_layer_freq", 1) != 1:
             config.refuse("moe_layer_freq", "only models with experts in every layer after the first (1) are supported")
         moe = routed_experts(config, leading_dense_layers(config, common["num_layers"], 0))

@@ -20,7 +20,7 @@ from hetis.formats.models.common import (
     family_of,
     same_experts,
     spec_of,
-    tower_of_any_kind,
+    towers_of_any_kind,
     vision_params,
     window_in_all,
 )
@@ -114,10 +114,10 @@ def _of_inner_model(config: Config, name: str) -> ModelSpec | None:
     if read is None or read is _of_inner_model:
         config.refuse("architectures", f"is {shown(inner)}, which is not supported; supported: {', '.join(FAMILIES)}")
         return None
-    model, vision = read(config, name), config.part("vision_config")
-    if model is None or vision is None:
-        return model
-    return replace(model, vision_params=tower_of_any_kind(vision, model.hidden))
+    model = read(config, name)
+    if model is None:
+        return None
+    return replace(model, vision_params=towers_of_any_kind(config, model.hidden))
 
 
 # Options of Gemma, and of its later generations, whose values exceed the range of float16.
@@ -154,7 +154,7 @@ _TABLE: tuple[tuple[str, str, Family], ...] = (
     ("Phi3ForCausalLM", "phi3", family_of(window_in_all)),
     ("PhiMoEForCausalLM", "phimoe", family_of(partial(same_experts, num=16, active=2), window_in_all)),
     ("KimiLinearForCausalLM", "kimi_linear", kimi_linear),
-    ("Glm4MoeForCausalLM", "glm4_moe", family_of(glm4_moe, head_dim=128)),
+    ("Glm4MoeForCausalLM", "glm4_moe", family_of(glm4_moe)),
     ("GptOssForCausalLM", "gpt_oss", family_of(every_second, same_experts, head_dim=64)),
     ("Qwen2VLForConditionalGeneration", "qwen2_vl", partial(qwen2_vl, gated=False)),
     ("Qwen2_5_VLForConditionalGeneration", "qwen2_5_vl", partial(qwen2_vl, gated=True)),
@@ -163,11 +163,18 @@ _TABLE: tuple[tuple[str, str, Family], ...] = (
     ("DeepseekV4ForCausalLM", "deepseek_v4", deepseek_v4),
     ("Llama4ForConditionalGeneration", "llama4", family_of(_llama4, fixed={"windows_free_kv": False}, head_dim=128)),
     ("Mistral3ForConditionalGeneration", "mistral3", _mistral3),
+    ("Llama4ForCausalLM", "llama4_text", family_of(_llama4, fixed={"windows_free_kv": False}, head_dim=128)),
     ("MistralLarge3ForCausalLM", "", _mistral3),
     ("Glm4vMoeForConditionalGeneration", "glm4v_moe", partial(by_layers, tied=False)),
     ("LongcatFlashForCausalLM", "longcat_flash", partial(by_layers, shape=twice_in_a_layer)),
-    ("InternVLChatModel", "internvl_chat", _of_inner_model),
-    ("InternVLForConditionalGeneration", "internvl", _of_inner_model),
+    (
+        "MuseGlimmerForConditionalGeneration",
+        "muse_glimmer",
+        partial(by_layers, gated_attention=True),
+    ),
+    ("AfmoeForCausalLM", "afmoe", partial(by_layers, gated_attention=True)),
+    ("VaultGemmaForCausalLM", "vaultgemma", partial(by_layers, tied=True)),
+    ("Starcoder2ForCausalLM", "starcoder2", partial(by_layers, gated_mlp=False, tied=True)),
     ("DeciLMForCausalLM", "nemotron-nas", deci),
 )
 
@@ -191,7 +198,17 @@ _ALIKE: tuple[tuple[Family, str], ...] = (
         "JambaForCausalLM=jamba SeedOssForCausalLM=seed_oss ExaoneForCausalLM=exaone Exaone4ForCausalLM=exaone4 "
         "ExaoneMoEForCausalLM=exaone_moe Dots1ForCausalLM=dots1 StableLmForCausalLM=stablelm "
         "InternLM3ForCausalLM=internlm3 ExaoneMoeForCausalLM FlexOlmoForCausalLM=flex_olmo "
-        "Ministral3ForCausalLM=ministral3 HYV3ForCausalLM=hy_v3 SolarOpenForCausalLM=solar_open CwmForCausalLM=cwm",
+        "Ministral3ForCausalLM=ministral3 HYV3ForCausalLM=hy_v3 SolarOpenForCausalLM=solar_open CwmForCausalLM=cwm "
+        "InklingForCausalLM=inkling_text InklingForConditionalGeneration=inkling_mm_model "
+        "LagunaForCausalLM=laguna OlmoHybridForCausalLM=olmo_hybrid",
+    ),
+    (
+        _of_inner_model,
+        "InternVLChatModel=internvl_chat InternVLForConditionalGeneration=internvl "
+        "InternS1ForConditionalGeneration=interns1 MiniCPMV4_6ForConditionalGeneration=minicpmv4_6 "
+        "MiniCPMV4_7ForConditionalGeneration=minicpmv4_7 PaliGemmaForConditionalGeneration=paligemma "
+        "NemotronH_Nano_VL_V2 NemotronH_Nano_Omni_Reasoning_V3 NemotronH_Super_Omni_Reasoning_V3 "
+        "NemotronH_Omni_Reasoning_V3=nemotron_h_omni",
     ),
     (
         partial(by_layers, gated_mlp=False),
@@ -202,7 +219,8 @@ _ALIKE: tuple[tuple[Family, str], ...] = (
         partial(by_layers, tied=True),
         "Ernie4_5ForCausalLM=ernie4_5 Ernie4_5_MoeForCausalLM=ernie4_5_moe CohereForCausalLM=cohere "
         "Cohere2ForCausalLM=cohere2 Cohere2VisionForConditionalGeneration=cohere2_vision SmolLM3ForCausalLM=smollm3 "
-        "Lfm2ForCausalLM=lfm2 Lfm2MoeForCausalLM=lfm2_moe",
+        "Lfm2ForCausalLM=lfm2 Lfm2MoeForCausalLM=lfm2_moe "
+        "MiniCPM3ForCausalLM=minicpm3",
     ),
     (
         _GEMMA_4,
@@ -218,7 +236,7 @@ _ALIKE: tuple[tuple[Family, str], ...] = (
         qwen3_next,
         "Qwen3NextForCausalLM=qwen3_next Qwen3_5ForConditionalGeneration=qwen3_5 "
         "Qwen3_5MoeForConditionalGeneration=qwen3_5_moe Qwen3_5ForCausalLM=qwen3_5_text "
-        "Qwen3_5MoeForCausalLM=qwen3_5_moe_text",
+        "Qwen3_5MoeForCausalLM=qwen3_5_moe_text InternS2PreviewForConditionalGeneration",
     ),
     (
         _minimax,
@@ -248,7 +266,9 @@ MODEL_TYPES = {kind: architecture for architecture, kind, _ in _rows() if kind}
 
 # Architectures whose language model is described in ``text_config``. Kimi K2.5's vision tower is left out: it has less
 # than a thousandth of the weights.
-NESTED = {name for name in FAMILIES if name.endswith("ForConditionalGeneration")} | {"InternVLChatModel"}
+NESTED = {
+    name for name, read in FAMILIES.items() if name.endswith("ForConditionalGeneration") or read is _of_inner_model
+}
 
 
 INNER = ("text_config", "llm_config", "thinker_config", "language_config")
@@ -257,6 +277,21 @@ INNER = ("text_config", "llm_config", "thinker_config", "language_config")
 # Architectures that are known, and what keeps the cost model from planning for them.
 NOT_MODELLED: dict[str, str] = {
     "DeepseekV41ForCausalLM": "layers that share the compressed entries of others, and tables of n-grams (Engram)",
+    "BailingMoeV3ForCausalLM": "Kimi delta attention with forget gates of full rank beside latent attention",
+    "DeepseekOCRForCausalLM": "vision towers that its config names but does not describe",
+    "DeepseekOCR2ForCausalLM": "a vision tower that its config names but does not describe",
+    "UnlimitedOCRForCausalLM": "windows that move with a reference (R-SWA)",
+    "DiffusionGemmaForBlockDiffusion": "blocks of tokens that are denoised together",
+    "Dots3NoteForCausalLM": "latent attention in windows, beside latent attention with an indexer",
+    "Ernie4_5_VLMoeForConditionalGeneration": "experts for text and others for images",
+    "Glm5NextForConditionalGeneration": "an indexer of pooled keys",
+    "HYV4ForCausalLM": "streams of the residual with one indexer for several layers",
+    "Qwen4ExpForCausalLM": "streams of low rank, and tables of n-grams",
+    "Gemma3nForConditionalGeneration": "predicted copies of the residual (AltUp) and low-rank branches (LAuReL)",
+    "Gemma3nForCausalLM": "predicted copies of the residual (AltUp) and low-rank branches (LAuReL)",
+    "MambaForCausalLM": "no layer with KV",
+    "Mamba2ForCausalLM": "no layer with KV",
+    "FalconMambaForCausalLM": "no layer with KV",
     "Phi3SmallForCausalLM": "block-sparse attention, where every head attends to blocks of its own",
     "Phi3VForCausalLM": "a vision tower that its config names but does not describe",
     "Phi4FlashForCausalLM": "layers that have a state space (Mamba), and layers that share the KV of another",

@@ -16,14 +16,15 @@ from hetis.formats.errors import DocumentError, did_you_mean, shown
 from hetis.formats.fields import listed, mapping, read_data, whole
 from hetis.formats.layers import spread_as_in_short
 from hetis.formats.models import dtypes
-from hetis.formats.models.config_json import Config
+from hetis.formats.models.config_json import NUM_EXPERTS, Config
 from hetis.formats.models.families import FAMILIES, INNER, MODEL_TYPES, NESTED, NOT_MODELLED
+from hetis.formats.models.layer_kinds import NAMES
 from hetis.formats.models.layered import unknown_fields
 from hetis.formats.models.quantisation import quantisation_of, stated_kv_bytes, weights_precision
 from hetis.formats.models.quantised_modules import layer_weight_bytes
 from hetis.formats.models.unlike import GATED, UNGATED, activation, unknown
 from hetis.formats.positions import Text
-from hetis.solver.model import Kernel, ModelSpec
+from hetis.solver.model import Experts, Kernel, ModelSpec
 
 
 def model_from_config(
@@ -47,6 +48,7 @@ def model_from_config(
         name = published
     read = FAMILIES.get(architecture, unknown)
     model = read(config, name if name.isprintable() and name.strip() else "model")
+    _refuse_lost_experts(config, model)
     linear = config.linear
     quantised = weights_precision(config, model, linear)
     dtype = _dtype(config, quantised)
@@ -70,6 +72,17 @@ def model_from_config(
     if notes is not None:
         notes += config.notes
     return model
+
+
+def _refuse_lost_experts(config: Config, model: ModelSpec | None) -> None:
+    """Refuse to read a model with experts as a dense one, because their number has a name that is not known."""
+    counted = any(config.data.get(name) is not None for name in NUM_EXPERTS)
+    if model is None or counted or any(isinstance(mlp, Experts) for layer in model.layers for mlp in layer.mlps):
+        return
+    stated = [name for name in (*NAMES["num_experts_per_tok"], "moe_intermediate_size") if config.data.get(name)]
+    if stated:
+        known = " or ".join(NUM_EXPERTS)
+        config.refuse(stated[0], f"is {shown(config.data[stated[0]])}, but no number of experts is given ({known})")
 
 
 def _size_note(config: Config, model: ModelSpec, folder: Path) -> list[str]:
@@ -112,7 +125,7 @@ def _config(data: dict[str, Any], source: Text, architecture: str) -> Config:
     text = data.get(at)
     if at == "thinker_config" and isinstance(text, dict):  # Qwen-Omni: what speaks is left out
         return _config({**text, "text_config": text.get("text_config")}, source, architecture)
-    is_nested = architecture in NESTED or (architecture not in FAMILIES and isinstance(text, dict))
+    is_nested = architecture in NESTED or (isinstance(text, dict) and "hidden_size" not in data)
     if not is_nested or (text is None and "hidden_size" in data):
         return Config(data, source, list(source.problems), whole_data=data)
     if not isinstance(text, dict):
@@ -121,6 +134,8 @@ def _config(data: dict[str, Any], source: Text, architecture: str) -> Config:
     # The whole config of a vision model states how its checkpoint is quantised, and whether its embeddings are tied.
     shared = ("quantization_config", "tie_word_embeddings")
     whole = {name: data[name] for name in shared if name in data} | text
+    if str(data.get("transformers_version")).startswith("5.") and shared[1] in data:
+        whole[shared[1]] = data[shared[1]]  # version 5 ties by the whole model's field alone
     return Config(whole, source, list(source.problems), (at,), whole_data=data)
 
 

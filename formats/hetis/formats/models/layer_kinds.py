@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from hetis.formats.errors import shown
-from hetis.formats.models.config_json import Config
+from hetis.formats.models.config_json import NUM_EXPERTS, Config
 
 # Names of one thing in different families, the usual one first.
 NAMES = {
@@ -13,7 +13,7 @@ NAMES = {
     "intermediate_size": ("dense_intermediate_size", "block_ff_dim", "intermediate_size", "ffn_hidden_size"),
     "head_dim": ("head_dim", "attention_head_dim"),
     "max_position_embeddings": ("max_position_embeddings", "model_max_length", "max_sequence_length", "max_seq_len"),
-    "num_experts": ("num_experts", "n_routed_experts", "num_local_experts", "moe_num_experts"),
+    "num_experts": NUM_EXPERTS,
     "num_experts_per_tok": (
         *("num_experts_per_tok", "num_experts_per_token", "top_k_experts", "moe_topk", "moe_top_k", "moe_k"),
     ),
@@ -31,11 +31,13 @@ NAMES = {
     "mamba_state": ("ssm_state_size", "mamba_d_state"),
     "mamba_kernel": ("conv_kernel", "mamba_d_conv"),
     "mamba_expand": ("expand", "mamba_expand"),
-    "first_dense": ("first_k_dense_replace", "num_dense_layers", "moe_layer_start_index"),
+    "first_dense": ("first_k_dense_replace", "num_dense_layers", "moe_layer_start_index", "dense_mlp_idx"),
+    "short_conv_kernel": ("conv_kernel_size", "sconv_kernel_size"),
     "window": ("sliding_window", "sliding_window_size"),
 }
 # What families call the kinds of attention of a layer, and the letters of Nemotron's pattern.
 ATTENTION, WINDOWED, STATE, CONVOLUTION, BOTH, NONE = "full", "windowed", "state", "convolution", "both", "none"
+CONVOLVED, CONVOLVED_WINDOW = "convolved", "convolved window"  # attention beside short convolutions (Inkling)
 _KINDS = {
     **dict.fromkeys(("full_attention", "attention", "global_attention", "global", "*"), ATTENTION),
     **dict.fromkeys(("sliding_attention", "sliding", "local_attention", "local", "sliding_window"), WINDOWED),
@@ -72,6 +74,8 @@ def stated_layers(config: Config) -> int | None:
 
 
 def kinds_of_attention(config: Config, num_layers: int) -> list[str]:
+    if config.data.get("d_rel") is not None:
+        return _convolved_kinds(config, num_layers)
     for name in ("layer_types", "layers_block_type", "hybrid_override_pattern"):
         if (stated := config.data.get(name)) is not None:
             return _named_kinds(config, name, stated, num_layers)
@@ -104,6 +108,14 @@ def kinds_of_attention(config: Config, num_layers: int) -> list[str]:
         return [WINDOWED if pattern[layer % len(pattern)] == "L" else ATTENTION for layer in range(num_layers)]
     every = config.whole("sliding_window_pattern", 0, least=0)
     return [ATTENTION if every and layer % every == every - 1 else WINDOWED for layer in range(num_layers)]
+
+
+def _convolved_kinds(config: Config, num_layers: int) -> list[str]:
+    """Return the kinds of Inkling's layers, of which the publisher numbers those that slide."""
+    if isinstance(local := config.data.get("local_layer_ids"), list):
+        return [CONVOLVED_WINDOW if layer in local else CONVOLVED for layer in range(num_layers)]
+    kinds = config.kinds_of_layers(num_layers, ("hybrid", "hybrid_sliding")) or ["hybrid"] * num_layers
+    return [CONVOLVED_WINDOW if kind == "hybrid_sliding" else CONVOLVED for kind in kinds]
 
 
 def _has_states(config: Config) -> bool:

@@ -11,12 +11,15 @@ import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from hetis.formats.models.config_json import Config, LinearLayers
 from hetis.formats.models.layer_kinds import (
     ATTENTION,
     BOTH,
     CONVOLUTION,
+    CONVOLVED,
+    CONVOLVED_WINDOW,
     NAMES,
     NONE,
     STATE,
@@ -27,6 +30,7 @@ from hetis.formats.models.layer_kinds import (
     named,
     number,
 )
+from hetis.formats.models.linear_attention import gated_delta_rule
 from hetis.solver.model import Dense, Experts, Grouped, Indexer, Latent, Layer, Mixer, Mlp, Recurrent
 
 _STRUCTURE = re.compile(
@@ -72,6 +76,9 @@ _READ = {
     ),
     *("linear_attn_config", "attention_bias", "vocab_size_per_layer_input", "mamba_ssm_cache_dtype", "no_rope_layers"),
     *("no_rope_layer_interval", "max_window_layers", "embedding_size", "rope_parameters", "index_local_blocks"),
+    *("linear_num_key_heads", "linear_num_value_heads", "linear_key_head_dim", "linear_value_head_dim"),
+    *("linear_conv_kernel_dim",),
+    *("per_layer_config", "num_attention_heads_per_layer", "global_attn_every_n_layers"),
     *("mla_use_output_gate", "cla_share_factor", "use_cla", "use_mixed_mlp_moe", "attn_res_block_size"),
 }
 _KNOWN = _READ | {name for names in NAMES.values() for name in names}
@@ -99,18 +106,27 @@ def unknown_fields(config: Config) -> list[str]:
 def read_layers(config: Config, num_layers: int, *, gated_mlp: bool = True, gated_attention: bool = False) -> Shapes:
     """Return the layers that a config describes."""
     kinds = kinds_of_attention(config, num_layers)
+    gated_attention = gated_attention or config.data.get("gating") == "per-element"  # Laguna
     mlps, alone = _mlps(config, num_layers, gated=gated_mlp), mlps_alone(config, num_layers)
-    makers: dict[str, Callable[[], tuple[Mixer, ...]]] = {
-        ATTENTION: lambda: (_attention(config, gated=gated_attention),),
-        WINDOWED: lambda: (_windowed(config, gated=gated_attention),),
-        "sparse": lambda: (_sparse(config),),
-        STATE: lambda: (_state(config)[0],),
-        CONVOLUTION: lambda: (_convolution(config)[0],),
-        BOTH: lambda: (_attention(config, gated=gated_attention), _state(config)[0]),
-        NONE: lambda: (),
+    makers: dict[str, Callable[[Config], tuple[Mixer, ...]]] = {
+        ATTENTION: lambda own: (_attention(own, gated=gated_attention),),
+        WINDOWED: lambda own: (_windowed(own, gated=gated_attention),),
+        "sparse": lambda own: (_sparse(own),),
+        STATE: lambda own: (_state(own)[0],),
+        CONVOLUTION: lambda own: (_convolution(own)[0],),
+        BOTH: lambda own: (_attention(own, gated=gated_attention), _state(own)[0]),
+        CONVOLVED: lambda own: _convolved(own, _attention(own, gated=gated_attention)),
+        CONVOLVED_WINDOW: lambda own: _convolved(own, _windowed(own, gated=gated_attention)),
+        NONE: lambda own: (),
     }
-    made = {kind: makers[kind]() for kind in dict.fromkeys(kinds)}
-    layers = [Layer(mixers=made[kind], mlps=mlps[layer]) for layer, kind in enumerate(kinds)]
+    numbered = _in_layers(config, num_layers)
+    alike = dict(zip(zip(kinds, map(repr, numbered), strict=True), numbered, strict=True))
+    makes = {
+        key: makers[key[0]](config if not own else replace(config, data=config.data | own))
+        for key, own in alike.items()
+    }
+    layers = [Layer(mixers=makes[kind, repr(numbered[layer])], mlps=mlps[layer]) for layer, kind in enumerate(kinds)]
+    made = set(kinds)
     if alone is not None:
         layers = [replace(one, mlps=() if one.mixers else one.mlps) for one in layers]
     shapes = Shapes(tuple(layers))
@@ -130,6 +146,25 @@ def read_layers(config: Config, num_layers: int, *, gated_mlp: bool = True, gate
     numbers = tuple(n for n, layer in enumerate(layers) if any(isinstance(one, Recurrent) for one in layer.mixers))
     config.linear = LinearLayers(numbers, shapes.matrices)
     return shapes
+
+
+def _in_layers(config: Config, num_layers: int) -> list[dict[str, Any]]:
+    """Return the fields of every layer that differ from those of the model.
+
+    Transformers 5 writes them by the numbers of layers in ``per_layer_config``; Laguna lists the heads of each layer.
+    """
+    found: list[dict[str, Any]] = [{} for _ in range(num_layers)]
+    if (by_number := config.inner("per_layer_config")) is not None:
+        for number, fields in by_number.data.items():
+            if not (number.isdecimal() and int(number) < num_layers and isinstance(fields, dict)):
+                by_number.refuse(number, f"must be a layer from 0 to {num_layers - 1}, with a mapping of its fields")
+                continue
+            found[int(number)] = fields
+    heads = config.for_layers("num_attention_heads_per_layer", num_layers) or [None] * num_layers
+    return [
+        own if own_heads is None else {"num_attention_heads": own_heads} | own
+        for own, own_heads in zip(found, heads, strict=True)
+    ]
 
 
 # --- shapes
@@ -214,6 +249,8 @@ def _state(config: Config) -> tuple[Recurrent, dict[str, int]]:
     """Return a layer of Mamba, Mamba-2 or Kimi delta attention, and its matrices by their names."""
     if config.data.get("linear_attn_config") is not None:
         return _delta_attention(config)
+    if config.data.get("linear_num_value_heads") is not None:
+        return _delta_rule(config)
     if config.data.get("layer_group_size") is not None:
         return _lightning_attention(config)
     hidden, state = config.whole("hidden_size"), number(config, "mamba_state")
@@ -238,6 +275,19 @@ def _state(config: Config) -> tuple[Recurrent, dict[str, int]]:
         heads=heads,
     )
     return one, {f"{parent}.{name}": size for parent in ("mixer",) for name, size in matrices.items()}
+
+
+def _delta_rule(config: Config) -> tuple[Recurrent, dict[str, int]]:
+    """Return a gated delta rule (Qwen3-Next, OLMo-Hybrid)."""
+    found = gated_delta_rule(config, config.num_layers())
+    shape = found.shape or {}
+    one = Recurrent(
+        weights=shape.get("params", 1),
+        request_bytes=shape.get("state_bytes", 1.0),
+        flops=shape.get("token_flops", 0.0),
+        heads=config.whole("linear_num_value_heads"),
+    )
+    return one, dict(found.matrices)
 
 
 def _lightning_attention(config: Config) -> tuple[Recurrent, dict[str, int]]:
@@ -286,6 +336,22 @@ def _convolution(config: Config) -> tuple[Recurrent, dict[str, int]]:
         flops=2.0 * hidden * kernel,
     )
     return one, matrices
+
+
+def _convolved(config: Config, attention: Mixer) -> tuple[Mixer, ...]:
+    """Return Inkling's attention beside short convolutions of its keys and values, its output and the MLP's output.
+
+    Of each the last inputs stay in 16 bits (``InklingSconv`` in vLLM 0.32's models/inkling/nvidia/sconv_swa_attn.py).
+    A projection of the hidden size to ``d_rel`` numbers per query head gives the positions.
+    """
+    hidden, kernel = config.whole("hidden_size"), number(config, "short_conv_kernel", 4)
+    channels = 2 * attention.num_kv_heads * attention.key_dim + 2 * hidden
+    convolutions = Recurrent(
+        weights=hidden * attention.q_heads * config.whole("d_rel") + channels * kernel,
+        request_bytes=2.0 * channels * (kernel - 1),
+        flops=2.0 * channels * kernel,
+    )
+    return attention, convolutions
 
 
 def _delta_attention(config: Config) -> tuple[Recurrent, dict[str, int]]:

@@ -40,8 +40,7 @@ def qwen1(config: Config, fields: Mapping[str, Any]) -> dict[str, Any]:
 def qwen_moe(config: Config, name: str) -> ModelSpec | None:
     """Read Qwen2-MoE, whose wide shared expert counts as several of the routed width, and Qwen3-MoE, without any."""
     moe = _qwen_experts(config)
-    head_dim = None if moe["shared_experts"] else 128
-    common = common_fields(config, name, head_dim=head_dim, defaults=default_width(moe))
+    common = common_fields(config, name, defaults=default_width(moe))
     return spec_of(config, **common, **qwen_window(config, common), moe=moe)
 
 
@@ -94,7 +93,7 @@ def qwen2_vl(config: Config, name: str, *, gated: bool) -> ModelSpec | None:
 
 def qwen3_vl(config: Config, name: str) -> ModelSpec | None:
     """Read Qwen3-VL: Qwen3 or Qwen3-MoE with a vision tower."""
-    moe = _qwen_experts(config) if "num_experts" in config.data else None
+    moe = _qwen_experts(config) if config.experts_name("num_experts") in config.data else None
     towers = vision_params(config, projection=0)
     common = common_fields(config, name, head_dim=128, defaults=default_width(moe))
     return spec_of(config, **common, moe=moe, vision_params=towers)
@@ -102,7 +101,7 @@ def qwen3_vl(config: Config, name: str) -> ModelSpec | None:
 
 def qwen3_next(config: Config, name: str) -> ModelSpec | None:
     """Read Qwen3-Next and Qwen3.5: gated attention in every fourth layer, gated delta rules in the others."""
-    moe = _qwen_experts(config) if "num_experts" in config.data else None
+    moe = _qwen_experts(config) if config.experts_name("num_experts") in config.data else None
     common = common_fields(config, name, head_dim=256, defaults=default_width(moe))
     config.linear = gated_delta_rule(config, common["num_layers"])
     return spec_of(

@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any
 
 from hetis.formats.fields import mapping
-from hetis.formats.models.common import made_of, tower_of_any_kind
+from hetis.formats.models.common import made_of, towers_of_any_kind
 from hetis.formats.models.config_json import MAX_LAYERS, Config
 from hetis.formats.models.layer_kinds import named, number, stated_layers
 from hetis.formats.models.layered import Shapes, dense_width, read_layers
@@ -51,7 +51,6 @@ def by_layers(
     if shapes is None or config.problems:
         return None
     shapes = shapes if shape is None else shape(config, shapes)
-    vision = config.part("vision_config")
     fields: dict[str, Any] = {
         "name": name,
         "layers": shapes.layers,
@@ -59,7 +58,7 @@ def by_layers(
         "vocab": vocab,
         "max_position": number(config, "max_position_embeddings", 2048),
         "tie_embeddings": config.flag(named(config, "tie_word_embeddings"), tied),
-        "vision_params": shapes.beside_params + (0 if vision is None else tower_of_any_kind(vision, hidden)),
+        "vision_params": shapes.beside_params + towers_of_any_kind(config, hidden),
     }
     return made_of(config, partial(ModelSpec, **fields | dict(fixed or {})))
 

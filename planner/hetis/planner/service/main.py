@@ -7,11 +7,16 @@ import sys
 from typing import NoReturn
 
 from hetis.commands.process import command_process
+from hetis.planner.service.observability.handshakes import watch_handshakes
+
+VERBS = {"audit", "backup", "migrate", "restore", "token", "--help", "-h", "--version", "--check", "--print-config"}
 
 
 def main() -> NoReturn:
     """Run the command."""
-    # gRPC reads this when it is imported. It would write a line in a form of its own for each handshake that fails.
+    # gRPC reads its variables when it is imported. By default it writes lines of a form of its own.
+    if VERBS.isdisjoint(sys.argv):
+        watch_handshakes()
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     with command_process("hetis-planner", extra="planner"):
         from hetis.planner.service.command import run

@@ -17,6 +17,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Metr
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 from prometheus_client.registry import Collector
 
+from hetis.planner.service.observability import handshakes
 from hetis.planner.store import Lease
 from hetis.planner.store.health import BUCKETS_S, StoreHealth
 
@@ -89,6 +90,7 @@ class ServiceMetrics:
         self.failed_loops = gauge(
             "hetis_planner_failed_loops", "Failed background tasks; only a restart recovers them."
         )
+        self.registry.register(HandshakeCollector())
         ProcessCollector(registry=self.registry)  # memory, descriptors, CPU
         # Times and delays, each longer than all after it: the first is the longest of the window.
         self._lags_s = deque[tuple[float, float]]()
@@ -201,6 +203,18 @@ class FleetCollector(Collector):
             for key, number in count.items() if label else [("", count)]:
                 family.add_metric([key] if label else [], number)
             yield family
+
+
+class HandshakeCollector(Collector):
+    """Reads the process's failed handshakes at each scrape."""
+
+    def collect(self) -> Iterable[Metric]:
+        family = CounterMetricFamily(
+            "hetis_planner_handshakes_failed", "TLS handshakes that failed, by reason.", labels=["reason"]
+        )
+        for reason, number in dict(handshakes.FAILED).items():
+            family.add_metric([reason], number)
+        yield family
 
 
 class StoreCollector(Collector):

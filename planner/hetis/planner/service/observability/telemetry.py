@@ -24,7 +24,7 @@ from hetis.planner.store import AuditedChange
 _STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName", "color_message"}
 REPEAT_S = 30.0
 _CALLS = "hetis.planner.calls"
-_ABOUT = ("cluster", "node", "replica", "plan", "reason", "incident")
+_ABOUT = ("cluster", "node", "replica", "plan", "host", "reason", "incident")
 _MOST_HELD = 10_000
 
 
