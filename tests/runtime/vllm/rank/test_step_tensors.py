@@ -16,11 +16,11 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks.measuring.pretend_gpu import DEVICE, PretendGpu
 from hetis.runtime.vllm import step_tensors
 from hetis.runtime.vllm.head_map import RankHeadMap, StepRequests, part_of, slots_of
 from hetis.runtime.vllm.step_tensors import LocalSequences, StepLimits, StepTensors
 from hetis.runtime.vllm.steps import LOCAL, Admitted, Gone, Grown
-from tests.runtime.vllm.rank.pretend_gpu import DEVICE, PretendGpu
 
 GROUPS, BLOCK, BLOCKS = 3, 4, 20_000
 LIMITS = StepLimits(requests=2, tokens=4, blocks=2)  # small, so that the tensors have to grow
