@@ -35,10 +35,11 @@ from benchmarks.measuring.rows import Row
 from hetis.formats.documents import load_workload
 from hetis.formats.traces import read_trace
 from hetis.planner.loop.curves import STEP_S, TrafficCurve, composed_curve, unevenness
-from hetis.planner.loop.decision import LoopSettings, kept_rate
+from hetis.planner.loop.decision import kept_rate
 from hetis.planner.loop.drift import DAY_S
 from hetis.planner.loop.rehearsal import LoopFollower, NodeEvent, Rehearsal, RememberingSearch, rehearse
 from hetis.planner.loop.rivals import plan_for_peak, rehearse_all
+from hetis.planner.loop.settings import LoopSettings
 from hetis.planner.report.rehearsals import saving
 from hetis.planner.use_cases.describing import describe
 from hetis.planner.use_cases.place import search

@@ -41,6 +41,8 @@ class Control(BaseModel):
     load_ratio: Amount = 0.0  # see ``rate_rps``
     prompt_tokens: Annotated[float, Field(ge=1)] = 512.0  # mean length of a prompt; lengths are exponential
     output_tokens: Annotated[float, Field(ge=1)] = 128.0  # mean length of an output
+    same_lengths: bool = False  # all requests have the mean lengths
+    prompt_token_s: Amount = 0.0  # seconds that a step takes longer per prompt token of the requests that it admits
     # Factor by which attention takes longer than the profile predicts, by device ``node/index``
     slow: dict[str, Annotated[float, Field(gt=0)]] = Field(default_factory=dict)
     pause: bool = False  # stop decoding
@@ -81,7 +83,7 @@ class ControlFile:
 class PrimaryRun:
     """The requests of one replica and the decode loop that serves them. All times are passed in.
 
-    Only decoding is simulated. Requests of a decode replica arrive with their KV. A prefill replica has no requests,
+    Prompts only take time. Requests of a decode replica arrive with their KV. A prefill replica has no requests,
     because its prompts leave when they would begin to decode.
     """
 
@@ -90,7 +92,7 @@ class PrimaryRun:
         self.waiting: deque[SimulatedRequest] = deque()
         self.running: dict[str, SimulatedRequest] = {}
         self.num_steps = self.num_finished = self.num_preempted = 0
-        self._num_waiting_for_kv = self._names = self._turn = 0
+        self._num_waiting_for_kv = self._names = self._turn = self._admitted_tokens = 0
         self._random, self._admission = random.Random(seed), admission
         self.next_step_s = now_s  # when the next decode step begins: owners change before it or not at all
         self._next_arrival_s: float | None = None
@@ -121,17 +123,21 @@ class PrimaryRun:
         now_s = self.next_step_s
         for stage in self.stages.values():
             stage.slowness = slow_of(stage, control.slow)
-        if serves and self.assignment.goal == AssignmentGoal.ASSIGNMENT_GOAL_SERVE:
+        self._admitted_tokens = 0
+        goal = self.assignment.goal
+        if serves and goal == AssignmentGoal.ASSIGNMENT_GOAL_SERVE:
             self._arrive(now_s, control)
-            self._admit_waiting(now_s)
         else:
             self._next_arrival_s = None
+        if serves and goal in (AssignmentGoal.ASSIGNMENT_GOAL_SERVE, AssignmentGoal.ASSIGNMENT_GOAL_DRAIN):
+            self._admit_waiting(now_s)  # a replica that drains ends what waits, too
         if not self.running or control.pause:
             self.next_step_s = now_s + IDLE_S
             return
-        self._grow(now_s)
+        read_s = now_s + self._admitted_tokens * control.prompt_token_s
+        self._grow(read_s)
         self.num_steps += 1
-        self.next_step_s = now_s + self.step_s(control.dense_step_s)
+        self.next_step_s = read_s + self.step_s(control.dense_step_s)
 
     def catch_up(self, now_s: float) -> None:
         """Skip lost time, so that a process that was suspended does not race to make up for it."""
@@ -163,8 +169,8 @@ class PrimaryRun:
             self._names += 1
             request = SimulatedRequest(
                 id=f"r{self._names}",
-                context_tokens=self._length(control.prompt_tokens),
-                remaining_tokens=self._length(control.output_tokens),
+                context_tokens=self._length(control.prompt_tokens, control),
+                remaining_tokens=self._length(control.output_tokens, control),
                 arrived_s=self._next_arrival_s,
             )
             self.traffic.num_arrivals += 1
@@ -172,7 +178,9 @@ class PrimaryRun:
                 self.waiting.append(request)
             self._next_arrival_s += self._random.expovariate(rate)
 
-    def _length(self, mean: float) -> int:
+    def _length(self, mean: float, control: Control) -> int:
+        if control.same_lengths:
+            return round(mean)
         return min(max(round(self._random.expovariate(1 / mean)), 1), round(8 * mean))
 
     def _admit_waiting(self, now_s: float) -> None:
@@ -200,6 +208,7 @@ class PrimaryRun:
         for key, owners in found.items():
             self.stages[key].admit(request, owners)
         request.copies = copies
+        self._admitted_tokens += request.context_tokens
         self.running[request.id] = request
         self._turn += 1
         return True

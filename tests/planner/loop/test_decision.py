@@ -6,17 +6,22 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from hetis.planner.loop.decision import InForce, LoopSettings, Verdict, decide, is_short, kept_rate
+from hetis.planner.loop.decision import InForce, Verdict, decide, is_short, kept_rate, solve
 from hetis.planner.loop.drift import Drift
-from hetis.planner.loop.forecast import Window
+from hetis.planner.loop.forecast import History, Window
+from hetis.planner.loop.settings import LoopSettings
+from hetis.planner.use_cases.other_fleets.replan import PosedReplan
 from hetis.planner.use_cases.prices import price_of_plan
 from hetis.solver.advice import without_nodes
 from hetis.solver.check import check_plan
 from hetis.solver.cluster import node_of
 from hetis.solver.errors import InvalidProblemError
 from hetis.solver.plan import ObjectiveKind
-from hetis.solver.traffic import TOKENS, Histogram, TrafficSketch
+from hetis.solver.replanning.replanner import Replanning
+from hetis.solver.traffic import SECONDS, TOKENS, Histogram, TrafficSketch
 from tests.planner.loop.served import fleet, plan_for, steady
 
 LONG_AGO = -1e9
@@ -45,6 +50,58 @@ def test_a_shortage_is_ended_by_a_checked_plan_whose_steps_never_serve_less() ->
     assert found.unit == "requests/s"
     assert found.usd_per_hour is not None
     assert found.usd_per_hour > 0
+
+
+@given(st.floats(1.0, 14.0), st.floats(1.1, 3.0))
+@settings(max_examples=4)
+def test_the_way_out_of_a_shortage_serves_no_less_than_now_while_cards_are_idle(before_rps: float, more: float) -> None:
+    """Brute force: every order of the steps, and cards that replicas of the plan in force could be repeated on."""
+    now = in_force(round(before_rps))
+    capacity = kept_rate(now.found.plan, now.found.problem)
+    demand_rps = capacity * more
+    found = decide(steady(demand_rps), now, LoopSettings())
+    if found.verdict is not Verdict.CHANGE:
+        return
+    assert found.found is not None
+    way = found.found.transition
+    idle = len(list(fleet().devices())) - len(now.found.plan.devices())
+    if idle >= len(now.found.plan.devices()) * (more - 1) + 1:  # the same replicas once more would do
+        assert way.lowest >= way.before * (1 - 1e-6)
+    assert way.lowest == pytest.approx(way.best_lowest)
+
+
+def test_a_way_that_serves_less_gives_way_to_one_whose_replicas_stay() -> None:
+    """The first answer stops what serves: here by a search that is told nothing of what runs."""
+    now, horizons = in_force(6.0), list[float]()
+
+    def stops_all(posed: PosedReplan, settings: LoopSettings) -> Replanning:
+        horizons.append(settings.costs.horizon_s)
+        found = solve(posed, settings)
+        stops = settings.costs.horizon_s == LoopSettings().costs.horizon_s
+        return replace(found, transition=replace(found.transition, lowest=0.0)) if stops else found
+
+    found = decide(steady(12.0), now, LoopSettings(), solve=stops_all)
+    assert found.found is not None
+    assert found.found.transition.lowest >= found.found.transition.before * (1 - 1e-6)
+    assert len(horizons) == 2
+    assert kept_rate(found.next.plan, found.next.problem) >= 12.0 * (1 - 1e-6)
+
+
+def test_first_tokens_that_are_late_count_the_plan_as_slow_as_it_serves() -> None:
+    """It serves 5 of 6 requests/s though its model says more: by so much more is planned for."""
+    history = steady(6.0)
+    firsts = Histogram.of_values(SECONDS, [30.0] * 50)
+    windows = tuple(
+        Window(start_s=history.end_s - 10 * k, traffic=TrafficSketch(seconds=10, arrivals=60, ttft_s=firsts))
+        for k in range(6, 0, -1)
+    )
+    history = replace(history, recent=windows)
+    alarm = Drift(what="ttft_s", rises=True, value=1.0, band=(0.0, 0.5), since_s=history.end_s - 60, edge=5.0)
+    usual, slow = (decide(history, in_force(8.2), LoopSettings(), drift=one) for one in (None, alarm))
+    assert usual.capacity_rps > 6.0
+    assert slow.capacity_rps == pytest.approx(5.0)
+    assert slow.verdict is Verdict.CHANGE
+    assert kept_rate(slow.next.plan, slow.next.problem) >= 6.0 * usual.capacity_rps / 5.0 * (1 - 1e-6)
 
 
 def test_cards_go_back_when_demand_falls_and_the_saving_is_bounded() -> None:
@@ -128,11 +185,23 @@ def test_an_alarm_about_the_rate_is_forgotten_once_the_recent_rate_shows_it() ->
 
 def test_a_shortage_is_seen_in_the_last_minutes_before_a_question_is_due() -> None:
     minutes = np.full(180, 8.0)
-    history, settings = replace(steady(8.0), minutes=minutes), LoopSettings()
-    assert not is_short(history, 8.2, settings)
-    assert is_short(history, 7.0, settings)
-    assert is_short(replace(history, minutes=np.append(minutes, [12.0, 12.0])), 8.2, settings)
-    assert not is_short(replace(history, minutes=np.zeros(0)), 0.0, settings)  # nothing is known yet
+    history, usual = replace(steady(8.0), minutes=minutes), LoopSettings()
+    assert not is_short(history, 8.2, usual)
+    assert is_short(history, 7.0, usual)
+    assert is_short(replace(history, minutes=np.append(minutes, [12.0, 12.0])), 8.2, usual)
+    assert not is_short(replace(history, minutes=np.zeros(0)), 0.0, usual)  # nothing is known yet
+
+
+def test_a_jump_is_a_shortage_at_once_if_it_is_no_chance() -> None:
+    def after(*arrivals: float) -> History:
+        windows = (
+            Window(start_s=20.0 * k, traffic=TrafficSketch(seconds=20, arrivals=n)) for k, n in enumerate(arrivals)
+        )
+        return replace(steady(8.0), minutes=np.full(180, 8.0), recent=tuple(windows))
+
+    assert not is_short(after(160, 160, 190), 8.8, LoopSettings())
+    assert is_short(after(160, 160, 260), 8.8, LoopSettings())
+    assert not is_short(after(260, 160, 160, 160), 8.8, LoopSettings())  # it is over
 
 
 def test_a_peak_beyond_the_time_that_is_looked_ahead_keeps_no_cards() -> None:

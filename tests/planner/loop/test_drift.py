@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hetis.planner.loop.drift import Drift, DriftTest, Expected, dispersion, expected_shares
-from hetis.solver.traffic import TOKENS, Histogram, TrafficSketch
+from hetis.planner.loop.drift import Drift, DriftTest, Expected, dispersion, expected_shares, late
+from hetis.solver.traffic import SECONDS, TOKENS, Histogram, TrafficSketch
 from hetis.solver.workload import LengthBin, Workload
 
 WINDOW_S = 10.0
@@ -116,11 +116,51 @@ def test_bursty_counts_alarm_no_more_often_if_their_dispersion_is_known() -> Non
     rng, rate = np.random.default_rng(3), 10.0
     expected = Expected(low_rps=rate, high_rps=rate)
     counts = 4 * rng.poisson(rate * WINDOW_S / 4, 3000)
-    assert dispersion(counts) == pytest.approx(4, rel=0.1)
+    phi = dispersion(counts, np.full(len(counts), WINDOW_S))
+    assert phi == pytest.approx(4, rel=0.1)
     test = DriftTest(false_alarms_per_day=0.1, window_s=WINDOW_S)
     sketches = [sketch(rng, int(n)) for n in counts]
-    assert alarm_after(test, sketches, replace(expected, dispersion=dispersion(counts))) is None
+    assert alarm_after(test, sketches, replace(expected, dispersion=phi)) is None
     assert alarm_after(test, sketches, expected) is not None
+
+
+@given(st.floats(0.5, 50), st.integers(0, 2**32 - 1))
+def test_windows_of_other_lengths_are_no_dispersion(rate: float, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    seconds = rng.uniform(5, 15, 5000)
+    assert dispersion(rng.poisson(rate * seconds), seconds) == pytest.approx(1, abs=0.15)
+
+
+def test_requests_of_one_length_have_bands_too() -> None:
+    """All prompts have 500 tokens; as long ones are seen as those of any mix."""
+    rng, one = (
+        np.random.default_rng(5),
+        Workload(name="one", bins=(LengthBin(prompt_tokens=500, output_tokens=60, weight=1),)),
+    )
+    expected = Expected(low_rps=8, high_rps=12, shares=expected_shares(one, 0.1))
+    test = DriftTest(false_alarms_per_day=0.1, window_s=WINDOW_S)
+    assert alarm_after(test, [sketch(rng, 100, one) for _ in range(60)], expected) is None
+    longer = replace(one, bins=(LengthBin(prompt_tokens=800, output_tokens=60, weight=1),))
+    drift = alarm_after(test, [sketch(rng, 100, longer)], expected)
+    assert str(drift) == "100% of prompts are longer than 500 tokens, 0% to 10% were expected"
+
+
+def firsts(*times_s: float, seconds: float = WINDOW_S) -> TrafficSketch:
+    return TrafficSketch(seconds=seconds, ttft_s=Histogram.of_values(SECONDS, times_s))
+
+
+def test_limits_are_broken_once_most_of_a_minute_is_late_and_still_is() -> None:
+    in_time, too_late = firsts(*[0.2] * 10), firsts(*[9.0] * 10)
+    assert late([in_time, too_late, too_late, too_late, in_time], 60, 5.0) is None  # it is over
+    assert late([in_time, in_time, in_time, in_time, too_late], 60, 5.0) is None  # the last one alone
+    assert late([too_late, too_late], 60, 5.0) is None  # not for long
+    assert late([firsts(9.0)] * 5, 60, 5.0) is None  # too few to tell
+    assert late([too_late] * 5, 60, None) is None
+    assert late([], 60, 5.0) is None
+    found = late([in_time, too_late, too_late, too_late, too_late], 60, 5.0)
+    assert found is not None
+    assert not found.is_of_mix
+    assert str(found) == "80% of the first tokens of the last minute came after 5 s"
 
 
 def test_no_traffic_is_a_drift_too() -> None:

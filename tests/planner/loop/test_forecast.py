@@ -111,7 +111,6 @@ def test_minutes_are_kept_in_their_places_and_a_partial_one_counts_by_its_rate()
     np.testing.assert_array_equal(found.minutes, [1.0, 2.0, np.nan, 3.0, 4.0, 5.0])
     assert found.by_minutes() is not None
     assert History.of_windows(windows[:4], now_s).by_minutes() is None  # too few
-    assert found.dispersion() == pytest.approx(60**2 / 2 / 150)  # of whole minutes alone
 
 
 def test_chance_is_no_error_of_a_steady_rate_and_demand_still_is() -> None:

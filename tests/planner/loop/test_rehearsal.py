@@ -13,9 +13,10 @@ from hetis.formats.documents import dump
 from hetis.formats.errors import DocumentError
 from hetis.planner.cli.exit_codes import ExitCode
 from hetis.planner.loop.curves import STEP_S, TrafficCurve, composed_curve, read_curve, unevenness
-from hetis.planner.loop.decision import LoopSettings, kept_rate
+from hetis.planner.loop.decision import kept_rate
 from hetis.planner.loop.rehearsal import LoopFollower, NodeEvent, Rehearsal, RememberingSearch, rehearse
 from hetis.planner.loop.rivals import Static, ThresholdScaling, plan_for_peak, rehearse_all
+from hetis.planner.loop.settings import LoopSettings
 from hetis.planner.use_cases.describing import with_inputs
 from hetis.planner.use_cases.prices import price_of_plan
 from hetis.planner.use_cases.sources import LoadedInputs

@@ -14,13 +14,14 @@ from hetis.planner.convert.traffic import MINUTE_S, TrafficWindow
 from hetis.planner.failures import Reason, ServiceError
 from hetis.planner.fleet.traffic import TrafficWindows
 from hetis.planner.fleet.views import Clock
-from hetis.planner.loop.decision import Decision, LoopSettings, Verdict
+from hetis.planner.loop.decision import Decision, InForce, Verdict
 from hetis.planner.loop.drift import Expected
+from hetis.planner.loop.settings import LoopSettings
 from hetis.planner.resources.traffic_loop import JUDGED_S, SETTLE_S, STEP_S, TrafficLoop
 from hetis.planner.use_cases.robustness.fixed_plan import structure_of
 from hetis.planner.use_cases.saved_plans import PlanAndProblem
 from hetis.planner.use_cases.sources import Inputs
-from hetis.solver.plan import Plan
+from hetis.solver.plan import ObjectiveKind, Plan
 from hetis.solver.traffic import SECONDS, TOKENS, Histogram, TrafficSketch
 from hetis.v1 import cluster_pb2, plan_pb2
 from tests.planner.use_cases.robustness.studied import planned, posed
@@ -82,7 +83,7 @@ class World:
         self.asked = list[tuple[float, object]]()
         self.answer: Callable[[], Decision] = lambda: self.keep()
         self.attained = 1.0
-        self.num = 0.0
+        self.num, self.firsts = 0.0, Histogram(scale=SECONDS)
         monkeypatch.setattr("hetis.planner.resources.traffic_loop.decide", self._decide)
         fleet = SimpleNamespace(cluster_names=[CLUSTER], policy_of=lambda name: self.policy)
         views = SimpleNamespace(live={}, declared=SimpleNamespace(value=posed("paper").cluster))
@@ -97,7 +98,8 @@ class World:
 
     # --- decisions
 
-    def _decide(self, history: object, in_force: object, settings: LoopSettings, **given: Any) -> Decision:
+    def _decide(self, history: object, in_force: InForce, settings: LoopSettings, **given: Any) -> Decision:
+        self.told = in_force
         self.asked.append((self.clock.now_s, given["drift"]))
         return self.answer()
 
@@ -129,6 +131,7 @@ class World:
             return None
         body = plan_pb2.Plan()
         body.activate_time.FromSeconds(int(self.since_s))
+        body.spec.objective.kind = self.requested
         record = SimpleNamespace(name=self.in_force, body=body, activation=ACTIVE)
         return await self._answered(self.in_force, record)
 
@@ -169,7 +172,8 @@ class World:
 
     # --- time
 
-    rate = 2.0
+    rate, ttft_s = 2.0, 0.1
+    requested = plan_pb2.OBJECTIVE_KIND_UNSPECIFIED
 
     async def pass_time(self, seconds: float) -> None:
         for _ in range(round(seconds / STEP_S)):
@@ -178,8 +182,13 @@ class World:
                 self.num += self.rate * STEP_S / 4
                 prompts, outputs = (one.times(self.num) for one in planned_lengths())
                 clock_s = self.clock.now_s - START_S
+                self.firsts += Histogram.of_values(SECONDS, [self.ttft_s]).times(self.rate * STEP_S / 4)
                 reading = TrafficSketch(
-                    seconds=clock_s, arrivals=self.num, prompt_tokens=prompts, output_tokens=outputs
+                    seconds=clock_s,
+                    arrivals=self.num,
+                    prompt_tokens=prompts,
+                    output_tokens=outputs,
+                    ttft_s=self.firsts,
                 )
                 self.windows.take("r", posed("paper").model.name, reading, self.clock.now_s)
             self.windows.complete(self.clock.now_s)
@@ -219,10 +228,39 @@ async def test_traffic_that_doubles_is_noticed_within_a_minute(monkeypatch: pyte
     assert "requests/s arrive, 0.5 to 4 were expected" in str(drift)
 
 
+async def test_traffic_that_doubles_is_noticed_while_another_proposal_is_open(monkeypatch: pytest.MonkeyPatch) -> None:
+    world = World(monkeypatch, ADVISORY)
+    world.answer = lambda: world.change(other_plan())
+    await world.pass_time(600)
+    world.asked.clear()
+    world.rate = 8.0
+    await world.pass_time(60)
+    assert len(world.asked) == 1
+
+
+async def test_broken_limits_are_asked_about_within_a_minute_and_then_rarely(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At a rate at which a minute tells nothing of its rise, and the model says that the plan serves it."""
+    world = World(monkeypatch)
+    world.rate = 1.0
+    await world.pass_time(600)
+    world.asked.clear()
+    world.ttft_s = 100.0
+    await world.pass_time(60)
+    ((_, drift),) = world.asked
+    assert "of the first tokens of the last minute came after" in str(drift)
+    await world.pass_time(250)
+    assert len(world.asked) == 1
+
+
 async def test_the_last_alarm_about_the_rate_is_told_with_the_next_question(monkeypatch: pytest.MonkeyPatch) -> None:
     world = World(monkeypatch)
-    more = replace(world.keep(), capacity_rps=20.0, expected=Expected(low_rps=0.5, high_rps=20.0))
-    world.answer = lambda: world.keep() if world.asked[-1][1] is None else more
+
+    def answer() -> Decision:
+        kept = world.keep()
+        more = replace(kept, capacity_rps=20.0, expected=Expected(low_rps=0.5, high_rps=20.0))
+        return kept if world.asked[-1][1] is None else more
+
+    world.answer = answer
     await world.pass_time(600)
     world.rate = 8.0
     await world.pass_time(400)
@@ -242,6 +280,18 @@ async def test_a_shortage_that_comes_slowly_is_asked_about_within_a_minute(monke
     assert world.asked[-1][1] is None
 
 
+async def test_the_objective_is_the_requested_one_after_a_plan_for_all_that_the_fleet_serves(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Else no card would go back once traffic falls."""
+    world = World(monkeypatch)
+    world.requested = plan_pb2.OBJECTIVE_KIND_COST
+    await world.pass_time(400)
+    assert planned("paper").objective.kind is ObjectiveKind.GOODPUT
+    objective = world.told.found.plan.objective
+    assert (objective.kind, objective.demand_rps) == (ObjectiveKind.COST, 4.0)
+
+
 async def test_off_asks_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     world = World(monkeypatch, OFF)
     await world.pass_time(1000)
@@ -252,7 +302,7 @@ async def test_off_asks_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
 async def test_advice_is_one_proposal_that_says_all_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
     world = World(monkeypatch, ADVISORY)
     world.answer = lambda: world.change(other_plan())
-    await world.pass_time(1400)
+    await world.pass_time(1500)
     assert len(world.asked) == 5  # the same answer each time it expired
     ((name, gains),) = world.proposals.items()
     assert (gains.gain, gains.bound, gains.unit, gains.usd_per_h) == (1.0, 1.25, "requests/s", 0.5)

@@ -164,6 +164,33 @@ def test_a_servers_metrics_correct_what_they_tell(
     assert report["errors"][-1]["after"]["mape"] < 0.001 < report["errors"][-1]["before"]["mape"]
 
 
+def test_the_logs_degree_counts_unless_another_is_given(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:  # fmt: skip
+    path = tmp_path / "two.log"
+    path.write_text(
+        write_log(tmp_path / "one.log", count=100).read_text().replace("parallel_size=1, p", "parallel_size=2, p")
+    )
+    arguments = ("--from-vllm", path, "--model", MODEL, "--gpu", GPU, "--out", tmp_path / "p.json")
+    invoke("calibrate", *arguments, "-o", "json")
+    assert json.loads(capsys.readouterr().out)["tp"] == 2
+    assert invoke("calibrate", *arguments, "--tp", "4") == ProfileExitCode.INVALID
+    assert "--tp is 4, that of the server in the log is 2" in capsys.readouterr().err
+
+
+def test_the_precision_served_is_that_of_the_weights(log: Path, tmp_path: Path) -> None:
+    """A log of 8-bit weights corrects the kernels for them, and leaves those of 16 bits alone."""
+    arguments = ("--from-vllm", log, "--model", MODEL, "--gpu", GPU, "--weights", "FP8", "--out", tmp_path / "p.json")
+    assert invoke("calibrate", *arguments, "-q") == ProfileExitCode.OK
+    shipped = shipped_profile(GPU)
+    assert shipped is not None
+    dense = [
+        [one for one in profile_to_data(profile)["fits"] if one["op"] == "dense" and "scope" not in one]
+        for profile in (shipped, load_profile(tmp_path / "p.json"))
+    ]
+    assert dense[0] == dense[1]
+
+
 def test_a_correction_that_no_gpu_reaches_is_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:  # fmt: skip

@@ -11,13 +11,15 @@ from pathlib import Path
 
 import pytest
 
-from hetis.formats.catalogue import find_gpu
+from hetis.formats.catalogue import find_gpu, find_model
 from hetis.formats.measurements import save_measurements
 from hetis.formats.profile import load_profile, profile_to_data
 from hetis.profiler.cli.exit_codes import ProfileExitCode
 from hetis.profiler.defaults import default_profile
+from hetis.solver.profile import Op
 from tests.profiler.cli.measured_files import GPU, with_mixed_batches, write_files
 from tests.profiler.command_line import hetis_profile, invoke
+from tests.profiler.typical_times import typical_times
 
 DATA = Path(__file__).parents[4] / "shared" / "data" / "profiles"
 
@@ -76,6 +78,14 @@ def test_fit_and_show_tell_how_much_longer_decode_attention_takes_beside_a_chunk
     assert shown.count("x 2.5 beside a chunk") == 1
 
 
+def test_a_file_that_is_given_twice_is_not_another_source(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    raw = folder / "raw.json"
+    again = folder / ".." / folder.name / "raw.json"
+    code = invoke("fit", raw, again, "--out", folder / "none.json", "--cluster", folder / "cluster.yaml")
+    assert code == ProfileExitCode.INVALID
+    assert f"{again}: is given twice" in " ".join(capsys.readouterr().err.split())
+
+
 def test_all_broken_files_are_named_at_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "a.json").write_text("{")
     (tmp_path / "b.json").write_text('{"kind": "Plan"}')
@@ -120,6 +130,19 @@ def test_a_gpu_has_the_profile_that_plans_use(capsys: pytest.CaptureFixture[str]
     """Its experts, latent attention and host are those of vLLM."""
     assert invoke("show", "H20", "-o", "json") == ProfileExitCode.OK
     assert json.loads(capsys.readouterr().out) == profile_to_data(default_profile(find_gpu("H20").gpu)[1])
+
+
+def test_compare_counts_the_states_of_linear_attention() -> None:
+    """They are read and written in every decode step, as in plans."""
+    model, profile = find_model("Qwen3.5-27B").model, default_profile(find_gpu("H20").gpu)[1]
+    fit = profile.fit(Op.DECODE_ATTENTION, model, 2)
+    times = {(op, point): seconds for op, point, seconds in typical_times(profile, model, 2)}
+    features = {
+        "flops": model.decode_attention_flops(model.attended_tokens(1024), 1.0) * 32 * 12 + 32 * model.scan_flops(1024),
+        "num_bytes": 32 * (2 * model.read_tokens(1024) * model.kv_bytes_per_token_group() + model.state_bytes()),
+    }  # of two ranks, each has half of the 24 heads, the 4 groups and the states, which are read and written
+    assert times[Op.DECODE_ATTENTION, "batch 32, context 1024"] == pytest.approx(fit.seconds(**features, heads=32 * 12))
+    assert model.state_bytes() > 0
 
 
 def test_check_warns_of_latent_attention_above_the_peaks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -197,6 +220,17 @@ def test_what_is_wrong_is_said_without_a_traceback(arguments: tuple[str, ...], c
     assert said in done.stderr
     assert "Traceback" not in done.stderr
     assert not done.stdout
+
+
+def test_a_missing_torch_is_said_with_what_installs_it(tmp_path: Path) -> None:
+    program = (
+        "import sys; sys.modules['torch'] = None; from hetis.profiler.cli.app import run;"
+        f"sys.exit(run(['run', '--quick', '--out', {str(tmp_path / 'x.json')!r}]))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.returncode == ProfileExitCode.INTERNAL
+    assert "torch is not installed: pip install 'hetis[profiler]'" in done.stderr
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_run_interrupted_before_its_first_point_leaves_nothing(

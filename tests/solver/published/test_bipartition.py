@@ -5,11 +5,12 @@ from __future__ import annotations
 import itertools
 
 import numpy as np
+import pytest
 from hypothesis import given
 
 from hetis.solver.placement.replicas.tables import FloatArray
-from hetis.solver.published.hexgen2 import maximum_cut
-from tests.solver.published.graphs import bipartitions, cut_between, graphs
+from hetis.solver.published.hexgen2 import coarsened, maximum_cut
+from tests.solver.published.graphs import bipartitions, cliques, cut_between, graphs
 
 
 @given(graphs(least=2))
@@ -34,6 +35,10 @@ def test_no_exchange_of_two_groups_raises_the_cut(weights: FloatArray) -> None:
         assert cut_between(weights, a, b) <= cut + 1e-9
 
 
+def test_two_groups_are_on_two_sides() -> None:
+    assert maximum_cut(np.array([[0.0, 3.0], [3.0, 0.0]])) == ((0,), (1,))
+
+
 def test_fast_links_lead_from_one_side_to_the_other() -> None:
     """Groups 0 and 2 have a fast link, 1 and 3 as well: no side holds both ends of one."""
     weights = np.ones((4, 4))
@@ -43,3 +48,8 @@ def test_fast_links_lead_from_one_side_to_the_other() -> None:
     assert (0 in first) != (2 in first)
     assert (1 in first) != (3 in first)
     assert len(first) == len(second)
+
+
+def test_a_coarse_edge_adds_up_the_links_between_two_groups() -> None:
+    coarse = coarsened(cliques(2, 2, 1), [(0, 1), (2, 3), (4,)])
+    assert coarse == pytest.approx(np.array([[0, 4, 2], [4, 0, 2], [2, 2, 0]]))

@@ -32,6 +32,15 @@ def exchanges(parts: list[Part]) -> list[list[Part]]:
     return found
 
 
+@given(graphs(), st.integers(1, 8), st.data())
+def test_every_vertex_is_in_one_part(weights: FloatArray, parts: int, data: st.DataObject) -> None:
+    sizes = np.array(data.draw(st.lists(st.integers(1, 9), min_size=len(weights), max_size=len(weights))), dtype=float)
+    found = spectral_partition(weights, sizes, min(parts, len(weights)))
+    assert len(found) == min(parts, len(weights))
+    assert all(found)
+    assert sorted(v for part in found for v in part) == list(range(len(weights)))
+
+
 @pytest.mark.parametrize("sizes", [(4, 4), (2, 2, 2, 2), (3, 3), (1, 1, 1)])
 def test_nodes_stay_whole_where_links_between_them_are_slow(sizes: tuple[int, ...]) -> None:
     weights = cliques(*sizes)
@@ -60,6 +69,15 @@ def test_no_single_exchange_lowers_the_cut_after_refinement(weights: FloatArray)
     assert cut <= min(cut_weight(weights, other) for other in exchanges(found)) + 1e-9
 
 
+@given(graphs(least=4))
+def test_refinement_keeps_the_sizes_of_parts(weights: FloatArray) -> None:
+    start = [tuple(range(2)), tuple(range(2, len(weights)))]
+    assert [len(part) for part in refine(weights, np.ones(len(weights)), start, 1.0)] in (
+        [len(part) for part in start],
+        [len(part) for part in reversed(start)],
+    )
+
+
 @given(st.integers(2, 4), st.permutations(range(8)), st.data())
 def test_two_halves_with_fast_links_inside_are_found(half: int, order: list[int], data: st.DataObject) -> None:
     """Links inside carry 10 to 20, between the halves at most 2: brute force would cut there, too."""
@@ -82,3 +100,11 @@ def test_an_exchange_that_leaves_too_little_memory_is_not_made() -> None:
     sizes = np.array([10.0, 10.0, 5.0, 5.0])
     assert refine(weights, sizes, start, 10.0) == [(0, 2), (1, 3)]
     assert refine(weights, sizes, start, 20.0) == start
+
+
+@given(graphs(), st.permutations(range(8)))
+def test_the_cut_counts_every_edge_between_parts_once(weights: FloatArray, order: list[int]) -> None:
+    order = [v for v in order if v < len(weights)]
+    parts = [tuple(sorted(order[:1])), tuple(sorted(order[1:]))]
+    expected = sum(weights[i, j] for i, j in itertools.product(*parts))
+    assert cut_weight(weights, parts) == pytest.approx(expected)

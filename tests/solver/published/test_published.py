@@ -161,6 +161,21 @@ def test_cards_that_leave_the_dense_path_stay_idle_where_heads_cannot_be_split()
     assert not any(replica.attention_workers for replica in plan.replicas)
 
 
+def test_types_of_equal_strength_stay_in_the_dense_path() -> None:
+    nodes = [make_node("a", "A", gpus=2), make_node("b", "B", gpus=2)]
+    plan = planned(make_problem(nodes), "hetis-paper")
+    assert plan is not None
+    assert {stage.gpu for replica in plan.replicas for stage in replica.stages} == {"A", "B"}
+
+
+def test_hexgen2_paper_routes_all_that_it_serves() -> None:
+    plan = planned(strong_and_weak(), "hexgen2-paper")
+    assert plan is not None
+    assert {replica.role for replica in plan.replicas} == {Role.PREFILL, Role.DECODE}
+    share = make_problem([make_node("a", "A")]).assumptions.planned_utilisation
+    assert plan.result.value == pytest.approx(share * sum(route.rate for route in plan.kv_routes))
+
+
 def test_kv_goes_to_another_zone_where_that_serves_more() -> None:
     """One fast card in each zone: alone neither zone can prefill and decode, so KV has to cross."""
     nodes = [make_node("a", "A", zone="east"), make_node("b", "A", zone="west")]
@@ -208,6 +223,11 @@ def test_a_search_ends_soon_after_its_time_and_its_plan_says_so(strategy: str) -
     whole = planned(strong_and_weak(), strategy)
     assert whole is not None
     assert heuristic.OUT_OF_TIME not in whole.notes
+
+
+def test_one_gpu_cannot_prefill_and_decode_apart() -> None:
+    with pytest.raises(NoPlanFoundError, match=r"^hexgen2-paper needs two GPUs at least"):
+        solve_placement(make_problem([make_node("a", "A")]), strategy="hexgen2-paper")
 
 
 @pytest.mark.parametrize("strategy", sorted(PUBLISHED))

@@ -15,7 +15,7 @@ from hetis.solver.plan import Plan, Role
 from hetis.solver.planning import solve_placement
 from hetis.solver.problem import PlacementProblem
 from hetis.solver.published.splitwise import pool_sizes
-from tests.solver.instances import NO_LIMITS, SMALL_FAMILY, make_node, make_problem, make_profile
+from tests.solver.instances import NO_LIMITS, SMALL_FAMILY, make_node, make_problem, make_profile, problems
 
 RATES = st.sampled_from([0.0, 0.3, 1.0, 1.7, 2.0, 5.0])
 
@@ -84,3 +84,17 @@ def test_without_unified_replicas_there_is_no_mixed_pool_and_with_nothing_else_n
     assert {one.role for one in planned(make_problem(nodes, family=apart)).replicas} == set(apart.roles)
     with pytest.raises(NoPlanFoundError, match=r"^splitwise-paper needs prefill and decode replicas$"):
         planned(make_problem(nodes, family=replace(SMALL_FAMILY, roles=(Role.UNIFIED,))))
+
+
+@settings(max_examples=10)
+@given(problem=problems(max_gpus=6))
+def test_no_kind_of_machine_is_cut_in_two_ways(problem: PlacementProblem) -> None:
+    try:
+        plan = planned(problem)
+    except NoPlanFoundError:
+        return
+    by_type: dict[str, set[tuple[int, int]]] = {}
+    for one in plan.replicas:
+        (gpu,) = {stage.gpu for stage in one.stages}
+        by_type.setdefault(gpu, set()).add((one.stages[0].tp, len(one.stages)))
+    assert all(len(shapes) == 1 for shapes in by_type.values())

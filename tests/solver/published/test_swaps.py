@@ -54,6 +54,16 @@ def test_proposals_move_gpus_from_slack_to_saturated_groups_only(network: FlowNe
         assert proposal.roles == UNBALANCED.roles  # either side keeps a group
 
 
+def test_a_third_group_may_change_sides(network: FlowNetwork) -> None:
+    three = Arrangement(((0,), (1, 2), (3, 4, 5)), (Role.PREFILL, Role.DECODE, Role.DECODE))
+    start = network.evaluated(three)
+    changed = [
+        p.roles for p in proposals(network.search.gpus, start, np.random.default_rng(0)) if p.roles != three.roles
+    ]
+    assert changed
+    assert all(Role.PREFILL in roles and Role.DECODE in roles for roles in changed)
+
+
 def test_a_group_without_a_replica_counts_as_saturated(network: FlowNetwork) -> None:
     none_fits = FlowNetwork(network.search, False, NoReplicas(network.search.costs))
     assert none_fits.evaluated(UNBALANCED).loads == (1.0, 1.0)

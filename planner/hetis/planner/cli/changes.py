@@ -303,8 +303,8 @@ def rehearse(
     cost or gpus, otherwise least cost. The loop is shown beside a static plan for the peak, threshold scaling, and a
     forecast that knows what comes.
     """
-    from hetis.planner.loop.decision import LoopSettings
     from hetis.planner.loop.rivals import rehearse_all
+    from hetis.planner.loop.settings import LoopSettings
     from hetis.planner.report.rehearsals import rehearsals_document, render_rehearsals
     from hetis.planner.use_cases.saved_plans import load_plan_and_problem
     from hetis.solver.replanning.change import ChangeCosts

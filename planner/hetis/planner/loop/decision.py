@@ -16,22 +16,24 @@ one. Both are of rates. The rate of the last minutes is known up to the chance o
 chance alone neither takes nor gives back anything, the latter is less and D more by some standard deviations of it.
 
 The answer is a re-planning (docs/replanning.md): its value counts what the change costs, its bound is one on every
-change of the family, and its steps keep the capacity as high as any order can. A shortage is ended whatever that
-costs. Any other change must gain `LoopSettings.least_gain` of what the plan in force yields, net of the change: what
-noise gains and loses again is less, so that it moves nothing. Nor may it serve less on the way than the near demand.
+change of the family, and its steps keep the capacity as high as any order can. A shortage is ended whatever that costs,
+by a plan whose way there serves what serves now, or the demand, if one is found. Any other change must gain
+`LoopSettings.least_gain` of what the plan in force yields, net of the change: what noise gains and loses again is less,
+so that it moves nothing. Nor may it serve less on the way than the near demand.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from enum import StrEnum
+from itertools import product
 
-from hetis.planner.loop.drift import Drift, DriftTest, Expected, expected_shares
-from hetis.planner.loop.forecast import BIN_S, LEVEL_BINS, MINUTE_S, Forecast, History, forecast
+from hetis.planner.loop.drift import LATE, Drift, Expected, expected_shares
+from hetis.planner.loop.forecast import BIN_S, LEVEL_BINS, MINUTE_S, Forecast, History, chance, demand_soon, forecast
+from hetis.planner.loop.settings import LoopSettings
 from hetis.planner.use_cases.other_fleets.replan import PosedReplan, pose_replanning, replan
-from hetis.planner.use_cases.placement_settings import PlacementSettings
 from hetis.planner.use_cases.prices import price_of_plan
 from hetis.planner.use_cases.robustness.fixed_plan import FixedPlan
 from hetis.planner.use_cases.saved_plans import PlanAndProblem
@@ -39,72 +41,20 @@ from hetis.planner.use_cases.sources import LoadedInputs
 from hetis.solver.budget import Budget, silent
 from hetis.solver.check.waiting import request_queue
 from hetis.solver.cluster import Cluster
-from hetis.solver.errors import InfeasibleError, InvalidProblemError, NoPlanFoundError, UncheckedPlanError
+from hetis.solver.errors import InfeasibleError, NoPlanFoundError, UncheckedPlanError
 from hetis.solver.placement.utilisation import GRID
 from hetis.solver.plan import LEAST_DEMAND_RPS, Lanes, Objective, ObjectiveKind, Plan, Role
 from hetis.solver.problem import PlacementProblem
-from hetis.solver.replanning.change import ChangeCosts
 from hetis.solver.replanning.replanner import Replanning
+from hetis.solver.traffic import TrafficSketch
 from hetis.solver.workload import Workload
 
 ENOUGH = 1 - 1e-6
-# Standard deviations of counting requests: by which less must be short already, and more is planned for
-CHANCE_OF_SHORTAGE, CHANCE = 2.0, 3.0
+CHANCE = 3.0  # standard deviations of counting requests, by which more is planned for
 LEVEL_S = LEVEL_BINS * BIN_S
 LEAST_ENDED = 100  # requests that a mix is measured from
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LoopSettings:
-    """How the loop decides.
-
-    Attributes:
-        costs: what a change costs. Its horizon is the time over which that is repaid.
-        every_s: time between two regular questions.
-        watch_s: time between two looks for a shortage.
-        coverage: probability with which demand until the next look can be answered is at most what is kept, before what
-            chance may have added is taken off.
-        look_ahead_s: time for whose demand a change is made.
-        lasting: probability with which that demand is at most what is planned for.
-        false_alarms_per_day: probability at most of an alarm about drift in a day without any.
-        tolerance: share of the requests by which the mix, or prefix hits, may differ from the plan's.
-        least_gain: of what the plan in force yields, that a change other than out of a shortage must gain.
-        cool_down_s: least time between a change and one that is not out of a shortage.
-        max_moves: limit on the GPUs that change their work in one change; None: any number.
-        search: settings of searches, which may choose another rung.
-        verify: whether a plan is simulated before it is proposed.
-    """
-
-    costs: ChangeCosts = field(default_factory=ChangeCosts)
-    every_s: float = 300.0
-    watch_s: float = 60.0
-    coverage: float = 0.95
-    look_ahead_s: float = 900.0
-    lasting: float = 0.8
-    false_alarms_per_day: float = 0.1
-    tolerance: float = 0.1
-    least_gain: float = 0.05
-    cool_down_s: float = 600.0
-    max_moves: int | None = None
-    search: PlacementSettings = field(default_factory=PlacementSettings)
-    verify: bool = False
-
-    def __post_init__(self) -> None:
-        for name, least, most in (
-            ("every_s", 1, 86400), ("watch_s", 1, 86400), ("coverage", 0.5, 0.9999), ("look_ahead_s", 60, 86400),
-            ("lasting", 0.5, 0.9999), ("false_alarms_per_day", 1e-9, 1e3), ("tolerance", 0.01, 0.5),
-        ):  # fmt: skip
-            if not least <= getattr(self, name) <= most:
-                raise InvalidProblemError(f"{name} is {getattr(self, name):g}, must be {least:g} to {most:g}")
-
-    @property
-    def lead_s(self) -> float:
-        """Time until a change that is decided at the next look serves, at the latest."""
-        return self.watch_s + max(60.0, 2 * self.costs.restart_s)
-
-    def drift_test(self, window_s: float) -> DriftTest:
-        """Return the test for windows of so many seconds."""
-        return DriftTest(false_alarms_per_day=self.false_alarms_per_day, window_s=window_s)
+STAY_S = 60.0  # horizon of a change whose replicas mostly stay: what starts then costs more than what it saves
+MOST_SLOWER = 2.0  # times as slow as by its model, that a plan is taken to be at most
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -135,6 +85,7 @@ class Decision:
 
     Attributes:
         reason: one or two sentences.
+        expires_s: when to ask again at the latest.
         demand_rps: the peak that is looked ahead to, at the upper end of its interval.
         capacity_rps: rate at which the plan in force keeps its limits for the requests that come now.
         found: the answer of the re-planning; None: the plan in force stays.
@@ -236,29 +187,15 @@ def kept_rate(plan: Plan, problem: PlacementProblem) -> float:
     return FixedPlan(whole, problem).as_started(problem.profiles).rate
 
 
-def demand_soon(history: History, settings: LoopSettings, level_rps: float | None = None) -> Forecast:
-    """Return the forecast of the time until a change that is decided at the next look serves: by minutes, if enough of
-    them are known, less what chance may have added to them. Raises InvalidProblemError if nothing was measured.
-    """
-    by_minutes = history.by_minutes()
-    if by_minutes is None:
-        return forecast(history, settings.lead_s, settings.coverage, level_rps)
-    found = forecast(by_minutes, settings.lead_s, settings.coverage, level_rps)
-    return replace(found, high_rps=found.high_rps * max(0.5, 1 - CHANCE_OF_SHORTAGE * _chance(found.expected_rps)))
-
-
-def _chance(rate_rps: float) -> float:
-    """Return the relative standard deviation of a rate that is measured for as long as the level of minutes."""
-    return 1 / math.sqrt(max(1.0, rate_rps * LEVEL_BINS * MINUTE_S))
-
-
 def is_short(history: History, capacity_rps: float, settings: LoopSettings) -> bool:
-    """Return whether to ask at once, since a plan that keeps its limits up to this rate may soon be short.
+    """Return whether to ask at once, since a plan that keeps its limits up to this rate is or may soon be short.
 
     ``capacity_rps`` is that of the last decision about the plan in force.
     """
+    if capacity_rps < history.rate_now_rps() * ENOUGH:
+        return True
     known = bool(len(history.minutes))
-    return known and capacity_rps < demand_soon(history, settings).high_rps * ENOUGH
+    return known and capacity_rps < demand_soon(history, settings.lead_s, settings.coverage).high_rps * ENOUGH
 
 
 def decide(
@@ -294,26 +231,51 @@ class _Deciding:
         self._solve, self._least = solve, least
         self._now_s, self._plan = history.end_s, in_force.found.plan
         level = None
-        if drift is not None and not drift.is_of_mix and self._now_s - drift.since_s <= LEVEL_S:
-            level = history.traffic_since(drift.since_s).rate_per_s or drift.value
+        if drift is not None and drift.what == "rate" and self._now_s - drift.since_s <= LEVEL_S:
+            since = history.traffic_since(drift.since_s)
+            level = since.rate_per_s if since.seconds >= MINUTE_S else drift.value
+        elif not history.known_bins:
+            level = history.traffic_since(-math.inf).rate_per_s or None
         self._margin = 1.0
         if ahead is None:
             self._near, self._far = (
-                demand_soon(history, settings, None if self._is_in_minutes(history) else level),
+                demand_soon(
+                    history, settings.lead_s, settings.coverage, None if self._is_in_minutes(history) else level
+                ),
                 forecast(history, settings.look_ahead_s, settings.lasting, level),
             )
             self._until_next = forecast(history, settings.every_s, settings.coverage, level)
+            self._near = self._near.at_least(history.rate_now_rps())
             if history.by_minutes() is not None:
-                self._margin += CHANCE * _chance(self._near.expected_rps)
+                self._margin += CHANCE * chance(self._near.expected_rps)
         else:
             self._near, self._far = ahead(settings.lead_s), ahead(settings.look_ahead_s)
             self._until_next = ahead(settings.every_s)
+        self._is_new = ahead is None and history.known_bins < LEVEL_BINS and history.by_minutes() is None
         self._dispersion = history.dispersion()
         self._workload = self._measured(history)
         inputs = replace(in_force.found.inputs, workload=self._workload, cluster=in_force.fleet)
         self._loaded = LoadedInputs(inputs=inputs, origins={})
         self._problem = replace(in_force.found.problem, workload=self._workload, cluster=in_force.fleet)
-        self._capacity_rps = kept_rate(self._plan, self._problem)
+        self._slower = 1.0
+        self._slower = self._measured_slowness(history)
+        self._capacity_rps = self._kept_rate(self._plan, self._problem)
+
+    def _kept_rate(self, plan: Plan, problem: PlacementProblem) -> float:
+        return kept_rate(plan, problem) / self._slower
+
+    def _measured_slowness(self, history: History) -> float:
+        """Return how many times less the plan in force serves than its model says; 1 unless first tokens are late.
+
+        While a queue grows, as many first tokens come as it serves at most, and fewer than requests.
+        """
+        if self._drift is None or self._drift.what != LATE:
+            return 1.0
+        recent = history.traffic_since(self._drift.since_s)
+        if not recent.ttft_s.count or recent.ttft_s.count >= recent.arrivals:
+            return 1.0
+        most = kept_rate(self._plan, self._problem) * recent.seconds / recent.ttft_s.count
+        return min(MOST_SLOWER, max(1.0, most))
 
     def _is_in_minutes(self, history: History) -> bool:
         """Return whether the last minutes show the rate since a drift as well as it is known."""
@@ -323,16 +285,21 @@ class _Deciding:
     def _measured(self, history: History) -> Workload:
         """Return the requests as they come now: the plan's, unless their mix is seen to be another."""
         planned, drift = self._in_force.workload, self._drift
-        is_drifted = drift is not None and drift.is_of_mix
-        recent = history.traffic_since(drift.since_s if is_drifted and drift is not None else history.end_s - 1800)
+        recent = history.traffic_since(history.end_s - 1800 if drift is None else drift.since_s)
         if recent.prompt_tokens.count < LEAST_ENDED or recent.output_tokens.count < LEAST_ENDED:
             return planned
+        is_drifted = drift is not None and (drift.is_of_mix or self._has_other_lengths(recent))
         hits = recent.prefix_hit_rate
         if is_drifted:
             return recent.workload(f"traffic at {history.end_s:.0f} s")
         if abs(hits - planned.prefix_hit_rate) > self._settings.tolerance:
             return replace(planned, prefix_hit_rate=hits)
         return planned
+
+    def _has_other_lengths(self, recent: TrafficSketch) -> bool:
+        """Return whether lengths since an alarm are off by more than is tolerated: with the rate, they change, too."""
+        bands = expected_shares(self._in_force.workload, self._settings.tolerance)
+        return any(not one.low <= one.share_of(recent) <= one.high for one in bands)
 
     def decision(self) -> Decision:
         objective = self._plan.objective
@@ -344,8 +311,11 @@ class _Deciding:
             return self._keep("")
         if not other and demand_rps > self._capacity_rps * (1 - self._settings.least_gain):
             return self._keep("That leaves nothing to give back.")
-        if self._now_s - self._in_force.since_s < self._settings.cool_down_s:
-            return self._keep("The last change was too short a time ago for another one.")
+        if self._is_new:
+            return self._keep("That is too little history to give anything back.")
+        if self._now_s < (cooled_s := self._in_force.since_s + self._settings.cool_down_s):
+            kept = self._keep("The last change was too short a time ago for another one.")
+            return replace(kept, expires_s=min(kept.expires_s, cooled_s))
         return self._for_gain(demand_rps, other=other)
 
     def _for_gain(self, demand_rps: float, *, other: bool) -> Decision:
@@ -363,38 +333,54 @@ class _Deciding:
         gain, bound = sign * (found.value - now), sign * (found.bound - now)
         if gain < self._settings.least_gain * now:
             return self._keep(f"No change gains more than {max(0.0, bound):.4g} {objective.unit}.")
-        way = found.transition
-        lowest = kept_rate(found.plan, posed.problem) * (way.lowest / way.after if way.after else 0.0)
-        if lowest < self._near.high_rps * ENOUGH:
+        if (lowest := self._lowest(found, posed)) < self._near.high_rps * ENOUGH:
             return self._keep(f"The cheapest change would serve {lowest:.4g} requests/s on the way.")
         mix = f"{self._drift}. " if other and self._drift is not None else ""
         reason = f"{mix}{self._sentence(self._far)}; {gain:.4g} {objective.unit} are gained"
         return self._change(found, posed, reason, gain=gain, bound=bound, unit=objective.unit)
 
     def _out_of_shortage(self, demand_rps: float) -> Decision:
-        """Return the change that serves the demand, or most of it, or that there is none."""
+        """Return the change that serves the demand, or most of it, or that there is none.
+
+        Where its way there serves less than now and than is demanded, one is sought whose replicas mostly stay.
+        """
         objective, reason = self._plan.objective, self._sentence(self._near)
         kinds = [objective.kind] if objective.maximises else [objective.kind, ObjectiveKind.GOODPUT]
-        why = ""
-        for kind in kinds:
+        staying = replace(self._settings, costs=replace(self._settings.costs, horizon_s=STAY_S))
+        floor, why = min(self._capacity_rps, self._near.high_rps), ""
+        found: tuple[Replanning, PosedReplan] | None = None
+        for kind, settings in product(kinds, (self._settings, staying)):
             posed = self._posed(kind, demand_rps)
             try:
-                found = self._solve(posed, self._settings)
+                each = self._solve(posed, settings)
             except (InfeasibleError, NoPlanFoundError) as error:
                 why = str(error)
                 continue
-            served = kept_rate(found.plan, posed.problem)
-            most = found.bound if posed.problem.objective.maximises else float("inf")
-            if min(served, demand_rps) < self._capacity_rps * (1 + self._settings.least_gain) and served < demand_rps:
+            served = self._kept_rate(each.plan, posed.problem)
+            if served < demand_rps and served < self._capacity_rps * (1 + self._settings.least_gain):
+                continue
+            found = found or (each, posed)
+            if self._lowest(each, posed) >= floor * ENOUGH:
+                found = each, posed
                 break
-            gain, bound = (min(rate, demand_rps) - self._capacity_rps for rate in (served, max(most, served)))
-            return self._change(found, posed, reason, gain=gain, bound=bound, unit="requests/s")
-        cannot = replace(self._keep(""), verdict=Verdict.CANNOT)
-        return replace(cannot, reason=f"{reason}, and no change serves more. {why}".strip())
+        if found is None:
+            cannot = replace(self._keep(""), verdict=Verdict.CANNOT)
+            return replace(cannot, reason=f"{reason}, and no change serves more. {why}".strip())
+        served = self._kept_rate(found[0].plan, found[1].problem)
+        most = found[0].bound / self._slower if found[1].problem.objective.maximises else math.inf
+        gain, bound = (min(rate, demand_rps) - self._capacity_rps for rate in (served, max(most, served)))
+        return self._change(*found, reason, gain=gain, bound=bound, unit="requests/s")
+
+    def _lowest(self, found: Replanning, posed: PosedReplan) -> float:
+        """Return the lowest rate that is kept on the way to a plan."""
+        way = found.transition
+        return self._kept_rate(found.plan, posed.problem) * (way.lowest / way.after if way.after else 0.0)
 
     def _posed(self, kind: ObjectiveKind, demand_rps: float) -> PosedReplan:
         demand = (
-            None if kind in (ObjectiveKind.GOODPUT, ObjectiveKind.THROUGHPUT) else max(demand_rps, LEAST_DEMAND_RPS)
+            None
+            if kind in (ObjectiveKind.GOODPUT, ObjectiveKind.THROUGHPUT)
+            else max(demand_rps * self._slower, LEAST_DEMAND_RPS)
         )
         objective = replace(self._plan.objective, kind=kind, demand_rps=demand)
         return pose_replanning(self._in_force.found, self._loaded, objective, self._settings.search)

@@ -35,6 +35,7 @@ from hetis.solver.workload import FloatArray, Workload
 RATIOS = (1.25, 1.5, 2.0, 4.0)  # rates, and odds of shares, for which the test is made, beyond a band's edge
 SHARES = (0.5, 0.15)  # of the requests that are longer than the edges at which lengths are divided
 DAY_S = 86400.0
+LATE, LATE_S, LEAST_LATE, LATE_SHARE = "ttft_s", 45.0, 20, 0.5  # see `late`
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,6 +46,15 @@ class ShareBand:
     edge: float
     low: float
     high: float
+
+    def inside(self, sketch: TrafficSketch) -> tuple[float, float]:
+        """Return how many of a time's requests have more tokens, and how many ended."""
+        counts = getattr(sketch, self.lengths).counts
+        return math.fsum(counts[bisect_left(TOKENS.edges, self.edge) + 1 :]), math.fsum(counts)
+
+    def share_of(self, sketch: TrafficSketch) -> float:
+        inside, ended = self.inside(sketch)
+        return inside / ended
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,19 +74,21 @@ class Expected:
 class Drift:
     """What has left its band, where it is now, and since when."""
 
-    what: str  # "rate", or the lengths of a `ShareBand`
+    what: str  # "rate", the lengths of a `ShareBand`, or "ttft_s" (`late`)
     rises: bool
     value: float  # requests/s, or the share, since then
     band: tuple[float, float]
     since_s: float
-    edge: float = 0.0  # tokens above which requests count in the share
+    edge: float = 0.0  # tokens, or seconds, above which requests count in the share
 
     @property
     def is_of_mix(self) -> bool:
-        return self.what != "rate"
+        return self.what in ("prompt_tokens", "output_tokens")
 
     def __str__(self) -> str:
         low, high = self.band
+        if self.what == LATE:
+            return f"{self.value:.0%} of the first tokens of the last minute came after {self.edge:g} s"
         if not self.is_of_mix:
             return f"{self.value:.4g} requests/s arrive, {low:.4g} to {high:.4g} were expected"
         what = self.what.removesuffix("_tokens")
@@ -86,7 +98,9 @@ class Drift:
 
 
 def expected_shares(workload: Workload, tolerance: float) -> tuple[ShareBand, ...]:
-    """Return the bands of a workload's mix: ``tolerance`` on both sides of its shares above a few lengths."""
+    """Return the bands of a workload's mix: ``tolerance`` on both sides of its shares above a few lengths: the two
+    around each of `SHARES`. Requests of one length have all, or none, above each.
+    """
     weights = np.array([one.weight for one in workload.bins])
     weights = weights / weights.sum()
     found = dict[tuple[str, float], ShareBand]()
@@ -94,21 +108,38 @@ def expected_shares(workload: Workload, tolerance: float) -> tuple[ShareBand, ..
         tokens = np.array([getattr(one, lengths) for one in workload.bins])
         above = [float(weights[tokens > edge].sum()) for edge in TOKENS.edges]
         for wanted in SHARES:
-            share, edge = min(zip(above, TOKENS.edges, strict=True), key=lambda pair: abs(pair[0] - wanted))
-            if tolerance < share < 1 - tolerance:
-                band = ShareBand(lengths=lengths, edge=edge, low=share - tolerance, high=share + tolerance)
-                found[lengths, edge] = band
+            beyond = next(k for k, share in enumerate(above) if share <= wanted)
+            for k in (max(0, beyond - 1), beyond):
+                low, high = max(0.0, above[k] - tolerance), min(1.0, above[k] + tolerance)
+                found[lengths, TOKENS.edges[k]] = ShareBand(lengths=lengths, edge=TOKENS.edges[k], low=low, high=high)
     return tuple(found.values())
 
 
-def dispersion(counts: Sequence[float]) -> float:
-    """Return the variance of counts over their mean, at least 1, by their successive differences, which no trend
-    affects.
+def late(latest: Sequence[TrafficSketch], now_s: float, limit_s: float | None) -> Drift | None:
+    """Return that a limit of TTFT is broken, if half of the first tokens of a minute are later than it, and of the last
+    window, too. Unlike a drift that is no inference from chance: it is what the plan has to prevent, seen too late.
     """
-    values = np.asarray(counts, dtype=float)
-    if len(values) < 3 or values.mean() <= 0:
+    together = sum(latest[1:], latest[0]) if latest else TrafficSketch()
+    is_minute = together.seconds >= LATE_S and together.ttft_s.count >= LEAST_LATE
+    if limit_s is None or not is_minute or not latest[-1].ttft_s.count:
+        return None
+    if max(one.ttft_s.share_within(limit_s) for one in (together, latest[-1])) > LATE_SHARE:
+        return None
+    share = 1 - together.ttft_s.share_within(limit_s)
+    return Drift(
+        what=LATE, rises=True, value=share, band=(0.0, LATE_SHARE), since_s=now_s - together.seconds, edge=limit_s
+    )
+
+
+def dispersion(counts: Sequence[float], seconds: Sequence[float]) -> float:
+    """Return the variance of counts in windows of some seconds over their mean, at least 1, by the differences of
+    successive rates, which no trend affects.
+    """
+    n, t = np.asarray(counts, dtype=float), np.asarray(seconds, dtype=float)
+    if len(n) < 3 or n.sum() <= 0:
         return 1.0
-    return max(1.0, float(np.mean(np.diff(values) ** 2)) / 2 / float(values.mean()))
+    by_chance = float(n.sum() / t.sum()) * (1 / t[1:] + 1 / t[:-1])
+    return max(1.0, float(np.mean(np.diff(n / t) ** 2 / by_chance)))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -189,9 +220,10 @@ def _cases(sketch: TrafficSketch, expected: Expected) -> Iterator[_Case]:
         key = "rate", 0.0, rises
         yield _Case(key=key, band=band, log_ratios=log_ratios, seconds=seconds, requests=n, inside=0.0)
     for share in expected.shares:
-        counts = getattr(sketch, share.lengths).counts
-        ended, inside = math.fsum(counts), math.fsum(counts[bisect_left(TOKENS.edges, share.edge) + 1 :])
+        inside, ended = share.inside(sketch)
         for rises, edge_share, rho in ((True, share.high, ratios), (False, share.low, 1 / ratios)):
+            if not 0 < edge_share < 1:  # nothing is beyond
+                continue
             odds = rho * edge_share / (1 - edge_share)
             q = odds / (1 + odds)
             log_ratios = inside * np.log(q / edge_share) + (ended - inside) * np.log((1 - q) / (1 - edge_share))

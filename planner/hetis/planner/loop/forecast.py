@@ -48,6 +48,8 @@ PRIOR = 10, 0.15  # weight in past errors, and relative error, that are assumed 
 ASKED_EVERY = 2  # bins; neighbouring ones have nearly the same errors
 LEAST_ERRORS = 24  # from which on a season is used: four hours of them
 LEAST_RPS = 1e-3
+# Standard deviations of counting requests: by which less must be short already, in the next minutes or right now
+CHANCE_OF_SHORTAGE, CHANCE_OF_JUMP = 2.0, 4.0
 SEASONS = {"yesterday": (1,), "last week": (7,), "the last seven days": tuple(range(1, 8))}
 
 
@@ -99,6 +101,22 @@ class History:
         recent.sort(key=lambda one: one.start_s)
         return cls(end_s=now_s, rates=rates, minutes=minutes, recent=tuple(recent))
 
+    def rate_now_rps(self) -> float:
+        """Return what the rate of the last minute is at least: the highest lower end (`CHANCE_OF_JUMP`) of the last
+        windows together, of which the very last one shows a jump first.
+        """
+        counted, seconds, least = 0.0, 0.0, 0.0
+        for one in reversed(self.recent):
+            if (seconds := seconds + one.traffic.seconds) > 1.01 * MINUTE_S:
+                break
+            counted += one.traffic.arrivals
+            least = max(least, (counted - CHANCE_OF_JUMP * math.sqrt(counted)) / max(seconds, 1.0))
+        return least
+
+    @property
+    def known_bins(self) -> int:
+        return int(np.count_nonzero(~np.isnan(self.rates)))
+
     def by_minutes(self) -> History | None:
         """Return the last hours in minutes; None if too few are known."""
         if np.count_nonzero(~np.isnan(self.minutes)) < LEAST_MINUTES:
@@ -111,12 +129,9 @@ class History:
         return sum(parts[1:], parts[0]) if parts else TrafficSketch()
 
     def dispersion(self) -> float:
-        """Return the variance of the arrivals in a recent window over their mean; 1 is Poisson.
-
-        Windows that are not complete are left out.
-        """
-        whole_s = 0.99 * max((one.traffic.seconds for one in self.recent), default=0.0)
-        return dispersion([one.traffic.arrivals for one in self.recent if one.traffic.seconds >= whole_s])
+        """Return the variance of the arrivals in a recent window over their mean; 1 is Poisson."""
+        whole = [one.traffic for one in self.recent if one.traffic.seconds > 0]
+        return dispersion([one.arrivals for one in whole], [one.seconds for one in whole])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -134,6 +149,11 @@ class Forecast:
     coverage: float
     rule: str
     errors: int
+
+    def at_least(self, rate_rps: float) -> Forecast:
+        """Return the forecast if this rate has been seen already."""
+        high_rps = max(self.high_rps, rate_rps)
+        return replace(self, high_rps=high_rps, expected_rps=max(self.expected_rps, rate_rps))
 
     def __str__(self) -> str:
         source = f"the errors of {self.errors} forecasts" if self.errors else "an assumed error: there is no history"
@@ -178,6 +198,22 @@ def forecast(history: History, horizon_s: float, coverage: float, level_rps: flo
         coverage=coverage, rule=rule.name,
         errors=len(up),
     )  # fmt: skip
+
+
+def demand_soon(history: History, horizon_s: float, coverage: float, level_rps: float | None = None) -> Forecast:
+    """Return the forecast of the next minutes: by minutes, if enough of them are known, less what chance may have added
+    to them. Raises InvalidProblemError if nothing was measured.
+    """
+    by_minutes = history.by_minutes()
+    if by_minutes is None:
+        return forecast(history, horizon_s, coverage, level_rps)
+    found = forecast(by_minutes, horizon_s, coverage, level_rps)
+    return replace(found, high_rps=found.high_rps * max(0.5, 1 - CHANCE_OF_SHORTAGE * chance(found.expected_rps)))
+
+
+def chance(rate_rps: float) -> float:
+    """Return the relative standard deviation of a rate that is measured for as long as the level of minutes."""
+    return 1 / math.sqrt(max(1.0, rate_rps * LEVEL_BINS * MINUTE_S))
 
 
 def _beyond_chance(errors: FloatArray, rates: FloatArray, bin_s: float) -> float:

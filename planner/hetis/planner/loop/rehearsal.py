@@ -23,18 +23,10 @@ from typing import NamedTuple, Protocol
 import numpy as np
 
 from hetis.planner.loop.curves import STEP_S, TrafficCurve
-from hetis.planner.loop.decision import InForce, LoopSettings, Verdict, decide, is_short, kept_rate, solve
+from hetis.planner.loop.decision import InForce, Verdict, decide, is_short, kept_rate, solve
 from hetis.planner.loop.drift import Drift, DriftTest, Expected
-from hetis.planner.loop.forecast import (
-    BIN_S,
-    KEPT_S,
-    MINUTE_S,
-    MINUTES_KEPT_S,
-    Forecast,
-    History,
-    Window,
-    with_hours,
-)
+from hetis.planner.loop.forecast import BIN_S, KEPT_S, MINUTE_S, MINUTES_KEPT_S, Forecast, History, Window, with_hours
+from hetis.planner.loop.settings import LoopSettings
 from hetis.planner.use_cases.other_fleets.replan import PosedReplan
 from hetis.planner.use_cases.saved_plans import PlanAndProblem
 from hetis.solver.advice import without_nodes
@@ -151,7 +143,7 @@ class RememberingSearch:
             demand = math.exp(math.ceil(math.log(demand) / 0.01) * 0.01)
             objective = replace(posed.problem.objective, demand_rps=demand)
             posed = replace(posed, problem=replace(posed.problem, objective=objective), requested=objective)
-        key = posed.running.replicas, demand, _kind(posed)
+        key = posed.running.replicas, demand, settings.costs, _kind(posed)
         if key not in self._solved:
             self._solved[key] = found = solve(posed, settings)
             if demand is not None:

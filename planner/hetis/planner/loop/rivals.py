@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 from hetis.planner.loop.curves import TrafficCurve
-from hetis.planner.loop.decision import LoopSettings
 from hetis.planner.loop.drift import DriftTest
 from hetis.planner.loop.rehearsal import (
     Answer,
@@ -28,6 +27,7 @@ from hetis.planner.loop.rehearsal import (
     View,
     rehearse,
 )
+from hetis.planner.loop.settings import LoopSettings
 from hetis.planner.use_cases.describing import with_inputs
 from hetis.planner.use_cases.other_fleets.replan import pose_replanning
 from hetis.planner.use_cases.place import search

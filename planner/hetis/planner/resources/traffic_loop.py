@@ -12,14 +12,14 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
-from collections import Counter
+from collections import Counter, deque
+from collections.abc import Iterable
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
 
-import numpy as np
-
 from hetis.planner.convert.documents import document_of
 from hetis.planner.convert.names import seconds_of, timestamp
+from hetis.planner.convert.plans import OBJECTIVE_KINDS
 from hetis.planner.convert.traffic import MINUTE_S
 from hetis.planner.failures import ServiceError
 from hetis.planner.fleet.fleet import LiveFleet
@@ -27,9 +27,10 @@ from hetis.planner.fleet.settings import TrafficPolicy, policy_from
 from hetis.planner.fleet.stored_plans import AnsweredPlan
 from hetis.planner.fleet.views import Clock
 from hetis.planner.jobs.apart import call_apart
-from hetis.planner.loop.decision import Decision, InForce, LoopSettings, Verdict, decide, is_short, solve
-from hetis.planner.loop.drift import Drift, DriftTest, Expected, expected_shares
+from hetis.planner.loop.decision import LEAST_ENDED, Decision, InForce, Verdict, decide, is_short, solve
+from hetis.planner.loop.drift import LATE_S, Drift, DriftTest, Expected, expected_shares, late
 from hetis.planner.loop.forecast import History, Window
+from hetis.planner.loop.settings import LoopSettings
 from hetis.planner.loop.speeds import corrections
 from hetis.planner.resources.nodes import NodeReader
 from hetis.planner.resources.plan_creation import PlanCreation
@@ -48,8 +49,8 @@ from hetis.solver.replanning.replanner import Replanning
 from hetis.solver.traffic import TrafficSketch
 from hetis.v1 import cluster_pb2, plan_pb2, traffic_pb2
 
-LEAST_ASK_S = 60.0  # between two questions: a search takes seconds, and one that fails is not to be repeated at once
-STEP_S = 20.0  # between two looks, each of which is a window of the drift test
+LEAST_ASK_S = 60.0  # after a question that an alarm asked, or that failed
+STEP_S = 10.0  # between two looks, each of which is a window of the drift test
 SETTLE_S = 120.0  # time that a plan is in force before traffic is judged by it
 JUDGED_S, LEAST_JUDGED = 180.0, 50  # a change is judged after so long, by so many first tokens
 FALL = 0.05  # fall of the attainment that takes a change back
@@ -73,11 +74,15 @@ class _Loop:
     """The state of one cluster, of which ``plan`` is in force since ``since_s``.
 
     Attributes:
-        asked_s: when the question was last asked; ``looked_s``: or a shortage looked for.
+        due_s: when the question is next asked without an alarm; with one, from ``free_s`` on.
+        looked_s: when a shortage was last looked for.
+        late_s: when limits were last seen to be broken.
         capacity_rps: rate from which on there is a shortage that may have an answer.
-        test: that of drift from what is ``expected``; ``drift``: the last alarm, unless it was of the mix.
-        seen: the traffic up to the last look, of all replicas since the planner's start.
-        proposal: the open proposal, which expires at ``expires_s``; empty if there is none.
+        test: that of drift from what is ``expected``; ``alarm``: one that was not asked about yet; ``drift``: the last
+            one of the rate, unless the mix has changed since.
+        seen: the traffic up to the last look, of all replicas since the planner's start; ``looks``: what came between
+            the looks of the last hour.
+        proposal: the open proposal; empty if there is none.
         changes_s: times of the changes that the planner made itself.
         wary_until_s: until when it makes none, since one was taken back.
     """
@@ -85,16 +90,19 @@ class _Loop:
     plan: str = ""
     since_s: float = 0.0
     found: PlanAndProblem | None = None
-    asked_s: float = 0.0
+    due_s: float = 0.0
+    free_s: float = 0.0
     looked_s: float = 0.0
+    late_s: float = 0.0
     capacity_rps: float = math.inf
     test: DriftTest | None = None
+    alarm: Drift | None = None
     drift: Drift | None = None
     seen: TrafficSketch | None = None
+    looks: deque[Window] = field(default_factory=lambda: deque(maxlen=round(HOUR_S / STEP_S)))
     expected: Expected | None = None
     shown: traffic_pb2.TrafficDecision | None = None
     proposal: str = ""
-    expires_s: float = 0.0
     changes_s: list[float] = field(default_factory=list)
     judged: _Judged | None = None
     wary_until_s: float = 0.0
@@ -157,35 +165,29 @@ class TrafficLoop:
         if seen is None or now_s - loop.since_s < STEP_S:
             return
         latest, loop.seen = (seen.since(loop.seen) if loop.seen is not None else None), seen
+        if latest is not None and latest.seconds > 0:
+            self._test(loop, answered, latest, now_s)
         await self._judge(cluster, loop, answered, now_s)
-        if loop.proposal and now_s >= loop.expires_s:
-            loop.asked_s = 0.0  # ask anew, which proposes the same again or withdraws it
-        if now_s - loop.asked_s < LEAST_ASK_S:
+        if now_s < loop.free_s:
             return
-        drift = None
-        if loop.expected is not None and latest is not None and latest.seconds > 0 and not loop.proposal:
-            test = loop.test or self._settings.drift_test(STEP_S)
-            loop.test = test = test.after(now_s, latest, loop.expected)
-            if (drift := test.drift) is not None:
-                loop.test, loop.drift = None, None if drift.is_of_mix else drift
-        is_due = drift is not None or now_s - loop.asked_s >= self._settings.every_s
+        is_due = now_s >= loop.due_s or (loop.alarm is not None and _is_measured(loop.alarm, loop.looks, now_s))
         if not is_due and (loop.proposal or now_s - loop.looked_s < self._settings.watch_s):
             return
-        history = History.of_windows(
-            [
-                Window(start_s=one.start_s, traffic=one.traffic)
-                for one in windows.windows(least_s=MINUTE_S / 4)
-                if one.model == model
-            ],
-            now_s,
-        )
-        if drift is None and bool(np.isnan(history.rates).all()):
+        minutes = [
+            Window(start_s=one.start_s, traffic=one.traffic)
+            for one in windows.windows(least_s=MINUTE_S / 4)
+            if one.model == model
+        ]
+        history = replace(History.of_windows(minutes, now_s), recent=tuple(loop.looks))
+        if loop.alarm is None and history.by_minutes() is None:
             return  # the first minutes
         loop.looked_s = now_s
         if not is_due and not is_short(history, loop.capacity_rps, self._settings):
             return
-        loop.asked_s = now_s
-        drift = drift or loop.drift
+        alarm, drift = loop.alarm, loop.alarm or loop.drift
+        if alarm is not None:
+            loop.alarm = loop.test = None
+        loop.due_s, loop.free_s = now_s + self._settings.every_s, now_s + LEAST_ASK_S
         costs = replace(self._settings, cool_down_s=policy.cool_down_s)
         in_force = InForce(
             found=self._corrected(cluster, loop.found or answered.found),
@@ -195,16 +197,34 @@ class TrafficLoop:
         decision = await run_in_daemon_thread(
             lambda: decide(history, in_force, costs, drift=drift, solve=_solve_apart), name=f"decision for {cluster}"
         )
+        loop.due_s = decision.expires_s  # when the same is proposed again, or withdrawn
+        loop.free_s = loop.free_s if alarm is not None else now_s
         _log.info("%s: %s: %s", cluster, decision.verdict, decision.reason)
         await self._act(cluster, loop, answered, decision, policy, now_s)
+
+    def _test(self, loop: _Loop, answered: AnsweredPlan, latest: TrafficSketch, now_s: float) -> None:
+        """Look whether the traffic since the last look is a drift, or the limits are broken."""
+        loop.looks.append(Window(start_s=now_s - latest.seconds, traffic=latest))
+        if loop.expected is not None:
+            test = loop.test or self._settings.drift_test(STEP_S)
+            loop.test = test = test.after(now_s, latest, loop.expected)
+            if test.drift is not None:
+                loop.alarm = test.drift
+                loop.drift = None if test.drift.is_of_mix else test.drift
+        # What waited for the plan is still late when it serves; and what a question had no answer to, is asked rarely.
+        if now_s - max(loop.since_s + SETTLE_S, loop.late_s + self._settings.every_s) >= LATE_S:
+            last = [one.traffic for one in loop.looks if one.start_s >= now_s - LATE_S - STEP_S]
+            if (found := late(last, now_s, answered.plan.objective.ttft_limit_s)) is not None:
+                loop.late_s, loop.alarm = now_s, loop.alarm or found
 
     def _begin(self, loop: _Loop, answered: AnsweredPlan) -> None:
         """Begin with another plan in force."""
         body = answered.record.body
-        loop.plan, loop.found = answered.record.name, answered.found
+        loop.plan, loop.found = answered.record.name, _of_cluster(answered)
         loop.since_s = seconds_of(body.activate_time) if body.HasField("activate_time") else 0.0
-        loop.asked_s, loop.test, loop.seen, loop.capacity_rps = 0.0, None, None, math.inf
-        objective = answered.plan.objective
+        loop.due_s = loop.free_s = 0.0
+        loop.test, loop.alarm, loop.seen, loop.capacity_rps = None, None, None, math.inf
+        objective = loop.found.plan.objective
         high_rps = answered.plan.result.value if objective.maximises else objective.demand_rps
         shares = expected_shares(answered.problem.workload, self._settings.tolerance)
         loop.expected = Expected(low_rps=0.0, high_rps=high_rps or 0.0, shares=shares)
@@ -269,7 +289,6 @@ class TrafficLoop:
     async def _propose(self, cluster: str, loop: _Loop, answered: AnsweredPlan, decision: Decision, plan: Plan) -> None:
         """Propose a plan in place of the one that was proposed before, if it is another."""
         assert decision.found is not None
-        loop.expires_s = decision.expires_s
         if loop.proposal:
             open_plan = await self._placements.answered(loop.proposal)
             if open_plan is not None and open_plan.plan.replicas == plan.replicas:
@@ -318,6 +337,26 @@ class TrafficLoop:
         """Withdraw what earlier leaders proposed because of traffic: their reasons are lost."""
         for name in await self._placements.open_proposals(cluster, of_traffic=True):
             await self._placements.withdraw(name)
+
+
+def _of_cluster(answered: AnsweredPlan) -> PlanAndProblem:
+    """Return the plan in force with the objective that was requested: out of a shortage that no plan of the fleet ends,
+    the planner changes to one for the most goodput, from which cards are to go back all the same.
+    """
+    plan = answered.plan
+    kind = next(
+        (k for k, number in OBJECTIVE_KINDS.items() if number == answered.record.body.spec.objective.kind), None
+    )
+    if kind in (None, plan.objective.kind) or not plan.objective.maximises:
+        return answered.found
+    objective = replace(plan.objective, kind=kind, demand_rps=plan.result.value)
+    return replace(answered.found, plan=replace(plan, objective=objective))
+
+
+def _is_measured(alarm: Drift, looks: Iterable[Window], now_s: float) -> bool:
+    """Return whether an alarm can be answered: lengths that are new are measured from some requests, for a minute."""
+    ended = math.fsum(one.traffic.prompt_tokens.count for one in looks if one.start_s >= alarm.since_s - 1e-6)
+    return not alarm.is_of_mix or ended >= LEAST_ENDED or now_s - alarm.since_s >= LEAST_ASK_S
 
 
 def _solve_apart(posed: PosedReplan, settings: LoopSettings) -> Replanning:

@@ -64,6 +64,26 @@ async def page(
     return made, address
 
 
+async def test_no_library_that_is_installed_takes_a_connection_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    """uvicorn would hand connections to any installed WebSocket library, where they are neither counted nor limited."""
+    taken = list[object]()
+    monkeypatch.setattr("uvicorn.protocols.websockets.auto.AutoWebSocketsProtocol", lambda **_: taken.append(1))
+
+    served, address = await page()
+    host, port = address.rsplit(":", 1)
+    reader, writer = await asyncio.open_connection(host, int(port))
+    writer.write(
+        b"GET /healthz HTTP/1.1\r\nHost: localhost\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n"
+        b"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n"
+    )
+    writer.write_eof()
+    answer = await reader.read()
+    writer.close()
+    await served.stop()
+    assert answer.startswith(b"HTTP/1.1 200 ")
+    assert taken == []
+
+
 async def test_the_page_shows_the_planner_and_its_clusters() -> None:
     served, address = await page()
     answers = [await ask(address, path) for path in ("/", "/clusters/c", "/clusters/d", "/nothing")]
@@ -180,6 +200,16 @@ async def test_answers_are_made_one_at_a_time_and_kept_for_a_second() -> None:
         with pytest.raises(ValueError, match="no answer"):
             await recent.of("c", fail)
     await ask_for("c")
+
+
+def test_a_snapshot_of_the_kv_does_not_change_with_later_samples() -> None:
+    history = KvHistory()
+    history.add(1.0, [("a/0", 0.25)])
+    snapshot = history.snapshot()
+    history.add(2.0, [("a/0", 0.5), ("b/0", 0.75)])
+    assert snapshot.now() == {"a/0": 0.25}
+    assert [record.device for record in snapshot.records(9)] == ["a/0"]
+    assert history.now() == {"a/0": 0.5, "b/0": 0.75}
 
 
 def test_the_page_shows_what_runs_as_it_is_now() -> None:
