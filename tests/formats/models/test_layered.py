@@ -105,6 +105,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "qwen3_5_text": {"num_hidden_layers": 4},
     "bamba": {"num_hidden_layers": 3, "attn_layer_indices": [1]},
     "laguna": {"num_hidden_layers": 3, "num_attention_heads_per_layer": [48, 64, 64]},
+    "inkling_text": {"num_hidden_layers": 6},
     "afmoe": {"num_hidden_layers": 4},
     "olmo_hybrid": {"num_hidden_layers": 4},
     "qwen3_moe": {"num_hidden_layers": 2},
@@ -139,6 +140,24 @@ def test_experts_whose_number_has_an_unknown_name_are_not_read_as_a_dense_model(
     text["number_of_experts"] = text.pop("num_local_experts")
     with pytest.raises(DocumentError, match="num_experts_per_tok: is 8, but no number of experts is given"):
         load(tmp_path, data)
+
+
+def test_short_convolutions_beside_attention_keep_their_last_inputs(tmp_path: Path) -> None:
+    """Inkling, in the publisher's form and in that of transformers: each layer has four convolutions of four inputs."""
+    common = {
+        "architectures": ["InklingForCausalLM"], "hidden_size": 512, "num_hidden_layers": 4, "vocab_size": 1000,
+        "num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 64, "swa_num_key_value_heads": 4, "d_rel": 16,
+        "sliding_window_size": 128, "n_routed_experts": 8, "num_experts_per_tok": 2,
+    }  # fmt: skip
+    own = {"local_layer_ids": [0, 1, 2], "dense_intermediate_size": 2048, "intermediate_size": 256, "dense_mlp_idx": 1}
+    kinds = ["hybrid_sliding"] * 3 + ["hybrid"]
+    theirs = {"layer_types": kinds, "mlp_layer_types": ["dense"] + ["sparse"] * 3, "intermediate_size": 2048}
+    model = load(tmp_path, common | own)
+    assert model == load(tmp_path, common | theirs | {"moe_intermediate_size": 256})
+    inputs = 3 * (2 * 256 + 2 * 512) + (2 * 128 + 2 * 512)
+    assert model.num_layers * model.state_bytes() == 2 * 3 * inputs
+    assert model.kv_bytes_per_token() == 2 * 2 * (3 * 256 + 128)
+    assert (model.sliding_share, model.prefix_layers, model.heads_can_move) == (0.75, 1, False)
 
 
 def test_layers_may_state_fields_of_their_own(tmp_path: Path) -> None:

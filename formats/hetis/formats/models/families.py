@@ -199,6 +199,7 @@ _ALIKE: tuple[tuple[Family, str], ...] = (
         "ExaoneMoEForCausalLM=exaone_moe Dots1ForCausalLM=dots1 StableLmForCausalLM=stablelm "
         "InternLM3ForCausalLM=internlm3 ExaoneMoeForCausalLM FlexOlmoForCausalLM=flex_olmo "
         "Ministral3ForCausalLM=ministral3 HYV3ForCausalLM=hy_v3 SolarOpenForCausalLM=solar_open CwmForCausalLM=cwm "
+        "InklingForCausalLM=inkling_text InklingForConditionalGeneration=inkling_mm_model "
         "LagunaForCausalLM=laguna OlmoHybridForCausalLM=olmo_hybrid",
     ),
     (
@@ -276,6 +277,21 @@ INNER = ("text_config", "llm_config", "thinker_config", "language_config")
 # Architectures that are known, and what keeps the cost model from planning for them.
 NOT_MODELLED: dict[str, str] = {
     "DeepseekV41ForCausalLM": "layers that share the compressed entries of others, and tables of n-grams (Engram)",
+    "BailingMoeV3ForCausalLM": "Kimi delta attention with forget gates of full rank beside latent attention",
+    "DeepseekOCRForCausalLM": "vision towers that its config names but does not describe",
+    "DeepseekOCR2ForCausalLM": "a vision tower that its config names but does not describe",
+    "UnlimitedOCRForCausalLM": "windows that move with a reference (R-SWA)",
+    "DiffusionGemmaForBlockDiffusion": "blocks of tokens that are denoised together",
+    "Dots3NoteForCausalLM": "latent attention in windows, beside latent attention with an indexer",
+    "Ernie4_5_VLMoeForConditionalGeneration": "experts for text and others for images",
+    "Glm5NextForConditionalGeneration": "an indexer of pooled keys",
+    "HYV4ForCausalLM": "streams of the residual with one indexer for several layers",
+    "Qwen4ExpForCausalLM": "streams of low rank, and tables of n-grams",
+    "Gemma3nForConditionalGeneration": "predicted copies of the residual (AltUp) and low-rank branches (LAuReL)",
+    "Gemma3nForCausalLM": "predicted copies of the residual (AltUp) and low-rank branches (LAuReL)",
+    "MambaForCausalLM": "no layer with KV",
+    "Mamba2ForCausalLM": "no layer with KV",
+    "FalconMambaForCausalLM": "no layer with KV",
     "Phi3SmallForCausalLM": "block-sparse attention, where every head attends to blocks of its own",
     "Phi3VForCausalLM": "a vision tower that its config names but does not describe",
     "Phi4FlashForCausalLM": "layers that have a state space (Mamba), and layers that share the KV of another",

@@ -31,11 +31,13 @@ NAMES = {
     "mamba_state": ("ssm_state_size", "mamba_d_state"),
     "mamba_kernel": ("conv_kernel", "mamba_d_conv"),
     "mamba_expand": ("expand", "mamba_expand"),
-    "first_dense": ("first_k_dense_replace", "num_dense_layers", "moe_layer_start_index"),
+    "first_dense": ("first_k_dense_replace", "num_dense_layers", "moe_layer_start_index", "dense_mlp_idx"),
+    "short_conv_kernel": ("conv_kernel_size", "sconv_kernel_size"),
     "window": ("sliding_window", "sliding_window_size"),
 }
 # What families call the kinds of attention of a layer, and the letters of Nemotron's pattern.
 ATTENTION, WINDOWED, STATE, CONVOLUTION, BOTH, NONE = "full", "windowed", "state", "convolution", "both", "none"
+CONVOLVED, CONVOLVED_WINDOW = "convolved", "convolved window"  # attention beside short convolutions (Inkling)
 _KINDS = {
     **dict.fromkeys(("full_attention", "attention", "global_attention", "global", "*"), ATTENTION),
     **dict.fromkeys(("sliding_attention", "sliding", "local_attention", "local", "sliding_window"), WINDOWED),
@@ -72,6 +74,8 @@ def stated_layers(config: Config) -> int | None:
 
 
 def kinds_of_attention(config: Config, num_layers: int) -> list[str]:
+    if config.data.get("d_rel") is not None:
+        return _convolved_kinds(config, num_layers)
     for name in ("layer_types", "layers_block_type", "hybrid_override_pattern"):
         if (stated := config.data.get(name)) is not None:
             return _named_kinds(config, name, stated, num_layers)
@@ -104,6 +108,14 @@ def kinds_of_attention(config: Config, num_layers: int) -> list[str]:
         return [WINDOWED if pattern[layer % len(pattern)] == "L" else ATTENTION for layer in range(num_layers)]
     every = config.whole("sliding_window_pattern", 0, least=0)
     return [ATTENTION if every and layer % every == every - 1 else WINDOWED for layer in range(num_layers)]
+
+
+def _convolved_kinds(config: Config, num_layers: int) -> list[str]:
+    """Return the kinds of Inkling's layers, of which the publisher numbers those that slide."""
+    if isinstance(local := config.data.get("local_layer_ids"), list):
+        return [CONVOLVED_WINDOW if layer in local else CONVOLVED for layer in range(num_layers)]
+    kinds = config.kinds_of_layers(num_layers, ("hybrid", "hybrid_sliding")) or ["hybrid"] * num_layers
+    return [CONVOLVED_WINDOW if kind == "hybrid_sliding" else CONVOLVED for kind in kinds]
 
 
 def _has_states(config: Config) -> bool:

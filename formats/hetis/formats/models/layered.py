@@ -18,6 +18,8 @@ from hetis.formats.models.layer_kinds import (
     ATTENTION,
     BOTH,
     CONVOLUTION,
+    CONVOLVED,
+    CONVOLVED_WINDOW,
     NAMES,
     NONE,
     STATE,
@@ -113,6 +115,8 @@ def read_layers(config: Config, num_layers: int, *, gated_mlp: bool = True, gate
         STATE: lambda own: (_state(own)[0],),
         CONVOLUTION: lambda own: (_convolution(own)[0],),
         BOTH: lambda own: (_attention(own, gated=gated_attention), _state(own)[0]),
+        CONVOLVED: lambda own: _convolved(own, _attention(own, gated=gated_attention)),
+        CONVOLVED_WINDOW: lambda own: _convolved(own, _windowed(own, gated=gated_attention)),
         NONE: lambda own: (),
     }
     numbered = _in_layers(config, num_layers)
@@ -332,6 +336,22 @@ def _convolution(config: Config) -> tuple[Recurrent, dict[str, int]]:
         flops=2.0 * hidden * kernel,
     )
     return one, matrices
+
+
+def _convolved(config: Config, attention: Mixer) -> tuple[Mixer, ...]:
+    """Return Inkling's attention beside short convolutions of its keys and values, its output and the MLP's output.
+
+    Of each the last inputs stay in 16 bits (``InklingSconv`` in vLLM 0.32's models/inkling/nvidia/sconv_swa_attn.py).
+    A projection of the hidden size to ``d_rel`` numbers per query head gives the positions.
+    """
+    hidden, kernel = config.whole("hidden_size"), number(config, "short_conv_kernel", 4)
+    channels = 2 * attention.num_kv_heads * attention.key_dim + 2 * hidden
+    convolutions = Recurrent(
+        weights=hidden * attention.q_heads * config.whole("d_rel") + channels * kernel,
+        request_bytes=2.0 * channels * (kernel - 1),
+        flops=2.0 * channels * kernel,
+    )
+    return attention, convolutions
 
 
 def _delta_attention(config: Config) -> tuple[Recurrent, dict[str, int]]:
