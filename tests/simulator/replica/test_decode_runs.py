@@ -51,7 +51,7 @@ def assert_equal(one: Run, other: Run) -> None:
 
 @settings(max_examples=40, deadline=None)
 @given(
-    ARRIVALS, st.integers(1, 5), st.sampled_from([60_000_000, 900_000]), st.sampled_from([None, 0.2]), st.booleans(),
+    ARRIVALS, st.integers(1, 5), st.sampled_from([60_000_000, 8_000_000]), st.sampled_from([None, 0.2]), st.booleans(),
     st.booleans(),
 )  # fmt: skip
 def test_runs_of_iterations_change_no_time_and_no_count(
@@ -82,4 +82,15 @@ def test_a_lone_request_decodes_in_one_run() -> None:
     request = Request(id=0, arrival_s=0.0, prompt_tokens=8, output_tokens=100)
     one_by_one, together, begun = both(plan, problem, [request], Settings())
     assert begun == 1
+    assert_equal(one_by_one, together)
+
+
+@pytest.mark.parametrize("num", [2, 3, 4, 12])
+def test_a_run_ends_where_a_block_is_missing(num: int) -> None:
+    problem = small_problem(usable_bytes=8_000_000)
+    plan = plan_of(pipeline(problem, 1, problem.model.num_layers - 1, micro_batch=num, in_flight=1))
+    requests = [Request(id=n, arrival_s=0.0, prompt_tokens=40, output_tokens=150) for n in range(num)]
+    one_by_one, together, begun = both(plan, problem, requests, Settings())
+    assert begun
+    assert one_by_one.num_preemptions
     assert_equal(one_by_one, together)
