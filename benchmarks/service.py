@@ -17,9 +17,10 @@ memory, and ``kb_per_agent`` its growth since before the first agent, per agent.
 reports that were sent but not processed yet, at the present rate. ``load`` is the machine's mean number of running
 processes over a minute.
 
-``--soak`` applies 500 reports/s and 200 reads/s. It prints a row for each twelfth of the time, and one that
-compares the last part with the second: memory as a share, p99 as a ratio. This p99 covers the calls during which, and
-for 2 s before which, the machine's host kept less than a twentieth of a processor from it.
+``--soak`` applies 500 reports/s and 200 reads/s, and in every fourth part a flood of 10,000 reports/s by 500 agents.
+It prints a row for each twelfth of the time, and one that compares the last part with the second: memory as a share,
+p99 as a ratio. This p99 covers the calls during which, and for 2 s before which, the machine's host kept less than a
+twentieth of a processor from it.
 
 ``GetPlan beside a flood`` has the reads of 50 calls/s while agents send more reports than the planner reads.
 
@@ -93,10 +94,12 @@ async def soak(extent: Extent, *, minutes: float) -> AsyncIterator[Row]:
         await bench.activate()
         await bench.until_quiet()
         read = timed_call(lambda: bench.client.plans.GetPlan(plan_service_pb2.GetPlanRequest(name=PLAN)))
-        await bench.set_rate(SOAK_REPORTS_PER_S)
         parts = list[tuple[float, float]]()  # memory, and p99 of the calls that the host did not disturb
         part_s = 60 * minutes / SOAK_PARTS
         for number in range(SOAK_PARTS):
+            is_flooded = number % 4 == 2
+            rate, agents = FLOODS[-1] if is_flooded else (SOAK_REPORTS_PER_S, None)
+            await bench.set_rate(rate, agents=agents)
             with Watched(bench.planner) as watched, HostWatch() as host:
                 latencies = await paced(read, per_s=SOAK_READS_PER_S, seconds=part_s)
             _, behind = await bench.behind()
@@ -105,7 +108,7 @@ async def soak(extent: Extent, *, minutes: float) -> AsyncIterator[Row]:
             calm_ms = 1e3 * float(np.percentile(calm, 99)) if len(calm) else float("nan")
             parts.append((float(memory["rss_mib"] or 0.0), calm_ms))
             note = f"p99 {calm_ms:.1f} ms of the {len(calm) / len(latencies.seconds):.0%} that the host let be"
-            name = f"soak, {(number + 1) * minutes / SOAK_PARTS:g} min"
+            name = f"soak, {(number + 1) * minutes / SOAK_PARTS:g} min" + (", beside a flood" if is_flooded else "")
             row = bench.latency_row(name, latencies, at_once=1, watched=watched, note=note)
             yield {**row, **memory, "cpu_us": None, "lag_s": behind / SOAK_REPORTS_PER_S}
         early, last = parts[max(0, SOAK_PARTS // 6 - 1)], parts[-1]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -62,6 +63,17 @@ def test_the_loop_follows_a_rise_and_a_fall() -> None:
     # From the jump until it is noticed and replicas have started: two minutes of an hour, and the queue of these.
     assert found.outside < 12 / 23 * 6 / 60
     assert found.alarms >= 1
+
+
+def test_no_more_changes_are_made_in_an_hour_than_a_policy_allows() -> None:
+    traffic = curve(5.0, 12.0, 3.0, 12.0)
+    often, once = (
+        rehearse(plan_for(6.0), traffic, loop(LoopSettings(changes_per_hour=most, cool_down_s=60.0)))
+        for most in (12, 1)
+    )
+    assert len(once.changes) < len(often.changes)
+    times_s = [one.at_s for one in once.changes]
+    assert min(b - a for a, b in pairwise(times_s)) >= 3600
 
 
 def test_noise_changes_nothing() -> None:

@@ -15,7 +15,7 @@ from hetis.planner.failures import Reason, ServiceError
 from hetis.planner.fleet.traffic import TrafficWindows
 from hetis.planner.fleet.views import Clock
 from hetis.planner.loop.decision import Decision, InForce, Verdict
-from hetis.planner.loop.drift import Expected
+from hetis.planner.loop.drift import Drift, Expected
 from hetis.planner.loop.settings import LoopSettings
 from hetis.planner.resources.traffic_loop import JUDGED_S, SETTLE_S, STEP_S, TrafficLoop
 from hetis.planner.use_cases.robustness.fixed_plan import structure_of
@@ -236,6 +236,20 @@ async def test_traffic_that_doubles_is_noticed_while_another_proposal_is_open(mo
     world.rate = 8.0
     await world.pass_time(60)
     assert len(world.asked) == 1
+
+
+async def test_an_alarm_of_another_kind_does_not_wait_for_the_last_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    world = World(monkeypatch)
+    await world.pass_time(600)
+    world.asked.clear()
+    world.rate = 0.01  # at least 0.5 are expected
+    while not world.asked:
+        await world.pass_time(STEP_S)
+    world.rate = 12.0
+    await world.pass_time(40)
+    rises = [drift.rises for _, drift in world.asked if isinstance(drift, Drift)]
+    assert rises[0] is False
+    assert rises[-1] is True
 
 
 async def test_broken_limits_are_asked_about_within_a_minute_and_then_rarely(monkeypatch: pytest.MonkeyPatch) -> None:

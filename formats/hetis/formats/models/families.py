@@ -200,7 +200,7 @@ _ALIKE: tuple[tuple[Family, str], ...] = (
         "InternLM3ForCausalLM=internlm3 ExaoneMoeForCausalLM FlexOlmoForCausalLM=flex_olmo "
         "Ministral3ForCausalLM=ministral3 HYV3ForCausalLM=hy_v3 SolarOpenForCausalLM=solar_open CwmForCausalLM=cwm "
         "InklingForCausalLM=inkling_text InklingForConditionalGeneration=inkling_mm_model "
-        "LagunaForCausalLM=laguna OlmoHybridForCausalLM=olmo_hybrid",
+        "BitNetForCausalLM=bitnet LagunaForCausalLM=laguna OlmoHybridForCausalLM=olmo_hybrid",
     ),
     (
         _of_inner_model,
@@ -289,6 +289,8 @@ NOT_MODELLED: dict[str, str] = {
     "Qwen4ExpForCausalLM": "streams of low rank, and tables of n-grams",
     "Gemma3nForConditionalGeneration": "predicted copies of the residual (AltUp) and low-rank branches (LAuReL)",
     "Gemma3nForCausalLM": "predicted copies of the residual (AltUp) and low-rank branches (LAuReL)",
+    "JetMoeForCausalLM": "experts of attention",
+    "MllamaForConditionalGeneration": "layers that attend to images alone",
     "MambaForCausalLM": "no layer with KV",
     "Mamba2ForCausalLM": "no layer with KV",
     "FalconMambaForCausalLM": "no layer with KV",

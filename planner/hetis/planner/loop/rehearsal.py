@@ -171,6 +171,7 @@ class LoopFollower:
         self.every_s, self.watch_s = settings.every_s, settings.watch_s
         self._settings, self._search, self._truth = settings, search, truth
         self._capacity_rps = math.inf  # from which on there is a shortage
+        self._changes_s = deque[float](maxlen=settings.changes_per_hour)
 
     def ask(self, view: View) -> Answer:
         found = decide(
@@ -180,6 +181,9 @@ class LoopFollower:
         self._capacity_rps = math.inf if found.verdict is Verdict.CANNOT else found.capacity_rps
         change = None
         if found.verdict is Verdict.CHANGE and found.found is not None:
+            if len(self._changes_s) == self._changes_s.maxlen and view.now_s - self._changes_s[0] < 3600:
+                return Answer(None, view.in_force.found, found.expected)  # it stays a proposal
+            self._changes_s.append(view.now_s)
             change = Change(next=found.next, steps=found.found.transition.steps, reason=found.reason)
         return Answer(change, found.next, found.expected)
 

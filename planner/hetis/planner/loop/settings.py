@@ -26,6 +26,7 @@ class LoopSettings:
         tolerance: share of the requests by which the mix, or prefix hits, may differ from the plan's.
         least_gain: of what the plan in force yields, that a change other than out of a shortage must gain.
         cool_down_s: least time between a change and one that is not out of a shortage.
+        changes_per_hour: most changes in an hour that the planner makes itself; a cluster's policy has its own.
         max_moves: limit on the GPUs that change their work in one change; None: any number.
         search: settings of searches, which may choose another rung.
         verify: whether a plan is simulated before it is proposed.
@@ -41,6 +42,7 @@ class LoopSettings:
     tolerance: float = 0.1
     least_gain: float = 0.05
     cool_down_s: float = 600.0
+    changes_per_hour: int = 12
     max_moves: int | None = None
     search: PlacementSettings = field(default_factory=PlacementSettings)
     verify: bool = False

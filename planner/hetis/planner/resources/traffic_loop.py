@@ -49,7 +49,7 @@ from hetis.solver.replanning.replanner import Replanning
 from hetis.solver.traffic import TrafficSketch
 from hetis.v1 import cluster_pb2, plan_pb2, traffic_pb2
 
-LEAST_ASK_S = 60.0  # after a question that an alarm asked, or that failed
+LEAST_ASK_S = 60.0  # after a question that failed, or that an alarm of the same kind asked
 STEP_S = 10.0  # between two looks, each of which is a window of the drift test
 SETTLE_S = 120.0  # time that a plan is in force before traffic is judged by it
 JUDGED_S, LEAST_JUDGED = 180.0, 50  # a change is judged after so long, by so many first tokens
@@ -74,7 +74,8 @@ class _Loop:
     """The state of one cluster, of which ``plan`` is in force since ``since_s``.
 
     Attributes:
-        due_s: when the question is next asked without an alarm; with one, from ``free_s`` on.
+        due_s: when the question is next asked without an alarm; with one, from ``free_s`` on, or at once if the last
+            question was ``answered`` to an alarm of another kind.
         looked_s: when a shortage was last looked for.
         late_s: when limits were last seen to be broken.
         capacity_rps: rate from which on there is a shortage that may have an answer.
@@ -92,6 +93,7 @@ class _Loop:
     found: PlanAndProblem | None = None
     due_s: float = 0.0
     free_s: float = 0.0
+    answered: tuple[str, bool] | None = None
     looked_s: float = 0.0
     late_s: float = 0.0
     capacity_rps: float = math.inf
@@ -168,7 +170,8 @@ class TrafficLoop:
         if latest is not None and latest.seconds > 0:
             self._test(loop, answered, latest, now_s)
         await self._judge(cluster, loop, answered, now_s)
-        if now_s < loop.free_s:
+        is_other = loop.answered and loop.alarm and loop.answered != (loop.alarm.what, loop.alarm.rises)
+        if now_s < loop.free_s and not is_other:
             return
         is_due = now_s >= loop.due_s or (loop.alarm is not None and _is_measured(loop.alarm, loop.looks, now_s))
         if not is_due and (loop.proposal or now_s - loop.looked_s < self._settings.watch_s):
@@ -184,7 +187,7 @@ class TrafficLoop:
         loop.looked_s = now_s
         if not is_due and not is_short(history, loop.capacity_rps, self._settings):
             return
-        alarm, drift = loop.alarm, loop.alarm or loop.drift
+        alarm, drift, loop.answered = loop.alarm, loop.alarm or loop.drift, None
         if alarm is not None:
             loop.alarm = loop.test = None
         loop.due_s, loop.free_s = now_s + self._settings.every_s, now_s + LEAST_ASK_S
@@ -198,7 +201,8 @@ class TrafficLoop:
             lambda: decide(history, in_force, costs, drift=drift, solve=_solve_apart), name=f"decision for {cluster}"
         )
         loop.due_s = decision.expires_s  # when the same is proposed again, or withdrawn
-        loop.free_s = loop.free_s if alarm is not None else now_s
+        loop.answered = None if alarm is None else (alarm.what, alarm.rises)
+        loop.free_s = now_s if alarm is None else loop.free_s
         _log.info("%s: %s: %s", cluster, decision.verdict, decision.reason)
         await self._act(cluster, loop, answered, decision, policy, now_s)
 
