@@ -128,7 +128,8 @@ def test_a_family_has_the_parameters_of_transformers(tmp_path: Path, family: str
     if counted is None:
         pytest.skip("torch or transformers lacks it")
     data, params = counted
-    assert load(tmp_path, data).params() == pytest.approx(params, rel=0.01)
+    within = 0.01 if family == "minicpmv4_6" else 0.005  # no field describes what its tower inserts
+    assert load(tmp_path, data).params() == pytest.approx(params, rel=within)
 
 
 def test_experts_whose_number_has_an_unknown_name_are_not_read_as_a_dense_model(tmp_path: Path) -> None:
@@ -241,3 +242,11 @@ def test_what_precedes_layers_in_a_checkpoint_differs_but_drafting_layers_are_ot
     ignored = [f"{parent}.layers.{i}.mixer.in_proj" for i in range(len(data["hybrid_override_pattern"]))]
     data["quantization_config"] = {"quant_method": "modelopt", "quant_algo": "FP8", "ignore": ignored}
     assert (load(tmp_path, data).weight_bytes > 1.0) is is_meant
+
+
+def test_layers_whose_kinds_are_stated_as_none_have_no_attention(tmp_path: Path) -> None:
+    counted = parameters_of("bamba", num_hidden_layers=3, attn_layer_indices=[1])
+    if counted is None:
+        pytest.skip("torch or transformers lacks it")
+    with pytest.raises(DocumentError, match="has no layer with attention"):
+        load(tmp_path, counted[0] | {"attn_layer_indices": None})

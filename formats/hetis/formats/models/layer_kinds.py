@@ -93,7 +93,7 @@ def kinds_of_attention(config: Config, num_layers: int) -> list[str]:
         chooses = _for_layers(sparse, "sparse_attention_freq", flags, num_layers)
         return ["sparse" if flag else ATTENTION for flag in chooses]
     for name in ("attn_layer_indices", "full_attn_idxs"):
-        if isinstance(indices := config.data.get(name), list):
+        if name in config.data and isinstance(indices := config.data[name] or [], list):
             other = CONVOLUTION if name == "full_attn_idxs" else STATE
             return [ATTENTION if layer in indices else other for layer in range(num_layers)]
     if config.data.get("attn_layer_period") is not None:
