@@ -36,7 +36,7 @@ class Process:
         within: Sequence[str] = (),
     ) -> None:
         """``within``: a command that replaces itself by the rest of its line, such as `unshare`."""
-        kept = {name: value for name, value in os.environ.items() if not name.startswith("HETIS_")}
+        kept = {name: value for name, value in os.environ.items() if not name.startswith(("HETIS_", "GRPC_"))}
         # A file, because a pipe that is not read would block the planner when it is full.
         self._stderr = tempfile.TemporaryFile("w+")  # noqa: SIM115  # closed at the end of the context
         self._process = subprocess.Popen(

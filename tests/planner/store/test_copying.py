@@ -314,7 +314,7 @@ async def test_the_store_of_a_killed_planner_comes_back_whole(tmp_path: Path, st
     await store.write(fill)
     for found in tmp_path.glob("hetis.db*"):
         shutil.copyfile(found, killed.with_name(found.name))
-    with pytest.raises(StoreError, match=r"hetis\.db is the store of a running planner: make a backup with"):
+    with pytest.raises(StoreError, match=r"hetis\.db is the store of a running planner; back it up: hetis-planner"):
         await asyncio.to_thread(restore, f"sqlite:///{tmp_path}/new.db", tmp_path / "hetis.db", replace=False)
     await store.close()
     before = {found.name: found.read_bytes() for found in killed.parent.iterdir()}

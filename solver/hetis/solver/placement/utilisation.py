@@ -161,6 +161,11 @@ class _Cells:
             self.has_found, self.lanes = True, lanes_of(tables, outcome)
         return outcome
 
+    def finished(self, outcome: Outcome, bound: float) -> Outcome:
+        """Return the outcome of one search as that of all, each of which may have been called off."""
+        is_called_off = outcome.interrupted or self.settings.budget.cancelled.is_set()
+        return replace(outcome, bound=bound, interrupted=is_called_off)
+
     def bound_at(self, utilisation: float) -> float:
         """Return a bound on saturated rates at a utilisation and all higher ones, whatever the load of prefill is."""
         if utilisation not in self._bounds:
@@ -266,8 +271,7 @@ class _Most(_Cells):
         used = found.utilisation
         tables = self.costs.at(used, found.lanes)
         over = max(bound, found.kept) / used if used else np.inf
-        outcome = replace(found.outcome, bound=max(over, found.outcome.value))
-        return KeptOutcome(tables, outcome)
+        return KeptOutcome(tables, self.finished(found.outcome, max(over, found.outcome.value)))
 
 
 def _between(kept: Mapping[float, float]) -> float:
@@ -306,7 +310,7 @@ class _Least(_Cells):
         if not self.settings.budget.is_spent():
             least = self._bound_of(loosest(self.costs))
         bound = min(least, answer.outcome.value)
-        return answer._replace(outcome=replace(answer.outcome, bound=bound))
+        return answer._replace(outcome=self.finished(answer.outcome, bound))
 
     def _found(self) -> Iterator[KeptOutcome]:
         for utilisation in reversed(GRID):

@@ -23,7 +23,6 @@ from hetis.formats.units import (
     parse_ratio,
 )
 from hetis.solver.plan import LEAST_DEMAND_RPS, Role
-from hetis.solver.workload import MOST_BURSTINESS
 
 NO_LIMIT = float("inf")
 ALL = "all"
@@ -105,6 +104,8 @@ def prefix_hit_rate(text: str) -> float | Literal["trace"]:
 
 def burstiness(text: str) -> float:
     """Parse a coefficient of variation of at least 0."""
+    from hetis.solver.workload import MOST_BURSTINESS
+
     try:
         value = float(text)
     except ValueError:

@@ -16,6 +16,7 @@ import sys
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import BinaryIO
 from urllib.parse import unquote
 
@@ -46,33 +47,47 @@ _ERROR = re.compile(rb"CallNextHandshakerLocked: error=(?!OK)(.*)")
 _PEER = re.compile(rb"endpoint_peer_address=([^,}\s]+)")
 _PIPE_BYTES = 2**20
 _LEAST_DESCRIPTORS = 256
+_LONGEST_REST_S = 1.0  # for the rest of the pipe at the end
 _log = logging.getLogger("hetis.planner.handshakes")
 
 
-def watch_handshakes() -> None:
-    """Begin to watch this process's handshakes. Must be called before gRPC is imported, which reads its variables then.
+@contextmanager
+def watched_handshakes() -> Iterator[None]:
+    """Watch this process's handshakes in the block, in which gRPC is imported: it reads its variables then.
 
     Does nothing if the operator has set gRPC's own variables, or where descriptors are too few for a planner anyway.
     """
     is_traced_already = not {"GRPC_VERBOSITY", "GRPC_TRACE"}.isdisjoint(os.environ)
     if is_traced_already or 0 <= resource.getrlimit(resource.RLIMIT_NOFILE)[0] < _LEAST_DESCRIPTORS:
+        yield
         return
     os.environ |= {"GRPC_VERBOSITY": "INFO", "GRPC_TRACE": "handshaker"}
     reading, writing = os.pipe()
     fcntl.fcntl(writing, fcntl.F_SETPIPE_SZ, _PIPE_BYTES)
     os.set_blocking(writing, False)  # lines are lost rather than that the core's threads wait
-    stderr = os.dup(2)
-    sys.stderr.flush()
+    stderr, own = os.dup(2), sys.stderr
+    own.flush()
     os.dup2(writing, 2)
     os.close(writing)
-    sys.stderr = open(stderr, "w", buffering=1, encoding="utf-8", errors="backslashreplace", closefd=False)  # noqa: SIM115
+    if own is sys.__stderr__:  # not what a test or a caller has put there
+        sys.stderr = open(stderr, "w", buffering=1, encoding="utf-8", errors="backslashreplace", closefd=False)  # noqa: SIM115
     read = threading.Thread(target=_read, args=(os.fdopen(reading, "rb"), stderr), name="handshakes", daemon=True)
     read.start()
+    try:
+        yield
+    finally:
+        sys.stderr.flush()
+        os.dup2(stderr, 2)  # the pipe has no writer any more, so the thread ends after what is in it
+        sys.stderr = own
+        for variable in ("GRPC_VERBOSITY", "GRPC_TRACE"):
+            os.environ.pop(variable, None)
+        read.join(_LONGEST_REST_S)
 
 
 def _read(lines: BinaryIO, stderr: int) -> None:
-    for peer, error in failures(lines, pass_on=lambda line: os.write(stderr, line)):
-        note(peer, error)
+    with lines:
+        for peer, error in failures(lines, pass_on=lambda line: os.write(stderr, line)):
+            note(peer, error)
 
 
 def failures(lines: Iterable[bytes], pass_on: Callable[[bytes], object]) -> Iterator[tuple[str, str]]:
