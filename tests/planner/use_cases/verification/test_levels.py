@@ -111,7 +111,7 @@ def test_runs_are_long_enough_for_the_share_that_may_miss(pair: Placed) -> None:
         num_requests_of(replace(plan, inputs={"service_level": asdict(ServiceLevel(attainment=share))}))
         for share in (0.5, 0.99, 0.999, 1.0)
     ]
-    assert lengths == [num_requests_of(plan), 5000, 8_000, 8_000]
+    assert lengths == [num_requests_of(plan), 5000, 16_000, 16_000]
 
 
 @pytest.mark.parametrize("level", [ServiceLevel(attainment=1.0), ServiceLevel(ttft=Statistic.P99, tpot=Statistic.P50)])

@@ -14,6 +14,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from hetis.formats.documents import load_plan
 from hetis.planner.cli import place as placing_verb
@@ -46,6 +48,7 @@ from hetis.planner.use_cases.verification.rates import (
     kept_plan,
     num_requests_of,
     simulated_at,
+    utilisation_at,
 )
 from hetis.simulator.metrics import Summary
 from hetis.simulator.running import silent
@@ -53,6 +56,7 @@ from hetis.simulator.steadiness import Estimate
 from hetis.solver.budget import Budget
 from hetis.solver.budget import silent as unreported
 from hetis.solver.check import check_plan
+from hetis.solver.check.result import MOST_UTILISATION
 from hetis.solver.plan import Objective, Plan
 from hetis.solver.problem import PlacementProblem
 from tests.planner.command_line import invoke
@@ -439,3 +443,10 @@ def test_a_plan_that_misses_a_limit_by_a_tenth_is_found_out_by_any_traffic(pair:
 
     assert not any(kept_at(seconds / 1.1))
     assert all(kept_at(seconds * 1.15))
+
+
+@given(saturated_rps=st.floats(1e-3, 1e6))
+def test_the_highest_rate_is_no_utilisation_that_the_checker_refuses(saturated_rps: float) -> None:
+    """A rate divided by what it is a share of may be above that share by rounding."""
+    assert utilisation_at(MOST_UTILISATION * saturated_rps, saturated_rps) <= MOST_UTILISATION
+    assert utilisation_at(0.5 * saturated_rps, saturated_rps) == pytest.approx(0.5)

@@ -44,13 +44,13 @@ from hetis.solver.plan import Objective, ObjectiveKind, Plan, Role
 from hetis.solver.problem import PlacementProblem
 
 TURNS = 8  # how many times a run replaces all the requests that a plan holds at once
-FEWEST = 2_000  # requests per run: with few seats, the p95 TTFT depends on the few bursts of long requests in a run
+FEWEST = 4_000  # requests per run: with few seats, the p95 TTFT depends on the few bursts of long requests in a run
 FILLS = 2  # how many times at least, if that is not too much: while most seats are empty, TPOT looks too good
 UNLIMITED = Objective(ttft_limit_s=None, tpot_limit_s=None)
 LONGER = 2  # factor of the requests in a run that decides where limits are close
 PROBE = 500  # requests of the run before it, which only shows that a limit is missed by far
 BY_FAR = 1.1  # times the limit, above which a probe's whole interval is
-ITERATIONS = 1_000_000  # iterations of stages that all simulations of a plan may take: about three seconds
+ITERATIONS = 2_000_000  # iterations of stages that all simulations of a plan may take: about six seconds
 PER_REQUEST = 20.0  # iterations that take as long as a request's arrival, routing and record
 PART = 0.2  # of all iterations, which one run may take
 WORKER_ITERATIONS = 3.0  # an iteration with attention workers takes as long as so many without
@@ -58,7 +58,7 @@ BY_CHANCE = 0.02  # share of a limit above which an excess is no chance, however
 HIGHER = (1.5, 1.2, 1.15, 1.1, 1.05)  # factors of the planned rate, which are tried if it is kept, up to the bound
 WORTH_TRYING = 1.01  # ratio of the highest rate to the planned one
 MOST_GROWTH = 0.02  # seconds by which the wait may grow per second at these rates
-LONG_RUN = 5_000  # requests of a run at these rates, unless that is more than `LONGER` times the ordinary number
+LONG_RUN = 10_000  # requests of a run at these rates, unless that is more than `LONGER` times the ordinary number
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -134,8 +134,8 @@ class _Most(NamedTuple):
     to_fill: int
 
 
-WITHOUT_WORKERS = _Most(ordinary=4_000, deciding=8_000, to_fill=6_000)
-WITH_WORKERS = _Most(ordinary=2_000, deciding=4_000, to_fill=4_000)  # each request takes several times as long
+WITHOUT_WORKERS = _Most(ordinary=8_000, deciding=16_000, to_fill=12_000)
+WITH_WORKERS = _Most(ordinary=4_000, deciding=8_000, to_fill=8_000)  # each request takes several times as long
 
 
 def num_requests_of(plan: Plan) -> int:
@@ -205,6 +205,11 @@ def iterations_of(plan: Plan, run: Metrics) -> float:
     stages = sum(len(one.stages) for one in plan.replicas) / len(plan.replicas)
     each = WORKER_ITERATIONS if _has_workers(plan) else 1.0
     return run.counts.iterations * stages * each + PER_REQUEST * run.counts.arrived
+
+
+def utilisation_at(rate_rps: float, saturated_rps: float) -> float:
+    """Return the utilisation at a rate, which `MOST_UTILISATION` of the saturated one does not exceed by rounding."""
+    return min(rate_rps / saturated_rps, MOST_UTILISATION)
 
 
 class _Runs:
@@ -291,10 +296,9 @@ class _Runs:
         record = replace(Verified.of(plan), verification=self._verification(found, at_rps, kept_rps))
         if not self._is_value or kept_rps == self._planned_rps:
             return record.on(plan)
-        served_rps = plan.served_rate()
         if (kept_rps or 0.0) < self._planned_rps:
             record = replace(record, model_value=plan.result.value)
-        return record.on(restated(plan, self._problem, (kept_rps or 0.0) / served_rps))
+        return record.on(restated(plan, self._problem, utilisation_at(kept_rps or 0.0, plan.served_rate())))
 
     def _planned(self) -> TriedRate:
         """Return the plan's behaviour at its planned rate. Raises `StoppedError`."""
