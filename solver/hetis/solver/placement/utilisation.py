@@ -33,7 +33,7 @@ from hetis.solver.problem import PlacementProblem
 
 GRID = (0.2, 0.4, 0.6, 0.7, 0.8, 0.9, 0.98)
 TRIED = (0.98, 0.8, 0.6)  # utilisations at which plans are searched; those found may keep more or less
-RESERVED = (0.25, 0.5)  # shares of the limit on TTFT that are set aside for waiting, in turn
+RESERVED = (0.25, 0.4, 0.5)  # shares of the limit on TTFT that are set aside for waiting, in turn
 MORE_RESERVES = 1  # further shares, between those that keep most
 WAITING = 0.8  # utilisation at which they are set aside
 NEARLY = 0.97  # ratio to a utilisation below which plans found for it do not keep it
