@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping
 
 from hetis.engines.gpus import GpuKind
 from hetis.solver.model import Kernel, ModelSpec
+from hetis.solver.problem import kernel_of_any_vendor
 
 # Vendors on whose GPUs vLLM runs Triton's attention kernels (`get_attn_backend_cls` in vllm/platforms), whose KV is
 # alike wherever they run. Moreh (H100 and MI300X) and Mooncake have sent KV from one vendor to another.
@@ -60,11 +61,9 @@ def common_backend(model: ModelSpec, kinds: Iterable[GpuKind], engine: str) -> s
 
 
 def _between(vendors: set[str], model: ModelSpec, engine: str) -> str | None:
-    """Return the backend whose KV GPUs of several vendors keep alike; `PlacementProblem.kv_of` has the conditions."""
-    if not vendors <= set(KV_VENDORS.get(engine, ())) or model.kv_bytes != 2 or model.state_bytes() > 0.0:
-        return None
-    by_kernel = {frozenset({Kernel.GROUPED}): "TRITON_ATTN", frozenset({Kernel.LATENT}): "TRITON_MLA"}
-    return by_kernel.get(model.kernels)
+    """Return the backend whose KV GPUs of several vendors keep alike, or None if there is none."""
+    kernel = kernel_of_any_vendor(model) if vendors <= set(KV_VENDORS.get(engine, ())) else None
+    return None if kernel is None else {Kernel.GROUPED: "TRITON_ATTN", Kernel.LATENT: "TRITON_MLA"}[kernel]
 
 
 def reads_fp8_by_triton(model: ModelSpec) -> bool:

@@ -74,7 +74,6 @@ PRODUCT_LABEL = "nvidia.com/gpu.product"
 PART_LABEL = "app.kubernetes.io/part-of"
 MODEL_LABELS = {"llm-d.ai/inference-serving": "true"}
 _SGLANG_KEY = "HETIS_API_KEY"
-SET_HERE = ("--host", "--port", "--api-key")  # options of vLLM that are set here
 # A Secret mounted as a file is readable to the pod's group, if it has one. A key must not be: pass it in a variable.
 _WITH_KEY = f'umask 077 && printf %s "${KEY_VARIABLE}" > {KEY_FILE} && unset {KEY_VARIABLE} && exec "$@"'
 USER = 10001  # the same as in our images

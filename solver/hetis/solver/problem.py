@@ -359,6 +359,17 @@ EXPLICIT_LINKS = "computed with the slowest explicit link of any node of a group
 or `EXPLICIT_LINKS`."""
 
 
+def kernel_of_any_vendor(model: ModelSpec) -> Kernel | None:
+    """Return the kernels that a model runs if GPUs of any vendor keep their KV alike; None: they do not.
+
+    They are those of grouped-query and of latent attention in 16 bits, Triton's in vLLM, without states. FP8 of CDNA3
+    is another format than NVIDIA's.
+    """
+    if model.kv_bytes != 2 or model.state_bytes() > 0.0:
+        return None
+    return next((kernel for kernel in (Kernel.GROUPED, Kernel.LATENT) if model.kernels == {kernel}), None)
+
+
 class Build(NamedTuple):
     """The common properties of the GPUs that compute a replica's layers; for exchanges of KV see `kv_of`."""
 
@@ -454,14 +465,12 @@ class PlacementProblem:
     def kv_of(self, build: Build) -> Build:
         """Return what builds that may exchange KV have in common: the model in one precision, and the vendors.
 
-        KV goes between vendors only where a kernel of both keeps it alike: grouped-query and latent attention in 16
-        bits (Triton's kernels of vLLM; FP8 of CDNA3 is another format than NVIDIA's), without states.
+        KV goes between vendors only where a kernel of both keeps it alike (`kernel_of_any_vendor`).
         """
-        engine, model = self.family.engine, build.model
-        if engine is None or build.vendor not in engine.kv_vendors or model.kv_bytes != 2 or model.state_bytes() > 0.0:
+        engine = self.family.engine
+        if engine is None or build.vendor not in engine.kv_vendors or kernel_of_any_vendor(build.model) is None:
             return build
-        is_alike = model.kernels <= {Kernel.GROUPED} or model.kernels <= {Kernel.LATENT}
-        return build._replace(vendor=" ".join(engine.kv_vendors)) if is_alike else build
+        return build._replace(vendor=" ".join(engine.kv_vendors))
 
     def builds(self) -> tuple[Build, ...]:
         """Return the builds of the GPUs that may compute layers."""

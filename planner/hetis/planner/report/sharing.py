@@ -20,7 +20,6 @@ from hetis.solver.tenants.oef import OefOutcome
 from hetis.solver.tenants.tenancy import FleetShares, TenantRule
 
 EPSILON = 1e-6
-MAX_ENVY = 12  # claimants up to which envy is shown as a matrix; -o json has all
 MAX_ROUNDS = 20
 _MOST_DECIMALS = 4  # of per cent: as fine as EPSILON
 

@@ -13,7 +13,6 @@ from hetis.solver.plan import Plan, Role
 from hetis.solver.problem import PlacementProblem
 from hetis.solver.search_clock import search_seconds
 
-UNIFORM = "uniform"  # the strategy
 SEARCH_S = 5.0  # time limit of each search
 
 
