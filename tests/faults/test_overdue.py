@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from hetis.planner.service.exit_codes import ServiceExitCode
 from hetis.planner.service.succession import TICKS, OverdueTerm
 from hetis.planner.store import Lease
@@ -74,3 +76,24 @@ _end_process()
             assert planner.wait(60) == ServiceExitCode.INTERNAL
         finally:
             planner.kill()
+
+
+@pytest.mark.parametrize(
+    ("ending", "said"),
+    [
+        ("from hetis.planner.service.succession import _end_process; _end_process()", "the event loop hangs"),
+        ("from hetis.commands.process import _leave; _leave(2, None)", "interrupted"),
+        ("import os; os.abort()", "Fatal Python error: Aborted"),
+    ],
+)
+def test_what_a_planner_writes_as_it_ends_at_once_reaches_the_operator(ending: str, said: str) -> None:
+    """Its descriptor 2 is a pipe to one of its threads, which may not run again."""
+    planner = f"""
+import sys
+from hetis.planner.service.observability.handshakes import watched_handshakes
+with watched_handshakes():
+    sys.setswitchinterval(60)  # the thread that reads the pipe gets no turn
+    {ending}
+"""
+    ended = subprocess.run([sys.executable, "-c", planner], capture_output=True, text=True, timeout=60, check=False)
+    assert said in ended.stderr

@@ -117,9 +117,20 @@ def _told_what_to_install(command: str, extra: str) -> Iterator[None]:
         sys.exit(f"{command} needs {error.name}: pip install 'hetis[{extra}]'")
 
 
+def descriptor_of_stderr() -> int:
+    """Return the descriptor of ``sys.stderr``, for what a process writes as it ends at once.
+
+    It is not always 2: the planner's 2 is a pipe to one of its threads, which never reads what is written last.
+    """
+    try:
+        return sys.stderr.fileno()
+    except (AttributeError, OSError, ValueError):  # none, not a file's, closed
+        return 2
+
+
 def _leave(_signal: int, _frame: FrameType | None) -> NoReturn:
     with suppress(OSError):  # whoever pressed Ctrl-C may have closed the terminal, too
-        os.write(2, b"interrupted\n")
+        os.write(descriptor_of_stderr(), b"interrupted\n")
     os._exit(INTERRUPTED)
 
 

@@ -18,6 +18,7 @@ from typing import Any
 from prometheus_client.registry import Collector
 
 from hetis.commands.endpoints import STANDBY_ANSWER
+from hetis.commands.process import descriptor_of_stderr
 from hetis.planner.failures import Reason, ServiceError
 from hetis.planner.fleet.settings import FleetCounters
 from hetis.planner.service.assembly import Term
@@ -306,12 +307,14 @@ class OverdueTerm:
 
 def _end_process() -> None:
     """Dump the stacks of all threads and exit without cleanup, since any other way to end needs the event loop."""
+    stderr = descriptor_of_stderr()
     with suppress(OSError):
-        os.set_blocking(2, False)  # the event loop may hang because nothing reads the log
+        os.set_blocking(stderr, False)  # the event loop may hang because nothing reads the log
         os.write(
-            2, b"the lease is over and the event loop hangs: this planner ends, so that its agents find the leader\n"
+            stderr,
+            b"the lease is over and the event loop hangs: this planner ends, so that its agents find the leader\n",
         )
-    faulthandler.dump_traceback(2)
+    faulthandler.dump_traceback(stderr)
     os._exit(ServiceExitCode.INTERNAL)
 
 

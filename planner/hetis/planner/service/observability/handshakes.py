@@ -7,6 +7,7 @@ that is written to the descriptor 2; a thread reads it, counts and logs failures
 
 from __future__ import annotations
 
+import faulthandler
 import fcntl
 import logging
 import os
@@ -73,6 +74,7 @@ def watched_handshakes() -> Iterator[None]:
         sys.stderr = open(stderr, "w", buffering=1, encoding="utf-8", errors="backslashreplace", closefd=False)  # noqa: SIM115
     read = threading.Thread(target=_read, args=(os.fdopen(reading, "rb"), stderr), name="handshakes", daemon=True)
     read.start()
+    faulthandler.enable(stderr)  # a process that aborts must say so past the pipe, which nobody reads then
     try:
         yield
     finally:
