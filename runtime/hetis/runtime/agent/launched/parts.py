@@ -42,7 +42,8 @@ from hetis.engines.serving import (
 from hetis.engines.versions import Engine
 from hetis.formats.documents import from_data
 from hetis.formats.errors import DocumentError
-from hetis.formats.fields import Document, Duration, read_data, validated, value_of
+from hetis.formats.fields import Document, Duration, value_of
+from hetis.formats.kinds import read_data, validated
 from hetis.formats.models.dtypes import weights_of
 from hetis.runtime.moves.refusals import refusal
 from hetis.solver.model import ModelSpec
