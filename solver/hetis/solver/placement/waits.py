@@ -14,8 +14,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from hetis.solver import cost
-from hetis.solver.cost import Mix
+from hetis.solver import mixes
+from hetis.solver.mixes import Mix
 from hetis.solver.placement.outcome import Outcome
 from hetis.solver.placement.replicas.tables import CostTables, FloatArray
 from hetis.solver.placement.replicas.template import Template, interval_of, landing_s, prompt_times, room_layers
@@ -93,8 +93,8 @@ def _own_utilisation(costs: CostTables, template: Template, limit_s: float, most
 
     def keeps(utilisation: float) -> bool:
         assumed = replace(costs.problem.assumptions, planned_utilisation=utilisation)
-        chunks = cost.chunks_ahead(costs.moments, assumed, mix)
-        return cost.ttft_s(chunks, times.round_trip_s, times.slot_s) + landed_s <= limit_s * (1.0 + 1e-9)
+        chunks = mixes.chunks_ahead(costs.moments, assumed, mix)
+        return mixes.ttft_s(chunks, times.round_trip_s, times.slot_s) + landed_s <= limit_s * (1.0 + 1e-9)
 
     if keeps(most):
         return most
