@@ -3,7 +3,8 @@
     python -m benchmarks.classes [--quick] [--json] [--markdown] [--only TEXT]
 
 A row is ``hetis-plan place --classes auto --worth 0``, in a process of its own: the requests/s by the model without
-classes and with those of the best value, and what both keep in simulation, with the router that each needs: as planned, with longer prompts (the longest tenth 1.5 times as frequent, the shorter half 0.75 times), and in bursts (gaps
+classes and with those of the best value, and what both keep in simulation, with the router that each needs: as
+planned, with longer prompts (the longest tenth 1.5 times as frequent, the shorter half 0.75 times), and in bursts (gaps
 with a coefficient of variation of 2). ``cut`` is where classes are cut, and ``pays`` the class whose p95 TTFT is
 longer, with the ratio; without figures no plan with pools has a better value.
 

@@ -157,7 +157,7 @@ COMMANDS = {
 
 
 # Of what commands share, what others may import: none of it loads typer or rich.
-FOR_OTHERS = {f"hetis.commands{module}" for module in ("", ".endpoints", ".exit_codes", ".groups", ".x509")}
+FOR_OTHERS = {f"hetis.commands{module}" for module in ("", ".endpoints", ".exit_codes", ".groups", ".process", ".x509")}
 
 
 def test_only_commands_import_what_commands_share() -> None:

@@ -7,8 +7,8 @@ import math
 from hypothesis import strategies as st
 
 from hetis.formats import catalogue
-from hetis.formats.dispatch_state import NewRequestPart, NewRequests
-from hetis.formats.saved_state import AttentionPiece, HeadsPart, RunningPart, SavedDevice, SavedState
+from hetis.formats.dispatch.new_requests import NewRequestPart, NewRequests
+from hetis.formats.dispatch.saved_state import AttentionPiece, HeadsPart, RunningPart, SavedDevice, SavedState
 from hetis.formats.tenants import FleetTenantPart, FleetTenants
 from hetis.solver.cluster import Cluster, GpuSlots, GpuType, Link, Network, NodeGroup
 from hetis.solver.dispatch.snapshot import DeviceStatus, PreparedMove

@@ -98,6 +98,15 @@ def test_a_gpu_is_found_by_its_name_in_any_spelling(entry: catalogue.GpuEntry) -
         ("NVIDIA B300 SXM6 AC", "B300-SXM-288GB"),
         ("Intel(R) Arc(TM) Pro B60 Graphics", "Arc-Pro-B60-24GB"),
         ("AMD Instinct MI300X OAM", "MI300X-192GB"),
+        ("AMD_Instinct_MI300X_VF", "MI300X-192GB"),
+        ("NVIDIA H800 80GB HBM3", "H800-SXM-80GB"),
+        ("NVIDIA GH200 120GB", "GH200-96GB"),
+        ("GH100 [H100 SXM5 80GB]", "H100-SXM-80GB"),
+        ("NVIDIA Corporation AD102GL [RTX 6000 Ada Generation] (rev a1)", "RTX-6000-Ada"),
+        ("HL-325L", "Gaudi3-128GB"),
+        ("910B4", "Ascend-910B4-32GB"),
+        ("v5litepod-8", "TPU-v5e"),
+        ("v6e-4", "TPU-v6e"),
     ],
 )
 def test_usual_gpu_aliases(spelling: str, name: str) -> None:
@@ -111,6 +120,19 @@ def test_an_ambiguous_gpu_is_refused_with_the_candidates() -> None:
         "unknown GPU 'A100': ambiguous, one of A100-PCIe-40GB, A100-SXM-40GB, A100-PCIe-80GB, A100-SXM-80GB"
     )
     assert caught.value.candidates == ("A100-PCIe-40GB", "A100-SXM-40GB", "A100-PCIe-80GB", "A100-SXM-80GB")
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        *("NVIDIA A30X", "NVIDIA L40G", "NVIDIA T4G", "AMD Instinct MI300A", "TPU v5p", "Ascend910A", "NVIDIA TITAN V"),
+        *("NVIDIA GeForce RTX 3080 Laptop GPU", "NVIDIA RTX 4000 SFF Ada Generation", "NVIDIA RTX PRO 5000 72GB"),
+    ],
+)
+def test_another_card_has_no_card_with_a_similar_name_as_its_hint(other: str) -> None:
+    with pytest.raises(UnknownNameError) as caught:
+        catalogue.find_gpu(other)
+    assert not caught.value.candidates
 
 
 @pytest.mark.parametrize("spelling", ["", "80GB", "sxm", "pcie-80gb", "A1000", "B10000", "nvidia", "x" * 10_000])

@@ -10,11 +10,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hetis.formats.dispatch_state import load_requests, load_state, parse_state, requests_from_words, state_to_data
+from hetis.formats.dispatch.dispatch_state import load_state, parse_state, state_to_data
+from hetis.formats.dispatch.new_requests import load_requests, requests_from_words
+from hetis.formats.dispatch.saved_state import AttentionPiece, SavedState, heads_of
 from hetis.formats.documents import dump, from_data, load, to_data
 from hetis.formats.errors import DocumentError
 from hetis.formats.positions import Text
-from hetis.formats.saved_state import AttentionPiece, SavedState, heads_of
 from hetis.formats.units import format_seconds_per_byte, parse_seconds_per_byte
 from hetis.solver.dispatch.dispatch_problem import HeadShape, Primary, Stage
 from hetis.solver.dispatch.snapshot import DeviceSnapshot, DeviceStatus, PreparedMove, StateSnapshot

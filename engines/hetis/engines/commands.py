@@ -83,7 +83,12 @@ def commands_of(layout: Layout, serving: Serving, addresses: Addresses) -> tuple
     """
     places = dict(_places(layout, addresses))
     config = config_of(
-        layout, places, key_file=addresses.key_file, executor=serving.executor, dispatch=serving.dispatch
+        layout,
+        places,
+        key_file=addresses.key_file,
+        executor=serving.executor,
+        dispatch=serving.dispatch,
+        encrypts=serving.encrypts,
     )
     master = _reached(layout.servers[0], layout.servers, addresses)
     is_vllm = layout.engine is not Engine.SGLANG
@@ -126,7 +131,13 @@ def commands_of(layout: Layout, serving: Serving, addresses: Addresses) -> tuple
 
 
 def config_of(
-    layout: Layout, places: Mapping[str, tuple[str, int]], *, key_file: str, executor: str = "", dispatch: str = ""
+    layout: Layout,
+    places: Mapping[str, tuple[str, int]],
+    *,
+    key_file: str,
+    executor: str = "",
+    dispatch: str = "",
+    encrypts: bool = False,
 ) -> dict[str, Any]:
     """Return the content of the plugin's file in the form of `hetis.runtime.vllm.settings`.
 
@@ -139,6 +150,8 @@ def config_of(
     own: dict[str, Any] = {"executor": executor} if executor else {}
     if dispatch:
         own["dispatch"] = {"policy": dispatch}
+    if encrypts:
+        own["encrypt"] = True
     return {"apiVersion": "hetis/v1", "kind": "VllmWorkers", **own, "workers": workers}
 
 

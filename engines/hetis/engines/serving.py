@@ -71,6 +71,7 @@ class Serving:
     executor: str = ""  # Unix socket of the node's agent; empty: no agent controls the engine
     # Where the plugin places head groups of new requests, as `DispatchSettings` has it; empty: the plugin's default
     dispatch: str = ""
+    encrypts: bool = False  # whether KV between the plugin and attention workers on other hosts is encrypted
     served_name: str = ""  # the model's name for clients; empty: ``model``
 
     def at(self, host: str, port: int) -> Serving:

@@ -19,7 +19,6 @@ from hetis.formats.fields import (
     Flops,
     Found,
     GpuName,
-    Kind,
     Name,
     Reserved,
     Size,
@@ -29,9 +28,9 @@ from hetis.formats.fields import (
     listed,
     mapping,
     present,
-    validated,
     whole,
 )
+from hetis.formats.kinds import Kind, validated
 from hetis.formats.network import NetworkPart, NodeLinkPart, check_links, link_data, network_data, network_of
 from hetis.formats.positions import Text
 from hetis.solver.cluster import Cluster, GpuSlots, GpuType, NodeGroup

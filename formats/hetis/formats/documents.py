@@ -12,15 +12,16 @@ from typing import TYPE_CHECKING, Any, Literal
 import yaml
 
 from hetis.formats.cluster import CLUSTER, cluster_to_data, load_cluster
-from hetis.formats.dispatch_state import DISPATCH_REQUESTS, DISPATCH_STATE, NewRequests, load_requests, load_state
+from hetis.formats.dispatch.dispatch_state import DISPATCH_STATE, load_state
+from hetis.formats.dispatch.new_requests import DISPATCH_REQUESTS, NewRequests, load_requests
+from hetis.formats.dispatch.saved_state import SavedState
 from hetis.formats.errors import DocumentError, did_you_mean, shown, single_problem
-from hetis.formats.fields import Kind, read_data, refuse_other_than_mapping
 from hetis.formats.files import canonical_json, content_digest, write_atomically
+from hetis.formats.kinds import Kind, read_data, refuse_other_than_mapping
 from hetis.formats.models.document import MODEL_SPEC, load_model
 from hetis.formats.plan import PLAN, load_plan
 from hetis.formats.positions import FLOAT, Text
 from hetis.formats.profile import PROFILE, load_profile
-from hetis.formats.saved_state import SavedState
 from hetis.formats.tenants import TENANTS, FleetTenants, load_tenants
 from hetis.formats.workload import WORKLOAD, load_workload
 from hetis.solver.cluster import Cluster

@@ -21,8 +21,9 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from hetis.formats.errors import did_you_mean, shown, single_problem
-from hetis.formats.fields import Document, DocumentPart, Found, Title, entries, kind_of, mapping
+from hetis.formats.fields import Document, DocumentPart, Found, Title, entries, mapping
 from hetis.formats.files import MAX_BYTES, decoded, file_label, read_bytes, unpacked, write_atomically
+from hetis.formats.kinds import kind_of
 from hetis.formats.positions import MAX_DEPTH, Text
 from hetis.solver.errors import InvalidProblemError
 

@@ -11,16 +11,7 @@ from pydantic_core import CoreSchema
 
 from hetis.formats import units
 from hetis.formats.errors import did_you_mean, shown
-from hetis.formats.fields import (
-    BANDWIDTH_PATTERN,
-    Bandwidth,
-    DocumentPart,
-    Duration,
-    Found,
-    Name,
-    listed,
-    mapping,
-)
+from hetis.formats.fields import BANDWIDTH_PATTERN, Bandwidth, DocumentPart, Duration, Found, Name, listed, mapping
 from hetis.solver.cluster import Link, Network
 
 

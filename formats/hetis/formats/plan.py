@@ -15,7 +15,8 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from hetis.formats.errors import shown
-from hetis.formats.fields import Document, DocumentPart, Found, Title, entries, kind_of, listed, plain, value_of
+from hetis.formats.fields import Document, DocumentPart, Found, Title, entries, listed, plain, value_of
+from hetis.formats.kinds import kind_of
 from hetis.solver.goals import GoalName
 from hetis.solver.plan import LEAST_DEMAND_RPS, PLANNED_UTILISATION, Objective, Plan
 

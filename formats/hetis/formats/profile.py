@@ -8,18 +8,8 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from hetis.formats import units
-from hetis.formats.fields import (
-    Document,
-    DocumentPart,
-    Found,
-    SizeOrBytes,
-    Title,
-    entries,
-    kind_of,
-    plain,
-    present,
-    value_of,
-)
+from hetis.formats.fields import Document, DocumentPart, Found, SizeOrBytes, Title, entries, plain, present, value_of
+from hetis.formats.kinds import kind_of
 from hetis.solver.profile import MOST_MIXED_FACTOR, Fit, Mixed, Op, Profile
 
 Coefficient = Annotated[float, Field(ge=0)]

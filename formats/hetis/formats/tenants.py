@@ -11,16 +11,8 @@ from pydantic import BeforeValidator, Field, WithJsonSchema
 
 from hetis.formats import units
 from hetis.formats.errors import shown
-from hetis.formats.fields import (
-    Document,
-    DocumentPart,
-    Found,
-    Name,
-    duplicates,
-    entries,
-    kind_of,
-    present,
-)
+from hetis.formats.fields import Document, DocumentPart, Found, Name, duplicates, entries, present
+from hetis.formats.kinds import kind_of
 
 MAX_TENANTS = 64
 NO_LIMIT = "none"

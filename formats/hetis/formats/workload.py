@@ -14,21 +14,8 @@ from pydantic import Field, PlainValidator, WithJsonSchema
 
 from hetis.formats import catalogue
 from hetis.formats.errors import DocumentError, Problem, shown
-from hetis.formats.fields import (
-    Document,
-    DocumentPart,
-    Duration,
-    Found,
-    Kind,
-    Title,
-    entries,
-    plain,
-    present,
-    read_data,
-    validated,
-    value_of,
-    with_envelope,
-)
+from hetis.formats.fields import Document, DocumentPart, Duration, Found, Title, entries, plain, present, value_of
+from hetis.formats.kinds import Kind, read_data, validated, with_envelope
 from hetis.formats.positions import Text
 from hetis.formats.traces import ENDINGS, MAX_TOKENS, PrefixHitRate, load_trace
 from hetis.formats.traces.hits import no_hash_ids

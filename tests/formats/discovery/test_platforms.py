@@ -255,6 +255,43 @@ def test_outputs_of_further_tools_are_read(
     assert gpus_in(tmp_path, content, name) == nodes
 
 
+NPU_SMI = """\
++---------------------------+---------------+----------------------------------------------------+
+| npu-smi 24.1.rc2                 Version: 24.1.rc2                                             |
+| NPU   Name                | Health        | Power(W)    Temp(C)           Hugepages-Usage(page)|
+| Chip                      | Bus-Id        | AICore(%)   Memory-Usage(MB)  HBM-Usage(MB)        |
++===========================+===============+====================================================+
+| 0     910B3               | OK            | 95.3        43                0    / 0             |
+| 0                         | 0000:C1:00.0  | 0           0    / 0          3352 / 65536         |
+| 1     910B3               | OK            | 93.1        41                0    / 0             |
+| 0                         | 0000:C2:00.0  | 0           0    / 0          3352 / 65536         |
+"""
+LSPCI = """\
+00:02.0 VGA compatible controller: ASPEED Technology, Inc. ASPEED Graphics Family (rev 52)
+17:00.0 3D controller: NVIDIA Corporation GA100 [A100 PCIe 80GB] (rev a1)
+65:00.0 3D controller: NVIDIA Corporation GA100 [A100 PCIe 80GB] (rev a1)
+65:00.1 Audio device: NVIDIA Corporation GA102 High Definition Audio Controller (rev a1)
+"""
+
+
+@pytest.mark.parametrize(
+    ("content", "gpu"), [(NPU_SMI, "Ascend-910B-64GB"), (LSPCI, "A100-PCIe-80GB")], ids=["npu-smi info", "lspci"]
+)
+def test_lists_of_a_host_are_read(tmp_path: Path, content: str, gpu: str) -> None:
+    assert gpus_in(tmp_path, content, "h.txt") == {"h": (gpu, 2)}
+
+
+def test_a_machine_with_a_part_of_a_board_has_no_whole_board(tmp_path: Path) -> None:
+    with pytest.raises(DocumentError, match="GPU 'Standard_NV6ads_A10_v5' is not in the catalogue"):
+        gpus_in(tmp_path, json.dumps({"kind": "List", "items": [node("n", {INSTANCE: "Standard_NV6ads_A10_v5"}, 1)]}))
+
+
+def test_coreweave_tells_boards_of_one_class_apart_by_their_memory(tmp_path: Path) -> None:
+    for memory, gpu in (("40", "A100-SXM-40GB"), ("80", "A100-SXM-80GB")):
+        one = node("n", {"gpu.nvidia.com/class": "A100_NVLINK", "gpu.nvidia.com/vram": memory}, 8)
+        assert gpus_in(tmp_path, json.dumps({"kind": "List", "items": [one]})) == {"n": (gpu, 8)}
+
+
 @pytest.mark.parametrize(
     ("name", "content", "said"),
     [

@@ -56,6 +56,41 @@ def test_models_in_one_scrape_are_said() -> None:
     assert found.notes[0] == "it has requests of 2 models together: m, n"
 
 
+def answer(points: dict[str, list[tuple[float, int]]], kind: str) -> str:
+    """Return Prometheus' answer with these counters; in a vector each has one point."""
+    result = []
+    for key, found in points.items():
+        name, bound = key.split()
+        labels = {"__name__": f"vllm:request_{name}_tokens_bucket", "le": "+Inf" if bound == "1" else "500.0"}
+        values = [[at, str(count)] for at, count in found]
+        result.append({"metric": labels} | ({"value": values[0]} if kind == "vector" else {"values": values}))
+    return json.dumps({"status": "success", "data": {"resultType": kind, "result": result}})
+
+
+def test_an_answer_of_prometheus_has_the_increase_of_its_counters(tmp_path: Path) -> None:
+    # From 100 requests to 160, then a restart, and 40 more: 100 in an hour; a quarter of the prompts is longer.
+    whole, short = [(0.0, 100), (1800.0, 160), (3600.0, 40)], [(0.0, 75), (1800.0, 120), (3600.0, 30)]
+    text = answer({"prompt 1": whole, "prompt 5": short, "generation 5": whole, "generation 1": whole}, "matrix")
+    (tmp_path / "range.json").write_text(text)
+    found = measured(str(tmp_path / "range.json"))
+    assert found is not None
+    assert (found.num_requests, found.workload.rate_rps) == (100.0, pytest.approx(100 / 3600))
+    assert sorted({one.prompt_tokens: 0 for one in found.workload.bins}) == [250.5, 750.0]
+    assert [note for note in found.notes if "rate" in note] == ["the rate is the mean over 1 h"]
+    now = answer({"prompt 1": whole[:1], "generation 1": whole[:1]}, "vector")
+    (tmp_path / "now.json").write_text(now)
+    found = measured(str(tmp_path / "now.json"))
+    assert found is not None
+    assert (found.num_requests, found.workload.rate_rps) == (100.0, None)
+    (tmp_path / "no.json").write_text(now.replace('"100"', '"x"'))
+    with pytest.raises(DocumentError, match="is no answer of Prometheus to a query of counters"):
+        measured(str(tmp_path / "no.json"))
+
+
+def test_a_scrape_may_have_line_ends_of_windows() -> None:
+    assert of_metrics("m", SCRAPE.replace("\n", "\r\n"), name="m") == of_metrics("m", SCRAPE, name="m")
+
+
 @given(st.lists(st.integers(0, 50), min_size=3, max_size=9).filter(any), st.floats(0, 1))
 def test_lengths_lie_within_their_buckets_and_have_the_mean(counts: list[int], place: float) -> None:
     bounds = [10.0 * 2**i for i in range(len(counts))]

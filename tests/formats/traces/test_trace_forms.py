@@ -273,6 +273,68 @@ def test_litellm_writes_times_as_numbers_too(tmp_path: Path) -> None:
     assert read_trace(tmp_path / "t.jsonl").rate_rps == pytest.approx(1.0)
 
 
+def lines(*rows: dict[str, object]) -> str:
+    return "".join(json.dumps(row) + "\n" for row in rows)
+
+
+def litellm(second: int, prompt: int, output: int, status: str = "success") -> dict[str, object]:
+    counts = {"prompt_tokens": prompt, "completion_tokens": output, "status": status}
+    return {"startTime": 1_780_000_000.5 + second, "messages": [{"role": "user", "content": "hi"}], **counts}
+
+
+REQUESTS = ((0, 374, 44), (3, 396, 109), (4, 879, 55))
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        # times in other units than the API's, as proxies write them
+        *(
+            (f"{unit}.jsonl", lines(*({"created": at(second), "usage": {"prompt_tokens": p, "completion_tokens": o}}
+                                      for second, p, o in REQUESTS)))
+            for unit, at in {
+                "ms": lambda second: 1_780_000_000_000 + 1000 * second,
+                "ns": lambda second: (1_780_000_000 + second) * 10**9,
+                "iso": lambda second: f"2026-05-20T10:02:0{second}+02:00",
+            }.items()
+        ),
+        ("failed.jsonl", lines(*(litellm(*one) for one in REQUESTS), litellm(5, 7, 9, "failure"))),
+        ("failed.json", json.dumps([*(litellm(*one) for one in REQUESTS), litellm(5, 7, 9, "failure")])),
+        ("pandas.csv", "Timestamp,Request tokens,Response tokens\n0,374.0,44.0\n3,396.0,109.0\n4,879.0,55.0\n"),
+        (
+            "api.json",
+            json.dumps({"data": [{"created_at": f"2026-05-20T08:02:0{second}Z", "tokens_prompt": p,
+                                  "tokens_completion": o} for second, p, o in REQUESTS]}),
+        ),
+    ],
+)  # fmt: skip
+def test_variants_of_known_forms_are_the_same_requests(tmp_path: Path, name: str, text: str) -> None:
+    (tmp_path / name).write_text(text)
+    trace = read_trace(tmp_path / name)
+    assert (trace.arrival_s - trace.arrival_s[0]).tolist() == pytest.approx([0.0, 3.0, 4.0], abs=1e-6)
+    assert list(zip(trace.prompt_tokens, trace.output_tokens, strict=True)) == [one[1:] for one in REQUESTS]
+
+
+def test_a_later_turn_needs_its_time_or_its_delay(tmp_path: Path) -> None:
+    turn: dict[str, object] = {"session_id": "a", "input_length": 5, "output_length": 5}
+    (tmp_path / "turns.jsonl").write_text(lines(turn | {"timestamp": 0}, turn | {"delay_ms": 3000}))
+    with pytest.raises(DocumentError, match=r"turns\.jsonl:2: timestamp: '' is not a number"):
+        read_trace(tmp_path / "turns.jsonl")
+
+
+def test_conversations_may_stand_on_lines(tmp_path: Path) -> None:
+    turns = [{"role": "user", "content": "a" * 40}, {"role": "assistant", "content": "b" * 80}]
+    (tmp_path / "lmsys.jsonl").write_text(lines(*({"conversation_id": i, "conversation": turns} for i in "ab")))
+    with pytest.raises(DocumentError, match="has texts but no token counts"):
+        read_trace(tmp_path / "lmsys.jsonl")
+    trace = read_trace(tmp_path / "lmsys.jsonl", count=characters_counter(4.0))
+    assert (trace.form, trace.prompt_tokens.tolist(), trace.output_tokens.tolist()) == (
+        "conversations",
+        [10, 10],
+        [20, 20],
+    )
+
+
 def test_conversations_are_a_request_for_every_answer(tmp_path: Path) -> None:
     path = tmp_path / "sharegpt.json"
     path.write_text(SHAREGPT)

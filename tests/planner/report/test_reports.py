@@ -68,6 +68,20 @@ def test_a_plan_that_keeps_less_in_simulation_is_compared_by_what_the_model_alon
     assert [simple_setups(one)[0].endswith("10.00% less by the model") for one in (first, then)] == [False, True]
 
 
+@pytest.mark.parametrize(
+    ("requested", "shape", "named"),
+    [
+        ("DeepSeek-R1", "deepseek-ai/DeepSeek-V3", "deepseek-ai/DeepSeek-R1"),  # a tuning of this shape
+        ("models/mine.json", "mine", "mine"),
+    ],
+)
+def test_the_model_is_called_by_what_was_requested_and_is_launched(requested: str, shape: str, named: str) -> None:
+    documents = {"model": {"name": shape}, "cluster": {"name": "c"}, "workload": {"name": "w"}}
+    inputs = {"origins": {"model": requested}, "documents": documents}
+    shown = text_of(render_plan(replace(plans.plan(plans.paper_replica()), inputs=inputs)))
+    assert shown.lstrip().startswith(f"{named} on c")
+
+
 def test_a_demand_above_the_promised_rate_is_marked_as_not_met() -> None:
     """The plan promises 1.35 requests/s, for least cost what is demanded."""
     plan, cheapest = PLANS["paper"], PLANS["cost"]

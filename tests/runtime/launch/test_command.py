@@ -190,6 +190,13 @@ def test_what_the_documentation_prints_is_what_is_printed(run: Run) -> None:
     assert (code, printed) == (0, wanted)
 
 
+def test_the_plugin_encrypts_where_the_option_says_so(run: Run) -> None:
+    asked = ("show", "--plan", "plan.json", "-m", "models/tiny")
+    plain, encrypted = run(*asked)[1], run(*asked, "--encrypt")[1]
+    assert "encrypt" not in plain
+    assert encrypted == plain.replace("kind: VllmWorkers\n", "kind: VllmWorkers\nencrypt: true\n")
+
+
 TINY: dict[str, object] = {"apiVersion": "hetis/v1", "kind": "ModelSpec", "name": "tiny", "num_layers": 4}
 TINY |= {"hidden": 128, "intermediate": 256, "q_heads": 16, "kv_heads": 8, "head_dim": 8, "vocab": 512}
 

@@ -224,7 +224,7 @@ def test_an_end_that_reads_nothing_stalls_the_writer(kind: str) -> None:
 @pytest.mark.parametrize(
     ("place", "value", "says"),
     [
-        (4, 9, "a frame of version 9, this is version 5"),
+        (4, 9, "a frame of version 9, this is version 6"),
         (6, 99, "kind 99 and dtype 0"),
         (7, 77, "kind 2 and dtype 77"),
         (63, 1, f"{MOST_BODY_BYTES} are the most"),

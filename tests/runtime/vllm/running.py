@@ -168,6 +168,7 @@ def config_of(
     policy: str = "remote",
     timeout_s: float = 30,
     transport: str = "auto",
+    encrypt: bool = False,
 ) -> Path:
     """Write the plugin's configuration file, with a worker for each list of addresses."""
     path = folder / "workers.yaml"
@@ -181,6 +182,7 @@ def config_of(
         "baseBackend": None if DEVICE == "cpu" else BASE_BACKEND,
         "timeoutS": timeout_s,
         "transport": transport,
+        "encrypt": encrypt,
         "dispatch": {"policy": policy},
         "workers": listed,
     }

@@ -67,6 +67,7 @@ class Row:
     policy: str = "remote"
     timeout_s: float = 30
     transport: str = "auto"
+    encrypt: bool = False
     options: dict[str, Any] = field(default_factory=dict)
     stock: dict[str, Any] = field(default_factory=dict)
     environment: dict[str, str] = field(default_factory=dict)
@@ -91,6 +92,7 @@ ROWS = [
     Row(name="2 devices", workers=1, acts=[PLAIN, MOVES, kills(4, 12, [0])]),
     Row(name="5 devices", workers=4, acts=[PLAIN, MOVES, MANY, kills(4, 12, [3]), kills(9, 12, [1, 2])]),
     Row(name="TCP", transport="tcp", acts=[PLAIN, MOVES, kills(4, 12, [0])]),
+    Row(name="TCP, encrypted", transport="tcp", encrypt=True, acts=[PLAIN, MOVES, kills(4, 12, [0])]),
     Row(
         name="worker stopped, and back",
         timeout_s=2,
@@ -187,7 +189,8 @@ def test_row(row: Row, checkpoints: Path, tmp_path: Path, monkeypatch: pytest.Mo
             if "pids" in act:
                 act["pids"] = [pids[i] for i in act["pids"]]
         listed = [addresses[i * row.ranks : (i + 1) * row.ranks] for i in range(row.workers)]
-        config = config_of(tmp_path, listed, policy=row.policy, timeout_s=row.timeout_s, transport=row.transport)
+        how = {"policy": row.policy, "timeout_s": row.timeout_s, "transport": row.transport, "encrypt": row.encrypt}
+        config = config_of(tmp_path, listed, **how)
         ours = run_engine(folder, acts, config=config, **row.options)
     dtype = row.options.get("dtype", "float32")
     is_exact = dtype == "float32" and DEVICE == "cpu"

@@ -24,7 +24,8 @@ def test_a_small_file_has_defaults_for_the_rest(tmp_path: Path) -> None:
     path.write_text(VALID)
     found = load_settings(path)
     assert [worker.addresses for worker in found.workers] == [("10.0.0.7:7070",)]
-    assert (found.transport, found.dispatch.policy, found.redispatch.theta) == ("auto", "solver", 0.5)
+    assert (found.transport, found.encrypt) == ("auto", False)
+    assert (found.dispatch.policy, found.redispatch.theta) == ("solver", 0.5)
 
 
 def test_all_problems_are_told_with_the_file_and_their_places(tmp_path: Path) -> None:

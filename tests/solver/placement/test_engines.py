@@ -21,6 +21,7 @@ from hetis.solver.placement.candidates import Evaluator, candidates_of
 from hetis.solver.placement.columns import Columns
 from hetis.solver.placement.families import ENGINES, STRATEGIES, beyond, run_by
 from hetis.solver.placement.master import Master
+from hetis.solver.placement.replicas.tables import CostTables
 from hetis.solver.placement.replicas.tabulation import build_cost_tables
 from hetis.solver.plan import AttentionWorkerPool, ObjectiveKind, Plan, Role, Status
 from hetis.solver.planning import solve_placement
@@ -216,11 +217,21 @@ def with_twin_zone(problem: PlacementProblem) -> PlacementProblem:
 
 
 @settings(max_examples=EXAMPLES)
-@given(problem=problems(max_gpus=4, family=WITH_WORKERS, num_zones=1), share=st.floats(0.5, 2.0))
-def test_what_is_learned_of_a_replica_holds_in_every_zone_that_shares_it(
-    problem: PlacementProblem, share: float
+@given(
+    problem=problems(max_gpus=4, family=WITH_WORKERS, num_zones=1),
+    shares=st.lists(st.tuples(st.floats(0.0, 1.0), st.floats(0.5, 2.0)), min_size=1, max_size=3),
+)
+def test_what_is_learned_of_a_replica_holds_in_every_zone_and_at_every_utilisation_that_share_it(
+    problem: PlacementProblem, shares: list[tuple[float, float]]
 ) -> None:
-    costs = build_cost_tables(with_twin_zone(problem))
+    tables = build_cost_tables(with_twin_zone(problem))
+    limit_s = problem.objective.ttft_limit_s or 0.0
+    for reserved, share in shares:
+        check_what_is_learned(tables.at(0.9 * (1.0 - reserved), reserved_s=reserved * limit_s), share)
+
+
+def check_what_is_learned(costs: CostTables, share: float) -> None:
+    """Check that each evaluator knows what one without earlier results finds, up to a share of the best interval."""
     without, others = candidates_of(costs)
     candidates = [*without, *others]
     assume(candidates)

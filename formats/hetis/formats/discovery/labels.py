@@ -14,6 +14,7 @@ from hetis.formats.units import parse_bytes
 _GKE = {
     "nvidia-tesla-t4": "T4",
     "nvidia-tesla-v100": "V100-SXM2-16GB",
+    "nvidia-tesla-p100": "P100-PCIe-16GB",
     "nvidia-tesla-a100": "A100-SXM-40GB",
     "nvidia-a100-80gb": "A100-SXM-80GB",
     "nvidia-l4": "L4",
@@ -38,22 +39,29 @@ _AWS = {
     "g4dn": "T4",
     "g5": "A10G",
     "g6": "L4",
+    "gr6": "L4",
     "g6e": "L40S",
+    "g7e": "RTX-PRO-6000-Server-96GB",
+    "p6e-gb200": "GB200-per-GPU",
+    "p6e-gb300": "GB300-per-GPU",
 }
-# Instance types of Azure and Oracle, and their boards (learn.microsoft.com, "GPU accelerated VM sizes";
-# docs.oracle.com, "Compute Shapes").
+# Instance types of Azure, Oracle, Google and IBM, and their boards (learn.microsoft.com, "GPU accelerated VM sizes";
+# docs.oracle.com, "Compute Shapes"; docs.cloud.google.com, "GPU machine types"; cloud.ibm.com/docs/vpc, "Profiles").
+# Types that have a part of a board, such as Standard_NV6ads_A10_v5 and g4-standard-6, are not here.
 _INSTANCES = (
     (r"Standard_NC\d+ads_A100_v4", "A100-PCIe-80GB"),
     (r"Standard_NCC?\d+[ad]*i?s_H100_v5", "H100-NVL-94GB"),
     (r"Standard_NC\d+as_T4_v3", "T4"),
     (r"Standard_NC\d+r?s_v3", "V100-PCIe-16GB"),
-    (r"Standard_N[CV]\d+ads_A10_v\d", "A10"),
+    (r"Standard_(NC\d+ads_A10_v4|NV(36|72)adm?s_A10_v5)", "A10"),
+    (r"Standard_NC\d+\w*_RTXPRO6000BSE_v6", "RTX-PRO-6000-Server-96GB"),
     (r"Standard_ND96asr_v4", "A100-SXM-40GB"),
     (r"Standard_ND96amsr_A100_v4", "A100-SXM-80GB"),
-    (r"Standard_ND96isr_H100_v5", "H100-SXM-80GB"),
+    (r"Standard_ND96isr?_(flex_)?H100_v5", "H100-SXM-80GB"),
     (r"Standard_ND96isr_H200_v5", "H200-SXM-141GB"),
-    (r"Standard_ND96isr_MI300X_v5", "MI300X-192GB"),
-    (r"Standard_ND128isr_(NDR_)?GB200_v6", "GB200-per-GPU"),
+    (r"Standard_ND96isr?_(flex_)?MI300X_v5", "MI300X-192GB"),
+    (r"Standard_ND128isr_(NDR_)?GB200_v6|BM\.GPU\.GB200\.4|a4x-highgpu-4g", "GB200-per-GPU"),
+    (r"Standard_ND128isr_(NDR_)?GB300_v6|BM\.GPU\.GB300\.4|a4x-maxgpu-4g-metal", "GB300-per-GPU"),
     (r"Standard_ND40rs_v2", "V100-SXM2-32GB"),
     (r"BM\.GPU4\.8", "A100-SXM-40GB"),
     (r"BM\.GPU\.A100-v2\.8", "A100-SXM-80GB"),
@@ -62,18 +70,33 @@ _INSTANCES = (
     (r"BM\.GPU\.B200\.8", "B200-SXM-180GB"),
     (r"BM\.GPU\.L40S\.4", "L40S"),
     (r"BM\.GPU\.MI300X\.8", "MI300X-192GB"),
+    (r"BM\.GPU\.MI355X(-v\d)?\.8", "MI355X-288GB"),
     (r"(BM|VM)\.GPU\.A10\.\d", "A10"),
+    (r"a2-(high|mega)gpu-\d+g", "A100-SXM-40GB"),
+    (r"a2-ultragpu-\dg", "A100-SXM-80GB"),
+    (r"a3-(high|mega|edge)gpu-\dg|gx3d-\d+x\d+x8h100", "H100-SXM-80GB"),
+    (r"a3-ultragpu-8g|gx3d-\d+x\d+x8h200", "H200-SXM-141GB"),
+    (r"a4-highgpu-8g", "B200-SXM-180GB"),
+    (r"g2-standard-\d+|gx3-\d+x\d+x\dl4", "L4"),
+    (r"g4-standard-(48|96|192|384)", "RTX-PRO-6000-Server-96GB"),
+    (r"gx3-\d+x\d+x\dl40s", "L40S"),
+    (r"gx3d-\d+x\d+x8gaudi3", "Gaudi3-128GB"),
+    (r"gx3d-\d+x\d+x8mi300x", "MI300X-192GB"),
 )
 # Labels with the name of a node's GPUs, and with the memory of one in MiB, by what sets them: GPU feature discovery,
-# EKS Auto Mode, Karpenter on AWS and on Azure (node auto-provisioning), CoreWeave, AMD's node labellers.
+# EKS Auto Mode, Karpenter on AWS and on Azure (node auto-provisioning), CoreWeave, Alibaba's ACK, DigitalOcean, GKE for
+# boards that are not known above, AMD's node labellers.
 _PRODUCT_LABELS = {
     "nvidia.com": (
         ("nvidia.com/gpu.product", "nvidia.com/gpu.memory"),
         ("eks.amazonaws.com/instance-gpu-name", "eks.amazonaws.com/instance-gpu-memory"),
         ("karpenter.k8s.aws/instance-gpu-name", "karpenter.k8s.aws/instance-gpu-memory"),
-        ("gpu.nvidia.com/class", ""),
-        ("gpu.nvidia.com/model", ""),
+        ("gpu.nvidia.com/class", "gpu.nvidia.com/vram"),
+        ("gpu.nvidia.com/model", "gpu.nvidia.com/vram"),
         ("karpenter.azure.com/sku-gpu-name", ""),
+        ("aliyun.accelerator/nvidia_name", "aliyun.accelerator/nvidia_mem"),
+        ("doks.digitalocean.com/gpu-model", ""),
+        ("cloud.google.com/gke-accelerator", ""),
     ),
     "amd.com": (
         ("amd.com/gpu.product-name", ""),
@@ -88,6 +111,7 @@ _PRODUCT_LABELS |= {
     "huawei.com": (("node.kubernetes.io/npu.chip.name", ""), ("accelerator-type", ""), ("accelerator", "")),
 }
 _ASCEND = re.compile(r"(?:module-|card-|huawei-)?(?:ascend)?-?(910[a-c]\d?)(?:-\d+)*", re.IGNORECASE)
+_LEAST_MEBIBYTES = 1024  # CoreWeave labels memory in GB
 _VRAM = re.compile(r"(\d+)([KMGT])i?B?")
 
 
@@ -103,11 +127,11 @@ def product_of(node_labels: Mapping[str, Any], resource: str) -> tuple[str, int 
             continue
         if vendor == "huawei.com" and (chip := _ASCEND.fullmatch(product)):  # module-910b-8
             return f"Ascend {chip[1]}", None
-        megabytes = labels.get(of_memory, "")
+        megabytes = labels.get(of_memory, "").removesuffix("MiB")
         vram = next((found for one in ("", "beta.") if (found := labels.get(f"{one}{vendor}/gpu.vram"))), "")
         size = _VRAM.fullmatch(vram)
         if megabytes.isdecimal() and len(megabytes) < 10:
-            return product, int(megabytes) * 2**20
+            return product, int(megabytes) * (2**30 if int(megabytes) < _LEAST_MEBIBYTES else 2**20)
         return product, bytes_of(f"{size[1]}{size[2]}i") if size else None
     return by_machine or instance or resource, None
 

@@ -143,7 +143,9 @@ def is_topology(text: str) -> bool:
 
 
 def is_table(text: str) -> bool:
-    """Return whether a text is ``nvidia-smi``'s own table, its list (``-L``), or CSV of ``--query-gpu`` with names."""
+    """Return whether a text is ``nvidia-smi``'s own table, its list (``-L``), or CSV of ``--query-gpu`` with names; the
+    table of ``npu-smi info``; or ``lspci``'s list.
+    """
     return bool(_table_gpus(text[:200_000]))
 
 
@@ -163,19 +165,33 @@ def _table_gpus(text: str) -> list[DriverGpu]:
         parts = [tuple(line.split()[1] for line in each) for each in within]
         pairs = zip(products, parts, strict=True)
         return [DriverGpu(product=name, num_parts=len(each) or None, parts=each) for name, each in pairs]
-    if not any(line.startswith("| NVIDIA-SMI") for line in lines):
-        return []
+    if on_bus := [found for line in lines if (found := _ON_BUS.match(line))]:
+        return [DriverGpu(product=found[1]) for found in on_bus]
+    table = next((table for table in _TABLES if any(line.startswith(table[0]) for line in lines)), None)
     gpus = list[DriverGpu]()
-    for line, following in itertools.pairwise(lines):
-        if (named := _IN_TABLE.match(line)) and (memory := _MEMORY_IN_TABLE.search(following)):
+    for line, following in itertools.pairwise(lines if table else ()):
+        if table and (named := table[1].match(line)) and (memory := table[2].search(following)):
             used, total = (int(number) * 2**20 for number in memory.groups())
             gpus.append(DriverGpu(product=named[1].strip(), memory_bytes=total, used_bytes=used))
     return gpus
 
 
+# Tables by how a line of them begins: the names of GPUs, and on the line below memory in use and in all, in MiB. The
+# last column of npu-smi's is the memory with high bandwidth.
+_TABLES = (
+    (
+        "| NVIDIA-SMI",
+        re.compile(r"\|\s+\d+\s+(\S.*?)\s+(?:On|Off|N/A)\s+\|"),
+        re.compile(r"(\d{1,9})MiB\s*/\s*(\d{1,9})MiB"),
+    ),
+    ("| npu-smi", re.compile(r"\|\s*\d+\s+(\S+)\s*\|\s*\w+\s*\|"), re.compile(r"(\d{1,9})\s*/\s*(\d{1,9})\s*\|$")),
+)
+_ON_BUS = re.compile(
+    r"(?:[\da-f]{4}:)?[\da-f]{2}:[\da-f]{2}\.\d (?:3D controller|VGA compatible controller|Processing accelerators|"
+    r"Display controller)(?: \[\d{4}\])?: (?:NVIDIA|Advanced Micro Devices, Inc\. \[AMD/ATI\]) ?(.*?\[[^\[\]]+\])"
+    r"(?: \[[\da-f]{4}:[\da-f]{4}\])?(?: \(rev \w+\))?(?: \(prog-if .*)?$"
+)
 _LISTED = re.compile(r"GPU \d+: (.+?) \(UUID: [^)]*\)")
-_IN_TABLE = re.compile(r"\|\s+\d+\s+(\S.*?)\s+(?:On|Off|N/A)\s+\|")
-_MEMORY_IN_TABLE = re.compile(r"(\d{1,9})MiB\s*/\s*(\d{1,9})MiB")
 
 
 def _csv_gpu(row: dict[str, str]) -> DriverGpu:

@@ -13,19 +13,8 @@ from pydantic import AfterValidator, Field
 
 from hetis.formats import catalogue
 from hetis.formats.errors import DocumentError, Problem, shown, single_problem
-from hetis.formats.fields import (
-    Document,
-    DocumentPart,
-    Found,
-    Title,
-    kind_of,
-    listed,
-    mapping,
-    plain,
-    read_data,
-    value_of,
-    whole,
-)
+from hetis.formats.fields import Document, DocumentPart, Found, Title, listed, mapping, plain, value_of, whole
+from hetis.formats.kinds import kind_of, read_data
 from hetis.formats.layers import IN_SHORT, described_in_short, usual_layers
 from hetis.formats.models import dtypes
 from hetis.formats.models.config_json import MAX_LAYERS, MAX_STREAMS

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from hetis.formats.errors import DocumentError, did_you_mean, shown
-from hetis.formats.fields import listed, mapping, read_data, whole
+from hetis.formats.fields import listed, mapping, whole
+from hetis.formats.kinds import read_data
 from hetis.formats.layers import spread_as_in_short
 from hetis.formats.models import dtypes
 from hetis.formats.models.config_json import NUM_EXPERTS, Config

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from hetis.formats.errors import shown
-from hetis.formats.fields import mapping, read_data
+from hetis.formats.fields import mapping
+from hetis.formats.kinds import read_data
 from hetis.formats.models import dtypes
 from hetis.formats.models.config_json import Config, LinearLayers
 from hetis.formats.models.quantised_formats import QUARK, compressed_groups, quark_input, quark_precision

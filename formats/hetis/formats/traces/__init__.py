@@ -12,6 +12,7 @@ import heapq
 import json
 import math
 import os
+import re
 from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -244,13 +245,16 @@ def _request(row: list[str], form: TraceForm) -> tuple[float, int, int] | list[t
         wrong.append((form.fields[0], f"{row[0][:80]!r} is not {what}"))
     for i in (1, 2):
         try:
-            tokens[i - 1] = int(row[i]) if len(row[i]) <= 40 else MAX_TOKENS + 1
+            tokens[i - 1] = int(_WHOLE.sub("", row[i])) if len(row[i]) <= 40 else MAX_TOKENS + 1
         except ValueError:
             wrong.append((form.fields[i], f"{row[i][:80]!r} is not a whole number"))
             continue
         if not 1 <= tokens[i - 1] <= MAX_TOKENS:
             wrong.append((form.fields[i], f"is {row[i].strip()[:40]}, must be 1 to {MAX_TOKENS}"))
     return wrong or (arrival, tokens[0], tokens[1])
+
+
+_WHOLE = re.compile(r"\.0+\s*$")  # pandas writes columns in which values are missing as 374.0
 
 
 IntArray = npt.NDArray[np.int64]

@@ -35,15 +35,18 @@ class TraceForm:
 
 
 def _moment(text: str) -> float:
-    """Return the seconds since 1970 of a time, or of their number, which may be one of milliseconds. Raises ValueError.
+    """Return the seconds since 1970 of a time, or of their number, which may be one of milli-, micro- or nanoseconds.
+    Raises ValueError.
 
-    LiteLLM's database has times, and its StandardLoggingPayload numbers.
+    LiteLLM's database has times, and its StandardLoggingPayload numbers; proxies write OpenAI's seconds in any unit.
     """
     try:
         number = float(text)
     except ValueError:
         return _timestamp(text)
-    return number / 1e3 if number > _LATEST_S else number
+    for _ in range(3):
+        number = number / 1e3 if number > _LATEST_S else number
+    return number
 
 
 _LATEST_S = 1e11  # as seconds this would be in three thousand years
@@ -94,21 +97,22 @@ FORMS = (
     MULTI_TURN,
     MOONCAKE,
     TraceForm(
-        "OpenAI-style", ("created", "usage.prompt_tokens", "usage.completion_tokens"), float, is_absolute=True,
+        "OpenAI-style", ("created", "usage.prompt_tokens", "usage.completion_tokens"), _moment, is_absolute=True,
         source="responses of /v1/chat/completions, one per line; `created` is taken as the arrival time",
     ),
     TraceForm(
-        "OpenAI responses", ("created_at", "usage.input_tokens", "usage.output_tokens"), float, is_absolute=True,
+        "OpenAI responses", ("created_at", "usage.input_tokens", "usage.output_tokens"), _moment, is_absolute=True,
         source="responses of /v1/responses, one per line",
     ),
     TraceForm(
         "OpenAI batch",
         ("response.body.created", *(f"response.body.usage.{what}_tokens" for what in ("prompt", "completion"))),
-        float, is_absolute=True, source="output files of /v1/batches",
+        _moment, is_absolute=True, source="output files of /v1/batches",
     ),
     TraceForm(
         "LiteLLM", ("startTime", "prompt_tokens", "completion_tokens"), _moment, is_absolute=True,
-        failed_without_output=True, source="github.com/BerriAI/litellm, LiteLLM_SpendLogs",
+        failed_without_output=True, leaves_out=lambda fields: fields.get("status") == "failure",
+        left_out="failed requests", source="github.com/BerriAI/litellm, LiteLLM_SpendLogs",
     ),
     TraceForm(
         "aiperf",

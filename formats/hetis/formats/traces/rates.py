@@ -8,20 +8,20 @@ their means. Histograms lack which prompt had which output: lengths are taken as
 from __future__ import annotations
 
 import gzip
-import itertools
 import json
 import math
 import os
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from itertools import pairwise
 from pathlib import PurePath
 from typing import Any
 
 from hetis.formats.errors import single_problem
-from hetis.formats.fields import mapping
+from hetis.formats.fields import listed, mapping
 from hetis.formats.files import MAX_BYTES, readable
 from hetis.formats.vllm_logs import seconds_of_year
 from hetis.solver.workload import LengthBin, Workload
@@ -32,6 +32,7 @@ HISTOGRAMS = (
     ("sglang:prompt_tokens_histogram", "sglang:generation_tokens_histogram"),
     ("tgi_request_input_length", "tgi_request_generated_tokens"),
 )
+_NO_RATE = "a scrape without the start of its server has no rate: give --demand, or a Prometheus"
 _INDEPENDENT = "prompts and outputs are taken as independent, since histograms have no pairs"
 
 
@@ -56,7 +57,7 @@ def measured(label: str) -> Measured | None:
         begin = file.read(MAX_BYTES).decode("utf-8", "replace")
     name = PurePath(label).name.partition(".")[0]
     if begin.lstrip()[:1] == "{":
-        return _of_summary(label, name, begin)
+        return _of_query(label, name, begin) if '"resultType"' in begin[:1000] else _of_summary(label, name, begin)
     if any(prompts in begin for prompts, _ in HISTOGRAMS):
         return of_metrics(label, begin, name=name, at_s=os.stat(label).st_mtime)
     return _of_log(label, name, begin.splitlines())
@@ -67,7 +68,7 @@ _ENDINGS = tuple(f".{one}{gz}" for one in ("log", "txt", "prom", "json", "jsonl"
 
 # --- histograms
 
-_SAMPLE = re.compile(r"([a-zA-Z_:][\w:]*)(?:\{(.*)\})? ([-+.\deEinfINFNa]+)(?: [-\d]+)?$", re.MULTILINE)
+_SAMPLE = re.compile(r"([a-zA-Z_:][\w:]*)(?:\{(.*)\})? ([-+.\deEinfINFNa]+)(?: [-\d]+)?\r?$", re.MULTILINE)
 _LABEL = re.compile(r'(\w+)="((?:[^"\\]|\\.)*)"')
 Buckets = Mapping[float, float]
 """Requests at most as long as each bound, in tokens; the bound of the last is infinite."""
@@ -100,7 +101,7 @@ def of_metrics(label: str, text: str, *, name: str, at_s: float | None = None) -
     )
     count = max(buckets[prompts].values())
     if spent_s is None:
-        notes.append("a scrape without the start of its server has no rate: give --demand, or a Prometheus")
+        notes.append(_NO_RATE)
     else:
         notes.append(f"the rate is the mean over {spent_s / 3600:.3g} h since the server's start")
     return of_histograms(
@@ -111,6 +112,29 @@ def of_metrics(label: str, text: str, *, name: str, at_s: float | None = None) -
         rate_rps=None if spent_s is None else count / spent_s,
         notes=notes,
     )
+
+
+def _of_query(label: str, name: str, text: str) -> Measured:
+    """Return the workload of Prometheus' answer: counters at one time, or their increase over a range."""
+    lines, spans_s = list[str](), [0.0]
+    try:
+        for one in listed(mapping(mapping(json.loads(text)).get("data")).get("result")):
+            labels = {key: str(value) for key, value in mapping(mapping(one).get("metric")).items()}
+            points = [(float(at), float(value)) for at, value in one.get("values") or [one["value"]]]
+            # A counter that falls has begun anew.
+            steps = (after[1] - (before[1] if after[1] >= before[1] else 0.0) for before, after in pairwise(points))
+            spans_s.append(points[-1][0] - points[0][0])
+            increase = sum(steps) if len(points) > 1 else points[0][1]
+            of = ",".join(f'{key}="{value}"' for key, value in labels.items() if key != "__name__")
+            lines.append(f"{labels.get('__name__', '')}{{{of}}} {increase!r}")
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        raise single_problem(label, "is no answer of Prometheus to a query of counters") from None
+    found = of_metrics(label, "\n".join(lines), name=name)
+    if not max(spans_s) > 0:
+        return found
+    workload = replace(found.workload, rate_rps=found.num_requests / max(spans_s))
+    notes = (note for note in found.notes if note != _NO_RATE)
+    return replace(found, workload=workload, notes=(*notes, f"the rate is the mean over {max(spans_s) / 3600:.3g} h"))
 
 
 def of_histograms(
@@ -257,7 +281,7 @@ def _of_log(label: str, name: str, lines: Sequence[str]) -> Measured | None:
     if ticks:
         form, seconds = "vLLM's INFO lines", 0.0
         for rows in ticks.values():
-            steps = [max(0.0, after[0] - before[0]) for before, after in itertools.pairwise(rows)]
+            steps = [max(0.0, after[0] - before[0]) for before, after in pairwise(rows)]
             usual_s = sorted(steps)[len(steps) // 2] if steps else 10.0
             spans = [min(step, 2 * usual_s) for step in (usual_s, *steps)]
             prompts += sum(row[1] * span for row, span in zip(rows, spans, strict=True))

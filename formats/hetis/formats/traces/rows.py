@@ -17,6 +17,7 @@ from functools import partial
 from typing import IO, Any
 
 from hetis.formats.errors import DocumentError, shown, single_problem
+from hetis.formats.fields import mapping
 from hetis.formats.files import MAX_BYTES, readable
 from hetis.formats.traces.forms import CONVERSATIONS, FORMS, OURS, CountTokens, Row, TraceForm, form_of
 from hetis.formats.traces.logs import log_rows
@@ -74,24 +75,43 @@ def array_rows(label: str, file: IO[str], count: CountTokens | None) -> Iterator
     ``count`` counts the tokens of a text in conversations, which have no counts. None: conversations are refused.
     """
     begin = file.read(_CHUNK)
+    items = _Items(label, count)
     if begin.lstrip()[:1] == "{":
-        yield from report_rows(label, json_object_of(label, begin + file.read(MAX_BYTES)), count)
+        data = json_object_of(label, begin + file.read(MAX_BYTES))
+        if isinstance(listing := data.get("data"), list) and not is_report(data):  # as APIs answer
+            for index, item in enumerate(map(mapping, listing)):
+                yield from items.rows(f"data[{index}]", item)
+            return
+        yield from report_rows(label, data, count)
         return
-    form, sessions = None, dict[str, float]()
     for index, item in _items(label, begin, file):
         if not isinstance(item, dict):
             raise single_problem(label, f"[{index}] is {shown(item)}, expected an object")
-        turns = _turns(item)
-        if turns is not None:
-            if count is None:
-                raise single_problem(label, TEXTS)
-            yield from _conversation_rows(index, turns, count)
-            continue
-        fields = _with_time(fields_of(item), sessions)
-        form = form or form_of(fields)
-        if form is None:
-            raise unknown_form(label, f"[{index}]", "field", "fields", list(fields))
-        yield from values_of(f"[{index}]", form, fields)
+        yield from items.rows(f"[{index}]", item)
+
+
+class _Items:
+    """Requests that are objects of one form, or conversations. The first one tells the form."""
+
+    def __init__(self, label: str, count: CountTokens | None) -> None:
+        self._label, self._count = label, count
+        self._form: TraceForm | None = None
+        self._sessions = dict[str, float]()  # the times of the last turns
+        self._num_events = 0  # of a log whose requests have not ended yet
+
+    def rows(self, place: int | str, item: Mapping[str, Any]) -> Iterator[Row]:
+        fields = _with_time(fields_of(item), self._sessions)
+        self._form = self._form or form_of(fields)
+        if self._form is not None:
+            yield from values_of(place, self._form, fields)
+        elif (turns := _turns(item)) is not None:
+            if self._count is None:
+                raise single_problem(self._label, TEXTS)
+            yield from _conversation_rows(f"[{place}]" if isinstance(place, int) else place, turns, self._count)
+        elif "event" in fields and self._num_events < _MOST_EVENTS:
+            self._num_events += 1
+        else:
+            raise unknown_form(self._label, place, "field", "fields", list(fields))
 
 
 def _items(label: str, begin: str, file: IO[str]) -> Iterator[tuple[int, Any]]:
@@ -128,13 +148,13 @@ def _items(label: str, begin: str, file: IO[str]) -> Iterator[tuple[int, Any]]:
         buffer, place = buffer[place:] + chunk, 0
 
 
-def _turns(item: dict[str, Any]) -> list[Any] | None:
+def _turns(item: Mapping[str, Any]) -> list[Any] | None:
     """Return the turns of a conversation, in the form of ShareGPT or of chat requests, or None if there are none."""
     values = (item.get(key) for key in ("conversations", "conversation", "messages", "items"))
     return next((value for value in values if isinstance(value, list)), None)
 
 
-def _conversation_rows(index: int, turns: list[Any], count: CountTokens) -> Iterator[Row]:
+def _conversation_rows(place: str, turns: list[Any], count: CountTokens) -> Iterator[Row]:
     """Yield a request for every answer. Its prompt consists of all earlier turns."""
     before = 0
     for number, turn in enumerate(turns):
@@ -144,7 +164,7 @@ def _conversation_rows(index: int, turns: list[Any], count: CountTokens) -> Iter
         text = turn.get("value", turn.get("content", turn.get("text")))
         tokens = count(text) if isinstance(text, str) and text else 0
         if who in _ANSWERS and before and tokens:
-            yield f"[{index}].turn[{number}]", CONVERSATIONS, ["0", str(before), str(tokens)]
+            yield f"{place}.turn[{number}]", CONVERSATIONS, ["0", str(before), str(tokens)]
         before += tokens
 
 
@@ -230,23 +250,16 @@ def _csv_rows(label: str, lines: Iterator[str]) -> Iterator[Row]:
 
 
 def _json_rows(label: str, lines: Iterator[str], count: CountTokens | None) -> Iterator[Row]:
-    form: TraceForm | None = None
-    sessions, events = dict[str, float](), 0
+    items, is_first = _Items(label, count), True
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         data = json_object(label, number, line)
-        if form is None and is_report(data):
+        if is_first and is_report(data):
             yield from report_rows(label, data, count)
             continue
-        fields = _with_time(fields_of(data), sessions)
-        form = form or form_of(fields)
-        if form is None and "event" in fields and events < _MOST_EVENTS:
-            events += 1  # of a log whose requests have not ended yet
-            continue
-        if form is None:
-            raise unknown_form(label, number, "field", "fields", list(fields))
-        yield from values_of(number, form, fields)
+        is_first = False
+        yield from items.rows(number, data)
 
 
 _MOST_EVENTS = 100_000
@@ -260,6 +273,8 @@ def _with_time(fields: dict[str, object], sessions: dict[str, float]) -> dict[st
         return fields
     time, delay = fields.get("timestamp"), fields.get("delay")
     if time is None:
+        if str(session) in sessions and not isinstance(delay, int | float):
+            return fields  # whose time is missing
         time = sessions.get(str(session), 0.0) + (delay if isinstance(delay, int | float) else 0.0)
     if isinstance(time, int | float):
         sessions[str(session)] = float(time)

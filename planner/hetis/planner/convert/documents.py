@@ -10,14 +10,15 @@ from typing import Any, TypeVar
 
 from hetis.formats import documents
 from hetis.formats.cluster import CLUSTER
-from hetis.formats.dispatch_state import DISPATCH_REQUESTS, DISPATCH_STATE, NewRequests
+from hetis.formats.dispatch.dispatch_state import DISPATCH_STATE
+from hetis.formats.dispatch.new_requests import DISPATCH_REQUESTS, NewRequests
+from hetis.formats.dispatch.saved_state import SavedState
 from hetis.formats.errors import DocumentError, single_problem
 from hetis.formats.files import canonical_json, content_digest
 from hetis.formats.models.document import MODEL_SPEC
 from hetis.formats.plan import PLAN
 from hetis.formats.positions import Bounds, parse_text
 from hetis.formats.profile import PROFILE
-from hetis.formats.saved_state import SavedState
 from hetis.formats.workload import WORKLOAD
 from hetis.planner.failures import Reason, ServiceError
 from hetis.planner.store import ClusterRecord

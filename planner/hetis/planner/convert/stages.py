@@ -9,7 +9,7 @@ from types import MappingProxyType
 
 import numpy as np
 
-from hetis.formats.saved_state import piece_costs
+from hetis.formats.dispatch.saved_state import piece_costs
 from hetis.planner.convert.plans import message_of, value_from
 from hetis.planner.use_cases.dispatch.stages import CostedStage, state_of_stage, with_costs
 from hetis.planner.use_cases.saved_plans import PlanAndProblem

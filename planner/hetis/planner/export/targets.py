@@ -11,7 +11,6 @@ from typing import NamedTuple
 from hetis.engines.layout import Layout
 from hetis.engines.planned import planned_model
 from hetis.engines.versions import VERSIONS, Engine
-from hetis.formats import catalogue
 from hetis.formats.errors import DocumentError, Problem, single_problem
 from hetis.formats.files import write_atomically
 from hetis.planner.export import IN_KUBERNETES, ExportTarget
@@ -201,19 +200,11 @@ def export_wanted(
     has_one = len(weights_used(plan, shape)) == 1
     settings = replace(
         settings,
-        model=settings.model or _checkpoint(plan, shape),
+        model=settings.model or MadeFrom.of(plan).checkpoint_of(shape.name),
         served_name=settings.served_name or ("" if has_one else shape.name),  # clients do not know precisions
         engine=settings.engine or _engine_of(plan, target),
     )
     return export_plan(plan, shape, target, settings)
-
-
-def _checkpoint(plan: Plan, shape: ModelSpec) -> str:
-    """Return the checkpoint that engines load: the one that the plan was made for, or the model's name."""
-    requested = MadeFrom.of(plan).model
-    known = catalogue.known_model(requested)
-    named = catalogue.checkpoint_of(requested) if known is not None and known.name == shape.name else None
-    return named or shape.name
 
 
 def _rate(rate_rps: float) -> str:

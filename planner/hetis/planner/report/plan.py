@@ -142,12 +142,14 @@ def price_grid(plan: Plan) -> Grid:
 
 
 def _title(plan: Plan) -> Text:
-    documents = [MadeFrom.of(plan).document(kind) for kind in ("model", "cluster", "workload")]
+    made_from = MadeFrom.of(plan)
+    documents = [made_from.document(kind) for kind in ("model", "cluster", "workload")]
     if not all(documents):
         return Text(f"Plan by strategy {plan.strategy}", style="bold")
     model, cluster, workload = (str(one.get("name", "unnamed")) for one in documents)
     gpus = sum(price.available for price in plan.prices)
-    title = named_problem(model, f"{cluster} ({plural(gpus, 'GPU')})" if gpus else cluster, workload)
+    fleet = f"{cluster} ({plural(gpus, 'GPU')})" if gpus else cluster
+    title = named_problem(made_from.checkpoint_of(model), fleet, workload)
     hits = documents[2].get("prefix_hit_rate", 0.0)
     return title.append(f" with {percent(hits)} prefix cache hits") if hits else title
 

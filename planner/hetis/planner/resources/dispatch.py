@@ -6,9 +6,9 @@ from functools import partial
 
 import numpy as np
 
-from hetis.formats.dispatch_state import NewRequests
+from hetis.formats.dispatch.new_requests import NewRequests
+from hetis.formats.dispatch.saved_state import SavedState
 from hetis.formats.errors import DocumentError
-from hetis.formats.saved_state import SavedState
 from hetis.planner.convert.documents import read_document
 from hetis.planner.convert.plans import message_of
 from hetis.planner.convert.stages import reason_to_proto

@@ -16,7 +16,8 @@ from hetis.commands import endpoints
 from hetis.commands.endpoints import is_loopback
 from hetis.formats import units
 from hetis.formats.errors import DocumentError, Problem, did_you_mean
-from hetis.formats.fields import API_VERSION, DocumentPart, Duration, bare_type, read_data, validated
+from hetis.formats.fields import API_VERSION, DocumentPart, Duration
+from hetis.formats.kinds import bare_type, read_data, validated
 from hetis.formats.positions import Path, Text, parse_text
 
 

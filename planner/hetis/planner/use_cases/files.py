@@ -13,14 +13,15 @@ from typing import Any
 from hetis.formats.catalogue import known_gpu
 from hetis.formats.cluster import parse_cluster
 from hetis.formats.discovery.found import counted
-from hetis.formats.dispatch_state import NewRequests
+from hetis.formats.dispatch.new_requests import NewRequests
+from hetis.formats.dispatch.saved_state import SavedState
 from hetis.formats.documents import Value, dump_data, kind_of, load, load_model, load_workload
 from hetis.formats.errors import DocumentError, Problem, single_problem
-from hetis.formats.fields import API_VERSION, read_data
+from hetis.formats.fields import API_VERSION
 from hetis.formats.files import read_text
+from hetis.formats.kinds import read_data
 from hetis.formats.models.document import is_config
 from hetis.formats.positions import Text, parse_text
-from hetis.formats.saved_state import SavedState
 from hetis.formats.tenants import FleetTenants
 from hetis.formats.traces import ENDINGS, Trace, read_trace, spaced, trace_text
 from hetis.formats.traces.forms import CountTokens

@@ -10,7 +10,7 @@ from hetis.engines.gpus import VENDORS, kind_of_type
 from hetis.engines.precision import SUPPORT, Refusal, refusal_of, remarks
 from hetis.engines.serving import TELL_KV
 from hetis.engines.workers import why_no_workers
-from hetis.formats.catalogue import UnknownNameError, resolve_gpu
+from hetis.formats.catalogue.names import UnknownNameError, resolve_gpu
 from hetis.formats.models import dtypes
 from hetis.formats.models.document import drafts
 from hetis.planner.use_cases.sources import Inputs, LoadedInputs

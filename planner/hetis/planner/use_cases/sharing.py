@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from hetis.formats.errors import DocumentError, Problem, single_problem
-from hetis.formats.fields import read_data
+from hetis.formats.kinds import read_data
 from hetis.formats.positions import Text
 from hetis.formats.tenants import FleetTenantPart, parse_tenants
 from hetis.planner.use_cases.climbing import Carriers, climb

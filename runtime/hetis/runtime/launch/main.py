@@ -64,7 +64,7 @@ VllmOptions = Annotated[list[str] | None, Argument(help="Options of vLLM, after 
 
 @group
 class LaunchReplica:
-    """The options that specify what to run, which every command has."""
+    """The options that specify what to run, and where processes reach each other, which every command has."""
 
     plan: Path | None = option("--plan: Plan file from `hetis-plan place`. Required.")
     model: str = option(
@@ -84,12 +84,6 @@ class LaunchReplica:
         "",
         shown="vllm serve, or sglang serve",
     )
-
-
-@group
-class PlacedReplica(LaunchReplica):
-    """The options that specify what to run, and where processes reach each other."""
-
     executor: str = option("--executor: Unix socket where a hetis-agent controls the engine. Default: none.", "")
     node_address: list[str] | None = option(
         "--node-address: NODE=HOST, the address of a node of the plan; repeatable. Default: the node's name."
@@ -106,6 +100,7 @@ class PlacedReplica(LaunchReplica):
     key_file: Path | None = option(
         "--key-file: Key file of vLLM and workers, mode 0600, on every node. Default: FOLDER/worker.key."
     )
+    encrypt: bool = option("--encrypt: Encrypt what vLLM and attention workers on other hosts exchange.", False)
     all_here: bool = option("--all-here: Run all processes on this machine over loopback, to try the plan.", False)
 
     def addresses(self, folder: Path) -> Addresses:
@@ -131,7 +126,7 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
 
 @command
 def show(
-    replica: PlacedReplica,
+    replica: LaunchReplica,
     form: Annotated[Literal["shell", "json"], Option(help="Shell commands by node, or JSON.")] = "shell",
     vllm_options: VllmOptions = None,
 ) -> None:
@@ -139,14 +134,14 @@ def show(
     from hetis.engines.commands import as_json, as_shell, commands_of
 
     addresses = replica.addresses(replica.folder)
-    layout, serving = _read(replica, vllm_options, executor=replica.executor, named=addresses.hosts)
+    layout, serving = _read(replica, vllm_options, addresses.hosts)
     commands = commands_of(layout, serving, addresses)
     print(as_json(commands) if form == "json" else as_shell(commands))
 
 
 @command
 def processes(
-    replica: PlacedReplica,
+    replica: LaunchReplica,
     node: Annotated[str, Option(help="This machine's name in the plan. Default: its host name.")] = "",
     vllm_options: VllmOptions = None,
 ) -> None:
@@ -155,7 +150,7 @@ def processes(
     from hetis.runtime.launch.processes import names_of_this_machine, prepare, require_programs, run_here
 
     addresses = replica.addresses(replica.folder.resolve())
-    layout, serving = _read(replica, vllm_options, executor=replica.executor, named=addresses.hosts)
+    layout, serving = _read(replica, vllm_options, addresses.hosts)
     names = (node,) if node else names_of_this_machine()
     commands = commands_of(layout, serving, addresses)
     ours = [command for command in commands if replica.all_here or command.process.node in names]
@@ -188,16 +183,12 @@ def _report_failure(error: Exception) -> int:
     return EXIT_FAILED
 
 
-def _read(
-    given: LaunchReplica, vllm_options: Sequence[str] | None, *, executor: str = "", named: Iterable[str] = (),
-) -> tuple[Layout, Serving]:  # fmt: skip
+def _read(given: LaunchReplica, vllm_options: Sequence[str] | None, named: Iterable[str]) -> tuple[Layout, Serving]:
     """Return the layout of the replica that the options name, and the settings to serve it with.
 
     If the plan has other replicas, a line on stderr says so.
 
-    Args:
-        executor: Unix socket of the node's agent.
-        named: nodes for which an address was passed.
+    ``named`` are the nodes for which an address was passed.
 
     Raises:
         OptionError: options are wrong. It names all of them.
@@ -237,7 +228,8 @@ def _read(
         dtype=given.dtype,
         device=given.device,
         limits_kv=given.kv_tokens is not None or (not layout.fixes_kv and given.device == "cuda"),
-        executor=executor,
+        executor=given.executor,
+        encrypts=given.encrypt,
     )
     if why := missing_kv_option(layout, serving, stated=stated_kv):
         raise LayoutError(why)

@@ -7,18 +7,18 @@ shared memory in place of the socket.
 from __future__ import annotations
 
 import logging
-import secrets
 import socket
 import time
 from collections.abc import Sequence
 from contextlib import suppress
 from enum import StrEnum
 from pathlib import Path
-from typing import Protocol
+from typing import Literal
 
 import numpy as np
 import torch
 
+from hetis.runtime.transport.encryption import ConnectionKey, Pipe
 from hetis.runtime.transport.frames import (
     HEADER_BYTES,
     MOST_BODY_BYTES,
@@ -36,24 +36,9 @@ from hetis.runtime.transport.frames import (
     read_error,
     read_header,
 )
-from hetis.runtime.transport.keys import NONCE_BYTES
 from hetis.runtime.transport.pipes import SharedFile, ShmPipe, TcpPipe, is_supported
 
 _log = logging.getLogger(__name__)
-
-
-class Pipe(Protocol):
-    """Ordered bytes in both directions."""
-
-    name: str
-
-    def write(self, buffers: Sequence[memoryview], timeout_s: float) -> None:
-        """Write all buffers. Raises ChannelError, after which it is unknown how much was sent."""
-
-    def read_into(self, buffer: memoryview, timeout_s: float) -> int:
-        """Fill the front of ``buffer`` and return the number of bytes, 0 after the time-out. Raises ChannelError."""
-
-    def close(self) -> None: ...
 
 
 # Largest body before an engine is known. A handshake has 8 bytes for each of at most `MOST_LAYERS` layers, and few
@@ -70,11 +55,20 @@ class Channel:
 
     def __init__(self, pipe: Pipe, *, stall_s: float = 10.0, most_body_bytes: int = MOST_BODY_BYTES) -> None:
         self.name = pipe.name  # display name: the kind and the other end
-        self.challenge = b""  # the nonce that a worker sent to an engine of which it knows nothing yet; empty: none
+        self.own: ConnectionKey | None = None  # whose nonce a worker sent to an engine of which it knows nothing yet
         self._pipe, self._stall_s, self._most_body_bytes = pipe, stall_s, most_body_bytes
         self._header = bytearray(HEADER_BYTES)
         self._into_header = memoryview(self._header)
         self._is_closed = False
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether frames go through memory of this host, where nobody listens."""
+        return isinstance(self._pipe, ShmPipe)
+
+    def encrypt(self, own: ConnectionKey, end: Literal["engine", "worker"], other: bytes, key: bytes) -> None:
+        """Encrypt all that follows, as both ends must do between the same two frames. See `ConnectionKey`."""
+        self._pipe = own.encrypted(self._pipe, end, other, key)
 
     def trust(self) -> None:
         """Take frames of any size that there is, because the other end is known."""
@@ -201,7 +195,7 @@ class Handshake:
         self._arriving = _Arriving(self._pipe)
         self._stall_s = stall_s
         self._answered: set[FrameKind] = set()
-        self._challenge = b""
+        self._own: ConnectionKey | None = None
 
     @property
     def name(self) -> str:
@@ -227,8 +221,8 @@ class Handshake:
                 if frame.kind is FrameKind.ATTACH:
                     self._attach(frame)
                 else:
-                    self._challenge = secrets.token_bytes(NONCE_BYTES)
-                    nonce = np.frombuffer(self._challenge, np.uint8)
+                    self._own = ConnectionKey()
+                    nonce = np.frombuffer(self._own.nonce, np.uint8)
                     Channel(self._pipe, stall_s=0.0).send([frame.answered(FrameKind.NONCE, parts=(nonce,))])
                 self._arriving = _Arriving(self._pipe)
                 frame = self._arriving.read()
@@ -246,7 +240,7 @@ class Handshake:
         if frame is None:
             return None
         channel = Channel(self._pipe, stall_s=self._stall_s, most_body_bytes=_HANDSHAKE_BYTES)
-        channel.challenge = self._challenge
+        channel.own = self._own
         return channel, frame
 
     def close(self) -> None:

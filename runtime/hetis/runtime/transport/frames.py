@@ -6,7 +6,7 @@ frames of an old engine or an old connection are recognised, and a ``serial``, w
 | kind | counts | body |
 | --- | --- | --- |
 | CHALLENGE | | |
-| HELLO (layer: how many) | head_dim, r, page_tokens | windows i64 [layers], scale, soft cap, age: f64; nonce, proof |
+| HELLO (layer: how many) | head_dim, r, page_tokens | windows, scale, soft cap, age; whether encrypted; nonce; proof |
 | BEGIN | N, T | requests, incarnations, heads, first positions, and how many unless T is N: i64 [4 or 5, N] |
 | ATTEND | T | queries, key and value of each position: [T, r + 2, d] |
 | FINISH, ABORT, PING, BYE | | |
@@ -50,7 +50,7 @@ from hetis.runtime.transport.keys import NONCE_BYTES, PROOF_BYTES, proof_of
 from hetis.solver.errors import HetisError
 
 MAGIC = 0x53495448  # "HTIS"
-VERSION = 5
+VERSION = 6
 HEADER = struct.Struct("<IHBBQQQQIIIIQ")
 HEADER_BYTES = HEADER.size
 _SAID_BYTES = HEADER_BYTES - 8  # the header without the size of the body, which the proof adds to
@@ -218,6 +218,7 @@ class Hello:
     shape: KvShape
     nonce: bytes  # the engine's, to which the worker answers with a proof
     age_s: float = 0.0  # time since the engine started, by `uptime_s`
+    is_encrypted: bool = False  # whether everything behind the answer is
 
     def frame(self, *, epoch: int, session: int, key: bytes, challenge: bytes) -> Frame:
         """Return the frame; ``challenge`` is the worker's nonce."""
@@ -236,7 +237,7 @@ class Hello:
     def _unproved(self, epoch: int, session: int) -> Frame:
         shape = self.shape
         factors = torch.tensor([shape.scale, shape.soft_cap, self.age_s], dtype=torch.float64)
-        nonce = torch.frombuffer(bytearray(self.nonce), dtype=torch.uint8)
+        last = torch.frombuffer(bytearray([self.is_encrypted, *self.nonce]), dtype=torch.uint8)
         return Frame(
             kind=FrameKind.HELLO,
             epoch=epoch,
@@ -244,12 +245,12 @@ class Hello:
             layer=shape.layers,
             counts=(shape.head_dim, shape.queries_per_group, shape.page_tokens),
             dtype=shape.dtype,
-            parts=(torch.tensor(shape.windows, dtype=torch.int64), factors, nonce),
+            parts=(torch.tensor(shape.windows, dtype=torch.int64), factors, last),
         )
 
     @classmethod
     def read(cls, frame: Frame) -> Hello:
-        _expect(frame, FrameKind.HELLO, 8 * frame.layer + 24 + NONCE_BYTES + PROOF_BYTES)
+        _expect(frame, FrameKind.HELLO, 8 * frame.layer + 25 + NONCE_BYTES + PROOF_BYTES)
         head_dim, queries, page_tokens = frame.counts
         limits = MOST_HEAD_DIM, MOST_QUERIES, MOST_PAGE_TOKENS
         fits = all(0 < size <= most for size, most in zip(frame.counts, limits, strict=True))
@@ -260,6 +261,8 @@ class Hello:
         scale, soft_cap, age_s = struct.unpack_from("<ddd", raw, 8 * frame.layer)
         if int(windows.min()) < 0 or not (math.isfinite(scale) and 0 <= soft_cap < math.inf):
             raise FrameError(f"HELLO of windows {windows.tolist()}, scale {scale} and soft cap {soft_cap}")
+        if (encrypted := raw[8 * frame.layer + 24]) > 1:
+            raise FrameError(f"HELLO with an encryption of kind {encrypted}")
         if not 0 <= age_s < math.inf:
             raise FrameError(f"HELLO of an engine that is {age_s} s old")
         shape = KvShape(
@@ -272,7 +275,8 @@ class Hello:
             windows=tuple(windows.tolist()),
             soft_cap=soft_cap,
         )
-        return cls(shape=shape, nonce=raw[-NONCE_BYTES - PROOF_BYTES : -PROOF_BYTES], age_s=age_s)
+        nonce = raw[-NONCE_BYTES - PROOF_BYTES : -PROOF_BYTES]
+        return cls(shape=shape, nonce=nonce, age_s=age_s, is_encrypted=bool(encrypted))
 
 
 class KvRange(NamedTuple):

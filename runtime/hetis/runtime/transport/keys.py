@@ -1,7 +1,7 @@
 """The secret shared by an engine and its attention workers: from a file that only its owner may read, or a variable.
 
 It never travels. Each end draws a nonce for every connection, and proves by an HMAC over both that it knows the secret:
-what was overheard is of no use in another connection. KV is not encrypted: whoever can read the network can read it.
+what was overheard is of no use in another connection. `encryption` uses those nonces if an engine encrypts its KV.
 """
 
 from __future__ import annotations

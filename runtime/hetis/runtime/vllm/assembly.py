@@ -180,7 +180,18 @@ def make_rank(vllm_config: VllmConfig, cache: KVCacheConfig, settings: PluginSet
         host, port = split_address(one.addresses[number])
         kind, timeout_s = ChannelKind(settings.transport), settings.timeout_s
         age_s = uptime_s() - started_s
-        device = join_at(one.name, host, port, key, shape, epoch=epoch, age_s=age_s, kind=kind, timeout_s=timeout_s)
+        device = join_at(
+            one.name,
+            host,
+            port,
+            key,
+            shape,
+            epoch=epoch,
+            age_s=age_s,
+            kind=kind,
+            timeout_s=timeout_s,
+            encrypts=settings.encrypt,
+        )
         if settings.calibrate:
             try:
                 measured = calibrate(device, groups=spec.head_groups, exchange_bytes_per_head=exchange)

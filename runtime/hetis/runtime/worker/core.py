@@ -95,6 +95,13 @@ class WorkerCore:
             self._failed = self._failed or error
             return None
 
+    def encrypt(self, channel: Channel, frame: Frame) -> None:
+        """Encrypt the channel if the HELLO that was accepted over it requests so. Raises FrameError."""
+        hello = Hello.read(frame)
+        if hello.is_encrypted:
+            assert channel.own is not None, "a HELLO without a challenge is refused"
+            channel.encrypt(channel.own, "worker", hello.nonce, self._key)
+
     def leave(self) -> None:
         """Drop the KV of a connection that ended."""
         self._session = 0
@@ -333,9 +340,12 @@ class WorkerLoop:
     def _take_newcomer(self, channel: Channel, hello: Frame) -> None:
         try:
             is_hello = hello.kind is FrameKind.HELLO
-            answer = self.core.handle(hello, challenge=channel.challenge) if is_hello else None
+            challenge = b"" if channel.own is None else channel.own.nonce
+            answer = self.core.handle(hello, challenge=challenge) if is_hello else None
             if answer is not None:
                 channel.send([answer])
+                if answer.kind is not FrameKind.ERROR:
+                    self.core.encrypt(channel, hello)
         except ChannelError as error:
             _log.warning("%s: a connection came to nothing: %s", self.core.name, error)
             channel.close()

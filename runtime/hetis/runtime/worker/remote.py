@@ -41,6 +41,7 @@ from hetis.runtime.attention.kv import (
     UnreachedDeviceError,
 )
 from hetis.runtime.transport.channel import Channel, ChannelKind, connect
+from hetis.runtime.transport.encryption import ConnectionKey
 from hetis.runtime.transport.frames import (
     ChannelError,
     ErrorCode,
@@ -59,7 +60,6 @@ from hetis.runtime.transport.frames import (
     read_pong,
     read_welcome,
 )
-from hetis.runtime.transport.keys import NONCE_BYTES
 
 T = TypeVar("T")
 
@@ -81,9 +81,11 @@ class RemoteDevice:
         key: bytes,
         age_s: float = 0.0,
         timeout_s: float = 10.0,
+        encrypts: bool = False,
     ) -> None:
-        """Greet the worker. A worker that owes an answer for ``timeout_s`` is lost. Raises DeviceLostError if it does
-        not answer, or refuses the key, and StaleEpochError if it obeys a later engine.
+        """Greet the worker, and encrypt what follows if ``encrypts``, but for shared memory. A worker that owes an
+        answer for ``timeout_s`` is lost. Raises DeviceLostError if it does not answer, or refuses the key, and
+        StaleEpochError if it obeys a later engine.
         """
         self.name, self.shape = name, shape
         # The channel failed. Every call then raises `DeviceLostError`, except `abort` and `drop`, which have nothing
@@ -96,10 +98,13 @@ class RemoteDevice:
         self._owed = 0  # serial of the last request whose answer has not been read; 0: none
         self._step: DeviceStep | None = None
         challenge = self._read(self._answer(self._ask(self._frame(FrameKind.CHALLENGE))), read_nonce)
-        hello = Hello(shape=shape, nonce=secrets.token_bytes(NONCE_BYTES), age_s=age_s)
+        own, is_encrypted = ConnectionKey(), encrypts and not channel.is_shared
+        hello = Hello(shape=shape, nonce=own.nonce, age_s=age_s, is_encrypted=is_encrypted)
         frame = hello.frame(epoch=epoch, session=self._session, key=key, challenge=challenge)
         answer = self._answer(self._ask(frame))
         self.num_pages = self._read(answer, lambda frame: read_welcome(frame, key=key, nonce=hello.nonce))
+        if is_encrypted:
+            channel.encrypt(own, "engine", challenge, key)
 
     # --- a step
 
@@ -263,6 +268,7 @@ def join_at(
     age_s: float = 0.0,
     kind: ChannelKind = ChannelKind.AUTO,
     timeout_s: float = 10.0,
+    encrypts: bool = False,
 ) -> RemoteDevice:
     """Return the worker that listens at ``host``, ``port`` as an empty device. What it held for others is gone.
 
@@ -274,6 +280,7 @@ def join_at(
         age_s: time since then.
         kind: the kind of channel; ``AUTO`` is shared memory on one host and TCP between hosts.
         timeout_s: a worker that owes an answer for this long is lost.
+        encrypts: whether KV that leaves this host is encrypted.
 
     Raises:
         UnreachedDeviceError: there is no connection, or this process has no free file descriptors for one.
@@ -285,4 +292,4 @@ def join_at(
     except (ChannelError, OSError) as error:
         is_ours = isinstance(error, OSError) or isinstance(error.__cause__, OSError)
         raise (UnreachedDeviceError if is_ours else DeviceLostError)(name, str(error)) from error
-    return RemoteDevice(name, shape, channel, epoch=epoch, key=key, age_s=age_s, timeout_s=timeout_s)
+    return RemoteDevice(name, shape, channel, epoch=epoch, key=key, age_s=age_s, timeout_s=timeout_s, encrypts=encrypts)

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from operator import itemgetter
 from typing import NamedTuple
 
 import numpy as np
@@ -21,6 +22,7 @@ from hetis.solver.placement.fleet import IntArray
 from hetis.solver.placement.replicas.kinds import Kind, kind_of_parts, shared_places
 from hetis.solver.placement.replicas.pipelines import (
     best_splits,
+    intervals_of,
     least_layers,
     least_nodes,
     shapes_of,
@@ -29,6 +31,7 @@ from hetis.solver.placement.replicas.pipelines import (
     workers_of,
 )
 from hetis.solver.placement.replicas.stage_times import (
+    EXACT,
     FreeTimes,
     MixSweep,
     Shape,
@@ -60,6 +63,7 @@ class Evaluator:
     ) -> None:
         self.costs, self.shape, self.mixes, self.workers = costs, shape, mixes, workers
         self._key = None if number is None else ("times", number, mixes.tobytes())
+        self._earlier = list[tuple[_Known, bool]]()  # at other utilisations, and whether limits were no tighter there
         self._num_layers, self._least = costs.scopes[shape.scope].tables.num_layers, least_layers(costs)
         self.is_known = np.zeros(len(shape.counts), dtype=bool)
         self.found = np.full((len(shape.counts), 4), -1, dtype=np.int64)
@@ -67,7 +71,16 @@ class Evaluator:
     @cached_property
     def shortest_s(self) -> FloatArray:
         """Return lower bounds [C], computed on first use: a first plan needs none for replicas with workers."""
-        return np.asarray(self._shortest_s(self.shape.counts).min(axis=1))
+        found_s = np.asarray(self._shortest_s(self.shape.counts).min(axis=1))
+        if self.workers is None and self._key is not None:
+            all_known: list[_Known] = self.costs.shared.setdefault(("known", *self._key), [])
+            longest_s, chunk_s = self._longest_s(self._free.sweep), self._chunk_caps_s
+            self._earlier = [(one, one.is_looser(longest_s, chunk_s)) for one in all_known]
+            for one, is_looser in self._earlier:
+                if is_looser:
+                    np.maximum(found_s, one.shortest_s, out=found_s)
+            all_known.append(_Known(longest_s, chunk_s, found_s, self.is_known, self.found))
+        return found_s
 
     def _shortest_s(self, counts: IntArray) -> FloatArray:
         """Return lower bounds by composition and mix if there are workers, otherwise by row of the sweep."""
@@ -84,7 +97,11 @@ class Evaluator:
     @cached_property
     def _without_workers(self) -> tuple[MixSweep, StageTimes]:
         free = self._free
-        return free.sweep, free.times.within(chunk_caps(self.costs, self.shape, free.sweep))
+        return free.sweep, free.times.within(self._chunk_caps_s)
+
+    @cached_property
+    def _chunk_caps_s(self) -> FloatArray:
+        return chunk_caps(self.costs, self.shape, self._free.sweep)
 
     @cached_property
     def _free(self) -> _Free:
@@ -105,11 +122,41 @@ class Evaluator:
     def evaluate(self, which: IntArray, needed_s: FloatArray) -> None:
         """Find the best replica of compositions [W] whose interval may be shorter than needed [W]."""
         unknown = ~self.is_known[which] & (self.shortest_s[which] < needed_s)
-        which, best_s = which[unknown], needed_s[unknown] * MARGIN
-        if not len(which):
-            return
+        which, worse_s = which[unknown], needed_s[unknown] * MARGIN
+        at, found, interval_s = self._kept_of_before(which, worse_s)
+        kept, worse_s[at] = which[at], interval_s
+        is_best = interval_s <= self.shortest_s[kept]  # shorter than under looser limits it cannot be
+        self._know(kept[is_best], found[is_best], interval_s[is_best])
+        rest = ~self.is_known[which]
+        which, worse_s = which[rest], worse_s[rest]
         for begin in range(0, len(which), TOGETHER):
-            self._evaluate(which[begin : begin + TOGETHER], best_s[begin : begin + TOGETHER])
+            self._evaluate(which[begin : begin + TOGETHER], worse_s[begin : begin + TOGETHER])
+        is_best = ~self.is_known[kept]  # as nothing better was found
+        self._know(kept[is_best], found[is_best], interval_s[is_best])
+
+    def _know(self, which: IntArray, found: IntArray, interval_s: FloatArray) -> None:
+        """Note the best replicas of compositions [W]."""
+        self.shortest_s[which], self.found[which], self.is_known[which] = interval_s, found, True
+
+    def _kept_of_before(self, which: IntArray, worse_s: FloatArray) -> tuple[IntArray, IntArray, FloatArray]:
+        """Return which compositions [W] have a best replica at another utilisation that keeps the limits here with an
+        interval below ``worse_s`` [W], the replicas, as in ``found``, and their intervals.
+
+        If there are several such utilisations, the latest with looser limits counts.
+        """
+        found = np.full((len(which), 4), -1, dtype=np.int64)
+        for one, _ in sorted(self._earlier, key=itemgetter(1)):
+            is_known = one.is_known[which]
+            found[is_known] = one.found[which[is_known]]
+        some = np.flatnonzero(found[:, 0] >= 0)
+        if not len(some):
+            return some, found[some], worse_s[some]
+        found, (sweep, times) = found[some], self._without_workers
+        row, counts = np.searchsorted(self.mixes, found[:, 0]), self.shape.counts[which[some]]
+        longest_s = self._longest_s(sweep)[row] * (1.0 + EXACT)
+        interval_s = intervals_of(self._num_layers, counts, times, row, found[:, 1], found[:, 2], self._least)
+        keeps = interval_s < np.minimum(worse_s[some], longest_s)
+        return some[keeps], found[keeps], interval_s[keeps]
 
     def _evaluate(self, which: IntArray, worse_s: FloatArray) -> None:
         """Find the best replica of compositions [W] whose interval is shorter than ``worse_s`` [W]."""
@@ -141,6 +188,20 @@ class Evaluator:
         costs = self.costs.of_scope(self.shape.scope)
         sweep = sweep_of(costs, self.shape.depth, self.mixes[promising], np.arange(1, groups + 1))
         return sweep, stage_times(self.costs, self.shape, sweep, self.workers)
+
+
+class _Known(NamedTuple):
+    """What is known at a utilisation: the limits of every row of the sweep, and what an `Evaluator` found."""
+
+    longest_s: FloatArray
+    chunk_caps_s: FloatArray
+    shortest_s: FloatArray
+    is_known: BoolArray
+    found: IntArray
+
+    def is_looser(self, longest_s: FloatArray, chunk_caps_s: FloatArray) -> bool:
+        """Return whether no limit was tighter, so that no interval is shorter under the given ones."""
+        return bool(np.all(self.longest_s >= longest_s) and np.all(self.chunk_caps_s >= chunk_caps_s))
 
 
 class _Free(NamedTuple):

@@ -304,6 +304,25 @@ def test_a_rate_that_only_short_runs_kept_in_time_is_shown_with_a_note(
     assert [note in one for one in found.notes] == [True] * (not in_time)
 
 
+def test_a_rate_that_a_run_kept_up_to_chance_is_shown_where_time_ends_before_any_was_kept_for_sure(
+    pair: Placed, run: TriedRate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan, problem = pair
+    planned_rps, chance_rps = default_rate(plan, problem), list[float]()
+
+    def tried(*args: Any, **options: Any) -> TriedRate | None:
+        if chance_rps:
+            return None
+        kept = args[2] < 0.9 * planned_rps
+        chance_rps.extend([args[2]] * kept)
+        return replace(run, kept=kept, within=False, sure=False, close=kept)
+
+    monkeypatch.setattr(rates, "simulated_at", tried)
+    found = again(replace(plan, inputs={}, notes=()), problem)
+    assert Verified.of(found).verification.kept_rps == pytest.approx(chance_rps[0])
+    assert any("which longer runs have not" in one for one in found.notes)
+
+
 @pytest.mark.parametrize(
     ("missed", "kept_share"),
     [

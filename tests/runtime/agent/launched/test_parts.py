@@ -257,9 +257,12 @@ def test_stages_on_several_nodes_are_started_by_whatever_serves() -> None:
     assert command.shown[:4] == ("env", "A=b", "vllm", "serve")
 
 
-@pytest.mark.parametrize(("settings", "policy"), [({}, "solver"), ({"dispatch": "local"}, "local")])
-def test_the_plugin_is_steered_at_a_socket_and_dispatches_as_the_settings_say(
-    settings: dict[str, str], policy: str, tmp_path: Path
+@pytest.mark.parametrize(
+    ("settings", "policy", "encrypts"),
+    [({}, "solver", False), ({"dispatch": "local"}, "local", False), ({"encrypt": True}, "solver", True)],
+)
+def test_the_plugin_is_steered_at_a_socket_and_dispatches_and_encrypts_as_the_settings_say(
+    settings: dict[str, str], policy: str, encrypts: bool, tmp_path: Path
 ) -> None:
     replica = plan_of(stage_of(devices=("a/0",)), pools=(replace(POOL, devices=("a/1", "a/2")),)).replicas[0]
     found = part(replica, engine="vllm-hetis", **settings)
@@ -268,6 +271,7 @@ def test_the_plugin_is_steered_at_a_socket_and_dispatches_as_the_settings_say(
     plugin = load_settings(file)
     assert plugin.executor == found.socket == FOLDER / "p-0" / "engine.sock"
     assert plugin.dispatch.policy == policy
+    assert plugin.encrypt is encrypts
 
 
 def test_workers_of_two_replicas_on_a_node_have_ports_by_their_gpus() -> None:

@@ -22,8 +22,9 @@ from pydantic import AfterValidator, BeforeValidator, Field
 from hetis.commands.x509 import ends_of_certificates
 from hetis.formats.documents import dump_data
 from hetis.formats.errors import single_problem
-from hetis.formats.fields import API_VERSION, DocumentPart, Name, entries, validated
+from hetis.formats.fields import API_VERSION, DocumentPart, Name, entries
 from hetis.formats.files import read_text, unreadable
+from hetis.formats.kinds import validated
 from hetis.formats.positions import parse_text
 from hetis.formats.units import parse_moment
 from hetis.planner.callers import ANYBODY, CallerRole, Identity

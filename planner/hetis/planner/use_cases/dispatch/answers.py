@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import groupby
 
-from hetis.formats.dispatch_state import NewRequests
+from hetis.formats.dispatch.new_requests import NewRequests
 from hetis.planner.use_cases.dispatch.stages import CostedStage, StepTimes, times_of
 from hetis.solver.dispatch.dispatch_problem import DispatchPlan, DispatchProblem
 from hetis.solver.dispatch.snapshot import StateSnapshot

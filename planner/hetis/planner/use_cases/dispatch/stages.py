@@ -10,9 +10,9 @@ from typing import Literal
 import numpy as np
 
 from hetis.formats import catalogue
-from hetis.formats.dispatch_state import NewRequestPart, NewRequests, load_requests, load_state, requests_from_words
-from hetis.formats.errors import DocumentError, Problem, attempt, did_you_mean, single_problem
-from hetis.formats.saved_state import (
+from hetis.formats.dispatch.dispatch_state import load_state
+from hetis.formats.dispatch.new_requests import NewRequestPart, NewRequests, load_requests, requests_from_words
+from hetis.formats.dispatch.saved_state import (
     AttentionPiece,
     HeadsPart,
     Pieces,
@@ -20,6 +20,7 @@ from hetis.formats.saved_state import (
     SavedState,
     blocks_in,
 )
+from hetis.formats.errors import DocumentError, Problem, attempt, did_you_mean, single_problem
 from hetis.planner.use_cases.grouping import abbreviate
 from hetis.planner.use_cases.saved_plans import PlanAndProblem, load_plan_and_problem
 from hetis.planner.use_cases.sources import impossible_profiles, load_profiles

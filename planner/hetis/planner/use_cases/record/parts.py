@@ -12,6 +12,7 @@ from dataclasses import MISSING, Field, dataclass, field, fields, replace
 from functools import partial
 from typing import Any, TypeVar, dataclass_transform
 
+from hetis.formats import catalogue
 from hetis.formats.errors import DocumentError, Problem
 from hetis.planner.use_cases.json_values import json_value
 from hetis.planner.use_cases.record.forms import (
@@ -145,6 +146,14 @@ class MadeFrom(Part):
     def model(self) -> str:
         """The file or name of the model, as requested; empty: unknown."""
         return str(self.origins.get("model", ""))
+
+    def checkpoint_of(self, shape: str) -> str:
+        """Return the checkpoint that engines load: the requested one if the catalogue has it by the name of its
+        ``shape``, or else that name.
+        """
+        known = catalogue.known_model(self.model)
+        named = catalogue.checkpoint_of(self.model) if known is not None and known.name == shape else None
+        return named or shape
 
     def document(self, kind: str) -> Mapping[str, Any]:
         """Return the document of a kind; empty if there is none."""

@@ -385,7 +385,7 @@ class _Runs:
             if rate_rps > self._most_rps:
                 return False
             found = self._at(rate_rps, self._ordinary)
-            return found.sure or (None if found.within else False)
+            return found.sure or (None if found.kept else False)
 
         def excess(rate_rps: float) -> float | None:
             if rate_rps > self._most_rps:

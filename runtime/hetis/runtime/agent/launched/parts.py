@@ -42,7 +42,8 @@ from hetis.engines.serving import (
 from hetis.engines.versions import Engine
 from hetis.formats.documents import from_data
 from hetis.formats.errors import DocumentError
-from hetis.formats.fields import Document, Duration, read_data, validated, value_of
+from hetis.formats.fields import Document, Duration, value_of
+from hetis.formats.kinds import read_data, validated
 from hetis.formats.models.dtypes import weights_of
 from hetis.runtime.moves.refusals import refusal
 from hetis.solver.model import ModelSpec
@@ -119,6 +120,7 @@ class EngineSettingsDocument(Document):
     # Where head groups of new requests go, with `vllm-hetis`: as its dispatcher decides, or to the primary while it has
     # room, so that only the planner moves them
     dispatch: Literal["solver", "local"] = "solver"
+    encrypt: bool = False  # whether what vLLM and attention workers on other hosts exchange is encrypted
     # Further options of the engine, passed unchanged
     options: Annotated[list[str], BeforeValidator(_words)] = Field(default_factory=list)
     environment: dict[Variable, str] = Field(default_factory=dict)  # further environment variables of the engine
@@ -294,6 +296,7 @@ def _serving(settings: EngineSettingsDocument, name: str, checkpoint: str) -> Se
         limits_kv=True,
         served_name=settings.served_name.format(name=name),
         dispatch="" if settings.dispatch == "solver" else settings.dispatch,
+        encrypts=settings.encrypt,
     )
 
 

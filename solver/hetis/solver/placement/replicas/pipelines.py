@@ -131,6 +131,24 @@ def lined_up(counts: IntArray, first: IntArray, last: IntArray) -> tuple[IntArra
     return np.concatenate([first[:, None], between, last[:, None]], axis=1), roles
 
 
+def intervals_of(
+    num_layers: int,
+    counts: IntArray,
+    times: StageTimes,
+    row: IntArray,
+    first: IntArray,
+    last: IntArray,
+    least: IntArray,
+) -> FloatArray:
+    """Return the interval of each composition [N, R] at a row of the sweep with these ends, inf if it has no room."""
+    stages, roles = lined_up(counts, first, last)
+    at = row[:, None], stages
+    slowest_s, _ = split_layers(
+        num_layers, times.layer_s[at], times.fixed_s[*at, roles], times.most[*at, roles], least[roles]
+    )
+    return slowest_s
+
+
 def best_splits(
     num_layers: int, counts: IntArray, times: StageTimes, lower_s: FloatArray, longest_s: FloatArray, least: IntArray,
     best_s: FloatArray,
@@ -164,11 +182,7 @@ def best_splits(
             which, row, end = which[chosen], row[chosen], end[chosen]
         number, bounds_s[which, row, end] = number + 1, np.inf
         first, last = ends.first[end], ends.last[end]
-        stages, roles = lined_up(counts[which], first, last)
-        at = row[:, None], stages
-        slowest_s, _ = split_layers(
-            num_layers, times.layer_s[at], times.fixed_s[*at, roles], times.most[*at, roles], least[roles]
-        )
+        slowest_s = intervals_of(num_layers, counts[which], times, row, first, last, least)
         slowest_s = np.where(slowest_s < np.minimum(best_s[which], longest_s[row]), slowest_s, np.inf)
         best = np.lexsort((slowest_s, which))
         best = best[np.flatnonzero(np.diff(which[best], prepend=-1))]

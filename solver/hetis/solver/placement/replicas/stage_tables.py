@@ -25,6 +25,7 @@ from hetis.solver.placement.replicas.tables import (
     FloatArray,
     Tables,
     latency_caps,
+    trips_of,
 )
 from hetis.solver.plan import Role
 from hetis.solver.problem import PlacementProblem
@@ -137,7 +138,8 @@ class StageTables:
             own = self.classes[i].zone if self.classes[i].zone in zones else None
             may = [q.zone == own and part.has(q) and Duty.WORKER not in q.constraints.barred for q in self.classes]
             start[s] = np.where(may, start[s], -1)
-        kv_tokens, caps = self._allowed_kv_tokens(), latency_caps(self.problem, self.moments, self.mixes, slowest_s)
+        kv_tokens, trips = self._allowed_kv_tokens(), trips_of(self.problem, self.moments, self.mixes)
+        caps = latency_caps(self.problem, self.mixes, trips, slowest_s)
         return Tables(
             num_layers=model.num_layers - model.prefix_layers,
             prefix_layers=model.prefix_layers,

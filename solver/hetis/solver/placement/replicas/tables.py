@@ -115,24 +115,42 @@ class LatencyCaps(NamedTuple):
     round_trip_s: FloatArray  # of one with a chunk; only unified replicas have others, which make a mean misleading
 
 
-def latency_caps(
-    problem: PlacementProblem, moments: WorkloadMoments, mixes: Sequence[Mix], landing_s: FloatArray,
-    reserved_s: float = 0.0,
-) -> LatencyCaps:  # fmt: skip
-    """Return the caps at the problem's utilisation; ``reserved_s`` of the TTFT limit are set aside for waiting."""
-    objective, in_flight = problem.objective, problem.family.in_flight
-    interval_s, round_trip_s = np.full((2, len(mixes), len(in_flight)), np.inf)
+class Trips(NamedTuple):
+    """What `latency_caps` needs and landing times do not change, by mix and iterations in flight; [X, F] each."""
+
+    interval_s: FloatArray  # the longest that keeps the limit on TPOT
+    of_prompts: FloatArray  # p95 TTFT in round trips with a chunk, 0 for decode replicas
+
+
+def trips_of(problem: PlacementProblem, moments: WorkloadMoments, mixes: Sequence[Mix]) -> Trips:
+    """Return the round trips of requests at the problem's utilisation."""
+    limit_s, in_flight = problem.objective.tpot_limit_s, problem.family.in_flight
+    interval_s, of_prompts = np.full((len(mixes), len(in_flight)), np.inf), np.zeros((len(mixes), len(in_flight)))
     for x, mix in enumerate(mixes):
-        ahead = chunks_ahead(moments, problem.assumptions, mix)
-        for f, m in enumerate(in_flight):
-            if objective.tpot_limit_s is not None and mix.role is not Role.PREFILL:
-                interval_s[x, f] = objective.tpot_limit_s / tpot_per_interval(problem.model, mix, m)
-            if objective.ttft_limit_s is not None and mix.role is not Role.DECODE:
-                trips, limit_s = ttft_s(ahead, 1.0, 1.0 / m), objective.ttft_limit_s - reserved_s
-                longest_s = max(0.0, limit_s - float(landing_s[x])) / (trips * m / mix.iterations)
-                interval_s[x, f] = min(interval_s[x, f], longest_s)
-                if mix.role is Role.UNIFIED:
-                    round_trip_s[x, f] = limit_s / trips
+        if limit_s is not None and mix.role is not Role.PREFILL:
+            interval_s[x] = [limit_s / tpot_per_interval(problem.model, mix, m) for m in in_flight]
+        if mix.role is not Role.DECODE:
+            ahead = chunks_ahead(moments, problem.assumptions, mix)
+            of_prompts[x] = [ttft_s(ahead, 1.0, 1.0 / m) for m in in_flight]
+    return Trips(interval_s, of_prompts)
+
+
+def latency_caps(
+    problem: PlacementProblem, mixes: Sequence[Mix], trips: Trips, landing_s: FloatArray, reserved_s: float = 0.0
+) -> LatencyCaps:
+    """Return the caps with these landing times by mix; ``reserved_s`` of the TTFT limit are set aside for waiting."""
+    interval_s, round_trip_s = trips.interval_s.copy(), np.full_like(trips.of_prompts, np.inf)
+    if problem.objective.ttft_limit_s is not None:
+        limit_s, in_flight = problem.objective.ttft_limit_s - reserved_s, np.array(problem.family.in_flight)
+        has_prompts = np.array([mix.role is not Role.DECODE for mix in mixes], dtype=bool)
+        count, iterations = (
+            trips.of_prompts[has_prompts],
+            np.array([mix.iterations for mix in mixes])[has_prompts, None],
+        )
+        longest_s = np.maximum(0.0, limit_s - landing_s[has_prompts, None]) / (count * in_flight / iterations)
+        interval_s[has_prompts] = np.minimum(interval_s[has_prompts], longest_s)
+        is_unified = np.array([mix.role is Role.UNIFIED for mix in mixes], dtype=bool)
+        round_trip_s[is_unified] = limit_s / trips.of_prompts[is_unified]
     return LatencyCaps(interval_s, round_trip_s)
 
 
@@ -233,9 +251,10 @@ class CostTables:
             ]
             return replace(self, problem=problem, scopes=scopes_of_ranges(ranges), ranges=tuple(ranges))
         reserved_s = reserved * (problem.objective.ttft_limit_s or 0.0)
+        trips = trips_of(problem, self.moments, self.mixes)
 
         def change(tables: Tables) -> Tables:
-            caps = latency_caps(problem, self.moments, self.mixes, tables.slowest_landing_s, reserved_s)
+            caps = latency_caps(problem, self.mixes, trips, tables.slowest_landing_s, reserved_s)
             interval_s = np.where(tables.kv_tokens < NO_ROOM, caps.interval_s, 0.0)
             return tables._replace(t_cap=interval_s, trip_cap=caps.round_trip_s)
 
