@@ -5,8 +5,9 @@
 A row has the inputs of one kind: ``read``, of these ``right`` where the right answer is known (parameters within 1% of
 the published ones, the card that a name means), and ``refused``; ``wrong`` names those that are read and not right. A
 name that the catalogue rightly lacks counts as right if it is refused without another card as a hint. Configs are the
-published ones in ``tests/formats``. The default configs of all decoders in transformers are compared with the classes
-themselves, which torch builds without memory; those that contradict themselves are left out.
+published ones in ``tests/formats``, whole or the fields of their shapes. The default configs of all decoders in
+transformers are compared with the classes themselves, which torch builds without memory; those that contradict
+themselves are left out.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from __future__ import annotations
 import csv
 import json
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,10 @@ def found(*, with_transformers: bool) -> Iterator[Row]:
     """Yield a row for each kind of input; that of transformers takes minutes."""
     configs = [*sorted((TESTS / "huggingface").glob("*.json")), *sorted((TESTS / "layered").glob("*.json"))]
     yield _row("configs of models", configs, _is_model_right)
+    with tempfile.TemporaryDirectory() as folder:
+        lines = (TESTS / "models" / "published.jsonl").read_text(encoding="utf-8").splitlines()
+        published = {one["name"]: one for one in map(json.loads, lines)}
+        yield _row("shapes of models", list(published), partial(_is_shape_right, Path(folder), published))
     if with_transformers:
         yield from _architectures()
     cards = _table("cards.csv")
@@ -84,6 +89,12 @@ def _is_model_right(path: Path | str) -> bool | None:
     known = catalogue.known_model(name.replace("__", "/").replace("--", "/"))
     billions = _table("parameters.csv").get(name.replace("--", "__"), None if known is None else known.params() / 1e9)
     return None if billions is None else abs(model.params() / 1e9 / float(billions) - 1.0) <= WITHIN
+
+
+def _is_shape_right(folder: Path, published: Mapping[str, Any], name: Path | str) -> bool:
+    (folder / "config.json").write_text(json.dumps(published[str(name)]["config"]))
+    billions = load_model(folder / "config.json").params() / 1e9
+    return bool(abs(billions / published[str(name)]["billions"] - 1.0) <= WITHIN)
 
 
 def _is_card_right(cards: dict[str, str], name: Path | str) -> bool:

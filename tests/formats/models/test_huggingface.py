@@ -81,8 +81,8 @@ def test_every_family_with_a_reader_of_its_own_has_a_fixture_unless_renamed() ->
     renamed = {"KimiK2ForCausalLM", "MistralLarge3ForCausalLM", "Qwen3VLForConditionalGeneration"}
     renamed |= {"Qwen3NextForCausalLM", "MiniMaxForCausalLM", "Qwen3_5ForCausalLM", "Qwen3_5MoeForCausalLM"}
     renamed |= {"Glm4MoeLiteForCausalLM", "Qwen3OmniMoeForConditionalGeneration"}
-    renamed |= {"Llama4ForCausalLM", "InternS2PreviewForConditionalGeneration"}
-    by_layers = (unlike.by_layers, families._of_inner_model, unlike.deci)
+    renamed |= {"Llama4ForCausalLM", "InternS2PreviewForConditionalGeneration", "AXK1ForCausalLM", "AXK2ForCausalLM"}
+    by_layers = (unlike.by_layers, families._of_inner_model, families._with_towers, unlike.deci)
     own = {name for name, read in FAMILIES.items() if getattr(read, "func", read) not in by_layers}
     assert own - seen == renamed
 

@@ -157,6 +157,8 @@ def tower_params(vision: Config, *, projection: int, gated: bool) -> int:
     channels = vision.whole("in_channels", vision.whole("in_chans", vision.whole("num_channels", 3)))
     pixels = channels * vision.whole("patch_size", 14) ** 2
     patches = pixels * vision.whole("temporal_patch_size", 1) * hidden
+    if "max_image_size" in vision.data:  # Hunyuan's table of positions
+        patches += (vision.whole("max_image_size") // vision.whole("patch_size", 14)) ** 2 * hidden
     if "out_hidden_size" in vision.data:  # Qwen: patches are merged, with an MLP of their joint width
         merged = hidden * vision.whole("spatial_merge_size", 2) ** 2
         deepstack = vision.data.get("deepstack_visual_indexes")
@@ -170,7 +172,7 @@ def tower_params(vision: Config, *, projection: int, gated: bool) -> int:
 
 def towers_of_any_kind(config: Config, hidden: int) -> int:
     """Return the parameters of the towers for images and sound that a config describes."""
-    parts = (config.part("vision_config"), config.part("audio_config"))
+    parts = map(config.part, ("vision_config", "vit_config", "audio_config"))
     return sum(_tower_of_any_kind(part, hidden) for part in parts if part is not None)
 
 
@@ -191,7 +193,7 @@ def _tower_of_any_kind(vision: Config, hidden: int) -> int:
     params = (
         _glm_tower(own)
         if str(own.data.get("model_type")).startswith("glm")
-        else tower_params(own, projection=hidden, gated=False)
+        else tower_params(own, projection=hidden, gated=own.data.get("model_type") == "pixtral")
     )
     return 0 if own.problems else params
 
@@ -211,6 +213,7 @@ def _glm_tower(vision: Config) -> int:
 
 
 _TOWER_NAMES = {
+    "patch_size": ("image_patch_size",),
     "hidden_size": ("vt_hidden_size", "width", "embed_dim", "d_model"),
     "num_hidden_layers": ("depth", "vt_num_hidden_layers", "layers", "num_layers", "encoder_layers"),
     "intermediate_size": ("vt_intermediate_size", "encoder_ffn_dim"),

@@ -31,7 +31,7 @@ class LinearLayers(NamedTuple):
 
 NO_LINEAR_LAYERS = LinearLayers()
 # Names of the number of a layer's experts. Transformers 5 writes another one than its earlier versions did.
-NUM_EXPERTS = ("num_experts", "n_routed_experts", "num_local_experts", "moe_num_experts")
+NUM_EXPERTS = ("num_experts", "n_routed_experts", "num_local_experts", "moe_num_experts", "num_routed_experts")
 
 
 @dataclass(slots=True)

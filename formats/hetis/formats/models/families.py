@@ -112,12 +112,25 @@ def _of_inner_model(config: Config, name: str) -> ModelSpec | None:
     )
     read = FAMILIES.get(str(inner))
     if read is None or read is _of_inner_model:
-        config.refuse("architectures", f"is {shown(inner)}, which is not supported; supported: {', '.join(FAMILIES)}")
+        config.refuse("architectures", f"is {shown(inner)}, which is not supported; {supported()}")
         return None
     model = read(config, name)
     if model is None:
         return None
     return replace(model, vision_params=towers_of_any_kind(config, model.hidden))
+
+
+def _with_towers(read: Family, params: int, config: Config, name: str) -> ModelSpec | None:
+    """Read a model whose config names towers, or adapters, without describing them; they have so many parameters."""
+    config.notes.append(
+        f"{name}: its towers and adapters, which its config does not describe, count as {params / 1e9:.2f}B parameters"
+    )
+    model = read(config, name)
+    return None if model is None else replace(model, vision_params=params)
+
+
+# Fields that configs of classic decoders may omit: the width of the MLP as a multiple of the hidden size.
+_CLASSIC: dict[str, Any] = {"gated_mlp": False, "usual": {"expansion_ratio": 4}}
 
 
 # Options of Gemma, and of its later generations, whose values exceed the range of float16.
@@ -131,6 +144,9 @@ _GEMMA_4 = partial(by_layers, tied=True, fixed={"float16": False})
 
 
 _TWO_MATRICES = {"gated_mlp": False}  # of the MLP
+
+
+_PHI3 = family_of(window_in_all)
 
 
 # Architecture, its ``model_type`` if configs without ``architectures`` are known, and its reader.
@@ -151,7 +167,7 @@ _TABLE: tuple[tuple[str, str, Family], ...] = (
     ("Gemma3ForCausalLM", "gemma3_text", family_of(_gemma3, **_LATER_GEMMA, defaults=_GEMMA3)),
     ("Gemma3ForConditionalGeneration", "gemma3", family_of(_gemma3, **_LATER_GEMMA, defaults=_GEMMA3)),
     ("PhiForCausalLM", "phi", family_of(fixed=_TWO_MATRICES)),
-    ("Phi3ForCausalLM", "phi3", family_of(window_in_all)),
+    ("Phi3ForCausalLM", "phi3", _PHI3),
     ("PhiMoEForCausalLM", "phimoe", family_of(partial(same_experts, num=16, active=2), window_in_all)),
     ("KimiLinearForCausalLM", "kimi_linear", kimi_linear),
     ("Glm4MoeForCausalLM", "glm4_moe", family_of(glm4_moe)),
@@ -176,6 +192,13 @@ _TABLE: tuple[tuple[str, str, Family], ...] = (
     ("VaultGemmaForCausalLM", "vaultgemma", partial(by_layers, tied=True)),
     ("Starcoder2ForCausalLM", "starcoder2", partial(by_layers, gated_mlp=False, tied=True)),
     ("DeciLMForCausalLM", "nemotron-nas", deci),
+    ("DbrxForCausalLM", "dbrx", partial(by_layers, inner=("attn_config", "ffn_config"))),
+    ("AXK2ForCausalLM", "axk2", deepseek_sparse),
+    # By model cards: 3.3B and 3.4B with DeepEncoder (SAM, and CLIP or a small Qwen2); 5.6B with adapters for
+    # all matrices.
+    ("DeepseekOCRForCausalLM", "", partial(_with_towers, by_layers, 400_000_000)),
+    ("DeepseekOCR2ForCausalLM", "", partial(_with_towers, by_layers, 460_000_000)),
+    ("Phi4MMForCausalLM", "phi4mm", partial(_with_towers, _PHI3, 1_740_000_000)),
 )
 
 
@@ -200,7 +223,21 @@ _ALIKE: tuple[tuple[Family, str], ...] = (
         "InternLM3ForCausalLM=internlm3 ExaoneMoeForCausalLM FlexOlmoForCausalLM=flex_olmo "
         "Ministral3ForCausalLM=ministral3 HYV3ForCausalLM=hy_v3 SolarOpenForCausalLM=solar_open CwmForCausalLM=cwm "
         "InklingForCausalLM=inkling_text InklingForConditionalGeneration=inkling_mm_model "
-        "BitNetForCausalLM=bitnet LagunaForCausalLM=laguna OlmoHybridForCausalLM=olmo_hybrid",
+        "BitNetForCausalLM=bitnet LagunaForCausalLM=laguna OlmoHybridForCausalLM=olmo_hybrid "
+        "BailingMoeV3ForCausalLM InternLMForCausalLM=internlm InternLM2ForCausalLM=internlm2 OrionForCausalLM=orion "
+        "BaichuanForCausalLM=baichuan BaiChuanForCausalLM SolarForCausalLM=solar DeepseekForCausalLM=deepseek "
+        "TeleChat2ForCausalLM=telechat MellumForCausalLM=mellum SarvamMoEForCausalLM=sarvam_moe "
+        "SarvamMLAForCausalLM=sarvam_mla_moe PanguUltraMoEForCausalLM=pangu_ultra_moe ChatGLMModel=chatglm "
+        "ChatGLMForConditionalGeneration GLM4VForCausalLM MiniCPMV=minicpmv MiniCPMO=minicpmo",
+    ),
+    (
+        partial(by_layers, tied=True, inner=("attn_config",), **_CLASSIC),
+        "BloomForCausalLM=bloom GPT2LMHeadModel=gpt2 GPTBigCodeForCausalLM=gpt_bigcode FalconForCausalLM=falcon "
+        "MPTForCausalLM=mpt MptForCausalLM",
+    ),
+    (
+        partial(by_layers, **_CLASSIC),
+        "GPTJForCausalLM=gptj GPTNeoXForCausalLM=gpt_neox CodeGenForCausalLM=codegen",
     ),
     (
         _of_inner_model,
@@ -208,7 +245,10 @@ _ALIKE: tuple[tuple[Family, str], ...] = (
         "InternS1ForConditionalGeneration=interns1 MiniCPMV4_6ForConditionalGeneration=minicpmv4_6 "
         "MiniCPMV4_7ForConditionalGeneration=minicpmv4_7 PaliGemmaForConditionalGeneration=paligemma "
         "NemotronH_Nano_VL_V2 NemotronH_Nano_Omni_Reasoning_V3 NemotronH_Super_Omni_Reasoning_V3 "
-        "NemotronH_Omni_Reasoning_V3=nemotron_h_omni",
+        "NemotronH_Omni_Reasoning_V3=nemotron_h_omni LlavaForConditionalGeneration=llava "
+        "LlavaNextForConditionalGeneration=llava_next LlavaOnevisionForConditionalGeneration=llava_onevision "
+        "KimiVLForConditionalGeneration=kimi_vl PixtralForConditionalGeneration Lfm2VlForConditionalGeneration=lfm2_vl "
+        "Qwen2AudioForConditionalGeneration=qwen2_audio BailingMoeV3VLForConditionalGeneration",
     ),
     (
         partial(by_layers, gated_mlp=False),
@@ -220,17 +260,18 @@ _ALIKE: tuple[tuple[Family, str], ...] = (
         "Ernie4_5ForCausalLM=ernie4_5 Ernie4_5_MoeForCausalLM=ernie4_5_moe CohereForCausalLM=cohere "
         "Cohere2ForCausalLM=cohere2 Cohere2VisionForConditionalGeneration=cohere2_vision SmolLM3ForCausalLM=smollm3 "
         "Lfm2ForCausalLM=lfm2 Lfm2MoeForCausalLM=lfm2_moe "
-        "MiniCPM3ForCausalLM=minicpm3",
+        "MiniCPMForCausalLM=minicpm MiniCPM3ForCausalLM=minicpm3 Plamo3ForCausalLM=plamo3 "
+        "HunYuanVLForConditionalGeneration=hunyuan_vl",
     ),
     (
         _GEMMA_4,
         "Gemma4ForConditionalGeneration=gemma4 Gemma4ForCausalLM=gemma4_text "
-        "Gemma4UnifiedForConditionalGeneration=gemma4_unified",
+        "Gemma4UnifiedForConditionalGeneration=gemma4_unified Gemma4UnifiedForCausalLM=gemma4_unified_text",
     ),
     (
         deepseek,
         "DeepseekV2ForCausalLM=deepseek_v2 DeepseekV3ForCausalLM=deepseek_v3 KimiK2ForCausalLM=kimi_k2 "
-        "KimiK25ForConditionalGeneration=kimi_k25 Glm4MoeLiteForCausalLM=glm4_moe_lite",
+        "KimiK25ForConditionalGeneration=kimi_k25 AXK1ForCausalLM=axk1 Glm4MoeLiteForCausalLM=glm4_moe_lite",
     ),
     (
         qwen3_next,
@@ -258,6 +299,15 @@ def _rows() -> Iterator[tuple[str, str, Family]]:
             yield architecture, kind, read
 
 
+def supported() -> str:
+    """Return the first of the families, for messages."""
+    names = list(FAMILIES)
+    return f"supported: {', '.join(names[:_SHOWN])} and {len(names) - _SHOWN} more"
+
+
+_SHOWN = 12
+
+
 FAMILIES = {architecture: read for architecture, _, read in _rows()}
 
 
@@ -267,19 +317,35 @@ MODEL_TYPES = {kind: architecture for architecture, kind, _ in _rows() if kind}
 # Architectures whose language model is described in ``text_config``. Kimi K2.5's vision tower is left out: it has less
 # than a thousandth of the weights.
 NESTED = {
-    name for name, read in FAMILIES.items() if name.endswith("ForConditionalGeneration") or read is _of_inner_model
+    name
+    for name, read in FAMILIES.items()
+    if name.endswith("ForConditionalGeneration") or read is _of_inner_model or name.startswith("DeepseekOCR")
 }
 
 
 INNER = ("text_config", "llm_config", "thinker_config", "language_config")
 
 
+# What language models inside others omit where it equals their library's default (transformers), by their type.
+_LLAMA = {"hidden_size": 4096, "intermediate_size": 11_008, "num_hidden_layers": 32, "num_attention_heads": 32}
+LIBRARY_DEFAULTS: Mapping[str, dict[str, Any]] = {
+    "llama": _LLAMA | {"vocab_size": 32_000, "max_position_embeddings": 2048},
+    "mistral": _LLAMA
+    | {"intermediate_size": 14_336, "num_key_value_heads": 8, "vocab_size": 32_000, "sliding_window": 4096}
+    | {"max_position_embeddings": 131_072},
+    "qwen2": _LLAMA
+    | {
+        "intermediate_size": 22_016,
+        "num_key_value_heads": 32,
+        "vocab_size": 151_936,
+        "max_position_embeddings": 32_768,
+    },
+}
+
+
 # Architectures that are known, and what keeps the cost model from planning for them.
 NOT_MODELLED: dict[str, str] = {
     "DeepseekV41ForCausalLM": "layers that share the compressed entries of others, and tables of n-grams (Engram)",
-    "BailingMoeV3ForCausalLM": "Kimi delta attention with forget gates of full rank beside latent attention",
-    "DeepseekOCRForCausalLM": "vision towers that its config names but does not describe",
-    "DeepseekOCR2ForCausalLM": "a vision tower that its config names but does not describe",
     "UnlimitedOCRForCausalLM": "windows that move with a reference (R-SWA)",
     "DiffusionGemmaForBlockDiffusion": "blocks of tokens that are denoised together",
     "Dots3NoteForCausalLM": "latent attention in windows, beside latent attention with an indexer",
@@ -289,6 +355,11 @@ NOT_MODELLED: dict[str, str] = {
     "Qwen4ExpForCausalLM": "streams of low rank, and tables of n-grams",
     "Gemma3nForConditionalGeneration": "predicted copies of the residual (AltUp) and low-rank branches (LAuReL)",
     "Gemma3nForCausalLM": "predicted copies of the residual (AltUp) and low-rank branches (LAuReL)",
+    "Step3TextForCausalLM": "queries of low rank beside grouped KV",
+    "Step3VLForConditionalGeneration": "queries of low rank beside grouped KV",
+    "Plamo2ForCausalLM": "state spaces with norms and projections of their own",
+    "ZayaForCausalLM": "attention in a compressed space behind convolutions",
+    "Phi4MultimodalForCausalLM": "towers for images and sound, with an adapter for each",
     "JetMoeForCausalLM": "experts of attention",
     "MllamaForConditionalGeneration": "layers that attend to images alone",
     "MambaForCausalLM": "no layer with KV",
@@ -297,6 +368,4 @@ NOT_MODELLED: dict[str, str] = {
     "Phi3SmallForCausalLM": "block-sparse attention, where every head attends to blocks of its own",
     "Phi3VForCausalLM": "a vision tower that its config names but does not describe",
     "Phi4FlashForCausalLM": "layers that have a state space (Mamba), and layers that share the KV of another",
-    "Phi4MultimodalForCausalLM": "towers for images and sound, with an adapter for each",
-    "Phi4MMForCausalLM": "towers for images and sound, with an adapter for each",
 }

@@ -18,8 +18,16 @@ from hetis.formats.kinds import read_data
 from hetis.formats.layers import spread_as_in_short
 from hetis.formats.models import dtypes
 from hetis.formats.models.config_json import NUM_EXPERTS, Config
-from hetis.formats.models.families import FAMILIES, INNER, MODEL_TYPES, NESTED, NOT_MODELLED
-from hetis.formats.models.layer_kinds import NAMES
+from hetis.formats.models.families import (
+    FAMILIES,
+    INNER,
+    LIBRARY_DEFAULTS,
+    MODEL_TYPES,
+    NESTED,
+    NOT_MODELLED,
+    supported,
+)
+from hetis.formats.models.layer_kinds import NAMES, in_usual_names
 from hetis.formats.models.layered import unknown_fields
 from hetis.formats.models.quantisation import quantisation_of, stated_kv_bytes, weights_precision
 from hetis.formats.models.quantised_modules import layer_weight_bytes
@@ -134,7 +142,8 @@ def _config(data: dict[str, Any], source: Text, architecture: str) -> Config:
         raise DocumentError([*source.problems, problem])
     # The whole config of a vision model states how its checkpoint is quantised, and whether its embeddings are tied.
     shared = ("quantization_config", "tie_word_embeddings")
-    whole = {name: data[name] for name in shared if name in data} | text
+    usual = LIBRARY_DEFAULTS.get(str(text.get("model_type")), {})
+    whole = usual | {name: data[name] for name in shared if name in data} | text
     if str(data.get("transformers_version")).startswith("5.") and shared[1] in data:
         whole[shared[1]] = data[shared[1]]  # version 5 ties by the whole model's field alone
     return Config(whole, source, list(source.problems), (at,), whole_data=data)
@@ -161,14 +170,14 @@ def _architecture(data: dict[str, Any], source: Text) -> str:
     # A type of model that is not ours is no slip of the pen: Phi-3 is unlike Phi, whatever its name is like.
     is_other = data.get("model_type") is not None and str(data["model_type"]) not in MODEL_TYPES
     hint = did_you_mean(name, FAMILIES) if isinstance(name, str) and not is_other else ""
-    what = f"architecture {shown(name)} is not supported{hint}; supported: {', '.join(FAMILIES)}"
+    what = f"architecture {shown(name)} is not supported{hint}; {supported()}"
     own = "a decoder built like one of these can be described in a file of its own: hetis-plan schema ModelSpec"
     raise DocumentError([source.problem(path, f"{what}; {own}")])
 
 
 def _is_decoder(data: dict[str, Any], name: str) -> bool:
     """Return whether an architecture that is not known has the fields of a decoder, so that it may be read by these."""
-    text = next((data[each] for each in INNER if isinstance(data.get(each), dict)), data)
+    text = in_usual_names(next((data[each] for each in INNER if isinstance(data.get(each), dict)), data))
     has_heads = all(text.get(each) is not None for each in ("hidden_size", "num_attention_heads", "vocab_size"))
     is_decoder = name.endswith(("ForCausalLM", "ForConditionalGeneration", "LMHeadModel", "ChatModel"))
     return is_decoder and has_heads and not data.get("is_encoder_decoder") and data.get("model_type") is not None

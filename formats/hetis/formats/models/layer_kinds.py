@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from hetis.formats.errors import shown
@@ -9,22 +10,37 @@ from hetis.formats.models.config_json import NUM_EXPERTS, Config
 
 # Names of one thing in different families, the usual one first.
 NAMES = {
-    "num_hidden_layers": ("num_hidden_layers", "num_layers", "n_layer"),
-    "intermediate_size": ("dense_intermediate_size", "block_ff_dim", "intermediate_size", "ffn_hidden_size"),
-    "head_dim": ("head_dim", "attention_head_dim"),
-    "max_position_embeddings": ("max_position_embeddings", "model_max_length", "max_sequence_length", "max_seq_len"),
+    "num_hidden_layers": ("num_hidden_layers", "num_layers", "n_layer", "n_layers"),
+    "hidden_size": ("hidden_size", "n_embd", "n_embed", "d_model"),
+    "num_attention_heads": ("num_attention_heads", "n_head", "n_heads"),
+    "vocab_size": ("padded_vocab_size", "vocab_size"),
+    "intermediate_size": (
+        *("dense_intermediate_size", "block_ff_dim", "intermediate_size", "ffn_hidden_size", "n_inner"),
+    ),
+    "head_dim": ("head_dim", "attention_head_dim", "kv_channels", "hidden_size_per_head"),
+    "max_position_embeddings": (
+        *("max_position_embeddings", "model_max_length", "max_sequence_length", "max_seq_len", "seq_length"),
+        *("n_positions", "max_position_embedding"),
+    ),
     "num_experts": NUM_EXPERTS,
     "num_experts_per_tok": (
         *("num_experts_per_tok", "num_experts_per_token", "top_k_experts", "moe_topk", "moe_top_k", "moe_k"),
     ),
-    "moe_intermediate_size": ("moe_intermediate_size", "expert_ffn_hidden_size", "intermediate_size"),
+    "moe_intermediate_size": (
+        "moe_intermediate_size",
+        "expert_ffn_hidden_size",
+        "intermediate_size",
+        "ffn_hidden_size",
+    ),
     "n_shared_experts": ("n_shared_experts", "num_shared_experts", "num_shared_expert", "moe_num_shared_experts"),
     "shared_width": (
         *("moe_shared_expert_intermediate_size", "shared_expert_intermediate_size", "shared_intermediate_size"),
         *("share_expert_dim", "share_expert_dims", "moe_shared_intermediate_size"),
     ),
     "moe_latent_size": ("moe_latent_size", "routed_expert_hidden_size"),
-    "num_key_value_heads": ("num_key_value_heads", "num_attention_groups"),
+    "num_key_value_heads": (
+        *("num_key_value_heads", "num_attention_groups", "multi_query_group_num", "num_kv_heads", "kv_n_heads"),
+    ),
     "mamba_heads": ("mamba_num_heads", "mamba_n_heads"),
     "mamba_head_dim": ("mamba_head_dim", "mamba_d_head"),
     "mamba_groups": ("n_groups", "mamba_n_groups"),
@@ -33,8 +49,34 @@ NAMES = {
     "mamba_expand": ("expand", "mamba_expand"),
     "first_dense": ("first_k_dense_replace", "num_dense_layers", "moe_layer_start_index", "dense_mlp_idx"),
     "short_conv_kernel": ("conv_kernel_size", "sconv_kernel_size"),
-    "window": ("sliding_window", "sliding_window_size"),
+    "window": ("sliding_window", "sliding_window_size", "window_size"),
+    "kv_lora_rank": ("kv_lora_rank", "attention_kv_lora_dim"),
+    "q_lora_rank": ("q_lora_rank", "attention_q_lora_dim"),
+    "qk_nope_head_dim": ("qk_nope_head_dim", "attention_qk_dim"),
+    "qk_rope_head_dim": ("qk_rope_head_dim", "attention_qk_rope_dim"),
+    "v_head_dim": ("v_head_dim", "attention_v_dim"),
 }
+# Things of every layer, which readers look up by their usual name.
+_LATENT = ("kv_lora_rank", "q_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
+_BASIC = (
+    *("num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads", "vocab_size", "head_dim"),
+    *_LATENT,
+)
+
+
+def in_usual_names(data: Mapping[str, Any]) -> dict[str, Any]:
+    """Return fields with the basic ones by their usual names, too, whatever name they have."""
+    found = {thing: next((data[name] for name in NAMES[thing] if data.get(name) is not None), None) for thing in _BASIC}
+    if data.get("multi_query") is True and not data.get("new_decoder_architecture"):  # Falcon, StarCoder
+        found["num_key_value_heads"] = 1
+    elif data.get("multi_query_attention") is False:  # ChatGLM
+        found["num_key_value_heads"] = found["num_attention_heads"]
+    if data.get("use_mla") is False:  # DeepSeek-OCR
+        data = {name: value for name, value in data.items() if name not in _LATENT}
+        found = {thing: value for thing, value in found.items() if thing not in _LATENT}
+    return {**data, **{thing: value for thing, value in found.items() if value is not None}}
+
+
 # What families call the kinds of attention of a layer, and the letters of Nemotron's pattern.
 ATTENTION, WINDOWED, STATE, CONVOLUTION, BOTH, NONE = "full", "windowed", "state", "convolution", "both", "none"
 CONVOLVED, CONVOLVED_WINDOW = "convolved", "convolved window"  # attention beside short convolutions (Inkling)
@@ -53,7 +95,8 @@ _MLP_ALONE = {"-": "dense", "mlp": "dense", "E": "experts", "moe": "experts"}  #
 def named(config: Config, thing: str) -> str:
     """Return the name under which a config has a thing; its usual one if it has none."""
     names = NAMES.get(thing, (thing,))
-    return next((name for name in names if config.data.get(name) is not None), names[0])
+    usual = thing if thing in names else names[0]
+    return next((name for name in names if config.data.get(name) is not None), usual)
 
 
 def number(config: Config, thing: str, default: int | None = None, *, least: int = 1) -> int:
@@ -80,7 +123,8 @@ def kinds_of_attention(config: Config, num_layers: int) -> list[str]:
         if (stated := config.data.get(name)) is not None:
             return _named_kinds(config, name, stated, num_layers)
     if (every := config.whole("layer_group_size", 0, least=0)) > 1:  # Ling and Ring: the last of each group is full
-        return [ATTENTION if (layer + 1) % every == 0 else STATE for layer in range(num_layers)]
+        rest = num_layers // every * every if config.data.get("no_kda_lora") else num_layers  # in Ling 3 full, too
+        return [ATTENTION if (layer + 1) % every == 0 or layer >= rest else STATE for layer in range(num_layers)]
     if (flags := config.data.get("hybrid_layer_pattern")) is not None:  # MiMo: 1 slides
         slides = _for_layers(config, "hybrid_layer_pattern", flags, num_layers)
         return [WINDOWED if flag else ATTENTION for flag in slides]

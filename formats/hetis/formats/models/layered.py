@@ -35,7 +35,7 @@ from hetis.solver.model import Dense, Experts, Grouped, Indexer, Latent, Layer, 
 
 _STRUCTURE = re.compile(
     r"(size|dim|heads?|layers?|experts?|rank|state|kernel|window|pattern|freq|types?|expand|latent|groups|period|offset"
-    r"|index|block|repeat|shar|loop|depth|width|lora|ratio|multiplier|streams|ngram|n_gram|chunk)"
+    r"|index|block|repeat|shar|loop|multi_query|depth|width|lora|ratio|multiplier|streams|ngram|n_gram|chunk)"
 )
 # Fields that look as if they described a shape, and change nothing that is counted; by expressions.
 _HARMLESS = re.compile(
@@ -80,6 +80,7 @@ _READ = {
     *("linear_conv_kernel_dim",),
     *("per_layer_config", "num_attention_heads_per_layer", "global_attn_every_n_layers"),
     *("mla_use_output_gate", "cla_share_factor", "use_cla", "use_mixed_mlp_moe", "attn_res_block_size"),
+    *("q_head_dim", "dim_model_base", "scale_depth", "expansion_ratio"),
 }
 _KNOWN = _READ | {name for names in NAMES.values() for name in names}
 
@@ -187,7 +188,8 @@ def _attention(config: Config, *, gated: bool) -> Mixer:
             qk_nope_head_dim=config.whole("qk_nope_head_dim"),
             v_head_dim=config.whole("v_head_dim"),
             q_lora_rank=config.optional("q_lora_rank"),
-            gated=gated or config.flag("mla_use_output_gate", False),
+            # Ling 3 has a gate for every number, or one for each head, of which the weights are negligible.
+            gated=gated or config.flag("mla_use_output_gate", False) or config.data.get(_GRANULARITY) == "element_wise",
         )
     if config.data.get("layer_types") is not None or config.data.get("global_head_dim") is not None:  # Gemma 4
         kv_heads = config.whole("num_global_key_value_heads", kv_heads)
@@ -196,6 +198,9 @@ def _attention(config: Config, *, gated: bool) -> Mixer:
         config, q_heads, kv_heads, head_dim, config.optional("v_head_dim"),
         gated=gated, key_is_value=config.flag("attention_k_eq_v", False),
     )  # fmt: skip
+
+
+_GRANULARITY = "gated_attention_proj_granularity_type"
 
 
 def _windowed(config: Config, *, gated: bool) -> Mixer:
@@ -252,7 +257,7 @@ def _state(config: Config) -> tuple[Recurrent, dict[str, int]]:
     if config.data.get("linear_num_value_heads") is not None:
         return _delta_rule(config)
     if config.data.get("layer_group_size") is not None:
-        return _lightning_attention(config)
+        return _delta_attention(config) if config.data.get("no_kda_lora") else _lightning_attention(config)
     hidden, state = config.whole("hidden_size"), number(config, "mamba_state")
     kernel, expand = number(config, "mamba_kernel", 4), number(config, "mamba_expand", 2)
     if config.data.get(named(config, "mamba_heads")) is None:
@@ -355,15 +360,17 @@ def _convolved(config: Config, attention: Mixer) -> tuple[Mixer, ...]:
 
 
 def _delta_attention(config: Config) -> tuple[Recurrent, dict[str, int]]:
-    """Return Kimi's delta attention, with an output gate of low or of full rank."""
+    """Return Kimi's delta attention, with an output gate of low or of full rank; or Ling 3's, with both gates of full
+    rank and as many heads as attention has.
+    """
     own = config.inner("linear_attn_config")
-    assert own is not None, "checked by the caller"
-    hidden, heads, size = config.whole("hidden_size"), own.whole("num_heads"), own.whole("head_dim")
-    kernel, width = own.whole("short_conv_kernel_size", 4), heads * size
+    heads, _, size = _heads(config) if own is None else (own.whole("num_heads"), 0, own.whole("head_dim"))
+    of = config if own is None else own
+    hidden, kernel, width = config.whole("hidden_size"), of.whole("short_conv_kernel_size", 4), heads * size
     matrices = dict.fromkeys(("q_proj", "k_proj", "v_proj", "o_proj"), hidden * width) | {"b_proj": hidden * heads}
-    matrices |= {"f_a_proj": hidden * size, "f_b_proj": size * width}
-    full = own.flag("use_full_rank_gate", False)
-    matrices |= {"g_proj": hidden * width} if full else {"g_a_proj": hidden * size, "g_b_proj": size * width}
+    for gate, is_full in (("f", own is None), ("g", own is None or own.flag("use_full_rank_gate", False))):
+        low = {f"{gate}_a_proj": hidden * size, f"{gate}_b_proj": size * width}
+        matrices |= {f"{gate}_proj": hidden * width} if is_full else low
     one = Recurrent(
         weights=sum(matrices.values()) + 3 * width * kernel,
         request_bytes=4.0 * width * size + 2.0 * 3 * width * (kernel - 1),
@@ -388,7 +395,10 @@ def _mlps(config: Config, num_layers: int, *, gated: bool) -> list[tuple[Mlp, ..
 
 def dense_width(config: Config) -> int:
     name = named(config, "intermediate_size")
-    width = config.whole(name, config.whole(named(config, "moe_intermediate_size"), 1))
+    usual = config.data.get("expansion_ratio")  # of the hidden size, where a config states no width (MPT, GPT-2)
+    experts = config.data.get(named(config, "moe_intermediate_size"))
+    default = config.whole("hidden_size") * usual if isinstance(usual, int) else experts
+    width = config.whole(name, default if isinstance(default, int) and default > 0 else None)
     if config.flag("block_auto_adjust_ff_dim", False):  # LFM2
         multiple = config.whole("block_multiple_of", 256)
         factor = config.data.get("block_ffn_dim_multiplier", 1.0)

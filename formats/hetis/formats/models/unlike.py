@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -10,7 +10,7 @@ from typing import Any
 from hetis.formats.fields import mapping
 from hetis.formats.models.common import made_of, towers_of_any_kind
 from hetis.formats.models.config_json import MAX_LAYERS, Config
-from hetis.formats.models.layer_kinds import named, number, stated_layers
+from hetis.formats.models.layer_kinds import in_usual_names, named, number, stated_layers
 from hetis.formats.models.layered import Shapes, dense_width, read_layers
 from hetis.solver.model import Dense, Grouped, Layer, Mixer, Mlp, ModelSpec
 
@@ -26,7 +26,8 @@ def unknown(config: Config, name: str) -> ModelSpec | None:
 
 
 def activation(config: Config) -> str:
-    return str(config.data.get("hidden_act") or config.data.get("hidden_activation") or "silu")
+    names = ("hidden_act", "hidden_activation", "activation_function")
+    return str(next((config.data[name] for name in names if config.data.get(name)), "silu"))
 
 
 # Activations of MLPs with three matrices, and with two; families use others, such as gelu, for either.
@@ -35,13 +36,19 @@ GATED, UNGATED = {"silu", "swish", "swiglu", "swigluoai", "situ"}, {"relu", "rel
 
 def by_layers(
     config: Config, name: str, *, tied: bool = False, shape: Callable[[Config, Shapes], Shapes] | None = None,
-    fixed: Mapping[str, Any] | None = None, **kinds: bool,
+    fixed: Mapping[str, Any] | None = None, inner: Sequence[str] = (), usual: Mapping[str, Any] | None = None,
+    **kinds: bool,
 ) -> ModelSpec | None:  # fmt: skip
     """Read a model whose fields name the kind of every layer (`hetis.formats.models.layered`).
 
     ``shape`` changes the layers; ``fixed`` are further fields of the model, ``tied`` its library's default for tied
-    embeddings, and ``kinds`` the options of `read_layers`.
+    embeddings, and ``kinds`` the options of `read_layers`. ``inner`` are mappings with further fields, and ``usual``
+    those that configs may omit.
     """
+    for part in filter(None, map(config.inner, inner)):
+        config.data = config.data | part.data
+    omitted = {name: one for name, one in (usual or {}).items() if config.data.get(name) is None}
+    config.data = in_usual_names(config.data | omitted)
     num_layers = number(config, "num_hidden_layers", stated_layers(config))
     if num_layers > MAX_LAYERS:
         config.refuse("num_hidden_layers", f"is {num_layers}, must be a whole number from 1 to {MAX_LAYERS}")
