@@ -523,7 +523,14 @@ class PlacementProblem:
             ttft_limit_s=strictest(ttft if one.ttft_limit_s is None else one.ttft_limit_s for one in own),
             tpot_limit_s=strictest(tpot if one.tpot_limit_s is None else one.tpot_limit_s for one in own),
         )
-        return replace(self, workload=workload.of_classes(names), objective=objective)
+        assumptions = replace(self.assumptions, lanes=self.assumptions.lanes.of_pool(tuple(names)))
+        return replace(self, workload=workload.of_classes(names), objective=objective, assumptions=assumptions)
+
+    def limits_of_classes(self) -> dict[str, float | None]:
+        """Return the limit on TTFT of the requests of each class, or of all together where no class has its own."""
+        if all((one.ttft_limit_s, one.tpot_limit_s) == (None, None) for one in self.workload.classes):
+            return {"": self.objective.ttft_limit_s}
+        return {one.name: self.of_classes((one.name,)).objective.ttft_limit_s for one in self.workload.classes}
 
     def class_shares(self) -> tuple[ClassShare, ...]:
         """Return the classes of the workload with their shares of the requests."""

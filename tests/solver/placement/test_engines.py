@@ -225,9 +225,8 @@ def test_what_is_learned_of_a_replica_holds_in_every_zone_and_at_every_utilisati
     problem: PlacementProblem, shares: list[tuple[float, float]]
 ) -> None:
     tables = build_cost_tables(with_twin_zone(problem))
-    limit_s = problem.objective.ttft_limit_s or 0.0
     for reserved, share in shares:
-        check_what_is_learned(tables.at(0.9 * (1.0 - reserved), reserved_s=reserved * limit_s), share)
+        check_what_is_learned(tables.at(0.9 * (1.0 - reserved), reserved=reserved), share)
 
 
 def check_what_is_learned(costs: CostTables, share: float) -> None:

@@ -23,7 +23,7 @@ from hetis.solver.placement.fleet import (
     without_most,
 )
 from hetis.solver.placement.replicas.stage_tables import BuildClasses, StageTables
-from hetis.solver.placement.replicas.tables import CostTables, Scope
+from hetis.solver.placement.replicas.tables import CostTables, Scope, scopes_of_ranges
 from hetis.solver.plan import Role
 from hetis.solver.problem import Build, Family, PlacementProblem
 from hetis.solver.workload import WorkloadMoments
@@ -34,7 +34,7 @@ def build_cost_tables(problem: PlacementProblem) -> CostTables:
     if not problem.workload.classes:
         return _tables_of_range(problem)
     ranges = [_tables_of_range(problem.of_classes(names), len(problem.ranges())) for names in problem.ranges()]
-    scopes = tuple(scope.of_range(number) for number, one in enumerate(ranges) for scope in one.scopes)
+    scopes = scopes_of_ranges(ranges)
     return replace(ranges[0], problem=problem, scopes=scopes, ranges=tuple(ranges), shared={})
 
 

@@ -258,7 +258,7 @@ def ttft_s(costs: CostTables, template: Template) -> float:
     if mix.role is Role.DECODE:
         return 0.0
     times = prompt_times(costs, template)
-    chunks = cost.chunks_ahead(own.moments, costs.problem.assumptions, mix)
+    chunks = cost.chunks_ahead(own.moments, own.problem.assumptions, mix)
     return cost.ttft_s(chunks, times.round_trip_s, times.slot_s)
 
 
@@ -270,4 +270,4 @@ def least_ttft_limit_s(costs: CostTables, template: Template) -> float:
     if mix.role is Role.UNIFIED:
         chunks_s = times_of(template, stage_seconds(costs, template, with_chunk=True))
         trip_s = max(trip_s, m * float(chunks_s.max()))
-    return cost.ttft_round_trips(own.moments, costs.problem.assumptions, mix, m) * trip_s
+    return cost.ttft_round_trips(own.moments, own.problem.assumptions, mix, m) * trip_s
