@@ -17,10 +17,11 @@ from hetis.solver.check.setting import Setting
 from hetis.solver.check.timing import stage_seconds
 from hetis.solver.cluster import Link
 from hetis.solver.dispatch.loaded_stage import costs_of, running_load
+from hetis.solver.engine_rules import EngineRules
 from hetis.solver.model import DraftShape
 from hetis.solver.placement.families import run_by
 from hetis.solver.plan import ReplicaPlan
-from hetis.solver.problem import EngineRules, PlacementProblem
+from hetis.solver.problem import PlacementProblem
 from tests.models import shape_of
 from tests.simulator.small_plans import pipeline, small_problem
 from tests.solver.instances import PLUGIN, make_compressed, make_model, make_node, make_problem, make_workload

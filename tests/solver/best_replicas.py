@@ -14,8 +14,9 @@ from hetis.solver.check import memory, timing
 from hetis.solver.check.replica_shapes import PoolShape, StageShape, slowest
 from hetis.solver.check.setting import Setting, divides, head_groups_per_rank
 from hetis.solver.cluster import Link
+from hetis.solver.engine_rules import EngineRules
 from hetis.solver.plan import Role
-from hetis.solver.problem import EngineRules, PlacementProblem
+from hetis.solver.problem import PlacementProblem
 from tests.solver.device_classes import DeviceClass, device_classes, explicit_links
 
 

@@ -44,7 +44,7 @@ from hetis.simulator.values import Settings
 from hetis.solver import plan as solved
 from hetis.solver.budget import Budget
 from hetis.solver.errors import InvalidProblemError
-from hetis.solver.plan import Explanation
+from hetis.solver.placement.explanation.facts import Explanation
 from hetis.solver.problem import PlacementProblem
 
 if TYPE_CHECKING:

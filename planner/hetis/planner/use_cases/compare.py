@@ -26,12 +26,13 @@ from hetis.planner.use_cases.verification.rates import ITERATIONS
 from hetis.solver.budget import Budget, Report, one_of_several
 from hetis.solver.check import check_plan
 from hetis.solver.constraints import described
+from hetis.solver.engine_rules import EngineRules
 from hetis.solver.errors import HetisError, InfeasibleError, InvalidProblemError, NoPlanFoundError, UncheckedPlanError
 from hetis.solver.placement.families import STRATEGIES, constraints_ignored
 from hetis.solver.placement.outcome import sound_bound
 from hetis.solver.placement.rungs import RUNGS
 from hetis.solver.plan import DEFAULT_STRATEGY, Objective, ObjectiveKind, Plan, Role, SolveResult, Status
-from hetis.solver.problem import EngineRules, PlacementProblem
+from hetis.solver.problem import PlacementProblem
 from hetis.solver.replanning.change import PlanChange, plan_change
 
 # Every plan of a strategy is also one of its container for the same engine, whose bound therefore holds for it, too.

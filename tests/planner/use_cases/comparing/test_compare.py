@@ -38,7 +38,7 @@ def test_contained_strategies_are_run_before_what_contains_them(solver: Solver) 
 
 
 def test_containers_are_strategies_that_have_every_plan_of_the_contained_one() -> None:
-    from hetis.solver.problem import Family
+    from hetis.solver.engine_rules import Family
 
     for inner, outer in comparing.CONTAINERS.items():
         small, large = STRATEGIES[inner].restrict(Family()), STRATEGIES[outer].restrict(Family())

@@ -24,10 +24,11 @@ from hetis.planner.use_cases.record.parts import Requested, Rungs
 from hetis.planner.use_cases.service_level import ServiceLevel
 from hetis.planner.use_cases.verification.outcome import STOPPED_EARLY
 from hetis.solver.budget import Budget
+from hetis.solver.engine_rules import EngineRules
 from hetis.solver.errors import BrokenProofError, UncheckedPlanError
 from hetis.solver.placement.families import STRATEGIES
 from hetis.solver.plan import Objective, ObjectiveKind, Plan
-from hetis.solver.problem import EngineRules, PlacementProblem
+from hetis.solver.problem import PlacementProblem
 from tests.planner import plans
 from tests.planner.use_cases.comparing.compared import COMMAND, SIMULATED, Solver, plan_of, searches
 

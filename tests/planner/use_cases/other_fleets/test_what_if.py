@@ -23,8 +23,9 @@ from hetis.planner.use_cases.precision import for_engine
 from hetis.planner.use_cases.sources import LoadedInputs, load_inputs
 from hetis.solver.advice import Addition, Change, NodeShape, Proven, difference
 from hetis.solver.constraints import WithoutTp
+from hetis.solver.engine_rules import EngineRules
 from hetis.solver.plan import Objective, ObjectiveKind
-from hetis.solver.problem import EngineRules, PlacementProblem
+from hetis.solver.problem import PlacementProblem
 from tests.fleets import fleet
 from tests.planner.command_line import invoke
 

@@ -27,8 +27,9 @@ from hetis.simulator.metrics import Summary
 from hetis.simulator.running import silent
 from hetis.simulator.steadiness import Estimate
 from hetis.solver.budget import Budget
+from hetis.solver.engine_rules import EngineSettings
 from hetis.solver.plan import ObjectiveKind, Plan, ReplicaPlan
-from hetis.solver.problem import EngineSettings, PlacementProblem
+from hetis.solver.problem import PlacementProblem
 from hetis.v1 import plan_pb2
 from tests.planner.report.test_reports import text_of
 from tests.planner.use_cases.simulation.test_simulate import no_mixed_factor
