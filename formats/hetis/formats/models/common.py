@@ -154,8 +154,9 @@ def tower_params(vision: Config, *, projection: int, gated: bool) -> int:
     hidden = vision.whole("hidden_size")
     layers = vision.whole("depth" if "depth" in vision.data else "num_hidden_layers")
     heads = vision.whole("num_attention_heads", vision.whole("num_heads", 1))
-    keys = hidden * min(heads, vision.whole("num_key_value_heads", heads)) // heads
-    layer = 2 * hidden * (hidden + keys) + (3 if gated else 2) * hidden * vision.whole("intermediate_size")
+    size = vision.whole("head_dim", max(1, hidden // heads))
+    attention = 2 * hidden * size * (heads + min(heads, vision.whole("num_key_value_heads", heads)))
+    layer = attention + (3 if gated else 2) * hidden * vision.whole("intermediate_size")
     channels = vision.whole("in_channels", vision.whole("in_chans", vision.whole("num_channels", 3)))
     pixels = channels * vision.whole("patch_size", 14) ** 2
     patches = pixels * vision.whole("temporal_patch_size", 1) * hidden
@@ -194,7 +195,7 @@ def _tower_of_any_kind(vision: Config, hidden: int) -> int:
         own.data.pop("depth", None)
     params = (
         _glm_tower(own)
-        if str(own.data.get("model_type")).startswith("glm")
+        if str(own.data.get("model_type")).startswith("glm") and "out_hidden_size" in own.data
         else tower_params(own, projection=hidden, gated=_is_gated(own))
     )
     return 0 if own.problems else params
