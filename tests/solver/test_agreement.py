@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hetis.simulator.attention_workers import PoolTiming
+from hetis.simulator.pool_timing import PoolTiming
 from hetis.simulator.timing import StageTiming
 from hetis.solver import cost, mixes
 from hetis.solver.check import memory, timing
