@@ -123,10 +123,7 @@ class ModelSpec:
 
     @property
     def head_groups(self) -> int:
-        """Return G, the KV head groups of a layer, the smallest things that are placed; MLA has one latent group.
-
-        Where layers differ, the most that a layer has.
-        """
+        """The KV head groups of a layer, G, the smallest things placed: the most that a layer has; 1 with MLA."""
         return self._kinds.groups
 
     @property
@@ -352,11 +349,7 @@ class ModelSpec:
         """Return the tokens by which `cached_tokens` grows with each further token of the context."""
         if self.sliding_window is None or not self._frees_windows:
             return 1.0
-
-        def grows(mixer: Mixer) -> bool:
-            return (window := window_of(mixer)) is None or context_tokens < window
-
-        return self._mean_by_kv(lambda mixer: float(grows(mixer)))
+        return self._mean_by_kv(lambda mixer: float((size := window_of(mixer)) is None or context_tokens < size))
 
     def state_bytes(self) -> float:
         """Return the mean bytes that one request keeps in one layer, for all heads, independently of its context."""

@@ -11,13 +11,15 @@ from typing import NamedTuple
 from hetis.solver.check.replica_shapes import left_out_by
 from hetis.solver.cluster import Cluster
 from hetis.solver.constraints import Exclude
-from hetis.solver.cost import DeviceCost, LargestBatch, rank_shape, state_bytes_per_copy
+from hetis.solver.cost import DeviceCost, rank_shape
 from hetis.solver.errors import InvalidProblemError
+from hetis.solver.mixes import LargestBatch, state_bytes_per_copy
+from hetis.solver.placement.explanation.facts import IdleGpus
 from hetis.solver.placement.explanation.replica_view import ReplicaView, main_view
 from hetis.solver.placement.families import STRATEGIES
 from hetis.solver.placement.fleet import DeviceClass, Part, device_classes
 from hetis.solver.placement.wording import in_percent, in_time, in_time_above, num_layers, stage_name
-from hetis.solver.plan import ClassPrice, IdleGpus, Plan
+from hetis.solver.plan import ClassPrice, Plan
 from hetis.solver.problem import PlacementProblem
 
 NOTHING = 1e-6  # share of the objective below which a dual counts as 0

@@ -24,21 +24,19 @@ from hetis.solver.check.timing import (
     tpot_per_t,
 )
 from hetis.solver.cluster import Link, node_of
-from hetis.solver.cost import (
-    DeviceCost,
+from hetis.solver.cost import DeviceCost, PoolCost, intra_link, rank_shape
+from hetis.solver.errors import InvalidProblemError
+from hetis.solver.mixes import (
     LargestBatch,
     Mix,
-    PoolCost,
-    intra_link,
     kv_tokens_per_copy,
     mix_of,
     prompt_tokens_per_copy,
-    rank_shape,
     state_bytes_per_copy,
 )
-from hetis.solver.errors import InvalidProblemError
 from hetis.solver.model import ModelSpec
-from hetis.solver.plan import MemoryBar, Plan, ReplicaPlan, Role, StageTime
+from hetis.solver.placement.explanation.facts import MemoryBar, StageTime
+from hetis.solver.plan import Plan, ReplicaPlan, Role
 from hetis.solver.problem import PlacementProblem
 from hetis.solver.rank_memory import RankMemory
 from hetis.solver.workload import WorkloadMoments
