@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hetis.simulator.attention_workers import PoolTiming
+from hetis.simulator.pool_timing import PoolTiming
 from hetis.simulator.timing import StageTiming
 from hetis.solver.check.replica_shapes import Fleet, replica_shape
 from hetis.solver.check.setting import Setting

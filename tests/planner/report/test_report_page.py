@@ -17,7 +17,7 @@ from hetis.planner.report.goals import differences, is_one_question
 from hetis.planner.report.page.fleet_map import fleet_map, shape_letter
 from hetis.planner.report.page.pages import ShownPlan, plans_page
 from hetis.planner.report.page.plan_section import plan_blocks
-from hetis.planner.use_cases.compare import figures_of
+from hetis.planner.use_cases.comparing.plan_figures import figures_of
 from hetis.planner.use_cases.saved_plans import inputs_from_documents, load_plan_and_problem
 from hetis.solver.cluster import Link
 from hetis.solver.constraints import Exclude, Selection, Unit

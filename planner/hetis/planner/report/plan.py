@@ -19,7 +19,7 @@ from hetis.planner.report.figures import bar, digits, percent, plural, seconds, 
 from hetis.planner.report.goals import named_problem
 from hetis.planner.report.replica import device_table, palette_of, picture, replica_headline, stage_table, unit_of_room
 from hetis.planner.report.tables import as_group, bullets, drawn, facts, section, table, titled
-from hetis.planner.use_cases.compare import cost_rate, figures_of
+from hetis.planner.use_cases.comparing.plan_figures import cost_rate, figures_of
 from hetis.planner.use_cases.grouping import ReplicaGroup, group_replicas, number_ranges, shapes_of
 from hetis.planner.use_cases.record.forms import Predicted
 from hetis.planner.use_cases.record.parts import MadeFrom, Requested, Verified

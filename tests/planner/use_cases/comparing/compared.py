@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 
-from hetis.planner.use_cases import compare as comparing
-from hetis.planner.use_cases.compare import Searches, compare_strategies
+from hetis.planner.use_cases.comparing import compare as comparing
+from hetis.planner.use_cases.comparing.compare import Searches, compare_strategies
 from hetis.planner.use_cases.placement_settings import PlacementSettings
 from hetis.planner.use_cases.sources import load_inputs
 from hetis.solver.budget import Budget, silent

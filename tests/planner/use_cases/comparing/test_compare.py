@@ -15,8 +15,8 @@ from hetis.formats.documents import load_plan
 from hetis.planner.cli.app import run
 from hetis.planner.cli.exit_codes import ExitCode
 from hetis.planner.report.comparison import model_words
-from hetis.planner.use_cases import compare as comparing
-from hetis.planner.use_cases.compare import figures_of
+from hetis.planner.use_cases.comparing import compare as comparing
+from hetis.planner.use_cases.comparing.plan_figures import figures_of
 from hetis.planner.use_cases.record.parts import Requested
 from hetis.planner.use_cases.sources import Inputs
 from hetis.solver.budget import Budget

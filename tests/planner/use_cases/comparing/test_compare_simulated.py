@@ -15,9 +15,10 @@ import pytest
 from hetis.planner.cli.app import run
 from hetis.planner.cli.exit_codes import ExitCode
 from hetis.planner.report.comparison import model_words
-from hetis.planner.use_cases import compare as comparing
 from hetis.planner.use_cases.climbing import Climbed
-from hetis.planner.use_cases.compare import best_of, kept_of
+from hetis.planner.use_cases.comparing import compare as comparing
+from hetis.planner.use_cases.comparing.compare import best_of
+from hetis.planner.use_cases.comparing.plan_figures import kept_of
 from hetis.planner.use_cases.placement_settings import PlacementSettings
 from hetis.planner.use_cases.record.forms import RungFound
 from hetis.planner.use_cases.record.parts import Requested, Rungs

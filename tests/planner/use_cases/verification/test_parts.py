@@ -19,10 +19,8 @@ from hetis.planner.use_cases.simulation.engine_settings import at_settings
 from hetis.planner.use_cases.simulation.representative import RepresentativePart
 from hetis.planner.use_cases.simulation.simulate import Question, default_rate
 from hetis.planner.use_cases.verification import latency_curve, rates
-from hetis.planner.use_cases.verification.rates import (
-    TriedRate,
-    simulated_at,
-)
+from hetis.planner.use_cases.verification.rates import simulated_at
+from hetis.planner.use_cases.verification.tried_rate import TriedRate
 from hetis.simulator.metrics import Summary
 from hetis.simulator.running import silent
 from hetis.simulator.steadiness import Estimate
