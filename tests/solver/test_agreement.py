@@ -51,7 +51,13 @@ MODELS = (
     make_model(q_heads=8, kv_heads=4),
     make_model(q_heads=8, kv_heads=2, tie_embeddings=True),
     replace(make_model(q_heads=8, kv_heads=8), sliding_window=100),
-    replace(make_model(q_heads=8, kv_heads=4), sliding_window=90, sliding_layers=3, activation_bytes=4.0),
+    replace(
+        make_model(q_heads=8, kv_heads=4),
+        sliding_window=90,
+        sliding_layers=3,
+        activation_bytes=4.0,
+        norms_span_heads=True,
+    ),
     make_model(
         q_heads=8,
         kv_heads=4,

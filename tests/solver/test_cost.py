@@ -40,11 +40,25 @@ def test_arrays_cost_what_their_elements_cost(stages: st.SearchStrategy[Drawn], 
     rank, link = card(one, one.stage.gpu, one.stage.tp, one.d), one.stage.hop_link
     tokens = np.array([0.0, 1.0, 17.0, 300.0])
     for cost_of in (
-        rank.dense_s, rank.reduce_s, rank.prefill_s, rank.step_s, rank.head_s,
+        rank.dense_s, rank.reduces_s, rank.prefill_s, rank.step_s, rank.head_s,
         lambda t: rank.transfer_s(t, link), lambda t: rank.hop_s(t, link), lambda t: rank.decode_attention_s(t, 2),
     ):  # fmt: skip
         found = np.broadcast_to(cost_of(tokens), tokens.shape)
         assert found.tolist() == [near(float(cost_of(t))) for t in tokens.tolist()]
+
+
+@STAGES
+@given(data=st.data())
+def test_norms_over_all_heads_take_one_more_all_reduce_however_few_its_bytes(
+    stages: st.SearchStrategy[Drawn], data: st.DataObject
+) -> None:
+    one = data.draw(stages)
+    rank = card(one, one.stage.gpu, one.stage.tp, one.d)
+    plain, spanning = (
+        replace(rank, model=replace(one.problem.model, norms_span_heads=spans)).reduces_s(16) for spans in (False, True)
+    )
+    assert (spanning > plain) == (one.stage.tp > 1)
+    assert spanning <= 1.5 * plain
 
 
 @pytest.mark.parametrize("copies", mixes.BUSIEST)

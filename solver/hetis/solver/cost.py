@@ -25,6 +25,7 @@ from hetis.solver.workload import WorkloadMoments
 FloatArray = npt.NDArray[np.float64]
 Scalars = Any  # a float or an array of floats; the result has the broadcast shape
 
+NORM_BYTES = 8.0  # of a token, which ranks sum for norms over all heads: the squares of queries and of keys, in float32
 EXPERT_IMBALANCE = 0.3  # the busiest of r ranks computes r^0.3 times its share
 
 
@@ -165,12 +166,16 @@ class DeviceCost:
         each = _seconds(fit, num_bytes=num_bytes, wire_s=wire_s, tokens=all_tokens / 2.0) + self.intra.latency_s
         return 2.0 * m.expert_share * each
 
-    def reduce_s(self, tokens: Scalars) -> Scalars:
-        """Return reduce(T), one all-reduce over the TP group; a layer has two."""
-        n = self.shape.tp
+    def reduces_s(self, tokens: Scalars) -> Scalars:
+        """Return seconds of a layer's all-reduces over the TP group: two reduce(T), and one of norms over all heads."""
+        n, m = self.shape.tp, self.model
         if n == 1:
             return 0.0
-        num_bytes = tokens * self.model.hidden * self.model.activation_bytes
+        seconds = 2 * self._reduce_s(tokens, m.hidden * m.activation_bytes)
+        return seconds + self._reduce_s(tokens, NORM_BYTES) if m.norms_span_heads else seconds
+
+    def _reduce_s(self, tokens: Scalars, token_bytes: float) -> Scalars:
+        n, num_bytes = self.shape.tp, tokens * token_bytes
         wire_s = 2.0 * (n - 1) / n * num_bytes / self.intra.bytes_per_s
         fit = self._fits[Op.ALL_REDUCE]
         return _seconds(fit, num_bytes=num_bytes, wire_s=wire_s, tokens=tokens) + self.intra.latency_s
@@ -256,7 +261,7 @@ class DeviceCost:
         if draft is None:
             return 0.0 * micro_batch
         pairs = micro_batch * self.shape.groups
-        pass_s = self.dense_s(micro_batch) + 2 * self.reduce_s(micro_batch)
+        pass_s = self.dense_s(micro_batch) + self.reduces_s(micro_batch)
         pass_s += self.decode_attention_s(pairs, self.shape.queries_per_group, step_tokens=1)
         seconds = (draft.tokens - 1) * pass_s + draft.tokens * self.head_s(micro_batch)
         return np.where(np.asarray(micro_batch) > 0, seconds, 0.0)

@@ -33,6 +33,8 @@ class ModelSpec:
         windows_free_kv: engines free the KV that windows have passed although other layers keep theirs, as vLLM's
             hybrid KV cache manager does. Where all layers slide, they always do.
         residual_streams: copies of the residual that layers mix (hyper-connections, DeepSeek-V4); 1: a plain residual.
+        norms_span_heads: queries and keys are normalised over all heads, whose squares the TP ranks sum: a third
+            all-reduce of a layer (MiniMax-M2).
         vision_params: parameters of vision towers, which the first stage holds in 16 bits.
         float16: engines compute it in float16; False: they refuse, as its values exceed the range (Gemma 2).
         draft: how engines are configured to draft tokens; None: they do not draft.
@@ -51,6 +53,7 @@ class ModelSpec:
     max_position: int = 4096
     windows_free_kv: bool = True
     residual_streams: int = 1
+    norms_span_heads: bool = False
     vision_params: int = 0
     float16: bool = True
     draft: DraftShape | None = None

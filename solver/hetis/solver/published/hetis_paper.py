@@ -225,8 +225,7 @@ def _all_reduce_s(costs: CostTables, x: int, rank: int) -> float:
     """Return the seconds that a request spends in the all-reduces of one layer."""
     mix, device = costs.mixes[x], _card(costs, *costs.ranks[rank])
     with_chunk, plain = mix.micro_batch + mix.chunk_tokens, mix.micro_batch
-    reduce_s = mix.chunk_iterations * device.reduce_s(with_chunk) + mix.plain_iterations * device.reduce_s(plain)
-    return float(2.0 * reduce_s)
+    return float(mix.chunk_iterations * device.reduces_s(with_chunk) + mix.plain_iterations * device.reduces_s(plain))
 
 
 def _card(costs: CostTables, device_class: int, tp: int) -> DeviceCost:

@@ -256,9 +256,9 @@ class StageTables:
         chunk_dense, dense = d.dense_s(both, all_tokens=m.all_tokens), d.dense_s(b)
         chunk_step, chunk_head = d.step_s(both), d.head_s(b + 1)
         chunk_prefix, prefix = d.dense_s(both, prefix_layer=True), d.dense_s(b, prefix_layer=True)
-        with_chunk = chunk_dense + 2 * d.reduce_s(both) + d.prefill_s(m.chunk_tokens)
+        with_chunk = chunk_dense + d.reduces_s(both) + d.prefill_s(m.chunk_tokens)
         self._rows[key] = {
-            "layer_s": nc * with_chunk + nd * (dense + 2 * d.reduce_s(b)),
+            "layer_s": nc * with_chunk + nd * (dense + d.reduces_s(b)),
             "step_s": nc * chunk_step + nd * d.step_s(b),
             "last_s": nc * chunk_head + nd * d.head_s(b) + m.iterations * drafting,
             "chunk_layer_s": m.unified * with_chunk,
