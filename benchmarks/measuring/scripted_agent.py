@@ -31,6 +31,7 @@ CHANNEL_OPTIONS = (  # as in hetis-agent; a separate pool gives every agent its 
 REQUESTS, CONTEXT_TOKENS = 24, 1400  # running on a primary, where they fit and trigger nothing
 VARIETY = 64  # number of different reports before they repeat
 LEAST_PAUSE_S, MOST_PAUSE_S = 0.1, 1.0  # pause between two streams, as at the first attempt of the real agent
+LONGEST_PAUSE_S = 4.0  # those of agents that fail for long; the real one's double to more
 WELCOME_S = 30.0
 
 Phase = change_pb2.ChangePhase
@@ -131,17 +132,20 @@ class ScriptedAgent:
             await self._write(pb.ConnectNodeRequest(change_status=self._status(change, phase)))
 
     async def _stay_connected(self) -> None:
-        """Read messages; after a stream ends, say hello again as often as needed."""
+        """Read messages; after a stream ends, say hello again as often as needed, with doubling pauses."""
+        most_s = MOST_PAUSE_S
         while True:
             try:
                 if self._call is None:
                     await self._open()
                     self.num_reconnects += 1
+                most_s = MOST_PAUSE_S
                 await self._read()
             except STREAM_ENDED:
                 pass
             self._call = None
-            await asyncio.sleep(random.uniform(LEAST_PAUSE_S, MOST_PAUSE_S))
+            await asyncio.sleep(random.uniform(LEAST_PAUSE_S, most_s))
+            most_s = min(2 * most_s, LONGEST_PAUSE_S)
 
     def _hello(self) -> pb.ConnectNodeRequest:
         hello = pb.Hello(
