@@ -2,7 +2,7 @@
 
     python -m benchmarks.classes [--quick] [--json] [--markdown] [--only TEXT]
 
-A row is ``hetis-plan place --classes auto --worth 0``, in a process of its own: 90% of the saturated requests/s without
+A row is ``hetis-plan place --classes auto --worth 0``, in a process of its own: the requests/s by the model without
 classes and with those of the best value, and what both keep in simulation, with the router that each needs: as
 planned, with longer prompts (the longest tenth 1.5 times as frequent, the shorter half 0.75 times), and in bursts (gaps
 with a coefficient of variation of 2). ``cut`` is where classes are cut, and ``pays`` the class whose p95 TTFT is
@@ -25,7 +25,6 @@ from benchmarks.measuring import rows
 from benchmarks.measuring.placing import Case, placed
 from benchmarks.measuring.rows import Row
 from hetis.formats.documents import load_workload, to_data
-from hetis.solver.plan import PLANNED_UTILISATION
 
 CHAT, DOCUMENTS, BOTH, LIMITED = "azure_conv_2023", "longbench_lengths", "chat and documents", "own limits"
 LONG_TTFT_S = 5.0  # of traffic with documents; chat has the command's limit
@@ -93,9 +92,7 @@ def _row(
     case: Case, traffic: Traffic, without: dict[str, Any] | None, found: dict[str, Any] | None, user_s: float
 ) -> Row:
     record = {} if found is None else found["inputs"]
-    planned = None
-    if without is not None:  # plans without classes choose the share of their saturated rate that they serve
-        planned = without["result"]["value"] / without["result"]["utilisation"] * PLANNED_UTILISATION
+    planned = None if without is None else without["result"]["value"]
     kept = {one["traffic"]: one for one in record.get("classes_kept", ())}
     usual, longer, bursts = (kept.get(name, {}) for name in ("as planned", "longer prompts", "bursts"))
     return {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
@@ -32,11 +33,19 @@ class Lanes(NamedTuple):
 
     ``prefill_load`` is the utilisation of prefill replicas as a share of the plan's, at most 1: prompts that wait for
     them make p95 TTFT long, while decode replicas keep TPOT at any utilisation.
+
+    ``pools`` are those of replicas for the same classes of requests, by these, among which routers choose. Of others
+    there may be as many as of all together.
     """
 
     unified: int = 1
     prefill: int = 1
     prefill_load: float = 1.0
+    pools: tuple[tuple[tuple[str, ...], Lanes], ...] = ()
+
+    def of_pool(self, classes: tuple[str, ...]) -> Lanes:
+        """Return the replicas for some classes of requests."""
+        return dict(self.pools).get(classes, self)._replace(prefill_load=self.prefill_load, pools=())
 
     def of(self, role: Role) -> int:
         return self.prefill if role is Role.PREFILL else self.unified
@@ -47,6 +56,17 @@ class Lanes(NamedTuple):
 
 
 ALONE = Lanes()
+
+
+def lanes_of_pools(counts: Mapping[tuple[tuple[str, ...], Role], int]) -> tuple[tuple[tuple[str, ...], Lanes], ...]:
+    """Return the lanes of pools, given their replicas of each role."""
+    found = {
+        names: Lanes(max(1, counts.get((names, Role.UNIFIED), 0)), max(1, counts.get((names, Role.PREFILL), 0)))
+        for names, _ in counts
+    }
+    return tuple(sorted(found.items()))
+
+
 OPTIMAL_GAP = 1e-6  # up to which a plan is called optimal
 PLANNED_UTILISATION = 0.9  # of plans whose utilisation is not chosen
 # The defaults of a search: its strategy (`hetis.solver.placement.families`), and its seconds.
@@ -243,6 +263,22 @@ def served_with_classes(shares: Mapping[str, float], rates: Mapping[tuple[str, .
     return min(sum(rate for names, rate in of_all.items() if not names or name in names) for name in shares)
 
 
+def parts_of_classes(
+    shares: Mapping[str, float], rates: Mapping[tuple[str, ...], float]
+) -> dict[str, dict[tuple[str, ...], float]]:
+    """Return the part of each class's requests that each pool gets: in proportion to what it can give the class."""
+    found = dict[str, dict[tuple[str, ...], float]]()
+    for name in shares:
+        able = {
+            names: rate / (sum(shares[each] for each in names) or 1.0)
+            for names, rate in rates.items()
+            if not names or name in names
+        }
+        total = sum(able.values())
+        found[name] = {names: rate / total for names, rate in able.items() if rate}
+    return found
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SolveResult:
     """The quality of a plan; ``gap`` is ``|bound - value| / |value|``.
@@ -332,6 +368,12 @@ class Plan:
         """Return every GPU that the plan uses."""
         return tuple(dict.fromkeys(device for replica in self.replicas for device in replica.devices()))
 
+    def lanes(self) -> Lanes:
+        """Return the replicas of each role that p95 TTFT assumes to share prompts: in pools, at most those of each."""
+        most = self.result.lanes
+        counts = Counter((one.classes, one.role) for one in self.replicas if self.classes)
+        return most._replace(pools=lanes_of_pools({each: min(n, most.of(each[1])) for each, n in counts.items()}))
+
     def served_rate(self) -> float:
         """Return saturated requests/s of the whole plan: those of its unified replicas, and those of its routes."""
         return served_with_classes(self.class_shares(), self.rates_by_classes())
@@ -394,65 +436,3 @@ class Plan:
                 larger += smaller
                 group_of |= dict.fromkeys(smaller, larger)
         return [sorted(group) for group in {id(group): group for group in group_of.values()}.values()]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class MemoryBar:
-    """The use of the memory of one GPU of a stage (or pool), in bytes; ``free_bytes`` is what is left of usable."""
-
-    replica: int
-    stage: int
-    role: str  # "primary" or "attention worker"
-    gpu: str
-    num_devices: int
-    nominal_bytes: int
-    unusable_bytes: int
-    reserve_bytes: int
-    weight_bytes: int
-    kv_bytes: int
-    activation_bytes: int
-    free_bytes: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StageTime:
-    """Seconds of one request on a stage by purpose; the largest ``total_s / copies`` makes the bottleneck."""
-
-    replica: int
-    stage: int
-    gpu: str
-    tp: int
-    copies: int
-    dense_s: float
-    all_reduce_s: float
-    prefill_attention_s: float
-    decode_attention_s: float  # with a pool, that of the slower side
-    transfer_s: float  # hops between stages, and prefill KV that reaches its pool after the layer has finished
-    head_s: float
-    other_s: float
-    kv_wait_s: float  # waiting for KV that leaves (prefill) or arrives (decode) slower than the layers compute
-    total_s: float  # the sum of all above
-    kv_wire_s: float  # this KV on the wire, mostly during computation and therefore not in the sum
-    is_bottleneck: bool
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class IdleGpus:
-    """Idle GPUs of one class, and the numbers that explain why."""
-
-    gpu: str
-    zone: str
-    count: int
-    reason: str
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Explanation:
-    """Everything that ``hetis-plan explain`` prints besides the plan itself."""
-
-    memory: tuple[MemoryBar, ...]
-    stage_times: tuple[StageTime, ...]
-    bottlenecks: tuple[str, ...]  # one sentence per replica on the stage or limit that binds
-    idle: tuple[IdleGpus, ...]
-    attention_workers: str  # why they are used or not, with numbers
-    kv_routes: tuple[str, ...] = ()  # limits on the traffic between prefill and decode replicas; empty if there is none

@@ -2,7 +2,7 @@
 
 All replicas of a plan share one queue, because a router sends a request to one that is free. Replicas that prefill and
 decode, and pairs of prefill and decode replicas, have a queue of their own each, among which requests are divided by
-planned rates.
+planned rates. So has every pool for some classes of requests, of which it gets the part that its router gives it.
 
 The *seats* are the servers of a queue whose rate depends on the number of requests in flight: a replica with n of them
 serves what the cost model gives it with batches of n / M (a flow-equivalent server: Chandy, Herzog and Woo 1975). Under
@@ -24,13 +24,15 @@ Search and checker derive seats and lanes each for itself. See "Waiting for a se
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 FloatArray = npt.NDArray[np.float64]
+Classes = tuple[str, ...]
 
 MOST_STATES = 20_000  # numbers of requests in flight that are told apart
 LATE = 0.05  # share of the requests that wait for longer than the p95
@@ -255,22 +257,51 @@ def _behind_parts(wait: Wait, rest_s: FloatArray, shares: FloatArray) -> Callabl
     return are_longer
 
 
+class Arrivals(NamedTuple):
+    """The requests that come to a queue: their share of all, and that of those whose waits count."""
+
+    of_all: float
+    counted: float
+    queue: SharedQueue
+
+
 class RequestQueue:
-    """The queues of a plan: one of its unified replicas, one of its prefill and decode replicas, or both.
+    """The queues of a plan: one of its unified replicas, one of its prefill and decode replicas, or both, of each pool.
 
     Attributes:
+        arrivals: what comes to each queue.
         seats: requests that the plan's engines run at once.
     """
 
-    def __init__(self, *queues: SharedQueue) -> None:
-        self.seats = sum(one.seats for one in queues)
-        total_rps = sum(one.rate_rps for one in queues)
-        self._queues = [(one.rate_rps / total_rps, one) for one in queues]
+    def __init__(self, *queues: SharedQueue, arrivals: Iterable[Arrivals] = ()) -> None:
+        """Build the queues of a plan without classes, or those of pools with what comes to each."""
+        self.arrivals = (*in_turn(queues, 1.0, 1.0), *arrivals)
+        self.seats = sum(one.queue.seats for one in self.arrivals)
+
+    @classmethod
+    def of_pools(
+        cls, pools: Mapping[Classes, Sequence[SharedQueue]], shares: Mapping[str, float],
+        parts: Mapping[str, Mapping[Classes, float]], counted: str = "",
+    ) -> RequestQueue:  # fmt: skip
+        """Return the queues of pools for classes of requests.
+
+        Args:
+            pools: the queues of each, by the classes that it serves.
+            shares: those of the classes in all requests; none: there are no classes, and one pool.
+            parts: of each class's requests, the share that each pool gets.
+            counted: the class whose waits count; empty: all count.
+        """
+        found = list[Arrivals]()
+        for names, queues in pools.items():
+            come = {name: share * parts[name].get(names, 0.0) for name, share in shares.items()}
+            of_all = sum(come.values()) if shares else 1.0
+            found += in_turn(queues, of_all, come[counted] / shares[counted] if counted else of_all)
+        return cls(arrivals=found)
 
     def at(self, rate_rps: float) -> Queueing:
         """Return the waits under Poisson arrivals at this rate."""
-        seats = [(share, one.for_seats(share * rate_rps)) for share, one in self._queues]
-        lanes = [(share, one.late_in_lane(share * rate_rps)) for share, one in self._queues]
+        seats = [(one.counted, one.queue.for_seats(one.of_all * rate_rps)) for one in self.arrivals]
+        lanes = [(one.counted, one.queue.late_in_lane(one.of_all * rate_rps)) for one in self.arrivals]
         return Queueing(
             seats=self.seats,
             rate_rps=rate_rps,
@@ -285,7 +316,8 @@ class RequestQueue:
         return _p95(self._late(rate_rps))
 
     def _late(self, rate_rps: float) -> Callable[[float], float]:
-        parts = [(share, one.late_first_tokens(share * rate_rps)) for share, one in self._queues]
+        queues = [one for one in self.arrivals if one.counted]
+        parts = [(one.counted, one.queue.late_first_tokens(one.of_all * rate_rps)) for one in queues]
         return lambda than_s: sum(share * late(than_s) for share, late in parts)
 
     def keeps(self, rate_rps: float, ttft_s: float) -> bool:
@@ -301,6 +333,14 @@ class RequestQueue:
             middle = (low + high) / 2.0
             low, high = (middle, high) if self.keeps(middle, ttft_s) else (low, middle)
         return low
+
+
+def in_turn(queues: Sequence[SharedQueue], of_all: float, counted: float) -> Iterator[Arrivals]:
+    """Yield the queues of a pool, among which its requests are divided by planned rates."""
+    total_rps = sum(one.rate_rps for one in queues)
+    for one in queues:
+        share = one.rate_rps / total_rps
+        yield Arrivals(share * of_all, share * counted, one)
 
 
 def _p95(share_longer: Callable[[float], float]) -> float:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 
 import pytest
@@ -12,13 +14,21 @@ from hypothesis import strategies as st
 from hetis.solver.advice import worst_node
 from hetis.solver.check import Rule, check_plan
 from hetis.solver.check.losses import StatedLoss, check_losses
+from hetis.solver.check.rederive import Rederivation
+from hetis.solver.check.replica_shapes import Fleet, ReplicaShape, replica_shape
+from hetis.solver.check.waiting import request_queue
+from hetis.solver.engine_rules import EngineRules, Family
 from hetis.solver.errors import InvalidProblemError
+from hetis.solver.placement.families import run_by
 from hetis.solver.placement.outcome import rate_bound
 from hetis.solver.placement.replicas.tabulation import build_cost_tables
-from hetis.solver.plan import ObjectiveKind, Plan, served_with_classes
-from hetis.solver.problem import PlacementProblem
+from hetis.solver.plan import Lanes, Objective, ObjectiveKind, Plan, ReplicaPlan, StagePlan, served_with_classes
+from hetis.solver.planning import solve_placement
+from hetis.solver.problem import Assumptions, PlacementProblem
+from hetis.solver.queueing import RequestQueue
 from hetis.solver.workload import LengthBin, RequestClass, Workload
 from tests.solver.best_replicas import Wanted, best_replica_of_need
+from tests.solver.claimed_plans import claimed, plan_of, unclaimed
 from tests.solver.device_classes import device_classes
 from tests.solver.instances import SMALL_FAMILY, make_node, make_problem, problems
 from tests.solver.oracle import always, packable_sets, served_rate, value_of
@@ -148,3 +158,98 @@ def test_an_empty_class_is_refused() -> None:
     classes = RequestClass(name="short", max_prompt_tokens=1), RequestClass(name="long")
     with pytest.raises(InvalidProblemError, match=r"class short of workload .* has no requests"):
         replace(problem, workload=replace(problem.workload, classes=classes))
+
+
+# --- the utilisation of pools
+
+MOST, PRECISE, NEARLY = 0.98, 0.005, 0.95
+
+
+def waiting_problem(limit_s: float, **limits: float) -> PlacementProblem:
+    """Return a problem of two replicas of one GPU each, whose long prompts make others wait."""
+    family = Family(tp_sizes=(1,), micro_batches=(1, 8), in_flight=(1,), chunk_tokens=(64,), max_pool=0)
+    return make_problem(
+        [make_node("node", "A", nodes=2)],
+        workload=workload(40, 1000, (20, 20), 0.9, **limits),
+        objective=Objective(ttft_limit_s=limit_s, tpot_limit_s=None),
+        family=run_by(family, EngineRules(name="vllm", max_stages=1)),
+        assumptions=Assumptions(),
+    )
+
+
+def most_kept(problem: PlacementProblem, pair: Sequence[tuple[tuple[str, ...], int]]) -> float:
+    """Return the highest rate that two replicas for these classes keep, by the checker's formulas."""
+    replicas, deriving = list[ReplicaPlan](), list[tuple[PlacementProblem, ReplicaShape]]()
+    for node, (names, micro_batch) in enumerate(pair):
+        own = problem.of_classes(names)
+        stage = StagePlan(
+            gpu="A", tp=1, copies=1, first_layer=0, num_layers=own.model.num_layers, devices=(f"node-{node}/0",),
+            kv_head_groups_kept=own.model.head_groups,
+        )  # fmt: skip
+        bare = replace(unclaimed(stage, in_flight=1), micro_batch=micro_batch, classes=names)
+        replicas.append(claimed(bare, own))
+        deriving.append((own, replica_shape(bare, problem, Fleet.of(problem.cluster))))
+    plan = replace(plan_of(problem, *replicas), classes=problem.class_shares())
+    if not plan.served_rate():
+        return 0.0
+    queues = {name: request_queue(plan, problem, name) for name in problem.limits_of_classes()}
+
+    def keeps(share: float) -> bool:
+        for (names, _), (own, shape) in zip(pair, deriving, strict=True):
+            lanes = Lanes(unified=[each for each, _ in pair].count(names))
+            derived, limit_s = Rederivation(own.at(share, lanes)).of(shape), own.objective.ttft_limit_s
+            if limit_s is None or derived.ttft_s(derived.t_s) > limit_s:
+                return False
+        return all(
+            queues[name].ttft_p95_s(share * plan.served_rate()) <= limit_s  # type: ignore[union-attr,operator]
+            for name, limit_s in problem.limits_of_classes().items()
+        )
+
+    low, high = 0.0, MOST
+    while high - low > PRECISE:
+        middle = (low + high) / 2
+        low, high = (middle, high) if keeps(middle) else (low, middle)
+    return low * plan.served_rate()
+
+
+@pytest.mark.parametrize(
+    ("limit_s", "limits"), [(0.05, {}), (0.5, {}), (0.5, {"ttft_limit_s": 0.05}), (0.5, {"ttft_limit_s": 0.02})]
+)
+def test_what_pools_keep_is_what_brute_force_finds(limit_s: float, limits: dict[str, float]) -> None:
+    problem = waiting_problem(limit_s, **limits)
+    some = [(names, micro_batch) for names in problem.ranges() for micro_batch in problem.family.micro_batches]
+    best = max(most_kept(problem, pair) for pair in itertools.combinations_with_replacement(some, 2))
+    plan = solve_placement(problem)
+    assert not check_plan(plan, problem)
+    assert best > 0.0
+    assert plan.result.value >= NEARLY * best
+    assert plan.result.bound >= best * (1.0 - 1e-9)
+
+
+def test_pools_that_claim_too_short_waits_or_miss_the_limit_of_a_class_are_refused() -> None:
+    problem = waiting_problem(0.5, ttft_limit_s=0.02)
+    plan = solve_placement(problem)
+    queued_s = plan.result.queued_ttft_s
+    assert queued_s is not None
+    assert any(one.classes for one in plan.replicas)
+    shorter = replace(plan, result=replace(plan.result, queued_ttft_s=0.5 * queued_s))
+    assert {each.rule for each in check_plan(shorter, problem)} == {Rule.TTFT}
+    tighter = waiting_problem(0.5, ttft_limit_s=0.005)
+    assert Rule.TTFT_LIMIT in {each.rule for each in check_plan(plan, tighter)}
+
+
+def test_a_pool_waits_with_the_requests_that_its_router_gives_it() -> None:
+    problem = waiting_problem(0.5).of_classes()
+    found = request_queue(solve_placement(problem), problem)
+    assert found is not None
+    queue = found.arrivals[0].queue
+    shares, parts = {"a": 0.6, "b": 0.4}, {"a": {(): 0.25, ("a",): 0.75}, "b": {(): 1.0}}
+
+    def arrivals(counted: str) -> list[float]:
+        pools = RequestQueue.of_pools({(): [queue], ("a",): [queue]}, shares, parts, counted).arrivals
+        assert [one.of_all for one in pools] == pytest.approx([0.55, 0.45])
+        return [one.counted for one in pools]
+
+    assert arrivals("") == pytest.approx([0.55, 0.45])
+    assert arrivals("a") == pytest.approx([0.25, 0.75])
+    assert arrivals("b") == [1.0, 0.0]

@@ -15,6 +15,7 @@ from hetis.solver.check.replica_shapes import Fleet
 from hetis.solver.check.structure import check_engine
 from hetis.solver.cluster import Link, Network
 from hetis.solver.constraints import Duty, Exclude, RestrictRole, Selection, Unit
+from hetis.solver.engine_rules import EngineRules, Family
 from hetis.solver.errors import InfeasibleError, InvalidProblemError, NoPlanFoundError
 from hetis.solver.model import DraftShape, GpuPrecision
 from hetis.solver.placement.candidates import Evaluator, candidates_of
@@ -25,7 +26,7 @@ from hetis.solver.placement.replicas.tables import CostTables
 from hetis.solver.placement.replicas.tabulation import build_cost_tables
 from hetis.solver.plan import AttentionWorkerPool, ObjectiveKind, Plan, Role, Status
 from hetis.solver.planning import solve_placement
-from hetis.solver.problem import APART, EngineRules, Family, PlacementProblem
+from hetis.solver.problem import APART, PlacementProblem
 from tests.solver.instances import (
     ENGINE,
     NO_LIMITS,
@@ -225,9 +226,8 @@ def test_what_is_learned_of_a_replica_holds_in_every_zone_and_at_every_utilisati
     problem: PlacementProblem, shares: list[tuple[float, float]]
 ) -> None:
     tables = build_cost_tables(with_twin_zone(problem))
-    limit_s = problem.objective.ttft_limit_s or 0.0
     for reserved, share in shares:
-        check_what_is_learned(tables.at(0.9 * (1.0 - reserved), reserved_s=reserved * limit_s), share)
+        check_what_is_learned(tables.at(0.9 * (1.0 - reserved), reserved=reserved), share)
 
 
 def check_what_is_learned(costs: CostTables, share: float) -> None:

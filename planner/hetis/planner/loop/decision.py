@@ -159,7 +159,7 @@ def _kept_utilisation(plan: Plan, problem: PlacementProblem) -> float:
     limit_s, rate_rps = problem.objective.ttft_limit_s, plan.served_rate()
     if limit_s is None:
         return plan.result.utilisation
-    queue = request_queue(plan, problem.at(plan.result.utilisation, plan.result.lanes))
+    queue = request_queue(plan, problem.at(plan.result.utilisation, plan.lanes()))
     return 0.0 if queue is None else queue.highest_rate(plan.result.utilisation * rate_rps, limit_s) / rate_rps
 
 

@@ -15,28 +15,29 @@ from hetis.planner.use_cases.verification.equal_stages import budget_of_one, val
 from hetis.solver.budget import Budget, Progress, Report
 from hetis.solver.cluster import Cluster
 from hetis.solver.constraints import Constraint, Constraints, Exclude, RestrictRole, WithoutWorkers
+from hetis.solver.engine_rules import EngineRules, Family
 from hetis.solver.errors import InfeasibleError, InvalidProblemError, NoPlanFoundError
 from hetis.solver.model import ModelSpec
 from hetis.solver.placement.families import ENGINES, beyond
 from hetis.solver.placement.rungs import RUNGS, Known
 from hetis.solver.plan import Plan, Role
 from hetis.solver.plugin_time import NO_PLUGIN
-from hetis.solver.problem import EngineRules, Family, PlacementProblem
-from hetis.solver.search_clock import search_seconds
+from hetis.solver.problem import PlacementProblem
 
 SHARE = 0.1  # share of the time limit that all these searches may take
 SEARCHES = 2  # of each engine: a comparison needs no more, whose plan a search for that engine betters
 
 
-def with_engine_values(
-    plan: Plan, problem: PlacementProblem, *, seed: int, time_limit_s: float, cancelled: threading.Event, report: Report
-) -> Plan:
+def with_engine_values(plan: Plan, problem: PlacementProblem, *, seed: int, budget: Budget, report: Report) -> Plan:
     """Return the plan with the values of plans for other engines.
 
     All use the same profiles, so the values differ by what the engines can run and the memory that they take, and not
-    by how fast they are. Takes at most a share of ``time_limit_s``, the limit of the plan's own search.
+    by how fast they are. Takes at most a share of the limits of ``budget``, that of the plan's own search.
     """
-    budget = Budget(time_limit_s=SHARE * time_limit_s, clock=search_seconds, cancelled=cancelled)
+    budget = Budget(
+        time_limit_s=SHARE * budget.time_limit_s, work_limit=SHARE * budget.work_limit, clock=budget.clock,
+        cancelled=budget.cancelled,
+    )  # fmt: skip
 
     def started(engine: str) -> None:
         spent_s = plan.result.solve_s + budget.elapsed_s()

@@ -74,7 +74,7 @@ def problem_of(plan: Plan, problem: PlacementProblem) -> PlacementProblem:
     if requested.rung:
         family = RUNGS[requested.rung].restrict(family, plan.strategy)
     problem = replace(problem, objective=plan.objective, family=family)
-    return problem.at(plan.result.utilisation, plan.result.lanes)
+    return problem.at(plan.result.utilisation, plan.lanes())
 
 
 def unconfirmed(found: PlanAndProblem, name: str) -> Iterator[str]:

@@ -32,7 +32,7 @@ def check_plan(plan: Plan, problem: PlacementProblem) -> tuple[Violation, ...]:
     A replica with a broken structure (an unknown device, missing layers) is reported only for that: its numbers would
     be meaningless, so they are not derived.
     """
-    problem = problem.at(plan.result.utilisation, plan.result.lanes)
+    problem = problem.at(plan.result.utilisation, plan.lanes())
     whole = Fleet.of(problem.cluster)
     fleet = whole.without_left_out(problem.constraints)
     rederivation = Rederivation(problem)

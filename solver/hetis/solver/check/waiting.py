@@ -11,7 +11,7 @@ import numpy as np
 from hetis.solver.check.rederive import RELATIVE, Derived, Rederivation
 from hetis.solver.check.replica_shapes import Fleet, ReplicaShape, replica_shape
 from hetis.solver.check.violation import Broken, Rule, Violation, at
-from hetis.solver.plan import Plan, ReplicaPlan, Role
+from hetis.solver.plan import Plan, ReplicaPlan, Role, parts_of_classes
 from hetis.solver.problem import PlacementProblem
 from hetis.solver.queueing import EqualPrefills, EqualReplicas, FloatArray, Queueing, RequestQueue, SharedQueue
 
@@ -20,12 +20,29 @@ TOLERANCE = 0.05  # ratio by which two derivations of a wait may differ
 CHUNKS = (1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0)  # shares of a chunk at which its time is derived
 
 
-def request_queue(plan: Plan, problem: PlacementProblem) -> RequestQueue | None:
-    """Return the queue of a plan of sound structure; None if it serves nothing, or has pools of classes."""
-    if plan.classes:
-        return None
-    queues = tuple(_Building(plan, problem).queues())
-    return RequestQueue(*queues) if queues else None
+def request_queue(plan: Plan, problem: PlacementProblem, counted: str = "") -> RequestQueue | None:
+    """Return the queue of a plan of sound structure; None if it serves nothing.
+
+    Of pools of classes, waits of the requests of the class that is ``counted`` count, or of all of them.
+    """
+    pools = {
+        names: tuple(_Building(_pool_of(plan, names), problem.of_classes(names)).queues())
+        for names in dict.fromkeys(one.classes for one in plan.replicas)
+    }
+    shares = plan.class_shares()
+    parts = parts_of_classes(shares, plan.rates_by_classes())
+    return RequestQueue.of_pools(pools, shares, parts, counted) if any(pools.values()) else None
+
+
+def _pool_of(plan: Plan, classes: tuple[str, ...]) -> Plan:
+    """Return the replicas for some classes of requests as a plan without classes."""
+    own = [number for number, one in enumerate(plan.replicas) if one.classes == classes]
+    routes = (
+        replace(route, prefill=own.index(route.prefill), decode=own.index(route.decode))
+        for route in plan.kv_routes
+        if route.prefill in own
+    )
+    return replace(plan, replicas=tuple(plan.replicas[number] for number in own), kv_routes=tuple(routes), classes=())
 
 
 def queueing(plan: Plan, problem: PlacementProblem) -> Queueing | None:
@@ -40,10 +57,16 @@ def check_waits(plan: Plan, problem: PlacementProblem) -> list[Violation]:
 
     Search and checker know the rates of a replica at other numbers of requests, so the two differ a little.
     """
-    claimed_s, limit_s, queue = plan.result.queued_ttft_s, plan.objective.ttft_limit_s, request_queue(plan, problem)
+    claimed_s, limits, queue = plan.result.queued_ttft_s, problem.limits_of_classes(), request_queue(plan, problem)
     if claimed_s is None or queue is None or not plan.result.utilisation:
         return []
-    broken, derived_s = list[Broken](), queue.ttft_p95_s(plan.result.utilisation * plan.served_rate())
+    broken, rate_rps = list[Broken](), plan.result.utilisation * plan.served_rate()
+    derived_s, limit_s = queue.ttft_p95_s(rate_rps), limits.pop("", None)
+    for name, own_s in limits.items():
+        of_class = request_queue(plan, problem, name)
+        if own_s is not None and of_class is not None and of_class.ttft_p95_s(rate_rps) > own_s * (1 + TOLERANCE):
+            message = f"TTFT of class {name} with all waits is {of_class.ttft_p95_s(rate_rps):.4g} s"
+            broken.append((Rule.TTFT_LIMIT, f"{message}, its limit is {own_s:.4g} s"))
     if not derived_s <= claimed_s * (1 + TOLERANCE):
         broken.append((Rule.TTFT, f"claims {claimed_s:.4g} s with all waits, the queue model gives {derived_s:.4g} s"))
     if limit_s is not None and claimed_s > limit_s * (1 + RELATIVE):

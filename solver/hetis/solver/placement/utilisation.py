@@ -58,12 +58,8 @@ class Unbeaten(NamedTuple):
 
 
 def chooses_utilisation(problem: PlacementProblem) -> bool:
-    """Return whether the share of their saturated rate that plans serve is chosen.
-
-    Pools of classes of requests have queues of their own, which have no model.
-    """
-    is_planned = problem.objective.kind.goal.is_planned and not problem.workload.classes
-    return is_planned and problem.assumptions.chooses_utilisation
+    """Return whether the share of their saturated rate that plans serve is chosen."""
+    return problem.objective.kind.goal.is_planned and problem.assumptions.chooses_utilisation
 
 
 def loosest(costs: CostTables) -> CostTables:
@@ -129,7 +125,7 @@ class _Cells:
 
     @property
     def limit_s(self) -> float | None:
-        return self.costs.problem.objective.ttft_limit_s
+        return self.costs.problem.of_classes().objective.ttft_limit_s
 
     def searched(
         self, utilisation: float, reserved: float = 0.0, load: float = 1.0, *, above: float = 0.0, gap: float = 0.0
@@ -139,7 +135,7 @@ class _Cells:
         None: there is no plan, or none that keeps more than ``above``. Prefill replicas have the share ``load`` of it.
         """
         lanes = self.lanes._replace(prefill_load=load)
-        tables = self.costs.at(utilisation, lanes, reserved * (self.limit_s or 0.0))
+        tables = self.costs.at(utilisation, lanes, reserved)
         outcome = self.outcome_of(tables, above / GRID[-1], gap)
         if outcome is None:
             return None

@@ -10,16 +10,17 @@ import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
 
-from hetis.solver import cost
-from hetis.solver.cost import Mix
+from hetis.solver import mixes
+from hetis.solver.mixes import Mix
 from hetis.solver.placement.outcome import Outcome
 from hetis.solver.placement.replicas.tables import CostTables, FloatArray
 from hetis.solver.placement.replicas.template import Template, interval_of, landing_s, prompt_times, room_layers
-from hetis.solver.plan import Lanes, Role
+from hetis.solver.plan import Lanes, Role, lanes_of_pools, parts_of_classes, served_with_classes
 from hetis.solver.queueing import EqualPrefills, EqualReplicas, RequestQueue, SharedQueue
 
 FILLS = (0.05, 0.1, 0.25, 0.5, 0.75, 1.0)  # shares of a micro-batch at about which a replica's rate is taken
@@ -31,19 +32,47 @@ PRECISE = 1e-4  # of a utilisation
 Counted = tuple[Template, int]
 
 
+class _Pool(NamedTuple):
+    """Chosen replicas for the requests of some classes, or for all."""
+
+    classes: tuple[str, ...]
+    own: CostTables  # those of its requests, whose scopes have other numbers than in templates
+    chosen: Sequence[Counted]
+    routed_rps: float  # between its prefill and decode replicas
+
+    @property
+    def rate_rps(self) -> float:
+        unified = sum(t.rate * n for t, n in self.chosen if self.own.mixes[t.mix].role is Role.UNIFIED)
+        return float(unified + self.routed_rps)
+
+
+def _pools(costs: CostTables, outcome: Outcome) -> list[_Pool]:
+    """Return the pools of chosen replicas, by classes."""
+    if not costs.ranges:
+        return [_Pool((), costs, outcome.chosen, float(outcome.flows.sum()))]
+    flows, found = outcome.flows.sum(axis=1).reshape(len(costs.ranges), -1).sum(axis=1), list[_Pool]()
+    for number, names in enumerate(costs.problem.ranges()):
+        chosen = [(t, n) for t, n in outcome.chosen if costs.scopes[t.scope].number == number]
+        found.append(_Pool(names, costs.ranges[number], chosen, float(flows[number])))
+    return [pool for pool in found if pool.chosen]
+
+
 def saturated_rate(costs: CostTables, outcome: Outcome) -> float:
     """Return the requests/s that chosen replicas serve when all seats are taken."""
-    unified = sum(t.rate * n for t, n in outcome.chosen if costs.mixes[t.mix].role is Role.UNIFIED)
-    return float(unified + outcome.flows.sum())
+    rates = {pool.classes: pool.rate_rps for pool in _pools(costs, outcome)}
+    return served_with_classes(costs.problem.workload.shares(), rates)
 
 
 def lanes_of(costs: CostTables, outcome: Outcome) -> Lanes:
     """Return the chosen replicas of each role that compute prompts, at least one."""
-    count = Counter[Role]()
-    for template, number in outcome.chosen:
-        count[costs.mixes[template.mix].role] += number
-    load = costs.problem.assumptions.lanes.prefill_load
-    return Lanes(max(1, count[Role.UNIFIED]), max(1, count[Role.PREFILL]), load)
+    count, of_pools = Counter[Role](), Counter[tuple[tuple[str, ...], Role]]()
+    for pool in _pools(costs, outcome):
+        for template, number in pool.chosen:
+            role = costs.mixes[template.mix].role
+            count[role] += number
+            of_pools[pool.classes, role] += number
+    load, pools = costs.problem.assumptions.lanes.prefill_load, lanes_of_pools(of_pools) if costs.ranges else ()
+    return Lanes(max(1, count[Role.UNIFIED]), max(1, count[Role.PREFILL]), load, pools)
 
 
 class Kept(NamedTuple):
@@ -57,44 +86,52 @@ class Kept(NamedTuple):
 def kept_by(costs: CostTables, outcome: Outcome, most: float) -> Kept:
     """Return the highest utilisation up to ``most`` at which p95 TTFT keeps its limit: of replicas, and of the queues.
 
-    All utilisations keep it if there is no limit. Where requests wait for seats, engines run more of them at once, as
-    many as KV has room for: below the saturated rate fewer are taken, so TPOT does not exceed that of all planned
-    seats.
+    All utilisations keep it if there is no limit. Pools have queues of their own. Of these, p95 TTFT of all requests
+    together keeps the limit or, if any class has limits of its own, that of each class.
+
+    Where requests wait for seats, engines run more of them at once, as many as KV has room for: below the saturated
+    rate fewer are taken, so TPOT does not exceed that of all planned seats.
     """
-    limit_s, rate = costs.problem.objective.ttft_limit_s, saturated_rate(costs, outcome)
-    if limit_s is None:
+    limits, rate = costs.problem.limits_of_classes(), saturated_rate(costs, outcome)
+    if not any(limits.values()):
         return Kept(most, {})
-    costs = replace(costs, problem=costs.problem.at(most, lanes_of(costs, outcome)))
-    own = min((_own_utilisation(costs, t, limit_s, most) for t, _ in outcome.chosen), default=0.0)
+    costs = costs.at(most, lanes_of(costs, outcome))
+    pools = _pools(costs, outcome)
+    own = min((_own_utilisation(costs, pool.own, t, most) for pool in pools for t, _ in pool.chosen), default=0.0)
     best = Kept(0.0, {})
     if not own or not rate:
         return best
+    shares = costs.problem.workload.shares()
+    parts = parts_of_classes(shares, {pool.classes: pool.rate_rps for pool in pools})
     for factor in MORE_SEATS:
-        building = _Queues(costs, outcome, factor)
-        if factor > 1.0 and not building.seats:
+        building = [_Queues(costs, pool, factor) for pool in pools]
+        seats = {t: b for one in building for t, b in one.seats.items()}
+        if factor > 1.0 and not seats:
             continue  # the family's next micro-batch may be larger
-        if not (queues := tuple(building.queues())):
+        queues = {pool.classes: tuple(one.queues()) for pool, one in zip(pools, building, strict=True)}
+        if not any(queues.values()):
             break
-        queue = RequestQueue(*queues)
-        kept = min(own, queue.highest_rate(own * rate, MARGIN * limit_s) / rate)
+        of_pools = partial(RequestQueue.of_pools, queues, shares, parts)
+        of_all, counted = of_pools(""), [(of_pools(name), limit) for name, limit in limits.items() if limit is not None]
+        kept = min(own, *(queue.highest_rate(own * rate, MARGIN * limit) / rate for queue, limit in counted))
         if kept > best.utilisation * WORTH_SEATS:
-            best = Kept(kept, building.seats, queue.ttft_p95_s(kept * rate))
+            best = Kept(kept, seats, of_all.ttft_p95_s(kept * rate))
         if kept >= own:
             break
     return best
 
 
-def _own_utilisation(costs: CostTables, template: Template, limit_s: float, most: float) -> float:
+def _own_utilisation(costs: CostTables, own: CostTables, template: Template, most: float) -> float:
     """Return the highest utilisation at which a replica's own p95 TTFT, without its seats, keeps the limit."""
-    mix = costs.mixes[template.mix]
-    if mix.role is Role.DECODE:
+    mix, limit_s = own.mixes[template.mix], own.problem.objective.ttft_limit_s
+    if mix.role is Role.DECODE or limit_s is None:
         return most
     times, landed_s = prompt_times(costs, template), landing_s(costs, template)
 
     def keeps(utilisation: float) -> bool:
-        assumed = replace(costs.problem.assumptions, planned_utilisation=utilisation)
-        chunks = cost.chunks_ahead(costs.moments, assumed, mix)
-        return cost.ttft_s(chunks, times.round_trip_s, times.slot_s) + landed_s <= limit_s * (1.0 + 1e-9)
+        assumed = replace(own.problem.assumptions, planned_utilisation=utilisation)
+        chunks = mixes.chunks_ahead(own.moments, assumed, mix)
+        return mixes.ttft_s(chunks, times.round_trip_s, times.slot_s) + landed_s <= limit_s * (1.0 + 1e-9)
 
     if keeps(most):
         return most
@@ -106,11 +143,14 @@ def _own_utilisation(costs: CostTables, template: Template, limit_s: float, most
 
 
 class _Queues:
-    """The queues of chosen replicas: one of the unified, one of prefill and decode replicas."""
+    """The queues of a pool: one of its unified replicas, one of its prefill and decode replicas.
 
-    def __init__(self, costs: CostTables, outcome: Outcome, more_seats: float = 1.0) -> None:
-        self._costs, problem = costs, costs.problem
-        self._chosen, self._routed_rps = outcome.chosen, float(outcome.flows.sum())
+    ``costs`` are the tables of the templates' scopes.
+    """
+
+    def __init__(self, costs: CostTables, pool: _Pool, more_seats: float = 1.0) -> None:
+        self._costs, self._own, problem = costs, pool.own, pool.own.problem
+        self._chosen, self._routed_rps = pool.chosen, pool.routed_rps
         workload = problem.workload.clipped_to(problem.model.max_position)
         self._burstiness = workload.burstiness
         weights = np.array([one.weight for one in workload.bins])
@@ -119,18 +159,18 @@ class _Queues:
         self._computed = prompts - np.minimum(workload.prefix_hit_rate * prompts, prompts - 1.0)
         self._iterations = np.array([one.output_tokens for one in workload.bins]) / problem.model.emitted_tokens
         self._sizes: dict[tuple[int, bool, int], list[tuple[int, int]]] = {}
-        for x, mix in enumerate(costs.mixes):
+        for x, mix in enumerate(self._own.mixes):
             if mix.micro_batch:
                 kind = mix.chunk_tokens, mix.sends_afar, mix.attention_dp
                 self._sizes.setdefault(kind, []).append((mix.micro_batch, x))
         self.seats = dict[Template, int]()  # of a micro-batch, where they are more than planned
         if more_seats > 1.0 and problem.family.engine_settings.max_num_seqs is None:
             largest = ((t, self._largest(t, more_seats)) for t, _ in self._chosen)
-            self.seats = {t: b for t, b in largest if b > costs.mixes[t.mix].micro_batch}
+            self.seats = {t: b for t, b in largest if b > self._own.mixes[t.mix].micro_batch}
 
     def _largest(self, template: Template, more: float) -> int:
         """Return the largest micro-batch up to so many times the planned one for which there is room."""
-        mix, stages = self._costs.mixes[template.mix], template.stages
+        mix, stages = self._own.mixes[template.mix], template.stages
         if mix.role is Role.PREFILL or any(stage.pool_class >= 0 for stage in stages):
             return 0
 
@@ -159,30 +199,30 @@ class _Queues:
             under_way_s = np.average([one.crowded_s for one in prefills], weights=rates, axis=0)
             arriving = sum(self._under_way(t) * n for t, n in senders) / sum(t.rate * n for t, n in receivers)
             seats = [self._seats(t, n, under_way_s, arriving * t.rate) for t, n in receivers]
-            yield SharedQueue(seats, prefills, self._weights, self._costs.moments.computed_cv2, self._burstiness**2)
+            yield SharedQueue(seats, prefills, self._weights, self._own.moments.computed_cv2, self._burstiness**2)
 
     def _of(self, role: Role) -> Sequence[Counted]:
-        return [(t, n) for t, n in self._chosen if self._costs.mixes[t.mix].role is role]
+        return [(t, n) for t, n in self._chosen if self._own.mixes[t.mix].role is role]
 
     def _in_flight(self, template: Template) -> int:
         """Return M, all copies that iterate together included."""
         m = self._costs.problem.family.in_flight[template.in_flight_index]
-        return m * self._costs.mixes[template.mix].attention_dp
+        return m * self._own.mixes[template.mix].attention_dp
 
     def _under_way(self, template: Template) -> float:
         """Return the prompts that a prefill replica computes at once."""
-        chunk = self._costs.mixes[template.mix].chunk_tokens
-        return self._in_flight(template) * max(1.0, chunk / self._costs.moments.mean_computed)
+        chunk = self._own.mixes[template.mix].chunk_tokens
+        return self._in_flight(template) * max(1.0, chunk / self._own.moments.mean_computed)
 
     def _prefills(self, template: Template, count: int, share: float) -> EqualPrefills:
-        mix, times = self._costs.mixes[template.mix], prompt_times(self._costs, template)
+        mix, times = self._own.mixes[template.mix], prompt_times(self._costs, template)
         before, landed_s = np.ceil(self._computed / mix.chunk_tokens) - 1.0, landing_s(self._costs, template)
         sizes, seconds = zip(*self._chunks(template), strict=True)
         last_s = np.interp(self._computed - before * mix.chunk_tokens, sizes, seconds)
         return EqualPrefills(
             lanes=count * mix.attention_dp,
             occupied_s=self._computed / mix.chunk_tokens * times.slot_s,
-            held=max(float(mix.micro_batch), max(1.0, mix.chunk_tokens / self._costs.moments.mean_computed))
+            held=max(float(mix.micro_batch), max(1.0, mix.chunk_tokens / self._own.moments.mean_computed))
             * self._in_flight(template)
             / mix.attention_dp,
             rate_rps=share * count * template.rate,
@@ -193,17 +233,17 @@ class _Queues:
 
     def _chunks(self, template: Template) -> list[tuple[int, float]]:
         """Return the family's chunks up to a replica's, ascending, each with its seconds in all stages, alone."""
-        own = self._costs.mixes[template.mix]
+        own = self._own.mixes[template.mix]
         kind = own.micro_batch, own.sends_afar, own.attention_dp
         alike = sorted(
             (mix.chunk_tokens, x)
-            for x, mix in enumerate(self._costs.mixes)
+            for x, mix in enumerate(self._own.mixes)
             if (mix.micro_batch, mix.sends_afar, mix.attention_dp) == kind and 0 < mix.chunk_tokens <= own.chunk_tokens
         )
         return [(size, prompt_times(self._costs, replace(template, mix=x)).chunk_s) for size, x in alike]
 
     def _seats(self, template: Template, count: int, under_way_s: FloatArray, arriving: float) -> EqualReplicas:
-        costs, mix, in_flight = self._costs, self._costs.mixes[template.mix], self._in_flight(template)
+        costs, mix, in_flight = self._costs, self._own.mixes[template.mix], self._in_flight(template)
         sizes = self._taken(template)
         numbers = np.array([float(b * in_flight) for b, _ in sizes])
         rates = np.array([1.0 / interval_of(costs, replace(template, mix=x)) for _, x in sizes])
@@ -212,7 +252,7 @@ class _Queues:
         seats, beside = self.seats.get(template, mix.micro_batch) * in_flight, 0
         if mix.role is Role.UNIFIED:
             holding_s = (self._iterations + self._computed / mix.chunk_tokens) * iteration_s
-            chunks = max(1.0, costs.moments.mean_computed / mix.chunk_tokens)
+            chunks = max(1.0, self._own.moments.mean_computed / mix.chunk_tokens)
             beside = math.ceil(chunks / copy.iterations) * in_flight
             most = costs.problem.family.engine_settings.max_num_seqs
             if most is not None:
@@ -235,7 +275,7 @@ class _Queues:
 
     def _taken(self, template: Template) -> list[tuple[int, int]]:
         """Return micro-batches up to the replica's seats, each with its mix, ascending: those nearest to `FILLS`."""
-        mix = self._costs.mixes[template.mix]
+        mix = self._own.mixes[template.mix]
         most = self.seats.get(template, mix.micro_batch)
         smaller = [one for one in self._of_kind(mix) if one[0] <= most]
         wanted = (min(smaller, key=lambda one: abs(one[0] - fill * most)) for fill in FILLS)

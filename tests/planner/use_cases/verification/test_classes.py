@@ -81,13 +81,23 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("classes")
     (folder / "fleet.yaml").write_text(FLEET)
     (folder / "traffic.yaml").write_text(WORKLOAD)
+    (folder / "alike.yaml").write_text(WORKLOAD.replace(", ttft: 1s", ""))
     return folder
 
 
-def placed(folder: Path, *options: str, exits: ExitCode = ExitCode.OK) -> dict[str, Any]:
+def placed(folder: Path, *options: str, traffic: str = "traffic", exits: ExitCode = ExitCode.OK) -> dict[str, Any]:
     out = folder / "plan.json"
     out.unlink(missing_ok=True)
-    asked = ["-c", str(folder / "fleet.yaml"), "-m", "llama-3.1-8b", "-w", str(folder / "traffic.yaml"), "--ttft", "5s"]
+    asked = [
+        "-c",
+        str(folder / "fleet.yaml"),
+        "-m",
+        "llama-3.1-8b",
+        "-w",
+        str(folder / f"{traffic}.yaml"),
+        "--ttft",
+        "5s",
+    ]
     assert run(["place", *asked, "--no-other-engines", "--no-verify", *options, "--out", str(out), "-q"]) == exits
     found: dict[str, Any] = json.loads(out.read_text()) if out.exists() else {}
     return found
@@ -105,7 +115,9 @@ def test_a_plan_with_classes_is_taken_where_it_is_worth_them(files: Path) -> Non
     found = load_plan_and_problem(str(files / "plan.json"))
     assert check_plan(found.plan, found.problem) == ()
     assert found.plan == load_plan(files / "plan.json")
-    dear = placed(files, "--worth", "90%", "--rung", without["inputs"]["rung"])  # which would not be worth it either
+    without = placed(files, "--classes", "none", traffic="alike")
+    rung = "--rung", without["inputs"]["rung"]  # higher ones would not be worth it either
+    dear = placed(files, "--worth", "90%", *rung, traffic="alike")
     assert dear["classes"] == []
     assert dear["result"]["value"] == without["result"]["value"]
     assert "90% more is worth" in dear["inputs"]["classes_why_not"]
@@ -118,3 +130,8 @@ def test_what_knows_no_classes_is_refused(
 ) -> None:
     placed(files, "--classes", "p50", *option, exits=ExitCode.INVALID)
     assert "--classes p50" in capsys.readouterr().err
+
+
+def test_limits_of_classes_are_not_dropped_by_other_cuts(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    placed(files, "--classes", "p75", exits=ExitCode.INVALID)
+    assert "class short of own limits has limits of its own" in capsys.readouterr().err

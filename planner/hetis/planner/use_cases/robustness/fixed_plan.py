@@ -97,7 +97,7 @@ class FixedPlan:
         """
         if plan.classes:
             raise InvalidProblemError("what errors of profiles do to pools of classes of requests is not known")
-        self._problem, self._planned_share = problem.at(plan.result.utilisation, plan.result.lanes), plan.planned_share
+        self._problem, self._planned_share = problem.at(plan.result.utilisation, plan.lanes()), plan.planned_share
         workload = problem.workload.clipped_to(problem.model.max_position)
         self._moments: WorkloadMoments = workload.moments(block_tokens=problem.assumptions.block_tokens)
         self._traffic = Traffic(problem, self._moments)

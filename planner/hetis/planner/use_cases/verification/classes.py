@@ -51,12 +51,17 @@ def cuts_of(text: str, workload: Workload) -> dict[str, tuple[RequestClass, ...]
 
     Raises:
         InvalidProblemError: the text is not ``auto``, ``none`` or percentiles in ascending order such as ``p50,p90``,
-            or so cut that a class has no requests.
+            or so cut that a class has no requests, or the workload has classes with limits of their own.
     """
     if text == NONE or (not text and not workload.classes):
         return {}
     if not text:
         return {"the workload's": workload.classes}
+    if own := [one.name for one in workload.classes if (one.ttft_limit_s, one.tpot_limit_s) != (None, None)]:
+        raise InvalidProblemError(
+            f"--classes {text[:80]}: class {own[0]} of {workload.name} has limits of its own, which other classes "
+            f"would not keep; leave the option out, or plan without with --classes {NONE}"
+        )
     if text != AUTO:
         return {text: _cut(text, workload)}
     found = dict[tuple[RequestClass, ...], str]()

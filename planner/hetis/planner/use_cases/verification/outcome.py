@@ -49,16 +49,15 @@ def restated(plan: Plan, problem: PlacementProblem, utilisation: float) -> Plan:
 
     What was proven of the best plan stays, unless more is kept.
     """
-    before, after = (
-        Rederivation(problem.at(share, plan.result.lanes)) for share in (plan.result.utilisation, utilisation)
-    )
+    before, after = (Rederivation(problem.at(share, plan.lanes())) for share in (plan.result.utilisation, utilisation))
     fleet, partners = Fleet.of(problem.cluster), kv_partners(plan, Fleet.of(problem.cluster))
 
     def at_utilisation(number: int, one: ReplicaPlan) -> ReplicaPlan:
         if one.role is Role.DECODE or not one.rate:
             return one
         shape = replica_shape(one, problem, fleet, partners.get(number, ()))
-        old_s, new_s = (derivation.of(shape).ttft_s(1.0 / one.rate) for derivation in (before, after))
+        own = (derivation.serving(one.classes).of(shape) for derivation in (before, after))
+        old_s, new_s = (derived.ttft_s(1.0 / one.rate) for derived in own)
         return replace(one, ttft_s=one.ttft_s + new_s - old_s if math.isfinite(old_s) else new_s)
 
     value = utilisation * plan.served_rate()

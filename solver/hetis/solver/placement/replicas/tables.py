@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from hetis.solver.cost import (
+from hetis.solver.mixes import (
     Mix,
     Regime,
     chunk_spread,
@@ -238,12 +238,19 @@ class CostTables:
     def has_ttft_limit(self) -> bool:
         return self.problem.objective.ttft_limit_s is not None
 
-    def at(self, utilisation: float, lanes: Lanes = ALONE, reserved_s: float = 0.0) -> CostTables:
+    def at(self, utilisation: float, lanes: Lanes = ALONE, reserved: float = 0.0) -> CostTables:
         """Return the tables of plans that serve this share of their saturated rate, with so many replicas together.
 
-        Of the limit on TTFT, ``reserved_s`` are set aside for waiting. What is ``shared`` stays so.
+        A share ``reserved`` of the limit on TTFT is set aside for waiting. What is ``shared`` stays so.
         """
         problem = self.problem.at(utilisation, lanes)
+        if self.ranges:
+            names = problem.ranges()
+            ranges = [
+                one.at(utilisation, lanes.of_pool(own), reserved) for own, one in zip(names, self.ranges, strict=True)
+            ]
+            return replace(self, problem=problem, scopes=scopes_of_ranges(ranges), ranges=tuple(ranges))
+        reserved_s = reserved * (problem.objective.ttft_limit_s or 0.0)
         trips = trips_of(problem, self.moments, self.mixes)
 
         def change(tables: Tables) -> Tables:
@@ -279,3 +286,8 @@ class CostTables:
             return self.routes.unified(here.number)
         place = self.routes.place(here.place, here.kv, here.number)
         return self.routes.side(x.role, place, sends_afar=x.sends_afar)
+
+
+def scopes_of_ranges(ranges: Sequence[CostTables]) -> tuple[Scope, ...]:
+    """Return the scopes of the tables of all ranges of classes."""
+    return tuple(scope.of_range(number) for number, one in enumerate(ranges) for scope in one.scopes)
