@@ -1,4 +1,4 @@
-"""The page of metrics in ``docs/reference``, from the registries of the programs (`reference.py`)."""
+"""The page of metrics in ``docs/reference``, from the registries of the programs."""
 
 from __future__ import annotations
 

@@ -21,9 +21,9 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
 from tools.markdown import code, fence, heading, page, prose, slug, table
-from tools.metrics_reference import metrics_page
+from tools.reference.metrics import metrics_page
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "docs" / "reference"
 
 
@@ -383,7 +383,3 @@ PAGES: Mapping[str, Callable[[], str]] = {
 
 def _read(path: Path) -> str:
     return path.read_text(encoding="utf-8") if path.is_file() else ""
-
-
-if __name__ == "__main__":
-    sys.exit(main())
