@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
@@ -31,7 +32,7 @@ from hetis.planner.use_cases.surviving import check_survival, most_left, survivi
 from hetis.planner.use_cases.verification import classes, equal_stages
 from hetis.planner.use_cases.verification.rates import ITERATIONS, kept_plan, simulation_report
 from hetis.solver.budget import Budget, Report, SearchSettings, silent
-from hetis.solver.errors import InfeasibleError, InvalidProblemError, UncheckedPlanError
+from hetis.solver.errors import InfeasibleError, InvalidProblemError, NoPlanFoundError, UncheckedPlanError
 from hetis.solver.placement.rungs import Known
 from hetis.solver.plan import DEFAULT_STRATEGY, Objective, Plan
 from hetis.solver.problem import PlacementProblem
@@ -178,6 +179,10 @@ class PosedPlacement:
 
         def find(posed: PlacementProblem) -> Plan:
             plan, own = search(posed, settings, budget=budget, report=report), posed.workload.classes
+            if not any(one.classes for one in plan.replicas):  # simulation may keep more of the best one with pools
+                with suppress(InfeasibleError, NoPlanFoundError):
+                    pools = search(replace(posed, disjoint=True), settings, budget=budget, report=report)
+                    plan = replace(pools, result=pools.result.bounded_by(max(plan.result.bound, pools.result.bound)))
             inputs = replace(self.loaded.inputs, workload=replace(workload, classes=own))
             plan = describe(plan, replace(self.loaded, inputs=inputs), posed, settings, requested, rung=made.rung)
             check(plan, posed)
