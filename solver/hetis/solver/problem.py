@@ -383,8 +383,7 @@ class PlacementProblem:
 
     ``constraints`` are further conditions on the plan; the search moves them into cluster, family and
     ``constraint_index`` (`placement/constrained_problem.py`), and explicit links between nodes into ``node_links``.
-    ``memories`` are what the engine takes of GPUs, by kind of rank. If pools of classes are ``disjoint``, no replica of
-    a search serves all of them.
+    ``memories`` are what the engine takes of GPUs, by kind of rank.
     """
 
     cluster: Cluster
@@ -398,7 +397,6 @@ class PlacementProblem:
     constraint_index: ConstraintIndex | None = None
     node_links: NodeLinks | None = None
     memories: RankMemories = field(default_factory=dict)
-    disjoint: bool = False
 
     def memory_of(self, gpu: str, tp: int, attention_dp: int = 1, reserved_bytes: int = 0) -> RankMemory | None:
         """Return what the engine takes of a GPU as one of ``tp`` ranks, where others hold some of it.

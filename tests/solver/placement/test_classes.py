@@ -225,16 +225,6 @@ def test_what_pools_keep_is_what_brute_force_finds(limit_s: float, limits: dict[
     assert plan.result.bound >= best * (1.0 - 1e-9)
 
 
-def test_disjoint_pools_are_the_best_of_those_without_replicas_for_all() -> None:
-    problem = waiting_problem(0.5)
-    some = [((name,), micro_batch) for name in ("short", "long") for micro_batch in problem.family.micro_batches]
-    best = max(most_kept(problem, pair) for pair in itertools.combinations_with_replacement(some, 2))
-    plan, whole = solve_placement(replace(problem, disjoint=True)), solve_placement(problem)
-    assert {one.classes for one in plan.replicas} == {("short",), ("long",)}
-    assert not check_plan(plan, problem)
-    assert NEARLY * best <= plan.result.value <= whole.result.value * (1.0 + 1e-9)
-
-
 def test_pools_that_claim_too_short_waits_or_miss_the_limit_of_a_class_are_refused() -> None:
     problem = waiting_problem(0.5, ttft_limit_s=0.02)
     plan = solve_placement(problem)

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
@@ -32,7 +31,7 @@ from hetis.planner.use_cases.surviving import check_survival, most_left, survivi
 from hetis.planner.use_cases.verification import classes, equal_stages
 from hetis.planner.use_cases.verification.rates import ITERATIONS, kept_plan, simulation_report
 from hetis.solver.budget import Budget, Report, SearchSettings, silent
-from hetis.solver.errors import InfeasibleError, InvalidProblemError, NoPlanFoundError, UncheckedPlanError
+from hetis.solver.errors import InfeasibleError, InvalidProblemError, UncheckedPlanError
 from hetis.solver.placement.rungs import Known
 from hetis.solver.plan import DEFAULT_STRATEGY, Objective, Plan
 from hetis.solver.problem import PlacementProblem
@@ -177,13 +176,20 @@ class PosedPlacement:
             return made
         requested = self.loaded.inputs.applicable_limits(request.goal)
 
-        def find(posed: PlacementProblem) -> Plan:
-            plan, own = search(posed, settings, budget=budget, report=report), posed.workload.classes
-            if not any(one.classes for one in plan.replicas):  # simulation may keep more of the best one with pools
-                with suppress(InfeasibleError, NoPlanFoundError):
-                    pools = search(replace(posed, disjoint=True), settings, budget=budget, report=report)
-                    plan = replace(pools, result=pools.result.bounded_by(max(plan.result.bound, pools.result.bound)))
-            inputs = replace(self.loaded.inputs, workload=replace(workload, classes=own))
+        def find(posed: PlacementProblem) -> Iterator[Plan]:
+            best = search(posed, settings, budget=budget, report=report)
+            yield described(best, posed)
+            if not best.objective.kind.goal.is_planned:
+                return
+            # Queues of pools are modelled without overflow into others, so simulation may keep more of pools that serve
+            # most at a given utilisation.
+            assumptions = replace(posed.assumptions, chooses_utilisation=False)
+            busiest = search(replace(posed, assumptions=assumptions), settings, budget=budget, report=report)
+            bound = (max if best.objective.maximises else min)(best.result.bound, busiest.result.value)
+            yield described(replace(busiest, result=busiest.result.bounded_by(bound)), posed)
+
+        def described(plan: Plan, posed: PlacementProblem) -> Plan:
+            inputs = replace(self.loaded.inputs, workload=replace(workload, classes=posed.workload.classes))
             plan = describe(plan, replace(self.loaded, inputs=inputs), posed, settings, requested, rung=made.rung)
             check(plan, posed)
             return with_losses(replace(plan, notes=(*plan.notes, classes.NEEDS_ROUTER)), posed)

@@ -45,7 +45,7 @@ NEEDS_ROUTER = (
     "replicas for one class of requests need a router that knows prompt lengths, as exports that carry this plan have; "
     "behind any other it keeps far less than a plan without classes"
 )
-Find = Callable[[PlacementProblem], Plan]  # raises InfeasibleError, NoPlanFoundError
+Find = Callable[[PlacementProblem], Iterator[Plan]]  # raises InfeasibleError, NoPlanFoundError
 
 
 def cuts_of(text: str, workload: Workload) -> dict[str, tuple[RequestClass, ...]]:
@@ -134,7 +134,7 @@ def choose(
         without: the plan without classes, which keeps the strictest of their limits.
         objective: the requested one, whose limits apply to classes without their own.
         cuts: the classes to try; of their plans that have pools, the first by value that keeps enough is compared.
-        find: searches a problem.
+        find: searches a problem for candidates.
         worth: share by which it must keep more.
         seed, budget, report: those of simulations.
         carriers: what each export target cannot carry; None: not known. Some must carry all of it, or the ``target``.
@@ -146,7 +146,8 @@ def choose(
         workload = replace(without.problem.workload, classes=classes)
         posed = replace(without.problem, workload=workload, objective=objective)
         with suppress(InfeasibleError, NoPlanFoundError):
-            found.append(_Candidate(cut, WithClasses(plan=find(posed), problem=posed)))
+            for plan in find(posed):
+                found.append(_Candidate(cut, WithClasses(plan=plan, problem=posed)))
     found = [one for one in found if any(replica.classes for replica in one.found.plan.replicas)]
     found.sort(key=lambda one: gain_of(one.found.plan, without.plan), reverse=True)
     record = Classes(cut=", ".join(cuts), worth=worth)

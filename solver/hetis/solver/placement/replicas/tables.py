@@ -289,6 +289,5 @@ class CostTables:
 
 
 def scopes_of_ranges(ranges: Sequence[CostTables]) -> tuple[Scope, ...]:
-    """Return the scopes of the tables of all ranges of classes that replicas may serve; the first is that of all."""
-    used = enumerate(ranges[ranges[0].problem.disjoint :], start=ranges[0].problem.disjoint)
-    return tuple(scope.of_range(number) for number, one in used for scope in one.scopes)
+    """Return the scopes of the tables of all ranges of classes."""
+    return tuple(scope.of_range(number) for number, one in enumerate(ranges) for scope in one.scopes)
