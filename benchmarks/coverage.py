@@ -28,6 +28,7 @@ from hetis.formats.discovery.fleet import discovered
 from hetis.formats.discovery.reading import read_inventory
 from hetis.formats.errors import DocumentError
 from hetis.formats.models.document import load_model
+from hetis.formats.models.families import FAMILIES
 from hetis.formats.workload import load_workload
 
 TESTS = Path(__file__).parents[1] / "tests" / "formats"
@@ -49,6 +50,8 @@ def found(*, with_transformers: bool) -> Iterator[Row]:
         lines = (TESTS / "models" / "published.jsonl").read_text(encoding="utf-8").splitlines()
         published = {one["name"]: one for one in map(json.loads, lines)}
         yield _row("shapes of models", list(published), partial(_is_shape_right, Path(folder), published))
+    recipes = {name: architecture for name, architecture in _table("recipes.csv").items() if architecture}
+    yield _row("models of vLLM's recipes", list(recipes), partial(_has_reader, recipes))
     if with_transformers:
         yield from _architectures()
     cards = _table("cards.csv")
@@ -68,7 +71,7 @@ def _table(name: str) -> dict[str, str]:
 def _row(name: str, inputs: Sequence[Path | str], is_right: Callable[[Path | str], bool | None]) -> Row:
     """Return the row of some inputs; ``is_right`` returns None if the right answer is not known, and may refuse."""
     counts = {"inputs": len(inputs), "read": 0, "right": 0, "refused": 0}
-    wrong = []
+    wrong, is_known = [], False
     for one in inputs:
         try:
             answer = is_right(one)
@@ -76,10 +79,11 @@ def _row(name: str, inputs: Sequence[Path | str], is_right: Callable[[Path | str
             counts["refused"] += 1
             continue
         counts["read"] += 1
+        is_known |= answer is not None
         counts["right"] += answer is True
         if answer is False:
             wrong.append(one.stem if isinstance(one, Path) else one)
-    return {"name": name, **counts, "wrong": ", ".join(wrong)}
+    return {"name": name, **counts, "right": counts["right"] if is_known else "", "wrong": ", ".join(wrong)}
 
 
 def _is_model_right(path: Path | str) -> bool | None:
@@ -89,6 +93,17 @@ def _is_model_right(path: Path | str) -> bool | None:
     known = catalogue.known_model(name.replace("__", "/").replace("--", "/"))
     billions = _table("parameters.csv").get(name.replace("--", "__"), None if known is None else known.params() / 1e9)
     return None if billions is None else abs(model.params() / 1e9 / float(billions) - 1.0) <= WITHIN
+
+
+def _has_reader(recipes: Mapping[str, str], name: Path | str) -> None:
+    """Refuse an architecture that has no reader, and is not read by its fields."""
+    if recipes[str(name)] not in FAMILIES and recipes[str(name)] not in _BY_FIELDS:
+        raise UnknownNameError("architecture", recipes[str(name)], [])
+
+
+# Read with a note: their default configs are among those of transformers, or are read like them.
+_BY_FIELDS = {"PaddleOCRVLForConditionalGeneration", "GlmOcrForConditionalGeneration", "GlmAsrForConditionalGeneration"}
+_BY_FIELDS |= {"Qwen3ASRForConditionalGeneration", "VoxtralRealtimeForConditionalGeneration"}
 
 
 def _is_shape_right(folder: Path, published: Mapping[str, Any], name: Path | str) -> bool:

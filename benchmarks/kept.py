@@ -33,11 +33,12 @@ from hetis.simulator.arrivals import Arrivals, Load
 from hetis.simulator.running import never, silent
 from hetis.simulator.values import Settings
 from hetis.solver.budget import Budget
+from hetis.solver.engine_rules import EngineRules
 from hetis.solver.errors import InfeasibleError
 from hetis.solver.placement.families import DEFAULT_ENGINE, STRATEGIES, run_by
 from hetis.solver.plan import Objective, Plan, Role
 from hetis.solver.planning import solve_placement
-from hetis.solver.problem import EngineRules, PlacementProblem
+from hetis.solver.problem import PlacementProblem
 
 CASES, QUICK_CASES = 6, 2
 MODELS = ("Llama-2-70B", "Qwen3-32B", "Llama-3.1-8B", "Qwen2.5-72B-Instruct", "Mixtral-8x7B-v0.1", "Qwen3-30B-A3B")

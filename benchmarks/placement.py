@@ -36,9 +36,10 @@ from benchmarks.measuring.rows import Row
 from benchmarks.measuring.solving import Measured, Solve, failed, in_own_process, measure
 from hetis.planner.use_cases.sources import named
 from hetis.solver.cluster import Cluster
+from hetis.solver.engine_rules import EngineRules
 from hetis.solver.placement.families import DEFAULT_ENGINE, ENGINES, run_by
 from hetis.solver.plan import Objective, ObjectiveKind
-from hetis.solver.problem import EngineRules, PlacementProblem
+from hetis.solver.problem import PlacementProblem
 
 BETWEEN = (
     ("20 GPUs, TTFT 4 s", (1, 4, "A100-PCIe-80GB"), (4, 2, "RTX-3090"), (2, 4, "P100-PCIe-12GB")),

@@ -29,10 +29,10 @@ from hetis.planner.use_cases.placement_settings import PlacementSettings
 from hetis.planner.use_cases.sharing import load_tenancy
 from hetis.planner.use_cases.sources import named
 from hetis.solver.budget import Budget
+from hetis.solver.engine_rules import EngineRules
 from hetis.solver.placement.families import DEFAULT_ENGINE
 from hetis.solver.placement.fleet import IntArray
 from hetis.solver.placement.replicas.tables import FloatArray
-from hetis.solver.problem import EngineRules
 from hetis.solver.tenants.fleet_search import FleetSearch
 from hetis.solver.tenants.oef import OefOutcome, OefRule, oef_outcomes
 from hetis.solver.tenants.tenancy import FleetShares, Tenancy, TenantRule

@@ -40,7 +40,7 @@ SOLVER = "solver/hetis/solver"
 # Part: the files that are changed, and the tests that must notice, the quickest to notice first.
 PARTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "cost": (
-        (f"{SOLVER}/cost.py",),
+        (f"{SOLVER}/cost.py", f"{SOLVER}/mixes.py"),
         (
             "tests/solver/test_cost.py",
             "tests/solver/check/test_roles.py::test_search_and_checker_know_the_same_slack",

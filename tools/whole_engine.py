@@ -86,7 +86,7 @@ def predicted_s(profile: Profile, model: str, tp: int, phase: str, batch: int, p
         attention = batch * cost.prefill_s(prompt)
     else:
         attention = float(cost.decode_attention_s(batch * shape.groups, shape.queries_per_group))
-    layer = cost.dense_s(tokens) + 2.0 * cost.reduce_s(tokens) + attention
+    layer = cost.dense_s(tokens) + cost.reduces_s(tokens) + attention
     return float(spec.num_layers * layer + cost.head_s(batch) + cost.step_s(tokens))
 
 

@@ -48,10 +48,11 @@ from hetis.profiler.defaults import shipped_profile
 from hetis.profiler.engines import for_engine
 from hetis.profiler.roofline import modelled_profile
 from hetis.solver.budget import Budget
+from hetis.solver.engine_rules import EngineRules, EngineSettings
 from hetis.solver.errors import HetisError
 from hetis.solver.plan import Plan, ReplicaPlan, Role
 from hetis.solver.planning import solve_placement
-from hetis.solver.problem import EngineRules, EngineSettings, PlacementProblem
+from hetis.solver.problem import PlacementProblem
 from hetis.solver.profile import Op
 from tools import tables
 

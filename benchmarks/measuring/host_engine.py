@@ -159,8 +159,18 @@ def place_evenly(workers: int) -> None:
 
 
 def count_transfers(gpu: PretendGpu, layers: list[int], steps: list[int]) -> None:
-    """Pass everything that vLLM has on a GPU to the plugin as tensors of ``gpu``, and note the waits of its calls."""
+    """Pass everything that vLLM has on a GPU to the plugin as tensors of ``gpu``, and note the waits of its calls.
+
+    The exchange's fence is one: it is set behind what the GPU computes at that moment. Others are of earlier steps.
+    """
     from hetis.runtime.vllm import backend, connector
+    from hetis.runtime.vllm.ranks import exchange
+
+    class CountedFence(exchange.Fence):  # type: ignore[misc,name-defined]
+        def wait(self) -> None:
+            gpu.waits += 1
+
+    exchange.Fence = CountedFence  # type: ignore[attr-defined]
 
     def counted(method: Callable[..., Any], keep: list[int]) -> Callable[..., Any]:
         def call(*arguments: Any, **more: Any) -> Any:

@@ -9,9 +9,10 @@ from hetis.formats.documents import from_data, load_cluster, load_model, load_wo
 from hetis.planner.use_cases.sources import named
 from hetis.profiler.roofline import modelled_profile
 from hetis.solver.cluster import Cluster
+from hetis.solver.engine_rules import EngineRules, Family
 from hetis.solver.placement.families import DEFAULT_ENGINE, run_by
 from hetis.solver.plan import Objective
-from hetis.solver.problem import EngineRules, Family, PlacementProblem
+from hetis.solver.problem import PlacementProblem
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 DEFAULT_LIMITS = Objective()

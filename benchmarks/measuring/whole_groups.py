@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import highspy
 import numpy as np
 
+from hetis.solver.backends.highs import linear_program, quiet_highs
 from hetis.solver.budget import Budget
 from hetis.solver.dispatch.admission import NOT_FOUND, PLACED, SCATTERED, Admission, PackingProblem, admit, admit_from
 from hetis.solver.dispatch.dispatch_problem import DispatchPlan, DispatchProblem, FloatArray, IntArray
@@ -23,7 +24,6 @@ from hetis.solver.dispatch.loaded_stage import (
     running_load,
 )
 from hetis.solver.dispatch.local_search import perturb
-from hetis.solver.highs import linear_program, quiet_highs
 
 ROUNDS = 200  # rounds of local search between reads of the clock
 ADMISSION_SHARE = 0.4  # largest share of the time limit

@@ -131,6 +131,7 @@ def models(draw: st.DrawFn) -> ModelSpec:
         windows_free_kv=draw(st.booleans()),
         gated_attention=draw(st.booleans()),
         residual_streams=draw(st.integers(1, 4)),
+        norms_span_heads=draw(st.booleans()),
         vision_params=draw(st.integers(0, 10**9)),
         linear=linear,
         draft=draw(st.none() | st.builds(DraftShape, tokens=st.integers(1, 16), acceptance=st.floats(0, 1))),

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from hetis.solver.placement.explanation.facts import Explanation, IdleGpus, MemoryBar, StageTime
 from hetis.solver.plan import (
     AttentionWorkerPool,
     ClassPrice,
-    Explanation,
-    IdleGpus,
     KvRoute,
-    MemoryBar,
     Objective,
     ObjectiveKind,
     Plan,
@@ -19,7 +17,6 @@ from hetis.solver.plan import (
     RunnerUp,
     SolveResult,
     StagePlan,
-    StageTime,
     Status,
 )
 

@@ -11,8 +11,9 @@ from hetis.simulator.events import Events
 from hetis.simulator.replica import ReplicaRun
 from hetis.simulator.simulate import Builder, simulate
 from hetis.simulator.values import RequestLog, Settings
+from hetis.solver.engine_rules import EngineSettings
 from hetis.solver.plan import Plan
-from hetis.solver.problem import EngineSettings, PlacementProblem
+from hetis.solver.problem import PlacementProblem
 from tests.simulator.small_plans import equal_requests, pipeline, plan_of, small_problem
 
 AS_PLANNED = Settings(dispatch=False, redispatch=False)

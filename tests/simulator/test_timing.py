@@ -10,17 +10,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hetis.simulator.attention_workers import PoolTiming
+from hetis.simulator.pool_timing import PoolTiming
 from hetis.simulator.timing import StageTiming
 from hetis.solver.check.replica_shapes import Fleet, replica_shape
 from hetis.solver.check.setting import Setting
 from hetis.solver.check.timing import stage_seconds
 from hetis.solver.cluster import Link
 from hetis.solver.dispatch.loaded_stage import costs_of, running_load
+from hetis.solver.engine_rules import EngineRules
 from hetis.solver.model import DraftShape
 from hetis.solver.placement.families import run_by
 from hetis.solver.plan import ReplicaPlan
-from hetis.solver.problem import EngineRules, PlacementProblem
+from hetis.solver.problem import PlacementProblem
 from tests.models import shape_of
 from tests.simulator.small_plans import pipeline, small_problem
 from tests.solver.instances import PLUGIN, make_compressed, make_model, make_node, make_problem, make_workload

@@ -14,9 +14,11 @@ from hetis.solver.check import memory, timing
 from hetis.solver.check.replica_shapes import PoolShape, StageShape, slowest
 from hetis.solver.check.setting import Setting, divides, head_groups_per_rank
 from hetis.solver.cluster import Link
+from hetis.solver.engine_rules import EngineRules
 from hetis.solver.plan import Role
-from hetis.solver.problem import EngineRules, PlacementProblem
+from hetis.solver.problem import PlacementProblem
 from tests.solver.device_classes import DeviceClass, device_classes, explicit_links
+from tests.solver.node_fits import Need, combine, fits_nodes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,9 +29,6 @@ class StageOption:
     shape: StageShape  # layers and hop link to be filled in
     groups: tuple[tuple[DeviceClass, int], ...]  # (class, GPUs that must share a node), pool cards one by one
     sharing: int = 1  # copies that share their experts
-
-
-Need = tuple[tuple[int, ...], ...]  # per class: sizes of the device groups, in descending order
 
 
 Precision = tuple[str, float, float]  # name of the weights' precision, bytes of a weight, bytes of an element of KV
@@ -426,27 +425,3 @@ def t_limit_s(setting: Setting, landing_s: float) -> float:
 def subsets(zones: set[str]) -> Iterator[tuple[str, ...]]:
     for size in range(1, len(zones) + 1):
         yield from itertools.combinations(sorted(zones), size)
-
-
-def combine(a: Need, b: Need) -> Need:
-    return tuple(tuple(sorted((*x, *y), reverse=True)) for x, y in zip(a, b, strict=True))
-
-
-def fits_nodes(need: Need, nodes: Mapping[DeviceClass, int]) -> bool:
-    """Return whether all device groups fit, each inside one node."""
-    return all(
-        fits_bins(sizes, (device_class.per_node,) * count)
-        for sizes, (device_class, count) in zip(need, nodes.items(), strict=True)
-    )
-
-
-def fits_bins(sizes: tuple[int, ...], room: tuple[int, ...]) -> bool:
-    if sum(sizes) > sum(room):
-        return False
-    if not sizes:
-        return True
-    return any(
-        fits_bins(sizes[1:], tuple(sorted((*room[:i], room[i] - sizes[0], *room[i + 1 :]))))
-        for i in range(len(room))
-        if room[i] >= sizes[0] and room[i] not in room[:i]
-    )

@@ -12,11 +12,12 @@ from typing import Any
 from hypothesis import strategies as st
 
 from hetis.solver.cluster import Cluster, GpuSlots, GpuType, Link, Network, NodeGroup
+from hetis.solver.engine_rules import EngineRules, Family
 from hetis.solver.model import ModelSpec
 from hetis.solver.placement.families import run_by
 from hetis.solver.plan import Objective, ObjectiveKind
 from hetis.solver.plugin_time import PluginTime
-from hetis.solver.problem import Assumptions, EngineRules, Family, PlacementProblem
+from hetis.solver.problem import Assumptions, PlacementProblem
 from hetis.solver.profile import Fit, Mixed, Op, Piece, Profile, Provenance, Source
 from hetis.solver.workload import LengthBin, Workload
 from tests.models import model_of, replace, shape_of

@@ -15,17 +15,9 @@ from scipy.optimize import linprog
 
 from hetis.solver.plan import ObjectiveKind, Role
 from hetis.solver.problem import PlacementProblem
-from tests.solver.best_replicas import (
-    Need,
-    StageOption,
-    Wanted,
-    best_replica_of_need,
-    builds_of,
-    combine,
-    fits_nodes,
-    kv_of,
-)
+from tests.solver.best_replicas import StageOption, Wanted, best_replica_of_need, builds_of, kv_of
 from tests.solver.device_classes import DeviceClass, device_classes
+from tests.solver.node_fits import Need, combine, fits_nodes
 
 
 def always(_: object) -> bool:

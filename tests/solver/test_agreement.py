@@ -14,13 +14,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hetis.simulator.attention_workers import PoolTiming
+from hetis.simulator.pool_timing import PoolTiming
 from hetis.simulator.timing import StageTiming
-from hetis.solver import cost
+from hetis.solver import cost, mixes
 from hetis.solver.check import memory, timing
 from hetis.solver.check.replica_shapes import PoolShape, StageShape, slowest
 from hetis.solver.check.setting import Setting, divides, head_groups_per_rank
 from hetis.solver.cluster import Link, Network
+from hetis.solver.engine_rules import EngineRules, Family
 from hetis.solver.model import DraftShape, ModelSpec
 from hetis.solver.placement.replicas import template as of_search
 from hetis.solver.placement.replicas.stage_cost import kept_bytes
@@ -28,7 +29,7 @@ from hetis.solver.placement.replicas.tables import CostTables
 from hetis.solver.placement.replicas.tabulation import build_cost_tables
 from hetis.solver.placement.replicas.template import Template, TemplateStage
 from hetis.solver.plan import Role
-from hetis.solver.problem import Assumptions, EngineRules, Family, PlacementProblem
+from hetis.solver.problem import Assumptions, PlacementProblem
 from hetis.solver.profile import Fit, Op, Piece, Profile
 from hetis.solver.workload import Workload
 from tests.models import replace, shape_of
@@ -45,12 +46,18 @@ from tests.solver.instances import (
     mixed_by,
 )
 
-JUDGED = ("hetis.solver.cost", "hetis.solver.placement", "hetis.simulator")
+JUDGED = ("hetis.solver.cost", "hetis.solver.mixes", "hetis.solver.placement", "hetis.simulator")
 MODELS = (
     make_model(q_heads=8, kv_heads=4),
     make_model(q_heads=8, kv_heads=2, tie_embeddings=True),
     replace(make_model(q_heads=8, kv_heads=8), sliding_window=100),
-    replace(make_model(q_heads=8, kv_heads=4), sliding_window=90, sliding_layers=3, activation_bytes=4.0),
+    replace(
+        make_model(q_heads=8, kv_heads=4),
+        sliding_window=90,
+        sliding_layers=3,
+        activation_bytes=4.0,
+        norms_span_heads=True,
+    ),
     make_model(
         q_heads=8,
         kv_heads=4,
@@ -388,8 +395,8 @@ def check_seconds(problem: PlacementProblem, costs: CostTables, template: Templa
     t_s = timing.seconds_between_completions(setting, stages, stage_s)
     assert of_search.interval_of(costs, template) == near(t_s)
     mix, M = costs.mixes[template.mix], setting.in_flight // d
-    assert cost.tpot_per_interval(setting.model, mix, M) == near(timing.tpot_per_t(setting))
-    assert cost.chunks_ahead(costs.moments, problem.assumptions, mix) == near(timing.chunks_ahead(setting))
+    assert mixes.tpot_per_interval(setting.model, mix, M) == near(timing.tpot_per_t(setting))
+    assert mixes.chunks_ahead(costs.moments, problem.assumptions, mix) == near(timing.chunks_ahead(setting))
     if mix.role is Role.PREFILL:
         assert of_search.landing_s(costs, template) == near(timing.replica_landing_seconds(setting, stages))
 
@@ -436,6 +443,6 @@ def test_both_know_the_same_latencies_whether_prompts_wait_or_not(workload: Work
     problem = make_problem([make_node("a", "A")], workload=workload)
     for b, M, C in itertools.product((1, 8, 64), (1, 2, 8, 32), (16, 256, 2048)):
         setting = setting_of(problem, role=Role.UNIFIED, b=b, M=M, C=C)
-        mix = cost.mix_of(setting.model, setting.moments, micro_batch=b, chunk_tokens=C)
-        chunks = cost.chunks_ahead(setting.moments, problem.assumptions, mix)
+        mix = mixes.mix_of(setting.model, setting.moments, micro_batch=b, chunk_tokens=C)
+        chunks = mixes.chunks_ahead(setting.moments, problem.assumptions, mix)
         assert chunks == near(timing.chunks_ahead(setting))

@@ -20,7 +20,7 @@ KERNELS = """
 import sys
 from pathlib import Path
 import numpy as np
-from hetis.solver.compiled import kernel_of
+from hetis.solver.backends.compiled import kernel_of
 
 kernel = kernel_of(Path(__file__).parent)
 
@@ -43,7 +43,7 @@ TYPED = """
 import sys
 from pathlib import Path
 from typing import NamedTuple
-from hetis.solver.compiled import kernel_of
+from hetis.solver.backends.compiled import kernel_of
 
 sys.path.insert(0, str(Path(__file__).parent))
 kernel = kernel_of(Path(__file__).parent)
@@ -90,7 +90,7 @@ def test_a_kernel_is_compiled_by_one_process_and_loaded_by_the_others(tmp_path: 
 
 SIMPLE = """
 from pathlib import Path
-from hetis.solver.compiled import kernel_of
+from hetis.solver.backends.compiled import kernel_of
 
 @kernel_of(Path(__file__).parent)
 def twice(value):
@@ -141,7 +141,7 @@ def test_cached_code_of_a_type_that_has_another_name_now_is_compiled_anew(tmp_pa
 
 WITHOUT_SCIPY = """
 import sys
-from hetis.solver.compiled import kernel_of  # before numba itself is asked for anything
+from hetis.solver.backends.compiled import kernel_of  # before numba itself is asked for anything
 import numpy as np
 from numba import njit
 print("scipy.linalg" in sys.modules)
@@ -158,7 +158,7 @@ def test_numba_imports_scipy_only_for_those_who_multiply_matrices() -> None:
 WARM = """
 import traceback
 import numpy as np
-from hetis.solver.search_clock import compilations_told_to
+from hetis.solver.backends.search_clock import compilations_told_to
 from hetis.solver.dispatch.dispatch_problem import Path
 from hetis.solver.dispatch.dispatcher import compile_dispatch, solve_dispatch
 from hetis.solver.redispatch.redispatcher import compile_redispatch, solve_redispatch

@@ -27,11 +27,12 @@ from hetis.solver.constraints import (
     WithoutTp,
     WithoutWorkers,
 )
+from hetis.solver.engine_rules import EngineRules, Family
 from hetis.solver.errors import InfeasibleError, InvalidProblemError, NoPlanFoundError
 from hetis.solver.placement.families import run_by
 from hetis.solver.plan import ObjectiveKind, Plan, Role
 from hetis.solver.planning import solve_placement
-from hetis.solver.problem import EngineRules, Family, PlacementProblem
+from hetis.solver.problem import PlacementProblem
 from tests.solver.best_replicas import StageOption, Wanted
 from tests.solver.device_classes import device_classes
 from tests.solver.instances import (

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.integrate import quad
 
-from hetis.solver import cost
+from hetis.solver import cost, mixes
 from hetis.solver.check.setting import divides
 from hetis.solver.cluster import GpuType, Link
 from hetis.solver.plan import Role
@@ -27,8 +27,8 @@ def card(one: Drawn, gpu: str, tp: int, attention_dp: int = 1) -> cost.DeviceCos
     )
 
 
-def mix_of(one: Drawn) -> cost.Mix:
-    return cost.mix_of(
+def mix_of(one: Drawn) -> mixes.Mix:
+    return mixes.mix_of(
         one.problem.model, one.setting.moments, micro_batch=one.b, chunk_tokens=one.C, attention_dp=one.d
     )  # fmt: skip
 
@@ -40,20 +40,34 @@ def test_arrays_cost_what_their_elements_cost(stages: st.SearchStrategy[Drawn], 
     rank, link = card(one, one.stage.gpu, one.stage.tp, one.d), one.stage.hop_link
     tokens = np.array([0.0, 1.0, 17.0, 300.0])
     for cost_of in (
-        rank.dense_s, rank.reduce_s, rank.prefill_s, rank.step_s, rank.head_s,
+        rank.dense_s, rank.reduces_s, rank.prefill_s, rank.step_s, rank.head_s,
         lambda t: rank.transfer_s(t, link), lambda t: rank.hop_s(t, link), lambda t: rank.decode_attention_s(t, 2),
     ):  # fmt: skip
         found = np.broadcast_to(cost_of(tokens), tokens.shape)
         assert found.tolist() == [near(float(cost_of(t))) for t in tokens.tolist()]
 
 
-@pytest.mark.parametrize("copies", cost.BUSIEST)
+@STAGES
+@given(data=st.data())
+def test_norms_over_all_heads_take_one_more_all_reduce_however_few_its_bytes(
+    stages: st.SearchStrategy[Drawn], data: st.DataObject
+) -> None:
+    one = data.draw(stages)
+    rank = card(one, one.stage.gpu, one.stage.tp, one.d)
+    plain, spanning = (
+        replace(rank, model=replace(one.problem.model, norms_span_heads=spans)).reduces_s(16) for spans in (False, True)
+    )
+    assert (spanning > plain) == (one.stage.tp > 1)
+    assert spanning <= 1.5 * plain
+
+
+@pytest.mark.parametrize("copies", mixes.BUSIEST)
 def test_the_busiest_of_copies_is_the_mean_maximum_of_normal_variables(copies: int) -> None:
     def below(x: float) -> float:
         return (0.5 * math.erfc(-x / math.sqrt(2))) ** copies
 
     expected, _ = quad(lambda x: 1 - below(x) - below(-x), 0, 12, epsabs=1e-13, epsrel=1e-13)
-    assert math.isclose(cost.BUSIEST[copies], expected, rel_tol=1e-9, abs_tol=1e-9)
+    assert math.isclose(mixes.BUSIEST[copies], expected, rel_tol=1e-9, abs_tol=1e-9)
 
 
 def test_ranks_share_heads_only_where_they_come_out_even() -> None:
@@ -90,8 +104,8 @@ def test_cards_of_a_node_talk_over_what_is_named_then_nvlink_then_pcie() -> None
 
 
 def test_an_iteration_decodes_prefills_or_both() -> None:
-    assert cost.Mix(3, 64, 1.0, 3.0).role is Role.UNIFIED
-    assert cost.Mix(3, 0, 0.0, 3.0).role is Role.DECODE
-    assert cost.Mix(0, 64, 1.0, 0.0).role is Role.PREFILL
-    assert cost.Mix(3, 64, 1.0, 3.0).chunk_share == 0.25
-    assert math.isclose(cost.P95_TAIL, 1 / (1 - 0.95))
+    assert mixes.Mix(3, 64, 1.0, 3.0).role is Role.UNIFIED
+    assert mixes.Mix(3, 0, 0.0, 3.0).role is Role.DECODE
+    assert mixes.Mix(0, 64, 1.0, 0.0).role is Role.PREFILL
+    assert mixes.Mix(3, 64, 1.0, 3.0).chunk_share == 0.25
+    assert math.isclose(mixes.P95_TAIL, 1 / (1 - 0.95))

@@ -11,20 +11,13 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from hetis.solver.check import Rule, check_plan
-from hetis.solver.cost import BUSIEST
+from hetis.solver.engine_rules import ATTENTION_DP, MICRO_BATCHES, NOTHING_SET, EngineRules, EngineSettings, Family
 from hetis.solver.errors import InfeasibleError, InvalidProblemError
+from hetis.solver.mixes import BUSIEST
 from hetis.solver.placement.families import STRATEGIES, run_by
 from hetis.solver.plan import Objective, ObjectiveKind, Plan, Role, StagePlan, Status
 from hetis.solver.planning import solve_placement
-from hetis.solver.problem import (
-    ATTENTION_DP,
-    MICRO_BATCHES,
-    NOTHING_SET,
-    EngineRules,
-    EngineSettings,
-    Family,
-    PlacementProblem,
-)
+from hetis.solver.problem import PlacementProblem
 from tests.solver.claimed_plans import claimed, derived_of, plan_of, rules, unclaimed
 from tests.solver.instances import (
     FREE_FAMILY,

@@ -8,11 +8,12 @@ import pytest
 from hypothesis import assume, given
 
 from hetis.solver.advice import worst_node, worst_zone
+from hetis.solver.engine_rules import EngineRules
 from hetis.solver.model import GpuPrecision
 from hetis.solver.placement.families import run_by
 from hetis.solver.plan import KvRoute, Plan, ReplicaPlan, Role
 from hetis.solver.planning import solve_placement
-from hetis.solver.problem import EngineRules, PlacementProblem
+from hetis.solver.problem import PlacementProblem
 from tests.solver.instances import SMALL_FAMILY, make_model, make_node, make_problem, problems
 from tests.solver.searching import plan_or_none
 

@@ -16,8 +16,9 @@ from hetis.solver.check.replica_shapes import PoolShape, StageShape
 from hetis.solver.check.setting import Setting
 from hetis.solver.check.violation import Rule
 from hetis.solver.cluster import Link, NodeGroup
-from hetis.solver.cost import DeviceCost, LargestBatch, mix_of, plain_memory, rank_shape
+from hetis.solver.cost import DeviceCost, plain_memory, rank_shape
 from hetis.solver.errors import InvalidProblemError
+from hetis.solver.mixes import LargestBatch, mix_of
 from hetis.solver.plan import Role
 from hetis.solver.planning import solve_placement
 from hetis.solver.problem import PlacementProblem

@@ -10,9 +10,9 @@ from pathlib import Path
 from hypothesis import given
 from hypothesis import strategies as st
 
+from hetis.solver.backends.compiled import kernel_of
+from hetis.solver.backends.search_clock import SearchClock, compilations_told_to, compiling, search_seconds
 from hetis.solver.budget import Budget
-from hetis.solver.compiled import kernel_of
-from hetis.solver.search_clock import SearchClock, compilations_told_to, compiling, search_seconds
 
 
 @given(st.lists(st.tuples(st.sampled_from(["search", "begin", "end"]), st.floats(0.0, 100.0))))

@@ -12,9 +12,9 @@ from hetis.engines.precision import why_not_loaded
 from hetis.engines.versions import Engine
 from hetis.engines.workers import why_no_workers
 from hetis.solver.cluster import node_of
+from hetis.solver.engine_rules import shares_indexers
 from hetis.solver.model import Kernel, ModelSpec
 from hetis.solver.plan import ReplicaPlan, Role, StagePlan
-from hetis.solver.problem import shares_indexers
 
 
 def unlike_vendors(replica: ReplicaPlan, gpus: Mapping[str, GpuKind], vendors: set[str]) -> Iterator[str]:

@@ -37,7 +37,7 @@ from hetis.solver.constraints import (
     WithoutWorkers,
     misfits,
 )
-from hetis.solver.problem import Family
+from hetis.solver.engine_rules import Family
 
 PIN, FORBID = "--pin", "--forbid"
 _RANGE = re.compile(r"(\d*)\.\.(\d*)|(\d+)")

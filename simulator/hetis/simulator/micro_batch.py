@@ -9,8 +9,9 @@ from __future__ import annotations
 
 from collections import deque
 
-from hetis.simulator.attention_workers import PoolCopy, PoolLoad
+from hetis.simulator.attention_workers import PoolCopy
 from hetis.simulator.kv_memory import KvGrowth, KvRoom
+from hetis.simulator.pool_timing import PoolLoad
 from hetis.simulator.timing import StageTiming
 from hetis.simulator.values import RequestLog
 

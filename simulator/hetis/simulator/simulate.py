@@ -10,12 +10,13 @@ from functools import partial
 
 import numpy as np
 
-from hetis.simulator.attention_workers import PoolCopy, PoolTiming, SharedCard
+from hetis.simulator.attention_workers import PoolCopy, SharedCard
 from hetis.simulator.disciplines import Apart, Lockstep
 from hetis.simulator.events import Events, FleetLinks
 from hetis.simulator.fleet import Faults, KvTransfers, SimulatedFleet
 from hetis.simulator.kv_memory import KvGrowth, KvRoom, card_room_bytes, group_blocks, rank_room_bytes
 from hetis.simulator.micro_batch import SimulatedStageCopy
+from hetis.simulator.pool_timing import PoolTiming
 from hetis.simulator.replica import Batching, ReplicaRun
 from hetis.simulator.routers import RangeRouter, router_of
 from hetis.simulator.timing import StageTiming

@@ -229,8 +229,7 @@ class StageTiming:
 
     def _by_tokens(self, tokens: int, all_tokens: int) -> float:
         cost, (repeated, prefix) = self.cost, self._dense
-        reduce_s = cost.reduce_s(tokens)
-        total = repeated * cost.dense_s(tokens, all_tokens=all_tokens) + (repeated + prefix) * 2.0 * reduce_s
+        total = repeated * cost.dense_s(tokens, all_tokens=all_tokens) + (repeated + prefix) * cost.reduces_s(tokens)
         if prefix:
             total += prefix * cost.dense_s(tokens, prefix_layer=True)
         if not self._is_first:

@@ -286,6 +286,60 @@ def test_a_machine_with_a_part_of_a_board_has_no_whole_board(tmp_path: Path) -> 
         gpus_in(tmp_path, json.dumps({"kind": "List", "items": [node("n", {INSTANCE: "Standard_NV6ads_A10_v5"}, 1)]}))
 
 
+def test_parts_of_amd_gpus_are_no_whole_gpus(tmp_path: Path) -> None:
+    labels = {"amd.com/gpu.product-name": "AMD_Instinct_MI300X_OAM", "amd.com/gpu.compute-memory-partition": "cpx_nps4"}
+    cards = {"kind": "List", "items": [node("n", labels, 64, AMD)]}
+    with pytest.raises(DocumentError, match=r"64 devices \(AMD_Instinct_MI300X_OAM\): parts of GPUs \(cpx_nps4\)"):
+        gpus_in(tmp_path, json.dumps(cards))
+    labels["amd.com/gpu.compute-memory-partition"] = "spx_nps1"
+    cards = {"kind": "List", "items": [node("n", labels, 8, AMD)]}
+    assert gpus_in(tmp_path, json.dumps(cards)) == {"n": ("MI300X-192GB", 8)}
+
+
+@pytest.mark.parametrize(
+    "register",
+    [
+        json.dumps([{"id": f"GPU-{i}", "count": 10, "type": "NVIDIA-NVIDIA GeForce RTX 3090"} for i in range(2)]),
+        "".join(f"GPU-{i},10,24576,100,NVIDIA-NVIDIA GeForce RTX 3090,0,true:" for i in range(2)),
+    ],
+    ids=["JSON", "colons"],
+)
+def test_hami_names_the_gpus_of_a_node_without_labels(tmp_path: Path, register: str) -> None:
+    one = node("n", {}, 20, annotations={"hami.io/node-nvidia-register": register})
+    assert gpus_in(tmp_path, json.dumps({"kind": "List", "items": [one]})) == {"n": ("RTX-3090", 2)}
+
+
+def test_slices_that_pods_use_are_left_out(tmp_path: Path) -> None:
+    """Under the strategy ``single`` slices are called GPUs."""
+    one = node("n", {"nvidia.com/gpu.product": "NVIDIA-A100-SXM4-80GB-MIG-3g.40gb", "nvidia.com/gpu.count": "16"}, 16)
+    resources = {"limits": {NVIDIA: "6"}}
+    pod = {
+        "kind": "Pod",
+        "metadata": {"name": "p"},
+        "spec": {"nodeName": "n", "containers": [{"resources": resources}]},
+        "status": {"phase": "Running"},
+    }
+    (tmp_path / "n.json").write_text(json.dumps({"kind": "List", "items": [one, pod]}))
+    found = discovered(read_inventory([str(tmp_path / "n.json")]), name="c", said={})
+    assert [(group.gpus[0].gpu, group.count) for group in found.cluster.node_groups] == [("A100-SXM-80GB-3g.40gb", 10)]
+    assert found.left_out == ("n: 6 GPUs (NVIDIA-A100-SXM4-80GB): in use by default/p",)
+
+
+def test_ascend_a3_nodes_have_two_dies_to_a_module(tmp_path: Path) -> None:
+    one = node("n", {"node.kubernetes.io/npu.chip.name": "Ascend910", "accelerator-type": "module-a3-16"}, 16,
+               "huawei.com/Ascend910")  # fmt: skip
+    assert gpus_in(tmp_path, json.dumps({"kind": "List", "items": [one]})) == {"n": ("Ascend-910C-per-die", 16)}
+
+
+def test_a_card_divided_by_mig_is_left_out_of_nvidia_smis_table(tmp_path: Path) -> None:
+    row = "|   0  NVIDIA H100 80GB HBM3  On  |   00000000:18:00.0 Off |  0 |\n"
+    row += "| N/A   30C    P0    70W /  700W |       0MiB /  81559MiB |  0%   Default |\n|     |      |   {} |\n"
+    table = "| NVIDIA-SMI 590.44.01   Driver Version: 590.44.01   CUDA Version: 13.1 |\n"
+    assert gpus_in(tmp_path, table + row.format("Disabled") + row.format("Enabled"), "h.txt") == {
+        "h": ("H100-SXM-80GB", 1)
+    }
+
+
 def test_coreweave_tells_boards_of_one_class_apart_by_their_memory(tmp_path: Path) -> None:
     for memory, gpu in (("40", "A100-SXM-40GB"), ("80", "A100-SXM-80GB")):
         one = node("n", {"gpu.nvidia.com/class": "A100_NVLINK", "gpu.nvidia.com/vram": memory}, 8)

@@ -78,3 +78,28 @@ def test_towers_that_a_config_does_not_describe_are_said(tmp_path: Path) -> None
     notes = list[str]()
     assert load_model(tmp_path / "config.json", notes=notes).vision_params == 400_000_000
     assert [note for note in notes if "which its config does not describe, count as 0.40B parameters" in note]
+
+
+TEXT = {"hidden_size": 3072, "intermediate_size": 8192, "num_hidden_layers": 30, "num_attention_heads": 32}
+TEXT |= {"num_key_value_heads": 8, "head_dim": 128, "vocab_size": 131_072, "model_type": "llama"}
+
+
+@pytest.mark.parametrize(
+    ("fields", "params"),
+    [
+        ({"hidden_act": "gelu"}, 2 * (4 * 1024**2 + 2 * 1024 * 4096)),
+        ({"hidden_act": "silu"}, 2 * (4 * 1024**2 + 3 * 1024 * 4096)),  # SwiGLU
+        ({"hidden_act": "gelu", "model_type": "pixtral"}, 2 * (4 * 1024**2 + 3 * 1024 * 4096)),
+        ({"num_key_value_heads": 4}, 2 * (2 * 1024 * 64 * (16 + 4) + 2 * 1024 * 4096)),
+        ({"head_dim": 128}, 2 * (4 * 1024 * 16 * 128 + 2 * 1024 * 4096)),
+        ({"model_type": "glm_audio"}, 2 * (4 * 1024**2 + 2 * 1024 * 4096)),
+    ],
+)
+def test_towers_have_the_matrices_that_their_fields_say(tmp_path: Path, fields: dict[str, Any], params: int) -> None:
+    """The language model is inside, although its hidden size stands outside, too (Voxtral)."""
+    tower = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 2, "num_attention_heads": 16}
+    config = {"architectures": ["VoxNextForConditionalGeneration"], "model_type": "vox_next", "hidden_size": 3072}
+    (tmp_path / "config.json").write_text(json.dumps(config | {"text_config": TEXT, "audio_config": tower | fields}))
+    model = load_model(tmp_path / "config.json")
+    patches = 3 * 14 * 14 * 1024
+    assert (model.num_layers, model.vision_params) == (30, params + patches + 1024 * 3072)

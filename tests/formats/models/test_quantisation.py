@@ -52,6 +52,13 @@ def quark(*scales: object, **weight: object) -> dict[str, object]:
     }
 
 
+def torchao(kind: object, **data: object) -> dict[str, object]:
+    return {"quant_method": "torchao", "quant_type": {"default": {"_type": kind, "_version": 1, "_data": data}}}
+
+
+INTX = "Int8DynamicActivationIntxWeightConfig"
+
+
 @pytest.mark.parametrize(
     ("quantisation", "weight_bytes", "weights"),
     [
@@ -87,6 +94,21 @@ def quark(*scales: object, **weight: object) -> dict[str, object]:
         (quark(dtype="int8"), 1.0, "int8"),
         (quark(dtype="uint4", group_size=32, symmetric=False), 0.578125, "int4"),
         (quark(dtype="uint4", group_size=128, symmetric=False), 0.53125, "int4"),
+        ({"quant_method": "gptq_marlin", "bits": 4}, 0.53125, "gptq-int4"),
+        ({"quant_method": "awq_marlin", "bits": 4}, 0.53125, "awq-int4"),
+        ({"quant_method": "intel/auto-round", "bits": 4, "sym": True}, 0.53125, "gptq-int4"),
+        ({"quant_method": "auto-round", "bits": 4, "group_size": 32, "data_type": "mx_fp"}, 0.53125, "mxfp4"),
+        (
+            {"quant_method": "auto-round", "bits": 4, "group_size": 16, "data_type": "nv_fp4_with_static_gs"},
+            0.5625,
+            "nvfp4",
+        ),
+        (torchao("Int4WeightOnlyConfig", group_size=128), 0.53125, "int4"),
+        (torchao("Int4WeightOnlyConfig", group_size=32), 0.5625, "int4"),
+        (torchao("Int8WeightOnlyConfig"), 1.0, "int8"),
+        (torchao("Float8DynamicActivationFloat8WeightConfig"), 1.0, "fp8"),
+        (torchao(INTX, weight_dtype={"_type": "torch.dtype", "_data": "int4"}), 0.53125, "int4"),
+        ({"quant_method": "torchao", "quant_type": "int4_weight_only"}, 0.53125, "int4"),
     ],
 )
 def test_quantisation_is_honoured(
@@ -98,6 +120,42 @@ def test_quantisation_is_honoured(
     (tmp_path / "config.json").write_text(json.dumps(config))
     model = load_model(tmp_path)
     assert (model.weight_bytes, model.weights) == (weight_bytes, weights)
+
+
+def test_torchao_states_modules_by_name_and_by_expression(tmp_path: Path) -> None:
+    """A layer of Llama-2-70B has 855,638,016 parameters, 150,994,944 of them in attention; these have 16 bits."""
+    int4, own = {"_type": "Int4WeightOnlyConfig", "_data": {"group_size": 128}}, {"_type": "IntxWeightOnlyConfig"}
+    modules = {"_default": int4, "model.embed_tokens": own, "re:.*self_attn.*": None}
+    stated = torchao("ModuleFqnToConfig", module_fqn_to_config=modules)
+    assert load(
+        tmp_path, config_of("meta-llama__Llama-2-70b-hf") | {"quantization_config": stated}
+    ).weight_bytes == pytest.approx(0.53125 + 1.46875 * 150_994_944 / 855_638_016)
+
+
+@pytest.mark.parametrize(
+    ("stated", "said"),
+    [
+        (torchao("UIntXWeightOnlyConfig"), "'torchao with uintxweightonlyconfig' is not supported"),
+        ({"bits": 4, "group_size": 64, "mode": "affine"}, "quantization_config: states no quant_method; supported: "),
+        ({"quant_method": "auto-round", "bits": 4, "data_type": "rotated"}, "data_type: 'rotated' of 4 bits is not"),
+    ],
+)
+def test_other_methods_are_refused_in_their_own_words(tmp_path: Path, stated: dict[str, object], said: str) -> None:
+    with pytest.raises(DocumentError, match=re.escape(said)):
+        load(tmp_path, config_of("meta-llama__Llama-2-70b-hf") | {"quantization_config": stated})
+
+
+def test_routed_experts_of_ling_may_have_a_format_of_their_own(tmp_path: Path) -> None:
+    """All of Ling-3.0-flash but embeddings in FP8, and routed experts in MXFP4: 68 GB, which counted as 125."""
+    lines = (Path(__file__).with_name("published.jsonl")).read_text().splitlines()
+    config = next(one["config"] for one in map(json.loads, lines) if one["name"] == "Ling-3.0-flash")
+    fp8 = {"quant_method": "fp8", "weight_block_size": [128, 128], "routed_experts_quant_method": "mxfp4"}
+    (tmp_path / "config.json").write_text(json.dumps(config | {"quantization_config": fp8}))
+    model = load_model(tmp_path)
+    experts = 40 * 512 * 3 * 2560 * 768
+    layers = model.params() - 2 * 157_184 * 2560
+    assert model.weights == "mxfp4"
+    assert model.weight_bytes * layers == pytest.approx(experts * 0.53125 + (layers - experts), rel=0.01)
 
 
 def test_groups_of_eight_bits_do_not_make_four_bits_larger(tmp_path: Path) -> None:

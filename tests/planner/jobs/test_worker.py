@@ -23,9 +23,9 @@ from hetis.planner.use_cases.service_level import ServiceLevel, Statistic
 from hetis.planner.use_cases.sources import engine_rules, load_inputs
 from hetis.solver.budget import Progress
 from hetis.solver.check import check_plan
+from hetis.solver.engine_rules import EngineSettings
 from hetis.solver.errors import InfeasibleError
 from hetis.solver.plan import Objective, Plan, Role
-from hetis.solver.problem import EngineSettings
 from hetis.v1 import plan_pb2
 
 EXAMPLES = Path(__file__).parents[3] / "examples"

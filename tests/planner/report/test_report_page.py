@@ -17,12 +17,12 @@ from hetis.planner.report.goals import differences, is_one_question
 from hetis.planner.report.page.fleet_map import fleet_map, shape_letter
 from hetis.planner.report.page.pages import ShownPlan, plans_page
 from hetis.planner.report.page.plan_section import plan_blocks
-from hetis.planner.use_cases.compare import figures_of
+from hetis.planner.use_cases.comparing.plan_figures import figures_of
 from hetis.planner.use_cases.saved_plans import inputs_from_documents, load_plan_and_problem
 from hetis.solver.cluster import Link
 from hetis.solver.constraints import Exclude, Selection, Unit
-from hetis.solver.plan import Explanation, IdleGpus
-from hetis.solver.problem import EngineRules, EngineSettings
+from hetis.solver.engine_rules import EngineRules, EngineSettings
+from hetis.solver.placement.explanation.facts import Explanation, IdleGpus
 from tests.fleets import fleet
 from tests.planner import plans
 from tests.planner.command_line import EXAMPLES, hetis_plan_here, invoke

@@ -42,7 +42,7 @@ def solver(monkeypatch: pytest.MonkeyPatch) -> Solver:
                 raise outcome
             return Climbed(plan=outcome, problem=problem)
 
-        import_module("hetis.planner.use_cases.compare")  # imported later, it would keep the replacement
+        import_module("hetis.planner.use_cases.comparing.compare")  # imported later, it would keep the replacement
         monkeypatch.setattr(placing, "make_plan", make_plan)
 
     monkeypatch.delenv("HETIS_DEBUG", raising=False)

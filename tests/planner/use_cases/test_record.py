@@ -23,8 +23,8 @@ from hetis.planner.use_cases.record.parts import (
 )
 from hetis.planner.use_cases.service_level import ServiceLevel
 from hetis.solver.advice import Loss
+from hetis.solver.engine_rules import EngineRules, EngineSettings
 from hetis.solver.plan import Plan, Role
-from hetis.solver.problem import EngineRules, EngineSettings
 from tests.planner import plans
 
 VERIFICATION = Verification(

@@ -29,11 +29,11 @@ from hetis.planner.use_cases.request import (
     Target,
 )
 from hetis.planner.use_cases.service_level import Statistic
+from hetis.solver.engine_rules import EngineRules
 from hetis.solver.goals import GoalName
 from hetis.solver.placement.families import ENGINES, STRATEGIES
 from hetis.solver.placement.rungs import RUNGS
 from hetis.solver.plan import ObjectiveKind, Role
-from hetis.solver.problem import EngineRules
 from hetis.v1 import plan_pb2
 
 INPUTS = {"cluster": "c.yaml", "model": "m", "workload": "w"}

@@ -49,7 +49,7 @@ def freeze(engine: Any, act: dict[str, Any]) -> dict[str, Any]:
     from vllm.config.compilation import CUDAGraphMode
     from vllm.forward_context import BatchDescriptor
 
-    from hetis.runtime.vllm.rank import current_rank
+    from hetis.runtime.vllm.ranks.rank import current_rank
 
     runner = engine.core.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
     if isinstance(runner.model, FrozenGraphs):

@@ -14,11 +14,12 @@ from hetis.simulator.events import Events
 from hetis.simulator.simulate import Builder, simulate
 from hetis.simulator.values import Fault, RequestLog, Settings
 from hetis.solver.cluster import Link, Network
+from hetis.solver.engine_rules import EngineRules
 from hetis.solver.errors import InvalidProblemError
 from hetis.solver.model import GpuPrecision
 from hetis.solver.placement.families import run_by
 from hetis.solver.plan import KvRoute, Plan, Role
-from hetis.solver.problem import EngineRules, PlacementProblem
+from hetis.solver.problem import PlacementProblem
 from tests.simulator.small_plans import equal_requests, pipeline, plan_of, small_problem, with_role
 from tests.solver.instances import make_model, make_workload
 

@@ -9,10 +9,11 @@ import pytest
 from hetis.solver.check.replica_shapes import Fleet
 from hetis.solver.check.structure import check_engine
 from hetis.solver.check.violation import Rule, at
+from hetis.solver.engine_rules import EngineRules, Family
 from hetis.solver.model import DraftShape, GpuPrecision
 from hetis.solver.placement.families import run_by
 from hetis.solver.plan import AttentionWorkerPool, ReplicaPlan, Role, StagePlan
-from hetis.solver.problem import EngineRules, Family, PlacementProblem
+from hetis.solver.problem import PlacementProblem
 from tests.models import replace, shape_of
 from tests.solver.claimed_plans import unclaimed
 from tests.solver.instances import make_compressed, make_model, make_node, make_problem

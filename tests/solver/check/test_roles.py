@@ -12,9 +12,10 @@ from hetis.solver.check.replica_shapes import Fleet
 from hetis.solver.check.result import check_routes
 from hetis.solver.cluster import Link, Network
 from hetis.solver.constraints import Duty, RestrictRole, Selection, Unit
+from hetis.solver.engine_rules import EngineRules, Family
 from hetis.solver.placement.families import run_by
 from hetis.solver.plan import AttentionWorkerPool, KvRoute, Objective, ObjectiveKind, Plan, Role, StagePlan
-from hetis.solver.problem import EngineRules, Family, PlacementProblem
+from hetis.solver.problem import PlacementProblem
 from hetis.solver.profile import Op, Piece
 from tests.models import replace
 from tests.solver.claimed_plans import claimed, counted, derived_of, plan_of, rules, unclaimed

@@ -10,7 +10,7 @@ from hetis.solver.check.memory import kv_tokens_of_a_copy, prompt_tokens_of_a_co
 from hetis.solver.check.setting import Setting
 from hetis.solver.check.timing import least_slack
 from hetis.solver.cluster import Link, Network
-from hetis.solver.cost import chunk_spread, regime_of, regimes
+from hetis.solver.mixes import chunk_spread, regime_of, regimes
 from hetis.solver.plan import AttentionWorkerPool, Role
 from hetis.solver.problem import PlacementProblem
 from hetis.solver.profile import Fit, Op, Piece, Profile

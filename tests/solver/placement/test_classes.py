@@ -17,13 +17,14 @@ from hetis.solver.check.losses import StatedLoss, check_losses
 from hetis.solver.check.rederive import Rederivation
 from hetis.solver.check.replica_shapes import Fleet, ReplicaShape, replica_shape
 from hetis.solver.check.waiting import request_queue
+from hetis.solver.engine_rules import EngineRules, Family
 from hetis.solver.errors import InvalidProblemError
 from hetis.solver.placement.families import run_by
 from hetis.solver.placement.outcome import rate_bound
 from hetis.solver.placement.replicas.tabulation import build_cost_tables
 from hetis.solver.plan import Lanes, Objective, ObjectiveKind, Plan, ReplicaPlan, StagePlan, served_with_classes
 from hetis.solver.planning import solve_placement
-from hetis.solver.problem import Assumptions, EngineRules, Family, PlacementProblem
+from hetis.solver.problem import Assumptions, PlacementProblem
 from hetis.solver.queueing import RequestQueue
 from hetis.solver.workload import LengthBin, RequestClass, Workload
 from tests.solver.best_replicas import Wanted, best_replica_of_need

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from hetis.solver.check import check_plan
 from hetis.solver.cluster import Link, Network
 from hetis.solver.constraints import AtMost, Duty, Exclude, Replicas, RestrictRole, Sum, Use, WithoutTp
+from hetis.solver.engine_rules import Family
 from hetis.solver.errors import InfeasibleError
 from hetis.solver.placement.constrained_problem import apply_constraints, is_nothing_left
 from hetis.solver.placement.families import STRATEGIES
@@ -25,7 +26,7 @@ from hetis.solver.placement.outcome import rate_bound
 from hetis.solver.placement.replicas.tabulation import build_cost_tables
 from hetis.solver.plan import Objective, ObjectiveKind, Role
 from hetis.solver.planning import solve_placement
-from hetis.solver.problem import Family, PlacementProblem
+from hetis.solver.problem import PlacementProblem
 from tests.solver.instances import (
     NO_LIMITS,
     SMALL_FAMILY,

@@ -15,6 +15,7 @@ from hetis.solver.check.replica_shapes import Fleet
 from hetis.solver.check.structure import check_engine
 from hetis.solver.cluster import Link, Network
 from hetis.solver.constraints import Duty, Exclude, RestrictRole, Selection, Unit
+from hetis.solver.engine_rules import EngineRules, Family
 from hetis.solver.errors import InfeasibleError, InvalidProblemError, NoPlanFoundError
 from hetis.solver.model import DraftShape, GpuPrecision
 from hetis.solver.placement.candidates import Evaluator, candidates_of
@@ -25,7 +26,7 @@ from hetis.solver.placement.replicas.tables import CostTables
 from hetis.solver.placement.replicas.tabulation import build_cost_tables
 from hetis.solver.plan import AttentionWorkerPool, ObjectiveKind, Plan, Role, Status
 from hetis.solver.planning import solve_placement
-from hetis.solver.problem import APART, EngineRules, Family, PlacementProblem
+from hetis.solver.problem import APART, PlacementProblem
 from tests.solver.instances import (
     ENGINE,
     NO_LIMITS,

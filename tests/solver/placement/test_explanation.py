@@ -17,22 +17,16 @@ from hetis.solver.check.replica_shapes import Fleet, kv_partners, replica_shape
 from hetis.solver.check.setting import Setting
 from hetis.solver.check.timing import stage_seconds, wire_seconds
 from hetis.solver.cluster import Cluster
+from hetis.solver.engine_rules import EngineRules, Family
 from hetis.solver.errors import InvalidProblemError
 from hetis.solver.model import DraftShape
 from hetis.solver.placement.explanation import explain_plan
+from hetis.solver.placement.explanation.facts import Explanation
 from hetis.solver.placement.explanation.replica_view import replica_views
 from hetis.solver.placement.families import run_by
-from hetis.solver.plan import (
-    OTHER_TENANTS,
-    ClassPrice,
-    Explanation,
-    Objective,
-    ObjectiveKind,
-    Plan,
-    Status,
-)
+from hetis.solver.plan import OTHER_TENANTS, ClassPrice, Objective, ObjectiveKind, Plan, Status
 from hetis.solver.planning import solve_placement
-from hetis.solver.problem import EngineRules, Family, PlacementProblem
+from hetis.solver.problem import PlacementProblem
 from tests.models import replace, shape_of
 from tests.solver.check import test_roles as test_check_roles
 from tests.solver.check.test_check import (

@@ -13,11 +13,12 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from hetis.solver.backends.highs import quiet_highs
 from hetis.solver.budget import Budget, Progress, SearchSettings
 from hetis.solver.check import check_plan
 from hetis.solver.cluster import Link
+from hetis.solver.engine_rules import EngineSettings
 from hetis.solver.errors import InfeasibleError, InvalidProblemError, NoPlanFoundError
-from hetis.solver.highs import quiet_highs
 from hetis.solver.placement import master
 from hetis.solver.placement.families import STRATEGIES
 from hetis.solver.placement.infeasible import trials as trials_module
@@ -26,7 +27,7 @@ from hetis.solver.placement.infeasible.trials import Trials
 from hetis.solver.placement.replicas.tabulation import build_cost_tables
 from hetis.solver.plan import ObjectiveKind, Status
 from hetis.solver.planning import solve_placement
-from hetis.solver.problem import EngineSettings, PlacementProblem
+from hetis.solver.problem import PlacementProblem
 from hetis.solver.replanning.fresh import search_fresh
 from tests.solver.instances import NO_LIMITS, SMALL_FAMILY, make_model, make_node, make_problem, make_profile, problems
 from tests.solver.oracle import best_plan_value

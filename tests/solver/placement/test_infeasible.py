@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from hetis.solver.budget import Budget, SearchSettings
 from hetis.solver.cluster import Link, Network
 from hetis.solver.cost import plain_memory, rank_shape
+from hetis.solver.engine_rules import EngineRules
 from hetis.solver.errors import InfeasibleError
 from hetis.solver.placement import search, solve
 from hetis.solver.placement.families import run_by
@@ -23,7 +24,7 @@ from hetis.solver.placement.infeasible.trials import MAX_TRIALS
 from hetis.solver.placement.wording import in_bytes
 from hetis.solver.plan import Objective, ObjectiveKind, Role
 from hetis.solver.planning import solve_placement
-from hetis.solver.problem import EngineRules, PlacementProblem
+from hetis.solver.problem import PlacementProblem
 from hetis.solver.rank_memory import RankKind
 from tests.models import replace, shape_of
 from tests.solver.instances import NO_LIMITS, SMALL_FAMILY, make_model, make_node, make_problem, make_profile, problems

@@ -13,6 +13,7 @@ from hetis.solver import node_links
 from hetis.solver.check import check_plan
 from hetis.solver.cluster import Link, Network
 from hetis.solver.constraints import Exclude, Selection, Unit
+from hetis.solver.engine_rules import EngineRules, Family
 from hetis.solver.errors import InvalidProblemError, NoPlanFoundError
 from hetis.solver.node_links import NodeLinks, node_links_of
 from hetis.solver.placement.constrained_problem import apply_constraints
@@ -21,7 +22,7 @@ from hetis.solver.placement.fleet import MOST_PARTS
 from hetis.solver.placement.replicas.tabulation import build_cost_tables
 from hetis.solver.plan import ObjectiveKind, Plan, Role, Status
 from hetis.solver.planning import solve_placement
-from hetis.solver.problem import OWN_LINKS, QUICK_LINKS, EngineRules, Family, PlacementProblem
+from hetis.solver.problem import OWN_LINKS, QUICK_LINKS, PlacementProblem
 from tests.solver.instances import SMALL_FAMILY, make_node, make_problem, make_profile, problems
 from tests.solver.oracle import best_plan_value
 from tests.solver.searching import plan_or_none

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from hetis.solver.check import check_plan
 from hetis.solver.cluster import NodeGroup
 from hetis.solver.constraints import Replicas
+from hetis.solver.engine_rules import EngineRules, Family
 from hetis.solver.errors import InfeasibleError, InvalidProblemError, NoPlanFoundError
 from hetis.solver.placement.families import STRATEGIES, beyond, run_by
 from hetis.solver.placement.fleet import device_classes
@@ -18,7 +19,7 @@ from hetis.solver.placement.nodes import pack_within
 from hetis.solver.placement.replicas.kinds import Kind, fewest_nodes
 from hetis.solver.plan import ObjectiveKind, Plan, Role, Status
 from hetis.solver.planning import solve_placement
-from hetis.solver.problem import EngineRules, Family, PlacementProblem
+from hetis.solver.problem import PlacementProblem
 from tests.solver.instances import make_model, make_node, make_problem, problems
 from tests.solver.placement.test_packing import every_way
 from tests.solver.searching import plan_or_none

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 
 from hetis.solver.check import check_plan
 from hetis.solver.cluster import Link, Network
+from hetis.solver.engine_rules import Family
 from hetis.solver.errors import InvalidProblemError
 from hetis.solver.placement.families import STRATEGIES
 from hetis.solver.placement.replicas.equal_stages import uniform_templates
@@ -19,7 +20,7 @@ from hetis.solver.placement.replicas.tabulation import build_cost_tables
 from hetis.solver.placement.replicas.template import interval_of, with_fewest_in_flight
 from hetis.solver.placement.solve import kv_routes
 from hetis.solver.plan import Objective, ObjectiveKind, Plan, Role, Status
-from hetis.solver.problem import Family, PlacementProblem
+from hetis.solver.problem import PlacementProblem
 from tests.solver.instances import (
     NO_LIMITS,
     SMALL_FAMILY,

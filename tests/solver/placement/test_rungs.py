@@ -9,11 +9,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hetis.solver.check import check_plan
+from hetis.solver.engine_rules import EngineRules, Family
 from hetis.solver.errors import InvalidProblemError, NoPlanFoundError
 from hetis.solver.placement.families import run_by
 from hetis.solver.placement.rungs import RUNGS, lowest_rung, rungs_of
 from hetis.solver.plan import ObjectiveKind, Role, Status
-from hetis.solver.problem import EngineRules, Family, PlacementProblem
+from hetis.solver.problem import PlacementProblem
 from tests.solver.instances import problems
 from tests.solver.searching import plan_or_none
 

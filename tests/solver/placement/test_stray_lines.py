@@ -12,7 +12,7 @@ import highspy
 import numpy as np
 import pytest
 
-from hetis.solver.highs import linear_program, no_stray_lines, quiet_highs
+from hetis.solver.backends.highs import linear_program, no_stray_lines, quiet_highs
 
 LIBC = ctypes.CDLL(None)
 

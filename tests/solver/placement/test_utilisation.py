@@ -12,11 +12,12 @@ from hetis.solver.check import Rule, check_plan
 from hetis.solver.check.rederive import Rederivation
 from hetis.solver.check.replica_shapes import Fleet, replica_shape
 from hetis.solver.check.waiting import request_queue
+from hetis.solver.engine_rules import EngineRules, Family
 from hetis.solver.placement.families import run_by
 from hetis.solver.placement.rungs import Known
 from hetis.solver.plan import KvRoute, Lanes, Objective, ObjectiveKind, Plan, ReplicaPlan, Role, StagePlan
 from hetis.solver.planning import solve_placement
-from hetis.solver.problem import Assumptions, EngineRules, Family, PlacementProblem
+from hetis.solver.problem import Assumptions, PlacementProblem
 from tests.solver.claimed_plans import claimed, plan_of, unclaimed
 from tests.solver.instances import make_node, make_problem, make_workload
 

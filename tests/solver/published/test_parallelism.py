@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hetis.solver.cost import Regime
+from hetis.solver.mixes import Regime
 from hetis.solver.placement.replicas.tabulation import build_cost_tables
 from hetis.solver.plan import Role
 from hetis.solver.problem import PlacementProblem

@@ -14,10 +14,11 @@ from hetis.solver.budget import Budget
 from hetis.solver.check import check_plan
 from hetis.solver.cluster import Cluster, GpuSlots, Link, Network, NodeGroup
 from hetis.solver.constraints import Exclude, Selection, Unit
+from hetis.solver.engine_rules import EngineRules
 from hetis.solver.errors import InfeasibleError, NoPlanFoundError
 from hetis.solver.plan import Objective, ObjectiveKind, Plan, Role
 from hetis.solver.planning import solve_placement
-from hetis.solver.problem import EngineRules, PlacementProblem
+from hetis.solver.problem import PlacementProblem
 from hetis.solver.replanning import replanner as replanning
 from hetis.solver.replanning.change import HALF_DONE, ChangeCosts, Fate, ReplanningProblem
 from hetis.solver.replanning.fresh import Fresh

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from hetis.solver.advice import without
 from hetis.solver.budget import SearchSettings
 from hetis.solver.check import check_plan
+from hetis.solver.engine_rules import EngineRules, Family
 from hetis.solver.errors import InfeasibleError, InvalidProblemError
 from hetis.solver.placement.enumeration import EnumeratedColumns
 from hetis.solver.placement.families import run_by
@@ -24,7 +25,7 @@ from hetis.solver.placement.replicas.tabulation import build_cost_tables
 from hetis.solver.placement.replicas.template import Template
 from hetis.solver.plan import LEAST_DEMAND_RPS, Objective, ObjectiveKind, Plan, ReplicaPlan, Role
 from hetis.solver.planning import solve_placement
-from hetis.solver.problem import EngineRules, Family, PlacementProblem
+from hetis.solver.problem import PlacementProblem
 from hetis.solver.replanning import whole_counts
 from hetis.solver.replanning.change import HALF_DONE, ChangeCosts, ReplanningProblem
 from hetis.solver.replanning.fresh import search_fresh

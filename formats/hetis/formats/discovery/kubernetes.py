@@ -26,7 +26,7 @@ from hetis.formats.discovery.found import (
     whole_number,
     zone_of,
 )
-from hetis.formats.discovery.labels import bytes_of, product_of
+from hetis.formats.discovery.labels import bytes_of, partition_of, product_of
 from hetis.formats.errors import Problem, single_problem
 from hetis.formats.fields import listed, mapping
 from hetis.formats.positions import Text
@@ -302,12 +302,14 @@ def _of_resource(node: _Object, resource: str, use: _Use, problems: list[Problem
     if not capacity:
         return [], []
     product, memory = product_of(node.labels, resource)
-    if "-MIG-" in product:
-        card, _, part = product.partition("-MIG-")
-        return [FoundGpus(product=card, count=usable, part=part)] if usable else [], []
+    if product == resource and resource == _NVIDIA:  # without labels
+        product = next(filter(None, _registered(node)), product)
+    if modes := partition_of(node.labels):
+        return [], [f"{counted(capacity, 'device')} ({product}): parts of GPUs ({modes}), not whole GPUs"]
+    product, _, part = product.partition("-MIG-")
     labelled, shares = _label(node, "count", problems), max(1, _label(node, "replicas", problems))
-    if registered := _registered(node) if resource == _NVIDIA else 0:
-        labelled = labelled or registered
+    if registered := _registered(node) if resource == _NVIDIA else ():
+        labelled = labelled or len(registered)
         shares = max(shares, capacity // labelled)
     left_out = []
     if renamed or shares > 1:  # several pods take turns on a GPU, and the node counts turns
@@ -328,20 +330,22 @@ def _of_resource(node: _Object, resource: str, use: _Use, problems: list[Problem
     if usable == busy:
         return [], left_out
     own_name = _SHARED if renamed else ""
-    return [FoundGpus(product=product, count=usable - busy, memory_bytes=memory, resource=own_name)], left_out
+    memory = None if part else memory
+    one = FoundGpus(product=product, count=usable - busy, memory_bytes=memory, resource=own_name, part=part)
+    return [one], left_out
 
 
-def _registered(node: _Object) -> int:
-    """Return how many GPUs HAMi shares on a node; 0: it shares none."""
+def _registered(node: _Object) -> Sequence[str]:
+    """Return the products of the GPUs that HAMi shares on a node, as far as it names them; nothing: it shares none."""
     notes = mapping(mapping(node.data.get("metadata")).get("annotations"))
     for name in _HAMI:
         try:
-            found = json.loads(text(notes.get(name)) or "[]")
+            found = [text(mapping(one).get("type")) for one in listed(json.loads(text(notes.get(name)) or "[]"))]
         except (ValueError, RecursionError):  # earlier versions join them with colons
-            return text(notes.get(name)).count(":")
-        if listed(found):
-            return len(found)
-    return 0
+            found = ["".join(one.split(",")[4:5]) for one in text(notes.get(name)).split(":") if one.strip()]
+        if found:
+            return [product.removeprefix("NVIDIA-") for product in found]
+    return ()
 
 
 def _label(node: _Object, name: str, problems: list[Problem]) -> int:

@@ -125,6 +125,8 @@ def product_of(node_labels: Mapping[str, Any], resource: str) -> tuple[str, int 
         # A cloud's own label is less exact than the machine (l4, a100), a driver's is more.
         if not (product := labels.get(name)) or (by_machine and not name.startswith((vendor, f"beta.{vendor}"))):
             continue
+        if vendor == "huawei.com" and any(value.startswith("module-a3-") for value in labels.values()):
+            return "Ascend 910C", None
         if vendor == "huawei.com" and (chip := _ASCEND.fullmatch(product)):  # module-910b-8
             return f"Ascend {chip[1]}", None
         megabytes = labels.get(of_memory, "").removesuffix("MiB")
@@ -134,6 +136,13 @@ def product_of(node_labels: Mapping[str, Any], resource: str) -> tuple[str, int 
             return product, int(megabytes) * (2**30 if int(megabytes) < _LEAST_MEBIBYTES else 2**20)
         return product, bytes_of(f"{size[1]}{size[2]}i") if size else None
     return by_machine or instance or resource, None
+
+
+def partition_of(node_labels: Mapping[str, Any]) -> str:
+    """Return the modes that divide AMD's GPUs of a node (``cpx_nps4``), or an empty string if they are whole."""
+    names = (f"{one}amd.com/gpu.compute-memory-partition" for one in ("", "beta."))
+    modes = next((found for name in names if (found := text(node_labels.get(name)))), "")
+    return "" if modes.lower().startswith("spx") else modes[:40]
 
 
 def _board_of(instance: str, vendor: str) -> str | None:

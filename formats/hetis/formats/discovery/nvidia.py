@@ -169,10 +169,11 @@ def _table_gpus(text: str) -> list[DriverGpu]:
         return [DriverGpu(product=found[1]) for found in on_bus]
     table = next((table for table in _TABLES if any(line.startswith(table[0]) for line in lines)), None)
     gpus = list[DriverGpu]()
-    for line, following in itertools.pairwise(lines if table else ()):
+    for place, (line, following) in enumerate(itertools.pairwise(lines if table else ())):
         if table and (named := table[1].match(line)) and (memory := table[2].search(following)):
             used, total = (int(number) * 2**20 for number in memory.groups())
-            gpus.append(DriverGpu(product=named[1].strip(), memory_bytes=total, used_bytes=used))
+            num_parts = 0 if "".join(lines[place + 2 : place + 3]).endswith(" Enabled |") else None  # MIG M.
+            gpus.append(DriverGpu(product=named[1].strip(), memory_bytes=total, used_bytes=used, num_parts=num_parts))
     return gpus
 
 

@@ -153,7 +153,10 @@ def tower_params(vision: Config, *, projection: int, gated: bool) -> int:
     """
     hidden = vision.whole("hidden_size")
     layers = vision.whole("depth" if "depth" in vision.data else "num_hidden_layers")
-    layer = 4 * hidden * hidden + (3 if gated else 2) * hidden * vision.whole("intermediate_size")
+    heads = vision.whole("num_attention_heads", vision.whole("num_heads", 1))
+    size = vision.whole("head_dim", max(1, hidden // heads))
+    attention = 2 * hidden * size * (heads + min(heads, vision.whole("num_key_value_heads", heads)))
+    layer = attention + (3 if gated else 2) * hidden * vision.whole("intermediate_size")
     channels = vision.whole("in_channels", vision.whole("in_chans", vision.whole("num_channels", 3)))
     pixels = channels * vision.whole("patch_size", 14) ** 2
     patches = pixels * vision.whole("temporal_patch_size", 1) * hidden
@@ -192,10 +195,15 @@ def _tower_of_any_kind(vision: Config, hidden: int) -> int:
         own.data.pop("depth", None)
     params = (
         _glm_tower(own)
-        if str(own.data.get("model_type")).startswith("glm")
-        else tower_params(own, projection=hidden, gated=own.data.get("model_type") == "pixtral")
+        if str(own.data.get("model_type")).startswith("glm") and "out_hidden_size" in own.data
+        else tower_params(own, projection=hidden, gated=_is_gated(own))
     )
     return 0 if own.problems else params
+
+
+def _is_gated(vision: Config) -> bool:
+    """Return whether the MLPs of a tower have three matrices, as all with SwiGLU have, and Pixtral's with any."""
+    return vision.data.get("model_type") == "pixtral" or vision.data.get("hidden_act") in ("silu", "swiglu")
 
 
 def _glm_tower(vision: Config) -> int:
@@ -216,5 +224,5 @@ _TOWER_NAMES = {
     "patch_size": ("image_patch_size",),
     "hidden_size": ("vt_hidden_size", "width", "embed_dim", "d_model"),
     "num_hidden_layers": ("depth", "vt_num_hidden_layers", "layers", "num_layers", "encoder_layers"),
-    "intermediate_size": ("vt_intermediate_size", "encoder_ffn_dim"),
+    "intermediate_size": ("vt_intermediate_size", "encoder_ffn_dim", "mlp_dim"),
 }

@@ -76,6 +76,7 @@ class ModelSpecDocument(Document):
     window, unless ``windows_free_kv`` is false (vLLM's ``--disable-hybrid-kv-cache-manager``). Older files have
     ``sliding_window_every``: 2 means a window in every second layer, and ``windows_free_kv`` then defaults to false.
     ``vision_params`` are held by the first stage, in 16 bits. Layers mix ``residual_streams`` copies of the residual.
+    With ``norms_span_heads`` TP ranks sum the squares of queries and keys.
 
     Models whose layers differ in other ways have ``layers``, a list, instead of ``num_layers``, ``intermediate``, heads
     and the shapes from ``mla`` to ``compressed``.
@@ -106,6 +107,7 @@ class ModelSpecDocument(Document):
     windows_free_kv: bool = True
     gated_attention: bool = False
     residual_streams: Annotated[int, Field(ge=1, le=MAX_STREAMS)] = 1
+    norms_span_heads: bool = False
     vision_params: Annotated[int, Field(ge=0, le=10**12)] = 0
     float16: bool = True
     mla: MlaPart | None = None
@@ -127,8 +129,8 @@ _ALWAYS = (
     *("gated_mlp", "tie_embeddings", "max_position"),
 )
 _UNLESS_USUAL = (
-    *("sliding_window", "sliding_layers", "windows_free_kv", "gated_attention", "residual_streams", "vision_params"),
-    "float16",
+    *("sliding_window", "sliding_layers", "windows_free_kv", "gated_attention", "residual_streams"),
+    *("norms_span_heads", "vision_params", "float16"),
 )
 _SHAPES = ("mla", "moe", "linear", "indexer", "compressed")
 
@@ -246,7 +248,7 @@ def _to_model(document: ModelSpecDocument) -> ModelSpec:
 
 _OF_MODEL = (
     *("name", "hidden", "vocab", "weights", "kv_bytes", "tie_embeddings", "max_position", "windows_free_kv"),
-    *("residual_streams", "vision_params", "float16"),
+    *("residual_streams", "norms_span_heads", "vision_params", "float16"),
 )
 
 

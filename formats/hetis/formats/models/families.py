@@ -47,6 +47,9 @@ def _minimax(config: Config, name: str) -> ModelSpec | None:
 
 
 _mixtral = family_of(partial(same_experts, num=8, active=2), window_in_all)
+_minimax_m2 = family_of(
+    partial(same_experts, num=8, active=2), window_in_all, fixed={"norms_span_heads": True}
+)  # MiniMaxText01RMSNormTP in vLLM 0.32
 
 
 def _opt(config: Config, fields: Mapping[str, Any]) -> dict[str, Any]:
@@ -155,7 +158,7 @@ _TABLE: tuple[tuple[str, str, Family], ...] = (
     ("LLaMAForCausalLM", "", family_of()),
     ("MistralForCausalLM", "mistral", family_of(window_in_all)),
     ("MixtralForCausalLM", "mixtral", _mixtral),
-    ("MiniMaxM2ForCausalLM", "minimax_m2", _mixtral),
+    ("MiniMaxM2ForCausalLM", "minimax_m2", _minimax_m2),
     ("QWenLMHeadModel", "qwen", family_of(qwen1)),
     ("Qwen2ForCausalLM", "qwen2", family_of(qwen_window)),
     ("Qwen2MoeForCausalLM", "qwen2_moe", qwen_moe),

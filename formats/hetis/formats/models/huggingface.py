@@ -134,7 +134,8 @@ def _config(data: dict[str, Any], source: Text, architecture: str) -> Config:
     text = data.get(at)
     if at == "thinker_config" and isinstance(text, dict):  # Qwen-Omni: what speaks is left out
         return _config({**text, "text_config": text.get("text_config")}, source, architecture)
-    is_nested = architecture in NESTED or (isinstance(text, dict) and "hidden_size" not in data)
+    is_whole = {"hidden_size", "num_hidden_layers"} <= set(in_usual_names(data))  # without what is inside
+    is_nested = architecture in NESTED or (isinstance(text, dict) and not is_whole)
     if not is_nested or (text is None and "hidden_size" in data):
         return Config(data, source, list(source.problems), whole_data=data)
     if not isinstance(text, dict):

@@ -11,13 +11,19 @@ from hetis.formats.fields import mapping
 from hetis.formats.kinds import read_data
 from hetis.formats.models import dtypes
 from hetis.formats.models.config_json import Config, LinearLayers
-from hetis.formats.models.quantised_formats import QUARK, compressed_groups, quark_input, quark_precision
+from hetis.formats.models.quantised_formats import (
+    QUARK,
+    compressed_groups,
+    in_groups_of_torchao,
+    quark_input,
+    quark_precision,
+)
 from hetis.formats.models.quantised_modules import MODELOPT, compressed_precision, modelopt_precision, override_of_bits
 from hetis.solver.model import ModelSpec
 
 _SUPPORTED = (
-    "fp8, fbgemm_fp8, mxfp4, mxfp8, bitsandbytes, modelopt, quark, awq, gptq, auto-round, compressed-tensors of 4 or "
-    "8 bits"
+    "fp8, fbgemm_fp8, mxfp4, mxfp8, bitsandbytes, modelopt, quark, awq, gptq, auto-round, torchao, "
+    "compressed-tensors of 4 or 8 bits"
 )
 _DEEPSEEK_V4 = ("fp8", "deepseek_v4_fp8")  # names of the method that quantises DeepSeek-V4, see `_with_experts`
 _QUANTISATION_FILE = "hf_quant_config.json"  # where ModelOpt's older checkpoints state how they are quantised
@@ -50,21 +56,34 @@ def quantisation_of(config: Config, folder: Path | None) -> Config | None:
 
 
 def _in_one_form(quantisation: dict[str, Any]) -> dict[str, Any]:
-    """Return a quantisation by ModelOpt, whatever name and nesting it has, in one form; vLLM reads all of them.
+    """Return a quantisation by ModelOpt or torchao, whatever name and nesting it has, in one form; vLLM reads all.
 
-    Older versions state no method, but which tool produced the checkpoint.
+    Older versions of ModelOpt state no method, but which tool produced the checkpoint. What torchao states are groups
+    as those of compressed-tensors.
     """
-    method = quantisation.get("quant_method") or mapping(quantisation.get("producer")).get("name")
-    if not str(method).lower().startswith("modelopt"):
-        return quantisation
-    return {**quantisation, **mapping(quantisation.get("quantization")), "quant_method": "modelopt"}
+    stated = quantisation.get("quant_method") or mapping(quantisation.get("producer")).get("name")
+    method = str(stated).lower()
+    if method == "torchao":
+        return in_groups_of_torchao(quantisation)
+    if method.startswith("modelopt"):
+        return {**quantisation, **mapping(quantisation.get("quantization")), "quant_method": "modelopt"}
+    return quantisation | {"quant_method": _ALIASES[method]} if method in _ALIASES else quantisation
+
+
+# Other names of methods in vLLM 0.32.
+_ALIASES = dict.fromkeys(("gptq_marlin", "auto_gptq"), "gptq")
+_ALIASES |= dict.fromkeys(("awq_marlin", "auto_awq"), "awq") | dict.fromkeys(("intel/auto-round", "inc"), "auto-round")
+_ALIASES["gpt_oss_mxfp4"] = "mxfp4"
 
 
 def _with_experts(config: Config, quantisation: dict[str, Any]) -> dict[str, Any]:
-    """Return DeepSeek-V4's quantisation with the format of its routed experts, which the model's fields state.
+    """Return DeepSeek-V4's or Ling 3's quantisation with the format of its routed experts.
 
-    As in vLLM 0.32 (models/deepseek_v4/quant_config.py), they have MXFP4 unless stated otherwise, all else FP8.
+    As in vLLM 0.32 (models/deepseek_v4/quant_config.py), DeepSeek-V4's have MXFP4 unless the model's fields state
+    otherwise, all else FP8. Ling's quantisation states it (``_configure_ling_fp8_quant_config``).
     """
+    if of_experts := quantisation.get("routed_experts_quant_method"):
+        return {**quantisation, "expert_dtype": "fp4" if of_experts == "mxfp4" else of_experts}
     method = str(quantisation.get("quant_method")).lower()
     if config.data.get("model_type") != "deepseek_v4" or method not in _DEEPSEEK_V4:
         return {name: value for name, value in quantisation.items() if name != "expert_dtype"}  # only V4 has that field
@@ -87,6 +106,11 @@ def weights_precision(config: Config, model: ModelSpec | None, linear: LinearLay
         return _of_experts(config.quantisation)
     if method in by_method:
         return by_method[method]
+    if method == "auto-round" and str(quantisation.get("data_type", "int")).lower() not in ("int", "none"):
+        kind = str(quantisation["data_type"]).lower()
+        if (floats := _FLOATS.get((kind[:5], bits))) is None:
+            config.quantisation.refuse("data_type", f"{shown(kind)} of {shown(bits)} bits is not supported")
+        return floats
     if method in ("gptq", "auto-round") and bits in (4, 8) and model is not None:
         _refuse_other_bits(config.quantisation, bits, model, linear)
     if method in ("awq", "gptq", "auto-round") and bits in (4, 8):
@@ -120,9 +144,15 @@ def weights_precision(config: Config, model: ModelSpec | None, linear: LinearLay
         return precision
     if method == "bitsandbytes":
         return "bnb-int4" if quantisation.get("load_in_4bit") or quantisation.get("_load_in_4bit") else "bnb-int8"
+    if not method:
+        config.quantisation.refuse_all(f"states no quant_method; supported: {_SUPPORTED}")
+        return None
     what = f"{method} with {shown(bits)} bits" if method in ("awq", "gptq") else shown(method)
     config.quantisation.refuse_all(f"{what} is not supported; supported: {_SUPPORTED}")
     return None
+
+
+_FLOATS = {("mx_fp", 4): "mxfp4", ("mx_fp", 8): "fp8", ("nv_fp", 4): "nvfp4", ("fp8", 8): "fp8"}  # AutoRound's
 
 
 def _refuse_other_bits(quantisation: Config, bits: int, model: ModelSpec, linear: LinearLayers) -> None:

@@ -103,3 +103,44 @@ def expression(pattern: str) -> re.Pattern[str] | None:
         return re.compile(pattern)
     except re.error:
         return None
+
+
+# Weights of torchao's configs, by their names without ``Config`` and underscores: bits, and whether they are floats.
+_TORCHAO = {
+    **dict.fromkeys(
+        ("int4weightonly", "int8dynamicactivationint4weight", "float8dynamicactivationint4weight"), (4, False)
+    ),
+    **dict.fromkeys(("int8weightonly", "int8dynamicactivationint8weight"), (8, False)),
+    **dict.fromkeys(("float8weightonly", "float8dynamicactivationfloat8weight"), (8, True)),
+}
+
+
+def in_groups_of_torchao(data: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what torchao states as groups of compressed-tensors; modules of a config of no known kind name it.
+
+    ``quant_type`` is the name of a config, with ``quant_type_kwargs``, or a config; ``ModuleFqnToConfig`` has one for
+    each of some modules or expressions (``re:``), none for those in 16 bits, and one for all others.
+    """
+    stated = data.get("quant_type")
+    whole = mapping(stated).get("default", stated)
+    whole = {"_type": whole, "_data": data.get("quant_type_kwargs")} if isinstance(whole, str) else mapping(whole)
+    named = next(
+        (mapping(of) for key, of in mapping(whole.get("_data")).items() if key.endswith("fqn_to_config")), None
+    )
+    configs = {"_default": whole} if named is None else named
+    groups, ignored = dict[str, Any](), [*listed(data.get("modules_to_not_convert"))]
+    for name, config in configs.items():
+        if config is None:
+            ignored.append(name)
+            continue
+        kind = str(mapping(config).get("_type")).replace("_", "").lower().removesuffix("config")
+        of, options = _TORCHAO.get(kind), mapping(mapping(config).get("_data"))
+        if of is None and "intx" in kind and (bits := re.search(r"int([48])\b", str(options.get("weight_dtype")))):
+            of = int(bits[1]), False
+        if of is None and not name.endswith("embed_tokens"):
+            return {"quant_method": f"torchao with {mapping(config).get('_type')}"}
+        if of is not None:
+            size = options.get("group_size") if isinstance(options.get("group_size"), int) else None
+            weights = {"num_bits": of[0], "type": "float" if of[1] else "int", "group_size": size, "symmetric": True}
+            groups[name] = {"weights": weights, "targets": [CLASS if name == "_default" else name]}
+    return {"quant_method": "compressed-tensors", "config_groups": groups, "ignore": ignored}

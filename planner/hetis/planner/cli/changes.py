@@ -112,7 +112,7 @@ def what_if(
     from hetis.planner.export.carrying import not_carried
     from hetis.planner.report import what_if as report
     from hetis.planner.report.page.pages import buy_next_page, what_if_page
-    from hetis.planner.use_cases.compare import Searches
+    from hetis.planner.use_cases.comparing.compare import Searches
     from hetis.planner.use_cases.other_fleets import what_if as asking
     from hetis.planner.use_cases.other_fleets.additions import read_wanted
     from hetis.planner.use_cases.place import read_inputs
@@ -415,7 +415,7 @@ def diff(
     Replicas are matched by the GPUs they hold and the layers on them. Devices of the same name are the same GPU.
     """
     from hetis.planner.report.changes import diff_document, render_diff
-    from hetis.planner.use_cases.compare import diff_plans
+    from hetis.planner.use_cases.comparing.plan_differences import diff_plans
 
     found = diff_plans(before, after)
     terminal.emit(lambda: diff_document(found), lambda: render_diff(found))

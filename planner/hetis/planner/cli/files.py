@@ -299,7 +299,7 @@ def catalog(
     from hetis.planner.report.tables import table_of
     from hetis.planner.use_cases.json_values import fields_of, json_value
     from hetis.profiler.defaults import profile_origin
-    from hetis.solver.problem import Family
+    from hetis.solver.engine_rules import Family
 
     every = _by_name(which)
     chosen = {name: entry for name, entry in every.items() if containing.lower() in name.lower()}

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from hetis.formats.documents import Value
     from hetis.planner.use_cases.sources import Inputs
-    from hetis.solver.problem import EngineRules
+    from hetis.solver.engine_rules import EngineRules
 
 STDOUT = Path("-")  # stands for standard output
 _MANY_CUT = 0.1  # share of requests that the context cuts, below which only the notes of a plan mention it

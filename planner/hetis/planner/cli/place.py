@@ -20,7 +20,7 @@ from hetis.solver.errors import InfeasibleError, NoPlanFoundError
 from hetis.solver.plan import DEFAULT_STRATEGY
 
 if TYPE_CHECKING:
-    from hetis.planner.use_cases.compare import Compared
+    from hetis.planner.use_cases.comparing.compare import Compared
     from hetis.planner.use_cases.place import PlacedPlan, PosedPlacement
     from hetis.solver.plan import Objective, Plan
 
@@ -199,7 +199,7 @@ def compare(
     from hetis.planner.report.comparison import comparison_document, render_comparison
     from hetis.planner.report.page.pages import comparison_page
     from hetis.planner.use_cases.climbing import HIGHEST
-    from hetis.planner.use_cases.compare import Searches, compare_engines, simulate_plans
+    from hetis.planner.use_cases.comparing.compare import Searches, compare_engines, simulate_plans
     from hetis.planner.use_cases.place import read_inputs
     from hetis.planner.use_cases.placement_settings import settings_of
     from hetis.planner.use_cases.sources import rules_of_engine
@@ -247,7 +247,7 @@ def compare(
 
 def judge(compared: Sequence[Compared]) -> ExitCode:
     """Return success if there is a plan to choose and no result is broken."""
-    from hetis.planner.use_cases.compare import FAILED
+    from hetis.planner.use_cases.comparing.compare import FAILED
     from hetis.solver.plan import Status
 
     if any(outcome.status == FAILED for outcome in compared):

@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
 from hetis.commands.terminal import Terminal
 from hetis.planner.cli.exit_codes import ExitCode
 from hetis.planner.report.figures import digits, percent
+from hetis.solver.backends.search_clock import search_seconds
 from hetis.solver.budget import Budget, Progress, Report
-from hetis.solver.search_clock import search_seconds
 
 if TYPE_CHECKING:
     from rich.progress import Progress as ProgressBar

@@ -24,9 +24,9 @@ from hetis.planner.jobs.messages import (
 )
 from hetis.planner.use_cases.place import make_plan, simulated_plan
 from hetis.planner.use_cases.verification.rates import ITERATIONS
+from hetis.solver.backends.search_clock import SearchClock, compilations_told_to
 from hetis.solver.budget import Budget, Progress, Report
 from hetis.solver.errors import InfeasibleError, InvalidProblemError, NoPlanFoundError, UncheckedPlanError
-from hetis.solver.search_clock import SearchClock, compilations_told_to
 
 
 class Searcher:

@@ -18,7 +18,7 @@ from hetis.planner.library.arguments import checked, spread
 from hetis.planner.report.figures import digits, percent, plural, seconds, with_unit
 from hetis.planner.report.promises import misses_as_planned
 from hetis.planner.report.simulation.text import level_words, simulation_document
-from hetis.planner.use_cases.compare import Figures, figures_of
+from hetis.planner.use_cases.comparing.plan_figures import Figures, figures_of
 from hetis.planner.use_cases.record.parts import MadeFrom, Verified
 from hetis.planner.use_cases.request import (
     Count,
@@ -44,7 +44,7 @@ from hetis.simulator.values import Settings
 from hetis.solver import plan as solved
 from hetis.solver.budget import Budget
 from hetis.solver.errors import InvalidProblemError
-from hetis.solver.plan import Explanation
+from hetis.solver.placement.explanation.facts import Explanation
 from hetis.solver.problem import PlacementProblem
 
 if TYPE_CHECKING:

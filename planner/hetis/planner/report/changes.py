@@ -17,7 +17,8 @@ from hetis.planner.report.figures import digits, gigabytes, percent, percent_of_
 from hetis.planner.report.goals import changed_values, goal_line, problem_title
 from hetis.planner.report.promises import demand_words, kept_cell, simulated_words
 from hetis.planner.report.tables import as_group, drawn, facts, first_rows, section, table, table_of
-from hetis.planner.use_cases.compare import PlanDiff, kept_of
+from hetis.planner.use_cases.comparing.plan_differences import PlanDiff
+from hetis.planner.use_cases.comparing.plan_figures import kept_of
 from hetis.planner.use_cases.json_values import document, fields_of
 from hetis.planner.use_cases.other_fleets.replan import PosedReplan, survival_of
 from hetis.solver.plan import ObjectiveKind, Plan, ReplicaPlan, Role

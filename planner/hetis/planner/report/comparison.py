@@ -15,7 +15,8 @@ from hetis.planner.report.figures import digits, percent, seconds, tokens, with_
 from hetis.planner.report.goals import goal_line, problem_title
 from hetis.planner.report.promises import kept_cell
 from hetis.planner.report.tables import as_group, drawn, grid, section, titled
-from hetis.planner.use_cases.compare import Compared, Figures, best_of, figures_of, kept_of
+from hetis.planner.use_cases.comparing.compare import Compared, best_of
+from hetis.planner.use_cases.comparing.plan_figures import Figures, figures_of, kept_of
 from hetis.planner.use_cases.json_values import document, fields_of
 from hetis.planner.use_cases.record.parts import Requested, Verified
 from hetis.planner.use_cases.service_level import DEFAULT

@@ -20,7 +20,8 @@ from hetis.planner.report.plan import classes_section, headline, price_grid
 from hetis.planner.report.replica import device_table, replica_name
 from hetis.planner.report.tables import Unbroken, as_group, bullets, drawn, grid, section
 from hetis.planner.use_cases.grouping import ReplicaGroup, abbreviate, group_replicas
-from hetis.solver.plan import Explanation, IdleGpus, MemoryBar, Plan, ReplicaPlan, StageTime, parallel_sizes
+from hetis.solver.placement.explanation.facts import Explanation, IdleGpus, MemoryBar, StageTime
+from hetis.solver.plan import Plan, ReplicaPlan, parallel_sizes
 from hetis.solver.queueing import Queueing
 
 MAX_SHAPES = 6

@@ -19,17 +19,18 @@ from hetis.planner.report.figures import bar, digits, percent, plural, seconds, 
 from hetis.planner.report.goals import named_problem
 from hetis.planner.report.replica import device_table, palette_of, picture, replica_headline, stage_table, unit_of_room
 from hetis.planner.report.tables import as_group, bullets, drawn, facts, section, table, titled
-from hetis.planner.use_cases.compare import cost_rate, figures_of
+from hetis.planner.use_cases.comparing.plan_figures import cost_rate, figures_of
 from hetis.planner.use_cases.grouping import ReplicaGroup, group_replicas, number_ranges, shapes_of
 from hetis.planner.use_cases.record.forms import Predicted
 from hetis.planner.use_cases.record.parts import MadeFrom, Requested, Verified
 from hetis.planner.use_cases.saved_plans import inputs_from_documents
 from hetis.solver.constraints import Constraint, described
+from hetis.solver.engine_rules import Family
 from hetis.solver.errors import InvalidProblemError
 from hetis.solver.placement.families import STRATEGIES
 from hetis.solver.plan import ObjectiveKind, Plan, Role
 from hetis.solver.planning import ConstraintPrice
-from hetis.solver.problem import EXPLICIT_LINKS, LINKS_TO_ANY, OWN_LINKS, QUICK_LINKS, Family
+from hetis.solver.problem import EXPLICIT_LINKS, LINKS_TO_ANY, OWN_LINKS, QUICK_LINKS
 
 MAX_SHAPES = 12  # replica shapes shown in full; the others are summarised in one line
 MAX_CLASSES = 40

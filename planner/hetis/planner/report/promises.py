@@ -12,7 +12,7 @@ from hetis.formats.models.dtypes import precision_of
 from hetis.planner.report.figures import digits, percent, percent_at_least, percent_of_gap, seconds, with_unit
 from hetis.planner.report.replica import known_model
 from hetis.planner.report.tables import SimulatedWords, SimulationRemarks, kept_words, missed_words
-from hetis.planner.use_cases.compare import kept_of
+from hetis.planner.use_cases.comparing.plan_figures import kept_of
 from hetis.planner.use_cases.record.forms import LITTLE_LEFT, EngineValue, Predicted
 from hetis.planner.use_cases.record.parts import (
     EqualStages,

@@ -18,7 +18,7 @@ from hetis.planner.report.figures import digits, percent, plural, with_unit
 from hetis.planner.report.goals import goal_line, problem_title
 from hetis.planner.report.plan import SMALLEST_PRICE
 from hetis.planner.report.tables import as_group, bullets, drawn, facts, section, titled
-from hetis.planner.use_cases.compare import Figures, figures_of
+from hetis.planner.use_cases.comparing.plan_figures import Figures, figures_of
 from hetis.planner.use_cases.grouping import gpu_counts, used_counts
 from hetis.planner.use_cases.json_values import document, json_value
 from hetis.planner.use_cases.other_fleets.additions import FleetChange

@@ -38,10 +38,10 @@ from hetis.planner.use_cases.sources import (
 from hetis.profiler.defaults import default_profile
 from hetis.solver.advice import without_nodes
 from hetis.solver.cluster import Cluster
+from hetis.solver.engine_rules import MOST_CHUNKS, NOTHING_SET, EngineRules, EngineSettings
 from hetis.solver.errors import InvalidProblemError
 from hetis.solver.model import ModelSpec
 from hetis.solver.plan import DEFAULT_STRATEGY, Objective, Role
-from hetis.solver.problem import MOST_CHUNKS, NOTHING_SET, EngineRules, EngineSettings
 from hetis.solver.profile import Profile
 from hetis.solver.workload import Workload
 from hetis.v1 import plan_pb2, replica_pb2

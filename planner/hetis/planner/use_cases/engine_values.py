@@ -12,17 +12,18 @@ from hetis.planner.use_cases.record.forms import EngineValue
 from hetis.planner.use_cases.record.parts import EqualStages, OtherEngines, Requested
 from hetis.planner.use_cases.sources import family_of, memories_for, named
 from hetis.planner.use_cases.verification.equal_stages import budget_of_one, value_within
+from hetis.solver.backends.search_clock import search_seconds
 from hetis.solver.budget import Budget, Progress, Report
 from hetis.solver.cluster import Cluster
 from hetis.solver.constraints import Constraint, Constraints, Exclude, RestrictRole, WithoutWorkers
+from hetis.solver.engine_rules import EngineRules, Family
 from hetis.solver.errors import InfeasibleError, InvalidProblemError, NoPlanFoundError
 from hetis.solver.model import ModelSpec
 from hetis.solver.placement.families import ENGINES, beyond
 from hetis.solver.placement.rungs import RUNGS, Known
 from hetis.solver.plan import Plan, Role
 from hetis.solver.plugin_time import NO_PLUGIN
-from hetis.solver.problem import EngineRules, Family, PlacementProblem
-from hetis.solver.search_clock import search_seconds
+from hetis.solver.problem import PlacementProblem
 
 SHARE = 0.1  # share of the time limit that all these searches may take
 SEARCHES = 2  # of each engine: a comparison needs no more, whose plan a search for that engine betters

@@ -30,12 +30,12 @@ from hetis.planner.use_cases.sources import LoadedInputs, engine_settings, load_
 from hetis.planner.use_cases.surviving import check_survival, most_left, surviving_plan, with_losses
 from hetis.planner.use_cases.verification import classes, equal_stages
 from hetis.planner.use_cases.verification.rates import ITERATIONS, kept_plan, simulation_report
+from hetis.solver.backends.search_clock import search_seconds
 from hetis.solver.budget import Budget, Report, SearchSettings, silent
 from hetis.solver.errors import InfeasibleError, InvalidProblemError, UncheckedPlanError
 from hetis.solver.placement.rungs import Known
 from hetis.solver.plan import DEFAULT_STRATEGY, Objective, Plan
 from hetis.solver.problem import PlacementProblem
-from hetis.solver.search_clock import search_seconds
 from hetis.solver.workload import Workload
 
 if TYPE_CHECKING:

@@ -8,8 +8,9 @@ from hetis.planner.use_cases.climbing import DEFAULT_WORTH, HIGHEST, LEAST_LAYER
 from hetis.planner.use_cases.listing import refuse_unlisted, stages_to_list
 from hetis.planner.use_cases.request import PlacementRequest, ratio_of
 from hetis.planner.use_cases.sources import Inputs, engine_rules
+from hetis.solver.engine_rules import EngineRules
 from hetis.solver.plan import DEFAULT_STRATEGY, DEFAULT_TIME_LIMIT_S, Objective, Role
-from hetis.solver.problem import EngineRules, PlacementProblem
+from hetis.solver.problem import PlacementProblem
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

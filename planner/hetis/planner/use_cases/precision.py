@@ -16,10 +16,11 @@ from hetis.formats.models.document import drafts
 from hetis.planner.use_cases.sources import Inputs, LoadedInputs
 from hetis.solver.cluster import Cluster, GpuType
 from hetis.solver.constraints import Constraint, Duty, Exclude, RestrictRole, Selection, Unit, WithoutWorkers
+from hetis.solver.engine_rules import EngineRules
 from hetis.solver.errors import InvalidProblemError
 from hetis.solver.model import ModelSpec
 from hetis.solver.plan import Plan
-from hetis.solver.problem import EngineRules, PlacementProblem
+from hetis.solver.problem import PlacementProblem
 
 WORKERS = "vllm-hetis"  # the engine with attention workers, which keep KV in 16 bits and compute no layers
 

@@ -33,11 +33,12 @@ from hetis.profiler.possible import impossible
 from hetis.profiler.roofline import shipped_efficiencies
 from hetis.solver.cluster import Cluster, GpuType
 from hetis.solver.constraints import Constraints
+from hetis.solver.engine_rules import NOTHING_SET, EngineRules, EngineSettings, Family
 from hetis.solver.errors import InvalidProblemError
 from hetis.solver.model import ModelSpec
 from hetis.solver.plan import Objective, Role
 from hetis.solver.plugin_time import NO_PLUGIN
-from hetis.solver.problem import NOTHING_SET, EngineRules, EngineSettings, Family, PlacementProblem
+from hetis.solver.problem import PlacementProblem
 from hetis.solver.profile import Op, Profile, Source
 from hetis.solver.rank_memory import RankMemories
 from hetis.solver.workload import Workload

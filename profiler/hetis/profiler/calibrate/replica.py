@@ -92,7 +92,7 @@ class CalibratedReplica:
         """Return the seconds of all layers but for attention, and of the LM head."""
         cost, model = self._cost, self.model
         if tokens not in self._by_tokens:
-            layers = self._repeated * cost.dense_s(tokens) + 2.0 * model.num_layers * cost.reduce_s(tokens)
+            layers = self._repeated * cost.dense_s(tokens) + model.num_layers * cost.reduces_s(tokens)
             prefix = model.prefix_layers * cost.dense_s(tokens, prefix_layer=True) if model.prefix_layers else 0.0
             self._by_tokens[tokens] = float(layers + prefix)
         if sequences not in self._by_sequences:

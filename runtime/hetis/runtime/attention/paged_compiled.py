@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from hetis.solver.compiled import kernel_of
+from hetis.solver.backends.compiled import kernel_of
 
 # Sums may be reordered, so that they vectorise. Infinities and NaN are kept, so that a broken model shows.
 kernel = kernel_of(Path(__file__).parent, fastmath={"reassoc", "contract", "arcp", "nsz"})

@@ -28,13 +28,13 @@ from hetis.runtime.vllm.calibration import (
     fit_calls,
     head_shape,
 )
-from hetis.runtime.vllm.head_map import LayerCall
-from hetis.runtime.vllm.rank import Rank
+from hetis.runtime.vllm.ranks.head_map import LayerCall
+from hetis.runtime.vllm.ranks.rank import Rank
+from hetis.runtime.vllm.ranks.step_tensors import LocalSequences, StepLimits
+from hetis.runtime.vllm.ranks.workers import BlockStore, ConnectedWorkers
 from hetis.runtime.vllm.scheduler import EngineShape
 from hetis.runtime.vllm.settings import VARIABLE, PluginSettings, require_whole_pages
-from hetis.runtime.vllm.step_tensors import LocalSequences, StepLimits
 from hetis.runtime.vllm.steps import LOCAL
-from hetis.runtime.vllm.workers import BlockStore, ConnectedWorkers
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig

@@ -1,8 +1,8 @@
 """The attention backend: vLLM's own for local head groups, with one KV head and a block table for each.
 
 It is composed, not copied: a base backend of vLLM stores and attends over *virtual sequences* (request, head group) as
-if they were requests of a model with one KV head. `hetis.runtime.vllm.rank` selects them and has workers compute the
-others. vLLM's compiled graphs see one opaque operation, as with every backend.
+if they were requests of a model with one KV head. `hetis.runtime.vllm.ranks.rank` selects them, and has workers compute
+the others. vLLM's compiled graphs see one opaque operation, as with every backend.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
 from vllm.v1.kv_cache_interface import ChunkedLocalAttentionSpec
 
 from hetis.runtime.vllm.blocks import HeadGroupSpec
-from hetis.runtime.vllm.head_map import LayerCall
 from hetis.runtime.vllm.plugin import CONNECTOR, vllm_version
-from hetis.runtime.vllm.rank import current_rank, has_rank
+from hetis.runtime.vllm.ranks.head_map import LayerCall
+from hetis.runtime.vllm.ranks.rank import current_rank, has_rank
 from hetis.runtime.vllm.settings import VARIABLE, SettingsError, read_settings
 
 if TYPE_CHECKING:
@@ -29,8 +29,8 @@ if TYPE_CHECKING:
     from vllm.v1.attention.backend import AttentionBackend, CommonAttentionMetadata
     from vllm.v1.kv_cache_interface import AttentionSpec
 
-    from hetis.runtime.vllm.rank import Rank
-    from hetis.runtime.vllm.step_tensors import LocalSequences, Step
+    from hetis.runtime.vllm.ranks.rank import Rank
+    from hetis.runtime.vllm.ranks.step_tensors import LocalSequences, Step
 
 
 WHOLE_STEPS = "0.32."  # the version of vLLM whose order of calls `veto_replay` was tried with

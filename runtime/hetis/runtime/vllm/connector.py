@@ -22,7 +22,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorProm
 
 from hetis.runtime.vllm.counts import COUNTERS, DISPATCH_BUCKETS, DISPATCH_SECONDS, GAUGES, Described, merged, summary
 from hetis.runtime.vllm.plugin import MODEL_RUNNER
-from hetis.runtime.vllm.rank import set_current_rank
+from hetis.runtime.vllm.ranks.rank import set_current_rank
 from hetis.runtime.vllm.scheduler import SchedulerSide
 from hetis.runtime.vllm.settings import PluginSettings, SettingsError, read_settings
 from hetis.runtime.vllm.steps import RankReport, StepPlan
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from vllm.v1.request import Request
 
     from hetis.runtime.vllm.calibration import Calibration
-    from hetis.runtime.vllm.rank import Rank
+    from hetis.runtime.vllm.ranks.rank import Rank
 
 
 class HetisStats(KVConnectorStats):  # type: ignore[misc]

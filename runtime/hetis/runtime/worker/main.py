@@ -294,7 +294,7 @@ def _compile_for_cpu() -> None:
     from hetis.runtime.attention import paged_compiled
     from hetis.runtime.attention.device import LocalDevice
     from hetis.runtime.attention.kv import KvShape
-    from hetis.solver.compiled import is_cached
+    from hetis.solver.backends.compiled import is_cached
 
     for dtype, kernel in (("float32", paged_compiled.attend), ("bfloat16", paged_compiled.attend_bfloat16)):
         if not is_cached(kernel):

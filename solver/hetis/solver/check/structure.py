@@ -8,9 +8,10 @@ from collections.abc import Iterator
 from hetis.solver.check.replica_shapes import Fleet
 from hetis.solver.check.setting import divides, head_groups_per_rank
 from hetis.solver.check.violation import Broken, Rule, Violation, at
+from hetis.solver.engine_rules import EngineRules
 from hetis.solver.model import Compressed, ModelSpec
 from hetis.solver.plan import AttentionWorkerPool, Plan, ReplicaPlan, Role, StagePlan
-from hetis.solver.problem import EngineRules, PlacementProblem
+from hetis.solver.problem import PlacementProblem
 
 # --- roles: the settings, the place and the GPU types that they require
 

@@ -40,7 +40,7 @@ def _drafting(setting: Setting, stage: StageShape) -> float:
     if draft is None or b == 0:
         return 0.0
     pairs = b * head_groups_per_rank(setting.model, stage.tp)
-    one = _dense(setting, stage, b, is_prefix=False) + 2 * _all_reduce(setting, stage, b)
+    one = _dense(setting, stage, b, is_prefix=False) + _all_reduces(setting, stage, b)
     one += _decode(setting, stage, stage.gpu, stage.tp, pairs=pairs, queries=1)
     return (draft.tokens - 1) * one + draft.tokens * _lm_head(setting, stage, b)
 
@@ -55,13 +55,13 @@ def layer_seconds(setting: Setting, stage: StageShape, *, is_prefix: bool = Fals
 def _plain_layer_seconds(setting: Setting, stage: StageShape, *, is_prefix: bool = False) -> float:
     """Return the seconds of a layer in one iteration without a chunk."""
     b = setting.decode_tokens
-    return _dense(setting, stage, b, is_prefix) + 2 * _all_reduce(setting, stage, b) + _attention(setting, stage)
+    return _dense(setting, stage, b, is_prefix) + _all_reduces(setting, stage, b) + _attention(setting, stage)
 
 
 def _chunk_layer_seconds(setting: Setting, stage: StageShape, *, is_prefix: bool = False) -> float:
     """Return the seconds of a layer in one iteration with a chunk."""
     b, C = setting.decode_tokens, setting.chunk_tokens
-    beside_dense_s = 2 * _all_reduce(setting, stage, b + C) + _prefill(setting, stage)
+    beside_dense_s = _all_reduces(setting, stage, b + C) + _prefill(setting, stage)
     beside_dense_s += _attention(setting, stage, beside_chunk=True)
     if setting.attention_dp > 1 and not is_prefix:
         return _parallel_experts(setting, stage, b + C, setting.all_tokens) + beside_dense_s
@@ -304,12 +304,16 @@ def _layer_rows(model: ModelSpec) -> int:
     return 4 * model.hidden * (1 + model.residual_streams)
 
 
-def _all_reduce(setting: Setting, stage: StageShape, T: float) -> float:
-    return 0.0 if stage.tp == 1 else _reduce_among(setting, stage, T, stage.tp)
+def _all_reduces(setting: Setting, stage: StageShape, T: float) -> float:
+    """Return the seconds of a layer's two sums over the ranks, and of the two float32 sums of norms over all heads."""
+    if stage.tp == 1:
+        return 0.0
+    norms_s = _reduce_among(setting, stage, T, stage.tp, token_bytes=8) if setting.model.norms_span_heads else 0.0
+    return 2 * _reduce_among(setting, stage, T, stage.tp) + norms_s
 
 
-def _reduce_among(setting: Setting, stage: StageShape, T: float, ranks: int) -> float:
-    num_bytes = T * setting.model.hidden * setting.model.activation_bytes
+def _reduce_among(setting: Setting, stage: StageShape, T: float, ranks: int, token_bytes: float | None = None) -> float:
+    num_bytes = T * (setting.model.hidden * setting.model.activation_bytes if token_bytes is None else token_bytes)
     wire_s = 2 * (ranks - 1) / ranks * num_bytes / stage.intra_link.bytes_per_s
     reduce_s = setting.seconds(stage.gpu, Op.ALL_REDUCE, ranks, num_bytes=num_bytes, wire_s=wire_s, tokens=T)
     return reduce_s + stage.intra_link.latency_s

@@ -12,7 +12,7 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from hetis.solver.compiled import kernel_of
+from hetis.solver.backends.compiled import kernel_of
 from hetis.solver.dispatch.dispatch_problem import FloatArray, IntArray, Stage
 
 kernel = kernel_of(Path(__file__).parent)

@@ -22,10 +22,10 @@ from typing import Any, NamedTuple, Protocol
 import highspy
 import numpy as np
 
+from hetis.solver.backends.highs import GROWING_SIMPLEX, linear_program, quiet_highs
 from hetis.solver.dispatch.certificate import Multipliers
 from hetis.solver.dispatch.dispatch_problem import BoolArray, FloatArray, IntArray
 from hetis.solver.dispatch.loaded_stage import LoadedStage
-from hetis.solver.highs import GROWING_SIMPLEX, linear_program, quiet_highs
 
 MOST_SIFTINGS = 30
 MOST_GUESSES = 8

@@ -33,6 +33,8 @@ class ModelSpec:
         windows_free_kv: engines free the KV that windows have passed although other layers keep theirs, as vLLM's
             hybrid KV cache manager does. Where all layers slide, they always do.
         residual_streams: copies of the residual that layers mix (hyper-connections, DeepSeek-V4); 1: a plain residual.
+        norms_span_heads: queries and keys are normalised over all heads, whose squares the TP ranks sum: a third
+            all-reduce of a layer (MiniMax-M2).
         vision_params: parameters of vision towers, which the first stage holds in 16 bits.
         float16: engines compute it in float16; False: they refuse, as its values exceed the range (Gemma 2).
         draft: how engines are configured to draft tokens; None: they do not draft.
@@ -51,6 +53,7 @@ class ModelSpec:
     max_position: int = 4096
     windows_free_kv: bool = True
     residual_streams: int = 1
+    norms_span_heads: bool = False
     vision_params: int = 0
     float16: bool = True
     draft: DraftShape | None = None
@@ -120,10 +123,7 @@ class ModelSpec:
 
     @property
     def head_groups(self) -> int:
-        """Return G, the KV head groups of a layer, the smallest things that are placed; MLA has one latent group.
-
-        Where layers differ, the most that a layer has.
-        """
+        """The KV head groups of a layer, G, the smallest things placed: the most that a layer has; 1 with MLA."""
         return self._kinds.groups
 
     @property
@@ -349,11 +349,7 @@ class ModelSpec:
         """Return the tokens by which `cached_tokens` grows with each further token of the context."""
         if self.sliding_window is None or not self._frees_windows:
             return 1.0
-
-        def grows(mixer: Mixer) -> bool:
-            return (window := window_of(mixer)) is None or context_tokens < window
-
-        return self._mean_by_kv(lambda mixer: float(grows(mixer)))
+        return self._mean_by_kv(lambda mixer: float((size := window_of(mixer)) is None or context_tokens < size))
 
     def state_bytes(self) -> float:
         """Return the mean bytes that one request keeps in one layer, for all heads, independently of its context."""

@@ -17,10 +17,10 @@ from itertools import islice
 import highspy
 import numpy as np
 
+from hetis.solver.backends.highs import linear_program, quiet_highs
 from hetis.solver.budget import Budget
 from hetis.solver.cluster import NodeGroup
 from hetis.solver.errors import UnboundPlanError
-from hetis.solver.highs import linear_program, quiet_highs
 from hetis.solver.placement.fleet import DeviceClass, IntArray
 from hetis.solver.placement.losses.spreading import ClassNode, Piece, Rates, spread_out
 from hetis.solver.placement.nodes import pack, pack_within

@@ -27,11 +27,12 @@ from hetis.solver.constraints import (
     WithoutWorkers,
     misfits,
 )
+from hetis.solver.engine_rules import Family
 from hetis.solver.errors import InvalidProblemError
 from hetis.solver.node_links import node_links_of
 from hetis.solver.placement.fleet import class_of_slots, class_prices, device_classes
 from hetis.solver.plan import ClassPrice, Plan
-from hetis.solver.problem import Family, PlacementProblem, without_selected
+from hetis.solver.problem import PlacementProblem, without_selected
 
 
 def apply_constraints(problem: PlacementProblem) -> PlacementProblem:

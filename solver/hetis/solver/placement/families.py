@@ -8,10 +8,10 @@ from typing import Any
 
 from hetis.solver.cluster import Cluster, node_of
 from hetis.solver.constraints import Constraint, Constraints, Exclude, WithoutTp
+from hetis.solver.engine_rules import EngineRules, Family
 from hetis.solver.errors import InvalidProblemError
 from hetis.solver.model import ModelSpec
 from hetis.solver.plan import ReplicaPlan, Role
-from hetis.solver.problem import EngineRules, Family
 
 
 @dataclass(frozen=True, slots=True)

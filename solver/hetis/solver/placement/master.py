@@ -29,7 +29,7 @@ from typing import Any, TypeGuard
 import highspy
 import numpy as np
 
-from hetis.solver.highs import linear_program, quiet_highs
+from hetis.solver.backends.highs import linear_program, quiet_highs
 from hetis.solver.placement.columns import Columns
 from hetis.solver.placement.constraint_rows import ClassRows, Pins, TypeOfRole, class_rows, pins_of, type_of_role
 from hetis.solver.placement.fleet import UNIFIED, IntArray, Routes

@@ -29,7 +29,7 @@ from typing import Any
 import highspy
 import numpy as np
 
-from hetis.solver.highs import quiet_highs
+from hetis.solver.backends.highs import quiet_highs
 from hetis.solver.placement.fleet import DeviceClass, IntArray
 from hetis.solver.placement.replicas.kinds import Kind, Parts, fewest_nodes, shared_places
 

@@ -10,10 +10,10 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from hetis.solver.cluster import node_of
+from hetis.solver.engine_rules import Family
 from hetis.solver.errors import InvalidProblemError
 from hetis.solver.placement.families import STRATEGIES
 from hetis.solver.plan import Plan, ReplicaPlan, Role
-from hetis.solver.problem import Family
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from hetis.solver import cost
+from hetis.solver import mixes
 from hetis.solver.budget import Budget, Progress, Report, SearchSettings
 from hetis.solver.errors import InvalidProblemError, NoPlanFoundError
 from hetis.solver.placement.binding import BoundStage, bind
@@ -328,7 +328,7 @@ def replica_plan(costs: CostTables, template: Template, stages: list[BoundStage]
     return ReplicaPlan(
         rate=template.rate,
         ttft_s=ttft_s(costs, template) + landing_s(costs, template),
-        tpot_s=template.interval_s * cost.tpot_per_interval(costs.problem.model, mix, m),
+        tpot_s=template.interval_s * mixes.tpot_per_interval(costs.problem.model, mix, m),
         micro_batch=mix.micro_batch,
         in_flight=m * mix.attention_dp,
         chunk_tokens=mix.chunk_tokens,

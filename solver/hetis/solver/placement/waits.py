@@ -15,8 +15,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from hetis.solver import cost
-from hetis.solver.cost import Mix
+from hetis.solver import mixes
+from hetis.solver.mixes import Mix
 from hetis.solver.placement.outcome import Outcome
 from hetis.solver.placement.replicas.tables import CostTables, FloatArray
 from hetis.solver.placement.replicas.template import Template, interval_of, landing_s, prompt_times, room_layers
@@ -130,8 +130,8 @@ def _own_utilisation(costs: CostTables, own: CostTables, template: Template, mos
 
     def keeps(utilisation: float) -> bool:
         assumed = replace(own.problem.assumptions, planned_utilisation=utilisation)
-        chunks = cost.chunks_ahead(own.moments, assumed, mix)
-        return cost.ttft_s(chunks, times.round_trip_s, times.slot_s) + landed_s <= limit_s * (1.0 + 1e-9)
+        chunks = mixes.chunks_ahead(own.moments, assumed, mix)
+        return mixes.ttft_s(chunks, times.round_trip_s, times.slot_s) + landed_s <= limit_s * (1.0 + 1e-9)
 
     if keeps(most):
         return most

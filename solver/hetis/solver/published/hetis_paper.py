@@ -23,7 +23,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from hetis.solver import cost
+from hetis.solver import cost, mixes
 from hetis.solver.cost import DeviceCost
 from hetis.solver.placement.fleet import IntArray
 from hetis.solver.placement.replicas.tables import CostTables
@@ -212,7 +212,7 @@ def _path(costs: CostTables, duty: ReplicaDuty, parts: Sequence[tuple[int, tuple
     compute_s = (t.layer_s[x, s] - reduce_s)[None, :]
     p = priced(costs, duty, tuple(ranks), compute_s, np.zeros_like(compute_s), t.rank_groups[s]).unlimited_at(0)
     even = p._replace(
-        fixed_s=np.zeros_like(p.fixed_s), in_flight=np.array([2 * len(ranks)]), full=cost.Regime(0.0, 0.0)
+        fixed_s=np.zeros_like(p.fixed_s), in_flight=np.array([2 * len(ranks)]), full=mixes.Regime(0.0, 0.0)
     )
     split = best_split(even)
     if split.x < 0:
@@ -225,8 +225,7 @@ def _all_reduce_s(costs: CostTables, x: int, rank: int) -> float:
     """Return the seconds that a request spends in the all-reduces of one layer."""
     mix, device = costs.mixes[x], _card(costs, *costs.ranks[rank])
     with_chunk, plain = mix.micro_batch + mix.chunk_tokens, mix.micro_batch
-    reduce_s = mix.chunk_iterations * device.reduce_s(with_chunk) + mix.plain_iterations * device.reduce_s(plain)
-    return float(2.0 * reduce_s)
+    return float(mix.chunk_iterations * device.reduces_s(with_chunk) + mix.plain_iterations * device.reduces_s(plain))
 
 
 def _card(costs: CostTables, device_class: int, tp: int) -> DeviceCost:

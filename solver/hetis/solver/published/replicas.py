@@ -20,7 +20,7 @@ import numpy as np
 
 from hetis.solver.budget import Budget
 from hetis.solver.cluster import Cluster
-from hetis.solver.cost import Regime
+from hetis.solver.mixes import Regime
 from hetis.solver.placement.fleet import DeviceClass, IntArray, class_of_slots
 from hetis.solver.placement.replicas.pipelines import split_layers
 from hetis.solver.placement.replicas.stage_cost import (

@@ -30,9 +30,9 @@ from typing import Any, NamedTuple
 import highspy
 import numpy as np
 
+from hetis.solver.backends.highs import GROWING_SIMPLEX, linear_program, quiet_highs
 from hetis.solver.dispatch.dispatch_problem import BoolArray, FloatArray, IntArray
 from hetis.solver.dispatch.lp import sift_columns
-from hetis.solver.highs import GROWING_SIMPLEX, linear_program, quiet_highs
 from hetis.solver.redispatch.redispatch_tables import RedispatchTables, device_seconds, objective_s
 
 NEAR = 0.02  # ratio by which arrivals in the initial model may cost more than the cheapest of their request

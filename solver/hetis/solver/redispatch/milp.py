@@ -14,8 +14,8 @@ from typing import Any, TypeAlias
 import highspy
 import numpy as np
 
+from hetis.solver.backends.highs import linear_program, quiet_highs
 from hetis.solver.dispatch.dispatch_problem import FloatArray, IntArray
-from hetis.solver.highs import linear_program, quiet_highs
 from hetis.solver.redispatch.redispatch_tables import RedispatchTables, device_seconds
 
 MOST_CELLS = 200  # limit on the number of movable requests times devices

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from hetis.solver.compiled import kernel_of
+from hetis.solver.backends.compiled import kernel_of
 from hetis.solver.dispatch.dispatch_problem import BoolArray, FloatArray, IntArray
 from hetis.solver.dispatch.loaded_stage import costs_of, device_s, running_load
 from hetis.solver.dispatch.snapshot import DeviceStatus, StateSnapshot

@@ -16,7 +16,7 @@ import numpy as np
 
 from hetis.solver.cluster import Cluster
 from hetis.solver.constraints import DUTY_OF_ROLE, Duty
-from hetis.solver.cost import Mix
+from hetis.solver.mixes import Mix
 from hetis.solver.placement.fleet import class_of_slots
 from hetis.solver.placement.replicas.pipelines import is_run_by_engine
 from hetis.solver.placement.replicas.stage_cost import stage_roles

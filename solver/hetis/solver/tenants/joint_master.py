@@ -33,7 +33,7 @@ from typing import Any
 import highspy
 import numpy as np
 
-from hetis.solver.highs import linear_program, quiet_highs
+from hetis.solver.backends.highs import linear_program, quiet_highs
 from hetis.solver.placement.columns import Columns, padded
 from hetis.solver.placement.fleet import IntArray, Routes
 from hetis.solver.placement.replicas.tables import FloatArray

@@ -27,8 +27,8 @@ from enum import StrEnum
 import highspy
 import numpy as np
 
+from hetis.solver.backends.highs import linear_program, quiet_highs
 from hetis.solver.errors import BrokenProofError
-from hetis.solver.highs import linear_program, quiet_highs
 from hetis.solver.placement.fleet import IntArray
 from hetis.solver.placement.replicas.tables import FloatArray
 from hetis.solver.tenants.fleet_search import FleetSearch, worth

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 
-from hetis.planner.use_cases import compare as comparing
-from hetis.planner.use_cases.compare import Searches, compare_strategies
+from hetis.planner.use_cases.comparing import compare as comparing
+from hetis.planner.use_cases.comparing.compare import Searches, compare_strategies
 from hetis.planner.use_cases.placement_settings import PlacementSettings
 from hetis.planner.use_cases.sources import load_inputs
 from hetis.solver.budget import Budget, silent
+from hetis.solver.engine_rules import EngineRules
 from hetis.solver.plan import Objective, Plan
-from hetis.solver.problem import EngineRules
 from tests.planner import plans
 from tests.planner.command_line import EXAMPLES
 

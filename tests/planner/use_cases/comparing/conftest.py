@@ -6,8 +6,8 @@ from collections.abc import Mapping
 
 import pytest
 
-from hetis.planner.use_cases import compare as comparing
 from hetis.planner.use_cases.climbing import Climbed
+from hetis.planner.use_cases.comparing import compare as comparing
 from hetis.planner.use_cases.placement_settings import PlacementSettings
 from hetis.solver.problem import PlacementProblem
 from tests.planner.use_cases.comparing.compared import Outcome, Solver, plan_of

@@ -15,8 +15,8 @@ from hetis.formats.documents import load_plan
 from hetis.planner.cli.app import run
 from hetis.planner.cli.exit_codes import ExitCode
 from hetis.planner.report.comparison import model_words
-from hetis.planner.use_cases import compare as comparing
-from hetis.planner.use_cases.compare import figures_of
+from hetis.planner.use_cases.comparing import compare as comparing
+from hetis.planner.use_cases.comparing.plan_figures import figures_of
 from hetis.planner.use_cases.record.parts import Requested
 from hetis.planner.use_cases.sources import Inputs
 from hetis.solver.budget import Budget
@@ -38,7 +38,7 @@ def test_contained_strategies_are_run_before_what_contains_them(solver: Solver) 
 
 
 def test_containers_are_strategies_that_have_every_plan_of_the_contained_one() -> None:
-    from hetis.solver.problem import Family
+    from hetis.solver.engine_rules import Family
 
     for inner, outer in comparing.CONTAINERS.items():
         small, large = STRATEGIES[inner].restrict(Family()), STRATEGIES[outer].restrict(Family())

@@ -15,19 +15,21 @@ import pytest
 from hetis.planner.cli.app import run
 from hetis.planner.cli.exit_codes import ExitCode
 from hetis.planner.report.comparison import model_words
-from hetis.planner.use_cases import compare as comparing
 from hetis.planner.use_cases.climbing import Climbed
-from hetis.planner.use_cases.compare import best_of, kept_of
+from hetis.planner.use_cases.comparing import compare as comparing
+from hetis.planner.use_cases.comparing.compare import best_of
+from hetis.planner.use_cases.comparing.plan_figures import kept_of
 from hetis.planner.use_cases.placement_settings import PlacementSettings
 from hetis.planner.use_cases.record.forms import RungFound
 from hetis.planner.use_cases.record.parts import Requested, Rungs
 from hetis.planner.use_cases.service_level import ServiceLevel
 from hetis.planner.use_cases.verification.outcome import STOPPED_EARLY
 from hetis.solver.budget import Budget
+from hetis.solver.engine_rules import EngineRules
 from hetis.solver.errors import BrokenProofError, UncheckedPlanError
 from hetis.solver.placement.families import STRATEGIES
 from hetis.solver.plan import Objective, ObjectiveKind, Plan
-from hetis.solver.problem import EngineRules, PlacementProblem
+from hetis.solver.problem import PlacementProblem
 from tests.planner import plans
 from tests.planner.use_cases.comparing.compared import COMMAND, SIMULATED, Solver, plan_of, searches
 

@@ -15,7 +15,7 @@ from hetis.formats.errors import DocumentError
 from hetis.planner.cli.app import run
 from hetis.planner.cli.exit_codes import ExitCode
 from hetis.planner.report.what_if import verdict_words
-from hetis.planner.use_cases.compare import Compared
+from hetis.planner.use_cases.comparing.compare import Compared
 from hetis.planner.use_cases.other_fleets.additions import FleetChange
 from hetis.planner.use_cases.other_fleets.what_if import Side, WhatIf, _kind_of_change, changed_inputs
 from hetis.planner.use_cases.placement_settings import PlacementSettings
@@ -23,8 +23,9 @@ from hetis.planner.use_cases.precision import for_engine
 from hetis.planner.use_cases.sources import LoadedInputs, load_inputs
 from hetis.solver.advice import Addition, Change, NodeShape, Proven, difference
 from hetis.solver.constraints import WithoutTp
+from hetis.solver.engine_rules import EngineRules
 from hetis.solver.plan import Objective, ObjectiveKind
-from hetis.solver.problem import EngineRules, PlacementProblem
+from hetis.solver.problem import PlacementProblem
 from tests.fleets import fleet
 from tests.planner.command_line import invoke
 

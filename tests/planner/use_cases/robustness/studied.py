@@ -6,10 +6,11 @@ from functools import cache
 
 from hetis.formats.documents import load_cluster, load_model, load_workload
 from hetis.profiler.roofline import modelled_profile
+from hetis.solver.engine_rules import MICRO_BATCHES, EngineRules, Family
 from hetis.solver.placement.families import run_by
 from hetis.solver.plan import Objective, Plan, Role
 from hetis.solver.planning import solve_placement
-from hetis.solver.problem import MICRO_BATCHES, EngineRules, Family, PlacementProblem
+from hetis.solver.problem import PlacementProblem
 from tests.models import replace
 from tests.planner.command_line import EXAMPLES
 

@@ -23,8 +23,9 @@ from hetis.profiler.ranges import ENGINE_ERROR, MOST_ERROR, UNKNOWN_ERROR
 from hetis.profiler.roofline import modelled_profile
 from hetis.solver.budget import Budget, silent
 from hetis.solver.check import check_plan
+from hetis.solver.engine_rules import EngineRules
 from hetis.solver.plan import ObjectiveKind
-from hetis.solver.problem import EngineRules, PlacementProblem
+from hetis.solver.problem import PlacementProblem
 from hetis.solver.profile import Op, Source
 from tests.models import replace
 from tests.planner.command_line import EXAMPLES

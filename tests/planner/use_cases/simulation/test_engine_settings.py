@@ -19,10 +19,10 @@ from hetis.planner.use_cases.saved_plans import load_plan_and_problem, problem_o
 from hetis.planner.use_cases.simulation.engine_settings import at_settings
 from hetis.simulator.simulate import simulate
 from hetis.solver.check import check_plan
+from hetis.solver.engine_rules import MOST_SETTING, EngineRules, EngineSettings
 from hetis.solver.errors import InvalidProblemError
 from hetis.solver.placement.families import run_by
 from hetis.solver.plan import Role
-from hetis.solver.problem import MOST_SETTING, EngineRules, EngineSettings
 from tests.fleets import fleet
 from tests.planner.command_line import invoke
 from tests.simulator.replica.test_lockstep import problem_of, sharing

@@ -8,10 +8,8 @@ import pytest
 
 from hetis.planner.use_cases.saved_plans import load_plan_and_problem
 from hetis.planner.use_cases.simulation.simulate import default_rate
-from hetis.planner.use_cases.verification.rates import (
-    TriedRate,
-    simulated_at,
-)
+from hetis.planner.use_cases.verification.rates import simulated_at
+from hetis.planner.use_cases.verification.tried_rate import TriedRate
 from hetis.simulator.metrics import Summary
 from hetis.simulator.running import silent
 from hetis.solver.budget import Budget

@@ -11,10 +11,11 @@ from hetis.planner.use_cases.record.forms import EngineValue
 from hetis.planner.use_cases.verification import equal_stages
 from hetis.solver.budget import Budget, SearchSettings
 from hetis.solver.constraints import Exclude, Selection, Unit, WithoutTp
+from hetis.solver.engine_rules import EngineRules
 from hetis.solver.errors import BrokenProofError
 from hetis.solver.placement.families import run_by
 from hetis.solver.plan import Role
-from hetis.solver.problem import EngineRules, PlacementProblem
+from hetis.solver.problem import PlacementProblem
 from tests.models import replace, shape_of
 from tests.planner import plans
 from tests.solver.instances import SMALL_FAMILY, make_model, make_node, make_problem

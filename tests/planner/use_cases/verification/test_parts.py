@@ -19,16 +19,15 @@ from hetis.planner.use_cases.simulation.engine_settings import at_settings
 from hetis.planner.use_cases.simulation.representative import RepresentativePart
 from hetis.planner.use_cases.simulation.simulate import Question, default_rate
 from hetis.planner.use_cases.verification import latency_curve, rates
-from hetis.planner.use_cases.verification.rates import (
-    TriedRate,
-    simulated_at,
-)
+from hetis.planner.use_cases.verification.rates import simulated_at
+from hetis.planner.use_cases.verification.tried_rate import TriedRate
 from hetis.simulator.metrics import Summary
 from hetis.simulator.running import silent
 from hetis.simulator.steadiness import Estimate
 from hetis.solver.budget import Budget
+from hetis.solver.engine_rules import EngineSettings
 from hetis.solver.plan import ObjectiveKind, Plan, ReplicaPlan
-from hetis.solver.problem import EngineSettings, PlacementProblem
+from hetis.solver.problem import PlacementProblem
 from hetis.v1 import plan_pb2
 from tests.planner.report.test_reports import text_of
 from tests.planner.use_cases.simulation.test_simulate import no_mixed_factor

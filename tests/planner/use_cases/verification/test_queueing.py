@@ -22,11 +22,12 @@ from hetis.simulator.values import Settings
 from hetis.solver.check.rederive import Rederivation
 from hetis.solver.check.replica_shapes import Fleet, replica_shape
 from hetis.solver.check.waiting import queueing, request_queue
+from hetis.solver.engine_rules import EngineSettings
 from hetis.solver.placement.explanation import explain_plan
 from hetis.solver.placement.families import STRATEGIES, run_by
 from hetis.solver.plan import Objective, Plan, ReplicaPlan, Role
 from hetis.solver.planning import solve_placement
-from hetis.solver.problem import EngineSettings, PlacementProblem
+from hetis.solver.problem import PlacementProblem
 from hetis.solver.queueing import EqualPrefills, EqualReplicas, Queueing, RequestQueue, SharedQueue
 from tests.planner.report.test_reports import text_of
 from tests.simulator.more_seats import with_more_seats

@@ -12,8 +12,8 @@ from hetis.simulator.arrivals import Arrivals, Load
 from hetis.simulator.running import never, silent
 from hetis.simulator.values import Settings
 from hetis.solver.budget import Budget
+from hetis.solver.engine_rules import EngineSettings
 from hetis.solver.plan import Plan, Role
-from hetis.solver.problem import EngineSettings
 from tests.planner.use_cases.simulation.test_simulate import no_mixed_factor
 from tests.planner.use_cases.verification.verifying import Placed, at_rate, no_progress
 from tests.simulator.more_seats import with_more_seats

@@ -13,13 +13,14 @@ from hetis.solver.advice import worst_node, worst_zone
 from hetis.solver.check import check_plan
 from hetis.solver.check.losses import StatedLoss, check_losses
 from hetis.solver.cluster import GpuSlots, NodeGroup
+from hetis.solver.engine_rules import EngineRules, Family
 from hetis.solver.errors import InfeasibleError, NoPlanFoundError
 from hetis.solver.placement.families import run_by
 from hetis.solver.placement.losses.survival import Survive
 from hetis.solver.placement.rungs import rungs_of
 from hetis.solver.plan import Objective, ObjectiveKind, Plan, Role
 from hetis.solver.planning import solve_surviving
-from hetis.solver.problem import EngineRules, Family, PlacementProblem
+from hetis.solver.problem import PlacementProblem
 from tests.solver.instances import make_problem, make_profile, problems
 from tests.solver.searching import plan_or_none
 

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from hetis.solver.check import check_plan
 from hetis.solver.cluster import GpuSlots, NodeGroup
+from hetis.solver.engine_rules import EngineRules, Family
 from hetis.solver.errors import InfeasibleError, NoPlanFoundError
 from hetis.solver.placement.candidates import candidates_of
 from hetis.solver.placement.families import run_by
@@ -20,7 +21,7 @@ from hetis.solver.placement.losses.survival import Survive
 from hetis.solver.placement.replicas.tabulation import build_cost_tables
 from hetis.solver.plan import Objective, ObjectiveKind, Role
 from hetis.solver.planning import solve_surviving
-from hetis.solver.problem import EngineRules, Family, PlacementProblem
+from hetis.solver.problem import PlacementProblem
 from tests.solver.instances import make_problem, make_profile
 from tests.solver.placement.losses.test_survival import left_by
 

@@ -223,7 +223,7 @@ def roles(text: str) -> frozenset[Role]:
 
 def chunks(text: str) -> frozenset[int]:
     """Parse sizes of prefill chunks separated by commas."""
-    from hetis.solver.problem import MOST_CHUNKS
+    from hetis.solver.engine_rules import MOST_CHUNKS
 
     sizes = [size.strip() for size in text.split(",")]
     if len(sizes) > MOST_CHUNKS:

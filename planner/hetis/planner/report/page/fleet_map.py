@@ -12,7 +12,8 @@ from hetis.planner.report.figures import plural
 from hetis.planner.report.replica import replica_name
 from hetis.planner.use_cases.grouping import ReplicaGroup, abbreviate, group_replicas
 from hetis.solver.cluster import Cluster, NodeGroup
-from hetis.solver.plan import Explanation, Plan, ReplicaPlan, Role
+from hetis.solver.placement.explanation.facts import Explanation
+from hetis.solver.plan import Plan, ReplicaPlan, Role
 
 MAX_NODES = 60  # cards per zone; further ones are only counted
 ROW = 4  # GPUs per row of a node's card

@@ -9,7 +9,7 @@ from typing import Any
 from hetis.planner.report import promises
 from hetis.planner.report.blocks import Bar, Scale, Tile
 from hetis.planner.report.figures import digits, percent, percent_at_least, plural, seconds, with_unit
-from hetis.planner.use_cases.compare import cost_rate, figures_of
+from hetis.planner.use_cases.comparing.plan_figures import cost_rate, figures_of
 from hetis.planner.use_cases.prices import price_of_idle
 from hetis.planner.use_cases.record.forms import LITTLE_LEFT
 from hetis.planner.use_cases.record.parts import EqualStages, Losses, Verified

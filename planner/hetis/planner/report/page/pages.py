@@ -26,7 +26,7 @@ from hetis.planner.report.page.rendering import render_page
 from hetis.planner.report.simulation.pictures import Panel, panels_of, panels_of_sweep
 from hetis.planner.report.simulation.text import service_level_words
 from hetis.planner.report.tables import SimulationRemarks
-from hetis.planner.use_cases.compare import Compared, best_of
+from hetis.planner.use_cases.comparing.compare import Compared, best_of
 from hetis.planner.use_cases.other_fleets.replan import PosedReplan
 from hetis.planner.use_cases.other_fleets.what_if import BuyNext, Side, WhatIf
 from hetis.planner.use_cases.record.parts import Requested, Verified

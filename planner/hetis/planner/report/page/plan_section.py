@@ -34,7 +34,8 @@ from hetis.planner.use_cases.grouping import ReplicaGroup, group_replicas
 from hetis.planner.use_cases.record.parts import MadeFrom, Requested
 from hetis.planner.use_cases.robustness.profile_errors import used_fits
 from hetis.solver.placement.explanation import explain_plan
-from hetis.solver.plan import Explanation, MemoryBar, Plan, ReplicaPlan, Role, parallel_sizes
+from hetis.solver.placement.explanation.facts import Explanation, MemoryBar
+from hetis.solver.plan import Plan, ReplicaPlan, Role, parallel_sizes
 from hetis.solver.problem import PlacementProblem
 
 MAX_SHAPES = 12  # shapes of replicas that are described in full

@@ -45,7 +45,7 @@ class Redispatched(_Changed):
 
 def is_compiled() -> bool:
     """Return whether the kernels are already compiled on this machine; if not, the first run takes a minute longer."""
-    from hetis.solver.compiled import is_cached
+    from hetis.solver.backends.compiled import is_cached
     from hetis.solver.dispatch.loaded_stage import running_load
 
     return is_cached(running_load)

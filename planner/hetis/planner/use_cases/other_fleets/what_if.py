@@ -12,7 +12,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
-from hetis.planner.use_cases.compare import FAILED, NO_PLAN, Compared, Searches, planned
+from hetis.planner.use_cases.comparing.compare import FAILED, NO_PLAN, Compared, Searches, planned
 from hetis.planner.use_cases.other_fleets.additions import FleetChange
 from hetis.planner.use_cases.placement_settings import PlacementSettings
 from hetis.planner.use_cases.record.parts import MadeFrom, Requested

@@ -13,10 +13,10 @@ from hetis.formats.errors import shown
 from hetis.planner.use_cases.json_values import json_value
 from hetis.planner.use_cases.service_level import Latency, ServiceLevel, Statistic
 from hetis.solver.advice import Loss
+from hetis.solver.engine_rules import NOTHING_SET, EngineRules, EngineSettings
 from hetis.solver.errors import InvalidProblemError
 from hetis.solver.plan import Role
 from hetis.solver.plugin_time import PluginTime
-from hetis.solver.problem import NOTHING_SET, EngineRules, EngineSettings
 
 PLACES = ("node", "zone")  # kinds of places whose loss a plan may have to survive
 MAY_DIFFER = ("tpot_limit_s", "demand_rps")  # the fields of an objective that may have been requested otherwise

@@ -42,10 +42,10 @@ from hetis.planner.use_cases.record.forms import (
 )
 from hetis.planner.use_cases.service_level import DEFAULT, ServiceLevel
 from hetis.solver.advice import Loss
+from hetis.solver.engine_rules import NOTHING_SET, EngineRules, EngineSettings
 from hetis.solver.errors import InvalidProblemError
 from hetis.solver.placement.rungs import RUNGS
 from hetis.solver.plan import Objective, Plan, Role
-from hetis.solver.problem import NOTHING_SET, EngineRules, EngineSettings
 
 P = TypeVar("P", bound="Part")
 T = TypeVar("T")

@@ -8,9 +8,10 @@ from hetis.planner.use_cases.grouping import group_replicas
 from hetis.simulator.simulate import batch_with_room, check_simulable
 from hetis.solver.check.rederive import Rederivation
 from hetis.solver.check.replica_shapes import Fleet, ReplicaShape, replica_shape
+from hetis.solver.engine_rules import EngineSettings
 from hetis.solver.errors import InvalidProblemError
 from hetis.solver.plan import KvRoute, Plan, ReplicaPlan, Role
-from hetis.solver.problem import EngineSettings, PlacementProblem
+from hetis.solver.problem import PlacementProblem
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -17,9 +17,10 @@ from hetis.simulator.arrivals import Arrivals, Load
 from hetis.simulator.metrics import Metrics, Prediction, Summary, prediction_of, summarise
 from hetis.simulator.running import MAX_ROUNDS, RateSweep, Report, SimulationJob, SimulationRunner, runner, sweep
 from hetis.simulator.values import Fault, Run, Settings
+from hetis.solver.engine_rules import NOTHING_SET, EngineSettings
 from hetis.solver.errors import InvalidProblemError
 from hetis.solver.plan import PLANNED_UTILISATION, Objective, Plan
-from hetis.solver.problem import NOTHING_SET, EngineSettings, PlacementProblem
+from hetis.solver.problem import PlacementProblem
 from hetis.solver.workload import Workload
 
 MIN_REQUESTS = 2000

@@ -7,11 +7,11 @@ from dataclasses import replace
 
 from hetis.planner.use_cases.record.forms import Searched
 from hetis.planner.use_cases.record.parts import EqualStages
+from hetis.solver.backends.search_clock import search_seconds
 from hetis.solver.budget import Budget, SearchSettings
 from hetis.solver.constraints import WithoutTp
 from hetis.solver.plan import Plan, Role
 from hetis.solver.problem import PlacementProblem
-from hetis.solver.search_clock import search_seconds
 
 SEARCH_S = 5.0  # time limit of each search
 

@@ -9,13 +9,13 @@ from hetis.planner.use_cases.record.parts import Verified
 from hetis.planner.use_cases.simulation.simulate import default_rate
 from hetis.planner.use_cases.verification.outcome import AS_PLANNED, promising, settings_of
 from hetis.planner.use_cases.verification.rates import (
-    TriedRate,
     are_filled,
     most_requests_of,
     num_requests_of,
     simulated_at,
     simulated_part,
 )
+from hetis.planner.use_cases.verification.tried_rate import TriedRate
 from hetis.simulator.running import RateSweep, Report, judged_rates
 from hetis.solver.budget import Budget
 from hetis.solver.plan import Objective, Plan

@@ -12,14 +12,14 @@ import math
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cache, partial
 from typing import NamedTuple
 
 from hetis.planner.use_cases.record.forms import Verification
 from hetis.planner.use_cases.record.parts import Requested, Verified
 from hetis.planner.use_cases.service_level import DEFAULT, Latency
-from hetis.planner.use_cases.simulation.judging import Measured, measured
+from hetis.planner.use_cases.simulation.judging import measured
 from hetis.planner.use_cases.simulation.representative import RepresentativePart, representative_part
 from hetis.planner.use_cases.simulation.simulate import NothingSimulatedError, Question, answer, default_rate, seats_of
 from hetis.planner.use_cases.verification.lower_rates import KeptRate, LowerRates, StoppedError
@@ -33,8 +33,9 @@ from hetis.planner.use_cases.verification.outcome import (
     promising,
     restated,
 )
+from hetis.planner.use_cases.verification.tried_rate import TriedRate, hardly_grows, judged
 from hetis.simulator.arrivals import Arrivals, Load
-from hetis.simulator.metrics import Metrics, Summary
+from hetis.simulator.metrics import Metrics
 from hetis.simulator.running import Report
 from hetis.simulator.values import Settings
 from hetis.solver.budget import Budget, Progress
@@ -46,33 +47,15 @@ from hetis.solver.problem import PlacementProblem
 TURNS = 8  # how many times a run replaces all the requests that a plan holds at once
 FEWEST = 4_000  # requests per run: with few seats, the p95 TTFT depends on the few bursts of long requests in a run
 FILLS = 2  # how many times at least, if that is not too much: while most seats are empty, TPOT looks too good
-UNLIMITED = Objective(ttft_limit_s=None, tpot_limit_s=None)
 LONGER = 2  # factor of the requests in a run that decides where limits are close
 PROBE = 500  # requests of the run before it, which only shows that a limit is missed by far
-BY_FAR = 1.1  # times the limit, above which a probe's whole interval is
 ITERATIONS = 2_000_000  # iterations of stages that all simulations of a plan may take: about six seconds
 PER_REQUEST = 20.0  # iterations that take as long as a request's arrival, routing and record
 PART = 0.2  # of all iterations, which one run may take
 WORKER_ITERATIONS = 3.0  # an iteration with attention workers takes as long as so many without
-BY_CHANCE = 0.02  # share of a limit above which an excess is no chance, however wide the interval
 HIGHER = (1.5, 1.2, 1.15, 1.1, 1.05)  # factors of the planned rate, which are tried if it is kept, up to the bound
 WORTH_TRYING = 1.01  # ratio of the highest rate to the planned one
-MOST_GROWTH = 0.02  # seconds by which the wait may grow per second at these rates
 LONG_RUN = 10_000  # requests of a run at these rates, unless that is more than `LONGER` times the ordinary number
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TriedRate:
-    """A simulation at one rate."""
-
-    summary: Summary
-    measured: Measured
-    num_requests: int
-    within: bool  # whether the load was carried and nothing exceeded its limit
-    kept: bool  # whether the limits were kept, up to chance: a plan may well use its limits up
-    sure: bool  # whether they were kept by more than chance, so that other traffic at this rate keeps them, too
-    close: bool  # whether a longer run may give another result
-    missed_by_far: bool  # whether longer runs would miss the limits, too
 
 
 # A callback for the progress of a run: its arrival rate, the requests that have arrived, and their number (zero while
@@ -194,7 +177,7 @@ def simulated_at(
         if not found.complete:
             return None
         budget.work += iterations_of(plan, found.runs[0])
-        outcome = _judged(found.summary, measured(level, found.summary, found.run, limits), num_requests)
+        outcome = judged(found.summary, measured(level, found.summary, found.run, limits), num_requests)
         if not outcome.close:
             break
     return outcome
@@ -430,35 +413,3 @@ def _may_keep_more(plan: Plan, at_plan: TriedRate) -> bool:
     It is for a plan of the highest rate, if its runs take only seconds and its wait hardly grows.
     """
     return plan.objective.demand_rps is None and hardly_grows(at_plan.summary) and not _has_workers(plan)
-
-
-def hardly_grows(summary: Summary) -> bool:
-    """Return whether the wait hardly grows.
-
-    In a run that is too short to tell whether the queue is steady, that must hold by more than chance.
-    """
-    growth = summary.growth
-    if summary.steady is None:
-        return growth.is_below(MOST_GROWTH)
-    return summary.steady and growth.value <= MOST_GROWTH
-
-
-def _judged(summary: Summary, found: Measured, num_requests: int) -> TriedRate:
-    """Return whether a run keeps the limits, and how sure that is.
-
-    The queues of a busy plan need time to fill, so the tail of latencies is too low in a run that starts empty.
-    """
-    limited, carried = found.limited, summary.within(UNLIMITED)
-    within = carried and all(one.value <= one.limit for one in limited)
-    by_chance = all(one.low <= one.limit and one.value <= (1.0 + BY_CHANCE) * one.limit for one in limited)
-    is_close = any(one.low <= one.limit < one.high / one.close for one in limited)
-    return TriedRate(
-        summary=summary,
-        measured=found,
-        num_requests=num_requests,
-        within=within,
-        kept=within or (summary.steady is not False and by_chance),
-        sure=within and all(one.high <= one.limit for one in limited),
-        missed_by_far=summary.steady is False or any(one.low > BY_FAR * one.limit for one in limited),
-        close=summary.steady is not False and is_close,
-    )

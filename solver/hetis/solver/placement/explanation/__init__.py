@@ -5,12 +5,13 @@ Sentences that say "at least" or "at most" are proofs; the others compare number
 
 from __future__ import annotations
 
+from hetis.solver.placement.explanation.facts import Explanation, StageTime
 from hetis.solver.placement.explanation.idle_gpus import held_by_class, why_idle
 from hetis.solver.placement.explanation.kv_traffic import link_sentences, route_sentences
 from hetis.solver.placement.explanation.replica_view import ReplicaView, replica_views
 from hetis.solver.placement.explanation.worker_pools import attention_workers
 from hetis.solver.placement.wording import in_bytes, in_time, in_time_above, stage_name
-from hetis.solver.plan import Explanation, Plan, Role, StageTime
+from hetis.solver.plan import Plan, Role
 from hetis.solver.problem import PlacementProblem
 
 __all__ = ["explain_plan", "held_by_class", "link_sentences"]

@@ -11,13 +11,15 @@ from typing import NamedTuple
 from hetis.solver.check.replica_shapes import left_out_by
 from hetis.solver.cluster import Cluster
 from hetis.solver.constraints import Exclude
-from hetis.solver.cost import DeviceCost, LargestBatch, rank_shape, state_bytes_per_copy
+from hetis.solver.cost import DeviceCost, rank_shape
 from hetis.solver.errors import InvalidProblemError
+from hetis.solver.mixes import LargestBatch, state_bytes_per_copy
+from hetis.solver.placement.explanation.facts import IdleGpus
 from hetis.solver.placement.explanation.replica_view import ReplicaView, main_view
 from hetis.solver.placement.families import STRATEGIES
 from hetis.solver.placement.fleet import DeviceClass, Part, device_classes
 from hetis.solver.placement.wording import in_percent, in_time, in_time_above, num_layers, stage_name
-from hetis.solver.plan import ClassPrice, IdleGpus, Plan
+from hetis.solver.plan import ClassPrice, Plan
 from hetis.solver.problem import PlacementProblem
 
 NOTHING = 1e-6  # share of the objective below which a dual counts as 0
@@ -151,8 +153,8 @@ def _alone(view: ReplicaView, device_class: DeviceClass, idle: int) -> Iterator[
         yield f"the {idle:,} idle hold at most {held} of {layers}, without KV"
         return
     # TPOT is at least one plain iteration of one request divided by the tokens that it adds.
-    fastest = min(costs, key=lambda c: c.dense_s(1) + 2 * c.reduce_s(1))
-    token_s = repeated * (fastest.dense_s(1) + 2 * fastest.reduce_s(1)) / model.emitted_tokens
+    fastest = min(costs, key=lambda c: c.dense_s(1) + c.reduces_s(1))
+    token_s = repeated * (fastest.dense_s(1) + fastest.reduces_s(1)) / model.emitted_tokens
     if limit_s is not None and token_s > limit_s:
         took = in_time_above(token_s, limit_s)
         could = ": they could only prefill" if family.splits_roles else ""
@@ -202,6 +204,6 @@ def _layer_s(view: ReplicaView, cost: DeviceCost) -> float:
     b, C = view.mix.micro_batch, view.mix.chunk_tokens
     own_s = float(cost.decode_attention_s(b * cost.shape.groups, cost.shape.queries_per_group))
     return view.per_request(
-        cost.dense_s(b + C) + 2 * cost.reduce_s(b + C) + cost.prefill_s(C) + cost.mixed_factor * own_s,
-        cost.dense_s(b) + 2 * cost.reduce_s(b) + own_s,
+        cost.dense_s(b + C) + cost.reduces_s(b + C) + cost.prefill_s(C) + cost.mixed_factor * own_s,
+        cost.dense_s(b) + cost.reduces_s(b) + own_s,
     )

@@ -24,21 +24,19 @@ from hetis.solver.check.timing import (
     tpot_per_t,
 )
 from hetis.solver.cluster import Link, node_of
-from hetis.solver.cost import (
-    DeviceCost,
+from hetis.solver.cost import DeviceCost, PoolCost, intra_link, rank_shape
+from hetis.solver.errors import InvalidProblemError
+from hetis.solver.mixes import (
     LargestBatch,
     Mix,
-    PoolCost,
-    intra_link,
     kv_tokens_per_copy,
     mix_of,
     prompt_tokens_per_copy,
-    rank_shape,
     state_bytes_per_copy,
 )
-from hetis.solver.errors import InvalidProblemError
 from hetis.solver.model import ModelSpec
-from hetis.solver.plan import MemoryBar, Plan, ReplicaPlan, Role, StageTime
+from hetis.solver.placement.explanation.facts import MemoryBar, StageTime
+from hetis.solver.plan import Plan, ReplicaPlan, Role
 from hetis.solver.problem import PlacementProblem
 from hetis.solver.rank_memory import RankMemory
 from hetis.solver.workload import WorkloadMoments
@@ -133,7 +131,7 @@ class ReplicaView:
             prefix_dense_s = self.per_request(
                 cost.dense_s(b + C, prefix_layer=True), cost.dense_s(b, prefix_layer=True)
             )
-        reduce_s = 2 * self.per_request(cost.reduce_s(b + C), cost.reduce_s(b))
+        reduce_s = self.per_request(cost.reduces_s(b + C), cost.reduces_s(b))
         exchange_s = 0.0  # part of the dense work of a layer with experts
         if mix.attention_dp > 1:
             exchange_s = self.per_request(cost.exchange_s(mix.all_tokens), cost.exchange_s(mix.attention_dp * b))
@@ -197,7 +195,7 @@ class ReplicaView:
         cost, pool, b, C = self.stage_cost(stage), stage.pool, self.mix.decode_tokens, self.mix.chunk_tokens
         if pool is None or C == 0:
             return 0.0
-        layer_s = cost.dense_s(b + C) + 2 * cost.reduce_s(b + C) + cost.prefill_s(C)
+        layer_s = cost.dense_s(b + C) + cost.reduces_s(b + C) + cost.prefill_s(C)
         layer_s += max(self.attention_s(stage, beside_chunk=True)) + self.problem.family.plugin.local_s
         return float(self.pool_cost(stage, pool.gpu, pool.link).late_s(b, C, pool.head_groups, pool.cards, layer_s))
 

@@ -8,9 +8,10 @@ from enum import StrEnum
 
 from hetis.solver.cluster import Cluster, Link, Network
 from hetis.solver.constraints import Constraint, described
+from hetis.solver.engine_rules import MICRO_BATCHES, NOTHING_SET, Family
 from hetis.solver.placement.families import STRATEGIES, run_by
 from hetis.solver.plan import Objective, ObjectiveKind, Role
-from hetis.solver.problem import MICRO_BATCHES, NOTHING_SET, Family, PlacementProblem
+from hetis.solver.problem import PlacementProblem
 
 WIDEST = "hetis"  # the strategy whose family contains those of all searched ones
 FAST = Link(bytes_per_s=1e18, latency_s=0.0)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
-from hetis.solver import cost
+from hetis.solver import mixes
 from hetis.solver.budget import Progress, SearchSettings, silent
 from hetis.solver.errors import InvalidProblemError, NoPlanFoundError
 from hetis.solver.placement.constrained_problem import apply_constraints, is_nothing_left
@@ -43,7 +43,7 @@ class Trial:
         for template, _ in self.outcome.chosen:
             mix, m = a.mixes[template.mix], family.in_flight[template.in_flight_index]
             if subject is Subject.TPOT and mix.role is not Role.PREFILL:
-                found.append(cost.tpot_per_interval(a.problem.model, mix, m) * template.interval_s)
+                found.append(mixes.tpot_per_interval(a.problem.model, mix, m) * template.interval_s)
             if subject is Subject.TTFT and mix.role is not Role.DECODE:
                 slowest = a.scopes[template.scope].tables.landing_s[template.mix].max()  # set aside by a limit
                 found.append(least_ttft_limit_s(a, template) + float(slowest))

@@ -8,10 +8,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from hetis.solver import cost
+from hetis.solver import cost, mixes
 from hetis.solver.cluster import Link
 from hetis.solver.constraints import Duty
-from hetis.solver.cost import DeviceCost, LargestBatch, Mix, PoolCost, RankShape
+from hetis.solver.cost import DeviceCost, PoolCost, RankShape
+from hetis.solver.mixes import LargestBatch, Mix
 from hetis.solver.model import ModelSpec
 from hetis.solver.placement.fleet import (
     DeviceClass,
@@ -157,9 +158,9 @@ class StageTables:
             trip_cap=caps.round_trip_s,
             slowest_landing_s=slowest_s,
             kv_tokens=kv_tokens,
-            prompt_tokens=self._per_rank(partial(cost.prompt_tokens_per_copy, self.problem.model, self.moments)),
+            prompt_tokens=self._per_rank(partial(mixes.prompt_tokens_per_copy, self.problem.model, self.moments)),
             state_bytes=self._per_rank(
-                lambda mix, held: mix.attention_dp * cost.state_bytes_per_copy(self.problem.model, mix, held)
+                lambda mix, held: mix.attention_dp * mixes.state_bytes_per_copy(self.problem.model, mix, held)
             ),
             rank_class=np.array([i for i, _ in self.ranks], dtype=np.int64),
             rank_tp=np.array([tp for _, tp in self.ranks], dtype=np.int64),
@@ -255,9 +256,9 @@ class StageTables:
         chunk_dense, dense = d.dense_s(both, all_tokens=m.all_tokens), d.dense_s(b)
         chunk_step, chunk_head = d.step_s(both), d.head_s(b + 1)
         chunk_prefix, prefix = d.dense_s(both, prefix_layer=True), d.dense_s(b, prefix_layer=True)
-        with_chunk = chunk_dense + 2 * d.reduce_s(both) + d.prefill_s(m.chunk_tokens)
+        with_chunk = chunk_dense + d.reduces_s(both) + d.prefill_s(m.chunk_tokens)
         self._rows[key] = {
-            "layer_s": nc * with_chunk + nd * (dense + 2 * d.reduce_s(b)),
+            "layer_s": nc * with_chunk + nd * (dense + d.reduces_s(b)),
             "step_s": nc * chunk_step + nd * d.step_s(b),
             "last_s": nc * chunk_head + nd * d.head_s(b) + m.iterations * drafting,
             "chunk_layer_s": m.unified * with_chunk,
@@ -330,7 +331,7 @@ class StageTables:
         respect.
         """
         problem = self.problem
-        tokens = self._per_rank(partial(cost.kv_tokens_per_copy, problem.model, self.moments, problem.assumptions))
+        tokens = self._per_rank(partial(mixes.kv_tokens_per_copy, problem.model, self.moments, problem.assumptions))
         tokens = np.maximum(tokens, problem.least_kv_tokens)
         settings = problem.family.engine_settings
         if not settings:

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from hetis.solver.cost import (
+from hetis.solver.mixes import (
     Mix,
     Regime,
     chunk_spread,

@@ -8,9 +8,10 @@ from functools import partial
 
 import numpy as np
 
-from hetis.solver import cost
+from hetis.solver import cost, mixes
 from hetis.solver.constraints import DUTY_OF_ROLE, Duty
-from hetis.solver.cost import Mix
+from hetis.solver.engine_rules import Family
+from hetis.solver.mixes import Mix
 from hetis.solver.model import ModelSpec
 from hetis.solver.placement.fleet import (
     DeviceClass,
@@ -25,7 +26,7 @@ from hetis.solver.placement.fleet import (
 from hetis.solver.placement.replicas.stage_tables import BuildClasses, StageTables
 from hetis.solver.placement.replicas.tables import CostTables, Scope, scopes_of_ranges
 from hetis.solver.plan import Role
-from hetis.solver.problem import Build, Family, PlacementProblem
+from hetis.solver.problem import Build, PlacementProblem
 from hetis.solver.workload import WorkloadMoments
 
 
@@ -96,13 +97,13 @@ def _mixes(family: Family, model: ModelSpec, moments: WorkloadMoments, num_zones
         if Role.UNIFIED in family.roles:
             for b in family.micro_batches:
                 for c in family.chunk_tokens:
-                    yield cost.mix_of(model, moments, micro_batch=b, chunk_tokens=c, attention_dp=d)
+                    yield mixes.mix_of(model, moments, micro_batch=b, chunk_tokens=c, attention_dp=d)
         if family.splits_roles:
             for afar in (False, True)[: min(num_zones, 2)]:
                 for c in family.chunk_tokens:
-                    yield cost.mix_of(model, moments, micro_batch=0, chunk_tokens=c, sends_afar=afar, attention_dp=d)
+                    yield mixes.mix_of(model, moments, micro_batch=0, chunk_tokens=c, sends_afar=afar, attention_dp=d)
             for b in family.micro_batches:
-                yield cost.mix_of(model, moments, micro_batch=b, chunk_tokens=0, attention_dp=d)
+                yield mixes.mix_of(model, moments, micro_batch=b, chunk_tokens=0, attention_dp=d)
 
 
 def _scopes(

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from hetis.solver import cost
+from hetis.solver import mixes
 from hetis.solver.placement.fleet import IntArray
 from hetis.solver.placement.replicas.stage_cost import (
     fixed_by_role,
@@ -117,7 +117,7 @@ def slacked_times(costs: CostTables, template: Template) -> FloatArray:
     t, m = costs.scopes[template.scope].tables, costs.problem.family.in_flight[template.in_flight_index]
     own = costs.of_scope(template.scope)
     of_role = own.regimes(costs.mixes[template.mix].role)
-    regime = cost.regime_of(of_role, in_flight=m, num_copies=len(template.stages))
+    regime = mixes.regime_of(of_role, in_flight=m, num_copies=len(template.stages))
     if m == 1:
         regime = own.regime_together(template.mix)
     plain, (chunk_s, _) = stage_seconds(costs, template), stage_seconds(costs, template, with_chunk=True)
@@ -258,8 +258,8 @@ def ttft_s(costs: CostTables, template: Template) -> float:
     if mix.role is Role.DECODE:
         return 0.0
     times = prompt_times(costs, template)
-    chunks = cost.chunks_ahead(own.moments, own.problem.assumptions, mix)
-    return cost.ttft_s(chunks, times.round_trip_s, times.slot_s)
+    chunks = mixes.chunks_ahead(own.moments, own.problem.assumptions, mix)
+    return mixes.ttft_s(chunks, times.round_trip_s, times.slot_s)
 
 
 def least_ttft_limit_s(costs: CostTables, template: Template) -> float:
@@ -270,4 +270,4 @@ def least_ttft_limit_s(costs: CostTables, template: Template) -> float:
     if mix.role is Role.UNIFIED:
         chunks_s = times_of(template, stage_seconds(costs, template, with_chunk=True))
         trip_s = max(trip_s, m * float(chunks_s.max()))
-    return cost.ttft_round_trips(own.moments, own.problem.assumptions, mix, m) * trip_s
+    return mixes.ttft_round_trips(own.moments, own.problem.assumptions, mix, m) * trip_s

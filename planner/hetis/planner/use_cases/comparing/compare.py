@@ -9,30 +9,29 @@ import math
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
 
 from hetis.formats.errors import internal_error
 from hetis.planner.use_cases.climbing import Carriers, Climbed
+from hetis.planner.use_cases.comparing.plan_figures import kept_of
 from hetis.planner.use_cases.grouping import shapes_of
 from hetis.planner.use_cases.place import make_plan, simulated_plan
 from hetis.planner.use_cases.placement_settings import PlacementSettings
 from hetis.planner.use_cases.precision import for_engine
-from hetis.planner.use_cases.prices import price_of_plan
-from hetis.planner.use_cases.record.parts import Requested, Verified
-from hetis.planner.use_cases.saved_plans import PlanAndProblem, differing_fields, load_plan_and_problem, problem_of
+from hetis.planner.use_cases.record.parts import Requested
+from hetis.planner.use_cases.saved_plans import problem_of
 from hetis.planner.use_cases.service_level import ServiceLevel
-from hetis.planner.use_cases.sources import Inputs, LoadedInputs
+from hetis.planner.use_cases.sources import LoadedInputs
 from hetis.planner.use_cases.verification.rates import ITERATIONS
 from hetis.solver.budget import Budget, Report, one_of_several
 from hetis.solver.check import check_plan
 from hetis.solver.constraints import described
+from hetis.solver.engine_rules import EngineRules
 from hetis.solver.errors import HetisError, InfeasibleError, InvalidProblemError, NoPlanFoundError, UncheckedPlanError
 from hetis.solver.placement.families import STRATEGIES, constraints_ignored
 from hetis.solver.placement.outcome import sound_bound
 from hetis.solver.placement.rungs import RUNGS
-from hetis.solver.plan import DEFAULT_STRATEGY, Objective, ObjectiveKind, Plan, Role, SolveResult, Status
-from hetis.solver.problem import EngineRules, PlacementProblem
-from hetis.solver.replanning.change import PlanChange, plan_change
+from hetis.solver.plan import DEFAULT_STRATEGY, Objective, Plan, SolveResult, Status
+from hetis.solver.problem import PlacementProblem
 
 # Every plan of a strategy is also one of its container for the same engine, whose bound therefore holds for it, too.
 CONTAINERS: Mapping[str, str] = {"uniform": "hetis", "hexgen": "hetis", "splitwise": "hexgen2", "hexgen2": "hetis"}
@@ -85,22 +84,6 @@ class Compared:
         """The name that distinguishes the outcome from the others."""
         name = DEFAULT_NAME if self.is_default else self.strategy
         return name if self.engine is None or self.is_only_engine else f"{name}-{self.engine}"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Figures:
-    """The figures of a plan by which strategies are compared."""
-
-    rate_rps: float  # goodput, or throughput if that is the objective
-    prompt_tokens_per_s: float  # at ``rate_rps``
-    output_tokens_per_s: float  # at ``rate_rps``
-    usd_per_hour: float | None  # price of the used GPUs; None: at least one has no price
-    usd_per_million_output_tokens: float | None  # at `cost_rate`, or at ``rate_rps`` if that is None
-    ttft_s: float  # TTFT of the slowest replica; 0 if there is none
-    tpot_s: float  # TPOT of the slowest replica; 0 if there is none
-    kv_tokens: int  # KV capacity of the replicas that decode
-    gpus_used: int
-    gpus_idle: int
 
 
 def compare_strategies(
@@ -215,26 +198,6 @@ def _simulated(
         status=simulated.result.status.value,
         solve_s=outcome.solve_s + whole.elapsed_s(),
     )
-
-
-class KeptPromise(NamedTuple):
-    """The part of a plan's promise that simulated traffic kept."""
-
-    rate_rps: float  # the highest rate up to the planned one that kept the limits; 0: none of those simulated
-    is_all: bool  # whether that is the planned rate
-
-
-def kept_of(plan: Plan) -> KeptPromise | None:
-    """Return what simulated traffic kept of a plan's promise.
-
-    None if the plan was not simulated, or promises throughput.
-    """
-    found = Verified.of(plan).verification
-    if found is None or plan.objective.kind is ObjectiveKind.THROUGHPUT:  # throughput is not the rate that is simulated
-        return None
-    planned_rps = plan.result.value if plan.objective.maximises else found.rate_rps
-    rate_rps = min(found.kept_rps or 0.0, planned_rps)
-    return KeptPromise(rate_rps, found.kept or rate_rps >= planned_rps > 0.0)
 
 
 def best_of(plans: Sequence[Plan]) -> int:
@@ -379,90 +342,3 @@ def _with_bound(result: SolveResult, bound: float, objective: Objective) -> Solv
     bound = sound_bound(bound, result.value, maximises=objective.maximises)
     gap = abs(bound - result.value) / abs(result.value) if result.value else result.gap
     return replace(result, bound=bound, gap=gap)
-
-
-def figures_of(plan: Plan, inputs: Inputs | PlacementProblem) -> Figures:
-    """Return the figures of a plan at its planned rate.
-
-    Raises:
-        DocumentError: the objective that was requested is not usable.
-    """
-    rate = plan.planned_rate()
-    usd = price_of_plan(plan, inputs.cluster)
-    moments = inputs.workload.clipped_to(inputs.model.max_position).moments()
-    output_per_s, cost_rps = rate * moments.mean_output, cost_rate(plan)
-    paid_per_s = output_per_s if cost_rps is None else cost_rps * moments.mean_output
-    used = len(plan.devices())
-    return Figures(
-        rate_rps=rate,
-        prompt_tokens_per_s=rate * moments.mean_prompt,
-        output_tokens_per_s=output_per_s,
-        usd_per_hour=usd,
-        usd_per_million_output_tokens=None if usd is None or not paid_per_s else 1e6 * usd / (3600.0 * paid_per_s),
-        ttft_s=max((replica.ttft_s for replica in plan.replicas), default=0.0),
-        tpot_s=max((replica.tpot_s for replica in plan.replicas), default=0.0),
-        kv_tokens=sum(replica.kv_tokens for replica in plan.replicas if replica.role is not Role.PREFILL),
-        gpus_used=used,
-        gpus_idle=inputs.cluster.num_gpus() - used - len(plan.held_by_others()),
-    )
-
-
-def cost_rate(plan: Plan) -> float | None:
-    """Return the demanded rate, at which a plan that minimises is paid for; None: the plan maximises its rate.
-
-    Such a plan could serve more, but that is not the traffic it is bought for.
-
-    Raises:
-        DocumentError: the objective that was requested is not usable.
-    """
-    return None if plan.objective.maximises else Requested.of(plan).objective(plan.objective).demand_rps
-
-
-# --- two plan files
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PlanDiff:
-    """Two plans and their differences. ``same_model``: weights can be kept. ``warnings`` limit the comparison."""
-
-    before: PlanAndProblem
-    after: PlanAndProblem
-    figures: tuple[Figures, Figures]
-    same_model: bool
-    warnings: tuple[str, ...]
-    change: PlanChange
-
-
-def diff_plans(before: str, after: str) -> PlanDiff:
-    """Read two plans and compare them; devices of the same name are assumed to be the same GPU.
-
-    Raises:
-        DocumentError: a plan, or a document in it, is not usable.
-    """
-    old, new = load_plan_and_problem(before), load_plan_and_problem(after)
-    replaced = None if old.inputs.model == new.inputs.model else old.inputs.model
-    return PlanDiff(
-        before=old,
-        after=new,
-        figures=(figures_of(old.plan, old.inputs), figures_of(new.plan, new.inputs)),
-        same_model=replaced is None,
-        warnings=(*old.warnings, *new.warnings, *_differences(old.inputs, new.inputs, old.plan, new.plan)),
-        change=plan_change(old.plan, new.plan, new.inputs.model, old.problem.moments(), replaced=replaced),
-    )
-
-
-def _differences(old: Inputs, new: Inputs, before: Plan, after: Plan) -> list[str]:
-    """Return the reasons why the rates of the two plans cannot be compared."""
-    found = []
-    if old.model.name == new.model.name and (others := differing_fields(old.model, new.model)):
-        found.append(f"the plans serve {old.model.name} with other {', '.join(others)}; nothing is kept")
-    elif old.model != new.model:
-        found.append(f"the plans serve different models: {old.model.name} and {new.model.name}; nothing is kept")
-    if old.workload != new.workload:
-        found.append(f"the plans are for different traffic: {old.workload.name} and {new.workload.name}")
-    if before.objective != after.objective:
-        found.append("the plans have different objectives or limits")
-    changed = sorted(gpu for gpu in old.profiles.keys() & new.profiles.keys() if old.profiles[gpu] != new.profiles[gpu])
-    if changed:
-        found.append(f"the plans were made with different profiles of {', '.join(changed)}")
-    return found

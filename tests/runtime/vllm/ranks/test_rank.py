@@ -16,12 +16,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hetis.runtime.attention.kv import DeviceLostError
-from hetis.runtime.vllm import head_map
-from hetis.runtime.vllm.head_map import LayerCall, attend_directly
+from hetis.runtime.vllm.ranks import head_map
+from hetis.runtime.vllm.ranks.head_map import LayerCall, attend_directly
+from hetis.runtime.vllm.ranks.workers import ConnectedWorkers
 from hetis.runtime.vllm.steps import LOCAL, Admitted, GroupMove, MoveStep, StepPlan
-from hetis.runtime.vllm.workers import ConnectedWorkers
 from tests.runtime.vllm.paced import FakeClock
-from tests.runtime.vllm.rank.rank_world import (
+from tests.runtime.vllm.ranks.rank_world import (
     DIM,
     GROUPS,
     LAYERS,

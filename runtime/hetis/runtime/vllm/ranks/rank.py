@@ -23,8 +23,8 @@ from hetis.runtime.attention.device import DeviceStep
 from hetis.runtime.attention.kv import DeviceError, KvShape, SequenceKey
 from hetis.runtime.vllm.calibration import Calibration, token_bytes
 from hetis.runtime.vllm.costs import LayerTime
-from hetis.runtime.vllm.exchange import Exchange
-from hetis.runtime.vllm.head_map import (
+from hetis.runtime.vllm.ranks.exchange import Exchange
+from hetis.runtime.vllm.ranks.head_map import (
     NOWHERE,
     IntArray,
     LayerCall,
@@ -38,9 +38,9 @@ from hetis.runtime.vllm.head_map import (
     part_of,
     slots_of,
 )
-from hetis.runtime.vllm.step_tensors import Step, StepDescription, StepLimits, StepTensors
+from hetis.runtime.vllm.ranks.step_tensors import Step, StepDescription, StepLimits, StepTensors
+from hetis.runtime.vllm.ranks.workers import BlockStore, ConnectedWorkers, KvMigrator
 from hetis.runtime.vllm.steps import LOCAL, Admitted, Gone, Grown, MoveStep, RankReport, Rehomed, StepPlan, WorkerReport
-from hetis.runtime.vllm.workers import BlockStore, ConnectedWorkers, KvMigrator
 
 _rank: Rank | None = None
 

@@ -17,9 +17,9 @@ import pytest
 import torch
 
 from benchmarks.measuring.pretend_gpu import DEVICE, PretendGpu
-from hetis.runtime.vllm import step_tensors
-from hetis.runtime.vllm.head_map import RankHeadMap, StepRequests, part_of, slots_of
-from hetis.runtime.vllm.step_tensors import LocalSequences, StepLimits, StepTensors
+from hetis.runtime.vllm.ranks import step_tensors
+from hetis.runtime.vllm.ranks.head_map import RankHeadMap, StepRequests, part_of, slots_of
+from hetis.runtime.vllm.ranks.step_tensors import LocalSequences, StepLimits, StepTensors
 from hetis.runtime.vllm.steps import LOCAL, Admitted, Gone, Grown
 
 GROUPS, BLOCK, BLOCKS = 3, 4, 20_000
@@ -150,7 +150,7 @@ def test_the_host_waits_for_nothing_while_all_groups_are_here() -> None:
 @pytest.mark.skipif(find_spec("triton") is None, reason="NOT TESTED: Triton is not installed (extra dev)")
 def test_the_kernel_gathers_the_same() -> None:
     """In Triton's interpreter, which must be enabled before Triton is imported."""
-    command = [sys.executable, "-m", "tests.runtime.vllm.rank.test_step_tensors"]
+    command = [sys.executable, "-m", "tests.runtime.vllm.ranks.test_step_tensors"]
     environment = os.environ | {"TRITON_INTERPRET": "1"}
     root = Path(__file__).parents[4]
     done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=False)
@@ -158,7 +158,7 @@ def test_the_kernel_gathers_the_same() -> None:
 
 
 def main() -> None:
-    from hetis.runtime.vllm.gather_triton import gather_by_triton
+    from hetis.runtime.vllm.ranks.gather_triton import gather_by_triton
 
     requests = Requests(3)
     tensors = StepTensors(requests.heads, LIMITS, BLOCK, CPU)

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 import torch
 
-from hetis.runtime.vllm.head_map import (
+from hetis.runtime.vllm.ranks.head_map import (
     IntArray,
     LayerTimes,
     RankHeadMap,
@@ -312,7 +312,7 @@ class _DeviceMap:
 def gather_on(device: torch.device) -> Any:
     """Return the function that gathers on a device: a Triton kernel on a GPU, torch elsewhere."""
     if device.type == "cuda":
-        from hetis.runtime.vllm.gather_triton import gather_by_triton
+        from hetis.runtime.vllm.ranks.gather_triton import gather_by_triton
 
         return gather_by_triton
     return gather_by_torch

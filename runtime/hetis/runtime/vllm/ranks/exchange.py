@@ -13,10 +13,10 @@ import torch
 from hetis.runtime.attention.kv import DeviceError
 from hetis.runtime.vllm.calibration import Calibration
 from hetis.runtime.vllm.costs import OVER_READING
-from hetis.runtime.vllm.head_map import Remote
-from hetis.runtime.vllm.step_tensors import Fence
+from hetis.runtime.vllm.ranks.head_map import Remote
+from hetis.runtime.vllm.ranks.step_tensors import Fence
+from hetis.runtime.vllm.ranks.workers import ConnectedWorkers
 from hetis.runtime.vllm.steps import Exchanged
-from hetis.runtime.vllm.workers import ConnectedWorkers
 
 
 class Exchange:

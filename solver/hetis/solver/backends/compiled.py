@@ -18,7 +18,7 @@ from numba.core.compiler_lock import global_compiler_lock
 from numba.core.types import unliteral
 from numba.np import linalg as numba_linalg
 
-from hetis.solver.search_clock import compiling
+from hetis.solver.backends.search_clock import compiling
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 

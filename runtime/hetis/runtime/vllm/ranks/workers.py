@@ -21,7 +21,7 @@ import torch
 from hetis.runtime.attention.device import AttentionDevice
 from hetis.runtime.attention.kv import DeviceError, DeviceLostError, KvShape, SequenceKey
 from hetis.runtime.transport.keys import InvalidKeyError
-from hetis.runtime.vllm.head_map import IntArray, RankHeadMap
+from hetis.runtime.vllm.ranks.head_map import IntArray, RankHeadMap
 from hetis.runtime.vllm.steps import LOCAL, GroupMove, MoveStep
 
 _log = logging.getLogger(__name__)

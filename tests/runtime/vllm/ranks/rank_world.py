@@ -14,11 +14,11 @@ import torch
 
 from hetis.runtime.attention.device import LocalDevice
 from hetis.runtime.attention.kv import DeviceLostError, KvShape
-from hetis.runtime.vllm.head_map import LayerCall
-from hetis.runtime.vllm.rank import Rank
-from hetis.runtime.vllm.step_tensors import LocalSequences, StepLimits
+from hetis.runtime.vllm.ranks.head_map import LayerCall
+from hetis.runtime.vllm.ranks.rank import Rank
+from hetis.runtime.vllm.ranks.step_tensors import LocalSequences, StepLimits
+from hetis.runtime.vllm.ranks.workers import ConnectedWorkers
 from hetis.runtime.vllm.steps import LOCAL, Admitted, Event, Gone, GroupMove, Grown, MoveStep, Rehomed, StepPlan
-from hetis.runtime.vllm.workers import ConnectedWorkers
 
 GROUPS, QUERIES, DIM, LAYERS, BLOCK = 3, 2, 8, 2, 4
 

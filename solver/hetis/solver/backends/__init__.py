@@ -1,0 +1,1 @@
+"""What searches run on: HiGHS, compiled loops, and the clock that guards them."""
