@@ -34,7 +34,7 @@ from hetis.solver.backends.search_clock import search_seconds
 from hetis.solver.budget import Budget, Report, SearchSettings, silent
 from hetis.solver.errors import InfeasibleError, InvalidProblemError, UncheckedPlanError
 from hetis.solver.placement.rungs import Known
-from hetis.solver.plan import DEFAULT_STRATEGY, Objective, Plan
+from hetis.solver.plan import DEFAULT_STRATEGY, PLANNED_UTILISATION, Objective, Plan
 from hetis.solver.problem import PlacementProblem
 from hetis.solver.workload import Workload
 
@@ -183,7 +183,7 @@ class PosedPlacement:
                 return
             # Queues of pools are modelled without overflow into others, so simulation may keep more of pools that serve
             # most at a given utilisation.
-            assumptions = replace(posed.assumptions, chooses_utilisation=False)
+            assumptions = replace(posed.at(PLANNED_UTILISATION).assumptions, chooses_utilisation=False)
             busiest = search(replace(posed, assumptions=assumptions), settings, budget=budget, report=report)
             bound = (max if best.objective.maximises else min)(best.result.bound, busiest.result.value)
             yield described(replace(busiest, result=busiest.result.bounded_by(bound)), posed)
