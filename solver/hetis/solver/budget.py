@@ -8,6 +8,9 @@ from dataclasses import dataclass, field, replace
 
 from hetis.solver.errors import NoPlanFoundError
 
+WORK_PER_S = 5_000.0  # of a search on a usual core: iterations of the simplex method, and replicas evaluated
+PER_NODE = 4.0  # least work of a node of a search tree, by which the nodes of one program are limited
+
 
 def _no_clock() -> float:
     return 0.0
@@ -20,8 +23,8 @@ class Budget:
     ``clock`` returns seconds (``time.monotonic``); without one, no time limit applies and reported times are zero.
     ``cancelled`` may be set from a signal handler or another thread; the search then returns its incumbent. If no plan
     exists, the time left is spent on finding out why, unless ``explains`` is false. Work that is the same on any
-    machine, such as a simulation's, is limited by ``work_limit``, in units of its own: only then is the result the
-    same, too.
+    machine is limited by ``work_limit``, in units of the search (`WORK_PER_S`) or of a simulation: only then is the
+    result the same, too, and the time limit just guards.
     """
 
     time_limit_s: float = float("inf")
@@ -42,10 +45,28 @@ class Budget:
     def remaining_s(self) -> float:
         return self.time_limit_s - self.elapsed_s()
 
+    def remaining_work(self) -> float:
+        """Return the work that is left, also of the callers'."""
+        own = self.work_limit - self.work
+        return own if self.callers is None else min(own, self.callers.remaining_work())
+
+    def nodes(self, most: int) -> int:
+        """Return how many nodes of a search tree there is work left for, up to ``most``, at least one."""
+        return max(1, int(min(most, self.remaining_work() / PER_NODE)))
+
+    def charge(self, work: float) -> None:
+        """Count work that was done, also as that of the callers' budgets."""
+        self.work += work
+        if self.callers is not None:
+            self.callers.charge(work)
+
     def share(self, of_rest: float, *, explains: bool = True) -> Budget:
-        """Return a budget for this share of the time left, with this one's start and cancellation."""
+        """Return a budget for this share of the time and work left, with this one's start and cancellation."""
         limit_s = self.elapsed_s() + of_rest * self.remaining_s()
-        part = replace(self, time_limit_s=limit_s, explains=self.explains and explains)
+        part = replace(
+            self, time_limit_s=limit_s, explains=self.explains and explains, callers=self, work=0.0,
+            work_limit=of_rest * self.remaining_work(),
+        )  # fmt: skip
         part.started_s = self.started_s
         return part
 
@@ -56,7 +77,7 @@ class Budget:
     def is_spent(self) -> bool:
         if self.callers is not None and self.callers.is_spent():
             return True
-        return self.cancelled.is_set() or self.work >= self.work_limit or self.remaining_s() <= 0
+        return self.cancelled.is_set() or self.remaining_work() <= 0 or self.remaining_s() <= 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

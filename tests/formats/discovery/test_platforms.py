@@ -351,6 +351,7 @@ def test_coreweave_tells_boards_of_one_class_apart_by_their_memory(tmp_path: Pat
     [
         ("h.json", '[{"gpu": 0, "vram": {}}]', "has GPUs without a name: amd-smi static --json"),
         ("ray.txt", RAY_STATUS.replace("/2.0 acc", "/3.0 acc"), "has totals, 8 GPUs of L40S, which do not say"),
+        ("ray.txt", RAY_STATUS.replace("/8.0 GPU", "/0.0 GPU"), "has totals, 0 GPUs of L40S, which do not say"),
         ("sinfo.txt", SINFO.replace("gpu:a100:4", "gpu:a100:x"), "is 'gpu:a100:x', expected gpu:TYPE:COUNT"),
     ],
 )

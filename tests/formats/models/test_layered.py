@@ -119,6 +119,12 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "starcoder2": {"num_hidden_layers": 2},
     "vaultgemma": {"num_hidden_layers": 2},
     "llama4_text": {"num_hidden_layers": 4},
+    "falcon": {"num_hidden_layers": 2},
+    "bloom": {"n_layer": 2, "hidden_size": 512},
+    "gpt_neox": {"num_hidden_layers": 2},
+    "mpt": {"n_layers": 2},
+    "bailing_hybrid": {"num_hidden_layers": 6},
+    "inkling2_text": {"num_hidden_layers": 6},
 }  # fmt: skip
 
 

@@ -115,6 +115,8 @@ def test_lengths_lie_within_their_buckets_and_have_the_mean(counts: list[int], p
         ),
         (SCRAPE.replace("} 40.0", "} 400.0"), "counts 100 requests of at most 500 tokens, but 400 below that"),
         (SCRAPE.replace("} 100.0", "} 0").replace("} 40.0", "} 0"), "counts no requests"),
+        (SCRAPE.replace('le="500.0"', 'le="x"'), "^m:10: vllm:request_prompt_tokens_bucket: .* to float: 'x'"),
+        (SCRAPE.replace("} 30000", "} 3e+nan"), "^m:13: vllm:request_prompt_tokens_sum: .* to float: '3e.nan'"),
     ],
 )
 def test_wrong_histograms_are_refused(text: str, said: str) -> None:

@@ -315,6 +315,14 @@ def test_variants_of_known_forms_are_the_same_requests(tmp_path: Path, name: str
     assert list(zip(trace.prompt_tokens, trace.output_tokens, strict=True)) == [one[1:] for one in REQUESTS]
 
 
+def test_points_in_time_in_our_form_count_from_the_first(tmp_path: Path) -> None:
+    """A simulation would wait for 56 years otherwise."""
+    (tmp_path / "t.csv").write_text("arrival_s,prompt_tokens,output_tokens\n1780000003,5,5\n1780000000,5,5\n")
+    assert read_trace(tmp_path / "t.csv").arrival_s.tolist() == [0.0, 3.0]
+    (tmp_path / "t.csv").write_text("arrival_s,prompt_tokens,output_tokens\n30,5,5\n33,5,5\n")
+    assert read_trace(tmp_path / "t.csv").arrival_s.tolist() == [30.0, 33.0]
+
+
 def test_a_later_turn_needs_its_time_or_its_delay(tmp_path: Path) -> None:
     turn: dict[str, object] = {"session_id": "a", "input_length": 5, "output_length": 5}
     (tmp_path / "turns.jsonl").write_text(lines(turn | {"timestamp": 0}, turn | {"delay_ms": 3000}))

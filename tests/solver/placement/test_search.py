@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from collections.abc import Callable
@@ -356,6 +357,31 @@ def test_a_budget_of_its_own_ends_with_the_callers_and_not_the_other_way_round()
     callers.cancelled.set()
     assert other.is_spent()
     assert not other.cancelled.is_set()
+
+
+def test_work_of_a_share_counts_as_the_whole_s_and_ends_either() -> None:
+    whole = Budget(work_limit=100.0)
+    part = whole.share(0.5)
+    part.charge(30.0)
+    assert (whole.remaining_work(), part.remaining_work(), part.nodes(1000), part.nodes(3)) == (70.0, 20.0, 5, 3)
+    part.charge(20.0)
+    assert part.is_spent()
+    assert not whole.is_spent()
+    whole.charge(50.0)
+    assert whole.is_spent()
+    assert whole.of_its_own().is_spent()
+
+
+@pytest.mark.parametrize("work", [1.0, 30.0, 1000.0])
+def test_a_search_limited_by_work_is_the_same_on_any_machine(work: float) -> None:
+    now = itertools.count()
+    problem = make_problem([make_node("a", "A", gpus=4), make_node("b", "B", gpus=4)], objective=NO_LIMITS)
+    slow = solve_placement(problem, budget=Budget(work_limit=work, clock=lambda: float(next(now))))
+    quick, best = solve_placement(problem, budget=Budget(work_limit=work)), solve_placement(problem)
+    assert slow.replicas == quick.replicas
+    assert (slow.result.value, slow.result.bound) == (quick.result.value, quick.result.bound)
+    assert quick.result.value <= best.result.bound * (1 + REL)
+    assert best.result.value <= quick.result.bound * (1 + REL)
 
 
 def test_where_no_time_is_left_for_whole_counts_those_of_the_relaxation_are_rounded_down() -> None:

@@ -88,7 +88,7 @@ def read_ray_status(written: str, file: str) -> Inventory:
     amounts = {kind: float(total) for total, kind in _AMOUNT.findall(written)}
     gpus = amounts.pop("GPU", 0.0)
     kinds, number = [kind.removeprefix(_RAY_TYPE) for kind in amounts], int(next(iter(amounts.values()), 0))
-    if len(kinds) != 1 or number < 1 or gpus % number:
+    if len(kinds) != 1 or not 1 <= number <= gpus or gpus % number:
         has = f"{gpus:g} GPUs of {some_of(kinds) or 'no type'}"
         raise single_problem(file, f"has totals, {has}, which do not say what each node has: ray status -v")
     each = (FoundGpus(product=kinds[0], count=int(gpus) // number),)

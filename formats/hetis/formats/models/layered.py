@@ -81,6 +81,7 @@ _READ = {
     *("per_layer_config", "num_attention_heads_per_layer", "global_attn_every_n_layers"),
     *("mla_use_output_gate", "cla_share_factor", "use_cla", "use_mixed_mlp_moe", "attn_res_block_size"),
     *("q_head_dim", "dim_model_base", "scale_depth", "expansion_ratio"),
+    *("num_expert_group", "n_layers_per_attn_res_block"),
 }
 _KNOWN = _READ | {name for names in NAMES.values() for name in names}
 
@@ -257,7 +258,8 @@ def _state(config: Config) -> tuple[Recurrent, dict[str, int]]:
     if config.data.get("linear_num_value_heads") is not None:
         return _delta_rule(config)
     if config.data.get("layer_group_size") is not None:
-        return _delta_attention(config) if config.data.get("no_kda_lora") else _lightning_attention(config)
+        is_delta = config.data.get("no_kda_lora") or config.data.get("linear_num_heads") is not None
+        return _delta_attention(config) if is_delta else _lightning_attention(config)
     hidden, state = config.whole("hidden_size"), number(config, "mamba_state")
     kernel, expand = number(config, "mamba_kernel", 4), number(config, "mamba_expand", 2)
     if config.data.get(named(config, "mamba_heads")) is None:
@@ -364,9 +366,12 @@ def _delta_attention(config: Config) -> tuple[Recurrent, dict[str, int]]:
     rank and as many heads as attention has.
     """
     own = config.inner("linear_attn_config")
-    heads, _, size = _heads(config) if own is None else (own.whole("num_heads"), 0, own.whole("head_dim"))
-    of = config if own is None else own
-    hidden, kernel, width = config.whole("hidden_size"), of.whole("short_conv_kernel_size", 4), heads * size
+    if own is None:
+        heads, size = number(config, "kda_heads"), number(config, "kda_head_dim")
+        kernel = number(config, "short_conv_kernel", 4)
+    else:
+        heads, size, kernel = own.whole("num_heads"), own.whole("head_dim"), own.whole("short_conv_kernel_size", 4)
+    hidden, width = config.whole("hidden_size"), heads * size
     matrices = dict.fromkeys(("q_proj", "k_proj", "v_proj", "o_proj"), hidden * width) | {"b_proj": hidden * heads}
     for gate, is_full in (("f", own is None), ("g", own is None or own.flag("use_full_rank_gate", False))):
         low = {f"{gate}_a_proj": hidden * size, f"{gate}_b_proj": size * width}

@@ -50,7 +50,7 @@ ENDINGS = CSV_ENDINGS + TSV_ENDINGS + JSONL_ENDINGS + LOG_ENDINGS + (".prom",)
 class Trace:
     """Requests in order of arrival, at least one. All arrays have the shape [requests].
 
-    ``arrival_s`` counts from the source's own start, or from the first request if the source has absolute times.
+    ``arrival_s`` counts from the source's own start, or from the first request if they are points in time.
     Lengths are in tokens, as in the file (not clipped). ``form`` is the form it was read from, and ``has_times``
     whether that contains arrival times; if not, all requests arrive together. ``prefix_share`` is the share of each
     prompt that is in the prefix cache when the request arrives; None: none is. ``num_left_out`` rows of the file are no
@@ -140,7 +140,7 @@ def read_trace(
         shares = np.full(len(prompts), prefix_hit_rate)
     return Trace(
         name=name or _without_endings(Path(label).name),
-        arrival_s=arrival_s[order] - (arrival_s.min() if form.is_absolute else 0.0),
+        arrival_s=arrival_s[order] - (arrival_s.min() if form.is_absolute or arrival_s.min() > _LONGEST_S else 0.0),
         prompt_tokens=prompt_tokens[order],
         output_tokens=np.array(outputs, dtype=np.int64)[order],
         form=form.name,
@@ -179,6 +179,7 @@ def _in_plausible_unit(
     return form, arrival_s
 
 
+_LONGEST_S = 1e8  # from which arrivals are points in time: no trace begins after three years
 _SLOWEST_RPS, _FASTEST_RPS = 2e-3, 1e3  # beyond which a unit is doubted
 
 

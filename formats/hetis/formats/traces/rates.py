@@ -79,10 +79,13 @@ def of_metrics(label: str, text: str, *, name: str, at_s: float | None = None) -
     buckets = defaultdict[str, dict[float, float]](lambda: defaultdict(float))
     values, models = defaultdict[str, float](float), dict[str, None]()
     for sample in _SAMPLE.finditer(text):
-        metric, value = sample[1], float(sample[3])
-        labels = dict(_LABEL.findall(sample[2] or ""))
+        metric, labels = sample[1], dict(_LABEL.findall(sample[2] or ""))
+        try:
+            value, bound = float(sample[3]), float(labels.get("le", "inf"))
+        except ValueError as error:
+            raise single_problem(label, f"{metric}: {error}", line=1 + text.count("\n", 0, sample.start())) from None
         if metric.endswith("_bucket") and "le" in labels:
-            buckets[metric.removesuffix("_bucket")][float(labels["le"])] += value
+            buckets[metric.removesuffix("_bucket")][bound] += value
             models |= dict.fromkeys(filter(None, [labels.get("model_name")]))
         elif metric.endswith("_created"):
             values[metric] = value

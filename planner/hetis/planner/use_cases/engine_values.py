@@ -12,7 +12,6 @@ from hetis.planner.use_cases.record.forms import EngineValue
 from hetis.planner.use_cases.record.parts import EqualStages, OtherEngines, Requested
 from hetis.planner.use_cases.sources import family_of, memories_for, named
 from hetis.planner.use_cases.verification.equal_stages import budget_of_one, value_within
-from hetis.solver.backends.search_clock import search_seconds
 from hetis.solver.budget import Budget, Progress, Report
 from hetis.solver.cluster import Cluster
 from hetis.solver.constraints import Constraint, Constraints, Exclude, RestrictRole, WithoutWorkers
@@ -29,15 +28,16 @@ SHARE = 0.1  # share of the time limit that all these searches may take
 SEARCHES = 2  # of each engine: a comparison needs no more, whose plan a search for that engine betters
 
 
-def with_engine_values(
-    plan: Plan, problem: PlacementProblem, *, seed: int, time_limit_s: float, cancelled: threading.Event, report: Report
-) -> Plan:
+def with_engine_values(plan: Plan, problem: PlacementProblem, *, seed: int, budget: Budget, report: Report) -> Plan:
     """Return the plan with the values of plans for other engines.
 
     All use the same profiles, so the values differ by what the engines can run and the memory that they take, and not
-    by how fast they are. Takes at most a share of ``time_limit_s``, the limit of the plan's own search.
+    by how fast they are. Takes at most a share of the limits of ``budget``, that of the plan's own search.
     """
-    budget = Budget(time_limit_s=SHARE * time_limit_s, clock=search_seconds, cancelled=cancelled)
+    budget = Budget(
+        time_limit_s=SHARE * budget.time_limit_s, work_limit=SHARE * budget.work_limit, clock=budget.clock,
+        cancelled=budget.cancelled,
+    )  # fmt: skip
 
     def started(engine: str) -> None:
         spent_s = plan.result.solve_s + budget.elapsed_s()

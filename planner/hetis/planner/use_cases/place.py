@@ -6,9 +6,10 @@ core, which `compare` and the service's solver jobs share. `hetis.planner.report
 
 from __future__ import annotations
 
+import math
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
@@ -34,7 +35,7 @@ from hetis.solver.backends.search_clock import search_seconds
 from hetis.solver.budget import Budget, Report, SearchSettings, silent
 from hetis.solver.errors import InfeasibleError, InvalidProblemError, UncheckedPlanError
 from hetis.solver.placement.rungs import Known
-from hetis.solver.plan import DEFAULT_STRATEGY, Objective, Plan
+from hetis.solver.plan import DEFAULT_STRATEGY, PLANNED_UTILISATION, Objective, Plan
 from hetis.solver.problem import PlacementProblem
 from hetis.solver.workload import Workload
 
@@ -156,13 +157,14 @@ class PosedPlacement:
             plan, prices = with_constraint_prices(plan, problem, search)
         return PlacedPlan(plan=plan, problem=problem, prices=prices)
 
-    def _budget(self, time_limit_s: float | None = None) -> Budget:
-        limit_s = self.settings.time_limit_s if time_limit_s is None else time_limit_s
-        return Budget(time_limit_s=limit_s, clock=search_seconds, cancelled=self.cancelled)
+    def _budget(self) -> Budget:
+        """Return the budget of a search: by work and, only if a time limit was requested, by the clock as well."""
+        guard = 1.0 if self.request.time_limit is not None else equal_stages.GUARD
+        return equal_stages.search_budget(self.settings.time_limit_s, self.cancelled, guard)
 
     def _budget_to_simulate(self) -> Budget:
-        budget = self._budget(self.request.simulation_limit_s)
-        return replace(budget, work_limit=self.request.simulated_tens * ITERATIONS)
+        limit_s, work = self.request.simulation_limit_s, self.request.simulated_tens * ITERATIONS
+        return Budget(time_limit_s=limit_s, work_limit=work, clock=search_seconds, cancelled=self.cancelled)
 
     def _with_classes(self, made: Climbed, budget: Budget, report: Report) -> Climbed:
         """Return the plan with pools of classes of requests, on the same rung, if it is worth them (`classes.choose`).
@@ -176,17 +178,29 @@ class PosedPlacement:
             return made
         requested = self.loaded.inputs.applicable_limits(request.goal)
 
-        def find(posed: PlacementProblem) -> Plan:
-            plan, own = search(posed, settings, budget=budget, report=report), posed.workload.classes
-            inputs = replace(self.loaded.inputs, workload=replace(workload, classes=own))
+        def find(posed: PlacementProblem) -> Iterator[Plan]:
+            best = search(posed, settings, budget=budget, report=report)
+            yield described(best, posed)
+            if not best.objective.kind.goal.is_planned:
+                return
+            # Queues of pools are modelled without overflow into others, so simulation may keep more of pools that serve
+            # most at a given utilisation.
+            assumptions = replace(posed.at(PLANNED_UTILISATION).assumptions, chooses_utilisation=False)
+            busiest = search(replace(posed, assumptions=assumptions), settings, budget=budget, report=report)
+            bound = (max if best.objective.maximises else min)(best.result.bound, busiest.result.value)
+            yield described(replace(busiest, result=busiest.result.bounded_by(bound)), posed)
+
+        def described(plan: Plan, posed: PlacementProblem) -> Plan:
+            inputs = replace(self.loaded.inputs, workload=replace(workload, classes=posed.workload.classes))
             plan = describe(plan, replace(self.loaded, inputs=inputs), posed, settings, requested, rung=made.rung)
             check(plan, posed)
             return with_losses(replace(plan, notes=(*plan.notes, classes.NEEDS_ROUTER)), posed)
 
         def verified(one: classes.WithClasses) -> Plan:
+            budget = replace(self._budget_to_simulate(), work_limit=math.inf)
             return kept_plan(
-                with_service_level(one.plan, request.service_level), one.problem, seed=settings.seed,
-                budget=self._budget(request.simulation_limit_s), report=simulation_report(one.plan, report),
+                with_service_level(one.plan, request.service_level), one.problem, seed=settings.seed, budget=budget,
+                report=simulation_report(one.plan, report),
             )  # fmt: skip
 
         found = classes.choose(
@@ -251,10 +265,7 @@ def make_plan(
         plan = equal_stages.with_values(plan, problem, settings.seed, budget.cancelled)
         plan = with_uses_of_idle(plan, problem, loaded, settings.seed, equal_stages.budget_of_one(budget.cancelled))
     if beside_engines and is_compared:
-        plan = with_engine_values(
-            plan, problem, seed=settings.seed, time_limit_s=settings.time_limit_s, cancelled=budget.cancelled,
-            report=report,
-        )  # fmt: skip
+        plan = with_engine_values(plan, problem, seed=settings.seed, budget=budget, report=report)
     return replace(made, plan=_checked(plan, problem, losses=beside_equal_stages), problem=problem)
 
 

@@ -152,6 +152,7 @@ class EnumeratedColumns:
                 continue
             if budget.is_spent():
                 return found, False
+            budget.charge(len(which))
             better = each.found_among(which, needed_s[which])
             if len(better):
                 price = 0.0 if prices is None else prices.rate_prices[each.side] * each.load
@@ -166,6 +167,7 @@ class EnumeratedColumns:
             for some in np.array_split(which, len(which) // POLICY.before_clock + 1):
                 if len(some) and budget.is_spent():
                     return False
+                budget.charge(len(some))
                 self.add(each, each.found_among(some, needed_s[some]))
         return True
 

@@ -36,6 +36,8 @@ from hetis.solver.placement.fleet import UNIFIED, IntArray, Routes
 from hetis.solver.placement.replicas.tables import CostTables, FloatArray
 from hetis.solver.problem import PlacementProblem
 
+Charge = Callable[[float], object]  # counts work that was done
+
 # HiGHS's statuses without a timeout. Nothing is unbounded here: replicas take GPUs, and flows need replicas.
 SETTLED = (
     highspy.HighsModelStatus.kOptimal,
@@ -173,15 +175,18 @@ class Master:
         )
 
     def decide(
-        self, columns: Columns, *, time_limit_s: float, seed: int = 0, extend: Callable[[Any], object] | None = None
-    ) -> Verdict:
+        self, columns: Columns, *, time_limit_s: float, seed: int = 0, nodes: int | None = None,
+        extend: Callable[[Any], object] | None = None, charge: Charge = lambda _: None,
+    ) -> Verdict:  # fmt: skip
         """Return the best whole counts, or a proof that these columns cannot serve anything or meet the demand.
 
-        ``extend`` is as in `solve_milp`.
+        ``nodes``, ``extend`` and ``charge`` are as in `solve_milp`.
         """
         if not len(columns.rates):
             return Verdict(None, is_settled=True)
-        found, is_settled = self.solve_milp(columns, time_limit_s=time_limit_s, gap=0.0, seed=seed, extend=extend)
+        found, is_settled = self.solve_milp(
+            columns, time_limit_s=time_limit_s, gap=0.0, seed=seed, nodes=nodes, extend=extend, charge=charge
+        )
         return Verdict(found if self.serves(found) else None, is_settled)
 
     def serves(self, found: MilpSolution | None) -> TypeGuard[MilpSolution]:
@@ -196,6 +201,7 @@ class Master:
         self, columns: Columns, *, time_limit_s: float, gap: float, seed: int = 0, nodes: int | None = None,
         start: MilpSolution | None = None, least: IntArray | None = None, presolves: bool = True,
         stop: Callable[[], bool] | None = None, extend: Callable[[Any], object] | None = None,
+        charge: Charge = lambda _: None,
     ) -> tuple[MilpSolution | None, bool]:  # fmt: skip
         """Return whole counts within a relative gap, and whether HiGHS finished: with an optimum, or proved infeasible.
 
@@ -203,7 +209,7 @@ class Master:
         Counts are None if none were found in time or before ``stop`` is true. ``start`` is a known feasible choice of
         the first columns; the result is never worse. With ``least`` [K], counts are at least this large, and the bound
         holds for such counts only. ``extend`` adds rows and further columns to the model. It may change the objective,
-        which voids the bound.
+        which voids the bound. ``charge`` is called with the work that was done.
         """
         options: dict[str, str | int | float] = {"mip_rel_gap": gap, "mip_abs_gap": 0.0}
         if nodes is not None:
@@ -231,6 +237,7 @@ class Master:
             highs.setSolution(given)
         highs.run()
         info, is_settled = highs.getInfo(), highs.getModelStatus() in SETTLED
+        charge(max(0, info.simplex_iteration_count))
         if info.primal_solution_status == highspy.SolutionStatus.kSolutionStatusFeasible:
             found = np.array(highs.getSolution().col_value)[: len(columns.rates)]
             counts = np.rint(found).astype(np.int64)

@@ -284,9 +284,9 @@ class _Search:
             if least is not None and start is not None and np.any(start.counts < least):
                 start = None
         found, is_settled = self.master.solve_milp(
-            columns.some(chosen), time_limit_s=self._time_limit_s(), nodes=nodes,
+            columns.some(chosen), time_limit_s=self._time_limit_s(), nodes=self.budget.nodes(nodes),
             gap=self.gap_target / (1 if proves else 10), seed=self.seed, start=start, least=least,
-            presolves=self.master.pins is not None, stop=self._is_over(),
+            presolves=self.master.pins is not None, stop=self._is_over(), charge=self.budget.charge,
         )  # fmt: skip
         if proves and not self.master.serves(found):  # the choice was among the whole family
             self.is_impossible = is_settled and self.incumbent is None
@@ -385,8 +385,8 @@ class _Search:
         if program is None:
             return None
         found, is_settled = self.master.solve_milp(
-            columns.some(chosen), time_limit_s=self._time_limit_s(), nodes=self.policy.nodes_on_nodes,
-            gap=self.gap_target / 2, seed=self.seed, stop=self._is_over(),
+            columns.some(chosen), time_limit_s=self._time_limit_s(), seed=self.seed, gap=self.gap_target / 2,
+            nodes=self.budget.nodes(self.policy.nodes_on_nodes), stop=self._is_over(), charge=self.budget.charge,
             extend=lambda highs: program.extend(highs, of_columns.tolist()),
         )  # fmt: skip
         if proves and program.is_whole and not self.master.serves(found):  # the choice was among the whole family

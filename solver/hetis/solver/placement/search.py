@@ -12,6 +12,7 @@ from hetis.solver.placement.master import UNDECIDED, Master, master_of
 from hetis.solver.placement.nodes import NodeProgram, counts_of_kinds
 from hetis.solver.placement.optimum import bound_enumerated, search_enumerated
 from hetis.solver.placement.outcome import ANY, Beyond, Outcome, rate_bound, sound_bound
+from hetis.solver.placement.policy import POLICY
 from hetis.solver.placement.replicas.equal_stages import uniform_templates
 from hetis.solver.placement.replicas.kinds import kind_of
 from hetis.solver.placement.replicas.tables import CostTables
@@ -70,7 +71,11 @@ def _enumerate_uniform(costs: CostTables, master: Master, settings: SearchSettin
         if program is None:
             raise NoPlanFoundError(UNDECIDED)
         is_whole, extend = program.is_whole, partial(program.extend, kinds_of_columns=of_columns.tolist())
-    verdict = master.decide(columns, time_limit_s=budget.remaining_s(), seed=settings.seed, extend=extend)
+    budget.charge(len(templates))
+    verdict = master.decide(
+        columns, time_limit_s=budget.remaining_s(), seed=settings.seed, nodes=budget.nodes(POLICY.proof_nodes),
+        extend=extend, charge=budget.charge,
+    )  # fmt: skip
     found, relaxed = verdict.found, master.solve_lp(columns)
     if found is None or relaxed is None:
         if not (verdict.proves_none and is_whole) and not budget.is_spent():

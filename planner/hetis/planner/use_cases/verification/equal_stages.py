@@ -8,17 +8,25 @@ from dataclasses import replace
 from hetis.planner.use_cases.record.forms import Searched
 from hetis.planner.use_cases.record.parts import EqualStages
 from hetis.solver.backends.search_clock import search_seconds
-from hetis.solver.budget import Budget, SearchSettings
+from hetis.solver.budget import WORK_PER_S, Budget, SearchSettings
 from hetis.solver.constraints import WithoutTp
 from hetis.solver.plan import Plan, Role
 from hetis.solver.problem import PlacementProblem
 
-SEARCH_S = 5.0  # time limit of each search
+SEARCH_S = 5.0  # of work in each search
+GUARD = 5.0  # times the seconds of work after which the clock ends a search, on a busy machine or a slow one
 
 
 def budget_of_one(cancelled: threading.Event) -> Budget:
     """Return a budget, starting now, for a search."""
-    return Budget(time_limit_s=SEARCH_S, clock=search_seconds, cancelled=cancelled)
+    return search_budget(SEARCH_S, cancelled)
+
+
+def search_budget(limit_s: float, cancelled: threading.Event, guard: float = GUARD) -> Budget:
+    """Return a budget, starting now, for a search of the work that takes so long on a usual core."""
+    return Budget(
+        time_limit_s=guard * limit_s, work_limit=limit_s * WORK_PER_S, clock=search_seconds, cancelled=cancelled
+    )
 
 
 def value_within(budget: Budget, problem: PlacementProblem, seed: int) -> Searched | None:
