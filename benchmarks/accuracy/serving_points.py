@@ -32,6 +32,7 @@ NODE_GPUS = 8  # GPUs per node in every system of the tables; a tensor-parallel 
 # SGLang computes prompts in separate iterations; the others mix them with decoding.
 MIXES = {"vllm": True, "trtllm": True, "sglang": False}
 DRIFT = 0.98  # `shortest` of equal lengths if prompts and decoding mix: requests that arrive together soon end apart
+MOST = 10**7  # of any whole number of a row; tokens and requests of published runs are far fewer
 ROUNDING = 3e-3  # relative difference between dumps of one measurement
 WARM_DATE = "2026-01-21"  # when InferenceX's load generator began to warm engines up (its pull request 480)
 LENGTH_RATIO = 0.8  # InferenceX draws lengths between this share of the stated length and all of it
@@ -277,9 +278,9 @@ def _whole(row: Mapping[str, str], column: str, default: int | None = None) -> i
         return default
     try:
         number = int(float(text))
-    except ValueError:
-        raise NotPosedError(f"{column} is not recorded") from None
-    if number < 1:
+    except (ValueError, OverflowError):  # not a number, or infinite
+        number = 0
+    if not 1 <= number <= MOST:
         raise NotPosedError(f"{column} is not recorded")
     return number
 

@@ -72,6 +72,8 @@ USUAL_S: Mapping[tuple[str, str], tuple[float, float]] = {
     ("sglang", "moe"): (0.0, 0.145),
     ("sglang", "dense"): (10e-6, 0.11),
 }
+# AISimulate's accuracy page (ai-dynamo/aisimulate 0.12, September 2026, docs/e2e-accuracy): 728 points of InferenceX.
+AISIMULATE_TPOT = {"DeepSeek-R1": 0.182, "gpt-oss": 0.44, "MiniMax-M2.5": 0.123, "Qwen3.5": 0.22}
 QUICK_ROUNDS, QUICK_STRIDE = 2, 40
 
 
@@ -124,7 +126,22 @@ def write_document(groups: Sequence[Row], covered: Sequence[Row], points: Path, 
     whole = [row for row in groups if row["model"] == "all"]
     single = [row for row in groups if row["model"] != "all"]
     published_points.write_skipped("silicon", covered, "points")
+    rows.keep("silicon aisimulate", beside_aisimulate(single))
     rows.keep("silicon", in_percent([*whole, *single]))
+
+
+def beside_aisimulate(groups: Sequence[Row]) -> list[Row]:
+    """Return our errors of the models that AISimulate publishes, over all GPUs and engines, beside its own."""
+    found = list[Row]()
+    for model, theirs in AISIMULATE_TPOT.items():
+        ours = [row for row in groups if str(row["model"]).startswith(model)]
+        count = [int(str(row["n"])) for row in ours]
+        mean = {
+            name: sum(n * float(str(row[name])) for n, row in zip(count, ours, strict=True)) / max(sum(count), 1)
+            for name in ("tpot_mape", "ttft_mape")
+        }
+        found.append({"model": model, "n": sum(count), **mean, "aisimulate_tpot_mape": theirs})
+    return in_percent(found)
 
 
 def in_percent(groups: Sequence[Row]) -> list[Row]:

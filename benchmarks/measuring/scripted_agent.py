@@ -31,6 +31,7 @@ CHANNEL_OPTIONS = (  # as in hetis-agent; a separate pool gives every agent its 
 REQUESTS, CONTEXT_TOKENS = 24, 1400  # running on a primary, where they fit and trigger nothing
 VARIETY = 64  # number of different reports before they repeat
 LEAST_PAUSE_S, MOST_PAUSE_S = 0.1, 1.0  # pause between two streams, as at the first attempt of the real agent
+LONGEST_PAUSE_S = 4.0  # those of agents that fail for long; the real one's double to more
 WELCOME_S = 30.0
 
 Phase = change_pb2.ChangePhase
@@ -81,11 +82,23 @@ class ScriptedAgent:
 
     # --- the stream
 
-    async def connect(self, address: str) -> None:
-        """Send a hello and return at the planner's welcome; after that the agent stays connected by itself."""
-        self._channel = grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS)
-        await self._open(self._channel)
-        self._reading = asyncio.create_task(self._stay_connected(self._channel), name=f"agent of {self.node}")
+    async def connect(self, address: str, *, token: str = "") -> None:
+        """Send a hello and return at the planner's welcome; after that the agent stays connected by itself.
+
+        Args:
+            address: of a planner, or of several, separated by commas, which are tried in turn as one leads.
+            token: a bearer token, if the planner requires one.
+        """
+        self._addresses = itertools.cycle(address.split(","))
+        self._credentials = [("authorization", f"Bearer {token}")] if token else None
+        for is_last in [False] * address.count(",") + [True]:
+            try:
+                await self._open()
+                break
+            except STREAM_ENDED:
+                if is_last:
+                    raise
+        self._reading = asyncio.create_task(self._stay_connected(), name=f"agent of {self.node}")
 
     async def close(self) -> None:
         if self._reading is not None:
@@ -98,9 +111,12 @@ class ScriptedAgent:
     def is_connected(self) -> bool:
         return self._call is not None
 
-    async def _open(self, channel: grpc.aio.Channel) -> None:
-        """Open a stream and wait for its Welcome; nothing else may write to the stream before that."""
-        call: Any = AgentServiceStub(channel).ConnectNode()
+    async def _open(self) -> None:
+        """Open a stream to the next planner and wait for its Welcome; nothing else may write to it before that."""
+        if self._channel is not None:
+            await self._channel.close()
+        self._channel = grpc.aio.insecure_channel(next(self._addresses), options=CHANNEL_OPTIONS)
+        call: Any = AgentServiceStub(self._channel).ConnectNode(metadata=self._credentials)
         async with asyncio.timeout(WELCOME_S):
             await call.write(self._hello())
             welcome = await call.read()
@@ -115,18 +131,21 @@ class ScriptedAgent:
         for change, phase in list(self._changes.values()):
             await self._write(pb.ConnectNodeRequest(change_status=self._status(change, phase)))
 
-    async def _stay_connected(self, channel: grpc.aio.Channel) -> None:
-        """Read messages; after a stream ends, say hello again as often as needed."""
+    async def _stay_connected(self) -> None:
+        """Read messages; after a stream ends, say hello again as often as needed, with doubling pauses."""
+        most_s = MOST_PAUSE_S
         while True:
             try:
                 if self._call is None:
-                    await self._open(channel)
+                    await self._open()
                     self.num_reconnects += 1
+                most_s = MOST_PAUSE_S
                 await self._read()
             except STREAM_ENDED:
                 pass
             self._call = None
-            await asyncio.sleep(random.uniform(LEAST_PAUSE_S, MOST_PAUSE_S))
+            await asyncio.sleep(random.uniform(LEAST_PAUSE_S, most_s))
+            most_s = min(2 * most_s, LONGEST_PAUSE_S)
 
     def _hello(self) -> pb.ConnectNodeRequest:
         hello = pb.Hello(

@@ -48,9 +48,10 @@ class Crowd:
         self._process.kill()
         self._process.communicate()
 
-    def connect(self, address: str, cluster: str, nodes: Sequence[tuple[str, int]]) -> float:
+    def connect(self, address: str, cluster: str, nodes: Sequence[tuple[str, int]], *, token: str = "") -> float:
         """Connect an agent for each node (id, number of GPUs), and return the seconds that it took."""
-        return float(self._say({"address": address, "cluster": cluster, "nodes": list(nodes)})["seconds"])
+        nodes = list(nodes)
+        return float(self._say({"address": address, "token": token, "cluster": cluster, "nodes": nodes})["seconds"])
 
     def set_rate(self, reports_per_s: float, *, agents: int | None = None) -> None:
         """Set the rate of the reports of all agents, or of the first ``agents``, sent in turn.
@@ -119,13 +120,13 @@ class Sending:
             await asyncio.sleep(10 * TURN_S)
 
 
-async def connect_all(agents: Iterable[ScriptedAgent], address: str) -> None:
+async def connect_all(agents: Iterable[ScriptedAgent], address: str, token: str = "") -> None:
     """Connect the agents, some at once."""
     waiting = iter(agents)
 
     async def connect() -> None:
         for agent in waiting:
-            await agent.connect(address)
+            await agent.connect(address, token=token)
 
     await asyncio.gather(*(connect() for _ in range(CONNECTING_AT_ONCE)))
 
@@ -140,7 +141,7 @@ async def _serve() -> None:
         if "nodes" in message:
             agents = [ScriptedAgent(message["cluster"], node, num_gpus=gpus) for node, gpus in message["nodes"]]
             began_s = time.monotonic()
-            await connect_all(agents, message["address"])
+            await connect_all(agents, message["address"], message["token"])
             answer = {"seconds": time.monotonic() - began_s}
             sending = Sending(agents)
             task = asyncio.create_task(sending.run())

@@ -92,7 +92,8 @@ def test_what_the_model_cannot_express_is_skipped_with_its_reason() -> None:
     assert "two formats" in reason(gemm_quant_mode="fp8", moe_quant_mode="nvfp4")
     assert reason(silicon_tpot_ms="") == "silicon_tpot_ms is not recorded"
     assert reason(batch_size="", silicon_data_source="") == "requests in flight are not recorded"
-    assert reason(isl="0") == "isl is not recorded"
+    for isl in ("0", "-5", "nan", "1e400", "1e30", "?"):
+        assert reason(isl=isl) == "isl is not recorded"
 
 
 def test_of_two_runs_that_rows_do_not_tell_apart_the_faster_one_drafted() -> None:

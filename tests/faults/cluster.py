@@ -10,7 +10,7 @@ import contextlib
 import random
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import grpc
@@ -96,12 +96,19 @@ class Writer:
     """
 
     def __init__(
-        self, name: str, address: str, history: History, *, planner: str = "", timeout_s: float = 20.0
+        self,
+        name: str,
+        address: str,
+        history: History,
+        *,
+        planner: str = "",
+        timeout_s: float = 20.0,
+        token: str | None = None,
     ) -> None:
         self._name, self._planner, self._timeout_s = name, planner, timeout_s
         self._history = history
         self._stopped = threading.Event()
-        self._client = Client(address)
+        self._client = Client(address, token=token)
         self._channel = grpc.insecure_channel(address) if planner else None
         self.errors: list[str] = []
         self._thread = threading.Thread(target=self._run, daemon=True)
@@ -185,12 +192,28 @@ class Witness:
 
 
 class Faulty:
-    """All processes together. ``history`` and the planners' logs record the outcome."""
+    """All processes together. ``history`` and the planners' logs record the outcome.
 
-    def __init__(self, store: str, folder: Path, *, lease_s: float, seed: int, num_writers: int = 2) -> None:
+    Args:
+        options: further options of the planners.
+        token: of an admin, if the planners require one; agents, which have none, are then left to the caller.
+    """
+
+    def __init__(
+        self,
+        store: str,
+        folder: Path,
+        *,
+        lease_s: float,
+        seed: int,
+        num_writers: int = 2,
+        options: Sequence[str] = (),
+        token: str | None = None,
+    ) -> None:
         self.chance = random.Random(seed)
         self.lease_s = lease_s
-        self.planners = [Planner(f"p{number}", folder, store, lease_s) for number in range(2)]
+        self.planners = [Planner(f"p{number}", folder, store, lease_s, options) for number in range(2)]
+        self.token = token
         self.addresses = ",".join(planner.address for planner in self.planners)
         self.history = History(first=(1, "1000"))
         self._folder = folder
@@ -205,13 +228,22 @@ class Faulty:
             self._stack.callback(planner.close)
             planner.start()
             self.wait(planner.is_ready, 90)
-        self.client = Client(self.addresses)
+        self.client = Client(self.addresses, token=self.token)
         self._stack.callback(self.client.close)
-        for name, document in (("register", fleet(1000)), ("served", fleet(1, "s"))):
-            cluster = cluster_pb2.Cluster(document=document)
-            self.client.clusters.CreateCluster(
-                cluster_service_pb2.CreateClusterRequest(cluster_id=name, cluster=cluster)
-            )
+        self.create("register", fleet(1000))
+        if self.token is None:
+            self._serve_by_agents()
+        writers = range(self._num_writers)
+        self.writers = [Writer(f"w{n}-", self.addresses, self.history, token=self.token) for n in writers]
+        return self
+
+    def create(self, name: str, document: document_pb2.Document) -> None:
+        cluster = cluster_pb2.Cluster(document=document)
+        self.client.clusters.CreateCluster(cluster_service_pb2.CreateClusterRequest(cluster_id=name, cluster=cluster))
+
+    def _serve_by_agents(self) -> None:
+        """Start agents, and wait until a replica on their nodes is seen to serve."""
+        self.create("served", fleet(1, "s"))
         for node in NODES:
             self.agents.append(Agent(node, self._folder, self.addresses))
             self._stack.callback(self.agents[-1].close)
@@ -221,8 +253,6 @@ class Faulty:
             self.watchers.append(Watcher(planner, self.history))
             self._stack.callback(self.watchers[-1].stop)
         self.wait(lambda: any(seen.state == "SERVING" for seen in self.history.sightings[:]), 60)
-        self.writers = [Writer(f"w{n}-", self.addresses, self.history) for n in range(self._num_writers)]
-        return self
 
     def _serve(self) -> None:
         """Activate a plan, so that a replica serves before any fault."""

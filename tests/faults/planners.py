@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 import urllib.request
+from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -42,9 +43,12 @@ def _environment() -> dict[str, str]:
 
 
 class Planner:
-    """A `hetis-planner` that may be killed and restarted, and its connection to the store."""
+    """A `hetis-planner` that may be killed and restarted, and its connection to the store.
 
-    def __init__(self, name: str, folder: Path, store: str, lease_s: float) -> None:
+    ``options`` are further words of its command line, of which later ones override earlier ones.
+    """
+
+    def __init__(self, name: str, folder: Path, store: str, lease_s: float, options: Sequence[str] = ()) -> None:
         found = sa.make_url(store)
         assert found.host is not None
         assert found.port is not None
@@ -59,6 +63,7 @@ class Planner:
             *("--store", found.set(host=host, port=port).render_as_string(hide_password=False)),
             *("--set", f"leadership.lease={lease_s:g}s", "--set", "solver.processes=1"),
             *("--set", "agents.heartbeat=1s"),
+            *options,
         ]
         self._process: subprocess.Popen[bytes] | None = None
 
@@ -71,9 +76,13 @@ class Planner:
                 env=_environment(),
             )
 
-    def signal(self, number: int) -> None:
+    @property
+    def pid(self) -> int:
         assert self._process is not None
-        self._process.send_signal(number)
+        return self._process.pid
+
+    def signal(self, number: int) -> None:
+        os.kill(self.pid, number)
 
     def kill(self) -> None:
         if self._process is not None:
@@ -106,6 +115,8 @@ class Planner:
     def _said(self, message: str) -> list[tuple[float, dict[str, Any]]]:
         found = list[tuple[float, dict[str, Any]]]()
         for line in self.lines():
+            if f'"{message}"' not in line:
+                continue  # most of a long log
             with contextlib.suppress(ValueError):
                 entry = json.loads(line)
                 if entry.get("message") == message:

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from tests.faults.cluster import Faulty, Witness, pinned
-from tests.faults.history import Findings, check
+from tests.faults.history import Findings, Led, check
 from tests.faults.planners import Planner
 from tests.planner.store.postgres import new_database, running_server
 
@@ -123,12 +123,9 @@ def inject(
             match fault:
                 case "kill":
                     seconds = figures.takeovers
-                    faulty.history.faults.append("kill -9 of the leader")
-                    leader.kill()
-                    led = faulty.term_after(began_s, faulty.other(leader))
-                    seconds.append(faulty.acknowledged_after(led.time_s) - began_s)
+                    led, took_s = kill(faulty, leader)
+                    seconds.append(took_s)
                     figures.taken.append(led.taken_s - began_s)
-                    leader.start()
                 case "partition":
                     seconds = figures.partitions
                     how = faulty.chance.choice(["freeze", "freeze", "cut"])
@@ -189,6 +186,20 @@ def inject(
         figures.refused = faulty.errors
         figures.findings = check(faulty.history, last)
     return figures
+
+
+def kill(faulty: Faulty, leader: Planner) -> tuple[Led, float]:
+    """Kill the leader, and start it again once another leads.
+
+    Returns the other's term, and the seconds until a client that kept trying had its next write acknowledged.
+    """
+    faulty.history.faults.append("kill -9 of the leader")
+    began_s = time.time()
+    leader.kill()
+    led = faulty.term_after(began_s, faulty.other(leader))
+    took_s = faulty.acknowledged_after(led.time_s) - began_s
+    leader.start()
+    return led, took_s
 
 
 def _lead_on(faulty: Faulty, leader: Planner) -> FarTerm:

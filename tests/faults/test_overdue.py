@@ -97,3 +97,25 @@ with watched_handshakes():
 """
     ended = subprocess.run([sys.executable, "-c", planner], capture_output=True, text=True, timeout=60, check=False)
     assert said in ended.stderr
+
+
+def test_handshakes_are_counted_also_while_nothing_can_be_written() -> None:
+    planner = """
+import os, time
+from hetis.planner.service.observability.handshakes import FAILED, watched_handshakes
+with watched_handshakes():
+    for line in (
+        "a library says something",
+        "E0101 00:00:00.000000 1 h.cc:1] CallNextHandshakerLocked: error=Socket closed"
+        " endpoint_peer_address=ipv4:1.2.3.4:5,",
+    ):
+        os.write(2, line.encode() + bytes([10]))
+    while not FAILED:
+        time.sleep(0.01)
+print(dict(FAILED))
+"""
+    with open("/dev/full", "wb") as full:
+        ended = subprocess.run(
+            [sys.executable, "-c", planner], stdout=subprocess.PIPE, stderr=full, timeout=60, check=False
+        )
+    assert ended.stdout == b"{'CLOSED': 1}\n"

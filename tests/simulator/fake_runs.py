@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from hetis.simulator.values import Request, Run, SaturatingSource, Series, Settings, TraceEvent
+from hetis.simulator.values import Request, Run, SaturatingSource, Series, Settings
 
 PREFILL_S, TOKEN_S = 0.1, 0.01  # time of a prefill, and of each output token after the first
 
@@ -19,7 +19,6 @@ def queue_run(
     settings = settings or Settings()
     free = [(0.0, seat) for seat in range(seats)]
     rows: list[tuple[Request, float, float, float]] = []
-    bars: list[TraceEvent] = []
     incoming = None if isinstance(requests, SaturatingSource) else iter(requests)
     while True:
         free_s, seat = heapq.heappop(free)
@@ -34,11 +33,9 @@ def queue_run(
         first_s = admitted_s + PREFILL_S
         finished_s = first_s + (request.output_tokens - 1) * TOKEN_S
         rows.append((request, admitted_s, first_s, finished_s))
-        if settings.trace:
-            bars.append(TraceEvent(f"seat {seat}", "prefill", admitted_s, PREFILL_S, (("tokens", 1.0),)))
         heapq.heappush(free, (finished_s, seat))
     end_s = max((row[3] for row in rows), default=0.0)
-    return run_of(rows, end_s=end_s, series=_series(rows, settings, end_s), events=tuple(bars))
+    return run_of(rows, end_s=end_s, series=_series(rows, settings, end_s))
 
 
 def run_of(
@@ -46,7 +43,6 @@ def run_of(
     *,
     end_s: float,
     series: Series | None = None,
-    events: tuple[TraceEvent, ...] = (),
     rejected: int = 0,
 ) -> Run:
     """A run of requests with the times of their admission, first token and end (NaN: never)."""
@@ -70,7 +66,6 @@ def run_of(
         kv_transfers=0,
         rejected=rejected,
         series=series,
-        trace_events=events,
         end_s=end_s,
     )
 

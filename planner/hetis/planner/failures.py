@@ -46,7 +46,8 @@ class ServiceError(HetisError):
 
     @property
     def code(self) -> grpc.StatusCode:
-        return code_of_reason(self.reason)
+        """The status code of the reason; UNKNOWN if only newer planners know the reason."""
+        return CODE_OF_REASON.get(self.reason, grpc.StatusCode.UNKNOWN)
 
     @property
     def reason_name(self) -> str:
@@ -58,11 +59,6 @@ class ServiceError(HetisError):
         return failure_pb2.Failure(
             reason=self.reason, message=str(self), field_violations=self.violations, metadata=self.metadata
         )
-
-
-def code_of_reason(reason: Reason.ValueType) -> grpc.StatusCode:
-    """Return the status code for a reason; UNKNOWN for a reason that only newer planners know."""
-    return CODE_OF_REASON.get(reason, grpc.StatusCode.UNKNOWN)
 
 
 def not_found(name: str) -> ServiceError:

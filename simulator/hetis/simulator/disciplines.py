@@ -8,9 +8,9 @@ import numpy as np
 
 from hetis.simulator.decode_runs import FEWEST, DecodeRun, next_iterations
 from hetis.simulator.events import Events
-from hetis.simulator.micro_batch import MicroBatch, SimulatedStageCopy
+from hetis.simulator.micro_batch import MicroBatch
 from hetis.simulator.timing import StageTiming
-from hetis.simulator.values import RequestLog, TraceEvent
+from hetis.simulator.values import RequestLog
 
 Done = Callable[[float, MicroBatch], None]
 
@@ -25,8 +25,8 @@ class Discipline:
 
     keeps_order = False
 
-    def __init__(self, events: Events, log: RequestLog, done: Done, *, traced: bool) -> None:
-        self._events, self._log, self._done, self._traced = events, log, done, traced
+    def __init__(self, events: Events, log: RequestLog, done: Done) -> None:
+        self._events, self._log, self._done = events, log, done
 
     def start(self, now_s: float, batch: MicroBatch) -> None:
         """Send an iteration, given by the batch's ``contents``, to the first stage."""
@@ -47,13 +47,9 @@ class Apart(Discipline):
 
     keeps_order = True
 
-    def __init__(
-        self, events: Events, log: RequestLog, done: Done, *, traced: bool, passes_at_once: bool = False,
-        is_alone: bool = False,
-    ) -> None:  # fmt: skip
-        super().__init__(events, log, done, traced=traced)
-        self._passes_at_once = passes_at_once and not traced
-        self._runs_ahead = self._passes_at_once and is_alone
+    def __init__(self, events: Events, log: RequestLog, done: Done, *, passes_at_once: bool, is_alone: bool) -> None:
+        super().__init__(events, log, done)
+        self._passes_at_once, self._runs_ahead = passes_at_once, passes_at_once and is_alone
         self._run: tuple[DecodeRun, MicroBatch, int] | None = None  # and the event at its end
         self._pause = 0  # iterations before the next run, since the last one was short
 
@@ -129,16 +125,14 @@ class Apart(Discipline):
             seconds = end_s - start_s
         copy.free_s = end_s
         copy.busy_s += seconds
-        if self._traced:
-            self._log.trace_events.append(_bar(copy, batch, start_s, seconds))
         self._events.at(end_s, self._arrive, batch, stage + 1)
 
 
 class Lockstep(Discipline):
     """The discipline of copies that share experts: those with work iterate together, all as long as the slowest."""
 
-    def __init__(self, events: Events, log: RequestLog, done: Done, *, traced: bool) -> None:
-        super().__init__(events, log, done, traced=traced)
+    def __init__(self, events: Events, log: RequestLog, done: Done) -> None:
+        super().__init__(events, log, done)
         self._waiting, self._serving = list[MicroBatch](), list[MicroBatch]()
 
     def start(self, now_s: float, batch: MicroBatch) -> None:
@@ -165,8 +159,6 @@ class Lockstep(Discipline):
             copy = batch.copies[0]
             copy.free_s = now_s + seconds
             copy.busy_s += seconds
-            if self._traced:
-                self._log.trace_events.append(_bar(copy, batch, now_s, seconds))
         self._events.at(now_s + seconds, self._leave)
 
     def _leave(self, now_s: float) -> None:
@@ -175,8 +167,3 @@ class Lockstep(Discipline):
             if batch.alive:
                 self._done(now_s, batch)
         self._begin(now_s)  # for micro-batches that have arrived meanwhile, if none of the served ones goes on
-
-
-def _bar(copy: SimulatedStageCopy, batch: MicroBatch, start_s: float, seconds: float) -> TraceEvent:
-    arguments = (("decoding", float(batch.contents[0])), ("chunk_tokens", float(batch.contents[2])))
-    return TraceEvent(copy.track, f"micro-batch {batch.index}", start_s, seconds, arguments)

@@ -20,7 +20,6 @@ class SimulatedStageCopy:
     """One copy of a stage: its GPUs, the time when they are free, and the KV that they hold.
 
     Attributes:
-        track: its name in a trace.
         ranks: its GPUs; ``cards``: its attention workers.
         devices: all GPUs with which it fails and shares a link: its ranks, and those of copies that share its experts.
         room: KV blocks of whole requests; None if a pool counts them and the engine's number of blocks is not fixed.
@@ -31,14 +30,14 @@ class SimulatedStageCopy:
     """
 
     __slots__ = (
-        "busy_s", "cards", "devices", "free_s", "is_up", "pool", "ranks", "room", "stage", "timing", "track",
+        "busy_s", "cards", "devices", "free_s", "is_up", "pool", "ranks", "room", "stage", "timing",
     )  # fmt: skip
 
     def __init__(
-        self, *, track: str, ranks: tuple[str, ...], stage: int, timing: StageTiming, room: KvRoom | None,
+        self, *, ranks: tuple[str, ...], stage: int, timing: StageTiming, room: KvRoom | None,
         pool: PoolCopy | None, cards: tuple[str, ...] = (), devices: tuple[str, ...] = (),
     ) -> None:  # fmt: skip
-        self.track, self.ranks, self.stage, self.timing = track, ranks, stage, timing
+        self.ranks, self.stage, self.timing = ranks, stage, timing
         self.devices, self.cards = devices or ranks, cards
         self.room, self.pool = room, pool
         self.is_up = True

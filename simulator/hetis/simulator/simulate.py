@@ -83,7 +83,7 @@ class Builder:
         discipline: type[Lockstep] | partial[Apart]
         discipline = partial(Apart, passes_at_once=self._passes_at_once(replica), is_alone=one.in_flight == 1)
         discipline = Lockstep if one.expert_parallel else discipline
-        replica.discipline = discipline(self._events, self._log, replica.done, traced=self._settings.trace)
+        replica.discipline = discipline(self._events, self._log, replica.done)
         return replica
 
     def _passes_at_once(self, replica: ReplicaRun) -> bool:
@@ -158,10 +158,8 @@ class Builder:
                 workers = self._pool_copy(
                     problem, timing, pool, ranks, names, rank_bytes, shares, cards, moments, seats
                 )
-            track = f"replica {number}, stage {position + 1}, copy {copy + 1}: {ranks[0]}"
             copies.append(
                 SimulatedStageCopy(
-                    track=track,
                     ranks=ranks,
                     stage=position,
                     timing=timing,

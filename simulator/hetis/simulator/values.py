@@ -86,7 +86,6 @@ class Settings:
     theta: float = 0.5  # deviation of a stage's attention time above which re-dispatch examines it
     faults: tuple[Fault, ...] = ()  # devices that fail and return
     sample_every_s: float | None = None  # spacing of the series per device; None: no series
-    trace: bool = False  # whether to record the work of every stage copy
     horizon_s: float | None = None  # the run ends at this time at the latest; None: when all requests have finished
 
     def __post_init__(self) -> None:
@@ -96,17 +95,6 @@ class Settings:
                 raise InvalidProblemError(f"{name} is {value}, must be finite and > 0")
         if not self.theta >= 0:
             raise InvalidProblemError(f"theta is {self.theta}, must be >= 0")
-
-
-@dataclass(frozen=True, slots=True)
-class TraceEvent:
-    """One bar of a trace: work of ``track`` (a stage copy) starting at ``start_s``."""
-
-    track: str
-    name: str
-    start_s: float
-    duration_s: float
-    arguments: tuple[tuple[str, float], ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -147,7 +135,6 @@ class Run:
     kv_transfers: int  # prompts whose KV was sent from a prefill to a decode replica
     rejected: int  # requests whose KV exceeds the room of every replica, some of them only after they have grown
     series: Series | None  # None without `Settings.sample_every_s`
-    trace_events: tuple[TraceEvent, ...]
     end_s: float  # virtual time at which the run ended
     prefilled_tokens: int = 0  # tokens of all chunks, including prefills after an eviction
     # Output tokens; for requests cut off by the end of the run, those up to their last eviction.
@@ -171,7 +158,7 @@ class RequestLog:
     __slots__ = (
         "admitted_s", "arrival_s", "filled", "finished_s", "first_token_s", "id", "iterations", "kv_transfers",
         "migrated_bytes", "migrations", "moved_bytes", "num_preemptions", "output", "preemptions", "prefilled",
-        "prefix", "produced", "prompt", "rejected", "replica", "target", "trace_events",
+        "prefix", "produced", "prompt", "rejected", "replica", "target",
     )  # fmt: skip
 
     def __init__(self) -> None:
@@ -192,7 +179,6 @@ class RequestLog:
         self.iterations = self.num_preemptions = self.migrations = self.kv_transfers = self.rejected = 0
         self.prefilled = 0
         self.migrated_bytes = 0.0
-        self.trace_events: list[TraceEvent] = []
 
     def arrive(self, request: Request, now_s: float) -> int:
         """Add a request; return its number."""
@@ -254,6 +240,5 @@ class RequestLog:
             prefilled_tokens=self.prefilled,
             generated_tokens=sum(self.produced),
             series=series,
-            trace_events=tuple(self.trace_events),
             end_s=end_s,
         )

@@ -114,12 +114,16 @@ class FitScope:
         """Return the number of conditions that match, or None if one does not."""
         if self.tp not in (None, tp):  # the first to differ, and the quickest to compare
             return None
-        of_model = {name: condition for name in _OF_MODEL if (condition := getattr(self, name)) is not None}
-        if any(condition != _OF_MODEL[name](model) for name, condition in of_model.items()):
-            return None
+        num = int(self.tp is not None)
+        for name, of_model in _OF_MODEL.items():
+            condition = getattr(self, name)
+            if condition is not None:
+                if condition != of_model(model):
+                    return None
+                num += 1
         if self.weight_bytes is not None and self.weight_bytes < 1.0 and model.weights in _STORED_ONLY:
             return None
-        return len(of_model) + (self.tp is not None)
+        return num
 
 
 _OF_MODEL: dict[str, Callable[[ModelSpec], str | float]] = {  # what the conditions of a scope compare with

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from hetis.solver.errors import InvalidProblemError
@@ -278,10 +278,6 @@ class TrafficSketch:
             **{name: getattr(self, name).times(factor) for name in SCALES},
             **{name: getattr(self, name) * factor for name in ("seconds", "arrivals", "cached_tokens")},
         )
-
-    def at_rate(self, rate_per_s: float) -> TrafficSketch:
-        """Return traffic of the same mix in the same time, at another rate."""
-        return replace(self.times(rate_per_s / self.rate_per_s if self.arrivals else 0.0), seconds=self.seconds)
 
     def workload(self, name: str, *, strata: int = STRATA) -> Workload:
         """Return it as the solver takes it: prompts and outputs independent of each other, with their exact means.

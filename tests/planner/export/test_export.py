@@ -15,6 +15,8 @@ from hetis.planner.export import ExportTarget
 from hetis.planner.export.ray_serve import engine_arguments
 from hetis.planner.export.replicas import NotExportableError, launchable
 from hetis.planner.export.targets import ENGINES, not_carried_by_target
+from hetis.planner.use_cases.record.forms import KeptWithClasses
+from hetis.planner.use_cases.record.parts import Classes
 from tests.engines.plans import MODEL
 from tests.planner.export import reading
 from tests.planner.export.exporting import IN_CLUSTERS, READERS, SETTINGS, containers_in, exported, of_classes, pods_in
@@ -160,8 +162,10 @@ def test_llm_d_filters_pods_by_the_lengths_of_their_class() -> None:
     "target", [ExportTarget.KUBERNETES, ExportTarget.LWS, ExportTarget.KSERVE, ExportTarget.DYNAMO]
 )
 def test_a_target_whose_router_knows_no_lengths_refuses_classes(target: ExportTarget) -> None:
-    with pytest.raises(NotExportableError, match="does not know the lengths of prompts"):
-        exported(of_classes(), target)
+    kept = (KeptWithClasses(traffic="as planned", without_rps=5.5, with_rps=6.75),)
+    told = "does not know the lengths of prompts.*--classes none keeps 5.5 requests/s, this plan 6.75"
+    with pytest.raises(NotExportableError, match=told):
+        exported(Classes(cut="p90", kept=kept).on(of_classes()), target)
     reasons = not_carried_by_target(of_classes(), model_of(of_classes()))
     assert "does not know the lengths of prompts" in " ".join(reasons[target])
     assert reasons[ExportTarget.LLM_D] == ()

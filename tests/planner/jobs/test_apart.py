@@ -30,6 +30,11 @@ def dies() -> None:
     os._exit(3)
 
 
+def is_verbose_and_fails() -> None:
+    print("x" * 2**21)
+    raise MemoryError("too large")
+
+
 def test_a_result_comes_back_from_another_process() -> None:
     found, pid = call_apart(noisy, Value(number=1), limit_s=60)
     assert found == Value(number=2)
@@ -47,3 +52,8 @@ def test_a_process_that_dies_or_hangs_found_no_plan() -> None:
         call_apart(dies, limit_s=60)
     with pytest.raises(NoPlanFoundError, match=r"within 0\.2 s"):
         call_apart(time.sleep, 60, limit_s=0.2)
+
+
+def test_the_last_words_of_a_process_are_in_the_error_however_much_it_wrote() -> None:
+    with pytest.raises(NoPlanFoundError, match="ended with 1: MemoryError: too large"):
+        call_apart(is_verbose_and_fails, limit_s=60)

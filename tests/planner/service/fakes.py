@@ -199,6 +199,9 @@ class FakePlanner:
     def require_leader(self, method: str) -> None:
         pass
 
+    async def until_begun(self) -> None:
+        pass
+
     def on_loss(self, end_streams: Callable[[ServiceError], Awaitable[None]]) -> None:
         pass
 

@@ -261,6 +261,27 @@ async def test_a_standby_ends_when_a_planner_of_another_version_has_migrated_the
     await standby.close()
 
 
+async def test_agents_wait_for_a_term_that_begins_and_for_no_other() -> None:
+    begins, go = asyncio.Event(), asyncio.Event()
+
+    class SlowTerm(ReleasedTerm):
+        async def begin(self) -> None:
+            begins.set()
+            await go.wait()
+
+    succession = succession_with(LostStore(), lambda _: SlowTerm())
+    await asyncio.wait_for(succession.until_begun(), 20)
+    starting = asyncio.create_task(succession.start())
+    await begins.wait()
+    waiting = asyncio.create_task(succession.until_begun())
+    await asyncio.sleep(0.01)
+    assert not waiting.done()
+    go.set()
+    await starting
+    await asyncio.wait_for(waiting, 20)
+    await succession.close()
+
+
 async def test_a_planner_stands_by_again_though_streams_and_term_do_not_end() -> None:
     store: Any = LostStore()
     terms = list[Any]()

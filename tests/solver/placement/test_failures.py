@@ -31,7 +31,7 @@ from hetis.solver.problem import PlacementProblem
 from hetis.solver.replanning.fresh import search_fresh
 from tests.solver.instances import NO_LIMITS, SMALL_FAMILY, make_model, make_node, make_problem, make_profile, problems
 from tests.solver.oracle import best_plan_value
-from tests.solver.placement.test_engines import FAMILIES as ENGINES_FAMILIES
+from tests.solver.placement.engines.families import FAMILIES as ENGINES_FAMILIES
 
 KINDS = tuple(ObjectiveKind)
 EXAMPLES = max(3, settings().max_examples // 5)

@@ -1,6 +1,7 @@
 """One call in a process of its own, for searches that threads of the service wait for.
 
-The process is this module: it reads the call from its standard input, and writes the result to its standard output.
+The process is this module: it reads the call from its standard input, and writes the result to its standard output. It
+does not inherit the planner's standard error, a pipe whose writes do not wait and may fail (`handshakes`).
 """
 
 from __future__ import annotations
@@ -27,12 +28,15 @@ def call_apart(function: Callable[..., T], *arguments: Any, limit_s: float) -> T
     command = [sys.executable, "-m", "hetis.planner.jobs.apart"]
     try:
         done = subprocess.run(
-            command, input=pickle.dumps((function, arguments)), stdout=subprocess.PIPE, timeout=limit_s, check=True
+            command, input=pickle.dumps((function, arguments)), capture_output=True, timeout=limit_s, check=True
         )
     except subprocess.TimeoutExpired:
         raise NoPlanFoundError(f"the search did not end within {limit_s:g} s") from None
     except subprocess.CalledProcessError as error:
-        raise NoPlanFoundError(f"the process of the search ended with {error.returncode}") from None
+        _, _, said = error.stderr.decode(errors="replace").rstrip().rpartition("\n")
+        raise NoPlanFoundError(
+            f"the process of the search ended with {error.returncode}: {said or 'silently'}"
+        ) from None
     result, failure = pickle.loads(done.stdout)
     if failure is not None:
         raised = answer_from_frame(failure)

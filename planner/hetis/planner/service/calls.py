@@ -51,15 +51,24 @@ class Calls(grpc.aio.ServerInterceptor):
         self.is_draining = False
         self._require_leader: Callable[[str], None] = lambda _method: None
         self._on_refusal: Callable[[AuditedChange], None] = lambda _change: None
+        self._until_begun: Callable[[], Awaitable[None]] | None = None
 
-    def answer_for(self, *, require_leader: Callable[[str], None], on_refusal: Callable[[AuditedChange], None]) -> None:
+    def answer_for(
+        self,
+        *,
+        require_leader: Callable[[str], None],
+        on_refusal: Callable[[AuditedChange], None],
+        until_begun: Callable[[], Awaitable[None]] | None = None,
+    ) -> None:
         """Set the planner for which calls are answered from now on.
 
         Args:
             require_leader: raises NOT_LEADER if the planner may not answer a method now.
             on_refusal: called with every change that was refused.
+            until_begun: waits for the end of a beginning that is under way, for a limited time; agents that come
+                meanwhile wait for it. Refused, they would come again and again, and keep the loop from it.
         """
-        self._require_leader, self._on_refusal = require_leader, on_refusal
+        self._require_leader, self._on_refusal, self._until_begun = require_leader, on_refusal, until_begun
 
     async def intercept_service(
         self, continuation: Callable[[Any], Awaitable[Handler]], handler_call_details: Any
@@ -262,6 +271,8 @@ class Calls(grpc.aio.ServerInterceptor):
             require_role(identity, method, record.resource)
         if self.is_draining:
             raise statuses.draining()
+        if method == CONNECT and self._until_begun is not None:
+            await self._until_begun()
         self._require_leader(method)
         if not record.is_stream:
             require_deadline(method, context.time_remaining())

@@ -143,7 +143,9 @@ async def run_planner(
             _log.info("stopped before the store was open")
             return
         loops = Loops(planner.loops)
-        calls.answer_for(require_leader=planner.require_leader, on_refusal=planner.note_refusal)
+        calls.answer_for(
+            require_leader=planner.require_leader, on_refusal=planner.note_refusal, until_begun=planner.until_begun
+        )
         planner.on_loss(calls.end_streams)
         stack.push_async_callback(planner.close)
         for collector in planner.collectors:

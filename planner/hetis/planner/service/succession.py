@@ -34,6 +34,7 @@ from hetis.planner.store import AuditedChange, Lease, Store, StoreError, Transac
 
 ANSWERED_S = 10.0  # a store whose last answer is older counts as unavailable
 _AGAIN_S = 1.0  # pause after a term that could not begin
+_BEGIN_S = 10.0  # how long agents wait for a term that begins
 _STEP_DOWN_S = 10.0  # time for the streams of a term to end, and again for the rest of the term
 _log = logging.getLogger("hetis.planner.succession")
 
@@ -78,6 +79,8 @@ class Succession:
         self._warming: asyncio.Task[None] | None = None
         self._end_streams: Callable[[ServiceError], Awaitable[None]] | None = None
         self._is_over = asyncio.Event()
+        self._is_settled = asyncio.Event()  # unless a term is just beginning
+        self._is_settled.set()
         self._unusable: StoreError | None = None
         self.collectors = tuple(collectors)
         self.servicings = tuple(servicing(service, self._answer) for service in SERVICES)
@@ -125,6 +128,12 @@ class Succession:
                 raise self._store.leadership.undecided()
         elif not self.leads and needs_leader(method, reads_too=True):
             raise self._store.leadership.not_leader()
+
+    async def until_begun(self) -> None:
+        """Wait for the end of a term's beginning, if one is under way, for at most `_BEGIN_S`."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(_BEGIN_S):
+                await self._is_settled.wait()
 
     def on_loss(self, end_streams: Callable[[ServiceError], Awaitable[None]]) -> None:
         """Set the callback that ends the remaining streams when the term is over."""
@@ -190,14 +199,18 @@ class Succession:
 
     async def _begin(self, epoch: int) -> None:
         began_s = time.monotonic()
-        term = self._make_term(epoch)
+        self._is_settled.clear()
         try:
-            await term.begin()
-            await self._store.leadership.promote()
-        except BaseException:
-            await term.close()
-            raise
-        self._leading = term
+            term = self._make_term(epoch)
+            try:
+                await term.begin()
+                await self._store.leadership.promote()
+            except BaseException:
+                await term.close()
+                raise
+            self._leading = term
+        finally:
+            self._is_settled.set()
         _log.info("leading", extra={"epoch": epoch, "began_in_s": round(time.monotonic() - began_s, 3)})
 
     async def _go_on(self) -> None:

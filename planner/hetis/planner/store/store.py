@@ -169,18 +169,22 @@ class Store:
             return task not in running or running[task].done()
 
         breaker, leadership = self._connection.breaker, self.leadership
-        while True:
-            await asyncio.sleep(min(_PROBE_S, self._limit_s) / 4)
-            if self._is_served and min(self.health.running_s, breaker.silent_s) > self._limit_s:
-                breaker.break_connection()
-            if self.health.answered_s_ago > _PROBE_S and is_idle("probe"):
-                running["probe"] = _started(self._probe())
-            is_due = leadership.epoch is not None and self._machine_s() - tried_s > _PROBE_S
-            if is_due and self.health.is_unwritable and is_idle("trial"):
-                tried_s = self._machine_s()
-                running["trial"] = self._connection.run(self._timed, self._try_to_write)
-            if leadership.has_lost_lock and is_idle("lock"):
-                running["lock"] = _started(leadership.lock_again())
+        try:
+            while True:
+                await asyncio.sleep(min(_PROBE_S, self._limit_s) / 4)
+                if self._is_served and min(self.health.running_s, breaker.silent_s) > self._limit_s:
+                    breaker.break_connection()
+                if self.health.answered_s_ago > _PROBE_S and is_idle("probe"):
+                    running["probe"] = _started(self._probe())
+                is_due = leadership.epoch is not None and self._machine_s() - tried_s > _PROBE_S
+                if is_due and self.health.is_unwritable and is_idle("trial"):
+                    tried_s = self._machine_s()
+                    running["trial"] = self._connection.run(self._timed, self._try_to_write)
+                if leadership.has_lost_lock and is_idle("lock"):
+                    running["lock"] = _started(leadership.lock_again())
+        finally:
+            for task in running.values():
+                task.cancel()
 
     async def _probe(self) -> None:
         epoch = self.leadership.epoch

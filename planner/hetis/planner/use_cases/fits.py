@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from hetis.engines.memory import GIB, Room, Start, default_start, longest_context, memory_of, requests_in, room_of
@@ -80,10 +80,10 @@ def fit(model: ModelSpec, gpu: GpuType, num_gpus: int, choice: EngineChoice) -> 
     return _fit(own, gpu, start, choice, with_help=True)
 
 
-def least_gpus(model: ModelSpec, choice: EngineChoice, types: Sequence[str] = COMMON) -> list[Fit]:
+def least_gpus(model: ModelSpec, choice: EngineChoice) -> list[Fit]:
     """Return, for each GPU type that the engine supports, the fewest of `COUNTS` GPUs on which it starts, if any do."""
     found = list[Fit]()
-    for name in types:
+    for name in COMMON:
         gpu = catalogue.find_gpu(name).gpu
         own = model.on(gpu.name)
         if refusal_of(own, gpu, choice.engine.value) is not None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
@@ -35,7 +35,7 @@ from hetis.solver.backends.search_clock import search_seconds
 from hetis.solver.budget import Budget, Report, SearchSettings, silent
 from hetis.solver.errors import InfeasibleError, InvalidProblemError, UncheckedPlanError
 from hetis.solver.placement.rungs import Known
-from hetis.solver.plan import DEFAULT_STRATEGY, Objective, Plan
+from hetis.solver.plan import DEFAULT_STRATEGY, PLANNED_UTILISATION, Objective, Plan
 from hetis.solver.problem import PlacementProblem
 from hetis.solver.workload import Workload
 
@@ -178,9 +178,20 @@ class PosedPlacement:
             return made
         requested = self.loaded.inputs.applicable_limits(request.goal)
 
-        def find(posed: PlacementProblem) -> Plan:
-            plan, own = search(posed, settings, budget=budget, report=report), posed.workload.classes
-            inputs = replace(self.loaded.inputs, workload=replace(workload, classes=own))
+        def find(posed: PlacementProblem) -> Iterator[Plan]:
+            best = search(posed, settings, budget=budget, report=report)
+            yield described(best, posed)
+            if not best.objective.kind.goal.is_planned:
+                return
+            # Queues of pools are modelled without overflow into others, so simulation may keep more of pools that serve
+            # most at a given utilisation.
+            assumptions = replace(posed.at(PLANNED_UTILISATION).assumptions, chooses_utilisation=False)
+            busiest = search(replace(posed, assumptions=assumptions), settings, budget=budget, report=report)
+            bound = (max if best.objective.maximises else min)(best.result.bound, busiest.result.value)
+            yield described(replace(busiest, result=busiest.result.bounded_by(bound)), posed)
+
+        def described(plan: Plan, posed: PlacementProblem) -> Plan:
+            inputs = replace(self.loaded.inputs, workload=replace(workload, classes=posed.workload.classes))
             plan = describe(plan, replace(self.loaded, inputs=inputs), posed, settings, requested, rung=made.rung)
             check(plan, posed)
             return with_losses(replace(plan, notes=(*plan.notes, classes.NEEDS_ROUTER)), posed)

@@ -64,8 +64,9 @@ def require_outputs(*paths: Path | None) -> None:
         raise DocumentError(problems)
 
 
-def load_all(paths: Sequence[Path], *, gpu: str = "") -> list[Measurements]:
-    """Return the measurements in all files, which are of one GPU type: ``gpu``, the profile's, or that of the first.
+def load_all(paths: Sequence[Path]) -> list[Measurements]:
+    """Return the measurements in all files, which are of one GPU type.
+
     Raises DocumentError with the problems of all files; a file that is given twice is one.
     """
     from hetis.formats.errors import DocumentError, Problem
@@ -83,8 +84,8 @@ def load_all(paths: Sequence[Path], *, gpu: str = "") -> list[Measurements]:
             hint = "is a table, expected measurements: convert it with `hetis-profile import`"
             problems += [Problem(file=str(path), message=hint)] if is_table else error.problems
     if not problems:
-        wanted = gpu or found[0].gpu
-        why = f"the profile is of {gpu}" if gpu else f"that of {paths[0]} is {wanted}: a profile is for one GPU type"
+        wanted = found[0].gpu
+        why = f"that of {paths[0]} is {wanted}: a profile is for one GPU type"
         problems = [
             Problem(file=str(path), path="gpu", message=f"is {one.gpu}, {why}")
             for path, one in zip(paths, found, strict=True)

@@ -12,8 +12,6 @@ from hetis.solver.model.mixer import Indexer, Kernel, Mixer
 from hetis.solver.model.mlp import Dense, Experts, Mlp
 from hetis.solver.model.variants import DraftShape, GpuPrecision
 
-_AT_LEAST_ONE = ("hidden", "vocab", "max_position", "residual_streams")
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelSpec:
@@ -64,7 +62,7 @@ class ModelSpec:
     _state_bytes: float = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        for name in _AT_LEAST_ONE:
+        for name in ("hidden", "vocab", "max_position", "residual_streams"):
             if getattr(self, name) < 1:
                 raise InvalidProblemError(f"{self.name}: {name} is {getattr(self, name)}, must be >= 1")
         if not self.layers:
@@ -376,10 +374,8 @@ class ModelSpec:
 
     @property
     def kept_states(self) -> int:
-        """The states that engines keep for a request: one for every token of an iteration, as drafts may be rejected,
-        but with compressed attention one: what it keeps belongs to single tokens.
-        """
-        return self.step_tokens if self.divides_states else 1
+        """The states kept for a request: one for each token of an iteration, as drafts may be rejected, or else one."""
+        return self.step_tokens if self.divides_states else 1  # what compressed attention keeps belongs to tokens
 
     def state_ranks(self, tp: int) -> int:
         """Return among how many of ``tp`` ranks a state is divided."""

@@ -20,7 +20,7 @@ from hetis.solver.published.heuristic import Decisions, Search
 from hetis.solver.published.replicas import FleetGpus, Part
 
 GENERATIONS, OFFSPRING, SURVIVORS, TOURNAMENT = 300, 10, 3, 3  # as in HexGen's code
-PATIENCE = 100  # generations without a better individual, after which the search ends
+MOST_IDLE_GENERATIONS = 100  # generations without a better individual, after which the search ends
 HEADROOM = 0.1  # ratio of a group's spare memory to the weights: HexGen's code has 144 GB for Llama-2 70B
 LEAST_SHARE, MOST_SHARE = 0.1, 0.9  # share of every machine that goes to the new group of a split
 MOVES = 0.5  # share of mutations that are moves
@@ -56,7 +56,7 @@ def evolved(
     """Return the fittest individual of all generations; it always survives, and others are drawn by tournament."""
     fit, population, last_gain = cache(fitness), [start], 0
     for generation in range(GENERATIONS):
-        if search.budget.is_spent() or generation - last_gain > PATIENCE:
+        if search.budget.is_spent() or generation - last_gain > MOST_IDLE_GENERATIONS:
             break
         candidates = population + [mutated(order.choice(population)) for _ in range(OFFSPRING)]
         best = max(candidates, key=fit)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 
 from hetis.planner.use_cases.verification.lower_rates import LowerRates, StoppedError
@@ -36,9 +38,9 @@ def test_the_highest_rate_below_a_missed_one_is_found_by_short_runs_and_decided_
         tried.append(rate_rps)
         return rate_rps <= short_rps
 
-    def is_sure(rate_rps: float) -> bool:
+    def is_sure(rate_rps: float) -> Iterator[bool]:
         tried.append(rate_rps)
-        return rate_rps <= long_rps
+        yield rate_rps <= long_rps
 
     kept_rps = LowerRates(seems_sure, is_sure).highest(100.0, at_least_rps)
     assert kept_rps == (None if found is None else pytest.approx(found, rel=1e-3))
@@ -67,9 +69,9 @@ def test_rates_that_short_runs_leave_undecided_are_decided_by_long_ones(
     def seems_sure(rate_rps: float) -> bool | None:
         return rate_rps <= sure_rps or (None if rate_rps <= excluded_rps else False)
 
-    def is_sure(rate_rps: float) -> bool:
+    def is_sure(rate_rps: float) -> Iterator[bool]:
         decided.append(rate_rps)
-        return rate_rps <= long_rps
+        yield rate_rps <= long_rps
 
     kept_rps = LowerRates(seems_sure, is_sure).highest(100.0, at_least_rps)
     assert kept_rps == (None if found is None else pytest.approx(found, rel=0.02))
@@ -90,11 +92,11 @@ def test_a_rate_that_was_found_is_kept_when_the_search_for_a_higher_one_is_cance
 ) -> None:
     tried = list[float]()
 
-    def is_sure(rate_rps: float) -> bool:
+    def is_sure(rate_rps: float) -> Iterator[bool]:
         if len(tried) == runs:
             raise StoppedError
         tried.append(rate_rps)
-        return rate_rps <= long_rps
+        yield rate_rps <= long_rps
 
     search = LowerRates(lambda rate_rps: rate_rps <= 70.0, is_sure)
     if found is None:
@@ -129,8 +131,19 @@ def test_a_search_that_is_cancelled_tells_which_rate_short_runs_keep_and_long_on
 
     search = LowerRates(
         lambda rate_rps: tried(short, short_runs, rate_rps, 70.0),
-        lambda rate_rps: tried(long, long_runs, rate_rps, long_rps),
+        lambda rate_rps: iter([tried(long, long_runs, rate_rps, long_rps)]),
     )
     with pytest.raises(StoppedError):
         search.highest(100.0, 0.0)
     assert search.likely_rps == (None if likely is None else pytest.approx(likely, rel=1e-3))
+
+
+def test_a_rate_that_usual_traffic_keeps_in_a_long_run_is_likely_if_none_is_left_for_other_traffic() -> None:
+    def is_sure(rate_rps: float) -> Iterator[bool]:
+        yield rate_rps <= 96.0
+        raise StoppedError
+
+    search = LowerRates(lambda rate_rps: rate_rps <= 98.0, is_sure)
+    with pytest.raises(StoppedError):
+        search.highest(100.0, 0.0)
+    assert search.likely_rps == pytest.approx(0.97 * 97.0), "at 97 the long run misses"

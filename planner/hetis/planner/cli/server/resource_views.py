@@ -122,11 +122,11 @@ def state(text: str) -> Text:
     return Text(text, style="green" if text in _GOOD else "red" if text in _BAD else "yellow" if text else "")
 
 
-def ago(moment: Timestamp | None, now_s: float | None = None) -> str:
+def ago(moment: Timestamp | None) -> str:
     """Return the age of a moment, as ``4 s ago``, or an empty string for None."""
     if moment is None or not (moment.seconds or moment.nanos):
         return ""
-    passed_s = max((time.time() if now_s is None else now_s) - moment.seconds - moment.nanos / 1e9, 0.0)
+    passed_s = max(time.time() - moment.seconds - moment.nanos / 1e9, 0.0)
     for limit_s, unit_s, unit in ((120, 1, "s"), (7200, 60, "min"), (172_800, 3600, "h")):
         if passed_s < limit_s:
             return f"{passed_s / unit_s:.0f} {unit} ago"

@@ -17,7 +17,7 @@ import sys
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import BinaryIO
 from urllib.parse import unquote
 
@@ -87,8 +87,12 @@ def watched_handshakes() -> Iterator[None]:
 
 
 def _read(lines: BinaryIO, stderr: int) -> None:
+    def pass_on(line: bytes) -> None:
+        with suppress(OSError):  # a full disk, or a terminal that is gone: handshakes are counted all the same
+            os.write(stderr, line)
+
     with lines:
-        for peer, error in failures(lines, pass_on=lambda line: os.write(stderr, line)):
+        for peer, error in failures(lines, pass_on=pass_on):
             note(peer, error)
 
 

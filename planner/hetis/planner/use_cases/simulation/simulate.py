@@ -319,13 +319,13 @@ def _verdict(question: Question, summary: Summary, answers: Sequence[_Answer]) -
 
 
 def _jobs(question: Question, load: Load, *, keep_runs: bool) -> list[SimulationJob]:
-    """Return a job for every seed. Only the first run can be shown, so only that one records a trace."""
+    """Return a job for every seed. Only the first run can be shown."""
     return [
         SimulationJob(
             load=load,
             num_requests=question.num_requests,
             seed=seed,
-            settings=replace(question.settings, seed=seed, trace=question.settings.trace and number == 0),
+            settings=replace(question.settings, seed=seed),
             limits=question.limits,
             keep_run=keep_runs or (question.keep_run and number == 0),
         )

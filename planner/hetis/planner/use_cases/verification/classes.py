@@ -10,7 +10,9 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 
@@ -36,14 +38,14 @@ LONGEST, MORE_LONGEST = 0.1, 1.5  # drift: this share of the longest prompts bec
 SHORT, LESS_SHORT = 0.5, 0.75  # and this share of the shortest
 BURSTS = 2.0  # coefficient of variation of the gaps between arrivals in bursts
 REQUESTS = 3_000  # of a run
-STEP, PRECISE = 1.06, 0.03  # ratio of rates until one is kept and one missed, and of these in the end
-MOST_STEPS = 30  # rates tried beyond the first, up or down
+STEP, PRECISE = 1.06, 0.03  # first ratio of rates until one is kept and one missed, and of these in the end
+MOST_STEPS = 7  # ever larger ones: rates tried beyond the first, up or down
 HARDER = 0.88  # share of the rate kept as planned from which that of other traffic is searched
 NEEDS_ROUTER = (
     "replicas for one class of requests need a router that knows prompt lengths, as exports that carry this plan have; "
     "behind any other it keeps far less than a plan without classes"
 )
-Find = Callable[[PlacementProblem], Plan]  # raises InfeasibleError, NoPlanFoundError
+Find = Callable[[PlacementProblem], Iterator[Plan]]  # raises InfeasibleError, NoPlanFoundError
 
 
 def cuts_of(text: str, workload: Workload) -> dict[str, tuple[RequestClass, ...]]:
@@ -131,36 +133,39 @@ def choose(
     Args:
         without: the plan without classes, which keeps the strictest of their limits.
         objective: the requested one, whose limits apply to classes without their own.
-        cuts: the classes to try; the plan of the best value is simulated.
-        find: searches a problem.
+        cuts: the classes to try; of their plans that have pools, the first by value that keeps enough is compared.
+        find: searches a problem for candidates.
         worth: share by which it must keep more.
         seed, budget, report: those of simulations.
         carriers: what each export target cannot carry; None: not known. Some must carry all of it, or the ``target``.
         verified: simulates the plan with classes as that without was, such as with more seats; None: neither was, and
             the gain is that of the cost model.
     """
-    best, name = None, ""
+    found = list[_Candidate]()
     for cut, classes in cuts.items():
         workload = replace(without.problem.workload, classes=classes)
         posed = replace(without.problem, workload=workload, objective=objective)
-        try:
-            plan = find(posed)
-        except (InfeasibleError, NoPlanFoundError):
-            continue
-        if best is None or gain_of(plan, best.plan) > 0.0:
-            best, name = WithClasses(plan=plan, problem=posed), cut
-    record = Classes(cut=name or ", ".join(cuts), worth=worth)
-    if best is None or not any(one.classes for one in best.plan.replicas):
+        with suppress(InfeasibleError, NoPlanFoundError):
+            for plan in find(posed):
+                found.append(_Candidate(cut, WithClasses(plan=plan, problem=posed)))
+    found = [one for one in found if any(replica.classes for replica in one.found.plan.replicas)]
+    found.sort(key=lambda one: gain_of(one.found.plan, without.plan), reverse=True)
+    record = Classes(cut=", ".join(cuts), worth=worth)
+    if not found:
         return _told(without, replace(record, why_not="no plan with pools of classes has a better value"))
-    record = replace(record, value=best.plan.result.value, bound=best.plan.result.bound)
-    if why := _not_carried(best, carriers, target):
-        return _told(without, replace(record, why_not=why))
-    gains = [gain_of(best.plan, without.plan)]
+    why_not = [_not_carried(one.found, carriers, target) for one in found]
+    if all(why_not):
+        return _told(without, replace(found[0].on(record), why_not=why_not[0]))
+    found = [one for one, why in zip(found, why_not, strict=True) if not why]
+    chosen, best = found[0], found[0].found
+    record, gains = chosen.on(record), [gain_of(best.plan, without.plan)]
     if verified is not None:
-        best = replace(best, plan=verified(best))
-        compared = _Compared(without, best, seed=seed, budget=budget, report=report)
+        compared = _Compared(without, best.problem, seed=seed, budget=budget, report=report)
         try:
-            record = replace(record, kept=tuple(compared.kept()), ttft=tuple(compared.latencies()))
+            chosen = next((one for one in found if compared.keeps_more(one.found, worth)), chosen)
+            best = replace(chosen.found, plan=verified(chosen.found))
+            kept = tuple(compared.kept(best, worth))
+            record = replace(chosen.on(record), kept=kept, ttft=tuple(compared.latencies(best, kept[0])))
         except NothingSimulatedError:
             return _told(without, replace(record, why_not="simulations ended before both plans were compared"))
         gains = [_gain(one, without.plan, best.plan) for one in record.kept if one.counts]
@@ -168,6 +173,17 @@ def choose(
         why = f"it keeps {min(gains):+.1%} where {worth:.0%} more is worth pools of their own (--worth)"
         return _told(without, replace(record, why_not=why))
     return _told(best, record)
+
+
+class _Candidate(NamedTuple):
+    """A plan with pools of classes that are cut in a way."""
+
+    cut: str
+    found: WithClasses
+
+    def on(self, record: Classes) -> Classes:
+        result = self.found.plan.result
+        return replace(record, cut=self.cut, value=result.value, bound=result.bound)
 
 
 def _told(chosen: WithClasses, record: Classes) -> WithClasses:
@@ -195,58 +211,81 @@ def _not_carried(best: WithClasses, carriers: Carriers | None, target: str) -> s
     return f"export target {target} cannot route by prompt length" if target else "no export target carries it"
 
 
+class _Traffic(NamedTuple):
+    """A kind of traffic; ``counts``: whether a gain there is required."""
+
+    name: str
+    gap_cv: float = 1.0
+    is_drifted: bool = False
+    counts: bool = True
+
+
+TRAFFIC = _Traffic("as planned"), _Traffic("longer prompts", is_drifted=True), _Traffic("bursts", BURSTS, counts=False)
+
+
 class _Compared:
-    """Simulations of a plan without classes and one with them, in the same traffic."""
+    """Simulations of a plan without classes and others with them, in the same traffic and within the same limits."""
 
     def __init__(
-        self, without: WithClasses, best: WithClasses, *, seed: int, budget: Budget, report: Report
+        self, without: WithClasses, limits: PlacementProblem, *, seed: int, budget: Budget, report: Report
     ) -> None:  # fmt: skip
-        self._both, self._seed, self._budget, self._report = (without, best), seed, budget, report
-        self._limits = best.problem  # of each class
-        self._kept = (0.0, 0.0)
+        self._without, self._seed, self._budget, self._report = without, seed, budget, report
+        self._limits = limits
+        self._before = dict[_Traffic, float]()  # what the plan without keeps
 
-    def kept(self) -> Iterator[KeptWithClasses]:
-        """Yield the rates that both plans keep: in planned traffic, with longer prompts, and in bursts."""
-        planned = self._limits.workload
-        for name, lengths, gap_cv, counts in (
-            ("as planned", planned, 1.0, True),
-            ("longer prompts", drifted(planned), 1.0, True),
-            ("bursts", planned, BURSTS, False),
-        ):
-            starts = (
-                HARDER * kept or default_rate(one.plan, one.problem)
-                for one, kept in zip(self._both, self._kept, strict=True)
-            )
-            before, after = (
-                self._highest(one, lengths, gap_cv, rate) for one, rate in zip(self._both, starts, strict=True)
-            )
-            self._kept = self._kept if any(self._kept) else (before, after)
-            yield KeptWithClasses(traffic=name, without_rps=before, with_rps=after, counts=counts)
+    def before(self, traffic: _Traffic) -> float:
+        """Return the rate that the plan without classes keeps."""
+        if traffic not in self._before:
+            planned = self._before.get(TRAFFIC[0], 0.0)
+            start = HARDER * planned or default_rate(self._without.plan, self._without.problem)
+            self._before[traffic] = self._highest(self._without, traffic, start)
+        return self._before[traffic]
 
-    def latencies(self) -> Iterator[ClassLatency]:
+    def keeps_more(self, one: WithClasses, worth: float) -> bool:
+        """Return whether a plan keeps more by a share wherever that is required."""
+        if not one.plan.objective.maximises:
+            return True  # what it keeps is compared by cost, too
+        return all(
+            self._keeps(*self._run(one, traffic, (1.0 + worth) * self.before(traffic)))
+            for traffic in TRAFFIC
+            if traffic.counts and self.before(traffic)
+        )
+
+    def kept(self, best: WithClasses, worth: float) -> Iterator[KeptWithClasses]:
+        """Yield the rates that both plans keep: in planned traffic, with longer prompts, and in bursts.
+
+        Those with classes are searched from what `keeps_more` has tried.
+        """
+        for traffic in TRAFFIC:
+            before = self.before(traffic)
+            after = self._highest(best, traffic, (1.0 + worth) * before or default_rate(best.plan, best.problem))
+            yield KeptWithClasses(traffic=traffic.name, without_rps=before, with_rps=after, counts=traffic.counts)
+
+    def latencies(self, best: WithClasses, kept: KeptWithClasses) -> Iterator[ClassLatency]:
         """Yield the p95 TTFT of each class in both plans, at the lower of the rates that they keep."""
-        rate = min(self._kept) or max(self._kept)
-        runs = [self._run(one, self._limits.workload, rate, 1.0)[1] for one in self._both]
-        for one in self._limits.class_shares() if rate else ():
-            before, after = (self._latencies(run, one.name)[0] for run in runs)
+        rate = min(kept.without_rps, kept.with_rps) or max(kept.without_rps, kept.with_rps)
+        runs = [self._run(one, TRAFFIC[0], rate)[1] for one in (self._without, best)]
+        for one in best.problem.class_shares() if rate else ():
+            before, after = (_latencies(best.problem, run, one.name)[0] for run in runs)
             yield ClassLatency(
                 name=one.name, share=one.share, max_prompt_tokens=one.max_prompt_tokens,
-                limit_s=self._limits.of_classes((one.name,)).objective.ttft_limit_s, rate_rps=rate,
+                limit_s=best.problem.of_classes((one.name,)).objective.ttft_limit_s, rate_rps=rate,
                 without_s=before, with_s=after,
             )  # fmt: skip
 
-    def _highest(self, one: WithClasses, lengths: Workload, gap_cv: float, rate: float) -> float:
+    def _highest(self, one: WithClasses, traffic: _Traffic, rate: float) -> float:
         """Return the highest rate at which every class keeps its limits, searched from a rate; 0: none tried does."""
 
         def keeps(rate: float) -> bool:
-            return self._keeps(*self._run(one, lengths, rate, gap_cv))
+            return self._keeps(*self._run(one, traffic, rate))
 
-        low, high = (rate, rate * STEP) if keeps(rate) else (rate / STEP, rate)
-        rising = low == rate
+        low, high, step = rate, rate, STEP
+        rising = keeps(rate)
         for _ in range(MOST_STEPS):
+            low, high = (high, high * step) if rising else (low / step, low)
             if keeps(high if rising else low) != rising:
                 break
-            low, high = (high, high * STEP) if rising else (low / STEP, low)
+            step *= step
         else:
             return low if rising else 0.0
         while high > low * (1.0 + PRECISE):
@@ -254,11 +293,12 @@ class _Compared:
             low, high = (middle, high) if keeps(middle) else (low, middle)
         return low
 
-    def _run(self, one: WithClasses, lengths: Workload, rate: float, gap_cv: float) -> tuple[bool, Run]:
+    def _run(self, one: WithClasses, traffic: _Traffic, rate: float) -> tuple[bool, Run]:
         """Return whether the fleet carried the load, and the requests after the warm-up."""
+        planned = self._limits.workload
         load = Load(
-            lengths=lengths, max_position=one.problem.model.max_position, arrivals=Arrivals.DRAWN, rate_rps=rate,
-            gap_cv=gap_cv,
+            lengths=drifted(planned) if traffic.is_drifted else planned, max_position=one.problem.model.max_position,
+            arrivals=Arrivals.DRAWN, rate_rps=rate, gap_cv=traffic.gap_cv,
         )  # fmt: skip
         question = Question(
             load=load, num_requests=REQUESTS, seeds=(self._seed,), settings=AS_PLANNED,
@@ -279,25 +319,24 @@ class _Compared:
     def _keeps(self, is_steady: bool, run: Run) -> bool:
         if not is_steady:
             return False
-        of_all = self._limits.objective
-        has_own = any((one.ttft_limit_s, one.tpot_limit_s) != (None, None) for one in self._limits.workload.classes)
-        limits = {name: self._limits.of_classes((name,)).objective for name in self._limits.workload.shares()}
-        for name, objective in limits.items() if has_own else [("", of_all)]:
-            ttft_s, tpot_s = self._latencies(run, name)
+        for name in self._limits.limits_of_classes():
+            objective = self._limits.of_classes((name,)).objective if name else self._limits.objective
+            ttft_s, tpot_s = _latencies(self._limits, run, name)
             if not ttft_s <= (objective.ttft_limit_s or math.inf) or not tpot_s <= (objective.tpot_limit_s or math.inf):
                 return False
         return True
 
-    def _latencies(self, run: Run, name: str) -> tuple[float, float]:
-        """Return p95 TTFT and mean TPOT of the requests of a class, or of all; unfinished ones take forever."""
-        bounds = [one.max_prompt_tokens or math.inf for one in self._limits.workload.classes]
-        numbers = np.searchsorted(bounds, run.prompt_tokens, side="left")
-        names = [one.name for one in self._limits.workload.classes]
-        own = np.full(len(numbers), True) if not name else numbers == names.index(name)
-        ttft_s = np.nan_to_num((run.first_token_s - run.arrival_s)[own], nan=math.inf)
-        decoding_s, tokens = (run.finished_s - run.first_token_s)[own], (run.output_tokens - 1)[own]
-        done = np.isfinite(decoding_s) & (tokens > 0)
-        if not len(ttft_s):
-            return 0.0, 0.0
-        mean_s = float(decoding_s[done].sum() / tokens[done].sum()) if done.any() else 0.0
-        return float(np.quantile(ttft_s, 0.95, method="higher")), mean_s
+
+def _latencies(problem: PlacementProblem, run: Run, name: str) -> tuple[float, float]:
+    """Return p95 TTFT and mean TPOT of the requests of a class, or of all; unfinished ones take forever."""
+    bounds = [one.max_prompt_tokens or math.inf for one in problem.workload.classes]
+    numbers = np.searchsorted(bounds, run.prompt_tokens, side="left")
+    names = [one.name for one in problem.workload.classes]
+    own = np.full(len(numbers), True) if not name else numbers == names.index(name)
+    ttft_s = np.nan_to_num((run.first_token_s - run.arrival_s)[own], nan=math.inf)
+    decoding_s, tokens = (run.finished_s - run.first_token_s)[own], (run.output_tokens - 1)[own]
+    done = np.isfinite(decoding_s) & (tokens > 0)
+    if not len(ttft_s):
+        return 0.0, 0.0
+    mean_s = float(decoding_s[done].sum() / tokens[done].sum()) if done.any() else 0.0
+    return float(np.quantile(ttft_s, 0.95, method="higher")), mean_s

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from typing import NamedTuple
 
@@ -44,24 +44,25 @@ class LowerRates:
 
     Args:
         seems_sure: whether short runs at a rate keep the limits by more than chance; None: they do, perhaps by chance.
-        is_sure: whether long ones do. The wide intervals of short runs exclude rates that long runs show to be kept.
+        is_sure: whether long ones do, of the usual traffic and of other traffic, in turn. The wide intervals of short
+            runs exclude rates that long runs show to be kept.
         excess: by how much of its limit a latency of a short run is above it at most, up to chance (negative: below);
             None: not known, such as where requests queue up without end. It grows ever faster with the rate.
     """
 
     def __init__(
-        self, seems_sure: Callable[[float], bool | None], is_sure: Callable[[float], bool],
+        self, seems_sure: Callable[[float], bool | None], is_sure: Callable[[float], Iterable[bool]],
         excess: Callable[[float], float | None] = lambda _: None,
     ) -> None:  # fmt: skip
         self._short, self._long, self._excess = seems_sure, is_sure, excess
-        self._likely: list[float] = []  # rates that short runs keep by more than chance
+        self._likely: list[float] = []  # rates that short runs keep by more than chance, or the first long run
         self._perhaps: list[float] = []  # rates that short runs keep, perhaps by chance
         self._excluded_rps = math.inf  # lowest rate that short runs miss by more than chance
         self._missed_rps = math.inf  # lowest rate that long runs miss
 
     @property
     def likely_rps(self) -> float | None:
-        """The highest rate that short runs keep, by more than chance if there is one, and no long run has missed."""
+        """The highest rate that a run keeps, by more than chance if there is one, and no long run has missed."""
         kept = self._likely or self._perhaps
         return max((rate_rps for rate_rps in kept if rate_rps < self._missed_rps), default=None)
 
@@ -154,7 +155,9 @@ class LowerRates:
         return kept
 
     def _is_sure(self, rate_rps: float) -> bool:
-        kept = self._long(rate_rps)
-        if not kept:
-            self._missed_rps = min(self._missed_rps, rate_rps)
-        return kept
+        for kept in self._long(rate_rps):
+            if not kept:
+                self._missed_rps = min(self._missed_rps, rate_rps)
+                return False
+            self._likely.append(rate_rps)
+        return True

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import replace
 from functools import cache, partial
@@ -267,7 +267,7 @@ class _Runs:
             return replace(plan, notes=(*plan.notes, note))
         if kept is None:
             return self._recorded(found, None)
-        at_kept = self._longest_at(kept.rate_rps) if kept.is_confirmed else self._at(kept.rate_rps, self._ordinary)
+        at_kept = self._longest_at(kept.rate_rps) if kept.is_confirmed else self._run_at(kept.rate_rps)
         kept_plan = self._recorded(replace(at_kept, kept=True), kept.rate_rps)
         return replace(kept_plan, notes=(*kept_plan.notes, *kept.notes()))
 
@@ -327,6 +327,13 @@ class _Runs:
         """Return the longest run at a rate that was simulated before."""
         return self._at(rate_rps, self._longer)
 
+    def _run_at(self, rate_rps: float) -> TriedRate:
+        """Return the ordinary run at a rate that was simulated before, or the longest if that was the only one."""
+        try:
+            return self._at(rate_rps, self._ordinary)
+        except StoppedError:
+            return self._longest_at(rate_rps)
+
     def _verification(self, found: TriedRate, rate_rps: float, kept_rps: float | None) -> Verification:
         summary, seconds, missed = found.summary, found.measured.seconds, found.measured.missed
         return Verification(
@@ -351,12 +358,12 @@ class _Runs:
         """Return whether longer runs take a small part of the budget."""
         return bool(self._longer * self._each <= PART / 2 * self._budget.work_limit)
 
-    def _is_sure(self, rate_rps: float) -> bool:
-        """Return whether the limits are kept with other traffic, too.
+    def _are_sure(self, rate_rps: float) -> Iterator[bool]:
+        """Yield whether the limits are kept with the usual traffic, and with other traffic, too.
 
         A search for the highest rate finds rates that are kept by luck.
         """
-        return all(self._at(rate_rps, self._longer, other=other).sure for other in (False, True))
+        return (self._at(rate_rps, self._longer, other=other).sure for other in (False, True))
 
     def _lower(self, found: TriedRate) -> KeptRate | None:
         """Search for the highest rate below the planned one, at which ``found`` misses limits, that keeps them.
@@ -378,13 +385,13 @@ class _Runs:
             is_known = tried.summary.steady is not False and math.isfinite(most) and tried.sure == (most <= 0.0)
             return most if is_known else None
 
-        search = LowerRates(seems_sure, self._is_sure, excess)
+        search = LowerRates(seems_sure, self._are_sure, excess)
         try:
             rate_rps = search.highest(self._planned_rps, 0.0)
         except StoppedError:
             if search.likely_rps is None:
                 raise
-            tried = self._at(search.likely_rps, self._ordinary)
+            tried = self._run_at(search.likely_rps)
             return KeptRate(search.likely_rps, tried.num_requests, is_confirmed=False)
         return None if rate_rps is None else KeptRate(rate_rps, self._longer, is_confirmed=True)
 
