@@ -112,7 +112,7 @@ FORMS = (
     TraceForm(
         "LiteLLM", ("startTime", "prompt_tokens", "completion_tokens"), _moment, is_absolute=True,
         failed_without_output=True, leaves_out=lambda fields: fields.get("status") == "failure",
-        left_out="failed requests", source="github.com/BerriAI/litellm, LiteLLM_SpendLogs",
+        source="github.com/BerriAI/litellm, LiteLLM_SpendLogs",
     ),
     TraceForm(
         "aiperf",
