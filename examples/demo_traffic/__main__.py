@@ -44,8 +44,8 @@ class Story:
         self._rate_rps, self._prompt_tokens = 0.0, PROMPT_TOKENS
         self._client: Client
 
-    def tell(self, *, short: bool = False) -> list[dict[str, Any]]:
-        """Tell the story, or up to the first change, and return the changes.
+    def tell(self) -> list[dict[str, Any]]:
+        """Tell the story, and return the changes.
 
         Raises ProcessError if something does not happen in time.
         """
@@ -56,20 +56,18 @@ class Story:
         self._arrive(RATE_RPS, PROMPT_TOKENS)
         self._until(lambda: len(self._minutes()) > 0, "a minute of traffic has been measured")
         changes = list[dict[str, Any]]()
-        if not short:
-            self._until(lambda: bool(self._traffic().decision.reason), "the planner has decided")
-            teller.say(self._traffic().decision.reason)
+        self._until(lambda: bool(self._traffic().decision.reason), "the planner has decided")
+        teller.say(self._traffic().decision.reason)
         teller.chapter(f"Traffic doubles, and its prompts are {LENGTHEN:g} times as long")
         self._arrive(2 * RATE_RPS, round(LENGTHEN * PROMPT_TOKENS))
         while not any(one["cards"] > cards for one in changes):
             changes.append(self._tell_change())
-        if not short:
-            changes += self._tell_until(self._is_in_time, "first tokens are in time again")
-            teller.say(f"{self._in_time():.0%} of the first tokens of the last minute came within {TTFT_LIMIT_S:g} s")
-            teller.chapter("Traffic falls to a quarter of that")
-            cards = self._cards()
-            self._arrive(RATE_RPS / 2, PROMPT_TOKENS)
-            changes += self._tell_until(lambda: self._cards() < cards, "cards are given back")
+        changes += self._tell_until(self._is_in_time, "first tokens are in time again")
+        teller.say(f"{self._in_time():.0%} of the first tokens of the last minute came within {TTFT_LIMIT_S:g} s")
+        teller.chapter("Traffic falls to a quarter of that")
+        cards = self._cards()
+        self._arrive(RATE_RPS / 2, PROMPT_TOKENS)
+        changes += self._tell_until(lambda: self._cards() < cards, "cards are given back")
         self._client.close()
         return changes
 
@@ -191,12 +189,11 @@ class Story:
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m examples.demo_traffic", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--json", action="store_true", help="print the changes as JSON on stdout; the story on stderr")
-    parser.add_argument("--short", action="store_true", help="end after the first change")
     options = parser.parse_args()
     teller = Teller(sys.stderr if options.json else sys.stdout)
     with tempfile.TemporaryDirectory(prefix="hetis-demo-") as folder, Processes(Path(folder)) as processes:
         try:
-            changes = Story(processes, teller, Path(folder)).tell(short=options.short)
+            changes = Story(processes, teller, Path(folder)).tell()
         except (ProcessError, CallError) as error:
             print(f"error: {error}", file=sys.stderr)
             return 1

@@ -1,18 +1,22 @@
 """On a full disk acknowledged data stay, new data are refused, and work resumes once there is room.
 
-The planner has a small tmpfs in its own mount namespace, which no other process sees.
+The planner has a small tmpfs in its own mount namespace, which no other process sees; PostgreSQL has one for the
+database's tablespace, but not for its write-ahead log, without which it ends.
 """
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
+import tempfile
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import grpc
+import psycopg
 import pytest
 
 from hetis.planner.client import CallError, Client
@@ -48,11 +52,45 @@ def small_planner(folder: Path) -> Iterator[tuple[Client, Path, str]]:
             yield client, Path(f"/proc/{process.pid}/root{disk}"), said["status_page"]
 
 
+@contextmanager
+def small_database(server: str) -> Iterator[tuple[str, Path]]:
+    """Yield the URL of a database on a small disk of its own, and that disk."""
+    with tempfile.TemporaryDirectory(prefix="hetis-tablespace-") as folder:
+        disk = Path(folder) / "disk"
+        disk.mkdir()
+        if os.geteuid() != 0 or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=24m", "tmpfs", disk]).returncode:
+            pytest.skip("NOT CHECKED: no file system may be mounted here")
+        try:
+            with psycopg.connect(f"{server}/postgres", autocommit=True) as connection:
+                (data,) = connection.execute("SHOW data_directory").fetchone() or ("",)
+                for path in (Path(folder), disk):
+                    os.chown(path, Path(data).stat().st_uid, -1)
+                connection.execute(f"CREATE TABLESPACE small LOCATION '{disk}'".encode())
+                connection.execute("CREATE DATABASE small TABLESPACE small")
+                yield f"{server}/small", disk
+                (disk / "full").unlink(missing_ok=True)
+                connection.execute("DROP DATABASE small WITH (FORCE)")
+                connection.execute("DROP TABLESPACE small")
+        finally:
+            subprocess.run(["umount", "--lazy", disk], check=True)
+
+
 def create(client: Client, name: str) -> None:
     cluster = cluster_pb2.Cluster(document=document_pb2.Document(content=fleet(1).content))
     client.clusters.CreateCluster(
         cluster_service_pb2.CreateClusterRequest(cluster_id=name, cluster=cluster), timeout=10
     )
+
+
+def refusal(client: Client, kept: list[str]) -> CallError:
+    """Return the error of the first cluster that cannot be created; the others find room that tables have left."""
+    for number in range(500):
+        try:
+            create(client, f"full-{number}")
+        except CallError as error:
+            return error
+        kept.append(f"clusters/full-{number}")
+    raise AssertionError("500 clusters found room on a full disk")
 
 
 def fill(disk: Path) -> None:
@@ -82,6 +120,7 @@ def test_a_full_disk_refuses_changes_and_loses_none(tmp_path: Path) -> None:
         assert refused
         assert {(error.reason, error.code) for error in refused} == {("STORE_UNAVAILABLE", grpc.StatusCode.UNAVAILABLE)}
         assert {error.metadata["changed"] for error in refused} == {"no"}
+        assert all("its disk is full: make room there" in str(error) for error in refused)
         assert sorted(one.name for one in client.list_clusters()) == sorted(kept)
         with urllib.request.urlopen(f"{page}metrics", timeout=10) as answer:
             text = answer.read().decode()
@@ -92,3 +131,27 @@ def test_a_full_disk_refuses_changes_and_loses_none(tmp_path: Path) -> None:
         assert sorted(one.name for one in client.list_clusters()) == sorted([*kept, "clusters/after"])
         with urllib.request.urlopen(f"{page}readyz", timeout=10) as answer:
             assert answer.status == 200
+
+
+def test_a_leader_whose_postgresql_has_no_room_goes_on_leading_and_writes_again_when_there_is_some(
+    postgres_server: str, tmp_path: Path
+) -> None:
+    with small_database(postgres_server) as (url, disk):
+        options = ("--listen", "127.0.0.1:0", "--status-page", "127.0.0.1:0", "--ready-json", "--store", url)
+        with Process((*options, "--set", "solver.processes=1"), folder=tmp_path, module=REAL) as process:
+            said = process.ready()
+            with Client(said["listen"][0]) as client:
+                create(client, "before")
+                kept = ["clusters/before"]
+                fill(disk)
+                error = refusal(client, kept)
+                assert (error.reason, error.metadata["changed"]) == ("STORE_UNAVAILABLE", "no")
+                assert str(error).endswith(
+                    "nothing was changed; its disk is full: make room there, then repeat the call"
+                )
+                assert sorted(one.name for one in client.list_clusters()) == sorted(kept)
+                with urllib.request.urlopen(f"{said['status_page']}leaderz", timeout=10) as answer:
+                    assert answer.status == 200
+                (disk / "full").unlink()
+                create(client, "after")
+                assert sorted(one.name for one in client.list_clusters()) == sorted([*kept, "clusters/after"])

@@ -151,7 +151,7 @@ def _fewest_lanes(posed: PosedReplan, utilisation: float) -> Lanes:
         rates = [one.rate for one in running.replicas if one.role is role]
         share = 1.0 if demand_rps is None else demand_rps / (utilisation * running.served_rate())
         lanes[role] = max(1, int(0.5 * share * sum(rates) / max(rates))) if rates else 1
-    return Lanes(lanes[Role.UNIFIED], lanes[Role.PREFILL])
+    return Lanes(lanes[Role.UNIFIED], lanes[Role.PREFILL], running.result.lanes.prefill_load)
 
 
 def _kept_utilisation(plan: Plan, problem: PlacementProblem) -> float:

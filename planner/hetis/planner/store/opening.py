@@ -218,10 +218,19 @@ def unavailable(error: sa.exc.DBAPIError, store: str, *, is_committing: bool) ->
     is_of_file = isinstance(error.orig, sqlite3.Error)
     is_unknown = error.connection_invalidated or (is_committing and is_of_file and not is_refused)
     what = "it is unknown whether the change was made" if is_unknown else "nothing was changed"
+    if is_full(error):
+        what += "; its disk is full: make room there, then repeat the call"
     return ServiceError(
         Reason.ERROR_REASON_STORE_UNAVAILABLE,
         f"the planner's store {store} is currently failing ({_reason(error)}); {what}",
         metadata={"changed": "unknown" if is_unknown else "no"},
+    )
+
+
+def is_full(error: sa.exc.DBAPIError) -> bool:
+    """Return whether the disk has no room, by SQLite's name of the error or PostgreSQL's DISK FULL."""
+    return (
+        getattr(error.orig, "sqlite_errorname", "") == "SQLITE_FULL" or getattr(error.orig, "sqlstate", "") == "53100"
     )
 
 

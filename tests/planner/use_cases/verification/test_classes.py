@@ -12,12 +12,15 @@ import pytest
 from hetis.formats.documents import load_plan
 from hetis.planner.cli.app import run
 from hetis.planner.cli.exit_codes import ExitCode
+from hetis.planner.use_cases.record.parts import Classes
 from hetis.planner.use_cases.saved_plans import load_plan_and_problem
 from hetis.planner.use_cases.verification import classes
+from hetis.solver.budget import Budget, silent
 from hetis.solver.check import check_plan
 from hetis.solver.errors import InvalidProblemError
 from hetis.solver.workload import LengthBin, Workload
 from tests.fleets import fleet
+from tests.simulator import small_plans
 
 LENGTHS = ((100, 50), (1_000, 30), (8_000, 15), (20_000, 5))
 TRAFFIC = Workload(
@@ -135,3 +138,36 @@ def test_what_knows_no_classes_is_refused(
 def test_limits_of_classes_are_not_dropped_by_other_cuts(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
     placed(files, "--classes", "p75", exits=ExitCode.INVALID)
     assert "class short of own limits has limits of its own" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("worth", [0.1, 0.3])
+def test_the_first_plan_by_value_that_keeps_enough_is_used(worth: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 2 plans with pools that keep 10% and 25% more, the first in planned traffic only, the second is found."""
+    problem = small_plans.small_problem(workload=TRAFFIC)
+    one = small_plans.pipeline(problem, problem.model.num_layers)
+    without = small_plans.plan_of(replace(one, rate=10.0))
+    pools = replace(one, rate=4.0, classes=("short",)), replace(one, rate=6.0, classes=("long",))
+    promising = replace(small_plans.plan_of(*pools), result=replace(without.result, value=13.0, bound=14.0))
+    robust = replace(promising, result=replace(without.result, value=12.0, bound=14.0))
+    keeps = {10.0: (10.0, 8.0), 13.0: (11.0, 6.0), 12.0: (12.5, 10.0)}
+
+    def run(_self: object, found: classes.WithClasses, traffic: Any, rate: float) -> tuple[bool, None]:
+        return rate <= keeps[found.plan.result.value][traffic.is_drifted], None
+
+    monkeypatch.setattr(classes._Compared, "_run", run)
+    monkeypatch.setattr(classes._Compared, "_keeps", lambda _self, is_steady, _run: is_steady)
+    monkeypatch.setattr(classes, "_latencies", lambda *_: (1.0, 0.1))
+    found = classes.choose(
+        classes.WithClasses(plan=without, problem=problem), without.objective, classes.cuts_of("p75", TRAFFIC),
+        lambda _: iter((robust, promising)), worth=worth, seed=0, budget=Budget(), report=silent,
+        verified=lambda candidate: candidate.plan,
+    )  # fmt: skip
+    told = Classes.of(found.plan)
+    assert found.plan.result.value == (12.0 if worth == 0.1 else 10.0)
+    assert bool(told.why_not) == (worth == 0.3)
+    if worth == 0.1:
+        assert (told.cut, told.value) == ("p75", 12.0)
+        for (before, after), kept in zip(((10.0, 12.5), (8.0, 10.0)), told.kept[:2], strict=True):
+            assert kept.without_rps == pytest.approx(before, rel=classes.PRECISE)
+            assert kept.with_rps == pytest.approx(after, rel=classes.PRECISE)
+            assert kept.with_rps >= (1.0 + worth) * kept.without_rps

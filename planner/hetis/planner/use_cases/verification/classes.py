@@ -164,7 +164,7 @@ def choose(
         try:
             chosen = next((one for one in found if compared.keeps_more(one.found, worth)), chosen)
             best = replace(chosen.found, plan=verified(chosen.found))
-            kept = tuple(compared.kept(best))
+            kept = tuple(compared.kept(best, worth))
             record = replace(chosen.on(record), kept=kept, ttft=tuple(compared.latencies(best, kept[0])))
         except NothingSimulatedError:
             return _told(without, replace(record, why_not="simulations ended before both plans were compared"))
@@ -251,11 +251,14 @@ class _Compared:
             if traffic.counts and self.before(traffic)
         )
 
-    def kept(self, best: WithClasses) -> Iterator[KeptWithClasses]:
-        """Yield the rates that both plans keep: in planned traffic, with longer prompts, and in bursts."""
+    def kept(self, best: WithClasses, worth: float) -> Iterator[KeptWithClasses]:
+        """Yield the rates that both plans keep: in planned traffic, with longer prompts, and in bursts.
+
+        Those with classes are searched from what `keeps_more` has tried.
+        """
         for traffic in TRAFFIC:
             before = self.before(traffic)
-            after = self._highest(best, traffic, before or default_rate(best.plan, best.problem))
+            after = self._highest(best, traffic, (1.0 + worth) * before or default_rate(best.plan, best.problem))
             yield KeptWithClasses(traffic=traffic.name, without_rps=before, with_rps=after, counts=traffic.counts)
 
     def latencies(self, best: WithClasses, kept: KeptWithClasses) -> Iterator[ClassLatency]:

@@ -1,4 +1,4 @@
-"""Budgets of searches: shares of their time and work, and time in which compiling does not count."""
+"""Compiling does not count towards a search's time."""
 
 from __future__ import annotations
 
@@ -60,39 +60,3 @@ def test_the_clock_of_commands_stops_while_a_kernel_is_compiled() -> None:
     assert budget.elapsed_s() >= began_s
     time.sleep(0.01)
     assert budget.elapsed_s() > began_s
-
-
-def test_a_share_of_a_budget_ends_before_it_and_is_cancelled_with_it() -> None:
-    readings = iter([10.0, 12.0, 12.0, 13.0, 15.5])
-    budget = Budget(time_limit_s=8.0, clock=lambda: next(readings))
-    part = budget.share(0.5)  # at 12 s, 6 s are left; the share's own start is not read again
-    assert part.elapsed_s() == 5.5
-    assert part.time_limit_s == 5.0
-    assert not budget.cancelled.is_set()
-    budget.cancelled.set()
-    assert part.cancelled.is_set()
-
-
-def test_a_budget_of_its_own_ends_with_the_callers_and_not_the_other_way_round() -> None:
-    callers = Budget(time_limit_s=8.0, clock=lambda: 10.0)
-    own, other = callers.of_its_own(), callers.of_its_own()
-    own.cancelled.set()
-    assert own.is_spent()
-    assert not callers.is_spent()
-    assert not other.is_spent()
-    callers.cancelled.set()
-    assert other.is_spent()
-    assert not other.cancelled.is_set()
-
-
-def test_work_of_a_share_counts_as_the_whole_s_and_ends_either() -> None:
-    whole = Budget(work_limit=100.0)
-    part = whole.share(0.5)
-    part.charge(30.0)
-    assert (whole.remaining_work(), part.remaining_work(), part.nodes(1000), part.nodes(3)) == (70.0, 20.0, 5, 3)
-    part.charge(20.0)
-    assert part.is_spent()
-    assert not whole.is_spent()
-    whole.charge(50.0)
-    assert whole.is_spent()
-    assert whole.of_its_own().is_spent()
