@@ -37,7 +37,6 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
-from math import prod
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
@@ -434,7 +433,7 @@ def _integers(frame: Frame, kind: FrameKind, count: int) -> IntArray:
 
 def _as_came(frame: Frame, kind: FrameKind, shape: KvShape, size: tuple[int, ...]) -> Array:
     """Return the body as an array, with bfloat16 as its words."""
-    _expect(frame, kind, prod(size) * shape.item_bytes, dtype=shape.dtype)
+    _expect(frame, kind, math.prod(size) * shape.item_bytes, dtype=shape.dtype)
     return frame.raw.view(shape.numpy_dtype).reshape(size)
 
 
