@@ -128,7 +128,7 @@ def _has_fields_of(document: type[BaseModel], data: Mapping[str, Any]) -> bool:
 
 def _problem(detail: ErrorDetails, document: type[BaseModel], data: Any, source: Text) -> Problem:
     """Translate a pydantic error into our wording."""
-    path = tuple(part for part in detail["loc"] if part != "[key]")
+    path = _path_in(data, detail["loc"])
     value, kind, limits = detail["input"], detail["type"], detail.get("ctx", {})
     match kind:
         case "missing":
@@ -136,7 +136,7 @@ def _problem(detail: ErrorDetails, document: type[BaseModel], data: Any, source:
             hint = f", expected apiVersion: {API_VERSION}" if name == "apiVersion" else ""
             return source.problem(path[:-1], f"{name} is missing{hint}")
         case "extra_forbidden":
-            known = _fields_at(document, path[:-1])
+            known = _fields_at(document, detail["loc"][:-1])
             hint = did_you_mean(str(path[-1]), known) or f", expected {'one of ' * (len(known) > 1)}{', '.join(known)}"
             return source.problem(path, f"unknown field{hint}")
         case "value_error":
@@ -176,6 +176,19 @@ _NAMES_OF_TYPES = {
 }
 
 
+def _path_in(data: Any, loc: Sequence[str | int]) -> tuple[str | int, ...]:
+    """Return the place of an error, without pydantic's marks of keys and of the kinds by which it tells parts apart."""
+    path = list[str | int]()
+    for part in loc:
+        is_mapping = isinstance(data, dict)
+        if part == "[key]" or (is_mapping and part not in data and data.get("kind") == part):
+            continue
+        path.append(part)
+        is_item = isinstance(data, list) and isinstance(part, int) and part < len(data)
+        data = data.get(part) if is_mapping else data[part] if is_item else None
+    return tuple(path)
+
+
 def _value_at(data: Any, path: Sequence[str | int]) -> object:
     for part in path:
         if isinstance(data, str | int | float):
@@ -184,12 +197,15 @@ def _value_at(data: Any, path: Sequence[str | int]) -> object:
     return data
 
 
-def _fields_at(document: type[BaseModel], path: Sequence[str | int]) -> list[str]:
-    """Return the names of the fields that the mapping at ``path`` may have."""
+def _fields_at(document: type[BaseModel], loc: Sequence[str | int]) -> list[str]:
+    """Return the names of the fields that the mapping at pydantic's ``loc`` may have."""
     here: Any = document
-    for part in path:
+    for part in loc:
+        kinds = get_args(here.__origin__) if hasattr(here, "__metadata__") else ()
         here = bare_type(here)
-        if isinstance(here, type) and issubclass(here, BaseModel):
+        if told := [one for one in kinds if part in _kinds_of(one)]:
+            here = told[0]
+        elif isinstance(here, type) and issubclass(here, BaseModel):
             here = next((f.annotation for n, f in here.model_fields.items() if part in (n, f.alias)), None)
         else:  # a position in a list or a key of a mapping
             here = (get_args(here) or (None,))[-1]
@@ -197,6 +213,12 @@ def _fields_at(document: type[BaseModel], path: Sequence[str | int]) -> list[str
     if not (isinstance(here, type) and issubclass(here, BaseModel)):
         return []
     return [field.alias or name for name, field in here.model_fields.items()]
+
+
+def _kinds_of(annotation: Any) -> tuple[Any, ...]:
+    """Return the values of ``kind`` by which a part is told from others."""
+    kind = getattr(annotation, "model_fields", {}).get("kind")
+    return () if kind is None else get_args(kind.annotation)
 
 
 def bare_type(annotation: Any) -> Any:

@@ -197,3 +197,18 @@ def test_older_files_have_windows_that_free_nothing(tmp_path: Path) -> None:
     assert (InShort(model).sliding_layers, model.windows_free_kv, model.heads_can_move) == (2, False, True)
     assert model_of(tmp_path, older + "windows_free_kv: true\n").windows_free_kv
     assert model_of(tmp_path, SHAPE.format(kv_heads=2) + "sliding_window: 100\n").windows_free_kv
+
+
+@pytest.mark.parametrize(
+    ("part", "error"),
+    [
+        ("kind: dense, width: 0", "layers[0].mlp[0].width: is 0, must be >= 1"),
+        ("kind: dense", "layers[0].mlp[0]: width is missing"),
+        ("kind: experts, count: 2, active: 1, width: 9, acitve: 1", "mlp[0].acitve: unknown field, did you mean active"),
+    ],
+)
+def test_parts_of_a_list_of_layers_are_refused_at_their_place(tmp_path: Path, part: str, error: str) -> None:
+    lines = f"name: m\nhidden: 8\nvocab: 9\ndtype: bfloat16\nlayers: [{{at: 0-1, mlp: [{{{part}}}]}}]\n"
+    (tmp_path / "m.yaml").write_text(f"apiVersion: hetis/v1\nkind: ModelSpec\n{lines}")
+    with pytest.raises(DocumentError, match=re.escape(error)):
+        load_model(tmp_path / "m.yaml")
