@@ -300,6 +300,11 @@ REQUESTS = ((0, 374, 44), (3, 396, 109), (4, 879, 55))
         ),
         ("failed.jsonl", lines(*(litellm(*one) for one in REQUESTS), litellm(5, 7, 9, "failure"))),
         ("failed.json", json.dumps([*(litellm(*one) for one in REQUESTS), litellm(5, 7, 9, "failure")])),
+        (
+            "failed.csv",
+            "startTime,prompt_tokens,completion_tokens,status\n"
+            "0,374,44,success\n3,396,109,success\n4,879,55,success\n5,7,9,failure\n",
+        ),
         ("pandas.csv", "Timestamp,Request tokens,Response tokens\n0,374.0,44.0\n3,396.0,109.0\n4,879.0,55.0\n"),
         (
             "api.json",

@@ -240,13 +240,12 @@ def _csv_rows(label: str, lines: Iterator[str]) -> Iterator[Row]:
         raise unknown_form(label, num_blank + 1, "column", "columns", header)
     if twice := [column for column in form.fields if header.count(column) > 1]:
         raise single_problem(label, f"has column {twice[0]} {header.count(twice[0])} times", line=num_blank + 1)
-    places = [header.index(column) for column in form.fields]
     for row in reader:
         if any(value.strip() for value in row[len(header) :]):  # a comma too many: 1,200 is not 1200
             message = f"has {len(row)} values for {len(header)} columns"
             raise single_problem(label, message, line=num_blank + reader.line_num)
         if row:
-            yield num_blank + reader.line_num, form, [row[place] if place < len(row) else "" for place in places]
+            yield from values_of(num_blank + reader.line_num, form, dict(zip(header, row, strict=False)))
 
 
 def _json_rows(label: str, lines: Iterator[str], count: CountTokens | None) -> Iterator[Row]:
