@@ -309,6 +309,12 @@ def test_hami_names_the_gpus_of_a_node_without_labels(tmp_path: Path, register: 
     assert gpus_in(tmp_path, json.dumps({"kind": "List", "items": [one]})) == {"n": ("RTX-3090", 2)}
 
 
+def test_a_register_that_names_no_gpus_is_none(tmp_path: Path) -> None:
+    labels = {"nvidia.com/gpu.product": "NVIDIA-GeForce-RTX-3090"}
+    one = node("n", labels, 2, annotations={"hami.io/node-nvidia-register": "none"})
+    assert gpus_in(tmp_path, json.dumps({"kind": "List", "items": [one]})) == {"n": ("RTX-3090", 2)}
+
+
 def test_slices_that_pods_use_are_left_out(tmp_path: Path) -> None:
     """Under the strategy ``single`` slices are called GPUs."""
     one = node("n", {"nvidia.com/gpu.product": "NVIDIA-A100-SXM4-80GB-MIG-3g.40gb", "nvidia.com/gpu.count": "16"}, 16)

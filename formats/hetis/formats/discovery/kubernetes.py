@@ -302,13 +302,14 @@ def _of_resource(node: _Object, resource: str, use: _Use, problems: list[Problem
     if not capacity:
         return [], []
     product, memory = product_of(node.labels, resource)
-    if product == resource and resource == _NVIDIA:  # without labels
-        product = next(filter(None, _registered(node)), product)
+    registered = _registered(node) if resource == _NVIDIA else ()
+    if product == resource:  # without labels
+        product = next(filter(None, registered), product)
     if modes := partition_of(node.labels):
         return [], [f"{counted(capacity, 'device')} ({product}): parts of GPUs ({modes}), not whole GPUs"]
     product, _, part = product.partition("-MIG-")
     labelled, shares = _label(node, "count", problems), max(1, _label(node, "replicas", problems))
-    if registered := _registered(node) if resource == _NVIDIA else ():
+    if registered:
         labelled = labelled or len(registered)
         shares = max(shares, capacity // labelled)
     left_out = []
@@ -342,7 +343,7 @@ def _registered(node: _Object) -> Sequence[str]:
         try:
             found = [text(mapping(one).get("type")) for one in listed(json.loads(text(notes.get(name)) or "[]"))]
         except (ValueError, RecursionError):  # earlier versions join them with colons
-            found = ["".join(one.split(",")[4:5]) for one in text(notes.get(name)).split(":") if one.strip()]
+            found = ["".join(one.split(",")[4:5]) for one in text(notes.get(name)).split(":") if "," in one]
         if found:
             return [product.removeprefix("NVIDIA-") for product in found]
     return ()
