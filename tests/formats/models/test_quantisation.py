@@ -138,6 +138,7 @@ def test_torchao_states_modules_by_name_and_by_expression(tmp_path: Path) -> Non
         (torchao("UIntXWeightOnlyConfig"), "'torchao with uintxweightonlyconfig' is not supported"),
         ({"bits": 4, "group_size": 64, "mode": "affine"}, "quantization_config: states no quant_method; supported: "),
         ({"quant_method": "auto-round", "bits": 4, "data_type": "rotated"}, "data_type: 'rotated' of 4 bits is not"),
+        ({"quant_method": "auto-round", "bits": [4], "data_type": "mx_fp"}, "data_type: 'mx_fp' of a list bits is not"),
     ],
 )
 def test_other_methods_are_refused_in_their_own_words(tmp_path: Path, stated: dict[str, object], said: str) -> None:

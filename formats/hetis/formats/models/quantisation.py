@@ -108,7 +108,7 @@ def weights_precision(config: Config, model: ModelSpec | None, linear: LinearLay
         return by_method[method]
     if method == "auto-round" and str(quantisation.get("data_type", "int")).lower() not in ("int", "none"):
         kind = str(quantisation["data_type"]).lower()
-        if (floats := _FLOATS.get((kind[:5], bits))) is None:
+        if (floats := _FLOATS.get(f"{kind[:5]} {bits}")) is None:
             config.quantisation.refuse("data_type", f"{shown(kind)} of {shown(bits)} bits is not supported")
         return floats
     if method in ("gptq", "auto-round") and bits in (4, 8) and model is not None:
@@ -152,7 +152,7 @@ def weights_precision(config: Config, model: ModelSpec | None, linear: LinearLay
     return None
 
 
-_FLOATS = {("mx_fp", 4): "mxfp4", ("mx_fp", 8): "fp8", ("nv_fp", 4): "nvfp4", ("fp8", 8): "fp8"}  # AutoRound's
+_FLOATS = {"mx_fp 4": "mxfp4", "mx_fp 8": "fp8", "nv_fp 4": "nvfp4", "fp8 8": "fp8"}  # AutoRound's, with their bits
 
 
 def _refuse_other_bits(quantisation: Config, bits: int, model: ModelSpec, linear: LinearLayers) -> None:
