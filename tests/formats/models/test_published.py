@@ -65,6 +65,24 @@ def test_an_unknown_decoder_needs_the_width_of_its_mlp(tmp_path: Path) -> None:
         load_model(tmp_path / "config.json")
 
 
+@pytest.mark.parametrize(
+    ("name", "fields", "what"),
+    [
+        ("gpt2-xl", {"n_embd": "x"}, "n_embd: is 'x', must be a whole number"),
+        ("chatglm3-6b", {"padded_vocab_size": 1.5}, "padded_vocab_size: is 1.5, must be a whole number"),
+        ("mpt-7b", {"expansion_ratio": True}, "expansion_ratio: is true, must be a whole number"),
+        ("mpt-7b", {"expansion_ratio": 5.5}, "expansion_ratio: is 5.5, must be a whole number"),
+    ],
+)
+def test_what_is_wrong_is_named_as_in_the_file(tmp_path: Path, name: str, fields: dict[str, Any], what: str) -> None:
+    with pytest.raises(DocumentError, match=f": {what}"):
+        read(tmp_path, name, **fields)
+
+
+def test_a_ratio_may_be_written_with_a_point(tmp_path: Path) -> None:
+    assert read(tmp_path, "mpt-7b", expansion_ratio=4.0) == read(tmp_path, "mpt-7b")
+
+
 def test_activations_of_classic_names_are_seen(tmp_path: Path) -> None:
     """An MLP with gelu may have two matrices or three."""
     config = {"architectures": ["StarNextForCausalLM"], "model_type": "star_next"}

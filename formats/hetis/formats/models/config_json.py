@@ -46,6 +46,7 @@ class Config:
     quantisation: Config | None = None
     linear: LinearLayers = NO_LINEAR_LAYERS  # of the model that was read
     notes: list[str] = field(default_factory=list)  # on what was assumed
+    written: Mapping[str, str] = field(default_factory=dict)  # names in the file of fields with other names in ``data``
 
     def part(self, name: str) -> Config | None:
         """Return the reader of a mapping beside the language model's fields, or None if the config has none."""
@@ -138,7 +139,7 @@ class Config:
         self.problems.append(self.source.problem((*self.at, "layer_types", layer), what))
 
     def refuse(self, name: str, message: str) -> None:
-        self.problems.append(self.source.problem((*self.at, name), message))
+        self.problems.append(self.source.problem((*self.at, self.written.get(name, name)), message))
 
     def refuse_all(self, message: str) -> None:
         self.problems.append(self.source.problem(self.at, message))

@@ -66,13 +66,19 @@ _BASIC = (
 )
 
 
+def basic_names(data: Mapping[str, Any]) -> dict[str, str]:
+    """Return the names under which fields have the basic things, by the usual ones."""
+    stated = {thing: next((name for name in NAMES[thing] if data.get(name) is not None), "") for thing in _BASIC}
+    return {thing: name for thing, name in stated.items() if name}
+
+
 def in_usual_names(data: Mapping[str, Any]) -> dict[str, Any]:
     """Return fields with the basic ones by their usual names, too, whatever name they have."""
-    found = {thing: next((data[name] for name in NAMES[thing] if data.get(name) is not None), None) for thing in _BASIC}
+    found = {thing: data[name] for thing, name in basic_names(data).items()}
     if data.get("multi_query") is True and not data.get("new_decoder_architecture"):  # Falcon, StarCoder
         found["num_key_value_heads"] = 1
     elif data.get("multi_query_attention") is False:  # ChatGLM
-        found["num_key_value_heads"] = found["num_attention_heads"]
+        found["num_key_value_heads"] = found.get("num_attention_heads")
     if data.get("use_mla") is False:  # DeepSeek-OCR
         data = {name: value for name, value in data.items() if name not in _LATENT}
         found = {thing: value for thing, value in found.items() if thing not in _LATENT}

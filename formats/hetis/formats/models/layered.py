@@ -400,9 +400,9 @@ def _mlps(config: Config, num_layers: int, *, gated: bool) -> list[tuple[Mlp, ..
 
 def dense_width(config: Config) -> int:
     name = named(config, "intermediate_size")
-    usual = config.data.get("expansion_ratio")  # of the hidden size, where a config states no width (MPT, GPT-2)
-    experts = config.data.get(named(config, "moe_intermediate_size"))
-    default = config.whole("hidden_size") * usual if isinstance(usual, int) else experts
+    default = config.data.get(named(config, "moe_intermediate_size"))
+    if config.data.get(name) is None and config.data.get("expansion_ratio") is not None:  # MPT, GPT-2
+        default = config.whole("hidden_size") * config.whole_ratio("expansion_ratio", 1)
     width = config.whole(name, default if isinstance(default, int) and default > 0 else None)
     if config.flag("block_auto_adjust_ff_dim", False):  # LFM2
         multiple = config.whole("block_multiple_of", 256)

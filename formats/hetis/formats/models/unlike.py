@@ -10,7 +10,7 @@ from typing import Any
 from hetis.formats.fields import mapping
 from hetis.formats.models.common import made_of, towers_of_any_kind
 from hetis.formats.models.config_json import MAX_LAYERS, Config
-from hetis.formats.models.layer_kinds import in_usual_names, named, number, stated_layers
+from hetis.formats.models.layer_kinds import basic_names, in_usual_names, named, number, stated_layers
 from hetis.formats.models.layered import Shapes, dense_width, read_layers
 from hetis.solver.model import Dense, Grouped, Layer, Mixer, Mlp, ModelSpec
 
@@ -48,6 +48,7 @@ def by_layers(
     for part in filter(None, map(config.inner, inner)):
         config.data = config.data | part.data
     omitted = {name: one for name, one in (usual or {}).items() if config.data.get(name) is None}
+    config.written = basic_names(config.data)
     config.data = in_usual_names(config.data | omitted)
     num_layers = number(config, "num_hidden_layers", stated_layers(config))
     if num_layers > MAX_LAYERS:
