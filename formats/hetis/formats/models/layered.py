@@ -30,7 +30,7 @@ from hetis.formats.models.layer_kinds import (
     named,
     number,
 )
-from hetis.formats.models.linear_attention import gated_delta_rule
+from hetis.formats.models.linear_attention import LinearLayer, delta_attention, gated_delta_rule, lightning_layer
 from hetis.solver.model import Dense, Experts, Grouped, Indexer, Latent, Layer, Mixer, Mlp, Recurrent
 
 _STRUCTURE = re.compile(
@@ -251,7 +251,7 @@ def _sparse(config: Config) -> Mixer:
     return replace(full, indexer=indexer) if isinstance(full, Grouped) else full
 
 
-def _state(config: Config) -> tuple[Recurrent, dict[str, int]]:
+def _state(config: Config) -> LinearLayer:
     """Return a layer of Mamba, Mamba-2 or Kimi delta attention, and its matrices by their names."""
     if config.data.get("linear_attn_config") is not None:
         return _delta_attention(config)
@@ -284,7 +284,7 @@ def _state(config: Config) -> tuple[Recurrent, dict[str, int]]:
     return one, {f"{parent}.{name}": size for parent in ("mixer",) for name, size in matrices.items()}
 
 
-def _delta_rule(config: Config) -> tuple[Recurrent, dict[str, int]]:
+def _delta_rule(config: Config) -> LinearLayer:
     """Return a gated delta rule (Qwen3-Next, OLMo-Hybrid)."""
     found = gated_delta_rule(config, config.num_layers())
     shape = found.shape or {}
@@ -297,24 +297,17 @@ def _delta_rule(config: Config) -> tuple[Recurrent, dict[str, int]]:
     return one, dict(found.matrices)
 
 
-def _lightning_attention(config: Config) -> tuple[Recurrent, dict[str, int]]:
+def _lightning_attention(config: Config) -> LinearLayer:
     """Return Ling's and Ring's linear attention: queries, keys and values together, a gate, and the output.
 
     The state is a matrix per head in 16 bits, as in MiniMax-Text-01 (vLLM 0.32, bailing_moe_linear.py).
     """
     q_heads, _, size = _heads(config)
-    matrix = config.whole("hidden_size") * q_heads * size
-    matrices = {"attention.query_key_value": 3 * matrix, "attention.g_proj": matrix, "attention.dense": matrix}
-    one = Recurrent(
-        weights=sum(matrices.values()),
-        request_bytes=2.0 * q_heads * size * size,
-        flops=float(q_heads * (4 * size * size + 2 * 144 * 2 * size)),
-        heads=q_heads,
-    )
-    return one, matrices
+    names = ("attention.query_key_value", "attention.g_proj", "attention.dense")
+    return lightning_layer(config.whole("hidden_size"), q_heads, size, names)
 
 
-def _first_mamba(config: Config, inner: int, state: int, kernel: int) -> tuple[Recurrent, dict[str, int]]:
+def _first_mamba(config: Config, inner: int, state: int, kernel: int) -> LinearLayer:
     """Return a layer of the first Mamba (Jamba), whose state has a scalar decay per channel."""
     hidden = config.whole("hidden_size")
     stated = config.data.get("mamba_dt_rank")
@@ -333,7 +326,7 @@ def _first_mamba(config: Config, inner: int, state: int, kernel: int) -> tuple[R
     return one, matrices
 
 
-def _convolution(config: Config) -> tuple[Recurrent, dict[str, int]]:
+def _convolution(config: Config) -> LinearLayer:
     """Return a layer of LFM2's short convolution with its two gates."""
     hidden, kernel = config.whole("hidden_size"), config.whole("conv_L_cache", 3)
     matrices = {"conv.in_proj": 3 * hidden * hidden, "conv.out_proj": hidden * hidden}
@@ -361,28 +354,16 @@ def _convolved(config: Config, attention: Mixer) -> tuple[Mixer, ...]:
     return attention, convolutions
 
 
-def _delta_attention(config: Config) -> tuple[Recurrent, dict[str, int]]:
+def _delta_attention(config: Config) -> LinearLayer:
     """Return Kimi's delta attention, with an output gate of low or of full rank; or Ling 3's, with both gates of full
     rank and as many heads as attention has.
     """
-    own = config.inner("linear_attn_config")
+    own, hidden = config.inner("linear_attn_config"), config.whole("hidden_size")
     if own is None:
         heads, size = number(config, "kda_heads"), number(config, "kda_head_dim")
-        kernel = number(config, "short_conv_kernel", 4)
-    else:
-        heads, size, kernel = own.whole("num_heads"), own.whole("head_dim"), own.whole("short_conv_kernel_size", 4)
-    hidden, width = config.whole("hidden_size"), heads * size
-    matrices = dict.fromkeys(("q_proj", "k_proj", "v_proj", "o_proj"), hidden * width) | {"b_proj": hidden * heads}
-    for gate, is_full in (("f", own is None), ("g", own is None or own.flag("use_full_rank_gate", False))):
-        low = {f"{gate}_a_proj": hidden * size, f"{gate}_b_proj": size * width}
-        matrices |= {f"{gate}_proj": hidden * width} if is_full else low
-    one = Recurrent(
-        weights=sum(matrices.values()) + 3 * width * kernel,
-        request_bytes=4.0 * width * size + 2.0 * 3 * width * (kernel - 1),
-        flops=float(heads * (6 * size * size + 2 * 64 * 5 * size)),
-        heads=heads,
-    )
-    return one, {f"self_attn.{name}": params for name, params in matrices.items()}
+        return delta_attention(hidden, heads, size, number(config, "short_conv_kernel", 4), low_rank="")
+    heads, size, kernel = own.whole("num_heads"), own.whole("head_dim"), own.whole("short_conv_kernel_size", 4)
+    return delta_attention(hidden, heads, size, kernel, "f" if own.flag("use_full_rank_gate", False) else "fg")
 
 
 def _mlps(config: Config, num_layers: int, *, gated: bool) -> list[tuple[Mlp, ...]]:

@@ -7,12 +7,14 @@ kernels for prompts, two for each multiplication, of whole tiles even where a ma
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any
 
 from hetis.formats.errors import shown
 from hetis.formats.models.config_json import NO_LINEAR_LAYERS, Config, LinearLayers
+from hetis.solver.model import Recurrent
 
+LinearLayer = tuple[Recurrent, dict[str, int]]  # and its matrices by their names in checkpoints
 _KINDS = ("linear_attention", "full_attention")
 _CHUNK = 64  # tokens that kernels of the delta rule compute at once (FLA_CHUNK_SIZE in vLLM and SGLang)
 # Tokens whose keys a token meets directly in `lightning_attention` of vLLM (layers/lightning_attn.py): of its block of
@@ -38,13 +40,13 @@ def gated_delta_rule(config: Config, num_layers: int) -> LinearLayers:
     keys, values = config.whole("linear_num_key_heads", 16) * key_dim, heads * value_dim
     hidden, channels = config.whole("hidden_size"), 2 * keys + values
     widths = {"in_proj_qkv": channels, "in_proj_z": values, "in_proj_a": heads, "in_proj_b": heads, "out_proj": values}
-    return _layers(
-        numbers,
-        {f"linear_attn.{name}": hidden * width for name, width in widths.items()},
-        convolution=channels * kernel,
-        state_bytes=4.0 * values * key_dim + 2.0 * channels * (kernel - 1),
-        token_flops=heads * _delta_rule_flops(key_dim, value_dim),
+    one = Recurrent(
+        weights=hidden * sum(widths.values()) + channels * kernel,
+        request_bytes=4.0 * values * key_dim + 2.0 * channels * (kernel - 1),
+        flops=float(heads * _delta_rule_flops(key_dim, value_dim)),
+        heads=heads,
     )
+    return _layers(numbers, one, {f"linear_attn.{name}": hidden * width for name, width in widths.items()})
 
 
 def kimi_delta_attention(config: Config, num_layers: int) -> LinearLayers:
@@ -67,17 +69,23 @@ def kimi_delta_attention(config: Config, num_layers: int) -> LinearLayers:
     if heads % (q_heads := config.whole("num_attention_heads")):
         what = f"{heads} heads of linear attention must be a multiple of num_attention_heads ({q_heads}), because "
         config.refuse("linear_attn_config", f"{what}ranks of tensor parallelism divide both")
-    hidden, width = config.whole("hidden_size"), heads * size
-    gate = {"a": hidden * size, "b": size * width}
+    return _layers(numbers, *delta_attention(config.whole("hidden_size"), heads, size, kernel))
+
+
+def delta_attention(hidden: int, heads: int, size: int, kernel: int, low_rank: str = "fg") -> LinearLayer:
+    """Return a layer of `kimi_delta_attention`, whose gates are of ``low_rank`` or else of full rank."""
+    width = heads * size
     matrices = dict.fromkeys(("q_proj", "k_proj", "v_proj", "o_proj"), hidden * width) | {"b_proj": hidden * heads}
-    matrices |= {f"{kind}_{part}_proj": params for kind in "fg" for part, params in gate.items()}
-    return _layers(
-        numbers,
-        {f"self_attn.{name}": params for name, params in matrices.items()},
-        convolution=3 * width * kernel,
-        state_bytes=4.0 * width * size + 2.0 * 3 * width * (kernel - 1),
-        token_flops=heads * _delta_rule_flops(size, size),
+    for gate in "fg":
+        low = {f"{gate}_a_proj": hidden * size, f"{gate}_b_proj": size * width}
+        matrices |= low if gate in low_rank else {f"{gate}_proj": hidden * width}
+    one = Recurrent(
+        weights=sum(matrices.values()) + 3 * width * kernel,
+        request_bytes=4.0 * width * size + 2.0 * 3 * width * (kernel - 1),
+        flops=float(heads * _delta_rule_flops(size, size)),
+        heads=heads,
     )
+    return one, {f"self_attn.{name}": params for name, params in matrices.items()}
 
 
 def lightning_attention(config: Config, num_layers: int) -> LinearLayers:
@@ -97,33 +105,25 @@ def lightning_attention(config: Config, num_layers: int) -> LinearLayers:
         numbers = spread(config, "attn_type_list", (kind == 0 for kind in _minimax_kinds(config, num_layers)))
     hidden, heads = config.whole("hidden_size"), config.whole("num_attention_heads")
     size = config.whole("head_dim", max(1, hidden // heads))
+    names = ("self_attn.qkv_proj", "self_attn.output_gate", "self_attn.out_proj")
+    return _layers(numbers, *lightning_layer(hidden, heads, size, names))
+
+
+def lightning_layer(hidden: int, heads: int, size: int, names: tuple[str, str, str]) -> LinearLayer:
+    """Return a layer of `lightning_attention`, by the names of its matrices: q, k, v together, gate and output."""
     matrix = hidden * heads * size
-    return _layers(
-        numbers,
-        {"self_attn.qkv_proj": 3 * matrix, "self_attn.output_gate": matrix, "self_attn.out_proj": matrix},
-        convolution=0,
-        state_bytes=2.0 * heads * size * size,
-        token_flops=heads * (4 * size * size + 2 * _LIGHTNING_TOKENS * 2 * size),
+    one = Recurrent(
+        weights=5 * matrix,
+        request_bytes=2.0 * heads * size * size,
+        flops=float(heads * (4 * size * size + 2 * _LIGHTNING_TOKENS * 2 * size)),
+        heads=heads,
     )
+    return one, dict(zip(names, (3 * matrix, matrix, matrix), strict=True))
 
 
-def _layers(
-    numbers: tuple[int, ...],
-    matrices: Mapping[str, int],
-    *,
-    convolution: int,
-    state_bytes: float,
-    token_flops: int,
-) -> LinearLayers:
-    if not numbers:
-        return NO_LINEAR_LAYERS
-    shape = {
-        "layers": len(numbers),
-        "params": sum(matrices.values()) + convolution,
-        "state_bytes": state_bytes,
-        "token_flops": float(token_flops),
-    }
-    return LinearLayers(numbers, matrices, shape)
+def _layers(numbers: tuple[int, ...], one: Recurrent, matrices: dict[str, int]) -> LinearLayers:
+    shape = {"params": one.weights, "state_bytes": one.request_bytes, "token_flops": one.flops}
+    return LinearLayers(numbers, matrices, {"layers": len(numbers), **shape}) if numbers else NO_LINEAR_LAYERS
 
 
 def _delta_rule_flops(key_dim: int, value_dim: int) -> int:
