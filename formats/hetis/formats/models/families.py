@@ -184,15 +184,7 @@ _TABLE: tuple[tuple[str, str, Family], ...] = (
     ("Mistral3ForConditionalGeneration", "mistral3", _mistral3),
     ("Llama4ForCausalLM", "llama4_text", family_of(_llama4, fixed={"windows_free_kv": False}, head_dim=128)),
     ("MistralLarge3ForCausalLM", "", _mistral3),
-    ("Glm4vMoeForConditionalGeneration", "glm4v_moe", partial(by_layers, tied=False)),
     ("LongcatFlashForCausalLM", "longcat_flash", partial(by_layers, shape=twice_in_a_layer)),
-    (
-        "MuseGlimmerForConditionalGeneration",
-        "muse_glimmer",
-        partial(by_layers, gated_attention=True),
-    ),
-    ("AfmoeForCausalLM", "afmoe", partial(by_layers, gated_attention=True)),
-    ("VaultGemmaForCausalLM", "vaultgemma", partial(by_layers, tied=True)),
     ("Starcoder2ForCausalLM", "starcoder2", partial(by_layers, gated_mlp=False, tied=True)),
     ("DeciLMForCausalLM", "nemotron-nas", deci),
     ("DbrxForCausalLM", "dbrx", partial(by_layers, inner=("attn_config", "ffn_config"))),
@@ -233,7 +225,8 @@ _ALIKE: tuple[tuple[Family, str], ...] = (
         "BaichuanForCausalLM=baichuan BaiChuanForCausalLM SolarForCausalLM=solar DeepseekForCausalLM=deepseek "
         "TeleChat2ForCausalLM=telechat MellumForCausalLM=mellum SarvamMoEForCausalLM=sarvam_moe "
         "SarvamMLAForCausalLM=sarvam_mla_moe PanguUltraMoEForCausalLM=pangu_ultra_moe ChatGLMModel=chatglm "
-        "ChatGLMForConditionalGeneration GLM4VForCausalLM MiniCPMV=minicpmv MiniCPMO=minicpmo",
+        "ChatGLMForConditionalGeneration GLM4VForCausalLM MiniCPMV=minicpmv MiniCPMO=minicpmo "
+        "Glm4vMoeForConditionalGeneration=glm4v_moe",
     ),
     (
         partial(by_layers, tied=True, inner=("attn_config",), **_CLASSIC),
@@ -243,6 +236,10 @@ _ALIKE: tuple[tuple[Family, str], ...] = (
     (
         partial(by_layers, **_CLASSIC),
         "GPTJForCausalLM=gptj GPTNeoXForCausalLM=gpt_neox CodeGenForCausalLM=codegen",
+    ),
+    (
+        partial(by_layers, gated_attention=True),
+        "MuseGlimmerForConditionalGeneration=muse_glimmer AfmoeForCausalLM=afmoe",
     ),
     (
         _of_inner_model,
@@ -266,7 +263,7 @@ _ALIKE: tuple[tuple[Family, str], ...] = (
         "Cohere2ForCausalLM=cohere2 Cohere2VisionForConditionalGeneration=cohere2_vision SmolLM3ForCausalLM=smollm3 "
         "Lfm2ForCausalLM=lfm2 Lfm2MoeForCausalLM=lfm2_moe "
         "MiniCPMForCausalLM=minicpm MiniCPM3ForCausalLM=minicpm3 Plamo3ForCausalLM=plamo3 "
-        "HunYuanVLForConditionalGeneration=hunyuan_vl",
+        "HunYuanVLForConditionalGeneration=hunyuan_vl VaultGemmaForCausalLM=vaultgemma",
     ),
     (
         _GEMMA_4,
@@ -339,12 +336,8 @@ LIBRARY_DEFAULTS: Mapping[str, dict[str, Any]] = {
     | {"intermediate_size": 14_336, "num_key_value_heads": 8, "vocab_size": 32_000, "sliding_window": 4096}
     | {"max_position_embeddings": 131_072},
     "qwen2": _LLAMA
-    | {
-        "intermediate_size": 22_016,
-        "num_key_value_heads": 32,
-        "vocab_size": 151_936,
-        "max_position_embeddings": 32_768,
-    },
+    | {"intermediate_size": 22_016, "num_key_value_heads": 32, "vocab_size": 151_936}
+    | {"max_position_embeddings": 32_768},
 }
 
 

@@ -27,10 +27,7 @@ NAMES = {
         *("num_experts_per_tok", "num_experts_per_token", "top_k_experts", "moe_topk", "moe_top_k", "moe_k"),
     ),
     "moe_intermediate_size": (
-        "moe_intermediate_size",
-        "expert_ffn_hidden_size",
-        "intermediate_size",
-        "ffn_hidden_size",
+        *("moe_intermediate_size", "expert_ffn_hidden_size", "intermediate_size", "ffn_hidden_size"),
     ),
     "n_shared_experts": ("n_shared_experts", "num_shared_experts", "num_shared_expert", "moe_num_shared_experts"),
     "shared_width": (
@@ -93,7 +90,7 @@ _KINDS = {
     **dict.fromkeys(("sliding_attention", "sliding", "local_attention", "local", "sliding_window"), WINDOWED),
     **dict.fromkeys(("linear_attention", "mamba", "mamba2", "M"), STATE),
     **dict.fromkeys(("conv", "short_conv"), CONVOLUTION),
-    **dict.fromkeys(("hybrid",), BOTH),
+    "hybrid": BOTH,
     **dict.fromkeys(("mlp", "moe", "-", "E"), NONE),
     **dict.fromkeys(("minimax_m3_sparse", "sparse_attention"), "sparse"),
 }

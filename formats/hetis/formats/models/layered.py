@@ -59,29 +59,15 @@ _READ = {
     *("block_multiple_of", "block_ffn_dim_multiplier", "block_auto_adjust_ff_dim", "mamba_d_ssm", "mamba_dt_rank"),
     *("kv_lora_rank", "q_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim", "qk_head_dim", "num_kv_shared_layers"),
     *("hidden_size_per_layer_input", "use_double_wide_mlp", "enable_moe_block", "attention_k_eq_v", "block_configs"),
-    *(
-        "swa_num_attention_heads",
-        "swa_num_key_value_heads",
-        "swa_head_dim",
-        "swa_v_head_dim",
-        "attention_other_setting",
-    ),
-    *(
-        "sparse_attention_config",
-        "layer_group_size",
-        "index_n_heads",
-        "index_head_dim",
-        "index_block_size",
-        "index_topk_blocks",
-    ),
+    *("swa_num_attention_heads", "swa_num_key_value_heads", "swa_head_dim", "swa_v_head_dim"),
+    *("attention_other_setting", "sparse_attention_config", "layer_group_size", "index_n_heads", "index_head_dim"),
+    *("index_block_size", "index_topk_blocks", "linear_conv_kernel_dim", "per_layer_config"),
     *("linear_attn_config", "attention_bias", "vocab_size_per_layer_input", "mamba_ssm_cache_dtype", "no_rope_layers"),
     *("no_rope_layer_interval", "max_window_layers", "embedding_size", "rope_parameters", "index_local_blocks"),
     *("linear_num_key_heads", "linear_num_value_heads", "linear_key_head_dim", "linear_value_head_dim"),
-    *("linear_conv_kernel_dim",),
-    *("per_layer_config", "num_attention_heads_per_layer", "global_attn_every_n_layers"),
-    *("mla_use_output_gate", "cla_share_factor", "use_cla", "use_mixed_mlp_moe", "attn_res_block_size"),
-    *("q_head_dim", "dim_model_base", "scale_depth", "expansion_ratio"),
-    *("num_expert_group", "n_layers_per_attn_res_block"),
+    *("num_attention_heads_per_layer", "global_attn_every_n_layers", "mla_use_output_gate", "cla_share_factor"),
+    *("use_cla", "use_mixed_mlp_moe", "attn_res_block_size", "q_head_dim", "dim_model_base", "scale_depth"),
+    *("expansion_ratio", "num_expert_group", "n_layers_per_attn_res_block"),
 }
 _KNOWN = _READ | {name for names in NAMES.values() for name in names}
 
@@ -281,7 +267,7 @@ def _state(config: Config) -> LinearLayer:
         flops=float(flops),
         heads=heads,
     )
-    return one, {f"{parent}.{name}": size for parent in ("mixer",) for name, size in matrices.items()}
+    return one, {f"mixer.{name}": size for name, size in matrices.items()}
 
 
 def _delta_rule(config: Config) -> LinearLayer:
