@@ -204,7 +204,10 @@ def test_older_files_have_windows_that_free_nothing(tmp_path: Path) -> None:
     [
         ("kind: dense, width: 0", "layers[0].mlp[0].width: is 0, must be >= 1"),
         ("kind: dense", "layers[0].mlp[0]: width is missing"),
-        ("kind: experts, count: 2, active: 1, width: 9, acitve: 1", "mlp[0].acitve: unknown field, did you mean active"),
+        (
+            "kind: experts, count: 2, active: 1, width: 9, acitve: 1",
+            "mlp[0].acitve: unknown field, did you mean active",
+        ),
     ],
 )
 def test_parts_of_a_list_of_layers_are_refused_at_their_place(tmp_path: Path, part: str, error: str) -> None:

@@ -98,6 +98,15 @@ def test_towers_that_a_config_does_not_describe_are_said(tmp_path: Path) -> None
     assert [note for note in notes if "which its config does not describe, count as 0.40B parameters" in note]
 
 
+@pytest.mark.parametrize("name", ["Pixtral-12B", "HunyuanOCR"])
+def test_a_tower_that_cannot_be_read_is_said_once(tmp_path: Path, name: str) -> None:
+    config = PUBLISHED[name]["config"] | {"vision_config": {"tower_width": 1024}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    notes = list[str]()
+    assert load_model(tmp_path / "config.json", notes=notes).vision_params == 0
+    assert notes == ["vision_config has no sizes of known names: its tower counts as none"]
+
+
 TEXT = {"hidden_size": 3072, "intermediate_size": 8192, "num_hidden_layers": 30, "num_attention_heads": 32}
 TEXT |= {"num_key_value_heads": 8, "head_dim": 128, "vocab_size": 131_072, "model_type": "llama"}
 

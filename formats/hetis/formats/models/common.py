@@ -174,9 +174,12 @@ def tower_params(vision: Config, *, projection: int, gated: bool) -> int:
 
 
 def towers_of_any_kind(config: Config, hidden: int) -> int:
-    """Return the parameters of the towers for images and sound that a config describes."""
-    parts = map(config.part, ("vision_config", "vit_config", "audio_config"))
-    return sum(_tower_of_any_kind(part, hidden) for part in parts if part is not None)
+    """Return the parameters of the towers for images and sound that a config describes, and note which it does not."""
+    parts = {name: config.part(name) for name in ("vision_config", "vit_config", "audio_config")}
+    found = {name: _tower_of_any_kind(part, hidden) for name, part in parts.items() if part is not None and part.data}
+    unread = (f"{name} has no sizes of known names: its tower counts as none" for name in found if not found[name])
+    config.notes += [note for note in unread if note not in config.notes]
+    return sum(found.values())
 
 
 def _tower_of_any_kind(vision: Config, hidden: int) -> int:

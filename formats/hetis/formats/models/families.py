@@ -125,10 +125,10 @@ def _of_inner_model(config: Config, name: str) -> ModelSpec | None:
 
 def _with_towers(read: Family, params: int, config: Config, name: str) -> ModelSpec | None:
     """Read a model whose config names towers, or adapters, without describing them; they have so many parameters."""
-    config.notes.append(
-        f"{name}: its towers and adapters, which its config does not describe, count as {params / 1e9:.2f}B parameters"
-    )
+    note = f"its towers and adapters, which its config does not describe, count as {params / 1e9:.2f}B parameters"
+    config.notes, before = [], config.notes
     model = read(config, name)
+    config.notes = [*before, f"{name}: {note}"]  # in place of what was noted on towers
     return None if model is None else replace(model, vision_params=params)
 
 
