@@ -12,11 +12,7 @@ from hetis.formats.models.config_json import Config
 from hetis.formats.models.linear_attention import spread
 
 _SPARSE, _HEAVY = 4, 128  # tokens per entry of layers with an indexer, and of those that attend to all entries
-_KINDS = {
-    "sliding_attention": 0,
-    "compressed_sparse_attention": _SPARSE,
-    "heavily_compressed_attention": _HEAVY,
-}
+_KINDS = {"sliding_attention": 0, "compressed_sparse_attention": _SPARSE, "heavily_compressed_attention": _HEAVY}
 
 
 def compressed_attention(config: Config, num_layers: int) -> Shape:

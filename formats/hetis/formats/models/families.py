@@ -233,10 +233,7 @@ _ALIKE: tuple[tuple[Family, str], ...] = (
         "BloomForCausalLM=bloom GPT2LMHeadModel=gpt2 GPTBigCodeForCausalLM=gpt_bigcode FalconForCausalLM=falcon "
         "MPTForCausalLM=mpt MptForCausalLM",
     ),
-    (
-        partial(by_layers, **_CLASSIC),
-        "GPTJForCausalLM=gptj GPTNeoXForCausalLM=gpt_neox CodeGenForCausalLM=codegen",
-    ),
+    (partial(by_layers, **_CLASSIC), "GPTJForCausalLM=gptj GPTNeoXForCausalLM=gpt_neox CodeGenForCausalLM=codegen"),
     (
         partial(by_layers, gated_attention=True),
         "MuseGlimmerForConditionalGeneration=muse_glimmer AfmoeForCausalLM=afmoe",
@@ -281,10 +278,7 @@ _ALIKE: tuple[tuple[Family, str], ...] = (
         "Qwen3_5MoeForConditionalGeneration=qwen3_5_moe Qwen3_5ForCausalLM=qwen3_5_text "
         "Qwen3_5MoeForCausalLM=qwen3_5_moe_text InternS2PreviewForConditionalGeneration",
     ),
-    (
-        _minimax,
-        "MiniMaxText01ForCausalLM=minimax_text_01 MiniMaxM1ForCausalLM=minimax_m1 MiniMaxForCausalLM=minimax",
-    ),
+    (_minimax, "MiniMaxText01ForCausalLM=minimax_text_01 MiniMaxM1ForCausalLM=minimax_m1 MiniMaxForCausalLM=minimax"),
     (
         qwen3_vl,
         "Qwen3VLForConditionalGeneration=qwen3_vl Qwen3VLMoeForConditionalGeneration=qwen3_vl_moe "

@@ -26,14 +26,7 @@ from hetis.formats.errors import DocumentError, Problem, single_problem
 from hetis.formats.traces.forms import COLUMNS, MOONCAKE, MULTI_TURN, OURS, CountTokens, TraceForm
 from hetis.formats.traces.hits import hit_tokens, no_hash_ids
 from hetis.formats.traces.rates import measured
-from hetis.formats.traces.rows import (
-    CSV_ENDINGS,
-    JSON_ENDINGS,
-    JSONL_ENDINGS,
-    LOG_ENDINGS,
-    TSV_ENDINGS,
-    rows_of,
-)
+from hetis.formats.traces.rows import CSV_ENDINGS, JSON_ENDINGS, JSONL_ENDINGS, LOG_ENDINGS, TSV_ENDINGS, rows_of
 from hetis.solver.workload import LengthBin, Workload
 
 MAX_TOKENS = 10_000_000  # limit per prompt or output
