@@ -158,7 +158,7 @@ class PosedPlacement:
         return PlacedPlan(plan=plan, problem=problem, prices=prices)
 
     def _budget(self) -> Budget:
-        """Return the budget of a search: by work and, only if a time limit was requested, by the clock as well."""
+        """Return the budget of a search by work, which the clock ends at a requested time limit, or else much later."""
         guard = 1.0 if self.request.time_limit is not None else equal_stages.GUARD
         return equal_stages.search_budget(self.settings.time_limit_s, self.cancelled, guard)
 
