@@ -91,6 +91,7 @@ def test_who_listens_reads_kv_only_where_it_is_not_encrypted(
     """The proxy sees K go out and come back, and with encryption nothing of it."""
     with closing(Listener(worker)) as between:
         device = between.join(epoch=1 + encrypts, encrypts=encrypts)
+        assert device._channel.name.startswith("encrypted tcp:" if encrypts else "tcp:")
         check(device, CASE)
         move_text(device)
         device.close()
