@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import Generic, TypeVar
 
 from hetis.simulator.replica import ReplicaRun
 from hetis.simulator.values import Settings
-from hetis.solver.plan import Plan
+from hetis.solver.plan import Plan, parts_of_classes
 from hetis.solver.workload import Workload
 
 LONG_QUEUE_TOKENS = 2048  # the maximum size of a batch of prompts in Splitwise
@@ -16,22 +17,23 @@ LONG_QUEUE_TOKENS = 2048  # the maximum size of a batch of prompts in Splitwise
 Router = Callable[[Sequence[ReplicaRun]], ReplicaRun]
 """Chooses a replica from one or more that are up and accept prompts."""
 Classes = tuple[str, ...]
+Key = TypeVar("Key", bound=Hashable)
 
 
-class _Turns:
+class _Turns(Generic[Key]):
     """Smooth weighted round robin: each share of the turns is in proportion, as evenly as whole turns allow."""
 
     def __init__(self, seed: int) -> None:
         self._random = random.Random(seed)
-        self._credit: dict[int, float] = {}
+        self._credit: dict[Key, float] = {}
 
-    def next(self, weights: Mapping[int, float]) -> int:
+    def next(self, weights: Mapping[Key, float]) -> Key:
         """Return the key whose turn is next."""
         credit = self._credit
-        for number, weight in weights.items():
-            if number not in credit:
-                credit[number] = self._random.random() * weight  # so that turns do not always begin with the same key
-            credit[number] += weight
+        for key, weight in weights.items():
+            if key not in credit:
+                credit[key] = self._random.random() * weight  # so that turns do not always begin with the same key
+            credit[key] += weight
         best = max(weights, key=credit.__getitem__)
         credit[best] -= sum(weights.values())
         return best
@@ -46,7 +48,7 @@ class LeastWork:
     """
 
     def __init__(self, seed: int) -> None:
-        self._turns = _Turns(seed)
+        self._turns = _Turns[int](seed)
         self._seen: Sequence[ReplicaRun] = ()
         self._kinds: dict[int, list[ReplicaRun]] = {}
 
@@ -66,7 +68,7 @@ class Weighted:
     """Router to all replicas in proportion to their planned rates, regardless of their queues."""
 
     def __init__(self, seed: int) -> None:
-        self._turns = _Turns(seed)
+        self._turns = _Turns[int](seed)
 
     def __call__(self, replicas: Sequence[ReplicaRun]) -> ReplicaRun:
         by_number = {replica.number: replica for replica in replicas}
@@ -108,15 +110,13 @@ class RangeRouter:
     def __init__(self, plan: Plan, workload: Workload, seed: int, router: Callable[[], Router]) -> None:
         self._workload = workload
         self._of = [replica.classes for replica in plan.replicas]
-        rates = plan.rates_by_classes()
-        self._weights = {names: rate / plan.pool_share(names) for names, rate in rates.items() if rate > 0.0}
-        self._turns = {name: _Turns(seed) for name in plan.class_shares()}
-        self._routers = {names: router() for names in self._weights}
+        self._parts = parts_of_classes(plan.class_shares(), plan.rates_by_classes())
+        self._turns = {name: _Turns[Classes](seed) for name in self._parts}
+        self._routers = {names: router() for names in dict.fromkeys(self._of)}
 
     def serving(self, replicas: Sequence[ReplicaRun], prompt_tokens: int) -> list[ReplicaRun]:
         """Return the replicas that serve the class of a request."""
-        name = self._workload.class_of(prompt_tokens).name
-        own = {names for names in self._weights if not names or name in names}
+        own = self._parts[self._workload.class_of(prompt_tokens).name]
         return [replica for replica in replicas if self._of[replica.number] in own]
 
     def choose(self, replicas: Sequence[ReplicaRun], prompt_tokens: int) -> ReplicaRun | None:
@@ -127,17 +127,13 @@ class RangeRouter:
             pools.setdefault(self._of[replica.number], []).append(replica)
         if not pools:
             return None
-        first = self._turns[name].next({number: self._weights[names] for number, names in self._numbered(pools)})
-        chosen = next(names for number, names in self._numbered(pools) if number == first)
+        chosen = self._turns[name].next({names: part for names, part in self._parts[name].items() if names in pools})
         if all(replica.queue for replica in pools[chosen]):
             free = {names: [one for one in pool if not one.queue] for names, pool in pools.items()}
             if open_pools := {names: pool for names, pool in free.items() if pool}:
                 chosen = max(open_pools, key=lambda names: len(open_pools[names]))
                 pools = open_pools
         return self._routers[chosen](pools[chosen])
-
-    def _numbered(self, pools: Mapping[Classes, object]) -> list[tuple[int, Classes]]:
-        return [(number, names) for number, names in enumerate(self._weights) if names in pools]
 
 
 def router_of(settings: Settings) -> Router:

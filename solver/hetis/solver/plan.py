@@ -259,24 +259,25 @@ def served_with_classes(shares: Mapping[str, float], rates: Mapping[tuple[str, .
     """
     if not shares:
         return sum(rates.values())
-    of_all = {names: rate / (sum(shares[name] for name in names) or 1.0) for names, rate in rates.items()}
-    return min(sum(rate for names, rate in of_all.items() if not names or name in names) for name in shares)
+    return min(sum(of_pools.values()) for of_pools in _able(shares, rates).values())
 
 
 def parts_of_classes(
     shares: Mapping[str, float], rates: Mapping[tuple[str, ...], float]
 ) -> dict[str, dict[tuple[str, ...], float]]:
     """Return the part of each class's requests that each pool gets: in proportion to what it can give the class."""
-    found = dict[str, dict[tuple[str, ...], float]]()
-    for name in shares:
-        able = {
-            names: rate / (sum(shares[each] for each in names) or 1.0)
-            for names, rate in rates.items()
-            if not names or name in names
-        }
-        total = sum(able.values())
-        found[name] = {names: rate / total for names, rate in able.items() if rate}
-    return found
+    return {
+        name: {names: rate / sum(of_pools.values()) for names, rate in of_pools.items() if rate}
+        for name, of_pools in _able(shares, rates).items()
+    }
+
+
+def _able(
+    shares: Mapping[str, float], rates: Mapping[tuple[str, ...], float]
+) -> dict[str, dict[tuple[str, ...], float]]:
+    """Return what each pool can give each class that it serves, as requests/s of all classes in their shares."""
+    of_all = {names: rate / (sum(shares[name] for name in names) or 1.0) for names, rate in rates.items()}
+    return {name: {names: rate for names, rate in of_all.items() if not names or name in names} for name in shares}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -78,6 +78,25 @@ async def test_an_agent_that_comes_while_a_term_begins_waits_for_it_and_others_t
         agent.cancel()
 
 
+async def test_an_agent_that_waits_for_a_term_is_sent_on_when_its_planner_shuts_down() -> None:
+    waits, begun = asyncio.Event(), asyncio.Event()
+
+    async def until_begun() -> None:
+        waits.set()
+        await begun.wait()
+
+    async with served() as planner:
+        planner.calls.answer_for(
+            require_leader=lambda _method: None, on_refusal=lambda _change: None, until_begun=until_begun
+        )
+        agent: Any = AgentServiceStub(planner.channel).ConnectNode()
+        await agent.write(agents.ConnectNodeRequest(sequence=1, hello=agents.Hello(node="clusters/c/nodes/a")))
+        await waits.wait()
+        planner.calls.refuse_new()
+        begun.set()
+        assert reason_of(await asyncio.wait_for(failure_of(agent), 20)) == "DRAINING"
+
+
 async def test_a_watch_is_said_to_be_open_at_its_beginning() -> None:
     async with served() as planner:
         stream = watch(planner, "plans/p")

@@ -261,7 +261,7 @@ async def test_a_standby_ends_when_a_planner_of_another_version_has_migrated_the
     await standby.close()
 
 
-async def test_agents_wait_for_a_term_that_begins_and_for_no_other() -> None:
+async def test_agents_wait_for_a_term_that_begins_and_for_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
     begins, go = asyncio.Event(), asyncio.Event()
 
     class SlowTerm(ReleasedTerm):
@@ -276,6 +276,9 @@ async def test_agents_wait_for_a_term_that_begins_and_for_no_other() -> None:
     waiting = asyncio.create_task(succession.until_begun())
     await asyncio.sleep(0.01)
     assert not waiting.done()
+    monkeypatch.setattr("hetis.planner.service.succession._BEGIN_S", 0.01)
+    await asyncio.wait_for(succession.until_begun(), 20)  # for a limited time
+    assert not starting.done()
     go.set()
     await starting
     await asyncio.wait_for(waiting, 20)

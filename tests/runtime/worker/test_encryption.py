@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, suppress
 from pathlib import Path
@@ -15,9 +16,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hetis.runtime.attention.kv import DeviceLostError
-from hetis.runtime.transport.channel import ChannelKind
+from hetis.runtime.transport.channel import Channel, ChannelKind
 from hetis.runtime.transport.encryption import LENGTH_BYTES, RECORD_BYTES, TAG_BYTES, ConnectionKey, Pipe
-from hetis.runtime.transport.frames import FrameError
+from hetis.runtime.transport.frames import ChannelStalledError, Frame, FrameError, FrameKind
 from hetis.runtime.transport.keys import key_of
 from hetis.runtime.worker.remote import RemoteDevice, join_at
 from tests.runtime.attention.test_ranges import MIXED, Case, check
@@ -91,6 +92,7 @@ def test_who_listens_reads_kv_only_where_it_is_not_encrypted(
     """The proxy sees K go out and come back, and with encryption nothing of it."""
     with closing(Listener(worker)) as between:
         device = between.join(epoch=1 + encrypts, encrypts=encrypts)
+        assert device._channel.name.startswith("encrypted tcp:" if encrypts else "tcp:")
         check(device, CASE)
         move_text(device)
         device.close()
@@ -219,6 +221,25 @@ def test_a_record_that_is_not_the_next_of_the_other_end_is_refused(what: str) ->
         assert read(other, 5) == b"first"
     with pytest.raises(FrameError, match=r"a record (is not from the other end|of \d+ bytes)"):
         read(one if what == "reflect" else other, 5)
+
+
+@pytest.mark.parametrize("arrives", [2, 40])
+def test_a_frame_whose_record_stops_is_noticed_and_silence_between_two_is_not(arrives: int) -> None:
+    ours, theirs = InprocPipe.pair()
+    one, other, engine, worker = Channel(ours), Channel(theirs, stall_s=0.02), ConnectionKey(), ConnectionKey()
+    one.encrypt(engine, "engine", worker.nonce, KEY)
+    other.encrypt(worker, "worker", engine.nonce, KEY)
+    ping = Frame(kind=FrameKind.PING, epoch=1, session=2)
+    one.send([ping])
+    assert other.receive(0.0) is not None
+    time.sleep(0.03)
+    assert other.receive(0.0) is None
+    one.send([ping])
+    del theirs._arrived[arrives:]
+    assert other.receive(0.0) is None
+    time.sleep(0.03)
+    with pytest.raises(ChannelStalledError, match="a record stopped before its end"):
+        other.receive(0.0)
 
 
 @pytest.mark.parametrize("end", ["engine", "worker"])

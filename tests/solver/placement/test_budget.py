@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import pytest
 
-from hetis.solver.budget import Budget
-from hetis.solver.planning import solve_placement
+from hetis.solver.budget import PER_NODE, Budget
+from hetis.solver.placement.losses.survival import Survive
+from hetis.solver.placement.master import Master, MilpSolution
+from hetis.solver.planning import solve_placement, solve_surviving
 from tests.solver.instances import NO_LIMITS, make_node, make_problem
+from tests.solver.placement.losses.test_survival import fleet
 
 REL = 1e-6
 
@@ -59,3 +63,19 @@ def test_a_search_limited_by_work_is_the_same_on_any_machine(work: float) -> Non
     assert (slow.result.value, slow.result.bound) == (quick.result.value, quick.result.bound)
     assert quick.result.value <= best.result.bound * (1 + REL)
     assert best.result.value <= quick.result.bound * (1 + REL)
+
+
+def test_whole_counts_of_plans_that_survive_a_loss_are_work_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole, solve, nodes = Budget(work_limit=1000.0), Master.solve_milp, list[int]()
+
+    def solve_milp(self: Master, *args: Any, **options: Any) -> tuple[MilpSolution | None, bool]:
+        nodes.append(options["nodes"])
+        done = whole.work
+        found = solve(self, *args, **options)
+        assert whole.work > done
+        return found
+
+    monkeypatch.setattr(Master, "solve_milp", solve_milp)
+    plan, _ = solve_surviving(fleet(4, 2, 1), Survive(place="node"), budget=whole)
+    assert plan.replicas
+    assert 0 < max(nodes) <= whole.work_limit / PER_NODE

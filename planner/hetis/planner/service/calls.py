@@ -269,10 +269,10 @@ class Calls(grpc.aio.ServerInterceptor):
                 if method != CONNECT:
                     await read()
             require_role(identity, method, record.resource)
-        if self.is_draining:
-            raise statuses.draining()
-        if method == CONNECT and self._until_begun is not None:
+        if method == CONNECT and self._until_begun is not None and not self.is_draining:
             await self._until_begun()
+        if self.is_draining:  # maybe only since an agent began to wait
+            raise statuses.draining()
         self._require_leader(method)
         if not record.is_stream:
             require_deadline(method, context.time_remaining())

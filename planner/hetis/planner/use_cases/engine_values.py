@@ -24,7 +24,7 @@ from hetis.solver.plan import Plan, Role
 from hetis.solver.plugin_time import NO_PLUGIN
 from hetis.solver.problem import PlacementProblem
 
-SHARE = 0.1  # share of the time limit that all these searches may take
+SHARE = 0.1  # share of the limits on time and work that all these searches may take
 SEARCHES = 2  # of each engine: a comparison needs no more, whose plan a search for that engine betters
 
 

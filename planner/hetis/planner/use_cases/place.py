@@ -43,6 +43,8 @@ if TYPE_CHECKING:
     from hetis.solver.placement.infeasible import Market
     from hetis.solver.planning import ConstraintPrice
 
+FAR_BELOW = 0.75  # of the usual utilisation: below, pools are also searched at the one that the plan without keeps
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlacedPlan:
@@ -158,7 +160,7 @@ class PosedPlacement:
         return PlacedPlan(plan=plan, problem=problem, prices=prices)
 
     def _budget(self) -> Budget:
-        """Return the budget of a search: by work and, only if a time limit was requested, by the clock as well."""
+        """Return the budget of a search by work, which the clock ends at a requested time limit, or else much later."""
         guard = 1.0 if self.request.time_limit is not None else equal_stages.GUARD
         return equal_stages.search_budget(self.settings.time_limit_s, self.cancelled, guard)
 
@@ -184,11 +186,13 @@ class PosedPlacement:
             if not best.objective.kind.goal.is_planned:
                 return
             # Queues of pools are modelled without overflow into others, so simulation may keep more of pools that serve
-            # most at a given utilisation.
-            assumptions = replace(posed.at(PLANNED_UTILISATION).assumptions, chooses_utilisation=False)
-            busiest = search(replace(posed, assumptions=assumptions), settings, budget=budget, report=report)
-            bound = (max if best.objective.maximises else min)(best.result.bound, busiest.result.value)
-            yield described(replace(busiest, result=busiest.result.bounded_by(bound)), posed)
+            # most at a given utilisation: the usual one and, where far less is kept than the model says, the kept one.
+            kept = posed.assumptions.planned_utilisation
+            for utilisation in (PLANNED_UTILISATION, kept)[: 2 if kept < FAR_BELOW * PLANNED_UTILISATION else 1]:
+                assumptions = replace(posed.at(utilisation).assumptions, chooses_utilisation=False)
+                busiest = search(replace(posed, assumptions=assumptions), settings, budget=budget, report=report)
+                bound = (max if best.objective.maximises else min)(best.result.bound, busiest.result.value)
+                yield described(replace(busiest, result=busiest.result.bounded_by(bound)), posed)
 
         def described(plan: Plan, posed: PlacementProblem) -> Plan:
             inputs = replace(self.loaded.inputs, workload=replace(workload, classes=posed.workload.classes))

@@ -68,7 +68,8 @@ class Channel:
 
     def encrypt(self, own: ConnectionKey, end: Literal["engine", "worker"], other: bytes, key: bytes) -> None:
         """Encrypt all that follows, as both ends must do between the same two frames. See `ConnectionKey`."""
-        self._pipe = own.encrypted(self._pipe, end, other, key)
+        self._pipe = own.encrypted(self._pipe, end, other, key, stall_s=self._stall_s)
+        self.name = self._pipe.name
 
     def trust(self) -> None:
         """Take frames of any size that there is, because the other end is known."""

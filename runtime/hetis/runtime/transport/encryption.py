@@ -20,7 +20,7 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
-from hetis.runtime.transport.frames import FrameError
+from hetis.runtime.transport.frames import ChannelStalledError, FrameError
 
 RECORD_BYTES = 1 << 20  # most plaintext of a record
 TAG_BYTES = 16
@@ -48,8 +48,11 @@ class ConnectionKey:
         self._private = X25519PrivateKey.generate()
         self.nonce = self._private.public_key().public_bytes_raw()
 
-    def encrypted(self, pipe: Pipe, end: Literal["engine", "worker"], other: bytes, key: bytes) -> Pipe:
-        """Return the pipe that encrypts for the other end, whose nonce is ``other``; ``key`` is the worker's.
+    def encrypted(
+        self, pipe: Pipe, end: Literal["engine", "worker"], other: bytes, key: bytes, *, stall_s: float = 10.0
+    ) -> Pipe:
+        """Return the pipe that encrypts for the other end, whose nonce is ``other``; ``key`` is the worker's. A record
+        of which nothing more arrives for ``stall_s`` is an error.
 
         Raises FrameError if the other end's nonce is no public key.
         """
@@ -60,15 +63,17 @@ class ConnectionKey:
         nonces = self.nonce + other if end == "engine" else other + self.nonce
         keys = HKDF(algorithm=SHA256(), length=64, salt=key, info=b"hetis kv " + nonces).derive(shared)
         to_worker, to_engine = AESGCM(keys[:32]), AESGCM(keys[32:])
-        return _EncryptedPipe(pipe, *((to_worker, to_engine) if end == "engine" else (to_engine, to_worker)))
+        seals, opens = (to_worker, to_engine) if end == "engine" else (to_engine, to_worker)
+        return _EncryptedPipe(pipe, seals, opens, stall_s)
 
 
 class _EncryptedPipe:
     """Records over another pipe."""
 
-    def __init__(self, pipe: Pipe, seals: AESGCM, opens: AESGCM) -> None:
+    def __init__(self, pipe: Pipe, seals: AESGCM, opens: AESGCM, stall_s: float) -> None:
         self.name = f"encrypted {pipe.name}"
-        self._pipe, self._seals, self._opens = pipe, seals, opens
+        self._pipe, self._seals, self._opens, self._stall_s = pipe, seals, opens, stall_s
+        self._heard_s = 0.0  # when something last arrived
         self._sent = self._received = 0  # records in each direction
         self._length = bytearray(LENGTH_BYTES)
         self._record: bytearray | None = None  # the one that arrives, once its length is known
@@ -89,12 +94,17 @@ class _EncryptedPipe:
         until_s = time.monotonic() + timeout_s
         while not self._plain:
             came = self._pipe.read_into(self._missing, timeout_s)
+            now_s = time.monotonic()
             if not came:
+                has_begun = self._record is not None or len(self._missing) < LENGTH_BYTES
+                if has_begun and now_s - self._heard_s > self._stall_s:
+                    raise ChannelStalledError(f"{self.name}: a record stopped before its end")
                 return 0
+            self._heard_s = now_s
             self._missing = self._missing[came:]
             if not self._missing:
                 self._take_part()
-            timeout_s = max(until_s - time.monotonic(), 0.0)
+            timeout_s = max(until_s - now_s, 0.0)
         num = min(len(buffer), len(self._plain))
         buffer[:num], self._plain = self._plain[:num], self._plain[num:]
         return num

@@ -90,9 +90,7 @@ class PluginSettings(_Document):
     workers: tuple[WorkerSettings, ...] = ()
     # How ranks reach workers: shared memory on one host, else TCP (``auto``), or one of the two
     transport: Literal["auto", "shm", "tcp"] = "auto"
-    encrypt: bool = (
-        False  # whether KV, queries and outputs are encrypted on TCP, by a key that each connection agrees on
-    )
+    encrypt: bool = False  # whether queries, KV and outputs are encrypted on TCP, with keys of each connection
     timeout_s: float = Field(default=10.0, ge=0.1, le=3600.0)  # a worker that does not answer for this long is lost
     # Tokens per page on workers; must divide those of vLLM's blocks (`require_whole_pages`)
     page_tokens: int = Field(default=16, ge=1, le=1024)

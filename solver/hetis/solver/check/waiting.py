@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -25,13 +25,19 @@ def request_queue(plan: Plan, problem: PlacementProblem, counted: str = "") -> R
 
     Of pools of classes, waits of the requests of the class that is ``counted`` count, or of all of them.
     """
+    (found,) = _request_queues(plan, problem, [counted]) or (None,)
+    return found
+
+
+def _request_queues(plan: Plan, problem: PlacementProblem, counted: Iterable[str]) -> list[RequestQueue]:
+    """Return the same queues for each that is ``counted``; none if the plan serves nothing."""
     pools = {
         names: tuple(_Building(_pool_of(plan, names), problem.of_classes(names)).queues())
         for names in dict.fromkeys(one.classes for one in plan.replicas)
     }
     shares = plan.class_shares()
     parts = parts_of_classes(shares, plan.rates_by_classes())
-    return RequestQueue.of_pools(pools, shares, parts, counted) if any(pools.values()) else None
+    return [RequestQueue.of_pools(pools, shares, parts, each) for each in counted if any(pools.values())]
 
 
 def _pool_of(plan: Plan, classes: tuple[str, ...]) -> Plan:
@@ -57,16 +63,18 @@ def check_waits(plan: Plan, problem: PlacementProblem) -> list[Violation]:
 
     Search and checker know the rates of a replica at other numbers of requests, so the two differ a little.
     """
-    claimed_s, limits, queue = plan.result.queued_ttft_s, problem.limits_of_classes(), request_queue(plan, problem)
-    if claimed_s is None or queue is None or not plan.result.utilisation:
+    claimed_s, limits = plan.result.queued_ttft_s, problem.limits_of_classes()
+    if claimed_s is None or not plan.result.utilisation:
         return []
-    broken, rate_rps = list[Broken](), plan.result.utilisation * plan.served_rate()
-    derived_s, limit_s = queue.ttft_p95_s(rate_rps), limits.pop("", None)
-    for name, own_s in limits.items():
-        of_class = request_queue(plan, problem, name)
-        if own_s is not None and of_class is not None and of_class.ttft_p95_s(rate_rps) > own_s * (1 + TOLERANCE):
-            message = f"TTFT of class {name} with all waits is {of_class.ttft_p95_s(rate_rps):.4g} s"
-            broken.append((Rule.TTFT_LIMIT, f"{message}, its limit is {own_s:.4g} s"))
+    broken, rate_rps, limit_s = list[Broken](), plan.result.utilisation * plan.served_rate(), limits.pop("", None)
+    derived = [queue.ttft_p95_s(rate_rps) for queue in _request_queues(plan, problem, ["", *limits])]
+    if not derived:
+        return []
+    derived_s, *of_classes = derived
+    for (name, own_s), of_class_s in zip(limits.items(), of_classes, strict=True):
+        if own_s is not None and of_class_s > own_s * (1 + TOLERANCE):
+            message = f"TTFT of class {name} with all waits is {of_class_s:.4g} s, its limit is {own_s:.4g} s"
+            broken.append((Rule.TTFT_LIMIT, message))
     if not derived_s <= claimed_s * (1 + TOLERANCE):
         broken.append((Rule.TTFT, f"claims {claimed_s:.4g} s with all waits, the queue model gives {derived_s:.4g} s"))
     if limit_s is not None and claimed_s > limit_s * (1 + RELATIVE):

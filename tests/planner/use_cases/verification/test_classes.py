@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from hetis.planner.use_cases.verification import classes
 from hetis.solver.budget import Budget, silent
 from hetis.solver.check import check_plan
 from hetis.solver.errors import InvalidProblemError
+from hetis.solver.plan import ObjectiveKind, Plan
 from hetis.solver.workload import LengthBin, Workload
 from tests.fleets import fleet
 from tests.simulator import small_plans
@@ -140,16 +142,11 @@ def test_limits_of_classes_are_not_dropped_by_other_cuts(files: Path, capsys: py
     assert "class short of own limits has limits of its own" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("worth", [0.1, 0.3])
-def test_the_first_plan_by_value_that_keeps_enough_is_used(worth: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of 2 plans with pools that keep 10% and 25% more, the first in planned traffic only, the second is found."""
-    problem = small_plans.small_problem(workload=TRAFFIC)
-    one = small_plans.pipeline(problem, problem.model.num_layers)
-    without = small_plans.plan_of(replace(one, rate=10.0))
-    pools = replace(one, rate=4.0, classes=("short",)), replace(one, rate=6.0, classes=("long",))
-    promising = replace(small_plans.plan_of(*pools), result=replace(without.result, value=13.0, bound=14.0))
-    robust = replace(promising, result=replace(without.result, value=12.0, bound=14.0))
-    keeps = {10.0: (10.0, 8.0), 13.0: (11.0, 6.0), 12.0: (12.5, 10.0)}
+def chosen(
+    without: Plan, candidates: Sequence[Plan], keeps: dict[float, tuple[float, float]], worth: float,
+    monkeypatch: pytest.MonkeyPatch,
+) -> Plan:  # fmt: skip
+    """Return what is chosen if plans keep these rates, in planned and in drifted traffic, by their values."""
 
     def run(_self: object, found: classes.WithClasses, traffic: Any, rate: float) -> tuple[bool, None]:
         return rate <= keeps[found.plan.result.value][traffic.is_drifted], None
@@ -157,13 +154,35 @@ def test_the_first_plan_by_value_that_keeps_enough_is_used(worth: float, monkeyp
     monkeypatch.setattr(classes._Compared, "_run", run)
     monkeypatch.setattr(classes._Compared, "_keeps", lambda _self, is_steady, _run: is_steady)
     monkeypatch.setattr(classes, "_latencies", lambda *_: (1.0, 0.1))
-    found = classes.choose(
-        classes.WithClasses(plan=without, problem=problem), without.objective, classes.cuts_of("p75", TRAFFIC),
-        lambda _: iter((robust, promising)), worth=worth, seed=0, budget=Budget(), report=silent,
-        verified=lambda candidate: candidate.plan,
-    )  # fmt: skip
-    told = Classes.of(found.plan)
-    assert found.plan.result.value == (12.0 if worth == 0.1 else 10.0)
+    return classes.choose(
+        classes.WithClasses(plan=without, problem=small_plans.small_problem(workload=TRAFFIC)), without.objective,
+        classes.cuts_of("p75", TRAFFIC), lambda _: iter(candidates), worth=worth, seed=0, budget=Budget(),
+        report=silent, verified=lambda candidate: candidate.plan,
+    ).plan  # fmt: skip
+
+
+def without_and_with_pools(**objective: Any) -> tuple[Plan, Plan]:
+    problem = small_plans.small_problem(workload=TRAFFIC)
+    one = small_plans.pipeline(problem, problem.model.num_layers)
+    pools = replace(one, rate=4.0, classes=("short",)), replace(one, rate=6.0, classes=("long",))
+    plans = small_plans.plan_of(replace(one, rate=10.0)), small_plans.plan_of(*pools)
+    without, having = (replace(plan, objective=replace(plan.objective, **objective)) for plan in plans)
+    return without, having
+
+
+def valued(plan: Plan, value: float) -> Plan:
+    return replace(plan, result=replace(plan.result, value=value))
+
+
+@pytest.mark.parametrize("worth", [0.1, 0.3])
+def test_the_first_plan_by_value_that_keeps_enough_is_used(worth: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 2 plans with pools that keep 10% and 25% more, the first in planned traffic only, the second is found."""
+    without, having = without_and_with_pools()
+    keeps = {10.0: (10.0, 8.0), 13.0: (11.0, 6.0), 12.0: (12.5, 10.0)}
+    robust, promising = valued(having, 12.0), valued(having, 13.0)
+    found = chosen(valued(without, 10.0), (robust, promising), keeps, worth, monkeypatch)
+    told = Classes.of(found)
+    assert found.result.value == (12.0 if worth == 0.1 else 10.0)
     assert bool(told.why_not) == (worth == 0.3)
     if worth == 0.1:
         assert (told.cut, told.value) == ("p75", 12.0)
@@ -171,3 +190,22 @@ def test_the_first_plan_by_value_that_keeps_enough_is_used(worth: float, monkeyp
             assert kept.without_rps == pytest.approx(before, rel=classes.PRECISE)
             assert kept.with_rps == pytest.approx(after, rel=classes.PRECISE)
             assert kept.with_rps >= (1.0 + worth) * kept.without_rps
+
+
+@pytest.mark.parametrize(("worth", "value"), [(0.1, 85.0), (0.2, 100.0)])
+def test_of_a_demand_the_first_plan_by_value_that_keeps_enough_of_it_for_its_cost_is_used(
+    worth: float, value: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of plans for 70 and 85 GPUs in place of 100, the first keeps half of the demand."""
+    without, having = without_and_with_pools(kind=ObjectiveKind.GPUS, demand_rps=10.0)
+    keeps = {100.0: (12.0, 10.5), 70.0: (5.0, 5.0), 85.0: (11.0, 10.0)}
+    candidates = valued(having, 70.0), valued(having, 85.0)
+    assert chosen(valued(without, 100.0), candidates, keeps, worth, monkeypatch).result.value == value
+
+
+def test_the_highest_rate_that_is_tried_is_kept_if_all_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    without, having = without_and_with_pools()
+    most = 10.0 * classes.STEP ** (2**classes.MOST_STEPS - 1)
+    keeps = {10.0: (10.0, 10.0), 12.0: (2.0 * most, 2.0 * most)}
+    told = Classes.of(chosen(valued(without, 10.0), [valued(having, 12.0)], keeps, 0.1, monkeypatch))
+    assert told.kept[0].with_rps >= most

@@ -147,3 +147,18 @@ def test_a_rate_that_usual_traffic_keeps_in_a_long_run_is_likely_if_none_is_left
     with pytest.raises(StoppedError):
         search.highest(100.0, 0.0)
     assert search.likely_rps == pytest.approx(0.97 * 97.0), "at 97 the long run misses"
+
+
+def test_a_rate_kept_up_to_chance_is_likely_below_one_that_long_runs_of_other_traffic_miss() -> None:
+    decided = list[float]()
+
+    def is_sure(rate_rps: float) -> Iterator[bool]:
+        if decided:
+            raise StoppedError
+        decided.append(rate_rps)
+        yield from (True, False)
+
+    search = LowerRates(lambda rate_rps: None if rate_rps > 90.0 else False, is_sure)
+    with pytest.raises(StoppedError):
+        search.highest(100.0, 0.0)
+    assert (decided, search.likely_rps) == ([97.0], 94.0)

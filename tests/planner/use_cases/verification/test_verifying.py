@@ -40,7 +40,7 @@ from hetis.planner.use_cases.verification.outcome import (
     noted_if_stopped,
     settings_of,
 )
-from hetis.planner.use_cases.verification.rates import LONGER, kept_plan, num_requests_of, simulated_at
+from hetis.planner.use_cases.verification.rates import LONGER, kept_plan, longest_of, num_requests_of, simulated_at
 from hetis.planner.use_cases.verification.tried_rate import MOST_GROWTH, TriedRate
 from hetis.simulator.metrics import Summary
 from hetis.simulator.running import silent
@@ -312,6 +312,27 @@ def test_a_rate_that_a_run_kept_up_to_chance_is_shown_where_time_ends_before_any
     found = again(replace(plan, inputs={}, notes=()), problem)
     assert Verified.of(found).verification.kept_rps == pytest.approx(chance_rps[0])
     assert any("which longer runs have not" in one for one in found.notes)
+
+
+def test_of_the_runs_that_kept_a_rate_before_time_ended_the_longest_is_shown(
+    pair: Placed, run: TriedRate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan, problem = pair
+    planned_rps, is_over = default_rate(plan, problem), threading.Event()
+
+    def tried(*args: Any, **options: Any) -> TriedRate | None:
+        kept, num_requests = args[2] < 0.9 * planned_rps, options["lengths"][0]
+        is_long = kept and num_requests == longest_of(plan)
+        if is_over.is_set():
+            return None
+        if is_long:
+            is_over.set()
+        return replace(run, num_requests=num_requests, kept=kept, within=is_long, sure=is_long, close=False)
+
+    monkeypatch.setattr(rates, "simulated_at", tried)
+    found = again(replace(plan, inputs={}, notes=()), problem)
+    assert Verified.of(found).verification.num_requests == longest_of(plan) > num_requests_of(plan)
+    assert f"in a run of {longest_of(plan):,} requests, which longer runs have not" in "".join(found.notes)
 
 
 @pytest.mark.parametrize(

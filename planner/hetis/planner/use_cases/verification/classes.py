@@ -243,13 +243,21 @@ class _Compared:
 
     def keeps_more(self, one: WithClasses, worth: float) -> bool:
         """Return whether a plan keeps more by a share wherever that is required."""
-        if not one.plan.objective.maximises:
-            return True  # what it keeps is compared by cost, too
+        demand_rps = math.inf if one.plan.objective.maximises else one.plan.objective.demand_rps or 0.0
+        needed = ((traffic, self._needed(one, traffic, worth)) for traffic in TRAFFIC if traffic.counts)
         return all(
-            self._keeps(*self._run(one, traffic, (1.0 + worth) * self.before(traffic)))
-            for traffic in TRAFFIC
-            if traffic.counts and self.before(traffic)
+            rate_rps <= demand_rps and self._keeps(*self._run(one, traffic, rate_rps))
+            for traffic, rate_rps in needed
+            if rate_rps
         )
+
+    def _needed(self, one: WithClasses, traffic: _Traffic, worth: float) -> float:
+        """Return the rate that a plan must keep, of a demand for its cost, to keep more by a share."""
+        before, objective = self.before(traffic), one.plan.objective
+        if objective.maximises:
+            return (1.0 + worth) * before
+        cost = one.plan.result.value / self._without.plan.result.value
+        return (1.0 + worth) * cost * min(before, objective.demand_rps or 0.0)
 
     def kept(self, best: WithClasses, worth: float) -> Iterator[KeptWithClasses]:
         """Yield the rates that both plans keep: in planned traffic, with longer prompts, and in bursts.
@@ -257,8 +265,8 @@ class _Compared:
         Those with classes are searched from what `keeps_more` has tried.
         """
         for traffic in TRAFFIC:
-            before = self.before(traffic)
-            after = self._highest(best, traffic, (1.0 + worth) * before or default_rate(best.plan, best.problem))
+            start = self._needed(best, traffic, worth) or default_rate(best.plan, best.problem)
+            before, after = self.before(traffic), self._highest(best, traffic, start)
             yield KeptWithClasses(traffic=traffic.name, without_rps=before, with_rps=after, counts=traffic.counts)
 
     def latencies(self, best: WithClasses, kept: KeptWithClasses) -> Iterator[ClassLatency]:
@@ -287,7 +295,7 @@ class _Compared:
                 break
             step *= step
         else:
-            return low if rising else 0.0
+            return high if rising else 0.0
         while high > low * (1.0 + PRECISE):
             middle = math.sqrt(low * high)
             low, high = (middle, high) if keeps(middle) else (low, middle)

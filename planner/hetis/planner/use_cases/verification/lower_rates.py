@@ -63,8 +63,10 @@ class LowerRates:
     @property
     def likely_rps(self) -> float | None:
         """The highest rate that a run keeps, by more than chance if there is one, and no long run has missed."""
-        kept = self._likely or self._perhaps
-        return max((rate_rps for rate_rps in kept if rate_rps < self._missed_rps), default=None)
+        likely, perhaps = (
+            [rate_rps for rate_rps in kept if rate_rps < self._missed_rps] for kept in (self._likely, self._perhaps)
+        )
+        return max(likely or perhaps, default=None)
 
     def highest(self, missed_rps: float, at_least_rps: float, likely_rps: float = math.inf) -> float | None:
         """Return the highest rate found below one that misses a limit; None: none of those tried keeps the limits.

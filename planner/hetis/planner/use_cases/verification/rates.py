@@ -267,8 +267,7 @@ class _Runs:
             return replace(plan, notes=(*plan.notes, note))
         if kept is None:
             return self._recorded(found, None)
-        at_kept = self._longest_at(kept.rate_rps) if kept.is_confirmed else self._run_at(kept.rate_rps)
-        kept_plan = self._recorded(replace(at_kept, kept=True), kept.rate_rps)
+        kept_plan = self._recorded(replace(self._longest_at(kept.rate_rps), kept=True), kept.rate_rps)
         return replace(kept_plan, notes=(*kept_plan.notes, *kept.notes()))
 
     def _recorded(self, found: TriedRate, kept_rps: float | None) -> Plan:
@@ -324,15 +323,11 @@ class _Runs:
         return all(one.ttft_s <= limit_s for one in stated.replicas if one.role is not Role.DECODE)
 
     def _longest_at(self, rate_rps: float) -> TriedRate:
-        """Return the longest run at a rate that was simulated before."""
-        return self._at(rate_rps, self._longer)
-
-    def _run_at(self, rate_rps: float) -> TriedRate:
-        """Return the ordinary run at a rate that was simulated before, or the longest if that was the only one."""
+        """Return the longest run at a rate that was simulated before, all that is needed if no more can be."""
         try:
-            return self._at(rate_rps, self._ordinary)
+            return self._at(rate_rps, self._longer)
         except StoppedError:
-            return self._longest_at(rate_rps)
+            return self._at(rate_rps, self._ordinary)
 
     def _verification(self, found: TriedRate, rate_rps: float, kept_rps: float | None) -> Verification:
         summary, seconds, missed = found.summary, found.measured.seconds, found.measured.missed
@@ -391,7 +386,7 @@ class _Runs:
         except StoppedError:
             if search.likely_rps is None:
                 raise
-            tried = self._run_at(search.likely_rps)
+            tried = self._longest_at(search.likely_rps)
             return KeptRate(search.likely_rps, tried.num_requests, is_confirmed=False)
         return None if rate_rps is None else KeptRate(rate_rps, self._longer, is_confirmed=True)
 

@@ -132,8 +132,8 @@ def whole_counts(
             highs.setSolution(len(counts), np.arange(len(counts), dtype=np.int32), counts.astype(float))
 
     found, is_settled = master.solve_milp(
-        columns, time_limit_s=limit_s, gap=gap, seed=settings.seed, nodes=NODES, extend=extended,
-        stop=lambda: budget.cancelled.is_set() or budget.elapsed_s() >= end_s,
+        columns, time_limit_s=limit_s, gap=gap, seed=settings.seed, nodes=budget.nodes(NODES), extend=extended,
+        stop=lambda: budget.cancelled.is_set() or budget.elapsed_s() >= end_s, charge=budget.charge,
     )  # fmt: skip
     return (found if master.serves(found) else None), is_settled
 
