@@ -103,17 +103,17 @@ def test_a_node_is_planned_as_submitters_ran_it() -> None:
 
 
 def test_totals_by_hand() -> None:
-    """Predictions of 6,000 tokens/s on a measured GPU: a fifth too much against the best, and half of it."""
+    """Predictions of 6,000 tokens/s on a measured GPU: 15% too much against the best, and half of it."""
     outcome = planned(pose(row(**RED_HAT)))
     rate = outcome.predicted
 
     def at(share: float) -> mlperf.Outcome:
-        """The range holds what is at most 18% below the prediction or 15% above it."""
+        """The range holds what is at most 16% below the prediction or 15% above it."""
         return replace(outcome, submissions=(replace(outcome.submissions[0], tokens_per_s=rate / share),))
 
-    measured, whole = list(mlperf.total_rows([at(1.2), at(0.5)]))
+    measured, whole = list(mlperf.total_rows([at(1.15), at(0.5)]))
     assert {key: whole[key] for key in ("groups", "mape", "bias", "within_30_percent", "in_range")} == {
-        "groups": 2, "mape": 0.35, "bias": -0.15, "within_30_percent": 1, "in_range": 1,
+        "groups": 2, "mape": 0.325, "bias": -0.175, "within_30_percent": 1, "in_range": 1,
     }  # fmt: skip
     assert (measured["profile"], whole["profile"]) == ("measured", "all")
 
