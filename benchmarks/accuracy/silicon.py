@@ -30,16 +30,11 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.accuracy import published_points
+from benchmarks.accuracy.aisimulate import beside_aisimulate
 from benchmarks.accuracy.closed_loop import CopyTime, Engine, Load, balanced_copies, closed_loop
 from benchmarks.accuracy.published_points import FOLDER, NotPosedError
 from benchmarks.accuracy.published_settings import ACCEPTANCE, Graphs, eager_layer_s
-from benchmarks.accuracy.serving_points import (
-    COLUMNS,
-    MIXES,
-    NODE_GPUS,
-    ServingPoint,
-    posed,
-)
+from benchmarks.accuracy.serving_points import COLUMNS, MIXES, NODE_GPUS, ServingPoint, posed
 from benchmarks.measuring import rows
 from benchmarks.measuring.instances import NO_LIMITS, fleet
 from benchmarks.measuring.rows import Cell, Row
@@ -72,8 +67,6 @@ USUAL_S: Mapping[tuple[str, str], tuple[float, float]] = {
     ("sglang", "moe"): (0.0, 0.145),
     ("sglang", "dense"): (10e-6, 0.11),
 }
-# AISimulate's accuracy page (ai-dynamo/aisimulate 0.12, September 2026, docs/e2e-accuracy): 728 points of InferenceX.
-AISIMULATE_TPOT = {"DeepSeek-R1": 0.182, "gpt-oss": 0.44, "MiniMax-M2.5": 0.123, "Qwen3.5": 0.22}
 QUICK_ROUNDS, QUICK_STRIDE = 2, 40
 
 
@@ -126,22 +119,8 @@ def write_document(groups: Sequence[Row], covered: Sequence[Row], points: Path, 
     whole = [row for row in groups if row["model"] == "all"]
     single = [row for row in groups if row["model"] != "all"]
     published_points.write_skipped("silicon", covered, "points")
-    rows.keep("silicon aisimulate", beside_aisimulate(single))
+    rows.keep("silicon aisimulate", in_percent(beside_aisimulate(single)))
     rows.keep("silicon", in_percent([*whole, *single]))
-
-
-def beside_aisimulate(groups: Sequence[Row]) -> list[Row]:
-    """Return our errors of the models that AISimulate publishes, over all GPUs and engines, beside its own."""
-    found = list[Row]()
-    for model, theirs in AISIMULATE_TPOT.items():
-        ours = [row for row in groups if str(row["model"]).startswith(model)]
-        count = [int(str(row["n"])) for row in ours]
-        mean = {
-            name: sum(n * float(str(row[name])) for n, row in zip(count, ours, strict=True)) / max(sum(count), 1)
-            for name in ("tpot_mape", "ttft_mape")
-        }
-        found.append({"model": model, "n": sum(count), **mean, "aisimulate_tpot_mape": theirs})
-    return in_percent(found)
 
 
 def in_percent(groups: Sequence[Row]) -> list[Row]:
