@@ -11,13 +11,15 @@ AISIMULATE_TPOT = {"DeepSeek-R1": 0.182, "gpt-oss": 0.44, "MiniMax-M2.5": 0.123,
 
 
 def beside_aisimulate(groups: Sequence[Row]) -> list[Row]:
-    """Return our errors of the models that AISimulate publishes, over all GPUs and engines, beside its own."""
+    """Return our errors of those models with points that AISimulate publishes, over GPUs and engines, beside its own."""
     found = list[Row]()
     for model, theirs in AISIMULATE_TPOT.items():
         ours = [row for row in groups if str(row["model"]).startswith(model)]
+        if not ours:
+            continue
         count = [int(str(row["n"])) for row in ours]
         mean = {
-            name: sum(n * float(str(row[name])) for n, row in zip(count, ours, strict=True)) / max(sum(count), 1)
+            name: sum(n * float(str(row[name])) for n, row in zip(count, ours, strict=True)) / sum(count)
             for name in ("tpot_mape", "ttft_mape")
         }
         found.append({"model": model, "n": sum(count), **mean, "aisimulate_tpot_mape": theirs})

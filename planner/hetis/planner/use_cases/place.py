@@ -188,7 +188,7 @@ class PosedPlacement:
             # Queues of pools are modelled without overflow into others, so simulation may keep more of pools that serve
             # most at a given utilisation: the usual one and, where far less is kept than the model says, the kept one.
             kept = posed.assumptions.planned_utilisation
-            for utilisation in (PLANNED_UTILISATION, kept)[: 2 if kept < FAR_BELOW * PLANNED_UTILISATION else 1]:
+            for utilisation in (PLANNED_UTILISATION, kept)[: 2 if 0.0 < kept < FAR_BELOW * PLANNED_UTILISATION else 1]:
                 assumptions = replace(posed.at(utilisation).assumptions, chooses_utilisation=False)
                 busiest = search(replace(posed, assumptions=assumptions), settings, budget=budget, report=report)
                 bound = (max if best.objective.maximises else min)(best.result.bound, busiest.result.value)
