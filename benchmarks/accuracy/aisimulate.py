@@ -11,7 +11,7 @@ AISIMULATE_TPOT = {"DeepSeek-R1": 0.182, "gpt-oss": 0.44, "MiniMax-M2.5": 0.123,
 
 
 def beside_aisimulate(groups: Sequence[Row]) -> list[Row]:
-    """Return our errors of those models with points that AISimulate publishes, over GPUs and engines, beside its own."""
+    """Return our errors of the models with points that AISimulate publishes, over GPUs and engines, and its own."""
     found = list[Row]()
     for model, theirs in AISIMULATE_TPOT.items():
         ours = [row for row in groups if str(row["model"]).startswith(model)]
