@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import threading
+import time
 
 import pytest
 
 from hetis.planner.failures import ServiceError
 from hetis.planner.store import Store
+from hetis.planner.store.lease import GrantedLease
 from tests.faults.proxy import Proxy
 from tests.planner.store import samples
 from tests.planner.store.conftest import Stores
@@ -108,6 +111,26 @@ async def test_a_term_that_has_not_begun_does_not_count_as_led_for_anyone(url: s
     await both[0].leadership.promote()
     assert both[0].leadership.led_s_ago == 0.0
     await both[0].close()
+
+
+async def test_a_term_taken_while_its_planner_is_told_to_stop_is_given_back(url: str, stores: Stores) -> None:
+    """In the past others waited for the end of a lease that nobody held, or of the process that held a file's lock."""
+    first, second = [await stores.open(url, lease_s=600.0) for _ in range(2)]
+    take, taken = first.leadership._take, threading.Event()
+
+    def take_slowly(abandoned: GrantedLease | None) -> tuple[float, int]:
+        found = take(abandoned)
+        taken.set()
+        time.sleep(0.2)  # in the connection's thread
+        return found
+
+    first.leadership._take = take_slowly  # type: ignore[method-assign]
+    taking = asyncio.create_task(first.leadership.grant("first"))
+    assert await asyncio.to_thread(taken.wait, 60)
+    taking.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await taking
+    assert await second.leadership.grant("second") == 2
 
 
 async def test_a_standby_does_not_name_a_planner_as_leader_before_its_term_has_begun(url: str, stores: Stores) -> None:

@@ -110,10 +110,16 @@ class Leadership:
         """
         await end_task(self._renewal)
         self._text, self._shown = Holder(name=holder.replace(" ", "_"), addresses=tuple(addresses)).to_text(), ""
+        taking = asyncio.ensure_future(self._in_time(self._take, abandoned))
         try:
-            requested_s, epoch = await self._in_time(self._take, abandoned)
+            requested_s, epoch = await asyncio.shield(taking)
         except AnotherLeadsError as error:
             self._note_leader(error)
+            raise
+        except asyncio.CancelledError:
+            # A term that nobody knows of would keep others waiting for the end of its lease, or of this process.
+            with contextlib.suppress(ServiceError, StoreError, sa.exc.DBAPIError):
+                await self._in_time(self._release, (await taking)[1])
             raise
         self.state, self.epoch, self._ended = LeadershipState.TAKEN, epoch, asyncio.Event()
         self._note_lease("", 0.0)
