@@ -232,7 +232,7 @@ class Master:
             given = highspy.HighsSolution()
             binaries = [] if self.types is None else self.types.chosen(columns, counts).tolist()
             flows = start.flows.ravel()[: self._num_flows()].tolist()
-            level = [] if self.classes is None else [self.classes.served(columns, counts, start.flows)]
+            level = [] if self.classes is None else [self.served(columns, counts, start.flows)]
             given.col_value = [*counts.astype(float).tolist(), *flows, *binaries, *level]
             highs.setSolution(given)
         highs.run()
@@ -267,9 +267,13 @@ class Master:
 
     def served(self, columns: Columns, counts: IntArray, flows: FloatArray) -> float:
         """Return the requests/s that whole replicas serve."""
+        return float(self.served_of_each(columns, counts, flows).min())
+
+    def served_of_each(self, columns: Columns, counts: IntArray, flows: FloatArray) -> FloatArray:
+        """Return the requests/s that whole replicas serve, or those of each class over its share."""
         if self.classes is not None:
             return self.classes.served(columns, counts, flows)
-        return float((counts * columns.rates)[columns.sides == UNIFIED].sum() + flows.sum())
+        return np.array([(counts * columns.rates)[columns.sides == UNIFIED].sum() + flows.sum()])
 
     def best_flows(self, columns: Columns, counts: IntArray) -> FloatArray:
         """Return the largest flows between chosen replicas, none too large by a rounding error; [Z, Z]."""
