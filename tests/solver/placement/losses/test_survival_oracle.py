@@ -24,7 +24,7 @@ from hetis.solver.problem import PlacementProblem
 from hetis.solver.workload import Workload
 from tests.solver.instances import make_problem, make_profile
 from tests.solver.placement.losses.test_survival import left_by
-from tests.solver.placement.test_classes import TRAFFIC
+from tests.solver.placement.test_classes import TRAFFIC, workload
 
 SIZES = Family(max_pool=0, tp_sizes=(1, 2), micro_batches=(1, 4), chunk_tokens=(64,), roles=(Role.UNIFIED,))
 
@@ -44,7 +44,9 @@ def fleet(nodes: tuple[tuple[str, int, str], ...], **given: float) -> PlacementP
     """Return a problem of nodes: each has a GPU type, a number of GPUs, and a zone."""
     names = {gpu for gpu, _, _ in nodes}
     profiles = {
-        "fast": make_profile("fast", bytes_per_s=9e10, flops=9e12, usable_bytes=int(given.get("fast", 30e6))),
+        "fast": make_profile(
+            "fast", bytes_per_s=9e10, flops=given.get("flops", 9e12), usable_bytes=int(given.get("fast", 30e6))
+        ),
         "slow": make_profile("slow", usable_bytes=int(given.get("slow", 30e6))),
     }
     groups = [
@@ -179,6 +181,16 @@ def test_no_plan_with_pools_of_classes_is_better_than_the_bound(
     nodes: tuple[tuple[str, int, str], ...], fast: float, goal: str | float, place: str, share: float, traffic: Workload
 ) -> None:
     assert_no_plan_is_better(replace(fleet(nodes, fast=fast), workload=traffic), goal, place, share)
+
+
+@pytest.mark.parametrize("goal", ["throughput", "gpus", 0.6])
+def test_pools_leave_more_where_classes_suit_other_gpus(goal: str | float) -> None:
+    nodes = ("fast", 1, "east"), ("fast", 1, "east"), *[("slow", 1, "east")] * 3
+    problem = replace(fleet(nodes, flops=2e11), workload=workload(10, 900, (40, 2), 0.8))
+    assert_no_plan_is_better(problem, goal, "node", 0.9)
+    pools, together = (solve_surviving(each, Survive(place="node")) for each in (problem, problem.of_classes()))
+    assert {one.classes for one in pools[0].replicas} == {(), ("short",), ("long",)}
+    assert left_by(pools[0], problem, "node") > 1.02 * left_by(together[0], problem.of_classes(), "node")
 
 
 def assert_no_plan_is_better(problem: PlacementProblem, goal: str | float, place: str, share: float) -> None:
