@@ -179,11 +179,12 @@ class PosedPlacement:
         requested = self.loaded.inputs.applicable_limits(request.goal)
 
         def find(posed: PlacementProblem) -> Iterator[Plan]:
+            find_left = survivors(settings, budget, report)
             best = None if settings.survive else search(posed, settings, budget=budget, report=report)
             if best is not None:
                 yield described(best, posed)
-            if best is not None and not best.objective.kind.goal.is_planned:
-                return
+                if not best.objective.kind.goal.is_planned:
+                    return
             # Queues of pools are modelled without overflow into others, so simulation may keep more of pools that serve
             # most at a given utilisation: the usual one and, where far less is kept than the model says, the kept one.
             kept = posed.assumptions.planned_utilisation
@@ -191,7 +192,6 @@ class PosedPlacement:
                 assumptions = replace(posed.at(utilisation).assumptions, chooses_utilisation=False)
                 own = replace(posed, assumptions=assumptions)
                 if best is None:
-                    find_left = survivors(settings, budget, report)
                     yield described(surviving_plan(find_left, own, settings.survive, settings.keep), posed)
                     continue
                 busiest = search(own, settings, budget=budget, report=report)

@@ -275,6 +275,10 @@ class Routes:
     def num_sides(self) -> int:
         return self.num_ranges + (3 * len(self.zones) if self.splits_roles else 0)
 
+    @property
+    def num_flows(self) -> int:
+        return len(self.zones) ** 2 if self.splits_roles else 0
+
     def unified(self, number: int) -> int:
         """Return the side of unified replicas of a range."""
         return UNIFIED if number == 0 else self.num_sides - self.num_ranges + number

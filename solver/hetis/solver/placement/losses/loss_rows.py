@@ -261,15 +261,11 @@ class LossRows:
         if self.classes is None:
             return
         (level,), is_least = served, list[int]()
-        num_flows = self._num_flows()
-        for of_class in self.classes.rows(self.columns, num_flows, 0)[:-1].T:
+        for of_class in self.classes.rows(self.columns, self.costs.routes.num_flows, 0)[:-1].T:
             is_least.append(_variable(highs, 1.0, whole=True))
             entries = {int(i): float(of_class[i]) for i in np.flatnonzero(of_class)}
             add_row(highs, -self.most, np.inf, entries | {level: 1.0, is_least[-1]: -self.most})
         add_row(highs, 1.0, 1.0, dict.fromkeys(is_least, 1.0))
-
-    def _num_flows(self) -> int:
-        return len(self.costs.routes.zones) ** 2 if self.costs.routes.splits_roles else 0
 
     def _served(self) -> tuple[FloatArray, FloatArray]:
         """Return what the requests/s of each class are at most, by column and by flow; [bounds, K] and [bounds, flows].
@@ -277,7 +273,7 @@ class LossRows:
         A range serves what its unified replicas do and, at most, as much as flows, as is sent, and as is received.
         """
         routes, columns = self.costs.routes, self.columns
-        of_flow = np.repeat(routes.ranges_of_zones, len(routes.zones))[: self._num_flows()]
+        of_flow = np.repeat(routes.ranges_of_zones, len(routes.zones))[: routes.num_flows]
         apart = Role.PREFILL, Role.DECODE
         is_role = {role: np.array([each is role for each in routes.roles]) for role in Role}
         options = list[list[tuple[FloatArray, FloatArray]]]()
