@@ -64,7 +64,10 @@ def doctor(terminal: Terminal) -> ExitCode:
 @verb(prints_data=False)
 def completion(
     terminal: Terminal,
-    shell: Annotated[Literal["bash", "zsh", "fish"], typer.Argument(help="Shell to write the script for.")],
+    shell: Annotated[
+        Literal["bash", "zsh", "fish"],
+        typer.Argument(metavar="SHELL", help="Shell to write the script for: bash, zsh or fish."),
+    ],
 ) -> ExitCode:
     """Print a completion script: `source <(hetis-plan completion bash)`; fish: `hetis-plan completion fish | source`.
 

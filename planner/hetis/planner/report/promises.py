@@ -155,7 +155,9 @@ def _engine_words(other: EngineValue, plan: Plan) -> str:
     by_model = " by the model" if is_below_model(plan) else ""
     if other.value is None:
         needs = lacks or "it needs more memory"  # a plan that lacks nothing else has not room under the engine
-        return f"does not run this plan ({needs}); {other.why_not}"
+        is_long = len(other.why_not) > 60  # reasons with figures: two lines and more
+        why_not = f"--engine {other.engine} shows why it has no plan" if is_long else other.why_not
+        return f"does not run this plan ({needs}); {why_not}"
     if other.equal_stages:
         least = f"{'at least' if plan.objective.maximises else 'at most'} {with_unit(other.value, plan.result.unit)}"
         apart = f", without {lacks}" if lacks else ""
