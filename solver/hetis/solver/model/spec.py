@@ -77,6 +77,10 @@ class ModelSpec:
         object.__setattr__(self, "_kv_bytes_per_token_group", token_bytes)
         object.__setattr__(self, "_state_bytes", self._mean(lambda mixer: mixer.state_bytes(self.kv_bytes)))
 
+    def __hash__(self) -> int:
+        """Return a hash of a few fields: those of all layers would take as long as most of what looks a model up."""
+        return hash((self.name, self.hidden, len(self.layers), self.weights, self.kv_bytes, self.draft))
+
     def on(self, gpu: str) -> ModelSpec:
         """Return the model as GPUs of one type hold it, in a single precision."""
         if not self.precisions:
