@@ -122,7 +122,7 @@ def _solved(
     settings = replace(settings, report=in_objective_units(settings.report, problem))
     if is_nothing_left(searched):
         raise infeasible(problem, settings, market)
-    costs = build_cost_tables(searched)
+    costs = replace(build_cost_tables(searched), evaluated=settings.evaluated)
     most = loosest(costs) if chooses else costs
     if is_out_of_reach(most, demanded_rate(most.problem) or 0.0):
         raise infeasible(problem, settings, market)
