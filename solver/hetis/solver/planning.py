@@ -80,7 +80,7 @@ def solve_placement(
 
 def solve_surviving(
     problem: PlacementProblem, survive: Survive, *, strategy: str = "hetis", budget: Budget | None = None,
-    gap_target: float = 0.001, seed: int = 0, report: Report = silent, market: Market | None = None,
+    gap_target: float = 0.001, seed: int = 0, report: Report = silent,
 ) -> tuple[Plan, float | None]:  # fmt: skip
     """Choose replicas so that most is served after the worst loss, or a demand through it; return a bound on that.
 
@@ -102,7 +102,7 @@ def solve_surviving(
         raise InvalidProblemError(f"strategy {strategy} does not plan for losses")
     if problem.workload.classes:
         raise InvalidProblemError("plans for losses have no pools of classes of requests")
-    plan, left_bound = solve_surviving_family(problem, settings, survive, market)
+    plan, left_bound = solve_surviving_family(problem, settings, survive)
     return replace(plan, family=problem.describe_family()), left_bound
 
 
