@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from hetis.formats.documents import dump, to_data
 from hetis.formats.files import write_atomically
 from hetis.planner.export import ExportTarget
-from hetis.planner.export.settings import ExportOptions, ExportSettings, settings_of
+from hetis.planner.export.settings import ExportOptions, ExportSettings
 from hetis.planner.export.targets import Export, export_wanted, folder_refusals, write_export
 from hetis.planner.library.arguments import checked, spread
 from hetis.planner.report.figures import digits, percent, plural, seconds, with_unit
@@ -86,7 +86,7 @@ class ExportArguments(ExportOptions):
 
     @property
     def settings(self) -> ExportSettings:
-        return settings_of(self, engine_options=tuple(self.engine_options), hosts=self.node_address or {})
+        return ExportSettings.of(self, engine_options=tuple(self.engine_options), hosts=self.node_address or {})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, repr=False)
