@@ -15,11 +15,11 @@ prior (`PRIOR`), which decides while nothing is known. The lower end is that of 
 
 What is forecast is a rate, what was measured are counts. Of a steady rate, the largest of the counts of a horizon's a
 bins, n each, and their mean over the b bins of the level make errors of mean square (M + 1/b) / n by chance alone; M is
-that of the largest of a standard normals. Quantiles are multiplied by sqrt(1 - that, and two standard deviations of such a mean, / the mean square of e), so that at
-low rates chance does not pass for demand (plans have room for it).
+that of the largest of a standard normals. Quantiles are multiplied by sqrt(1 - that, and two standard deviations of
+such a mean, / the mean square of e), so that at low rates chance does not pass for demand (plans have room for it).
 
-The level of minutes is the mean of the last thirty, or since the rate has changed within them: the cut that explains the
-counts best, if the likelihood ratio of two rates to one is above `CHANGED`. Of n requests those after a cut are
+The level of minutes is the mean of the last thirty, or since the rate has changed within them: the cut that explains
+the counts best, if the likelihood ratio of two rates to one is above `CHANGED`. Of n requests those after a cut are
 binomial if nothing changed, for which log L >= x has at most the probability 2 exp(-x) (Chernoff); 90 cuts in every
 20 s make a false one in ten days. So it is as steady as a mean of minutes, and follows a jump at once.
 
