@@ -10,7 +10,6 @@ import subprocess
 import sys
 from collections.abc import Callable
 from contextlib import chdir
-from dataclasses import fields
 from functools import partial
 from pathlib import Path
 from shutil import copy
@@ -22,9 +21,8 @@ import pytest
 
 import hetis
 from hetis.formats.errors import single_problem
-from hetis.planner.cli.export import ExportOptions
 from hetis.planner.client import CallError
-from hetis.planner.export.replicas import ExportSettings, NotExportableError
+from hetis.planner.export.replicas import NotExportableError
 from hetis.planner.use_cases.place import PosedPlacement
 from hetis.planner.use_cases.record.parts import Verified
 from hetis.planner.use_cases.request import PlacementRequest
@@ -163,14 +161,6 @@ def test_a_saved_plan_is_the_same(plan: hetis.Plan, tmp_path: Path) -> None:
         hetis.load_plan(tmp_path / "plan.json")
 
 
-def test_an_export_has_the_options_of_the_command_line() -> None:
-    """There are three lists of options: typer reads a command's, people read those of the library and the settings."""
-    wanted = {field.name for field in fields(ExportSettings)} - {"hosts"}
-    assert wanted == parameters(hetis.Plan.export) - {"self", "target", "folder", "force", "node_address"}
-    theirs = parameters(ExportOptions)
-    assert wanted == theirs - {"to", "out", "strict", "partial", "force", "node_address"} | {"engine_options"}
-
-
 def parameters(function: Callable[..., object]) -> set[str]:
     return set(inspect.signature(function).parameters)
 
@@ -208,8 +198,8 @@ def test_an_export_is_that_of_the_command_line(plan: hetis.Plan, tmp_path: Path)
     assert str(caught.value).splitlines() == [
         "export: folder: is 3, must be a path",
         "export: model: is None, must be text",
-        "export: node_address: is ['a100=10.0.0.1'], must be a mapping",
         "export: port: is '80', must be a whole number",
+        "export: node_address: is ['a100=10.0.0.1'], must be a mapping",
     ]
 
 

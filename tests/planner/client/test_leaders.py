@@ -73,10 +73,9 @@ def test_a_call_says_unknown_if_any_of_its_attempts_may_have_been_carried_out(
     """The last planner called knows only its own attempt; a history with faults found this."""
     now_s = 0.0
     search = LeaderSearch(("127.0.0.1:1", "127.0.0.1:2"), is_plain=True)
-    method = "/hetis.v1.ClusterService/UpdateCluster"
 
     def attempts(*, may_change: bool) -> Attempts:
-        return Attempts(leaders=search, method=method, end_s=10.0, clock=lambda: now_s, may_change=may_change)
+        return Attempts(leaders=search, end_s=10.0, clock=lambda: now_s, may_change=may_change)
 
     for one, expected in (
         (attempts(may_change=True), changed),

@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from hetis.planner.export import ExportTarget
-from hetis.planner.export.replicas import ExportSettings
+from hetis.planner.export.settings import ExportSettings
 from hetis.planner.export.targets import ENGINES, Export, export_plan
 from hetis.solver.plan import ClassShare, KvRoute, Plan
 from tests.planner.export import reading

@@ -12,7 +12,7 @@ from hetis.engines.versions import Engine
 from hetis.formats.errors import DocumentError
 from hetis.planner.export import ExportTarget
 from hetis.planner.export.ray_serve import engine_arguments
-from hetis.planner.export.replicas import ExportSettings
+from hetis.planner.export.settings import ExportSettings
 from hetis.planner.export.targets import ENGINES, export_plan, export_wanted
 from hetis.solver.model import DraftShape
 from tests.planner.export import reading

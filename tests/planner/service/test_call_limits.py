@@ -179,6 +179,37 @@ async def test_a_token_that_is_taken_back_or_expires_ends_its_streams_and_no_oth
         assert "expired" in str((await failure_of(following)).details())
 
 
+@pytest.mark.parametrize("waits_for", ["a term", "its message"])
+async def test_a_token_that_is_taken_back_while_a_call_waits_is_not_served(waits_for: str) -> None:
+    """No list of open streams has the call yet, so that nothing else would end it."""
+    token = f"hetis_{'a' * 43}"
+    identity = Identity(name="a", roles=frozenset(CallerRole), scope="clusters/c/nodes/n")
+    known = Tokens({digest(token): Grant(identity=identity, expires_s=100.0)})
+    credentials = Credentials(tokens=lambda: known, trust_domain=None, clock=lambda: 0.0)
+    waits, begun = asyncio.Event(), asyncio.Event()
+
+    async def until_begun() -> None:
+        waits.set()
+        await begun.wait()
+
+    async with served(authenticator=credentials) as planner:
+        planner.calls.answer_for(
+            require_leader=lambda _method: waits.set(), on_refusal=lambda _change: None, until_begun=until_begun
+        )
+        metadata = (("authorization", f"Bearer {token}"),)
+        method, request = "/hetis.v1.PlanService/WatchPlan", plans.WatchPlanRequest(name="plans/p").SerializeToString()
+        if waits_for == "a term":
+            method = "/hetis.v1.AgentService/ConnectNode"
+            request = agents.ConnectNodeRequest(hello=agents.Hello(node="clusters/c/nodes/n")).SerializeToString()
+        stream: Any = planner.channel.stream_stream(method)(metadata=metadata)
+        await asyncio.wait_for(waits.wait(), 20)
+        known = Tokens({})
+        planner.calls.end_revoked_streams()
+        begun.set()
+        await stream.write(request)
+        assert reason_of(await asyncio.wait_for(failure_of(stream), 20)) == "CREDENTIALS"
+
+
 async def test_credentials_that_allow_less_end_the_streams_that_began_with_more() -> None:
     token = f"hetis_{'a' * 43}"
     node, cluster = "clusters/c/nodes/n", "clusters/c"
@@ -201,7 +232,7 @@ async def test_credentials_that_allow_less_end_the_streams_that_began_with_more(
             if ends:
                 error = await failure_of(stream)
                 assert (error.code(), reason_of(error)) == (grpc.StatusCode.UNAVAILABLE, "DRAINING")
-                assert "allow less than when this stream began" in str(error.details())
+                assert "allow less than when this call began" in str(error.details())
             else:
                 planner.planner.agents.goodbye.set()
                 assert (await stream.read()).WhichOneof("message") == "goodbye"

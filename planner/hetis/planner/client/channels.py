@@ -5,17 +5,17 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncGenerator, AsyncIterable, Awaitable, Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import grpc
 from grpc import aio
 
 from hetis.commands.endpoints import STREAM_OPEN, Endpoint, LeaderSearch, open_channel
 from hetis.formats.files import FileStamp
-from hetis.planner.client.attempts import NOT_LEADER, Attempts, attempts_of, leader_of
+from hetis.planner.client.attempts import NOT_LEADER, attempts_of, leader_of
 from hetis.planner.client.connection import (
     CHANNEL_OPTIONS,
     SEVERAL_OPTIONS,
@@ -24,11 +24,35 @@ from hetis.planner.client.connection import (
 )
 from hetis.planner.client.errors import call_error
 
+T = TypeVar("T")
 SLOW_AFTER_S = 1.0  # a call without an answer is reported after so long,
 SLOW_AGAIN_S = 5.0  # and again after so long
 
 
-class _AnyStream:
+def at_once(work: Awaitable[T]) -> T:
+    """Return the result of work of which every part is done when it is awaited, without an event loop."""
+    try:
+        next(work.__await__())
+    except StopIteration as done:
+        found: T = done.value
+        return found
+    raise AssertionError("it waits for an event loop")
+
+
+def each_at_once(work: AsyncGenerator[T, None]) -> Iterator[T]:
+    """Yield what such work yields."""
+    try:
+        while True:
+            try:
+                one = at_once(anext(work))
+            except StopAsyncIteration:
+                return
+            yield one
+    finally:
+        at_once(work.aclose())
+
+
+class _AsyncStream:
     """A response stream from the leader. After an immediate NOT_LEADER it is opened at the named leader."""
 
     def __init__(
@@ -51,10 +75,27 @@ class _AnyStream:
         self.has_newer_credentials = has_newer_credentials
         self._on_open = on_open
         self._tried = set[Endpoint]()
-        self._has_begun = False  # whether the present call has begun
         self._has_come = False
         self._endpoint = leaders.present
         self._call = open_stream(self._endpoint)
+
+    async def __aiter__(self) -> AsyncGenerator[Any, None]:
+        while True:
+            try:
+                if self._on_open is not None:
+                    self._begins(await self._initial_metadata())
+                async for response in self._responses():
+                    self._has_come = True
+                    yield response
+                return
+            except grpc.RpcError as error:
+                self._reopen(error)
+
+    async def _initial_metadata(self) -> Any:
+        return await self._call.initial_metadata()
+
+    def _responses(self) -> AsyncIterable[Any]:
+        return cast(AsyncIterable[Any], self._call)
 
     def _reopen(self, error: grpc.RpcError) -> None:
         """Open the stream at the leader that an error names, or raise the error if that cannot help."""
@@ -66,7 +107,6 @@ class _AnyStream:
             raise error
         self._endpoint = self._leaders.present
         self._call = self._open_stream(self._endpoint)
-        self._has_begun = False
 
     def _begins(self, metadata: Any) -> None:
         # The key is absent from a proxy's answer, and from that of a planner that failed before it opened the stream.
@@ -77,36 +117,25 @@ class _AnyStream:
         return getattr(self._call, name)
 
 
-class _Stream(_AnyStream):
+class _Stream(_AsyncStream):
+    """The same for code without an event loop."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self._each = each_at_once(aiter(self))
+
     def __iter__(self) -> Iterator[Any]:
         return self
 
     def __next__(self) -> Any:
-        while True:
-            try:
-                if self._on_open is not None and not self._has_begun:
-                    self._begins(self._call.initial_metadata())
-                    self._has_begun = True
-                response = next(self._call)
-            except grpc.RpcError as error:
-                self._reopen(error)
-            else:
-                self._has_come = True
-                return response
+        return next(self._each)
 
+    async def _initial_metadata(self) -> Any:
+        return self._call.initial_metadata()
 
-class _AsyncStream(_AnyStream):
-    async def __aiter__(self) -> AsyncIterator[Any]:
-        while True:
-            try:
-                if self._on_open is not None:
-                    self._begins(await self._call.initial_metadata())
-                async for response in self._call:
-                    self._has_come = True
-                    yield response
-                return
-            except grpc.RpcError as error:
-                self._reopen(error)
+    async def _responses(self) -> AsyncGenerator[Any, None]:
+        for response in self._call:
+            yield response
 
 
 @dataclass(slots=True, eq=False, kw_only=True)
@@ -118,8 +147,8 @@ class _Opened:
     num_calls: int = 0
 
 
-class _AnyLeaderChannel:
-    """Behaviour common to both channels to the leader, with and without an event loop. Generated stubs use them.
+class AsyncLeaderChannel:
+    """A channel to the leader, for asyncio. Generated stubs use it.
 
     A unary call reaches the leader even if that changes during the call: a planner that does not lead names the leader,
     and if one does not answer, the next is tried. The request and its ``request_id`` stay the same.
@@ -127,11 +156,11 @@ class _AnyLeaderChannel:
     Once certificates have been renewed, calls begin on a new channel. The old one stays until its last call has ended.
     """
 
-    library: Any  # grpc or grpc.aio
-    stream: type[_AnyStream]
+    library: Any = aio
+    stream: type[_AsyncStream] = _AsyncStream
 
-    def __init__(self, connection: Connection) -> None:
-        self._connection = connection
+    def __init__(self, connection: Connection, sleep: Callable[[float], Any] = asyncio.sleep) -> None:
+        self._connection, self._sleep = connection, sleep
         self._stamps = connection.file_stamps
         self._credentials = None if connection.is_plain else connection.channel_credentials()
         self._last_token = list[tuple[str, str]]()
@@ -175,10 +204,45 @@ class _AnyLeaderChannel:
             self._replaced += self._opened.values()
             self._opened.clear()
 
-    def _ended(self, attempts: Attempts) -> Any:
-        """Return the answer of a call."""
-        self.has_standby_answered |= attempts.is_of_standby
-        return attempts.answer
+    def unary_unary(self, method: str, *arguments: Any, **named: Any) -> Callable[..., Any]:
+        async def call(request: Any, timeout: float | None = None, *, metadata: Any = None, **settings: Any) -> Any:
+            request = prepared_request(request)
+            attempts = attempts_of(self.leaders, request, timeout)
+            while True:
+                endpoint = self.leaders.present
+                try:
+                    with self._calling(endpoint) as opened:
+                        one: Any = opened.channel.unary_unary(method, *arguments, **named)
+                        sent = {"timeout": attempts.timeout_s, "metadata": self.metadata(metadata), **settings}
+                        answer, behind = await self._answer(one, request, sent)
+                        wait_s = 0.0 if attempts.takes(endpoint, answer, behind) else None
+                except grpc.RpcError as error:
+                    wait_s = attempts.next_wait_s(endpoint, call_error(error))
+                if wait_s is None:
+                    self.has_standby_answered |= attempts.is_of_standby
+                    return attempts.answer
+                await self._refresh()
+                if wait_s:
+                    await self.wait(wait_s)
+
+        return call
+
+    async def _answer(self, call: Any, request: Any, settings: Mapping[str, Any]) -> tuple[Any, Any]:
+        """Return the answer of one planner, and the metadata behind it."""
+        done = call(request, **settings)
+        return await done, await done.trailing_metadata()
+
+    async def _refresh(self) -> None:
+        """Resolve names again if that is due."""
+        if self.leaders.is_stale:
+            await asyncio.to_thread(self.leaders.refresh)
+
+    async def wait(self, seconds: float) -> None:
+        await self._sleep(seconds)
+
+    async def close(self) -> None:
+        for channel in self._close():
+            await channel.close()
 
     def _close(self) -> list[Any]:
         """Allow no more calls, and return the channels to close. Without the lock, which calls take as they end."""
@@ -186,10 +250,10 @@ class _AnyLeaderChannel:
             self._is_closed = True
             return [opened.channel for opened in (*self._opened.values(), *self._replaced)]
 
-    def metadata(self, given: Any) -> Any:
+    def metadata(self, given: Any) -> tuple[tuple[str, Any], ...]:
         """Return a call's own metadata, with the connection's credentials added unless the call has its own."""
-        own = list(given or ())
-        return own if any(key == "authorization" for key, _ in own) else own + self._token()
+        own = tuple(given or ())
+        return own if any(key == "authorization" for key, _ in own) else (*own, *self._token())
 
     def _token(self) -> list[tuple[str, str]]:
         """Return the connection's credentials, the last ones while the token file is missing or half-written."""
@@ -224,25 +288,25 @@ class _AnyLeaderChannel:
     @staticmethod
     def _call_when_done(stream: Any, end: Callable[[], None]) -> None:
         """Call ``end`` when a stream has ended, at once if it has already."""
-        raise NotImplementedError
+        stream.add_done_callback(lambda _: end())
 
     def unary_stream(self, method: str, *arguments: Any, **named: Any) -> Callable[..., Any]:
         """Return the callable for a response stream. The caller reopens a broken one, which then goes to the leader."""
 
         def call(
             request: Any, *, metadata: Any = None, on_open: Callable[[], object] | None = None, **settings: Any
-        ) -> _AnyStream:
+        ) -> _AsyncStream:
             used: tuple[object, object] = None, None
 
             def begin(opened: _Opened) -> Any:
                 nonlocal used
                 sent = self.metadata(metadata)
-                used = opened.stamps, list(sent)
+                used = opened.stamps, sent
                 one = opened.channel.unary_stream(method, *arguments, **named)
                 return one(request, metadata=sent, **settings)
 
             def has_newer_credentials() -> bool:
-                return used != (self._connection.file_stamps, list(self.metadata(metadata)))
+                return used != (self._connection.file_stamps, self.metadata(metadata))
 
             return self.stream(
                 self.leaders, lambda endpoint: self._begun(endpoint, begin), has_newer_credentials, on_open
@@ -251,8 +315,8 @@ class _AnyLeaderChannel:
         return call
 
 
-class LeaderChannel(_AnyLeaderChannel):
-    """A channel to the leader, for code without an event loop."""
+class LeaderChannel(AsyncLeaderChannel):
+    """The same for code without an event loop: what its coroutines await is done at once."""
 
     library = grpc
     stream = _Stream
@@ -263,10 +327,10 @@ class LeaderChannel(_AnyLeaderChannel):
         sleep: Callable[[float], None] = time.sleep,
         on_slow: Callable[[list[str]], object] | None = None,
     ) -> None:
-        self._sleep, self._on_slow = sleep, on_slow
-        super().__init__(connection)
+        self._on_slow = on_slow
+        super().__init__(connection, sleep)
 
-    def close(self) -> None:
+    async def close(self) -> None:
         for channel in self._close():
             channel.close()
 
@@ -276,28 +340,23 @@ class LeaderChannel(_AnyLeaderChannel):
             end()
 
     def unary_unary(self, method: str, *arguments: Any, **named: Any) -> Callable[..., Any]:
-        def call(request: Any, timeout: float | None = None, *, metadata: Any = None, **settings: Any) -> Any:
-            request = prepared_request(request)
-            attempts = attempts_of(self.leaders, method, request, timeout)
+        asynchronous = super().unary_unary(method, *arguments, **named)
+
+        def call(*given: Any, **settings: Any) -> Any:
             with self._reported_if_slow():
-                while True:
-                    endpoint = self.leaders.present
-                    try:
-                        with self._calling(endpoint) as opened:
-                            one: Any = opened.channel.unary_unary(method, *arguments, **named)
-                            answer, done = one.with_call(
-                                request, timeout=attempts.timeout_s, metadata=self.metadata(metadata), **settings
-                            )
-                            wait_s = 0.0 if attempts.takes(endpoint, answer, done.trailing_metadata()) else None
-                    except grpc.RpcError as error:
-                        wait_s = attempts.next_wait_s(endpoint, call_error(error))
-                    if wait_s is None:
-                        return self._ended(attempts)
-                    self.leaders.refresh()
-                    if wait_s:
-                        self._sleep(wait_s)
+                return at_once(asynchronous(*given, **settings))
 
         return call
+
+    async def _answer(self, call: Any, request: Any, settings: Mapping[str, Any]) -> tuple[Any, Any]:
+        answer, done = call.with_call(request, **settings)
+        return answer, done.trailing_metadata()
+
+    async def _refresh(self) -> None:
+        self.leaders.refresh()
+
+    async def wait(self, seconds: float) -> None:
+        self._sleep(seconds)
 
     @contextmanager
     def _reported_if_slow(self) -> Iterator[None]:
@@ -318,50 +377,3 @@ class LeaderChannel(_AnyLeaderChannel):
             yield
         finally:
             ended.set()
-
-
-class AsyncLeaderChannel(_AnyLeaderChannel):
-    """A channel to the leader, for asyncio."""
-
-    library = aio
-    stream = _AsyncStream
-
-    def __init__(self, connection: Connection, sleep: Callable[[float], Awaitable[None]] = asyncio.sleep) -> None:
-        self._sleep = sleep
-        super().__init__(connection)
-
-    async def close(self) -> None:
-        for channel in self._close():
-            await channel.close()
-
-    @staticmethod
-    def _call_when_done(stream: Any, end: Callable[[], None]) -> None:
-        stream.add_done_callback(lambda _: end())
-
-    def metadata(self, given: Any) -> aio.Metadata:
-        return aio.Metadata(*super().metadata(given))
-
-    def unary_unary(self, method: str, *arguments: Any, **named: Any) -> Callable[..., Any]:
-        async def call(request: Any, timeout: float | None = None, *, metadata: Any = None, **settings: Any) -> Any:
-            request = prepared_request(request)
-            attempts = attempts_of(self.leaders, method, request, timeout)
-            while True:
-                endpoint = self.leaders.present
-                timeout_s = attempts.timeout_s
-                try:
-                    with self._calling(endpoint) as opened:
-                        one: Any = opened.channel.unary_unary(method, *arguments, **named)
-                        done = one(request, timeout=timeout_s, metadata=self.metadata(metadata), **settings)
-                        answer = await done
-                        behind = await done.trailing_metadata() if attempts.may_be_of_standby else ()
-                        wait_s = 0.0 if attempts.takes(endpoint, answer, behind) else None
-                except grpc.RpcError as error:
-                    wait_s = attempts.next_wait_s(endpoint, call_error(error))
-                if wait_s is None:
-                    return self._ended(attempts)
-                if self.leaders.is_stale:
-                    await asyncio.to_thread(self.leaders.refresh)
-                if wait_s:
-                    await self._sleep(wait_s)
-
-        return call

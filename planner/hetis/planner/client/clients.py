@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
 from copy import deepcopy
-from typing import Any, Generic, Self, TypeVar, cast
+from functools import wraps
+from typing import Any, Concatenate, Generic, ParamSpec, Self, TypeVar, cast
 
 import grpc
 from google.protobuf.message import Message
 
-from hetis.planner.client.channels import AsyncLeaderChannel, LeaderChannel
+from hetis.planner.client.channels import AsyncLeaderChannel, LeaderChannel, at_once, each_at_once
 from hetis.planner.client.connection import HEALTH_METHOD, Connection, says_serving
 from hetis.planner.client.errors import Retries, call_error
 from hetis.v1 import audit_service_pb2 as audit_rpc
@@ -25,6 +26,7 @@ from hetis.v1 import plan_service_pb2_grpc as plan_grpc
 from hetis.v1 import profile_service_pb2 as profile_rpc
 from hetis.v1 import profile_service_pb2_grpc as profile_grpc
 
+P = ParamSpec("P")
 R = TypeVar("R")
 Q = TypeVar("Q")
 MOST_PER_PAGE = 500  # the planner's limit
@@ -147,9 +149,152 @@ class _AnyClient:
         """Yield the matching lines of the audit log, oldest first."""
         return Pages(self.audit.ListAuditedChanges, filters)
 
+    async def _resumed(
+        self,
+        call: Callable[..., Any],
+        request: Q,
+        next_request: Callable[[Q, R], Q],
+        retries: Retries | None,
+        *,
+        is_endless: bool = False,
+    ) -> AsyncGenerator[R, None]:
+        """Yield a response stream; after a lost connection, open it again to continue after the last response.
+
+        The same goes for a stream whose credentials the planner no longer accepts, if there are newer ones.
+        ``is_endless``: a stream that ends by itself is opened again, too.
+        """
+        retries = retries or self.retries()
+        while True:
+            retries.attempt()
+            stream = call(request, on_open=retries.opened)
+            try:
+                async for response in stream:
+                    retries.answered()
+                    request = next_request(request, response)
+                    yield response
+                if not is_endless:
+                    return
+                wait_s = retries.next_wait_s(None)
+            except grpc.RpcError as error:
+                newer = stream.has_newer_credentials()
+                wait_s = retries.next_wait_s(call_error(error), has_newer_credentials=newer)
+            finally:
+                stream.cancel()  # the caller may have stopped reading, and the planner allows few open streams
+            await self._channel.wait(wait_s)
+
+
+def _at_once(method: Callable[Concatenate[Any, P], Awaitable[R]]) -> Callable[Concatenate[Any, P], R]:
+    """Return a method of `Client` that does what one of `AsyncClient` does."""
+
+    @wraps(method)
+    def call(self: Any, /, *args: P.args, **given: P.kwargs) -> R:
+        return at_once(method(self, *args, **given))
+
+    return call
+
+
+def _each_at_once(
+    method: Callable[Concatenate[Any, P], AsyncGenerator[R, None]],
+) -> Callable[Concatenate[Any, P], Iterator[R]]:
+    """Return a method of `Client` that yields what one of `AsyncClient` does."""
+
+    @wraps(method)
+    def call(self: Any, /, *args: P.args, **given: P.kwargs) -> Iterator[R]:
+        return each_at_once(method(self, *args, **given))
+
+    return call
+
+
+class AsyncClient(_AnyClient):
+    """A connection to a planner, opened by the first call, for asyncio."""
+
+    clusters: cluster_grpc.ClusterServiceAsyncStub
+    plans: plan_grpc.PlanServiceAsyncStub
+    profiles: profile_grpc.ProfileServiceAsyncStub
+    audit: audit_grpc.AuditServiceAsyncStub
+    dispatch: dispatch_grpc.DispatchServiceAsyncStub
+
+    def __init__(
+        self,
+        connection: Connection | str,
+        *,
+        sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
+        retries: Callable[[], Retries] = Retries,
+        **settings: Any,
+    ) -> None:
+        """Prepare a connection, as `Client` does."""
+        super().__init__(AsyncLeaderChannel(_connection(connection, settings), sleep), retries)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """End the connection and every call on it."""
+        await self._channel.close()
+
+    async def is_serving(self) -> bool:
+        """Return whether the planner accepts calls; False while it starts or drains.
+
+        Raises:
+            CallError: the planner cannot be reached.
+        """
+        return says_serving(await self._health(b""))
+
+    def watch_plan(
+        self, name: str, *, after_sequence: int = 0, retries: Retries | None = None
+    ) -> AsyncGenerator[plan_rpc.WatchPlanResponse, None]:
+        """Yield the plan now and after each change, until it can no longer change without a call.
+
+        Raises:
+            CallError: the plan does not exist, or the planner is out of reach for longer than ``retries``.
+        """
+        request = plan_rpc.WatchPlanRequest(name=name, after_sequence=after_sequence)
+        return self._resumed(self.plans.WatchPlan, request, _next_of_plan, retries)
+
+    def watch_cluster(
+        self, name: str, *, resume_token: str = "", retries: Retries | None = None
+    ) -> AsyncGenerator[cluster_rpc.WatchClusterResponse, None]:
+        """Yield the cluster's present state, then every change, until the caller stops.
+
+        An event with ``reset`` invalidates everything known before.
+
+        Raises:
+            CallError: the cluster does not exist, or the planner is out of reach for longer than ``retries``.
+        """
+        request = cluster_rpc.WatchClusterRequest(name=name, resume_token=resume_token)
+        return self._resumed(self.clusters.WatchCluster, request, _next_of_cluster, retries, is_endless=True)
+
+    async def wait(
+        self,
+        plan: str,
+        *,
+        on_change: Callable[[plan_pb2.Plan], object] = lambda plan: None,
+        retries: Retries | None = None,
+    ) -> plan_pb2.Plan:
+        """Wait until the plan can no longer change without a call, active or not, and return it in the view BASIC.
+
+        Args:
+            on_change: called with every state of the plan on the way, including the last.
+            retries: how long to wait for a planner that does not answer.
+        """
+        last = plan_pb2.Plan(name=plan)
+        async for response in AsyncClient.watch_plan(self, plan, retries=retries):
+            last = response.plan
+            on_change(last)
+        return last
+
+    async def read_plan_document(self, name: str, *, retries: Retries | None = None) -> bytes:
+        """Return the Plan document as canonical JSON, whatever its size; resumes after a lost connection."""
+        request = plan_rpc.ReadPlanDocumentRequest(name=name)
+        pieces = self._resumed(self.plans.ReadPlanDocument, request, _next_of_document, retries)
+        return b"".join([piece.content async for piece in pieces])
+
 
 class Client(_AnyClient):
-    """A connection to a planner, opened by the first call."""
+    """A connection to a planner, opened by the first call. Methods are those of `AsyncClient`, without ``await``."""
 
     clusters: cluster_grpc.ClusterServiceStub
     plans: plan_grpc.PlanServiceStub
@@ -181,7 +326,6 @@ class Client(_AnyClient):
             OSError: a certificate or key cannot be read.
         """
         super().__init__(LeaderChannel(_connection(connection, settings), sleep, on_slow), retries)
-        self._sleep = sleep
 
     def __enter__(self) -> Self:
         return self
@@ -189,198 +333,15 @@ class Client(_AnyClient):
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def close(self) -> None:
-        """End the connection and every call on it."""
-        self._channel.close()
-
     def is_serving(self) -> bool:
-        """Return whether the planner accepts calls; False while it starts or drains.
-
-        Raises:
-            CallError: the planner cannot be reached.
-        """
+        """Return what `AsyncClient.is_serving` does."""
         return says_serving(self._health(b""))
 
-    def watch_plan(
-        self, name: str, *, after_sequence: int = 0, retries: Retries | None = None
-    ) -> Iterator[plan_rpc.WatchPlanResponse]:
-        """Yield the plan now and after each change, until it can no longer change without a call.
-
-        Raises:
-            CallError: the plan does not exist, or the planner is out of reach for longer than ``retries``.
-        """
-        request = plan_rpc.WatchPlanRequest(name=name, after_sequence=after_sequence)
-        return self._resumed(self.plans.WatchPlan, request, _next_of_plan, retries)
-
-    def watch_cluster(
-        self, name: str, *, resume_token: str = "", retries: Retries | None = None
-    ) -> Iterator[cluster_rpc.WatchClusterResponse]:
-        """Yield the cluster's present state, then every change, until the caller stops.
-
-        An event with ``reset`` invalidates everything known before.
-
-        Raises:
-            CallError: the cluster does not exist, or the planner is out of reach for longer than ``retries``.
-        """
-        request = cluster_rpc.WatchClusterRequest(name=name, resume_token=resume_token)
-        return self._resumed(self.clusters.WatchCluster, request, _next_of_cluster, retries, is_endless=True)
-
-    def wait(
-        self,
-        plan: str,
-        *,
-        on_change: Callable[[plan_pb2.Plan], object] = lambda plan: None,
-        retries: Retries | None = None,
-    ) -> plan_pb2.Plan:
-        """Wait until the plan can no longer change without a call, active or not, and return it in the view BASIC.
-
-        Args:
-            on_change: called with every state of the plan on the way, including the last.
-            retries: how long to wait for a planner that does not answer.
-        """
-        last = plan_pb2.Plan(name=plan)
-        for response in self.watch_plan(plan, retries=retries):
-            last = response.plan
-            on_change(last)
-        return last
-
-    def read_plan_document(self, name: str, *, retries: Retries | None = None) -> bytes:
-        """Return the Plan document as canonical JSON, whatever its size; resumes after a lost connection."""
-        request = plan_rpc.ReadPlanDocumentRequest(name=name)
-        pieces = self._resumed(self.plans.ReadPlanDocument, request, _next_of_document, retries)
-        return b"".join(piece.content for piece in pieces)
-
-    def _resumed(
-        self,
-        call: Callable[..., Any],
-        request: Q,
-        next_request: Callable[[Q, R], Q],
-        retries: Retries | None,
-        *,
-        is_endless: bool = False,
-    ) -> Iterator[R]:
-        """Yield a response stream; after a lost connection, open it again to continue after the last response.
-
-        The same goes for a stream whose credentials the planner no longer accepts, if there are newer ones.
-        ``is_endless``: a stream that ends by itself is opened again, too.
-        """
-        retries = retries or self.retries()
-        while True:
-            retries.attempt()
-            stream = call(request, on_open=retries.opened)
-            try:
-                for response in stream:
-                    retries.answered()
-                    request = next_request(request, response)
-                    yield response
-                if not is_endless:
-                    return
-                wait_s = retries.next_wait_s(None)
-            except grpc.RpcError as error:
-                newer = stream.has_newer_credentials()
-                wait_s = retries.next_wait_s(call_error(error), has_newer_credentials=newer)
-            finally:
-                stream.cancel()  # the caller may have stopped reading, and the planner allows few open streams
-            self._sleep(wait_s)
-
-
-class AsyncClient(_AnyClient):
-    """A connection to a planner, opened by the first call. Used like `Client`, with ``await`` and ``async for``."""
-
-    clusters: cluster_grpc.ClusterServiceAsyncStub
-    plans: plan_grpc.PlanServiceAsyncStub
-    profiles: profile_grpc.ProfileServiceAsyncStub
-    audit: audit_grpc.AuditServiceAsyncStub
-    dispatch: dispatch_grpc.DispatchServiceAsyncStub
-
-    def __init__(
-        self,
-        connection: Connection | str,
-        *,
-        sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
-        retries: Callable[[], Retries] = Retries,
-        **settings: Any,
-    ) -> None:
-        """Prepare a connection, as `Client` does."""
-        super().__init__(AsyncLeaderChannel(_connection(connection, settings), sleep), retries)
-        self._sleep = sleep
-
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        await self.close()
-
-    async def close(self) -> None:
-        """End the connection and every call on it."""
-        await self._channel.close()
-
-    async def is_serving(self) -> bool:
-        """Return whether the planner takes calls, as `Client.is_serving` does."""
-        return says_serving(await self._health(b""))
-
-    def watch_plan(
-        self, name: str, *, after_sequence: int = 0, retries: Retries | None = None
-    ) -> AsyncIterator[plan_rpc.WatchPlanResponse]:
-        """Yield the plan now and after each change, as `Client.watch_plan` does."""
-        request = plan_rpc.WatchPlanRequest(name=name, after_sequence=after_sequence)
-        return self._resumed(self.plans.WatchPlan, request, _next_of_plan, retries)
-
-    def watch_cluster(
-        self, name: str, *, resume_token: str = "", retries: Retries | None = None
-    ) -> AsyncIterator[cluster_rpc.WatchClusterResponse]:
-        """Yield the cluster's present state, then every change, as `Client.watch_cluster` does."""
-        request = cluster_rpc.WatchClusterRequest(name=name, resume_token=resume_token)
-        return self._resumed(self.clusters.WatchCluster, request, _next_of_cluster, retries, is_endless=True)
-
-    async def wait(
-        self,
-        plan: str,
-        *,
-        on_change: Callable[[plan_pb2.Plan], object] = lambda plan: None,
-        retries: Retries | None = None,
-    ) -> plan_pb2.Plan:
-        """Wait until the plan can no longer change without a call, as `Client.wait` does."""
-        last = plan_pb2.Plan(name=plan)
-        async for response in self.watch_plan(plan, retries=retries):
-            last = response.plan
-            on_change(last)
-        return last
-
-    async def read_plan_document(self, name: str, *, retries: Retries | None = None) -> bytes:
-        """Return the Plan document as canonical JSON, whatever its size; resumes after a lost connection."""
-        request = plan_rpc.ReadPlanDocumentRequest(name=name)
-        pieces = self._resumed(self.plans.ReadPlanDocument, request, _next_of_document, retries)
-        return b"".join([piece.content async for piece in pieces])
-
-    async def _resumed(
-        self,
-        call: Callable[..., Any],
-        request: Q,
-        next_request: Callable[[Q, R], Q],
-        retries: Retries | None,
-        *,
-        is_endless: bool = False,
-    ) -> AsyncIterator[R]:
-        """Yield a response stream as `Client` does."""
-        retries = retries or self.retries()
-        while True:
-            retries.attempt()
-            stream = call(request, on_open=retries.opened)
-            try:
-                async for response in stream:
-                    retries.answered()
-                    request = next_request(request, response)
-                    yield response
-                if not is_endless:
-                    return
-                wait_s = retries.next_wait_s(None)
-            except grpc.RpcError as error:
-                newer = stream.has_newer_credentials()
-                wait_s = retries.next_wait_s(call_error(error), has_newer_credentials=newer)
-            finally:
-                stream.cancel()  # gRPC leaves a call open that nobody reads any more
-            await self._sleep(wait_s)
+    close = _at_once(AsyncClient.close)
+    watch_plan = _each_at_once(AsyncClient.watch_plan)
+    watch_cluster = _each_at_once(AsyncClient.watch_cluster)
+    wait = _at_once(AsyncClient.wait)
+    read_plan_document = _at_once(AsyncClient.read_plan_document)
 
 
 def _next_of_plan(request: plan_rpc.WatchPlanRequest, last: plan_rpc.WatchPlanResponse) -> plan_rpc.WatchPlanRequest:

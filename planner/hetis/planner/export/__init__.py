@@ -25,8 +25,3 @@ class ExportTarget(StrEnum):
 IN_KUBERNETES = frozenset(
     (ExportTarget.KUBERNETES, ExportTarget.LWS, ExportTarget.LLM_D, ExportTarget.KSERVE, ExportTarget.DYNAMO)
 )
-
-
-class ExportDevice(StrEnum):
-    CUDA = "cuda"
-    CPU = "cpu"

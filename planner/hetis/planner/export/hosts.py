@@ -173,10 +173,10 @@ def words(launchable: Launchable, number: int, one: LaunchableReplica, node: str
     addresses, settings = one.addresses, launchable.settings
     words = ["hetis-launch", "processes", "--plan", PLAN_FILE, "--replica", str(number), "--model", one.serving.model]
     words += ["--engine", launchable.engine.value, "--node", node, "--folder", one.name]
-    if one.layout.fixes_kv or settings.device.value != "cuda":
+    if one.layout.fixes_kv or settings.device != "cuda":
         words += ["--kv-tokens", str(one.layout.kv_tokens)]
     words += _if_set("--dtype", settings.dtype, "auto")
-    words += _if_set("--device", settings.device.value, "cuda")
+    words += _if_set("--device", settings.device, "cuda")
     words += _if_set("--vllm", shlex.join(shlex.split(settings.program)), "")
     for name in dict.fromkeys(process.node for process in one.layout.processes):
         if name in settings.hosts:

@@ -15,12 +15,10 @@ from hetis.engines.kv_room import DTYPE_BYTES
 from hetis.engines.planned import unknown_nodes
 from hetis.engines.serving import decided_in, names_of
 from hetis.engines.versions import Engine
-from hetis.planner.export import IN_KUBERNETES, ExportDevice, ExportTarget
+from hetis.planner.export import IN_KUBERNETES, ExportTarget
 from hetis.planner.export.ray_serve import HEAD
-from hetis.planner.export.replicas import (
-    ExportSettings,
-    images_in,
-)
+from hetis.planner.export.replicas import images_in
+from hetis.planner.export.settings import ExportSettings
 from hetis.solver.plan import Plan
 
 _NAME = re.compile(r"[a-z]([-a-z0-9]{0,28}[a-z0-9])?")
@@ -66,7 +64,7 @@ def wrong_settings(
         yield f"{given.engine_options[0]!r} is not an engine option, options begin with -"
     if given.engine is not None and given.engine not in allowed:
         runs = " or ".join(one.value for one in allowed)
-        yield f"{spelled('engine')} is {given.engine.value}: {spelled('to')} {target.value} runs {runs}"
+        yield f"{spelled('engine')} is {given.engine}: {spelled('to')} {target.value} runs {runs}"
     for option, text in (("image", given.image), ("worker_image", given.worker_image)):
         yield from (f"{spelled(option)} is {text!r}: {why}" for why in _wrong_images(text))
     if given.dtype not in DTYPE_BYTES:
@@ -80,7 +78,7 @@ def wrong_settings(
         yield f"{spelled('namespace')} is {given.namespace!r}, must be 1 to 63 lower-case letters, digits and -"
     if not 1 <= given.port <= _MAX_PORT:
         yield f"{spelled('port')} is {given.port}, must be from 1 to {_MAX_PORT}"
-    if given.device is ExportDevice.CPU and target not in (ExportTarget.VLLM, ExportTarget.HETIS_LAUNCH):
+    if given.device == "cpu" and target not in (ExportTarget.VLLM, ExportTarget.HETIS_LAUNCH):
         yield f"{spelled('device')} is cpu: {spelled('to')} {target.value} is for GPUs"
     yield from (_wrong_in_kubernetes if target in IN_KUBERNETES else _only_in_kubernetes)(given, target, spelled)
     for option, text in (("program", given.program), ("sbatch", given.sbatch)):
@@ -114,7 +112,7 @@ def _only_in_kubernetes(given: ExportSettings, target: ExportTarget, spelled: Ca
     worker_key = "put the key into worker.key beside its files"
     if target in (ExportTarget.SGLANG, ExportTarget.RAY):
         worker_key = "it starts no attention workers"
-    if ExportTarget.SGLANG is target or given.engine is Engine.SGLANG:
+    if ExportTarget.SGLANG is target or given.engine == "sglang":
         key = "give the engine --api-key after --"
     elif target is ExportTarget.RAY:
         key = "it asks for no key"
@@ -154,6 +152,6 @@ def unguarded(target: ExportTarget, settings: ExportSettings) -> str:
         return "anyone in the cluster can send requests: --insecure" if settings.insecure else ""
     if target is ExportTarget.RAY:
         return "Ray Serve asks clients for no key: put what does in front of it"
-    if target is ExportTarget.SGLANG or settings.engine is Engine.SGLANG:
+    if target is ExportTarget.SGLANG or settings.engine == "sglang":
         return "engines ask clients for no key: give -- --api-key KEY"
     return "engines ask clients for a key only if VLLM_API_KEY is set where they start"

@@ -6,11 +6,11 @@ import re
 import shlex
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from hetis.commands.endpoints import joined
-from hetis.engines.cluster import IMAGE, WORKER_IMAGE, ClusterSettings
+from hetis.engines.cluster import IMAGE, WORKER_IMAGE
 from hetis.engines.commands import WORKER_PORT, Addresses, Command, commands_of
 from hetis.engines.errors import LayoutError
 from hetis.engines.gpus import VENDORS
@@ -29,7 +29,7 @@ from hetis.engines.serving import (
 from hetis.engines.versions import VERSIONS, Engine
 from hetis.formats import catalogue
 from hetis.formats.models.dtypes import weights_of
-from hetis.planner.export import ExportDevice
+from hetis.planner.export.settings import ExportSettings
 from hetis.planner.use_cases.grouping import number_ranges
 from hetis.planner.use_cases.record.parts import MadeFrom
 from hetis.solver.cluster import node_of
@@ -50,29 +50,6 @@ class NotExportableError(HetisError):
     def __init__(self, reasons: tuple[str, ...]) -> None:
         super().__init__("\n".join(reasons))
         self.reasons = reasons
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ExportSettings(ClusterSettings):
-    """The settings of an export apart from the plan, under the names of their options."""
-
-    # The model in the engine's form: a name, or a folder that is the same on every node; ``{weights}`` stands for the
-    # precision of a replica's weights. Empty: the planned model
-    model: str = ""
-    served_name: str = ""  # name that clients use; empty: ``model``
-    engine: Engine | None = None  # the serving engine; None: vLLM, with our plugin if the plan has attention workers
-    engine_options: tuple[str, ...] = ()  # passed to the engine unchanged
-    program: str = ""  # command that starts the engine; empty: its default
-    device: ExportDevice = ExportDevice.CUDA  # ``cpu`` is for trying out a plan
-    dtype: str = "auto"  # dtype of the model and the KV cache
-    # Addresses or host names by node; other nodes are reached by their own names
-    hosts: Mapping[str, str] = field(default_factory=dict)
-    port: int = 8000  # port of the first replica's front end on a node; the others have the following ports
-    name: str = "hetis"  # prefix of the names of objects and jobs
-    # The engine's image, or one per vendor: ``IMAGE,AMD=IMAGE`` (`images_in`). Empty: the image its makers publish
-    image: str = ""
-    sbatch: str = ""  # further options of Slurm's jobs
-    worker_image: str = ""  # image of attention workers, in the same form; empty: none
 
 
 @dataclass(frozen=True)
@@ -245,7 +222,7 @@ def launchable(plan: Plan, model: ModelSpec, settings: ExportSettings) -> Launch
     if not plan.replicas:
         raise NotExportableError(("the plan has no replicas",))
     has_workers = any(replica.attention_workers for replica in plan.replicas)
-    engine = settings.engine or (Engine.VLLM_HETIS if has_workers else Engine.VLLM)
+    engine = Engine(settings.engine or (Engine.VLLM_HETIS if has_workers else Engine.VLLM))
     if len(used := weights_used(plan, model)) > 1 and WEIGHTS not in settings.model:
         raise NotExportableError((f"the plan has weights in {' and '.join(used)}: --model must contain {WEIGHTS}",))
     requested = MadeFrom.of(plan).model
@@ -270,7 +247,7 @@ def launchable(plan: Plan, model: ModelSpec, settings: ExportSettings) -> Launch
         serving = Serving(
             model=settings.model.replace(WEIGHTS, weights_of(model.on(plan.replicas[number].stages[0].gpu))),
             program=program,
-            device=settings.device.value,
+            device=settings.device,
             options=settings.engine_options,
             dtype=settings.dtype,
             limits_kv=True,

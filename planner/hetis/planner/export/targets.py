@@ -22,7 +22,6 @@ from hetis.planner.export.options import MODEL, unknown_addresses, wrong_name, w
 from hetis.planner.export.ray_serve import why_not_on_ray, write_ray
 from hetis.planner.export.replicas import (
     WEIGHTS,
-    ExportSettings,
     Launchable,
     LaunchableReplica,
     NotExportableError,
@@ -32,8 +31,10 @@ from hetis.planner.export.replicas import (
     without_single,
 )
 from hetis.planner.export.routing import routing_files, shares_of
+from hetis.planner.export.settings import ExportSettings
 from hetis.planner.export.stacks import why_not_on_dynamo, write_dynamo, write_kserve
 from hetis.planner.use_cases.record.parts import Classes, MadeFrom, Requested
+from hetis.planner.use_cases.request import EngineName
 from hetis.solver.model import ModelSpec
 from hetis.solver.plan import Plan, Role
 
@@ -87,7 +88,7 @@ _ENGINES_SERVE_HTTP = frozenset(ExportTarget) - {ExportTarget.DYNAMO, ExportTarg
 
 
 def not_carried_by_target(
-    plan: Plan, model: ModelSpec, engine: Engine | None = None
+    plan: Plan, model: ModelSpec, engine: EngineName | None = None
 ) -> dict[ExportTarget, tuple[str, ...]]:
     """Return for each target why it does not serve all of a plan's traffic, a sentence each; empty: it does.
 
@@ -96,13 +97,13 @@ def not_carried_by_target(
     """
 
     @cache
-    def launched(engine: Engine | None) -> Launchable:  # targets of the same engine start the same processes
+    def launched(engine: EngineName | None) -> Launchable:  # targets of the same engine start the same processes
         return launchable(plan, model, ExportSettings(model=f"model-{WEIGHTS}", engine=engine))
 
     def reasons(target: ExportTarget) -> tuple[str, ...]:
         own = engine or _engine_of(plan, target)
         if own is not None and own not in _TARGETS[target].engines:
-            return (f"it does not run {own.value}",)
+            return (f"it does not run {own}",)
         try:
             return tuple(_carried(launched(own), target).reasons())
         except NotExportableError as error:
@@ -123,12 +124,11 @@ def _carried(found: Launchable, target: ExportTarget) -> Launchable:
     return _TARGETS[target].narrowed(found.without_impossible(_TARGETS[target].why_not))
 
 
-def _engine_of(plan: Plan, target: ExportTarget) -> Engine | None:
+def _engine_of(plan: Plan, target: ExportTarget) -> EngineName | None:
     """Return the engine to export a plan for if none is chosen: SGLang where it was planned for, or runs alone."""
     engines, planned = _TARGETS[target].engines, Requested.of(plan).engine
-    if len(engines) == 1:
-        return engines[0]
-    return Engine.SGLANG if planned is not None and planned.name == Engine.SGLANG and Engine.SGLANG in engines else None
+    is_for_sglang = planned is not None and planned.name == Engine.SGLANG
+    return "sglang" if engines == (Engine.SGLANG,) or (is_for_sglang and Engine.SGLANG in engines) else None
 
 
 def export_plan(plan: Plan, model: ModelSpec, target: ExportTarget, settings: ExportSettings) -> Export:
@@ -155,7 +155,7 @@ def export_plan(plan: Plan, model: ModelSpec, target: ExportTarget, settings: Ex
     return Export(files=files, shown=written.shown, lost=lost, planned=plan.served_rate(), rate=found.rate())
 
 
-def _elsewhere(plan: Plan, model: ModelSpec, engine: Engine | None) -> Iterator[str]:
+def _elsewhere(plan: Plan, model: ModelSpec, engine: EngineName | None) -> Iterator[str]:
     """Yield a sentence that names the targets which carry all of a plan, if any does."""
     reasons = not_carried_by_target(plan, model, engine)
     names = [target.value for target, why in reasons.items() if not why]

@@ -6,6 +6,7 @@ does not inherit the planner's standard error, a pipe whose writes do not wait a
 
 from __future__ import annotations
 
+import logging
 import os
 import pickle
 import subprocess
@@ -15,9 +16,12 @@ from typing import Any, TypeVar
 
 from hetis.planner.jobs.frames import JobFrame
 from hetis.planner.jobs.messages import SearchError, answer_from_frame, answer_to_frame
+from hetis.planner.jobs.process import crash_of
 from hetis.planner.jobs.worker import be_the_first_to_go
 from hetis.solver.errors import InfeasibleError, InvalidProblemError, NoPlanFoundError, UncheckedPlanError
 
+_log = logging.getLogger(__name__)
+_LAST_BYTES = 8192  # of the standard error of a process that died, for the log; the last line is the error's
 T = TypeVar("T")
 
 
@@ -33,10 +37,10 @@ def call_apart(function: Callable[..., T], *arguments: Any, limit_s: float) -> T
     except subprocess.TimeoutExpired:
         raise NoPlanFoundError(f"the search did not end within {limit_s:g} s") from None
     except subprocess.CalledProcessError as error:
-        _, _, said = error.stderr.decode(errors="replace").rstrip().rpartition("\n")
-        raise NoPlanFoundError(
-            f"the process of the search ended with {error.returncode}: {said or 'silently'}"
-        ) from None
+        said = error.stderr[-_LAST_BYTES:].decode(errors="replace").strip()
+        crashed = crash_of(error.returncode, said.rpartition("\n")[2])
+        _log.warning("%s; its last lines:\n%s", crashed.message, said)
+        raise NoPlanFoundError(crashed.message) from None
     result, failure = pickle.loads(done.stdout)
     if failure is not None:
         raised = answer_from_frame(failure)

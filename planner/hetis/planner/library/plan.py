@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import html
 from collections.abc import Mapping, Sequence
-from dataclasses import KW_ONLY, dataclass, fields
+from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from hetis.engines.versions import Engine
 from hetis.formats.documents import dump, to_data
 from hetis.formats.files import write_atomically
-from hetis.planner.export import ExportDevice, ExportTarget
-from hetis.planner.export.replicas import ExportSettings
+from hetis.planner.export import ExportTarget
+from hetis.planner.export.settings import ExportOptions, ExportSettings
 from hetis.planner.export.targets import Export, export_wanted, folder_refusals, write_export
 from hetis.planner.library.arguments import checked, spread
 from hetis.planner.report.figures import digits, percent, plural, seconds, with_unit
@@ -23,7 +22,6 @@ from hetis.planner.use_cases.record.parts import MadeFrom, Verified
 from hetis.planner.use_cases.request import (
     Count,
     CountOrZero,
-    EngineName,
     File,
     Rate,
     Share,
@@ -76,44 +74,19 @@ class SimulateArguments:
 
 
 @dataclass(frozen=True)
-class ExportArguments:
-    """The arguments of `Plan.export`: an `ExportSettings`, and where the files go."""
+class ExportArguments(ExportOptions):
+    """The arguments of `Plan.export`: settings, and where the files go."""
 
     target: Target
     folder: File | None = None
     _: KW_ONLY
     force: bool = False
-    engine: EngineName | None = None
     engine_options: Sequence[str] = ()
-    model: str = ""
-    served_name: str = ""
-    dtype: str = "auto"
-    program: str = ""
-    device: Literal["cuda", "cpu"] = "cuda"
     node_address: Mapping[str, str] | None = None
-    port: int = 8000
-    name: str = "hetis"
-    namespace: str = ""
-    image: str = ""
-    worker_image: str = ""
-    model_claim: str = ""
-    model_cache: str = ""
-    sbatch: str = ""
-    api_key_secret: str = ""
-    hf_token_secret: str = ""
-    worker_key_secret: str = ""
-    insecure: bool = False
 
     @property
     def settings(self) -> ExportSettings:
-        same = {one.name: getattr(self, one.name) for one in fields(ExportSettings) if hasattr(self, one.name)}
-        read = {
-            "engine": None if self.engine is None else Engine(self.engine),
-            "engine_options": tuple(self.engine_options),
-            "device": ExportDevice(self.device),
-            "hosts": self.node_address or {},
-        }
-        return ExportSettings(**same | read)
+        return ExportSettings.of(self, engine_options=tuple(self.engine_options), hosts=self.node_address or {})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, repr=False)

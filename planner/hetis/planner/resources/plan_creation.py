@@ -35,7 +35,6 @@ from hetis.planner.resources.committing import Publish, answered_before, change_
 from hetis.planner.resources.plan_documents import ImportedPlan, checked, read_plan, require_gpus
 from hetis.planner.resources.plan_specs import (
     SPEC,
-    ReadSpec,
     SearchLimits,
     check_labels,
     choose_profiles,
@@ -45,6 +44,7 @@ from hetis.planner.resources.plan_specs import (
 from hetis.planner.store import ClusterRecord, PlanRecord, ProfileRecord, Reader, Store, Transaction
 from hetis.planner.threads import run_in_thread_gc_paused
 from hetis.planner.use_cases.precision import gpu_types_of
+from hetis.planner.use_cases.request import PlacementRequest
 from hetis.solver.budget import Progress
 from hetis.solver.errors import (
     HetisError,
@@ -306,26 +306,26 @@ class PlanCreation:
         checks.request(request)
         checks.name("plan.cluster", request.plan.cluster, names.CLUSTER)
         check_labels(checks, request.plan.labels, "plan.labels")
-        spec: ReadSpec | None = None
+        posed: PlacementRequest | None = None
         given: Plan | None = None
         match request.plan.WhichOneof("source"):
             case "spec":
-                spec = await read_spec(checks, request.plan.spec, self._limits)
+                posed = await read_spec(checks, request.plan.spec, self._limits)
             case "imported":
                 given = await checks.document(_IMPORTED, request.plan.imported, read_plan)
             case None:
                 checks.require(False, SPEC, "is missing: send a spec to solve, or a plan to import")
         checks.raise_if_wrong()
-        if spec is not None:
-            return await self._posed(request.plan.cluster, spec)
+        if posed is not None:
+            return await self._posed(request.plan.cluster, request.plan.spec, posed)
         assert given is not None
         return await self._imported(request.plan.cluster, given, request.plan.imported.source_name)
 
-    async def _posed(self, cluster: str, spec: ReadSpec) -> SearchableProblem:
+    async def _posed(self, cluster: str, spec: plan_pb2.PlanSpec, request: PlacementRequest) -> SearchableProblem:
         def read(reader: Reader) -> tuple[ClusterRecord, list[str], list[ProfileRecord]]:
             record = reader.clusters.require(cluster)
             draining = [names.last_part(node.name) for node in reader.nodes.all(cluster=cluster, draining=True)]
-            return record, draining, [reader.profiles.require(name) for name in spec.spec.profiles]
+            return record, draining, [reader.profiles.require(name) for name in spec.profiles]
 
         record, draining, named = await self._store.read(read)
         declared = await self._fleets.of(record)
@@ -340,7 +340,7 @@ class PlanCreation:
         profiles = choose_profiles(named, stored, gpus)
 
         def posed() -> SearchableProblem:
-            problem = pose(spec, record, declared.value, left_out, profiles)
+            problem = pose(spec, request, record, declared.value, left_out, profiles)
             return SearchableProblem(problem=problem, json=problem.to_json())
 
         return await run_in_thread_gc_paused(posed)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, get_args
 
 from hetis.formats import catalogue
 from hetis.formats.errors import DocumentError, did_you_mean
@@ -15,38 +15,35 @@ from hetis.formats.models.document import drafts
 from hetis.formats.models.dtypes import KV_PRECISIONS, PRECISIONS, chosen_precision
 from hetis.formats.workload import named_workload
 from hetis.planner.convert import documents, names
+from hetis.planner.convert.plan_specs import SAME
 from hetis.planner.convert.plans import FROM_PROTO, objective_from_proto
-from hetis.planner.export import ExportTarget
 from hetis.planner.failures import invalid_field
 from hetis.planner.jobs.messages import PosedProblem
 from hetis.planner.resources.checks import Checks
 from hetis.planner.store import ClusterRecord, ProfileRecord, etag_of
-from hetis.planner.use_cases import service_level
-from hetis.planner.use_cases.placement_settings import PlacementSettings
+from hetis.planner.use_cases.placement_settings import PlacementSettings, settings_of
 from hetis.planner.use_cases.precision import gpu_types_of, in_precision
-from hetis.planner.use_cases.record.forms import PLACES
-from hetis.planner.use_cases.request import LIMITS
-from hetis.planner.use_cases.service_level import ServiceLevel, Statistic
-from hetis.planner.use_cases.sources import (
-    Inputs,
-    LoadedInputs,
-    engine_rules,
-    family_of,
-    impossible_profiles,
-    ordered,
+from hetis.planner.use_cases.request import (
+    EngineName,
+    Loss,
+    PlacementRequest,
+    RungName,
+    StatisticName,
+    StrategyName,
+    Target,
 )
+from hetis.planner.use_cases.sources import Inputs, LoadedInputs, family_of, impossible_profiles
 from hetis.profiler.defaults import default_profile
 from hetis.solver.advice import without_nodes
 from hetis.solver.cluster import Cluster
-from hetis.solver.engine_rules import MOST_CHUNKS, NOTHING_SET, EngineRules, EngineSettings
+from hetis.solver.engine_rules import MOST_CHUNKS, EngineSettings
 from hetis.solver.errors import InvalidProblemError
 from hetis.solver.model import ModelSpec
-from hetis.solver.plan import DEFAULT_STRATEGY, Objective, Role
+from hetis.solver.plan import Role
 from hetis.solver.profile import Profile
 from hetis.solver.workload import Workload
 from hetis.v1 import plan_pb2, replica_pb2
 
-T = TypeVar("T")
 V = TypeVar("V", ModelSpec, Workload)
 SPEC = "plan.spec"
 LEAST_TIME_S = 0.01
@@ -55,6 +52,11 @@ MOST_PROFILES = 64
 MOST_LABELS = 64
 MOST_STAGES = 16
 _SEEDS = 2**31  # the range of the solvers' own seeds
+_ENGINE_SETTINGS = ("max_num_seqs", "chunk_tokens", "kv_blocks")  # fields of specs, requests and `EngineSettings`
+_CHOICES: Mapping[str, Any] = {
+    "strategy": StrategyName, "engine": EngineName, "survive": Loss, "rung": RungName, "target": Target,
+    "ttft_statistic": StatisticName, "tpot_statistic": StatisticName,
+}  # fmt: skip
 _LABEL = re.compile(r"[a-z0-9._/-]*")
 
 
@@ -63,28 +65,6 @@ class SearchLimits:
     """The limits of a search: ``time_s`` is the longest time limit that callers may request."""
 
     time_s: float = LONGEST_TIME_S
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ReadSpec:
-    """A spec with valid fields, in which profiles and cluster are still names."""
-
-    spec: plan_pb2.PlanSpec
-    model: ModelSpec
-    workload: Workload
-    objective: Objective
-    settings: PlacementSettings
-    engine_settings: EngineSettings
-    verify: bool
-    service_level: ServiceLevel
-
-    def origins(self) -> dict[str, str]:
-        """Return where the model and the workload come from."""
-        spec = self.spec
-        return {
-            "model": spec.model_name or spec.model_document.source_name or "document",
-            "workload": spec.workload_name or spec.workload_document.source_name or "document",
-        }
 
 
 def check_labels(checks: Checks, labels: Mapping[str, str], field: str) -> None:
@@ -115,13 +95,14 @@ def choose_profiles(
 
 
 def pose(
-    read: ReadSpec,
+    spec: plan_pb2.PlanSpec,
+    request: PlacementRequest,
     record: ClusterRecord,
     declared: Cluster,
     left_out: frozenset[str],
     profiles: Mapping[str, ProfileRecord],
 ) -> PosedProblem:
-    """Return the problem of a fleet without the nodes ``left_out``.
+    """Return the problem of a spec, whose request `read_spec` returned, on a fleet without the nodes ``left_out``.
 
     Slow for large fleets, so not for an event loop.
 
@@ -142,35 +123,46 @@ def pose(
     origin = f"{record.name} {etag_of(record)}"
     if left_out:
         origin += f" without {', '.join(sorted(left_out))}"
+    assert isinstance(request.model, ModelSpec)
+    assert isinstance(request.workload, Workload)
     loaded = LoadedInputs(
         inputs=Inputs(
             cluster=cluster,
-            model=read.model,
-            workload=read.workload,
+            model=request.model,
+            workload=request.workload,
             profiles={gpu: profile for gpu, (_, profile) in by_gpu.items()},
-            engine_settings=read.engine_settings,
+            engine_settings=_engine_settings(request),
         ),
-        origins={**read.origins(), "cluster": origin, "profiles": {gpu: where for gpu, (where, _) in by_gpu.items()}},
+        origins={
+            "model": spec.model_name or spec.model_document.source_name or "document",
+            "workload": spec.workload_name or spec.workload_document.source_name or "document",
+            "cluster": origin,
+            "profiles": {gpu: where for gpu, (where, _) in by_gpu.items()},
+        },
     )
-    spec = read.spec
-    for field, requested in (("weights", spec.weights), ("kv", spec.kv)):  # each by itself, so that the error names it
+    # Each by itself first, so that the error names it.
+    for field, requested in (("weights", request.weights), ("kv", request.kv)):
         try:
-            in_precision(loaded, **{"weights": None, "kv": None, field: requested or None})
+            in_precision(loaded, **{"weights": None, "kv": None, field: requested})
         except InvalidProblemError as error:
             raise invalid_field(f"{SPEC}.{field}", str(error).removeprefix("precision: ")) from None
     posed = PosedProblem(
-        loaded=in_precision(loaded, weights=spec.weights or None, kv=spec.kv or None, mtp=spec.mtp or None),
-        objective=read.objective,
-        settings=read.settings,
-        verify=read.verify,
-        service_level=read.service_level,
+        loaded=in_precision(loaded, weights=request.weights, kv=request.kv, mtp=request.mtp),
+        objective=request.goal,
+        settings=settings_of(request),
+        verify=request.verify,
+        service_level=request.service_level,
     )
     posed.problem()
     return posed
 
 
-async def read_spec(checks: Checks, spec: plan_pb2.PlanSpec, limits: SearchLimits) -> ReadSpec | None:
-    """Return the spec, or None if ``checks`` has found an error."""
+def _engine_settings(request: PlacementRequest) -> EngineSettings:
+    return EngineSettings(**{name: getattr(request, name) for name in _ENGINE_SETTINGS})
+
+
+async def read_spec(checks: Checks, spec: plan_pb2.PlanSpec, limits: SearchLimits) -> PlacementRequest | None:
+    """Return the request of a spec, without its cluster and profiles, or None if ``checks`` has found an error."""
     return await _SpecReader(checks, spec, limits).read()
 
 
@@ -185,51 +177,54 @@ class _SpecReader:
     def require(self, is_right: bool, field: str, description: str) -> bool:
         return self.checks.require(is_right, f"{SPEC}.{field}", description)
 
-    def attempt(self, field: str, read: Callable[[], T]) -> T | None:
-        """Return what ``read`` returns, or None if it finds the field wrong."""
+    def attempt(self, field: str, read: Callable[[], object]) -> bool:
+        """Return whether ``read`` finds nothing wrong with the field."""
         try:
-            return read()
+            read()
         except (InvalidProblemError, ValueError) as error:
-            self.require(False, field, str(error))
-            return None
+            return self.require(False, field, str(error))
+        return True
 
-    def choice(self, field: str, value: str, known: Collection[str]) -> bool:
-        hint = did_you_mean(value[:80], known)
-        return self.require(value in known, field, f"is {value[:80]!r}, must be one of {', '.join(known)}{hint}")
-
-    async def read(self) -> ReadSpec | None:
-        checks, spec = self.checks, self.spec
+    async def read(self) -> PlacementRequest | None:
+        checks, spec, defaults = self.checks, self.spec, PlacementSettings()
         model = await self._given("model", lambda name: catalogue.find_model(name).model, ModelSpec)
         workload = await self._given("workload", named_workload, Workload)
-        objective = objective_from_proto(
+        goal = objective_from_proto(
             spec.objective, f"{SPEC}.objective", lambda path, text: checks.require(False, path, text)
         )
-        settings, engine_settings = self._settings(objective), self._engine_settings()
-        level = self._service_level(objective)
-        texts: tuple[tuple[str, str, Callable[[str], object]], ...] = (
-            ("weights", spec.weights, lambda text: chosen_precision(text, PRECISIONS)),
-            ("kv", spec.kv, lambda text: chosen_precision(text, KV_PRECISIONS)),
-            ("mtp", spec.mtp, drafts),
+        texts: tuple[tuple[str, Callable[[str], object]], ...] = (
+            ("weights", lambda text: chosen_precision(text, PRECISIONS)),
+            ("kv", lambda text: chosen_precision(text, KV_PRECISIONS)),
+            ("mtp", drafts),
         )
-        for name, requested, parse in texts:
-            if requested:
-                self.attempt(name, partial(parse, requested))
+        for name, parse in texts:
+            if text := getattr(spec, name):
+                self.attempt(name, partial(parse, text))
         num = len(spec.profiles)
         self.require(num <= MOST_PROFILES, "profiles", f"has {num} entries, at most {MOST_PROFILES} are allowed")
         for position, profile in enumerate(spec.profiles[:MOST_PROFILES]):
             checks.name(f"{SPEC}.profiles[{position}]", profile, names.PROFILE)
-        if model is None or workload is None:
-            return None
-        return ReadSpec(
-            spec=spec,
-            model=model,
-            workload=workload,
-            objective=objective,
-            settings=settings,
-            engine_settings=engine_settings,
-            verify=not spec.skip_verification,
-            service_level=level,
-        )
+        worth = spec.worth if spec.HasField("worth") else defaults.worth
+        self.require(0 <= worth < 1, "worth", f"is {worth:g}, must be from 0 to below 1")
+        self.require(0 <= spec.keep <= 1, "keep", f"is {spec.keep:g}, must be from 0 to 1")
+        message = "is set, but there is no rate to maximise that survives a loss"
+        self.require(not spec.keep or (bool(spec.survive) and goal.maximises), "keep", message)
+        gap = spec.gap_target if spec.HasField("gap_target") else defaults.gap_target
+        self.require(0 <= gap <= 1, "gap_target", f"is {gap:g}, must be from 0 to 1")
+        time_limit_s = min(defaults.time_limit_s, self.limits.time_s)
+        if spec.HasField("time_limit"):
+            time_limit_s = names.seconds_of(spec.time_limit)
+            message = f"is {time_limit_s:g} s, must be {LEAST_TIME_S:g} s to {self.limits.time_s:g} s"
+            self.require(LEAST_TIME_S <= time_limit_s <= self.limits.time_s, "time_limit", message)
+        others = self._choices() | {
+            "roles": self._roles(), "objective": goal.kind.value, "rate": goal.demand_rps, "ttft": goal.ttft_limit_s,
+            "tpot": goal.tpot_limit_s, "attainment": spec.attainment or None, "keep": spec.keep or None,
+            "chunk_tokens": tuple(spec.chunk_tokens[: MOST_CHUNKS + 1]), "verify": not spec.skip_verification,
+            "worth": worth, "gap": gap, "time_limit": time_limit_s, "seed": spec.seed % _SEEDS,
+        }  # fmt: skip
+        request = PlacementRequest("", model or "", workload or "", **others)
+        self._check_together(request)
+        return None if model is None or workload is None else request
 
     async def _given(self, what: Literal["model", "workload"], find: Callable[[str], V], kind: type[V]) -> V | None:
         """Return the model or the workload, which the spec names or contains."""
@@ -247,53 +242,24 @@ class _SpecReader:
             self.require(False, field, problem)
             return None
 
-    def _settings(self, objective: Objective) -> PlacementSettings:
-        from hetis.solver.placement.families import STRATEGIES
-        from hetis.solver.placement.rungs import RUNGS
+    def _choices(self) -> dict[str, Any]:
+        """Return the fields that a spec has as a request has them, without wrong ones."""
+        from hetis.solver.placement.families import ENGINE_GONE, NO_ENGINE
 
-        spec, limits, defaults = self.spec, self.limits, PlacementSettings()
-        strategy = spec.strategy or DEFAULT_STRATEGY
-        is_known = self.choice("strategy", strategy, STRATEGIES)
-        roles = self._roles()
-        if is_known and roles:
-            self.attempt("roles", partial(family_of, strategy, roles))
-        engine = self._engine() if is_known else None
-        if spec.survive:
-            self.choice("survive", spec.survive, PLACES)
-        if spec.rung:
-            self.choice("rung", spec.rung, RUNGS)
-        if spec.target:
-            self.choice("target", spec.target, [target.value for target in ExportTarget])
-        worth = spec.worth if spec.HasField("worth") else defaults.worth
-        self.require(0 <= worth < 1, "worth", f"is {worth:g}, must be from 0 to below 1")
-        self.require(0 <= spec.keep <= 1, "keep", f"is {spec.keep:g}, must be from 0 to 1")
-        message = "is set, but there is no rate to maximise that survives a loss"
-        is_kept = bool(spec.survive) and objective.maximises
-        self.require(not spec.keep or is_kept, "keep", message)
-        gap = spec.gap_target if spec.HasField("gap_target") else defaults.gap_target
-        self.require(0 <= gap <= 1, "gap_target", f"is {gap:g}, must be from 0 to 1")
-        time_limit_s = min(defaults.time_limit_s, limits.time_s)
-        if spec.HasField("time_limit"):
-            time_limit_s = names.seconds_of(spec.time_limit)
-            message = f"is {time_limit_s:g} s, must be {LEAST_TIME_S:g} s to {limits.time_s:g} s"
-            self.require(LEAST_TIME_S <= time_limit_s <= limits.time_s, "time_limit", message)
-        return PlacementSettings(
-            strategy=strategy,
-            roles=roles,
-            engine=engine,
-            keep_stages=spec.max_stages > 0,
-            time_limit_s=time_limit_s,
-            gap_target=gap,
-            seed=spec.seed % _SEEDS,
-            survive=spec.survive,
-            keep=spec.keep or None,
-            rung=spec.rung,
-            worth=worth,
-            target=spec.target,
-            least_layers=1 if spec.min_layers else defaults.least_layers,
-        )
+        given = {name: value for name in SAME if (value := getattr(self.spec, name))}
+        for name, known in ((name, get_args(known)) for name, known in _CHOICES.items() if name in given):
+            value = given[name]
+            hint = did_you_mean(value[:80], known)
+            wrong = f"is {value[:80]!r}, must be one of {', '.join(known)}{hint}"
+            is_gone = name == "engine" and value == NO_ENGINE
+            if not self.require(value in known, name, ENGINE_GONE if is_gone else wrong):
+                del given[name]
+        most = f"is {self.spec.max_stages}, must be {MOST_STAGES} at most"
+        if not self.require(self.spec.max_stages <= MOST_STAGES, "max_stages", most):
+            del given["max_stages"]
+        return given
 
-    def _roles(self) -> tuple[Role, ...]:
+    def _roles(self) -> tuple[str, ...]:
         """Return the valid roles."""
         given, known = self.spec.roles, ", ".join(role.name for role in Role)
         for position, value in enumerate(given[: len(Role) + 1]):
@@ -302,57 +268,22 @@ class _SpecReader:
         num_different = len(set(given))
         message = f"has {len(given)} entries of {num_different} roles, each may appear once"
         self.require(num_different == len(given), "roles", message)
-        return ordered(FROM_PROTO[value] for value in given if value in FROM_PROTO)
+        return tuple(FROM_PROTO[value].value for value in given if value in FROM_PROTO)
 
-    def _engine(self) -> EngineRules | None:
-        """Return the engine's rules that plans must obey; None if there are none, or after an error."""
-        from hetis.solver.placement.families import ENGINE_GONE, ENGINES, NO_ENGINE
-
-        spec, strategy = self.spec, self.spec.strategy or DEFAULT_STRATEGY
-        if not self.require(spec.engine != NO_ENGINE, "engine", ENGINE_GONE):
-            return None
-        if spec.engine and not self.choice("engine", spec.engine, list(ENGINES)):
-            return None
-        message = f"is {spec.max_stages}, must be {MOST_STAGES} at most"
-        if not self.require(spec.max_stages <= MOST_STAGES, "max_stages", message):
-            return None
-        limits = {name: getattr(spec, name) or None for name in LIMITS}
-        across = spec.kv_between_vendors
-        made = partial(engine_rules, spec.engine or None, strategy, kv_between_vendors=across, **limits)
-        rules = self.attempt("engine", made)
-        family = self.attempt("engine", partial(family_of, strategy, engine=rules)) if rules is not None else None
-        return None if family is None else rules
-
-    def _service_level(self, objective: Objective) -> ServiceLevel:
-        """Return the level that simulated traffic must keep; the default after an error."""
-        spec = self.spec
-        given = {"ttft": spec.ttft_statistic, "tpot": spec.tpot_statistic}
-        known = [one.value for one in Statistic]
-        known_ones = [not text or self.choice(f"{name}_statistic", text, known) for name, text in given.items()]
-        if not all(known_ones):
-            return service_level.DEFAULT
-        ttft, tpot = (Statistic(text) if text else None for text in given.values())
-        level, verify = service_level.DEFAULT, not spec.skip_verification
-        for field, own_ttft, own_tpot, attainment in (  # each by itself first, so that the error names the wrong one
-            ("ttft_statistic", ttft, None, None),
-            ("tpot_statistic", None, tpot, None),
-            ("attainment", ttft, tpot, spec.attainment or None),
+    def _check_together(self, request: PlacementRequest) -> None:
+        """Find fields that contradict others."""
+        if self.spec.strategy in ("", strategy := request.strategy):
+            self.attempt("roles", partial(family_of, strategy, request.all_roles))
+            if self.spec.engine == (request.engine or ""):
+                self.attempt("engine", lambda: family_of(strategy, engine=settings_of(request).engine))
+        # Each statistic by itself first, so that the error names the wrong one.
+        for field, without in (
+            ("ttft_statistic", ("tpot_statistic", "attainment")),
+            ("tpot_statistic", ("ttft_statistic", "attainment")),
+            ("attainment", ()),
         ):
-            requested = partial(service_level.requested_level, ttft=own_ttft, tpot=own_tpot, attainment=attainment)
-            read = partial(requested, objective=objective, verify=verify)
-            if (found := self.attempt(field, read)) is None:
-                return service_level.DEFAULT
-            level = found
-        return level
-
-    def _engine_settings(self) -> EngineSettings:
-        """Return the settings with which engines are started, without invalid ones."""
-        given: dict[str, Any] = {
-            "max_num_seqs": self.spec.max_num_seqs or None,
-            "chunk_tokens": tuple(self.spec.chunk_tokens[: MOST_CHUNKS + 1]),
-            "kv_blocks": self.spec.kv_blocks or None,
-        }
-        found = NOTHING_SET
-        for name, value in given.items():
-            found = self.attempt(name, partial(replace, found, **{name: value})) or found
-        return found
+            unset: dict[str, Any] = dict.fromkeys(without)
+            if not self.attempt(field, replace(request, **unset).check):
+                break
+        for name in _ENGINE_SETTINGS:
+            self.attempt(name, partial(EngineSettings, **{name: getattr(request, name)}))

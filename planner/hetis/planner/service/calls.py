@@ -104,15 +104,19 @@ class Calls(grpc.aio.ServerInterceptor):
         """
         for stream, (method, context, began_as) in list(self._streams.items()):
             try:
-                identity = self._identify(context)
-                require_role(identity, method)
-                if not identity.covers(began_as):
-                    message = f"the credentials {identity.name} now allow less than when this stream began: reconnect"
-                    raise ServiceError(Reason.ERROR_REASON_DRAINING, message)
+                self._require_as_before(method, context, began_as)
             except ServiceError as error:
                 if not stream.done():
                     self._ended[stream] = error
                     stream.cancel()
+
+    def _require_as_before(self, method: str, context: Context, began_as: Identity) -> None:
+        """Raise CREDENTIALS, ROLE or DRAINING if the credentials grant less than when the call began."""
+        identity = self._identify(context)
+        require_role(identity, method)
+        if not identity.covers(began_as):
+            message = f"the credentials {identity.name} now allow less than when this call began: repeat it"
+            raise ServiceError(Reason.ERROR_REASON_DRAINING, message)
 
     async def wait_for_unary(self, timeout_s: float) -> bool:
         """Wait until no unary call is under way; return False on a timeout."""
@@ -137,8 +141,14 @@ class Calls(grpc.aio.ServerInterceptor):
             raise NotImplementedError(f"{method}: client-streaming methods are not part of the contract")
         decode: Decode = handler.request_deserializer
 
-        async def unary(context: Context, read: Callable[[], Awaitable[Any]]) -> None:
+        async def first(context: Context, read: Callable[[], Awaitable[Any]]) -> Any:
             request = await read()
+            if not is_open(method):  # a late message, or an agent that waited for a term: identified a while ago
+                self._require_as_before(method, context, present_caller())
+            return request
+
+        async def unary(context: Context, read: Callable[[], Awaitable[Any]]) -> None:
+            request = await first(context, read)
             self._num_unary += 1
             self._unary_done.clear()
             context.add_done_callback(self._unary_ended)
@@ -146,7 +156,7 @@ class Calls(grpc.aio.ServerInterceptor):
 
         async def stream(context: Context, read: Callable[[], Awaitable[Any]]) -> None:
             is_watch = not handler.request_streaming
-            await self._streamed(method, behaviour(await read(), context), context, is_watch=is_watch)
+            await self._streamed(method, behaviour(await first(context, read), context), context, is_watch=is_watch)
 
         answer = stream if handler.response_streaming else unary
 

@@ -22,7 +22,8 @@ from hetis.formats.documents import to_data
 from hetis.formats.models.dtypes import with_precision
 from hetis.planner.convert.plans import kv_partners_to_proto, replica_to_proto
 from hetis.planner.export.hosts import PLAN_FILE, words
-from hetis.planner.export.replicas import ExportSettings, NotExportableError, launchable
+from hetis.planner.export.replicas import NotExportableError, launchable
+from hetis.planner.export.settings import ExportSettings
 from hetis.runtime.agent.launched.parts import LaunchedPart, part_of, replica_of
 from hetis.runtime.launch.main import main
 from hetis.runtime.moves.refusals import RefusedError
