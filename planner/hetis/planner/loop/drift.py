@@ -141,7 +141,7 @@ def dispersion(counts: Sequence[float], seconds: Sequence[float]) -> float:
 
 def usual_dispersion(counts: Sequence[float], seconds: Sequence[float]) -> float:
     """Return it as most of the differences have it, which some jumps do not affect either."""
-    return max(1.0, float(np.median(_squares(counts, seconds))) / MEDIAN_SQUARE)
+    return max(1.0, float(np.quantile(_squares(counts, seconds), 0.5, method="lower")) / MEDIAN_SQUARE)
 
 
 def _squares(counts: Sequence[float], seconds: Sequence[float]) -> FloatArray:

@@ -18,9 +18,9 @@ bins, n each, and their mean over the b bins of the level make errors of mean sq
 that of the largest of a standard normals. Quantiles are multiplied by sqrt(1 - that, and two standard deviations of
 such a mean, / the mean square of e), so that at low rates chance does not pass for demand (plans have room for it).
 
-The level of minutes is the mean of the last thirty, or since the rate has changed within them: the cut that explains
+The level of minutes is the mean of the last five, or since the rate has changed within them: the cut that explains
 the counts best, if the likelihood ratio of two rates to one is above `CHANGED`. Of n requests those after a cut are
-binomial if nothing changed, for which log L >= x has at most the probability 2 exp(-x) (Chernoff); 90 cuts in every
+binomial if nothing changed, for which log L >= x has at most the probability 2 exp(-x) (Chernoff); 15 cuts in every
 20 s make a false one in ten days. So it is as steady as a mean of minutes, and follows a jump at once.
 
 Seasonal naive forecasts are what every other method is measured by (Hyndman and Athanasopoulos 2021, 5.2); what counts
@@ -47,7 +47,7 @@ from hetis.solver.traffic import TrafficSketch
 from hetis.solver.workload import FloatArray
 
 BIN_S, MINUTE_S = 300.0, 60.0
-LEVEL_BINS, LEVEL_MINUTES = 2, 30  # the last ones at most, whose mean is the recent level
+LEVEL_BINS, LEVEL_MINUTES = 2, 5  # the last ones at most, whose mean is the recent level
 CHANGED = math.log(2 * 3 * LEVEL_MINUTES * DAY_S / 20 / 0.1)  # of a likelihood ratio: the rate has changed
 SMOOTHED = 3  # bins over which seasons are averaged
 KEPT_S = 15 * DAY_S  # history that is used: two weeks, and a day before

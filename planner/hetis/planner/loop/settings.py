@@ -39,7 +39,7 @@ class LoopSettings:
     false_alarms_per_day: float = 0.1
     tolerance: float = 0.1
     least_gain: float = 0.05
-    cool_down_s: float = 120.0
+    cool_down_s: float = 300.0
     changes_per_hour: int = 20
     max_moves: int | None = None
     search: PlacementSettings = field(default_factory=PlacementSettings)
