@@ -63,8 +63,8 @@ ASYNC_LIMIT_S = 180.0  # where a test waits for ever; a solver may have to be co
 def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> Generator[None, object, object]:
     """Run a test that is a coroutine function in an event loop of its own, with a time limit.
 
-    Fixtures that are made as asynchronous context managers are entered in the same loop: the test has what they yield.
-    It fails if a task of our packages ends with an error that nobody retrieves.
+    Fixtures that are exit stacks are closed in the same loop. The test fails if a task of our packages ends with an
+    error that nobody retrieves.
     """
     test = pyfuncitem.obj
     if inspect.iscoroutinefunction(test):
@@ -80,9 +80,9 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> Generator[None, object, o
         async def limited(**fixtures: Any) -> None:
             asyncio.get_running_loop().set_exception_handler(note_orphan)
             async with asyncio.timeout(ASYNC_LIMIT_S), contextlib.AsyncExitStack() as stack:
-                for name, fixture in fixtures.items():
-                    if contextlib.AbstractAsyncContextManager in type(fixture).__mro__:
-                        fixtures[name] = await stack.enter_async_context(fixture)
+                for fixture in fixtures.values():
+                    if isinstance(fixture, contextlib.AsyncExitStack):
+                        await stack.enter_async_context(fixture)
                 await test(**fixtures)
 
         def run(**fixtures: Any) -> None:

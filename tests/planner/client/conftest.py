@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import AbstractAsyncContextManager
-from typing import Any
 
 import pytest
 
-from hetis.planner.client import AsyncClient, Client
 from hetis.v1 import cluster_pb2, plan_pb2
-from tests.planner.client.either import opened
 from tests.planner.client.fake_planner import FakePlanner, ready, searching, serving
 
 
@@ -25,8 +21,3 @@ def planner() -> Iterator[FakePlanner]:
         )
         running.searches = [(0.0, searching(1.2, 1.7)), (0.0, searching(1.5, 1.65)), (0.0, ready())]
         yield running
-
-
-@pytest.fixture(params=[Client, AsyncClient])
-def client(request: pytest.FixtureRequest, planner: FakePlanner) -> AbstractAsyncContextManager[Any]:
-    return opened(request.param, planner.address)

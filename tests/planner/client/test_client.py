@@ -27,7 +27,7 @@ from hetis.v1 import (
     plan_pb2,
     plan_service_pb2,
 )
-from tests.planner.client.either import EITHER, Kind, done, items
+from tests.planner.client.either import EITHER, Kind, done, items, opened
 from tests.planner.client.fake_planner import FakePlanner, ready, refuse, searching
 
 ROOT = Path(__file__).parents[3]
@@ -47,26 +47,32 @@ def failing(times: int, method: str, code: int, reason: str) -> Callable[[str, g
 GET = plan_service_pb2.GetPlanRequest(name="plans/night")
 
 
-async def test_unary_calls_have_a_deadline_and_those_of_the_caller_stand(planner: FakePlanner, client: Any) -> None:
-    await done(client.plans.GetPlan(GET))
-    await done(client.plans.GetPlan(GET, timeout=7))
+@EITHER
+async def test_unary_calls_have_a_deadline_and_those_of_the_caller_stand(planner: FakePlanner, kind: Kind) -> None:
+    async with opened(kind, planner.address) as client:
+        await done(client.plans.GetPlan(GET))
+        await done(client.plans.GetPlan(GET, timeout=7))
     assert [round(left_s) for left_s in planner.time_left_s if left_s is not None] == [30, 7]
 
 
+@EITHER
 async def test_a_planner_on_this_machine_is_reached_without_the_proxy_that_the_environment_names(
-    client: Any, monkeypatch: pytest.MonkeyPatch
+    planner: FakePlanner, kind: Kind, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
-    await done(client.plans.GetPlan(GET))
+    async with opened(kind, planner.address) as client:
+        await done(client.plans.GetPlan(GET))
 
 
+@EITHER
 async def test_calls_that_change_something_get_an_id_and_the_callers_message_stays(
-    planner: FakePlanner, client: Any
+    planner: FakePlanner, kind: Kind
 ) -> None:
     request = plan_service_pb2.CancelPlanRequest(name="plans/night")
     mine = plan_service_pb2.CancelPlanRequest(name="plans/night", request_id=str(uuid.uuid4()))
-    await done(client.plans.CancelPlan(request))
-    await done(client.plans.CancelPlan(mine))
+    async with opened(kind, planner.address) as client:
+        await done(client.plans.CancelPlan(request))
+        await done(client.plans.CancelPlan(mine))
     assert request.request_id == ""
     drawn, given = (uuid.UUID(sent.request_id) for sent in planner.requests)
     assert given == uuid.UUID(mine.request_id) != drawn
@@ -88,7 +94,8 @@ def test_only_unavailable_is_retried(planner: FakePlanner) -> None:
     assert planner.calls["GetPlan"] == 1
 
 
-async def test_errors_bring_their_details(planner: FakePlanner, client: Any) -> None:
+@EITHER
+async def test_errors_bring_their_details(planner: FakePlanner, kind: Kind) -> None:
     def fail(_method: str, context: grpc.ServicerContext) -> None:
         refuse(
             context,
@@ -102,8 +109,9 @@ async def test_errors_bring_their_details(planner: FakePlanner, client: Any) -> 
 
     planner.fail = fail
 
-    with pytest.raises(CallError) as caught:
-        await done(client.plans.GetPlan(GET))
+    async with opened(kind, planner.address) as client:
+        with pytest.raises(CallError) as caught:
+            await done(client.plans.GetPlan(GET))
     error = caught.value
     assert str(error) == "two problems"
     assert (error.code, error.reason) == (grpc.StatusCode.INVALID_ARGUMENT, "INVALID_DOCUMENT")
@@ -129,48 +137,57 @@ def test_nobody_there_is_unreachable() -> None:
     assert caught.value.is_unreachable
 
 
+@EITHER
 async def test_lists_go_on_to_the_last_page_and_take_few_calls_unless_asked_for_small_ones(
-    planner: FakePlanner, client: Any
+    planner: FakePlanner, kind: Kind
 ) -> None:
-    names = [cluster.name async for cluster in items(client, client.list_clusters(page_size=3))]
-    assert names == [f"clusters/c{number}" for number in range(7)]
-    assert planner.calls.pop("ListClusters") == 3
-    for number in range(1200):
-        name = f"clusters/c{number}"
-        planner.clusters[name] = cluster_pb2.Cluster(name=name, etag="v1")
-    assert len([cluster async for cluster in items(client, client.list_clusters())]) == 1200
-    assert planner.calls["ListClusters"] == 3
+    async with opened(kind, planner.address) as client:
+        names = [cluster.name async for cluster in items(client, client.list_clusters(page_size=3))]
+        assert names == [f"clusters/c{number}" for number in range(7)]
+        assert planner.calls.pop("ListClusters") == 3
+        for number in range(1200):
+            name = f"clusters/c{number}"
+            planner.clusters[name] = cluster_pb2.Cluster(name=name, etag="v1")
+        assert len([cluster async for cluster in items(client, client.list_clusters())]) == 1200
+        assert planner.calls["ListClusters"] == 3
 
 
-async def test_a_watch_goes_on_after_what_it_has_seen(planner: FakePlanner, client: Any) -> None:
+@EITHER
+async def test_a_watch_goes_on_after_what_it_has_seen(planner: FakePlanner, kind: Kind) -> None:
     planner.fail = failing(1, "WatchPlan after 1", code_pb2.UNAVAILABLE, "DRAINING")
-    assert [response.sequence async for response in items(client, client.watch_plan("plans/night"))] == [
-        1,
-        2,
-        3,
-        900,
-    ]
-    assert [response.sequence async for response in items(client, client.watch_plan("plans/night"))] == [1000]
+    async with opened(kind, planner.address) as client:
+        assert [response.sequence async for response in items(client, client.watch_plan("plans/night"))] == [
+            1,
+            2,
+            3,
+            900,
+        ]
+        assert [response.sequence async for response in items(client, client.watch_plan("plans/night"))] == [1000]
     assert [request.after_sequence for request in planner.requests] == [0, 1, 0]
 
 
-async def test_waiting_ends_with_the_final_plan_and_tells_the_way(client: Any) -> None:
+@EITHER
+async def test_waiting_ends_with_the_final_plan_and_tells_the_way(planner: FakePlanner, kind: Kind) -> None:
     seen: list[int] = []
-    plan = await done(client.wait("plans/night", on_change=lambda plan: seen.append(plan.state)))
+    async with opened(kind, planner.address) as client:
+        plan = await done(client.wait("plans/night", on_change=lambda plan: seen.append(plan.state)))
     assert plan.state == plan_pb2.PLAN_STATE_READY
     assert plan.result.num_gpus == 12
     assert seen[0] == plan_pb2.PLAN_STATE_SOLVING
     assert seen[-1] == plan_pb2.PLAN_STATE_READY
 
 
-async def test_a_watch_of_nothing_is_an_error_at_once(planner: FakePlanner, client: Any) -> None:
-    with pytest.raises(CallError) as caught:
-        await done(client.wait("plans/none"))
+@EITHER
+async def test_a_watch_of_nothing_is_an_error_at_once(planner: FakePlanner, kind: Kind) -> None:
+    async with opened(kind, planner.address) as client:
+        with pytest.raises(CallError) as caught:
+            await done(client.wait("plans/none"))
     assert caught.value.reason == "NOT_FOUND"
     assert planner.calls["WatchPlan"] == 1
 
 
-async def test_a_watch_that_the_caller_stops_reading_ends_at_the_planner(planner: FakePlanner, client: Any) -> None:
+@EITHER
+async def test_a_watch_that_the_caller_stops_reading_ends_at_the_planner(planner: FakePlanner, kind: Kind) -> None:
     planner.searches = [(0.0, searching(1.2, 1.7)), (30.0, ready())]
     ended = queue.Queue[str]()
 
@@ -179,35 +196,40 @@ async def test_a_watch_that_the_caller_stops_reading_ends_at_the_planner(planner
             context.add_callback(lambda: ended.put(method))
 
     planner.fail = note_end
-    watch = client.watch_plan("plans/night")
-    async with aclosing(items(client, watch)) as events:
-        await anext(events)
-    del watch
-    assert await asyncio.to_thread(ended.get, timeout=5) == "WatchPlan"
+    async with opened(kind, planner.address) as client:
+        watch = client.watch_plan("plans/night")
+        async with aclosing(items(client, watch)) as events:
+            await anext(events)
+        del watch
+        assert await asyncio.to_thread(ended.get, timeout=5) == "WatchPlan"
 
 
+@EITHER
 @pytest.mark.parametrize(("token", "seen"), [("", ["n0", "n1", "n2", "n3"]), ("t1", ["n2", "n3"])])
 async def test_a_cluster_is_watched_across_connections_by_its_token(
-    planner: FakePlanner, client: Any, token: str, seen: list[str]
+    planner: FakePlanner, kind: Kind, token: str, seen: list[str]
 ) -> None:
     planner.events = [
         cluster_service_pb2.WatchClusterResponse(resume_token=f"t{number}", removed_node=f"n{number}")
         for number in range(4)
     ]
     found = list[str]()
-    async for event in items(client, client.watch_cluster("clusters/c0", resume_token=token)):
-        found.append(event.removed_node)
-        if found == seen:
-            planner.events.append(cluster_service_pb2.WatchClusterResponse(resume_token="t8", removed_node="later"))
-        if len(found) > len(seen):
-            break
+    async with opened(kind, planner.address) as client:
+        async for event in items(client, client.watch_cluster("clusters/c0", resume_token=token)):
+            found.append(event.removed_node)
+            if found == seen:
+                planner.events.append(cluster_service_pb2.WatchClusterResponse(resume_token="t8", removed_node="later"))
+            if len(found) > len(seen):
+                break
     assert found == [*seen, "later"]
 
 
-async def test_a_document_comes_whole_although_the_connection_breaks(planner: FakePlanner, client: Any) -> None:
+@EITHER
+async def test_a_document_comes_whole_although_the_connection_breaks(planner: FakePlanner, kind: Kind) -> None:
     planner.documents["plans/night"] = content = b"0123456789" * 9 + b"end"
     planner.fail = failing(1, "ReadPlanDocument after 40", code_pb2.UNAVAILABLE, "DRAINING")
-    assert await done(client.read_plan_document("plans/night")) == content
+    async with opened(kind, planner.address) as client:
+        assert await done(client.read_plan_document("plans/night")) == content
 
 
 def test_details_that_cannot_be_read_do_no_harm(planner: FakePlanner) -> None:

@@ -6,13 +6,11 @@ import asyncio
 import os
 import signal
 import uuid
-from contextlib import AbstractAsyncContextManager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import grpc
-import pytest
 import sqlalchemy
 
 from hetis.planner import callers
@@ -39,70 +37,70 @@ QUEUED, SOLVING = plan_pb2.PLAN_STATE_QUEUED, plan_pb2.PLAN_STATE_SOLVING
 CANCELLED, FAILED = plan_pb2.PLAN_STATE_CANCELLED, plan_pb2.PLAN_STATE_FAILED
 
 
-@pytest.fixture
-def planner(tmp_path: Path) -> AbstractAsyncContextManager[Planner]:
-    return planner_in(tmp_path, scripted=True)
-
-
 async def cancel(planner: Planner, name: str) -> plan_pb2.Plan:
     return (await planner.call("CancelPlan", pb2.CancelPlanRequest(name=name))).plan  # type: ignore[no-any-return]
 
 
-async def test_a_crashed_solver_process_is_a_failed_plan_and_nothing_else(planner: Planner) -> None:
-    await planner.create("bad", seed=CRASH)
-    plan = await planner.solved("plans/bad")
-    assert plan.state == FAILED
-    assert plan.failure.reason == failure_pb2.ERROR_REASON_SOLVER_CRASHED
-    assert dict(plan.failure.metadata) == {"exit_code": "3"}
-    assert plan.failure.message == "the solver process ended with exit code 3: MemoryError: no room for tables"
-    await planner.create("next", seed=FIND_NOTHING)
-    assert (await planner.solved("plans/next")).failure.reason == failure_pb2.ERROR_REASON_NO_PLAN_FOUND
+async def test_a_crashed_solver_process_is_a_failed_plan_and_nothing_else(tmp_path: Path) -> None:
+    async with planner_in(tmp_path, scripted=True) as planner:
+        await planner.create("bad", seed=CRASH)
+        plan = await planner.solved("plans/bad")
+        assert plan.state == FAILED
+        assert plan.failure.reason == failure_pb2.ERROR_REASON_SOLVER_CRASHED
+        assert dict(plan.failure.metadata) == {"exit_code": "3"}
+        assert plan.failure.message == "the solver process ended with exit code 3: MemoryError: no room for tables"
+        await planner.create("next", seed=FIND_NOTHING)
+        assert (await planner.solved("plans/next")).failure.reason == failure_pb2.ERROR_REASON_NO_PLAN_FOUND
 
 
-async def test_a_killed_solver_process_is_a_failed_plan_with_its_signal(planner: Planner) -> None:
-    await planner.create("night", seed=WAIT)
-    # If the process were killed before its first report, the search would start again.
-    await planner.until("plans/night", lambda plan: plan.HasField("progress"))
-    os.kill(planner.pool.pids[0], signal.SIGKILL)
-    plan = await planner.solved("plans/night")
-    assert dict(plan.failure.metadata) == {"exit_code": "-9"}
+async def test_a_killed_solver_process_is_a_failed_plan_with_its_signal(tmp_path: Path) -> None:
+    async with planner_in(tmp_path, scripted=True) as planner:
+        await planner.create("night", seed=WAIT)
+        # If the process were killed before its first report, the search would start again.
+        await planner.until("plans/night", lambda plan: plan.HasField("progress"))
+        os.kill(planner.pool.pids[0], signal.SIGKILL)
+        plan = await planner.solved("plans/night")
+        assert dict(plan.failure.metadata) == {"exit_code": "-9"}
 
 
-async def test_a_plan_that_waits_is_cancelled_at_once_and_never_solved(planner: Planner) -> None:
-    await planner.create("first", seed=WAIT)
-    await planner.solving("plans/first")
-    await planner.create("second", seed=WAIT)
-    await cancel(planner, "plans/second")
-    assert (await planner.solved("plans/second")).state == CANCELLED
-    again = await cancel(planner, "plans/second")
-    assert again.state == CANCELLED
+async def test_a_plan_that_waits_is_cancelled_at_once_and_never_solved(tmp_path: Path) -> None:
+    async with planner_in(tmp_path, scripted=True) as planner:
+        await planner.create("first", seed=WAIT)
+        await planner.solving("plans/first")
+        await planner.create("second", seed=WAIT)
+        await cancel(planner, "plans/second")
+        assert (await planner.solved("plans/second")).state == CANCELLED
+        again = await cancel(planner, "plans/second")
+        assert again.state == CANCELLED
 
 
-async def test_a_repeated_cancellation_leaves_a_later_search_of_the_same_name_alone(planner: Planner) -> None:
-    request = pb2.CancelPlanRequest(name="plans/night", request_id=str(uuid.uuid4()))
-    await planner.create("night", seed=WAIT)
-    await planner.solving("plans/night")
-    await planner.call("CancelPlan", request)
-    assert (await planner.solved("plans/night")).state == CANCELLED
-    await planner.call("DeletePlan", pb2.DeletePlanRequest(name="plans/night"))
-    await planner.create("night", seed=WAIT)
-    await planner.solving("plans/night")
-    await planner.call("CancelPlan", request)
-    await asyncio.sleep(0.1)
-    await planner.solving("plans/night")
-    await cancel(planner, "plans/night")
-    assert (await planner.solved("plans/night")).state == CANCELLED
+async def test_a_repeated_cancellation_leaves_a_later_search_of_the_same_name_alone(tmp_path: Path) -> None:
+    async with planner_in(tmp_path, scripted=True) as planner:
+        request = pb2.CancelPlanRequest(name="plans/night", request_id=str(uuid.uuid4()))
+        await planner.create("night", seed=WAIT)
+        await planner.solving("plans/night")
+        await planner.call("CancelPlan", request)
+        assert (await planner.solved("plans/night")).state == CANCELLED
+        await planner.call("DeletePlan", pb2.DeletePlanRequest(name="plans/night"))
+        await planner.create("night", seed=WAIT)
+        await planner.solving("plans/night")
+        await planner.call("CancelPlan", request)
+        await asyncio.sleep(0.1)
+        await planner.solving("plans/night")
+        await cancel(planner, "plans/night")
+        assert (await planner.solved("plans/night")).state == CANCELLED
 
 
-async def test_a_search_that_is_called_off_answers_with_the_best_plan_so_far(planner: Planner) -> None:
-    await planner.create("night", seed=WAIT)
-    await planner.solving("plans/night")
-    await cancel(planner, "plans/night")
-    plan = await planner.solved("plans/night")
-    assert plan.state == CANCELLED
-    assert (plan.result.status, plan.result.value) == (plan_pb2.SOLVE_STATUS_INTERRUPTED, 1.0)
-    read = planner.stub.ReadPlanDocument(pb2.ReadPlanDocumentRequest(name="plans/night"))
-    assert (await read.read()).content == b"incumbent"
+async def test_a_search_that_is_called_off_answers_with_the_best_plan_so_far(tmp_path: Path) -> None:
+    async with planner_in(tmp_path, scripted=True) as planner:
+        await planner.create("night", seed=WAIT)
+        await planner.solving("plans/night")
+        await cancel(planner, "plans/night")
+        plan = await planner.solved("plans/night")
+        assert plan.state == CANCELLED
+        assert (plan.result.status, plan.result.value) == (plan_pb2.SOLVE_STATUS_INTERRUPTED, 1.0)
+        read = planner.stub.ReadPlanDocument(pb2.ReadPlanDocumentRequest(name="plans/night"))
+        assert (await read.read()).content == b"incumbent"
 
 
 async def test_a_search_that_does_not_hear_is_cancelled_all_the_same(tmp_path: Path) -> None:
@@ -132,44 +130,48 @@ async def test_a_full_queue_says_when_to_come_again_but_answers_what_it_has_answ
         await planner.create("third", seed=WAIT)
 
 
-async def test_a_name_is_taken_once(planner: Planner) -> None:
-    await planner.create("night", seed=WAIT)
-    taken = await refused(planner.call("CreatePlan", create_request("night", seed=WAIT)))
-    assert (taken.code, taken.reason) == (grpc.StatusCode.ALREADY_EXISTS, "ALREADY_EXISTS")
-    dry = await refused(planner.call("CreatePlan", create_request("night", validate_only=True)))
-    assert dry.reason == "ALREADY_EXISTS"
-    still = await refused(planner.call("DeletePlan", pb2.DeletePlanRequest(name="plans/night")))
-    assert still.reason == "PLAN_STATE"
-    assert still.message.endswith(" and cannot be deleted before its search has ended: cancel it first")
+async def test_a_name_is_taken_once(tmp_path: Path) -> None:
+    async with planner_in(tmp_path, scripted=True) as planner:
+        await planner.create("night", seed=WAIT)
+        taken = await refused(planner.call("CreatePlan", create_request("night", seed=WAIT)))
+        assert (taken.code, taken.reason) == (grpc.StatusCode.ALREADY_EXISTS, "ALREADY_EXISTS")
+        dry = await refused(planner.call("CreatePlan", create_request("night", validate_only=True)))
+        assert dry.reason == "ALREADY_EXISTS"
+        still = await refused(planner.call("DeletePlan", pb2.DeletePlanRequest(name="plans/night")))
+        assert still.reason == "PLAN_STATE"
+        assert still.message.endswith(" and cannot be deleted before its search has ended: cancel it first")
 
 
-async def test_validate_only_answers_what_would_be_and_keeps_nothing(planner: Planner) -> None:
-    plan = (await planner.call("CreatePlan", create_request("dry", validate_only=True))).plan
-    assert (plan.name, plan.state, plan.etag) == ("plans/dry", 0, "")
-    assert not plan.HasField("create_time")
-    assert not (await planner.call("ListPlans", pb2.ListPlansRequest())).plans
-    assert planner.pool.num_waiting + planner.pool.num_running == 0
+async def test_validate_only_answers_what_would_be_and_keeps_nothing(tmp_path: Path) -> None:
+    async with planner_in(tmp_path, scripted=True) as planner:
+        plan = (await planner.call("CreatePlan", create_request("dry", validate_only=True))).plan
+        assert (plan.name, plan.state, plan.etag) == ("plans/dry", 0, "")
+        assert not plan.HasField("create_time")
+        assert not (await planner.call("ListPlans", pb2.ListPlansRequest())).plans
+        assert planner.pool.num_waiting + planner.pool.num_running == 0
 
 
-async def test_a_plan_is_answered_again_when_what_its_problem_was_made_of_is_gone(planner: Planner) -> None:
-    request = create_request("once", request_id=str(uuid.uuid4()), seed=WAIT)
-    made = await planner.call("CreatePlan", request)
-    await planner.clusters.delete(cluster_service_pb2.DeleteClusterRequest(name="clusters/paper"))
-    assert (await planner.call("CreatePlan", request)).plan == made.plan
-    for request_id in (str(uuid.uuid4()), ""):
-        another = create_request("once", request_id=request_id, seed=WAIT)
-        assert (await refused(planner.call("CreatePlan", another))).reason == "NOT_FOUND"
-    other = create_request("other", request_id=request.request_id, seed=WAIT)
-    assert (await refused(planner.call("CreatePlan", other))).reason == "REQUEST_ID_REUSED"
+async def test_a_plan_is_answered_again_when_what_its_problem_was_made_of_is_gone(tmp_path: Path) -> None:
+    async with planner_in(tmp_path, scripted=True) as planner:
+        request = create_request("once", request_id=str(uuid.uuid4()), seed=WAIT)
+        made = await planner.call("CreatePlan", request)
+        await planner.clusters.delete(cluster_service_pb2.DeleteClusterRequest(name="clusters/paper"))
+        assert (await planner.call("CreatePlan", request)).plan == made.plan
+        for request_id in (str(uuid.uuid4()), ""):
+            another = create_request("once", request_id=request_id, seed=WAIT)
+            assert (await refused(planner.call("CreatePlan", another))).reason == "NOT_FOUND"
+        other = create_request("other", request_id=request.request_id, seed=WAIT)
+        assert (await refused(planner.call("CreatePlan", other))).reason == "REQUEST_ID_REUSED"
 
 
-async def test_a_deleted_cluster_leaves_nothing_of_its_searches_even_if_the_planner_dies_then(planner: Planner) -> None:
-    await planner.create("night", seed=WAIT)
-    await planner.solving("plans/night")
-    assert await planner.store.read(lambda reader: reader.plan_documents.get("plans/night/problem"))
-    await planner.clusters.delete(cluster_service_pb2.DeleteClusterRequest(name="clusters/paper"))
-    rows = sqlalchemy.select(records.plan_documents.c.name)  # the search has not ended
-    assert await planner.store.read(lambda reader: reader.connection.execute(rows).all()) == []
+async def test_a_deleted_cluster_leaves_nothing_of_its_searches_even_if_the_planner_dies_then(tmp_path: Path) -> None:
+    async with planner_in(tmp_path, scripted=True) as planner:
+        await planner.create("night", seed=WAIT)
+        await planner.solving("plans/night")
+        assert await planner.store.read(lambda reader: reader.plan_documents.get("plans/night/problem"))
+        await planner.clusters.delete(cluster_service_pb2.DeleteClusterRequest(name="clusters/paper"))
+        rows = sqlalchemy.select(records.plan_documents.c.name)  # the search has not ended
+        assert await planner.store.read(lambda reader: reader.connection.execute(rows).all()) == []
 
 
 async def test_what_was_not_ended_is_queued_again_by_the_next_planner_but_for_what_was_called_off(
@@ -238,50 +240,53 @@ async def test_searches_still_count_as_their_callers_after_a_restart(tmp_path: P
         await planner.create("third", seed=WAIT)
 
 
-async def test_a_watch_ends_with_the_planner(planner: Planner) -> None:
-    await planner.create("night", seed=WAIT)
-    watch = planner.stub.WatchPlan(pb2.WatchPlanRequest(name="plans/night"))
-    await watch.read()
-    planner.hubs.close()
+async def test_a_watch_ends_with_the_planner(tmp_path: Path) -> None:
+    async with planner_in(tmp_path, scripted=True) as planner:
+        await planner.create("night", seed=WAIT)
+        watch = planner.stub.WatchPlan(pb2.WatchPlanRequest(name="plans/night"))
+        await watch.read()
+        planner.hubs.close()
 
-    async def rest() -> None:
-        while await watch.read() is not grpc.aio.EOF:
-            pass
+        async def rest() -> None:
+            while await watch.read() is not grpc.aio.EOF:
+                pass
 
-    ended = await refused(rest())
-    assert (ended.code, ended.reason) == (grpc.StatusCode.UNAVAILABLE, "DRAINING")
-    unknown = await refused(planner.call("GetPlan", pb2.GetPlanRequest(name="plans/other")))
-    assert unknown.reason == "NOT_FOUND"
-    wrong = await refused(planner.call("GetPlan", pb2.GetPlanRequest(name="night", view=view_pb2.VIEW_BASIC)))
-    assert wrong.reason == "INVALID_FIELD"
+        ended = await refused(rest())
+        assert (ended.code, ended.reason) == (grpc.StatusCode.UNAVAILABLE, "DRAINING")
+        unknown = await refused(planner.call("GetPlan", pb2.GetPlanRequest(name="plans/other")))
+        assert unknown.reason == "NOT_FOUND"
+        wrong = await refused(planner.call("GetPlan", pb2.GetPlanRequest(name="night", view=view_pb2.VIEW_BASIC)))
+        assert wrong.reason == "INVALID_FIELD"
 
 
-async def test_a_watch_ends_with_the_term_as_one_that_another_planner_continues(planner: Planner) -> None:
+async def test_a_watch_ends_with_the_term_as_one_that_another_planner_continues(tmp_path: Path) -> None:
     """In the past it was told that the planner shuts down, although that stood by from then on."""
-    await planner.create("night", seed=WAIT)
-    watch = planner.stub.WatchPlan(pb2.WatchPlanRequest(name="plans/night"))
-    await watch.read()
-    planner.hubs.close(planner.store.leadership.not_leader())
+    async with planner_in(tmp_path, scripted=True) as planner:
+        await planner.create("night", seed=WAIT)
+        watch = planner.stub.WatchPlan(pb2.WatchPlanRequest(name="plans/night"))
+        await watch.read()
+        planner.hubs.close(planner.store.leadership.not_leader())
 
-    async def rest() -> None:
-        while await watch.read() is not grpc.aio.EOF:
-            pass
+        async def rest() -> None:
+            while await watch.read() is not grpc.aio.EOF:
+                pass
 
-    ended = await refused(rest())
-    assert (ended.code, ended.reason) == (grpc.StatusCode.UNAVAILABLE, "NOT_LEADER")
+        ended = await refused(rest())
+        assert (ended.code, ended.reason) == (grpc.StatusCode.UNAVAILABLE, "NOT_LEADER")
 
 
-async def test_pages_begin_with_the_newest(planner: Planner) -> None:
-    for number in range(3):
-        await planner.create(f"p{number}", seed=FIND_NOTHING)
-    first = await planner.call("ListPlans", pb2.ListPlansRequest(page_size=2))
-    assert [plan.name for plan in first.plans] == ["plans/p2", "plans/p1"]
-    rest = pb2.ListPlansRequest(page_size=2, page_token=first.next_page_token)
-    second = await planner.call("ListPlans", rest)
-    assert [plan.name for plan in second.plans] == ["plans/p0"]
-    assert not second.next_page_token
-    rest.cluster = "clusters/paper"
-    assert (await refused(planner.call("ListPlans", rest))).reason == "INVALID_PAGE_TOKEN"
+async def test_pages_begin_with_the_newest(tmp_path: Path) -> None:
+    async with planner_in(tmp_path, scripted=True) as planner:
+        for number in range(3):
+            await planner.create(f"p{number}", seed=FIND_NOTHING)
+        first = await planner.call("ListPlans", pb2.ListPlansRequest(page_size=2))
+        assert [plan.name for plan in first.plans] == ["plans/p2", "plans/p1"]
+        rest = pb2.ListPlansRequest(page_size=2, page_token=first.next_page_token)
+        second = await planner.call("ListPlans", rest)
+        assert [plan.name for plan in second.plans] == ["plans/p0"]
+        assert not second.next_page_token
+        rest.cluster = "clusters/paper"
+        assert (await refused(planner.call("ListPlans", rest))).reason == "INVALID_PAGE_TOKEN"
 
 
 async def test_pages_of_large_plans_fit_into_memory_and_into_an_answer(tmp_path: Path) -> None:
