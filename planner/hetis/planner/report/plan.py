@@ -193,7 +193,8 @@ def _value(plan: Plan) -> Text:
     model = f"by the model {with_unit(by_model, result.unit)}"
     if not result.value:
         return Text.assemble(("none", "bold yellow"), f"  of the rates tried keeps the limits in simulation; {model}")
-    return Text.assemble((value, "bold yellow"), f"  kept in simulation; {model}; {promises.verdict(plan)}")
+    style = "bold yellow" if result.value < by_model else "bold green"
+    return Text.assemble((value, style), f"  kept in simulation; {model}; {promises.verdict(plan)}")
 
 
 def _cost(plan: Plan) -> str | None:
