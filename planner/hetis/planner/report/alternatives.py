@@ -99,11 +99,11 @@ def other_rungs(found: Sequence[RungFound], plan: Plan) -> str:
 def _other_rung(mine: RungFound, other: RungFound, plan: Plan) -> str:
     rung, unit, value, own = RUNGS[other.name], plan.result.unit, other.value or 0.0, mine.value or 0.0
     if plan.objective.maximises:
-        gain = f"{value / own - 1.0:+.1%} {unit}"
+        gain = f"{abs(value / own - 1.0):.1%} {'more' if value > own else 'fewer'} {unit}"
     else:
         gain = f"{with_unit(value, unit)} instead of {digits(own, 4)}"
-    over = f" over up to {plural(other.nodes, 'node')} each" if other.nodes and other.nodes > 1 else ""
-    left = f"left after a loss {percent_at_least(mine.left_share)} -> {percent_at_least(other.left_share)}"
+    over = f", up to {plural(other.nodes, 'node')} each" if other.nodes and other.nodes > 1 else ""
+    left = f"{percent_at_least(other.left_share)} left after a loss, instead of {percent_at_least(mine.left_share)}"
     return f"--rung {other.name}: {gain} with {rung.summary}{over}; {left}; needs {rung.needs}"
 
 
@@ -128,7 +128,7 @@ def class_grids(plan: Plan) -> list[Grid]:
         return []
     kept = grid_of(
         found.kept,
-        ("'kept in simulation", lambda one: one.traffic),
+        (f"'{_what_is_kept(plan)}", lambda one: one.traffic),
         ("without classes", lambda one: digits(one.without_rps, 4)),
         ("with", lambda one: digits(one.with_rps, 4)),
         ("gain", lambda one: f"{one.with_rps / one.without_rps - 1.0:+.1%}" if one.without_rps else "all"),
@@ -151,6 +151,12 @@ def class_grids(plan: Plan) -> list[Grid]:
         least=("requests",),
     )
     return [kept, latencies]
+
+
+def _what_is_kept(plan: Plan) -> str:
+    if Surviving.of(plan).bound_rps is None:
+        return "kept in simulation"
+    return f"left of it without any one {Requested.of(plan).survive}"
 
 
 def _used(found: Classes) -> str:

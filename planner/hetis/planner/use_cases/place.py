@@ -9,9 +9,9 @@ from __future__ import annotations
 import math
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from hetis.planner.use_cases import service_level
 from hetis.planner.use_cases.climbing import Carriers, Climbed, climb, gain_of, keeps_less, with_least_layers
@@ -98,11 +98,9 @@ def pose(request: PlacementRequest, carriers: Carriers | None = None) -> PosedPl
     loaded = for_engine(read_inputs(request), settings.engine)
     problem = settings.problem(loaded.inputs, request.goal)
     check_survival(problem, settings.survive, settings.keep)
-    if classes.cuts_of(request.classes, loaded.inputs.workload) and request.classes:
-        if request.survive:
-            raise InvalidProblemError(f"--classes {request.classes} and --survive: only plans without classes have it")
-        if problem.family.engine is None:
-            raise InvalidProblemError(f"--classes {request.classes}: strategy {request.strategy} knows no classes")
+    cuts = classes.cuts_of(request.classes, loaded.inputs.workload) if request.classes else {}
+    if cuts and problem.family.engine is None:
+        raise InvalidProblemError(f"--classes {request.classes}: strategy {request.strategy} knows no classes")
     return PosedPlacement(request=request, loaded=loaded, problem=problem, settings=settings, carriers=carriers)
 
 
@@ -176,21 +174,27 @@ class PosedPlacement:
         """
         request, settings, workload = self.request, self.settings, self.loaded.inputs.workload
         cuts = classes.cuts_of(request.classes, workload)
-        if not cuts or not made.plan.replicas or request.survive or budget.is_spent():
+        if not cuts or not made.plan.replicas or budget.is_spent():
             return made
         requested = self.loaded.inputs.applicable_limits(request.goal)
 
         def find(posed: PlacementProblem) -> Iterator[Plan]:
-            best = search(posed, settings, budget=budget, report=report)
-            yield described(best, posed)
-            if not best.objective.kind.goal.is_planned:
-                return
+            find_left = survivors(settings, budget, report)
+            best = None if settings.survive else search(posed, settings, budget=budget, report=report)
+            if best is not None:
+                yield described(best, posed)
+                if not best.objective.kind.goal.is_planned:
+                    return
             # Queues of pools are modelled without overflow into others, so simulation may keep more of pools that serve
             # most at a given utilisation: the usual one and, where far less is kept than the model says, the kept one.
             kept = posed.assumptions.planned_utilisation
             for utilisation in (PLANNED_UTILISATION, kept)[: 2 if 0.0 < kept < FAR_BELOW * PLANNED_UTILISATION else 1]:
                 assumptions = replace(posed.at(utilisation).assumptions, chooses_utilisation=False)
-                busiest = search(replace(posed, assumptions=assumptions), settings, budget=budget, report=report)
+                own = replace(posed, assumptions=assumptions)
+                if best is None:
+                    yield described(surviving_plan(find_left, own, settings.survive, settings.keep), posed)
+                    continue
+                busiest = search(own, settings, budget=budget, report=report)
                 bound = (max if best.objective.maximises else min)(best.result.bound, busiest.result.value)
                 yield described(replace(busiest, result=busiest.result.bounded_by(bound)), posed)
 
@@ -245,13 +249,13 @@ def make_plan(
         UncheckedPlanError: the plan fails the independent checker.
     """
 
-    survive = settings.survive
+    survive, evaluated = settings.survive, dict[Hashable, Any]()
 
     def find(posed: PlacementProblem, own: Budget, known: Known | None = None) -> Plan:
         on_search()
         if survive:
             return surviving_plan(survivors(settings, own, report), posed, survive, settings.keep)
-        return search(posed, settings, budget=own, report=report, market=market, known=known)
+        return search(posed, settings, budget=own, report=report, market=market, known=known, evaluated=evaluated)
 
     try:
         if problem.family.engine is None:
@@ -269,7 +273,7 @@ def make_plan(
         plan = equal_stages.with_values(plan, problem, settings.seed, budget.cancelled)
         plan = with_uses_of_idle(plan, problem, loaded, settings.seed, equal_stages.budget_of_one(budget.cancelled))
     if beside_engines and is_compared:
-        plan = with_engine_values(plan, problem, seed=settings.seed, budget=budget, report=report)
+        plan = with_engine_values(plan, problem, seed=settings.seed, budget=budget, report=report, evaluated=evaluated)
     return replace(made, plan=_checked(plan, problem, losses=beside_equal_stages), problem=problem)
 
 
@@ -358,11 +362,11 @@ def _checked(plan: Plan, problem: PlacementProblem, *, losses: bool) -> Plan:
 
 def search(
     problem: PlacementProblem, settings: PlacementSettings, *, budget: Budget, report: Report,
-    market: Market | None = None, known: Known | None = None,
+    market: Market | None = None, known: Known | None = None, evaluated: dict[Hashable, Any] | None = None,
 ) -> Plan:  # fmt: skip
     """Find the best plan of the strategy's family and bind it to named GPUs, by `hetis.solver.planning`.
 
-    It may be the ``known`` one of a smaller family.
+    It may be the ``known`` one of a smaller family, whose search left what it ``evaluated``.
 
     Raises:
         InfeasibleError: no plan of the family exists.
@@ -380,6 +384,7 @@ def search(
         market=market,
         simplest_within=settings.simplest_within,
         known=known,
+        evaluated=evaluated,
     )
 
 
