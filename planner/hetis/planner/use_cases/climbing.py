@@ -164,7 +164,7 @@ class _Rungs:
             rows[name] = self._row(name, rows)
         name = self._requested() if self._how.rung else self._worthwhile(rows)
         simple = simplify(self.plans[name], self._climbed(name).problem)
-        if simple.replicas != self.plans[name].replicas:
+        if simple is not self.plans[name]:
             self.plans[name] = simple
             rows[name] = self._row(name, {})
         self._require_target(rows[name])

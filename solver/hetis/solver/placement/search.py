@@ -29,7 +29,8 @@ def search(costs: CostTables, settings: SearchSettings, *, beyond: Beyond = ANY)
     if not costs.problem.family.uneven_layers:
         return _enumerate_uniform(costs, master, settings)
     outcome = search_enumerated(costs, master, settings, beyond)
-    if budget.is_spent() and (outcome is None or abs(outcome.bound - outcome.value) > settings.gap_target * outcome.value):
+    is_settled = outcome is not None and abs(outcome.bound - outcome.value) <= settings.gap_target * outcome.value
+    if budget.is_spent() and not is_settled:
         return _better(outcome, _first_plan(costs, settings), master)
     return outcome
 

@@ -102,9 +102,9 @@ def search_simpler(
 ) -> KeptOutcome | None:
     """Return the simplest outcome that keeps at least a rate, or a demand; None: none was found.
 
-    ``simplest`` searches among plans that serve so much more than the least. It does so at the utilisation that the
-    ``best`` plan keeps, with its lanes. If too little of what is found is kept, it does so again with the lanes of that,
-    among plans that serve as much more as was missing. The bound is that of the first search.
+    ``simplest`` searches among plans that serve so many times the least, at the utilisation that the ``best`` plan
+    keeps, with its lanes. If what is found keeps too little, it does so again with the lanes of that, among plans that
+    serve as much more as was missing, but less than the best. The bound is that of the first search.
     """
     problem, used, lanes = costs.problem, best.result.utilisation, best.lanes()
     if not chooses_utilisation(problem):
@@ -122,7 +122,7 @@ def search_simpler(
         if keeps * saturated_rate(tables, outcome) >= needed * (1.0 - 1e-9):
             outcome = replace(outcome, simplicity=replace(outcome.simplicity, bound=bound))
             return KeptOutcome(costs.at(keeps, lanes), outcome)
-        factor = min(used / keeps, 2.0) if keeps else 2.0
+        factor = min(used / keeps if keeps else np.inf, (factor + best.result.value / least) / 2.0)
     return None
 
 

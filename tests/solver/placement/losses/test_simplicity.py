@@ -13,9 +13,9 @@ from hetis.solver.budget import SearchSettings
 from hetis.solver.check import check_plan
 from hetis.solver.errors import InfeasibleError, InvalidProblemError
 from hetis.solver.placement.losses.survival import Survive
-from hetis.solver.plan import ObjectiveKind, Plan
+from hetis.solver.plan import Objective, ObjectiveKind, Plan
 from hetis.solver.planning import simplify_placement, solve_placement, solve_surviving
-from hetis.solver.problem import PlacementProblem
+from hetis.solver.problem import Assumptions, PlacementProblem
 from tests.solver.instances import make_model, make_node, make_problem
 from tests.solver.placement.losses.test_survival import left_by
 from tests.solver.placement.losses.test_survival_oracle import BYTES, Whole, fleet, plans_of
@@ -102,6 +102,32 @@ def test_of_plans_that_survive_none_that_leaves_as_much_has_fewer_points(
     assert bound == pytest.approx(most, rel=1e-5)
     assert left_by(plan, problem, "node") >= (1.0 - share) * most * (1 - 1e-5)
     assert points_of_plan(plan, problem, 0.0) == pytest.approx(least, abs=1e-6)
+
+
+@settings(max_examples=max(10, settings().max_examples // 4))
+@given(
+    nodes=NODES, fast=BYTES, slow=BYTES, share=st.sampled_from((0.05, 0.3)),
+    limit_s=st.floats(-2.0, 0.0).map(lambda exponent: 10.0**exponent),
+)  # fmt: skip
+def test_the_simplest_plan_keeps_what_may_not_be_lost_with_its_waits(
+    nodes: tuple[tuple[str, int, str], ...], fast: float, slow: float, share: float, limit_s: float
+) -> None:
+    goal = Objective(kind=ObjectiveKind.GOODPUT, ttft_limit_s=limit_s, tpot_limit_s=None)
+    problem = replace(fleet(nodes, fast=fast, slow=slow), objective=goal, assumptions=Assumptions())
+    try:
+        best = solve_placement(problem)
+    except InfeasibleError:
+        assume(False)
+    plan = simplify_placement(problem, best, share, SearchSettings())
+    assert check_plan(plan, problem) == ()
+    assert plan.result.value >= (1.0 - share) * best.result.value * (1.0 - 1e-9)
+    assert plan.result.bound == best.result.bound
+    wanted = (1.0 - share) * best.result.value / best.result.utilisation
+    assert points_of_plan(plan, problem, wanted) <= points_of_plan(best, problem, wanted) + 1e-4
+    if plan.replicas == best.replicas:
+        return
+    (note,) = (note for note in plan.notes if note.startswith("the simplest plan within"))
+    assert f"gives up {1.0 - plan.result.value / best.result.value:.2%}" in note
 
 
 def test_a_plan_inside_nodes_is_taken_where_it_loses_little_and_says_what_it_gave_up() -> None:

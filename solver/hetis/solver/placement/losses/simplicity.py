@@ -9,9 +9,9 @@
                n_k <= (replicas of k that fit) x_s     every k of every shape s
                and the rows of `survival.py`
 
-Of the plans with as few points, the one of the best value is chosen, of the same shapes if columns are many. A point is a percent of R that depends on one
-node; a replica over several nodes counts 2, and a shape 5, so that another one must save 5 percent. Replicas are not
-counted, nor their nodes, which would reward giants.
+Of the plans with as few points, the one of the best value is chosen, of the same shapes if columns are many. A point is
+a percent of R that depends on one node; a replica over several nodes counts 2, and a shape 5, so that another one must
+save 5 percent. Replicas are not counted, nor their nodes, which would reward giants.
 
 A plan whose value is within the limit has only columns whose reduced cost is at most the distance of the relaxation's
 bound from the limit. All of these are listed, without those that have a shape of their own and that another dominates:
