@@ -27,7 +27,7 @@ from hetis.solver.budget import SearchSettings
 from hetis.solver.errors import NoPlanFoundError
 from hetis.solver.placement.outcome import Outcome, rate_bound
 from hetis.solver.placement.replicas.tables import CostTables, Tables
-from hetis.solver.placement.waits import Kept, kept_by, lanes_of, saturated_rate
+from hetis.solver.placement.waits import PRECISE, Kept, kept_by, lanes_of, saturated_rate
 from hetis.solver.plan import Lanes, Plan
 from hetis.solver.problem import PlacementProblem
 
@@ -104,16 +104,19 @@ def search_simpler(
 
     ``simplest`` searches among plans that serve so many times the least, at the utilisation that the ``best`` plan
     keeps, with its lanes. If what is found keeps too little, it does so again with the lanes of that, among plans that
-    serve as much more as was missing, but less than the best. The bound is that of the first search.
+    leave as much of the limit on TTFT for waiting as the best does; and then among those that serve as much more as was
+    missing, but less than the best. The bound is that of the first search.
     """
     problem, used, lanes = costs.problem, best.result.utilisation, best.lanes()
     if not chooses_utilisation(problem):
         outcome = simplest(costs, 1.0)
         return None if outcome is None else KeptOutcome(costs, outcome)
     needed, most = (least, GRID[-1]) if problem.objective.maximises else (problem.objective.demand_rps or 0.0, used)
+    limit_s, slowest_s = problem.objective.ttft_limit_s, max(one.ttft_s for one in best.replicas)
+    leaves = 0.0 if limit_s is None else max(0.0, 1.0 - slowest_s / limit_s) * (1.0 - PRECISE)
     factor, bound = 1.0, 0.0
     for number in range(TRIES):
-        tables = costs.at(used, lanes)
+        tables = costs.at(used, lanes, leaves if number else 0.0)
         outcome = simplest(tables, factor)
         if outcome is None or outcome.simplicity is None:
             break
@@ -122,7 +125,8 @@ def search_simpler(
         if keeps * saturated_rate(tables, outcome) >= needed * (1.0 - 1e-9):
             outcome = replace(outcome, simplicity=replace(outcome.simplicity, bound=bound))
             return KeptOutcome(costs.at(keeps, lanes), outcome)
-        factor = min(used / keeps if keeps else np.inf, (factor + best.result.value / least) / 2.0)
+        if number:
+            factor = min(used / keeps if keeps else np.inf, (factor + best.result.value / least) / 2.0)
     return None
 
 

@@ -41,7 +41,7 @@ from hetis.solver.placement.policy import POLICY
 from hetis.solver.placement.replicas.kinds import Kind, Layout
 from hetis.solver.placement.replicas.tables import CostTables
 
-FEW = 40  # columns of each side in a first plan, for each order
+FEW = 40  # columns of each side in a first plan, for each order; up to as many, the best value is proven
 MOST_COLUMNS = 1500  # of a proof
 NODES = 60  # limit on nodes of a search tree: some seconds for 700 columns
 ROUGHER = 10.0  # gap of points, a percent each, to that of values
