@@ -13,9 +13,9 @@ How far is looked ahead for D is another question than the horizon over which a 
 given back too early is taken again within a minute or two and costs its start once more, about as much as keeping it
 for that time, whereas what is kept for a later peak is paid until then. So D is the peak of some minutes. Both demands
 are upper ends of the same probability, one of the time in which nothing can be helped, one of that for which a change
-is made. Their level is the mean of minutes, or since a jump (`History.level`), known up to the chance of counting: less
-is short already by `SHORT` standard deviations of it, and `SPARE` more are planned for, so that a change answers more
-than chance soon takes back.
+is made. Their level is the mean of minutes, or since a jump (`History.level`), known up to the chance of counting. A
+plan is short only by `SHORT` standard deviations of it, and what is given back leaves `SPARE` of them above D: so
+chance alone hardly ever gives back what it soon takes again, whereas a shortage is answered with no more than D.
 
 The answer is a re-planning (docs/replanning.md): its value counts what the change costs, its bound is one on every
 change of the family, and its steps keep the capacity as high as any order can. A shortage is ended whatever that costs,
@@ -52,7 +52,7 @@ from hetis.solver.traffic import TrafficSketch
 from hetis.solver.workload import Workload
 
 ENOUGH = 1 - 1e-6
-SHORT, SPARE = 1.0, 2.0  # standard deviations of a level
+SHORT, SPARE = 1.0, 5.0  # standard deviations of a level
 LEVEL_S = LEVEL_BINS * BIN_S
 LEAST_ENDED = 100  # requests that a mix is measured from
 STAY_S = 60.0  # horizon of a change whose replicas mostly stay: what starts then costs more than what it saves
@@ -307,9 +307,10 @@ class _Deciding:
 
     def decision(self) -> Decision:
         objective = self._plan.objective
-        demand_rps = (1 + SPARE * self._chance) * max(self._far.high_rps, self._near.high_rps)
+        demand_rps = max(self._far.high_rps, self._near.high_rps)
         if self._capacity_rps < self._near.high_rps * (1 - SHORT * self._chance) * ENOUGH:
             return self._out_of_shortage(demand_rps)
+        demand_rps *= 1 + SPARE * self._chance
         other = self._workload != self._in_force.workload
         if objective.maximises and not other:
             return self._keep("")
