@@ -195,7 +195,7 @@ def problem_of(system: System, tokens: float) -> PlacementProblem:
     profile = for_engine(
         shipped_profile(system.gpu) or modelled_profile(kind), kind, system.engine,
         stream_interval=system.stream_interval(tokens), whole_experts=model.experts is not None,
-        default_backend=model.experts is None,
+        default_backend=model.experts is None, schedules_ahead=system.schedules_ahead,
     )  # fmt: skip
     settings = EngineSettings(max_num_seqs=system.seats, chunk_tokens=CHUNKS)
     return PlacementProblem(

@@ -38,6 +38,8 @@ ENGINES = {"TensorRT": "trtllm", "vLLM": "vllm"}
 AMD_STEPS = 7
 PYTORCH = ("deepseek-r1",)
 _TOKENS = re.compile(r"TOKENS_PER_SAMPLE: ([\d.]+)")
+_VLLM = re.compile(r"vLLM v?(\d+)\.(\d+)")
+SCHEDULES_AHEAD = (0, 14)  # version from which on vLLM's iterations do not wait for the host; v5.1 has 0.6 to 0.10
 OFFLINE, SCENARIOS = "Offline", ("Offline", "Server", "Interactive")
 
 
@@ -112,6 +114,7 @@ class System:
     weights: str
     scenario: str
     engine: str
+    schedules_ahead: bool = True
 
     @property
     def name(self) -> str:
@@ -189,7 +192,7 @@ def pose(row: Mapping[str, str]) -> Submission:
     return Submission(
         system=System(
             gpu=gpu, gpus=int(gpus), benchmark=label, weights=WEIGHTS[row["weight_data_types"]],
-            scenario=row["Scenario"], engine=engine,
+            scenario=row["Scenario"], engine=engine, schedules_ahead=_schedules_ahead(row["Software"]),
         ),
         run=(row["Submitter"], row["Platform"], label, row["Scenario"], row["Performance_Result"]),
         output_tokens=output_tokens,
@@ -200,6 +203,11 @@ def pose(row: Mapping[str, str]) -> Submission:
 
 def _words(software: str) -> str:
     return re.split(r"[\d,]", software)[0].strip() or software
+
+
+def _schedules_ahead(software: str) -> bool:
+    found = _VLLM.search(software)
+    return found is None or (int(found[1]), int(found[2])) >= SCHEDULES_AHEAD
 
 
 def _output_tokens(row: Mapping[str, str]) -> float:

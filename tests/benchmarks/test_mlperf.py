@@ -54,6 +54,9 @@ def test_a_row_is_posed_as_it_says() -> None:
     red_hat = pose(row(**RED_HAT))
     assert (red_hat.system.engine, red_hat.output_tokens) == ("vllm", 128.0)
     assert (red_hat.system.seats, system.seats) == (1024, 2048)
+    # The host of vLLM 0.10 is not hidden; that of other engines is as their profiles say.
+    ahead = [pose(row(**RED_HAT | {"Software": f"vLLM {version}, RHEL 9.6"})) for version in ("v0.13.2", "0.14.0")]
+    assert [one.system.schedules_ahead for one in (red_hat, posed, *ahead)] == [False, True, False, True]
 
 
 def test_what_cannot_be_planned_is_skipped_with_its_reason() -> None:

@@ -185,8 +185,9 @@ class ReplicaObjects:
     def config(self) -> dict[str, Any]:
         """Return the ConfigMap of the plugin's file, in which workers are addressed by the names of their Services."""
         places = {p.name: (self._names[p.name], WORKER_PORT) for p in self._layout.attention_workers}
-        text = yaml.safe_dump(config_of(self._layout, places, key_file=KEY_FILE), sort_keys=False)
-        return self.object("v1", "ConfigMap", f"{self._of.name}-workers", data={CONFIG_FILE: text})
+        content = config_of(self._layout, places, key_file=KEY_FILE, encrypts=self._serving.encrypts)
+        data = {CONFIG_FILE: yaml.safe_dump(content, sort_keys=False)}
+        return self.object("v1", "ConfigMap", f"{self._of.name}-workers", data=data)
 
     def front(self) -> dict[str, Any]:
         """Return the Service for clients, which routes to the engine once it is ready."""

@@ -96,8 +96,6 @@ def solve_surviving(
     problem = replace(problem.in_shared_precision(), family=STRATEGIES[strategy].restrict(problem.family))
     if STRATEGIES[strategy].is_published or not problem.family.uneven_layers:
         raise InvalidProblemError(f"strategy {strategy} does not plan for losses")
-    if problem.workload.classes:
-        raise InvalidProblemError("plans for losses have no pools of classes of requests")
     plan, left_bound = solve_surviving_family(problem, settings, survive, market)
     return replace(plan, family=problem.describe_family()), left_bound
 

@@ -16,7 +16,7 @@ from hetis.planner.cli.outputs import refuse_unwritable, write_out
 from hetis.planner.cli.parameters.options import PlanArgument, group, option, spelled, verb
 from hetis.planner.cli.server.server_verb import chosen_cluster, cluster_name_option, fetched, server_verb
 from hetis.planner.export import ExportTarget
-from hetis.planner.export.settings import ExportOptions, settings_of
+from hetis.planner.export.settings import ExportOptions, ExportSettings
 
 if TYPE_CHECKING:
     from hetis.planner.client import Client
@@ -70,7 +70,7 @@ def export(
     folder = None if requested.out == "-" else Path(requested.out)
     if folder is not None:
         wrong += folder_refusals(folder, force=requested.force)
-    settings = settings_of(options, engine_options=tuple(engine_options or ()), hosts=hosts)
+    settings = ExportSettings.of(options, engine_options=tuple(engine_options or ()), hosts=hosts)
     found = load_plan(plan)
     made = export_wanted(found, requested.to, settings, file=plan, spelled=spelled, more_wrong=wrong)
     if MadeFrom.of(found).documents.keys() >= CHECKED_AGAINST:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from functools import partial
-from typing import Literal
+from typing import Literal, Self
 
 from hetis.commands.groups import group, option
 from hetis.engines.cluster import ClusterSettings
@@ -42,6 +42,7 @@ class ExportOptions(ClusterSettings):
         min=1,
         max=60_000,
     )
+    encrypt: bool = option("--encrypt: Encrypt what vLLM and attention workers on other hosts exchange.", False)
     sbatch: str = option("--sbatch OPTIONS: Further options of Slurm's jobs, such as '--partition=gpu --time=7-0'.", "")
     name: str = option("--name: Prefix of the names of objects and jobs.", "hetis")
     namespace: str = _cluster("--namespace: Kubernetes namespace. Default: kubectl's.", "")
@@ -70,7 +71,8 @@ class ExportSettings(ExportOptions):
     engine_options: tuple[str, ...] = ()  # passed to the engine unchanged
     hosts: Mapping[str, str] = field(default_factory=dict)  # addresses by node; others are reached by their own names
 
-
-def settings_of(options: ExportOptions, *, engine_options: tuple[str, ...], hosts: Mapping[str, str]) -> ExportSettings:
-    given = {one.name: getattr(options, one.name) for one in fields(ExportOptions)}
-    return ExportSettings(engine_options=engine_options, hosts=hosts, **given)
+    @classmethod
+    def of(cls, options: ExportOptions, *, engine_options: tuple[str, ...], hosts: Mapping[str, str]) -> Self:
+        """Return the settings with what was chosen by options, whatever else these contain."""
+        chosen = {one.name: getattr(options, one.name) for one in fields(ExportOptions)}
+        return cls(engine_options=engine_options, hosts=hosts, **chosen)

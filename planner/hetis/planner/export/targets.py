@@ -33,7 +33,7 @@ from hetis.planner.export.replicas import (
 from hetis.planner.export.routing import routing_files, shares_of
 from hetis.planner.export.settings import ExportSettings
 from hetis.planner.export.stacks import why_not_on_dynamo, write_dynamo, write_kserve
-from hetis.planner.use_cases.record.parts import Classes, MadeFrom, Requested
+from hetis.planner.use_cases.record.parts import Classes, MadeFrom, Requested, Surviving
 from hetis.planner.use_cases.request import EngineName
 from hetis.solver.model import ModelSpec
 from hetis.solver.plan import Plan, Role
@@ -119,7 +119,8 @@ def _carried(found: Launchable, target: ExportTarget) -> Launchable:
     if found.plan.classes and target in _KNOW_NO_LENGTHS:
         why = "its router does not know the lengths of prompts, by which this plan divides requests: --classes none"
         if kept := Classes.of(found.plan).kept:
-            why += f" keeps {kept[0].without_rps:.4g} requests/s, this plan {kept[0].with_rps:.4g}"
+            verb = "keeps" if Surviving.of(found.plan).bound_rps is None else "leaves after a loss"
+            why += f" {verb} {kept[0].without_rps:.4g} requests/s, this plan {kept[0].with_rps:.4g}"
         raise NotExportableError((why,))
     return _TARGETS[target].narrowed(found.without_impossible(_TARGETS[target].why_not))
 

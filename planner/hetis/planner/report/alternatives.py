@@ -128,7 +128,7 @@ def class_grids(plan: Plan) -> list[Grid]:
         return []
     kept = grid_of(
         found.kept,
-        ("'kept in simulation", lambda one: one.traffic),
+        (f"'{_what_is_kept(plan)}", lambda one: one.traffic),
         ("without classes", lambda one: digits(one.without_rps, 4)),
         ("with", lambda one: digits(one.with_rps, 4)),
         ("gain", lambda one: f"{one.with_rps / one.without_rps - 1.0:+.1%}" if one.without_rps else "all"),
@@ -151,6 +151,12 @@ def class_grids(plan: Plan) -> list[Grid]:
         least=("requests",),
     )
     return [kept, latencies]
+
+
+def _what_is_kept(plan: Plan) -> str:
+    if Surviving.of(plan).bound_rps is None:
+        return "kept in simulation"
+    return f"left of it without any one {Requested.of(plan).survive}"
 
 
 def _used(found: Classes) -> str:

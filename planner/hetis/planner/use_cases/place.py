@@ -98,11 +98,9 @@ def pose(request: PlacementRequest, carriers: Carriers | None = None) -> PosedPl
     loaded = for_engine(read_inputs(request), settings.engine)
     problem = settings.problem(loaded.inputs, request.goal)
     check_survival(problem, settings.survive, settings.keep)
-    if classes.cuts_of(request.classes, loaded.inputs.workload) and request.classes:
-        if request.survive:
-            raise InvalidProblemError(f"--classes {request.classes} and --survive: only plans without classes have it")
-        if problem.family.engine is None:
-            raise InvalidProblemError(f"--classes {request.classes}: strategy {request.strategy} knows no classes")
+    cuts = classes.cuts_of(request.classes, loaded.inputs.workload) if request.classes else {}
+    if cuts and problem.family.engine is None:
+        raise InvalidProblemError(f"--classes {request.classes}: strategy {request.strategy} knows no classes")
     return PosedPlacement(request=request, loaded=loaded, problem=problem, settings=settings, carriers=carriers)
 
 
@@ -176,21 +174,27 @@ class PosedPlacement:
         """
         request, settings, workload = self.request, self.settings, self.loaded.inputs.workload
         cuts = classes.cuts_of(request.classes, workload)
-        if not cuts or not made.plan.replicas or request.survive or budget.is_spent():
+        if not cuts or not made.plan.replicas or budget.is_spent():
             return made
         requested = self.loaded.inputs.applicable_limits(request.goal)
 
         def find(posed: PlacementProblem) -> Iterator[Plan]:
-            best = search(posed, settings, budget=budget, report=report)
-            yield described(best, posed)
-            if not best.objective.kind.goal.is_planned:
-                return
+            find_left = survivors(settings, budget, report)
+            best = None if settings.survive else search(posed, settings, budget=budget, report=report)
+            if best is not None:
+                yield described(best, posed)
+                if not best.objective.kind.goal.is_planned:
+                    return
             # Queues of pools are modelled without overflow into others, so simulation may keep more of pools that serve
             # most at a given utilisation: the usual one and, where far less is kept than the model says, the kept one.
             kept = posed.assumptions.planned_utilisation
             for utilisation in (PLANNED_UTILISATION, kept)[: 2 if 0.0 < kept < FAR_BELOW * PLANNED_UTILISATION else 1]:
                 assumptions = replace(posed.at(utilisation).assumptions, chooses_utilisation=False)
-                busiest = search(replace(posed, assumptions=assumptions), settings, budget=budget, report=report)
+                own = replace(posed, assumptions=assumptions)
+                if best is None:
+                    yield described(surviving_plan(find_left, own, settings.survive, settings.keep), posed)
+                    continue
+                busiest = search(own, settings, budget=budget, report=report)
                 bound = (max if best.objective.maximises else min)(best.result.bound, busiest.result.value)
                 yield described(replace(busiest, result=busiest.result.bounded_by(bound)), posed)
 

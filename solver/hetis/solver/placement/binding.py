@@ -71,7 +71,13 @@ def bind(
     parts = [part for i, template in enumerate(templates) for part in _parts_of(costs, i, template)]
     budget, engine = budget if budget is not None else Budget(), costs.problem.family.engine
     most_nodes = None if engine is None else engine.max_nodes
-    spread = _spread(costs, parts, [template.rate for template in templates], layouts) if spreads else None
+    names = [costs.problem.ranges()[costs.scopes[template.scope].number] for template in templates]
+    shares = costs.problem.workload.shares()
+    rates = [
+        template.rate / sum(shares[name] for name in own) if own else template.rate
+        for template, own in zip(templates, names, strict=True)
+    ]
+    spread = _spread(costs, parts, rates, layouts) if spreads else None
     if spread is not None and (most_nodes is None or _most_nodes(costs, parts, spread) <= most_nodes):
         nodes = spread
     elif most_nodes is not None:
@@ -79,12 +85,12 @@ def bind(
     else:
         nodes = _on_few_nodes(costs, parts, seed, budget)
     if roles and nodes is not spread:
-        nodes = _exchanged(costs, parts, nodes, Rates([template.rate for template in templates], roles))
-    names = _Names(costs)
+        nodes = _exchanged(costs, parts, nodes, Rates(rates, roles, names, tuple(shares) or ("",)))
+    free = _Names(costs)
     bound = [[BoundStage() for _ in template.stages] for template in templates]
     for part, node in zip(parts, nodes, strict=True):
         stage = bound[part.replica][part.stage]
-        (stage.workers if part.is_worker else stage.devices).extend(names.take(part.device_class, node, part.size))
+        (stage.workers if part.is_worker else stage.devices).extend(free.take(part.device_class, node, part.size))
     return bound
 
 

@@ -132,10 +132,10 @@ class ClassRows:
         binaries, level = np.zeros((num_binaries, self.covers.shape[1])), np.ones((1, self.covers.shape[1]))
         return np.concatenate([-replicas, -flows, binaries, level])
 
-    def served(self, columns: Columns, counts: IntArray, flows: FloatArray) -> float:
-        """Return L of whole replicas."""
+    def served(self, columns: Columns, counts: IntArray, flows: FloatArray) -> FloatArray:
+        """Return how much whole replicas serve of each class, over its share; [classes]. The least of these is L."""
         by_flows = (flows.sum(axis=1)[:, None] * self.covers[self.range_of_zone]).sum(axis=0)
-        return float((by_flows - counts @ self.rows(columns, 0, 0)[: len(counts)]).min())
+        return np.asarray(by_flows - counts @ self.rows(columns, 0, 0)[: len(counts)])
 
     def rate_prices(self, duals: FloatArray) -> FloatArray:
         """Return what a request/s of each range is worth, from the duals of the rows; [ranges]."""
@@ -149,10 +149,8 @@ def class_rows(costs: CostTables) -> ClassRows | None:
         return None
     shares, ranges = problem.workload.shares(), problem.ranges()
     serves = np.array([[not names or name in names for name in shares] for names in ranges], dtype=float)
-    of_side = np.full(routes.num_sides, -1, dtype=np.int64)
-    of_side[[routes.unified(number) for number in range(len(ranges))]] = np.arange(len(ranges))
-    of_zone = np.repeat(np.arange(len(ranges)), len(routes.zones) // len(ranges))
-    return ClassRows(serves / (serves @ np.array([*shares.values()]))[:, None], of_side, of_zone)
+    of_side = np.where([role is Role.UNIFIED for role in routes.roles], routes.ranges, -1)
+    return ClassRows(serves / (serves @ np.array([*shares.values()]))[:, None], of_side, routes.ranges_of_zones)
 
 
 def type_of_role(costs: CostTables) -> TypeOfRole | None:

@@ -275,9 +275,31 @@ class Routes:
     def num_sides(self) -> int:
         return self.num_ranges + (3 * len(self.zones) if self.splits_roles else 0)
 
+    @property
+    def num_flows(self) -> int:
+        return len(self.zones) ** 2 if self.splits_roles else 0
+
     def unified(self, number: int) -> int:
         """Return the side of unified replicas of a range."""
         return UNIFIED if number == 0 else self.num_sides - self.num_ranges + number
+
+    @property
+    def ranges_of_zones(self) -> IntArray:
+        """Return the range of each of ``zones``."""
+        return np.repeat(np.arange(self.num_ranges), len(self.zones) // self.num_ranges)
+
+    @property
+    def ranges(self) -> IntArray:
+        """Return the range of each side."""
+        apart = np.tile(self.ranges_of_zones, 3) if self.splits_roles else self.ranges_of_zones[:0]
+        return np.concatenate([[0], apart, np.arange(1, self.num_ranges)])
+
+    @property
+    def roles(self) -> tuple[Role, ...]:
+        """Return the role of each side."""
+        num = len(self.zones) if self.splits_roles else 0
+        apart = [Role.PREFILL] * 2 * num + [Role.DECODE] * num
+        return (Role.UNIFIED, *apart, *[Role.UNIFIED] * (self.num_ranges - 1))
 
     @property
     def has_links(self) -> bool:

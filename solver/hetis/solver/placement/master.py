@@ -231,8 +231,8 @@ class Master:
             counts[: len(start.counts)] = start.counts
             given = highspy.HighsSolution()
             binaries = [] if self.types is None else self.types.chosen(columns, counts).tolist()
-            flows = start.flows.ravel()[: self._num_flows()].tolist()
-            level = [] if self.classes is None else [self.classes.served(columns, counts, start.flows)]
+            flows = start.flows.ravel()[: self.routes.num_flows].tolist()
+            level = [] if self.classes is None else [self.served(columns, counts, start.flows)]
             given.col_value = [*counts.astype(float).tolist(), *flows, *binaries, *level]
             highs.setSolution(given)
         highs.run()
@@ -267,9 +267,13 @@ class Master:
 
     def served(self, columns: Columns, counts: IntArray, flows: FloatArray) -> float:
         """Return the requests/s that whole replicas serve."""
+        return float(self.served_of_each(columns, counts, flows).min())
+
+    def served_of_each(self, columns: Columns, counts: IntArray, flows: FloatArray) -> FloatArray:
+        """Return the requests/s that whole replicas serve, or those of each class over its share."""
         if self.classes is not None:
             return self.classes.served(columns, counts, flows)
-        return float((counts * columns.rates)[columns.sides == UNIFIED].sum() + flows.sum())
+        return np.array([(counts * columns.rates)[columns.sides == UNIFIED].sum() + flows.sum()])
 
     def best_flows(self, columns: Columns, counts: IntArray) -> FloatArray:
         """Return the largest flows between chosen replicas, none too large by a rounding error; [Z, Z]."""
@@ -290,7 +294,7 @@ class Master:
 
     def _flows_by_lp(self, columns: Columns, counts: IntArray) -> FloatArray:
         model = replace(self, pins=None, types=None, classes=None)._model(columns, whole=False)
-        num_columns, flows = len(columns.rates), np.ones(self._num_flows())
+        num_columns, flows = len(columns.rates), np.ones(self.routes.num_flows)
         model.sense_ = highspy.ObjSense.kMaximize
         model.col_cost_ = np.concatenate([np.zeros(num_columns), flows])
         model.col_lower_ = np.concatenate([counts.astype(float), 0.0 * flows])
@@ -301,9 +305,6 @@ class Master:
         highs.run()
         return np.array(highs.getSolution().col_value)[num_columns:].reshape(self.routes.capacity.shape)
 
-    def _num_flows(self) -> int:
-        return len(self.routes.zones) ** 2 if self.routes.splits_roles else 0
-
     def _between(self) -> Any:
         """Return the index of routes between different zones, in row-major order."""
         return np.nonzero(~np.eye(len(self.routes.zones), dtype=bool))
@@ -313,7 +314,7 @@ class Master:
 
         Its columns are replicas, flows, binaries of types, and, if it ``is_elastic``, what is missing in each row.
         """
-        num, flows = len(columns.rates), self._num_flows()
+        num, flows = len(columns.rates), self.routes.num_flows
         binaries = 0 if self.types is None else self.types.num_binaries
         served = np.where(columns.sides == UNIFIED, columns.rates, 0.0)
         served = np.concatenate([served, np.ones(flows), np.zeros(binaries)])
@@ -365,7 +366,7 @@ class Master:
         """
         taken, most = columns.uses.sum(axis=1), np.zeros(self.routes.num_sides)
         if not taken.all():  # replicas that stay, in replanning
-            return np.full(self._num_flows(), highspy.kHighsInf)
+            return np.full(self.routes.num_flows, highspy.kHighsInf)
         np.maximum.at(most, columns.sides, columns.rates / taken)
         local, afar, receiving = self.routes.parts(2.0 * float(self.limits.sum()) * most)
         flows: FloatArray = np.minimum.outer(afar, receiving)

@@ -13,8 +13,9 @@ import pytest
 from hetis.formats.documents import load_plan
 from hetis.planner.cli.app import run
 from hetis.planner.cli.exit_codes import ExitCode
-from hetis.planner.use_cases.record.parts import Classes
+from hetis.planner.use_cases.record.parts import Classes, Surviving
 from hetis.planner.use_cases.saved_plans import load_plan_and_problem
+from hetis.planner.use_cases.surviving import check_recorded_losses
 from hetis.planner.use_cases.verification import classes
 from hetis.solver.budget import Budget, silent
 from hetis.solver.check import check_plan
@@ -93,16 +94,9 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def placed(folder: Path, *options: str, traffic: str = "traffic", exits: ExitCode = ExitCode.OK) -> dict[str, Any]:
     out = folder / "plan.json"
     out.unlink(missing_ok=True)
-    asked = [
-        "-c",
-        str(folder / "fleet.yaml"),
-        "-m",
-        "llama-3.1-8b",
-        "-w",
-        str(folder / f"{traffic}.yaml"),
-        "--ttft",
-        "5s",
-    ]
+    workload = folder / f"{traffic}.yaml"
+    traffic = str(workload) if workload.exists() else traffic
+    asked = ["-c", str(folder / "fleet.yaml"), "-m", "llama-3.1-8b", "-w", traffic, "--ttft", "5s"]
     assert run(["place", *asked, "--no-other-engines", "--no-verify", *options, "--out", str(out), "-q"]) == exits
     found: dict[str, Any] = json.loads(out.read_text()) if out.exists() else {}
     return found
@@ -129,11 +123,22 @@ def test_a_plan_with_classes_is_taken_where_it_is_worth_them(files: Path) -> Non
     assert placed(files, "--for", "kubernetes")["classes"] == []
 
 
-@pytest.mark.parametrize("option", [("--survive", "node"), ("--strategy", "hexgen-paper")])
-def test_what_knows_no_classes_is_refused(
-    option: tuple[str, str], files: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    placed(files, "--classes", "p50", *option, exits=ExitCode.INVALID)
+@pytest.mark.parametrize("goal", [(), ("--keep", "40%")])
+def test_what_is_left_after_a_loss_is_left_of_every_class(goal: tuple[str, ...], tmp_path: Path) -> None:
+    (tmp_path / "fleet.yaml").write_text(fleet("twice", "2 h: 1 H100-SXM-80GB", "4 t: 2 RTX-3090"))
+    options = "--survive", "node", "--rung", "node", *goal
+    without = placed(tmp_path, *options, "--classes", "none", traffic="longbench_lengths")["inputs"]
+    plan = placed(tmp_path, *options, "--classes", "p50", "--worth", "0", traffic="longbench_lengths")
+    found = load_plan_and_problem(str(tmp_path / "plan.json"))
+    assert check_plan(found.plan, found.problem) == ()
+    assert check_recorded_losses(found.plan, found.problem) == ()
+    assert plan["classes"], plan["inputs"]["classes_why_not"]
+    if not goal:
+        assert plan["inputs"]["survives_rps"] > without["survives_rps"]
+
+
+def test_a_strategy_that_knows_no_classes_is_refused(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    placed(files, "--classes", "p50", "--strategy", "hexgen-paper", exits=ExitCode.INVALID)
     assert "--classes p50" in capsys.readouterr().err
 
 
@@ -171,7 +176,9 @@ def without_and_with_pools(**objective: Any) -> tuple[Plan, Plan]:
 
 
 def valued(plan: Plan, value: float) -> Plan:
-    return replace(plan, result=replace(plan.result, value=value))
+    """Return a plan with this value, whose replicas are as fast."""
+    replicas = tuple(replace(one, rate=value * one.rate / plan.served_rate()) for one in plan.replicas)
+    return replace(plan, replicas=replicas, result=replace(plan.result, value=value))
 
 
 @pytest.mark.parametrize("worth", [0.1, 0.3])
@@ -190,6 +197,35 @@ def test_the_first_plan_by_value_that_keeps_enough_is_used(worth: float, monkeyp
             assert kept.without_rps == pytest.approx(before, rel=classes.PRECISE)
             assert kept.with_rps == pytest.approx(after, rel=classes.PRECISE)
             assert kept.with_rps >= (1.0 + worth) * kept.without_rps
+
+
+def test_plans_that_run_the_same_are_tried_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    without, having = without_and_with_pools()
+    tried = list[float]()
+    slower = replace(having, replicas=tuple(replace(one, ttft_s=2.0 * one.ttft_s) for one in having.replicas))
+
+    def keeps_more(_self: object, found: classes.WithClasses, _worth: float) -> bool:
+        tried.append(found.plan.result.value)
+        return False
+
+    monkeypatch.setattr(classes._Compared, "keeps_more", keeps_more)
+    keeps = dict.fromkeys((10.0, 11.0, 12.0), (10.0, 10.0))
+    worse = replace(slower, result=replace(having.result, value=11.0))
+    better = replace(having, result=replace(having.result, value=12.0))
+    chosen(valued(without, 10.0), (worse, better), keeps, 0.1, monkeypatch)
+    assert tried == [12.0]
+
+
+def test_of_plans_that_leave_most_after_a_loss_what_is_left_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 10 requests/s 4 are left, of 9 with pools 6."""
+    without, having = (
+        Surviving(left_rps=left_rps, bound_rps=left_rps).on(valued(plan, value))
+        for plan, value, left_rps in zip(without_and_with_pools(), (10.0, 9.0), (4.0, 6.0), strict=True)
+    )
+    found = chosen(without, [having], {10.0: (10.0, 10.0), 9.0: (9.0, 9.0)}, 0.3, monkeypatch)
+    assert found.result.value == 9.0
+    kept = Classes.of(found).kept[0]
+    assert (kept.without_rps, kept.with_rps) == pytest.approx((4.0, 6.0), rel=classes.PRECISE)
 
 
 @pytest.mark.parametrize(("worth", "value"), [(0.1, 85.0), (0.2, 100.0)])

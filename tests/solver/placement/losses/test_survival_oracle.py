@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -22,8 +21,10 @@ from hetis.solver.placement.replicas.tabulation import build_cost_tables
 from hetis.solver.plan import Objective, ObjectiveKind, Role
 from hetis.solver.planning import solve_surviving
 from hetis.solver.problem import PlacementProblem
+from hetis.solver.workload import Workload
 from tests.solver.instances import make_problem, make_profile
 from tests.solver.placement.losses.test_survival import left_by
+from tests.solver.placement.test_classes import TRAFFIC, workload
 
 SIZES = Family(max_pool=0, tp_sizes=(1, 2), micro_batches=(1, 4), chunk_tokens=(64,), roles=(Role.UNIFIED,))
 
@@ -43,7 +44,9 @@ def fleet(nodes: tuple[tuple[str, int, str], ...], **given: float) -> PlacementP
     """Return a problem of nodes: each has a GPU type, a number of GPUs, and a zone."""
     names = {gpu for gpu, _, _ in nodes}
     profiles = {
-        "fast": make_profile("fast", bytes_per_s=9e10, flops=9e12, usable_bytes=int(given.get("fast", 30e6))),
+        "fast": make_profile(
+            "fast", bytes_per_s=9e10, flops=given.get("flops", 9e12), usable_bytes=int(given.get("fast", 30e6))
+        ),
         "slow": make_profile("slow", usable_bytes=int(given.get("slow", 30e6))),
     }
     groups = [
@@ -56,9 +59,23 @@ def fleet(nodes: tuple[tuple[str, int, str], ...], **given: float) -> PlacementP
     return replace(problem, objective=goal)
 
 
-def replicas_of(problem: PlacementProblem) -> list[tuple[float, tuple[tuple[int, int], ...]]]:
-    """Return the rate and the parts (class, GPUs) of every replica, the slower ones of small batches included."""
-    found = set[tuple[float, tuple[tuple[int, int], ...]]]()
+Parts = tuple[tuple[int, int], ...]  # (device class, GPUs)
+Served = tuple[float, ...]  # requests/s of each class of requests over its share of them
+
+
+def replicas_of(problem: PlacementProblem) -> list[tuple[Served, Parts]]:
+    """Return what every replica serves, and its parts, the slower ones of small batches included."""
+    shares, found = problem.workload.shares() or {"": 1.0}, set[tuple[Served, Parts]]()
+    for names in problem.ranges():
+        share = sum(shares[name] for name in names or shares)
+        for rate, parts in replicas_of_range(problem.of_classes(names)):
+            found.add((tuple(rate / share if not names or name in names else 0.0 for name in shares), parts))
+    return sorted(found)
+
+
+def replicas_of_range(problem: PlacementProblem) -> list[tuple[float, Parts]]:
+    """Return the rate and the parts of every replica for all requests."""
+    found = set[tuple[float, Parts]]()
     for batch in problem.family.micro_batches:
         costs = build_cost_tables(replace(problem, family=replace(problem.family, micro_batches=(batch,))))
         for each in candidates_of(costs)[0]:
@@ -77,7 +94,8 @@ def plans_of(problem: PlacementProblem, place: str, *, counts_shapes: bool = Fal
     """
     costs, replicas = build_cost_tables(problem), replicas_of(problem)
     if counts_shapes:
-        replicas = [(rate, parts) for parts, rate in {parts: rate for rate, parts in replicas}.items()]
+        fastest = {(parts, *(one > 0.0 for one in served)): (served, parts) for served, parts in replicas}
+        replicas = list(fastest.values())
     groups = list(problem.cluster.node_groups)
     class_of = {group.name: c for c, known in enumerate(costs.classes) for group in known.groups}
     classes = [class_of[group.name] for group in groups]
@@ -98,24 +116,33 @@ def plans_of(problem: PlacementProblem, place: str, *, counts_shapes: bool = Fal
                     yield used | {places[node]}, after
 
     def add(
-        first: int, free: tuple[int, ...], rate: float, lost: Counter[object], gpus: int, several: int = 0,
+        first: int, free: tuple[int, ...], serves: Served, lost: Mapping[object, Served], gpus: int, several: int = 0,
         shapes: frozenset[object] = frozenset(),
     ) -> Iterator[Whole]:  # fmt: skip
-        state = (first, free, round(rate, 6), tuple(round(lost[p], 6) for p in dict.fromkeys(places)))
+        state = (first, free, *(tuple(round(each, 6) for each in of) for of in (serves, *lost.values())))
         state = (*state, several, shapes) if counts_shapes else state
         if state in seen:
             return
         seen.add(state)
-        yield Whole(rate, rate - max(lost.values(), default=0.0), gpus, several, len(shapes))
+        left = min(one - gone for of_place in lost.values() for one, gone in zip(serves, of_place, strict=True))
+        yield Whole(min(serves), left, gpus, several, len(shapes))
         for k in range(first, len(replicas)):
             more, parts = replicas[k]
             for used, after in set(put(parts, free)):
+                shape = (*sorted((costs.classes[c].gpu, n) for c, n in parts), *(one > 0.0 for one in more))
+                taken = {place: plus(of_place, more) if place in used else of_place for place, of_place in lost.items()}
                 yield from add(
-                    k, after, rate + more, lost + Counter(dict.fromkeys(used, more)), gpus + sum(n for _, n in parts),
-                    several + (len(used) > 1), shapes | {tuple(sorted((costs.classes[c].gpu, n) for c, n in parts))},
+                    k, after, plus(serves, more), taken, gpus + sum(n for _, n in parts), several + (len(used) > 1),
+                    shapes | {shape},
                 )  # fmt: skip
 
-    yield from add(0, tuple(sum(slots.count for slots in group.gpus) for group in groups), 0.0, Counter(), 0)
+    none = (0.0,) * max(1, len(problem.workload.classes))
+    free = tuple(sum(slots.count for slots in group.gpus) for group in groups)
+    yield from add(0, free, none, dict.fromkeys(places, none), 0)
+
+
+def plus(one: Served, other: Served) -> Served:
+    return tuple(a + b for a, b in zip(one, other, strict=True))
 
 
 NODES = st.lists(
@@ -138,7 +165,35 @@ GOALS = st.sampled_from(("throughput", "goodput", "cost", "gpus", 0.4, 0.6, 0.75
 def test_no_plan_is_better_than_the_bound(
     nodes: tuple[tuple[str, int, str], ...], fast: float, slow: float, goal: str | float, place: str, share: float
 ) -> None:
-    problem = fleet(nodes, fast=fast, slow=slow)
+    assert_no_plan_is_better(fleet(nodes, fast=fast, slow=slow), goal, place, share)
+
+
+@settings(max_examples=max(10, settings().max_examples // 4))
+@given(
+    nodes=NODES.filter(lambda nodes: sum(count for _, count, _ in nodes) <= 4),
+    fast=BYTES,
+    goal=GOALS,
+    place=st.sampled_from(("node", "zone")),
+    share=st.sampled_from((0.3, 0.9)),
+    traffic=TRAFFIC,
+)
+def test_no_plan_with_pools_of_classes_is_better_than_the_bound(
+    nodes: tuple[tuple[str, int, str], ...], fast: float, goal: str | float, place: str, share: float, traffic: Workload
+) -> None:
+    assert_no_plan_is_better(replace(fleet(nodes, fast=fast), workload=traffic), goal, place, share)
+
+
+@pytest.mark.parametrize("goal", ["throughput", "gpus", 0.6])
+def test_pools_leave_more_where_classes_suit_other_gpus(goal: str | float) -> None:
+    nodes = ("fast", 1, "east"), ("fast", 1, "east"), *[("slow", 1, "east")] * 3
+    problem = replace(fleet(nodes, flops=2e11), workload=workload(10, 900, (40, 2), 0.8))
+    assert_no_plan_is_better(problem, goal, "node", 0.9)
+    pools, together = (solve_surviving(each, Survive(place="node")) for each in (problem, problem.of_classes()))
+    assert {one.classes for one in pools[0].replicas} == {(), ("short",), ("long",)}
+    assert left_by(pools[0], problem, "node") > 1.02 * left_by(together[0], problem.of_classes(), "node")
+
+
+def assert_no_plan_is_better(problem: PlacementProblem, goal: str | float, place: str, share: float) -> None:
     if place == "zone" and len(problem.cluster.zones()) < 2:
         return
     plans = list(plans_of(problem, place))

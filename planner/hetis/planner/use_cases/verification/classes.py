@@ -2,14 +2,15 @@
 
 The best plan with pools of classes is compared with the plan without, in the same simulated traffic, with the router
 that the plan needs: as planned, drifted to longer prompts, and in bursts. It replaces the other only if it keeps more
-by a share (``--worth``) in the first two. Kept is the highest rate at which every class meets its limits.
+by a share (``--worth``) in the first two. Kept is the highest rate at which every class meets its limits; of plans
+that leave most after a loss, the share of it counts that is left.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -18,7 +19,7 @@ import numpy as np
 
 from hetis.planner.use_cases.climbing import Carriers, gain_of
 from hetis.planner.use_cases.record.forms import ClassLatency, KeptWithClasses
-from hetis.planner.use_cases.record.parts import Classes
+from hetis.planner.use_cases.record.parts import Classes, Surviving
 from hetis.planner.use_cases.simulation.simulate import NothingSimulatedError, Question, answer, default_rate
 from hetis.planner.use_cases.verification.outcome import AS_PLANNED
 from hetis.planner.use_cases.verification.rates import simulation_report
@@ -149,7 +150,8 @@ def choose(
             for plan in find(posed):
                 found.append(_Candidate(cut, WithClasses(plan=plan, problem=posed)))
     found = [one for one in found if any(replica.classes for replica in one.found.plan.replicas)]
-    found.sort(key=lambda one: gain_of(one.found.plan, without.plan), reverse=True)
+    found.sort(key=lambda one: _planned_gain(one.found.plan, without.plan), reverse=True)
+    found = list({one.runs: one for one in reversed(found)}.values())[::-1]  # the best of those that run the same
     record = Classes(cut=", ".join(cuts), worth=worth)
     if not found:
         return _told(without, replace(record, why_not="no plan with pools of classes has a better value"))
@@ -158,7 +160,7 @@ def choose(
         return _told(without, replace(found[0].on(record), why_not=why_not[0]))
     found = [one for one, why in zip(found, why_not, strict=True) if not why]
     chosen, best = found[0], found[0].found
-    record, gains = chosen.on(record), [gain_of(best.plan, without.plan)]
+    record, gains = chosen.on(record), [_planned_gain(best.plan, without.plan)]
     if verified is not None:
         compared = _Compared(without, best.problem, seed=seed, budget=budget, report=report)
         try:
@@ -170,7 +172,8 @@ def choose(
             return _told(without, replace(record, why_not="simulations ended before both plans were compared"))
         gains = [_gain(one, without.plan, best.plan) for one in record.kept if one.counts]
     if min(gains) < worth:
-        why = f"it keeps {min(gains):+.1%} where {worth:.0%} more is worth pools of their own (--worth)"
+        what = "keeps" if _counted(best.plan) == 1.0 else "leaves"
+        why = f"it {what} {min(gains):+.1%} where {worth:.0%} more is worth pools of their own (--worth)"
         return _told(without, replace(record, why_not=why))
     return _told(best, record)
 
@@ -180,6 +183,12 @@ class _Candidate(NamedTuple):
 
     cut: str
     found: WithClasses
+
+    @property
+    def runs(self) -> Hashable:
+        """What decides how the plan does in simulation: its replicas, at whatever utilisation their latencies are."""
+        plan = self.found.plan
+        return self.cut, tuple(replace(one, ttft_s=0.0, tpot_s=0.0) for one in plan.replicas), plan.kv_routes
 
     def on(self, record: Classes) -> Classes:
         result = self.found.plan.result
@@ -198,6 +207,17 @@ def _gain(kept: KeptWithClasses, without: Plan, plan: Plan) -> float:
 
     before = worth(kept.without_rps, without)
     return worth(kept.with_rps, plan) / before - 1.0 if before else math.inf
+
+
+def _planned_gain(plan: Plan, without: Plan) -> float:
+    gain, counted = gain_of(plan, without), _counted(without)
+    return (1.0 + gain) * _counted(plan) / counted - 1.0 if counted else gain
+
+
+def _counted(plan: Plan) -> float:
+    """Return the share of a plan's rate that counts: all of it, or what a loss leaves where that is maximised."""
+    survived, value = Surviving.of(plan), plan.result.value
+    return (survived.left_rps or 0.0) / value if survived.bound_rps is not None and value else 1.0
 
 
 def _not_carried(best: WithClasses, carriers: Carriers | None, target: str) -> str:
@@ -255,23 +275,27 @@ class _Compared:
         """Return the rate that a plan must keep, of a demand for its cost, to keep more by a share."""
         before, objective = self.before(traffic), one.plan.objective
         if objective.maximises:
-            return (1.0 + worth) * before
+            return (1.0 + worth) * before * _counted(self._without.plan) / (_counted(one.plan) or math.inf)
         cost = one.plan.result.value / self._without.plan.result.value
         return (1.0 + worth) * cost * min(before, objective.demand_rps or 0.0)
 
     def kept(self, best: WithClasses, worth: float) -> Iterator[KeptWithClasses]:
         """Yield the rates that both plans keep: in planned traffic, with longer prompts, and in bursts.
 
-        Those with classes are searched from what `keeps_more` has tried.
+        Of plans that leave most after a loss, they are those that are left. Those with classes are searched from what
+        `keeps_more` has tried.
         """
         for traffic in TRAFFIC:
             start = self._needed(best, traffic, worth) or default_rate(best.plan, best.problem)
             before, after = self.before(traffic), self._highest(best, traffic, start)
+            before, after = before * _counted(self._without.plan), after * _counted(best.plan)
             yield KeptWithClasses(traffic=traffic.name, without_rps=before, with_rps=after, counts=traffic.counts)
 
     def latencies(self, best: WithClasses, kept: KeptWithClasses) -> Iterator[ClassLatency]:
         """Yield the p95 TTFT of each class in both plans, at the lower of the rates that they keep."""
-        rate = min(kept.without_rps, kept.with_rps) or max(kept.without_rps, kept.with_rps)
+        shares = [_counted(one.plan) or 1.0 for one in (self._without, best)]
+        rates = [rate / share for rate, share in zip((kept.without_rps, kept.with_rps), shares, strict=True)]
+        rate = min(rates) or max(rates)
         runs = [self._run(one, TRAFFIC[0], rate)[1] for one in (self._without, best)]
         for one in best.problem.class_shares() if rate else ():
             before, after = (_latencies(best.problem, run, one.name)[0] for run in runs)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter, defaultdict
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
@@ -11,10 +12,12 @@ import highspy
 import numpy as np
 
 from hetis.solver.placement.columns import Columns
-from hetis.solver.placement.fleet import UNIFIED, DeviceClass, FloatArray
+from hetis.solver.placement.constraint_rows import class_rows
+from hetis.solver.placement.fleet import DeviceClass, FloatArray
 from hetis.solver.placement.nodes import add_row
 from hetis.solver.placement.replicas.kinds import Kind, Layout, Piece, least_nodes_of, shared_places
 from hetis.solver.placement.replicas.tables import CostTables
+from hetis.solver.plan import Role
 
 MOST_PATTERNS = 3000  # of all nodes together
 MOST_PARTS = 5  # of a replica of which all cuts are listed: 52
@@ -61,9 +64,9 @@ def _cuts(classes: Sequence[DeviceClass], kind: Kind, most_nodes: int | None) ->
 
 
 def shape_of(costs: CostTables, side: int, kind: Kind) -> Hashable:
-    """Return the shape of a replica: its role, and its parts on every GPU type, in whatever nodes."""
-    role = 0 if side == UNIFIED else 1 if side <= 2 * len(costs.routes.zones) else 2
-    return role, tuple(sorted((costs.classes[c].gpu, size) for c, parts in kind for size in parts))
+    """Return the shape of a replica: its role, its range, and its parts on every GPU type, in whatever nodes."""
+    role, number = costs.routes.roles[side], int(costs.routes.ranges[side])
+    return role, number, tuple(sorted((costs.classes[c].gpu, size) for c, parts in kind for size in parts))
 
 
 class LossRows:
@@ -90,7 +93,9 @@ class LossRows:
             self._cut()
         # A rate above all others: without limits, HiGHS 1.12 to 1.15 may call a choice the optimum that is far from it.
         taken = columns.uses.sum(axis=1).clip(1)
-        self.most = 2.0 * float(self.limits.sum()) * float((columns.rates / taken).max())
+        self.classes = class_rows(costs)
+        self.covers: FloatArray = np.ones((1, 1)) if self.classes is None else self.classes.covers
+        self.most = 2.0 * float(self.limits.sum()) * float((columns.rates / taken).max() * self.covers.max())
         self.reached: Callable[[], tuple[float, float]] = lambda: (0.0, np.inf)
         # Of the model that was extended last:
         self._solved: Any = None
@@ -149,8 +154,7 @@ class LossRows:
         if self.demand is not None:
             highs.changeColBounds(left, self.demand, np.inf)
         elif self.keep is not None:
-            entries = {int(i): -self.keep * float(served[i]) for i in np.flatnonzero(served)}
-            add_row(highs, 0.0, np.inf, entries | {left: 1.0})
+            self._keep_share(highs, left, {int(i): float(served[i]) for i in np.flatnonzero(served)})
             self._reach(highs)
         if maximises and self.keep is None:
             self._aim_at(highs, left)
@@ -188,7 +192,7 @@ class LossRows:
         if within.left is not None:
             highs.changeColBounds(left, within.left, np.inf)
         if self.keep is not None:
-            add_row(highs, 0.0, np.inf, {i: -self.keep * value for i, value in entries.items()} | {left: 1.0})
+            self._keep_share(highs, left, entries)
         missing = _variable(highs, 1.0)
         if within.wanted:
             add_row(highs, 1.0, np.inf, {missing: 1.0, left: 1.0 / within.wanted})
@@ -247,24 +251,57 @@ class LossRows:
 
         self.reached = reached
 
+    def _keep_share(self, highs: Any, left: int, served: dict[int, float]) -> None:
+        """Require that a share of what is served is left.
+
+        With classes, what is served is a column that may be less than of every class is: it must be that of one class.
+        """
+        assert self.keep is not None, "it is the share"
+        add_row(highs, 0.0, np.inf, {i: -self.keep * value for i, value in served.items()} | {left: 1.0})
+        if self.classes is None:
+            return
+        (level,), is_least = served, list[int]()
+        for of_class in self.classes.rows(self.columns, self.costs.routes.num_flows, 0)[:-1].T:
+            is_least.append(_variable(highs, 1.0, whole=True))
+            entries = {int(i): float(of_class[i]) for i in np.flatnonzero(of_class)}
+            add_row(highs, -self.most, np.inf, entries | {level: 1.0, is_least[-1]: -self.most})
+        add_row(highs, 1.0, 1.0, dict.fromkeys(is_least, 1.0))
+
+    def _served(self) -> tuple[FloatArray, FloatArray]:
+        """Return what the requests/s of each class are at most, by column and by flow; [bounds, K] and [bounds, flows].
+
+        A range serves what its unified replicas do and, at most, as much as flows, as is sent, and as is received.
+        """
+        routes, columns = self.costs.routes, self.columns
+        of_flow = np.repeat(routes.ranges_of_zones, len(routes.zones))[: routes.num_flows]
+        apart = Role.PREFILL, Role.DECODE
+        is_role = {role: np.array([each is role for each in routes.roles]) for role in Role}
+        options = list[list[tuple[FloatArray, FloatArray]]]()
+        for number in range(len(self.covers)):
+            rates = {role: columns.rates * (is_role[role] & (routes.ranges == number))[columns.sides] for role in Role}
+            limits = [(rates[Role.UNIFIED], (of_flow == number).astype(float))]
+            if any(rates[role].any() for role in apart):
+                limits += [(rates[Role.UNIFIED] + rates[role], np.zeros(len(of_flow))) for role in apart]
+            options.append(limits)
+        found = list[tuple[FloatArray, FloatArray]]()
+        for weights in self.covers.T:
+            those = np.flatnonzero(weights)
+            for of_ranges in itertools.product(*(options[number] for number in those)):
+                replicas, flows = (weights[those] @ np.array(each) for each in zip(*of_ranges, strict=True))
+                found.append((replicas, flows))
+        return np.array([replicas for replicas, _ in found]), np.array([flows for _, flows in found])
+
     def _extend(self, highs: Any, *, floats: bool = False) -> int:
         """Add what is left after each loss; return the number of its column.
 
-        A loss leaves no more than each of U + F, U + S and U + D less what it takes of them, so that of each only the
-        most that any loss takes is a variable. If it ``floats``, every replica of several parts may.
+        A loss leaves no more than each bound on what is served (`_served`), less what it takes of it, so that of each
+        only the most that any loss takes is a variable. If it ``floats``, every replica of several parts may.
         """
         highs.setOptionValue("mip_allow_restart", False)  # restarts took most of the time
-        columns, routes = self.columns, self.costs.routes
-        num, sides, zones = len(columns.rates), columns.sides, len(self.costs.routes.zones)
-        unified = np.where(sides == UNIFIED, columns.rates, 0.0)
-        sends = (sides != UNIFIED) & (sides <= 2 * zones)
-        served = np.array([unified, np.where(sends | (sides == UNIFIED), columns.rates, 0.0), columns.rates * ~sends])
-        served = served if np.any(sides != UNIFIED) else served[:1]
-        flows = range(num, num + (zones**2 if routes.splits_roles else 0))
+        num, (served, flows) = len(self.kinds), self._served()
         left, most_lost = _variable(highs, self.most), [_variable(highs, self.most) for _ in served]
-        for number, (whole, lost) in enumerate(zip(served, most_lost, strict=True)):
+        for whole, lost in zip(np.concatenate([served, flows], axis=1), most_lost, strict=True):
             entries = {int(k): float(whole[k]) for k in np.flatnonzero(whole)}
-            entries |= dict.fromkeys(flows if number == 0 else (), 1.0)
             add_row(highs, 0.0, np.inf, {left: -1.0, lost: -1.0, **entries})
         self._solved, self._several, self._cuts, self._filled = highs, list[int](), [], []
 

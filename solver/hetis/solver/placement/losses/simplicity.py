@@ -112,9 +112,13 @@ def simplest(
 
 def promised(master: Master, columns: Columns, found: MilpSolution, value: float) -> MilpSolution:
     """Return counts with flows of which a share is left: all that they could carry may be more than may be lost."""
-    most, unified = found.flows.sum(), master.served(columns, found.counts, np.zeros_like(found.flows))
-    flows = found.flows * (min(1.0, max(0.0, value - unified) / most) if most else 1.0)
-    return replace(found, flows=flows, value=unified + float(flows.sum()))
+    unified = master.served_of_each(columns, found.counts, np.zeros_like(found.flows))
+    by_flows = master.served_of_each(columns, found.counts, found.flows) - unified
+    needed = np.maximum(0.0, value - unified)
+    # Of the class that is served least, no more than the value is: it is enough to reduce the flows for one.
+    shares = np.divide(needed, by_flows, out=np.ones_like(needed), where=by_flows > 0.0)
+    flows = found.flows * float(shares.max().clip(0.0, 1.0))
+    return replace(found, flows=flows, value=master.served(columns, found.counts, flows))
 
 
 def whole_counts(

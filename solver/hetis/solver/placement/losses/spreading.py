@@ -41,23 +41,40 @@ class ClassNode:
 
 
 class Rates:
-    """The saturated rates [R] of a plan's replicas in requests/s, and their roles."""
+    """The saturated rates [R] of a plan's replicas in requests/s, their roles, and the classes that they serve.
 
-    def __init__(self, rates: Sequence[float], roles: Sequence[Role]) -> None:
-        self.rates, self.roles = rates, roles
-        self._whole = dict.fromkeys(Role, 0.0) | self._by_role(range(len(rates)))
+    The rate of a replica for some of the ``classes`` is that over their share of the requests.
+    """
+
+    def __init__(
+        self, rates: Sequence[float], roles: Sequence[Role], ranges: Sequence[tuple[str, ...]] = (),
+        classes: Sequence[str] = ("",),
+    ) -> None:  # fmt: skip
+        self.rates, self.roles, self.classes = rates, roles, classes
+        self.ranges = ranges or [()] * len(rates)
+        self._whole = self._by_pool(range(len(rates)))
 
     def left_without(self, lost: Collection[int]) -> float:
-        """Return the rate of unified replicas, and of prefill and decode replicas together, without the lost ones."""
-        left = dict(self._whole)
-        for role, rate in self._by_role(lost).items():
-            left[role] -= rate
-        return left[Role.UNIFIED] + min(left[Role.PREFILL], left[Role.DECODE])
+        """Return the rate of unified replicas, and of prefill and decode replicas together, without the lost ones.
 
-    def _by_role(self, replicas: Collection[int]) -> dict[Role, float]:
-        found = defaultdict[Role, float](float)
+        With classes, it is that of the class that has the least.
+        """
+        left, gone = dict(self._whole), self._by_pool(lost)
+        for pool, rate in gone.items():
+            left[pool] -= rate
+        served = dict.fromkeys(self.classes, 0.0)
+        for names in dict.fromkeys(self.ranges):
+            unified, prefill, decode = (
+                left.get((names, role), 0.0) for role in (Role.UNIFIED, Role.PREFILL, Role.DECODE)
+            )
+            for name in names or self.classes:
+                served[name] += unified + min(prefill, decode)
+        return min(served.values())
+
+    def _by_pool(self, replicas: Collection[int]) -> dict[tuple[tuple[str, ...], Role], float]:
+        found = defaultdict[tuple[tuple[str, ...], Role], float](float)
         for replica in replicas:
-            found[self.roles[replica]] += self.rates[replica]
+            found[self.ranges[replica], self.roles[replica]] += self.rates[replica]
         return found
 
 
@@ -90,7 +107,8 @@ def _partners(nodes: Sequence[ClassNode], worst: int, rates: Rates) -> Iterator[
     """Yield the nodes that share no replica with the worst one, of those that hold alike replicas the first."""
     seen = set[tuple[object, ...]]()
     for number, node in enumerate(nodes):
-        alike = node.free, *sorted((rates.roles[r], rates.rates[r], piece.size) for r, piece in node.pieces.items())
+        pieces = node.pieces.items()
+        alike = node.free, *sorted((rates.ranges[r], rates.roles[r], rates.rates[r], p.size) for r, p in pieces)
         if number != worst and alike not in seen and not nodes[worst].pieces.keys() & node.pieces.keys():
             seen.add(alike)
             yield number

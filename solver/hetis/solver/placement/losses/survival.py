@@ -15,6 +15,10 @@ one node runs: pieces that fit together.
                y_p <= nodes b_p
                G <= U + F - u_i b_i;   G <= U + S - (u_i + s_i) b_i;   G <= U + D - (u_i + d_i) b_i      every i
 
+With classes of requests, U, F, S, D and losses are those of a range R, and G is at most, for every class, the sum of
+one of its three limits over F_R, for any choice of these, over the ranges with the class. W is then the least that is
+served of any class, which binaries of the classes say where a share of it must be left.
+
 The losses themselves are the coefficients of b, so the relaxation is tight; so are rows of the mean loss of a node of
 each place, of which a replica is a part on as few nodes as it needs. GPUs are named as the patterns of the solution
 say, so that a plan leaves G. Where all ways and patterns are too many, a replica that fits in a node is in one, others
@@ -222,7 +226,7 @@ class _Search:
             found = solved.found
         if not loosens:
             bound = self._tighter(solved.bound, bound)
-        return found, bound, found is None and solved.bound == none
+        return found, bound, found is None and solved.bound == none and not loosens  # others may survive
 
     def _fullest(self, found: _Surviving) -> _Surviving:
         """Return the plan of the same columns that serves most of those that leave as much."""
