@@ -62,7 +62,7 @@ from hetis.engines.serving import (
     Serving,
     arguments_of,
     drain_s,
-    is_asked_for_kv,
+    serves_kv_addresses,
     variables_of,
 )
 from hetis.engines.versions import Engine
@@ -259,7 +259,7 @@ class ReplicaObjects:
             env += secret_variable("VLLM_API_KEY", self._of.api_key_secret, "api-key")
             own = {"valueFrom": {"fieldRef": {"fieldPath": "status.podIP"}}}
             env.append({"name": HOST_VARIABLE, **own})
-            if number == 0 and is_asked_for_kv(layout):
+            if number == 0 and serves_kv_addresses(layout):
                 env += [{"name": KV_HOST_VARIABLE, **own}, {"name": KV_PORT_VARIABLE, "value": str(KV_PORT)}]
         container: dict[str, Any] = {
             "name": self.engine,

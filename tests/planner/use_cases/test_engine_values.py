@@ -43,7 +43,7 @@ def placed(
     settings = PlacementSettings(engine=engine_rules(engine, "hetis", **limits))
     problem = for_engine(loaded, settings.engine).inputs.problem(goal, "hetis", engine=settings.engine)
     plan = search(problem, settings, budget=Budget(clock=time.monotonic), report=silent)
-    asked = {"seed": 0, "budget": Budget(), "report": silent}
+    asked = {"seed": 0, "budget": Budget(), "report": silent, "evaluated": {}}
     return plan, OtherEngines.of(with_engine_values(plan, problem, **asked)).values  # type: ignore[arg-type]
 
 
@@ -79,7 +79,7 @@ def test_what_no_engine_runs_is_named(tmp_path: Path) -> None:
         ({"replicas": (replace(ours, attention_workers=(pool,)),)},
          "attention workers for this model"),
     ):  # fmt: skip
-        asked = {"seed": 0, "budget": Budget(time_limit_s=0.0), "report": silent}
+        asked = {"seed": 0, "budget": Budget(time_limit_s=0.0), "report": silent, "evaluated": {}}
         told = with_engine_values(replace(plan, **changed), problem, **asked)  # type: ignore[arg-type]
         (hetis,) = (other for other in OtherEngines.of(told).values if other.engine == "vllm-hetis")
         assert hetis.lacks == (lacks,)
@@ -98,7 +98,7 @@ def test_plans_for_other_engines_are_as_simple(loaded: LoadedInputs, monkeypatch
 
     monkeypatch.setattr(planning, "solve_placement", noted)
     plan = replace(plan, inputs={**plan.inputs, "simplest_within": 0.05})
-    with_engine_values(plan, problem, seed=0, budget=Budget(), report=silent)
+    with_engine_values(plan, problem, seed=0, budget=Budget(), report=silent, evaluated={})
     assert shares == {"vllm-hetis": 0.05, "sglang": 0.05}
 
 
@@ -107,7 +107,7 @@ def test_without_time_a_plan_says_that_nothing_was_looked_for(loaded: LoadedInpu
     settings = PlacementSettings(engine=engine_rules("vllm-hetis", "hetis"))
     problem = loaded.inputs.problem(goal, "hetis", engine=settings.engine)
     plan = search(problem, settings, budget=Budget(clock=time.monotonic), report=silent)
-    told = with_engine_values(plan, problem, seed=0, budget=Budget(time_limit_s=0.0), report=silent)
+    told = with_engine_values(plan, problem, seed=0, budget=Budget(time_limit_s=0.0), report=silent, evaluated={})
     plain, _ = OtherEngines.of(told).values
     assert (plain.lacks, plain.why_not) == (("attention workers",), "no time was left")
     assert plain.equal_stages
