@@ -202,8 +202,9 @@ class LossRows:
         shapes = defaultdict[object, int](lambda: _variable(highs, 1.0, whole=True))
         for k in range(len(self.kinds)):
             add_row(highs, -np.inf, 0.0, {k: 1.0, shapes[self.shape(k)]: -self._most_of(k)})
-        for shape in shapes if only is not None else ():
-            highs.changeColBounds(shapes[shape], 0.0, float(shape in only))
+        if only is not None:
+            for shape, number in shapes.items():
+                highs.changeColBounds(number, 0.0, float(shape in only))
         self._counted = ([missing], self._several, [*shapes.values()])
         weights = {i: weight for some, weight in zip(self._counted, POINTS, strict=True) for i in some}
         points = _variable(highs, np.inf)
