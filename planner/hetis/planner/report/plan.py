@@ -44,10 +44,9 @@ MAX_ROUTES = 12  # pairs of replica shapes; the others are summarised in one lin
 @as_group
 def render_plan(plan: Plan, *, wide: bool = False) -> Iterator[RenderableType]:
     """Yield the table view of a plan, at most 80 columns wide if the names allow it; ``wide`` names every device."""
+    yield headline(plan)
     if (rungs := rung_grid(plan)) is not None:
         yield titled(rungs)
-        yield Text("")
-    yield headline(plan)
     groups = group_replicas(plan.replicas)
     yield from _replicas(groups, plan, wide=wide)
     if plan.kv_routes:
