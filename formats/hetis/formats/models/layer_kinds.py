@@ -175,8 +175,9 @@ def _has_states(config: Config) -> bool:
 
 
 def _named_kinds(config: Config, name: str, stated: Any, num_layers: int) -> list[str]:
+    before = len(config.problems)
     entries = list(stated) if isinstance(stated, str) else _for_layers(config, name, stated, num_layers)
-    if entries == [0] * num_layers:  # refused
+    if len(config.problems) > before:
         return [ATTENTION] * num_layers
     if isinstance(stated, str) and len(entries) != num_layers:
         config.refuse(name, f"has {len(entries)} letters, must have {num_layers}, one for each layer")
