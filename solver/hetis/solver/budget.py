@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from hetis.solver.errors import NoPlanFoundError
 
@@ -103,7 +104,8 @@ class SearchSettings:
     """The settings of a search: when it ends (``budget``, ``gap_target``), what it may use, and where it reports.
 
     ``most_searches`` limits the utilisations and shares of the TTFT limit at which plans are searched, if these are
-    chosen; None: as many as may help. The bound is valid after any number of them.
+    chosen; None: as many as may help. The bound is valid after any number of them. Searches of similar problems that
+    have one ``evaluated`` do not evaluate the same stages again (`CostTables.evaluated`).
     """
 
     strategy: str = "hetis"
@@ -112,6 +114,7 @@ class SearchSettings:
     seed: int = 0
     report: Report = silent
     most_searches: int | None = None
+    evaluated: dict[Hashable, Any] = field(default_factory=dict, compare=False, repr=False)
 
     def within(self, of_rest: float) -> SearchSettings:
         """Return the settings for a search in this share of the time left."""

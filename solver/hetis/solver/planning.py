@@ -9,7 +9,9 @@ Importing this module loads HiGHS.
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import dataclass, replace
+from typing import Any
 
 from hetis.solver.budget import Budget, Report, SearchSettings, silent
 from hetis.solver.constraints import Constraints
@@ -24,6 +26,7 @@ from hetis.solver.placement.rungs import Known
 from hetis.solver.placement.solve import (
     in_objective_units,
     objective_scale,
+    simplify_family,
     solve_family,
     solve_surviving_family,
 )
@@ -34,7 +37,8 @@ from hetis.solver.problem import PlacementProblem
 def solve_placement(
     problem: PlacementProblem, *, strategy: str = "hetis", budget: Budget | None = None, gap_target: float = 0.001,
     seed: int = 0, report: Report = silent, market: Market | None = None,
-    simplest_within: float = 0.0, known: Known | None = None, most_searches: int | None = None,
+    known: Known | None = None, most_searches: int | None = None,
+    evaluated: dict[Hashable, Any] | None = None,
 ) -> Plan:  # fmt: skip
     """Choose replicas for a fleet so that the objective is best, and prove how good the choice is.
 
@@ -42,13 +46,10 @@ def solve_placement(
     same arguments and no time limit the plan is the same. If no plan exists, ``market`` gives GPU types that could be
     added (None: no search for any). Published heuristics prove little and have no target.
 
-    With ``simplest_within``, the plan is the simplest of those of an engine's family that lose no more than this share
-    of the best value (`placement/losses/simplicity.py`). Its notes state its points, with a bound, and the loss; the
-    plan's bound is that on the best.
-
     A plan of a smaller family may be ``known``, which is returned with the bound of this one if nothing better is found
     where the utilisation is chosen. With few ``most_searches``, fewer utilisations are tried, for a quick answer whose
-    bound is valid but may be further off.
+    bound is valid but may be further off. ``evaluated`` is what earlier searches of similar problems know of stages, to
+    which this one adds.
 
     Raises:
         InvalidProblemError: unknown strategy, an objective without its demand, or a constraint that cannot be met.
@@ -59,24 +60,43 @@ def solve_placement(
         raise InvalidProblemError(f"unknown strategy {strategy!r}, must be one of {', '.join(STRATEGIES)}")
     settings = SearchSettings(
         strategy=strategy, budget=budget or Budget(), gap_target=gap_target, seed=seed, report=report,
-        most_searches=most_searches,
+        most_searches=most_searches, evaluated={} if evaluated is None else evaluated,
     )  # fmt: skip
     problem = replace(problem.in_shared_precision(), family=STRATEGIES[strategy].restrict(problem.family))
-    family = problem.family
-    if simplest_within and (family.one_type_per_role or not family.uneven_layers or family.engine is None):
-        raise InvalidProblemError("the simplest plan is only searched for by strategies hetis, hexgen and hexgen2")
     if STRATEGIES[strategy].is_published:
         plan = _by_published_heuristic(problem, settings)
     else:
         if known is not None:
             known = known._replace(family=STRATEGIES[strategy].restrict(known.family))
-        plan = solve_family(problem, settings, market, simplest_within, known)
+        plan = solve_family(problem, settings, market, known)
     return replace(plan, family=problem.describe_family())
+
+
+def simplify_placement(problem: PlacementProblem, best: Plan, within: float, settings: SearchSettings) -> Plan:
+    """Return the simplest of the plans that lose no more than a share of a problem's best plan, or that with a note.
+
+    They are of an engine's family (`placement/losses/simplicity.py`). The plan's notes state its points, with a bound,
+    and the loss; the plan's bound is that on the best.
+
+    Raises:
+        InvalidProblemError: the strategy has other families.
+    """
+    require_simplicity(problem, settings.strategy)
+    problem = replace(problem.in_shared_precision(), family=STRATEGIES[settings.strategy].restrict(problem.family))
+    plan = simplify_family(problem, best, within, settings)
+    return replace(plan, family=problem.describe_family())
+
+
+def require_simplicity(problem: PlacementProblem, strategy: str) -> None:
+    """Check that the simplest plans of a strategy are searched for; raises InvalidProblemError if not."""
+    family = STRATEGIES[strategy].restrict(problem.family)
+    if family.one_type_per_role or not family.uneven_layers or family.engine is None:
+        raise InvalidProblemError("the simplest plan is only searched for by strategies hetis, hexgen and hexgen2")
 
 
 def solve_surviving(
     problem: PlacementProblem, survive: Survive, *, strategy: str = "hetis", budget: Budget | None = None,
-    gap_target: float = 0.001, seed: int = 0, report: Report = silent, market: Market | None = None,
+    gap_target: float = 0.001, seed: int = 0, report: Report = silent,
 ) -> tuple[Plan, float | None]:  # fmt: skip
     """Choose replicas so that most is served after the worst loss, or a demand through it; return a bound on that.
 
@@ -96,7 +116,7 @@ def solve_surviving(
     problem = replace(problem.in_shared_precision(), family=STRATEGIES[strategy].restrict(problem.family))
     if STRATEGIES[strategy].is_published or not problem.family.uneven_layers:
         raise InvalidProblemError(f"strategy {strategy} does not plan for losses")
-    plan, left_bound = solve_surviving_family(problem, settings, survive, market)
+    plan, left_bound = solve_surviving_family(problem, settings, survive)
     return replace(plan, family=problem.describe_family()), left_bound
 
 

@@ -148,6 +148,8 @@ def test_what_other_engines_reach_is_said_with_what_keeps_them_apart() -> None:
          "vllm-hetis: at least 1.080 requests/s by equal stages, 20% less, without attention workers"),
         (unknown, "vllm-hetis: does not run this plan (attention workers); no time was left"),
         ({**unknown, "lacks": []}, "vllm-hetis: does not run this plan (it needs more memory); no time was left"),
+        ({**unknown, "why_not": "70B needs 131.4 GiB for weights; this fleet has 91.2 GiB usable"},
+         "vllm-hetis: does not run this plan (attention workers); --engine vllm-hetis shows why it has no plan"),
     ):  # fmt: skip
         assert beside_engines(replace(plan, inputs={**plan.inputs, "engine_values": [row]})) == [words]
     assert beside_engines(replace(plan, inputs={**plan.inputs, "engine_values": [{"of": "another version"}]})) == []

@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable, Hashable, Iterator
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 from hetis.planner.use_cases.precision import constraints_of, refused_by
 from hetis.planner.use_cases.record.forms import EngineValue
@@ -28,11 +29,14 @@ SHARE = 0.1  # share of the limits on time and work that all these searches may 
 SEARCHES = 2  # of each engine: a comparison needs no more, whose plan a search for that engine betters
 
 
-def with_engine_values(plan: Plan, problem: PlacementProblem, *, seed: int, budget: Budget, report: Report) -> Plan:
+def with_engine_values(
+    plan: Plan, problem: PlacementProblem, *, seed: int, budget: Budget, report: Report, evaluated: dict[Hashable, Any]
+) -> Plan:
     """Return the plan with the values of plans for other engines.
 
     All use the same profiles, so the values differ by what the engines can run and the memory that they take, and not
-    by how fast they are. Takes at most a share of the limits of ``budget``, that of the plan's own search.
+    by how fast they are. Takes at most a share of the limits of ``budget``, that of the plan's own search, which left
+    what it ``evaluated``.
     """
     budget = Budget(
         time_limit_s=SHARE * budget.time_limit_s, work_limit=SHARE * budget.work_limit, clock=budget.clock,
@@ -43,12 +47,13 @@ def with_engine_values(plan: Plan, problem: PlacementProblem, *, seed: int, budg
         spent_s = plan.result.solve_s + budget.elapsed_s()
         report(Progress(phase=f"plans for {engine}", elapsed_s=spent_s, incumbent=plan.result.value))
 
-    return OtherEngines(values=tuple(_values(plan, problem, seed, budget, started))).on(plan)
+    return OtherEngines(values=tuple(_values(plan, problem, seed, budget, started, evaluated))).on(plan)
 
 
 def _values(
-    plan: Plan, problem: PlacementProblem, seed: int, budget: Budget, started: Callable[[str], None]
-) -> Iterator[EngineValue]:
+    plan: Plan, problem: PlacementProblem, seed: int, budget: Budget, started: Callable[[str], None],
+    evaluated: dict[Hashable, Any],
+) -> Iterator[EngineValue]:  # fmt: skip
     own, known = problem.family.engine, dict[Hashable, EngineValue]()
     assert own is not None, "it is the engine that others are compared with"
     of_engine = partial(constraints_of, problem.model, problem.cluster)
@@ -77,7 +82,7 @@ def _values(
             else:
                 started(name)
                 other = replace(problem, family=family, constraints=constraints, memories=memories)
-                found = _searched(found, plan, other, own, seed, budget)
+                found = _searched(found, plan, other, own, seed, budget, evaluated)
                 found = _by_equal_stages(found, plan, other, own, seed, budget.cancelled, is_known=has_its_memory)
             known[alike] = found
         yield replace(known[alike], engine=name)
@@ -144,8 +149,9 @@ def _as_deep(rules: EngineRules, others: EngineRules, model: ModelSpec) -> bool:
 
 
 def _searched(
-    known: EngineValue, plan: Plan, problem: PlacementProblem, own: EngineRules, seed: int, budget: Budget
-) -> EngineValue:
+    known: EngineValue, plan: Plan, problem: PlacementProblem, own: EngineRules, seed: int, budget: Budget,
+    evaluated: dict[Hashable, Any],
+) -> EngineValue:  # fmt: skip
     """Return what a search finds, or ``known``, the value of a plan that the engine runs, if that is better."""
     from hetis.solver.planning import solve_placement
 
@@ -153,11 +159,10 @@ def _searched(
         return replace(known, why_not="no time was left")
     # What it runs of the plan's own engine needs no search.
     known_plan = None if known.value is None else Known(plan, replace(problem.family, engine=own))
-    simplest_within = Requested.of(plan).simplest_within  # or it would seem to reach what was given up for that
     try:
         other = solve_placement(
-            problem, strategy=plan.strategy, budget=budget, seed=seed, simplest_within=simplest_within,
-            known=known_plan, most_searches=SEARCHES,
+            problem, strategy=plan.strategy, budget=budget, seed=seed, known=known_plan, most_searches=SEARCHES,
+            evaluated=evaluated,
         )  # fmt: skip
     except InvalidProblemError as error:  # such as too many pipelines to list, if it runs more types of GPUs
         return replace(known, why_not=str(error))

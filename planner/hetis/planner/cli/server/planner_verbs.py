@@ -21,7 +21,6 @@ from hetis.planner.cli.server.server_verb import (
     collection,
     fetched,
     full_name,
-    kind_names,
     server_verb,
 )
 
@@ -43,9 +42,7 @@ class ShownOptions(InCluster):
 def get(
     terminal: Terminal,
     client: Client,
-    kind: Annotated[
-        str, typer.Argument(metavar="KIND[/NAME]", autocompletion=kind_names, help=f"One of {', '.join(KINDS)}.")
-    ],
+    kind: Annotated[str, typer.Argument(metavar="KIND[/NAME]", help=f"One of {', '.join(KINDS)}.")],
     name: Annotated[
         str | None, typer.Argument(metavar="NAME", help="Only the resource of this name. Default: all.")
     ] = None,
@@ -308,7 +305,8 @@ def rollback(
     terminal: Terminal,
     client: Client,
     plan: Annotated[
-        str | None, typer.Argument(show_default="the cluster's", help="The plan in force, which is rolled back.")
+        str | None,
+        typer.Argument(metavar="PLAN", show_default="the cluster's", help="The plan in force, which is rolled back."),
     ] = None,
     *,
     how: RollbackOptions,
@@ -339,7 +337,7 @@ def rollback(
 def cancel(
     terminal: Terminal,
     client: Client,
-    plan: Annotated[str, typer.Argument(help="The plan whose search or activation to cancel.")],
+    plan: Annotated[str, typer.Argument(metavar="PLAN", help="The plan whose search or activation to cancel.")],
 ) -> ExitCode:
     """Cancel a plan's search; its best plan so far becomes the result. A finished search is not changed.
 
