@@ -207,14 +207,6 @@ def files_in(folder: Path) -> dict[str, str]:
     return {str(path.relative_to(folder)): path.read_text() for path in folder.rglob("*") if path.is_file()}
 
 
-def test_frames_have_a_row_for_every_part(plan: hetis.Plan) -> None:
-    pytest.importorskip("pandas")
-    frame = plan.to_frame()
-    assert len(frame) == sum(len(replica.stages) + len(replica.attention_workers) for replica in plan.replicas)
-    assert frame["num_gpus"].sum() == plan.figures.gpus_used
-    assert frame["num_layers"].sum() == len(plan.replicas) * plan.problem.model.num_layers
-
-
 def test_a_simulation_is_that_of_the_command_line(plan: hetis.Plan, tmp_path: Path) -> None:
     plan.save(tmp_path / "plan.json")
     done = hetis_plan_here("simulate", "plan.json", "--requests", "100", "--threads", "1", "-o", "json", cwd=tmp_path)
@@ -227,14 +219,6 @@ def test_a_simulation_is_that_of_the_command_line(plan: hetis.Plan, tmp_path: Pa
     assert "requests/s" in repr(found)
     assert found.goodput_rps is None
     assert repr(plan.simulate(requests=1)).startswith("<hetis.Simulation: too short for a rate, TTFT p95 ")
-
-
-def test_a_sweep_has_a_row_for_every_rate(plan: hetis.Plan) -> None:
-    pytest.importorskip("pandas")
-    found = plan.simulate(requests=100, sweep=True, tolerance="20%")
-    frame = found.to_frame()
-    assert found.goodput_rps is not None
-    assert frame.loc[frame["within"], "rate_rps"].max() == found.goodput_rps
 
 
 @pytest.mark.parametrize(
@@ -346,7 +330,6 @@ def test_the_notebook_runs(tmp_path: Path) -> None:
 
     Only the last simulation runs, with fewer requests; other tests here simulate the plan by `place`.
     """
-    pytest.importorskip("pandas")
     copy(EXAMPLES / "h100-l4.yaml", tmp_path)
     notebook = (EXAMPLES / "plan.ipynb").read_text()
     placing = 'time_limit=\\"20s\\")'  # in JSON

@@ -154,11 +154,10 @@ class NodeShape:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Addition:
-    """``count`` GPUs of a type; ``usd_per_hour`` is per GPU, None: the type's price."""
+    """``count`` GPUs of a type."""
 
     gpu: GpuType
     count: int
-    usd_per_hour: float | None = None
 
 
 def with_added(cluster: Cluster, additions: Sequence[Addition], shape: NodeShape) -> Cluster:
@@ -177,7 +176,7 @@ def with_added(cluster: Cluster, additions: Sequence[Addition], shape: NodeShape
             )
         for count, size in _sizes(addition.count, shape.gpus_per_node):
             name = _free_name(f"added-{addition.gpu.name.lower()}", groups)
-            slots = GpuSlots(gpu=addition.gpu.name, count=size, usd_per_hour=addition.usd_per_hour)
+            slots = GpuSlots(gpu=addition.gpu.name, count=size)
             groups.append(
                 NodeGroup(
                     name=name,

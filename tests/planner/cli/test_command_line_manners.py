@@ -156,16 +156,6 @@ def test_a_single_default_of_a_repeatable_option_needs_no_list(
     assert "--forbid tp=9: TP sizes are" in capsys.readouterr().err
 
 
-def test_a_default_for_all_verbs_is_no_mistake_where_it_would_be_ignored(
-    home: Path, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (home / "project/hetis.toml").write_text('time-limit = "20s"\n')
-    page, plan = str(tmp_path / "page.html"), str(folder / "plan.json")
-    assert run_verb(["report", plan, "--out", page]) == 0, capsys.readouterr().err
-    assert run_verb(["report", plan, "--out", page, "--time-limit", "3s"]) == ExitCode.INVALID
-    assert "--time-limit needs --buy-next" in capsys.readouterr().err
-
-
 def test_a_default_gives_way_to_an_option_that_contradicts_it(
     home: Path, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -185,7 +175,6 @@ def test_a_default_gives_way_to_an_option_that_contradicts_it(
 
 # Options whose help differs from that in `place`, or in the first verb, although they mean the same.
 SAME_IN_OTHER_WORDS = {
-    "buy-next": {"what-if"},
     "dry-run": {"apply", "delete", "rollback"},
     "engine": {"compare"},
     "force": {"init", "cluster.discover"},
@@ -278,7 +267,6 @@ def test_files_of_defaults_that_nobody_can_see_do_not_exist(
         monkeypatch.setattr(pwd, "getpwuid", unknown)
     monkeypatch.setattr(os, "stat", guarded)
     assert run_verb(["version"]) == ExitCode.OK
-    assert run_verb(["doctor"]) == ExitCode.OK
 
 
 def test_a_file_of_defaults_may_start_with_a_byte_order_mark(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -317,7 +305,7 @@ def test_a_wrong_file_of_defaults_is_named(
     assert "hetis.toml" in said
 
 
-@pytest.mark.parametrize("call", [("place", "--help"), ("-h",), ("--version",), ("version",), ("doctor",)])
+@pytest.mark.parametrize("call", [("place", "--help"), ("-h",), ("--version",), ("version",)])
 def test_a_wrong_file_of_defaults_does_not_stand_in_the_way_of_help(
     home: Path, capsys: pytest.CaptureFixture[str], call: tuple[str, ...]
 ) -> None:

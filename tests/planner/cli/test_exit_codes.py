@@ -92,7 +92,6 @@ def test_debugging_lets_errors_through(monkeypatch: pytest.MonkeyPatch) -> None:
         ["place", "--cluster", "c", "--model", "m", "--workload", "w", "--gap", "-1%"],
         ["place", "--cluster", "c", "--model", "m", "--workload", "w", "--strategy", "best"],
         ["schema", "Clustr"],
-        ["completion", "tcsh"],
         ["check"],
     ],
 )

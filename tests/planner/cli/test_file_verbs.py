@@ -1,4 +1,4 @@
-"""`init`, `validate`, `schema`, `catalog`, `completion`, `version`: their output and its place."""
+"""`init`, `validate`, `schema`, `catalog`, `version`: their output and its place."""
 
 from __future__ import annotations
 
@@ -139,69 +139,6 @@ def test_catalogues_print_the_same_entries_in_every_form(which: str) -> None:
     table = invoke("catalog", which).stdout
     assert len(table.splitlines()) >= len(as_json)
     assert max(map(len, table.splitlines())) <= 80
-
-
-@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
-def test_completion_prints_a_script(shell: str) -> None:
-    result = invoke("completion", shell)
-    assert result.exit_code == 0
-    assert "_HETIS_PLAN_COMPLETE" in result.stdout
-
-
-@pytest.mark.parametrize(
-    ("line", "word"),
-    [
-        ("hetis-plan pl", "place"),
-        ("hetis-plan place --model llama-2-70", "llama-2-70b-hf"),
-        ("hetis-plan place --workload az", "azure_conv_2023"),
-        ("hetis-plan place --strategy uni", "uniform"),
-        ("hetis-plan place --objective thr", "throughput"),
-        ("hetis-plan what-if --add 4xH200-N", "4xH200-NVL-141GB"),
-        ("hetis-plan what-if --market L4,rtx-a60", "L4,rtx-a6000"),
-        ("hetis-plan catalog gpus H200-N", "H200-NVL-141GB"),
-        ("hetis-plan catalog strategies uni", "uniform"),
-        ("hetis-plan get cl", "clusters"),
-        ("hetis-plan place --roles prefill,de", "prefill,decode"),
-        ("hetis-plan place --weights fp8,rtx-a60", "fp8,rtx-a6000="),
-        ("hetis-plan compare --engine vllm,s", "vllm,sglang"),
-        ("hetis-plan compare --strategies uniform,hexgen2-", "uniform,hexgen2-paper"),
-        ("hetis-plan place --forbid ty", "type="),
-        ("hetis-plan place --pin rep", "replicas="),
-    ],
-)
-def test_the_completion_script_gets_its_words(
-    line: str, word: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setenv("_HETIS_PLAN_COMPLETE", "complete_bash")
-    monkeypatch.setenv("COMP_WORDS", line)
-    monkeypatch.setenv("COMP_CWORD", str(len(line.split()) - 1))
-    assert run([]) == 0
-    assert capsys.readouterr().out.split() == [word]
-
-
-@pytest.mark.parametrize(
-    ("words", "rest"),
-    [  # bash breaks words at = and :, and replaces the last piece
-        (["place", "--forbid", "type", "=", "rtx-a60"], ["rtx-a6000"]),
-        (["place", "--forbid", "type", "=", "L4", ":", "as", "=", "pre"], ["prefill"]),
-        (["place", "--forbid", "type", "=", "L4", ":"], ["as="]),
-        (["place", "--pin", "node", "=", "n", ":", "u"], ["use="]),
-        (["place", "--weights", "fp8,V100", "=", "bf"], ["bf16"]),
-        (["place", "--engine", "=", "sg"], ["sglang"]),
-        (["cluster", "discover", "--gpu", "h200", "=", "H200-N"], ["H200-NVL-141GB"]),
-        (["place", "--forbid", "type", "=", "L4", "--strategy", "uni"], ["uniform"]),
-        (["delete", "p"], ["plans", "profiles"]),
-        (["delete", "plans", "p"], []),  # a name
-    ],
-)
-def test_words_that_bash_breaks_are_completed(
-    words: list[str], rest: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setenv("_HETIS_PLAN_COMPLETE", "complete_bash")
-    monkeypatch.setenv("COMP_WORDS", "\n".join(["hetis-plan", *words]))
-    monkeypatch.setenv("COMP_CWORD", str(len(words)))
-    assert run([]) == 0
-    assert capsys.readouterr().out.split() == rest
 
 
 def test_version_names_hetis_and_its_libraries() -> None:

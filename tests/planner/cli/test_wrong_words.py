@@ -19,7 +19,7 @@ from tests.planner.command_line import unfolded
 SAMPLE = ("-c", "cluster.yaml", "-m", "Llama-2-7B", "-w", "500/100")
 
 
-@pytest.mark.parametrize("call", [("place",), ("compare",), ("what-if", "--buy-next", "--market", "L4")])
+@pytest.mark.parametrize("call", [("place",), ("compare",), ("what-if", "--add", "1xL4")])
 def test_requests_that_the_context_cuts_are_told_before_the_search(
     call: tuple[str, ...], home: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -46,7 +46,7 @@ def test_requests_that_the_context_cuts_are_told_before_the_search(
             "2 searches by hetis, uniform, up to 60.0 s each",
         ),
         (("compare", *SAMPLE, "--strategies", "hetis", "--no-verify"), "1 search by hetis, up to 60.0 s each"),
-        (("what-if", *SAMPLE, "--buy-next", "--market", "L4,T4"), "3 searches by hetis for vllm-hetis, up to 60.0 s"),
+        (("what-if", *SAMPLE, "--add", "1xL4"), "2 searches by hetis for vllm-hetis, up to 60.0 s"),
         (("share", "tenants.yaml", "-c", "cluster.yaml"), "1 search by hetis, up to 300 s each"),
     ],
 )

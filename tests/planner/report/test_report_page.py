@@ -138,7 +138,6 @@ def test_differences_of_problems_are_found_wherever_they_are(folder: Path) -> No
     [
         (("compare", *INPUTS, "--strategies", "uniform,hexgen"), "Strategies side by side"),
         (("what-if", *INPUTS, "--strategy", "uniform", "--remove", "t4-0"), "Difference of the best plans"),
-        (("what-if", *INPUTS, "--strategy", "uniform", "--buy-next", "--market", "L4=0.7"), "What to buy next"),
         (("replan", "--from", "plan.json", "-c", "cluster.yaml", "--time-limit", "5s"), "From the running plan"),
         (("simulate", "plan.json", "--requests", "200", "--threads", "1"), "Under simulated traffic"),
         (("simulate", "plan.json", "--requests", "100", "--sweep", "--threads", "1"), "Under simulated traffic"),
@@ -239,19 +238,6 @@ def test_memory_falls_to_what_is_free(folder: Path) -> None:
         assert [step.begin for step in fall.steps] == pytest.approx([0.0, *ends[:-1]])
         assert ends[-1] == pytest.approx(1.0)
         assert fall.steps[-1].label == "free"
-
-
-def test_what_to_buy_next_is_found_by_solving_again(folder: Path) -> None:
-    """The market of `what-if --buy-next` on the plan's own inputs, in a separate part of the page."""
-    asked = ("--buy-next", "--count", "2", "--time-limit", "5s")
-    done = hetis_plan_here("report", "plan.json", *asked, "--out", "bought.html", "-q", cwd=folder)
-    assert done.returncode == 0, done.stderr
-    text = whole((folder / "bought.html").read_text()).text
-    assert "What to buy next" in text
-    assert "2 GPUs of one type added, and everything solved again." in text
-    assert "H100-SXM-80GB" in text[text.index("The market, best purchase per dollar first") :]
-    assert "what one GPU of the class is worth" in text
-    assert "--buy-next" not in text
 
 
 def test_shapes_and_reasons_are_said_in_words() -> None:

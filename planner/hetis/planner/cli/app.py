@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import os
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
+from hetis.commands.terminal import Terminal
 from hetis.commands.verb import click_command, run_application, version_option
 from hetis.formats.errors import DocumentError
 from hetis.planner.cli import (
@@ -20,7 +20,6 @@ from hetis.planner.cli import (
     export,
     files,
     fits,
-    installation,
     place,
     plans,
     sharing,
@@ -29,16 +28,28 @@ from hetis.planner.cli import (
 from hetis.planner.cli.exit_codes import ExitCode
 from hetis.planner.cli.failures import report_failure
 from hetis.planner.cli.parameters.defaults import default_files, default_map
+from hetis.planner.cli.parameters.options import verb
 from hetis.planner.cli.server import deleting, node_verbs, planner_verbs, traffic_verb, why
 
 app = typer.Typer(
     name="hetis-plan",
     epilog=ExitCode.listed(),
     no_args_is_help=True,
-    add_completion=False,  # the verb `completion` prints the script; nothing edits the user's shell files
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+
+@verb()
+def version(terminal: Terminal) -> ExitCode:
+    """Print the versions of hetis and of the libraries that affect plans."""
+    from hetis.planner.use_cases.record.versions import installed_versions
+
+    versions = installed_versions()
+    terminal.emit(lambda: versions, lambda: "\n".join(f"{name} {number}" for name, number in versions.items()))
+    return ExitCode.OK
+
+
 # Verbs by help panel, with examples: their text, or two command lines.
 VERBS: dict[str, tuple[Any, ...]] = {
     "Plan": (
@@ -86,11 +97,7 @@ VERBS: dict[str, tuple[Any, ...]] = {
         (files.schema, "schema Cluster", "schema Plan > plan.schema.json"),
         (files.catalog, files.CATALOG_EXAMPLES),
     ),
-    "This installation": (
-        (installation.doctor, "doctor", "doctor -o json"),
-        (installation.completion, "completion bash", "completion zsh > _hetis-plan"),
-        (installation.version, "version", "version -o json"),
-    ),
+    "This installation": ((version, "version", "version -o json"),),
 }
 for _panel, _verbs in VERBS.items():
     for _verb in _verbs:
@@ -114,25 +121,18 @@ def main() -> NoReturn:
 
 def run(arguments: Sequence[str]) -> int:
     """Run one command line and return its exit code; errors are printed on stderr."""
-    if "_HETIS_PLAN_COMPLETE" in os.environ:  # the script printed by `completion` requests completions
-        from hetis.planner.cli.parameters.completing import offer_completions
-
-        offer_completions()
     return run_application(app, "hetis-plan", arguments, report_failure, defaults=lambda: _defaults_for(arguments))
 
 
-_NEED_NO_DEFAULTS = ("doctor", "version", "completion")
-
-
 def _defaults_for(arguments: Sequence[str]) -> dict[str, dict[str, Any]] | None:
-    """Return the defaults for one command line. Where files of defaults are wrong, help and the verbs about the
-    installation ignore them with a warning: they are needed to find out what is wrong.
+    """Return the defaults for one command line. Where files of defaults are wrong, help and versions ignore them with a
+    warning: they are needed to find out what is wrong.
     """
     try:
         return _defaults()
     except DocumentError as error:
         words = [*itertools.takewhile(lambda word: word != "--", arguments)]
-        if words and words[0] not in _NEED_NO_DEFAULTS and not {"-h", "--help", "--version"} & set(words):
+        if words and words[0] != "version" and not {"-h", "--help", "--version"} & set(words):
             raise
         for problem in error.problems:
             print(f"warning: {problem}; defaults from files are ignored", file=sys.stderr)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -23,12 +22,11 @@ if TYPE_CHECKING:
     from hetis.planner.loop.curves import TrafficCurve
     from hetis.planner.loop.rehearsal import NodeEvent
     from hetis.planner.use_cases.saved_plans import PlanAndProblem
+    from hetis.solver.budget import Report
 
 WHAT_IF_EXAMPLES = """Examples:\n
   hetis-plan what-if -c examples/paper.yaml -m Llama-2-70B -w azure_conv_2023 --add 4xL4 --remove r3090-0\n
-  hetis-plan what-if -c examples/paper.yaml -m Llama-2-70B -w azure_conv_2023 --add 4xA100-PCIe-80GB --node-like a100\n
-  hetis-plan what-if -c examples/paper.yaml -m Llama-2-70B -w azure_conv_2023 --buy-next --count 4\n
-  hetis-plan what-if -c examples/paper.yaml -m Llama-2-70B -w 1024/256 --buy-next --market L4=0.70,L40S -o json"""
+  hetis-plan what-if -c examples/paper.yaml -m Llama-2-70B -w azure_conv_2023 --add 4xA100-PCIe-80GB --node-like a100"""
 REPLAN_EXAMPLES = """Examples:\n
   hetis-plan replan --from running.json --cluster fewer-nodes.yaml --out next.json\n
   hetis-plan replan --from running.json --cluster more-nodes.yaml --max-moves 8\n
@@ -41,19 +39,15 @@ DIFF_EXAMPLES = """Examples:\n
   hetis-plan diff running.json next.json\n
   hetis-plan diff running.json next.json -o json | jq .change.counts"""
 
-_input, _fleet, _market, _change = map(panel, ("Inputs", "Another fleet", "What to buy", "What a change costs"))
-DEFAULT_COUNT = 1
-count_option = partial(
-    _market, "--count N: GPUs of each type to add.", min=1, max=4096, shown=f"{DEFAULT_COUNT}"
-)  # None if it is not given: without --buy-next it would be ignored
+_input, _fleet, _change = map(panel, ("Inputs", "Another fleet", "What a change costs"))
 
 
 @group
 class FleetOptions:
-    """The GPUs that join or leave with their nodes, or what could be bought."""
+    """The GPUs that join or leave with their nodes."""
 
     add: list[str] | None = _fleet(
-        "--add NxTYPE: GPUs to add, such as 4xL4; repeatable.", autocompletion=values.added_gpus
+        "--add NxTYPE: GPUs to add, such as 4xL4; repeatable.",
     )
     remove: list[str] | None = _fleet(
         "--remove NODE: A node or group of nodes to remove, such as a100-0 or a100; repeatable."
@@ -68,26 +62,11 @@ class FleetOptions:
     nic: float | None = _fleet(
         "--nic BANDWIDTH: Network card of the added nodes, such as 100Gbps.", shown="the fleet's network"
     )
-    buy_next: bool = _market("--buy-next: Try adding each GPU type on the market in turn and rank them by gain.", False)
-    market: list[str] | None = _market(
-        "--market TYPE[=USD],...|FILE: "
-        "GPU types to try, each with its hourly price if it differs from the catalogue's; a file has one per line; "
-        "repeatable.",
-        autocompletion=values.market_names,
-        shown="types with a known price",
-    )
-    count: int | None = count_option()
 
     def refuse_half_a_question(self) -> None:
-        changes = bool(self.add or self.remove)
-        if self.buy_next and changes:
-            raise typer.BadParameter("--buy-next starts from the unchanged fleet: leave out --add and --remove")
-        options.refuse_without("--buy-next", self, "market", "count", is_given=self.buy_next)
-        if not self.buy_next and not changes:
-            raise typer.BadParameter("no change to study: give --add, --remove or --buy-next")
-        for name, shape in options.given_in(self).items():
-            if name in ("node_like", "gpus_per_node", "zone", "nic") and not self.add and not self.buy_next:
-                raise typer.BadParameter(f"{shape} is of added nodes: it needs --add or --buy-next")
+        if not self.add and not self.remove:
+            raise typer.BadParameter("no change to study: give --add or --remove")
+        options.refuse_without("--add", self, "node_like", "gpus_per_node", "zone", "nic", is_given=bool(self.add))
 
 
 @group
@@ -106,15 +85,14 @@ def what_if(
 ) -> ExitCode:
     """Solve before and after a change of the fleet, and show what the two proofs imply about the difference.
 
-    With --buy-next every GPU type on the market is added in turn and solved. Every solve has the full time limit;
-    Ctrl-C once shows the results so far, Ctrl-C twice exits at once.
+    Both solves have the full time limit; Ctrl-C once shows the results so far, Ctrl-C twice exits at once.
     """
     from hetis.planner.export.carrying import not_carried
     from hetis.planner.report import what_if as report
-    from hetis.planner.report.page.pages import buy_next_page, what_if_page
+    from hetis.planner.report.page.pages import what_if_page
     from hetis.planner.use_cases.comparing.compare import Searches
     from hetis.planner.use_cases.other_fleets import what_if as asking
-    from hetis.planner.use_cases.other_fleets.additions import read_wanted
+    from hetis.planner.use_cases.other_fleets.additions import read_change
     from hetis.planner.use_cases.place import read_inputs
     from hetis.planner.use_cases.placement_settings import settings_of
     from hetis.solver.cluster import Link
@@ -126,35 +104,28 @@ def what_if(
     cluster, nic = loaded.inputs.cluster, None
     if fleet.nic is not None:
         nic = Link(bytes_per_s=fleet.nic, latency_s=cluster.network.default.latency_s)
-    change, market = read_wanted(
+    change = read_change(
         cluster, add=fleet.add or (), remove=fleet.remove or (),
-        market=(fleet.market, fleet.count or DEFAULT_COUNT) if fleet.buy_next else None,
         like=fleet.node_like, gpus_per_node=fleet.gpus_per_node, zone=fleet.zone, nic=nic,
     )  # fmt: skip
     asking.changed_inputs(loaded, change)  # refuses what the fleet does not have, before anything is searched
     if answer.dry_run:
         return outputs.say_what_would_be_solved(
             terminal, [(loaded.inputs, objective)], strategies=[request.strategy],
-            solves=1 + (len(market) if fleet.buy_next else 1), time_limit_s=request.time_limit_s,
-            engine=settings.engine,
+            solves=2, time_limit_s=request.time_limit_s, engine=settings.engine,
         )  # fmt: skip
     long = Interruptible(terminal, time_limit_s=request.time_limit_s)
-    searches = partial(
-        Searches, loaded=loaded, objective=objective, settings=settings, budget=long.budget, carriers=not_carried
-    )
-    search = partial(long.search, unit=objective.unit, so_far="the plans")
 
-    if fleet.buy_next:
-        bought = search(lambda news: asking.buy_next(searches(report=news), market, change.shape))
-        outputs.save_page(terminal, lambda: buy_next_page(bought), answer.html)
-        terminal.emit(lambda: report.buy_next_document(bought), lambda: report.render_buy_next(bought))
-        sides = [bought.before, *(offer.after for offer in bought.offers)]
-    else:
-        found = search(lambda news: asking.what_if(searches(report=news), change))
-        outputs.save_page(terminal, lambda: what_if_page(found), answer.html)
-        terminal.emit(lambda: report.what_if_document(found), lambda: report.render_what_if(found))
-        sides = [found.before, found.after]
-    return long.code(judge([side.outcome for side in sides]))
+    def search(news: Report) -> asking.WhatIf:
+        searches = Searches(
+            loaded=loaded, objective=objective, settings=settings, budget=long.budget, carriers=not_carried, report=news
+        )
+        return asking.what_if(searches, change)
+
+    found = long.search(search, unit=objective.unit, so_far="the plans")
+    outputs.save_page(terminal, lambda: what_if_page(found), answer.html)
+    terminal.emit(lambda: report.what_if_document(found), lambda: report.render_what_if(found))
+    return long.code(judge([found.before.outcome, found.after.outcome]))
 
 
 # --- replan
@@ -168,13 +139,11 @@ class ReplanOptions:
     cluster: str = requested("cluster")
     workload: str | None = _input(
         "--workload -w NAME|FILE|P/O: Current traffic.",
-        autocompletion=values.workload_names,
         shown="the plan's",
     )
     prefix_hit_rate: Any = requested("prefix_hit_rate")
     model: str | None = _input(
         "--model -m NAME|FILE: Reject a plan for any other model; the plan's own model is always used.",
-        autocompletion=values.model_names,
     )
     profile: list[str] | None = requested("profiles")
     rate: float | None = requested("rate")

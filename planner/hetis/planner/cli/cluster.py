@@ -57,7 +57,6 @@ class DiscoveryOptions:
     gpu: list[str] | None = option(
         "--gpu NAME=TYPE: Map a GPU name that the tool reports to a type of `catalog gpus`, or to none to "
         "leave these GPUs out. Repeatable.",
-        autocompletion=values.meant_gpus,
     )
     with_busy: bool = option("--with-busy: Include GPUs that are in use.", False)
     bandwidth: float | None = option(

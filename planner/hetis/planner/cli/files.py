@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
@@ -221,16 +220,12 @@ def _kind(text: str) -> str:
     return known.get(text.lower()) or one_of(text, FILE_KINDS)
 
 
-def _names(incomplete: str) -> list[str]:
-    return [kind for kind in FILE_KINDS if kind.lower().startswith(incomplete.lower())]
-
-
 @verb(output=OutputFormat.JSON)
 def schema(
     terminal: Terminal,
     kind: Annotated[
         FileKind,
-        typer.Argument(parser=_kind, metavar="KIND", autocompletion=_names, help=f"One of {', '.join(FILE_KINDS)}."),
+        typer.Argument(parser=_kind, metavar="KIND", help=f"One of {', '.join(FILE_KINDS)}."),
     ],
 ) -> ExitCode:
     """Print the JSON Schema of a kind of file, for editors and other tools."""
@@ -249,16 +244,6 @@ hetis-plan catalog gpus\n
 hetis-plan catalog models -o json\n
 hetis-plan catalog add MYCARD --memory 24GiB --memory-bandwidth 960GB/s --fp16 122TFLOPS --pcie 32GB/s
 --architecture RDNA3 --into cluster.yaml"""
-
-
-def _entries(ctx: typer.Context, incomplete: str) -> list[str]:
-    names: dict[str, Callable[[str], list[str]]] = {
-        "gpus": values.gpu_names,
-        "models": values.model_names,
-        "workloads": values.workload_names,
-        "strategies": values.strategy_names,
-    }
-    return names[ctx.params["which"]](incomplete) if ctx.params.get("which") in names else []
 
 
 _figure = panel("A GPU that is not there (add NAME)")
@@ -282,9 +267,7 @@ def catalog(
     which: Annotated[Catalogue, typer.Argument(help="What to list; or add: the `gpu_types` entry of another GPU.")],
     containing: Annotated[
         str,
-        typer.Argument(
-            help="Only names that contain this text; the name to add.", show_default=False, autocompletion=_entries
-        ),
+        typer.Argument(help="Only names that contain this text; the name to add.", show_default=False),
     ] = "",
     *,
     figures: FiguresOfGpu,

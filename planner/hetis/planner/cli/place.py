@@ -161,13 +161,11 @@ class ComparedOptions:
     strategies: values.Names | None = _search(
         "--strategies NAME,...: Families of plans to search, names of `catalog strategies`, or all.",
         parser=values.strategies,
-        autocompletion=values.lists_of_strategies,
         shown="all; hetis if engines are compared",
     )
     engine: values.Names | None = _search(
         "--engine NAME,...: Plan only what this engine can run; several (or all) are compared side by side.",
         parser=values.engines,
-        autocompletion=values.lists_of_engines,
         shown="vllm-hetis",
     )
 

@@ -8,12 +8,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from hetis.commands.terminal import Terminal
-from hetis.planner.cli.changes import DEFAULT_COUNT, count_option
 from hetis.planner.cli.exit_codes import ExitCode
 from hetis.planner.cli.outputs import refuse_unwritable_page, save_page
-from hetis.planner.cli.parameters import options
 from hetis.planner.cli.parameters.options import PlanArgument, group, option, verb
-from hetis.planner.cli.parameters.requests import requested
 from hetis.planner.cli.searching import Interruptible
 from hetis.planner.report.figures import plural
 from hetis.solver.budget import Budget
@@ -21,17 +18,13 @@ from hetis.solver.budget import Budget
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from hetis.planner.use_cases.other_fleets.what_if import BuyNext
     from hetis.planner.use_cases.saved_plans import PlanAndProblem
     from hetis.planner.use_cases.verification.latency_curve import Curve
 
 REPORT_EXAMPLES = """Examples:\n
   hetis-plan report plan.json\n
-  hetis-plan report plan.json --simulate --buy-next --out all.html\n
   hetis-plan report today.json next.json --simulate --out next-quarter.html\n
   hetis-plan place -c examples/paper.yaml -m Llama-2-70B -w azure_conv_2023 --out - | hetis-plan report - --out -"""
-
-BUY_NEXT_S = 20.0  # default time limit of every solve of --buy-next
 
 # Proved by the search; a plan file contains only the result of the proof.
 ON_TRUST = ("result.bound", "result.solve_s", "prices.dual", "runners_up", "notes", "inputs")
@@ -122,11 +115,6 @@ class ReportOptions:
     simulate: bool = option(
         "--simulate: Simulate every plan at rates up to and beyond the planned one, and draw it.", False
     )
-    buy_next: bool = option(
-        "--buy-next: Show what to buy next: solve again with --count more GPUs of each type on the market.", False
-    )
-    count: int | None = count_option()
-    time_limit: float | None = requested("time_limit", shown=f"{BUY_NEXT_S:g}s")
     out: Path = option("--out FILE: HTML file to write; - writes to standard output.", Path("report.html"))
 
 
@@ -140,19 +128,17 @@ def report(
     """Write an HTML page about plans for decision makers: what they serve, at what cost, where, and why.
 
     The page is self-contained, has light and dark modes, and can be printed. Several plans are compared before each is
-    shown. With --buy-next every plan is solved again for each GPU type on the market, each within --time-limit.
+    shown.
     """
     from hetis.planner.report.page.pages import ShownPlan, plans_page
 
-    options.refuse_without("--buy-next", given, "count", "time_limit", is_given=given.buy_next)
     refuse_unwritable_page(given.out)
     found = _load_and_check(terminal, plans)
-    long = Interruptible(terminal, time_limit_s=given.time_limit or BUY_NEXT_S)
+    long = Interruptible(terminal)
     curves = [_curve(one, long) if given.simulate else None for one in found]
-    bought = [_market(one, long, given) if given.buy_next else None for one in found]
     shown = [
-        ShownPlan(name=name, plan=one.plan, problem=one.problem, curve=curve, market=market)
-        for name, one, curve, market in zip(_names(plans), found, curves, bought, strict=True)
+        ShownPlan(name=name, plan=one.plan, problem=one.problem, curve=curve)
+        for name, one, curve in zip(_names(plans), found, curves, strict=True)
     ]
     save_page(terminal, lambda: plans_page(shown), given.out)
     return long.code()
@@ -163,23 +149,6 @@ def _curve(found: PlanAndProblem, long: Interruptible) -> Curve | None:
 
     budget = Budget(cancelled=long.cancelled)
     return long.simulate(lambda news: latency_curve(found.plan, found.problem, budget=budget, report=news))
-
-
-def _market(found: PlanAndProblem, long: Interruptible, given: ReportOptions) -> BuyNext | None:
-    """Return what to buy next, or None after Ctrl-C."""
-    from hetis.planner.use_cases.other_fleets.additions import market_of, node_shape
-    from hetis.planner.use_cases.other_fleets.what_if import buy_next_to_plan
-
-    if long.cancelled.is_set():
-        return None
-    cluster, time_limit_s = found.problem.cluster, given.time_limit or BUY_NEXT_S
-    market = market_of(None, cluster, given.count or DEFAULT_COUNT)
-    shape = node_shape(cluster, like=None, gpus_per_node=None, zone=None, nic=None)
-    return long.search(
-        lambda news: buy_next_to_plan(found, market, shape, time_limit_s=time_limit_s, report=news, budget=long.budget),
-        unit=found.plan.result.unit,
-        so_far="the plans",
-    )
 
 
 def _names(paths: list[str]) -> list[str]:

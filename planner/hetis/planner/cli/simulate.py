@@ -56,7 +56,6 @@ class SimulateOptions:
     trace: str | None = _traffic(
         "--trace FILE|NAME|P/O: Requests: a CSV or JSONL trace, or lengths drawn from anything that `place "
         "--workload` accepts.",
-        autocompletion=values.workload_names,
         shown="the plan's workload",
     )
     prefix_hit_rate: Any = _traffic(  # a share or "trace", which typer's types cannot express

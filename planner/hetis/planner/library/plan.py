@@ -6,7 +6,7 @@ import html
 from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from hetis.formats.documents import dump, to_data
 from hetis.formats.files import write_atomically
@@ -45,14 +45,7 @@ from hetis.solver.errors import InvalidProblemError
 from hetis.solver.placement.explanation.facts import Explanation
 from hetis.solver.problem import PlacementProblem
 
-if TYPE_CHECKING:
-    import pandas
-
 _FRAME_HEIGHT = 720  # height of the page in a notebook, in pixels
-_COLUMNS = (
-    "replica", "role", "rate_rps", "stage", "duty", "gpu", "tp", "copies", "expert_parallel",
-    "first_layer", "num_layers", "kv_head_groups", "num_gpus", "devices",
-)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,28 +107,6 @@ class Simulation:
     def to_dict(self) -> Mapping[str, Any]:
         """Return the simulation as plain data, as ``hetis-plan simulate -o json`` prints it."""
         return simulation_document(self.simulated, self.plan)
-
-    def to_frame(self) -> pandas.DataFrame:
-        """Return a row for every rate that was tried, or one row without a sweep. Needs pandas: ``hetis[frames]``."""
-        import pandas
-
-        swept, question = self.simulated.sweep, self.simulated.question
-        if swept is None:
-            points = [(question.load.rate_rps, self.summary, self.simulated.verdict)]
-        else:
-            points = [
-                (point.rate_rps, point.summary, verdict)
-                for point, verdict in zip(swept.points, self.simulated.verdicts, strict=True)
-            ]
-        rows: list[dict[str, object]] = []
-        for rate_rps, summary, verdict in points:
-            row: dict[str, object] = {"rate_rps": rate_rps, "throughput_rps": summary.throughput_rps.value}
-            for one in (*simulated_latencies(summary, None), *simulated_latencies(summary, verdict)):
-                name = f"{one.latency.lower()}_{one.statistic}"
-                row |= {f"{name}_s": one.estimate.value, f"{name}_half_width_s": one.estimate.half_width}
-            kept = verdict is not None and verdict.kept is True
-            rows.append({**row, "attainment": summary.attainment, "within": kept})
-        return pandas.DataFrame(rows)
 
     def __repr__(self) -> str:
         found, question = self.summary, self.simulated.question
@@ -295,12 +266,6 @@ class Plan:
         """Return the plan as plain data, as ``hetis-plan place -o json`` prints it."""
         return to_data(self.value)
 
-    def to_frame(self) -> pandas.DataFrame:
-        """Return a row per stage and per pool of attention workers. Needs pandas: ``pip install 'hetis[frames]'``."""
-        import pandas
-
-        return pandas.DataFrame([*_rows(self.value)], columns=list(_COLUMNS))
-
     def __repr__(self) -> str:
         used = sum(len(replica.devices()) for replica in self.replicas)
         gpus = f"{used:,} of {plural(self.problem.cluster.num_gpus(), 'GPU')}"
@@ -323,22 +288,3 @@ class Plan:
             f'<iframe title="hetis plan" srcdoc="{page}" sandbox="allow-scripts" '
             f'style="width:100%;height:{_FRAME_HEIGHT}px;border:0"></iframe>'
         )
-
-
-def _rows(plan: solved.Plan) -> list[tuple[object, ...]]:
-    rows: list[tuple[object, ...]] = []
-    for number, replica in enumerate(plan.replicas):
-        of = (number, replica.role.value, replica.rate)
-        for index, stage in enumerate(replica.stages):
-            layers = (stage.first_layer, stage.num_layers)
-            shape = (stage.gpu, stage.tp, stage.copies, replica.expert_parallel)
-            rows.append(
-                (*of, index, "primary", *shape, *layers, stage.kv_head_groups_kept, len(stage.devices), stage.devices)
-            )
-            rows += [
-                (*of, index, "attention worker", pool.gpu, None, stage.copies, False, *layers, pool.kv_head_groups,
-                 len(pool.devices), pool.devices)
-                for pool in replica.attention_workers
-                if pool.stage == index
-            ]  # fmt: skip
-    return rows

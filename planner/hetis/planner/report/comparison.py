@@ -11,7 +11,7 @@ from rich.text import Text
 from hetis.formats.documents import to_data
 from hetis.planner.report.alternatives import rung_grid
 from hetis.planner.report.blocks import Cell, Column, Grid, grid_of
-from hetis.planner.report.figures import digits, percent, seconds, tokens, with_unit
+from hetis.planner.report.figures import digits, percent, seconds, tokens
 from hetis.planner.report.goals import goal_line, problem_title
 from hetis.planner.report.promises import kept_cell
 from hetis.planner.report.tables import as_group, drawn, grid, section, titled
@@ -43,20 +43,12 @@ def simulated_means(plans: Iterable[Plan]) -> str:
     )
 
 
-def model_words(objective: Objective, known: Plan | None = None) -> str:
-    """Return whose values are shown for plans that were not simulated, since `place` shows simulated ones first.
-
-    ``known`` is the plan that the reader has beside them; both its values are given if it was simulated.
-    """
+def model_words(objective: Objective) -> str:
+    """Return whose values are shown for plans that were not simulated, since `place` shows simulated ones first."""
     words = "Values and bounds are the cost model's; these plans are not simulated."
     if objective.kind is not ObjectiveKind.GOODPUT:
         return words
-    kept = None if known is None else kept_of(known)
-    if known is None or kept is None:
-        return f"{words} `place` shows the rate that simulated traffic keeps, which may be lower."
-    model = f"{with_unit(known.result.value, objective.unit)} by the model"
-    rate = f"up to {digits(kept.rate_rps, 4)}" if kept.rate_rps else "at no rate tried"
-    return f"{words} The present plan has {model} and keeps its limits {rate} in simulation."
+    return f"{words} `place` shows the rate that simulated traffic keeps, which may be lower."
 
 
 # --- the figures of plans

@@ -1,4 +1,4 @@
-"""Another fleet beside the present one, and what to buy next, as blocks for terminals and pages, and as documents."""
+"""Another fleet beside the present one, as blocks for terminals and pages, and as a document."""
 
 from __future__ import annotations
 
@@ -11,21 +11,20 @@ from rich.padding import Padding
 from rich.text import Text
 
 from hetis.formats.documents import to_data
-from hetis.planner.report.blocks import Grid, Sentences, grid_of
+from hetis.planner.report.blocks import Grid
 from hetis.planner.report.changes import change_counts, change_fields
 from hetis.planner.report.comparison import model_words
-from hetis.planner.report.figures import digits, percent, plural, with_unit
+from hetis.planner.report.figures import digits, percent, plural
 from hetis.planner.report.goals import goal_line, problem_title
-from hetis.planner.report.plan import SMALLEST_PRICE
 from hetis.planner.report.tables import as_group, bullets, drawn, facts, section, titled
 from hetis.planner.use_cases.comparing.plan_figures import Figures, figures_of
 from hetis.planner.use_cases.grouping import gpu_counts, used_counts
 from hetis.planner.use_cases.json_values import document, json_value
 from hetis.planner.use_cases.other_fleets.additions import FleetChange
-from hetis.planner.use_cases.other_fleets.what_if import BuyNext, ListedOffer, Side, WhatIf
+from hetis.planner.use_cases.other_fleets.what_if import Side, WhatIf
 from hetis.solver.advice import ChangeVerdict, NodeShape
 from hetis.solver.cluster import Link
-from hetis.solver.plan import Objective, Plan
+from hetis.solver.plan import Plan
 
 _NOTE = (
     "Every plan is solved from scratch; hetis-plan replan shows what to keep of a running plan, and what moving costs."
@@ -142,9 +141,9 @@ def _no_plan_words(found: WhatIf) -> str:
     return ", and ".join(f"{what} {'either way' if names[1:] else names[0]}" for what, names in known if names)
 
 
-def _signed(value: float | None, unknown: str = "unknown") -> str:
+def _signed(value: float | None) -> str:
     if value is None or not math.isfinite(value):
-        return unknown
+        return "unknown"
     return f"{'+' if value > 0 else '-' if value < 0 else ''}{digits(abs(value))}"
 
 
@@ -191,112 +190,3 @@ def _side_fields(side: Side) -> dict[str, Any]:
 
 def _plan_field(side: Side) -> dict[str, Any]:
     return {"plan": side.outcome.plan and to_data(side.outcome.plan)}
-
-
-# --- what to buy next
-
-
-@as_group
-def render_buy_next(found: BuyNext) -> Iterator[RenderableType]:
-    """Return the market as a table, the best purchase per dollar first."""
-    plan = found.before.outcome.plan
-    yield problem_title(found.before.loaded.inputs)
-    yield goal_line(found.before.loaded.inputs.applicable_limits(found.objective))
-    now = "no plan"
-    if plan is not None:
-        now = f"{with_unit(plan.result.value, found.objective.unit)} by the model, gap {percent(plan.result.gap)}"
-    added = f"{plural(found.count, 'GPU')} of one type, {shape_words(found.shape, found.before)}"
-    yield facts((("now", now), ("added", added)))
-    yield Text()
-    if found.offers:
-        yield drawn(market := market_grid(found))
-        yield Text(f"\n{market.note}", style="dim")
-    if found.left_out:
-        yield section("Not solved in time", Text(", ".join(found.left_out)))
-
-
-def market_grid(found: BuyNext, known: Plan | None = None) -> Grid:
-    """Return the offers; ``known`` is the plan that the reader has beside them."""
-    return grid_of(
-        found.offers,
-        ("'GPU", lambda one: one.addition.gpu.name),
-        ("USD/h\neach", lambda one: _money(one.usd_per_hour)),
-        ("marginal\nprice", lambda one: _price(one.dual)),
-        (
-            f"{found.objective.unit}\nthen",
-            lambda one: "-" if (plan := one.after.outcome.plan) is None else digits(plan.result.value, 4),
-        ),
-        ("gain", lambda one: _signed(one.gain, "-")),
-        ("per\nGPU", lambda one: _signed(_per_gpu(one), "-")),
-        ("per\nUSD/h", lambda one: _signed(_per_dollar(one), "-")),
-        ("proven", _proven),
-        ("'", lambda one: "?" if one.difference.verdict is ChangeVerdict.UNDECIDED else ""),
-        title="The market, best purchase per dollar first",
-        intro=f"{plural(found.count, 'GPU')} of one type added, and everything solved again.",
-        note="gain: between the plans found, for all added GPUs together. proven: the range that both bounds allow.\n"
-        "marginal price: the value of one GPU in the present plan, an estimate that solving again replaces.\n"
-        f"{model_words(found.objective, known)}",
-        least=("per\nGPU", "marginal\nprice", "USD/h\neach"),
-        tight=True,
-    )
-
-
-def _per_gpu(offer: ListedOffer) -> float:
-    return offer.gain / offer.addition.count
-
-
-def _per_dollar(offer: ListedOffer) -> float | None:
-    return _per_gpu(offer) / offer.usd_per_hour if offer.usd_per_hour else None
-
-
-def _price(dual: float | None) -> str:
-    if dual is None:
-        return "-"
-    return digits(dual) if dual == 0.0 or dual >= SMALLEST_PRICE else f"< {SMALLEST_PRICE}"
-
-
-def _proven(offer: ListedOffer) -> str:
-    difference = offer.difference
-    if difference.no_plan_after:
-        return "no plan"
-    if difference.verdict is ChangeVerdict.BETTER and math.isinf(difference.high):
-        return "a plan"  # where none existed
-    if difference.verdict is ChangeVerdict.SAME:
-        return "0"
-    low, high = _signed(difference.low), _signed(difference.high)
-    return low if low == high else f"{low}…{high}"
-
-
-def purchase(found: BuyNext) -> Sentences:
-    """Return the best purchase in a sentence."""
-    best, text = found.offers[0], "No GPU type on the market improves the plan."
-    if (best.gain if found.objective.maximises else -best.gain) > 0:
-        price = "" if best.usd_per_hour is None else f" at {digits(best.usd_per_hour)} USD/h each"
-        text = f"Buy {best.addition.count} × {best.addition.gpu.name}{price}."
-    return Sentences(title="In one sentence", lines=(text,))
-
-
-def buy_next_document(found: BuyNext) -> dict[str, Any]:
-    """Return the market as plain data. ``gain`` is in the objective's unit, negative if a minimised objective falls."""
-    return document(
-        "BuyNext",
-        objective=found.objective,
-        node_shape=found.shape,
-        count=found.count,
-        before=_side_fields(found.before),
-        offers=[_offer_fields(offer, found.objective) for offer in found.offers],
-        left_out=found.left_out,
-    )
-
-
-def _offer_fields(offer: ListedOffer, objective: Objective) -> dict[str, Any]:
-    return {
-        "gpu": offer.addition.gpu.name,
-        "usd_per_hour": offer.usd_per_hour,
-        "dual": offer.dual,
-        "gain": offer.gain,
-        "gain_per_gpu": _per_gpu(offer),
-        "gain_per_usd_per_hour": _per_dollar(offer),
-        "difference": {**json_value(offer.difference), "unit": objective.unit},
-        "after": _side_fields(offer.after),
-    }

@@ -14,7 +14,6 @@ import pytest
 
 from hetis.planner.cli.app import run
 from hetis.planner.cli.exit_codes import ExitCode
-from hetis.planner.report.comparison import model_words
 from hetis.planner.use_cases.climbing import Climbed
 from hetis.planner.use_cases.comparing import compare as comparing
 from hetis.planner.use_cases.comparing.compare import best_of
@@ -210,18 +209,6 @@ def test_the_best_plan_is_the_one_that_keeps_most_or_costs_least() -> None:
     assert best_of([simulated(least, value, kept=kept, kept_rps=rps) for value, kept, rps in missing]) == 1
     known = simulated(most, 1.5, kept=False, kept_rps=0.9)
     assert best_of([plan_of("hetis", 0.95, 2.0, most), known]) == 1, "nothing is known of what the other keeps"
-
-
-def test_a_market_beside_a_simulated_plan_gives_both_of_its_values() -> None:
-    """Its rate by the model alone would contradict the one that the plan itself shows first."""
-    plan = plan_of("hetis", 3.927, 3.927, Objective())
-    simulated = replace(plan, inputs={"verification": verification(kept=False, kept_rps=3.387)})
-    assert model_words(plan.objective, simulated).endswith(
-        "The present plan has 3.927 requests/s by the model and keeps its limits up to 3.387 in simulation."
-    )
-    assert model_words(plan.objective, plan) == model_words(plan.objective)
-    throughput = Objective(kind=ObjectiveKind.THROUGHPUT)
-    assert model_words(throughput).endswith("not simulated."), "`place` shows no other value of it, either"
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""``hetis-plan what-if``: two fleets, the market, and errors in options."""
+"""``hetis-plan what-if``: two fleets, and errors in options."""
 
 from __future__ import annotations
 
@@ -61,9 +61,6 @@ def test_those_who_wait_hear_which_of_how_many_is_solved(fleet: str, monkeypatch
     told = invoke(*asked(fleet, "--add", "1xL4")).stderr
     assert "1 of 2, before: " in told
     assert "2 of 2, after: " in told
-    told = invoke(*asked(fleet, "--buy-next", "--market", "L4,T4")).stderr
-    assert "1 of 3, before: " in told
-    assert "3 of 3, with 1 " in told
 
 
 def test_the_difference_is_that_of_two_solves(fleet: str, tmp_path: Path) -> None:
@@ -81,46 +78,16 @@ def test_the_difference_is_that_of_two_solves(fleet: str, tmp_path: Path) -> Non
     assert sum(answer["plan_change"]["counts"].values()) > 0  # type: ignore[index]
 
 
-def test_buy_next_says_of_every_type_what_solving_again_says(fleet: str, tmp_path: Path) -> None:
-    answer = answer_to(fleet, "--buy-next", "--market", "L4=0.5,A10,T4", "--node-like", "l4")
-    before = value_of(fleet)
-    offers = {offer["gpu"]: offer for offer in answer["offers"]}  # type: ignore[attr-defined]
-    assert set(offers) == {"L4", "A10", "T4"}
-    assert offers["L4"]["usd_per_hour"] == 0.5
-    assert offers["L4"]["dual"] > 0
-    assert offers["A10"]["dual"] is None
-    gains = [offer["gain_per_usd_per_hour"] for offer in answer["offers"]]  # type: ignore[attr-defined]
-    assert gains == sorted(gains, reverse=True)
-    for gpu, offer in offers.items():
-        bought = tmp_path / f"{gpu}.yaml"
-        bought.write_text(FLEET.replace("network:", f"  - {{name: more, gpus: [{{type: {gpu}, count: 1}}]}}\nnetwork:"))
-        assert offer["gain"] == pytest.approx(value_of(str(bought)) - before, abs=1e-9)
-        assert offer["difference"]["low"] <= offer["gain"] <= offer["difference"]["high"] + 1e-9
-
-
 def test_the_tables_fit_80_columns_and_say_what_is_proven(fleet: str) -> None:
     changed = invoke(*asked(fleet, "--remove", "l4-1"), "-q")
     assert changed.exit_code == 0, changed.output
     assert "proven: worse" in changed.output
-    bought = invoke(*asked(fleet, "--buy-next", "--market", "L4", "--count", "2"), "-q")
-    assert bought.exit_code == 0, bought.output
-    assert "in nodes of up to 8 GPUs, zone default" in bought.output
-    for shown in (changed.output, bought.output):
+    grown = invoke(*asked(fleet, "--add", "2xL4"), "-q")
+    assert grown.exit_code == 0, grown.output
+    assert "in nodes of up to 8 GPUs, zone default" in grown.output
+    for shown in (changed.output, grown.output):
         assert "these plans are not simulated. `place` shows the rate that simulated traffic" in " ".join(shown.split())
-    assert " requests/s by the model, gap " in bought.output
-    assert all(len(line) <= 80 for line in (changed.output + bought.output).splitlines())
-
-
-@pytest.mark.parametrize(("width", "left_out"), [(80, ""), (60, "marginal price, per GPU")])
-def test_the_market_breaks_no_name_on_a_narrow_terminal(fleet: str, width: int, left_out: str) -> None:
-    market = "L4,RTX-PRO-6000-Server-96GB=2.1"
-    bought = invoke(*asked(fleet, "--buy-next", "--market", market), "-q", columns=width).output
-    assert "\nRTX-PRO-6000-Server-96GB " in bought
-    assert all(len(line) <= width for line in bought.splitlines())
-    assert left_out in " ".join(bought.split())
-    assert ("lack of width" in bought) == bool(left_out)
-    added = bought.partition("\nadded")[2].partition("\n\n")[0]
-    assert all(line.startswith(" ") for line in added.splitlines())
+    assert all(len(line) <= 80 for line in (changed.output + grown.output).splitlines())
 
 
 def test_a_difference_that_is_proven_to_be_none_is_said_to_be_proven(fleet: str) -> None:
@@ -186,16 +153,6 @@ def test_what_was_not_found_is_not_said_to_be_impossible(
     assert verdict_words(found) == f"undecided: {words}; a longer --time-limit may find a plan"
 
 
-def test_where_no_plan_exists_the_cheapest_first_plan_is_the_best_to_buy(fleet: str) -> None:
-    market = "T4,H100-SXM-80GB=4,A100-PCIe-80GB=2"
-    answer = answer_to(fleet, *COST, "30", "--buy-next", "--market", market, "--node-like", "l4")
-    offers = {offer["gpu"]: offer for offer in answer["offers"]}  # type: ignore[attr-defined]
-    assert list(offers) == ["A100-PCIe-80GB", "H100-SXM-80GB", "T4"]
-    assert [offer["gain"] for offer in offers.values()] == [None, None, 0.0], "no cost is a gain over an infinite one"
-    assert [offer["difference"]["verdict"] for offer in offers.values()] == ["better", "better", "same"]
-    assert all(offer["difference"]["no_plan_before"] for offer in offers.values())
-
-
 def test_all_that_is_wrong_is_told_at_once(fleet: str) -> None:
     with pytest.raises(DocumentError) as failure:
         raise_from(asked(fleet, "--add", "2xL5", "--add", "some", "--remove", "l5-0", "--zone", "mars"))
@@ -218,10 +175,7 @@ def raise_from(arguments: list[str]) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--market", "L4=-1", "--buy-next"], "must be above 0"),
-        (["--market", "L4=much", "--buy-next"], "is not a price"),
-        (["--market", " , ", "--buy-next"], "--market: ' , ' does not name a GPU type"),
-        (["--buy-next", "--node-like", "l4-9"], "no node l4-9"),
+        (["--add", "1xL4", "--node-like", "l4-9"], "no node l4-9"),
         (["--add", "0xL4"], "must be 1 to"),
     ],
 )
@@ -236,48 +190,12 @@ def test_a_question_that_cannot_be_asked_is_refused(
     "arguments",
     [
         [],
-        ["--market", "L4"],
-        ["--buy-next", "--add", "1xL4"],
-        ["--add", "1xL4", "--count", "4"],
         ["--remove", "l4", "--gpus-per-node", "4"],
         ["--remove", "l4", "--nic", "10Gbps"],
     ],
 )
 def test_half_a_question_is_refused(fleet: str, arguments: list[str]) -> None:
     assert invoke(*asked(fleet, *arguments)).exit_code == ExitCode.INVALID
-
-
-def test_a_market_may_be_a_file(fleet: str, tmp_path: Path) -> None:
-    market = tmp_path / "market.txt"
-    market.write_text("# what is on offer\nL4 = 0.4  # spot\nA10\n")
-    answer = answer_to(fleet, "--buy-next", "--market", str(market))
-    assert [offer["usd_per_hour"] for offer in answer["offers"] if offer["gpu"] == "L4"] == [0.4]  # type: ignore[attr-defined]
-
-
-def test_all_that_is_wrong_in_a_market_is_told_at_once_with_its_line(fleet: str, tmp_path: Path) -> None:
-    market, empty, raw = (tmp_path / name for name in ("market.txt", "empty.txt", "raw.txt"))
-    market.write_text("# what is on offer\nL4 = 0  # free\nA10\n\nL5, T4=much\n")
-    empty.write_text("# nothing\n")
-    raw.write_bytes(b"L4\xff")
-    files = [option for path in (market, empty, raw) for option in ("--market", str(path))]
-    with pytest.raises(DocumentError) as failure:
-        raise_from(asked(fleet, "--buy-next", *files, "--market", "L4=-1,A10", "--zone", "mars"))
-    told = [str(problem) for problem in failure.value.problems]
-    assert f"{market}:5: unknown GPU 'L5'" in told
-    assert f"{market}:2: L4: the price is 0, must be above 0 and finite" in told
-    assert f"{market}:5: T4: 'much' is not a price in USD per hour" in told
-    assert f"{empty}: does not name a GPU type" in told
-    assert any(line.startswith(f"{raw}: ") for line in told)
-    assert "--market: L4: the price is -1, must be above 0 and finite" in told
-    assert len(told) == 7
-    assert "no zone mars" in told[0]
-
-
-def test_a_market_may_be_given_in_parts(fleet: str) -> None:
-    answer = answer_to(fleet, "--buy-next", "--market", "L4,T4", "--market", "RTX-3090=0.1", "--market", "T4=0.2")
-    prices = {offer["gpu"]: offer["usd_per_hour"] for offer in answer["offers"]}  # type: ignore[attr-defined]
-    assert prices.keys() == {"L4", "T4", "RTX-3090"}
-    assert (prices["RTX-3090"], prices["T4"]) == (0.1, 0.2)
 
 
 def narrows(before: LoadedInputs, **change: Any) -> list[Change]:

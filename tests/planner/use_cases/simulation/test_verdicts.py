@@ -277,7 +277,6 @@ def test_until_stable_waits_for_the_intervals_of_the_level(pair: Placed) -> None
 
 
 def test_a_simulation_from_python_follows_the_level(saved: Path) -> None:
-    pytest.importorskip("pandas")
     plan = hetis.load_plan(saved)
     at: dict[str, Any] = {"requests": 600, "rate": 32.4}
     own, usual = plan.simulate(**at), plan.simulate(**at, ttft_statistic="p95")
@@ -292,11 +291,4 @@ def test_a_simulation_from_python_follows_the_level(saved: Path) -> None:
     tails = plan.simulate(**at, ttft_statistic="p99")
     assert tails.kept is (tails.summary.ttft_s.p99 <= 0.2 and tails.summary.mean_tpot_s.value <= 0.05)
     assert f"TTFT p99 {1e3 * tails.summary.ttft_s.p99:.0f} ms, TPOT mean " in repr(tails)
-    (row,) = tails.to_frame().to_dict("records")
-    assert row["ttft_p99_s"] == pytest.approx(tails.summary.ttft_s.p99)
-    assert row["ttft_p95_s"] == tails.summary.ttft_p95_s.value
-    assert row["within"] is tails.kept
-    assert "ttft_p99_s" not in usual.to_frame().columns
-    (row,) = own.to_frame().to_dict("records")
-    assert (row["within"], row["attainment"]) == (False, own.summary.attainment)
     assert plan.simulate(**at, attainment="40%").kept

@@ -40,17 +40,6 @@ _OWN_PARSERS: Mapping[str, Callable[[str], Any]] = {
     "chunk_tokens": values.chunks,
     "kv_blocks": values.setting,
 }
-_COMPLETIONS: Mapping[str, Callable[[str], list[str]]] = {
-    "model": values.model_names,
-    "workload": values.workload_names,
-    "weights": values.weights_names,
-    "kv": values.kv_names,
-    "pin": values.pinned_things,
-    "forbid": values.forbidden_things,
-    "strategy": values.strategy_names,
-    "roles": values.role_names,
-    "engine": values.engine_names,
-}
 
 
 def requested(name: str, **others: Any) -> Any:
@@ -60,7 +49,7 @@ def requested(name: str, **others: Any) -> Any:
     """
     one = FIELDS[name]
     default = ... if one.default is MISSING else None if one.default in ((), "", "default") else one.default
-    how = {"default": default, "parser": _reading(name)[1], "autocompletion": _COMPLETIONS.get(name)}
+    how = {"default": default, "parser": _reading(name)[1]}
     return groups.option(**(one.metadata["option"] | how | others))
 
 

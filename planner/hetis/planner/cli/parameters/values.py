@@ -5,7 +5,7 @@ Catalogues and strategies are loaded when a value is read or completed, so that 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal, TypeVar
@@ -273,101 +273,3 @@ def _engines() -> list[str]:
     from hetis.solver.placement.families import ENGINES
 
     return list(ENGINES)
-
-
-# --- completion
-
-
-def strategy_names(incomplete: str) -> list[str]:
-    return _completing(incomplete, _strategies())
-
-
-def engine_names(incomplete: str) -> list[str]:
-    return _completing(incomplete, _engines())
-
-
-def workload_names(incomplete: str) -> list[str]:
-    from hetis.formats.catalogue import workloads
-
-    return _completing(incomplete, (entry.workload.name for entry in workloads()))
-
-
-def model_names(incomplete: str) -> list[str]:
-    """Return the models of the catalogue that start with ``incomplete``, with or without their organisation."""
-    from hetis.formats.catalogue import models
-
-    names = [entry.model.name for entry in models()]
-    short = [name.rpartition("/")[2] for name in names]
-    return _in_typed_case(incomplete, short + names)
-
-
-def gpu_names(incomplete: str) -> list[str]:
-    from hetis.formats.catalogue import gpus
-
-    return _in_typed_case(incomplete, (entry.gpu.name for entry in gpus()))
-
-
-def added_gpus(incomplete: str) -> list[str]:
-    """Return what ``4xL`` can become; the number is the caller's."""
-    count, times, gpu = incomplete.partition("x")
-    return [f"{count}x{name}" for name in gpu_names(gpu)] if times and count.isdecimal() else []
-
-
-def meant_gpus(incomplete: str) -> list[str]:
-    """Return what ``a100=A100`` can become; the name in front is that of a tool."""
-    name, equals, gpu = incomplete.partition("=")
-    return [f"{name}={one}" for one in (*gpu_names(gpu), *_completing(gpu, ["none"]))] if equals else []
-
-
-def forbidden_things(incomplete: str) -> list[str]:
-    names = ("gpu=", "node=", "type=", "zone=", "tp=", "workers", "shared-experts")
-    return _constraint(incomplete, names, ("as=",))
-
-
-def pinned_things(incomplete: str) -> list[str]:
-    return _constraint(incomplete, ("node=", "type=", "zone=", "replicas=", "usd=..", "gpus=.."), ("use=", "as="))
-
-
-def _constraint(incomplete: str, names: Iterable[str], extras: Iterable[str]) -> list[str]:
-    """Return constraints that begin so, as far as they do not depend on the fleet."""
-    first, colon, last = incomplete.rpartition(":")
-    if colon:
-        duties = [f"as={duty}" for duty in ("primary", "worker", *Role)] if last.startswith("as=") else extras
-        return [f"{first}:{word}" for word in _completing(last, duties)]
-    if incomplete.startswith("type="):
-        return [f"type={name}" for name in gpu_names(incomplete.removeprefix("type="))]
-    return _completing(incomplete, names)
-
-
-def _precision(incomplete: str, known: Iterable[str]) -> list[str]:
-    gpu, equals, name = incomplete.rpartition("=")
-    if equals:
-        return [f"{gpu}={one}" for one in _completing(name, known)]
-    return [*_completing(name, known), *(f"{one}=" for one in gpu_names(name) if name)]
-
-
-def _in_list(complete: Callable[[str], list[str]]) -> Callable[[str], list[str]]:
-    """Return the completion of the last item of a list with commas, by none that is in the list already."""
-
-    def completed(incomplete: str) -> list[str]:
-        before, comma, last = incomplete.rpartition(",")
-        return [f"{before}{comma}{word}" for word in complete(last) if word not in before.split(",")]
-
-    return completed
-
-
-market_names = _in_list(gpu_names)
-weights_names = _in_list(lambda last: _precision(last, PRECISIONS))
-kv_names = _in_list(lambda last: _precision(last, KV_PRECISIONS))
-role_names = _in_list(lambda last: _completing(last, Role))
-lists_of_engines = _in_list(lambda last: _completing(last, (*_engines(), ALL)))
-lists_of_strategies = _in_list(lambda last: _completing(last, (*_strategies(), ALL)))
-
-
-def _in_typed_case(incomplete: str, names: Iterable[str]) -> list[str]:
-    """Return names of the catalogue, which ignores case, in the case that was typed: the shell discards any other."""
-    return [incomplete + name[len(incomplete) :] for name in names if name.lower().startswith(incomplete.lower())]
-
-
-def _completing(incomplete: str, names: Iterable[str]) -> list[str]:
-    return [str(name) for name in names if name.startswith(incomplete.lower())]

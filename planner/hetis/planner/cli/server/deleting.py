@@ -30,11 +30,6 @@ _OF_ONE = ("NOT_FOUND", "FAILED_PRECONDITION", "ABORTED", "PERMISSION_DENIED", "
 _MAY_BE_DONE = ("", "INTERNAL")
 
 
-def _deletable_kinds(ctx: typer.Context, incomplete: str) -> list[str]:
-    """Return the kinds that complete the first word; those after it are names."""
-    return [] if ctx.params.get("what") else [kind for kind in DELETABLE if kind.startswith(incomplete.lower())]
-
-
 @group
 class DeleteOptions:
     ignore_not_found: bool = option("--ignore-not-found: A resource that does not exist is no error.", False)
@@ -49,7 +44,6 @@ def delete(
         list[str],
         typer.Argument(
             metavar="KIND NAME",
-            autocompletion=_deletable_kinds,
             help=f"A kind ({', '.join(DELETABLE)}) and names, or full names.",
         ),
     ],

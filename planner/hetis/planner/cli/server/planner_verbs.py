@@ -21,7 +21,6 @@ from hetis.planner.cli.server.server_verb import (
     collection,
     fetched,
     full_name,
-    kind_names,
     server_verb,
 )
 
@@ -43,9 +42,7 @@ class ShownOptions(InCluster):
 def get(
     terminal: Terminal,
     client: Client,
-    kind: Annotated[
-        str, typer.Argument(metavar="KIND[/NAME]", autocompletion=kind_names, help=f"One of {', '.join(KINDS)}.")
-    ],
+    kind: Annotated[str, typer.Argument(metavar="KIND[/NAME]", help=f"One of {', '.join(KINDS)}.")],
     name: Annotated[
         str | None, typer.Argument(metavar="NAME", help="Only the resource of this name. Default: all.")
     ] = None,

@@ -148,10 +148,6 @@ _SINGULAR = {kind.lower(): collection for collection, kind in KINDS.items()}
 _MAX_ID = 63
 
 
-def kind_names(incomplete: str) -> list[str]:
-    return [kind for kind in KINDS if kind.startswith(incomplete.lower())]
-
-
 def collection(text: str) -> str:
     """Return ``plans`` for ``plans``, ``plan`` and ``plans/night``; ``nodes`` for ``clusters/c/nodes/n``."""
     last = text.split("/")[-2] if "/" in text.strip("/") else text

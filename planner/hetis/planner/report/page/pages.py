@@ -1,4 +1,4 @@
-"""The pages of the commands: one or several plans, another fleet, what to buy next, the transition to a new plan."""
+"""The pages of the commands: one or several plans, another fleet, the transition to a new plan."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from hetis.planner.report.simulation.text import service_level_words
 from hetis.planner.report.tables import SimulationRemarks
 from hetis.planner.use_cases.comparing.compare import Compared, best_of
 from hetis.planner.use_cases.other_fleets.replan import PosedReplan
-from hetis.planner.use_cases.other_fleets.what_if import BuyNext, Side, WhatIf
+from hetis.planner.use_cases.other_fleets.what_if import Side, WhatIf
 from hetis.planner.use_cases.record.parts import Requested, Verified
 from hetis.planner.use_cases.simulation.simulate import Simulated
 from hetis.planner.use_cases.sources import Inputs
@@ -43,23 +43,17 @@ ROOM = 1.02  # ratio of an axis to its longest bar
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ShownPlan:
-    """A plan on a page: its name and, if requested, its latencies by rate and the gains from more GPUs."""
+    """A plan on a page: its name and, if requested, its latencies by rate."""
 
     name: str
     plan: Plan
     problem: PlacementProblem
     curve: Curve | None = None
-    market: BuyNext | None = None
 
 
 def plans_page(shown: Sequence[ShownPlan]) -> str:
     """Return the page of one plan, or of several plans after their comparison."""
-    sections = list[Section]()
-    for number, one in enumerate(shown, start=1):
-        sections.append(_section(one, number))
-        if one.market is not None:
-            heading = "What to buy next" + (f": {one.name}" if len(shown) > 1 else "")
-            sections.append(_market_section(one.market, f"market-{number}", heading, known=one.plan))
+    sections = [_section(one, number) for number, one in enumerate(shown, start=1)]
     first, title = shown[0], _title(shown[0].problem)
     if len(shown) > 1:
         rows = [PlanRow(one.name, one.plan, one.problem) for one in shown]
@@ -105,15 +99,6 @@ def what_if_page(found: WhatIf) -> str:
     sections = [Section("change", "Another fleet", problem_line(inputs, found.objective), blocks)]
     sections += [_side("After", found.after, 1), _side("Before", found.before, 2)]
     return _page(f"What if: {_title(inputs)}", sections)
-
-
-def buy_next_page(found: BuyNext) -> str:
-    """Return the page of the market, the best purchase first, followed by the present plan."""
-    sections = [
-        _market_section(found, "market", "What to buy next"),
-        _side("The fleet as it is", found.before, 1, found),
-    ]
-    return _page(f"What to buy next: {_title(found.before.loaded.inputs)}", sections)
 
 
 def replan_page(found: Replanning, posed: PosedReplan, costs: ChangeCosts) -> str:
@@ -170,26 +155,17 @@ def _section(shown: ShownPlan, number: int) -> Section:
 
 
 def _plan_section(shown: ShownPlan, number: int, panels: Sequence[Panel], traffic: str) -> Section:
-    blocks = plan_blocks(shown.plan, shown.problem, panels, traffic, has_market=shown.market is not None)
+    blocks = plan_blocks(shown.plan, shown.problem, panels, traffic)
     return Section(f"plan-{number}", shown.name, problem_title(shown.problem).plain, list(blocks))
 
 
-def _side(name: str, side: Side, number: int, market: BuyNext | None = None) -> Section:
+def _side(name: str, side: Side, number: int) -> Section:
     plan, outcome = side.outcome.plan, side.outcome
     if plan is None:
         reasons = Sentences(title=f"No plan: {outcome.status}", lines=outcome.reasons or (outcome.status,))
         return Section(f"plan-{number}", name, "", [reasons])
     problem = side.loaded.inputs.problem(plan.objective, plan.strategy, engine=Requested.of(plan).engine)
-    return _section(ShownPlan(name=name, plan=plan, problem=problem, market=market), number)
-
-
-def _market_section(found: BuyNext, anchor: str, heading: str, known: Plan | None = None) -> Section:
-    """Return the best purchase in words, and the whole market; ``known`` is the plan that is on the same page."""
-    blocks: list[Block] = [what_if.purchase(found)] if found.offers else []
-    blocks.append(what_if.market_grid(found, known))
-    if found.left_out:
-        blocks.append(Sentences(title="Not solved in time", lines=found.left_out))
-    return Section(anchor, heading, problem_line(found.before.loaded.inputs, found.objective), blocks)
+    return _section(ShownPlan(name=name, plan=plan, problem=problem), number)
 
 
 def _title(problem: Inputs | PlacementProblem) -> str:

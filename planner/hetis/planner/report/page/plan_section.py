@@ -47,11 +47,11 @@ _TIME_COLORS = {
 
 
 def plan_blocks(
-    plan: Plan, problem: PlacementProblem, panels: Sequence[Panel] = (), traffic: str = "", *, has_market: bool = False
+    plan: Plan, problem: PlacementProblem, panels: Sequence[Panel] = (), traffic: str = ""
 ) -> Iterator[Block]:
     """Yield everything known about a plan.
 
-    ``panels`` are the curves of a simulation of ``traffic``; ``has_market``: the page also shows what to buy next.
+    ``panels`` are the curves of a simulation of ``traffic``.
 
     Raises:
         InvalidProblemError: the plan contains devices, layers or settings that its problem lacks.
@@ -77,7 +77,7 @@ def plan_blocks(
         yield _times(explanation, plan)
     yield Sentences(title="What limits it", terms=list(_limiting(explanation, plan)))
     if plan.prices:
-        yield _prices(plan, has_market=has_market)
+        yield _prices(plan)
     yield Sentences(
         title="Simpler setups",
         lines=promises.simple_setups(plan),
@@ -212,12 +212,9 @@ def _times(explanation: Explanation, plan: Plan) -> Stack:
 # --- the rest
 
 
-def _prices(plan: Plan, *, has_market: bool) -> Grid:
+def _prices(plan: Plan) -> Grid:
     note = "The marginal price is what one GPU of the class is worth where fractions of replicas are allowed."
-    if not has_market:
-        note += (
-            " What to buy next is found by solving again for every type on the market, by hetis-plan report --buy-next."
-        )
+    note += " What more GPUs are worth is found by solving again, by hetis-plan what-if --add."
     found = price_grid(plan)
     return replace(found, title="Value of the GPUs", note=" ".join(filter(None, (found.note, note))))
 

@@ -1,44 +1,37 @@
 """The value of another fleet: the same problem solved before and after, and what the two proofs imply.
 
-`what_if` adds and removes nodes; `buy_next` adds the same number of GPUs of each type on a market list, one type at a
-time. Every answer is a solve, with the options of `hetis-plan place`.
+Nodes are added and removed; every answer is a solve, with the options of `hetis-plan place`.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from typing import Any
 
-from hetis.planner.use_cases.comparing.compare import FAILED, NO_PLAN, Compared, Searches, planned
+from hetis.planner.use_cases.comparing.compare import FAILED, Compared, Searches, planned
 from hetis.planner.use_cases.other_fleets.additions import FleetChange
-from hetis.planner.use_cases.placement_settings import PlacementSettings
-from hetis.planner.use_cases.record.parts import MadeFrom, Requested
-from hetis.planner.use_cases.saved_plans import PlanAndProblem
+from hetis.planner.use_cases.record.parts import Requested
 from hetis.planner.use_cases.sources import LoadedInputs
 from hetis.profiler.defaults import default_profile
 from hetis.solver.advice import (
-    Addition,
     Change,
     Difference,
-    NodeShape,
     Proven,
     difference,
     usd_per_hour_of,
     with_added,
     without,
 )
-from hetis.solver.budget import Budget, Report, one_of_several
+from hetis.solver.budget import one_of_several
 from hetis.solver.cluster import Cluster
 from hetis.solver.constraints import Constraint, Exclude, RestrictRole, Unit
 from hetis.solver.errors import UncheckedPlanError
 from hetis.solver.plan import Objective, Status
 from hetis.solver.problem import PlacementProblem
 from hetis.solver.replanning.change import PlanChange, plan_change
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,36 +59,6 @@ class WhatIf:
     plan_change: PlanChange | None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ListedOffer:
-    """A GPU type on the market, added to the fleet and solved again."""
-
-    addition: Addition  # the GPU type, the number added, and the price
-    # Estimated marginal value of one GPU of the type in the plan before; None: the fleet has none of this type
-    dual: float | None
-    after: Side
-    difference: Difference  # the effect of all added GPUs together
-    # Value of the plan found, less that of the plan before: a fleet without one serves 0 requests/s at infinite cost
-    gain: float
-
-    @property
-    def usd_per_hour(self) -> float | None:
-        """The price of one GPU per hour, or None if it is unknown."""
-        return _price(self.addition)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class BuyNext:
-    """The market, the best purchase per dollar first: by the gain of the plans found, then by what is proven."""
-
-    objective: Objective
-    shape: NodeShape
-    count: int
-    before: Side
-    offers: tuple[ListedOffer, ...]
-    left_out: tuple[str, ...]  # types for which no time was left, or which were cancelled
-
-
 def what_if(searches: Searches, change: FleetChange) -> WhatIf:
     """Solve for the present and for the changed fleet, each with a budget of its own.
 
@@ -114,81 +77,6 @@ def what_if(searches: Searches, change: FleetChange) -> WhatIf:
         difference=_difference(before, after, searches.objective),
         plan_change=_plan_change(before, after),
     )
-
-
-def buy_next(searches: Searches, market: Sequence[Addition], shape: NodeShape) -> BuyNext:
-    """Solve again with each type of the market added, starting with the type of the highest dual per dollar.
-
-    Once a budget is cancelled, the remaining types are left out and named in the result.
-
-    Raises:
-        InvalidProblemError: a type has no profile, and none can be modelled.
-        UncheckedPlanError: a plan fails the independent checker.
-    """
-    side, objective = _solver(searches, count=1 + len(market)), searches.objective
-    fleets = {a.gpu.name: changed_inputs(searches.loaded, FleetChange(add=(a,), shape=shape)) for a in market}
-    before = side(searches.loaded, "before")
-    duals = _duals(before)
-    offers, left_out = [], []
-    for addition in sorted(market, key=lambda a: -_per_dollar(duals.get(a.gpu.name, 0.0), _price(a))):
-        name = addition.gpu.name
-        after = side(fleets[name], f"with {addition.count} {name}")
-        if after.outcome.plan is None and after.outcome.status == NO_PLAN:
-            left_out.append(name)
-            continue
-        gain = 0.0 if after.proven.value == before.proven.value else after.proven.value - before.proven.value
-        known = _difference(before, after, objective)
-        offers.append(ListedOffer(addition=addition, dual=duals.get(name), after=after, difference=known, gain=gain))
-    sign = 1.0 if objective.maximises else -1.0
-
-    def worth(offer: ListedOffer) -> tuple[float, float, float]:
-        gain = sign * offer.gain / offer.addition.count
-        # The last is for first plans: all of them gain the same infinite cost.
-        return -_per_dollar(gain, offer.usd_per_hour), -gain, -sign * offer.after.proven.value
-
-    return BuyNext(
-        objective=objective,
-        shape=shape,
-        count=market[0].count if market else 0,
-        before=before,
-        offers=tuple(sorted(offers, key=worth)),
-        left_out=tuple(left_out),
-    )
-
-
-def buy_next_to_plan(
-    found: PlanAndProblem, market: Sequence[Addition], shape: NodeShape, *, time_limit_s: float,
-    budget: Callable[[], Budget], report: Report,
-) -> BuyNext:  # fmt: skip
-    """Answer `buy_next` for an existing plan, with its inputs, constraints, objective, strategy and engine.
-
-    Raises:
-        InvalidProblemError, UncheckedPlanError: as raised by `buy_next`.
-    """
-    plan, family, origins = found.plan, found.problem.family, MadeFrom.of(found.plan).origins
-    loaded = LoadedInputs(inputs=found.inputs, origins=origins)
-    settings = PlacementSettings(
-        strategy=plan.strategy, roles=family.roles, engine=family.engine, time_limit_s=time_limit_s,
-        rung=Requested.of(plan).rung, least_layers=1,
-    )  # fmt: skip
-    searches = Searches(loaded=loaded, objective=plan.objective, settings=settings, budget=budget, report=report)
-    return buy_next(searches, market, shape)
-
-
-def _price(addition: Addition) -> float | None:
-    return addition.usd_per_hour if addition.usd_per_hour is not None else addition.gpu.usd_per_hour
-
-
-def _per_dollar(gain: float, usd_per_hour: float | None) -> float:
-    return gain / usd_per_hour if usd_per_hour else 0.0
-
-
-def _duals(side: Side) -> dict[str, float]:
-    """Return for each type the highest dual among its classes."""
-    duals: dict[str, float] = {}
-    for price in side.outcome.plan.prices if side.outcome.plan is not None else ():
-        duals[price.gpu] = max(duals.get(price.gpu, 0.0), price.dual)
-    return duals
 
 
 def _solver(searches: Searches, *, count: int) -> Callable[[LoadedInputs, str], Side]:
