@@ -34,7 +34,7 @@ from hetis.solver.problem import PlacementProblem
 def solve_placement(
     problem: PlacementProblem, *, strategy: str = "hetis", budget: Budget | None = None, gap_target: float = 0.001,
     seed: int = 0, report: Report = silent, market: Market | None = None,
-    simplest_within: float = 0.0, known: Known | None = None, most_searches: int | None = None,
+    simplest_within: float = 0.0, known: Known | None = None,
 ) -> Plan:  # fmt: skip
     """Choose replicas for a fleet so that the objective is best, and prove how good the choice is.
 
@@ -47,8 +47,7 @@ def solve_placement(
     plan's bound is that on the best.
 
     A plan of a smaller family may be ``known``, which is returned with the bound of this one if nothing better is found
-    where the utilisation is chosen. With few ``most_searches``, fewer utilisations are tried, for a quick answer whose
-    bound is valid but may be further off.
+    where the utilisation is chosen.
 
     Raises:
         InvalidProblemError: unknown strategy, an objective without its demand, or a constraint that cannot be met.
@@ -59,7 +58,6 @@ def solve_placement(
         raise InvalidProblemError(f"unknown strategy {strategy!r}, must be one of {', '.join(STRATEGIES)}")
     settings = SearchSettings(
         strategy=strategy, budget=budget or Budget(), gap_target=gap_target, seed=seed, report=report,
-        most_searches=most_searches,
     )  # fmt: skip
     problem = replace(problem.in_shared_precision(), family=STRATEGIES[strategy].restrict(problem.family))
     family = problem.family

@@ -165,7 +165,6 @@ def _facts(plan: Plan) -> list[tuple[str, RenderableType]]:
         (result.objective.goal.label, _value(plan)),
         ("Price" if result.objective is ObjectiveKind.COST else "Cost", _cost(plan)),
         ("Uniform", promises.beside_equal_stages(plan)),
-        ("Engines", "\n".join(promises.beside_engines(plan))),
         ("Precision", promises.precision(plan)),
         ("Demand", promises.demand_words(plan, plan.objective.demand_rps)),
         *((one.name, _limit(one)) for one in promises.limits(plan)),

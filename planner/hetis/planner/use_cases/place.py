@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING
 from hetis.planner.use_cases import service_level
 from hetis.planner.use_cases.climbing import Carriers, Climbed, climb, gain_of, keeps_less, with_least_layers
 from hetis.planner.use_cases.describing import describe
-from hetis.planner.use_cases.engine_values import with_engine_values
 from hetis.planner.use_cases.idle import with_uses_of_idle
 from hetis.planner.use_cases.placement_settings import PlacementSettings, settings_of
 from hetis.planner.use_cases.precision import for_engine, in_precision
@@ -131,7 +130,7 @@ class PosedPlacement:
         """
         return make_plan(
             self.loaded, self.problem, self.settings, budget=self._budget(), report=report, market=catalogue_market,
-            beside_equal_stages=True, beside_engines=self.request.other_engines, requested=self.request.goal,
+            beside_equal_stages=True, requested=self.request.goal,
             carriers=self.carriers,
         )  # fmt: skip
 
@@ -224,7 +223,6 @@ def make_plan(
     report: Report,
     market: Market | None = None,
     beside_equal_stages: bool = False,
-    beside_engines: bool = False,
     requested: Objective | None = None,
     on_search: Callable[[], None] = lambda: None,
     carriers: Carriers | None = None,
@@ -234,8 +232,7 @@ def make_plan(
     It is of the requested rung or, by default, of the highest one that is worth it (`climb`).
 
     If no plan exists, ``market`` contains the GPUs that could be added (None: do not look). ``beside_equal_stages``
-    adds the value of equal stages, and ``beside_engines`` those of plans for other engines, which takes additional
-    time.
+    adds the value of equal stages, which takes additional time.
     ``requested`` is the objective as requested, with limits that do not apply to the problem's requests; None: the
     problem's. ``on_search`` is called before each search.
 
@@ -268,8 +265,6 @@ def make_plan(
     if beside_equal_stages and is_compared:
         plan = equal_stages.with_values(plan, problem, settings.seed, budget.cancelled)
         plan = with_uses_of_idle(plan, problem, loaded, settings.seed, equal_stages.budget_of_one(budget.cancelled))
-    if beside_engines and is_compared:
-        plan = with_engine_values(plan, problem, seed=settings.seed, budget=budget, report=report)
     return replace(made, plan=_checked(plan, problem, losses=beside_equal_stages), problem=problem)
 
 

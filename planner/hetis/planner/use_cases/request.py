@@ -278,11 +278,6 @@ class PlacementRequest:
     verify: bool = _result(
         "--verify/--no-verify: Simulate the plan at its planned rate and report whether the limits are kept.", True
     )
-    other_engines: bool = _result(
-        "--other-engines/--no-other-engines: "
-        "Show what plans for other engines reach, found in a tenth of the time limit.",
-        True,
-    )
 
     @property
     def goal(self) -> Objective:

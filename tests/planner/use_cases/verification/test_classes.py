@@ -103,7 +103,7 @@ def placed(folder: Path, *options: str, traffic: str = "traffic", exits: ExitCod
         "--ttft",
         "5s",
     ]
-    assert run(["place", *asked, "--no-other-engines", "--no-verify", *options, "--out", str(out), "-q"]) == exits
+    assert run(["place", *asked, "--no-verify", *options, "--out", str(out), "-q"]) == exits
     found: dict[str, Any] = json.loads(out.read_text()) if out.exists() else {}
     return found
 

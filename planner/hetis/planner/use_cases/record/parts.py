@@ -18,7 +18,6 @@ from hetis.planner.use_cases.json_values import json_value
 from hetis.planner.use_cases.record.forms import (
     PLACES,
     ClassLatency,
-    EngineValue,
     Errors,
     KeptWithClasses,
     RungFound,
@@ -203,13 +202,6 @@ class EqualStages(Part):
 
     best: Searched | None = entry(None, read_searched, name="equal_stages_value", write=lambda found: found.value)
     by_size: Mapping[str, float | None] = entry({}, name="simple_setups")
-
-
-@part
-class OtherEngines(Part):
-    """The values of plans for the other engines."""
-
-    values: tuple[EngineValue, ...] = entry((), name="engine_values")
 
 
 @part
