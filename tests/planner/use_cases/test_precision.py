@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
 from typing import Any
 
@@ -214,11 +213,10 @@ def test_what_the_engine_needs_is_not_told_as_an_option(folder: Path, capsys: py
     said = capsys.readouterr().err
     assert "given p95 TTFT limit 2 s and vllm-hetis computing no layers on V100-SXM2-32GB: " in said
     assert "--forbid" not in said
-    options = ("--no-verify", "--strategy", "uniform", "--price-pins", "--html", "plan.html")
+    options = ("--no-verify", "--strategy", "uniform", "--html", "plan.html")
     assert run([*inputs, "--engine", "vllm", "--forbid", "tp=2", *options, "--out", "plan.json"]) == ExitCode.OK
     said = " ".join(capsys.readouterr().out.split())
     assert "Constraints: vllm not running on V100-SXM2-32GB; --forbid tp=2. " in said, "of what was searched"
-    assert re.search(r" without gain, requests/s vllm not running on V100-SXM2-32GB 6\.\S+ .*--forbid tp=2 0 ", said)
     assert "--forbid type" not in (folder / "plan.html").read_text()
     plan = json.loads((folder / "plan.json").read_text())
     assert plan["inputs"]["constraints"] == ["--forbid type=V100-SXM2-32GB", "--forbid tp=2"]

@@ -180,9 +180,6 @@ class PlacementRequest:
         "Repeatable.",
         (),
     )
-    price_pins: bool = _goal(
-        "--price-pins: Solve again without each --pin and --forbid to show what the objective would gain.", False
-    )
     survive: Literal["", Loss] = _goal(
         "--survive: "
         "Serve most after losing any one node or zone or, with --objective cost or gpus, still serve --rate.",

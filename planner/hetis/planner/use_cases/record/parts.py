@@ -253,10 +253,3 @@ class ProfileErrors(Part):
     """What the errors of the plan's profiles mean."""
 
     errors: Errors = entry(Errors(), read_errors, name="profile_errors", write=errors_data)
-
-
-@part
-class ConstraintCosts(Part):
-    """What the objective would gain without each constraint, as JSON values."""
-
-    prices: Any = entry((), name="constraint_prices")
