@@ -100,18 +100,13 @@ def silent(_: Progress) -> None:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SearchSettings:
-    """The settings of a search: when it ends (``budget``, ``gap_target``), what it may use, and where it reports.
-
-    ``most_searches`` limits the utilisations and shares of the TTFT limit at which plans are searched, if these are
-    chosen; None: as many as may help. The bound is valid after any number of them.
-    """
+    """The settings of a search: when it ends (``budget``, ``gap_target``), what it may use, and where it reports."""
 
     strategy: str = "hetis"
     budget: Budget = field(default_factory=Budget)
     gap_target: float = 0.001
     seed: int = 0
     report: Report = silent
-    most_searches: int | None = None
 
     def within(self, of_rest: float) -> SearchSettings:
         """Return the settings for a search in this share of the time left."""

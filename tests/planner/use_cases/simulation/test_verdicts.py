@@ -49,7 +49,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("plan")
     (folder / "cluster.yaml").write_text(CLUSTER)
     out = folder / "plan.json"
-    inputs = ("-c", str(folder / "cluster.yaml"), "-m", "Llama-2-7B", "-w", "500/100", "--no-other-engines")
+    inputs = ("-c", str(folder / "cluster.yaml"), "-m", "Llama-2-7B", "-w", "500/100")
     placed = invoke("place", *inputs, "--no-verify", "--out", str(out))
     assert placed.exit_code == 0, placed.output
     document = json.loads(out.read_text())
