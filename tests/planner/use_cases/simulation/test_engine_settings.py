@@ -86,8 +86,8 @@ def test_a_plan_keeps_to_the_settings_and_says_so() -> None:
         assert replica.chunk_tokens == 384
         assert replica.kv_tokens <= 2000 * 16
     assert run(["check", "kept.json", "-q"]) == ExitCode.OK
-    shown = " ".join(invoke("place", *INPUTS, *GIVEN, "--engine", "vllm", *FAST[:3]).output.split())
-    assert f"Settings engines started with {text}" in shown, "the line Engines compares with plans for others"
+    shown = " ".join(invoke("place", *INPUTS, *GIVEN, "--engine", "vllm", *FAST[:2]).output.split())
+    assert f"Settings engines started with {text}" in shown
 
 
 def test_a_plan_without_settings_names_none_and_is_refused_at_them() -> None:
