@@ -42,12 +42,13 @@ _SOURCES = {
     "amd-radeon-ai-pro-r9700.html",
     "mi50": "https://www.amd.com/en/support/downloads/drivers.html/accelerators/instinct/instinct-mi-series/"
     "amd-instinct-mi50.html",
+    "mi250": "https://www.amd.com/en/products/accelerators/instinct/mi200/mi250x.html",
     "cloudmatrix": "https://arxiv.org/abs/2506.12708",
     "ascend": "https://www.hiascend.com/en/hardware/ai-server",
     "v5e": "https://docs.cloud.google.com/tpu/docs/v5e",
     "v6e": "https://docs.cloud.google.com/tpu/docs/v6e",
 }
-_VENDORS = {"RDNA3": "AMD", "RDNA4": "AMD", "GCN": "AMD", "Ascend": "Huawei", "TPU": "Google"}
+_VENDORS = {"RDNA3": "AMD", "RDNA4": "AMD", "CDNA2": "AMD", "GCN": "AMD", "Ascend": "Huawei", "TPU": "Google"}
 _MODIFIED = "memory doubled by others than NVIDIA"
 # Name, architecture, GB, GB/s, TFLOPS in 16 bits, those in 8 as a multiple, PCIe generation and GB/s, NVLink (or the
 # vendor's own link) GB/s in both directions, W, source, note.
@@ -108,6 +109,8 @@ _BOARDS: tuple[_Board, ...] = (
     ("RX-7900-XTX", "RDNA3", 24, 960, 122.8, 0, 4, 32, 0, 355, "7900xtx", ""),
     ("Radeon-AI-PRO-R9700", "RDNA4", 32, 640, 191.0, 2, 5, 64, 0, 300, "r9700", ""),
     ("MI50-32GB", "GCN", 32, 1024, 26.5, 0, 4, 32, 0, 300, "mi50", "no matrix units; no bf16"),
+    ("MI250-per-die", "CDNA2", 64, 1638, 181.0, 0, 4, 32, 300, 280, "mi250", "half of an MI250, as drivers count"),
+    ("MI250X-per-die", "CDNA2", 64, 1638, 191.5, 0, 4, 32, 300, 280, "mi250", "half of an MI250X, as drivers count"),
     ("Ascend-910B-64GB", "Ascend", 64, 1600, 313.0, 0, 4, 32, 392, 400, "ascend", "of a 910B3; a 910B2 has 376 TFLOPS"),
     ("Ascend-910B4-32GB", "Ascend", 32, 800, 280.0, 0, 4, 32, 392, 350, "ascend", ""),
     ("Ascend-910C-per-die", "Ascend", 64, 1600, 376.0, 0, 5, 64, 392, 350, "cloudmatrix", "a module has two dies"),

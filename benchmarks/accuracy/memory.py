@@ -60,10 +60,19 @@ SAME = {
     "DeepSeek-R1-Distill-Llama-8B": "Meta-Llama-3.1-8B",
     "DeepSeek-R1-Distill-Llama-70B": "Meta-Llama-3.1-70B",
     "Llama-3.1-8B-Instruct": "Meta-Llama-3.1-8B",
+    "Meta-Llama-3.1-8B-Instruct": "Meta-Llama-3.1-8B",
+    "Meta-Llama-3-70B-Instruct": "Meta-Llama-3-70B",
+    "Llama-3.3-70B-Instruct": "Llama-3.3-70B",
+    "Qwen3-235B-A22B-Instruct-2507": "Qwen/Qwen3-235B-A22B",
+    "Kimi-Dev-72B": "Qwen/Qwen2.5-72B-Instruct",
+    "DeepSeek-V2-Lite-Chat": "deepseek-ai/DeepSeek-V2-Lite",
+    "GLM-4.7": "zai-org/GLM-4.5",
     "Llama-3.1-70B-Instruct": "Meta-Llama-3.1-70B",
     "Llama-3.1-405B-Instruct": "Meta-Llama-3.1-405B",
 }
-_QUANTISED = re.compile(r"-(FP8|NVFP4|FP4|AWQ|GPTQ|INT4|INT8|MXFP4|W4A16|W8A8)(?=-|$)", re.IGNORECASE)
+_QUANTISED = re.compile(
+    r"-(FP8(-dynamic)?|NVFP4|FP4|AWQ|GPTQ|INT4|INT8|MXFP4|W4A16|W8A8|quantized\.w\da\d+)(?=-|$)", re.IGNORECASE
+)
 # Numbers of vLLM's issues and pull requests, and the version that was the latest when they were opened.
 _ISSUES = (
     *((6000, "0.5.0"), (6700, "0.5.3"), (8000, "0.5.5"), (8400, "0.6.1"), (10000, "0.6.3"), (10400, "0.6.4")),
@@ -101,6 +110,7 @@ class Report:
     kv_tokens: int | None
     weights_gib: tuple[float, float] | None
     request: tuple[int, float] | None  # tokens of one request, and the GiB of KV that it needs
+    starts: bool
     assumed: str
 
 
@@ -146,16 +156,22 @@ def pose(row: Mapping[str, str]) -> Report:
         gpu = catalogue.find_gpu(row["gpu"]).gpu
     except catalogue.UnknownNameError:
         raise NotPosedError(f"the GPU {row['gpu']} is not known") from None
+    note = row.get("note", "")
+    if "AITER" in note:
+        raise NotPosedError("a vendor's build for AMD keeps a second copy of experts' projections")
     model = model_of(row)
     tp, stages = _whole(row, "tp") or _whole(row, "gpus") or 1, _whole(row, "pp") or 1
-    start = default_start(memory_of(engine, version), gpu, tp=tp, stages=stages)
+    rules = memory_of(engine, version)
+    if "no prefix cache" in note:
+        rules = replace(rules, spare_states=0)
+    start = default_start(rules, gpu, tp=tp, stages=stages)
     tokens, requests = _whole(row, "max_num_batched_tokens"), _whole(row, "max_num_seqs")
     if requests == OTHERS_REQUESTS and requests < start.max_num_seqs and tokens == start.batched_tokens:
         requests = None  # filled in beside this GPU's own default of tokens
     if requests is None and engine is Engine.VLLM:
         assumed.append(f"{min(start.max_num_seqs, tokens or start.batched_tokens):,} requests, the default")
     utilisation = float(row["gpu_memory_utilization"]) if row.get("gpu_memory_utilization") else None
-    request = re.search(r"one request of ([\d,]+) tokens needs ([\d.]+) GiB", row.get("note", ""))
+    request = re.search(r"one request of ([\d,]+) tokens needs ([\d.]+) GiB", note)
     return Report(
         name=row["id"],
         gpu=gpu,
@@ -165,7 +181,7 @@ def pose(row: Mapping[str, str]) -> Report:
             batched_tokens=tokens or start.batched_tokens,
             max_num_seqs=requests or start.max_num_seqs,
             utilisation=utilisation,
-            eager="eager" in row.get("note", ""),
+            eager="eager" in note,
         ),
         version=version,
         context_tokens=_whole(row, "context") or model.max_position,
@@ -173,6 +189,7 @@ def pose(row: Mapping[str, str]) -> Report:
         kv_tokens=_whole(row, "kv_tokens"),
         weights_gib=_range(row.get("weights_gib_per_gpu", "")),
         request=None if request is None else (int(request[1].replace(",", "")), float(request[2])),
+        starts="does not start" not in note,
         assumed="; ".join(assumed),
     )
 
@@ -209,10 +226,11 @@ def model_of(row: Mapping[str, str]) -> ModelSpec:
 def _known(name: str) -> ModelSpec:
     plain = _QUANTISED.sub("", name)
     short = plain.rpartition("/")[2]
-    for folder, sep, end in itertools.product(CONFIGS, ("--", "__"), ("", ".json")):
-        if (path := folder / f"{name.replace('/', sep)}{end}").exists():
+    names = (name, SAME.get(short, plain), plain, short)
+    for each, folder, sep, end in itertools.product(names[:2], CONFIGS, ("--", "__"), ("", ".json")):
+        if (path := folder / f"{each.replace('/', sep)}{end}").exists():
             return load_model(path)
-    for each in (name, SAME.get(short, plain), plain, short):
+    for each in names:
         try:
             return load_model(each)
         except DocumentError:
@@ -237,7 +255,7 @@ def result(report: Report) -> Row:
             report.model, length, report.start.rules, tp=report.start.tp, batched_tokens=report.start.batched_tokens,
             vendor=report.gpu.vendor,
         ) / GIB  # fmt: skip
-    failed = wanted_kv is not None and wanted_kv[1] <= 0
+    failed = not report.starts
     cells: dict[str, Cell] = {
         "report": report.name, "version": f"{report.start.rules.engine.value} {report.version}",
         "kv_gib": _shown(wanted_kv), "predicted_gib": round(found_kv, 2),
@@ -247,7 +265,7 @@ def result(report: Report) -> Row:
         "weights_gib": _shown(report.weights_gib),
         "predicted_weights": round(room.weight_bytes / GIB, 2) if report.weights_gib else None,
         "weight_error": _error(room.weight_bytes / GIB, report.weights_gib, 1.0),
-        "failed_start": ("predicted" if longest == 0 else "missed") if failed else "",
+        "failed_start": ("predicted" if longest < report.context_tokens else "missed") if failed else "",
         "assumed": report.assumed,
     }  # fmt: skip
     return cells

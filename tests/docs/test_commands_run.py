@@ -46,6 +46,7 @@ RUN_ELSEWHERE = {
     r"hetis-launch show .*models/tiny": "tests/runtime/launch/test_command.py",
     r"hetis-launch processes .*--all-here": "tests/runtime/launch/test_command.py",
     r"hetis-profile (run --device cpu|fit|check) ": "tests/profiler/cli/test_end_to_end.py",
+    r"hetis-profile import ": "tests/profiler/cli/test_cli.py",
     r"hetis-profile calibrate ": "tests/profiler/cli/test_calibrate.py",
     r"hetis-plan upstreams ": "tests/planner/cli_server/test_upstreams.py",
 }

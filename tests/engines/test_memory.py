@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from hetis.engines.loaded_weights import bytes_beyond_stored
 from hetis.engines.memory import (
     GIB,
     EngineMemory,
@@ -133,3 +134,33 @@ def test_more_tokens_or_requests_never_leave_more_for_kv(
 @given(context=st.integers(1, 200_000), model=st.sampled_from([LLAMA, GPT, HYBRID]))
 def test_a_longer_request_takes_no_less(context: int, model: ModelSpec) -> None:
     assert kv_bytes_of_request(model, context, NEWEST) <= kv_bytes_of_request(model, context + 1000, NEWEST)
+
+
+@given(
+    tp=st.sampled_from([1, 2, 4, 8]),
+    name=st.sampled_from(["Meta-Llama-3.1-8B", "deepseek-ai/DeepSeek-V3", "gpt-oss-120b"]),
+)
+def test_ranks_together_load_at_least_what_is_stored_and_more_the_more_they_are(tp: int, name: str) -> None:
+    model = load_model(name)
+    beyond = bytes_beyond_stored(model, H100, tp)
+    assert beyond >= 0.0
+    assert tp * beyond <= 2 * tp * bytes_beyond_stored(model, H100, 2 * tp) + 1e-6
+
+
+def test_ranks_of_deepseek_hold_latent_projections_indexers_and_routers_whole() -> None:
+    """R1 and V3.2 in FP8 took 79.74 and 80.76 GiB of each of eight H200 (starts of vllm-memory-estimator)."""
+    for name, loaded in (("deepseek-ai__DeepSeek-V3", 79.74), ("deepseek-ai__DeepSeek-V3.2", 80.76)):
+        model, gpu = load_model(FOLDER / f"{name}.json"), catalogue.find_gpu("H200-SXM-141GB").gpu
+        room = room_of(model, gpu, default_start(memory_of(Engine.VLLM, "0.18"), gpu, tp=8))
+        assert room.weight_bytes / GIB == pytest.approx(loaded, rel=0.01)
+
+
+def test_communicators_of_an_nvswitch_count_since_0_17_and_stages_have_none() -> None:
+    """Two ranks of Qwen2.5-72B left 3.04 GiB of an H100 at 0.95 (vLLM 0.19, llm-d-planner); one rank less 1.8 GiB."""
+    model = load_model("Qwen2.5-72B-Instruct")
+    start = replace(default_start(memory_of(Engine.VLLM, "0.19"), H100, tp=2), utilisation=0.95)
+    assert kv_gib(model, start) == pytest.approx(3.04, abs=0.1)
+    older = replace(start, rules=replace(start.rules, counts_links=False))
+    assert kv_gib(model, older) - kv_gib(model, start) == pytest.approx(1.8, abs=0.01)
+    stages = replace(start, tp=1, stages=2)
+    assert kv_gib(LLAMA, stages) == kv_gib(LLAMA, replace(stages, rules=older.rules))

@@ -158,7 +158,7 @@ def test_numba_imports_scipy_only_for_those_who_multiply_matrices() -> None:
 WARM = """
 import traceback
 import numpy as np
-from hetis.solver.backends.search_clock import compilations_told_to
+from hetis.solver.backends.search_clock import reporting_compilations
 from hetis.solver.dispatch.dispatch_problem import Path
 from hetis.solver.dispatch.dispatcher import compile_dispatch, solve_dispatch
 from hetis.solver.redispatch.redispatcher import compile_redispatch, solve_redispatch
@@ -168,7 +168,7 @@ from tests.solver.redispatch import instances as redispatch
 compile_dispatch()
 compile_redispatch()
 rng, paths, moves = np.random.default_rng(1), set(), 0
-with compilations_told_to(lambda begins: traceback.print_stack() if begins else None):
+with reporting_compilations(lambda begins: traceback.print_stack() if begins else None):
     for seed in range(150):
         problem = dispatch.random_problem(
             rng, num_devices=1 + seed % 7, num_requests=seed % 9, pieces=1 + seed % 3, tp=(None, 1, 4)[seed % 3],

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hetis.solver.backends.compiled import kernel_of
-from hetis.solver.backends.search_clock import SearchClock, compilations_told_to, compiling, search_seconds
+from hetis.solver.backends.search_clock import SearchClock, compiling, reporting_compilations, search_seconds
 from hetis.solver.budget import Budget
 
 
@@ -42,7 +42,7 @@ def test_kernels_tell_when_they_are_compiled_and_only_then(tmp_path: Path) -> No
     def twice(number: int) -> int:
         return 2 * number
 
-    with compilations_told_to(lambda begins: told.append((begins, threading.current_thread().name))):
+    with reporting_compilations(lambda begins: told.append((begins, threading.current_thread().name))):
         assert twice(4) == 8
         assert twice(5) == 10
     assert twice(1.5) == 3.0

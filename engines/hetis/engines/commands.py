@@ -25,7 +25,7 @@ from hetis.engines.serving import (
     Serving,
     arguments_of,
     drain_s,
-    is_asked_for_kv,
+    serves_kv_addresses,
     variables_of,
 )
 from hetis.engines.versions import Engine
@@ -100,7 +100,7 @@ def commands_of(layout: Layout, serving: Serving, addresses: Addresses) -> tuple
         if layout.workers:
             environment[CONFIG_VARIABLE] = addresses.config_file
         if is_vllm and not number and layout.role is not Role.UNIFIED:  # SGLang has an option for this
-            if is_asked_for_kv(layout):
+            if serves_kv_addresses(layout):
                 environment[KV_HOST_VARIABLE] = addresses.host(process.node)
             # Other decode replicas listen too, though nobody asks them; vLLM never starts if its port is taken.
             environment[KV_PORT_VARIABLE] = str(addresses.kv_port)

@@ -62,7 +62,7 @@ from hetis.engines.serving import (
     Serving,
     arguments_of,
     drain_s,
-    is_asked_for_kv,
+    serves_kv_addresses,
     variables_of,
 )
 from hetis.engines.versions import Engine
@@ -185,8 +185,9 @@ class ReplicaObjects:
     def config(self) -> dict[str, Any]:
         """Return the ConfigMap of the plugin's file, in which workers are addressed by the names of their Services."""
         places = {p.name: (self._names[p.name], WORKER_PORT) for p in self._layout.attention_workers}
-        text = yaml.safe_dump(config_of(self._layout, places, key_file=KEY_FILE), sort_keys=False)
-        return self.object("v1", "ConfigMap", f"{self._of.name}-workers", data={CONFIG_FILE: text})
+        content = config_of(self._layout, places, key_file=KEY_FILE, encrypts=self._serving.encrypts)
+        data = {CONFIG_FILE: yaml.safe_dump(content, sort_keys=False)}
+        return self.object("v1", "ConfigMap", f"{self._of.name}-workers", data=data)
 
     def front(self) -> dict[str, Any]:
         """Return the Service for clients, which routes to the engine once it is ready."""
@@ -258,7 +259,7 @@ class ReplicaObjects:
             env += secret_variable("VLLM_API_KEY", self._of.api_key_secret, "api-key")
             own = {"valueFrom": {"fieldRef": {"fieldPath": "status.podIP"}}}
             env.append({"name": HOST_VARIABLE, **own})
-            if number == 0 and is_asked_for_kv(layout):
+            if number == 0 and serves_kv_addresses(layout):
                 env += [{"name": KV_HOST_VARIABLE, **own}, {"name": KV_PORT_VARIABLE, "value": str(KV_PORT)}]
         container: dict[str, Any] = {
             "name": self.engine,

@@ -15,6 +15,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from hetis.engines.gpus import kind_of_type
+from hetis.engines.loaded_weights import bytes_beyond_stored
 from hetis.engines.versions import VERSIONS, Engine
 from hetis.solver.cluster import GpuType
 from hetis.solver.model import Compressed, Dense, Kernel, ModelSpec
@@ -103,7 +104,7 @@ class EngineMemory:
         """
         total, ranks = reported_bytes(gpu), tp * attention_dp * stages
         share = self.share(gpu, tp, stages) if utilisation is None else utilisation
-        links = _links_bytes(gpu, ranks)
+        links = _links_bytes(gpu, tp * attention_dp)
         free = total - self.taken_before(gpu, ranks)
         forward, workspace = _token_bytes(model, tp, attention_dp)
         held = 4.0 * model.hidden + (workspace if self.keeps_workspaces else 0.0)
@@ -115,12 +116,12 @@ class EngineMemory:
             fixed_bytes=self.base_bytes
             + (links if self.counts_links else 0)
             + (VISION_BYTES if model.vision_params and not self.is_sglang else 0)
-            + (GRAPH_POOL_BYTES if counts else 0),
+            + ((BREAKABLE_POOL_BYTES if model.kernel is Kernel.COMPRESSED else GRAPH_POOL_BYTES) if counts else 0),
             token_bytes=forward,
             held_bytes=held,
             request_bytes=self.sampler_bytes * model.vocab,
             graph_bytes=GRAPH_LAYER_BYTES * model.num_layers / stages if counts else 0.0,
-            layer_bytes=_padding_bytes(model, gpu, tp * attention_dp),
+            layer_bytes=bytes_beyond_stored(model, gpu, tp, attention_dp),
             free_bytes=max(0.0, free),
             reported_bytes=total,
             reserved_share=share if self.is_sglang else 0.0,  # SGLang's is a share of what it finds free
@@ -130,7 +131,8 @@ class EngineMemory:
         """Return the bytes of contexts and communicators that exist when the engine looks whether its share is free,
         without which it refuses to start.
         """
-        return CONTEXT_BYTES + (0 if self.counts_links else _links_bytes(gpu, ranks))
+        early = EARLY_LINKS_BYTES if self.counts_links and _over_switch(gpu, ranks) else 0
+        return CONTEXT_BYTES + (early if self.counts_links else _links_bytes(gpu, ranks))
 
     def share_beside(self, gpu: GpuType, ranks: int, reserved_bytes: int) -> float:
         """Return the largest share of the reported memory, in percent, with which the engine starts beside others."""
@@ -140,20 +142,27 @@ class EngineMemory:
 
 # torch and CUDA keep as much for a process on a GPU, before an engine looks (nvidia-smi beside idle engines).
 CONTEXT_BYTES = int(0.5 * GIB)
+# What NCCL holds of an H100 before: 1.0 GiB with two or four ranks or stages (vLLM 0.19, starts of llm-d-planner).
+EARLY_LINKS_BYTES = GIB
 # Image encoders run once at start with the largest image, whose output stays until a batch of text has run
 # (``profile_run`` in v1/worker/gpu_model_runner.py); what remains of 2 RTX 3090 and an RTX 5090 with Qwen3.6.
 VISION_BYTES = int(0.3 * GIB)
 # Graphs: 0.36 GiB for 16 sizes of 64 layers, 0.73 for 86 of 24 (logs of vLLM 0.27 and 0.19, "Estimated CUDA graph
 # memory"); a whole graph of 64 layers takes about 24 MiB (vLLM issue 50780).
 GRAPH_POOL_BYTES, GRAPH_LAYER_BYTES = int(0.12 * GIB), 0.22 * MIB
-# Bytes per request and vocabulary entry. vLLM up to 0.15 sorts: logits in 16 and 32 bits, sorted values and 64-bit
+# Models that torch does not compile (DeepSeek-V4) break graphs, and vLLM estimates those by the second of them (issues
+# 45178, 54677): 4 GiB more on H200, H20 and GH200, of both models, none with ``--enforce-eager`` (vLLM 0.20 to 0.26).
+BREAKABLE_POOL_BYTES = int(4.2 * GIB)
+# Bytes per request and vocabulary entry. vLLM up to 0.16 sorts: logits in 16 and 32 bits, sorted values and 64-bit
 # indices, and as much again inside the sort (v1/sample/ops/topk_topp_sampler.py, `apply_top_k_top_p_pytorch`). From
-# 0.16 a kernel filters in place, and probabilities and noise are added (`random_sample`).
+# 0.17 a kernel filters in place, and probabilities and noise are added (`random_sample`).
 SORTED, FILTERED = 34.0, 14.0
 
 # In ascending order of versions. Utilisation: vllm/config/cache.py, 0.92 in logs from 0.21 on. Workspaces stay from
 # 0.12 on (v1/worker/workspace.py). Communicators exist before free memory is first read from 0.11.1 on (`init_device`
-# in v1/worker/gpu_worker.py). Graphs count from 0.21 on (VLLM_MEMORY_PROFILER_ESTIMATE_CUDAGRAPHS). Windows free what
+# in v1/worker/gpu_worker.py), those of all-reduces not since 0.17. Filtering and they: the same models on 4 and 8 H200
+# with 0.11.2 to 0.20 (starts of vllm-memory-estimator). Graphs count from 0.20 on
+# (VLLM_MEMORY_PROFILER_ESTIMATE_CUDAGRAPHS; its log says 0.21). Windows free what
 # two batches in flight have passed since 0.27 (`max_in_flight_tokens` in vllm/config/vllm.py). What remains of reports
 # is the base: 0.2 GiB of V0's own figures, 1.0 of gpt-oss on an H100 (issues 23278, 27508), 0.4 on an A100 (0.19).
 _VLLM = tuple(
@@ -167,9 +176,10 @@ _VLLM = tuple(
         ("0.8", 0.9, 1.0, True, False, False, SORTED, 1),
         ("0.11.1", 0.9, 1.0, False, False, False, SORTED, 1),
         ("0.12", 0.9, 1.0, False, False, True, SORTED, 1),
-        ("0.16", 0.9, 0.4, False, False, True, FILTERED, 1),
-        ("0.21", 0.92, 0.4, False, True, True, FILTERED, 1),
-        ("0.27", 0.92, 0.4, False, True, True, FILTERED, 2),
+        ("0.17", 0.9, 0.4, True, False, True, FILTERED, 1),
+        ("0.20", 0.9, 0.4, True, True, True, FILTERED, 1),
+        ("0.21", 0.92, 0.4, True, True, True, FILTERED, 1),
+        ("0.27", 0.92, 0.4, True, True, True, FILTERED, 2),
     )
 )  # fmt: skip
 _SGLANG = EngineMemory(
@@ -224,15 +234,17 @@ def _sglang_share(total: int, ranks: int) -> float:
 
 
 def _links_bytes(gpu: GpuType, ranks: int) -> int:
-    """Return the bytes of communicators: NCCL's channels, and over NVSwitch its buffers for multicast.
+    """Return the bytes of communicators among ranks of a stage: NCCL's channels and, over NVSwitch, buffers for
+    multicast and custom all-reduces.
 
-    1.8 GiB with two H100 (vLLM pull request 10511: 3.58 against 1.79), 1.7 with four in SGLang, about 2 in vLLM (issue
-    21348); 0.05 with two RTX 4090 (issue 13061) or sixteen RTX 3090 (pull request 14447).
+    1.8 GiB with two H100 (vLLM pull request 10511: 3.58 against 1.79), 1.7 with four in SGLang, 1.8 with two or four in
+    vLLM 0.19 (67 starts of llm-d-planner); 0.05 with two RTX 4090 (issue 13061) or 16 RTX 3090 (pull request 14447).
     """
-    if ranks == 1:
-        return 0
-    over_switch = gpu.nvlink_bytes_per_s is not None and kind_of_type(gpu).capability in (9.0, 10.0)
-    return int((0.9 + 0.25 * ranks) * GIB) if over_switch and ranks <= 8 else int(0.05 * GIB)
+    return 0 if ranks == 1 else int(1.8 * GIB) if _over_switch(gpu, ranks) else int(0.05 * GIB)
+
+
+def _over_switch(gpu: GpuType, ranks: int) -> bool:
+    return 1 < ranks <= 8 and gpu.nvlink_bytes_per_s is not None and kind_of_type(gpu).capability in (9.0, 10.0)
 
 
 def _token_bytes(model: ModelSpec, tp: int, attention_dp: int) -> tuple[float, float]:
@@ -253,23 +265,6 @@ def _token_bytes(model: ModelSpec, tp: int, attention_dp: int) -> tuple[float, f
     workspace *= attention_dp  # tokens of all copies
     beside = max(3.0 * experts.shared_width / tp, inner)
     return size * (streams + model.hidden + beside) + workspace, workspace
-
-
-def _padding_bytes(model: ModelSpec, gpu: GpuType, ranks: int) -> float:
-    """Return the bytes of a repeated layer's weights as loaded beyond those stored, on one of ``ranks``.
-
-    Kernels for MXFP4 pad the hidden and intermediate sizes of experts, Marlin's and TensorRT-LLM's to multiples of 256
-    and 128, AMD's both to 256 (vLLM 0.32, `mxfp4_round_up_hidden_size_and_intermediate_size` in
-    fused_moe/oracle/mxfp4.py).
-    """
-    if model.weights != "mxfp4" or model.experts is None:
-        return 0.0
-    experts, hidden = model.experts, 256 * math.ceil(model.hidden / 256)
-    inner = experts.width / ranks
-    multiple = 256 if gpu.vendor == "AMD" else 128
-    padded = hidden * multiple * math.ceil(inner / multiple) / (model.hidden * inner)
-    stored = model.expert_share * experts.count * model.expert_params() * 0.53125 / ranks
-    return stored * (padded - 1.0)
 
 
 def block_tokens(model: ModelSpec, tp: int = 1, *, default: int = 16) -> int:
@@ -299,13 +294,24 @@ def kv_bytes_of_request(
         return _compressed_bytes(model, context_tokens, in_flight, is_fp8=is_fp8)
     if model.recurrent_layers and not rules.is_sglang:
         return _hybrid_bytes(model, context_tokens, rules, tp)
-    tokens = model.cached_tokens(float(context_tokens))
-    if tokens < context_tokens:  # windows are freed after the batch that passed them
-        share = model.sliding_share
-        tokens += share * min(in_flight, context_tokens - min(context_tokens, model.sliding_window or 0))
+    tokens = float(context_tokens)
+    if model.cached_tokens(tokens) < context_tokens:  # windows are freed after the batch that passed them
+        in_window = min(context_tokens, (model.sliding_window or 0) + in_flight)
+        sliding = round(model.sliding_share * layers)
+        filled = _in_groups(layers - sliding, sliding), _in_groups(sliding, layers - sliding)
+        tokens = (filled[0] * tokens + filled[1] * in_window) / layers
     per_token = layers * groups * model.kv_bytes_per_token_group()
     states = layers * model.kept_states * model.state_bytes() / model.state_ranks(tp)
     return 16 * math.ceil(tokens / 16) * per_token + states
+
+
+def _in_groups(layers: int, others: int) -> int:
+    """Return the layers of a kind with those that fill up its groups, which are as large as the smaller kind, or as the
+    larger one where that is less than a quarter larger (`_get_kv_cache_groups_uniform_page_size`, vLLM 0.32).
+    """
+    least, most = sorted((layers, others))
+    size = most if most < 1.25 * least else max(least, 1)
+    return size * math.ceil(layers / size)
 
 
 def _hybrid_bytes(model: ModelSpec, context_tokens: int, rules: EngineMemory, tp: int) -> float:

@@ -257,7 +257,7 @@ def connector_of(layout: Layout) -> dict[str, str] | None:
     return None
 
 
-def is_asked_for_kv(layout: Layout) -> bool:
+def serves_kv_addresses(layout: Layout) -> bool:
     """Return whether other replicas ask vLLM where its KV is, to read it or, from decode replicas, to write it."""
     return layout.role is Role.PREFILL or (layout.role is Role.DECODE and layout.pushes_kv)
 

@@ -31,7 +31,7 @@ def command_process(command: str, *, extra: str) -> Iterator[None]:
     """
     open_closed_streams()
     try:
-        with _ctrl_c_ends(), _told_what_to_install(command, extra):
+        with _ctrl_c_ends(), _naming_what_to_install(command, extra):
             yield
     finally:
         _discard_unwritten()
@@ -108,7 +108,7 @@ def _discard_unwritten() -> None:
 
 
 @contextmanager
-def _told_what_to_install(command: str, extra: str) -> Iterator[None]:
+def _naming_what_to_install(command: str, extra: str) -> Iterator[None]:
     try:
         yield
     except ModuleNotFoundError as error:

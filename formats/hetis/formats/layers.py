@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from hetis.solver.errors import InvalidProblemError
@@ -24,54 +24,67 @@ from hetis.solver.model import (
 
 Shape = Mapping[str, Any]
 """The fields of one of the shapes in a file of a model, such as ``mla``; see `hetis.formats.models.layer_parts`."""
-IN_SHORT = (
-    *("num_layers", "intermediate", "q_heads", "kv_heads", "head_dim", "gated_mlp", "gated_attention"),
-    *("sliding_window", "sliding_layers", "mla", "moe", "linear", "indexer", "compressed"),
-)
 _OF_LATENT = ("kv_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim", "q_lora_rank")
 _OF_COMPRESSED = ("window", "rope_head_dim", "q_lora_rank", "o_groups", "o_lora_rank")
 _OF_INDEXER = ("top_tokens", "heads", "head_dim", "key_bytes")
 
 
-def model_in_short(**fields: Any) -> ModelSpec:
-    """Return the model with layers of `usual_layers`, whose arguments are among its other fields."""
-    short = {name: fields.pop(name) for name in IN_SHORT if name in fields}
-    return ModelSpec(**fields, layers=usual_layers(**short))
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayersInShort:
+    """The layers of a model in numbers and shapes. Kinds of which only numbers are known are spread evenly."""
+
+    num_layers: int
+    intermediate: int
+    q_heads: int
+    kv_heads: int
+    head_dim: int
+    gated_mlp: bool = True
+    gated_attention: bool = False
+    sliding_window: int | None = None
+    sliding_layers: int | None = None
+    mla: Shape | None = None
+    moe: Shape | None = None
+    linear: Shape | None = None
+    indexer: Shape | None = None
+    compressed: Shape | None = None
+
+    def layers(self) -> tuple[Layer, ...]:
+        """Return every layer. Raises InvalidProblemError if the numbers contradict each other."""
+        states = 0 if self.linear is None else self.linear["layers"]
+        if not 0 <= states < self.num_layers:
+            raise InvalidProblemError(f"linear.layers is {states}, must be 0 to num_layers ({self.num_layers}) - 1")
+        of_linear = _spread("linear.layers", states, self.num_layers)
+        mixers = iter(self._with_kv(self.num_layers - states))
+        mlps = _mlps(self.num_layers, Dense(width=self.intermediate, gated=self.gated_mlp), self.moe)
+        return tuple(
+            Layer(mixers=(_recurrent(self.linear) if self.linear and is_linear else next(mixers),), mlps=(mlp,))
+            for is_linear, mlp in zip(of_linear, mlps, strict=True)
+        )
+
+    def _with_kv(self, number: int) -> list[Mixer]:
+        """Return what mixes the tokens of the layers that keep KV."""
+        if self.indexer is not None and self.mla is None:
+            raise InvalidProblemError("an indexer needs latent attention with compressed queries")
+        if self.compressed is not None:
+            return _compressed(self.compressed, self.num_layers, self.q_heads, self.head_dim)
+        if self.mla is not None:
+            return _latent(self.mla, self.indexer, number, self.q_heads)
+        full = Grouped(
+            query_heads=self.q_heads, kv_heads=self.kv_heads, head_dim=self.head_dim, gated=self.gated_attention
+        )
+        windowed = replace(full, window=self.sliding_window)
+        of_all = number if self.sliding_layers is None else self.sliding_layers
+        sliding = 0 if self.sliding_window is None else of_all
+        return [windowed if slides else full for slides in _spread("sliding_layers", sliding, number)]
 
 
-def usual_layers(
-    *, num_layers: int, intermediate: int, q_heads: int, kv_heads: int, head_dim: int, gated_mlp: bool = True,
-    gated_attention: bool = False, sliding_window: int | None = None, sliding_layers: int | None = None,
-    mla: Shape | None = None, moe: Shape | None = None, linear: Shape | None = None,
-    indexer: Shape | None = None, compressed: Shape | None = None,
-) -> tuple[Layer, ...]:  # fmt: skip
-    """Return the layers of a model that is described in short. Kinds of which only numbers are known are spread evenly.
+IN_SHORT = tuple(field.name for field in fields(LayersInShort))
 
-    Raises InvalidProblemError if the numbers contradict each other.
-    """
-    states = 0 if linear is None else linear["layers"]
-    if not 0 <= states < num_layers:
-        raise InvalidProblemError(f"linear.layers is {states}, must be 0 to num_layers ({num_layers}) - 1")
-    of_linear = _spread("linear.layers", states, num_layers)
-    with_kv = num_layers - sum(of_linear)
-    kinds: list[Mixer]
-    if compressed is not None:
-        kinds = _compressed(compressed, num_layers, q_heads, head_dim)
-    elif mla is not None:
-        kinds = _latent(mla, indexer, with_kv, q_heads)
-    else:
-        full = Grouped(query_heads=q_heads, kv_heads=kv_heads, head_dim=head_dim, gated=gated_attention)
-        windowed = replace(full, window=sliding_window)
-        sliding = 0 if sliding_window is None else with_kv if sliding_layers is None else sliding_layers
-        kinds = [windowed if slides else full for slides in _spread("sliding_layers", sliding, with_kv)]
-    if indexer is not None and mla is None:
-        raise InvalidProblemError("an indexer needs latent attention with compressed queries")
-    mlps = _mlps(num_layers, Dense(width=intermediate, gated=gated_mlp), moe)
-    in_turn = iter(kinds)
-    return tuple(
-        Layer(mixers=(_recurrent(linear) if linear is not None and is_linear else next(in_turn),), mlps=(mlp,))
-        for is_linear, mlp in zip(of_linear, mlps, strict=True)
-    )
+
+def model_in_short(**given: Any) -> ModelSpec:
+    """Return the model with `LayersInShort`, whose fields are among its other ones."""
+    short = {name: given.pop(name) for name in IN_SHORT if name in given}
+    return ModelSpec(**given, layers=LayersInShort(**short).layers())
 
 
 def _spread(name: str, number: int, layers: int) -> list[bool]:
@@ -139,7 +152,7 @@ def _compressed(shape: Shape, num_layers: int, q_heads: int, head_dim: int) -> l
 
 
 def described_in_short(layers: Sequence[Layer]) -> dict[str, Any] | None:
-    """Return the arguments of `usual_layers` that give as many layers of every kind, or None if none do."""
+    """Return the fields of `LayersInShort` that give as many layers of every kind, or None if none do."""
     mixers, mlps = Counter(layer.mixers for layer in layers), Counter(layer.mlps for layer in layers)
     if any(len(parts) != 1 for parts in (*mixers, *mlps)):
         return None
@@ -149,7 +162,7 @@ def described_in_short(layers: Sequence[Layer]) -> dict[str, Any] | None:
         return None
     found = {"num_layers": len(layers), **of_mlps, **of_mixers}
     try:
-        again = usual_layers(**found)
+        again = LayersInShort(**found).layers()
     except InvalidProblemError:
         return None
     has_same_mlps = [layer.mlps for layer in again] == [layer.mlps for layer in layers]
@@ -229,7 +242,7 @@ def _mlps_in_short(mlps: Sequence[Mlp]) -> dict[str, Any] | None:
 
 
 def spread_as_in_short(layers: Sequence[Layer]) -> tuple[Layer, ...]:
-    """Return layers in the order of `usual_layers` if these can describe them, otherwise unchanged.
+    """Return layers in the order of `LayersInShort` if these can describe them, otherwise unchanged.
 
     What a model costs does not depend on the order of kinds that are spread evenly.
     """
@@ -238,4 +251,4 @@ def spread_as_in_short(layers: Sequence[Layer]) -> tuple[Layer, ...]:
         return found
     model = ModelSpec(name="-", layers=found, hidden=1, vocab=1)
     is_even = all(model.allowed_cut(layer) for layer in range(model.prefix_layers, len(found)))
-    return usual_layers(**short) if is_even else found
+    return LayersInShort(**short).layers() if is_even else found

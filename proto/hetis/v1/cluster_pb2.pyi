@@ -240,7 +240,7 @@ class ClusterPolicy(_message.Message):
     traffic: Global___ReactionMode.ValueType
     """Whether a new placement is made when traffic has changed, from the plan in force. UNSPECIFIED: ADVISORY."""
     traffic_changes_per_hour: _builtins.int
-    """Most changes of the plan because of traffic in an hour, if they are AUTOMATIC, at most 60. 0: 12."""
+    """Most changes of the plan because of traffic in an hour, if they are AUTOMATIC, at most 60. 0: 20."""
     @_builtins.property
     def redispatch_interval(self) -> _duration_pb2.Duration:
         """Least time between two re-dispatches of a replica, 0 to 1 hour. Unset: 5 s."""
@@ -255,7 +255,7 @@ class ClusterPolicy(_message.Message):
 
     @_builtins.property
     def traffic_cool_down(self) -> _duration_pb2.Duration:
-        """Least time between such a change and one that is not out of a shortage, 0 to 24 hours. Unset: 10 minutes."""
+        """Least time between such a change and one that is not out of a shortage, 0 to 24 hours. Unset: 5 minutes."""
 
     def __init__(
         self,

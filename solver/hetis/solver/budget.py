@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from hetis.solver.errors import NoPlanFoundError
 
@@ -100,13 +101,18 @@ def silent(_: Progress) -> None:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SearchSettings:
-    """The settings of a search: when it ends (``budget``, ``gap_target``), what it may use, and where it reports."""
+    """The settings of a search: when it ends (``budget``, ``gap_target``), what it may use, and where it reports.
+
+    Searches of similar problems that have one ``evaluated`` do not evaluate the same stages again
+    (`CostTables.evaluated`).
+    """
 
     strategy: str = "hetis"
     budget: Budget = field(default_factory=Budget)
     gap_target: float = 0.001
     seed: int = 0
     report: Report = silent
+    evaluated: dict[Hashable, Any] = field(default_factory=dict, compare=False, repr=False)
 
     def within(self, of_rest: float) -> SearchSettings:
         """Return the settings for a search in this share of the time left."""

@@ -61,6 +61,22 @@ class Selection:
         return self.name == {Unit.GPU: device, Unit.NODE: node, Unit.TYPE: gpu, Unit.ZONE: zone}[self.unit]
 
 
+class Selected:
+    """The GPUs that any of some selections takes, found by name however many these are."""
+
+    def __init__(self, selections: Iterable[Selection]) -> None:
+        self._names: dict[Unit, set[str]] = {unit: set() for unit in Unit}
+        for each in selections:
+            self._names[each.unit].add(each.name)
+
+    def takes(self, *, device: str, node: str, gpu: str, zone: str) -> bool:
+        """Return whether a GPU is in one of the selections."""
+        names = self._names
+        return (
+            gpu in names[Unit.TYPE] or zone in names[Unit.ZONE] or node in names[Unit.NODE] or device in names[Unit.GPU]
+        )
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Exclude:
     """Constraint that these GPUs are not used."""

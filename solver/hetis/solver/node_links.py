@@ -55,7 +55,7 @@ def node_links_of(cluster: Cluster, without: Collection[str] = ()) -> NodeLinks:
 def _of_slow_links(links: tuple[tuple[tuple[str, str], Link], ...]) -> NodeLinks:
     slow = dict(links)
     for quick in (None, *_slowest_of_the_quickest(slow.values())):
-        if (found := _told_apart(slow, quick)) is not None:
+        if (found := _distinguished(slow, quick)) is not None:
             return found
     raise AssertionError("with all links alike there are two blocks")
 
@@ -66,7 +66,7 @@ def _slowest_of_the_quickest(links: Iterable[Link]) -> Iterator[Link]:
     yield from itertools.accumulate(ordered, Link.slower_of)
 
 
-def _told_apart(slow: Pairs, quick: Link | None) -> NodeLinks | None:
+def _distinguished(slow: Pairs, quick: Link | None) -> NodeLinks | None:
     """Return blocks and sets where links no slower than ``quick`` count as that; None if there are too many."""
     links = {pair: quick if quick is not None and _is_no_slower(link, quick) else link for pair, link in slow.items()}
     blocks = _blocks(links, quick)

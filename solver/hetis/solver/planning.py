@@ -9,7 +9,9 @@ Importing this module loads HiGHS.
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import replace
+from typing import Any
 
 from hetis.solver.budget import Budget, Report, SearchSettings, silent
 from hetis.solver.errors import InvalidProblemError
@@ -30,7 +32,7 @@ from hetis.solver.problem import PlacementProblem
 def solve_placement(
     problem: PlacementProblem, *, strategy: str = "hetis", budget: Budget | None = None, gap_target: float = 0.001,
     seed: int = 0, report: Report = silent, market: Market | None = None,
-    simplest_within: float = 0.0, known: Known | None = None,
+    simplest_within: float = 0.0, known: Known | None = None, evaluated: dict[Hashable, Any] | None = None,
 ) -> Plan:  # fmt: skip
     """Choose replicas for a fleet so that the objective is best, and prove how good the choice is.
 
@@ -43,7 +45,8 @@ def solve_placement(
     plan's bound is that on the best.
 
     A plan of a smaller family may be ``known``, which is returned with the bound of this one if nothing better is found
-    where the utilisation is chosen.
+    where the utilisation is chosen. ``evaluated`` is what earlier searches of similar problems know of stages, to
+    which this one adds.
 
     Raises:
         InvalidProblemError: unknown strategy, an objective without its demand, or a constraint that cannot be met.
@@ -54,6 +57,7 @@ def solve_placement(
         raise InvalidProblemError(f"unknown strategy {strategy!r}, must be one of {', '.join(STRATEGIES)}")
     settings = SearchSettings(
         strategy=strategy, budget=budget or Budget(), gap_target=gap_target, seed=seed, report=report,
+        evaluated={} if evaluated is None else evaluated,
     )  # fmt: skip
     problem = replace(problem.in_shared_precision(), family=STRATEGIES[strategy].restrict(problem.family))
     family = problem.family
@@ -70,7 +74,7 @@ def solve_placement(
 
 def solve_surviving(
     problem: PlacementProblem, survive: Survive, *, strategy: str = "hetis", budget: Budget | None = None,
-    gap_target: float = 0.001, seed: int = 0, report: Report = silent, market: Market | None = None,
+    gap_target: float = 0.001, seed: int = 0, report: Report = silent,
 ) -> tuple[Plan, float | None]:  # fmt: skip
     """Choose replicas so that most is served after the worst loss, or a demand through it; return a bound on that.
 
@@ -90,7 +94,7 @@ def solve_surviving(
     problem = replace(problem.in_shared_precision(), family=STRATEGIES[strategy].restrict(problem.family))
     if STRATEGIES[strategy].is_published or not problem.family.uneven_layers:
         raise InvalidProblemError(f"strategy {strategy} does not plan for losses")
-    plan, left_bound = solve_surviving_family(problem, settings, survive, market)
+    plan, left_bound = solve_surviving_family(problem, settings, survive)
     return replace(plan, family=problem.describe_family()), left_bound
 
 

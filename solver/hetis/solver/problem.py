@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
@@ -14,7 +14,7 @@ from hetis.solver.constraints import (
     Duty,
     Exclude,
     RestrictRole,
-    Selection,
+    Selected,
     Unit,
     described,
 )
@@ -211,13 +211,13 @@ class PlacementProblem:
         if not barring:
             return True
         nodes_differ = any(each.unit in (Unit.NODE, Unit.GPU) for each in barring)
-        nodes = map(group.node_name, range(group.count if nodes_differ else 1))
-        return any(slots.gpu == gpu for node in nodes for slots in without_selected(barring, group, node).gpus)
+        nodes, out = map(group.node_name, range(group.count if nodes_differ else 1)), Selected(barring)
+        return any(slots.gpu == gpu for node in nodes for slots in without_selected(out, group, node).gpus)
 
     def nodes_left_out(self) -> frozenset[str]:
         """Return the nodes of which constraints exclude all GPUs."""
-        out = [each.gpus for each in self.constraints if isinstance(each, Exclude)]
-        nodes = self.cluster.nodes() if out else ()
+        selections = [each.gpus for each in self.constraints if isinstance(each, Exclude)]
+        nodes, out = self.cluster.nodes() if selections else (), Selected(selections)
         return frozenset(node for node, group in nodes if not without_selected(out, group, node).gpus)
 
     def in_precision_of(self, gpu: str) -> PlacementProblem:
@@ -294,10 +294,8 @@ def strictest(limits: Iterable[float | None]) -> float | None:
     return min((one for one in limits if one is not None), default=None)
 
 
-def without_selected(out: Sequence[Selection], group: NodeGroup, node: str) -> NodeGroup:
-    """Return a group of nodes like ``node`` without the GPUs that are in a selection."""
+def without_selected(out: Selected, group: NodeGroup, node: str) -> NodeGroup:
+    """Return a group of nodes like ``node`` without the GPUs that are selected."""
     return group.keeping(
-        lambda index, gpu: (
-            not any(each.takes(device=f"{node}/{index}", node=node, gpu=gpu, zone=group.zone) for each in out)
-        )
+        lambda index, gpu: not out.takes(device=f"{node}/{index}", node=node, gpu=gpu, zone=group.zone)
     )

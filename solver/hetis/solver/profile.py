@@ -8,7 +8,7 @@ compute, one for memory), a fit to measurements, and the linear model of Hetis (
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
 from hetis.solver.errors import InvalidProblemError
@@ -247,6 +247,10 @@ class Profile:
     usable_bytes: int  # for weights, KV and activations together: nominal minus the system's own
     reserve_bytes: int  # part of it that an engine process keeps for itself (context, graphs, workspaces)
     fits: tuple[Fit, ...]
+    # The last answers of `fit`, which is asked hundreds of times for each replica that is priced.
+    _found: dict[tuple[Op, int], tuple[ModelSpec, Fit | None]] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
 
     def __post_init__(self) -> None:
         if self.usable_bytes <= 0 or self.reserve_bytes < 0:
@@ -271,9 +275,13 @@ class Profile:
 
     def fit(self, op: Op, model: ModelSpec, tp: int) -> Fit | None:
         """Return the most specific fit of ``op`` for this model and TP size, or None if there is none at all."""
+        known, best = self._found.get((op, tp), (None, None))
+        if known is model:
+            return best
         best, best_rank = None, -1
         for candidate in self.fits:
             rank = candidate.scope.specificity(model, tp) if candidate.op is op else None
             if rank is not None and rank > best_rank:
                 best, best_rank = candidate, rank
+        self._found[op, tp] = model, best
         return best

@@ -115,6 +115,8 @@ class Workload:
 
         Outputs are cut to leave room for one prompt token, then prompts to ``max_position - output``.
         """
+        if all(b.output_tokens < max_position and b.prompt_tokens + b.output_tokens <= max_position for b in self.bins):
+            return self
         bins, cut, total = [], 0.0, 0.0
         for b in self.bins:
             output = min(b.output_tokens, max_position - 1.0)

@@ -302,7 +302,7 @@ def test_what_is_of_no_tool_is_one_problem(tmp_path: Path, content: str, source:
     "content",
     [
         "+-----+\n| NVIDIA-SMI 550.54.15    Driver Version: 550.54.15    CUDA Version: 12.4 |\n|---+---+---|\n",
-        "===== ROCm System Management Interface =====\nGPU[0]\t\t: Card Series: \t\tAMD Instinct MI300X\n",
+        "===== ROCm System Management Interface =====\nDevice  Node  IDs\n0       2     0x74a1\n",
     ],
     ids=["nvidia-smi", "rocm-smi"],
 )

@@ -138,6 +138,8 @@ def test_a_fleet_without_a_usable_gpu_is_refused_with_the_reasons(tmp_path: Path
     assert "has no GPU that a plan may use: h100-1: 8 GPUs (NVIDIA-H100-80GB-HBM3): cordoned; l4-0: 4" in said
 
 
-@pytest.mark.parametrize(("parts", "said"), [(0, "MIG is on"), (1, "MIG is on (1 part)"), (7, "MIG is on (7 parts)")])
+@pytest.mark.parametrize(("parts", "said"), [(0, ""), (1, " (1 part)"), (7, " (7 parts)")])
 def test_parts_of_a_gpu_are_counted(parts: int, said: str) -> None:
-    assert DriverGpu(product="NVIDIA H100 80GB HBM3", num_parts=parts).reason(with_busy=False) == said
+    assert DriverGpu(product="NVIDIA H100 80GB HBM3", num_parts=parts).reason(with_busy=False) == (
+        f"MIG is on{said}; nvidia-smi -L names its slices"
+    )

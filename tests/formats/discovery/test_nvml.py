@@ -60,7 +60,7 @@ def test_what_may_be_used_is_the_fleet_and_the_rest_has_its_reason(monkeypatch: 
     assert fleet.left_out == (
         f"gpu-7: 1 GPU (index 1; {board}): in use by python3, process 42",
         f"gpu-7: 1 GPU (index 2; {board}): 30 of 80 GiB in use, but not by a visible process",
-        f"gpu-7: 1 GPU (index 3; {board}): MIG is on (2 parts)",
+        f"gpu-7: 1 GPU (index 3; {board}): MIG is on (2 parts); nvidia-smi -L names its slices",
         f"gpu-7: 1 GPU (index 4; {board}): the driver asks for recovery (Drain and Reset)",
         f"gpu-7: 1 GPU (index 5; {board}): its compute mode is Prohibited",
         "gpu-7: 1 GPU (index 6; no name): the driver cannot read it",
@@ -74,14 +74,18 @@ def test_busy_gpus_are_kept_where_that_is_asked_for(monkeypatch: pytest.MonkeyPa
     fleet, _ = found(monkeypatch, *gpus, with_busy=True)
     assert slots(fleet) == {"gpu-7": {"A100-SXM-80GB": 2}}
     assert fleet.cluster.node_groups[0].gpus[0].reserved_bytes == 0
-    assert fleet.left_out == ("gpu-7: 1 GPU (index 2; NVIDIA A100-SXM4-80GB): MIG is on",)
+    assert fleet.left_out == (
+        "gpu-7: 1 GPU (index 2; NVIDIA A100-SXM4-80GB): MIG is on; nvidia-smi -L names its slices",
+    )
 
 
 def test_a_gpu_in_mig_mode_is_left_out_although_its_slices_cannot_be_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     refused = {"nvmlDeviceGetMaxMigDeviceCount": real.NVML_ERROR_NO_PERMISSION}
     fleet, _ = found(monkeypatch, idle(0), idle(1, slices=[Gpu()], refused=refused))
     assert slots(fleet) == {"gpu-7": {"A100-SXM-80GB": 1}}
-    assert fleet.left_out == ("gpu-7: 1 GPU (index 1; NVIDIA A100-SXM4-80GB): MIG is on",)
+    assert fleet.left_out == (
+        "gpu-7: 1 GPU (index 1; NVIDIA A100-SXM4-80GB): MIG is on; nvidia-smi -L names its slices",
+    )
 
 
 @pytest.mark.parametrize(

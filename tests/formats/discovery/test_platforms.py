@@ -97,14 +97,36 @@ def test_scontrol_is_read_without_json(tmp_path: Path) -> None:
     assert "DRAIN" in found.nodes[1].left_out[0]
 
 
+SHARED_MEMORY = """\
+| NVIDIA-SMI 580.95.05              Driver Version: 580.95.05      CUDA Version: 13.0     |
+|   0  NVIDIA GB10                    On  |   0000000F:01:00.0 Off |                  N/A |
+| N/A   36C    P8              4W /  N/A  | Not Supported          |      0%      Default |
+"""
+CUT = """\
+| NVIDIA-SMI 460.32.03    Driver Version: 460.32.03    CUDA Version: 11.2     |
+|   0  GeForce RTX 208...  Off  | 00000000:00:1F.0 Off |                  N/A |
+| 30%   36C    P0    23W / 250W |      0MiB / 11019MiB |      0%      Default |
+"""
+HL_SMI = """\
+| HL-SMI Version:                              hl-1.16.1-fw-50.1.2.0          |
+|   0  HL-225              N/A  | 0000:33:00.0     N/A |                   0  |
+| N/A   24C   N/A    92W / 600W |    768MiB / 98304MiB |     0%           N/A |
+"""
+
+
 @pytest.mark.parametrize(
     ("content", "gpu", "count"),
     [
         (TABLE, "A100-SXM-80GB", 1),
+        (SHARED_MEMORY, "GB10", 1),
+        (CUT, "RTX-2080Ti", 1),
+        (HL_SMI, "Gaudi2-96GB", 1),
         ("name, memory.total [MiB]\nNVIDIA A10G, 23028 MiB\nNVIDIA A10G, 23028 MiB\n", "A10G", 2),
+        ("0, NVIDIA L40S, 46068 MiB\n1, NVIDIA L40S, 46068 MiB\n", "L40S", 2),
+        ("NVIDIA L40S\nNVIDIA L40S\n", "L40S", 2),
         ("GPU 0: NVIDIA L4 (UUID: GPU-0)\nGPU 1: NVIDIA L4 (UUID: GPU-1)\n", "L4", 2),
     ],
-    ids=["table", "csv", "list"],
+    ids=["table", "shared memory", "cut name", "hl-smi", "csv", "csv without header", "names", "list"],
 )
 def test_what_nvidia_smi_prints_for_people_is_read(tmp_path: Path, content: str, gpu: str, count: int) -> None:
     assert gpus_in(tmp_path, content, "host.txt") == {"host": (gpu, count)}
@@ -202,6 +224,30 @@ ROCM = {
     }
     for i in range(3)
 } | {"system": {"Driver version": "6.8.5"}}
+AMD_TEXT = """\
+GPU: {0}
+    ASIC:
+        MARKET_NAME: MI300X-O
+    VRAM:
+        TYPE: HBM3
+        SIZE: 196592 MB
+    PARTITION:
+        ACCELERATOR_PARTITION: SPX
+        CACHE SIZE: 32 KB
+"""
+AMD_TABLE = """\
+| AMD-SMI 26.0.0+37d158ab      amdgpu version: 6.14.14  ROCm version: 7.0.1    |
+| 0000:05:00.0    AMD Instinct MI300X | 0 %      37 °C   0           138/750 W |
+|   0       0       7        SPX/NPS1 | 0 %        N/A           285/196592 MB |
+| 0000:26:00.0    AMD Instinct MI300X | 0 %      37 °C   0           138/750 W |
+|   1       1       6        SPX/NPS1 | 0 %        N/A           285/196592 MB |
+"""
+ROCM_TEXT = """\
+====================================== Product Info ======================================
+GPU[{0}]\t\t: Card Series: \t\tAMD Instinct MI250X
+GPU[{0}]\t\t: Card Vendor: \t\tAdvanced Micro Devices, Inc. [AMD/ATI]
+GPU[{0}]\t\t: VRAM Total Memory (B): 68702699520
+"""
 SINFO = """\
 NODELIST    GRES         STATE
 gpu[01-02]  gpu:a100:4   idle
@@ -243,11 +289,18 @@ Node: bb22
         ("h.json", json.dumps(STATIC), {"h": ("MI300X-192GB", 2)}),
         ("h.json", json.dumps({"gpu_data": STATIC}), {"h": ("MI300X-192GB", 2)}),
         ("h.json", json.dumps(ROCM), {"h": ("MI300X-192GB", 2)}),
+        ("h.txt", AMD_TEXT.format(0) + AMD_TEXT.format(1), {"h": ("MI300X-192GB", 2)}),
+        ("h.txt", AMD_TABLE, {"h": ("MI300X-192GB", 2)}),
+        ("h.txt", ROCM_TEXT.format(0) + ROCM_TEXT.format(1), {"h": ("MI250X-per-die", 2)}),
+        ("sinfo.txt", "NODELIST|GRES|STATE\ngpu01|gpu:l40s:4|idle\n", {"gpu01": ("L40S", 4)}),
         ("sinfo.txt", SINFO.replace("a100", "l40s"), {"gpu01": ("L40S", 4), "gpu02": ("L40S", 4)}),
         ("ray.txt", RAY_STATUS, {"ray": ("L40S", 4)}),
         ("ray.txt", RAY_VERBOSE, {"aa11": ("L40S", 8)}),
     ],
-    ids=["amd-smi", "new amd-smi", "rocm-smi", "sinfo", "ray status", "ray status -v"],
+    ids=[
+        *("amd-smi", "new amd-smi", "rocm-smi", "amd-smi static", "amd-smi's table", "rocm-smi's text", "sinfo -o"),
+        *("sinfo", "ray status", "ray status -v"),
+    ],
 )
 def test_outputs_of_further_tools_are_read(
     tmp_path: Path, name: str, content: str, nodes: dict[str, tuple[str, int]]
@@ -294,6 +347,18 @@ def test_parts_of_amd_gpus_are_no_whole_gpus(tmp_path: Path) -> None:
     labels["amd.com/gpu.compute-memory-partition"] = "spx_nps1"
     cards = {"kind": "List", "items": [node("n", labels, 8, AMD)]}
     assert gpus_in(tmp_path, json.dumps(cards)) == {"n": ("MI300X-192GB", 8)}
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("h.json", json.dumps([STATIC[0] | {"partition": {"accelerator_partition": "CPX"}}])),
+        ("h.txt", AMD_TABLE.replace("SPX/NPS1", "CPX/NPS1")),
+    ],
+)
+def test_parts_of_amd_gpus_that_tools_of_hosts_list_are_left_out(tmp_path: Path, name: str, content: str) -> None:
+    with pytest.raises(DocumentError, match=r"parts of GPUs \(CPX\), not whole GPUs"):
+        gpus_in(tmp_path, content, name)
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from hetis.engines.versions import Engine
 from hetis.formats.errors import DocumentError
 from hetis.planner.export import ExportTarget
 from hetis.planner.export.ray_serve import engine_arguments
+from hetis.planner.export.replicas import NotExportableError
 from hetis.planner.export.settings import ExportSettings
 from hetis.planner.export.targets import ENGINES, export_plan, export_wanted
 from hetis.solver.model import DraftShape
@@ -22,6 +23,8 @@ from tests.planner.export.plans import (
     WITH_WORKERS,
     model_of,
 )
+
+ON_HOSTS = (ExportTarget.VLLM, ExportTarget.HETIS_LAUNCH, ExportTarget.COMPOSE, ExportTarget.SLURM)
 
 
 @pytest.mark.parametrize("name", ["--config=/tmp/evil.yaml", "--trust-remote-code", " x"])
@@ -116,6 +119,29 @@ def test_pods_write_their_key_to_the_file_that_the_plugin_reads(target: ExportTa
     for worker in yaml.safe_load(config["data"]["workers.yaml"])["workers"]:
         assert f"> {worker['keyFile']} " in text
     assert any(each["mountPath"] == "/tmp" and not each.get("readOnly") for each in engine["volumeMounts"])
+
+
+@pytest.mark.parametrize("encrypt", [False, True])
+@pytest.mark.parametrize("target", [*sorted(IN_CLUSTERS - {ExportTarget.DYNAMO}), *ON_HOSTS])
+def test_what_engines_and_workers_exchange_is_encrypted_where_it_is_requested(
+    target: ExportTarget, *, encrypt: bool
+) -> None:
+    files = exported(PLANS["attention workers"], target, encrypt=encrypt).files
+    if target is ExportTarget.HETIS_LAUNCH:
+        lines = [line for path, text in files.items() if path.endswith(".sh") for line in text.splitlines()]
+        found = ["--encrypt" in line.partition(" -- ")[0] for line in lines if "hetis-launch processes" in line]
+    elif target in IN_CLUSTERS:
+        configs = [one for one in reading.manifests(files) if one["kind"] == "ConfigMap"]
+        found = ["encrypt: true" in one["data"]["workers.yaml"] for one in configs]
+    else:
+        found = ["encrypt: true" in text for path, text in files.items() if path.endswith("workers.yaml")]
+    assert found
+    assert set(found) == {encrypt}
+
+
+def test_a_plan_without_attention_workers_has_nothing_to_encrypt() -> None:
+    with pytest.raises(NotExportableError, match="--encrypt: the plan has no attention workers"):
+        exported(PLANS["one GPU"], ExportTarget.VLLM, encrypt=True)
 
 
 def test_compose_puts_no_variables_in_place_of_dollars_and_mounts_paths_with_colons() -> None:

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hetis.planner.loop.decision import InForce, Verdict, decide, is_short, kept_rate, solve
+from hetis.planner.loop.decision import InForce, Verdict, decide, is_short, is_spare, kept_rate, solve
 from hetis.planner.loop.drift import Drift
 from hetis.planner.loop.forecast import History, Window
 from hetis.planner.loop.settings import LoopSettings
@@ -190,6 +190,15 @@ def test_a_shortage_is_seen_in_the_last_minutes_before_a_question_is_due() -> No
     assert is_short(history, 7.0, usual)
     assert is_short(replace(history, minutes=np.append(minutes, [12.0, 12.0])), 8.2, usual)
     assert not is_short(replace(history, minutes=np.zeros(0)), 0.0, usual)  # nothing is known yet
+
+
+def test_much_less_demand_is_asked_about_before_a_question_is_due_unless_a_change_is_recent() -> None:
+    usual = LoopSettings()
+    history = replace(steady(8.0), minutes=np.full(180, 8.0))
+    assert not is_spare(history, 8.2, LONG_AGO, usual)
+    assert is_spare(history, 9.0, LONG_AGO, usual)
+    assert not is_spare(history, 9.0, history.end_s - usual.cool_down_s + 1, usual)
+    assert not is_spare(steady(8.0), 9.0, LONG_AGO, usual)  # no minutes are known
 
 
 def test_a_jump_is_a_shortage_at_once_if_it_is_no_chance() -> None:

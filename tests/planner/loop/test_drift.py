@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hetis.planner.loop.drift import Drift, DriftTest, Expected, dispersion, expected_shares, late
+from hetis.planner.loop.drift import Drift, DriftTest, Expected, dispersion, expected_shares, late, usual_dispersion
 from hetis.solver.traffic import SECONDS, TOKENS, Histogram, TrafficSketch
 from hetis.solver.workload import LengthBin, Workload
 
@@ -129,6 +129,15 @@ def test_windows_of_other_lengths_are_no_dispersion(rate: float, seed: int) -> N
     rng = np.random.default_rng(seed)
     seconds = rng.uniform(5, 15, 5000)
     assert dispersion(rng.poisson(rate * seconds), seconds) == pytest.approx(1, abs=0.15)
+
+
+def test_some_jumps_are_no_usual_dispersion_and_bursts_are() -> None:
+    rng, seconds = np.random.default_rng(4), np.full(180, 20.0)
+    jumping = rng.poisson(600 * np.where(np.arange(180) // 18 % 2, 1.3, 1.0))
+    assert usual_dispersion(jumping, seconds) == pytest.approx(1, abs=0.3)
+    assert dispersion(jumping, seconds) > 1.5
+    assert usual_dispersion(4 * rng.poisson(np.full(180, 150)), seconds) == pytest.approx(4, rel=0.3)
+    assert usual_dispersion([160, 160, 260], seconds[:3]) == 1
 
 
 def test_requests_of_one_length_have_bands_too() -> None:

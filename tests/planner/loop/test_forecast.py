@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 
 from hetis.planner.loop.curves import composed_curve
-from hetis.planner.loop.forecast import BIN_S, MINUTE_S, History, Window, forecast, with_hours
+from hetis.planner.loop.forecast import BIN_S, LEVEL_MINUTES, MINUTE_S, History, Level, Window, forecast, with_hours
 from hetis.solver.errors import InvalidProblemError
 from hetis.solver.traffic import TrafficSketch
 from hetis.solver.workload import FloatArray, LengthBin, Workload
@@ -15,23 +17,31 @@ DAY = 288
 CHAT = Workload(name="chat", bins=(LengthBin(prompt_tokens=500, output_tokens=200, weight=1),))
 
 
-def measured(days: int, seed: int = 0) -> FloatArray:
-    """Rates of five minutes of a composed service, with Poisson arrivals."""
+def composed(days: int, seed: int = 0) -> FloatArray:
+    """Rates of five minutes of a composed service."""
     curve = composed_curve(CHAT, days=1, history_days=days - 1, peak_rps=30, seed=seed)
-    rng = np.random.default_rng(seed + 100)
-    rates: FloatArray = rng.poisson(curve.rates.reshape(-1, 5).mean(axis=1) * BIN_S) / BIN_S
+    rates: FloatArray = curve.rates.reshape(-1, 5).mean(axis=1)
+    return rates
+
+
+def measured(days: int, seed: int = 0) -> FloatArray:
+    """The same as Poisson arrivals tell them."""
+    rates: FloatArray = np.random.default_rng(seed + 100).poisson(composed(days, seed) * BIN_S) / BIN_S
     return rates
 
 
 @pytest.mark.parametrize("coverage", [0.8, 0.96])
 def test_what_comes_is_within_the_interval_as_often_as_stated(coverage: float) -> None:
-    """By a week's history, over four days; peaks overlap, so that misses cluster and need a margin of three points."""
+    """By a week's history, over four days; peaks overlap, so that misses cluster and need a margin of three points.
+
+    What is forecast is the rate: counts of it are beyond that by chance as well.
+    """
     missed_high = missed_low = asked = 0
     for seed in range(4):
-        rates = measured(11, seed)
+        rates, true = measured(11, seed), composed(11, seed)
         for now in range(7 * DAY, len(rates) - 12, 11):
             found = forecast(History(end_s=now * BIN_S, rates=rates[:now]), 3600, coverage)
-            came = rates[now : now + 12]
+            came = true[now : now + 12]
             missed_high += came.max() > found.high_rps
             missed_low += came.min() < found.low_rps
             asked += 1
@@ -124,6 +134,22 @@ def test_chance_is_no_error_of_a_steady_rate_and_demand_still_is() -> None:
     ]
     assert over[0] < 0.06
     assert over[1] > 0.2
+
+
+def test_the_level_is_the_mean_of_minutes_or_since_a_jump() -> None:
+    def level_after(*rates: float) -> Level:
+        counts = np.random.default_rng(3).poisson(np.array(rates) * 20.0)
+        recent = tuple(
+            Window(start_s=20.0 * k, traffic=TrafficSketch(seconds=20.0, arrivals=float(n)))
+            for k, n in enumerate(counts)
+        )
+        return History(end_s=20.0 * len(rates), rates=np.zeros(0), recent=recent).level()
+
+    steady, jumped = level_after(*[30.0] * 60), level_after(*[30.0] * 60, 45.0)
+    assert steady.rate_rps == pytest.approx(30.0, rel=3 * steady.chance)
+    assert steady.chance == pytest.approx(1 / math.sqrt(30 * 60 * LEVEL_MINUTES), rel=0.1)
+    assert jumped.rate_rps == pytest.approx(45.0, rel=3 * jumped.chance)
+    assert jumped.chance == pytest.approx(1 / math.sqrt(45 * 20), rel=0.1)
 
 
 def test_the_start_of_a_service_does_not_widen_the_first_forecasts() -> None:

@@ -39,6 +39,7 @@ _GPU_ALIASES = {
     **dict.fromkeys(("gh200-480gb", "gh200-120gb", "gh200-120gb-480gb", "gh200-96gb-hbm3"), "GH200-96GB"),
     "h100-96gb-hbm3": "H100-SXM-96GB",
     "h800-80gb-hbm3": "H800-SXM-80GB",
+    "mi300x-o": "MI300X-192GB",  # earlier versions of amd-smi
     "mi325": "MI325X-256GB",
     "h100-64gb-hbm2": "H100-SXM-64GB",
     "gh200-144gb-hbm3e": "GH200-144GB",
@@ -54,7 +55,7 @@ _GPU_ALIASES = {
     "agx-thor": "Thor",
     "7900-xtx": "RX-7900-XTX",
     "r9700": "Radeon-AI-PRO-R9700",
-    "mi50-mi60": "MI50-32GB",
+    **dict.fromkeys(("mi50-mi60", "pro-vii-mi50-32gb"), "MI50-32GB"),
     **{f"{name}910b{number}": "Ascend-910B-64GB" for name in _ASCEND for number in ("", 1, 2, 3)},
     **{f"{name}910b4": "Ascend-910B4-32GB" for name in _ASCEND},
     **{f"{name}910c": "Ascend-910C-per-die" for name in _ASCEND},
@@ -105,10 +106,15 @@ def resolve_gpu(name: str, known: Collection[str], also: Collection[str] = ()) -
         return found[0]
     if found:
         raise UnknownNameError("GPU", name, found, ambiguous=True)
+    if name.endswith("...") and any(map(str.isdigit, compact)):  # older drivers' table cuts names
+        found = [one for one in known if "".join(_gpu_parts(one)).startswith(compact)]
+        raise UnknownNameError("GPU", name, found, ambiguous=bool(found))
     names = [*also, *(one for one in known if one not in _RARE)]
     # Without the vendor's words, too: they make a short name unlike every other.
     nearest = all_nearest(name, names) or all_nearest("-".join(wanted), names)
-    raise UnknownNameError("GPU", name, [one for one in nearest if one in also or not _is_another_card(wanted, one)])
+    boards = {number for one in known for number in _numbers(_gpu_parts(one))}
+    others = (one for one in nearest if one not in also and _is_another_card(wanted, one, boards))
+    raise UnknownNameError("GPU", name, [one for one in nearest if one not in set(others)])
 
 
 def _product_in(name: str) -> str:
@@ -117,42 +123,34 @@ def _product_in(name: str) -> str:
     return re.sub(r"^(?:tpu-)?(v5lite|v\d[ep])(?:pod)?-\d+$", r"tpu-\1", bracketed[1] if bracketed else name.strip())
 
 
-def _is_another_card(wanted: tuple[str, ...], candidate: str) -> bool:
+def _is_another_card(wanted: tuple[str, ...], candidate: str, boards: Collection[tuple[str, str]]) -> bool:
     """Return whether a name has the number of another card than a similar one: an RTX 3050 is no slip of RTX-3090, nor
-    an M40 of P40.
+    an M40 of P40; or other memory, or the profile of a virtual GPU (``48Q``).
 
-    A letter O counts as a zero, and a number may be cut short. Letters behind it may be slips (``L40X``, ``80GX``).
+    A letter O counts as a zero, and a number may be cut short unless it is one of ``boards``. Letters behind it may be
+    slips (``L40X``, ``80GX``).
     """
     own = _gpu_parts(candidate)
     parts = [part for part in wanted if part in _VARIANTS or not _SHARED.fullmatch(part)]
 
     def has(letters: str, number: str) -> bool:
-        same = (each for each in _numbers(own) if each[1] == number or (len(number) > 1 and each[1].startswith(number)))
+        may_be_cut = len(number) > 1 and (letters, number) not in boards
+        same = (each for each in _numbers(own) if each[1] == number or (may_be_cut and each[1].startswith(number)))
         return any(letters in ("", theirs) for theirs, _ in same)
 
-    return any(part in _VARIANTS and part not in own for part in parts) or not all(has(*one) for one in _numbers(parts))
+    sizes = [{part for part in of if _MEMORY.fullmatch(part)} for of in (wanted, own)]
+    is_other = all(sizes) and sizes[0].isdisjoint(sizes[1])
+    is_other |= any(_VIRTUAL.fullmatch(part) or (part in _VARIANTS and part not in own) for part in parts)
+    return is_other or not all(has(*one) for one in _numbers(parts))
+
+
+_MEMORY, _VIRTUAL = re.compile(r"\d+gb"), re.compile(r"\d+[abcq]")
 
 
 # Words behind a number or in place of one, each another card than that without it; boards for laptops have names like
 # those of desktops.
-_VARIANTS = {
-    "xt",
-    "xtx",
-    "gre",
-    "ti",
-    "super",
-    "d",
-    "laptop",
-    "mobile",
-    "sff",
-    "hf",
-    "v",
-    "x",
-    "xp",
-    "dgxs",
-    "fhhl",
-    "ls",
-}
+_VARIANTS = {"xt", "xtx", "gre", "ti", "super", "d", "laptop", "mobile", "design", "sff", "hf", "v", "x", "xp", "dgxs"}
+_VARIANTS |= {"fhhl", "ls", "mig"}
 _VARIANTS |= {"a30x", "a100x", "l40g", "l20x", "l20y", "a10m", "t4g", "6000d", "mi300a", "v5p", "910a", "ascend910a"}
 _VARIANTS |= {"72gb"}  # RTX PRO 5000
 

@@ -1,10 +1,12 @@
-"""AMD's GPUs of a host, as ``amd-smi static``, ``amd-smi metric`` and ``rocm-smi`` print them with ``--json``.
+"""AMD's GPUs of a host, as ``amd-smi static``, ``amd-smi metric`` and ``rocm-smi`` print them, also with ``--json``.
 
 A file describes one host, which its name names.
 """
 
 from __future__ import annotations
 
+import re
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -16,11 +18,30 @@ from hetis.formats.positions import Text
 
 _UNITS = {"B": 1, "KB": 2**10, "MB": 2**20, "GB": 2**30}  # of amd-smi, which are binary
 _PARTS = ("asic", "board", "vram", "mem_usage")
+_OF_ROCM = re.compile(r"(?m)^GPU\[(\d{1,4})\]\s*: ([^:\n]+?):\s*(.*?)\s*$")
+_OF_AMD_SMI = re.compile(r"(?m)^ +(MARKET_NAME|(?:ACCELERATOR|COMPUTE)_PARTITION|SIZE): (.*?) *$")
+_MOST_GPUS = 1024
 
 
 def is_amd(data: Any) -> bool:
     """Return whether data is the output of one of the tools."""
     return bool(_cards(data))
+
+
+def cards_of_text(written: str) -> dict[str, Mapping[str, Any]]:
+    """Return the cards that a tool prints without ``--json``, in the form of ``rocm-smi --json``."""
+    found = defaultdict[str, dict[str, Any]](dict)
+    for number, name, value in _OF_ROCM.findall(written[: _MOST_GPUS * 10_000]):
+        found[f"card{number}"][name] = value
+    for part in re.split(r"(?m)^GPU: (?=\d)", written)[1:_MOST_GPUS]:
+        fields = dict(reversed(_OF_AMD_SMI.findall(part)))  # the first size is that of its memory
+        size, _, unit = fields.get("SIZE", "").partition(" ")
+        found[f"card{part.split()[0]}"] = {
+            "Card Series": fields.get("MARKET_NAME", ""),
+            "VRAM Total Memory (B)": {"value": size, "unit": unit},
+            "Compute Partition": fields.get("ACCELERATOR_PARTITION") or fields.get("COMPUTE_PARTITION"),
+        }
+    return dict(found)
 
 
 def read_amd(files: Sequence[tuple[Any, Text]], *, with_busy: bool = False) -> Inventory:
@@ -48,7 +69,11 @@ def _cards(data: Any) -> list[Mapping[str, Any]]:
 def _gpu(card: Mapping[str, Any]) -> DriverGpu:
     asic, board, vram, usage = (mapping(card.get(part)) for part in _PARTS)
     names = [asic.get("market_name"), board.get("product_name"), *map(card.get, ("Card Series", "Card series"))]
+    partition = mapping(card.get("partition"))
+    modes = (partition.get("accelerator_partition"), partition.get("compute_partition"), card.get("Compute Partition"))
+    mode = next(filter(None, map(text, modes)), "")
     return DriverGpu(
+        mode="" if mode in ("SPX", "N/A") else mode,
         product=next((name for name in map(text, names) if name and name != "N/A"), ""),
         memory_bytes=_bytes(card.get("VRAM Total Memory (B)", usage.get("total_vram", vram.get("size")))),
         used_bytes=_bytes(card.get("VRAM Total Used Memory (B)", usage.get("used_vram"))),

@@ -137,12 +137,12 @@ def _use_by_node(pods: Iterable[_Object], problems: list[Problem]) -> Mapping[st
         if not node or pod.part("status").get("phase") in ("Succeeded", "Failed"):
             continue
         name = f"{text(mapping(pod.data.get('metadata')).get('namespace')) or 'default'}/{pod.name}"
-        for resource, count in _asked(pod, problems).items():
+        for resource, count in _requested(pod, problems).items():
             found[node][resource][name] += count
     return found
 
 
-def _asked(pod: _Object, problems: list[Problem]) -> dict[str, int]:
+def _requested(pod: _Object, problems: list[Problem]) -> dict[str, int]:
     """Return the GPUs of a pod: the sum over its containers, or the maximum over its init containers if larger.
 
     Shared GPUs count as `_NVIDIA`.

@@ -10,7 +10,7 @@ import itertools
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import PurePath
 from xml.etree.ElementTree import Element, TreeBuilder
@@ -36,6 +36,7 @@ class DriverGpu:
     processes: tuple[str, ...] = ()  # names of the processes that compute on it
     num_parts: int | None = None  # number of its MIG parts, 0 if they cannot be counted. None: it is whole.
     parts: tuple[str, ...] = ()  # the profiles of its MIG parts, as far as they are named
+    mode: str = ""  # of a part of an AMD GPU, such as CPX. Empty: it is whole.
     recovery: str = ""  # action that the driver requires before the GPU can be used. Empty: none.
     is_prohibited: bool = False  # whether no process may compute on it
 
@@ -44,7 +45,10 @@ class DriverGpu:
         if not self.product:
             return "the driver cannot read it"
         if self.num_parts is not None:
-            return f"MIG is on ({counted(self.num_parts, 'part')})" if self.num_parts else "MIG is on"
+            parts = f" ({counted(self.num_parts, 'part')})" if self.num_parts else ""
+            return f"MIG is on{parts}; nvidia-smi -L names its slices"
+        if self.mode:
+            return f"parts of GPUs ({self.mode[:40]}), not whole GPUs"
         if self.recovery:
             return f"the driver asks for {self.recovery}"
         if self.is_prohibited:
@@ -144,7 +148,7 @@ def is_topology(text: str) -> bool:
 
 def is_table(text: str) -> bool:
     """Return whether a text is ``nvidia-smi``'s own table, its list (``-L``), or CSV of ``--query-gpu`` with names; the
-    table of ``npu-smi info``; or ``lspci``'s list.
+    table of ``npu-smi info``, ``hl-smi`` or ``amd-smi``; or ``lspci``'s list.
     """
     return bool(_table_gpus(text[:200_000]))
 
@@ -157,6 +161,10 @@ def _table_gpus(text: str) -> list[DriverGpu]:
     header = [column.strip().lower() for column in lines[0].split(",")]
     if "name" in header and (len(header) > 1 or len(lines) > 1) and "node" not in header:
         return [_csv_gpu(dict(zip(header, map(str.strip, line.split(",")), strict=False))) for line in lines[1:]]
+    if all(_NAMED.match(line) for line in lines):  # noheader
+        rows = [[cell.strip() for cell in line.split(",")] for line in lines]
+        columns = [next((name for name, of in _COLUMNS.items() if of.match(cell)), "") for cell in rows[0]]
+        return [_csv_gpu(dict(zip(columns, row, strict=False))) for row in rows]
     if all(_LISTED.fullmatch(line) or line.startswith("MIG ") for line in lines):
         places = [i for i, line in enumerate(lines) if _LISTED.fullmatch(line)]
         ends = [*places[1:], len(lines)]
@@ -170,23 +178,37 @@ def _table_gpus(text: str) -> list[DriverGpu]:
     table = next((table for table in _TABLES if any(line.startswith(table[0]) for line in lines)), None)
     gpus = list[DriverGpu]()
     for place, (line, following) in enumerate(itertools.pairwise(lines if table else ())):
-        if table and (named := table[1].match(line)) and (memory := table[2].search(following)):
-            used, total = (int(number) * 2**20 for number in memory.groups())
+        if table and (named := table[1].match(line)) and (found := table[2].search(following)):
+            used, total = (int(number) * 2**20 if number else None for number in (found["used"], found["total"]))
             num_parts = 0 if "".join(lines[place + 2 : place + 3]).endswith(" Enabled |") else None  # MIG M.
-            gpus.append(DriverGpu(product=named[1].strip(), memory_bytes=total, used_bytes=used, num_parts=num_parts))
+            mode = found.groupdict().get("mode") or ""
+            one = DriverGpu(product=named[1].strip(), memory_bytes=total, used_bytes=used, num_parts=num_parts)
+            gpus.append(replace(one, mode="" if mode == "SPX" else mode))
     return gpus
 
 
 # Tables by how a line of them begins: the names of GPUs, and on the line below memory in use and in all, in MiB. The
-# last column of npu-smi's is the memory with high bandwidth.
-_TABLES = (
-    (
-        "| NVIDIA-SMI",
-        re.compile(r"\|\s+\d+\s+(\S.*?)\s+(?:On|Off|N/A)\s+\|"),
-        re.compile(r"(\d{1,9})MiB\s*/\s*(\d{1,9})MiB"),
-    ),
-    ("| npu-smi", re.compile(r"\|\s*\d+\s+(\S+)\s*\|\s*\w+\s*\|"), re.compile(r"(\d{1,9})\s*/\s*(\d{1,9})\s*\|$")),
+# last column of npu-smi's is the memory with high bandwidth. A GPU that shares its host's memory (GB10) reports none.
+_OF_NVIDIA = (
+    re.compile(r"\|\s+\d+\s+(\S.*?)\s+(?:On|Off|N/A)\s+\|"),
+    re.compile(r"(?P<used>\d{1,9})MiB\s*/\s*(?P<total>\d{1,9})MiB|\| +Not Supported +\|"),
 )
+_TABLES = (
+    ("| NVIDIA-SMI", *_OF_NVIDIA),
+    ("| HL-SMI", *_OF_NVIDIA),
+    (
+        "| npu-smi",
+        re.compile(r"\|\s*\d+\s+(\S+)\s*\|\s*\w+\s*\|"),
+        re.compile(r"(?P<used>\d{1,9})\s*/\s*(?P<total>\d{1,9})\s*\|$"),
+    ),
+    (
+        "| AMD-SMI",
+        re.compile(r"\|\s[\da-f:]+\.\d\s+(\S.*?)\s+\|"),
+        re.compile(r"\s(?P<mode>\w+)/\S+\s+\|.*\s(?P<used>\d{1,9})/(?P<total>\d{1,9}) MB\s*\|$"),
+    ),
+)
+_NAMED = re.compile(r"(?:\d+, ?)?(?:NVIDIA|Tesla|GeForce|Quadro|TITAN|GRID) [^|:]*$")
+_COLUMNS = {"name": re.compile(r"[A-Z][A-Za-z]+ "), "memory.total": re.compile(r"\d+ MiB$")}
 _ON_BUS = re.compile(
     r"(?:[\da-f]{4}:)?[\da-f]{2}:[\da-f]{2}\.\d (?:3D controller|VGA compatible controller|Processing accelerators|"
     r"Display controller)(?: \[\d{4}\])?: (?:NVIDIA|Advanced Micro Devices, Inc\. \[AMD/ATI\]) ?(.*?\[[^\[\]]+\])"

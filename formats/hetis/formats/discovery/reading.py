@@ -29,7 +29,7 @@ _BOUNDS = Bounds(max_values=10_000_000, max_yaml_values=200_000)
 _IS_DATA = re.compile(r"[{\[]|---|- |\w+:")  # JSON or YAML, unlike what tools print for people
 _KNOWN = (
     "kubectl get nodes -o json, nvidia-smi -q -x (also -L, its table, and --query-gpu=name,memory.total --format=csv), "
-    "npu-smi info, lspci, amd-smi static --json, rocm-smi --showproductname --showmeminfo vram --json, "
+    "npu-smi info, hl-smi, lspci, amd-smi static, rocm-smi --showproductname --showmeminfo vram (also --json), "
     "scontrol show nodes, also with --json, sinfo -N with GRES, ray list nodes --detail --format json, ray status, "
     "CSV with node,gpu,count"
 )
@@ -99,6 +99,8 @@ class _File:
 
     @cached_property
     def parsed(self) -> tuple[Any, Text]:
+        if cards := amd.cards_of_text(self._text):
+            return cards, Text(file=self.label, text=None)
         return parse_text(self._text, self.label, _BOUNDS)
 
     def _recognised(self) -> FleetSource:

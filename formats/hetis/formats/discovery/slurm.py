@@ -164,13 +164,13 @@ _SINFO = {
 
 def _columns_of_sinfo(written: str) -> list[str] | None:
     """Return the fields in the columns of the output of ``sinfo``; None if it has none of nodes or of GRES."""
-    fields = [_SINFO.get(word, word) for word in written.lstrip().partition("\n")[0].split()]
+    fields = [_SINFO.get(word, word) for word in re.split(r"[|\s]+", written.lstrip().partition("\n")[0].strip())]
     return fields if {"name", "gres"} <= set(fields) else None
 
 
 def _of_sinfo(written: str, columns: list[str]) -> Iterator[dict[str, Any]]:
     for line in written.lstrip().splitlines()[1 : MAX_ROWS + 1]:
-        found = dict(zip(columns, line.split(), strict=False))
+        found = dict(zip(columns, re.split(r"\s*\|\s*|\s+", line.strip()), strict=False))
         found = {name: "" if value == "(null)" else value for name, value in found.items()}
         state = found.get("state", "").strip("*~#!%$@^-").lower()
         for name in hosts_of(found.get("name", "")):

@@ -15,7 +15,7 @@ from hetis.formats import catalogue
 from hetis.formats.errors import DocumentError, Problem, shown, single_problem
 from hetis.formats.fields import Document, DocumentPart, Found, Title, listed, mapping, plain, value_of, whole
 from hetis.formats.kinds import kind_of, read_data
-from hetis.formats.layers import IN_SHORT, described_in_short, usual_layers
+from hetis.formats.layers import IN_SHORT, LayersInShort, described_in_short
 from hetis.formats.models import dtypes
 from hetis.formats.models.config_json import MAX_LAYERS, MAX_STREAMS
 from hetis.formats.models.layer_parts import (
@@ -200,7 +200,7 @@ def drafts(text: str) -> DraftShape:
 
 def _model_data(model: ModelSpec) -> dict[str, Any]:
     short = described_in_short(model.layers)
-    in_short = short is not None and usual_layers(**short) == model.layers
+    in_short = short is not None and LayersInShort(**short).layers() == model.layers
     found = {**(short or {}), "attention": model.attention.name} if in_short else {}
     given, usual = {**plain(model), **found}, ModelSpecDocument.model_fields
     data = {name: given[name] for name in _ALWAYS if name in given and (in_short or name != "attention")}
@@ -232,7 +232,7 @@ def _to_model(document: ModelSpecDocument) -> ModelSpec:
     quantised = document.dtype.partition("+")[2]
     if not document.weights and quantised in dtypes.PRECISIONS:
         changes["weights"] = quantised
-    layers = usual_layers(**in_short) if document.layers is None else layers_of_list(document.layers)
+    layers = LayersInShort(**in_short).layers() if document.layers is None else layers_of_list(document.layers)
     fields = {name: getattr(document, name) for name in _OF_MODEL} | changes
     model = ModelSpec(
         **fields,

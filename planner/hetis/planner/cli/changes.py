@@ -253,8 +253,8 @@ class FollowOptions:
     """What the loop may do."""
 
     every: float = _follow("--every TIME: Time between two regular decisions.", "5min")
-    coverage: float = _follow("--coverage SHARE: Probability of keeping what comes within minutes.", "95%")
-    look_ahead: float = _follow("--look-ahead TIME: Time whose likely peak a change is made for.", "15min")
+    coverage: float = _follow("--coverage SHARE: Probability of keeping what comes.", "95%")
+    look_ahead: float = _follow("--look-ahead TIME: Time whose peak a change is made for.", "5min")
     threshold: float = _follow("--threshold SHARE: Utilisation that threshold scaling keeps.", "70%")
     max_moves: int | None = _follow("--max-moves N: Maximum GPUs whose work one change may change.", min=0)
     horizon: float = _follow("--horizon TIME: Time over which the costs of a change are repaid.", "1h")

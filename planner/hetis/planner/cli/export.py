@@ -140,14 +140,14 @@ class _Upstreams(NamedTuple):
     servers: list[tuple[str, int]]
     without_address: list[str]
     with_half_a_role: list[str]  # they only prefill, or only decode
-    unheard: list[str]  # the planner knows that they serve, but their agents have not reported to it yet
+    unreported: list[str]  # the planner knows that they serve, but their agents have not reported to it yet
 
     def left_out(self) -> Iterator[str]:
         """Yield a sentence for each reason why a serving replica is left out."""
         if self.without_address:
             yield f"only agents with --engine launch:FILE report an address: {', '.join(self.without_address)}"
-        if self.unheard:
-            yield f"their agents have not reported to the planner: {', '.join(self.unheard)}"
+        if self.unreported:
+            yield f"their agents have not reported to the planner: {', '.join(self.unreported)}"
         if self.with_half_a_role:
             yield f"a router sends each request to one replica, and these do half: {', '.join(self.with_half_a_role)}"
 
@@ -185,7 +185,7 @@ def upstreams(terminal: Terminal, client: Client, *, requested: UpstreamOptions)
             if why not in said:
                 terminal.warn(f"left out, because {why}")
         said = left_out
-        if found.unheard and (not found.servers or (before is None and _has_list(requested))):
+        if found.unreported and (not found.servers or (before is None and _has_list(requested))):
             code = _keep(terminal, requested, found)
             continue
         text = _list_of(requested.to, found, requested.model)
@@ -206,7 +206,7 @@ def _has_list(requested: UpstreamOptions) -> bool:
 def _keep(terminal: Terminal, requested: UpstreamOptions, found: _Upstreams) -> ExitCode:
     """Say that no list is written, because the planner does not know yet where all replicas serve, or any."""
     kept = "nothing was written" if requested.out == "-" else f"{requested.out} was not written"
-    where = f"these serve: {', '.join(found.unheard)}" if found.servers else "anything serves"
+    where = f"these serve: {', '.join(found.unreported)}" if found.servers else "anything serves"
     if requested.follow:
         terminal.warn(f"{kept}: the planner does not know yet where {where}")
         return ExitCode.OK
@@ -234,10 +234,10 @@ def _changes(terminal: Terminal, client: Client, given: str | None, *, follow: b
     rates, endpoints = dict[tuple[str, str], float](), dict[str, str]()
     if not follow:
         cluster = chosen_cluster(client, given)
-        yield _once_heard(terminal, read)
+        yield _once_reported(terminal, read)
         return
     cluster = _in_the_end(terminal, client, lambda: chosen_cluster(client, given))
-    yield _once_heard(terminal, read_in_the_end)
+    yield _once_reported(terminal, read_in_the_end)
     seen = dict[str, tuple[int, str]]()
     is_live = False
     for event in client.watch_cluster(cluster):
@@ -253,16 +253,16 @@ def _changes(terminal: Terminal, client: Client, given: str | None, *, follow: b
             yield read_in_the_end()
 
 
-def _once_heard(terminal: Terminal, read: Callable[[], _Upstreams]) -> _Upstreams:
+def _once_reported(terminal: Terminal, read: Callable[[], _Upstreams]) -> _Upstreams:
     """Return what serves once all agents have reported, or what is known after `HEARD_WITHIN_S`."""
     found = read()
     end_s = time.monotonic() + HEARD_WITHIN_S  # from now on, since with --follow the first answer may take hours
-    if found.unheard:
+    if found.unreported:
         terminal.say(
             f"waiting up to {HEARD_WITHIN_S:g} s for agents to report to the planner where engines listen: "
-            + ", ".join(found.unheard)
+            + ", ".join(found.unreported)
         )
-    while found.unheard and time.monotonic() < end_s:
+    while found.unreported and time.monotonic() < end_s:
         time.sleep(LISTED_AGAIN_S)
         found = read()
     return found
@@ -308,7 +308,7 @@ def _servers(
 
     up = (replica_pb2.REPLICA_STATE_SERVING, replica_pb2.REPLICA_STATE_DEGRADED)
     apart = (replica_pb2.REPLICA_ROLE_PREFILL, replica_pb2.REPLICA_ROLE_DECODE)
-    serving, silent, halves, unheard = dict[str, float](), list[str](), list[str](), list[str]()
+    serving, silent, halves, unreported = dict[str, float](), list[str](), list[str](), list[str]()
     for basic in client.list_replicas(cluster):
         name = basic.name.rpartition("/")[2]
         if basic.state not in up:
@@ -318,14 +318,14 @@ def _servers(
         if basic.role in apart:
             halves.append(name)
         elif not endpoint:
-            (silent if has_report else unheard).append(name)
+            (silent if has_report else unreported).append(name)
         else:
             one = basic.name, basic.plan
             if one not in rates:
                 rates[one] = fetched(client, "replicas", basic.name).shape.rate_rps  # lists leave out the shape
             endpoints[basic.name] = endpoint
             serving[endpoint] = rates[one]
-    return _Upstreams(weighted(dict(sorted(serving.items()))), silent, halves, unheard)
+    return _Upstreams(weighted(dict(sorted(serving.items()))), silent, halves, unreported)
 
 
 def _run(terminal: Terminal, command: list[str]) -> None:

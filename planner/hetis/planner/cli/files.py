@@ -53,7 +53,9 @@ EXAMPLE_LENGTHS = "2000/300"  # within the context of that model
 @verb()
 def init(
     terminal: Terminal,
-    directory: Annotated[Path, typer.Argument(help="Folder to write to; created if missing.")] = Path("."),
+    directory: Annotated[Path, typer.Argument(metavar="FOLDER", help="Folder to write to; created if missing.")] = Path(
+        "."
+    ),
     force: Annotated[bool, typer.Option("--force", help="Overwrite existing files.")] = False,
 ) -> ExitCode:
     """Write a sample cluster and workload file."""

@@ -101,7 +101,10 @@ class SimulateOptions:
         shown=f"{DEFAULT_PRECISION:.0%}",
     )
     threads: int = _runs("--threads: Runs to simulate in parallel, as processes; 0 means one per core.", 0, min=0)
-    router: Router = _fleet("--router: Policy that routes requests to replicas.", "least-work")
+    router: Router = _fleet(
+        "--router POLICY: How requests are routed to replicas: least-work, weighted, fewest-requests or fewest-tokens.",
+        "least-work",
+    )
     no_dispatch: bool = _fleet(
         "--no-dispatch: Split head groups as planned instead of dispatching each request.", False
     )

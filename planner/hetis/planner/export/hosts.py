@@ -182,7 +182,8 @@ def words(launchable: Launchable, number: int, one: LaunchableReplica, node: str
         if name in settings.hosts:
             words += ["--node-address", f"{name}={settings.hosts[name]}"]
     words += ["--worker-port", str(addresses.worker_port), "--master-port", str(addresses.master_port)]
-    words += ["--kv-port", str(addresses.kv_port), "--key-file", addresses.key_file, "--"]
+    words += ["--kv-port", str(addresses.kv_port), "--key-file", addresses.key_file]
+    words += [*(["--encrypt"] if one.serving.encrypts else []), "--"]
     words += ["--host", addresses.host(one.front_node), "--port", str(one.port)]
     return [*words, *_if_set("--served-model-name", settings.served_name, ""), *settings.engine_options]
 

@@ -222,6 +222,8 @@ def launchable(plan: Plan, model: ModelSpec, settings: ExportSettings) -> Launch
     if not plan.replicas:
         raise NotExportableError(("the plan has no replicas",))
     has_workers = any(replica.attention_workers for replica in plan.replicas)
+    if settings.encrypt and not has_workers:
+        raise NotExportableError(("--encrypt: the plan has no attention workers to exchange anything with",))
     engine = Engine(settings.engine or (Engine.VLLM_HETIS if has_workers else Engine.VLLM))
     if len(used := weights_used(plan, model)) > 1 and WEIGHTS not in settings.model:
         raise NotExportableError((f"the plan has weights in {' and '.join(used)}: --model must contain {WEIGHTS}",))
@@ -251,6 +253,7 @@ def launchable(plan: Plan, model: ModelSpec, settings: ExportSettings) -> Launch
             options=settings.engine_options,
             dtype=settings.dtype,
             limits_kv=True,
+            encrypts=settings.encrypt,
             served_name=settings.served_name,
         )
         if why := missing_kv_option(layout, serving):

@@ -42,6 +42,7 @@ class ExportOptions(ClusterSettings):
         min=1,
         max=60_000,
     )
+    encrypt: bool = option("--encrypt: Encrypt what vLLM and attention workers on other hosts exchange.", False)
     sbatch: str = option("--sbatch OPTIONS: Further options of Slurm's jobs, such as '--partition=gpu --time=7-0'.", "")
     name: str = option("--name: Prefix of the names of objects and jobs.", "hetis")
     namespace: str = _cluster("--namespace: Kubernetes namespace. Default: kubectl's.", "")

@@ -99,8 +99,8 @@ class TrafficPolicy:
     """The part of a `ClusterPolicy` about changes of traffic."""
 
     mode: Mode.ValueType = _from("traffic", Mode.REACTION_MODE_ADVISORY)
-    changes_per_hour: int = _from("traffic_changes_per_hour", 12)
-    cool_down_s: float = _from("traffic_cool_down", 600.0)
+    changes_per_hour: int = _from("traffic_changes_per_hour", 20)
+    cool_down_s: float = _from("traffic_cool_down", 300.0)
 
 
 P = TypeVar("P", RedispatchPolicy, ProposalPolicy, TrafficPolicy)

@@ -24,7 +24,7 @@ from hetis.planner.jobs.messages import (
 )
 from hetis.planner.use_cases.place import make_plan, simulated_plan
 from hetis.planner.use_cases.verification.rates import ITERATIONS
-from hetis.solver.backends.search_clock import SearchClock, compilations_told_to
+from hetis.solver.backends.search_clock import SearchClock, reporting_compilations
 from hetis.solver.budget import Budget, Progress, Report
 from hetis.solver.errors import InfeasibleError, InvalidProblemError, NoPlanFoundError, UncheckedPlanError
 
@@ -74,7 +74,7 @@ class Searcher:
 
         clock = SearchClock(on_change=on_change)
         started_s = clock()
-        with compilations_told_to(clock.note):
+        with reporting_compilations(clock.note):
             answer = solve(posed, cancelled=cancelled, report=report_all, clock=clock, begin=begin)
         self._send(answer_to_frame(answer))
 

@@ -4,16 +4,18 @@ The question is asked at regular times, at a drift (`drift.DriftTest`), when a s
 the fleet has changed. C is the rate at which the plan in force keeps its limits for requests as they are now:
 
 - *Short*: C is below the demand until what is decided at the next look serves, a minute or two, at the upper end of a
-  forecast by minutes.
+  forecast.
 - *Other requests*: their mix has drifted. Plans for the most goodput are made for a mix rather than for a demand.
 - *Saving*: the objective is cost or GPUs, and the peak demand D of the time that is looked ahead leaves something to
   give back.
 
 How far is looked ahead for D is another question than the horizon over which a change must be worth its costs: what is
-given back too early is taken again within a minute or two, and costs a change, whereas what is kept for a peak that may
-come within an hour is paid until then. So D is a likely peak, and the demand that ends in a shortage a nearly certain
-one. Both are of rates. The rate of the last minutes is known up to the chance of counting their requests. So that
-chance alone neither takes nor gives back anything, the latter is less and D more by some standard deviations of it.
+given back too early is taken again within a minute or two and costs its start once more, about as much as keeping it
+for that time, whereas what is kept for a later peak is paid until then. So D is the peak of some minutes. Both demands
+are upper ends of the same probability, one of the time in which nothing can be helped, one of that for which a change
+is made. Their level is the mean of minutes, or since a jump (`History.level`), known up to the chance of counting. A
+plan is short only by `SHORT` standard deviations of it, and what is given back leaves `SPARE` of them above D: so
+chance alone hardly ever gives back what it soon takes again, whereas a shortage is answered with no more than D.
 
 The answer is a re-planning (docs/replanning.md): its value counts what the change costs, its bound is one on every
 change of the family, and its steps keep the capacity as high as any order can. A shortage is ended whatever that costs,
@@ -31,7 +33,7 @@ from enum import StrEnum
 from itertools import product
 
 from hetis.planner.loop.drift import LATE, Drift, Expected, expected_shares
-from hetis.planner.loop.forecast import BIN_S, LEVEL_BINS, MINUTE_S, Forecast, History, chance, demand_soon, forecast
+from hetis.planner.loop.forecast import BIN_S, LEVEL_BINS, MINUTE_S, Forecast, History, demand
 from hetis.planner.loop.settings import LoopSettings
 from hetis.planner.use_cases.other_fleets.replan import PosedReplan, pose_replanning, replan
 from hetis.planner.use_cases.prices import price_of_plan
@@ -50,7 +52,7 @@ from hetis.solver.traffic import TrafficSketch
 from hetis.solver.workload import Workload
 
 ENOUGH = 1 - 1e-6
-CHANCE = 3.0  # standard deviations of counting requests, by which more is planned for
+SHORT, SPARE = 1.0, 5.0  # standard deviations of a level
 LEVEL_S = LEVEL_BINS * BIN_S
 LEAST_ENDED = 100  # requests that a mix is measured from
 STAY_S = 60.0  # horizon of a change whose replicas mostly stay: what starts then costs more than what it saves
@@ -192,10 +194,21 @@ def is_short(history: History, capacity_rps: float, settings: LoopSettings) -> b
 
     ``capacity_rps`` is that of the last decision about the plan in force.
     """
-    if capacity_rps < history.rate_now_rps() * ENOUGH:
-        return True
-    known = bool(len(history.minutes))
-    return known and capacity_rps < demand_soon(history, settings.lead_s, settings.coverage).high_rps * ENOUGH
+    if history.by_minutes() is None:
+        return False
+    needed_rps = demand(history, settings.lead_s, settings.coverage).high_rps * (1 - SHORT * history.level().chance)
+    return capacity_rps < needed_rps * ENOUGH
+
+
+def is_spare(history: History, demand_rps: float, since_s: float, settings: LoopSettings) -> bool:
+    """Return whether to ask at once, since less is demanded than at the last question by as much as a change must gain.
+
+    ``demand_rps`` is that of the last decision, and the plan in force serves since ``since_s``.
+    """
+    if history.by_minutes() is None or history.end_s < since_s + settings.cool_down_s:
+        return False
+    ahead = demand(history, settings.look_ahead_s, settings.coverage)
+    return ahead.high_rps < demand_rps * (1 - settings.least_gain)
 
 
 def decide(
@@ -230,28 +243,20 @@ class _Deciding:
         self._in_force, self._settings, self._drift = in_force, settings, drift
         self._solve, self._least = solve, least
         self._now_s, self._plan = history.end_s, in_force.found.plan
-        level = None
+        level, is_known = None, ahead is not None
         if drift is not None and drift.what == "rate" and self._now_s - drift.since_s <= LEVEL_S:
             since = history.traffic_since(drift.since_s)
             level = since.rate_per_s if since.seconds >= MINUTE_S else drift.value
         elif not history.known_bins:
             level = history.traffic_since(-math.inf).rate_per_s or None
-        self._margin = 1.0
-        if ahead is None:
-            self._near, self._far = (
-                demand_soon(
-                    history, settings.lead_s, settings.coverage, None if self._is_in_minutes(history) else level
-                ),
-                forecast(history, settings.look_ahead_s, settings.lasting, level),
-            )
-            self._until_next = forecast(history, settings.every_s, settings.coverage, level)
-            self._near = self._near.at_least(history.rate_now_rps())
-            if history.by_minutes() is not None:
-                self._margin += CHANCE * chance(self._near.expected_rps)
-        else:
-            self._near, self._far = ahead(settings.lead_s), ahead(settings.look_ahead_s)
-            self._until_next = ahead(settings.every_s)
-        self._is_new = ahead is None and history.known_bins < LEVEL_BINS and history.by_minutes() is None
+        is_in_minutes, self._chance = ahead is None and history.by_minutes() is not None, 0.0
+        if is_in_minutes:
+            self._chance = history.level().chance
+            level = None if self._does_level_count() else level
+        ahead = ahead or (lambda horizon_s: demand(history, horizon_s, settings.coverage, level))
+        self._near, self._far = ahead(settings.lead_s), ahead(settings.look_ahead_s)
+        self._until_next = ahead(settings.every_s)
+        self._is_new = not is_known and not is_in_minutes and history.known_bins < LEVEL_BINS
         self._dispersion = history.dispersion()
         self._workload = self._measured(history)
         inputs = replace(in_force.found.inputs, workload=self._workload, cluster=in_force.fleet)
@@ -277,10 +282,9 @@ class _Deciding:
         most = kept_rate(self._plan, self._problem) * recent.seconds / recent.ttft_s.count
         return min(MOST_SLOWER, max(1.0, most))
 
-    def _is_in_minutes(self, history: History) -> bool:
+    def _does_level_count(self) -> bool:
         """Return whether the last minutes show the rate since a drift as well as it is known."""
-        since_s = -math.inf if self._drift is None else self._drift.since_s
-        return self._now_s - since_s >= LEVEL_BINS * MINUTE_S and history.by_minutes() is not None
+        return self._drift is None or self._now_s - self._drift.since_s >= LEVEL_BINS * MINUTE_S
 
     def _measured(self, history: History) -> Workload:
         """Return the requests as they come now: the plan's, unless their mix is seen to be another."""
@@ -303,9 +307,10 @@ class _Deciding:
 
     def decision(self) -> Decision:
         objective = self._plan.objective
-        demand_rps = self._margin * max(self._far.high_rps, self._near.high_rps)
-        if self._capacity_rps < self._near.high_rps * ENOUGH:
+        demand_rps = max(self._far.high_rps, self._near.high_rps)
+        if self._capacity_rps < self._near.high_rps * (1 - SHORT * self._chance) * ENOUGH:
             return self._out_of_shortage(demand_rps)
+        demand_rps *= 1 + SPARE * self._chance
         other = self._workload != self._in_force.workload
         if objective.maximises and not other:
             return self._keep("")

@@ -35,6 +35,7 @@ from hetis.solver.workload import FloatArray, Workload
 RATIOS = (1.25, 1.5, 2.0, 4.0)  # rates, and odds of shares, for which the test is made, beyond a band's edge
 SHARES = (0.5, 0.15)  # of the requests that are longer than the edges at which lengths are divided
 DAY_S = 86400.0
+MEDIAN_SQUARE = 0.4549  # of a standard normal
 LATE, LATE_S, LEAST_LATE, LATE_SHARE = "ttft_s", 45.0, 20, 0.5  # see `late`
 
 
@@ -135,11 +136,22 @@ def dispersion(counts: Sequence[float], seconds: Sequence[float]) -> float:
     """Return the variance of counts in windows of some seconds over their mean, at least 1, by the differences of
     successive rates, which no trend affects.
     """
+    return max(1.0, float(np.mean(_squares(counts, seconds))))
+
+
+def usual_dispersion(counts: Sequence[float], seconds: Sequence[float]) -> float:
+    """Return it as most of the differences have it, which some jumps do not affect either."""
+    return max(1.0, float(np.quantile(_squares(counts, seconds), 0.5, method="lower")) / MEDIAN_SQUARE)
+
+
+def _squares(counts: Sequence[float], seconds: Sequence[float]) -> FloatArray:
+    """Return the squared differences of successive rates over what they are on average by chance."""
     n, t = np.asarray(counts, dtype=float), np.asarray(seconds, dtype=float)
     if len(n) < 3 or n.sum() <= 0:
-        return 1.0
+        return np.zeros(1)
     by_chance = float(n.sum() / t.sum()) * (1 / t[1:] + 1 / t[:-1])
-    return max(1.0, float(np.mean(np.diff(n / t) ** 2 / by_chance)))
+    found: FloatArray = np.diff(n / t) ** 2 / by_chance
+    return found
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

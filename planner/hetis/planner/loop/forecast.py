@@ -2,7 +2,7 @@
 
 Rates are kept in bins of some minutes. For the bins of the next horizon, seven rules predict
 
-    recent   the mean rate of the last bins
+    recent   the mean rate of the last bins; of minutes, since the last change (`History.level_rps`)
     season   the rate of the same time yesterday, a week ago, or on average of the last seven days, each of them
              times (recent / its rate before that time) ^ kappa,  kappa = 1 or 0
 
@@ -13,9 +13,15 @@ probability as far as the next error is like the past ones (split conformal pred
 were the best ones for that coverage is taken (`_score`). Too few errors for the rank, they are taken as normal with a
 prior (`PRIOR`), which decides while nothing is known. The lower end is that of the lowest rate, likewise.
 
-What is forecast is a rate, what was measured are counts. Of a steady rate, counts n of a bin and their mean over the b
-bins of the level make errors of mean square (1 + 1/b) / n by chance alone. Quantiles are multiplied by
-sqrt(1 - that / the mean square of e), so that at low rates chance does not pass for demand (plans have room for it).
+What is forecast is a rate, what was measured are counts. Of a steady rate, the largest of the counts of a horizon's a
+bins, n each, and their mean over the b bins of the level make errors of mean square (M + 1/b) / n by chance alone; M is
+that of the largest of a standard normals. Quantiles are multiplied by sqrt(1 - that, and two standard deviations of
+such a mean, / the mean square of e), so that at low rates chance does not pass for demand (plans have room for it).
+
+The level of minutes is the mean of the last five, or since the rate has changed within them: the cut that explains
+the counts best, if the likelihood ratio of two rates to one is above `CHANGED`. Of n requests those after a cut are
+binomial if nothing changed, for which log L >= x has at most the probability 2 exp(-x) (Chernoff); 15 cuts in every
+20 s make a false one in ten days. So it is as steady as a mean of minutes, and follows a jump at once.
 
 Seasonal naive forecasts are what every other method is measured by (Hyndman and Athanasopoulos 2021, 5.2); what counts
 here is that the interval is honest, whatever rule makes it. No library is used: those that fit more refined methods
@@ -27,19 +33,22 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import cache, partial
 from itertools import product
 from statistics import NormalDist
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from hetis.planner.loop.drift import DAY_S, dispersion
+from hetis.planner.loop.drift import DAY_S, dispersion, usual_dispersion
 from hetis.solver.errors import InvalidProblemError
 from hetis.solver.traffic import TrafficSketch
 from hetis.solver.workload import FloatArray
 
 BIN_S, MINUTE_S = 300.0, 60.0
-LEVEL_BINS = 2  # the last bins, whose mean is the recent level
+LEVEL_BINS, LEVEL_MINUTES = 2, 5  # the last ones at most, whose mean is the recent level
+CHANGED = math.log(2 * 3 * LEVEL_MINUTES * DAY_S / 20 / 0.1)  # of a likelihood ratio: the rate has changed
 SMOOTHED = 3  # bins over which seasons are averaged
 KEPT_S = 15 * DAY_S  # history that is used: two weeks, and a day before
 MINUTES_KEPT_S = 3 * 3600.0
@@ -48,8 +57,6 @@ PRIOR = 10, 0.15  # weight in past errors, and relative error, that are assumed 
 ASKED_EVERY = 2  # bins; neighbouring ones have nearly the same errors
 LEAST_ERRORS = 24  # from which on a season is used: four hours of them
 LEAST_RPS = 1e-3
-# Standard deviations of counting requests: by which less must be short already, in the next minutes or right now
-CHANCE_OF_SHORTAGE, CHANCE_OF_JUMP = 2.0, 4.0
 SEASONS = {"yesterday": (1,), "last week": (7,), "the last seven days": tuple(range(1, 8))}
 
 
@@ -59,6 +66,13 @@ class Window:
 
     start_s: float
     traffic: TrafficSketch
+
+
+class Level(NamedTuple):
+    """A rate now, and the relative standard deviation that counting its requests has."""
+
+    rate_rps: float
+    chance: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -101,17 +115,23 @@ class History:
         recent.sort(key=lambda one: one.start_s)
         return cls(end_s=now_s, rates=rates, minutes=minutes, recent=tuple(recent))
 
-    def rate_now_rps(self) -> float:
-        """Return what the rate of the last minute is at least: the highest lower end (`CHANCE_OF_JUMP`) of the last
-        windows together, of which the very last one shows a jump first.
-        """
-        counted, seconds, least = 0.0, 0.0, 0.0
-        for one in reversed(self.recent):
-            if (seconds := seconds + one.traffic.seconds) > 1.01 * MINUTE_S:
+    def level(self) -> Level:
+        """Return the mean rate of the last minutes, or since it has changed within them; 0 if nothing is known."""
+        windows = self._counted()
+        counts, times_s = (np.array(each[::-1]) for each in windows)
+        minutes = _without_holes(self.minutes)[::-1][round(times_s.sum() / MINUTE_S) :] * MINUTE_S  # before the windows
+        counts, times_s = np.append(counts, minutes), np.append(times_s, np.full(len(minutes), MINUTE_S))
+        latest = times_s.cumsum() <= (LEVEL_MINUTES + 0.01) * MINUTE_S
+        counts, times_s = counts[latest], times_s[latest]
+        changed = CHANGED * usual_dispersion(*windows)
+        while len(counts) > 1:
+            n, seconds = counts.cumsum(), times_s.cumsum()
+            ratios = _log_ratios(n[:-1], seconds[:-1], n[-1], seconds[-1])
+            if ratios[cut := int(ratios.argmax())] < changed:
                 break
-            counted += one.traffic.arrivals
-            least = max(least, (counted - CHANCE_OF_JUMP * math.sqrt(counted)) / max(seconds, 1.0))
-        return least
+            counts, times_s = counts[: cut + 1], times_s[: cut + 1]
+        n_all = float(counts.sum())
+        return Level(n_all / max(1.0, float(times_s.sum())), 1 / math.sqrt(max(1.0, n_all)))
 
     @property
     def known_bins(self) -> int:
@@ -130,8 +150,12 @@ class History:
 
     def dispersion(self) -> float:
         """Return the variance of the arrivals in a recent window over their mean; 1 is Poisson."""
+        return dispersion(*self._counted())
+
+    def _counted(self) -> tuple[list[float], list[float]]:
+        """Return the arrivals and the seconds of the recent windows."""
         whole = [one.traffic for one in self.recent if one.traffic.seconds > 0]
-        return dispersion([one.arrivals for one in whole], [one.seconds for one in whole])
+        return [one.arrivals for one in whole], [one.seconds for one in whole]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -149,11 +173,6 @@ class Forecast:
     coverage: float
     rule: str
     errors: int
-
-    def at_least(self, rate_rps: float) -> Forecast:
-        """Return the forecast if this rate has been seen already."""
-        high_rps = max(self.high_rps, rate_rps)
-        return replace(self, high_rps=high_rps, expected_rps=max(self.expected_rps, rate_rps))
 
     def __str__(self) -> str:
         source = f"the errors of {self.errors} forecasts" if self.errors else "an assumed error: there is no history"
@@ -191,37 +210,41 @@ def forecast(history: History, horizon_s: float, coverage: float, level_rps: flo
     common = min(len(up) for _, up, _ in candidates)
     rule, up, down = min(candidates, key=lambda one: _score(one[1], common, coverage))
     now = rule.at(len(rates), level_rps)
+    beyond_chance = partial(_beyond_chance, rates=rates, bin_s=history.bin_s, ahead=ahead)
     return Forecast(
         until_s=history.end_s + horizon_s, expected_rps=float(now.max()),
-        low_rps=float(now.min()) * math.exp(-_quantile(-down, coverage) * _beyond_chance(down, rates, history.bin_s)),
-        high_rps=float(now.max()) * math.exp(_quantile(up, coverage) * _beyond_chance(up, rates, history.bin_s)),
+        low_rps=float(now.min()) * math.exp(-_quantile(-down, coverage) * beyond_chance(down)),
+        high_rps=float(now.max()) * math.exp(_quantile(up, coverage) * beyond_chance(up)),
         coverage=coverage, rule=rule.name,
         errors=len(up),
     )  # fmt: skip
 
 
-def demand_soon(history: History, horizon_s: float, coverage: float, level_rps: float | None = None) -> Forecast:
-    """Return the forecast of the next minutes: by minutes, if enough of them are known, less what chance may have added
-    to them. Raises InvalidProblemError if nothing was measured.
+def demand(history: History, horizon_s: float, coverage: float, level_rps: float | None = None) -> Forecast:
+    """Return the forecast of a horizon: by minutes, if it is within a bin and enough of them are known.
+
+    Raises InvalidProblemError if nothing was measured.
     """
-    by_minutes = history.by_minutes()
+    by_minutes = history.by_minutes() if horizon_s <= history.bin_s else None
     if by_minutes is None:
         return forecast(history, horizon_s, coverage, level_rps)
-    found = forecast(by_minutes, horizon_s, coverage, level_rps)
-    return replace(found, high_rps=found.high_rps * max(0.5, 1 - CHANCE_OF_SHORTAGE * chance(found.expected_rps)))
+    return forecast(by_minutes, horizon_s, coverage, history.level().rate_rps if level_rps is None else level_rps)
 
 
-def chance(rate_rps: float) -> float:
-    """Return the relative standard deviation of a rate that is measured for as long as the level of minutes."""
-    return 1 / math.sqrt(max(1.0, rate_rps * LEVEL_BINS * MINUTE_S))
-
-
-def _beyond_chance(errors: FloatArray, rates: FloatArray, bin_s: float) -> float:
+def _beyond_chance(errors: FloatArray, rates: FloatArray, bin_s: float, ahead: int) -> float:
     """Return the part of errors that is not that of counting; 1 while too few are known."""
     if len(errors) < LEAST_ERRORS or not (square := float(errors @ errors) / len(errors)):
         return 1.0
-    by_chance = (1 + 1 / LEVEL_BINS) / (float(rates.mean()) * bin_s)
-    return math.sqrt(max(0.0, 1 - by_chance / square))
+    by_chance = (_square_of_largest(ahead) + 1 / _level_bins(bin_s)) / (float(rates.mean()) * bin_s)
+    return math.sqrt(max(0.0, 1 - by_chance * (1 + 2 * math.sqrt(2 / len(errors))) / square))
+
+
+@cache
+def _square_of_largest(count: int) -> float:
+    """Return the mean square of the largest of so many standard normals."""
+    at = NormalDist()
+    values = [at.inv_cdf(((k + 0.5) / 2000) ** (1 / count)) for k in range(2000)]
+    return math.fsum(value * value for value in values) / len(values)
 
 
 def _score(errors: FloatArray, common: int, coverage: float) -> float:
@@ -244,6 +267,7 @@ class _Rule:
     season: FloatArray
     bins_a_day: int
     ahead: int
+    least: int  # bins of the level
     days: tuple[int, ...] = ()
     kappa: float = 0.0
 
@@ -254,7 +278,7 @@ class _Rule:
 
     def past(self) -> tuple[Bins, FloatArray]:
         """Return the bins at which it could have predicted, and those predictions [bins, ahead]."""
-        first = max((*self.days, 0)) * self.bins_a_day + LEVEL_BINS
+        first = max((*self.days, 0)) * self.bins_a_day + self.least
         bins = np.arange(len(self.level) - self.ahead, first - 1, -ASKED_EVERY, dtype=np.int64)[::-1]
         return bins, self._predict(bins, None)
 
@@ -275,10 +299,11 @@ def _rules(rates: FloatArray, bin_s: float, ahead: int, *, is_level_known: bool)
     smooth = _mean_of_last(np.pad(rates, (0, SMOOTHED // 2), mode="edge"), SMOOTHED)[SMOOTHED // 2 :]
     recent = _Rule(
         name="the recent rate",
-        level=_mean_of_last(rates, LEVEL_BINS),
+        level=_levels(rates, bin_s),
         season=smooth,
         bins_a_day=bins_a_day,
         ahead=ahead,
+        least=_level_bins(bin_s),
     )
     found = [recent]
     for (name, days), kappa in product(SEASONS.items(), (1.0, 0.0)):
@@ -286,6 +311,35 @@ def _rules(rates: FloatArray, bin_s: float, ahead: int, *, is_level_known: bool)
             how = " at the level of now" if kappa else ""
             found.append(replace(recent, name=f"{name}{how}", days=days, kappa=kappa))
     return found
+
+
+def _level_bins(bin_s: float) -> int:
+    return LEVEL_BINS if bin_s > MINUTE_S else LEVEL_MINUTES
+
+
+def _levels(rates: FloatArray, bin_s: float) -> FloatArray:
+    """Return the level up to each bin: of minutes, since the change within them that explains them best, if any."""
+    bins = _level_bins(bin_s)
+    found = _mean_of_last(rates, bins)
+    if bin_s > MINUTE_S:
+        return found
+    best, whole = np.full(len(rates), CHANGED), found
+    for cut in range(1, bins):
+        since = _mean_of_last(rates, cut)
+        ratios = _log_ratios(since * cut * bin_s, cut * bin_s, whole * bins * bin_s, bins * bin_s)
+        found, best = np.where(ratios > best, since, found), np.maximum(ratios, best)
+    return found
+
+
+def _log_ratios(counts: FloatArray, seconds: FloatArray | float, all_counts: Any, all_seconds: float) -> FloatArray:
+    """Return the log of the likelihood ratio of a rate in some seconds and another before to one in all of them."""
+    before, rate = np.maximum(0.0, all_counts - counts), np.maximum(all_counts / all_seconds, LEAST_RPS)
+
+    def part(n: FloatArray, time_s: FloatArray | float) -> FloatArray:
+        found: FloatArray = n * np.log(np.maximum(n / time_s, LEAST_RPS) / rate)
+        return found
+
+    return part(counts, seconds) + part(before, all_seconds - seconds)
 
 
 def _mean_of_last(rates: FloatArray, count: int) -> FloatArray:

@@ -23,7 +23,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 
 from hetis.planner.loop.curves import STEP_S, TrafficCurve
-from hetis.planner.loop.decision import InForce, Verdict, decide, is_short, kept_rate, solve
+from hetis.planner.loop.decision import InForce, Verdict, decide, is_short, is_spare, kept_rate, solve
 from hetis.planner.loop.drift import Drift, DriftTest, Expected
 from hetis.planner.loop.forecast import BIN_S, KEPT_S, MINUTE_S, MINUTES_KEPT_S, Forecast, History, Window, with_hours
 from hetis.planner.loop.settings import LoopSettings
@@ -170,7 +170,7 @@ class LoopFollower:
         self.name = "loop" if truth is None else "perfect forecast"
         self.every_s, self.watch_s = settings.every_s, settings.watch_s
         self._settings, self._search, self._truth = settings, search, truth
-        self._capacity_rps = math.inf  # from which on there is a shortage
+        self._capacity_rps, self._demand_rps = math.inf, 0.0  # above and below which there is something to ask
         self._changes_s = deque[float](maxlen=settings.changes_per_hour)
 
     def ask(self, view: View) -> Answer:
@@ -179,6 +179,7 @@ class LoopFollower:
             solve=self._search.solve, least=self._search.least,
         )  # fmt: skip
         self._capacity_rps = math.inf if found.verdict is Verdict.CANNOT else found.capacity_rps
+        self._demand_rps = found.demand_rps
         change = None
         if found.verdict is Verdict.CHANGE and found.found is not None:
             if len(self._changes_s) == self._changes_s.maxlen and view.now_s - self._changes_s[0] < 3600:
@@ -191,7 +192,10 @@ class LoopFollower:
         if self._truth is not None:
             soon = self._truth.rates_within(view.now_s, view.now_s + self._settings.lead_s)
             return self._capacity_rps < float(soon.max())
-        return is_short(view.history(), self._capacity_rps, self._settings)
+        history, since_s = view.history(), view.in_force.since_s
+        return is_short(history, self._capacity_rps, self._settings) or is_spare(
+            history, self._demand_rps, since_s, self._settings
+        )
 
     def drift_test(self) -> DriftTest | None:
         return self._settings.drift_test(WINDOW_S)

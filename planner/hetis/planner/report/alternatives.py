@@ -99,11 +99,11 @@ def other_rungs(found: Sequence[RungFound], plan: Plan) -> str:
 def _other_rung(mine: RungFound, other: RungFound, plan: Plan) -> str:
     rung, unit, value, own = RUNGS[other.name], plan.result.unit, other.value or 0.0, mine.value or 0.0
     if plan.objective.maximises:
-        gain = f"{value / own - 1.0:+.1%} {unit}"
+        gain = f"{abs(value / own - 1.0):.1%} {'more' if value > own else 'fewer'} {unit}"
     else:
         gain = f"{with_unit(value, unit)} instead of {digits(own, 4)}"
-    over = f" over up to {plural(other.nodes, 'node')} each" if other.nodes and other.nodes > 1 else ""
-    left = f"left after a loss {percent_at_least(mine.left_share)} -> {percent_at_least(other.left_share)}"
+    over = f", up to {plural(other.nodes, 'node')} each" if other.nodes and other.nodes > 1 else ""
+    left = f"{percent_at_least(other.left_share)} left after a loss, instead of {percent_at_least(mine.left_share)}"
     return f"--rung {other.name}: {gain} with {rung.summary}{over}; {left}; needs {rung.needs}"
 
 

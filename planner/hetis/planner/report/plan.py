@@ -42,10 +42,9 @@ MAX_ROUTES = 12  # pairs of replica shapes; the others are summarised in one lin
 @as_group
 def render_plan(plan: Plan, *, wide: bool = False) -> Iterator[RenderableType]:
     """Yield the table view of a plan, at most 80 columns wide if the names allow it; ``wide`` names every device."""
+    yield headline(plan)
     if (rungs := rung_grid(plan)) is not None:
         yield titled(rungs)
-        yield Text("")
-    yield headline(plan)
     groups = group_replicas(plan.replicas)
     yield from _replicas(groups, plan, wide=wide)
     if plan.kv_routes:
@@ -190,7 +189,8 @@ def _value(plan: Plan) -> Text:
     model = f"by the model {with_unit(by_model, result.unit)}"
     if not result.value:
         return Text.assemble(("none", "bold yellow"), f"  of the rates tried keeps the limits in simulation; {model}")
-    return Text.assemble((value, "bold yellow"), f"  kept in simulation; {model}; {promises.verdict(plan)}")
+    style = "bold yellow" if result.value < by_model else "bold green"
+    return Text.assemble((value, style), f"  kept in simulation; {model}; {promises.verdict(plan)}")
 
 
 def _cost(plan: Plan) -> str | None:

@@ -36,13 +36,13 @@ def misses_as_planned(plan: Plan) -> bool:
     return stopped is not None and bool(stopped.missed) and plan.objective.kind is ObjectiveKind.GOODPUT
 
 
-def is_below_model(plan: Plan) -> bool:
-    """Return whether simulated traffic kept less than the model's value, with which setups by the model compare."""
+def is_simulated(plan: Plan) -> bool:
+    """Return whether the value is what simulated traffic kept, not the model's, with which other setups compare."""
     return Verified.of(plan).model_value is not None
 
 
 def value_by_model(plan: Plan) -> float:
-    """Return the plan's value by the model, which is its own unless simulated traffic kept less."""
+    """Return the plan's value by the model, which is its own unless simulated traffic kept another."""
     found = Verified.of(plan).model_value
     return plan.result.value if found is None else found
 
@@ -121,7 +121,7 @@ def beside_equal_stages(plan: Plan) -> str | None:
     if alone <= 0:
         return None
     by_model, beside = with_unit(alone, unit), _beside(value_by_model(plan), alone)
-    if not is_below_model(plan):
+    if not is_simulated(plan):
         return f"{by_model} by {equal}; this plan {beside}"
     simulated = "not simulated"
     if plan.objective.maximises and plan.result.value < alone and not excludes_unified(plan):
@@ -142,7 +142,7 @@ def by_unified(plan: Plan) -> str:
 
 def simple_setups(plan: Plan) -> list[str]:
     """Return the setups that users try first, equal stages with one TP size everywhere, and their relative values."""
-    by_model = " by the model" if is_below_model(plan) else ""
+    by_model = " by the model" if is_simulated(plan) else ""
     lines = []
     for tp, value in EqualStages.of(plan).by_size.items():
         name = "one GPU per stage" if tp == "1" else f"TP{tp} in every replica"

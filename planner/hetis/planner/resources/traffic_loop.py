@@ -27,7 +27,7 @@ from hetis.planner.fleet.settings import TrafficPolicy, policy_from
 from hetis.planner.fleet.stored_plans import AnsweredPlan
 from hetis.planner.fleet.views import Clock
 from hetis.planner.jobs.apart import call_apart
-from hetis.planner.loop.decision import LEAST_ENDED, Decision, InForce, Verdict, decide, is_short, solve
+from hetis.planner.loop.decision import LEAST_ENDED, Decision, InForce, Verdict, decide, is_short, is_spare, solve
 from hetis.planner.loop.drift import LATE_S, Drift, DriftTest, Expected, expected_shares, late
 from hetis.planner.loop.forecast import History, Window
 from hetis.planner.loop.settings import LoopSettings
@@ -76,9 +76,10 @@ class _Loop:
     Attributes:
         due_s: when the question is next asked without an alarm; with one, from ``free_s`` on, or at once if the last
             question was ``answered`` to an alarm of another kind.
-        looked_s: when a shortage was last looked for.
+        looked_s: when a shortage, or much less demand, was last looked for.
         late_s: when limits were last seen to be broken.
         capacity_rps: rate from which on there is a shortage that may have an answer.
+        demand_rps: what was demanded when the question was last asked.
         test: that of drift from what is ``expected``; ``alarm``: one that was not asked about yet; ``drift``: the last
             one of the rate, unless the mix has changed since.
         seen: the traffic up to the last look, of all replicas since the planner's start; ``looks``: what came between
@@ -97,6 +98,7 @@ class _Loop:
     looked_s: float = 0.0
     late_s: float = 0.0
     capacity_rps: float = math.inf
+    demand_rps: float = 0.0
     test: DriftTest | None = None
     alarm: Drift | None = None
     drift: Drift | None = None
@@ -185,13 +187,14 @@ class TrafficLoop:
         if loop.alarm is None and history.by_minutes() is None:
             return  # the first minutes
         loop.looked_s = now_s
-        if not is_due and not is_short(history, loop.capacity_rps, self._settings):
+        costs = replace(self._settings, cool_down_s=policy.cool_down_s)
+        is_hasty = is_due or is_short(history, loop.capacity_rps, costs)
+        if not is_hasty and not is_spare(history, loop.demand_rps, loop.since_s, costs):
             return
         alarm, drift, loop.answered = loop.alarm, loop.alarm or loop.drift, None
         if alarm is not None:
             loop.alarm = loop.test = None
         loop.due_s, loop.free_s = now_s + self._settings.every_s, now_s + LEAST_ASK_S
-        costs = replace(self._settings, cool_down_s=policy.cool_down_s)
         in_force = InForce(
             found=self._corrected(cluster, loop.found or answered.found),
             fleet=await self._fleet_now(cluster),
@@ -261,6 +264,7 @@ class TrafficLoop:
     ) -> None:
         loop.expected = decision.expected
         loop.capacity_rps = math.inf if decision.verdict is Verdict.CANNOT else decision.capacity_rps
+        loop.demand_rps = decision.demand_rps
         if decision.verdict is not Verdict.CHANGE or decision.found is None:
             await self._withdraw(loop)
             # The requests as they come now; corrections of profiles are made anew each time.

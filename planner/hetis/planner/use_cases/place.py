@@ -9,9 +9,9 @@ from __future__ import annotations
 import math
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from hetis.planner.use_cases import service_level
 from hetis.planner.use_cases.climbing import Carriers, Climbed, climb, gain_of, keeps_less, with_least_layers
@@ -227,13 +227,13 @@ def make_plan(
         UncheckedPlanError: the plan fails the independent checker.
     """
 
-    survive = settings.survive
+    survive, evaluated = settings.survive, dict[Hashable, Any]()
 
     def find(posed: PlacementProblem, own: Budget, known: Known | None = None) -> Plan:
         on_search()
         if survive:
             return surviving_plan(survivors(settings, own, report), posed, survive, settings.keep)
-        return search(posed, settings, budget=own, report=report, market=market, known=known)
+        return search(posed, settings, budget=own, report=report, market=market, known=known, evaluated=evaluated)
 
     try:
         if problem.family.engine is None:
@@ -338,11 +338,11 @@ def _checked(plan: Plan, problem: PlacementProblem, *, losses: bool) -> Plan:
 
 def search(
     problem: PlacementProblem, settings: PlacementSettings, *, budget: Budget, report: Report,
-    market: Market | None = None, known: Known | None = None,
+    market: Market | None = None, known: Known | None = None, evaluated: dict[Hashable, Any] | None = None,
 ) -> Plan:  # fmt: skip
     """Find the best plan of the strategy's family and bind it to named GPUs, by `hetis.solver.planning`.
 
-    It may be the ``known`` one of a smaller family.
+    It may be the ``known`` one of a smaller family, whose search left what it ``evaluated``.
 
     Raises:
         InfeasibleError: no plan of the family exists.
@@ -360,6 +360,7 @@ def search(
         market=market,
         simplest_within=settings.simplest_within,
         known=known,
+        evaluated=evaluated,
     )
 
 

@@ -15,7 +15,7 @@ _watchers: list[Watcher] = []
 
 
 @contextmanager
-def compilations_told_to(watcher: Watcher) -> Iterator[None]:
+def reporting_compilations(watcher: Watcher) -> Iterator[None]:
     """Call ``watcher`` with True before a kernel is loaded, compiled or waited for, and with False afterwards.
 
     The calls come from the thread that does so, of which there may be several. Calls nest, because kernels that a

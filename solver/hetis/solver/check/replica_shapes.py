@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property, reduce
 
 from hetis.solver.cluster import Cluster, Device, Link, NodeGroup, node_of
-from hetis.solver.constraints import Constraints, Exclude, Selection
+from hetis.solver.constraints import Constraints, Exclude, Selected, Selection
 from hetis.solver.plan import AttentionWorkerPool, Plan, ReplicaPlan, Role, StagePlan
 from hetis.solver.problem import PlacementProblem
 
@@ -67,15 +67,15 @@ class ReplicaShape:
         return pool
 
 
-def is_in(gpus: Selection, device: Device) -> bool:
+def is_in(gpus: Selection | Selected, device: Device) -> bool:
     """Return whether a device is in a selection."""
     return gpus.takes(device=device.name, node=device.node, gpu=device.gpu, zone=device.group.zone)
 
 
 def left_out_by(constraints: Constraints) -> Callable[[Device], bool]:
     """Return a predicate that is true of forbidden devices."""
-    out = [each.gpus for each in constraints if isinstance(each, Exclude)]
-    return lambda device: any(is_in(gpus, device) for gpus in out)
+    out = Selected(each.gpus for each in constraints if isinstance(each, Exclude))
+    return lambda device: is_in(out, device)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,7 +13,7 @@ from typing import NamedTuple
 from hetis.solver.check.replica_shapes import Fleet, is_in, slowest
 from hetis.solver.check.violation import Broken, Rule, Violation, at
 from hetis.solver.cluster import Link, NodeGroup
-from hetis.solver.constraints import Duty, RestrictRole, in_words
+from hetis.solver.constraints import Duty, RestrictRole, Selected, in_words
 from hetis.solver.model import ModelSpec
 from hetis.solver.plan import ClassPrice, KvRoute, Plan, Role, Status
 from hetis.solver.problem import APART, EXPLICIT_LINKS, LINKS_TO_ANY, OWN_LINKS, QUICK_LINKS, Build, PlacementProblem
@@ -160,8 +160,8 @@ def _computing_kinds(problem: PlacementProblem, fleet: Fleet) -> set[_Kind]:
     everywhere = kinds_of(problem.cluster.types_used())
     if len(everywhere) < 2:
         return everywhere
-    barring = [c.gpus for c in problem.constraints if isinstance(c, RestrictRole) and Duty.PRIMARY in c.barred]
-    able = (device for device in fleet.devices.values() if not any(is_in(gpus, device) for gpus in barring))
+    barring = Selected(c.gpus for c in problem.constraints if isinstance(c, RestrictRole) and Duty.PRIMARY in c.barred)
+    able = (device for device in fleet.devices.values() if not is_in(barring, device))
     return kinds_of({device.gpu for device in able})
 
 

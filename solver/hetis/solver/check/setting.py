@@ -130,5 +130,4 @@ def divides(model: ModelSpec, tp: int) -> bool:
             case _:
                 return mixer.q_heads % tp == 0 and (mixer.groups % tp == 0 or tp % mixer.groups == 0)
 
-    layers = {id(layer): layer for layer in model.layers}.values()  # most are one object; hashing them takes longer
-    return tp >= 1 and all(divided(mixer) for layer in layers for mixer in layer.mixers)
+    return tp >= 1 and all(divided(mixer) for mixer, _ in model.mixers)

@@ -105,6 +105,9 @@ class Grouped(Mixer):
         index = 0 if self.indexer is None else self.indexer.params(hidden, hidden)
         return hidden * (heads + (self.kv_heads * keys_and_values if self.has_own_kv else 0)) + index
 
+    def copied_params(self, hidden: int) -> float:
+        return 0.0 if self.indexer is None else self.indexer.params(hidden, hidden)
+
     def kv_bytes(self, element: float) -> float:
         if not self.has_own_kv:
             return 0.0
@@ -217,6 +220,10 @@ class Latent(Mixer):
         expand = self.kv_lora_rank * heads * (self.qk_nope_head_dim + self.v_head_dim)
         output = heads * self.v_head_dim * hidden * (2 if self.gated else 1)
         return query + latent + expand + output + self._indexer_params(hidden)
+
+    def copied_params(self, hidden: int) -> float:
+        """Return those of the projections to what all heads share (vLLM 0.32, ``DeepseekV2MLAAttention``)."""
+        return hidden * ((self.q_lora_rank or 0) + self._latent) + self._indexer_params(hidden)
 
     def _indexer_params(self, hidden: int) -> int:
         if self.indexer is None or self.q_lora_rank is None or not self.has_own_indexer:

@@ -101,12 +101,16 @@ class Compressed(Mixer):
         A compressor projects to numbers and their weights, in sparse layers (whose runs overlap) twice; the indexer has
         one of its own (transformers 5.23, ``DeepseekV4Attention`` and ``DeepseekV4Indexer``).
         """
-        width, rank = self.query_heads * self.head_dim, self.q_lora_rank
+        width = self.query_heads * self.head_dim
         output = width * self.o_lora_rank + self.o_groups * self.o_lora_rank * hidden
-        every = rank * (hidden + width) + hidden * self.head_dim + output
+        return self.copied_params(hidden) + self.q_lora_rank * width + output
+
+    def copied_params(self, hidden: int) -> float:
+        """Return those of what all heads share: low-rank queries, the vector, compressors and the indexer."""
+        every = hidden * (self.q_lora_rank + self.head_dim)
         if self.indexer is not None:
             index = self.indexer
-            of_indexer = rank * index.heads * index.head_dim + hidden * index.heads
+            of_indexer = self.q_lora_rank * index.heads * index.head_dim + hidden * index.heads
             return every + 4 * hidden * (self.head_dim + index.head_dim) + of_indexer
         return every + (0 if self.ratio is None else 2 * hidden * self.head_dim)
 

@@ -119,6 +119,10 @@ class Mixer:
         """Return its parameters."""
         raise NotImplementedError
 
+    def copied_params(self, hidden: int) -> float:
+        """Return the parameters of which every tensor-parallel rank has a copy."""
+        return 0.0
+
     def kv_bytes(self, element: float) -> float:
         """Return the KV bytes of one token."""
         return 0.0

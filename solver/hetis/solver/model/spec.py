@@ -77,6 +77,9 @@ class ModelSpec:
         object.__setattr__(self, "_kv_bytes_per_token_group", token_bytes)
         object.__setattr__(self, "_state_bytes", self._mean(lambda mixer: mixer.state_bytes(self.kv_bytes)))
 
+    def __hash__(self) -> int:
+        return hash((self.name, self.hidden, len(self.layers), self.weights, self.kv_bytes))  # all layers' takes longer
+
     def on(self, gpu: str) -> ModelSpec:
         """Return the model as GPUs of one type hold it, in a single precision."""
         if not self.precisions:
@@ -85,7 +88,6 @@ class ModelSpec:
         return replace(self, weights=own.weights, weight_bytes=own.weight_bytes, kv_bytes=own.kv_bytes, precisions=())
 
     # The shape, as heads are divided among ranks and kernels see it.
-
     @property
     def num_layers(self) -> int:
         return len(self.layers)
@@ -204,7 +206,6 @@ class ModelSpec:
         return self.has_like_heads and not self.all_heads_share and self.draft is None and not self.frees_some_kv
 
     # Parameters.
-
     def _mean(self, of: Callable[[Mixer], float]) -> float:
         """Return the mean over all layers of a figure of their attention."""
         total = 0.0
@@ -323,7 +324,6 @@ class ModelSpec:
         return round((self.num_layers - prefix) * repeated + prefix * self.dense_layer_params()) + ends
 
     # What requests keep.
-
     def kv_bytes_per_token_group(self) -> float:
         """Return the mean KV bytes of one token in one layer and one head group, with the key of an indexer."""
         return self._kv_bytes_per_token_group
@@ -402,7 +402,6 @@ class ModelSpec:
         return self.attention.exchange_elements_per_head() * self.activation_bytes
 
     # What attention computes and reads.
-
     def attention_flops(self, pairs: float, heads: float) -> float:
         """Return mean FLOPs of prefill attention over (query, key) ``pairs`` for ``heads`` query heads of a layer."""
         return self._mean(lambda mixer: mixer.prefill_flops()) / self.q_heads * pairs * heads

@@ -9,8 +9,9 @@ links are the same.
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
+from hashlib import sha256
 from operator import itemgetter
 from typing import NamedTuple
 
@@ -55,14 +56,15 @@ class Evaluator:
     """An evaluator of the best replica of every composition of a shape, all with the same attention workers or none.
 
     No replica of a composition has a shorter interval than ``shortest_s`` [C]. If ``is_known`` [C], the best replica
-    has this interval and is described by ``found`` [C, 4]: mix, first and last stage, head groups given away.
+    has this interval and is described by ``found`` [C, 4]: number of the mix in ``mixes``, first and last stage, head
+    groups given away. ``number`` is that of the shape.
     """
 
     def __init__(
-        self, costs: CostTables, shape: Shape, mixes: IntArray, workers: Workers | None, number: int | None = None
-    ) -> None:
+        self, costs: CostTables, shape: Shape, mixes: IntArray, workers: Workers | None, number: int
+    ) -> None:  # fmt: skip
         self.costs, self.shape, self.mixes, self.workers = costs, shape, mixes, workers
-        self._key = None if number is None else ("times", number, mixes.tobytes())
+        self._key = "times", number, mixes.tobytes()
         self._earlier = list[tuple[_Known, bool]]()  # at other utilisations, and whether limits were no tighter there
         self._num_layers, self._least = costs.scopes[shape.scope].tables.num_layers, least_layers(costs)
         self.is_known = np.zeros(len(shape.counts), dtype=bool)
@@ -72,23 +74,26 @@ class Evaluator:
     def shortest_s(self) -> FloatArray:
         """Return lower bounds [C], computed on first use: a first plan needs none for replicas with workers."""
         found_s = np.asarray(self._shortest_s(self.shape.counts).min(axis=1))
-        if self.workers is None and self._key is not None:
-            all_known: list[_Known] = self.costs.shared.setdefault(("known", *self._key), [])
-            longest_s, chunk_s = self._longest_s(self._free.sweep), self._chunk_caps_s
-            self._earlier = [(one, one.is_looser(longest_s, chunk_s)) for one in all_known]
+        if self.workers is None:
+            sweep, free = self._free
+            longest_s, chunk_s = self._longest_s(sweep), self._chunk_caps_s
+            self._earlier = [(one, one.is_looser(longest_s, chunk_s)) for one in free.known]
             for one, is_looser in self._earlier:
+                if is_looser and one.has_limits(longest_s, chunk_s):
+                    self.is_known, self.found = one.is_known, one.found
+                    return one.shortest_s
                 if is_looser:
                     np.maximum(found_s, one.shortest_s, out=found_s)
-            all_known.append(_Known(longest_s, chunk_s, found_s, self.is_known, self.found))
+            free.known.append(_Known(longest_s, chunk_s, found_s, self.is_known, self.found))
         return found_s
 
     def _shortest_s(self, counts: IntArray) -> FloatArray:
         """Return lower bounds by composition and mix if there are workers, otherwise by row of the sweep."""
         if self.workers is not None:
             return shortest_with(self.costs, self.shape, counts, self.mixes, self.workers)
-        free, times = self._free, self._without_workers[1]
-        found_s = np.where(times.have_room(self._num_layers, counts), free.shortest_s, np.inf)
-        return np.where(found_s > self._longest_s(free.sweep) * EVERY_MIX, np.inf, found_s)
+        sweep, times = self._without_workers
+        found_s = np.where(times.have_room(self._num_layers, counts), self._fractional_s, np.inf)
+        return np.where(found_s > self._longest_s(sweep) * EVERY_MIX, np.inf, found_s)
 
     def _longest_s(self, sweep: MixSweep) -> FloatArray:
         tables = self.costs.scopes[self.shape.scope].tables
@@ -96,28 +101,40 @@ class Evaluator:
 
     @cached_property
     def _without_workers(self) -> tuple[MixSweep, StageTimes]:
-        free = self._free
-        return free.sweep, free.times.within(self._chunk_caps_s)
+        sweep, free = self._free
+        return sweep, free.times.within(self._chunk_caps_s)
 
     @cached_property
     def _chunk_caps_s(self) -> FloatArray:
-        return chunk_caps(self.costs, self.shape, self._free.sweep)
+        return chunk_caps(self.costs, self.shape, self._free[0])
 
     @cached_property
-    def _free(self) -> _Free:
-        """What does not depend on limits on latency, without workers: the same at all utilisations."""
-        free: _Free | None = None if self._key is None else self.costs.shared.get(self._key)
-        if free is None:
+    def _free(self) -> tuple[MixSweep, _Free]:
+        """The sweep without workers, and what does not depend on limits on latency.
+
+        That is the same at all utilisations, and in all tables in which these stages take the same times.
+        """
+        found: tuple[MixSweep, _Free] | None = self.costs.shared.get(self._key)
+        if found is None:
             costs = self.costs.of_scope(self.shape.scope)
             sweep = sweep_of(costs, self.shape.depth, self.mixes, np.zeros(1, dtype=np.int64))
             times = free_times(self.costs, self.shape, sweep, None)
-            shortest_s = times.within(np.full(len(sweep.mixes), np.inf)).fractional_s(
-                self._num_layers, self.shape.counts
-            )
-            free = _Free(sweep, times, shortest_s)
-            if self._key is not None and shortest_s.size <= MOST_SHARED:
-                self.costs.shared[self._key] = free
-        return free
+            arrays = self.shape.counts, self._least, *times
+            key = self._num_layers, self.shape.counts.shape, sha256(b"".join(one.tobytes() for one in arrays)).digest()
+            found = self.costs.shared[self._key] = sweep, self.costs.evaluated.setdefault(key, _Free(times))
+        return found
+
+    @property
+    def _fractional_s(self) -> FloatArray:
+        """Lower bounds on the interval of every composition [C, X], without limits on latency and workers."""
+        free = self._free[1]
+        if free.shortest_s is not None:
+            return free.shortest_s
+        everywhere = free.times.within(np.full(len(self.mixes), np.inf))
+        found_s = everywhere.fractional_s(self._num_layers, self.shape.counts)
+        if found_s.size <= MOST_SHARED:
+            free.shortest_s = found_s
+        return found_s
 
     def evaluate(self, which: IntArray, needed_s: FloatArray) -> None:
         """Find the best replica of compositions [W] whose interval may be shorter than needed [W]."""
@@ -152,7 +169,7 @@ class Evaluator:
         if not len(some):
             return some, found[some], worse_s[some]
         found, (sweep, times) = found[some], self._without_workers
-        row, counts = np.searchsorted(self.mixes, found[:, 0]), self.shape.counts[which[some]]
+        row, counts = found[:, 0], self.shape.counts[which[some]]
         longest_s = self._longest_s(sweep)[row] * (1.0 + EXACT)
         interval_s = intervals_of(self._num_layers, counts, times, row, found[:, 1], found[:, 2], self._least)
         keeps = interval_s < np.minimum(worse_s[some], longest_s)
@@ -164,7 +181,7 @@ class Evaluator:
         sweep, times = self._without_workers if self.workers is None else self._with_workers(counts, worse_s)
         longest_s = self._longest_s(sweep) * EVERY_MIX
         if self.workers is None:
-            lower_s = np.where(times.have_room(self._num_layers, counts), self._free.shortest_s[which], np.inf)
+            lower_s = np.where(times.have_room(self._num_layers, counts), self._fractional_s[which], np.inf)
         else:
             lower_s = times.shortest_s(self._num_layers, counts)
         some = np.flatnonzero(np.any(lower_s < np.minimum(worse_s[:, None], longest_s), axis=0))
@@ -177,7 +194,8 @@ class Evaluator:
         )  # fmt: skip
         row, is_found = some[best[:, 0]], best[:, 0] >= 0
         self.shortest_s[which] = np.where(is_found, best_s, np.maximum(self.shortest_s[which], worse_s))
-        found = np.stack([sweep.mixes[row], best[:, 1], best[:, 2], sweep.groups[row]], axis=1)
+        mix = np.searchsorted(self.mixes, sweep.mixes[row])
+        found = np.stack([mix, best[:, 1], best[:, 2], sweep.groups[row]], axis=1)
         self.found[which], self.is_known[which] = np.where(is_found[:, None], found, -1), is_found
 
     def _with_workers(self, counts: IntArray, worse_s: FloatArray) -> tuple[MixSweep, StageTimes]:
@@ -203,13 +221,18 @@ class _Known(NamedTuple):
         """Return whether no limit was tighter, so that no interval is shorter under the given ones."""
         return bool(np.all(self.longest_s >= longest_s) and np.all(self.chunk_caps_s >= chunk_caps_s))
 
+    def has_limits(self, longest_s: FloatArray, chunk_caps_s: FloatArray) -> bool:
+        """Return whether the limits are the given ones, so that everything known holds there."""
+        return np.array_equal(self.longest_s, longest_s) and np.array_equal(self.chunk_caps_s, chunk_caps_s)
 
-class _Free(NamedTuple):
-    """Times of a sweep, and lower bounds on the interval of every composition [C, X], without limits on latency."""
 
-    sweep: MixSweep
+@dataclass(slots=True)
+class _Free:
+    """Times of a sweep without limits on latency, what is known under some, and `Evaluator._fractional_s`."""
+
     times: FreeTimes
-    shortest_s: FloatArray
+    known: list[_Known] = field(default_factory=list)
+    shortest_s: FloatArray | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -269,7 +292,8 @@ class Candidates:
 
     def template(self, composition: int) -> Template:
         """Return a known replica."""
-        counts, found = self.shape.counts[composition], self.evaluator.found[composition]
+        counts, found = self.shape.counts[composition], self.evaluator.found[composition].copy()
+        found[0] = self.evaluator.mixes[found[0]]
         return template_of_pipeline(self.costs, self.shape, counts, found, self.workers)
 
 

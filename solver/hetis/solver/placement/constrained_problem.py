@@ -20,6 +20,7 @@ from hetis.solver.constraints import (
     GpuConstraints,
     Replicas,
     RestrictRole,
+    Selected,
     Unit,
     Use,
     WithoutSharedExperts,
@@ -69,7 +70,7 @@ def is_nothing_left(searched: PlacementProblem) -> bool:
 
 def _pieces(group: NodeGroup, constraints: Constraints, linked: Collection[str]) -> Iterator[NodeGroup]:
     """Yield a group without excluded GPUs and with named and ``linked`` nodes separated."""
-    out = [each.gpus for each in constraints if isinstance(each, Exclude)]
+    out = Selected(each.gpus for each in constraints if isinstance(each, Exclude))
     of_some = [each.gpus for each in constraints if isinstance(each, Exclude | RestrictRole | Use)]
     named, names_nodes = {gpus.name for gpus in of_some}, any(gpus.unit in (Unit.NODE, Unit.GPU) for gpus in of_some)
     nodes = [group.node_name(i) for i in range(group.count)] if names_nodes or linked else []

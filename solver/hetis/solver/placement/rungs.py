@@ -72,7 +72,7 @@ RUNGS = {  # from the simplest
         Rung(
             name="node",
             summary="every replica in one node, prefilling and decoding",
-            needs="any engine and any router",
+            needs="no special engine or router",
             max_nodes=1,
         ),
         Rung(

@@ -91,7 +91,7 @@ def solve_family(
 
 
 def solve_surviving_family(
-    problem: PlacementProblem, settings: SearchSettings, survive: Survive, market: Market | None = None
+    problem: PlacementProblem, settings: SearchSettings, survive: Survive
 ) -> tuple[Plan, float | None]:
     """Solve as `hetis.solver.planning.solve_surviving` does, with the problem's family.
 
@@ -103,7 +103,7 @@ def solve_surviving_family(
         outcome = search_surviving(costs, survive, settings)
         return None if outcome is None else KeptOutcome(costs, outcome)
 
-    found = _solved(problem, settings, market, found_by, survive.simplest_within, survives=True)
+    found = _solved(problem, settings, None, found_by, survive.simplest_within, survives=True)
     assert not isinstance(found, Unbeaten), "no plan is known"
     plan, outcome = found
     return plan, None if outcome.left_bound is None else objective_scale(problem) * outcome.left_bound
@@ -122,7 +122,7 @@ def _solved(
     settings = replace(settings, report=in_objective_units(settings.report, problem))
     if is_nothing_left(searched):
         raise infeasible(problem, settings, market)
-    costs = build_cost_tables(searched)
+    costs = replace(build_cost_tables(searched), evaluated=settings.evaluated)
     most = loosest(costs) if chooses else costs
     if is_out_of_reach(most, demanded_rate(most.problem) or 0.0):
         raise infeasible(problem, settings, market)

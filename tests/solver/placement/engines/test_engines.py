@@ -69,14 +69,23 @@ def with_twin_zone(problem: PlacementProblem) -> PlacementProblem:
 @settings(max_examples=EXAMPLES)
 @given(
     problem=problems(max_gpus=4, family=WITH_WORKERS, num_zones=1),
-    shares=st.lists(st.tuples(st.floats(0.0, 1.0), st.floats(0.5, 2.0)), min_size=1, max_size=3),
+    ttft_s=st.floats(-3.0, 1.0).map(lambda exponent: 10.0**exponent),
+    shares=st.lists(st.tuples(st.floats(0.0, 1.0), st.floats(0.5, 2.0)), min_size=2, max_size=4),
 )
-def test_what_is_learned_of_a_replica_holds_in_every_zone_and_at_every_utilisation_that_share_it(
-    problem: PlacementProblem, shares: list[tuple[float, float]]
+def test_what_is_learned_of_a_replica_holds_in_every_zone_family_and_utilisation_that_share_it(
+    problem: PlacementProblem, ttft_s: float, shares: list[tuple[float, float]]
 ) -> None:
-    tables = build_cost_tables(with_twin_zone(problem))
+    goal = replace(problem.objective, ttft_limit_s=ttft_s)
+    problem = replace(with_twin_zone(problem), objective=goal)
+    tables, apart = build_cost_tables(problem), replace(problem.family, max_pool=0, roles=tuple(Role))
+    others = replace(build_cost_tables(replace(problem, family=apart)), evaluated=tables.evaluated)
+    known = list[int]()
     for reserved, share in shares:
-        check_what_is_learned(tables.at(0.9 * (1.0 - reserved), reserved=reserved), share)
+        for each in (tables, others):
+            check_what_is_learned(each.at(0.9 * (1.0 - reserved), reserved=reserved), share)
+            known.append(len(tables.evaluated))
+    # Replicas that prefill and decode are the same ones in both families, so at most those of two roles are new.
+    assert known[0] <= known[1] <= 3 * known[0]
 
 
 def check_what_is_learned(costs: CostTables, share: float) -> None:
@@ -86,7 +95,8 @@ def check_what_is_learned(costs: CostTables, share: float) -> None:
     assume(candidates)
     assert len({id(each.evaluator) for each in candidates}) < len(candidates) or len(costs.scopes) < 2
     for each in candidates:
-        alone = Evaluator(costs, each.shape, each.evaluator.mixes, each.workers)
+        apart = replace(costs, shared={}, evaluated={})
+        alone = Evaluator(apart, each.shape, each.evaluator.mixes, each.workers, 0)
         every, least_s = np.arange(len(each.fits)), alone.shortest_s.copy()
         alone.evaluate(every, np.full(len(every), np.inf))
         best_s = np.where(alone.is_known, alone.shortest_s, np.inf)

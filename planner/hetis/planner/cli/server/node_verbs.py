@@ -21,7 +21,7 @@ def _node_verb(method: str, doc: str, *, node_help: str, done: str, then: str = 
     def act(
         terminal: Terminal,
         client: Client,
-        node: Annotated[str, typer.Argument(help=node_help)],
+        node: Annotated[str, typer.Argument(metavar="NODE", help=node_help)],
         *,
         where: InCluster,
     ) -> ExitCode:
@@ -37,7 +37,7 @@ def _node_verb(method: str, doc: str, *, node_help: str, done: str, then: str = 
         return ExitCode.OK
 
     act.__name__, act.__doc__ = method.removesuffix("Node").lower(), doc
-    act.__annotations__["node"] = Annotated[str, typer.Argument(help=node_help)]  # known here alone
+    act.__annotations__["node"] = Annotated[str, typer.Argument(metavar="NODE", help=node_help)]  # known here alone
     return server_verb()(act)
 
 

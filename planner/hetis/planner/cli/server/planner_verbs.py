@@ -305,7 +305,8 @@ def rollback(
     terminal: Terminal,
     client: Client,
     plan: Annotated[
-        str | None, typer.Argument(show_default="the cluster's", help="The plan in force, which is rolled back.")
+        str | None,
+        typer.Argument(metavar="PLAN", show_default="the cluster's", help="The plan in force, which is rolled back."),
     ] = None,
     *,
     how: RollbackOptions,
@@ -336,7 +337,7 @@ def rollback(
 def cancel(
     terminal: Terminal,
     client: Client,
-    plan: Annotated[str, typer.Argument(help="The plan whose search or activation to cancel.")],
+    plan: Annotated[str, typer.Argument(metavar="PLAN", help="The plan whose search or activation to cancel.")],
 ) -> ExitCode:
     """Cancel a plan's search; its best plan so far becomes the result. A finished search is not changed.
 

@@ -37,7 +37,8 @@ Mode = Literal["off", "advisory", "automatic"]
 @group
 class TrafficOptions:
     mode: Mode | None = option(
-        "--mode MODE: From now on do nothing about changes of traffic, propose plans, or activate them, too."
+        "--mode MODE: What follows changes of traffic from now on: off (nothing), advisory (plans are proposed), "
+        "automatic (and activated)."
     )
     last: str = option("--last DURATION: Time before now of which --out makes a workload: 30m, 12h, 7d.", "1h")
     model: str | None = option("--model -m NAME: Model.", shown="the only one")
@@ -48,7 +49,9 @@ class TrafficOptions:
 def traffic(
     terminal: Terminal,
     client: Client,
-    cluster: Annotated[str | None, typer.Argument(help="Name of the cluster.", show_default="the only one")] = None,
+    cluster: Annotated[
+        str | None, typer.Argument(metavar="CLUSTER", help="Name of the cluster.", show_default="the only one")
+    ] = None,
     *,
     given: TrafficOptions,
 ) -> ExitCode:

@@ -22,7 +22,9 @@ if TYPE_CHECKING:
 def why(
     terminal: Terminal,
     client: Client,
-    replica: Annotated[str, typer.Argument(help="The replica: `r-3`, or `clusters/prod/replicas/r-3`.")],
+    replica: Annotated[
+        str, typer.Argument(metavar="REPLICA", help="The replica: `r-3`, or `clusters/prod/replicas/r-3`.")
+    ],
     *,
     where: InCluster,
 ) -> ExitCode:

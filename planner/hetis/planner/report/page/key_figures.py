@@ -72,7 +72,7 @@ def _against_today(plan: Plan) -> Iterator[Tile]:
     ratio = ours / equal.value - 1.0
     is_good = ratio > 0 if plan.objective.maximises else ratio < 0
     value = f"{'+' if ratio > 0 else '−'}{percent(abs(ratio))}" if ratio else "the same"
-    by = "by the model; equal stages, not simulated: " if promises.is_below_model(plan) else "equal stages: "
+    by = "by the model; equal stages, not simulated: " if promises.is_simulated(plan) else "equal stages: "
     note = f"{by}{digits(equal.value)} {plan.result.unit}{promises.by_unified(plan)}"
     yield Tile("Compared with today's practice", value, note=note, tone="good" if is_good else "")
 

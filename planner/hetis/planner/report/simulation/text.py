@@ -281,7 +281,7 @@ def _point_word(point: Point) -> Text:
 
 
 def _limits(verdict: LevelVerdict, limits: Objective) -> Table:
-    made, share = table("'", "asked", "simulated", "'", fixed=True), verdict.of(None)
+    made, share = table("'", "limit", "simulated", "'", fixed=True), verdict.of(None)
     for one in verdict.limits:
         of_share = one.latency is None
         name = "Requests within all limits" if of_share else f"{one.latency} {one.statistic}"

@@ -229,7 +229,7 @@ class Verified(Part):
     """What simulation showed of a plan."""
 
     verification: Verification | None = entry(None)
-    model_value: float | None = entry(None)  # the plan's value by the model, if simulation keeps less
+    model_value: float | None = entry(None)  # the plan's value by the model, if simulation keeps another
 
 
 @part

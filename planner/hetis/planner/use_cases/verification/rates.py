@@ -278,8 +278,7 @@ class _Runs:
         record = replace(Verified.of(plan), verification=self._verification(found, at_rps, kept_rps))
         if not self._is_value or kept_rps == self._planned_rps:
             return record.on(plan)
-        if (kept_rps or 0.0) < self._planned_rps:
-            record = replace(record, model_value=plan.result.value)
+        record = replace(record, model_value=plan.result.value)
         return record.on(restated(plan, self._problem, utilisation_at(kept_rps or 0.0, plan.served_rate())))
 
     def _planned(self) -> TriedRate:

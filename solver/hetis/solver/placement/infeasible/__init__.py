@@ -160,7 +160,7 @@ def _of_what_was_requested(
             others = [r for r in given if r != member and (r in rest or r in conflict.members)]
             suggested += relaxations_of(trials, member, others)
         if len(conflict.members) > 1:
-            yield f"{_together(conflict.members)}; {_ways_out(conflict.members, suggested)}"
+            yield _together(conflict.members, suggested)
         if not conflict.is_minimal:
             yield "no time was left to determine whether all of these conflict"
         yield from _what_is_short(trials, given, rest, conflict)
@@ -178,18 +178,22 @@ def _ways_out(members: Sequence[Requirement], suggested: Sequence[Relaxation]) -
     return "more than one must be relaxed"
 
 
-def _together(members: Sequence[Requirement]) -> str:
-    """Return a sentence stating that members of a conflict exclude one another.
+def _together(members: Sequence[Requirement], suggested: Sequence[Relaxation]) -> str:
+    """Return a sentence stating that members of a conflict exclude one another, and which need to give way.
 
     Facts of the fleet hold whatever is requested. Sentences about a limit or demand presuppose them, so as not to
-    suggest that the limit or demand alone could be met.
+    suggest that the limit or demand alone could be met. Nobody can relax what an engine does not run.
     """
     requested = [member for member in members if not member.subject.is_of_fleet]
     facts = [member for member in members if member.subject.is_of_fleet]
+    ways_out = _ways_out(members, suggested)
     if not facts or not requested:
-        return f"each can be kept, but not together: {listed(members)}"
+        return f"each can be kept, but not together: {listed(members)}; {ways_out}"
+    is_by_engine = all(getattr(member.constraint, "by", "") for member in requested)
+    if is_by_engine and [fact.subject for fact in facts] == [Subject.MEMORY]:
+        return f"{listed(facts)} is not enough, {listed(requested)}"
     together = " together" if len(requested) > 1 else ""
-    return f"{listed(requested)} cannot be kept{together} with {listed(facts)} as given"
+    return f"{listed(requested)} cannot be kept{together} with {listed(facts)} as given; {ways_out}"
 
 
 def _what_is_short(

@@ -11,7 +11,7 @@ import numpy as np
 
 from hetis.solver.placement.fleet import IntArray
 from hetis.solver.placement.replicas.pipelines import is_run_by_engine
-from hetis.solver.placement.replicas.stage_times import Shape, stage_times, sweep_of
+from hetis.solver.placement.replicas.stage_times import FreeTimes, MixSweep, Shape, chunk_caps, free_times, sweep_of
 from hetis.solver.placement.replicas.tables import BOTH, FIRST, LAST, PLAIN, CostTables
 from hetis.solver.placement.replicas.template import Template, TemplateStage, interval_of
 
@@ -72,9 +72,13 @@ def _best_mixes(costs: CostTables, scope: int, mixes: IntArray, num_stages: int,
     if not len(own) or (attention_dp > 1 and num_stages > 1):
         return found
     shape = Shape(scope, num_stages, ranks, np.zeros((0, len(ranks)), dtype=np.int64))
-    times = stage_times(
-        costs, shape, sweep_of(costs.of_scope(scope), num_stages, own, np.zeros(1, dtype=np.int64)), None
-    )
+    key = "equal", scope, num_stages, attention_dp, own.tobytes()
+    known: tuple[MixSweep, FreeTimes] | None = costs.shared.get(key)  # from another utilisation
+    if known is None:
+        sweep = sweep_of(costs.of_scope(scope), num_stages, own, np.zeros(1, dtype=np.int64))
+        known = costs.shared[key] = sweep, free_times(costs, shape, sweep, None)
+    sweep, free = known
+    times = free.within(chunk_caps(costs, shape, sweep))
     layers = _equal_layers(t.num_layers, num_stages)
     of_role = (
         {BOTH: layers[0]}

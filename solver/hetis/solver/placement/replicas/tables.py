@@ -226,6 +226,8 @@ class CostTables:
     ranges: tuple[CostTables, ...] = ()
     # What searches of these tables have found that no limit on latency changes, see `candidates` and `enumeration`.
     shared: dict[Hashable, Any] = field(default_factory=dict, compare=False, repr=False)
+    # What searches of any tables have found of stages, by all the times that it follows from, see `candidates`.
+    evaluated: dict[Hashable, Any] = field(default_factory=dict, compare=False, repr=False)
 
     def of_scope(self, scope: int) -> CostTables:
         """Return the tables whose mixes, averages and limits are those of the requests that a scope's replicas serve.
