@@ -263,16 +263,6 @@ def test_a_saturated_fleet_gets_no_requests_to_measure_a_share(saved: Path, tmp_
     assert json.loads(result.stdout)["load"]["requests"] < 40_000
 
 
-def test_until_stable_waits_for_the_intervals_of_the_level(pair: Placed) -> None:
-    usual, tail = (
-        answered(pair, asked(pair, level, rate_rps=20.0, precision=0.1)) for level in (DEFAULT, ServiceLevel(ttft=P99))
-    )
-    assert usual.precision == usual.summary.precision() <= 0.1
-    assert tail.question.num_requests > usual.question.num_requests, "its p99 was less certain than that"
-    assert tail.precise
-    assert tail.precision >= tail.verdict.limits[0].estimate.relative
-
-
 # --- from Python
 
 
