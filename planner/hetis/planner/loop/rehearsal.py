@@ -95,7 +95,7 @@ class Follower(Protocol):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Asked:
+class MadeChange:
     """A change that was made."""
 
     at_s: float
@@ -123,7 +123,7 @@ class Rehearsal:
     gpu_hours: float
     usd: float | None
     alarms: int
-    changes: tuple[Asked, ...]
+    changes: tuple[MadeChange, ...]
 
 
 class RememberingSearch:
@@ -200,16 +200,16 @@ class LoopFollower:
     def drift_test(self) -> DriftTest | None:
         return self._settings.drift_test(WINDOW_S)
 
-    def _ahead(self, now_s: float) -> Callable[[float], Forecast] | None:
+    def _ahead(self, now_s: float) -> Callable[[float, float], Forecast] | None:
         truth = self._truth
         if truth is None:
             return None
 
-        def ahead(horizon_s: float) -> Forecast:
+        def ahead(horizon_s: float, coverage: float) -> Forecast:
             rates = truth.rates_within(now_s, now_s + horizon_s)
             return Forecast(
-                until_s=now_s + horizon_s, expected_rps=float(rates.max()), low_rps=float(rates.min()),
-                high_rps=float(rates.max()), coverage=self._settings.coverage, rule="the truth", errors=0,
+                expected_rps=float(rates.max()), low_rps=float(rates.min()),
+                high_rps=float(rates.max()), coverage=coverage, rule="the truth", errors=0,
             )  # fmt: skip
 
         return ahead
@@ -239,7 +239,7 @@ class _Rehearsing:
         self._expected: Expected | None = None
         self._drift: Drift | None = None  # the last one, unless it was of the mix
         self._asked_s, self._looked_s, self._is_due = -math.inf, -math.inf, True
-        self._changes, self._alarms = list[Asked](), 0
+        self._changes, self._alarms = list[MadeChange](), 0
 
     def run(self, progress: Callable[[float], None]) -> Rehearsal:
         curve, serving = self._curve, self._serving
@@ -305,7 +305,7 @@ class _Rehearsing:
             return
         self._serving.begin(answer.change, now_s)
         following = answer.change.next
-        made = Asked(
+        made = MadeChange(
             at_s=now_s, reason=answer.change.reason, next=following, gpus=len(following.plan.devices()),
             capacity_rps=kept_rate(following.plan, following.problem),
         )  # fmt: skip
