@@ -24,11 +24,18 @@ from benchmarks.measuring.instances import NODE_SIZES, fleet, problem
 from benchmarks.measuring.rows import Row
 from hetis.planner.use_cases.grouping import shapes_of
 from hetis.planner.use_cases.record.parts import Verified
-from hetis.planner.use_cases.simulation.simulate import Question, answer
+from hetis.planner.use_cases.simulation.simulate import Question, answer, seats_of
 from hetis.planner.use_cases.sources import named
 from hetis.planner.use_cases.verification.equal_stages import budget_of_one
 from hetis.planner.use_cases.verification.outcome import promising, settings_of
-from hetis.planner.use_cases.verification.rates import enough_of, kept_plan, longest_of, simulated_at
+from hetis.planner.use_cases.verification.rates import (
+    enough_of,
+    kept_plan,
+    longest_of,
+    most_requests_of,
+    simulated_at,
+    simulated_part,
+)
 from hetis.simulator.arrivals import Arrivals, Load
 from hetis.simulator.running import never, silent
 from hetis.simulator.values import Settings
@@ -46,6 +53,7 @@ LENGTHS = ("azure_conv_2023", "sharegpt_8k_lengths", "sharegpt_first_turn_length
 TTFT_S, TPOT_S = (0.5, 1.0, 2.0, 5.0), (0.03, 0.05, 0.1, 0.2)
 TIME_LIMIT_S = 10.0
 TOLERANCE = 0.02  # relative tolerance of the sweep
+TURNS = 20  # how many times the best rate's runs replace all the requests that a plan holds at once
 TIGHTER = (0.5, 0.75)  # shares of the limit on TTFT for which other plans are searched
 SEED, OTHER_SEED = 0, 7  # seeds of the traffic that `place` simulates, and of that which judges it
 
@@ -154,21 +162,27 @@ def other_plans(case: Case) -> Iterator[Plan]:
 
 
 def best_rate(case: Case, settings: Settings) -> float:
-    """Return the highest simulated rate within the limits, or 0 if there is none."""
+    """Return the highest simulated rate within the limits, or 0 if there is none.
+
+    Of a plan with more seats than a run fills, a part with its share of the traffic is simulated, as by `place`, in
+    runs that replace what it holds `TURNS` times: while seats fill, any rate seems to be kept.
+    """
+    plan = case.plan
+    part = simulated_part(plan, case.problem, most_requests_of(plan).to_fill)
     load = Load(
         lengths=case.problem.workload,
         max_position=case.problem.model.max_position,
         arrivals=Arrivals.DRAWN,
-        rate_rps=case.plan.result.value or case.plan.planned_rate(),
+        rate_rps=part.share * (plan.result.value or plan.planned_rate()),
         gap_cv=case.problem.workload.burstiness,
     )
     question = Question(
-        load=load, num_requests=longest_of(case.plan), seeds=(OTHER_SEED,), settings=settings, sweeps=True,
-        limits=case.plan.objective, tolerance=TOLERANCE,
+        load=load, num_requests=max(longest_of(part.plan), TURNS * seats_of(part.plan)), seeds=(OTHER_SEED,),
+        settings=settings, sweeps=True, limits=plan.objective, tolerance=TOLERANCE,
     )  # fmt: skip
-    found = answer(case.plan, case.problem, question, processes=1, is_cancelled=never, report=silent)
+    found = answer(part.plan, case.problem, question, processes=1, is_cancelled=never, report=silent)
     assert found.sweep is not None, "rates were swept"
-    return found.sweep.goodput_rps
+    return found.sweep.goodput_rps / part.share
 
 
 def counted(judgements: Iterator[Row]) -> Iterator[Row]:

@@ -25,6 +25,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -92,13 +93,28 @@ class Extent:
 
 
 def all_rows(traces: Sequence[Path], extent: Extent, *, only: str = "") -> Iterator[Row]:
-    """Yield the rows of every case whose name contains ``only``, and of what reports cost."""
+    """Yield the rows of every case whose name contains ``only``, means of its days, and of what reports cost."""
+    days = list[Row]()
     for path in traces:
         for case in cases(path, extent):
-            if only in case.name:
-                yield from case_rows(case)
+            for row in case_rows(case) if only in case.name else ():
+                yield row
+                days += [row] if " hours " in case.name else []
+    yield from means(days)
     if only in (name := f"{REPLICAS:,} replicas report"):
         yield _reporting_row(name, REPORTED_S if extent.hours > 2 else REPORTED_S / 20)
+
+
+def means(days: Sequence[Row]) -> Iterator[Row]:
+    """Yield the means of the figures of some days, for each way to follow the traffic."""
+    ways = dict.fromkeys(str(row["name"]).rpartition(": ")[2] for row in days)
+    for way in ways:
+        same = [row for row in days if str(row["name"]).endswith(f": {way}")]
+        figures = {key: [one for row in same if isinstance(one := row[key], int | float)] for key in _COLUMNS}
+        yield {
+            **{key: fmean(values) if values else None for key, values in figures.items()},
+            "name": f"mean of {len(same)} days: {way}",
+        }
 
 
 def cases(path: Path, extent: Extent) -> Iterator[Case]:

@@ -52,12 +52,13 @@ class Story:
         teller = self._teller
         teller.chapter(f"A planner, five agents, and the fewest cards for {1.2 * RATE_RPS:g} requests/s")
         self._start()
-        cards = self._tell_plan()
+        self._tell_plan()
         self._arrive(RATE_RPS, PROMPT_TOKENS)
         self._until(lambda: len(self._minutes()) > 0, "a minute of traffic has been measured")
         changes = list[dict[str, Any]]()
-        self._until(lambda: bool(self._traffic().decision.reason), "the planner has decided")
+        self._until(self._has_settled, "the planner has decided")
         teller.say(self._traffic().decision.reason)
+        cards = self._tell_plan()
         teller.chapter(f"Traffic doubles, and its prompts are {LENGTHEN:g} times as long")
         self._arrive(2 * RATE_RPS, round(LENGTHEN * PROMPT_TOKENS))
         while not any(one["cards"] > cards for one in changes):
@@ -147,6 +148,11 @@ class Story:
     def _traffic(self) -> ClusterTraffic:
         request = cluster_service_pb2.GetClusterTrafficRequest(name=f"{CLUSTER}/traffic")
         return self._client.clusters.GetClusterTraffic(request).cluster_traffic
+
+    def _has_settled(self) -> bool:
+        """Return whether the planner has decided, and its plan is in force if that was another one."""
+        decision = self._traffic().decision
+        return bool(decision.reason) and not decision.plan
 
     def _minutes(self) -> list[TrafficWindow]:
         """Return the whole minutes that were measured."""

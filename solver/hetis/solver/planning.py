@@ -26,6 +26,7 @@ from hetis.solver.placement.rungs import Known
 from hetis.solver.placement.solve import (
     in_objective_units,
     objective_scale,
+    simplify_family,
     solve_family,
     solve_surviving_family,
 )
@@ -36,7 +37,7 @@ from hetis.solver.problem import PlacementProblem
 def solve_placement(
     problem: PlacementProblem, *, strategy: str = "hetis", budget: Budget | None = None, gap_target: float = 0.001,
     seed: int = 0, report: Report = silent, market: Market | None = None,
-    simplest_within: float = 0.0, known: Known | None = None, most_searches: int | None = None,
+    known: Known | None = None, most_searches: int | None = None,
     evaluated: dict[Hashable, Any] | None = None,
 ) -> Plan:  # fmt: skip
     """Choose replicas for a fleet so that the objective is best, and prove how good the choice is.
@@ -44,10 +45,6 @@ def solve_placement(
     The search ends when the gap is at most ``gap_target``, the time is up or nothing is left that could help. With the
     same arguments and no time limit the plan is the same. If no plan exists, ``market`` gives GPU types that could be
     added (None: no search for any). Published heuristics prove little and have no target.
-
-    With ``simplest_within``, the plan is the simplest of those of an engine's family that lose no more than this share
-    of the best value (`placement/losses/simplicity.py`). Its notes state its points, with a bound, and the loss; the
-    plan's bound is that on the best.
 
     A plan of a smaller family may be ``known``, which is returned with the bound of this one if nothing better is found
     where the utilisation is chosen. With few ``most_searches``, fewer utilisations are tried, for a quick answer whose
@@ -66,16 +63,35 @@ def solve_placement(
         most_searches=most_searches, evaluated={} if evaluated is None else evaluated,
     )  # fmt: skip
     problem = replace(problem.in_shared_precision(), family=STRATEGIES[strategy].restrict(problem.family))
-    family = problem.family
-    if simplest_within and (family.one_type_per_role or not family.uneven_layers or family.engine is None):
-        raise InvalidProblemError("the simplest plan is only searched for by strategies hetis, hexgen and hexgen2")
     if STRATEGIES[strategy].is_published:
         plan = _by_published_heuristic(problem, settings)
     else:
         if known is not None:
             known = known._replace(family=STRATEGIES[strategy].restrict(known.family))
-        plan = solve_family(problem, settings, market, simplest_within, known)
+        plan = solve_family(problem, settings, market, known)
     return replace(plan, family=problem.describe_family())
+
+
+def simplify_placement(problem: PlacementProblem, best: Plan, within: float, settings: SearchSettings) -> Plan:
+    """Return the simplest of the plans that lose no more than a share of a problem's best plan, or that with a note.
+
+    They are of an engine's family (`placement/losses/simplicity.py`). The plan's notes state its points, with a bound,
+    and the loss; the plan's bound is that on the best.
+
+    Raises:
+        InvalidProblemError: the strategy has other families.
+    """
+    require_simplicity(problem, settings.strategy)
+    problem = replace(problem.in_shared_precision(), family=STRATEGIES[settings.strategy].restrict(problem.family))
+    plan = simplify_family(problem, best, within, settings)
+    return replace(plan, family=problem.describe_family())
+
+
+def require_simplicity(problem: PlacementProblem, strategy: str) -> None:
+    """Check that the simplest plans of a strategy are searched for; raises InvalidProblemError if not."""
+    family = STRATEGIES[strategy].restrict(problem.family)
+    if family.one_type_per_role or not family.uneven_layers or family.engine is None:
+        raise InvalidProblemError("the simplest plan is only searched for by strategies hetis, hexgen and hexgen2")
 
 
 def solve_surviving(

@@ -16,6 +16,7 @@ from hetis.planner.fleet.stored_plans import StoredPlans
 from hetis.planner.use_cases.dispatch.stages import load_stage_of_plan
 from hetis.planner.use_cases.saved_plans import load_plan_and_problem
 from hetis.solver.plan import Plan
+from hetis.v1 import plan_pb2
 from hetis.v1.replica_pb2 import KvPartner
 from tests.planner.command_line import invoke
 from tests.planner.fleet.memory_store import MemoryStore
@@ -75,6 +76,30 @@ async def test_what_all_replicas_of_a_plan_share_is_derived_once(
     first, again = [await plans.contents(PLAN, [0]) for _ in range(2)]
     assert first == again
     assert len(derived) == 1
+
+
+async def test_a_plan_is_converted_for_its_first_reader_and_each_gets_what_its_message_has_room_for(
+    plan_file: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    converted, convert = list[Plan](), stored_plans.complete
+
+    def counted(message: plan_pb2.Plan, plan: Plan, document: bytes) -> None:
+        converted.append(plan)
+        convert(message, plan, document)
+
+    monkeypatch.setattr(stored_plans, "complete", counted)
+    document = Path(plan_file).read_bytes()
+    plans, record, num_converted = plans_with(document), plan_record(), []
+    for filled in (0, 0, stored_plans.MOST_PLAN_BYTES - len(document), stored_plans.MOST_PLAN_BYTES):
+        found = plan_pb2.Plan(name="x" * filled)
+        expected = plan_pb2.Plan()
+        expected.CopyFrom(found)
+        convert(expected, load_plan_and_problem(plan_file).plan, document)
+        await plans.complete(found, record)
+        assert found == expected
+        assert found.result.document.content == (b"" if filled else document)
+        num_converted.append(len(converted))
+    assert num_converted == [1, 1, 2, 3]
 
 
 async def test_a_plan_that_is_deleted_and_made_again_under_its_name_has_its_own_contents(plan_file: str) -> None:

@@ -16,7 +16,7 @@ import pytest
 from hetis.formats import catalogue
 from hetis.formats.documents import dump, from_data, to_data
 from hetis.planner.convert.documents import document_of
-from hetis.planner.resources import plans
+from hetis.planner.fleet import stored_plans
 from hetis.planner.store import ProfileRecord
 from hetis.planner.use_cases.saved_plans import problem_of_plan
 from hetis.profiler.roofline import modelled_profile
@@ -42,7 +42,7 @@ async def test_a_plan_is_put_together_beside_the_event_loop(tmp_path: Path, monk
 
         return note
 
-    monkeypatch.setattr(plans, "complete", noted("complete", plans.complete))
+    monkeypatch.setattr(stored_plans, "complete", noted("complete", stored_plans.complete))
 
     async with planner_in(tmp_path) as planner:
         await planner.create("night")

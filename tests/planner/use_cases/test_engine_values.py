@@ -6,22 +6,19 @@ import math
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-import hetis.solver.planning as planning
 from hetis.planner.use_cases.engine_values import with_engine_values
-from hetis.planner.use_cases.place import search
+from hetis.planner.use_cases.place import pose, search
 from hetis.planner.use_cases.placement_settings import PlacementSettings
 from hetis.planner.use_cases.precision import for_engine
 from hetis.planner.use_cases.record.forms import EngineValue
 from hetis.planner.use_cases.record.parts import OtherEngines
-from hetis.planner.use_cases.request import objective
+from hetis.planner.use_cases.request import PlacementRequest, objective
 from hetis.planner.use_cases.sources import LoadedInputs, engine_rules, load_inputs
 from hetis.solver.budget import Budget, silent
 from hetis.solver.plan import AttentionWorkerPool, KvRoute, ObjectiveKind, Plan, Role
-from hetis.solver.problem import PlacementProblem
 from tests.fleets import fleet
 
 FLEET = fleet("workers pay here", "h100: 1 H100-SXM-80GB", "p100: 2 P100-PCIe-12GB")
@@ -85,21 +82,24 @@ def test_what_no_engine_runs_is_named(tmp_path: Path) -> None:
         assert hetis.lacks == (lacks,)
 
 
-def test_plans_for_other_engines_are_as_simple(loaded: LoadedInputs, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Or another engine would seem to reach what the plan gave up for its simplicity."""
-    goal = objective(ObjectiveKind.GOODPUT, ttft_s=math.inf, tpot_s=0.1, demand_rps=None)
-    problem = loaded.inputs.problem(goal, "hetis", engine=engine_rules("vllm", "hetis"))
-    plan = search(problem, PlacementSettings(), budget=Budget(clock=time.monotonic), report=silent)
-    solve, shares = planning.solve_placement, dict[str, float]()
-
-    def noted(problem: PlacementProblem, *, simplest_within: float = 0.0, **options: Any) -> Plan:
-        shares[problem.family.engine.name] = simplest_within
-        return solve(problem, simplest_within=simplest_within, **options)
-
-    monkeypatch.setattr(planning, "solve_placement", noted)
-    plan = replace(plan, inputs={**plan.inputs, "simplest_within": 0.05})
-    with_engine_values(plan, problem, seed=0, budget=Budget(), report=silent, evaluated={})
-    assert shares == {"vllm-hetis": 0.05, "sglang": 0.05}
+def test_a_plan_that_gave_up_value_has_no_other_engines_beside_it(tmp_path: Path) -> None:
+    """They would seem to reach what the plan gave up for its simplicity."""
+    path = tmp_path / "fleet.yaml"
+    path.write_text(FLEET, encoding="utf-8")
+    plain, simple = (
+        pose(
+            PlacementRequest(
+                cluster=str(path), model="Qwen2.5-32B", workload="16000/1000", simplest_within=share, engine="vllm"
+            )
+        )
+        .prove(silent)
+        .plan
+        for share in ("0", "5%")
+    )
+    assert OtherEngines.of(plain).values
+    assert not OtherEngines.of(simple).values
+    assert any("the simplest plan within 5.0%" in note for note in simple.notes)
+    assert simple.result.value >= 0.95 * plain.result.value, "prompts wait less for replicas that are not the fastest"
 
 
 def test_without_time_a_plan_says_that_nothing_was_looked_for(loaded: LoadedInputs) -> None:

@@ -66,3 +66,10 @@ def test_gpus_that_are_none_are_refused(gpu: str) -> None:
     code, _, error = run("fits", "Llama-3.3-70B", "--gpu", gpu)
     assert code == ExitCode.INVALID
     assert "--gpu" in error
+
+
+@pytest.mark.parametrize("version", ["abc", "latest", ""])
+def test_versions_that_are_none_are_refused(version: str) -> None:
+    code, _, error = run("fits", "Llama-3.3-70B", "--gpu", "H100-SXM-80GB", "--engine-version", version)
+    assert code == ExitCode.INVALID
+    assert "--engine-version" in error

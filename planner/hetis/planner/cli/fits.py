@@ -43,7 +43,9 @@ class FitOptions:
     mtp: str | None = requested("mtp")
     engine: str = _engine("--engine NAME: vllm, vllm-hetis or sglang.", "vllm", parser=values.fitted_engine)
     engine_version: str | None = _engine(
-        "--engine-version V: Version of the engine, which decides what it counts.", shown="that of `version`"
+        "--engine-version V: Version of the engine, which decides what it counts.",
+        parser=values.engine_version,
+        shown="that of `version`",
     )
     tp: int | None = _engine("--tp N: Ranks per stage; more GPUs are further stages.", min=1, shown="the most possible")
     max_num_seqs: int | None = requested("max_num_seqs", shown="the engine's")

@@ -13,7 +13,7 @@ from hetis.formats.documents import from_data
 from hetis.formats.errors import DocumentError, single_problem
 from hetis.planner.convert.documents import document_of, of_another_version
 from hetis.planner.convert.names import word_of
-from hetis.planner.convert.plans import gpu_kinds_to_proto, kv_partners_to_proto
+from hetis.planner.convert.plans import MOST_PLAN_BYTES, complete, gpu_kinds_to_proto, kv_partners_to_proto
 from hetis.planner.convert.stages import stages_of_replica
 from hetis.planner.failures import Reason, ServiceError, not_found
 from hetis.planner.fleet.replica import Contents
@@ -52,6 +52,20 @@ class AnsweredPlan:
     def shared(self) -> tuple[document_pb2.Document, Sequence[Sequence[replica_pb2.KvPartner]]]:
         """What the contents of all replicas are made of: the model, and the partners of each replica."""
         return document_of(self.problem.model), kv_partners_to_proto(self.plan)
+
+    @cached_property
+    def _full(self) -> bytes:
+        """The result in the view FULL where nothing else is in its message, encoded."""
+        message = plan_pb2.Plan()
+        complete(message, self.plan, self.document)
+        return message.result.SerializeToString()
+
+    def complete(self, message: plan_pb2.Plan) -> None:
+        """Turn the view BASIC into FULL, as far as the message has room."""
+        if message.ByteSize() + len(self._full) <= MOST_PLAN_BYTES:
+            message.result.MergeFromString(self._full)
+        else:
+            complete(message, self.plan, self.document)
 
     def contents(self, index: int) -> Contents | None:
         """Return what the plan says of a replica besides its shape; None if it cannot be derived, which is logged."""
@@ -94,6 +108,10 @@ class StoredPlans:
     async def of(self, record: PlanRecord) -> AnsweredPlan:
         """Return the plan of a record, which must have an answer. Raises PLAN_STATE if its document cannot be read."""
         return replace(await self._kept(record), record=record)
+
+    async def complete(self, message: plan_pb2.Plan, record: PlanRecord) -> None:
+        """Turn a plan's view BASIC into FULL. Raises PLAN_STATE if its document cannot be read."""
+        await run_in_thread_gc_paused((await self._kept(record)).complete, message)
 
     async def contents(self, plan: str, indices: Sequence[int]) -> list[Contents | None]:
         """Return the contents of these replicas of a plan; None for those that cannot be derived."""
@@ -150,4 +168,4 @@ def _parsed(record: PlanRecord, document: bytes) -> AnsweredPlan | DocumentError
 
 
 def _num_bytes(kept: AnsweredPlan | DocumentError) -> int:
-    return _ERROR_BYTES if isinstance(kept, DocumentError) else len(kept.document)
+    return _ERROR_BYTES if isinstance(kept, DocumentError) else 2 * len(kept.document)  # and in its message

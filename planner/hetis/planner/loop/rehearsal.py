@@ -95,7 +95,7 @@ class Follower(Protocol):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Asked:
+class MadeChange:
     """A change that was made."""
 
     at_s: float
@@ -123,7 +123,7 @@ class Rehearsal:
     gpu_hours: float
     usd: float | None
     alarms: int
-    changes: tuple[Asked, ...]
+    changes: tuple[MadeChange, ...]
 
 
 class RememberingSearch:
@@ -239,7 +239,7 @@ class _Rehearsing:
         self._expected: Expected | None = None
         self._drift: Drift | None = None  # the last one, unless it was of the mix
         self._asked_s, self._looked_s, self._is_due = -math.inf, -math.inf, True
-        self._changes, self._alarms = list[Asked](), 0
+        self._changes, self._alarms = list[MadeChange](), 0
 
     def run(self, progress: Callable[[float], None]) -> Rehearsal:
         curve, serving = self._curve, self._serving
@@ -305,7 +305,7 @@ class _Rehearsing:
             return
         self._serving.begin(answer.change, now_s)
         following = answer.change.next
-        made = Asked(
+        made = MadeChange(
             at_s=now_s, reason=answer.change.reason, next=following, gpus=len(following.plan.devices()),
             capacity_rps=kept_rate(following.plan, following.problem),
         )  # fmt: skip

@@ -9,7 +9,6 @@ from functools import partial
 from hetis.planner.convert import names
 from hetis.planner.convert.clusters import basic_view, full_view
 from hetis.planner.convert.names import timestamp
-from hetis.planner.convert.plans import complete
 from hetis.planner.failures import Reason, ServiceError, invalid_field, not_found
 from hetis.planner.fleet.fleet import LiveFleet
 from hetis.planner.fleet.hubs import Hubs
@@ -21,7 +20,6 @@ from hetis.planner.resources.pages import read_page
 from hetis.planner.resources.plan_creation import PlanSearches, forget_problem
 from hetis.planner.resources.plan_documents import is_settled
 from hetis.planner.store import PlanRecord, Reader, Store, Transaction
-from hetis.planner.threads import run_in_thread_gc_paused
 from hetis.planner.watching import LeftBehindError
 from hetis.v1 import plan_pb2, view_pb2
 from hetis.v1 import plan_service_pb2 as pb2
@@ -46,8 +44,7 @@ class Plans:
             return pb2.GetPlanResponse(plan=self._basic(record))
         plan = full_view(record, self._searches.progress_of(record.name))
         if record.body.HasField("result"):
-            answered = await self._stored.of(record)
-            await run_in_thread_gc_paused(complete, plan, answered.plan, answered.document)
+            await self._stored.complete(plan, record)
         return pb2.GetPlanResponse(plan=plan)
 
     async def list(self, request: pb2.ListPlansRequest) -> pb2.ListPlansResponse:

@@ -38,6 +38,7 @@ HIGHEST = next(reversed(RUNGS))
 
 # Returns the best plan of a problem, which may be that of a smaller family; raises InfeasibleError, NoPlanFoundError.
 Find = Callable[[PlacementProblem, Budget, Known | None], Plan]
+Simplify = Callable[[Plan, PlacementProblem], Plan]  # the simplest of the plans that lose little against one
 Carriers = Callable[[Plan, PlacementProblem], Mapping[str, Sequence[str]]]  # by export target: why not all of a plan
 
 
@@ -78,8 +79,11 @@ class Climbed:
     simpler: Climbed | None = None
 
 
-def climb(find: Find, budget: Budget, problem: PlacementProblem, strategy: str, how: Climbing) -> Climbed:
-    """Search each rung of a problem of an engine, and choose one.
+def climb(
+    find: Find, budget: Budget, problem: PlacementProblem, strategy: str, how: Climbing,
+    simplify: Simplify = lambda plan, _: plan,
+) -> Climbed:  # fmt: skip
+    """Search each rung of a problem of an engine, and choose one, whose plan is simplified.
 
     If no rung has a plan, the whole problem, up to the requested rung, is searched to say why.
 
@@ -92,11 +96,11 @@ def climb(find: Find, budget: Budget, problem: PlacementProblem, strategy: str, 
     if not found.plans and strict is not problem:
         found = _Rungs(find, budget, problem, strategy, how)
     if found.plans:
-        return found.chosen()
+        return found.chosen(simplify)
     families = found.families
     top = next((name for name in reversed(families) if _is_up_to(name, how.rung)), [*families][-1])
     posed = replace(problem, family=families[top])
-    return Climbed(plan=find(posed, budget, None), problem=posed, rung=top)
+    return Climbed(plan=simplify(find(posed, budget, None), posed), problem=posed, rung=top)
 
 
 def _is_below(name: str, other: str) -> bool:
@@ -108,12 +112,12 @@ def _is_up_to(name: str, other: str) -> bool:
     return other in order and order.index(name) <= order.index(other)
 
 
-def keeps_less(plan: Plan, simpler: Plan) -> bool:
-    """Return whether a simulated plan keeps less than a simpler one promises, or misses its demand."""
+def keeps_less(plan: Plan, simpler: Plan, within: float = 0.0) -> bool:
+    """Return whether a simulated plan keeps less than a simpler one, less a share, promises, or misses its demand."""
     found = Verified.of(plan).verification
     if found is None:
         return False
-    return not found.kept if not plan.objective.maximises else plan.result.value < simpler.result.value
+    return not found.kept if not plan.objective.maximises else plan.result.value < (1.0 - within) * simpler.result.value
 
 
 def with_least_layers(problem: PlacementProblem, least: int) -> PlacementProblem:
@@ -153,12 +157,16 @@ class _Rungs:
                 continue
             self.plans[name] = plan if known is None else _no_worse(plan, known.plan, how)
 
-    def chosen(self) -> Climbed:
+    def chosen(self, simplify: Simplify) -> Climbed:
         """Return the plan of the requested rung, or of the highest that is worth it."""
         rows = dict[str, RungFound]()
         for name in RUNGS:
             rows[name] = self._row(name, rows)
         name = self._requested() if self._how.rung else self._worthwhile(rows)
+        simple = simplify(self.plans[name], self._climbed(name).problem)
+        if simple is not self.plans[name]:
+            self.plans[name] = simple
+            rows[name] = self._row(name, {})
         self._require_target(rows[name])
         simpler = None if self._how.rung else next((one for one in reversed(self.plans) if _is_below(one, name)), None)
         marked = tuple(replace(row, is_chosen=row.name == name) for row in rows.values())

@@ -159,11 +159,10 @@ def _searched(
         return replace(known, why_not="no time was left")
     # What it runs of the plan's own engine needs no search.
     known_plan = None if known.value is None else Known(plan, replace(problem.family, engine=own))
-    simplest_within = Requested.of(plan).simplest_within  # or it would seem to reach what was given up for that
     try:
         other = solve_placement(
-            problem, strategy=plan.strategy, budget=budget, seed=seed, simplest_within=simplest_within,
-            known=known_plan, most_searches=SEARCHES, evaluated=evaluated,
+            problem, strategy=plan.strategy, budget=budget, seed=seed, known=known_plan, most_searches=SEARCHES,
+            evaluated=evaluated,
         )  # fmt: skip
     except InvalidProblemError as error:  # such as too many pipelines to list, if it runs more types of GPUs
         return replace(known, why_not=str(error))

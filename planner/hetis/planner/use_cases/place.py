@@ -180,7 +180,7 @@ class PosedPlacement:
 
         def find(posed: PlacementProblem) -> Iterator[Plan]:
             find_left = survivors(settings, budget, report)
-            best = None if settings.survive else search(posed, settings, budget=budget, report=report)
+            best = None if settings.survive else found(posed)
             if best is not None:
                 yield described(best, posed)
                 if not best.objective.kind.goal.is_planned:
@@ -194,9 +194,12 @@ class PosedPlacement:
                 if best is None:
                     yield described(surviving_plan(find_left, own, settings.survive, settings.keep), posed)
                     continue
-                busiest = search(own, settings, budget=budget, report=report)
+                busiest = found(own)
                 bound = (max if best.objective.maximises else min)(best.result.bound, busiest.result.value)
                 yield described(replace(busiest, result=busiest.result.bounded_by(bound)), posed)
+
+        def found(posed: PlacementProblem) -> Plan:
+            return simplified(search(posed, settings, budget=budget, report=report), posed, settings, budget, report)
 
         def described(plan: Plan, posed: PlacementProblem) -> Plan:
             inputs = replace(self.loaded.inputs, workload=replace(workload, classes=posed.workload.classes))
@@ -211,12 +214,12 @@ class PosedPlacement:
                 report=simulation_report(one.plan, report),
             )  # fmt: skip
 
-        found = classes.choose(
+        chosen = classes.choose(
             classes.WithClasses(plan=made.plan, problem=made.problem), requested, cuts, find, worth=settings.worth,
             seed=settings.seed, budget=budget, report=report, carriers=self.carriers, target=settings.target,
             verified=verified if request.verify else None,
         )  # fmt: skip
-        return replace(made, plan=found.plan, problem=found.problem)
+        return replace(made, plan=chosen.plan, problem=chosen.problem)
 
 
 def make_plan(
@@ -249,7 +252,11 @@ def make_plan(
         UncheckedPlanError: the plan fails the independent checker.
     """
 
+    from hetis.solver.planning import require_simplicity
+
     survive, evaluated = settings.survive, dict[Hashable, Any]()
+    if settings.simplest_within:
+        require_simplicity(problem, settings.strategy)
 
     def find(posed: PlacementProblem, own: Budget, known: Known | None = None) -> Plan:
         on_search()
@@ -257,11 +264,14 @@ def make_plan(
             return surviving_plan(survivors(settings, own, report), posed, survive, settings.keep)
         return search(posed, settings, budget=own, report=report, market=market, known=known, evaluated=evaluated)
 
+    def simplify(best: Plan, posed: PlacementProblem) -> Plan:
+        return best if survive else simplified(best, posed, settings, budget, report, evaluated)
+
     try:
         if problem.family.engine is None:
-            made = Climbed(plan=find(problem, budget), problem=problem)
+            made = Climbed(plan=simplify(find(problem, budget), problem), problem=problem)
         else:
-            made = climb(find, budget, problem, settings.strategy, settings.climbing(carriers))
+            made = climb(find, budget, problem, settings.strategy, settings.climbing(carriers), simplify)
     except InfeasibleError as error:
         if not survive:
             raise
@@ -272,7 +282,7 @@ def make_plan(
     if beside_equal_stages and is_compared:
         plan = equal_stages.with_values(plan, problem, settings.seed, budget.cancelled)
         plan = with_uses_of_idle(plan, problem, loaded, settings.seed, equal_stages.budget_of_one(budget.cancelled))
-    if beside_engines and is_compared:
+    if beside_engines and is_compared and not settings.simplest_within:  # or they would seem to reach what it gave up
         plan = with_engine_values(plan, problem, seed=settings.seed, budget=budget, report=report, evaluated=evaluated)
     return replace(made, plan=_checked(plan, problem, losses=beside_equal_stages), problem=problem)
 
@@ -333,10 +343,11 @@ def simulated_plan(
         checked = kept if kept.result == plan.result else _checked(Rungs(found=rows).on(kept), problem, losses=losses)
         return replace(one, plan=checked, problem=problem, rungs=rows)
 
-    found, lower = simulated(made, made.plan, made.rungs), made.simpler
-    if again and lower is not None and not settings.survive and keeps_less(found.plan, lower.plan):
+    found, lower, within = simulated(made, made.plan, made.rungs), made.simpler, settings.simplest_within
+    if again and lower is not None and not settings.survive and keeps_less(found.plan, lower.plan, within):
         posed = replace(lower, problem=replace(lower.problem, objective=lower.plan.objective))
-        described = describe(lower.plan, loaded, posed.problem, settings, made.plan.objective, rung=lower.rung)
+        simple = simplified(lower.plan, posed.problem, settings, Budget(cancelled=budget.cancelled), report)
+        described = describe(simple, loaded, posed.problem, settings, made.plan.objective, rung=lower.rung)
         rungs = tuple(replace(one, is_chosen=one.name == lower.rung) for one in made.rungs)
         simpler = simulated(posed, Rungs(found=rungs).on(described), rungs)
         if Verified.of(simpler.plan).verification is not None and gain_of(simpler.plan, found.plan) > 0.0:
@@ -382,10 +393,29 @@ def search(
         seed=settings.seed,
         report=report,
         market=market,
-        simplest_within=settings.simplest_within,
         known=known,
         evaluated=evaluated,
     )
+
+
+def simplified(
+    best: Plan, problem: PlacementProblem, settings: PlacementSettings, budget: Budget, report: Report,
+    evaluated: dict[Hashable, Any] | None = None,
+) -> Plan:  # fmt: skip
+    """Return the simplest plan that loses no more than requested against a plan of `search`, if any loss is accepted.
+
+    Raises:
+        InvalidProblemError: the strategy has no simplest plans.
+    """
+    from hetis.solver.planning import simplify_placement
+
+    if not settings.simplest_within:
+        return best
+    how = SearchSettings(
+        strategy=settings.strategy, budget=budget, gap_target=settings.gap_target, seed=settings.seed, report=report,
+        evaluated={} if evaluated is None else evaluated,
+    )  # fmt: skip
+    return simplify_placement(problem, best, settings.simplest_within, how)
 
 
 def check(plan: Plan, problem: PlacementProblem) -> None:

@@ -38,20 +38,23 @@ from hetis.solver.placement.replicas.template import Template
 
 
 def search_enumerated(
-    costs: CostTables, master: Master, settings: SearchSettings, simplest_within: float = 0.0, beyond: Beyond = ANY
+    costs: CostTables, master: Master, settings: SearchSettings, beyond: Beyond = ANY
 ) -> Outcome | None:
-    """Return the best plan of an engine's family with a bound, or None if the family has none.
-
-    With ``simplest_within``, return the simplest plan of those that lose no more than this share of the best value
-    (`simplicity.py`). The bound remains that on the best. It is also None if no plan is ``beyond`` what is known.
+    """Return the best plan of an engine's family with a bound, or None if it has none ``beyond`` what is known.
 
     Raises:
         InvalidProblemError: the family is too large to enumerate, or the model may not be cut everywhere.
         NoPlanFoundError: no plan was found in time, nor proved impossible.
     """
-    searching = _Search(costs, master, settings)
-    best = searching.run(beyond)
-    return best if best is None or not simplest_within else searching.simpler(best, simplest_within)
+    return _Search(costs, master, settings).run(beyond)
+
+
+def simplest_enumerated(costs: CostTables, master: Master, settings: SearchSettings, value: float) -> Outcome | None:
+    """Return the simplest plan of an engine's family of at least (if cost is minimised, at most) this value.
+
+    None: none was found. See `simplicity.py`.
+    """
+    return _Search(costs, master, settings).simplest(value)
 
 
 def bound_enumerated(costs: CostTables, master: Master, settings: SearchSettings) -> float:
@@ -353,11 +356,11 @@ class _Search:
 
     # --- simpler plans that lose little
 
-    def simpler(self, best: Outcome, share: float) -> Outcome:
-        """Return the simplest plan of those that lose at most ``share`` of the best value, if one is found."""
+    def simplest(self, value: float) -> Outcome | None:
+        """Return the simplest plan that is no worse than ``value``, if one is found."""
+        self._relax()
         if self.incumbent is None or self.relaxed is None:
-            return best
-        value = self.incumbent.value * (1.0 - share if self.master.maximises else 1.0 + share)
+            return None
         found = simplest(
             self.costs, self.master, self.enumerated, self.relaxed, self.settings,
             Within(value=value, wanted=self.master.demand or value),
@@ -365,12 +368,11 @@ class _Search:
             known=np.flatnonzero(self.incumbent.counts),
         )  # fmt: skip
         if found is None:
-            return best
+            return None
         self._adopt(found.solution, found.chosen, "simpler plans")
-        template = self.enumerated.template
+        template, outcome = self.enumerated.template, self._outcome()
         nodes = {template(int(i)): tuple(of) for i, of in zip(found.chosen, found.layouts, strict=True) if of}
-        outcome = self._outcome() or best
-        return replace(outcome, layouts=nodes, simplicity=found.simplicity, best_value=best.value)
+        return None if outcome is None else replace(outcome, layouts=nodes, simplicity=found.simplicity)
 
     def _solve_on_nodes(self, which: BoolArray, most_nodes: int, *, proves: bool = False) -> float | None:
         """Find the best whole counts of columns that nodes have room for; return HiGHS's bound if it covers all.

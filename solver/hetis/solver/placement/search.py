@@ -18,12 +18,9 @@ from hetis.solver.placement.replicas.kinds import kind_of
 from hetis.solver.placement.replicas.tables import CostTables
 
 
-def search(
-    costs: CostTables, settings: SearchSettings, *, simplest_within: float = 0.0, beyond: Beyond = ANY
-) -> Outcome | None:
+def search(costs: CostTables, settings: SearchSettings, *, beyond: Beyond = ANY) -> Outcome | None:
     """Return the best replicas found with a bound, or None if the family is empty or the budget ended before a plan.
 
-    With ``simplest_within``, the plan is the simplest of those that lose no more than this share of the best value.
     Progress is in the master's unit: saturated requests/s, or what is minimised.
     """
     if not costs.ranks:
@@ -31,9 +28,9 @@ def search(
     master, budget = master_of(costs), settings.budget
     if not costs.problem.family.uneven_layers:
         return _enumerate_uniform(costs, master, settings)
-    outcome = search_enumerated(costs, master, settings, simplest_within, beyond)
-    is_short = budget.is_spent() and not simplest_within
-    if is_short and (outcome is None or abs(outcome.bound - outcome.value) > settings.gap_target * outcome.value):
+    outcome = search_enumerated(costs, master, settings, beyond)
+    is_settled = outcome is not None and abs(outcome.bound - outcome.value) <= settings.gap_target * outcome.value
+    if budget.is_spent() and not is_settled:
         return _better(outcome, _first_plan(costs, settings), master)
     return outcome
 

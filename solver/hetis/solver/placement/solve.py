@@ -19,7 +19,8 @@ from hetis.solver.placement.families import STRATEGIES
 from hetis.solver.placement.fleet import FloatArray, class_prices
 from hetis.solver.placement.infeasible import Market, infeasible
 from hetis.solver.placement.losses.survival import Survive, search_surviving
-from hetis.solver.placement.master import demanded_rate, row_costs_of
+from hetis.solver.placement.master import demanded_rate, master_of, row_costs_of
+from hetis.solver.placement.optimum import simplest_enumerated
 from hetis.solver.placement.outcome import Beyond, Outcome, is_out_of_reach
 from hetis.solver.placement.replicas.kinds import Layout
 from hetis.solver.placement.replicas.stage_cost import state_on_rank
@@ -37,7 +38,14 @@ from hetis.solver.placement.replicas.template import (
 )
 from hetis.solver.placement.rungs import Known
 from hetis.solver.placement.search import bound_of, equal_stages, search
-from hetis.solver.placement.utilisation import KeptOutcome, Unbeaten, chooses_utilisation, loosest, search_kept
+from hetis.solver.placement.utilisation import (
+    KeptOutcome,
+    Unbeaten,
+    chooses_utilisation,
+    loosest,
+    search_kept,
+    search_simpler,
+)
 from hetis.solver.placement.waits import Kept, kept_by, lanes_of
 from hetis.solver.plan import (
     OPTIMAL_GAP,
@@ -55,9 +63,8 @@ from hetis.solver.problem import PlacementProblem
 
 
 def solve_family(
-    problem: PlacementProblem, settings: SearchSettings, market: Market | None = None, simplest_within: float = 0.0,
-    known: Known | None = None,
-) -> Plan:  # fmt: skip
+    problem: PlacementProblem, settings: SearchSettings, market: Market | None = None, known: Known | None = None
+) -> Plan:
     """Solve as `hetis.solver.planning.solve_placement` does, with one of our own strategies and the problem's family.
 
     The search ends when the gap is small enough, the time is up or no remaining column could help. If the family only
@@ -67,27 +74,52 @@ def solve_family(
         InvalidProblemError: the family has no engine's rules.
     """
 
-    known = known if chooses_utilisation(problem) and problem.objective.maximises and not simplest_within else None
+    known = known if chooses_utilisation(problem) and problem.objective.maximises else None
     kept = 0.0 if known is None else known.plan.result.value
     adds_workers = known is not None and replace(known.family, max_pool=problem.family.max_pool) == problem.family
 
     def found_by(costs: CostTables, settings: SearchSettings) -> KeptOutcome | Unbeaten | None:
         def find(tables: CostTables, above: float = 0.0, gap: float = 0.0) -> Outcome | None:
             own = replace(settings, gap_target=max(settings.gap_target, gap))
-            return search(tables, own, simplest_within=simplest_within, beyond=Beyond(above, adds_workers))
+            return search(tables, own, beyond=Beyond(above, adds_workers))
 
         if not chooses_utilisation(problem):
             outcome = find(costs)
             return None if outcome is None else KeptOutcome(costs, outcome)
-        is_unified = problem.family.roles == (Role.UNIFIED,) and problem.family.uneven_layers and not simplest_within
+        is_unified = problem.family.roles == (Role.UNIFIED,) and problem.family.uneven_layers
         quick = (lambda tables, *_: equal_stages(tables, settings)) if is_unified else None
         return search_kept(costs, settings, find, lambda tables: bound_of(tables, settings), kept, quick)
 
-    found = _solved(problem, settings, market, found_by, simplest_within)
+    found = _solved(problem, settings, market, found_by)
     if not isinstance(found, Unbeaten):
         return found[0]
     assert known is not None, "it is not beaten"
     return replace(known.plan, result=known.plan.result.bounded_by(found.bound))
+
+
+def simplify_family(problem: PlacementProblem, best: Plan, within: float, settings: SearchSettings) -> Plan:
+    """Simplify as `hetis.solver.planning.simplify_placement` does, with the problem's family."""
+    least = best.result.value * (1.0 - within if best.objective.maximises else 1.0 + within)
+
+    def found_by(costs: CostTables, settings: SearchSettings) -> KeptOutcome:
+        def find(tables: CostTables, more: float) -> Outcome | None:
+            more = more if best.objective.maximises else 1.0
+            value = more * least / objective_scale(tables.problem)
+            return simplest_enumerated(tables, master_of(tables), settings, value)
+
+        found = search_simpler(costs, best, least, find)
+        if found is None:
+            raise settings.stopped()
+        return found
+
+    try:
+        found = _solved(problem, settings, None, found_by)
+    except NoPlanFoundError:
+        return with_simplicity(best, None, within, best.result.value)
+    assert not isinstance(found, Unbeaten), "what is found replaces the known plan"
+    plan, outcome = found
+    plan = replace(plan, result=plan.result.bounded_by(best.result.bound))
+    return with_simplicity(plan, outcome.simplicity, within, best.result.value)
 
 
 def solve_surviving_family(
@@ -103,16 +135,18 @@ def solve_surviving_family(
         outcome = search_surviving(costs, survive, settings)
         return None if outcome is None else KeptOutcome(costs, outcome)
 
-    found = _solved(problem, settings, None, found_by, survive.simplest_within, survives=True)
+    found = _solved(problem, settings, None, found_by, survives=True)
     assert not isinstance(found, Unbeaten), "no plan is known"
-    plan, outcome = found
-    return plan, None if outcome.left_bound is None else objective_scale(problem) * outcome.left_bound
+    (plan, outcome), scale = found, objective_scale(problem)
+    if survive.simplest_within:
+        best = scale * (outcome.best_value or outcome.value)
+        plan = with_simplicity(plan, outcome.simplicity, survive.simplest_within, best)
+    return plan, None if outcome.left_bound is None else scale * outcome.left_bound
 
 
 def _solved(
     problem: PlacementProblem, settings: SearchSettings, market: Market | None,
-    found_by: Callable[[CostTables, SearchSettings], KeptOutcome | Unbeaten | None], simplest_within: float = 0.0,
-    *, survives: bool = False,
+    found_by: Callable[[CostTables, SearchSettings], KeptOutcome | Unbeaten | None], *, survives: bool = False,
 ) -> tuple[Plan, Outcome] | Unbeaten:  # fmt: skip
     """Return the outcome of a search as a plan with named GPUs, and the outcome itself."""
     chooses = not survives and chooses_utilisation(problem)
@@ -150,8 +184,6 @@ def _solved(
     plan = plan_of(tables, settings.strategy, serving, templates, bound_stages, settings.budget, spreads=kv_spreads)
     plan = replace(plan, result=replace(plan.result, queued_ttft_s=keeps.ttft_s))
     plan = _with_seats(plan, [keeps.seats.get(template, 0) for template in templates])
-    if simplest_within:
-        plan = with_simplicity(plan, outcome, simplest_within, objective_scale(tables.problem))
     return (plan if searched is problem else restored(plan, searched, problem)), outcome
 
 

@@ -27,8 +27,8 @@ from hetis.solver.budget import SearchSettings
 from hetis.solver.errors import NoPlanFoundError
 from hetis.solver.placement.outcome import Outcome, rate_bound
 from hetis.solver.placement.replicas.tables import CostTables, Tables
-from hetis.solver.placement.waits import Kept, kept_by, lanes_of, saturated_rate
-from hetis.solver.plan import Lanes
+from hetis.solver.placement.waits import PRECISE, Kept, kept_by, lanes_of, saturated_rate
+from hetis.solver.plan import Lanes, Plan
 from hetis.solver.problem import PlacementProblem
 
 GRID = (0.2, 0.4, 0.6, 0.7, 0.8, 0.9, 0.98)
@@ -38,6 +38,7 @@ MORE_RESERVES = 1  # further shares, between those that keep most
 WAITING = 0.8  # utilisation at which they are set aside
 NEARLY = 0.97  # ratio to a utilisation below which plans found for it do not keep it
 NEAR = 0.004  # gap of whole counts while waits decide what is kept, whose bound is that of relaxations
+TRIES = 3  # searches for a simpler plan that keeps enough
 CLOSE = 1.01  # ratio of a bound to what is kept from which on further plans are not worth their time
 
 Find = Callable[[CostTables, float, float], Outcome | None]  # of what serves more than a saturated rate; to a gap
@@ -94,6 +95,39 @@ def search_kept(
             searching.begin_with(_Most(costs, settings, quick, lambda _: np.inf, known))
         return searching.run()
     return _Least(costs, settings, find, bound_of).run()
+
+
+def search_simpler(
+    costs: CostTables, best: Plan, least: float, simplest: Callable[[CostTables, float], Outcome | None]
+) -> KeptOutcome | None:
+    """Return the simplest outcome that keeps at least a rate, or a demand; None: none was found.
+
+    ``simplest`` searches among plans that serve so many times the least, at the utilisation that the ``best`` plan
+    keeps, with its lanes. If what is found keeps too little, it does so again with the lanes of that, among plans that
+    leave as much of the limit on TTFT for waiting as the best does; and then among those that serve as much more as was
+    missing, but less than the best. The bound is that of the first search.
+    """
+    problem, used, lanes = costs.problem, best.result.utilisation, best.lanes()
+    if not chooses_utilisation(problem):
+        outcome = simplest(costs, 1.0)
+        return None if outcome is None else KeptOutcome(costs, outcome)
+    needed, most = (least, GRID[-1]) if problem.objective.maximises else (problem.objective.demand_rps or 0.0, used)
+    limit_s, slowest_s = problem.objective.ttft_limit_s, max(one.ttft_s for one in best.replicas)
+    leaves = 0.0 if limit_s is None else max(0.0, 1.0 - slowest_s / limit_s) * (1.0 - PRECISE)
+    factor, bound = 1.0, 0.0
+    for number in range(TRIES):
+        tables = costs.at(used, lanes, leaves if number else 0.0)
+        outcome = simplest(tables, factor)
+        if outcome is None or outcome.simplicity is None:
+            break
+        bound = bound if number else outcome.simplicity.bound
+        lanes, keeps = lanes_of(tables, outcome), kept_by(tables, outcome, most).utilisation
+        if keeps * saturated_rate(tables, outcome) >= needed * (1.0 - 1e-9):
+            outcome = replace(outcome, simplicity=replace(outcome.simplicity, bound=bound))
+            return KeptOutcome(costs.at(keeps, lanes), outcome)
+        if number:
+            factor = min(used / keeps if keeps else np.inf, (factor + best.result.value / least) / 2.0)
+    return None
 
 
 @dataclass(frozen=True, slots=True)

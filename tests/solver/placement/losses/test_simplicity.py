@@ -9,12 +9,13 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from hetis.solver.budget import SearchSettings
 from hetis.solver.check import check_plan
 from hetis.solver.errors import InfeasibleError, InvalidProblemError
 from hetis.solver.placement.losses.survival import Survive
-from hetis.solver.plan import ObjectiveKind, Plan
-from hetis.solver.planning import solve_placement, solve_surviving
-from hetis.solver.problem import PlacementProblem
+from hetis.solver.plan import Objective, ObjectiveKind, Plan
+from hetis.solver.planning import simplify_placement, solve_placement, solve_surviving
+from hetis.solver.problem import Assumptions, PlacementProblem
 from tests.solver.instances import make_model, make_node, make_problem
 from tests.solver.placement.losses.test_survival import left_by
 from tests.solver.placement.losses.test_survival_oracle import BYTES, Whole, fleet, plans_of
@@ -28,6 +29,12 @@ NODES = st.lists(
 def points_of(left: float, wanted: float, several: int, shapes: int) -> float:
     """Return the points as docs/cost-model.md defines them."""
     return 100.0 * max(0.0, 1.0 - left / wanted if wanted else 0.0) + 2.0 * several + 5.0 * shapes
+
+
+def simplest_of(problem: PlacementProblem, within: float, *, gap_target: float = 0.001) -> Plan:
+    """Return the simplest of the plans that lose no more than a share of the best."""
+    best = solve_placement(problem, gap_target=gap_target)
+    return simplify_placement(problem, best, within, SearchSettings(gap_target=gap_target))
 
 
 def points_of_plan(plan: Plan, problem: PlacementProblem, wanted: float) -> float:
@@ -68,7 +75,7 @@ def test_no_plan_within_the_limit_has_fewer_points(
         wanted = (1.0 - share) * most
         within = [plan for plan in plans if plan.rate >= wanted * (1 - 1e-9)]
     least = min(counted(plan, wanted) for plan in within)
-    plan = solve_placement(problem, gap_target=0.0, simplest_within=share)
+    plan = simplest_of(problem, share, gap_target=0.0)
     assert check_plan(plan, problem) == ()
     assert stated_points(plan) == pytest.approx(least, rel=1e-3)
     assert points_of_plan(plan, problem, wanted) == pytest.approx(least, rel=1e-4, abs=1e-4)
@@ -97,20 +104,46 @@ def test_of_plans_that_survive_none_that_leaves_as_much_has_fewer_points(
     assert points_of_plan(plan, problem, 0.0) == pytest.approx(least, abs=1e-6)
 
 
+@settings(max_examples=max(10, settings().max_examples // 4))
+@given(
+    nodes=NODES, fast=BYTES, slow=BYTES, share=st.sampled_from((0.05, 0.3)),
+    limit_s=st.floats(-2.0, 0.0).map(lambda exponent: 10.0**exponent),
+)  # fmt: skip
+def test_the_simplest_plan_keeps_what_may_not_be_lost_with_its_waits(
+    nodes: tuple[tuple[str, int, str], ...], fast: float, slow: float, share: float, limit_s: float
+) -> None:
+    goal = Objective(kind=ObjectiveKind.GOODPUT, ttft_limit_s=limit_s, tpot_limit_s=None)
+    problem = replace(fleet(nodes, fast=fast, slow=slow), objective=goal, assumptions=Assumptions())
+    try:
+        best = solve_placement(problem)
+    except InfeasibleError:
+        assume(False)
+    plan = simplify_placement(problem, best, share, SearchSettings())
+    assert check_plan(plan, problem) == ()
+    assert plan.result.value >= (1.0 - share) * best.result.value * (1.0 - 1e-9)
+    assert plan.result.bound == best.result.bound
+    wanted = (1.0 - share) * best.result.value / best.result.utilisation
+    assert points_of_plan(plan, problem, wanted) <= points_of_plan(best, problem, wanted) + 1e-4
+    if plan.replicas == best.replicas:
+        return
+    (note,) = (note for note in plan.notes if note.startswith("the simplest plan within"))
+    assert f"gives up {1.0 - plan.result.value / best.result.value:.2%}" in note
+
+
 def test_a_plan_inside_nodes_is_taken_where_it_loses_little_and_says_what_it_gave_up() -> None:
     groups = [make_node("a", "A", gpus=3, nodes=2)]
     problem = make_problem(groups, model=make_model(num_layers=40), family=replace(UNIFIED, tp_sizes=(1,)))
-    best, simplest = solved(problem), solve_placement(problem, strategy="hetis", simplest_within=0.9)
+    best, simplest = solved(problem), simplest_of(problem, 0.9)
     assert best is not None
     assert nodes_of(simplest) < nodes_of(best)
     assert stated_points(simplest) > 0.0
     assert simplest.result.bound == pytest.approx(best.result.bound, rel=1e-6)
     with pytest.raises(InvalidProblemError, match="only searched for by strategies hetis, hexgen and hexgen2"):
-        solve_placement(problem, strategy="splitwise", simplest_within=0.1)
+        simplify_placement(problem, best, 0.1, SearchSettings(strategy="splitwise"))
 
 
 def test_no_plan_is_no_simplest_plan() -> None:
     groups = [make_node("a", "A", gpus=1, nodes=1)]
     problem = make_problem(groups, model=make_model(num_layers=400), family=replace(UNIFIED, tp_sizes=(1,)))
     with pytest.raises(InfeasibleError):
-        solve_placement(problem, strategy="hetis", simplest_within=0.9)
+        simplest_of(problem, 0.9)

@@ -146,6 +146,13 @@ def fitted_engine(text: str) -> str:
     return one_of(text, ("vllm", "vllm-hetis", "sglang"))
 
 
+def engine_version(text: str) -> str:
+    """Parse the version of an engine, which begins with numbers."""
+    if not text.removeprefix("v")[:1].isdecimal():
+        raise typer.BadParameter(f"{text!r} is not a version such as 0.32.0")
+    return text
+
+
 def rate(text: str) -> float:
     """Parse requests per second, above zero."""
     try:

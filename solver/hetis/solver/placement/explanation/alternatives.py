@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from hetis.solver.placement.fleet import UNIFIED
 from hetis.solver.placement.master import row_costs_of
-from hetis.solver.placement.outcome import Outcome
+from hetis.solver.placement.outcome import Outcome, Simplicity
 from hetis.solver.placement.replicas.tables import CostTables
 from hetis.solver.placement.replicas.template import Template, describe, use_of
 from hetis.solver.plan import Plan, Role, RunnerUp, Status
@@ -66,18 +66,17 @@ def _paid_per_request(costs: CostTables, outcome: Outcome) -> float:
     return outcome.value / (whole + float(outcome.flows.sum()))
 
 
-def with_simplicity(plan: Plan, outcome: Outcome, within: float, scale: float) -> Plan:
-    """Return the plan with a note on its simplicity, with its bound, and on the loss; values have this ``scale``."""
-    found, best = outcome.simplicity, outcome.best_value
-    if found is None or best is None:
+def with_simplicity(plan: Plan, found: Simplicity | None, within: float, best: float) -> Plan:
+    """Return the plan with a note on its simplicity, with its bound, and on the loss against the ``best`` value."""
+    if found is None:
         return replace(plan, notes=(*plan.notes, f"no simpler plan within {within:.1%} of the best was found in time"))
     gap = (found.points - found.bound) / found.points if found.points else 0.0
     proven = "proven: none has fewer" if gap <= SAME else f"none has fewer than {found.bound:.4g}, gap {gap:.2%}"
     note = (
         f"the simplest plan within {within:.1%} of the best, of {found.points:.4g} points, {proven}: "
         f"{abs(found.missing):.3g} for what is missing without the worst node, {found.several:.3g} for replicas over "
-        f"several nodes, {found.shapes:.3g} for shapes; it gives up {abs(outcome.value / best - 1.0):.2%} of "
-        f"{scale * best:.4g} {plan.objective.unit}"
+        f"several nodes, {found.shapes:.3g} for shapes; it gives up {abs(plan.result.value / best - 1.0):.2%} of "
+        f"{best:.4g} {plan.objective.unit}"
     )
     return replace(plan, notes=(*plan.notes, note))
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter, defaultdict
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Collection, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -178,10 +178,13 @@ class LossRows:
         """Extend the model and require that so much is left."""
         highs.changeColBounds(self._extend(highs), least * (1.0 - SLACK), np.inf)
 
-    def simplify(self, highs: Any, within: Within, most: float | None = None, *, floats: bool = False) -> None:
+    def simplify(
+        self, highs: Any, within: Within, most: float | None = None, *, only: Collection[Hashable] | None = None,
+        floats: bool = False,
+    ) -> None:  # fmt: skip
         """Extend the model to plans ``within`` limits and minimise their points, or allow ``most`` points.
 
-        ``floats`` is as in `pose_bound`.
+        They have shapes of ``only`` these (None: any). ``floats`` is as in `pose_bound`.
         """
         lp = highs.getLp()
         objective, maximises = np.array(lp.col_cost_), lp.sense_ == highspy.ObjSense.kMaximize
@@ -198,8 +201,10 @@ class LossRows:
             add_row(highs, 1.0, np.inf, {missing: 1.0, left: 1.0 / within.wanted})
         shapes = defaultdict[object, int](lambda: _variable(highs, 1.0, whole=True))
         for k in range(len(self.kinds)):
-            shape = shape_of(self.costs, int(self.columns.sides[k]), self.kinds[k])
-            add_row(highs, -np.inf, 0.0, {k: 1.0, shapes[shape]: -self._most_of(k)})
+            add_row(highs, -np.inf, 0.0, {k: 1.0, shapes[self.shape(k)]: -self._most_of(k)})
+        if only is not None:
+            for shape, number in shapes.items():
+                highs.changeColBounds(number, 0.0, float(shape in only))
         self._counted = ([missing], self._several, [*shapes.values()])
         weights = {i: weight for some, weight in zip(self._counted, POINTS, strict=True) for i in some}
         points = _variable(highs, np.inf)
@@ -210,6 +215,15 @@ class LossRows:
         else:
             highs.changeColBounds(points, 0.0, most)
             self._reach(highs)
+
+    def shape(self, k: int) -> Hashable:
+        """Return the shape of a column's replicas."""
+        return shape_of(self.costs, int(self.columns.sides[k]), self.kinds[k])
+
+    def has_floated(self) -> bool:
+        """Return whether replicas float that ``ways`` do not allow to, in the model that was solved last."""
+        values = self._solved.getSolution().col_value
+        return any(values[z] > 0.5 for k, way, z in self._cuts if not way and () not in self.ways[k])
 
     def points(self) -> tuple[float, float, float]:
         """Return the points of each kind in the model that was simplified last: missing, over several nodes, shapes."""

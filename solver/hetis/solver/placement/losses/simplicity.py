@@ -9,9 +9,9 @@
                n_k <= (replicas of k that fit) x_s     every k of every shape s
                and the rows of `survival.py`
 
-Of the plans with as few points, the one of the best value is chosen. A point is a percent of R that depends on one
-node; a replica over several nodes counts 2, and a shape 5, so that another one must save 5 percent. Replicas are not
-counted, nor their nodes, which would reward giants.
+Of the plans with as few points, the one of the best value is chosen, of the same shapes if columns are many. A point is
+a percent of R that depends on one node; a replica over several nodes counts 2, and a shape 5, so that another one must
+save 5 percent. Replicas are not counted, nor their nodes, which would reward giants.
 
 A plan whose value is within the limit has only columns whose reduced cost is at most the distance of the relaxation's
 bound from the limit. All of these are listed, without those that have a shape of their own and that another dominates:
@@ -41,9 +41,10 @@ from hetis.solver.placement.policy import POLICY
 from hetis.solver.placement.replicas.kinds import Kind, Layout
 from hetis.solver.placement.replicas.tables import CostTables
 
-FEW = 40  # columns of each side in a first plan, for each order
+FEW = 40  # columns of each side in a first plan, for each order; up to as many, the best value is proven
 MOST_COLUMNS = 1500  # of a proof
-NODES = 20_000  # limit on nodes of a search tree
+NODES = 60  # limit on nodes of a search tree: some seconds for 700 columns
+ROUGHER = 10.0  # gap of points, a percent each, to that of values
 SAME = 1e-6  # tolerance of points while the value is improved, and of reduced costs
 
 
@@ -91,21 +92,20 @@ def simplest(
         chosen, rows = rows_of(likeliest(enumerated, relaxed))
     if rows.patterns is None:
         return None
-    solve = partial(whole_counts, master, rows.columns, settings)
-    found, _ = solve(lambda highs: rows.simplify(highs, within), gap=settings.gap_target)
+    solve = partial(whole_counts, master, rows.columns, settings, gap=ROUGHER * settings.gap_target, nodes=NODES)
+    found, _ = solve(lambda highs: rows.simplify(highs, within, floats=rows.floats_beside))
+    bound = rows.reached()[1] if proves and found is not None else POINTS[-1]
+    if found is None or rows.has_floated():
+        found, _ = solve(lambda highs: rows.simplify(highs, within))
     if found is None:
         return None
-    (points, bound), layouts, parts = rows.reached(), rows.layouts(), rows.points()
-    better, _ = solve(lambda highs: rows.simplify(highs, within, points + SAME), gap=settings.gap_target)
+    points, layouts, parts = rows.reached()[0], rows.layouts(), rows.points()
+    only = None if len(chosen) <= FEW else {rows.shape(int(k)) for k in np.flatnonzero(found.counts)}
+    better, _ = solve(lambda highs: rows.simplify(highs, within, points + SAME, only=only))
     if better is not None and keep is not None:
         better = promised(master, rows.columns, better, rows.reached()[0])
     if better is not None and (keep is not None or master.prefers(better.value, found)):
         found, layouts, parts = better, rows.layouts(), rows.points()
-    if not proves:
-        bound = POINTS[-1]
-    elif rows.floats_beside:
-        apart, _ = solve(lambda highs: rows.simplify(highs, within, floats=True), gap=settings.gap_target)
-        bound = POINTS[-1] if apart is None else rows.reached()[1]
     simplicity = Simplicity(*parts, min(sum(parts), max(POINTS[-1], bound)))
     return Simplest(chosen=chosen, solution=found, layouts=layouts, simplicity=simplicity)
 
@@ -123,7 +123,7 @@ def promised(master: Master, columns: Columns, found: MilpSolution, value: float
 
 def whole_counts(
     master: Master, columns: Columns, settings: SearchSettings, extend: Callable[[Any], object], *, gap: float,
-    counts: IntArray | None = None,
+    nodes: int, counts: IntArray | None = None,
 ) -> tuple[MilpSolution | None, bool]:  # fmt: skip
     """Return whole counts of an extended master, and whether that is settled; ``counts`` are feasible ones."""
     budget = settings.budget
@@ -136,7 +136,7 @@ def whole_counts(
             highs.setSolution(len(counts), np.arange(len(counts), dtype=np.int32), counts.astype(float))
 
     found, is_settled = master.solve_milp(
-        columns, time_limit_s=limit_s, gap=gap, seed=settings.seed, nodes=budget.nodes(NODES), extend=extended,
+        columns, time_limit_s=limit_s, gap=gap, seed=settings.seed, nodes=budget.nodes(nodes), extend=extended,
         stop=lambda: budget.cancelled.is_set() or budget.elapsed_s() >= end_s, charge=budget.charge,
     )  # fmt: skip
     return (found if master.serves(found) else None), is_settled

@@ -64,6 +64,7 @@ from hetis.solver.placement.policy import POLICY
 from hetis.solver.placement.replicas.kinds import Layout
 from hetis.solver.placement.replicas.tables import CostTables
 
+NODES = 20_000  # limit on nodes of a search tree
 FIRST_GAP = 0.01  # of a first plan, which only limits what is listed for the proof
 
 
@@ -262,7 +263,7 @@ class _Search:
     def _whole(
         self, columns: Columns, extend: Callable[[Any], object], gap: float, counts: IntArray | None = None
     ) -> tuple[MilpSolution | None, bool]:
-        return whole_counts(self.master, columns, self.settings, extend, gap=gap, counts=counts)
+        return whole_counts(self.master, columns, self.settings, extend, gap=gap, nodes=NODES, counts=counts)
 
     def _outcome(self, found: _Surviving, bound: float) -> Outcome:
         assert self.relaxed is not None, "it has prices"
