@@ -1,12 +1,14 @@
 """Plans against MLPerf Inference v5.1: the output tokens/s planned for a fleet, and those published.
 
     python -m benchmarks.accuracy.mlperf [--points FILE] [--json] [--only TEXT] [--quick] [--markdown]
+                                        [--simulated]
 
 Every row of the table (`benchmarks.accuracy.mlperf_rows`) is a submission. Submissions on equal nodes with one model,
 weight format, scenario and engine form one group, for which one node is planned: the planner chooses replicas, stages,
-batches and chunks for the highest rate, or in Server and Interactive for the goodput under MLPerf's limits. Profiles
-are the shipped ones or, for GPUs without measurements, modelled ones, with the engine's host times. Nothing is fitted
-to these rows.
+batches and chunks for the highest rate, or in Server and Interactive for the goodput under MLPerf's limits, by p95 TTFT
+and mean TPOT. With ``--simulated`` the rate is what simulated traffic keeps by MLPerf's rule, p99 of TTFT and of each
+request's TPOT. Profiles are the shipped ones or, for GPUs without measurements, modelled ones, with the engine's host
+times. Nothing is fitted to these rows.
 
 A row is one group, with rates in output tokens/s per GPU: ``predicted`` by the plan, ``best`` and ``median`` of its
 ``n`` submissions, and the prediction over each. ``plan`` describes its replicas, ``in_range`` says whether the best
@@ -21,7 +23,7 @@ import json
 import time
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean, median
 
@@ -42,8 +44,11 @@ from hetis.formats import catalogue
 from hetis.formats.documents import load_model
 from hetis.formats.models import dtypes
 from hetis.planner.use_cases.record.forms import Range
+from hetis.planner.use_cases.record.parts import Requested
 from hetis.planner.use_cases.robustness import profile_errors
+from hetis.planner.use_cases.service_level import ServiceLevel, Statistic
 from hetis.planner.use_cases.sources import family_of
+from hetis.planner.use_cases.verification.rates import kept_plan
 from hetis.profiler.defaults import shipped_profile
 from hetis.profiler.engines import for_engine
 from hetis.profiler.roofline import modelled_profile
@@ -60,6 +65,7 @@ POINTS = FOLDER / "mlperf_v5_1.csv.gz"
 CHUNKS = (256, 512, 1024, 2048, 4096, 8192)  # submitters set the tokens of an iteration to 256 to 65,536
 TIME_LIMIT_S = 60.0  # CPU seconds, so that other work on the machine does not cut searches short
 QUICK_STRIDE = 12
+RULE = ServiceLevel(ttft=Statistic.P99, tpot=Statistic.P99)
 # The GPU has a shipped profile, or a modelled one: with coefficients from kernels timed on it, or on other GPUs.
 PROFILES = ("measured", "timed", "relatives")
 
@@ -107,11 +113,13 @@ class Outcome:
 
 def main() -> None:
     """Print a row per group, totals, and the numbers of posed and skipped rows."""
-    arguments = published_points.parser("benchmarks.accuracy.mlperf", __doc__, POINTS).parse_args()
+    parser = published_points.parser("benchmarks.accuracy.mlperf", __doc__, POINTS)
+    parser.add_argument("--simulated", action="store_true", help="rates that simulation keeps by MLPerf's rule")
+    arguments = parser.parse_args()
     table = published_points.asked_rows(arguments, COLUMNS)
     if table is None:
         return
-    outcomes, skipped = predicted(table, quick=arguments.quick, only=arguments.only)
+    outcomes, skipped = predicted(table, quick=arguments.quick, only=arguments.only, simulates=arguments.simulated)
     groups, totals = list(group_rows(outcomes)), list(total_rows(outcomes))
     posed = sum(len(one.submissions) for one in outcomes)
     covered = list(published_points.coverage("posed", posed, skipped))
@@ -126,15 +134,15 @@ def main() -> None:
 
 
 def predicted(
-    table: list[dict[str, str]], *, quick: bool = False, only: str = ""
-) -> tuple[list[Outcome], Counter[str]]:  # fmt: skip
+    table: list[dict[str, str]], *, quick: bool = False, only: str = "", simulates: bool = False
+) -> tuple[list[Outcome], Counter[str]]:
     """Return the plans of all groups, and the number of rows without one by reason."""
     groups, skipped = grouped(table)
     chosen = [members for members in groups if only in members[0].system.name]
     found = list[Outcome]()
     for members in chosen[:: QUICK_STRIDE if quick else 1]:
         try:
-            plan, rates = plan_of(members)
+            plan, rates = plan_of(members, simulates=simulates)
             found.append(Outcome(submissions=members, plan=plan, rates=rates))
         except HetisError as error:
             skipped[f"no plan: {error}"] += len(members)
@@ -171,14 +179,19 @@ def output_tokens(submissions: Sequence[Submission]) -> float:
     return fmean(one.output_tokens for one in submissions)
 
 
-def plan_of(submissions: Sequence[Submission]) -> tuple[Plan, Range]:
+def plan_of(submissions: Sequence[Submission], *, simulates: bool = False) -> tuple[Plan, Range]:
     """Return the plan for one node of a group, and the range of its rate by the errors of its profiles.
+
+    With ``simulates``, its rate is what simulated traffic keeps by `RULE`, unless it promises no latency.
 
     Raises:
         HetisError: no plan exists.
     """
     problem = problem_of(submissions[0].system, output_tokens(submissions))
     plan = solve_placement(problem, budget=Budget(time_limit_s=TIME_LIMIT_S, clock=time.process_time))
+    if simulates:
+        ruled = replace(Requested.of(plan), service_level=RULE).on(plan)
+        plan = kept_plan(ruled, problem, seed=0, budget=Budget(), report=lambda *_: None)
     stated = profile_errors.predicted(plan, problem)
     assert stated is not None, "all profiles state errors"
     return plan, stated.rate

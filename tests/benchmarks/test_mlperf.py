@@ -13,6 +13,7 @@ import pytest
 from benchmarks.accuracy import mlperf
 from benchmarks.accuracy.mlperf_rows import COLUMNS, Submission, pose
 from benchmarks.accuracy.published_points import NotPosedError, read_rows
+from hetis.planner.use_cases.record.parts import Requested, Verified
 from tests.benchmarks.published import table_of
 
 ROW = {
@@ -103,6 +104,16 @@ def test_a_node_is_planned_as_submitters_ran_it() -> None:
     assert shown["in_range"] == "yes"
     faster = replace(outcome, rates=replace(outcome.rates, high=0.9 * outcome.best / 128.0))
     assert [one["in_range"] for one in mlperf.group_rows([faster])] == ["no"]
+
+
+def test_simulated_rates_keep_the_p99_of_the_rule() -> None:
+    server = pose(row(**RED_HAT | {"Scenario": "Server"}))
+    plan, rates = mlperf.plan_of([server], simulates=True)
+    by_model, _ = mlperf.plan_of([server])
+    assert plan.result.value <= by_model.result.value
+    assert rates.low < plan.result.value < rates.high
+    assert Requested.of(plan).service_level == mlperf.RULE
+    assert Verified.of(plan).verification is not None
 
 
 def test_totals_by_hand() -> None:
