@@ -438,3 +438,17 @@ def test_pools_of_classes_stay_and_serve_other_traffic(tmp_path: Path) -> None:
         assert invoke("check", out).exit_code == 0
         assert bool(json.loads(Path(out).read_text())["classes"]) == (name == "longer")
         assert ("class long has no requests" in json.dumps(found)) == (name == "short")
+
+
+def test_what_runs_well_together_is_not_reset_as_if_each_replica_were_alone(tmp_path: Path) -> None:
+    """Five replicas share prompts; four keep their limit on TTFT too, which one alone would not with these settings."""
+    (tmp_path / "fleet.yaml").write_text(before := fleet("five", "5 l4: 2 L4"))
+    (tmp_path / "less.yaml").write_text(before.replace("count: 5", "count: 4"))
+    asked = ["-c", str(tmp_path / "fleet.yaml"), "-m", "Llama-3.1-8B", "-w", "2000/200", "--rung", "node"]
+    asked += ["--ttft", "1500ms", "--tpot", "100ms", "--no-verify", "-q"]
+    assert run(["place", *asked, "--out", str(tmp_path / "running.json")]) == ExitCode.OK
+    answer = replanned(tmp_path, "less.yaml")
+    running = json.loads((tmp_path / "running.json").read_text())
+    assert running["result"]["unified_lanes"] == len(running["replicas"]) == 5
+    assert answer["transition"]["steps"] == []  # type: ignore[index]
+    assert answer["plan"]["result"]["unified_lanes"] == len(answer["plan"]["replicas"]) == 4  # type: ignore[index]

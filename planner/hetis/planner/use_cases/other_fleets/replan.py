@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -31,10 +32,10 @@ from hetis.solver.budget import Budget, Report
 from hetis.solver.check import check_plan
 from hetis.solver.cluster import Cluster, node_of
 from hetis.solver.constraints import Constraints, misfits
-from hetis.solver.errors import UncheckedPlanError
+from hetis.solver.errors import HetisError, UncheckedPlanError
 from hetis.solver.model import ModelSpec
 from hetis.solver.placement.rungs import RUNGS
-from hetis.solver.plan import PLANNED_UTILISATION, Objective, Plan
+from hetis.solver.plan import PLANNED_UTILISATION, Lanes, Objective, Plan, Role
 from hetis.solver.problem import PlacementProblem
 from hetis.solver.replanning.change import ChangeCosts, Fate, ReplanningProblem
 from hetis.solver.replanning.replanner import Replanning, keeps, solve_replanning
@@ -42,6 +43,7 @@ from hetis.solver.replanning.replanning_check import check_replanning
 from hetis.solver.workload import Workload
 
 ON_ANY_NODES = "replicas may span any number of nodes: the GPUs that are free do not fit as few as were allowed"
+SHARING_TRIES = 2  # searches for a plan whose replicas are as many as they are assumed to be
 NOTE = "re-planned from a running plan; value and bound are those of the fleet, without the cost of the change"
 
 
@@ -253,6 +255,42 @@ def _origins(saved: dict[str, object], workload: str | None, profiles: dict[str,
     return {**saved, "profiles": {**others, **profiles}, **({} if workload is None else {"workload": workload})}
 
 
+def _sharing_prompts(
+    question: ReplanningProblem, found: Replanning, solve: Callable[[ReplanningProblem], Replanning], budget: Budget
+) -> tuple[ReplanningProblem, Replanning]:
+    """Return a better answer, with its question, in which all replicas of a pool share prompts, or what was found.
+
+    Replicas that each wait alone may need settings for their limit on TTFT with which those that run serve less.
+    """
+    running, problem = question.running, question.problem
+    kept = sum(continued.fate is Fate.KEPT for continued in found.continued)
+    if kept + len(found.lost) == len(running.replicas) or not any(problem.limits_of_classes().values()):
+        return question, found
+    lanes, sign = _lanes_of_all(running, found.lost), 1.0 if problem.objective.maximises else -1.0
+    for _ in range(SHARING_TRIES):
+        if budget.is_spent():
+            break
+        shared = replace(question, problem=problem.at(problem.assumptions.planned_utilisation, lanes))
+        try:
+            again = solve(shared)
+        except HetisError:
+            break
+        if _lanes_of_all(again.plan) == lanes:
+            is_better = sign * again.value > sign * found.value and not too_wide(again.plan, problem)
+            return (shared, again) if is_better else (question, found)
+        lanes = _lanes_of_all(again.plan)
+    return question, found
+
+
+def _lanes_of_all(plan: Plan, without: Collection[int] = ()) -> Lanes:
+    """Return the lanes of a plan all of whose replicas but some share prompts."""
+    replicas = tuple(one for number, one in enumerate(plan.replicas) if number not in without)
+    of_role = Counter(one.role for one in replicas)
+    unified, prefill = (max(1, of_role[role]) for role in (Role.UNIFIED, Role.PREFILL))
+    result = replace(plan.result, unified_lanes=unified, prefill_lanes=prefill, prefill_load=1.0)
+    return replace(plan, replicas=replicas, result=result).lanes()
+
+
 def replan(
     posed: PosedReplan,
     costs: ChangeCosts,
@@ -284,6 +322,8 @@ def replan(
         question = replace(question, problem=posed.problem)
         found = solve(question)
         found = replace(found, plan=replace(found.plan, notes=(*found.plan.notes, ON_ANY_NODES)))
+    else:
+        question, found = _sharing_prompts(question, found, solve, budget)
     notes = (*found.plan.notes, NOTE, *((NEEDS_ROUTER,) if any(one.classes for one in found.plan.replicas) else ()))
     plan = _with_kept_settings(replace(found.plan, notes=notes), found, posed.running)
     plan = describe(plan, posed.loaded, posed.problem, settings, posed.requested, rung=posed.settings.rung)
