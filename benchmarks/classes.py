@@ -89,8 +89,8 @@ def measured(cases: Sequence[tuple[Case, Traffic]]) -> Iterator[Row]:
             limit = () if traffic.ttft_s is None else ("--ttft", f"{traffic.ttft_s:g}s")
             cut = () if traffic.name == LIMITED else ("--classes", "auto")
             asked = ("-c", file, "-m", case.model, "-w", traffic.file(Path(folder)), *limit)
-            without, _ = placed(*asked, "--classes", "none", "--no-verify", "--no-other-engines")
-            found, user_s = placed(*asked, *cut, "--worth", "5%", "--no-other-engines")
+            without, _ = placed(*asked, "--classes", "none", "--no-verify")
+            found, user_s = placed(*asked, *cut, "--worth", "5%")
             yield _row(case, traffic, without, found, user_s)
 
 

@@ -42,7 +42,7 @@ _SOURCES = {
     "amd-radeon-ai-pro-r9700.html",
     "mi50": "https://www.amd.com/en/support/downloads/drivers.html/accelerators/instinct/instinct-mi-series/"
     "amd-instinct-mi50.html",
-    "mi250": "https://www.amd.com/en/products/accelerators/instinct/mi200/mi250x.html",
+    "mi250": "https://rocm.docs.amd.com/en/docs-7.14.0/reference/gpu-arch/mi250.html",
     "cloudmatrix": "https://arxiv.org/abs/2506.12708",
     "ascend": "https://www.hiascend.com/en/hardware/ai-server",
     "v5e": "https://docs.cloud.google.com/tpu/docs/v5e",

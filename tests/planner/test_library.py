@@ -60,9 +60,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def plan(folder: Path) -> hetis.Plan:
     """Llama-2-7B on two A100."""
-    return hetis.place(
-        folder / "cluster.yaml", "Llama-2-7B", "500/100", tpot="80ms", time_limit="60s", other_engines=False
-    )
+    return hetis.place(folder / "cluster.yaml", "Llama-2-7B", "500/100", tpot="80ms", time_limit="60s")
 
 
 def test_the_names_are_stable_and_all_there() -> None:
@@ -90,7 +88,6 @@ def test_a_plan_is_that_of_the_command_line(plan: hetis.Plan, folder: Path) -> N
         "80ms",
         "--time-limit",
         "60s",
-        "--no-other-engines",
     )
     done = hetis_plan_here("place", *arguments, "-q", "-o", "json", cwd=folder)
     assert done.returncode == 0, done.stderr
@@ -123,7 +120,7 @@ def test_a_time_limit_that_is_given_limits_the_simulation_too(
 @pytest.mark.parametrize("rate", [0.5, "50%"])
 def test_prefix_hits_let_a_fleet_serve_more(plan: hetis.Plan, folder: Path, rate: float | str) -> None:
     found = hetis.place(
-        folder / "cluster.yaml", "Llama-2-7B", "500/100", prefix_hit_rate=rate, tpot="80ms", other_engines=False,
+        folder / "cluster.yaml", "Llama-2-7B", "500/100", prefix_hit_rate=rate, tpot="80ms",
         verify=False,
     )  # fmt: skip
     assert found.problem.workload.prefix_hit_rate == 0.5
@@ -292,7 +289,7 @@ def test_a_simulation_names_its_wrong_arguments(plan: hetis.Plan) -> None:
 
 def test_one_constraint_or_role_stands_for_a_list_of_it_and_numbers_may_be_numpys(folder: Path) -> None:
     inputs = (folder / "cluster.yaml", "Llama-2-7B", "500/100")
-    make = partial(hetis.place, *inputs, tpot=np.float64(0.08), seed=np.int64(0), verify=False, other_engines=False)
+    make = partial(hetis.place, *inputs, tpot=np.float64(0.08), seed=np.int64(0), verify=False)
     one, several = make(pin="gpus=..1", roles="unified"), make(pin=["gpus=..1"], roles=["unified"])
     assert one.figures.gpus_used == 1
     assert one.replicas == several.replicas
@@ -359,7 +356,7 @@ def value_of(source: str, names: dict[str, Any]) -> Any:
 def test_replicas_without_routes_are_left_out_and_other_checkpoints_are_told() -> None:
     plan = hetis.place(
         EXAMPLES / "h100-l4.yaml", "Llama-3.1-70B-Instruct", "8000/300", weights="fp8", ttft=None, tpot="50ms",
-        verify=False, other_engines=False, time_limit="10s",
+        verify=False, time_limit="10s",
     )  # fmt: skip
     assert [replica.role.value for replica in plan.replicas] == ["unified"], "L4s would prefill for nobody"
     [told] = plan.export("vllm").lost

@@ -298,10 +298,6 @@ class Summary:
         pairs = ((self.ttft_p95_s, limits.ttft_limit_s), (self.mean_tpot_s, limits.tpot_limit_s))
         return self.carried is True and all(limit is None or estimate.value <= limit for estimate, limit in pairs)
 
-    def precision(self) -> float:
-        """Return the widest of the three intervals relative to its value; infinite if one is unknown."""
-        return max(estimate.relative for estimate in (self.throughput_rps, self.ttft_p95_s, self.mean_tpot_s))
-
 
 def summarise(runs: Sequence[Metrics]) -> Summary:
     """Return the summary of one or more runs."""

@@ -53,7 +53,7 @@ class Builder:
         self.links = FleetLinks()
         self._log, self._events, self._settings = log, events, settings
         self.fleet = Fleet.of(problem.cluster)
-        self._moments = {names: problem.of_classes(names).moments() for names in problem.ranges()}
+        self._moments = problem.moments_of_ranges()
         self._derivation = Rederivation(problem)
         self._growth = KvGrowth(problem.model, problem.assumptions.block_tokens)
         self._problems: dict[tuple[str, tuple[str, ...]], PlacementProblem] = {}  # by GPU type and classes

@@ -27,13 +27,6 @@ class Estimate:
     value: float
     half_width: float = math.nan
 
-    @property
-    def relative(self) -> float:
-        """Return the half width relative to the value; infinite if either is unknown."""
-        if self.half_width == 0:
-            return 0.0
-        return self.half_width / abs(self.value) if self.half_width > 0 and self.value else math.inf
-
     def is_below(self, limit: float) -> bool:
         """Return whether the whole interval is below the limit."""
         return self.value + self.half_width <= limit

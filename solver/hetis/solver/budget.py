@@ -103,9 +103,8 @@ def silent(_: Progress) -> None:
 class SearchSettings:
     """The settings of a search: when it ends (``budget``, ``gap_target``), what it may use, and where it reports.
 
-    ``most_searches`` limits the utilisations and shares of the TTFT limit at which plans are searched, if these are
-    chosen; None: as many as may help. The bound is valid after any number of them. Searches of similar problems that
-    have one ``evaluated`` do not evaluate the same stages again (`CostTables.evaluated`).
+    Searches of similar problems that have one ``evaluated`` do not evaluate the same stages again
+    (`CostTables.evaluated`).
     """
 
     strategy: str = "hetis"
@@ -113,7 +112,6 @@ class SearchSettings:
     gap_target: float = 0.001
     seed: int = 0
     report: Report = silent
-    most_searches: int | None = None
     evaluated: dict[Hashable, Any] = field(default_factory=dict, compare=False, repr=False)
 
     def within(self, of_rest: float) -> SearchSettings:

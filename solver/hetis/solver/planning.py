@@ -10,26 +10,23 @@ Importing this module loads HiGHS.
 from __future__ import annotations
 
 from collections.abc import Hashable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from hetis.solver.budget import Budget, Report, SearchSettings, silent
-from hetis.solver.constraints import Constraints
-from hetis.solver.errors import HetisError, InvalidProblemError
+from hetis.solver.errors import InvalidProblemError, NoPlanFoundError
 from hetis.solver.placement.constrained_problem import apply_constraints, restored
+from hetis.solver.placement.explanation.alternatives import with_simplicity
 from hetis.solver.placement.families import STRATEGIES, constraints_ignored
 from hetis.solver.placement.infeasible import Market
-from hetis.solver.placement.losses.survival import Survive
-from hetis.solver.placement.outcome import rate_bound, sound_bound
-from hetis.solver.placement.replicas.tabulation import build_cost_tables
+from hetis.solver.placement.losses.survival import Survive, search_surviving
+from hetis.solver.placement.master import master_of
+from hetis.solver.placement.optimum import simplest_enumerated
+from hetis.solver.placement.outcome import Outcome
+from hetis.solver.placement.replicas.tables import CostTables
 from hetis.solver.placement.rungs import Known
-from hetis.solver.placement.solve import (
-    in_objective_units,
-    objective_scale,
-    simplify_family,
-    solve_family,
-    solve_surviving_family,
-)
+from hetis.solver.placement.solve import in_objective_units, objective_scale, solve_family, solved_by
+from hetis.solver.placement.utilisation import KeptOutcome, Unbeaten, search_simpler
 from hetis.solver.plan import Plan
 from hetis.solver.problem import PlacementProblem
 
@@ -37,8 +34,7 @@ from hetis.solver.problem import PlacementProblem
 def solve_placement(
     problem: PlacementProblem, *, strategy: str = "hetis", budget: Budget | None = None, gap_target: float = 0.001,
     seed: int = 0, report: Report = silent, market: Market | None = None,
-    known: Known | None = None, most_searches: int | None = None,
-    evaluated: dict[Hashable, Any] | None = None,
+    known: Known | None = None, evaluated: dict[Hashable, Any] | None = None,
 ) -> Plan:  # fmt: skip
     """Choose replicas for a fleet so that the objective is best, and prove how good the choice is.
 
@@ -47,8 +43,7 @@ def solve_placement(
     added (None: no search for any). Published heuristics prove little and have no target.
 
     A plan of a smaller family may be ``known``, which is returned with the bound of this one if nothing better is found
-    where the utilisation is chosen. With few ``most_searches``, fewer utilisations are tried, for a quick answer whose
-    bound is valid but may be further off. ``evaluated`` is what earlier searches of similar problems know of stages, to
+    where the utilisation is chosen. ``evaluated`` is what earlier searches of similar problems know of stages, to
     which this one adds.
 
     Raises:
@@ -60,7 +55,7 @@ def solve_placement(
         raise InvalidProblemError(f"unknown strategy {strategy!r}, must be one of {', '.join(STRATEGIES)}")
     settings = SearchSettings(
         strategy=strategy, budget=budget or Budget(), gap_target=gap_target, seed=seed, report=report,
-        most_searches=most_searches, evaluated={} if evaluated is None else evaluated,
+        evaluated={} if evaluated is None else evaluated,
     )  # fmt: skip
     problem = replace(problem.in_shared_precision(), family=STRATEGIES[strategy].restrict(problem.family))
     if STRATEGIES[strategy].is_published:
@@ -83,8 +78,27 @@ def simplify_placement(problem: PlacementProblem, best: Plan, within: float, set
     """
     require_simplicity(problem, settings.strategy)
     problem = replace(problem.in_shared_precision(), family=STRATEGIES[settings.strategy].restrict(problem.family))
-    plan = simplify_family(problem, best, within, settings)
-    return replace(plan, family=problem.describe_family())
+    maximises, value = best.objective.maximises, best.result.value
+    least = value * (1.0 - within if maximises else 1.0 + within)
+
+    def found_by(costs: CostTables, settings: SearchSettings) -> KeptOutcome:
+        def find(tables: CostTables, more: float) -> Outcome | None:
+            wanted = (more if maximises else 1.0) * least / objective_scale(tables.problem)
+            return simplest_enumerated(tables, master_of(tables), settings, wanted)
+
+        found = search_simpler(costs, best, least, find)
+        if found is None:
+            raise settings.stopped()
+        return found
+
+    try:
+        found = solved_by(problem, settings, None, found_by)
+    except NoPlanFoundError:
+        return with_simplicity(best, None, within, value)
+    assert not isinstance(found, Unbeaten), "what is found replaces the known plan"
+    plan, outcome = found
+    plan = replace(plan, family=problem.describe_family(), result=plan.result.bounded_by(best.result.bound))
+    return with_simplicity(plan, outcome.simplicity, within, value)
 
 
 def require_simplicity(problem: PlacementProblem, strategy: str) -> None:
@@ -116,8 +130,19 @@ def solve_surviving(
     problem = replace(problem.in_shared_precision(), family=STRATEGIES[strategy].restrict(problem.family))
     if STRATEGIES[strategy].is_published or not problem.family.uneven_layers:
         raise InvalidProblemError(f"strategy {strategy} does not plan for losses")
-    plan, left_bound = solve_surviving_family(problem, settings, survive)
-    return replace(plan, family=problem.describe_family()), left_bound
+
+    def found_by(costs: CostTables, settings: SearchSettings) -> KeptOutcome | None:
+        outcome = search_surviving(costs, survive, settings)
+        return None if outcome is None else KeptOutcome(costs, outcome)
+
+    found = solved_by(problem, settings, None, found_by, survives=True)
+    assert not isinstance(found, Unbeaten), "no plan is known"
+    (plan, outcome), scale = found, objective_scale(problem)
+    plan = replace(plan, family=problem.describe_family())
+    if survive.simplest_within:
+        best = scale * (outcome.best_value or outcome.value)
+        plan = with_simplicity(plan, outcome.simplicity, survive.simplest_within, best)
+    return plan, None if outcome.left_bound is None else scale * outcome.left_bound
 
 
 def _by_published_heuristic(problem: PlacementProblem, settings: SearchSettings) -> Plan:
@@ -132,64 +157,3 @@ def _by_published_heuristic(problem: PlacementProblem, settings: SearchSettings)
     searched = replace(searched, node_links=None)  # they know one scope per zone: any node's slowest link counts
     plan = PUBLISHED[strategy].solve(searched, budget=settings.budget, seed=settings.seed, report=report)
     return plan if searched.cluster is problem.cluster else restored(plan, searched, problem)
-
-
-# --- prices of constraints
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ConstraintPrice:
-    """The gain of the objective without some constraints, in its unit: ``least`` to ``most``.
-
-    It comes from solving again if ``is_solved``; otherwise no time was left, and ``most`` is what dense work allows.
-    """
-
-    constraints: Constraints
-    least: float
-    most: float
-    is_solved: bool
-
-
-def price_constraints(problem: PlacementProblem, plan: Plan, settings: SearchSettings) -> tuple[ConstraintPrice, ...]:
-    """Return the price of each constraint of a problem while keeping the others, and of all together if several.
-
-    Every solve gets an equal part of the time left.
-
-    Raises:
-        BrokenProofError: the plan, which keeps all constraints, is better than the bound without some of them.
-    """
-    parts: list[Constraints] = [(each,) for each in problem.constraints]
-    if len(parts) > 1:
-        parts.append(problem.constraints)
-    prices = []
-    for number, part in enumerate(parts):
-        freed = replace(problem, constraints=tuple(each for each in problem.constraints if each not in part))
-        share = settings.within(1.0 / (len(parts) - number))
-        price = None if settings.budget.is_spent() else _solved(freed, plan, part, share)
-        prices.append(price if price is not None else _at_once(freed, plan, part))
-    return tuple(prices)
-
-
-def _solved(freed: PlacementProblem, plan: Plan, part: Constraints, settings: SearchSettings) -> ConstraintPrice | None:
-    try:
-        better = solve_placement(
-            freed, strategy=plan.strategy, budget=settings.budget, gap_target=settings.gap_target, seed=settings.seed,
-            report=settings.report,
-        )  # fmt: skip
-    except HetisError:
-        return None  # stopped before it had a plan, which proves nothing
-    maximises = plan.objective.maximises
-    bound = sound_bound(better.result.bound, plan.result.value, maximises=maximises)
-    sign = 1.0 if maximises else -1.0
-    least, most = sign * (better.result.value - plan.result.bound), sign * (bound - plan.result.value)
-    return ConstraintPrice(constraints=part, least=max(0.0, least), most=max(0.0, least, most), is_solved=True)
-
-
-def _at_once(freed: PlacementProblem, plan: Plan, part: Constraints) -> ConstraintPrice:
-    """Return a price without a search: no plan serves more than dense work allows, and none is cheaper than free."""
-    most = plan.result.value
-    if plan.objective.maximises:
-        family = STRATEGIES[plan.strategy].restrict(freed.family)
-        costs = build_cost_tables(apply_constraints(replace(freed, family=family)))
-        most = objective_scale(freed) * rate_bound(costs) - plan.result.value
-    return ConstraintPrice(constraints=part, least=0.0, most=max(0.0, most), is_solved=False)

@@ -264,6 +264,10 @@ class PlacementProblem:
         """Return the classes that a pool may serve: all of them, written as none, or a single one."""
         return ((), *((one.name,) for one in self.workload.classes))
 
+    def moments_of_ranges(self) -> dict[tuple[str, ...], WorkloadMoments]:
+        """Return the moments of the requests of each of `ranges`."""
+        return {names: self.of_classes(names).moments() for names in self.ranges()}
+
     def in_shared_precision(self) -> PlacementProblem:
         """Return the problem in a single precision if all GPUs that may compute layers hold the model in the same."""
         models = {build.model for build in self.builds()} if self.model.precisions else set()

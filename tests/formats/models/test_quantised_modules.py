@@ -48,7 +48,11 @@ def test_matrices_add_up_to_what_the_model_has(path: Path) -> None:
     [
         (LLAMA, {"num_hidden_layers": 10_001}, "num_hidden_layers: is 10001, must be a whole number from 1 to 10000"),
         ("Qwen__Qwen3-30B-A3B", {"num_experts_per_tok": 129}, "num_experts_per_tok: is 129, must be at most num_ex"),
-        ("mistralai__Mixtral-8x7B-v0.1", {"num_local_experts": 1}, "num_experts_per_tok: is 2, must be at most num_lo"),
+        (
+            "mistralai__Mixtral-8x7B-v0.1",
+            {"num_experts_per_tok": 9},
+            "num_experts_per_tok: is 9, must be at most num_lo",
+        ),
         ("deepseek-ai__DeepSeek-V3.2", {"index_head_dim": 10**6}, "indexer.key_bytes: is 1000004.0, must be <= 100000"),
         ("Qwen__Qwen-72B", {"intermediate_size": 1}, "intermediate: is 0, must be >= 1"),
         (

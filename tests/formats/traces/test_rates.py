@@ -178,3 +178,19 @@ def test_reports_of_means_have_one_length(tmp_path: Path) -> None:
     }
     (tmp_path / "online.jsonl").write_text(json.dumps(run) + "\n" + json.dumps(run | {"completed": 20}) + "\n")
     assert load_workload(tmp_path / "online.jsonl").rate_rps == pytest.approx(3.0)
+    done = {"count": 60, "prompt_len": {"mean": 100.0}, "output_len": {"mean": 50.0}}
+    summary = {"load_summary": {"count": 60}, "successes": done | {"throughput": {"requests_per_sec": 1.5}}}
+    (tmp_path / "summary_lifecycle_metrics.json").write_text(json.dumps(summary))
+    workload = load_workload(tmp_path / "summary_lifecycle_metrics.json")
+    assert (workload.rate_rps, workload.bins[0].prompt_tokens, workload.bins[0].output_tokens) == (1.5, 100.0, 50.0)
+
+
+def test_what_bench_serving_prints_has_means(tmp_path: Path) -> None:
+    (tmp_path / "bench.txt").write_text(
+        "INFO starting\n============ Serving Benchmark Result ============\n"
+        "Successful requests:                     1000      \nBenchmark duration (s):                  500.00    \n"
+        "Total input tokens:                      219000    \nTotal generated tokens:                  184000    \n"
+        "Request throughput (req/s):              2.00      \n"
+    )
+    workload = load_workload(tmp_path / "bench.txt")
+    assert (workload.rate_rps, workload.bins[0].prompt_tokens, workload.bins[0].output_tokens) == (2.0, 219.0, 184.0)

@@ -91,6 +91,19 @@ def test_a_call_says_unknown_if_any_of_its_attempts_may_have_been_carried_out(
         assert (caught.value.code, caught.value.reason) == (last.code, last.reason)
 
 
+def test_what_a_leader_said_is_not_lost_when_the_deadline_cuts_the_last_attempt_short() -> None:
+    """A user whose planner's disk was full was told to look at TLS."""
+    now_s = 0.0
+    search = LeaderSearch(("127.0.0.1:1", "127.0.0.1:2"), is_plain=True)
+    one = Attempts(leaders=search, end_s=10.0, clock=lambda: now_s, may_change=True)
+    for error in (UNDONE, AWAY):
+        one.next_wait_s(search.present, error)
+    now_s = 10.0
+    with pytest.raises(CallError, match="nothing was changed; then no answer") as caught:
+        one.next_wait_s(search.present, SILENCE)
+    assert (caught.value.reason, caught.value.metadata["changed"]) == (UNDONE.reason, "unknown")
+
+
 @EITHER
 async def test_a_standby_is_left_for_the_leader_that_it_names(
     pair: tuple[FakePlanner, FakePlanner], kind: Kind

@@ -69,6 +69,9 @@ class World:
     def policy_of(self, cluster: str) -> cluster_pb2.ClusterPolicy:
         return cluster_pb2.ClusterPolicy(placement=self.mode)
 
+    def has_plan(self, cluster: str) -> bool:
+        return bool(self.in_force)
+
     async def plan_in_force(self, cluster: str) -> plan_pb2.Plan | None:
         return self.plans.get(self.in_force)
 

@@ -29,7 +29,7 @@ from tests.planner.command_line import EXAMPLES, hetis_plan_here, invoke
 from tests.planner.html_pages import ReadPage
 
 CLUSTER = fleet("two-types", "a100: 2 A100-PCIe-80GB", "2 t4: 1 T4")
-INPUTS = ("-c", "cluster.yaml", "-m", "Llama-2-7B", "-w", "500/100", "--time-limit", "5s")
+INPUTS = ("-c", "cluster.yaml", "-m", "Llama-2-7B", "-w", "500/100", "--time-limit", "60s")
 
 
 @pytest.fixture(scope="module")

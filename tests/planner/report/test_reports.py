@@ -11,7 +11,7 @@ from hetis.commands.terminal import _ASCII
 from hetis.planner.report.alternatives import distinct_runners_up
 from hetis.planner.report.explanation import memory_shares, render_explanation, time_shares
 from hetis.planner.report.plan import MAX_SHAPES, render_plan
-from hetis.planner.report.promises import beside_engines, beside_equal_stages, misses_demand, simple_setups, verdict
+from hetis.planner.report.promises import beside_equal_stages, misses_demand, simple_setups, verdict
 from hetis.planner.use_cases.grouping import group_replicas
 from hetis.planner.use_cases.place import with_service_level
 from hetis.planner.use_cases.record.forms import ClassLatency, KeptWithClasses
@@ -52,8 +52,7 @@ def test_no_line_of_a_report_is_wider_than_80_columns(plan: Plan) -> None:
 def test_a_plan_that_keeps_less_in_simulation_is_compared_by_what_the_model_alone_promises() -> None:
     """The plan's value is 1.35; the other setups were not simulated, so they may miss the limits, too."""
     plan = plans.plan(plans.paper_replica())
-    row = {"engine": "vllm", "value": 1.62, "bound": 1.62, "lacks": [], "why_not": ""}
-    inputs = {"equal_stages_value": 1.62, "simple_setups": {"2": 1.62}, "engine_values": [row]}
+    inputs = {"equal_stages_value": 1.62, "simple_setups": {"2": 1.62}}
     first, then = replace(plan, inputs=inputs), replace(plan, inputs={**inputs, "model_value": 1.8})
     assert beside_equal_stages(first) == "1.620 requests/s by replicas of equal stages; this plan 17% less"
     assert beside_equal_stages(then) == (
@@ -64,7 +63,6 @@ def test_a_plan_that_keeps_less_in_simulation_is_compared_by_what_the_model_alon
     assert beside_equal_stages(worse) == (
         "1.300 requests/s by the model, by replicas of equal stages (not simulated); this plan by the model 38% more"
     )
-    assert (beside_engines(first), beside_engines(then)) == (["vllm: 20% more"], ["vllm: 10.00% less by the model"])
     assert [simple_setups(one)[0].endswith("10.00% less by the model") for one in (first, then)] == [False, True]
 
 
@@ -114,45 +112,6 @@ def test_parts_of_a_chart_have_different_signs_in_ascii_too() -> None:
         )  # a dot is free memory or idle time
         assert signs.isascii()
         assert len(set(signs)) == len(shares) + 1
-
-
-def test_what_other_engines_reach_is_said_with_what_keeps_them_apart() -> None:
-    """The plan's value is 1.35; for costs more and less are reversed."""
-    rows = [
-        {"engine": "vllm", "value": 1.08, "bound": 1.08, "lacks": ["attention workers"], "why_not": ""},
-        {"engine": "sglang", "value": 1.08, "bound": 1.08, "lacks": ["attention workers"], "why_not": ""},
-        {
-            "engine": "vllm-hetis",
-            "value": 1.485,
-            "bound": 1.62,
-            "lacks": ["attention workers", "TP"],
-            "why_not": "",
-        },
-    ]
-    for kind, more in ((ObjectiveKind.GOODPUT, "with"), (ObjectiveKind.COST, "without")):
-        plan = plans.plan(plans.paper_replica(), kind=kind)
-        less = "without" if more == "with" else "with"
-        assert beside_engines(replace(plan, inputs={**plan.inputs, "engine_values": rows})) == [
-            f"vllm, sglang: 20% less, {less} attention workers",
-            f"vllm-hetis: 10% more found, 20% more at best, {more} attention workers and TP",
-        ]
-    plan = plans.plan(plans.paper_replica())
-    known = {"engine": "vllm-hetis", "value": 1.35, "bound": 9.0, "lacks": [], "why_not": ""}
-    unknown = {**known, "value": None, "lacks": ["attention workers"], "why_not": "no time was left"}
-    for row, words in (
-        (known, "vllm-hetis: the same found within its time limit"),
-        ({**known, "bound": 1.35}, "vllm-hetis: the same"),
-        ({**known, "bound": None, "why_not": "no time was left"},
-         "vllm-hetis: runs this plan; no better one is known: no time was left"),
-        ({**unknown, "value": 1.08, "equal_stages": True},
-         "vllm-hetis: at least 1.080 requests/s by equal stages, 20% less, without attention workers"),
-        (unknown, "vllm-hetis: does not run this plan (attention workers); no time was left"),
-        ({**unknown, "lacks": []}, "vllm-hetis: does not run this plan (it needs more memory); no time was left"),
-        ({**unknown, "why_not": "70B needs 131.4 GiB for weights; this fleet has 91.2 GiB usable"},
-         "vllm-hetis: does not run this plan (attention workers); --engine vllm-hetis shows why it has no plan"),
-    ):  # fmt: skip
-        assert beside_engines(replace(plan, inputs={**plan.inputs, "engine_values": [row]})) == [words]
-    assert beside_engines(replace(plan, inputs={**plan.inputs, "engine_values": [{"of": "another version"}]})) == []
 
 
 @pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS.keys())

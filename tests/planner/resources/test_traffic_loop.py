@@ -85,7 +85,9 @@ class World:
         self.attained = 1.0
         self.num, self.firsts = 0.0, Histogram(scale=SECONDS)
         monkeypatch.setattr("hetis.planner.resources.traffic_loop.decide", self._decide)
-        fleet = SimpleNamespace(cluster_names=[CLUSTER], policy_of=lambda name: self.policy)
+        fleet = SimpleNamespace(
+            cluster_names=[CLUSTER], policy_of=lambda name: self.policy, has_plan=lambda name: bool(self.in_force)
+        )
         views = SimpleNamespace(live={}, declared=SimpleNamespace(value=posed("paper").cluster))
         self.loop = TrafficLoop(
             cast(Any, fleet),
@@ -127,8 +129,7 @@ class World:
         return self.windows
 
     async def plan_in_force(self, cluster: str) -> Any:
-        if not self.in_force:
-            return None
+        assert self.in_force  # otherwise the store need not be read
         body = plan_pb2.Plan()
         body.activate_time.FromSeconds(int(self.since_s))
         body.spec.objective.kind = self.requested

@@ -1,4 +1,4 @@
-"""`--pin`, `--forbid`, `--price-pins`, and the output if no plan exists: the real command line and solver."""
+"""`--pin`, `--forbid`, and the output if no plan exists: the real command line and solver."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ def place(capsys: pytest.CaptureFixture[str], *options: str, model: str = "Meta-
     return ExitCode(code), json.loads(capsys.readouterr().out or "{}")
 
 
-def test_a_plan_keeps_its_constraints_and_prices_them(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    constraints = ("--forbid", "gpu=a100/0", "--pin", "type=L4:use=2", "--price-pins", "--out", "plan.json")
+def test_a_plan_keeps_its_constraints(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    constraints = ("--forbid", "gpu=a100/0", "--pin", "type=L4:use=2", "--out", "plan.json")
     code, plan = place(capsys, *constraints)
     assert code == ExitCode.OK
     used = {name for replica in plan["replicas"] for stage in replica["stages"] for name in stage["devices"]}
@@ -40,15 +40,6 @@ def test_a_plan_keeps_its_constraints_and_prices_them(folder: Path, capsys: pyte
     assert {"l4-0/0", "l4-1/0"} <= used
     assert plan["inputs"]["constraints"] == ["--forbid gpu=a100/0", "--pin type=L4:use=2"]
     assert plan["family"].endswith("; --forbid gpu=a100/0; --pin type=L4:use=2")
-    prices = plan["inputs"]["constraint_prices"]
-    assert [price["constraints"] for price in prices] == [[each] for each in plan["inputs"]["constraints"]] + [
-        plan["inputs"]["constraints"]
-    ]
-    assert all(price["solved"] and 0 <= price["least"] <= price["most"] for price in prices)
-    assert prices[0]["least"] > 0
-    _, free = place(capsys)
-    gain = free["result"]["value"] - plan["result"]["value"]
-    assert prices[-1]["least"] - 1e-6 <= gain <= prices[-1]["most"] + 1e-6
     assert run(["check", "plan.json", "-q"]) == ExitCode.OK
     assert run(["explain", "plan.json"]) == ExitCode.OK
     assert "they are forbidden" in " ".join(capsys.readouterr().out.split())

@@ -28,7 +28,7 @@ ROUNDED = 0.006  # share by which three digits differ from a value
 def request(tmp_path: Path, idle: str, count: int, model: str, workload: str) -> PlacementRequest:
     path = tmp_path / "fleet.yaml"
     path.write_text(FLEET.format(idle=idle, count=count), encoding="utf-8")
-    return PlacementRequest(cluster=str(path), model=model, workload=workload, rung="node", other_engines=False)
+    return PlacementRequest(cluster=str(path), model=model, workload=workload, rung="node")
 
 
 def proven(of: PlacementRequest) -> Plan:
@@ -83,11 +83,7 @@ def test_a_rung_keeps_no_less_than_equal_stages_on_it(tmp_path: Path, rung: str)
     """Plans of higher saturated rates than these have fewer seats, for which requests wait."""
     path = tmp_path / "fleet.yaml"
     path.write_text(MIXED, encoding="utf-8")
-    plan = proven(
-        PlacementRequest(
-            cluster=str(path), model="Llama-3.1-70B", workload="azure_conv_2023", rung=rung, other_engines=False
-        )
-    )
+    plan = proven(PlacementRequest(cluster=str(path), model="Llama-3.1-70B", workload="azure_conv_2023", rung=rung))
     assert plan.result.value >= plan.inputs["equal_stages_value"] * (1.0 - 1e-9)
 
 

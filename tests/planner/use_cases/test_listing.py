@@ -88,7 +88,7 @@ def test_a_plan_says_how_deep_its_pipelines_may_be(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     command = ["place", "-c", fleet(tmp_path, FOUR_KINDS), "-m", "Llama-3.1-8B", "-w", "1000/100", "-q"]
-    command += ["--no-verify", "--no-other-engines", "--rung", "workers", "-o", "json"]
+    command += ["--no-verify", "--rung", "workers", "-o", "json"]
 
     def plan(*options: str) -> dict[str, Any]:
         assert run([*command, *options]) == ExitCode.OK

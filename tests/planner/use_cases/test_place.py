@@ -151,9 +151,9 @@ def test_a_plan_is_shown_before_it_is_simulated(
     solver(PLAN)
     shown = list[str]()
 
-    def verify(_posed: object, made: Climbed, _report: object) -> placing.PlacedPlan:
+    def verify(_posed: object, made: Climbed, _report: object) -> Climbed:
         shown.append(capsys.readouterr().out)
-        return placing.PlacedPlan(plan=made.plan, problem=made.problem)
+        return made
 
     monkeypatch.setattr(placing.PosedPlacement, "verify", verify)
     assert run(INPUTS) == ExitCode.OK

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +32,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def place(capsys: pytest.CaptureFixture[str], *options: str) -> dict[str, Any]:
     model = () if "-m" in options else ("-m", "Meta-Llama-3-8B")
     inputs = ("place", "-c", "fleet.yaml", *model, "-w", "1024/256", "-q", "-o", "json")
-    assert run([*inputs, "--no-verify", "--no-other-engines", "--strategy", "uniform", *options]) == ExitCode.OK
+    assert run([*inputs, "--no-verify", "--strategy", "uniform", *options]) == ExitCode.OK
     found: dict[str, Any] = json.loads(capsys.readouterr().out)
     return found
 
@@ -214,11 +213,10 @@ def test_what_the_engine_needs_is_not_told_as_an_option(folder: Path, capsys: py
     said = capsys.readouterr().err
     assert "given p95 TTFT limit 2 s and vllm-hetis computing no layers on V100-SXM2-32GB: " in said
     assert "--forbid" not in said
-    options = ("--no-verify", "--no-other-engines", "--strategy", "uniform", "--price-pins", "--html", "plan.html")
+    options = ("--no-verify", "--strategy", "uniform", "--html", "plan.html")
     assert run([*inputs, "--engine", "vllm", "--forbid", "tp=2", *options, "--out", "plan.json"]) == ExitCode.OK
     said = " ".join(capsys.readouterr().out.split())
     assert "Constraints: vllm not running on V100-SXM2-32GB; --forbid tp=2. " in said, "of what was searched"
-    assert re.search(r" without gain, requests/s vllm not running on V100-SXM2-32GB 6\.\S+ .*--forbid tp=2 0 ", said)
     assert "--forbid type" not in (folder / "plan.html").read_text()
     plan = json.loads((folder / "plan.json").read_text())
     assert plan["inputs"]["constraints"] == ["--forbid type=V100-SXM2-32GB", "--forbid tp=2"]
@@ -259,7 +257,7 @@ def mixed(folder: Path) -> Path:
 
 def place_mixed(capsys: pytest.CaptureFixture[str], *options: str) -> dict[str, Any]:
     inputs = ("place", "-c", "mixed.yaml", "-m", "Llama-2-70B", "-w", "1024/256", "-q", "-o", "json")
-    assert run([*inputs, "--no-verify", "--no-other-engines", *options]) == ExitCode.OK
+    assert run([*inputs, "--no-verify", *options]) == ExitCode.OK
     found: dict[str, Any] = json.loads(capsys.readouterr().out)
     return found
 
@@ -326,7 +324,7 @@ def test_a_plan_says_which_attention_backend_its_replicas_must_be_told(
 ) -> None:
     (folder / "fleet.yaml").write_text(FLEET.replace("V100-SXM2-32GB, count: 2", "T4, count: 1"), encoding="utf-8")
     inputs = ("place", "-c", "fleet.yaml", "-m", "Llama-3.2-1B", "-w", "1024/256", "-q", "-o", "json", "--no-verify")
-    roles = ("--no-other-engines", "--roles", "prefill,decode", "--ttft", "none", "--tpot", "none")
+    roles = ("--roles", "prefill,decode", "--ttft", "none", "--tpot", "none")
     told = []
     for engine in ("vllm", "sglang"):
         assert run([*inputs, *roles, "--engine", engine]) == ExitCode.OK

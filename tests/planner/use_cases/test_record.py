@@ -10,12 +10,11 @@ import pytest
 
 from hetis.formats.documents import from_data, to_data
 from hetis.formats.errors import DocumentError
-from hetis.planner.use_cases.record.forms import EngineValue, Searched, Verification
+from hetis.planner.use_cases.record.forms import Searched, Verification
 from hetis.planner.use_cases.record.parts import (
     EqualStages,
     Losses,
     MadeFrom,
-    OtherEngines,
     Part,
     Requested,
     Rungs,
@@ -41,7 +40,6 @@ PARTS: list[Part] = [
     ),
     EqualStages(best=Searched(None), by_size={"1": 0.5, "2": None}),
     EqualStages(best=Searched(1.5)),
-    OtherEngines(values=(EngineValue(engine="vllm", value=1.0, bound=None, lacks=("workers",)),)),
     Verified(verification=VERIFICATION, model_value=2.0),
     Losses(by_place={"node": Loss(name="a", rate=1.0, whole=2.0)}),
 ]  # fmt: skip
@@ -74,7 +72,6 @@ def test_what_is_unreadable_has_its_default_and_stays_in_the_plan(kind: type[Par
     assert strange.inputs.keys() == names
 
 
-ENGINE = {"engine": "vllm", "value": 1.08, "bound": None, "lacks": ["workers"], "why_not": ""}
 RUNG = {"name": "node", "value": 1.0, "rate_rps": 1.0, "gpus": 1, "left_rps": 0.0}
 LOSS = {"name": "zz", "rate": 1, "whole": 2.0}
 LEVEL = {"ttft": "p95", "tpot": "mean", "attainment": 0.9}
@@ -91,10 +88,6 @@ LEVEL = {"ttft": "p95", "tpot": "mean", "attainment": 0.9}
             {"ttft": "p1"}, {"tpot": ["mean"]}, {"more": 1},
             *({"attainment": share} for share in (0.0, 1.01, 1e308, math.nan, math.inf, 10**400, "x", [0.9])),
         ]),
-        (OtherEngines, "engine_values", ENGINE, [
-            {"engine": None}, {"lacks": [1]}, {"lacks": "ab"}, {"why_not": 3}, {"bound": "x"}, {"bound": math.nan},
-            {"value": "x"}, {"value": math.nan}, {"value": 10**400},
-        ]),
         (Rungs, "rungs", RUNG, [{"value": None}, {"gpus": 1.5}, {"targets": [1]}, {"name": 3}]),
         (Losses, "losses", LOSS, [{"rate": "x"}, {"whole": 0}, {"name": None}]),
     ],
@@ -103,7 +96,7 @@ def test_what_is_in_another_form_is_left_out(
     kind: type[Part], name: str, good: dict[str, object], changes: list[dict[str, object]]
 ) -> None:
     """Rows of a list or by place do not keep the others from being shown."""
-    are_rows = kind in (OtherEngines, Rungs)
+    are_rows = kind is Rungs
 
     def read(entry: object) -> Part:
         written = [entry, good, 5] if are_rows else {"node": entry, "zone": good} if kind is Losses else entry

@@ -31,7 +31,6 @@ def inputs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
         "1024/256",
         "-q",
         "--no-verify",
-        "--no-other-engines",
     ]
 
 

@@ -85,7 +85,7 @@ def test_dropped_requests_lose_their_states_and_the_kv_that_windows_have_left() 
         sliding_layers=2,
     )
     plan = solve_placement(PROBLEM)
-    change = plan_change(plan, replace(plan, replicas=()), model, MOMENTS)
+    change = plan_change(plan, replace(plan, replicas=()), model, {(): MOMENTS})
     kept = sum(one.planned_seats for one in plan.replicas) * model.cached_tokens(MOMENTS.resident_context)
     states = change.dropped_requests * 2 * 1000
     assert change.dropped_kv_bytes == pytest.approx(kept * model.kv_bytes_per_token() + states)
@@ -103,7 +103,7 @@ def test_replicas_are_matched_by_what_they_hold_whatever_their_order() -> None:
     plan = solve_placement(PROBLEM)
     assert len(plan.replicas) >= 2
     turned = replace(plan, replicas=plan.replicas[::-1])
-    change = plan_change(plan, turned, MODEL, MOMENTS)
+    change = plan_change(plan, turned, MODEL, {(): MOMENTS})
     assert {c.fate for c in change.replicas} == {Fate.KEPT}
     assert (change.moved, change.dropped_requests) == ((), 0)
 
@@ -118,7 +118,7 @@ def test_workers_that_several_stages_share_do_not_move_if_nothing_changes() -> N
         AttentionWorkerPool(stage=i, gpu="B", devices=("w/0", "w/1"), kv_head_groups=1, shared=True) for i in (0, 1)
     ]
     sharing = replace(plan, replicas=(replace(replica, stages=stages, attention_workers=tuple(pools)),))
-    change = plan_change(sharing, sharing, MODEL, MOMENTS)
+    change = plan_change(sharing, sharing, MODEL, {(): MOMENTS})
     assert (change.replicas[0].fate, change.replicas[0].moved_gpus, change.moved) == (Fate.KEPT, 0, ())
 
 
@@ -126,7 +126,7 @@ def test_other_settings_on_the_same_gpus_drop_requests_and_load_nothing() -> Non
     plan = solve_placement(PROBLEM)
     first = plan.replicas[0]
     reset = replace(plan, replicas=(replace(first, micro_batch=first.micro_batch + 1), *plan.replicas[1:]))
-    change = plan_change(plan, reset, MODEL, MOMENTS)
+    change = plan_change(plan, reset, MODEL, {(): MOMENTS})
     assert change.replicas[0].fate is Fate.RESET
     assert not change.loads
     assert change.dropped_requests == first.planned_seats
@@ -138,7 +138,9 @@ def test_other_settings_on_the_same_gpus_drop_requests_and_load_nothing() -> Non
 def test_nothing_of_another_model_is_of_use() -> None:
     plan = solve_placement(PROBLEM)
     wide = replace(MODEL, kv_bytes=2 * MODEL.kv_bytes)
-    change = plan_change(plan, plan, wide, MOMENTS, replaced=MODEL)
-    assert change.dropped_kv_bytes == plan_change(plan, replace(plan, replicas=()), MODEL, MOMENTS).dropped_kv_bytes
+    change = plan_change(plan, plan, wide, {(): MOMENTS}, replaced=MODEL)
+    assert (
+        change.dropped_kv_bytes == plan_change(plan, replace(plan, replicas=()), MODEL, {(): MOMENTS}).dropped_kv_bytes
+    )
     assert change.count(Fate.NEW) == change.count(Fate.GONE) == len(plan.replicas)
     assert set(change.loads) == set(change.moved) == set(holdings(plan))

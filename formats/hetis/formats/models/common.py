@@ -96,12 +96,6 @@ def window_in_all(config: Config, _fields: Mapping[str, Any]) -> dict[str, Any]:
     return {"sliding_window": config.optional("sliding_window")}
 
 
-def every_second(config: Config, fields: Mapping[str, Any], default: int | None = None) -> dict[str, Any]:
-    """Return the sliding window of every second layer."""
-    window = config.optional("sliding_window") if default is None else config.whole("sliding_window", default)
-    return {"sliding_window": window, "sliding_layers": -(-fields["num_layers"] // 2)}
-
-
 def default_width(moe: Shape | None) -> dict[str, int]:
     """Return the default width of a dense MLP, which no layer has where all have experts."""
     return {} if moe is None else {"intermediate_size": moe["expert_intermediate"]}

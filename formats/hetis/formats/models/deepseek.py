@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 from hetis.formats.errors import shown
 from hetis.formats.layers import Shape
 from hetis.formats.models.common import common_fields, default_width, leading_dense_layers, spec_of
@@ -125,8 +122,3 @@ def _indexer_layers(config: Config, num_layers: int) -> int | None:
         config.refuse(name, f"has {shown(shared)} for layer 0, which no layer precedes whose indexer it could share")
     layers = kinds.count(full)
     return layers if 0 < layers < num_layers else None
-
-
-def glm4_moe(config: Config, fields: Mapping[str, Any]) -> dict[str, Any]:
-    """Read GLM 4.5 and 4.6: grouped queries; dense layers first, then experts in every layer."""
-    return {"moe": routed_experts(config, leading_dense_layers(config, fields["num_layers"], 0))}

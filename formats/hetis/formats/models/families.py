@@ -16,7 +16,6 @@ from hetis.formats.fields import listed
 from hetis.formats.models.common import (
     Family,
     common_fields,
-    every_second,
     family_of,
     same_experts,
     spec_of,
@@ -25,9 +24,9 @@ from hetis.formats.models.common import (
     window_in_all,
 )
 from hetis.formats.models.config_json import Config
-from hetis.formats.models.deepseek import deepseek, deepseek_sparse, deepseek_v4, glm4_moe, kimi_linear
+from hetis.formats.models.deepseek import deepseek, deepseek_sparse, deepseek_v4, kimi_linear
 from hetis.formats.models.linear_attention import lightning_attention
-from hetis.formats.models.qwen import qwen1, qwen2_vl, qwen3_next, qwen3_vl, qwen_moe, qwen_window
+from hetis.formats.models.qwen import qwen1, qwen2_vl, qwen3_next
 from hetis.formats.models.unlike import by_layers, deci, twice_in_a_layer
 from hetis.solver.model import ModelSpec
 
@@ -46,37 +45,12 @@ def _minimax(config: Config, name: str) -> ModelSpec | None:
     return spec_of(config, **fields, linear=config.linear.shape)
 
 
-_mixtral = family_of(partial(same_experts, num=8, active=2), window_in_all)
-_minimax_m2 = family_of(
-    partial(same_experts, num=8, active=2), window_in_all, fixed={"norms_span_heads": True}
-)  # MiniMaxText01RMSNormTP in vLLM 0.32
-
-
 def _opt(config: Config, fields: Mapping[str, Any]) -> dict[str, Any]:
     """Refuse embeddings narrower than the hidden size (OPT-350m)."""
     hidden = fields["hidden"]
     if config.whole("word_embed_proj_dim", hidden) != hidden:
         config.refuse("word_embed_proj_dim", f"must equal hidden_size ({hidden})")
     return {}
-
-
-_GEMMA3 = {"num_attention_heads": 8, "num_key_value_heads": 4, "vocab_size": 262_208}
-_GEMMA3["max_position_embeddings"] = 131_072
-
-
-def _gemma3(config: Config, fields: Mapping[str, Any]) -> dict[str, Any]:
-    """Read Gemma 3: five of six layers slide, and a SigLIP tower beside all sizes but the smallest.
-
-    Configs of the larger sizes omit what equals the library's defaults (Gemma3TextConfig).
-    """
-    every = config.whole("sliding_window_pattern", 6)
-    kinds = config.kinds_of_layers(fields["num_layers"], ("sliding_attention", "full_attention"))
-    full = fields["num_layers"] // every if kinds is None else kinds.count("full_attention")
-    return {
-        "sliding_window": config.whole("sliding_window", 1024),
-        "sliding_layers": fields["num_layers"] - full,
-        "vision_params": vision_params(config, projection=fields["hidden"]),
-    }
 
 
 def _llama4(config: Config, fields: Mapping[str, Any]) -> dict[str, Any]:
@@ -136,45 +110,43 @@ def _with_towers(read: Family, params: int, config: Config, name: str) -> ModelS
 _CLASSIC: dict[str, Any] = {"gated_mlp": False, "usual": {"expansion_ratio": 4}}
 
 
-# Options of Gemma, and of its later generations, whose values exceed the range of float16.
-_GEMMA: dict[str, Any] = {"tie_embeddings": True, "head_dim": 256}
+# Values of Gemma from its second generation on exceed the range of float16. Configs omit what equals the library's
+# defaults (Gemma3TextConfig): every second, later every sixth layer does not slide.
+_LATER_GEMMA = partial(by_layers, tied=True, fixed={"float16": False})
+_GEMMA_2 = {"head_dim": 256, "sliding_window": 4096, "sliding_window_pattern": 2}
+_GEMMA_3 = {"head_dim": 256, "sliding_window": 1024, "sliding_window_pattern": 6, "num_attention_heads": 8}
+_GEMMA_3 |= {"num_key_value_heads": 4, "vocab_size": 262_208, "max_position_embeddings": 131_072}
 
 
-_LATER_GEMMA: dict[str, Any] = _GEMMA | {"fixed": {"float16": False}}
-
-
-_GEMMA_4 = partial(by_layers, tied=True, fixed={"float16": False})
-
-
-_TWO_MATRICES = {"gated_mlp": False}  # of the MLP
-
-
-_PHI3 = family_of(window_in_all)
+# Qwen's windows are off unless ``use_sliding_window`` switches them on, in the layers from a stated one on. vLLM (0.32)
+# runs models with the window in all layers or in none.
+_QWEN = {"use_sliding_window": False, "max_window_layers": 28}
 
 
 # Architecture, its ``model_type`` if configs without ``architectures`` are known, and its reader.
 _TABLE: tuple[tuple[str, str, Family], ...] = (
-    ("LlamaForCausalLM", "llama", family_of()),
-    ("LLaMAForCausalLM", "", family_of()),
-    ("MistralForCausalLM", "mistral", family_of(window_in_all)),
-    ("MixtralForCausalLM", "mixtral", _mixtral),
-    ("MiniMaxM2ForCausalLM", "minimax_m2", _minimax_m2),
+    ("LlamaForCausalLM", "llama", by_layers),
+    ("LLaMAForCausalLM", "", by_layers),
+    ("MistralForCausalLM", "mistral", by_layers),
+    ("MixtralForCausalLM", "mixtral", partial(by_layers, usual={"num_local_experts": 8, "num_experts_per_tok": 2})),
+    # MiniMaxText01RMSNormTP in vLLM 0.32
+    ("MiniMaxM2ForCausalLM", "minimax_m2", partial(by_layers, fixed={"norms_span_heads": True})),
     ("QWenLMHeadModel", "qwen", family_of(qwen1)),
-    ("Qwen2ForCausalLM", "qwen2", family_of(qwen_window)),
-    ("Qwen2MoeForCausalLM", "qwen2_moe", qwen_moe),
-    ("Qwen3ForCausalLM", "qwen3", family_of(qwen_window, head_dim=128)),
-    ("Qwen3MoeForCausalLM", "qwen3_moe", qwen_moe),
-    ("OPTForCausalLM", "opt", family_of(_opt, fixed=_TWO_MATRICES, tie_embeddings=True, width="ffn_dim")),
-    ("GemmaForCausalLM", "gemma", family_of(**_GEMMA)),
-    ("Gemma2ForCausalLM", "gemma2", family_of(partial(every_second, default=4096), **_LATER_GEMMA)),
-    ("Gemma3ForCausalLM", "gemma3_text", family_of(_gemma3, **_LATER_GEMMA, defaults=_GEMMA3)),
-    ("Gemma3ForConditionalGeneration", "gemma3", family_of(_gemma3, **_LATER_GEMMA, defaults=_GEMMA3)),
-    ("PhiForCausalLM", "phi", family_of(fixed=_TWO_MATRICES)),
-    ("Phi3ForCausalLM", "phi3", _PHI3),
-    ("PhiMoEForCausalLM", "phimoe", family_of(partial(same_experts, num=16, active=2), window_in_all)),
+    ("Qwen2ForCausalLM", "qwen2", partial(by_layers, usual=_QWEN)),
+    ("Qwen2MoeForCausalLM", "qwen2_moe", partial(by_layers, usual=_QWEN)),
+    ("Qwen3ForCausalLM", "qwen3", partial(by_layers, usual=_QWEN | {"head_dim": 128})),
+    ("Qwen3MoeForCausalLM", "qwen3_moe", partial(by_layers, usual=_QWEN)),
+    ("OPTForCausalLM", "opt", family_of(_opt, fixed={"gated_mlp": False}, tie_embeddings=True, width="ffn_dim")),
+    ("GemmaForCausalLM", "gemma", partial(by_layers, tied=True, usual={"head_dim": 256})),
+    ("Gemma2ForCausalLM", "gemma2", partial(_LATER_GEMMA, usual=_GEMMA_2)),
+    ("Gemma3ForCausalLM", "gemma3_text", partial(_LATER_GEMMA, usual=_GEMMA_3)),
+    ("Gemma3ForConditionalGeneration", "gemma3", partial(_LATER_GEMMA, usual=_GEMMA_3)),
+    ("PhiForCausalLM", "phi", partial(by_layers, **_CLASSIC)),
+    ("Phi3ForCausalLM", "phi3", by_layers),
+    ("PhiMoEForCausalLM", "phimoe", partial(by_layers, usual={"num_local_experts": 16, "num_experts_per_tok": 2})),
     ("KimiLinearForCausalLM", "kimi_linear", kimi_linear),
-    ("Glm4MoeForCausalLM", "glm4_moe", family_of(glm4_moe)),
-    ("GptOssForCausalLM", "gpt_oss", family_of(every_second, same_experts, head_dim=64)),
+    ("Glm4MoeForCausalLM", "glm4_moe", by_layers),
+    ("GptOssForCausalLM", "gpt_oss", partial(by_layers, usual={"head_dim": 64, "sliding_window_pattern": 2})),
     ("Qwen2VLForConditionalGeneration", "qwen2_vl", partial(qwen2_vl, gated=False)),
     ("Qwen2_5_VLForConditionalGeneration", "qwen2_5_vl", partial(qwen2_vl, gated=True)),
     ("DeepseekV32ForCausalLM", "deepseek_v32", deepseek_sparse),
@@ -189,11 +161,12 @@ _TABLE: tuple[tuple[str, str, Family], ...] = (
     ("DeciLMForCausalLM", "nemotron-nas", deci),
     ("DbrxForCausalLM", "dbrx", partial(by_layers, inner=("attn_config", "ffn_config"))),
     ("AXK2ForCausalLM", "axk2", deepseek_sparse),
-    # By model cards: 3.3B and 3.4B with DeepEncoder (SAM, and CLIP or a small Qwen2); 5.6B with adapters for
-    # all matrices.
+    # By model cards: 3.3B and 3.4B with DeepEncoder (SAM, and CLIP or a small Qwen2); 4.15B with CLIP; 5.6B with
+    # adapters for all matrices.
     ("DeepseekOCRForCausalLM", "", partial(_with_towers, by_layers, 400_000_000)),
     ("DeepseekOCR2ForCausalLM", "", partial(_with_towers, by_layers, 460_000_000)),
-    ("Phi4MMForCausalLM", "phi4mm", partial(_with_towers, _PHI3, 1_740_000_000)),
+    ("Phi3VForCausalLM", "phi3_v", partial(_with_towers, by_layers, 325_000_000)),
+    ("Phi4MMForCausalLM", "phi4mm", partial(_with_towers, by_layers, 1_740_000_000)),
 )
 
 
@@ -263,7 +236,7 @@ _ALIKE: tuple[tuple[Family, str], ...] = (
         "HunYuanVLForConditionalGeneration=hunyuan_vl VaultGemmaForCausalLM=vaultgemma",
     ),
     (
-        _GEMMA_4,
+        _LATER_GEMMA,
         "Gemma4ForConditionalGeneration=gemma4 Gemma4ForCausalLM=gemma4_text "
         "Gemma4UnifiedForConditionalGeneration=gemma4_unified Gemma4UnifiedForCausalLM=gemma4_unified_text",
     ),
@@ -280,7 +253,7 @@ _ALIKE: tuple[tuple[Family, str], ...] = (
     ),
     (_minimax, "MiniMaxText01ForCausalLM=minimax_text_01 MiniMaxM1ForCausalLM=minimax_m1 MiniMaxForCausalLM=minimax"),
     (
-        qwen3_vl,
+        partial(by_layers, usual={"head_dim": 128}),
         "Qwen3VLForConditionalGeneration=qwen3_vl Qwen3VLMoeForConditionalGeneration=qwen3_vl_moe "
         "Qwen3OmniMoeForConditionalGeneration=qwen3_omni_moe",
     ),
@@ -358,6 +331,5 @@ NOT_MODELLED: dict[str, str] = {
     "Mamba2ForCausalLM": "no layer with KV",
     "FalconMambaForCausalLM": "no layer with KV",
     "Phi3SmallForCausalLM": "block-sparse attention, where every head attends to blocks of its own",
-    "Phi3VForCausalLM": "a vision tower that its config names but does not describe",
     "Phi4FlashForCausalLM": "layers that have a state space (Mamba), and layers that share the KV of another",
 }

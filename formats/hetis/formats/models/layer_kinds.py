@@ -155,6 +155,9 @@ def kinds_of_attention(config: Config, num_layers: int) -> list[str]:
         return [ATTENTION] * num_layers
     if isinstance(pattern, str) and pattern:  # EXAONE: L slides, G does not
         return [WINDOWED if pattern[layer % len(pattern)] == "L" else ATTENTION for layer in range(num_layers)]
+    if config.data.get("max_window_layers") is not None:  # Qwen, as transformers reads it
+        first = config.whole("max_window_layers", least=0)
+        return [WINDOWED if layer >= first else ATTENTION for layer in range(num_layers)]
     every = config.whole("sliding_window_pattern", 0, least=0)
     return [ATTENTION if every and layer % every == every - 1 else WINDOWED for layer in range(num_layers)]
 
@@ -172,7 +175,10 @@ def _has_states(config: Config) -> bool:
 
 
 def _named_kinds(config: Config, name: str, stated: Any, num_layers: int) -> list[str]:
+    before = len(config.problems)
     entries = list(stated) if isinstance(stated, str) else _for_layers(config, name, stated, num_layers)
+    if len(config.problems) > before:
+        return [ATTENTION] * num_layers
     if isinstance(stated, str) and len(entries) != num_layers:
         config.refuse(name, f"has {len(entries)} letters, must have {num_layers}, one for each layer")
         return [ATTENTION] * num_layers
@@ -222,6 +228,10 @@ def layers_with_experts(config: Config, num_layers: int) -> list[bool]:
         period, offset = config.whole("expert_layer_period"), config.whole("expert_layer_offset", 0, least=0)
         return [layer % period == offset for layer in range(num_layers)]
     first = number(config, "first_dense", 0, least=0)
+    if first >= num_layers:
+        config.refuse(
+            named(config, "first_dense"), f"is {first}, must be less than the number of layers ({num_layers})"
+        )
     names = ("moe_layer_interval", "moe_layer_freq", "decoder_sparse_step", "interleave_moe_layer_step")
     every = config.whole(next((name for name in names if config.data.get(name) is not None), names[0]), 1)
     dense = config.data.get("mlp_only_layers")

@@ -161,6 +161,9 @@ def _in_layers(config: Config, num_layers: int) -> list[dict[str, Any]]:
 def _heads(config: Config) -> tuple[int, int, int]:
     hidden, q_heads = config.whole("hidden_size"), config.whole("num_attention_heads")
     kv_heads = number(config, "num_key_value_heads", q_heads)
+    has_own_size = any(config.data.get(name) is not None for name in (*NAMES["head_dim"], "kv_lora_rank"))
+    if not has_own_size and not config.problems and hidden % q_heads:
+        config.refuse("hidden_size", f"is {hidden}, must be a multiple of num_attention_heads ({q_heads})")
     return q_heads, kv_heads, number(config, "head_dim", max(1, hidden // q_heads))
 
 
@@ -383,7 +386,7 @@ def _experts(config: Config, *, gated: bool) -> Experts:
     count, width = number(config, "num_experts"), number(config, "moe_intermediate_size")
     active_name, active = named(config, "num_experts_per_tok"), number(config, "num_experts_per_tok")
     if active > count:
-        config.refuse(active_name, f"is {active}, must be at most {count}")
+        config.refuse(active_name, f"is {active}, must be at most {named(config, 'num_experts')} ({count})")
         active = count
     shared, own = number(config, "n_shared_experts", 0, least=0), named(config, "shared_width")
     # A width of all shared experts, or one of each; a number alone is of experts as wide as routed ones.

@@ -37,13 +37,6 @@ def qwen1(config: Config, fields: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def qwen_moe(config: Config, name: str) -> ModelSpec | None:
-    """Read Qwen2-MoE, whose wide shared expert counts as several of the routed width, and Qwen3-MoE, without any."""
-    moe = _qwen_experts(config)
-    common = common_fields(config, name, defaults=default_width(moe))
-    return spec_of(config, **common, **qwen_window(config, common), moe=moe)
-
-
 def _qwen_experts(config: Config) -> Shape:
     width = config.whole("moe_intermediate_size")
     shared = config.whole("shared_expert_intermediate_size", 0, least=0)
@@ -89,14 +82,6 @@ def qwen2_vl(config: Config, name: str, *, gated: bool) -> ModelSpec | None:
         vision.data = _QWEN2_VL_TOWER | vision.data | tower
     towers = 0 if vision is None else tower_params(vision, projection=0, gated=gated)
     return spec_of(config, **common, vision_params=towers)
-
-
-def qwen3_vl(config: Config, name: str) -> ModelSpec | None:
-    """Read Qwen3-VL: Qwen3 or Qwen3-MoE with a vision tower."""
-    moe = _qwen_experts(config) if config.experts_name("num_experts") in config.data else None
-    towers = vision_params(config, projection=0)
-    common = common_fields(config, name, head_dim=128, defaults=default_width(moe))
-    return spec_of(config, **common, moe=moe, vision_params=towers)
 
 
 def qwen3_next(config: Config, name: str) -> ModelSpec | None:

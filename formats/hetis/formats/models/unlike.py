@@ -54,7 +54,9 @@ def by_layers(
     if num_layers > MAX_LAYERS:
         config.refuse("num_hidden_layers", f"is {num_layers}, must be a whole number from 1 to {MAX_LAYERS}")
         return None
-    hidden, vocab = config.whole("hidden_size"), config.whole("vocab_size")
+    hidden, vocab, _ = (config.whole(name) for name in ("hidden_size", "vocab_size", "num_attention_heads"))
+    if config.problems and config.data.get(named(config, "num_experts")) is None:
+        dense_width(config)  # reported together with what else is missing
     shapes = None if config.problems else made_of(config, partial(read_layers, config, num_layers, **kinds))
     if shapes is None or config.problems:
         return None

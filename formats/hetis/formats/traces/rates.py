@@ -56,7 +56,7 @@ def measured(label: str) -> Measured | None:
     with readable(label), gzip.open(label, "rb") if label.endswith(".gz") else open(label, "rb") as file:
         begin = file.read(MAX_BYTES).decode("utf-8", "replace")
     name = PurePath(label).name.partition(".")[0]
-    if begin.lstrip()[:1] == "{":
+    if begin.lstrip()[:1] == "{" or _RESULT in begin:
         return _of_query(label, name, begin) if '"resultType"' in begin[:1000] else _of_summary(label, name, begin)
     if any(prompts in begin for prompts, _ in HISTOGRAMS):
         return of_metrics(label, begin, name=name, at_s=os.stat(label).st_mtime)
@@ -189,7 +189,9 @@ def _lengths(label: str, buckets: Buckets, total: float | None) -> list[tuple[fl
 
 
 def _of_summary(label: str, name: str, text: str) -> Measured | None:
-    """Return the workload of a report with means: genai-perf's, aiperf's, or bench_serving's without requests."""
+    """Return the workload of a report with means: of genai-perf, aiperf or inference-perf, or of bench_serving without
+    requests, as JSON or as printed.
+    """
     found = list[tuple[str, float, float, float, float]]()
     for run in _runs(text):
         means = _means(run)
@@ -207,7 +209,18 @@ def _of_summary(label: str, name: str, text: str) -> Measured | None:
     return Measured(workload=workload, form=form, num_requests=count, notes=(note,))
 
 
+# What ``vllm bench serve`` and SGLang's bench_serving print, by the names in their JSON.
+_PRINTED = {"Successful requests": "completed", "Benchmark duration (s)": "duration"}
+_PRINTED |= {"Total input tokens": "total_input_tokens", "Total generated tokens": "total_output_tokens"}
+_RESULT = " Serving Benchmark Result "
+_LINE = re.compile(rf"(?m)^({'|'.join(map(re.escape, _PRINTED))}): +([\d.]{{1,20}}) *$")
+
+
 def _runs(text: str) -> Iterator[Any]:
+    for table in text.split(_RESULT)[1:10_000]:
+        yield {_PRINTED[name]: float(number) for name, number in _LINE.findall(table) if number.count(".") < 2}
+    if _RESULT in text:
+        return
     try:
         yield json.loads(text)
     except (ValueError, RecursionError):
@@ -225,6 +238,11 @@ def _means(run: Any) -> tuple[str, float, float, float, float] | None:
     if means := _positive(mapping(data.get(name)).get("avg") for name in names):
         number = (_positive([mapping(data.get("request_count")).get("avg")]) or [1.0])[0]
         return "genai-perf or aiperf, means", means[0], means[1], number, number / means[2]
+    done = mapping(data.get("successes"))
+    each = (mapping(done.get(name)).get("mean") for name in ("prompt_len", "output_len"))
+    speed = mapping(done.get("throughput")).get("requests_per_sec")
+    if means := _positive((*each, done.get("count"), speed)):
+        return "inference-perf, means", means[0], means[1], means[2], means[2] / means[3]
     totals = _positive(data.get(one) for one in ("total_input_tokens", "total_output_tokens", "completed", "duration"))
     if not totals or "input_lens" in data:
         return None

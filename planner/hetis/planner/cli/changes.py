@@ -253,7 +253,7 @@ class FollowOptions:
     """What the loop may do."""
 
     every: float = _follow("--every TIME: Time between two regular decisions.", "5min")
-    coverage: float = _follow("--coverage SHARE: Probability of keeping what comes.", "95%")
+    coverage: float = _follow("--coverage SHARE: Probability of keeping what comes within minutes.", "97%")
     look_ahead: float = _follow("--look-ahead TIME: Time whose peak a change is made for.", "5min")
     threshold: float = _follow("--threshold SHARE: Utilisation that threshold scaling keeps.", "70%")
     max_moves: int | None = _follow("--max-moves N: Maximum GPUs whose work one change may change.", min=0)

@@ -20,8 +20,9 @@ from hetis.solver.errors import InfeasibleError, NoPlanFoundError
 from hetis.solver.plan import DEFAULT_STRATEGY
 
 if TYPE_CHECKING:
+    from hetis.planner.use_cases.climbing import Climbed
     from hetis.planner.use_cases.comparing.compare import Compared
-    from hetis.planner.use_cases.place import PlacedPlan, PosedPlacement
+    from hetis.planner.use_cases.place import PosedPlacement
     from hetis.solver.plan import Objective, Plan
 
 _search, _result = panel("Search"), panel("Result")
@@ -126,20 +127,12 @@ def finish(terminal: Terminal, posed: PosedPlacement, results: ResultOptions) ->
     return ExitCode.MISSED if short else ExitCode.OK
 
 
-def _print(terminal: Terminal, proven: Plan, answer: PlacedPlan) -> None:
+def _print(terminal: Terminal, proven: Plan, answer: Climbed) -> None:
     """Print the plan as data, or what was added to the tables of the proven one since they were printed."""
-    from rich.console import Group, RenderableType
-
     from hetis.formats.documents import to_data
-    from hetis.planner.report.plan import render_constraint_prices, render_verified
+    from hetis.planner.report.plan import render_verified
 
-    def tables() -> RenderableType:
-        parts: list[RenderableType] = [render_verified(proven, answer.plan, wide=terminal.is_wide)]
-        if answer.prices:
-            parts.append(render_constraint_prices(answer.prices, answer.plan.result.unit))
-        return Group(*parts)
-
-    terminal.emit(lambda: to_data(answer.plan), tables)
+    terminal.emit(lambda: to_data(answer.plan), lambda: render_verified(proven, answer.plan, wide=terminal.is_wide))
 
 
 def _infeasible_document(error: InfeasibleError, strategy: str, objective: Objective) -> dict[str, Any]:

@@ -37,12 +37,12 @@ hetis-plan simulate plan.json --trace requests.csv --rate 2 --html run.html\n
 hetis-plan simulate plan.json --attainment 99% --seeds 3\n
 hetis-plan simulate plan.json --sweep --ttft 2s --tpot 100ms\n
 hetis-plan simulate plan.json --saturate -o json | jq .throughput_rps"""
-DEFAULT_TOLERANCE, DEFAULT_PRECISION = 0.02, 0.05  # None if they are not given: they would be ignored by other runs
+DEFAULT_TOLERANCE = 0.02  # None if it is not given: other runs would ignore it
 MAX_REQUESTS = 10_000_000
 LEVELS = "ttft_statistic", "tpot_statistic", "attainment"  # the latencies of a saturated fleet mean nothing
 CONTRADICTIONS = (  # pairs of fields, and the message
     *(("saturate", name, "{} and {} cannot be combined") for name in ("rate", "recorded", "sweep", *LEVELS)),
-    *(("sweep", name, "{} and {} cannot be combined") for name in ("rate", "recorded", "until_stable")),
+    *(("sweep", name, "{} and {} cannot be combined") for name in ("rate", "recorded")),
     *(("cv", name, "{} applies to random arrivals, not to {}") for name in ("recorded", "saturate")),
     ("requests_csv", "sweep", "{} shows a single run, not {}"),
 )
@@ -93,13 +93,6 @@ class SimulateOptions:
     )
     seeds: int = _runs("--seeds K: Number of runs, each with its own seed.", 1, min=1, max=1000)
     seed: int = _runs("--seed: Seed of the first run.", 0, min=0)
-    until_stable: bool = _runs(
-        "--until-stable: Double the requests until the confidence intervals are narrow enough (--precision).", False
-    )
-    precision: float | None = _runs(
-        "--precision SHARE: Half width of the 95% intervals, relative to the value, that --until-stable requires.",
-        shown=f"{DEFAULT_PRECISION:.0%}",
-    )
     threads: int = _runs("--threads: Runs to simulate in parallel, as processes; 0 means one per core.", 0, min=0)
     router: Router = _fleet(
         "--router POLICY: How requests are routed to replicas: least-work, weighted, fewest-requests or fewest-tokens.",
@@ -149,7 +142,6 @@ class SimulateOptions:
         if found.recorded and found.trace is None:
             raise typer.BadParameter("--recorded needs --trace: the plan has only request lengths")
         options.refuse_without("--sweep", found, "tolerance", is_given=found.sweep)
-        options.refuse_without("--until-stable", found, "precision", is_given=found.until_stable)
         return found
 
     def _has(self, name: str) -> bool:
@@ -229,7 +221,6 @@ def simulate(terminal: Terminal, plan: PlanArgument, *, wanted: SimulateOptions)
         service_level=level,
         sweeps=wanted.sweep,
         tolerance=wanted.tolerance or DEFAULT_TOLERANCE,
-        precision=(wanted.precision or DEFAULT_PRECISION) if wanted.until_stable else None,
         engine_settings=given,
         changes=started.changes,
         keep_run=any(path is not None for path in files) and not wanted.sweep,

@@ -44,6 +44,7 @@ class Attempts:
     is_of_standby: bool = False  # whether that is a standby's, so that it lacks what only the leader knows
     _num_waits: int = 0
     _is_in_doubt: bool = False  # an attempt without an answer may have been carried out
+    _refusal: CallError | None = None  # the last one by a leader, such as that its store's disk is full
 
     @property
     def timeout_s(self) -> float:
@@ -74,6 +75,8 @@ class Attempts:
         if wait_s is None:
             raise self._of_all_attempts(error)
         self._is_in_doubt |= self.may_change and not _changed_nothing(error)
+        if error.reason not in ("", *_REFUSED_AT_ONCE):
+            self._refusal = error
         return wait_s
 
     def _wait_s(self, endpoint: Endpoint, error: CallError) -> float | None:
@@ -98,6 +101,11 @@ class Attempts:
         return None if self.clock() + wait_s >= self.end_s else wait_s
 
     def _of_all_attempts(self, error: CallError) -> CallError:
+        if error.reason == "" and (refusal := self._refusal) is not None:  # the deadline cut the last attempt short
+            self._is_in_doubt |= self.may_change
+            error = CallError(
+                f"{refusal}; then {error}", code=error.code, reason=refusal.reason, metadata=refusal.metadata
+            )
         # A leader's refusal covers all attempts: had one been carried out, its answer would have been repeated.
         if not self._is_in_doubt or error.code not in _NO_ANSWER:
             return error

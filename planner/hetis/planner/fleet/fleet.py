@@ -211,6 +211,10 @@ class LiveFleet:
         record = self._cluster(cluster).record
         return cluster_pb2.ClusterPolicy() if record is None else record.body.policy
 
+    def has_plan(self, cluster: str) -> bool:
+        """Return whether a plan of the cluster is in force or being activated."""
+        return self._cluster(cluster).plan is not None
+
     def _cluster(self, name: str) -> ClusterFleet:
         return self._clusters.get(name, self._no_cluster)
 

@@ -12,10 +12,10 @@ the fleet has changed. C is the rate at which the plan in force keeps its limits
 How far is looked ahead for D is another question than the horizon over which a change must be worth its costs: what is
 given back too early is taken again within a minute or two and costs its start once more, about as much as keeping it
 for that time, whereas what is kept for a later peak is paid until then. So D is the peak of some minutes. Both demands
-are upper ends of the same probability, one of the time in which nothing can be helped, one of that for which a change
-is made. Their level is the mean of minutes, or since a jump (`History.level`), known up to the chance of counting. A
-plan is short only by `SHORT` standard deviations of it, and what is given back leaves `SPARE` of them above D: so
-chance alone hardly ever gives back what it soon takes again, whereas a shortage is answered with no more than D.
+are upper ends, surer for the time in which nothing can be helped than for that for which a change is made. Their level
+is the mean of minutes, or since a jump (`History.level`), known up to the chance of counting. A plan is short only by
+`SHORT` standard deviations of it, and what is given back leaves `SPARE` of them above D: so chance alone hardly ever
+gives back what it soon takes again, whereas a shortage is answered with no more than D.
 
 The answer is a re-planning (docs/replanning.md): its value counts what the change costs, its bound is one on every
 change of the family, and its steps keep the capacity as high as any order can. A shortage is ended whatever that costs,
@@ -207,13 +207,13 @@ def is_spare(history: History, demand_rps: float, since_s: float, settings: Loop
     """
     if history.by_minutes() is None or history.end_s < since_s + settings.cool_down_s:
         return False
-    ahead = demand(history, settings.look_ahead_s, settings.coverage)
+    ahead = demand(history, settings.look_ahead_s, settings.lasting)
     return ahead.high_rps < demand_rps * (1 - settings.least_gain)
 
 
 def decide(
     history: History, in_force: InForce, settings: LoopSettings, *, drift: Drift | None = None,
-    ahead: Callable[[float], Forecast] | None = None, solve: Solve = solve, least: Least = _nothing_known,
+    ahead: Callable[[float, float], Forecast] | None = None, solve: Solve = solve, least: Least = _nothing_known,
 ) -> Decision:  # fmt: skip
     """Return what to do at the end of a history.
 
@@ -222,7 +222,7 @@ def decide(
         in_force: the plan, and the fleet as it is.
         settings: those of the cluster.
         drift: the last alarm. One about the rate counts for `LEVEL_S`, after which it shows in the recent rate.
-        ahead: the forecast for a time in seconds; None: those of the history.
+        ahead: the forecast for a time in seconds and a coverage; None: those of the history.
         solve: the re-planning.
         least: what is known without it.
 
@@ -238,7 +238,7 @@ class _Deciding:
 
     def __init__(
         self, history: History, in_force: InForce, settings: LoopSettings, drift: Drift | None,
-        ahead: Callable[[float], Forecast] | None, solve: Solve, least: Least,
+        ahead: Callable[[float, float], Forecast] | None, solve: Solve, least: Least,
     ) -> None:  # fmt: skip
         self._in_force, self._settings, self._drift = in_force, settings, drift
         self._solve, self._least = solve, least
@@ -253,9 +253,10 @@ class _Deciding:
         if is_in_minutes:
             self._chance = history.level().chance
             level = None if self._does_level_count() else level
-        ahead = ahead or (lambda horizon_s: demand(history, horizon_s, settings.coverage, level))
-        self._near, self._far = ahead(settings.lead_s), ahead(settings.look_ahead_s)
-        self._until_next = ahead(settings.every_s)
+        ahead = ahead or (lambda horizon_s, coverage: demand(history, horizon_s, coverage, level))
+        self._near = ahead(settings.lead_s, settings.coverage)
+        self._far = ahead(settings.look_ahead_s, settings.lasting)
+        self._until_next = ahead(settings.every_s, settings.coverage)
         self._is_new = not is_known and not is_in_minutes and history.known_bins < LEVEL_BINS
         self._dispersion = history.dispersion()
         self._workload = self._measured(history)

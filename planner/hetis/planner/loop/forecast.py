@@ -166,7 +166,6 @@ class Forecast:
         errors: past errors that the interval is made of; 0: only the prior.
     """
 
-    until_s: float
     expected_rps: float
     low_rps: float
     high_rps: float
@@ -212,7 +211,7 @@ def forecast(history: History, horizon_s: float, coverage: float, level_rps: flo
     now = rule.at(len(rates), level_rps)
     beyond_chance = partial(_beyond_chance, rates=rates, bin_s=history.bin_s, ahead=ahead)
     return Forecast(
-        until_s=history.end_s + horizon_s, expected_rps=float(now.max()),
+        expected_rps=float(now.max()),
         low_rps=float(now.min()) * math.exp(-_quantile(-down, coverage) * beyond_chance(down)),
         high_rps=float(now.max()) * math.exp(_quantile(up, coverage) * beyond_chance(up)),
         coverage=coverage, rule=rule.name,

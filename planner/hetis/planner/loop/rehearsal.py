@@ -200,16 +200,16 @@ class LoopFollower:
     def drift_test(self) -> DriftTest | None:
         return self._settings.drift_test(WINDOW_S)
 
-    def _ahead(self, now_s: float) -> Callable[[float], Forecast] | None:
+    def _ahead(self, now_s: float) -> Callable[[float, float], Forecast] | None:
         truth = self._truth
         if truth is None:
             return None
 
-        def ahead(horizon_s: float) -> Forecast:
+        def ahead(horizon_s: float, coverage: float) -> Forecast:
             rates = truth.rates_within(now_s, now_s + horizon_s)
             return Forecast(
-                until_s=now_s + horizon_s, expected_rps=float(rates.max()), low_rps=float(rates.min()),
-                high_rps=float(rates.max()), coverage=self._settings.coverage, rule="the truth", errors=0,
+                expected_rps=float(rates.max()), low_rps=float(rates.min()),
+                high_rps=float(rates.max()), coverage=coverage, rule="the truth", errors=0,
             )  # fmt: skip
 
         return ahead

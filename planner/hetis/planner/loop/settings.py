@@ -18,9 +18,9 @@ class LoopSettings:
         costs: what a change costs. Its horizon is the time over which that is repaid.
         every_s: time between two regular questions.
         watch_s: time between two looks for a shortage, or for much less demand.
-        coverage: probability with which demand until the next look can be answered is at most what is kept, and that of
-            the time that is looked ahead at most what is planned for.
+        coverage: probability with which demand until the next look can be answered is at most what is kept.
         look_ahead_s: time for whose demand a change is made.
+        lasting: probability with which that demand is at most what is planned for.
         false_alarms_per_day: probability at most of an alarm about drift in a day without any.
         tolerance: share of the requests by which the mix, or prefix hits, may differ from the plan's.
         least_gain: of what the plan in force yields, that a change other than out of a shortage must gain.
@@ -34,8 +34,9 @@ class LoopSettings:
     costs: ChangeCosts = field(default_factory=ChangeCosts)
     every_s: float = 300.0
     watch_s: float = 20.0
-    coverage: float = 0.95
+    coverage: float = 0.97
     look_ahead_s: float = 300.0
+    lasting: float = 0.95
     false_alarms_per_day: float = 0.1
     tolerance: float = 0.1
     least_gain: float = 0.05
@@ -48,7 +49,7 @@ class LoopSettings:
     def __post_init__(self) -> None:
         for name, least, most in (
             ("every_s", 1, 86400), ("watch_s", 1, 86400), ("coverage", 0.5, 0.9999), ("look_ahead_s", 60, 86400),
-            ("false_alarms_per_day", 1e-9, 1e3), ("tolerance", 0.01, 0.5),
+            ("lasting", 0.5, 0.9999), ("false_alarms_per_day", 1e-9, 1e3), ("tolerance", 0.01, 0.5),
         ):  # fmt: skip
             if not least <= getattr(self, name) <= most:
                 raise InvalidProblemError(f"{name} is {getattr(self, name):g}, must be {least:g} to {most:g}")

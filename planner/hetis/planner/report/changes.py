@@ -86,19 +86,28 @@ def _dropped_words(change: PlanChange) -> str:
 
 def _changed_replicas(change: PlanChange, before: Plan, after: Plan) -> Iterator[RenderableType]:
     """Yield a row for every replica that does not continue unchanged."""
-    changed = [one for one in change.replicas if one.fate is not Fate.KEPT]
-    if not changed:
-        return
 
     def sides(change: ReplicaChange) -> list[ReplicaPlan]:
         given = ((before, change.before), (after, change.after))
         return [plan.replicas[number] for plan, number in given if number is not None]
 
+    def served(change: ReplicaChange) -> str:
+        """Return the classes of requests that a replica serves, if there are any or were before."""
+        served = [side.classes for side in sides(change)]
+        words = [" and ".join(classes) or "all" for classes in dict.fromkeys(served)]
+        return f", {' → '.join(words)} requests" if any(served) else ""
+
+    changed = [
+        one for one in change.replicas if one.fate is not Fate.KEPT or len({side.classes for side in sides(one)}) > 1
+    ]
+    if not changed:
+        return
+
     yield table_of(
         changed,
         ("'before", lambda one: "-" if one.before is None else f"#{one.before}"),
         ("'after", lambda one: "-" if one.after is None else f"#{one.after}"),
-        ("'", lambda one: _WORDS[one.fate]),
+        ("'", lambda one: _WORDS[one.fate] + served(one)),
         ("'shape", lambda one: _shape_of(sides(one)[-1])),
         ("rate /s", lambda one: " → ".join(digits(side.rate) for side in sides(one))),
         ("load", lambda one: gigabytes(one.load_bytes) if one.load_bytes else "-"),

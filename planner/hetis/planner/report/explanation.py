@@ -105,9 +105,10 @@ def _replica(group: ReplicaGroup, explanation: Explanation) -> Iterator[Renderab
 
 
 def explained_bottlenecks(explanation: Explanation) -> dict[int, str]:
-    """Return the sentence on each explained replica, the first of its shape, by its number."""
+    """Return the sentence on each explained replica, the first of its shape, by its number, without its name."""
     explained = dict.fromkeys(part.replica for part in explanation.stage_times)
-    return dict(zip(explained, explanation.bottlenecks, strict=False))
+    sentences = (sentence.partition(": ")[2] for sentence in explanation.bottlenecks)
+    return dict(zip(explained, sentences, strict=False))
 
 
 def _memory(parts: list[MemoryBar], replica: ReplicaPlan) -> RenderableType:

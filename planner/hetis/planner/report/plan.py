@@ -24,12 +24,10 @@ from hetis.planner.use_cases.grouping import ReplicaGroup, group_replicas, numbe
 from hetis.planner.use_cases.record.forms import Predicted
 from hetis.planner.use_cases.record.parts import MadeFrom, Requested, Verified
 from hetis.planner.use_cases.saved_plans import inputs_from_documents
-from hetis.solver.constraints import Constraint, described
 from hetis.solver.engine_rules import Family
 from hetis.solver.errors import InvalidProblemError
 from hetis.solver.placement.families import STRATEGIES
 from hetis.solver.plan import ObjectiveKind, Plan, Role
-from hetis.solver.planning import ConstraintPrice
 from hetis.solver.problem import EXPLICIT_LINKS, LINKS_TO_ANY, OWN_LINKS, QUICK_LINKS
 
 MAX_SHAPES = 12  # replica shapes shown in full; the others are summarised in one line
@@ -164,7 +162,6 @@ def _facts(plan: Plan) -> list[tuple[str, RenderableType]]:
         (result.objective.goal.label, _value(plan)),
         ("Price" if result.objective is ObjectiveKind.COST else "Cost", _cost(plan)),
         ("Uniform", promises.beside_equal_stages(plan)),
-        ("Engines", "\n".join(promises.beside_engines(plan))),
         ("Precision", promises.precision(plan)),
         ("Demand", promises.demand_words(plan, plan.objective.demand_rps)),
         *((one.name, _limit(one)) for one in promises.limits(plan)),
@@ -324,20 +321,3 @@ def _named(group: ReplicaGroup) -> str:
     if len(numbers) > MAX_NUMBERS:
         numbers = f"{numbers[:MAX_NUMBERS].rpartition(',')[0]},… ({len(group.numbers):,})"
     return f"{'replica' if len(group.numbers) == 1 else 'replicas'} {numbers} ({gpus})"
-
-
-def render_constraint_prices(prices: Sequence[ConstraintPrice], unit: str) -> RenderableType:
-    """Return a table of what the objective would gain without each constraint, and without all of them."""
-
-    def name(kept: Sequence[Constraint]) -> str:
-        return described(kept[0]) if len(kept) == 1 else f"all {len(kept)} together"
-
-    rows = ((name(price.constraints), _interval(price)) for price in prices)
-    return section("What the constraints cost", table("'without", f"gain, {unit}", rows=rows))
-
-
-def _interval(price: ConstraintPrice) -> str:
-    low, high = digits(price.least), digits(price.most)
-    if not price.is_solved:
-        return f"at most {high}, not solved again"
-    return low if low == high else f"{low} to {high}"

@@ -13,12 +13,11 @@ from hetis.planner.report.figures import digits, percent, percent_at_least, perc
 from hetis.planner.report.replica import known_model
 from hetis.planner.report.tables import SimulatedWords, SimulationRemarks, kept_words, missed_words
 from hetis.planner.use_cases.comparing.plan_figures import kept_of
-from hetis.planner.use_cases.record.forms import LITTLE_LEFT, EngineValue, Predicted
+from hetis.planner.use_cases.record.forms import LITTLE_LEFT, Predicted
 from hetis.planner.use_cases.record.parts import (
     EqualStages,
     Losses,
     MadeFrom,
-    OtherEngines,
     ProfileErrors,
     Requested,
     Verified,
@@ -28,7 +27,6 @@ from hetis.planner.use_cases.verification.outcome import MISSES_AT, OUT_OF_TIME,
 from hetis.solver.plan import ObjectiveKind, Plan, Role, Status
 
 SAME_RATE = 1e-6  # relative difference of two rates that rounding may cause
-PROVED = 0.005  # relative difference of a bound from another engine's value up to which it is not mentioned
 NEARLY = 0.95  # share of the slowest replica's latency from which another replica counts as equally slow
 
 
@@ -140,38 +138,6 @@ def excludes_unified(plan: Plan) -> bool:
 def by_unified(plan: Plan) -> str:
     """Return what follows the name of setups with equal stages if the plan's family excludes them; empty if not."""
     return " by unified replicas, which --roles excludes" if excludes_unified(plan) else ""
-
-
-def beside_engines(plan: Plan) -> list[str]:
-    """Return the values of plans for other engines and what these lack; engines with equal values share a line."""
-    said = dict[str, list[str]]()
-    for other in OtherEngines.of(plan).values:
-        said.setdefault(_engine_words(other, plan), []).append(other.engine)
-    return [f"{', '.join(names)}: {words}" for words, names in said.items()]
-
-
-def _engine_words(other: EngineValue, plan: Plan) -> str:
-    lacks, ours = " and ".join(filter(None, [", ".join(other.lacks[:-1]), *other.lacks[-1:]])), value_by_model(plan)
-    by_model = " by the model" if is_simulated(plan) else ""
-    if other.value is None:
-        needs = lacks or "it needs more memory"  # a plan that lacks nothing else has not room under the engine
-        is_long = len(other.why_not) > 60  # reasons with figures: two lines and more
-        why_not = f"--engine {other.engine} shows why it has no plan" if is_long else other.why_not
-        return f"does not run this plan ({needs}); {why_not}"
-    if other.equal_stages:
-        least = f"{'at least' if plan.objective.maximises else 'at most'} {with_unit(other.value, plan.result.unit)}"
-        apart = f", without {lacks}" if lacks else ""
-        return f"{least} by equal stages, {_beside(other.value, ours)}{by_model}{apart}"
-    if other.why_not:
-        return f"runs this plan; no better one is known: {other.why_not}"
-    words = _beside(other.value, ours) + by_model
-    if other.bound is not None and abs(other.bound - other.value) > PROVED * abs(other.value):
-        near = abs(other.bound - ours) < ours
-        words += f" found, {_beside(other.bound, ours)} at best" if near else " found within its time limit"
-    if lacks and other.value != ours:
-        is_richer = (other.value > ours) == plan.objective.maximises
-        words += f", {'with' if is_richer else 'without'} {lacks}"
-    return words
 
 
 def simple_setups(plan: Plan) -> list[str]:

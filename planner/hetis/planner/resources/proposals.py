@@ -208,7 +208,7 @@ class PlacementProposals(FleetObserver):
     async def _look(self, name: str, known: _Cluster) -> float | None:
         """Look at a cluster; return the seconds until the next look, or None if none is needed."""
         policy = policy_from(ProposalPolicy, self._fleet.policy_of(name))
-        if policy.mode == cluster_pb2.REACTION_MODE_OFF:
+        if policy.mode == cluster_pb2.REACTION_MODE_OFF or not self._fleet.has_plan(name):
             return None
         nodes = known.nodes
         plan = await self._placements.plan_in_force(name)

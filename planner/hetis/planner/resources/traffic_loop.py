@@ -154,8 +154,9 @@ class TrafficLoop:
         if not loop.has_cleared:
             await self._clear(cluster)
             loop.has_cleared = True
-        answered = await self._traffic.plan_in_force(cluster)
-        if policy.mode == cluster_pb2.REACTION_MODE_OFF or answered is None:
+        is_off = policy.mode == cluster_pb2.REACTION_MODE_OFF or not self._fleet.has_plan(cluster)
+        answered = None if is_off else await self._traffic.plan_in_force(cluster)
+        if answered is None:
             await self._withdraw(loop)
             self._loops[cluster] = _Loop(has_cleared=True)
             return

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import os
 import sqlite3
+import time
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import sqlalchemy as sa
 from sqlalchemy import event
@@ -25,6 +29,9 @@ class StoreError(HetisError):
 _log = logging.getLogger("hetis.planner.store")
 FILE_WAIT_S = 5.0  # while a backup tool or a shell holds the file
 _READS = "hetis_reads"
+# A connection that was used this recently is not tested: each test is a quarter of the round trips of a read. If it was
+# cut in between, the transaction has changed nothing, and callers are told so.
+_IDLE_S = 0.25
 _CONNECT_S = 3  # timeout for connecting to a server, in whole seconds and at least 2
 _LEAST_LIMIT_S = 5.0  # shorter leases occur only in tests, whose servers are no faster
 
@@ -123,8 +130,8 @@ def make_engine(url: sa.URL, *, lease_s: float, pings: bool = True) -> sa.Engine
         url: the URL as `parse_url` returns it.
         lease_s: the lease, from which a server's timeouts are derived: a planner that is cut off in the middle of a
             transaction must not keep another one from taking over once the lease has expired.
-        pings: whether a connection to a server is tested before each use. That costs another round trip, which a
-            caller that soon retries does not need.
+        pings: whether a connection to a server is tested before it is used again after `_IDLE_S`. That costs another
+            round trip, which a caller that soon retries does not need.
     """
     if url.drivername != "sqlite":
         most_ms = round(1000 * max(lease_s, _LEAST_LIMIT_S))
@@ -143,13 +150,29 @@ def make_engine(url: sa.URL, *, lease_s: float, pings: bool = True) -> sa.Engine
             "keepalives_count": 3,
         }
         # Without HSTORE: each new connection would query the server for that type.
-        return sa.create_engine(
-            url, pool_size=1, max_overflow=0, pool_pre_ping=pings, connect_args=settings, use_native_hstore=False
-        )
+        engine = sa.create_engine(url, pool_size=1, max_overflow=0, connect_args=settings, use_native_hstore=False)
+        if pings:
+            event.listen(engine, "checkin", _note_use)
+            event.listen(engine, "checkout", partial(_ping_idle, engine.dialect))
+        return engine
     engine = sa.create_engine(url, connect_args={"timeout": FILE_WAIT_S})
     event.listen(engine, "connect", _set_up_file)
     event.listen(engine, "begin", _begin)
     return engine
+
+
+def _note_use(_: object, record: sa.pool.ConnectionPoolEntry) -> None:
+    record.info["used_s"] = time.monotonic()
+
+
+def _ping_idle(dialect: sa.Dialect, connection: Any, record: sa.pool.ConnectionPoolEntry, _: object) -> None:
+    """Test a connection that has been idle; the pool replaces it if this raises."""
+    if time.monotonic() - record.info.get("used_s", math.inf) < _IDLE_S:  # or never used
+        return
+    try:
+        dialect.do_ping(connection)
+    except dialect.loaded_dbapi.Error as error:
+        raise sa.exc.DisconnectionError from error
 
 
 def reading(engine: sa.Engine) -> sa.Engine:

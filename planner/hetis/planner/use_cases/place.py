@@ -16,11 +16,10 @@ from typing import TYPE_CHECKING, Any
 from hetis.planner.use_cases import service_level
 from hetis.planner.use_cases.climbing import Carriers, Climbed, climb, gain_of, keeps_less, with_least_layers
 from hetis.planner.use_cases.describing import describe
-from hetis.planner.use_cases.engine_values import with_engine_values
 from hetis.planner.use_cases.idle import with_uses_of_idle
 from hetis.planner.use_cases.placement_settings import PlacementSettings, settings_of
 from hetis.planner.use_cases.precision import for_engine, in_precision
-from hetis.planner.use_cases.prices import catalogue_market, with_constraint_prices
+from hetis.planner.use_cases.prices import catalogue_market
 from hetis.planner.use_cases.record.forms import RungFound
 from hetis.planner.use_cases.record.parts import Requested, Rungs, Surviving, Verified
 from hetis.planner.use_cases.request import PlacementRequest, path_or_value, ratio_of
@@ -41,18 +40,8 @@ from hetis.solver.workload import Workload
 
 if TYPE_CHECKING:
     from hetis.solver.placement.infeasible import Market
-    from hetis.solver.planning import ConstraintPrice
 
 FAR_BELOW = 0.75  # of the usual utilisation: below, pools are also searched at the one that the plan without keeps
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PlacedPlan:
-    """A plan that passed the checker, with the prices of its constraints."""
-
-    plan: Plan
-    problem: PlacementProblem  # that of the plan's rung
-    prices: tuple[ConstraintPrice, ...] = ()
 
 
 def read_inputs(request: PlacementRequest) -> LoadedInputs:
@@ -115,7 +104,7 @@ class PosedPlacement:
     carriers: Carriers | None
     cancelled: threading.Event = field(default_factory=threading.Event)
 
-    def place(self, report: Report) -> PlacedPlan:
+    def place(self, report: Report) -> Climbed:
         """Find a plan and verify it, as `prove` and `verify`."""
         return self.verify(self.prove(report), report)
 
@@ -129,33 +118,24 @@ class PosedPlacement:
         """
         return make_plan(
             self.loaded, self.problem, self.settings, budget=self._budget(), report=report, market=catalogue_market,
-            beside_equal_stages=True, beside_engines=self.request.other_engines, requested=self.request.goal,
+            beside_equal_stages=True, requested=self.request.goal,
             carriers=self.carriers,
         )  # fmt: skip
 
-    def verify(self, made: Climbed, report: Report) -> PlacedPlan:
-        """Simulate and price a plan of `prove` as requested: its value becomes the rate kept in simulation.
+    def verify(self, made: Climbed, report: Report) -> Climbed:
+        """Simulate a plan of `prove` as requested: its value becomes the rate kept in simulation.
 
-        Simulations share a limit; the prices have the time limit of a search.
+        Simulations share a limit.
 
         Raises:
             UncheckedPlanError: the plan, or that of a simpler rung which keeps more, fails the independent checker.
         """
-        request, seed = self.request, self.settings.seed
-        if request.verify:
+        if self.request.verify:
             made = simulated_plan(
-                made, self.loaded, self.settings, level=request.service_level, budget=self._budget_to_simulate(),
+                made, self.loaded, self.settings, level=self.request.service_level, budget=self._budget_to_simulate(),
                 report=report,
             )  # fmt: skip
-        made = self._with_classes(made, self._budget(), report)
-        plan, problem = made.plan, made.problem
-        prices: tuple[ConstraintPrice, ...] = ()
-        if request.price_pins:
-            search = SearchSettings(
-                budget=self._budget(), gap_target=self.settings.gap_target, seed=seed, report=report
-            )  # fmt: skip
-            plan, prices = with_constraint_prices(plan, problem, search)
-        return PlacedPlan(plan=plan, problem=problem, prices=prices)
+        return self._with_classes(made, self._budget(), report)
 
     def _budget(self) -> Budget:
         """Return the budget of a search by work, which the clock ends at a requested time limit, or else much later."""
@@ -231,7 +211,6 @@ def make_plan(
     report: Report,
     market: Market | None = None,
     beside_equal_stages: bool = False,
-    beside_engines: bool = False,
     requested: Objective | None = None,
     on_search: Callable[[], None] = lambda: None,
     carriers: Carriers | None = None,
@@ -241,8 +220,7 @@ def make_plan(
     It is of the requested rung or, by default, of the highest one that is worth it (`climb`).
 
     If no plan exists, ``market`` contains the GPUs that could be added (None: do not look). ``beside_equal_stages``
-    adds the value of equal stages, and ``beside_engines`` those of plans for other engines, which takes additional
-    time.
+    adds the value of equal stages, which takes additional time.
     ``requested`` is the objective as requested, with limits that do not apply to the problem's requests; None: the
     problem's. ``on_search`` is called before each search.
 
@@ -282,8 +260,6 @@ def make_plan(
     if beside_equal_stages and is_compared:
         plan = equal_stages.with_values(plan, problem, settings.seed, budget.cancelled)
         plan = with_uses_of_idle(plan, problem, loaded, settings.seed, equal_stages.budget_of_one(budget.cancelled))
-    if beside_engines and is_compared and not settings.simplest_within:  # or they would seem to reach what it gave up
-        plan = with_engine_values(plan, problem, seed=settings.seed, budget=budget, report=report, evaluated=evaluated)
     return replace(made, plan=_checked(plan, problem, losses=beside_equal_stages), problem=problem)
 
 

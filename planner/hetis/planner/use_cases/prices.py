@@ -1,4 +1,4 @@
-"""Prices: what the objective would gain without each constraint, and the GPUs that could be added to a fleet."""
+"""Prices of plans and of idle GPUs, and the GPUs that could be added to a fleet."""
 
 from __future__ import annotations
 
@@ -6,38 +6,13 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from hetis.formats import catalogue
-from hetis.planner.use_cases.record.parts import ConstraintCosts
 from hetis.profiler.defaults import default_profile
-from hetis.solver.budget import SearchSettings
 from hetis.solver.cluster import Cluster
 from hetis.solver.errors import InvalidProblemError
 from hetis.solver.plan import Plan
-from hetis.solver.problem import PlacementProblem
 
 if TYPE_CHECKING:
     from hetis.solver.placement.infeasible import Offer
-    from hetis.solver.planning import ConstraintPrice
-
-
-def with_constraint_prices(
-    plan: Plan, problem: PlacementProblem, search: SearchSettings
-) -> tuple[Plan, tuple[ConstraintPrice, ...]]:  # fmt: skip
-    """Return the plan with the cost of every constraint, and these; none if the problem has no constraints."""
-    if not problem.constraints:
-        return plan, ()
-    from hetis.solver.planning import price_constraints
-
-    prices = price_constraints(problem, plan, search)
-    rows = [
-        {
-            "constraints": [str(each) for each in price.constraints],
-            "least": price.least,
-            "most": price.most,
-            "solved": price.is_solved,
-        }
-        for price in prices
-    ]
-    return ConstraintCosts(prices=tuple(rows)).on(plan), prices
 
 
 def catalogue_market() -> Sequence[Offer]:

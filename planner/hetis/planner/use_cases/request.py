@@ -180,9 +180,6 @@ class PlacementRequest:
         "Repeatable.",
         (),
     )
-    price_pins: bool = _goal(
-        "--price-pins: Solve again without each --pin and --forbid to show what the objective would gain.", False
-    )
     survive: Literal["", Loss] = _goal(
         "--survive: "
         "Serve most after losing any one node or zone or, with --objective cost or gpus, still serve --rate.",
@@ -277,11 +274,6 @@ class PlacementRequest:
     seed: CountOrZero = _search("--seed N: Random seed; the same seed gives the same plan.", 0, min=0)
     verify: bool = _result(
         "--verify/--no-verify: Simulate the plan at its planned rate and report whether the limits are kept.", True
-    )
-    other_engines: bool = _result(
-        "--other-engines/--no-other-engines: "
-        "Show what plans for other engines reach, found in a tenth of the time limit.",
-        True,
     )
 
     @property

@@ -12,7 +12,7 @@ from collections import defaultdict, deque
 from collections.abc import Collection, Hashable, Iterator, Mapping
 from dataclasses import dataclass
 
-from hetis.solver.check.result import RELATIVE, served_rate
+from hetis.solver.check.result import RELATIVE, served_of_all, served_rate
 from hetis.solver.check.violation import Broken, Rule, Violation, at
 from hetis.solver.cluster import node_of
 from hetis.solver.plan import Plan, Role
@@ -74,15 +74,11 @@ Site = tuple[str, Hashable]  # a zone and a kind of KV, in which KV flows freely
 
 def _served_by(plan: Plan, problem: PlacementProblem, zone_of: Mapping[str, str], remains: list[bool]) -> float:
     """Return the most requests/s that the replicas that remain serve."""
-    if not plan.classes:
-        return _served_together(plan, problem, zone_of, remains)
-    share_of, of_class = {one.name: one.share for one in plan.classes}, dict[str, float]()
+    parts = dict[tuple[str, ...], float]()
     for classes in {replica.classes for replica in plan.replicas}:
         own = [is_left and one.classes == classes for one, is_left in zip(plan.replicas, remains, strict=True)]
-        served = _served_together(plan, problem, zone_of, own)
-        for name in classes or share_of:
-            of_class[name] = of_class.get(name, 0.0) + served / sum(share_of[each] for each in classes or share_of)
-    return min(of_class.get(name, 0.0) for name in share_of)
+        parts[classes] = _served_together(plan, problem, zone_of, own)
+    return served_of_all({one.name: one.share for one in plan.classes}, parts.items())
 
 
 def _served_together(plan: Plan, problem: PlacementProblem, zone_of: Mapping[str, str], remains: list[bool]) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from functools import cache, partial
 from itertools import pairwise
@@ -29,15 +29,19 @@ UNIFIED_ALONE = "; every replica prefills and decodes"
 
 
 def served_rate(plan: Plan) -> float:
-    """Return the requests/s that a plan completes: those of unified replicas, and those that its routes carry.
-
-    Of classes, each has its share of the requests of every replica that serves it, in proportion to the classes there;
-    the class of which the least is served limits them all.
-    """
+    """Return the requests/s that a plan completes: those of unified replicas, and those that its routes carry."""
     ends = [(route.prefill, route.rate) for route in plan.kv_routes if 0 <= route.prefill < len(plan.replicas)]
     parts = [(replica.classes, replica.rate) for replica in plan.replicas if replica.role is Role.UNIFIED]
     parts += [(plan.replicas[number].classes, rate) for number, rate in ends]
-    share_of = {one.name: one.share for one in plan.classes}
+    return served_of_all({one.name: one.share for one in plan.classes}, parts)
+
+
+def served_of_all(share_of: Mapping[str, float], parts: Iterable[tuple[tuple[str, ...], float]]) -> float:
+    """Return the requests/s of all classes that are served by ``parts`` for the classes named (none: all) together.
+
+    Each class has its share of the requests of every part that serves it, in proportion to the classes there; the class
+    of which the least is served limits them all.
+    """
     if not share_of:
         return sum(rate for _, rate in parts)
     of_class = dict.fromkeys(share_of, 0.0)

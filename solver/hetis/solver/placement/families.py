@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from hetis.solver.cluster import Cluster, node_of
 from hetis.solver.constraints import Constraint, Constraints, Exclude, WithoutTp
 from hetis.solver.engine_rules import EngineRules, Family
 from hetis.solver.errors import InvalidProblemError
-from hetis.solver.model import ModelSpec
-from hetis.solver.plan import ReplicaPlan, Role
+from hetis.solver.plan import Role
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,54 +152,3 @@ def run_by(family: Family, rules: EngineRules) -> Family:
         family, engine=rules, max_pool=min(family.max_pool, ENGINES[rules.name].max_pool),
         in_flight=tuple(range(1, rules.max_stages + 1)),
     )  # fmt: skip
-
-
-def beyond(replicas: Iterable[ReplicaPlan], rules: EngineRules, cluster: Cluster, model: ModelSpec) -> tuple[str, ...]:
-    """Return what an engine lacks to run these replicas, in a few words, each item once; empty if it can run them."""
-    zones = {
-        group.node_name(index): group.zone for group in cluster.node_groups for index in range(group.count)
-    } if len(cluster.zones()) > 1 else {}  # fmt: skip
-    found = dict[str, None]()
-    for replica in replicas:
-        found |= dict.fromkeys(_beyond(replica, rules, zones, model))
-    return tuple(found)
-
-
-def _beyond(replica: ReplicaPlan, rules: EngineRules, zones: Mapping[str, str], model: ModelSpec) -> Iterator[str]:
-    depth, pools = len(replica.stages), replica.attention_workers
-    if any(stage.copies > 1 for stage in replica.stages) and not replica.expert_parallel:
-        yield "stage copies"
-    if len({stage.tp for stage in replica.stages}) > 1:
-        yield "several TP sizes in a replica"
-    if depth > rules.max_stages:
-        yield f"replicas of over {rules.max_stages} stages"
-    elif depth > rules.stages_of(replica.role, model):
-        yield f"{replica.role} replicas of several stages"
-    elif replica.in_flight != depth and all(stage.copies == 1 for stage in replica.stages):
-        yield "more batches in flight than stages" if replica.in_flight > depth else "one batch at a time"
-    names = replica.devices()
-    if rules.max_gpus is not None and len(names) > rules.max_gpus:
-        yield f"replicas of over {rules.max_gpus} GPUs"
-    if rules.max_nodes is not None and len({node_of(name) for name in names}) > rules.max_nodes:
-        yield f"replicas on over {rules.max_nodes} nodes"
-    if any(stage.num_layers < rules.min_layers for stage in replica.stages):
-        yield f"stages of under {rules.min_layers} layers"
-    if len({zones.get(node_of(name), "") for name in names}) > 1:
-        yield "replicas across zones"
-    if pools:
-        yield from _workers_beyond(replica, rules)
-
-
-def _workers_beyond(replica: ReplicaPlan, rules: EngineRules) -> Iterator[str]:
-    pools, depth, most = replica.attention_workers, len(replica.stages), ENGINES[rules.name].max_pool
-    if not most:
-        yield "attention workers"
-        return
-    if replica.role is not Role.UNIFIED:
-        yield f"attention workers of replicas that {replica.role} only"
-    if depth > rules.max_pooled_stages:
-        yield f"attention workers at over {rules.max_pooled_stages} stages"
-    if any(len(pool.devices) > most for pool in pools):
-        yield f"over {most} attention workers at a stage"
-    if len(pools) < depth or len({(len(pool.devices), pool.gpu, pool.kv_head_groups) for pool in pools}) > 1:
-        yield "attention workers that differ by stage"

@@ -112,7 +112,7 @@ def search_simpler(
         outcome = simplest(costs, 1.0)
         return None if outcome is None else KeptOutcome(costs, outcome)
     needed, most = (least, GRID[-1]) if problem.objective.maximises else (problem.objective.demand_rps or 0.0, used)
-    limit_s, slowest_s = problem.objective.ttft_limit_s, max(one.ttft_s for one in best.replicas)
+    limit_s, slowest_s = problem.objective.ttft_limit_s, max((one.ttft_s for one in best.replicas), default=0.0)
     leaves = 0.0 if limit_s is None else max(0.0, 1.0 - slowest_s / limit_s) * (1.0 - PRECISE)
     factor, bound = 1.0, 0.0
     for number in range(TRIES):
@@ -125,7 +125,7 @@ def search_simpler(
         if keeps * saturated_rate(tables, outcome) >= needed * (1.0 - 1e-9):
             outcome = replace(outcome, simplicity=replace(outcome.simplicity, bound=bound))
             return KeptOutcome(costs.at(keeps, lanes), outcome)
-        if number:
+        if number and least:  # GPUs may cost nothing
             factor = min(used / keeps if keeps else np.inf, (factor + best.result.value / least) / 2.0)
     return None
 
@@ -216,7 +216,6 @@ class _Most(_Cells):
         super().__init__(costs, settings, find, bound_of)
         self._best: _Found | None = None
         self._kept = known  # by the best plan that is known
-        self._num_searches = 0
 
     def begin_with(self, other: _Most) -> None:
         """Begin with the best plan of another search."""
@@ -268,7 +267,6 @@ class _Most(_Cells):
     ) -> _Found | None:
         """Return what a search at a utilisation found; it replaces the best plan if it keeps more."""
         found = self.searched(utilisation, reserved, load, above=self._kept, gap=gap)
-        self._num_searches += 1
         if found is not None and found.kept > self._kept:
             self._best, self._kept = found, found.kept
         return found
@@ -293,8 +291,7 @@ class _Most(_Cells):
             kept[reserved] = 0.0 if found is None else found.kept
 
     def _is_over(self) -> bool:
-        most = self.settings.most_searches
-        return (most is not None and self._num_searches >= most) or self.settings.budget.is_spent()
+        return self.settings.budget.is_spent()
 
     def _answer(self, found: _Found, bound: float) -> KeptOutcome:
         """Return an outcome whose bound, times its utilisation, is that on what is kept."""

@@ -222,14 +222,15 @@ class PlanChange:
 
 
 def plan_change(
-    before: Plan, after: Plan, model: ModelSpec, moments: WorkloadMoments, *, replaced: ModelSpec | None = None
-) -> PlanChange:
+    before: Plan, after: Plan, model: ModelSpec, moments: Mapping[tuple[str, ...], WorkloadMoments], *,
+    replaced: ModelSpec | None = None,
+) -> PlanChange:  # fmt: skip
     """Return the change from one plan to another.
 
     Args:
         before, after: the plans; devices of the same name are the same GPU.
         model: model of ``after``.
-        moments: moments of the traffic on ``before``, for the KV that is dropped.
+        moments: of the traffic on ``before``, for the KV that is dropped, by the classes that a replica serves.
         replaced: model of ``before`` if it is another one, whose weights cannot be used.
     """
     held = holdings(before) if replaced is None else {}
@@ -251,7 +252,9 @@ def plan_change(
     ]
     dropped = [before.replicas[c.before] for c in changes if c.before is not None and c.fate is not Fate.KEPT]
     requests = sum(replica.planned_seats for replica in dropped)
-    tokens = [replica.planned_seats * _context(replica, moments) for replica in dropped]
+    tokens = [
+        replica.planned_seats * _context(replica, moments.get(replica.classes, moments[()])) for replica in dropped
+    ]
     return PlanChange(
         replicas=tuple(changes),
         loads={device: size for device, size in loads.items() if size > 0},

@@ -37,6 +37,7 @@ from hetis.solver.budget import SearchSettings
 from hetis.solver.cluster import Cluster, NodeGroup, node_of
 from hetis.solver.constraints import ConstraintIndex
 from hetis.solver.placement.columns import Bound, Columns, columns_of, distinct
+from hetis.solver.placement.constraint_rows import ClassRows
 from hetis.solver.placement.fleet import UNIFIED
 from hetis.solver.placement.master import Master, Verdict, master_of
 from hetis.solver.placement.optimum import explore_enumerated
@@ -190,7 +191,9 @@ def _translated(template: Template, part: CostTables, whole: CostTables) -> Temp
     scopes = [
         i
         for i, scope in enumerate(whole.scopes)
-        if scope.zones == before.zones and scope.serves(mix) and has_stages(whole, scope, stages)
+        if (scope.zones, scope.number) == (before.zones, before.number)
+        and scope.serves(mix)
+        and has_stages(whole, scope, stages)
     ]
     if mix.role is not Role.UNIFIED and whole.routes.beside:
         inside = [whole.classes[class_of[g]] for g, c in enumerate(part.classes) if before.place.has(c)]
@@ -231,12 +234,16 @@ def bound_of(
     return fresh.bound + sum(net.stay_rates.values()) if net.master.maximises else 0.0
 
 
-def _bound(listed: ColumnList, limits: Mapping[Row, int], demand: float | None, ends: ProgramLimits) -> float:
+def _bound(
+    listed: ColumnList, limits: Mapping[Row, int], demand: float | None, ends: ProgramLimits,
+    classes: ClassRows | None = None,
+) -> float:  # fmt: skip
     """Return HiGHS's bound over whole counts, or the relaxation's if it has none in time; if neither, 0 or inf."""
     nothing = 0.0 if demand is None else np.inf
     if not listed.uses:
         return nothing
-    master, columns = Master(np.array(list(limits.values()), dtype=np.int64), demand, listed.routes), listed.columns()
+    of_rows, columns = np.array(list(limits.values()), dtype=np.int64), listed.columns()
+    master = Master(of_rows, demand, listed.routes, classes=classes)
     relaxed = master.solve_lp(columns)
     if relaxed is None:
         return nothing
@@ -284,7 +291,7 @@ def _by_prices(
     for option in options:
         template, (rate, cost) = option.template, net.net(option)
         worth = float(prices.rate_prices[costs.side_of(template.scope, template.mix)])
-        rate = min(rate, prices.value) if maximises else rate  # no plan serves more
+        rate = min(rate, prices.value * net.share_of(template)) if maximises else rate  # no plan serves more
         use = Counter[Row]({("replica", option.running): 1})
         for g, size in new_replica(template).missing(costs):
             use["gpus", g] += size
@@ -330,7 +337,7 @@ def by_enumeration(
         use = _with_busy(dict(zip(rows, map(int, taken), strict=True)))
         listed.add(use, float(columns.rates[k]), float(columns.costs[k]), int(columns.sides[k]))
     _add_moves(listed)
-    return _bound(listed, limits, net.master.demand, ends)
+    return _bound(listed, limits, net.master.demand, ends, net.master.classes)
 
 
 def net_columns(net: NetMaster, columns: Columns) -> Columns:

@@ -35,10 +35,12 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from hetis.solver.placement.columns import Columns
+from hetis.solver.placement.constraint_rows import class_rows
 from hetis.solver.placement.fleet import UNIFIED, IntArray, Routes
 from hetis.solver.placement.master import Master, row_costs_of
 from hetis.solver.placement.replicas.tables import CostTables, FloatArray
 from hetis.solver.placement.replicas.template import Template, use_of
+from hetis.solver.plan import Role
 from hetis.solver.replanning.change import ChangeCosts, Fate
 from hetis.solver.replanning.running import Candidate, Place, stage_bytes
 
@@ -183,7 +185,7 @@ class NetMaster:
     ) -> None:  # fmt: skip
         self.inventory, self.change_costs, self.costs = inventory, change_costs, inventory.costs
         self.stay_rates, self.stay_shares = stay_rates, stay_shares
-        self.master = Master(inventory.limits, demand, self.costs.routes)
+        self.master = Master(inventory.limits, demand, self.costs.routes, classes=class_rows(self.costs))
         self.row_costs = row_costs_of(self.costs)
         self.is_settled = False
 
@@ -224,7 +226,7 @@ class NetMaster:
                 use["stays", candidate.old] = -1
             if not self.master.maximises:
                 cost += penalty * moved
-            elif side == UNIFIED:
+            elif self.costs.mixes[candidate.template.mix].role is Role.UNIFIED:
                 rate = max(0.0, rate - penalty * moved)
             listed.add(use, rate, cost, side)
         for use in self.inventory.floors():  # room in shared nodes
@@ -239,6 +241,11 @@ class NetMaster:
             return None
         chosen = tuple((candidate, int(n)) for candidate, n in zip(candidates, found.counts, strict=False) if n)
         return ColumnChoice(chosen=chosen, value=found.value, bound=found.bound)
+
+    def share_of(self, template: Template) -> float:
+        """Return the share of all requests that the classes of its range have."""
+        rows = self.master.classes
+        return 1.0 if rows is None else 1.0 / float(rows.covers[self.costs.scopes[template.scope].number].max())
 
     def _side(self, template: Template) -> int:
         return self.costs.side_of(template.scope, template.mix)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 
 import numpy as np
 
@@ -22,7 +22,7 @@ from hetis.solver.placement.replicas.tables import CostTables
 from hetis.solver.placement.replicas.tabulation import build_cost_tables
 from hetis.solver.placement.replicas.template import Template
 from hetis.solver.placement.solve import objective_scale, plan_of
-from hetis.solver.plan import Plan, Role
+from hetis.solver.plan import Plan, Role, served_with_classes
 from hetis.solver.problem import PlacementProblem
 from hetis.solver.replanning.change import (
     HALF_DONE,
@@ -122,7 +122,7 @@ def solve_replanning(
     fresh = search_fresh(costs, quiet.within(FRESH_SHARE))
     net = running.master(demanded_rate(problem))
     settings.tell("the GPUs that running replicas leave over")
-    left_over = running.left_over(quiet.within(FRESH_SHARE))
+    left_over = running.left_over(net, quiet.within(FRESH_SHARE))
     candidates = [*running.candidates, *_new(net, [*fresh.templates, *left_over])]
     settings.tell("which replicas to keep")
     choice = _choose(net, candidates, running, fresh, settings)
@@ -170,7 +170,10 @@ def _choose(
     found = net.choose(candidates, _ends(settings, gap=min(1e-6, settings.gap_target / 10)), penalty)
     if not net.master.maximises:
         return found
-    kept = tuple((c, 1) for c in running.candidates if c.fate is Fate.KEPT)
+    unchanged = dict[int, Candidate]()
+    for candidate in (each for each in running.candidates if each.fate is Fate.KEPT):
+        unchanged.setdefault(candidate.running, candidate)  # the first serves what it did
+    kept = tuple((c, 1) for c in unchanged.values())
     if kept and (found is None or net.value_of(found.chosen) <= net.value_of(kept)):
         return ColumnChoice(chosen=kept, value=net.value_of(kept), bound=np.inf)
     return found if found is not None and net.rate_of(found.chosen) > 0.0 else None
@@ -236,7 +239,7 @@ def _answer(
     outcome = _outcome(net, fresh, choice, interrupted=settings.budget.cancelled.is_set())
     templates = [c.template for c in chosen]
     plan = plan_of(costs, settings.strategy, outcome, templates, bound_stages, settings.budget)
-    change = plan_change(given.running, plan, problem.model, problem.moments())
+    change = plan_change(given.running, plan, problem.model, problem.moments_of_ranges())
     return Replanning(
         plan=plan,
         value=scale * value,
@@ -271,11 +274,14 @@ def _outcome(net: NetMaster, fresh: Fresh, choice: ColumnChoice, *, interrupted:
 def _transition(
     given: ReplanningProblem, running: Survivors, net: NetMaster, plan: Plan, chosen: Sequence[Candidate]
 ) -> Transition:  # fmt: skip
-    """Return the order of steps; capacities are goodputs, or saturated rates if throughput is the objective."""
+    """Return the order of steps; capacities are goodputs, or saturated rates if throughput is the objective.
+
+    Routers send replicas that stay the requests of their new classes from the first step on.
+    """
     scale = given.problem.planned_share
-    replicas = given.running.replicas
+    replicas, shares = given.running.replicas, given.running.class_shares()
     runs = [i for i in range(len(replicas)) if i not in running.lost]
-    stays = [c.running for c in chosen if c.fate is Fate.KEPT]
+    stays = {c.running: c.template for c in chosen if c.fate is Fate.KEPT}
     owner = {device: i for i in runs for device in replicas[i].devices()}
     starts = [
         Start(
@@ -287,16 +293,18 @@ def _transition(
         if candidate.fate is not Fate.KEPT
     ]
 
-    @cache
-    def capacity(olds: frozenset[int], news: frozenset[int]) -> float:
-        serving = [t for i in sorted(olds) if (t := running.templates[i]) is not None]
+    def served(templates: Sequence[Template | None], olds: frozenset[int], news: frozenset[int]) -> float:
+        serving = [t for i in sorted(olds) if (t := templates[i]) is not None]
         serving += [chosen[number].template for number in sorted(news)]
         # Those without a template have the rate that the running plan states, if they serve by themselves.
-        others = (replicas[i] for i in olds if running.templates[i] is None)
-        stated = sum(replica.rate for replica in others if replica.role is Role.UNIFIED)
-        return scale * (net.rate_of([(new_replica(t), 1) for t in serving]) + stated)
+        stated = defaultdict[tuple[str, ...], float](float)
+        for replica in (replicas[i] for i in olds if templates[i] is None and replicas[i].role is Role.UNIFIED):
+            stated[replica.classes] += replica.rate
+        return scale * (net.rate_of([(new_replica(t), 1) for t in serving]) + served_with_classes(shares, stated))
 
-    return plan_transition(runs, stays, starts, capacity)
+    then = [stays.get(i, template) for i, template in enumerate(running.templates)]
+    found = plan_transition(runs, [*stays], starts, cache(partial(served, then)))
+    return found.since(served(running.templates, frozenset(runs), frozenset()))
 
 
 # --- running replicas: how each may continue, the worth of staying, the GPUs they leave free
@@ -352,19 +360,20 @@ class Survivors:
         rent = {i: net.rent_of([(new_replica(t), 1)]) for i, t in enumerate(self.templates) if t is not None}
         return sum(share * rent[i] for i, share in self.stay_shares.items())
 
-    def left_over(self, settings: SearchSettings) -> tuple[Template, ...]:
+    def left_over(self, net: NetMaster, settings: SearchSettings) -> tuple[Template, ...]:
         """Return new replicas to add to all whole running ones; none if those already serve the whole demand."""
         stay: dict[int, Candidate] = {}
-        for option in self.candidates:
-            better = option.running not in stay or option.template.rate > stay[option.running].template.rate
-            if option.fate is not Fate.CHANGED and better:
+        for option in (option for option in self.candidates if option.fate is not Fate.CHANGED):
+            best = stay.setdefault(option.running, option)
+            ranges = {self.costs.scopes[each.template.scope].number for each in (option, best)}
+            if len(ranges) == 1 and option.template.rate > best.template.rate:
                 stay[option.running] = option
         if not stay or self.given.max_moves == 0:
             return ()
         taken = {name for option in stay.values() for name in option.named()}
         problem, demand_rps = self.given.problem, None
         if not problem.objective.maximises:
-            served = sum(c.template.rate for c in stay.values()) * problem.assumptions.planned_utilisation
+            served = net.rate_of([(c, 1) for c in stay.values()]) * problem.assumptions.planned_utilisation
             assert problem.objective.demand_rps is not None
             demand_rps = problem.objective.demand_rps - served
             if demand_rps <= 0.0:

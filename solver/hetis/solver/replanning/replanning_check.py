@@ -7,6 +7,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 
 from hetis.solver.check.replica_shapes import Fleet
+from hetis.solver.check.result import served_of_all
 from hetis.solver.plan import ObjectiveKind, ReplicaPlan, Role
 from hetis.solver.problem import Build, PlacementProblem
 from hetis.solver.replanning.change import HALF_DONE, Fate, ReplanningProblem, holdings, holdings_of, is_same
@@ -114,9 +115,13 @@ def _scale(problem: PlacementProblem) -> float:
 
 def _served(problem: PlacementProblem, replicas: Sequence[ReplicaPlan], rates: Sequence[float]) -> float:
     """Return the requests/s that replicas serve together at these rates."""
-    unified = sum(rate for rate, one in zip(rates, replicas, strict=True) if one.role is Role.UNIFIED)
-    split = any(one.role is not Role.UNIFIED for one in replicas)
-    return unified + (_most_handed_over(problem, replicas, rates) if split else 0.0)
+    parts = list[tuple[tuple[str, ...], float]]()
+    for classes in {one.classes for one in replicas}:
+        own = [(rate, one) for rate, one in zip(rates, replicas, strict=True) if one.classes == classes]
+        parts += [(classes, rate) for rate, one in own if one.role is Role.UNIFIED]
+        if len(apart := [(rate, one) for rate, one in own if one.role is not Role.UNIFIED]) > 1:
+            parts.append((classes, _most_handed_over(problem, [one for _, one in apart], [rate for rate, _ in apart])))
+    return served_of_all(problem.workload.shares(), parts)
 
 
 def _most_handed_over(problem: PlacementProblem, replicas: Sequence[ReplicaPlan], rates: Sequence[float]) -> float:
@@ -210,14 +215,19 @@ def _check_capacities(given: ReplanningProblem, found: Replanning) -> Iterator[s
     change, problem = found.transition, given.problem
     kept = {c.old: number for number, c in enumerate(found.continued) if c.fate is Fate.KEPT}
     others = {i for i in range(len(given.running.replicas)) if i not in kept and i not in found.lost}
-    serving, capacity = set(kept.values()), change.before
+    serving = set(kept.values())
 
     def is_wrong(claimed: float) -> bool:
         chosen = [found.plan.replicas[number] for number in sorted(serving)]
         derived = _scale(problem) * _served(problem, chosen, [replica.rate for replica in chosen])
         return claimed < derived * (1.0 - RELATIVE) if others else not _is_close(derived, claimed)
 
-    if is_wrong(change.before):
+    # Behind the router of the new plan, what runs may serve another rate than it did.
+    moved = [
+        i for i in kept if i is not None and given.running.replicas[i].classes != found.plan.replicas[kept[i]].classes
+    ]
+    capacity = change.steps[0].capacity if moved and change.steps else change.after if moved else change.before
+    if is_wrong(capacity):
         yield f"the running plan is said to serve {change.before:.9g} requests/s"
     for number, step in enumerate(change.steps):
         is_start = step.action is Action.START
@@ -232,7 +242,7 @@ def _check_capacities(given: ReplanningProblem, found: Replanning) -> Iterator[s
         more, less = (capacity, step.capacity) if is_start else (step.capacity, capacity)
         if is_wrong(capacity) or more < less * (1.0 - RELATIVE):
             yield f"after step {number} {capacity:.9g} requests/s are said to be served"
-    claims = [change.before, change.after, *(step.capacity_after for step in change.steps)]
+    claims = [change.before, change.after, *(each for s in change.steps for each in (s.capacity, s.capacity_after))]
     lost = sum(step.seconds * max(0.0, change.after - step.capacity) for step in change.steps)
     for name, derived, claimed in (
         ("capacity at the end", capacity, change.after),

@@ -4,7 +4,8 @@ A replica that lost no GPUs may be *kept*, or *reset*: the same GPUs and weights
 another role (which new traffic or limits may require). One that lost GPUs may be *repaired*, other GPUs of the same
 class replacing its broken TP groups and lost attention workers, or *shrunk* to the attention workers that are left.
 Layers stay in place in all of these, so that only GPUs that join a replica read weights. Any other change is a new
-replica.
+replica. If the workload has classes, each of these may serve those of any range from now on: an engine does not know
+which requests its router sends.
 """
 
 from __future__ import annotations
@@ -130,21 +131,24 @@ class Continuations:
         self._best: dict[object, Template | None] = {}
 
     def options(self, number: int, replica: ReplicaPlan) -> tuple[Candidate, ...]:
-        """Return every way in which replica ``number`` of the running plan may continue; empty if it cannot."""
-        layout = self._layout(replica)
-        if layout.is_whole:
-            template = self._template(layout, number)
-            return () if template is None else tuple(self._of_whole(number, layout, template))
-        found = list[Candidate]()
-        for each in dict.fromkeys((layout, layout.without_pools(all), layout.without_pools(any))):
-            template = self._template(each, number)
-            found += [] if template is None else self._of_broken(number, each, template)
+        """Return every way in which replica ``number`` of the running plan may continue; empty if it cannot.
+
+        Those that serve the same classes as now come first.
+        """
+        layout, ranges = self._layout(replica), self.costs.problem.ranges()
+        given, found = (layout, layout.without_pools(all), layout.without_pools(any)), list[Candidate]()
+        for each in dict.fromkeys(given[:1] if layout.is_whole else given):
+            for names in sorted(ranges, key=lambda names: names != replica.classes):
+                template = self._template(each, number, ranges.index(names))
+                if template is not None:
+                    found += (self._of_whole if layout.is_whole else self._of_broken)(number, each, template)
         return tuple(found)
 
     def template_now(self, number: int, replica: ReplicaPlan) -> Template | None:
         """Return the replica as a template, if it still runs and the tables can express it."""
-        layout = self._layout(replica)
-        return self._template(layout, number) if layout.is_whole else None
+        layout, ranges = self._layout(replica), self.costs.problem.ranges()
+        is_known = layout.is_whole and replica.classes in ranges
+        return self._template(layout, number, ranges.index(replica.classes)) if is_known else None
 
     def _layout(self, replica: ReplicaPlan) -> _Layout:
         workers: list[list[Group]] = [[] for _ in replica.stages]
@@ -159,8 +163,11 @@ class Continuations:
         whole = all(place is not None and place.gpu == gpu for place in found)
         return devices if whole and len({(p.node, p.device_class) for p in found if p is not None}) == 1 else None
 
-    def _template(self, layout: _Layout, number: int) -> Template | None:
-        """Return the replica in terms of the cost tables; None if family or fleet cannot have such a replica."""
+    def _template(self, layout: _Layout, number: int, served: int) -> Template | None:
+        """Return the replica in terms of the cost tables; None if family or fleet cannot have such a replica.
+
+        ``served`` is the number of the range of classes that it serves.
+        """
         stages, replica = list[TemplateStage](), layout.replica
         dp, tables, home = replica.attention_dp, self.costs.scopes[0].tables, self._home(layout)
         for index, (stage, group, workers) in enumerate(
@@ -181,7 +188,7 @@ class Continuations:
                 pool_class, cards, held = found, len(workers), pool.kv_head_groups
             layers = stage.num_layers - (tables.prefix_layers if index == 0 else 0)
             stages.append(TemplateStage(rank, layers, pool_class, cards, held))
-        settings = self._settings(replica, stages, number)
+        settings = self._settings(replica, stages, number, served)
         if settings is None:
             return None
         scope, mix, f = settings
@@ -221,7 +228,7 @@ class Continuations:
         return {self._zone(self.places[group[0]].device_class) for group in parts}
 
     def _settings(
-        self, replica: ReplicaPlan, stages: Sequence[TemplateStage], number: int
+        self, replica: ReplicaPlan, stages: Sequence[TemplateStage], number: int, served: int
     ) -> tuple[int, int, int] | None:
         """Return (scope, mix, in-flight index) of a replica on these stages."""
         zones = {self.costs.classes[self.costs.ranks[stage.rank][0]].zone for stage in stages}
@@ -234,7 +241,8 @@ class Continuations:
             if (mix.micro_batch, mix.chunk_tokens, mix.role, mix.sends_afar, mix.attention_dp) == key:
                 for scope in self._scopes_by_place(number):
                     part = self.costs.scopes[scope]
-                    if set(part.zones) == zones and part.serves(mix) and has_stages(self.costs, part, stages):
+                    is_able = part.number == served and set(part.zones) == zones and part.serves(mix)
+                    if is_able and has_stages(self.costs, part, stages):
                         return scope, x, in_flight.index(wanted)
         return None
 
@@ -330,7 +338,8 @@ class Continuations:
             return template.scope
         if own.place.blocks is None:
             return None
-        others = (i for i, one in enumerate(scopes) if one.zones == own.zones and one.place.blocks is None)
+        alike = own.zones, None, own.number
+        others = (i for i, one in enumerate(scopes) if (one.zones, one.place.blocks, one.number) == alike)
         able = (i for i in others if scopes[i].serves(mix) and has_stages(self.costs, scopes[i], template.stages))
         return next(able, None)
 
@@ -369,7 +378,7 @@ def is_allowed(costs: CostTables, template: Template) -> bool:
         return False
     if template.interval_s > float(tables.t_cap[template.mix, template.in_flight_index]) * WITHIN:
         return False
-    limit_s = costs.problem.objective.ttft_limit_s
+    limit_s = costs.of_scope(template.scope).problem.objective.ttft_limit_s
     if limit_s is not None and least_ttft_limit_s(costs, template) > limit_s * WITHIN:
         return False
     return all(room_layers(costs, template, i) >= stage.layers for i, stage in enumerate(template.stages))

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 
 MAX_EXACT = 10  # maximum starts that need something stopped
@@ -59,7 +59,8 @@ class Transition:
     """The steps from the running plan to the new one.
 
     Attributes:
-        before, after: capacities of what runs now and of the new plan.
+        before, after: capacities of what runs now and of the new plan. If routers send running replicas other requests
+            from the first step on, the capacity during that step may be another one than ``before``.
         lowest: the lowest capacity during the change, both ends included.
         best_lowest: no order has a higher lowest capacity.
         seconds: duration of all steps in sequence.
@@ -73,6 +74,11 @@ class Transition:
     best_lowest: float
     seconds: float
     lost: float
+
+    def since(self, before: float) -> Transition:
+        """Return the transition from another capacity than that during its first step."""
+        lowest, best = min(self.lowest, before), min(self.best_lowest, before)
+        return replace(self, before=before, lowest=lowest, best_lowest=best)
 
 
 def plan_transition(

@@ -223,14 +223,6 @@ def test_processes_change_nothing_but_the_time(plan: Path) -> None:
     assert json.loads(apart.stdout) == json.loads(hetis_plan(*arguments, "--threads", "1").stdout)
 
 
-def test_until_stable_doubles_the_requests(plan: Path) -> None:
-    rate = str(0.8 * json.loads(plan.read_text())["result"]["value"])
-    found = simulated(plan, "--rate", rate, "--requests", "250", "--until-stable", "--precision", "8%")
-    assert found["load"]["requests"] > 250
-    assert found["load"]["requests"] % 250 == 0
-    assert found["precise"]
-
-
 def test_requests_beyond_the_context_are_clipped_and_counted(plan: Path, tmp_path: Path) -> None:
     trace = tmp_path / "long.jsonl"
     lines = [{"arrival_s": i, "prompt_tokens": 9000 if i % 4 == 0 else 100, "output_tokens": 20} for i in range(100)]
@@ -315,7 +307,6 @@ def test_ctrl_c_gives_what_there_is(plan: Path) -> None:
         (("--fail", "a100/0@30s", "--join", "a100/0@20s"), "a100/0 joins at 20 s, it has not failed before"),
         (("--tolerance", "0"), "must be above 0"),
         (("--tolerance", "5%"), "--tolerance needs --sweep"),
-        (("--precision", "5%"), "--precision needs --until-stable"),
         (("--attainment", "90%", "--ttft-statistic", "p99"), "no statistic is taken: leave out --ttft-statistic"),
         (("--tpot-statistic", "p99", "--tpot", "none"), "--tpot-statistic is given, but TPOT has no limit (--tpot)"),
         (("--attainment", "90%", "--ttft", "none", "--tpot", "none"), "but neither TTFT nor TPOT has a limit"),

@@ -97,7 +97,7 @@ def placed(folder: Path, *options: str, traffic: str = "traffic", exits: ExitCod
     workload = folder / f"{traffic}.yaml"
     traffic = str(workload) if workload.exists() else traffic
     asked = ["-c", str(folder / "fleet.yaml"), "-m", "llama-3.1-8b", "-w", traffic, "--ttft", "5s"]
-    assert run(["place", *asked, "--no-other-engines", "--no-verify", *options, "--out", str(out), "-q"]) == exits
+    assert run(["place", *asked, "--no-verify", *options, "--out", str(out), "-q"]) == exits
     found: dict[str, Any] = json.loads(out.read_text()) if out.exists() else {}
     return found
 

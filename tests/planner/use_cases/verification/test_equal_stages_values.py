@@ -1,4 +1,4 @@
-"""The value of equal stages, which every engine runs: other engines are never reported to reach less."""
+"""The value of equal stages, which every engine runs."""
 
 from __future__ import annotations
 
@@ -6,52 +6,15 @@ import threading
 
 import pytest
 
-from hetis.planner.use_cases.engine_values import _by_equal_stages
-from hetis.planner.use_cases.record.forms import EngineValue
 from hetis.planner.use_cases.verification import equal_stages
 from hetis.solver.budget import Budget, SearchSettings
 from hetis.solver.constraints import Exclude, Selection, Unit, WithoutTp
-from hetis.solver.engine_rules import EngineRules
 from hetis.solver.errors import BrokenProofError
-from hetis.solver.placement.families import run_by
 from hetis.solver.plan import Role
 from hetis.solver.problem import PlacementProblem
-from tests.models import replace, shape_of
+from tests.models import replace
 from tests.planner import plans
-from tests.solver.instances import SMALL_FAMILY, make_model, make_node, make_problem
-
-LIKE_VLLM = run_by(SMALL_FAMILY, EngineRules(name="vllm"))
-
-
-@pytest.mark.parametrize(
-    ("found", "equal", "told"),
-    [(1.0, 1.5, (1.5, True)), (2.0, 1.5, (2.0, False)), (None, 1.5, (1.5, True)), (1.0, None, (1.0, False))],
-)
-def test_the_better_of_what_was_found_and_equal_stages_is_told(
-    found: float | None, equal: float | None, told: tuple[float, bool]
-) -> None:
-    plan = replace(plans.plan(), inputs={"equal_stages_value": equal})
-    known = EngineValue(engine="vllm", value=found, bound=None)
-    problem = replace(make_problem([make_node("a", "A")]), family=LIKE_VLLM)
-    value = _by_equal_stages(known, plan, problem, EngineRules(name="vllm-hetis"), 0, threading.Event())
-    assert (value.value, value.equal_stages) == told
-
-
-def test_equal_stages_say_nothing_of_an_engine_that_runs_fewer_stages() -> None:
-    mla = shape_of(kv_lora_rank=24, qk_rope_head_dim=8, qk_nope_head_dim=16, v_head_dim=16, q_lora_rank=32)
-    indexer = shape_of(top_tokens=32, heads=2, head_dim=64, key_bytes=68.0, layers=1)  # vLLM: one stage
-    model = replace(make_model(kv_heads=1), mla=mla, indexer=indexer)
-    problem = replace(make_problem([make_node("a", "A")], model=model), family=LIKE_VLLM)
-    known = EngineValue(engine="vllm", value=1.0, bound=None)
-    plan = replace(plans.plan(), inputs={"equal_stages_value": 1.5})
-    assert _by_equal_stages(known, plan, problem, EngineRules(name="sglang"), 0, threading.Event()) == known
-
-
-def test_equal_stages_say_nothing_of_plans_without_unified_replicas() -> None:
-    problem = replace(make_problem([make_node("a", "A")]), family=replace(LIKE_VLLM, roles=(Role.PREFILL, Role.DECODE)))
-    known = EngineValue(engine="vllm", value=1.0, bound=None)
-    plan = replace(plans.plan(), inputs={"equal_stages_value": 1.5})
-    assert _by_equal_stages(known, plan, problem, EngineRules(name="vllm-hetis"), 0, threading.Event()) == known
+from tests.solver.instances import make_node, make_problem
 
 
 @pytest.mark.parametrize(("cut_short", "told"), [(0, True), (1, True), (2, False)])

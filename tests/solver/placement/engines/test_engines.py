@@ -11,14 +11,12 @@ from hypothesis import strategies as st
 
 from hetis.solver.budget import Budget
 from hetis.solver.check import check_plan
-from hetis.solver.check.replica_shapes import Fleet
-from hetis.solver.check.structure import check_engine
 from hetis.solver.engine_rules import EngineRules, Family
 from hetis.solver.errors import InfeasibleError, InvalidProblemError, NoPlanFoundError
 from hetis.solver.model import DraftShape
 from hetis.solver.placement.candidates import Evaluator, candidates_of
 from hetis.solver.placement.columns import Columns
-from hetis.solver.placement.families import ENGINES, STRATEGIES, beyond, run_by
+from hetis.solver.placement.families import ENGINES, STRATEGIES, run_by
 from hetis.solver.placement.master import Master
 from hetis.solver.placement.replicas.tables import CostTables
 from hetis.solver.placement.replicas.tabulation import build_cost_tables
@@ -45,7 +43,6 @@ from tests.solver.placement.engines.families import (
     a_problem,
     value_of,
 )
-from tests.solver.searching import plan_or_none
 
 WITH_MORE_STAGES = run_by(
     Family(max_pool=2, tp_sizes=(1, 2), micro_batches=(4,), chunk_tokens=(64,)),
@@ -178,22 +175,6 @@ def test_uneven_workers_are_not_an_engines() -> None:
 
 
 @settings(max_examples=EXAMPLES)
-@given(problem=problems(max_gpus=5, family=WITH_MORE_STAGES))
-def test_what_an_engine_lacks_is_what_the_checker_finds(problem: PlacementProblem) -> None:
-    """The plans are for longer pipelines; the checker derives the same independently, replica by replica."""
-    plan = plan_or_none(problem, strategy="hetis")
-    if plan is None:
-        assume(False)
-    rules = EngineRules(name="vllm-hetis", max_stages=3, max_pooled_stages=2, max_gpus=4, min_layers=2)
-    held, fleet = replace(problem, family=run_by(problem.family, rules)), Fleet.of(problem.cluster)
-    for replica in plan.replicas:
-        found = list(check_engine(replica, held, fleet))
-        assert bool(found) == bool(beyond([replica], rules, problem.cluster, problem.model)), (found, replica)
-        without = beyond([replica], replace(rules, name="vllm"), problem.cluster, problem.model)
-        assert ("attention workers" in without) == bool(replica.attention_workers)
-
-
-@settings(max_examples=EXAMPLES)
 @given(problem=problems(max_gpus=5, family=PLAIN), fewest=st.integers(1, 4))
 def test_more_layers_to_a_stage_never_serve_more(problem: PlacementProblem, fewest: int) -> None:
     assume(not problem.model.forbidden_cuts)
@@ -215,24 +196,8 @@ def test_limits_of_a_replica_hold_for_every_strategy(strategy: str, limit: dict[
     plan = solve_placement(problem, strategy=strategy)
     assert plan.replicas
     assert check_plan(plan, problem) == ()
-    assert beyond(plan.replicas, rules, problem.cluster, problem.model) == ()
     nine = replace(problem, family=replace(problem.family, engine=replace(rules, min_layers=9)))
     assert any("must have at least 9" in violation.message for violation in check_plan(plan, nine))
-
-
-def test_what_an_engine_lacks_is_said_once_and_in_words() -> None:
-    plan, problem = a_plan()
-    one = plan.replicas[0]
-    copies = replace(one, stages=tuple(replace(stage, copies=2) for stage in one.stages))
-    sizes = replace(one, stages=(replace(one.stages[0], tp=1), replace(one.stages[0], tp=2)), in_flight=5)
-    small = EngineRules(name="vllm", max_stages=1)
-    assert beyond([copies, copies], EngineRules(name="vllm-hetis"), problem.cluster, problem.model) == ("stage copies",)
-    assert beyond([copies, sizes], EngineRules(name="vllm-hetis"), problem.cluster, problem.model)[:3] == (
-        "stage copies",
-        "several TP sizes in a replica",
-        "more batches in flight than stages",
-    )
-    assert "replicas of over 1 stages" in beyond([sizes], small, problem.cluster, problem.model)
 
 
 @pytest.mark.parametrize("name", ENGINES)

@@ -116,8 +116,6 @@ def worth_scale(plan: Plan) -> Scale:
         notes.append("The band shows the effect of the errors of the profiles.")
     if (words := promises.beside_equal_stages(plan)) is not None:
         notes.append(f"Equal stages are the usual setup of engines without a planner: {words}.")
-    if engines := promises.beside_engines(plan):
-        notes.append(f"What other engines would serve: {'; '.join(engines)}.")
     return Scale(title=f"How good it is: {result.objective.value}", rows=rows, note=" ".join(notes))
 
 

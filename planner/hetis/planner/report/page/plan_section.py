@@ -92,8 +92,7 @@ def plan_blocks(
 
 def _limiting(explanation: Explanation, plan: Plan) -> Iterator[tuple[str, str]]:
     for number, sentence in explained_bottlenecks(explanation).items():
-        name = replica_name(number, plan.replicas[number].role)
-        yield name, sentence.removeprefix(f"{name.lower()}: ")
+        yield replica_name(number, plan.replicas[number].role), sentence
     yield from (("Prefill to decode", route) for route in explanation.kv_routes)
     if explanation.attention_workers:
         yield "Attention workers", explanation.attention_workers

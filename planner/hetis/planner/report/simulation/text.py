@@ -73,7 +73,6 @@ def simulation_document(simulated: Simulated, plan: Plan) -> dict[str, Any]:
         verdicts=_verdict_data(verdict),
         missed={} if verdict is None else verdict.missed,
         complete=simulated.complete,
-        precise=simulated.precise,
         steady=summary.steady,
         throughput_rps=summary.throughput_rps.value,
         goodput_rps=simulated.sweep and simulated.sweep.goodput_rps,
@@ -150,7 +149,6 @@ def _facts(simulated: Simulated, plan: Plan) -> list[tuple[str, RenderableType]]
     if question.engine_settings:
         engines = f"started with {question.engine_settings.describe()}: {'; '.join(question.changes)}"
     stopped = "" if simulated.complete else "stopped early: the figures cover only what was simulated"
-    unstable = "" if simulated.precise else f"not yet stable: the widest interval is {percent(simulated.precision)}"
     every: list[tuple[str, str | Text | None]] = [
         ("Arrivals", _arrivals(simulated)),
         ("Goodput", None if simulated.sweep is None else _goodput(simulated)),
@@ -162,7 +160,6 @@ def _facts(simulated: Simulated, plan: Plan) -> list[tuple[str, RenderableType]]
         ("Settings", ", ".join(_settings(simulated, plan))),
         ("Engines", engines),
         ("", Text(stopped, "yellow")),
-        ("", Text(unstable, "yellow")),
     ]
     return [(name, fact) for name, fact in every if fact]
 

@@ -37,7 +37,7 @@ def diff_plans(before: str, after: str) -> PlanDiff:
         figures=(figures_of(old.plan, old.inputs), figures_of(new.plan, new.inputs)),
         same_model=replaced is None,
         warnings=(*old.warnings, *new.warnings, *_differences(old.inputs, new.inputs, old.plan, new.plan)),
-        change=plan_change(old.plan, new.plan, new.inputs.model, old.problem.moments(), replaced=replaced),
+        change=plan_change(old.plan, new.plan, new.inputs.model, old.problem.moments_of_ranges(), replaced=replaced),
     )
 
 

@@ -25,6 +25,7 @@ from hetis.planner.use_cases.saved_plans import (
 )
 from hetis.planner.use_cases.sources import LoadedInputs, impossible_profiles, load_profiles, named, unused_profiles
 from hetis.planner.use_cases.surviving import ENOUGH, left_without, with_losses
+from hetis.planner.use_cases.verification.classes import NEEDS_ROUTER
 from hetis.planner.use_cases.verification.rates import kept_plan, simulation_report
 from hetis.solver.budget import Budget, Report
 from hetis.solver.check import check_plan
@@ -38,6 +39,7 @@ from hetis.solver.problem import PlacementProblem
 from hetis.solver.replanning.change import ChangeCosts, Fate, ReplanningProblem
 from hetis.solver.replanning.replanner import Replanning, keeps, solve_replanning
 from hetis.solver.replanning.replanning_check import check_replanning
+from hetis.solver.workload import Workload
 
 ON_ANY_NODES = "replicas may span any number of nodes: the GPUs that are free do not fit as few as were allowed"
 NOTE = "re-planned from a running plan; value and bound are those of the fleet, without the cost of the change"
@@ -95,9 +97,6 @@ def load_replanning(
         problems += impossible_profiles(given, fleet.gpu_types)
     if problems or found is None or fleet is None:
         raise DocumentError(problems)
-    if found.plan.classes:
-        why = "has pools for classes of requests, which replan does not move: place the new fleet instead"
-        raise single_problem(running, why)
     inputs = found.inputs
     if spec is not None and spec != inputs.model:
         raise single_problem(running, _of_another_model(inputs.model, spec))
@@ -126,7 +125,8 @@ def pose_replanning(
 ) -> PosedReplan:
     """Return the problem of re-planning from a running plan, with other inputs or another objective than it has.
 
-    Strategy and roles are the plan's; so are engine and rung, unless ``settings`` have a rung.
+    Strategy and roles are the plan's; so are engine and rung, unless ``settings`` have a rung, and the classes of its
+    pools, if it has any, unless the workload has others.
 
     Raises:
         InvalidProblemError: the inputs contradict each other.
@@ -149,10 +149,16 @@ def pose_replanning(
             f"re-planning does not support --survive {survived}: the next plan serves {objective.demand_rps:.4g} "
             f"requests/s with all {survived}s"
         )
-    inputs = replace(loaded.inputs, constraints=kept)
+    workload, empty = _in_classes(found, loaded.inputs.workload)
+    if empty:
+        dropped.append(f"class {empty} has no requests in {workload.name}: the next plan has no pools of classes")
+    inputs = replace(loaded.inputs, constraints=kept, workload=workload)
     loaded = replace(loaded, inputs=inputs, notes=(*loaded.notes, *dropped))
     deepest = max((len(replica.stages) for replica in found.plan.replicas), default=1)
     problem = settings.problem(inputs, objective, least_stages=deepest)
+    if found.plan.classes and workload.classes:
+        of_classes = replace(problem.workload, classes=workload.classes)
+        problem = replace(problem, workload=of_classes, objective=inputs.applicable_limits(objective))
     if rung:
         problem = replace(problem, family=RUNGS[rung].restrict(problem.family, settings.strategy))
     warnings += dropped
@@ -161,6 +167,15 @@ def pose_replanning(
         running=found.plan, loaded=loaded, problem=problem, requested=objective, survived=survived, settings=settings,
         warnings=tuple(warnings),
     )  # fmt: skip
+
+
+def _in_classes(found: PlanAndProblem, workload: Workload) -> tuple[Workload, str]:
+    """Return the traffic in the classes of a plan's pools, and the first of them without requests, if any."""
+    if not found.plan.classes or workload.classes:
+        return workload, ""
+    cut = replace(workload, classes=found.inputs.workload.classes)
+    empty = next((name for name, share in cut.shares().items() if not share), "")
+    return (workload if empty else cut), empty
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -269,7 +284,8 @@ def replan(
         question = replace(question, problem=posed.problem)
         found = solve(question)
         found = replace(found, plan=replace(found.plan, notes=(*found.plan.notes, ON_ANY_NODES)))
-    plan = _with_kept_settings(replace(found.plan, notes=(*found.plan.notes, NOTE)), found, posed.running)
+    notes = (*found.plan.notes, NOTE, *((NEEDS_ROUTER,) if any(one.classes for one in found.plan.replicas) else ()))
+    plan = _with_kept_settings(replace(found.plan, notes=notes), found, posed.running)
     plan = describe(plan, posed.loaded, posed.problem, settings, posed.requested, rung=posed.settings.rung)
     plan = with_service_level(plan, Requested.of(posed.running).service_level)
     if (survival := survival_of(plan, posed)) is not None:

@@ -152,7 +152,7 @@ def _plan_change(before: Side, after: Side) -> PlanChange | None:
     old, new, problem = before.outcome.plan, after.outcome.plan, before.outcome.problem
     if old is None or new is None or problem is None:
         return None
-    return plan_change(old, new, problem.model, problem.moments())
+    return plan_change(old, new, problem.model, problem.moments_of_ranges())
 
 
 def changed_inputs(loaded: LoadedInputs, change: FleetChange) -> LoadedInputs:

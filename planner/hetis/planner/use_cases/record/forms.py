@@ -190,22 +190,6 @@ def read_searched(data: Any) -> Searched:
     return Searched(read_as(float | None, data))
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EngineValue:
-    """The value of the best plan for another engine."""
-
-    engine: str  # name of the engine, or ``any``
-    value: float | None  # in the objective's unit; None: no plan was found
-    bound: float | None  # bound on the value of all its plans; None: nothing was proved
-    # The missing features: for a richer engine, those that its plan needs and the plan's own engine lacks; for a poorer
-    # one, those that the plan needs and the engine lacks
-    lacks: tuple[str, ...] = ()
-    why_not: str = ""  # why there is no value, or no better value
-    # Whether the value is that of the best replicas of equal stages, which the engine runs, since no search found a
-    # better plan
-    equal_stages: bool = False
-
-
 def read_losses(data: Any) -> Mapping[str, Loss]:
     return {place: loss for place, loss in read_as(Mapping[str, Loss], data).items() if loss.whole > 0}
 

@@ -18,7 +18,6 @@ from hetis.planner.use_cases.json_values import json_value
 from hetis.planner.use_cases.record.forms import (
     PLACES,
     ClassLatency,
-    EngineValue,
     Errors,
     KeptWithClasses,
     RungFound,
@@ -206,13 +205,6 @@ class EqualStages(Part):
 
 
 @part
-class OtherEngines(Part):
-    """The values of plans for the other engines."""
-
-    values: tuple[EngineValue, ...] = entry((), name="engine_values")
-
-
-@part
 class Rungs(Part):
     """What the best plan of each rung reaches."""
 
@@ -261,10 +253,3 @@ class ProfileErrors(Part):
     """What the errors of the plan's profiles mean."""
 
     errors: Errors = entry(Errors(), read_errors, name="profile_errors", write=errors_data)
-
-
-@part
-class ConstraintCosts(Part):
-    """What the objective would gain without each constraint, as JSON values."""
-
-    prices: Any = entry((), name="constraint_prices")

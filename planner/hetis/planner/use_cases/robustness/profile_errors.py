@@ -254,9 +254,12 @@ def profile_notes(problem: PlacementProblem) -> tuple[str, ...]:
 
 
 def with_profile_errors(plan: Plan, problem: PlacementProblem) -> Plan:
-    """Return the plan with the range that its profiles' errors leave, and notes on fits used outside their range."""
+    """Return the plan with the range that its profiles' errors leave, and notes on fits used outside their range.
+
+    What they do to pools of classes of requests is not known.
+    """
     noted = replace(plan, notes=plan.notes + outside_regions(plan, problem))
-    found = predicted(plan, problem)
+    found = None if plan.classes else predicted(plan, problem)
     return noted if found is None else ProfileErrors(errors=Errors(predicted=found)).on(noted)
 
 

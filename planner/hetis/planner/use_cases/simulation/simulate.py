@@ -25,7 +25,6 @@ from hetis.solver.workload import Workload
 
 MIN_REQUESTS = 2000
 TURNS = 20  # how many times, by default, a run replaces all the requests that a plan holds at once
-DOUBLINGS = 6  # most doublings of the number of requests until the intervals are narrow
 SAMPLES = 200  # per device and run
 AGREES = 0.1  # tolerated difference of the ratio simulated / planned from 1
 MOST_FOR_A_SHARE = 40_000  # most requests, by default, that a run has only because of the share it has to measure
@@ -44,8 +43,6 @@ class Question:
     service_level: ServiceLevel = DEFAULT  # what must keep the limits, see `verdicts.level_to_hold`
     sweeps: bool = False  # whether to search for the highest rate within the limits, to a relative ``tolerance``
     tolerance: float = 0.02
-    # Relative width of every interval up to which runs are lengthened; None: they are not
-    precision: float | None = None
     keep_run: bool = False  # whether the answer contains the whole first run
     # Settings with which engines are started instead of the plan's, see `at_settings`
     engine_settings: EngineSettings = NOTHING_SET
@@ -64,7 +61,7 @@ class Question:
 class Simulated:
     """The answer to a question, with the plan's prediction."""
 
-    question: Question  # the question, with the final number of requests
+    question: Question
     prediction: Prediction
     # Over all runs; for a sweep, at the highest rate within the limits, or at the lowest one tried if there is none
     summary: Summary
@@ -73,7 +70,6 @@ class Simulated:
     run: Run | None = None  # the first run, if it was requested
     sweep: RateSweep | None = None
     complete: bool
-    precise: bool = True  # whether the intervals are as narrow as requested; True if that was not requested
     verdict: LevelVerdict | None  # None: the fleet was saturated, so that its latencies mean nothing
     verdicts: tuple[LevelVerdict, ...] = ()  # one for each point of the sweep
 
@@ -81,12 +77,6 @@ class Simulated:
     def kept(self) -> bool | None:
         """Return whether the service level was kept; None: that cannot be told."""
         return None if self.verdict is None else self.verdict.kept
-
-    @property
-    def precision(self) -> float:
-        """Return the widest interval relative to its value, as `Summary.precision` but with those of the limits."""
-        limits = () if self.verdict is None else self.verdict.limits
-        return max((self.summary.precision(), *(one.estimate.relative for one in limits)))
 
 
 class NothingSimulatedError(Exception):
@@ -190,7 +180,7 @@ def answer(
 ) -> Simulated:
     """Run the simulator as often as the question requires. Once ``is_cancelled``, answer what was run by then.
 
-    ``begins`` is called for every part of a question with several: the rates of a sweep, the doublings of the requests.
+    ``begins`` is called for every part of a question with several: the rates of a sweep.
 
     Raises:
         NothingSimulatedError: the simulation was cancelled before any of it was done.
@@ -198,16 +188,7 @@ def answer(
     """
     plan = with_all_seats(plan, problem)
     with runner(plan, problem, processes=processes, is_cancelled=is_cancelled, report=report) as runs:
-        if question.sweeps:
-            return _swept(runs, question, begins)
-        found = _run(runs, question, begins)
-        for number in range(DOUBLINGS if question.precision is not None else 0):
-            if is_cancelled() or found.precise:
-                break
-            begins(f"with twice the requests, {number + 1} of {DOUBLINGS} times at most")
-            question = replace(question, num_requests=2 * question.num_requests)
-            found = _run(runs, question, begins)
-        return found
+        return (_swept if question.sweeps else _run)(runs, question, begins)
 
 
 def _run(runs: SimulationRunner, question: Question, begins: Callable[[str], None]) -> Simulated:
@@ -217,7 +198,7 @@ def _run(runs: SimulationRunner, question: Question, begins: Callable[[str], Non
     metrics = tuple(one.metrics for one in answers)
     summary = summarise(metrics)
     saturated = question.load.arrivals is Arrivals.SATURATED
-    found = Simulated(
+    return Simulated(
         question=question,
         prediction=prediction_of(runs.plan),
         summary=summary,
@@ -227,7 +208,6 @@ def _run(runs: SimulationRunner, question: Question, begins: Callable[[str], Non
         complete=not runs.is_cancelled(),
         verdict=None if saturated else _verdict(question, summary, answers),
     )
-    return replace(found, precise=question.precision is None or found.precision <= question.precision)
 
 
 def _swept(runs: SimulationRunner, question: Question, begins: Callable[[str], None]) -> Simulated:

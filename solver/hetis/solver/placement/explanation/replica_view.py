@@ -333,7 +333,7 @@ def replica_views(plan: Plan, problem: PlacementProblem) -> tuple[ReplicaView, .
     shown = range(len(plan.replicas)) if problem.cluster.network.between_nodes else first.values()
     fleet = _fleet_of(problem, {name for n in shown for name in plan.replicas[n].devices()})
     partners = kv_partners(plan, fleet)
-    moments_of, views = {names: problem.of_classes(names).moments() for names in problem.ranges()}, []
+    moments_of, views = problem.moments_of_ranges(), list[ReplicaView]()
     for key, number in first.items():
         one = plan.replicas[number]
         for violation in check_replica_structure(one, f"replica {number}", problem, fleet):
