@@ -14,18 +14,19 @@ from dataclasses import replace
 from typing import Any
 
 from hetis.solver.budget import Budget, Report, SearchSettings, silent
-from hetis.solver.errors import InvalidProblemError
+from hetis.solver.errors import InvalidProblemError, NoPlanFoundError
 from hetis.solver.placement.constrained_problem import apply_constraints, restored
+from hetis.solver.placement.explanation.alternatives import with_simplicity
 from hetis.solver.placement.families import STRATEGIES, constraints_ignored
 from hetis.solver.placement.infeasible import Market
-from hetis.solver.placement.losses.survival import Survive
+from hetis.solver.placement.losses.survival import Survive, search_surviving
+from hetis.solver.placement.master import master_of
+from hetis.solver.placement.optimum import simplest_enumerated
+from hetis.solver.placement.outcome import Outcome
+from hetis.solver.placement.replicas.tables import CostTables
 from hetis.solver.placement.rungs import Known
-from hetis.solver.placement.solve import (
-    in_objective_units,
-    simplify_family,
-    solve_family,
-    solve_surviving_family,
-)
+from hetis.solver.placement.solve import in_objective_units, objective_scale, solve_family, solved_by
+from hetis.solver.placement.utilisation import KeptOutcome, Unbeaten, search_simpler
 from hetis.solver.plan import Plan
 from hetis.solver.problem import PlacementProblem
 
@@ -77,8 +78,27 @@ def simplify_placement(problem: PlacementProblem, best: Plan, within: float, set
     """
     require_simplicity(problem, settings.strategy)
     problem = replace(problem.in_shared_precision(), family=STRATEGIES[settings.strategy].restrict(problem.family))
-    plan = simplify_family(problem, best, within, settings)
-    return replace(plan, family=problem.describe_family())
+    maximises, value = best.objective.maximises, best.result.value
+    least = value * (1.0 - within if maximises else 1.0 + within)
+
+    def found_by(costs: CostTables, settings: SearchSettings) -> KeptOutcome:
+        def find(tables: CostTables, more: float) -> Outcome | None:
+            wanted = (more if maximises else 1.0) * least / objective_scale(tables.problem)
+            return simplest_enumerated(tables, master_of(tables), settings, wanted)
+
+        found = search_simpler(costs, best, least, find)
+        if found is None:
+            raise settings.stopped()
+        return found
+
+    try:
+        found = solved_by(problem, settings, None, found_by)
+    except NoPlanFoundError:
+        return with_simplicity(best, None, within, value)
+    assert not isinstance(found, Unbeaten), "what is found replaces the known plan"
+    plan, outcome = found
+    plan = replace(plan, family=problem.describe_family(), result=plan.result.bounded_by(best.result.bound))
+    return with_simplicity(plan, outcome.simplicity, within, value)
 
 
 def require_simplicity(problem: PlacementProblem, strategy: str) -> None:
@@ -110,8 +130,19 @@ def solve_surviving(
     problem = replace(problem.in_shared_precision(), family=STRATEGIES[strategy].restrict(problem.family))
     if STRATEGIES[strategy].is_published or not problem.family.uneven_layers:
         raise InvalidProblemError(f"strategy {strategy} does not plan for losses")
-    plan, left_bound = solve_surviving_family(problem, settings, survive)
-    return replace(plan, family=problem.describe_family()), left_bound
+
+    def found_by(costs: CostTables, settings: SearchSettings) -> KeptOutcome | None:
+        outcome = search_surviving(costs, survive, settings)
+        return None if outcome is None else KeptOutcome(costs, outcome)
+
+    found = solved_by(problem, settings, None, found_by, survives=True)
+    assert not isinstance(found, Unbeaten), "no plan is known"
+    (plan, outcome), scale = found, objective_scale(problem)
+    plan = replace(plan, family=problem.describe_family())
+    if survive.simplest_within:
+        best = scale * (outcome.best_value or outcome.value)
+        plan = with_simplicity(plan, outcome.simplicity, survive.simplest_within, best)
+    return plan, None if outcome.left_bound is None else scale * outcome.left_bound
 
 
 def _by_published_heuristic(problem: PlacementProblem, settings: SearchSettings) -> Plan:

@@ -354,8 +354,6 @@ class _Search:
         if self.enumerated.num_columns <= self.policy.most_on_nodes:
             self._solve_on_nodes(np.ones(self.enumerated.num_columns, dtype=bool), most_nodes, proves=True)
 
-    # --- simpler plans that lose little
-
     def simplest(self, value: float) -> Outcome | None:
         """Return the simplest plan that is no worse than ``value``, if one is found."""
         self._relax()
@@ -370,9 +368,9 @@ class _Search:
         if found is None:
             return None
         self._adopt(found.solution, found.chosen, "simpler plans")
-        template, outcome = self.enumerated.template, self._outcome()
-        nodes = {template(int(i)): tuple(of) for i, of in zip(found.chosen, found.layouts, strict=True) if of}
-        return None if outcome is None else replace(outcome, layouts=nodes, simplicity=found.simplicity)
+        outcome, each = self._outcome(), zip(found.chosen, found.layouts, strict=True)
+        nodes = {self.enumerated.template(int(i)): tuple(of) for i, of in each if of}
+        return outcome and replace(outcome, layouts=nodes, simplicity=found.simplicity)
 
     def _solve_on_nodes(self, which: BoolArray, most_nodes: int, *, proves: bool = False) -> float | None:
         """Find the best whole counts of columns that nodes have room for; return HiGHS's bound if it covers all.

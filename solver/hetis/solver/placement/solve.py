@@ -14,13 +14,11 @@ from hetis.solver.errors import InvalidProblemError, NoPlanFoundError
 from hetis.solver.placement.binding import BoundStage, bind
 from hetis.solver.placement.constrained_problem import apply_constraints, is_nothing_left, restored
 from hetis.solver.placement.constraint_rows import pins_of
-from hetis.solver.placement.explanation.alternatives import notes_on_search, runners_up_of, with_simplicity
+from hetis.solver.placement.explanation.alternatives import notes_on_search, runners_up_of
 from hetis.solver.placement.families import STRATEGIES
 from hetis.solver.placement.fleet import FloatArray, class_prices
 from hetis.solver.placement.infeasible import Market, infeasible
-from hetis.solver.placement.losses.survival import Survive, search_surviving
-from hetis.solver.placement.master import demanded_rate, master_of, row_costs_of
-from hetis.solver.placement.optimum import simplest_enumerated
+from hetis.solver.placement.master import demanded_rate, row_costs_of
 from hetis.solver.placement.outcome import Beyond, Outcome, is_out_of_reach
 from hetis.solver.placement.replicas.kinds import Layout
 from hetis.solver.placement.replicas.stage_cost import state_on_rank
@@ -38,14 +36,7 @@ from hetis.solver.placement.replicas.template import (
 )
 from hetis.solver.placement.rungs import Known
 from hetis.solver.placement.search import bound_of, equal_stages, search
-from hetis.solver.placement.utilisation import (
-    KeptOutcome,
-    Unbeaten,
-    chooses_utilisation,
-    loosest,
-    search_kept,
-    search_simpler,
-)
+from hetis.solver.placement.utilisation import KeptOutcome, Unbeaten, chooses_utilisation, loosest, search_kept
 from hetis.solver.placement.waits import Kept, kept_by, lanes_of
 from hetis.solver.plan import (
     OPTIMAL_GAP,
@@ -90,65 +81,23 @@ def solve_family(
         quick = (lambda tables, *_: equal_stages(tables, settings)) if is_unified else None
         return search_kept(costs, settings, find, lambda tables: bound_of(tables, settings), kept, quick)
 
-    found = _solved(problem, settings, market, found_by)
+    found = solved_by(problem, settings, market, found_by)
     if not isinstance(found, Unbeaten):
         return found[0]
     assert known is not None, "it is not beaten"
     return replace(known.plan, result=known.plan.result.bounded_by(found.bound))
 
 
-def simplify_family(problem: PlacementProblem, best: Plan, within: float, settings: SearchSettings) -> Plan:
-    """Simplify as `hetis.solver.planning.simplify_placement` does, with the problem's family."""
-    least = best.result.value * (1.0 - within if best.objective.maximises else 1.0 + within)
-
-    def found_by(costs: CostTables, settings: SearchSettings) -> KeptOutcome:
-        def find(tables: CostTables, more: float) -> Outcome | None:
-            more = more if best.objective.maximises else 1.0
-            value = more * least / objective_scale(tables.problem)
-            return simplest_enumerated(tables, master_of(tables), settings, value)
-
-        found = search_simpler(costs, best, least, find)
-        if found is None:
-            raise settings.stopped()
-        return found
-
-    try:
-        found = _solved(problem, settings, None, found_by)
-    except NoPlanFoundError:
-        return with_simplicity(best, None, within, best.result.value)
-    assert not isinstance(found, Unbeaten), "what is found replaces the known plan"
-    plan, outcome = found
-    plan = replace(plan, result=plan.result.bounded_by(best.result.bound))
-    return with_simplicity(plan, outcome.simplicity, within, best.result.value)
-
-
-def solve_surviving_family(
-    problem: PlacementProblem, settings: SearchSettings, survive: Survive
-) -> tuple[Plan, float | None]:
-    """Solve as `hetis.solver.planning.solve_surviving` does, with the problem's family.
-
-    Raises:
-        InvalidProblemError: the family has no engine's rules.
-    """
-
-    def found_by(costs: CostTables, settings: SearchSettings) -> KeptOutcome | None:
-        outcome = search_surviving(costs, survive, settings)
-        return None if outcome is None else KeptOutcome(costs, outcome)
-
-    found = _solved(problem, settings, None, found_by, survives=True)
-    assert not isinstance(found, Unbeaten), "no plan is known"
-    (plan, outcome), scale = found, objective_scale(problem)
-    if survive.simplest_within:
-        best = scale * (outcome.best_value or outcome.value)
-        plan = with_simplicity(plan, outcome.simplicity, survive.simplest_within, best)
-    return plan, None if outcome.left_bound is None else scale * outcome.left_bound
-
-
-def _solved(
+def solved_by(
     problem: PlacementProblem, settings: SearchSettings, market: Market | None,
     found_by: Callable[[CostTables, SearchSettings], KeptOutcome | Unbeaten | None], *, survives: bool = False,
 ) -> tuple[Plan, Outcome] | Unbeaten:  # fmt: skip
-    """Return the outcome of a search as a plan with named GPUs, and the outcome itself."""
+    """Return the outcome of a search as a plan with named GPUs, and the outcome itself, or that a plan is unbeaten.
+
+    Raises:
+        InvalidProblemError: the family has no engine's rules.
+        InfeasibleError, NoPlanFoundError: as `hetis.solver.planning.solve_placement`.
+    """
     chooses = not survives and chooses_utilisation(problem)
     if problem.family.engine is None:
         raise InvalidProblemError(f"strategy {settings.strategy} plans for an engine: give the family its rules")

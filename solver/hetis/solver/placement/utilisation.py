@@ -112,7 +112,7 @@ def search_simpler(
         outcome = simplest(costs, 1.0)
         return None if outcome is None else KeptOutcome(costs, outcome)
     needed, most = (least, GRID[-1]) if problem.objective.maximises else (problem.objective.demand_rps or 0.0, used)
-    limit_s, slowest_s = problem.objective.ttft_limit_s, max(one.ttft_s for one in best.replicas)
+    limit_s, slowest_s = problem.objective.ttft_limit_s, max((one.ttft_s for one in best.replicas), default=0.0)
     leaves = 0.0 if limit_s is None else max(0.0, 1.0 - slowest_s / limit_s) * (1.0 - PRECISE)
     factor, bound = 1.0, 0.0
     for number in range(TRIES):
@@ -125,7 +125,7 @@ def search_simpler(
         if keeps * saturated_rate(tables, outcome) >= needed * (1.0 - 1e-9):
             outcome = replace(outcome, simplicity=replace(outcome.simplicity, bound=bound))
             return KeptOutcome(costs.at(keeps, lanes), outcome)
-        if number:
+        if number and least:  # GPUs may cost nothing
             factor = min(used / keeps if keeps else np.inf, (factor + best.result.value / least) / 2.0)
     return None
 

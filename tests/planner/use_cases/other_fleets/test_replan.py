@@ -429,7 +429,7 @@ def test_pools_of_classes_stay_and_serve_other_traffic(tmp_path: Path) -> None:
     (tmp_path / "longer.yaml").write_text(uncut.replace("weight: 5}", "weight: 8}"))
     (tmp_path / "short.yaml").write_text(uncut.partition("  - {prompt_tokens: 12000")[0])
     asked = ["-c", str(tmp_path / "fleet.yaml"), "-w", str(tmp_path / "usual.yaml"), "-m", "llama-3.1-8b"]
-    asked += ["--ttft", "5s", "--no-verify", "--worth", "0", "--no-other-engines", "-q"]
+    asked += ["--ttft", "5s", "--no-verify", "--worth", "0", "-q"]
     assert run(["place", *asked, "--out", str(tmp_path / "running.json")]) == ExitCode.OK
     assert json.loads((tmp_path / "running.json").read_text())["classes"]
     for name in ("longer", "short"):

@@ -20,6 +20,7 @@ from tests.solver.instances import make_model, make_node, make_problem
 from tests.solver.placement.losses.test_survival import left_by
 from tests.solver.placement.losses.test_survival_oracle import BYTES, Whole, fleet, plans_of
 from tests.solver.placement.test_nodes import UNIFIED, nodes_of, solved
+from tests.solver.placement.test_utilisation import one_stage
 
 NODES = st.lists(
     st.tuples(st.sampled_from(("fast", "slow")), st.integers(1, 2), st.just("east")), min_size=2, max_size=3
@@ -128,6 +129,18 @@ def test_the_simplest_plan_keeps_what_may_not_be_lost_with_its_waits(
         return
     (note,) = (note for note in plan.notes if note.startswith("the simplest plan within"))
     assert f"gives up {1.0 - plan.result.value / best.result.value:.2%}" in note
+
+
+@pytest.mark.parametrize(("limit_s", "num_gpus"), [(0.03, 2), (0.02, 3)])
+def test_where_the_fastest_replicas_leave_prompts_no_time_to_wait_slower_ones_are_taken(
+    limit_s: float, num_gpus: int
+) -> None:
+    problem = one_stage(limit_s, num_gpus, workload=2)
+    best = solve_placement(problem)
+    plan = simplify_placement(problem, best, 0.05, SearchSettings())
+    assert check_plan(plan, problem) == ()
+    assert plan.result.value >= 0.95 * best.result.value
+    assert any(note.startswith("the simplest plan within 5.0%") for note in plan.notes)
 
 
 def test_a_plan_inside_nodes_is_taken_where_it_loses_little_and_says_what_it_gave_up() -> None:

@@ -172,8 +172,9 @@ def choose(
             return _told(without, replace(record, why_not="simulations ended before both plans were compared"))
         gains = [_gain(one, without.plan, best.plan) for one in record.kept if one.counts]
     if min(gains) < worth:
-        what = "keeps" if _counted(best.plan) == 1.0 else "leaves"
-        why = f"it {what} {min(gains):+.1%} where {worth:.0%} more is worth pools of their own (--worth)"
+        what, gain = "keeps" if _counted(best.plan) == 1.0 else "leaves", min(gains)
+        gained = f"{abs(gain):.1%} {'less' if gain < 0.0 else 'more'}"
+        why = f"it {what} {gained}, but only {worth:.0%} more is worth pools of their own (--worth)"
         return _told(without, replace(record, why_not=why))
     return _told(best, record)
 

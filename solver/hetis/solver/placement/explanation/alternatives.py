@@ -72,10 +72,11 @@ def with_simplicity(plan: Plan, found: Simplicity | None, within: float, best: f
         return replace(plan, notes=(*plan.notes, f"no simpler plan within {within:.1%} of the best was found in time"))
     gap = (found.points - found.bound) / found.points if found.points else 0.0
     proven = "proven: none has fewer" if gap <= SAME else f"none has fewer than {found.bound:.4g}, gap {gap:.2%}"
+    given_up = abs(plan.result.value / best - 1.0) if best else 0.0  # GPUs may cost nothing
     note = (
         f"the simplest plan within {within:.1%} of the best, of {found.points:.4g} points, {proven}: "
         f"{abs(found.missing):.3g} for what is missing without the worst node, {found.several:.3g} for replicas over "
-        f"several nodes, {found.shapes:.3g} for shapes; it gives up {abs(plan.result.value / best - 1.0):.2%} of "
+        f"several nodes, {found.shapes:.3g} for shapes; it gives up {given_up:.2%} of "
         f"{best:.4g} {plan.objective.unit}"
     )
     return replace(plan, notes=(*plan.notes, note))
