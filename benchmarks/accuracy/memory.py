@@ -26,6 +26,7 @@ from benchmarks.accuracy import published_points
 from benchmarks.accuracy.published_points import FOLDER, NotPosedError
 from benchmarks.measuring import rows
 from benchmarks.measuring.rows import Cell, Row
+from hetis.engines.gpus import reported_bytes
 from hetis.engines.memory import (
     GIB,
     Start,
@@ -33,7 +34,6 @@ from hetis.engines.memory import (
     kv_bytes_of_request,
     longest_context,
     memory_of,
-    reported_bytes,
     requests_in,
     room_of,
 )

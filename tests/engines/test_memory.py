@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from hetis.engines.gpus import reported_bytes
 from hetis.engines.loaded_weights import bytes_beyond_stored
 from hetis.engines.memory import (
     GIB,
@@ -19,7 +20,6 @@ from hetis.engines.memory import (
     kv_bytes_of_request,
     longest_context,
     memory_of,
-    reported_bytes,
     requests_in,
     room_of,
 )

@@ -14,7 +14,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from hetis.engines.gpus import kind_of_type
+from hetis.engines.gpus import kind_of_type, reported_bytes
 from hetis.engines.loaded_weights import bytes_beyond_stored
 from hetis.engines.versions import VERSIONS, Engine
 from hetis.solver.cluster import GpuType
@@ -22,28 +22,6 @@ from hetis.solver.model import Compressed, Dense, Kernel, ModelSpec
 from hetis.solver.rank_memory import RankKind, RankMemory, captured_graphs
 
 GIB, MIB = 2**30, 2**20
-
-# GiB of a GPU as torch and nvidia-smi report them; logs of vLLM ("total_gpu_memory (23.58GiB)") and tables of
-# nvidia-smi. Driver and ECC keep the rest. Types that are missing lose as much as those with HBM do.
-REPORTED_GIB: Mapping[str, float] = {
-    "P100-PCIe-12GB": 11.9, "P100-PCIe-16GB": 15.89, "P100-SXM2-16GB": 15.89, "V100-PCIe-16GB": 15.77,
-    "V100-SXM2-16GB": 15.77, "V100-PCIe-32GB": 31.73, "V100-SXM2-32GB": 31.73, "T4": 14.57,
-    "RTX-2080Ti": 10.57, "RTX-3090": 23.58, "RTX-4090": 23.53, "RTX-5090": 31.36, "A10": 22.0, "A10G": 22.0,
-    "A30": 23.5, "A40": 44.35, "RTX-A4000": 15.6, "RTX-A5000": 23.55, "RTX-A6000": 47.43, "L4": 22.03,
-    "L20": 44.4, "L40": 44.39, "L40S": 44.39, "RTX-6000-Ada": 47.4, "A100-PCIe-40GB": 39.39,
-    "A100-SXM-40GB": 39.39, "A100-PCIe-80GB": 79.2, "A100-SXM-80GB": 79.2, "A800-SXM-80GB": 79.2, "H20": 95.0,
-    "H800-SXM-80GB": 79.18, "H100-PCIe-80GB": 79.18, "H100-SXM-80GB": 79.18, "H100-NVL-94GB": 93.0,
-    "H200-SXM-141GB": 139.8, "H200-NVL-141GB": 139.8, "GH200-96GB": 94.5, "B200-SXM-180GB": 178.35,
-    "B300-SXM-288GB": 267.7, "GB200-per-GPU": 184.0, "RTX-PRO-6000-Server-96GB": 94.97,
-    "MI300X-192GB": 191.98, "MI325X-256GB": 255.98, "MI355X-288GB": 287.98,
-}  # fmt: skip
-_REPORTED_SHARE = 0.985
-
-
-def reported_bytes(gpu: GpuType) -> int:
-    """Return the bytes of a GPU that its tools report."""
-    known = REPORTED_GIB.get(gpu.name)
-    return int(gpu.memory_bytes * _REPORTED_SHARE if known is None else min(known * GIB, gpu.memory_bytes))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

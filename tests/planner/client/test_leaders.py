@@ -53,6 +53,7 @@ UNDONE = CallError(
     "nothing was changed", code=grpc.StatusCode.UNAVAILABLE, reason="STORE_UNAVAILABLE", metadata={"changed": "no"}
 )
 AWAY = CallError("another planner is the leader", code=grpc.StatusCode.UNAVAILABLE, reason="NOT_LEADER")
+BROKEN = CallError("no such method", code=grpc.StatusCode.UNIMPLEMENTED)
 TAKEN = CallError("it is there already", code=grpc.StatusCode.ALREADY_EXISTS, reason="ALREADY_EXISTS")
 
 
@@ -91,7 +92,17 @@ def test_a_call_says_unknown_if_any_of_its_attempts_may_have_been_carried_out(
         assert (caught.value.code, caught.value.reason) == (last.code, last.reason)
 
 
-def test_what_a_leader_said_is_not_lost_when_the_deadline_cuts_the_last_attempt_short() -> None:
+@pytest.mark.parametrize(
+    ("last", "message", "code", "reason", "changed"),
+    [
+        (SILENCE, "nothing was changed; then no answer", UNDONE.code, UNDONE.reason, "unknown"),
+        (BROKEN, "no such method", BROKEN.code, "", None),  # an answer that has nothing to do with the earlier one
+    ],
+    ids=["silence", "another answer"],
+)
+def test_what_a_leader_said_is_not_lost_when_the_deadline_cuts_the_last_attempt_short(
+    last: CallError, message: str, code: grpc.StatusCode, reason: str, changed: str | None
+) -> None:
     """A user whose planner's disk was full was told to look at TLS."""
     now_s = 0.0
     search = LeaderSearch(("127.0.0.1:1", "127.0.0.1:2"), is_plain=True)
@@ -99,9 +110,10 @@ def test_what_a_leader_said_is_not_lost_when_the_deadline_cuts_the_last_attempt_
     for error in (UNDONE, AWAY):
         one.next_wait_s(search.present, error)
     now_s = 10.0
-    with pytest.raises(CallError, match="nothing was changed; then no answer") as caught:
-        one.next_wait_s(search.present, SILENCE)
-    assert (caught.value.reason, caught.value.metadata["changed"]) == (UNDONE.reason, "unknown")
+    with pytest.raises(CallError, match=f"^{message}") as caught:
+        one.next_wait_s(search.present, last)
+    assert (caught.value.code, caught.value.reason) == (code, reason)
+    assert caught.value.metadata.get("changed") == changed
 
 
 @EITHER

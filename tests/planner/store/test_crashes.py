@@ -215,9 +215,11 @@ async def test_a_backup_of_a_running_store_is_whole(tmp_path: Path, sqlite_url: 
     assert [record.name for record in await restored.read(lambda tx: tx.clusters.all())] == ["clusters/a"]
 
 
+@pytest.mark.parametrize("changed", ["no", "unknown"])
 async def test_a_server_that_restarts_costs_calls_in_between_and_nothing_else(
-    postgres_url: str, stores: Stores
+    postgres_url: str, stores: Stores, changed: str
 ) -> None:
+    """Whether a change was made is known unless it was already being committed."""
     store = await stores.leading(postgres_url)
     await store.write(lambda tx: tx.clusters.insert(samples.cluster("clusters/a")))
 
@@ -232,10 +234,13 @@ async def test_a_server_that_restarts_costs_calls_in_between_and_nothing_else(
                 )
             )
         engine.dispose()
+        if changed == "no":
+            tx.clusters.insert(samples.cluster("clusters/d"))
 
     with pytest.raises(ServiceError) as caught:
         await store.write(cut_off)
     assert caught.value.reason_name == "STORE_UNAVAILABLE"
+    assert caught.value.metadata["changed"] == changed
     await store.write(lambda tx: tx.clusters.insert(samples.cluster("clusters/c")))
     names = [record.name for record in await store.read(lambda tx: tx.clusters.all())]
     assert names == ["clusters/a", "clusters/c"]

@@ -101,11 +101,11 @@ class Attempts:
         return None if self.clock() + wait_s >= self.end_s else wait_s
 
     def _of_all_attempts(self, error: CallError) -> CallError:
-        if error.reason == "" and (refusal := self._refusal) is not None:  # the deadline cut the last attempt short
+        refusal = self._refusal
+        if refusal is not None and not error.reason and error.is_unreachable:  # no planner answered the last attempt
             self._is_in_doubt |= self.may_change
-            error = CallError(
-                f"{refusal}; then {error}", code=error.code, reason=refusal.reason, metadata=refusal.metadata
-            )
+            message = f"{refusal}; then {error}"
+            error = CallError(message, code=refusal.code, reason=refusal.reason, metadata=refusal.metadata)
         # A leader's refusal covers all attempts: had one been carried out, its answer would have been repeated.
         if not self._is_in_doubt or error.code not in _NO_ANSWER:
             return error

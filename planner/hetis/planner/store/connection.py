@@ -140,7 +140,7 @@ class StoreConnection:
         # SQLite would write on to a file that was removed: what it acknowledged would be gone with the process.
         if not self.is_at_its_place:
             raise opening.moved(self.label)
-        is_committing = False
+        is_committing = engine.get_execution_options().get("isolation_level") == "AUTOCOMMIT"  # with each statement
         try:
             with engine.begin() as connection:
                 yield connection

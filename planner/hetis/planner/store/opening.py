@@ -235,11 +235,12 @@ def cannot_open(error: sa.exc.DBAPIError, store: str) -> StoreError:
 def unavailable(error: sa.exc.DBAPIError, store: str, *, is_committing: bool) -> ServiceError:
     """Return the error for a caller whose transaction failed.
 
-    It was rolled back, unless the connection broke, or the disk failed, while it was being committed.
+    It was rolled back, unless the connection broke, or the disk failed, while it was being committed: a server rolls
+    back what it has no commit of.
     """
     is_refused = getattr(error.orig, "sqlite_errorname", "") in ("SQLITE_FULL", "SQLITE_BUSY", "SQLITE_READONLY")
     is_of_file = isinstance(error.orig, sqlite3.Error)
-    is_unknown = error.connection_invalidated or (is_committing and is_of_file and not is_refused)
+    is_unknown = is_committing and (error.connection_invalidated or (is_of_file and not is_refused))
     what = "it is unknown whether the change was made" if is_unknown else "nothing was changed"
     if is_full(error):
         what += "; its disk is full: make room there, then repeat the call"

@@ -106,9 +106,12 @@ class LowerRates:
         return low
 
     def _misses_too(self, rate_rps: float, missed_rps: float, higher_rps: float) -> bool:
-        """Return whether a rate below two missed ones must miss, too: the excess falls no faster below them."""
+        """Return whether a rate below two missed ones must miss, too: the excess falls no faster below them.
+
+        A higher rate whose run shows less, because queues had no time to grow, says nothing of that.
+        """
         lower, higher = self._excess(missed_rps), self._excess(higher_rps)
-        if lower is None or higher is None or lower <= 0.0:
+        if lower is None or higher is None or lower <= 0.0 or higher < lower - BY_CHANCE:
             return False
         steepness = (max(0.0, higher - lower) + BY_CHANCE) / (higher_rps - missed_rps)
         return lower > steepness * (missed_rps - rate_rps)
