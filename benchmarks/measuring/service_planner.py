@@ -34,6 +34,7 @@ from hetis.profiler.roofline import modelled_profile
 from hetis.solver.budget import Budget
 from hetis.solver.check import check_plan
 from hetis.solver.cluster import Cluster
+from hetis.solver.engine_rules import EngineSettings
 from hetis.solver.plan import DEFAULT_STRATEGY, ClassPrice, Objective, Plan, ReplicaPlan
 from hetis.v1 import document_pb2
 
@@ -192,6 +193,7 @@ def raise_file_limit() -> int:
 WORKERS = 8  # per cell
 NODES_PER_CELL = 1 + WORKERS
 MODEL, WORKLOAD = "Llama-2-70B", "16000/1000"
+GPU_MEMORY_UTILIZATION = 0.96  # with vLLM's default, primaries have no room for what is to be moved to them
 OBJECTIVE = Objective(ttft_limit_s=None, tpot_limit_s=0.2)
 
 
@@ -274,6 +276,7 @@ def _inputs(cluster: Cluster) -> Inputs:
         model=load_model(MODEL),
         workload=load_workload(WORKLOAD),
         profiles={name: modelled_profile(gpu) for name, gpu in cluster.gpu_types.items()},
+        engine_settings=EngineSettings(gpu_memory_utilization=GPU_MEMORY_UTILIZATION),
     )
 
 
