@@ -41,7 +41,7 @@ def test_the_words_of_a_vendor_do_not_hide_the_nearest_gpu() -> None:
     [
         *("NVIDIA GeForce RTX 3050", "Tesla P44", "GB11", "Tesla K80", "NVIDIA RTX A6500", "NVIDIA H20 NVLink"),
         *("NVIDIA A800-SXM4-40GB", "NVIDIA H100L-94C", "NVIDIA A100-SXM4-80GB-MIG-1g.10gb"),
-        *("NVIDIA RTX Pro 6000 Blackwell DC-96Q", "Quadro RTX 5000 with Max-Q Design"),
+        *("NVIDIA RTX Pro 6000 Blackwell DC-96Q", "Quadro RTX 5000 with Max-Q Design", "H150", "V150"),
     ],
 )
 def test_another_card_is_no_slip_of_one_with_a_like_number(name: str) -> None:

@@ -113,8 +113,8 @@ def resolve_gpu(name: str, known: Collection[str], also: Collection[str] = ()) -
     # Without the vendor's words, too: they make a short name unlike every other.
     nearest = all_nearest(name, names) or all_nearest("-".join(wanted), names)
     boards = {number for one in known for number in _numbers(_gpu_parts(one))}
-    others = (one for one in nearest if one not in also and _is_another_card(wanted, one, boards))
-    raise UnknownNameError("GPU", name, [one for one in nearest if one not in set(others)])
+    hints = [one for one in nearest if one in also or not _is_another_card(wanted, one, boards)]
+    raise UnknownNameError("GPU", name, hints)
 
 
 def _product_in(name: str) -> str:

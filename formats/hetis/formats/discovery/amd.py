@@ -33,7 +33,7 @@ def cards_of_text(written: str) -> dict[str, Mapping[str, Any]]:
     found = defaultdict[str, dict[str, Any]](dict)
     for number, name, value in _OF_ROCM.findall(written[: _MOST_GPUS * 10_000]):
         found[f"card{number}"][name] = value
-    for part in re.split(r"(?m)^GPU: (?=\d)", written)[1:_MOST_GPUS]:
+    for part in re.split(r"(?m)^GPU: (?=\d)", written)[1 : _MOST_GPUS + 1]:
         fields = dict(reversed(_OF_AMD_SMI.findall(part)))  # the first size is that of its memory
         size, _, unit = fields.get("SIZE", "").partition(" ")
         found[f"card{part.split()[0]}"] = {
