@@ -109,8 +109,9 @@ class EngineMemory:
         """Return the bytes of contexts and communicators that exist when the engine looks whether its share is free,
         without which it refuses to start.
         """
-        early = EARLY_LINKS_BYTES if self.counts_links and _over_switch(gpu, ranks) else 0
-        return CONTEXT_BYTES + (early if self.counts_links else _links_bytes(gpu, ranks))
+        if not self.counts_links:
+            return CONTEXT_BYTES + _links_bytes(gpu, ranks)
+        return CONTEXT_BYTES + (EARLY_LINKS_BYTES if _over_switch(gpu, ranks) else 0)
 
     def share_beside(self, gpu: GpuType, ranks: int, reserved_bytes: int) -> float:
         """Return the largest share of the reported memory, in percent, with which the engine starts beside others."""

@@ -237,13 +237,13 @@ class _Most(_Cells):
         """Search for the best plan; return a bound on saturated rates."""
         most = self.bound_at(GRID[0])
         for utilisation in TRIED:
-            if self._kept and (utilisation * most <= CLOSE * self._kept or self._is_over()):
+            if self._kept and (utilisation * most <= CLOSE * self._kept or self.settings.budget.is_spent()):
                 break
             lanes, found = self.lanes, self._improved(utilisation)
             is_overrated = found is not None and found.utilisation < NEARLY * utilisation
-            if is_overrated and self.lanes != lanes and not self._is_over():
+            if is_overrated and self.lanes != lanes and not self.settings.budget.is_spent():
                 self._improved(utilisation)  # now with the lanes that such plans have
-            elif found is not None and not is_overrated and not self._is_over():
+            elif found is not None and not is_overrated and not self.settings.budget.is_spent():
                 self._improved(utilisation, gap=0.0)  # waits are no matter, so whole counts decide
         if not self._kept:
             self._improved(GRID[0])
@@ -258,7 +258,7 @@ class _Most(_Cells):
             return
         load = self._best.utilisation / GRID[-1]
         for each in (load, (1.0 + load) / 2.0) if load < NEARLY else ():
-            if GRID[-1] * most <= CLOSE * self._kept or self._is_over():
+            if GRID[-1] * most <= CLOSE * self._kept or self.settings.budget.is_spent():
                 break
             self._improved(GRID[-1], self._best.reserved, each)
 
@@ -284,14 +284,11 @@ class _Most(_Cells):
         """Search for better plans of replicas that leave more of the limit for waiting."""
         kept = {0.0: self._kept}  # by share of the limit
         for number in range(len(RESERVED) + MORE_RESERVES):
-            if GRID[-1] * most <= CLOSE * self._kept or self._is_over():
+            if GRID[-1] * most <= CLOSE * self._kept or self.settings.budget.is_spent():
                 break
             reserved = RESERVED[number] if number < len(RESERVED) else _between(kept)
             found = self._improved(WAITING, reserved)
             kept[reserved] = 0.0 if found is None else found.kept
-
-    def _is_over(self) -> bool:
-        return self.settings.budget.is_spent()
 
     def _answer(self, found: _Found, bound: float) -> KeptOutcome:
         """Return an outcome whose bound, times its utilisation, is that on what is kept."""
