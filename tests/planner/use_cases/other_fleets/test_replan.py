@@ -17,8 +17,6 @@ from hetis.profiler.roofline import modelled_profile
 from hetis.solver.errors import UncheckedPlanError
 from tests.fleets import fleet
 from tests.planner.command_line import invoke
-from tests.planner.use_cases.verification.test_classes import FLEET as MIXED
-from tests.planner.use_cases.verification.test_classes import WORKLOAD
 
 FLEET = fleet("small", "3 l4: 1 L4", "t4: 2 T4")
 PROBLEM = ["-m", "Llama-2-7B", "-w", "256/64", "--strategy", "hexgen"]
@@ -37,9 +35,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "none.yaml").write_text(only_small.replace("count: 3", "count: 1"))
     eight_bits = with_precision(load_model("Llama-2-7B"), weights="fp8")
     (folder / "fp8.yaml").write_text(json.dumps(to_data(eight_bits)))
-    plan = ["place", "-c", str(folder / "fleet.yaml"), *PROBLEM, "--out", str(folder / "running.json"), "-q"]
-    assert run([*plan, "--no-verify"]) == ExitCode.OK
+    run_plan(folder, *PROBLEM)
     return folder
+
+
+def run_plan(folder: Path, *arguments: str) -> None:
+    """Write the plan that runs on the folder's fleet."""
+    plan = ["place", "-c", str(folder / "fleet.yaml"), *arguments, "--out", str(folder / "running.json"), "-q"]
+    assert run([*plan, "--no-verify"]) == ExitCode.OK
 
 
 def replanned(folder: Path, cluster: str, *more: str) -> dict[str, object]:
@@ -419,36 +422,3 @@ def test_problems_of_all_files_are_told_at_once(folder: Path, capsys: pytest.Cap
     assert run(["replan", "--from", str(broken), "-c", str(folder / "missing.yaml"), "-w", "x/y"]) == ExitCode.INVALID
     told = capsys.readouterr().err
     assert all(part in told for part in ("broken.json", "missing.yaml", "x/y"))
-
-
-def test_pools_of_classes_stay_and_serve_other_traffic(tmp_path: Path) -> None:
-    """Traffic without long prompts has no classes, and then neither has the plan."""
-    (tmp_path / "fleet.yaml").write_text(MIXED)
-    (tmp_path / "usual.yaml").write_text(WORKLOAD.replace(", ttft: 1s", ""))
-    uncut = WORKLOAD.partition("classes:")[0] + "histogram:" + WORKLOAD.partition("histogram:")[2]
-    (tmp_path / "longer.yaml").write_text(uncut.replace("weight: 5}", "weight: 8}"))
-    (tmp_path / "short.yaml").write_text(uncut.partition("  - {prompt_tokens: 12000")[0])
-    asked = ["-c", str(tmp_path / "fleet.yaml"), "-w", str(tmp_path / "usual.yaml"), "-m", "llama-3.1-8b"]
-    asked += ["--ttft", "5s", "--no-verify", "--worth", "0", "-q"]
-    assert run(["place", *asked, "--out", str(tmp_path / "running.json")]) == ExitCode.OK
-    assert json.loads((tmp_path / "running.json").read_text())["classes"]
-    for name in ("longer", "short"):
-        out = str(tmp_path / f"{name}.json")
-        found = replanned(tmp_path, "fleet.yaml", "-w", str(tmp_path / f"{name}.yaml"), "--out", out)
-        assert invoke("check", out).exit_code == 0
-        assert bool(json.loads(Path(out).read_text())["classes"]) == (name == "longer")
-        assert ("class long has no requests" in json.dumps(found)) == (name == "short")
-
-
-def test_what_runs_well_together_is_not_reset_as_if_each_replica_were_alone(tmp_path: Path) -> None:
-    """Five replicas share prompts; four keep their limit on TTFT too, which one alone would not with these settings."""
-    (tmp_path / "fleet.yaml").write_text(before := fleet("five", "5 l4: 2 L4"))
-    (tmp_path / "less.yaml").write_text(before.replace("count: 5", "count: 4"))
-    asked = ["-c", str(tmp_path / "fleet.yaml"), "-m", "Llama-3.1-8B", "-w", "2000/200", "--rung", "node"]
-    asked += ["--ttft", "1500ms", "--tpot", "100ms", "--no-verify", "-q"]
-    assert run(["place", *asked, "--out", str(tmp_path / "running.json")]) == ExitCode.OK
-    answer = replanned(tmp_path, "less.yaml")
-    running = json.loads((tmp_path / "running.json").read_text())
-    assert running["result"]["unified_lanes"] == len(running["replicas"]) == 5
-    assert answer["transition"]["steps"] == []  # type: ignore[index]
-    assert answer["plan"]["result"]["unified_lanes"] == len(answer["plan"]["replicas"]) == 4  # type: ignore[index]
