@@ -69,10 +69,11 @@ async def test_a_leader_behind_a_frozen_network_ends_its_term_by_its_own_clock(
     await old.leadership.until_ended()
     assert not standing_by.done()  # the leader stops first
     assert time.monotonic() - began_s < LEASE_S + 0.5
-    with pytest.raises(ServiceError, match="it is unknown whether it took effect") as caught:
+    with pytest.raises(ServiceError) as unsaved:
         await write
-    assert caught.value.reason_name == "NOT_LEADER"
-    assert caught.value.metadata["changed"] == "unknown"
+    # The end of the term cuts the connection: the write may hear of that first, and then nothing was committed.
+    outcome = {"NOT_LEADER": "unknown", "STORE_UNAVAILABLE": "no"}[unsaved.value.reason_name]
+    assert unsaved.value.metadata["changed"] == outcome
     assert await standing_by == 2
     assert time.monotonic() - began_s < LEASE_S + 2
     with pytest.raises(ServiceError) as caught:
@@ -81,7 +82,7 @@ async def test_a_leader_behind_a_frozen_network_ends_its_term_by_its_own_clock(
     proxy.thaw()
     await new.write(lambda tx: tx.clusters.insert(samples.cluster("clusters/c")))
     names = await old.read(lambda tx: [record.name for record in tx.clusters.all()])
-    assert names in (["clusters/c"], ["clusters/a", "clusters/c"])  # unknown, but the same for all readers
+    assert names == ["clusters/c"] or (outcome == "unknown" and names == ["clusters/a", "clusters/c"])
     assert names == await new.read(lambda tx: [record.name for record in tx.clusters.all()])
 
 
