@@ -176,7 +176,9 @@ def smaller_memory(trials: Trials, member: Requirement, kept: Collection[Require
 def smaller_weights(trials: Trials, member: Requirement | None, kept: Collection[Requirement]) -> Iterator[Relaxation]:
     """Yield the first smaller size of weights with which a plan exists."""
     model = trials.problem.model
-    sizes = [(num_bytes, words) for num_bytes, words in SMALLER_WEIGHTS if num_bytes < WORTH_SAYING * model.weight_bytes]
+    sizes = [
+        (num_bytes, words) for num_bytes, words in SMALLER_WEIGHTS if num_bytes < WORTH_SAYING * model.weight_bytes
+    ]
     for num_bytes, words in sizes:
         if _exists_with(trials, kept, weight_bytes=num_bytes):
             size = model.params() * model.weight_bytes, model.params() * num_bytes
