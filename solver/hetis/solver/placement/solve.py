@@ -210,9 +210,9 @@ def equal_stages_value(problem: PlacementProblem, settings: SearchSettings) -> f
                 lambda tables, *_: equal_stages(tables, settings),
                 lambda tables: bound_of(tables, settings),
             )
-        assert not isinstance(found, Unbeaten), "no plan is known"
     elif (outcome := equal_stages(costs, settings)) is not None:
         found = KeptOutcome(costs, outcome)
+    assert not isinstance(found, Unbeaten), "no plan is known"
     return None if found is None else objective_scale(found.costs.problem) * found.outcome.value
 
 
