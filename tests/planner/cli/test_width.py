@@ -62,5 +62,3 @@ def test_a_plan_fits_80_columns_unless_wide(placed: Placed, capsys: pytest.Captu
     assert widest(capsys, "place", *FLEETS[placed.fleet], "--dry-run") <= 80
     if placed.fleet == "two-cards":  # one search is enough
         assert widest(capsys, "place", *FLEETS[placed.fleet], "--no-verify", "-o", "wide") > 80
-
-

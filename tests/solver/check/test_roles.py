@@ -150,6 +150,7 @@ def test_kv_pays_for_the_explicit_links_between_the_nodes_of_its_route(nodes: tu
 
 # --- broken plans: each kind is detected, and by its own rule alone
 
+
 def routes(*changed: KvRoute | dict[str, object]) -> Mutation:
     """Return the plan with other routes (whole ones, or changes to the present ones in order) and its new value."""
 
