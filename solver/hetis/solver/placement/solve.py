@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import replace
 
 import numpy as np
@@ -200,18 +201,18 @@ def equal_stages_value(problem: PlacementProblem, settings: SearchSettings) -> f
     if is_nothing_left(searched):
         return None
     costs = build_cost_tables(searched)
-    found: KeptOutcome | None = None
+    found: KeptOutcome | Unbeaten | None = None
     if chooses_utilisation(problem):
-        kept = search_kept(
-            costs,
-            settings,
-            lambda tables, *_: equal_stages(tables, settings),
-            lambda tables: bound_of(tables, settings),
-        )
-        assert not isinstance(kept, Unbeaten), "no plan is known"
-        found = kept
+        with suppress(NoPlanFoundError):  # of those found none keeps the limits
+            found = search_kept(
+                costs,
+                settings,
+                lambda tables, *_: equal_stages(tables, settings),
+                lambda tables: bound_of(tables, settings),
+            )
     elif (outcome := equal_stages(costs, settings)) is not None:
         found = KeptOutcome(costs, outcome)
+    assert not isinstance(found, Unbeaten), "no plan is known"
     return None if found is None else objective_scale(found.costs.problem) * found.outcome.value
 
 

@@ -16,7 +16,7 @@ is known are not searched.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import NamedTuple
@@ -88,6 +88,9 @@ def search_kept(
     ``find`` searches at the utilisation of tables, and ``bound_of`` returns a bound without whole counts, in the unit
     of outcomes. If the rate is maximised, a plan may be known that keeps a rate, and only better ones count. Then the
     plans of a ``quick`` search of a smaller family count first: those of the highest saturated rates may keep less.
+
+    Raises:
+        NoPlanFoundError: none of what was found keeps any rate, or the demand, which proves nothing.
     """
     if costs.problem.objective.maximises:
         searching = _Most(costs, settings, find, bound_of, known)
@@ -191,6 +194,14 @@ class _Cells:
             self.has_found, self.lanes = True, lanes_of(tables, outcome)
         return outcome
 
+    def require_kept(self) -> None:
+        """Raise NoPlanFoundError if plans were found, of which none keeps what it should: that proves nothing."""
+        if self.has_found and not self.settings.budget.is_spent():
+            raise NoPlanFoundError(
+                "plans were found, but requests wait in each of them for longer than the limit on TTFT leaves; allow a"
+                " longer TTFT, or demand less"
+            )
+
     def finished(self, outcome: Outcome, bound: float) -> Outcome:
         """Return the outcome of one search as that of all, each of which may have been called off."""
         is_called_off = outcome.interrupted or self.settings.budget.cancelled.is_set()
@@ -229,6 +240,7 @@ class _Most(_Cells):
             return None if found is None else self._answer(found, GRID[-1] * found.outcome.bound)
         most = self.search()
         if not self._kept:
+            self.require_kept()
             return None
         bound = self._bound(most)
         return Unbeaten(max(bound, self._kept)) if self._best is None else self._answer(self._best, bound)
@@ -247,7 +259,7 @@ class _Most(_Cells):
                 self._improved(utilisation, gap=0.0)  # waits are no matter, so whole counts decide
         if not self._kept:
             self._improved(GRID[0])
-        if self._kept:
+        if self._kept or self.has_found:  # replicas that keep no rate may be excluded by what they leave for waiting
             self._leave_time_to_wait(most)
             self._relieve_prefill(most)
         return most
@@ -312,34 +324,39 @@ class _Least(_Cells):
     def run(self) -> KeptOutcome | None:
         demand = self.costs.problem.objective.demand_rps
         assert demand is not None, "what is minimised serves a demand"
-        best: KeptOutcome | None = None
-        last: KeptOutcome | None = None
-        for found in self._found():
-            tables, outcome = found.costs, found.outcome
-            serves = kept_by(tables, outcome, tables.problem.assumptions.planned_utilisation).utilisation
-            last = found
-            if serves * saturated_rate(tables, outcome) < demand * (1.0 - 1e-9):
-                continue
-            found = KeptOutcome(self.costs.at(serves, lanes_of(tables, outcome)), outcome)
-            if best is not None and outcome.value >= best.outcome.value:
-                break  # at lower utilisations replicas serve less
-            best = found
-            if self.limit_s is None or self.settings.budget.is_spent():
-                break
-        answer = best or last
-        if answer is None:
+        best = self._best(self._found(), demand)
+        if best is None and self.has_found and self.limit_s is not None:
+            best = self._best(self._found(RESERVED), demand)
+        if best is None:
+            self.require_kept()
             return None
         # The demand at the highest utilisation, within the limits as they are at the lowest.
         least = 0.0
         if not self.settings.budget.is_spent():
             least = self._bound_of(loosest(self.costs))
-        bound = min(least, answer.outcome.value)
-        return answer._replace(outcome=self.finished(answer.outcome, bound))
+        bound = min(least, best.outcome.value)
+        return best._replace(outcome=self.finished(best.outcome, bound))
 
-    def _found(self) -> Iterator[KeptOutcome]:
+    def _best(self, searched: Iterable[KeptOutcome], demand: float) -> KeptOutcome | None:
+        """Return the first of what was found that keeps the demand, or the next if it costs less; None: none does."""
+        best: KeptOutcome | None = None
+        for tables, outcome in searched:
+            serves = kept_by(tables, outcome, tables.problem.assumptions.planned_utilisation).utilisation
+            if serves * saturated_rate(tables, outcome) < demand * (1.0 - 1e-9):
+                continue
+            if best is not None and outcome.value >= best.outcome.value:
+                break  # at lower utilisations replicas serve less
+            best = KeptOutcome(self.costs.at(serves, lanes_of(tables, outcome)), outcome)
+            if self.limit_s is None:
+                break
+        return best
+
+    def _found(self, reserves: Sequence[float] = (0.0,)) -> Iterator[KeptOutcome]:
+        """Yield what is found at each utilisation, the highest first, while there is time."""
         for utilisation in reversed(GRID):
-            tables = self.costs.at(utilisation, self.lanes)
-            if (outcome := self.outcome_of(tables)) is not None:
-                yield KeptOutcome(tables, outcome)
-            if self.settings.budget.is_spent():
-                return
+            for reserved in reserves:
+                if self.has_found and self.settings.budget.is_spent():
+                    return
+                tables = self.costs.at(utilisation, self.lanes, reserved)
+                if (outcome := self.outcome_of(tables)) is not None:
+                    yield KeptOutcome(tables, outcome)
