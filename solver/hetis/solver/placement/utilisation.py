@@ -94,11 +94,8 @@ def search_kept(
         NoPlanFoundError: none of what was found keeps any rate, or the demand, which proves nothing.
     """
     if costs.problem.objective.maximises:
-        searching = _Most(costs, settings, find, bound_of, known)
-        if quick is not None and searching.limit_s is not None:
-            searching.begin_with(_Most(costs, settings, quick, lambda _: np.inf, known))
-        return searching.run()
-    return _Least(costs, settings, find, bound_of).run()
+        return _most(costs, settings, find, bound_of, known, quick).run()
+    return _Least(costs, settings, find, bound_of, quick).run()
 
 
 def search_simpler(
@@ -319,8 +316,24 @@ def _between(kept: Mapping[float, float]) -> float:
     return (shares[at] + max(near, key=lambda share: kept[share])) / 2.0
 
 
+def _most(
+    costs: CostTables, settings: SearchSettings, find: Find, bound_of: BoundOf, known: float, quick: Find | None
+) -> _Most:
+    """Return the search for the highest kept rate, which begins with the best plan of a quick search."""
+    searching = _Most(costs, settings, find, bound_of, known)
+    if quick is not None and searching.limit_s is not None:
+        searching.begin_with(_Most(costs, settings, quick, lambda _: np.inf, known))
+    return searching
+
+
 class _Least(_Cells):
     """The search for the least cost of a demanded rate."""
+
+    def __init__(
+        self, costs: CostTables, settings: SearchSettings, find: Find, bound_of: BoundOf, quick: Find | None
+    ) -> None:
+        super().__init__(costs, settings, find, bound_of)
+        self._quick = quick  # to begin a search for the highest rate with
 
     def run(self) -> KeptOutcome | None:
         demand = self.costs.problem.objective.demand_rps
@@ -383,7 +396,7 @@ class _Least(_Cells):
         problem = self.costs.problem
         goal = replace(problem.objective, kind=ObjectiveKind.GOODPUT, demand_rps=None)
         costs = replace(self.costs, problem=replace(problem, objective=goal))
-        most = _Most(costs, self.settings, self.find, self._bound_of, 0.0)
+        most = _most(costs, self.settings, self.find, self._bound_of, 0.0, self._quick)
         most.search()
         self.has_found, found = self.has_found or most.has_found, most.best
         if found is None or found.kept < demand:
