@@ -16,7 +16,7 @@ is known are not searched.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import NamedTuple
@@ -26,6 +26,7 @@ import numpy as np
 from hetis.solver.budget import SearchSettings
 from hetis.solver.errors import NoPlanFoundError
 from hetis.solver.placement.master import cost_of
+from hetis.solver.placement.operating_points import retuned
 from hetis.solver.placement.outcome import Outcome, rate_bound
 from hetis.solver.placement.replicas.tables import CostTables, Tables
 from hetis.solver.placement.waits import PRECISE, Kept, kept_by, lanes_of, saturated_rate
@@ -225,6 +226,7 @@ class _Most(_Cells):
         super().__init__(costs, settings, find, bound_of)
         self.best: _Found | None = None
         self._kept = known  # by the best plan that is known
+        self._tuned = set[Hashable]()  # the stages of what was tried with other iterations
 
     def begin_with(self, other: _Most) -> None:
         """Begin with the best plan of another search."""
@@ -277,9 +279,24 @@ class _Most(_Cells):
     ) -> _Found | None:
         """Return what a search at a utilisation found; it replaces the best plan if it keeps more."""
         found = self.searched(utilisation, reserved, load, above=self._kept, gap=gap)
+        if found is not None and found.utilisation < NEARLY * GRID[-1]:
+            stages = frozenset((t.scope, t.stages, n) for t, n in found.outcome.chosen)
+            if stages not in self._tuned:
+                self._tuned.add(stages)
+                found = self._retuned(found)
         if found is not None and found.kept > self._kept:
             self.best, self._kept = found, found.kept
         return found
+
+    def _retuned(self, found: _Found) -> _Found:
+        """Return what was found or, if they keep more, its stages with other iterations."""
+        tables, best = self.costs.at(found.utilisation, found.lanes), found
+        for outcome in retuned(tables, found.outcome):
+            rate = saturated_rate(tables, outcome)
+            if GRID[-1] * rate > max(best.kept, self._kept):
+                other = replace(found, outcome=replace(outcome, value=rate), keeps=kept_by(tables, outcome, GRID[-1]))
+                best = max(best, other, key=lambda one: one.kept)
+        return best
 
     def _bound(self, most: float) -> float:
         """Return a bound on kept rates, given one on saturated rates at the lowest utilisation."""
