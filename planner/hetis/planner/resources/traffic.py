@@ -19,7 +19,7 @@ from hetis.planner.fleet.traffic import TrafficWindows, is_kept, of_role
 from hetis.planner.fleet.views import Clock, FleetObserver
 from hetis.planner.loop.speeds import SLOW, ExpectedTimes, MeasuredReplica, Speed, SpeedSample, speeds
 from hetis.planner.resources.checks import check
-from hetis.planner.store import Store, TrafficRecord, Transaction
+from hetis.planner.store import Reader, Store, TrafficRecord, Transaction
 from hetis.planner.threads import run_in_thread_gc_paused
 from hetis.solver.errors import InvalidProblemError
 from hetis.solver.plan import Role
@@ -144,7 +144,7 @@ class MeasuredTraffic(FleetObserver):
             live = self._fleet.replica_view(replica)
             record = None
             if live is not None and live.plan:
-                record = await self._store.read(lambda reader: reader.plans.get(live.plan))
+                record = await self._store.get(Reader.plans, live.plan)
             if live is None or record is None:
                 return None
             model = (await self._stored.of(record)).problem.model.name
@@ -206,7 +206,7 @@ class MeasuredTraffic(FleetObserver):
     async def get(self, request: pb.GetClusterTrafficRequest) -> pb.GetClusterTrafficResponse:
         check(request, name=names.TRAFFIC)
         cluster = cluster_of(request.name)
-        await self._store.read(lambda reader: reader.clusters.require(cluster))
+        await self._store.require(Reader.clusters, cluster)
         await self.windows_of(cluster)
         now, plan = self.now(cluster), await self.plan_in_force(cluster)
         shown = traffic_pb2.ClusterTraffic(
