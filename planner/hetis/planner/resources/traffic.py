@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -153,17 +154,17 @@ class MeasuredTraffic(FleetObserver):
 
     async def _compare(self, cluster: str, now_s: float) -> list[Speed]:
         """Compare the replicas of the plan in force with their profiles."""
-        plan = await self.plan_in_force(cluster)
-        if plan is None:
-            return []
-        replicas = list[MeasuredReplica]()
+        measured = defaultdict[str, list[MeasuredReplica]](list)  # by plan
         for live in self._fleet.replicas_of(cluster):
             source = self._sources.get(live.name)
-            if source is not None and live.plan == plan.record.name and (samples := source.samples(now_s)):
+            if source is not None and (samples := source.samples(now_s)):
                 slow = tuple(_slow_devices(live.report)) if live.report is not None else ()
                 shape = replica_from_proto(live.shape)
-                replicas.append(MeasuredReplica(name=live.name, plan=shape, samples=samples, slow_devices=slow))
-        if not replicas:
+                one = MeasuredReplica(name=live.name, plan=shape, samples=samples, slow_devices=slow)
+                measured[live.plan].append(one)
+        # Of a cluster in which nothing was measured, and there may be hundreds, the plan is not even read.
+        plan = await self.plan_in_force(cluster) if measured else None
+        if plan is None or not (replicas := measured[plan.record.name]):
             return []
         recent = self._since(cluster, plan.problem.model.name, now_s - RECENT_S)
 
