@@ -331,3 +331,15 @@ def test_no_limit_is_missed_because_the_fastest_replicas_leave_no_time_to_wait(t
     assert placing.pose(demanding).prove(silent).plan.result.value < 6
     with pytest.raises(NoPlanFoundError, match="wait in each of them"):  # which no bound excludes
         placing.pose(replace(demanding, rate=1.5 * kept)).prove(silent)
+
+
+def test_what_is_kept_by_prefill_replicas_of_a_lower_load_is_also_found_at_least_cost(tmp_path: Path) -> None:
+    """A defect in the past: no plan for half of the demand that a plan keeps."""
+    path = tmp_path / "t4.yaml"
+    path.write_text(HOME.replace("RTX-3090, count: 4}, {type: RTX-4090, count: 2}", "T4, count: 8}"), encoding="utf-8")
+    asked = PlacementRequest(
+        cluster=str(path), model="Llama-3.1-70B", workload="azure_conv_2023", weights="awq-int4", ttft="4s", tpot="50ms"
+    )
+    kept = placing.pose(asked).prove(silent).plan.result.value
+    least = placing.pose(replace(asked, objective="gpus", rate=0.9 * kept)).prove(silent).plan
+    assert least.planned_rate() >= 0.9 * kept

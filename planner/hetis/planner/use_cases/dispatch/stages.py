@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import lru_cache, partial
 from typing import Literal
 
 import numpy as np
@@ -172,7 +172,7 @@ def with_costs(saved: SavedState, file: str, measured: Mapping[str, tuple[str, P
         if device.attention is not None or device.gpu is None:
             origins[device.name] = GIVEN
             continue
-        origin, profile = measured.get(device.gpu) or default_profile(catalogue.find_gpu(device.gpu).gpu)
+        origin, profile = measured.get(device.gpu) or _default_profile(device.gpu)
         origins[device.name] = origin
         costs[device.name] = _pieces_of(saved, device, profile)
     model = None if saved.model is None else catalogue.find_model(saved.model).model
@@ -358,8 +358,14 @@ def _with_given_costs(saved: SavedState, profiles: Mapping[str, Profile], model:
     return replace(saved, devices=tuple(map(device, saved.devices)))
 
 
+@lru_cache(maxsize=256)
+def _default_profile(gpu: str) -> tuple[str, Profile]:
+    """Return the default profile of a type of the catalogue, which all stages of hundreds of replicas ask for."""
+    return default_profile(catalogue.find_gpu(gpu).gpu)
+
+
 def _default_fit(gpu: str, model: ModelSpec, tp: int) -> Fit | None:
     try:
-        return default_profile(catalogue.find_gpu(gpu).gpu)[1].fit(Op.DECODE_ATTENTION, model, tp)
+        return _default_profile(gpu)[1].fit(Op.DECODE_ATTENTION, model, tp)
     except (catalogue.UnknownNameError, InvalidProblemError):
         return None
