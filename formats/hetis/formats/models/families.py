@@ -145,7 +145,6 @@ _TABLE: tuple[tuple[str, str, Family], ...] = (
     ("Phi3ForCausalLM", "phi3", by_layers),
     ("PhiMoEForCausalLM", "phimoe", partial(by_layers, usual={"num_local_experts": 16, "num_experts_per_tok": 2})),
     ("KimiLinearForCausalLM", "kimi_linear", kimi_linear),
-    ("Glm4MoeForCausalLM", "glm4_moe", by_layers),
     ("GptOssForCausalLM", "gpt_oss", partial(by_layers, usual={"head_dim": 64, "sliding_window_pattern": 2})),
     ("Qwen2VLForConditionalGeneration", "qwen2_vl", partial(qwen2_vl, gated=False)),
     ("Qwen2_5_VLForConditionalGeneration", "qwen2_5_vl", partial(qwen2_vl, gated=True)),
@@ -198,8 +197,7 @@ _ALIKE: tuple[tuple[Family, str], ...] = (
         "BaichuanForCausalLM=baichuan BaiChuanForCausalLM SolarForCausalLM=solar DeepseekForCausalLM=deepseek "
         "TeleChat2ForCausalLM=telechat MellumForCausalLM=mellum SarvamMoEForCausalLM=sarvam_moe "
         "SarvamMLAForCausalLM=sarvam_mla_moe PanguUltraMoEForCausalLM=pangu_ultra_moe ChatGLMModel=chatglm "
-        "ChatGLMForConditionalGeneration GLM4VForCausalLM MiniCPMV=minicpmv MiniCPMO=minicpmo "
-        "Glm4vMoeForConditionalGeneration=glm4v_moe",
+        "ChatGLMForConditionalGeneration GLM4VForCausalLM MiniCPMV=minicpmv MiniCPMO=minicpmo",
     ),
     (
         partial(by_layers, tied=True, inner=("attn_config",), **_CLASSIC),
@@ -255,7 +253,8 @@ _ALIKE: tuple[tuple[Family, str], ...] = (
     (
         partial(by_layers, usual={"head_dim": 128}),
         "Qwen3VLForConditionalGeneration=qwen3_vl Qwen3VLMoeForConditionalGeneration=qwen3_vl_moe "
-        "Qwen3OmniMoeForConditionalGeneration=qwen3_omni_moe",
+        "Qwen3OmniMoeForConditionalGeneration=qwen3_omni_moe Glm4MoeForCausalLM=glm4_moe "
+        "Qwen3OmniMoeThinkerForConditionalGeneration=qwen3_omni_moe_thinker Glm4vMoeForConditionalGeneration=glm4v_moe",
     ),
 )
 
