@@ -149,15 +149,12 @@ def test_a_state_that_contradicts_itself_has_no_value() -> None:
         )
 
 
-def test_a_bare_list_of_requests_will_do(tmp_path: Path) -> None:
-    (tmp_path / "list.yaml").write_text("- {id: a, context_tokens: 10, output_tokens: 3}\n")
-    (tmp_path / "list.json").write_text('[{"id": "a", "context_tokens": 10, "output_tokens": 3}]')
-    listed = load_requests(tmp_path / "list.yaml")
-    assert listed == load_requests(tmp_path / "list.json")
+def test_requests_are_read_back(tmp_path: Path) -> None:
+    listed = requests_from_words(["10/3"])
     arrays = listed.to_solver()
-    assert (arrays.ids, arrays.context_tokens.tolist(), arrays.growth_tokens.tolist()) == (("a",), [10], [3])
-    (tmp_path / "whole.yaml").write_text(dump(listed))
-    assert load_requests(tmp_path / "whole.yaml") == listed
+    assert (arrays.ids, arrays.context_tokens.tolist(), arrays.growth_tokens.tolist()) == (("new-0",), [10], [3])
+    (tmp_path / "requests.yaml").write_text(dump(listed))
+    assert load_requests(tmp_path / "requests.yaml") == listed
 
 
 def test_requests_in_words_get_names_that_are_free() -> None:

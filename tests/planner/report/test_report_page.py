@@ -14,7 +14,7 @@ from hetis.planner.report.alternatives import reason_words, shape_words
 from hetis.planner.report.blocks import Waterfalls
 from hetis.planner.report.figures import digits
 from hetis.planner.report.goals import differences, is_one_question
-from hetis.planner.report.page.fleet_map import fleet_map, shape_letter
+from hetis.planner.report.page.fleet_map import fleet_map
 from hetis.planner.report.page.pages import ShownPlan, plans_page
 from hetis.planner.report.page.plan_section import plan_blocks
 from hetis.planner.use_cases.comparing.plan_figures import figures_of
@@ -208,7 +208,7 @@ def test_the_map_shows_every_gpu_with_what_it_does() -> None:
 
 
 def test_many_replicas_are_called_by_their_shape() -> None:
-    """Equal replicas share a letter and a colour; a row of the map has four GPUs, whatever it shows."""
+    """Equal replicas share the name of their first and a colour; a row of the map has four GPUs, whatever it shows."""
     cluster = load_cluster(str(EXAMPLES / "fleet-160.yaml"))
     equal = [
         plans.replica(plans.stage("A100-SXM-80GB", tp=1, first=0, layers=80, devices=(f"a100-0/{i}",)))
@@ -219,12 +219,11 @@ def test_many_replicas_are_called_by_their_shape() -> None:
     ]  # fmt: skip
     explanation = Explanation(memory=(), stage_times=(), bottlenecks=(), idle=(), attention_workers="")
     drawn = fleet_map(plans.plan(*equal, *other), cluster, explanation)
-    assert [name for name, _ in drawn.legend] == ["A: 6 equal replicas", "B: 4 equal replicas"]
+    assert [name for name, _ in drawn.legend] == ["R0: 6 equal replicas", "R6: 4 equal replicas"]
     nodes = {node.name: node.cells for zone in drawn.zones for node in zone.nodes}
     assert [(cell.index, cell.lines[0]) for cell in nodes["a100-0"]] == [
-        ("0–3", "A stage 1"), ("4–5", "A stage 1"), ("6–7", "idle"),
+        ("0–3", "R0 stage 1"), ("4–5", "R0 stage 1"), ("6–7", "idle"),
     ]  # fmt: skip
-    assert [shape_letter(number) for number in (0, 25, 26, 701, 702)] == ["A", "Z", "AA", "ZZ", "AAA"]
 
 
 def test_memory_falls_to_what_is_free(folder: Path) -> None:

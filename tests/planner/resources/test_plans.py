@@ -21,7 +21,6 @@ from hetis.planner.store import ProfileRecord
 from hetis.planner.use_cases.saved_plans import problem_of_plan
 from hetis.profiler.roofline import modelled_profile
 from hetis.solver.check import check_plan
-from hetis.solver.placement.families import ENGINE_GONE
 from hetis.solver.plan import Plan
 from hetis.v1 import cluster_pb2, document_pb2, plan_pb2, profile_pb2
 from hetis.v1 import plan_service_pb2 as pb2
@@ -285,7 +284,6 @@ async def test_every_wrong_field_of_a_spec_is_named(tmp_path: Path) -> None:
 
         for asked, says in (
             ({"engine": "vlm"}, "is 'vlm', must be one of vllm-hetis, vllm, sglang, did you mean vllm?"),
-            ({"engine": "any"}, ENGINE_GONE),
             (
                 {"engine": "vllm", "strategy": "hexgen-paper"},
                 "strategy hexgen-paper is a published heuristic, which does not support vllm",

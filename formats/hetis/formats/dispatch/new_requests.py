@@ -1,8 +1,7 @@
-"""DispatchRequests files: new requests in order of admission. They may also be a bare list, or ``8000/300``."""
+"""DispatchRequests files: new requests in order of admission. In words, one is ``8000/300``."""
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
@@ -13,9 +12,8 @@ from pydantic import Field
 
 from hetis.formats.dispatch.saved_state import MAX_TOKENS
 from hetis.formats.errors import DocumentError, Problem
-from hetis.formats.fields import API_VERSION, Document, DocumentPart, Title, duplicates, entries, plain
-from hetis.formats.kinds import kind_of, read_data
-from hetis.formats.positions import Path, Text
+from hetis.formats.fields import Document, DocumentPart, Title, duplicates, entries, plain
+from hetis.formats.kinds import kind_of
 from hetis.solver.dispatch.dispatch_problem import Requests
 
 
@@ -58,12 +56,7 @@ DISPATCH_REQUESTS = kind_of(
 )
 
 
-def load_requests(path: str | os.PathLike[str]) -> NewRequests:
-    """Return the requests in a document or its bare list (``-``: stdin). Raises DocumentError with every problem."""
-    data, source = read_data(path)
-    if isinstance(data, list):
-        data, source = {"apiVersion": API_VERSION, "kind": "DispatchRequests", "requests": data}, _BareList(source)
-    return DISPATCH_REQUESTS.parse(data, source)
+load_requests = DISPATCH_REQUESTS.load
 
 
 def requests_from_words(words: Iterable[str], taken: Collection[str] = ()) -> NewRequests:
@@ -83,14 +76,3 @@ def requests_from_words(words: Iterable[str], taken: Collection[str] = ()) -> Ne
     if problems:
         raise DocumentError(problems)
     return NewRequests(requests=tuple(found))
-
-
-@dataclass(slots=True, init=False)
-class _BareList(Text):
-    """The text of a document given as only its list: paths in problems omit the list's field."""
-
-    def __init__(self, source: Text) -> None:
-        Text.__init__(self, file=source.file, text=source.text, _root=source._root, problems=source.problems)
-
-    def problem(self, path: Path, message: str) -> Problem:
-        return Text.problem(self, path[1:], message)

@@ -31,7 +31,7 @@ class RequestOptions:
     plan: str | None = _input("--plan PLAN: Instead of --state: take one idle stage of a placement plan.")
     replica: int = _input("--replica: Replica of the plan, counted from 0.", 0, min=0)
     stage: int = _input("--stage: Stage of that replica, counted from 1.", 1, min=1)
-    requests: str | None = _input("--requests FILE: New requests: a DispatchRequests file, or its list alone.")
+    requests: str | None = _input("--requests FILE: New requests: a DispatchRequests file.")
     request: list[str] | None = _input(
         "--request CONTEXT/OUTPUT: A new request by its token counts, such as 8000/300; repeatable."
     )

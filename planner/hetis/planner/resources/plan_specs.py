@@ -244,15 +244,12 @@ class _SpecReader:
 
     def _choices(self) -> dict[str, Any]:
         """Return the fields that a spec has as a request has them, without wrong ones."""
-        from hetis.solver.placement.families import ENGINE_GONE, NO_ENGINE
-
         given = {name: value for name in SAME if (value := getattr(self.spec, name))}
         for name, known in ((name, get_args(known)) for name, known in _CHOICES.items() if name in given):
             value = given[name]
             hint = did_you_mean(value[:80], known)
             wrong = f"is {value[:80]!r}, must be one of {', '.join(known)}{hint}"
-            is_gone = name == "engine" and value == NO_ENGINE
-            if not self.require(value in known, name, ENGINE_GONE if is_gone else wrong):
+            if not self.require(value in known, name, wrong):
                 del given[name]
         most = f"is {self.spec.max_stages}, must be {MOST_STAGES} at most"
         if not self.require(self.spec.max_stages <= MOST_STAGES, "max_stages", most):

@@ -144,7 +144,7 @@ def _as_described(constraint: Constraint, plan: Plan, name: str | None) -> Const
 
 def _check_family(plan: Plan, requested: Requested, path: str) -> None:
     """Raise DocumentError if the plan's strategy is unknown, or lacks its roles or its engine, or names no engine."""
-    from hetis.solver.placement.families import ENGINE_GONE, STRATEGIES
+    from hetis.solver.placement.families import STRATEGIES
 
     if plan.strategy not in STRATEGIES:
         message = f"unknown strategy {plan.strategy}, expected one of {', '.join(STRATEGIES)}"
@@ -154,7 +154,7 @@ def _check_family(plan: Plan, requested: Requested, path: str) -> None:
     except InvalidProblemError as error:
         raise single_problem(path, f"inputs.roles: {error}") from None
     if requested.engine is None and not STRATEGIES[plan.strategy].is_published:
-        raise single_problem(path, f"the plan names no engine: {ENGINE_GONE}; place it again")
+        raise single_problem(path, "the plan names no engine: place it again")
     try:
         family_of(plan.strategy, engine=requested.engine)
     except InvalidProblemError as error:

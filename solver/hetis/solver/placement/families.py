@@ -109,7 +109,6 @@ class KnownEngine:
 
 
 DEFAULT_ENGINE = "vllm-hetis"
-NO_ENGINE = "any"  # the value of ``--engine`` in earlier versions for plans that no engine ran
 ENGINES: Mapping[str, KnownEngine] = {
     engine.name: engine
     for engine in (
@@ -132,20 +131,12 @@ ENGINES: Mapping[str, KnownEngine] = {
 }  # fmt: skip
 
 
-ENGINE_GONE = (
-    f"--engine {NO_ENGINE} is gone, because no engine ran its plans: plan for {DEFAULT_ENGINE} (the default), "
-    f"{' or '.join(name for name in ENGINES if name != DEFAULT_ENGINE)}"
-)
-
-
 def run_by(family: Family, rules: EngineRules) -> Family:
     """Return the replicas of a family that an engine can run.
 
     Raises:
         InvalidProblemError: there is no such engine.
     """
-    if rules.name == NO_ENGINE:
-        raise InvalidProblemError(ENGINE_GONE)
     if rules.name not in ENGINES:
         raise InvalidProblemError(f"engine {rules.name} is not one of {', '.join(ENGINES)}")
     return replace(

@@ -51,15 +51,6 @@ def test_engines_are_compared_with_what_each_runs(monkeypatch: pytest.MonkeyPatc
     assert rows == [("hetis", "vllm", 2.4), ("hetis", "vllm-hetis", 3.0), ("hexgen-paper", None, 2.0)]
 
 
-@pytest.mark.parametrize("verb", ["compare", "place"])
-def test_plans_for_any_engine_are_gone_and_the_error_says_what_to_use(
-    verb: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert run([verb, *COMMAND[1:], "--engine", "any"]) == ExitCode.INVALID
-    said = " ".join(capsys.readouterr().err.replace("│", "").split())
-    assert "--engine any is gone, because no engine ran its plans: plan for vllm-hetis (the default), vllm or" in said
-
-
 def test_compare_of_engines_has_a_row_and_a_file_for_each(
     solver: Solver, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

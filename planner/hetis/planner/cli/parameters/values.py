@@ -195,10 +195,6 @@ def strategies(text: str) -> Names:
 
 def engine(text: str) -> str:
     """Parse the name of an engine."""
-    from hetis.solver.placement.families import ENGINE_GONE, NO_ENGINE
-
-    if text == NO_ENGINE:
-        raise typer.BadParameter(ENGINE_GONE)
     return one_of(text, _engines())
 
 

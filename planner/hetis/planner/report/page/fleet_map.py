@@ -42,11 +42,6 @@ def fleet_map(plan: Plan, cluster: Cluster, explanation: Explanation) -> FleetMa
     )
 
 
-def shape_letter(number: int) -> str:
-    """Return the name of a group of equal replicas if there are too many replicas to name: A, B, ... Z, AA."""
-    return (shape_letter(number // 26 - 1) if number >= 26 else "") + chr(ord("A") + number % 26)
-
-
 def _held(plan: Plan) -> dict[str, GpuCell]:
     """Return the cells of the GPUs that other tenants hold."""
     cells = {name: GpuCell(role="idle", color=PLAIN, lines=(f"of {name}",)) for name in plan.other_tenants()}
@@ -57,7 +52,7 @@ def _duties(plan: Plan, groups: tuple[ReplicaGroup, ...], *, named: bool) -> Ite
     for color, group in enumerate(groups):
         for number in group.numbers:
             replica = plan.replicas[number]
-            name = f"R{number}" if named else shape_letter(color)
+            name = f"R{number if named else group.numbers[0]}"
             yield from replica_duties(replica, name, (number if named else color) % COLORS)
 
 
@@ -85,7 +80,7 @@ def _legend(plan: Plan, groups: tuple[ReplicaGroup, ...], *, named: bool) -> Ite
     for color, group in enumerate(groups[:COLORS]):
         role = "" if group.first.role is Role.UNIFIED else f" ({group.first.role})"
         equal = f"{len(group.numbers):,} equal replicas" if len(group.numbers) > 1 else "1 replica"
-        yield f"{shape_letter(color)}: {equal}{role}", color
+        yield f"R{group.numbers[0]}: {equal}{role}", color
 
 
 def _zone(name: str, groups: list[NodeGroup], duties: Mapping[str, GpuCell], *, joined: bool) -> ZoneMap:

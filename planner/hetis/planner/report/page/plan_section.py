@@ -25,7 +25,7 @@ from hetis.planner.report.blocks import (
 from hetis.planner.report.explanation import explained_bottlenecks, memory_grid, memory_shares, time_shares
 from hetis.planner.report.figures import digits, gigabytes, percent, plural, seconds, tokens
 from hetis.planner.report.page.axes import chart_of
-from hetis.planner.report.page.fleet_map import MAX_NAMED, fleet_map, shape_letter
+from hetis.planner.report.page.fleet_map import fleet_map
 from hetis.planner.report.page.key_figures import key_tiles, limits_scale, worth_scale
 from hetis.planner.report.plan import price_grid
 from hetis.planner.report.replica import replica_name, stage_rows, unit_of_room
@@ -67,7 +67,7 @@ def plan_blocks(
         yield limits_scale(plan)
     yield fleet_map(plan, problem.cluster, explanation)
     if groups:
-        yield _replicas(groups, unit_of_room(plan), lettered=len(plan.replicas) > MAX_NAMED)
+        yield _replicas(groups, unit_of_room(plan))
         yield _stages(groups)
     if panels:
         yield Charts(title="Under simulated traffic", intro=traffic, charts=[chart_of(one) for one in panels])
@@ -101,17 +101,16 @@ def _limiting(explanation: Explanation, plan: Plan) -> Iterator[tuple[str, str]]
 # --- replicas
 
 
-def _replicas(groups: Sequence[ReplicaGroup], unit: str, *, lettered: bool) -> Grid:
-    """Return the table of replicas, their KV room in ``unit``; if ``lettered``, with the letters of the map."""
+def _replicas(groups: Sequence[ReplicaGroup], unit: str) -> Grid:
+    """Return the table of replicas, their KV room in ``unit``."""
 
-    def name(number: int, group: ReplicaGroup) -> str:
-        letter = f"{shape_letter(number)}: " if lettered else ""
+    def name(group: ReplicaGroup) -> str:
         equal = f" and {len(group.numbers) - 1:,} equal" if len(group.numbers) > 1 else ""
-        return f"{letter}{replica_name(group.numbers[0], group.first.role)}{equal}"
+        return f"{replica_name(group.numbers[0], group.first.role)}{equal}"
 
     rest = groups[MAX_SHAPES:]
     return grid_of(
-        [(name(number, group), group.first) for number, group in enumerate(groups[:MAX_SHAPES])],
+        [(name(group), group.first) for group in groups[:MAX_SHAPES]],
         ("'replica", lambda one: one[0]),
         ("requests/s saturated", lambda one: digits(one[1].rate, 4)),
         ("TTFT p95", lambda one: "" if one[1].role is Role.DECODE else seconds(one[1].ttft_s)),
