@@ -22,7 +22,6 @@ from hetis.planner.watching import Hub
 from hetis.v1 import (
     agent_service_pb2,
     agent_service_pb2_grpc,
-    audit_service_pb2_grpc,
     cluster_service_pb2_grpc,
     dispatch_service_pb2_grpc,
     failure_pb2,
@@ -152,11 +151,6 @@ class FakePlanner:
                 service="hetis.v1.DispatchService",
                 servicer=dispatch_service_pb2_grpc.DispatchServiceServicer(),
                 add=dispatch_service_pb2_grpc.add_DispatchServiceServicer_to_server,
-            ),
-            Servicing(
-                service="hetis.v1.AuditService",
-                servicer=audit_service_pb2_grpc.AuditServiceServicer(),
-                add=audit_service_pb2_grpc.add_AuditServiceServicer_to_server,
             ),
             Servicing(
                 service="hetis.v1.AgentService",

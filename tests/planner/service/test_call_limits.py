@@ -77,7 +77,7 @@ async def until_open(planner: Served, num: int) -> None:
 
 async def test_strangers_whose_messages_never_come_take_no_room_of_others(monkeypatch: pytest.MonkeyPatch) -> None:
     """In the past 31,000 such calls to Health/Check from one host kept out everybody, until their connections ended."""
-    monkeypatch.setattr(calls, "_OPEN_MESSAGE_S", 0.3)
+    monkeypatch.setattr(calls, "_OPEN_MESSAGE_S", 3.0)  # a busy machine opens as many calls in time
     async with served() as planner, channel_to(planner.address) as stranger:
         method = "/grpc.health.v1.Health/Check"
         silent = silent_calls(stranger, method, MOST_OF_A_HOST)
@@ -87,7 +87,7 @@ async def test_strangers_whose_messages_never_come_take_no_room_of_others(monkey
         assert (refused.code(), reason_of(refused)) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "QUOTA_EXCEEDED")
         assert (await get(planner, "plans/p")).plan.name == "plans/p"  # of a caller who is identified
         ended = await asyncio.gather(*(failure_of(call) for call in silent))
-        assert {error.details() for error in ended} == {"no message was received within 0.3 s"}
+        assert {error.details() for error in ended} == {"no message was received within 3 s"}
         await check(health_pb2.HealthCheckRequest(), timeout=5)
         assert 'hetis_planner_failures_total{reason="QUOTA_EXCEEDED"} 1.0' in planner.metrics.text().decode()
 

@@ -255,7 +255,7 @@ async def test_an_unknown_method_is_unimplemented(method: str) -> None:
 
 def test_every_method_of_the_contract_that_the_planner_serves_needs_a_role() -> None:
     pool = descriptor_pool.Default()
-    services = ("ClusterService", "ProfileService", "PlanService", "DispatchService", "AuditService", "AgentService")
+    services = ("ClusterService", "ProfileService", "PlanService", "DispatchService", "AgentService")
     methods = {
         f"/hetis.v1.{service}/{method.name}"
         for service in services

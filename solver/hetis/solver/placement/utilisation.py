@@ -16,7 +16,7 @@ is known are not searched.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import NamedTuple
@@ -26,6 +26,7 @@ import numpy as np
 from hetis.solver.budget import SearchSettings
 from hetis.solver.errors import NoPlanFoundError
 from hetis.solver.placement.master import cost_of
+from hetis.solver.placement.operating_points import retuned
 from hetis.solver.placement.outcome import Outcome, rate_bound
 from hetis.solver.placement.replicas.tables import CostTables, Tables
 from hetis.solver.placement.waits import PRECISE, Kept, kept_by, lanes_of, saturated_rate
@@ -94,11 +95,8 @@ def search_kept(
         NoPlanFoundError: none of what was found keeps any rate, or the demand, which proves nothing.
     """
     if costs.problem.objective.maximises:
-        searching = _Most(costs, settings, find, bound_of, known)
-        if quick is not None and searching.limit_s is not None:
-            searching.begin_with(_Most(costs, settings, quick, lambda _: np.inf, known))
-        return searching.run()
-    return _Least(costs, settings, find, bound_of).run()
+        return _most(costs, settings, find, bound_of, known, quick).run()
+    return _Least(costs, settings, find, bound_of, quick).run()
 
 
 def search_simpler(
@@ -228,6 +226,7 @@ class _Most(_Cells):
         super().__init__(costs, settings, find, bound_of)
         self.best: _Found | None = None
         self._kept = known  # by the best plan that is known
+        self._tuned = set[Hashable]()  # the stages of what was tried with other iterations
 
     def begin_with(self, other: _Most) -> None:
         """Begin with the best plan of another search."""
@@ -280,9 +279,24 @@ class _Most(_Cells):
     ) -> _Found | None:
         """Return what a search at a utilisation found; it replaces the best plan if it keeps more."""
         found = self.searched(utilisation, reserved, load, above=self._kept, gap=gap)
+        if found is not None and found.utilisation < NEARLY * GRID[-1]:
+            stages = frozenset((t.scope, t.stages, n) for t, n in found.outcome.chosen)
+            if stages not in self._tuned:
+                self._tuned.add(stages)
+                found = self._retuned(found)
         if found is not None and found.kept > self._kept:
             self.best, self._kept = found, found.kept
         return found
+
+    def _retuned(self, found: _Found) -> _Found:
+        """Return what was found or, if they keep more, its stages with other iterations."""
+        tables, best = self.costs.at(found.utilisation, found.lanes), found
+        for outcome in retuned(tables, found.outcome):
+            rate = saturated_rate(tables, outcome)
+            if GRID[-1] * rate > max(best.kept, self._kept):
+                other = replace(found, outcome=replace(outcome, value=rate), keeps=kept_by(tables, outcome, GRID[-1]))
+                best = max(best, other, key=lambda one: one.kept)
+        return best
 
     def _bound(self, most: float) -> float:
         """Return a bound on kept rates, given one on saturated rates at the lowest utilisation."""
@@ -319,8 +333,24 @@ def _between(kept: Mapping[float, float]) -> float:
     return (shares[at] + max(near, key=lambda share: kept[share])) / 2.0
 
 
+def _most(
+    costs: CostTables, settings: SearchSettings, find: Find, bound_of: BoundOf, known: float, quick: Find | None
+) -> _Most:
+    """Return the search for the highest kept rate, which begins with the best plan of a quick search."""
+    searching = _Most(costs, settings, find, bound_of, known)
+    if quick is not None and searching.limit_s is not None:
+        searching.begin_with(_Most(costs, settings, quick, lambda _: np.inf, known))
+    return searching
+
+
 class _Least(_Cells):
     """The search for the least cost of a demanded rate."""
+
+    def __init__(
+        self, costs: CostTables, settings: SearchSettings, find: Find, bound_of: BoundOf, quick: Find | None
+    ) -> None:
+        super().__init__(costs, settings, find, bound_of)
+        self._quick = quick  # to begin a search for the highest rate with
 
     def run(self) -> KeptOutcome | None:
         demand = self.costs.problem.objective.demand_rps
@@ -383,7 +413,7 @@ class _Least(_Cells):
         problem = self.costs.problem
         goal = replace(problem.objective, kind=ObjectiveKind.GOODPUT, demand_rps=None)
         costs = replace(self.costs, problem=replace(problem, objective=goal))
-        most = _Most(costs, self.settings, self.find, self._bound_of, 0.0)
+        most = _most(costs, self.settings, self.find, self._bound_of, 0.0, self._quick)
         most.search()
         self.has_found, found = self.has_found or most.has_found, most.best
         if found is None or found.kept < demand:
