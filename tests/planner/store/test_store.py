@@ -307,3 +307,49 @@ async def test_a_standbys_read_sees_one_state_while_the_leader_writes(postgres_u
     assert first is not None
     assert second == first
     assert await standby.read(lambda tx: tx.plans.get("plans/p")) is None
+
+
+async def test_a_read_does_not_wait_for_the_write_before_it_and_sees_each_that_has_returned(
+    postgres_url: str, stores: Stores
+) -> None:
+    store, go = await stores.announced(postgres_url), threading.Event()
+
+    def insert(tx: Transaction) -> None:
+        tx.clusters.insert(samples.cluster("clusters/slow"))
+        go.wait(60)
+
+    writing = asyncio.create_task(store.write(insert))
+    try:
+        async with asyncio.timeout(30):
+            assert await store.get(Reader.clusters, "clusters/slow") is None
+            assert await store.read(lambda tx: tx.clusters.all()) == []
+    finally:
+        go.set()
+    await writing
+    for number in range(50):
+        kept = await store.write(lambda tx, n=number: tx.clusters.insert(samples.cluster(f"clusters/{n}")))  # type: ignore[misc]
+        assert await store.require(Reader.clusters, kept.name) == kept
+        assert len(await store.read(lambda tx: tx.clusters.all())) == number + 2
+
+
+async def test_a_read_of_one_record_is_one_statement_and_changes_nothing_when_it_fails(
+    postgres_url: str, stores: Stores, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(opening, "_IDLE_S", 60.0)
+    store = await stores.announced(postgres_url)
+    reading, sent = store._reading, list[tuple[str, bool]]()
+
+    def note(connection: sa.Connection, _: object, statement: str, *__: object) -> None:
+        autocommit = connection.connection.dbapi_connection.autocommit  # type: ignore[union-attr]
+        sent.append((statement.split()[0], autocommit))  # in which no round trip begins or ends a transaction
+
+    await store.get(Reader.clusters, "clusters/a")
+    sa.event.listen(reading.engine, "before_cursor_execute", note)
+    with pytest.raises(ServiceError, match="clusters/a"):
+        await store.require(Reader.clusters, "clusters/a")
+    assert sent == [("SELECT", True)]
+    reading.breaker.break_connection()
+    with pytest.raises(ServiceError) as caught:
+        await store.get(Reader.clusters, "clusters/a")
+    assert caught.value.metadata == {"changed": "no"}
+    assert await store.get(Reader.clusters, "clusters/a") is None

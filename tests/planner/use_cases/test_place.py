@@ -331,3 +331,39 @@ def test_no_limit_is_missed_because_the_fastest_replicas_leave_no_time_to_wait(t
     assert placing.pose(demanding).prove(silent).plan.result.value < 6
     with pytest.raises(NoPlanFoundError, match="wait in each of them"):  # which no bound excludes
         placing.pose(replace(demanding, rate=1.5 * kept)).prove(silent)
+
+
+def test_what_is_kept_by_prefill_replicas_of_a_lower_load_is_also_found_at_least_cost(tmp_path: Path) -> None:
+    """A defect in the past: no plan for half of the demand that a plan keeps."""
+    path = tmp_path / "t4.yaml"
+    path.write_text(HOME.replace("RTX-3090, count: 4}, {type: RTX-4090, count: 2}", "T4, count: 8}"), encoding="utf-8")
+    asked = PlacementRequest(
+        cluster=str(path), model="Llama-3.1-70B", workload="azure_conv_2023", weights="awq-int4", ttft="4s", tpot="50ms"
+    )
+    kept = placing.pose(asked).prove(silent).plan.result.value
+    least = placing.pose(replace(asked, objective="gpus", rate=0.9 * kept)).prove(silent).plan
+    assert least.planned_rate() >= 0.9 * kept
+
+
+P100_AND_A40 = """\
+apiVersion: hetis/v1
+kind: Cluster
+name: mixed
+nodes:
+  - {name: p100, count: 2, gpus: [{type: P100-PCIe-16GB, count: 8}]}
+  - {name: a40, count: 4, gpus: [{type: A40, count: 2}]}
+network: {bandwidth: 25Gbps, latency: 20us}
+"""
+
+
+def test_a_looser_limit_on_tpot_keeps_no_less(tmp_path: Path) -> None:
+    """A defect in the past: batches that fill the limit on TPOT make prompts wait, and kept half of smaller ones."""
+    path = tmp_path / "fleet.yaml"
+    path.write_text(P100_AND_A40, encoding="utf-8")
+    asked = PlacementRequest(
+        cluster=str(path), model="Llama-3.1-8B", workload="8000/300", weights="awq-int4", ttft="1s", rung="pipelines"
+    )
+    tight, loose = (
+        placing.pose(replace(asked, tpot=tpot)).prove(silent).plan.result.value for tpot in ("60ms", "100ms")
+    )
+    assert loose >= tight

@@ -188,10 +188,10 @@ def _table_gpus(text: str) -> list[DriverGpu]:
             used, total = (int(number) * 2**20 if number else None for number in (found["used"], found["total"]))
             num_parts = 0 if "".join(lines[place + 2 : place + 3]).endswith(" Enabled |") else None  # MIG M.
             mode = found.groupdict().get("mode") or ""
-            parts = tuple(slices[len(gpus)]) if num_parts is not None else ()
-            num_parts = len(parts) or num_parts
+            own = tuple(slices[len(gpus)]) if num_parts is not None else ()
+            num_parts = len(own) or num_parts
             one = DriverGpu(
-                product=named[1].strip(), memory_bytes=total, used_bytes=used, num_parts=num_parts, parts=parts
+                product=named[1].strip(), memory_bytes=total, used_bytes=used, num_parts=num_parts, parts=own
             )
             gpus.append(replace(one, mode="" if mode == "SPX" else mode))
     return gpus

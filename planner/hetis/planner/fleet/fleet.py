@@ -119,7 +119,9 @@ class LiveFleet:
 
     async def connect(self, identity: Identity, requests: AsyncIterator[Request]) -> AsyncGenerator[Response, None]:
         """Serve one stream until either side ends it. Raises ServiceError as ``AgentService.ConnectNode`` documents."""
+        await self._budget.turn()  # thousands that come back at once leave time for calls, too
         first = await _first_of(requests)
+        began_s = time.perf_counter()
         try:
             name = self._admit(identity, first)
             cluster, node = self._clusters[cluster_of(name)], last_part(name)
@@ -133,6 +135,7 @@ class LiveFleet:
             self._fail_readings(name, gone)
         self._streams[name] = stream
         self._after(cluster)
+        self._budget.took(time.perf_counter() - began_s)
         reading = asyncio.create_task(self._read(cluster, node, stream, requests), name=f"stream of {name}")
         try:
             async for message in stream.messages():

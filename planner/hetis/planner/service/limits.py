@@ -9,14 +9,14 @@ import resource
 import socket
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
 
 from hetis.formats.descriptors import raise_descriptor_limit
 from hetis.planner.callers import CallerRole, Identity
 from hetis.planner.failures import Reason, ServiceError, quota_exceeded
-from hetis.planner.service.methods import CONNECT, WRITES, is_open
+from hetis.planner.service.methods import CONNECT, METHODS, WRITES, is_open
 from hetis.planner.service.settings import is_socket_path, split_address
 
 MOST_OF_A_CALLER = 100
@@ -28,6 +28,7 @@ MAX_CALLS = 30_000
 """Limit of gRPC on all calls at once, even without a message yet: 10,000 agents, twice as many other calls."""
 MOST_AT_ONCE = 500
 """Limit on the unary calls at once of one caller."""
+MOST_READS = 16  # of one caller that are answered at once, until it has taken the answers; its others wait for them
 FEW = 8  # calls at once, for which each caller has room although others have taken theirs
 MOST_OF_OTHERS = 15_000  # unary calls at once of all callers but agents and admins; half as many more by those with few
 
@@ -37,6 +38,29 @@ class CallLimits:
 
     def __init__(self) -> None:
         self._open: Counter[str] = Counter()
+        self._reads: dict[str, asyncio.Semaphore] = {}  # by account, of the callers that read
+
+    @asynccontextmanager
+    async def turn(self, method: str, caller: Identity) -> AsyncIterator[None]:
+        """Wait until fewer than `MOST_READS` other reads of the caller are being answered; writes do not wait.
+
+        Otherwise 450 reads of a large document by one caller, who takes no answer, are 3 GB of memory, and keep the
+        store from everyone else's.
+        """
+        found = METHODS.get(method)
+        if found is None or not found.is_read:
+            yield
+            return
+        key = f"reads of {caller.account}"
+        turns = self._reads.setdefault(key, asyncio.Semaphore(MOST_READS))
+        self._open[key] += 1
+        try:
+            async with turns:
+                yield
+        finally:
+            self._end(key)
+            if not self._open[key]:
+                self._reads.pop(key, None)
 
     @contextmanager
     def opened(self, method: str, caller: Identity, *, peer: str, is_stream: bool) -> Iterator[None]:
@@ -62,9 +86,12 @@ class CallLimits:
             yield
         finally:
             for key in limits:
-                self._open[key] -= 1
-                if not self._open[key]:
-                    del self._open[key]
+                self._end(key)
+
+    def _end(self, key: str) -> None:
+        self._open[key] -= 1
+        if not self._open[key]:
+            del self._open[key]
 
 
 _OTHERS = "all callers together but agents and admins"

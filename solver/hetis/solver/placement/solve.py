@@ -19,7 +19,7 @@ from hetis.solver.placement.explanation.alternatives import notes_on_search, run
 from hetis.solver.placement.families import STRATEGIES
 from hetis.solver.placement.fleet import FloatArray, class_prices
 from hetis.solver.placement.infeasible import Market, infeasible
-from hetis.solver.placement.master import demanded_rate, row_costs_of
+from hetis.solver.placement.master import cost_of, demanded_rate
 from hetis.solver.placement.outcome import Beyond, Outcome, is_out_of_reach
 from hetis.solver.placement.replicas.kinds import Layout
 from hetis.solver.placement.replicas.stage_cost import state_on_rank
@@ -190,8 +190,7 @@ def without_idle(costs: CostTables, outcome: Outcome, *, spreads: bool = False) 
     ends = {end for route in routes for end in (route.prefill, route.decode)}
     unified = [costs.mixes[template.mix].role is Role.UNIFIED for template in templates]
     kept = Counter(template for number, template in enumerate(templates) if number in ends or unified[number])
-    row_costs = row_costs_of(costs)
-    saved = sum(float(row_costs @ use_of(costs, t)) * n for t, n in (Counter(templates) - kept).items())
+    saved = cost_of(costs, (Counter(templates) - kept).items())
     return replace(outcome, chosen=tuple(kept.items()), value=outcome.value - saved)
 
 
