@@ -141,7 +141,7 @@ class Store:
         reading: asyncio.Task[T] = _started(self._read_in_turn(engine, work))
         if self._is_served and not await self._ends_in_time(reading):
             message = f"the planner's store {self._label} has not answered for {self.health.answered_s_ago:.1f} s"
-            reading.cancel()  # unless it is its turn
+            reading.cancel()  # it may still wait for its turn
             raise ServiceError(Reason.ERROR_REASON_STORE_UNAVAILABLE, message, metadata={"changed": "no"})
         return await reading
 
