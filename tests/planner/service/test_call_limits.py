@@ -109,7 +109,10 @@ async def test_the_reads_of_a_caller_are_answered_some_at_a_time_and_others_do_n
     async with served() as planner, channel_to(planner.address) as greedy:
         request = plans.GetPlanRequest(name="plans/slow")
         reads = [asyncio.ensure_future(PlanServiceStub(greedy).GetPlan(request, timeout=60)) for _ in range(100)]
-        await until_open(planner, 3 * 100)
+        await until_open(planner, 2 * 100)
+        async with asyncio.timeout(30):
+            while planner.calls._limits._reads._num.total() < 100:
+                await asyncio.sleep(0.01)
         assert planner.planner.plans.num_slow == MOST_READS
         assert (await get(planner, "plans/p")).plan.name == "plans/p"
         reads.pop().cancel()
@@ -118,7 +121,7 @@ async def test_the_reads_of_a_caller_are_answered_some_at_a_time_and_others_do_n
         async with asyncio.timeout(30):
             while planner.calls._limits._open:  # an answer arrives before its call has ended
                 await asyncio.sleep(0.01)
-        assert not planner.calls._limits._reads
+        assert not planner.calls._limits._reads._turns
 
 
 async def test_without_credentials_a_caller_with_too_many_calls_takes_no_room_of_another_connection() -> None:

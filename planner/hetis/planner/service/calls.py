@@ -153,7 +153,7 @@ class Calls(grpc.aio.ServerInterceptor):
             self._num_unary += 1
             self._unary_done.clear()
             context.add_done_callback(self._unary_ended)
-            async with self._limits.turn(method, present_caller()):
+            async with self._limits.turn(method):
                 await context.write(await behaviour(request, context))
 
         async def stream(context: Context, read: Callable[[], Awaitable[Any]]) -> None:

@@ -9,12 +9,12 @@ import resource
 import socket
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator
-from contextlib import asynccontextmanager, contextmanager, suppress
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractAsyncContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 
 from hetis.formats.descriptors import raise_descriptor_limit
-from hetis.planner.callers import CallerRole, Identity
+from hetis.planner.callers import CallerRole, Identity, Turns
 from hetis.planner.failures import Reason, ServiceError, quota_exceeded
 from hetis.planner.service.methods import CONNECT, METHODS, WRITES, is_open
 from hetis.planner.service.settings import is_socket_path, split_address
@@ -38,29 +38,15 @@ class CallLimits:
 
     def __init__(self) -> None:
         self._open: Counter[str] = Counter()
-        self._reads: dict[str, asyncio.Semaphore] = {}  # by account, of the callers that read
+        self._reads = Turns(MOST_READS)
 
-    @asynccontextmanager
-    async def turn(self, method: str, caller: Identity) -> AsyncIterator[None]:
-        """Wait until fewer than `MOST_READS` other reads of the caller are being answered; writes do not wait.
+    def turn(self, method: str) -> AbstractAsyncContextManager[None]:
+        """Return a context in which a read of the present caller is answered, after its others; writes do not wait.
 
-        Otherwise 450 reads of a large document by one caller, who takes no answer, are 3 GB of memory, and keep the
-        store from everyone else's.
+        Otherwise 450 reads of a large document by one caller, who takes no answer, are 3 GB of memory.
         """
         found = METHODS.get(method)
-        if found is None or not found.is_read:
-            yield
-            return
-        key = f"reads of {caller.account}"
-        turns = self._reads.setdefault(key, asyncio.Semaphore(MOST_READS))
-        self._open[key] += 1
-        try:
-            async with turns:
-                yield
-        finally:
-            self._end(key)
-            if not self._open[key]:
-                self._reads.pop(key, None)
+        return self._reads.turn() if found is not None and found.is_read else nullcontext()
 
     @contextmanager
     def opened(self, method: str, caller: Identity, *, peer: str, is_stream: bool) -> Iterator[None]:
@@ -86,12 +72,9 @@ class CallLimits:
             yield
         finally:
             for key in limits:
-                self._end(key)
-
-    def _end(self, key: str) -> None:
-        self._open[key] -= 1
-        if not self._open[key]:
-            del self._open[key]
+                self._open[key] -= 1
+                if not self._open[key]:
+                    del self._open[key]
 
 
 _OTHERS = "all callers together but agents and admins"

@@ -26,10 +26,9 @@ import numpy as np
 from hetis.solver.budget import SearchSettings
 from hetis.solver.errors import NoPlanFoundError
 from hetis.solver.placement.master import cost_of
-from hetis.solver.placement.operating_points import retuned
 from hetis.solver.placement.outcome import Outcome, rate_bound
 from hetis.solver.placement.replicas.tables import CostTables, Tables
-from hetis.solver.placement.waits import PRECISE, Kept, kept_by, lanes_of, saturated_rate
+from hetis.solver.placement.waits import PRECISE, Kept, kept_by, lanes_of, retuned, saturated_rate
 from hetis.solver.plan import Lanes, ObjectiveKind, Plan
 from hetis.solver.problem import PlacementProblem
 
