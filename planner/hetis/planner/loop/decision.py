@@ -52,7 +52,7 @@ from hetis.solver.traffic import TrafficSketch
 from hetis.solver.workload import Workload
 
 ENOUGH = 1 - 1e-6
-SHORT, SPARE = 1.0, 5.0  # standard deviations of a level
+SHORT, SPARE = 1.0, 3.0  # standard deviations of a level
 LEVEL_S = LEVEL_BINS * BIN_S
 LEAST_ENDED = 100  # requests that a mix is measured from
 STAY_S = 60.0  # horizon of a change whose replicas mostly stay: what starts then costs more than what it saves

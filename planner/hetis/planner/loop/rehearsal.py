@@ -38,7 +38,7 @@ from hetis.solver.replanning.transition import Action, Step
 from hetis.solver.traffic import TOKENS, Histogram, TrafficSketch
 from hetis.solver.workload import FloatArray, Workload
 
-WINDOW_S = 20.0  # between two looks of the planner at what agents report
+WINDOW_S = 10.0  # between two looks of the planner at what agents report
 RECENT_S = 3600.0  # of whole windows
 
 
@@ -89,9 +89,11 @@ class Follower(Protocol):
 
     def is_hasty(self, view: View) -> bool:
         """Return whether to ask now."""
+        return False
 
     def drift_test(self) -> DriftTest | None:
         """Return a new test of what its last answer expected; None: it has none."""
+        return None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -163,7 +165,7 @@ def _kind(posed: PosedReplan) -> object:
     return posed.problem.objective.kind, workload.bins, workload.prefix_hit_rate, fleet.node_groups
 
 
-class LoopFollower:
+class LoopFollower(Follower):
     """The loop itself. With ``truth`` it knows the rates to come, as a perfect forecast would."""
 
     def __init__(self, settings: LoopSettings, search: RememberingSearch, truth: TrafficCurve | None = None) -> None:
@@ -174,8 +176,11 @@ class LoopFollower:
         self._changes_s = deque[float](maxlen=settings.changes_per_hour)
 
     def ask(self, view: View) -> Answer:
+        history = view.history()
+        if self._truth is None and history.by_minutes() is None:  # the first minutes
+            return Answer(None, view.in_force.found, None)
         found = decide(
-            view.history(), view.in_force, self._settings, drift=view.drift, ahead=self._ahead(view.now_s),
+            history, view.in_force, self._settings, drift=view.drift, ahead=self._ahead(view.now_s),
             solve=self._search.solve, least=self._search.least,
         )  # fmt: skip
         self._capacity_rps = math.inf if found.verdict is Verdict.CANNOT else found.capacity_rps

@@ -33,10 +33,10 @@ class LoopSettings:
 
     costs: ChangeCosts = field(default_factory=ChangeCosts)
     every_s: float = 300.0
-    watch_s: float = 20.0
-    coverage: float = 0.97
+    watch_s: float = 10.0
+    coverage: float = 0.975
     look_ahead_s: float = 300.0
-    lasting: float = 0.95
+    lasting: float = 0.85
     false_alarms_per_day: float = 0.1
     tolerance: float = 0.1
     least_gain: float = 0.05
