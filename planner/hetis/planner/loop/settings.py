@@ -28,7 +28,6 @@ class LoopSettings:
         changes_per_hour: most changes in an hour that the planner makes itself; a cluster's policy has its own.
         max_moves: limit on the GPUs that change their work in one change; None: any number.
         search: settings of searches, which may choose another rung.
-        verify: whether a plan is simulated before it is proposed.
     """
 
     costs: ChangeCosts = field(default_factory=ChangeCosts)
@@ -44,7 +43,6 @@ class LoopSettings:
     changes_per_hour: int = 20
     max_moves: int | None = None
     search: PlacementSettings = field(default_factory=PlacementSettings)
-    verify: bool = False
 
     def __post_init__(self) -> None:
         for name, least, most in (
