@@ -5,7 +5,7 @@
 A row covers thousands of instances of one size with different arrivals, running loads and mixes of GPUs. ``p50_ms`` and
 ``p99_ms`` cover building the problem from arrays, solving the relaxation, rounding and improving. ``path`` is the share
 of instances that took each path. The same instances are solved by HiGHS alone (the relaxation from arrays, at the
-fastest of several settings), and by cvxpy with HiGHS (the relaxation, as a parametrised problem).
+fastest of several settings).
 ``mean_gap_to_relaxation`` is the gap to the certified bound. ``mean_gap_to_best`` is the gap to the best whole-group
 plan known, from a MILP and a longer local search, over ``judged`` instances. ``p50_``, ``p95_``, ``p99_`` and ``max_``
 are quantiles of the same gap.
@@ -19,11 +19,10 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import cvxpy
 import highspy
 import numpy as np
 import numpy.typing as npt
@@ -49,7 +48,6 @@ from hetis.solver.dispatch.loaded_stage import costs_of, running_load
 from hetis.solver.dispatch.lp import LpProblem, RelaxationModel
 from hetis.solver.profile import Op
 
-cp: Any = cvxpy
 SIZES = ((12, 1), (12, 8), (64, 8), (64, 64), (256, 32), (1024, 16))
 LOADS = ("balanced", "imbalanced", "nearly full")
 GPUS = ("H100-SXM-80GB", "A100-SXM-80GB", "L40S", "L4", "V100-SXM2-32GB", "T4", "A10G", "P100-PCIe-12GB", "RTX-3090")
@@ -74,7 +72,7 @@ class Case:
     pieces: int
     load: str
     instances: int
-    compared: int  # instances that HiGHS and cvxpy solve too
+    compared: int  # instances that HiGHS solves too
     judged: int  # instances compared with the best plan known
     judge_s: float
 
@@ -230,7 +228,6 @@ def measured(case: Case) -> Row:
     # All instances share a stage, so solvers may reuse what does not change.
     compared = [timed.problem for timed in dispatched[::STAGES]][: case.compared]
     setting, highs_s = best_of({name: highs_seconds(compared, name, options) for name, options in SETTINGS.items()})
-    cvxpy_s = cvxpy_seconds(compared)
     seconds = [timed.seconds for timed in dispatched]
     to_best = gaps_to_best(case, dispatched)
     to_relaxation = [timed.plan.gap for timed in dispatched]
@@ -245,7 +242,6 @@ def measured(case: Case) -> Row:
         "p50_ms": 1e3 * p50,
         "p99_ms": 1e3 * float(np.percentile(seconds, 99)),
         "highs_p50_ms": 1e3 * highs_s,
-        "cvxpy_p50_ms": 1e3 * cvxpy_s,
         "mean_gap_to_relaxation": float(np.mean(to_relaxation)),
         **quantiles(to_relaxation, "gap_to_relaxation"),
         "mean_gap_to_best": float(np.mean(to_best)),
@@ -335,43 +331,6 @@ def highs_seconds(problems: Sequence[DispatchProblem], name: str, options: dict[
         seconds.append(time.thread_time() - started)
         basis = highs.getBasis()
     return float(np.median(seconds))
-
-
-def cvxpy_seconds(problems: Sequence[DispatchProblem]) -> float:
-    """Return the median thread CPU seconds of the same program in cvxpy, by one parametrised problem for all."""
-    solve = _cvxpy_problem(problems[0])
-    solve(problems[0])  # compiles it
-    seconds = []
-    for problem in problems[1:] or problems:
-        started = time.thread_time()
-        solve(problem)
-        seconds.append(time.thread_time() - started)
-    return float(np.median(seconds))
-
-
-def _cvxpy_problem(problem: DispatchProblem) -> Callable[[DispatchProblem], None]:
-    """Return a solver of the relaxation, with everything that changes between instances of a stage as parameters."""
-    costs = costs_of(problem.stage)
-    J, (D, K) = len(problem.requests.ids), costs.alpha.shape
-    x, z = cp.Variable((J, D), nonneg=True), cp.Variable()
-    base, contexts = cp.Parameter((D, K)), cp.Parameter(J)
-    blocks, free_blocks = cp.Parameter(J), cp.Parameter(D)
-    groups, tokens = cp.sum(x, axis=0), contexts @ x
-    constraints = [cp.sum(x, axis=1) == costs.head_groups, blocks @ x <= free_blocks]
-    for k in range(K):
-        seconds = cp.multiply(1e4 * costs.alpha[:, k], groups) + cp.multiply(1e4 * costs.beta[:, k], tokens)
-        constraints.append(seconds + base[:, k] <= z)
-    program = cp.Problem(cp.Minimize(z), constraints)
-
-    def solve(instance: DispatchProblem) -> None:
-        load, requests = instance.load, instance.requests
-        base.value = 1e4 * running_load(costs, load.heads, load.kv_bytes).base
-        contexts.value = requests.context_tokens.astype(float)
-        blocks.value = requests.blocks(instance.stage.heads.block_tokens).astype(float)
-        free_blocks.value = load.free_blocks.astype(float)
-        program.solve(solver=cp.HIGHS)
-
-    return solve
 
 
 if __name__ == "__main__":

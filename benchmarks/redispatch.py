@@ -8,9 +8,7 @@ device leaves after a notice of 150 steps, memory is short, or all of these. Fig
 
 All policies check every five steps and act on a trigger: ``joint`` and ``whole`` on any, ``paper`` as published on
 deviation and memory. For ``joint`` the trigger must be due (`Watch`, as in the service); the others may check in vain
-any number of times. ``thrifty joint`` requires a move to pay back within a tenth of its request's remaining steps
-instead of a quarter. ``same bytes`` acts when ``paper`` does, and makes the joint program's best moves within the
-bytes that the paper's rule would move then. If a device still runs full, the request admitted last there is evicted
+any number of times. If a device still runs full, the request admitted last there is evicted
 (``none``: the one that cannot grow).
 
 ``mean_us`` and ``p95_us`` are makespans per layer and decode step. ``refill_us`` is the time to prefill KV lost by
@@ -67,7 +65,6 @@ ALL = frozenset(TriggerKind)
 class Joint:
     """The policy that solves the joint program over all running requests."""
 
-    patience: float = 0.25
     evicts_itself: bool = False
     heeds: frozenset[TriggerKind] = ALL
     is_watched: bool = True
@@ -77,7 +74,7 @@ class Joint:
     def moves(self, problem: RedispatchProblem, dispatcher: Dispatcher, full: int | None) -> Sequence[Move]:
         solver = self.solvers.setdefault(id(dispatcher), Redispatcher(dispatcher))
         started = time.thread_time()
-        plan = solver.solve(replace(problem, patience=self.patience, full=_only(full)))
+        plan = solver.solve(replace(problem, full=_only(full)))
         self.solve_s.append(time.thread_time() - started)
         return plan.moves
 
@@ -95,25 +92,6 @@ class Paper:
         started = time.thread_time()
         found = paper_rule(problem, dispatcher, device=full)
         self.solve_s.append(time.thread_time() - started)
-        return found
-
-
-@dataclass(slots=True)
-class SameBytes:
-    """The joint program, used when the paper's rule would move something, with as many bytes as that rule."""
-
-    evicts_itself: bool = False
-    heeds: frozenset[TriggerKind] = frozenset({TriggerKind.DEVIATION, TriggerKind.HIGH_WATER})
-    is_watched: bool = False
-    joint: Joint = field(default_factory=lambda: Joint(patience=1.0))
-    solve_s: list[float] = field(default_factory=list)
-
-    def moves(self, problem: RedispatchProblem, dispatcher: Dispatcher, full: int | None) -> Sequence[Move]:
-        num_bytes = sum(move.num_bytes for move in paper_rule(problem, dispatcher, device=full))
-        if not num_bytes:
-            return ()
-        found = self.joint.moves(replace(problem, budget_bytes=num_bytes, least_gain=0.0), dispatcher, full)
-        self.solve_s.append(self.joint.solve_s[-1])
         return found
 
 
@@ -138,9 +116,7 @@ POLICIES: dict[str, Callable[[], Policy]] = {
     "lifo": lambda: Still(evicts_itself=False),
     "paper": Paper,
     "whole": Whole,
-    "same bytes": SameBytes,
     "joint": Joint,
-    "thrifty joint": lambda: Joint(patience=0.1),
 }
 
 

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -31,7 +32,7 @@ from hetis.planner.use_cases.sources import named
 from hetis.solver.budget import Budget
 from hetis.solver.engine_rules import EngineRules
 from hetis.solver.placement.families import DEFAULT_ENGINE
-from hetis.solver.placement.fleet import IntArray
+from hetis.solver.placement.fleet import IntArray, class_of_slots
 from hetis.solver.placement.replicas.tables import FloatArray
 from hetis.solver.tenants.fleet_search import FleetSearch
 from hetis.solver.tenants.oef import OefOutcome, OefRule, oef_outcomes
@@ -89,11 +90,11 @@ def _case(*, quick: bool) -> tuple[str, Tenancy]:
 
 def _rule_row(name: str, search: FleetSearch, answer: FleetShares, best: float) -> Row:
     started_s = time.perf_counter()
-    table = search.envy(answer)
+    table = _rates_with_others(search, answer)
     envy_s = time.perf_counter() - started_s
     rates = np.array([share.rate / share.weight for share in answer.shares])
     weights = np.array([share.weight for share in answer.shares])
-    with_others = np.array([[cell.rate for cell in row] for row in table]) / weights
+    with_others = table / weights
     outcome = Outcome(
         normalised=np.array([share.normalised for share in answer.shares]),
         over_part=np.array([share.over_part for share in answer.shares]),
@@ -152,6 +153,20 @@ def _who_envies(envy: FloatArray, names: Sequence[str]) -> str:
 
 def _worst_envy(envy: FloatArray) -> float:
     return float((envy - np.diag(np.diag(envy))).max(initial=0.0))
+
+
+def _rates_with_others(search: FleetSearch, answer: FleetShares) -> FloatArray:
+    """Return each tenant's rate on as many GPUs of every class as each other one has, [tenants, tenants]."""
+    costs, rates = search.replicas[0].costs, np.diag([share.placed for share in answer.shares])
+    class_of = class_of_slots(costs.classes)
+    classes = {d.name: class_of[d.group.name, d.gpu] for d in costs.problem.cluster.devices()}
+    for j, share in enumerate(answer.shares):
+        used = Counter(classes[name] for name in share.plan.devices()) if share.plan is not None else Counter[int]()
+        rows = zip(costs.resources.rows, search.limits, strict=True)
+        limits = np.array([min(limit, used[g]) for (g, _), limit in rows], dtype=np.int64)
+        for i, one in enumerate(search.replicas):
+            rates[i, j] = rates[i, j] if i == j else search.reach(one, limits, "").rate
+    return rates
 
 
 def _over(a: FloatArray, b: FloatArray) -> FloatArray:

@@ -13,7 +13,6 @@ import json
 import logging
 import sys
 from collections import defaultdict
-from importlib.metadata import version
 
 # aiconfigurator ships the same shapes under these names; it would download others.
 GPT_OSS_EXPERTS = defaultdict(lambda: "w4a16_mxfp4", b200="w4a8_mxfp4_mxfp8", b300="w4a8_mxfp4_mxfp8")
@@ -30,7 +29,6 @@ def main() -> None:
     remember_yaml()
     from aiconfigurator.cli.api import cli_estimate  # type: ignore[import-not-found]
 
-    print(json.dumps({"id": "version", "error": version("aiconfigurator")}), flush=True)
     for line in sys.stdin:
         row = json.loads(line)
         try:

@@ -24,7 +24,6 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from statistics import fmean, median
 
 from benchmarks.accuracy import published_points
@@ -124,7 +123,7 @@ def main() -> None:
     posed = sum(len(one.submissions) for one in outcomes)
     covered = list(published_points.coverage("posed", posed, skipped))
     if arguments.markdown:
-        write_document(groups, totals, covered, arguments.points)
+        write_document(groups, totals, covered)
     if arguments.json:
         for row in (*groups, *totals, *covered):
             print(json.dumps(row), flush=True)
@@ -265,7 +264,7 @@ def total_rows(outcomes: Sequence[Outcome]) -> Iterator[Row]:
                 }  # fmt: skip
 
 
-def write_document(groups: Sequence[Row], totals: Sequence[Row], covered: Sequence[Row], points: Path) -> None:
+def write_document(groups: Sequence[Row], totals: Sequence[Row], covered: Sequence[Row]) -> None:
     """Write the tables of docs/accuracy.md."""
     headings = [key.replace("_", " ") for key in totals[0]]
     tables.write("mlperf totals", headings, (list(_shown(row).values()) for row in totals))

@@ -30,7 +30,6 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.accuracy import published_points
-from benchmarks.accuracy.aisimulate import beside_aisimulate
 from benchmarks.accuracy.closed_loop import CopyTime, Engine, Load, balanced_copies, closed_loop
 from benchmarks.accuracy.published_points import FOLDER, NotPosedError
 from benchmarks.accuracy.published_settings import ACCEPTANCE, Graphs, eager_layer_s
@@ -103,7 +102,7 @@ def main() -> None:
     groups = list(group_rows(outcomes, peer))
     covered = list(published_points.coverage("covered", len(outcomes), skipped))
     if arguments.markdown:
-        write_document(groups, covered, arguments.points, peer)
+        write_document(groups, covered)
     if arguments.json:
         for row in (*groups, *covered):
             print(json.dumps(row), flush=True)
@@ -114,12 +113,11 @@ def main() -> None:
         print(PEER_ABSENT)
 
 
-def write_document(groups: Sequence[Row], covered: Sequence[Row], points: Path, peer: Peer | None) -> None:
+def write_document(groups: Sequence[Row], covered: Sequence[Row]) -> None:
     """Write the tables of docs/accuracy.md."""
     whole = [row for row in groups if row["model"] == "all"]
     single = [row for row in groups if row["model"] != "all"]
     published_points.write_skipped("silicon", covered, "points")
-    rows.keep("silicon aisimulate", in_percent(beside_aisimulate(single)))
     rows.keep("silicon", in_percent([*whole, *single]))
 
 
@@ -377,12 +375,6 @@ def accepted(point: ServingPoint) -> float:
     if drafts >= len(curve):
         raise NotPosedError(f"how many of {drafts} drafts of {point.label} are accepted is not known")
     return curve[drafts] - 1.0
-
-
-def peer_version(peer: Peer) -> str:
-    """Return the version of aiconfigurator in the given Python."""
-    version = peer.get("version", "")
-    return version if isinstance(version, str) else ""
 
 
 def group_rows(outcomes: Sequence[Outcome], peer: Peer | None) -> Iterator[Row]:

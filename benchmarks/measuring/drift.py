@@ -9,22 +9,14 @@ events depend only on the seed and the step, not on the policy.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Protocol, TypeAlias
+from typing import Protocol
 
 import numpy as np
 
 from benchmarks.measuring.baselines import last_admitted
-from hetis.solver.dispatch.dispatch_problem import (
-    DispatchPlan,
-    DispatchProblem,
-    HeadShape,
-    IntArray,
-    Primary,
-    Requests,
-    Stage,
-)
+from hetis.solver.dispatch.dispatch_problem import HeadShape, Primary, Requests, Stage
 from hetis.solver.dispatch.dispatcher import Dispatcher
 from hetis.solver.dispatch.snapshot import DeviceStatus, StateSnapshot
 from hetis.solver.dispatch.state import DispatchState
@@ -39,6 +31,7 @@ LONG_ANSWERS = 0.2
 LENGTHENED = 8  # times the expected length
 REFILL_TOKEN_S = 4e-4  # prefill of lost KV: 140 GFLOP per token at 350 TFLOP/s
 WATERMARK = 0.01  # share of the blocks that admission leaves free if it overcommits
+LOOK_EVERY = 5  # steps
 NOTICE = 150  # steps from the notice of a device's departure to its end
 
 
@@ -104,11 +97,6 @@ class Tally:
     refilled_tokens: int = 0
     refilled_bytes: float = 0.0
     looks: int = 0
-    admissions: int = 0  # number of admissions, each of one or several requests
-    raised: int = 0  # admissions that raised the makespan
-
-
-Rearranged: TypeAlias = Callable[[DispatchProblem, DispatchPlan], IntArray]
 
 
 @dataclass(slots=True)
@@ -144,19 +132,8 @@ TOTAL_BLOCKS = (60_000, 30_000, 30_000, 15_000, 15_000, 15_000, 15_000)
 class Run:
     """One policy through one scenario."""
 
-    def __init__(
-        self,
-        scenario: Scenario,
-        policy: Policy,
-        *,
-        theta: float,
-        seed: int,
-        look_every: int = 5,
-        rearranged: Rearranged | None = None,
-    ) -> None:
-        """Initialise. ``rearranged`` may place the groups of admitted requests differently than dispatch does."""
-        self._rearranged = rearranged
-        self.scenario, self.policy, self.theta, self.look_every = scenario, policy, theta, look_every
+    def __init__(self, scenario: Scenario, policy: Policy, *, theta: float, seed: int) -> None:
+        self.scenario, self.policy, self.theta = scenario, policy, theta
         self.state = DispatchState(stage(), TOTAL_BLOCKS)
         self.dispatcher = Dispatcher(self.state.stage)
         self.tally = Tally()
@@ -180,7 +157,7 @@ class Run:
             for _ in range(self._random.poisson(rate)):
                 self._arrive()
             self._admit()
-            if step % self.look_every == 0:
+            if step % LOOK_EVERY == 0:
                 for name in self.state.ids:
                     self.state.expect(name, self._expected[name])  # exponential outputs are memoryless
                 if not self._plan and not self._under_way:
@@ -232,13 +209,7 @@ class Run:
             load = replace(load, free_blocks=now)
             requests = replace(requests, growth_tokens=np.zeros(len(coming), np.int64))
         plan = self.dispatcher.dispatch(load, requests)
-        if self._rearranged is not None:
-            problem = DispatchProblem(stage=self.state.stage, load=load, requests=requests)
-            plan = replace(plan, groups=self._rearranged(problem, plan))
-        before_s = makespan_s(self.state.snapshot())
         admitted = set(self.state.admit(requests, plan))
-        self.tally.admissions += 1
-        self.tally.raised += makespan_s(self.state.snapshot()) > before_s * (1 + 1e-9)
         for c in coming:
             if c.id in admitted:
                 self.state.expect(c.id, c.remaining)

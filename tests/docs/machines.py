@@ -72,6 +72,12 @@ class Machine:
         )
         return done.stdout
 
+    def failing(self, block: str) -> str:
+        """Run a block that has to fail and return its output."""
+        done = self._started(block)
+        assert done.returncode, f"on {self.name}:\n{block}\ndoes not fail\n{done.stdout}"
+        return done.stdout
+
     def code_of(self, line: str) -> int:
         """Return the exit code of a line."""
         return self._started(line).returncode

@@ -52,7 +52,7 @@ RUN_ELSEWHERE = {
 }
 # The tests below run these on a planner, or with the authority and the nodes that the page creates.
 WITH_A_PLANNER = (
-    r"hetis-planner\b|hetis-agent |openssl |curl -s http://127|hetis-plan (apply|agents|get|watch|rollback|audit)\b"
+    r"hetis-planner\b|hetis-agent |openssl |curl -s http://127|hetis-plan (apply|agents|get|watch|rollback)\b"
 )
 # These run offline to the end in the soak test, and some in every run (`tests/docs/test_commands.py`).
 OFFLINE = r"hetis-plan |sed "
@@ -252,7 +252,7 @@ def test_a_fleet_is_served_by_the_commands_of_the_pages(tmp_path: Path) -> None:
             pass
         for line in lines_like("cli.md", r"hetis-plan rollback\b"):
             session.run(line)
-        for line in lines_like("operations.md", r"curl |hetis-plan audit "):
+        for line in lines_like("operations.md", r"curl "):
             session.run(line)
     own = r"hetis-planner (audit|token|--config planner.yaml --check)|hetis-agent devices"
     store = session.folder / "state/hetis/planner.db"

@@ -9,6 +9,7 @@ import sys
 import sysconfig
 import tempfile
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -21,7 +22,7 @@ import pytest
 from examples.processes import free_ports
 from tests.docs.machines import ROOT, Machine
 from tests.docs.pages import runbook
-from tests.planner.store.postgres import find_binaries, new_database, running_server
+from tests.planner.store.postgres import database_on_small_disk, fill, find_binaries, running_server
 
 OLDER = "0f9c8a92^"  # the last commit with the tables of v0003
 LIMIT_S = 120.0  # limit for what takes seconds, on a busy machine
@@ -69,14 +70,14 @@ def older_tree(folder: Path) -> Path:
 class Fleet:
     """All machines, and what the test looks at between two blocks."""
 
-    def __init__(self, folder: Path, database: str) -> None:
+    def __init__(self, folder: Path, database: str, disk: Path | None) -> None:
         ports = free_ports(4)
         self.ports = servers = {name: ports + number for number, name in enumerate(PLANNERS)}
         new, old = installed(ROOT, folder / "new"), installed(older_tree(folder / "tree"), folder / "old")
         shared = {f"{name}.example:8470": f"localhost:{port}" for name, port in servers.items()}
         shared |= {f"DNS:{name}.example": "DNS:localhost" for name in servers}
         shared |= {"postgresql://hetis:PASSWORD@db.example/hetis": database}
-        self.database = database
+        self.database, self.disk = database, disk
         self.machines = dict[str, Machine]()
         shared |= {"sleep 30": "sleep 5"}  # `reload`, which is a second here
         for name in ("admin", *servers, *NODES):
@@ -130,7 +131,7 @@ def fleet() -> Iterator[Fleet]:
     with ExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="hetis-runbook-"))
         server = stack.enter_context(running_server())
-        fleet = Fleet(Path(folder), new_database(server, "hetis"))
+        fleet = Fleet(Path(folder), *stack.enter_context(database_on_small_disk(server)))
         for machine in fleet.machines.values():
             stack.callback(machine.stop)
         for node in NODES:
@@ -207,6 +208,26 @@ def has_another_leader(fleet: Fleet) -> None:
     until(lambda: all(fleet[name].code_of(ready) == 0 for name in PLANNERS), "the lost planner is not started again")
 
 
+def fill_disk(fleet: Fleet) -> None:
+    """Fill the database's disk, see what an operator sees, and make room again."""
+    if fleet.disk is None:  # where none may be mounted
+        return
+    fill(fleet.disk)
+    nodes = "".join(f"- {{name: n{uuid.uuid4().hex}, gpus: [{{type: L4}}]}}\n" for _ in range(3000))
+    cluster = f"apiVersion: hetis/v1\nkind: Cluster\nname: big\nnodes:\n{nodes}"
+    cluster += "network: {bandwidth: 100Gbps, latency: 20us}\n"
+    (fleet["admin"].root / "home/big.yaml").write_text(cluster)
+    assert "its disk is full: make room there" in fleet["admin"].failing("hetis-plan apply big.yaml")
+    assert fleet.num_serving()
+    ready = "curl -fs http://127.0.0.1:8471/readyz"
+    until(lambda: not all(fleet[name].code_of(ready) == 0 for name in PLANNERS), "the leader calls itself ready")
+    (fleet.disk / "full").unlink()
+
+
+def writes_again(fleet: Fleet) -> None:
+    fleet["admin"].run("hetis-plan apply big.yaml; hetis-plan delete clusters/big")
+
+
 def lose_store(fleet: Fleet) -> None:
     with psycopg.connect(fleet.database) as connection:
         connection.execute("DROP SCHEMA public CASCADE; CREATE SCHEMA public")
@@ -218,7 +239,7 @@ def is_obeyed(fleet: Fleet) -> None:
 
 
 # By a part of a block that only it has: what to do before it, and what must be so after it.
-BEFORE = {"restore --replace": lose_store}
+BEFORE = {"until curl": fill_disk, "restore --replace": lose_store}
 AFTER = {
     "--name first": serves_by_older_planners,
     "start hetis-backup": has_a_backup,
@@ -228,6 +249,7 @@ AFTER = {
     "mv without.yaml": is_gone,
     "sign planner 90 DNS:planner-1.example,DNS:planner-2.example\nfor": is_renewed,
     "kill -s KILL": has_another_leader,
+    "until curl": writes_again,
 }
 
 

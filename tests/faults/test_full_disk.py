@@ -6,23 +6,21 @@ database's tablespace, but not for its write-ahead log, without which it ends.
 
 from __future__ import annotations
 
-import os
 import shutil
 import subprocess
-import tempfile
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import grpc
-import psycopg
 import pytest
 
 from hetis.planner.client import CallError, Client
 from hetis.v1 import cluster_pb2, cluster_service_pb2, document_pb2
 from tests.faults.cluster import fleet
 from tests.planner.service.process import REAL, Process
+from tests.planner.store.postgres import database_on_small_disk, fill
 
 SIZE = "4m"
 MOUNTED = ("sh", "-c", f'mount -t tmpfs -o size={SIZE} tmpfs "$0" && exec "$@"')
@@ -52,29 +50,6 @@ def small_planner(folder: Path) -> Iterator[tuple[Client, Path, str]]:
             yield client, Path(f"/proc/{process.pid}/root{disk}"), said["status_page"]
 
 
-@contextmanager
-def small_database(server: str) -> Iterator[tuple[str, Path]]:
-    """Yield the URL of a database on a small disk of its own, and that disk."""
-    with tempfile.TemporaryDirectory(prefix="hetis-tablespace-") as folder:
-        disk = Path(folder) / "disk"
-        disk.mkdir()
-        if os.geteuid() != 0 or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=24m", "tmpfs", disk]).returncode:
-            pytest.skip("NOT CHECKED: no file system may be mounted here")
-        try:
-            with psycopg.connect(f"{server}/postgres", autocommit=True) as connection:
-                (data,) = connection.execute("SHOW data_directory").fetchone() or ("",)
-                for path in (Path(folder), disk):
-                    os.chown(path, Path(data).stat().st_uid, -1)
-                connection.execute(f"CREATE TABLESPACE small LOCATION '{disk}'".encode())
-                connection.execute("CREATE DATABASE small TABLESPACE small")
-                yield f"{server}/small", disk
-                (disk / "full").unlink(missing_ok=True)
-                connection.execute("DROP DATABASE small WITH (FORCE)")
-                connection.execute("DROP TABLESPACE small")
-        finally:
-            subprocess.run(["umount", "--lazy", disk], check=True)
-
-
 def create(client: Client, name: str) -> None:
     cluster = cluster_pb2.Cluster(document=document_pb2.Document(content=fleet(1).content))
     client.clusters.CreateCluster(
@@ -91,16 +66,6 @@ def refusal(client: Client, kept: list[str]) -> CallError:
             return error
         kept.append(f"clusters/full-{number}")
     raise AssertionError("500 clusters found room on a full disk")
-
-
-def fill(disk: Path) -> None:
-    """Use up all free space."""
-    with (disk / "full").open("wb", buffering=0) as file:
-        try:
-            while True:
-                file.write(bytes(4096))
-        except OSError:
-            return
 
 
 def test_a_full_disk_refuses_changes_and_loses_none(tmp_path: Path) -> None:
@@ -136,7 +101,9 @@ def test_a_full_disk_refuses_changes_and_loses_none(tmp_path: Path) -> None:
 def test_a_leader_whose_postgresql_has_no_room_goes_on_leading_and_writes_again_when_there_is_some(
     postgres_server: str, tmp_path: Path
 ) -> None:
-    with small_database(postgres_server) as (url, disk):
+    with database_on_small_disk(postgres_server) as (url, disk):
+        if disk is None:
+            pytest.skip("NOT CHECKED: no file system may be mounted here")
         options = ("--listen", "127.0.0.1:0", "--status-page", "127.0.0.1:0", "--ready-json", "--store", url)
         with Process((*options, "--set", "solver.processes=1"), folder=tmp_path, module=REAL) as process:
             said = process.ready()

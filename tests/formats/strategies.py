@@ -8,10 +8,8 @@ from hypothesis import strategies as st
 
 from hetis.formats import catalogue
 from hetis.formats.dispatch.new_requests import NewRequestPart, NewRequests
-from hetis.formats.dispatch.saved_state import AttentionPiece, HeadsPart, RunningPart, SavedDevice, SavedState
 from hetis.formats.tenants import FleetTenantPart, FleetTenants
 from hetis.solver.cluster import Cluster, GpuSlots, GpuType, Link, Network, NodeGroup
-from hetis.solver.dispatch.snapshot import DeviceStatus, PreparedMove
 from hetis.solver.plan import (
     LEAST_DEMAND_RPS,
     AttentionWorkerPool,
@@ -285,78 +283,6 @@ REQUESTS = st.lists(
     max_size=4,
     unique_by=lambda request: request.id,
 ).map(lambda requests: NewRequests(requests=tuple(requests)))
-SECONDS = st.just(0.0) | st.floats(min_value=1e-15, max_value=10.0)
-
-
-@st.composite
-def states(draw: st.DrawFn) -> SavedState:
-    groups = draw(st.sampled_from([1, 4, 8]))
-    own = HeadsPart(groups=groups, queries_per_group=draw(SMALL), head_dim=draw(st.none() | SMALL))
-    if own.head_dim is None:
-        bytes_ = st.floats(min_value=0, max_value=1e9)
-        own = own.model_copy(update={"kv_bytes_per_token": draw(bytes_), "exchange_bytes_per_head": draw(bytes_)})
-    from_catalogue = groups == 8 and draw(st.booleans())
-    has_primary, tp = draw(st.booleans()), draw(st.sampled_from([1, 2, 4, 8]))
-    names = sorted(draw(st.sets(TITLES, min_size=1, max_size=4)))
-    pieces = st.lists(
-        st.builds(AttentionPiece, head_s=SECONDS, kv_byte_s=SECONDS, call_s=SECONDS), min_size=1, max_size=3
-    )
-    has_size = from_catalogue or own.head_dim is not None
-    devices = []
-    for i, name in enumerate(names):
-        is_primary = has_primary and i == 0
-        modelled = has_size and draw(st.booleans())
-        devices.append(
-            SavedDevice(
-                name=name,
-                role="primary" if is_primary else "worker",
-                tp=tp if is_primary else 1,
-                gpu=draw(st.sampled_from(sorted(KNOWN_GPUS))) if modelled or draw(st.booleans()) else None,
-                attention=None if modelled else tuple(draw(pieces)),
-                link_byte_s=draw(SECONDS),
-                link_s=draw(SECONDS),
-                move_byte_s=draw(st.none() | SECONDS),
-                total_blocks=draw(st.integers(10**5, 2**40)),
-                status=draw(st.sampled_from(DeviceStatus)),
-                high_water=draw(st.floats(min_value=1e-6, max_value=1.0)),
-                changed=draw(st.booleans()),
-            )
-        )
-    holding = [device.name for device in devices if device.status is not DeviceStatus.LOST]
-    ids = sorted(draw(st.sets(TITLES, max_size=3))) if holding else []
-    requests = tuple(
-        RunningPart(
-            id=name,
-            context_tokens=draw(st.integers(1, 10**4)),
-            remaining_tokens=draw(st.integers(0, 10**9)),
-            groups={draw(st.sampled_from(holding)): groups},
-        )
-        for name in ids
-    )
-    moves = tuple(
-        PreparedMove(
-            number=number,
-            request=request.id,
-            groups=draw(st.integers(1, groups)),
-            source=names.index(next(iter(request.groups))),
-            target=draw(st.sampled_from([i for i, name in enumerate(names) if name not in request.groups])),
-        )
-        for number, request in enumerate(requests)
-        if len(names) > 1 and draw(st.booleans())
-    )
-    return SavedState(
-        name=draw(TITLES),
-        model="meta-llama/Llama-2-70b-hf" if from_catalogue else None,
-        inline=None if from_catalogue else own,
-        kv_dtype=draw(st.none() | st.sampled_from(["fp8", "float16"])) if has_size else None,
-        block_tokens=draw(st.sampled_from([1, 16, 64])),
-        num_layers=draw(SMALL),
-        devices=tuple(devices),
-        requests=requests,
-        moves=moves,
-    )
-
-
 LIMITS = st.none() | st.just("none") | st.floats(1e-6, 1e4).map("{!r}s".format)
 TENANTS = st.builds(
     FleetTenants,
@@ -377,4 +303,4 @@ TENANTS = st.builds(
         unique_by=lambda tenant: tenant.name,
     ).map(tuple),
 )
-VALUES = clusters() | models() | WORKLOADS | profiles() | plans() | states() | REQUESTS | TENANTS
+VALUES = clusters() | models() | WORKLOADS | profiles() | plans() | REQUESTS | TENANTS

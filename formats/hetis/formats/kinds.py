@@ -43,12 +43,17 @@ class Kind(Generic[ValueT]):
         return self.parse(*read_data(path))
 
 
+def unwritten(value: object) -> Mapping[str, Any]:
+    """Stand for ``to_data`` of a kind that only people write."""
+    raise TypeError(f"a {type(value).__name__} is only read")
+
+
 def kind_of(
     document: type[DocumentU],
     value: type[ValueT],
     *,
     to_value: Callable[[DocumentU], ValueT],
-    to_data: Callable[[ValueT], Mapping[str, Any]],
+    to_data: Callable[[ValueT], Mapping[str, Any]] = unwritten,
     check: Check | None = None,
 ) -> Kind[ValueT]:
     """Return a kind of document. ``to_data`` returns a value's document without ``apiVersion`` and ``kind``."""

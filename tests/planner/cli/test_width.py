@@ -62,8 +62,3 @@ def test_a_plan_fits_80_columns_unless_wide(placed: Placed, capsys: pytest.Captu
     assert widest(capsys, "place", *FLEETS[placed.fleet], "--dry-run") <= 80
     if placed.fleet == "two-cards":  # one search is enough
         assert widest(capsys, "place", *FLEETS[placed.fleet], "--no-verify", "-o", "wide") > 80
-
-
-@pytest.mark.parametrize("kind", ["gpus", "models", "workloads", "strategies"])
-def test_catalogues_fit_80_columns(kind: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert widest(capsys, "catalog", kind) <= 80

@@ -15,7 +15,6 @@ GROUP: Any = typer.main.get_command(app)
 SERVER_VERBS = [
     "agents",
     "apply",
-    "audit",
     "cancel",
     "delete",
     "disconnect",

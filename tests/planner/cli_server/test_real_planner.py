@@ -59,15 +59,6 @@ def test_a_fleet_is_applied_a_plan_solved_saved_imported_and_looked_at(hetis_pla
     assert said(ExitCode.OK, "status").startswith("The planner serves.")
     assert said(ExitCode.CONFLICT, "rollback") == ""
 
-    log = json.loads(said(ExitCode.OK, "audit", "--resource", "plans/offline", "-o", "json"))["lines"]
-    assert [(line["method"], line["caller"], line["outcome"]) for line in log] == [("CreatePlan", "local", "OK")]
-    assert log[0]["hash"] in said(ExitCode.OK, "audit", "--since", log[0]["time"], "-o", "json")
-    assert "no lines" in said(ExitCode.OK, "audit", "--until", "2020-01-01")
-    table = said(ExitCode.OK, "audit", "--method", "CreatePlan")
-    assert "CreatePlan" in table
-    assert "plans/offline" in table
-    assert "'yesterday' is not a time" in hetis_plan("audit", "--since", "yesterday", code=ExitCode.INVALID).err
-
     drained = hetis_plan("drain", "a100")
     assert drained.out == "clusters/paper/nodes/a100 drains\n"
     undo = drained.err.rpartition("undo: hetis-plan ")[2].split()  # what it says works

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -311,12 +312,15 @@ def test_agents_have_their_time_from_the_first_answer_on(
     partly_heard: FakePlanner, hetis_plan: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A planner that was away for longer has just taken the lead, and does not know yet where engines listen."""
-    monkeypatch.setattr("hetis.planner.cli.export.HEARD_WITHIN_S", 1.0)
+    now_s = 0.0
+    clock = SimpleNamespace(monotonic=lambda: now_s, sleep=lambda _seconds: None)
+    monkeypatch.setattr("hetis.planner.cli.export.time", clock)
     monkeypatch.setattr("hetis.planner.client.channels.CHANNEL_OPTIONS", (("grpc.enable_retries", 0),))
 
     def called(method: str, context: Any) -> None:
+        nonlocal now_s
         if method == "ListReplicas" and partly_heard.calls[method] == 1:
-            time.sleep(1.1)
+            now_s += 60.0
             refuse(context, 4, "", "too late")
         if method == "ListReplicas" and partly_heard.calls[method] == 3:
             for number in (1, 7):

@@ -18,7 +18,7 @@ from hetis.planner.callers import CallerRole, Identity
 from hetis.planner.client import AsyncClient, CallError, Client, Connection, Retries
 from hetis.planner.service.identity.credentials import Credentials, Grant, Tokens, digest
 from hetis.v1 import plan_pb2, plan_service_pb2
-from tests.planner.service.certificates import Authority, Signed, write
+from tests.certificates import Authority, Signed, write
 from tests.planner.service.serving import Served, served
 from tests.planner.service.test_tls import certificates
 

@@ -11,8 +11,8 @@ from hetis.planner.cli.app import run
 from hetis.planner.cli.exit_codes import ExitCode
 from hetis.planner.client import CallError, Client
 from hetis.v1 import cluster_service_pb2
+from tests.certificates import Authority, write
 from tests.planner.client.fake_planner import FakePlanner, serving
-from tests.planner.service.certificates import Authority, write
 
 
 @pytest.fixture

@@ -83,5 +83,11 @@ class MemoryStore:
     async def read(self, work: Callable[[Any], T]) -> T:
         return work(self.tables)
 
+    async def get(self, kind: Any, name: str) -> Any:
+        return await self.read(lambda tables: getattr(tables, kind.table.name).get(name))
+
+    async def require(self, kind: Any, name: str) -> Any:
+        return await self.read(lambda tables: getattr(tables, kind.table.name).require(name))
+
     async def write(self, work: Callable[[Any], T]) -> T:
         return self.write_as(self.epoch, work)

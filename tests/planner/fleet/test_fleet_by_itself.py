@@ -231,6 +231,19 @@ async def test_messages_take_their_share_of_the_time_and_streams_have_their_turn
     await asyncio.wait(streams)
 
 
+async def test_an_agent_that_connects_waits_for_its_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the past the first change after a takeover waited up to 3 s behind the agents that came back at once."""
+    fleet, has_turn = new_fleet(store_of_one_cluster()), asyncio.Event()
+    await fleet.start()
+    monkeypatch.setattr(fleet._budget, "turn", has_turn.wait)
+    async with stream(fleet), asyncio.timeout(20):
+        assert fleet.num_connected(CLUSTER) == 0
+        has_turn.set()
+        while not fleet.num_connected(CLUSTER):
+            await asyncio.sleep(0)
+    await fleet.stop("the test ends")
+
+
 async def test_steps_that_fail_are_counted_and_do_not_end_the_fleet(monkeypatch: pytest.MonkeyPatch) -> None:
     """In the past only the log had them."""
     fleet = new_fleet(store_of_one_cluster())

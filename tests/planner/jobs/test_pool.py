@@ -269,8 +269,8 @@ async def test_one_caller_cannot_take_all_processes_nor_the_queue() -> None:
 
 @pytest.mark.parametrize("is_called_off", [False, True])
 async def test_compiling_kills_no_search_however_short_its_time_is(is_called_off: bool) -> None:
-    async with pool_of(PoolSettings(grace_s=0.1)) as pool:
-        search = begin(pool, "compile", time_limit_s=0.1, compile_s=0.5)
+    async with pool_of(PoolSettings(grace_s=1.0)) as pool:
+        search = begin(pool, "compile", time_limit_s=0.1, compile_s=1.5)
         if is_called_off:
             await begun(search)
             search.cancel()

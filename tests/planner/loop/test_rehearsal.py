@@ -91,6 +91,12 @@ def test_noise_changes_nothing_that_leaves_room_and_never_leads_back(share: floa
     assert len(set(plans)) == len(plans)
 
 
+def test_without_a_history_the_plan_stays_until_five_minutes_are_known() -> None:
+    found = rehearse(plan_for(6.0), curve(2.0, history=0), loop())
+    assert found.changes
+    assert min(one.at_s for one in found.changes) >= 300
+
+
 def test_a_perfect_forecast_is_late_only_where_every_way_leads_through_less() -> None:
     """One replica of few restarts with other settings, for seconds."""
     traffic = curve(3.0, 4.0, 8.0, 12.0, 6.0, 3.0)
@@ -205,6 +211,10 @@ def test_the_verb_prints_all_on_80_columns_and_as_json(plan: str, tmp_path: Path
     found = json.loads(invoke(*asked, "--fail", "l4-0@1h", "--burst", "1.5@2h+20min", "-o", "json").stdout)
     assert [one["name"] for one in found["followers"]] == ["static", "threshold 70%", "perfect forecast", "loop"]
     assert found["curve"]["hours"] == 6
+    for option, value, message in (("--rate", "5", "those of --curve"), ("--history", "2", "of which 172800 are")):
+        refused = invoke(*asked, option, value)
+        assert refused.exit_code == ExitCode.INVALID
+        assert message in " ".join((refused.stderr + str(refused.exception)).split())
 
 
 @pytest.mark.parametrize(
@@ -214,6 +224,7 @@ def test_the_verb_prints_all_on_80_columns_and_as_json(plan: str, tmp_path: Path
         ("--burst", "x@1h+1min", "'x@1h+1min' is no factor and time such as 2@30h"),
         ("--longer", "2@900h", "'2@900h' is after the end of the traffic, 168h"),
         ("--fail", "l4-9@1h", "no node 'l4-9' in the cluster"),
+        ("--fail", "l4-0@200h", "'l4-0@200h' is after the end of the traffic, 168h"),
         ("--curve", "missing.csv", "missing.csv: cannot be read"),
         ("--coverage", "30%", "coverage is 0.3, must be 0.5 to 0.9999"),
     ],

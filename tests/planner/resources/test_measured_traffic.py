@@ -43,7 +43,9 @@ class World:
 
     def begin(self) -> None:
         replica = SimpleNamespace(plan="plans/p", shape=SimpleNamespace(role=0))
-        fleet = SimpleNamespace(cluster_names=["clusters/a"], replica_view=lambda name: replica)
+        fleet = SimpleNamespace(
+            cluster_names=["clusters/a"], replica_view=lambda name: replica, replicas_of=lambda name: ()
+        )
         model = SimpleNamespace(problem=SimpleNamespace(model=SimpleNamespace(name="tiny")))
 
         class Plans:

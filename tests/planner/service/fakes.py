@@ -22,7 +22,6 @@ from hetis.planner.watching import Hub
 from hetis.v1 import (
     agent_service_pb2,
     agent_service_pb2_grpc,
-    audit_service_pb2_grpc,
     cluster_service_pb2_grpc,
     dispatch_service_pb2_grpc,
     failure_pb2,
@@ -69,6 +68,7 @@ class FakePlans(plan_service_pb2_grpc.PlanServiceServicer):
     def __init__(self) -> None:
         self.release = asyncio.Event()
         self.entered = asyncio.Event()
+        self.num_slow = 0
         self.hub: Hub[str, plan_pb2.Plan] = Hub(1)
 
     async def GetPlan(self, request: Any, context: Any) -> Any:
@@ -76,6 +76,7 @@ class FakePlans(plan_service_pb2_grpc.PlanServiceServicer):
             raise ERRORS[request.name]
         if request.name == "plans/slow":
             self.entered.set()
+            self.num_slow += 1
             await self.release.wait()
         return plan_service_pb2.GetPlanResponse(
             plan=plan_pb2.Plan(name=request.name, labels={"by": present_caller().name})
@@ -150,11 +151,6 @@ class FakePlanner:
                 service="hetis.v1.DispatchService",
                 servicer=dispatch_service_pb2_grpc.DispatchServiceServicer(),
                 add=dispatch_service_pb2_grpc.add_DispatchServiceServicer_to_server,
-            ),
-            Servicing(
-                service="hetis.v1.AuditService",
-                servicer=audit_service_pb2_grpc.AuditServiceServicer(),
-                add=audit_service_pb2_grpc.add_AuditServiceServicer_to_server,
             ),
             Servicing(
                 service="hetis.v1.AgentService",

@@ -124,15 +124,6 @@ def test_a_second_planner_is_refused_while_the_first_serves(tmp_path: Path) -> N
         assert stderr.startswith("error: another planner is the leader")
 
 
-def test_a_store_that_is_none_is_exit_9(tmp_path: Path) -> None:
-    (tmp_path / "x.db").write_text("this is not a database, although somebody says so")
-    with Process((*OPTIONS, "--store", f"sqlite:///{tmp_path}/x.db"), folder=tmp_path, module=REAL) as process:
-        code, stderr = process.end()
-    assert code == ServiceExitCode.STORE
-    assert "Traceback" not in stderr
-    assert str(tmp_path / "x.db") in stderr
-
-
 def test_a_cluster_that_another_version_stored_is_named_with_its_store_and_ends_with_9(tmp_path: Path) -> None:
     """In the past it was an invalid configuration, exit 2, in a file of whoever had applied the cluster."""
     url = f"sqlite:///{tmp_path}/x.db"

@@ -28,7 +28,7 @@ from hetis.v1 import agent_service_pb2 as agents
 from hetis.v1 import plan_service_pb2 as plans
 from hetis.v1.agent_service_pb2_grpc import AgentServiceStub
 from hetis.v1.plan_service_pb2_grpc import PlanServiceStub
-from tests.planner.service.certificates import Authority, Signed, write
+from tests.certificates import Authority, Signed, write
 from tests.planner.service.fakes import FakePlanner
 from tests.planner.service.serving import channel_to, failure_of, reason_of, served
 

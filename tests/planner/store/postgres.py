@@ -62,6 +62,40 @@ def new_database(server: str, name: str) -> str:
     return f"{server}/{name}"
 
 
+@contextlib.contextmanager
+def database_on_small_disk(server: str) -> Iterator[tuple[str, Path | None]]:
+    """Yield the URL of an empty database on a disk of its own, and that disk; None where none may be mounted."""
+    with tempfile.TemporaryDirectory(prefix="hetis-tablespace-") as folder:
+        disk = Path(folder) / "disk"
+        disk.mkdir()
+        if os.geteuid() != 0 or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=24m", "tmpfs", disk]).returncode:
+            yield new_database(server, "small"), None
+            return
+        try:
+            with psycopg.connect(f"{server}/postgres", autocommit=True) as connection:
+                (data,) = connection.execute("SHOW data_directory").fetchone() or ("",)
+                for path in (Path(folder), disk):
+                    os.chown(path, Path(data).stat().st_uid, -1)
+                connection.execute(f"CREATE TABLESPACE small LOCATION '{disk}'".encode())
+                connection.execute("CREATE DATABASE small TABLESPACE small")
+                yield f"{server}/small", disk
+                (disk / "full").unlink(missing_ok=True)
+                connection.execute("DROP DATABASE small WITH (FORCE)")
+                connection.execute("DROP TABLESPACE small")
+        finally:
+            subprocess.run(["umount", "--lazy", disk], check=True)
+
+
+def fill(disk: Path) -> None:
+    """Use up all free space of a disk, in its file ``full``."""
+    with (disk / "full").open("wb", buffering=0) as file:
+        try:
+            while True:
+                file.write(bytes(4096))
+        except OSError:
+            return
+
+
 def num_waiting(url: str) -> int:
     """Number of transactions in the database that wait for the lock of another one."""
     waiting = (

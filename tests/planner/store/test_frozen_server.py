@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import threading
+import time
 from typing import Any
 
 import pytest
@@ -45,8 +46,9 @@ async def test_a_server_that_freezes_is_an_error_after_a_while_and_forgotten_whe
         while not store.health.errors:  # the connection is broken from outside
             await asyncio.sleep(0.05)
     proxy.thaw()
+    began_s = time.monotonic()
     assert await store.read(lambda tx: tx.clusters.all()) == []
-    assert store.health.answered_s_ago < 1
+    assert store.health.answered_s_ago <= time.monotonic() - began_s
 
 
 async def test_calls_in_progress_while_leadership_is_lost_leave_no_orphaned_task(

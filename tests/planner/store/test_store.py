@@ -10,6 +10,7 @@ from collections.abc import Callable
 import pytest
 import sqlalchemy as sa
 
+from hetis.planner.callers import Identity, set_present_caller
 from hetis.planner.failures import Reason, ServiceError
 from hetis.planner.store import Reader, Store, Transaction, etag_of, opening
 from hetis.planner.store.health import QUIET_S, StoreHealth
@@ -307,3 +308,73 @@ async def test_a_standbys_read_sees_one_state_while_the_leader_writes(postgres_u
     assert first is not None
     assert second == first
     assert await standby.read(lambda tx: tx.plans.get("plans/p")) is None
+
+
+async def test_a_read_does_not_wait_for_the_write_before_it_and_sees_each_that_has_returned(
+    postgres_url: str, stores: Stores
+) -> None:
+    store, go = await stores.announced(postgres_url), threading.Event()
+
+    def insert(tx: Transaction) -> None:
+        tx.clusters.insert(samples.cluster("clusters/slow"))
+        go.wait(60)
+
+    writing = asyncio.create_task(store.write(insert))
+    try:
+        async with asyncio.timeout(30):
+            assert await store.get(Reader.clusters, "clusters/slow") is None
+            assert await store.read(lambda tx: tx.clusters.all()) == []
+    finally:
+        go.set()
+    await writing
+    for number in range(50):
+        kept = await store.write(lambda tx, n=number: tx.clusters.insert(samples.cluster(f"clusters/{n}")))  # type: ignore[misc]
+        assert await store.require(Reader.clusters, kept.name) == kept
+        assert len(await store.read(lambda tx: tx.clusters.all())) == number + 2
+
+
+async def test_a_read_of_one_record_is_one_statement_and_changes_nothing_when_it_fails(
+    postgres_url: str, stores: Stores, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(opening, "_IDLE_S", 60.0)
+    store = await stores.announced(postgres_url)
+    reading, sent = store._reading, list[tuple[str, bool]]()
+
+    def note(connection: sa.Connection, _: object, statement: str, *__: object) -> None:
+        autocommit = connection.connection.dbapi_connection.autocommit  # type: ignore[union-attr]
+        sent.append((statement.split()[0], autocommit))  # in which no round trip begins or ends a transaction
+
+    await store.get(Reader.clusters, "clusters/a")
+    sa.event.listen(reading.engine, "before_cursor_execute", note)
+    with pytest.raises(ServiceError, match="clusters/a"):
+        await store.require(Reader.clusters, "clusters/a")
+    assert sent == [("SELECT", True)]
+    reading.breaker.break_connection()
+    with pytest.raises(ServiceError) as caught:
+        await store.get(Reader.clusters, "clusters/a")
+    assert caught.value.metadata == {"changed": "no"}
+    assert await store.get(Reader.clusters, "clusters/a") is None
+
+
+async def test_a_callers_reads_wait_for_few_of_another_one(url: str, stores: Stores) -> None:
+    """A viewer that read large documents kept the store from everybody else until all were read."""
+    store, go, order = await stores.open(url), threading.Event(), list[str]()
+
+    async def read_as(name: str) -> None:
+        set_present_caller(Identity(name=name, roles=frozenset()))
+
+        def work(_: Reader) -> None:
+            go.wait(30)
+            order.append(name)
+
+        await store.read(work)
+
+    greedy = [asyncio.create_task(read_as("greedy")) for _ in range(50)]
+    await asyncio.sleep(0)
+    other = asyncio.create_task(read_as("other"))
+    await asyncio.sleep(0.05)
+    greedy[-1].cancel()
+    go.set()
+    await asyncio.gather(*greedy[:-1], other)
+    assert order.index("other") == 4
+    assert not store._turns._turns

@@ -20,6 +20,7 @@ from hetis.planner.use_cases import place as placing
 from hetis.planner.use_cases.climbing import Climbed
 from hetis.planner.use_cases.request import PlacementRequest, objective
 from hetis.planner.use_cases.sources import load_inputs
+from hetis.solver.budget import silent
 from hetis.solver.errors import InfeasibleError, NoPlanFoundError, UncheckedPlanError
 from hetis.solver.plan import Objective, ObjectiveKind, Plan
 from hetis.solver.problem import PlacementProblem
@@ -308,3 +309,61 @@ def test_limits_have_defaults_that_none_lifts(
 ) -> None:
     goal = objective(kind, ttft_s=ttft_s, tpot_s=tpot_s, demand_rps=None)
     assert (goal.ttft_limit_s, goal.tpot_limit_s) == limits
+
+
+HOME = """\
+apiVersion: hetis/v1
+kind: Cluster
+name: home
+nodes: [{name: home, gpus: [{type: RTX-3090, count: 4}, {type: RTX-4090, count: 2}]}]
+network: {bandwidth: 10Gbps, latency: 50us}
+"""
+
+
+def test_no_limit_is_missed_because_the_fastest_replicas_leave_no_time_to_wait(tmp_path: Path) -> None:
+    """A defect in the past: 'no plan exists', although one keeps a tighter limit; and a plan below its demand."""
+    path = tmp_path / "home.yaml"
+    path.write_text(HOME, encoding="utf-8")
+    asked = PlacementRequest(cluster=str(path), model="Llama-3.3-70B", workload="2000/300", weights="awq-int4")
+    kept = placing.pose(asked).prove(silent).plan.result.value
+    assert kept >= placing.pose(replace(asked, tpot="60ms")).prove(silent).plan.result.value
+    demanding = replace(asked, objective="gpus", rate=0.1)
+    assert placing.pose(demanding).prove(silent).plan.result.value < 6
+    with pytest.raises(NoPlanFoundError, match="wait in each of them"):  # which no bound excludes
+        placing.pose(replace(demanding, rate=1.5 * kept)).prove(silent)
+
+
+def test_what_is_kept_by_prefill_replicas_of_a_lower_load_is_also_found_at_least_cost(tmp_path: Path) -> None:
+    """A defect in the past: no plan for half of the demand that a plan keeps."""
+    path = tmp_path / "t4.yaml"
+    path.write_text(HOME.replace("RTX-3090, count: 4}, {type: RTX-4090, count: 2}", "T4, count: 8}"), encoding="utf-8")
+    asked = PlacementRequest(
+        cluster=str(path), model="Llama-3.1-70B", workload="azure_conv_2023", weights="awq-int4", ttft="4s", tpot="50ms"
+    )
+    kept = placing.pose(asked).prove(silent).plan.result.value
+    least = placing.pose(replace(asked, objective="gpus", rate=0.9 * kept)).prove(silent).plan
+    assert least.planned_rate() >= 0.9 * kept
+
+
+P100_AND_A40 = """\
+apiVersion: hetis/v1
+kind: Cluster
+name: mixed
+nodes:
+  - {name: p100, count: 2, gpus: [{type: P100-PCIe-16GB, count: 8}]}
+  - {name: a40, count: 4, gpus: [{type: A40, count: 2}]}
+network: {bandwidth: 25Gbps, latency: 20us}
+"""
+
+
+def test_a_looser_limit_on_tpot_keeps_no_less(tmp_path: Path) -> None:
+    """A defect in the past: batches that fill the limit on TPOT make prompts wait, and kept half of smaller ones."""
+    path = tmp_path / "fleet.yaml"
+    path.write_text(P100_AND_A40, encoding="utf-8")
+    asked = PlacementRequest(
+        cluster=str(path), model="Llama-3.1-8B", workload="8000/300", weights="awq-int4", ttft="1s", rung="pipelines"
+    )
+    tight, loose = (
+        placing.pose(replace(asked, tpot=tpot)).prove(silent).plan.result.value for tpot in ("60ms", "100ms")
+    )
+    assert loose >= tight

@@ -58,7 +58,7 @@ def test_every_tenant_gets_a_plan_that_the_checker_passes(tmp_path: Path) -> Non
 
 
 def test_shares_of_oef_are_shown_at_the_rates_that_they_reach(tmp_path: Path) -> None:
-    asked = ("share", written(tmp_path), "-c", FLEET, "--oef", "--no-others", "--no-envy")
+    asked = ("share", written(tmp_path), "-c", FLEET, "--oef", "--no-others")
     shown = invoke(*asked).stdout
     assert "OEF: shares by one speed-up per GPU type" in shown
     assert max(map(len, shown.splitlines())) <= 80
@@ -94,16 +94,15 @@ def assert_plans_know_of_each_other(folder: Path) -> None:
 
 
 def test_only_what_is_asked_for_is_computed(tmp_path: Path) -> None:
-    result = invoke("share", written(tmp_path), "-c", FLEET, "--no-others", "--no-envy", "-q", "-o", "json")
+    result = invoke("share", written(tmp_path), "-c", FLEET, "--no-others", "-q", "-o", "json")
     answer = json.loads(result.stdout)
     assert [rule["rule"] for rule in answer["rules"]] == ["max-min"]
-    assert "envy" not in answer
 
 
 def test_plans_of_tenants_keep_what_was_asked_of_them(tmp_path: Path) -> None:
     """Requests of one output token have no TPOT: its limit is not in the plan's objective, but it was asked for."""
     text = TWO.replace("2000/200", "2000/1")
-    asked = ["--no-others", "--no-envy", "-q", "--out", str(tmp_path / "new")]
+    asked = ["--no-others", "-q", "--out", str(tmp_path / "new")]
     assert invoke("share", written(tmp_path, text), "-c", FLEET, *asked).exit_code == 0
     chat, drafts = (load_plan(str(tmp_path / "new" / f"{name}.json")) for name in ("chat", "drafts"))
     assert "asked" not in chat.inputs

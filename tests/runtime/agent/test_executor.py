@@ -132,7 +132,6 @@ async def test_a_silent_engine_is_asked_again_and_one_that_hangs_is_unreachable(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("hetis.runtime.agent.executor.SILENCE_S", 0.1)
-    monkeypatch.setattr("hetis.runtime.agent.executor.CALL_S", 0.5)
     server = SimulatedServer(SimulatedEngine("p", 1), tmp_path / "e.sock")
     await server.start()
     executor = SocketExecutor(tmp_path / "e.sock")
@@ -144,6 +143,7 @@ async def test_a_silent_engine_is_asked_again_and_one_that_hangs_is_unreachable(
             await asyncio.Event().wait()
 
         monkeypatch.setattr(server, "do", hang)
+        monkeypatch.setattr("hetis.runtime.agent.executor.CALL_S", 0.5)
         with pytest.raises(RefusedError, match="the engine did not report within") as refused:
             async for _ in executor.watch_reports(0.01):
                 pass

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import pytest
 
@@ -18,6 +17,7 @@ from hetis.solver.plan import AttentionWorkerPool, KvRoute, Objective, Objective
 from hetis.solver.problem import PlacementProblem
 from hetis.solver.profile import Op, Piece
 from tests.models import replace
+from tests.solver.check.test_check import Mutation, replica_with
 from tests.solver.claimed_plans import claimed, counted, derived_of, plan_of, rules, unclaimed
 from tests.solver.instances import (
     FREE_FAMILY,
@@ -149,17 +149,6 @@ def test_kv_pays_for_the_explicit_links_between_the_nodes_of_its_route(nodes: tu
 
 
 # --- broken plans: each kind is detected, and by its own rule alone
-
-Mutation = Callable[[Plan], Plan]
-
-
-def replica_with(number: int, **changes: object) -> Mutation:
-    def mutate(plan: Plan) -> Plan:
-        replicas = list(plan.replicas)
-        replicas[number] = replace(replicas[number], **changes)  # type: ignore[arg-type]
-        return replace(plan, replicas=tuple(replicas))
-
-    return mutate
 
 
 def routes(*changed: KvRoute | dict[str, object]) -> Mutation:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import NamedTuple
@@ -239,25 +238,6 @@ def test_parts_of_every_claim_fit_together() -> None:
     parts = [part_of(limits, claim) for claim in (1 / 3, 1 / 3, 1 / 3)]
     assert np.all(sum(parts) <= limits)
     assert parts[0].tolist() == [10, 2, 0, 1]
-
-
-def test_envy_is_the_placement_on_as_many_gpus_of_every_class(search: FleetSearch) -> None:
-    answer = search.share(TenantRule.MAX_MIN)
-    used = [Counter(device[0] for r in share.plan.replicas for device in r.devices()) if share.plan else Counter()
-            for share in answer.shares]  # fmt: skip
-    table = search.envy(answer)
-    for i, row in enumerate(table):
-        assert row[i].rate == pytest.approx(answer.shares[i].placed)
-        for j, cell in enumerate(row):
-            if i != j:
-                strong, weak = used[j]["a"], used[j]["b"]
-                nodes = ([make_node("a", "A", gpus=strong)] if strong else []) + (
-                    [make_node("b", "B", gpus=1, nodes=weak)] if weak else []
-                )
-                problem = search.tenants[i].problem
-                part = replace(problem.cluster, node_groups=tuple(nodes))
-                alone = solve_placement(replace(problem, cluster=part)).result.value
-                assert cell.rate == pytest.approx(alone, rel=REL)
 
 
 def test_halves_of_requests_serve_what_the_scarcer_half_allows() -> None:

@@ -4,12 +4,11 @@ for samples.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, Field, model_validator
 
-from hetis.formats import units
-from hetis.formats.dispatch.checks import check_state
 from hetis.formats.dispatch.saved_state import (
     AttentionPiece,
     HeadsPart,
@@ -20,23 +19,27 @@ from hetis.formats.dispatch.saved_state import (
     heads_of,
     kv_element_bytes,
 )
+from hetis.formats.errors import did_you_mean, shown
 from hetis.formats.fields import (
     UNLIMITED,
     Document,
     DocumentPart,
     Duration,
+    Found,
     GpuName,
     ModelName,
     Ratio,
     SecondsPerByte,
     Size,
     Title,
-    plain,
-    present,
+    duplicates,
+    entries,
+    mapping,
     value_of,
 )
 from hetis.formats.kinds import kind_of
-from hetis.solver.dispatch.snapshot import DeviceStatus, PreparedMove
+from hetis.formats.positions import Path
+from hetis.solver.dispatch.snapshot import PreparedMove
 
 MAX_BLOCKS = 2**40
 
@@ -80,6 +83,16 @@ class DevicePart(DocumentPart):
     status: Literal["ok", "draining", "lost"] = "ok"
     high_water: Ratio = 0.9
     changed: bool = False
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.tp > 1 and self.role == "worker":
+            raise ValueError(f"tp is {self.tp}, only the primary has several cards")
+        if self.attention is None and self.gpu is None:
+            raise ValueError("attention is missing: give its pieces, or a gpu type to model them")
+        if (self.blocks is None) == (self.kv_memory is None):
+            raise ValueError("one of blocks or kv_memory is needed, and not both: each defines the memory")
+        return self
 
 
 class MovePart(DocumentPart):
@@ -144,62 +157,32 @@ def _to_state(document: DispatchStateDocument) -> SavedState:
     )
 
 
-def _state_data(state: SavedState) -> dict[str, Any]:
-    names = [device.name for device in state.devices]
-    moves = [
-        {"number": m.number, "request": m.request, "groups": m.groups, "from": names[m.source], "to": names[m.target]}
-        for m in state.moves
+def check_state(data: Mapping[str, Any]) -> Found:
+    """Yield problems with names of devices and requests, roles and links, as (path, message).
+
+    The solver's values refuse what else contradicts itself: sums of head groups, moves, KV blocks.
+    """
+    devices, requests, moves = (entries(data.get(name)) for name in ("devices", "requests", "moves"))
+    yield from duplicates(("devices",), devices, "name", "device")
+    yield from duplicates(("requests",), requests, "id", "request")
+    primaries = [i for i, device in devices if device.get("role") == "primary"]
+    for i in primaries[1:]:
+        yield ("devices", i, "role"), f"a stage has only one primary, which is devices[{primaries[0]}]"
+    for i, device in devices:
+        if primaries and i not in primaries and device.get("link") is None:
+            yield ("devices", i), "link is missing: the time of an exchange with the primary"
+    known = {"device": [device.get("name") for _, device in devices], "request": [one.get("id") for _, one in requests]}
+    named: list[tuple[str, Path, Any]] = [
+        ("device", ("requests", j, "groups", name), name) for j, one in requests for name in mapping(one.get("groups"))
     ]
-    return present(
-        {
-            "name": state.name,
-            "model": state.model,
-            "heads": state.inline and state.inline.model_dump(exclude_none=True),
-            "kv_dtype": state.kv_dtype,
-            "block_tokens": state.block_tokens,
-            "num_layers": state.num_layers,
-            "devices": [_device_data(device) for device in state.devices],
-            "requests": plain(state.requests),
-            "moves": moves or None,
-        }
-    )
+    for i, move in moves:
+        named += [("device", ("moves", i, end), move.get(end)) for end in ("from", "to")]
+        named.append(("request", ("moves", i, "request"), move.get("request")))
+    for what, path, name in named:
+        if isinstance(name, str) and name not in known[what]:
+            names = [one for one in known[what] if isinstance(one, str)]
+            yield path, f"unknown {what} {shown(name)}{did_you_mean(name, names)}"
 
 
-def _device_data(device: SavedDevice) -> dict[str, Any]:
-    has_link = device.role == "worker" or device.link_byte_s or device.link_s
-    usual = DevicePart.model_fields["high_water"].default
-    return present(
-        {
-            "name": device.name,
-            "role": device.role,
-            "tp": device.tp if device.role == "primary" else None,
-            "gpu": device.gpu,
-            "attention": None if device.attention is None else [_piece_data(piece) for piece in device.attention],
-            "link": {"bandwidth": _rate(device.link_byte_s), "latency": units.format_duration(device.link_s)}
-            if has_link
-            else None,
-            "move_bandwidth": None if device.move_byte_s is None else _rate(device.move_byte_s),
-            "blocks": device.total_blocks,
-            "status": device.status.value if device.status is not DeviceStatus.OK else None,
-            "high_water": units.format_ratio(device.high_water) if device.high_water != usual else None,
-            "changed": device.changed or None,
-        }
-    )
-
-
-def _piece_data(piece: AttentionPiece) -> dict[str, Any]:
-    return present(
-        {
-            "head": units.format_duration(piece.head_s) if piece.head_s else None,
-            "kv_read": _rate(piece.kv_byte_s) if piece.kv_byte_s else None,
-            "call": units.format_duration(piece.call_s),
-        }
-    )
-
-
-def _rate(byte_s: float) -> str:
-    return units.format_seconds_per_byte(byte_s) if byte_s else UNLIMITED
-
-
-DISPATCH_STATE = kind_of(DispatchStateDocument, SavedState, to_value=_to_state, to_data=_state_data, check=check_state)
-load_state, parse_state, state_to_data = DISPATCH_STATE.load, DISPATCH_STATE.parse, DISPATCH_STATE.to_data
+DISPATCH_STATE = kind_of(DispatchStateDocument, SavedState, to_value=_to_state, check=check_state)
+load_state, parse_state = DISPATCH_STATE.load, DISPATCH_STATE.parse

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 import numpy as np
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from hetis.formats import catalogue
 from hetis.formats.fields import DocumentPart, Title
@@ -39,6 +39,15 @@ class HeadsPart(DocumentPart):
     kv_bytes_per_token: Bytes | None = None
     exchange_bytes_per_head: Bytes | None = None
 
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        counts = (self.kv_bytes_per_token, self.exchange_bytes_per_head)
+        if self.head_dim is not None and counts != (None, None):
+            raise ValueError("kv_bytes_per_token and exchange_bytes_per_head follow from head_dim: give that alone")
+        if self.head_dim is None and None in counts:
+            raise ValueError("head_dim is missing, or kv_bytes_per_token with exchange_bytes_per_head")
+        return self
+
 
 class RunningPart(DocumentPart):
     """A running request: context tokens, output tokens still expected, and head groups by device."""
@@ -61,6 +70,8 @@ def heads_of(model: str | None, inline: HeadsPart | None, kv_dtype: str | None, 
             spec = replace(spec, kv_bytes=kv_element_bytes(kv_dtype))
         return HeadShape.of_model(spec, block_tokens=block_tokens)
     assert inline is not None
+    if inline.head_dim is None and kv_dtype is not None:
+        raise InvalidProblemError("kv_dtype cannot be combined with heads.kv_bytes_per_token: both define the bytes")
     kv_bytes, exchange_bytes = inline.kv_bytes_per_token or 0.0, inline.exchange_bytes_per_head or 0.0
     if inline.head_dim is not None:
         kv_bytes = 2 * inline.head_dim * (2.0 if kv_dtype is None else kv_element_bytes(kv_dtype))

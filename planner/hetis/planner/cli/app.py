@@ -88,7 +88,6 @@ VERBS: dict[str, tuple[Any, ...]] = {
         (node_verbs.drain, "drain gpu1", "drain gpu1 --cluster prod"),
         (node_verbs.undrain, "undrain gpu1", "undrain gpu1 --cluster prod"),
         (node_verbs.disconnect, "disconnect gpu1", "disconnect gpu1 --cluster prod"),
-        (planner_verbs.audit, "audit", "audit -o json"),
     ),
     "Files": (
         (files.init, "init", "init fleet"),

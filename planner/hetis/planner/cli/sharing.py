@@ -34,7 +34,6 @@ class ShareOptions:
     profile: list[str] | None = requested("profiles")
     rule: ShareRule = option("--rule: Fairness rule.", "max-min")
     others: bool = option("--others/--no-others: Also share by the other rules for comparison.", True)
-    envy: bool = option("--envy/--no-envy: Also place each tenant on every other tenant's GPUs, to measure envy.", True)
     oef: bool = option(
         "--oef: Also show OEF's shares, from one speed-up per GPU type, at the rates that they reach.", False
     )
@@ -88,9 +87,8 @@ def share(
 
     def work(report: Report) -> SharedFleet:
         return share_out_fleet(
-            loaded, rules, settings, with_envy=options.envy, with_oef=options.oef, budget=long.budget(), report=report,
-            carriers=not_carried,
-        )  # fmt: skip
+            loaded, rules, settings, with_oef=options.oef, budget=long.budget(), report=report, carriers=not_carried
+        )
 
     try:
         found = long.search(work, unit="of value", so_far="the best shares")

@@ -101,19 +101,22 @@ class Attempts:
         return None if self.clock() + wait_s >= self.end_s else wait_s
 
     def _of_all_attempts(self, error: CallError) -> CallError:
+        """Return the error of the call, which says first what became of it: a refusal speaks of its own attempt."""
         refusal = self._refusal
-        if refusal is not None and not error.reason and error.is_unreachable:  # no planner answered the last attempt
-            self._is_in_doubt |= self.may_change
-            message = f"{refusal}; then {error}"
-            error = CallError(message, code=refusal.code, reason=refusal.reason, metadata=refusal.metadata)
+        if refusal is not None and not error.reason and error.is_unreachable:
+            doubt = "the call may have been carried out: " if self.may_change else ""
+            message = f"{doubt}no planner answered its last attempt ({error}); one before was refused: {refusal}"
+            self._is_in_doubt, error = self.may_change, refusal
         # A leader's refusal covers all attempts: had one been carried out, its answer would have been repeated.
-        if not self._is_in_doubt or error.code not in _NO_ANSWER:
+        elif not self._is_in_doubt or error.code not in _NO_ANSWER:
             return error
+        else:
+            message = f"an earlier attempt of this call may have been carried out; its last one: {error}"
         return CallError(
-            f"{error}; an earlier attempt of this call may have been carried out",
+            message,
             code=error.code,
             reason=error.reason,
-            metadata={**error.metadata, "changed": "unknown"},
+            metadata={**error.metadata, "changed": "unknown"} if self._is_in_doubt else error.metadata,
             violations=error.violations,
             retry_after_s=error.retry_after_s,
         )

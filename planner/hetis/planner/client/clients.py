@@ -15,8 +15,6 @@ from google.protobuf.message import Message
 from hetis.planner.client.channels import AsyncLeaderChannel, LeaderChannel, at_once, each_at_once
 from hetis.planner.client.connection import HEALTH_METHOD, Connection, says_serving
 from hetis.planner.client.errors import Retries, call_error
-from hetis.v1 import audit_service_pb2 as audit_rpc
-from hetis.v1 import audit_service_pb2_grpc as audit_grpc
 from hetis.v1 import cluster_pb2, plan_pb2, profile_pb2, redispatch_pb2, replica_pb2
 from hetis.v1 import cluster_service_pb2 as cluster_rpc
 from hetis.v1 import cluster_service_pb2_grpc as cluster_grpc
@@ -91,7 +89,7 @@ class _AnyClient:
     """The stubs and the lists of both clients.
 
     Attributes:
-        clusters, plans, profiles, dispatch, audit: the stubs of the API. Unary calls raise `CallError`; streams called
+        clusters, plans, profiles, dispatch: the stubs of the API. Unary calls raise `CallError`; streams called
             directly raise ``grpc.RpcError``, which `watch_plan`, `watch_cluster` and `read_plan_document` do not.
         retries: creates the `Retries` of a watch that was not passed one.
     """
@@ -99,7 +97,6 @@ class _AnyClient:
     clusters: Any
     plans: Any
     profiles: Any
-    audit: Any
     dispatch: Any
 
     def __init__(self, channel: Any, retries: Callable[[], Retries]) -> None:
@@ -108,7 +105,6 @@ class _AnyClient:
         self.clusters = cluster_grpc.ClusterServiceStub(channel)
         self.plans = plan_grpc.PlanServiceStub(channel)
         self.profiles = profile_grpc.ProfileServiceStub(channel)
-        self.audit = audit_grpc.AuditServiceStub(channel)
         self.dispatch = dispatch_grpc.DispatchServiceStub(channel)
 
     @property
@@ -144,10 +140,6 @@ class _AnyClient:
     def list_profiles(self, *, gpu_type: str = "", page_size: int = 0) -> Pages[profile_pb2.Profile]:
         request = profile_rpc.ListProfilesRequest(gpu_type=gpu_type, page_size=page_size)
         return Pages(self.profiles.ListProfiles, request)
-
-    def list_audited_changes(self, filters: audit_rpc.ListAuditedChangesRequest) -> Pages[audit_rpc.AuditedChange]:
-        """Yield the matching lines of the audit log, oldest first."""
-        return Pages(self.audit.ListAuditedChanges, filters)
 
     async def _resumed(
         self,
@@ -211,7 +203,6 @@ class AsyncClient(_AnyClient):
     clusters: cluster_grpc.ClusterServiceAsyncStub
     plans: plan_grpc.PlanServiceAsyncStub
     profiles: profile_grpc.ProfileServiceAsyncStub
-    audit: audit_grpc.AuditServiceAsyncStub
     dispatch: dispatch_grpc.DispatchServiceAsyncStub
 
     def __init__(
@@ -299,7 +290,6 @@ class Client(_AnyClient):
     clusters: cluster_grpc.ClusterServiceStub
     plans: plan_grpc.PlanServiceStub
     profiles: profile_grpc.ProfileServiceStub
-    audit: audit_grpc.AuditServiceStub
     dispatch: dispatch_grpc.DispatchServiceStub
 
     def __init__(

@@ -91,7 +91,7 @@ class StoredPlans:
 
     async def answered(self, name: str) -> AnsweredPlan:
         """Return a plan that has an answer. Raises NOT_FOUND, or PLAN_STATE if it has none or cannot be read."""
-        record = await self._store.read(lambda reader: reader.plans.require(name))
+        record = await self._store.require(Reader.plans, name)
         require_answer(record)
         return await self.of(record)
 
@@ -116,7 +116,7 @@ class StoredPlans:
     async def contents(self, plan: str, indices: Sequence[int]) -> list[Contents | None]:
         """Return the contents of these replicas of a plan; None for those that cannot be derived."""
         try:
-            kept = await self._kept(await self._store.read(lambda reader: reader.plans.require(plan)))
+            kept = await self._kept(await self._store.require(Reader.plans, plan))
         except ServiceError as error:
             if error.reason not in _UNREADABLE:
                 raise

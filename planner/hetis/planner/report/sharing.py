@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import permutations
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from rich.console import Group, RenderableType
@@ -34,18 +33,6 @@ def _times(ratio: float) -> Text:
     return Text(f"{ratio:.2f}x" if math.isfinite(ratio) else "-", style="red" if ratio < 1.0 - EPSILON else "")
 
 
-def _envy_table(names: Sequence[str], envy: Iterable[Iterable[float]]) -> Table:
-    """Return a table of each tenant's envy of every other tenant, in red if there is any."""
-
-    def cell(v: int, i: int, x: float) -> Text:
-        return Text("·" if v == i else f"{x:.2f}", style="red" if i != v and x > 1.0 + EPSILON else "")
-
-    rows = ([Text(names[v]), *(cell(v, i, x) for i, x in enumerate(row))] for v, row in enumerate(envy))
-    return table("'", *names, rows=rows)
-
-
-MAX_TENANTS = 8  # tenants up to which envy is shown as a matrix; -o json has all
-
 _TENANT_RULES = {
     TenantRule.EFFICIENCY: "the most total value, however it is divided",
     TenantRule.EQUAL_THROUGHPUT: "for each tenant the same share of its rate alone, per part",
@@ -69,9 +56,6 @@ def render_tenants(found: SharedFleet) -> Iterator[RenderableType]:
     yield _tenant_table(answer)
     yield section("GPUs", _gpu_table(answer))
     yield section("properties", Group(*(Text(f" {line}") for line in holds(found))))
-    if found.envy is not None and 1 < len(answer.shares) <= MAX_TENANTS:
-        title = "envy: own rate with as many GPUs as the other, per part, over one's own"
-        yield section(title, _envy_table([share.name for share in answer.shares], envies(found)))
     if len(found.answers) > 1:
         yield section("rules compared", _tenant_rule_table(found))
     if found.oef:
@@ -103,22 +87,6 @@ def _gpu_table(answer: FleetShares) -> Table:
     return table("'tenant", *types, rows=((name, *(str(of[gpu]) for gpu in types)) for name, of in used))
 
 
-def envies(found: SharedFleet) -> list[list[float]]:
-    """Return the envy [tenant][other]: the rate with the other's GPUs per part, divided by the tenant's own rate.
-
-    Values above 1 are envy.
-    """
-    shares = found.answers[0].shares
-
-    def over(a: float, b: float) -> float:
-        return a / b if b > 0.0 else math.inf if a > 0.0 else 1.0
-
-    return [
-        [over(cell.rate / shares[j].weight, shares[i].rate / shares[i].weight) for j, cell in enumerate(row)]
-        for i, row in enumerate(found.envy or ())
-    ]
-
-
 def holds(found: SharedFleet) -> list[str]:
     """Return which fairness properties the first answer has, with counter-examples for those it lacks."""
     answer = found.answers[0]
@@ -128,7 +96,7 @@ def holds(found: SharedFleet) -> list[str]:
         if s.over_part < 1.0 - EPSILON
     ]
     lines = worse or ["yes: no tenant is worse off than on its own part of the fleet"]
-    return [*lines, _equality(answer), *(() if found.envy is None else _envy_lines(found))]
+    return [*lines, _equality(answer)]
 
 
 def _equality(answer: FleetShares) -> str:
@@ -140,20 +108,6 @@ def _equality(answer: FleetShares) -> str:
     shown = [(f"{levels[most]:.{n}%}", f"{levels[least]:.{n}%}") for n in range(1, _MOST_DECIMALS + 1)]
     high, low = next((pair for pair in shown if pair[0] != pair[1]), shown[-1])
     return f"no: {most} has {high} of its rate alone per part, {least} {low}"
-
-
-def _envy_lines(found: SharedFleet) -> Iterator[str]:
-    assert found.envy is not None, "it was searched"
-    shares, envy, is_free, is_proven = found.answers[0].shares, envies(found), True, True
-    for i, j in permutations(range(len(shares)), 2):
-        if envy[i][j] > 1.0 + EPSILON:
-            is_free = False
-            times = f"{envy[i][j]:.2f} times its rate" if math.isfinite(envy[i][j]) else "more than nothing"
-            yield f"no: {shares[i].name} would serve {times} with as many GPUs as {shares[j].name}, per part"
-        ceiling = found.envy[i][j].bound / shares[j].weight
-        is_proven = is_proven and ceiling <= shares[i].rate / shares[i].weight * (1.0 + EPSILON)
-    if is_free:
-        yield "yes: no tenant envies another" + ("" if is_proven else ", as far as the search shows")
 
 
 def lost_to_fairness(found: SharedFleet, answer: FleetShares | OefOutcome) -> float | None:
@@ -196,7 +150,6 @@ def tenants_document(found: SharedFleet) -> dict[str, Any]:
         "cluster": found.tenancy.cluster.name,
         "gpus": gpu_counts(found.tenancy.cluster),
         "rules": [_tenant_rule(found, answer) for answer in found.answers],
-        **({} if found.envy is None else {"envy": found.envy}),
         "holds": holds(found),
         **({"oef": [_oef_rule(found, one) for one in found.oef]} if found.oef else {}),
     }

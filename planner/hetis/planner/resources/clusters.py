@@ -70,7 +70,7 @@ class Clusters:
 
     async def get(self, request: pb.GetClusterRequest) -> pb.GetClusterResponse:
         check(request, name=names.CLUSTER)
-        record = await self._store.read(lambda tx: tx.clusters.require(request.name))
+        record = await self._store.require(Reader.clusters, request.name)
         return pb.GetClusterResponse(cluster=self._message(record, request.view or FULL))
 
     async def list(self, request: pb.ListClustersRequest) -> pb.ListClustersResponse:

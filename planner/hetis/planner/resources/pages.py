@@ -44,15 +44,6 @@ class PageRequest:
         """The number of resources to read: one more than the page holds, which shows whether there is another page."""
         return self.size + 1
 
-    @property
-    def after_number(self) -> int:
-        """The position `after` in a list ordered by number, from 1. Raises INVALID_PAGE_TOKEN."""
-        if self.after is None:
-            return 0
-        if isinstance(self.after, str) and self.after.isascii() and self.after.isdigit() and len(self.after) <= 18:
-            return int(self.after)
-        raise _invalid(str(self.after))
-
     def cut(self, found: Sequence[Item], place_of: Callable[[Item], Place]) -> tuple[list[Item], str]:
         """Return the resources of the page, and the token of the next page, empty if there is none.
 

@@ -81,7 +81,7 @@ class PlanActivation:
     async def _target(self, name: str) -> Target:
         """Return the plan with everything that is slow to compute. Raises NOT_FOUND, PLAN_STATE, INVENTORY_MISMATCH."""
         answered = await self._stored.answered(name)
-        cluster = await self._store.read(lambda reader: reader.clusters.require(answered.record.cluster))
+        cluster = await self._store.require(Reader.clusters, answered.record.cluster)
         declared = await self._fleets.of(cluster)
 
         def prepare() -> Target:

@@ -346,7 +346,7 @@ class PlanCreation:
         return await run_in_thread_gc_paused(posed)
 
     async def _imported(self, cluster: str, plan: Plan, source_name: str) -> ImportedPlan:
-        record = await self._store.read(lambda reader: reader.clusters.require(cluster))
+        record = await self._store.require(Reader.clusters, cluster)
         declared = await self._fleets.of(record)
         try:
             imported = await run_in_thread_gc_paused(checked, plan, source_name or "document")

@@ -39,7 +39,7 @@ class Plans:
 
     async def get(self, request: pb2.GetPlanRequest) -> pb2.GetPlanResponse:
         check(request, name=names.PLAN)
-        record = await self._store.read(lambda reader: reader.plans.require(request.name))
+        record = await self._store.require(Reader.plans, request.name)
         if request.view == view_pb2.VIEW_BASIC:
             return pb2.GetPlanResponse(plan=self._basic(record))
         plan = full_view(record, self._searches.progress_of(record.name))
@@ -84,7 +84,7 @@ class Plans:
         check(request, name=names.PLAN)
         after = 0 if self._hubs.plans.is_too_old(request.after_sequence) else request.after_sequence
         while True:
-            record = await self._store.read(lambda reader: reader.plans.require(request.name))
+            record = await self._store.require(Reader.plans, request.name)
             try:
                 async for response in self._states(record, after):
                     yield response

@@ -43,7 +43,7 @@ class Profiles:
 
     async def get(self, request: pb.GetProfileRequest) -> pb.GetProfileResponse:
         check(request, name=names.PROFILE)
-        record = await self._store.read(lambda tx: tx.profiles.require(request.name))
+        record = await self._store.require(Reader.profiles, request.name)
         return pb.GetProfileResponse(profile=profile_message(record, view=request.view or FULL))
 
     async def list(self, request: pb.ListProfilesRequest) -> pb.ListProfilesResponse:

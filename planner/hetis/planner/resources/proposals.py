@@ -29,7 +29,7 @@ from hetis.planner.fleet.views import Clock, FleetObserver
 from hetis.planner.resources.plan_activation import PlanActivation
 from hetis.planner.resources.plan_creation import PlanCreation
 from hetis.planner.resources.plans import Plans
-from hetis.planner.store import PlanRecord, Store, etag_of
+from hetis.planner.store import Reader, Store, etag_of
 from hetis.solver.cluster import node_of
 from hetis.solver.errors import InvalidProblemError
 from hetis.solver.plan import Role
@@ -58,11 +58,11 @@ class StoredPlacements:
 
     async def plan_in_force(self, cluster: str) -> plan_pb2.Plan | None:
         """Return the active plan with its spec and its replicas, or None."""
-        record = await self._store.read(lambda reader: reader.clusters.get(cluster))
+        record = await self._store.get(Reader.clusters, cluster)
         return None if record is None or not record.active_plan else await self.plan(record.active_plan)
 
     async def plan(self, name: str) -> plan_pb2.Plan | None:
-        record: PlanRecord | None = await self._store.read(lambda reader: reader.plans.get(name))
+        record = await self._store.get(Reader.plans, name)
         if record is None:
             self._kept.pop(name, None)
             return None
@@ -93,7 +93,7 @@ class StoredPlacements:
 
     async def capacity_of(self, plan: str) -> frozenset[str]:
         """Return the ids of the nodes for which a plan was made; none if it has no answer."""
-        record = await self._store.read(lambda reader: reader.plans.get(plan))
+        record = await self._store.get(Reader.plans, plan)
         if record is None or not record.body.HasField("result"):
             return frozenset()
         groups = (await self._stored.of(record)).problem.cluster.node_groups
@@ -106,7 +106,7 @@ class StoredPlacements:
     async def withdraw(self, plan: str) -> None:
         """Cancel a running search, whose result is kept; delete a finished plan unless it was activated."""
         try:
-            record = await self._store.read(lambda reader: reader.plans.get(plan))
+            record = await self._store.get(Reader.plans, plan)
             if record is not None and record.state in SEARCHING:
                 await self._plans.cancel(pb2.CancelPlanRequest(name=plan), withdraws=False)
             elif record is not None:
@@ -117,7 +117,7 @@ class StoredPlacements:
 
     async def answered(self, plan: str) -> AnsweredPlan | None:
         """Return a plan with its document; None if it was deleted."""
-        record = await self._store.read(lambda reader: reader.plans.get(plan))
+        record = await self._store.get(Reader.plans, plan)
         return None if record is None else await self._stored.of(record)
 
     async def activate(self, plan: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -19,7 +20,7 @@ from hetis.planner.fleet.traffic import TrafficWindows, is_kept, of_role
 from hetis.planner.fleet.views import Clock, FleetObserver
 from hetis.planner.loop.speeds import SLOW, ExpectedTimes, MeasuredReplica, Speed, SpeedSample, speeds
 from hetis.planner.resources.checks import check
-from hetis.planner.store import Store, TrafficRecord, Transaction
+from hetis.planner.store import Reader, Store, TrafficRecord, Transaction
 from hetis.planner.threads import run_in_thread_gc_paused
 from hetis.solver.errors import InvalidProblemError
 from hetis.solver.plan import Role
@@ -144,7 +145,7 @@ class MeasuredTraffic(FleetObserver):
             live = self._fleet.replica_view(replica)
             record = None
             if live is not None and live.plan:
-                record = await self._store.read(lambda reader: reader.plans.get(live.plan))
+                record = await self._store.get(Reader.plans, live.plan)
             if live is None or record is None:
                 return None
             model = (await self._stored.of(record)).problem.model.name
@@ -153,17 +154,17 @@ class MeasuredTraffic(FleetObserver):
 
     async def _compare(self, cluster: str, now_s: float) -> list[Speed]:
         """Compare the replicas of the plan in force with their profiles."""
-        plan = await self.plan_in_force(cluster)
-        if plan is None:
-            return []
-        replicas = list[MeasuredReplica]()
+        measured = defaultdict[str, list[MeasuredReplica]](list)  # by plan
         for live in self._fleet.replicas_of(cluster):
             source = self._sources.get(live.name)
-            if source is not None and live.plan == plan.record.name and (samples := source.samples(now_s)):
+            if source is not None and (samples := source.samples(now_s)):
                 slow = tuple(_slow_devices(live.report)) if live.report is not None else ()
                 shape = replica_from_proto(live.shape)
-                replicas.append(MeasuredReplica(name=live.name, plan=shape, samples=samples, slow_devices=slow))
-        if not replicas:
+                one = MeasuredReplica(name=live.name, plan=shape, samples=samples, slow_devices=slow)
+                measured[live.plan].append(one)
+        # Of a cluster in which nothing was measured, and there may be hundreds, the plan is not even read.
+        plan = await self.plan_in_force(cluster) if measured else None
+        if plan is None or not (replicas := measured[plan.record.name]):
             return []
         recent = self._since(cluster, plan.problem.model.name, now_s - RECENT_S)
 
@@ -206,7 +207,7 @@ class MeasuredTraffic(FleetObserver):
     async def get(self, request: pb.GetClusterTrafficRequest) -> pb.GetClusterTrafficResponse:
         check(request, name=names.TRAFFIC)
         cluster = cluster_of(request.name)
-        await self._store.read(lambda reader: reader.clusters.require(cluster))
+        await self._store.require(Reader.clusters, cluster)
         await self.windows_of(cluster)
         now, plan = self.now(cluster), await self.plan_in_force(cluster)
         shown = traffic_pb2.ClusterTraffic(

@@ -57,7 +57,7 @@ class RunningResources:
 
     async def get_replica(self, request: pb.GetReplicaRequest) -> pb.GetReplicaResponse:
         check(request, name=names.REPLICA)
-        record = await self._store.read(lambda tx: tx.replicas.require(request.name))
+        record = await self._store.require(Reader.replicas, request.name)
         return pb.GetReplicaResponse(replica=replica_now(self._fleet, record, request.view or FULL))
 
     async def list_replicas(self, request: pb.ListReplicasRequest) -> pb.ListReplicasResponse:
@@ -72,7 +72,7 @@ class RunningResources:
 
     async def get_redispatch(self, request: pb.GetRedispatchRequest) -> pb.GetRedispatchResponse:
         check(request, name=names.REDISPATCH)
-        record = await self._store.read(lambda tx: tx.redispatches.require(request.name))
+        record = await self._store.require(Reader.redispatches, request.name)
         return pb.GetRedispatchResponse(redispatch=redispatch_message(record, view=request.view or FULL))
 
     async def list_redispatches(self, request: pb.ListRedispatchesRequest) -> pb.ListRedispatchesResponse:
@@ -161,7 +161,7 @@ class ClusterWatches:
             yield change
 
     async def _read(self, name: str) -> ClusterRecord:
-        return await self._store.read(lambda tx: tx.clusters.require(name))
+        return await self._store.require(Reader.clusters, name)
 
     async def _present_state(self, name: str, here: ResumeToken, *, reset: bool) -> AsyncIterator[Response]:
         try:

@@ -16,7 +16,6 @@ from hetis.planner.fleet.stored_plans import StoredPlans
 from hetis.planner.fleet.views import Clock
 from hetis.planner.jobs.pool import PoolSettings, SolverPool
 from hetis.planner.resources import dispatch
-from hetis.planner.resources.audited_changes import AuditedChanges
 from hetis.planner.resources.clusters import Clusters
 from hetis.planner.resources.nodes import NodeReader, Nodes
 from hetis.planner.resources.plan_activation import PlanActivation
@@ -114,7 +113,6 @@ class Term:
             activation=activation,
             dispatch=dispatch,
             traffic=self._traffic,
-            audited=AuditedChanges(store),
             connect_node=lambda requests: fleet.connect(present_caller(), requests),  # as the node in its credentials
         )
         self._kv = kv = KvHistories(lambda: fleet.cluster_names, fleet.kv_in_use)

@@ -25,6 +25,7 @@ from hetis.planner.service.observability.telemetry import CallRecord, Telemetry
 from hetis.planner.store import AuditedChange
 
 _log = logging.getLogger("hetis.planner.calls")
+_CHANGE_WAITS_S = 5.0  # how long a change waits for a term that begins; its caller gives up after 10 s
 _MESSAGE_S, _OPEN_MESSAGE_S = 30.0, 5.0  # how long a call may be without its message; the latter without credentials
 DEADLINE_SLACK_S = 0.05
 """A call cancelled this close to its deadline was ended by it, since the caller's clock may be slightly ahead."""
@@ -65,8 +66,8 @@ class Calls(grpc.aio.ServerInterceptor):
         Args:
             require_leader: raises NOT_LEADER if the planner may not answer a method now.
             on_refusal: called with every change that was refused.
-            until_begun: waits for the end of a beginning that is under way, for a limited time; agents that come
-                meanwhile wait for it. Refused, they would come again and again, and keep the loop from it.
+            until_begun: waits for the end of a beginning that is under way, for a limited time; agents and changes that
+                come meanwhile wait for it. Refused, they would come again and again, and keep the loop from it.
         """
         self._require_leader, self._on_refusal, self._until_begun = require_leader, on_refusal, until_begun
 
@@ -152,7 +153,8 @@ class Calls(grpc.aio.ServerInterceptor):
             self._num_unary += 1
             self._unary_done.clear()
             context.add_done_callback(self._unary_ended)
-            await context.write(await behaviour(request, context))
+            async with self._limits.turn(method):
+                await context.write(await behaviour(request, context))
 
         async def stream(context: Context, read: Callable[[], Awaitable[Any]]) -> None:
             is_watch = not handler.request_streaming
@@ -273,19 +275,27 @@ class Calls(grpc.aio.ServerInterceptor):
         record.comes_from(identity)
         self._writes.take(method, identity)
         if method in WRITES:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(_CHANGE_WAITS_S):
+                    await self._begun()
             self._require_leader(method)
         if not has_role(identity, method):
             with suppress(ServiceError):  # no message: the role is what the caller has to mend first
                 if method != CONNECT:
                     await read()
             require_role(identity, method, record.resource)
-        if method == CONNECT and self._until_begun is not None and not self.is_draining:
-            await self._until_begun()
-        if self.is_draining:  # maybe only since an agent began to wait
+        if method == CONNECT:
+            await self._begun()
+        if self.is_draining:  # maybe only since the call began to wait
             raise statuses.draining()
         self._require_leader(method)
         if not record.is_stream:
             require_deadline(method, context.time_remaining())
+
+    async def _begun(self) -> None:
+        """Wait for the end of a term's beginning that is under way."""
+        if self._until_begun is not None and not self.is_draining:
+            await self._until_begun()
 
 
 async def _first_message(context: Context, decode: Decode, record: CallRecord) -> Message:

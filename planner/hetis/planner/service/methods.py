@@ -80,7 +80,6 @@ SERVICES: dict[str, dict[str, Method]] = {
         "SolveDispatch": Method(_VIEWER, "dispatch.solve_dispatch", _ANY),
         "SolveRedispatch": Method(_VIEWER, "dispatch.solve_redispatch", _ANY),
     },
-    "AuditService": {"ListAuditedChanges": Method(_ADMIN, "audited.list", _ANY)},
     "AgentService": {"ConnectNode": Method(CallerRole.AGENT, "connect_node")},
 }
 METHODS = {

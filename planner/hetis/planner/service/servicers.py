@@ -10,7 +10,6 @@ from typing import Any
 from hetis.planner.service.methods import SERVICES, Method
 from hetis.planner.service.server import Servicing
 from hetis.v1.agent_service_pb2_grpc import add_AgentServiceServicer_to_server
-from hetis.v1.audit_service_pb2_grpc import add_AuditServiceServicer_to_server
 from hetis.v1.cluster_service_pb2_grpc import add_ClusterServiceServicer_to_server
 from hetis.v1.dispatch_service_pb2_grpc import add_DispatchServiceServicer_to_server
 from hetis.v1.plan_service_pb2_grpc import add_PlanServiceServicer_to_server
@@ -21,7 +20,6 @@ _ADD: Mapping[str, Callable[[Any, Any], None]] = {
     "ProfileService": add_ProfileServiceServicer_to_server,
     "PlanService": add_PlanServiceServicer_to_server,
     "DispatchService": add_DispatchServiceServicer_to_server,
-    "AuditService": add_AuditServiceServicer_to_server,
     "AgentService": add_AgentServiceServicer_to_server,
 }
 

@@ -95,6 +95,8 @@ class StoreConnection:
         self.statements = opening.at_once(self.engine)
         self.looks = opening.reading(self.statements)
         self.breaker = Breaker(self.engine, machine)
+        self._machine_s = machine
+        self._began_s: float | None = None  # when the present work of the thread began
         self.file = opening.file_of(url)  # None on a server
         self._opened: tuple[int, int] | None = None  # identity of the file that was opened
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix=thread)
@@ -109,11 +111,24 @@ class StoreConnection:
         if self.file is not None:
             self._opened = opening.identity_of(self.file)
 
+    @property
+    def hanging_s(self) -> float:
+        """How long the thread has waited for the store's next answer; 0 if it does no work."""
+        began_s = self._began_s
+        return 0.0 if began_s is None else min(self._machine_s() - began_s, self.breaker.silent_s)
+
     def run(self, work: Callable[..., T], *arguments: object) -> asyncio.Future[T]:
         """Run ``work`` in the thread; nobody needs to wait for its result."""
-        working = asyncio.get_running_loop().run_in_executor(self._thread, work, *arguments)
+        working = asyncio.get_running_loop().run_in_executor(self._thread, self._do, work, *arguments)
         working.add_done_callback(forget)
         return working
+
+    def _do(self, work: Callable[..., T], *arguments: object) -> T:
+        self._began_s = self._machine_s()
+        try:
+            return work(*arguments)
+        finally:
+            self._began_s = None
 
     async def run_in_time(self, limit_s: float, work: Callable[..., T], *arguments: object) -> T:
         """Run ``work`` in the thread and return its result; on a server, break the connection after ``limit_s``.
@@ -140,11 +155,12 @@ class StoreConnection:
         # SQLite would write on to a file that was removed: what it acknowledged would be gone with the process.
         if not self.is_at_its_place:
             raise opening.moved(self.label)
-        is_committing = engine.get_execution_options().get("isolation_level") == "AUTOCOMMIT"  # with each statement
+        changes = not opening.is_reading(engine)
+        is_committing = changes and engine.get_execution_options().get("isolation_level") == "AUTOCOMMIT"  # each time
         try:
             with engine.begin() as connection:
                 yield connection
-                is_committing = True
+                is_committing = changes
         except sa.exc.DBAPIError as error:
             if opening.is_a_bug(error):
                 raise

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import threading
 from bisect import bisect_left
 from collections.abc import Callable, Iterator
 
@@ -14,12 +15,12 @@ BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 
 
 
 class StoreHealth:
-    """Counters of transactions, written by the store's thread and read by any other thread."""
+    """Counters of transactions, written by the store's threads and read by any other thread."""
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
+        self._lock = threading.Lock()  # of what is counted
         self._answered_s = clock()  # when the last transaction succeeded
-        self._began_s: float | None = None  # when the present transaction began
         self._is_failing = False  # whether the last finished transaction failed
         self._unwritable_s: float | None = None  # when a write failed, with no write known to work since
         self._failed_s = -math.inf  # when a write last failed
@@ -32,12 +33,6 @@ class StoreHealth:
     def answered_s_ago(self) -> float:
         """Seconds since the last successful transaction."""
         return self._clock() - self._answered_s
-
-    @property
-    def running_s(self) -> float:
-        """How long the present transaction has been running; 0 if there is none."""
-        began_s = self._began_s
-        return 0.0 if began_s is None else self._clock() - began_s
 
     @property
     def failing_s(self) -> float:
@@ -72,7 +67,7 @@ class StoreHealth:
     @contextlib.contextmanager
     def counted(self) -> Iterator[None]:
         """Count a transaction as failed if it raises STORE_UNAVAILABLE."""
-        self._began_s = began_s = self._clock()
+        began_s = self._clock()
         has_failed = False
         try:
             yield
@@ -80,11 +75,12 @@ class StoreHealth:
             has_failed = error.reason == Reason.ERROR_REASON_STORE_UNAVAILABLE
             raise
         finally:
-            now_s, self._began_s = self._clock(), None
-            self.seconds += now_s - began_s
-            self.buckets[bisect_left(BUCKETS_S, now_s - began_s)] += 1
-            self._is_failing = has_failed
-            if has_failed:
-                self.errors += 1
-            else:
-                self._answered_s = now_s
+            now_s = self._clock()
+            with self._lock:
+                self.seconds += now_s - began_s
+                self.buckets[bisect_left(BUCKETS_S, now_s - began_s)] += 1
+                self._is_failing = has_failed
+                if has_failed:
+                    self.errors += 1
+                else:
+                    self._answered_s = now_s

@@ -180,6 +180,11 @@ def reading(engine: sa.Engine) -> sa.Engine:
     return engine.execution_options(**{_READS: True})
 
 
+def is_reading(engine: sa.Engine) -> bool:
+    """Return whether the engine's transactions only read."""
+    return bool(engine.get_execution_options().get(_READS))
+
+
 def reading_one_state(engine: sa.Engine) -> sa.Engine:
     """Return the engine for read-only transactions, each of which sees one state of the store.
 

@@ -6,7 +6,7 @@ import asyncio
 import contextvars
 import sqlite3
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
 
 import sqlalchemy as sa
@@ -14,13 +14,14 @@ import sqlalchemy as sa
 import hetis.planner.store.lease as rows
 import hetis.planner.store.opening as opening
 import hetis.planner.store.schema as schema
+from hetis.planner.callers import Turns
 from hetis.planner.failures import Reason, ServiceError
 from hetis.planner.store.connection import StoreConnection, forget
 from hetis.planner.store.health import StoreHealth
 from hetis.planner.store.leadership import Leadership, end_task
 from hetis.planner.store.lease import FileLock, machine_s
 from hetis.planner.store.opening import StoreError
-from hetis.planner.store.tables import Reader, Transaction
+from hetis.planner.store.tables import R, Reader, RecordKind, Transaction
 
 
 class _OlderLeaderError(StoreError):
@@ -34,6 +35,7 @@ class _OlderLeaderError(StoreError):
 T = TypeVar("T")
 LEASE_S = 5.0  # the lease of a planner on a server
 _LEAST_LIMIT_S = 5.0  # least limit on a server's answer to one statement
+_READS_OF_A_CALLER = 4  # in the queue of reads at once: others' reads wait for no more of them
 _TRY_S = 1.0  # least time that a read waits, whatever the state of the store
 _PROBE_S = 2.0  # a store without a query for so long is probed
 _TRIAL = "trial"  # the name of what is written to learn whether writes work; no record has such a name
@@ -41,7 +43,10 @@ _MIGRATION_S = 600.0  # time limit for one statement of a migration, and for wai
 
 
 class Store:
-    """Records in SQLite or PostgreSQL. One thread does all the work, so writes are serialised.
+    """Records in SQLite or PostgreSQL. One thread makes all changes, so writes are serialised.
+
+    On a server reads have a connection and a thread of their own, so that none waits for the disk behind a write. A
+    read that begins once a write has returned sees it, since what is committed is in every later snapshot.
 
     A write is durable when `write` returns: SQLite has synced it to disk, PostgreSQL has committed it. Once begun, work
     is finished even if its caller no longer waits (a cancelled call). Each write is fenced: it needs the epoch that
@@ -59,9 +64,11 @@ class Store:
         self._machine_s = machine
         self.health = StoreHealth(machine)
         # A file has one connection for everything: a second one would wait for the locks of the first.
-        leading = self._connection
+        leading = self._reading = self._connection
         if self._is_served:
             leading = StoreConnection(url, thread="hetis-lease", lease_s=lease_s / 2, machine=machine, pings=False)
+            self._reading = StoreConnection(url, thread="hetis-store-reads", lease_s=lease_s, machine=machine)
+        self._connections = dict.fromkeys((self._connection, self._reading))  # for records, without the lease's
         self.leadership = Leadership(
             leading,
             lease_s=lease_s if self._is_served else 0.0,
@@ -70,6 +77,7 @@ class Store:
             on_expiry=self._connection.breaker.break_connection,
             on_end=self.health.writes_work,  # as far as is known: a standby writes nothing
         )
+        self._turns = Turns(_READS_OF_A_CALLER)
         self._guard: asyncio.Task[None] | None = None  # watches over the connections while the store is open
         self._is_closed = False
         self._is_migrating = False
@@ -98,7 +106,8 @@ class Store:
         try:
             await store._open_after_older_ones()
         except BaseException:
-            store._connection.breaker.break_connection()  # otherwise closing would wait for whatever hangs
+            for connection in store._connections:
+                connection.breaker.break_connection()  # otherwise closing would wait for whatever hangs
             await store.close()
             raise
         store._guard = asyncio.create_task(store._watch_over(), name="the store's guard")
@@ -113,16 +122,32 @@ class Store:
                 guard.result()
 
     async def read(self, work: Callable[[Reader], T]) -> T:
-        """Run ``work`` on one consistent state in the store's thread and return its result.
+        """Run ``work`` on one consistent state in the thread of reads and return its result.
 
         A read does not queue behind a server that does not answer: it fails, so that the caller may try another
         planner. Raises STORE_UNAVAILABLE, or what ``work`` raises.
         """
-        reading: asyncio.Future[T] = self._connection.run(self._timed, self._read, work)
+        return await self._read_in(self._reading.readers, work)
+
+    async def get(self, kind: RecordKind[R], name: str) -> R | None:
+        """Return a record by one statement, which is one round trip to a server. Raises STORE_UNAVAILABLE."""
+        return await self._read_in(self._reading.looks, lambda reader: kind.of(reader).get(name))
+
+    async def require(self, kind: RecordKind[R], name: str) -> R:
+        """Return a record as `get` does. Raises NOT_FOUND if there is none."""
+        return await self._read_in(self._reading.looks, lambda reader: kind.of(reader).require(name))
+
+    async def _read_in(self, engine: sa.Engine, work: Callable[[Reader], T]) -> T:
+        reading: asyncio.Task[T] = _started(self._read_in_turn(engine, work))
         if self._is_served and not await self._ends_in_time(reading):
             message = f"the planner's store {self._label} has not answered for {self.health.answered_s_ago:.1f} s"
+            reading.cancel()  # it may still wait for its turn
             raise ServiceError(Reason.ERROR_REASON_STORE_UNAVAILABLE, message, metadata={"changed": "no"})
         return await reading
+
+    async def _read_in_turn(self, engine: sa.Engine, work: Callable[[Reader], T]) -> T:
+        async with self._turns.turn():
+            return await self._reading.run(self._timed, self._read, engine, work)
 
     async def write(self, work: Callable[[Transaction], T]) -> T:
         """Run ``work`` in the store's thread and return its result once its changes are durable.
@@ -142,10 +167,12 @@ class Store:
         await end_task(self._guard)
         self._guard = None
         await self.leadership.close()
-        done, _ = await asyncio.wait({self._connection.run(self._connection.close)}, timeout=self._limit_s)
-        if not done:
-            self._connection.breaker.break_connection()
-        self._connection.end_thread()
+        closing = {connection.run(connection.close): connection for connection in self._connections}
+        _, pending = await asyncio.wait(closing, timeout=self._limit_s)
+        for late in pending:
+            closing[late].breaker.break_connection()
+        for connection in self._connections:
+            connection.end_thread()
 
     async def _ends_in_time(self, reading: asyncio.Future[T]) -> bool:
         """Wait for a read while the store still answers any query, and return whether the read ended."""
@@ -154,8 +181,7 @@ class Store:
             done, _ = await asyncio.wait({reading}, timeout=wait_s)
             if done:
                 return True
-            silent_s = max(min(self.health.running_s, self._connection.breaker.silent_s), self.health.failing_s)
-            wait_s = self._limit_s - silent_s
+            wait_s = self._limit_s - max(self._reading.hanging_s, self.health.failing_s)
         return False
 
     # --- The guard
@@ -168,12 +194,13 @@ class Store:
         def is_idle(task: str) -> bool:
             return task not in running or running[task].done()
 
-        breaker, leadership = self._connection.breaker, self.leadership
+        leadership = self.leadership
         try:
             while True:
                 await asyncio.sleep(min(_PROBE_S, self._limit_s) / 4)
-                if self._is_served and min(self.health.running_s, breaker.silent_s) > self._limit_s:
-                    breaker.break_connection()
+                for connection in self._connections if self._is_served else ():
+                    if connection.hanging_s > self._limit_s:
+                        connection.breaker.break_connection()
                 if self.health.answered_s_ago > _PROBE_S and is_idle("probe"):
                     running["probe"] = _started(self._probe())
                 is_due = leadership.epoch is not None and self._machine_s() - tried_s > _PROBE_S
@@ -275,8 +302,8 @@ class Store:
                 left_s=left_s,
             )
 
-    def _read(self, work: Callable[[Reader], T]) -> T:
-        with self._connection.begun(self._connection.readers) as connection:
+    def _read(self, engine: sa.Engine, work: Callable[[Reader], T]) -> T:
+        with self._reading.begun(engine) as connection:
             return work(Reader(connection))
 
     def _write(self, work: Callable[[Transaction], T]) -> T:
@@ -312,7 +339,7 @@ class Store:
             return work(*arguments)
 
 
-def _started(work: Any) -> asyncio.Task[None]:
-    task: asyncio.Task[None] = asyncio.create_task(work)
+def _started(work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
+    task = asyncio.create_task(work)
     task.add_done_callback(forget)
     return task

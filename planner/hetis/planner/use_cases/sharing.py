@@ -23,7 +23,7 @@ from hetis.solver.plan import OTHER_TENANTS, Objective, ObjectiveKind, Plan
 from hetis.solver.problem import PlacementProblem
 from hetis.solver.tenants.fleet_search import FleetSearch
 from hetis.solver.tenants.oef import OefOutcome, oef_outcomes
-from hetis.solver.tenants.tenancy import EnvyCell, FleetShares, Tenancy, Tenant, TenantRule
+from hetis.solver.tenants.tenancy import FleetShares, Tenancy, Tenant, TenantRule
 
 TO_CLIMB = 0.25  # share of the time for choosing the tenants' rungs
 
@@ -48,8 +48,6 @@ class SharedFleet:
 
     tenancy: Tenancy  # the tenants, with the families that were searched
     answers: tuple[FleetShares, ...]  # for the requested rule, then for the other rules that finished in time
-    # Envy under the first answer, by tenant and other tenant; None if not requested or if no time was left
-    envy: tuple[tuple[EnvyCell, ...], ...] | None
     oef: tuple[OefOutcome, ...] = ()  # OEF's shares, if requested
 
 
@@ -123,8 +121,8 @@ def on_rungs(
 
 
 def share_out_fleet(
-    loaded: LoadedTenants, rules: Sequence[TenantRule], settings: PlacementSettings, *, with_envy: bool, budget: Budget,
-    report: Report, carriers: Carriers | None = None, with_oef: bool = False,
+    loaded: LoadedTenants, rules: Sequence[TenantRule], settings: PlacementSettings, *, budget: Budget, report: Report,
+    carriers: Carriers | None = None, with_oef: bool = False,
 ) -> SharedFleet:  # fmt: skip
     """Share the fleet by the first rule, and by the others while there is time; every answer has passed the checker.
 
@@ -136,7 +134,7 @@ def share_out_fleet(
         UncheckedPlanError: an answer fails the independent checker.
     """
     loaded = on_rungs(loaded, settings, budget=budget, report=report, carriers=carriers)
-    number, count = 1, len(rules) + with_envy
+    number, count = 1, len(rules)
 
     def reporter(progress: Progress) -> None:
         one_of_several(report, number, count)(progress)
@@ -155,10 +153,8 @@ def share_out_fleet(
             answers.append(_finished(search, loaded, rule, settings, reporter))
         except NoPlanFoundError:
             break  # the time is up; the answers so far suffice
-    number = count
-    envy = search.envy(answers[0]) if with_envy and not budget.is_spent() else None
     oef = oef_outcomes(search) if with_oef and not budget.is_spent() else ()
-    return SharedFleet(tenancy=search.tenancy, answers=tuple(answers), envy=envy, oef=oef)
+    return SharedFleet(tenancy=search.tenancy, answers=tuple(answers), oef=oef)
 
 
 def _finished(

@@ -22,7 +22,7 @@ more of R's requests than its GPUs pay for if each is worth ``sum over c in R of
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeGuard
 
@@ -34,6 +34,7 @@ from hetis.solver.placement.columns import Columns
 from hetis.solver.placement.constraint_rows import ClassRows, Pins, TypeOfRole, class_rows, pins_of, type_of_role
 from hetis.solver.placement.fleet import UNIFIED, IntArray, Routes
 from hetis.solver.placement.replicas.tables import CostTables, FloatArray
+from hetis.solver.placement.replicas.template import Template, use_of
 from hetis.solver.problem import PlacementProblem
 
 Charge = Callable[[float], object]  # counts work that was done
@@ -428,6 +429,12 @@ def row_costs_of(costs: CostTables) -> FloatArray:
     goal, types = costs.problem.objective.kind.goal, costs.problem.cluster.gpu_types
     each = [goal.cost(types[c.gpu], c.usd_per_hour) for c in costs.classes]
     return np.array([each[g] if p == 1 else 0.0 for g, p in costs.resources.rows])
+
+
+def cost_of(costs: CostTables, chosen: Iterable[tuple[Template, int]]) -> float:
+    """Return what replicas cost in the objective."""
+    row_costs = row_costs_of(costs)
+    return sum(float(row_costs @ use_of(costs, template)) * count for template, count in chosen)
 
 
 def settled(blocks: Sequence[FloatArray], *, back: int = 1) -> list[IntArray] | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import replace
 
 import numpy as np
@@ -18,7 +19,7 @@ from hetis.solver.placement.explanation.alternatives import notes_on_search, run
 from hetis.solver.placement.families import STRATEGIES
 from hetis.solver.placement.fleet import FloatArray, class_prices
 from hetis.solver.placement.infeasible import Market, infeasible
-from hetis.solver.placement.master import demanded_rate, row_costs_of
+from hetis.solver.placement.master import cost_of, demanded_rate
 from hetis.solver.placement.outcome import Beyond, Outcome, is_out_of_reach
 from hetis.solver.placement.replicas.kinds import Layout
 from hetis.solver.placement.replicas.stage_cost import state_on_rank
@@ -189,8 +190,7 @@ def without_idle(costs: CostTables, outcome: Outcome, *, spreads: bool = False) 
     ends = {end for route in routes for end in (route.prefill, route.decode)}
     unified = [costs.mixes[template.mix].role is Role.UNIFIED for template in templates]
     kept = Counter(template for number, template in enumerate(templates) if number in ends or unified[number])
-    row_costs = row_costs_of(costs)
-    saved = sum(float(row_costs @ use_of(costs, t)) * n for t, n in (Counter(templates) - kept).items())
+    saved = cost_of(costs, (Counter(templates) - kept).items())
     return replace(outcome, chosen=tuple(kept.items()), value=outcome.value - saved)
 
 
@@ -200,18 +200,18 @@ def equal_stages_value(problem: PlacementProblem, settings: SearchSettings) -> f
     if is_nothing_left(searched):
         return None
     costs = build_cost_tables(searched)
-    found: KeptOutcome | None = None
+    found: KeptOutcome | Unbeaten | None = None
     if chooses_utilisation(problem):
-        kept = search_kept(
-            costs,
-            settings,
-            lambda tables, *_: equal_stages(tables, settings),
-            lambda tables: bound_of(tables, settings),
-        )
-        assert not isinstance(kept, Unbeaten), "no plan is known"
-        found = kept
+        with suppress(NoPlanFoundError):  # of those found none keeps the limits
+            found = search_kept(
+                costs,
+                settings,
+                lambda tables, *_: equal_stages(tables, settings),
+                lambda tables: bound_of(tables, settings),
+            )
     elif (outcome := equal_stages(costs, settings)) is not None:
         found = KeptOutcome(costs, outcome)
+    assert not isinstance(found, Unbeaten), "no plan is known"
     return None if found is None else objective_scale(found.costs.problem) * found.outcome.value
 
 

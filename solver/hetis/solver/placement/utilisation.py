@@ -16,7 +16,7 @@ is known are not searched.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import NamedTuple
@@ -25,10 +25,11 @@ import numpy as np
 
 from hetis.solver.budget import SearchSettings
 from hetis.solver.errors import NoPlanFoundError
+from hetis.solver.placement.master import cost_of
 from hetis.solver.placement.outcome import Outcome, rate_bound
 from hetis.solver.placement.replicas.tables import CostTables, Tables
-from hetis.solver.placement.waits import PRECISE, Kept, kept_by, lanes_of, saturated_rate
-from hetis.solver.plan import Lanes, Plan
+from hetis.solver.placement.waits import PRECISE, Kept, kept_by, lanes_of, retuned, saturated_rate
+from hetis.solver.plan import Lanes, ObjectiveKind, Plan
 from hetis.solver.problem import PlacementProblem
 
 GRID = (0.2, 0.4, 0.6, 0.7, 0.8, 0.9, 0.98)
@@ -88,13 +89,13 @@ def search_kept(
     ``find`` searches at the utilisation of tables, and ``bound_of`` returns a bound without whole counts, in the unit
     of outcomes. If the rate is maximised, a plan may be known that keeps a rate, and only better ones count. Then the
     plans of a ``quick`` search of a smaller family count first: those of the highest saturated rates may keep less.
+
+    Raises:
+        NoPlanFoundError: none of what was found keeps any rate, or the demand, which proves nothing.
     """
     if costs.problem.objective.maximises:
-        searching = _Most(costs, settings, find, bound_of, known)
-        if quick is not None and searching.limit_s is not None:
-            searching.begin_with(_Most(costs, settings, quick, lambda _: np.inf, known))
-        return searching.run()
-    return _Least(costs, settings, find, bound_of).run()
+        return _most(costs, settings, find, bound_of, known, quick).run()
+    return _Least(costs, settings, find, bound_of, quick).run()
 
 
 def search_simpler(
@@ -191,6 +192,14 @@ class _Cells:
             self.has_found, self.lanes = True, lanes_of(tables, outcome)
         return outcome
 
+    def require_kept(self) -> None:
+        """Raise NoPlanFoundError if plans were found, of which none keeps what it should: that proves nothing."""
+        if self.has_found and not self.settings.budget.is_spent():
+            raise NoPlanFoundError(
+                "plans were found, but requests wait in each of them for longer than the limit on TTFT leaves; allow a"
+                " longer TTFT, or demand less"
+            )
+
     def finished(self, outcome: Outcome, bound: float) -> Outcome:
         """Return the outcome of one search as that of all, each of which may have been called off."""
         is_called_off = outcome.interrupted or self.settings.budget.cancelled.is_set()
@@ -214,14 +223,15 @@ class _Most(_Cells):
         self, costs: CostTables, settings: SearchSettings, find: Find, bound_of: BoundOf, known: float
     ) -> None:
         super().__init__(costs, settings, find, bound_of)
-        self._best: _Found | None = None
+        self.best: _Found | None = None
         self._kept = known  # by the best plan that is known
+        self._tuned = set[Hashable]()  # the stages of what was tried with other iterations
 
     def begin_with(self, other: _Most) -> None:
         """Begin with the best plan of another search."""
         other.search()
-        if other._best is not None:
-            self._best, self._kept, self.has_found = other._best, other._kept, True
+        if other.best is not None:
+            self.best, self._kept, self.has_found = other.best, other._kept, True
 
     def run(self) -> KeptOutcome | Unbeaten | None:
         if self.limit_s is None:
@@ -229,9 +239,10 @@ class _Most(_Cells):
             return None if found is None else self._answer(found, GRID[-1] * found.outcome.bound)
         most = self.search()
         if not self._kept:
+            self.require_kept()
             return None
         bound = self._bound(most)
-        return Unbeaten(max(bound, self._kept)) if self._best is None else self._answer(self._best, bound)
+        return Unbeaten(max(bound, self._kept)) if self.best is None else self._answer(self.best, bound)
 
     def search(self) -> float:
         """Search for the best plan; return a bound on saturated rates."""
@@ -247,29 +258,44 @@ class _Most(_Cells):
                 self._improved(utilisation, gap=0.0)  # waits are no matter, so whole counts decide
         if not self._kept:
             self._improved(GRID[0])
-        if self._kept:
+        if self._kept or self.has_found:  # replicas that keep no rate may be excluded by what they leave for waiting
             self._leave_time_to_wait(most)
             self._relieve_prefill(most)
         return most
 
     def _relieve_prefill(self, most: float) -> None:
         """Search for better plans whose prefill replicas have a lower utilisation than the others."""
-        if self._best is None or not self._best.outcome.flows.any():
+        if self.best is None or not self.best.outcome.flows.any():
             return
-        load = self._best.utilisation / GRID[-1]
+        load = self.best.utilisation / GRID[-1]
         for each in (load, (1.0 + load) / 2.0) if load < NEARLY else ():
             if GRID[-1] * most <= CLOSE * self._kept or self.settings.budget.is_spent():
                 break
-            self._improved(GRID[-1], self._best.reserved, each)
+            self._improved(GRID[-1], self.best.reserved, each)
 
     def _improved(
         self, utilisation: float, reserved: float = 0.0, load: float = 1.0, *, gap: float = NEAR
     ) -> _Found | None:
         """Return what a search at a utilisation found; it replaces the best plan if it keeps more."""
         found = self.searched(utilisation, reserved, load, above=self._kept, gap=gap)
+        if found is not None and found.utilisation < NEARLY * GRID[-1]:
+            stages = frozenset((t.scope, t.stages, n) for t, n in found.outcome.chosen)
+            if stages not in self._tuned:
+                self._tuned.add(stages)
+                found = self._retuned(found)
         if found is not None and found.kept > self._kept:
-            self._best, self._kept = found, found.kept
+            self.best, self._kept = found, found.kept
         return found
+
+    def _retuned(self, found: _Found) -> _Found:
+        """Return what was found or, if they keep more, its stages with other iterations."""
+        tables, best = self.costs.at(found.utilisation, found.lanes), found
+        for outcome in retuned(tables, found.outcome):
+            rate = saturated_rate(tables, outcome)
+            if GRID[-1] * rate > max(best.kept, self._kept):
+                other = replace(found, outcome=replace(outcome, value=rate), keeps=kept_by(tables, outcome, GRID[-1]))
+                best = max(best, other, key=lambda one: one.kept)
+        return best
 
     def _bound(self, most: float) -> float:
         """Return a bound on kept rates, given one on saturated rates at the lowest utilisation."""
@@ -306,40 +332,96 @@ def _between(kept: Mapping[float, float]) -> float:
     return (shares[at] + max(near, key=lambda share: kept[share])) / 2.0
 
 
+def _most(
+    costs: CostTables, settings: SearchSettings, find: Find, bound_of: BoundOf, known: float, quick: Find | None
+) -> _Most:
+    """Return the search for the highest kept rate, which begins with the best plan of a quick search."""
+    searching = _Most(costs, settings, find, bound_of, known)
+    if quick is not None and searching.limit_s is not None:
+        searching.begin_with(_Most(costs, settings, quick, lambda _: np.inf, known))
+    return searching
+
+
 class _Least(_Cells):
     """The search for the least cost of a demanded rate."""
+
+    def __init__(
+        self, costs: CostTables, settings: SearchSettings, find: Find, bound_of: BoundOf, quick: Find | None
+    ) -> None:
+        super().__init__(costs, settings, find, bound_of)
+        self._quick = quick  # to begin a search for the highest rate with
 
     def run(self) -> KeptOutcome | None:
         demand = self.costs.problem.objective.demand_rps
         assert demand is not None, "what is minimised serves a demand"
-        best: KeptOutcome | None = None
-        last: KeptOutcome | None = None
-        for found in self._found():
-            tables, outcome = found.costs, found.outcome
-            serves = kept_by(tables, outcome, tables.problem.assumptions.planned_utilisation).utilisation
-            last = found
-            if serves * saturated_rate(tables, outcome) < demand * (1.0 - 1e-9):
-                continue
-            found = KeptOutcome(self.costs.at(serves, lanes_of(tables, outcome)), outcome)
-            if best is not None and outcome.value >= best.outcome.value:
-                break  # at lower utilisations replicas serve less
-            best = found
-            if self.limit_s is None or self.settings.budget.is_spent():
-                break
-        answer = best or last
-        if answer is None:
+        best = self._best(self._found(), demand)
+        if best is None and self.has_found:
+            best = self._best(self._with_more_room(demand), demand)
+        if best is None and self.limit_s is not None:
+            best = self._that_keeps_most(demand)
+        if best is None:
+            self.require_kept()
             return None
         # The demand at the highest utilisation, within the limits as they are at the lowest.
         least = 0.0
         if not self.settings.budget.is_spent():
             least = self._bound_of(loosest(self.costs))
-        bound = min(least, answer.outcome.value)
-        return answer._replace(outcome=self.finished(answer.outcome, bound))
+        bound = min(least, best.outcome.value)
+        return best._replace(outcome=self.finished(best.outcome, bound))
+
+    def _best(self, searched: Iterable[KeptOutcome], demand: float) -> KeptOutcome | None:
+        """Return the first of what was found that keeps the demand, or the next if it costs less; None: none does."""
+        best: KeptOutcome | None = None
+        for tables, outcome in searched:
+            serves = kept_by(tables, outcome, tables.problem.assumptions.planned_utilisation).utilisation
+            if serves * saturated_rate(tables, outcome) < demand * (1.0 - 1e-9):
+                continue
+            if best is not None and outcome.value >= best.outcome.value:
+                break  # at lower utilisations replicas serve less
+            best = KeptOutcome(self.costs.at(serves, lanes_of(tables, outcome)), outcome)
+            if self.limit_s is None:
+                break
+        return best
 
     def _found(self) -> Iterator[KeptOutcome]:
+        """Yield what is found at each utilisation, the highest first, while there is time."""
         for utilisation in reversed(GRID):
             tables = self.costs.at(utilisation, self.lanes)
             if (outcome := self.outcome_of(tables)) is not None:
                 yield KeptOutcome(tables, outcome)
             if self.settings.budget.is_spent():
                 return
+
+    def _with_more_room(self, demand: float) -> Iterator[KeptOutcome]:
+        """Yield what leaves time to wait and, saturated, serves more than the demand by as much as was missing."""
+        for reserved in (0.0, *RESERVED):
+            factor = 1.0
+            for _ in range(TRIES):
+                tables = self.costs.at(GRID[-1], self.lanes, reserved)
+                goal = replace(tables.problem.objective, demand_rps=factor * demand)
+                tables = replace(tables, problem=replace(tables.problem, objective=goal))
+                spent = self.settings.budget.is_spent()
+                if spent or (outcome := self.outcome_of(tables)) is None:
+                    break
+                yield KeptOutcome(tables, outcome)
+                keeps = kept_by(tables, outcome, GRID[-1]).utilisation * saturated_rate(tables, outcome)
+                factor *= min(2.0, max(CLOSE, demand / keeps)) if keeps else 2.0
+
+    def _that_keeps_most(self, demand: float) -> KeptOutcome | None:
+        """Return the plan that keeps most, whatever it costs, if it keeps the demand."""
+        problem = self.costs.problem
+        goal = replace(problem.objective, kind=ObjectiveKind.GOODPUT, demand_rps=None)
+        costs = replace(self.costs, problem=replace(problem, objective=goal))
+        most = _most(costs, self.settings, self.find, self._bound_of, 0.0, self._quick)
+        most.search()
+        self.has_found, found = self.has_found or most.has_found, most.best
+        if found is None or found.kept < demand:
+            return None
+        outcome = found.outcome
+        outcome = replace(
+            outcome,
+            value=cost_of(self.costs, outcome.chosen),
+            row_prices=np.zeros_like(outcome.row_prices),  # those known are of another objective
+            rate_prices=np.zeros_like(outcome.rate_prices),
+        )
+        return KeptOutcome(self.costs.at(found.utilisation, found.lanes), outcome)

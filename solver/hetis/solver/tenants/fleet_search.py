@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -14,7 +13,7 @@ from hetis.solver.placement.columns import columns_of, padded
 from hetis.solver.placement.constrained_problem import restored
 from hetis.solver.placement.enumeration import ColumnPrices
 from hetis.solver.placement.families import STRATEGIES
-from hetis.solver.placement.fleet import IntArray, class_of_slots
+from hetis.solver.placement.fleet import IntArray
 from hetis.solver.placement.infeasible import ExplainedInfeasibleError, why_infeasible
 from hetis.solver.placement.master import Master, settled
 from hetis.solver.placement.outcome import Outcome, sound_bound
@@ -32,7 +31,6 @@ from hetis.solver.tenants.joint_master import (
     solve_relaxation,
 )
 from hetis.solver.tenants.tenancy import (
-    EnvyCell,
     FleetShares,
     PriceProof,
     RowPrice,
@@ -344,36 +342,6 @@ class FleetSearch:
             floors=tuple(goal.floors.tolist()),
             bound=goal.bound(row_prices, relaxed.multipliers, self.limits),
         )
-
-    # --- envy
-
-    def envy(self, shares: FleetShares) -> tuple[tuple[EnvyCell, ...], ...]:
-        """Return each tenant's (row) rate on as many GPUs of each class as each tenant (column) has.
-
-        The diagonal is the rate that the tenant has. Searches end with the budget: a cell is then the best rate until
-        then.
-        """
-        uses = [self._use_of(share) for share in shares.shares]
-
-        def cell(one: TenantReplicas, own: TenantShare, other: TenantShare, use: IntArray) -> EnvyCell:
-            if own is other:
-                return EnvyCell(rate=own.placed, bound=own.placed)
-            reach = self.reach(one, use, f"{one.tenant.name} with the GPUs of {other.name}")
-            return EnvyCell(rate=reach.rate, bound=reach.bound)
-
-        return tuple(
-            tuple(cell(one, own, other, use) for other, use in zip(shares.shares, uses, strict=True))
-            for one, own in zip(self.replicas, shares.shares, strict=True)
-        )
-
-    def _use_of(self, share: TenantShare) -> IntArray:
-        """Return the amount of every row of the inventory that a share's GPUs allow."""
-        costs = self.replicas[0].costs
-        class_of = class_of_slots(costs.classes)
-        devices = {d.name: class_of[d.group.name, d.gpu] for d in costs.problem.cluster.devices()}
-        used = Counter(devices[name] for name in share.plan.devices()) if share.plan is not None else Counter[int]()
-        rows = zip(costs.resources.rows, self.limits, strict=True)
-        return np.array([min(limit, used[g]) for (g, _), limit in rows], dtype=np.int64)
 
     # --- named GPUs
 

@@ -171,14 +171,6 @@ class TenantShare:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class EnvyCell:
-    """A tenant's rate on as many GPUs of every class as another tenant has, and a bound on that rate."""
-
-    rate: float
-    bound: float
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class FleetShares:
     """A divided fleet. ``value`` is the sum over tenants of worth times rate; ``gap`` is (bound - value) / value.
 

@@ -19,7 +19,6 @@ from hetis.formats.units import (
     parse_duration,
     parse_limit,
     parse_link_bandwidth,
-    parse_moment,
     parse_ratio,
 )
 from hetis.solver.plan import LEAST_DEMAND_RPS, Role
@@ -41,7 +40,6 @@ def _parsed(parse: Callable[[str], T], text: str) -> T:
 
 
 duration = partial(_parsed, parse_duration)  # may be 0: ``30h``
-moment = partial(_parsed, parse_moment)  # ISO 8601, which is UTC without a zone
 ratio = partial(_parsed, parse_ratio)  # ``0.5%`` or ``0.005``
 size = partial(_parsed, parse_bytes)
 bandwidth = partial(_parsed, parse_link_bandwidth)  # bytes per second: ``100Gbps`` or ``2GB/s``

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from datetime import datetime
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
@@ -11,8 +10,8 @@ import typer
 from hetis.commands.terminal import WIDE, OutputFormat, Terminal, in_use
 from hetis.planner.cli.exit_codes import ExitCode
 from hetis.planner.cli.failures import refuse
-from hetis.planner.cli.parameters import options, requests, values
-from hetis.planner.cli.parameters.options import group, option, panel
+from hetis.planner.cli.parameters import options, requests
+from hetis.planner.cli.parameters.options import group, option
 from hetis.planner.cli.server.server_verb import (
     IN_CLUSTER,
     KINDS,
@@ -217,48 +216,6 @@ def _page(clusters: list[Any], plans: list[Any], *, of_standby: bool) -> Rendera
     if plans:
         parts += [Text(), resource_table("plans", plans, wide=False, of_standby=of_standby)]
     return Group(*parts)
-
-
-# --- audit
-
-_filter = panel("Filters")
-
-
-@group
-class FilterOptions:
-    caller: str = _filter("--caller: Only calls of the caller with this name.", "")
-    method: str = _filter("--method: Only this method, such as CreatePlan.", "")
-    resource: str = _filter("--resource: Only this resource: the one that was changed, or the chosen plan.", "")
-    outcome: str = _filter("--outcome: Only this outcome: OK, REPEATED, or a reason such as ROLE.", "")
-    since: datetime | None = _filter("--since TIME: Only calls from this time on.", parser=values.moment)
-    until: datetime | None = _filter("--until TIME: Only calls before this time.", parser=values.moment)
-
-
-@server_verb()
-def audit(terminal: Terminal, client: Client, *, filters: FilterOptions) -> ExitCode:
-    """Show the planner's audit log, oldest line first. Needs role admin.
-
-    Lines of refusals stand for all of their kind within a minute. `hetis-planner audit --check` on the planner's
-    machine says whether any line was changed.
-    """
-    from google.protobuf.timestamp_pb2 import Timestamp
-
-    from hetis.planner.cli.server.resource_views import audit_data, audit_table
-    from hetis.v1 import audit_service_pb2
-
-    request = audit_service_pb2.ListAuditedChangesRequest(
-        caller=filters.caller, method=filters.method, resource=filters.resource, outcome=filters.outcome
-    )
-    for field, moment in ((request.since_time, filters.since), (request.until_time, filters.until)):
-        if moment is not None:
-            whole = Timestamp()
-            whole.FromDatetime(moment)
-            field.CopyFrom(whole)
-    lines = list(client.list_audited_changes(request))
-    terminal.emit(
-        lambda: {"kind": "AuditLog", "lines": [audit_data(line) for line in lines]}, lambda: audit_table(lines)
-    )
-    return ExitCode.OK
 
 
 # --- apply, rollback, cancel

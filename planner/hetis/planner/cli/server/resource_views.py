@@ -7,7 +7,6 @@ import json
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
-from datetime import UTC
 from typing import Any, NamedTuple
 
 from google.protobuf.json_format import MessageToDict
@@ -20,7 +19,6 @@ from hetis.planner.convert.names import last_part, word_of
 from hetis.planner.report.figures import bar, gigabytes, percent, plural, seconds, with_unit
 from hetis.planner.report.tables import SimulationRemarks, facts, kept_words, missed_words, table, table_of
 from hetis.v1 import (
-    audit_service_pb2,
     cluster_pb2,
     cluster_service_pb2,
     plan_pb2,
@@ -352,26 +350,6 @@ def node_table(nodes: Sequence[cluster_pb2.Node]) -> RenderableType:
             first = ("", Text(""), "")
         if not node.devices:
             made.add_row(*first, "", Text(""), "", "", "", Text(""))
-    return made
-
-
-def audit_data(line: audit_service_pb2.AuditedChange) -> dict[str, Any]:
-    rest = ("epoch", "caller", "role", "method", "resource", "request_id", "plan", "outcome", "times", "hash")
-    moment = line.time.ToDatetime(UTC).isoformat(timespec="milliseconds")
-    return {"number": line.number, "time": moment} | {name: getattr(line, name) for name in rest}
-
-
-def audit_table(lines: Sequence[audit_service_pb2.AuditedChange]) -> RenderableType:
-    if not lines:
-        return Text("no lines", style="dim")
-    made = table("", "<time (UTC)", "'caller", "<method", "'resource", "'plan", "<outcome", fixed=True)
-    for line in lines:
-        plan = line.plan if line.plan != line.resource else ""
-        outcome = line.outcome + (f" ({line.times} times)" if line.times > 1 else "")
-        texts = (line.caller, line.method, line.resource, plan)
-        style = "" if line.outcome in ("OK", "REPEATED") else "red"
-        moment = line.time.ToDatetime(UTC).strftime("%Y-%m-%d %H:%M:%S")
-        made.add_row(str(line.number), moment, *map(Text, texts), Text(outcome, style=style))
     return made
 
 

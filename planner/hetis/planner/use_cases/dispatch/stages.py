@@ -21,7 +21,9 @@ from hetis.formats.dispatch.saved_state import (
     blocks_in,
 )
 from hetis.formats.errors import DocumentError, Problem, attempt, did_you_mean, single_problem
+from hetis.formats.fields import mapping
 from hetis.planner.use_cases.grouping import abbreviate
+from hetis.planner.use_cases.record.parts import MadeFrom
 from hetis.planner.use_cases.saved_plans import PlanAndProblem, load_plan_and_problem
 from hetis.planner.use_cases.sources import impossible_profiles, load_profiles
 from hetis.profiler.defaults import default_profile
@@ -276,7 +278,10 @@ def load_stage_of_plan(path: str, *, replica: int, stage: int) -> CostedStage:
     num_stages = len(replicas[replica].stages)
     if not 1 <= stage <= num_stages:
         raise single_problem(path, f"replica {replica} has no stage {stage}: its stages are 1 to {num_stages}")
-    return replace(with_costs(state_of_stage(found, replica, stage - 1), path, {}), model=found.problem.model)
+    loaded = with_costs(state_of_stage(found, replica, stage - 1), path, {})
+    known = mapping(MadeFrom.of(found.plan).origins.get("profiles"))
+    origins = {device.name: str(known.get(device.gpu or "", GIVEN)) for device in loaded.saved.devices}
+    return replace(loaded, model=found.problem.model, origins=origins)
 
 
 def state_of_stage(found: PlanAndProblem, number: int, position: int) -> SavedState:
@@ -298,16 +303,19 @@ def state_of_stage(found: PlanAndProblem, number: int, position: int) -> SavedSt
         for bar in view.memory()
         if bar.stage == position
     }
-    empty = _empty_stage(f"{model.name}, replica {number}, stage {position + 1}", model, num_layers)
+    flops, heads = model.decode_attention_flops(1.0, model.queries_per_group), HeadShape.of_model(model)
 
     def device(name: str, role: Literal["primary", "worker"], gpu: str, tp: int = 1) -> SavedDevice:
         byte_s, seconds = 0.0, 0.0
         if shape.pool is not None:
             byte_s, seconds = _exchange(problem.profiles[gpu], model, tp, shape.pool.link)
         own = room["primary" if role == "primary" else "attention worker"]
-        blocks = blocks_in(tp * own, heads=empty.heads, num_layers=num_layers, tp=tp)
+        fit = problem.profiles[gpu].fit(Op.DECODE_ATTENTION, model, tp)
+        assert fit is not None, "Profile guarantees a fit for decode attention"
         return SavedDevice(
-            name=name, role=role, tp=tp, gpu=gpu, link_byte_s=byte_s, link_s=seconds, total_blocks=blocks
+            name=name, role=role, tp=tp, gpu=gpu, link_byte_s=byte_s, link_s=seconds,
+            attention=attention_pieces(fit, heads, group_flops=flops, tp=tp),
+            total_blocks=blocks_in(tp * own, heads=heads, num_layers=num_layers, tp=tp),
         )  # fmt: skip
 
     devices = [device(abbreviate(stage.devices[: stage.tp]), "primary", stage.gpu, stage.tp)]
@@ -315,21 +323,14 @@ def state_of_stage(found: PlanAndProblem, number: int, position: int) -> SavedSt
         if pool.stage == position:
             own = pool.devices[: len(pool.devices) // stage.copies]
             devices += [device(name, "worker", pool.gpu) for name in own]
-    return _with_given_costs(replace(empty, devices=tuple(devices)), problem.profiles, model)
-
-
-def _empty_stage(name: str, model: ModelSpec, num_layers: int) -> SavedState:
-    """Return a state without devices, with the model's name if the catalogue has the same one, else its sizes."""
-    nobody = (SavedDevice(name="none", role="worker", attention=(AttentionPiece(),), total_blocks=0),)
-    if catalogue.known_model(model.name) == model:
-        return SavedState(name=name[:200], model=model.name, num_layers=num_layers, devices=nobody)
+    name = f"{model.name}, replica {number}, stage {position + 1}"[:200]
     inline = HeadsPart(
-        groups=model.head_groups,
-        queries_per_group=model.queries_per_group,
-        kv_bytes_per_token=model.kv_bytes_per_token_group(),
-        exchange_bytes_per_head=model.exchange_bytes_per_head(),
+        groups=heads.head_groups,
+        queries_per_group=heads.queries_per_group,
+        kv_bytes_per_token=heads.kv_bytes_per_token,
+        exchange_bytes_per_head=heads.exchange_bytes_per_head,
     )
-    return SavedState(name=name[:200], inline=inline, num_layers=num_layers, devices=nobody)
+    return SavedState(name=name, inline=inline, num_layers=num_layers, devices=tuple(devices))
 
 
 def _exchange(profile: Profile, model: ModelSpec, tp: int, link: Link) -> tuple[float, float]:
@@ -338,28 +339,3 @@ def _exchange(profile: Profile, model: ModelSpec, tp: int, link: Link) -> tuple[
     assert fit is not None, "Profile guarantees a fit for transfers"
     byte_s = max(piece.byte_s + piece.wire / link.bytes_per_s for piece in fit.pieces)
     return byte_s, max(piece.fixed_s for piece in fit.pieces) + 2.0 * link.latency_s
-
-
-def _with_given_costs(saved: SavedState, profiles: Mapping[str, Profile], model: ModelSpec) -> SavedState:
-    """Store the costs of GPU types that the catalogue would not reproduce in the state."""
-    flops = model.decode_attention_flops(1.0, model.queries_per_group)
-
-    def device(one: SavedDevice) -> SavedDevice:
-        assert one.gpu is not None
-        profile = profiles[one.gpu]
-        fit = profile.fit(Op.DECODE_ATTENTION, model, one.tp)
-        if saved.model is not None and fit == _default_fit(profile.gpu, model, one.tp):
-            return one
-        assert fit is not None, "Profile guarantees a fit for decode attention"
-        pieces = attention_pieces(fit, saved.heads, group_flops=flops, tp=one.tp)
-        known = catalogue.known_gpu(one.gpu)  # a state file must not contain other names
-        return replace(one, gpu=None if known is None else known.name, attention=pieces)
-
-    return replace(saved, devices=tuple(map(device, saved.devices)))
-
-
-def _default_fit(gpu: str, model: ModelSpec, tp: int) -> Fit | None:
-    try:
-        return default_profile(catalogue.find_gpu(gpu).gpu)[1].fit(Op.DECODE_ATTENTION, model, tp)
-    except (catalogue.UnknownNameError, InvalidProblemError):
-        return None

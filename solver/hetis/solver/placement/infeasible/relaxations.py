@@ -24,6 +24,7 @@ LINK_PRECISION = 1.2  # ratio up to which the speed-up of links is determined
 FASTEST_LINKS = 1024.0
 MOST_SPENT = 1e4  # largest ratio to the allowed amount
 SMALLER_WEIGHTS = ((1.0, "8-bit weights (fp8 or int8)"), (0.53, "4-bit weights"))  # bytes per parameter
+WORTH_SAYING = 0.9  # ratio of sizes above which the smaller one is no change
 SMALLER_KV = 1.0  # bytes per element
 LARGEST_SHARE = 0.95  # of the memory that tools report: engines start with it where little else holds memory
 
@@ -175,7 +176,9 @@ def smaller_memory(trials: Trials, member: Requirement, kept: Collection[Require
 def smaller_weights(trials: Trials, member: Requirement | None, kept: Collection[Requirement]) -> Iterator[Relaxation]:
     """Yield the first smaller size of weights with which a plan exists."""
     model = trials.problem.model
-    sizes = [(num_bytes, words) for num_bytes, words in SMALLER_WEIGHTS if num_bytes < model.weight_bytes]
+    sizes = [
+        (num_bytes, words) for num_bytes, words in SMALLER_WEIGHTS if num_bytes < WORTH_SAYING * model.weight_bytes
+    ]
     for num_bytes, words in sizes:
         if _exists_with(trials, kept, weight_bytes=num_bytes):
             size = model.params() * model.weight_bytes, model.params() * num_bytes
