@@ -211,10 +211,17 @@ def test_the_verb_prints_all_on_80_columns_and_as_json(plan: str, tmp_path: Path
     found = json.loads(invoke(*asked, "--fail", "l4-0@1h", "--burst", "1.5@2h+20min", "-o", "json").stdout)
     assert [one["name"] for one in found["followers"]] == ["static", "threshold 70%", "perfect forecast", "loop"]
     assert found["curve"]["hours"] == 6
-    for option, value, message in (("--rate", "5", "those of --curve"), ("--history", "2", "of which 172800 are")):
-        refused = invoke(*asked, option, value)
-        assert refused.exit_code == ExitCode.INVALID
-        assert message in " ".join((refused.stderr + str(refused.exception)).split())
+
+
+@pytest.mark.parametrize(("options", "message"), [(["--rate", "5"], "those of --curve"), ([], "of which 604800 are")])
+def test_a_curve_has_its_own_rates_and_days_after_its_history(
+    plan: str, tmp_path: Path, options: list[str], message: str
+) -> None:
+    rates = tmp_path / "rates.csv"
+    rates.write_text("at_s,requests_per_s\n0,3\n3600,4\n")
+    result = invoke("rehearse", plan, "--curve", str(rates), *options, "-q")
+    assert result.exit_code != ExitCode.OK
+    assert message in " ".join((result.stderr + str(result.exception)).split())
 
 
 @pytest.mark.parametrize(
