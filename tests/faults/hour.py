@@ -15,6 +15,7 @@ Agents are scripted, with a TCP connection each, in one process; all share this 
   agents; strangers' calls by status; the machine's load and the cores that its host kept from it.
 
 The last lines have all takeovers and what became of every acknowledged write. Exit code 1: one was lost or doubled.
+``--tables`` makes the tables ``hour`` and ``hour totals`` of the documentation of them.
 """
 
 from __future__ import annotations
@@ -48,10 +49,11 @@ from hetis.planner.client import AsyncClient
 from hetis.planner.service.identity.credentials import create_token
 from hetis.v1 import plan_pb2, plan_service_pb2
 from tests.faults.cluster import Faulty, fleet
-from tests.faults.history import check
+from tests.faults.history import Findings, check
 from tests.faults.planners import Planner
-from tests.faults.run import kill, percentiles
+from tests.faults.run import kill, percentiles, quantiles
 from tests.planner.store.postgres import new_database, running_server
+from tools import tables
 
 PARTS, KILLED_PARTS = 12, (0, 1, 2, 9, 10, 11)
 SHARE_S = 0.1  # of a part, for each flood and the strangers
@@ -167,6 +169,7 @@ class Hour:
         acknowledged = [write for write in self.faulty.history.writes[writes:] if write.version is not None]
         return {
             "part": number + 1,
+            "kills": num_kills,
             "cores": None if num_kills else (cpu_s(last) - cpu) / seconds,
             "MiB": rss_mib(last),
             "p50": found.ms(50),
@@ -193,10 +196,25 @@ def rss_mib(planner: Planner) -> float:
 def shown(value: float | None) -> str:
     if value is None or math.isnan(value):
         return "-"
-    return f"{value:.0f}" if value >= 1e3 else f"{value:.3g}"
+    return f"{value:,.0f}" if value >= 1e3 or value == int(value) else f"{value:.3g}"
 
 
-def run(*, minutes: float, kills: int, agents: int, clusters: int, seed: int) -> int:
+def make_tables(hour: Hour, rows: list[dict[str, float | None]], minutes: float, findings: Findings) -> None:
+    """Make the tables of the parts and of the whole, and their excerpts on pages."""
+    tables.write("hour", list(rows[0]), (map(shown, row.values()) for row in rows))
+    times = {
+        "s from `kill -9` of the leader to the next acknowledged write": hour.record.takeovers,
+        f"s from it to the return of {BACK:.0%} of {hour.num_agents:,} agents": hour.record.returns,
+    }
+    written = {"acknowledged": findings.acknowledged, "lost": findings.lost, "doubled": findings.doubled}
+    totals = [("minutes", shown(minutes), "", "", "")]
+    totals += [(what, str(len(s)), *map(shown, quantiles(s))) for what, s in times.items() if s]
+    totals += [(f"writes {what}", shown(count), "", "", "") for what, count in written.items()]
+    tables.write("hour totals", ["what", "times", "p50", "p99", "max"], totals)
+    tables.main()
+
+
+def run(*, minutes: float, kills: int, agents: int, clusters: int, seed: int, makes_tables: bool) -> int:
     """Run, print rows as they are measured, and return the exit code."""
     raise_file_limit()
     folder = Path(tempfile.mkdtemp(prefix="hetis-hour-"))
@@ -218,17 +236,20 @@ def run(*, minutes: float, kills: int, agents: int, clusters: int, seed: int) ->
         hour.connect(agent)
         hour.set_rate(CALM_REPORTS_PER_S)
         with asyncio.Runner() as runner:
-            runner.run(_parts(hour, admin, minutes, kills))
+            rows = runner.run(_parts(hour, admin, minutes, kills))
         findings = check(faulty.history, faulty.finish())
         print(f"takeovers              {percentiles(hour.record.takeovers)}; promised are {TAKEOVER_S:g} s")
         print(f"agents back            {percentiles(hour.record.returns)}, {BACK:.0%} of {agents:,}")
         print(f"strangers' calls       {dict(sorted(hour.record.strangers.items()))}")
         print(f"answers to writers     {Counter(error.partition(':')[0] for error in faulty.errors)}")
         print(findings)
+    if makes_tables:
+        make_tables(hour, rows, minutes, findings)
     return bool(findings.violations or findings.lost)
 
 
-async def _parts(hour: Hour, token: str, minutes: float, kills: int) -> None:
+async def _parts(hour: Hour, token: str, minutes: float, kills: int) -> list[dict[str, float | None]]:
+    rows = list[dict[str, float | None]]()
     read = AsyncClient(hour.faulty.addresses, token=token)
     left = kills
     try:
@@ -239,10 +260,12 @@ async def _parts(hour: Hour, token: str, minutes: float, kills: int) -> None:
                 left -= num_kills
             row = await hour.part(read, number, 60 * minutes / PARTS, num_kills)
             if number == 0:
-                print(",".join(row))
-            print(",".join(map(shown, row.values())), flush=True)
+                print("|".join(row))
+            print("|".join(map(shown, row.values())), flush=True)
+            rows.append(row)
     finally:
         await read.close()
+    return rows
 
 
 def main() -> None:
@@ -252,6 +275,7 @@ def main() -> None:
     parser.add_argument("--agents", type=int, default=1000)
     parser.add_argument("--clusters", type=int, default=300, help="further clusters, which a new leader has to read")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--tables", action="store_true", dest="makes_tables", help="make the tables of the pages")
     given = parser.parse_args()
     raise SystemExit(run(**vars(given)))
 

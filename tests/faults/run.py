@@ -85,13 +85,18 @@ class Figures:
         )
 
 
-def percentiles(seconds: Sequence[float]) -> str:
+def quantiles(seconds: Sequence[float]) -> tuple[float, float, float]:
     """Return p50, p99 (by the nearest rank) and the largest."""
-    if not seconds:
-        return "none"
     found = sorted(seconds)
     p50, p99 = (found[min(int(share * len(found)), len(found) - 1)] for share in (0.5, 0.99))
-    return f"{len(found)} times: p50 {p50:.2f} s, p99 {p99:.2f} s, max {found[-1]:.2f} s"
+    return p50, p99, found[-1]
+
+
+def percentiles(seconds: Sequence[float]) -> str:
+    if not seconds:
+        return "none"
+    p50, p99, most = quantiles(seconds)
+    return f"{len(seconds)} times: p50 {p50:.2f} s, p99 {p99:.2f} s, max {most:.2f} s"
 
 
 def inject(

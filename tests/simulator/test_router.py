@@ -25,6 +25,7 @@ class Replica:
     rate: float
     decodes: bool
     outstanding: int = 0
+    seats: int = 100
 
 
 def chosen(router: LeastWork | Weighted, replicas: list[Replica], *, times: int) -> Counter[int]:
@@ -51,9 +52,22 @@ def test_prefill_replicas_get_their_planned_share_however_soon_they_are_done(
     assert sum(counts[n] for n in range(num_prefill)) == pytest.approx(1000 * share, abs=len(rates) + 1)
 
 
-def test_among_replicas_of_a_kind_the_least_work_decides() -> None:
-    busy, idle = Replica(0, 2.0, decodes=True, outstanding=9), Replica(1, 1.0, decodes=True, outstanding=1)
-    assert chosen(LeastWork(seed=0), [busy, idle], times=4) == {1: 3, 0: 1}  # (9 + 1) / 2 is 5, as is (4 + 1) / 1
+def test_replicas_take_turns_until_one_holds_more_than_its_share_by_over_its_root() -> None:
+    """Of 50 requests, replicas with 100 and 25 seats have shares of 40 and 10, by chance up to 46 and 13."""
+    for held, counts in (((40, 10), {0: 3, 1: 3}), ((46, 4), {0: 3, 1: 3}), ((47, 3), {1: 1}), ((36, 14), {0: 1})):
+        fleet = [Replica(n, 5.0, True, held[n], seats) for n, seats in enumerate((100, 25))]
+        assert chosen(LeastWork(seed=0), fleet, times=sum(counts.values())) == counts
+
+
+def test_no_request_goes_to_a_full_replica_while_another_has_a_free_seat() -> None:
+    """By the planned rates alone, which hardly differ, 2 seats would be as full as 48."""
+    fleet = [Replica(0, 1.0, decodes=True, seats=2), Replica(1, 1.1, decodes=True, seats=48)]
+    assert chosen(LeastWork(seed=0), fleet, times=50) == {0: 2, 1: 48}
+
+
+def test_among_prefill_replicas_the_one_that_is_done_first_gets_the_next_prompt() -> None:
+    busy, idle = Replica(0, 2.0, decodes=False, outstanding=9), Replica(1, 1.0, decodes=False, outstanding=1)
+    assert chosen(LeastWork(seed=0), [busy, idle], times=4) == {1: 4}
 
 
 @dataclass(slots=True)

@@ -1,7 +1,11 @@
-"""Callers: who they are, which roles they have, and whose call is being answered."""
+"""Callers: who they are, which roles they have, whose call is being answered, and whose turn it is."""
 
 from __future__ import annotations
 
+import asyncio
+from collections import Counter
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from enum import StrEnum
@@ -77,3 +81,33 @@ def present_caller() -> Identity:
 def set_present_caller(caller: Identity) -> None:
     """Set the caller for the rest of this task, which is one call, and for the tasks that it starts."""
     _caller.set(caller)
+
+
+class Turns:
+    """Keeps every caller to ``most`` pieces of one kind of work at once; its others wait, those of others do not.
+
+    The planner's own work never waits.
+    """
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._turns: dict[str, asyncio.Semaphore] = {}  # by account, of callers with work
+        self._num: Counter[str] = Counter()  # of the pieces of each, with those that wait
+
+    @asynccontextmanager
+    async def turn(self) -> AsyncIterator[None]:
+        """Wait for a turn of the present caller, and hold it."""
+        caller = present_caller()
+        if caller is PLANNER:
+            yield
+            return
+        key = caller.account
+        turns = self._turns.setdefault(key, asyncio.Semaphore(self._most))
+        self._num[key] += 1
+        try:
+            async with turns:
+                yield
+        finally:
+            self._num[key] -= 1
+            if not self._num[key]:
+                del self._turns[key], self._num[key]

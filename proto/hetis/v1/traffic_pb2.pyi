@@ -305,7 +305,7 @@ class ClusterTraffic(_message.Message):
     """
     @_builtins.property
     def windows(self) -> _containers.RepeatedCompositeFieldContainer[Global___TrafficWindow]:
-        """Minutes of the last three hours, the present one as far as it is, and hours of the last 15 days, by time. Output
+        """Minutes of the last six hours, the present one as far as it is, and hours of the last 15 days, by time. Output
         only. Empty: nothing was measured.
         """
 

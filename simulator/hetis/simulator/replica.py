@@ -114,6 +114,11 @@ class ReplicaRun:
         """Return whether its requests stay to decode; those of a prefill replica are handed over."""
         return self.batching.micro_batch > 0
 
+    @property
+    def seats(self) -> int:
+        """Return how many requests it holds at once when all its micro-batches are full, those being prefilled too."""
+        return self._most_seats * self.batching.in_flight
+
     def waiting_tokens(self) -> int:
         """Return how many prompt tokens of its requests are not prefilled yet."""
         log, under_way = self.log, (request for batch in self.batches for request in batch.prefilling)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Generic, TypeVar
@@ -40,28 +41,37 @@ class _Turns(Generic[Key]):
 
 
 class LeastWork:
-    """Router to the replica that would finish its requests and the new one first, at its planned rate.
+    """Router to replicas in turn, in proportion to their planned rates, except those that hold more than their share.
 
-    The work of a prefill replica is not comparable with that of a unified one, which keeps its requests until they
-    have decoded: the former would look idle and be overloaded. The two kinds therefore take turns in proportion to
-    their planned rates, and the least work decides among replicas of the same kind.
+    Turns keep prompts apart, so that few wait for others in their lane. But replicas fall behind, and then a request
+    should go to one that has a free seat. Among all requests that replicas hold, each has a share in proportion to its
+    seats; one that holds more than that by over its root, as no longer chance explains, or that has no free seat where
+    others have, gets none until it holds less. The queue model assumes the same (`hetis.solver.queueing`).
+
+    The requests of a prefill replica are not comparable with those of a unified one, which keeps them until they have
+    decoded: the former would look idle and be overloaded. The two kinds therefore take turns in proportion to their
+    planned rates. Among prefill replicas, which have no seats, the one that would finish its prompts first gets the
+    next.
     """
 
     def __init__(self, seed: int) -> None:
-        self._turns = _Turns[int](seed)
+        self._kind_turns, self._turns = _Turns[bool](seed), _Turns[int](seed)
         self._seen: Sequence[ReplicaRun] = ()
-        self._kinds: dict[int, list[ReplicaRun]] = {}
+        self._kinds: dict[bool, list[ReplicaRun]] = {}
 
     def __call__(self, replicas: Sequence[ReplicaRun]) -> ReplicaRun:
         if replicas is not self._seen:  # usually they are all that take prompts
             self._seen, self._kinds = replicas, {}
             for replica in replicas:
-                self._kinds.setdefault(int(replica.decodes), []).append(replica)
+                self._kinds.setdefault(replica.decodes, []).append(replica)
         kinds = self._kinds
+        decodes = replicas[0].decodes
         if len(kinds) > 1:
-            rates = {kind: sum(replica.rate for replica in alike) for kind, alike in kinds.items()}
-            return min(kinds[self._turns.next(rates)], key=_work_s)
-        return min(replicas, key=_work_s)
+            decodes = self._kind_turns.next({kind: sum(one.rate for one in alike) for kind, alike in kinds.items()})
+        if not decodes:
+            return min(kinds[decodes], key=_work_s)
+        light = _not_overfull(kinds[decodes])
+        return light[self._turns.next({number: replica.rate for number, replica in light.items()})]
 
 
 class Weighted:
@@ -147,6 +157,21 @@ def router_of(settings: Settings) -> Router:
             return fewest_requests
         case "fewest-tokens":
             return fewest_tokens
+
+
+def _not_overfull(replicas: Sequence[ReplicaRun]) -> dict[int, ReplicaRun]:
+    """Return the replicas, by number, that hold no more requests than their share and what is chance; at least one."""
+    if len(replicas) == 1:
+        return {replicas[0].number: replicas[0]}
+    fill, found = sum(one.outstanding for one in replicas) / sum(one.seats for one in replicas), {}
+    for one in replicas:
+        share, seats = fill * one.seats, one.seats
+        most = share + math.sqrt(share)
+        if share < seats:  # one of them has a free seat
+            most = min(most, max(share, seats - 1))
+        if one.outstanding <= most:
+            found[one.number] = one
+    return found or {one.number: one for one in replicas}  # rounding leaves none
 
 
 def _work_s(replica: ReplicaRun) -> float:

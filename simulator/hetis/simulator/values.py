@@ -74,10 +74,10 @@ class Settings:
     """Settings of the simulation of a plan."""
 
     seed: int = 0  # seed of all random choices (ties of the router)
-    # ``least-work``: a request goes to the replica with the least work waiting and running relative to its planned
-    # rate; prefill replicas and those that also decode take turns in proportion to their planned rates; ``weighted``:
-    # to each in proportion to its planned rate, regardless of its queue; ``fewest-requests`` and ``fewest-tokens``: to
-    # the shortest queue as HexGen and Splitwise count it (`fleet.py`), the latter also for decode replicas.
+    # ``least-work``: replicas take turns in proportion to their planned rates, except those that hold more requests
+    # than their share of all (`routers.LeastWork`); ``weighted``: to each in proportion to its planned rate, regardless
+    # of its queue; ``fewest-requests`` and ``fewest-tokens``: to the shortest queue as HexGen and Splitwise count it
+    # (`fleet.py`), the latter also for decode replicas.
     router: Literal["least-work", "weighted", "fewest-requests", "fewest-tokens"] = "least-work"
     # Whether head groups of new requests are placed by `hetis.solver.dispatch`; False: split as in the plan.
     dispatch: bool = True

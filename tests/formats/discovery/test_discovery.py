@@ -223,11 +223,12 @@ def test_nodes_of_slurm_have_what_jobs_and_states_leave() -> None:
         "gpu-0": {"A100-SXM-80GB": 4},
         "gpu-1": {"A100-SXM-80GB": 2},
         "gpu-4": {"L40S": 3, "A40": 2},
+        **{f"gpu-5-3g.20gb-{i}": {"A100-SXM-40GB-3g.20gb": 1} for i in range(2)},
+        **{f"gpu-5-1g.5gb-{i}": {"A100-SXM-40GB-1g.5gb": 1} for i in range(4)},
     }
     assert reason(fleet, "gpu-1") == "2 GPUs (a100): in use by jobs"
     assert reason(fleet, "gpu-2") == "4 GPUs (a100): DRAIN (bad cable)"
     assert reason(fleet, "gpu-3") == "8 GPUs (h100): DOWN, NOT_RESPONDING (Not responding)"
-    assert "parts of GPUs (MIG)" in reason(fleet, "gpu-5")
     assert "ALLOCATED" in reason(fleet, "gpu-6")
 
 

@@ -49,6 +49,10 @@ HAMI = {"hami.io/node-nvidia-register": json.dumps([{"id": f"GPU-{i}", "count": 
         (node("n", {"gpu.nvidia.com/class": "H100_NVLINK_80GB", INSTANCE: "BM.GPU.H100.8"}, 8), "H100-SXM-80GB", 8),
         (node("n", {"amd.com/gpu.product-name": "AMD_Instinct_MI355X_OAM"}, 8, AMD), "MI355X-288GB", 8),
         (node("n", {"beta.amd.com/gpu.product-name": "AMD_Instinct_MI300X_OAM"}, 8, AMD), "MI300X-192GB", 8),
+        (node("n", {"beta.kubernetes.io/instance-type": "g5.12xlarge"}, 4), "A10G", 4),
+        (node("n", {"k8s.amazonaws.com/accelerator": "nvidia-l4"}, 4), "L4", 4),
+        (node("n", {"beta.amd.com/gpu.device-id": "74a5"}, 8, AMD), "MI325X-256GB", 8),
+        (node("n", {INSTANCE: "ct6e-standard-4t"}, 4, "google.com/tpu"), "TPU-v6e", 4),
         (node("n", {"nvidia.com/gpu.product": "NVIDIA-GeForce-RTX-3090"}, 20, NVIDIA, HAMI), "RTX-3090", 2),
         (
             node("n", {"nvidia.com/gpu.product": "NVIDIA-L4", "nvidia.com/gpu.count": "4"}, 40, NVIDIA, HAMI),

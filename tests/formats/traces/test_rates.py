@@ -49,6 +49,19 @@ def test_a_scrape_is_a_workload_of_place(tmp_path: Path) -> None:
         assert load_workload(tmp_path / name).rate_rps == pytest.approx(1.0)
 
 
+def test_a_server_without_histograms_has_mean_lengths() -> None:
+    """SGLang has none of lengths unless it is told to; each of its two counts of requests will do."""
+    totals = 'sglang:prompt_tokens_total{tp_rank="0"} 8.0e+06\nsglang:generation_tokens_total{tp_rank="0"} 2.0e+06\n'
+    for count in ("sglang:num_requests_total", "sglang:e2e_request_latency_seconds_count"):
+        text = f'{totals}{count}{{tp_rank="0"}} 10000.0\nprocess_start_time_seconds 1764000000.0\n'
+        found = of_metrics("m", text, name="m", at_s=1764005000.0)
+        moments = found.workload.moments()
+        assert (moments.mean_prompt, moments.mean_output, found.workload.rate_rps) == (800.0, 200.0, 2.0)
+        assert [note for note in found.notes if "all requests have the mean lengths" in note]
+    with pytest.raises(DocumentError, match="has no vllm:request_prompt_tokens_bucket nor sglang:prompt_tokens_hist"):
+        of_metrics("m", totals, name="m")
+
+
 def test_models_in_one_scrape_are_said() -> None:
     both = SCRAPE + histogram("vllm:request_prompt_tokens", [0] * 10 + [100], 200_000, model="n")
     found = of_metrics("m", both, name="m")

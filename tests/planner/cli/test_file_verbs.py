@@ -174,6 +174,7 @@ def test_a_gpu_that_the_catalogue_lacks_is_added_by_five_figures(tmp_path: Path)
     [
         (("X9", *FIGURES), "catalog add needs --architecture"),
         (("L40S", *FIGURES, "--architecture", "Ada"), "'L40S' is L40S of the catalogue: give another name"),
+        (("X9", *FIGURES, "--architecture", "Adda"), "has the architecture 'Adda', did you mean Ada?"),
         (("X9", "--memory", "24", *FIGURES[2:], "--architecture", "Ada"), "gpu_types.X9.memory: '24' is not a size"),
     ],
 )

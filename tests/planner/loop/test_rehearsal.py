@@ -91,6 +91,12 @@ def test_noise_changes_nothing_that_leaves_room_and_never_leads_back(share: floa
     assert len(set(plans)) == len(plans)
 
 
+def test_without_a_history_the_plan_stays_until_five_minutes_are_known() -> None:
+    found = rehearse(plan_for(6.0), curve(2.0, history=0), loop())
+    assert found.changes
+    assert min(one.at_s for one in found.changes) >= 300
+
+
 def test_a_perfect_forecast_is_late_only_where_every_way_leads_through_less() -> None:
     """One replica of few restarts with other settings, for seconds."""
     traffic = curve(3.0, 4.0, 8.0, 12.0, 6.0, 3.0)
@@ -207,6 +213,17 @@ def test_the_verb_prints_all_on_80_columns_and_as_json(plan: str, tmp_path: Path
     assert found["curve"]["hours"] == 6
 
 
+@pytest.mark.parametrize(("options", "message"), [(["--rate", "5"], "those of --curve"), ([], "of which 604800 are")])
+def test_a_curve_has_its_own_rates_and_days_after_its_history(
+    plan: str, tmp_path: Path, options: list[str], message: str
+) -> None:
+    rates = tmp_path / "rates.csv"
+    rates.write_text("at_s,requests_per_s\n0,3\n3600,4\n")
+    result = invoke("rehearse", plan, "--curve", str(rates), *options, "-q")
+    assert result.exit_code != ExitCode.OK
+    assert message in " ".join((result.stderr + str(result.exception)).split())
+
+
 @pytest.mark.parametrize(
     ("option", "value", "message"),
     [
@@ -214,6 +231,7 @@ def test_the_verb_prints_all_on_80_columns_and_as_json(plan: str, tmp_path: Path
         ("--burst", "x@1h+1min", "'x@1h+1min' is no factor and time such as 2@30h"),
         ("--longer", "2@900h", "'2@900h' is after the end of the traffic, 168h"),
         ("--fail", "l4-9@1h", "no node 'l4-9' in the cluster"),
+        ("--fail", "l4-0@200h", "'l4-0@200h' is after the end of the traffic, 168h"),
         ("--curve", "missing.csv", "missing.csv: cannot be read"),
         ("--coverage", "30%", "coverage is 0.3, must be 0.5 to 0.9999"),
     ],

@@ -68,6 +68,7 @@ class FakePlans(plan_service_pb2_grpc.PlanServiceServicer):
     def __init__(self) -> None:
         self.release = asyncio.Event()
         self.entered = asyncio.Event()
+        self.num_slow = 0
         self.hub: Hub[str, plan_pb2.Plan] = Hub(1)
 
     async def GetPlan(self, request: Any, context: Any) -> Any:
@@ -75,6 +76,7 @@ class FakePlans(plan_service_pb2_grpc.PlanServiceServicer):
             raise ERRORS[request.name]
         if request.name == "plans/slow":
             self.entered.set()
+            self.num_slow += 1
             await self.release.wait()
         return plan_service_pb2.GetPlanResponse(
             plan=plan_pb2.Plan(name=request.name, labels={"by": present_caller().name})

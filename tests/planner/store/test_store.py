@@ -10,6 +10,7 @@ from collections.abc import Callable
 import pytest
 import sqlalchemy as sa
 
+from hetis.planner.callers import Identity, set_present_caller
 from hetis.planner.failures import Reason, ServiceError
 from hetis.planner.store import Reader, Store, Transaction, etag_of, opening
 from hetis.planner.store.health import QUIET_S, StoreHealth
@@ -353,3 +354,27 @@ async def test_a_read_of_one_record_is_one_statement_and_changes_nothing_when_it
         await store.get(Reader.clusters, "clusters/a")
     assert caught.value.metadata == {"changed": "no"}
     assert await store.get(Reader.clusters, "clusters/a") is None
+
+
+async def test_a_callers_reads_wait_for_few_of_another_one(url: str, stores: Stores) -> None:
+    """A viewer that read large documents kept the store from everybody else until all were read."""
+    store, go, order = await stores.open(url), threading.Event(), list[str]()
+
+    async def read_as(name: str) -> None:
+        set_present_caller(Identity(name=name, roles=frozenset()))
+
+        def work(_: Reader) -> None:
+            go.wait(30)
+            order.append(name)
+
+        await store.read(work)
+
+    greedy = [asyncio.create_task(read_as("greedy")) for _ in range(50)]
+    await asyncio.sleep(0)
+    other = asyncio.create_task(read_as("other"))
+    await asyncio.sleep(0.05)
+    greedy[-1].cancel()
+    go.set()
+    await asyncio.gather(*greedy[:-1], other)
+    assert order.index("other") == 4
+    assert not store._turns._turns

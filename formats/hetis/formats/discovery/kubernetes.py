@@ -39,6 +39,8 @@ _RESOURCES = (
 # "Time-Slicing GPUs in Kubernetes"): as many as GPUs times replicas.
 _NVIDIA, _SHARED, _MIG = "nvidia.com/gpu", "nvidia.com/gpu.shared", "nvidia.com/mig-"
 _DRIVERS = {"gpu.nvidia.com": "nvidia.com/gpu", "gpu.amd.com": "amd.com/gpu", "gpu.intel.com": "gpu.intel.com/xe"}
+_DRIVERS |= {"gaudi.intel.com": "habana.ai/gaudi", "tpu.google.com": "google.com/tpu"}
+_WHOLE = ("gpu", "amdgpu")  # types of devices (github.com/ROCm/k8s-gpu-dra-driver, docs/driver-attributes.md)
 _ZONES = ("topology.kubernetes.io/zone", "failure-domain.beta.kubernetes.io/zone")
 _LEAVING = {
     "ToBeDeletedByClusterAutoscaler": "the autoscaler removes it",
@@ -77,12 +79,13 @@ _Use = Mapping[str, Counter[str]]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Device:
-    """A device of a ResourceSlice. ``reason`` is why it is left out."""
+    """A device of a ResourceSlice. ``reason`` is why it is left out; ``part`` the profile of a MIG slice."""
 
     product: str
     memory_bytes: int | None
     resource: str
     reason: str = ""
+    part: str = ""
 
 
 def read_kubernetes(files: Sequence[tuple[Any, Text]], *, with_busy: bool = False) -> Inventory:
@@ -202,17 +205,25 @@ def _pool(one: _Object) -> tuple[tuple[str, str], int]:
 
 def _device(driver: str, body: Mapping[str, Any], is_claimed: bool) -> _Device:
     attributes = {name.rpartition("/")[2]: mapping(value) for name, value in mapping(body.get("attributes")).items()}
-    product = text(attributes.get("productName", {}).get("string"))
-    kind = text(attributes.get("type", {}).get("string")) or "gpu"
+    words = {name: text(value.get("string")) for name, value in attributes.items()}
+    # NVIDIA's and AMD's name the product, Intel's the model, and Google's the generation.
+    product = words.get("productName") or words.get("model") or f"TPU {words['tpuGen']}" * bool(words.get("tpuGen"))
+    kind = words.get("type") or _WHOLE[0]
     capacity = {name.rpartition("/")[2]: value for name, value in mapping(body.get("capacity")).items()}
     memory = capacity.get("memory")
     size = memory.get("value") if isinstance(memory, dict) else memory
+    # Devices that consume counters are parts that might be made, beside the whole GPU.
+    part = "" if kind != "mig" or body.get("consumesCounters") else words.get("profile", "")
     reason = "in use by a resource claim" if is_claimed else ""
-    if kind != "gpu":
+    if kind not in _WHOLE and not part:
         reason = PARTS
     elif any(mapping(taint).get("effect") in ("NoSchedule", "NoExecute") for taint in listed(body.get("taints"))):
         reason = "tainted by the driver"
-    return _Device(product=product or driver, memory_bytes=bytes_of(size), resource=_DRIVERS[driver], reason=reason)
+    elif attributes.get("healthy", {}).get("bool") is False:
+        reason = "unhealthy"
+    return _Device(
+        product=product or driver, memory_bytes=bytes_of(size), resource=_DRIVERS[driver], reason=reason, part=part
+    )
 
 
 def _found(node: _Object, devices: list[_Device], use: _Use, problems: list[Problem]) -> FoundNode:
@@ -265,7 +276,9 @@ def _of_devices(devices: Sequence[_Device], use: _Use) -> tuple[list[FoundGpus],
         if taken:
             left_out.append(f"{counted(len(taken))}: in use by {some_of(pods)}")
             free = [device for i, device in enumerate(free) if i not in taken]
-    return list(grouped((device.product, device.memory_bytes, 0) for device in free)), left_out
+    whole = grouped((device.product, device.memory_bytes, 0) for device in free if not device.part)
+    parts = Counter((device.product, device.part) for device in free if device.part)
+    return [*whole, *(FoundGpus(product=of, count=n, part=part) for (of, part), n in parts.items())], left_out
 
 
 def _of_resources(node: _Object, use: _Use, problems: list[Problem]) -> tuple[list[FoundGpus], list[str]]:

@@ -82,6 +82,8 @@ _INSTANCES = (
     (r"gx3-\d+x\d+x\dl40s", "L40S"),
     (r"gx3d-\d+x\d+x8gaudi3", "Gaudi3-128GB"),
     (r"gx3d-\d+x\d+x8mi300x", "MI300X-192GB"),
+    (r"ct5l(p-hightpu)?-\w*-?\dt", "TPU-v5e"),
+    (r"ct6e-standard-\dt", "TPU-v6e"),
 )
 # Labels with the name of a node's GPUs, and with the memory of one in MiB, by what sets them: GPU feature discovery,
 # EKS Auto Mode, Karpenter on AWS and on Azure (node auto-provisioning), CoreWeave, Alibaba's ACK, DigitalOcean, GKE for
@@ -97,13 +99,24 @@ _PRODUCT_LABELS = {
         ("aliyun.accelerator/nvidia_name", "aliyun.accelerator/nvidia_mem"),
         ("doks.digitalocean.com/gpu-model", ""),
         ("cloud.google.com/gke-accelerator", ""),
+        ("k8s.amazonaws.com/accelerator", ""),
     ),
+    "gpu.intel.com": (("gpu.intel.com/product", ""),),
     "amd.com": (
         ("amd.com/gpu.product-name", ""),
         ("beta.amd.com/gpu.product-name", ""),
         ("eks.amazonaws.com/instance-gpu-name", ""),
         ("karpenter.k8s.aws/instance-gpu-name", ""),
+        ("amd.com/gpu.device-id", ""),
+        ("beta.amd.com/gpu.device-id", ""),
     ),
+}
+# What AMD's labellers before 2025 tell of a GPU: its PCI device, also that of a virtual function (pci.ids).
+_AMD_DEVICES = {
+    **dict.fromkeys(("74a1", "74a9", "74b5"), "MI300X-192GB"),
+    **dict.fromkeys(("74a5", "74b9"), "MI325X-256GB"),
+    **dict.fromkeys(("75a3", "75b3"), "MI355X-288GB"),
+    "740f": "MI210",
 }
 # Labels of accelerators of other vendors: GKE's for TPUs, and MindCluster's and Volcano's for Ascend.
 _PRODUCT_LABELS |= {
@@ -118,7 +131,8 @@ _VRAM = re.compile(r"(\d+)([KMGT])i?B?")
 def product_of(node_labels: Mapping[str, Any], resource: str) -> tuple[str, int | None]:
     """Return the product name and memory of a node's GPUs from its labels, or the resource itself without labels."""
     labels = {name: text(value) for name, value in node_labels.items()}
-    vendor, instance = resource.partition("/")[0], labels.get("node.kubernetes.io/instance-type", "")
+    vendor = resource.partition("/")[0]
+    instance = labels.get("node.kubernetes.io/instance-type") or labels.get("beta.kubernetes.io/instance-type", "")
     of_vendor = ((f"{vendor}/gpu.product", ""), (f"{vendor}/gpu.product-name", ""))
     by_machine = _GKE.get(labels.get("cloud.google.com/gke-accelerator", "")) or _board_of(instance, vendor)
     for name, of_memory in _PRODUCT_LABELS.get(vendor, of_vendor):
@@ -129,6 +143,8 @@ def product_of(node_labels: Mapping[str, Any], resource: str) -> tuple[str, int 
             return "Ascend 910C", None
         if vendor == "huawei.com" and (chip := _ASCEND.fullmatch(product)):  # module-910b-8
             return f"Ascend {chip[1]}", None
+        if name.endswith("device-id"):
+            product = _AMD_DEVICES.get(product.removeprefix("0x"), product)
         megabytes = labels.get(of_memory, "").removesuffix("MiB")
         vram = next((found for one in ("", "beta.") if (found := labels.get(f"{one}{vendor}/gpu.vram"))), "")
         size = _VRAM.fullmatch(vram)

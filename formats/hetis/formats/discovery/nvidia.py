@@ -7,8 +7,9 @@ name its host, so the file does: ``gpu-7.xml`` and ``gpu-7.topo.txt`` describe t
 from __future__ import annotations
 
 import itertools
+import math
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -175,6 +176,11 @@ def _table_gpus(text: str) -> list[DriverGpu]:
         return [DriverGpu(product=name, num_parts=len(each) or None, parts=each) for name, each in pairs]
     if on_bus := [found for line in lines if (found := _ON_BUS.match(line))]:
         return [DriverGpu(product=found[1]) for found in on_bus]
+    slices = defaultdict[int, list[str]](list)
+    for line in lines:
+        if found := _MIG_DEVICE.match(line):
+            sevenths, gibibytes = min(7, max(1, int(found["engines"]))), math.ceil(int(found["total"]) / 1024)
+            slices[int(found["gpu"])].append(f"{sevenths}g.{gibibytes}gb")
     table = next((table for table in _TABLES if any(line.startswith(table[0]) for line in lines)), None)
     gpus = list[DriverGpu]()
     for place, (line, following) in enumerate(itertools.pairwise(lines if table else ())):
@@ -182,7 +188,11 @@ def _table_gpus(text: str) -> list[DriverGpu]:
             used, total = (int(number) * 2**20 if number else None for number in (found["used"], found["total"]))
             num_parts = 0 if "".join(lines[place + 2 : place + 3]).endswith(" Enabled |") else None  # MIG M.
             mode = found.groupdict().get("mode") or ""
-            one = DriverGpu(product=named[1].strip(), memory_bytes=total, used_bytes=used, num_parts=num_parts)
+            own = tuple(slices[len(gpus)]) if num_parts is not None else ()
+            num_parts = len(own) or num_parts
+            one = DriverGpu(
+                product=named[1].strip(), memory_bytes=total, used_bytes=used, num_parts=num_parts, parts=own
+            )
             gpus.append(replace(one, mode="" if mode == "SPX" else mode))
     return gpus
 
@@ -206,6 +216,11 @@ _TABLES = (
         re.compile(r"\|\s[\da-f:]+\.\d\s+(\S.*?)\s+\|"),
         re.compile(r"\s(?P<mode>\w+)/\S+\s+\|.*\s(?P<used>\d{1,9})/(?P<total>\d{1,9}) MB\s*\|$"),
     ),
+)
+# A MIG device: its GPU, memory, and copy engines, of which a slice has one for each seventh of a card, and a whole card
+# one more (``nvidia-smi mig -lgip``).
+_MIG_DEVICE = re.compile(
+    r"\|\s+(?P<gpu>\d+)(?:\s+\d+){3}\s+\|\s+\d+MiB\s*/\s*(?P<total>\d{1,7})MiB\s+\|[^|]*\|\s+(?P<engines>\d)\s"
 )
 _NAMED = re.compile(r"(?:\d+, ?)?(?:NVIDIA|Tesla|GeForce|Quadro|TITAN|GRID) [^|:]*$")
 _COLUMNS = {"name": re.compile(r"[A-Z][A-Za-z]+ "), "memory.total": re.compile(r"\d+ MiB$")}

@@ -14,6 +14,7 @@ from functools import cached_property, partial
 from typing import Any
 
 from hetis.formats.discovery import FleetSource, amd, kubernetes, nvidia
+from hetis.formats.discovery.described import described_nodes, is_described
 from hetis.formats.discovery.found import DEFAULT_ZONE, MAX_GPUS_SAID, FoundGpus, FoundNode, Inventory
 from hetis.formats.discovery.ray import is_ray, is_ray_status, read_ray, read_ray_status
 from hetis.formats.discovery.slurm import is_slurm_text, read_slurm, slurm_nodes
@@ -28,7 +29,8 @@ _BOUNDS = Bounds(max_values=10_000_000, max_yaml_values=200_000)
 
 _IS_DATA = re.compile(r"[{\[]|---|- |\w+:")  # JSON or YAML, unlike what tools print for people
 _KNOWN = (
-    "kubectl get nodes -o json, nvidia-smi -q -x (also -L, its table, and --query-gpu=name,memory.total --format=csv), "
+    "kubectl get nodes -o json, kubectl describe nodes, "
+    "nvidia-smi -q -x (also -L, its table, and --query-gpu=name,memory.total --format=csv), "
     "npu-smi info, hl-smi, lspci, amd-smi static, rocm-smi --showproductname --showmeminfo vram (also --json), "
     "scontrol show nodes, also with --json, sinfo -N with GRES, ray list nodes --detail --format json, ray status, "
     "CSV with node,gpu,count"
@@ -101,6 +103,8 @@ class _File:
     def parsed(self) -> tuple[Any, Text]:
         if cards := amd.cards_of_text(self._text):
             return cards, Text(file=self.label, text=None)
+        if is_described(self._text):
+            return described_nodes(self._text), Text(file=self.label, text=None)
         return parse_text(self._text, self.label, _BOUNDS)
 
     def _recognised(self) -> FleetSource:
@@ -114,6 +118,8 @@ class _File:
             return FleetSource.SLURM
         if is_ray_status(self._text):
             return FleetSource.RAY
+        if is_described(self._text):
+            return FleetSource.KUBECTL
         if not begin.startswith(("{", "[")) and is_node_table(self._text):
             return FleetSource.FILE
         try:

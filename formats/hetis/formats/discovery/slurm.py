@@ -36,7 +36,8 @@ _UNUSABLE = {
     *("REBOOT_ISSUED", "REBOOT_REQUESTED", "RESERVED", "UNKNOWN", "BLOCKED"),
 }
 _GRES = re.compile(r"gpu(?::([^:()]+))??(?::(\d{1,9}))?(?:\([^()]*\))?")
-_MIG = re.compile(r"\d+g\.\d+gb|(?:^|_)\dg(?:_|$)", re.IGNORECASE)
+# NVML names a slice of a card a100_3g.20gb, or nvidia_a100_80gb_pcie_1g.10gb; an administrator perhaps 1g.10gb.
+_MIG = re.compile(r"(?:(?P<card>.*?)[_-])?(?P<part>\dg(?:\.\d{1,3}gb)?(?:[.+-]\w+)*)", re.IGNORECASE)
 
 
 def read_slurm(data: Any, source: Text, *, with_busy: bool = False) -> Inventory:
@@ -105,13 +106,16 @@ def _slurm_node(
         busy = min(count, used.get(product, 0))
         if not count:
             continue
-        if _MIG.search(product):
+        part = _MIG.fullmatch(product)
+        if part and "." not in part["part"]:
             left_out.append(parts_text(count, product))
             continue
         if busy:
             left_out.append(f"{counted(busy)} ({product}): in use by jobs")
         if count > busy and unusable:
             left_out.append(f"{counted(count - busy)} ({product}): {unusable}")
+        elif count > busy and part:
+            gpus.append(FoundGpus(product=part["card"] or UNTYPED, count=count - busy, hints=hints, part=part["part"]))
         elif count > busy:
             gpus.append(FoundGpus(product=product, count=count - busy, hints=hints))
     return FoundNode(name=name, gpus=tuple(gpus), left_out=tuple(left_out), where=source.problem(path, ""))

@@ -101,14 +101,11 @@ def default_width(moe: Shape | None) -> dict[str, int]:
     return {} if moe is None else {"intermediate_size": moe["expert_intermediate"]}
 
 
-def leading_dense_layers(config: Config, num_layers: int, default: int | None = None) -> int:
-    """Return how many layers precede those with experts. Transformers writes the kind of every layer's MLP.
-
-    Without a default, a config that says neither has a problem.
-    """
+def leading_dense_layers(config: Config, num_layers: int) -> int:
+    """Return how many layers precede those with experts. Transformers writes the kind of every layer's MLP."""
     kinds = config.for_layers("mlp_layer_types", num_layers)
     if kinds is None:
-        return config.whole("first_k_dense_replace", default, least=0)
+        return config.whole("first_k_dense_replace", least=0)
     dense = kinds.count("dense")
     if kinds != ["dense"] * dense + ["sparse"] * (num_layers - dense):
         config.refuse("mlp_layer_types", "must have 'dense' for the first layers only, and 'sparse' for all others")
@@ -128,13 +125,10 @@ def same_experts(
 # --- vision towers
 
 
-def vision_params(config: Config, *, projection: int, gated: bool = False) -> int:
-    """Return the parameters of the vision tower that a ``vision_config`` describes; without one there are none.
-
-    The other arguments are those of `tower_params`.
-    """
+def vision_params(config: Config, *, projection: int) -> int:
+    """Return the parameters of the vision tower that a ``vision_config`` describes, or 0 without one."""
     vision = config.part("vision_config")
-    return 0 if vision is None else tower_params(vision, projection=projection, gated=gated)
+    return 0 if vision is None else tower_params(vision, projection=projection, gated=False)
 
 
 def tower_params(vision: Config, *, projection: int, gated: bool) -> int:

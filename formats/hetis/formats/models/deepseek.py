@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from hetis.formats.errors import shown
 from hetis.formats.layers import Shape
 from hetis.formats.models.common import common_fields, default_width, leading_dense_layers, spec_of
 from hetis.formats.models.compressed_attention import compressed_attention
 from hetis.formats.models.config_json import MAX_STREAMS, Config
+from hetis.formats.models.layered import Shapes
 from hetis.formats.models.linear_attention import kimi_delta_attention
-from hetis.solver.model import ModelSpec
+from hetis.solver.model import Indexer, Latent, Mixer, ModelSpec
 
 
 def kimi_linear(config: Config, name: str) -> ModelSpec | None:
@@ -37,13 +40,12 @@ def kimi_linear(config: Config, name: str) -> ModelSpec | None:
     return spec_of(config, **common, mla=mla, moe=moe)
 
 
-def routed_experts(config: Config, first_dense_layers: int = 0) -> Shape:
-    """Return the experts of DeepSeek and GLM: routed and shared ones, after some dense layers."""
+def routed_experts(config: Config) -> Shape:
+    """Return the experts of DeepSeek: routed and shared ones."""
     return dict(
         **config.experts("n_routed_experts", "num_experts_per_tok"),
         expert_intermediate=config.whole("moe_intermediate_size"),
         shared_experts=config.whole("n_shared_experts", 0, least=0),
-        first_dense_layers=first_dense_layers,
     )
 
 
@@ -52,31 +54,26 @@ def mla_of(config: Config) -> Shape:
     return dict(**{name: config.whole(name) for name in sizes}, q_lora_rank=config.optional("q_lora_rank"))
 
 
-def deepseek(config: Config, name: str, indexer: Shape | None = None) -> ModelSpec | None:
-    """Read DeepSeek V2 and V3, Kimi K2 and K2.5: latent attention; dense layers first, then experts in every layer."""
-    mla = mla_of(config)
-    common = common_fields(config, name) | {"head_dim": mla["qk_nope_head_dim"] + mla["qk_rope_head_dim"]}
-    moe = None
-    if config.data.get(config.experts_name("n_routed_experts")) is not None:
-        if config.whole("moe_layer_freq", 1) != 1:
-            config.refuse("moe_layer_freq", "only models with experts in every layer after the first (1) are supported")
-        moe = routed_experts(config, leading_dense_layers(config, common["num_layers"], 0))
-    return spec_of(config, **common, mla=mla, moe=moe, indexer=indexer)
-
-
-def deepseek_sparse(config: Config, name: str) -> ModelSpec | None:
-    """Read DeepSeek-V3.2 and GLM 5: DeepSeek-V3 with an indexer, whose keys have 8 bits and a scale of 32."""
-    size = config.whole("index_head_dim")
-    indexer = {
-        "top_tokens": config.whole("index_topk"),
-        "heads": config.whole("index_n_heads"),
-        "head_dim": size,
-        "key_bytes": size + 4.0,
-        "layers": _indexer_layers(config, config.num_layers()),
-    }
+def with_indexer(config: Config, shapes: Shapes) -> Shapes:
+    """Return DeepSeek-V3.2's and GLM 5's layers: DeepSeek-V3's with an indexer, whose keys have 8 bits and a scale of
+    32. Some layers of GLM 5.2 attend to what an earlier one chose.
+    """
     if config.data.get("q_lora_rank") is None:
         config.refuse("q_lora_rank", "is missing, but the indexer computes its queries from compressed ones")
-    return deepseek(config, name, indexer)
+        return shapes
+    size = config.whole("index_head_dim")
+    heads, tokens = config.whole("index_n_heads"), config.whole("index_topk")
+    indexer = Indexer(top_tokens=tokens, heads=heads, head_dim=size, key_bytes=size + 4.0)
+    owns = _indexers(config, len(shapes.layers))
+
+    def chosen(mixer: Mixer, own: bool) -> Mixer:
+        return replace(mixer, indexer=indexer, has_own_indexer=own) if isinstance(mixer, Latent) else mixer
+
+    layers = [
+        replace(layer, mixers=tuple(chosen(one, own) for one in layer.mixers))
+        for layer, own in zip(shapes.layers, owns, strict=True)
+    ]
+    return replace(shapes, layers=tuple(layers))
 
 
 def deepseek_v4(config: Config, name: str) -> ModelSpec | None:
@@ -94,8 +91,8 @@ def deepseek_v4(config: Config, name: str) -> ModelSpec | None:
     return spec_of(config, **common, moe=moe, compressed=compressed, residual_streams=streams, kv_bytes=1.0)
 
 
-def _indexer_layers(config: Config, num_layers: int) -> int | None:
-    """Return how many layers have an indexer of their own, or None if all have; the others share an earlier choice.
+def _indexers(config: Config, num_layers: int) -> list[bool]:
+    """Return whether each layer has an indexer of its own; the others share an earlier choice.
 
     As in transformers 5.23 (``GlmMoeDsaConfig.__post_init__``), ``indexer_types`` precedes ``index_topk_pattern``,
     which precedes ``index_topk_freq`` with ``index_skip_topk_offset``. vLLM (``skip_topk`` in
@@ -110,15 +107,12 @@ def _indexer_layers(config: Config, num_layers: int) -> int | None:
         kinds = list(pattern) if isinstance(pattern, str) else []
         if len(kinds) != num_layers:
             config.refuse(name, f"is {shown(pattern)}, must be a text of {num_layers} letters, one for each layer")
-            return None
     else:
         if offset == 0 and every > 1:
             config.refuse("index_skip_topk_offset", "is 0, so layer 0 would share the indexer of an earlier layer")
-        layers = min(offset, num_layers) + max(0, num_layers - offset) // every
-        return layers if 0 < layers < num_layers else None
+        return [layer < offset or (layer - offset) % every == every - 1 for layer in range(num_layers)]
     if unknown := [kind for kind in kinds if kind not in (full, shared)]:
         config.refuse(name, f"has {shown(unknown[0])}, must have {full} or {shared} for each layer")
     elif kinds and kinds[0] == shared:
         config.refuse(name, f"has {shown(shared)} for layer 0, which no layer precedes whose indexer it could share")
-    layers = kinds.count(full)
-    return layers if 0 < layers < num_layers else None
+    return [kind == full for kind in kinds] if len(kinds) == num_layers else [True] * num_layers

@@ -24,7 +24,7 @@ from hetis.formats.models.common import (
     window_in_all,
 )
 from hetis.formats.models.config_json import Config
-from hetis.formats.models.deepseek import deepseek, deepseek_sparse, deepseek_v4, kimi_linear
+from hetis.formats.models.deepseek import deepseek_v4, kimi_linear, with_indexer
 from hetis.formats.models.linear_attention import lightning_attention
 from hetis.formats.models.qwen import qwen1, qwen2_vl, qwen3_next
 from hetis.formats.models.unlike import by_layers, deci, twice_in_a_layer
@@ -75,13 +75,6 @@ def _llama4(config: Config, fields: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _mistral3(config: Config, name: str) -> ModelSpec | None:
-    """Read Mistral 3: Mistral's text model, or DeepSeek's for Mistral Large 3, with a Pixtral tower."""
-    text = (deepseek if config.data.get("kv_lora_rank") else family_of(window_in_all))(config, name)
-    towers = vision_params(config, projection=config.whole("hidden_size"), gated=True)
-    return None if text is None else replace(text, vision_params=towers)
-
-
 def _of_inner_model(config: Config, name: str) -> ModelSpec | None:
     """Read a model whose language model has an architecture of its own (InternVL), with its tower."""
     inner = next(iter(listed(config.data.get("architectures"))), None) or MODEL_TYPES.get(
@@ -123,6 +116,10 @@ _GEMMA_3 |= {"num_key_value_heads": 4, "vocab_size": 262_208, "max_position_embe
 _QWEN = {"use_sliding_window": False, "max_window_layers": 28}
 
 
+_SPARSE = partial(by_layers, shape=with_indexer)
+
+
+# Kimi K2.5's vision tower is left out: it has less than a thousandth of the weights.
 # Architecture, its ``model_type`` if configs without ``architectures`` are known, and its reader.
 _TABLE: tuple[tuple[str, str, Family], ...] = (
     ("LlamaForCausalLM", "llama", by_layers),
@@ -148,18 +145,17 @@ _TABLE: tuple[tuple[str, str, Family], ...] = (
     ("GptOssForCausalLM", "gpt_oss", partial(by_layers, usual={"head_dim": 64, "sliding_window_pattern": 2})),
     ("Qwen2VLForConditionalGeneration", "qwen2_vl", partial(qwen2_vl, gated=False)),
     ("Qwen2_5_VLForConditionalGeneration", "qwen2_5_vl", partial(qwen2_vl, gated=True)),
-    ("DeepseekV32ForCausalLM", "deepseek_v32", deepseek_sparse),
-    ("GlmMoeDsaForCausalLM", "glm_moe_dsa", deepseek_sparse),
+    ("DeepseekV32ForCausalLM", "deepseek_v32", _SPARSE),
+    ("GlmMoeDsaForCausalLM", "glm_moe_dsa", _SPARSE),
     ("DeepseekV4ForCausalLM", "deepseek_v4", deepseek_v4),
     ("Llama4ForConditionalGeneration", "llama4", family_of(_llama4, fixed={"windows_free_kv": False}, head_dim=128)),
-    ("Mistral3ForConditionalGeneration", "mistral3", _mistral3),
     ("Llama4ForCausalLM", "llama4_text", family_of(_llama4, fixed={"windows_free_kv": False}, head_dim=128)),
-    ("MistralLarge3ForCausalLM", "", _mistral3),
     ("LongcatFlashForCausalLM", "longcat_flash", partial(by_layers, shape=twice_in_a_layer)),
     ("Starcoder2ForCausalLM", "starcoder2", partial(by_layers, gated_mlp=False, tied=True)),
     ("DeciLMForCausalLM", "nemotron-nas", deci),
     ("DbrxForCausalLM", "dbrx", partial(by_layers, inner=("attn_config", "ffn_config"))),
-    ("AXK2ForCausalLM", "axk2", deepseek_sparse),
+    ("KimiK25ForConditionalGeneration", "kimi_k25", partial(by_layers, fixed={"vision_params": 0})),
+    ("AXK2ForCausalLM", "axk2", _SPARSE),
     # By model cards: 3.3B and 3.4B with DeepEncoder (SAM, and CLIP or a small Qwen2); 4.15B with CLIP; 5.6B with
     # adapters for all matrices.
     ("DeepseekOCRForCausalLM", "", partial(_with_towers, by_layers, 400_000_000)),
@@ -197,12 +193,16 @@ _ALIKE: tuple[tuple[Family, str], ...] = (
         "BaichuanForCausalLM=baichuan BaiChuanForCausalLM SolarForCausalLM=solar DeepseekForCausalLM=deepseek "
         "TeleChat2ForCausalLM=telechat MellumForCausalLM=mellum SarvamMoEForCausalLM=sarvam_moe "
         "SarvamMLAForCausalLM=sarvam_mla_moe PanguUltraMoEForCausalLM=pangu_ultra_moe ChatGLMModel=chatglm "
-        "ChatGLMForConditionalGeneration GLM4VForCausalLM MiniCPMV=minicpmv MiniCPMO=minicpmo",
+        "ChatGLMForConditionalGeneration GLM4VForCausalLM MiniCPMV=minicpmv MiniCPMO=minicpmo "
+        "DeepseekV2ForCausalLM=deepseek_v2 DeepseekV3ForCausalLM=deepseek_v3 KimiK2ForCausalLM=kimi_k2 "
+        "AXK1ForCausalLM=axk1 Glm4MoeLiteForCausalLM=glm4_moe_lite Mistral3ForConditionalGeneration=mistral3 "
+        "MistralLarge3ForCausalLM",
     ),
     (
         partial(by_layers, tied=True, inner=("attn_config",), **_CLASSIC),
         "BloomForCausalLM=bloom GPT2LMHeadModel=gpt2 GPTBigCodeForCausalLM=gpt_bigcode FalconForCausalLM=falcon "
-        "MPTForCausalLM=mpt MptForCausalLM",
+        "MPTForCausalLM=mpt MptForCausalLM BioGptForCausalLM=biogpt XGLMForCausalLM=xglm CTRLLMHeadModel=ctrl "
+        "OpenAIGPTLMHeadModel=openai-gpt GPTNeoXJapaneseForCausalLM=gpt_neox_japanese",
     ),
     (partial(by_layers, **_CLASSIC), "GPTJForCausalLM=gptj GPTNeoXForCausalLM=gpt_neox CodeGenForCausalLM=codegen"),
     (
@@ -237,11 +237,6 @@ _ALIKE: tuple[tuple[Family, str], ...] = (
         _LATER_GEMMA,
         "Gemma4ForConditionalGeneration=gemma4 Gemma4ForCausalLM=gemma4_text "
         "Gemma4UnifiedForConditionalGeneration=gemma4_unified Gemma4UnifiedForCausalLM=gemma4_unified_text",
-    ),
-    (
-        deepseek,
-        "DeepseekV2ForCausalLM=deepseek_v2 DeepseekV3ForCausalLM=deepseek_v3 KimiK2ForCausalLM=kimi_k2 "
-        "KimiK25ForConditionalGeneration=kimi_k25 AXK1ForCausalLM=axk1 Glm4MoeLiteForCausalLM=glm4_moe_lite",
     ),
     (
         qwen3_next,
@@ -282,8 +277,7 @@ FAMILIES = {architecture: read for architecture, _, read in _rows()}
 MODEL_TYPES = {kind: architecture for architecture, kind, _ in _rows() if kind}
 
 
-# Architectures whose language model is described in ``text_config``. Kimi K2.5's vision tower is left out: it has less
-# than a thousandth of the weights.
+# Architectures whose language model is described in ``text_config``.
 NESTED = {
     name
     for name, read in FAMILIES.items()

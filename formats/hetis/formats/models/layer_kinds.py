@@ -12,10 +12,18 @@ from hetis.formats.models.config_json import NUM_EXPERTS, Config
 NAMES = {
     "num_hidden_layers": ("num_hidden_layers", "num_layers", "n_layer", "n_layers"),
     "hidden_size": ("hidden_size", "n_embd", "n_embed", "d_model"),
-    "num_attention_heads": ("num_attention_heads", "n_head", "n_heads"),
+    "num_attention_heads": ("num_attention_heads", "n_head", "n_heads", "attention_heads"),
     "vocab_size": ("padded_vocab_size", "vocab_size"),
     "intermediate_size": (
-        *("dense_intermediate_size", "block_ff_dim", "intermediate_size", "ffn_hidden_size", "n_inner"),
+        *(
+            "dense_intermediate_size",
+            "block_ff_dim",
+            "intermediate_size",
+            "ffn_hidden_size",
+            "n_inner",
+            "ffn_dim",
+            "dff",
+        ),
     ),
     "head_dim": ("head_dim", "attention_head_dim", "kv_channels", "hidden_size_per_head"),
     "max_position_embeddings": (
@@ -86,7 +94,7 @@ def in_usual_names(data: Mapping[str, Any]) -> dict[str, Any]:
 ATTENTION, WINDOWED, STATE, CONVOLUTION, BOTH, NONE = "full", "windowed", "state", "convolution", "both", "none"
 CONVOLVED, CONVOLVED_WINDOW = "convolved", "convolved window"  # attention beside short convolutions (Inkling)
 _KINDS = {
-    **dict.fromkeys(("full_attention", "attention", "global_attention", "global", "*"), ATTENTION),
+    **dict.fromkeys(("full_attention", "attention", "global_attention", "global", "*", "indexed_attention"), ATTENTION),
     **dict.fromkeys(("sliding_attention", "sliding", "local_attention", "local", "sliding_window"), WINDOWED),
     **dict.fromkeys(("linear_attention", "mamba", "mamba2", "M"), STATE),
     **dict.fromkeys(("conv", "short_conv"), CONVOLUTION),

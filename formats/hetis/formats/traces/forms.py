@@ -114,6 +114,19 @@ FORMS = (
         failed_without_output=True, leaves_out=lambda fields: fields.get("status") == "failure",
         source="github.com/BerriAI/litellm, LiteLLM_SpendLogs",
     ),
+    *(
+        TraceForm(
+            "Langfuse", fields, _moment, is_absolute=True, failed_without_output=True,
+            left_out="observations that are no generations, or have failed",
+            reading="prompts lack the parts that clients report apart, as read from a cache",
+            source="langfuse.com, observations of its API and of exports to blob storage",
+        )
+        for fields in (
+            ("startTime", "usageDetails.input", "usageDetails.output"),
+            ("start_time", "usage_details.input", "usage_details.output"),
+            ("startTime", "promptTokens", "completionTokens"),
+        )
+    ),
     TraceForm(
         "aiperf",
         ("metadata.request_start_ns", *(f"metrics.{what}_sequence_length.value" for what in ("input", "output"))),

@@ -32,6 +32,12 @@ HISTOGRAMS = (
     ("sglang:prompt_tokens_histogram", "sglang:generation_tokens_histogram"),
     ("tgi_request_input_length", "tgi_request_generated_tokens"),
 )
+# Totals of the tokens of prompts and of outputs, and of requests, of servers without these histograms.
+_TOTALS = (
+    ("vllm:prompt_tokens_total", "vllm:generation_tokens_total", "vllm:request_success_total"),
+    ("sglang:prompt_tokens_total", "sglang:generation_tokens_total", "sglang:num_requests_total"),
+    ("sglang:prompt_tokens_total", "sglang:generation_tokens_total", "sglang:e2e_request_latency_seconds_count"),
+)
 _NO_RATE = "a scrape without the start of its server has no rate: give --demand, or a Prometheus"
 _INDEPENDENT = "prompts and outputs are taken as independent, since histograms have no pairs"
 
@@ -58,7 +64,7 @@ def measured(label: str) -> Measured | None:
     name = PurePath(label).name.partition(".")[0]
     if begin.lstrip()[:1] == "{" or _RESULT in begin:
         return _of_query(label, name, begin) if '"resultType"' in begin[:1000] else _of_summary(label, name, begin)
-    if any(prompts in begin for prompts, _ in HISTOGRAMS):
+    if any(prompts in begin for prompts, *_ in (*HISTOGRAMS, *_TOTALS)):
         return of_metrics(label, begin, name=name, at_s=os.stat(label).st_mtime)
     return _of_log(label, name, begin.splitlines())
 
@@ -92,29 +98,31 @@ def of_metrics(label: str, text: str, *, name: str, at_s: float | None = None) -
         else:
             values[metric] += value
     found = next((pair for pair in HISTOGRAMS if all(name in buckets for name in pair)), None)
-    if found is None:
+    totals = next((one for one in _TOTALS if all(values.get(name) for name in one)), None)
+    if found is None and totals is None:
         wanted = " nor ".join(f"{pair[0]}_bucket" for pair in HISTOGRAMS[:2])
         raise single_problem(label, f"has no {wanted}: give the server's /metrics, or a Prometheus that scrapes it")
-    prompts = found[0]
+    prompts = (found or totals or ("",))[0]
     since = (values.get(f"{prompts}_created"), values.get("process_start_time_seconds"))
     start_s = next((one for one in since if one), None)
     spent_s = at_s - start_s if at_s is not None and start_s is not None and at_s > start_s else None
     notes = (
         [f"it has requests of {len(models)} models together: {', '.join(list(models)[:4])}"] if len(models) > 1 else []
     )
-    count = max(buckets[prompts].values())
+    count = max(buckets[prompts].values()) if found else values[totals[2]] if totals else 0.0
     if spent_s is None:
         notes.append(_NO_RATE)
     else:
         notes.append(f"the rate is the mean over {spent_s / 3600:.3g} h since the server's start")
-    return of_histograms(
-        label,
-        [(buckets[one], values.get(f"{one}_sum")) for one in found],
-        name=name,
-        form=f"metrics of {prompts.partition(':')[0].partition('_')[0]}",
-        rate_rps=None if spent_s is None else count / spent_s,
-        notes=notes,
-    )
+    form, rate_rps = f"metrics of {prompts.partition(':')[0].partition('_')[0]}", spent_s and count / spent_s
+    if found is None and totals is not None:
+        lengths = [max(1.0, values[one] / count) for one in totals[:2]]
+        one = LengthBin(prompt_tokens=lengths[0], output_tokens=lengths[1], weight=count)
+        notes.append("all requests have the mean lengths, since the server has no histograms of them")
+        workload = Workload(name=name, bins=(one,), rate_rps=rate_rps)
+        return Measured(workload=workload, form=f"{form}, totals", num_requests=count, notes=tuple(notes))
+    histograms = [(buckets[one], values.get(f"{one}_sum")) for one in found or ()]
+    return of_histograms(label, histograms, name=name, form=form, rate_rps=rate_rps, notes=notes)
 
 
 def _of_query(label: str, name: str, text: str) -> Measured:

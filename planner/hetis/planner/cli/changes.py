@@ -253,7 +253,7 @@ class FollowOptions:
     """What the loop may do."""
 
     every: float = _follow("--every TIME: Time between two regular decisions.", "5min")
-    coverage: float = _follow("--coverage SHARE: Probability of keeping what comes within minutes.", "97%")
+    coverage: float = _follow("--coverage SHARE: Probability of keeping what comes within minutes.", "97.5%")
     look_ahead: float = _follow("--look-ahead TIME: Time whose peak a change is made for.", "5min")
     threshold: float = _follow("--threshold SHARE: Utilisation that threshold scaling keeps.", "70%")
     max_moves: int | None = _follow("--max-moves N: Maximum GPUs whose work one change may change.", min=0)
@@ -289,7 +289,7 @@ def rehearse(
         every_s=follow.every, coverage=follow.coverage, look_ahead_s=follow.look_ahead, max_moves=follow.max_moves,
     )  # fmt: skip
     curve = _curve(found, wanted)
-    events = _node_events(found, wanted)
+    events = _node_events(found, wanted, curve)
     lines = SparseLines[tuple[str, float]](
         terminal.say, lambda news: f"  {news[0]}: {news[1]:.0%} of the time", state=lambda news: news[0]
     )
@@ -314,6 +314,8 @@ def _curve(found: PlanAndProblem, wanted: RehearsedTraffic) -> TrafficCurve:
     if wanted.trace is not None:
         uneven, workload = unevenness(read_trace(wanted.trace).arrival_s), load_workload(wanted.trace)
     if wanted.curve is not None:
+        if wanted.rate is not None:
+            raise typer.BadParameter("the rates are those of --curve", param_hint="'--rate'")
         curve = read_curve(str(wanted.curve), workload, history_s=wanted.history * 86400)
     else:
         rate = wanted.rate or 0.8 * kept_rate(found.plan, found.problem)
@@ -347,14 +349,16 @@ def _factor_at(text: str, option: str) -> tuple[float, str]:
 def _seconds(time: str, text: str, curve: TrafficCurve | None = None) -> float:
     """Return a duration in seconds; with a curve, the time after its history, which must be in it."""
     seconds = values.duration(time)
-    if curve is None:
-        return seconds
+    return seconds if curve is None else _of_curve(seconds, text, curve)
+
+
+def _of_curve(seconds: float, text: str, curve: TrafficCurve) -> float:
     if curve.start_s + seconds >= curve.end_s:
         raise typer.BadParameter(f"{text!r} is after the end of the traffic, {(curve.end_s - curve.start_s) / 3600:g}h")
     return curve.start_s + seconds
 
 
-def _node_events(found: PlanAndProblem, wanted: RehearsedTraffic) -> list[NodeEvent]:
+def _node_events(found: PlanAndProblem, wanted: RehearsedTraffic, curve: TrafficCurve) -> list[NodeEvent]:
     from hetis.formats.errors import did_you_mean
     from hetis.planner.loop.rehearsal import NodeEvent
 
@@ -366,6 +370,7 @@ def _node_events(found: PlanAndProblem, wanted: RehearsedTraffic) -> list[NodeEv
             if node not in known:
                 message = f"no node {node!r} in the cluster{did_you_mean(node, known)}"
                 raise typer.BadParameter(message, param_hint=f"'{option}'")
+            _of_curve(at_s, text, curve)
             events.append(NodeEvent(at_s=at_s, node=node, joins=joins))
     return events
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import time
 from collections import Counter
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping
 from contextlib import suppress
@@ -121,21 +120,20 @@ class LiveFleet:
         """Serve one stream until either side ends it. Raises ServiceError as ``AgentService.ConnectNode`` documents."""
         await self._budget.turn()  # thousands that come back at once leave time for calls, too
         first = await _first_of(requests)
-        began_s = time.perf_counter()
-        try:
-            name = self._admit(identity, first)
-            cluster, node = self._clusters[cluster_of(name)], last_part(name)
-            stream = Stream(cluster.open(node, first, now_s=self._clock.monotonic(), time_s=self._clock.time()))
-        except ServiceError as error:
-            note_refused(error, self.counters)
-            raise
-        if (before := self._streams.get(name)) is not None:
-            gone = taken_over(f"another stream of {name} was opened", name)
-            before.end(gone)
-            self._fail_readings(name, gone)
-        self._streams[name] = stream
-        self._after(cluster)
-        self._budget.took(time.perf_counter() - began_s)
+        with self._budget.spending():
+            try:
+                name = self._admit(identity, first)
+                cluster, node = self._clusters[cluster_of(name)], last_part(name)
+                stream = Stream(cluster.open(node, first, now_s=self._clock.monotonic(), time_s=self._clock.time()))
+            except ServiceError as error:
+                note_refused(error, self.counters)
+                raise
+            if (before := self._streams.get(name)) is not None:
+                gone = taken_over(f"another stream of {name} was opened", name)
+                before.end(gone)
+                self._fail_readings(name, gone)
+            self._streams[name] = stream
+            self._after(cluster)
         reading = asyncio.create_task(self._read(cluster, node, stream, requests), name=f"stream of {name}")
         try:
             async for message in stream.messages():
@@ -320,11 +318,10 @@ class LiveFleet:
             async for request in requests:
                 _check_size(request)
                 now_s, time_s = self._clock.monotonic(), self._clock.time()
-                began_s = time.perf_counter()
-                for event in cluster.handle(node, stream.session, request, now_s=now_s, time_s=time_s):
-                    self._answer_reading(event)
-                self._after(cluster)
-                self._budget.took(time.perf_counter() - began_s)
+                with self._budget.spending():
+                    for event in cluster.handle(node, stream.session, request, now_s=now_s, time_s=time_s):
+                        self._answer_reading(event)
+                    self._after(cluster)
                 await self._budget.turn()
             stream.end()
         except ServiceError as error:

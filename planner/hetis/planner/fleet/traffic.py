@@ -14,7 +14,7 @@ from hetis.planner.convert.traffic import HOUR_S, MINUTE_S, TrafficWindow
 from hetis.solver.plan import Role
 from hetis.solver.traffic import SCALES, TrafficSketch
 
-KEPT_S = {MINUTE_S: 3 * HOUR_S, HOUR_S: 15 * 24 * HOUR_S}
+KEPT_S = {MINUTE_S: 6 * HOUR_S, HOUR_S: 15 * 24 * HOUR_S}
 SETTLE_S = 10.0
 SILENCE_S = 90.0  # after so long without any reading nothing was observed in between
 _OF_PREFILL, _OF_DECODE = ("output_tokens", "tpot_s"), ("prompt_tokens", "ttft_s", "wait_s")

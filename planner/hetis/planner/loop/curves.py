@@ -46,7 +46,7 @@ class TrafficCurve:
         if not len(self.rates) or not np.isfinite(self.rates).all() or (self.rates < 0).any() or not self.rates.any():
             raise InvalidProblemError(f"curve {self.name} needs rates that are finite, >= 0, and not all 0")
         if not 0 <= self.start_s < self.end_s:
-            raise InvalidProblemError(f"curve {self.name} ends at {self.end_s:g} s, before it starts")
+            raise InvalidProblemError(f"curve {self.name} has {self.end_s:g} s, of which {self.start_s:g} are history")
 
     @property
     def end_s(self) -> float:

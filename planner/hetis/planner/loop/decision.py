@@ -52,7 +52,7 @@ from hetis.solver.traffic import TrafficSketch
 from hetis.solver.workload import Workload
 
 ENOUGH = 1 - 1e-6
-SHORT, SPARE = 1.0, 5.0  # standard deviations of a level
+SHORT, SPARE = 1.0, 3.0  # standard deviations of a level
 LEVEL_S = LEVEL_BINS * BIN_S
 LEAST_ENDED = 100  # requests that a mix is measured from
 STAY_S = 60.0  # horizon of a change whose replicas mostly stay: what starts then costs more than what it saves
@@ -126,9 +126,7 @@ def solve(posed: PosedReplan, settings: LoopSettings) -> Replanning:
 
     def at(problem: PlacementProblem) -> Replanning:
         question = replace(posed, problem=problem)
-        return replan(
-            question, settings.costs, settings.max_moves, verify=settings.verify, budget=budget, report=silent
-        )
+        return replan(question, settings.costs, settings.max_moves, verify=False, budget=budget, report=silent)
 
     utilisation = GRID[-1] if problem.objective.kind.goal.is_planned else 0.0
     for _ in range(2):
@@ -163,10 +161,6 @@ def _kept_utilisation(plan: Plan, problem: PlacementProblem) -> float:
         return plan.result.utilisation
     queue = request_queue(plan, problem.at(plan.result.utilisation, plan.lanes()))
     return 0.0 if queue is None else queue.highest_rate(plan.result.utilisation * rate_rps, limit_s) / rate_rps
-
-
-def _nothing_known(_posed: PosedReplan) -> float:
-    return 0.0
 
 
 def kept_rate(plan: Plan, problem: PlacementProblem) -> float:
@@ -213,7 +207,7 @@ def is_spare(history: History, demand_rps: float, since_s: float, settings: Loop
 
 def decide(
     history: History, in_force: InForce, settings: LoopSettings, *, drift: Drift | None = None,
-    ahead: Callable[[float, float], Forecast] | None = None, solve: Solve = solve, least: Least = _nothing_known,
+    ahead: Callable[[float, float], Forecast] | None = None, solve: Solve = solve, least: Least = lambda _posed: 0.0,
 ) -> Decision:  # fmt: skip
     """Return what to do at the end of a history.
 

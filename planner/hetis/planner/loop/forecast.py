@@ -21,7 +21,7 @@ such a mean, / the mean square of e), so that at low rates chance does not pass 
 The level of minutes is the mean of the last five, or since the rate has changed within them: the cut that explains
 the counts best, if the likelihood ratio of two rates to one is above `CHANGED`. Of n requests those after a cut are
 binomial if nothing changed, for which log L >= x has at most the probability 2 exp(-x) (Chernoff); 15 cuts in every
-20 s make a false one in ten days. So it is as steady as a mean of minutes, and follows a jump at once.
+10 s make a false one in ten days. So it is as steady as a mean of minutes, and follows a jump at once.
 
 Seasonal naive forecasts are what every other method is measured by (Hyndman and Athanasopoulos 2021, 5.2); what counts
 here is that the interval is honest, whatever rule makes it. No library is used: those that fit more refined methods
@@ -48,10 +48,10 @@ from hetis.solver.workload import FloatArray
 
 BIN_S, MINUTE_S = 300.0, 60.0
 LEVEL_BINS, LEVEL_MINUTES = 2, 5  # the last ones at most, whose mean is the recent level
-CHANGED = math.log(2 * 3 * LEVEL_MINUTES * DAY_S / 20 / 0.1)  # of a likelihood ratio: the rate has changed
+CHANGED = math.log(2 * 3 * LEVEL_MINUTES * DAY_S / 10 / 0.1)  # of a likelihood ratio: the rate has changed
 SMOOTHED = 3  # bins over which seasons are averaged
 KEPT_S = 15 * DAY_S  # history that is used: two weeks, and a day before
-MINUTES_KEPT_S = 3 * 3600.0
+MINUTES_KEPT_S = 6 * 3600.0
 LEAST_MINUTES = 5  # that must be known for a forecast by minutes
 PRIOR = 10, 0.15  # weight in past errors, and relative error, that are assumed while nothing is known
 ASKED_EVERY = 2  # bins; neighbouring ones have nearly the same errors

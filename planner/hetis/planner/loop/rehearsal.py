@@ -28,17 +28,18 @@ from hetis.planner.loop.drift import Drift, DriftTest, Expected
 from hetis.planner.loop.forecast import BIN_S, KEPT_S, MINUTE_S, MINUTES_KEPT_S, Forecast, History, Window, with_hours
 from hetis.planner.loop.settings import LoopSettings
 from hetis.planner.use_cases.other_fleets.replan import PosedReplan
+from hetis.planner.use_cases.prices import price_of_plan
 from hetis.planner.use_cases.saved_plans import PlanAndProblem
 from hetis.solver.advice import without_nodes
 from hetis.solver.cluster import Cluster, node_of
 from hetis.solver.placement.utilisation import GRID
-from hetis.solver.plan import ReplicaPlan
+from hetis.solver.plan import Plan
 from hetis.solver.replanning.replanner import Replanning
 from hetis.solver.replanning.transition import Action, Step
 from hetis.solver.traffic import TOKENS, Histogram, TrafficSketch
 from hetis.solver.workload import FloatArray, Workload
 
-WINDOW_S = 20.0  # between two looks of the planner at what agents report
+WINDOW_S = 10.0  # between two looks of the planner at what agents report
 RECENT_S = 3600.0  # of whole windows
 
 
@@ -89,9 +90,11 @@ class Follower(Protocol):
 
     def is_hasty(self, view: View) -> bool:
         """Return whether to ask now."""
+        return False
 
     def drift_test(self) -> DriftTest | None:
         """Return a new test of what its last answer expected; None: it has none."""
+        return None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -163,7 +166,7 @@ def _kind(posed: PosedReplan) -> object:
     return posed.problem.objective.kind, workload.bins, workload.prefix_hit_rate, fleet.node_groups
 
 
-class LoopFollower:
+class LoopFollower(Follower):
     """The loop itself. With ``truth`` it knows the rates to come, as a perfect forecast would."""
 
     def __init__(self, settings: LoopSettings, search: RememberingSearch, truth: TrafficCurve | None = None) -> None:
@@ -174,8 +177,12 @@ class LoopFollower:
         self._changes_s = deque[float](maxlen=settings.changes_per_hour)
 
     def ask(self, view: View) -> Answer:
+        history, truth = view.history(), self._truth
+        if truth is None and history.by_minutes() is None:  # the first minutes
+            return Answer(None, view.in_force.found, None)
+        ahead = None if truth is None else partial(_known, truth, view.now_s)
         found = decide(
-            view.history(), view.in_force, self._settings, drift=view.drift, ahead=self._ahead(view.now_s),
+            history, view.in_force, self._settings, drift=view.drift, ahead=ahead,
             solve=self._search.solve, least=self._search.least,
         )  # fmt: skip
         self._capacity_rps = math.inf if found.verdict is Verdict.CANNOT else found.capacity_rps
@@ -192,27 +199,22 @@ class LoopFollower:
         if self._truth is not None:
             soon = self._truth.rates_within(view.now_s, view.now_s + self._settings.lead_s)
             return self._capacity_rps < float(soon.max())
-        history, since_s = view.history(), view.in_force.since_s
-        return is_short(history, self._capacity_rps, self._settings) or is_spare(
-            history, self._demand_rps, since_s, self._settings
-        )
+        history, settings = view.history(), self._settings
+        if is_short(history, self._capacity_rps, settings):
+            return True
+        return is_spare(history, self._demand_rps, view.in_force.since_s, settings)
 
     def drift_test(self) -> DriftTest | None:
         return self._settings.drift_test(WINDOW_S)
 
-    def _ahead(self, now_s: float) -> Callable[[float, float], Forecast] | None:
-        truth = self._truth
-        if truth is None:
-            return None
 
-        def ahead(horizon_s: float, coverage: float) -> Forecast:
-            rates = truth.rates_within(now_s, now_s + horizon_s)
-            return Forecast(
-                expected_rps=float(rates.max()), low_rps=float(rates.min()),
-                high_rps=float(rates.max()), coverage=coverage, rule="the truth", errors=0,
-            )  # fmt: skip
-
-        return ahead
+def _known(truth: TrafficCurve, now_s: float, horizon_s: float, coverage: float) -> Forecast:
+    """Return the forecast that a curve comes true."""
+    rates = truth.rates_within(now_s, now_s + horizon_s)
+    low_rps, high_rps = float(rates.min()), float(rates.max())
+    return Forecast(
+        expected_rps=high_rps, low_rps=low_rps, high_rps=high_rps, coverage=coverage, rule="the truth", errors=0
+    )
 
 
 def rehearse(
@@ -256,7 +258,7 @@ class _Rehearsing:
             requests += arrived
             outside += arrived * (rate > kept * (1 + 1e-9) or backlog > 0)
             backlog = max(0.0, backlog + arrived - kept * WINDOW_S)
-            gpus, price = serving.paid(self._gone)
+            gpus, price = serving.paid(self._in_force.fleet, self._gone)
             gpu_hours += gpus * WINDOW_S / 3600
             usd += price * WINDOW_S / 3600
             sketch = self._log.measure(now_s, in_full=self._expected is not None)
@@ -323,12 +325,6 @@ class _Serving:
         self._until_s = math.inf
         self._olds = frozenset(range(len(start.plan.replicas)))
         self._news = self._starting = frozenset[int]()
-        prices = dict[str, float]()
-        for node, group in start.problem.cluster.nodes():
-            of_node = [start.problem.cluster.price_of(slots) for slots in group.gpus for _ in range(slots.count)]
-            for index, price in zip(group.gpus_of_node(), of_node, strict=True):
-                prices[f"{node}/{index}"] = math.nan if price is None else price
-        self._prices = prices
         self._rates, self._paid = dict[object, float](), dict[object, tuple[int, float]]()
         self._phase = 0  # number of the present combination of plans and replicas
 
@@ -359,27 +355,29 @@ class _Serving:
                 self._until_s = now_s + math.ceil(step.seconds / WINDOW_S) * WINDOW_S
         return False
 
-    def _replicas(self, *, with_starting: bool) -> tuple[ReplicaPlan, ...]:
-        olds = [self.found.plan.replicas[number] for number in sorted(self._olds)]
-        if self._change is None:
-            return tuple(olds)
-        news = self._news | self._starting if with_starting else self._news
-        return (*olds, *(self._change.next.plan.replicas[number] for number in sorted(news)))
+    def _plan(self, *, with_starting: bool) -> Plan:
+        """Return the replicas that serve, and those that start, as a plan."""
+        replicas = [self.found.plan.replicas[number] for number in sorted(self._olds)]
+        if self._change is not None:
+            news = self._news | self._starting if with_starting else self._news
+            replicas += [self._change.next.plan.replicas[number] for number in sorted(news)]
+        return replace(self.found.plan, replicas=tuple(replicas), kv_routes=())
 
     def kept_rps(self, mix: int, fleet: Cluster, gone: frozenset[str]) -> float:
         """Return the rate up to which what serves keeps its limits."""
         key = self._phase, mix, gone
         if key not in self._rates:
-            plan = replace(self.found.plan, replicas=self._replicas(with_starting=False), kv_routes=())
-            self._rates[key] = kept_rate(plan, replace(self.found.problem, workload=self._mixes[mix], cluster=fleet))
+            problem = replace(self.found.problem, workload=self._mixes[mix], cluster=fleet)
+            self._rates[key] = kept_rate(self._plan(with_starting=False), problem)
         return self._rates[key]
 
-    def paid(self, gone: frozenset[str]) -> tuple[int, float]:
+    def paid(self, fleet: Cluster, gone: frozenset[str]) -> tuple[int, float]:
         """Return the GPUs that serve or start, and their price in USD per hour; NaN if one has none."""
         if (key := (self._phase, gone)) not in self._paid:
-            used = {device for one in self._replicas(with_starting=True) for device in one.devices()}
-            there = [device for device in used if node_of(device) not in gone]
-            self._paid[key] = len(there), sum(self._prices[device] for device in there)
+            plan = self._plan(with_starting=True)
+            price = price_of_plan(plan, fleet)
+            there = sum(node_of(device) not in gone for device in plan.devices())
+            self._paid[key] = there, math.nan if price is None else price
         return self._paid[key]
 
 

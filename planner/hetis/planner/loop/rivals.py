@@ -1,7 +1,7 @@
 """What the loop is measured by: a static plan for the peak, threshold scaling, and the loop with a perfect forecast.
 
 `ThresholdScaling` lets replicas of the static plan come and go by their utilisation. Its rule is that of Kubernetes'
-HorizontalPodAutoscaler with its defaults: every 15 s (20 here), if the ratio of measured to wanted utilisation is off
+HorizontalPodAutoscaler with its defaults: every 15 s (10 here), if the ratio of measured to wanted utilisation is off
 by over 10%, as many replicas as the ratio asks for; fewer only once the highest number of the last 5 minutes is fewer.
 Utilisation is the rate of the last minute over what the replicas are planned for. The cheapest replicas per request
 start first. Source: Kubernetes documentation, "Horizontal Pod Autoscaling", algorithm details.
@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 from hetis.planner.loop.curves import TrafficCurve
-from hetis.planner.loop.drift import DriftTest
 from hetis.planner.loop.rehearsal import (
     Answer,
     Change,
@@ -44,7 +43,7 @@ TOLERANCE = 0.1
 STABLE_S = 300.0
 
 
-class Static:
+class Static(Follower):
     """A plan that never changes."""
 
     name, every_s, watch_s = "static", math.inf, math.inf
@@ -52,17 +51,11 @@ class Static:
     def ask(self, view: View) -> Answer:
         return Answer(None, view.in_force.found, None)
 
-    def is_hasty(self, view: View) -> bool:
-        return False
 
-    def drift_test(self) -> DriftTest | None:
-        return None
-
-
-class ThresholdScaling:
+class ThresholdScaling(Follower):
     """Follows traffic with replicas of a plan for the peak."""
 
-    every_s, watch_s = 20.0, math.inf
+    every_s, watch_s = 10.0, math.inf
 
     def __init__(self, peak: PlanAndProblem, costs: ChangeCosts, utilisation: float) -> None:
         """Raises InvalidProblemError if the plan's replicas do not serve by themselves."""
@@ -97,12 +90,6 @@ class ThresholdScaling:
             return Answer(None, found, None)
         following = replace(found, plan=replace(self._peak.plan, replicas=tuple(after)))
         return Answer(Change(next=following, steps=self._steps(running, found, after), reason=""), following, None)
-
-    def is_hasty(self, view: View) -> bool:
-        return False
-
-    def drift_test(self) -> DriftTest | None:
-        return None
 
     def _capacity(self, replicas: Sequence[ReplicaPlan]) -> float:
         return self._peak.plan.planned_share * sum(one.rate for one in replicas)

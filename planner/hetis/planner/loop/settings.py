@@ -28,15 +28,14 @@ class LoopSettings:
         changes_per_hour: most changes in an hour that the planner makes itself; a cluster's policy has its own.
         max_moves: limit on the GPUs that change their work in one change; None: any number.
         search: settings of searches, which may choose another rung.
-        verify: whether a plan is simulated before it is proposed.
     """
 
     costs: ChangeCosts = field(default_factory=ChangeCosts)
     every_s: float = 300.0
-    watch_s: float = 20.0
-    coverage: float = 0.97
+    watch_s: float = 10.0
+    coverage: float = 0.975
     look_ahead_s: float = 300.0
-    lasting: float = 0.95
+    lasting: float = 0.85
     false_alarms_per_day: float = 0.1
     tolerance: float = 0.1
     least_gain: float = 0.05
@@ -44,7 +43,6 @@ class LoopSettings:
     changes_per_hour: int = 20
     max_moves: int | None = None
     search: PlacementSettings = field(default_factory=PlacementSettings)
-    verify: bool = False
 
     def __post_init__(self) -> None:
         for name, least, most in (

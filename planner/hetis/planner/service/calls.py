@@ -153,7 +153,8 @@ class Calls(grpc.aio.ServerInterceptor):
             self._num_unary += 1
             self._unary_done.clear()
             context.add_done_callback(self._unary_ended)
-            await context.write(await behaviour(request, context))
+            async with self._limits.turn(method):
+                await context.write(await behaviour(request, context))
 
         async def stream(context: Context, read: Callable[[], Awaitable[Any]]) -> None:
             is_watch = not handler.request_streaming

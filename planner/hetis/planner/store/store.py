@@ -6,7 +6,7 @@ import asyncio
 import contextvars
 import sqlite3
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
 
 import sqlalchemy as sa
@@ -14,6 +14,7 @@ import sqlalchemy as sa
 import hetis.planner.store.lease as rows
 import hetis.planner.store.opening as opening
 import hetis.planner.store.schema as schema
+from hetis.planner.callers import Turns
 from hetis.planner.failures import Reason, ServiceError
 from hetis.planner.store.connection import StoreConnection, forget
 from hetis.planner.store.health import StoreHealth
@@ -34,6 +35,7 @@ class _OlderLeaderError(StoreError):
 T = TypeVar("T")
 LEASE_S = 5.0  # the lease of a planner on a server
 _LEAST_LIMIT_S = 5.0  # least limit on a server's answer to one statement
+_READS_OF_A_CALLER = 4  # in the queue of reads at once: others' reads wait for no more of them
 _TRY_S = 1.0  # least time that a read waits, whatever the state of the store
 _PROBE_S = 2.0  # a store without a query for so long is probed
 _TRIAL = "trial"  # the name of what is written to learn whether writes work; no record has such a name
@@ -75,6 +77,7 @@ class Store:
             on_expiry=self._connection.breaker.break_connection,
             on_end=self.health.writes_work,  # as far as is known: a standby writes nothing
         )
+        self._turns = Turns(_READS_OF_A_CALLER)
         self._guard: asyncio.Task[None] | None = None  # watches over the connections while the store is open
         self._is_closed = False
         self._is_migrating = False
@@ -135,11 +138,16 @@ class Store:
         return await self._read_in(self._reading.looks, lambda reader: kind.of(reader).require(name))
 
     async def _read_in(self, engine: sa.Engine, work: Callable[[Reader], T]) -> T:
-        reading: asyncio.Future[T] = self._reading.run(self._timed, self._read, engine, work)
+        reading: asyncio.Task[T] = _started(self._read_in_turn(engine, work))
         if self._is_served and not await self._ends_in_time(reading):
             message = f"the planner's store {self._label} has not answered for {self.health.answered_s_ago:.1f} s"
+            reading.cancel()  # it may still wait for its turn
             raise ServiceError(Reason.ERROR_REASON_STORE_UNAVAILABLE, message, metadata={"changed": "no"})
         return await reading
+
+    async def _read_in_turn(self, engine: sa.Engine, work: Callable[[Reader], T]) -> T:
+        async with self._turns.turn():
+            return await self._reading.run(self._timed, self._read, engine, work)
 
     async def write(self, work: Callable[[Transaction], T]) -> T:
         """Run ``work`` in the store's thread and return its result once its changes are durable.
@@ -331,7 +339,7 @@ class Store:
             return work(*arguments)
 
 
-def _started(work: Any) -> asyncio.Task[None]:
-    task: asyncio.Task[None] = asyncio.create_task(work)
+def _started(work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
+    task = asyncio.create_task(work)
     task.add_done_callback(forget)
     return task

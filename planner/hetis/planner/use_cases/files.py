@@ -10,13 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hetis.formats.catalogue import known_gpu
+from hetis.formats.catalogue import gpu_types, known_gpu
 from hetis.formats.cluster import parse_cluster
 from hetis.formats.discovery.found import counted
 from hetis.formats.dispatch.new_requests import NewRequests
 from hetis.formats.dispatch.saved_state import SavedState
 from hetis.formats.documents import Value, dump_data, kind_of, load, load_model, load_workload
-from hetis.formats.errors import DocumentError, Problem, single_problem
+from hetis.formats.errors import DocumentError, Problem, did_you_mean, single_problem
 from hetis.formats.fields import API_VERSION
 from hetis.formats.files import read_text
 from hetis.formats.kinds import read_data
@@ -170,6 +170,11 @@ def with_gpu_type(name: str, figures: Mapping[str, str], into: str | None) -> st
     """
     if (known := known_gpu(name)) is not None:
         raise single_problem("catalog add", f"{name!r} is {known.name} of the catalogue: give another name")
+    # A cluster file may have any, and kernels are then scaled from another one, which no slip of the pen should cause.
+    like, architectures = figures.get("architecture", ""), {gpu.architecture for gpu in gpu_types().values()}
+    if like not in architectures:
+        known_ones = did_you_mean(like, architectures) or f": it has {', '.join(sorted(architectures))}"
+        raise single_problem("catalog add", f"no GPU of the catalogue has the architecture {like!r}{known_ones}")
     entry = {"gpu_types": {name: dict(figures)}}
     sample: dict[str, Any] = {
         "apiVersion": API_VERSION,

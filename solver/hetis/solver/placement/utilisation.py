@@ -26,10 +26,9 @@ import numpy as np
 from hetis.solver.budget import SearchSettings
 from hetis.solver.errors import NoPlanFoundError
 from hetis.solver.placement.master import cost_of
-from hetis.solver.placement.operating_points import retuned
 from hetis.solver.placement.outcome import Outcome, rate_bound
 from hetis.solver.placement.replicas.tables import CostTables, Tables
-from hetis.solver.placement.waits import PRECISE, Kept, kept_by, lanes_of, saturated_rate
+from hetis.solver.placement.waits import PRECISE, Kept, kept_by, lanes_of, retuned, saturated_rate
 from hetis.solver.plan import Lanes, ObjectiveKind, Plan
 from hetis.solver.problem import PlacementProblem
 
@@ -158,6 +157,7 @@ class _Cells:
         self._bound_of, self._bounds = bound_of, dict[float, float]()
         self.lanes = most_lanes(costs)  # of the last plan
         self.has_found = False  # whether any search found a plan
+        self._searched = list[tuple[CostTables, float]]()  # tables with their bounds on saturated rates
 
     @property
     def limit_s(self) -> float | None:
@@ -172,9 +172,12 @@ class _Cells:
         """
         lanes = self.lanes._replace(prefill_load=load)
         tables = self.costs.at(utilisation, lanes, reserved)
+        if any(GRID[-1] * bound <= above and _is_within(tables, other) for other, bound in self._searched):
+            return None
         outcome = self.outcome_of(tables, above / GRID[-1], gap)
         if outcome is None:
             return None
+        self._searched.append((tables, outcome.bound))
         return _Found(outcome, kept_by(tables, outcome, GRID[-1]), lanes_of(tables, outcome), reserved)
 
     def outcome_of(self, tables: CostTables, above: float = 0.0, gap: float = 0.0) -> Outcome | None:
@@ -255,7 +258,7 @@ class _Most(_Cells):
             is_overrated = found is not None and found.utilisation < NEARLY * utilisation
             if is_overrated and self.lanes != lanes and not self.settings.budget.is_spent():
                 self._improved(utilisation)  # now with the lanes that such plans have
-            elif found is not None and not is_overrated and not self.settings.budget.is_spent():
+            elif found is not None and not is_overrated and not self._is_settled(found.outcome):
                 self._improved(utilisation, gap=0.0)  # waits are no matter, so whole counts decide
         if not self._kept:
             self._improved(GRID[0])
@@ -263,6 +266,11 @@ class _Most(_Cells):
             self._leave_time_to_wait(most)
             self._relieve_prefill(most)
         return most
+
+    def _is_settled(self, outcome: Outcome) -> bool:
+        """Return whether no search to a smaller gap can find more, or has time."""
+        is_close = outcome.bound <= outcome.value * (1.0 + self.settings.gap_target)
+        return is_close or self.settings.budget.is_spent()
 
     def _relieve_prefill(self, most: float) -> None:
         """Search for better plans whose prefill replicas have a lower utilisation than the others."""
@@ -323,6 +331,15 @@ class _Most(_Cells):
         tables = self.costs.at(used, found.lanes)
         over = max(bound, found.kept) / used if used else np.inf
         return KeptOutcome(tables, self.finished(found.outcome, max(over, found.outcome.value)))
+
+
+def _is_within(tables: CostTables, other: CostTables) -> bool:
+    """Return whether replicas within the caps of one search are within those of another of the same problem."""
+    loads = (one.problem.assumptions.lanes.prefill_load for one in (tables, other))
+    caps = ((own.tables, its.tables) for own, its in zip(tables.scopes, other.scopes, strict=True))
+    return len(set(loads)) == 1 and all(
+        bool((own.t_cap <= its.t_cap).all() and (own.trip_cap <= its.trip_cap).all()) for own, its in caps
+    )
 
 
 def _between(kept: Mapping[float, float]) -> float:

@@ -27,6 +27,7 @@ FILLS = (0.05, 0.1, 0.25, 0.5, 0.75, 1.0)  # shares of a micro-batch at about wh
 MORE_SEATS = (1.0, 1.5, 2.0, 4.0)  # times the planned seats, which are tried in turn if requests wait for them
 WORTH_SEATS = 1.005  # ratio by which they must raise the utilisation
 MARGIN = 0.99  # share of a limit on TTFT that is used up
+BATCHES = (1.0, 0.75, 0.6, 0.45, 0.3)  # shares of a micro-batch that are tried instead of it
 PRECISE = 1e-4  # of a utilisation
 
 Counted = tuple[Template, int]
@@ -280,3 +281,50 @@ class _Queues:
         smaller = [one for one in self._of_kind(mix) if one[0] <= most]
         wanted = (min(smaller, key=lambda one: abs(one[0] - fill * most)) for fill in FILLS)
         return sorted({smaller[0], *wanted})
+
+
+# --- Replicas that were found, with other iterations
+
+
+def retuned(costs: CostTables, outcome: Outcome) -> Iterator[Outcome]:
+    """Yield the outcome with every chunk of the family and smaller micro-batches in all of its unified replicas.
+
+    A search that counts saturated rates fills the limits with large batches and chunks, whose iterations are long.
+    Replicas of the same stages with less in each iteration serve less when saturated, but prompts wait less.
+    """
+    unified = [t for t, _ in outcome.chosen if costs.mixes[t.mix].role is Role.UNIFIED]
+    if not unified:
+        return
+    for chunk in costs.problem.family.chunk_tokens:
+        tried = {tuple(unified)}
+        for share in BATCHES:
+            others = {template: _with(costs, template, chunk, share) for template in unified}
+            changed = {template: other for template, other in others.items() if other is not None}
+            if len(changed) < len(others) or (key := tuple(changed.values())) in tried:
+                continue
+            tried.add(key)
+            yield replace(outcome, chosen=tuple((changed.get(t, t), n) for t, n in outcome.chosen))
+
+
+def _with(costs: CostTables, template: Template, chunk_tokens: int, share: float) -> Template | None:
+    """Return a replica of the same stages with this chunk and at most a share of its micro-batch, if it may run so."""
+    mix, m = costs.mixes[template.mix], costs.problem.family.in_flight[template.in_flight_index]
+    kind = mix.sends_afar, mix.attention_dp
+    alike = [
+        (other.micro_batch, x)
+        for x, other in enumerate(costs.mixes)
+        if other.role is Role.UNIFIED
+        and other.chunk_tokens == chunk_tokens
+        and (other.sends_afar, other.attention_dp) == kind
+        and other.micro_batch <= max(1.0, share * mix.micro_batch)
+    ]
+    if not alike:
+        return None
+    _, x = max(alike)
+    other = replace(template, mix=x)
+    other = replace(other, interval_s=interval_of(costs, other))
+    tpot_s = mixes.tpot_per_interval(costs.problem.model, costs.mixes[x], m) * other.interval_s
+    limit_s = costs.of_scope(template.scope).problem.objective.tpot_limit_s
+    is_in_time = limit_s is None or tpot_s <= limit_s * (1.0 + 1e-9)
+    fits = all(room_layers(costs, other, i) >= stage.layers for i, stage in enumerate(other.stages))
+    return other if is_in_time and fits else None

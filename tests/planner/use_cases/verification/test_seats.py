@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from hetis.planner.use_cases.place import pose
 from hetis.planner.use_cases.record.parts import Verified
+from hetis.planner.use_cases.request import PlacementRequest
 from hetis.planner.use_cases.simulation.engine_settings import at_settings, with_all_seats
 from hetis.planner.use_cases.simulation.simulate import Question, answer, default_rate, seats_of
 from hetis.planner.use_cases.verification import rates
@@ -14,6 +16,7 @@ from hetis.simulator.values import Settings
 from hetis.solver.budget import Budget
 from hetis.solver.engine_rules import EngineSettings
 from hetis.solver.plan import Plan, Role
+from tests.planner.command_line import EXAMPLES
 from tests.planner.use_cases.simulation.test_simulate import no_mixed_factor
 from tests.planner.use_cases.verification.verifying import Placed, at_rate, no_progress
 from tests.simulator.more_seats import with_more_seats
@@ -77,3 +80,18 @@ def test_work_that_is_done_ends_simulations_on_any_machine(pair: Placed) -> None
     assert stopped == rates.kept_plan(crowded, problem, seed=0, budget=Budget(work_limit=30_000), report=no_progress)
     assert small.is_spent()
     assert small.work < 0.5 * whole.work
+
+
+def test_slow_replicas_fill_as_the_queue_model_assumes() -> None:
+    """L4s hold a request for three times as long: with equally many for their rates most of their seats stay empty."""
+    wanted = PlacementRequest(
+        cluster=str(EXAMPLES / "h100-l4.yaml"), model="Qwen2.5-32B", workload="500/2000", engine="vllm"
+    )
+    posed = pose(wanted)
+    plan = posed.prove(lambda _: None).plan
+    assert {one.devices()[0].split("/")[0] for one in plan.replicas} == {"h100", "l4-0", "l4-1"}
+    found = rates.simulated_at(
+        plan, posed.problem, plan.result.value, plan.objective, seed=1, budget=Budget(), report=silent
+    )
+    assert found is not None
+    assert found.kept

@@ -57,7 +57,7 @@ def traffic(
 ) -> ExitCode:
     """Show the traffic that agents measure, and how fast cards are beside their profiles.
 
-    The planner keeps minutes for three hours, and hours for 15 days.
+    The planner keeps minutes for six hours, and hours for 15 days.
     """
     from hetis.planner.cli.server.resource_views import resource_data
     from hetis.planner.convert.traffic import TrafficWindow, models_of

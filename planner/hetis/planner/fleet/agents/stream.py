@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+from contextlib import contextmanager
 
 from hetis.planner.failures import ServiceError
 from hetis.planner.fleet.agents.deltas import protocol_violation
@@ -86,8 +87,16 @@ class MessageBudget:
         self._waiting: deque[asyncio.Future[None]] = deque()
         self._timer: asyncio.TimerHandle | None = None
 
+    @contextmanager
+    def spending(self) -> Iterator[None]:
+        """Note the time in which a message is handled."""
+        began_s = self._clock()
+        try:
+            yield
+        finally:
+            self.took(self._clock() - began_s)
+
     def took(self, seconds: float) -> None:
-        """Note the time in which a message was handled."""
         self._mean_s += _WEIGHT * (seconds - self._mean_s)
 
     async def turn(self) -> None:
