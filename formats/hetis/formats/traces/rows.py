@@ -262,17 +262,8 @@ def _json_rows(label: str, lines: Iterator[str], count: CountTokens | None) -> I
 
 
 _MOST_EVENTS = 100_000
-_NOT_GENERATIONS = (
-    "SPAN",
-    "EVENT",
-    "AGENT",
-    "TOOL",
-    "CHAIN",
-    "RETRIEVER",
-    "EVALUATOR",
-    "EMBEDDING",
-    "GUARDRAIL",
-)  # Langfuse
+# Of Langfuse's observations.
+_NOT_GENERATIONS = ("SPAN", "EVENT", "AGENT", "TOOL", "CHAIN", "RETRIEVER", "EVALUATOR", "EMBEDDING", "GUARDRAIL")
 
 
 def _with_time(fields: dict[str, object], sessions: dict[str, float]) -> dict[str, object]:
