@@ -157,6 +157,7 @@ class _Cells:
         self._bound_of, self._bounds = bound_of, dict[float, float]()
         self.lanes = most_lanes(costs)  # of the last plan
         self.has_found = False  # whether any search found a plan
+        self._searched = list[tuple[CostTables, float]]()  # tables with their bounds on saturated rates
 
     @property
     def limit_s(self) -> float | None:
@@ -171,9 +172,12 @@ class _Cells:
         """
         lanes = self.lanes._replace(prefill_load=load)
         tables = self.costs.at(utilisation, lanes, reserved)
+        if any(GRID[-1] * bound <= above and _is_within(tables, other) for other, bound in self._searched):
+            return None
         outcome = self.outcome_of(tables, above / GRID[-1], gap)
         if outcome is None:
             return None
+        self._searched.append((tables, outcome.bound))
         return _Found(outcome, kept_by(tables, outcome, GRID[-1]), lanes_of(tables, outcome), reserved)
 
     def outcome_of(self, tables: CostTables, above: float = 0.0, gap: float = 0.0) -> Outcome | None:
@@ -241,7 +245,7 @@ class _Most(_Cells):
         if not self._kept:
             self.require_kept()
             return None
-        bound = self._bound(most)
+        bound = self.bound_after(most)
         return Unbeaten(max(bound, self._kept)) if self.best is None else self._answer(self.best, bound)
 
     def search(self) -> float:
@@ -254,7 +258,7 @@ class _Most(_Cells):
             is_overrated = found is not None and found.utilisation < NEARLY * utilisation
             if is_overrated and self.lanes != lanes and not self.settings.budget.is_spent():
                 self._improved(utilisation)  # now with the lanes that such plans have
-            elif found is not None and not is_overrated and not self.settings.budget.is_spent():
+            elif found is not None and not is_overrated and not self._is_settled(found.outcome):
                 self._improved(utilisation, gap=0.0)  # waits are no matter, so whole counts decide
         if not self._kept:
             self._improved(GRID[0])
@@ -262,6 +266,11 @@ class _Most(_Cells):
             self._leave_time_to_wait(most)
             self._relieve_prefill(most)
         return most
+
+    def _is_settled(self, outcome: Outcome) -> bool:
+        """Return whether no search to a smaller gap can find more, or has time."""
+        is_close = outcome.bound <= outcome.value * (1.0 + self.settings.gap_target)
+        return is_close or self.settings.budget.is_spent()
 
     def _relieve_prefill(self, most: float) -> None:
         """Search for better plans whose prefill replicas have a lower utilisation than the others."""
@@ -297,7 +306,7 @@ class _Most(_Cells):
                 best = max(best, other, key=lambda one: one.kept)
         return best
 
-    def _bound(self, most: float) -> float:
+    def bound_after(self, most: float) -> float:
         """Return a bound on kept rates, given one on saturated rates at the lowest utilisation."""
         bound = GRID[0] * most
         for low, high in reversed(list(pairwise(GRID))):
@@ -322,6 +331,15 @@ class _Most(_Cells):
         tables = self.costs.at(used, found.lanes)
         over = max(bound, found.kept) / used if used else np.inf
         return KeptOutcome(tables, self.finished(found.outcome, max(over, found.outcome.value)))
+
+
+def _is_within(tables: CostTables, other: CostTables) -> bool:
+    """Return whether replicas within the caps of one search are within those of another of the same problem."""
+    loads = (one.problem.assumptions.lanes.prefill_load for one in (tables, other))
+    caps = ((own.tables, its.tables) for own, its in zip(tables.scopes, other.scopes, strict=True))
+    return len(set(loads)) == 1 and all(
+        bool((own.t_cap <= its.t_cap).all() and (own.trip_cap <= its.trip_cap).all()) for own, its in caps
+    )
 
 
 def _between(kept: Mapping[float, float]) -> float:
@@ -413,8 +431,8 @@ class _Least(_Cells):
         goal = replace(problem.objective, kind=ObjectiveKind.GOODPUT, demand_rps=None)
         costs = replace(self.costs, problem=replace(problem, objective=goal))
         most = _most(costs, self.settings, self.find, self._bound_of, 0.0, self._quick)
-        most.search()
-        self.has_found, found = self.has_found or most.has_found, most.best
+        is_excluded = most.bound_after(most.search()) < demand * (1.0 - 1e-9)
+        self.has_found, found = not is_excluded and (self.has_found or most.has_found), most.best
         if found is None or found.kept < demand:
             return None
         outcome = found.outcome
