@@ -106,6 +106,11 @@ def test_devices_of_further_drivers_are_whole(tmp_path: Path, driver: str, words
     assert boards_of(found_in(tmp_path, sliced(driver, devices(8, **words)))) == {"n": (gpu, 8)}
 
 
+def test_a_device_without_a_product_is_named_after_its_driver(tmp_path: Path) -> None:
+    slices = sliced("gpu.nvidia.com", devices(2))
+    assert boards_of(found_in(tmp_path, slices, **{"gpu.nvidia.com": "L4"})) == {"n": ("L4", 2)}
+
+
 def test_a_device_that_is_not_healthy_is_left_out(tmp_path: Path) -> None:
     both = devices(2, model="Gaudi2")
     both[1] = {"name": "gpu-1", "attributes": {"model": {"string": "Gaudi2"}, "healthy": {"bool": False}}}

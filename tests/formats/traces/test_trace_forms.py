@@ -284,6 +284,7 @@ def litellm(second: int, prompt: int, output: int, status: str = "success") -> d
 
 REQUESTS = ((0, 374, 44), (3, 396, 109), (4, 879, 55))
 SPAN = {"id": "a", "type": "SPAN", "startTime": "2026-05-20T08:02:00.000Z", "usageDetails": {}}
+FAILED = SPAN | {"type": "GENERATION"}
 
 
 def langfuse(second: int, prompt: int, output: int) -> dict[str, object]:
@@ -312,7 +313,7 @@ def langfuse(second: int, prompt: int, output: int) -> dict[str, object]:
             "0,374,44,success\n3,396,109,success\n4,879,55,success\n5,7,9,failure\n",
         ),
         ("pandas.csv", "Timestamp,Request tokens,Response tokens\n0,374.0,44.0\n3,396.0,109.0\n4,879.0,55.0\n"),
-        ("langfuse.json", json.dumps({"data": [SPAN, *(langfuse(*one) for one in REQUESTS), SPAN]})),
+        ("langfuse.json", json.dumps({"data": [SPAN, FAILED, *(langfuse(*one) for one in REQUESTS), SPAN]})),
         (
             "langfuse_blob.jsonl",
             lines(*({"start_time": f"2026-05-20 08:02:0{second}.963000", "usage_details": {"input": p, "output": o}}

@@ -312,7 +312,7 @@ def test_new_tokens_and_certificates_are_taken_while_it_serves(tmp_path: Path) -
         write(tmp_path, new.server())
         becomes("OK", new, second)
         assert call(old, second) == "UNAVAILABLE"
-        planner.signal(signal.SIGTERM)
+        planner.signal(signal.SIGINT)
         code, stderr = planner.end()
     assert code == ServiceExitCode.OK, stderr
     assert first.strip() not in stderr

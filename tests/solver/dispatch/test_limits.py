@@ -138,7 +138,8 @@ BEYOND: list[tuple[Maker, dict[str, Any], str]] = [
     *((load, {"free_blocks": [n, 0]}, f"^free_blocks is {n}, must be ") for n in (NAN, INF, 0.5, 2**63 - 1)),
     (load, {"free_blocks": np.array([2**63, 0], np.uint64)}, f"^free_blocks is {2**63}, must be "),
     *((load, {"kv_bytes": [0, value]}, f"^kv_bytes is {value}, must be ") for value in (NAN, INF, -1.0)),
-    *((load, {name: np.zeros((2, 1))}, rf"^{name} has shape \(2, 1\), must be ") for name in ("heads", "free_blocks")),
+    *((load, {name: np.zeros((2, 1))}, rf"^{name} has shape \(2, 1\), must be ")
+      for name in ("heads", "kv_bytes", "free_blocks")),
     (load, {"heads": np.array([0.0, -1.0])}, "heads is -1.0, must be"),
     (load, {"heads": np.array([True, False])}, "heads are of type bool, must be"),
     (load, {"free_blocks": [0, MOST_BLOCKS + 1]}, f"free_blocks is {MOST_BLOCKS + 1}, must be"),

@@ -207,7 +207,8 @@ def _device(driver: str, body: Mapping[str, Any], is_claimed: bool) -> _Device:
     attributes = {name.rpartition("/")[2]: mapping(value) for name, value in mapping(body.get("attributes")).items()}
     words = {name: text(value.get("string")) for name, value in attributes.items()}
     # NVIDIA's and AMD's name the product, Intel's the model, and Google's the generation.
-    product = words.get("productName") or words.get("model") or f"TPU {words['tpuGen']}" * bool(words.get("tpuGen"))
+    generation = words.get("tpuGen")
+    product = words.get("productName") or words.get("model") or (f"TPU {generation}" if generation else driver)
     kind = words.get("type") or _WHOLE[0]
     capacity = {name.rpartition("/")[2]: value for name, value in mapping(body.get("capacity")).items()}
     memory = capacity.get("memory")
@@ -221,9 +222,7 @@ def _device(driver: str, body: Mapping[str, Any], is_claimed: bool) -> _Device:
         reason = "tainted by the driver"
     elif attributes.get("healthy", {}).get("bool") is False:
         reason = "unhealthy"
-    return _Device(
-        product=product or driver, memory_bytes=bytes_of(size), resource=_DRIVERS[driver], reason=reason, part=part
-    )
+    return _Device(product=product, memory_bytes=bytes_of(size), resource=_DRIVERS[driver], reason=reason, part=part)
 
 
 def _found(node: _Object, devices: list[_Device], use: _Use, problems: list[Problem]) -> FoundNode:

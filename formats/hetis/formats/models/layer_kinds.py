@@ -15,15 +15,8 @@ NAMES = {
     "num_attention_heads": ("num_attention_heads", "n_head", "n_heads", "attention_heads"),
     "vocab_size": ("padded_vocab_size", "vocab_size"),
     "intermediate_size": (
-        *(
-            "dense_intermediate_size",
-            "block_ff_dim",
-            "intermediate_size",
-            "ffn_hidden_size",
-            "n_inner",
-            "ffn_dim",
-            "dff",
-        ),
+        *("dense_intermediate_size", "block_ff_dim", "intermediate_size", "ffn_hidden_size"),
+        *("n_inner", "ffn_dim", "dff"),
     ),
     "head_dim": ("head_dim", "attention_head_dim", "kv_channels", "hidden_size_per_head"),
     "max_position_embeddings": (

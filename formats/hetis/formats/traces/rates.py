@@ -81,7 +81,7 @@ Buckets = Mapping[float, float]
 
 
 def of_metrics(label: str, text: str, *, name: str, at_s: float | None = None) -> Measured:
-    """Return the workload of a scrape at a time (seconds since 1970). Raises DocumentError if it has no histograms."""
+    """Return the workload of a scrape at a time (seconds since 1970). Raises DocumentError without counts of tokens."""
     buckets = defaultdict[str, dict[float, float]](lambda: defaultdict(float))
     values, models = defaultdict[str, float](float), dict[str, None]()
     for sample in _SAMPLE.finditer(text):
@@ -98,31 +98,31 @@ def of_metrics(label: str, text: str, *, name: str, at_s: float | None = None) -
         else:
             values[metric] += value
     found = next((pair for pair in HISTOGRAMS if all(name in buckets for name in pair)), None)
-    totals = next((one for one in _TOTALS if all(values.get(name) for name in one)), None)
-    if found is None and totals is None:
+    names = found or next((one for one in _TOTALS if all(values.get(name) for name in one)), None)
+    if names is None:
         wanted = " nor ".join(f"{pair[0]}_bucket" for pair in HISTOGRAMS[:2])
         raise single_problem(label, f"has no {wanted}: give the server's /metrics, or a Prometheus that scrapes it")
-    prompts = (found or totals or ("",))[0]
+    prompts = names[0]
     since = (values.get(f"{prompts}_created"), values.get("process_start_time_seconds"))
     start_s = next((one for one in since if one), None)
     spent_s = at_s - start_s if at_s is not None and start_s is not None and at_s > start_s else None
     notes = (
         [f"it has requests of {len(models)} models together: {', '.join(list(models)[:4])}"] if len(models) > 1 else []
     )
-    count = max(buckets[prompts].values()) if found else values[totals[2]] if totals else 0.0
+    count = max(buckets[prompts].values()) if found else values[names[-1]]
     if spent_s is None:
         notes.append(_NO_RATE)
     else:
         notes.append(f"the rate is the mean over {spent_s / 3600:.3g} h since the server's start")
     form, rate_rps = f"metrics of {prompts.partition(':')[0].partition('_')[0]}", spent_s and count / spent_s
-    if found is None and totals is not None:
-        lengths = [max(1.0, values[one] / count) for one in totals[:2]]
-        one = LengthBin(prompt_tokens=lengths[0], output_tokens=lengths[1], weight=count)
-        notes.append("all requests have the mean lengths, since the server has no histograms of them")
-        workload = Workload(name=name, bins=(one,), rate_rps=rate_rps)
-        return Measured(workload=workload, form=f"{form}, totals", num_requests=count, notes=tuple(notes))
-    histograms = [(buckets[one], values.get(f"{one}_sum")) for one in found or ()]
-    return of_histograms(label, histograms, name=name, form=form, rate_rps=rate_rps, notes=notes)
+    if found:
+        histograms = [(buckets[one], values.get(f"{one}_sum")) for one in found]
+        return of_histograms(label, histograms, name=name, form=form, rate_rps=rate_rps, notes=notes)
+    prompt_tokens, output_tokens = (max(1.0, values[one] / count) for one in names[:2])
+    mean = LengthBin(prompt_tokens=prompt_tokens, output_tokens=output_tokens, weight=count)
+    notes.append("all requests have the mean lengths, since the server has no histograms of them")
+    workload = Workload(name=name, bins=(mean,), rate_rps=rate_rps)
+    return Measured(workload=workload, form=f"{form}, totals", num_requests=count, notes=tuple(notes))
 
 
 def _of_query(label: str, name: str, text: str) -> Measured:

@@ -108,7 +108,7 @@ class _Items:
             if self._count is None:
                 raise single_problem(self._label, TEXTS)
             yield from _conversation_rows(f"[{place}]" if isinstance(place, int) else place, turns, self._count)
-        elif ("event" in fields or fields.get("type") in _NOT_GENERATIONS) and self._num_events < _MOST_EVENTS:
+        elif ("event" in fields or fields.get("type") in _OBSERVATIONS) and self._num_events < _MOST_EVENTS:
             self._num_events += 1
         else:
             raise unknown_form(self._label, place, "field", "fields", list(fields))
@@ -262,17 +262,10 @@ def _json_rows(label: str, lines: Iterator[str], count: CountTokens | None) -> I
 
 
 _MOST_EVENTS = 100_000
-_NOT_GENERATIONS = (
-    "SPAN",
-    "EVENT",
-    "AGENT",
-    "TOOL",
-    "CHAIN",
-    "RETRIEVER",
-    "EVALUATOR",
-    "EMBEDDING",
-    "GUARDRAIL",
-)  # Langfuse
+# Types of Langfuse's observations, which may lack tokens: a generation if it failed.
+_OBSERVATIONS = (
+    *("GENERATION", "SPAN", "EVENT", "AGENT", "TOOL", "CHAIN", "RETRIEVER", "EVALUATOR", "EMBEDDING", "GUARDRAIL"),
+)
 
 
 def _with_time(fields: dict[str, object], sessions: dict[str, float]) -> dict[str, object]:
