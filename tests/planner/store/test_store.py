@@ -375,6 +375,8 @@ async def test_a_callers_reads_wait_for_few_of_another_one(url: str, stores: Sto
     await asyncio.sleep(0.05)
     greedy[-1].cancel()
     go.set()
-    await asyncio.gather(*greedy[:-1], other)
+    done = await asyncio.gather(*greedy, other, return_exceptions=True)
+    assert [number for number, one in enumerate(done) if one is not None] == [49]  # the cancelled one
     assert order.index("other") == 4
+    assert order.count("greedy") == 49, "the cancelled one has not read"
     assert not store._turns._turns

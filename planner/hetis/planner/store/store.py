@@ -139,11 +139,13 @@ class Store:
 
     async def _read_in(self, engine: sa.Engine, work: Callable[[Reader], T]) -> T:
         reading: asyncio.Task[T] = _started(self._read_in_turn(engine, work))
-        if self._is_served and not await self._ends_in_time(reading):
-            message = f"the planner's store {self._label} has not answered for {self.health.answered_s_ago:.1f} s"
-            reading.cancel()  # it may still wait for its turn
-            raise ServiceError(Reason.ERROR_REASON_STORE_UNAVAILABLE, message, metadata={"changed": "no"})
-        return await reading
+        try:
+            if self._is_served and not await self._ends_in_time(reading):
+                message = f"the planner's store {self._label} has not answered for {self.health.answered_s_ago:.1f} s"
+                raise ServiceError(Reason.ERROR_REASON_STORE_UNAVAILABLE, message, metadata={"changed": "no"})
+            return await reading
+        finally:
+            reading.cancel()  # of a caller that has gone, it needs no turn
 
     async def _read_in_turn(self, engine: sa.Engine, work: Callable[[Reader], T]) -> T:
         async with self._turns.turn():

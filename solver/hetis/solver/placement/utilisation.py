@@ -245,7 +245,7 @@ class _Most(_Cells):
         if not self._kept:
             self.require_kept()
             return None
-        bound = self._bound(most)
+        bound = self.bound_after(most)
         return Unbeaten(max(bound, self._kept)) if self.best is None else self._answer(self.best, bound)
 
     def search(self) -> float:
@@ -306,7 +306,7 @@ class _Most(_Cells):
                 best = max(best, other, key=lambda one: one.kept)
         return best
 
-    def _bound(self, most: float) -> float:
+    def bound_after(self, most: float) -> float:
         """Return a bound on kept rates, given one on saturated rates at the lowest utilisation."""
         bound = GRID[0] * most
         for low, high in reversed(list(pairwise(GRID))):
@@ -431,8 +431,8 @@ class _Least(_Cells):
         goal = replace(problem.objective, kind=ObjectiveKind.GOODPUT, demand_rps=None)
         costs = replace(self.costs, problem=replace(problem, objective=goal))
         most = _most(costs, self.settings, self.find, self._bound_of, 0.0, self._quick)
-        most.search()
-        self.has_found, found = self.has_found or most.has_found, most.best
+        is_excluded = most.bound_after(most.search()) < demand * (1.0 - 1e-9)
+        self.has_found, found = not is_excluded and (self.has_found or most.has_found), most.best
         if found is None or found.kept < demand:
             return None
         outcome = found.outcome

@@ -268,7 +268,7 @@ def test_a_saturated_fleet_gets_no_requests_to_measure_a_share(saved: Path, tmp_
 
 def test_a_simulation_from_python_follows_the_level(saved: Path) -> None:
     plan = hetis.load_plan(saved)
-    at: dict[str, Any] = {"requests": 600, "rate": 32.4}
+    at: dict[str, Any] = {"requests": 600, "rate": 32}
     own, usual = plan.simulate(**at), plan.simulate(**at, ttft_statistic="p95")
     assert own.simulated.question.service_level == SHARE
     # p95 of TTFT and mean of TPOT are within their limits, but the TPOT of many requests is not.
