@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -154,6 +155,12 @@ def test_nvidia_smis_table_lists_mig_slices(tmp_path: Path) -> None:
         "host": ("H100-SXM-80GB", 1),
     }
     assert fleet.left_out == ()
+
+
+def test_slices_belong_to_the_gpu_of_their_number(tmp_path: Path) -> None:
+    """As of ``nvidia-smi -i 0``, but of another GPU."""
+    other = re.sub(r"(?m)^\|( +)0( +)(?=NVIDIA|\d)", r"|\g<1>3\2", MIG_TABLE)
+    assert boards_of(found_in(tmp_path, other)) == boards_of(found_in(tmp_path, MIG_TABLE))
 
 
 def test_slurm_counts_mig_slices_of_each_profile(tmp_path: Path) -> None:

@@ -176,11 +176,11 @@ def _table_gpus(text: str) -> list[DriverGpu]:
         return [DriverGpu(product=name, num_parts=len(each) or None, parts=each) for name, each in pairs]
     if on_bus := [found for line in lines if (found := _ON_BUS.match(line))]:
         return [DriverGpu(product=found[1]) for found in on_bus]
-    slices = defaultdict[int, list[str]](list)
+    slices = defaultdict[str, list[str]](list)  # by the number of their GPU
     for line in lines:
         if found := _MIG_DEVICE.match(line):
             sevenths, gibibytes = min(7, max(1, int(found["engines"]))), math.ceil(int(found["total"]) / 1024)
-            slices[int(found["gpu"])].append(f"{sevenths}g.{gibibytes}gb")
+            slices[found["gpu"]].append(f"{sevenths}g.{gibibytes}gb")
     table = next((table for table in _TABLES if any(line.startswith(table[0]) for line in lines)), None)
     gpus = list[DriverGpu]()
     for place, (line, following) in enumerate(itertools.pairwise(lines if table else ())):
@@ -188,7 +188,7 @@ def _table_gpus(text: str) -> list[DriverGpu]:
             used, total = (int(number) * 2**20 if number else None for number in (found["used"], found["total"]))
             num_parts = 0 if "".join(lines[place + 2 : place + 3]).endswith(" Enabled |") else None  # MIG M.
             mode = found.groupdict().get("mode") or ""
-            own = tuple(slices[len(gpus)]) if num_parts is not None else ()
+            own = tuple(slices[line.split()[1]]) if num_parts is not None else ()
             num_parts = len(own) or num_parts
             one = DriverGpu(
                 product=named[1].strip(), memory_bytes=total, used_bytes=used, num_parts=num_parts, parts=own
