@@ -168,7 +168,7 @@ def test_requests_longer_than_the_context_are_refused(
     """An engine would refuse them, too; a state with the sizes of its heads alone tells nothing of a context."""
     listed = tmp_path / "requests.yaml"
     long_one = "[{id: long, context_tokens: 131000, output_tokens: 100}]"
-    listed.write_text(f"{{apiVersion: hetis/v1, kind: DispatchRequests, name: long, requests: {long_one}}}")
+    listed.write_text(f"{{apiVersion: hetis/v1, kind: DispatchRequests, requests: {long_one}}}")
     long = ["--request", "131000/72", "--request", "131000/73", "--requests", str(listed)]
     for source in (["--plan", plan_file], ["--state", A100_L4]):
         assert run(["dispatch", *source, *long]) == ExitCode.INVALID
