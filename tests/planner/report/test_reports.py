@@ -63,6 +63,8 @@ def test_a_plan_that_keeps_less_in_simulation_is_compared_by_what_the_model_alon
     assert beside_equal_stages(worse) == (
         "1.300 requests/s by the model, by replicas of equal stages (not simulated); this plan by the model 38% more"
     )
+    same = replace(then, inputs={**then.inputs, "equal_stages_value": 1.8})
+    assert "may keep more" not in beside_equal_stages(same), "it is the same plan, or one as good"
     assert [simple_setups(one)[0].endswith("10.00% less by the model") for one in (first, then)] == [False, True]
 
 

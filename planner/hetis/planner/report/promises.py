@@ -124,7 +124,8 @@ def beside_equal_stages(plan: Plan) -> str | None:
     if not is_simulated(plan):
         return f"{by_model} by {equal}; this plan {beside}"
     simulated = "not simulated"
-    if plan.objective.maximises and plan.result.value < alone and not excludes_unified(plan):
+    is_as_good = math.isclose(alone, value_by_model(plan), rel_tol=1e-3)  # often the same plan
+    if plan.objective.maximises and plan.result.value < alone and not is_as_good and not excludes_unified(plan):
         simulated += ", may keep more than this plan: --strategy uniform"
     return f"{by_model} by the model, by {equal} ({simulated}); this plan by the model {beside}"
 
