@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from hetis.formats import catalogue
 from hetis.formats.catalogue import UnknownNameError
 from hetis.formats.discovery.found import DEFAULT_ZONE, FoundGpus, FoundNode, Inventory, counted, some_of
+from hetis.formats.discovery.labels import product_label
 from hetis.formats.documents import dump
 from hetis.formats.errors import DocumentError, Problem, single_problem
 from hetis.solver.cluster import Cluster, GpuSlots, GpuType, Link, Network, NodeGroup, indices_of
@@ -68,15 +69,19 @@ def board_of(gpus: FoundGpus, said: Mapping[str, str]) -> str:
     sizes = {name: catalogue.find_gpu(name).gpu.memory_bytes for name in candidates}
     own = gpus.memory_bytes
     fitting = [name for name, size in sizes.items() if own is None or abs(own / size - 1) <= _MOST_DIFFERENCE]
+    fitting = [name for name in fitting if _may_be_of(gpus.part, name, sizes[name])] or fitting
     for hint in filter(None, gpus.hints):
         if len(fitting) > 1:
             told = {*_candidates(f"{product} {hint}")[0], *_candidates(hint)[0]}
             fitting = [name for name in fitting if name in told] or fitting
     if own is not None and not fitting:  # a board of which there is one with other memory
         fitting = list(_candidates(f"{product} {round(own / 2**30)}GB")[0])
-    if len(fitting) == 1:
-        return fitting[0]
+    if len(fitting) == 1 or (gpus.part and _are_alike(fitting)):
+        return min(fitting, key=lambda name: catalogue.find_gpu(name).gpu.mem_bytes_per_s)
     how = f"; --gpu '{gpus.product}=TYPE' selects one ('={LEAVE_OUT}' leaves them out)"
+    if "/" in gpus.product:  # a resource of Kubernetes
+        names = f"which {product_label(gpus.product)} does"
+        raise UnclearBoardError(f"no label of the node says what {gpus.product} is, {names}{how}")
     if len(fitting) > 1:
         raise UnclearBoardError(f"GPU {gpus.product!r} could be {' or '.join(fitting)}{how}")
     if candidates and gpus.memory_bytes is not None:
@@ -86,6 +91,23 @@ def board_of(gpus: FoundGpus, said: Mapping[str, str]) -> str:
     near = f", did you mean {' or '.join(suggested)}?" if suggested else ""
     add = "" if near else "; a file of gpu_types adds it, with five figures: hetis-plan schema Cluster"
     raise UnclearBoardError(f"GPU {gpus.product!r} is not in the catalogue{near}{how}{add}")
+
+
+def _may_be_of(part: str, name: str, memory_bytes: int) -> bool:
+    """Return whether a card may have slices of a profile: one of 3g has half its memory, so 3g.20gb is of 40 GB."""
+    shape = _SLICE.fullmatch(part)
+    shares: Mapping[str, Sequence[int]] = {"1": (8, 4), "2": (4,), "3": (2,), "4": (2,), "7": (1,)}
+    if name.startswith(_OF_FOUR):
+        shares = {"1": (4,), "2": (2,), "4": (1,)}
+    sizes = [int(shape[2]) * share * 2**30 for share in shares.get(shape[1], ())] if shape else [memory_bytes]
+    return any(abs(size / memory_bytes - 1) <= _MOST_DIFFERENCE for size in sizes)
+
+
+def _are_alike(names: Sequence[str]) -> bool:
+    """Return whether boards differ by so little that a slice of one is as fast as of another: without links."""
+    gpus = [catalogue.find_gpu(name).gpu for name in names]
+    figures = [[gpu.mem_bytes_per_s for gpu in gpus], [gpu.fp16_flops for gpu in gpus]]
+    return bool(gpus) and all(max(of) <= min(of) * 1.1 for of in figures)
 
 
 def _candidates(product: str) -> tuple[Collection[str], Collection[str]]:
@@ -275,7 +297,8 @@ _OF_SLICES = (
     "the node that they are on"
 )
 _SLICE = re.compile(r"([1-7])[cg]\.(?:[1-7]g\.)?(\d{1,3})gb(?:[+-]me)?(?:\.\w+)?", re.IGNORECASE)
-_SLICES = 7, 8  # of a card's multiprocessors and of its memory (docs.nvidia.com, MIG User Guide, "Profiles")
+# Of a card's multiprocessors and of its memory (docs.nvidia.com, MIG User Guide, "Profiles"); some have four of both.
+_SLICES, _OF_FOUR = (7, 8), ("A30", "RTX-PRO")
 
 
 def _slices(
@@ -294,7 +317,8 @@ def _slices(
         board = _board(node, gpus, said, problems)
         if board is None or board == LEAVE_OUT:
             continue
-        card, compute = catalogue.find_gpu(board).gpu, int(shape[1]) / _SLICES[0]
+        card, num_slices = catalogue.find_gpu(board).gpu, 4 if board.startswith(_OF_FOUR) else _SLICES[0]
+        compute = min(1.0, int(shape[1]) / num_slices)
         eighths = max(1, min(_SLICES[1], round(int(shape[2]) * 2**30 * _SLICES[1] / card.memory_bytes)))
         memory = eighths / _SLICES[1]
         gpu = replace(

@@ -48,6 +48,10 @@ _LEAVING = {
     "node.kubernetes.io/out-of-service": "out of service",
 }
 _OF_CONDITIONS = "node.kubernetes.io/"  # taints that follow from conditions and cordons
+# GKE's labels of nodes whose GPUs are MIG slices, and of those whose GPUs or slices so many pods share
+# (docs.cloud.google.com/kubernetes-engine, "GPU sharing strategies"): both are advertised as GPUs.
+_GKE_PART = "cloud.google.com/gke-gpu-partition-size"
+_GKE_SHARES = "cloud.google.com/gke-max-shared-clients-per-gpu"
 # Where HAMi registers the GPUs that it shares among pods; the node then advertises as many as pods may share.
 _HAMI = ("hami.io/node-nvidia-register", "4pd.io/node-nvidia-register")
 
@@ -320,7 +324,10 @@ def _of_resource(node: _Object, resource: str, use: _Use, problems: list[Problem
     if modes := partition_of(node.labels):
         return [], [f"{counted(capacity, 'device')} ({product}): parts of GPUs ({modes}), not whole GPUs"]
     product, _, part = product.partition("-MIG-")
+    part = part or text(node.labels.get(_GKE_PART))
     labelled, shares = _label(node, "count", problems), max(1, _label(node, "replicas", problems))
+    if (of_gke := _of_label(node, _GKE_SHARES, problems)) > 1:
+        labelled, shares = capacity // of_gke, of_gke
     if registered:
         labelled = labelled or len(registered)
         shares = max(shares, capacity // labelled)
@@ -362,6 +369,9 @@ def _registered(node: _Object) -> Sequence[str]:
 
 
 def _label(node: _Object, name: str, problems: list[Problem]) -> int:
-    label = f"nvidia.com/gpu.{name}"
+    return _of_label(node, f"nvidia.com/gpu.{name}", problems)
+
+
+def _of_label(node: _Object, label: str, problems: list[Problem]) -> int:
     value = node.labels.get(label)
     return whole_number(value, (*node.path, "metadata", "labels", label), node.source, problems)

@@ -18,6 +18,7 @@ from xml.etree.ElementTree import Element, TreeBuilder
 from xml.parsers import expat
 
 from hetis.formats.discovery.found import FoundGpus, FoundNode, Inventory, counted, grouped, inventory, some_of
+from hetis.formats.discovery.pci import board_of_device
 from hetis.formats.errors import DocumentError, Problem, attempt, single_problem
 
 # Memory in use above this share of a GPU without a visible process is a job of another user or container; a desktop
@@ -175,7 +176,7 @@ def _table_gpus(text: str) -> list[DriverGpu]:
         pairs = zip(products, parts, strict=True)
         return [DriverGpu(product=name, num_parts=len(each) or None, parts=each) for name, each in pairs]
     if on_bus := [found for line in lines if (found := _ON_BUS.match(line))]:
-        return [DriverGpu(product=found[1]) for found in on_bus]
+        return [DriverGpu(product=found[2] or board_of_device(found[1]) or f"Device {found[1]}") for found in on_bus]
     slices = defaultdict[str, list[str]](list)  # by the number of their GPU
     for line in lines:
         if found := _MIG_DEVICE.match(line):
@@ -226,7 +227,8 @@ _NAMED = re.compile(r"(?:\d+, ?)?(?:NVIDIA|Tesla|GeForce|Quadro|TITAN|GRID) [^|:
 _COLUMNS = {"name": re.compile(r"[A-Z][A-Za-z]+ "), "memory.total": re.compile(r"\d+ MiB$")}
 _ON_BUS = re.compile(
     r"(?:[\da-f]{4}:)?[\da-f]{2}:[\da-f]{2}\.\d (?:3D controller|VGA compatible controller|Processing accelerators|"
-    r"Display controller)(?: \[\d{4}\])?: (?:NVIDIA|Advanced Micro Devices, Inc\. \[AMD/ATI\]) ?(.*?\[[^\[\]]+\])"
+    r"Display controller)(?: \[\d{4}\])?: (?:NVIDIA|Advanced Micro Devices, Inc\. \[AMD/ATI\]) ?"
+    r"(?:(?:Corporation )?Device (?:\[[\da-f]{4}:)?([\da-f]{4})\]?|(.*?\[[^\[\]]+\]))"
     r"(?: \[[\da-f]{4}:[\da-f]{4}\])?(?: \(rev \w+\))?(?: \(prog-if .*)?$"
 )
 _LISTED = re.compile(r"GPU \d+: (.+?) \(UUID: [^)]*\)")
