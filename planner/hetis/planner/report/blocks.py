@@ -232,30 +232,6 @@ class Charts(Block):
     charts: Sequence[Chart]
 
 
-class Strip(NamedTuple):
-    """A small chart of one quantity over time, in units of its drawing; ``area`` is the area below the line."""
-
-    label: str
-    text: str
-    color: int
-    line: str
-    area: str
-    tone: str = ""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Strips(Block):
-    """Strips on a common time axis, with a limit and some moments drawn across all of them."""
-
-    rows: Sequence[Strip]
-    width: int
-    height: int
-    ticks: Sequence[Tick]
-    limit: float | None = None
-    moments: Sequence[float] = ()
-    note: str = ""
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LinksBlock(Block):
     links: Sequence[tuple[str, str]]

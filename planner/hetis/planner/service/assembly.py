@@ -30,7 +30,7 @@ from hetis.planner.resources.traffic_loop import TrafficLoop
 from hetis.planner.resources.watches import ClusterWatches, RunningResources
 from hetis.planner.service.audit_refusals import AuditRefusals
 from hetis.planner.service.loops import Loops
-from hetis.planner.service.observability.overview import KvHistories, Overviews
+from hetis.planner.service.observability.overview import Overviews
 from hetis.planner.service.settings import PlannerConfig
 from hetis.planner.store import Store
 from hetis.planner.threads import run_in_daemon_thread
@@ -115,12 +115,10 @@ class Term:
             traffic=self._traffic,
             connect_node=lambda requests: fleet.connect(present_caller(), requests),  # as the node in its credentials
         )
-        self._kv = kv = KvHistories(lambda: fleet.cluster_names, fleet.kv_in_use)
         self.overviews = Overviews(
             store,
             fleet,
             hubs,
-            kv,
             self._pool,
             clusters,
             nodes,
@@ -149,7 +147,6 @@ class Term:
         self._loops.start("the re-dispatch loop", self._loop.run())
         self._loops.start("the audit log of refusals", self._refusals.run())
         self._loops.start("placement proposals", self._proposals.run())
-        self._loops.start("the KV history", self._kv.run())
         self._loops.start("measured traffic", self._traffic.run())
         self._loops.start("decisions about traffic", self._traffic_loop.run())
         self._loops.start("retention", self._retention.run())

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import math
 import re
 import time
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
 
-import numpy as np
-import numpy.typing as npt
 from google.protobuf.json_format import MessageToDict
 from google.protobuf.message import Message
 
@@ -32,142 +29,6 @@ from hetis.planner.store import Reader, Store
 from hetis.planner.store.connection import forget
 from hetis.v1 import cluster_pb2, plan_pb2, redispatch_pb2, replica_pb2, view_pb2
 from hetis.v1 import cluster_service_pb2 as pb
-
-SAMPLE_S = 5.0
-NUM_SAMPLES = 180  # a quarter of an hour
-MAX_DEVICES = 20_000  # per cluster, which take 7 MB; further devices are not recorded
-_AT_ONCE = 500  # devices read before the event loop may do other work
-
-_log = logging.getLogger("hetis.planner.kv_history")
-
-Shares = npt.NDArray[np.float32]
-KvInUse = Iterable[tuple[str, float]]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class KvRecord:
-    """The history of one device's KV."""
-
-    device: str  # name of the device, ``node/index``
-    times_s: Sequence[float]  # Unix times of the samples, ascending
-    shares: Shares  # share of its KV blocks in use in each sample; NaN if it reported none
-
-    @property
-    def now(self) -> float:
-        """The share in the last sample; NaN if the device no longer reports."""
-        return float(self.shares[-1]) if len(self.shares) else math.nan
-
-    @property
-    def peak(self) -> float:
-        known = self.shares[~np.isnan(self.shares)]
-        return float(known.max()) if len(known) else math.nan
-
-
-class KvHistory:
-    """The last samples of one cluster: a row per sample, a column per device."""
-
-    def __init__(self) -> None:
-        self._columns: dict[str, int] = {}
-        self._times_s: list[float] = []
-        self._rows = np.full((NUM_SAMPLES, 0), np.nan, dtype=np.float16)
-
-    def add(self, time_s: float, in_use: KvInUse) -> None:
-        """Add a sample; the oldest one is dropped once there are too many."""
-        found = dict(in_use)
-        for device in found:
-            if device not in self._columns and len(self._columns) < MAX_DEVICES:
-                self._columns[device] = len(self._columns)
-        missing = len(self._columns) - self._rows.shape[1]
-        if missing > 0:
-            more = np.full((NUM_SAMPLES, max(missing, self._rows.shape[1])), np.nan, dtype=np.float16)
-            self._rows = np.concatenate([self._rows, more], axis=1)
-        self._rows = np.roll(self._rows, -1, axis=0)
-        self._rows[-1] = np.nan
-        for device, share in found.items():
-            if device in self._columns:
-                self._rows[-1, self._columns[device]] = share
-        self._times_s = [*self._times_s, time_s][-NUM_SAMPLES:]
-
-    def snapshot(self) -> KvHistory:
-        """Return the present state, which later samples do not change, so that a thread may read it."""
-        copy = KvHistory()
-        copy._columns, copy._times_s, copy._rows = dict(self._columns), self._times_s, self._rows
-        return copy
-
-    def records(self, most: int) -> list[KvRecord]:
-        """Return the ``most`` devices that are fullest now, or were fullest in the history, sorted by name."""
-        num = len(self._times_s)
-        if not num or not self._columns:
-            return []
-        rows = self._rows[-num:, : len(self._columns)].astype(np.float32)
-        known = ~np.isnan(rows)
-        peaks = np.where(known, rows, -1.0).max(axis=0)
-        now = np.where(known[-1], rows[-1], -1.0)
-        fullest = sorted(self._columns, key=lambda device: (now[self._columns[device]], peaks[self._columns[device]]))
-        chosen = [device for device in fullest[-most:] if peaks[self._columns[device]] >= 0]
-        begin = int(known.any(axis=1).argmax())  # nothing was reported before
-        return [
-            KvRecord(device=device, times_s=self._times_s[begin:], shares=rows[begin:, self._columns[device]])
-            for device in sorted(chosen, key=natural_order)
-        ]
-
-    def now(self) -> dict[str, float]:
-        """Return the share of each device in the last sample."""
-        if not self._times_s:
-            return {}
-        last = self._rows[-1]
-        return {device: float(last[i]) for device, i in self._columns.items() if not np.isnan(last[i])}
-
-    @property
-    def num_devices(self) -> int:
-        """The number of devices that reported anything in the history."""
-        if not self._times_s or not self._columns:
-            return 0
-        return int((~np.isnan(self._rows[-len(self._times_s) :])).any(axis=0).sum())
-
-
-class KvHistories:
-    """Samples the KV of every cluster while `run` runs.
-
-    Args:
-        clusters: returns the names of all clusters.
-        in_use: yields a cluster's devices with their shares in use.
-    """
-
-    def __init__(
-        self,
-        clusters: Callable[[], Sequence[str]],
-        in_use: Callable[[str], Iterator[tuple[str, float]]],
-        *,
-        clock: Callable[[], float] = time.time,
-        sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
-    ) -> None:
-        self._clusters, self._in_use = clusters, in_use
-        self._clock, self._sleep = clock, sleep
-        self._of: dict[str, KvHistory] = {}
-
-    def of(self, cluster: str) -> KvHistory:
-        return self._of.get(cluster, KvHistory())
-
-    async def run(self) -> None:
-        while True:
-            try:
-                await self.sample()
-            except Exception:  # the history is only for display: its failure must not affect anything else
-                _log.exception("the KV in use could not be read")
-            await self._sleep(SAMPLE_S)
-
-    async def sample(self) -> None:
-        """Read every device of every cluster once, in batches of a few hundred."""
-        names = set(self._clusters())
-        self._of = {name: history for name, history in self._of.items() if name in names}
-        for name in sorted(names):
-            found = list[tuple[str, float]]()
-            for item in self._in_use(name):
-                found.append(item)
-                if len(found) % _AT_ONCE == 0:
-                    await self._sleep(0)
-            self._of.setdefault(name, KvHistory()).add(self._clock(), found)
 
 
 def natural_order(device: str) -> list[tuple[bool, int, str]]:
@@ -216,7 +77,7 @@ class ClusterNow:
     nodes: Mapping[str, LiveNode]  # by resource name
     replicas: Sequence[LiveReplica]  # all replicas that were not stopped, ordered by name
     redispatches: Sequence[redispatch_pb2.Redispatch]  # those of this leadership term, the latest change first
-    kv: KvHistory  # recent history of the devices' KV
+    kv: Mapping[str, float]  # share of each device's KV in use
     high_water: float | None  # share of a device's KV above which head groups should leave; None: the stage's own
     now_s: float  # Unix time of this snapshot
     traffic: TrafficNow = field(default_factory=TrafficNow)
@@ -239,7 +100,6 @@ class Overviews:
     store: Store
     fleet: LiveFleet
     hubs: Hubs
-    kv: KvHistories
     pool: SolverPool
     clusters: Clusters
     nodes: Nodes
@@ -280,7 +140,7 @@ class Overviews:
             nodes=self.fleet.nodes_of(name),
             replicas=self.fleet.replicas_of(name),
             redispatches=[message for message in moved if isinstance(message, redispatch_pb2.Redispatch)],
-            kv=self.kv.of(name).snapshot(),
+            kv=dict(self.fleet.kv_in_use(name)),
             high_water=policy_from(RedispatchPolicy, self.fleet.policy_of(name)).high_water,
             now_s=time.time(),
             traffic=TrafficNow() if self.traffic is None else self.traffic.now(name),

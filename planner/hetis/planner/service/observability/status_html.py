@@ -1,4 +1,4 @@
-"""The status page for browsers: replicas, KV use over time, and re-dispatches, in the style of the reports.
+"""The status page for browsers: replicas, KV in use, and re-dispatches, in the style of the reports.
 
 Everything shown comes from the planner's memory; if the store is unavailable, that is shown on a complete page.
 """
@@ -9,8 +9,6 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
-
-import numpy as np
 
 from hetis.planner.convert.names import last_part, word_of
 from hetis.planner.convert.plans import replica_from_proto
@@ -30,9 +28,6 @@ from hetis.planner.report.blocks import (
     Page,
     Section,
     Sentences,
-    Strip,
-    Strips,
-    Tick,
     Tile,
     Tiles,
     ZoneMap,
@@ -42,11 +37,8 @@ from hetis.planner.report.figures import digits, gigabytes, plural, seconds
 from hetis.planner.report.page.fleet_map import IDLE, replica_duties
 from hetis.planner.report.page.rendering import render_page
 from hetis.planner.service.observability.overview import (
-    NUM_SAMPLES,
-    SAMPLE_S,
     ClusterNow,
     ClusterOverview,
-    KvRecord,
     Overview,
     natural_order,
 )
@@ -56,13 +48,10 @@ from hetis.v1 import cluster_pb2, redispatch_pb2, replica_pb2, report_pb2
 
 MAX_CLUSTERS = 4  # shown in full on the first page; the others have pages of their own
 MAX_NODES = 36  # drawn per cluster
-MAX_STRIPS = 32
 MAX_REPLICAS = 40
 MAX_REDISPATCHES = 15
 FULL = 0.9  # share of KV in use from which a device is highlighted
 STORE_AWAY_S = 10.0  # time without an answer after which the store is shown as unavailable
-_WIDTH, _HEIGHT = 600, 28
-_LEAST_SPAN_S = 60.0  # shortest time axis
 _UNDER_WAY = ("PREPARING", "COMMITTING", "RELEASING", "ABORTING")
 
 
@@ -135,13 +124,10 @@ def _planner_tiles(overview: Overview, *, is_ready: bool) -> Iterator[Tile]:
 
 def _cluster_section(cluster: ClusterNow, counted: ClusterOverview | None) -> Section:
     colors = {replica.name: number % COLORS for number, replica in enumerate(cluster.replicas)}
-    records = cluster.kv.records(MAX_STRIPS)
-    blocks: list[Block] = [Tiles(tiles=tuple(_cluster_tiles(cluster, records))), _map(cluster, colors)]
+    blocks: list[Block] = [Tiles(tiles=tuple(_cluster_tiles(cluster))), _map(cluster, colors)]
     if cluster.replicas:
         blocks.append(_replicas(cluster))
     blocks += traffic_blocks(cluster.traffic)
-    if records:
-        blocks.append(_pressure(cluster, colors, records))
     blocks.append(_redispatches(cluster))
     plan = counted.active_plan if counted is not None else ""
     lead = f"{last_part(plan)} is in force" if plan else "No plan is in force."
@@ -149,7 +135,7 @@ def _cluster_section(cluster: ClusterNow, counted: ClusterOverview | None) -> Se
     return Section(anchor=f"cluster-{name}", heading=f"Cluster {name}", lead=lead, blocks=tuple(blocks))
 
 
-def _cluster_tiles(cluster: ClusterNow, records: Sequence[KvRecord]) -> Iterator[Tile]:
+def _cluster_tiles(cluster: ClusterNow) -> Iterator[Tile]:
     nodes = Counter(word_of(cluster_pb2.NodeState, node.state) for node in cluster.nodes.values())
     other = ", ".join(f"{count:,} {_lower(state)}" for state, count in nodes.items() if state != "READY")
     tone = "bad" if nodes["LOST"] + nodes["SUSPECT"] else ""
@@ -165,10 +151,14 @@ def _cluster_tiles(cluster: ClusterNow, records: Sequence[KvRecord]) -> Iterator
         sum(getattr(report, name) for report in reports) for name in ("num_running", "num_waiting", "num_finished")
     )
     yield Tile("Requests", f"{running:,}", "running", f"{waiting:,} waiting, {finished:,} finished")
-    fullest = max((one for one in records if not math.isnan(one.now)), key=lambda one: one.now, default=None)
-    if fullest is not None:
-        tone = "bad" if fullest.now >= (cluster.high_water or FULL) else ""
-        yield Tile("KV of the fullest device", _whole(fullest.now), note=fullest.device, tone=tone)
+    if cluster.kv:
+        fullest, share = max(cluster.kv.items(), key=lambda item: item[1])
+        yield Tile(
+            "KV of the fullest device",
+            _whole(share),
+            fullest,
+            tone="bad" if share >= (cluster.high_water or FULL) else "",
+        )
     ends = Counter(_state(one) for one in cluster.redispatches)
     under_way = sum(ends[state] for state in _UNDER_WAY)
     note = f"{under_way:,} in progress, {ends['ABORTED']:,} aborted, in this term"
@@ -182,11 +172,10 @@ def _map(cluster: ClusterNow, colors: Mapping[str, int]) -> FleetMap:
     duties = dict[str, GpuCell]()
     for number, replica in enumerate(cluster.replicas):
         duties.update(replica_duties(replica_from_proto(replica.shape), f"R{number}", colors[replica.name]))
-    full = cluster.kv.now()
     busy = {node_of(device) for device in duties}
     nodes = sorted(cluster.nodes.items(), key=lambda item: (last_part(item[0]) not in busy, natural_order(item[0])))
     rest = len(nodes) - MAX_NODES
-    cards = [_card(last_part(name), node, duties, full) for name, node in nodes[:MAX_NODES]]
+    cards = [_card(last_part(name), node, duties, cluster.kv) for name, node in nodes[:MAX_NODES]]
     legend = [
         (f"R{number}: {_lower(word_of(replica_pb2.ReplicaState, replica.state))}", colors[replica.name])
         for number, replica in enumerate(cluster.replicas[:COLORS])
@@ -247,73 +236,6 @@ def _replicas(cluster: ClusterNow) -> Grid:
         bad=[number for number, state in enumerate(states) if state in ("DEGRADED", "FAILED")],
         note=f"and {plural(rest, 'more replica')}" if rest > 0 else "",
     )
-
-
-# --- KV over time
-
-
-def _pressure(cluster: ClusterNow, colors: Mapping[str, int], records: Sequence[KvRecord]) -> Strips:
-    owners = dict[str, int]()
-    for replica in cluster.replicas:
-        owners |= dict.fromkeys(devices_of(replica.shape), colors[replica.name])
-    times_s = np.asarray(records[0].times_s)
-    last_s = float(times_s[-1])
-    span_s = max(_LEAST_SPAN_S, last_s - float(times_s[0]))
-    xs = _WIDTH * (1.0 - (last_s - times_s) / span_s)
-    rows = []
-    for record in records:
-        now = "no report" if math.isnan(record.now) else f"{_whole(record.now)} now"
-        tone = "bad" if record.now >= (cluster.high_water or FULL) else ""
-        color, text = owners.get(record.device, PLAIN), f"{now}, peak {_whole(record.peak)}"
-        rows.append(Strip(record.device, text, color, *_paths(xs, record.shares), tone))
-    moments = [
-        round(_WIDTH * (1.0 - (last_s - one.create_time.ToMicroseconds() / 1e6) / span_s), 1)
-        for one in cluster.redispatches
-    ]
-    rest = cluster.kv.num_devices - len(records)
-    notes = ["Each vertical line marks a re-dispatch."] if any(0 <= at <= _WIDTH for at in moments) else []
-    if cluster.high_water is not None:
-        notes.append("The dashed line is the share above which head groups are moved away.")
-    if rest > 0:
-        notes.append(f"Only the {len(records)} fullest devices are shown; {rest:,} others are less full.")
-    return Strips(
-        title="KV in use, by device",
-        intro=f"Share of the KV blocks that cannot be dropped, every {SAMPLE_S:g} s; the planner keeps the last "
-        f"{NUM_SAMPLES * SAMPLE_S / 60:.0f} minutes of its term.",
-        rows=rows,
-        width=_WIDTH,
-        height=_HEIGHT,
-        ticks=list(_ticks(span_s)),
-        limit=None if cluster.high_water is None else round(_y_of(cluster.high_water), 1),
-        moments=[at for at in moments if 0 <= at <= _WIDTH],
-        note=" ".join(notes),
-    )
-
-
-def _paths(xs: np.ndarray, shares: np.ndarray) -> tuple[str, str]:
-    """Return a line and the area below it, with gaps where nothing was reported."""
-    lines, areas = list[str](), list[str]()
-    known = np.flatnonzero(~np.isnan(shares))
-    for run in np.split(known, np.flatnonzero(np.diff(known) > 1) + 1):
-        if not len(run):
-            continue
-        points = [f"{xs[i]:.1f} {_y_of(float(shares[i])):.1f}" for i in run]
-        if len(run) == 1:  # a line needs two points, so repeat the only one
-            points.append(f"{min(xs[run[0]] + 1.5, _WIDTH):.1f} {_y_of(float(shares[run[0]])):.1f}")
-        lines.append("M" + "L".join(points))
-        areas.append(f"M{xs[run[0]]:.1f} {_HEIGHT}L{'L'.join(points)}L{xs[run[-1]]:.1f} {_HEIGHT}Z")
-    return "".join(lines), "".join(areas)
-
-
-def _y_of(share: float) -> float:
-    return (_HEIGHT - 2) * (1.0 - min(max(share, 0.0), 1.0)) + 1
-
-
-def _ticks(span_s: float) -> Iterator[Tick]:
-    for part in (0.0, 0.5, 1.0):
-        ago_s = span_s * (1.0 - part)
-        text = "now" if not ago_s else f"{ago_s / 60:.1f} min ago" if ago_s >= 60 else f"{ago_s:.0f} s ago"
-        yield Tick(_WIDTH * part, text)
 
 
 # --- re-dispatches
