@@ -11,7 +11,6 @@ from hetis.solver.dispatch.dispatch_problem import DispatchPlan, IntArray
 from hetis.solver.dispatch.dispatcher import Dispatcher, small_stage
 from hetis.solver.dispatch.snapshot import DeviceSnapshot, DeviceStatus, StateSnapshot
 from hetis.solver.redispatch.joint_relaxation import JointRelaxation, MoveLp, relax
-from hetis.solver.redispatch.milp import search
 from hetis.solver.redispatch.move_search import improve, perturb, round_to_groups
 from hetis.solver.redispatch.moves import (
     Ordered,
@@ -46,7 +45,6 @@ MOST_ROUNDS = 8
 WIDE = 0.02
 # Attempts of ruin and recreate: this many divided by requests times devices, within the limits.
 PERTURBING, FEWEST, MOST = 40_000, 100, 2_000
-FEW_CELLS = 16  # requests times devices up to which the integer program takes a few milliseconds
 _InOrder: TypeAlias = tuple[list[Ordered], list[WaitingStep]]
 _Judge: TypeAlias = Callable[[RedispatchTables, list[RequestMoves]], _InOrder]
 
@@ -77,8 +75,8 @@ class Redispatcher:
         The formulation is that of `redispatch_problem.py`. If dispatch's multipliers prove that no moves
         gain as much as they must, that is the answer. Otherwise the relaxation is solved by HiGHS, and its bound is
         recomputed from the multipliers. Whole groups come from rounding and a local search and, if these end far
-        from the bound, from ruin and recreate and a small integer program. A move is dropped if it neither pays within
-        its request's patience nor makes room for others that do; the rest is ordered.
+        from the bound, from ruin and recreate. A move is dropped if it neither pays within its request's patience nor
+        makes room for others that do; the rest is ordered.
 
         The result is stable: the same search from the state after the moves finds nothing more, so re-dispatch of an
         unchanged stage does nothing.
@@ -93,7 +91,6 @@ class _MoveSearch:
     def __init__(self, problem: RedispatchProblem, ideal: DispatchPlan, lp: MoveLp) -> None:
         self._problem, self._ideal, self._lp = problem, ideal, lp
         self._names = problem.snapshot.stage.devices
-        self._drains = any(device.status is DeviceStatus.DRAINING for device in problem.snapshot.devices)
 
     def plan(self) -> RedispatchPlan:
         tables = tables_of(self._problem)
@@ -140,7 +137,9 @@ class _MoveSearch:
         best = min(found, key=lambda x: objective_s(tables, x))
         attempt = self._ordered(tables, best)
         if objective_s(tables, attempt.x) > relaxed.bound_s * (1 + WIDE):
-            found += self._thorough(tables, relaxed, best)
+            perturbed = best.copy()
+            perturb(tables, perturbed, min(MOST, max(FEWEST, PERTURBING // max(1, best.size))), relaxed.bound_s, 1)
+            found.append(perturbed)
             tries = (self._ordered(tables, x) for x in found if x is not best)
             attempt = min(attempt, *tries, key=lambda one: objective_s(tables, one.x))
         after_s = objective_s(tables, attempt.x)
@@ -148,23 +147,6 @@ class _MoveSearch:
         if before_s - after_s <= (0.0 if relieves else self._enough_s(tables)):
             return _Attempt(tables.now, [], attempt.refused)
         return attempt
-
-    def _thorough(self, tables: RedispatchTables, relaxed: JointRelaxation, x: IntArray) -> list[IntArray]:
-        """Return what ruin and recreate makes of a local optimum and, if it pays, what the integer program finds.
-
-        The program takes 0.1 to 1 s for some requests, and is hardly ever better where neither blocks nor the budget
-        limit the relaxation, or where ruin and recreate finds nothing better than the local optimum. Draining is an
-        exception: every group must leave, so many change places at once.
-        """
-        perturbed, prices = x.copy(), relaxed.prices
-        perturb(tables, perturbed, min(MOST, max(FEWEST, PERTURBING // max(1, x.size))), relaxed.bound_s, 1)
-        found = [perturbed] if objective_s(tables, perturbed) < objective_s(tables, x) * (1 - 1e-9) else []
-        binds = bool(prices.now.any() or prices.later.any() or prices.budget > 0)
-        worth_trying = bool(found) or x.size <= FEW_CELLS or self._drains
-        if binds and worth_trying and (searched := search(tables, relaxed.x)) is not None:
-            improve(tables, searched)
-            found.append(searched)
-        return found
 
     def _ordered(self, tables: RedispatchTables, x: IntArray) -> _Attempt:
         """Return the moves to ``x`` that pay, in order.
