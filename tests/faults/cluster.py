@@ -27,7 +27,7 @@ NODES = ("a", "b")
 MODEL, WORKLOAD = "Llama-2-7B", "1000/200"
 
 
-_PAUSE_S = 0.1  # pause between two writes of a writer, which leaves the machine to the planners
+_PAUSE_S = 0.1  # mean pause between two writes of a writer, which leaves the machine to the planners
 
 
 _WITNESS_S = 0.02
@@ -108,6 +108,7 @@ class Writer:
         self._name, self._planner, self._timeout_s = name, planner, timeout_s
         self._history = history
         self._stopped = threading.Event()
+        self._chance = random.Random(name)
         self._client = Client(address, token=token)
         self._channel = grpc.insecure_channel(address) if planner else None
         self.errors: list[str] = []
@@ -129,7 +130,8 @@ class Writer:
                 self._swap(f"{self._name}{number}", number)
             except CallError as error:
                 self.errors.append(f"{error.code.name} {error.reason}: {error}")
-            self._stopped.wait(_PAUSE_S)
+            # Not evenly: writers whose race has ended at one moment would race again and again.
+            self._stopped.wait(_PAUSE_S * self._chance.uniform(0.0, 2.0))
 
     def _swap(self, value: str, number: int) -> None:
         seen = read(self._client, timeout_s=self._timeout_s)
@@ -137,14 +139,14 @@ class Writer:
         # Each writer has its own range of a million numbers.
         stamp = (hash_of(self._name) % 900 + 1) * 1_000_000 + number
         began_s = time.time()
-        version, refused = None, False
+        version, refused, raced = None, False, False
         try:
             version = self._update(stamp, seen.version)
         except CallError as error:
             changed = error.metadata.get("changed")
-            aborted = error.code is grpc.StatusCode.ABORTED
-            refused = aborted or changed == "no" or (error.reason in ("NOT_LEADER", "DRAINING") and not changed)
-            if not aborted:
+            raced = error.code is grpc.StatusCode.ABORTED
+            refused = raced or changed == "no" or (error.reason in ("NOT_LEADER", "DRAINING") and not changed)
+            if not raced:
                 self.errors.append(f"{error.code.name} {error.reason}: {error}")
         self._history.writes.append(
             Write(
@@ -154,6 +156,7 @@ class Writer:
                 ended_s=time.time(),
                 version=version,
                 refused=refused,
+                raced=raced,
                 planner=self._planner,
             )
         )

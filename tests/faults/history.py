@@ -23,6 +23,7 @@ class Write:
         began_s, ended_s: Unix time at the caller.
         version: version that the answer states, or None without an answer.
         refused: whether the answer states that nothing was changed.
+        raced: whether it was refused because another write came first.
         planner: the planner that answered, if the caller calls only this one.
     """
 
@@ -32,6 +33,7 @@ class Write:
     ended_s: float
     version: int | None = None
     refused: bool = False
+    raced: bool = False
     planner: str = ""
 
     @property
@@ -91,6 +93,7 @@ class Findings:
     faults: Counter[str]
     acknowledged: int
     refused: int
+    raced: int
     in_doubt: int
     in_doubt_and_done: int
     lost: int
@@ -107,6 +110,7 @@ class Findings:
                 f"  of them lost         {self.lost}",
                 f"  of them doubled      {self.doubled}",
                 f"writes refused         {self.refused}",
+                f"  of them lost races   {self.raced}",
                 f"writes in doubt        {self.in_doubt} ({self.in_doubt_and_done} were done)",
                 f"states reported        {self.sightings} of what serves",
                 *(f"VIOLATION              {violation}" for violation in self.violations),
@@ -169,6 +173,7 @@ def check(history: History, last: Read) -> Findings:
         faults=Counter(history.faults),
         acknowledged=len(acknowledged),
         refused=len(refused),
+        raced=sum(write.raced for write in history.writes),
         in_doubt=len(in_doubt),
         in_doubt_and_done=len(untold),
         lost=lost,

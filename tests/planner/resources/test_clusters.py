@@ -169,6 +169,25 @@ async def test_a_repeated_request_is_done_once(tmp_path: Path) -> None:
         assert list((await planner.clusters.ListClusters(pb.ListClustersRequest())).clusters) == []
 
 
+async def test_of_writers_at_once_only_those_that_compare_etags_are_refused(tmp_path: Path) -> None:
+    num_writers = 8
+    async with served(tmp_path) as planner:
+        first = (await planner.clusters.CreateCluster(new())).cluster
+
+        async def write(number: int, etag: str) -> str:
+            text = CLUSTER.replace("20us", f"{20 + number}us")
+            wanted = cluster_pb2.Cluster(name=first.name, etag=etag, document=document(text))
+            return (await planner.clusters.UpdateCluster(pb.UpdateClusterRequest(cluster=wanted))).cluster.etag  # type: ignore[no-any-return]
+
+        made = await asyncio.gather(*(write(number, "") for number in range(1, num_writers + 1)))
+        assert sorted(made) == sorted(f"v{number}" for number in range(2, num_writers + 2))
+        last = max(made, key=lambda etag: int(etag[1:]))
+        raced = [write(number, last) for number in range(num_writers + 1, 2 * num_writers + 1)]
+        answers = await asyncio.gather(*raced, return_exceptions=True)
+        assert [answer for answer in answers if isinstance(answer, str)] == [f"v{num_writers + 2}"]
+        assert {error.code() for error in answers if isinstance(error, grpc.RpcError)} == {grpc.StatusCode.ABORTED}
+
+
 async def test_an_update_changes_what_its_mask_says(tmp_path: Path) -> None:
     async with served(tmp_path) as planner:
         request = new()

@@ -12,13 +12,14 @@ import grpc
 import pytest
 
 from hetis.formats.documents import dump
+from hetis.planner.resources.plan_activation import PlanActivation
 from hetis.planner.use_cases.place import make_plan
 from hetis.planner.use_cases.placement_settings import PlacementSettings
 from hetis.planner.use_cases.request import objective
 from hetis.planner.use_cases.sources import engine_rules, load_inputs
 from hetis.solver.budget import Budget, silent
 from hetis.solver.plan import ObjectiveKind, Plan, Role
-from hetis.v1 import document_pb2, plan_pb2, replica_pb2
+from hetis.v1 import cluster_pb2, cluster_service_pb2, document_pb2, plan_pb2, replica_pb2
 from hetis.v1 import plan_service_pb2 as pb2
 from tests.planner.resources.planned import PAPER, Planner, make_cluster, planner_in
 from tests.planner.resources.served import refused
@@ -226,6 +227,31 @@ async def test_only_what_was_looked_at_is_put_in_force(tmp_path: Path, plans: di
         stale = await refused(activate(planner, "a", cluster_etag="v7"))
         assert stale.metadata["name"] == "clusters/paper"
         await activate(planner, "a", etag="v1", cluster_etag="v1")
+
+
+@pytest.mark.parametrize("num_changes", [1, 4, 5])
+async def test_an_activation_is_prepared_again_if_its_cluster_is_changed_meanwhile(
+    tmp_path: Path, plans: dict[str, Plan], monkeypatch: pytest.MonkeyPatch, num_changes: int
+) -> None:
+    changes = iter(range(num_changes))
+
+    async def prepare(self: PlanActivation, name: str) -> Any:
+        target = await prepared(self, name)
+        for number in changes:
+            text = PAPER.replace(b"20us", f"2{number}0us".encode())
+            cluster = cluster_pb2.Cluster(name="clusters/paper", document=document_pb2.Document(content=text))
+            await planner.clusters.update(cluster_service_pb2.UpdateClusterRequest(cluster=cluster))
+            break
+        return target
+
+    prepared = PlanActivation._target
+    monkeypatch.setattr(PlanActivation, "_target", prepare)
+    async with planner_in(tmp_path, scripted=True) as planner:
+        await import_plan(planner, "a", plans["small"])
+        if num_changes < 5:
+            assert (await activate(planner, "a")).plan.activation == ACTIVATING
+        else:
+            assert (await refused(activate(planner, "a"))).reason == "ETAG_MISMATCH"
 
 
 async def test_gpus_that_are_gone_since_are_all_named(tmp_path: Path, plans: dict[str, Plan]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from typing import TypeVar
@@ -31,7 +32,12 @@ from hetis.v1 import plan_pb2, replica_pb2
 from hetis.v1 import plan_service_pb2 as pb2
 
 MOST_BYTES = (4 << 20) - (16 << 10)  # in an answer
+_TRIES = 5  # of a change whose cluster is changed by others while it is prepared
 R = TypeVar("R", pb2.ActivatePlanResponse, pb2.RollbackPlanResponse)
+
+
+class _OutdatedError(ServiceError):
+    """The cluster was changed while a change was prepared, of which nothing was made."""
 
 
 @dataclass(slots=True, eq=False)
@@ -107,8 +113,22 @@ class PlanActivation:
     ) -> R:
         """Make the change in one durable transaction, then publish it to watchers and pass it to the fleet.
 
-        ``decide`` returns the plan to put in force, or raises an error if that is not allowed.
+        ``decide`` returns the plan to put in force, or raises an error if that is not allowed. If another change came
+        between the preparation and the transaction, both are done again.
         """
+        for _ in range(_TRIES - 1):
+            with suppress(_OutdatedError):
+                return await self._change_as_read(request, response, decide, is_rollback=is_rollback)
+        return await self._change_as_read(request, response, decide, is_rollback=is_rollback)
+
+    async def _change_as_read(
+        self,
+        request: pb2.ActivatePlanRequest | pb2.RollbackPlanRequest,
+        response: type[R],
+        decide: Callable[[Reader], PlanRecord],
+        *,
+        is_rollback: bool,
+    ) -> R:
         try:
             name = (await self._store.read(decide)).name if is_rollback else request.name
             target = await self._target(name)
@@ -140,7 +160,7 @@ class PlanActivation:
             return ChangedPlans(cluster=None, plans=(plan,), steps=())
         cluster = tx.clusters.require(plan.cluster)
         if plan.name != target.record.name or cluster.body.document.digest != target.cluster_digest:
-            raise ServiceError(
+            raise _OutdatedError(
                 Reason.ERROR_REASON_ETAG_MISMATCH,
                 f"{cluster.name} was changed at the same time: its etag is {etag_of(cluster)}; read it again and retry",
                 metadata={"name": cluster.name, "etag": etag_of(cluster)},
