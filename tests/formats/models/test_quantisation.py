@@ -146,6 +146,12 @@ def test_other_methods_are_refused_in_their_own_words(tmp_path: Path, stated: di
         load(tmp_path, config_of("meta-llama__Llama-2-70b-hf") | {"quantization_config": stated})
 
 
+def test_a_checkpoint_of_mlx_does_not_count_as_16_bits(tmp_path: Path) -> None:
+    stated = {"quantization": {"group_size": 64, "bits": 4}}
+    with pytest.raises(DocumentError, match="quantization: states no quant_method"):
+        load(tmp_path, config_of("meta-llama__Llama-2-70b-hf") | stated)
+
+
 def test_routed_experts_of_ling_may_have_a_format_of_their_own(tmp_path: Path) -> None:
     """All of Ling-3.0-flash but embeddings in FP8, and routed experts in MXFP4: 68 GB, which counted as 125."""
     lines = (Path(__file__).with_name("published.jsonl")).read_text().splitlines()

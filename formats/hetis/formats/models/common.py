@@ -172,7 +172,7 @@ def towers_of_any_kind(config: Config, hidden: int) -> int:
 
 def _tower_of_any_kind(vision: Config, hidden: int) -> int:
     """Return the parameters of a tower by the usual names of its fields; 0 if it has others."""
-    own = Config(dict(vision.data), vision.source)
+    own = Config(_OF_LIBRARY.get(str(vision.data.get("model_type")), {}) | vision.data, vision.source)
     for name, others in _TOWER_NAMES.items():
         value = next((own.data[each] for each in (name, *others) if own.data.get(each) is not None), None)
         if value is not None:
@@ -211,6 +211,10 @@ def _glm_tower(vision: Config) -> int:
     return layers * (4 * hidden * hidden + 3 * hidden * inner) + merger + patches
 
 
+# Sizes of towers that configs leave to transformers.
+_OF_LIBRARY = {
+    "pixtral": {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16},
+}
 _TOWER_NAMES = {
     "patch_size": ("image_patch_size",),
     "hidden_size": ("vt_hidden_size", "width", "embed_dim", "d_model"),

@@ -142,7 +142,7 @@ def _config(data: dict[str, Any], source: Text, architecture: str) -> Config:
         problem = source.problem((at,), f"is {shown(text)}, must be a mapping")
         raise DocumentError([*source.problems, problem])
     # The whole config of a vision model states how its checkpoint is quantised, and whether its embeddings are tied.
-    shared = ("quantization_config", "tie_word_embeddings")
+    shared = ("quantization_config", "tie_word_embeddings", "quantization")
     usual = LIBRARY_DEFAULTS.get(str(text.get("model_type")), {})
     whole = usual | {name: data[name] for name in shared if name in data} | text
     if str(data.get("transformers_version")).startswith("5.") and shared[1] in data:

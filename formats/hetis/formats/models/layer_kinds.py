@@ -152,7 +152,7 @@ def kinds_of_attention(config: Config, num_layers: int) -> list[str]:
     if _has_states(config):
         return [BOTH] * num_layers
     window, pattern = config.data.get(named(config, "window")), config.data.get("sliding_window_pattern")
-    if window is None or config.data.get("use_sliding_window") is False:
+    if window in (None, -1) or config.data.get("use_sliding_window") is False:
         return [ATTENTION] * num_layers
     if isinstance(pattern, str) and pattern:  # EXAONE: L slides, G does not
         return [WINDOWED if pattern[layer % len(pattern)] == "L" else ATTENTION for layer in range(num_layers)]

@@ -393,7 +393,8 @@ def _experts(config: Config, *, gated: bool) -> Experts:
     of_all = config.whole(own, shared * width, least=0)
     if own == "moe_shared_expert_intermediate_size" and config.data.get(own):  # of each
         of_all *= max(1, shared)
-    if config.flag("use_mixed_mlp_moe", False) and not shared:  # Hunyuan: a shared expert as wide as the MLP
+    # Hunyuan has a shared expert as wide as the MLP, Grok an MLP beside the experts.
+    if (config.flag("use_mixed_mlp_moe", False) and not shared) or config.flag("residual_moe", False):
         of_all = dense_width(config)
     latent = config.optional(named(config, "moe_latent_size"))
     return Experts(count=count, active=active, width=width, shared_width=of_all, latent=latent, gated=gated)

@@ -41,6 +41,8 @@ def quantisation_of(config: Config, folder: Path | None) -> Config | None:
     """Return the part that states how weights are quantised, or None if there is none, or none that is readable."""
     if (found := config.data.get("quantization_config")) is not None:
         source, at = config.source, (*config.at, "quantization_config")
+    elif (found := config.data.get("quantization")) is not None:  # MLX's, which states no method
+        source, at = config.source, (*config.at, "quantization")
     elif folder is not None and (beside := folder / _QUANTISATION_FILE).is_file():
         data, source = read_data(beside)
         found, at = data.get("quantization") if isinstance(data, dict) else data, ("quantization",)

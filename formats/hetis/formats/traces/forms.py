@@ -144,6 +144,15 @@ FORMS = (
         failed_without_output=True, source="openrouter.ai, export of the activity page",
     ),
     TraceForm(
+        "OpenTelemetry", ("startTimeUnixNano", "gen_ai.usage.input_tokens", "gen_ai.usage.output_tokens"), _moment,
+        is_absolute=True, failed_without_output=True, left_out="requests without output",
+        source="opentelemetry.io, semantic conventions for generative AI: spans in OTLP/JSON",
+    ),
+    TraceForm(
+        "Ollama", ("created_at", "prompt_eval_count", "eval_count"), _moment, is_absolute=True,
+        reading="requests arrive when they have ended", source="github.com/ollama/ollama, responses of /api/chat",
+    ),
+    TraceForm(
         "SGLang log in JSON",
         ("timestamp", "out.meta_info.prompt_tokens", "out.meta_info.completion_tokens"),
         _moment, is_absolute=True, failed_without_output=True, reading="requests arrive when they have ended",

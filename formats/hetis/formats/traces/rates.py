@@ -26,11 +26,15 @@ from hetis.formats.files import MAX_BYTES, readable
 from hetis.formats.vllm_logs import seconds_of_year
 from hetis.solver.workload import LengthBin, Workload
 
-# Histograms of the tokens of prompts and of outputs: vLLM's, SGLang's, and TGI's.
+# Histograms of the tokens of prompts and of outputs: vLLM's, SGLang's, TGI's, Dynamo's, and those of the Gateway API's
+# inference extension.
 HISTOGRAMS = (
     ("vllm:request_prompt_tokens", "vllm:request_generation_tokens"),
     ("sglang:prompt_tokens_histogram", "sglang:generation_tokens_histogram"),
     ("tgi_request_input_length", "tgi_request_generated_tokens"),
+    ("dynamo_frontend_input_sequence_tokens", "dynamo_frontend_output_sequence_tokens"),
+    ("inference_objective_input_tokens", "inference_objective_output_tokens"),
+    ("inference_model_input_tokens", "inference_model_output_tokens"),
 )
 # Totals of the tokens of prompts and of outputs, and of requests, of servers without these histograms.
 _TOTALS = (

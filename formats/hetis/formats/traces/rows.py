@@ -22,6 +22,7 @@ from hetis.formats.files import MAX_BYTES, readable
 from hetis.formats.traces.forms import CONVERSATIONS, FORMS, OURS, CountTokens, Row, TraceForm, form_of
 from hetis.formats.traces.logs import log_rows
 from hetis.formats.traces.reports import TEXTS, is_report, report_rows
+from hetis.formats.traces.spans import spans_of
 
 _MOST_SHOWN = 12  # fields shown of a file in no known form
 _MOST_NESTED = 4  # levels of nested objects that are searched
@@ -258,7 +259,9 @@ def _json_rows(label: str, lines: Iterator[str], count: CountTokens | None) -> I
             yield from report_rows(label, data, count)
             continue
         is_first = False
-        yield from items.rows(number, data)
+        spans = spans_of(data)
+        for one in [data] if spans is None else spans:
+            yield from items.rows(number, one)
 
 
 _MOST_EVENTS = 100_000
