@@ -12,6 +12,7 @@ from typing import Any
 
 from hetis.formats.discovery.found import Inventory, inventory, text
 from hetis.formats.discovery.nvidia import DriverGpu, host_node, host_of
+from hetis.formats.discovery.pci import board_of_device
 from hetis.formats.errors import Problem
 from hetis.formats.fields import listed, mapping
 from hetis.formats.positions import Text
@@ -19,6 +20,10 @@ from hetis.formats.positions import Text
 _UNITS = {"B": 1, "KB": 2**10, "MB": 2**20, "GB": 2**30}  # of amd-smi, which are binary
 _PARTS = ("asic", "board", "vram", "mem_usage")
 _OF_ROCM = re.compile(r"(?m)^GPU\[(\d{1,4})\]\s*: ([^:\n]+?):\s*(.*?)\s*$")
+# Of rocm-smi's own table: number, device, modes of memory and compute, and the share of memory in use.
+_OF_TABLE = re.compile(
+    r"(?m)^(\d{1,4}) +\d+ +0x([\da-f]{4}), .* (?:NPS\d|N/A), ([\w/]+), \d+ .* (\d{1,3})% +\d{1,3}% *$"
+)
 _OF_AMD_SMI = re.compile(r"(?m)^ +(MARKET_NAME|(?:ACCELERATOR|COMPUTE)_PARTITION|SIZE): (.*?) *$")
 _MOST_GPUS = 1024
 
@@ -33,6 +38,12 @@ def cards_of_text(written: str) -> dict[str, Mapping[str, Any]]:
     found = defaultdict[str, dict[str, Any]](dict)
     for number, name, value in _OF_ROCM.findall(written[: _MOST_GPUS * 10_000]):
         found[f"card{number}"][name] = value
+    for number, device, mode, used in _OF_TABLE.findall(written):
+        found[f"card{number}"] = {
+            "Card Series": board_of_device(device) or f"0x{device}",
+            "Compute Partition": mode,
+            "GPU Memory Allocated (VRAM%)": used,
+        }
     for part in re.split(r"(?m)^GPU: (?=\d)", written)[1 : _MOST_GPUS + 1]:
         fields = dict(reversed(_OF_AMD_SMI.findall(part)))  # the first size is that of its memory
         size, _, unit = fields.get("SIZE", "").partition(" ")
@@ -72,7 +83,10 @@ def _gpu(card: Mapping[str, Any]) -> DriverGpu:
     partition = mapping(card.get("partition"))
     modes = (partition.get("accelerator_partition"), partition.get("compute_partition"), card.get("Compute Partition"))
     mode = next(filter(None, map(text, modes)), "")
+    share = text(card.get("GPU Memory Allocated (VRAM%)"))
+    is_in_use = share.isdecimal() and int(share) > 25
     return DriverGpu(
+        processes=(f"what holds {share}% of its memory",) if is_in_use else (),
         mode="" if mode in ("SPX", "N/A") else mode,
         product=next((name for name in map(text, names) if name and name != "N/A"), ""),
         memory_bytes=_bytes(card.get("VRAM Total Memory (B)", usage.get("total_vram", vram.get("size")))),

@@ -144,13 +144,14 @@ MAX_ELEMENTS = 1_000_000
 
 
 def is_topology(text: str) -> bool:
-    """Return whether a text is the output of ``nvidia-smi topo -m``."""
-    return bool(_rows(text[:100_000]))
+    """Return whether a text is the output of ``nvidia-smi topo -m``, and does not name the GPUs as well."""
+    return bool(_rows(text[:100_000])) and not is_table(text)
 
 
 def is_table(text: str) -> bool:
-    """Return whether a text is ``nvidia-smi``'s own table, its list (``-L``), or CSV of ``--query-gpu`` with names; the
-    table of ``npu-smi info``, ``hl-smi`` or ``amd-smi``; or ``lspci``'s list.
+    """Return whether a text is ``nvidia-smi``'s own table, its list (``-L``), its log (``-q``), or CSV of
+    ``--query-gpu`` with names; the table of ``npu-smi info``, ``hl-smi`` or ``amd-smi``; the list of ``lspci``,
+    ``gpustat``, ``dcgmi discovery`` or ``xpu-smi discovery``; or what vLLM's and PyTorch's ``collect_env`` print.
     """
     return bool(_table_gpus(text[:200_000]))
 
@@ -160,6 +161,12 @@ def _table_gpus(text: str) -> list[DriverGpu]:
     lines = [_COLOURS.sub("", line).strip() for line in text.splitlines() if line.strip()]
     if not lines:
         return []
+    if lines[0].startswith("=") and "NVSMI LOG" in lines[0]:
+        return [_logged_gpu(part) for part in re.split(r"(?m)^GPU [\da-fA-F:.]+$", text)[1:]]
+    if in_lines := list(_in_lines(lines)):
+        return in_lines
+    if any(line.startswith("GPU models and configuration") for line in lines):
+        lines = list(_of_environment(lines))
     header = [column.strip().lower() for column in lines[0].split(",")]
     if "name" in header and (len(header) > 1 or len(lines) > 1) and "node" not in header:
         return [_csv_gpu(dict(zip(header, map(str.strip, line.split(",")), strict=False))) for line in lines[1:]]
@@ -231,7 +238,50 @@ _ON_BUS = re.compile(
     r"(?:(?:Corporation )?Device (?:\[[\da-f]{4}:)?([\da-f]{4})\]?|(.*?\[[^\[\]]+\]))"
     r"(?: \[[\da-f]{4}:[\da-f]{4}\])?(?: \(rev \w+\))?(?: \(prog-if .*)?$"
 )
-_LISTED = re.compile(r"GPU \d+: (.+?) \(UUID: [^)]*\)")
+_LISTED = re.compile(r"GPU \d+: (.+?)(?: \(UUID: [^)]*\))?$")
+
+
+# A GPU of gpustat, with memory in MiB, and of dcgmi and xpu-smi.
+_LINES = (
+    re.compile(r"\[\d+\] (?P<name>[^|]+?) +\|.*\| +(?P<used>\d{1,9}) / +(?P<total>\d{1,9}) MB\b"),
+    re.compile(r"\| *\d+ +\| (?:Device )?Name: (?P<name>.+?) +\|$"),
+)
+
+
+def _in_lines(lines: Iterable[str]) -> Iterator[DriverGpu]:
+    for found in (found for line in lines for form in _LINES if (found := form.match(line))):
+        said = found.groupdict()
+        used, total = (int(said[name]) * 2**20 if said.get(name) else None for name in ("used", "total"))
+        yield DriverGpu(product=said["name"].strip(), memory_bytes=total, used_bytes=used)
+
+
+def _of_environment(lines: Iterable[str]) -> Iterator[str]:
+    """Yield the lines of ``nvidia-smi -L`` that ``collect_env`` repeats; equal GPUs are in one, as ``GPU 0-7: ...``."""
+    for line in lines:
+        line = line.removeprefix("GPU models and configuration").lstrip(" :")
+        if found := re.match(r"GPU (\d{1,3})(?:-(\d{1,3}))?(?=: )", line):
+            yield from [line.replace(found[0], f"GPU {found[1]}", 1)] * (1 + int(found[2] or found[1]) - int(found[1]))
+        elif line.startswith("MIG "):
+            yield line
+
+
+def _logged_gpu(part: str) -> DriverGpu:
+    """Return a GPU of ``nvidia-smi -q``, whose fields follow each other as ``Product Name : NVIDIA L4``."""
+
+    def value(name: str, within: str = "") -> str:
+        """Return a field, of a group if it is ``within`` one."""
+        _, _, behind = part.partition(f"    {within}\n") if within else ("", "", part)
+        found = re.search(rf"(?m)^ +{name} *: *(.*?) *$", behind)
+        return found[1] if found else ""
+
+    used, total = (_MEBIBYTES.fullmatch(value(name, "FB Memory Usage")) for name in ("Used", "Total"))
+    return DriverGpu(
+        product=value("Product Name"),
+        memory_bytes=int(total[1]) * 2**20 if total else None,
+        used_bytes=int(used[1]) * 2**20 if used else None,
+        num_parts=0 if value("Current", "MIG Mode") == "Enabled" else None,
+        is_prohibited=value("Compute Mode") == "Prohibited",
+    )
 
 
 def _csv_gpu(row: dict[str, str]) -> DriverGpu:
@@ -275,7 +325,7 @@ def host_of(label: str) -> str:
 
 def _node(label: str, content: str, pairs: Sequence[int], with_busy: bool) -> FoundNode:
     if found := [] if content.lstrip().startswith("<") else _table_gpus(content):
-        here = Problem(file=label, message="", line=1)
+        here, pairs = Problem(file=label, message="", line=1), pairs or _nvlinks(content)
         return host_node(host_of(label), found, pairs=pairs, with_busy=with_busy, where=here)
     root, line = parse_xml(content, label)
     if root.tag != ROOT:

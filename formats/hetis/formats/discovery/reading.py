@@ -30,8 +30,9 @@ _BOUNDS = Bounds(max_values=10_000_000, max_yaml_values=200_000)
 _IS_DATA = re.compile(r"[{\[]|---|- |\w+:")  # JSON or YAML, unlike what tools print for people
 _KNOWN = (
     "kubectl get nodes -o json, kubectl describe nodes, "
-    "nvidia-smi -q -x (also -L, its table, and --query-gpu=name,memory.total --format=csv), "
-    "npu-smi info, hl-smi, lspci, amd-smi static, rocm-smi --showproductname --showmeminfo vram (also --json), "
+    "nvidia-smi -q -x (also -q, -L, its table, and --query-gpu=name,memory.total --format=csv), "
+    "npu-smi info, hl-smi, lspci, gpustat, dcgmi and xpu-smi discovery, vLLM's collect_env, "
+    "amd-smi static, rocm-smi, also with --showproductname --showmeminfo vram --json, "
     "scontrol show nodes, also with --json, sinfo -N with GRES, ray list nodes --detail --format json, ray status, "
     "CSV with node,gpu,count"
 )
