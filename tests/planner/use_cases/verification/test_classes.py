@@ -149,20 +149,29 @@ def test_limits_of_classes_are_not_dropped_by_other_cuts(files: Path, capsys: py
 
 def chosen(
     without: Plan, candidates: Sequence[Plan], keeps: dict[float, tuple[float, float]], worth: float,
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch: pytest.MonkeyPatch, simulated: list[Any] | None = None,
 ) -> Plan:  # fmt: skip
-    """Return what is chosen if plans keep these rates, in planned and in drifted traffic, by their values."""
+    """Return what is chosen if plans keep these rates, in planned and in drifted traffic, by their values.
+
+    What is ``simulated``, and the plan that is verified, are noted there.
+    """
+    simulated = [] if simulated is None else simulated
 
     def run(_self: object, found: classes.WithClasses, traffic: Any, rate: float) -> tuple[bool, None]:
+        simulated.append((found.plan.result.value, traffic.name, rate))
         return rate <= keeps[found.plan.result.value][traffic.is_drifted], None
 
-    monkeypatch.setattr(classes._Compared, "_run", run)
+    def verified(candidate: classes.WithClasses) -> Plan:
+        simulated.append(candidate.plan.result.value)
+        return candidate.plan
+
+    monkeypatch.setattr(classes._Compared, "_simulated", run)
     monkeypatch.setattr(classes._Compared, "_keeps", lambda _self, is_steady, _run: is_steady)
     monkeypatch.setattr(classes, "_latencies", lambda *_: (1.0, 0.1))
     return classes.choose(
         classes.WithClasses(plan=without, problem=small_plans.small_problem(workload=TRAFFIC)), without.objective,
         classes.cuts_of("p75", TRAFFIC), lambda _: iter(candidates), worth=worth, seed=0, budget=Budget(),
-        report=silent, verified=lambda candidate: candidate.plan,
+        report=silent, verified=verified,
     ).plan  # fmt: skip
 
 
@@ -214,6 +223,23 @@ def test_plans_that_run_the_same_are_tried_once(monkeypatch: pytest.MonkeyPatch)
     better = replace(having, result=replace(having.result, value=12.0))
     chosen(valued(without, 10.0), (worse, better), keeps, 0.1, monkeypatch)
     assert tried == [12.0]
+
+
+@pytest.mark.parametrize(("worth", "last"), [(0.1, "bursts"), (0.15, "longer prompts"), (0.3, "as planned")])
+def test_simulations_end_with_the_traffic_that_decides(
+    worth: float, last: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a plan that keeps 20% more, of longer prompts 12%; only what is used is verified, and nothing is run twice."""
+    without, having = without_and_with_pools()
+    simulated, keeps = list[Any](), {10.0: (10.0, 10.0), 12.0: (12.4, 11.5)}
+    found = chosen(valued(without, 10.0), [valued(having, 12.0)], keeps, worth, monkeypatch, simulated)
+    assert Classes.of(found).kept[-1].traffic == last
+    assert len(simulated) == len(set(simulated))
+    assert (12.0 in simulated) == (found.result.value == 12.0) == (last == "bursts")
+    names = [traffic.name for traffic in classes.TRAFFIC]
+    assert {name for one in simulated if isinstance(one, tuple) for name in one[1:2]} == {
+        *names[: names.index(last) + 1]
+    }
 
 
 def test_of_plans_that_leave_most_after_a_loss_what_is_left_counts(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -139,8 +139,8 @@ def choose(
         worth: share by which it must keep more.
         seed, budget, report: those of simulations.
         carriers: what each export target cannot carry; None: not known. Some must carry all of it, or the ``target``.
-        verified: simulates the plan with classes as that without was, such as with more seats; None: neither was, and
-            the gain is that of the cost model.
+        verified: simulates the plan that is returned as that without was, which changes its value, not how it runs;
+            None: neither was, and the gain is that of the cost model.
     """
     found = list[_Candidate]()
     for cut, classes in cuts.items():
@@ -165,7 +165,7 @@ def choose(
         compared = _Compared(without, best.problem, seed=seed, budget=budget, report=report)
         try:
             chosen = next((one for one in found if compared.keeps_more(one.found, worth)), chosen)
-            best = replace(chosen.found, plan=verified(chosen.found))
+            best = chosen.found
             kept = tuple(compared.kept(best, worth))
             record = replace(chosen.on(record), kept=kept, ttft=tuple(compared.latencies(best, kept[0])))
         except NothingSimulatedError:
@@ -176,7 +176,7 @@ def choose(
         gained = f"{abs(gain):.1%} {'less' if gain < 0.0 else 'more'}"
         why = f"it {what} {gained}, but only {worth:.0%} more is worth pools of their own (--worth)"
         return _told(without, replace(record, why_not=why))
-    return _told(best, record)
+    return _told(best if verified is None else replace(best, plan=verified(best)), record)
 
 
 class _Candidate(NamedTuple):
@@ -253,6 +253,7 @@ class _Compared:
         self._without, self._seed, self._budget, self._report = without, seed, budget, report
         self._limits = limits
         self._before = dict[_Traffic, float]()  # what the plan without keeps
+        self._runs = dict[Hashable, tuple[bool, Run]]()  # by plan, traffic and rate
 
     def before(self, traffic: _Traffic) -> float:
         """Return the rate that the plan without classes keeps."""
@@ -281,7 +282,7 @@ class _Compared:
         return (1.0 + worth) * cost * min(before, objective.demand_rps or 0.0)
 
     def kept(self, best: WithClasses, worth: float) -> Iterator[KeptWithClasses]:
-        """Yield the rates that both plans keep: in planned traffic, with longer prompts, and in bursts.
+        """Yield the rates that both plans keep in each traffic, up to the first in which too little more is kept.
 
         Of plans that leave most after a loss, they are those that are left. Those with classes are searched from what
         `keeps_more` has tried.
@@ -290,7 +291,10 @@ class _Compared:
             start = self._needed(best, traffic, worth) or default_rate(best.plan, best.problem)
             before, after = self.before(traffic), self._highest(best, traffic, start)
             before, after = before * _counted(self._without.plan), after * _counted(best.plan)
-            yield KeptWithClasses(traffic=traffic.name, without_rps=before, with_rps=after, counts=traffic.counts)
+            found = KeptWithClasses(traffic=traffic.name, without_rps=before, with_rps=after, counts=traffic.counts)
+            yield found
+            if found.counts and _gain(found, self._without.plan, best.plan) < worth:
+                return
 
     def latencies(self, best: WithClasses, kept: KeptWithClasses) -> Iterator[ClassLatency]:
         """Yield the p95 TTFT of each class in both plans, at the lower of the rates that they keep."""
@@ -327,7 +331,13 @@ class _Compared:
         return low
 
     def _run(self, one: WithClasses, traffic: _Traffic, rate: float) -> tuple[bool, Run]:
-        """Return whether the fleet carried the load, and the requests after the warm-up."""
+        """Return whether the fleet carried the load, and the requests after the warm-up; nothing is run twice."""
+        key = one.plan.replicas, one.plan.kv_routes, one.problem.workload.classes, traffic, rate
+        if key not in self._runs:
+            self._runs[key] = self._simulated(one, traffic, rate)
+        return self._runs[key]
+
+    def _simulated(self, one: WithClasses, traffic: _Traffic, rate: float) -> tuple[bool, Run]:
         planned = self._limits.workload
         load = Load(
             lengths=drifted(planned) if traffic.is_drifted else planned, max_position=one.problem.model.max_position,
