@@ -13,14 +13,13 @@ from typing import Any
 
 import pytest
 
-from benchmarks import redispatch as redispatch_benchmark
-from benchmarks.measuring import drift, solving
+from benchmarks.measuring import solving
 from hetis.solver.budget import Progress
 from hetis.solver.plan import Objective, ObjectiveKind, Plan, SolveResult, Status
 from tools import tables
 
 ROOT = Path(__file__).parents[2]
-QUICK = ("attention_workers", "coverage", "dispatch", "redispatch", "sharing")
+QUICK = ("attention_workers", "coverage", "dispatch", "sharing")
 # Their quick forms take ten CPU seconds and more, so that only `make soak` runs them.
 SLOW = ("classes", "kept", "loop", "paper", "placement", "published", "rungs")
 WITHOUT_TABLE = ("kept", "loop")  # not measured on an idle machine yet
@@ -78,25 +77,6 @@ def test_help_names_the_command(name: str, monkeypatch: pytest.MonkeyPatch, caps
         importlib.import_module(f"benchmarks.{name}").main()
     assert ended.value.code == 0
     assert f"python -m benchmarks.{name} [--quick] [--json]" in capsys.readouterr().out
-
-
-def tally(makespan_s: float, moved_bytes: float) -> drift.Tally:
-    return drift.Tally(
-        makespans_s=[makespan_s, makespan_s], ideals_s=[1e-6, 1e-6], moved_bytes=moved_bytes, seconds=1.0
-    )
-
-
-def test_a_policy_is_compared_with_the_papers_rule_seed_by_seed() -> None:
-    gib = redispatch_benchmark.GIB
-    nothing, paper = [tally(10e-6, 0.0), tally(20e-6, 0.0)], [tally(9e-6, gib), tally(18e-6, gib)]
-    ours = [tally(8e-6, gib), tally(13e-6, 2 * gib)]
-    beside = redispatch_benchmark._beside(ours, paper, nothing)
-    # Saved: 2 and 7 us, the paper's rule 1 and 2; per GiB 9/3 and 3/2.
-    assert beside["more_us"] == pytest.approx((1 + 5) / 2)
-    assert beside["more_us_error"] == pytest.approx(2.0)
-    assert beside["more_us_per_gib"] == pytest.approx(3 - 1.5)
-    # Without the first seed 7/2 - 2, without the second 2 - 1.
-    assert beside["more_us_per_gib_error"] == pytest.approx(0.25)
 
 
 def progress(phase: str, elapsed_s: float, incumbent: float | None, bound: float) -> Progress:

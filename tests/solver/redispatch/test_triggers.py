@@ -1,4 +1,4 @@
-"""The triggers of re-dispatch, and the baselines."""
+"""The triggers of re-dispatch."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 from hypothesis import given
 
-from benchmarks.measuring.baselines import last_admitted, paper_rule, whole_request_moves
 from hetis.solver.dispatch.dispatcher import Dispatcher
 from hetis.solver.dispatch.snapshot import DeviceSnapshot, StateSnapshot
 from hetis.solver.dispatch.state import DispatchState
@@ -63,54 +62,6 @@ def test_an_empty_stage_gives_no_reason() -> None:
     assert triggers(DispatchState(stage(2), [0, 0]).snapshot(), Dispatcher(stage(2))) == ()
     with pytest.raises(InvalidProblemError, match="theta is -1"):
         triggers(lopsided().snapshot(), Dispatcher(stage(2)), theta=-1)
-
-
-def problem_of(state: DispatchState) -> RedispatchProblem:
-    num = state.stage.num_devices
-    return RedispatchProblem(snapshot=state.snapshot(), num_layers=2, link_byte_s=np.full(num, 1e-12))
-
-
-def test_the_papers_rule_moves_one_request() -> None:
-    state = lopsided()
-    moves = paper_rule(problem_of(state), Dispatcher(state.stage))
-    assert [(move.groups, move.source, move.target) for move in moves] == [(4, 0, 1)]
-    assert moves[0].num_bytes == 4 * 40 * 4 * 2
-
-
-def test_the_papers_rule_frees_a_full_device() -> None:
-    state = lopsided()
-    moves = paper_rule(problem_of(state), Dispatcher(state.stage), device=0)
-    assert {move.source for move in moves} == {0}
-    assert len({move.request for move in moves}) == 1
-
-
-def test_whole_requests_are_never_split() -> None:
-    moves = whole_request_moves(problem_of(lopsided()))
-    assert [(move.groups, move.source, move.target) for move in moves] == [(4, 0, 1)]
-
-
-def test_the_last_admitted_is_evicted_first() -> None:
-    snapshot = lopsided().snapshot()
-    assert last_admitted(snapshot, 0) == "b"
-    assert last_admitted(snapshot, 0, but=["b"]) == "a"
-    assert last_admitted(snapshot, 1) is None
-
-
-@given(problems())
-def test_moves_of_baselines_can_be_carried_out(problem: RedispatchProblem) -> None:
-    dispatcher = Dispatcher(problem.snapshot.stage)
-    for moves in (paper_rule(problem, dispatcher), whole_request_moves(problem)):
-        state = DispatchState.of(problem.snapshot)
-        for together in dict.fromkeys(move.together for move in moves):
-            prepared = [
-                state.prepare_move(m.request, groups=m.groups, source=m.source, target=m.target)
-                for m in moves
-                if m.together == together
-            ]
-            numbers = [move.number for move in prepared if move is not None]
-            assert len(numbers) == len(prepared)
-            state.commit_moves(*numbers)
-        state.check_invariants()
 
 
 @given(problems(max_devices=4))
