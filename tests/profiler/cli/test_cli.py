@@ -233,27 +233,18 @@ def test_a_missing_torch_is_said_with_what_installs_it(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_a_run_interrupted_before_its_first_point_leaves_nothing(
+def test_an_interrupted_run_leaves_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from hetis.profiler.measure import session
-    from hetis.profiler.measure.journal import journal_in
 
     def interrupted(request: session.RunRequest, report: object) -> None:
-        with journal_in(request.journal, {}, []):
-            raise KeyboardInterrupt
+        raise KeyboardInterrupt
 
     monkeypatch.setattr(session, "measure", interrupted)
     assert invoke("run", "--quick", "--out", tmp_path / "x.json") == ProfileExitCode.INTERRUPTED
-    assert "interrupted before the first point: nothing was saved" in capsys.readouterr().err
+    assert "interrupted: nothing was saved" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
-
-
-def test_an_interrupted_run_is_not_started_over(tmp_path: Path) -> None:
-    (tmp_path / "x.json.journal").write_text("")
-    done = hetis_profile("run", "--quick", "--out", "x.json", cwd=tmp_path)
-    assert done.returncode == ProfileExitCode.INVALID
-    assert "continue with --resume, or delete it" in done.stderr
 
 
 @pytest.mark.skipif(not DATA.is_dir(), reason="the shared data are not here")

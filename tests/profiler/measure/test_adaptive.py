@@ -83,19 +83,6 @@ def test_one_of_a_group_brings_the_others() -> None:
         assert {key for key in groups if groups[key] == group} <= found
 
 
-def test_known_points_are_not_measured_again() -> None:
-    series, seconds = surface("a")
-    rule = StoppingRule(uncertainty=0.1, min_points=10)
-    whole = Campaign([series], rule)
-    count = measured_to_the_end(whole, seconds)
-    again = Campaign([series], rule, whole.measured[: count - 2])
-    assert measured_to_the_end(again, seconds) == 2
-    stranger = Measured(
-        point=MeasuredPoint(op="gemm", kernel="x", columns={"m": 1}), sample=TimedSample(seconds=1.0, spread=0.0)
-    )
-    assert Campaign([series], rule, [stranger]).measured == []
-
-
 def test_the_first_points_span_the_candidates() -> None:
     series, _ = surface("a")
     chosen = first_points(series)

@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 
 from hetis.formats.catalogue import find_model
-from hetis.formats.errors import DocumentError
 from hetis.profiler.measure.points import Extent, MeasuredPoint
 
 if find_spec("torch") is None:
@@ -19,7 +18,6 @@ import torch
 
 from hetis.profiler.measure import device as device_room
 from hetis.profiler.measure import kernels as kernels_room
-from hetis.profiler.measure import provenance as provenance_room
 from hetis.profiler.measure import session
 from hetis.profiler.measure.device import CudaDevice, Operator, open_device
 from hetis.profiler.measure.watch import GpuAddress
@@ -84,9 +82,7 @@ def test_a_batch_is_whole_rotations_and_counts_for_the_calls_asked_for(cuda: Fak
 def test_a_quick_run_reaches_every_operator(cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(session, "extent_of", lambda **_: EXTENT)
     news = []
-    request = session.RunRequest(
-        device="cuda:0", gpu="", model=TINY, quick=True, limit_s=300.0, journal=tmp_path / "j", resume=False
-    )
+    request = session.RunRequest(device="cuda:0", gpu="", model=TINY, quick=True, limit_s=300.0)
     monkeypatch.setattr(
         session, "QUICK_RULES", (session.QUICK_RULES[0], replace(RULE, limit_s=0.02, warm_up_s=0.0, max_batches=3))
     )
@@ -128,24 +124,3 @@ def test_prompts_are_timed_with_one_kernel_whether_or_not_tokens_come_before_the
     kernels._prefill(MeasuredPoint(op="prefill_attention", kernel="torch sdpa", columns=columns)).calls[0]()
     assert allowed == [(True, False)]
     assert torch.backends.cuda.cudnn_sdp_enabled(), "as before"
-
-
-def test_an_interrupted_run_does_not_go_on_upon_another_machine(
-    cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    device = CudaDevice(0)
-    request = session.RunRequest(
-        device="cuda:0", gpu="", model=TINY, quick=True, limit_s=1.0, journal=tmp_path / "j", resume=True
-    )
-    mine = provenance_room.settings_of(request, "H200", device, "570.86")
-    with session.journal_in(request.journal, mine, []):
-        pass
-    assert session.read_journal(request.journal, mine) == []
-    device.address = GpuAddress(uuid="5678")
-    monkeypatch.setattr(provenance_room.platform, "node", lambda: "elsewhere")
-    monkeypatch.setattr(provenance_room.torch, "__version__", "9.9")
-    other = provenance_room.settings_of(request, "H200", device, "580.1")
-    with pytest.raises(DocumentError) as caught:
-        session.read_journal(request.journal, other)
-    assert [problem.path for problem in caught.value.problems] == ["host", "GPU itself", "driver", "torch"]
-    assert "driver: is '570.86' in the interrupted run, now '580.1'" in str(caught.value)

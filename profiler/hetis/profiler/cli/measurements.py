@@ -48,7 +48,6 @@ class RunOptions:
         shown=f"{_CPU_MODEL}; CUDA: {_CUDA_MODEL}",
     )
     quick: bool = option("--quick: Finish within a minute: fewer points, each measured fewer times.", False)
-    resume: bool = option("--resume: Continue an interrupted run.", False)
     time_limit: float | None = option(
         "--time-limit TIME: Time after which no new points are chosen.", parser=_limit, shown="30min; --quick: 35s"
     )
@@ -60,41 +59,30 @@ class RunOptions:
 
 @verb()
 def run(terminal: Terminal, out: RawOutOption, *, wanted: RunOptions) -> ProfileExitCode:
-    """Measure this host with torch, starting where the fit is least certain, until it is certain enough.
-
-    What was measured is kept in RAW.journal until the run is complete: Ctrl-C loses one point at most.
-    """
+    """Measure this host with torch, starting where the fit is least certain, until it is certain enough."""
     from hetis.formats.documents import dump, write_atomically
-    from hetis.formats.errors import single_problem
     from hetis.formats.measurements import save_measurements
     from hetis.profiler.measure.host_cluster import host_cluster
-    from hetis.profiler.measure.journal import journal_of, points_in
     from hetis.profiler.measure.session import measure
 
     require_outputs(out, wanted.cluster_out)
-    journal = journal_of(out)
-    request = _request(wanted, journal)
-    if journal.exists() and not wanted.resume and points_in(journal) != 0:
-        raise single_problem(str(journal), "is from an interrupted run: continue with --resume, or delete it")
+    request = _request(wanted)
     try:
         with _progress(terminal) as report:
             result = measure(request, report)
     except KeyboardInterrupt:
-        _say_interrupted(terminal, journal)
+        terminal.line("interrupted: nothing was saved")
         return ProfileExitCode.INTERRUPTED
     save_measurements(out, result.measurements)
-    journal.unlink(missing_ok=True)
     for note in result.measurements.notes:
         (terminal.warn if note in result.disturbances else terminal.detail)(note)
     if wanted.cluster_out is not None:
         write_atomically(wanted.cluster_out, dump(host_cluster(result)))
-    if result.num_known:
-        terminal.say(f"{result.num_known} points were known from the interrupted run")
     terminal.emit(lambda: _run_document(result, out), lambda: _run_table(result, out))
     return ProfileExitCode.OK
 
 
-def _request(wanted: RunOptions, journal: Path) -> RunRequest:
+def _request(wanted: RunOptions) -> RunRequest:
     from hetis.formats.models.document import load_model
     from hetis.profiler.measure.adaptive import RunRequest
 
@@ -104,23 +92,7 @@ def _request(wanted: RunOptions, journal: Path) -> RunRequest:
         model=load_model(wanted.model or (_CPU_MODEL if wanted.device == "cpu" else _CUDA_MODEL)),
         quick=wanted.quick,
         limit_s=wanted.time_limit or (_QUICK_S if wanted.quick else _FULL_S),
-        journal=journal,
-        resume=wanted.resume,
     )
-
-
-def _say_interrupted(terminal: Terminal, journal: Path) -> None:
-    """Say what is kept, and remove a journal without points."""
-    from hetis.profiler.measure.journal import points_in
-
-    kept = points_in(journal) if journal.exists() else None
-    if kept:
-        terminal.line(
-            f"interrupted: {kept} points are kept in {journal}; run the same command with --resume to continue"
-        )
-    else:
-        journal.unlink(missing_ok=True)
-        terminal.line("interrupted before the first point: nothing was saved")
 
 
 @contextmanager

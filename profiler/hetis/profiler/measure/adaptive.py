@@ -9,7 +9,6 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import product
-from pathlib import Path
 from statistics import median
 
 import numpy as np
@@ -118,12 +117,9 @@ class SeriesState:
 class Campaign:
     """All series together: the next point is the one with the largest uncertainty over all of them."""
 
-    def __init__(self, series: Iterable[PointSeries], rule: StoppingRule, known: Iterable[Measured] = ()) -> None:
+    def __init__(self, series: Iterable[PointSeries], rule: StoppingRule) -> None:
         self.states = [SeriesState(series=one, rule=rule) for one in series]
         self._state_of = {point.key: state for state in self.states for point in state.series.candidates}
-        for found in known:
-            if (state := self._state_of.get(found.point.key)) is not None:
-                state.add(found)
 
     @property
     def measured(self) -> list[Measured]:
@@ -246,8 +242,6 @@ class RunRequest:
     model: ModelSpec
     quick: bool
     limit_s: float  # stop choosing new points after this time
-    journal: Path  # file that keeps the measurements; its points are not measured again if ``resume``
-    resume: bool
 
 
 def sample(time_calls: Callable[[int], float], clock: Callable[[], float], rule: SamplingRule) -> TimedSample:

@@ -13,29 +13,8 @@ from hetis.formats.measurements import MeasuredBy
 from hetis.formats.units import format_bytes
 from hetis.profiler.measure import host
 from hetis.profiler.measure.adaptive import RunRequest
-from hetis.profiler.measure.device import CudaDevice, Device
+from hetis.profiler.measure.device import Device
 from hetis.profiler.measure.host import TIMES
-
-
-def settings_of(request: RunRequest, gpu: str, device: Device, driver: str) -> dict[str, str]:
-    """Return what must stay equal for an interrupted run to continue: what is measured, and on which machine."""
-    of_gpu = {
-        "GPU itself": " ".join(part for part in (device.name, device.address.uuid or device.address.bus) if part),
-        "driver": driver or "unknown",
-        "CUDA": str(torch.version.cuda),
-        "kernels of prompts": "one",  # earlier versions also used others, such as cuDNN's
-    } if isinstance(device, CudaDevice) else {}  # fmt: skip
-    return {
-        "device": request.device,
-        "gpu": gpu,
-        "model": request.model.name,
-        "quick": str(request.quick),
-        "host": f"{platform.node()}, {host.cpu_name()}, {host.num_cores()} cores",
-        **of_gpu,
-        "torch": torch.__version__,
-        "threads": str(torch.get_num_threads()),
-        "cache": f"{device.pool.cache.num_bytes} bytes {device.pool.cache.origin}",
-    }
 
 
 def cache_note(device: Device) -> str:

@@ -1,10 +1,9 @@
-"""One run: opens the device, measures the most uncertain point until all are known or time is up, keeps a journal."""
+"""One run: opens the device, measures the most uncertain point until all are known or time is up."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -14,7 +13,6 @@ from hetis.formats.catalogue import gpu_name
 from hetis.formats.measurements import Column, MeasuredBy, MeasuredOp, Measurements, Table
 from hetis.profiler.measure.adaptive import QUICK_RULES, Campaign, RunRequest, SamplingRule, StoppingRule, sample
 from hetis.profiler.measure.host import HostWatch
-from hetis.profiler.measure.journal import journal_in, read_journal
 from hetis.profiler.measure.points import Measured, MeasuredPoint, TimedSample, extent_of, series_of
 from hetis.profiler.measure.watch import GpuWatch, disturbance_notes
 from hetis.solver.errors import HetisError
@@ -47,25 +45,22 @@ class RunResult:
 
     measurements: Measurements  # with the disturbances and then remarks as notes
     disturbances: Sequence[str]
-    num_known: int  # number of points from an earlier, interrupted run
     uncertainty: float  # the largest relative error still expected anywhere
     memory_bytes: int
     architecture: str
 
 
 def measure(request: RunRequest, report: Callable[[RunProgress], None]) -> RunResult:
-    """Measure until every surface is known well, or ``limit_s`` has passed. The caller removes the journal.
+    """Measure until every surface is known well, or ``limit_s`` has passed.
 
     Raises:
         InvalidProblemError: there is no such device here, or the model cannot be measured.
-        DocumentError: the journal cannot be used or written.
         NotEnoughPointsError: the limit was too short.
-        KeyboardInterrupt: the journal holds what was measured.
     """
     from hetis.profiler.measure.device import CpuDevice, open_device
     from hetis.profiler.measure.kernels import Kernels
     from hetis.profiler.measure.peers import PeerProcesses
-    from hetis.profiler.measure.provenance import cache_note, measured_by, settings_of
+    from hetis.profiler.measure.provenance import cache_note, measured_by
 
     begin_s = time.monotonic()
     device = open_device(request.device)
@@ -76,14 +71,10 @@ def measure(request: RunRequest, report: Callable[[RunProgress], None]) -> RunRe
     series = series_of(request.model, extent, paths=device.copies, peer_kernel=backend, peer_path=path)
     watch = GpuWatch(None if isinstance(device, CpuDevice) else device.address, clock=time.monotonic)
     driver = watch.driver()
-    settings = settings_of(request, gpu, device, driver)
-    known = read_journal(request.journal, settings) if request.resume and request.journal.exists() else []
     stopping, rule = QUICK_RULES if request.quick else (StoppingRule(), SamplingRule())
-    campaign = Campaign(series, stopping, known)
+    campaign = Campaign(series, stopping)
     kernels = Kernels(device, request.model, watch.look)
-    with ExitStack() as stack:
-        keep = stack.enter_context(journal_in(request.journal, settings, known))
-        peers = stack.enter_context(PeerProcesses(peer_devices))
+    with PeerProcesses(peer_devices) as peers:
         peers.wait_until_ready()
 
         def time_point(point: MeasuredPoint) -> TimedSample:
@@ -100,12 +91,12 @@ def measure(request: RunRequest, report: Callable[[RunProgress], None]) -> RunRe
         before = time_point(reference)
         watch.begin()
         host = HostWatch()
-        _run(campaign, time_point, report, keep, limit_s=request.limit_s, begin_s=begin_s)
+        _run(campaign, time_point, report, limit_s=request.limit_s, begin_s=begin_s)
         after = time_point(reference)
     if not campaign.is_started():
         raise NotEnoughPointsError(
             f"{request.limit_s:.0f} s are too short: {len(campaign.measured)} points were measured before every "
-            "operator had enough for a fit; allow more with --time-limit and go on with --resume"
+            "operator had enough for a fit; allow more with --time-limit"
         )
     disturbances = disturbance_notes(
         campaign.measured,
@@ -113,10 +104,6 @@ def measure(request: RunRequest, report: Callable[[RunProgress], None]) -> RunRe
         others_share=host.share(),
         gpu=watch.news() if device.on_cuda else None,
     )
-    if known:
-        disturbances.append(
-            f"{len(known)} points are from an interrupted run: disturbances of the device in it are unknown"
-        )
     remarks = [cache_note(device), "engine steps are not measured: no engine is running"]
     if device.architecture in NEWER_KERNELS:
         remarks.append(
@@ -129,7 +116,6 @@ def measure(request: RunRequest, report: Callable[[RunProgress], None]) -> RunRe
     return RunResult(
         measurements=to_measurements(gpu, provenance, campaign.measured, [*disturbances, *remarks]),
         disturbances=disturbances,
-        num_known=len(known),
         uncertainty=campaign.worst(),
         memory_bytes=device.memory_bytes,
         architecture=device.architecture,
@@ -138,7 +124,7 @@ def measure(request: RunRequest, report: Callable[[RunProgress], None]) -> RunRe
 
 def _run(
     campaign: Campaign, time_point: Callable[[MeasuredPoint], TimedSample], report: Callable[[RunProgress], None],
-    keep: Callable[[Measured], None], *, limit_s: float, begin_s: float,
+    *, limit_s: float, begin_s: float,
 ) -> None:  # fmt: skip
     """Measure the points that the campaign chooses."""
     total = sum(min(len(state.series.candidates), state.rule.max_points) for state in campaign.states)
@@ -161,7 +147,6 @@ def _run(
         )
         found = Measured(point=choice.point, sample=time_point(choice.point))
         campaign.add(found)
-        keep(found)
         took_s.append(time.monotonic() - now_s)
 
 
