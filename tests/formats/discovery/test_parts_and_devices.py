@@ -109,3 +109,25 @@ def test_lspci_without_names_is_read_by_devices(tmp_path: Path) -> None:
     }
     with pytest.raises(DocumentError, match="'Device 2b99' is not in the catalogue"):
         cluster_in(tmp_path, "05:00.0 3D controller: NVIDIA Corporation Device 2b99 (rev a1)\n")
+
+
+@pytest.mark.parametrize("label", ["amd.com/compute-memory-partition", "amd.com/gpu.compute-memory-partition"])
+def test_parts_of_amds_gpus_are_told_by_their_label(tmp_path: Path, label: str) -> None:
+    product = {"amd.com/gpu.product-name": "AMD_Instinct_MI300X_OAM"}
+    whole = node(product | {label: "spx_nps1"}, resource="amd.com/spx_nps1")  # as the device plugin may name whole GPUs
+    cluster = cluster_in(tmp_path, whole)
+    assert gpus_of(cluster) == {"MI300X-192GB": 8}
+    assert cluster.node_groups[0].resource == "amd.com/spx_nps1"
+    with pytest.raises(DocumentError, match=r"64 devices .*parts of GPUs \(cpx_nps4\)"):
+        cluster_in(tmp_path, node(product | {label: "cpx_nps4"}, 64, "amd.com/gpu"))
+
+
+@pytest.mark.parametrize("resource", ["aws.amazon.com/neuron", "nvidia.com/GA102GL_A10", "volcano.sh/vgpu-number"])
+def test_a_node_of_other_accelerators_is_not_said_to_have_none(tmp_path: Path, resource: str) -> None:
+    with pytest.raises(DocumentError, match=f"{resource}: a resource that is not read"):
+        cluster_in(tmp_path, node({}, resource=resource))
+
+
+def test_memory_tells_boards_whose_nominal_size_is_larger(tmp_path: Path) -> None:
+    labels = {"nvidia.com/gpu.product": "NVIDIA-H20", "nvidia.com/gpu.memory": "143771"}
+    assert gpus_of(cluster_in(tmp_path, node(labels))) == {"H20-3e-141GB": 8}

@@ -75,7 +75,8 @@ def board_of(gpus: FoundGpus, said: Mapping[str, str]) -> str:
             told = {*_candidates(f"{product} {hint}")[0], *_candidates(hint)[0]}
             fitting = [name for name in fitting if name in told] or fitting
     if own is not None and not fitting:  # a board of which there is one with other memory
-        fitting = list(_candidates(f"{product} {round(own / 2**30)}GB")[0])
+        sizes_gb = range(round(own / 2**30), round(own * 1.05 / 2**30) + 1)  # nominal ones are somewhat larger
+        fitting = next(filter(None, (list(_candidates(f"{product} {size}GB")[0]) for size in sizes_gb)), [])
     if len(fitting) == 1 or (gpus.part and _are_alike(fitting)):
         return min(fitting, key=lambda name: catalogue.find_gpu(name).gpu.mem_bytes_per_s)
     how = f"; --gpu '{gpus.product}=TYPE' selects one ('={LEAVE_OUT}' leaves them out)"

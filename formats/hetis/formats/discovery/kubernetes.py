@@ -8,6 +8,7 @@ Labels describe one type per node, so a node with two types needs ResourceSlices
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -32,12 +33,25 @@ from hetis.formats.fields import listed, mapping
 from hetis.formats.positions import Text
 
 _RESOURCES = (
-    *("nvidia.com/gpu", "amd.com/gpu", "gpu.intel.com/xe", "gpu.intel.com/i915", "habana.ai/gaudi", "google.com/tpu"),
+    *(
+        "nvidia.com/gpu",
+        "amd.com/gpu",
+        "amd.com/spx_nps1",
+        "gpu.intel.com/xe",
+        "gpu.intel.com/i915",
+        "habana.ai/gaudi",
+        "google.com/tpu",
+    ),
     *("huawei.com/Ascend910", "huawei.com/ascend-1980", "huawei.com/npu"),
 )
 # What NVIDIA's device plugin advertises instead of GPUs that pods share, if `renameByDefault` is set (docs.nvidia.com,
 # "Time-Slicing GPUs in Kubernetes"): as many as GPUs times replicas.
 _NVIDIA, _SHARED, _MIG = "nvidia.com/gpu", "nvidia.com/gpu.shared", "nvidia.com/mig-"
+_WHOLE_PARTITION = "amd.com/spx_nps1"  # what AMD's device plugin calls whole GPUs beside parts of others
+# Resources of accelerators whose cards are not read, and of parts of cards.
+_OTHERS = re.compile(
+    r"(?:nvidia|amd|metax-tech|cambricon|kunlunxin|iluvatar|enflame|hygon|furiosa)\.(?:com|ai)/.*|.*/v?(?:gpu|npu|mlu|xpu|dcu|neuron|qgpu)(?:-\w+)?"
+)
 _DRIVERS = {"gpu.nvidia.com": "nvidia.com/gpu", "gpu.amd.com": "amd.com/gpu", "gpu.intel.com": "gpu.intel.com/xe"}
 _DRIVERS |= {"gaudi.intel.com": "habana.ai/gaudi", "tpu.google.com": "google.com/tpu"}
 _WHOLE = ("gpu", "amdgpu")  # types of devices (github.com/ROCm/k8s-gpu-dra-driver, docs/driver-attributes.md)
@@ -301,6 +315,8 @@ def _of_resources(node: _Object, use: _Use, problems: list[Problem]) -> tuple[li
             if count > busy:
                 part = resource.removeprefix(_MIG)
                 gpus.append(FoundGpus(product=product, count=count - busy, part=part, resource=resource))
+        elif _OTHERS.fullmatch(resource) and resource not in (*_RESOURCES, _SHARED) and not (gpus or left_out):
+            left_out.append(f"{resource}: a resource that is not read; a table of node,gpu,count adds such nodes")
     return gpus, left_out
 
 
@@ -349,7 +365,7 @@ def _of_resource(node: _Object, resource: str, use: _Use, problems: list[Problem
         left_out.append(f"{counted(busy)} ({product}): in use by {some_of(pods)}")
     if usable == busy:
         return [], left_out
-    own_name = _SHARED if renamed else ""
+    own_name = _SHARED if renamed else resource if resource == _WHOLE_PARTITION else ""
     memory = None if part else memory
     one = FoundGpus(product=product, count=usable - busy, memory_bytes=memory, resource=own_name, part=part)
     return [one], left_out

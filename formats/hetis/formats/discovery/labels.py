@@ -168,7 +168,7 @@ def _labels_of(vendor: str) -> Sequence[tuple[str, str]]:
 
 def partition_of(node_labels: Mapping[str, Any]) -> str:
     """Return the modes that divide AMD's GPUs of a node (``cpx_nps4``), or an empty string if they are whole."""
-    names = (f"{one}amd.com/gpu.compute-memory-partition" for one in ("", "beta."))
+    names = [f"{one}amd.com/{of}compute-memory-partition" for one in ("", "beta.") for of in ("", "gpu.")]
     modes = next((found for name in names if (found := text(node_labels.get(name)))), "")
     return "" if modes.lower().startswith("spx") else modes[:40]
 
