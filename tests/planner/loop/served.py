@@ -21,10 +21,10 @@ SETTINGS = PlacementSettings(engine=engine_rules(None, "hetis"), roles=(Role.UNI
 
 
 @cache
-def fleet() -> Cluster:
+def fleet(each: int = 6) -> Cluster:
     nodes = [
-        {"name": "l4", "count": 6, "gpus": [{"type": "L4", "count": 1}]},
-        {"name": "a10", "count": 6, "gpus": [{"type": "A10G", "count": 1}]},
+        {"name": "l4", "count": each, "gpus": [{"type": "L4", "count": 1}]},
+        {"name": "a10", "count": each, "gpus": [{"type": "A10G", "count": 1}]},
     ]
     found = from_data(
         {
@@ -38,9 +38,9 @@ def fleet() -> Cluster:
 
 
 @cache
-def plan_for(demand_rps: float, kind: ObjectiveKind = ObjectiveKind.COST) -> PlanAndProblem:
+def plan_for(demand_rps: float, kind: ObjectiveKind = ObjectiveKind.COST, each: int = 6) -> PlanAndProblem:
     """The plan of least cost for a demand; or that for the most goodput, whatever the demand."""
-    loaded = load_inputs(cluster=fleet(), model="Llama-3.1-8B", workload="500/100")
+    loaded = load_inputs(cluster=fleet(each), model="Llama-3.1-8B", workload="500/100")
     objective = Objective(kind=kind, demand_rps=demand_rps if kind is ObjectiveKind.COST else None)
     problem = SETTINGS.problem(loaded.inputs, objective)
     plan = describe(search(problem, SETTINGS, budget=Budget(), report=silent), loaded, problem, SETTINGS)

@@ -190,7 +190,7 @@ def test_a_curve_is_read_and_every_wrong_line_is_named(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def plan(tmp_path_factory: pytest.TempPathFactory) -> str:
-    found = plan_for(6.0)
+    found = plan_for(2.0, each=2)
     made = with_inputs(
         found.plan, LoadedInputs(inputs=found.inputs, origins={}), SETTINGS, found.problem, found.plan.objective,
         rung="node",
@@ -202,15 +202,15 @@ def plan(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 def test_the_verb_prints_all_on_80_columns_and_as_json(plan: str, tmp_path: Path) -> None:
     rates = tmp_path / "rates.csv"
-    rates.write_text("at_s,requests_per_s\n" + "".join(f"{3600 * h},{3 + h % 5}\n" for h in range(30)))
+    rates.write_text("at_s,requests_per_s\n0,1\n86400,1\n88200,2\n")
     asked = ["rehearse", plan, "--curve", str(rates), "--history", "1", "-q"]
     result = invoke(*asked)
     assert result.exit_code == ExitCode.OK, result.output
     assert max(map(len, result.stdout.splitlines())) <= 80
     assert "perfect forecast" in result.stdout
-    found = json.loads(invoke(*asked, "--fail", "l4-0@1h", "--burst", "1.5@2h+20min", "-o", "json").stdout)
+    found = json.loads(invoke(*asked, "--fail", "l4-0@45min", "--burst", "1.5@10min+10min", "-o", "json").stdout)
     assert [one["name"] for one in found["followers"]] == ["static", "threshold 70%", "perfect forecast", "loop"]
-    assert found["curve"]["hours"] == 6
+    assert found["curve"]["hours"] == 1
 
 
 @pytest.mark.parametrize(("options", "message"), [(["--rate", "5"], "those of --curve"), ([], "of which 604800 are")])
