@@ -54,8 +54,11 @@ def test_without_another_replica_requests_wait_for_the_device() -> None:
 
 @pytest.mark.parametrize(
     ("router", "least", "most"),
-    [("weighted", 74, 76), ("least-work", 51, 74), ("fewest-requests", 49, 51), ("fewest-tokens", 49, 51)],
-)
+    [
+        ("weighted", 74, 76), ("weighted-random", 65, 85), ("least-work", 51, 74), ("fewest-requests", 49, 51),
+        ("fewest-tokens", 49, 51),
+    ],
+)  # fmt: skip
 def test_routers_follow_the_planned_rates_or_the_queues(router: str, least: int, most: int) -> None:
     problem = small_problem()
     plan = plan_of(pipeline(problem, 6, rate=3.0), pipeline(problem, 6, first=1, rate=1.0))

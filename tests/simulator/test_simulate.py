@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 
 from hetis.simulator.simulate import simulate
 from hetis.simulator.timing import StageTiming
-from hetis.simulator.values import Fault, Request, Settings
+from hetis.simulator.values import Fault, Request, RouterName, Settings
 from hetis.solver.check.replica_shapes import Fleet, replica_shape
 from hetis.solver.errors import InvalidProblemError
 from hetis.solver.plan import Plan
@@ -74,7 +75,7 @@ def cases(draw: st.DrawFn) -> tuple[Plan, PlacementProblem, list[Request], Setti
         for share in [draw(shares)]
     ]
     chosen = Settings(
-        router=draw(st.sampled_from(["least-work", "weighted", "fewest-requests", "fewest-tokens"])),
+        router=draw(st.sampled_from(get_args(RouterName))),
         dispatch=False,
         redispatch=False,
         sample_every_s=draw(st.sampled_from([None, 0.01])),

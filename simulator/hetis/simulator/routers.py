@@ -85,6 +85,16 @@ class Weighted:
         return by_number[self._turns.next({number: replica.rate for number, replica in by_number.items()})]
 
 
+class WeightedRandom:
+    """Router that draws replicas in proportion to their planned rates, regardless of their queues."""
+
+    def __init__(self, seed: int) -> None:
+        self._random = random.Random(seed)
+
+    def __call__(self, replicas: Sequence[ReplicaRun]) -> ReplicaRun:
+        return self._random.choices(replicas, [replica.rate for replica in replicas])[0]
+
+
 def fewest_requests(replicas: Sequence[ReplicaRun]) -> ReplicaRun:
     """Return the replica with the fewest requests waiting and running, regardless of its speed.
 
@@ -153,6 +163,8 @@ def router_of(settings: Settings) -> Router:
             return LeastWork(settings.seed)
         case "weighted":
             return Weighted(settings.seed)
+        case "weighted-random":
+            return WeightedRandom(settings.seed)
         case "fewest-requests":
             return fewest_requests
         case "fewest-tokens":

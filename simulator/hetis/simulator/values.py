@@ -14,6 +14,7 @@ from hetis.solver.errors import InvalidProblemError
 
 FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]
+RouterName = Literal["least-work", "weighted", "weighted-random", "fewest-requests", "fewest-tokens"]
 BoolArray = npt.NDArray[np.bool_]
 
 
@@ -78,7 +79,7 @@ class Settings:
     # than their share of all (`routers.LeastWork`); ``weighted``: to each in proportion to its planned rate, regardless
     # of its queue; ``fewest-requests`` and ``fewest-tokens``: to the shortest queue as HexGen and Splitwise count it
     # (`fleet.py`), the latter also for decode replicas.
-    router: Literal["least-work", "weighted", "fewest-requests", "fewest-tokens"] = "least-work"
+    router: RouterName = "least-work"
     # Whether head groups of new requests are placed by `hetis.solver.dispatch`; False: split as in the plan.
     dispatch: bool = True
     # whether `hetis.solver.redispatch` moves head groups of running requests; needs ``dispatch``

@@ -41,6 +41,7 @@ PARTS: list[Part] = [
     EqualStages(best=Searched(None), by_size={"1": 0.5, "2": None}),
     EqualStages(best=Searched(1.5)),
     Verified(verification=VERIFICATION, model_value=2.0),
+    Verified(verification=replace(VERIFICATION, router="weighted")),
     Losses(by_place={"node": Loss(name="a", rate=1.0, whole=2.0)}),
 ]  # fmt: skip
 

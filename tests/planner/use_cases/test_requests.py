@@ -19,6 +19,7 @@ from hetis.planner.use_cases.record.forms import PLACES
 from hetis.planner.use_cases.request import (
     FIELDS,
     LIMITS,
+    ROUTERS,
     EngineName,
     Loss,
     PlacementRequest,
@@ -62,6 +63,10 @@ def test_a_verb_with_some_of_the_fields_gets_a_whole_request() -> None:
 )  # fmt: skip
 def test_names_in_types_are_those_of_the_enumerations(names: object, known: object) -> None:
     assert [*get_args(names)] == [str(one) for one in known]  # type: ignore[attr-defined]
+
+
+def test_every_target_has_a_router() -> None:
+    assert {*get_args(Target)} == {*ROUTERS}
 
 
 def test_fields_with_names_have_them_in_their_types() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from hetis.simulator.events import Events
 from hetis.simulator.replica import ReplicaRun
 from hetis.simulator.simulate import Builder, simulate
-from hetis.simulator.values import Fault, Request, RequestLog, Settings
+from hetis.simulator.values import Fault, Request, RequestLog, RouterName, Settings
 from hetis.solver.plan import Plan
 from hetis.solver.problem import PlacementProblem
 from tests.models import replace
@@ -52,10 +52,8 @@ def test_the_room_of_a_replica_is_exact(
             assert run.rejected == (not fits)
 
 
-@pytest.mark.parametrize("router", ["least-work", "weighted", "fewest-requests", "fewest-tokens"])
-def test_a_request_goes_to_a_replica_with_room_for_it(
-    router: Literal["least-work", "weighted", "fewest-requests", "fewest-tokens"],
-) -> None:
+@pytest.mark.parametrize("router", get_args(RouterName))
+def test_a_request_goes_to_a_replica_with_room_for_it(router: RouterName) -> None:
     problem, plan = little_and_large()
     few, many = (replica.most_tokens for replica in replicas_of(plan, problem))
     assert few < many

@@ -46,7 +46,6 @@ CONTRADICTIONS = (  # pairs of fields, and the message
     *(("cv", name, "{} applies to random arrivals, not to {}") for name in ("recorded", "saturate")),
     ("requests_csv", "sweep", "{} shows a single run, not {}"),
 )
-Router = Literal["least-work", "weighted", "fewest-requests", "fewest-tokens"]
 _traffic, _goal, _runs, _fleet, _result = map(panel, ("Traffic", "Goal", "Runs", "Fleet", "Result"))
 _setting = partial(_fleet, parser=values.setting)  # one setting for every engine
 
@@ -94,9 +93,11 @@ class SimulateOptions:
     seeds: int = _runs("--seeds K: Number of runs, each with its own seed.", 1, min=1, max=1000)
     seed: int = _runs("--seed: Seed of the first run.", 0, min=0)
     threads: int = _runs("--threads: Runs to simulate in parallel, as processes; 0 means one per core.", 0, min=0)
-    router: Router = _fleet(
-        "--router POLICY: How requests are routed to replicas: least-work, weighted, fewest-requests or fewest-tokens.",
-        "least-work",
+    router: Literal["", "least-work", "weighted", "weighted-random", "fewest-requests", "fewest-tokens"] = _fleet(
+        "--router POLICY: How requests are routed: least-work, weighted, weighted-random, fewest-requests or "
+        "fewest-tokens.",
+        "",
+        shown="as the plan was simulated, or least-work",
     )
     no_dispatch: bool = _fleet(
         "--no-dispatch: Split head groups as planned instead of dispatching each request.", False
@@ -161,13 +162,14 @@ def simulate(terminal: Terminal, plan: PlanArgument, *, wanted: SimulateOptions)
 
     Ctrl-C once shows the figures of what was simulated so far; Ctrl-C twice exits at once.
     """
+    from hetis.planner.use_cases.record.parts import Verified
     from hetis.planner.use_cases.saved_plans import load_plan_and_problem
     from hetis.planner.use_cases.service_level import DEFAULT
     from hetis.planner.use_cases.simulation import simulate as simulating
     from hetis.planner.use_cases.simulation.engine_settings import at_settings
     from hetis.planner.use_cases.simulation.judging import level_to_hold
     from hetis.planner.use_cases.sources import engine_settings
-    from hetis.planner.use_cases.verification.outcome import rate_to_simulate
+    from hetis.planner.use_cases.verification.outcome import IDEAL, rate_to_simulate, settings_of
     from hetis.simulator.arrivals import Arrivals, Load
     from hetis.simulator.values import Settings
 
@@ -201,6 +203,7 @@ def simulate(terminal: Terminal, plan: PlanArgument, *, wanted: SimulateOptions)
     )
     started = at_settings(found.plan, found.problem, given)
     found = replace(found, plan=started.plan, problem=started.problem)
+    simulated = Verified.of(found.plan).verification
     num_requests = wanted.requests or simulating.default_requests(found.plan, load, level)
     files = (wanted.requests_csv, wanted.html)
     faults = _faults(wanted, found.plan, found.problem)
@@ -210,7 +213,7 @@ def simulate(terminal: Terminal, plan: PlanArgument, *, wanted: SimulateOptions)
         num_requests=num_requests,
         seeds=tuple(range(wanted.seed, wanted.seed + wanted.seeds)),
         settings=Settings(
-            router=wanted.router,
+            router=wanted.router or (IDEAL if simulated is None else settings_of(simulated).router),
             dispatch=not wanted.no_dispatch,
             redispatch=not wanted.no_redispatch and not wanted.no_dispatch,
             theta=wanted.theta,

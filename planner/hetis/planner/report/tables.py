@@ -114,21 +114,25 @@ class SimulationRemarks(NamedTuple):
         share: the share of its rate, at which as large a part of its replicas ran; None: all of both.
         too_short: whether runs cannot fill the seats of what was simulated.
         dispatched: whether head groups were dispatched per request, not split as planned.
+        router: the router of the plan's target; None: the one that plans assume.
     """
 
     share: float | None
     too_short: bool
     dispatched: bool
+    router: str | None = None
 
     @staticmethod
     def of(found: Verification) -> SimulationRemarks:
-        return SimulationRemarks(found.share, bool(found.too_short), bool(found.dispatched))
+        return SimulationRemarks(found.share, bool(found.too_short), bool(found.dispatched), found.router)
 
     def lines(self) -> list[str]:
         """Return a line on each that is not as planned: the whole plan, its seats filled, its heads split once."""
         found = [] if self.share is None else [f"simulated: {_part_words(self.share)}"]
         if self.dispatched:
             found.append("simulated with the heads of every request dispatched, as engines do")
+        if self.router is not None:
+            found.append(f"simulated with the {self.router} router that its target configures")
         if self.too_short:
             found.append("runs too short to fill the seats: later requests may be slower")
         return found

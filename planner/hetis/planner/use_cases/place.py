@@ -29,6 +29,7 @@ from hetis.planner.use_cases.service_level import ServiceLevel
 from hetis.planner.use_cases.sources import LoadedInputs, engine_settings, load_inputs
 from hetis.planner.use_cases.surviving import check_survival, most_left, surviving_plan, with_losses
 from hetis.planner.use_cases.verification import classes, equal_stages
+from hetis.planner.use_cases.verification.outcome import router_of
 from hetis.planner.use_cases.verification.rates import ITERATIONS, kept_plan, simulation_report
 from hetis.solver.backends.search_clock import search_seconds
 from hetis.solver.budget import Budget, Report, SearchSettings, silent
@@ -191,7 +192,7 @@ class PosedPlacement:
             budget = replace(self._budget_to_simulate(), work_limit=math.inf)
             return kept_plan(
                 with_service_level(one.plan, request.service_level), one.problem, seed=settings.seed, budget=budget,
-                report=simulation_report(one.plan, report),
+                report=simulation_report(one.plan, report), router=router_of(settings.target),
             )  # fmt: skip
 
         chosen = classes.choose(
@@ -312,7 +313,7 @@ def simulated_plan(
     def simulated(one: Climbed, plan: Plan, rungs: tuple[RungFound, ...]) -> Climbed:
         kept = kept_plan(
             with_service_level(plan, level), one.problem, seed=settings.seed, budget=budget,
-            report=simulation_report(plan, report),
+            report=simulation_report(plan, report), router=router_of(settings.target),
         )  # fmt: skip
         rows = tuple(replace(row, value=kept.result.value) if row.is_chosen else row for row in rungs)
         problem = problem_of(kept, one.problem)

@@ -8,7 +8,7 @@ Options of `hetis-plan place`, and of other verbs that plan, are made from these
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, fields
 from enum import Enum, auto
 from functools import cache, partial
@@ -22,6 +22,7 @@ from hetis.solver.plan import DEFAULT_STRATEGY, DEFAULT_TIME_LIMIT_S, Objective,
 
 if TYPE_CHECKING:
     from hetis.formats.traces import PrefixHitRate
+    from hetis.simulator.values import RouterName
     from hetis.solver.cluster import Cluster
     from hetis.solver.model import ModelSpec
     from hetis.solver.workload import Workload
@@ -36,6 +37,13 @@ RungName = Literal["node", "pipelines", "apart", "workers"]
 Target = Literal[
     "vllm", "sglang", "compose", "kubernetes", "lws", "llm-d", "kserve", "dynamo", "ray", "slurm", "hetis-launch"
 ]
+# The routers that export targets configure: nginx takes turns by weight; gateways, llm-d's picker and LiteLLM draw by
+# weight; Dynamo's front end looks at load alone.
+ROUTERS: Mapping[str, RouterName] = {
+    **dict.fromkeys(("vllm", "sglang", "compose", "kubernetes", "lws", "slurm", "hetis-launch"), "weighted"),
+    **dict.fromkeys(("llm-d", "kserve", "ray"), "weighted-random"),
+    "dynamo": "fewest-requests",
+}
 StrategyName = Literal[
     "hetis", "uniform", "hexgen", "hexgen2", "splitwise", "splitwise-paper", "hexgen-paper", "hexgen2-paper",
     "hetis-paper",
@@ -202,7 +210,9 @@ class PlacementRequest:
         "10%",
     )
     target: Literal["", Target] = _search(
-        "--for TARGET: Only plans that this export target carries wholly.", "", shown="any target"
+        "--for TARGET: Only plans that this export target carries wholly, at the rate kept behind its router.",
+        "",
+        shown="any target",
     )
     strategy: StrategyName = _search(
         "--strategy NAME: Family of plans to search, a name of `catalog strategies`.", DEFAULT_STRATEGY

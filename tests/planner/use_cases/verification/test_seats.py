@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 from hetis.planner.use_cases.place import pose
 from hetis.planner.use_cases.record.parts import Verified
@@ -14,11 +15,12 @@ from hetis.simulator.arrivals import Arrivals, Load
 from hetis.simulator.running import never, silent
 from hetis.simulator.values import Settings
 from hetis.solver.budget import Budget
+from hetis.solver.check import check_plan
 from hetis.solver.engine_rules import EngineSettings
 from hetis.solver.plan import Plan, Role
 from tests.planner.command_line import EXAMPLES
 from tests.planner.use_cases.simulation.test_simulate import no_mixed_factor
-from tests.planner.use_cases.verification.verifying import Placed, at_rate, no_progress
+from tests.planner.use_cases.verification.verifying import Placed, at_rate, drawn, no_progress
 from tests.simulator.more_seats import with_more_seats
 
 __all__ = ["no_mixed_factor"]  # for every test here, too
@@ -95,3 +97,27 @@ def test_slow_replicas_fill_as_the_queue_model_assumes() -> None:
     )
     assert found is not None
     assert found.kept
+
+
+def test_a_plan_for_a_target_promises_what_it_keeps_behind_its_router(tmp_path: Path) -> None:
+    """nginx goes on sending requests to a replica that has fallen behind, also where others have free seats."""
+    path = tmp_path / "cluster.yaml"
+    nodes = [f"  - {{name: n{gpu.lower()}, gpus: [{{type: {gpu}, count: 2}}]}}" for gpu in ("A10G", "RTX-3090")]
+    network = "network: {bandwidth: 100Gbps, latency: 20us}"
+    path.write_text("\n".join(["apiVersion: hetis/v1", "kind: Cluster", "name: two", "nodes:", *nodes, network]))
+    wanted = PlacementRequest(
+        cluster=str(path), model="Llama-3.1-8B", workload="azure_conv_2023", rung="node", target="compose"
+    )
+    posed = pose(wanted)
+    made = posed.prove(lambda _: None)
+    exported = posed.verify(made, lambda _: None).plan
+    ideal = replace(posed, settings=replace(posed.settings, target="")).verify(made, lambda _: None).plan
+    of_export, of_ideal = (Verified.of(one).verification for one in (exported, ideal))
+    assert of_export is not None
+    assert of_ideal is not None
+    assert (of_export.router, of_ideal.router) == ("weighted", None)
+    assert exported.result.value == of_export.kept_rps
+    assert exported.result.value < 0.97 * ideal.result.value
+    assert not check_plan(exported, made.problem)
+    told = "simulated with the weighted router that its target configures"
+    assert [told in drawn(one) for one in (exported, ideal)] == [True, False]

@@ -143,8 +143,9 @@ def _section(shown: ShownPlan, number: int) -> Section:
     kept, verification = shown.curve.sweep.goodput_rps, Verified.of(shown.plan).verification
     until = f"Among these rates, the limits are kept up to {digits(kept)} requests/s."
     # The curve is simulated as the plan was.
-    dispatched = verification is not None and bool(verification.dispatched)
-    remarks = SimulationRemarks(shown.curve.share, shown.curve.too_short, dispatched)
+    remarks = SimulationRemarks(shown.curve.share, shown.curve.too_short, False)
+    if verification is not None:
+        remarks = SimulationRemarks.of(verification)._replace(share=remarks.share, too_short=remarks.too_short)
     traffic = (
         f"Poisson arrivals of {shown.problem.workload.name}, {shown.curve.num_requests:,} requests at every rate; "
         f"bands are 95% intervals. {until if kept else 'No rate keeps the limits.'}"

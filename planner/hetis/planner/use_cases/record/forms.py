@@ -7,11 +7,12 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass, fields, is_dataclass
 from functools import cache
 from types import NoneType, UnionType
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from hetis.formats.errors import shown
 from hetis.planner.use_cases.json_values import json_value
 from hetis.planner.use_cases.service_level import Latency, ServiceLevel, Statistic
+from hetis.simulator.values import RouterName
 from hetis.solver.advice import Loss
 from hetis.solver.engine_rules import NOTHING_SET, EngineRules, EngineSettings
 from hetis.solver.errors import InvalidProblemError
@@ -56,6 +57,8 @@ def read_as(kind: Any, data: Any) -> Any:
             return kind(**{name: read_as(of, data[name]) for name, of in types_of(kind).items() if name in data})
         except (TypeError, ValueError):  # a field is missing, or the value is refused
             raise UnreadableError from None
+    if origin is Literal and data in args:
+        return data
     if kind in (int, float) and is_number(data) and abs(data) <= sys.float_info.max and kind(data) == data:
         return data
     if kind in (str, bool) and isinstance(data, kind):
@@ -251,6 +254,7 @@ class Verification:
     share: float | None = None  # share of the rate, at which as large a part of the replicas ran; None: all ran
     too_short: bool | None = None  # whether runs cannot fill even the seats of that part; None: they do
     dispatched: bool | None = None  # whether heads were dispatched per request; None: they were split as planned
+    router: RouterName | None = None  # what sent requests to replicas; None: least-work
 
     def __post_init__(self) -> None:
         if not (0.0 <= self.attainment <= 1.0 and (self.share is None or 0.0 < self.share <= 1.0)):

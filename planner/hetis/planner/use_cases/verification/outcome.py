@@ -8,9 +8,10 @@ from typing import NamedTuple
 
 from hetis.planner.use_cases.record.forms import Verification
 from hetis.planner.use_cases.record.parts import Requested, Surviving, Verified
+from hetis.planner.use_cases.request import ROUTERS
 from hetis.planner.use_cases.service_level import Latency, Statistic, limits_of, share_within
 from hetis.planner.use_cases.simulation.simulate import default_rate
-from hetis.simulator.values import Settings
+from hetis.simulator.values import RouterName, Settings
 from hetis.solver.budget import Budget
 from hetis.solver.check.rederive import Rederivation
 from hetis.solver.check.replica_shapes import Fleet, kv_partners, replica_shape
@@ -21,12 +22,18 @@ STOPPED_EARLY = "stopped before its simulation ended: it is not known at which r
 OUT_OF_TIME = "the limit on simulations ended its own: it is not known at which rate traffic keeps the limits"
 MISSES_AT = "simulated traffic misses its limits at"  # how a plan's note begins if no lower rate was decided in time
 AS_PLANNED = Settings(dispatch=False, redispatch=False)  # heads as planned: nothing to compile, and fast
+IDEAL: RouterName = "least-work"  # the one that the queue model of plans assumes
 DISPATCHED = Settings(redispatch=False)  # heads of every request where the dispatcher puts them, as in engines
+
+
+def router_of(target: str) -> RouterName:
+    """Return the router of an export target; empty: any target."""
+    return ROUTERS.get(target, IDEAL)
 
 
 def settings_of(verification: Verification) -> Settings:
     """Return the settings of a plan's simulation."""
-    return DISPATCHED if verification.dispatched else AS_PLANNED
+    return replace(DISPATCHED if verification.dispatched else AS_PLANNED, router=verification.router or IDEAL)
 
 
 def needs_verifying(plan: Plan) -> bool:

@@ -26,6 +26,7 @@ from hetis.planner.use_cases.verification.lower_rates import KeptRate, LowerRate
 from hetis.planner.use_cases.verification.outcome import (
     AS_PLANNED,
     DISPATCHED,
+    IDEAL,
     MISSES_AT,
     misses,
     needs_verifying,
@@ -37,7 +38,7 @@ from hetis.planner.use_cases.verification.tried_rate import TriedRate, hardly_gr
 from hetis.simulator.arrivals import Arrivals, Load
 from hetis.simulator.metrics import Metrics
 from hetis.simulator.running import Report
-from hetis.simulator.values import Settings
+from hetis.simulator.values import RouterName, Settings
 from hetis.solver.budget import Budget, Progress
 from hetis.solver.budget import Report as SearchReport
 from hetis.solver.check.result import MOST_UTILISATION
@@ -79,7 +80,9 @@ def simulation_report(plan: Plan, report: SearchReport) -> RunReport:
     return run
 
 
-def kept_plan(plan: Plan, problem: PlacementProblem, *, seed: int, budget: Budget, report: RunReport) -> Plan:
+def kept_plan(
+    plan: Plan, problem: PlacementProblem, *, seed: int, budget: Budget, report: RunReport, router: RouterName = IDEAL
+) -> Plan:
     """Return the plan with the rate that simulated traffic keeps as its value, and the simulation in its record.
 
     It is unchanged if it promises no latency, and has a note if time ended its simulation. A plan that maximises its
@@ -98,7 +101,7 @@ def kept_plan(plan: Plan, problem: PlacementProblem, *, seed: int, budget: Budge
     demanded, plan = plan.objective, promising(plan)
     runs = None
     if not budget.is_spent():
-        runs = _Runs(plan, problem, seed, budget, report)
+        runs = _Runs(plan, problem, seed, budget, report, router)
         with suppress(StoppedError):
             plan = runs.kept()
     found = replace(plan, objective=demanded)
@@ -198,7 +201,9 @@ def utilisation_at(rate_rps: float, saturated_rps: float) -> float:
 class _Runs:
     """Simulations of a plan, or of a part of it, at rates of the whole plan; none is run twice."""
 
-    def __init__(self, plan: Plan, problem: PlacementProblem, seed: int, budget: Budget, report: RunReport) -> None:
+    def __init__(
+        self, plan: Plan, problem: PlacementProblem, seed: int, budget: Budget, report: RunReport, router: RouterName
+    ) -> None:
         self._plan, self._problem, self._seed = plan, problem, seed
         self._planned_rps, to_fill = default_rate(plan, problem), most_requests_of(plan).to_fill
         self._is_value = plan.objective.kind is ObjectiveKind.GOODPUT  # the rate that is kept
@@ -210,7 +215,7 @@ class _Runs:
         )
         self._most_rps = MOST_UTILISATION * plan.served_rate()
         self._too_short = not are_filled(part.plan, to_fill)
-        self._settings = AS_PLANNED
+        self._settings = replace(AS_PLANNED, router=router)
         self._compiling = lambda: report(self._planned_rps, 0, 0)
 
         @cache
@@ -286,7 +291,7 @@ class _Runs:
         found = self._at(self._planned_rps, self._ordinary) if _has_workers(self._plan) else None
         if found is not None and (found.close or not found.kept) and self._budget.work_limit > ITERATIONS:
             _compile_dispatcher(self._compiling)
-            self._settings, found = DISPATCHED, None
+            self._settings, found = replace(DISPATCHED, router=self._settings.router), None
         if found is None:
             found = self._at(self._planned_rps, self._ordinary)
             if found.kept and found.close:  # other traffic may well miss the limits
@@ -346,6 +351,7 @@ class _Runs:
             share=self._part.share if self._part.share < 1.0 else None,
             too_short=self._too_short or None,
             dispatched=self._settings.dispatch or None,
+            router=None if self._settings.router == IDEAL else self._settings.router,
         )
 
     def _are_cheap(self) -> bool:
