@@ -13,7 +13,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from hetis.formats.errors import MAX_SHOWN, DocumentError, Problem, did_you_mean, shown, single_problem
-from hetis.formats.fields import API_VERSION, ERROR_LIMIT, Check, Document, ErrorLimit
+from hetis.formats.fields import API_VERSION, ERROR_LIMIT, Check, Document, ErrorLimit, Found
 from hetis.formats.files import file_label, read_text
 from hetis.formats.positions import Text, parse_text
 from hetis.solver.errors import InvalidProblemError
@@ -55,11 +55,12 @@ def kind_of(
     to_value: Callable[[DocumentU], ValueT],
     to_data: Callable[[ValueT], Mapping[str, Any]] = unwritten,
     check: Check | None = None,
+    check_sums: Callable[[DocumentU], Found] | None = None,
 ) -> Kind[ValueT]:
     """Return a kind of document. ``to_data`` returns a value's document without ``apiVersion`` and ``kind``."""
 
     def parse(data: Any, source: Text) -> ValueT:
-        return validated(document, data, source, to_value=to_value, check=check)
+        return validated(document, data, source, to_value=to_value, check=check, check_sums=check_sums)
 
     return Kind(document=document, value=value, parse=parse, to_data=with_envelope(document, to_data))
 
@@ -95,9 +96,13 @@ def validated(
     *,
     to_value: Callable[[DocumentT], ValueT],
     check: Check | None = None,
+    check_sums: Callable[[DocumentT], Found] | None = None,
     context: Mapping[str, Any] | None = None,
 ) -> ValueT:
-    """Return the value of ``data``, a document of that class. Raises DocumentError with its problems, up to 100."""
+    """Return the value of ``data``, a document of that class. Raises DocumentError with its problems, up to 100.
+
+    ``check`` looks at plain data, whatever else is wrong; ``check_sums`` at a document without other problems.
+    """
     refuse_other_than_mapping(data, source)
     kind = kind_of_document(document)
     problems = source.problems[: MAX_SHOWN + 1]
@@ -117,7 +122,10 @@ def validated(
     problems += [source.problem(path, message) for path, message in islice(found, MAX_SHOWN + 1)]
     if parsed is not None and not problems:
         try:
-            return to_value(parsed)
+            found = check_sums(parsed) if check_sums is not None else ()
+            problems += [source.problem(path, message) for path, message in islice(found, MAX_SHOWN + 1)]
+            if not problems:
+                return to_value(parsed)
         except InvalidProblemError as error:
             problems.append(Problem(file=source.file, message=str(error)))
     unique = dict.fromkeys(problems)

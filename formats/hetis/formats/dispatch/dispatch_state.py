@@ -4,6 +4,7 @@ for samples.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
@@ -39,6 +40,7 @@ from hetis.formats.fields import (
 )
 from hetis.formats.kinds import kind_of
 from hetis.formats.positions import Path
+from hetis.solver.dispatch.dispatch_problem import HeadShape
 from hetis.solver.dispatch.snapshot import PreparedMove
 
 MAX_BLOCKS = 2**40
@@ -123,13 +125,20 @@ class DispatchStateDocument(Document):
 # --- to values and back
 
 
+def _heads(document: DispatchStateDocument) -> HeadShape:
+    return heads_of(document.model, document.heads, document.kv_dtype, document.block_tokens)
+
+
+def _blocks(part: DevicePart, heads: HeadShape, num_layers: int) -> int:
+    if part.blocks is not None:
+        return part.blocks
+    return blocks_in(part.kv_memory or 0, heads=heads, num_layers=num_layers, tp=part.tp)
+
+
 def _to_state(document: DispatchStateDocument) -> SavedState:
-    heads = heads_of(document.model, document.heads, document.kv_dtype, document.block_tokens)
+    heads = _heads(document)
 
     def device(part: DevicePart) -> SavedDevice:
-        blocks = part.blocks
-        if blocks is None:
-            blocks = blocks_in(part.kv_memory or 0, heads=heads, num_layers=document.num_layers, tp=part.tp)
         pieces = part.attention
         return value_of(
             SavedDevice,
@@ -139,7 +148,7 @@ def _to_state(document: DispatchStateDocument) -> SavedState:
             link_byte_s=part.link.bandwidth if part.link else 0.0,
             link_s=part.link.latency if part.link else 0.0,
             move_byte_s=part.move_bandwidth,
-            total_blocks=blocks,
+            total_blocks=_blocks(part, heads, document.num_layers),
         )
 
     index = {part.name: i for i, part in enumerate(document.devices)}
@@ -158,10 +167,7 @@ def _to_state(document: DispatchStateDocument) -> SavedState:
 
 
 def check_state(data: Mapping[str, Any]) -> Found:
-    """Yield problems with names of devices and requests, roles and links, as (path, message).
-
-    The solver's values refuse what else contradicts itself: sums of head groups, moves, KV blocks.
-    """
+    """Yield problems with names of devices and requests, roles and links, as (path, message)."""
     devices, requests, moves = (entries(data.get(name)) for name in ("devices", "requests", "moves"))
     yield from duplicates(("devices",), devices, "name", "device")
     yield from duplicates(("requests",), requests, "id", "request")
@@ -184,5 +190,30 @@ def check_state(data: Mapping[str, Any]) -> Found:
             yield path, f"unknown {what} {shown(name)}{did_you_mean(name, names)}"
 
 
-DISPATCH_STATE = kind_of(DispatchStateDocument, SavedState, to_value=_to_state, check=check_state)
+def check_sums(document: DispatchStateDocument) -> Found:
+    """Yield problems with sums of head groups and of KV blocks; the solver's values refuse other contradictions."""
+    heads, used = _heads(document), Counter[str]()
+    blocks_of = {request.id: -(-request.context_tokens // document.block_tokens) for request in document.requests}
+    lost = {device.name for device in document.devices if device.status == "lost"}
+    for j, request in enumerate(document.requests):
+        total = sum(request.groups.values())
+        if total != heads.head_groups:
+            message = f"sum to {total}, must be {heads.head_groups}: each head group is on one device"
+            yield ("requests", j, "groups"), message
+        for name, count in request.groups.items():
+            used[name] += blocks_of[request.id] * count
+            if count and name in lost:
+                yield ("requests", j, "groups", name), f"is {count}, but {name} is lost and holds nothing"
+    for move in document.moves:
+        used[move.target] += blocks_of[move.request] * move.groups
+    for i, device in enumerate(document.devices):
+        total = _blocks(device, heads, document.num_layers)
+        if used[device.name] > total:
+            field = "kv_memory" if device.blocks is None else "blocks"
+            yield ("devices", i, field), f"holds {total} KV blocks per layer, {used[device.name]} are in use"
+
+
+DISPATCH_STATE = kind_of(
+    DispatchStateDocument, SavedState, to_value=_to_state, check=check_state, check_sums=check_sums
+)
 load_state, parse_state = DISPATCH_STATE.load, DISPATCH_STATE.parse
