@@ -133,20 +133,11 @@ def test_differences_of_problems_are_found_wherever_they_are(folder: Path) -> No
     assert fleet == "two-types (4 GPUs): a; two-types (4 GPUs), different in detail: c"
 
 
-@pytest.mark.parametrize(
-    ("verb", "words"),
-    [
-        (("compare", *INPUTS, "--strategies", "uniform,hexgen"), "Strategies side by side"),
-        (("what-if", *INPUTS, "--strategy", "uniform", "--remove", "t4-0"), "Difference of the best plans"),
-        (("replan", "--from", "plan.json", "-c", "cluster.yaml", "--time-limit", "5s"), "From the running plan"),
-        (("simulate", "plan.json", "--requests", "200", "--threads", "1"), "Under simulated traffic"),
-        (("simulate", "plan.json", "--requests", "100", "--sweep", "--threads", "1"), "Under simulated traffic"),
-    ],
-)
-def test_every_verb_has_its_page(folder: Path, verb: tuple[str, ...], words: str) -> None:
+def test_a_change_has_a_page(folder: Path) -> None:
+    verb = ("replan", "--from", "plan.json", "-c", "cluster.yaml", "--time-limit", "5s")
     done = hetis_plan_here(*verb, "--html", "page.html", cwd=folder)
     assert done.returncode == 0, done.stderr
-    assert words in whole((folder / "page.html").read_text()).text
+    assert "From the running plan" in whole((folder / "page.html").read_text()).text
 
 
 def test_names_of_documents_cannot_write_html(folder: Path) -> None:

@@ -71,7 +71,6 @@ class FleetOptions:
 
 @group
 class AnswerOptions:
-    html: Path | None = options.html_option()
     dry_run: bool = options.dry_run_option()
 
 
@@ -89,7 +88,6 @@ def what_if(
     """
     from hetis.planner.export.carrying import not_carried
     from hetis.planner.report import what_if as report
-    from hetis.planner.report.page.pages import what_if_page
     from hetis.planner.use_cases.comparing.compare import Searches
     from hetis.planner.use_cases.other_fleets import what_if as asking
     from hetis.planner.use_cases.other_fleets.additions import read_change
@@ -98,7 +96,6 @@ def what_if(
     from hetis.solver.cluster import Link
 
     fleet.refuse_half_a_question()
-    outputs.refuse_page(answer.html)
     settings, loaded, objective = settings_of(request), read_inputs(request), request.goal
     outputs.warn_of_cut_requests(terminal, loaded.inputs)
     cluster, nic = loaded.inputs.cluster, None
@@ -123,7 +120,6 @@ def what_if(
         return asking.what_if(searches, change)
 
     found = long.search(search, unit=objective.unit, so_far="the plans")
-    outputs.save_page(terminal, lambda: what_if_page(found), answer.html)
     terminal.emit(lambda: report.what_if_document(found), lambda: report.render_what_if(found))
     return long.code(judge([found.before.outcome, found.after.outcome]))
 

@@ -166,7 +166,6 @@ class ComparedOptions:
 @group
 class ComparisonOutputOptions:
     out: Path | None = _result("--out FOLDER: Also save every plan there, as STRATEGY.json; created if missing.")
-    html: Path | None = options.html_option()
     dry_run: bool = options.dry_run_option()
 
 
@@ -188,7 +187,6 @@ def compare(
     """
     from hetis.planner.export.carrying import not_carried
     from hetis.planner.report.comparison import comparison_document, render_comparison
-    from hetis.planner.report.page.pages import comparison_page
     from hetis.planner.use_cases.climbing import HIGHEST
     from hetis.planner.use_cases.comparing.compare import Searches, compare_engines, simulate_plans
     from hetis.planner.use_cases.place import read_inputs
@@ -204,7 +202,6 @@ def compare(
     searched = [name for name in names if name not in published]
     plans = names if chosen.engine is None else [*published, *(f"{name}-{one}" for name in searched for one in rules)]
     outputs.refuse_unwritable_plans(results.out, plans)
-    outputs.refuse_page(results.html)
     level, loaded, objective = request.service_level, read_inputs(request), request.goal
     settings = replace(settings_of(request), engine=None, rung=request.rung or HIGHEST)
     outputs.warn_of_cut_requests(terminal, loaded.inputs)
@@ -228,7 +225,6 @@ def compare(
     compared = long.search(work, unit=objective.unit, so_far="the plans")
     if results.out is not None:
         outputs.save_plans(terminal, results.out, {one.name: one.plan for one in compared if one.plan is not None})
-    outputs.save_page(terminal, lambda: comparison_page(compared, loaded.inputs, objective), results.html)
     terminal.emit(
         lambda: comparison_document(compared, loaded.inputs, objective),
         lambda: render_comparison(compared, loaded.inputs, objective),

@@ -10,8 +10,6 @@ from typing import TYPE_CHECKING, Any, Literal
 import typer
 
 from hetis.commands.terminal import Terminal
-from hetis.formats.errors import DocumentError
-from hetis.formats.files import write_atomically
 from hetis.planner.cli import outputs
 from hetis.planner.cli.dispatch import announce_compilation
 from hetis.planner.cli.exit_codes import ExitCode
@@ -33,7 +31,7 @@ if TYPE_CHECKING:
 
 SIMULATE_EXAMPLES = """Examples:\n
 hetis-plan simulate plan.json --seeds 5\n
-hetis-plan simulate plan.json --trace requests.csv --rate 2 --html run.html\n
+hetis-plan simulate plan.json --trace requests.csv --rate 2\n
 hetis-plan simulate plan.json --attainment 99% --seeds 3\n
 hetis-plan simulate plan.json --sweep --ttft 2s --tpot 100ms\n
 hetis-plan simulate plan.json --saturate -o json | jq .throughput_rps"""
@@ -123,7 +121,6 @@ class SimulateOptions:
     fail: list[str] | None = _fleet("--fail DEVICE@TIME: A device fails, such as a100/0@30s; repeatable.")
     join: list[str] | None = _fleet("--join DEVICE@TIME: A device that failed comes back; repeatable.")
     requests_csv: Path | None = _result("--requests-csv FILE: One row per request of the first run.")
-    html: Path | None = options.html_option()
 
     def without_contradictions(self) -> SimulateOptions:
         """Refuse options that contradict each other, before anything is read.
@@ -151,7 +148,6 @@ class SimulateOptions:
     def refuse_unwritable(self) -> None:
         outputs.refuse_stdout("--requests-csv", self.requests_csv)
         outputs.refuse_unwritable(self.requests_csv)
-        outputs.refuse_page(self.html)
 
 
 @verb()
@@ -205,7 +201,6 @@ def simulate(terminal: Terminal, plan: PlanArgument, *, wanted: SimulateOptions)
     found = replace(found, plan=started.plan, problem=started.problem)
     simulated = Verified.of(found.plan).verification
     num_requests = wanted.requests or simulating.default_requests(found.plan, load, level)
-    files = (wanted.requests_csv, wanted.html)
     faults = _faults(wanted, found.plan, found.problem)
     spacing_s = None if wanted.sweep else simulating.sample_spacing_s(found.plan, load, num_requests, faults)
     question = simulating.Question(
@@ -226,7 +221,7 @@ def simulate(terminal: Terminal, plan: PlanArgument, *, wanted: SimulateOptions)
         tolerance=wanted.tolerance or DEFAULT_TOLERANCE,
         engine_settings=given,
         changes=started.changes,
-        keep_run=any(path is not None for path in files) and not wanted.sweep,
+        keep_run=wanted.requests_csv is not None and not wanted.sweep,
     )
     return _finish(terminal, found, question, wanted)
 
@@ -284,28 +279,20 @@ def _finish(terminal: Terminal, found: PlanAndProblem, question: Question, wante
         )  # fmt: skip
     except NothingSimulatedError:
         return refuse(terminal, ExitCode.INTERRUPTED, "stopped before the simulation had results")
-    saved = _save(terminal, simulated, found, wanted)
+    saved = _save(terminal, simulated, wanted)
     terminal.emit(lambda: simulation_document(simulated, plan), lambda: render_simulation(simulated, plan))
     if not saved:
         return ExitCode.INTERNAL
     return ExitCode.OK if simulated.complete else ExitCode.INTERRUPTED
 
 
-def _save(terminal: Terminal, simulated: Simulated, found: PlanAndProblem, wanted: SimulateOptions) -> bool:
-    """Save before printing, so that the files are saved even if the reader of stdout goes away."""
-    from hetis.planner.report.page.pages import simulation_page
+def _save(terminal: Terminal, simulated: Simulated, wanted: SimulateOptions) -> bool:
+    """Save before printing, so that the file is saved even if the reader of stdout goes away."""
     from hetis.simulator.records import requests_csv
 
-    def write(path: Path, content: str | bytes) -> None:
-        write_atomically(path, content)
-        terminal.say(f"saved {path}")
-
-    run = simulated.run
-    try:
-        if wanted.requests_csv is not None and run is not None:
-            write(wanted.requests_csv, requests_csv(run))
-        outputs.save_page(terminal, lambda: simulation_page(simulated, found.plan, found.problem), wanted.html)
-    except DocumentError as error:
-        terminal.error("some files were not saved", [str(problem) for problem in error.problems])
-        return False
-    return True
+    path, run = wanted.requests_csv, simulated.run
+    if path is None or run is None:
+        return True
+    return outputs.saves(
+        terminal, "requests", lambda: outputs.write_out(terminal, str(path), requests_csv(run), said=f"saved {path}")
+    )

@@ -194,13 +194,11 @@ def test_bursts_wait_longer_than_even_arrivals(plan: Path) -> None:
 
 
 def test_files_hold_the_first_run(plan: Path, tmp_path: Path) -> None:
-    files = {name: tmp_path / name for name in ("r.csv", "a.html")}
-    arguments = ("--requests", "300", "--rate", "2", "--requests-csv", str(files["r.csv"]))
-    found = simulated(plan, *arguments, "--html", str(files["a.html"]))
-    trace = read_trace(files["r.csv"])
+    requests = tmp_path / "r.csv"
+    found = simulated(plan, "--requests", "300", "--rate", "2", "--requests-csv", str(requests))
+    trace = read_trace(requests)
     assert len(trace.arrival_s) == found["summary"]["counts"]["arrived"] == 300
-    assert "<svg" in files["a.html"].read_text()
-    replayed = simulated(plan, "--trace", str(files["r.csv"]), "--recorded")
+    replayed = simulated(plan, "--trace", str(requests), "--recorded")
     assert replayed["summary"]["ttft_s"]["p95"] == pytest.approx(found["summary"]["ttft_s"]["p95"], rel=1e-3)
 
 

@@ -20,11 +20,11 @@ ROOM = 1.06  # the axis ends at this multiple of the highest value
 
 
 def chart_of(panel: Panel) -> Chart:
-    """Return the drawn panel; its x axis is logarithmic if the panel requires it."""
+    """Return the drawn panel."""
     xs = np.concatenate([line.x[np.isfinite(line.x)] for line in panel.lines] or [np.zeros(1)])
     tops = [_tops(line) for line in panel.lines]
     highest = max([*(float(top.max()) for top in tops if len(top)), *panel.limits, 0.0]) * ROOM or 1.0
-    x_axis = _LogAxis(xs) if panel.log_x else _Axis(float(xs.max(initial=0.0)) or 1.0)
+    x_axis = _Axis(float(xs.max(initial=0.0)) or 1.0)
     y_axis = _Axis(highest)
 
     def x_at(values: FloatArray) -> FloatArray:
@@ -84,23 +84,6 @@ class _Axis:
     def ticks(self) -> Sequence[tuple[float, str]]:
         step = _round_step(self._high / 4)
         return [(i * step, f"{i * step:,.10g}") for i in range(int(self._high / step + 1e-9) + 1)]
-
-
-class _LogAxis:
-    """A logarithmic axis of positive values."""
-
-    def __init__(self, values: FloatArray) -> None:
-        known = values[values > 0]
-        low, high = (float(known.min()), float(known.max())) if len(known) else (0.1, 1.0)
-        self._low, self._high = math.floor(math.log10(low)), math.ceil(math.log10(high) + 1e-9)
-        self._high = max(self._high, self._low + 1)
-
-    def shares(self, values: FloatArray) -> FloatArray:
-        logs = np.log10(np.maximum(values, 10.0**self._low))
-        return np.clip((logs - self._low) / (self._high - self._low), 0.0, 1.0)
-
-    def ticks(self) -> Sequence[tuple[float, str]]:
-        return [(10.0**power, f"{10.0**power:,.10g}") for power in range(self._low, self._high + 1)]
 
 
 def _round_step(about: float) -> float:

@@ -1,4 +1,4 @@
-"""The pages of the commands: one or several plans, another fleet, the transition to a new plan."""
+"""The pages of the commands: one or several plans, the transition to a new plan."""
 
 from __future__ import annotations
 
@@ -8,10 +8,9 @@ from dataclasses import dataclass, replace
 from importlib import metadata
 from types import MappingProxyType
 
-from hetis.planner.report import what_if
 from hetis.planner.report.blocks import Bar, Block, Page, Scale, Section, Sentences, Tile, Tiles
 from hetis.planner.report.changes import change_cost_words, change_counts, steps_grid
-from hetis.planner.report.comparison import FAILED, PlanRow, engine_words, figures_grid
+from hetis.planner.report.comparison import PlanRow, figures_grid
 from hetis.planner.report.figures import digits, percent, plural, with_unit
 from hetis.planner.report.goals import (
     LIMITS,
@@ -23,14 +22,11 @@ from hetis.planner.report.goals import (
 )
 from hetis.planner.report.page.plan_section import plan_blocks
 from hetis.planner.report.page.rendering import render_page
-from hetis.planner.report.simulation.pictures import Panel, panels_of, panels_of_sweep
-from hetis.planner.report.simulation.text import service_level_words
+from hetis.planner.report.simulation.pictures import Panel, panels_of_sweep
 from hetis.planner.report.tables import SimulationRemarks
-from hetis.planner.use_cases.comparing.compare import Compared, best_of
+from hetis.planner.use_cases.comparing.compare import best_of
 from hetis.planner.use_cases.other_fleets.replan import PosedReplan
-from hetis.planner.use_cases.other_fleets.what_if import Side, WhatIf
-from hetis.planner.use_cases.record.parts import Requested, Verified
-from hetis.planner.use_cases.simulation.simulate import Simulated
+from hetis.planner.use_cases.record.parts import Verified
 from hetis.planner.use_cases.sources import Inputs
 from hetis.planner.use_cases.verification.latency_curve import Curve
 from hetis.solver.plan import Objective, Plan
@@ -66,41 +62,6 @@ def plans_page(shown: Sequence[ShownPlan]) -> str:
     return _page(title, sections)
 
 
-def comparison_page(compared: Sequence[Compared], inputs: Inputs, objective: Objective) -> str:
-    """Return the page of several strategies side by side, followed by the best plan in full."""
-    with_plan = [(one.name, one.plan) for one in compared if one.plan is not None]
-    blocks = list(side_by_side([PlanRow(name, plan, inputs) for name, plan in with_plan], objective))
-    if without := [(one.name, f"{one.status}: {'; '.join(one.reasons)}") for one in compared if one.plan is None]:
-        blocks.append(Sentences(title="Without a plan", terms=without))
-    if failed := [(one.name, "; ".join(one.reasons)) for one in compared if one.plan is not None and one.reasons]:
-        blocks.append(Sentences(title=FAILED, terms=failed))
-    lead = "; ".join(filter(None, (problem_line(inputs, objective), engine_words(compared))))
-    sections = [Section("beside", "Strategies side by side", lead, blocks)]
-    if with_plan:
-        name, best = with_plan[best_of([plan for _, plan in with_plan])]
-        problem = inputs.problem(best.objective, best.strategy, engine=Requested.of(best).engine)
-        sections.append(_section(ShownPlan(name=f"The best: {name}", plan=best, problem=problem), 1))
-    return _page(_title(inputs), sections)
-
-
-def what_if_page(found: WhatIf) -> str:
-    """Return the page of two fleets: their figures, what is proven about the difference, and both plans."""
-    inputs = found.before.loaded.inputs
-    blocks: list[Block] = [
-        Sentences(
-            title="The change", lines=[" ".join(line) for line in what_if.change_lines(found.change, found.before)]
-        ),
-        what_if.sides_grid(found),
-        Sentences(title="Difference of the best plans", lines=[what_if.verdict_words(found)]),
-        what_if.use_grid(found),
-    ]
-    if found.plan_change is not None:
-        blocks.append(Sentences(title="Replicas", lines=[change_counts(found.plan_change)]))
-    sections = [Section("change", "Another fleet", problem_line(inputs, found.objective), blocks)]
-    sections += [_side("After", found.after, 1), _side("Before", found.before, 2)]
-    return _page(f"What if: {_title(inputs)}", sections)
-
-
 def replan_page(found: Replanning, posed: PosedReplan, costs: ChangeCosts) -> str:
     """Return the page of a change: its value and its steps, followed by the new plan."""
     result, unit = found.plan.result, found.plan.result.unit
@@ -122,16 +83,6 @@ def replan_page(found: Replanning, posed: PosedReplan, costs: ChangeCosts) -> st
         _section(ShownPlan(name="The new plan", plan=found.plan, problem=posed.problem), 1),
     ]
     return _page(f"Re-planned: {_title(posed.problem)}", sections)
-
-
-def simulation_page(simulated: Simulated, plan: Plan, problem: PlacementProblem) -> str:
-    """Return the page of a plan with the results of its simulation."""
-    load, words = simulated.question.load, service_level_words(simulated)
-    requests = f"{simulated.question.num_requests:,} requests a run"
-    level = "" if words is None else f" Service level {words.plain}."
-    traffic = f"{load.lengths.name}, arrivals {load.arrivals.value}, {requests}.{level}"
-    shown = ShownPlan(name="The plan under traffic", plan=plan, problem=problem)
-    return _page(f"Simulated: {_title(problem)}", [_plan_section(shown, 1, panels_of(simulated, plan), traffic)])
 
 
 # --- parts of these pages
@@ -158,15 +109,6 @@ def _section(shown: ShownPlan, number: int) -> Section:
 def _plan_section(shown: ShownPlan, number: int, panels: Sequence[Panel], traffic: str) -> Section:
     blocks = plan_blocks(shown.plan, shown.problem, panels, traffic)
     return Section(f"plan-{number}", shown.name, problem_title(shown.problem).plain, list(blocks))
-
-
-def _side(name: str, side: Side, number: int) -> Section:
-    plan, outcome = side.outcome.plan, side.outcome
-    if plan is None:
-        reasons = Sentences(title=f"No plan: {outcome.status}", lines=outcome.reasons or (outcome.status,))
-        return Section(f"plan-{number}", name, "", [reasons])
-    problem = side.loaded.inputs.problem(plan.objective, plan.strategy, engine=Requested.of(plan).engine)
-    return _section(ShownPlan(name=name, plan=plan, problem=problem), number)
 
 
 def _title(problem: Inputs | PlacementProblem) -> str:
