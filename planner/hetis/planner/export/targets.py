@@ -117,11 +117,14 @@ def _carried(found: Launchable, target: ExportTarget) -> Launchable:
     for another router than the target has.
     """
     if found.plan.classes and target in _KNOW_NO_LENGTHS:
-        why = "its router does not know the lengths of prompts, by which this plan divides requests: --classes none"
+        why = "its router does not know the lengths of prompts, by which this plan divides requests"
+        plain = f"the same hetis-plan place with --classes none --for {target} makes a plan that it carries"
         if kept := Classes.of(found.plan).kept:
             verb = "keeps" if Surviving.of(found.plan).bound_rps is None else "leaves after a loss"
-            why += f" {verb} {kept[0].without_rps:.4g} requests/s, this plan {kept[0].with_rps:.4g}"
-        raise NotExportableError((why,))
+            plain += (
+                f"; without classes it {verb} {kept[0].without_rps:.4g} requests/s, with them {kept[0].with_rps:.4g}"
+            )
+        raise NotExportableError((why, plain))
     return _TARGETS[target].narrowed(found.without_impossible(_TARGETS[target].why_not))
 
 

@@ -120,7 +120,12 @@ def test_a_plan_with_classes_is_taken_where_it_is_worth_them(files: Path) -> Non
     assert dear["classes"] == []
     assert dear["result"]["value"] == without["result"]["value"]
     assert "90% more is worth" in dear["inputs"]["classes_why_not"]
-    assert placed(files, "--for", "kubernetes")["classes"] == []
+    plain = placed(files, "--for", "kubernetes")
+    assert plain["classes"] == []
+    assert plain["inputs"]["classes_why_not"] == (
+        "export target kubernetes cannot route by prompt length, so none were searched"
+    )
+    assert "cannot route" not in placed(files, "--for", "llm-d")["inputs"]["classes_why_not"]
 
 
 @pytest.mark.parametrize("goal", [(), ("--keep", "40%")])

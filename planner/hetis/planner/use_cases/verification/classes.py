@@ -27,7 +27,7 @@ from hetis.simulator.arrivals import Arrivals, Load
 from hetis.simulator.values import Run
 from hetis.solver.budget import Budget, Report
 from hetis.solver.errors import InfeasibleError, InvalidProblemError, NoPlanFoundError
-from hetis.solver.plan import Objective, Plan
+from hetis.solver.plan import ClassShare, Objective, Plan
 from hetis.solver.problem import PlacementProblem
 from hetis.solver.workload import RequestClass, Workload
 
@@ -142,6 +142,10 @@ def choose(
         verified: simulates the plan that is returned as that without was, which changes its value, not how it runs;
             None: neither was, and the gain is that of the cost model.
     """
+    record = Classes(cut=", ".join(cuts), worth=worth)
+    if not _knows_lengths(without, carriers, target):
+        unsearched = f"export target {target} cannot route by prompt length, so none were searched"
+        return _told(without, replace(record, why_not=unsearched))
     found = list[_Candidate]()
     for cut, classes in cuts.items():
         workload = replace(without.problem.workload, classes=classes)
@@ -152,7 +156,6 @@ def choose(
     found = [one for one in found if any(replica.classes for replica in one.found.plan.replicas)]
     found.sort(key=lambda one: _planned_gain(one.found.plan, without.plan), reverse=True)
     found = list({one.runs: one for one in reversed(found)}.values())[::-1]  # the best of those that run the same
-    record = Classes(cut=", ".join(cuts), worth=worth)
     if not found:
         return _told(without, replace(record, why_not="no plan with pools of classes has a better value"))
     why_not = [_not_carried(one.found, carriers, target) for one in found]
@@ -219,6 +222,15 @@ def _counted(plan: Plan) -> float:
     """Return the share of a plan's rate that counts: all of it, or what a loss leaves where that is maximised."""
     survived, value = Surviving.of(plan), plan.result.value
     return (survived.left_rps or 0.0) / value if survived.bound_rps is not None and value else 1.0
+
+
+def _knows_lengths(without: WithClasses, carriers: Carriers | None, target: str) -> bool:
+    """Return whether the target carries one of a plan's replicas as well if there are classes."""
+    if carriers is None or not target:
+        return True
+    alone = replace(without.plan, replicas=without.plan.replicas[:1], kv_routes=())
+    divided = replace(alone, classes=(ClassShare(name="all", share=1.0),))
+    return bool(carriers(alone, without.problem)[target]) or not carriers(divided, without.problem)[target]
 
 
 def _not_carried(best: WithClasses, carriers: Carriers | None, target: str) -> str:
