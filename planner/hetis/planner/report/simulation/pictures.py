@@ -15,8 +15,6 @@ from hetis.simulator.steadiness import Estimate
 from hetis.simulator.values import FloatArray
 from hetis.solver.plan import Objective, Plan
 
-_MAX_POINTS = 2000  # points per line: more cannot be distinguished
-
 
 class Line(NamedTuple):
     """A line of points; ``spread`` is the half width of the interval around each point, or None."""
