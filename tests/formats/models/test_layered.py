@@ -184,6 +184,10 @@ def test_an_unknown_architecture_is_read_with_a_note_if_all_of_its_fields_are_kn
     assert "its architecture is not known" in notes[0]
     with pytest.raises(DocumentError, match="has fields of no known kind: memory_heads, depth_loops; a model can be"):
         load(tmp_path, data | {"memory_heads": 8, "depth_loops": 3})
+    for name, value in {"use_residual": True, "ngram_vocab_size": 1_000_000, "num_recurrences": 2}.items():
+        with pytest.raises(DocumentError, match=f"has fields of no known kind: {name};"):
+            load(tmp_path, data | {"hidden_act": "silu", name: value})
+    load(tmp_path, data | {"hidden_act": "silu", "no_repeat_ngram_size": 3, "use_residual": False})
     with pytest.raises(DocumentError, match="has fields of no known kind: hidden_act"):
         load(tmp_path, data | {"hidden_act": "gelu"})
 

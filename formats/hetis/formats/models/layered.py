@@ -40,7 +40,7 @@ _STRUCTURE = re.compile(
 # Fields that look as if they described a shape, and change nothing that is counted; by expressions.
 _HARMLESS = re.compile(
     r"(rope|rotary|token_(id|index)|initializer|dropout|norm|router|routed_scaling|aux_loss|pretraining|quantization"
-    r"|vocab_size|_id$|_ids$|transformers|use_cache|logits|loss|bias|mtp|nextn|draft|beam|length_penalty|output_"
+    r"|vocab_size|_id$|_ids$|transformers|use_cache|logits|loss|bias|mtp|nextn|draft|beam|length_penalty|no_repeat|output_"
     r"|topk_group|n_group|swiglu|embedding_multiplier|residual_multiplier|attention_multiplier|ssm_multipliers"
     r"|mlp_multipliers|lm_head_multiplier|key_multiplier|out_multiplier|in_multiplier|time_step|mamba_dt|moe_norm"
     r"|mamba_chunk_size|chunk_size$|chunk_size_feed|group_size|dtype|cache_dtype|model_type|type_vocab|position_emb"
@@ -48,6 +48,10 @@ _HARMLESS = re.compile(
     r"|layer_id|expert_parallel|ep_size|zero_expert|moe_layer_end_index|attn_implementation|bos|eos|pad|overlap|max_"
     r"|partial_|yarn|theta|scal|attention_value_scale|attn_value_scale|qk_|use_qk|_type$|moe_implementation|num_nextn"
     r"|attention_chunk_size|problem_type|id2label|label2id|pruned_heads|finetuning|cross_attention|num_return|top_k$)"
+)
+# Fields, also switches, of parts beside attention and MLP: tables of n-grams, loops, MLPs beside experts.
+_FURTHER_PARTS = re.compile(
+    r"(?<!repeat_)n_?gram|engram|num_recurr|^use_residual$|attn_mlp_res|cross_attention_layers|memory_token"
 )
 # Fields that tell a shape of its own, not covered by the names above.
 _READ = {
@@ -86,7 +90,8 @@ def unknown_fields(config: Config) -> list[str]:
     found = []
     for name, value in config.data.items():
         is_empty = value in (None, False, 0, 1, 1.0, "", [], {}) or (isinstance(value, str) and name not in _KNOWN)
-        if not is_empty and name not in _KNOWN and _STRUCTURE.search(name) and not _HARMLESS.search(name):
+        is_shape = name not in _KNOWN and _STRUCTURE.search(name) and not _HARMLESS.search(name)
+        if (is_shape and not is_empty) or (value and _FURTHER_PARTS.search(name)):
             found.append(name)
     return found
 
