@@ -4,17 +4,22 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hetis.solver.budget import SearchSettings
 from hetis.solver.check import Rule, check_plan
 from hetis.solver.check.rederive import Rederivation
 from hetis.solver.check.replica_shapes import Fleet, replica_shape
 from hetis.solver.check.waiting import request_queue
 from hetis.solver.engine_rules import EngineRules, Family
 from hetis.solver.placement.families import run_by
+from hetis.solver.placement.replicas.tabulation import build_cost_tables
 from hetis.solver.placement.rungs import Known
+from hetis.solver.placement.search import equal_stages
+from hetis.solver.placement.waits import kept_by, saturated_rate
 from hetis.solver.plan import KvRoute, Lanes, Objective, ObjectiveKind, Plan, ReplicaPlan, Role, StagePlan
 from hetis.solver.planning import solve_placement
 from hetis.solver.problem import Assumptions, PlacementProblem
@@ -236,3 +241,16 @@ def test_a_plan_that_claims_too_short_waits_or_too_high_a_share_is_refused() -> 
     assert broken(queued_ttft_s=0.051) == {Rule.TTFT_LIMIT}
     assert Rule.VALUE in broken(utilisation=0.5 * plan.result.utilisation)
     assert Rule.VALUE in broken(unified_lanes=3)
+
+
+@pytest.mark.parametrize("workload", range(len(WORKLOADS)))
+@pytest.mark.parametrize("limit_s", [0.03, 0.05, 0.2])
+def test_a_rate_to_exceed_changes_no_plan_that_exceeds_it(limit_s: float, workload: int) -> None:
+    costs = build_cost_tables(one_stage(limit_s, 4, workload))
+    outcome = equal_stages(costs, SearchSettings())
+    if outcome is None:
+        return
+    kept, rate = kept_by(costs, outcome, MOST), saturated_rate(costs, outcome)
+    for share in np.linspace(0.1, 1.2, 12):
+        again = kept_by(costs, outcome, MOST, above=float(share) * kept.utilisation * rate)
+        assert again == kept if share < 0.99 else again.utilisation <= kept.utilisation

@@ -58,7 +58,7 @@ class SearchPolicy:
     most_rounds: int = 100
     before_clock: int = 5000
     begins: Attempt = Attempt(columns=50, back=1, nodes=20)
-    relaxed: Attempt = Attempt(columns=50, back=8)
+    relaxed: Attempt = Attempt(columns=50, back=8, nodes=100)
     attempts: tuple[Attempt, ...] = (
         Attempt(columns=400, back=1),
         Attempt(columns=200, back=2),

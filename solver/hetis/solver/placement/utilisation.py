@@ -302,7 +302,8 @@ class _Most(_Cells):
         for outcome in retuned(tables, found.outcome):
             rate = saturated_rate(tables, outcome)
             if GRID[-1] * rate > max(best.kept, self._kept):
-                other = replace(found, outcome=replace(outcome, value=rate), keeps=kept_by(tables, outcome, GRID[-1]))
+                keeps = kept_by(tables, outcome, GRID[-1], above=best.kept)
+                other = replace(found, outcome=replace(outcome, value=rate), keeps=keeps)
                 best = max(best, other, key=lambda one: one.kept)
         return best
 

@@ -84,14 +84,15 @@ class Kept(NamedTuple):
     ttft_s: float | None = None  # p95 of all requests, waits included; None: there is no limit
 
 
-def kept_by(costs: CostTables, outcome: Outcome, most: float) -> Kept:
+def kept_by(costs: CostTables, outcome: Outcome, most: float, *, above: float = 0.0) -> Kept:
     """Return the highest utilisation up to ``most`` at which p95 TTFT keeps its limit: of replicas, and of the queues.
 
     All utilisations keep it if there is no limit. Pools have queues of their own. Of these, p95 TTFT of all requests
     together keeps the limit or, if any class has limits of its own, that of each class.
 
     Where requests wait for seats, engines run more of them at once, as many as KV has room for: below the saturated
-    rate fewer are taken, so TPOT does not exceed that of all planned seats.
+    rate fewer are taken, so TPOT does not exceed that of all planned seats. What keeps no more than the rate ``above``
+    may count as 0.
     """
     limits, rate = costs.problem.limits_of_classes(), saturated_rate(costs, outcome)
     if not any(limits.values()):
@@ -100,7 +101,7 @@ def kept_by(costs: CostTables, outcome: Outcome, most: float) -> Kept:
     pools = _pools(costs, outcome)
     own = min((_own_utilisation(costs, pool.own, t, most) for pool in pools for t, _ in pool.chosen), default=0.0)
     best = Kept(0.0, {})
-    if not own or not rate:
+    if not own or own * rate <= above:
         return best
     shares = costs.problem.workload.shares()
     parts = parts_of_classes(shares, {pool.classes: pool.rate_rps for pool in pools})
@@ -114,6 +115,9 @@ def kept_by(costs: CostTables, outcome: Outcome, most: float) -> Kept:
             break
         of_pools = partial(RequestQueue.of_pools, queues, shares, parts)
         of_all, counted = of_pools(""), [(of_pools(name), limit) for name, limit in limits.items() if limit is not None]
+        least_rps = max(above, best.utilisation * WORTH_SEATS * rate)
+        if not all(queue.keeps(least_rps, MARGIN * limit) for queue, limit in counted if least_rps):
+            continue  # one look, before the many of a search
         kept = min(own, *(queue.highest_rate(own * rate, MARGIN * limit) / rate for queue, limit in counted))
         if kept > best.utilisation * WORTH_SEATS:
             best = Kept(kept, seats, of_all.ttft_p95_s(kept * rate))
