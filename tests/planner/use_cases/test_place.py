@@ -311,6 +311,7 @@ def test_limits_have_defaults_that_none_lifts(
     assert (goal.ttft_limit_s, goal.tpot_limit_s) == limits
 
 
+TYPES = "{type: RTX-3090, count: 4}, {type: RTX-4090, count: 2}"
 HOME = """\
 apiVersion: hetis/v1
 kind: Cluster
@@ -367,3 +368,21 @@ def test_a_looser_limit_on_tpot_keeps_no_less(tmp_path: Path) -> None:
         placing.pose(replace(asked, tpot=tpot)).prove(silent).plan.result.value for tpot in ("60ms", "100ms")
     )
     assert loose >= tight
+
+
+def test_a_prompt_needs_room_beside_the_requests_that_decode(tmp_path: Path) -> None:
+    """A defect in the past: a second request was counted on where KV has room for one, and all of its prompts waited.
+
+    With two seats of a load of rho, 2 rho^2 / (1 + rho) of the requests wait (Erlang C), most of them for far
+    longer than the limit: little more than a twentieth may. The rung above, which keeps several times as much, is the
+    default though it survives no loss.
+    """
+    path = tmp_path / "fleet.yaml"
+    path.write_text(HOME.replace("home,", "h100, count: 2,").replace(TYPES, "{type: H100-SXM-80GB, count: 2}"))
+    asked = PlacementRequest(cluster=str(path), model="Llama-3.3-70B", workload="16000/1000", ttft="4s", rung="node")
+    plan = placing.pose(asked).prove(silent).plan
+    one, _ = plan.replicas
+    assert (one.planned_seats, one.seats) == (1, 1)
+    load = plan.result.value * 1000 * one.tpot_s / 2
+    assert 2 * load**2 / (1 + load) < 0.07
+    assert placing.pose(replace(asked, rung=None)).prove(silent).plan.result.value > 4 * plan.result.value

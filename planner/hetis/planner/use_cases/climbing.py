@@ -2,7 +2,7 @@
 
 A rung above another is chosen by default only if its plan gains at least a share of what is kept, also under errors of
 the profiles (the same draws for both plans), if no less is left without the worst node, nor less than half of its
-service, and if an export carries it.
+service, and if an export carries it. A rung that keeps several times as much is worth it whatever is left.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from hetis.solver.problem import PlacementProblem
 from hetis.solver.profile import Fit
 
 DEFAULT_WORTH = 0.1
+WORTH_A_LOSS = 3.0  # gain from which the simpler plan, even whole, serves too little to be kept for what a loss leaves
 LEAST_LAYERS = 4  # of each of several stages, unless no other plan fits
 DRAWS = 21  # profiles with errors under which two plans are compared
 MISSED = 2  # of these in which a rung may gain too little
@@ -215,10 +216,13 @@ class _Rungs:
         gain = gain_of(plan, simpler)
         if self._how.by_what_is_left and plan.objective.maximises and other.left_rps:
             gain = (row.left_rps or 0.0) / other.left_rps - 1.0
-        if gain < self._how.worth or (row.left_rps or 0.0) < (other.left_rps or 0.0) * (1.0 - SAME):
+        if gain < self._how.worth:
             return False
-        if not self._how.by_what_is_left and row.left_share < min(LITTLE_LEFT, other.left_share * (1.0 - SAME)):
-            return False
+        if self._how.survive or self._how.by_what_is_left or gain < WORTH_A_LOSS:
+            if (row.left_rps or 0.0) < (other.left_rps or 0.0) * (1.0 - SAME):
+                return False
+            if not self._how.by_what_is_left and row.left_share < min(LITTLE_LEFT, other.left_share * (1.0 - SAME)):
+                return False
         posed = replace(self._problem, objective=plan.objective)
         return gains_under_errors(plan, simpler, posed, self._how.worth)
 

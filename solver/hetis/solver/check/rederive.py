@@ -11,6 +11,7 @@ from hetis.solver.check.memory import (
     kv_room_of_a_copy,
     kv_room_of_shared_card,
     kv_tokens_of_a_copy,
+    prompt_tokens_of_a_copy,
     rank_bytes,
     shared_card_bytes,
     usable_bytes,
@@ -73,6 +74,7 @@ class Derived:
     landing_s: float = 0.0  # landing of a prefill replica's last KV
     slowest_landing_s: float = 0.0
     kv_held: float = 0.0  # KV tokens on the stage copy that holds the most
+    kv_prefilling: float = 0.0  # those among them of prompts that are being prefilled
     kv_block_tokens: float = math.inf  # tokens for which that copy's engine has blocks
 
     @property
@@ -203,6 +205,7 @@ def derive(setting: Setting, shape: ReplicaShape) -> Derived:
         landing_s=replica_landing_seconds(setting, shape.stages),
         slowest_landing_s=replica_landing_seconds(setting, slowest),
         kv_held=max(kv_tokens_of_a_copy(setting, stage.copies) for stage in shape.stages),
+        kv_prefilling=max(prompt_tokens_of_a_copy(setting, stage.copies) for stage in shape.stages),
         kv_block_tokens=kv_block_tokens(setting),
     )
 

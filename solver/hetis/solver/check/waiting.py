@@ -179,6 +179,7 @@ class _Building:
             chunks = max(1.0, self._moments.mean_computed / one.chunk_tokens)
             iterations = one.in_flight / derived.round_trip_per_t  # of a request, in the saturated replica
             beside, seats = math.ceil(chunks / iterations) * one.in_flight, shape.micro_batch * one.in_flight
+            beside = min(beside, self._prompts_with_room(group))
             most = self._problem.family.engine_settings.max_num_seqs
             if most is not None:  # engines count a request from its first chunk on
                 beside = max(0, min(beside, most * one.attention_dp // one.in_flight * one.in_flight - seats))
@@ -197,6 +198,13 @@ class _Building:
             rates=rates,
             holding_cv2=self._cv2(holding_s),
         )
+
+    def _prompts_with_room(self, group: _Group) -> int:
+        """Return how many whole prompts a replica has room for beside the KV of all its seats."""
+        copies, full = group.first.attention_dp, self._derivation.of(group.shape)
+        left = full.kv_tokens / copies - full.kv_held + full.kv_prefilling
+        prompt = self._problem.model.cached_tokens(self._moments.mean_prompt)
+        return copies * max(0, math.floor(left / prompt + 1e-6))
 
     def _cv2(self, values: FloatArray) -> float:
         mean = self._weights @ values

@@ -258,7 +258,7 @@ class _Queues:
         if mix.role is Role.UNIFIED:
             holding_s = (self._iterations + self._computed / mix.chunk_tokens) * iteration_s
             chunks = max(1.0, self._own.moments.mean_computed / mix.chunk_tokens)
-            beside = math.ceil(chunks / copy.iterations) * in_flight
+            beside = self._with_room(template, math.ceil(chunks / copy.iterations) * in_flight)
             most = costs.problem.family.engine_settings.max_num_seqs
             if most is not None:
                 beside = max(0, min(beside, most * mix.attention_dp // in_flight * in_flight - seats))
@@ -277,6 +277,22 @@ class _Queues:
             rates=rates,
             holding_cv2=float(self._weights @ (holding_s - mean_s) ** 2 / mean_s**2),
         )
+
+    def _with_room(self, template: Template, prompts: int) -> int:
+        """Return how many of these prompts KV has room for beside the requests in all of a replica's seats."""
+        mix, f, model = self._own.mixes[template.mix], template.in_flight_index, self._own.problem.model
+        seats = self.seats.get(template, mix.micro_batch)
+        full = replace(template, mix=dict(self._of_kind(mix))[seats])
+        prompt = model.cached_tokens(self._own.moments.mean_prompt)
+        counted = float(self._costs.scopes[template.scope].tables.prompt_tokens[full.mix, f])
+
+        def fits(each: int) -> bool:
+            more = max(0.0, each * prompt - counted)
+            rooms = (room_layers(self._costs, full, i, more) for i in range(len(full.stages)))
+            return all(room >= stage.layers for room, stage in zip(rooms, full.stages, strict=True))
+
+        copies = mix.attention_dp
+        return copies * next((each for each in range(prompts // copies, 0, -1) if fits(each)), 0)
 
     def _taken(self, template: Template) -> list[tuple[int, int]]:
         """Return micro-batches up to the replica's seats, each with its mix, ascending: those nearest to `FILLS`."""

@@ -167,12 +167,13 @@ def fixed_bytes(costs: CostTables, template: Template, index: int) -> float:
     return total
 
 
-def room_layers(costs: CostTables, template: Template, index: int) -> int:
-    """Return the repeated layers that fit in memory on a stage (and its pool)."""
+def room_layers(costs: CostTables, template: Template, index: int, more_tokens: float = 0.0) -> int:
+    """Return the repeated layers that fit on a stage (and its pool), with so many more KV tokens in a copy."""
     t = costs.scopes[template.scope].tables
     stage, role = template.stages[index], stage_roles(len(template.stages))[index]
     held, tokens = kv_tokens_held(costs, template, stage)
     kept = kept_bytes(t, template.mix, template.in_flight_index, stage.rank, stage.pool_groups)
+    kept, tokens = kept + t.rank_groups[stage.rank] * more_tokens * t.kv_group_bytes, tokens + more_tokens
     layers = float(layers_on_rank(t, template.mix, template.in_flight_index, stage.rank, kept)[role])
     if stage.pool_class >= 0:
         requests, tp = held * int(t.micro_batch[template.mix]), int(t.rank_tp[stage.rank])
