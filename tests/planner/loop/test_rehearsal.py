@@ -176,6 +176,12 @@ def test_a_curve_is_read_and_every_wrong_line_is_named(tmp_path: Path) -> None:
     found = read_curve(str(path), MIX, history_s=3600)
     assert found.end_s == 3 * 3600
     assert [found.rate_at(at) for at in (0, 3599, 3600, 10_000)] == [1, 1, 2, 4]
+    path.write_text("at_s,requests_per_s\n1764633600,1\n1764637200,2\n")
+    assert read_curve(str(path), MIX, history_s=0).end_s == 2 * 3600
+    for end_s in (1, 1e8):
+        path.write_text(f"at_s,requests_per_s\n0,1\n{end_s},2\n")
+        with pytest.raises(DocumentError, match="must be a minute to 120 days"):
+            read_curve(str(path), MIX, history_s=0)
     path.write_text("at_s,requests_per_s\n0,1\n5,x\n3,-1\n")
     with pytest.raises(DocumentError) as raised:
         read_curve(str(path), MIX, history_s=0)
@@ -230,6 +236,8 @@ def test_a_curve_has_its_own_rates_and_days_after_its_history(
         ("--burst", "2@1h", "'2@1h' has no duration, such as 2@30h+20min"),
         ("--burst", "x@1h+1min", "'x@1h+1min' is no factor and time such as 2@30h"),
         ("--longer", "2@900h", "'2@900h' is after the end of the traffic, 168h"),
+        ("--fail", "l4-0", "'l4-0' is not a node and a time"),
+        ("--join", "l4-0@2h", "'l4-0@2h' joins, but is not lost"),
         ("--fail", "l4-9@1h", "no node 'l4-9' in the cluster"),
         ("--fail", "l4-0@200h", "'l4-0@200h' is after the end of the traffic, 168h"),
         ("--curve", "missing.csv", "missing.csv: cannot be read"),

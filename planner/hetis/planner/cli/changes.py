@@ -362,11 +362,13 @@ def _node_events(found: PlanAndProblem, wanted: RehearsedTraffic, curve: Traffic
     events = list[NodeEvent]()
     for option, texts, joins in (("--fail", wanted.fail, False), ("--join", wanted.join, True)):
         for text in texts or ():
-            node, at_s = values.device_at(text, option)
+            node, at_s = values.device_at(text, option, "a node and a time such as a100-0@30h")
             if node not in known:
                 message = f"no node {node!r} in the cluster{did_you_mean(node, known)}"
                 raise typer.BadParameter(message, param_hint=f"'{option}'")
             _of_curve(at_s, text, curve)
+            if joins and not any(one.node == node and one.at_s < at_s for one in events):
+                raise typer.BadParameter(f"{text!r} joins, but is not lost before it", param_hint=f"'{option}'")
             events.append(NodeEvent(at_s=at_s, node=node, joins=joins))
     return events
 

@@ -8,6 +8,7 @@ hours of a trace (`unevenness`), and bursts. Its randomness is of rates; arrival
 from __future__ import annotations
 
 import csv
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,6 +28,7 @@ HOURS = (  # requests of each hour of a weekday over those of the busiest, from 
 WEEKEND = 0.62  # of a weekday's rates
 DAY_LEVEL, NOISE, NOISE_MEMORY = 0.06, 0.04, 0.9  # relative deviations of days and of minutes; their correlation
 NIGHT_S = 6 * 3600.0
+MOST_DAYS = 120  # of a curve that is read: as many as history and days of a composed one together
 UNEVEN_S = 300.0  # bins in which the unevenness of a trace is taken over; finer ones are mostly chance
 
 
@@ -132,7 +134,7 @@ def unevenness(arrival_s: Sequence[float] | FloatArray) -> FloatArray:
 def read_curve(path: str, workload: Workload, *, history_s: float) -> TrafficCurve:
     """Read a CSV with the columns ``at_s`` and ``requests_per_s``: a rate holds from its time until the next one.
 
-    The last rate holds for as long as the one before it.
+    The last rate holds for as long as the one before it. Times may begin anywhere, such as at those of a clock.
 
     Raises:
         DocumentError: contains every line that is wrong.
@@ -150,8 +152,8 @@ def read_curve(path: str, workload: Workload, *, history_s: float) -> TrafficCur
                 except (ValueError, TypeError):
                     problems.append(Problem(file=path, line=line, message="needs two numbers, at_s and requests_per_s"))
                     continue
-                if not 0 <= rate < 1e9 or not (times[-1] if times else -1) < at_s < 1e9:
-                    message = f"{at_s:g} s at {rate:g} requests/s: times must rise from 0, rates be >= 0"
+                if not 0 <= rate < 1e9 or not (times[-1] if times else -math.inf) < at_s < math.inf:
+                    message = f"{at_s:.10g} s at {rate:g} requests/s: times must rise, rates be >= 0"
                     problems.append(Problem(file=path, line=line, message=message))
                     continue
                 times.append(at_s)
@@ -162,6 +164,7 @@ def read_curve(path: str, workload: Workload, *, history_s: float) -> TrafficCur
         problems.append(Problem(file=path, message="needs two times at least"))
     if problems:
         raise DocumentError(problems)
-    end_s = 2 * times[-1] - times[-2] - times[0]
+    if not STEP_S <= (end_s := 2 * times[-1] - times[-2] - times[0]) <= MOST_DAYS * DAY_S:
+        raise single_problem(path, f"has {end_s:.4g} s of traffic, must be a minute to {MOST_DAYS} days")
     at = np.searchsorted(np.array(times) - times[0], np.arange(0, end_s, STEP_S), side="right") - 1
     return TrafficCurve(name=path, rates=np.array(rates)[at], mixes=((0.0, workload),), start_s=history_s)

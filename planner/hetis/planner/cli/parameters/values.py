@@ -66,11 +66,11 @@ def positive_duration(text: str) -> float:
     return _positive(_parsed(parse_duration, text), text)
 
 
-def device_at(text: str, option: str) -> tuple[str, float]:
-    """Parse a device and a time in seconds, the value of an ``option``: ``a100/0@30s``."""
+def device_at(text: str, option: str, example: str = "a device and a time such as a100/0@30s") -> tuple[str, float]:
+    """Parse a device, or a node, and a time in seconds, the value of an ``option``: ``a100/0@30s``."""
     device, at, time = text.rpartition("@")
     if not at or not device:
-        raise typer.BadParameter(f"{text!r} is not a device and a time such as a100/0@30s", param_hint=f"'{option}'")
+        raise typer.BadParameter(f"{text!r} is not {example}", param_hint=f"'{option}'")
     try:
         return device, _parsed(parse_duration, time)
     except typer.BadParameter as error:
