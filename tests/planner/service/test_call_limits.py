@@ -15,7 +15,7 @@ from hetis.planner.callers import CallerRole, Identity
 from hetis.planner.failures import Reason, ServiceError
 from hetis.planner.service import calls, limits
 from hetis.planner.service.identity.credentials import Credentials, Grant, Tokens, digest
-from hetis.planner.service.limits import MOST_AT_ONCE, MOST_OF_A_CALLER, MOST_OF_A_HOST, MOST_READS, CallLimits
+from hetis.planner.service.limits import MOST_OF_A_CALLER, MOST_OF_A_HOST, MOST_READS, CallLimits
 from hetis.v1 import agent_service_pb2 as agents
 from hetis.v1 import plan_service_pb2 as plans
 from hetis.v1.agent_service_pb2_grpc import AgentServiceStub
@@ -124,11 +124,15 @@ async def test_the_reads_of_a_caller_are_answered_some_at_a_time_and_others_do_n
         assert not planner.calls._limits._reads._turns
 
 
-async def test_without_credentials_a_caller_with_too_many_calls_takes_no_room_of_another_connection() -> None:
+async def test_without_credentials_a_caller_with_too_many_calls_takes_no_room_of_another_connection(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    most = 100  # one connection has no room for as many as a caller with credentials may have
+    monkeypatch.setattr(limits, "MOST_AT_ONCE", most)
     async with served() as planner, channel_to(planner.address) as greedy:
         method = "/hetis.v1.PlanService/GetPlan"
-        silent = [greedy.stream_stream(method)(timeout=30) for _ in range(MOST_AT_ONCE)]
-        await until_open(planner, 2 * MOST_AT_ONCE)
+        silent = [greedy.stream_stream(method)(timeout=30) for _ in range(most)]
+        await until_open(planner, 2 * most)
         refused = await failure_of(PlanServiceStub(greedy).GetPlan(plans.GetPlanRequest(name="plans/p"), timeout=20))
         assert reason_of(refused) == "QUOTA_EXCEEDED"
         assert (await get(planner, "plans/p")).plan.name == "plans/p"

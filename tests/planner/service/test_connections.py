@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 import resource
 import socket
+import struct
 from contextlib import AsyncExitStack, ExitStack
 
 import grpc
 import pytest
 
-from hetis.planner.service.limits import ConnectionLimits, ConnectionWatch, ports_of
+from hetis.planner.service.limits import MOST_OF_A_CALLER, ConnectionLimits, ConnectionWatch, ports_of
 from hetis.v1 import plan_service_pb2 as plans
 from hetis.v1.plan_service_pb2_grpc import PlanServiceStub
 from tests.planner.service.serving import channel_to, served
@@ -21,6 +22,26 @@ HOSTS = ("127.0.0.2", "127.0.0.3")  # all of 127.0.0.0/8 is this machine
 def connected(address: str, host: str) -> socket.socket:
     name, _, port = address.rpartition(":")
     return socket.create_connection((name, int(port)), timeout=10, source_address=(host, 0))
+
+
+def settings_of(one: socket.socket) -> dict[int, int]:
+    """Return the settings of HTTP/2 that a server sends before anything is sent to it."""
+    one.settimeout(10)
+    found = b""
+    while len(found) < 9 or len(found) < 9 + int.from_bytes(found[:3], "big"):
+        found += one.recv(4096)
+    content = found[9 : 9 + int.from_bytes(found[:3], "big")]
+    return dict(struct.iter_unpack(">HI", content))
+
+
+async def test_a_connection_has_room_for_the_watches_of_a_caller_and_not_for_much_more() -> None:
+    """Strangers made a planner 1.9 GiB larger by calls with large metadata, and 550 MiB by calls that they reset."""
+    async with served() as planner:
+        with connected(planner.address, HOSTS[0]) as one:
+            settings = await asyncio.to_thread(settings_of, one)
+    max_streams, max_metadata = settings[3], settings[6]
+    assert MOST_OF_A_CALLER < max_streams < 2 * MOST_OF_A_CALLER
+    assert max_metadata == 4096
 
 
 def is_closed(one: socket.socket) -> bool:

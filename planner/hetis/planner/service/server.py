@@ -67,6 +67,8 @@ class ServiceHealth(health_pb2_grpc.HealthServicer):  # type: ignore[misc]
 
 
 MAX_MESSAGE_BYTES = 4 * 2**20
+MAX_METADATA_BYTES = 4 * 2**10
+MAX_PENDING = 4_000
 _log = logging.getLogger("hetis.planner.server")
 _STREAMS_S = 2.0  # time for streams to end by themselves, before a drain ends them
 
@@ -85,11 +87,16 @@ OPTIONS: tuple[tuple[str, int], ...] = (
     ("grpc.max_connection_age_grace_ms", 60_000),
     # Idle connections are closed; clients reconnect with their next call.
     ("grpc.max_connection_idle_ms", 300_000),
-    # Per connection: an agent has one connection with one stream; watchers and engines make a handful of calls.
-    ("grpc.max_concurrent_streams", 1_000),
+    # Per connection: an agent has one connection with one stream; a caller may have 100 watches, and calls beside them.
+    # The calls of strangers are held until they are refused, with their metadata: these limits bound their memory.
+    ("grpc.max_concurrent_streams", 128),
+    # Streams that have ended but are not freed yet; by default as many as may be open, beyond which new ones are reset.
+    ("grpc.http2.max_deallocating_streams", 256),
+    ("grpc.max_metadata_size", MAX_METADATA_BYTES),
+    ("grpc.absolute_max_metadata_size", MAX_METADATA_BYTES),
     # Calls that wait to be accepted: beyond 1,000, by default, gRPC cancels calls by chance, and beyond 3,000 all.
-    ("grpc.server.max_pending_requests", MAX_CALLS),
-    ("grpc.server.max_pending_requests_hard_limit", MAX_CALLS),
+    ("grpc.server.max_pending_requests", MAX_PENDING),
+    ("grpc.server.max_pending_requests_hard_limit", MAX_PENDING),
     # Otherwise two planners on one port would each receive half of the calls.
     ("grpc.so_reuseport", 0),
 )
