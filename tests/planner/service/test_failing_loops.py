@@ -133,7 +133,7 @@ async def test_a_count_that_fails_when_nobody_waits_for_it_any_more_is_no_orphan
             await go.wait()
             raise ServiceError(Reason.ERROR_REASON_STORE_UNAVAILABLE, "the store is away")
 
-    parts: list[Any] = [FailingStore(), *[None] * 7]
+    parts: list[Any] = [FailingStore(), *[None] * 6]
     overviews = Overviews(*parts, epoch=1, leader_since_s=0.0, most_searches=1)
     asked = asyncio.create_task(overviews.overview())
     await asyncio.sleep(0)
