@@ -32,25 +32,18 @@ from hetis.formats.errors import Problem, single_problem
 from hetis.formats.fields import listed, mapping
 from hetis.formats.positions import Text
 
+_WHOLE_PARTITION = "amd.com/spx_nps1"  # what AMD's device plugin calls whole GPUs beside parts of others
 _RESOURCES = (
-    *(
-        "nvidia.com/gpu",
-        "amd.com/gpu",
-        "amd.com/spx_nps1",
-        "gpu.intel.com/xe",
-        "gpu.intel.com/i915",
-        "habana.ai/gaudi",
-        "google.com/tpu",
-    ),
-    *("huawei.com/Ascend910", "huawei.com/ascend-1980", "huawei.com/npu"),
+    *("nvidia.com/gpu", "amd.com/gpu", _WHOLE_PARTITION, "gpu.intel.com/xe", "gpu.intel.com/i915"),
+    *("habana.ai/gaudi", "google.com/tpu", "huawei.com/Ascend910", "huawei.com/ascend-1980", "huawei.com/npu"),
 )
 # What NVIDIA's device plugin advertises instead of GPUs that pods share, if `renameByDefault` is set (docs.nvidia.com,
 # "Time-Slicing GPUs in Kubernetes"): as many as GPUs times replicas.
 _NVIDIA, _SHARED, _MIG = "nvidia.com/gpu", "nvidia.com/gpu.shared", "nvidia.com/mig-"
-_WHOLE_PARTITION = "amd.com/spx_nps1"  # what AMD's device plugin calls whole GPUs beside parts of others
 # Resources of accelerators whose cards are not read, and of parts of cards.
 _OTHERS = re.compile(
-    r"(?:nvidia|amd|metax-tech|cambricon|kunlunxin|iluvatar|enflame|hygon|furiosa)\.(?:com|ai)/.*|.*/v?(?:gpu|npu|mlu|xpu|dcu|neuron|qgpu)(?:-\w+)?"
+    r"(?:nvidia|amd|metax-tech|cambricon|kunlunxin|iluvatar|enflame|hygon|furiosa)\.(?:com|ai)/.*"
+    r"|.*/v?(?:gpu|npu|mlu|xpu|dcu|neuron|qgpu)(?:-\w+)?"
 )
 _DRIVERS = {"gpu.nvidia.com": "nvidia.com/gpu", "gpu.amd.com": "amd.com/gpu", "gpu.intel.com": "gpu.intel.com/xe"}
 _DRIVERS |= {"gaudi.intel.com": "habana.ai/gaudi", "tpu.google.com": "google.com/tpu"}
