@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from functools import partial
@@ -19,10 +20,11 @@ from hetis.planner.fleet.agents.link import _MOST_FOREIGN, _MOST_REMOVALS
 from hetis.planner.fleet.agents.messages import check_hello
 from hetis.planner.fleet.agents.stream import MOST_BYTES, MOST_MESSAGES, Stream
 from hetis.planner.fleet.cluster_changes import MOST_OF_NODE
+from hetis.planner.fleet.views import kv_in_use
 from hetis.planner.fleet.writes import apply
 from hetis.planner.store import NodeRecord
 from hetis.v1 import agent_service_pb2 as pb
-from hetis.v1 import change_pb2, cluster_pb2, failure_pb2, inventory_pb2, replica_pb2, report_pb2
+from hetis.v1 import change_pb2, cluster_pb2, failure_pb2, inventory_pb2, replica_pb2, report_pb2, traffic_pb2
 from tests.planner.fleet.driven import DrivenPlanner
 from tests.planner.fleet.model_agents import Engines, ModelAgent
 from tests.planner.fleet.samples import CLUSTER, REPLICA, change
@@ -134,6 +136,63 @@ def test_reports_of_replicas_that_are_not_its_own_are_not_kept(world: World) -> 
     slot = world.planner.cluster.links["b"].slots["x"]
     assert slot.report == report_pb2.ReplicaReport(replica="x", generation=1)
     assert slot.failure is None
+
+
+@pytest.mark.parametrize("wrong", [math.nan, math.inf, -math.inf, -1e16, 1e300])
+def test_numbers_that_cannot_be_are_not_known_and_the_node_stays(world: World, wrong: float) -> None:
+    """In the past a measured time of NaN made a device 16 times as fast as planned."""
+    devices = [report_pb2.DeviceReport(total_blocks=1, used_blocks=FAR, busy_ratio=wrong, temperature_c=wrong)]
+    devices += [report_pb2.DeviceReport(clock_hz=wrong, power_w=wrong, temperature_c=-20)]
+    loads = [report_pb2.DeviceLoad(device="b/0", total_blocks=1, used_blocks=FAR, observed_s=wrong, predicted_s=wrong)]
+    one = report_pb2.ReplicaReport(
+        replica=REPLICA,
+        assignment_state=report_pb2.ASSIGNMENT_STATE_SERVING,
+        generation=world.agents["a"].held[REPLICA][0],
+        is_primary=True,
+        ttft_s=wrong,
+        tpot_s=wrong,
+        stages=[report_pb2.StageLoad(devices=loads)],
+        traffic=traffic_pb2.Traffic(arrivals=1, ttft_s=traffic_pb2.Histogram(counts=[1, wrong])),
+        endpoint="a:1;\ninclude /etc/passwd",
+        engine_id="x" * 100_000,
+    )
+    agent, cluster = world.agents["a"], world.planner.cluster
+    agent.sent.append(agent._request(report=pb.NodeReport(devices=devices, replicas=[one])))
+    world.hear("a")
+    assert "a" in world.sessions
+    (first, second), found = cluster.links["a"].devices, cluster.replicas[REPLICA].report
+    assert first == report_pb2.DeviceReport(total_blocks=1, used_blocks=FAR)
+    assert second == report_pb2.DeviceReport(temperature_c=-20)
+    assert found is not None
+    assert found.stages[0].devices[0] == report_pb2.DeviceLoad(device="b/0", total_blocks=1, used_blocks=FAR)
+    dropped = ("ttft_s", "tpot_s", "traffic", "endpoint", "engine_id")
+    assert not any(field.name in dropped for field, _ in found.ListFields())
+    assert cluster.counters.values_dropped.total() == 11
+    assert max(dict(kv_in_use(cluster)).values()) == 1.0
+
+
+@pytest.mark.parametrize("way", ["report", "nack", "status"])
+def test_a_failure_of_megabytes_is_shortened(world: World, way: str) -> None:
+    """Kept as they were, a few of them made lists of replicas larger than an answer may be."""
+    failure = failure_pb2.Failure(reason=Reason.ERROR_REASON_ENGINE_UNREACHABLE, message="x" * 900_000)
+    failure.metadata["key"] = "y" * 1000
+    agent = world.agents["a"]
+    generation = agent.held[REPLICA][0]
+    said: dict[str, Any] = {
+        "report": pb.NodeReport(
+            replicas=[report_pb2.ReplicaReport(replica=REPLICA, generation=generation, failure=failure)]
+        ),
+        "nack": pb.DeltaNack(nonce="n", replica=REPLICA, generation=generation, failure=failure),
+        "status": change_pb2.ChangeStatus(change_id="c", replica=REPLICA, failure=failure),
+    }
+    request = agent._request(**{"change_status" if way == "status" else way: said[way]})
+    agent.sent.append(request)
+    world.hear("a")
+    assert "a" in world.sessions
+    assert request.ByteSize() < 5_000
+    if way == "report":
+        kept = world.planner.cluster.links["a"].slots[REPLICA].failure
+        assert kept == failure_pb2.Failure(reason=failure.reason, message="x" * 4_000 + "...")
 
 
 # Undeclared nodes.

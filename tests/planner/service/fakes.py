@@ -8,6 +8,7 @@ import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from typing import Any
 
+import grpc
 from prometheus_client.registry import Collector
 
 from hetis.formats.errors import single_problem
@@ -58,6 +59,7 @@ ERRORS: dict[str, Exception] = {
     "plans/fields": too_many_violations(),
     "plans/document": single_problem("cluster.yaml", "is empty", line=3),
     "plans/bug": ZeroDivisionError("the secret is 42"),
+    "plans/unwritten": grpc.aio.InternalError("an answer could not be written"),
     "plans/long": not_found("plans/" + "ü" * 5000),
 }
 

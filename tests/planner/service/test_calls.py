@@ -209,6 +209,18 @@ async def test_a_bug_tells_callers_an_incident_and_the_log_the_rest(
     assert "ZeroDivisionError: the secret is 42" in logged["traceback"]
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+async def test_an_answer_that_cannot_be_written_is_no_bug(streaming: bool, caplog: pytest.LogCaptureFixture) -> None:
+    """In the past each agent whose connection broke while it was welcomed made an incident."""
+    caplog.set_level(logging.INFO, "hetis")
+    async with served() as planner:
+        await failure_of((watch if streaming else get)(planner, "plans/unwritten", timeout=1))
+        async with asyncio.timeout(30):
+            while 'code="CANCELLED"' not in planner.metrics.text().decode():
+                await asyncio.sleep(0.01)
+    assert "incident" not in caplog.text
+
+
 def test_every_reason_becomes_a_status_with_its_code() -> None:
     for reason, code in CODE_OF_REASON.items():
         status = statuses.to_status(ServiceError(reason, "so", metadata={"name": "clusters/c/nodes/n"}))

@@ -139,6 +139,11 @@ class FleetCounters:
     replicas_ignored: int = _counted(
         "replicas_ignored", "Ignored reports of foreign replicas from nodes that reported too many."
     )
+    values_dropped: Counter[str] = _counted(
+        "report_values_dropped",
+        "Values in reports of agents that cannot be: not finite, negative, too large.",
+        by="field",
+    )
     errors: Counter[str] = _counted(
         "fleet_errors", "Steps of the fleet that failed because of a bug; see the log.", by="step"
     )

@@ -196,7 +196,7 @@ def kv_in_use(cluster: ClusterFleet) -> Iterator[tuple[str, float]]:
             if device.total_blocks:
                 name = f"{node}/{device.index}"
                 seen.add(name)
-                yield name, device.used_blocks / device.total_blocks
+                yield name, min(1.0, device.used_blocks / device.total_blocks)
     for replica in list(cluster.replicas.values()):
         if replica.report is None or replica.is_stopping:
             continue
@@ -204,7 +204,7 @@ def kv_in_use(cluster: ClusterFleet) -> Iterator[tuple[str, float]]:
         for stage in replica.report.stages:
             for load in stage.devices:
                 if load.total_blocks and load.device not in seen and _is_there(cluster, node_of(load.device)):
-                    share = load.used_blocks / load.total_blocks
+                    share = min(1.0, load.used_blocks / load.total_blocks)
                     fullest[load.device] = max(fullest.get(load.device, 0.0), share)
         yield from fullest.items()
 

@@ -249,6 +249,9 @@ class Calls(grpc.aio.ServerInterceptor):
             is_late = remaining_s is not None and remaining_s <= DEADLINE_SLACK_S
             code = grpc.StatusCode.DEADLINE_EXCEEDED if is_late else grpc.StatusCode.CANCELLED
             raise
+        except grpc.aio.InternalError:  # an answer cannot be written any more: the caller is gone
+            code = grpc.StatusCode.CANCELLED
+            raise asyncio.CancelledError from None
         except Exception as error:
             if isinstance(error, NotImplementedError) and _code_set(context) is grpc.StatusCode.UNIMPLEMENTED:
                 code = grpc.StatusCode.UNIMPLEMENTED  # from generated code, for methods that a servicer lacks

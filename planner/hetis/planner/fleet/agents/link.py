@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+import logging
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,6 +24,8 @@ from hetis.planner.fleet.agents.messages import (
     check_hello,
     check_inventory,
     check_replicas,
+    drop_impossible,
+    shorten_failures,
     stale_epoch,
 )
 from hetis.planner.fleet.settings import FleetCounters, FleetSettings
@@ -50,6 +53,7 @@ class HeadMapsRead:
 LinkEvent = Reported | inventory_pb2.NodeInventory | DeltaAnswer | change_pb2.ChangeStatus | HeadMapsRead | ServiceError
 
 
+_log = logging.getLogger("hetis.planner.fleet")
 _MOST_FOREIGN = 1000  # replicas of other nodes, or unknown ones, that are kept from a node's reports
 _MOST_REMOVALS = 16  # removals in flight per node
 
@@ -110,6 +114,7 @@ class NodeLink:
         self._report_sequence = 0  # sequence of the last accepted report
         self._inventory_sequence = 0
         self._head_maps: dict[str, HeadMapPieces] = {}  # by request id
+        self._has_dropped = False  # whether a report of this stream had values that cannot be
 
     # --- State
 
@@ -179,6 +184,7 @@ class NodeLink:
         self.agent_version, self.engine_address = hello.agent_version, hello.engine_address
         self.capabilities = frozenset(hello.capabilities).intersection(Capability.values())
         self._report_sequence = self._inventory_sequence = 0
+        self._has_dropped = False
         self._head_maps.clear()
         self._removals.clear()
         self._put_off.clear()
@@ -218,7 +224,9 @@ class NodeLink:
             raise stale_epoch("follows", request.epoch, self._epoch)
         if request.epoch < self._epoch:
             return []  # sent on an earlier stream: all messages of this one have the epoch of its Welcome
-        check_replicas([*request.report.replicas, request.ack, request.nack, request.change_status])
+        said = [*request.report.replicas, request.nack, request.change_status]
+        check_replicas([*said, request.ack])
+        shorten_failures(said)
         match request.WhichOneof("message"):
             case "report":
                 return self._take_report(request.sequence, request.report)
@@ -313,6 +321,12 @@ class NodeLink:
             return []
         check_device_reports(report.devices)
         self._report_sequence = sequence
+        if dropped := drop_impossible(report):
+            self._counters.values_dropped.update(dropped)
+            if not self._has_dropped:
+                self._has_dropped = True
+                extra = {"node": self.node, "fields": ", ".join(sorted({*dropped}))}
+                _log.warning("an agent reports values that cannot be, which are taken as not known", extra=extra)
         self.devices = tuple(report.devices)
         changed, taken = [], []
         for one in report.replicas:

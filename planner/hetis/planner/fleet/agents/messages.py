@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Iterable, Sequence, Sized
 from typing import Any
 
@@ -12,12 +13,15 @@ from hetis.formats.cluster import MAX_GPUS_PER_NODE
 from hetis.planner.failures import Reason, ServiceError, invalid_field
 from hetis.planner.fleet.agents.deltas import MOST_GENERATION, protocol_violation
 from hetis.planner.fleet.settings import FleetCounters
-from hetis.v1 import agent_service_pb2, inventory_pb2, report_pb2
+from hetis.v1 import agent_service_pb2, failure_pb2, inventory_pb2, report_pb2, traffic_pb2
 
 _log = logging.getLogger("hetis.planner.fleet")
 PROTOCOL_VERSION = 1
 MOST_CHARACTERS = 255  # limit on any text that is kept: names, versions, digests
 MOST_BYTES = 128 * 2**10  # limit on an inventory, and on the reports of all devices: enough for the largest node
+MOST_NUMBER = 1e15  # limit on any measured number; sums of those of all replicas remain finite
+MOST_FAILURE_BYTES, MOST_FAILURE_CHARACTERS = 16 * 2**10, 4_000  # a larger failure is kept with so much of its message
+_ENDPOINT = re.compile(r"[\w.:\[\]-]{1,255}", re.ASCII)  # host:port; routers are configured with it
 
 Request = agent_service_pb2.ConnectNodeRequest
 
@@ -89,6 +93,51 @@ def check_device_reports(devices: Sequence[report_pb2.DeviceReport]) -> None:
     """Check the sizes of the reports of a node's devices, which stay in memory. Raises INVALID_FIELD."""
     _check_number(devices, "report.devices")
     _check_bytes(sum(device.ByteSize() for device in devices), "report.devices")
+
+
+def drop_impossible(report: agent_service_pb2.NodeReport) -> list[str]:
+    """Set what cannot be to "not known" in a report, and return the names of those fields.
+
+    Scrapers report NaN now and then: the node stays, but sums, plans, pages and routers never see such values.
+    """
+    found = list[str]()
+
+    def drop(message: Message, name: str, is_possible: bool) -> None:
+        if not is_possible:
+            message.ClearField(name)
+            found.append(name)
+
+    def check(message: Message, *names: str, least: float = 0.0) -> None:
+        for name in names:
+            drop(message, name, least <= getattr(message, name) <= MOST_NUMBER)
+
+    for device in report.devices:
+        check(device, "busy_ratio", "clock_hz", "power_w")
+        check(device, "temperature_c", least=-MOST_NUMBER)
+    for one in report.replicas:
+        check(one, "ttft_s", "tpot_s")
+        for load in (load for stage in one.stages for load in stage.devices):
+            check(load, "observed_s", "predicted_s")
+        if one.HasField("traffic"):
+            drop(one, "traffic", all(0 <= number <= MOST_NUMBER for number in _numbers(one.traffic)))
+        drop(one, "endpoint", not one.endpoint or _ENDPOINT.fullmatch(one.endpoint) is not None)
+        drop(one, "engine_id", len(one.engine_id) <= MOST_CHARACTERS)
+    return found
+
+
+def _numbers(traffic: traffic_pb2.Traffic) -> Iterable[float]:
+    yield from (traffic.observed_s, traffic.arrivals, traffic.cached_tokens)
+    for field, value in traffic.ListFields():
+        if field.message_type is not None:
+            yield from (value.total, *value.counts)
+
+
+def shorten_failures(said: Iterable[Any]) -> None:
+    """Shorten failures that are too large to be kept: they go to the store, and into lists of replicas."""
+    for one in said:
+        if one.HasField("failure") and one.failure.ByteSize() > MOST_FAILURE_BYTES:
+            message = one.failure.message[:MOST_FAILURE_CHARACTERS] + "..."
+            one.failure.CopyFrom(failure_pb2.Failure(reason=one.failure.reason, message=message))
 
 
 def _check_texts(message: Message, field: str) -> None:

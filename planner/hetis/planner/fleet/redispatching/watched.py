@@ -46,7 +46,7 @@ def sums_of(
         if i is not None:
             heads[i], kv_bytes[i] = device.heads, device.kv_bytes
             total = device.total_blocks
-            used[i] = device.used_blocks / total if total else 0.0
+            used[i] = min(1.0, device.used_blocks / total) if total else 0.0
             status[i] = max(status[i], device.status)
     return StageSums(heads=tuple(heads), kv_bytes=tuple(kv_bytes), used_ratio=tuple(used), status=tuple(status))
 
