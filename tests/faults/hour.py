@@ -51,7 +51,7 @@ from hetis.v1 import plan_pb2, plan_service_pb2
 from tests.faults.cluster import Faulty, fleet
 from tests.faults.history import Findings, check
 from tests.faults.planners import Planner
-from tests.faults.run import kill, percentiles, quantiles
+from tests.faults.run import kill, percentiles, shown, write_totals
 from tests.planner.store.postgres import new_database, running_server
 from tools import tables
 
@@ -193,12 +193,6 @@ def rss_mib(planner: Planner) -> float:
     return int(Path(f"/proc/{planner.pid}/statm").read_text().split()[1]) * resource.getpagesize() / 2**20
 
 
-def shown(value: float | None) -> str:
-    if value is None or math.isnan(value):
-        return "-"
-    return f"{value:,.0f}" if value >= 1e3 or value == int(value) else f"{value:.3g}"
-
-
 def make_tables(hour: Hour, rows: list[dict[str, float | None]], minutes: float, findings: Findings) -> None:
     """Make the tables of the parts and of the whole, and their excerpts on pages."""
     tables.write("hour", list(rows[0]), (map(shown, row.values()) for row in rows))
@@ -206,12 +200,7 @@ def make_tables(hour: Hour, rows: list[dict[str, float | None]], minutes: float,
         "s from `kill -9` of the leader to the next acknowledged write": hour.record.takeovers,
         f"s from it to the return of {BACK:.0%} of {hour.num_agents:,} agents": hour.record.returns,
     }
-    written = {"acknowledged": findings.acknowledged, "lost": findings.lost, "doubled": findings.doubled}
-    totals = [("minutes", shown(minutes), "", "", "")]
-    totals += [(what, str(len(s)), *map(shown, quantiles(s))) for what, s in times.items() if s]
-    totals += [(f"writes {what}", shown(count), "", "", "") for what, count in written.items()]
-    tables.write("hour totals", ["what", "times", "p50", "p99", "max"], totals)
-    tables.main()
+    write_totals("hour totals", times, findings, minutes=minutes)
 
 
 def run(*, minutes: float, kills: int, agents: int, clusters: int, seed: int, makes_tables: bool) -> int:

@@ -1,18 +1,21 @@
 """Faults in sequence on a running pair of planners, and the figures that docs/reliability.md shows.
 
-python -m tests.faults.run --kills 50 --partitions 10 --seed 1
+    python -m tests.faults.run --kills 50 --partitions 10 --seed 1
+
+``--tables`` makes the table ``faults`` of the documentation of them.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import math
 import shutil
 import signal
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -20,6 +23,7 @@ from tests.faults.cluster import Faulty, Witness, pinned
 from tests.faults.history import Findings, Led, check
 from tests.faults.planners import Planner
 from tests.planner.store.postgres import new_database, running_server
+from tools import tables
 
 FAR_SHARE = 1 / 60  # share of the lease, each way to the store and back: 50 ms of 3 s
 
@@ -97,6 +101,22 @@ def percentiles(seconds: Sequence[float]) -> str:
         return "none"
     p50, p99, most = quantiles(seconds)
     return f"{len(seconds)} times: p50 {p50:.2f} s, p99 {p99:.2f} s, max {most:.2f} s"
+
+
+def shown(value: float | None) -> str:
+    """Return a value as a cell of a table."""
+    if value is None or math.isnan(value):
+        return "-"
+    return f"{value:,.0f}" if value >= 1e3 or value == int(value) else f"{value:.3g}"
+
+
+def write_totals(table: str, times: Mapping[str, Sequence[float]], findings: Findings, **counts: float) -> None:
+    """Make a table of the times after each kind of fault, of other counts, and of what became of all writes."""
+    rows = [(what, str(len(seconds)), *map(shown, quantiles(seconds))) for what, seconds in times.items() if seconds]
+    counts |= {f"writes {what}": getattr(findings, what) for what in ("acknowledged", "lost", "doubled")}
+    rows += [(what, shown(count), "", "", "") for what, count in counts.items()]
+    tables.write(table, ["what", "times", "p50", "p99", "max"], rows)
+    tables.main()
 
 
 def inject(
@@ -243,6 +263,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--lease", type=float, default=5.0, help="seconds")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="inject no fault after so long")
+    parser.add_argument("--tables", action="store_true", help="make the table of the page")
     given = parser.parse_args()
     with running_server() as server, _logs() as folder:
         figures = inject(
@@ -259,6 +280,17 @@ def main() -> None:
         )
     print(figures)
     assert figures.findings is not None
+    if given.tables:
+        acknowledged = "to the next acknowledged write"
+        times = {
+            f"s from `kill -9` of the leader {acknowledged}": figures.takeovers,
+            f"s from a partition {acknowledged}": figures.partitions,
+            f"s from SIGSTOP of the leader {acknowledged}": figures.stands,
+            f"s from `kill -9` of a leader far from its store {acknowledged}": figures.far,
+            "s from a kill or a partition to an agent's Welcome by the new leader": figures.agents,
+            "s from SIGSTOP to an agent's Welcome by the new leader": figures.left,
+        }
+        write_totals("faults", times, figures.findings, **{"calls refused": len(figures.refused)})
     raise SystemExit(bool(figures.findings.violations))
 
 
