@@ -195,7 +195,7 @@ def rss_mib(planner: Planner) -> float:
 
 def make_tables(hour: Hour, rows: list[dict[str, float | None]], minutes: float, findings: Findings) -> None:
     """Make the tables of the parts and of the whole, and their excerpts on pages."""
-    tables.write("hour", list(rows[0]), (map(shown, row.values()) for row in rows))
+    tables.write("hour", list(rows[0]), ([shown(value) for value in row.values()] for row in rows))
     times = {
         "s from `kill -9` of the leader to the next acknowledged write": hour.record.takeovers,
         f"s from it to the return of {BACK:.0%} of {hour.num_agents:,} agents": hour.record.returns,

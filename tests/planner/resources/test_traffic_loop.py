@@ -37,9 +37,14 @@ ACTIVE = plan_pb2.ACTIVATION_STATE_ACTIVE
 
 
 class Hand(Clock):
-    now_s = START_S
+    """``step_s``: by how much the machine's clock was set forward since the start."""
+
+    now_s, step_s = START_S, 0.0
 
     def time(self) -> float:
+        return self.now_s + self.step_s
+
+    def monotonic(self) -> float:
         return self.now_s
 
 
@@ -107,7 +112,8 @@ class World:
 
     def keep(self) -> Decision:
         return Decision(
-            verdict=Verdict.KEEP, reason="Nothing to gain.", made_s=self.clock.now_s, expires_s=self.clock.now_s + 300,
+            verdict=Verdict.KEEP, reason="Nothing to gain.", made_s=self.clock.time(),
+            expires_s=self.clock.time() + 300,
             demand_rps=self.rate, capacity_rps=4.0, expected=Expected(low_rps=0.5, high_rps=4.0),
             next=found(self.plans[self.in_force]),
         )  # fmt: skip
@@ -157,11 +163,11 @@ class World:
         self.withdrawn.append(name)
 
     async def activate(self, name: str) -> None:
-        self.earlier, self.in_force, self.since_s = self.in_force, name, self.clock.now_s
+        self.earlier, self.in_force, self.since_s = self.in_force, name, self.clock.time()
         self.activated.append(name)
 
     async def roll_back(self, name: str) -> None:
-        self.in_force, self.since_s = self.earlier, self.clock.now_s
+        self.in_force, self.since_s = self.earlier, self.clock.time()
         self.rolled_back.append(name)
 
     # --- PlanCreation
@@ -191,8 +197,9 @@ class World:
                     output_tokens=outputs,
                     ttft_s=self.firsts,
                 )
-                self.windows.take("r", posed("paper").model.name, reading, self.clock.now_s)
-            self.windows.complete(self.clock.now_s)
+                self.windows.take("r", posed("paper").model.name, reading, self.clock.time())
+            self.windows.complete(self.clock.time())
+            self.windows.drop(self.clock.time())
             await self.loop.step()
 
 
@@ -305,6 +312,39 @@ async def test_the_objective_is_the_requested_one_after_a_plan_for_all_that_the_
     assert planned("paper").objective.kind is ObjectiveKind.GOODPUT
     objective = world.told.found.plan.objective
     assert (objective.kind, objective.demand_rps) == (ObjectiveKind.COST, 4.0)
+
+
+@pytest.mark.parametrize("step_s", [3600.0, -3600.0])
+async def test_a_step_of_the_clock_neither_stops_the_questions_nor_makes_alarms(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, step_s: float
+) -> None:
+    """In the past nothing was asked for an hour after a step back, whatever came, and one forward was a fall."""
+    world = World(monkeypatch)
+    await world.pass_time(1000)
+    world.asked.clear()
+    world.clock.step_s = step_s
+    await world.pass_time(900)
+    assert [drift for _, drift in world.asked] == [None] * 3
+    assert f"the clock of this machine was set by {step_s:+.0f} s" in caplog.text
+    last = [
+        one.traffic.rate_per_s for one in world.windows.windows(least_s=30) if one.start_s > world.clock.time() - 600
+    ]
+    assert last == pytest.approx([world.rate] * len(last), rel=0.1)
+    assert len(last) >= 8
+    world.asked.clear()
+    world.rate = 8.0
+    await world.pass_time(60)
+    ((_, drift),) = world.asked
+    assert drift is not None
+
+
+async def test_a_plan_activated_by_a_leader_whose_clock_was_ahead_is_asked_about(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    world = World(monkeypatch)
+    world.since_s = START_S + 3600
+    await world.pass_time(400)
+    assert world.asked
 
 
 async def test_off_asks_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,7 +21,8 @@ _OF_PREFILL, _OF_DECODE = ("output_tokens", "tpot_s"), ("prompt_tokens", "ttft_s
 
 
 def is_kept(window: TrafficWindow, now_s: float) -> bool:
-    return window.start_s > now_s - KEPT_S[window.span_s]
+    """Return whether a window is neither too old nor of a time that is still to come, since the clock was set back."""
+    return now_s - KEPT_S[window.span_s] < window.start_s <= now_s - window.span_s
 
 
 def of_role(traffic: TrafficSketch, role: Role) -> TrafficSketch:
@@ -73,8 +74,11 @@ class TrafficWindows:
         if seen is None or begin_s - seen.until_s > SILENCE_S:
             seen = seen or _Observed(since_s=begin_s, until_s=now_s, minutes={})
             self._observed[model], seen.since_s = seen, begin_s
+        passed_s = min(max(0.0, now_s - seen.until_s), added.seconds)  # not what the clock was set forward
+        if seen.until_s - now_s > SILENCE_S:  # it was set back
+            seen.since_s, seen.until_s, self._closed_s = begin_s, now_s, 0
         seen.since_s, seen.until_s = min(seen.since_s, begin_s), max(seen.until_s, now_s)
-        seen.total = replace(seen.total.beside(added), seconds=seen.until_s)
+        seen.total = replace(seen.total.beside(added), seconds=seen.total.seconds + passed_s)
         first = max(int(begin_s // MINUTE_S) * MINUTE_S, self._closed_s, int(now_s) - HOUR_S)
         for start_s in range(first - first % MINUTE_S, int(now_s) + 1, MINUTE_S):
             share = (min(now_s, start_s + MINUTE_S) - max(begin_s, start_s)) / added.seconds

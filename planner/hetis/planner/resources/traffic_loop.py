@@ -112,6 +112,16 @@ class _Loop:
     wary_until_s: float = 0.0
     has_cleared: bool = False
 
+    def move(self, step_s: float) -> None:
+        """Move all times, after the clock was set forward by so much (negative: back)."""
+        for name in ("since_s", "due_s", "free_s", "looked_s", "late_s", "wary_until_s"):
+            setattr(self, name, getattr(self, name) + step_s)
+        self.changes_s = [at_s + step_s for at_s in self.changes_s]
+        looks = [replace(one, start_s=one.start_s + step_s) for one in self.looks]
+        self.looks.clear()
+        self.looks.extend(looks)
+        self.test = self.alarm = self.drift = None
+
 
 class TrafficLoop:
     """The loops of all clusters. Run `run` once; `step` does what is due."""
@@ -124,6 +134,7 @@ class TrafficLoop:
         self._creation, self._clock = creation, clock
         self._settings = settings or LoopSettings()
         self._loops: dict[str, _Loop] = {}
+        self._offset_s = clock.time() - clock.monotonic()
 
     async def run(self) -> None:
         while True:
@@ -134,6 +145,12 @@ class TrafficLoop:
         """Look at every cluster."""
         names = set(self._fleet.cluster_names)
         self._loops = {name: self._loops.get(name, _Loop()) for name in names}
+        offset_s = self._clock.time() - self._clock.monotonic()
+        if abs(step_s := offset_s - self._offset_s) > STEP_S:
+            _log.warning("the clock of this machine was set by %+.0f s", step_s)
+            self._offset_s = offset_s
+            for loop in self._loops.values():
+                loop.move(step_s)
         for name, loop in sorted(self._loops.items()):
             try:
                 await self._look(name, loop, policy_from(TrafficPolicy, self._fleet.policy_of(name)))
@@ -229,7 +246,8 @@ class TrafficLoop:
         """Begin with another plan in force."""
         body = answered.record.body
         loop.plan, loop.found = answered.record.name, _of_cluster(answered)
-        loop.since_s = seconds_of(body.activate_time) if body.HasField("activate_time") else 0.0
+        activated_s = seconds_of(body.activate_time) if body.HasField("activate_time") else 0.0
+        loop.since_s = min(activated_s, self._clock.time())  # the clock of an earlier leader may have been ahead
         loop.due_s = loop.free_s = 0.0
         loop.test, loop.alarm, loop.seen, loop.capacity_rps = None, None, None, math.inf
         objective = loop.found.plan.objective
