@@ -15,12 +15,15 @@ import pytest
 
 from hetis.planner.export.carrying import not_carried
 from hetis.planner.use_cases import climbing
+from hetis.planner.use_cases import place as placing
 from hetis.planner.use_cases.climbing import Carriers, Climbed, climb, gain_of, gains_under_errors
 from hetis.planner.use_cases.place import pose, search
 from hetis.planner.use_cases.placement_settings import settings_of
-from hetis.planner.use_cases.record.forms import RungFound
+from hetis.planner.use_cases.record.forms import RungFound, Verification
+from hetis.planner.use_cases.record.parts import Verified
 from hetis.planner.use_cases.request import PlacementRequest
 from hetis.planner.use_cases.robustness.fixed_plan import FixedPlan
+from hetis.planner.use_cases.service_level import DEFAULT
 from hetis.solver.advice import Loss, worst_loss, worst_node
 from hetis.solver.budget import Budget, silent
 from hetis.solver.errors import InfeasibleError
@@ -91,7 +94,7 @@ def test_the_default_rung_leaves_no_less_after_a_loss_than_simpler_ones() -> Non
 def test_a_rung_that_gains_enough_and_leaves_more_is_the_default() -> None:
     made = climbed()
     assert made.rung == "apart"
-    assert gain_of(made.plan, made.simpler.plan) > 0.1
+    assert gain_of(made.plan, made.others[-1].plan) > 0.1
 
 
 def test_a_gain_must_be_worth_it() -> None:
@@ -157,7 +160,7 @@ def test_a_target_must_carry_the_whole_plan() -> None:
 @pytest.mark.parametrize("name", list(RUNGS))
 def test_a_requested_rung_has_the_best_plan_up_to_it(name: str) -> None:
     made = climbed(rung=name)
-    assert made.simpler is None
+    assert all(RUNGS[name].allows(replica) for one in made.others for replica in one.plan.replicas)
     assert RUNGS[made.rung].max_nodes == RUNGS[name].max_nodes
     assert all(map(RUNGS[name].allows, made.plan.replicas))
     assert made.plan.result.value == by_name(climbed())[name].value
@@ -206,3 +209,56 @@ def test_no_plan_on_any_rung_is_explained() -> None:
 
     with pytest.raises(InfeasibleError):
         climb(find, Budget(), pose(request).problem, "hetis", settings.climbing(all_carry))
+
+
+@pytest.mark.parametrize(
+    ("asked", "kept", "rung"),
+    [
+        ("", {"apart": 0.9}, "apart"),
+        ("", {"apart": 0.3}, "node"),
+        ("", {"apart": 0.0, "node": 0.4}, "node"),
+        ("", {"apart": 0.3, "node": 0.2}, "apart"),
+        ("node", {"node": 0.1}, "node"),
+        ("apart", {"apart": 0.3}, "node"),
+    ],
+)
+def test_a_plan_that_keeps_far_less_than_planned_gives_way_to_another_rung(
+    monkeypatch: pytest.MonkeyPatch, asked: str, kept: dict[str, float], rung: str
+) -> None:
+    made = climbed(rung=asked)
+    assert made.rung == (asked or "apart")
+    found = simulated(made, kept, monkeypatch)
+    assert found.rung == rung
+    assert found.plan.result.value == pytest.approx(kept.get(rung, 1.0) * by_name(made)[rung].value)  # type: ignore[operator]
+    assert [one.name for one in found.rungs if one.is_chosen] == [rung]
+
+
+@pytest.mark.parametrize(("kept", "rung"), [(1.0, "node"), (0.8, "node"), (0.5, "apart"), (0.0, "apart")])
+def test_a_simple_plan_that_keeps_far_less_than_planned_gives_way_to_a_higher_rung(
+    monkeypatch: pytest.MonkeyPatch, kept: float, rung: str
+) -> None:
+    made = climbed(worth=10.0)
+    assert made.rung == "node"
+    assert simulated(made, {"node": kept}, monkeypatch).rung == rung
+
+
+def simulated(made: Climbed, kept: dict[str, float], monkeypatch: pytest.MonkeyPatch) -> Climbed:
+    """Return the outcome of simulations in which plans of a rung keep a share of what is planned."""
+
+    def keeping(plan: Plan, problem: PlacementProblem, **_: Any) -> Plan:
+        share = kept.get(lowest_rung(plan.replicas).name, 1.0)
+        value = share * plan.result.value
+        found = Verification(
+            rate_rps=value, num_requests=4000, kept=share > 0.0, steady=True, ttft_p95_s=1.0, tpot_mean_s=0.05,
+            attainment=1.0, kept_rps=value or None,
+        )  # fmt: skip
+        record = replace(Verified.of(plan), verification=found, model_value=plan.result.value)
+        result = replace(plan.result, value=value).bounded_by(plan.result.bound)
+        return record.on(replace(plan, result=replace(result, utilisation=share * plan.result.utilisation)))
+
+    monkeypatch.setattr(placing, "kept_plan", keeping)
+    monkeypatch.setattr(placing, "_checked", lambda plan, _problem, losses: plan)
+    posed = pose(PlacementRequest(fleet_file(), "Llama-2-70B", "1024/256"))
+    return placing.simulated_plan(
+        made, posed.loaded, posed.settings, level=DEFAULT, budget=Budget(), report=silent
+    )  # fmt: skip

@@ -34,6 +34,7 @@ WORTH_A_LOSS = 3.0  # gain from which the simpler plan, even whole, serves too l
 LEAST_LAYERS = 4  # of each of several stages, unless no other plan fits
 DRAWS = 21  # profiles with errors under which two plans are compared
 MISSED = 2  # of these in which a rung may gain too little
+FAR_BELOW = 0.75  # of its planned value: a simulated plan that keeps less is compared with those of higher rungs
 SAME = 1e-6  # ratio below which two values are the same
 HIGHEST = next(reversed(RUNGS))
 
@@ -68,16 +69,16 @@ class Climbing:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Climbed:
-    """The chosen plan, the problem of its rung, what all rungs reach, and the best plan of a simpler rung, if any.
+    """The chosen plan, the problem of its rung, what all rungs reach, and the best plans of others that are permitted.
 
-    ``rung`` is empty if rungs were not climbed.
+    ``rung`` is empty if rungs were not climbed. The simplest of the ``others`` comes last.
     """
 
     plan: Plan
     problem: PlacementProblem
     rung: str = ""
     rungs: tuple[RungFound, ...] = ()
-    simpler: Climbed | None = None
+    others: tuple[Climbed, ...] = ()
 
 
 def climb(
@@ -113,12 +114,30 @@ def _is_up_to(name: str, other: str) -> bool:
     return other in order and order.index(name) <= order.index(other)
 
 
-def keeps_less(plan: Plan, simpler: Plan, within: float = 0.0) -> bool:
-    """Return whether a simulated plan keeps less than a simpler one, less a share, promises, or misses its demand."""
-    found = Verified.of(plan).verification
-    if found is None:
+def may_replace(other: Climbed, found: Climbed, worth: float, within: float = 0.0) -> bool:
+    """Return whether the plan of another rung, by its value, is to be used instead of a simulated one.
+
+    A simpler one is if it keeps more, or keeps its demand where the other misses it; of a higher rung, if the simulated
+    one keeps far less than planned, by the rule for rungs.
+    """
+    plan, simulated = other.plan, Verified.of(found.plan)
+    if simulated.verification is None:
         return False
-    return not found.kept if not plan.objective.maximises else plan.result.value < (1.0 - within) * simpler.result.value
+    if not plan.objective.maximises:
+        missed = Verified.of(plan).verification
+        return not simulated.verification.kept and (missed is None or missed.kept)
+    if _is_below(other.rung, found.rung):
+        return found.plan.result.value < (1.0 - within) * plan.result.value
+    if found.plan.result.value > FAR_BELOW * (simulated.model_value or 0.0):
+        return False
+    rows = {row.name: row for row in found.rungs}
+    row, mine, gain = rows[other.rung], rows[found.rung], gain_of(plan, found.plan)
+    leaves = row.left_share * plan.result.value >= mine.left_share * found.plan.result.value
+    return gain >= WORTH_A_LOSS or (gain >= worth and leaves and not _leaves_little(row, mine))
+
+
+def _leaves_little(row: RungFound, other: RungFound) -> bool:
+    return row.left_share < min(LITTLE_LEFT, other.left_share * (1.0 - SAME))
 
 
 def with_least_layers(problem: PlacementProblem, least: int) -> PlacementProblem:
@@ -169,13 +188,17 @@ class _Rungs:
             self.plans[name] = simple
             rows[name] = self._row(name, {})
         self._require_target(rows[name])
-        simpler = None if self._how.rung else next((one for one in reversed(self.plans) if _is_below(one, name)), None)
         marked = tuple(replace(row, is_chosen=row.name == name) for row in rows.values())
-        lower = None if simpler is None else self._climbed(simpler)
-        return replace(self._climbed(name), rungs=marked, simpler=lower)
+        others = tuple(self._climbed(row.name) for row in reversed(marked) if self._is_another(row, rows[name]))
+        return replace(self._climbed(name), rungs=marked, others=others)
 
     def _climbed(self, name: str) -> Climbed:
         return Climbed(plan=self.plans[name], problem=replace(self._problem, family=self.families[name]), rung=name)
+
+    def _is_another(self, row: RungFound, chosen: RungFound) -> bool:
+        """Return whether a rung has a plan of its own that may be used instead of the chosen one."""
+        is_own = row.of == row.name != chosen.of
+        return is_own and self._is_carried(row) and not (self._how.rung and _is_up_to(chosen.name, row.name))
 
     def _requested(self) -> str:
         """Return the highest rung with a plan that is not above the requested one.
@@ -221,7 +244,7 @@ class _Rungs:
         if self._how.survive or self._how.by_what_is_left or gain < WORTH_A_LOSS:
             if (row.left_rps or 0.0) < (other.left_rps or 0.0) * (1.0 - SAME):
                 return False
-            if not self._how.by_what_is_left and row.left_share < min(LITTLE_LEFT, other.left_share * (1.0 - SAME)):
+            if not self._how.by_what_is_left and _leaves_little(row, other):
                 return False
         posed = replace(self._problem, objective=plan.objective)
         return gains_under_errors(plan, simpler, posed, self._how.worth)

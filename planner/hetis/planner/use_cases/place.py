@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from hetis.planner.use_cases import service_level
-from hetis.planner.use_cases.climbing import Carriers, Climbed, climb, gain_of, keeps_less, with_least_layers
+from hetis.planner.use_cases.climbing import Carriers, Climbed, climb, may_replace, with_least_layers
 from hetis.planner.use_cases.describing import describe
 from hetis.planner.use_cases.idle import with_uses_of_idle
 from hetis.planner.use_cases.placement_settings import PlacementSettings, settings_of
@@ -42,6 +42,7 @@ from hetis.solver.workload import Workload
 if TYPE_CHECKING:
     from hetis.solver.placement.infeasible import Market
 
+AGAIN = 0.5  # of the work of simulations, which is left for each further plan
 FAR_BELOW = 0.75  # of the usual utilisation: below, pools are also searched at the one that the plan without keeps
 
 
@@ -302,8 +303,8 @@ def simulated_plan(
 ) -> Climbed:  # fmt: skip
     """Simulate a plan of `make_plan`, whose value becomes the rate that it keeps (`kept_plan`).
 
-    If that is less than the best plan of a simpler rung promises, the latter is simulated, too, and the plan that keeps
-    more is returned. That is not done for a plan that survives a loss, or without ``again``. ``losses``: add the
+    If that is less than the best plan of another rung promises, the latter is simulated, too, and may be returned
+    (`may_replace`). That is not done for a plan that survives a loss, or without ``again``. ``losses``: add the
     effects of losses to a plan whose value has changed.
 
     Raises:
@@ -320,16 +321,20 @@ def simulated_plan(
         checked = kept if kept.result == plan.result else _checked(Rungs(found=rows).on(kept), problem, losses=losses)
         return replace(one, plan=checked, problem=problem, rungs=rows)
 
-    found, lower, within = simulated(made, made.plan, made.rungs), made.simpler, settings.simplest_within
-    if again and lower is not None and not settings.survive and keeps_less(found.plan, lower.plan, within):
-        posed = replace(lower, problem=replace(lower.problem, objective=lower.plan.objective))
-        simple = simplified(lower.plan, posed.problem, settings, Budget(cancelled=budget.cancelled), report)
-        described = describe(simple, loaded, posed.problem, settings, made.plan.objective, rung=lower.rung)
-        rungs = tuple(replace(one, is_chosen=one.name == lower.rung) for one in made.rungs)
-        simpler = simulated(posed, Rungs(found=rungs).on(described), rungs)
-        if Verified.of(simpler.plan).verification is not None and gain_of(simpler.plan, found.plan) > 0.0:
-            note = f"of rung {lower.rung}: simulated, it keeps more than the best plan of rung {made.rung}"
-            return replace(simpler, plan=replace(simpler.plan, notes=(*simpler.plan.notes, note)))
+    found, within = simulated(made, made.plan, made.rungs), settings.simplest_within
+    others = () if settings.survive or not again else made.others
+    for other in sorted(others, key=lambda one: -one.plan.result.value) if made.plan.objective.maximises else others:
+        if not may_replace(other, found, settings.worth, within) or budget.cancelled.is_set():
+            continue
+        posed = replace(other, problem=replace(other.problem, objective=other.plan.objective))
+        simple = simplified(other.plan, posed.problem, settings, Budget(cancelled=budget.cancelled), report)
+        described = describe(simple, loaded, posed.problem, settings, made.plan.objective, rung=other.rung)
+        rungs = tuple(replace(one, is_chosen=one.name == other.rung) for one in found.rungs)
+        budget.work = min(budget.work, budget.work_limit * (1.0 - AGAIN))
+        tried = simulated(posed, Rungs(found=rungs).on(described), rungs)
+        if Verified.of(tried.plan).verification is not None and may_replace(tried, found, settings.worth):
+            note = f"of rung {other.rung}: simulated, it keeps more than the best plan of rung {found.rung}"
+            found = replace(tried, plan=replace(tried.plan, notes=(*tried.plan.notes, note)))
     return found
 
 
