@@ -82,12 +82,12 @@ class Record:
         finally:
             self.spans.append((kind, began_s, time.monotonic() + AFTERMATH_S))
 
-    def p99_ms(self, found: Latencies, kind: str | None) -> float:
-        """Return the p99 of the calls beside one kind of disturbance alone, or beside none (None)."""
+    def ms(self, found: Latencies, kind: str | None, percent: int = 99) -> float:
+        """Return a percentile of the calls beside one kind of disturbance alone, or beside none (None)."""
         kinds = [{k for k, begin, end in self.spans if begin < at_s + s and at_s < end} for at_s, s in _calls(found)]
         wanted = set() if kind is None else {kind}
         seconds = [s for (_, s), own in zip(_calls(found), kinds, strict=True) if own == wanted]
-        return 1e3 * float(np.percentile(seconds, 99)) if seconds else math.nan
+        return 1e3 * float(np.percentile(seconds, percent)) if seconds else math.nan
 
 
 def _calls(found: Latencies) -> list[tuple[float, float]]:
@@ -172,9 +172,9 @@ class Hour:
             "kills": num_kills,
             "cores": None if num_kills else (cpu_s(last) - cpu) / seconds,
             "MiB": rss_mib(last),
-            "p50": found.ms(50),
-            "p99": self.record.p99_ms(found, None),
-            **{f"p99 {kind}": self.record.p99_ms(found, kind) for kind in (*FLOODS, "strangers")},
+            "p50": self.record.ms(found, None, 50),
+            "p99": self.record.ms(found, None),
+            **{f"p99 {kind}": self.record.ms(found, kind) for kind in (*FLOODS, "strangers")},
             "failed": len(found.failures),
             "writes": len(acknowledged),
             "takeover": max(self.record.takeovers[took:], default=None),
