@@ -55,7 +55,7 @@ def test_without_another_replica_requests_wait_for_the_device() -> None:
 @pytest.mark.parametrize(
     ("router", "least", "most"),
     [
-        ("weighted", 74, 76), ("weighted-random", 65, 85), ("least-work", 51, 74), ("fewest-requests", 49, 51),
+        ("weighted", 74, 76), ("weighted-random", 65, 85), ("nginx", 51, 74), ("fewest-requests", 49, 51),
         ("fewest-tokens", 49, 51),
     ],
 )  # fmt: skip

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from hetis.simulator.events import Events, FleetLinks, transfer
 from hetis.simulator.fleet import Faults, KvTransfers, SimulatedFleet
-from hetis.simulator.routers import LeastWork
+from hetis.simulator.routers import Weighted
 from hetis.simulator.simulate import Builder
 from hetis.simulator.values import RequestLog, Settings
 from hetis.solver.plan import KvRoute, Plan, Role
@@ -30,7 +30,7 @@ def fleet_with_a_busy_link(
     """Return the replicas of a plan, while another transfer to the device takes `BUSY_S`."""
     log, events = RequestLog(), Events()
     builder = Builder(plan, problem, log, events, Settings(theta=0.05))
-    fleet = SimulatedFleet(builder.replicas(), log, events, LeastWork(0))
+    fleet = SimulatedFleet(builder.replicas(), log, events, Weighted(0))
     if plan.kv_routes:
         fleet.transfers = KvTransfers(
             plan, problem, builder.fleet, fleet.replicas, log, events, fleet.route, builder.links

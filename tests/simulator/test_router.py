@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import cast
 
@@ -11,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hetis.simulator.replica import ReplicaRun
-from hetis.simulator.routers import LeastWork, RangeRouter, Weighted
-from hetis.solver.plan import ClassShare
+from hetis.simulator.routers import Nginx, RangeRouter, Router, Weighted
+from hetis.solver.plan import ClassShare, KvRoute, Plan
 from hetis.solver.workload import LengthBin, RequestClass, Workload
 from tests.simulator import small_plans
 
@@ -28,46 +29,58 @@ class Replica:
     seats: int = 100
 
 
-def chosen(router: LeastWork | Weighted, replicas: list[Replica], *, times: int) -> Counter[int]:
+def plan_for(replicas: Sequence[Replica], routes: tuple[KvRoute, ...] = ()) -> Plan:
+    """Return a plan in which each replica has its seats, one of them for what a micro-batch gets beyond its own."""
+    problem = small_plans.small_problem()
+    one = small_plans.pipeline(problem, problem.model.num_layers)
+    plans = (replace(one, rate=each.rate, micro_batch=each.seats - 1, in_flight=1) for each in replicas)
+    return small_plans.plan_of(*plans, routes=routes)
+
+
+def nginx(replicas: Sequence[Replica], routes: tuple[KvRoute, ...] = ()) -> Nginx:
+    return Nginx(0, plan_for(replicas, routes), cast(list[ReplicaRun], replicas))
+
+
+def chosen(router: Router, replicas: Sequence[Replica], *, times: int) -> Counter[int]:
     """Return how often each replica is chosen; prefill replicas finish at once, others keep all their requests."""
-    counts = Counter[int]()
+    counts, takers = Counter[int](), cast(list[ReplicaRun], replicas)
     for _ in range(times):
-        number = router(cast(list[ReplicaRun], replicas)).number
+        number = router(takers).number
         counts[number] += 1
-        replica = next(one for one in replicas if one.number == number)
-        replica.outstanding += replica.decodes
+        replicas[number].outstanding += replicas[number].decodes
     return counts
 
 
-@pytest.mark.parametrize("router", [LeastWork, Weighted])
+@pytest.mark.parametrize("name", ["nginx", "weighted"])
 @given(rates=st.lists(st.floats(0.5, 50.0), min_size=2, max_size=6), data=st.data())
 def test_prefill_replicas_get_their_planned_share_however_soon_they_are_done(
-    router: type[LeastWork | Weighted], rates: list[float], data: st.DataObject
+    name: str, rates: list[float], data: st.DataObject
 ) -> None:
     """Requests stay where they decode, so that a prefill replica always has the fewest waiting and running."""
     num_prefill = data.draw(st.integers(1, len(rates) - 1))
-    replicas = [Replica(n, rate, decodes=n >= num_prefill) for n, rate in enumerate(rates)]
-    counts = chosen(router(seed=0), replicas, times=1000)
+    replicas = [Replica(n, rate, decodes=n >= num_prefill, seats=2000) for n, rate in enumerate(rates)]
+    counts = chosen(nginx(replicas) if name == "nginx" else Weighted(seed=0), replicas, times=1000)
     share = sum(rates[:num_prefill]) / sum(rates)
     assert sum(counts[n] for n in range(num_prefill)) == pytest.approx(1000 * share, abs=len(rates) + 1)
-
-
-def test_replicas_take_turns_until_one_holds_more_than_its_share_by_over_its_root() -> None:
-    """Of 50 requests, replicas with 100 and 25 seats have shares of 40 and 10, by chance up to 46 and 13."""
-    for held, counts in (((40, 10), {0: 3, 1: 3}), ((46, 4), {0: 3, 1: 3}), ((47, 3), {1: 1}), ((36, 14), {0: 1})):
-        fleet = [Replica(n, 5.0, True, held[n], seats) for n, seats in enumerate((100, 25))]
-        assert chosen(LeastWork(seed=0), fleet, times=sum(counts.values())) == counts
 
 
 def test_no_request_goes_to_a_full_replica_while_another_has_a_free_seat() -> None:
     """By the planned rates alone, which hardly differ, 2 seats would be as full as 48."""
     fleet = [Replica(0, 1.0, decodes=True, seats=2), Replica(1, 1.1, decodes=True, seats=48)]
-    assert chosen(LeastWork(seed=0), fleet, times=50) == {0: 2, 1: 48}
+    router = nginx(fleet)
+    assert chosen(router, fleet, times=50) == {0: 2, 1: 48}
+    assert chosen(router, fleet, times=21) == {0: 10, 1: 11}  # all are full: turns count again
 
 
-def test_among_prefill_replicas_the_one_that_is_done_first_gets_the_next_prompt() -> None:
-    busy, idle = Replica(0, 2.0, decodes=False, outstanding=9), Replica(1, 1.0, decodes=False, outstanding=1)
-    assert chosen(LeastWork(seed=0), [busy, idle], times=4) == {1: 4}
+def test_what_pairs_replicas_is_full_with_all_that_these_hold() -> None:
+    """Two prefill replicas share one that decodes; nginx counts a request until it is answered."""
+    fleet = [Replica(0, 1.0, False, seats=2), Replica(1, 3.0, False, seats=2), Replica(2, 4.0, True, seats=9)]
+    fleet.append(Replica(3, 4.0, True, seats=50))
+    router = nginx(fleet, tuple(KvRoute(prefill=each, decode=2, rate=each + 1.0) for each in (0, 1)))
+    takers = [fleet[0], fleet[1], fleet[3]]
+    assert Counter(router(cast(list[ReplicaRun], takers)).number for _ in range(80)) == {0: 10, 1: 30, 3: 40}
+    fleet[0].outstanding, fleet[2].outstanding = 2, 11
+    assert {router(cast(list[ReplicaRun], takers)).number for _ in range(9)} == {3}
 
 
 @dataclass(slots=True)
@@ -88,7 +101,7 @@ def test_requests_of_a_class_go_to_its_pools_in_their_shares_and_overflow() -> N
     )
     bins = (LengthBin(prompt_tokens=1.0, output_tokens=1.0, weight=1.0),)
     classes = (RequestClass(name="short", max_prompt_tokens=100), RequestClass(name="long"))
-    router = RangeRouter(plan, Workload(name="w", bins=bins, classes=classes), 0, lambda: LeastWork(0))
+    router = RangeRouter(plan, Workload(name="w", bins=bins, classes=classes), 0, lambda: Weighted(0))
     replicas = [Queued(number, rate, decodes=True) for number, (_, rate) in enumerate(serving)]
     fleet = cast(list[ReplicaRun], replicas)
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 import random
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Generic, TypeVar
 
 from hetis.simulator.replica import ReplicaRun
 from hetis.simulator.values import Settings
-from hetis.solver.plan import Plan, parts_of_classes
+from hetis.solver.plan import Plan, joined_by, parts_of_classes
 from hetis.solver.workload import Workload
 
 LONG_QUEUE_TOKENS = 2048  # the maximum size of a batch of prompts in Splitwise
@@ -40,38 +39,45 @@ class _Turns(Generic[Key]):
         return best
 
 
-class LeastWork:
-    """Router to replicas in turn, in proportion to their planned rates, except those that hold more than their share.
+class Nginx:
+    """Router to entry points in turn, in proportion to their planned rates, except full ones while others are not.
 
-    Turns keep prompts apart, so that few wait for others in their lane. But replicas fall behind, and then a request
-    should go to one that has a free seat. Among all requests that replicas hold, each has a share in proportion to its
-    seats; one that holds more than that by over its root, as no longer chance explains, or that has no free seat where
-    others have, gets none until it holds less. The queue model assumes the same (`hetis.solver.queueing`).
+    So do nginx's servers with a `weight` and `max_conns`, and again as `backup` without `max_conns`
+    (`hetis.planner.export.routing`). Turns keep prompts apart, so that few wait for others in their lane, and replicas
+    that have fallen behind do not fall behind further. The queue model assumes the same (`hetis.solver.queueing`).
 
-    The requests of a prefill replica are not comparable with those of a unified one, which keeps them until they have
-    decoded: the former would look idle and be overloaded. The two kinds therefore take turns in proportion to their
-    planned rates. Among prefill replicas, which have no seats, the one that would finish its prompts first gets the
-    next.
+    An entry point is a unified replica, or what pairs the replicas that KV routes join, which is full when these are
+    (`ReplicaPlan.most_held`). Among the prefill replicas of an entry point, requests take turns by planned rates.
     """
 
-    def __init__(self, seed: int) -> None:
-        self._kind_turns, self._turns = _Turns[bool](seed), _Turns[int](seed)
+    def __init__(self, seed: int, plan: Plan, replicas: Sequence[ReplicaRun]) -> None:
+        self._turns, self._inside = _Turns[int](seed), _Turns[int](seed)
+        self._replicas, joined = replicas, joined_by(plan.kv_routes)
+        self._entry = {one.number: min(joined.get(one.number, [one.number])) for one in replicas}
+        self._members = dict[int, list[ReplicaRun]]()
+        for one in replicas:
+            self._members.setdefault(self._entry[one.number], []).append(one)
+        self._most = {
+            entry: sum(plan.replicas[one.number].most_held for one in own) for entry, own in self._members.items()
+        }
         self._seen: Sequence[ReplicaRun] = ()
-        self._kinds: dict[bool, list[ReplicaRun]] = {}
+        self._rates = dict[int, float]()
 
     def __call__(self, replicas: Sequence[ReplicaRun]) -> ReplicaRun:
         if replicas is not self._seen:  # usually they are all that take prompts
-            self._seen, self._kinds = replicas, {}
-            for replica in replicas:
-                self._kinds.setdefault(replica.decodes, []).append(replica)
-        kinds = self._kinds
-        decodes = replicas[0].decodes
-        if len(kinds) > 1:
-            decodes = self._kind_turns.next({kind: sum(one.rate for one in alike) for kind, alike in kinds.items()})
-        if not decodes:
-            return min(kinds[decodes], key=_work_s)
-        light = _not_overfull(kinds[decodes])
-        return light[self._turns.next({number: replica.rate for number, replica in light.items()})]
+            self._seen, self._rates = replicas, {}
+            for one in replicas:
+                self._rates[self._entry[one.number]] = self._rates.get(self._entry[one.number], 0.0) + one.rate
+        free = {entry: rate for entry, rate in self._rates.items() if not self._is_full(entry)}
+        entry = self._turns.next(free or self._rates)
+        takers = {one.number: one.rate for one in replicas if self._entry[one.number] == entry}
+        return self._replicas[self._inside.next(takers) if len(takers) > 1 else next(iter(takers))]
+
+    def _is_full(self, entry: int) -> bool:
+        held = 0
+        for one in self._members[entry]:
+            held += one.outstanding
+        return held >= self._most[entry]
 
 
 class Weighted:
@@ -156,11 +162,11 @@ class RangeRouter:
         return self._routers[chosen](pools[chosen])
 
 
-def router_of(settings: Settings) -> Router:
-    """Return the router that the settings name."""
+def router_of(settings: Settings, plan: Plan, replicas: Sequence[ReplicaRun]) -> Router:
+    """Return the router that the settings name, in front of a plan's replicas."""
     match settings.router:
-        case "least-work":
-            return LeastWork(settings.seed)
+        case "nginx":
+            return Nginx(settings.seed, plan, replicas)
         case "weighted":
             return Weighted(settings.seed)
         case "weighted-random":
@@ -169,22 +175,3 @@ def router_of(settings: Settings) -> Router:
             return fewest_requests
         case "fewest-tokens":
             return fewest_tokens
-
-
-def _not_overfull(replicas: Sequence[ReplicaRun]) -> dict[int, ReplicaRun]:
-    """Return the replicas, by number, that hold no more requests than their share and what is chance; at least one."""
-    if len(replicas) == 1:
-        return {replicas[0].number: replicas[0]}
-    fill, found = sum(one.outstanding for one in replicas) / sum(one.seats for one in replicas), {}
-    for one in replicas:
-        share, seats = fill * one.seats, one.seats
-        most = share + math.sqrt(share)
-        if share < seats:  # one of them has a free seat
-            most = min(most, max(share, seats - 1))
-        if one.outstanding <= most:
-            found[one.number] = one
-    return found or {one.number: one for one in replicas}  # rounding leaves none
-
-
-def _work_s(replica: ReplicaRun) -> float:
-    return (replica.outstanding + 1) / replica.rate

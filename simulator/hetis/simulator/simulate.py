@@ -355,10 +355,10 @@ def simulate(plan: Plan, problem: PlacementProblem, requests: Requests, settings
     settings = settings or Settings()
     log, events = RequestLog(), Events()
     builder = Builder(plan, problem, log, events, settings)
-    ranges = None
-    if plan.classes:
-        ranges = RangeRouter(plan, problem.workload, settings.seed, lambda: router_of(settings))
-    fleet = SimulatedFleet(builder.replicas(), log, events, router_of(settings) if ranges is None else ranges)
+    replicas = builder.replicas()
+    choosing = partial(router_of, settings, plan, replicas)
+    router = RangeRouter(plan, problem.workload, settings.seed, choosing) if plan.classes else choosing()
+    fleet = SimulatedFleet(replicas, log, events, router)
     if plan.kv_routes:
         fleet.transfers = KvTransfers(
             plan, problem, builder.fleet, fleet.replicas, log, events, fleet.route, builder.links,

@@ -14,7 +14,7 @@ from hetis.solver.errors import InvalidProblemError
 
 FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]
-RouterName = Literal["least-work", "weighted", "weighted-random", "fewest-requests", "fewest-tokens"]
+RouterName = Literal["nginx", "weighted", "weighted-random", "fewest-requests", "fewest-tokens"]
 BoolArray = npt.NDArray[np.bool_]
 
 
@@ -75,11 +75,11 @@ class Settings:
     """Settings of the simulation of a plan."""
 
     seed: int = 0  # seed of all random choices (ties of the router)
-    # ``least-work``: replicas take turns in proportion to their planned rates, except those that hold more requests
-    # than their share of all (`routers.LeastWork`); ``weighted``: to each in proportion to its planned rate, regardless
-    # of its queue; ``fewest-requests`` and ``fewest-tokens``: to the shortest queue as HexGen and Splitwise count it
-    # (`fleet.py`), the latter also for decode replicas.
-    router: RouterName = "least-work"
+    # ``nginx``: in turn, in proportion to planned rates, except replicas without a free seat, as exports configure it
+    # (`routers.Nginx`); ``weighted`` and ``weighted-random``: in proportion to planned rates, in turn or drawn,
+    # regardless of queues; ``fewest-requests`` and ``fewest-tokens``: to the shortest queue as HexGen and Splitwise
+    # count it (`fleet.py`), the latter also for decode replicas.
+    router: RouterName = "nginx"
     # Whether head groups of new requests are placed by `hetis.solver.dispatch`; False: split as in the plan.
     dispatch: bool = True
     # whether `hetis.solver.redispatch` moves head groups of running requests; needs ``dispatch``

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Any, NamedTuple
@@ -196,6 +196,14 @@ class ReplicaPlan:
         return max(self.max_num_seqs, self.planned_seats)
 
     @property
+    def most_held(self) -> int:
+        """Return how many requests a router gives it while others hold fewer: one more than its seats per micro-batch.
+
+        This is what the router that exports configure leaves it with, and what is simulated.
+        """
+        return self.seats + self.in_flight
+
+    @property
     def attention_dp(self) -> int:
         """Return the copies that share their experts and iterate together; 1 without expert parallelism."""
         return self.stages[0].copies if self.expert_parallel and self.stages else 1
@@ -236,6 +244,17 @@ class KvRoute:
     prefill: int
     decode: int
     rate: float
+
+
+def joined_by(routes: Iterable[KvRoute]) -> dict[int, list[int]]:
+    """Return by each replica all those that routes join with it, directly or through others: the same list for all."""
+    found = dict[int, list[int]]()
+    for route in routes:
+        one, other = (found.setdefault(end, [end]) for end in (route.prefill, route.decode))
+        if one is not other:
+            one += other
+            found |= dict.fromkeys(other, one)
+    return found
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

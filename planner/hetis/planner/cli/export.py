@@ -138,6 +138,7 @@ class _Upstreams(NamedTuple):
     """The serving replicas for a router: endpoints with weights, and the names of those that a router cannot use."""
 
     servers: list[tuple[str, int]]
+    most: dict[str, int]  # requests with which each is full
     without_address: list[str]
     with_half_a_role: list[str]  # they only prefill, or only decode
     unreported: list[str]  # the planner knows that they serve, but their agents have not reported to it yet
@@ -219,19 +220,19 @@ def _list_of(to: RouterFormat, found: _Upstreams, model: str) -> str:
 
     if to == "litellm":
         return litellm_list(found.servers, model)
-    return nginx_list(found.servers, found.why_none()) if to == "nginx" else envoy_list(found.servers)
+    return nginx_list(found.servers, found.why_none(), most=found.most) if to == "nginx" else envoy_list(found.servers)
 
 
 def _changes(terminal: Terminal, client: Client, given: str | None, *, follow: bool) -> Iterator[_Upstreams]:
     """Yield what serves: now and, with ``follow``, after every change of a replica, however long no planner answers."""
 
     def read() -> _Upstreams:
-        return _servers(client, cluster, rates, endpoints)
+        return _servers(client, cluster, known, endpoints)
 
     def read_in_the_end() -> _Upstreams:
         return _in_the_end(terminal, client, read)
 
-    rates, endpoints = dict[tuple[str, str], float](), dict[str, str]()
+    known, endpoints = dict[tuple[str, str], tuple[float, int]](), dict[str, str]()
     if not follow:
         cluster = chosen_cluster(client, given)
         yield _once_reported(terminal, read)
@@ -292,14 +293,14 @@ def _in_the_end(terminal: Terminal, client: Client, read: Callable[[], T]) -> T:
 
 
 def _servers(
-    client: Client, cluster: str, rates: dict[tuple[str, str], float], endpoints: dict[str, str]
+    client: Client, cluster: str, known: dict[tuple[str, str], tuple[float, int]], endpoints: dict[str, str]
 ) -> _Upstreams:
     """Return the serving replicas, with weights for those that both prefill and decode and have an endpoint.
 
     Args:
         client: of the planner.
         cluster: its name.
-        rates: the known planned rates by replica and plan; missing ones are fetched and added.
+        known: rates, and the requests with which each is full, by replica and plan; missing ones are fetched.
         endpoints: the known endpoints by replica, to which new ones are added. A planner that has just taken the lead,
             or that stands by, knows which replicas serve, but not where until their agents have reported.
     """
@@ -308,7 +309,7 @@ def _servers(
 
     up = (replica_pb2.REPLICA_STATE_SERVING, replica_pb2.REPLICA_STATE_DEGRADED)
     apart = (replica_pb2.REPLICA_ROLE_PREFILL, replica_pb2.REPLICA_ROLE_DECODE)
-    serving, silent, halves, unreported = dict[str, float](), list[str](), list[str](), list[str]()
+    serving, silent, halves, unreported = dict[str, tuple[float, int]](), list[str](), list[str](), list[str]()
     for basic in client.list_replicas(cluster):
         name = basic.name.rpartition("/")[2]
         if basic.state not in up:
@@ -321,11 +322,15 @@ def _servers(
             (silent if has_report else unreported).append(name)
         else:
             one = basic.name, basic.plan
-            if one not in rates:
-                rates[one] = fetched(client, "replicas", basic.name).shape.rate_rps  # lists leave out the shape
+            if one not in known:
+                shape = fetched(client, "replicas", basic.name).shape  # lists leave it out
+                seats = max(shape.seats_limit, shape.micro_batch * shape.in_flight)
+                known[one] = shape.rate_rps, seats + shape.in_flight
             endpoints[basic.name] = endpoint
-            serving[endpoint] = rates[one]
-    return _Upstreams(weighted(dict(sorted(serving.items()))), silent, halves, unreported)
+            serving[endpoint] = known[one]
+    found = sorted(serving.items())
+    rates, most = {at: rate for at, (rate, _) in found}, {at: most for at, (_, most) in found}
+    return _Upstreams(weighted(rates), most, silent, halves, unreported)
 
 
 def _run(terminal: Terminal, command: list[str]) -> None:

@@ -91,11 +91,10 @@ class SimulateOptions:
     seeds: int = _runs("--seeds K: Number of runs, each with its own seed.", 1, min=1, max=1000)
     seed: int = _runs("--seed: Seed of the first run.", 0, min=0)
     threads: int = _runs("--threads: Runs to simulate in parallel, as processes; 0 means one per core.", 0, min=0)
-    router: Literal["", "least-work", "weighted", "weighted-random", "fewest-requests", "fewest-tokens"] = _fleet(
-        "--router POLICY: How requests are routed: least-work, weighted, weighted-random, fewest-requests or "
-        "fewest-tokens.",
+    router: Literal["", "nginx", "weighted", "weighted-random", "fewest-requests", "fewest-tokens"] = _fleet(
+        "--router POLICY: How requests are routed: nginx, weighted, weighted-random, fewest-requests or fewest-tokens.",
         "",
-        shown="as the plan was simulated, or least-work",
+        shown="as the plan was simulated, or nginx",
     )
     no_dispatch: bool = _fleet(
         "--no-dispatch: Split head groups as planned instead of dispatching each request.", False
@@ -165,7 +164,7 @@ def simulate(terminal: Terminal, plan: PlanArgument, *, wanted: SimulateOptions)
     from hetis.planner.use_cases.simulation.engine_settings import at_settings
     from hetis.planner.use_cases.simulation.judging import level_to_hold
     from hetis.planner.use_cases.sources import engine_settings
-    from hetis.planner.use_cases.verification.outcome import IDEAL, rate_to_simulate, settings_of
+    from hetis.planner.use_cases.verification.outcome import NGINX, rate_to_simulate, settings_of
     from hetis.simulator.arrivals import Arrivals, Load
     from hetis.simulator.values import Settings
 
@@ -208,7 +207,7 @@ def simulate(terminal: Terminal, plan: PlanArgument, *, wanted: SimulateOptions)
         num_requests=num_requests,
         seeds=tuple(range(wanted.seed, wanted.seed + wanted.seeds)),
         settings=Settings(
-            router=wanted.router or (IDEAL if simulated is None else settings_of(simulated).router),
+            router=wanted.router or (NGINX if simulated is None else settings_of(simulated).router),
             dispatch=not wanted.no_dispatch,
             redispatch=not wanted.no_redispatch and not wanted.no_dispatch,
             theta=wanted.theta,

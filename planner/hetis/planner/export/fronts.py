@@ -17,7 +17,7 @@ from hetis.planner.export.pair_routers import (
     weighted_sides,
 )
 from hetis.planner.export.replicas import Launchable
-from hetis.planner.export.routing import nginx_conf, weighted
+from hetis.planner.export.routing import nginx_conf
 
 NGINX_IMAGE = "nginxinc/nginx-unprivileged:1.29-alpine"
 # The makers of vLLM's router publish no image of a release.
@@ -26,6 +26,7 @@ ROUTER_IMAGES: Mapping[bool, str] = {
     True: "lmsysorg/sgl-model-gateway:v0.3.2",
 }
 _NGINX_PORT, _METRICS_PORT = 8080, 29_000
+_FRONTS = 2  # pods of each router
 _NGINX_QUIT = "sleep 5; nginx -c /etc/hetis/nginx.conf -s quit"
 _NGINX_MAIN = """\
 worker_processes auto;
@@ -57,8 +58,8 @@ def front_objects(
         direct: addresses of their front ends' pods, where all ports are open.
     """
     groups, name = pair_groups(launchable), launchable.settings.name
-    rates = entry_points(launchable, endpoints, [address(launchable, f"{name}-{group.name}") for group in groups])
-    if len(rates) == 1 and not groups:
+    routers = [address(launchable, f"{name}-{group.name}") for group in groups]
+    if len(entry_points(launchable, endpoints, routers)) == 1 and not groups:
         return []
     is_sglang = launchable.engine is Engine.SGLANG
     # SGLang's decode replicas ask a prefill replica for KV at the host by which the router names it.
@@ -81,7 +82,7 @@ def front_objects(
             "readinessProbe": {"httpGet": _HEALTH, "periodSeconds": 5},
         }
         found += _deployment(launchable, f"{name}-{group.name}", container, [], ports={"http": PORT})
-    conf = nginx_main(nginx_conf(launchable, endpoints, weighted(rates), sides_at=""))
+    conf = nginx_main(nginx_conf(launchable, endpoints, routers, sides_at="", fronts=_FRONTS))
     labels = _labels(f"{name}-front")
     config = manifest(launchable, "v1", "ConfigMap", f"{name}-front", labels=labels, data={"nginx.conf": conf})
     sides = weighted_sides(launchable)
@@ -148,7 +149,7 @@ def _deployment(
     return [
         manifest(launchable, api, kind, name, labels=labels, spec=spec)
         for api, kind, spec in (
-            ("apps/v1", "Deployment", {"replicas": 2, "selector": selector, "template": template}),
+            ("apps/v1", "Deployment", {"replicas": _FRONTS, "selector": selector, "template": template}),
             ("v1", "Service", {"selector": labels, "ports": outside}),
             ("policy/v1", "PodDisruptionBudget", {"maxUnavailable": 1, "selector": selector}),
             ("networking.k8s.io/v1", "NetworkPolicy", policy),

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from hetis.engines.versions import Engine
 from hetis.planner.export.replicas import Launchable
-from hetis.solver.plan import Role
+from hetis.solver.plan import Role, joined_by
 
 PORT, SIDE_PORT, METRICS_PORT = 30_000, 31_000, 29_000  # of the first router, and of nginx in front of its sides
 VLLM_ROUTER, SGLANG_ROUTER = "vllm-router 0.1.17", "sglang-router 0.3.2"  # whose options are used, both from PyPI
@@ -55,14 +55,8 @@ def router_of(engine: Engine) -> str:
 
 def pair_groups(launchable: Launchable) -> list[PairGroup]:
     """Return the groups of the replicas that can be launched, in the order of their first prefill replicas."""
-    routes, group_of = launchable.routes(), dict[int, list[int]]()
-    for route in routes:
-        one, other = (group_of.setdefault(end, [end]) for end in (route.prefill, route.decode))
-        if one is not other:
-            one += other
-            group_of |= dict.fromkeys(other, one)
-    found = list[PairGroup]()
-    for members in {id(group): group for group in group_of.values()}.values():
+    routes, found = launchable.routes(), list[PairGroup]()
+    for members in {id(group): group for group in joined_by(routes).values()}.values():
         prefill, decode = dict[int, float](), dict[int, float]()
         for route in routes:
             if route.prefill in members:
@@ -129,27 +123,33 @@ def router_words(
 
 
 def entry_points(
-    launchable: Launchable, endpoints: Mapping[int, str], routers: Sequence[str], name: str = ""
+    launchable: Launchable, endpoints: Mapping[int, str], routers: Sequence[str], name: str = "", *, held: bool = False
 ) -> dict[str, float]:
     """Return where whole requests are sent, with the requests/s of each: unified replicas, and routers of pairs.
 
     If a class of requests is named, they are where its requests are sent, with weights in place of requests/s.
     ``routers``: the endpoints of the groups' routers; empty: the target pairs replicas itself at their ``endpoints``.
+    With ``held``, they have the most requests that they get while others hold fewer, in place of requests/s.
     """
-    rates, plan = dict[str, float](), launchable.plan
+    found, plan = dict[str, float](), launchable.plan
 
-    def add(at: str, number: int, rate: float) -> None:
+    def add(at: str, rate: float, number: int, *others: int) -> None:
         classes = plan.replicas[number].classes
-        if rate > 0 and (not name or not classes or name in classes):
-            rates[at] = rates.get(at, 0.0) + rate / (plan.pool_share(classes) if name else 1.0)
+        if rate <= 0 or (name and classes and name not in classes):
+            return
+        value = rate / (plan.pool_share(classes) if name else 1.0)
+        if held:
+            members = [launchable.replicas[each] for each in (number, *others)]
+            value = sum(each.plan.most_held * each.copies for each in members)
+        found[at] = found.get(at, 0.0) + value
 
     for number, one in launchable.replicas.items():
         if one.plan.role is Role.UNIFIED:
-            add(endpoints[number], number, one.plan.rate)
+            add(endpoints[number], one.plan.rate, number)
     if routers:
         for at, group in zip(routers, pair_groups(launchable), strict=True):
-            add(at, next(iter(group.prefill)), group.rate)
+            add(at, group.rate, *group.prefill, *group.decode)
     else:
         for route in launchable.routes():
-            add(endpoints[route.prefill], route.prefill, route.rate)
-    return rates
+            add(endpoints[route.prefill], route.rate, route.prefill, route.decode)
+    return found

@@ -1,5 +1,8 @@
 """Router weights: each replica's share of the requests, in the formats of common routers.
 
+nginx takes turns among replicas that have a free seat (`max_conns`), and among all if none has (`backup`), as plans are
+simulated (`hetis.simulator.routers.Nginx`).
+
 Shares follow the plan's rates, replica by replica. If prefill and decode are disaggregated, a request takes a pair,
 and the shares are those of the plan's routes. With classes of requests by prompt length, shares are those of what each
 replica would serve if its pool served all of them: a router draws by them among the replicas for a request's class.
@@ -8,6 +11,7 @@ replica would serve if its pool served all of them: a router draws by them among
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -44,7 +48,7 @@ def routing_files(
         return files
     files["router/litellm.yaml"] = litellm_list(servers, served)
     if not any("/" in endpoint for endpoint, _ in servers):  # these routers know hosts and ports, but no paths
-        files["router/nginx.conf"] = nginx_conf(launchable, endpoints, servers)
+        files["router/nginx.conf"] = nginx_conf(launchable, endpoints, routers)
         files["router/envoy.yaml"] = envoy_list(servers)
     return files
 
@@ -111,35 +115,46 @@ def weighted(rates: Mapping[str, float]) -> list[tuple[str, int]]:
     return [(endpoint, weight(rate / whole)) for endpoint, rate in rates.items()]
 
 
-def nginx_list(servers: Sequence[tuple[str, int]], why_none: str = NOTHING_SERVES, *, name: str = "hetis") -> str:
-    """Return nginx's block `upstream`.
+def nginx_list(
+    servers: Sequence[tuple[str, int]], why_none: str = NOTHING_SERVES, *, name: str = "hetis",
+    most: Mapping[str, int] | None = None,
+) -> str:  # fmt: skip
+    """Return nginx's block `upstream`, in which servers take turns by weight.
 
-    It must contain a server, so if there is none it has one marked as down, with ``why_none`` in a comment.
+    It must contain a server, so if there is none it has one marked as down, with ``why_none`` in a comment. ``most``
+    are the requests with which each is full, and gets more only if all are; None: that is never so.
     """
-    lines = [f"    server {endpoint} weight={share};\n" for endpoint, share in servers]
-    lines = lines or [f"    server 127.0.0.1:9 down;  # {why_none}\n"]
+    lines = [f"    server {endpoint} weight={share}" for endpoint, share in servers]
+    if most is not None and len(servers) > 1:  # all processes of nginx count together
+        limited = (f"{line} max_conns={most[endpoint]}" for line, (endpoint, _) in zip(lines, servers, strict=True))
+        lines = [f"    zone {name} 1m", *limited, *(f"{line} backup" for line in lines)]
+    lines = [f"{line};\n" for line in lines] or [f"    server 127.0.0.1:9 down;  # {why_none}\n"]
     return f"upstream {name} {{\n{''.join(lines)}}}\n"
 
 
 def nginx_conf(
     launchable: Launchable,
     endpoints: Mapping[int, str],
-    servers: Sequence[tuple[str, int]],
+    routers: Sequence[str],
     *,
     sides_at: str = "127.0.0.1:",
+    fronts: int = 1,
 ) -> str:
     """Return nginx's servers: one for clients at port 8080, and one before each of `weighted_sides`.
 
     Args:
         launchable: the plan's replicas.
         endpoints: where they serve, by position in the plan.
-        servers: where whole requests are sent, with weights.
+        routers: endpoints of the routers of `pair_groups`.
         sides_at: address and colon at which the servers before sides listen; empty: every address.
+        fronts: how many nginx share the requests.
     """
     keys = dict[str, float]()
     if launchable.engine is not Engine.SGLANG:  # whose router passes on what clients send
         keys = {endpoints[number]: 1.0 for group in pair_groups(launchable) for number in group.prefill}
-    parts = [_NGINX_HEAD, nginx_list(servers)]
+    most = entry_points(launchable, endpoints, routers, held=True)
+    each = {at: math.ceil(held / fronts) for at, held in most.items()}
+    parts = [_NGINX_HEAD, nginx_list(weighted(entry_points(launchable, endpoints, routers)), most=each)]
     parts += [nginx_list(weighted(keys), name="hetis-keys")] if keys else []
     parts.append(
         _NGINX_FRONT.format(check=_NGINX_CHECK if keys else "", key=_NGINX_KEY if keys else "", proxy=_NGINX_PROXY)
@@ -150,13 +165,15 @@ def nginx_conf(
 def _nginx_sides(launchable: Launchable, endpoints: Mapping[int, str], sides_at: str) -> Iterator[str]:
     for group, role, rates in weighted_sides(launchable):
         name = group.side_name(role)
-        yield nginx_list(weighted({endpoints[number]: rate for number, rate in rates.items()}), name=name)
+        servers = weighted({endpoints[number]: rate for number, rate in rates.items()})
+        yield nginx_list(servers, name=name)
         yield _NGINX_SIDE.format(listen=f"{sides_at}{group.side_port(role)}", name=name, proxy=_NGINX_PROXY)
 
 
 _NGINX_HEAD = """\
-# Inside http {}. nginx picks by weight; streams of tokens must not wait for a buffer. A request without an
-# answer goes to another replica when its own fails; where none may be computed twice, leave that out.
+# Inside http {}. Servers take turns by weight, without those that have no free seat (max_conns) while others have, as
+# the plan was simulated. Streams of tokens must not wait for a buffer. A request without an answer goes to another
+# replica when its own fails; where none may be computed twice, leave that out.
 """
 _NGINX_PROXY = """
         proxy_http_version 1.1;

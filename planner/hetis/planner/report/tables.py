@@ -114,7 +114,7 @@ class SimulationRemarks(NamedTuple):
         share: the share of its rate, at which as large a part of its replicas ran; None: all of both.
         too_short: whether runs cannot fill the seats of what was simulated.
         dispatched: whether head groups were dispatched per request, not split as planned.
-        router: the router of the plan's target; None: the one that plans assume.
+        router: what sent requests to its replicas; None: not told.
     """
 
     share: float | None
@@ -124,18 +124,24 @@ class SimulationRemarks(NamedTuple):
 
     @staticmethod
     def of(found: Verification) -> SimulationRemarks:
-        return SimulationRemarks(found.share, bool(found.too_short), bool(found.dispatched), found.router)
+        return SimulationRemarks(found.share, bool(found.too_short), bool(found.dispatched), found.router or "nginx")
 
     def lines(self) -> list[str]:
-        """Return a line on each that is not as planned: the whole plan, its seats filled, its heads split once."""
+        """Return a line on the router, and on all that is not as planned: a part of it, empty seats, moving heads."""
         found = [] if self.share is None else [f"simulated: {_part_words(self.share)}"]
         if self.dispatched:
             found.append("simulated with the heads of every request dispatched, as engines do")
         if self.router is not None:
-            found.append(f"simulated with the {self.router} router that its target configures")
+            found.append(f"simulated behind {_BEHIND.get(self.router, self.router)}, as exports configure it")
         if self.too_short:
             found.append("runs too short to fill the seats: later requests may be slower")
         return found
+
+
+_BEHIND = {  # other routers than that of their own name
+    "weighted-random": "a router that draws by weight",
+    "fewest-requests": "Dynamo's front end (fewest requests)",
+}
 
 
 def _part_words(share: float) -> str:

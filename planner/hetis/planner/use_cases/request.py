@@ -37,10 +37,9 @@ RungName = Literal["node", "pipelines", "apart", "workers"]
 Target = Literal[
     "vllm", "sglang", "compose", "kubernetes", "lws", "llm-d", "kserve", "dynamo", "ray", "slurm", "hetis-launch"
 ]
-# The routers that export targets configure: nginx takes turns by weight; gateways, llm-d's picker and LiteLLM draw by
-# weight; Dynamo's front end looks at load alone.
+# The routers of export targets that do not have nginx in front: LiteLLM's list and gateways draw by weight; Dynamo's
+# front end looks at load alone.
 ROUTERS: Mapping[str, RouterName] = {
-    **dict.fromkeys(("vllm", "sglang", "compose", "kubernetes", "lws", "slurm", "hetis-launch"), "weighted"),
     **dict.fromkeys(("llm-d", "kserve", "ray"), "weighted-random"),
     "dynamo": "fewest-requests",
 }

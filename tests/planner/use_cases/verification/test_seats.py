@@ -99,25 +99,22 @@ def test_slow_replicas_fill_as_the_queue_model_assumes() -> None:
     assert found.kept
 
 
-def test_a_plan_for_a_target_promises_what_it_keeps_behind_its_router(tmp_path: Path) -> None:
-    """nginx goes on sending requests to a replica that has fallen behind, also where others have free seats."""
+def test_a_plan_promises_what_it_keeps_behind_the_router_that_its_export_configures(tmp_path: Path) -> None:
+    """nginx sends no request to a full replica, other targets draw replicas whatever these hold."""
     path = tmp_path / "cluster.yaml"
     nodes = [f"  - {{name: n{gpu.lower()}, gpus: [{{type: {gpu}, count: 2}}]}}" for gpu in ("A10G", "RTX-3090")]
     network = "network: {bandwidth: 100Gbps, latency: 20us}"
     path.write_text("\n".join(["apiVersion: hetis/v1", "kind: Cluster", "name: two", "nodes:", *nodes, network]))
-    wanted = PlacementRequest(
-        cluster=str(path), model="Llama-3.1-8B", workload="azure_conv_2023", rung="node", target="compose"
-    )
+    wanted = PlacementRequest(cluster=str(path), model="Llama-3.1-8B", workload="azure_conv_2023", rung="node")
     posed = pose(wanted)
     made = posed.prove(lambda _: None)
-    exported = posed.verify(made, lambda _: None).plan
-    ideal = replace(posed, settings=replace(posed.settings, target="")).verify(made, lambda _: None).plan
-    of_export, of_ideal = (Verified.of(one).verification for one in (exported, ideal))
-    assert of_export is not None
-    assert of_ideal is not None
-    assert (of_export.router, of_ideal.router) == ("weighted", None)
-    assert exported.result.value == of_export.kept_rps
-    assert exported.result.value < 0.97 * ideal.result.value
-    assert not check_plan(exported, made.problem)
-    told = "simulated with the weighted router that its target configures"
-    assert [told in drawn(one) for one in (exported, ideal)] == [True, False]
+    turns, drawn_by_weight = (
+        replace(posed, settings=replace(posed.settings, target=target)).verify(made, lambda _: None).plan
+        for target in ("", "kserve")
+    )
+    found = [Verified.of(one).verification for one in (turns, drawn_by_weight)]
+    assert [one and one.router for one in found] == [None, "weighted-random"]
+    assert drawn_by_weight.result.value < 0.97 * turns.result.value
+    assert not check_plan(drawn_by_weight, made.problem)
+    assert "simulated behind nginx, as exports configure it" in drawn(turns)
+    assert "simulated behind a router that draws by weight, as exports configure it" in drawn(drawn_by_weight)

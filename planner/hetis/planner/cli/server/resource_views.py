@@ -18,7 +18,7 @@ from rich.text import Text
 from hetis.planner.convert.names import last_part, word_of
 from hetis.planner.report.figures import bar, gigabytes, percent, plural, seconds, with_unit
 from hetis.planner.report.tables import SimulationRemarks, facts, kept_words, missed_words, table, table_of
-from hetis.planner.use_cases.request import ROUTERS
+from hetis.planner.use_cases.verification.outcome import router_of
 from hetis.v1 import (
     cluster_pb2,
     cluster_service_pb2,
@@ -310,7 +310,7 @@ def _summary(plan: plan_pb2.Plan) -> Iterator[tuple[str, RenderableType]]:
 def _simulated(found: plan_pb2.Verification, spec: plan_pb2.PlanSpec) -> Text:
     kept_rps = found.kept_rps if found.HasField("kept_rps") else None
     share = found.share if found.HasField("share") else None
-    remarks = SimulationRemarks(share, found.too_short, found.dispatched, ROUTERS.get(spec.target))
+    remarks = SimulationRemarks(share, found.too_short, found.dispatched, router_of(spec.target))
     if not found.kept:
         return missed_words(found.rate_rps, found.misses, kept_rps, remarks).text()
     ttft_s = found.ttft_s if found.HasField("ttft_s") else found.ttft_p95_s

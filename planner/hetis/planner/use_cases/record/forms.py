@@ -254,7 +254,7 @@ class Verification:
     share: float | None = None  # share of the rate, at which as large a part of the replicas ran; None: all ran
     too_short: bool | None = None  # whether runs cannot fill even the seats of that part; None: they do
     dispatched: bool | None = None  # whether heads were dispatched per request; None: they were split as planned
-    router: RouterName | None = None  # what sent requests to replicas; None: least-work
+    router: RouterName | None = None  # what sent requests to replicas; None: nginx
 
     def __post_init__(self) -> None:
         if not (0.0 <= self.attainment <= 1.0 and (self.share is None or 0.0 < self.share <= 1.0)):

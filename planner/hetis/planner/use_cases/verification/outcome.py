@@ -22,18 +22,18 @@ STOPPED_EARLY = "stopped before its simulation ended: it is not known at which r
 OUT_OF_TIME = "the limit on simulations ended its own: it is not known at which rate traffic keeps the limits"
 MISSES_AT = "simulated traffic misses its limits at"  # how a plan's note begins if no lower rate was decided in time
 AS_PLANNED = Settings(dispatch=False, redispatch=False)  # heads as planned: nothing to compile, and fast
-IDEAL: RouterName = "least-work"  # the one that the queue model of plans assumes
+NGINX: RouterName = "nginx"  # as exports configure it, but for targets with routers of their own
 DISPATCHED = Settings(redispatch=False)  # heads of every request where the dispatcher puts them, as in engines
 
 
 def router_of(target: str) -> RouterName:
-    """Return the router of an export target; empty: any target."""
-    return ROUTERS.get(target, IDEAL)
+    """Return the router that exports to a target configure; empty: to any that has none of its own."""
+    return ROUTERS.get(target, NGINX)
 
 
 def settings_of(verification: Verification) -> Settings:
     """Return the settings of a plan's simulation."""
-    return replace(DISPATCHED if verification.dispatched else AS_PLANNED, router=verification.router or IDEAL)
+    return replace(DISPATCHED if verification.dispatched else AS_PLANNED, router=verification.router or NGINX)
 
 
 def needs_verifying(plan: Plan) -> bool:

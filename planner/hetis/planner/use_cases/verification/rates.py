@@ -26,8 +26,8 @@ from hetis.planner.use_cases.verification.lower_rates import KeptRate, LowerRate
 from hetis.planner.use_cases.verification.outcome import (
     AS_PLANNED,
     DISPATCHED,
-    IDEAL,
     MISSES_AT,
+    NGINX,
     misses,
     needs_verifying,
     noted_if_stopped,
@@ -81,7 +81,7 @@ def simulation_report(plan: Plan, report: SearchReport) -> RunReport:
 
 
 def kept_plan(
-    plan: Plan, problem: PlacementProblem, *, seed: int, budget: Budget, report: RunReport, router: RouterName = IDEAL
+    plan: Plan, problem: PlacementProblem, *, seed: int, budget: Budget, report: RunReport, router: RouterName = NGINX
 ) -> Plan:
     """Return the plan with the rate that simulated traffic keeps as its value, and the simulation in its record.
 
@@ -351,7 +351,7 @@ class _Runs:
             share=self._part.share if self._part.share < 1.0 else None,
             too_short=self._too_short or None,
             dispatched=self._settings.dispatch or None,
-            router=None if self._settings.router == IDEAL else self._settings.router,
+            router=None if self._settings.router == NGINX else self._settings.router,
         )
 
     def _are_cheap(self) -> bool:
