@@ -122,7 +122,7 @@ def test_smaller_weights_come_before_more_gpus_where_time_is_short() -> None:
     assert isinstance(caught.value, ExplainedInfeasibleError)
     tpot, weights, *cards = caught.value.why.relaxations
     assert tpot.option.startswith("--tpot")
-    assert weights.change == "8-bit weights (fp8 or int8)"
+    assert (weights.change, weights.option) == ("8-bit weights", "--weights fp8")
     assert [one.change.split()[0] for one in cards] == ["add"] * len(cards) != []
     assert exists(replace(quicker, model=replace(quicker.model, weight_bytes=1.0)))
 

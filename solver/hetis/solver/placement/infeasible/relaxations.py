@@ -23,7 +23,7 @@ PRECISION = 1.02  # ratio up to which a best latency is determined
 LINK_PRECISION = 1.2  # ratio up to which the speed-up of links is determined
 FASTEST_LINKS = 1024.0
 MOST_SPENT = 1e4  # largest ratio to the allowed amount
-SMALLER_WEIGHTS = ((1.0, "8-bit weights (fp8 or int8)"), (0.53, "4-bit weights"))  # bytes per parameter
+SMALLER_WEIGHTS = ((1.0, "8-bit weights", "fp8"), (0.53, "4-bit weights", "int4"))  # bytes per parameter, precision
 WORTH_SAYING = 0.9  # ratio of sizes above which the smaller one is no change
 SMALLER_KV = 1.0  # bytes per element
 LARGEST_SHARE = 0.95  # of the memory that tools report: engines start with it where little else holds memory
@@ -169,21 +169,18 @@ def smaller_memory(trials: Trials, member: Requirement, kept: Collection[Require
     yield from _more_of_the_memory(trials, member, kept)
     yield from smaller_weights(trials, member, kept)
     if trials.problem.model.kv_bytes > SMALLER_KV and _exists_with(trials, kept, kv_bytes=SMALLER_KV):
-        sentence = "with an 8-bit KV cache (fp8) a plan exists: half the bytes of every token"
-        yield Relaxation(about=member, sentence=sentence, change="8-bit KV cache (fp8)")
+        sentence = "with an 8-bit KV cache a plan exists (--kv fp8): half the bytes of every token"
+        yield Relaxation(about=member, sentence=sentence, change="8-bit KV cache", option="--kv fp8")
 
 
 def smaller_weights(trials: Trials, member: Requirement | None, kept: Collection[Requirement]) -> Iterator[Relaxation]:
     """Yield the first smaller size of weights with which a plan exists."""
     model = trials.problem.model
-    sizes = [
-        (num_bytes, words) for num_bytes, words in SMALLER_WEIGHTS if num_bytes < WORTH_SAYING * model.weight_bytes
-    ]
-    for num_bytes, words in sizes:
-        if _exists_with(trials, kept, weight_bytes=num_bytes):
-            size = model.params() * model.weight_bytes, model.params() * num_bytes
-            sentence = f"with {words} a plan exists: {in_bytes(size[1])} instead of {in_bytes(size[0])}"
-            yield Relaxation(about=member, sentence=sentence, change=words)
+    for num_bytes, words, name in SMALLER_WEIGHTS:
+        if num_bytes < WORTH_SAYING * model.weight_bytes and _exists_with(trials, kept, weight_bytes=num_bytes):
+            size, option = [model.params() * each for each in (num_bytes, model.weight_bytes)], f"--weights {name}"
+            sentence = f"with {words} a plan exists ({option}): {in_bytes(size[0])} instead of {in_bytes(size[1])}"
+            yield Relaxation(about=member, sentence=sentence, change=words, option=option)
             break
 
 
