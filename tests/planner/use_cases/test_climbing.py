@@ -262,3 +262,25 @@ def simulated(made: Climbed, kept: dict[str, float], monkeypatch: pytest.MonkeyP
     return placing.simulated_plan(
         made, posed.loaded, posed.settings, level=DEFAULT, budget=Budget(), report=silent
     )  # fmt: skip
+
+
+def test_replicas_over_many_nodes_that_add_little_are_left_out(tmp_path: Path) -> None:
+    """A defect in the past: apart gained a third, and a pipeline over four nodes of weak cards 1.4% with it."""
+    nodes = [
+        {"name": "a100", "count": 4, "gpus": [{"type": "A100-SXM-80GB", "count": 8}]},
+        {"name": "xtx", "count": 4, "gpus": [{"type": "RX-7900-XTX", "count": 1}]},
+    ]
+    network = {"bandwidth": "400Gbps", "latency": "20us"}
+    (path := tmp_path / "fleet.json").write_text(json.dumps({**FLEET, "nodes": nodes, "network": network}))
+    asked = PlacementRequest(str(path), "Qwen3.5-35B-A3B", "humaneval_lengths", ttft="4s")
+    settings = settings_of(asked)
+
+    def find(posed: PlacementProblem, budget: Budget, known: Known | None) -> Plan:
+        return search(posed, settings, budget=budget, report=silent, known=known)
+
+    made = climb(find, Budget(), pose(asked).problem, "hetis", settings.climbing(all_carry))
+    assert made.rung == "apart"
+    assert by_name(made)["pipelines"].nodes == 4
+    assert by_name(made)["apart"].nodes == 1
+    assert gain_of(made.plan, made.others[-1].plan) > 0.1
+    assert any("replicas over up to 4 nodes instead of 1 would gain" in note for note in made.plan.notes)

@@ -34,6 +34,8 @@ WORTH_A_LOSS = 3.0  # gain from which the simpler plan, even whole, serves too l
 LEAST_LAYERS = 4  # of each of several stages, unless no other plan fits
 DRAWS = 21  # profiles with errors under which two plans are compared
 MISSED = 2  # of these in which a rung may gain too little
+MOST_FEW = 2  # nodes of a replica, to which those of a rung's plan are limited if more are not worth it
+MOST_WIDE = 0.5  # of the rate: if replicas of more nodes have a larger share of it, fewer nodes are not tried
 FAR_BELOW = 0.75  # of its planned value: a simulated plan that keeps less is compared with those of higher rungs
 SAME = 1e-6  # ratio below which two values are the same
 HIGHEST = next(reversed(RUNGS))
@@ -162,7 +164,7 @@ class _Rungs:
     """The plans of the rungs of one problem."""
 
     def __init__(self, find: Find, budget: Budget, problem: PlacementProblem, strategy: str, how: Climbing) -> None:
-        self._problem, self._how = problem, how
+        self._problem, self._how, self._find, self._budget = problem, how, find, budget
         self.families = rungs_of(problem.family, strategy)
         self.plans = dict[str, Plan]()
         self._why_not = dict[str, str]()
@@ -221,14 +223,46 @@ class _Rungs:
             reasons = carriers(self.plans[row.name], self._problem).get(target, ())
             raise InfeasibleError((f"export target {target} does not carry the plan of rung {row.name}", *reasons))
 
-    def _worthwhile(self, rows: Mapping[str, RungFound]) -> str:
+    def _worthwhile(self, rows: dict[str, RungFound]) -> str:
         best = ""
-        for name, plan in self.plans.items():
+        for name, plan in [*self.plans.items()]:
             if not self._is_carried(rows[name]):
                 continue
             if not best or self._is_worth(plan, self.plans[best], rows[name], rows[best]):
+                self._use_fewer_nodes(name, best, rows)
                 best = name
         return best or next(iter(self.plans))
+
+    def _use_fewer_nodes(self, name: str, best: str, rows: dict[str, RungFound]) -> None:
+        """Replace a rung's plan by one whose replicas have fewer nodes each, if more are not worth it.
+
+        As between rungs, it must be worth it over the ``best`` plan of simpler ones. Nothing is searched where replicas
+        of more nodes carry most of the traffic.
+        """
+        plan, row, family = self.plans[name], rows[name], self.families[name]
+        if row.of != name or self._how.survive or self._how.by_what_is_left or family.engine is None:
+            return
+        known = Known(self.plans["node"], self.families["node"]) if "node" in self.plans else None
+        for most in range(1, min(row.nodes or 1, MOST_FEW + 1)):
+            narrow = replace(family, engine=replace(family.engine, max_nodes=most))
+            wide = sum(one.rate for one in plan.replicas if _nodes_of(one) > most)
+            if narrow in self.families.values() or wide > MOST_WIDE * sum(one.rate for one in plan.replicas):
+                continue
+            budget = self._budget.share(0.5, explains=False)
+            try:
+                fewer = self._find(replace(self._problem, family=narrow), budget, known)
+            except (InfeasibleError, NoPlanFoundError):
+                continue
+            known, result = Known(fewer, narrow), fewer.result.bounded_by(plan.result.bound)
+            gain = f"{gain_of(plan, fewer):.1%}"
+            note = f"replicas over up to {row.nodes} nodes instead of {most} would gain {gain}: --rung {name}"
+            self.plans[name] = replace(fewer, family=plan.family, result=result, notes=(*fewer.notes, note))
+            own = self._row(name, {})
+            is_better = not best or self._is_worth(self.plans[name], self.plans[best], own, rows[best])
+            if is_better and self._is_carried(own) and not self._is_worth(plan, self.plans[name], row, own):
+                rows[name] = own
+                return
+            self.plans[name] = plan
 
     def _is_carried(self, row: RungFound) -> bool:
         if self._how.carriers is None:
@@ -269,12 +303,16 @@ class _Rungs:
             gpus=len(set(plan.devices())),
             left_rps=0.0 if lost is None else rate * lost.share,
             shapes=len(set(shapes_of(plan))),
-            nodes=max(len({node_of(device) for device in one.devices()}) for one in plan.replicas),
+            nodes=max(map(_nodes_of, plan.replicas)),
             of=of,
             targets=None
             if carriers is None
             else tuple(name for name, lost in carriers(_one_of_each(plan), self._problem).items() if not lost),
         )
+
+
+def _nodes_of(replica: ReplicaPlan) -> int:
+    return len({node_of(device) for device in replica.devices()})
 
 
 def _one_of_each(plan: Plan) -> Plan:
