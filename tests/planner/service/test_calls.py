@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+from contextlib import suppress
 from typing import Any
 
 import grpc
@@ -20,6 +21,7 @@ from hetis.planner.service.observability.metrics import ServiceMetrics
 from hetis.planner.service.observability.telemetry import JsonLines, Telemetry, TextLines
 from hetis.v1 import agent_service_pb2 as agents
 from hetis.v1 import plan_service_pb2 as plans
+from hetis.v1 import report_pb2
 from hetis.v1.agent_service_pb2_grpc import AgentServiceStub
 from hetis.v1.plan_service_pb2_grpc import PlanServiceStub
 from hetis.v1.statuses import CODE_OF_REASON
@@ -80,6 +82,31 @@ async def test_agents_and_changes_that_come_while_a_term_begins_wait_for_it_and_
         assert (await agent.read()).WhichOneof("message") == "welcome"
         assert (await change).code() is grpc.StatusCode.UNIMPLEMENTED  # by the fake, which it has reached
         agent.cancel()
+
+
+async def test_an_agent_sends_no_more_than_is_read_of_it() -> None:
+    """In the past 500 agents had sent 80,000 reports after 15 s, which took more than a minute to read."""
+    begun, written = asyncio.Event(), 0
+    report = agents.ConnectNodeRequest(
+        report=agents.NodeReport(devices=[report_pb2.DeviceReport(unhealthy="x" * 1000)])
+    )
+    async with served() as planner:
+        planner.calls.answer_for(
+            require_leader=lambda _: None, on_refusal=lambda _: None, until_begun=lambda: _waited(begun)
+        )
+        agent: Any = AgentServiceStub(planner.channel).ConnectNode()
+        with suppress(TimeoutError):
+            async with asyncio.timeout(2):
+                for _ in range(200):
+                    await agent.write(report)
+                    written += 1
+        assert 10 <= written <= 40
+        agent.cancel()
+        begun.set()
+
+
+async def _waited(event: asyncio.Event) -> None:
+    await event.wait()
 
 
 async def test_an_agent_that_waits_for_a_term_is_sent_on_when_its_planner_shuts_down() -> None:

@@ -69,6 +69,7 @@ class ServiceHealth(health_pb2_grpc.HealthServicer):  # type: ignore[misc]
 MAX_MESSAGE_BYTES = 4 * 2**20
 MAX_METADATA_BYTES = 4 * 2**10
 MAX_PENDING = 4_000
+MAX_UNREAD_BYTES = 16 * 2**10
 _log = logging.getLogger("hetis.planner.server")
 _STREAMS_S = 2.0  # time for streams to end by themselves, before a drain ends them
 
@@ -97,6 +98,10 @@ OPTIONS: tuple[tuple[str, int], ...] = (
     # Calls that wait to be accepted: beyond 1,000, by default, gRPC cancels calls by chance, and beyond 3,000 all.
     ("grpc.server.max_pending_requests", MAX_PENDING),
     ("grpc.server.max_pending_requests_hard_limit", MAX_PENDING),
+    # What a stream may have sent that is not read yet. Without a probe for more, that is not raised: the reports of a
+    # flood wait at their agents, where newer ones replace them, rather than here, for minutes.
+    ("grpc.http2.lookahead_bytes", MAX_UNREAD_BYTES),
+    ("grpc.http2.bdp_probe", 0),
     # Otherwise two planners on one port would each receive half of the calls.
     ("grpc.so_reuseport", 0),
 )
