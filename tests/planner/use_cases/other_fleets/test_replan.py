@@ -259,6 +259,9 @@ def test_the_next_plan_is_simulated_as_the_running_one_was(folder: Path) -> None
     (row,) = (line for line in kept.splitlines() if line.startswith("kept in simulation /s "))
     assert row.split()[4] == "-", "the running plan was not simulated"
     assert "Simulated" not in invoke(*asked, "--no-verify").stdout
+    plan["inputs"]["verification"]["router"] = "weighted-random"  # that of its target, which stays in front
+    (folder / "held.json").write_text(json.dumps(plan))
+    assert "behind a router that draws by weight" in invoke(*asked, "--out", str(folder / "routed.json")).stdout
 
 
 @pytest.mark.parametrize(("options", "limit_s"), [((), 0.1), (("--tpot", "50ms"), 0.05), (("--tpot", "none"), None)])

@@ -17,6 +17,7 @@ from hetis.planner.use_cases.record.parts import Classes, Surviving
 from hetis.planner.use_cases.saved_plans import load_plan_and_problem
 from hetis.planner.use_cases.surviving import check_recorded_losses
 from hetis.planner.use_cases.verification import classes
+from hetis.planner.use_cases.verification.outcome import router_of
 from hetis.solver.budget import Budget, silent
 from hetis.solver.check import check_plan
 from hetis.solver.errors import InvalidProblemError
@@ -154,7 +155,7 @@ def test_limits_of_classes_are_not_dropped_by_other_cuts(files: Path, capsys: py
 
 def chosen(
     without: Plan, candidates: Sequence[Plan], keeps: dict[float, tuple[float, float]], worth: float,
-    monkeypatch: pytest.MonkeyPatch, simulated: list[Any] | None = None,
+    monkeypatch: pytest.MonkeyPatch, simulated: list[Any] | None = None, target: str = "",
 ) -> Plan:  # fmt: skip
     """Return what is chosen if plans keep these rates, in planned and in drifted traffic, by their values.
 
@@ -162,7 +163,8 @@ def chosen(
     """
     simulated = [] if simulated is None else simulated
 
-    def run(_self: object, found: classes.WithClasses, traffic: Any, rate: float) -> tuple[bool, None]:
+    def run(self: Any, found: classes.WithClasses, traffic: Any, rate: float) -> tuple[bool, None]:
+        assert self._settings.router == router_of(target)
         simulated.append((found.plan.result.value, traffic.name, rate))
         return rate <= keeps[found.plan.result.value][traffic.is_drifted], None
 
@@ -176,7 +178,7 @@ def chosen(
     return classes.choose(
         classes.WithClasses(plan=without, problem=small_plans.small_problem(workload=TRAFFIC)), without.objective,
         classes.cuts_of("p75", TRAFFIC), lambda _: iter(candidates), worth=worth, seed=0, budget=Budget(),
-        report=silent, verified=verified,
+        report=silent, verified=verified, target=target,
     ).plan  # fmt: skip
 
 
@@ -195,13 +197,15 @@ def valued(plan: Plan, value: float) -> Plan:
     return replace(plan, replicas=replicas, result=replace(plan.result, value=value))
 
 
-@pytest.mark.parametrize("worth", [0.1, 0.3])
-def test_the_first_plan_by_value_that_keeps_enough_is_used(worth: float, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("worth", "target"), [(0.1, ""), (0.3, "ray")])
+def test_the_first_plan_by_value_that_keeps_enough_is_used(
+    worth: float, target: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Of 2 plans with pools that keep 10% and 25% more, the first in planned traffic only, the second is found."""
     without, having = without_and_with_pools()
     keeps = {10.0: (10.0, 8.0), 13.0: (11.0, 6.0), 12.0: (12.5, 10.0)}
     robust, promising = valued(having, 12.0), valued(having, 13.0)
-    found = chosen(valued(without, 10.0), (robust, promising), keeps, worth, monkeypatch)
+    found = chosen(valued(without, 10.0), (robust, promising), keeps, worth, monkeypatch, target=target)
     told = Classes.of(found)
     assert found.result.value == (12.0 if worth == 0.1 else 10.0)
     assert bool(told.why_not) == (worth == 0.3)

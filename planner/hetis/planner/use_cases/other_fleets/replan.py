@@ -16,7 +16,7 @@ from hetis.planner.use_cases.other_fleets.what_if import with_cluster
 from hetis.planner.use_cases.place import with_service_level
 from hetis.planner.use_cases.placement_settings import PlacementSettings
 from hetis.planner.use_cases.precision import for_engine
-from hetis.planner.use_cases.record.parts import MadeFrom, Requested
+from hetis.planner.use_cases.record.parts import MadeFrom, Requested, Verified
 from hetis.planner.use_cases.robustness.profile_errors import with_profile_errors
 from hetis.planner.use_cases.saved_plans import (
     PlanAndProblem,
@@ -27,6 +27,7 @@ from hetis.planner.use_cases.saved_plans import (
 from hetis.planner.use_cases.sources import LoadedInputs, impossible_profiles, load_profiles, named, unused_profiles
 from hetis.planner.use_cases.surviving import ENOUGH, left_without, with_losses
 from hetis.planner.use_cases.verification.classes import NEEDS_ROUTER
+from hetis.planner.use_cases.verification.outcome import NGINX, settings_of
 from hetis.planner.use_cases.verification.rates import kept_plan, simulation_report
 from hetis.solver.budget import Budget, Report
 from hetis.solver.check import check_plan
@@ -339,5 +340,7 @@ def replan(
     if verify:
         reporter = simulation_report(plan, report)
         unlimited = Budget(cancelled=budget.cancelled)
-        plan = kept_plan(plan, posed.problem, seed=settings.seed, budget=unlimited, report=reporter)
+        before = Verified.of(posed.running).verification
+        router = NGINX if before is None else settings_of(before).router  # it stays in front
+        plan = kept_plan(plan, posed.problem, seed=settings.seed, budget=unlimited, report=reporter, router=router)
     return replace(found, plan=plan)

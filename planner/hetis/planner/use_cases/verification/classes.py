@@ -1,9 +1,9 @@
 """Classes of requests by prompt length: cuts that are tried, and whether pools of classes keep enough more to be used.
 
-The best plan with pools of classes is compared with the plan without, in the same simulated traffic, with the router
-that the plan needs: as planned, drifted to longer prompts, and in bursts. It replaces the other only if it keeps more
-by a share (``--worth``) in the first two. Kept is the highest rate at which every class meets its limits; of plans
-that leave most after a loss, the share of it counts that is left.
+The best plan with pools of classes is compared with the plan without, in the same simulated traffic, with the target's
+router, which knows classes if a plan has them: as planned, drifted to longer prompts, and in bursts. It replaces the
+other only if it keeps more by a share (``--worth``) in the first two. Kept is the highest rate at which every class
+meets its limits; of plans that leave most after a loss, the share of it counts that is left.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from hetis.planner.use_cases.climbing import Carriers, gain_of
 from hetis.planner.use_cases.record.forms import ClassLatency, KeptWithClasses
 from hetis.planner.use_cases.record.parts import Classes, Surviving
 from hetis.planner.use_cases.simulation.simulate import NothingSimulatedError, Question, answer, default_rate
-from hetis.planner.use_cases.verification.outcome import AS_PLANNED
+from hetis.planner.use_cases.verification.outcome import AS_PLANNED, router_of
 from hetis.planner.use_cases.verification.rates import simulation_report
 from hetis.simulator.arrivals import Arrivals, Load
-from hetis.simulator.values import Run
+from hetis.simulator.values import Run, Settings
 from hetis.solver.budget import Budget, Report
 from hetis.solver.errors import InfeasibleError, InvalidProblemError, NoPlanFoundError
 from hetis.solver.plan import ClassShare, Objective, Plan
@@ -165,7 +165,8 @@ def choose(
     chosen, best = found[0], found[0].found
     record, gains = chosen.on(record), [_planned_gain(best.plan, without.plan)]
     if verified is not None:
-        compared = _Compared(without, best.problem, seed=seed, budget=budget, report=report)
+        settings = replace(AS_PLANNED, router=router_of(target))
+        compared = _Compared(without, best.problem, seed=seed, budget=budget, report=report, settings=settings)
         try:
             chosen = next((one for one in found if compared.keeps_more(one.found, worth)), chosen)
             best = chosen.found
@@ -260,10 +261,11 @@ class _Compared:
     """Simulations of a plan without classes and others with them, in the same traffic and within the same limits."""
 
     def __init__(
-        self, without: WithClasses, limits: PlacementProblem, *, seed: int, budget: Budget, report: Report
+        self, without: WithClasses, limits: PlacementProblem, *, seed: int, budget: Budget, report: Report,
+        settings: Settings,
     ) -> None:  # fmt: skip
         self._without, self._seed, self._budget, self._report = without, seed, budget, report
-        self._limits = limits
+        self._limits, self._settings = limits, settings
         self._before = dict[_Traffic, float]()  # what the plan without keeps
         self._runs = dict[Hashable, tuple[bool, Run]]()  # by plan, traffic and rate
 
@@ -356,7 +358,7 @@ class _Compared:
             arrivals=Arrivals.DRAWN, rate_rps=rate, gap_cv=traffic.gap_cv,
         )  # fmt: skip
         question = Question(
-            load=load, num_requests=REQUESTS, seeds=(self._seed,), settings=AS_PLANNED,
+            load=load, num_requests=REQUESTS, seeds=(self._seed,), settings=self._settings,
             limits=one.problem.objective, keep_run=True,
         )  # fmt: skip
         told = simulation_report(one.plan, self._report)
