@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hetis.simulator.replica import ReplicaRun
-from hetis.simulator.routers import Nginx, RangeRouter, Router, Weighted
+from hetis.simulator.routers import EndpointPicker, Nginx, RangeRouter, Router, Weighted
 from hetis.solver.plan import ClassShare, KvRoute, Plan
 from hetis.solver.workload import LengthBin, RequestClass, Workload
 from tests.simulator import small_plans
@@ -27,6 +27,10 @@ class Replica:
     decodes: bool
     outstanding: int = 0
     seats: int = 100
+    tokens: int = 0
+
+    def prompt_tokens_under_way(self) -> int:
+        return self.tokens
 
 
 def plan_for(replicas: Sequence[Replica], routes: tuple[KvRoute, ...] = ()) -> Plan:
@@ -81,6 +85,27 @@ def test_what_pairs_replicas_is_full_with_all_that_these_hold() -> None:
     assert Counter(router(cast(list[ReplicaRun], takers)).number for _ in range(80)) == {0: 10, 1: 30, 3: 40}
     fleet[0].outstanding, fleet[2].outstanding = 2, 11
     assert {router(cast(list[ReplicaRun], takers)).number for _ in range(9)} == {3}
+
+
+def test_llm_d_fills_seats_evenly_and_keeps_prompts_apart() -> None:
+    fleet = [Replica(0, 3.0, decodes=True, seats=31), Replica(1, 1.0, decodes=True, seats=11)]
+    router = EndpointPicker(0, plan_for(fleet))
+    counts = chosen(router, fleet, times=40)
+    assert counts[0] == pytest.approx(30, abs=1)
+    fleet[0].tokens = 2048  # as much as all requests in flight, twice
+    assert chosen(router, fleet, times=5) == {1: 5}
+
+
+def test_llm_d_draws_a_pool_and_knows_no_requests_at_prefill() -> None:
+    fleet = [Replica(0, 4.0, False), Replica(1, 2.0, False), Replica(2, 4.0, True), Replica(3, 6.0, True)]
+    routes = tuple(KvRoute(prefill=each, decode=2, rate=1.0) for each in (0, 1))
+    router, takers = EndpointPicker(0, plan_for(fleet, routes)), cast(list[ReplicaRun], [*fleet[:2], fleet[3]])
+    fleet[0].outstanding = 9
+    counts = Counter(router(takers).number for _ in range(400))
+    assert counts.keys() == {0, 3}
+    assert counts[0] == pytest.approx(200, abs=40)
+    fleet[0].tokens = 600
+    assert {router(takers).number for _ in range(50)} == {1, 3}
 
 
 @dataclass(slots=True)

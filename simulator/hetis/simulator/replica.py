@@ -124,6 +124,11 @@ class ReplicaRun:
         log, under_way = self.log, (request for batch in self.batches for request in batch.prefilling)
         return sum(log.target[request] - log.begun(request) for request in (*self.queue, *under_way))
 
+    def prompt_tokens_under_way(self) -> int:
+        """Return the prompt tokens of its requests that have no token yet, as routers count them."""
+        under_way = (request for batch in self.batches for request in batch.prefilling)
+        return sum(self.log.target[request] for request in (*self.queue, *under_way))
+
     def seats_taken(self) -> int:
         """Return how many requests decode here or are being sent here."""
         return sum(batch.seats_taken() for batch in self.batches)

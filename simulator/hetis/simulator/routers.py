@@ -12,6 +12,8 @@ from hetis.solver.plan import Plan, joined_by, parts_of_classes
 from hetis.solver.workload import Workload
 
 LONG_QUEUE_TOKENS = 2048  # the maximum size of a batch of prompts in Splitwise
+# Of llm-d's scorer of prompt tokens under way: 1,024 of them count as much as all requests in flight.
+TOKENS_WEIGHT, MOST_TOKENS = 32, 32_768
 
 
 Router = Callable[[Sequence[ReplicaRun]], ReplicaRun]
@@ -101,6 +103,35 @@ class WeightedRandom:
         return self._random.choices(replicas, [replica.rate for replica in replicas])[0]
 
 
+class EndpointPicker:
+    """Router to the replica with the highest score, as llm-d's endpoint picker with the scorers that exports configure.
+
+    Scores are of the planned seats (or rate, for prefill), of prompt tokens under way, and of requests in flight, which
+    are not told of prefill replicas: llm-d counts requests there until they are answered. The route draws a pool first:
+    the unified replicas, or what KV routes join. Sources, in pkg/epp/framework/plugins of llm-d/llm-d-router: README.md
+    of `tokenload`, `inflightload` and `attributeweight`, `active_request.go`, and `picker.go` of `maxscore`.
+    """
+
+    def __init__(self, seed: int, plan: Plan) -> None:
+        self._random, self._turns, self._plan = random.Random(seed), _Turns[int](seed), plan
+        self._joined = joined_by(plan.kv_routes)
+
+    def __call__(self, replicas: Sequence[ReplicaRun]) -> ReplicaRun:
+        pools = dict[int, list[ReplicaRun]]()
+        for one in replicas:
+            pools.setdefault(min(self._joined.get(one.number, (-1,))), []).append(one)
+        [pool] = self._random.choices([*pools.values()], [sum(one.rate for one in pool) for pool in pools.values()])
+        weights = [self._plan.replicas[one.number].planned_seats if one.decodes else one.rate for one in pool]
+        held, most = max(1, *(one.outstanding for one in pool)), max(weights)
+        scores = dict[int, float]()
+        for place, (one, weight) in enumerate(zip(pool, weights, strict=True)):
+            tokens = min(one.prompt_tokens_under_way(), MOST_TOKENS)
+            idle = 1.0 - one.outstanding / held if one.decodes else 0.0
+            scores[place] = weight / most + idle + TOKENS_WEIGHT * (1.0 - tokens / MOST_TOKENS)
+        best = max(scores.values())
+        return pool[self._turns.next({place: 1.0 for place, score in scores.items() if score == best})]
+
+
 def fewest_requests(replicas: Sequence[ReplicaRun]) -> ReplicaRun:
     """Return the replica with the fewest requests waiting and running, regardless of its speed.
 
@@ -167,6 +198,8 @@ def router_of(settings: Settings, plan: Plan, replicas: Sequence[ReplicaRun]) ->
     match settings.router:
         case "nginx":
             return Nginx(settings.seed, plan, replicas)
+        case "llm-d":
+            return EndpointPicker(settings.seed, plan)
         case "weighted":
             return Weighted(settings.seed)
         case "weighted-random":

@@ -174,9 +174,10 @@ _PARAMETERS: Mapping[str, Schema] = {
         producer=TEXT,
         weights={"type": "object", "additionalProperties": _POSITIVE, "minProperties": 1},
     ),
+    "token-load-scorer": of("queueThresholdTokens", queueThresholdTokens=COUNT),
 }
 _BARE = (
-    *("weighted-random-picker", "prefill-filter", "decode-filter"),
+    *("max-score-picker", "active-request-scorer", "inflight-load-producer", "prefill-filter", "decode-filter"),
     *("disagg-headers-handler", "always-disagg-pd-decider"),
 )
 _PLUGINS = [of("type parameters", type={"const": t}, name=TEXT, parameters=p) for t, p in _PARAMETERS.items()]
@@ -185,7 +186,9 @@ PICKER = of(
     apiVersion={"const": "llm-d.ai/v1alpha1"},
     kind={"const": "EndpointPickerConfig"},
     plugins=many({"anyOf": [*_PLUGINS, of("type", type=one_of(*_BARE))]}, 1),
-    schedulingProfiles=many(of("name plugins", name=TEXT, plugins=many(of("pluginRef", pluginRef=TEXT), 1)), 1),
+    schedulingProfiles=many(
+        of("name plugins", name=TEXT, plugins=many(of("pluginRef", pluginRef=TEXT, weight={"type": "number"}), 1)), 1
+    ),
 )
 
 _BUNDLE: Schema = {

@@ -13,6 +13,7 @@ import yaml
 
 from hetis.planner.export import ExportTarget
 from hetis.planner.export.replicas import NotExportableError, launchable
+from hetis.simulator.routers import TOKENS_WEIGHT
 from hetis.solver.plan import KvRoute, Plan
 from tests.planner.export import reading
 from tests.planner.export.exporting import (
@@ -44,6 +45,31 @@ def test_the_picker_of_llm_d_has_a_profile_for_each_side_or_one_for_all() -> Non
 
     assert profiles(PLANS["prefill and decode"]) == ["decode", "prefill"]
     assert profiles(PLANS["unlike replicas"]) == ["default"]
+
+
+def test_the_picker_of_llm_d_scores_as_it_is_simulated() -> None:
+    """`hetis.simulator.routers.EndpointPicker`: seats or rates, requests in flight but at prefill, prompt tokens."""
+
+    def scorers(name: str) -> list[list[tuple[str, int]]]:
+        made = exported(PLANS[name], ExportTarget.LLM_D).files
+        [picker] = [yaml.safe_load(text) for text in made.values() if "EndpointPickerConfig" in text]
+        for each in picker["plugins"]:
+            if each["type"] == "endpoint-attribute-weight-scorer":
+                weights.append([*each["parameters"]["weights"].values()])
+        return [
+            [(one["pluginRef"], one.get("weight", 1)) for one in each["plugins"] if "filter" not in one["pluginRef"]]
+            for each in picker["schedulingProfiles"]
+        ]
+
+    weights = list[list[float]]()
+    active, tokens, best = ("active-request-scorer", 1), ("token-load-scorer", TOKENS_WEIGHT), ("max-score-picker", 1)
+    assert scorers("unlike replicas") == [[("shares-decode", 1), active, tokens, best]]
+    assert weights == [[one.planned_seats for one in PLANS["unlike replicas"].replicas]]
+    assert scorers("prefill and decode") == [
+        [("shares-decode", 1), active, best],
+        [("shares-prefill", 1), tokens, best],
+    ]
+    assert weights[1:] == [[one.planned_seats for one in PLANS["prefill and decode"].replicas[1:]], [1.0]]
 
 
 def test_a_prefill_replica_without_those_that_decode_serves_nothing() -> None:

@@ -32,6 +32,7 @@ from hetis.planner.export.replicas import (
     Written,
 )
 from hetis.planner.export.routing import shares_of, weight
+from hetis.simulator.routers import MOST_TOKENS, TOKENS_WEIGHT
 from hetis.solver.plan import Role
 
 _POOL_LABEL = "hetis/pool"
@@ -214,16 +215,20 @@ def _gateway(launchable: Launchable) -> list[dict[str, Any]]:
 
 
 def picker_config(launchable: Launchable, members: Iterable[int]) -> dict[str, Any]:
-    """Return the configuration of a pool's endpoint picker: it draws endpoints with the plan's shares as weights.
+    """Return the configuration of a pool's endpoint picker: it picks the endpoint with the highest score.
 
+    `hetis.simulator.routers.EndpointPicker` describes the scores, with which plans are simulated: those of seats and of
+    requests in flight are equal where all endpoints are equally full, and prompt tokens under way keep prompts apart.
     Where prefill and decode are apart, every request takes both: the decider says so, and the headers' handler tells
     the decode replica's sidecar which prefill replica was drawn.
     """
     shares, replicas = shares_of(launchable), {number: launchable.replicas[number] for number in members}
 
-    def weights(*roles: Role) -> dict[str, float]:
+    def weights(*roles: Role) -> dict[str, float]:  # of each pod
         return {
-            launchable.name_of(one): round(shares[number] / one.copies, 6)  # of each pod
+            launchable.name_of(one): (
+                round(shares[number] / one.copies, 6) if one.plan.role is Role.PREFILL else one.plan.planned_seats
+            )
             for number, one in replicas.items()
             if one.plan.role in roles and shares[number] > 0
         }
@@ -234,7 +239,10 @@ def picker_config(launchable: Launchable, members: Iterable[int]) -> dict[str, A
 
     decode, prefill = weights(Role.UNIFIED, Role.DECODE), weights(Role.PREFILL)
     labels = [{"label": REPLICA_LABEL, "attributeKey": "replica"}]
-    plugins = [plugin("label-producer", "replicas", labels=labels), plugin("weighted-random-picker")]
+    picker, tokens, active = "max-score-picker", "token-load-scorer", "active-request-scorer"
+    plugins = [plugin("label-producer", "replicas", labels=labels)]
+    plugins += [plugin("inflight-load-producer"), plugin(picker), plugin(tokens, queueThresholdTokens=MOST_TOKENS)]
+    plugins += [plugin(active)] if decode else []
     filters, profiles = list[dict[str, Any]](), list[dict[str, Any]]()
     if launchable.plan.classes:  # it filters before scores, which are shares of the replicas for a request's class
         plugins.append(plugin("context-length-aware", enableFiltering=True))
@@ -249,7 +257,10 @@ def picker_config(launchable: Launchable, members: Iterable[int]) -> dict[str, A
         scorer, by_replica = f"shares-{side}", {"attributeKey": "replica", "producer": "replicas"}
         plugins.append(plugin("endpoint-attribute-weight-scorer", scorer, **by_replica, weights=of_side))
         own = [{"pluginRef": f"{side}-filter"}] if prefill else []
-        chosen = [*own, *filters, {"pluginRef": scorer}, {"pluginRef": "weighted-random-picker"}]
+        chosen = [*own, *filters, {"pluginRef": scorer}]
+        chosen += [{"pluginRef": active}] if side == "decode" else []  # it counts at prefill until the answer's end
+        chosen += [{"pluginRef": tokens, "weight": TOKENS_WEIGHT}] if side == "prefill" or not prefill else []
+        chosen.append({"pluginRef": picker})
         profiles.append({"name": side if prefill else "default", "plugins": chosen})
     return {
         "apiVersion": "llm-d.ai/v1alpha1",
@@ -270,5 +281,5 @@ The others, where LeaderWorkerSet is installed, and a Service for each: `kubectl
 
 Requests go to the gateway `inference-gateway`, whose route divides them among the InferencePools of `gateway.yaml` with
 the plan's shares: one of the unified replicas, one for each group of prefill and decode replicas that the plan's routes
-join. `router/POOL.yaml` configures the endpoint picker of a pool, the Service `POOL-epp`, with the plan's shares in the
-pool (llm-d's chart starts it; the weight scorer needs `--allow-experimental-plugins=true`)."""
+join. `router/POOL.yaml` configures the endpoint picker of a pool, the Service `POOL-epp`, with the plan's seats and the
+load of each endpoint (llm-d's chart starts it; the weight scorer needs `--allow-experimental-plugins=true`)."""

@@ -139,6 +139,7 @@ class SimulationRemarks(NamedTuple):
 
 
 _BEHIND = {  # other routers than that of their own name
+    "llm-d": "llm-d's endpoint picker",
     "weighted-random": "a router that draws by weight",
     "fewest-requests": "Dynamo's front end (fewest requests)",
 }

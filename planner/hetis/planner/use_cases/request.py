@@ -37,12 +37,11 @@ RungName = Literal["node", "pipelines", "apart", "workers"]
 Target = Literal[
     "vllm", "sglang", "compose", "kubernetes", "lws", "llm-d", "kserve", "dynamo", "ray", "slurm", "hetis-launch"
 ]
-# The routers of export targets that do not have nginx in front: LiteLLM's list and gateways draw by weight; Dynamo's
-# front end looks at load alone.
+# The routers of export targets that do not have nginx in front: LiteLLM's list and KServe's gateway draw by weight;
+# Dynamo's front end looks at load alone.
 ROUTERS: Mapping[str, RouterName] = {
-    **dict.fromkeys(("llm-d", "kserve", "ray"), "weighted-random"),
-    "dynamo": "fewest-requests",
-}
+    "llm-d": "llm-d", "kserve": "weighted-random", "ray": "weighted-random", "dynamo": "fewest-requests"
+}  # fmt: skip
 StrategyName = Literal[
     "hetis", "uniform", "hexgen", "hexgen2", "splitwise", "splitwise-paper", "hexgen-paper", "hexgen2-paper",
     "hetis-paper",
