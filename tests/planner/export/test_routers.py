@@ -78,6 +78,7 @@ def handler(engines: Engines, name: str, role: str) -> type[BaseHTTPRequestHandl
 
         def do_POST(self) -> None:
             body = json.loads(self.rfile.read(int(self.headers["content-length"])))
+            assert self.path.removeprefix(f"/{name}") == "/v1/completions"
             self.reply(engines.answer(name, role, body, self.headers["authorization"]))
 
         def reply(self, content: dict[str, Any], status: int = 200) -> None:
@@ -106,9 +107,12 @@ def started(command: Sequence[str], folder: Path, **environment: str) -> Iterato
 
 
 @contextmanager
-def routed(folder: Path, replicas: Sequence[ReplicaPlan], routes: Sequence[KvRoute], engine: Engine) -> Iterator[Any]:
+def routed(
+    folder: Path, replicas: Sequence[ReplicaPlan], routes: Sequence[KvRoute], engine: Engine,
+    target: ExportTarget = ExportTarget.VLLM,
+) -> Iterator[Any]:  # fmt: skip
     """Run an export's routers before stand-ins for its engines; yields these and the URL for clients."""
-    target = ExportTarget.SGLANG if engine is Engine.SGLANG else ExportTarget.VLLM
+    target = ExportTarget.SGLANG if engine is Engine.SGLANG else target
     files = exported(made_of(*replicas, routes=tuple(routes)), target, engine=engine).files
     listed = json.loads(files["router/weights.json"])["endpoints"]
     # All replicas are on this machine: each gets a port of its own, and so do the routers.
@@ -120,9 +124,14 @@ def routed(folder: Path, replicas: Sequence[ReplicaPlan], routes: Sequence[KvRou
             threading.Thread(target=server.serve_forever, daemon=True).start()
             stack.callback(server.server_close)
             stack.callback(server.shutdown)
-        own = {one["endpoint"]: f"127.0.0.1:{engines.ports[one['replica']]}" for one in listed}
+        own = dict[str, str]()
+        for one in listed:
+            path = "".join(one["endpoint"].partition("/")[1:])
+            own[one["endpoint"]] = f"127.0.0.1:{engines.ports[one['replica']]}{path}"
         assert len(own) == len(listed)
-        taken = sorted({port for each in text.values() for port in re.findall(r"\b(?:29|30|31)0\d\d\b|\b8080\b", each)})
+        taken = sorted(
+            {port for each in text.values() for port in re.findall(r"\b(?:29|3[0-2])0\d\d\b|\b8080\b", each)}
+        )
         own |= {port: str(free_ports()) for port in taken}
         pattern = re.compile("|".join(map(re.escape, sorted(own, key=len, reverse=True))))
         for path, each in text.items():
@@ -177,13 +186,16 @@ def test_nginx_and_vllms_router_send_requests_with_the_plans_shares(tmp_path: Pa
 
 
 @needs_routers
-def test_nginx_sends_no_request_to_a_full_replica_while_another_has_a_free_seat(tmp_path: Path) -> None:
+@pytest.mark.parametrize("target", [ExportTarget.VLLM, ExportTarget.RAY])
+def test_nginx_sends_no_request_to_a_full_replica_while_another_has_a_free_seat(
+    tmp_path: Path, target: ExportTarget
+) -> None:
     """Replicas of 3 requests/s each, with 2 and 8 requests at most, as `hetis.simulator.routers.Nginx` counts them."""
     small, large = (
         replace(UNIFIED, stages=(on(f"{node}/0"),), micro_batch=most - 1, in_flight=1, max_num_seqs=0)
         for node, most in (("a", 2), ("b", 8))
     )
-    with routed(tmp_path, (small, large), (), Engine.VLLM) as (engines, url), ThreadPoolExecutor(16) as pool:
+    with routed(tmp_path, (small, large), (), Engine.VLLM, target) as (engines, url), ThreadPoolExecutor(16) as pool:
         engines.held = threading.Event()
         for asked in range(1, 15):  # one after the other, so that turns are known
             pool.submit(ask, url, 1)

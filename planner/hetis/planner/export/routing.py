@@ -22,6 +22,7 @@ from hetis.planner.export.replicas import Launchable
 from hetis.solver.plan import Role
 
 _WHOLE = 1000  # sum of the integer weights
+PATH_PORT = 32_000  # of nginx itself, for the first replica that is reached by a path
 NOTHING_SERVES = "nothing serves"
 
 
@@ -47,8 +48,8 @@ def routing_files(
             files["router/nginx.conf"] = sides
         return files
     files["router/litellm.yaml"] = litellm_list(servers, served)
-    if not any("/" in endpoint for endpoint, _ in servers):  # these routers know hosts and ports, but no paths
-        files["router/nginx.conf"] = nginx_conf(launchable, endpoints, routers)
+    files["router/nginx.conf"] = nginx_conf(launchable, endpoints, routers)
+    if not any("/" in endpoint for endpoint, _ in servers):  # its clusters know hosts and ports, but no paths
         files["router/envoy.yaml"] = envoy_list(servers)
     return files
 
@@ -140,7 +141,7 @@ def nginx_conf(
     sides_at: str = "127.0.0.1:",
     fronts: int = 1,
 ) -> str:
-    """Return nginx's servers: one for clients at port 8080, and one before each of `weighted_sides`.
+    """Return nginx's servers: one for clients at port 8080, one before each of `weighted_sides`, and one for each path.
 
     Args:
         launchable: the plan's replicas.
@@ -152,13 +153,15 @@ def nginx_conf(
     keys = dict[str, float]()
     if launchable.engine is not Engine.SGLANG:  # whose router passes on what clients send
         keys = {endpoints[number]: 1.0 for group in pair_groups(launchable) for number in group.prefill}
-    most = entry_points(launchable, endpoints, routers, held=True)
-    each = {at: math.ceil(held / fronts) for at, held in most.items()}
-    parts = [_NGINX_HEAD, nginx_list(weighted(entry_points(launchable, endpoints, routers)), most=each)]
+    rates, most = (entry_points(launchable, endpoints, routers, held=held) for held in (False, True))
+    paths = {at: f"127.0.0.1:{PATH_PORT + number}" for number, at in enumerate(rates) if "/" in at}
+    each = {paths.get(at, at): math.ceil(held / fronts) for at, held in most.items()}
+    parts = [_NGINX_HEAD, nginx_list([(paths.get(at, at), share) for at, share in weighted(rates)], most=each)]
     parts += [nginx_list(weighted(keys), name="hetis-keys")] if keys else []
     parts.append(
         _NGINX_FRONT.format(check=_NGINX_CHECK if keys else "", key=_NGINX_KEY if keys else "", proxy=_NGINX_PROXY)
     )
+    parts += [_NGINX_SIDE.format(listen=own, name=f"{at}/", proxy=_NGINX_PROXY) for at, own in paths.items()]
     return "".join([*parts, *_nginx_sides(launchable, endpoints, sides_at)])
 
 
