@@ -59,7 +59,7 @@ def test_a_plan_that_misses_a_limit_by_a_tenth_is_found_out_by_any_traffic(pair:
         limited = replace(plan, objective=limits)
         budgets = [Budget(work_limit=rates.ITERATIONS) for _ in range(8)]
         return [
-            rates._Runs(limited, problem, seed, budget, no_progress, rates.IDEAL)._planned().kept
+            rates._Runs(limited, problem, seed, budget, no_progress, rates.NGINX)._planned().kept
             for seed, budget in enumerate(budgets)
         ]
 
