@@ -273,15 +273,16 @@ class _Rungs:
         gain = gain_of(plan, simpler)
         if self._how.by_what_is_left and plan.objective.maximises and other.left_rps:
             gain = (row.left_rps or 0.0) / other.left_rps - 1.0
-        if gain < self._how.worth:
+        counts_losses = self._how.survive or self._how.by_what_is_left or gain < WORTH_A_LOSS
+        if gain < self._how.worth or (counts_losses and self._leaves_less(row, other)):
             return False
-        if self._how.survive or self._how.by_what_is_left or gain < WORTH_A_LOSS:
-            if (row.left_rps or 0.0) < (other.left_rps or 0.0) * (1.0 - SAME):
-                return False
-            if not self._how.by_what_is_left and _leaves_little(row, other):
-                return False
         posed = replace(self._problem, objective=plan.objective)
         return gains_under_errors(plan, simpler, posed, self._how.worth)
+
+    def _leaves_less(self, row: RungFound, other: RungFound) -> bool:
+        """Return whether a rung leaves less than a simpler one after the worst loss, or too little of its service."""
+        leaves_fewer = (row.left_rps or 0.0) < (other.left_rps or 0.0) * (1.0 - SAME)
+        return leaves_fewer or (not self._how.by_what_is_left and _leaves_little(row, other))
 
     def _row(self, name: str, lower: Mapping[str, RungFound]) -> RungFound:
         plan = self.plans.get(name)

@@ -7,6 +7,7 @@ those of the family's next smaller and next larger chunks, at least that of its 
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -175,17 +176,12 @@ class _Queues:
 
     def _largest(self, template: Template, more: float) -> int:
         """Return the largest micro-batch up to so many times the planned one for which there is room."""
-        mix, stages = self._own.mixes[template.mix], template.stages
-        if mix.role is Role.PREFILL or any(stage.pool_class >= 0 for stage in stages):
+        mix = self._own.mixes[template.mix]
+        if mix.role is Role.PREFILL or any(stage.pool_class >= 0 for stage in template.stages):
             return 0
-
-        def fits(x: int) -> bool:
-            larger = replace(template, mix=x)
-            return all(room_layers(self._costs, larger, i) >= stage.layers for i, stage in enumerate(stages))
-
         wanted = max(mix.micro_batch + 1.0, more * mix.micro_batch)
         sizes = [(b, x) for b, x in self._of_kind(mix) if mix.micro_batch < b <= wanted]
-        return next((b for b, x in reversed(sizes) if fits(x)), 0)
+        return next((b for b, x in reversed(sizes) if _fits(self._costs, replace(template, mix=x))), 0)
 
     def _of_kind(self, mix: Mix) -> list[tuple[int, int]]:
         """Return all micro-batches of mixes that differ in them alone, ascending, each with its mix."""
@@ -286,13 +282,11 @@ class _Queues:
         prompt = model.cached_tokens(self._own.moments.mean_prompt)
         counted = float(self._costs.scopes[template.scope].tables.prompt_tokens[full.mix, f])
 
-        def fits(each: int) -> bool:
-            more = max(0.0, each * prompt - counted)
-            rooms = (room_layers(self._costs, full, i, more) for i in range(len(full.stages)))
-            return all(room >= stage.layers for room, stage in zip(rooms, full.stages, strict=True))
+        def is_too_many(each: int) -> bool:
+            return not _fits(self._costs, full, max(0.0, each * prompt - counted))
 
         copies = mix.attention_dp
-        return copies * next((each for each in range(prompts // copies, 0, -1) if fits(each)), 0)
+        return copies * bisect_left(range(1, prompts // copies + 1), True, key=is_too_many)
 
     def _taken(self, template: Template) -> list[tuple[int, int]]:
         """Return micro-batches up to the replica's seats, each with its mix, ascending: those nearest to `FILLS`."""
@@ -346,5 +340,9 @@ def _with(costs: CostTables, template: Template, chunk_tokens: int, share: float
     tpot_s = mixes.tpot_per_interval(costs.problem.model, costs.mixes[x], m) * other.interval_s
     limit_s = costs.of_scope(template.scope).problem.objective.tpot_limit_s
     is_in_time = limit_s is None or tpot_s <= limit_s * (1.0 + 1e-9)
-    fits = all(room_layers(costs, other, i) >= stage.layers for i, stage in enumerate(other.stages))
-    return other if is_in_time and fits else None
+    return other if is_in_time and _fits(costs, other) else None
+
+
+def _fits(costs: CostTables, template: Template, more_tokens: float = 0.0) -> bool:
+    """Return whether all stages have room for their layers, with so many more KV tokens in a copy."""
+    return all(room_layers(costs, template, i, more_tokens) >= one.layers for i, one in enumerate(template.stages))
