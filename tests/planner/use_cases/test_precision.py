@@ -136,6 +136,22 @@ def test_models_whose_heads_the_plugin_cannot_place_are_planned_without_workers(
     assert any(note.startswith("no attention workers: the model attends to chunks") for note in plan["notes"])
 
 
+def test_gpus_that_exports_leave_out_are_planned_only_where_the_others_have_no_room(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A defect in the past: half of a plan was on Gaudi, so that no export carried any rung."""
+    why = "hetis starts no processes on GPUs of Intel, and exports leave out their replicas"
+    (folder / "fleet.yaml").write_text(FLEET.replace("V100-SXM2-32GB", "Gaudi2-96GB"), encoding="utf-8")
+    mixed = place(capsys)
+    assert gpus_of(mixed) == {"A100-SXM-40GB"}
+    assert f"Gaudi2-96GB left out: {why}" in mixed["notes"]
+    assert not any("one vendor" in note for note in mixed["notes"])
+    (folder / "fleet.yaml").write_text(fleet("f", "t4: 1 T4", "gaudi: 2 Gaudi2-96GB"), encoding="utf-8")
+    alone = place(capsys)
+    assert gpus_of(alone) == {"Gaudi2-96GB"}, "the T4 holds no 16 GB of weights"
+    assert f"Gaudi2-96GB: {why}" in alone["notes"]
+
+
 def test_a_fleet_of_several_vendors_is_told_that_replicas_stay_apart(folder: Path) -> None:
     (folder / "fleet.yaml").write_text(FLEET.replace("A100-SXM-40GB", "MI300X"), encoding="utf-8")
     loaded = load_inputs(cluster="fleet.yaml", model="Meta-Llama-3-8B", workload="1024/256")

@@ -22,6 +22,7 @@ from hetis.solver.model import ModelSpec
 from hetis.solver.plan import Plan
 from hetis.solver.problem import PlacementProblem
 
+FOR_WEIGHTS = 0.8  # of the memory: what engines take less KV for some requests
 WORKERS = "vllm-hetis"  # the engine with attention workers, which keep KV in 16 bits and compute no layers
 
 
@@ -101,11 +102,14 @@ def for_engine(loaded: LoadedInputs, engine: EngineRules | None) -> LoadedInputs
     for gpu, kind in gpus.items():
         if gpu not in refused:
             vendors.setdefault(kind.vendor, []).append(gpu)
+    without = _beside_exported(inputs.model, inputs.cluster, name)
     notes += [
-        f"{', '.join(its)}: hetis starts no processes on GPUs of {vendor}, and exports leave out their replicas"
+        f"{', '.join(its)}{' left out' if its[0] in without else ''}: hetis starts no processes on GPUs of {vendor}, "
+        "and exports leave out their replicas"
         for vendor, its in vendors.items()
         if vendor not in VENDORS
     ]
+    vendors = {vendor: its for vendor, its in vendors.items() if its[0] not in without}
     if len(vendors) > 1:
         listed = "; ".join(f"{vendor}: {', '.join(its)}" for vendor, its in vendors.items())
         also = ", and the KV that it exchanges," if not engine.kv_vendors else ""
@@ -177,7 +181,23 @@ def constraints_of(model: ModelSpec, cluster: Cluster, engine: str | None) -> tu
     """Return the constraints that keep GPUs out of roles that an engine cannot give them."""
     has_workers = _has_workers(model, cluster, engine)
     constraints = [_without(gpu, engine or "", has_workers=has_workers) for gpu in refused_by(model, cluster, engine)]
+    constraints += [_without(gpu, engine or "", has_workers=False) for gpu in _beside_exported(model, cluster, engine)]
     return (*constraints, WithoutWorkers(by=WORKERS)) if engine == WORKERS and not has_workers else tuple(constraints)
+
+
+def _beside_exported(model: ModelSpec, cluster: Cluster, engine: str | None) -> list[str]:
+    """Return the GPU types that exports leave out, if all others together have room for the model's weights.
+
+    Empty for None: plans of published heuristics are for no engine.
+    """
+    refused, room, kinds = refused_by(model, cluster, engine), 0.0, gpu_types_of(cluster)
+    for group in cluster.node_groups:
+        for slots in group.gpus:
+            if slots.gpu not in refused and kinds[slots.gpu].vendor in VENDORS:
+                free = kinds[slots.gpu].memory_bytes - slots.reserved_bytes
+                room += group.count * slots.count * free / model.on(slots.gpu).weight_bytes
+    unstarted = [gpu for gpu, kind in kinds.items() if gpu not in refused and kind.vendor not in VENDORS]
+    return unstarted if engine in SUPPORT and FOR_WEIGHTS * room > model.params() else []
 
 
 def gpu_types_of(cluster: Cluster) -> dict[str, GpuType]:
