@@ -96,7 +96,8 @@ def _section(shown: ShownPlan, number: int) -> Section:
     # The curve is simulated as the plan was.
     remarks = SimulationRemarks(shown.curve.share, shown.curve.too_short, False)
     if verification is not None:
-        remarks = SimulationRemarks.of(verification)._replace(share=remarks.share, too_short=remarks.too_short)
+        of_plan = SimulationRemarks.of(verification, has_classes=bool(shown.plan.classes))
+        remarks = of_plan._replace(share=remarks.share, too_short=remarks.too_short)
     traffic = (
         f"Poisson arrivals of {shown.problem.workload.name}, {shown.curve.num_requests:,} requests at every rate; "
         f"bands are 95% intervals. {until if kept else 'No rate keeps the limits.'}"
