@@ -138,7 +138,7 @@ class PlacementProblem:
             apart.append(f"KV also from one to another of {', '.join(engine.kv_vendors)}")
         parts = [self.family.describe(self.model), *apart]
         if self.workload.classes:
-            parts.append(f"for all requests, or those of one of the classes {', '.join(self.workload.shares())}")
+            parts.append(f"for all requests, or those of one of the classes {', '.join(self.workload.shares)}")
         if self.cluster.network.between_nodes:
             links = node_links_of(self.cluster, self.nodes_left_out())
             parts += [OWN_LINKS] if links.between else []
@@ -254,7 +254,7 @@ class PlacementProblem:
 
     def class_shares(self) -> tuple[ClassShare, ...]:
         """Return the classes of the workload with their shares of the requests."""
-        shares = self.workload.shares()
+        shares = self.workload.shares
         return tuple(
             ClassShare(name=one.name, share=shares[one.name], max_prompt_tokens=one.max_prompt_tokens)
             for one in self.workload.classes
@@ -281,7 +281,7 @@ class PlacementProblem:
             raise InvalidProblemError(
                 f"{self.model.name} has several precisions, which published heuristics do not know: they plan for one"
             )
-        for name, share in self.workload.shares().items():
+        for name, share in self.workload.shares.items():
             if not share:
                 raise InvalidProblemError(f"class {name} of workload {self.workload.name} has no requests")
         for group in self.cluster.node_groups:

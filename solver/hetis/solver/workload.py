@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
+from bisect import bisect_left
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
@@ -77,7 +79,7 @@ def misfits_of_classes(classes: Sequence[RequestClass]) -> list[tuple[int, str]]
     return found
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Workload:
     """Joint distribution of prompt and output lengths.
 
@@ -129,11 +131,15 @@ class Workload:
 
     def class_of(self, prompt_tokens: float) -> RequestClass:
         """Return the class of a request; the workload has classes."""
-        bounds = (math.inf if one.max_prompt_tokens is None else one.max_prompt_tokens for one in self.classes)
-        return next(one for one, most in zip(self.classes, bounds, strict=True) if prompt_tokens <= most)
+        return self.classes[bisect_left(self._bounds, prompt_tokens)]
 
-    def shares(self) -> dict[str, float]:
-        """Return the share of the requests in each class, by name."""
+    @cached_property
+    def _bounds(self) -> tuple[float, ...]:
+        return tuple(one.max_prompt_tokens or math.inf for one in self.classes)
+
+    @cached_property
+    def shares(self) -> Mapping[str, float]:
+        """The share of the requests in each class, by name."""
         found = dict.fromkeys((one.name for one in self.classes), 0.0)
         for b in self.bins if self.classes else ():
             found[self.class_of(b.prompt_tokens).name] += b.weight

@@ -65,13 +65,13 @@ def best_value_by_brute_force(problem: PlacementProblem) -> float:
             rates[marked], ranges[marked] = rate, names
     best = 0.0 if problem.objective.maximises else math.inf
     for chosen in packable_sets(list(rates), nodes):
-        of_class = dict.fromkeys(problem.workload.shares(), 0.0)
+        of_class = dict.fromkeys(problem.workload.shares, 0.0)
         for names in problem.ranges():
             pool = [wanted for wanted in chosen if ranges[wanted] == names]
             rate = served_rate(problem, pool, rates)
             own = names or tuple(of_class)
             for name in own:
-                of_class[name] += rate / sum(problem.workload.shares()[each] for each in own)
+                of_class[name] += rate / sum(problem.workload.shares[each] for each in own)
         value = value_of(problem, nodes, [wanted.need for wanted in chosen], min(of_class.values()))
         best = max(best, value) if problem.objective.maximises else min(best, value)
     return best

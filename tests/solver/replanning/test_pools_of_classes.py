@@ -33,7 +33,7 @@ def best_by_enumeration(running: Plan, problem: PlacementProblem, costs: ChangeC
     """Return the best net goodput over every set of running replicas that stays, for any classes, and all new ones."""
     there = {device.name for device in problem.cluster.devices()}
     whole = [replica for replica in running.replicas if set(replica.devices()) <= there]
-    shares, goodput, best = problem.workload.shares(), problem.assumptions.planned_utilisation, 0.0
+    shares, goodput, best = problem.workload.shares, problem.assumptions.planned_utilisation, 0.0
     kept_rates = [rates_of(replica, problem) for replica in whole]
     for size in range(len(whole) + 1):
         for kept in itertools.combinations(range(len(whole)), size):

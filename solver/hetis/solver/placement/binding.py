@@ -72,7 +72,7 @@ def bind(
     budget, engine = budget if budget is not None else Budget(), costs.problem.family.engine
     most_nodes = None if engine is None else engine.max_nodes
     names = [costs.problem.ranges()[costs.scopes[template.scope].number] for template in templates]
-    shares = costs.problem.workload.shares()
+    shares = costs.problem.workload.shares
     rates = [
         template.rate / sum(shares[name] for name in own) if own else template.rate
         for template, own in zip(templates, names, strict=True)

@@ -147,7 +147,7 @@ def class_rows(costs: CostTables) -> ClassRows | None:
     problem, routes = costs.problem, costs.routes
     if not problem.workload.classes:
         return None
-    shares, ranges = problem.workload.shares(), problem.ranges()
+    shares, ranges = problem.workload.shares, problem.ranges()
     serves = np.array([[not names or name in names for name in shares] for names in ranges], dtype=float)
     of_side = np.where([role is Role.UNIFIED for role in routes.roles], routes.ranges, -1)
     return ClassRows(serves / (serves @ np.array([*shares.values()]))[:, None], of_side, routes.ranges_of_zones)

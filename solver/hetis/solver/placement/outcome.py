@@ -134,7 +134,7 @@ def _worth_of_ranges(costs: CostTables, speeds: Sequence[FloatArray]) -> FloatAr
     Any weights of the classes that sum to 1 give a bound (`master.py`). These are the shares of the classes in the
     dense work, at which all ranges gain about the same.
     """
-    shares = np.array([*costs.problem.workload.shares().values()])
+    shares = np.array([*costs.problem.workload.shares.values()])
     if not len(shares):
         return np.ones(1)
     work = np.array([shares[k] / max(float(speed.max(initial=0.0)), 1e-300) for k, speed in enumerate(speeds[1:])])

@@ -62,7 +62,7 @@ def _pools(costs: CostTables, outcome: Outcome) -> list[_Pool]:
 def saturated_rate(costs: CostTables, outcome: Outcome) -> float:
     """Return the requests/s that chosen replicas serve when all seats are taken."""
     rates = {pool.classes: pool.rate_rps for pool in _pools(costs, outcome)}
-    return served_with_classes(costs.problem.workload.shares(), rates)
+    return served_with_classes(costs.problem.workload.shares, rates)
 
 
 def lanes_of(costs: CostTables, outcome: Outcome) -> Lanes:
@@ -104,7 +104,7 @@ def kept_by(costs: CostTables, outcome: Outcome, most: float, *, above: float = 
     best = Kept(0.0, {})
     if not own or own * rate <= above:
         return best
-    shares = costs.problem.workload.shares()
+    shares = costs.problem.workload.shares
     parts = parts_of_classes(shares, {pool.classes: pool.rate_rps for pool in pools})
     for factor in MORE_SEATS:
         building = [_Queues(costs, pool, factor) for pool in pools]

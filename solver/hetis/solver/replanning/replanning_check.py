@@ -121,7 +121,7 @@ def _served(problem: PlacementProblem, replicas: Sequence[ReplicaPlan], rates: S
         parts += [(classes, rate) for rate, one in own if one.role is Role.UNIFIED]
         if len(apart := [(rate, one) for rate, one in own if one.role is not Role.UNIFIED]) > 1:
             parts.append((classes, _most_handed_over(problem, [one for _, one in apart], [rate for rate, _ in apart])))
-    return served_of_all(problem.workload.shares(), parts)
+    return served_of_all(problem.workload.shares, parts)
 
 
 def _most_handed_over(problem: PlacementProblem, replicas: Sequence[ReplicaPlan], rates: Sequence[float]) -> float:

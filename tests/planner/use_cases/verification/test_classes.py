@@ -251,6 +251,14 @@ def test_simulations_end_with_the_traffic_that_decides(
     }
 
 
+def test_rates_that_decide_nothing_take_fewer_simulations(monkeypatch: pytest.MonkeyPatch) -> None:
+    without, having = without_and_with_pools()
+    simulated, keeps = list[Any](), {10.0: (8.75, 8.75), 12.0: (12.5, 12.5)}
+    chosen(valued(without, 10.0), [valued(having, 12.0)], keeps, 0.1, monkeypatch, simulated)
+    of_bursts = [rate for _, name, rate in (one for one in simulated if isinstance(one, tuple)) if name == "bursts"]
+    assert len(of_bursts) == 6
+
+
 def test_of_plans_that_leave_most_after_a_loss_what_is_left_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of 10 requests/s 4 are left, of 9 with pools 6."""
     without, having = (

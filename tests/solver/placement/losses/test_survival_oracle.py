@@ -65,7 +65,7 @@ Served = tuple[float, ...]  # requests/s of each class of requests over its shar
 
 def replicas_of(problem: PlacementProblem) -> list[tuple[Served, Parts]]:
     """Return what every replica serves, and its parts, the slower ones of small batches included."""
-    shares, found = problem.workload.shares() or {"": 1.0}, set[tuple[Served, Parts]]()
+    shares, found = problem.workload.shares or {"": 1.0}, set[tuple[Served, Parts]]()
     for names in problem.ranges():
         share = sum(shares[name] for name in names or shares)
         for rate, parts in replicas_of_range(problem.of_classes(names)):

@@ -177,7 +177,7 @@ def _in_classes(found: PlanAndProblem, workload: Workload) -> tuple[Workload, st
     if not found.plan.classes or workload.classes:
         return workload, ""
     cut = replace(workload, classes=found.inputs.workload.classes)
-    empty = next((name for name, share in cut.shares().items() if not share), "")
+    empty = next((name for name, share in cut.shares.items() if not share), "")
     return (workload if empty else cut), empty
 
 

@@ -39,7 +39,8 @@ LONGEST, MORE_LONGEST = 0.1, 1.5  # drift: this share of the longest prompts bec
 SHORT, LESS_SHORT = 0.5, 0.75  # and this share of the shortest
 BURSTS = 2.0  # coefficient of variation of the gaps between arrivals in bursts
 REQUESTS = 3_000  # of a run
-STEP, PRECISE = 1.06, 0.03  # first ratio of rates until one is kept and one missed, and of these in the end
+STEP = 1.06  # first ratio of rates until one is kept and one missed
+PRECISE, ROUGH = 0.03, 0.06  # ratio of these in the end; where they decide nothing
 MOST_STEPS = 7  # ever larger ones: rates tried beyond the first, up or down
 HARDER = 0.88  # share of the rate kept as planned from which that of other traffic is searched
 NEEDS_ROUTER = (
@@ -299,11 +300,14 @@ class _Compared:
         """Yield the rates that both plans keep in each traffic, up to the first in which too little more is kept.
 
         Of plans that leave most after a loss, they are those that are left. Those with classes are searched from what
-        `keeps_more` has tried.
+        `keeps_more` has tried or, where they decide nothing, from the gain in the traffic before.
         """
+        ratio = 0.0
         for traffic in TRAFFIC:
-            start = self._needed(best, traffic, worth) or default_rate(best.plan, best.problem)
-            before, after = self.before(traffic), self._highest(best, traffic, start)
+            before = self.before(traffic)
+            start = self._needed(best, traffic, worth) if traffic.counts else ratio * before
+            after = self._highest(best, traffic, start or default_rate(best.plan, best.problem))
+            ratio = after / before if before else 0.0
             before, after = before * _counted(self._without.plan), after * _counted(best.plan)
             found = KeptWithClasses(traffic=traffic.name, without_rps=before, with_rps=after, counts=traffic.counts)
             yield found
@@ -339,7 +343,7 @@ class _Compared:
             step *= step
         else:
             return high if rising else 0.0
-        while high > low * (1.0 + PRECISE):
+        while high > low * (1.0 + (PRECISE if traffic.counts else ROUGH) + 1e-9):
             middle = math.sqrt(low * high)
             low, high = (middle, high) if keeps(middle) else (low, middle)
         return low
