@@ -24,6 +24,7 @@ from hetis.solver.budget import silent
 from hetis.solver.errors import InfeasibleError, NoPlanFoundError, UncheckedPlanError
 from hetis.solver.plan import Objective, ObjectiveKind, Plan
 from hetis.solver.problem import PlacementProblem
+from tests.fleets import fleet
 from tests.planner import plans
 from tests.planner.command_line import EXAMPLES
 
@@ -386,3 +387,12 @@ def test_a_prompt_needs_room_beside_the_requests_that_decode(tmp_path: Path) -> 
     load = plan.result.value * 1000 * one.tpot_s / 2
     assert 2 * load**2 / (1 + load) < 0.07
     assert placing.pose(replace(asked, rung=None)).prove(silent).plan.result.value > 4 * plan.result.value
+
+
+def test_search_and_checker_agree_on_waits_where_most_seats_are_taken(tmp_path: Path) -> None:
+    """A defect in the past: between the numbers of requests that each knows, rates differ by 0.6%, waits by 5.2%."""
+    path = tmp_path / "fleet.yaml"
+    nodes, network = ("3 old: 4 RTX-2080Ti", "new: 1 RTX-4090"), "{bandwidth: 10Gbps, latency: 5us}"
+    path.write_text(fleet("f", *nodes, network=network))
+    asked = PlacementRequest(str(path), "CodeLlama-34b-Instruct-hf", "1000/1000", ttft="4s", tpot="200ms")
+    assert placing.pose(asked).prove(silent).plan.result.value > 0.2

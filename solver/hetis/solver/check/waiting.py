@@ -17,6 +17,7 @@ from hetis.solver.queueing import EqualPrefills, EqualReplicas, FloatArray, Queu
 
 FILLS = (0.05, 0.1, 0.25, 0.5, 0.75, 1.0)  # shares of a replica's seats at which its rate is derived
 TOLERANCE = 0.05  # ratio by which two derivations of a wait may differ
+RATE_TOLERANCE = 0.01  # and of a replica's rate with some of its seats taken: close to saturation, waits differ by more
 CHUNKS = (1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0)  # shares of a chunk at which its time is derived
 
 
@@ -66,7 +67,8 @@ def check_waits(plan: Plan, problem: PlacementProblem) -> list[Violation]:
     claimed_s, limits = plan.result.queued_ttft_s, problem.limits_of_classes()
     if claimed_s is None or not plan.result.utilisation:
         return []
-    broken, rate_rps, limit_s = list[Broken](), plan.result.utilisation * plan.served_rate(), limits.pop("", None)
+    broken, limit_s = list[Broken](), limits.pop("", None)
+    rate_rps = (1.0 - RATE_TOLERANCE) * plan.result.utilisation * plan.served_rate()
     derived = [queue.ttft_p95_s(rate_rps) for queue in _request_queues(plan, problem, ["", *limits])]
     if not derived:
         return []
