@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from typing import TypeVar
@@ -116,36 +115,34 @@ class PlanActivation:
         ``decide`` returns the plan to put in force, or raises an error if that is not allowed. If another change came
         between the preparation and the transaction, both are done again.
         """
-        for _ in range(_TRIES - 1):
-            with suppress(_OutdatedError):
-                return await self._change_as_read(request, response, decide, is_rollback=is_rollback)
-        return await self._change_as_read(request, response, decide, is_rollback=is_rollback)
 
-    async def _change_as_read(
-        self,
-        request: pb2.ActivatePlanRequest | pb2.RollbackPlanRequest,
-        response: type[R],
-        decide: Callable[[Reader], PlanRecord],
-        *,
-        is_rollback: bool,
-    ) -> R:
-        try:
-            name = (await self._store.read(decide)).name if is_rollback else request.name
-            target = await self._target(name)
-        except ServiceError as error:  # if a rollback is a repetition, another plan is active now
-            return await answered_before(self._store, request, response, error)
-        if request.validate_only:
-            planned = await self._store.read(lambda reader: self._planned(reader, decide(reader), target))
-            return _answer(response, planned)
+        async def once() -> R:
+            try:
+                name = (await self._store.read(decide)).name if is_rollback else request.name
+                target = await self._target(name)
+            except ServiceError as error:  # if a rollback is a repetition, another plan is active now
+                return await answered_before(self._store, request, response, error)
+            if request.validate_only:
+                planned = await self._store.read(lambda reader: self._planned(reader, decide(reader), target))
+                return _answer(response, planned)
 
-        def work(tx: Transaction) -> tuple[R, Publish | None]:
-            done = self._put_in_force(tx, decide(tx), target, is_rollback=is_rollback)
-            if done.cluster is None:
-                return _answer(response, done), None
-            publish = partial(publish_change, self._store, self._hubs, self._fleet, done.cluster, done.plans)
-            return _answer(response, done), publish
+            def work(tx: Transaction) -> tuple[R, Publish | None]:
+                done = self._put_in_force(tx, decide(tx), target, is_rollback=is_rollback)
+                if done.cluster is None:
+                    return _answer(response, done), None
+                publish = partial(publish_change, self._store, self._hubs, self._fleet, done.cluster, done.plans)
+                return _answer(response, done), publish
 
-        return await change_once(self._store, request, response, work)
+            return await change_once(self._store, request, response, work)
+
+        tries_left = _TRIES
+        while True:
+            tries_left -= 1
+            try:
+                return await once()
+            except _OutdatedError:
+                if not tries_left:
+                    raise
 
     def _planned(self, reader: Reader, plan: PlanRecord, target: Target) -> ChangedPlans:
         """Return what `_put_in_force` would change."""
