@@ -7,8 +7,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from hetis.formats.dispatch.dispatch_state import load_state, parse_state
 from hetis.formats.dispatch.new_requests import NewRequests, load_requests, requests_from_words
@@ -16,7 +14,6 @@ from hetis.formats.dispatch.saved_state import AttentionPiece, SavedState, heads
 from hetis.formats.documents import dump, load
 from hetis.formats.errors import DocumentError
 from hetis.formats.positions import Text
-from hetis.formats.units import format_seconds_per_byte, parse_seconds_per_byte
 from hetis.solver.dispatch.dispatch_problem import HeadShape, Primary, Stage
 from hetis.solver.dispatch.snapshot import DeviceSnapshot, DeviceStatus, PreparedMove, StateSnapshot
 from hetis.solver.errors import InvalidProblemError
@@ -108,11 +105,6 @@ def test_costs_that_a_gpu_type_stands_for_are_given_from_outside() -> None:
     stage = state.snapshot({"l4": (AttentionPiece(call_s=1.0),)}).stage
     assert stage.call_s.tolist() == [[18e-6, 20e-6], [1.0, 1.0]]
     assert stage.transfer_byte_s.tolist() == [0.0, 0.0]
-
-
-@given(st.floats(min_value=1e-18, max_value=1e6))
-def test_seconds_per_byte_written_as_a_bandwidth_come_back_exactly(seconds: float) -> None:
-    assert parse_seconds_per_byte(format_seconds_per_byte(seconds)) == seconds
 
 
 @pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.yaml")), ids=lambda path: path.stem)

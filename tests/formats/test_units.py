@@ -72,11 +72,6 @@ def test_flops_round_trip(value: float) -> None:
     assert units.parse_flops(units.format_flops(value)) == value
 
 
-@given(QUANTITIES)
-def test_ratios_round_trip(value: float) -> None:
-    assert units.parse_ratio(units.format_ratio(value)) == value
-
-
 @given(st.text(max_size=100))
 def test_any_text_parses_or_is_refused_with_a_reason(text: str) -> None:
     parsers = (units.parse_bytes, units.parse_bandwidth, units.parse_duration, units.parse_flops, units.parse_ratio)
@@ -98,7 +93,10 @@ def test_short_texts_are_chosen() -> None:
     assert units.format_duration(20e-6) == "20us"
     assert units.format_duration(2.0) == "2s"
     assert units.format_flops(312e12) == "312TFLOPS"
-    assert units.format_ratio(0.005) == "0.5%"
+
+
+def test_seconds_per_byte_are_the_inverse_of_a_bandwidth() -> None:
+    assert units.parse_seconds_per_byte("25Gbps") == 3.2e-10
 
 
 def test_a_wrong_unit_lists_the_right_ones() -> None:

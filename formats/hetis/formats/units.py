@@ -11,7 +11,6 @@ import re
 from collections.abc import Mapping
 from contextlib import suppress
 from datetime import UTC, datetime
-from decimal import Context, Decimal
 from fractions import Fraction
 
 # Binary prefixes (Ki, Mi, ...) are powers of 1024, decimal ones (K, M, ...) powers of 1000: 80GB is 7% less than 80GiB.
@@ -31,7 +30,6 @@ _NUMBER = re.compile(r"([+-]?)(\d+(?:\.\d*)?|\.\d+)(?:[eE]([+-]?\d{1,3}))?")
 _BITS_OR_BYTES = re.compile(r"[KMGTP]b(/s)?")
 _BYTES_PER_SECOND = re.compile(r"[KMGTP]i?Bps")
 _MAX_LENGTH = 64  # characters; also keeps the fractions small
-_MAX_DIGITS = 19  # enough to distinguish any two floats, whatever they are divided by
 _RATE_NAMES = ("Gbps", "GB/s", "Mbps", "MB/s", "TB/s", "GiB/s", "B/s")
 
 
@@ -123,17 +121,6 @@ def format_bandwidth(bytes_per_s: float) -> str:
     return _shortest(bytes_per_s, _RATE_NAMES, BANDWIDTH_UNITS)
 
 
-def format_seconds_per_byte(seconds: float) -> str:
-    """Return the shortest text of a bandwidth that `parse_seconds_per_byte` turns back into ``seconds``, all > 0."""
-    bandwidth = 1 / Fraction(seconds)
-    for num_digits in range(1, _MAX_DIGITS + 1):
-        texts = [_rounded(bandwidth / BANDWIDTH_UNITS[unit], num_digits) + unit for unit in _RATE_NAMES]
-        exact = [text for text in texts if parse_seconds_per_byte(text) == seconds]
-        if exact:
-            return min(exact, key=len)
-    raise ValueError(f"{seconds} seconds per byte cannot be written as text")
-
-
 def format_duration(seconds: float) -> str:
     """Return the shortest text that `parse_duration` turns back into ``seconds``."""
     return _shortest(seconds, ("s", "ms", "us", "ns"), DURATION_UNITS)
@@ -142,11 +129,6 @@ def format_duration(seconds: float) -> str:
 def format_flops(flops: float) -> str:
     """Return the shortest text that `parse_flops` turns back into ``flops``."""
     return _shortest(flops, ("TFLOPS", "GFLOPS", "FLOPS"), FLOPS_UNITS)
-
-
-def format_ratio(ratio: float) -> str:
-    """Return a percentage that `parse_ratio` turns back into ``ratio``, or the plain number if there is none."""
-    return _shortest(ratio, ("%", ""), {"%": Fraction(1, 100), "": Fraction(1)}, in_order=True)
 
 
 def _parse(text: str, units: Mapping[str, Fraction], what: str) -> Fraction:
@@ -190,10 +172,8 @@ def _to_float(value: Fraction, text: str) -> float:
         raise ValueError(f"{text!r} is too large") from None
 
 
-def _shortest(
-    value: float, candidates: tuple[str, ...], units: Mapping[str, Fraction], *, in_order: bool = False
-) -> str:
-    """Return the shortest, or first, exact text; the base unit is among the candidates, so there is one."""
+def _shortest(value: float, candidates: tuple[str, ...], units: Mapping[str, Fraction]) -> str:
+    """Return the shortest exact text; the base unit is among the candidates, so there is one."""
     if not (math.isfinite(value) and value >= 0):
         raise ValueError(f"{value} has no text form, must be finite and >= 0")
     texts = []
@@ -208,7 +188,7 @@ def _shortest(
                 texts.append(f"{number}{unit}")
         except OverflowError:
             continue
-    return texts[0] if in_order else min(texts, key=len)
+    return min(texts, key=len)
 
 
 def _decimal_ratio(number: str) -> tuple[int, int]:
@@ -218,12 +198,6 @@ def _decimal_ratio(number: str) -> tuple[int, int]:
     power = int(exponent or 0) - len(fraction)
     digits = int(whole + fraction)
     return (digits * 10**power, 1) if power >= 0 else (digits, 10**-power)
-
-
-def _rounded(value: Fraction, num_digits: int) -> str:
-    """Return ``value`` with this many digits, with an exponent only if it is far from one."""
-    number = Context(prec=num_digits).divide(Decimal(value.numerator), Decimal(value.denominator))
-    return f"{number:f}" if -7 < number.adjusted() < 16 else str(number)
 
 
 def _plain(number: float) -> str:
