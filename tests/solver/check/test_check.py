@@ -11,6 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hetis.solver.check import Rule, check_plan
+from hetis.solver.check.rederive import Rederivation
+from hetis.solver.check.replica_shapes import Fleet, replica_shape
 from hetis.solver.cluster import Link, Network
 from hetis.solver.plan import (
     AttentionWorkerPool,
@@ -58,6 +60,15 @@ def sound(problem: PlacementProblem) -> Plan:
     """Two replicas: A with tensor parallelism before two copies of B with attention workers on C; one A alone."""
     first = claimed(unclaimed(A_STAGE, B_STAGE, pools=(C_POOL,)), problem)
     return plan_of(problem, first, claimed(unclaimed(A_ALONE), problem))
+
+
+def test_what_is_derived_alone_is_what_is_derived_with_all_else() -> None:
+    problem = the_problem()
+    derivation, fleet = Rederivation(problem), Fleet.of(problem.cluster)
+    for replica in sound(problem).replicas:
+        shape = replica_shape(replica, problem, fleet)
+        whole = derivation.of(shape)
+        assert (derivation.rate(shape), derivation.chunk_s(shape)) == (whole.rate, whole.chunk_s)
 
 
 # --- sound plans

@@ -15,7 +15,9 @@ from hetis.solver.check.rederive import Rederivation
 from hetis.solver.check.replica_shapes import Fleet, replica_shape
 from hetis.solver.check.waiting import request_queue
 from hetis.solver.engine_rules import EngineRules, Family
+from hetis.solver.placement import solve
 from hetis.solver.placement.families import run_by
+from hetis.solver.placement.replicas.tables import CostTables
 from hetis.solver.placement.replicas.tabulation import build_cost_tables
 from hetis.solver.placement.rungs import Known
 from hetis.solver.placement.search import equal_stages
@@ -210,6 +212,18 @@ def test_a_known_plan_of_a_smaller_family_is_the_answer_unless_more_is_kept() ->
     assert again.replicas == best.replicas
     assert again.result.value == best.result.value <= again.result.bound == pytest.approx(best.result.bound)
     assert not check_plan(again, problem)
+
+
+def test_equal_stages_take_no_bounds_at_several_utilisations(monkeypatch: pytest.MonkeyPatch) -> None:
+    bound_of, asked = solve.bound_of, list[CostTables]()
+
+    def bound(tables: CostTables, settings: SearchSettings) -> float:
+        asked.append(tables)
+        return bound_of(tables, settings)
+
+    monkeypatch.setattr(solve, "bound_of", bound)
+    assert solve.equal_stages_value(one_stage(0.05), SearchSettings())
+    assert len(asked) == 1
 
 
 def test_bursts_keep_less_of_a_tight_limit() -> None:

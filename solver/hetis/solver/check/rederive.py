@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import cache, partial
 
 from hetis.solver.check.memory import (
     kv_block_tokens,
@@ -151,13 +152,21 @@ class Rederivation:
             self._derived[shape] = derive(Setting.of(self._problem, self._moments, shape), shape)
         return self._derived[shape]
 
+    def rate(self, shape: ReplicaShape) -> float:
+        """Return the saturated requests/s of a replica alone."""
+        t_s = completion_seconds(Setting.of(self._problem, self._moments, shape), shape)
+        return 1 / t_s if t_s > 0 else math.inf
+
+    def chunk_s(self, shape: ReplicaShape) -> float:
+        """Return the seconds of an iteration with a chunk alone."""
+        return replica_chunk_seconds(Setting.of(self._problem, self._moments, shape), shape.stages)[0]
+
 
 def completion_seconds(setting: Setting, shape: ReplicaShape) -> float:
     """Return the seconds between completions of one replica."""
     last = len(shape.stages) - 1
-    stage_s = [
-        stage_seconds(setting, stage, is_first=i == 0, is_last=i == last) for i, stage in enumerate(shape.stages)
-    ]
+    seconds = cache(partial(stage_seconds, setting))  # equal stages are derived once
+    stage_s = [seconds(stage, is_first=i == 0, is_last=i == last) for i, stage in enumerate(shape.stages)]
     card_s = [busy_seconds(setting, shape, positions) for positions in shape.shared_by]
     return seconds_between_completions(setting, shape.stages, stage_s, card_s)
 

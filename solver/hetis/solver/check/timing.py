@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from functools import cache
+from functools import cache, partial
 from statistics import NormalDist
 
 from hetis.solver.check.replica_shapes import PoolShape, ReplicaShape, StageShape
@@ -122,8 +122,8 @@ def landing_seconds(setting: Setting, stage: StageShape, kv_link: Link) -> float
 
 def replica_chunk_seconds(setting: Setting, stages: Sequence[StageShape]) -> tuple[float, float]:
     """Return the seconds of one iteration with a chunk: of all stages in turn, and of the busiest one per copy."""
-    last = len(stages) - 1
-    each = [chunk_seconds(setting, s, is_first=i == 0, is_last=i == last) for i, s in enumerate(stages)]
+    last, seconds = len(stages) - 1, cache(partial(chunk_seconds, setting))  # equal stages are derived once
+    each = [seconds(stage, is_first=i == 0, is_last=i == last) for i, stage in enumerate(stages)]
     return sum(each), max(s / stage.copies for s, stage in zip(each, stages, strict=True))
 
 

@@ -154,7 +154,7 @@ class _Building:
         slot_s = derived.slot_s(derived.t_s)
         sizes = sorted({max(1, round(share * size)) for share in CHUNKS})
         planned = replace(shape, micro_batch=one.micro_batch)
-        seconds = [self._derivation.of(replace(planned, chunk_tokens=tokens)).chunk_s for tokens in sizes]
+        seconds = [self._derivation.chunk_s(replace(planned, chunk_tokens=tokens)) for tokens in sizes]
         full, last = np.divmod(self._computed, size)
         return EqualPrefills(
             lanes=len(group.numbers) * one.attention_dp,
@@ -174,7 +174,7 @@ class _Building:
         one, shape, derived, claimed = group.first, group.shape, group.derived, group.claimed
         sizes = sorted({1, *(max(1, round(fill * shape.micro_batch)) for fill in FILLS)})
         in_flight = np.array([float(size * one.in_flight) for size in sizes])
-        rates = np.array([claimed * self._derivation.of(replace(shape, micro_batch=size)).rate for size in sizes])
+        rates = np.array([claimed * self._derivation.rate(replace(shape, micro_batch=size)) for size in sizes])
         iteration_s = derived.round_trip_per_t * derived.t_s
         if one.role is Role.UNIFIED:
             holding_s = (self._iterations + self._computed / one.chunk_tokens) * iteration_s

@@ -199,7 +199,7 @@ def equal_stages_value(problem: PlacementProblem, settings: SearchSettings) -> f
     searched = apply_constraints(replace(problem, family=STRATEGIES["uniform"].restrict(problem.family)))
     if is_nothing_left(searched):
         return None
-    costs = build_cost_tables(searched)
+    costs, settings = build_cost_tables(searched), replace(settings, gap_target=np.inf)  # of what no bound is needed
     found: KeptOutcome | Unbeaten | None = None
     if chooses_utilisation(problem):
         with suppress(NoPlanFoundError):  # of those found none keeps the limits

@@ -309,11 +309,11 @@ class _Most(_Cells):
 
     def bound_after(self, most: float) -> float:
         """Return a bound on kept rates, given one on saturated rates at the lowest utilisation."""
-        bound = GRID[0] * most
+        bound, close = GRID[0] * most, max(CLOSE, 1.0 + self.settings.gap_target) * self._kept
         for low, high in reversed(list(pairwise(GRID))):
             if high * most <= max(bound, self._kept):
                 break
-            bound = max(bound, high * (most if high * most <= CLOSE * self._kept else self.bound_at(low)))
+            bound = max(bound, high * (most if high * most <= close else self.bound_at(low)))
         return bound
 
     def _leave_time_to_wait(self, most: float) -> None:

@@ -162,7 +162,8 @@ class FixedPlan:
             shape = replica_shape(group.first, self._problem, fleet)
             claimed = 1.0
             if fleet.has_uneven_links:
-                claimed = min(1.0, group.first.rate * self._derive(self._problem, shape).t_s)
+                setting = Setting.of(self._problem, self._moments, shape)
+                claimed = min(1.0, group.first.rate * completion_seconds(setting, shape))
             yield Group(
                 count=len(group.numbers), shape=shape, claimed=claimed, zones=zones, kv_zones=group.first.kv_zones
             )
