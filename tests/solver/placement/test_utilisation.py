@@ -21,7 +21,7 @@ from hetis.solver.placement.replicas.tables import CostTables
 from hetis.solver.placement.replicas.tabulation import build_cost_tables
 from hetis.solver.placement.rungs import Known
 from hetis.solver.placement.search import equal_stages
-from hetis.solver.placement.waits import kept_by, saturated_rate
+from hetis.solver.placement.waits import kept_by, own_rate, saturated_rate
 from hetis.solver.plan import KvRoute, Lanes, Objective, ObjectiveKind, Plan, ReplicaPlan, Role, StagePlan
 from hetis.solver.planning import solve_placement
 from hetis.solver.problem import Assumptions, PlacementProblem
@@ -268,3 +268,17 @@ def test_a_rate_to_exceed_changes_no_plan_that_exceeds_it(limit_s: float, worklo
     for share in np.linspace(0.1, 1.2, 12):
         again = kept_by(costs, outcome, MOST, above=float(share) * kept.utilisation * rate)
         assert again == kept if share < 0.99 else again.utilisation <= kept.utilisation
+
+
+def test_a_quick_search_chooses_by_what_replicas_are_rated_among_their_like() -> None:
+    goal = Objective(ttft_limit_s=0.1, tpot_limit_s=None)
+    family = run_by(replace(FAMILY, tp_sizes=(1, 2), in_flight=(1, 2)), EngineRules(name="vllm", max_stages=2))
+    nodes = [make_node("node", "A", gpus=2, nodes=2)]
+    costs = build_cost_tables(make_problem(nodes, objective=goal, family=family, assumptions=Assumptions()))
+    for stages in (1, 2):
+        found = equal_stages(costs, SearchSettings(), lambda each, n, of=stages: float(n * (len(each.stages) == of)))
+        assert found is not None
+        assert {len(template.stages) for template, _ in found.chosen} == {stages}
+        (template, _), *_ = found.chosen
+        together = own_rate(costs, MOST, template, 2)
+        assert 0.0 < own_rate(costs, MOST, template, 1) <= together <= MOST * template.rate

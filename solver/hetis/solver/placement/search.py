@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+
+import numpy as np
 
 from hetis.solver.budget import Budget, SearchSettings
 from hetis.solver.errors import NoPlanFoundError
@@ -16,6 +19,9 @@ from hetis.solver.placement.policy import POLICY
 from hetis.solver.placement.replicas.equal_stages import uniform_templates
 from hetis.solver.placement.replicas.kinds import kind_of
 from hetis.solver.placement.replicas.tables import CostTables
+from hetis.solver.placement.replicas.template import Template
+
+Rated = Callable[[Template, int], float]  # requests/s of each of so many equal replicas
 
 
 def search(costs: CostTables, settings: SearchSettings, *, beyond: Beyond = ANY) -> Outcome | None:
@@ -45,22 +51,32 @@ def bound_of(costs: CostTables, settings: SearchSettings) -> float:
     return 0.0 if found is None else found.bound
 
 
-def equal_stages(costs: CostTables, settings: SearchSettings) -> Outcome | None:
-    """Return a quickly found best plan of equal stages; roles may mix GPU types, the bound is that of `uniform`."""
+def equal_stages(costs: CostTables, settings: SearchSettings, rated: Rated | None = None) -> Outcome | None:
+    """Return a quickly found best plan of equal stages; roles may mix GPU types, the bound is that of `uniform`.
+
+    If replicas are ``rated``, among as many as the fleet has room for, the plan is best by that, and has no bound.
+    """
     if not costs.ranks:
         return None
     try:
-        return _enumerate_uniform(costs, master_of(costs), settings)
+        return _enumerate_uniform(costs, master_of(costs), settings, rated)
     except NoPlanFoundError:
         return None
 
 
-def _enumerate_uniform(costs: CostTables, master: Master, settings: SearchSettings) -> Outcome | None:
+def _enumerate_uniform(
+    costs: CostTables, master: Master, settings: SearchSettings, rated: Rated | None = None
+) -> Outcome | None:
     """Enumerate the small family of `uniform`: every GPU type, TP size and number of stages at its best."""
     templates, budget = distinct(costs, uniform_templates(costs)), settings.budget
     if not templates:
         return None
     columns, engine = columns_of(costs, templates, master.row_costs), costs.problem.family.engine
+    if rated is not None:
+        with np.errstate(divide="ignore"):
+            rooms = (costs.resources.limits / columns.uses).min(axis=1)
+        rates = [rated(template, max(1, int(room))) for template, room in zip(templates, rooms, strict=True)]
+        columns = replace(columns, rates=np.array(rates))
     extend, is_whole = None, True
     if engine is not None and engine.max_nodes is not None:
         kinds, of_columns = counts_of_kinds([kind_of(costs, template) for template in templates])
@@ -83,7 +99,7 @@ def _enumerate_uniform(costs: CostTables, master: Master, settings: SearchSettin
     return Outcome(
         chosen=tuple((t, n) for t, n in counted if n),
         value=found.value,
-        bound=found.bound if is_whole else relaxed.value,
+        bound=np.inf if rated is not None else found.bound if is_whole else relaxed.value,
         row_prices=relaxed.row_prices,
         rate_prices=relaxed.rate_prices,
         flows=found.flows,

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 
@@ -79,7 +80,7 @@ def solve_family(
             outcome = find(costs)
             return None if outcome is None else KeptOutcome(costs, outcome)
         is_unified = problem.family.roles == (Role.UNIFIED,) and problem.family.uneven_layers
-        quick = (lambda tables, *_: equal_stages(tables, settings)) if is_unified else None
+        quick = partial(equal_stages, settings=settings) if is_unified else None
         return search_kept(costs, settings, find, lambda tables: bound_of(tables, settings), kept, quick)
 
     found = solved_by(problem, settings, market, found_by)

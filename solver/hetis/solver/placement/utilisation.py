@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -27,8 +28,8 @@ from hetis.solver.budget import SearchSettings
 from hetis.solver.errors import NoPlanFoundError
 from hetis.solver.placement.master import cost_of
 from hetis.solver.placement.outcome import Outcome, rate_bound
-from hetis.solver.placement.replicas.tables import CostTables, Tables
-from hetis.solver.placement.waits import PRECISE, Kept, kept_by, lanes_of, retuned, saturated_rate
+from hetis.solver.placement.replicas.tables import CostTables
+from hetis.solver.placement.waits import PRECISE, Kept, kept_by, lanes_of, most_lanes, own_rate, retuned, saturated_rate
 from hetis.solver.plan import Lanes, ObjectiveKind, Plan
 from hetis.solver.problem import PlacementProblem
 
@@ -36,6 +37,7 @@ GRID = (0.2, 0.4, 0.6, 0.7, 0.8, 0.9, 0.98)
 TRIED = (0.98, 0.8, 0.6)  # utilisations at which plans are searched; those found may keep more or less
 RESERVED = (0.25, 0.4, 0.5)  # shares of the limit on TTFT that are set aside for waiting, in turn
 MORE_RESERVES = 1  # further shares, between those that keep most
+RERATED = (0.98, 0.4)  # utilisations at whose limits replicas are rated by what they keep among their like
 WAITING = 0.8  # utilisation at which they are set aside
 NEARLY = 0.97  # ratio to a utilisation below which plans found for it do not keep it
 NEAR = 0.004  # gap of whole counts while waits decide what is kept, whose bound is that of relaxations
@@ -43,6 +45,7 @@ TRIES = 3  # searches for a simpler plan that keeps enough
 CLOSE = 1.01  # ratio of a bound to what is kept from which on further plans are not worth their time
 
 Find = Callable[[CostTables, float, float], Outcome | None]  # of what serves more than a saturated rate; to a gap
+Quick = Callable[..., Outcome | None]  # of few replicas, by saturated rates or as ``rated``
 BoundOf = Callable[[CostTables], float]
 
 
@@ -69,20 +72,9 @@ def loosest(costs: CostTables) -> CostTables:
     return replace(costs.at(GRID[0], most_lanes(costs)), problem=costs.problem.at(GRID[-1]))
 
 
-def most_lanes(costs: CostTables) -> Lanes:
-    """Return a bound on the replicas of a plan, each of which has room for all weights."""
-    rooms = np.zeros(len(costs.classes))
-    for part in costs.scopes if costs.ranks else ():
-        t: Tables = part.tables
-        whole = t.rank_tp * t.layer_bytes * t.num_layers  # of all layers, on any number of GPUs
-        np.maximum.at(rooms, t.rank_class, np.minimum(1.0, t.rank_tp * t.room_bytes / whole) / t.rank_tp)
-    most = max(1, int(sum(one.available * room for one, room in zip(costs.classes, rooms, strict=True)) + 1e-9))
-    return Lanes(most, most)
-
-
 def search_kept(
     costs: CostTables, settings: SearchSettings, find: Find, bound_of: BoundOf, known: float = 0.0,
-    quick: Find | None = None,
+    quick: Quick | None = None,
 ) -> KeptOutcome | Unbeaten | None:  # fmt: skip
     """Return the outcome that keeps most or, if a rate is demanded, the best that keeps it; None: there is none.
 
@@ -215,8 +207,7 @@ class _Cells:
             lanes = most_lanes(self.costs)
             unloaded = self.costs.at(utilisation, lanes._replace(prefill_load=GRID[0]))
             tables = replace(unloaded, problem=self.costs.problem.at(utilisation, lanes))
-            spent = self.settings.budget.is_spent()
-            self._bounds[utilisation] = rate_bound(tables) if spent else self._bound_of(tables)
+            self._bounds[utilisation] = (rate_bound if self.settings.budget.is_spent() else self._bound_of)(tables)
         return self._bounds[utilisation]
 
 
@@ -231,11 +222,24 @@ class _Most(_Cells):
         self._kept = known  # by the best plan that is known
         self._tuned = set[Hashable]()  # the stages of what was tried with other iterations
 
-    def begin_with(self, other: _Most) -> None:
-        """Begin with the best plan of another search."""
+    def begin_with(self, quick: Quick) -> None:
+        """Begin with the best plan of a quick search of few replicas."""
+        other = _Most(self.costs, self.settings, lambda tables, *_: quick(tables), lambda _: np.inf, self._kept)
         other.search()
+        other.rerate(quick)
         if other.best is not None:
             self.best, self._kept, self.has_found = other.best, other._kept, True
+
+    def rerate(self, quick: Quick) -> None:
+        """Search again by what replicas keep among their like, if the best plan keeps less than it is searched for."""
+        is_settled = self.best is not None and self.best.utilisation >= NEARLY * GRID[-1]
+        for utilisation in () if is_settled or not self.has_found or self.costs.ranges else RERATED:
+            tables = self.costs.at(utilisation, self.lanes)
+            rated = partial(own_rate, tables, GRID[-1])
+            if self.settings.budget.is_spent() or (outcome := quick(tables, rated=rated)) is None:
+                break
+            outcome = replace(outcome, value=saturated_rate(tables, outcome))
+            self._adopt(_Found(outcome, kept_by(tables, outcome, GRID[-1]), lanes_of(tables, outcome), 0.0))
 
     def run(self) -> KeptOutcome | Unbeaten | None:
         if self.limit_s is None:
@@ -286,7 +290,10 @@ class _Most(_Cells):
         self, utilisation: float, reserved: float = 0.0, load: float = 1.0, *, gap: float = NEAR
     ) -> _Found | None:
         """Return what a search at a utilisation found; it replaces the best plan if it keeps more."""
-        found = self.searched(utilisation, reserved, load, above=self._kept, gap=gap)
+        return self._adopt(self.searched(utilisation, reserved, load, above=self._kept, gap=gap))
+
+    def _adopt(self, found: _Found | None) -> _Found | None:
+        """Return what was found, with other iterations if it keeps more so; it replaces the best plan if it does."""
         if found is not None and found.utilisation < NEARLY * GRID[-1]:
             stages = frozenset((t.scope, t.stages, n) for t, n in found.outcome.chosen)
             if stages not in self._tuned:
@@ -352,12 +359,12 @@ def _between(kept: Mapping[float, float]) -> float:
 
 
 def _most(
-    costs: CostTables, settings: SearchSettings, find: Find, bound_of: BoundOf, known: float, quick: Find | None
+    costs: CostTables, settings: SearchSettings, find: Find, bound_of: BoundOf, known: float, quick: Quick | None
 ) -> _Most:
     """Return the search for the highest kept rate, which begins with the best plan of a quick search."""
     searching = _Most(costs, settings, find, bound_of, known)
     if quick is not None and searching.limit_s is not None:
-        searching.begin_with(_Most(costs, settings, quick, lambda _: np.inf, known))
+        searching.begin_with(quick)
     return searching
 
 
@@ -365,7 +372,7 @@ class _Least(_Cells):
     """The search for the least cost of a demanded rate."""
 
     def __init__(
-        self, costs: CostTables, settings: SearchSettings, find: Find, bound_of: BoundOf, quick: Find | None
+        self, costs: CostTables, settings: SearchSettings, find: Find, bound_of: BoundOf, quick: Quick | None
     ) -> None:
         super().__init__(costs, settings, find, bound_of)
         self._quick = quick  # to begin a search for the highest rate with
@@ -382,11 +389,8 @@ class _Least(_Cells):
             self.require_kept()
             return None
         # The demand at the highest utilisation, within the limits as they are at the lowest.
-        least = 0.0
-        if not self.settings.budget.is_spent():
-            least = self._bound_of(loosest(self.costs))
-        bound = min(least, best.outcome.value)
-        return best._replace(outcome=self.finished(best.outcome, bound))
+        least = 0.0 if self.settings.budget.is_spent() else self._bound_of(loosest(self.costs))
+        return best._replace(outcome=self.finished(best.outcome, min(least, best.outcome.value)))
 
     def _best(self, searched: Iterable[KeptOutcome], demand: float) -> KeptOutcome | None:
         """Return the first of what was found that keeps the demand, or the next if it costs less; None: none does."""

@@ -19,7 +19,7 @@ import numpy as np
 from hetis.solver import mixes
 from hetis.solver.mixes import Mix
 from hetis.solver.placement.outcome import Outcome
-from hetis.solver.placement.replicas.tables import CostTables, FloatArray
+from hetis.solver.placement.replicas.tables import CostTables, FloatArray, Tables
 from hetis.solver.placement.replicas.template import Template, interval_of, landing_s, prompt_times, room_layers
 from hetis.solver.plan import Lanes, Role, lanes_of_pools, parts_of_classes, served_with_classes
 from hetis.solver.queueing import EqualPrefills, EqualReplicas, RequestQueue, SharedQueue
@@ -77,6 +77,17 @@ def lanes_of(costs: CostTables, outcome: Outcome) -> Lanes:
     return Lanes(max(1, count[Role.UNIFIED]), max(1, count[Role.PREFILL]), load, pools)
 
 
+def most_lanes(costs: CostTables) -> Lanes:
+    """Return a bound on the replicas of a plan, each of which has room for all weights."""
+    rooms = np.zeros(len(costs.classes))
+    for part in costs.scopes if costs.ranks else ():
+        t: Tables = part.tables
+        whole = t.rank_tp * t.layer_bytes * t.num_layers  # of all layers, on any number of GPUs
+        np.maximum.at(rooms, t.rank_class, np.minimum(1.0, t.rank_tp * t.room_bytes / whole) / t.rank_tp)
+    most = max(1, int(sum(one.available * room for one, room in zip(costs.classes, rooms, strict=True)) + 1e-9))
+    return Lanes(most, most)
+
+
 class Kept(NamedTuple):
     """What chosen replicas keep: a utilisation, and the requests of a micro-batch that engines may run for it."""
 
@@ -125,6 +136,13 @@ def kept_by(costs: CostTables, outcome: Outcome, most: float, *, above: float = 
         if kept >= own:
             break
     return best
+
+
+def own_rate(costs: CostTables, most: float, template: Template, count: int) -> float:
+    """Return the rate that each of so many equal unified replicas keeps, up to a utilisation."""
+    none = np.zeros((1, 1))
+    alone = Outcome(((template, count),), template.rate * count, math.inf, none[0], none[0], flows=none)
+    return kept_by(costs, alone, most).utilisation * template.rate
 
 
 def _own_utilisation(costs: CostTables, own: CostTables, template: Template, most: float) -> float:
