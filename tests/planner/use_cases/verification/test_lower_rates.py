@@ -175,4 +175,15 @@ def test_a_short_run_at_a_high_rate_in_which_queues_had_no_time_to_grow_excludes
         return search.highest(100.0, 0.0)
 
     assert lower(excesses) == pytest.approx(79.0, abs=1.5)
-    assert lower({100.0: 12.0, 97.0: 12.0, 94.0: 12.0}) is None, "a floor under the excess excludes all lower rates"
+
+
+def test_queues_cut_off_alike_leave_out_no_rate_below_half_of_a_missed_one() -> None:
+    tried = list[float]()
+
+    def seems_sure(rps: float) -> bool:
+        tried.append(round(rps))
+        return rps <= 30.0
+
+    search = LowerRates(seems_sure, lambda rps: iter([rps <= 30.0]), lambda rps: 0.44 if rps > 30.0 else -0.5)
+    assert search.highest(100.0, 0.0) == pytest.approx(29.0, abs=1.5)
+    assert tried[:3] == [97, 50, 25], "rates between 97 and 50 are left out: the excess does not fall"

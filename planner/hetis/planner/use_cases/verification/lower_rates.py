@@ -15,6 +15,7 @@ COARSE = 0.07  # a larger step between two of these shares is searched for a rat
 MOST_HIGHER = 5  # such steps above a rate that kept in long runs at once
 USED_UP = -0.02  # excess from which on a kept rate is the highest for all that short runs can tell
 BY_CHANCE = 0.05  # by which the excesses of two runs may differ
+FAR_BELOW = 0.5  # share of a missed rate down to which rates may be left out
 INSIDE = 0.3  # share of a bracket that every step leaves out at least
 
 
@@ -108,8 +109,11 @@ class LowerRates:
     def _misses_too(self, rate_rps: float, missed_rps: float, higher_rps: float) -> bool:
         """Return whether a rate below two missed ones must miss, too: the excess falls no faster below them.
 
-        A higher rate whose run shows less, because queues had no time to grow, says nothing of that.
+        A higher rate whose run shows less, because queues had no time to grow, says nothing of that. As queues of two
+        runs may have been cut off alike, no rate far below is left out.
         """
+        if rate_rps <= FAR_BELOW * missed_rps:
+            return False
         lower, higher = self._excess(missed_rps), self._excess(higher_rps)
         if lower is None or higher is None or lower <= 0.0 or higher < lower - BY_CHANCE:
             return False

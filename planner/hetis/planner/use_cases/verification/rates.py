@@ -54,6 +54,7 @@ ITERATIONS = 2_000_000  # iterations of stages that all simulations of a plan ma
 PER_REQUEST = 20.0  # iterations that take as long as a request's arrival, routing and record
 PART = 0.2  # of all iterations, which one run may take
 WORKER_ITERATIONS = 3.0  # an iteration with attention workers takes as long as so many without
+DEAR = 0.8  # of a rate that misses a limit, which is tried first if there is work for few runs
 HIGHER = (1.5, 1.2, 1.15, 1.1, 1.05)  # factors of the planned rate, which are tried if it is kept, up to the bound
 WORTH_TRYING = 1.01  # ratio of the highest rate to the planned one
 LONG_RUN = 10_000  # requests of a run at these rates, unless that is more than `LONGER` times the ordinary number
@@ -387,7 +388,8 @@ class _Runs:
 
         search = LowerRates(seems_sure, self._are_sure, excess)
         try:
-            rate_rps = search.highest(self._planned_rps, 0.0)
+            guess_rps = math.inf if self._are_cheap() else DEAR * self._planned_rps
+            rate_rps = search.highest(self._planned_rps, 0.0, guess_rps)
         except StoppedError:
             if search.likely_rps is None:
                 raise
