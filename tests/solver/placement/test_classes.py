@@ -7,10 +7,12 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hetis.solver import mixes
 from hetis.solver.advice import worst_node
 from hetis.solver.check import Rule, check_plan
 from hetis.solver.check.losses import StatedLoss, check_losses
@@ -20,8 +22,10 @@ from hetis.solver.check.waiting import request_queue
 from hetis.solver.engine_rules import EngineRules, Family
 from hetis.solver.errors import InvalidProblemError
 from hetis.solver.placement.families import run_by
-from hetis.solver.placement.outcome import rate_bound
+from hetis.solver.placement.outcome import Outcome, rate_bound
+from hetis.solver.placement.replicas.equal_stages import uniform_templates
 from hetis.solver.placement.replicas.tabulation import build_cost_tables
+from hetis.solver.placement.waits import retuned
 from hetis.solver.plan import Lanes, Objective, ObjectiveKind, Plan, ReplicaPlan, StagePlan, served_with_classes
 from hetis.solver.planning import solve_placement
 from hetis.solver.problem import Assumptions, PlacementProblem
@@ -131,6 +135,24 @@ def test_a_class_keeps_its_own_limits() -> None:
     assert problem.of_classes(("short",)).objective.ttft_limit_s == 0.01
     assert problem.of_classes(("long",)).objective == problem.objective
     assert problem.of_classes().objective.ttft_limit_s == 0.01  # replicas for all keep the strictest
+
+
+def test_other_iterations_keep_the_limit_of_a_class_on_tpot() -> None:
+    """Requests of a class have fewer iterations than those of all together, in which prompts delay their tokens."""
+    traffic, limit_s = workload(CUT, 2_000, (400, 40), 0.5), 0.0011
+    problem = replace(waiting_problem(1.0), workload=traffic, objective=Objective(tpot_limit_s=limit_s))
+    problem = replace(problem, family=replace(problem.family, chunk_tokens=(64, 512)))
+    costs, few = build_cost_tables(problem), np.zeros(0)
+    number = 0
+    for template in uniform_templates(costs):
+        chosen = Outcome(((template, 1),), 1.0, 1.0, few, few, np.zeros((0, 0)))
+        own = costs.of_scope(template.scope)
+        for ((other, _),) in (one.chosen for one in retuned(costs, chosen)):
+            m = problem.family.in_flight[other.in_flight_index]
+            each = mixes.tpot_per_interval(problem.model, own.mixes[other.mix], m)
+            assert each * other.interval_s <= limit_s * (1.0 + 1e-9)
+            number += bool(own is not costs)
+    assert number
 
 
 def test_the_checker_finds_wrong_classes() -> None:

@@ -355,8 +355,9 @@ def _with(costs: CostTables, template: Template, chunk_tokens: int, share: float
     _, x = max(alike)
     other = replace(template, mix=x)
     other = replace(other, interval_s=interval_of(costs, other))
-    tpot_s = mixes.tpot_per_interval(costs.problem.model, costs.mixes[x], m) * other.interval_s
-    limit_s = costs.of_scope(template.scope).problem.objective.tpot_limit_s
+    own = costs.of_scope(template.scope)  # requests of a class have iterations of their own
+    tpot_s = mixes.tpot_per_interval(own.problem.model, own.mixes[x], m) * other.interval_s
+    limit_s = own.problem.objective.tpot_limit_s
     is_in_time = limit_s is None or tpot_s <= limit_s * (1.0 + 1e-9)
     return other if is_in_time and _fits(costs, other) else None
 
