@@ -14,6 +14,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from hetis.runtime.attention.kv import DeviceLostError
 from hetis.runtime.vllm.ranks import head_map
@@ -243,3 +244,43 @@ def test_what_a_worker_takes_is_known_only_as_far_as_its_answer_was_waited_for(
     for taken in report.taken[1]:
         assert (taken.least_s, taken.most_s) == pytest.approx((least_s, max(1.0, meanwhile_s)))
         assert taken.heads == 2 * QUERIES
+
+
+class Operations(TorchDispatchMode):  # type: ignore[misc]
+    """Notes torch's operations while it is entered."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(str(func))
+        return func(*args, **kwargs or {})
+
+
+def test_later_layers_of_a_local_decode_step_make_no_tensors() -> None:
+    """Every operation is time of the host that a GPU may wait for."""
+    world, count = World(3, is_local=True), 6
+    for _ in range(count):
+        world.admit()
+    world.rank.apply(StepPlan(1, tuple(world.events)))
+    ones, starts = torch.ones(count, dtype=torch.int32), torch.arange(count + 1, dtype=torch.int32)
+    common = SimpleNamespace(
+        num_reqs=count,
+        num_actual_tokens=count,
+        max_query_len=1,
+        max_seq_len=1,
+        block_table_tensor=torch.tensor([[one.anchor] for one in world.running], dtype=torch.int32),
+        query_start_loc=starts,
+        query_start_loc_cpu=starts,
+        seq_lens=ones,
+        seq_lens_cpu_upper_bound=ones,
+    )
+    metadata = described(world.rank, common)
+    q, kv = (torch.randn(count, heads, DIM, dtype=torch.float64) for heads in (GROUPS * QUERIES, GROUPS))
+    impl: Any = SimpleNamespace(attend_here=lambda *_: None)
+    for layer in range(LAYERS):
+        call = LayerCall(SimpleNamespace(layer_name=str(layer)), q, kv, kv, q, torch.empty_like(q))
+        with Operations() as seen:
+            world.rank.attend(impl, call, metadata)
+    assert seen.names == ["aten.view.default", "aten.cat.out", "aten.view.default"]

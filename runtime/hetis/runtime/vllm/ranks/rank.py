@@ -32,12 +32,12 @@ from hetis.runtime.vllm.ranks.head_map import (
     LocalAttention,
     RankHeadMap,
     Remote,
-    Sorting,
     StepRequests,
     attend_directly,
     part_of,
     slots_of,
 )
+from hetis.runtime.vllm.ranks.layer_rows import LayerRows
 from hetis.runtime.vllm.ranks.step_tensors import Step, StepDescription, StepLimits, StepTensors
 from hetis.runtime.vllm.ranks.workers import BlockStore, ConnectedWorkers, KvMigrator
 from hetis.runtime.vllm.steps import LOCAL, Admitted, Gone, Grown, MoveStep, RankReport, Rehomed, StepPlan, WorkerReport
@@ -245,6 +245,8 @@ class Rank:
         """Note where a graph that is captured now will read its steps."""
         if self._tensors is not None:
             self.captured.add(self._tensors.addresses)
+        if self._current is not None:
+            self._current.is_captured = True
 
     def must_attend(self) -> None:
         """Make a step fail that ends without having been computed by `attend`."""
@@ -289,49 +291,38 @@ class Rank:
         """Compute the attention of one layer over all head groups, wherever they live."""
         step, base = metadata.step, metadata.base
         step.must_attend = False
-        tokens, groups, d = step.num_tokens, self._head_groups, self._shape.head_dim
-        query, key, value, output = call.q, call.k, call.v, call.out
-        if tokens < output.size(0):
-            output[tokens:].zero_()
-            query, key, value, output = query[:tokens], key[:tokens], value[:tokens], output[:tokens]
-        qkv = torch.cat(
-            (query.view(tokens, groups, -1, d), key.view(tokens, groups, 1, d), value.view(tokens, groups, 1, d)), 2
-        )
-        out = output.view(tokens, groups, -1, d)
-        if step.sorting is not None:
-            self._attend_everywhere(step, step.sorting, impl, call, base, qkv.flatten(0, 1), out.flatten(0, 1))
-        elif step.local is not None and step.local.is_in_order:
-            self._attend_here(step, impl, call, base, qkv.flatten(0, 1), out.flatten(0, 1))
+        if (tokens := step.num_tokens) < call.out.size(0):
+            call.out[tokens:].zero_()
+            call = call._replace(q=call.q[:tokens], k=call.k[:tokens], v=call.v[:tokens], out=call.out[:tokens])
+        rows = step.rows or self._rows(step, call)
+        rows.take(call)
+        out = call.out.view(rows.shape)
+        if step.sorting is None:
+            self._attend_here(step, impl, call, base, rows, out)
         else:
-            by_group = torch.empty_like(out.transpose(0, 1), memory_format=torch.contiguous_format)
-            rows = qkv.transpose(0, 1).flatten(0, 1)
-            self._attend_here(step, impl, call, base, rows, by_group.flatten(0, 1))
-            out.copy_(by_group.transpose(0, 1))
+            self._attend_everywhere(step, impl, call, base, rows)
+        rows.give(out)
 
-    def _attend_everywhere(
-        self,
-        step: Step,
-        sorting: Sorting,
-        impl: LocalAttention,
-        call: LayerCall,
-        base: Any,
-        qkv: torch.Tensor,
-        out: torch.Tensor,
-    ) -> None:
-        """Compute attention together with workers: qkv [T G, r + 2, d] into out [T G, r, d]."""
-        here = 0 if step.local is None else step.local.num_tokens
-        rows = qkv.index_select(0, sorting.order)
-        results = out.new_empty(len(rows) + 1, *out.shape[1:])
-        results[-1] = 0  # the last row stands for all void rows
+    def _rows(self, step: Step, call: LayerCall) -> LayerRows:
+        """Return the memory of a layer, kept for those behind it if each request has one token, as it is small then."""
+        local = step.local
+        is_in_order = local.is_in_order if local is not None else all(one.part.is_in_order for one in step.remotes)
+        here = 0 if local is None else local.num_tokens
+        rows = LayerRows(call, self._head_groups, here, step.sorting, is_in_order=is_in_order)
+        if is_in_order and not step.is_captured:
+            step.rows = rows
+        return rows
+
+    def _attend_everywhere(self, step: Step, impl: LocalAttention, call: LayerCall, base: Any, rows: LayerRows) -> None:
+        """Compute attention together with workers."""
 
         def meanwhile() -> None:
-            if here:
-                self._attend_here(step, impl, call, base, rows[:here], results[:here])
+            if step.local is not None:
+                self._attend_here(step, impl, call, base, rows, rows.answers)
 
         layer = self._layers[call.layer.layer_name]
-        for remote in self._exchange.attend(step.remotes, layer, rows[here:], results[here:-1], meanwhile):
-            self._make_up(remote, layer, rows[here:], results[here:-1], step)
-        torch.index_select(results, 0, sorting.places, out=out)
+        for remote in self._exchange.attend(step.remotes, layer, rows.asked, rows.answers, meanwhile):
+            self._make_up(remote, layer, rows.asked, rows.answers, step)
 
     def _make_up(self, remote: Remote, layer: int, qkv: torch.Tensor, out: torch.Tensor, step: Step) -> None:
         """Compute the requests that begin in this step here, and void the others, as the worker is lost."""
@@ -350,12 +341,12 @@ class Rank:
                 self._void.add(int(self.heads.anchors[row]))
 
     def _attend_here(
-        self, step: Step, impl: LocalAttention, call: LayerCall, base: Any, qkv: torch.Tensor, out: torch.Tensor
+        self, step: Step, impl: LocalAttention, call: LayerCall, base: Any, rows: LayerRows, out: torch.Tensor
     ) -> None:
-        """Have vLLM's backend compute virtual sequences: qkv [V, r + 2, d] into out [V, r, d]."""
+        """Have vLLM's backend compute virtual sequences, into ``out`` unless the rows have memory for it."""
         assert step.local is not None
         begun_s = self._clock() if step.is_timed else 0.0
-        own = LayerCall(call.layer, qkv[:, :-2], qkv[:, -2:-1], qkv[:, -1:], call.kv_cache, out)
+        own = LayerCall(call.layer, rows.q, rows.k, rows.v, call.kv_cache, out if rows.own is None else rows.own)
         impl.attend_here(own, step.local.slots, base)
         if step.is_timed:
             taken_s = self._clock() - begun_s

@@ -24,6 +24,7 @@ from hetis.runtime.vllm.ranks.head_map import (
     Table,
     VirtualBatch,
 )
+from hetis.runtime.vllm.ranks.layer_rows import LayerRows
 
 _MOST_CHANGES = 1 << 16  # numbers of the map that are sent one by one; if more have changed, the whole map is
 
@@ -131,6 +132,8 @@ class Step:
     requests: StepRequests | None = None
     remotes: list[Remote] = field(default_factory=list)
     sorting: Sorting | None = None  # None if all rows are computed here
+    rows: LayerRows | None = None  # memory that the layers take in turn, made with the first
+    is_captured: bool = False  # whether a graph is: its layers make their own memory, which then belongs to the graph
     must_attend: bool = False  # whether its layers must call `Rank.attend`, as no graph may compute them
     is_timed: bool = False  # whether the host sees how long a layer takes here: on a GPU the call returns before
     layers: LayerTimes = field(default_factory=LayerTimes)  # times of the layers computed here
