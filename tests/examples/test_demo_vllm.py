@@ -76,7 +76,12 @@ def test_a_plan_in_force_is_engines_that_run_and_the_next_one_replaces_what_diff
         return capsys.readouterr().out
 
     def servers() -> list[int]:
-        return [int(found) for found in re.findall(r"server 127\.0\.0\.1:\d+ weight=(\d+);", hetis_plan("upstreams"))]
+        return [
+            int(found)
+            for found in re.findall(
+                r"server 127\.0\.0\.1:\d+ weight=(\d+)(?: max_conns=\d+)?;", hetis_plan("upstreams")
+            )
+        ]
 
     def states() -> list[str]:
         return sorted(ReplicaState.Name(one.state)[14:] for one in client.list_replicas("clusters/demo"))
