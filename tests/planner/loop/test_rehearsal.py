@@ -66,7 +66,7 @@ def test_the_loop_follows_a_rise_and_a_fall() -> None:
 
 
 def test_no_more_changes_are_made_in_an_hour_than_a_policy_allows() -> None:
-    traffic = curve(5.0, 12.0, 3.0, 12.0)
+    traffic = curve(5.0, 12.0, 3.0)
     often, once = (
         rehearse(plan_for(6.0), traffic, loop(LoopSettings(changes_per_hour=most, cool_down_s=60.0)))
         for most in (12, 1)

@@ -15,7 +15,7 @@ COARSE = 0.07  # a larger step between two of these shares is searched for a rat
 MOST_HIGHER = 5  # such steps above a rate that kept in long runs at once
 USED_UP = -0.02  # excess from which on a kept rate is the highest for all that short runs can tell
 BY_CHANCE = 0.05  # by which the excesses of two runs may differ
-FAR_BELOW = 0.5  # share of a missed rate down to which rates may be left out
+LEFT_OUT_TO = 0.5  # share of a missed rate down to which rates may be left out
 INSIDE = 0.3  # share of a bracket that every step leaves out at least
 
 
@@ -112,7 +112,7 @@ class LowerRates:
         A higher rate whose run shows less, because queues had no time to grow, says nothing of that. As queues of two
         runs may have been cut off alike, no rate far below is left out.
         """
-        if rate_rps <= FAR_BELOW * missed_rps:
+        if rate_rps <= LEFT_OUT_TO * missed_rps:
             return False
         lower, higher = self._excess(missed_rps), self._excess(higher_rps)
         if lower is None or higher is None or lower <= 0.0 or higher < lower - BY_CHANCE:
