@@ -159,7 +159,8 @@ class MovingAtEndsOfBlocks:
         for name in side.allocator.running:
             # Steps from here until the ranks have copied what there is, different for each request
             lag = self._lags.setdefault(name, len(self._lags) % 4)
-            if self._engine.scheduler.requests[name].num_computed_tokens % size == size - 1 - lag:
+            at_end = self._engine.scheduler.requests[name].num_computed_tokens % size == size - 1 - lag
+            if at_end and len(side.allocator.state.devices) > 1:
                 self.num_begun += side.begin_move(name, [0], 1) is not None
 
 
@@ -257,7 +258,7 @@ def prefix(engine: Engine, act: dict[str, Any]) -> dict[str, Any]:
         hits, allocator._policy = engine.most_cached_tokens, "local"
         move = MovingAtEndsOfBlocks(engine)
         answers = engine.generate(turns, 3 * act["tokens"], between=move)
-        assert move.num_begun >= act["count"] // 2
+        assert move.num_begun >= act["count"] // 2 or len(allocator.state.devices) == 1
         engine.most_cached_tokens = 0
         replies = engine.generate(next_turns(answers), act["tokens"])
         allocator._policy = policy
