@@ -8,7 +8,7 @@ from typing import Generic, TypeVar
 
 from hetis.simulator.replica import ReplicaRun
 from hetis.simulator.values import Settings
-from hetis.solver.plan import Plan, joined_by, parts_of_classes
+from hetis.solver.plan import Plan, parts_of_classes
 from hetis.solver.workload import Workload
 
 LONG_QUEUE_TOKENS = 2048  # the maximum size of a batch of prompts in Splitwise
@@ -54,8 +54,8 @@ class Nginx:
 
     def __init__(self, seed: int, plan: Plan, replicas: Sequence[ReplicaRun]) -> None:
         self._turns, self._inside = _Turns[int](seed), _Turns[int](seed)
-        self._replicas, joined = replicas, joined_by(plan.kv_routes)
-        self._entry = {one.number: min(joined.get(one.number, [one.number])) for one in replicas}
+        self._replicas, joined = replicas, {n: group[0] for group in plan.joined_by_routes() for n in group}
+        self._entry = {one.number: joined.get(one.number, one.number) for one in replicas}
         self._members = dict[int, list[ReplicaRun]]()
         for one in replicas:
             self._members.setdefault(self._entry[one.number], []).append(one)
@@ -76,10 +76,7 @@ class Nginx:
         return self._replicas[self._inside.next(takers) if len(takers) > 1 else next(iter(takers))]
 
     def _is_full(self, entry: int) -> bool:
-        held = 0
-        for one in self._members[entry]:
-            held += one.outstanding
-        return held >= self._most[entry]
+        return sum(one.outstanding for one in self._members[entry]) >= self._most[entry]
 
 
 class Weighted:
@@ -114,12 +111,12 @@ class EndpointPicker:
 
     def __init__(self, seed: int, plan: Plan) -> None:
         self._random, self._turns, self._plan = random.Random(seed), _Turns[int](seed), plan
-        self._joined = joined_by(plan.kv_routes)
+        self._pool = {n: group[0] for group in plan.joined_by_routes() for n in group}
 
     def __call__(self, replicas: Sequence[ReplicaRun]) -> ReplicaRun:
         pools = dict[int, list[ReplicaRun]]()
         for one in replicas:
-            pools.setdefault(min(self._joined.get(one.number, (-1,))), []).append(one)
+            pools.setdefault(self._pool.get(one.number, -1), []).append(one)
         [pool] = self._random.choices([*pools.values()], [sum(one.rate for one in pool) for pool in pools.values()])
         weights = [self._plan.replicas[one.number].planned_seats if one.decodes else one.rate for one in pool]
         held, most = max(1, *(one.outstanding for one in pool)), max(weights)

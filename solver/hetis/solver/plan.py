@@ -197,10 +197,7 @@ class ReplicaPlan:
 
     @property
     def most_held(self) -> int:
-        """Return how many requests a router gives it while others hold fewer: one more than its seats per micro-batch.
-
-        This is what the router that exports configure leaves it with, and what is simulated.
-        """
+        """Return how many requests a router gives it while others hold fewer: a micro-batch has one more than seats."""
         return self.seats + self.in_flight
 
     @property
@@ -246,15 +243,16 @@ class KvRoute:
     rate: float
 
 
-def joined_by(routes: Iterable[KvRoute]) -> dict[int, list[int]]:
-    """Return by each replica all those that routes join with it, directly or through others: the same list for all."""
-    found = dict[int, list[int]]()
+def joined_by(routes: Iterable[KvRoute]) -> list[list[int]]:
+    """Return the numbers of replicas that exchange KV, directly or indirectly, in groups."""
+    group_of = dict[int, list[int]]()
     for route in routes:
-        one, other = (found.setdefault(end, [end]) for end in (route.prefill, route.decode))
+        one, other = (group_of.setdefault(end, [end]) for end in (route.prefill, route.decode))
         if one is not other:
-            one += other
-            found |= dict.fromkeys(other, one)
-    return found
+            larger, smaller = (one, other) if len(one) >= len(other) else (other, one)
+            larger += smaller
+            group_of |= dict.fromkeys(smaller, larger)
+    return [sorted(group) for group in {id(group): group for group in group_of.values()}.values()]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -448,11 +446,4 @@ class Plan:
 
     def joined_by_routes(self) -> list[list[int]]:
         """Return the numbers of replicas that exchange KV, directly or indirectly, in groups."""
-        group_of = dict[int, list[int]]()
-        for route in self.kv_routes:
-            one, other = (group_of.setdefault(end, [end]) for end in (route.prefill, route.decode))
-            if one is not other:
-                larger, smaller = (one, other) if len(one) >= len(other) else (other, one)
-                larger += smaller
-                group_of |= dict.fromkeys(smaller, larger)
-        return [sorted(group) for group in {id(group): group for group in group_of.values()}.values()]
+        return joined_by(self.kv_routes)

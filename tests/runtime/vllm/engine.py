@@ -156,11 +156,10 @@ class MovingAtEndsOfBlocks:
 
     def __call__(self, _: int) -> None:
         side, size = self._engine.side, self._engine.side._manager.block_size
-        for name in side.allocator.running:
+        for name in side.allocator.running if len(side.allocator.state.devices) > 1 else ():
             # Steps from here until the ranks have copied what there is, different for each request
             lag = self._lags.setdefault(name, len(self._lags) % 4)
-            at_end = self._engine.scheduler.requests[name].num_computed_tokens % size == size - 1 - lag
-            if at_end and len(side.allocator.state.devices) > 1:
+            if self._engine.scheduler.requests[name].num_computed_tokens % size == size - 1 - lag:
                 self.num_begun += side.begin_move(name, [0], 1) is not None
 
 

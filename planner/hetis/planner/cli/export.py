@@ -304,6 +304,7 @@ def _servers(
         endpoints: the known endpoints by replica, to which new ones are added. A planner that has just taken the lead,
             or that stands by, knows which replicas serve, but not where until their agents have reported.
     """
+    from hetis.planner.convert.plans import replica_from_proto
     from hetis.planner.export.routing import weighted
     from hetis.v1 import replica_pb2
 
@@ -324,8 +325,7 @@ def _servers(
             one = basic.name, basic.plan
             if one not in known:
                 shape = fetched(client, "replicas", basic.name).shape  # lists leave it out
-                seats = max(shape.seats_limit, shape.micro_batch * shape.in_flight)
-                known[one] = shape.rate_rps, seats + shape.in_flight
+                known[one] = shape.rate_rps, replica_from_proto(shape).most_held
             endpoints[basic.name] = endpoint
             serving[endpoint] = known[one]
     found = sorted(serving.items())

@@ -56,7 +56,7 @@ def router_of(engine: Engine) -> str:
 def pair_groups(launchable: Launchable) -> list[PairGroup]:
     """Return the groups of the replicas that can be launched, in the order of their first prefill replicas."""
     routes, found = launchable.routes(), list[PairGroup]()
-    for members in {id(group): group for group in joined_by(routes).values()}.values():
+    for members in joined_by(routes):
         prefill, decode = dict[int, float](), dict[int, float]()
         for route in routes:
             if route.prefill in members:

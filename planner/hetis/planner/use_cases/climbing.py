@@ -36,7 +36,7 @@ DRAWS = 21  # profiles with errors under which two plans are compared
 MISSED = 2  # of these in which a rung may gain too little
 MOST_FEW = 2  # nodes of a replica, to which those of a rung's plan are limited if more are not worth it
 MOST_WIDE = 0.5  # of the rate: if replicas of more nodes have a larger share of it, fewer nodes are not tried
-FAR_BELOW = 0.75  # of its planned value: a simulated plan that keeps less is compared with those of higher rungs
+FALLS_SHORT = 0.75  # of its planned value: a simulated plan that keeps less is compared with those of higher rungs
 SAME = 1e-6  # ratio below which two values are the same
 HIGHEST = next(reversed(RUNGS))
 
@@ -130,7 +130,7 @@ def may_replace(other: Climbed, found: Climbed, worth: float, within: float = 0.
         return not simulated.verification.kept and (missed is None or missed.kept)
     if _is_below(other.rung, found.rung):
         return found.plan.result.value < (1.0 - within) * plan.result.value
-    if found.plan.result.value > FAR_BELOW * (simulated.model_value or 0.0):
+    if found.plan.result.value > FALLS_SHORT * (simulated.model_value or 0.0):
         return False
     rows = {row.name: row for row in found.rungs}
     row, mine, gain = rows[other.rung], rows[found.rung], gain_of(plan, found.plan)

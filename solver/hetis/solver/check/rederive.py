@@ -80,7 +80,7 @@ class Derived:
 
     @property
     def rate(self) -> float:
-        return 1 / self.t_s if self.t_s > 0 else math.inf
+        return rate_of(self.t_s)
 
     def ttft_s(self, t_s: float) -> float:
         """Return p95 TTFT if completions are ``t_s`` apart."""
@@ -154,12 +154,16 @@ class Rederivation:
 
     def rate(self, shape: ReplicaShape) -> float:
         """Return the saturated requests/s of a replica alone."""
-        t_s = completion_seconds(Setting.of(self._problem, self._moments, shape), shape)
-        return 1 / t_s if t_s > 0 else math.inf
+        return rate_of(completion_seconds(Setting.of(self._problem, self._moments, shape), shape))
 
     def chunk_s(self, shape: ReplicaShape) -> float:
         """Return the seconds of an iteration with a chunk alone."""
         return replica_chunk_seconds(Setting.of(self._problem, self._moments, shape), shape.stages)[0]
+
+
+def rate_of(t_s: float) -> float:
+    """Return the requests/s of a replica that completes one every ``t_s`` seconds."""
+    return 1 / t_s if t_s > 0 else math.inf
 
 
 def completion_seconds(setting: Setting, shape: ReplicaShape) -> float:
