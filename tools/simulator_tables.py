@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from hetis.formats import catalogue
-from hetis.formats.errors import single_problem
+from hetis.formats.errors import DocumentError, Problem, single_problem
 from hetis.formats.files import read_text
 from hetis.formats.measurements import MeasuredBy, MeasuredOp, Measurements
 from hetis.profiler import importers
@@ -236,12 +236,37 @@ class _Run:
 def _run_of(file: str) -> _Run:
     """Return what the folders of a table say: ``VARIANT/meta.yaml`` and ``VARIANT/tpN``. Raises DocumentError."""
     folder = Path(file).absolute().parent
-    said = {name: value.strip("'\"") for name, value in _META.findall(read_text(folder.parent / "meta.yaml"))}
-    gpu, model = catalogue_name(said["gpu"]), catalogue.known_model(said["model"])
-    if gpu is None or model is None or Kernel.LATENT in model.kernels or said["variant"] not in ("bf16", "fp16"):
-        raise single_problem(file, f"no GPU, attention or precision that is read: {said}")
+    degree = re.fullmatch(r"tp([1-9]\d{0,3})", folder.name)
+    if degree is None:
+        message = f"is in the folder {folder.name}, expected tp1, tp2, ...: the table does not say its TP degree"
+        raise single_problem(file, message)
+    meta = folder.parent / "meta.yaml"
+    try:
+        found = dict(_META.findall(read_text(meta)))
+    except DocumentError as error:
+        without = Problem(file=file, message="the table itself says neither GPU nor model")
+        raise DocumentError([*error.problems, without]) from None
+    said = {name: found.get(name, "").strip("'\"") for name in ("gpu", "model", "variant", "vllm_version")}
+    gpu, model, tp = catalogue_name(said["gpu"]), catalogue.known_model(said["model"]), int(degree[1])
+    wrong = {
+        "gpu": "no GPU of the catalogue, or several" if gpu is None else "",
+        "model": "not a model of the catalogue" if model is None else _unread(model, tp),
+        "variant": "" if said["variant"] in ("bf16", "fp16") else "expected bf16 or fp16: weights and KV of 16 bits",
+    }
+    problems = [
+        Problem(file=str(meta), path=name, message=f"is {said[name]!r}, {why}") for name, why in wrong.items() if why
+    ]
+    if gpu is None or model is None or problems:
+        raise DocumentError(problems)
     by = _SERVING_SIM.model_copy(update={"engine_version": said["vllm_version"], "source": "profiler/perf"})
-    return _Run(gpu, by, model, int(folder.name.removeprefix("tp")))
+    return _Run(gpu, by, model, tp)
+
+
+def _unread(model: ModelSpec, tp: int) -> str:
+    """Return why attention of a rank cannot be told from the model, or nothing."""
+    if Kernel.LATENT in model.kernels:
+        return "whose attention is latent: its tables are not read"
+    return f"whose {model.q_heads} heads TP {tp} does not divide" if model.q_heads % tp else ""
 
 
 def _batches(sheet: Sheet, run: _Run, into: Collection) -> None:

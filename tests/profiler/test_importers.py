@@ -203,6 +203,47 @@ def test_operators_of_llmservingsim_s_profiler_make_a_layer(tmp_path: Path) -> N
     assert measured.notes == ("experts, embeddings, LM head and the attention among the layers are left out",)
 
 
+@pytest.mark.parametrize(
+    ("meta", "folder", "row", "said"),
+    [
+        (None, "tp2", "0,0,1,16,8", "the table itself says neither GPU nor model"),
+        (
+            None,
+            "bf16",
+            "0,0,1,16,8",
+            "is in the folder bf16, expected tp1, tp2, ...: the table does not say its TP degree",
+        ),
+        (
+            META.replace("RTX 4090", "H100"),
+            "tp2",
+            "0,0,1,16,8",
+            "meta.yaml: gpu: is 'NVIDIA GeForce H100', no GPU of the ",
+        ),
+        (
+            META.replace("Llama-3.1", "Llama-9"),
+            "tp2",
+            "0,0,1,16,8",
+            "model: is 'meta-llama/Llama-9-8B', not a model of the",
+        ),
+        (META.replace("meta-llama/Llama-3.1-8B", "DeepSeek-V3"), "tp2", "0,0,1,16,8", "whose attention is latent"),
+        (META, "tp3", "0,0,1,16,8", "whose 32 heads TP 3 does not divide"),
+        (
+            META.replace("bf16", "fp8"),
+            "tp2",
+            "0,0,1,16,8",
+            "variant: is 'fp8', expected bf16 or fp16: weights and KV of 16",
+        ),
+        (META, "tp2", "0,0,0,16,8", "row 2: n_decode: is 0, and so is prefill_chunk: nothing is attended to"),
+        (META, "tp2", "0,0,2,0,8", "row 2: kv_decode: is 0, must be >= 1"),
+        (META, "tp2", "0,0,-2,9,8", "row 2: n_decode: is -2, must be >= 0"),
+    ],
+)
+def test_tables_of_llmservingsim_s_profiler_in_the_wrong_place_are_refused(
+    tmp_path: Path, meta: str | None, folder: str, row: str, said: str
+) -> None:
+    assert said in message("llmservingsim", profiled(tmp_path, f"{BATCHES}{row}\n", meta=meta, folder=folder))
+
+
 def test_a_right_unit_passes_and_a_wrong_one_does_not(tmp_path: Path) -> None:
     assert len(import_tables("aiconfigurator", [written(tmp_path, gemm_rows())])) == 1
     for factor, share in ((1e3, "0.0005 of"), (1e-3, "500 times")):
