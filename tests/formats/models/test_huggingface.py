@@ -335,6 +335,15 @@ def load_glm(tmp_path: Path, **changes: object) -> ModelSpec:
     return load_model(tmp_path)
 
 
+def test_checkpoints_saved_by_transformers_5_name_the_attention_of_layers(tmp_path: Path) -> None:
+    """NVIDIA's NVFP4 checkpoint of GLM-5.2 does; later versions have another name for it."""
+    plain = load_model(FOLDER / "zai-org__GLM-5.2.json")
+    config = json.loads((FOLDER / "zai-org__GLM-5.2.json").read_text())
+    for kind in ("deepseek_sparse_attention", "indexed_attention"):
+        (tmp_path / "config.json").write_text(json.dumps(config | {"layer_types": [kind] * 78}))
+        assert load_model(tmp_path).layers == plain.layers
+
+
 def test_layers_that_share_an_indexer_have_no_keys_and_parameters_of_it() -> None:
     """Only 21 layers of GLM-5.2 cache 132 bytes beside the latent; GLM-5 is equal except for its 78 indexers."""
     glm, before = (load_model(FOLDER / f"zai-org__{name}.json") for name in ("GLM-5.2", "GLM-5"))

@@ -87,7 +87,8 @@ def in_usual_names(data: Mapping[str, Any]) -> dict[str, Any]:
 ATTENTION, WINDOWED, STATE, CONVOLUTION, BOTH, NONE = "full", "windowed", "state", "convolution", "both", "none"
 CONVOLVED, CONVOLVED_WINDOW = "convolved", "convolved window"  # attention beside short convolutions (Inkling)
 _KINDS = {
-    **dict.fromkeys(("full_attention", "attention", "global_attention", "global", "*", "indexed_attention"), ATTENTION),
+    **dict.fromkeys(("full_attention", "attention", "global_attention", "global", "*"), ATTENTION),
+    **dict.fromkeys(("indexed_attention", "deepseek_sparse_attention"), ATTENTION),  # before and from transformers 5.20
     **dict.fromkeys(("sliding_attention", "sliding", "local_attention", "local", "sliding_window"), WINDOWED),
     **dict.fromkeys(("linear_attention", "mamba", "mamba2", "M"), STATE),
     **dict.fromkeys(("conv", "short_conv"), CONVOLUTION),
