@@ -29,6 +29,15 @@ def node(labels: dict[str, str], count: int = 8, resource: str = "nvidia.com/gpu
     )
 
 
+PLATFORMS = (Path(__file__).parents[3] / "benchmarks" / "known" / "nodes.jsonl").read_text().splitlines()
+
+
+@pytest.mark.parametrize("line", PLATFORMS)
+def test_labels_of_a_platform_name_its_gpus(tmp_path: Path, line: str) -> None:
+    known = json.loads(line)
+    assert gpus_of(cluster_in(tmp_path, node(known["labels"], 4, known["resource"]))) == {known["gpu_type"]: 4}
+
+
 GKE = {"cloud.google.com/gke-accelerator": "nvidia-tesla-a100", "node.kubernetes.io/instance-type": "a2-highgpu-1g"}
 
 
@@ -131,3 +140,17 @@ def test_a_node_of_other_accelerators_is_not_said_to_have_none(tmp_path: Path, r
 def test_memory_tells_boards_whose_nominal_size_is_larger(tmp_path: Path) -> None:
     labels = {"nvidia.com/gpu.product": "NVIDIA-H20", "nvidia.com/gpu.memory": "143771"}
     assert gpus_of(cluster_in(tmp_path, node(labels))) == {"H20-3e-141GB": 8}
+
+
+def test_a_device_of_another_vendor_says_nothing_of_a_resource(tmp_path: Path) -> None:
+    """A node with an Arc for its displays has GPUs of NVIDIA that no label describes."""
+    one = node({"gpu.intel.com/device-id.0300-e211.present": "true"})
+    with pytest.raises(DocumentError, match=r"no label of the node says what nvidia.com/gpu is, which nvidia.com/gpu."):
+        cluster_in(tmp_path, one)
+
+
+def test_an_accelerator_without_labels_of_its_own_is_asked_for_by_name(tmp_path: Path) -> None:
+    with pytest.raises(DocumentError, match=r"says what habana.ai/gaudi is; --gpu 'habana.ai/gaudi=TYPE' selects one"):
+        cluster_in(tmp_path, node({}, 8, "habana.ai/gaudi"))
+    with pytest.raises(DocumentError, match=r"huawei.com/Ascend310P: a resource that is not read"):
+        cluster_in(tmp_path, node({}, 8, "huawei.com/Ascend310P"))

@@ -40,15 +40,6 @@ HAMI = {"hami.io/node-nvidia-register": json.dumps([{"id": f"GPU-{i}", "count": 
 @pytest.mark.parametrize(
     ("one", "gpu", "count"),
     [
-        (node("n", {INSTANCE: "Standard_NC48ads_A100_v4"}, 2), "A100-PCIe-80GB", 2),
-        (node("n", {INSTANCE: "Standard_NC80adis_H100_v5"}, 2), "H100-NVL-94GB", 2),
-        (node("n", {INSTANCE: "Standard_ND96isr_H100_v5"}, 8), "H100-SXM-80GB", 8),
-        (node("n", {INSTANCE: "BM.GPU.H200.8"}, 8), "H200-SXM-141GB", 8),
-        (node("n", {"eks.amazonaws.com/instance-gpu-name": "l4"}, 4), "L4", 4),
-        (node("n", {"karpenter.k8s.aws/instance-gpu-name": "l40s", INSTANCE: "g6e.12xlarge"}, 4), "L40S", 4),
-        (node("n", {"gpu.nvidia.com/class": "H100_NVLINK_80GB", INSTANCE: "BM.GPU.H100.8"}, 8), "H100-SXM-80GB", 8),
-        (node("n", {"amd.com/gpu.product-name": "AMD_Instinct_MI355X_OAM"}, 8, AMD), "MI355X-288GB", 8),
-        (node("n", {"beta.amd.com/gpu.product-name": "AMD_Instinct_MI300X_OAM"}, 8, AMD), "MI300X-192GB", 8),
         (node("n", {"beta.kubernetes.io/instance-type": "g5.12xlarge"}, 4), "A10G", 4),
         (node("n", {"k8s.amazonaws.com/accelerator": "nvidia-l4"}, 4), "L4", 4),
         (node("n", {"beta.amd.com/gpu.device-id": "74a5"}, 8, AMD), "MI325X-256GB", 8),

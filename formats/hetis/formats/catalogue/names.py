@@ -25,6 +25,7 @@ class UnknownNameError(HetisError):
 # Words of vendors and drivers (`nvidia-smi` says "NVIDIA GeForce RTX 3090") that do not distinguish boards.
 _IGNORED = {"nvidia", "geforce", "tesla", "amd", "instinct", "intel", "habana", "generation", "oam", "blackwell"}
 _IGNORED |= {"edition", "huawei", "google", "radeon", "jetson", "vf"}  # a virtual function is a whole MI300X
+_IGNORED |= {"mcm", "ac", "mba"}  # "AMD INSTINCT MI210 (MCM) OAM AC MBA"
 # Parts that several boards share: on their own they name nothing.
 _SHARED = re.compile(r"\d+gb|pcie|sxm|nvl|per|gpu|die|rtx|rx|quadro|pro|ai|server|ada|arc|ascend|tpu")
 _ASCEND = ("ascend-", "ascend", "")  # as vllm-ascend, CANN and npu-smi spell it

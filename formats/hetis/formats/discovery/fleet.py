@@ -81,8 +81,9 @@ def board_of(gpus: FoundGpus, said: Mapping[str, str]) -> str:
         return min(fitting, key=lambda name: catalogue.find_gpu(name).gpu.mem_bytes_per_s)
     how = f"; --gpu '{gpus.product}=TYPE' selects one ('={LEAVE_OUT}' leaves them out)"
     if "/" in gpus.product:  # a resource of Kubernetes
-        names = f"which {product_label(gpus.product)} does"
-        raise UnclearBoardError(f"no label of the node says what {gpus.product} is, {names}{how}")
+        label = product_label(gpus.product)
+        names = f", which {label} does" if label else ""
+        raise UnclearBoardError(f"no label of the node says what {gpus.product} is{names}{how}")
     if len(fitting) > 1:
         raise UnclearBoardError(f"GPU {gpus.product!r} could be {' or '.join(fitting)}{how}")
     if candidates and gpus.memory_bytes is not None:

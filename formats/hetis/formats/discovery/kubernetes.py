@@ -42,7 +42,7 @@ _RESOURCES = (
 _NVIDIA, _SHARED, _MIG = "nvidia.com/gpu", "nvidia.com/gpu.shared", "nvidia.com/mig-"
 # Resources of accelerators whose cards are not read, and of parts of cards.
 _OTHERS = re.compile(
-    r"(?:nvidia|amd|metax-tech|cambricon|kunlunxin|iluvatar|enflame|hygon|furiosa)\.(?:com|ai)/.*"
+    r"(?:nvidia|amd|huawei|metax-tech|cambricon|kunlunxin|iluvatar|enflame|hygon|furiosa)\.(?:com|ai)/.*"
     r"|.*/v?(?:gpu|npu|mlu|xpu|dcu|neuron|qgpu)(?:-\w+)?"
 )
 _DRIVERS = {"gpu.nvidia.com": "nvidia.com/gpu", "gpu.amd.com": "amd.com/gpu", "gpu.intel.com": "gpu.intel.com/xe"}

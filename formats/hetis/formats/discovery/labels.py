@@ -111,6 +111,7 @@ _PRODUCT_LABELS = {
         ("k8s.amazonaws.com/accelerator", ""),
     ),
     "gpu.intel.com": (("gpu.intel.com/product", ""),),
+    "habana.ai": (),
     "amd.com": (
         ("amd.com/gpu.product-name", ""),
         ("beta.amd.com/gpu.product-name", ""),
@@ -125,6 +126,14 @@ _PRODUCT_LABELS |= {
     "google.com": (("cloud.google.com/gke-tpu-accelerator", ""),),
     "huawei.com": (("node.kubernetes.io/npu.chip.name", ""), ("accelerator-type", ""), ("accelerator", "")),
 }
+# Labels with the type of a node's machine, of Kubernetes and of what starts machines; AWS's families are enough.
+_OF_MACHINES = (
+    *("node.kubernetes.io/instance-type", "beta.kubernetes.io/instance-type", "node.coreweave.cloud/type"),
+    *("karpenter.azure.com/sku-name", "eks.amazonaws.com/instance-family", "karpenter.k8s.aws/instance-family"),
+)
+# Boards of which AWS has one kind, by its names in labels; the memory beside them tells their sizes.
+_OF_AWS = {name: f"{name}-sxm" for name in ("v100", "a100", "h100")}
+_OF_AWS |= {f"rtx-pro-{of}": "rtx-pro-6000-server" for of in ("6000", "server-6000", "6000-server")}
 _ASCEND = re.compile(r"(?:module-|card-|huawei-)?(?:ascend)?-?(910[a-c]\d?)(?:-\d+)*", re.IGNORECASE)
 _LEAST_MEBIBYTES = 1024  # CoreWeave labels memory in GB
 _VRAM = re.compile(r"(\d+)([KMGT])i?B?")
@@ -134,14 +143,15 @@ def product_of(node_labels: Mapping[str, Any], resource: str) -> tuple[str, int 
     """Return the product name and memory of a node's GPUs from its labels, or the resource itself without labels."""
     labels = {name: text(value) for name, value in node_labels.items()}
     vendor = resource.partition("/")[0]
-    instance = labels.get("node.kubernetes.io/instance-type") or labels.get("beta.kubernetes.io/instance-type", "")
-    instance = instance or labels.get("node.coreweave.cloud/type", "")
+    instance = next((found for name in _OF_MACHINES if (found := labels.get(name))), "")
     by_machine = _GKE.get(labels.get("cloud.google.com/gke-accelerator", "")) or _board_of(instance, vendor)
     for name, of_memory in _labels_of(vendor):
         # A cloud's own label is less exact than the machine (l4, a100), a driver's is more.
         product, is_of_driver = labels.get(name, ""), name.startswith((vendor, f"beta.{vendor}"))
         if not product or (not is_of_driver and (by_machine or not any(map(str.isdigit, product)))):
             continue
+        if "aws" in name:
+            product = _OF_AWS.get(product.lower(), product)
         if vendor == "huawei.com" and any(value.startswith("module-a3-") for value in labels.values()):
             return "Ascend 910C", None
         if vendor == "huawei.com" and (chip := _ASCEND.fullmatch(product)):  # module-910b-8
@@ -158,12 +168,12 @@ def product_of(node_labels: Mapping[str, Any], resource: str) -> tuple[str, int 
 
 
 def product_label(resource: str) -> str:
-    """Return the label in which a vendor's own driver names the GPUs that a resource counts."""
-    return _labels_of(resource.partition("/")[0])[0][0]
+    """Return the label in which a vendor's own driver names the GPUs that a resource counts; empty: none does."""
+    return next((name for name, _ in _labels_of(resource.partition("/")[0])), "")
 
 
 def _labels_of(vendor: str) -> Sequence[tuple[str, str]]:
-    return _PRODUCT_LABELS.get(vendor) or ((f"{vendor}/gpu.product", ""), (f"{vendor}/gpu.product-name", ""))
+    return _PRODUCT_LABELS.get(vendor, ((f"{vendor}/gpu.product", ""), (f"{vendor}/gpu.product-name", "")))
 
 
 def partition_of(node_labels: Mapping[str, Any]) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
-# Devices of NVIDIA, AMD and Intel (github.com/pciutils/pciids), by the board; a virtual function is that of its board.
+# Devices of NVIDIA, AMD, Intel and Habana (github.com/pciutils/pciids) by the board; virtual functions are whole ones.
 _BOARDS = """
 P40 1b38 P100-PCIe-12GB 15f7 P100-PCIe-16GB 15f8 P100-SXM2-16GB 15f9 V100-SXM2-16GB 1db1,1df5 V100-PCIe-16GB 1db4
 V100-SXM2-32GB 1db5,1db8 V100-PCIe-32GB 1db6 V100S-PCIe-32GB 1df6 T4 1eb8 RTX-2080Ti 1e04 RTX-2080 1e82 Titan-RTX 1e02
@@ -21,11 +21,16 @@ RTX-4070Ti-SUPER 2705 RTX-4070 2786 RTX-4070-SUPER 2783 RTX-4060Ti-16GB 2805 B20
 B300-SXM-288GB 3182 GB300-per-GPU 31c2,31c3 GB10 2e12 RTX-PRO-6000-Workstation-96GB 2bb1 RTX-PRO-6000-MaxQ-96GB 2bb4
 RTX-PRO-6000-Server-96GB 2bb5 RTX-PRO-4500 2c31 RTX-PRO-4000 2c34 RTX-5090 2b85 RTX-5090D 2b87 RTX-5080 2c02
 RTX-5070Ti 2c05 RTX-5070 2f04 MI100-32GB 738c,738e MI210-64GB 740f MI300X-192GB 74a1,74a9,74b5
-MI325X-256GB 74a5,74b9 MI355X-288GB 75a3,75b3 Radeon-AI-PRO-R9700 7551 Arc-Pro-B60-24GB e211
+MI325X-256GB 74a5,74b9 MI355X-288GB 75a3,75b3 Radeon-AI-PRO-R9700 7551 Arc-Pro-B60-24GB e211 Gaudi2-96GB 1020
+Gaudi3-128GB 1060
 """
 _BY_DEVICE = {device: board for board, of in re.findall(r"(\S+) (\S+)", _BOARDS) for device in of.split(",")}
-_VENDORS = {"nvidia.com": "10de", "amd.com": "1002", "gpu.intel.com": "8086"}
-_LABEL = re.compile(r"feature\.node\.kubernetes\.io/pci-(?:[\da-f]{4}_)?([\da-f]{4})_([\da-f]{4})(?:_\w+)?\.present")
+_VENDORS = {"nvidia.com": "10de", "amd.com": "1002", "gpu.intel.com": "8086", "habana.ai": "1da3"}
+# Of node feature discovery, and of the device plugins of Intel and AMD, which name their own devices.
+_LABEL = re.compile(
+    r"feature\.node\.kubernetes\.io/pci-(?:[\da-f]{4}_)?([\da-f]{4})_([\da-f]{4})(?:_\w+)?\.present"
+    r"|(gpu\.intel\.com)/device-id\.[\da-f]{4}-([\da-f]{4})\.present|(?:beta\.)?(amd\.com)/gpu\.device-id\.([\da-f]{4})"
+)
 
 
 def board_of_device(device: str) -> str | None:
@@ -34,10 +39,10 @@ def board_of_device(device: str) -> str | None:
 
 
 def board_in_labels(names: Iterable[str], vendor: str) -> str | None:
-    """Return the one board of a vendor (``nvidia.com``) that labels of node feature discovery name.
+    """Return the one board of a vendor (``nvidia.com``) that the names of labels have the device of.
 
-    They do if it is configured to label devices (``deviceLabelFields: [class, vendor, device]``).
+    Node feature discovery's do if it is configured to label devices (``deviceLabelFields: [class, vendor, device]``).
     """
-    found = (_LABEL.fullmatch(name) for name in names)
-    boards = {_BY_DEVICE.get(one[2]) for one in found if one and one[1] == _VENDORS.get(vendor)} - {None}
+    found = (tuple(filter(None, one.groups())) for one in map(_LABEL.fullmatch, names) if one)
+    boards = {_BY_DEVICE.get(device) for of, device in found if of in (vendor, _VENDORS.get(vendor))} - {None}
     return boards.pop() if len(boards) == 1 else None

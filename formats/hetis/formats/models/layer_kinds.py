@@ -88,7 +88,7 @@ ATTENTION, WINDOWED, STATE, CONVOLUTION, BOTH, NONE = "full", "windowed", "state
 CONVOLVED, CONVOLVED_WINDOW = "convolved", "convolved window"  # attention beside short convolutions (Inkling)
 _KINDS = {
     **dict.fromkeys(("full_attention", "attention", "global_attention", "global", "*"), ATTENTION),
-    **dict.fromkeys(("indexed_attention", "deepseek_sparse_attention"), ATTENTION),  # before and from transformers 5.20
+    **dict.fromkeys(("indexed_attention", "deepseek_sparse_attention"), ATTENTION),  # transformers 5 has renamed it
     **dict.fromkeys(("sliding_attention", "sliding", "local_attention", "local", "sliding_window"), WINDOWED),
     **dict.fromkeys(("linear_attention", "mamba", "mamba2", "M"), STATE),
     **dict.fromkeys(("conv", "short_conv"), CONVOLUTION),
