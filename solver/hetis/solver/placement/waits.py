@@ -9,10 +9,10 @@ from __future__ import annotations
 import math
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 
@@ -30,6 +30,8 @@ WORTH_SEATS = 1.005  # ratio by which they must raise the utilisation
 MARGIN = 0.99  # share of a limit on TTFT that is used up
 BATCHES = (1.0, 0.75, 0.6, 0.45, 0.3)  # shares of a micro-batch that are tried instead of it
 PRECISE = 1e-4  # of a utilisation
+
+T = TypeVar("T")
 
 Counted = tuple[Template, int]
 
@@ -117,11 +119,13 @@ def kept_by(costs: CostTables, outcome: Outcome, most: float, *, above: float = 
         return best
     shares = costs.problem.workload.shares
     parts = parts_of_classes(shares, {pool.classes: pool.rate_rps for pool in pools})
+    tried = list[Mapping[Template, int]]()
     for factor in MORE_SEATS:
         building = [_Queues(costs, pool, factor) for pool in pools]
         seats = {t: b for one in building for t, b in one.seats.items()}
-        if factor > 1.0 and not seats:
+        if seats in tried:
             continue  # the family's next micro-batch may be larger
+        tried.append(seats)
         queues = {pool.classes: tuple(one.queues()) for pool, one in zip(pools, building, strict=True)}
         if not any(queues.values()):
             break
@@ -136,6 +140,18 @@ def kept_by(costs: CostTables, outcome: Outcome, most: float, *, above: float = 
         if kept >= own:
             break
     return best
+
+
+def _known(costs: CostTables, template: Template, kind: Hashable, make: Callable[[], T]) -> T:
+    """Return what follows from a replica and no limit on latency, made once for the searches of all utilisations."""
+    key = kind, template
+    if key not in costs.shared:
+        costs.shared[key] = make()
+    return costs.shared[key]  # type: ignore[no-any-return]
+
+
+def _interval(costs: CostTables, template: Template) -> float:
+    return _known(costs, replace(template, interval_s=0.0), "interval", lambda: interval_of(costs, template))
 
 
 def own_rate(costs: CostTables, most: float, template: Template, count: int) -> float:
@@ -217,7 +233,7 @@ class _Queues:
             rates = [one.rate_rps for one in prefills]
             under_way_s = np.average([one.crowded_s for one in prefills], weights=rates, axis=0)
             arriving = sum(self._under_way(t) * n for t, n in senders) / sum(t.rate * n for t, n in receivers)
-            seats = [self._seats(t, n, under_way_s, arriving * t.rate) for t, n in receivers]
+            seats = [replace(self._seats(t, under_way_s, arriving * t.rate), count=n) for t, n in receivers]
             yield SharedQueue(seats, prefills, self._weights, self._own.moments.computed_cv2, self._burstiness**2)
 
     def _of(self, role: Role) -> Sequence[Counted]:
@@ -234,17 +250,21 @@ class _Queues:
         return self._in_flight(template) * max(1.0, chunk / self._own.moments.mean_computed)
 
     def _prefills(self, template: Template, count: int, share: float) -> EqualPrefills:
+        of_one = _known(self._costs, template, "prefills", lambda: self._prefills_of(template))
+        return replace(of_one, lanes=count * of_one.lanes, rate_rps=share * count * template.rate)
+
+    def _prefills_of(self, template: Template) -> EqualPrefills:
         mix, times = self._own.mixes[template.mix], prompt_times(self._costs, template)
         before, landed_s = np.ceil(self._computed / mix.chunk_tokens) - 1.0, landing_s(self._costs, template)
         sizes, seconds = zip(*self._chunks(template), strict=True)
         last_s = np.interp(self._computed - before * mix.chunk_tokens, sizes, seconds)
         return EqualPrefills(
-            lanes=count * mix.attention_dp,
+            lanes=mix.attention_dp,
             occupied_s=self._computed / mix.chunk_tokens * times.slot_s,
             held=max(float(mix.micro_batch), max(1.0, mix.chunk_tokens / self._own.moments.mean_computed))
             * self._in_flight(template)
             / mix.attention_dp,
-            rate_rps=share * count * template.rate,
+            rate_rps=template.rate,
             alone_s=before * times.busiest_s + last_s + landed_s,
             # Among others it begins anywhere in a chunk, and ends that much later.
             crowded_s=self._computed / mix.chunk_tokens * times.slot_s + times.round_trip_s + landed_s,
@@ -261,11 +281,17 @@ class _Queues:
         )
         return [(size, prompt_times(self._costs, replace(template, mix=x)).chunk_s) for size, x in alike]
 
-    def _seats(self, template: Template, count: int, under_way_s: FloatArray, arriving: float) -> EqualReplicas:
+    def _seats(self, template: Template, under_way_s: FloatArray, arriving: float) -> EqualReplicas:
+        make = partial(self._seats_of, template, under_way_s, arriving)
+        if self._own.mixes[template.mix].role is Role.DECODE:  # depends on what sends prompts
+            return make()
+        return _known(self._costs, template, ("seats", self.seats.get(template)), make)
+
+    def _seats_of(self, template: Template, under_way_s: FloatArray, arriving: float) -> EqualReplicas:
         costs, mix, in_flight = self._costs, self._own.mixes[template.mix], self._in_flight(template)
         sizes = self._taken(template)
         numbers = np.array([float(b * in_flight) for b, _ in sizes])
-        rates = np.array([1.0 / interval_of(costs, replace(template, mix=x)) for _, x in sizes])
+        rates = np.array([1.0 / _interval(costs, replace(template, mix=x)) for _, x in sizes])
         copy = mix.of_a_copy()
         iteration_s = in_flight / copy.iterations * template.interval_s
         seats, beside = self.seats.get(template, mix.micro_batch) * in_flight, 0
@@ -284,7 +310,7 @@ class _Queues:
                 numbers, rates = np.append(numbers, float(seats)), np.append(rates, rates[-1])
         mean_s = float(self._weights @ holding_s)
         return EqualReplicas(
-            count=count,
+            count=1,
             seats=seats,
             beside=beside,
             in_flight=numbers,
@@ -354,7 +380,7 @@ def _with(costs: CostTables, template: Template, chunk_tokens: int, share: float
         return None
     _, x = max(alike)
     other = replace(template, mix=x)
-    other = replace(other, interval_s=interval_of(costs, other))
+    other = replace(other, interval_s=_interval(costs, other))
     own = costs.of_scope(template.scope)  # requests of a class have iterations of their own
     tpot_s = mixes.tpot_per_interval(own.problem.model, own.mixes[x], m) * other.interval_s
     limit_s = own.problem.objective.tpot_limit_s
