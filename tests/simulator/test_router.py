@@ -32,6 +32,9 @@ class Replica:
     def prompt_tokens_under_way(self) -> int:
         return self.tokens
 
+    def unanswered(self) -> int:
+        return self.outstanding
+
 
 def plan_for(replicas: Sequence[Replica], routes: tuple[KvRoute, ...] = ()) -> Plan:
     """Return a plan in which each replica has its seats, one of them for what a micro-batch gets beyond its own."""
@@ -41,8 +44,8 @@ def plan_for(replicas: Sequence[Replica], routes: tuple[KvRoute, ...] = ()) -> P
     return small_plans.plan_of(*plans, routes=routes)
 
 
-def nginx(replicas: Sequence[Replica], routes: tuple[KvRoute, ...] = ()) -> Nginx:
-    return Nginx(0, plan_for(replicas, routes), cast(list[ReplicaRun], replicas))
+def nginx(replicas: Sequence[Replica], routes: tuple[KvRoute, ...] = (), *, fewest: bool = True) -> Nginx:
+    return Nginx(0, plan_for(replicas, routes), cast(list[ReplicaRun], replicas), fewest=fewest)
 
 
 def chosen(router: Router, replicas: Sequence[Replica], *, times: int) -> Counter[int]:
@@ -85,6 +88,22 @@ def test_what_pairs_replicas_is_full_with_all_that_these_hold() -> None:
     assert Counter(router(cast(list[ReplicaRun], takers)).number for _ in range(80)) == {0: 10, 1: 30, 3: 40}
     fleet[0].outstanding, fleet[2].outstanding = 2, 11
     assert {router(cast(list[ReplicaRun], takers)).number for _ in range(9)} == {3}
+
+
+def test_a_prompt_goes_where_the_fewest_are_by_weight() -> None:
+    fleet = [Replica(0, 1.0, False), Replica(1, 3.0, False), Replica(2, 4.0, True)]
+    routes = tuple(KvRoute(prefill=each, decode=2, rate=each * 2 + 1.0) for each in (0, 1))
+    router, turns = nginx(fleet, routes), nginx(fleet, routes, fewest=False)
+    takers = cast(list[ReplicaRun], fleet[:2])
+
+    def next_ones(*held: int) -> Counter[int]:
+        fleet[0].outstanding, fleet[1].outstanding = held
+        return Counter(router(takers).number for _ in range(8))
+
+    assert next_ones(0, 0) == next_ones(2, 6) == {0: 2, 1: 6}, "turns by weight"
+    assert next_ones(0, 1) == next_ones(1, 4) == {0: 8}
+    assert next_ones(1, 2) == next_ones(2, 5) == {1: 8}
+    assert Counter(turns(takers).number for _ in range(8)) == {0: 2, 1: 6}, "SGLang's router does not count"
 
 
 def test_llm_d_fills_seats_evenly_and_keeps_prompts_apart() -> None:

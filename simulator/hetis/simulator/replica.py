@@ -129,6 +129,10 @@ class ReplicaRun:
         under_way = (request for batch in self.batches for request in batch.prefilling)
         return sum(self.log.target[request] for request in (*self.queue, *under_way))
 
+    def unanswered(self) -> int:
+        """Return how many of its requests have no answer from it: a prompt has one before its KV is sent."""
+        return self.outstanding - sum(len(batch.sending) for batch in self.batches)
+
     def seats_taken(self) -> int:
         """Return how many requests decode here or are being sent here."""
         return sum(batch.seats_taken() for batch in self.batches)

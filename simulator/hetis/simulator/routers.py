@@ -14,12 +14,18 @@ from hetis.solver.workload import Workload
 LONG_QUEUE_TOKENS = 2048  # the maximum size of a batch of prompts in Splitwise
 # Of llm-d's scorer of prompt tokens under way: 1,024 of them count as much as all requests in flight.
 TOKENS_WEIGHT, MOST_TOKENS = 32, 32_768
+_WHOLE = 1000  # sum of the integer weights of routers
 
 
 Router = Callable[[Sequence[ReplicaRun]], ReplicaRun]
 """Chooses a replica from one or more that are up and accept prompts."""
 Classes = tuple[str, ...]
 Key = TypeVar("Key", bound=Hashable)
+
+
+def weight(share: float) -> int:
+    """Return the integer weight that routers get for a share, at least 1 if the share is positive."""
+    return max(round(share * _WHOLE), 1) if share > 0 else 0
 
 
 class _Turns(Generic[Key]):
@@ -49,11 +55,13 @@ class Nginx:
     that have fallen behind do not fall behind further. The queue model assumes the same (`hetis.solver.queueing`).
 
     An entry point is a unified replica, or what pairs the replicas that KV routes join, which is full when these are
-    (`ReplicaPlan.most_held`). Among the prefill replicas of an entry point, requests take turns by planned rates.
+    (`ReplicaPlan.most_held`). Among the prefill replicas of an entry point, the one with the fewest requests by weight
+    is next, and of several it is their turn by weight, as in nginx's `least_conn`; without ``fewest`` they take turns,
+    as behind SGLang's router, which names the prefill replica itself.
     """
 
-    def __init__(self, seed: int, plan: Plan, replicas: Sequence[ReplicaRun]) -> None:
-        self._turns, self._inside = _Turns[int](seed), _Turns[int](seed)
+    def __init__(self, seed: int, plan: Plan, replicas: Sequence[ReplicaRun], *, fewest: bool = True) -> None:
+        self._fewest, self._turns, self._inside = fewest, _Turns[int](seed), _Turns[int](seed)
         self._replicas, joined = replicas, {n: group[0] for group in plan.joined_by_routes() for n in group}
         self._entry = {one.number: joined.get(one.number, one.number) for one in replicas}
         self._members = dict[int, list[ReplicaRun]]()
@@ -62,6 +70,10 @@ class Nginx:
         self._most = {
             entry: sum(plan.replicas[one.number].most_held for one in own) for entry, own in self._members.items()
         }
+        self._weights = dict[int, int]()  # of prefill replicas
+        for own in self._members.values():
+            rates = {one.number: one.rate for one in own if not one.decodes}
+            self._weights |= {number: weight(rate / (sum(rates.values()) or 1.0)) for number, rate in rates.items()}
         self._seen: Sequence[ReplicaRun] = ()
         self._rates = dict[int, float]()
 
@@ -72,8 +84,13 @@ class Nginx:
                 self._rates[self._entry[one.number]] = self._rates.get(self._entry[one.number], 0.0) + one.rate
         free = {entry: rate for entry, rate in self._rates.items() if not self._is_full(entry)}
         entry = self._turns.next(free or self._rates)
-        takers = {one.number: one.rate for one in replicas if self._entry[one.number] == entry}
-        return self._replicas[self._inside.next(takers) if len(takers) > 1 else next(iter(takers))]
+        takers = [one for one in replicas if self._entry[one.number] == entry]
+        return takers[0] if len(takers) == 1 else self._replicas[self._next_of(takers)]
+
+    def _next_of(self, takers: Sequence[ReplicaRun]) -> int:
+        held = {one.number: one.unanswered() * self._fewest / self._weights[one.number] for one in takers}
+        fewest = min(held.values())
+        return self._inside.next({number: self._weights[number] for number in held if held[number] == fewest})
 
     def _is_full(self, entry: int) -> bool:
         return sum(one.outstanding for one in self._members[entry]) >= self._most[entry]
@@ -195,6 +212,8 @@ def router_of(settings: Settings, plan: Plan, replicas: Sequence[ReplicaRun]) ->
     match settings.router:
         case "nginx":
             return Nginx(settings.seed, plan, replicas)
+        case "sglang":
+            return Nginx(settings.seed, plan, replicas, fewest=False)
         case "llm-d":
             return EndpointPicker(settings.seed, plan)
         case "weighted":

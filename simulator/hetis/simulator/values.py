@@ -14,7 +14,7 @@ from hetis.solver.errors import InvalidProblemError
 
 FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]
-RouterName = Literal["nginx", "llm-d", "weighted", "weighted-random", "fewest-requests", "fewest-tokens"]
+RouterName = Literal["nginx", "sglang", "llm-d", "weighted", "weighted-random", "fewest-requests", "fewest-tokens"]
 BoolArray = npt.NDArray[np.bool_]
 
 
@@ -76,9 +76,10 @@ class Settings:
 
     seed: int = 0  # seed of all random choices (ties of the router)
     # ``nginx``: in turn, in proportion to planned rates, except replicas without a free seat, as exports configure it
-    # (`routers.Nginx`); ``llm-d``: by its scorers (`routers.EndpointPicker`); ``weighted`` and ``weighted-random``: in
-    # proportion to planned rates, in turn or drawn, regardless of queues; ``fewest-requests`` and ``fewest-tokens``: to
-    # the shortest queue as HexGen and Splitwise count it (`fleet.py`), the latter also for decode replicas.
+    # (`routers.Nginx`); ``sglang``: so, too, but to the prefill replicas of pairs in turn; ``llm-d``: by its scorers
+    # (`routers.EndpointPicker`); ``weighted`` and ``weighted-random``: in proportion to planned rates, in turn or
+    # drawn, regardless of queues; ``fewest-requests`` and ``fewest-tokens``: to the shortest queue as HexGen and
+    # Splitwise count it (`fleet.py`), the latter also for decode replicas.
     router: RouterName = "nginx"
     # Whether head groups of new requests are placed by `hetis.solver.dispatch`; False: split as in the plan.
     dispatch: bool = True

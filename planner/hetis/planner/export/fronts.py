@@ -11,10 +11,10 @@ from hetis.planner.export.manifests import address, manifest
 from hetis.planner.export.pair_routers import (
     KEY_VARIABLE,
     PORT,
+    balanced_sides,
     entry_points,
     pair_groups,
     router_words,
-    weighted_sides,
 )
 from hetis.planner.export.replicas import Launchable
 from hetis.planner.export.routing import nginx_conf
@@ -85,7 +85,7 @@ def front_objects(
     conf = nginx_main(nginx_conf(launchable, endpoints, routers, sides_at="", fronts=_FRONTS))
     labels = _labels(f"{name}-front")
     config = manifest(launchable, "v1", "ConfigMap", f"{name}-front", labels=labels, data={"nginx.conf": conf})
-    sides = weighted_sides(launchable)
+    sides = balanced_sides(launchable)
     ports = {"http": _NGINX_PORT} | {f"side-{n}": group.side_port(role) for n, (group, role, _) in enumerate(sides)}
     container = {
         "image": NGINX_IMAGE,

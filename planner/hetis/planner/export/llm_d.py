@@ -31,8 +31,8 @@ from hetis.planner.export.replicas import (
     NotExportableError,
     Written,
 )
-from hetis.planner.export.routing import shares_of, weight
-from hetis.simulator.routers import MOST_TOKENS, TOKENS_WEIGHT
+from hetis.planner.export.routing import shares_of
+from hetis.simulator.routers import MOST_TOKENS, TOKENS_WEIGHT, weight
 from hetis.solver.plan import Role
 
 _POOL_LABEL = "hetis/pool"

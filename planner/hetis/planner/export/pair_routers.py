@@ -1,9 +1,10 @@
 """Routers that send each request to a prefill and a decode replica: vLLM's router, or SGLang's.
 
 There is one for each group of replicas that the plan's routes join, so that no pair is made across groups. Neither
-router has weights. Replicas of a side with equal rates take turns (`round_robin`). If vLLM's have unequal rates, nginx
-stands in front of the side and picks by weight, since a decode replica learns from the prefill replica's answer where
-the KV is; SGLang's router names the prefill replica itself, and then balances by load.
+router has weights. Decode replicas with equal rates take turns (`round_robin`). Before vLLM's others, and before its
+prefill replicas if there are several, nginx picks by weight, since a decode replica learns from the prefill replica's
+answer where the KV is. SGLang's router names the prefill replica itself: replicas with equal rates take turns, and
+among others it balances by load.
 """
 
 from __future__ import annotations
@@ -71,12 +72,15 @@ def is_even(rates: Mapping[int, float]) -> bool:
     return min(rates.values()) * len(rates) >= _EVEN * sum(rates.values())
 
 
-def weighted_sides(launchable: Launchable) -> Iterator[tuple[PairGroup, Role, Mapping[int, float]]]:
+def is_balanced(launchable: Launchable, role: Role, rates: Mapping[int, float]) -> bool:
+    """Return whether nginx stands before a side of a group: before prefill it balances load, too."""
+    return launchable.engine is not Engine.SGLANG and (len(rates) > 1 if role is Role.PREFILL else not is_even(rates))
+
+
+def balanced_sides(launchable: Launchable) -> Iterator[tuple[PairGroup, Role, Mapping[int, float]]]:
     """Yield the sides of groups before which nginx stands."""
-    if launchable.engine is not Engine.SGLANG:
-        yield from (
-            (group, *side) for group in pair_groups(launchable) for side in group.sides() if not is_even(side[1])
-        )
+    for group in pair_groups(launchable):
+        yield from ((group, *side) for side in group.sides() if is_balanced(launchable, *side))
 
 
 def unweighted(launchable: Launchable) -> Iterator[str]:
@@ -100,7 +104,7 @@ def router_words(
         endpoints: where they serve HTTP, by position in the plan.
         host: where the router listens.
         port, metrics_port: its ports; 0: those of its number.
-        sides: host at which nginx stands before `weighted_sides`.
+        sides: host at which nginx stands before `balanced_sides`.
     """
     is_sglang = launchable.engine is Engine.SGLANG
     start = ["python3", "-m", "sglang_router.launch_router", "--pd-disaggregation"]
@@ -110,10 +114,10 @@ def router_words(
     words += ["--worker-startup-timeout-secs", str(_STARTS_S), "--worker-startup-check-interval", "5"]
     words += ["--policy", "round_robin"]
     for role, rates in group.sides():
+        if is_balanced(launchable, role, rates):
+            words += [f"--{role.value}", f"http://{sides}:{group.side_port(role)}"]
+            continue
         if not is_even(rates):
-            if not is_sglang:
-                words += [f"--{role.value}", f"http://{sides}:{group.side_port(role)}"]
-                continue
             words += [f"--{role.value}-policy", "power_of_two"]
         for number in rates:
             words += [f"--{role.value}", f"http://{endpoints[number]}"]

@@ -1,7 +1,8 @@
 """Router weights: each replica's share of the requests, in the formats of common routers.
 
-nginx takes turns among replicas that have a free seat (`max_conns`), and among all if none has (`backup`), as plans are
-simulated (`hetis.simulator.routers.Nginx`).
+nginx takes turns among replicas that have a free seat (`max_conns`), and among all if none has (`backup`); prefill
+replicas behind a router of pairs get a request if they have the fewest by weight (`least_conn`). Plans are simulated
+so (`hetis.simulator.routers.Nginx`).
 
 Shares follow the plan's rates, replica by replica. If prefill and decode are disaggregated, a request takes a pair,
 and the shares are those of the plan's routes. With classes of requests by prompt length, shares are those of what each
@@ -17,11 +18,11 @@ from typing import Any
 
 from hetis.engines.versions import Engine
 from hetis.formats.documents import yaml_text
-from hetis.planner.export.pair_routers import entry_points, pair_groups, weighted_sides
+from hetis.planner.export.pair_routers import balanced_sides, entry_points, pair_groups
 from hetis.planner.export.replicas import Launchable
+from hetis.simulator.routers import weight
 from hetis.solver.plan import Role
 
-_WHOLE = 1000  # sum of the integer weights
 PATH_PORT = 32_000  # of nginx itself, for the first replica that is reached by a path
 NOTHING_SERVES = "nothing serves"
 
@@ -105,11 +106,6 @@ def rate_of(launchable: Launchable, number: int) -> float:
     return sum(route.rate for route in launchable.routes() if number in (route.prefill, route.decode))
 
 
-def weight(share: float) -> int:
-    """Return the integer weight for a share, at least 1 if the share is positive."""
-    return max(round(share * _WHOLE), 1) if share > 0 else 0
-
-
 def weighted(rates: Mapping[str, float]) -> list[tuple[str, int]]:
     """Return endpoints with integer weights in proportion to the requests/s of each."""
     whole = sum(rates.values())
@@ -118,17 +114,19 @@ def weighted(rates: Mapping[str, float]) -> list[tuple[str, int]]:
 
 def nginx_list(
     servers: Sequence[tuple[str, int]], why_none: str = NOTHING_SERVES, *, name: str = "hetis",
-    most: Mapping[str, int] | None = None,
+    most: Mapping[str, int] | None = None, fewest: bool = False,
 ) -> str:  # fmt: skip
-    """Return nginx's block `upstream`, in which servers take turns by weight.
+    """Return nginx's block `upstream`, in which servers take turns by weight, or have the ``fewest`` requests by it.
 
     It must contain a server, so if there is none it has one marked as down, with ``why_none`` in a comment. ``most``
     are the requests with which each is full, and gets more only if all are; None: that is never so.
     """
     lines = [f"    server {endpoint} weight={share}" for endpoint, share in servers]
-    if most is not None and len(servers) > 1:  # all processes of nginx count together
+    if most is not None and len(servers) > 1:
         limited = (f"{line} max_conns={most[endpoint]}" for line, (endpoint, _) in zip(lines, servers, strict=True))
-        lines = [f"    zone {name} 1m", *limited, *(f"{line} backup" for line in lines)]
+        lines = [*limited, *(f"{line} backup" for line in lines)]
+    if (most is not None or fewest) and len(servers) > 1:  # all processes of nginx count together
+        lines = [f"    zone {name} 1m", *(["    least_conn"] if fewest else []), *lines]
     lines = [f"{line};\n" for line in lines] or [f"    server 127.0.0.1:9 down;  # {why_none}\n"]
     return f"upstream {name} {{\n{''.join(lines)}}}\n"
 
@@ -141,7 +139,7 @@ def nginx_conf(
     sides_at: str = "127.0.0.1:",
     fronts: int = 1,
 ) -> str:
-    """Return nginx's servers: one for clients at port 8080, one before each of `weighted_sides`, and one for each path.
+    """Return nginx's servers: one for clients at port 8080, one before each of `balanced_sides`, and one for each path.
 
     Args:
         launchable: the plan's replicas.
@@ -166,17 +164,18 @@ def nginx_conf(
 
 
 def _nginx_sides(launchable: Launchable, endpoints: Mapping[int, str], sides_at: str) -> Iterator[str]:
-    for group, role, rates in weighted_sides(launchable):
+    for group, role, rates in balanced_sides(launchable):
         name = group.side_name(role)
         servers = weighted({endpoints[number]: rate for number, rate in rates.items()})
-        yield nginx_list(servers, name=name)
+        yield nginx_list(servers, name=name, fewest=role is Role.PREFILL)
         yield _NGINX_SIDE.format(listen=f"{sides_at}{group.side_port(role)}", name=name, proxy=_NGINX_PROXY)
 
 
 _NGINX_HEAD = """\
-# Inside http {}. Servers take turns by weight, without those that have no free seat (max_conns) while others have, as
-# the plan was simulated. Streams of tokens must not wait for a buffer. A request without an answer goes to another
-# replica when its own fails; where none may be computed twice, leave that out.
+# Inside http {}. Servers take turns by weight, without those that have no free seat (max_conns) while others have; of
+# several that only prefill, that with the fewest prompts by weight is next. So was the plan simulated. Streams of
+# tokens must not wait for a buffer. A request without an answer goes to another replica when its own fails; where none
+# may be computed twice, leave that out.
 """
 _NGINX_PROXY = """
         proxy_http_version 1.1;

@@ -35,7 +35,8 @@ from hetis.planner.export.replicas import (
     image_in,
     pairs_of,
 )
-from hetis.planner.export.routing import shares_of, weight
+from hetis.planner.export.routing import shares_of
+from hetis.simulator.routers import weight
 from hetis.solver.plan import Role
 
 # --- KServe: an LLMInferenceService for each replica or pair of prefill and decode, with its weight in the route

@@ -142,6 +142,7 @@ class SimulationRemarks(NamedTuple):
 
 
 _BEHIND = {  # other routers than that of their own name
+    "sglang": "nginx, and SGLang's router for pairs",
     "llm-d": "llm-d's endpoint picker",
     "weighted-random": "a router that draws by weight",
     "fewest-requests": "Dynamo's front end (fewest requests)",

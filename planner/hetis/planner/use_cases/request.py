@@ -37,9 +37,14 @@ RungName = Literal["node", "pipelines", "apart", "workers"]
 Target = Literal[
     "vllm", "sglang", "compose", "kubernetes", "lws", "llm-d", "kserve", "dynamo", "ray", "slurm", "hetis-launch"
 ]
-# The routers of export targets that do not have nginx in front: KServe's gateway draws by weight, Dynamo's front end
-# looks at load alone.
-ROUTERS: Mapping[str, RouterName] = {"llm-d": "llm-d", "kserve": "weighted-random", "dynamo": "fewest-requests"}
+# The routers of export targets that do not have nginx alone: SGLang's router pairs replicas, KServe's gateway draws by
+# weight, Dynamo's front end looks at load alone.
+ROUTERS: Mapping[str, RouterName] = {
+    "sglang": "sglang",
+    "llm-d": "llm-d",
+    "kserve": "weighted-random",
+    "dynamo": "fewest-requests",
+}
 StrategyName = Literal[
     "hetis", "uniform", "hexgen", "hexgen2", "splitwise", "splitwise-paper", "hexgen-paper", "hexgen2-paper",
     "hetis-paper",
