@@ -59,7 +59,7 @@ def found(*, with_transformers: bool) -> Iterator[Row]:
     with tempfile.TemporaryDirectory() as folder:
         labels = (KNOWN / "nodes.jsonl").read_text(encoding="utf-8").splitlines()
         yield _row("labels of nodes", labels, partial(_is_label_right, Path(folder)))
-    yield _row("traces and logs", sorted((KNOWN / "logs").iterdir()), _is_log_right)
+    yield _row("traces and logs", sorted((KNOWN / "logs").iterdir()), is_log_right)
 
 
 def _table(name: str) -> dict[str, str]:
@@ -175,7 +175,7 @@ def _is_label_right(folder: Path, line: Path | str) -> bool:
     ]
 
 
-def _is_log_right(path: Path | str) -> bool:
+def is_log_right(path: Path | str) -> bool:
     """Return whether the means of a file are right, and its rate if it has one."""
     workload = load_workload(path)
     moments, number = workload.moments(), len(REQUESTS)

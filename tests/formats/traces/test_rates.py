@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from benchmarks.coverage import KNOWN, is_log_right
 from hetis.formats.errors import DocumentError
 from hetis.formats.traces.rates import measured, of_histograms, of_metrics
 from hetis.formats.workload import load_workload
@@ -207,3 +208,18 @@ def test_what_bench_serving_prints_has_means(tmp_path: Path) -> None:
     )
     workload = load_workload(tmp_path / "bench.txt")
     assert (workload.rate_rps, workload.bins[0].prompt_tokens, workload.bins[0].output_tokens) == (2.0, 219.0, 184.0)
+
+
+@pytest.mark.parametrize("path", sorted((KNOWN / "logs").iterdir()), ids=lambda path: path.name)
+def test_logs_of_all_tools_have_the_lengths_and_the_rate_of_their_requests(path: Path) -> None:
+    assert is_log_right(path)
+
+
+def test_llama_cpp_has_requests_without_times(tmp_path: Path) -> None:
+    """Its timings lack a request that has not ended."""
+    one = "prompt eval time = 120.0 ms / 374 tokens (0.3 ms per token)\n       eval time = 9.0 ms / 44 tokens (22 ms)\n"
+    (tmp_path / "l.log").write_text(one + one.splitlines()[0])
+    found = measured(str(tmp_path / "l.log"))
+    assert found is not None
+    assert (found.num_requests, found.workload.rate_rps) == (1, None)
+    assert "the log has no times: give --demand" in found.notes

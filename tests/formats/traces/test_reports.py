@@ -149,9 +149,20 @@ def test_units_are_doubted_where_the_rate_is_impossible(tmp_path: Path) -> None:
         path.write_text("\n".join(map(json.dumps, made)))
         trace = read_trace(path)
         assert (trace.form, trace.rate_rps) == (form, pytest.approx(rate))
-        assert bool(trace.readings) is (form != "Mooncake")
+        assert len(trace.readings) == 1
     path.write_text("\n".join(json.dumps({**row, "timestamp": row["timestamp"] // 4}) for row in rows))
     assert "are taken as seconds, 2 requests/s; as milliseconds: 2e+03" in read_trace(path).readings[0]
+    path.write_text("\n".join(json.dumps({**row, "timestamp": row["timestamp"] * 20}) for row in rows))
+    assert read_trace(path).readings == ()
+
+
+def test_cached_tokens_are_said(tmp_path: Path) -> None:
+    usage = {"prompt_tokens": 100, "completion_tokens": 9, "prompt_tokens_details": {"cached_tokens": 40}}
+    path = tmp_path / "t.jsonl"
+    path.write_text("\n".join(json.dumps({"created": 1780000000 + i, "usage": usage}) for i in range(3)))
+    said = "40% of the prompt tokens were cached: --prefix-hit-rate 0.4 counts that"
+    assert read_trace(path).readings == (said,)
+    assert read_trace(path, prefix_hit_rate=0.3).readings == ()
 
 
 @pytest.mark.parametrize(

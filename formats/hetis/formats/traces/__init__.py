@@ -97,7 +97,7 @@ def read_trace(
     problems: list[Problem] = []
     num_problems = 0
     arrivals, prompts, outputs = array("d"), array("q"), array("q")
-    form, num_left_out = OURS, 0
+    form, num_left_out, cached = OURS, 0, 0
     for place, form, row in rows_of(label, count):
         if not row or (form.failed_without_output and row[2].strip() in ("0", "")):
             num_left_out += 1
@@ -111,6 +111,7 @@ def read_trace(
         arrivals.append(request[0])
         prompts.append(request[1])
         outputs.append(request[2])
+        cached += _cached(row, request[1])
         if len(prompts) > MAX_ROWS:
             raise single_problem(label, f"has more than {MAX_ROWS} requests")
     if num_problems > len(problems):
@@ -120,6 +121,9 @@ def read_trace(
     if not prompts:
         raise single_problem(label, "has no requests" + (f" but {form.left_out}" if num_left_out else ""))
     readings = [form.reading] if form.reading else []
+    if cached and not prefix_hit_rate:
+        share = min(0.99, cached / sum(prompts))
+        readings.append(f"{share:.0%} of the prompt tokens were cached: --prefix-hit-rate {share:.2g} counts that")
     arrival_s = np.array(arrivals)
     form, arrival_s = _in_plausible_unit(form, arrival_s, readings)
     order = np.argsort(arrival_s, kind="stable")
@@ -162,6 +166,10 @@ def _in_plausible_unit(
                 f"timestamps are taken as seconds, {rate_rps / 1e3:.3g} requests/s; as milliseconds: {rate_rps:.3g}"
             )
             return replace(form, name=f"{form.name}, in seconds"), arrival_s * 1e3
+        if rate_rps > _DOUBTED_RPS:
+            readings.append(
+                f"timestamps are taken as milliseconds, {rate_rps:.3g} requests/s; as seconds: {rate_rps / 1e3:.3g}"
+            )
     elif form.name == "Qwen-Bailian" and rate_rps < _SLOWEST_RPS:
         readings.append(
             f"timestamps are taken as milliseconds, {rate_rps * 1e3:.3g} requests/s; as seconds: {rate_rps:.3g}"
@@ -174,6 +182,7 @@ def _in_plausible_unit(
 
 _LONGEST_S = 1e8  # from which arrivals are points in time: no trace begins after three years
 _SLOWEST_RPS, _FASTEST_RPS = 2e-3, 1e3  # beyond which a unit is doubted
+_DOUBTED_RPS = 50.0  # from which milliseconds may be seconds, as few services have that many requests
 
 
 def _problem(label: str, place: int | str, column: str, message: str) -> Problem:
@@ -246,6 +255,12 @@ def _request(row: list[str], form: TraceForm) -> tuple[float, int, int] | list[t
         if not 1 <= tokens[i - 1] <= MAX_TOKENS:
             wrong.append((form.fields[i], f"is {row[i].strip()[:40]}, must be 1 to {MAX_TOKENS}"))
     return wrong or (arrival, tokens[0], tokens[1])
+
+
+def _cached(row: list[str], prompt: int) -> int:
+    """Return how many tokens of a prompt its server had in its cache, as far as a row says."""
+    stated = _WHOLE.sub("", row[3]).strip() if len(row) > len(COLUMNS) else ""
+    return min(int(stated), prompt) if stated.isdecimal() and len(stated) < 12 else 0
 
 
 _WHOLE = re.compile(r"\.0+\s*$")  # pandas writes columns in which values are missing as 374.0

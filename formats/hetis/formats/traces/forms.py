@@ -26,6 +26,7 @@ class TraceForm:
     # Whether a row, judging by all its fields, is a failed request or a warm-up
     leaves_out: Callable[[Mapping[str, object]], bool] | None = None
     also: tuple[str, ...] = ()  # further fields by which it differs from a form with the same ones
+    cached: str = ""  # field with the tokens of a prompt that its server had in its cache
     reading: str = ""  # what is assumed of every file in this form
     source: str  # where the form is described
 
@@ -98,20 +99,23 @@ FORMS = (
     MOONCAKE,
     TraceForm(
         "OpenAI-style", ("created", "usage.prompt_tokens", "usage.completion_tokens"), _moment, is_absolute=True,
+        cached="usage.prompt_tokens_details.cached_tokens",
         source="responses of /v1/chat/completions, one per line; `created` is taken as the arrival time",
     ),
     TraceForm(
         "OpenAI responses", ("created_at", "usage.input_tokens", "usage.output_tokens"), _moment, is_absolute=True,
-        source="responses of /v1/responses, one per line",
+        cached="usage.input_tokens_details.cached_tokens", source="responses of /v1/responses, one per line",
     ),
     TraceForm(
         "OpenAI batch",
         ("response.body.created", *(f"response.body.usage.{what}_tokens" for what in ("prompt", "completion"))),
-        _moment, is_absolute=True, source="output files of /v1/batches",
+        _moment, is_absolute=True, cached="response.body.usage.prompt_tokens_details.cached_tokens",
+        source="output files of /v1/batches",
     ),
     TraceForm(
         "LiteLLM", ("startTime", "prompt_tokens", "completion_tokens"), _moment, is_absolute=True,
         failed_without_output=True, leaves_out=lambda fields: fields.get("status") == "failure",
+        cached="metadata.usage_object.prompt_tokens_details.cached_tokens",
         source="github.com/BerriAI/litellm, LiteLLM_SpendLogs",
     ),
     *(
@@ -141,7 +145,7 @@ FORMS = (
     ),
     TraceForm(
         "OpenRouter", ("created_at", "tokens_prompt", "tokens_completion"), _moment, is_absolute=True,
-        failed_without_output=True, source="openrouter.ai, export of the activity page",
+        failed_without_output=True, cached="tokens_cached", source="openrouter.ai, export of the activity page",
     ),
     TraceForm(
         "OpenTelemetry", ("startTimeUnixNano", "gen_ai.usage.input_tokens", "gen_ai.usage.output_tokens"), _moment,
@@ -156,7 +160,8 @@ FORMS = (
         "SGLang log in JSON",
         ("timestamp", "out.meta_info.prompt_tokens", "out.meta_info.completion_tokens"),
         _moment, is_absolute=True, failed_without_output=True, reading="requests arrive when they have ended",
-        left_out="requests that have not ended", source="SGLang, --log-requests --log-requests-format json",
+        left_out="requests that have not ended", cached="out.meta_info.cached_tokens",
+        source="SGLang, --log-requests --log-requests-format json",
     ),
 )  # fmt: skip
 VLLM_BENCH = TraceForm(

@@ -91,7 +91,8 @@ def _ids_of(line: str) -> int:
 _ENDED = re.compile(r"Finish: obj=\w{1,40}\(rid=(?!'HEALTH_CHECK)")
 _TIME = re.compile(r"\d{4}-\d\d-\d\d[T ]\d\d:\d\d:\d\d(?:[.,]\d{1,6})?")
 _OF_ENDED = {
-    name: re.compile(rf"'{name}': (\d{{1,12}}(?:\.\d{{1,12}})?)") for name in (*SGLANG_LOG.fields[1:], "e2e_latency")
+    name: re.compile(rf"'{name}': (\d{{1,12}}(?:\.\d{{1,12}})?)")
+    for name in (*SGLANG_LOG.fields[1:], "e2e_latency", "cached_tokens")
 }
 
 
@@ -102,8 +103,8 @@ def _ended(line: str) -> list[str] | None:
     if begun is None or clock is None:
         return None
     end = line.rfind("'meta_info': {")  # behind the texts of the request and its answer
-    prompt, output, took = (form.search(line, max(end, 0)) for form in _OF_ENDED.values())
+    prompt, output, took, cached = (form.search(line, max(end, 0)) for form in _OF_ENDED.values())
     if prompt is None or output is None:
         return None
     ended_s = datetime.fromisoformat(clock[0].replace(",", ".")).replace(tzinfo=UTC).timestamp()
-    return [repr(ended_s - (float(took[1]) if took else 0.0)), prompt[1], output[1]]
+    return [repr(ended_s - (float(took[1]) if took else 0.0)), prompt[1], output[1], cached[1] if cached else ""]

@@ -12,7 +12,7 @@ import json
 import math
 import os
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -68,12 +68,15 @@ def measured(label: str) -> Measured | None:
     name = PurePath(label).name.partition(".")[0]
     if begin.lstrip()[:1] == "{" or _RESULT in begin:
         return _of_query(label, name, begin) if '"resultType"' in begin[:1000] else _of_summary(label, name, begin)
+    if label.endswith(_TABLES):
+        return _of_summary(label, name, _table_of_means(begin)) if begin.startswith("Metric,avg,") else None
     if any(prompts in begin for prompts, *_ in (*HISTOGRAMS, *_TOTALS)):
         return of_metrics(label, begin, name=name, at_s=os.stat(label).st_mtime)
     return _of_log(label, name, begin.splitlines())
 
 
-_ENDINGS = tuple(f".{one}{gz}" for one in ("log", "txt", "prom", "json", "jsonl") for gz in ("", ".gz"))
+_TABLES = (".csv", ".csv.gz")
+_ENDINGS = (*(f".{one}{gz}" for one in ("log", "txt", "prom", "json", "jsonl") for gz in ("", ".gz")), *_TABLES)
 
 
 # --- histograms
@@ -243,6 +246,13 @@ def _runs(text: str) -> Iterator[Any]:
                 yield None
 
 
+def _table_of_means(text: str) -> str:
+    """Return the CSV of genai-perf or aiperf as its JSON: a row is a name, its unit in brackets, and the mean."""
+    found = re.findall(r"(?m)^([\w ]{1,60}?)(?: \([^)\n]*\))?,([\d.]{1,30})(?=[,\r\n]|\Z)", text)
+    means = {name.lower().replace(" ", "_"): float(mean) for name, mean in found if mean.count(".") < 2}
+    return json.dumps({name: {"avg": mean} for name, mean in means.items()})
+
+
 def _means(run: Any) -> tuple[str, float, float, float, float] | None:
     """Return form, mean lengths, requests and seconds of a run, or None if it has other fields."""
     data = mapping(run)
@@ -283,6 +293,22 @@ _SERVED = re.compile(r'"POST /(?:v1/(?:chat/)?completions|v1/responses|generate)
 _HITS = re.compile(r"Prefix cache hit rate: ([\d.]+)%")
 
 
+# llama.cpp's server times the prompt of every request and then its output.
+_LLAMA_CPP = re.compile(r"(prompt eval|eval) time = *[\d.]+ ms / +(\d{1,9}) (?:tokens|runs)")
+
+
+def _of_llama_cpp(lines: Iterable[str]) -> list[tuple[int, int]]:
+    """Return the tokens of prompt and output of each request."""
+    found, prompt = list[tuple[int, int]](), 0
+    for timed in filter(None, map(_LLAMA_CPP.search, lines)):
+        if timed[1] == "prompt eval":
+            prompt = int(timed[2])
+        elif prompt and int(timed[2]):
+            found.append((prompt, int(timed[2])))
+            prompt = 0
+    return found
+
+
 def _of_log(label: str, name: str, lines: Sequence[str]) -> Measured | None:
     """Return the workload of a server's log with rates of tokens; None if it has none, or has requests.
 
@@ -290,6 +316,11 @@ def _of_log(label: str, name: str, lines: Sequence[str]) -> Measured | None:
     """
     if any("Finish: obj=" in line or "token_ids: [" in line for line in lines):
         return None
+    if timed := _of_llama_cpp(lines):
+        bins = tuple(LengthBin(prompt_tokens=p, output_tokens=o, weight=n) for (p, o), n in Counter(timed).items())
+        said = ("prompts lack the parts that were in the cache", "the log has no times: give --demand")
+        requests = Workload(name=name, bins=bins)
+        return Measured(workload=requests, form="llama.cpp's timings", num_requests=len(timed), notes=said)
     ticks, last_s = dict[str, list[tuple[float, float, float]]](), 0.0
     served = sequences = 0
     prompts = outputs = 0.0

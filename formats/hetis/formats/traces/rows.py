@@ -31,7 +31,8 @@ _MOST_NESTED = 4  # levels of nested objects that are searched
 def values_of(place: int | str, form: TraceForm, fields: Mapping[str, object]) -> Iterator[Row]:
     """Yield the row that fields make."""
     is_left_out = form.leaves_out is not None and form.leaves_out(fields)
-    values = [] if is_left_out else [fields.get(name) for name in form.fields]
+    names = (*form.fields, form.cached) if form.cached else form.fields
+    values = [] if is_left_out else [fields.get(name) for name in names]
     # As in a CSV file: empty for a missing field.
     yield place, form, ["" if value is None else str(value) for value in values]
 
