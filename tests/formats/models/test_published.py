@@ -39,10 +39,24 @@ def test_a_published_model_has_its_parameters(tmp_path: Path, name: str) -> None
         ("Pixtral-12B", 40 * 2 * 8 * 128 * 2),
         ("DeepSeek-OCR", 12 * 2 * 10 * 128 * 2),
         ("Ling-3.0-flash", 7 * (512 + 64) * 2),
+        ("granite-4.0-h-small", 4 * 2 * 8 * 128 * 2),  # four of 40 layers have attention
+        ("Falcon-H1-34B", 72 * 2 * 4 * 128 * 2),
+        ("Ring-flash-linear-2.0", 4 * 2 * 4 * 128 * 2),  # every eighth layer
+        ("Jamba-1.5-Large", 9 * 2 * 8 * 128 * 2),
+        ("LFM2-8B-A1B", 6 * 2 * 8 * 64 * 2),
+        ("GLM-4.7-Flash", 47 * (512 + 64) * 2),
+        ("LongCat-Flash", 2 * 28 * (512 + 64) * 2),  # attention twice in each layer
+        ("Nemotron-Nano-9B-v2", 4 * 2 * 8 * 128 * 2),
+        ("Qwen2.5-Omni-7B", 28 * 2 * 4 * 128 * 2),
     ],
 )
 def test_a_token_keeps_the_kv_of_its_heads(tmp_path: Path, name: str, kv_bytes: int) -> None:
     assert read(tmp_path, name).kv_bytes_per_token() == pytest.approx(kv_bytes)
+
+
+def test_a_third_of_longcats_choices_are_experts_that_do_nothing(tmp_path: Path) -> None:
+    """Its model card: 18.6 to 31.3 billion active parameters, 27 on average."""
+    assert read(tmp_path, "LongCat-Flash").active_params() / 1e9 == pytest.approx(27, rel=0.05)
 
 
 def test_layers_of_ling_3_behind_the_last_whole_group_have_full_attention(tmp_path: Path) -> None:

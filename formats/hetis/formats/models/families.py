@@ -131,6 +131,8 @@ _TABLE: tuple[tuple[str, str, Family], ...] = (
     ("QWenLMHeadModel", "qwen", family_of(qwen1)),
     ("Qwen2ForCausalLM", "qwen2", partial(by_layers, usual=_QWEN)),
     ("Qwen2MoeForCausalLM", "qwen2_moe", partial(by_layers, usual=_QWEN)),
+    ("Qwen2_5OmniModel", "qwen2_5_omni", partial(by_layers, usual=_QWEN)),
+    ("Qwen2_5OmniForConditionalGeneration", "", partial(by_layers, usual=_QWEN)),
     ("Qwen3ForCausalLM", "qwen3", partial(by_layers, usual=_QWEN | {"head_dim": 128})),
     ("Qwen3MoeForCausalLM", "qwen3_moe", partial(by_layers, usual=_QWEN)),
     ("OPTForCausalLM", "opt", family_of(_opt, fixed={"gated_mlp": False}, tie_embeddings=True, width="ffn_dim")),

@@ -393,6 +393,8 @@ def _experts(config: Config, *, gated: bool) -> Experts:
     if active > count:
         config.refuse(active_name, f"is {active}, must be at most {named(config, 'num_experts')} ({count})")
         active = count
+    zero = config.whole("zero_expert_num", 0, least=0)  # of LongCat: a choice among experts may be of one of these
+    active = max(1, round(active * count / (count + zero)))
     shared, own = number(config, "n_shared_experts", 0, least=0), named(config, "shared_width")
     # A width of all shared experts, or one of each; a number alone is of experts as wide as routed ones.
     of_all = config.whole(own, shared * width, least=0)
