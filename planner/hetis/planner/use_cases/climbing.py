@@ -183,12 +183,12 @@ class _Rungs:
         """Return the plan of the requested rung, or of the highest that is worth it."""
         rows = dict[str, RungFound]()
         for name in RUNGS:
-            rows[name] = self._row(name, rows)
+            rows[name] = self._row(name, self.plans.get(name), rows)
         name = self._requested() if self._how.rung else self._worthwhile(rows)
         simple = simplify(self.plans[name], self._climbed(name).problem)
         if simple is not self.plans[name]:
             self.plans[name] = simple
-            rows[name] = self._row(name, {})
+            rows[name] = self._row(name, simple, {})
         self._require_target(rows[name])
         marked = tuple(replace(row, is_chosen=row.name == name) for row in rows.values())
         others = tuple(self._climbed(row.name) for row in reversed(marked) if self._is_another(row, rows[name]))
@@ -228,7 +228,7 @@ class _Rungs:
         for name, plan in [*self.plans.items()]:
             if not self._is_carried(rows[name]):
                 continue
-            if not best or self._is_worth(plan, self.plans[best], rows[name], rows[best]):
+            if not best or not self._why_not_worth(plan, self.plans[best], rows[name], rows[best]):
                 self._use_fewer_nodes(name, best, rows)
                 best = name
         return best or next(iter(self.plans))
@@ -254,38 +254,40 @@ class _Rungs:
             except (InfeasibleError, NoPlanFoundError):
                 continue
             known, result = Known(fewer, narrow), fewer.result.bounded_by(plan.result.bound)
-            gain = f"{gain_of(plan, fewer):.1%}"
-            note = f"replicas over up to {row.nodes} nodes instead of {most} would gain {gain}: --rung {name}"
-            self.plans[name] = replace(fewer, family=plan.family, result=result, notes=(*fewer.notes, note))
-            own = self._row(name, {})
-            is_better = not best or self._is_worth(self.plans[name], self.plans[best], own, rows[best])
-            if is_better and self._is_carried(own) and not self._is_worth(plan, self.plans[name], row, own):
-                rows[name] = own
+            fewer = replace(fewer, family=plan.family, result=result)
+            own = self._row(name, fewer, {})
+            is_better = not best or not self._why_not_worth(fewer, self.plans[best], own, rows[best])
+            if is_better and self._is_carried(own) and (why := self._why_not_worth(plan, fewer, row, own)):
+                note = f"replicas over up to {row.nodes} nodes instead of {most} would gain {why}: --rung {name}"
+                self.plans[name], rows[name] = replace(fewer, notes=(*fewer.notes, note)), own
                 return
-            self.plans[name] = plan
 
     def _is_carried(self, row: RungFound) -> bool:
         if self._how.carriers is None:
             return True
         return self._how.target in (row.targets or ()) if self._how.target else bool(row.targets)
 
-    def _is_worth(self, plan: Plan, simpler: Plan, row: RungFound, other: RungFound) -> bool:
+    def _why_not_worth(self, plan: Plan, simpler: Plan, row: RungFound, other: RungFound) -> str:
+        """Return what a plan gains over a simpler one, and why that is not enough; empty: it is worth it."""
         gain = gain_of(plan, simpler)
         if self._how.by_what_is_left and plan.objective.maximises and other.left_rps:
             gain = (row.left_rps or 0.0) / other.left_rps - 1.0
         counts_losses = self._how.survive or self._how.by_what_is_left or gain < WORTH_A_LOSS
-        if gain < self._how.worth or (counts_losses and self._leaves_less(row, other)):
-            return False
         posed = replace(self._problem, objective=plan.objective)
-        return gains_under_errors(plan, simpler, posed, self._how.worth)
+        if gain < self._how.worth:
+            return f"{gain:.1%}"
+        if counts_losses and self._leaves_less(row, other):
+            return f"{gain:.1%}, and a loss leaves {row.left_share:.0%} instead of {other.left_share:.0%}"
+        if not gains_under_errors(plan, simpler, posed, self._how.worth):
+            return f"{gain:.1%}, but under the profiles' errors often less than {self._how.worth:.0%}"
+        return ""
 
     def _leaves_less(self, row: RungFound, other: RungFound) -> bool:
         """Return whether a rung leaves less than a simpler one after the worst loss, or too little of its service."""
         leaves_fewer = (row.left_rps or 0.0) < (other.left_rps or 0.0) * (1.0 - SAME)
         return leaves_fewer or (not self._how.by_what_is_left and _leaves_little(row, other))
 
-    def _row(self, name: str, lower: Mapping[str, RungFound]) -> RungFound:
-        plan = self.plans.get(name)
+    def _row(self, name: str, plan: Plan | None, lower: Mapping[str, RungFound]) -> RungFound:
         if plan is None:
             why = "the same as the rung below" if name not in self.families else self._why_not[name]
             return RungFound(name=name, why_not=why)
