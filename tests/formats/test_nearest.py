@@ -68,3 +68,10 @@ def test_names_that_are_equally_near_are_all_named_up_to_three() -> None:
 @given(st.sampled_from(GPUS + WORKLOADS), st.integers(min_value=3, max_value=20))
 def test_the_beginning_of_a_name_finds_one_that_begins_so(name: str, letters: int) -> None:
     assert all_nearest(name[:letters], GPUS + WORKLOADS)[0].startswith(name[:letters])
+
+
+def test_a_name_that_is_cut_within_a_vendors_word_may_be_any_of_its_boards() -> None:
+    """As `nvidia-smi` prints it in its table."""
+    with pytest.raises(UnknownNameError) as caught:
+        find_gpu("NVIDIA RTX PRO 6000 Blac...")
+    assert set(caught.value.candidates) == {f"RTX-PRO-6000-{of}-96GB" for of in ("Server", "Workstation", "MaxQ")}

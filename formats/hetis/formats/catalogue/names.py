@@ -108,6 +108,8 @@ def resolve_gpu(name: str, known: Collection[str], also: Collection[str] = ()) -
     if found:
         raise UnknownNameError("GPU", name, found, ambiguous=True)
     if name.endswith("...") and any(map(str.isdigit, compact)):  # older drivers' table cuts names
+        if any(word.startswith(wanted[-1]) for word in _IGNORED):  # "NVIDIA RTX PRO 6000 Blac..."
+            compact = "".join(wanted[:-1])
         found = [one for one in known if "".join(_gpu_parts(one)).startswith(compact)]
         raise UnknownNameError("GPU", name, found, ambiguous=bool(found))
     names = [*also, *(one for one in known if one not in _RARE)]
