@@ -22,12 +22,11 @@ MOST = 4096
 class DecodeRun(NamedTuple):
     """Successive iterations of a micro-batch, of which the first has begun.
 
-    ``ends_s`` and ``seconds`` [iterations, stages] are when each leaves a stage, and its time there; ``attended`` the
-    tokens that it attends to; ``blocks`` the KV blocks that it and those before it take, the first excepted.
+    ``ends_s`` [iterations, stages] are when each leaves a stage; ``attended`` the tokens that it attends to;
+    ``blocks`` the KV blocks that it and those before it take, the first excepted. Nobody asks how busy copies were.
     """
 
     ends_s: FloatArray
-    seconds: FloatArray
     attended: FloatArray
     blocks: npt.NDArray[np.int64]
 
@@ -39,7 +38,6 @@ class DecodeRun(NamedTuple):
             room.used += int(self.blocks[current])
         for number, copy in enumerate(batch.copies):
             copy.free_s = float(self.ends_s[current, number])
-            copy.busy_s += float(self.seconds[: current + 1, number].sum())
 
 
 def next_iterations(now_s: float, batch: MicroBatch) -> DecodeRun | None:
@@ -52,22 +50,26 @@ def next_iterations(now_s: float, batch: MicroBatch) -> DecodeRun | None:
     if num < FEWEST:
         return None
     steps = np.arange(batch.step, batch.step + num)
-    phases, late_phases = np.array(batch.phases), np.array(batch.late_phases)
-    taken = phases[steps % len(phases)] + late_phases[steps % len(late_phases)]
+    taken = np.array(batch.phases)[steps % len(batch.phases)]
+    if batch.growth.frees:
+        taken += np.array(batch.late_phases)[steps % len(batch.late_phases)]
     taken[0] = 0  # it has them
-    blocks = np.cumsum(taken)
-    free = min((room.total - room.used for room in batch.rooms), default=int(blocks[-1]))
-    if blocks[-1] > free:
-        num = int(np.searchsorted(blocks, free, side="right"))
+    blocks = taken.cumsum()
+    if batch.rooms and blocks[-1] > (free := min(room.total - room.used for room in batch.rooms)):
+        num = int(blocks.searchsorted(free, side="right"))
         if num < FEWEST:
             return None
         blocks = blocks[:num]
-    attended = np.cumsum(np.concatenate(([batch.attended], np.full(num - 1, batch.growth_of_attended()))))
-    seconds, decoding = np.empty((num, len(batch.copies))), len(batch.decoding)
+    attended = np.empty(num)
+    attended.fill(batch.growth_of_attended())
+    attended[0] = batch.attended
+    attended.cumsum(out=attended)
+    times, decoding = np.empty(1 + num * len(batch.copies)), len(batch.decoding)
+    times[0] = now_s
+    seconds, before = times[1:].reshape(num, -1), None
     for number, copy in enumerate(batch.copies):
-        is_like_before = number > 0 and copy.timing is batch.copies[number - 1].timing  # as equal stages are
-        seconds[:, number] = (
-            seconds[:, number - 1] if is_like_before else copy.timing.decode_seconds(decoding, attended)
-        )
-    ends_s = np.cumsum(np.concatenate(([now_s], seconds.ravel())))[1:].reshape(seconds.shape)
-    return DecodeRun(ends_s, seconds, attended, blocks)
+        is_like_before = copy.timing is before  # as equal stages are
+        before = copy.timing
+        seconds[:, number] = seconds[:, number - 1] if is_like_before else before.decode_seconds(decoding, attended)
+    ends_s = times.cumsum()[1:].reshape(seconds.shape)
+    return DecodeRun(ends_s, attended, blocks)

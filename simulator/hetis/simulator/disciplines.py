@@ -41,8 +41,9 @@ class Apart(Discipline):
 
     The time when a copy is free is therefore its only state, and a visit to a stage is a single event. Where every
     stage has one copy, iterations arrive everywhere in the order in which they start, so that the whole pass is one
-    event, if nothing looks at copies (``passes_at_once``) or shares their cards in the meantime. Iterations of a
-    replica's only micro-batch (``is_alone``) that just decode are then computed together (`decode_runs.py`).
+    event, if nothing looks at copies (``passes_at_once``) or shares their cards in the meantime. Nobody asks then how
+    busy they were. Iterations of a replica's only micro-batch (``is_alone``) that just decode are computed together
+    (`decode_runs.py`).
     """
 
     keeps_order = True
@@ -82,7 +83,6 @@ class Apart(Discipline):
             for copy, stage_s in zip(batch.copies, batch.seconds, strict=True):
                 end_s = (copy.free_s if copy.free_s > end_s else end_s) + stage_s
                 copy.free_s = end_s
-                copy.busy_s += stage_s
             self._events.at(end_s, self._done, batch)
         else:
             self._arrive(now_s, batch, 0)

@@ -189,9 +189,9 @@ class StageTiming:
         if not self._decode:
             return np.full(len(attended), others_s)
         tokens = decoding * self._step_tokens
-        most = np.zeros(len(attended))
+        most = np.zeros(1)
         for fixed, per_request, per_token in self._decode:
-            np.maximum(most, fixed + per_request * decoding + per_token * attended, out=most)
+            most = np.maximum(most, fixed + per_request * decoding + per_token * attended)
         total = self._table[tokens, 0] + most
         if self._is_last:
             total = total + (self._head_s(tokens) + self._drafting_s(decoding))
