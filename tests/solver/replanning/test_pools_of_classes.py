@@ -20,7 +20,7 @@ from hetis.solver.replanning.replanning_check import check_replanning
 from hetis.solver.workload import Workload
 from tests.solver.best_replicas import Wanted, best_replica_of_need
 from tests.solver.claimed_plans import claimed, plan_of
-from tests.solver.device_classes import device_classes
+from tests.solver.device_classes import DeviceClass, device_classes
 from tests.solver.oracle import always, packable_sets, served_rate
 from tests.solver.placement.test_classes import TRAFFIC, workload
 from tests.solver.replanning.test_replanning import AT_ONCE, fleet, left_over, replanned
@@ -34,13 +34,13 @@ def best_by_enumeration(running: Plan, problem: PlacementProblem, costs: ChangeC
     there = {device.name for device in problem.cluster.devices()}
     whole = [replica for replica in running.replicas if set(replica.devices()) <= there]
     shares, goodput, best = problem.workload.shares, problem.assumptions.planned_utilisation, 0.0
-    kept_rates = [rates_of(replica, problem) for replica in whole]
+    kept_rates, new_rates = [rates_of(replica, problem) for replica in whole], new_rates_of(problem)
     for size in range(len(whole) + 1):
         for kept in itertools.combinations(range(len(whole)), size):
             left = left_over(problem.cluster, {device for i in kept for device in whole[i].devices()})
             stopped = [replica for i, replica in enumerate(whole) if i not in kept]
             dropped = sum(HALF_DONE * replica.planned_seats for replica in stopped) / costs.horizon_s
-            news = [dict[Classes, float]()] if left is None else pools_on(replace(problem, cluster=left))
+            news = [dict[Classes, float]()] if left is None else pools_on(replace(problem, cluster=left), *new_rates)
             for labels in itertools.product(*(kept_rates[i] for i in kept)):
                 for new in news:
                     rates = {names: costs.served_share(costs.restart_s) * rate for names, rate in new.items()}
@@ -69,19 +69,31 @@ def rates_of(replica: ReplicaPlan, problem: PlacementProblem) -> dict[Classes, f
     return found
 
 
-def pools_on(problem: PlacementProblem) -> list[dict[Classes, float]]:
-    """Return the rates by classes of every set of new replicas that fits."""
+Nodes = dict[DeviceClass, int]
+
+
+def new_rates_of(problem: PlacementProblem) -> tuple[Nodes, dict[Wanted, float], dict[Wanted, Classes]]:
+    """Return the nodes, and the rate and the classes of the best new replica of every need."""
     nodes, rates, ranges = device_classes(problem.cluster), dict[Wanted, float](), dict[Wanted, Classes]()
     for number, names in enumerate(problem.ranges()):
         for wanted, rate in best_replica_of_need(problem.of_classes(names), nodes, always).items():
             marked = replace(wanted, exchange=(*wanted.exchange, *["range"] * number))
             rates[marked], ranges[marked] = rate, names
+    return nodes, rates, ranges
+
+
+def pools_on(
+    problem: PlacementProblem, nodes: Nodes, rates: dict[Wanted, float], ranges: dict[Wanted, Classes]
+) -> list[dict[Classes, float]]:
+    """Return the rates by classes of every set of new replicas that fits into what is left of nodes of one GPU each."""
+    left = device_classes(problem.cluster)
+    assert left.keys() <= nodes.keys()
     return [
         {
             names: served_rate(problem, [one for one in chosen if ranges[one] == names], rates)
             for names in problem.ranges()
         }
-        for chosen in packable_sets(list(rates), nodes)
+        for chosen in packable_sets(list(rates), {each: left.get(each, 0) for each in nodes})
     ]
 
 
