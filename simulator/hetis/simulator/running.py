@@ -26,7 +26,7 @@ from hetis.simulator.arrivals import (
     requests_of,
 )
 from hetis.simulator.metrics import Metrics, Summary, measure
-from hetis.simulator.simulate import simulate
+from hetis.simulator.simulate import Timings, simulate
 from hetis.simulator.values import Run, Settings
 from hetis.solver.plan import Objective, Plan
 from hetis.solver.problem import PlacementProblem
@@ -63,12 +63,14 @@ class RunAnswer:
     run: Run | None = None
 
 
-def run_job(plan: Plan, problem: PlacementProblem, job: SimulationJob, keep_going: KeepGoing) -> RunAnswer:
+def run_job(
+    plan: Plan, problem: PlacementProblem, job: SimulationJob, keep_going: KeepGoing, timings: Timings | None = None
+) -> RunAnswer:
     """Simulate one job in this process; once ``keep_going`` returns False, traffic ends and earlier requests finish."""
     traffic = draw_traffic(job.load, job.num_requests, seed=job.seed)
     saturated = job.load.arrivals is Arrivals.SATURATED
     requests = (Saturation if saturated else requests_of)(traffic, keep_going=keep_going)
-    run = simulate(plan, problem, requests, job.settings)
+    run = simulate(plan, problem, requests, job.settings, timings)
     metrics = measure(run, job.limits, saturated=saturated)
     return RunAnswer(metrics=metrics, num_clipped=traffic.num_clipped, run=run if job.keep_run else None)
 
@@ -90,6 +92,7 @@ class SimulationRunner:
     processes: int
     is_cancelled: Callable[[], bool]
     report: Report
+    timings: Timings | None = None
     _pool: ProcessPoolExecutor | None = None
     _given: Synchronized[int] | None = None
     _stop: Event | None = None
@@ -118,7 +121,7 @@ class SimulationRunner:
                     self.report(self._done_before + given, self._total)
                 return not self.is_cancelled()
 
-            yield run_job(self.plan, self.problem, job, keep_going)
+            yield run_job(self.plan, self.problem, job, keep_going, self.timings)
             self._done_before += job.num_requests
 
     def _apart(self, jobs: Sequence[SimulationJob]) -> list[RunAnswer]:
@@ -154,7 +157,7 @@ class SimulationRunner:
 @contextmanager
 def runner(
     plan: Plan, problem: PlacementProblem, *, processes: int = 1, is_cancelled: Callable[[], bool] = never,
-    report: Report = silent,
+    report: Report = silent, timings: Timings | None = None,
 ) -> Iterator[SimulationRunner]:  # fmt: skip
     """Yield a `SimulationRunner` for jobs of a plan.
 
@@ -163,6 +166,7 @@ def runner(
             process needs a main module that can be imported again (``if __name__ == "__main__"``).
         is_cancelled: called often; whether to stop all traffic.
         report: called a few times a second, from the thread that runs jobs.
+        timings: of other runs of the problem in this process, to which these add.
     """
     made = SimulationRunner(
         plan=plan,
@@ -170,6 +174,7 @@ def runner(
         processes=processes or os.cpu_count() or 1,
         is_cancelled=is_cancelled,
         report=report,
+        timings=timings,
     )
     try:
         yield made

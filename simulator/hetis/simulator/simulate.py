@@ -38,18 +38,22 @@ _OF_THE_SEARCH = frozenset((
     Rule.SHARED_POOL,
 ))  # fmt: skip
 
+# Of stages, which depend on the problem alone: runs of it may share them.
+Timings = dict[tuple[StageShape, bool, bool, float, int, tuple[str, ...]], StageTiming]
+
 
 class Builder:
-    """Builds the replicas of a plan; equal stages share their timings.
+    """Builds the replicas of a plan; equal stages share their timings, also with earlier runs of the problem.
 
     Raises:
         InvalidProblemError: the plan contradicts its problem.
     """
 
     def __init__(
-        self, plan: Plan, problem: PlacementProblem, log: RequestLog, events: Events, settings: Settings
-    ) -> None:
-        self.plan, self.problem = plan, problem
+        self, plan: Plan, problem: PlacementProblem, log: RequestLog, events: Events, settings: Settings,
+        timings: Timings | None = None,
+    ) -> None:  # fmt: skip
+        self.plan, self.problem, self._timings = plan, problem, {} if timings is None else timings
         self.links = FleetLinks()
         self._log, self._events, self._settings = log, events, settings
         self.fleet = Fleet.of(problem.cluster)
@@ -57,7 +61,6 @@ class Builder:
         self._derivation = Rederivation(problem)
         self._growth = KvGrowth(problem.model, problem.assumptions.block_tokens)
         self._problems: dict[tuple[str, tuple[str, ...]], PlacementProblem] = {}  # by GPU type and classes
-        self._timings: dict[tuple[StageShape, bool, bool, float, int, tuple[str, ...]], StageTiming] = {}
 
     def replicas(self) -> list[ReplicaRun]:
         return [self._replica(number, one) for number, one in enumerate(self.plan.replicas)]
@@ -343,7 +346,10 @@ class Sampler:
             busy_s[cards] += pool.busy_s[1:]
 
 
-def simulate(plan: Plan, problem: PlacementProblem, requests: Requests, settings: Settings | None = None) -> Run:
+def simulate(
+    plan: Plan, problem: PlacementProblem, requests: Requests, settings: Settings | None = None,
+    timings: Timings | None = None,
+) -> Run:  # fmt: skip
     """Return the run of a plan with requests: a list or endless stream of arrivals, or a saturating source.
 
     This is a pure function: the same arguments give the same run. The run ends when all requests are finished, or at
@@ -354,7 +360,7 @@ def simulate(plan: Plan, problem: PlacementProblem, requests: Requests, settings
     """
     settings = settings or Settings()
     log, events = RequestLog(), Events()
-    builder = Builder(plan, problem, log, events, settings)
+    builder = Builder(plan, problem, log, events, settings, timings)
     replicas = builder.replicas()
     choosing = partial(router_of, settings, plan, replicas)
     router = RangeRouter(plan, problem.workload, settings.seed, choosing) if plan.classes else choosing()

@@ -6,7 +6,6 @@ core, which `compare` and the service's solver jobs share. `hetis.planner.report
 
 from __future__ import annotations
 
-import math
 import os
 import threading
 from collections.abc import Callable, Hashable, Iterator
@@ -159,29 +158,42 @@ class PosedPlacement:
         if not cuts or not made.plan.replicas or budget.is_spent():
             return made
         requested = self.loaded.inputs.applicable_limits(request.goal)
+        evaluated, known = dict[Hashable, Any](), Known(_by_the_model(made.plan), made.problem.family)
+        at_usual = dict[Hashable, Plan]()  # by classes
 
         def find(posed: PlacementProblem) -> Iterator[Plan]:
             find_left = survivors(settings, budget, report)
-            best = None if settings.survive else found(posed)
+            best = None if settings.survive else found(posed, known)
             if best is not None:
-                yield described(best, posed)
+                if best.replicas != made.plan.replicas:
+                    yield described(best, posed)
                 if not best.objective.kind.goal.is_planned:
                     return
             # Queues of pools are modelled without overflow into others, so simulation may keep more of pools that serve
             # most at a given utilisation: the usual one and, where far less is kept than the model says, the kept one.
             kept = posed.assumptions.planned_utilisation
             for utilisation in (PLANNED_UTILISATION, kept)[: 2 if 0.0 < kept < FAR_BELOW * PLANNED_UTILISATION else 1]:
-                assumptions = replace(posed.at(utilisation).assumptions, chooses_utilisation=False)
-                own = replace(posed, assumptions=assumptions)
                 if best is None:
+                    own = served_at(posed, utilisation)
                     yield described(surviving_plan(find_left, own, settings.survive, settings.keep), posed)
                     continue
-                busiest = found(own)
+                is_usual = utilisation == PLANNED_UTILISATION
+                busiest = at_usual_rate(posed) if is_usual else found(served_at(posed, utilisation))
                 bound = (max if best.objective.maximises else min)(best.result.bound, busiest.result.value)
                 yield described(replace(busiest, result=busiest.result.bounded_by(bound)), posed)
 
-        def found(posed: PlacementProblem) -> Plan:
-            return simplified(search(posed, settings, budget=budget, report=report), posed, settings, budget, report)
+        def served_at(posed: PlacementProblem, utilisation: float) -> PlacementProblem:
+            assumptions = replace(posed.at(utilisation).assumptions, chooses_utilisation=False)
+            return replace(posed, assumptions=assumptions)
+
+        def at_usual_rate(posed: PlacementProblem) -> Plan:
+            if posed.workload.classes not in at_usual:
+                at_usual[posed.workload.classes] = found(served_at(posed, PLANNED_UTILISATION))
+            return at_usual[posed.workload.classes]
+
+        def found(posed: PlacementProblem, known: Known | None = None) -> Plan:
+            best = search(posed, settings, budget=budget, report=report, known=known, evaluated=evaluated)
+            return simplified(best, posed, settings, budget, report, evaluated)
 
         def described(plan: Plan, posed: PlacementProblem) -> Plan:
             inputs = replace(self.loaded.inputs, workload=replace(workload, classes=posed.workload.classes))
@@ -190,18 +202,26 @@ class PosedPlacement:
             return with_losses(replace(plan, notes=(*plan.notes, classes.NEEDS_ROUTER)), posed)
 
         def verified(one: classes.WithClasses) -> Plan:
-            budget = replace(self._budget_to_simulate(), work_limit=math.inf)
             return kept_plan(
-                with_service_level(one.plan, request.service_level), one.problem, seed=settings.seed, budget=budget,
-                report=simulation_report(one.plan, report), router=router_of(settings.target),
+                with_service_level(one.plan, request.service_level), one.problem, seed=settings.seed,
+                budget=self._budget_to_simulate(), report=simulation_report(one.plan, report),
+                router=router_of(settings.target),
             )  # fmt: skip
 
         chosen = classes.choose(
             classes.WithClasses(plan=made.plan, problem=made.problem), requested, cuts, find, worth=settings.worth,
             seed=settings.seed, budget=budget, report=report, carriers=self.carriers, target=settings.target,
             verified=verified if request.verify else None,
+            promise=None if settings.survive or not requested.kind.goal.is_planned else at_usual_rate,
         )  # fmt: skip
         return replace(made, plan=chosen.plan, problem=chosen.problem)
+
+
+def _by_the_model(plan: Plan) -> Plan:
+    """Return the plan with what it keeps by the cost model, or in simulation if that is less."""
+    modelled = Verified.of(plan).model_value
+    value = plan.result.value if modelled is None else min(modelled, plan.result.value)
+    return replace(plan, result=replace(plan.result, value=value))
 
 
 def make_plan(

@@ -69,7 +69,11 @@ def solve_family(
 
     known = known if chooses_utilisation(problem) and problem.objective.maximises else None
     kept = 0.0 if known is None else known.plan.result.value
-    adds_workers = known is not None and replace(known.family, max_pool=problem.family.max_pool) == problem.family
+    adds_workers = (
+        known is not None
+        and replace(known.family, max_pool=problem.family.max_pool) == problem.family
+        and known.plan.classes == problem.class_shares()
+    )
 
     def found_by(costs: CostTables, settings: SearchSettings) -> KeptOutcome | Unbeaten | None:
         def find(tables: CostTables, above: float = 0.0, gap: float = 0.0) -> Outcome | None:

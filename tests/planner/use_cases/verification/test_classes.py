@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,8 +20,9 @@ from hetis.planner.use_cases.verification import classes
 from hetis.planner.use_cases.verification.outcome import router_of
 from hetis.solver.budget import Budget, silent
 from hetis.solver.check import check_plan
-from hetis.solver.errors import InvalidProblemError
+from hetis.solver.errors import InvalidProblemError, NoPlanFoundError
 from hetis.solver.plan import ObjectiveKind, Plan
+from hetis.solver.problem import PlacementProblem
 from hetis.solver.workload import LengthBin, Workload
 from tests.fleets import fleet
 from tests.simulator import small_plans
@@ -31,7 +32,7 @@ TRAFFIC = Workload(
     name="tail",
     bins=tuple(LengthBin(prompt_tokens=p, output_tokens=100, weight=w) for p, w in LENGTHS),
 )
-FLEET = fleet("mixed", "h: 2 H100-SXM-80GB", "a: 2 A100-PCIe-80GB", "2 l: 4 L4", "2 t: 2 RTX-3090")
+FLEET = fleet("mixed", "h: 1 H100-SXM-80GB", "l: 4 L4")
 
 
 def bounds(text: str, workload: Workload = TRAFFIC) -> dict[str, list[int | None]]:
@@ -88,7 +89,6 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("classes")
     (folder / "fleet.yaml").write_text(FLEET)
     (folder / "traffic.yaml").write_text(WORKLOAD)
-    (folder / "alike.yaml").write_text(WORKLOAD.replace(", ttft: 1s", ""))
     return folder
 
 
@@ -104,10 +104,11 @@ def placed(folder: Path, *options: str, traffic: str = "traffic", exits: ExitCod
 
 
 def test_a_plan_with_classes_is_taken_where_it_is_worth_them(files: Path) -> None:
-    without = placed(files, "--classes", "none")
+    options = "--rung", "node"  # higher ones take longer and are not worth it
+    without = placed(files, *options, "--classes", "none")
     assert without["classes"] == []
     assert without["objective"]["ttft_limit_s"] == 1.0, "without classes the strictest limit is that of all"
-    plan = placed(files)
+    plan = placed(files, *options)
     assert plan["objective"]["ttft_limit_s"] == 5.0
     assert plan["result"]["value"] >= 1.1 * without["result"]["value"]
     assert [one["name"] for one in plan["classes"]] == ["short", "long"]
@@ -115,18 +116,16 @@ def test_a_plan_with_classes_is_taken_where_it_is_worth_them(files: Path) -> Non
     found = load_plan_and_problem(str(files / "plan.json"))
     assert check_plan(found.plan, found.problem) == ()
     assert found.plan == load_plan(files / "plan.json")
-    without = placed(files, "--classes", "none", traffic="alike")
-    rung = "--rung", without["inputs"]["rung"]  # higher ones would not be worth it either
-    dear = placed(files, "--worth", "90%", *rung, traffic="alike")
+    dear = placed(files, *options, "--worth", "99%")
     assert dear["classes"] == []
     assert dear["result"]["value"] == without["result"]["value"]
-    assert "90% more is worth" in dear["inputs"]["classes_why_not"]
-    plain = placed(files, "--for", "kubernetes")
+    assert "99% more is worth" in dear["inputs"]["classes_why_not"]
+    plain = placed(files, *options, "--for", "kubernetes")
     assert plain["classes"] == []
     assert plain["inputs"]["classes_why_not"] == (
         "export target kubernetes cannot route by prompt length, so none were searched"
     )
-    assert placed(files, "--for", "llm-d")["classes"]
+    assert placed(files, *options, "--for", "llm-d")["classes"]
 
 
 @pytest.mark.parametrize("goal", [(), ("--keep", "40%")])
@@ -217,6 +216,29 @@ def test_the_first_plan_by_value_that_keeps_enough_is_used(
             assert kept.with_rps >= (1.0 + worth) * kept.without_rps
 
 
+def test_of_many_cuts_those_of_the_best_plans_that_are_found_quickly_are_searched() -> None:
+    without, having = without_and_with_pools()
+    cuts, searched = classes.cuts_of(classes.AUTO, TRAFFIC), list[str]()
+    names = {found: name for name, found in cuts.items()}
+    promised = dict(zip(cuts, (9.0, 12.0, None, 11.0), strict=False))
+
+    def promise(posed: PlacementProblem) -> Plan:
+        value = promised[names[posed.workload.classes]]
+        if value is None:
+            raise NoPlanFoundError("none was found")
+        return valued(having, value)
+
+    def find(posed: PlacementProblem) -> Iterator[Plan]:
+        searched.append(names[posed.workload.classes])
+        return iter(())
+
+    classes.choose(
+        classes.WithClasses(plan=without, problem=small_plans.small_problem(workload=TRAFFIC)), without.objective,
+        cuts, find, worth=0.1, seed=0, budget=Budget(), report=silent, promise=promise,
+    )  # fmt: skip
+    assert searched == ["p75", "p50,p90"]
+
+
 def test_plans_that_run_the_same_are_tried_once(monkeypatch: pytest.MonkeyPatch) -> None:
     without, having = without_and_with_pools()
     tried = list[float]()
@@ -256,7 +278,7 @@ def test_rates_that_decide_nothing_take_fewer_simulations(monkeypatch: pytest.Mo
     simulated, keeps = list[Any](), {10.0: (8.75, 8.75), 12.0: (12.5, 12.5)}
     chosen(valued(without, 10.0), [valued(having, 12.0)], keeps, 0.1, monkeypatch, simulated)
     of_bursts = [rate for _, name, rate in (one for one in simulated if isinstance(one, tuple)) if name == "bursts"]
-    assert len(of_bursts) == 6
+    assert len(of_bursts) == 7
 
 
 def test_of_plans_that_leave_most_after_a_loss_what_is_left_counts(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -284,7 +306,7 @@ def test_of_a_demand_the_first_plan_by_value_that_keeps_enough_of_it_for_its_cos
 
 def test_the_highest_rate_that_is_tried_is_kept_if_all_are(monkeypatch: pytest.MonkeyPatch) -> None:
     without, having = without_and_with_pools()
-    most = 10.0 * classes.STEP ** (2**classes.MOST_STEPS - 1)
+    most = 10.0 * classes.STEP ** (2 ** (classes.MOST_STEPS - 1))
     keeps = {10.0: (10.0, 10.0), 12.0: (2.0 * most, 2.0 * most)}
     told = Classes.of(chosen(valued(without, 10.0), [valued(having, 12.0)], keeps, 0.1, monkeypatch))
     assert told.kept[0].with_rps >= most

@@ -16,6 +16,7 @@ from hetis.planner.use_cases.simulation.judging import LevelVerdict, as_swept, l
 from hetis.simulator.arrivals import Arrivals, Load
 from hetis.simulator.metrics import Metrics, Prediction, Summary, prediction_of, summarise
 from hetis.simulator.running import MAX_ROUNDS, RateSweep, Report, SimulationJob, SimulationRunner, runner, sweep
+from hetis.simulator.simulate import Timings
 from hetis.simulator.values import Fault, Run, Settings
 from hetis.solver.engine_rules import NOTHING_SET, EngineSettings
 from hetis.solver.errors import InvalidProblemError
@@ -177,17 +178,19 @@ def answer(
     is_cancelled: Callable[[], bool],
     report: Report,
     begins: Callable[[str], None] = lambda _part: None,
+    timings: Timings | None = None,
 ) -> Simulated:
     """Run the simulator as often as the question requires. Once ``is_cancelled``, answer what was run by then.
 
-    ``begins`` is called for every part of a question with several: the rates of a sweep.
+    ``begins`` is called for every part of a question with several: the rates of a sweep. ``timings`` are those of other
+    runs of the problem, to which these add.
 
     Raises:
         NothingSimulatedError: the simulation was cancelled before any of it was done.
         InvalidProblemError: the plan cannot be simulated.
     """
     plan = with_all_seats(plan, problem)
-    with runner(plan, problem, processes=processes, is_cancelled=is_cancelled, report=report) as runs:
+    with runner(plan, problem, processes=processes, is_cancelled=is_cancelled, report=report, timings=timings) as runs:
         return (_swept if question.sweeps else _run)(runs, question, begins)
 
 

@@ -24,6 +24,7 @@ from hetis.planner.use_cases.simulation.simulate import NothingSimulatedError, Q
 from hetis.planner.use_cases.verification.outcome import AS_PLANNED, router_of
 from hetis.planner.use_cases.verification.rates import simulation_report
 from hetis.simulator.arrivals import Arrivals, Load
+from hetis.simulator.simulate import Timings
 from hetis.simulator.values import Run, Settings
 from hetis.solver.budget import Budget, Report
 from hetis.solver.errors import InfeasibleError, InvalidProblemError, NoPlanFoundError
@@ -41,6 +42,7 @@ BURSTS = 2.0  # coefficient of variation of the gaps between arrivals in bursts
 REQUESTS = 3_000  # of a run
 STEP = 1.06  # first ratio of rates until one is kept and one missed
 PRECISE, ROUGH = 0.03, 0.06  # ratio of these in the end; where they decide nothing
+MOST_CUTS = 2  # of the cuts to try, whose best plans are searched
 MOST_STEPS = 7  # ever larger ones: rates tried beyond the first, up or down
 HARDER = 0.88  # share of the rate kept as planned from which that of other traffic is searched
 NEEDS_ROUTER = (
@@ -129,6 +131,7 @@ def choose(
     without: WithClasses, objective: Objective, cuts: Mapping[str, tuple[RequestClass, ...]], find: Find, *,
     worth: float, seed: int, budget: Budget, report: Report, carriers: Carriers | None = None, target: str = "",
     verified: Callable[[WithClasses], Plan] | None = None,
+    promise: Callable[[PlacementProblem], Plan] | None = None,
 ) -> WithClasses:  # fmt: skip
     """Return the best plan with classes if it is worth its pools, or else the plan without, with a record of both.
 
@@ -142,18 +145,21 @@ def choose(
         carriers: what each export target cannot carry; None: not known. Some must carry all of it, or the ``target``.
         verified: simulates the plan that is returned as that without was, which changes its value, not how it runs;
             None: neither was, and the gain is that of the cost model.
+        promise: finds a plan quickly, by which the `MOST_CUTS` best cuts are chosen; None: all are searched.
     """
     record = Classes(cut=", ".join(cuts), worth=worth)
     if not _knows_lengths(without, carriers, target):
         unsearched = f"export target {target} cannot route by prompt length, so none were searched"
         return _told(without, replace(record, why_not=unsearched))
-    found = list[_Candidate]()
-    for cut, classes in cuts.items():
-        workload = replace(without.problem.workload, classes=classes)
-        posed = replace(without.problem, workload=workload, objective=objective)
+    found, workload = list[_Candidate](), without.problem.workload
+    posed = {
+        cut: replace(without.problem, workload=replace(workload, classes=classes), objective=objective)
+        for cut, classes in cuts.items()
+    }
+    for cut in posed if promise is None else _promising(posed, promise, without.plan):
         with suppress(InfeasibleError, NoPlanFoundError):
-            for plan in find(posed):
-                found.append(_Candidate(cut, WithClasses(plan=plan, problem=posed)))
+            for plan in find(posed[cut]):
+                found.append(_Candidate(cut, WithClasses(plan=plan, problem=posed[cut])))
     found = [one for one in found if any(replica.classes for replica in one.found.plan.replicas)]
     found.sort(key=lambda one: _planned_gain(one.found.plan, without.plan), reverse=True)
     found = list({one.runs: one for one in reversed(found)}.values())[::-1]  # the best of those that run the same
@@ -182,6 +188,19 @@ def choose(
         why = f"it {what} {gained}, but only {worth:.0%} more is worth pools of their own (--worth)"
         return _told(without, replace(record, why_not=why))
     return _told(best if verified is None else replace(best, plan=verified(best)), record)
+
+
+def _promising(
+    posed: Mapping[str, PlacementProblem], promise: Callable[[PlacementProblem], Plan], without: Plan
+) -> list[str]:
+    """Return the cuts of the best plans among those that are found quickly."""
+    if len(posed) <= MOST_CUTS:
+        return [*posed]
+    gains = dict.fromkeys(posed, -math.inf)
+    for cut, problem in posed.items():
+        with suppress(InfeasibleError, NoPlanFoundError):
+            gains[cut] = gain_of(promise(problem), without)
+    return sorted(posed, key=gains.__getitem__, reverse=True)[:MOST_CUTS]
 
 
 class _Candidate(NamedTuple):
@@ -269,6 +288,7 @@ class _Compared:
         self._limits, self._settings = limits, settings
         self._before = dict[_Traffic, float]()  # what the plan without keeps
         self._runs = dict[Hashable, tuple[bool, Run]]()  # by plan, traffic and rate
+        self._timings = dict[Hashable, Timings]()  # by classes
 
     def before(self, traffic: _Traffic) -> float:
         """Return the rate that the plan without classes keeps."""
@@ -336,11 +356,11 @@ class _Compared:
 
         low, high, step = rate, rate, STEP
         rising = keeps(rate)
-        for _ in range(MOST_STEPS):
+        for number in range(MOST_STEPS):
             low, high = (high, high * step) if rising else (low / step, low)
             if keeps(high if rising else low) != rising:
                 break
-            step *= step
+            step *= step if number else 1.0
         else:
             return high if rising else 0.0
         while high > low * (1.0 + (PRECISE if traffic.counts else ROUGH) + 1e-9):
@@ -369,6 +389,7 @@ class _Compared:
         found = answer(
             one.plan, one.problem, question, processes=1, is_cancelled=self._budget.cancelled.is_set,
             report=lambda given, total: told(rate, given, total),
+            timings=self._timings.setdefault(one.problem.workload.classes, {}),
         )  # fmt: skip
         if found.run is None or not found.complete:
             raise NothingSimulatedError

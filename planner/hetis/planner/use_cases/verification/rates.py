@@ -38,6 +38,7 @@ from hetis.planner.use_cases.verification.tried_rate import TriedRate, hardly_gr
 from hetis.simulator.arrivals import Arrivals, Load
 from hetis.simulator.metrics import Metrics
 from hetis.simulator.running import Report
+from hetis.simulator.simulate import Timings
 from hetis.simulator.values import RouterName, Settings
 from hetis.solver.budget import Budget, Progress
 from hetis.solver.budget import Report as SearchReport
@@ -157,7 +158,7 @@ def are_filled(plan: Plan, most_requests: int) -> bool:
 
 def simulated_at(
     plan: Plan, problem: PlacementProblem, rate_rps: float, limits: Objective, *, seed: int, budget: Budget,
-    report: Report, lengths: tuple[int, ...] = (), settings: Settings = AS_PLANNED,
+    report: Report, lengths: tuple[int, ...] = (), settings: Settings = AS_PLANNED, timings: Timings | None = None,
 ) -> TriedRate | None:  # fmt: skip
     """Simulate a plan at a rate, and judge it by its service level; None: the budget was spent.
 
@@ -175,7 +176,9 @@ def simulated_at(
             keep_run=level != DEFAULT,
         )  # fmt: skip
         try:
-            found = answer(plan, problem, question, processes=1, is_cancelled=budget.is_spent, report=report)
+            found = answer(
+                plan, problem, question, processes=1, is_cancelled=budget.is_spent, report=report, timings=timings
+            )
         except NothingSimulatedError:
             return None
         if not found.complete:
@@ -218,12 +221,13 @@ class _Runs:
         self._too_short = not are_filled(part.plan, to_fill)
         self._settings = replace(AS_PLANNED, router=router)
         self._compiling = lambda: report(self._planned_rps, 0, 0)
+        timings = Timings()
 
         @cache
         def run(settings: Settings, rate_rps: float, *lengths: int, traffic: int) -> TriedRate:
             found = simulated_at(
                 part.plan, problem, rate_rps * part.share, plan.objective, seed=traffic, lengths=lengths,
-                budget=budget, report=partial(report, rate_rps), settings=settings,
+                budget=budget, report=partial(report, rate_rps), settings=settings, timings=timings,
             )  # fmt: skip
             if found is None:
                 raise StoppedError
