@@ -25,7 +25,6 @@ class UnknownNameError(HetisError):
 # Words of vendors and drivers (`nvidia-smi` says "NVIDIA GeForce RTX 3090") that do not distinguish boards.
 _IGNORED = {"nvidia", "geforce", "tesla", "amd", "instinct", "intel", "habana", "generation", "oam", "blackwell"}
 _IGNORED |= {"edition", "huawei", "google", "radeon", "jetson", "vf"}  # a virtual function is a whole MI300X
-_IGNORED |= {"mcm", "ac", "mba"}  # "AMD INSTINCT MI210 (MCM) OAM AC MBA"
 # Parts that several boards share: on their own they name nothing.
 _SHARED = re.compile(r"\d+gb|pcie|sxm|nvl|per|gpu|die|rtx|rx|quadro|pro|ai|server|ada|arc|ascend|tpu")
 _ASCEND = ("ascend-", "ascend", "")  # as vllm-ascend, CANN and npu-smi spell it
@@ -42,6 +41,7 @@ _GPU_ALIASES = {
     "h800-80gb-hbm3": "H800-SXM-80GB",
     "mi300x-o": "MI300X-192GB",  # earlier versions of amd-smi
     "mi325": "MI325X-256GB",
+    "mi250-mcm-ac-mba": "MI250-per-die",  # rocm-smi's name of each die
     "h100-64gb-hbm2": "H100-SXM-64GB",
     "gh200-144gb-hbm3e": "GH200-144GB",
     "h800": "H800-SXM-80GB",  # the driver's whole name for it
