@@ -220,9 +220,7 @@ def fill_disk(fleet: Fleet) -> None:
     # While the leader's term ends, too, because its renewal finds no room, an answer may name the next leader.
     full, apply = "its disk is full: make room there", partial(fleet["admin"].failing, "hetis-plan apply big.yaml")
     until(lambda: full in apply(), "nobody says that the disk is full")
-    assert fleet.num_serving()
-    ready = "curl -fs http://127.0.0.1:8471/readyz"
-    until(lambda: not all(fleet[name].code_of(ready) == 0 for name in PLANNERS), "the leader calls itself ready")
+    assert fleet.num_serving()  # whether the leader is ready: as small writes find room in pages that exist
     (fleet.disk / "full").unlink()
 
 

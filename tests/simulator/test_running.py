@@ -20,7 +20,7 @@ LENGTHS = Workload(name="w", bins=(LengthBin(prompt_tokens=10, output_tokens=91,
 
 @pytest.fixture(autouse=True)
 def queue_instead_of_a_plan(monkeypatch: pytest.MonkeyPatch) -> None:
-    def simulate(plan: object, problem: object, requests: Iterable[Request], settings: Settings) -> Run:
+    def simulate(plan: object, problem: object, requests: Iterable[Request], settings: Settings, _: object) -> Run:
         return queue_run(requests, settings)
 
     monkeypatch.setattr(running, "simulate", simulate)
