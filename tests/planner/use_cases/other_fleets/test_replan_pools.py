@@ -8,8 +8,9 @@ from pathlib import Path
 from tests.fleets import fleet
 from tests.planner.command_line import invoke
 from tests.planner.use_cases.other_fleets.test_replan import replanned, run_plan
-from tests.planner.use_cases.verification.test_classes import FLEET as MIXED
 from tests.planner.use_cases.verification.test_classes import WORKLOAD
+
+MIXED = fleet("mixed", "h: 2 H100-SXM-80GB", "a: 2 A100-PCIe-80GB", "2 l: 4 L4", "2 t: 2 RTX-3090")
 
 
 def test_pools_of_classes_stay_and_serve_other_traffic(tmp_path: Path) -> None:
