@@ -105,9 +105,10 @@ def test_a_call_says_unknown_if_any_of_its_attempts_may_have_been_carried_out(
             UNDONE.reason,
             "unknown",
         ),
+        (AWAY, f"{AWAY}; one before was refused: nothing was changed", AWAY.code, AWAY.reason, None),
         (BROKEN, "no such method", BROKEN.code, "", None),  # an answer that has nothing to do with the earlier one
     ],
-    ids=["silence", "another answer"],
+    ids=["silence", "a standby", "another answer"],
 )
 def test_what_a_leader_said_is_not_lost_when_the_deadline_cuts_the_last_attempt_short(
     last: CallError, message: str, code: grpc.StatusCode, reason: str, changed: str | None

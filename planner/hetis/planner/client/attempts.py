@@ -102,16 +102,18 @@ class Attempts:
 
     def _of_all_attempts(self, error: CallError) -> CallError:
         """Return the error of the call, which says first what became of it: a refusal speaks of its own attempt."""
-        refusal = self._refusal
+        refusal, message = self._refusal, str(error)
+        if refusal is not None and error.reason in _REFUSED_AT_ONCE:  # the last one was by chance not the leader's
+            message += f"; one before was refused: {refusal}"
         if refusal is not None and not error.reason and error.is_unreachable:
             doubt = "the call may have been carried out: " if self.may_change else ""
             message = f"{doubt}no planner answered its last attempt ({error}); one before was refused: {refusal}"
             self._is_in_doubt, error = self.may_change, refusal
         # A leader's refusal covers all attempts: had one been carried out, its answer would have been repeated.
-        elif not self._is_in_doubt or error.code not in _NO_ANSWER:
+        elif self._is_in_doubt and error.code in _NO_ANSWER:
+            message = f"an earlier attempt of this call may have been carried out; its last one: {message}"
+        elif message == str(error):
             return error
-        else:
-            message = f"an earlier attempt of this call may have been carried out; its last one: {error}"
         return CallError(
             message,
             code=error.code,
