@@ -24,12 +24,13 @@ from hetis.solver.profile import Fit, FitScope, Op, Piece, Profile, Provenance, 
 
 PARAMETERS = ("kernels", "step", "sequence")
 STOOD_STILL = 5.0  # multiple of the usual time of such iterations: a compilation, a swapped-out process
-_CANDIDATES = (("kernels",), ("step",), ("kernels", "step"), ("kernels", "step", "sequence"))
+_CANDIDATES = (("kernels",), ("step",), ("step", "sequence"), ("kernels", "step"), ("kernels", "step", "sequence"))
 # Column of a parameter in `_Table`, and how wrong a profile's value may be, as a share of it.
 _DOUBTS = {"kernels": ("kernels_s", 0.25), "step": ("step_s", 1.0), "sequence": ("sample_s", 1.0)}
 _BLOCKS = 40
 _GROUPS = 10  # groups of blocks that are left out one after the other, to know how certain a fit is
 _CERTAIN = 0.1  # largest half-width of the interval of each of several parameters, as a share of an iteration
+_LEAST_SEVERAL = 50  # observations; fewer happen to fit several parameters about as well
 _WORTH = 0.97  # largest share of the error that may be left for another parameter to be worth it
 _LEAST_WORTH = 0.001  # least amount by which the error must fall as well
 CHECK = "check that the model, its precision, the TP degree and the GPU are the server's"
@@ -249,7 +250,8 @@ def _chosen(table: _Table, block: NDArray[np.intp]) -> tuple[tuple[str, ...], di
     groups = [g for g in np.unique(group) if (group != g).any()]
     # Means over intervals tell at most one parameter: the others shift several of them by more than the jackknife sees.
     are_means = bool((table.kind == ObservedKind.INTERVAL.value).all())
-    for names in [names for names in _CANDIDATES if len(names) == 1 or not are_means]:
+    are_enough = len(table.seconds) >= _LEAST_SEVERAL and not are_means
+    for names in [names for names in _CANDIDATES if len(names) == 1 or are_enough]:
         values = _fit(table, names)
         without = np.array([_fit(table.rows(group != g), names) for g in groups])
         spread = np.sqrt((len(groups) - 1) / len(groups) * ((without - without.mean(axis=0)) ** 2).sum(axis=0))

@@ -29,6 +29,7 @@ from hetis.profiler.cli.shared import (
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
+    from hetis.formats.traces.latencies import TimedRequest
     from hetis.formats.vllm_logs import IterationLog
     from hetis.profiler.calibrate.correction import CalibrationResult, Parameter
     from hetis.profiler.calibrate.observed import Observed
@@ -58,8 +59,8 @@ def _seconds(text: str) -> float:
 @group
 class CalibrateOptions:
     source: str = option(
-        "--from-vllm LOG|URL: Log of a server with --enable-logging-iteration-details (preferred; .gz or - for stdin), "
-        "or the URL of a server.",
+        "--from-vllm LOG|REPORT|URL: Log of a server with --enable-logging-iteration-details (preferred; .gz or - for "
+        "stdin), a report of vllm bench serve --save-detailed (FILE.json), or the URL of a server.",
         ...,
     )
     model: str = option("--model -m NAME|FILE: Model that it serves: a name, a ModelSpec, or a config.json.", ...)
@@ -86,18 +87,24 @@ def calibrate(terminal: Terminal, *, wanted: CalibrateOptions, cluster: ClusterO
     If that error gets no smaller or stays huge, or no GPU of the type can be like that,
     nothing is written and the exit code is 5.
 
-    A log with --enable-logging-iteration-details says most. Of a URL, /metrics is read
-    every few seconds, which tells one parameter.
+    A log with --enable-logging-iteration-details says most. A report of vllm bench serve
+    has a client's latencies: of times in which requests only decode, which tell the host's
+    time, and no prompts. Of a URL, /metrics is read every few seconds, which tells one
+    parameter.
     """
+    from hetis.formats.files import file_label
     from hetis.profiler.calibrate.correction import calibrate as corrected
+    from hetis.profiler.calibrate.latencies import observed_in_latencies
 
-    base, spec, log = _inputs(wanted, cluster)
+    base, spec, source = _inputs(wanted, cluster)
     replica_of = partial(_replica, spec, base, cluster=cluster)
-    if log is None:
+    if source is None:
         replica_of(wanted.tp or 1)  # a check before a minute is spent on it
         observed = _watched(terminal, wanted.source, wanted.context, wanted.watch_s or _USUAL_S)
+    elif isinstance(source, list):
+        observed = observed_in_latencies(file_label(wanted.source), source)
     else:
-        observed = _logged(wanted, log, spec)
+        observed = _logged(wanted, source, spec)
     replica = replica_of(wanted.tp or observed.tp or 1)
     found = _possible(terminal, corrected(observed, replica), base, cluster)
     for note in observed.notes:
@@ -112,13 +119,16 @@ def calibrate(terminal: Terminal, *, wanted: CalibrateOptions, cluster: ClusterO
     return ProfileExitCode.OK
 
 
-def _inputs(wanted: CalibrateOptions, cluster: Path | None) -> tuple[Profile, ModelSpec, IterationLog | None]:
-    """Return the profile to correct, the model as served, and the log unless a URL is watched. Raises DocumentError
-    with the problems of all of them.
+def _inputs(
+    wanted: CalibrateOptions, cluster: Path | None
+) -> tuple[Profile, ModelSpec, IterationLog | list[TimedRequest] | None]:
+    """Return the profile to correct, the model as served, and the log or the requests of a report unless a URL is
+    watched. Raises DocumentError with the problems of all of them.
     """
     from hetis.formats.errors import DocumentError, Problem, attempt
     from hetis.formats.models.document import load_model
     from hetis.formats.models.dtypes import KV_PRECISIONS, PRECISIONS, with_precision
+    from hetis.formats.traces.latencies import load_latencies
     from hetis.formats.vllm_logs import load_iteration_log
 
     if not wanted.gpu and wanted.profile is None:
@@ -128,13 +138,19 @@ def _inputs(wanted: CalibrateOptions, cluster: Path | None) -> tuple[Profile, Mo
     if base is not None and cluster is not None:
         attempt(partial(gpu_type, base.gpu, cluster), problems)
     model = attempt(lambda: load_model(wanted.model), problems)
-    log = None if "://" in wanted.source else attempt(lambda: load_iteration_log(wanted.source), problems)
+    source: IterationLog | list[TimedRequest] | None = None
+    if "://" in wanted.source:
+        pass
+    elif wanted.source.endswith((".json", ".json.gz")):
+        source = attempt(lambda: load_latencies(wanted.source), problems)
+    else:
+        source = attempt(lambda: load_iteration_log(wanted.source), problems)
     attempt(lambda: _precision("--weights", wanted.weights, PRECISIONS), problems)
     attempt(lambda: _precision("--kv", wanted.kv, KV_PRECISIONS), problems)
     attempt(lambda: require_outputs(wanted.out), problems)
     if problems or base is None or model is None:
         raise DocumentError(problems)
-    return base, with_precision(model, weights=wanted.weights, kv=wanted.kv).on(base.gpu), log
+    return base, with_precision(model, weights=wanted.weights, kv=wanted.kv).on(base.gpu), source
 
 
 def _profile(gpu: str, path: Path | None, cluster: Path | None) -> Profile:
