@@ -6,9 +6,8 @@ A row covers thousands of instances of one size with different arrivals, running
 ``p99_ms`` cover building the problem from arrays, solving the relaxation, rounding and improving. ``path`` is the share
 of instances that took each path. The same instances are solved by HiGHS alone (the relaxation from arrays, at the
 fastest of several settings).
-``mean_gap_to_relaxation`` is the gap to the certified bound. ``mean_gap_to_best`` is the gap to the best whole-group
-plan known, from a MILP and a longer local search, over ``judged`` instances. ``p50_``, ``p95_``, ``p99_`` and ``max_``
-are quantiles of the same gap.
+``mean_gap_to_relaxation`` is the gap to the certified bound; ``p50_``, ``p95_``, ``p99_`` and ``max_`` are quantiles
+of the same gap.
 
 Loads: *balanced*, all devices end within what the arrivals will fill; *imbalanced*, the running load decides which
 is slowest; *nearly full*, balanced with 1.2 times the KV blocks that the arrivals need, unevenly spread. The GPUs are
@@ -30,10 +29,8 @@ import numpy.typing as npt
 from benchmarks.measuring import rows
 from benchmarks.measuring.instances import fleet
 from benchmarks.measuring.rows import Row
-from benchmarks.measuring.whole_groups import improve_plan, solve_exactly
 from hetis.formats.documents import load_model
 from hetis.profiler.roofline import modelled_profile
-from hetis.solver.budget import Budget
 from hetis.solver.dispatch.dispatch_problem import (
     DeviceLoad,
     DispatchPlan,
@@ -73,8 +70,6 @@ class Case:
     load: str
     instances: int
     compared: int  # instances that HiGHS solves too
-    judged: int  # instances compared with the best plan known
-    judge_s: float
 
     @property
     def name(self) -> str:
@@ -93,9 +88,7 @@ def cases(*, quick: bool) -> Iterator[Case]:
     """Yield every size, load and number of pieces, or three of them for ``quick``."""
     if quick:
         for load in LOADS:
-            yield Case(
-                devices=12, arrivals=8, pieces=3, load=load, instances=100, compared=4, judged=2, judge_s=0.3
-            )  # fmt: skip
+            yield Case(devices=12, arrivals=8, pieces=3, load=load, instances=100, compared=4)
         return
     for load in LOADS:
         for pieces in (1, 3):
@@ -108,8 +101,6 @@ def cases(*, quick: bool) -> Iterator[Case]:
                     load=load,
                     instances=2000 if cells <= 512 else 500,
                     compared=20 if cells <= 512 else 6 if cells <= 4096 else 3,
-                    judged=48 if cells <= 512 else 12,
-                    judge_s=0.25 if cells <= 512 else 0.8,
                 )
 
 
@@ -229,7 +220,6 @@ def measured(case: Case) -> Row:
     compared = [timed.problem for timed in dispatched[::STAGES]][: case.compared]
     setting, highs_s = best_of({name: highs_seconds(compared, name, options) for name, options in SETTINGS.items()})
     seconds = [timed.seconds for timed in dispatched]
-    to_best = gaps_to_best(case, dispatched)
     to_relaxation = [timed.plan.gap for timed in dispatched]
     p50 = float(np.median(seconds))
     return {
@@ -244,9 +234,6 @@ def measured(case: Case) -> Row:
         "highs_p50_ms": 1e3 * highs_s,
         "mean_gap_to_relaxation": float(np.mean(to_relaxation)),
         **quantiles(to_relaxation, "gap_to_relaxation"),
-        "mean_gap_to_best": float(np.mean(to_best)),
-        **quantiles(to_best, "gap_to_best"),
-        "judged": len(to_best),
         "unplaced": sum(len(timed.plan.unplaced) for timed in dispatched),
         "instances": case.instances,
         "note": f"HiGHS: {setting}",
@@ -269,18 +256,6 @@ def dispatch_all(case: Case) -> list[Timed]:
         plan = dispatchers[key].dispatch(load, requests)
         result.append(Timed(problem=problem, plan=plan, seconds=time.thread_time() - started))
     return result
-
-
-def gaps_to_best(case: Case, dispatched: Sequence[Timed]) -> list[float]:
-    """Return the gaps of plans to the best plan known, for the judged instances."""
-    gaps = []
-    for timed in dispatched[: case.judged]:
-        budget = Budget(time_limit_s=case.judge_s, clock=time.monotonic)
-        best = improve_plan(timed.problem, timed.plan, budget=budget).makespan_s
-        budget = Budget(time_limit_s=case.judge_s, clock=time.monotonic)
-        best = min(best, solve_exactly(timed.problem, budget=budget).makespan_s)
-        gaps.append(timed.plan.makespan_s / best - 1)
-    return gaps
 
 
 def quantiles(values: Sequence[float], name: str) -> dict[str, float]:

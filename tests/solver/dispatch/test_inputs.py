@@ -20,7 +20,7 @@ from hetis.solver.dispatch.dispatch_problem import (
     Resource,
     Stage,
 )
-from hetis.solver.dispatch.dispatcher import Dispatcher, _place_admitted, solve_dispatch
+from hetis.solver.dispatch.dispatcher import Dispatcher, _admit_and_place, solve_dispatch
 from hetis.solver.errors import InvalidProblemError
 from tests.solver.dispatch.instances import random_problem
 from tests.solver.dispatch.oracle import assert_feasible, makespan_of
@@ -130,9 +130,9 @@ def test_costs_of_any_type_become_what_kernels_are_compiled_for(kind: Any) -> No
     table: Any = zeros.tolist() if kind is list else kind(zeros)
     stage = replace(stage_of(2), head_s=table, kv_byte_s=table, call_s=table)
     assert all(cost.dtype == np.float64 and cost.flags.c_contiguous for cost in (stage.head_s, stage.call_s))
-    compiled = len(_place_admitted.signatures)  # type: ignore[attr-defined]
+    compiled = len(_admit_and_place.signatures)  # type: ignore[attr-defined]
     solve(stage, [100, 100], requests_of(100))
-    assert len(_place_admitted.signatures) <= max(1, compiled)  # type: ignore[attr-defined]
+    assert len(_admit_and_place.signatures) <= max(1, compiled)  # type: ignore[attr-defined]
 
 
 def test_costs_that_are_no_numbers_are_refused() -> None:

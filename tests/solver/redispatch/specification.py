@@ -1,4 +1,4 @@
-"""The re-dispatch problem as one compact MILP in cvxpy, written to be read: the specification of the search.
+"""The relaxation of re-dispatch as one compact program in cvxpy, written to be read: the specification of the search.
 
 It is built from the snapshot alone and shares no table with the search; only the horizons and the price of missing
 blocks, which are choices and not consequences, are taken from there. For small stages: cvxpy builds rows one by one.
@@ -21,29 +21,28 @@ cp: Any = cvxpy  # its annotations cover only half of its exports
 
 @modelling
 def solve_specification(
-    problem: RedispatchProblem, *, horizons: tuple[int, ...], short_s: FloatArray, open_devices: BoolArray | None = None
+    problem: RedispatchProblem, *, horizons: tuple[int, ...], short_s: FloatArray, open_devices: BoolArray
 ) -> float:
     """The least objective in seconds per layer and step; infinite where devices that are not open cannot be emptied.
 
     Args:
         horizons: t, steps from now at which blocks are counted.
         short_s: P, seconds per layer and step for a KV block above the limit, shape [D].
-        open_devices: None for whole head groups and devices used at will. Else fractions of head groups, on these
-            devices only, all of which pay their constants, shape [D]: one program of the relaxation.
+        open_devices: the only devices with head groups, all of which pay their constants, shape [D].
 
     Sets       i devices, j requests, k affine pieces, t horizons
-    Variables  x_ij head groups of j on i;  a_ij, d_ij those that arrive and depart;  y_i in {0,1}: i holds heads;
-               u in {0,1}: a worker does;  s_i short blocks;  z seconds
+    Variables  x_ij head groups of j on i, in fractions;  a_ij, d_ij those that arrive and depart;  s_i short blocks;
+               z seconds
     Minimise   z + sum_ij lambda_j bytes_j link_i / 2 (a_ij + d_ij) + sum_i P_i s_i
-    Such that  z >= c_ik y_i + r (a_ik + gamma_i e) sum_j x_ij + b_ik bytes sum_j l_j x_ij    every i,k
-               z >= nic_s u + gamma_0 e r sum_(workers i, j) x_ij
+    Such that  z >= c_ik + r (a_ik + gamma_i e) sum_j x_ij + b_ik bytes sum_j l_j x_ij    every i,k
+               z >= nic_s + gamma_0 e r sum_(workers i, j) x_ij
                x_ij = now_ij + a_ij - d_ij,   d_ij <= now_ij                every i,j
                sum_i x_ij = G                                               every j
                a_ij = 0                                                     every j, i draining or lost
                sum_j b_j x_ij <= max(in use, high water) or, when draining, total_i   every i
                sum_j m_jt x_ij <= total_i + s_i                             every i,t (draining: 0 + s_i)
                sum_ij bytes_j a_ij <= budget
-               x_ij <= G y_i,   y_i <= u (i a worker),   x_ij a multiple of what the primary takes at a time
+               x_ij = 0                                                     every j, i not open
 
     Snapshots with moves in progress are not covered.
     """
@@ -52,39 +51,22 @@ def solve_specification(
     N, D = snapshot.groups.shape
     G, r, e = shape.head_groups, shape.queries_per_group, shape.exchange_bytes_per_head
     now, l = snapshot.groups, snapshot.context_tokens
-    is_whole = open_devices is None
-    unit = np.ones(D)
-    if primary is not None:
-        unit[primary.device] = stage.primary_groups
-
-    units = cp.Variable((N, D), integer=is_whole, nonneg=True)
-    x = cp.multiply(units, np.tile(unit, (N, 1)))
-    a, d = cp.Variable((N, D), nonneg=True), cp.Variable((N, D), nonneg=True)
-    y: Any = cp.Variable(D, boolean=True) if is_whole else np.ones(D)
-    u: Any = cp.Variable(boolean=True) if is_whole else 1.0
+    x, a, d = (cp.Variable((N, D), nonneg=True) for _ in range(3))
     s, z = cp.Variable(D, nonneg=True), cp.Variable(nonneg=True)
     takes = np.array([device.status is DeviceStatus.OK for device in snapshot.devices])
-    rows = [x == now + a - d, d <= now, cp.sum(x, axis=1) == G, a[:, ~takes] == 0]
-    if open_devices is None:
-        rows.append(x <= G * cp.vstack([y] * N))
-    else:
-        rows.append(x[:, ~open_devices] == 0)
+    rows = [x == now + a - d, d <= now, cp.sum(x, axis=1) == G, a[:, ~takes] == 0, x[:, ~open_devices] == 0]
 
     scale = 1e6  # microseconds, because a solver's tolerances are absolute
     groups, tokens = cp.sum(x, axis=0), l @ x
     workers = [i for i in range(D) if not stage.has_primary_at(i)]
-    for i in range(D):
-        if open_devices is not None and not open_devices[i]:
-            continue
+    for i in np.flatnonzero(open_devices):
         head_s, byte_s, call_s = _of_device(problem, i)
         for k in range(len(head_s)):
-            time = call_s[k] * y[i] + r * head_s[k] * groups[i] + byte_s[k] * shape.kv_bytes_per_token * tokens[i]
+            time = call_s[k] + r * head_s[k] * groups[i] + byte_s[k] * shape.kv_bytes_per_token * tokens[i]
             rows.append(z >= scale * time)
-    if primary is not None and (open_devices is None or open_devices[workers].any()):
-        if is_whole:
-            rows += [y[i] <= u for i in workers]
-        on_workers = sum(groups[i] for i in workers) if workers else 0.0
-        rows.append(z >= scale * (primary.nic_s * u + primary.nic_byte_s * e * r * on_workers))
+    if primary is not None and open_devices[workers].any():
+        on_workers = sum(groups[i] for i in workers)
+        rows.append(z >= scale * (primary.nic_s + primary.nic_byte_s * e * r * on_workers))
 
     num_bytes = l * shape.kv_bytes_per_token * layers
     for i, device in enumerate(snapshot.devices):

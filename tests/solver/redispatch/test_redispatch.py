@@ -153,16 +153,6 @@ def test_the_program_is_that_of_the_specification(
     assert fast.value_s == pytest.approx(stated, rel=1e-5)
 
 
-@pytest.mark.parametrize("seed", range(6))
-def test_the_specification_in_whole_groups_is_the_brute_force_optimum(seed: int) -> None:
-    problem = random_problem(
-        seed, num_devices=3, num_requests=2, head_groups=2, tp=1 + seed % 2, draining=seed % 3 == 0
-    )
-    times, short_s = horizons(problem), tables_of(problem).short_s
-    stated = solve_specification(problem, horizons=times, short_s=short_s)
-    assert stated == pytest.approx(oracle.least_objective_s(problem, horizons=times, short_s=short_s), rel=1e-5)
-
-
 @pytest.mark.parametrize("seed", range(4))
 def test_plans_of_loaded_stages_are_near_their_bound(seed: int) -> None:
     problem = random_problem(seed, num_devices=8, num_requests=60, head_groups=8, tp=2, slack=2.0)

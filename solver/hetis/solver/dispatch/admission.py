@@ -256,19 +256,11 @@ def admit(packing: PackingProblem) -> Admission:
     refused request takes nothing, and later ones are still tried; none is dropped for a later one. All verdicts except
     `NOT_FOUND` are proven, given the requests admitted before.
     """
-    num = len(packing.blocks)
-    reserved = np.zeros((num, len(packing.unit)), np.int64)
-    admission = Admission(np.full(num, NOT_FOUND), np.zeros(num, np.int64), reserved)
-    admit_from(0, packing, np.maximum(packing.free_blocks, 0), admission)
-    return admission
-
-
-@kernel
-def admit_from(first: int, packing: PackingProblem, room: IntArray, admission: Admission) -> None:
-    """Do what `admit` does, starting with request ``first``; ``room`` [D] is what the requests before it leave."""
-    blocks, (verdict, missing, reserved) = packing.blocks, admission
+    blocks, room = packing.blocks, np.maximum(packing.free_blocks, 0)
+    verdict, missing = np.full(len(blocks), NOT_FOUND), np.zeros(len(blocks), np.int64)
+    reserved = np.zeros((len(blocks), len(packing.unit)), np.int64)
     total, work = room.sum(), 0
-    for j in range(first, len(blocks)):
+    for j in range(len(blocks)):
         needed = blocks[j] * packing.head_groups
         if needed > total:
             verdict[j], missing[j] = SHORT_OF_BLOCKS, needed - total
@@ -308,6 +300,7 @@ def admit_from(first: int, packing: PackingProblem, room: IntArray, admission: A
                 for k in members:
                     reserved[k, i] = packed[k, i]
                     room[i] -= packed[k, i] * blocks[k]
+    return Admission(verdict, missing, reserved)
 
 
 @kernel

@@ -314,7 +314,7 @@ class Unplaced:
     resource: Resource  # what it lacks after the requests admitted before it
     missing: int  # KV blocks per layer for ``kv_blocks``, head groups without room for ``whole_groups``
     # True if no placement holds it in addition to those admitted before it; always so for ``kv_blocks``. The fast path
-    # may overlook a packing of whole groups, so it proves nothing in that case; `solve_exactly` does, given the time.
+    # may overlook a packing of whole groups, so it proves nothing in that case.
     proved: bool
 
     def __str__(self) -> str:

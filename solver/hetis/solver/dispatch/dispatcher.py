@@ -81,9 +81,7 @@ class Dispatcher:
         self._costs = costs_of(stage)
         self._lp: RelaxationLp | None = None  # set up on first use
 
-    def dispatch(
-        self, load: DeviceLoad, requests: Requests, *, tolerance: float = TOLERANCE, admission: Admission | None = None
-    ) -> DispatchPlan:
+    def dispatch(self, load: DeviceLoad, requests: Requests, *, tolerance: float = TOLERANCE) -> DispatchPlan:
         """Place the head groups of new requests so that the slowest device finishes soonest.
 
         Sets       i devices, j new requests, k affine pieces
@@ -100,8 +98,6 @@ class Dispatcher:
         come from rounding down, giving the rest to the marginal device, and a local search. Requests for which memory
         is too short are named in ``unplaced``; the others are placed as if those had not come.
 
-        ``admission`` replaces the quick decision on which requests are placed.
-
         Raises:
             InvalidProblemError: the load is for a different number of devices.
         """
@@ -110,8 +106,9 @@ class Dispatcher:
                 f"the load is of {len(load.heads)} devices, the stage has {self.stage.num_devices}"
             )
         blocks = requests.blocks(self.stage.heads.block_tokens)
-        given = self._costs, load.heads, load.kv_bytes, load.free_blocks, requests.context_tokens, blocks
-        answer = _admit_and_place(*given) if admission is None else _place_admitted(*given, admission)
+        answer = _admit_and_place(
+            self._costs, load.heads, load.kv_bytes, load.free_blocks, requests.context_tokens, blocks
+        )
         path = Path.CHAIN if answer.on_pieces else Path.MIXED
         if answer.relaxed_s > answer.bound_s * (1 + tolerance):
             by_lp = self._by_lp(load, requests, blocks, answer)
@@ -145,19 +142,11 @@ class Dispatcher:
 
 @kernel
 def _admit_and_place(
-    costs: Costs, heads: IntArray, kv_bytes: FloatArray, free_blocks: IntArray, contexts: IntArray, blocks: IntArray
-) -> PassResult:
-    """Admit requests, then relax, round and improve, in one compiled pass."""
-    admission = admit(PackingProblem(free_blocks, costs.unit, costs.primary, blocks, costs.head_groups))
-    return _place_admitted(costs, heads, kv_bytes, free_blocks, contexts, blocks, admission)
-
-
-@kernel
-def _place_admitted(
     costs: Costs, heads: IntArray, kv_bytes: FloatArray, free_blocks: IntArray, all_contexts: IntArray,
-    all_blocks: IntArray, admission: Admission,
+    all_blocks: IntArray,
 ) -> PassResult:  # fmt: skip
-    """Do what follows admission, whose reserved groups are overwritten."""
+    """Admit requests, then relax, round and improve, in one compiled pass. What admission reserved is overwritten."""
+    admission = admit(PackingProblem(free_blocks, costs.unit, costs.primary, all_blocks, costs.head_groups))
     num, pieces = costs.alpha.shape
     stage = running_load(costs, heads, kv_bytes)
     all_groups = admission.reserved
