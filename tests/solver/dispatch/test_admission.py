@@ -77,27 +77,6 @@ def test_a_refusal_that_is_proved_is_true(problem: DispatchProblem) -> None:
             assert best_makespan(beside_those_before(problem, plan, unplaced.request)) == np.inf
 
 
-@pytest.mark.parametrize("seed", range(40))
-def test_whole_requests_are_refused_only_if_they_cannot_be_placed(seed: int) -> None:
-    # One group each, 3 devices, just enough blocks: about half of these instances refuse a request for whole groups.
-    rng = np.random.default_rng(seed)
-    contexts = 16 * rng.integers(3, 12, 5)
-    blocks = contexts // 16
-    free = np.diff(np.sort(np.concatenate([[0], rng.integers(0, blocks.sum() + 3, 2), [blocks.sum() + 2]])))
-    problem = DispatchProblem(
-        stage=stage_of(3, heads=MLA), load=DeviceLoad.idle(free), requests=requests_of(*contexts.tolist())
-    )
-    plan = solve_dispatch(problem)
-    admitted: list[int] = []
-    for j in range(5):
-        if any(
-            np.all(np.bincount(homes, weights=blocks[[*admitted, j]], minlength=3) <= free)
-            for homes in itertools.product(range(3), repeat=len(admitted) + 1)
-        ):
-            admitted.append(j)
-    assert np.flatnonzero(plan.groups.any(axis=1)).tolist() == admitted
-
-
 def fit_by_enumeration(free: list[int], unit: list[int], blocks: list[int], head_groups: int) -> bool:
     """Return whether some split of every request's groups over the devices keeps to all blocks."""
     splits = [
