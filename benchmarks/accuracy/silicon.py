@@ -30,6 +30,7 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.accuracy import published_points
+from benchmarks.accuracy.aisimulate import beside_aisimulate
 from benchmarks.accuracy.closed_loop import CopyTime, Engine, Load, balanced_copies, closed_loop
 from benchmarks.accuracy.published_points import FOLDER, NotPosedError
 from benchmarks.accuracy.published_settings import ACCEPTANCE, Graphs, eager_layer_s
@@ -118,6 +119,7 @@ def write_document(groups: Sequence[Row], covered: Sequence[Row]) -> None:
     whole = [row for row in groups if row["model"] == "all"]
     single = [row for row in groups if row["model"] != "all"]
     published_points.write_skipped("silicon", covered, "points")
+    rows.keep("silicon aisimulate", in_percent(beside_aisimulate(single)))
     rows.keep("silicon", in_percent([*whole, *single]))
 
 
