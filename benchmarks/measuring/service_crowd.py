@@ -141,10 +141,10 @@ async def _serve() -> None:
         if "nodes" in message:
             agents = [ScriptedAgent(message["cluster"], node, num_gpus=gpus) for node, gpus in message["nodes"]]
             began_s = time.monotonic()
+            sending = Sending(agents)
+            task = asyncio.create_task(sending.run())  # heartbeats begin with the connection
             await connect_all(agents, message["address"], message["token"])
             answer = {"seconds": time.monotonic() - began_s}
-            sending = Sending(agents)
-            task = asyncio.create_task(sending.run())
         elif "rate" in message:
             assert sending is not None
             sending.rate_per_s = message["rate"]

@@ -12,9 +12,11 @@ Agents are scripted, with a TCP connection each, in one process; all share this 
 - ``p50``, ``p99`` of reads in ms (20 calls/s) that began outside floods, strangers and takeovers, and the p99 of those
   beside each; ``failed`` reads are those that a client with a deadline of 20 s gave up;
 - ``takeover``: the longest time from a kill to the next acknowledged write, and ``agents``, to the return of 95% of
-  agents; strangers' calls by status; the machine's load and the cores that its host kept from it.
+  agents; ``serving``: the fewest of the plan's replicas that a leader showed as SERVING at any look before, after or
+  without a kill; strangers' calls by status; the machine's load and the cores that its host kept from it.
 
-The last lines have all takeovers and what became of every acknowledged write. Exit code 1: one was lost or doubled.
+The last lines have all takeovers and what became of every acknowledged write. Exit code 1: one was lost or doubled, or
+not all replicas served before a kill, or within 90 s after it.
 ``--tables`` makes the tables ``hour`` and ``hour totals`` of the documentation of them.
 """
 
@@ -63,6 +65,7 @@ AFTERMATH_S = 3.0  # after a flood, strangers or a takeover
 BACK = 0.95  # share of the agents after whose return a takeover is over for them
 LEASE_S = 5.0
 TAKEOVER_S = 10.0  # as promised
+SERVED_S = 90.0  # after which replicas that do not serve count as lost
 
 
 @dataclass(slots=True)
@@ -72,6 +75,9 @@ class Record:
     spans: list[tuple[str, float, float]] = field(default_factory=list)
     takeovers: list[float] = field(default_factory=list)
     returns: list[float] = field(default_factory=list)
+    served: list[float] = field(default_factory=list)
+    serving: list[int] = field(default_factory=list)  # replicas, at each look
+    unserved: list[str] = field(default_factory=list)  # what was awaited in vain
     strangers: Counter[str] = field(default_factory=Counter)
 
     @contextmanager
@@ -100,6 +106,7 @@ class Hour:
     def __init__(self, faulty: Faulty, crowd: Crowd, agents: int) -> None:
         self.faulty, self.num_agents = faulty, agents
         self.record = Record()
+        self.num_replicas = 0
         self._crowd, self._busy = crowd, threading.Lock()
 
     def set_rate(self, per_s: float, agents: int | None = None) -> None:
@@ -124,6 +131,22 @@ class Hour:
         client.plans.CreatePlan(request)
         client.plans.ActivatePlan(plan_service_pb2.ActivatePlanRequest(name=PLAN))
         client.wait(PLAN)
+        self.num_replicas = len(cells.cells)
+        if not self.serve("before the first part"):
+            raise AssertionError(self.record.unserved[-1])
+
+    def serve(self, when: str) -> bool:
+        """Wait until all replicas serve; note what every look showed, and if it was in vain."""
+        end_s = time.monotonic() + SERVED_S
+        while True:
+            num = self.faulty.leader().serving(CLUSTER)
+            self.record.serving += [] if num is None else [num]
+            if num == self.num_replicas:
+                return True
+            if time.monotonic() > end_s:
+                self.record.unserved.append(f"{num or 0} of {self.num_replicas} replicas serve {when}")
+                return False
+            time.sleep(0.5)
 
     # --- what disturbs, each in a thread of its own
 
@@ -131,12 +154,15 @@ class Hour:
         """Kill leaders, evenly over the time that is left; each must be followed before the next."""
         for left in range(count, 0, -1):
             pause_s = (end_s - time.monotonic()) / left
+            self.serve("before a kill")
             began_s = time.monotonic()
             with self.record.spanning("kill"):
                 _, took_s = kill(self.faulty, self.faulty.leader())
                 self.record.takeovers.append(took_s)
                 self.faulty.wait(lambda: self.connected() >= BACK * self.num_agents, 90)
                 self.record.returns.append(time.monotonic() - began_s)
+                if self.serve("after a kill"):
+                    self.record.served.append(time.monotonic() - began_s)
             for planner in self.faulty.planners:
                 self.faulty.wait(planner.is_ready, 90)
             time.sleep(max(0.0, began_s + pause_s * self.faulty.chance.uniform(0.8, 1.0) - time.monotonic()))
@@ -158,6 +184,7 @@ class Hour:
     async def part(self, read: AsyncClient, number: int, part_s: float, num_kills: int) -> dict[str, float | None]:
         leader = await asyncio.to_thread(self.faulty.leader)
         took, returned, writes = len(self.record.takeovers), len(self.record.returns), len(self.faulty.history.writes)
+        looks = len(self.record.serving)
         cpu, stolen, began_s = cpu_s(leader), stolen_s(), time.monotonic()
         call = timed_call(lambda: read.plans.GetPlan(plan_service_pb2.GetPlanRequest(name=PLAN), timeout=20))
         found, *_ = await asyncio.gather(
@@ -166,6 +193,7 @@ class Hour:
             asyncio.to_thread(self.kills, num_kills, began_s + part_s),
         )
         seconds, last = time.monotonic() - began_s, await asyncio.to_thread(self.faulty.leader)
+        await asyncio.to_thread(self.serve, f"at the end of part {number + 1}")
         acknowledged = [write for write in self.faulty.history.writes[writes:] if write.version is not None]
         return {
             "part": number + 1,
@@ -179,6 +207,7 @@ class Hour:
             "writes": len(acknowledged),
             "takeover": max(self.record.takeovers[took:], default=None),
             "agents": max(self.record.returns[returned:], default=None),
+            "serving": min(self.record.serving[looks:]),
             "load": os.getloadavg()[0],
             "host kept": (stolen_s() - stolen) / seconds,
         }
@@ -199,8 +228,9 @@ def make_tables(hour: Hour, rows: list[dict[str, float | None]], minutes: float,
     times = {
         "s from `kill -9` of the leader to the next acknowledged write": hour.record.takeovers,
         f"s from it to the return of {BACK:.0%} of {hour.num_agents:,} agents": hour.record.returns,
+        f"s from it to the time when all of {hour.num_replicas} replicas serve": hour.record.served,
     }
-    write_totals("hour totals", times, findings, minutes=minutes)
+    write_totals("hour totals", times, findings, minutes=minutes, **{"waits in vain": len(hour.record.unserved)})
 
 
 def run(*, minutes: float, kills: int, agents: int, clusters: int, seed: int, makes_tables: bool) -> int:
@@ -229,12 +259,13 @@ def run(*, minutes: float, kills: int, agents: int, clusters: int, seed: int, ma
         findings = check(faulty.history, faulty.finish())
         print(f"takeovers              {percentiles(hour.record.takeovers)}; promised are {TAKEOVER_S:g} s")
         print(f"agents back            {percentiles(hour.record.returns)}, {BACK:.0%} of {agents:,}")
+        print(f"all replicas serve     {percentiles(hour.record.served)}; in vain {hour.record.unserved}")
         print(f"strangers' calls       {dict(sorted(hour.record.strangers.items()))}")
         print(f"answers to writers     {Counter(error.partition(':')[0] for error in faulty.errors)}")
         print(findings)
     if makes_tables:
         make_tables(hour, rows, minutes, findings)
-    return bool(findings.violations or findings.lost)
+    return bool(findings.violations or findings.lost or hour.record.unserved)
 
 
 async def _parts(hour: Hour, token: str, minutes: float, kills: int) -> list[dict[str, float | None]]:

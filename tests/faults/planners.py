@@ -91,9 +91,17 @@ class Planner:
 
     def shown(self) -> dict[str, Any] | None:
         """Return the first part of its page, or None if it does not answer."""
+        return None if (found := self._all_shown()) is None else found["planner"]
+
+    def serving(self, cluster: str) -> int | None:
+        """Return how many replicas of a cluster it shows as SERVING; None if it does not answer, or not of it yet."""
+        shown = {one["name"]: one for one in (self._all_shown() or {}).get("clusters", ())}
+        return int(shown[cluster]["replicas"].get("SERVING", 0)) if cluster in shown else None
+
+    def _all_shown(self) -> dict[str, Any] | None:
         try:
             with urllib.request.urlopen(f"http://{self.page}/", timeout=2) as answer:
-                found: dict[str, Any] = json.loads(answer.read())["planner"]
+                found: dict[str, Any] = json.loads(answer.read())
                 return found
         except (OSError, ValueError):
             return None
