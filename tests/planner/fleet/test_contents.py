@@ -9,8 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from hetis.planner.convert import documents
+from hetis.planner.convert.documents import DeclaredFleets
 from hetis.planner.convert.stages import stage_from_proto
 from hetis.planner.fleet import stored_plans
+from hetis.planner.fleet.reading_ahead import ReadAhead
 from hetis.planner.fleet.replica import Contents
 from hetis.planner.fleet.stored_plans import StoredPlans
 from hetis.planner.use_cases.dispatch.stages import load_stage_of_plan
@@ -20,7 +23,7 @@ from hetis.v1 import plan_pb2
 from hetis.v1.replica_pb2 import KvPartner
 from tests.planner.command_line import invoke
 from tests.planner.fleet.memory_store import MemoryStore
-from tests.planner.fleet.samples import PLAN, plan_record
+from tests.planner.fleet.samples import PLAN, cluster_document, cluster_record, plan_record
 
 EXAMPLES = Path(__file__).parents[3] / "examples"
 
@@ -115,6 +118,26 @@ async def test_a_plan_that_is_deleted_and_made_again_under_its_name_has_its_own_
     assert await contents_of(Path(plan_file).read_bytes(), "one") is not None
     assert await contents_of(b"{}", "two") is None
     assert await contents_of(Path(plan_file).read_bytes(), "one") is not None
+
+
+async def test_a_term_parses_nothing_that_its_standby_has_read_ahead(
+    plan_file: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the past a takeover parsed the documents of all clusters and plans, 1 s of CPU for 3,000 nodes."""
+    store, declared = MemoryStore(), DeclaredFleets()
+    plans, answered = StoredPlans(store), plan_record()  # type: ignore[arg-type]
+    answered.body.result.document.digest = "one"
+    store.tables.plans.rows[PLAN], store.tables.plan_documents[PLAN] = answered, Path(plan_file).read_bytes()
+    record = cluster_record(document=cluster_document())
+    store.tables.clusters.rows[record.name] = record
+    ahead = ReadAhead(store, declared, plans)  # type: ignore[arg-type]
+    await ahead.step()
+    monkeypatch.setattr(stored_plans, "_parsed", None)
+    monkeypatch.setattr(stored_plans, "stages_of_replica", None)
+    monkeypatch.setattr(documents, "_read", None)
+    assert (await plans.contents(PLAN, [0]))[0] is not None
+    assert (await declared.of(record)).nodes
+    await ahead.step()  # nothing is new
 
 
 def test_contents_name_the_gpu_types_and_no_replica_that_cannot_be_worked_out_stops_the_others(plan_file: str) -> None:

@@ -63,8 +63,8 @@ class World:
     def time(self) -> float:
         return self.now_s
 
-    def nodes_of(self, cluster: str) -> dict[str, Node]:
-        return self.nodes
+    def presence_of(self, cluster: str) -> dict[str, tuple[cluster_pb2.NodeState.ValueType, bool]]:
+        return {name.rpartition("/")[2]: (node.state, node.is_draining) for name, node in self.nodes.items()}
 
     def policy_of(self, cluster: str) -> cluster_pb2.ClusterPolicy:
         return cluster_pb2.ClusterPolicy(placement=self.mode)

@@ -102,6 +102,9 @@ class FakeFleet:
         self.looked_up.append(cluster)
         return {name: node for name, node in self.nodes.items() if name.startswith(f"{cluster}/")}
 
+    def presence_of(self, cluster: str) -> dict[str, tuple[cluster_pb2.NodeState.ValueType, bool]]:
+        return {name.rpartition("/")[2]: (one.state, one.is_draining) for name, one in self.nodes_of(cluster).items()}
+
     def num_connected(self, cluster: str) -> int:
         return sum(node.state in CONNECTED for name, node in self.nodes.items() if name.startswith(f"{cluster}/"))
 

@@ -197,7 +197,7 @@ class FakePlanner:
     def require_leader(self, method: str) -> None:
         pass
 
-    async def until_begun(self) -> None:
+    async def until_begun(self, is_change: bool) -> None:
         pass
 
     def on_loss(self, end_streams: Callable[[ServiceError], Awaitable[None]]) -> None:

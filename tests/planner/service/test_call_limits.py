@@ -212,7 +212,7 @@ async def test_a_token_that_is_taken_back_while_a_call_waits_is_not_served(waits
     credentials = Credentials(tokens=lambda: known, trust_domain=None, clock=lambda: 0.0)
     waits, begun = asyncio.Event(), asyncio.Event()
 
-    async def until_begun() -> None:
+    async def until_begun(_is_change: bool) -> None:
         waits.set()
         await begun.wait()
 

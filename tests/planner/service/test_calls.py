@@ -59,7 +59,7 @@ async def test_agents_and_changes_that_come_while_a_term_begins_wait_for_it_and_
     """In the past 500 agents were refused time and again, and a term took up to 52 s to begin beside them."""
     begun = asyncio.Event()
 
-    async def until_begun() -> None:
+    async def until_begun(_is_change: bool) -> None:
         await begun.wait()
 
     def require_leader(_method: str) -> None:
@@ -92,7 +92,7 @@ async def test_an_agent_sends_no_more_than_is_read_of_it() -> None:
     )
     async with served() as planner:
         planner.calls.answer_for(
-            require_leader=lambda _: None, on_refusal=lambda _: None, until_begun=lambda: _waited(begun)
+            require_leader=lambda _: None, on_refusal=lambda _: None, until_begun=lambda _: _waited(begun)
         )
         agent: Any = AgentServiceStub(planner.channel).ConnectNode()
         with suppress(TimeoutError):
@@ -112,7 +112,7 @@ async def _waited(event: asyncio.Event) -> None:
 async def test_an_agent_that_waits_for_a_term_is_sent_on_when_its_planner_shuts_down() -> None:
     waits, begun = asyncio.Event(), asyncio.Event()
 
-    async def until_begun() -> None:
+    async def until_begun(_is_change: bool) -> None:
         waits.set()
         await begun.wait()
 

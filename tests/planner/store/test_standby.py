@@ -46,7 +46,11 @@ async def test_nobody_is_named_as_leader_once_the_lease_has_ended(
         while cut_off.leadership.leader is None:
             await asyncio.sleep(0.01)
     assert cut_off.leadership.not_leader().metadata == {"leader": "first"}
+    assert cut_off.leadership.is_led_surely
     proxy.freeze()
+    now_s = 16.0  # it was not seen to renew for half a lease
+    assert cut_off.leadership.leader is not None
+    assert not cut_off.leadership.is_led_surely
     now_s = 31.0
     assert cut_off.leadership.leader is None
     error = cut_off.leadership.not_leader()

@@ -58,8 +58,7 @@ class LiveFleet:
     ) -> None:
         self._observers: list[FleetObserver] = []
         self.counters = counters or FleetCounters()
-        self._store = store
-        self._hubs = hubs
+        self._store, self._hubs = store, hubs
         self._epoch = epoch
         self._settings = settings
         self._clock = clock
@@ -158,8 +157,12 @@ class LiveFleet:
 
     def num_by_state(self, cluster: str) -> Counter[cluster_pb2.NodeState.ValueType]:
         """Return how many of the nodes of `nodes_of` are in each state, without their views."""
-        leases = self._cluster(cluster).leases
-        return Counter(map(leases.state, leases.nodes))
+        return Counter(state for state, _ in self.presence_of(cluster).values())
+
+    def presence_of(self, cluster: str) -> dict[str, tuple[cluster_pb2.NodeState.ValueType, bool]]:
+        """Return the state of each node of `nodes_of` and whether it drains, by node id, without their views."""
+        found = self._cluster(cluster)
+        return {node: (found.leases.state(node), found.node_records.is_draining(node)) for node in found.leases.nodes}
 
     def replicas_by_state(self, cluster: str) -> Counter[replica_pb2.ReplicaState.ValueType]:
         """Return how many replicas of the cluster are in each state, without their views."""
@@ -180,8 +183,7 @@ class LiveFleet:
 
     def replica_view(self, name: str) -> LiveReplica | None:
         cluster = self._cluster(cluster_of(name))
-        replica = cluster.replicas.get(name)
-        return None if replica is None else views.live_replica(cluster, replica)
+        return None if (found := cluster.replicas.get(name)) is None else views.live_replica(cluster, found)
 
     def show_replica(self, message: replica_pb2.Replica) -> None:
         """Add to the message of a replica what is live in the view FULL; nothing if the fleet does not know it."""
@@ -227,11 +229,9 @@ class LiveFleet:
                 if self._reconcilers.get(cluster) is not reconciler:
                     continue  # the cluster was gone when it was read before, and may be back
                 if not await reconciler.read(stored):
-                    self._forget(reconciler.cluster)
-                    return
+                    return self._forget(reconciler.cluster)
                 self._clusters[cluster] = reconciler.cluster
-            self._after(reconciler.cluster)
-            return
+            return self._after(reconciler.cluster)
 
     def _reconciler_of(self, cluster: str) -> Reconciler:
         """Return the cluster's only reconciler, made on first use."""

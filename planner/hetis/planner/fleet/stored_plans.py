@@ -67,8 +67,17 @@ class AnsweredPlan:
         else:
             complete(message, self.plan, self.document)
 
+    @cached_property
+    def _contents(self) -> dict[int, Contents | None]:
+        return {}
+
     def contents(self, index: int) -> Contents | None:
         """Return what the plan says of a replica besides its shape; None if it cannot be derived, which is logged."""
+        if index not in self._contents:
+            self._contents[index] = self._derived(index)
+        return self._contents[index]
+
+    def _derived(self, index: int) -> Contents | None:
         try:
             model, partners = self.shared
             replica, types = self.plan.replicas[index], self.problem.cluster.gpu_types
@@ -122,6 +131,18 @@ class StoredPlans:
                 raise
             return [None] * len(indices)
         return await run_in_thread_gc_paused(lambda: list(map(kept.contents, indices)))
+
+    async def read_ahead(self, plan: str) -> None:
+        """Parse a plan and derive the contents of its replicas, unless both are known or it cannot be read."""
+        record = await self._store.get(Reader.plans, plan)
+        if record is not None and record.body.HasField("result"):
+            try:
+                kept = await self._kept(record)
+            except ServiceError as error:
+                if error.reason not in _UNREADABLE:
+                    raise
+            else:
+                await run_in_thread_gc_paused(lambda: list(map(kept.contents, range(len(kept.plan.replicas)))))
 
     async def _kept(self, record: PlanRecord) -> AnsweredPlan:
         """Return the plan with the record for which it was parsed. Raises PLAN_STATE if it cannot be read."""

@@ -329,11 +329,8 @@ class PlanCreation:
 
         record, draining, named = await self._store.read(read)
         declared = await self._fleets.of(record)
-        lost = (
-            names.last_part(name)
-            for name, node in self._fleet.nodes_of(cluster).items()
-            if node.state == cluster_pb2.NODE_STATE_LOST
-        )
+        presence = self._fleet.presence_of(cluster).items()
+        lost = (node for node, (state, _) in presence if state == cluster_pb2.NODE_STATE_LOST)
         left_out = frozenset(node for node in {*draining, *lost} if node in declared)
         gpus = list(gpu_types_of(declared.value))
         stored = await self._store.read(lambda reader: reader.profiles.all(gpu_type=frozenset(gpus)))

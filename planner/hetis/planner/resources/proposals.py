@@ -18,7 +18,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from hetis.planner.convert.clusters import basic_view
-from hetis.planner.convert.names import last_part, node_name
 from hetis.planner.convert.plans import role_of
 from hetis.planner.failures import Reason, ServiceError
 from hetis.planner.fleet.fleet import LiveFleet
@@ -287,16 +286,12 @@ class PlacementProposals(FleetObserver):
             known.changed_s = None
 
     def _are_suspect(self, cluster: str, nodes: Iterable[str]) -> bool:
-        found = self._fleet.nodes_of(cluster)
-        states = (found[node_name(cluster, node)].state for node in nodes if node_name(cluster, node) in found)
-        return all(state == cluster_pb2.NODE_STATE_SUSPECT for state in states)
+        found = self._fleet.presence_of(cluster)
+        return all(found[node][0] == cluster_pb2.NODE_STATE_SUSPECT for node in nodes if node in found)
 
     def _capacity(self, cluster: str) -> frozenset[str]:
-        return frozenset(
-            last_part(name)
-            for name, node in self._fleet.nodes_of(cluster).items()
-            if node.state not in _GONE and not node.is_draining
-        )
+        found = self._fleet.presence_of(cluster)
+        return frozenset(node for node, (state, drains) in found.items() if state not in _GONE and not drains)
 
 
 def is_better(proposal: plan_pb2.Plan, plan: plan_pb2.Plan, nodes: Iterable[str]) -> bool:

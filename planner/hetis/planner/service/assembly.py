@@ -10,6 +10,7 @@ from hetis.planner.convert.documents import DeclaredFleets
 from hetis.planner.failures import ServiceError
 from hetis.planner.fleet.fleet import LiveFleet
 from hetis.planner.fleet.hubs import Hubs
+from hetis.planner.fleet.reading_ahead import ReadAhead
 from hetis.planner.fleet.redispatching.loop import RedispatchLoop
 from hetis.planner.fleet.settings import FleetCounters, FleetSettings
 from hetis.planner.fleet.stored_plans import StoredPlans
@@ -46,6 +47,7 @@ class Term:
         epoch: the term's epoch; 0 if this planner does not lead and will not lead in this term.
         counters: the fleet's counters, which continue from term to term.
         loops: the background tasks of all terms, which collect failures.
+        declared, stored: the parsed documents of all terms.
     """
 
     def __init__(
@@ -57,6 +59,8 @@ class Term:
         counters: FleetCounters,
         loops: Loops,
         refusals: AuditRefusals,
+        declared: DeclaredFleets,
+        stored: StoredPlans,
     ) -> None:
         clock = Clock()
         self.epoch = epoch
@@ -70,7 +74,7 @@ class Term:
             lease_s=config.agents.lease,
             suspect_s=_SUSPECT_HEARTBEATS * config.agents.heartbeat,
         )
-        declared, stored = DeclaredFleets(), StoredPlans(store)
+        self._ahead = ReadAhead(store, declared, stored)
         self._fleet = fleet = LiveFleet(
             store,
             hubs,
@@ -130,8 +134,9 @@ class Term:
         )
 
     async def stand_by(self) -> None:
-        """Load the kernels of re-dispatch, which belong to the process and would delay it when it takes over."""
+        """Load the kernels of re-dispatch and all documents, which would delay this process when it takes over."""
         await run_in_daemon_thread(compile_redispatch, name="kernels of re-dispatch")
+        await self._ahead.run()
 
     async def begin(self) -> None:
         """Resume earlier work, and decide from now on. Raises NOT_LEADER or STORE_UNAVAILABLE; then call `close`."""

@@ -52,22 +52,22 @@ class Calls(grpc.aio.ServerInterceptor):
         self.is_draining = False
         self._require_leader: Callable[[str], None] = lambda _method: None
         self._on_refusal: Callable[[AuditedChange], None] = lambda _change: None
-        self._until_begun: Callable[[], Awaitable[None]] | None = None
+        self._until_begun: Callable[[bool], Awaitable[None]] | None = None
 
     def answer_for(
         self,
         *,
         require_leader: Callable[[str], None],
         on_refusal: Callable[[AuditedChange], None],
-        until_begun: Callable[[], Awaitable[None]] | None = None,
+        until_begun: Callable[[bool], Awaitable[None]] | None = None,
     ) -> None:
         """Set the planner for which calls are answered from now on.
 
         Args:
             require_leader: raises NOT_LEADER if the planner may not answer a method now.
             on_refusal: called with every change that was refused.
-            until_begun: waits for the end of a beginning that is under way, for a limited time; agents and changes that
-                come meanwhile wait for it. Refused, they would come again and again, and keep the loop from it.
+            until_begun: waits for the end of a beginning that is under way or near, for a limited time; agents, and
+                changes before them (true), that come meanwhile wait for it.
         """
         self._require_leader, self._on_refusal, self._until_begun = require_leader, on_refusal, until_begun
 
@@ -280,7 +280,7 @@ class Calls(grpc.aio.ServerInterceptor):
         if method in WRITES:
             with suppress(TimeoutError):
                 async with asyncio.timeout(_CHANGE_WAITS_S):
-                    await self._begun()
+                    await self._begun(is_change=True)
             self._require_leader(method)
         if not has_role(identity, method):
             with suppress(ServiceError):  # no message: the role is what the caller has to mend first
@@ -288,17 +288,17 @@ class Calls(grpc.aio.ServerInterceptor):
                     await read()
             require_role(identity, method, record.resource)
         if method == CONNECT:
-            await self._begun()
+            await self._begun(is_change=False)
         if self.is_draining:  # maybe only since the call began to wait
             raise statuses.draining()
         self._require_leader(method)
         if not record.is_stream:
             require_deadline(method, context.time_remaining())
 
-    async def _begun(self) -> None:
-        """Wait for the end of a term's beginning that is under way."""
+    async def _begun(self, *, is_change: bool) -> None:
+        """Wait for the end of a term's beginning that is under way or near."""
         if self._until_begun is not None and not self.is_draining:
-            await self._until_begun()
+            await self._until_begun(is_change)
 
 
 async def _first_message(context: Context, decode: Decode, record: CallRecord) -> Message:

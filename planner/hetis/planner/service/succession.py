@@ -19,11 +19,14 @@ from prometheus_client.registry import Collector
 
 from hetis.commands.endpoints import STANDBY_ANSWER
 from hetis.commands.process import descriptor_of_stderr
+from hetis.planner.convert.documents import DeclaredFleets
 from hetis.planner.failures import Reason, ServiceError
 from hetis.planner.fleet.settings import FleetCounters
+from hetis.planner.fleet.stored_plans import StoredPlans
 from hetis.planner.service.assembly import Term
 from hetis.planner.service.audit_refusals import AuditRefusals
 from hetis.planner.service.exit_codes import ServiceExitCode
+from hetis.planner.service.gate import Gate
 from hetis.planner.service.loops import Loops
 from hetis.planner.service.methods import SERVICES, AnsweredBy, Method, needs_leader
 from hetis.planner.service.observability.metrics import FleetCollector, StoreCollector
@@ -35,6 +38,7 @@ from hetis.planner.store import AuditedChange, Lease, Store, StoreError, Transac
 ANSWERED_S = 10.0  # a store whose last answer is older counts as unavailable
 _AGAIN_S = 1.0  # pause after a term that could not begin
 _BEGIN_S = 10.0  # how long agents wait for a term that begins
+_LATE_S = 1.0  # a store that has not answered for so long does not tell whether another planner leads
 _STEP_DOWN_S = 10.0  # time for the streams of a term to end, and again for the rest of the term
 _log = logging.getLogger("hetis.planner.succession")
 
@@ -76,11 +80,9 @@ class Succession:
         self._standby = make_term(0)
         self._leading: Term | None = None
         self._lasting: asyncio.Task[None] | None = None
-        self._warming: asyncio.Task[None] | None = None
         self._end_streams: Callable[[ServiceError], Awaitable[None]] | None = None
         self._is_over = asyncio.Event()
-        self._is_settled = asyncio.Event()  # unless a term is just beginning
-        self._is_settled.set()
+        self._gate = Gate()  # closed while a term begins, or may begin soon
         self._unusable: StoreError | None = None
         self.collectors = tuple(collectors)
         self.servicings = tuple(servicing(service, self._answer) for service in SERVICES)
@@ -117,7 +119,6 @@ class Succession:
             if error.reason != Reason.ERROR_REASON_NOT_LEADER or not self._stands_by:
                 raise
             _log.info("standing by", extra={"leader": error.metadata.get("leader", "")})
-            self._warming = asyncio.create_task(self._standby.stand_by(), name="warming up a standby")
         self._lasting = asyncio.create_task(self._go_on(), name="succession")
         self.loops.start("the store connection guard", self._store.until_failed())
 
@@ -129,11 +130,14 @@ class Succession:
         elif not self.leads and needs_leader(method, reads_too=True):
             raise self._store.leadership.not_leader()
 
-    async def until_begun(self) -> None:
-        """Wait for the end of a term's beginning, if one is under way, for at most `_BEGIN_S`."""
+    async def until_begun(self, is_change: bool) -> None:
+        """Wait for the end of a term's beginning, if one is under way or near, for at most `_BEGIN_S`.
+
+        Changes do not wait for those that came before them.
+        """
         with suppress(TimeoutError):
             async with asyncio.timeout(_BEGIN_S):
-                await self._is_settled.wait()
+                await self._gate.passed(is_first=is_change)
 
     def on_loss(self, end_streams: Callable[[ServiceError], Awaitable[None]]) -> None:
         """Set the callback that ends the remaining streams when the term is over."""
@@ -188,9 +192,9 @@ class Succession:
         await self.present.say_goodbye()
 
     async def close(self) -> None:
-        for task in filter(None, (self._lasting, self._warming)):
-            task.cancel()
-            await asyncio.gather(task, return_exceptions=True)
+        if self._lasting is not None:
+            self._lasting.cancel()
+            await asyncio.gather(self._lasting, return_exceptions=True)
         await self.loops.stop()
         if self._leading is not None:
             await self._leading.close()
@@ -199,7 +203,7 @@ class Succession:
 
     async def _begin(self, epoch: int) -> None:
         began_s = time.monotonic()
-        self._is_settled.clear()
+        self._gate.set(False)
         try:
             term = self._make_term(epoch)
             try:
@@ -210,7 +214,7 @@ class Succession:
                 raise
             self._leading = term
         finally:
-            self._is_settled.set()
+            self._gate.set(True)
         _log.info("leading", extra={"epoch": epoch, "began_in_s": round(time.monotonic() - began_s, 3)})
 
     async def _go_on(self) -> None:
@@ -222,7 +226,7 @@ class Succession:
                     if not self._stands_by:
                         return
                 try:
-                    await self._begin(await self._store.leadership.stand_by(self._holder, self._addresses))
+                    await self._begin(await self._until_free())
                 except StoreError as error:
                     _log.error("the store cannot be used any more", extra={"why": str(error)})
                     self._unusable = error
@@ -235,6 +239,31 @@ class Succession:
                     await asyncio.sleep(_AGAIN_S)
         finally:
             self._is_over.set()
+
+    async def _until_free(self) -> int:
+        """Stand by until no planner leads, with all that a term needs at hand, and return the epoch of a new term.
+
+        Once a leader seems to be gone, agents that come wait for the next term, whoever leads in it. Refused, they
+        would come again and again, and by then would keep the loop from beginning it.
+        """
+        tasks = [
+            asyncio.create_task(self._standby.stand_by(), name="warming up a standby"),
+            asyncio.create_task(self._hold_agents(), name="holding agents"),
+        ]
+        try:
+            return await self._store.leadership.stand_by(self._holder, self._addresses)
+        except BaseException:
+            self._gate.set(True)
+            raise
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _hold_agents(self) -> None:
+        while True:
+            self._gate.set(self._store.leadership.is_led_surely or self._store.health.answered_s_ago > _LATE_S)
+            await asyncio.sleep(_LATE_S / 4)
 
     async def _step_down(self) -> None:
         """End the term: agents and watchers move to the new leader; stored decisions remain valid."""
@@ -282,10 +311,19 @@ async def open_planner(config: PlannerConfig) -> Succession:
 
         await store.write(work)
 
-    refusals = AuditRefusals(append)
+    refusals, declared, stored = AuditRefusals(append), DeclaredFleets(), StoredPlans(store)
     succession = Succession(
         store,
-        lambda epoch: Term(config, store, epoch=epoch, counters=counters, loops=loops, refusals=refusals),
+        lambda epoch: Term(
+            config,
+            store,
+            epoch=epoch,
+            counters=counters,
+            loops=loops,
+            refusals=refusals,
+            declared=declared,
+            stored=stored,
+        ),
         holder=f"{socket.gethostname()}:{os.getpid()}",
         addresses=config.leadership.advertise,
         stands_by=config.stands_by,

@@ -21,6 +21,7 @@ from hetis.planner.store.opening import StoreError
 
 T = TypeVar("T")
 _RENEWALS = 6  # per lease; one attempt may take two such intervals
+_LATE = 0.5  # share of a lease of which less is left only if several renewals failed
 _LOOK_S = 0.5  # interval at which a standby checks who leads
 _log = logging.getLogger("hetis.planner.store")
 
@@ -85,6 +86,11 @@ class Leadership:
     def leader(self) -> Holder | None:
         """The other planner that leads, until its lease ends without having been seen renewed. None if unknown."""
         return self._leader if self._is_led else None
+
+    @property
+    def is_led_surely(self) -> bool:
+        """Whether another planner was seen to have renewed its lease in time, as far as looks show. True for a file."""
+        return not self._lease_s or self._leads_until_s - self._machine_s() > _LATE * self._lease_s
 
     @property
     def led_s_ago(self) -> float:
