@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from hetis.planner.convert.clusters import basic_replica
-from hetis.planner.fleet.activation import Goal, Standing, State
+from hetis.planner.fleet.activation import Standing, State
 from hetis.planner.fleet.agents.deltas import WantedAssignment
 from hetis.planner.store import ReplicaRecord
 from hetis.solver.cluster import node_of
@@ -32,12 +32,12 @@ def nodes_of(shape: replica_pb2.ReplicaPlan) -> list[str]:
 # The goal of the last assignment, if an earlier planner made it. Repeating LOAD does no harm to a node that was already
 # ordered to serve: once all nodes have loaded, all are ordered to serve again.
 _GOAL_OF = {
-    State.REPLICA_STATE_STARTING: Goal.ASSIGNMENT_GOAL_LOAD,
-    State.REPLICA_STATE_SERVING: Goal.ASSIGNMENT_GOAL_SERVE,
-    State.REPLICA_STATE_DEGRADED: Goal.ASSIGNMENT_GOAL_SERVE,
-    State.REPLICA_STATE_FAILED: Goal.ASSIGNMENT_GOAL_SERVE,
-    State.REPLICA_STATE_DRAINING: Goal.ASSIGNMENT_GOAL_DRAIN,
-    State.REPLICA_STATE_STOPPED: Goal.ASSIGNMENT_GOAL_DRAIN,
+    replica_pb2.REPLICA_STATE_STARTING: replica_pb2.ASSIGNMENT_GOAL_LOAD,
+    replica_pb2.REPLICA_STATE_SERVING: replica_pb2.ASSIGNMENT_GOAL_SERVE,
+    replica_pb2.REPLICA_STATE_DEGRADED: replica_pb2.ASSIGNMENT_GOAL_SERVE,
+    replica_pb2.REPLICA_STATE_FAILED: replica_pb2.ASSIGNMENT_GOAL_SERVE,
+    replica_pb2.REPLICA_STATE_DRAINING: replica_pb2.ASSIGNMENT_GOAL_DRAIN,
+    replica_pb2.REPLICA_STATE_STOPPED: replica_pb2.ASSIGNMENT_GOAL_DRAIN,
 }
 
 
@@ -93,15 +93,15 @@ class Replica:
 
     @property
     def is_draining(self) -> bool:
-        return self.state == State.REPLICA_STATE_DRAINING
+        return self.state == replica_pb2.REPLICA_STATE_DRAINING
 
     @property
     def is_stopping(self) -> bool:
-        return self.state == State.REPLICA_STATE_STOPPED
+        return self.state == replica_pb2.REPLICA_STATE_STOPPED
 
     @property
     def has_failed(self) -> bool:
-        return self.state == State.REPLICA_STATE_FAILED
+        return self.state == replica_pb2.REPLICA_STATE_FAILED
 
     @property
     def is_passing(self) -> bool:
@@ -150,7 +150,7 @@ class Replica:
 
     def passing_s(self, now_s: float, *, is_blocked: bool) -> float | None:
         """Return for how long it has been starting (since its GPUs became free) or draining, or None if it is not."""
-        if self.state not in (State.REPLICA_STATE_STARTING, State.REPLICA_STATE_DRAINING) or is_blocked:
+        if self.state not in (replica_pb2.REPLICA_STATE_STARTING, replica_pb2.REPLICA_STATE_DRAINING) or is_blocked:
             self._since_s = None
             return None
         if self._since_s is None:
@@ -203,7 +203,7 @@ def standing_of(record: ReplicaRecord) -> Standing:
     """Return a replica's standing as far as it follows from its record."""
     body = record.body
     return Standing(
-        state=record.state or State.REPLICA_STATE_STARTING,
+        state=record.state or replica_pb2.REPLICA_STATE_STARTING,
         goal=_GOAL_OF.get(record.state) if body.assigned_generation else None,
         conditions=tuple((one.device, one.status) for one in body.conditions),
         failure=body.failure if body.HasField("failure") else None,

@@ -103,7 +103,7 @@ class ReplicaSlot:
         self.is_believed = True
         self._most_held = most_held
         # The node's progress with its assignment, as last reported
-        self.state: AssignmentState.ValueType = AssignmentState.ASSIGNMENT_STATE_UNSPECIFIED
+        self.state: AssignmentState.ValueType = report_pb2.ASSIGNMENT_STATE_UNSPECIFIED
         # What the node reported as wrong, or why it refused the assignment permanently; None: nothing
         self.failure: failure_pb2.Failure | None = None
         self.report: report_pb2.ReplicaReport | None = None  # the node's last report; None before the first
@@ -194,10 +194,10 @@ class ReplicaSlot:
             return self._answer(delta, self.failure)
         if delta.WhichOneof("change") == "assignment":
             self.failure = None
-            if self.state == AssignmentState.ASSIGNMENT_STATE_FAILED:  # the state of the previous assignment
-                self.state = AssignmentState.ASSIGNMENT_STATE_UNSPECIFIED
+            if self.state == report_pb2.ASSIGNMENT_STATE_FAILED:  # the state of the previous assignment
+                self.state = report_pb2.ASSIGNMENT_STATE_UNSPECIFIED
         elif delta.WhichOneof("change") == "removal":
-            self.state, self.report = AssignmentState.ASSIGNMENT_STATE_STOPPED, None
+            self.state, self.report = report_pb2.ASSIGNMENT_STATE_STOPPED, None
         return self._answer(delta, None)
 
     def refuse(self, nack: agent_service_pb2.DeltaNack, *, now_s: float, retry_s: float) -> DeltaAnswer | None:
@@ -242,7 +242,7 @@ class ReplicaSlot:
             if not was_believed:
                 self.failure = None
             return
-        self.held, self.state, self.report = 0, AssignmentState.ASSIGNMENT_STATE_UNSPECIFIED, None
+        self.held, self.state, self.report = 0, report_pb2.ASSIGNMENT_STATE_UNSPECIFIED, None
         message = f"the node reports generation {generation} of {self.replica}, which it was never assigned"
         self.failure = protocol_violation(message).to_proto()
 
