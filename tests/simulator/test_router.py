@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import cast
 
 import pytest
@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from hetis.simulator.replica import ReplicaRun
 from hetis.simulator.routers import EndpointPicker, Nginx, RangeRouter, Router, Weighted
+from hetis.simulator.values import Request, RequestLog, RouterName, Settings
 from hetis.solver.plan import ClassShare, KvRoute, Plan
 from hetis.solver.workload import LengthBin, RequestClass, Workload
 from tests.simulator import small_plans
@@ -127,36 +128,53 @@ def test_llm_d_draws_a_pool_and_knows_no_requests_at_prefill() -> None:
     assert {router(takers).number for _ in range(50)} == {1, 3}
 
 
-@dataclass(slots=True)
-class Queued(Replica):
-    """A replica whose requests wait in a queue."""
-
-    queue: list[int] = field(default_factory=list)
+CLASSES = (RequestClass(name="short", max_prompt_tokens=100), RequestClass(name="long"))
 
 
-def test_requests_of_a_class_go_to_its_pools_in_their_shares_and_overflow() -> None:
-    """With shares of 80% and 20%, 8/s of short requests and 10/s of all give the short ones 10 to 10."""
-    problem = small_plans.small_problem()
-    one = small_plans.pipeline(problem, problem.model.num_layers)
-    serving = [((), 10.0), (("short",), 8.0), (("long",), 1.0)]
-    plan = replace(
-        small_plans.plan_of(*(replace(one, classes=classes, rate=rate) for classes, rate in serving)),
-        classes=(ClassShare(name="short", share=0.8, max_prompt_tokens=100), ClassShare(name="long", share=0.2)),
-    )
-    bins = (LengthBin(prompt_tokens=1.0, output_tokens=1.0, weight=1.0),)
-    classes = (RequestClass(name="short", max_prompt_tokens=100), RequestClass(name="long"))
-    router = RangeRouter(plan, Workload(name="w", bins=bins, classes=classes), 0, lambda: Weighted(0))
-    replicas = [Queued(number, rate, decodes=True) for number, (_, rate) in enumerate(serving)]
-    fleet = cast(list[ReplicaRun], replicas)
+class OfClasses:
+    """A router of classes before replicas of some rates and seats, to which requests are assigned as it says."""
 
-    def choose(prompt_tokens: int, times: int) -> Counter[int]:
-        served = router.serving(fleet, prompt_tokens)
-        return Counter(cast(ReplicaRun, router.choose(served, prompt_tokens)).number for _ in range(times))
+    def __init__(self, serving: Sequence[tuple[tuple[str, ...], float, int]], *, router: RouterName = "nginx") -> None:
+        shares = (ClassShare(name="short", share=0.75, max_prompt_tokens=100), ClassShare(name="long", share=0.25))
+        self.replicas = [Replica(number, rate, True, seats=most) for number, (_, rate, most) in enumerate(serving)]
+        plan = replace(plan_for(self.replicas), classes=shares)
+        replicas = zip(plan.replicas, serving, strict=True)
+        plan = replace(plan, replicas=tuple(replace(one, classes=classes) for one, (classes, *_) in replicas))
+        for one, (classes, rate, _) in zip(self.replicas, serving, strict=True):
+            one.rate = rate / plan.pool_share(classes)
+        bins = (LengthBin(prompt_tokens=1.0, output_tokens=1.0, weight=1.0),)
+        workload, self.log = Workload(name="w", bins=bins, classes=CLASSES), RequestLog()
+        self.fleet = cast(list[ReplicaRun], self.replicas)
+        self.router = RangeRouter(plan, workload, Settings(router=router), self.fleet, self.log)
 
-    assert choose(100, times=100) == {0: 50, 1: 50}
-    assert choose(101, times=90) == {0: 60, 2: 30}  # 10/s of all, 5/s of those for which the long pool has room
-    replicas[1].queue.append(7)
-    assert choose(50, times=20) == {0: 20}  # requests wait in the pool of short ones
-    replicas[0].queue.append(8)
-    assert set(choose(50, times=20)) == {0, 1}  # and everywhere: shares count again
-    assert router.choose([], 50) is None
+    def send(self, prompt_tokens: int) -> int:
+        """Return the replica of a new request."""
+        request = Request(id=0, arrival_s=0.0, prompt_tokens=prompt_tokens, output_tokens=1)
+        number = self.log.arrive(request, 0.0)
+        one = self.router.choose(self.router.serving(self.fleet, number), number)
+        assert one is not None
+        self.log.replica[number] = one.number
+        self.replicas[one.number].outstanding += 1
+        return one.number
+
+    def finish(self, request: int) -> None:
+        self.log.finished_s[request] = 1.0
+        self.replicas[self.log.replica[request]].outstanding -= 1
+
+
+def test_requests_of_a_class_go_to_the_replicas_for_it_in_their_shares_while_these_have_seats_for_it() -> None:
+    """6/s of short requests are those of 8/s in all, as many as the 8/s of all; of 8 seats 6 and 2 are theirs."""
+    fleet = OfClasses([((), 8.0, 8), (("short",), 6.0, 9), (("long",), 4.0, 4)])
+    assert Counter(fleet.send(100) for _ in range(12)) == {0: 6, 1: 6}
+    assert Counter(fleet.send(101) for _ in range(6)) == {0: 2, 2: 4}, "2 seats are left, and 16 to 8 is the share"
+    assert [fleet.send(100) for _ in range(3)] == [1, 1, 1], "6 requests hold all that is for short ones"
+    fleet.finish(next(n for n in range(12) if fleet.log.replica[n] == 0))
+    assert fleet.send(50) == 0
+    assert {fleet.send(50) for _ in range(8)} == {0, 1}, "all are full: turns count again"
+    assert fleet.router.choose([], 0) is None
+
+
+def test_llm_d_picks_among_the_replicas_for_a_class() -> None:
+    fleet = OfClasses([((), 8.0, 31), (("short",), 6.0, 31), (("long",), 4.0, 31)], router="llm-d")
+    assert Counter(fleet.send(100) for _ in range(20)) == {0: 10, 1: 10}
+    assert Counter(fleet.send(101) for _ in range(12)) == {0: 1, 2: 11}, "other requests count, too"

@@ -311,7 +311,7 @@ class SimulatedFleet(Outside):
         up = [replica for replica in takers if replica.is_up]
         chosen: ReplicaRun | None = None
         if isinstance(self.router, RangeRouter):
-            chosen = self.router.choose(up, self.log.prompt[request])
+            chosen = self.router.choose(up, request)
         elif up:
             chosen = self.router(up if len(up) < len(takers) else takers)
         if chosen is None:
@@ -323,7 +323,7 @@ class SimulatedFleet(Outside):
         """Return the replicas that accept a request of its class."""
         if not isinstance(self.router, RangeRouter):
             return self.takers
-        return self.router.serving(self.takers, self.log.prompt[request])
+        return self.router.serving(self.takers, request)
 
     def route_held(self, now_s: float) -> None:
         """Route the held requests after a replica has returned."""

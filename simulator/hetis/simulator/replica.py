@@ -68,7 +68,8 @@ class ReplicaRun:
     """A running replica.
 
     Attributes:
-        rate: requests/s that the plan assigns to it; for a prefill replica the rate of its routes, which may be 0.
+        rate: requests/s that the plan assigns to it, as if its pool served all; for a prefill replica the rate of its
+            routes, which may be 0.
         most_tokens: the most tokens of KV that a request may have here, alone and with no device lost.
     """
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Generic, TypeVar
 
 from hetis.simulator.replica import ReplicaRun
-from hetis.simulator.values import Settings
-from hetis.solver.plan import Plan, parts_of_classes
+from hetis.simulator.values import RequestLog, Settings
+from hetis.solver.plan import Plan
 from hetis.solver.workload import Workload
 
 LONG_QUEUE_TOKENS = 2048  # the maximum size of a batch of prompts in Splitwise
@@ -19,7 +20,6 @@ _WHOLE = 1000  # sum of the integer weights of routers
 
 Router = Callable[[Sequence[ReplicaRun]], ReplicaRun]
 """Chooses a replica from one or more that are up and accept prompts."""
-Classes = tuple[str, ...]
 Key = TypeVar("Key", bound=Hashable)
 
 
@@ -170,41 +170,69 @@ def fewest_tokens(replicas: Sequence[ReplicaRun]) -> ReplicaRun:
     return min(prompt or mixed, key=ReplicaRun.waiting_tokens)
 
 
-class RangeRouter:
-    """Routes requests of classes: to a pool for each class's planned shares, or to another where that has no room.
+class NginxOfClass(Nginx):
+    """Router to the entry points that serve a class, by an nginx `upstream` of its own.
 
-    Pools are the replicas that serve the same classes. Those that serve a class take turns in proportion to what they
-    are planned to give it. If requests wait at every replica of the pool whose turn it is, the request overflows to
-    those of other pools for its class at which none waits. Among replicas of the same classes the usual router decides.
+    Of entry points for all requests it has the seats of its class's share, and counts its own requests alone.
     """
 
-    def __init__(self, plan: Plan, workload: Workload, seed: int, router: Callable[[], Router]) -> None:
-        self._workload = workload
+    def __init__(
+        self, seed: int, plan: Plan, replicas: Sequence[ReplicaRun], name: str, log: RequestLog, *, fewest: bool = True
+    ) -> None:
+        super().__init__(seed, plan, replicas, fewest=fewest)
+        self._log, self._given = log, dict[int, list[int]]()  # requests by entry point for all
+        for entry, own in self._members.items():
+            if not plan.replicas[own[0].number].classes:
+                self._given[entry] = []
+                self._most[entry] = math.ceil(self._most[entry] * plan.class_shares()[name])
+
+    def give(self, replicas: Sequence[ReplicaRun], request: int) -> ReplicaRun:
+        """Return the replica for a request."""
+        chosen = self(replicas)
+        if (own := self._given.get(self._entry[chosen.number])) is not None:
+            own.append(request)
+        return chosen
+
+    def _is_full(self, entry: int) -> bool:
+        if (given := self._given.get(entry)) is None:
+            return super()._is_full(entry)
+        if len(given) >= self._most[entry]:  # only then, those that have ended are left out
+            log = self._log
+            here = (one for one in given if self._entry.get(log.replica[one]) == entry)
+            self._given[entry] = given = [one for one in here if math.isnan(log.finished_s[one])]
+        return len(given) >= self._most[entry]
+
+
+class RangeRouter:
+    """Routes the requests of each class by a router of their own, among the replicas that serve the class."""
+
+    def __init__(
+        self, plan: Plan, workload: Workload, settings: Settings, replicas: Sequence[ReplicaRun], log: RequestLog
+    ) -> None:
+        self._workload, self._log = workload, log
         self._of = [replica.classes for replica in plan.replicas]
-        self._parts = parts_of_classes(plan.class_shares(), plan.rates_by_classes())
-        self._turns = {name: _Turns[Classes](seed) for name in self._parts}
-        self._routers = {names: router() for names in dict.fromkeys(self._of)}
+        self._routers: dict[str, Router | NginxOfClass] = {}
+        for one in plan.classes:
+            self._routers[one.name] = router_of(settings, plan, replicas)
+            if settings.router in ("nginx", "sglang"):
+                self._routers[one.name] = NginxOfClass(
+                    settings.seed, plan, replicas, one.name, log, fewest=settings.router == "nginx"
+                )
 
-    def serving(self, replicas: Sequence[ReplicaRun], prompt_tokens: int) -> list[ReplicaRun]:
+    def serving(self, replicas: Sequence[ReplicaRun], request: int) -> list[ReplicaRun]:
         """Return the replicas that serve the class of a request."""
-        own = self._parts[self._workload.class_of(prompt_tokens).name]
-        return [replica for replica in replicas if self._of[replica.number] in own]
+        name = self._class_of(request)
+        return [one for one in replicas if not self._of[one.number] or name in self._of[one.number]]
 
-    def choose(self, replicas: Sequence[ReplicaRun], prompt_tokens: int) -> ReplicaRun | None:
+    def choose(self, replicas: Sequence[ReplicaRun], request: int) -> ReplicaRun | None:
         """Return one of the replicas that serve a request's class; None: there is none."""
-        name = self._workload.class_of(prompt_tokens).name
-        pools: dict[Classes, list[ReplicaRun]] = {}
-        for replica in replicas:
-            pools.setdefault(self._of[replica.number], []).append(replica)
-        if not pools:
+        if not replicas:
             return None
-        chosen = self._turns[name].next({names: part for names, part in self._parts[name].items() if names in pools})
-        if all(replica.queue for replica in pools[chosen]):
-            free = {names: [one for one in pool if not one.queue] for names, pool in pools.items()}
-            if open_pools := {names: pool for names, pool in free.items() if pool}:
-                chosen = max(open_pools, key=lambda names: len(open_pools[names]))
-                pools = open_pools
-        return self._routers[chosen](pools[chosen])
+        router = self._routers[self._class_of(request)]
+        return router.give(replicas, request) if isinstance(router, NginxOfClass) else router(replicas)
+
+    def _class_of(self, request: int) -> str:
+        return self._workload.class_of(self._log.prompt[request]).name
 
 
 def router_of(settings: Settings, plan: Plan, replicas: Sequence[ReplicaRun]) -> Router:

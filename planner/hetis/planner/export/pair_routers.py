@@ -133,7 +133,8 @@ def entry_points(
 
     If a class of requests is named, they are where its requests are sent, with weights in place of requests/s.
     ``routers``: the endpoints of the groups' routers; empty: the target pairs replicas itself at their ``endpoints``.
-    With ``held``, they have the most requests that they get while others hold fewer, in place of requests/s.
+    With ``held``, they have the most requests that they get while others hold fewer, in place of requests/s; of all
+    requests, those of the class that is named.
     """
     found, plan = dict[str, float](), launchable.plan
 
@@ -145,6 +146,7 @@ def entry_points(
         if held:
             members = [launchable.replicas[each] for each in (number, *others)]
             value = sum(each.plan.most_held * each.copies for each in members)
+            value *= plan.class_shares()[name] if name and not classes else 1.0
         found[at] = found.get(at, 0.0) + value
 
     for number, one in launchable.replicas.items():

@@ -6,7 +6,7 @@ so (`hetis.simulator.routers.Nginx`).
 
 Shares follow the plan's rates, replica by replica. If prefill and decode are disaggregated, a request takes a pair,
 and the shares are those of the plan's routes. With classes of requests by prompt length, shares are those of what each
-replica would serve if its pool served all of them: a router draws by them among the replicas for a request's class.
+replica would serve if its pool served all of them. nginx has servers for each class then, of which LiteLLM chooses.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from hetis.simulator.routers import weight
 from hetis.solver.plan import Role
 
 PATH_PORT = 32_000  # of nginx itself, for the first replica that is reached by a path
+CLASS_PORT = 33_000  # and for the first class of requests
 NOTHING_SERVES = "nothing serves"
 
 
@@ -43,13 +44,11 @@ def routing_files(
     if not servers:
         return files
     served = launchable.settings.served_name or launchable.settings.model
+    files["router/nginx.conf"] = nginx_conf(launchable, endpoints, routers)
     if launchable.plan.classes:  # nginx and Envoy do not know the lengths of prompts
-        files["router/litellm.yaml"] = litellm_by_classes(launchable, endpoints, routers, served)
-        if sides := "".join(_nginx_sides(launchable, endpoints, "127.0.0.1:")):
-            files["router/nginx.conf"] = sides
+        files["router/litellm.yaml"] = litellm_by_classes(launchable, served)
         return files
     files["router/litellm.yaml"] = litellm_list(servers, served)
-    files["router/nginx.conf"] = nginx_conf(launchable, endpoints, routers)
     if not any("/" in endpoint for endpoint, _ in servers):  # its clusters know hosts and ports, but no paths
         files["router/envoy.yaml"] = envoy_list(servers)
     return files
@@ -141,6 +140,9 @@ def nginx_conf(
 ) -> str:
     """Return nginx's servers: one for clients at port 8080, one before each of `balanced_sides`, and one for each path.
 
+    With classes of requests there is one for each in place of the first, at 127.0.0.1. There, an entry point for all
+    requests has the seats of the class's share.
+
     Args:
         launchable: the plan's replicas.
         endpoints: where they serve, by position in the plan.
@@ -151,16 +153,24 @@ def nginx_conf(
     keys = dict[str, float]()
     if launchable.engine is not Engine.SGLANG:  # whose router passes on what clients send
         keys = {endpoints[number]: 1.0 for group in pair_groups(launchable) for number in group.prefill}
-    rates, most = (entry_points(launchable, endpoints, routers, held=held) for held in (False, True))
-    paths = {at: f"127.0.0.1:{PATH_PORT + number}" for number, at in enumerate(rates) if "/" in at}
-    each = {paths.get(at, at): math.ceil(held / fronts) for at, held in most.items()}
-    parts = [_NGINX_HEAD, nginx_list([(paths.get(at, at), share) for at, share in weighted(rates)], most=each)]
+    everywhere = enumerate(entry_points(launchable, endpoints, routers))
+    paths = {at: f"127.0.0.1:{PATH_PORT + number}" for number, at in everywhere if "/" in at}
+    parts = [_NGINX_HEAD]
     parts += [nginx_list(weighted(keys), name="hetis-keys")] if keys else []
-    parts.append(
-        _NGINX_FRONT.format(check=_NGINX_CHECK if keys else "", key=_NGINX_KEY if keys else "", proxy=_NGINX_PROXY)
-    )
+    check, key = (_NGINX_CHECK, _NGINX_KEY) if keys else ("", "")
+    for number, name in enumerate(launchable.plan.class_shares() or ("",)):
+        rates, most = (entry_points(launchable, endpoints, routers, name, held=held) for held in (False, True))
+        each = {paths.get(at, at): math.ceil(held / fronts) for at, held in most.items()}
+        group, listen = (f"hetis-{number}", class_address(number)) if name else ("hetis", "8080")
+        parts.append(nginx_list([(paths.get(at, at), share) for at, share in weighted(rates)], name=group, most=each))
+        parts.append(_NGINX_FRONT.format(listen=listen, name=group, check=check, key=key, proxy=_NGINX_PROXY))
     parts += [_NGINX_SIDE.format(listen=own, name=f"{at}/", proxy=_NGINX_PROXY) for at, own in paths.items()]
     return "".join([*parts, *_nginx_sides(launchable, endpoints, sides_at)])
+
+
+def class_address(number: int) -> str:
+    """Return where nginx listens for the requests of a class, by its position."""
+    return f"127.0.0.1:{CLASS_PORT + number}"
 
 
 def _nginx_sides(launchable: Launchable, endpoints: Mapping[int, str], sides_at: str) -> Iterator[str]:
@@ -188,11 +198,11 @@ _NGINX_PROXY = """
 """
 _NGINX_FRONT = """\
 server {{
-    listen 8080;
+    listen {listen};
     location / {{{check}
-        proxy_pass http://hetis;{proxy}    }}
+        proxy_pass http://{name};{proxy}    }}
     location = /health {{
-        proxy_pass http://hetis;
+        proxy_pass http://{name};
     }}{key}
 }}
 """
@@ -242,20 +252,17 @@ def litellm_list(servers: Sequence[tuple[str, int]], served: str) -> str:
     return _litellm(_litellm_models(servers, served, served))
 
 
-def litellm_by_classes(
-    launchable: Launchable, endpoints: Mapping[int, str], routers: Sequence[str], served: str
-) -> str:
-    """Return settings of LiteLLM's proxy with a group of deployments for each class of requests.
+def litellm_by_classes(launchable: Launchable, served: str) -> str:
+    """Return settings of LiteLLM's proxy that send the requests of each class to nginx's server for it.
 
     Requests enter the group of the shortest class. Those whose prompts are longer than ``max_input_tokens`` fall back
     to the group of the next one (checked with 1.110: all groups need that number, because it is looked up by model).
     """
     models, names = list[dict[str, Any]](), list[str]()
-    for one in launchable.plan.classes:
+    for number, one in enumerate(launchable.plan.classes):
         names.append(f"{served}-{one.name}" if names else served)
         info = {"model_info": {"max_input_tokens": one.max_prompt_tokens or launchable.model.max_position}}
-        servers = weighted(entry_points(launchable, endpoints, routers, one.name))
-        models += [each | info for each in _litellm_models(servers, served, names[-1])]
+        models += [each | info for each in _litellm_models([(class_address(number), 1)], served, names[-1])]
     return _litellm(models, enable_pre_call_checks=True, context_window_fallbacks=[{names[0]: names[1:]}])
 
 

@@ -268,7 +268,8 @@ def readme_of(target: str, launchable: Launchable, written: Written, lost: Seque
         for same in [(one, *one.equals)]
     )
     planned, left = launchable.plan.served_rate(), launchable.rate()
-    lists = _LISTS if written.listed else ", which the target's own router uses."
+    lists = _LISTS if not launchable.plan.classes else _LISTS_OF_CLASSES
+    lists = lists if written.listed else ", which the target's own router uses."
     missing = "\n".join(f"- {line}" for line in lost) or "The export contains everything in the plan."
     return f"""\
 # A plan of hetis for {target}
@@ -297,6 +298,8 @@ def readme_of(target: str, launchable: Launchable, written: Written, lost: Seque
 
 _LISTS = """; nginx, Envoy and LiteLLM take the lists beside it, which send whole requests to replicas and, where
 prefill and decode are apart, to what pairs them."""
+_LISTS_OF_CLASSES = """. LiteLLM with `router/litellm.yaml` takes the requests, and sends each by
+the length of its prompt to a port of nginx with `router/nginx.conf`, on the same machine, which divides them."""
 
 
 def _gpus(layout: Layout) -> str:

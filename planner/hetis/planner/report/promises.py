@@ -235,7 +235,7 @@ def simulated_words(plan: Plan) -> SimulatedWords | None:
             return SimulatedWords("MISSED", "bold red", rest)
         word = f"not decided{in_time}" if in_time else "no: stopped before that"
         return SimulatedWords(word, "yellow", "; all values are the model's")
-    level, remarks = Requested.of(plan).service_level, SimulationRemarks.of(found, has_classes=bool(plan.classes))
+    level, remarks = Requested.of(plan).service_level, SimulationRemarks.of(found)
     if not found.kept:
         return missed_words(found.rate_rps, misses(found, plan), found.kept_rps, remarks)
     limits_s = {} if level.attainment is not None else limits_of(plan.objective)

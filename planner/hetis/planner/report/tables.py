@@ -114,7 +114,7 @@ class SimulationRemarks(NamedTuple):
         share: the share of its rate, at which as large a part of its replicas ran; None: all of both.
         too_short: whether runs cannot fill the seats of what was simulated.
         dispatched: whether head groups were dispatched per request, not split as planned.
-        router: what sent requests to its replicas; None: not told; empty: what no export configures.
+        router: what sent requests to its replicas; None: not told.
     """
 
     share: float | None
@@ -123,18 +123,15 @@ class SimulationRemarks(NamedTuple):
     router: str | None = None
 
     @staticmethod
-    def of(found: Verification, *, has_classes: bool) -> SimulationRemarks:
-        router = "" if has_classes else found.router or "nginx"
-        return SimulationRemarks(found.share, bool(found.too_short), bool(found.dispatched), router)
+    def of(found: Verification) -> SimulationRemarks:
+        return SimulationRemarks(found.share, bool(found.too_short), bool(found.dispatched), found.router or "nginx")
 
     def lines(self) -> list[str]:
         """Return a line on the router, and on all that is not as planned: a part of it, empty seats, moving heads."""
         found = [] if self.share is None else [f"simulated: {_part_words(self.share)}"]
         if self.dispatched:
             found.append("simulated with the heads of every request dispatched, as engines do")
-        if self.router == "":
-            found.append("simulated behind pools that overflow into others, as no export configures")
-        elif self.router is not None:
+        if self.router is not None:
             found.append(f"simulated behind {_BEHIND.get(self.router, self.router)}, as exports configure it")
         if self.too_short:
             found.append("runs too short to fill the seats: later requests may be slower")

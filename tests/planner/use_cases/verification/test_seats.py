@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from hetis.planner.report.tables import SimulationRemarks
 from hetis.planner.use_cases.place import pose
 from hetis.planner.use_cases.record.parts import Verified
 from hetis.planner.use_cases.request import PlacementRequest
@@ -119,6 +118,3 @@ def test_a_plan_promises_what_it_keeps_behind_the_router_that_its_export_configu
     assert not check_plan(drawn_by_weight, made.problem)
     assert "simulated behind nginx, as exports configure it" in drawn(turns)
     assert "simulated behind a router that draws by weight, as exports configure it" in drawn(drawn_by_weight)
-    assert found[0] is not None
-    [told] = SimulationRemarks.of(found[0], has_classes=True).lines()
-    assert told == "simulated behind pools that overflow into others, as no export configures"

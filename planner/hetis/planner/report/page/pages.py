@@ -96,7 +96,7 @@ def _section(shown: ShownPlan, number: int) -> Section:
     # The curve is simulated as the plan was.
     remarks = SimulationRemarks(shown.curve.share, shown.curve.too_short, False)
     if verification is not None:
-        of_plan = SimulationRemarks.of(verification, has_classes=bool(shown.plan.classes))
+        of_plan = SimulationRemarks.of(verification)
         remarks = of_plan._replace(share=remarks.share, too_short=remarks.too_short)
     traffic = (
         f"Poisson arrivals of {shown.problem.workload.name}, {shown.curve.num_requests:,} requests at every rate; "
